@@ -23,10 +23,6 @@ FILES = (".csv", ".parquet")
 # Options that only a folder of parts has, and their defaults.
 OF_PARTS = {
     "chunk": 1024,
-    "kind": "auto",
-    "path_column": "path",
-    "keep_columns": "",
-    "image_field": None,
     "ray": False,
     "workers": None,
     "gpus": 0,
@@ -40,8 +36,7 @@ def classify(
         list[str],
         typer.Argument(
             metavar="IMAGES",
-            help="Images, or folders of images. For a folder of parts: one folder of images, .tar shards (folder, glob "
-            "or braces) or .parquet tables.",
+            help="Images, or folders of images. For a folder of parts: one folder of images.",
         ),
     ],
     out: Annotated[
@@ -55,7 +50,7 @@ def classify(
     decoder: Annotated[
         Literal["cpu", "cpu-exact"],
         typer.Option(metavar="NAME", help="cpu, or cpu-exact: large JPEGs too are decoded at full size."),
-    ] = "auto",
+    ] = "cpu",
     runtime: Runtime = "auto",
     threads: parts.Threads = None,
     skip_bad: SkipBad = False,
@@ -81,10 +76,6 @@ def classify(
         float | None, RejectOption(help="Share of known images that keep their label [default: 0.95].")
     ] = None,
     chunk: parts.Chunk = 1024,
-    kind: parts.Kind = "auto",
-    path_column: parts.PathColumn = "path",
-    keep_columns: parts.KeepColumns = "",
-    image_field: parts.ImageField = None,
     ray: parts.Ray = False,
     workers: parts.Workers = None,
     gpus: parts.Gpus = 0,
@@ -123,12 +114,10 @@ def classify(
         options |= {"location": images[0], "batch": batch or 64}
         require("pyarrow", "parquet")
         from iosr_fast.pipeline import run as runs
-        from iosr_fast.pipeline.prediction_files import columns_of
 
         classes = options.pop("top") or 5
         parts.write_parts(
             lambda source, run_options: runs.classify(classifier, source, out, run_options, classes, rejecting),
-            columns_of(None if rejecting is None else rejecting.label),
             **options,
         )
         return

@@ -9,8 +9,6 @@ import typer
 
 from iosr_fast.cli import parts
 from iosr_fast.cli.options import Address, Runtime, SkipBad
-from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.require import require
 from iosr_fast.utils.temporaries import MANIFEST
 
 if TYPE_CHECKING:
@@ -20,29 +18,22 @@ if TYPE_CHECKING:
 
 def embed(
     engine: Annotated[str, typer.Option(help="Folder of `iosr-fast build-engine`, a saved classifier, or demo.")],
-    location: Annotated[
-        str, typer.Option("--input", help="Folder of images; .tar shards (folder, glob or braces); .parquet tables.")
-    ],
+    location: Annotated[str, typer.Option("--input", help="Folder of images.")],
     out: Annotated[Path, typer.Option(help="Folder to write. An interrupted run resumes.")],
-    format: Annotated[Literal["safetensors", "parquet"], typer.Option(help="Format of the parts.")] = "safetensors",
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the embeddings.")] = "float32",
     batch: Annotated[int, typer.Option(help="Images encoded at a time.")] = 64,
     runtime: Runtime = "auto",
     threads: parts.Threads = None,
     skip_bad: SkipBad = False,
     chunk: parts.Chunk = 1024,
-    kind: parts.Kind = "auto",
-    path_column: parts.PathColumn = "path",
-    keep_columns: parts.KeepColumns = "",
-    image_field: parts.ImageField = None,
     ray: parts.Ray = False,
     workers: parts.Workers = None,
     gpus: parts.Gpus = 0,
     address: Address = None,
 ) -> None:
-    """Write the plain and adapted embeddings of a set of images.
+    """Write the plain and adapted embeddings of a folder of images.
 
-    OUT gets parts with the key of each image, and manifest.json when all parts exist; read_embeddings of
+    OUT gets safetensors parts with the key of each image, and manifest.json when all parts exist; read_embeddings of
     iosr_fast.pipeline.embedding_files reads them. A part is complete or absent, and the same options resume an
     interrupted run.
 
@@ -50,19 +41,14 @@ def embed(
     version of Ray.
     """
     options = {**locals()}
-    for name in ("engine", "format", "dtype"):
+    for name in ("engine", "dtype"):
         del options[name]
-    if format == "parquet":
-        require("pyarrow", "parquet")
-    elif keep_columns:
-        raise IosrFastError("expected --format parquet with --keep-columns: safetensors holds numbers only")
     from iosr_fast.pipeline import run as runs
-    from iosr_fast.pipeline.embedding_files import COLUMNS
 
     def compute(source: Source, options: RunOptions) -> dict[str, Any]:
-        return runs.embed(find_engine(engine), source, out, options, dtype, format)
+        return runs.embed(find_engine(engine), source, out, options, dtype)
 
-    parts.write_parts(compute, COLUMNS, **options)
+    parts.write_parts(compute, **options)
 
 
 def find_engine(engine: str) -> Path:

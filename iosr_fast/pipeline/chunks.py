@@ -59,7 +59,7 @@ def run_chunks(
             rows = Embeddings(arrays["plain"], arrays.get("adapted"))
             keys = [item.key for item in chunk.items]
             name = plan.part_name(chunk.number)
-            write(out / name, Part(keys, rows, reasons, chunk.columns(), plan.part_facts(chunk)))
+            write(out / name, Part(keys, rows, reasons, plan.part_facts(chunk)))
             seconds = round(time.perf_counter() - started, 3)
             unreadable = sum(reason is not None for reason in reasons)
             yield Done(name, count, unreadable, seconds, os.getpid(), socket.gethostname())

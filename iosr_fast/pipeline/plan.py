@@ -21,7 +21,7 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.pipeline import embedding_files, prediction_files
-from iosr_fast.pipeline.embedding_files import Format, Part
+from iosr_fast.pipeline.embedding_files import Part
 from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.source import Chunk, Source
 from iosr_fast.state.bundle import Bundle, load_bundle
@@ -40,6 +40,7 @@ class Plan:
 
     kind: ClassVar[str] = embedding_files.KIND  # of the manifest
     verb: ClassVar[str] = "embed"
+    suffix: ClassVar[str] = "safetensors"
     counted: ClassVar[str] = "embedded"  # the manifest's name for the number of readable images
 
     input: dict[str, Any]
@@ -54,7 +55,6 @@ class Plan:
     width: int
     adapted: bool
     dtype: str
-    format: Format
     exif_orientation: bool = True
     pixels: int = VERSION
     schema: int = SCHEMA
@@ -66,7 +66,7 @@ class Plan:
         return json.dumps(asdict(self), indent=2)
 
     def part_name(self, number: int) -> str:
-        return f"part-{number:0{max(5, len(str(self.chunks - 1)))}d}.{self.format}"
+        return f"part-{number:0{max(5, len(str(self.chunks - 1)))}d}.{self.suffix}"
 
     def part_facts(self, chunk: Chunk) -> dict[str, Any]:
         """The facts that a part of this plan stores, the same on every machine."""
@@ -88,7 +88,7 @@ class Plan:
         return encoder, self.writer(None)
 
     def writer(self, bundle: Bundle | None) -> WritePart:
-        return partial(embedding_files.write_part, file_format=self.format)
+        return embedding_files.write_part
 
     def check_part(self, path: Path, chunk: Chunk) -> tuple[str | None, int]:
         """Why a part must be computed again (None: it is valid), and how many of its images were unreadable."""
@@ -129,6 +129,7 @@ class ClassifyPlan(Plan):
 
     kind: ClassVar[str] = prediction_files.KIND
     verb: ClassVar[str] = "classify"
+    suffix: ClassVar[str] = "parquet"
     counted: ClassVar[str] = "classified"
 
     bundle: str
@@ -163,7 +164,7 @@ class ClassifyPlan(Plan):
             ):
                 predictions[row] = prediction
         prediction_files.write_predictions(
-            path, part.keys, predictions, part.errors, part.columns, part.facts or {}, self.unknown_label
+            path, part.keys, predictions, part.errors, part.facts or {}, self.unknown_label
         )
 
     def count(self, parts: Sequence[Path]) -> dict[str, Any]:
@@ -175,7 +176,7 @@ class ClassifyPlan(Plan):
         return prediction_files.read_predictions(path)
 
     def _content_error(self, part: Any) -> str | None:
-        expected = [*prediction_files.columns_of(self.unknown_label), *self.input.get("keep_columns", [])]
+        expected = list(prediction_files.columns_of(self.unknown_label))
         if part.table.column_names == expected:
             return None
         return f"expected the columns {expected}, got {part.table.column_names}"
@@ -193,7 +194,6 @@ def make_plan(
     chunk: int,
     batch: int,
     dtype: str = "float32",
-    file_format: Format = "parquet",
     bundle: Bundle | None = None,
     top: int = 1,
     rejecting: Rejecting | None = None,
@@ -212,7 +212,6 @@ def make_plan(
         "width": engine["width"],
         "adapted": engine["first_adapted_block"] is not None and (bundle is None or bundle.state.needs_adapted),
         "dtype": dtype,
-        "format": file_format,
     }
     if bundle is None:
         return Plan(**common)

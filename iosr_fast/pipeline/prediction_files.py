@@ -2,13 +2,12 @@
 
 Columns: key (string); label, class_id (string), probability, zero_shot and cache (float32, their sum is the logit) and
 adapter (float32, of cache what comes through adapted embeddings) of the best class; top, a list of structs with the
-same six fields, best first, starting with the label's own; error (string or null); then the columns carried from the
-input. An unreadable image keeps its row: its error has the reason, the rest is null.
+same six fields, best first, starting with the label's own; error (string or null). An unreadable image keeps its row:
+its error has the reason, the rest is null.
 
 Where pictures of none of the classes are rejected, unknown_score (float32) stands before error; a rejected picture has
 the label for these, a null as class_id, and the scores of its most likely class, top[0]. The schema's metadata entry
-"iosr_fast" has the facts of the part as JSON, with a SHA-256 of them and of all columns but the carried ones, which
-have Parquet's own checksums.
+"iosr_fast" has the facts of the part as JSON, with a SHA-256 of them and of all columns.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _UNKNOWN = "unknown_label"  # of the facts of a part in which unknown pictures a
 
 @dataclass(frozen=True)
 class PredictionPart:
-    """A part: `table` has its `columns_of` and the carried ones, `facts` are the writer's."""
+    """A part: `table` has its `columns_of`, `facts` are the writer's."""
 
     table: Any
     facts: dict[str, Any]
@@ -58,12 +57,11 @@ def write_predictions(
     keys: Sequence[str],
     predictions: Sequence[Prediction | None],
     errors: Sequence[str | None],
-    columns: Any,
     facts: dict[str, Any],
     unknown_label: str | None = None,
 ) -> None:
-    """Write a part atomically; the same part gives the same bytes. `columns` is a pyarrow.Table or None.
-    `unknown_label` is the label of rejected pictures, None if none are rejected."""
+    """Write a part atomically; the same part gives the same bytes. `unknown_label` is the label of rejected
+    pictures, None if none are rejected."""
     pa = require("pyarrow", "parquet")
     classes = [
         None if prediction is None else [[getattr(one, name) for name in SCORES] for one in prediction.top]
@@ -78,8 +76,6 @@ def write_predictions(
         facts = {**facts, _UNKNOWN: unknown_label}
     table = pa.table({"key": pa.array(keys, pa.string()), **own, "error": pa.array(errors, pa.string())})
     sealed = json.dumps({**facts, "sha256": _digest(table, facts)}, sort_keys=True)
-    for name in () if columns is None else columns.column_names:
-        table = table.append_column(name, columns[name])
     with new_file(path) as temporary:
         tables.write_part(temporary, table, sealed)
 
@@ -91,9 +87,7 @@ def read_predictions(path: str | Path) -> PredictionPart:
         raise FileNotFoundError(f"expected a part with predictions at {path}, found no such file")
     try:
         table, facts = tables.read_part(path)
-        # Parts of 0.1 have no "adapter".
-        own = [name for name in columns_of(facts.get(_UNKNOWN)) if name in table.column_names]
-        expected, actual = facts.pop("sha256"), _digest(table.select(own), facts)
+        expected, actual = facts.pop("sha256"), _digest(table, facts)
     except ImportError:
         raise
     except Exception as error:  # the error of a damaged file depends on the damaged bytes

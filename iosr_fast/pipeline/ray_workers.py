@@ -53,7 +53,7 @@ class Worker:
         self.opened = self.plan.open(folder, threads)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        chunk = Chunk(int(row["number"]), [Item(*values) for values in json.loads(row["items"])], row["rows"])
+        chunk = Chunk(int(row["number"]), [Item(*values) for values in json.loads(row["items"])])
         path = self.out / self.plan.part_name(chunk.number)
         me = os.getpid(), socket.gethostname()
         if path.exists():
@@ -73,8 +73,8 @@ class Worker:
 
 def row_of(chunk: Chunk) -> dict[str, Any]:
     """A chunk as a row of Ray Data."""
-    items = [[item.key, item.path, item.stamp, item.offset, item.size, item.fault] for item in chunk.items]
-    return {"number": chunk.number, "items": json.dumps(items), "rows": chunk.rows}
+    items = [[item.key, item.path, item.stamp] for item in chunk.items]
+    return {"number": chunk.number, "items": json.dumps(items)}
 
 
 def _result(done: Done, bad: str = "", reason: str = "", killer: bool = False) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.pipeline.chunks import run_chunks
-from iosr_fast.pipeline.embedding_files import Format
 from iosr_fast.pipeline.part_folder import Done, PartFolder
 from iosr_fast.pipeline.plan import PLANS, make_plan
 from iosr_fast.pipeline.ray_workers import Pool, run_on_ray
@@ -71,12 +70,10 @@ def check_options(
     return RunOptions(chunk, batch, runtime, threads, skip_bad, pool)
 
 
-def embed(
-    engine: Path, source: Source, out: Path, options: RunOptions, dtype: str, file_format: Format
-) -> dict[str, Any]:
+def embed(engine: Path, source: Source, out: Path, options: RunOptions, dtype: str) -> dict[str, Any]:
     """Write the missing embeddings of `source` to `out`; returns the manifest."""
     facts = read_manifest(engine, "engine", verify=False)
-    return _run(engine, engine, facts, source, out, options, dtype=dtype, file_format=file_format)
+    return _run(engine, engine, facts, source, out, options, dtype=dtype)
 
 
 def classify(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.pipeline.embedding_files import FORMATS, Format, Part, read_part, write_part
+from iosr_fast.pipeline.embedding_files import Part, read_part, write_part
 from iosr_fast.utils.files import new_file
 from tests import ROOT
 
@@ -30,14 +30,9 @@ def make_part(
 
 @pytest.mark.parametrize("adapted", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("file_format", FORMATS)
-def test_a_part_comes_back_as_it_was(
-    rng: np.random.Generator, tmp_path: Path, file_format: Format, dtype: str, adapted: bool
-) -> None:
-    if file_format == "parquet":
-        pytest.importorskip("pyarrow")
-    part, path = make_part(rng, dtype=dtype, adapted=adapted), tmp_path / f"part-00000.{file_format}"
-    write_part(path, part, file_format)
+def test_a_part_comes_back_as_it_was(rng: np.random.Generator, tmp_path: Path, dtype: str, adapted: bool) -> None:
+    part, path = make_part(rng, dtype=dtype, adapted=adapted), tmp_path / "part-00000.safetensors"
+    write_part(path, part)
     got = read_part(path)
     assert (got.keys, got.errors, got.facts) == (part.keys, part.errors, part.facts)
     np.testing.assert_array_equal(got.embeddings.plain, part.embeddings.plain)
@@ -46,17 +41,14 @@ def test_a_part_comes_back_as_it_was(
         np.testing.assert_array_equal(got.embeddings.adapted, part.embeddings.adapted)
     assert str(got.embeddings.plain.dtype) == dtype
     first = path.read_bytes()
-    write_part(path, part, file_format)
+    write_part(path, part)
     assert path.read_bytes() == first
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
-def test_any_damaged_byte_is_found_or_harmless(rng: np.random.Generator, tmp_path: Path, file_format: Format) -> None:
+def test_any_damaged_byte_is_found_or_harmless(rng: np.random.Generator, tmp_path: Path) -> None:
     """A flipped bit anywhere is refused, or changes nothing that is read (bytes that only pad)."""
-    if file_format == "parquet":
-        pytest.importorskip("pyarrow")
-    part, path = make_part(rng), tmp_path / f"part-00000.{file_format}"
-    write_part(path, part, file_format)
+    part, path = make_part(rng), tmp_path / "part-00000.safetensors"
+    write_part(path, part)
     whole = path.read_bytes()
     refused = 0
     for place in range(0, len(whole), 13):
@@ -79,31 +71,15 @@ def test_any_damaged_byte_is_found_or_harmless(rng: np.random.Generator, tmp_pat
             read_part(path)
 
 
-def test_carried_columns_keep_their_types(rng: np.random.Generator, tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    columns = pa.table({"label": pa.array(range(6), pa.int16()), "tags": [["a"], [], None, ["b", "c"], ["d"], []]})
-    part = replace(make_part(rng), columns=columns)
-    write_part(tmp_path / "part-00000.parquet", part, "parquet")
-    assert read_part(tmp_path / "part-00000.parquet").columns.equals(columns)
-    with pytest.raises(ValueError, match="expected format parquet for a part with carried columns"):
-        write_part(tmp_path / "part-00000.safetensors", part, "safetensors")
-    with pytest.raises(ValueError, match=r"with names other than .* got \['plain'\]"):
-        taken = replace(part, columns=columns.rename_columns(["plain", "tags"]))
-        write_part(tmp_path / "part-00001.parquet", taken, "parquet")
-    assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
-
-
 def test_what_does_not_fit_is_refused(rng: np.random.Generator, tmp_path: Path) -> None:
     part, path = make_part(rng), tmp_path / "part-00000.safetensors"
     plain = part.embeddings.plain
     with pytest.raises(ValueError, match=r"the same number of rows in each, got \{'keys': 5"):
-        write_part(path, replace(part, keys=part.keys[1:]), "safetensors")
+        write_part(path, replace(part, keys=part.keys[1:]))
     with pytest.raises(ValueError, match="expected plain"):
-        write_part(path, replace(part, embeddings=Embeddings(plain.astype(np.float64))), "safetensors")
+        write_part(path, replace(part, embeddings=Embeddings(plain.astype(np.float64))))
     with pytest.raises(ValueError, match="expected adapted"):
-        write_part(path, replace(part, embeddings=Embeddings(plain, plain[:, 1:])), "safetensors")
-    with pytest.raises(ValueError, match="expected format safetensors or parquet, got 'csv'"):
-        write_part(path, part, "csv")  # type: ignore[arg-type]
+        write_part(path, replace(part, embeddings=Embeddings(plain, plain[:, 1:])))
     with pytest.raises(FileNotFoundError, match="expected a part"):
         read_part(path)
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +100,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_importing_loads_nothing_heavy() -> None:
-    heavy = {"torch", "pyarrow", "ray", "webdataset", "pandas"}
+    heavy = {"torch", "pyarrow", "ray", "pandas"}
     code = f"import sys, iosr_fast.cli.embed; print(sorted({heavy} & set(sys.modules)))"
     root = ROOT
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

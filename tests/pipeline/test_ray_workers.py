@@ -22,7 +22,7 @@ from iosr_fast.pipeline.part_folder import PartFolder
 from iosr_fast.pipeline.plan import Plan, make_plan
 from iosr_fast.pipeline.ray_workers import ATTEMPTS, Worker, attempt, row_of
 from iosr_fast.pipeline.source import Chunk
-from iosr_fast.pipeline.sources import open_source
+from iosr_fast.pipeline.sources import folder_source
 from iosr_fast.state.bundle import load_bundle
 from iosr_fast.utils.manifest import read_manifest
 from tests.pipeline.runs import (
@@ -162,14 +162,11 @@ def prepared(request: pytest.FixtureRequest, engine: Path, bundle: Path, tmp_pat
     """A run in which nothing is computed yet."""
     model = engine if request.param == "embed" else bundle
     paths, out = write_pictures(tmp_path / "in", 12), tmp_path / "out"
-    source = open_source(str(tmp_path / "in"))
+    source = folder_source(tmp_path / "in")
     chunks = source.cut(6)
     loaded = None if model == engine else load_bundle(bundle)
     facts = read_manifest(engine if loaded is None else loaded.engine, "engine", verify=False)
-    file_format = "safetensors" if loaded is None else "parquet"
-    plan = make_plan(
-        source, chunks, facts, "onnxruntime", chunk=6, batch=4, file_format=file_format, bundle=loaded, top=3
-    )
+    plan = make_plan(source, chunks, facts, "onnxruntime", chunk=6, batch=4, bundle=loaded, top=3)
     with PartFolder(out, plan, chunks, False).open():
         pass
     return Prepared(model, paths, plan, chunks, out)

@@ -17,7 +17,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.methods.joint import predict_jointly
 from iosr_fast.pipeline.ray_workers import Worker, row_of
-from iosr_fast.pipeline.sources import open_source
+from iosr_fast.pipeline.sources import folder_source
 from tests.pipeline.runs import classified, load_images, part_bytes, read_all, run
 
 KNOWN = 10
@@ -130,7 +130,7 @@ def test_a_worker_of_ray_writes_the_same_part(bundle: Path, folder: Path, tmp_pa
     whole, plan = part_bytes(out), (out / "plan.json").read_text()
     (out / "part-00001.parquet").unlink()
     worker = Worker(str(bundle), "classifications", plan, str(out), 1, True)
-    assert worker(row_of(open_source(str(folder)).cut(8)[1]))["images"] == 8
+    assert worker(row_of(folder_source(folder).cut(8)[1]))["images"] == 8
     assert part_bytes(out) == whole
 
 

@@ -31,21 +31,11 @@ from tests.pipeline.runs import (
 )
 from tests.state.manifests import rewrite_manifest
 
-FORMATS = ["safetensors", "parquet"]
 
-
-@pytest.fixture(params=FORMATS)
-def file_format(request: pytest.FixtureRequest) -> str:
-    if request.param == "parquet":
-        pytest.importorskip("pyarrow")
-    return str(request.param)
-
-
-def test_a_folder_gives_what_the_encoder_gives(
-    engine: Path, pictures: list[Path], tmp_path: Path, file_format: str
-) -> None:
-    out, dtype = tmp_path / "out", "float32" if file_format == "safetensors" else "float16"
-    options = ("--format", file_format, "--dtype", dtype, "--chunk", "8", "--batch", "3")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_folder_gives_what_the_encoder_gives(engine: Path, pictures: list[Path], tmp_path: Path, dtype: str) -> None:
+    out = tmp_path / "out"
+    options = ("--dtype", dtype, "--chunk", "8", "--batch", "3")
     part = embedded(engine, tmp_path / "in", out, *options)
     assert part.keys == [path.relative_to(tmp_path / "in").as_posix() for path in pictures]
     assert str(part.embeddings.plain.dtype) == str(part.embeddings.adapted.dtype) == dtype
@@ -57,21 +47,19 @@ def test_a_folder_gives_what_the_encoder_gives(
     assert {name.split(".")[0] for name in manifest["files"]} == {f"part-0000{i}" for i in range(4)} | {"plan", "log"}
 
 
-def test_the_same_plan_gives_the_same_bytes(
-    engine: Path, pictures: list[Path], tmp_path: Path, file_format: str
-) -> None:
+def test_the_same_plan_gives_the_same_bytes(engine: Path, pictures: list[Path], tmp_path: Path) -> None:
     for name, threads in (("one", "1"), ("two", "2")):
-        options = ("--format", file_format, "--chunk", "7", "--threads", threads)
+        options = ("--chunk", "7", "--threads", threads)
         embedded(engine, tmp_path / "in", tmp_path / name, *options)
     assert len(part_bytes(tmp_path / "one")) == 5
     assert part_bytes(tmp_path / "one") == part_bytes(tmp_path / "two")
 
 
 def test_missing_damaged_and_foreign_parts_are_computed_again(
-    engine: Path, pictures: list[Path], tmp_path: Path, file_format: str
+    engine: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    options = ("--format", file_format, "--chunk", "4")
+    options = ("--chunk", "4")
     embedded(engine, tmp_path / "in", out, *options)
     whole = part_bytes(out)
     parts = [out / name for name in whole]
@@ -206,11 +194,9 @@ def test_a_bad_image_stops_the_run_by_name_and_keeps_the_parts(
     assert [entry["part"] for entry in logged(out)] == [f"part-0000{i}.safetensors" for i in range(6)]
 
 
-def test_skip_bad_keeps_the_row_and_says_why(
-    engine: Path, pictures: list[Path], tmp_path: Path, file_format: str
-) -> None:
+def test_skip_bad_keeps_the_row_and_says_why(engine: Path, pictures: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--format", file_format, "--chunk", "5")
+    options = ("--chunk", "5")
     good = {i: pictures[i].read_bytes() for i in (3, 4, 20)}
     pictures[3].write_bytes(b"no picture")
     pictures[4].write_bytes(b"")
@@ -222,16 +208,6 @@ def test_skip_bad_keeps_the_row_and_says_why(
     assert "not an image of a known format" in (part.errors[3] or "")
     for array in (part.embeddings.plain, part.embeddings.adapted):
         assert np.isnan(array[[3, 4, 20]]).all() and np.isfinite(np.delete(array, [3, 4, 20], axis=0)).all()
-    if file_format == "parquet":
-        pq = pytest.importorskip("pyarrow.parquet")
-        assert [pq.read_table(out / f"part-0000{i}.parquet")["plain"].null_count for i in range(6)] == [
-            2,
-            0,
-            0,
-            0,
-            1,
-            0,
-        ]
     refused = run("embed", engine, tmp_path / "in", out, *options)
     assert refused.exit_code == 2 and f"can't read image {pictures[3]}" in refused.output
     for i, data in good.items():
@@ -239,7 +215,7 @@ def test_skip_bad_keeps_the_row_and_says_why(
     before = len(logged(out))
     assert_encodes(engine, embedded(engine, tmp_path / "in", out, *options, "--skip-bad"), pictures)
     redone = [entry["part"] for entry in logged(out)[before:]]
-    assert redone == [f"part-0000{i}.{file_format}" for i in (0, 4)], "only the parts that had bad images"
+    assert redone == [f"part-0000{i}.safetensors" for i in (0, 4)], "only the parts that had bad images"
 
 
 def test_somebody_elses_folder_and_a_second_run_are_refused(engine: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -280,13 +256,8 @@ def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path: Path, monkeypatch: p
     [
         (("--chunk", "0"), "expected --chunk from 1 to 65536, got 0"),
         (("--batch", "0"), "expected --batch of at least 1, got 0"),
-        (("--format", "csv"), "'--format': "),
         (("--dtype", "int8"), "'--dtype': "),
         (("--workers", "2"), "expected --workers, --gpus and --address only with --ray"),
-        (("--keep-columns", "label"), "expected --format parquet with --keep-columns"),
-        (("--path-column", "file"), "expected --path-column and --keep-columns only with Parquet files"),
-        (("--image-field", "jpg"), "expected --image-field only with WebDataset shards"),
-        (("--kind", "zip"), "'--kind': "),
     ],
 )
 def test_options_that_can_not_be_are_refused_before_any_work(

@@ -15,9 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.pipeline import prediction_files
 from iosr_fast.pipeline.prediction_files import COLUMNS, SCORES, read_predictions, write_predictions
-from iosr_fast.state.predictions import ClassScore, Prediction
 from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.manifest import read_manifest
 from tests.pipeline.runs import (
@@ -134,19 +132,6 @@ def test_a_bad_image_stops_the_run_or_is_a_row_with_its_error(
     assert again.exit_code == 2 and "part-00000.parquet is computed again: 1 of its images" in again.output
 
 
-def test_columns_of_the_input_go_with_their_rows(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
-    given = tmp_path / "list.parquet"
-    keys = [path.relative_to(tmp_path).as_posix() for path in pictures]
-    pq.write_table(pa.table({"path": keys[::-1], "price": list(range(30)), "label": ["x"] * 30}), given)
-    out = tmp_path / "out"
-    table = classified(bundle, given, out, "--keep-columns", "price", "--chunk", "8")
-    assert table.column_names == [*COLUMNS, "price"]
-    assert table["key"].to_pylist() == keys and table["price"].to_pylist() == list(range(30))[::-1]
-    assert_answers(bundle, table, pictures)
-    refused = run("classify", bundle, given, tmp_path / "other", "--keep-columns", "label")
-    assert refused.exit_code == 2 and "got ['label']; rename them in the input" in refused.output
-
-
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -167,25 +152,11 @@ def test_what_can_not_be_is_refused_before_any_work(
 
 def test_a_part_notices_changed_facts(tmp_path: Path) -> None:
     path = tmp_path / "part-00000.parquet"
-    write_predictions(path, ["a"], [None], ["no such file"], pa.table({"price": [3]}), {"part": 0})
+    write_predictions(path, ["a"], [None], ["no such file"], {"part": 0})
     held = read_predictions(path)
     assert (held.keys, held.errors, held.facts) == (["a"], ["no such file"], {"part": 0})
-    assert held.table["price"].to_pylist() == [3]
     table = pq.read_table(path)
     facts: dict[str, Any] = json.loads(table.schema.metadata[b"iosr_fast"])
     pq.write_table(table.replace_schema_metadata({"iosr_fast": json.dumps(facts | {"part": 1})}), path)
     with pytest.raises(ValueError, match="its content differs from what was written"):
         read_predictions(path)
-
-
-def test_a_part_of_an_earlier_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no column "adapter"; a run that resumes computes it again, because its columns differ."""
-    path = tmp_path / "part-00000.parquet"
-    with monkeypatch.context() as earlier:
-        earlier.setattr(prediction_files, "SCORES", SCORES[:-1])
-        earlier.setattr(prediction_files, "COLUMNS", tuple(name for name in COLUMNS if name != "adapter"))
-        score = ClassScore("pear", "~1", 0.9, 25.0, 22.0, 3.0, 1.0)
-        prediction = Prediction(**vars(score), top=(score,), nearest=(), version=1)
-        write_predictions(path, ["a"], [prediction], [None], None, {"part": 0})
-    held = read_predictions(path)
-    assert "adapter" not in held.table.column_names and held.table["cache"].to_pylist() == [3.0]
