@@ -1,12 +1,10 @@
-"""The page in a real browser: answers that are not sure, what confirms or corrects them, samples, and /docs."""
+"""The page in a real browser: answers that are not sure, what confirms or corrects them, and samples."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.serving import page_server
@@ -185,26 +183,3 @@ def test_the_headline_and_the_samples(visit: Visit) -> None:
     page.locator("#file-name", has_text=f"example of {name}").wait_for()
     page.locator("#answer .label", has_text=name).wait_for()
     assert not page.locator("#samples").is_visible() and page.evaluate("document.activeElement.id") == "choose"
-
-
-def test_the_docs_describe_every_route_and_load_nothing_else(visit: Visit) -> None:
-    page = visit.page
-    described = page.request.get(f"{visit.site.address}openapi.json").json()
-    page.goto(f"{visit.site.address}docs")
-    page.locator("#main[aria-busy=false]").wait_for()
-    shown = page.locator("article > h3 > code").all_inner_texts()
-    assert sorted(shown) == sorted(
-        f"{method.upper()} {path}" for path, of in described["paths"].items() for method in of
-    )
-    predict = page.locator("article[aria-label='POST /v1/predict']")
-    assert f"--data-binary @picture.jpg {visit.site.address}v1/predict" in predict.locator("pre").inner_text()
-    assert (
-        predict.locator("tr", has_text="keep").first.inner_text().split("\t")[1]
-        == "number above 0 below 1, default 0.95"
-    )
-    targets = set(page.locator("main a").evaluate_all("all => all.map(a => a.getAttribute('href').slice(1))"))
-    assert targets <= set(page.locator("article[id]").evaluate_all("all => all.map(article => article.id)"))
-    assert ">>>" not in visit.text("#main") and not re.search(r"undefined|\[object", visit.text("#main"))
-    page.set_viewport_size({"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert np.all(page.locator("summary").evaluate_all("all => all.map(one => one.tabIndex)")) == 0

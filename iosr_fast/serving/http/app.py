@@ -39,7 +39,7 @@ def assemble(service: Service, summary: str, routers: Iterable[APIRouter], guard
 
     `guarded` requires the token for every request that could change something.
     """
-    # FastAPI's documentation pages load scripts from another site; page/docs.html does not.
+    # FastAPI's documentation pages load scripts from another site.
     app = FastAPI(
         title="iosr_fast",
         version=__version__,

@@ -1,5 +1,4 @@
-"""The pages at / and /docs, and their files at /static/: read once, served from memory under a strict
-Content-Security-Policy."""
+"""The page at / and its files at /static/: read once, served from memory under a strict Content-Security-Policy."""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ from starlette.responses import Response
 from iosr_fast.serving.http.errors import ApiError
 
 _FOLDER = Path(__file__).parent / "page"
-_PAGES = {"/": "index.html", "/docs": "docs.html"}
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -43,10 +41,9 @@ def make_router() -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
-    @router.get("/docs")
     @router.get("/static/{name}")
     async def page(request: Request) -> Response:
-        name = request.path_params.get("name") or _PAGES[request.scope["route"].path]
+        name = request.path_params.get("name", "index.html")
         if name not in files:
             raise ApiError(404, "not_found", f"there is no file {name[:80]!r}")
         content, headers = files[name]
