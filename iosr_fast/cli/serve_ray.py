@@ -100,7 +100,7 @@ def serve_ray(
     if replicas is not None and max_replicas is not None:
         raise IosrFastError("expected --replicas or --max-replicas, got both")
     settings, scale = _choose(Settings, options), _choose(Scale, options)
-    Source.of(str(classifier), settings.verify)  # an invalid folder is refused before Ray is started
+    Source.of(str(classifier), verify=True)  # an invalid folder is refused before Ray is started
     total = (max_replicas or scale.replicas) * cpus + ingresses * ingress_cpus
     cores = math.ceil(total) if address is None else 0
     with joined(address, cores) as ray:

@@ -211,10 +211,11 @@ def test_without_a_token_nobody_changes_anything() -> None:
         assert client.predict(GREY).status_code == 200
 
 
-def test_few_changes_may_wait() -> None:
+def test_few_changes_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iosr_fast.serving.http.service._MAX_CHANGES", 2)
     classifier = load()
     gate = Gate(classifier)
-    with serving(classifier, max_changes=2) as client:
+    with serving(classifier) as client:
         gate.shut()
         waiting = [
             client.start("POST", "/v1/classes", data={"name": f"new {i}"}, files=form(GREY), headers=AUTHORISED)

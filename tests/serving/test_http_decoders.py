@@ -21,6 +21,7 @@ from tests.serving.http_client import (
     error_of,
     form,
     load,
+    probe_soon,
     queries,
     query_labels,
     serving,
@@ -127,10 +128,10 @@ def test_images_of_changes_are_decoded_by_processes_too() -> None:
         assert client.service.classifier.picture(added.json()["example_ids"][0]) == library.picture("e24")
 
 
-def test_health_goes_through_a_decoder_and_a_busy_one_is_no_failure() -> None:
-    probing = {"probe_after_s": 0.01, "probe_every_s": 0.01, "probe_deadline_s": 0.3, "stuck_after_s": 60}
+def test_health_goes_through_a_decoder_and_a_busy_one_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_soon(monkeypatch)
     limits = Settings(decode_timeout_s=1.5).decode_limits
-    with serving(batching={"isolated": True, "decode_threads": 1, "limits": limits}, **probing) as client:
+    with serving(batching={"isolated": True, "decode_threads": 1, "limits": limits}) as client:
         time.sleep(0.02)
         assert client.get("/healthz").status_code == 200
         (pid,) = pids(client)

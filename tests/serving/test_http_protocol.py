@@ -21,8 +21,9 @@ LONG_S = 6.0  # until a test gives up on a deadline
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Site]:
-    with pytest.MonkeyPatch.context() as patch, site(header_timeout_s=SHORT_S, keep_alive_s=1, body_timeout_s=1) as it:
-        patch.setattr("iosr_fast.serving.http.protocol._LINGER_S", SHORT_S)
+    with pytest.MonkeyPatch.context() as patch, site(body_timeout_s=1) as it:
+        for name, seconds in (("_LINGER_S", SHORT_S), ("_HEAD_S", SHORT_S), ("_KEEP_ALIVE_S", 1.0)):
+            patch.setattr(f"iosr_fast.serving.http.protocol.{name}", seconds)
         yield it
 
 

@@ -14,6 +14,11 @@ from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.metrics import CONTENT_TYPE
 from iosr_fast.serving.http.service import Service
 
+AFTER_S = 30.0  # without a classified image, /healthz classifies one
+EVERY_S = 10.0  # and at most this often
+WITHIN_S = 2.0  # expects an answer
+STUCK_AFTER_S = 120.0  # without an answer, a server that is too busy for the probe is unhealthy
+
 
 class Probe:
     """Classifies a grey PNG if no image was classified for a while, and caches the result.
@@ -29,24 +34,23 @@ class Probe:
 
     async def failure(self) -> str:
         """Why the engine is unhealthy; "" if it works."""
-        batching, settings = self._service.batching, self._service.settings
+        batching = self._service.batching
         if not batching.healthy:
             return f"the engine failed: {batching.last_error}"
         async with self._lock:
             idle_s = time.monotonic() - self._service.metrics.last_answer
-            if idle_s < settings.probe_after_s or self._service.loading or batching.closed:
+            if idle_s < AFTER_S or self._service.loading or batching.closed:
                 return ""
-            if time.monotonic() - self._probed >= settings.probe_every_s:
+            if time.monotonic() - self._probed >= EVERY_S:
                 self._failure = await self._probe(idle_s)
                 self._probed = time.monotonic()
             return self._failure
 
     async def _probe(self, idle_s: float) -> str:
-        service, settings = self._service, self._service.settings
-        within = settings.probe_deadline_s
+        service = self._service
         try:
-            async with asyncio.timeout(within):
-                await service.batching.classify(grey_png(), top=1, deadline_s=within)
+            async with asyncio.timeout(WITHIN_S):
+                await service.batching.classify(grey_png(), top=1, deadline_s=WITHIN_S)
         except QueueFullError:
             return self._busy(idle_s)
         except ClosedError:
@@ -54,14 +58,14 @@ class Probe:
         except TimeoutError:  # DeadlineExceededError is one
             if service.batching.decoders_are_busy:  # with slow images that are within their limits
                 return self._busy(idle_s)
-            return f"a grey image was not classified within {within:g} s"
+            return f"a grey image was not classified within {WITHIN_S:g} s"
         except Exception as error:
             return f"a grey image could not be classified: {error}"
         return ""
 
     def _busy(self, idle_s: float) -> str:
         """A server too busy for the probe is healthy as long as it classifies images."""
-        return "" if idle_s < self._service.settings.stuck_after_s else f"no image was classified for {idle_s:.0f} s"
+        return "" if idle_s < STUCK_AFTER_S else f"no image was classified for {idle_s:.0f} s"
 
 
 def make_router(service: Service, metrics: bool) -> APIRouter:

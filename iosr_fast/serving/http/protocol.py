@@ -13,6 +13,9 @@ from iosr_fast.serving.http.framing import Refused, find_head, read_head, split_
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.settings import Settings
 
+_HEAD_S = 10.0  # from its first byte to its last
+_KEEP_ALIVE_S = 65.0
+_MAX_HEAD_BYTES = 64 << 10  # with 100 headers and 8 KiB for the request line
 _LINGER_S = 5.0  # to read what a client still sends after its answer; if closed at once, it might miss the answer
 
 
@@ -43,8 +46,8 @@ class Connection(asyncio.Protocol):
 
     The connection waits for its client in four states. Each has a timeout that no received byte extends:
 
-    - for a head: `header_timeout_s` for the first one, `keep_alive_s` until a later one begins, and then
-      `header_timeout_s` from its first byte (408),
+    - for a head: _HEAD_S for the first one, _KEEP_ALIVE_S until a later one begins, and then _HEAD_S from its first
+      byte (408),
     - for a body: `body_timeout_s` (BoundedBody, 408),
     - until the client reads its answer: `body_timeout_s`,
     - for the rest of a body that is already answered, or the client's close: _LINGER_S and `max_body_bytes`.
@@ -74,7 +77,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's transport does not inherit from it
         self._state.connections.add(self)  # type: ignore[arg-type]
-        self._wait(self._settings.header_timeout_s)
+        self._wait(_HEAD_S)
         if len(self._state.connections) > self._settings.max_connections:
             self._edge.make_room(self)
 
@@ -101,7 +104,7 @@ class Connection(asyncio.Protocol):
             self._buffer += data
             if self._exchange is None:
                 self._begin()
-            elif len(self._buffer) > self._settings.max_header_bytes:
+            elif len(self._buffer) > _MAX_HEAD_BYTES:
                 self.pause_reading()
 
     def pause_writing(self) -> None:
@@ -168,7 +171,7 @@ class Connection(asyncio.Protocol):
         """Wait for the next head, or take the one in the buffer."""
         self._exchange = None
         self._searched, self._begun, self._blank = 0, False, False
-        self._wait(self._settings.keep_alive_s)
+        self._wait(_KEEP_ALIVE_S)
         self.resume_reading()
         self._begin()
 
@@ -180,7 +183,7 @@ class Connection(asyncio.Protocol):
         if not buffer or (buffer == b"\r" and not self._blank):
             return
         try:
-            size = find_head(buffer, self._searched, self._settings.max_header_bytes)
+            size = find_head(buffer, self._searched, _MAX_HEAD_BYTES)
             self._searched = len(buffer)
             if size:
                 head = bytes(buffer[:size])
@@ -188,7 +191,7 @@ class Connection(asyncio.Protocol):
                 self._start(head)
             elif not self._begun:
                 self._begun = True
-                self._wait(self._settings.header_timeout_s)
+                self._wait(_HEAD_S)
         except Refused as refused:
             self.refuse(refused)
 
@@ -287,7 +290,7 @@ class Connection(asyncio.Protocol):
 
     def _expire(self) -> None:
         if self._exchange is None and self._begun and not self._drained:
-            seconds = self._settings.header_timeout_s
+            seconds = _HEAD_S
             self.refuse(Refused(408, "headers_too_slow", f"expected all headers within {seconds:g} s"))
         else:
             self.abort()

@@ -50,7 +50,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
     threadpool_limits(1, "blas")
     _allow_files(settings)
     runs, threads = settings.engine_layout
-    classifier = Classifier.load(bundle, settings.runtime, settings.verify, threads, settings.expected_digest, runs)
+    classifier = Classifier.load(bundle, settings.runtime, True, threads, settings.expected_digest, runs)
     classifier.snapshot().one_label("the HTTP API", "serve one fitted with one label, or use predict")
     if settings.log is not None:
         with json_logs():

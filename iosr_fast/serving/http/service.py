@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from iosr_fast.serving.batching import BatchingClassifier
 
 Answer = TypeVar("Answer")
+_MAX_CHANGES = 8  # that may wait
 _DECODE_S = 60.0  # how long an image of a change may wait for a decoder
 
 
@@ -109,7 +110,7 @@ class Service(ClassifierLists):
 
     async def change(self, act: Callable[[Classifier], Answer]) -> Answer:
         """Run `act` in the thread of changes, one at a time; 503 if too many changes, or images to decode, wait."""
-        if self._waiting >= self.settings.max_changes:
+        if self._waiting >= _MAX_CHANGES:
             raise busy("busy", f"{self._waiting} changes are waiting already; try again", 5)
         self._waiting += 1
         try:

@@ -46,11 +46,10 @@ class Settings:
     """Limits, deadlines and files of one server. Raises ValueError that names the setting and the expected value.
 
     Listening: `host`; `port`, 0 for a free one (the log names it). At most `max_connections` are open; beyond that the
-    one that has waited longest for its client is closed. A request head may take `header_timeout_s` seconds and
-    `max_header_bytes` bytes, with 100 headers and 8 KiB for the request line. An idle connection closes after
-    `keep_alive_s`, and a client must read an answer within `body_timeout_s`. Received bytes extend no deadline.
+    one that has waited longest for its client is closed. A client must read an answer within `body_timeout_s`
+    (protocol.py has the other deadlines of a connection).
 
-    Changes of classes require the bearer token `token`; None disables changes. At most `max_changes` may wait.
+    Changes of classes require the bearer token `token`; None disables changes.
 
     Batches: `max_batch` images (None: 8 on a CPU, where larger ones only delay each other, and the engine's own maximum
     on a GPU). With one run of the encoder, the first image of a batch waits at most `max_wait_ms`. `max_queue` images
@@ -66,22 +65,16 @@ class Settings:
     `max_buffered_bytes`. The deadline is `deadline_ms`, unless the client asks for another of at most
     `max_deadline_ms`.
 
-    Health: after `probe_after_s` without a classified image, /healthz classifies one, at most every `probe_every_s`,
-    and expects an answer within `probe_deadline_s`. A full queue is unhealthy only after `stuck_after_s` without an
-    answer. After a signal /readyz fails; the server accepts requests for another `drain_s` and answers them within
-    `grace_s`.
+    After a signal /readyz fails; the server accepts requests for another `drain_s` and answers them within `grace_s`.
 
-    The classifier: `runtime` of its engine; `verify` checks the hashes of its files; `expected_digest` of the bundle
-    (None: any); `log`, the file of changes; `recover` opens a damaged log and reports which changes are lost.
+    The classifier: `runtime` of its engine; `expected_digest` of the bundle (None: any); `log`, the file of changes;
+    `recover` opens a damaged log and reports which changes are lost.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     token: str | None = field(default=None, repr=False)
     max_connections: Count = 900  # below 1,024, a common limit of open files
-    header_timeout_s: Positive = 10.0
-    max_header_bytes: Count = 64 << 10
-    keep_alive_s: Count = 65
     max_batch: Count | None = None
     max_wait_ms: NonNegative = 2.0
     max_queue: Count = 256
@@ -97,15 +90,9 @@ class Settings:
     max_buffered_bytes: Count = 256 * MIB
     deadline_ms: Count = 5_000
     max_deadline_ms: Count = 60_000
-    max_changes: Count = 8
-    probe_after_s: Positive = 30.0
-    probe_every_s: Positive = 10.0
-    probe_deadline_s: Positive = 2.0
-    stuck_after_s: Positive = 120.0
     drain_s: NonNegative = 1.0
     grace_s: Count = 30
     runtime: str = "auto"
-    verify: bool = True
     expected_digest: str | None = None
     log: Path | None = None
     recover: bool = False

@@ -47,7 +47,7 @@ class Source:
         from iosr_fast.classifier import Classifier
         from iosr_fast.state.bundle import KIND
 
-        folder = open_verified(self.bundle, KIND, settings.verify)
+        folder = open_verified(self.bundle, KIND)
         checksum: str = folder.manifest["checksum"]
         if self.checksum not in (None, checksum):
             raise IosrFastError(
@@ -55,7 +55,7 @@ class Source:
                 "replaced, or this machine sees another folder there; deploy it again, or save to new folders"
             )
         # `threads` is always set, because the default takes all cores of a machine that other replicas share.
-        return Source(self.bundle, checksum), Classifier.load(folder, settings.runtime, settings.verify, threads)
+        return Source(self.bundle, checksum), Classifier.load(folder, settings.runtime, threads=threads)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def deploy(
     """
     serve = require("ray.serve", "ray")
     settings, scale = settings or Settings(), scale or Scale()
-    source = Source.of(str(Path(bundle).absolute()), verify=settings.verify)
+    source = Source.of(str(Path(bundle).absolute()), verify=True)
     new = name not in serve.status().applications
     previous = running(name)
     if previous:
