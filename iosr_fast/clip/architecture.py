@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
@@ -105,21 +104,3 @@ def refuse_fusing(name: str, reasons: Mapping[str, bool]) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise IosrFastError(f"{name} can't be fused: its image encoder has {reason}")
-
-
-_COPY_WEIGHTS = "copy the file here and give its path (pretrained=FILE, --pretrained FILE: .safetensors or .pt)"
-
-
-@contextmanager
-def downloading(name: str, what: str, advice: str = _COPY_WEIGHTS) -> Iterator[None]:
-    """Raise any error of the block as an OSError that names the model and what to do without a network.
-
-    Which library downloads a file, and what it raises, depends on the model.
-    """
-    try:
-        yield
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise OSError(f"{what} of {name} can't be downloaded or read: {first}; without a network, {advice}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.clip.architecture import downloading
+from iosr_fast.clip.download import downloading
 from iosr_fast.clip.load_tokenizer import load_tokenizer
 from iosr_fast.clip.models import (
     DEMO_FOLDER,
@@ -241,9 +241,10 @@ def _fingerprint(model: Any, config: dict[str, Any]) -> str:
 
 @contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    """Suppress open_clip's warnings about random weights and GELU mismatches, which `load_clip` handles."""
+    """Suppress open_clip's lines about random weights, GELU mismatches and failed downloads, which `load_clip`
+    handles."""
     level = logging.root.level
-    logging.root.setLevel(logging.ERROR)
+    logging.root.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

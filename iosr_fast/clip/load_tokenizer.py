@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.clip.architecture import downloading
+from iosr_fast.clip.download import downloading
 from iosr_fast.clip.tokenizer import Clean, Tokenizer, clean_text
 from iosr_fast.exceptions import IosrFastError, MissingPackageError
 from iosr_fast.utils.require import require

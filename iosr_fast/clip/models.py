@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.clip.architecture import check_architecture, downloading, fused_family
+from iosr_fast.clip.architecture import check_architecture, fused_family
 from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
+from iosr_fast.clip.download import downloading
 from iosr_fast.exceptions import DamagedFileError, IosrFastError, MissingPackageError
 from iosr_fast.utils.require import require
 from iosr_fast.utils.text import did_you_mean

@@ -20,7 +20,7 @@ from iosr_fast.export.convert import convert_engine, fingerprint_of
 from iosr_fast.export.engine_precision import QUANTISED, graph_precision, runtimes_in
 from iosr_fast.export.quantize import MIN_PICTURES
 from iosr_fast.images.preprocess import to_pixels
-from iosr_fast.utils.files import cache_folder
+from iosr_fast.utils.files import in_cache
 from iosr_fast.utils.machine import this_gpu
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
@@ -123,8 +123,7 @@ class CandidateBuilder:
     ) -> None:
         self.engine, self._calibration, self._loaded = engine, calibration, loaded
         self._options: dict[str, Any] = {"threads": threads, "adapted": adapted}
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=f"optimize-{os.getpid()}-", dir=cache_folder()))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"optimize-{os.getpid()}-", dir=in_cache()))
         self._built: dict[str, Path | Exception] = {}
 
     def start_in_fp32(self, runtime: str) -> Encoder:

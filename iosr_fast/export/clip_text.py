@@ -14,6 +14,7 @@ from iosr_fast.clip.load import LoadedClip
 from iosr_fast.clip.prompts import default_templates, embed_classes
 from iosr_fast.clip.tokenizer import Tokenizer
 from iosr_fast.export.export_text import export_text
+from iosr_fast.utils.files import in_cache
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import MANIFEST, SCHEMA, write_manifest
 from iosr_fast.utils.verified_folder import open_verified
@@ -24,10 +25,9 @@ TEXT_EXPORT = 2  # increases when export_text writes other files for the same CL
 
 @dataclass(frozen=True)
 class ClipText:
-    """A TextSource over a loaded CLIP. Exporting takes seconds, so exports are cached in the folder `cache`."""
+    """A TextSource over a loaded CLIP. Exporting takes seconds, so exports are cached."""
 
     clip: LoadedClip
-    cache: Path
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """As clip.prompts.embed_classes, with this CLIP."""
@@ -35,7 +35,7 @@ class ClipText:
 
     def write(self, folder: Path) -> dict[str, Any] | None:
         """Export text encoder and tokenizer into `folder`; None, with a warning, if they can't be exported."""
-        export = self.cache / self._name()
+        export = in_cache("text", self._name())
         if not (export / MANIFEST).is_file():
             try:
                 with new_folder(export, TEXT_KIND) as temporary:

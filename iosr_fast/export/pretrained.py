@@ -17,7 +17,7 @@ from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.files import cache_folder
+from iosr_fast.utils.files import cache_folder, in_cache
 from iosr_fast.utils.manifest import MANIFEST, SCHEMA
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.renames import recover
@@ -127,12 +127,12 @@ def open_pretrained(
         fingerprint = engine_fingerprint(clip, chosen, precision, quantised)
         # Versions with another schema or layout use another folder; the CPU runtimes of one graph share theirs.
         form = "onnx" if runtime in ONNX_RUNTIMES else runtime
-        folder = cache_folder() / "engines" / f"{fingerprint[:16]}-{form}-v{SCHEMA}.{LAYOUT}"
+        folder = in_cache("engines", f"{fingerprint[:16]}-{form}-v{SCHEMA}.{LAYOUT}")
         if not _is_cached(folder):
             with progress("build the engine", None, shown=shown):
                 write_engine(clip, chosen, folder, runtime, precision, calibration=calibration)
         encoder = open_engine(folder, runtime, verify=False)
-    text, adapted_by = ClipText(clip, cache_folder() / "text"), None if chosen is None else chosen.fingerprint()
+    text, adapted_by = ClipText(clip), None if chosen is None else chosen.fingerprint()
     assert encoder.source is not None
     same = encoder.source.manifest["adapter_fingerprint"] == adapted_by
     return OpenedClip(encoder, folder, text, clip.logit_scale, (clip, chosen) if same else None)

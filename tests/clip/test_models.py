@@ -109,7 +109,7 @@ def test_a_repository_of_the_hub_is_loaded_by_its_own_configuration(
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", download)
     assert load_clip("hf-hub:owner/repository").fingerprint == load_clip(f"local-dir:{folder}").fingerprint
-    with pytest.raises(OSError, match=r"the configuration of hf-hub:owner/other can't be downloaded or read: no route"):
+    with pytest.raises(OSError, match=r"the configuration of hf-hub:owner/other can't be downloaded or read: "):
         load_clip("hf-hub:owner/other")
     with pytest.raises(ValueError, match=r"names its weights itself.* got 'openai'"):
         load_clip("hf-hub:owner/repository", "openai")

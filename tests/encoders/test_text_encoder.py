@@ -36,7 +36,7 @@ from iosr_fast.export import export_text as module  # noqa: E402
 from iosr_fast.export.clip_text import ClipText  # noqa: E402
 from iosr_fast.export.export_text import export_text  # noqa: E402
 from iosr_fast.images.geometry import Geometry  # noqa: E402
-from tests.demo_cache import demo_cache, shared_cache  # noqa: E402
+from tests.demo_cache import shared_cache  # noqa: E402
 
 VOCABULARY = 49408
 
@@ -50,7 +50,7 @@ def demo() -> LoadedClip:
 def exported(demo: LoadedClip, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("text")
     with shared_cache():
-        facts = ClipText(demo, demo_cache() / "text").write(folder)
+        facts = ClipText(demo).write(folder)
     assert facts is not None
     return folder, facts
 
@@ -120,7 +120,7 @@ def test_the_same_weights_under_another_name_have_prompts_of_their_own(
     demo: LoadedClip, exported: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     with shared_cache():
-        facts = ClipText(replace(demo, name="ViT-B-32"), demo_cache() / "text").write(tmp_path)
+        facts = ClipText(replace(demo, name="ViT-B-32")).write(tmp_path)
     assert facts == {**exported[1], "templates": list(PHOTO_TEMPLATES)}
 
 

@@ -269,6 +269,6 @@ def test_settings_and_questions_that_can_not_be(make, classifier: FakeClassifier
     }.items():
         with pytest.raises(ValueError, match=said):
             batching.submit(picture(0), **asked)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"expected top to be a whole number, got 1\.5"):
         batching.submit(picture(0), top=1.5)
     assert batching.pending == 0 and classifier.encoder.batches == []

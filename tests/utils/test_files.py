@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from iosr_fast.utils import folders
-from iosr_fast.utils.files import new_file
+from iosr_fast.utils.files import in_cache, new_file
 from iosr_fast.utils.folders import check_new_folder, new_folder
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 from iosr_fast.utils.renames import recover
@@ -461,3 +461,34 @@ def test_what_was_put_aside_is_put_back(tmp_path: Path, caplog: pytest.LogCaptur
     shutil.rmtree(target)
     with pytest.raises(FileNotFoundError, match="found none at"):
         read_manifest(target, "thing")
+
+
+@pytest.mark.parametrize("variable", ["IOSR_FAST_CACHE", "XDG_CACHE_HOME", "HOME"])
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("IOSR_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(
+        variable, str(tmp_path / "file" / "below")
+    )  # root may write to any folder, and to none below a file
+    with caplog.at_level(logging.WARNING):
+        place = in_cache("engines", "one")
+        assert in_cache("engines", "one") == place and in_cache() == place.parent.parent
+    assert "set IOSR_FAST_CACHE to a folder that can be written" in caplog.text and len(caplog.records) == 1
+    write(place, "one")
+    assert read(in_cache("engines", "one")) == ("one", "one")
+    assert not place.is_relative_to(tmp_path)
+
+
+def test_a_cache_that_is_only_read_serves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
+    write(in_cache("engines", "one"), "one")
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert in_cache("engines", "one") == tmp_path / "cache" / "engines" / "one"
+    assert not in_cache("engines", "two").is_relative_to(tmp_path)
