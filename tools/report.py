@@ -1,72 +1,150 @@
-"""Make benchmarks/README.md and its figures from the rows in benchmarks/results.
+"""Make benchmarks/README.md, tables of the rows in benchmarks/results; with --check exit 1 if it differs from them.
 
-    python tools/report.py            # write them
-    python tools/report.py --check    # exit 1 if the page differs from what the rows give
-
-The page is a function of the rows, byte for byte. The bytes of a figure depend on matplotlib's version, so --check only
-checks that every figure exists and that there is no other.
+python tools/report.py [--check]
 """
 
 from __future__ import annotations
 
-import difflib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import numpy as np
 
-from iosr_fast.utils.command import new_app
-from tools.reporting.charts import Chart
-from tools.reporting.load import BrokenResults, read_results
-from tools.reporting.page import PAGE, PLOTS, pages
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+KEYS = ("bench", "device", "data", "seeds")  # of a table: rows that are equal in these
+Row = Mapping[str, Any]
 
-app = new_app(help=__doc__)
-ROOT = Path(__file__).resolve().parent.parent
+# Files in the order of the page, and what their figures are. Times are medians in ms (10th to 90th percentile).
+SUBJECTS = {
+    "encoder": "Times of both embeddings of a batch (b). `-sN`: adapters from block N on.",
+    "precision": "Times of the encoder in fewer bits; the cosine to fp32 is the smallest of all pictures.",
+    "score": "Times of scoring: queries (q), keys (k), width (d), classes (c).",
+    "pipeline": "Times of folders of JPEG files to labels.",
+    "cold-start": "Times from the start of a process to its first label.",
+    "classifier": "Times of pictures in memory to labels of 100 classes.",
+    "fit": "Times of fitting a classifier on pictures.",
+    "search": "Times of choosing parameters. The public grid is extrapolated from 40 of its points.",
+    "train": "Times of an epoch of an adapter's training.",
+    "updates": "Times of changes of a running classifier.",
+    "serving": "The server under load, as shares of its capacity.",
+    "serving-peer": "The server beside infinity-emb.",
+    "texts": "What class names are worth, beside scikit-learn; deviation over draws.",
+    "accuracy-caltech70": "Accuracy in %; ±: standard error of one draw.",
+    "accuracy-embeddings": "Accuracy in % beside scikit-learn, with and without texts.",
+    "accuracy-demo": "Accuracy in % on the demo's held-out concepts; ±: deviation over seeds.",
+    "accuracy-demo-shift": "The same with support and queries in different styles.",
+    "unequal": "Accuracy in % where half of the classes have a quarter of the images.",
+    "joint": "A folder judged jointly, beside each image alone.",
+    "labels": "Several labels a picture: mean average precision and more.",
+    "audit": "Wrong labels in the support set.",
+    "suggest": "Accuracy after a budget of labels, suggested and at random.",
+    "unknown": "Pictures of unknown classes; label sets.",
+    "adapter-place": "Accuracy in % by the adapter's place in the demo's CLIP.",
+    "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
+}
+# Of benches whose rows are lines: the first columns, where a row has them, and the others, with their formats.
+FIRST = {"case": "", "impl": "", "ms": "", "server": "", "load": ".0%", "method": "", "of": "", "shots": ""}
+LATENCIES = {"p50_ms": ".1f", "p99_ms": ".1f", "lone_ms": ".1f"}
+COLUMNS: dict[str, dict[str, str]] = {
+    "precision": {"min_cosine": ".4f", "file_mb": ".0f", "accuracy": ".1%"},
+    "pipeline": {"images_per_s": ".1f", "memory_mb": ".0f"},
+    "cold-start": {"peak_memory_mb": ".0f"},
+    "serving": {"ok": ",", "refused": ",", "ok_rps": ".0f", **LATENCIES},
+    "serving-peer": {"pictures_per_s": ".1f", **LATENCIES},
+    "texts": {"accuracy": ".1%", "std": ".1%"},
+    "joint": {"alone": ".1%", "joint": ".1%", "refused": ".0%"},
+    "labels": {"map": ".1%", "std": ".1%", "expected": ".1%", "f1": ".1%", "predicted": ".2f"},
+    "audit": {"auroc": ".4f", "precision": ".1%", "wrong": ".0f", "listed": ".1f", "found": ".1f"},
+    "suggest": {"suggested": ".1%", "random": ".1%", "budget": ".0f"},
+    "unknown": {**dict.fromkeys(("auroc", "std", "fpr95", "kept", "best_single", "coverage"), ".1%"), "size": ".2f"},
+}
 
 
-def write(page: str, figures: list[Chart], out: Path) -> None:
-    """Write the page and its figures, and remove other figures."""
-    folder = out / PLOTS
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in set(folder.glob("*.png")) - {folder / figure.file for figure in figures}:
-        stale.unlink()
-    for figure in figures:
-        figure.draw(folder / figure.file)
-    (out / PAGE).write_text(page, encoding="utf-8")
+def page(folder: Path = RESULTS) -> str:
+    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    if unknown := sorted(files.keys() - SUBJECTS.keys()):
+        raise ValueError(f"expected the subjects of {__file__}, got {', '.join(unknown)}; name them there")
+    lines = [
+        "# Benchmarks\n",
+        "Made from the rows in `results` by `tools/report.py`. Candidates were checked against a reference, then",
+        "timed in turn in one run. Compare within a table: machines differ. No GPU was measured.",
+    ]
+    for name in filter(files.get, SUBJECTS):
+        lines += ["", f"## {name}", "", SUBJECTS[name]]
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in files[name]:
+            if row["bench"] not in ("summary", "overlap"):
+                groups.setdefault(tuple(str(row.get(key)) for key in KEYS), []).append(row)
+        for rows in groups.values():
+            lines += ["", *lines_of(rows), "", origin(name, rows)]
+    return "\n".join(lines) + "\n"
 
 
-def differences(page: str, figures: list[Chart], out: Path) -> list[str]:
-    """The lines and figures that differ from what the rows give, empty if none do."""
-    path = out / PAGE
-    current = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = list(difflib.unified_diff(current.split("\n"), page.split("\n"), str(path), "the rows", n=0, lineterm=""))
-    expected = {out / PLOTS / figure.file for figure in figures}
-    lines += [f"{path}: missing or empty" for path in sorted(expected) if not path.is_file() or not path.stat().st_size]
-    return lines + [f"{path}: no row asks for it" for path in sorted(set((out / PLOTS).glob("*.png")) - expected)]
+def lines_of(rows: Sequence[Row]) -> list[str]:
+    """The table of one bench, machine and data set: a line for each row, or for each method or implementation."""
+    bench = rows[0]["bench"]
+    if bench in COLUMNS:
+        timed = [{**row, "ms": milliseconds(row)} if "runtime_ms" in row else row for row in rows]
+        flat = [{**row, **part} for row in timed for part in row.get("servers") or row.get("runs") or [row]]
+        formats = {**FIRST, **COLUMNS[bench]}
+        shown = [name for name in formats if any(row.get(name) not in (None, "") for row in flat)]
+        return table(shown, [[cell(row.get(name), formats[name]) for name in shown] for row in flat])
+    if "runtime_ms" in rows[0]:
+        cells = {(row["impl"], row["case"]): milliseconds(row) for row in rows}
+    else:
+        cells = {(method(row), f"{row.get('of', '')} {row['shots']}-shot".strip()): percent(row) for row in rows}
+    heads = list(dict.fromkeys(head for _, head in cells))
+    names = dict.fromkeys(name for name, _ in cells)
+    return table(["", *heads], [[name, *(cells.get((name, head), "") for head in heads)] for name in names])
 
 
-@app.command()
-def main(
-    results: Annotated[Path, typer.Option(help="The folder of JSON files.")] = ROOT / "benchmarks" / "results",
-    out: Annotated[Path, typer.Option(help="Where README.md and plots/ go.")] = ROOT / "benchmarks",
-    check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit 1 if the page differs from what the rows give.")
-    ] = False,
-) -> None:
-    """Make the page of benchmarks, or check that it is what the rows give."""
-    try:
-        page, figures = pages(read_results(results), results, out)
-    except BrokenResults as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    if not check:
-        write(page, figures, out)
-        typer.echo(f"wrote {out / PAGE} and {len(figures)} figures")
-    elif lines := differences(page, figures, out):
-        typer.echo("\n".join(lines[:40]), err=True)
-        typer.echo("error: the page is not what the rows give; python tools/report.py makes it again", err=True)
-        raise typer.Exit(1)
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    first = [[head.replace("_", " ") for head in heads], ["---"] * len(heads)]
+    return ["| " + " | ".join(line) + " |" for line in (*first, *lines)]
+
+
+def cell(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def milliseconds(row: Row) -> str:
+    spread = row.get("runtime_ms_spread")
+    return f"{row['runtime_ms']:.4g}" + (f" ({spread[0]:.4g} to {spread[1]:.4g})" if spread else "")
+
+
+def percent(row: Row) -> str:
+    return f"{100 * row['mean']:.1f} ± {100 * (row.get('se') if row['std'] is None else row['std']):.1f}"
+
+
+def method(row: Row) -> str:
+    parts = [row["method"], *({row.get("reducer", "none")} - {"none", "auto"})]
+    if "bottleneck" in row:
+        block, width, epochs = (row[name] for name in ("first_adapted_block", "bottleneck", "epochs"))
+        parts.append("no adapter" if block is None else f"from block {block}, width {width}, {epochs} epochs")
+    return ", ".join(parts)
+
+
+def origin(name: str, rows: Sequence[Row]) -> str:
+    """Of a table: file, data, numbers of test images and draws, machine, versions, commits."""
+    parts = [f"[{name}.json](results/{name}.json)"]
+    if "data" in rows[0]:
+        counts = " or ".join(map(str, sorted({n for row in rows for n in np.ravel(row["test_images"])})))
+        parts += [rows[0]["data"], f"test images: {counts}", f"draws: {np.size(rows[0]['seeds'])}"]
+    versions = {f"{package} {version}" for row in rows for package, version in row["versions"].items() if version}
+    facts = (", ".join(sorted(names)) for names in (versions, {row["commit"] for row in rows}))
+    return "; ".join([*parts, rows[0]["device"], *facts])
+
+
+def main() -> None:
+    path, new = RESULTS.parent / "README.md", page()
+    if "--check" not in sys.argv[1:]:
+        path.write_text(new, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != new:
+        raise SystemExit("benchmarks/README.md is not what the rows give: run python tools/report.py")
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -88,7 +88,7 @@ def test_an_option_takes_several_words() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "tool",
-    ["build_engine", "classify", "embed", "evaluate", "open_images_subset", "train_adapter"],
+    ["build_engine", "classify", "embed", "evaluate", "train_adapter"],
 )
 def test_a_script_of_tools_is_the_command(tool: str, tmp_path: Path) -> None:
     name = tool.replace("_", "-")

@@ -22,9 +22,9 @@ from iosr_fast.pipeline import evaluate
 from iosr_fast.pipeline.tables import Labelled
 from iosr_fast.reports import evaluation_report, predictions_report
 from iosr_fast.reports.predictions_report import predictions_page
+from tests.browser import ARGUMENTS, CHROMIUM
 from tests.cli.runs import never, refused, run
 from tests.state.live_parts import engine_folder, pictures, pixel_clip
-from tools.page_screenshot import ARGUMENTS, CHROMIUM
 
 NAMES = ["<b>one</b>", "two", "three", "four", "five"]
 

@@ -15,9 +15,9 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.methods import METHODS
 from iosr_fast.state.changes import Change
 from iosr_fast.state.method_config import MethodConfig
+from tests.browser import ARGUMENTS, CHROMIUM, served
 from tests.serving import http_client
 from tests.serving.http_client import TOKEN
-from tools.page_screenshot import ARGUMENTS, CHROMIUM, served
 
 # Modules that import this one are skipped without a browser.
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
