@@ -117,8 +117,9 @@ def train_adapter(
         stack.enter_context(on_device(fabric.device, clip))
         cache = None
         if config.cached_views:
-            cache = folder / "activations" if folder is not None else None
-            if cache is None:
+            if folder is not None:
+                cache = folder / "activations" / str(fabric.node_rank)  # maps of one file differ between machines
+            else:
                 temporary = tempfile.TemporaryDirectory(prefix="iosr_fast-", ignore_cleanup_errors=True)
                 cache = Path(stack.enter_context(temporary))
         torch.manual_seed(config.seed)
@@ -140,8 +141,8 @@ def train_adapter(
             loggers = _make_loggers(folder, stepper.done, tensorboard)
             for logger in loggers:
                 stack.callback(logger.finalize, "finished")
-        interrupt = stack.enter_context(Interrupt())
 
+        interrupt = stack.enter_context(Interrupt())
         saved = time.monotonic()
         for epoch in range(stepper.done // steps_an_epoch, config.epochs):
             objective.begin_epoch(epoch)
@@ -150,10 +151,12 @@ def train_adapter(
             micro_batches = batches.epoch(epoch, first)
             for step in range(first + 1, steps_an_epoch + 1):
                 started = time.perf_counter()
+                # Step: the outputs of the frozen blocks, loss, gradient, weights.
                 loss, accuracy, pictures = stepper.step(micro_batches)
                 rate, seconds = stepper.optimizer.param_groups[0]["lr"], time.perf_counter() - started
                 overdue = 0 < 60 * checkpoint_minutes <= time.monotonic() - saved
                 stop, save = stepper.any_process(interrupt.requested, overdue or step == steps_an_epoch)
+                # Report: to the caller, and after an epoch what held-out pictures say; then to the log.
                 values = {"epoch": epoch + 1, "loss": loss, objective.metric: accuracy, "learning_rate": rate}
                 if report is not None and fabric.is_global_zero:
                     report(Progress(epoch + 1, step, steps_an_epoch, loss, accuracy, rate, pictures, seconds))
@@ -164,6 +167,7 @@ def train_adapter(
                         report_epoch(epoch + 1, plain, adapted)
                 for logger in loggers:
                     logger.log_metrics(values, stepper.done)
+                # Checkpoint: after the log, so that a resumed training lacks no line.
                 if checkpoints is not None and (stop or save):
                     in_first_process(fabric, partial(checkpoints.save, *stepper.state()))
                     saved = time.monotonic()
