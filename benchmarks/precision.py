@@ -105,7 +105,7 @@ def accuracy(clip: LoadedClip, embeddings: Embeddings) -> dict[str, Any]:
     """Few-shot accuracy on the demo's test concepts; `accuracy` is that of the first of METHODS and SHOTS."""
     pictures, _ = held_out()
     text = embed_classes(clip, pictures.names)
-    encoded = Encoded(embeddings, pictures.concepts, text, clip.logit_scale, pictures.styles)
+    encoded = Encoded(embeddings, pictures.concepts, text, clip.logit_scale)
     results = {method: evaluate_few_shot(encoded, method, "none", SHOTS, SEEDS) for method in METHODS}
     first = results[METHODS[0]][SHOTS[0]]
     facts = {

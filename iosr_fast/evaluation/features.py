@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -10,6 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.evaluation import demo
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.support_set import make_support_set
@@ -17,6 +19,27 @@ from iosr_fast.methods.support_set import make_support_set
 TAU = 100.0
 SUPPORT = re.compile(r"support(\d+)_[xy]")
 Arrays = Mapping[str, np.ndarray]
+
+
+def open_sources(
+    words: Sequence[str], shots: Sequence[int] | None = None, seeds: int | None = None, use_text: bool = True
+) -> list[Source]:
+    """A Source for each path of a feature file; the word `demo` stands for the demo's pictures (demo.py).
+
+    Raises IosrFastError and OSError as read_features, and for sets of one name, which the tables can't tell apart.
+    """
+    sources = []
+    for word in words:
+        if word == demo.NAME and not use_text:
+            raise IosrFastError("expected feature files with --no-text, got demo")
+        if word == demo.NAME:
+            sources.append(demo.open_demo(shots or demo.SHOTS, seeds or demo.SEEDS))
+        else:
+            sources.append(read_features(word, shots, seeds or 1, use_text))
+    counts = Counter(source.name for source in sources)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise IosrFastError(f"expected data sets of different names, got {', '.join(twice)} more than once; rename one")
+    return sources
 
 
 def read_features(
@@ -51,12 +74,20 @@ def read_features(
     )
     text = _unit("text", arrays) if use_text and "text" in arrays else None
     width = (_unit("test_x", arrays) if text is None else text).shape[1]
-    adapted = _has_adapted(arrays, parts)
+    adapted = [f"{part}_xa" for part in parts if f"{part}_xa" in arrays]
+    if adapted and len(adapted) < len(parts):
+        raise IosrFastError(f"expected adapted embeddings for every part or for none, got only {', '.join(adapted)}")
     embeddings = {
         part: Embeddings(_unit(f"{part}_x", arrays, width), _unit(f"{part}_xa", arrays, width) if adapted else None)
         for part in parts
     }
-    n_classes = _count_classes(arrays, parts, text)
+    names = arrays.get("class_names")
+    if text is not None and names is not None and names.shape != (len(text),):
+        raise IosrFastError(f"expected a class name for each of {len(text)} texts, got class_names of {names.shape}")
+    largest_label = max(
+        int(_array(f"{part}_y", arrays).max(initial=-1)) for part in parts if part.startswith("support")
+    )
+    n_classes = 1 + largest_label if text is None and names is None else len(names if text is None else text)
     labels = {part: _labels(f"{part}_y", arrays, len(embeddings[part]), n_classes) for part in parts}
     tau = float(arrays["tau"]) if "tau" in arrays and arrays["tau"].ndim == 0 else TAU
     if not (np.isfinite(tau) and tau > 0):
@@ -70,7 +101,7 @@ def read_features(
         return Task(support, embeddings["test"], labels["test"], validation)
 
     name = path.name if use_text or "text" not in arrays else f"{path.name}, without texts"
-    return Source(name, wanted, tuple(range(seeds)), draw, embeddings["test"], labels["test"])
+    return Source(name, wanted, tuple(range(seeds)), draw)
 
 
 def _drawn(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
@@ -87,27 +118,6 @@ def _load(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except (ValueError, BadZipFile, EOFError, AttributeError) as error:
         raise IosrFastError(f"{path} is not an .npz file of plain arrays: {error}") from error
-
-
-def _has_adapted(arrays: Arrays, parts: Sequence[str]) -> bool:
-    present = [f"{part}_xa" for part in parts if f"{part}_xa" in arrays]
-    missing = [f"{part}_xa" for part in parts if f"{part}_xa" not in arrays]
-    if present and missing:
-        raise IosrFastError(f"expected adapted embeddings for every part or for none, got {present} without {missing}")
-    return bool(present)
-
-
-def _count_classes(arrays: Arrays, parts: Sequence[str], text: np.ndarray | None) -> int:
-    names = arrays.get("class_names")
-    if text is not None:
-        if names is not None and names.shape != (len(text),):
-            raise IosrFastError(
-                f"expected a class name for each of {len(text)} texts, got class_names of {names.shape}"
-            )
-        return len(text)
-    if names is not None:
-        return len(names)
-    return 1 + max(int(_array(f"{part}_y", arrays).max(initial=-1)) for part in parts if part.startswith("support"))
 
 
 def _array(name: str, arrays: Arrays) -> np.ndarray:

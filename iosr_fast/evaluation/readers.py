@@ -1,11 +1,11 @@
-"""Readers of the evaluation sets: CoOp's JSON split files, and the sets' own official files."""
+"""Readers of the evaluation sets: CoOp's split files, torchvision's classes, and ImageNet's folders."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,20 +19,21 @@ Rows = list[tuple[str, int]]  # (path relative to the folder, label)
 
 @dataclass(frozen=True)
 class Content:
-    """What a reader returns: class names, and for each split rows of (key, label) in `folder`."""
+    """What a reader returns: names and ids of the classes, and for each split rows of (path, label) in `folder`."""
 
     folder: Path
     class_names: list[str]
+    class_ids: list[str]
     rows: dict[str, Rows]
 
 
-def split_json(root: Path, needs: list[Path]) -> Content:
+def split_json(needs: list[Path]) -> Content:
     """A split file in CoOp's format, {"train" | "val" | "test": [[relative path, label, class name], ...]}.
 
-    `needs`: the file, and the folder that its paths are relative to (and more that must exist). Underscores in class
-    names become spaces, as CoOp does for prompts; CUB's leading numbers are removed.
+    `needs`: the file, and the folder that its paths are relative to. Underscores in class names become spaces, as CoOp
+    does for prompts; CUB's leading numbers are removed.
 
-    Raises ValueError for a damaged file, labels with two names or none, and paths that leave the folder.
+    Raises IosrFastError for a damaged file, labels with two names or none, and paths that leave the folder.
     """
     file, folder = needs[:2]
     try:
@@ -60,9 +61,11 @@ def split_json(root: Path, needs: list[Path]) -> Content:
         raise IosrFastError(
             f"{file} has {len(names)} classes, expected labels 0 to {len(names) - 1}, got {sorted(names)}"
         )
+    class_names = [_class_name(names[label]) for label in range(len(names))]
     return Content(
         folder,
-        [spoken(names[label]) for label in range(len(names))],
+        class_names,
+        class_names,
         {split: [(path, label) for path, label, _ in rows] for split, rows in splits.items()},
     )
 
@@ -75,218 +78,80 @@ def torchvision_set(name: str, splits: Mapping[str, str], root: Path, needs: lis
     for ours, theirs in splits.items():
         try:
             data = kind(root, split=theirs, download=False)
-            listed = _files(data)
+            rows[ours] = [(os.path.relpath(path, root), label) for path, label in _paths_and_labels(data)]
         except Exception as error:  # damaged .mat files make scipy raise many types
             files = ", ".join(str(path.relative_to(root)) for path in needs)
             raise IosrFastError(
                 f"torchvision's {name} can't read {files} in {root} ({error}); download it again"
             ) from error
-        names = [spoken(str(text)) for text in data.classes]
+        names = [_class_name(str(text)) for text in data.classes]
         if class_names and names != class_names:
             raise IosrFastError(
                 f"expected the same classes in all splits of torchvision's {name} in {root}, got others in {theirs!r}; "
                 "download it again"
             )
         class_names = names
-        rows[ours] = [(os.path.relpath(path, root), label) for path, label in listed]
-    return Content(root, class_names, rows)
+    return Content(root, class_names, class_names, rows)
 
 
-def _files(data: Any) -> list[tuple[str, int]]:
-    """Paths and labels of a torchvision data set without opening an image."""
+def _paths_and_labels(data: Any) -> Rows:
+    """Those of a torchvision data set, without opening an image."""
     if hasattr(data, "_samples"):
         return [(str(path), int(label)) for path, label in data._samples]
     paths = data._images if hasattr(data, "_images") else data._image_files
     return [(str(path), int(label)) for path, label in zip(paths, data._labels, strict=True)]
 
 
-def aircraft(root: Path, needs: list[Path]) -> Content:
-    """FGVC-Aircraft: variants.txt, and images_variant_SPLIT.txt with lines of "image variant"."""
-    classes, train, val, test, images = needs
-    names = read_lines(classes)
-    index = {name: i for i, name in enumerate(names)}
-    rows = {
-        split: [(f"{image}.jpg", look_up(index, name, file)) for image, name in read_pairs(file)]
-        for split, file in (("train", train), ("val", val), ("test", test))
-    }
-    return Content(images, names, rows)
+def imagenet(needs: list[Path]) -> Content:
+    """ImageNet and its shifted versions: classnames.txt ("wnid name" a line), then the folder of test images, or those
+    of training and test images, with one sub-folder a class.
 
-
-def cub(root: Path, needs: list[Path]) -> Content:
-    """CUB-200-2011: images.txt, image_class_labels.txt, train_test_split.txt and classes.txt, joined by image id."""
-    paths, labels, is_train = (dict(read_pairs(file)) for file in needs[:3])
-    classes = read_pairs(needs[3])
-    index = {number: i for i, (number, _) in enumerate(classes)}
-    if not paths.keys() == labels.keys() == is_train.keys():
-        raise IosrFastError(
-            f"{needs[0]}, {needs[1].name} and {needs[2].name} do not list the same images; download them again"
-        )
-    rows: dict[str, Rows] = {"train": [], "test": []}
-    for image, path in paths.items():
-        rows["train" if is_train[image] == "1" else "test"].append((path, look_up(index, labels[image], needs[1])))
-    return Content(needs[4], [spoken(name) for _, name in classes], rows)
-
-
-def dogs(root: Path, needs: list[Path]) -> Content:
-    """Stanford Dogs: train_list.mat and test_list.mat with `file_list` and `labels` from 1."""
-    loadmat = require("scipy.io", "train").loadmat
-    names: dict[int, str] = {}
+    Sub-folders are named by wnid, or by number into the sorted wnids (ImageNet-V2). Train and test need a folder of
+    every class; a shifted version has the classes that have a folder, in the order of their wnids.
+    """
+    file, *places = needs
+    names = _read_wnids(file)
+    splits = dict(zip(("train", "test") if len(places) == 2 else ("test",), places, strict=True))
+    folder = Path(os.path.commonpath([place.parent for place in places]))
     rows: dict[str, Rows] = {}
-    for split, file in (("train", needs[0]), ("test", needs[1])):
-        try:
-            content = loadmat(file)
-            files = [str(cell[0]) for cell in content["file_list"].ravel()]
-            labels = [int(label) - 1 for label in content["labels"].ravel()]
-            rows[split] = list(zip(files, labels, strict=True))
-        except Exception as error:  # damaged .mat files make scipy raise many types
+    for split, place in splits.items():
+        found = set(class_folders(place))
+        numbered = all(name.isdecimal() for name in found)
+        known = [str(number) for number in range(len(names))] if numbered else list(names)
+        whole = numbered or len(places) == 2
+        if wrong := sorted(found.symmetric_difference(known) if whole else found.difference(known)):
             raise IosrFastError(
-                f"{file} is damaged or not a list of Stanford Dogs ({error}); download it again"
-            ) from error
-        names |= {label: spoken(path.split("/")[0].split("-", 1)[-1]) for path, label in rows[split]}
-    if sorted(names) != list(range(len(names))):
-        raise IosrFastError(f"expected labels 1 to {len(names)} in {needs[0]} and {needs[1].name}, got others")
-    return Content(needs[2], [names[label] for label in range(len(names))], rows)
-
-
-def plantdoc(root: Path, needs: list[Path]) -> Content:
-    """PlantDoc as published: folders train and test with one sub-folder a class; classes are those of both."""
-    train, test = needs
-    names = sorted({*class_folders(train), *class_folders(test)})
-    index = {name: i for i, name in enumerate(names)}
-    folder = _above(train, test)
-    rows = {
-        split: folder_rows(folder, place, [(name, index[name]) for name in class_folders(place)])
-        for split, place in (("train", train), ("test", test))
-    }
-    return Content(folder, [spoken(name) for name in names], rows)
-
-
-def _above(*places: Path) -> Path:
-    """The lowest folder that contains all of them; they need not lie side by side."""
-    return Path(os.path.commonpath([place.parent for place in places]))
-
-
-def ucf101(root: Path, needs: list[Path]) -> Content:
-    """UCF101's first official split on CoOp's middle frames: "ApplyLipstick/v_x.avi" is Apply_Lipstick/v_x.jpg."""
-    classes, train, test, frames = needs
-    index = {name: int(number) - 1 for number, name in read_pairs(classes)}
-    rows: dict[str, Rows] = {}
-    for split, file in (("train", train), ("test", test)):
-        videos = [line.split(" ")[0].partition("/") for line in read_lines(file)]
-        rows[split] = [
-            (f"{_apart(action)}/{video.removesuffix('.avi')}.jpg", look_up(index, action, file))
-            for action, _, video in videos
-        ]
-    return Content(frames, [spoken(_apart(name)) for name in sorted(index, key=index.__getitem__)], rows)
-
-
-def _apart(action: str) -> str:
-    return "_".join(re.findall("[A-Z][^A-Z]*", action))
-
-
-def sun397(root: Path, needs: list[Path]) -> Content:
-    """SUN397's first official partition: lines of "/a/abbey/sun_x.jpg"; "/c/church/indoor" is "indoor church"."""
-    classes, train, test, images = needs
-    folders = read_lines(classes)
-    index = {folder: i for i, folder in enumerate(folders)}
-    rows = {
-        split: [(line.lstrip("/"), look_up(index, line.rpartition("/")[0], file)) for line in read_lines(file)]
-        for split, file in (("train", train), ("test", test))
-    }
-    names = [spoken(" ".join(reversed(folder.strip("/").split("/")[1:]))) for folder in folders]
-    return Content(images, names, rows)
-
-
-def imagenet(root: Path, needs: list[Path]) -> Content:
-    """ImageNet: classnames.txt ("wnid name" a line), and train and val with one folder a wnid; val is the test."""
-    names, train, val = _wnids(needs[0]), needs[1], needs[2]
-    classes = [(wnid, label) for label, wnid in enumerate(names)]
-    for place in (train, val):
-        _check_wnids(place, names, needs[0])
-        if missing := [wnid for wnid in names if not (place / wnid).is_dir()]:
-            raise FileNotFoundError(
-                f"{len(missing)} of {len(names)} class folders are missing from {place}: {missing[:10]}"
+                f"expected {'a folder of every class' if whole else 'class folders'} that {file} lists in {place}; "
+                f"{len(wrong)} are missing or have other names: {', '.join(wrong[:10])}"
             )
-    folder = _above(train, val)
-    rows = {split: folder_rows(folder, place, classes) for split, place in (("train", train), ("test", val))}
-    return Content(folder, list(names.values()), rows)
+        if not numbered:
+            names = {wnid: names[wnid] for wnid in known if wnid in found}
+        rows[split] = _folder_rows(folder, place, known if numbered else list(names))
+    return Content(folder, list(names.values()), list(names), rows)
 
 
-def imagenet_part(root: Path, needs: list[Path]) -> Content:
-    """Test images in folders named by wnid. The classes are those with a folder, in the order of their wnids."""
-    names = _wnids(needs[0])
-    _check_wnids(needs[1], names, needs[0])
-    wnids = class_folders(needs[1])
-    rows = folder_rows(needs[1].parent, needs[1], [(wnid, label) for label, wnid in enumerate(wnids)])
-    return Content(needs[1].parent, [names[wnid] for wnid in wnids], {"test": rows})
-
-
-def imagenet_v2(root: Path, needs: list[Path]) -> Content:
-    """ImageNet-V2: folders named 0 to 999, which index the sorted wnids."""
-    names = list(_wnids(needs[0]).values())
-    folders = class_folders(needs[1])
-    if sorted(folders) != sorted(str(i) for i in range(len(names))):
-        raise IosrFastError(
-            f"expected folders 0 to {len(names) - 1} in {needs[1]}, as {needs[0]} has classes, got others"
-        )
-    rows = folder_rows(needs[1].parent, needs[1], [(str(i), i) for i in range(len(names))])
-    return Content(needs[1].parent, names, {"test": rows})
-
-
-def _wnids(file: Path) -> dict[str, str]:
+def _read_wnids(file: Path) -> dict[str, str]:
     """wnid -> class name, sorted by wnid: the numbering of every ImageNet list."""
-    return dict(sorted(read_pairs(file)))
+    try:
+        pairs = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return dict(sorted((wnid, name.strip()) for wnid, name in pairs))
+    except ValueError as error:  # fewer than two words, or not UTF-8
+        raise IosrFastError(f"expected lines of a wnid and a class name in {file}, got others ({error})") from error
 
 
-def _check_wnids(folder: Path, names: dict[str, str], file: Path) -> None:
-    if unknown := [wnid for wnid in class_folders(folder) if wnid not in names]:
-        raise IosrFastError(
-            f"expected class folders in {folder} that {file} lists, got {len(unknown)} others: {unknown[:10]}"
-        )
-
-
-def spoken(name: str) -> str:
-    """A folder's name as a class name: "012.Yellow_headed_Blackbird" -> "Yellow headed Blackbird"."""
-    return re.sub(r"^\d{3}\.", "", name).replace("_", " ")
-
-
-def folder_rows(folder: Path, split: Path, classes: Iterable[tuple[str, int]]) -> Rows:
-    """Rows of every image in SPLIT/CLASS, sorted by name within a class. Raises ValueError for an empty class."""
+def _folder_rows(folder: Path, place: Path, classes: list[str]) -> Rows:
+    """Rows of every image in PLACE/CLASS, sorted by name within a class. Raises IosrFastError for an empty class."""
     rows: Rows = []
     skipped = Skipped()
-    for name, label in classes:
-        place = split / name
-        images = sorted(Path(path).relative_to(folder).as_posix() for path, _ in walk(place, skipped=skipped))
+    for label, name in enumerate(classes):
+        images = sorted(Path(path).relative_to(folder).as_posix() for path, _ in walk(place / name, skipped=skipped))
         if not images:
-            raise IosrFastError(f"expected images in the class folder {place}, found none")
+            raise IosrFastError(f"expected images in the class folder {place / name}, found none")
         rows += [(image, label) for image in images]
-    skipped.warn(split, len(rows))
+    skipped.warn(place, len(rows))
     return rows
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank, stripped. Raises ValueError if it is not UTF-8."""
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise IosrFastError(
-            f"expected a text file in UTF-8 at {path}, got another or a damaged one ({error})"
-        ) from error
-
-
-def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Lines of "first rest of the line", as pairs. Raises ValueError naming a line with one word only."""
-    pairs: list[tuple[str, str]] = []
-    for number, line in enumerate(read_lines(path), 1):
-        first, _, rest = line.partition(" ")
-        if not rest.strip():
-            raise IosrFastError(f"expected at least two words in line {number} of {path}, got {line!r}")
-        pairs.append((first, rest.strip()))
-    return pairs
-
-
-def look_up(table: Mapping[str, int], name: str, file: Path) -> int:
-    """The label of a class. Raises ValueError naming the file for an unknown one."""
-    if name not in table:
-        raise IosrFastError(f"{file} names {name!r}, which is not one of the {len(table)} classes")
-    return table[name]
+def _class_name(name: str) -> str:
+    """A class name for prompts: "012.Yellow_headed_Blackbird" -> "Yellow headed Blackbird"."""
+    return re.sub(r"^\d{3}\.", "", name).replace("_", " ")

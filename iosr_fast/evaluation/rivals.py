@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.evaluation.calibration import Scores, measure_probabilities
+from iosr_fast.evaluation.metrics import Scores, measure_probabilities
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.utils.require import require

@@ -1,79 +1,25 @@
-"""Results as tables on the terminal and in Markdown, and as rows."""
+"""Results as tables on the terminal."""
 
 from __future__ import annotations
 
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from iosr_fast.evaluation.accuracy import AUTO, TUNED_ON, Result
-from iosr_fast.evaluation.calibration import BINS
+from iosr_fast.evaluation.comparison import AUTO, TUNED_ON, Comparison, Result
+from iosr_fast.evaluation.metrics import BINS
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.provenance import commit, cpu_description
 
 WIDTH = 170
-MEAN = "mean"
-PACKAGES = ("torch", "open_clip_torch", "onnxruntime")
-OVERLAP = ("overlap_area", "auroc", "feature_variance")
 CALIBRATION = f"log-loss in nats / expected calibration error in % ({BINS} bins of equal width); 0 is the best for both"
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One table, methods x shots: `notes` stand above it."""
-
-    name: str
-    results: tuple[Result, ...]
-    notes: tuple[str, ...]
-
-    def lines(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows; a method with published figures has a second row with them and the difference in points."""
-        rows: list[list[str]] = []
-        for name, at in self._by_row().items():
-            rows.append([*name, *(self._cell(at[k]) if k in at else "" for k in self._shots)])
-            if any(result.published for result in at.values()):
-                figures = [
-                    " / ".join(f"{f.value:.1f} ({points:+.1f})" for f, points in at[k].compared) for k in self._shots
-                ]
-                rows.append(["  published", "", *(cell or "not at hand" for cell in figures)])
-        return self._heads, rows
-
-    def calibration(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows of log-loss and calibration error; without methods that give no probabilities."""
-        rows = []
-        for name, at in self._by_row().items():
-            cells = [calibration_cell(at[k]) if k in at else "" for k in self._shots]
-            if any(cells):
-                rows.append([*name, *cells])
-        return self._heads, rows
-
-    @property
-    def _shots(self) -> list[int]:
-        return sorted({result.shots for result in self.results})
-
-    @property
-    def _heads(self) -> list[str]:
-        return ["method", "reducer", *(f"{k} shot{'' if k == 1 else 's'}" for k in self._shots)]
-
-    def _by_row(self) -> dict[tuple[str, str], dict[int, Result]]:
-        """The results by shots, for each (method, reducer)."""
-        rows: dict[tuple[str, str], dict[int, Result]] = {}
-        for result in self.results:
-            rows.setdefault((result.method, result.reducer), {})[result.shots] = result
-        return rows
-
-    def _cell(self, result: Result) -> str:
-        # A binomial standard error is that of one set's images: a mean over sets has none.
-        if self.name == MEAN and result.std is None:
-            return f"{100 * result.mean:.1f}"
-        return percent(result.mean, result.spread)
+Place = tuple[str, str, int]  # method, reducer, shots
+Cells = Mapping[Place, str]
 
 
 def console() -> Console:
@@ -91,7 +37,70 @@ def facts(packages: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def header(name: str, results: Sequence[Result]) -> str:
+def print_comparison(out: Console, comparison: Comparison, published: Cells | None = None) -> None:
+    """The tables of accuracy and of calibration, and what was left out."""
+    source, results = comparison.source, comparison.results
+    for line in (_header(source.name, results), *source.notes):
+        out.print(line, soft_wrap=True)
+    accuracies = {place(result): f"{100 * result.mean:.1f} ± {100 * result.spread:.1f}" for result in results}
+    _print_cells(out, accuracies, published or {})
+    calibration = {
+        place(result): f"{result.average('log_loss'):.3f} / {100 * result.average('calibration_error'):.1f}"
+        for result in results
+        if not math.isnan(result.average("log_loss"))
+    }
+    if calibration:
+        out.print(f"{source.name}: {CALIBRATION}", soft_wrap=True)
+        _print_cells(out, calibration)
+    auto = [result for result in results if result.method == AUTO]
+    if auto:
+        seconds = ", ".join(
+            f"{np.mean([draw.tuned.seconds for draw in result.draws]):.2f} at {result.shots}" for result in auto
+        )
+        out.print(f"  auto chose in seconds: {seconds} shots", soft_wrap=True)
+    for reason in comparison.left_out:
+        out.print(f"  left out: {reason}", soft_wrap=True)
+
+
+def print_means(out: Console, comparisons: Sequence[Comparison]) -> None:
+    """The mean over the data sets of each row that all of them have; every set has the same weight."""
+    by_place: dict[Place, list[float]] = {}
+    for result in (result for comparison in comparisons for result in comparison.results):
+        by_place.setdefault(place(result), []).append(result.mean)
+    means = {key: 100 * float(np.mean(few)) for key, few in by_place.items() if len(few) == len(comparisons)}
+    if len(comparisons) > 1 and means:
+        names = ", ".join(comparison.source.name for comparison in comparisons)
+        out.print(f"mean accuracy in % over {len(comparisons)} data sets ({names})", soft_wrap=True)
+        _print_cells(out, {key: f"{mean:.1f}" for key, mean in means.items()})
+
+
+def place(result: Result) -> Place:
+    return result.method, result.reducer, result.shots
+
+
+def print_table(out: Console, heads: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
+    """The first `left` columns are flush left, the others right."""
+    table = Table()
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _print_cells(out: Console, cells: Cells, published: Cells | None = None) -> None:
+    """A line for each method and reducer, and one for what is published of it, a column for each number of shots."""
+    shots = sorted({k for *_, k in cells})
+    rows: list[list[str]] = []
+    for pair in dict.fromkeys((method, reducer) for method, reducer, _ in cells):
+        rows.append([*pair, *(cells.get((*pair, k), "") for k in shots)])
+        figures = [(published or {}).get((*pair, k), "") for k in shots]
+        if any(figures):
+            rows.append(["  published", "", *figures])
+    print_table(out, ["method", "reducer", *(f"{k} shot{'' if k == 1 else 's'}" for k in shots)], rows, left=2)
+
+
+def _header(name: str, results: Sequence[Result]) -> str:
     """What a table's numbers mean: data, test images, classes, draws, the spread, the tuning."""
     draws = results[0].draws
     images, classes = (_range([getattr(draw, field) for draw in draws]) for field in ("images", "classes"))
@@ -109,76 +118,6 @@ def header(name: str, results: Sequence[Result]) -> str:
         f"{name}: accuracy in % on {images} test images of {classes} classes, {spread}; "
         f"parameters chosen on: {'; '.join(chosen) or TUNED_ON['none']}"
     )
-
-
-def print_table(out: Console, heads: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
-    """The first `left` columns are flush left, the others right."""
-    table = Table()
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i < left else "right")
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
-
-
-def print_sheets(out: Console, sheets: Sequence[Sheet], footer: Sequence[str] = ()) -> None:
-    for sheet in sheets:
-        for note in sheet.notes:
-            out.print(note, soft_wrap=True)
-        print_table(out, *sheet.lines(), left=2)
-        if sheet.calibration()[1]:
-            out.print(f"{sheet.name}: {CALIBRATION}", soft_wrap=True)
-            print_table(out, *sheet.calibration(), left=2)
-    for line in footer:
-        out.print(line, soft_wrap=True)
-
-
-def print_overlap(out: Console, rows: Sequence[Row]) -> None:
-    first = rows[0]
-    out.print(
-        f"{first['data']}: cosines of all pairs of {first['images']} images of {first['classes']} classes; reducers "
-        "fitted on the support set"
-    )
-    cells = [[row["embeddings"], *(f"{row[name]:.3f}" for name in OVERLAP)] for row in rows]
-    print_table(out, ("embeddings", "overlap area", "AUROC", "feature variance"), cells, left=4)
-
-
-def cell(value: float | None, form: str, factor: float = 1.0) -> str:
-    """A number times `factor` in this format; empty where it is unknown."""
-    return "" if value is None else format(factor * value, form)
-
-
-def calibration_cell(result: Result) -> str:
-    """Empty if a classifier gives no probabilities."""
-    if math.isnan(result.log_loss):
-        return ""
-    return f"{result.log_loss:.3f} / {100 * result.calibration_error:.1f}"
-
-
-def percent(mean: float, spread: float) -> str:
-    return f"{100 * mean:.1f} ± {100 * spread:.1f}"
-
-
-def rows_of(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
-    """One row a data set, method, reducer and shots, JSON-ready."""
-    return [result.row() for sheet in sheets if sheet.name != MEAN for result in sheet.results]
-
-
-def write_markdown(path: Path, sheets: Sequence[Sheet], common: Row, footer: Sequence[str]) -> None:
-    """The tables as they are printed, below the run's settings and versions."""
-    settings = {name: value for name, value in common.items() if name not in ("device", "versions", "commit")}
-    described = "; ".join(f"{name} {value}" for name, value in {**settings, **common["versions"]}.items())
-    text = [f"{common['device']}; {described}; {common['commit']}"]
-    for sheet in sheets:
-        text += ["", f"## {sheet.name}", "", *sheet.notes, "", *_markdown(*sheet.lines())]
-        if sheet.calibration()[1]:
-            text += ["", f"{sheet.name}: {CALIBRATION}", "", *_markdown(*sheet.calibration())]
-    text += ["", *(f"- {line}" for line in footer)]
-    path.write_text("\n".join(text) + "\n", encoding="utf-8")
-
-
-def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *rows)]
 
 
 def _range(values: Sequence[int]) -> str:

@@ -17,9 +17,9 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from iosr_fast.cli.evaluate import evaluate
 from iosr_fast.evaluation import rivals
+from iosr_fast.evaluation.comparison import method_names, why_unavailable
 from iosr_fast.evaluation.features import read_features
 from iosr_fast.evaluation.rivals import DEFAULT_RIVALS, RIVALS, fit_rival
-from iosr_fast.evaluation.selection import GROUPS, method_names, unavailable_methods
 from tests.conftest import unit_rows
 
 CLASSES, WIDTH = 5, 12
@@ -43,20 +43,6 @@ def rows_of(file: Path, *words: str) -> list[dict[str, Any]]:
     out.unlink(missing_ok=True)
     evaluate(["features", str(file), "--json", str(out), *words], standalone_mode=False)
     return [row for row in json.loads(out.read_text()) if row["bench"] == "accuracy"]
-
-
-def test_support_sets_are_drawn_from_the_largest(file: Path) -> None:
-    source = read_features(file, [2, 5], seeds=3, use_text=False)
-    whole = read_features(file, [6]).draw(6, 0).support
-    known = {row.tobytes(): label for row, label in zip(whole.embeddings.plain, whole.labels, strict=True)}
-    drawn = [source.draw(2, seed).support for seed in source.seeds]
-    for support in drawn:
-        assert support.text is None and support.counts.tolist() == [2] * CLASSES
-        assert [known[row.tobytes()] for row in support.embeddings.plain] == support.labels.tolist()
-    assert len({support.embeddings.plain.tobytes() for support in drawn}) == 3
-    np.testing.assert_array_equal(source.draw(2, 1).support.embeddings.plain, drawn[1].embeddings.plain)
-    with pytest.raises(ValueError, match="--shots below 6 with --seeds"):
-        read_features(file, [6], seeds=2)
 
 
 @pytest.mark.slow
@@ -105,13 +91,12 @@ def test_adapted_embeddings_are_a_rivals_too(file: Path, rng: np.random.Generato
 
 def test_two_of_them_are_in_every_table(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = read_features(file, [6]).draw(6, 0)
-    names = method_names(["all"], GROUPS)
-    assert [name for name in names if name in RIVALS] == [*DEFAULT_RIVALS]
-    left_out = unavailable_methods(names, task)
-    assert {*DEFAULT_RIVALS} & {*left_out} == {name for name in DEFAULT_RIVALS if name.endswith("++")}
-    assert left_out["LogisticRegression++"].endswith("use 'LogisticRegression'")
+    assert [name for name in method_names(["all"]) if name in RIVALS] == [*DEFAULT_RIVALS]
+    reasons = {name: why_unavailable(name, task) for name in DEFAULT_RIVALS}
+    assert {name for name, reason in reasons.items() if reason} == {n for n in DEFAULT_RIVALS if n.endswith("++")}
+    assert str(reasons["LogisticRegression++"]).endswith("use 'LogisticRegression'")
     monkeypatch.setattr(rivals, "find_spec", lambda _: None)
-    assert "pip install 'iosr_fast[sklearn]'" in unavailable_methods(names, task)["NearestCentroid"]
+    assert "pip install 'iosr_fast[sklearn]'" in str(why_unavailable("NearestCentroid", task))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Evaluation sets: what is missing or damaged is named before any work."""
+"""Evaluation sets, opened from tiny copies in the published layouts; what is missing or damaged is named."""
 
 from __future__ import annotations
 
@@ -7,77 +7,221 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-for module in ("torch", "scipy"):
-    pytest.importorskip(module, reason=f"{module} comes with the train extra")
+pytest.importorskip("torchvision", reason="torchvision comes with the train extra")
+pytest.importorskip("scipy", reason="scipy comes with the train extra")
 
-from iosr_fast.evaluation.readers import Content  # noqa: E402
-from iosr_fast.evaluation.sets import (  # noqa: E402
-    IMAGENET_SEVEN,
-    PHOTO,
-    _finish,
-    catalog,
-    describe,
-    open_evaluation_set,
-)
-from iosr_fast.exceptions import BadImageError  # noqa: E402
-from tests.evaluation.test_set_layouts import (  # noqa: E402
-    aircraft,
-    cars,
-    coop,
-    cub,
-    dogs,
-    dtd,
-    imagenet,
-    in_folder,
-    plantdoc,
-    put_text,
-    shift,
-    ucf,
-)
+from iosr_fast.evaluation.readers import Content
+from iosr_fast.evaluation.sets import PHOTO, _finish, catalog, open_evaluation_set
+from iosr_fast.exceptions import BadImageError, IosrFastError
 
-EUROSAT = coop("eurosat", ("AnnualCrop", "Annual Crop Land", ""), ("Highway", "Highway or Road", ""))
+WNIDS = {"n01440764": "tench", "n01443537": "goldfish", "n02012849": "crane bird"}
+SPLITS = ("train", "val", "test")
+Expected = tuple[list[str], dict[str, list[tuple[str, int]]]]  # class names, and (path, label) by split
+Make = Callable[[Path], Expected]
+
+
+def put_image(path: Path, label: int) -> None:
+    """A picture whose first channel is the label."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (10, 8), (40 * label, 99, 0)).save(path, quality=100)
+
+
+def put_text(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def in_folder(folder: Path, class_names: list[str], rows: dict[str, list[tuple[str, int]]]) -> Expected:
+    for listed in rows.values():
+        for key, label in listed:
+            put_image(folder / key, label)
+    return class_names, rows
+
+
+def split_file(name: str) -> Make:
+    """The layout of CoOp's split file, with a class name that has an underscore and one with CUB's number."""
+
+    def make(root: Path) -> Expected:
+        needs = catalog()[name].layouts[0].needs
+        file, folder = root / needs[0].paths[0], root / needs[1].paths[0]
+        for need in needs[2:]:
+            (root / need.paths[0]).mkdir(parents=True, exist_ok=True)
+        classes = [("a", "apple_pie"), ("b/c", "002.Tern")]
+        content = {s: [(f"{f}/{s}é_{k}.jpg", k, text) for k, (f, text) in enumerate(classes)][::-1] for s in SPLITS}
+        put_text(file, json.dumps(content))
+        rows = {split: [(path, label) for path, label, _ in listed] for split, listed in content.items()}
+        return in_folder(folder, ["apple pie", "Tern"], rows)
+
+    return make
+
+
+def dtd(root: Path) -> Expected:
+    rows = {s: [(f"dtd/dtd/images/{c}/{c}_{s}.jpg", i) for i, c in enumerate(("banded", "zigzagged"))] for s in SPLITS}
+    for split, listed in rows.items():
+        put_text(root / f"dtd/dtd/labels/{split}1.txt", *(key.removeprefix("dtd/dtd/images/") for key, _ in listed))
+    return in_folder(root, ["banded", "zigzagged"], rows)
+
+
+def food(root: Path) -> Expected:
+    for split in ("train", "test"):
+        content = {"waffles": [f"waffles/{split}1"], "apple_pie": [f"apple_pie/{split}2"]}
+        put_text(root / f"food-101/meta/{split}.json", json.dumps(content))
+    rows = {
+        s: [(f"food-101/images/waffles/{s}1.jpg", 1), (f"food-101/images/apple_pie/{s}2.jpg", 0)]
+        for s in ("train", "test")
+    }
+    return in_folder(root, ["apple pie", "waffles"], rows)
+
+
+def flowers(root: Path) -> Expected:
+    from scipy.io import savemat
+
+    (root / "flowers-102/jpg").mkdir(parents=True)
+    savemat(root / "flowers-102/imagelabels.mat", {"labels": np.array([[1, 2, 3, 1, 2, 3]], np.uint8)})
+    savemat(root / "flowers-102/setid.mat", {"trnid": [[2, 1]], "valid": [[4, 3]], "tstid": [[5, 6]]})
+    listed = {"train": [(2, 1), (1, 0)], "val": [(4, 0), (3, 2)], "test": [(5, 1), (6, 2)]}
+    rows = {split: [(f"flowers-102/jpg/image_{i:05d}.jpg", k) for i, k in few] for split, few in listed.items()}
+    return in_folder(root, ["pink primrose", "hard-leaved pocket orchid", "canterbury bells"], rows)
+
+
+def pets(root: Path) -> Expected:
+    images, lists = "oxford-iiit-pet/images", root / "oxford-iiit-pet/annotations"
+    put_text(lists / "trainval.txt", "Abyssinian_1 1 1 1", "american_bulldog_7 2 2 1")
+    put_text(lists / "test.txt", "american_bulldog_8 2 2 1", "Abyssinian_2 1 1 1")
+    rows = {
+        "train": [(f"{images}/Abyssinian_1.jpg", 0), (f"{images}/american_bulldog_7.jpg", 1)],
+        "test": [(f"{images}/american_bulldog_8.jpg", 1), (f"{images}/Abyssinian_2.jpg", 0)],
+    }
+    return in_folder(root, ["Abyssinian", "American Bulldog"], rows)
+
+
+def cars(root: Path) -> Expected:
+    from scipy.io import savemat
+
+    folder = root / "stanford_cars"
+    (folder / "devkit").mkdir(parents=True)
+    names = np.empty((1, 2), object)
+    names[0, :] = ["Acura RL Sedan 2012", "Ram C/V Cargo Van 2012"]
+    savemat(folder / "devkit/cars_meta.mat", {"class_names": names})
+    kind = [("fname", "O"), ("class", "O")]
+    train = np.array([[("00001.jpg", 2), ("00002.jpg", 1)]], kind)
+    test = np.array([[("00001.jpg", 1), ("00002.jpg", 2)]], kind)
+    savemat(folder / "devkit/cars_train_annos.mat", {"annotations": train})
+    savemat(folder / "cars_test_annos_withlabels.mat", {"annotations": test})
+    rows = {
+        "train": [("stanford_cars/cars_train/00001.jpg", 1), ("stanford_cars/cars_train/00002.jpg", 0)],
+        "test": [("stanford_cars/cars_test/00001.jpg", 0), ("stanford_cars/cars_test/00002.jpg", 1)],
+    }
+    return in_folder(root, ["Acura RL Sedan 2012", "Ram C/V Cargo Van 2012"], rows)
+
+
+def aircraft(root: Path) -> Expected:
+    folder = "fgvc-aircraft-2013b/data"
+    put_text(root / folder / "variants.txt", "707-320", "F/A-18")
+    for i, split in enumerate(SPLITS):
+        put_text(root / folder / f"images_variant_{split}.txt", f"000000{i} F/A-18", f"100000{i} 707-320")
+    rows = {
+        s: [(f"{folder}/images/000000{i}.jpg", 1), (f"{folder}/images/100000{i}.jpg", 0)] for i, s in enumerate(SPLITS)
+    }
+    return in_folder(root, ["707-320", "F/A-18"], rows)
+
+
+def imagenet(root: Path) -> Expected:
+    put_text(root / "imagenet/classnames.txt", *(f"{wnid} {name}" for wnid, name in reversed(WNIDS.items())))
+    rows = {
+        "train": [(f"train/{wnid}/{wnid}_{i}.JPEG", label) for label, wnid in enumerate(WNIDS) for i in range(2)],
+        "test": [(f"val/{wnid}/ILSVRC2012_val_{label}.JPEG", label) for label, wnid in enumerate(WNIDS)],
+    }
+    return in_folder(root / "imagenet/images", list(WNIDS.values()), rows)
+
+
+def shift(folder: str, wnids: tuple[str, ...] = tuple(WNIDS), numbered: bool = False) -> Make:
+    def make(root: Path) -> Expected:
+        put_text(root / "imagenet/classnames.txt", *(f"{wnid} {name}" for wnid, name in WNIDS.items()))
+        place = root / folder
+        put_text(place / "README.txt", "not an image")
+        rows = {"test": [(f"{place.name}/{k if numbered else wnid}/x.jpg", k) for k, wnid in enumerate(wnids)]}
+        return in_folder(place.parent, [WNIDS[wnid] for wnid in wnids], rows)
+
+    return make
+
+
+TWO = ("n01440764", "n02012849")
+V2 = "imagenetv2/imagenetv2-matched-frequency-format-val"
+CASES: list[tuple[str, int, Make]] = [
+    *((name, 0, split_file(name)) for name, entry in catalog().items() if entry.layouts[0].reader == "split_json"),
+    *(("dtd", 1, dtd), ("food101", 1, food), ("flowers102", 1, flowers), ("oxford_pets", 1, pets)),
+    *(("stanford_cars", 1, cars), ("fgvc_aircraft", 0, aircraft), ("imagenet", 0, imagenet)),
+    ("imagenet_v2", 0, shift(V2, numbered=True)),
+    ("imagenet_sketch", 0, shift("imagenet-sketch/sketch")),
+    ("imagenet_a", 0, shift("imagenet-adversarial/imagenet-a", TWO)),
+    ("imagenet_r", 0, shift("imagenet-rendition/imagenet-r", TWO)),
+]
+
+
+@pytest.fixture
+def unchecked_flowers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The official files are checked by their MD5, which those of a fixture can't have."""
+    import torchvision.datasets as torchvision
+
+    files = {key: (file, None) for key, (file, _) in torchvision.Flowers102._file_dict.items()}
+    monkeypatch.setattr(torchvision.Flowers102, "_file_dict", files)
+
+
+@pytest.mark.usefixtures("unchecked_flowers")
+@pytest.mark.parametrize(("name", "layout", "make"), CASES, ids=[f"{name}-{i}" for name, i, _ in CASES])
+def test_a_set_opens_in_its_published_layout(name: str, layout: int, make: Make, tmp_path: Path) -> None:
+    class_names, rows = make(tmp_path)
+    opened = open_evaluation_set(name, tmp_path)
+    assert opened.layout == catalog()[name].layouts[layout].title
+    # torchvision knows all flowers by name; the others have the classes of the fixture.
+    assert opened.class_names[: len(class_names)] == class_names
+    assert len(opened.class_names) == len(opened.class_ids) == (102 if make is flowers else len(class_names))
+    assert set(opened.splits) == set(rows)
+    for split, listed in rows.items():
+        got = opened.splits[split]
+        assert (got.keys, got.labels.tolist()) == ([key for key, _ in listed], [label for _, label in listed])
+        for row in range(len(got)):
+            image = got.image(row)
+            assert image.mode == "RGB" and image.size == (10, 8)
+            assert abs(np.asarray(image)[4, 4, 0].item() - 40 * got.labels[row]) <= 3
+    assert len(opened.templates) == (7 if name.startswith("imagenet") else 1)
+
+
+def test_every_layout_of_every_set_is_tried_and_its_prompts_have_a_place_for_the_class() -> None:
+    entries = catalog()
+    assert {(name, i) for name, i, _ in CASES} == {
+        (name, i) for name in entries for i in range(len(entries[name].layouts))
+    }
+    assert all(template.count("{}") == 1 for entry in entries.values() for template in entry.templates)
+    assert len(entries) == 18 and entries["caltech101"].templates == [PHOTO]
 
 
 @pytest.mark.parametrize("name", catalog())
 def test_everything_missing_is_listed_with_its_url_and_place(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         open_evaluation_set(name, tmp_path)
-    for layout in describe(name).layouts:
+    for layout in catalog()[name].layouts:
         assert layout.title in str(caught.value)
         for need in layout.needs:
             assert f"{tmp_path / need.paths[0]}  from {need.url}" in str(caught.value)
-            assert need.url.startswith(("http://", "https://"))
-
-
-def test_only_what_is_missing_is_listed(tmp_path: Path) -> None:
-    aircraft(tmp_path)
-    (tmp_path / "fgvc_aircraft/images_variant_val.txt").unlink()
-    with pytest.raises(FileNotFoundError) as caught:
-        open_evaluation_set("fgvc_aircraft", tmp_path)
-    assert str(caught.value).count("\n    ") == 1 and "images_variant_val.txt" in str(caught.value)
 
 
 def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
-    EUROSAT(tmp_path)
-    for path in ("AnnualCrop/valé_0.jpg", "Highway/testé_1.jpg"):
+    split_file("eurosat")(tmp_path)
+    for path in ("a/valé_0.jpg", "b/c/testé_1.jpg"):
         (tmp_path / "eurosat/2750" / path).unlink()
-    expected = r"2 images of EuroSAT are missing from .*2750: AnnualCrop/valé_0.jpg, Highway/testé_1.jpg; download them"
-    with pytest.raises(FileNotFoundError, match=expected):
+    with pytest.raises(FileNotFoundError, match=r"2 images of EuroSAT are missing from .*2750: .*; download") as caught:
         open_evaluation_set("eurosat", tmp_path)
-
-
-def test_a_damaged_file_and_an_unknown_set_are_named(tmp_path: Path) -> None:
-    EUROSAT(tmp_path)
-    (tmp_path / "eurosat/split_zhou_EuroSAT.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"split_zhou_EuroSAT.json is damaged"):
-        open_evaluation_set("eurosat", tmp_path)
-    with pytest.raises(ValueError, match=r"expected an evaluation set of caltech101, .*, got 'cifar'"):
-        open_evaluation_set("cifar", tmp_path)
+    assert "a/valé_0.jpg" in str(caught.value) and "b/c/testé_1.jpg" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +229,6 @@ def test_a_damaged_file_and_an_unknown_set_are_named(tmp_path: Path) -> None:
     [
         ('{"train": [["a.jpg", 0', "is damaged or not a split file"),
         ("[1, 2]", "is damaged or not a split file"),
-        ('{"test": [["a.jpg", 0]]}', "is damaged or not a split file"),
         ('{"test": [["a.jpg", "x", "a"]]}', "is damaged or not a split file"),
         ('{"train": [["a.jpg", 0, "a"]]}', "expected a split 'test' in .*, found train"),
         ('{"test": [["a.jpg", 0, "a"], ["b.jpg", 0, "b"]]}', "gives label 0 two names, 'a' and 'b'"),
@@ -95,160 +238,91 @@ def test_a_damaged_file_and_an_unknown_set_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_split_file_is_named(tmp_path: Path, content: str, message: str) -> None:
-    EUROSAT(tmp_path)
+    split_file("eurosat")(tmp_path)
     file = tmp_path / "eurosat/split_zhou_EuroSAT.json"
     file.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(IosrFastError, match=message) as caught:
         open_evaluation_set("eurosat", tmp_path)
     assert str(file) in str(caught.value)
 
 
-def test_a_split_file_without_val_has_no_val(tmp_path: Path) -> None:
-    EUROSAT(tmp_path)
-    file = tmp_path / "eurosat/split_zhou_EuroSAT.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**content, "val": []}), encoding="utf-8")
-    assert set(open_evaluation_set("eurosat", tmp_path).splits) == {"train", "test"}
-
-
 def test_coops_split_is_used_where_both_are_there(tmp_path: Path) -> None:
-    class_names, rows = dtd(tmp_path)
-    in_folder(tmp_path, class_names, rows)
-    assert open_evaluation_set("dtd", tmp_path).layout == "official split 1, through torchvision"
-    coop("dtd", ("banded", "banded", ""), ("dotted", "dotted", ""))(tmp_path)
+    dtd(tmp_path)
+    split_file("dtd")(tmp_path)
     assert open_evaluation_set("dtd", tmp_path).layout == "CoOp's split"
 
 
-def test_damaged_official_lists_are_named(tmp_path: Path) -> None:
-    aircraft(tmp_path)
-    put_text(tmp_path / "fgvc_aircraft/images_variant_test.txt", "1 F/A-18", "2 Spitfire")
-    with pytest.raises(ValueError, match=r"images_variant_test.txt names 'Spitfire', which is not one of the 2"):
-        open_evaluation_set("fgvc_aircraft", tmp_path)
-    cub(tmp_path)
-    put_text(tmp_path / "cub/CUB_200_2011/train_test_split.txt", "1 1", "2 0")
-    with pytest.raises(ValueError, match=r"train_test_split.txt do not list the same images"):
-        open_evaluation_set("cub", tmp_path)
-    dogs(tmp_path)
-    mat = tmp_path / "stanford_dogs/lists/test_list.mat"
-    mat.write_bytes(mat.read_bytes()[:150])
-    with pytest.raises(ValueError, match=r"test_list.mat is damaged"):
-        open_evaluation_set("stanford_dogs", tmp_path)
-    ucf(tmp_path)
-    (tmp_path / "ucf101/ucfTrainTestlist/classInd.txt").write_bytes(b"1 \xff\xfe\n")
-    with pytest.raises(ValueError, match=r"a text file in UTF-8 at .*classInd.txt, got another or a damaged one"):
-        open_evaluation_set("ucf101", tmp_path)
+@pytest.mark.parametrize("end", [0, 60, 127, 128, 150, -1])
+def test_a_damaged_mat_file_is_named(tmp_path: Path, end: int) -> None:
+    cars(tmp_path)
+    path = tmp_path / "stanford_cars/cars_test_annos_withlabels.mat"
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(IosrFastError, match=rf"{path.name}.*download it again"):
+        open_evaluation_set("stanford_cars", tmp_path)
 
 
 def test_folders_of_imagenet_have_to_be_its_classes(tmp_path: Path) -> None:
     imagenet(tmp_path)
-    (tmp_path / "imagenet/images/val/n99999999").mkdir()
-    with pytest.raises(
-        ValueError, match=r"folders in .*val that .*classnames.txt lists, got 1 others: \['n99999999'\]"
-    ):
+    folder = tmp_path / "imagenet/images"
+    (folder / "val/n99999999").mkdir()
+    with pytest.raises(IosrFastError, match=r"every class that .*classnames.txt lists in .*val; 1 .*: n99999999"):
         open_evaluation_set("imagenet", tmp_path)
-    (tmp_path / "imagenet/images/val/n99999999").rename(tmp_path / "elsewhere")
-    for path in (tmp_path / "imagenet/images/train/n01443537").iterdir():
+    (folder / "val/n99999999").rmdir()
+    for path in (folder / "train/n01443537").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match=r"expected images in the class folder .*n01443537, found none"):
+    with pytest.raises(IosrFastError, match=r"expected images in the class folder .*n01443537, found none"):
         open_evaluation_set("imagenet", tmp_path)
-    (tmp_path / "imagenet/images/train/n01443537").rmdir()
-    with pytest.raises(FileNotFoundError, match=r"1 of 3 class folders are missing from .*train: \['n01443537'\]"):
+    (folder / "train/n01443537").rmdir()
+    with pytest.raises(IosrFastError, match=r"lists in .*train; 1 .*: n01443537"):
         open_evaluation_set("imagenet", tmp_path)
     put_text(tmp_path / "imagenet/classnames.txt", "n01440764 tench", "n01443537")
-    with pytest.raises(ValueError, match=r"at least two words in line 2 of .*classnames.txt"):
+    with pytest.raises(IosrFastError, match=r"expected lines of a wnid and a class name in .*classnames.txt"):
         open_evaluation_set("imagenet", tmp_path)
-
-
-def test_imagenet_v2_needs_a_folder_for_each_number(tmp_path: Path) -> None:
-    folder = "imagenetv2/imagenetv2-matched-frequency-format-val"
-    shift(folder, ("n01440764", "n01443537"), numbered=True)(tmp_path)
-    with pytest.raises(ValueError, match=r"expected folders 0 to 2 in .*format-val"):
+    shift(V2, TWO, numbered=True)(tmp_path)
+    with pytest.raises(IosrFastError, match=r"lists in .*format-val; 1 are missing or have other names: 2"):
         open_evaluation_set("imagenet_v2", tmp_path)
+    shift("imagenet-rendition/imagenet-r", TWO)(tmp_path)
+    (tmp_path / "imagenet-rendition/imagenet-r/n99999999").mkdir()
+    with pytest.raises(IosrFastError, match=r"expected class folders that .* lists in .*imagenet-r; 1 .*: n99999999"):
+        open_evaluation_set("imagenet_r", tmp_path)
 
 
-def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
-    cub(tmp_path)
-    image = tmp_path / "cub/CUB_200_2011/images/002.C/y.jpg"
+def test_labels_that_name_no_class_and_unreadable_images_are_refused(tmp_path: Path) -> None:
+    class_names, rows = split_file("dtd")(tmp_path)
+    folder = tmp_path / "dtd/images"
+    entry, content = catalog()["dtd"], Content(folder, class_names, class_names, {"test": [(rows["test"][0][0], 2)]})
+    with pytest.raises(IosrFastError, match=r"expected labels from 0 to 1 in the split 'test' of DTD .* got 2 to 2"):
+        _finish(entry, entry.layouts[0], content)
+    image = folder / rows["test"][0][0]
     image.write_bytes(image.read_bytes()[:200])
     with pytest.raises(BadImageError, match=re.escape(str(image))):
-        open_evaluation_set("cub", tmp_path).splits["test"].image(0)
+        open_evaluation_set("dtd", tmp_path).splits["test"].image(0)
+    with pytest.raises(IosrFastError, match=r"expected an evaluation set of caltech101, .*, got 'cifar'"):
+        open_evaluation_set("cifar", tmp_path)
 
 
-def test_prompts() -> None:
-    for name, entry in catalog().items():
-        assert entry.templates == (list(IMAGENET_SEVEN) if name.startswith("imagenet") else [entry.prompt])
-        assert all(template.count("{}") == 1 for template in (*entry.templates, entry.prompt))
-    assert describe("imagenet").prompt == PHOTO and len(set(IMAGENET_SEVEN)) == 7
-    assert describe("ucf101").prompt == "a photo of a person doing {}."
+def test_copies_have_one_fingerprint_and_a_changed_image_another_time(tmp_path: Path) -> None:
+    split_file("cub")(tmp_path / "a")
+    with tarfile.open(tmp_path / "sets.tar", "w") as tar:
+        tar.add(tmp_path / "a", ".")
+    with tarfile.open(tmp_path / "sets.tar") as tar:
+        tar.extractall(tmp_path / "b", filter="data")
+    first, second = (open_evaluation_set("cub", tmp_path / place) for place in "ab")
+    assert first.fingerprint == second.fingerprint
+    image = second.splits["test"].folder / second.splits["test"].keys[0]
+    os.utime(image, ns=(1, 10**18))
+    touched = open_evaluation_set("cub", tmp_path / "b")
+    assert touched.fingerprint == first.fingerprint and touched.splits["test"].times[0] == 10**18
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert open_evaluation_set("cub", tmp_path / "b").fingerprint != first.fingerprint
 
 
 @pytest.mark.slow
 def test_heavy_packages_are_imported_where_they_are_used(tmp_path: Path) -> None:
     code = (
-        "import sys; from iosr_fast.evaluation import sets; from iosr_fast.training import open_images\n"
+        "import sys; from iosr_fast.evaluation import sets\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
         "{'pyarrow', 'ray', 'scipy', 'tensorboard', 'torchvision', 'webdataset'}))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "moved", "to"),
-    [
-        ("imagenet", imagenet, "imagenet/images/val", "imagenet/val"),
-        ("plantdoc", plantdoc, "plantdoc/PlantDoc-Dataset/test", "plantdoc/test"),
-    ],
-)
-def test_train_and_test_need_not_lie_side_by_side(
-    tmp_path: Path, name: str, make: Callable[[Path], object], moved: str, to: str
-) -> None:
-    make(tmp_path)
-    before = open_evaluation_set(name, tmp_path).splits
-    pixels = {split: before[split].image(0).tobytes() for split in ("train", "test")}
-    (tmp_path / moved).rename(tmp_path / to)
-    after = open_evaluation_set(name, tmp_path).splits
-    for split in ("train", "test"):
-        assert after[split].labels.tolist() == before[split].labels.tolist()
-        assert [Path(key).name for key in after[split].keys] == [Path(key).name for key in before[split].keys]
-        assert after[split].image(0).tobytes() == pixels[split]
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "file"),
-    [
-        ("stanford_dogs", dogs, "lists/test_list.mat"),
-        ("stanford_cars", cars, "cars_test_annos_withlabels.mat"),
-    ],
-)
-def test_a_damaged_mat_file_is_named(tmp_path: Path, name: str, make: object, file: str) -> None:
-    expected = make(tmp_path)  # type: ignore[operator]
-    if make is cars:
-        in_folder(tmp_path, *expected)
-    path = tmp_path / name / file
-    good = path.read_bytes()
-    open_evaluation_set(name, tmp_path)
-    for end in (0, 60, 127, 128, 150, len(good) - 1):
-        path.write_bytes(good[:end])
-        with pytest.raises(ValueError, match=rf"{path.name}.*download it again"):
-            open_evaluation_set(name, tmp_path)
-
-
-def test_labels_that_name_no_class_are_refused(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).write_bytes(b"")
-    dtd = describe("dtd")
-    content = Content(tmp_path, ["banded", "dotted"], {"test": [("a", 0), ("b", 2)]})
-    with pytest.raises(ValueError, match=r"expected labels from 0 to 1 in the split 'test' of DTD .* got 0 to 2"):
-        _finish(dtd, dtd.layouts[0], content)
-
-
-def test_a_changed_image_of_the_same_size_shows_in_its_time(tmp_path: Path) -> None:
-    coop("eurosat", ("AnnualCrop", "Annual Crop Land", ""), ("River", "River", ""))(tmp_path)
-    before = open_evaluation_set("eurosat", tmp_path)
-    file = before.splits["test"].folder / before.splits["test"].keys[0]
-    os.utime(file, ns=(1, 10**18))
-    after = open_evaluation_set("eurosat", tmp_path)
-    assert after.fingerprint == before.fingerprint, "which is the same for copies of the set"
-    assert after.splits["test"].times[0] == 10**18 != before.splits["test"].times[0]
-    assert after.splits["train"].times.tolist() == before.splits["train"].times.tolist()

@@ -110,7 +110,7 @@ def test_the_excess_of_a_mean_is_its_expectation(rng: np.random.Generator) -> No
 
 def test_half_of_the_classes_keep_a_quarter(rng: np.random.Generator) -> None:
     support, queries, labels = clusters(rng, [8] * 6, 1.0)
-    source = Source("set", (8,), (0, 1), lambda shots, seed: Task(support, queries, labels), queries, labels)
+    source = Source("set", (8,), (0, 1), lambda shots, seed: Task(support, queries, labels))
     drawn = [with_unequal_classes(source).draw(8, seed).support for seed in (0, 1)]
     assert [sorted(one.counts) for one in drawn] == [[2, 2, 2, 8, 8, 8]] * 2
     assert not np.array_equal(drawn[0].counts, drawn[1].counts)

@@ -29,7 +29,7 @@ with one_line_errors():
     from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
     from iosr_fast.clip.demo.pictures import held_out
     from iosr_fast.clip.load import LoadedClip, load_clip
-    from iosr_fast.evaluation.accuracy import Result
+    from iosr_fast.evaluation.comparison import Result
     from iosr_fast.evaluation.demo import encode, evaluate_few_shot
     from iosr_fast.export.export import write_engine
     from iosr_fast.export.pretrained import DEMO_ADAPTER

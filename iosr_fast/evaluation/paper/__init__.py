@@ -1,1 +1,1 @@
-"""The paper's experiments: data sets as few-shot problems, stored embeddings, resumable cells and their tables."""
+"""The paper's experiments on the data sets of the field: one JSON file a cell, so that a run resumes."""

@@ -1,166 +1,95 @@
-"""Cells of a run: listed with all that they depend on, computed if they are missing, one task for all its methods.
-
-The protocol (Kravets & Namboodiri, BMVC 2024, and Tip-Adapter's, whose code theirs starts from): support is `shots`
-random training images of each class (Problem.support); a key is the mean of `views` random views of its image; queries
-are all test images, in one view. Parameters are chosen on the validation split or, without one, by leave-one-out on the
-support, whose images are then queried in one view. No test image or label has a part in that.
-"""
+"""The paper's tables (Kravets & Namboodiri, BMVC 2024, arXiv 2409.11338): checks, missing cells, tables."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import product
-from typing import Any
+from pathlib import Path
 
-import numpy as np
+from rich.console import Console
 
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.evaluation.accuracy import Draw, TuneOn, evaluate_draw
-from iosr_fast.evaluation.paper import cells as cells_module
-from iosr_fast.evaluation.paper.cells import Cell, Cells
-from iosr_fast.evaluation.paper.problems import Problem
-from iosr_fast.evaluation.paper.store import Store, Wanted
-from iosr_fast.evaluation.rivals import RIVALS
-from iosr_fast.evaluation.tasks import Task
-from iosr_fast.methods.support_set import make_support_set
-from iosr_fast.utils.machine import package_version
+from iosr_fast.evaluation.comparison import GROUPS, Comparison, compare, method_names, pairs_of
+from iosr_fast.evaluation.demo import torch_encoder
+from iosr_fast.evaluation.paper.cells import FileCells
+from iosr_fast.evaluation.paper.data import open_paper_sets
+from iosr_fast.evaluation.paper.embeddings import KeptEmbeddings, digest
+from iosr_fast.evaluation.paper.published import figures_of
+from iosr_fast.evaluation.rivals import ADAPTED
+from iosr_fast.evaluation.table import console, facts, place, print_comparison, print_means
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.utils.files import cache_folder
+from iosr_fast.utils.provenance import write_rows
 
-Rows = Sequence[tuple[str, str]]
+PAPER_METHODS = ("zero-shot", "tip-adapter", "tip-adapter++", "tip-x", "tip-x++")
 
 
-@dataclass(frozen=True)
-class Views:
-    """How an image becomes a key."""
+def run(
+    root: Path,
+    data: Sequence[str],
+    model: str,
+    pretrained: str | None,
+    adapter: str,
+    methods: Sequence[str],
+    shots: Sequence[int],
+    seeds: int,
+    views: int,
+    out: Path | None,
+    report: Callable[[str], None],
+) -> None:
+    """Check everything, then fill the missing cells, print the tables and write results.json.
 
-    count: int = 10
-    mirror: bool = True
+    The parameters are the options of `iosr-fast evaluate paper`. A run of another CLIP, adapter or number of views has
+    another folder in `out`.
+    """
+    from iosr_fast.clip.load import load_clip
+    from iosr_fast.export.pretrained import choose_adapter
 
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """The cells of one problem, number of shots and seed: they share a task."""
-
-    problem: Problem
-    shots: int
-    seed: int
-    views: Views
-    cells: tuple[Cell, ...] = ()
-
-    @property
-    def tune_on(self) -> TuneOn:
-        return "validation" if self.problem.validated else "loo"
-
-    @cached_property
-    def keys(self) -> list[Wanted]:
-        """The support images in several views, by the number of images of their class drawn before them."""
-        return self._support(self.views.count, self.views.mirror)
-
-    @cached_property
-    def single_views(self) -> list[Wanted]:
-        """The support images in one view, for leave-one-out; empty if it isn't used, or keys are one view as well."""
-        return self._support(1, False) if self.tune_on == "loo" and self.views.count > 1 else []
-
-    @cached_property
-    def queries(self) -> list[Wanted]:
-        return [Wanted(self.problem.target, "test", self.problem.queries(self.seed))]
-
-    @cached_property
-    def validation(self) -> list[Wanted]:
-        if not self.problem.validated:
-            return []
-        labels = self.problem.labels_of(self.problem.source.splits["val"].labels)
-        return [Wanted(self.problem.source, "val", np.flatnonzero(labels >= 0))]
-
-    @property
-    def wanted(self) -> list[Wanted]:
-        return [*self.keys, *self.single_views, *self.queries, *self.validation]
-
-    def _support(self, views: int, mirror: bool) -> list[Wanted]:
-        drawn = self.problem.support(self.shots, self.seed)
-        return [Wanted(self.problem.source, "train", rows, views, mirror, self.seed) for rows in drawn]
-
-
-def plan(
-    problems: Sequence[Problem], rows: Rows, shots: Sequence[int], seeds: Sequence[int], views: Views, store: Store
-) -> list[Group]:
-    """Every cell, by problem, seed and shots. Nothing is encoded: keys follow from what embeddings depend on."""
-    groups = []
-    for problem, seed, k in product(problems, seeds, sorted(shots)):
-        group = Group(problem, k, seed, views)
-        facts = {
-            "version": cells_module.VERSION,
-            "iosr_fast": package_version("iosr_fast"),
-            "keys": _facts(problem, group.keys, store),
-            "asked": _facts(problem, group.single_views, store),
-            "queries": _facts(problem, group.queries, store),
-            "validation": _facts(problem, group.validation, store) if group.validation else None,
-            "text": store.text_key(problem.target),
-            "tau": store.model.clip.logit_scale,
-            "tune": group.tune_on,
-        }
-        rival_facts = {**facts, "scikit-learn": package_version("scikit-learn")}
-        cells = tuple(
-            Cell(problem.name, method, reducer, k, seed, rival_facts if method in RIVALS else facts)
-            for method, reducer in rows
-        )
-        groups.append(replace(group, cells=cells))
-    return groups
+    names = method_names(methods, {"paper": PAPER_METHODS, **GROUPS})
+    sets, shots = open_paper_sets(data, root), sorted(set(shots))
+    if few := [f"{one.name} has {one.available.max()}" for one in sets if one.available.max() < shots[-1]]:
+        actual = f"got {shots[-1]}: {', '.join(few)}"
+        raise IosrFastError(f"expected --shots up to the images of the largest class, {actual}")
+    clip = load_clip(model, pretrained)
+    loaded = choose_adapter(clip, adapter)
+    without = [name for name in names if name.endswith(ADAPTED)] if loaded is None else []
+    reason = f"no adapter for {clip.name}: give --adapter FILE (iosr-fast train-adapter --preset paper trains one)"
+    if named := [name for name in without if name in methods]:
+        raise IosrFastError(f"{', '.join(named)}: {reason}")
+    if without:
+        report(f"left out: {', '.join(without)}: {reason}")
+    of_run = {
+        "model": clip.name,
+        "clip": clip.fingerprint,
+        "adapter": None if loaded is None else loaded.fingerprint(),
+        "size": clip.image_size,
+        **clip.geometry.changes(),
+        "views": views,
+    }
+    folder = (out or cache_folder() / "paper") / f"{clip.name}-{digest(of_run)[:12]}"
+    embeddings = KeptEmbeddings(folder / "embeddings", clip, torch_encoder(clip, loaded), of_run, report)
+    cells = FileCells(folder / "cells", {one.name: one.fingerprint for one in sets}, report)
+    pairs = pairs_of([name for name in names if name not in without], ["none"])
+    comparisons = []
+    for one in sets:
+        comparisons.append(compare(one.as_source(embeddings, views, shots, range(1, seeds + 1)), pairs, report, cells))
+        print_beside_published(console(), comparisons[-1], clip.name, pretrained)
+    shifted = {one.name for one in sets if one.shifted}
+    print_means(console(), [comparison for comparison in comparisons if comparison.source.name not in shifted])
+    common = {**of_run, "pretrained": pretrained, **facts(("torch", "open_clip_torch"))}
+    rows = [{**result.row(), **common} for comparison in comparisons for result in comparison.results]
+    write_rows(folder / "results.json", rows)
+    report(f"wrote {folder / 'results.json'}")
 
 
-def _facts(problem: Problem, wanted: Sequence[Wanted], store: Store) -> list[Any]:
-    """The parts' keys, and a hash of the labels that belong to them."""
-    labels = b" ".join(_labels(problem, one).astype("<i8").tobytes() for one in wanted)
-    return [*(key for one in wanted for key in store.keys(one)), hashlib.sha256(labels).hexdigest()]
-
-
-def _labels(problem: Problem, wanted: Wanted) -> np.ndarray:
-    labels = np.asarray(wanted.data.splits[wanted.split].labels)[wanted.rows]
-    return labels if wanted.split == "test" else problem.labels_of(labels)
-
-
-def make_task(group: Group, store: Store) -> Task:
-    """Read or encode what the group's cells need."""
-    problem = group.problem
-
-    def gather(wanted: Sequence[Wanted]) -> tuple[Embeddings, np.ndarray]:
-        """Embeddings and labels, without images of classes that the target has not."""
-        embeddings = Embeddings.concatenate([store.embeddings(one) for one in wanted])
-        labels = np.concatenate([_labels(problem, one) for one in wanted])
-        return embeddings[labels >= 0], labels[labels >= 0]
-
-    keys, labels = gather(group.keys)
-    queries = gather(group.single_views)[0] if group.single_views else None
-    text = store.text(problem.target)
-    support = make_support_set(keys, labels, text, store.model.clip.logit_scale, queries=queries)
-    return Task(support, *gather(group.queries), gather(group.validation) if group.validation else None)
-
-
-def to_encode(groups: Sequence[Group], store: Store) -> int:
-    """Views still to be encoded."""
-    views: dict[str, int] = {}
-    for group in groups:
-        for wanted in group.wanted:
-            for part in wanted.parts():
-                views[store.keys(part)[0]] = store.missing(part) * part.views
-    return sum(views.values())
-
-
-def compute(
-    groups: Sequence[Group], store: Store, cells: Cells, done: Callable[[Cell], None] = lambda _: None
-) -> dict[str, Draw]:
-    """The outcome of every cell by its key: read if it is stored, else computed and written at once."""
-    draws: dict[str, Draw] = {}
-    for group in groups:
-        task = None
-        for cell in group.cells:
-            draw = cells.read(cell)
-            if draw is None:
-                task = make_task(group, store) if task is None else task
-                draw = evaluate_draw(task, cell.method, cell.reducer, group.tune_on, cell.seed)
-                cells.write(cell, draw)
-            draws[cell.key] = draw
-            done(cell)
-    return draws
+def print_beside_published(out: Console, comparison: Comparison, model: str, pretrained: str | None) -> None:
+    """The tables of a set; below an accuracy the published ones, and by how many points it exceeds them."""
+    cells: dict[tuple[str, str, int], str] = {}
+    sources: dict[str, float] = {}
+    for result in comparison.results:
+        figures = figures_of(result.source, result.method, result.shots, model, pretrained)
+        cells[place(result)] = " / ".join(f"{v:.1f} ({100 * result.mean - v:+.1f})" for v in figures.values())
+        sources |= figures
+    print_comparison(out, comparison, cells)
+    for source in sources:
+        out.print(f"  published: {source}", soft_wrap=True)
+    if sources:
+        out.print("  Splits, prompts and draws may differ from the papers'. In parentheses: points above them.")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from iosr_fast.evaluation import calibration
-from iosr_fast.evaluation.calibration import BINS, measure, measure_probabilities
+from iosr_fast.evaluation import metrics
+from iosr_fast.evaluation.metrics import BINS, measure, measure_probabilities
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ def test_scores_are_those_of_the_definitions(
     assert scores.accuracy == (logits.argmax(1) == labels).mean()
     assert scores.log_loss == pytest.approx(-np.log(probabilities[np.arange(301), labels]).mean())
     assert scores.calibration_error == pytest.approx(written_out(probabilities, labels))
-    monkeypatch.setattr(calibration, "ROWS", 100)  # the last part is a short one
+    monkeypatch.setattr(metrics, "ROWS", 100)  # the last part is a short one
     assert vars(measure(logits, labels)) == pytest.approx(vars(scores))
     again = measure_probabilities(np.maximum(probabilities, 1e-15), labels)
     assert again.calibration_error == pytest.approx(scores.calibration_error, abs=1e-9)
