@@ -84,10 +84,11 @@ def read_features(
     names = arrays.get("class_names")
     if text is not None and names is not None and names.shape != (len(text),):
         raise IosrFastError(f"expected a class name for each of {len(text)} texts, got class_names of {names.shape}")
-    largest_label = max(
-        int(_array(f"{part}_y", arrays).max(initial=-1)) for part in parts if part.startswith("support")
+    named = names if text is None else text
+    supports = [part for part in parts if part.startswith("support")]
+    n_classes = (
+        1 + max(_array(f"{part}_y", arrays).max(initial=-1) for part in supports) if named is None else len(named)
     )
-    n_classes = 1 + largest_label if text is None and names is None else len(names if text is None else text)
     labels = {part: _labels(f"{part}_y", arrays, len(embeddings[part]), n_classes) for part in parts}
     tau = float(arrays["tau"]) if "tau" in arrays and arrays["tau"].ndim == 0 else TAU
     if not (np.isfinite(tau) and tau > 0):
