@@ -79,9 +79,9 @@ def features(
     """Compare methods on your own embeddings. Several FILEs get a table each, and one of their means.
 
     Arrays of FILE: support1_x (N, D) and support1_y (N,) for one image of each class, support2_x and so on; test_x and
-    test_y; and, if you have them, val_x and val_y, text (C, D), class_names (C,), tau, and embeddings of the adapter as
-    support1_xa, test_xa and val_xa. Parameters are chosen on the validation set if FILE has one, otherwise by
-    leave-one-out on the support set; auto always uses the latter.
+    test_y; and, if you have them, val_x and val_y, text (C, D), tau, and embeddings of the adapter as support1_xa,
+    test_xa and val_xa. Parameters are chosen on the validation set if FILE has one, otherwise by leave-one-out on the
+    support set; auto always uses the latter.
 
     The method 'scikit-learn' stands for four of its classifiers, which see no texts: compare with --no-text too.
     """

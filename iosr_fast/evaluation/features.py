@@ -50,9 +50,8 @@ def read_features(
     With one of `seeds` its support sets are those of the file. With more, each draws its images from the largest one,
     seeds 0, 1, ...; the shots are then fewer than that one has. `use_text` False leaves text out.
 
-    support{k}_x (N, D) and _y (N,) for k shots, test_x and _y; optional: val_x and _y, text (C, D), class_names (C,),
-    tau (default 100), and adapted embeddings as _xa beside every _x that is used. Rows are L2-normalised again, in
-    float32.
+    support{k}_x (N, D) and _y (N,) for k shots, test_x and _y; optional: val_x and _y, text (C, D), tau (default 100),
+    and adapted embeddings as _xa beside every _x that is used. Rows are L2-normalised again, in float32.
 
     Raises FileNotFoundError, and ValueError if an array is missing, has another shape, isn't finite or names no class.
     """
@@ -81,14 +80,8 @@ def read_features(
         part: Embeddings(_unit(f"{part}_x", arrays, width), _unit(f"{part}_xa", arrays, width) if adapted else None)
         for part in parts
     }
-    names = arrays.get("class_names")
-    if text is not None and names is not None and names.shape != (len(text),):
-        raise IosrFastError(f"expected a class name for each of {len(text)} texts, got class_names of {names.shape}")
-    named = names if text is None else text
-    supports = [part for part in parts if part.startswith("support")]
-    n_classes = (
-        1 + max(_array(f"{part}_y", arrays).max(initial=-1) for part in supports) if named is None else len(named)
-    )
+    supports = [_array(f"{part}_y", arrays) for part in parts if part.startswith("support")]
+    n_classes = len(text) if text is not None else 1 + max(int(labels.max(initial=-1)) for labels in supports)
     labels = {part: _labels(f"{part}_y", arrays, len(embeddings[part]), n_classes) for part in parts}
     tau = float(arrays["tau"]) if "tau" in arrays and arrays["tau"].ndim == 0 else TAU
     if not (np.isfinite(tau) and tau > 0):

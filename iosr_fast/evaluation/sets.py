@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,46 +26,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PHOTO = "a photo of a {}."
-
-
-@dataclass(frozen=True)
-class Need:
-    """A file or folder of a layout: alternative `paths` under the root, and the URL of its source."""
-
-    paths: tuple[str, ...]
-    url: str
-
-    def find(self, root: Path) -> Path | None:
-        """Where it lies under `root`; None if it is missing."""
-        return next((root / path for path in self.paths if (root / path).exists()), None)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One arrangement of a set on disk, and its reader (readers.py)."""
-
-    title: str
-    needs: tuple[Need, ...]
-    reader: str
-    splits: Mapping[str, str]
-
-    def read(self, root: Path, paths: list[Path]) -> readers.Content:
-        """The content; `paths` has the location of each need under `root`."""
-        kind, _, name = self.reader.partition(":")
-        if kind == "torchvision":
-            return readers.torchvision_set(name, self.splits, root, paths)
-        content: readers.Content = getattr(readers, kind)(paths)
-        return content
-
-
-@dataclass(frozen=True)
-class CatalogEntry:
-    """A set of the catalog. The first of its layouts that is complete is read; `templates` are averaged."""
-
-    name: str
-    title: str
-    layouts: tuple[Layout, ...]
-    templates: list[str]
 
 
 @dataclass(frozen=True)
@@ -108,18 +67,9 @@ class EvaluationSet:
 
 
 @cache
-def catalog() -> dict[str, CatalogEntry]:
-    """The evaluation sets by name, from sets.toml."""
-    content = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-
-    def layout(entry: dict[str, Any]) -> Layout:
-        needs = tuple(Need(tuple(paths), url) for *paths, url in entry["needs"])
-        return Layout(entry["title"], needs, entry["reader"], entry.get("splits", {}))
-
-    return {
-        name: CatalogEntry(name, entry["title"], tuple(map(layout, entry["layouts"])), entry.get("prompts", [PHOTO]))
-        for name, entry in content.items()
-    }
+def catalog() -> dict[str, dict[str, Any]]:
+    """sets.toml, which says what its fields are."""
+    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def open_evaluation_set(name: str, root: str | Path) -> EvaluationSet:
@@ -131,31 +81,43 @@ def open_evaluation_set(name: str, root: str | Path) -> EvaluationSet:
     if name not in catalog():
         raise IosrFastError(f"expected an evaluation set of {', '.join(catalog())}, got {name!r}")
     entry, root, ways = catalog()[name], Path(root), []
-    for layout in entry.layouts:
-        found = [(need, need.find(root)) for need in layout.needs]
-        missing = [need for need, path in found if path is None]
+    for layout in entry["layouts"]:
+        found: list[Path] = []
+        missing = []
+        for *paths, url in layout["needs"]:
+            existing = [root / path for path in paths if (root / path).exists()]
+            found += existing[:1]
+            missing += [] if existing else [f"    {root / paths[0]}  from {url}"]
         if not missing:
-            return _finish(entry, layout, layout.read(root, [path for _, path in found if path is not None]))
-        lines = [f"    {root / need.paths[0]}  from {need.url}" for need in missing]
-        ways.append("\n".join([f"  {layout.title}:", *lines]))
+            return _finish(name, layout, _read(layout, root, found))
+        ways.append("\n".join([f"  {layout['title']}:", *missing]))
     raise FileNotFoundError(
-        f"{entry.title} is missing or incomplete under {root}. Missing for\n" + "\n  or\n".join(ways)
+        f"{entry['title']} is missing or incomplete under {root}. Missing for\n" + "\n  or\n".join(ways)
     )
 
 
-def _finish(entry: CatalogEntry, layout: Layout, content: readers.Content) -> EvaluationSet:
+def _read(layout: dict[str, Any], root: Path, paths: list[Path]) -> readers.Content:
+    kind, _, name = layout["reader"].partition(":")
+    if kind == "torchvision":
+        return readers.torchvision_set(name, layout["splits"], root, paths)
+    content: readers.Content = getattr(readers, kind)(paths)
+    return content
+
+
+def _finish(name: str, layout: dict[str, Any], content: readers.Content) -> EvaluationSet:
     """Check labels and files."""
+    title = catalog()[name]["title"]
     splits: dict[str, FileSplit] = {}
     facts: list[str | np.ndarray] = [*content.class_names]
     missing: list[str] = []
-    for name, rows in content.rows.items():
+    for split, rows in content.rows.items():
         if not rows:
-            raise IosrFastError(f"the split {name!r} of {entry.title} in {content.folder} has no images")
+            raise IosrFastError(f"the split {split!r} of {title} in {content.folder} has no images")
         keys = [Path(key).as_posix() for key, _ in rows]
         labels = np.array([label for _, label in rows], np.int64)
         if labels.min() < 0 or labels.max() >= len(content.class_names):
             raise IosrFastError(
-                f"expected labels from 0 to {len(content.class_names) - 1} in the split {name!r} of {entry.title} "
+                f"expected labels from 0 to {len(content.class_names) - 1} in the split {split!r} of {title} "
                 f"in {content.folder}, got {labels.min()} to {labels.max()}; download its lists again"
             )
         sizes, times = np.full((2, len(keys)), -1, np.int64)
@@ -165,12 +127,12 @@ def _finish(entry: CatalogEntry, layout: Layout, content: readers.Content) -> Ev
                 sizes[row], times[row] = file.st_size, file.st_mtime_ns
             except OSError:
                 missing.append(key)
-        splits[name] = FileSplit(content.folder, keys, labels, times)
-        facts += [name, *keys, labels, sizes]
+        splits[split] = FileSplit(content.folder, keys, labels, times)
+        facts += [split, *keys, labels, sizes]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} images of {entry.title} are missing from {content.folder}: {', '.join(missing[:10])}"
-            f"{', ...' if len(missing) > 10 else ''}; download them from {layout.needs[-1].url}"
+            f"{len(missing)} images of {title} are missing from {content.folder}: {', '.join(missing[:10])}"
+            f"{', ...' if len(missing) > 10 else ''}; download them from {layout['needs'][-1][-1]}"
         )
-    names, ids = content.class_names, content.class_ids
-    return EvaluationSet(entry.name, names, ids, entry.templates, splits, digest(facts), layout.title)
+    names, templates = content.class_names, catalog()[name].get("prompts", [PHOTO])
+    return EvaluationSet(name, names, content.class_ids, templates, splits, digest(facts), layout["title"])

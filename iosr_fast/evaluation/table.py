@@ -78,26 +78,17 @@ def place(result: Result) -> Place:
     return result.method, result.reducer, result.shots
 
 
-def print_table(out: Console, heads: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
-    """The first `left` columns are flush left, the others right."""
-    table = Table()
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i < left else "right")
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
-
-
 def _print_cells(out: Console, cells: Cells, published: Cells | None = None) -> None:
     """A line for each method and reducer, and one for what is published of it, a column for each number of shots."""
-    shots = sorted({k for *_, k in cells})
-    rows: list[list[str]] = []
+    shots, table = sorted({k for *_, k in cells}), Table("method", "reducer")
+    for k in shots:
+        table.add_column(f"{k} shot{'' if k == 1 else 's'}", justify="right")
     for pair in dict.fromkeys((method, reducer) for method, reducer, _ in cells):
-        rows.append([*pair, *(cells.get((*pair, k), "") for k in shots)])
+        table.add_row(*pair, *(cells.get((*pair, k), "") for k in shots))
         figures = [(published or {}).get((*pair, k), "") for k in shots]
         if any(figures):
-            rows.append(["  published", "", *figures])
-    print_table(out, ["method", "reducer", *(f"{k} shot{'' if k == 1 else 's'}" for k in shots)], rows, left=2)
+            table.add_row("  published", "", *figures)
+    out.print(table)
 
 
 def _header(name: str, results: Sequence[Result]) -> str:

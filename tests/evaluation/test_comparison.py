@@ -41,7 +41,6 @@ def arrays(rng: np.random.Generator) -> Arrays:
     """Every array a feature file may have; float16, not quite normalised."""
     centres = unit_rows(rng, CLASSES, WIDTH)
     named: Arrays = {"text": near(rng, centres, np.arange(CLASSES), 0.9), "tau": np.float32(20.0)}
-    named["class_names"] = np.array([f"class {c}" for c in range(CLASSES)])
     for part, each in (("support1", 1), ("support2", 2), ("support4", 4), ("val", 5), ("test", 8)):
         labels = rng.permutation(np.repeat(np.arange(CLASSES), each))
         named[f"{part}_y"] = labels.astype(np.int32)
@@ -82,7 +81,7 @@ def test_a_feature_file_is_read_as_it_was_written(arrays: Arrays, save: Save) ->
         exact = arrays[key].astype(np.float32)
         assert given.dtype == np.float32
         np.testing.assert_allclose(given, exact / np.linalg.norm(exact, axis=1, keepdims=True), atol=1e-6)
-    task = read_features(save(without(arrays, r"text|tau|class_names|val_.*|.*_xa")), [2]).draw(2, 0)
+    task = read_features(save(without(arrays, r"text|tau|val_.*|.*_xa")), [2]).draw(2, 0)
     assert task.support.text is None and task.validation is None and task.queries.adapted is None
     assert task.support.n_classes == CLASSES and task.support.tau == 100.0
 
@@ -101,7 +100,6 @@ def test_a_feature_file_is_read_as_it_was_written(arrays: Arrays, save: Save) ->
         ({"test_y": np.full(48, 6)}, None, r"test_y in 0\.\.5, got 6\.\.6"),
         ({"test_y": np.zeros(48)}, None, "of integers, got .* float64"),
         ({"text": np.ones(16)}, None, r"text of shape \(N, D\)"),
-        ({"class_names": np.array(["one"])}, None, "a class name for each of 6 texts"),
         ({"tau": np.float32(0)}, None, "tau finite and above 0"),
         ({"test_x": np.array([{}])}, None, "not an .npz file of plain arrays"),
     ],
@@ -193,7 +191,7 @@ def test_parameters_come_from_validation_images_or_the_support_set(arrays: Array
 def test_methods_that_the_data_does_not_allow_are_left_out_by_name(
     arrays: Arrays, save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bare = save(without(arrays, r"text|class_names|val_.*|.*_xa"))
+    bare = save(without(arrays, r"text|val_.*|.*_xa"))
     words = ("--shots", 1, 2, "--reducers", "none", "--methods", "all", "LinearDiscriminantAnalysis")
     rows = evaluated(tmp_path, bare, *words)
     available = {name for name, method in METHODS.items() if not (method.needs_text or method.needs_adapter)}
@@ -218,7 +216,7 @@ def test_wrong_options_are_refused_before_any_work(
     words: list[str], message: str, arrays: Arrays, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("iosr_fast.evaluation.comparison.evaluate_draw", lambda *_: pytest.fail("work has begun"))
-    bare = save(without(arrays, r"text|class_names"))
+    bare = save(without(arrays, r"text"))
     assert re.search(message, " ".join(refused("evaluate", "features", bare, *words).split()))
 
 
@@ -227,7 +225,7 @@ def test_rows_agree_with_the_tables(
     arrays: Arrays, save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two files have a table each, and one of the means of the rows that both have."""
-    files = save(arrays), save(without(arrays, "text|class_names"))
+    files = save(arrays), save(without(arrays, "text"))
     words = ("--methods", "zero-shot", "tip-adapter", "gda++", "auto", "--shots", 1, 4, "--reducers", "none", "pca")
     rows = evaluated(tmp_path, *files, *words)
     printed = capsys.readouterr().out
