@@ -6,15 +6,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.evaluation import demo, features
-from iosr_fast.evaluation.comparison import GROUPS, compare, method_names, pairs_of
+from iosr_fast.evaluation import demo
+from iosr_fast.evaluation.comparison import compare, pairs_of
 from iosr_fast.evaluation.features import open_sources, read_features
 from iosr_fast.evaluation.metrics import measure
 from iosr_fast.evaluation.rivals import RIVALS
@@ -125,6 +124,10 @@ def test_other_files_are_refused(tmp_path: Path, arrays: Arrays, save: Save) -> 
     (tmp_path / "other" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(IosrFastError, match="more than once; rename one"):
         open_sources([str(path), str(tmp_path / "other" / path.name)])
+    with pytest.raises(IosrFastError, match="--shots from 1 to 4 on the demo's pictures, got"):
+        open_sources(["demo"], [4, 8])
+    with pytest.raises(IosrFastError, match="feature files with --no-text, got demo"):
+        open_sources(["demo"], use_text=False)
 
 
 def test_support_sets_are_drawn_from_the_largest(arrays: Arrays, save: Save) -> None:
@@ -251,23 +254,3 @@ def test_the_spread_over_seeds_is_a_standard_deviation(rng: np.random.Generator)
     assert row["se"] is None and row["std"] == result.spread == pytest.approx(np.std(row["accuracies"], ddof=1))
     assert row["mean"] == pytest.approx(np.mean(row["accuracies"])) and row["test_images"] == [3 * CLASSES] * 3
     assert row["seeds"] == [0, 1, 2] and len(row["parameters"]) == len(row["tune_seconds"]) == 3
-
-
-def test_the_demo_is_a_source_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(features.demo, "open_demo", lambda *words: asked.append(words) or SimpleNamespace(name="demo"))
-    assert [source.name for source in open_sources(["demo"])] == ["demo"]
-    open_sources(["demo"], [1], 2)
-    assert asked == [(demo.SHOTS, demo.SEEDS), ([1], 2)]
-    monkeypatch.undo()
-    with pytest.raises(IosrFastError, match="--shots from 1 to 4 on the demo's pictures, got"):
-        open_sources(["demo"], [4, 8])
-    with pytest.raises(IosrFastError, match="feature files with --no-text, got demo"):
-        open_sources(["demo"], use_text=False)
-
-
-def test_a_group_of_methods_may_stand_beside_names() -> None:
-    assert method_names(["gda", "all", "gda"])[0] == "gda" and set(method_names(["all"])) == {*GROUPS["all"]}
-    assert pairs_of(["auto", "zero-shot", "gda"], ["none", "pca:8"]) == [
-        *(("auto", "auto"), ("zero-shot", "none"), ("gda", "none"), ("gda", "pca:8"))
-    ]

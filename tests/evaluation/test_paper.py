@@ -29,7 +29,6 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation import comparison
 from iosr_fast.evaluation.demo import torch_encoder
 from iosr_fast.evaluation.paper import embeddings
-from iosr_fast.evaluation.paper import run as paper
 from iosr_fast.evaluation.paper.data import match_classes, open_paper_sets
 from iosr_fast.evaluation.paper.embeddings import Images
 from iosr_fast.evaluation.paper.published import figures_of, sources
@@ -239,21 +238,6 @@ def test_a_changed_image_is_encoded_again_though_its_size_is_the_same(root: Path
     assert after[0]["accuracies"] != before[0]["accuracies"]
 
 
-@pytest.mark.slow
-def test_test_labels_choose_no_parameter(root: Path, rng: np.random.Generator) -> None:
-    words = ("--methods", "tip-adapter++", "ape", "gda", "--data", "dtd", "--views", "1")
-    first = run(root, *words)
-    file = root / "dtd/split_zhou_DescribableTextures.json"
-    parts = json.loads(file.read_text())
-    classes = rng.permutation(np.array([row[1:] for row in parts["test"]], object)).tolist()
-    parts["test"] = [[key, *named] for (key, *_), named in zip(parts["test"], classes, strict=True)]
-    file.write_text(json.dumps(parts))
-    second = run(root, *words)
-    kept = ("method", "shots", "parameters", "tuned_accuracy")
-    assert [[row[name] for name in kept] for row in first] == [[row[name] for name in kept] for row in second]
-    assert [row["accuracies"] for row in first] != [row["accuracies"] for row in second]
-
-
 def test_more_shots_keep_the_images_of_fewer_and_a_small_class_gives_all(root: Path) -> None:
     (data,) = open_paper_sets(["dtd"], root)
     labels = data.source.splits["train"].labels
@@ -317,18 +301,6 @@ def test_published_figures_have_sources_and_stand_beside_the_same_thing_alone() 
     for change in ({"pretrained": None}, {"pretrained": "weights.pt"}, {"model": "RN101"}, {"shots": 3}):
         same = {"data": "imagenet", "method": "tip-x", "shots": 16, "model": "RN50", "pretrained": "openai"}
         assert figures_of(**{**same, **change}) == {}  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-def test_accuracies_stand_above_published_ones(
-    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figure = {"Another Paper, table 1: https://example.org": 12.0}
-    monkeypatch.setattr(paper, "figures_of", lambda data, method, *_: figure if method == "gda" else {})
-    rows = run(root, "--data", "dtd", "--methods", "gda", "tip-adapter", "--shots", "1")
-    printed = capsys.readouterr().out
-    assert f"12.0 ({100 * rows[0]['mean'] - 12:+.1f}) │" in printed
-    assert "published: Another Paper, table 1: https://example.org" in printed
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,12 @@ pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra
 
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from iosr_fast.cli.evaluate import evaluate
 from iosr_fast.evaluation import rivals
 from iosr_fast.evaluation.comparison import method_names, why_unavailable
 from iosr_fast.evaluation.features import read_features
-from iosr_fast.evaluation.rivals import DEFAULT_RIVALS, RIVALS, fit_rival
+from iosr_fast.evaluation.rivals import DEFAULT_RIVALS, RIVALS
 from tests.conftest import unit_rows
 
 CLASSES, WIDTH = 5, 12
@@ -65,19 +64,6 @@ def test_rows_of_scikit_learn(file: Path) -> None:
     assert one_image["NearestCentroid"] is None and one_image["LogisticRegression"] > 0
 
 
-def test_the_path_of_c_is_a_grid_search(file: Path) -> None:
-    """LogisticRegressionCV starts each fit from the one before; the grid search of scikit-learn starts anew."""
-    support = read_features(file, [6]).draw(6, 0).support
-    rows, labels = support.embeddings.plain, support.labels
-    _, tuned = fit_rival("LogisticRegression", support, 0)
-    grid = {"C": list(RIVALS["LogisticRegression"].grid["C"])}
-    splits = StratifiedKFold(5, shuffle=True, random_state=0)
-    search = GridSearchCV(LogisticRegression(max_iter=300), grid, cv=splits, scoring="neg_log_loss")
-    search.fit(rows, labels)
-    assert tuned.parameters == search.best_params_
-    assert tuned.log_loss == pytest.approx(-search.best_score_, rel=0.02) and tuned.scored == len(labels)
-
-
 def test_adapted_embeddings_are_a_rivals_too(file: Path, rng: np.random.Generator) -> None:
     arrays = dict(np.load(file))
     for part in ("support1", "support6", "test"):
@@ -97,15 +83,3 @@ def test_two_of_them_are_in_every_table(file: Path, monkeypatch: pytest.MonkeyPa
     assert str(reasons["LogisticRegression++"]).endswith("use 'LogisticRegression'")
     monkeypatch.setattr(rivals, "find_spec", lambda _: None)
     assert "pip install 'iosr_fast[sklearn]'" in str(why_unavailable("NearestCentroid", task))
-
-
-@pytest.mark.slow
-def test_no_test_image_has_a_part_in_their_parameters(file: Path, rng: np.random.Generator) -> None:
-    support = read_features(file, [6]).draw(6, 0).support
-    plain = [name for name in RIVALS if not name.endswith("++")]
-    chosen = {name: fit_rival(name, support, 0)[1].parameters for name in plain}
-    arrays = dict(np.load(file))
-    np.savez(file, **{**arrays, "test_y": rng.permutation(arrays["test_y"])})
-    for row in rows_of(file, "--methods", "scikit-learn", "--shots", "6"):
-        assert row["parameters"] == [chosen[row["method"]]]
-        assert row["mean"] < 0.6
