@@ -30,7 +30,7 @@ def demo_cache() -> Path:
     digest = hashlib.sha256()
     package = ROOT / "iosr_fast"
     files = [path for room in SOURCES for path in (package / room).rglob("*")]
-    for path in sorted([*files, package / "classifier.py", package / "evaluation" / "demo_bundle.py"]):
+    for path in sorted([*files, package / "classifier.py", ROOT / "tools" / "demo" / "bundle.py"]):
         if path.suffix in (".py", ".json", ".safetensors", ".webp"):
             digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
     folder = CACHES / digest.hexdigest()[:16]
@@ -58,7 +58,7 @@ def shared_cache() -> Iterator[None]:
 
 def demo_bundle(classes: int = 12, shots: int = 3, method: str = "tip-adapter++") -> Path:
     """A saved classifier of the demo, written once (make_demo_bundle). Read it, never change it."""
-    from iosr_fast.evaluation.demo_bundle import make_demo_bundle
+    from tools.demo.bundle import make_demo_bundle
 
     folder = demo_cache() / "bundles" / f"{classes}-{shots}-{method}"
     with shared_cache():

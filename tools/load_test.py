@@ -19,10 +19,10 @@ from typing import Annotated, Any
 import typer
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.evaluation.demo_bundle import make_demo_bundle
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.utils.command import new_file, run
 from iosr_fast.utils.machine import usable_threads
+from tools.demo.bundle import make_demo_bundle
 from tools.serving_load.churn import is_rebuilt, measure_churn
 from tools.serving_load.client import Arrivals, Queries, make_queries, run_alone
 from tools.serving_load.compare import Peer, compare

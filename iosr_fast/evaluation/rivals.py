@@ -61,11 +61,17 @@ def rival_unavailable_reason(name: str, support: SupportSet) -> str | None:
         return f"{name} needs scikit-learn, which is not installed: pip install 'iosr_fast[sklearn]'"
     if name.endswith(ADAPTED) and support.embeddings.adapted is None:
         return f"{name} needs an encoder with an adapter; this one has none: use {name.removesuffix(ADAPTED)!r}"
-    if name.startswith("LinearDiscriminantAnalysis") and len(support.embeddings) <= support.n_classes:
-        return f"{name} needs more images than classes"
+    images = len(support.embeddings)
+    fitted_on = images - images // _folds(support) if _folds(support) > 1 else images
+    if name.startswith("LinearDiscriminantAnalysis") and fitted_on <= support.n_classes:
+        return f"{name} needs more images than classes, also without those of a fold"
     if not support.counts.all():
         return f"{name} needs an image of each class"
     return None
+
+
+def _folds(support: SupportSet) -> int:
+    return min(FOLDS, int(support.counts.min()))
 
 
 def fit_rival(name: str, support: SupportSet, seed: int) -> tuple[Any, Tuned]:
@@ -75,7 +81,7 @@ def fit_rival(name: str, support: SupportSet, seed: int) -> tuple[Any, Tuned]:
     require("sklearn", "sklearn")
     parameters = {key: values[0] for key, values in rival.grid.items()}
     tuned = Tuned(name, "none", parameters, float("nan"), 0, "none")
-    folds = min(FOLDS, int(support.counts.min()))
+    folds = _folds(support)
     module = importlib.import_module(f"sklearn.{rival.module}")
     estimator = getattr(module, name.removesuffix(ADAPTED))(**rival.options, **parameters)
     with warnings.catch_warnings():

@@ -12,13 +12,13 @@ from typer.testing import CliRunner, Result
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
-from iosr_fast.evaluation.demo_bundle import held_out_queries
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.methods.joint import predict_jointly
 from iosr_fast.pipeline.ray_workers import Worker, row_of
 from iosr_fast.pipeline.sources import folder_source
 from tests.pipeline.runs import classified, load_images, part_bytes, read_all, run
+from tools.demo.bundle import held_out_queries
 
 KNOWN = 10
 

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier
-from iosr_fast.evaluation.demo_bundle import held_out_queries
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.serving.batching import BatchingClassifier
 from tests.demo_cache import demo_bundle
 from tests.pictures import encode
+from tools.demo.bundle import held_out_queries
 
 if find_spec("open_clip") is None:
     pytest.skip("open_clip comes with the cpu extra", allow_module_level=True)

@@ -22,7 +22,7 @@ from yarl import URL
 
 from benchmarks.photographs import QUALITY, photograph
 from iosr_fast.classifier import Classifier
-from iosr_fast.evaluation.demo_bundle import held_out_queries
+from tools.demo.bundle import held_out_queries
 
 Result = TypeVar("Result")
 BROKEN = (aiohttp.ClientError, OSError, TimeoutError)

@@ -15,7 +15,7 @@ import numpy as np
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.evaluation.demo_bundle import held_out_queries
+from tools.demo.bundle import held_out_queries
 from tools.serving_load.client import MIN_ANSWERS, Client, Queries, steady_rps
 from tools.serving_load.server import ServerProcess, Usage
 
