@@ -19,7 +19,7 @@ class Evaluate(Group):
     """Adds the name of a command where it is left out: `CLASSIFIER IMAGES` is `saved CLASSIFIER IMAGES`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = not args or args[0] in ("--help", *self.commands)
+        named = not args or args[0] in ("-h", "--help", *self.commands)
         return super().parse_args(ctx, args if named else ["saved", *args])
 
 

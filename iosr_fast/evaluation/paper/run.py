@@ -18,6 +18,7 @@ from iosr_fast.evaluation.table import console, facts, place, print_comparison, 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.files import cache_folder
 from iosr_fast.utils.provenance import write_rows
+from iosr_fast.utils.temporaries import remove_leftovers
 
 PAPER_METHODS = ("zero-shot", "tip-adapter", "tip-adapter++", "tip-x", "tip-x++")
 
@@ -65,6 +66,7 @@ def run(
         "views": views,
     }
     folder = (out or cache_folder() / "paper") / f"{clip.name}-{digest(of_run)[:12]}"
+    remove_leftovers(folder / "embeddings")  # of killed runs
     embeddings = KeptEmbeddings(folder / "embeddings", clip, torch_encoder(clip, loaded), of_run, report)
     cells = FileCells(folder / "cells", {one.name: one.fingerprint for one in sets}, report)
     pairs = pairs_of([name for name in names if name not in without], ["none"])
