@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -225,7 +226,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             classes = np.arange(labels.shape[1]) if names is None else np.array(names, str)
         else:
             X, y = self._validated(X, y, reset=True)
-            with as_iosr_errors():
+            with as_iosr_errors(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # of few shots
                 check_classification_targets(y)
             classes, labels = np.unique(y, return_inverse=True)
             if len(classes) < 2:

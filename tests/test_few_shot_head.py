@@ -198,6 +198,13 @@ def test_adapted_embeddings_are_the_second_half(rng: np.random.Generator) -> Non
     assert METHODS[auto.method_].needs_adapter and auto.tuned_.accuracy > 0.9
 
 
+def test_many_classes_of_one_row_are_no_reason_to_warn(rng: np.random.Generator) -> None:
+    rows, labels, _ = clusters(rng, 30, 1, 24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FewShotHead("gda", tune="none").fit(rows, labels)
+
+
 def test_one_row_a_class_takes_the_rule_of_thumb(rng: np.random.Generator) -> None:
     rows, labels, centres = clusters(rng, 5, 1, 24)
     alone = FewShotHead().fit(rows, labels)

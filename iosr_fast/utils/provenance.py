@@ -21,8 +21,8 @@ def cpu_description() -> str:
 def commit() -> str:
     """The checked-out commit of the source tree, with +dirty if tracked or new files differ from it.
 
-    benchmarks/ is ignored, because a run writes there. Without its own repository, as in an installed package, the
-    version, such as "version 0.2.0".
+    benchmarks/results is ignored, because a run writes there. Without its own repository, as in an installed package,
+    the version, such as "version 0.2.0".
     """
 
     def git(*arguments: str) -> str | None:
@@ -38,7 +38,7 @@ def commit() -> str:
         from iosr_fast import __version__
 
         return f"version {__version__}"
-    return head + ("+dirty" if git("status", "--porcelain", "--", ".", ":!benchmarks") else "")
+    return head + ("+dirty" if git("status", "--porcelain", "--", ".", ":!benchmarks/results") else "")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

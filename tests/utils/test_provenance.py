@@ -25,10 +25,10 @@ def test_the_commit_says_when_the_tree_is_changed(tmp_path: Path, monkeypatch: p
     git("commit", "-q", "--allow-empty", "-m", "first")
     head = git("rev-parse", "HEAD").strip()
     assert provenance.commit() == head[:12]
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "rows.json").write_text("")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "rows.json").write_text("")
     assert provenance.commit() == head[:12], "rows are what a run writes"
-    (tmp_path / "new").write_text("")
+    (tmp_path / "benchmarks" / "bench.py").write_text("")
     assert provenance.commit() == f"{head[:12]}+dirty"
     monkeypatch.setattr(provenance, "ROOT", tmp_path / "benchmarks")
     assert provenance.commit() == f"version {__version__}", "the repository is not the package's own"
