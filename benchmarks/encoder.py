@@ -108,11 +108,12 @@ class Encoders:
         of_torch = {
             "torch": ours(lambda: rivals.in_torch(self.fused, self.run.device)),
             "eager-two-pass": rival(lambda: self.literal(self.adapter)),
-            "torch-compile-two-pass": rival(lambda: self.literal(self.adapter, compiled=True)),
         }
+        # Last, because compiling takes longest.
+        compiled = {"torch-compile-two-pass": rival(lambda: self.literal(self.adapter, compiled=True))}
         if self.run.device.is_gpu:
-            of_torch["torch-compile-one-pass"] = rival(lambda: self.literal(None, compiled=True))
-            return {GEMM: gpu_gemm(self.run.device, self.precision), **of_torch}
+            compiled["torch-compile-one-pass"] = rival(lambda: self.literal(None, compiled=True))
+            return {GEMM: gpu_gemm(self.run.device, self.precision), **of_torch, **compiled}
         of_files = {"onnxruntime-two-pass": rival(lambda: self.onnxruntime("plain", "adapted"))}
         own = {"onnxruntime": ours(lambda: self.onnxruntime("fused"))}
         if find_spec("openvino") is None:
@@ -122,7 +123,7 @@ class Encoders:
             own["openvino-int8"] = ours(lambda: self.openvino("int8"), "int8")
             of_files["openvino-two-pass"] = rival(lambda: self.openvino("plain", "adapted"))
             of_files["openvino-one-pass"] = rival(lambda: self.openvino("plain"))
-        return {GEMM: gemm(self.run.threads), **own, **of_torch, **of_files}
+        return {GEMM: gemm(self.run.threads), **own, **of_torch, **of_files, **compiled}
 
     def literal(self, adapter: Adapter | None, compiled: bool = False) -> Embed:
         return rivals.in_torch(rivals.literal_passes(self.clip, adapter, self.precision), self.run.device, compiled)

@@ -58,17 +58,24 @@ class Candidate:
 class Run:
     """The rows of one subject on one machine: printed as cases end, in the file `out` after every round.
 
-    A case is timed in `repeats` rounds, or in FEWEST where it has taken `seconds` by then.
+    A case is timed in `repeats` rounds, or in FEWEST where it has taken `seconds` by then. The run ends within
+    `minutes`: rounds end before they are over, and what isn't prepared when a quarter of them is left, is left out.
     """
 
     subject: str
     device: Device = field(default_factory=Device)
     threads: int = field(default_factory=usable_threads)
     repeats: int = 7
-    seconds: float = 60.0
+    seconds: float = 45.0
+    minutes: float = 5.0
     out: Path | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds_left(self) -> float:
+        return 60 * self.minutes - (time.perf_counter() - self.started)
 
     def say(self, line: str) -> None:
         """A line about what is done now or left out, on stderr."""
@@ -92,6 +99,9 @@ class Run:
         times: dict[str, list[float]] = {}
         before = len(self.rows)
         for name, candidate in candidates.items():
+            if self.seconds_left < 15 * self.minutes:
+                self.say(f"left out: {case}: {name}: no time is left for it; --minutes gives more")
+                continue
             made = self._verified(f"{case}: {name}", candidate)
             if made is None:
                 continue
@@ -99,11 +109,16 @@ class Run:
             ready[name], times[name] = call, []
             burst[name] = self.device.calls_in(BURST_S, call) if bursts and first_ms < 1e3 else 1
             self.say(f"{case}: {name}: verified; its first call took {first_ms:.4g} ms")
-        started = time.perf_counter()
+        started = ended = time.perf_counter()
         with progress(f"{self.subject} {case}", self.repeats * len(ready)) as advance:
             for turn in range(self.repeats if ready else 0):
-                if turn >= FEWEST and time.perf_counter() - started > self.seconds:
+                begun, last_s = time.perf_counter(), time.perf_counter() - ended
+                if turn >= FEWEST and begun - started > self.seconds:
                     break
+                if turn and self.seconds_left < last_s:
+                    self.say(f"{case}: ended after {turn} rounds, for lack of time; --minutes gives more")
+                    break
+                ended = begun
                 for name, call in ready.items():
                     time.sleep(PAUSE_S)
                     times[name].append(self.device.time_ms(call, burst[name]))
@@ -215,8 +230,11 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     console.print("; ".join(facts), markup=False, soft_wrap=True)
     rivals = list(dict.fromkeys(rival for row in rows for rival in row["ratios"]))
     unit = next((row["rate_unit"] for row in rows if row["rate_unit"]), "rate")
+    table = Table()
+    table.add_column("impl", min_width=max(len(row["impl"]) for row in rows))
     # Names wrap at spaces; narrow columns would cut them.
-    table = Table("impl", "ms", "p10..p90", unit, "of ceiling", *(f"{r.replace('-', ' ')} / this" for r in rivals))
+    for heading in ("ms", "p10..p90", unit, "of ceiling", *(f"{rival.replace('-', ' ')} / this" for rival in rivals)):
+        table.add_column(heading)
     for row in rows:
         low, high = row["runtime_ms_spread"]
         rate = "" if row["rate"] is None else f"{row['rate']:.4g}"

@@ -44,7 +44,8 @@ def main(
     pictures: Annotated[int | None, typer.Option(min=2, help="JPEG files, for pipeline and fit.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda for encoder and score.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of NumPy and PyTorch [default: all].")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds at most; a case ends after 60 s and three rounds.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds at most; a case ends after 45 s and three rounds.")] = 7,
+    minutes: Annotated[float, typer.Option(min=0.1, help="The run's time; what it doesn't suffice for is named.")] = 5,
     json_path: Annotated[
         Path | None,
         typer.Option("--json", callback=new_file, help="Rows as JSON [default: build/bench/cpu-SUBJECT.json]."),
@@ -82,7 +83,7 @@ def main(
         raise IosrFastError(f"expected --device cpu with {subject}, got {device}")
     out = json_path or ROOT / "build" / "bench" / f"{'cpu' if device == 'cpu' else 'gpu'}-{subject}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    run = Run(subject, Device(device), threads or usable_threads(), repeats, out=out)
+    run = Run(subject, Device(device), threads or usable_threads(), repeats, minutes=minutes, out=out)
     module.run(run, **options)
     run.write()
     typer.echo(f"wrote {len(run.rows)} rows to {out}", err=True)

@@ -122,6 +122,23 @@ def test_a_long_case_ends_after_a_few_rounds() -> None:
     assert run.rows[0]["repeats"] == harness.FEWEST
 
 
+def test_a_run_ends_within_its_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run("subject", repeats=9, minutes=1.0)
+    run.started -= 30
+    run.case("first", {"a": Candidate(calling([], ""))})
+    run.started -= 20
+    run.case("second", {"b": Candidate(calling([], ""))})
+    assert [(row["impl"], row["repeats"]) for row in run.rows] == [("a", 9)]
+    assert "left out: second: b: no time is left for it; --minutes gives more" in capsys.readouterr().err
+
+    def slow() -> None:
+        run.started -= 100  # as if each call took that long
+
+    run.started += 50
+    run.case("third", {"c": Candidate(lambda: slow)}, bursts=False)
+    assert run.rows[-1]["repeats"] == 1
+
+
 def test_ceilings_are_verified_and_have_rates_that_a_machine_can_have() -> None:
     pytest.importorskip("torch")
     run = Run("subject", threads=1, repeats=1)
