@@ -1,7 +1,4 @@
-"""Make benchmarks/README.md, tables of the rows in benchmarks/results; with --check exit 1 if it differs from them.
-
-python tools/report.py [--check]
-"""
+"""Make benchmarks/README.md from benchmarks/results: python tools/report.py [--check: exit 1 if it differs]."""
 
 from __future__ import annotations
 
@@ -45,6 +42,7 @@ SUBJECTS = {
     "adapter-place": "Accuracy in % by the adapter's place in the demo's CLIP.",
     "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
 }
+SUBJECTS |= {f"gpu-{name}": f"On a GPU. {SUBJECTS[name]}" for name in ("encoder", "score")}
 # Of benches whose rows are lines: the first columns, where a row has them, and the others, with their formats.
 FIRST = {"case": "", "impl": "", "ms": "", "server": "", "load": ".0%", "method": "", "of": "", "shots": ""}
 LATENCIES = {"p50_ms": ".1f", "p99_ms": ".1f", "lone_ms": ".1f"}
