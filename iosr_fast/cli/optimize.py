@@ -33,8 +33,8 @@ def optimize(
         str | None, typer.Option(help="open_clip's tag of the CLIP's weights, or a file; demo for the demo.")
     ] = None,
     adapter: Adapter = "auto",
-    tokens: Annotated[
-        bool, typer.Option("--tokens", help="Try fewer tokens: smaller images and merged tokens. Needs --pretrained.")
+    smaller_images: Annotated[
+        bool, typer.Option("--smaller-images", help="Try engines for smaller images, too. Needs --pretrained.")
     ] = False,
 ) -> None:
     """Choose the fastest engine for a saved classifier that this machine can run and that keeps the accuracy.
@@ -55,8 +55,8 @@ def optimize(
     from iosr_fast.state.unknown_images import unknown_folder
 
     OptimizeOptions(objective, tolerance, runtime, precision)  # checks them
-    if tokens and pretrained is None:
-        raise typer.BadParameter("--tokens exports from the CLIP: name its weights by --pretrained")
+    if smaller_images and pretrained is None:
+        raise typer.BadParameter("--smaller-images exports from the CLIP: name its weights by --pretrained")
     target = folder if out is None else out
     with stop_message("stopped; nothing was written", "iosr-fast"):
         if out is not None:
@@ -73,7 +73,7 @@ def optimize(
             precision,
             pretrained,
             None if adapter == "none" else adapter,
-            tokens,
+            smaller_images,
             None if unknown_images is None else unknown_folder(unknown_images),
         )
         with progress("save", None):

@@ -24,8 +24,6 @@ class Norm(nn.LayerNorm):
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "quick_gelu":
         return x * torch.sigmoid(QUICK_GELU * x)
-    if activation == "silu":  # of inference_form
-        return F.silu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -81,34 +79,23 @@ class Block(Mlp):
         self.q_proj, self.k_proj, self.v_proj = (
             nn.Linear(config.width, config.width, dtype=config.dtype) for _ in range(3)
         )
-        self.qkv_proj: nn.Linear | None = None  # of inference_form, in place of the three
 
-    def attend(
-        self, x: torch.Tensor, sizes: torch.Tensor | None, rotary: Rotary | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + attention(ln_1(x)) and the keys (N, heads, L, width / heads); x (N, L, width).
-
-        With `sizes` (N, L) of merged tokens a token counts as often as it has patches: log(size) is added to its logit.
-        """
+    def attend(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+        """x + attention(ln_1(x)); x (N, L, width)."""
         length, width = x.shape[1:]
         y = x if self.post_norm else self.ln_1(x)
-        projected = (
-            self.qkv_proj(y).chunk(3, dim=-1)
-            if self.qkv_proj is not None
-            else (proj(y) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(y).reshape(-1, length, self.heads, width // self.heads).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k, v = (part.reshape(-1, length, self.heads, width // self.heads).transpose(1, 2) for part in projected)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if torch.compiler.is_exporting():
             # Written out, because the exporter's form computes the softmax in the input's dtype.
-            logits = (q @ k.transpose(2, 3)).float()
-            weights = torch.softmax(logits if sizes is None else logits + sizes.log()[:, None, None], dim=-1)
-            attended = weights.to(v.dtype) @ v
+            attended = torch.softmax((q @ k.transpose(2, 3)).float(), dim=-1).to(v.dtype) @ v
         else:
-            mask = None if sizes is None else sizes.log()[:, None, None].to(q.dtype)
-            attended = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
-        return x + self._project(attended.transpose(1, 2).reshape(-1, length, width)), k
+            attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return x + self._project(attended.transpose(1, 2).reshape(-1, length, width))
 
     def _project(self, attended: torch.Tensor) -> torch.Tensor:
         update: torch.Tensor = self.out_proj(self.ln_attention(attended))
@@ -138,10 +125,8 @@ class LastBlock(Block):
         if config.attention_norm:  # else part of out_proj's bias
             self.v_bias = nn.Parameter(torch.empty(width, dtype=dtype))
 
-    def attend(
-        self, x: torch.Tensor, sizes: torch.Tensor | None, rotary: Rotary | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + attention(ln_1(x)))[:, 0] without values, nor keys unless rotated, and ln_1(x); x (N, L, width)."""
+    def attend(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+        """(x + attention(ln_1(x)))[:, 0] without values, nor keys unless rotated; x (N, L, width)."""
         length, width = x.shape[1:]
         y = x if self.post_norm else self.ln_1(x)
         q = self.q_proj(y[:, 0]).reshape(-1, self.heads, width // self.heads)  # CLS is not rotated
@@ -151,9 +136,9 @@ class LastBlock(Block):
         else:
             k = self.k_proj(y).reshape(-1, length, self.heads, width // self.heads).transpose(1, 2)
             logits = (rotate(k, rotary) @ q[..., None])[..., 0].float()
-        weights = torch.softmax(logits if sizes is None else logits + sizes.log()[:, None], dim=-1).to(y.dtype)
+        weights = torch.softmax(logits, dim=-1).to(y.dtype)
         mixed = (weights @ y).transpose(0, 1)  # (heads, N, width): sum_j p_j y_j
         attended = (mixed @ self.v_weight).transpose(0, 1).reshape(-1, width)
         if isinstance(self.ln_attention, Norm):
             attended = attended + self.v_bias
-        return x[:, 0] + self._project(attended), y
+        return x[:, 0] + self._project(attended)

@@ -21,8 +21,7 @@ Precision = Literal["fp32", "fp16"]
 class DualEncoderConfig:
     """All that `DualEncoder` needs besides its weights.
 
-    `merged` tokens disappear in each block but the last (token_merging). The fields from `prefix` on describe other
-    families than CLIP's own ViT, whose values are the defaults:
+    The fields from `prefix` on describe other families than CLIP's own ViT, whose values are the defaults:
 
     prefix            tokens before the patches: CLS, registers
     stem              (kernel, width) of each convolution before the patch projection; activations between them
@@ -48,7 +47,6 @@ class DualEncoderConfig:
     precision: Precision
     first_adapted_block: int | None = None
     bottleneck: int | None = None
-    merged: int = 0
     prefix: int = 1
     stem: Sequence[tuple[int, int]] = ()
     rotary: bool = False
@@ -66,6 +64,12 @@ class DualEncoderConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> DualEncoderConfig:
         """From JSON. Raises ValueError for unknown fields and for missing ones without a default."""
+        config = dict(config)
+        if config.pop("merged", 0):  # 0 in engines of version 0.2
+            raise IosrFastError(
+                "the engine merges tokens, which iosr_fast does no longer: build it again; `iosr-fast optimize "
+                "--smaller-images` tries the other way to have fewer"
+            )
         expected = {field.name for field in fields(cls)}
         required = {field.name for field in fields(cls) if field.default is MISSING}
         if not required <= set(config) <= expected:

@@ -11,8 +11,6 @@ transformation is exact up to rounding:
                      their positions. Key biases cancel in the softmax, value biases add up
     constant query   attention pooling has a constant query, so W_k' q is a constant too (dual_pools)
     preprocessing    the input is uint8 pixels; mean and std are folded into the first convolution and the positions
-    merged tokens    optional and not exact: blocks average similar tokens (token_merging). The streams share a matching
-                     where they share the tokens; from the first adapted block's output on each has its own
     scales           1/sqrt(head width) is folded into the query weights, LayerScale into the weights before it, the
                      adapter's scale into up_proj
 
@@ -35,7 +33,6 @@ from torch import nn  # noqa: E402
 from iosr_fast.clip.dual_blocks import Block, LastBlock, Norm, activate  # noqa: E402
 from iosr_fast.clip.dual_config import DualEncoderConfig  # noqa: E402
 from iosr_fast.clip.dual_pools import AttentionPool, AveragePool  # noqa: E402
-from iosr_fast.clip.token_merging import merge_tokens, merged_per_block  # noqa: E402
 
 POOLS = {"avg": AveragePool, "map": AttentionPool}
 
@@ -66,7 +63,6 @@ class DualEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             (last if i == config.blocks - 1 else Block)(config, adapted=i >= first) for i in range(config.blocks)
         )
-        self.merged = merged_per_block(config.tokens - config.prefix, config.blocks, config.merged)
         self.ln_post = Norm(width, eps=config.eps)
         self.pool = None if config.pool == "cls" else POOLS[config.pool](config)
         self.proj = (
@@ -100,36 +96,32 @@ class DualEncoder(nn.Module):
         x = self._embed(pixels)
         rotary = (self.rotary_cos, self.rotary_sin) if self.shapes.rotary else None
         split = False
-        sizes: torch.Tensor | None = None  # of tokens, once some are merged
-        for block, merged in zip(self.blocks, self.merged, strict=True):
+        for block in self.blocks:
             assert isinstance(block, Block)
-            x, keys = block.attend(x, sizes, rotary)
-            if merged:
-                x, sizes = merge_tokens(x, sizes, keys, merged, self.shapes.prefix)
+            x = block.attend(x, rotary)
             update = block.mlp(x)
             if not block.adapted:
                 x = x + update
             elif not split:
                 plain = x + update
                 x, split = torch.cat([plain, plain + block.adapt(x)]), True
-                sizes = None if sizes is None else torch.cat([sizes, sizes])
             else:
                 # As fast in ONNX Runtime as one GEMM [h, relu(down x)] @ [W_proj | scale W_up]; stores no weight twice.
                 first, second = _halves(x + update)
                 x = torch.cat([first, second + block.adapt(_halves(x)[1])])
-        x = self.proj(self._pool(x, sizes)).float()
+        x = self.proj(self._pool(x)).float()
         # As F.normalize, whose exported form computes sizes.
         embeddings = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
         return tuple(_halves(embeddings)) if split else (embeddings,)
 
-    def _pool(self, x: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
         """(N, L, width) -> (N, width), ln_post before or after the pool; LastBlock has left the CLS token alone."""
         if self.pool is None:
             pooled: torch.Tensor = self.ln_post(x)
         elif self.shapes.norm_after_pool:
-            pooled = self.ln_post(self.pool(x, sizes))
+            pooled = self.ln_post(self.pool(x))
         else:
-            pooled = self.pool(self.ln_post(x), sizes)
+            pooled = self.pool(self.ln_post(x))
         return pooled
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:

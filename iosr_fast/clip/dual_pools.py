@@ -14,14 +14,11 @@ class AveragePool(nn.Module):
 
     def __init__(self, config: DualEncoderConfig) -> None:
         super().__init__()
-        self.prefix, self.patches = config.prefix, config.patches_per_side**2
+        self.prefix = config.prefix
 
-    def forward(self, x: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
-        """(N, L, width) -> (N, width); a merged token counts as often as it has patches."""
-        patches = x[:, self.prefix :].float()
-        if sizes is None:
-            return patches.mean(1).to(x.dtype)
-        return ((patches * sizes[:, self.prefix :, None]).sum(1) / self.patches).to(x.dtype)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, L, width) -> (N, width)."""
+        return x[:, self.prefix :].float().mean(1).to(x.dtype)
 
 
 class AttentionPool(Mlp):
@@ -40,13 +37,12 @@ class AttentionPool(Mlp):
         self.out_proj = nn.Linear(width, width, dtype=dtype)
         self.ln = Norm(width, eps=config.eps)
 
-    def forward(self, x: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
-        """(N, L, width) -> (N, width); a merged token counts as often as it has patches."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, L, width) -> (N, width)."""
         if self.skipped:
             x = x[:, self.skipped :]
-            sizes = None if sizes is None else sizes[:, self.skipped :]
         logits = self.query(x).float().transpose(1, 2)
-        weights = torch.softmax(logits if sizes is None else logits + sizes.log()[:, None], dim=-1).to(x.dtype)
+        weights = torch.softmax(logits, dim=-1).to(x.dtype)
         mixed = (weights @ x).transpose(0, 1)  # (heads, N, width): sum_j p_j x_j
         y: torch.Tensor = self.out_proj((mixed @ self.v_weight).transpose(0, 1).reshape(-1, x.shape[2]))
         return y + self.feed(self.ln(y))

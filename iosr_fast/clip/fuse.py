@@ -166,25 +166,20 @@ def _put_attention_pool(state: State, pool: AttentionPoolParts) -> None:
     _put_mlp(state, "pool", pool.mlp)
 
 
-def build_dual_encoder(
-    clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32", merged: int = 0
-) -> DualEncoder:
+def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32") -> DualEncoder:
     """Fuse a vision transformer of open_clip or timm (`architecture.fused_family`) and its adapter; on the CPU.
 
     Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
-    LayerNorm, softmax and last normalisation. Each block but the last merges `merged` tokens (token_merging), 0 for
-    none; `resize.resize_clip` gives a CLIP for smaller pictures.
+    LayerNorm, softmax and last normalisation. `resize.resize_clip` gives a CLIP for smaller pictures.
 
     Raises ValueError for an image encoder that can't be fused (a convolutional network, an attentional pooler of
-    open_clip, custom blocks), an adapter of another CLIP, a negative `merged`, and one above 0 with rotary positions.
+    open_clip, custom blocks) and an adapter of another CLIP.
     """
     if precision not in ("fp32", "fp16"):
         raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
     if adapter is not None:
         check_belongs(adapter, clip)
-    if merged < 0:
-        raise IosrFastError(f"expected merged of at least 0 tokens a block, got {merged}")
-    config = infer_config(clip, adapter, precision, merged)
+    config = infer_config(clip, adapter, precision)
     encoder = DualEncoder.from_config(asdict(config))
     encoder.load_state_dict(fused_state_dict(clip, adapter, config))
     return encoder

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
 
 
-def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision, merged: int = 0) -> DualEncoderConfig:
+def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision) -> DualEncoderConfig:
     """The shapes of the dual encoder for this CLIP. Raises ValueError for an image encoder that can't be fused."""
     tower = vision_tower(clip.model.visual, clip.name)
     refuse_fusing(clip.name, tower.refusals())
@@ -36,10 +36,6 @@ def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision
             and (_activation(clip.name, pool.mlp) != activation or (pool.mlp.norm or block.mlp.norm) is not None),
         },
     )
-    if merged and parts.rotary is not None:
-        raise IosrFastError(
-            f"{clip.name} has rotary positions, which a mean of several tokens has not; expected merged 0, got {merged}"
-        )
     return DualEncoderConfig(
         image_size=tower.image_size[0],
         patch_size=tower.patch_size,
@@ -54,7 +50,6 @@ def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision
         precision=precision,
         first_adapted_block=None if adapter is None else adapter.config.first_adapted_block,
         bottleneck=None if adapter is None else adapter.config.bottleneck,
-        merged=merged,
         prefix=tower.prefix,
         stem=tuple((conv.weight.shape[-1], len(conv.weight)) for conv in parts.stem[:-1]),
         rotary=parts.rotary is not None,

@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 ON_CPU, ON_GPU = ("fp32", "bf16", "int8"), ("fp32", "fp16", "int8", "fp8")
 
 
-Tokens = dict[str, int]  # of an engine with fewer tokens: {"image_size": 192} or {"merged": 8}
+Tokens = dict[str, int]  # of an engine for smaller images: {"image_size": 192}
 
 
 class Candidate(NamedTuple):
-    """A runtime and a precision, and how tokens are saved, if they are; `left_out` says why it is not tried, "" if it
-    is."""
+    """A runtime and a precision, and the size of smaller images; `left_out` says why it is not tried, "" if it is."""
 
     runtime: str
     precision: str
@@ -44,19 +43,16 @@ class Candidate(NamedTuple):
     tokens: Tokens | None = None
 
 
-def with_fewer_tokens(engine: VerifiedFolder, listed: list[Candidate]) -> list[Candidate]:
-    """Candidates with fewer tokens: images of 6/7 and 5/7 of the side (192 and 160 of 224), and 4% of the patches
-    merged in each block; in int8 where that is tried, in the runtime that comes first."""
+def with_smaller_images(engine: VerifiedFolder, listed: list[Candidate]) -> list[Candidate]:
+    """Candidates for images of 6/7 and 5/7 of the side (192 and 160 of 224); in int8 where that is tried, in the
+    runtime that comes first."""
     config, tried = engine.manifest["dual_encoder"], [one for one in listed if not one.left_out]
     if not tried or config is None:
         return []
     first = next((one for one in tried if one.precision == "int8"), tried[0])
     side = engine.manifest["image_size"] // config["patch_size"]
     sizes = sorted({round(side * part / 7) * config["patch_size"] for part in (6, 5)}, reverse=True)
-    forms = [{"image_size": size} for size in sizes]
-    if not config.get("rotary"):  # a mean of tokens has no position to rotate by; engines of 0.2 lack the field
-        forms.append({"merged": max(1, round(0.04 * side**2))})
-    return [first._replace(tokens=form) for form in forms]
+    return [first._replace(tokens={"image_size": size}) for size in sizes]
 
 
 def list_candidates(
@@ -198,13 +194,11 @@ class CandidateBuilder:
 
         assert self._loaded is not None  # _left_out
         clip, adapter = self._loaded
-        fewer = tokens or {}
-        real, size = self._calibration, fewer.get("image_size")
+        real, size = self._calibration, (tokens or {}).get("image_size")
         if real is not None and size is not None:
             real = to_pixels(list(real), replace(clip.geometry, size=size))
         calibration, max_batch = real if precision in QUANTISED else None, self.engine.manifest["max_batch"]
-        forms: dict[str, Any] = {"image_size": size, "merged": fewer.get("merged", 0)}
-        write_engine(clip, adapter, folder, runtime, precision, max_batch, real, calibration, **forms)
+        write_engine(clip, adapter, folder, runtime, precision, max_batch, real, calibration, image_size=size)
 
 
 def _remove(folder: Path, process: int) -> None:

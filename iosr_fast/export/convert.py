@@ -6,7 +6,6 @@ import hashlib
 import json
 import tempfile
 import time
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
-from iosr_fast.export.export_check import check as compare
-from iosr_fast.export.export_check import checked_pictures
+from iosr_fast.export.export_check import check, checked_pictures
 from iosr_fast.export.plain_graph import write_plain_graph
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.machine import cpu_model, package_version, this_gpu
@@ -41,7 +39,7 @@ def fingerprint_of(
     quantised: dict[str, Any] | None = None,
     tokens: dict[str, int] | None = None,
 ) -> str:
-    """SHA-256 over CLIP, adapter, precision, export version, quantisation and fewer `tokens` (as in the manifest).
+    """SHA-256 over CLIP, adapter, precision, export version, quantisation and `tokens` (as in the manifest).
 
     It is equal for all runtimes that compute the same embeddings, so that they share cached keys.
     """
@@ -128,7 +126,6 @@ def finish_engine(
         assert calibration is not None
         report = quantize_onnx(exported, folder / ONNX_FILE, calibration, QUANTISED[precision], quantised["scheme"])
         facts["quantised"] = quantised | report
-    check = partial(compare, merged=bool((facts.get("tokens") or {}).get("merged")))
     has_plain = write_plain_graph(folder)
     if runtime in ONNX_RUNTIMES or find_spec("onnxruntime") is not None or this_gpu() is None:
         on_cpu = OpenVINOEncoder if runtime == "openvino" else OnnxRuntimeEncoder

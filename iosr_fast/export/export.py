@@ -78,7 +78,6 @@ def write_engine(
     calibration: np.ndarray | None = None,
     *,
     image_size: int | None = None,
-    merged: int = 0,
 ) -> dict[str, Any]:
     """Build an engine folder and return its manifest.
 
@@ -91,35 +90,29 @@ def write_engine(
     pictures, and of `real_images` uint8 (N, S, S, 3), are compared with the two literal passes in fp32 PyTorch
     (clip.two_pass) before `out` is written, atomically.
 
-    Fewer tokens, which are faster and not exact: `image_size` (None: the CLIP's) is a smaller multiple of its patches,
-    with interpolated positions (clip.resize), and then also the S of all pictures given here; each block but the last
-    merges `merged` tokens (clip.token_merging). Both are in the manifest's `tokens` and in the fingerprint, so support
-    images are encoded by the same engine. The comparison is then with the two passes of the CLIP with interpolated
-    positions, and for merged tokens, which two literal passes don't have, with the same encoder in fp32 PyTorch, by
-    cosine (export_check.MERGED_MIN_COSINES). What they cost in accuracy only labelled pictures can say.
+    Smaller pictures are faster and not exact: `image_size` (None: the CLIP's) is a smaller multiple of its patches,
+    with interpolated positions (clip.resize), and then also the S of all pictures given here. It is in the manifest's
+    `tokens` and in the fingerprint, so support images are encoded by the same engine. The comparison is then with the
+    two passes of the CLIP with interpolated positions. What it costs in accuracy only labelled pictures can say.
 
     An image encoder that can't be fused (clip.plain_encoder) gives the plain embedding only, compared with open_clip's
     encode_image, in ONNX files whose graph is fp32.
 
-    Raises ValueError for an adapter or fewer tokens with an encoder that can't be fused, a precision that the runtime
+    Raises ValueError for an adapter with an encoder that can't be fused, a precision that the runtime
     doesn't support, a size that doesn't fit, and missing calibration pictures; ArithmeticError for an error above 1e-4
     (fp32) or a cosine below 0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
     """
     max_batch = check_integer("max_batch", max_batch, 1, 1 << 16)
     started = time.perf_counter()
     reason = unfusible_reason(clip)
-    if reason is not None and (adapter is not None or merged):
+    if reason is not None and adapter is not None:
         raise IosrFastError(reason)
     runtime = choose_builder(runtime, precision, reason is None)
-    fewer = {} if image_size in (None, clip.image_size) else {"image_size": image_size}
-    fewer |= {"merged": merged} if merged else {}
-    tokens: Any = fewer or None
+    tokens = None if image_size is None or image_size == clip.image_size else {"image_size": image_size}
     clip = resize_clip(clip, clip.image_size if image_size is None else image_size)
     quantised = quantised_by(clip.image_size, runtime, precision, calibration)
     encoder: DualEncoder | PlainEncoder = (
-        build_dual_encoder(clip, adapter, graph_precision(precision, runtime), merged)
-        if reason is None
-        else PlainEncoder(clip)
+        build_dual_encoder(clip, adapter, graph_precision(precision, runtime)) if reason is None else PlainEncoder(clip)
     )
     facts: dict[str, Any] = {
         "model": clip.name,
@@ -150,9 +143,6 @@ def write_engine(
     pictures = checked_pictures(clip.image_size, real_images, noise=precision not in QUANTISED)
     if reason is not None:
         truth = {kind: plain_pass(clip, pixels) for kind, pixels in pictures.items()}
-    elif merged:
-        exact = build_dual_encoder(clip, adapter, merged=merged)
-        truth = {kind: _encode(exact, pixels) for kind, pixels in pictures.items()}
     else:
         truth = {kind: two_passes(clip, adapter, pixels) for kind, pixels in pictures.items()}
     facts["width"] = next(iter(truth.values()))[0].shape[1]
@@ -162,20 +152,13 @@ def write_engine(
             from safetensors.torch import save_file
 
             save_file(encoder.state_dict(), folder / TORCH_FILE)
-            facts["check"][runtime] = check(TorchEncoder(folder, facts), pictures, truth, precision, bool(merged))
+            facts["check"][runtime] = check(TorchEncoder(folder, facts), pictures, truth, precision)
             facts["build_seconds"] = round(time.perf_counter() - started, 2)
             return write_manifest(folder, ENGINE_KIND, facts)
         with tempfile.TemporaryDirectory() as temporary:
             exported = (folder if quantised is None else Path(temporary)) / ONNX_FILE
             export_onnx(encoder, exported)
             return finish_engine(folder, facts, exported, quantised, calibration, pictures, truth, started)
-
-
-def _encode(encoder: DualEncoder, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
-    import torch
-
-    with torch.inference_mode():
-        return tuple(rows.numpy() for rows in encoder(torch.from_numpy(pixels.copy())))
 
 
 def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
@@ -203,8 +186,7 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
             pictures = checked_pictures(manifest["image_size"], None)
             expected = OnnxRuntimeEncoder(folder, facts).encode(pictures["random"])
             truth = {"random": tuple(getattr(expected, name) for name in compiled.outputs)}
-            merged = bool((facts.get("tokens") or {}).get("merged"))
-            facts["check"][runtime] = check(compiled, pictures, truth, facts["precision"], merged)
+            facts["check"][runtime] = check(compiled, pictures, truth, facts["precision"])
         facts["versions"] |= {runtime: package_version(runtime)}
         return write_manifest(folder, ENGINE_KIND, facts)
 

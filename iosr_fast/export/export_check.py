@@ -11,8 +11,6 @@ from iosr_fast.export.calibration import evenly
 
 FP32_MAX_ERROR = 1e-4
 MIN_COSINES = {"fp16": 0.999, "bf16": 0.999, "int8": 0.99, "fp8": 0.99}
-# A matching of tokens jumps where two pairs are as good as level, so rounding can change it.
-MERGED_MIN_COSINES = {"fp32": 0.999, "fp16": 0.98, "bf16": 0.95, "int8": 0.95, "fp8": 0.95}
 CHECKED_PICTURES = 8
 
 
@@ -34,12 +32,10 @@ def check(
     pictures: dict[str, np.ndarray],
     truth: dict[str, tuple[np.ndarray, ...]],
     precision: str,
-    merged: bool = False,
 ) -> dict[str, Any]:
     """Largest error and smallest cosine for each kind of picture and embedding.
 
-    Raises ArithmeticError for an error above 1e-4 in fp32, or a cosine below that of MIN_COSINES; with `merged` tokens
-    for a cosine below that of MERGED_MIN_COSINES.
+    Raises ArithmeticError for an error above 1e-4 in fp32, or a cosine below that of MIN_COSINES.
     """
     results: dict[str, Any] = {}
     for kind, pixels in pictures.items():
@@ -53,15 +49,14 @@ def check(
             cosine = float(((got * expected).sum(1) / norms).min())
             results[kind][name] = {"max_abs_error": error, "min_cosine": cosine}
             what = f"{name} embeddings of {kind} pictures by {encoder.runtime}"
-            require_accuracy(what, error, cosine, precision, MERGED_MIN_COSINES[precision] if merged else None)
+            require_accuracy(what, error, cosine, precision)
     return results
 
 
-def require_accuracy(what: str, error: float, cosine: float, precision: str, least: float | None = None) -> None:
-    """Raise ArithmeticError if `cosine` is too small (`least`; None: MIN_COSINES, and in fp32 `error` too large), or
-    NaN."""
-    by_error = precision == "fp32" and least is None
-    least = MIN_COSINES.get(precision, 0.0) if least is None else least
+def require_accuracy(what: str, error: float, cosine: float, precision: str) -> None:
+    """Raise ArithmeticError if in fp32 `error` is too large, else if `cosine` is too small (MIN_COSINES), or NaN."""
+    by_error = precision == "fp32"
+    least = MIN_COSINES.get(precision, 0.0)
     if error <= FP32_MAX_ERROR if by_error else cosine >= least:
         return
     allowed = f"error <= {FP32_MAX_ERROR}" if by_error else f"cosine >= {least}"

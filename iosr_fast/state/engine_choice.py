@@ -29,8 +29,8 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
     the size of its files; `cosines` has the smallest and the mean cosine to the reference by embedding ("plain",
     "adapted"); `products` counts the matrix products of a quantised engine that are quantised, and all; `agreement` is
     the share of labels that are the reference's, and `accuracy` that of right ones, both of left-out support images.
-    None where it was not measured; `reason` says why it was not chosen. `tokens` says how an engine saves tokens:
-    "image_size" is the side of its images, "merged" how many tokens each block merges.
+    None where it was not measured; `reason` says why it was not chosen. `tokens` has the "image_size"
+    of an engine for smaller images.
     """
 
     runtime: Name
@@ -106,10 +106,10 @@ def _cells(candidate: EngineCandidate) -> tuple[str, ...]:
         return "" if value is None else form.format(value)
 
     cosines, tokens = candidate.cosines, candidate.tokens or {}
-    forms = {"image_size": "{} pixels", "merged": "{} merged"}
+    smaller = [f"{value} {'pixels' if name == 'image_size' else name}" for name, value in tokens.items()]
     return (
         candidate.runtime,
-        " ".join([candidate.precision, *(forms[name].format(value) for name, value in tokens.items())]),
+        " ".join([candidate.precision, *smaller]),
         shown(candidate.ms_one, "{:,.2f} ms"),
         shown(candidate.ms_batch, "{:,.2f} ms"),
         shown(None if candidate.bytes is None else candidate.bytes / 1e6, "{:,.1f} MB"),
@@ -124,7 +124,7 @@ def rejection(
     right: np.ndarray,
     cosines: dict[str, tuple[float, float]],
     tolerance: float,
-    fewer_tokens: bool = False,
+    smaller_images: bool = False,
 ) -> str:
     """Why a candidate is rejected; "" if it is not.
 
@@ -135,16 +135,16 @@ def rejection(
     sign test). So one flip of 40 images, 2.5 points, rejects nothing; three flips against none do. Where the images are
     few, the cosine is what refuses: by the test alone a real loss of 3 points passes at 40 images nearly always.
 
-    Embeddings of `fewer_tokens` are others, so their cosines say nothing: any loss above `tolerance` rejects them, and
-    so does it if no image was left out.
+    Embeddings of `smaller_images` are others, so their cosines say nothing: any loss above `tolerance` rejects
+    them, and so does it if no image was left out.
     """
     lost, won = int((reference & ~right).sum()), int((right & ~reference).sum())
     loss = 100 * (lost - won) / len(right) if len(right) else 0.0
-    if fewer_tokens:
+    if smaller_images:
         if len(right) and loss <= tolerance:
             return ""
         fall = f"{reference.mean():.1%} falls to {right.mean():.1%}" if len(right) else "was not compared"
-        return f"accuracy {fall} (with fewer tokens any loss above {tolerance:g} points rejects)"
+        return f"accuracy {fall} (with smaller images any loss above {tolerance:g} points rejects)"
     least = {name: low for name, (low, _) in cosines.items() if not low >= LEAST_COSINE}
     if least:
         return ", ".join(f"cosine of {name} embeddings {low:.3f} < {LEAST_COSINE}" for name, low in least.items())
@@ -168,11 +168,11 @@ def sign_test(lost: int, won: int) -> float:
 
 
 def best_of(
-    values: Sequence[float], precisions: Sequence[str], ties: Sequence[float], fewer_tokens: Sequence[bool] = ()
+    values: Sequence[float], precisions: Sequence[str], ties: Sequence[float], smaller_images: Sequence[bool] = ()
 ) -> int:
-    """The index of the smallest value. Values within LEVEL of it are equal: among those all tokens win, then the more
+    """The index of the smallest value. Values within LEVEL of it are equal: among those full size wins, then the more
     exact precision, then the smaller of `ties`."""
-    fewer = fewer_tokens or [False] * len(values)
+    fewer = smaller_images or [False] * len(values)
     level = min(values) * (1 + LEVEL)
     equal = [i for i, value in enumerate(values) if value <= level]
     return min(equal, key=lambda i: (fewer[i], PRECISIONS.index(precisions[i]), ties[i]))

@@ -100,7 +100,7 @@ class Judge:
         """How long judging takes, at so many milliseconds an image."""
         return ms * len(self._classes) / 1e3
 
-    def __call__(self, encoder: Encoder, precision: str, fewer_tokens: bool = False) -> tuple[dict[str, Any], str]:
+    def __call__(self, encoder: Encoder, precision: str, smaller_images: bool = False) -> tuple[dict[str, Any], str]:
         """The facts of an EngineCandidate, and why it is rejected; "" if it is not.
 
         Another runtime of the same fp32 engine gives the same embeddings up to rounding, so a few pictures are enough.
@@ -115,7 +115,7 @@ class Judge:
         right, expected = ((each == self._classes)[self._rows] for each in (labels, self._labels))
         if self.count:
             facts |= {"agreement": float((labels == self._labels)[self._rows].mean()), "accuracy": float(right.mean())}
-        return facts, rejection(expected, right, facts["cosines"], self._tolerance, fewer_tokens)
+        return facts, rejection(expected, right, facts["cosines"], self._tolerance, smaller_images)
 
     def _left_out_labels(self, embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
         """The label (N,) of each image by the fitted method without the image, keys and queries being `embeddings`

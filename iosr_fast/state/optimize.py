@@ -13,7 +13,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.candidates import CandidateBuilder, Tokens, list_candidates, with_fewer_tokens
+from iosr_fast.export.candidates import CandidateBuilder, Tokens, list_candidates, with_smaller_images
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.state.engine_choice import LEVEL, EngineCandidate, EngineChoice, Objective, Verdict, best_of
 from iosr_fast.state.engine_judge import CALIBRATED, JUDGED, Judge, evenly, sample_rows, time_encoders
@@ -29,13 +29,13 @@ _MEASURES = {"latency": "ms_one", "throughput": "ms_batch", "size": "bytes"}
 @dataclass(frozen=True)
 class OptimizeOptions:
     """What to optimize, and how many points of accuracy it may cost; `runtime` and `precision` restrict the
-    candidates. With `tokens`, engines with fewer tokens are candidates, too."""
+    candidates. With `smaller_images`, engines for such are candidates, too."""
 
     objective: Objective = "latency"
     tolerance: float = 0.5
     runtime: str = "auto"
     precision: str = "auto"
-    tokens: bool = False
+    smaller_images: bool = False
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -97,8 +97,8 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
         raise IosrFastError("expected an encoder that was opened from an engine folder, got one without a folder")
     chosen = sample_rows(examples.class_ids, JUDGED)
     geometry = clip.encoder.geometry
-    if options.tokens and clip.loaded is None:
-        raise IosrFastError("engines with fewer tokens are exported from the CLIP: name it by pretrained")
+    if options.smaller_images and clip.loaded is None:
+        raise IosrFastError("engines for smaller images are exported from the CLIP: name it by pretrained")
 
     @functools.cache
     def pixels_of(side: int) -> np.ndarray:
@@ -118,8 +118,8 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
             )
         restricted = options.runtime, options.precision
         listed = list_candidates(builder.engine, len(pixels), *restricted, clip.loaded is not None)
-        if options.tokens:
-            listed += with_fewer_tokens(builder.engine, listed)
+        if options.smaller_images:
+            listed += with_smaller_images(builder.engine, listed)
         table = [
             _Row(one.runtime, one.precision, "left out" if one.left_out else None, one.left_out, None, one.tokens)
             for one in listed

@@ -32,7 +32,7 @@ class Optimizing(LiveUpdates):
         precision: str = "auto",
         pretrained: str | Path | None = None,
         adapter: str | Path | None = "auto",
-        tokens: bool = False,
+        smaller_images: bool = False,
         unknown_images: Any = None,
     ) -> EngineChoice:
         """Choose the fastest engine that this machine can run and that keeps the accuracy; encode the examples with it.
@@ -50,8 +50,8 @@ class Optimizing(LiveUpdates):
         from the CLIP in torch: fp16, on a GPU int8 and fp8, and any other of a classifier that is not in fp32. A loaded
         classifier has no CLIP, so these are left out unless `pretrained` (and `adapter`) name it as for Classifier.
 
-        `tokens` tries engines with fewer tokens, too: smaller images with interpolated positions, and merged tokens
-        (ToMe, arXiv 2210.09461). Their embeddings are others, so any loss above the tolerance rejects them.
+        `smaller_images` tries engines for smaller images, too, with interpolated positions. Their embeddings are
+        others, so any loss above the tolerance rejects them.
 
         Raises ValueError for an unknown objective, a tolerance out of range, an example without its image, another
         CLIP or adapter than the engine's, and where a log is open or the classifier changes meanwhile.
@@ -60,7 +60,7 @@ class Optimizing(LiveUpdates):
         from iosr_fast.state.optimize import OptimizeOptions, optimize
         from iosr_fast.state.reencode import match_images
 
-        options = OptimizeOptions(objective, tolerance, runtime, precision, tokens, bool(self.progress))
+        options = OptimizeOptions(objective, tolerance, runtime, precision, smaller_images, bool(self.progress))
         fit = self._fitted()
         self._check_no_log()
         listed, unknown = as_image_list(images), [] if unknown_images is None else as_image_list(unknown_images)

@@ -128,15 +128,16 @@ def test_optimize_later(plain: Path, support: Path, tmp_path: Path) -> None:
     )
 
 
-def test_fewer_tokens(plain: Path, support: Path, tmp_path: Path) -> None:
-    assert "name its weights by --pretrained" in refused("optimize", plain, "--images", support, "--tokens")
-    words = ("--images", support, "--tokens", "--pretrained", "demo", "--precision", "fp32", "--tolerance", "100")
-    done = run("optimize", plain, *words, "--runtime", "openvino", "--out", tmp_path / "out")
-    assert done.exit_code == 0 and "fp32 56 pixels" in done.output and "fp32 3 merged" in done.output, done.output
+def test_smaller_images(plain: Path, support: Path, tmp_path: Path) -> None:
+    assert "name its weights by --pretrained" in refused("optimize", plain, "--images", support, "--smaller-images")
+    words = ("--images", support, "--smaller-images", "--pretrained", "demo", "--tolerance", "100")
+    only = ("--precision", "fp32", "--runtime", "openvino")
+    done = run("optimize", plain, *words, *only, "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "fp32 56 pixels" in done.output, done.output
     loaded = Classifier.load(tmp_path / "out")
     choice = loaded.engine_choice_
     forms = {tuple((row.tokens or {}).items()): row for row in choice.candidates}
-    assert set(forms) == {(), (("image_size", 56),), (("image_size", 48),), (("merged", 3),)}
+    assert set(forms) == {(), (("image_size", 56),), (("image_size", 48),)}
     assert all(row.verdict in ("chosen", "accepted", "not judged") for row in choice.candidates), choice.lines()
     assert loaded.encoder.image_size == (choice.chosen.tokens or {}).get("image_size", 64)
     paths = sorted(support.rglob("*.png"))

@@ -300,7 +300,6 @@ def test_the_torch_encoder_replays_what_it_recorded(
 def test_the_torch_encoder_records_what_it_compiled(torch_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One compilation for all batch sizes above 1, without a break; the backend stands in for PyTorch's compiler."""
     import torch
-    from torch.nn.attention import SDPBackend
 
     from iosr_fast.encoders.runtimes.torch import COMPILE, TorchEncoder
     from iosr_fast.utils.manifest import read_manifest
@@ -311,13 +310,11 @@ def test_the_torch_encoder_records_what_it_compiled(torch_engine: Path, monkeypa
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
-        assert torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda module, **options: compile_with(module, backend=backend, **options))
     monkeypatch.setenv(COMPILE, "1")
     encoder = TorchEncoder(torch_engine, facts, device="cpu")
-    assert not any("q_proj" in name for name, _ in encoder._encoder.blocks[0].named_modules()), "the inference form"
     expected = encode_both(encoder, pixels)
     assert not graphs, "a CPU compiles nothing"
     encoder.buckets = powers_of_two(6)

@@ -89,7 +89,6 @@ def without_plain_form(folder: Path) -> dict[str, Any]:
     """The engine as earlier versions wrote it."""
     facts = read_manifest(folder, "engine")
     (folder / "plain.onnx").unlink()
-    facts["dual_encoder"].pop("merged", None)
     (folder / "manifest.json").unlink()
     return write_manifest(folder, "engine", {k: v for k, v in facts.items() if k not in ("files", "checksum")})
 

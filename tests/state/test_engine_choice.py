@@ -55,12 +55,12 @@ def test_cosines_reject_whatever_the_accuracy() -> None:
     assert rejection(nothing, nothing, GOOD, 0.5) == ""
 
 
-def test_fewer_tokens_are_judged_by_accuracy_alone() -> None:
+def test_smaller_images_are_judged_by_accuracy_alone() -> None:
     far = {"plain": (0.8, 0.9)}
-    assert rejection(*flips(400, 2, 0), far, 0.5, fewer_tokens=True) == ""
-    assert "with fewer tokens any loss above 0.5 points" in rejection(*flips(40, 1, 0), far, 0.5, fewer_tokens=True)
+    assert rejection(*flips(400, 2, 0), far, 0.5, smaller_images=True) == ""
+    assert "with smaller images any loss above 0.5 points" in rejection(*flips(40, 1, 0), far, 0.5, smaller_images=True)
     nothing = np.zeros(0, bool)
-    assert "was not compared" in rejection(nothing, nothing, GOOD, 0.5, fewer_tokens=True)
+    assert "was not compared" in rejection(nothing, nothing, GOOD, 0.5, smaller_images=True)
     assert best_of([10.0, 9.8], ["int8", "fp32"], [1.0, 1.0], [False, True]) == 0
 
 

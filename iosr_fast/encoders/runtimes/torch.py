@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class TorchEncoder(BatchedEncoder):
-    """Executes encoder.safetensors in its inference form; on a GPU in a few batch sizes, which `warm` records as CUDA
-    graphs, eagerly or compiled.
+    """Executes encoder.safetensors; on a GPU in a few batch sizes, which `warm` records as CUDA graphs, eagerly or
+    compiled.
 
     On the CPU any batch size is executed; while it encodes, PyTorch uses `threads` in the whole process. The graphs
     have not been run on a GPU yet.
@@ -53,7 +53,6 @@ class TorchEncoder(BatchedEncoder):
         from safetensors.torch import load_file
 
         from iosr_fast.clip.dual_encoder import DualEncoder, is_adapter_weight
-        from iosr_fast.clip.inference_form import attention_priority, to_inference_form
 
         config, weights = manifest["dual_encoder"], load_file(folder / FILE)
         if not adapted:
@@ -66,8 +65,7 @@ class TorchEncoder(BatchedEncoder):
             raise IosrFastError(
                 f"{FILE} in {folder} does not fit its manifest: {error}; build the engine again"
             ) from error
-        to_inference_form(encoder)
-        self._torch, self._attention_priority = torch, attention_priority
+        self._torch = torch
         self._encoder = encoder.to(self.device)
         self._executed: Callable[[Any], tuple[Any, ...]] = self._encoder
         self.threads = threads
@@ -86,10 +84,6 @@ class TorchEncoder(BatchedEncoder):
             self._pixels = self._torch.zeros(shape, dtype=self._torch.uint8, device=self.device)
             self._upload = Upload(self._pixels)
 
-    def _forward(self, pixels: Any) -> tuple[Any, ...]:
-        with self._attention_priority():
-            return self._executed(pixels)
-
     def _run(self, pixels: np.ndarray, size: int) -> tuple[Array, ...]:
         if self.buckets is None:
             # PyTorch warns of read-only arrays.
@@ -98,7 +92,7 @@ class TorchEncoder(BatchedEncoder):
                 return tuple(output.cpu().numpy() for output in self._encoder(batch.to(self.device)))
         with self._torch.inference_mode(), self._recorder.turn():
             self._upload(pixels)  # later rows hold older pictures; their outputs are cut off
-            outputs = self._replay[size]() if size in self._replay else self._forward(self._pixels[:size])
+            outputs = self._replay[size]() if size in self._replay else self._executed(self._pixels[:size])
             return tuple(output[: len(pixels)].clone() for output in outputs)  # the next replay overwrites them
 
     def _prepare(self, size: int) -> None:
@@ -106,7 +100,7 @@ class TorchEncoder(BatchedEncoder):
             return
         try:
             with self._torch.inference_mode(), self._recorder.turn():
-                self._replay[size] = self._recorder.record(lambda: self._forward(self._pixels[:size]))
+                self._replay[size] = self._recorder.record(lambda: self._executed(self._pixels[:size]))
         except RuntimeError as error:
             log.warning("batches of %d run without a CUDA graph, which can't be recorded: %s", size, error)
 

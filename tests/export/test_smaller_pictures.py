@@ -1,4 +1,4 @@
-"""Engines with fewer tokens: recorded, distinguished by their fingerprint, converted, and fitted like any other."""
+"""Engines for smaller pictures: recorded, distinguished by their fingerprint, converted, and fitted like any other."""
 
 from __future__ import annotations
 
@@ -19,35 +19,30 @@ from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND  # noqa: E402
 from iosr_fast.exceptions import IosrFastError  # noqa: E402
-from iosr_fast.export.candidates import Candidate, with_fewer_tokens  # noqa: E402
+from iosr_fast.export.candidates import Candidate, with_smaller_images  # noqa: E402
 from iosr_fast.export.convert import convert_engine  # noqa: E402
 from iosr_fast.export.export import random_adapter, write_engine  # noqa: E402
 from iosr_fast.export.pretrained import choose_adapter  # noqa: E402
 from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.images.preprocess import to_pixels  # noqa: E402
+from iosr_fast.utils.manifest import read_manifest  # noqa: E402
 from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
+from tests.state.manifests import rewrite_manifest  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("exports_once")
 
 
-@pytest.mark.parametrize(
-    ("runtime", "tokens"),
-    [
-        ("onnxruntime", [{}, {"image_size": 24, "merged": 2}]),  # an export of merged tokens takes ten seconds
-        ("torch", [{}, {"image_size": 24}, {"merged": 3}, {"image_size": 24, "merged": 2}]),
-    ],
-)
-def test_what_is_written(runtime: str, tokens: list[dict[str, int]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_the_size_is_recorded_and_in_the_fingerprint(runtime: str, tmp_path: Path) -> None:
     clip = small_clip()
     adapter = random_adapter(clip, 1)
-    seen = []
+    seen, tokens = [], [{}, {"image_size": 24}]
     for i, fewer in enumerate(tokens):
         folder = tmp_path / str(i)
         manifest = write_engine(clip, adapter, folder, runtime, max_batch=4, **fewer)
         assert manifest.get("tokens", {}) == fewer
         assert manifest["image_size"] == fewer.get("image_size", 32)
-        assert manifest["dual_encoder"]["merged"] == fewer.get("merged", 0)
         assert manifest["clip_fingerprint"] == clip.fingerprint
         encoder = open_engine(folder, runtime)
         assert encoder.encode(random_pixels(3, encoder.image_size)).plain.shape == (3, 24)
@@ -57,15 +52,14 @@ def test_what_is_written(runtime: str, tokens: list[dict[str, int]], tmp_path: P
         write_engine(clip, adapter, tmp_path / "new", runtime, image_size=20)
 
 
-@pytest.mark.parametrize("fewer", [{"image_size": 48}, {"merged": 3}], ids=["smaller", "merged"])
-def test_the_demo_with_fewer_tokens(fewer: dict[str, int], tmp_path: Path) -> None:
-    """In the forms that `iosr-fast optimize --tokens` tries, whose test shares the exports."""
+def test_the_demo_on_smaller_pictures(tmp_path: Path) -> None:
+    """In a size that `iosr-fast optimize --smaller-images` tries, whose test shares the exports."""
+    fewer, size = {"image_size": 48}, 48
     clip = load_clip("demo")
     pictures = load_pictures("held-out", min_styles=5)
     images, labels = pictures.images[:60], [pictures.names[c] for c in pictures.concepts[:60]]
     adapter = choose_adapter(clip, "auto")
     manifest = write_engine(clip, adapter, tmp_path / "engine", "onnxruntime", **fewer)
-    size = fewer.get("image_size", 64)
     generic = to_pixels(load_pictures("generic").images[:16], Geometry(size), False)
     converted = convert_engine(tmp_path / "engine", tmp_path / "int8", "openvino", "int8", generic)
     direct = write_engine(clip, adapter, tmp_path / "direct", "openvino", "int8", calibration=generic, **fewer)
@@ -82,13 +76,8 @@ def test_the_demo_with_fewer_tokens(fewer: dict[str, int], tmp_path: Path) -> No
         )
 
 
-@pytest.mark.parametrize(
-    ("family", "forms"),
-    [("siglip", [{"image_size": 24}, {"merged": 1}]), ("pe-core", [{"image_size": 24}])],
-)
-def test_families_with_rotary_positions_merge_no_tokens(
-    family: str, forms: list[dict[str, int]], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("family", ["siglip", "pe-core"])
+def test_families_take_smaller_pictures(family: str, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     from tests.clip.families import family_clip
 
@@ -96,7 +85,21 @@ def test_families_with_rotary_positions_merge_no_tokens(
     adapter = random_adapter(clip, 1)
     write_engine(clip, adapter, tmp_path / "engine", "torch", max_batch=4)  # no export: test_families has them
     source = open_verified(tmp_path / "engine", ENGINE_KIND)
-    assert [one.tokens for one in with_fewer_tokens(source, [Candidate("torch", "fp32")])] == forms
-    for i, form in enumerate(forms):
-        manifest = write_engine(clip, adapter, tmp_path / f"fewer-{i}", "torch", max_batch=4, **form)
-        assert manifest["tokens"] == form
+    (one,) = with_smaller_images(source, [Candidate("torch", "fp32")])
+    assert one.tokens == {"image_size": 24}
+    manifest = write_engine(clip, adapter, tmp_path / "smaller", "torch", max_batch=4, **one.tokens)
+    assert manifest["tokens"] == one.tokens
+
+
+def test_an_engine_that_merges_tokens_is_refused_and_one_of_version_0_2_opens(tmp_path: Path) -> None:
+    clip = small_clip()
+    write_engine(clip, random_adapter(clip, 1), tmp_path / "engine", "torch", max_batch=4)
+    facts = read_manifest(tmp_path / "engine", ENGINE_KIND)
+    for merged in (0, 3):
+        facts["dual_encoder"]["merged"] = merged
+        rewrite_manifest(tmp_path / "engine", dual_encoder=facts["dual_encoder"])
+        if not merged:
+            assert open_engine(tmp_path / "engine", "torch").encode(random_pixels(2, 32)).plain.shape == (2, 24)
+            continue
+        with pytest.raises(IosrFastError, match="merges tokens, which iosr_fast does no longer: build it again"):
+            open_engine(tmp_path / "engine", "torch")
