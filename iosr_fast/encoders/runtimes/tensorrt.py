@@ -6,14 +6,11 @@ one path.
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Array
 from iosr_fast.encoders.runtimes import plans
-from iosr_fast.encoders.runtimes.attention import fused_attention
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two
 from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
 from iosr_fast.encoders.runtimes.upload import Upload
@@ -43,24 +39,13 @@ def build_plan(onnx_path: Path, module_name: str, max_batch: int) -> tuple[bytes
     """Compile an ONNX file with the dynamic input "pixels" (batch, S, S, 3) into a plan for 1 to `max_batch` pictures.
 
     TensorRT-RTX needs no GPU for this and completes the plan at run time; TensorRT needs the GPU that will run the
-    plan. Attention in half precision becomes one operator (attention.fused_attention) where the parser takes it and
-    onnx is installed. Returns the plan and its facts: max_batch, build_seconds, bytes, attention_operators and profile.
-    Raises RuntimeError with the message of the parser or the builder.
+    plan. Returns the plan and its facts: max_batch, build_seconds, bytes and profile. Raises RuntimeError with the
+    message of the parser or the builder.
     """
-    trt = _load(module_name)
     started = time.perf_counter()
-    data, operators = None, 0
-    if find_spec("onnx") is not None:
-        model, operators = fused_attention(onnx_path)
-        if operators:
-            try:
-                data = _build(trt, module_name, onnx_path, max_batch, model)
-            except UnavailableError as error:
-                log.info("attention stays in parts: %s", error)
-                operators = 0
-    data = data or _build(trt, module_name, onnx_path, max_batch)
+    data = _build(_load(module_name), module_name, onnx_path, max_batch)
     seconds = round(time.perf_counter() - started, 2)
-    facts = {"max_batch": max_batch, "build_seconds": seconds, "bytes": len(data), "attention_operators": operators}
+    facts = {"max_batch": max_batch, "build_seconds": seconds, "bytes": len(data)}
     return data, {**facts, "profile": _profile(max_batch)}
 
 
@@ -69,14 +54,13 @@ def _profile(max_batch: int) -> dict[str, int]:
     return {"min": 1, "opt": max_batch, "max": max_batch}
 
 
-def _build(trt: Any, module_name: str, onnx_path: Path, max_batch: int, model: bytes | None = None) -> bytes:
-    """A plan of the file's graph, or of `model` with the file's weights."""
+def _build(trt: Any, module_name: str, onnx_path: Path, max_batch: int) -> bytes:
     logger = _forwarding_logger(trt)
     builder = trt.Builder(logger)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only mode of TensorRT 11
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
-    if not (parser.parse_from_file(str(onnx_path)) if model is None else parser.parse(model, str(onnx_path))):
+    if not parser.parse_from_file(str(onnx_path)):
         reported = (parser.get_error(i) for i in range(parser.num_errors))
         errors = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in reported)
         raise UnavailableError(f"{module_name} {trt.__version__} can't parse {onnx_path.name}: {errors}")
@@ -95,14 +79,6 @@ def _build(trt: Any, module_name: str, onnx_path: Path, max_batch: int, model: b
             f"{module_name} {trt.__version__} built no plan: {'; '.join(logger.errors) or 'no reason given'}"
         )
     return bytes(plan)
-
-
-def attention_layers(trt: Any, engine: Any) -> list[str]:
-    """The names of an engine's layers that compute attention in one kernel; a kernel is named for what it computes."""
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    layers = json.loads(text).get("Layers", [])
-    names = [layer if isinstance(layer, str) else str(layer.get("Name", "")) for layer in layers]
-    return [name for name in names if re.search("mha|attention", name, re.IGNORECASE)]
 
 
 class TensorRTEncoder(BatchedEncoder):
@@ -137,7 +113,6 @@ class TensorRTEncoder(BatchedEncoder):
                 f"{plan_target} can't load {plan.path}: {'; '.join(self._logger.errors)}; remove that file if it is in "
                 "the cache, else build the engine again on this machine, or open it with runtime='onnxruntime'"
             )
-        log.info("layers with attention in one kernel: %s", attention_layers(self._trt, self._engine) or "none")
         self._kernels, self._config = self._load_kernels()
         shape = (self.max_batch, self.image_size, self.image_size, 3)
         self._pixels = torch.zeros(shape, dtype=torch.uint8, device="cuda")
