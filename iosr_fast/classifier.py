@@ -62,8 +62,8 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         A name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" is the stack, with weights
         by leave-one-out on the support images, unless a single method is right more often on them by more than noise.
     reducer : str, default=None
-        "none", "centre", "pca", "pca:64", "isoclip" or "isoclip:150,50", applied before images are compared. None
-        is "none". "auto" and "stack" take none.
+        "none", "centre", "pca" or "pca:64", applied before images are compared. None is "none". "auto" and "stack"
+        take none.
     tune : str, default=None
         "loo" searches the method's parameters, "none" takes its defaults. None: "loo" unless a parameter is given.
     tune_seconds : float, default=20

@@ -332,7 +332,7 @@ def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures
     files = sorted(json.loads((folder / "manifest.json").read_text())["files"])
     assert files == [
         *("engine/encoder.onnx", "engine/encoder.weights", "engine/manifest.json", "engine/plain.onnx"),
-        *("engine/projections.safetensors", "pictures.safetensors", "plan.safetensors"),
+        *("pictures.safetensors", "plan.safetensors"),
         *("support.safetensors", "text/text.onnx", "text/tokenizer.json"),
     ]
     for name in files:

@@ -50,7 +50,7 @@ def fit(
     ] = None,
     ridge: Annotated[float | None, typer.Option(help="Regularisation of proker [default: likewise].")] = None,
     reducer: Annotated[
-        str | None, typer.Option(help="none, centre, pca, pca:RANK or isoclip, for a named method [default: none].")
+        str | None, typer.Option(help="none, centre, pca or pca:RANK, for a named method [default: none].")
     ] = None,
     tune: Annotated[
         str | None, typer.Option(help="loo: choose parameters by leave-one-out, or none [default: loo].")

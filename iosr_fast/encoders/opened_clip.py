@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.projections import Projections, read_projections
 from iosr_fast.encoders.text_encoder import TextSource
 
 if TYPE_CHECKING:
@@ -43,11 +41,6 @@ class OpenedClip:
         """Whether the CLIP has an adapter, whichever form of its engine is open."""
         source = self.encoder.source
         return self.encoder.adapted or (source is not None and source.manifest["first_adapted_block"] is not None)
-
-    @cached_property
-    def projections(self) -> Projections | None:
-        """Both projections of the CLIP, or None (encoders.projections)."""
-        return read_projections(self.encoder.source)
 
     def encoder_for(self, adapted: bool) -> Encoder:
         """The encoder that gives adapted embeddings, or the cheaper one that does not.

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.projections import FILE as PROJECTIONS
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, check_engine, unavailable_reason
@@ -103,7 +102,7 @@ def convert_engine(
         exported = folder if quantised is None else Path(temporary)
         for name in verified.files:
             if "/" not in name:  # not the plans
-                verified.copy(name, (folder if name == PROJECTIONS else exported) / name)
+                verified.copy(name, exported / name)
         return finish_engine(folder, facts, exported / ONNX_FILE, quantised, calibration, pictures, truth, started)
 
 

@@ -27,7 +27,6 @@ from iosr_fast.export.convert import EXPORT_VERSION, device_of, fingerprint_of, 
 from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
 from iosr_fast.export.export_check import check, checked_pictures
 from iosr_fast.export.onnx_export import OPSET, export_onnx
-from iosr_fast.export.projections import write_projections
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.manifest import OWN_FIELDS, write_manifest
@@ -84,11 +83,10 @@ def write_engine(
     Files: for onnxruntime and openvino encoder.onnx and encoder.weights, and with an adapter plain.onnx, which computes
     the plain embedding alone (plain_graph); for torch encoder.safetensors; for tensorrt and tensorrt_rtx the same as
     for onnxruntime, so that the engine opens on machines with another GPU or none, and a plan in plans/, named after
-    its runtime, GPU and version (`add_plan` adds further plans). projections.safetensors, where the CLIP has both
-    projections (export.projections). "int8" and "fp8" are quantised (quantize.quantize_onnx) with ranges measured on
-    `calibration` pictures, uint8 (N, S, S, 3), which should resemble those to be classified. Embeddings of random
-    pictures, and of `real_images` uint8 (N, S, S, 3), are compared with the two literal passes in fp32 PyTorch
-    (clip.two_pass) before `out` is written, atomically.
+    its runtime, GPU and version (`add_plan` adds further plans). "int8" and "fp8" are quantised
+    (quantize.quantize_onnx) with ranges measured on `calibration` pictures, uint8 (N, S, S, 3), which should resemble
+    those to be classified. Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3), are compared with
+    the two literal passes in fp32 PyTorch (clip.two_pass) before `out` is written, atomically.
 
     Smaller pictures are faster and not exact: `image_size` (None: the CLIP's) is a smaller multiple of its patches,
     with interpolated positions (clip.resize), and then also the S of all pictures given here. It is in the manifest's
@@ -98,9 +96,9 @@ def write_engine(
     An image encoder that can't be fused (clip.plain_encoder) gives the plain embedding only, compared with open_clip's
     encode_image, in ONNX files whose graph is fp32.
 
-    Raises ValueError for an adapter with an encoder that can't be fused, a precision that the runtime
-    doesn't support, a size that doesn't fit, and missing calibration pictures; ArithmeticError for an error above 1e-4
-    (fp32) or a cosine below 0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
+    Raises ValueError for an adapter with an encoder that can't be fused, a precision that the runtime doesn't support,
+    a size that doesn't fit, and missing calibration pictures; ArithmeticError for an error above 1e-4 (fp32) or a
+    cosine below 0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
     """
     max_batch = check_integer("max_batch", max_batch, 1, 1 << 16)
     started = time.perf_counter()
@@ -147,7 +145,6 @@ def write_engine(
         truth = {kind: two_passes(clip, adapter, pixels) for kind, pixels in pictures.items()}
     facts["width"] = next(iter(truth.values()))[0].shape[1]
     with new_folder(out, ENGINE_KIND) as folder:
-        write_projections(folder, clip)
         if runtime == "torch":
             from safetensors.torch import save_file
 

@@ -53,10 +53,11 @@ def check(
     return results
 
 
-def require_accuracy(what: str, error: float, cosine: float, precision: str) -> None:
-    """Raise ArithmeticError if in fp32 `error` is too large, else if `cosine` is too small (MIN_COSINES), or NaN."""
-    by_error = precision == "fp32"
-    least = MIN_COSINES.get(precision, 0.0)
+def require_accuracy(what: str, error: float, cosine: float, precision: str, least: float | None = None) -> None:
+    """Raise ArithmeticError if `cosine` is too small (`least`; None: MIN_COSINES, and in fp32 `error` too large), or
+    NaN."""
+    by_error = precision == "fp32" and least is None
+    least = MIN_COSINES.get(precision, 0.0) if least is None else least
     if error <= FP32_MAX_ERROR if by_error else cosine >= least:
         return
     allowed = f"error <= {FP32_MAX_ERROR}" if by_error else f"cosine >= {least}"

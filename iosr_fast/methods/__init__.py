@@ -9,9 +9,8 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import ape, gda, proker, stack, timo, tip_adapter, tip_x, zero_shot
 from iosr_fast.methods.method import PARAMETER_RANGES, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.scoring.isoclip import fit_isoclip
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.reducers import ISOCLIP, Reducer, check_reducer, fit_reducer
+from iosr_fast.scoring.reducers import Reducer, fit_reducer
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.utils.text import did_you_mean
 
@@ -81,10 +80,7 @@ def fit_method_reducer(method: Method, reducer: str, support: SupportSet) -> Red
     """The named reducer, fitted on the embeddings that the method compares; None if it uses no support images."""
     if not method.reducible:
         return None
-    rows = image_rows(support.embeddings, method.which, None)
-    if check_reducer(reducer)[0] == ISOCLIP:
-        return fit_isoclip(reducer, rows, support.labels, support.projections)
-    return fit_reducer(reducer, rows)
+    return fit_reducer(reducer, image_rows(support.embeddings, method.which, None))
 
 
 def compile_method(

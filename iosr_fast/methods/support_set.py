@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.projections import Projections
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reducers import Reducer
@@ -21,7 +20,6 @@ class SupportSet:
     class_offsets  (C + 1,) int64: class c owns the rows class_offsets[c]:class_offsets[c + 1]
     text           (C, D) float32, unit rows; None without class names
     tau            the CLIP's logit scale
-    projections    those of the CLIP, which the reducer "isoclip" needs; None for an encoder without them
     queries        (N, D): the same images with one view each, as queries have; leave-one-out scores these. None: the
                    rows of `embeddings`
     whole          (C,) int64, `counts` of the set that a fold was taken out of (`without`); None: `counts`
@@ -38,7 +36,6 @@ class SupportSet:
     text: np.ndarray | None
     tau: float
     queries: Embeddings | None = None
-    projections: Projections | None = None
     whole: np.ndarray | None = None
 
     @property

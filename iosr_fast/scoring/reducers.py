@@ -15,9 +15,8 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.validation import check_size, frozen
 
-REDUCERS = ("none", "centre", "pca")  # of embeddings alone
-ISOCLIP = "isoclip"  # needs the CLIP's projections (isoclip.py)
-NAME = r"none|centre|pca(:[1-9][0-9]{0,5})?|isoclip(:[0-9]{1,6},[0-9]{1,6})?"
+REDUCERS = ("none", "centre", "pca")
+NAME = r"none|centre|pca(:[1-9][0-9]{0,5})?"
 # The share of principal components that "pca" keeps, out of min(D, N).
 PCA_SHARE = 0.5
 _TINY = 1e-12
@@ -95,23 +94,20 @@ class Reducer:
         return Reducer(self.shift, outer * self.projection)
 
 
-def check_reducer(name: str) -> tuple[str, tuple[int, ...]]:
-    """A reducer's kind and the numbers in its name. Raises IosrFastError for an unknown name.
+def check_reducer(name: str) -> tuple[str, int | None]:
+    """A reducer's kind and the number in its name. Raises IosrFastError for an unknown name.
 
-    >>> check_reducer("pca:64"), check_reducer("isoclip:150,50"), check_reducer("centre")
-    (('pca', (64,)), ('isoclip', (150, 50)), ('centre', ()))
+    >>> check_reducer("pca:64"), check_reducer("centre")
+    (('pca', 64), ('centre', None))
     """
-    match = re.fullmatch(NAME, name)
-    if match is None:
-        known = ", ".join((*REDUCERS, "pca:NUMBER", ISOCLIP))
-        raise IosrFastError(f"expected a reducer of {known} or {ISOCLIP}:TOP,BOTTOM, got {name!r}")
-    kind, _, numbers = name.partition(":")
-    return kind, tuple(int(number) for number in numbers.split(",") if number)
+    if re.fullmatch(NAME, name) is None:
+        raise IosrFastError(f"expected a reducer of {', '.join(REDUCERS)} or pca:NUMBER, got {name!r}")
+    kind, _, number = name.partition(":")
+    return kind, int(number) if number else None
 
 
 def fit_reducer(name: str, rows: np.ndarray) -> Reducer | None:
-    """The reducer of a support set's embeddings, `rows` (N, D). It doesn't depend on labels. "isoclip" is fitted by
-    isoclip.fit_isoclip.
+    """The reducer of a support set's embeddings, `rows` (N, D). It doesn't depend on labels.
 
     "none"     None: the embeddings as they are
     "centre"   unit(x - mean)
@@ -126,12 +122,9 @@ def fit_reducer(name: str, rows: np.ndarray) -> Reducer | None:
     >>> reducer.shift
     array([0.6, 0. ], dtype=float32)
     """
-    kind, numbers = check_reducer(name)
+    kind, rank = check_reducer(name)
     if kind == "none":
         return None
-    if kind == ISOCLIP:
-        known = "none, centre or pca, which rows determine"
-        raise IosrFastError(f"expected a reducer of {known}, got {name!r}, which isoclip.fit_isoclip fits")
     if not len(rows):
         raise IosrFastError(f"expected support images to fit the reducer {name!r} on, got none; use 'none'")
     n_rows, width = rows.shape
@@ -139,7 +132,8 @@ def fit_reducer(name: str, rows: np.ndarray) -> Reducer | None:
     mean = exact.mean(0)
     if kind == "centre":
         return Reducer(mean)
-    rank = numbers[0] if numbers else max(1, round(PCA_SHARE * min(width, n_rows)))
+    if rank is None:
+        rank = max(1, round(PCA_SHARE * min(width, n_rows)))
     if rank > width:
         raise IosrFastError(f"expected at most {width} principal components, one a channel, got {rank}")
     components = np.linalg.svd(exact - mean, full_matrices=False)[2][:rank]

@@ -16,13 +16,12 @@ and held open: what was verified is what is used and what is saved again.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from iosr_fast.encoders.projections import read_projections
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
@@ -141,7 +140,7 @@ def load_bundle(
 
     try:
         state = state_from_files(facts, read)
-        state = with_left_out(replace(state, projections=read_projections(engine)), read)
+        state = with_left_out(state, read)
         views = facts.support_views()
     except ValueError as error:
         raise refused(verified, str(error)) from error
@@ -157,6 +156,12 @@ def load_bundle(
 
 def _read(verified: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:
     """Both manifests of a bundle, after checking that they agree."""
+    reducer = verified.manifest.get("reducer")
+    if isinstance(reducer, str) and reducer.startswith("isoclip"):
+        raise IosrFastError(
+            f"{verified.folder} has the reducer {reducer!r}, which version 0.2 had last: fit again with 'none', "
+            "'centre' or 'pca', or open it with iosr_fast 0.2"
+        )
     facts = read_facts(verified, ClassifierManifest)
     engine = verified.inner(ENGINE, ENGINE_KIND)
     own = {f"{ENGINE}/{name}" for name in (MANIFEST, *engine.files)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -125,7 +124,6 @@ class Judge:
         if not len(labels):
             return labels, labels
         support = make_support_set(embeddings, self._classes, state.text, state.tau)
-        support = replace(support, projections=state.projections)
         reducer = fit_method_reducer(method, config.reducer_name, support)
         held_out = (
             HeldOutSet.leave_one_out(method, reducer, support)

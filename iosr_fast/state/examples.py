@@ -9,7 +9,6 @@ from functools import cached_property
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.projections import Projections
 from iosr_fast.methods.support_set import SupportSet
 
 
@@ -69,15 +68,11 @@ class Examples:
             None if self.queries is None else self.queries[picked],
         )
 
-    def as_support(
-        self, uids: Sequence[int], text: np.ndarray, tau: float, projections: Projections | None = None
-    ) -> SupportSet:
+    def as_support(self, uids: Sequence[int], text: np.ndarray, tau: float) -> SupportSet:
         """The support set that methods compile, its classes in the order of `uids`. No image may be removed."""
         counts = np.bincount(np.searchsorted(np.array(uids), self.class_ids), minlength=len(uids))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return SupportSet(
-            self.embeddings, offsets, np.ascontiguousarray(text, np.float32), tau, self.queries, projections
-        )
+        return SupportSet(self.embeddings, offsets, np.ascontiguousarray(text, np.float32), tau, self.queries)
 
     def mark_removed(self, gone: np.ndarray) -> Examples:
         """The same rows; those of the mask `gone` (n,) are marked as removed."""

@@ -18,7 +18,6 @@ from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, check_choice
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
-from iosr_fast.scoring.isoclip import check_projections
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.engine_choice import EngineChoice
@@ -151,7 +150,6 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
             "pretrained weights of its CLIP has one"
         )
     searched = is_searched(method, inputs.tune, parameters)
-    check_projections(inputs.reducer, clip.projections)
     # Later queries are single views, so that is what leave-one-out has to score.
     label_sets = inputs.label_sets
     views = replace(inputs.views, single=(searched or label_sets is not None) and inputs.views.views > 1)
@@ -170,7 +168,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     if errors:
         _check_classes(method, examples.class_ids, names)
     examples = examples.rows(np.argsort(examples.class_ids, kind="stable"))
-    support = examples.as_support(range(len(names)), embedded, tau, clip.projections)
+    support = examples.as_support(range(len(names)), embedded, tau)
     with bar("tune", None, shown=inputs.progress and searched and bool(len(examples))):
         config = choose_config(
             method,
@@ -181,9 +179,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
             key_precision=inputs.key_precision,
             seconds=inputs.tune_seconds,
         )
-    state = State.first(
-        names, embedded, tau, examples, config, projections=clip.projections, unknown_images=unknown_images
-    )
+    state = State.first(names, embedded, tau, examples, config, unknown_images=unknown_images)
     views = replace(views, single=examples.queries is not None)
     return Fit(clip, state, views, tuple(errors), inputs.integer_labels)
 
@@ -203,9 +199,7 @@ def _multi_label_state(
     config = MethodConfig(fitted.method, fitted.parameters, factor=fitted.factor, key_precision=inputs.key_precision)
     examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
     known = MultiLabels(labels, fitted.thresholds)
-    return State.first(
-        inputs.names, text, tau, examples, config, fitted.plan, projections=clip.projections, multi_label=known
-    )
+    return State.first(inputs.names, text, tau, examples, config, fitted.plan, multi_label=known)
 
 
 def _check_classes(method: str, ids: np.ndarray, names: Sequence[str]) -> None:

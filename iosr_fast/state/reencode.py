@@ -51,9 +51,9 @@ def reencode(
             encoder, images, labels, unknown_images, views, names=names, step=step
         )
     examples = replace(examples, embeddings=encoded.embeddings, queries=encoded.queries)
-    config = state.config.fitted(examples.as_support(state.uids, state.text, state.tau, state.projections))
+    config = state.config.fitted(examples.as_support(state.uids, state.text, state.tau))
     numbers = (state.next_class, state.next_example)
-    known = state.uids, numbers, version, state.projections, unknown
+    known = state.uids, numbers, version, unknown
     return State.first(names, state.text, state.tau, examples, config, None, *known)
 
 

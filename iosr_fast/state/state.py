@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, as_numpy
-from iosr_fast.encoders.projections import Projections
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.conformal import LeftOutLabels
@@ -57,7 +56,6 @@ class State(Evidence):
     text               (C, D) float32, unit rows; tau is the CLIP's logit scale
     segments           the support images; `parts` are their cache terms, for an additive method
     plan               scores a batch
-    projections        those of the CLIP, for the reducer "isoclip", or None
     next_class, next_example  the numbers of the next class and the next support image
     moments            for "gda"; None until the first change
     unknown_images     embeddings of pictures of none of the classes, by which these are recognised, or None
@@ -79,7 +77,6 @@ class State(Evidence):
     next_example: int
     moments: Moments | None = None
     deferred: bool = False
-    projections: Projections | None = None
     unknown_images: Embeddings | None = None
     multi_label: MultiLabels | None = None
 
@@ -95,7 +92,6 @@ class State(Evidence):
         uids: Sequence[int] | None = None,
         numbers: tuple[int, int] | None = None,
         version: int = 1,
-        projections: Projections | None = None,
         unknown_images: Embeddings | None = None,
         multi_label: MultiLabels | None = None,
     ) -> State:
@@ -121,7 +117,6 @@ class State(Evidence):
             plan,
             next_class,
             next_example,
-            projections=projections,
             unknown_images=unknown_images,
             multi_label=multi_label,
         )
@@ -143,7 +138,7 @@ class State(Evidence):
     @cached_property
     def support(self) -> SupportSet:  # type: ignore[override]  # a field of other fits
         """All active support images, sorted by class; computed at first use."""
-        return self.examples.as_support(self.uids, self.text, self.tau, self.projections)
+        return self.examples.as_support(self.uids, self.text, self.tau)
 
     @cached_property
     def examples(self) -> Examples:
@@ -305,9 +300,10 @@ class State(Evidence):
         return self._first(self.config, self.whole_plan, self.version)
 
     def _first(self, config: MethodConfig, plan: ScoringPlan | None, version: int) -> State:
-        numbers, known = (self.next_class, self.next_example), (self.projections, self.unknown_images)
+        numbers = (self.next_class, self.next_example)
         names, text, tau = self.class_names, self.text, self.tau
-        return State.first(names, text, tau, self.examples, config, plan, self.uids, numbers, version, *known)
+        known = self.uids, numbers, version, self.unknown_images
+        return State.first(names, text, tau, self.examples, config, plan, *known)
 
     def _changed(self, added: Examples | None = None, taken: Examples | None = None, **fields: object) -> State:
         """A state with these fields and its plan. `added` and `taken` are the images that it gains and loses."""

@@ -187,7 +187,7 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
             raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
         plan = plan_from_files(msgspec.structs.asdict(facts.plan), derived, support, config)
-    known = numbers, facts.next, facts.version, None, _embeddings(arrays, "unknown_")
+    known = numbers, facts.next, facts.version, _embeddings(arrays, "unknown_")
     return State.first(names, arrays["text"], facts.tau, examples, config, plan, *known, multi_label)
 
 

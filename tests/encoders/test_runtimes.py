@@ -333,7 +333,7 @@ def test_tensorrt_rtx_compiles_without_a_gpu(
     clip = small_clip()
     manifest = write_engine(clip, random_adapter(clip, 1), tmp_path / "engine", "tensorrt_rtx", precision, MAX_BATCH)
     (name,) = manifest["plans"]
-    assert set(manifest["files"]) == {"encoder.onnx", "plain.onnx", "encoder.weights", "projections.safetensors", name}
+    assert set(manifest["files"]) == {"encoder.onnx", "plain.onnx", "encoder.weights", name}
     assert name.startswith("plans/tensorrt_rtx-any-")
     plan = manifest["plans"][name]
     assert (plan["runtime"], plan["version"]) == ("tensorrt_rtx", manifest["versions"]["tensorrt_rtx"])

@@ -173,15 +173,9 @@ def test_pca_of_all_channels_is_centring(rng: np.random.Generator) -> None:
     ],
 )
 def test_an_unknown_name_is_refused(name: str, rng: np.random.Generator) -> None:
-    with pytest.raises(ValueError, match=r"expected a reducer of none, centre, pca, pca:NUMBER, isoclip or .*, got"):
+    with pytest.raises(ValueError, match=r"expected a reducer of none, centre, pca or pca:NUMBER, got"):
         fit_reducer(name, unit_rows(rng, 5, 8))
     assert REDUCERS == ("none", "centre", "pca")
-
-
-@pytest.mark.parametrize("name", ["isoclip", "isoclip:1,1"])
-def test_a_reducer_of_the_clips_projections_is_not_fitted_on_rows(name: str, rng: np.random.Generator) -> None:
-    with pytest.raises(ValueError, match=f"expected a reducer of none, centre or pca.*, got '{name}'.*fit_isoclip"):
-        fit_reducer(name, unit_rows(rng, 5, 8))
 
 
 @pytest.mark.parametrize("name", ["centre", "pca", "pca:2"])

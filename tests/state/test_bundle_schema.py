@@ -19,9 +19,9 @@ from iosr_fast.state.bundle import load_bundle
 from iosr_fast.state.state_files import fingerprint, state_from_files, state_to_files
 from iosr_fast.state.support_images import SupportViews
 from iosr_fast.state.tuned_facts import tuned_to_json
-from iosr_fast.utils.manifest import seal
+from iosr_fast.utils.manifest import seal, write_manifest
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
-from tests.state.live_parts import engine_folder, saved_classifier, small_classifier
+from tests.state.live_parts import ENGINE_FACTS, engine_folder, saved_classifier, small_classifier
 from tests.state.manifests import rewrite_manifest, sign_again
 
 Arrays = dict[str, np.ndarray]
@@ -378,3 +378,21 @@ def test_a_state_is_taken_apart_and_made_again(tmp_path: Path) -> None:
 
     again = state_from_files(read_facts(held, ClassifierManifest), held.read)
     assert fingerprint(again) == fingerprint(made.snapshot())
+
+
+@pytest.mark.parametrize("name", ["isoclip", "isoclip:150,50"])
+def test_the_reducer_of_version_0_2_that_is_gone_is_refused_in_words(name: str, bundle: Path) -> None:
+    rewrite_manifest(bundle, reducer=name)
+    with pytest.raises(
+        ValueError, match=f"has the reducer '{name}', which version 0.2 had last: fit again with 'none'"
+    ):
+        load_bundle(bundle)
+
+
+def test_the_projections_in_an_engine_of_version_0_2_are_left_alone(bundle: Path) -> None:
+    save_file({"image": np.eye(2, dtype=np.float32)}, bundle / "engine" / "projections.safetensors")
+    (bundle / "engine" / "manifest.json").unlink()
+    facts = {name: value for name, value in ENGINE_FACTS.items() if name not in ("files", "checksum")}
+    write_manifest(bundle / "engine", "engine", facts)
+    sign_again(bundle)
+    assert load_bundle(bundle).engine == bundle / "engine"

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.projections import FILE as PROJECTIONS
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import PLAIN_FILE, WEIGHTS, OnnxRuntimeEncoder
@@ -180,10 +179,13 @@ def open_engine(
     return encoder
 
 
+_OLD_FILES = ("projections.safetensors",)  # of version 0.2, which nothing reads
+
+
 def check_engine(source: VerifiedFolder) -> EngineManifest:
     """The manifest of an engine. Raises ValueError for a missing, invalid or unknown field, or an unknown file."""
     facts = read_facts(source, EngineManifest)
-    check_files(source, set(facts.plans), {ONNX_FILE, PLAIN_FILE, WEIGHTS, TORCH_FILE, PROJECTIONS})
+    check_files(source, set(facts.plans), {ONNX_FILE, PLAIN_FILE, WEIGHTS, TORCH_FILE, *_OLD_FILES})
     return facts
 
 
