@@ -67,8 +67,8 @@ class DualEncoderConfig:
         config = dict(config)
         if config.pop("merged", 0):  # 0 in engines of version 0.2
             raise IosrFastError(
-                "the engine merges tokens, which iosr_fast does no longer: build it again; `iosr-fast optimize "
-                "--smaller-images` tries the other way to have fewer"
+                "the engine merges tokens, which iosr_fast no longer does: build it again; `iosr-fast optimize "
+                "--smaller-images` tries engines with fewer tokens"
             )
         expected = {field.name for field in fields(cls)}
         required = {field.name for field in fields(cls) if field.default is MISSING}

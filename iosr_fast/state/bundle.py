@@ -159,8 +159,8 @@ def _read(verified: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]
     reducer = verified.manifest.get("reducer")
     if isinstance(reducer, str) and reducer.startswith("isoclip"):
         raise IosrFastError(
-            f"{verified.folder} has the reducer {reducer!r}, which version 0.2 had last: fit again with 'none', "
-            "'centre' or 'pca', or open it with iosr_fast 0.2"
+            f"{verified.folder} has the reducer {reducer!r}, which iosr_fast no longer has: fit again with 'none', "
+            "'centre' or 'pca', or open it with version 0.2"
         )
     facts = read_facts(verified, ClassifierManifest)
     engine = verified.inner(ENGINE, ENGINE_KIND)

@@ -101,5 +101,5 @@ def test_an_engine_that_merges_tokens_is_refused_and_one_of_version_0_2_opens(tm
         if not merged:
             assert open_engine(tmp_path / "engine", "torch").encode(random_pixels(2, 32)).plain.shape == (2, 24)
             continue
-        with pytest.raises(IosrFastError, match="merges tokens, which iosr_fast does no longer: build it again"):
+        with pytest.raises(IosrFastError, match="merges tokens, which iosr_fast no longer does: build it again"):
             open_engine(tmp_path / "engine", "torch")

@@ -383,9 +383,7 @@ def test_a_state_is_taken_apart_and_made_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["isoclip", "isoclip:150,50"])
 def test_the_reducer_of_version_0_2_that_is_gone_is_refused_in_words(name: str, bundle: Path) -> None:
     rewrite_manifest(bundle, reducer=name)
-    with pytest.raises(
-        ValueError, match=f"has the reducer '{name}', which version 0.2 had last: fit again with 'none'"
-    ):
+    with pytest.raises(ValueError, match=f"has the reducer '{name}', which iosr_fast no longer has: fit again with"):
         load_bundle(bundle)
 
 
