@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.known_scores import log_odds_of_largest, log_sum_exp
 from iosr_fast.methods.promise import MOST, images_needed, leave_out, threshold
@@ -68,7 +67,7 @@ class Reliability:
 
 @dataclass(frozen=True, eq=False)
 class LeftOutLabels:
-    """What a classifier says of V labelled images that it has not seen (`leave_out_labels`, `of_validation`).
+    """What a classifier says of V labelled images that it has not seen (`leave_out_labels`, `of_logits`).
 
     odds        (V,) log p / (1 - p) of the label, extrapolated to all support images (promise.LeftOut)
     confidence  (V,) the largest probability
@@ -157,13 +156,8 @@ def leave_out_labels(support: SupportSet, plan_of: Callable[[SupportSet], Scorin
     return replace(labels, odds=left.extrapolated[:, 0], class_odds=by_class)
 
 
-def of_validation(plan: ScoringPlan, queries: Embeddings, labels: np.ndarray) -> LeftOutLabels:
-    """Labelled images (V,) that are not in the plan's support set: split conformal prediction."""
-    return of_logits(score(plan, queries), labels)
-
-
 def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
-    """Labelled images (V,) that are not in the support set, by their logits (V, C)."""
+    """Labelled images (V,) that are not in the support set, by their logits (V, C): split conformal prediction."""
     labels = np.asarray(labels, np.int64)
     return _labels(_columns(logits, labels), labels)
 

@@ -10,7 +10,7 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import compile_method
-from iosr_fast.methods.conformal import BINS, LeftOutLabels, leave_out_labels, log_odds, of_validation, sets_of_labels
+from iosr_fast.methods.conformal import BINS, LeftOutLabels, leave_out_labels, log_odds, of_logits, sets_of_labels
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning.tune import tune
 from iosr_fast.scoring.plan import ScoringPlan
@@ -66,7 +66,8 @@ def test_sets_cover_what_they_promise_on_new_images(coverage: float) -> None:
 def test_split_conformal_sets_by_validation_images() -> None:
     queries, labels = images_of(100, 3)
     plan = gda(support_of(4, 1))
-    sets = of_validation(plan, *images_of(40, 2)).sets(score(plan, queries), 0.9)
+    validation, known = images_of(40, 2)
+    sets = of_logits(score(plan, validation), known).sets(score(plan, queries), 0.9)
     assert abs(sets[np.arange(len(labels)), labels].mean() - 0.9) < 0.03
 
 
