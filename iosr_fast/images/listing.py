@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,7 +141,7 @@ def class_folders(folder: str | Path, skipped: Skipped | None = None) -> list[st
         if status is None:
             continue
         if not stat.S_ISDIR(status.st_mode):
-            if _is_wanted(entry.name, status, IMAGE_SUFFIXES, skipped):
+            if _is_wanted(entry.name, status, skipped):
                 skipped.reasons["not in a class folder"] += 1
         elif entry.is_symlink() and _is_above(entry.path, status):
             skipped.reasons["links to a folder above"] += 1
@@ -154,10 +154,8 @@ def class_folders(folder: str | Path, skipped: Skipped | None = None) -> list[st
     return names
 
 
-def walk(
-    folder: str | Path, suffixes: Set[str] = IMAGE_SUFFIXES, skipped: Skipped | None = None
-) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file below `folder` with one of the suffixes, and its status.
+def walk(folder: str | Path, skipped: Skipped | None = None) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file below `folder` with a suffix of IMAGE_SUFFIXES, and its status.
 
     Skips hidden files, files of the operating system, special files, and files that are listed by another path.
     Raises PermissionError naming a folder that can't be read.
@@ -185,7 +183,7 @@ def walk(
                 continue
             if stat.S_ISDIR(status.st_mode):
                 (folder_links if entry.is_symlink() else pending).append(entry.path)
-            elif _is_wanted(entry.name, status, suffixes, skipped):
+            elif _is_wanted(entry.name, status, skipped):
                 if entry.is_symlink():
                     file_links.append((entry.path, status))
                 else:
@@ -193,7 +191,7 @@ def walk(
     reached: set[tuple[int, int]] = set()
     for path, status in sorted(file_links, key=lambda link: link[0].split(os.sep)):
         place, name = os.path.split(os.path.realpath(path))
-        listed = _identity(os.stat(place)) in seen and _unwanted(name) is None and _suffix(name) in suffixes
+        listed = _identity(os.stat(place)) in seen and _unwanted(name) is None and _suffix(name) in IMAGE_SUFFIXES
         if listed or _identity(status) in reached:
             skipped.reasons["linked twice"] += 1
         else:
@@ -241,9 +239,9 @@ def _unreadable(place: str, error: OSError) -> OSError:
     return kind(f"can't read {place}: {reason}")
 
 
-def _is_wanted(name: str, status: os.stat_result, suffixes: Set[str], skipped: Skipped) -> bool:
+def _is_wanted(name: str, status: os.stat_result, skipped: Skipped) -> bool:
     """Whether a file has a wanted suffix and is a regular file; counts it if not."""
-    if _suffix(name) not in suffixes:
+    if _suffix(name) not in IMAGE_SUFFIXES:
         skipped.suffixes[_suffix(name) or "no suffix"] += 1
         return False
     if not stat.S_ISREG(status.st_mode):

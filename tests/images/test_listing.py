@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.listing import IMAGE_SUFFIXES, Skipped, list_folder, list_images, walk
+from iosr_fast.images.listing import IMAGE_SUFFIXES, Skipped, list_folder, list_images
 from tests.pictures import encode
 
 PICTURE = encode(np.zeros((4, 4, 3), np.uint8))
@@ -148,11 +148,6 @@ def test_names_that_are_not_utf8_are_listed_and_as_classes_refused(tmp_path: Pat
     os.mkdir(os.fsencode(tmp_path) + b"/\xff")
     with pytest.raises(ValueError, match=r"names in UTF-8, got '\\udcff'"):
         list_folder(tmp_path)
-
-
-def test_other_kinds_are_walked_by_the_same_rule(tmp_path: Path) -> None:
-    touch(tmp_path, "a.tar", "b/c.TAR", "b/.d.tar", "e.png")
-    assert sorted(Path(path).name for path, _ in walk(tmp_path, {".tar"})) == ["a.tar", "c.TAR"]
 
 
 # Folders of classes
