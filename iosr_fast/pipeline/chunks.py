@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.pipeline.embedding_files import Part
 from iosr_fast.pipeline.part_folder import Done
 from iosr_fast.pipeline.plan import Opened, Plan
-from iosr_fast.pipeline.source import Chunk, ItemDecoder
+from iosr_fast.pipeline.source import Chunk
 from iosr_fast.pipeline.stream import Stage, encode_batches
 
 
@@ -34,12 +35,14 @@ def run_chunks(
     """
     encoder, write = opened
     batches = (
-        (start, chunk.items[start : start + plan.batch])
+        (start, [item.path for item in chunk.items[start : start + plan.batch]])
         for chunk in chunks
         for start in range(0, len(chunk.items), plan.batch)
     )
     stage = Stage(encoder, 1, threads)
-    results = encode_batches(stage, ItemDecoder(plan.exif_orientation), batches, Embeddings.to_numpy)
+    results = encode_batches(
+        stage, CpuDecoder(exact=True, exif_orientation=plan.exif_orientation), batches, Embeddings.to_numpy
+    )
     try:
         for chunk in chunks:
             started, count = time.perf_counter(), len(chunk.items)

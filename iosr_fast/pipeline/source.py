@@ -5,16 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.images.decode import DecodedBatch, decode_pixels
-from iosr_fast.images.geometry import Geometry
+from iosr_fast.exceptions import IosrFastError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,29 +51,6 @@ class Source:
         """Contiguous runs of at most `size` items."""
         starts = range(0, len(self.items), size)
         return [Chunk(number, self.items[start : start + size]) for number, start in enumerate(starts)]
-
-
-class ItemDecoder:
-    """A Decoder of items with `resize_and_crop`'s pixels, to the last bit."""
-
-    name = "items"
-
-    def __init__(self, exif_orientation: bool = True) -> None:
-        self.exif_orientation = exif_orientation
-
-    def decode(self, sources: Sequence[Item], geometry: Geometry, start: int = 0) -> DecodedBatch:
-        return DecodedBatch.collect([self._decode_one(item, geometry) for item in sources])
-
-    def _decode_one(self, item: Item, geometry: Geometry) -> np.ndarray | BadImageError:
-        path = Path(item.path)
-        try:
-            return decode_pixels(
-                path.read_bytes(), geometry, name=path, exact=True, exif_orientation=self.exif_orientation
-            )
-        except BadImageError as error:
-            return error
-        except OSError as error:
-            return BadImageError(path, 0, str(error))
 
 
 def stamp_of(status: os.stat_result) -> str:

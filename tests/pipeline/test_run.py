@@ -14,11 +14,11 @@ from PIL import Image
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.pipeline import part_folder
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.embedding_files import iterate_parts, read_embeddings, read_part
-from iosr_fast.pipeline.source import Item, ItemDecoder
 from iosr_fast.utils.manifest import read_manifest
 from tests.pipeline.runs import (
     assert_encodes,
@@ -240,14 +240,13 @@ def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path: Path, monkeypatch: p
     """Pillow raises TypeErrors and others for some damaged TIFF files."""
     path = tmp_path / "a.tif"
     Image.new("RGB", (8, 8)).save(path)
-    item = Item("a.tif", str(path), "")
-    assert np.shape(ItemDecoder().decode([item], Geometry(8)).pixels) == (1, 8, 8, 3)
+    assert np.shape(CpuDecoder(exact=True).decode([path], Geometry(8)).pixels) == (1, 8, 8, 3)
 
     def convert(*_: object) -> None:
         raise TypeError("'str' object cannot be interpreted as an integer")
 
     monkeypatch.setattr(Image.Image, "convert", convert)
-    (bad,) = ItemDecoder().decode([item], Geometry(8)).errors
+    (bad,) = CpuDecoder(exact=True).decode([path], Geometry(8)).errors
     assert isinstance(bad, BadImageError) and "a.tif: 'str' object cannot be" in str(bad)
 
 

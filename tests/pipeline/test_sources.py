@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.exceptions import BadImageError
-from iosr_fast.images.geometry import Geometry
-from iosr_fast.pipeline.source import Item, ItemDecoder, Source
+from iosr_fast.pipeline.source import Item, Source
 from iosr_fast.pipeline.sources import folder_source
 from tests.pipeline.runs import write_pictures
 
@@ -68,10 +66,3 @@ def test_a_name_that_is_not_utf_8_is_refused_by_name(pictures: list[Path], tmp_p
         pytest.skip("this file system takes UTF-8 names only")
     with pytest.raises(ValueError, match=r"expected names in UTF-8 .*caf\\udce9\.png"):
         folder_source(tmp_path / "in")
-
-
-def test_an_image_that_is_gone_since_it_was_listed_is_a_bad_image(pictures: list[Path], tmp_path: Path) -> None:
-    item = folder_source(tmp_path / "in").items[0]
-    Path(item.path).unlink()
-    (error,) = ItemDecoder().decode([item], Geometry(64)).errors
-    assert isinstance(error, BadImageError) and item.path in str(error)
