@@ -118,13 +118,13 @@ def as_seen(name: str) -> str:
 
 def check_unknown_label(label: Any, classes: Iterable[Any]) -> None:
     """Raise IosrFastError if a label of pictures of no class is no label, or a class has it or looks like it."""
-    if isinstance(label, str) and (fault := name_fault(label)):
-        raise IosrFastError(f"expected a label for unknown pictures, got {label!a}, {fault}")
     seen = [as_seen(one) if isinstance(one, str) else one for one in (label, *classes)]
     if seen[0] in seen[1:]:
         raise IosrFastError(
             f"expected a label for unknown pictures that no class has, got {label!r}; choose another word"
         )
+    if isinstance(label, str) and (fault := name_fault(label)):
+        raise IosrFastError(f"expected a label for unknown pictures, got {label!a}, {fault}")
 
 
 def _as_read(name: str) -> str:

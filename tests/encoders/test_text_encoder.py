@@ -228,8 +228,8 @@ def test_special_tokens_are_refused(text: str, encoder: TextEncoder) -> None:
         (["cat", ""], None, "at least one visible character, got ''"),
         (["cat", " \n&nbsp;"], None, "at least one visible character"),
         (["cat", 3], None, "class names as strings, got 3 of type int"),
-        (["cat"], [], "one or more templates, got "),
-        (["cat"], "{}", "a list of one or more templates, got '{}'"),
+        (["cat"], [], "one to 1,000 templates, got "),
+        (["cat"], "{}", "a list of one to 1,000 templates, got '{}'"),
         (["cat"], ["a {}", "a photo"], r"expected templates with \{\} where the class name goes, got 'a photo'"),
     ],
 )

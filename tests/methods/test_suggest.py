@@ -59,5 +59,5 @@ def test_edges() -> None:
     np.testing.assert_array_equal(suggest(rows, 7).rows, suggest(rows, 7).rows)
     zeros = suggest(rows, 3, np.zeros(30))
     assert len(zeros.rows) == 3
-    with pytest.raises(IosrFastError, match="at least one image"):
+    with pytest.raises(IosrFastError, match="expected n of at least 1, got 0"):
         suggest(rows, 0)

@@ -83,8 +83,12 @@ def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) ->
 
     assert error_of(ask("POST", "/v1/classes", data={"name": name}, files=form(GREY)), 409) == "name_taken"
     assert error_of(ask("PATCH", "/v1/classes/" + classifier.classes()[1].class_id, json={"name": name}), 409)
-    for bad in ("", "  ", "a" * 201, "a\nb"):
+    for bad in ("", "  ", "a" * 513, "a\nb", "a\u202eb", "a\u200bb", "~3"):
         assert error_of(ask("POST", "/v1/classes", data={"name": bad}, files=form(GREY)), 422) == "bad_name"
+    alike = name.replace("a", "\u0430").replace("e", "\u0435").replace("o", "\u043e")  # letters of Cyrillic
+    assert (
+        alike != name and error_of(ask("POST", "/v1/classes", data={"name": alike}, files=form(GREY)), 422) == "refused"
+    )
     assert error_of(ask("POST", "/v1/classes", files=form(GREY)), 400) == "missing_field"
     assert error_of(ask("POST", "/v1/classes", files={"name": ("", b"new")}), 422) == "refused"  # no images
     assert error_of(ask("POST", "/v1/classes", content=GREY), 415) == "unsupported_type"

@@ -22,11 +22,11 @@ from iosr_fast.serving.http.uploads import Refusal, read_form
 from iosr_fast.state.changes import ChangeResult
 from iosr_fast.state.ids import class_id as make_class_id
 from iosr_fast.state.log_writer import LogWriteError
+from iosr_fast.state.names import LONGEST, name_fault
 
-_MAX_NAME = 200
 _CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503, 507)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NAME = {"name": {"type": "string", "minLength": 1, "maxLength": _MAX_NAME}}
+_NAME = {"name": {"type": "string", "minLength": 1, "maxLength": LONGEST}}
 
 
 def make_router(service: Service) -> APIRouter:
@@ -144,10 +144,8 @@ def _check_all(service: Service, images: list[bytes | Refusal]) -> list[Undecode
 
 def _check_name(text: str) -> str:
     name = text.strip()
-    if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
-        raise ApiError(
-            422, "bad_name", f"expected a class name of 1 to {_MAX_NAME} printable characters, got {text[:80]!r}"
-        )
+    if fault := name_fault(name):
+        raise ApiError(422, "bad_name", f"expected a class name, got {text[:80]!a}, {fault}")
     return name
 
 
