@@ -172,8 +172,10 @@ def test_what_can_not_be_is_refused_before_an_image_is_read(
 def test_a_class_is_not_unknown(bundle: Path, folder: Path) -> None:
     classifier = Classifier.load(bundle, threads=1)
     name = str(classifier.classes_[0])
-    with pytest.raises(IosrFastError, match=f"that no class has, got ' {name}'; choose another word"):
-        classifier.predict_folder(folder, unknown="reject", unknown_label=f" {name}")
+    with pytest.raises(IosrFastError, match=f"that no class has, got '{name}'; choose another word"):
+        classifier.predict_folder(folder, unknown="reject", unknown_label=name)
+    with pytest.raises(IosrFastError, match="unknown pictures, got ' unknown', which has blanks around it"):
+        classifier.predict_folder(folder, unknown="reject", unknown_label=" unknown")
     with pytest.raises(IosrFastError, match="expected unknown to be 'reject' or None, got 'yes'"):
         classifier.predict_folder(folder, unknown="yes")  # type: ignore[arg-type]
     with pytest.raises(IosrFastError, match="expected unknown_label to be a text"):
