@@ -131,9 +131,9 @@ def paper(
     """Run the paper's experiments (Kravets & Namboodiri, BMVC 2024, arXiv 2409.11338).
 
     The tables have all combinations of shots, seeds, data sets and methods, with and without the adapter (++). Files
-    that are missing from ROOT are listed with their sources. Every cell of a table is a file in OUT/cells, so the same
-    command resumes an interrupted run; more data sets, methods, shots and seeds may be added to the same OUT. The rows
-    are also written to results.json in it.
+    that are missing from ROOT are listed with their sources. Every cell of a table is a file in OUT/MODEL/cells, so the
+    same command resumes an interrupted run; more data sets, methods, shots and seeds may be added to the same OUT. The
+    rows are also written to OUT/MODEL/results.json. MODEL has a hash of the weights, the adapter and VIEWS.
     """
     options = {**locals()}
     from iosr_fast.evaluation.paper.run import run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -36,8 +35,8 @@ def open_sources(
             sources.append(demo.open_demo(shots or demo.SHOTS, seeds or demo.SEEDS))
         else:
             sources.append(read_features(word, shots, seeds or 1, use_text))
-    counts = Counter(source.name for source in sources)
-    if twice := [name for name, count in counts.items() if count > 1]:
+    names = [source.name for source in sources]
+    if twice := {name for name in names if names.count(name) > 1}:
         raise IosrFastError(f"expected data sets of different names, got {', '.join(twice)} more than once; rename one")
     return sources
 

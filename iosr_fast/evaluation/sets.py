@@ -89,19 +89,14 @@ def open_evaluation_set(name: str, root: str | Path) -> EvaluationSet:
             found += existing[:1]
             missing += [] if existing else [f"    {root / paths[0]}  from {url}"]
         if not missing:
-            return _finish(name, layout, _read(layout, root, found))
+            kind, _, of_torchvision = layout["reader"].partition(":")
+            if of_torchvision:
+                return _finish(name, layout, readers.torchvision_set(of_torchvision, layout["splits"], root, found))
+            return _finish(name, layout, getattr(readers, kind)(found))
         ways.append("\n".join([f"  {layout['title']}:", *missing]))
     raise FileNotFoundError(
         f"{entry['title']} is missing or incomplete under {root}. Missing for\n" + "\n  or\n".join(ways)
     )
-
-
-def _read(layout: dict[str, Any], root: Path, paths: list[Path]) -> readers.Content:
-    kind, _, name = layout["reader"].partition(":")
-    if kind == "torchvision":
-        return readers.torchvision_set(name, layout["splits"], root, paths)
-    content: readers.Content = getattr(readers, kind)(paths)
-    return content
 
 
 def _finish(name: str, layout: dict[str, Any], content: readers.Content) -> EvaluationSet:
