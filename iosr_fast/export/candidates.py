@@ -16,9 +16,9 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, runtimes_of, unavailable_reason
 from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.export.calibration import MIN_PICTURES
 from iosr_fast.export.convert import convert_engine, fingerprint_of
 from iosr_fast.export.engine_precision import QUANTISED, graph_precision, runtimes_in
-from iosr_fast.export.quantize import MIN_PICTURES
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.files import in_cache
 from iosr_fast.utils.machine import this_gpu

@@ -123,7 +123,7 @@ def finish_engine(
         from iosr_fast.export.quantize import quantize_onnx
 
         assert calibration is not None
-        report = quantize_onnx(exported, folder / ONNX_FILE, calibration, QUANTISED[precision], quantised["scheme"])
+        report = quantize_onnx(exported, folder / ONNX_FILE, calibration, quantised["form"])
         facts["quantised"] = quantised | report
     has_plain = write_plain_graph(folder)
     if runtime in ONNX_RUNTIMES or find_spec("onnxruntime") is not None or this_gpu() is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from iosr_fast.encoders.runtimes import choose_runtime
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export.calibration import check_calibration
 
 if TYPE_CHECKING:
     from iosr_fast.clip.dual_config import Precision
@@ -23,7 +24,7 @@ RUNTIMES_OF = {
     "fp8": ("tensorrt", "tensorrt_rtx"),
 }
 QUANTISER_VERSION = 3  # increases when the same weights and pictures give other embeddings
-QUANTISED: dict[str, Literal["int8", "fp8"]] = {"int8": "int8", "fp8": "fp8"}
+QUANTISED = ("int8", "fp8")
 
 
 def runtimes_in(precision: str, fused: bool = True) -> tuple[str, ...]:
@@ -67,19 +68,10 @@ def quantised_by(
 ) -> dict[str, Any] | None:
     """What a quantised engine's embeddings depend on besides its weights, as JSON values; None for other precisions.
 
-    Raises ValueError for calibration pictures that are missing or of another shape or dtype.
+    Raises ValueError for calibration pictures that are missing, too few, or of another shape or dtype.
     """
     if precision not in QUANTISED:
         return None
-    expected = f"calibration pictures as uint8 (N, {image_size}, {image_size}, 3)"
-    if calibration is None:
-        raise IosrFastError(
-            f"expected {expected} for {precision}, got none; export.calibration reads them from a folder"
-        )
-    if calibration.dtype != np.uint8 or calibration.ndim != 4 or calibration.shape[1:] != (image_size, image_size, 3):
-        raise IosrFastError(
-            f"expected {expected}, got {calibration.dtype} {calibration.shape}; images.preprocess.to_pixels resizes"
-        )
-    digest = hashlib.sha256(calibration.tobytes()).hexdigest()
-    scheme = "tensorrt" if runtime in EXTRAS else "cpu"
-    return {"scheme": scheme, "calibration_sha256": digest, "version": QUANTISER_VERSION}
+    digest = hashlib.sha256(check_calibration(calibration, image_size, precision).tobytes()).hexdigest()
+    form = "fp8" if precision == "fp8" else "s8s8" if runtime in EXTRAS else "u8s8"
+    return {"form": form, "calibration_sha256": digest, "version": QUANTISER_VERSION}

@@ -17,116 +17,95 @@ The errors that remain are measured where they matter, in the embeddings: the pr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.calibration import evenly
+from iosr_fast.export.calibration import check_calibration, evenly
 from iosr_fast.export.onnx_files import save_onnx
 from iosr_fast.export.quantize_graph import EncoderGraph
 from iosr_fast.export.quantize_products import Activation, Group, QuantisedGroup
 from iosr_fast.export.quantize_sensitivity import GatedEncoder, choose_float
-from iosr_fast.export.quantize_values import (
-    LIMITS,
-    Kind,
-    Scheme,
-    activation_scale,
-    dequantised,
-    quantise_matrix,
-    rounded,
-)
+from iosr_fast.export.quantize_values import Form, activation_scale, dequantised, quantise_matrix, rounded
 from iosr_fast.utils.require import require
 
-MIN_PICTURES = 8
 RANGE_PIXELS = 6_000_000  # of the pictures on which ranges are measured: 119 of 224 pixels, 1,464 of 64
 JUDGED_PICTURES = 16
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 SMOOTHED_ABOVE = 0.002  # error of a product; 0.0001 to 0.001 is usual without outliers
 LARGEST_ERROR = 0.05  # of a product; above, it stays in float without a measurement of the embeddings
-LARGEST_EMBEDDING_ERROR = {"int8": 0.002, "fp8": 0.02}  # of the variance, for the worst of the judged pictures
+# Of the variance, for the worst of the judged pictures.
+LARGEST_EMBEDDING_ERROR = {"u8s8": 0.005, "s8s8": 0.005, "fp8": 0.02}
 
 
-def quantize_onnx(
-    source: Path, target: Path, pictures: np.ndarray, kind: Kind = "int8", scheme: Scheme = "cpu"
-) -> dict[str, Any]:
+def quantize_onnx(source: Path, target: Path, pictures: np.ndarray, form: Form = "u8s8") -> dict[str, Any]:
     """Write `source`, an encoder of export_onnx in fp32 or fp16, as `target` with quantised products.
 
     `pictures` uint8 (N, S, S, 3), N >= 8, calibrate the ranges: real pictures like those to be classified, and none of
-    a test set. Matrices are symmetric, with a scale for each output. "cpu": activations uint8 with a zero point, as
-    VNNI multiplies them in ONNX Runtime and OpenVINO. "tensorrt": activations int8 or E4M3FN ("fp8") with zero point 0,
-    scales in the graph's float type, for strongly typed networks of TensorRT and TensorRT-RTX.
+    a test set. Matrices are symmetric, with a scale for each output, in the graph's float type. "u8s8" is for ONNX
+    Runtime and OpenVINO, "s8s8" and "fp8" (E4M3FN) for strongly typed networks of TensorRT and TensorRT-RTX.
 
     These products stay in float: those of attention, which have no constant factor; the last block's matrices per head;
-    the last projection, which is cheap and whose error is the embedding's; for "tensorrt" the patch projection, since
+    the last projection, which is cheap and whose error is the embedding's; but in "u8s8" the patch projection, since
     only uint8 fits the 256 levels of pixels; products whose own error exceeds 5%; and, while the worst of 16
-    calibration pictures has an error of its embeddings above 0.2% of their variance (fp8: 2%), those that contribute
+    calibration pictures has an error of its embeddings above 0.5% of their variance (fp8: 2%), those that contribute
     most to it for the time they take.
 
-    Returns JSON values: kind, scheme, calibration_pictures, products (number quantised) of total_products, smoothed
-    (number of activations), embedding_error (share of the variance) and kept (the products in float: {name: reason}).
+    Returns JSON values: form, calibration_pictures, products (number quantised) of total_products, smoothed (number of
+    activations), embedding_error (share of the variance) and kept (the products in float: {name: reason}).
 
-    Raises ValueError for another kind or scheme, fp8 for a CPU, pictures of another dtype, shape or number, and a file
-    that is not an encoder or has nothing to quantise; FileNotFoundError for a missing file; ArithmeticError if no
-    product is accurate enough.
+    Raises ValueError for another form, pictures of another dtype, shape or number, and a file that is not an encoder or
+    has nothing to quantise; FileNotFoundError for a missing file; ArithmeticError if no product is accurate enough.
     """
-    if kind not in LIMITS or scheme not in ("cpu", "tensorrt"):
-        raise IosrFastError(
-            f"expected kind 'int8' or 'fp8' and scheme 'cpu' or 'tensorrt', got {kind!r} and {scheme!r}"
-        )
-    if kind == "fp8" and scheme == "cpu":
-        raise IosrFastError("expected kind 'int8' for a CPU, which has no products in fp8, got 'fp8'")
+    if form not in get_args(Form):
+        raise IosrFastError(f"expected a form of {', '.join(get_args(Form))}, got {form!r}")
     graph = _open(source, pictures)
     groups, kept = graph.groups()
     total = graph.count_products()
     if len(groups) < 3:
         raise IosrFastError(f"expected an encoder of export_onnx in {source}, found no products with constant matrices")
-    exempt = {len(groups) - 1: "the last projection"}
-    if scheme == "tensorrt":
-        exempt[0] = "the patch projection"
-    measured = [i for i in range(len(groups)) if i not in exempt]
+    reasons = {len(groups) - 1: "the last projection"}
+    if form != "u8s8":
+        reasons[0] = "the patch projection"
+    tried = [i for i in range(len(groups)) if i not in reasons]
     activations = graph.activations(
-        [groups[i].tensor for i in measured], evenly(pictures, RANGE_PIXELS // pictures[0, :, :, 0].size)
+        [groups[i].tensor for i in tried], evenly(pictures, RANGE_PIXELS // pictures[0, :, :, 0].size)
     )
     attempts: list[QuantisedGroup | None] = [None] * len(groups)
-    reasons = dict(exempt)
-    for i in measured:
-        attempt = _quantise(groups[i], activations[groups[i].tensor], kind, scheme, graph.dtype(groups[i]))
+    work = [0] * len(groups)
+    for i in tried:
+        activation = activations[groups[i].tensor]
+        attempt = _quantise(groups[i], activation, form, graph.dtype(groups[i]))
+        work[i] = len(activation.rows) * groups[i].size
         if attempt.error <= LARGEST_ERROR:
             attempts[i] = attempt
         else:
             reasons[i] = f"its squared error would be {attempt.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
     encoder = GatedEncoder(_open(source, pictures), attempts, evenly(pictures, JUDGED_PICTURES))
-    work = [
-        activations[group.tensor].rows.shape[0] * group.size if i in measured else 0 for i, group in enumerate(groups)
-    ]
-    floats, error = choose_float(encoder, attempts, work, LARGEST_EMBEDDING_ERROR[kind])
+    floats, error = choose_float(encoder, attempts, work, LARGEST_EMBEDDING_ERROR[form])
     for i, alone in floats.items():
         attempts[i] = None
         reasons[i] = f"alone it would move the embeddings by {alone:.2%} of their variance"
-    for i, (group, chosen) in enumerate(zip(groups, attempts, strict=True)):
-        if chosen is None:
-            kept |= {product.name: reasons[i] for product in group.products}
-        else:
-            graph.insert(group, chosen)
     used = [(group, chosen) for group, chosen in zip(groups, attempts, strict=True) if chosen is not None]
     if not used:
         raise ArithmeticError(
-            f"expected products that are accurate enough in {kind} (embeddings off by at most "
-            f"{LARGEST_EMBEDDING_ERROR[kind]:.1%} of their variance on {len(pictures)} calibration pictures), got 0 of "
+            "expected products that are accurate enough in 8 bits (embeddings off by at most "
+            f"{LARGEST_EMBEDDING_ERROR[form]:.1%} of their variance on {len(pictures)} calibration pictures), got 0 of "
             f"{total}; calibrate on more pictures like those to be classified, or build the engine in fp32"
         )
+    for group, chosen in used:
+        graph.insert(group, chosen)
     save_onnx(graph.load(), target)
     require("onnx", "cpu").checker.check_model(str(target))  # by path, for more than 2 GB
     return {
-        "kind": kind,
-        "scheme": scheme,
+        "form": form,
         "calibration_pictures": len(pictures),
         "products": sum(len(group.products) for group, _ in used),
         "total_products": total,
         "smoothed": sum(chosen.divisor is not None for _, chosen in used),
         "embedding_error": round(error, 6),
-        "kept": kept,
+        "kept": kept | {product.name: reason for i, reason in reasons.items() for product in groups[i].products},
     }
 
 
@@ -140,21 +119,11 @@ def _open(source: Path, pictures: np.ndarray) -> EncoderGraph:
         raise IosrFastError(
             f"expected the one input 'pixels' (batch, S, S, 3) of export_onnx in {source}, got {list(inputs)}"
         )
-    shape = tuple(dim.dim_value for dim in inputs["pixels"].shape.dim[1:])
-    expected = f"calibration pictures as uint8 (N, {', '.join(map(str, shape))}) with N >= {MIN_PICTURES}"
-    if not isinstance(pictures, np.ndarray) or pictures.dtype != np.uint8:
-        got = pictures.dtype if isinstance(pictures, np.ndarray) else type(pictures).__name__
-        raise IosrFastError(
-            f"expected {expected}, got {got}; pass the pixels as bytes, the encoder normalises them itself"
-        )
-    if pictures.ndim != 4 or pictures.shape[1:] != shape or len(pictures) < MIN_PICTURES:
-        raise IosrFastError(
-            f"expected {expected}, got shape {pictures.shape}; iosr_fast.images.preprocess resizes them"
-        )
+    check_calibration(pictures, inputs["pixels"].shape.dim[1].dim_value, "8 bits")
     return EncoderGraph(model, source.parent)
 
 
-def _quantise(group: Group, measured: Activation, kind: Kind, scheme: Scheme, dtype: Any) -> QuantisedGroup:
+def _quantise(group: Group, measured: Activation, form: Form, dtype: Any) -> QuantisedGroup:
     """The attempt with the smallest error: without smoothing, and, if that is too rough, with each of EXPONENTS."""
     exact = measured.rows @ group.weight
     # Around the mean, because a constant is no information; of each row, because few rows may be far above the others.
@@ -164,8 +133,8 @@ def _quantise(group: Group, measured: Activation, kind: Kind, scheme: Scheme, dt
     def attempt(divisor: np.ndarray | None) -> QuantisedGroup:
         by = np.ones(len(measured.low), np.float32) if divisor is None else divisor
         low, high = float((measured.low / by).min()), float((measured.high / by).max())
-        activation = activation_scale(low, high, kind, scheme, dtype)
-        weights = [quantise_matrix(p.weight * by[:, None], p.transposed, kind, dtype) for p in group.products]
+        activation = activation_scale(low, high, form, dtype)
+        weights = [quantise_matrix(p.weight * by[:, None], p.transposed, form, dtype) for p in group.products]
         matrix = np.concatenate([dequantised(weight) for weight in weights], axis=1)
         off = ((rounded(measured.rows / by, activation) @ matrix - exact) ** 2).sum(1)
         return QuantisedGroup(activation, weights, divisor, float((off / energy).mean()))

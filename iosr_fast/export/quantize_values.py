@@ -9,12 +9,13 @@ import numpy as np
 
 from iosr_fast.utils.require import require
 
-Kind = Literal["int8", "fp8"]
-Scheme = Literal["cpu", "tensorrt"]
-LIMITS = {"int8": 127.0, "fp8": 448.0}
+# What is multiplied. u8s8: activations uint8 with a zero point, weights int8, for CPUs. s8s8 and fp8 (E4M3FN): zero
+# point 0, as TensorRT wants it.
+Form = Literal["u8s8", "s8s8", "fp8"]
+LARGEST = {"s8s8": 127.0, "fp8": 448.0}  # of an activation
 # x86 processors without VNNI add two products of uint8 and int8 in int16 (vpmaddubsw): 2 x 255 x 64 fits, 2 x 255 x 127
 # does not. Seven bits everywhere, so that an engine computes the same on each processor.
-WEIGHT_LIMITS = {"int8": 64.0, "fp8": 448.0}
+LARGEST_WEIGHT = {"u8s8": 64.0, "s8s8": 64.0, "fp8": 448.0}
 
 
 @dataclass(frozen=True)
@@ -27,24 +28,23 @@ class Quantised:
     axis: int | None = None
 
 
-def activation_scale(low: float, high: float, kind: Kind, scheme: Scheme, dtype: Any) -> Quantised:
+def activation_scale(low: float, high: float, form: Form, dtype: Any) -> Quantised:
     """Scale (of `dtype`) and zero point for values from `low` to `high`, which include zero."""
-    if scheme == "cpu":
+    if form == "u8s8":
         low, high = min(low, 0.0), max(high, 0.0)
         scale = _at_least(np.asarray((high - low) / 255), dtype)
         return Quantised(scale, np.asarray(np.clip(np.rint(-low / scale.astype(np.float64)), 0, 255), np.uint8))
-    scale = _at_least(np.asarray(max(-low, high, 0.0) / LIMITS[kind]), dtype)
-    return Quantised(scale, np.zeros((), _type(kind)))
+    scale = _at_least(np.asarray(max(-low, high, 0.0) / LARGEST[form]), dtype)
+    return Quantised(scale, np.zeros((), _type(form)))
 
 
-def quantise_matrix(weight: np.ndarray, transposed: bool, kind: Kind, dtype: Any) -> Quantised:
-    """(inputs, outputs) within WEIGHT_LIMITS, symmetric, with a scale for each output; `transposed` if the graph stores
-    W'."""
-    limit = WEIGHT_LIMITS[kind]
+def quantise_matrix(weight: np.ndarray, transposed: bool, form: Form, dtype: Any) -> Quantised:
+    """(inputs, outputs) within LARGEST_WEIGHT, with a scale for each output; `transposed` if the graph stores W'."""
+    limit = LARGEST_WEIGHT[form]
     scale = _at_least(np.abs(weight).max(0) / limit, dtype)
     scaled = np.clip(weight / scale.astype(np.float32), -limit, limit)
-    values = (np.rint(scaled) if kind == "int8" else scaled).astype(_type(kind))
-    zero = np.zeros(scale.shape, _type(kind))
+    values = (scaled if form == "fp8" else np.rint(scaled)).astype(_type(form))
+    zero = np.zeros(scale.shape, _type(form))
     return Quantised(scale, zero, values.T if transposed else values, 0 if transposed else 1)
 
 
@@ -62,12 +62,12 @@ def rounded(x: np.ndarray, to: Quantised) -> np.ndarray:
         limits = np.iinfo(to.zero.dtype)
         values = np.clip(np.rint(x / scale) + zero, limits.min, limits.max) - zero
     else:
-        values = np.clip(x / scale, -LIMITS["fp8"], LIMITS["fp8"]).astype(to.zero.dtype).astype(np.float32)
+        values = np.clip(x / scale, -LARGEST["fp8"], LARGEST["fp8"]).astype(to.zero.dtype).astype(np.float32)
     return np.asarray(values * scale, np.float32)
 
 
-def _type(kind: Kind) -> Any:
-    return np.int8 if kind == "int8" else require("ml_dtypes", "cpu").float8_e4m3fn
+def _type(form: Form) -> Any:
+    return require("ml_dtypes", "cpu").float8_e4m3fn if form == "fp8" else np.int8
 
 
 def _at_least(scale: np.ndarray, dtype: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.export.calibration import evenly
 from iosr_fast.methods import METHODS, fit_method_reducer
 from iosr_fast.methods.support_set import make_support_set
 from iosr_fast.methods.tuning.held_out import HeldOutSet
@@ -36,13 +37,8 @@ def sample_rows(class_ids: np.ndarray, most: int) -> np.ndarray:
     each = 2
     while each < counts.max(initial=0) and np.minimum(counts, each + 1).sum() <= most:
         each += 1
-    parts = [start + evenly(count, each) for start, count in zip(starts.tolist(), counts.tolist(), strict=True)]
+    parts = [start + evenly(np.arange(count), each) for start, count in zip(starts, counts, strict=True)]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-def evenly(count: int, most: int) -> np.ndarray:
-    """At most `most` of the numbers from 0 to below `count`, evenly spaced, the first and the last among them."""
-    return np.unique(np.linspace(0, max(count - 1, 0), min(most, count)).round().astype(np.int64))
 
 
 def time_encoders(encoders: Mapping[_Key, Encoder], batch: int) -> dict[_Key, tuple[float, float]]:

@@ -13,10 +13,11 @@ import numpy as np
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export.calibration import evenly
 from iosr_fast.export.candidates import CandidateBuilder, Tokens, list_candidates, with_smaller_images
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.state.engine_choice import LEVEL, EngineCandidate, EngineChoice, Objective, Verdict, best_of
-from iosr_fast.state.engine_judge import CALIBRATED, JUDGED, Judge, evenly, sample_rows, time_encoders
+from iosr_fast.state.engine_judge import CALIBRATED, JUDGED, Judge, sample_rows, time_encoders
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.reencode import reencode
 from iosr_fast.utils.machine import cpu_model
@@ -105,7 +106,7 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
         return to_pixels([images[i] for i in chosen], replace(geometry, size=side), fit.views.exif_orientation)
 
     pixels = pixels_of(geometry.size)
-    calibration = pixels[evenly(len(pixels), CALIBRATED)]
+    calibration = evenly(pixels, CALIBRATED)
     builder = CandidateBuilder(source, calibration, clip.loaded, clip.encoder.threads, fit.state.needs_adapted)
     try:
         reference, note = fit.encoder, ""

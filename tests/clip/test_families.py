@@ -108,7 +108,7 @@ def test_an_engine_has_both_streams_and_the_plain_form(
         np.testing.assert_allclose(plain.run(None, {"pixels": pixels})[0], expected[0], atol=1e-4)
         for got, right in zip(request([pixels]).values(), expected, strict=True):
             np.testing.assert_allclose(got, right, atol=1e-4)
-    monkeypatch.setitem(quantize.LARGEST_EMBEDDING_ERROR, "int8", 1.0)  # keep none in float to save the embeddings
+    monkeypatch.setitem(quantize.LARGEST_EMBEDDING_ERROR, "u8s8", 1.0)  # keep none in float to save the embeddings
     report = quantize_onnx(tmp_path / FILE, tmp_path / "int8.onnx", random_pixels(32, clip.image_size))
     assert report["products"] >= 21, "three blocks' six matrices at least, and the adapters'"
     pixels = random_pixels(9, clip.image_size)

@@ -91,7 +91,7 @@ def test_write_engine_checks_and_records(runtime: str, precision: str, tmp_path:
 
 def test_fingerprint_follows_what_changes_embeddings() -> None:
     clip, other = small_clip(), small_clip(fingerprint="other")
-    black, white = np.zeros((2, 32, 32, 3), np.uint8), np.full((2, 32, 32, 3), 255, np.uint8)
+    black, white = np.zeros((8, 32, 32, 3), np.uint8), np.full((8, 32, 32, 3), 255, np.uint8)
     quantised = (("onnxruntime", "int8", black), ("onnxruntime", "int8", white), ("tensorrt", "int8", black))
     prints = [
         engine_fingerprint(clip, None, "fp32"),
@@ -142,7 +142,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             write_engine(clip, None, tmp_path / "engine", runtime, precision)
-    with pytest.raises(ValueError, match=r"got uint8 \(4, 31, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"got shape \(4, 31, 32, 3\)"):
         write_engine(clip, None, tmp_path / "engine", "onnxruntime", "int8", calibration=np.zeros((4, 31, 32, 3), "u1"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")

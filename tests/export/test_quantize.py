@@ -30,7 +30,8 @@ from tests.demo_cache import demo_engine, export_once  # noqa: E402
 
 pytestmark = pytest.mark.slow
 TYPES = onnx.TensorProto
-FORMS = [("fp32", "int8", "cpu")] + [(p, k, "tensorrt") for p in ("fp32", "fp16") for k in ("int8", "fp8")]
+FORMS = [("fp32", "u8s8")] + [(precision, form) for precision in ("fp32", "fp16") for form in ("s8s8", "fp8")]
+ANY_FORM = pytest.mark.parametrize("form", FORMS, ids="-".join)
 
 
 @functools.cache
@@ -58,17 +59,18 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def made(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Path, dict[str, Any]]]:
-    """By form: the quantised file and its report."""
+def made(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """made(form): the quantised file and its report."""
     folder = tmp_path_factory.mktemp("quantised")
-    made = {}
-    with pytest.MonkeyPatch.context() as patch:
-        without_bounds(patch)
-        for precision, kind, scheme in FORMS:
-            target = folder / f"{precision}-{kind}-{scheme}.onnx"
-            report = quantize_onnx(sources[precision], target, emoji("generic", 64), kind, scheme)  # type: ignore[arg-type]
-            made[precision, kind, scheme] = target, report
-    return made
+
+    @functools.cache
+    def make(form: tuple[str, Any]) -> tuple[Path, dict[str, Any]]:
+        target = folder / f"{'-'.join(form)}.onnx"
+        with pytest.MonkeyPatch.context() as patch:
+            without_bounds(patch)
+            return target, quantize_onnx(sources[form[0]], target, emoji("generic", 64), form[1])
+
+    return make
 
 
 def encode(path: Path, pixels: np.ndarray) -> list[np.ndarray]:
@@ -89,14 +91,15 @@ def least_cosine(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
     return min(float(((a * b).sum(1) / np.linalg.norm(a, axis=1)).min()) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("form", FORMS, ids="-".join)
-def test_every_constant_product_is_quantised_or_kept_by_name(form: tuple[str, str, str], made: Any) -> None:
-    path, told = made[form]
+@ANY_FORM
+def test_every_constant_product_is_quantised_or_kept_by_name(form: tuple[str, str], made: Any) -> None:
+    path, report = made(form)
+    on_cpu = form[1] == "u8s8"
     model = onnx.load(path)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {node.output[0]: node for node in model.graph.node}
     float_type = TYPES.FLOAT if form[0] == "fp32" else TYPES.FLOAT16
-    narrow = TYPES.INT8 if form[1] == "int8" else TYPES.FLOAT8E4M3FN
+    narrow = TYPES.FLOAT8E4M3FN if form[1] == "fp8" else TYPES.INT8
     seen: Counter[str] = Counter()
     for node in model.graph.node:
         if node.op_type not in ("MatMul", "Gemm"):
@@ -117,61 +120,63 @@ def test_every_constant_product_is_quantised_or_kept_by_name(form: tuple[str, st
         assert activation.input[1:] == makers[activation.input[0]].input[1:]
         scale, zero = (constants[name] for name in activation.input[1:])
         assert list(scale.dims) == list(zero.dims) == []
-        assert scale.data_type == float_type and zero.data_type == (TYPES.UINT8 if form[2] == "cpu" else narrow)
-        assert form[2] == "cpu" or not onnx.numpy_helper.to_array(zero).astype(np.float32)
+        assert scale.data_type == float_type and zero.data_type == (TYPES.UINT8 if on_cpu else narrow)
+        assert on_cpu or not onnx.numpy_helper.to_array(zero).astype(np.float32)
         seen["quantised"] += 1
     # Blocks of 6 matrices and 2 of the adapter from the second block on, keys and values of the last one by heads.
-    assert seen["quantised"] == told["products"] == 6 + 8 + 6 + (form[2] == "cpu")
-    assert seen["heads"] == 2 and seen["kept"] == (1 if form[2] == "cpu" else 2)
+    assert seen["quantised"] == report["products"] == 6 + 8 + 6 + on_cpu
+    assert seen["heads"] == 2 and seen["kept"] == 2 - on_cpu
     named = {"blocks.2.k_weight", "blocks.2.v_weight", "proj", "attention"}
-    assert named <= set(told["kept"]) and len(told["kept"]) == seen["heads"] + seen["kept"] + 1
-    assert f"({seen['attention']} products)" in told["kept"]["attention"]
+    assert named <= set(report["kept"]) and len(report["kept"]) == seen["heads"] + seen["kept"] + 1
+    assert f"({seen['attention']} products)" in report["kept"]["attention"]
     quantised = [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    assert len(quantised) == len(set(quantised)) < told["products"]  # one pair for queries, keys and values
-    assert told["total_products"] == seen.total()
-    assert (told["kind"], told["scheme"], told["calibration_pictures"]) == (*form[1:], 64)
+    assert len(quantised) == len(set(quantised)) < report["products"]  # one pair for queries, keys and values
+    assert report["total_products"] == seen.total()
+    assert (report["form"], report["calibration_pictures"]) == (form[1], 64)
     assert path.with_suffix(".weights").stat().st_size > 0
 
 
-@pytest.mark.parametrize("form", FORMS, ids="-".join)
-def test_embeddings_of_other_pictures_in_every_batch(form: tuple[str, str, str], made: Any, sources: Any) -> None:
+@pytest.mark.isa
+@ANY_FORM
+def test_embeddings_of_other_pictures_in_every_batch(form: tuple[str, str], made: Any, sources: Any) -> None:
     pixels = emoji("held-out", 40)
     expected = encode(sources["fp32"], pixels)
-    got = encode(made[form][0], pixels)
+    got = encode(made(form)[0], pixels)
     assert all(output.dtype == np.float32 for output in got)
     assert off(got, expected) <= (0.1 if form[1] == "fp8" else 0.01)
     for start, batch in ((0, 1), (1, 3), (4, 7)):
-        part = encode(made[form][0], pixels[start : start + batch])
+        part = encode(made(form)[0], pixels[start : start + batch])
         for alone, together in zip(part, got, strict=True):
             np.testing.assert_allclose(alone, together[start : start + batch], atol=5e-3)
 
 
+@pytest.mark.isa
 def test_openvino_computes_the_same_file(made: Any, sources: Any) -> None:
     pytest.importorskip("openvino")
     pixels = emoji("held-out", 20)
     expected = encode(sources["fp32"], pixels)
-    for form in (("fp32", "int8", "cpu"), ("fp32", "int8", "tensorrt")):
+    for form in (("fp32", "u8s8"), ("fp32", "s8s8")):
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-        compiled = openvino_core().compile_model(str(made[form][0]), "CPU", options)
+        compiled = openvino_core().compile_model(str(made(form)[0]), "CPU", options)
         found = compiled.create_infer_request().infer([pixels])
         assert off([found["plain"], found["adapted"]], expected) <= 0.01
 
 
 @pytest.mark.parametrize("form", FORMS[1:], ids="-".join)
-def test_tensorrt_rtx_builds_a_plan(form: tuple[str, str, str], made: Any) -> None:
+def test_tensorrt_rtx_builds_a_plan(form: tuple[str, str], made: Any) -> None:
     pytest.importorskip("tensorrt_rtx")
     from iosr_fast.encoders.runtimes.tensorrt import build_plan
 
-    plan, facts = build_plan(made[form][0], "tensorrt_rtx", 3)
+    plan, facts = build_plan(made(form)[0], "tensorrt_rtx", 3)
     assert len(plan) == facts["bytes"] > 0 and facts["profile"]["max"] == 3
 
 
 def test_the_demo_with_its_adapter(tmp_path: Path) -> None:
     source = demo_engine() / FILE
-    told = quantize_onnx(source, tmp_path / "int8.onnx", decoded("generic")[::50])
+    report = quantize_onnx(source, tmp_path / "int8.onnx", decoded("generic")[::50])
     pixels = decoded("held-out")[::40]
     assert least_cosine(encode(tmp_path / "int8.onnx", pixels), encode(source, pixels)) >= 0.998
-    assert set(told["kept"]) == {"blocks.5.k_weight", "blocks.5.v_weight", "proj", "attention"}
+    assert set(report["kept"]) == {"blocks.5.k_weight", "blocks.5.v_weight", "proj", "attention"}
     sizes = [path.with_suffix(".weights").stat().st_size for path in (source, tmp_path / "int8.onnx")]
     assert sizes[1] < 0.35 * sizes[0]
 
@@ -221,7 +226,7 @@ def test_large_channels_are_shifted_into_the_weights(
 def without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantise whatever it costs."""
     monkeypatch.setattr(quantize, "LARGEST_ERROR", np.inf)
-    monkeypatch.setattr(quantize, "LARGEST_EMBEDDING_ERROR", {"int8": np.inf, "fp8": np.inf})
+    monkeypatch.setattr(quantize, "LARGEST_EMBEDDING_ERROR", dict.fromkeys(("u8s8", "s8s8", "fp8"), np.inf))
 
 
 def test_constants_that_layers_share_are_not_changed_for_all(
@@ -234,8 +239,8 @@ def test_constants_that_layers_share_are_not_changed_for_all(
         node.input[1], node.input[2] = norms[0].input[1], norms[0].input[2]
     onnx.save(model, tmp_path / "shared.onnx")
     monkeypatch.setattr(quantize, "SMOOTHED_ABOVE", 0.0)
-    told = quantize_onnx(tmp_path / "shared.onnx", tmp_path / "int8.onnx", emoji("generic", 64))
-    assert told["smoothed"] >= 2
+    report = quantize_onnx(tmp_path / "shared.onnx", tmp_path / "int8.onnx", emoji("generic", 64))
+    assert report["smoothed"] >= 2
     pixels = emoji("held-out", 20)
     assert off(encode(tmp_path / "int8.onnx", pixels), encode(tmp_path / "shared.onnx", pixels)) <= 0.01
 
@@ -244,34 +249,68 @@ def test_constants_that_layers_share_are_not_changed_for_all(
 def test_an_encoder_without_a_product_in_int8_is_not_written(
     limit: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize, limit, 0.0 if limit == "LARGEST_ERROR" else {"int8": 0.0})
-    with pytest.raises(ArithmeticError, match=r"accurate enough in int8 .* got 0 of 30; .* build the engine in fp32"):
+    monkeypatch.setattr(quantize, limit, 0.0 if limit == "LARGEST_ERROR" else {"u8s8": 0.0})
+    with pytest.raises(ArithmeticError, match=r"accurate enough in 8 bits .* got 0 of 30; .* build the engine in fp32"):
         quantize_onnx(sources["fp32"], tmp_path / "same.onnx", emoji("generic", 8))
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("form", ["u8s8", "s8s8"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_largest_sums_of_products_do_not_overflow(runtime: str, form: Any, tmp_path: Path) -> None:
+    """Without VNNI, processors add pairs of products in 16 bits: all values are as large as they can be."""
+    weight, pixels = np.full((64, 32), 2.0, np.float32), np.full((5, 64), 3.0, np.float32)
+    weight[:, ::2] *= -1
+    matrix, activation = quantise_matrix(weight, False, form, np.float32), activation_scale(0, 3, form, np.float32)
+    tensors = {"scale": activation.scale, "zero": activation.zero, "w": matrix.values, "ws": matrix.scale}
+    node = onnx.helper.make_node
+    nodes = [
+        node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        node("DequantizeLinear", ["w", "ws", "wz"], ["m"], axis=1),
+        node("MatMul", ["d", "m"], ["y"]),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "product",
+        [onnx.helper.make_tensor_value_info("x", TYPES.FLOAT, ["batch", 64])],
+        [onnx.helper.make_tensor_value_info("y", TYPES.FLOAT, ["batch", 32])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in (tensors | {"wz": matrix.zero}).items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "product.onnx")
+    if runtime == "onnxruntime":
+        got = ort.InferenceSession(tmp_path / "product.onnx", providers=["CPUExecutionProvider"]).run(
+            None, {"x": pixels}
+        )[0]
+    else:
+        pytest.importorskip("openvino")
+        options = {"INFERENCE_PRECISION_HINT": "f32"}
+        got = openvino_core().compile_model(str(tmp_path / "product.onnx"), "CPU", options)([pixels])["y"]
+    np.testing.assert_allclose(got, pixels @ weight, rtol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_scales_hold_the_largest_value(kind: Any, dtype: Any, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("form", ["u8s8", "s8s8", "fp8"])
+def test_scales_hold_the_largest_value(form: Any, dtype: Any, rng: np.random.Generator) -> None:
     weight = (rng.standard_normal((40, 30)) * 10.0 ** rng.uniform(-3, 1, 30)).astype(np.float32)
     weight[:, 7] = 0
+    largest = 448 if form == "fp8" else 64
     for transposed in (False, True):
-        found = quantise_matrix(weight, transposed, kind, dtype)
+        found = quantise_matrix(weight, transposed, form, dtype)
         assert found.values is not None and found.values.shape == ((30, 40) if transposed else (40, 30))
         assert found.scale.dtype == dtype and (found.scale > 0).all()
         step = found.scale.astype(np.float32)
-        assert (np.abs(weight) <= (64 if kind == "int8" else 448) * step).all()
-        assert np.abs(found.values.astype(np.float32)).max() == (64 if kind == "int8" else 448)
-        bound = 0.5001 * step if kind == "int8" else np.maximum(np.abs(weight) / 16, step * 2.0**-10) * 1.0001
+        assert (np.abs(weight) <= largest * step).all() and np.abs(found.values.astype(np.float32)).max() == largest
+        bound = np.maximum(np.abs(weight) / 16, step * 2.0**-10) * 1.0001 if form == "fp8" else 0.5001 * step
         assert (np.abs(dequantised(found) - weight) <= bound).all()
     x = rng.uniform(-0.5, 3.0, (9, 5)).astype(np.float32)
-    if kind == "int8":
-        cpu = activation_scale(-0.5, 3.0, kind, "cpu", dtype)
-        assert cpu.zero.dtype == np.uint8 and cpu.zero == 36
-        assert np.abs(rounded(x, cpu) - x).max() <= 0.51 * 3.5 / 255 + 1e-3 * (dtype == np.float16)
-        assert not rounded(np.zeros((1, 5), np.float32), cpu).any()
-    bits = activation_scale(-0.5, 3.0, kind, "tensorrt", dtype)
-    assert np.abs(rounded(x, bits) - x).max() <= (0.51 * 3 / 127 if kind == "int8" else 3 / 16)
+    bits = activation_scale(-0.5, 3.0, form, dtype)
+    assert (bits.zero.dtype, int(bits.zero)) == (np.uint8, 36) if form == "u8s8" else not bits.zero
+    bound = {"u8s8": 0.51 * 3.5 / 255 + 1e-3 * (dtype == np.float16), "s8s8": 0.51 * 3 / 127, "fp8": 3 / 16}[form]
+    assert np.abs(rounded(x, bits) - x).max() <= bound
+    assert not rounded(np.zeros((1, 5), np.float32), bits).any()
 
 
 def test_refusals_come_before_any_work(
@@ -279,7 +318,7 @@ def test_refusals_come_before_any_work(
 ) -> None:
     monkeypatch.setattr(quantize.EncoderGraph, "activations", lambda *_: pytest.fail("began to work"))
     good, target = emoji("generic", 16), tmp_path / "target.onnx"
-    expected = r"expected calibration pictures as uint8 \(N, 32, 32, 3\) with N >= 8, got "
+    expected = r"expected calibration pictures as uint8 \(N, 32, 32, 3\) with N >= 8 for 8 bits, got "
     for pictures, message in (
         (good.astype(np.float32) / 255, expected + "float32; pass the pixels as bytes"),
         (list(good), expected + "list"),
@@ -289,10 +328,8 @@ def test_refusals_come_before_any_work(
     ):
         with pytest.raises(ValueError, match=message):
             quantize_onnx(sources["fp32"], target, pictures)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="got 'int4' and 'cpu'"):
+    with pytest.raises(ValueError, match="expected a form of u8s8, s8s8, fp8, got 'int4'"):
         quantize_onnx(sources["fp32"], target, good, "int4")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="for a CPU, which has no products in fp8"):
-        quantize_onnx(sources["fp32"], target, good, "fp8")
     with pytest.raises(FileNotFoundError, match=r"found no .*missing\.onnx"):
         quantize_onnx(tmp_path / "missing.onnx", target, good)
     model = onnx.load(sources["fp32"])

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from iosr_fast import Embeddings
+from iosr_fast.export.calibration import evenly
 from iosr_fast.state import engine_choice
 from iosr_fast.state.engine_choice import EngineCandidate, EngineChoice, best_of, rejection, sign_test
-from iosr_fast.state.engine_judge import cosines, evenly, sample_rows
+from iosr_fast.state.engine_judge import cosines, sample_rows
 
 GOOD = {"plain": (0.995, 0.999), "adapted": (0.996, 0.999)}
 
@@ -97,7 +98,8 @@ def test_samples_keep_every_class() -> None:
     assert counts.tolist() == [10, 1, 89] and (np.diff(rows) > 0).all() and rows[-1] == len(ids) - 1
     assert np.unique(np.repeat(np.arange(300), 5)[sample_rows(np.repeat(np.arange(300), 5), 400)]).size == 300
     assert len(sample_rows(np.zeros(0, int), 10)) == 0
-    assert evenly(3, 8).tolist() == [0, 1, 2] and evenly(100, 3).tolist() == [0, 50, 99] and not len(evenly(0, 3))
+    for count, most, expected in ((3, 8, [0, 1, 2]), (100, 3, [0, 50, 99]), (0, 3, [])):
+        assert evenly(np.arange(count), most).tolist() == expected
 
 
 def test_cosines_of_what_is_not_finite() -> None:
