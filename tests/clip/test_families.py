@@ -32,7 +32,6 @@ from iosr_fast.export.quantize import quantize_onnx  # noqa: E402
 from tests.clip.families import FAMILIES, family_clip  # noqa: E402
 from tests.clip.small_clip import random_adapter, random_pixels  # noqa: E402
 from tests.clip.test_dual_encoder import run  # noqa: E402
-from tests.export.hard_weights import harden  # noqa: E402
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,9 +118,3 @@ def test_an_engine_has_both_streams_and_the_plain_form(
 
 def session(path: Path) -> Any:
     return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-
-def test_outliers_are_for_open_clips_own_transformer() -> None:
-    clip = family_clip("siglip")
-    with pytest.raises(ValueError, match="expected open_clip's own VisionTransformer"):
-        harden(clip, random_adapter(clip, 1))

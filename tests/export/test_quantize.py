@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from iosr_fast.export import quantize  # noqa: E402
 from iosr_fast.export.export import random_adapter  # noqa: E402
 from iosr_fast.export.quantize import quantize_onnx  # noqa: E402
 from iosr_fast.export.quantize_graph import EncoderGraph  # noqa: E402
+from iosr_fast.export.quantize_products import QuantisedGroup  # noqa: E402
+from iosr_fast.export.quantize_sensitivity import GatedEncoder  # noqa: E402
 from iosr_fast.export.quantize_values import activation_scale, dequantised, quantise_matrix, rounded  # noqa: E402
 from tests.clip.small_clip import small_clip  # noqa: E402
 from tests.demo_cache import demo_engine, export_once  # noqa: E402
@@ -80,6 +83,11 @@ def encode(path: Path, pixels: np.ndarray) -> list[np.ndarray]:
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     outputs: list[np.ndarray] = session.run(["plain", "adapted"], {"pixels": pixels})
     return outputs
+
+
+def in_openvino(path: Path, values: np.ndarray) -> Any:
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    return openvino_core().compile_model(str(path), "CPU", options).create_infer_request().infer([values])
 
 
 def off(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
@@ -151,15 +159,12 @@ def test_embeddings_of_other_pictures_in_every_batch(form: tuple[str, str], made
 
 
 @pytest.mark.isa
-def test_openvino_computes_the_same_file(made: Any, sources: Any) -> None:
+@pytest.mark.parametrize("form", [("fp32", "u8s8"), ("fp32", "s8s8")], ids="-".join)
+def test_openvino_computes_the_same_file(form: tuple[str, str], made: Any, sources: Any) -> None:
     pytest.importorskip("openvino")
     pixels = emoji("held-out", 20)
-    expected = encode(sources["fp32"], pixels)
-    for form in (("fp32", "u8s8"), ("fp32", "s8s8")):
-        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-        compiled = openvino_core().compile_model(str(made(form)[0]), "CPU", options)
-        found = compiled.create_infer_request().infer([pixels])
-        assert off([found["plain"], found["adapted"]], expected) <= 0.01
+    found = in_openvino(made(form)[0], pixels)
+    assert off([found["plain"], found["adapted"]], encode(sources["fp32"], pixels)) <= 0.01
 
 
 @pytest.mark.parametrize("form", FORMS[1:], ids="-".join)
@@ -217,16 +222,44 @@ def test_large_channels_are_shifted_into_the_weights(
     monkeypatch.setattr(quantize, "EXPONENTS", ())
     left_out, report = loss()
     assert report["smoothed"] == 0 and "of its square" in report["kept"]["blocks.1.c_fc"]
+    monkeypatch.setattr(quantize, "LARGEST_ERROR", np.inf)
+    measured, report = loss()
+    assert report["embedding_error"] <= 0.005 and any("embeddings by" in reason for reason in report["kept"].values())
     without_bounds(monkeypatch)
     rough, report = loss()
     assert report["smoothed"] == 0 and "blocks.1.c_fc" not in report["kept"]
-    assert left_out < 0.01 and rough > 0.1 and report["embedding_error"] > 0.1
+    assert left_out < 0.01 and measured < 0.01 and rough > 0.1 and report["embedding_error"] > 0.1
 
 
 def without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantise whatever it costs."""
     monkeypatch.setattr(quantize, "LARGEST_ERROR", np.inf)
     monkeypatch.setattr(quantize, "LARGEST_EMBEDDING_ERROR", dict.fromkeys(("u8s8", "s8s8", "fp8"), np.inf))
+
+
+def test_gates_select_what_is_quantised(sources: dict[str, Path], tmp_path: Path) -> None:
+    """All gates open give the quantised file's embeddings, and none those of the source."""
+    source, target = tmp_path / "large.onnx", tmp_path / "int8.onnx"
+    with_large_channels(sources["fp32"], source)
+    attempts: list[QuantisedGroup | None] = []
+
+    class Recorded(GatedEncoder):
+        def __init__(self, graph: EncoderGraph, chosen: Sequence[QuantisedGroup | None], pictures: np.ndarray) -> None:
+            attempts.extend(chosen)
+            super().__init__(graph, chosen, pictures)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "GatedEncoder", Recorded)
+        without_bounds(patch)
+        report = quantize_onnx(source, target, emoji("generic", 32))
+    pixels = emoji("held-out", 12)
+    gated = GatedEncoder(EncoderGraph(onnx.load(source)), attempts, pixels)
+    everything = np.array([attempt is not None for attempt in attempts])
+    for gates, path in ((np.zeros_like(everything), source), (everything, target)):
+        for got, expected in zip(gated._run(gates), encode(path, pixels), strict=True):
+            np.testing.assert_allclose(got, expected, atol=2e-3 if gates.any() else 1e-6)
+    assert gated.error(np.zeros_like(everything)) < 1e-9 < gated.error(everything)
+    assert report["smoothed"] > 0 and gated.error(everything, 4) <= gated.error(everything) + 1e-9
 
 
 def test_constants_that_layers_share_are_not_changed_for_all(
@@ -286,8 +319,7 @@ def test_the_largest_sums_of_products_do_not_overflow(runtime: str, form: Any, t
         )[0]
     else:
         pytest.importorskip("openvino")
-        options = {"INFERENCE_PRECISION_HINT": "f32"}
-        got = openvino_core().compile_model(str(tmp_path / "product.onnx"), "CPU", options)([pixels])["y"]
+        got = in_openvino(tmp_path / "product.onnx", pixels)["y"]
     np.testing.assert_allclose(got, pixels @ weight, rtol=1e-2)
 
 
