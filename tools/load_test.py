@@ -1,7 +1,6 @@
-"""Load the HTTP server of a classifier: latency, capacity, refusals, memory, changes under load, hostile uploads.
+"""Load the HTTP server of a classifier: latency, capacity, refusals, memory, changes under load.
 
 python tools/load_test.py --seconds 60 --json build/load-test.json
-python tools/load_test.py --fuzz 2000 --json build/fuzz.json
 python tools/load_test.py --peer infinity --seconds 15 --json build/peers.json
 
 It starts `iosr-fast serve` itself. Latency counts from when a request was due, not from when it could be sent; every
@@ -26,7 +25,6 @@ from tools.demo.bundle import make_demo_bundle
 from tools.serving_load.churn import is_rebuilt, measure_churn
 from tools.serving_load.client import Arrivals, Queries, make_queries, run_alone
 from tools.serving_load.compare import Peer, compare
-from tools.serving_load.fuzz import fuzz as send_hostile
 from tools.serving_load.measure import Load, measure_capacity, measure_load, measure_lone, measure_memory
 from tools.serving_load.report import goals, print_report, provenance, write
 from tools.serving_load.server import ServerProcess
@@ -58,8 +56,6 @@ def main(
     throughput: Annotated[bool, typer.Option("--throughput", help="Batches over HTTP, and the engine alone.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a request of --throughput, and a batch.")] = 64,
     churn: Annotated[bool, typer.Option("--churn", help="Add and remove classes at 0.5 x capacity.")] = False,
-    fuzz: Annotated[int, typer.Option(min=0, help="Hostile uploads to send instead of all loads.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of --fuzz.")] = 0,
     max_batch: Annotated[int | None, typer.Option(help="Of the server [default: chosen by it].")] = None,
     max_wait_ms: Annotated[float, typer.Option(help="Of the server.")] = _SETTINGS.max_wait_ms,
     max_queue: Annotated[int, typer.Option(help="Of the server.")] = _SETTINGS.max_queue,
@@ -72,8 +68,7 @@ def main(
         typer.Option(help="Compare with another server, loaded in turns with ours; ViT-B/32 of random weights."),
     ] = None,
 ) -> None:
-    """Start a server on a bundle and load it. Exit code 1, and a partial report, if the server dies; with --fuzz also
-    for a server error (a 5xx other than 503) or a hang."""
+    """Start a server on a bundle and load it. Exit code 1, and a partial report, if the server dies."""
     if peer is not None:
         at = tuple(loads or (0.5, 0.8))
         compare(json_path, Load(seconds, 60_000, arrivals, at, min(lone, 30), capacity_seconds), serve or ())
@@ -105,25 +100,15 @@ def main(
     }
     del classifier
     try:
-        if fuzz:
-            with ServerProcess(folder, *words) as server:
-                report["fuzz"] = send_hostile(server, fuzz, seed)
-                server.stop()
-            failures = report["fuzz"]["server_errors"] + report["fuzz"]["hangs"]
-            if failures:
-                report["error"] = f"{failures} server errors or hangs"
-        else:
-            work = _measure(
-                report, folder, queries, load, words, threads, memory_minutes, churn, batch if throughput else None
-            )
-            run_alone(work)
+        batches = batch if throughput else None
+        run_alone(_measure(report, folder, queries, load, words, threads, memory_minutes, churn, batches))
     except RuntimeError as error:
         report["error"] = str(error)
     except BaseException as error:
         write({**report, "error": repr(error)}, json_path)  # what was measured is not lost
         raise
     report["client_cpu_share"] = max((run["client_cpu_share"] for run in report["runs"]), default=None)
-    if "error" not in report and not fuzz:
+    if "error" not in report:
         report["goals"] = goals(report)
     write(report, json_path)
     print_report(report)

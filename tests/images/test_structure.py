@@ -13,7 +13,7 @@ from iosr_fast.images.decoder_process.structure import structure_error
 from iosr_fast.images.limits import claimed_size
 from tests.images.jpegs import COMMENT, END, START, frame, jpeg, scan, segment, tables
 from tests.pictures import encode
-from tools.serving_load.hostile_images import FAIR, chunk, png, webp
+from tests.serving.hostile_images import FAIR, chunk, png, webp
 
 MAX_PIXELS = 50_000_000
 PHOTO = Image.effect_noise((300, 200), 60).convert("RGB")

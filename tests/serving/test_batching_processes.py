@@ -24,7 +24,7 @@ from tests import ROOT
 from tests.images.jpegs import jpeg, scan
 from tests.pictures import encode
 from tests.serving.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, Gated, labels, picture, threads, until
-from tools.serving_load.hostile_images import FAIR, IMAGES
+from tests.serving.hostile_images import FAIR, IMAGES
 
 pytestmark = [
     pytest.mark.slow,

@@ -17,7 +17,7 @@ from iosr_fast.serving.batching.turns import LARGE_PIXELS, Turns
 from tests.images.jpegs import jpeg, scan
 from tests.pictures import encode
 from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, Gated, labels, picture, until
-from tools.serving_load.hostile_images import png
+from tests.serving.hostile_images import png
 
 BIG = 50_000_000
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from iosr_fast.serving.batching import DecodeLimits
+from tests.serving.hostile import hostile_uploads
+from tests.serving.hostile_images import FAIR
 from tests.serving.http_client import queries, serving
-from tools.serving_load.hostile import hostile_uploads
-from tools.serving_load.hostile_images import FAIR
 
 pytestmark = pytest.mark.slow
 

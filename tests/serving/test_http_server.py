@@ -23,9 +23,9 @@ from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http.settings import Settings
 from tests import ROOT
 from tests.pictures import GREY
+from tests.serving.hostile import hostile_bytes
 from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form, httpx
 from tests.serving.http_process import Process, started
-from tools.serving_load.hostile import hostile_bytes
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Refusal, check_image
 from tests.pictures import GREY, encode
+from tests.serving.hostile_images import FAIR, IMAGES, chunk, encoded, picture, png, webp
 from tests.serving.http_client import AUTHORISED, Client, form, queries, serving
-from tools.serving_load.hostile_images import FAIR, IMAGES, chunk, encoded, picture, png, webp
 
 
 def refusal(

@@ -21,7 +21,7 @@ aiohttp = pytest.importorskip("aiohttp", reason="aiohttp comes with the dev extr
 
 from tests.serving.http_client import CLASSES, bundle, load  # noqa: E402
 from tools import load_test  # noqa: E402
-from tools.serving_load import churn, fuzz, measure, report  # noqa: E402
+from tools.serving_load import churn, measure, report  # noqa: E402
 from tools.serving_load.client import (  # noqa: E402
     Answer,
     Arrivals,
@@ -94,19 +94,6 @@ def test_a_server_that_dies_is_an_error_and_no_hang(tmp_path: Path, monkeypatch:
     assert done.exit_code == 1
     assert "the server ended with code -9" in made["error"] and '"status": 200' in made["error"]
     assert made["lone_ms"] > 0 and made["runs"] == [] and "goals" not in made
-
-
-@pytest.mark.slow
-def test_hostile_uploads_are_counted(tmp_path: Path) -> None:
-    done, made = run_tool(tmp_path / "fuzz.json", "--fuzz", "33", "--seed", "7")
-    assert done.exit_code == 0, done.output
-    fuzzed = made["fuzz"]
-    assert fuzzed["uploads"] == sum(fuzzed["by_status"].values()) == 33 and len(fuzzed["by_status"]) > 2
-    assert (fuzzed["server_errors"], fuzzed["hangs"], fuzzed["log_errors"]) == (0, 0, []) and made["runs"] == []
-    assert fuzz._is_error("500", "bytes") and fuzz._is_error("504", "bytes")
-    assert not any(
-        (fuzz._is_error("503", "bytes"), fuzz._is_error("504", "no time"), fuzz._is_error("closed", "bytes"))
-    )
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def print_report(report: dict[str, Any]) -> None:
 
     console = _console()
     _print_origin(console, report)
-    for name in ("lone_ms", "max_wait_ms", "capacity_rps", "memory", "throughput", "churn", "fuzz", "error"):
+    for name in ("lone_ms", "max_wait_ms", "capacity_rps", "memory", "throughput", "churn", "error"):
         if name in report:
             console.print(f"{name}: {report[name]}", markup=False)
     shown = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tools.serving_load.hostile_images import FAIR, IMAGES, Rng, any_image
+from tests.serving.hostile_images import FAIR, IMAGES, Rng, any_image
 
 _MIB = 1 << 20
 
