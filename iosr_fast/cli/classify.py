@@ -65,10 +65,12 @@ def classify(
             help="Write a page with the pictures by label here, one file; without --out instead of the rows.",
         ),
     ] = None,
-    unknown: Annotated[
-        Literal["reject"] | None,
-        RejectOption(help="reject: images of none of the classes get --unknown-label, and all an unknown_score."),
-    ] = None,
+    reject_unknown: Annotated[
+        bool,
+        RejectOption(
+            "--reject-unknown", help="Images of none of the classes get --unknown-label, and all an unknown_score."
+        ),
+    ] = False,
     unknown_label: Annotated[
         str | None, RejectOption(metavar="WORD", help="Label of rejected images [default: unknown].")
     ] = None,
@@ -83,7 +85,8 @@ def classify(
 ) -> None:
     """Classify images with a saved classifier.
 
-    Writes rows of path, label and probability as CSV to standard output, or to a file.
+    Writes rows of path, label, probability and error (why an image can't be read) as CSV to standard output, or to a
+    file.
 
     For millions of images, or on Ray, --out is a folder (a name without a suffix). It gets Parquet parts, which also
     have the class id and the parts of the logit: zero_shot, from the texts, cache, from the support images, and
@@ -92,7 +95,7 @@ def classify(
     version of Ray.
     """
     options = {**locals()}
-    rejecting = _check_unknown(*(options.pop(name) for name in ("unknown", "unknown_label", "keep")))
+    rejecting = _check_unknown(*(options.pop(name) for name in ("reject_unknown", "unknown_label", "keep")))
     if out is not None and out.suffix not in FILES:
         if out.suffix:
             raise IosrFastError(
@@ -127,13 +130,14 @@ def classify(
     _classify_list(classifier, paths, out, top or 1, batch, decoder, runtime, threads, skip_bad, joint, rejecting, html)
 
 
-def _check_unknown(unknown: str | None, label: str | None, keep: float | None) -> Rejecting | None:
+def _check_unknown(reject: bool, label: str | None, keep: float | None) -> Rejecting | None:
     from iosr_fast.methods.unknown import KEEP
     from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
 
-    if unknown is None and (label is not None or keep is not None):
-        raise IosrFastError("expected --unknown-label and --keep only with --unknown reject")
-    return check_rejecting(unknown, UNKNOWN_LABEL if label is None else label, KEEP if keep is None else keep)
+    if not reject and (label is not None or keep is not None):
+        raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
+    word, share = UNKNOWN_LABEL if label is None else label, KEEP if keep is None else keep
+    return check_rejecting("reject" if reject else None, word, share)
 
 
 def _classify_list(
@@ -173,8 +177,8 @@ def _classify_list(
         several = loaded.snapshot().multi_label is not None
         if several and (joint or rejecting or html or top > 1 or (out is not None and out.suffix != ".csv")):
             raise IosrFastError(
-                "this classifier gives a picture several labels, which are written as CSV: leave --joint, --unknown, "
-                "--html and --top out, and give a .csv file for --out, or none"
+                "this classifier gives a picture several labels, which are written as CSV: leave --joint, "
+                "--reject-unknown, --html and --top out, and give a .csv file for --out, or none"
             )
         reader = Reader.of(
             loaded.encoder,
@@ -193,14 +197,16 @@ def _classify_list(
             if joint:
                 counts = stream_jointly(job, file, log) if out is None else write_jointly(job, out, log)
             else:
-                counts = job.stream(file, log) if out is None else job.write(out)
+                counts = job.stream(file) if out is None else job.write(out)
         except BadImageError as error:
             if not resumes:
                 raise
             advice = "earlier results are kept: repair the image or give --skip-bad, and start again"
             raise IosrFastError(f"{error}; {advice}") from error
+    if out is not None:
+        log(f"wrote {out}: {len(paths)} images")
     if counts.unread:
-        log(f"{'left out' if out is None else 'could not read'} {counts.unread} of {len(paths)} images")
+        log(f"could not read {counts.unread} of {len(paths)} images")
     if rejecting is not None:
         log(f"rejected {counts.rejected} of {len(paths) - counts.unread} images as {rejecting.label!r}")
     if html is not None:

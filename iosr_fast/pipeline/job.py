@@ -50,20 +50,17 @@ class Job:
     def unknown_label(self) -> str | None:
         return None if self.rejecting is None else self.rejecting.label
 
-    def stream(self, file: TextIO, log: Callable[[str], None]) -> Counts:
+    def stream(self, file: TextIO) -> Counts:
         """Write CSV rows one by one. Raises BadImageError for an unreadable image unless skip_bad."""
-        writer, left_out, rejected = csv_writer(file, self.top, False, self.unknown_label), 0, 0
+        writer, unread, rejected = csv_writer(file, self.top, self.unknown_label), 0, 0
         bar = progress("classify", len(self.paths), not file.isatty())
         with bar as advance, closing(self.answers(0, advance)) as answers:
             for path, answer in zip(self.paths, chain.from_iterable(answers), strict=True):
-                if isinstance(answer, BadImageError):
-                    left_out += 1
-                    log(f"left out: {answer}")
-                else:
-                    result = _result(answer)
-                    rejected += result.rejected
-                    writer.writerow(csv_cells(path, result, self.top, False, self.unknown_label))
-        return Counts(left_out, rejected)
+                unread += isinstance(answer, BadImageError)
+                result = answer.reason if isinstance(answer, BadImageError) else _result(answer)
+                rejected += isinstance(result, Result) and result.rejected
+                writer.writerow(csv_cells(path, result, self.top, self.unknown_label))
+        return Counts(unread, rejected)
 
     def write(self, out: Path) -> Counts:
         """Write the file, or resume an interrupted run.

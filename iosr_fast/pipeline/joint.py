@@ -56,13 +56,9 @@ def classify_jointly(job: Job, advance: Callable[[int], None]) -> Together:
 def stream_jointly(job: Job, file: TextIO, log: Callable[[str], None]) -> Counts:
     """As Job.stream: write CSV rows, and log whether images are classified together."""
     together = _classified(job, log, not file.isatty())
-    writer = csv_writer(file, job.top, False, job.unknown_label)
+    writer = csv_writer(file, job.top, job.unknown_label)
     for path, result in zip(job.paths, _rows(together, job.top), strict=True):
-        if not isinstance(result, str):
-            writer.writerow(csv_cells(path, result, job.top, False, job.unknown_label))
-    for error in together.errors:
-        if error is not None:
-            log(f"left out: {error}")
+        writer.writerow(csv_cells(path, result, job.top, job.unknown_label))
     return _counts(together)
 
 

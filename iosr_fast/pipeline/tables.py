@@ -69,27 +69,27 @@ def write_table(out: Path, rows: Iterable[Row], top: int, unknown_label: str | N
     with new_file(out) as temporary:
         if out.suffix == ".csv":
             with temporary.open("w", encoding="utf-8", newline="") as file:
-                writer = csv_writer(file, top, True, unknown_label)
-                writer.writerows(csv_cells(path, result, top, True, unknown_label) for path, result in rows)
+                writer = csv_writer(file, top, unknown_label)
+                writer.writerows(csv_cells(path, result, top, unknown_label) for path, result in rows)
         else:
             _write_parquet(temporary, iter(rows), unknown_label)
 
 
-def csv_writer(file: TextIO, top: int, errors: bool, unknown_label: str | None = None) -> Any:
+def csv_writer(file: TextIO, top: int, unknown_label: str | None = None) -> Any:
     """A csv.writer that has written the header. `top` is SEVERAL where pictures may have several labels."""
     writer = line_writer(file)
     more = [f"{name}_{place}" for place in range(2, top + 1) for name in ("label", "probability")]
     more += [] if unknown_label is None else [UNKNOWN_SCORE]
     first = ["label", "probability"] if top else ["labels", "probabilities"]
-    writer.writerow(["path", *first, *more, *(["error"] if errors else [])])
+    writer.writerow(["path", *first, *more, "error"])
     return writer
 
 
-def csv_cells(path: str, result: Result | str, top: int, errors: bool, unknown_label: str | None = None) -> list[str]:
+def csv_cells(path: str, result: Result | str, top: int, unknown_label: str | None = None) -> list[str]:
     """One row with `escaped` texts and `top` classes."""
     if isinstance(result, str):
         blank = 2 * (top or 1) + (unknown_label is not None)
-        return [escaped(path), *[""] * blank, *([escaped(result)] if errors else [])]
+        return [escaped(path), *[""] * blank, escaped(result)]
     cells = [cell for label, probability in result.classes for cell in (escaped(label), f"{probability:.4f}")]
     if top == SEVERAL:
         labels = SEPARATOR.join(label for label, _ in result.classes)
@@ -98,7 +98,7 @@ def csv_cells(path: str, result: Result | str, top: int, errors: bool, unknown_l
         cells.append(f"{result.unknown_score:.4f}")
         if result.rejected:
             cells[0] = escaped(unknown_label)
-    return [escaped(path), *cells, *([""] if errors else [])]
+    return [escaped(path), *cells, ""]
 
 
 def read_csv(file: TextIO) -> Iterator[Labelled]:

@@ -165,7 +165,7 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
     reader = Reader(classifier.encoder, Path("none"), CpuDecoder(), 5, None, False)
     job = Job(classifier.snapshot(), reader, paths, SEVERAL)
     file = io.StringIO()
-    assert job.stream(file, print) == (0, 0)
+    assert job.stream(file) == (0, 0)
     job.write(tmp_path / "out.csv")
     written = [row for row in csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8"))]
     streamed = [*csv.DictReader(io.StringIO(file.getvalue()))]

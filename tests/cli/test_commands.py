@@ -228,7 +228,7 @@ def test_nothing_read_is_no_success(folder: Path, tmp_path: Path, monkeypatch: p
     said = refused("classify", "bundle", tmp_path / "bad.png", "--skip-bad", "--batch", "2", "--threads", "1")
     assert "none of the images could be read" in said
     done = run("classify", "bundle", tmp_path / "bad.png", folder, "--skip-bad", "--batch", "2", "--threads", "1")
-    assert done.exit_code == 0 and "left out 1 of 10 images" in done.output
+    assert done.exit_code == 0 and "could not read 1 of 10 images" in done.output
 
 
 @pytest.mark.parametrize(

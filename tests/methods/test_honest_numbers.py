@@ -90,10 +90,10 @@ def test_the_interval_is_wilsons() -> None:
     tuned = Tuned("gda", "none", {}, 0.9, 10, "loo")
     assert tuned.interval == wilson(0.9, 10) and "interval=(0.5958" in repr(tuned)
     assert replace(tuned, scored=0, accuracy=float("nan")).interval is None
-    assert tuned.summary() == "90.0% right by leave-one-out on 10 images (95%: 60% to 98%)"
+    assert tuned.summary() == "90.0% of 10 left-out images right (95%: 60% to 98%)"
     stale = replace(tuned, protocol="validation", note="alpha 0: nothing", stale=True, version=3).summary()
     assert stale == (
-        "90.0% right on 10 validation images (95%: 60% to 98%); alpha 0: nothing; as of version 3; the classifier has "
+        "90.0% of 10 validation images right (95%: 60% to 98%); alpha 0: nothing; as of version 3; the classifier has "
         "changed since"
     )
 

@@ -61,7 +61,7 @@ def test_csv_has_what_the_classifier_says(bundle: Path, pictures: list[Path], tm
     printed = run(bundle, tmp_path / "in", "--top", "2")
     assert printed.exit_code == 0
     lines = printed.stdout.splitlines()
-    assert lines[0] == "path,label,probability,label_2,probability_2" and len(lines) == COUNT + 1
+    assert lines[0] == "path,label,probability,label_2,probability_2,error" and len(lines) == COUNT + 1
     saved = (tmp_path / "labels.csv").read_text().splitlines()
     assert [line.split(",")[:5] for line in lines] == [line.split(",")[:5] for line in saved]
 

@@ -49,7 +49,7 @@ def classify(bundle: Path, *words: object) -> Result:
     return CliRunner().invoke(app, ["classify", str(bundle), *map(str, words), "--threads", "1"])
 
 
-REJECT = ("--unknown", "reject", "--unknown-label", "?", "--keep", "0.9", "--skip-bad")
+REJECT = ("--reject-unknown", "--unknown-label", "?", "--keep", "0.9", "--skip-bad")
 
 
 def test_a_folder(bundle: Path, folder: Path, expected: list[tuple[str, str, float]]) -> None:
@@ -92,7 +92,7 @@ def test_another_option_is_another_job(bundle: Path, folder: Path, tmp_path: Pat
     out = tmp_path / "labels.csv"
     assert classify(bundle, folder, *REJECT[:-1], "--out", out).exit_code == 2  # stops at the unreadable picture
     before = (tmp_path / "labels.csv.journal").read_bytes()
-    for words in ((), ("--unknown", "reject"), (*REJECT[:4], "--keep", "0.8")):
+    for words in ((), REJECT[:1], (*REJECT[:3], "--keep", "0.8")):
         other = classify(bundle, folder, *words, "--out", out)
         assert other.exit_code == 2 and "another run, which differs in unknown (there {'label': '?'" in other.output
     assert (tmp_path / "labels.csv.journal").read_bytes() == before
@@ -154,10 +154,9 @@ def test_together(bundle: Path, folder: Path, expected: list[tuple[str, str, flo
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--unknown", "reject", "--keep", "0.99"), "needs at least 99 support images that can be left out, got 24"),
-        (("--unknown", "reject", "--keep", "1"), "expected keep above 0 and below 1, like 0.95, got 1"),
-        (("--keep", "0.9"), "expected --unknown-label and --keep only with --unknown reject"),
-        (("--unknown", "accept"), "'--unknown': "),
+        ((*REJECT[:1], "--keep", "0.99"), "needs at least 99 support images that can be left out, got 24"),
+        ((*REJECT[:1], "--keep", "1"), "expected keep above 0 and below 1, like 0.95, got 1"),
+        (("--keep", "0.9"), "expected --unknown-label and --keep only with --reject-unknown"),
     ],
 )
 @pytest.mark.parametrize("out", [None, "labels.csv", "parts"])

@@ -268,7 +268,7 @@ def test_classify_writes_a_page_of_pictures_by_label(place: Path) -> None:
         assert page.count("data:image/webp;base64,") == 18 and "<b>one" not in page
         assert "<dt>unreadable</dt><dd>1</dd>" in page
     assert pages[1] == pages[2].replace("p.parquet", "p.csv") and "broken.png: it is not an image" in pages[1]
-    rejecting = ("--unknown", "reject", "--keep", "0.9", "--unknown-label", "<other>", "--out", place / "r.csv")
+    rejecting = ("--reject-unknown", "--keep", "0.9", "--unknown-label", "<other>", "--out", place / "r.csv")
     done = run(*words, place / "r.html", *rejecting)
     assert done.exit_code == 0 and "<other>" in (place / "r.csv").read_text(), done.output
     assert "<h2>&lt;other&gt;</h2>" in (place / "r.html").read_text()

@@ -40,7 +40,7 @@ class Tuned:
 
     >>> tuned = Tuned("gda", "none", {"alpha": 0.5}, accuracy=0.9, scored=40, protocol="loo")
     >>> tuned.summary()
-    '90.0% right by leave-one-out on 40 images (95%: 77% to 96%)'
+    '90.0% of 40 left-out images right (95%: 77% to 96%)'
     """
 
     method: str
@@ -75,11 +75,8 @@ class Tuned:
             text = "a rule of thumb: nothing could be left out to judge it"
         else:
             low, high = self.interval
-            images = f"{self.scored} validation images"
-            if self.protocol != "validation":
-                images = f"leave-one-out on {self.scored} images"
-            way = "on" if self.protocol == "validation" else "by"
-            text = f"{self.accuracy:.1%} right {way} {images} (95%: {low:.0%} to {high:.0%})"
+            kind = "validation" if self.protocol == "validation" else "left-out"
+            text = f"{self.accuracy:.1%} of {self.scored} {kind} images right (95%: {low:.0%} to {high:.0%})"
         stale = f"as of version {self.version}; the classifier has changed since" if self.stale else ""
         return "; ".join(filter(None, (text, self.note, stale)))
 
