@@ -66,7 +66,9 @@ def fit(
     mirror: Annotated[bool, typer.Option(help="Mirror half of the views.")] = True,
     unknown_images: Annotated[
         Path | None,
-        typer.Option(help="Folder of pictures of none of the classes, if there are any: they sharpen classify --reject-unknown."),
+        typer.Option(
+            help="Folder of pictures of none of the classes, if there are any, for classify --reject-unknown."
+        ),
     ] = None,
     runtime: Runtime = "auto",
     precision: Annotated[

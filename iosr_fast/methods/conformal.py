@@ -33,7 +33,7 @@ class Reliability:
     >>> right, log_loss = np.array([True, False]), np.array([0.09, 3.0])
     >>> one = LeftOutLabels(np.zeros(2), np.array([0.91, 0.95]), right, log_loss, np.array([0, 1]), np.zeros(2))
     >>> print(one.reliability)
-    50.0% of 2 left-out support images are right, expected calibration error 43.0%, log-loss 1.545
+    2 left-out support images: expected calibration error 43.0%, log-loss 1.545
     probability  images  mean   right
     0.9 to 1.0        2  93.0%  50.0%
     """
@@ -53,8 +53,8 @@ class Reliability:
         if not self.n_images:
             return "no support image can be left out: give at least two pictures of a class"
         lines = [
-            f"{self.accuracy:.1%} of {self.n_images} left-out support images are right, expected calibration error "
-            f"{self.error:.1%}, log-loss {self.log_loss:.3f}",
+            f"{self.n_images} left-out support images: expected calibration error {self.error:.1%}, log-loss "
+            f"{self.log_loss:.3f}",
             "probability  images  mean   right",
         ]
         for k in np.flatnonzero(self.counts):

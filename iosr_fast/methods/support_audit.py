@@ -113,18 +113,9 @@ class SupportAudit:
         """The suspects whose label is more likely wrong than right."""
         return tuple(suspect for suspect in self.suspects if suspect.suspicion > LIKELY)
 
-    @property
-    def accuracy(self) -> float:
-        """The share of left-out images that are right; NaN if none was left out."""
-        scored = sum(one.scored for one in self.classes)
-        return sum(one.right for one in self.classes) / scored if scored else float("nan")
-
     def summary(self) -> str:
         """What was found, a line each."""
         lines = [f"{len(self.images)} images of {len(self.classes)} classes, checked by {self.basis}"]
-        scored = sum(one.scored for one in self.classes)
-        if scored:
-            lines.append(f"left-out images that are right: {self.accuracy:.1%} of {scored}")
         if self.basis != "nothing":
             listed = f"labels that are likely wrong: {len(self.likely_wrong)}"
             lines.append(f"{listed}; by estimate {self.expected_wrong:.1f} labels are wrong")
@@ -140,9 +131,7 @@ class SupportAudit:
         """JSON-ready, without the arrays of N; null for what can't be said."""
         facts = {name: value for name, value in vars(self).items() if name not in ("images", "suspicion", "surprise")}
         curve = {**vars(self.curve), "gain": self.curve.gain}
-        values: dict[str, Any] = json_values(
-            {"images": len(self.images), "accuracy": self.accuracy, **facts, "curve": curve}
-        )
+        values: dict[str, Any] = json_values({"images": len(self.images), **facts, "curve": curve})
         return values
 
 

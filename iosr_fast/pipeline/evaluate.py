@@ -87,7 +87,7 @@ def _measure(
         predicted.astype(np.int64),
         confidence,
         outcome.reliability,
-        left_out.reliability.accuracy,
+        state.left_out_accuracy,
         _mistakes(state, embeddings[np.array(worst, int)], [images[row] for row in worst], truths),
         int(near_support(state.support, embeddings.plain).sum()),
         LabelSets(coverage, reason=reason)

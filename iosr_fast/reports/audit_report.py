@@ -36,7 +36,6 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
             {
                 "images": len(audit.images),
                 "classes": len(audit.classes),
-                "left-out images right": percent(audit.accuracy) or "unknown",
                 "labels likely wrong": len(audit.likely_wrong),
                 "near duplicates": len(audit.duplicates),
             }

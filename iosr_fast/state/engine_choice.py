@@ -75,13 +75,14 @@ class EngineChoice(Strict, frozen=True, kw_only=True):
         return self.chosen.runtime if self.processor == cpu_model() else "auto"
 
     def lines(self) -> list[str]:
-        """The table as text."""
+        """The table as text. `labels` is the share of left-out images whose label is fp32's: the accuracy itself, of
+        other weights than the fit's, is `candidates[i].accuracy`."""
         best = self.chosen
         head = (
             f"engine {best.runtime} {best.precision}, chosen for {self.objective} on {self.processor}; "
             f"{self.judged} left-out images, tolerance {self.tolerance:g} points, {self.seconds:.1f} s{_products(best)}"
         )
-        titles = ("runtime", "precision", "1 image", f"{self.batch} images", "size", "cosine", "labels", "accuracy")
+        titles = ("runtime", "precision", "1 image", f"{self.batch} images", "size", "cosine", "labels")
         rows = [titles, *(_cells(each) for each in self.candidates)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
         ends = [
@@ -115,7 +116,6 @@ def _cells(candidate: EngineCandidate) -> tuple[str, ...]:
         shown(None if candidate.bytes is None else candidate.bytes / 1e6, "{:,.1f} MB"),
         shown(None if cosines is None else min(least for least, _ in cosines.values()), "{:.4f}"),
         shown(candidate.agreement, "{:.1%}"),
-        shown(candidate.accuracy, "{:.1%}"),
     )
 
 
@@ -143,7 +143,7 @@ def rejection(
     if smaller_images:
         if len(right) and loss <= tolerance:
             return ""
-        fall = f"{reference.mean():.1%} falls to {right.mean():.1%}" if len(right) else "was not compared"
+        fall = f"falls by {loss:.1f} points" if len(right) else "was not compared"
         return f"accuracy {fall} (with smaller images any loss above {tolerance:g} points rejects)"
     least = {name: low for name, (low, _) in cosines.items() if not low >= LEAST_COSINE}
     if least:
@@ -152,8 +152,8 @@ def rejection(
     if loss <= tolerance or chance >= SIGNIFICANT:
         return ""
     return (
-        f"accuracy {reference.mean():.1%} falls to {right.mean():.1%} ({lost} images lost, {won} won, chance "
-        f"{chance:.2g}; tolerance {tolerance:g} points)"
+        f"accuracy falls by {loss:.1f} points ({lost} images lost, {won} won, chance {chance:.2g}; tolerance "
+        f"{tolerance:g} points)"
     )
 
 

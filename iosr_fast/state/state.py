@@ -127,6 +127,15 @@ class State(Evidence):
         tuned = self.config.tuned
         return tuned if tuned is None or tuned.version == self.version else replace(tuned, stale=True)
 
+    @property
+    def left_out_accuracy(self) -> float:
+        """The share of left-out support images that are right, as the fit reports it; where the parameters were given,
+        or the state has changed since, with the present ones. NaN if none can be left out."""
+        tuned = self.tuned
+        if tuned is None or tuned.stale or tuned.interval is None:
+            return self.left_out_labels.reliability.accuracy
+        return tuned.accuracy
+
     def one_label(self, call: str, instead: str = "fit with one label for each picture") -> State:
         """The state. Raises IosrFastError if pictures may have several labels each, for which `call` has no answer."""
         if self.multi_label is not None:

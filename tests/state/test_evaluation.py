@@ -63,6 +63,13 @@ def test_figures_are_those_of_scikit_learn(measured: Any) -> None:
     assert np.isclose(found.reliability.error, sum(gaps) / 60)
 
 
+def test_the_accuracy_to_expect_is_the_one_that_fit_reports() -> None:
+    classifier = small_classifier(method="auto", alpha=None, beta=None, shots=4)
+    images, labels = pictures(np.random.default_rng(1), 5, 3)
+    found = classifier.evaluate(images, [f"motif {label}" for label in labels])
+    assert classifier.tuned_ is not None and found.expected == classifier.tuned_.accuracy
+
+
 def test_promises_are_checked_as_the_classifier_keeps_them(measured: Any) -> None:
     classifier, images, names, others, found = measured
     sets = classifier.predict_sets(images, COVERAGE)
