@@ -147,4 +147,4 @@ def test_reliability_is_what_its_bins_say() -> None:
     assert table.confidence[5] == pytest.approx(0.575) and table.right[5] == 0.5 and np.isnan(table.right[1])
     assert table.error == pytest.approx((2 * 0.425 + 2 * 0.075 + 0) / 5)
     assert (table.accuracy, table.log_loss, table.n_images) == (0.6, 3.0, 5)
-    assert "60.0% of 5 left-out" in str(table) and "0.5 to 0.6        2  57.5%  50.0%" in str(table)
+    assert "5 left-out support images" in str(table) and "0.5 to 0.6        2  57.5%  50.0%" in str(table)

@@ -139,7 +139,6 @@ def test_the_table() -> None:
         "MB",
         "0.9980",
         "100.0%",
-        "92.5%",
         "chosen;",
         *["11", "of", "30", "products", "in", "int8"],
     ]
