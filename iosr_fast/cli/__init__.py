@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from iosr_fast.utils.command import Group, command_app, new_app
+from iosr_fast.utils.progress import set_quiet
 from iosr_fast.utils.text import PrintableFormatter
 
 # By section of the help: each command and its line there. NAME is the function, or the app, of its module.
@@ -73,7 +74,12 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: bool = typer.Option(False, "--version", help="Print the version.", callback=_print_version, is_eager=True),
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log which runtimes and kernels are chosen."),
+    verbose: bool = typer.Option(
+        False, "--verbose", "-v", help="Log which runtimes, kernels and parameters are chosen."
+    ),
+    quiet: bool = typer.Option(
+        False, "--quiet", "-q", help="Show results and errors alone: no notes, warnings or bars."
+    ),
 ) -> None:
     """Few-shot image classification with CLIP.
 
@@ -81,4 +87,6 @@ def main(
     """
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+    level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler])
+    set_quiet(quiet)

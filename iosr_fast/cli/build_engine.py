@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from iosr_fast.cli.options import Adapter, Model, Runtime
-from iosr_fast.utils.command import say
+from iosr_fast.utils.command import note
 from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.require import require_installed
 
@@ -103,26 +103,32 @@ def describe(manifest: dict[str, Any], out: Path) -> None:
     """Print the engine's files and its errors against two passes in fp32 PyTorch."""
     from iosr_fast.encoders.runtimes.plans import describe_target
 
+    lines: list[str] = []
     adapter = {
         None: "no adapter: plain embeddings only",
         "trained": "trained adapter",
         "random": "RANDOM adapter: this engine measures speed, its adapted embeddings mean nothing",
     }
-    say(f"{manifest['model']} {manifest['precision']} for {manifest['runtime']}; {adapter[manifest['adapter']]}")
+    lines.append(
+        f"{manifest['model']} {manifest['precision']} for {manifest['runtime']}; {adapter[manifest['adapter']]}"
+    )
     if (quantised := manifest.get("quantised")) is not None:
-        say(f"  {quantised['products']} of {quantised['total_products']} products in {manifest['precision']}")
+        lines.append(f"  {quantised['products']} of {quantised['total_products']} products in {manifest['precision']}")
     for runtime, check in manifest["check"].items():
         if check is None:
-            say(f"  {runtime:<12} not run: no GPU for it here (the same graph was checked in ONNX Runtime)")
+            lines.append(f"  {runtime:<12} not run: no GPU for it here (the same graph was checked in ONNX Runtime)")
             continue
         for kind, result in check.items():
             for name in ("plain", "adapted"):
                 if name in result:
                     error, cosine = result[name]["max_abs_error"], result[name]["min_cosine"]
                     pictures = f"{result['pictures']} {kind} pictures"
-                    say(f"  {runtime:<12} {name:<8} {pictures}: max error {error:.1e}, min cosine {cosine:.7f}")
-    say(f"built in {manifest['build_seconds']:.1f} s, for batches of up to {manifest['max_batch']}:")
+                    lines.append(
+                        f"  {runtime:<12} {name:<8} {pictures}: max error {error:.1e}, min cosine {cosine:.7f}"
+                    )
+    lines.append(f"built in {manifest['build_seconds']:.1f} s, for batches of up to {manifest['max_batch']}:")
     for name, entry in manifest["files"].items():
         target = f", for {describe_target(manifest['plans'][name])}" if name in manifest["plans"] else ""
-        say(f"  {out / name}  {entry['bytes'] / 1e6:.1f} MB{target}")
-    say(f"  {out / 'manifest.json'}")
+        lines.append(f"  {out / name}  {entry['bytes'] / 1e6:.1f} MB{target}")
+    lines.append(f"  {out / 'manifest.json'}")
+    note(*lines, err=False)

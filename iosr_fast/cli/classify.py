@@ -12,7 +12,7 @@ import typer
 from iosr_fast.cli import parts
 from iosr_fast.cli.options import Address, RejectOption, Runtime, SavedClassifier, SkipBad
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.command import new_page, output, say, stop_message, write_new
+from iosr_fast.utils.command import new_page, note, output, stop_message, write_new
 from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.require import require
 
@@ -163,7 +163,7 @@ def _classify_list(
     from iosr_fast.reports.predictions_report import predictions_page
 
     def log(line: str) -> None:
-        say(line, err=True)
+        note(line)
 
     file: TextIO = output(sys.stdout) if html is None else StringIO()
     resumes = out is not None and not joint

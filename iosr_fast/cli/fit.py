@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,12 +10,14 @@ import typer
 
 from iosr_fast.cli.options import Adapter, Pretrained, Runtime, SkipBad
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.command import say, stop_message
+from iosr_fast.utils.command import note, stop_message
 from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
+
+log = logging.getLogger(__name__)
 
 
 def fit(
@@ -111,27 +114,24 @@ def fit(
             raise IosrFastError(f"{error}; repair or remove it, or leave such images out by --skip-bad") from error
         with progress("save", None):
             classifier.save(out)
-    say(
-        f"{out}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images, {classifier.method_}"
-    )
-    say(_describe_choice(classifier))
-    if classifier.tuned_ is not None and classifier.tuned_.shares:
-        from iosr_fast.methods.tuning.stack_weights import describe_shares
-
-        say(f"shares of the logits: {describe_shares(classifier.tuned_.shares)}")
-    if classifier.engine_choice_ is not None:
-        say(*classifier.engine_choice_.lines())
+    note(*_summary(classifier, out), err=False)
     if classifier.skipped_:
-        say(f"left out {len(classifier.skipped_)} unreadable images", err=True)
+        note(f"left out {len(classifier.skipped_)} unreadable images")
 
 
-def _describe_choice(classifier: Classifier) -> str:
-    """How the method's parameters were chosen, in one line."""
-    parameters = ", ".join(f"{name} {value:.4g}" for name, value in classifier.parameters_.items())
-    choice = f"reducer {classifier.reducer_}{', ' if parameters else ''}{parameters}"
+def _summary(classifier: Classifier, out: Path) -> list[str]:
+    """What a fit gave, the accuracy first. The method's parameters are logged."""
+    reducer = f"reducer {classifier.reducer_}"
+    log.info("%s", ", ".join([reducer, *(f"{name} {value:.4g}" for name, value in classifier.parameters_.items())]))
     tuned = classifier.tuned_
     if classifier.multi_label_ is not None:
-        return f"{choice}; several labels a picture, biases and thresholds by leave-one-out"
-    if tuned is None:
-        return f"{choice} (given, or the method's defaults)"
-    return f"{choice}: {tuned.summary()} ({tuned.seconds:.1f} s)"
+        lines = ["several labels a picture: biases and thresholds by leave-one-out"]
+    else:
+        lines = ["accuracy not measured: the parameters were given" if tuned is None else tuned.summary()]
+    counts = f"{len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images"
+    lines.append(f"{out}: {counts}, {classifier.method_}")
+    if tuned is not None and tuned.shares:
+        from iosr_fast.methods.tuning.stack_weights import describe_shares
+
+        lines.append(f"shares of the logits: {describe_shares(tuned.shares)}")
+    return lines + (classifier.engine_choice_.lines() if classifier.engine_choice_ is not None else [])

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from iosr_fast.cli.options import Adapter, Runtime, SavedClassifier
-from iosr_fast.utils.command import say, stop_message
+from iosr_fast.utils.command import note, stop_message
 from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.progress import progress
 
@@ -78,5 +78,5 @@ def optimize(
         )
         with progress("save", None):
             classifier.save(target)
-    say(f"{target}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images")
-    say(*choice.lines())
+    note(f"{target}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images", err=False)
+    note(*choice.lines(), err=False)

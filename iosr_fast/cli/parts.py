@@ -11,7 +11,7 @@ import typer
 
 from iosr_fast.cli.options import PartsOption, RayOption
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.command import say, stop_message
+from iosr_fast.utils.command import note, stop_message
 
 if TYPE_CHECKING:
     from iosr_fast.pipeline.run import RunOptions
@@ -52,4 +52,4 @@ def write_parts(
             raise IosrFastError(
                 f"{error}; the finished parts are kept. Repair it, or give --skip-bad, and start again"
             ) from error
-    say(*runs.summary(manifest, out, time.perf_counter() - started).split("\n"))
+    note(*runs.summary(manifest, out, time.perf_counter() - started).split("\n"), err=False)

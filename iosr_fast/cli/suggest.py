@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from iosr_fast.cli.options import Runtime, SavedClassifier, SkipBad
-from iosr_fast.utils.command import new_csv, new_page, output, say, write_new
+from iosr_fast.utils.command import new_csv, new_page, note, output, write_new
 from iosr_fast.utils.csv_text import escaped, line_writer
 from iosr_fast.utils.outputs import check_utf8
 
@@ -57,7 +57,7 @@ def suggest(
         title = f"What to label next in {folder.name or folder}"
         write_new(html, suggest_page(suggestions, names, title, loaded.exif_orientation_))
     for error in suggestions.errors:
-        say(f"left out: {error}", err=True)
+        note(f"left out: {error}")
 
 
 def _table(suggestions: FolderSuggestions) -> str:

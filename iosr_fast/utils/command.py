@@ -12,12 +12,19 @@ from typer.core import TyperCommand, TyperGroup
 
 from iosr_fast.exceptions import IosrFastError, printable
 from iosr_fast.utils.outputs import check_new_file
+from iosr_fast.utils.progress import is_quiet
 
 
 def say(*lines: str, err: bool = False) -> None:
     """Print each line, made `printable`: no name of a file or class steers the terminal or looks like a line."""
     for line in lines:
         typer.echo(printable(line), err=err)
+
+
+def note(*lines: str, err: bool = True) -> None:
+    """`say` what a command did, beside its results: left out with --quiet."""
+    if not is_quiet():
+        say(*lines, err=err)
 
 
 def output(file: TextIO) -> TextIO:
@@ -173,7 +180,7 @@ def write_new(path: Path, text: str) -> None:
 
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")  # csv writes its own line ends
-    say(f"wrote {path}", err=True)
+    note(f"wrote {path}")
 
 
 def new_file(path: Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""A progress bar on the terminal."""
+"""What a running command shows beside its results: a progress bar, unless `iosr-fast --quiet` is given."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether this process shows results and errors alone. The command line sets it for each command."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    """What `set_quiet` was told."""
+    return _quiet
+
 
 @contextmanager
 def progress(verb: str, total: int | None, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """A bar with images/s and the time left, on stderr if that is a terminal; yields a function that advances it by a
     number of images. Without a `total` it shows the elapsed time."""
-    if not shown or not sys.stderr.isatty():
+    if not shown or _quiet or not sys.stderr.isatty():
         yield lambda images: None
         return
     from rich import progress as rich

@@ -282,6 +282,22 @@ def test_fit_shows_what_it_does(
     assert numbers and abs(sum(map(int, numbers.values())) - 100) <= 1
 
 
+def test_quiet_shows_results_and_errors_alone(
+    unfitted: Classifier, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "notes.txt").write_text("not an image")
+    fit = ("fit", folder, "--model", "demo", "--precision", "fp32", "--out")
+    done = run("--quiet", *fit, tmp_path / "out")
+    assert (done.exit_code, done.output) == (0, ""), done.output
+    caplog.set_level("INFO")
+    loud = run("-v", *fit, tmp_path / "loud")
+    first, second = loud.stdout.splitlines()[:2]
+    assert re.fullmatch(r"\d+\.\d% of 9 left-out images right \(95%: \d+% to \d+%\).*", first)
+    assert second.startswith(f"{tmp_path / 'loud'}: 3 classes, 9 images, stack")
+    assert "reducer none, " in caplog.text and "reducer none, " not in loud.stdout
+    assert "found no folder" in refused("--quiet", *fit[:1], tmp_path / "nowhere", *fit[2:], tmp_path / "other")
+
+
 def test_fit_says_once_what_it_skips(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "notes.txt").write_text("not an image")
     options = (
