@@ -1,1 +1,0 @@
-"""Measurements behind what the documentation claims, beside rivals: `python -m benchmarks.claims.NAME --help`."""

@@ -42,7 +42,8 @@ def draws(task: Task, method: str, seed: int) -> Draws:
     false_alarms = int(judge(support, support.labels)[1].sum())
     for k in range(EXCHANGES):
         labels = exchange_labels(support.labels, SHARE, seed * EXCHANGES + k)
-        wrong = labels != support.labels
+        if not (wrong := labels != support.labels).any():
+            continue  # too few images to exchange labels between classes
         surprise, listed, estimate = judge(support, labels)
         most = np.argsort(-surprise, kind="stable")[: wrong.sum()]
         yield {

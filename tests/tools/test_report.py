@@ -30,7 +30,7 @@ def page_of(folder: Path, **files: list[dict[str, Any]]) -> str:
 def test_the_page_is_what_the_rows_give() -> None:
     text = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
     assert text == page(), "run python tools/report.py"
-    assert {path.stem for path in RESULTS.iterdir()} == SUBJECTS.keys()  # nothing else lies there
+    assert {path.stem for path in RESULTS.iterdir()} <= SUBJECTS.keys()  # nothing else lies there
     assert len(text.split()) < 10_000
 
 
