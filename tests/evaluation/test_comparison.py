@@ -211,7 +211,7 @@ def test_methods_that_the_data_does_not_allow_are_left_out_by_name(
     [
         (["--methods", "tip-x"], "a method that the data allows, got none: tip-x compares"),
         (["--methods", "tipx"], "--methods of all, scikit-learn, auto, zero-shot, .* got tipx"),
-        (["--reducers", "center"], "expected a reducer of none, centre, pca, .* got 'center'"),
+        (["--reducers", "center"], "expected a reducer of none, centre, pca or .* got 'center'"),
         (["--shots", "3"], r"expected --shots out of \[1, 2, 4\]"),
         (["--json", "no/where.json"], "expected a folder to write"),
         (["none.npz"], "no feature file at none.npz"),
