@@ -11,11 +11,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from click import Context
-from typer.main import get_command
 
 import iosr_fast
 from tests import ROOT
+from tests.docs.documents import find_command
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
@@ -58,13 +57,7 @@ def options_of(words: list[str]) -> set[str]:
     """All options of the command that a shell line calls: of iosr-fast, or of a script in tools/."""
     if words[0] not in ("iosr-fast", "iosr_fast"):
         return options_of_script(words[0])
-    from iosr_fast.cli import app
-
-    command, rest = get_command(app), words[1:]
-    while hasattr(command, "get_command") and not rest[0].startswith("-"):
-        rest = command.named(rest) if hasattr(command, "named") else rest
-        command, rest = command.get_command(Context(command), rest[0]), rest[1:]
-        assert command is not None, f"no such command: {words}"
+    command, _ = find_command(words[1:])
     return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 

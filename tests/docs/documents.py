@@ -140,7 +140,9 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
 
     command: Any = typer.main.get_command(app)
     while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
-        name, *words = command.named(words) if hasattr(command, "named") else words
+        if "saved" in command.commands and words[0] not in command.commands:
+            words = ["saved", *words]  # `iosr-fast evaluate CLASSIFIER IMAGES`
+        name, *words = words
         command = command.get_command(typer.Context(command), name)
         assert command is not None, f"iosr-fast has no command {name}"
     return command, words
