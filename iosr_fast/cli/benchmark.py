@@ -12,7 +12,7 @@ import typer
 
 from iosr_fast.cli.options import Runtime
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import ListCommand, new_app, new_file
+from iosr_fast.utils.command import ListCommand, new_app, new_file, note, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,9 +63,9 @@ def main(
     files, source = read_files(images, max(batch))
     parts, facts = open_parts(folder, files, runtime, threads)
     facts |= {"images": source, "folder": str(folder)}
-    typer.echo(f"{folder}: {facts['runtime']} {facts['precision']}, {facts['threads']} threads; {facts['device']}")
-    typer.echo(f"{len(files)} images: {source}; verified: {facts['verified']}")
-    typer.echo(f"{'part':12}{'batch':>6}{'calls':>7}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'images/s':>10}")
+    say(f"{folder}: {facts['runtime']} {facts['precision']}, {facts['threads']} threads; {facts['device']}")
+    say(f"{len(files)} images: {source}; verified: {facts['verified']}")
+    say(f"{'part':12}{'batch':>6}{'calls':>7}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'images/s':>10}")
     rows: list[dict[str, Any]] = []
     with progress("benchmark", len(parts) * len(batch)) as advance:
         for part in parts:
@@ -73,12 +73,12 @@ def main(
                 row = {"part": part.name, "batch": size, **time_calls(part, size), **facts}
                 rows.append(row)
                 milliseconds = "".join(f"{row[f'p{q}_ms']:10.2f}" for q in (50, 90, 99))
-                typer.echo(f"{part.name:12}{size:6}{row['calls']:7}{milliseconds}{row['images_per_s']:10.1f}")
+                say(f"{part.name:12}{size:6}{row['calls']:7}{milliseconds}{row['images_per_s']:10.1f}")
                 if json_path is not None:
                     write_rows(json_path, rows)
                 advance(1)
     if json_path is not None:
-        typer.echo(f"wrote {json_path}", err=True)
+        note(f"wrote {json_path}")
 
 
 def read_files(folder: Path | None, count: int) -> tuple[list[bytes], str]:

@@ -9,7 +9,7 @@ import typer
 
 from iosr_fast.cli.options import Seed
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import new_file
+from iosr_fast.utils.command import new_file, note
 
 
 def open_images_subset(
@@ -44,6 +44,7 @@ def open_images_subset(
     if download_list is not None:
         write_download_list(subset, download_list)
     classes_used = len(set(subset.class_names))
-    typer.echo(
-        f"{len(subset.image_ids)} images of {classes_used} classes -> {out}; {len(subset.left_out)} classes left out"
+    note(
+        f"{len(subset.image_ids)} images of {classes_used} classes -> {out}; {len(subset.left_out)} classes left out",
+        err=False,
     )

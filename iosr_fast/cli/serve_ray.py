@@ -26,6 +26,7 @@ from iosr_fast.cli.options import (
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.ray.deployment import Scale
+from iosr_fast.utils.command import note
 from iosr_fast.utils.require import require
 
 _SETTINGS, _SCALE = Settings(), Scale()
@@ -110,7 +111,7 @@ def serve_ray(
                 signal.signal(number, lambda *_: stopped.set())
         _deploy(serve, classifier, settings, scale, name)
         if address is None:
-            typer.echo(f"join with --address {ray.get_runtime_context().gcs_address}; stop with Ctrl-C")
+            note(f"join with --address {ray.get_runtime_context().gcs_address}; stop with Ctrl-C", err=False)
             stopped.wait()
             serve.shutdown()
 
@@ -135,7 +136,8 @@ def _deploy(serve: Any, bundle: Path, settings: Settings, scale: Scale, name: st
         ) from error
     facts = deploy(bundle, settings, scale, name)
     first = facts[0]
-    typer.echo(
+    note(
         f"{len(facts)} replicas serve {first.source.bundle} ({first.classes} classes, version {first.version}) at "
-        f"http://{settings.host}:{settings.port}/"
+        f"http://{settings.host}:{settings.port}/",
+        err=False,
     )

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from iosr_fast.evaluation.metrics import measure
 from iosr_fast.evaluation.rivals import DEFAULT_RIVALS, RIVALS, fit_rival, rival_unavailable_reason, score_rival
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.conformal import of_logits
 from iosr_fast.methods.tuning.tune import AUTO, tune
 from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.scoring.reducers import check_reducer
@@ -34,7 +34,7 @@ Pair = tuple[str, str]  # method and reducer
 
 @dataclass(frozen=True)
 class Draw:
-    """One task's outcome. `images` and `classes` are its test's; the scores are on them (metrics.Scores).
+    """One task's outcome. `images` and `classes` are its test's; the scores are on them (conformal.Reliability).
 
     `log_loss` and `calibration_error` are NaN for a classifier without probabilities.
     """
@@ -194,16 +194,17 @@ def evaluate_draw(task: Task, method: str, reducer: str, seed: int) -> Draw:
     fit_seconds = 0.0
     if method in RIVALS:
         estimator, tuned = fit_rival(method, task.support, seed)
-        scores = score_rival(method, estimator, task.queries, task.labels)
+        accuracy, log_loss, error = score_rival(method, estimator, task.queries, task.labels)
     else:
         queries, labels = (None, None) if method == AUTO or task.validation is None else task.validation
         tuned = tune(method, task.support, queries, labels, reducer)
         started = time.perf_counter()
         plan = tuned.compile(task.support)
         fit_seconds = time.perf_counter() - started
-        scores = measure(score(plan, task.queries), task.labels)
+        found = of_logits(score(plan, task.queries), task.labels).reliability
+        accuracy, log_loss, error = found.accuracy, found.log_loss, found.error
     images, classes = len(task.queries), task.support.n_classes
-    return Draw(seed, scores.accuracy, images, classes, tuned, fit_seconds, scores.log_loss, scores.calibration_error)
+    return Draw(seed, accuracy, images, classes, tuned, fit_seconds, log_loss, error)
 
 
 def why_unavailable(method: str, task: Task) -> str | None:

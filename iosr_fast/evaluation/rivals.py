@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.evaluation.metrics import Scores, measure_probabilities
+from iosr_fast.methods.conformal import of_logits
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.utils.require import require
@@ -114,11 +114,12 @@ def _best_of_path(estimator: Any) -> tuple[dict[str, float], float]:
     return {"C": float(np.ravel(estimator.C_)[0])}, -float(np.mean(scores, axis=0).max())
 
 
-def score_rival(name: str, estimator: Any, queries: Embeddings, labels: np.ndarray) -> Scores:
-    """Its scores on queries (B,) by its own `predict`; log-loss and calibration are NaN without `predict_proba`."""
+def score_rival(name: str, estimator: Any, queries: Embeddings, labels: np.ndarray) -> tuple[float, float, float]:
+    """Accuracy on queries (B,) by its own `predict`, log-loss and calibration error (conformal.Reliability), which are
+    NaN without `predict_proba`. A probability of 0 counts as the smallest step of float64 from 1, as scikit-learn's."""
     rows = _rows(name, queries)
     accuracy = float((estimator.predict(rows) == labels).mean())
-    nothing = Scores(accuracy, float("nan"), float("nan"))
+    nothing = accuracy, float("nan"), float("nan")
     if not hasattr(estimator, "predict_proba"):
         return nothing
     try:
@@ -127,7 +128,8 @@ def score_rival(name: str, estimator: Any, queries: Embeddings, labels: np.ndarr
             probabilities = estimator.predict_proba(rows)
     except ValueError:  # NearestCentroid of one image a class has no variance to compute them with
         return nothing
-    return replace(measure_probabilities(probabilities, labels), accuracy=accuracy)
+    found = of_logits(np.log(np.maximum(probabilities, np.finfo(np.float64).eps, dtype=np.float64)), labels).reliability
+    return accuracy, found.log_loss, found.error
 
 
 def _rows(name: str, embeddings: Embeddings) -> np.ndarray:

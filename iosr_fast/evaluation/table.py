@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iosr_fast.evaluation.comparison import AUTO, TUNED_ON, Comparison, Result
-from iosr_fast.evaluation.metrics import BINS
+from iosr_fast.methods.conformal import BINS
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.provenance import commit, cpu_description
 

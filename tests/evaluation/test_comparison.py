@@ -15,11 +15,11 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation import demo
 from iosr_fast.evaluation.comparison import compare, pairs_of
 from iosr_fast.evaluation.features import open_sources, read_features
-from iosr_fast.evaluation.metrics import measure
 from iosr_fast.evaluation.rivals import RIVALS
 from iosr_fast.evaluation.tasks import Encoded, with_unequal_classes
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, compile_method
+from iosr_fast.methods.conformal import of_logits
 from iosr_fast.scoring.reference import score_reference
 from tests.cli.runs import main, refused
 from tests.conftest import unit_rows
@@ -175,9 +175,9 @@ def test_accuracies_are_those_of_the_plan_in_float64(arrays: Arrays, save: Save,
         plan = compile_method(row["method"], task.support, reducer="pca", **row["parameters"][0])
         right = (score_reference(plan, task.queries).argmax(1) == task.labels).mean()
         assert row["mean"] == pytest.approx(right)
-        expected = measure(score_reference(plan, task.queries) * row["factors"][0], task.labels)
+        expected = of_logits(score_reference(plan, task.queries) * row["factors"][0], task.labels).reliability
         assert row["log_loss"] == pytest.approx(expected.log_loss, rel=1e-4)
-        assert row["calibration_error"] == pytest.approx(expected.calibration_error, abs=1e-4)
+        assert row["calibration_error"] == pytest.approx(expected.error, abs=1e-4)
         assert row["se"] == pytest.approx(np.sqrt(right * (1 - right) / len(task.labels))) and row["std"] is None
         assert row["test_images"] == [48] and row["seeds"] == [0] and row["tuned_on"] == "validation"
 
