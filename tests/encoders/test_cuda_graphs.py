@@ -6,13 +6,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from iosr_fast.encoders.runtimes import cuda_graphs
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, bucket_of, check_buckets, powers_of_two
 
 SIZE, WIDTH = 4, 3
@@ -154,103 +152,6 @@ class Replaying:
         return replay
 
 
-class Cuda:
-    """torch.cuda with several devices, each with one current stream; lists the devices of all that was called."""
-
-    def __init__(self) -> None:
-        self.current = 0
-        self.used: list[int] = []
-
-    def current_device(self) -> int:
-        return self.current
-
-    @contextmanager
-    def device(self, device: Any) -> Iterator[None]:
-        before, self.current = self.current, int(str(device).removeprefix("cuda:"))
-        try:
-            yield
-        finally:
-            self.current = before
-
-    def current_stream(self) -> SimpleNamespace:
-        device = self.current
-        return SimpleNamespace(
-            device=device,
-            wait_event=lambda event: self.used.append(device),
-            wait_stream=lambda other: self.used.extend((device, other.device)),
-            synchronize=lambda: None,
-        )
-
-    Stream = current_stream
-    graph_pool_handle = current_device
-
-    def Event(self) -> SimpleNamespace:
-        return SimpleNamespace(record=lambda stream: self.used.append(stream.device))
-
-    def CUDAGraph(self) -> SimpleNamespace:
-        return SimpleNamespace(replay=lambda: None)
-
-    @contextmanager
-    def stream(self, stream: SimpleNamespace) -> Iterator[None]:
-        with self.device(stream.device):
-            yield
-
-    @contextmanager
-    def graph(self, graph: Any, pool: int, stream: SimpleNamespace, capture_error_mode: str) -> Iterator[None]:
-        self.used += [self.current, stream.device, pool]
-        yield
-
-
-@pytest.mark.parametrize("how", ["current device", "device", "stream"])
-def test_a_recorder_stays_on_its_device(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is called later by a thread with another current device."""
-    cuda = Cuda()
-    monkeypatch.setattr(cuda_graphs, "require", lambda *_: SimpleNamespace(cuda=cuda))
-    if how == "device":
-        recorder = cuda_graphs.Recorder(device="cuda:1")
-    else:
-        with cuda.device(1):
-            recorder = cuda_graphs.Recorder(cuda.Stream() if how == "stream" else None)
-    replay = recorder.record(lambda: cuda.used.append(cuda.current))
-    with recorder.turn():
-        cuda.used.append(cuda.current)
-        replay()
-    assert set(cuda.used) == {1} and cuda.current == 0
-
-
-class InvalidatedCapture(Cuda):
-    """As PyTorch 2.11: torch.cuda.graph doesn't restore the stream if ending the recording is an error."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now: Any = "the caller's"
-
-    def current_stream(self) -> SimpleNamespace:
-        return SimpleNamespace(**vars(super().current_stream()), name=self.now)
-
-    @contextmanager
-    def stream(self, stream: SimpleNamespace) -> Iterator[None]:
-        before, self.now = self.now, stream.name
-        try:
-            yield
-        finally:
-            self.now = before
-
-    @contextmanager
-    def graph(self, graph: Any, **_: Any) -> Iterator[None]:
-        self.now = "the recording's"
-        yield
-        raise RuntimeError("operation failed due to a previous error during capture")
-
-
-def test_a_failed_recording_leaves_the_callers_stream_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = InvalidatedCapture()
-    monkeypatch.setattr(cuda_graphs, "require", lambda *_: SimpleNamespace(cuda=cuda))
-    with pytest.raises(RuntimeError, match="previous error during capture"):
-        cuda_graphs.Recorder(cuda.current_stream()).record(lambda: None)
-    assert cuda.now == "the caller's"
-
-
 @pytest.fixture(scope="module")
 def torch_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("open_clip")
@@ -322,67 +223,6 @@ def test_the_torch_encoder_records_what_it_compiled(torch_engine: Path, monkeypa
     encoder.warm([2, 3, 6])
     assert len(graphs) == 1 and recorder.replays == 3
     np.testing.assert_allclose(encode_both(encoder, pixels), expected, atol=1e-6)
-
-
-class LateCopies:
-    """torch with page-locked memory whose copies to the GPU are done when an event is waited for, and no sooner."""
-
-    uint8 = np.uint8
-
-    def __init__(self) -> None:
-        self.pending: list[Callable[[], None]] = []
-        self.device_of_stream: list[Any] = []
-        self.cuda = SimpleNamespace(Event=self.event, current_stream=lambda device: device)
-
-    def empty(self, shape: tuple[int, ...], dtype: Any, pin_memory: bool) -> Any:
-        assert pin_memory
-        memory = np.empty(shape, dtype)
-        return LateRows(memory, self)
-
-    def event(self) -> SimpleNamespace:
-        return SimpleNamespace(synchronize=self.finish, record=self.device_of_stream.append)
-
-    def finish(self) -> None:
-        for copy in self.pending:
-            copy()
-        self.pending.clear()
-
-
-class LateRows:
-    is_cuda, dtype, device = True, np.uint8, "cuda:1"
-
-    def __init__(self, memory: np.ndarray, owner: LateCopies) -> None:
-        self.memory, self.owner, self.shape = memory, owner, memory.shape
-
-    def __len__(self) -> int:
-        return len(self.memory)
-
-    def __getitem__(self, rows: slice) -> LateRows:
-        return LateRows(self.memory[rows], self.owner)
-
-    def numpy(self) -> np.ndarray:
-        return self.memory
-
-    def copy_(self, source: LateRows, non_blocking: bool) -> None:
-        assert non_blocking
-        self.owner.pending.append(lambda: self.memory.__setitem__(slice(None), source.memory))
-
-
-def test_an_upload_waits_for_the_one_before_it_and_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the wait the second batch would overwrite the first before the GPU has read it."""
-    from iosr_fast.encoders.runtimes import upload
-
-    late = LateCopies()
-    monkeypatch.setattr(upload, "require", lambda *_: late)
-    target = LateRows(np.zeros((4, 2), np.uint8), late)
-    copy, seen = upload.Upload(target), []
-    for value, n in ((1, 4), (2, 3)):
-        copy(np.full((n, 2), value, np.uint8))
-        assert len(late.pending) == 1, "the newest copy is under way"
-        seen.append(target.memory.copy())
-    assert (seen[0] == 0).all() and (seen[1] == 1).all(), "the first copy was whole before its memory was used again"
-    late.finish()
-    assert target.memory[:, 0].tolist() == [2, 2, 2, 1] and late.device_of_stream == ["cuda:1"] * 2
 
 
 @pytest.mark.gpu
