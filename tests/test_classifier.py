@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -326,6 +327,7 @@ def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures
     def refused(said: str) -> None:
         with pytest.raises((ValueError, FileNotFoundError), match=said):
             Classifier.load(folder)
+        shutil.rmtree(folder)  # what is damaged is not replaced
         fresh.save(folder)
 
     with pytest.raises(FileNotFoundError, match="found none at"):

@@ -137,8 +137,10 @@ def origin(name: str, rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] not in ([], ["--check"]):
+        raise SystemExit(f"error: expected nothing or --check, got {' '.join(sys.argv[1:])}")
     path, new = RESULTS.parent / "README.md", page()
-    if "--check" not in sys.argv[1:]:
+    if len(sys.argv) == 1:
         path.write_text(new, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != new:
         raise SystemExit("benchmarks/README.md is not what the rows give: run python tools/report.py")

@@ -15,7 +15,7 @@ def draws(task: Task, method: str, seed: int) -> Draws:
         yield {"accuracy": float((head.predict(rows_of(task.queries)) == task.labels).mean())}
     elif rival_unavailable_reason(method, task.support) is None:
         estimator, _ = fit_rival(method, task.support, seed)
-        yield {"accuracy": score_rival(method, estimator, task.queries, task.labels).accuracy}
+        yield {"accuracy": score_rival(method, estimator, task.queries, task.labels)[0]}
 
 
 METHODS = ("auto", "auto, no texts", "LogisticRegression", "LinearDiscriminantAnalysis", "zero-shot")

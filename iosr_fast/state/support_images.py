@@ -60,7 +60,8 @@ class SupportViews:
 
     def __post_init__(self) -> None:
         for name, least, most in (("views", 1, MAX_VIEWS), ("seed", 0, LARGEST), ("thumbnail", 0, 1024)):
-            object.__setattr__(self, name, check_integer(name, getattr(self, name), least, most))
+            shown = "thumbnails" if name == "thumbnail" else name  # as the parameter of Classifier
+            object.__setattr__(self, name, check_integer(shown, getattr(self, name), least, most))
         if self.templates is not None:
             object.__setattr__(self, "templates", check_templates(self.templates))
 

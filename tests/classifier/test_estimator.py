@@ -59,7 +59,7 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(
         "expected a method of": {"method": "magic"},
         "views to be a whole number, got 2.5": {"views": 2.5},
         "seed of at least 0, got -1": {"seed": -1},
-        "thumbnails of 0": {"thumbnails": 5000},
+        "expected thumbnails from 0 to 1024, got 5000": {"thumbnails": 5000},
         "expected templates": {"templates": ["a photo"]},
     }.items():
         with pytest.raises(IosrFastError, match=message):

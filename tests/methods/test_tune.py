@@ -119,7 +119,7 @@ def test_all_classes_are_equally_short_of_keys(rng: np.random.Generator) -> None
 def test_bad_requests_are_named(rng: np.random.Generator) -> None:
     support, queries, labels = task(rng)
     for said, call in {
-        "expected a method of zero-shot": lambda: tune("tipx", support),
+        "expected a method of auto, zero-shot": lambda: tune("tipx", support),
         "a reducer of none, centre, pca": lambda: tune("gda", support, reducer="lda"),
         "labels of shape": lambda: tune("gda", support, queries, labels[:-1]),
         r"labels in 0\.\.6": lambda: tune("gda", support, queries, labels + 1),

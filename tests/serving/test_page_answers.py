@@ -125,7 +125,7 @@ def test_an_answer_is_confirmed_or_corrected(visit: Visit) -> None:
     page.locator("#taught", has_text=f"Added to the examples of “{right}”.").wait_for()
     page.locator("#answer", has_text="Before the change").wait_for()
     assert visit.text("#answer .label").startswith(right) and not page.locator("#correct").is_visible()
-    assert page.evaluate("document.activeElement.id") == "taught"
+    page.locator("#taught:focus").wait_for()
     (added,) = set(classifier.examples(right)) - set(before[right])
     assert classifier.examples(wrong) == before[wrong]
     classifier.remove_examples([added])

@@ -108,7 +108,9 @@ def test_damaged_files_are_named_and_nothing_more_is_encoded(tmp_path: Path, mon
     examples, errors = encode_images(PixelEncoder(), [good, text, cut], np.arange(3), SupportViews(), skip_bad=True)
     assert examples.class_ids.tolist() == [0] and [error.where for error in errors] == [str(text), str(cut)]
     monkeypatch.setattr(PixelEncoder, "encode", lambda *_: pytest.fail("an image was encoded"))
-    with pytest.raises(ValueError, match=r"2 of 3 images can't be read \(skip_bad leaves .*text.jpg: .*cut"):
+    with pytest.raises(
+        ValueError, match=r"2 of 3 images can't be read \(skip_bad, or --skip-bad, leaves .*text.jpg: .*cut"
+    ):
         encoded([text, good, cut], [0, 0, 1])
     with pytest.raises(ValueError, match=r"can't read image .*cut.png"):
         encoded([good, cut], [0, 0])

@@ -40,7 +40,7 @@ def never(*_: object, **__: object) -> Any:
 
 def all_commands() -> Iterator[tuple[typer.Typer, list[str], Any]]:
     """Each app, the words that lead to one of its commands, and that command: iosr-fast's, and every tool's."""
-    apps = {"iosr-fast": app, "report": importlib.import_module("tools.report").app}
+    apps = {"iosr-fast": app}
     for name in TOOLS:
         try:
             apps[name] = command_app(importlib.import_module(f"tools.{name}").main)
@@ -96,18 +96,12 @@ def test_places_that_can_be_written_are_taken(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words", [("benchmark.py", "score", "--case", "nonsense"), ("report.py", "--results", "empty", "--out", "out")]
-)
+@pytest.mark.parametrize("words", [("benchmark.py", "score", "--case", "nonsense"), ("report.py", "--checks")])
 def test_a_mistake_with_a_tool_is_a_line(words: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "README.md").write_text("the page of before")
     command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and re.match("(error|iosr-fast): expected ", done.stderr), done.stderr
+    assert done.returncode and re.match("(error|iosr-fast): expected ", done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert (tmp_path / "out" / "README.md").read_text() == "the page of before"
 
 
 @pytest.mark.parametrize(
