@@ -144,7 +144,6 @@ def test_every_constant_product_is_quantised_or_kept_by_name(form: tuple[str, st
     assert path.with_suffix(".weights").stat().st_size > 0
 
 
-@pytest.mark.isa
 @ANY_FORM
 def test_embeddings_of_other_pictures_in_every_batch(form: tuple[str, str], made: Any, sources: Any) -> None:
     pixels = emoji("held-out", 40)
@@ -158,7 +157,6 @@ def test_embeddings_of_other_pictures_in_every_batch(form: tuple[str, str], made
             np.testing.assert_allclose(alone, together[start : start + batch], atol=5e-3)
 
 
-@pytest.mark.isa
 @pytest.mark.parametrize("form", [("fp32", "u8s8"), ("fp32", "s8s8")], ids="-".join)
 def test_openvino_computes_the_same_file(form: tuple[str, str], made: Any, sources: Any) -> None:
     pytest.importorskip("openvino")
