@@ -44,7 +44,9 @@ def convnext(_small: str, **options: Any) -> Any:
 def resnet() -> LoadedClip:
     clip = small_clip(layers=[1, 2, 1, 1], width=16, image_size=64, patch_size=None, head_width=32)
     visual = clip.model.visual
-    randomise(visual)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        randomise(visual)
     for module in visual.modules():  # statistics of its own activations, so that pictures differ in the end
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
