@@ -31,6 +31,8 @@ from iosr_fast.state.description import describe  # noqa: E402
 from iosr_fast.utils.manifest import MANIFEST  # noqa: E402
 from tests.state.manifests import rewrite_manifest  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SQUASH = Geometry(64, "squash", "bilinear")
 DEFAULT = {
     "mean": OPENAI_DATASET_MEAN,

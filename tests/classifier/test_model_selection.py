@@ -25,6 +25,8 @@ from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_s
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.utils import estimator_checks as checks  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # Model selection
 
 
@@ -87,7 +89,6 @@ def test_grid_search_over_methods(clip: OpenedClip, data: Any, paths: list[str])
     assert search.cv_results_["rank_test_score"].shape == (6,)
 
 
-@pytest.mark.slow
 def test_cross_validation_on_the_demo_opens_one_clip(
     demo_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

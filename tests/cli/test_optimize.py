@@ -23,6 +23,8 @@ from iosr_fast.utils.files import cache_folder
 from tests.cli.runs import refused, run
 from tests.state.manifests import rewrite_manifest
 
+pytestmark = pytest.mark.slow
+
 GIVEN = ("--method", "tip-adapter++", "--alpha", "3", "--beta", "7")
 ALL = {(r, p) for r in ("openvino", "onnxruntime") for p in ("fp32", "int8")} | {("openvino", "bf16")}
 

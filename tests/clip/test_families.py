@@ -33,6 +33,8 @@ from tests.clip.families import FAMILIES, family_clip  # noqa: E402
 from tests.clip.small_clip import random_adapter, random_pixels  # noqa: E402
 from tests.clip.test_dual_encoder import run  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("first", [None, 0, 1, 2])

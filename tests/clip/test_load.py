@@ -17,6 +17,8 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cp
 from iosr_fast.clip import load  # noqa: E402
 from iosr_fast.clip.load import DEMO_FOLDER, load_clip  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TINY = "iosr-fast-demo"
 
 
@@ -163,7 +165,6 @@ def test_an_archive_that_differs_from_the_published_one_is_not_run(
         load_clip(TINY, tmp_path / "openai.pt")
 
 
-@pytest.mark.slow
 def test_the_command_that_converts_an_archive_works(tiny_state: dict, tmp_path: Path) -> None:
     path = tmp_path / "our own.pt"
     torchscript_archive(tiny_state, path)
@@ -219,7 +220,6 @@ def test_weights_of_another_model_are_refused(tiny_state: dict, tmp_path: Path) 
         load_clip(TINY, tmp_path / "half.pt")
 
 
-@pytest.mark.slow
 def test_without_torch_the_pip_command_is_named() -> None:
     code = """
 import importlib, sys

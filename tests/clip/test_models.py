@@ -25,6 +25,8 @@ from iosr_fast.clip.models import (  # noqa: E402
 from iosr_fast.exceptions import MissingPackageError  # noqa: E402
 from tests.cli.runs import never, refused, run  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 MODEL = json.loads((DEMO_FOLDER / "iosr-fast-demo.json").read_text())
 CONFIG = {"model_cfg": MODEL, "preprocess_cfg": {"std": [0.5] * 3}}
 KEYS = ["name", "tags", "family", "plain", "dual", "text"]

@@ -18,6 +18,8 @@ from tests.docs.documents import blocks
 from tests.docs.place import users_place
 from tests.docs.triton_python_backend_utils import InferenceRequest, InferenceResponse, Tensor
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

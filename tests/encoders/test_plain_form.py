@@ -29,7 +29,7 @@ PRODUCTS = ("MatMul", "Gemm")
 ONNX_RUNTIMES = ("onnxruntime", *(["openvino"] if find_spec("openvino") else []))
 
 
-pytestmark = pytest.mark.usefixtures("exports_once")
+pytestmark = [pytest.mark.usefixtures("exports_once"), pytest.mark.slow]
 
 
 def engine(folder: Path, first: int | None, precision: str = "fp32", runtime: str = "onnxruntime") -> Path:

@@ -34,6 +34,8 @@ from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.demo_cache import export_once  # noqa: E402
 from tests.state.manifests import rewrite_manifest  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 MAX_BATCH = 3
 
 
@@ -300,7 +302,6 @@ def test_auto_is_torch_on_a_gpu_without_tensorrt(monkeypatch: pytest.MonkeyPatch
     assert open_engine(engines["onnxruntime"]).runtime == on_cpu
 
 
-@pytest.mark.slow
 def test_the_torch_runtime_needs_no_open_clip(engines: dict[str, Path]) -> None:
     code = (
         "import sys; sys.modules['open_clip'] = sys.modules['onnxruntime'] = None; import numpy as np; "
@@ -311,7 +312,6 @@ def test_the_torch_runtime_needs_no_open_clip(engines: dict[str, Path]) -> None:
     assert done.stdout.strip() == "(1, 24)"
 
 
-@pytest.mark.slow
 def test_opening_imports_no_torch_for_onnx_runtime(engines: dict[str, Path]) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from iosr_fast.encoders.runtimes import open_engine; "
@@ -321,7 +321,6 @@ def test_opening_imports_no_torch_for_onnx_runtime(engines: dict[str, Path]) -> 
     assert done.stdout.strip() == "onnxruntime"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_tensorrt_rtx_compiles_without_a_gpu(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -386,7 +385,6 @@ def test_plans_run(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted((tmp_path / "engine").rglob("*")) == files, "running an engine leaves its folder as it is"
 
 
-@pytest.mark.slow
 def test_int8_weights_of_eight_bits_are_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -453,7 +451,6 @@ assert signal_stack() == before, (signal_stack(), before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sigaltstack is asked for on Linux only")
 def test_openvino_leaves_the_signal_stack() -> None:
     pytest.importorskip("openvino")

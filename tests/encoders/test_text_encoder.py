@@ -38,6 +38,8 @@ from iosr_fast.export.export_text import export_text  # noqa: E402
 from iosr_fast.images.geometry import Geometry  # noqa: E402
 from tests.demo_cache import shared_cache  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 49408
 
 
@@ -150,7 +152,6 @@ def test_memory_is_bounded_by_batches(encoder: TextEncoder, monkeypatch: pytest.
     assert sizes == [32, 32, 11]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("few_names")
 def test_another_text_tower(tmp_path: Path) -> None:
     clip = small_clip(quick_gelu=True, layers=2, ls_init_value=0.5, pool_type="eos", eos_id=49407)
@@ -163,7 +164,6 @@ def test_another_text_tower(tmp_path: Path) -> None:
         np.testing.assert_allclose(encoder.embed(texts), torchs(clip, texts), atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("few_names")
 def test_fp16_halves_the_file_and_keeps_weights_published_in_it(
     demo: LoadedClip, exported: tuple[Path, dict[str, Any]], encoder: TextEncoder, tmp_path: Path, monkeypatch: Any
@@ -259,7 +259,6 @@ def test_files_are_opened_at_the_first_use_and_once(
         np.testing.assert_array_equal(embeddings, alone.embed_classes(given))
 
 
-@pytest.mark.slow
 def test_it_runs_without_torch(exported: tuple[Path, dict[str, Any]], encoder: TextEncoder, tmp_path: Path) -> None:
     folder, facts = exported
     (tmp_path / "facts.json").write_text(json.dumps(facts))
@@ -319,7 +318,6 @@ def wrong_letters(kind: str, right: Callable[[str], str] = module._character_ran
     return r"\x{61}-\x{7a}" if kind == r"[\p{L}]" else right(kind)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("few_names")
 def test_wrong_tokens_and_wrong_embeddings_are_not_left_behind(
     demo: LoadedClip, exported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -337,7 +335,6 @@ def test_wrong_tokens_and_wrong_embeddings_are_not_left_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "tokenizer", "told"),
     [

@@ -35,6 +35,8 @@ from iosr_fast.export.export_text import HARD_TEXTS, export_text  # noqa: E402
 from tests.clip import tokenizer_files  # noqa: E402
 from tests.demo_cache import demo_bundle  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SIGLIP: dict[str, Any] = {
     "context_length": 16,
     "no_causal_mask": True,
@@ -166,7 +168,6 @@ def test_text_encoders_equal_open_clips(name: str, tmp_path: Path) -> None:
     assert np.quantile(near, 0.5) < 0.99  # the texts differ
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SigLIP 2", "CLIPA"])
 def test_a_saved_classifier_embeds_names_without_torch(
     name: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

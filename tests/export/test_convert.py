@@ -24,6 +24,8 @@ from iosr_fast.utils.machine import Gpu
 from iosr_fast.utils.manifest import read_manifest
 from tests.demo_cache import demo_engine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def generic() -> np.ndarray:

@@ -26,10 +26,9 @@ from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.clip.test_dual_encoder import run  # noqa: E402
 from tests.demo_cache import export_once  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("exports_once")
+pytestmark = [pytest.mark.usefixtures("exports_once"), pytest.mark.slow]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("first", "quick_gelu"), [(0, True), (1, False), (2, True), (None, False)])
 def test_every_batch_gives_pytorchs_numbers(first: int | None, quick_gelu: bool, tmp_path: Path) -> None:
     clip = small_clip(quick_gelu)
@@ -45,7 +44,6 @@ def test_every_batch_gives_pytorchs_numbers(first: int | None, quick_gelu: bool,
             np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_fp16_graph_is_strongly_typed_and_names_no_local_path(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,7 +66,6 @@ def test_fp16_graph_is_strongly_typed_and_names_no_local_path(
     assert {value.name: value.type.tensor_type.elem_type for value in model.graph.output} == {"plain": 1, "adapted": 1}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_write_engine_checks_and_records(runtime: str, precision: str, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.state.manifests import rewrite_manifest  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("exports_once")
+pytestmark = [pytest.mark.usefixtures("exports_once"), pytest.mark.slow]
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])

@@ -28,6 +28,8 @@ from iosr_fast.serving.batching.processes import DecoderProcess  # noqa: E402
 from tests.images.geometries import GEOMETRIES  # noqa: E402
 from tests.pictures import encode  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 FOREVER = float("inf")
 SHAPES = {"wide": (900, 200), "tall": (120, 700), "tiny": (20, 13), "even": (640, 480), "huge": (3000, 2000)}
 

@@ -19,6 +19,8 @@ from iosr_fast.scoring.score import score
 from iosr_fast.state.method_config import choose_config
 from tests.conftest import unit_rows
 
+pytestmark = pytest.mark.slow
+
 
 def unit(rows: np.ndarray) -> np.ndarray:
     scaled: np.ndarray = rows / np.linalg.norm(rows, axis=-1, keepdims=True)

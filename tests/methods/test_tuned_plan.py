@@ -29,6 +29,8 @@ from iosr_fast.state.state_files import plan_from_files, plan_to_files
 from tests.conftest import random_embeddings, random_plan, unit_rows
 from tests.scoring.numerics import AT_THE_BOUNDS, PATHS, assert_close_to_truth, plan_at_a_bound
 
+pytestmark = pytest.mark.slow
+
 EPS = np.finfo(np.float32).eps
 IMAGES = ("random", "same", "same but for rounding", "near", "one a class", "around", "across classes", "orthogonal")
 
@@ -84,7 +86,6 @@ def assert_sound(tuned: Tuned, support: SupportSet) -> None:
         assert tuned.search_accuracy == right_of_plans(tuned, support)
 
 
-@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     method=st.sampled_from([*METHODS, "auto"]),

@@ -20,6 +20,8 @@ from iosr_fast.pipeline.journal import open_journal
 from iosr_fast.pipeline.tables import write_table
 from tests.pipeline.runs import write_pictures
 
+pytestmark = pytest.mark.slow
+
 COUNT = 60
 
 
@@ -101,7 +103,6 @@ def start(bundle: Path, *words: object) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stop"), [("labels.csv", signal.SIGKILL), ("labels.parquet", signal.SIGINT)])
 def test_a_stopped_run_resumes_and_ends_with_the_same_bytes(
     bundle: Path, tmp_path: Path, name: str, stop: signal.Signals

@@ -17,6 +17,8 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.methods import joint
 from iosr_fast.methods.tuning.log_loss import Fit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

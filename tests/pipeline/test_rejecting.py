@@ -20,6 +20,8 @@ from iosr_fast.pipeline.sources import folder_source
 from tests.pipeline.runs import classified, load_images, part_bytes, read_all, run
 from tools.demo.bundle import held_out_queries
 
+pytestmark = pytest.mark.slow
+
 KNOWN = 10
 
 

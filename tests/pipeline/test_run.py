@@ -31,6 +31,8 @@ from tests.pipeline.runs import (
 )
 from tests.state.manifests import rewrite_manifest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_folder_gives_what_the_encoder_gives(engine: Path, pictures: list[Path], tmp_path: Path, dtype: str) -> None:
@@ -95,7 +97,6 @@ def test_a_finished_run_does_nothing_when_started_again(engine: Path, pictures: 
         assert len(read_embeddings(out).keys) == len(pictures)
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_and_embeds_every_image_once(engine: Path, tmp_path: Path) -> None:
     given, out, whole = tmp_path / "in", tmp_path / "out", tmp_path / "whole"
     paths = write_pictures(given, 200)

@@ -29,10 +29,11 @@ from tests.pipeline.runs import (
     write_pictures,
 )
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 8
 
 
-@pytest.mark.slow
 def test_rows_are_what_the_classifier_says(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     table = classified(bundle, tmp_path / "in", out, "--chunk", "8", "--batch", "3", "--top", "4")
@@ -46,7 +47,6 @@ def test_rows_are_what_the_classifier_says(bundle: Path, pictures: list[Path], t
     assert manifest["method"] == classifier.method_ and manifest["engine"] == classifier.encoder.fingerprint
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_and_classifies_every_image_once(bundle: Path, tmp_path: Path) -> None:
     given, out, whole = tmp_path / "in", tmp_path / "out", tmp_path / "whole"
     paths = write_pictures(given, 150)

@@ -26,6 +26,8 @@ from tests.browser import ARGUMENTS, CHROMIUM
 from tests.cli.runs import never, refused, run
 from tests.state.live_parts import engine_folder, pictures, pixel_clip
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["<b>one</b>", "two", "three", "four", "five"]
 
 

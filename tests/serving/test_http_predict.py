@@ -28,6 +28,8 @@ from tests.serving.http_client import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_one_image_is_classified_as_the_library_does(shared: Client) -> None:
     classifier, images = shared.service.classifier, queries()

@@ -12,6 +12,8 @@ import pytest
 
 from tests.serving.http_edge import BIG, Site, read_all, read_answers, site, statuses
 
+pytestmark = pytest.mark.slow
+
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
 CLOSE = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -85,7 +87,6 @@ def test_one_blank_line_before_a_request_is_ignored(shared: Site) -> None:
     assert statuses(shared.ask(GET + b"\r", b"\n", CLOSE, pause_s=0.02)) == [200, 200]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("framing", [b"Content-Length: 100000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"])
 def test_a_body_that_trickles_after_its_answer_is_cut_off(shared: Site, framing: bytes) -> None:
     for last in (b"", b"Connection: close\r\n"):
@@ -95,7 +96,6 @@ def test_a_body_that_trickles_after_its_answer_is_cut_off(shared: Site, framing:
             assert statuses(ended(connection, trickle)) == [200]
 
 
-@pytest.mark.slow
 def test_a_client_that_takes_its_answer_slowly_is_cut_off(shared: Site) -> None:
     for takes in (0, 512):
         with socket.socket() as connection:
@@ -197,7 +197,6 @@ def test_an_application_that_fails_is_a_500_and_the_end(shared: Site) -> None:
     assert statuses(answer) == [500] and b'"internal"' in answer
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "begun",
     [b"", b"GET / HT", POST, GET, GET + b"\r\n", GET + POST, b"BAD\r\n\r\n", CLOSE, POST.replace(b"/ ", b"/unread ")],

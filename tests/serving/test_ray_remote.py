@@ -36,6 +36,8 @@ from tests.pictures import GREY
 from tests.serving.http_client import CLASSES, Client, Gate, bundle, load, queries
 from tests.serving.ray_load import error_of, save_broken, save_renamed
 
+pytestmark = pytest.mark.slow
+
 FACTS = Facts("r1", 1, "here", Source("b", "c"), 3, Geometry(64), 2)
 
 

@@ -26,6 +26,8 @@ from tests import ROOT
 from tests.state.audit_parts import Crash, base, copied, failing, head_of, renamed, reopened
 from tests.state.live_parts import pictures, random_queries, random_state, small_classifier
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -262,7 +264,6 @@ def test_old_closed_lines_may_be_deleted_and_are_never_overwritten(path: Path, f
     assert {file: file.read_bytes() for file in kept} == kept
 
 
-@pytest.mark.slow
 def test_a_killed_process_keeps_every_acknowledged_change(path: Path) -> None:
     code = """
 import sys

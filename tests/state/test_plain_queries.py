@@ -19,6 +19,8 @@ from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.state.method_config import MethodConfig
 from tests.conftest import unit_rows
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
 
