@@ -24,6 +24,8 @@ from iosr_fast.methods import METHODS
 from tests.state.live_parts import refit
 from tests.state.manifests import rewrite_manifest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
 
@@ -67,7 +69,6 @@ def folder(tmp_path: Path, pictures) -> Path:
     return tmp_path / "images"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -> None:
     images, labels, queries, truth, names = pictures
@@ -79,7 +80,6 @@ def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -
     assert accuracy == fresh.score(queries, [names[c] for c in truth])
 
 
-@pytest.mark.slow
 def test_probabilities_and_forms_of_input(fresh: Classifier, pictures, folder: Path) -> None:
     images, labels, queries, _, names = pictures
     refit(fresh, images, labels, class_names=names, **GIVEN)
@@ -95,7 +95,6 @@ def test_probabilities_and_forms_of_input(fresh: Classifier, pictures, folder: P
     assert fresh.predict([]).shape == (0,)
 
 
-@pytest.mark.slow
 def test_many_images_are_encoded_in_chunks(fresh: Classifier, pictures, monkeypatch) -> None:
     images, labels, queries, _, names = pictures
     refit(fresh, images, labels, class_names=names, **GIVEN)
@@ -111,7 +110,6 @@ def test_many_images_are_encoded_in_chunks(fresh: Classifier, pictures, monkeypa
         fresh.predict([*many[:301], np.zeros((3, 3, 7), np.uint8)])
 
 
-@pytest.mark.slow
 def test_what_is_not_given_is_chosen_by_leave_one_out(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _truth, names = pictures
     refit(fresh, images, labels, class_names=names, views=1)
@@ -147,7 +145,6 @@ def test_tune_on_validation_images(fresh: Classifier, pictures) -> None:
     assert again.protocol == "loo" and fresh.parameters_ == again.parameters and fresh.tuned_ is again
 
 
-@pytest.mark.slow
 def test_leave_one_out_asks_with_single_views(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, _queries, _, names = pictures
     refit(fresh, images, labels, class_names=names, views=3, method="tip-adapter")
@@ -250,7 +247,6 @@ def test_engine_or_adapter_of_another_clip_is_refused(clip: OpenedClip) -> None:
         Classifier("demo", pretrained="none", adapter=DEMO_ADAPTER).fit(["a.jpg", "b.jpg"], ["a", "b"])
 
 
-@pytest.mark.slow
 def test_without_an_adapter_plus_plus_is_refused(demo_cache: Path, monkeypatch, pictures) -> None:
     monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
     images, labels, queries, truth, names = pictures
@@ -261,7 +257,6 @@ def test_without_an_adapter_plus_plus_is_refused(demo_cache: Path, monkeypatch, 
     assert refit(plain, images, labels, class_names=names, method="tip-adapter", views=1).score(queries, truth) > 0.5
 
 
-@pytest.mark.slow
 def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
     refit(fresh, images, [names[c] for c in labels], class_names=names, **GIVEN)
@@ -284,7 +279,6 @@ def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not delete"
 
 
-@pytest.mark.slow
 def test_narrow_keys_are_kept_through_saving(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
     refit(fresh, images, labels, class_names=names, **GIVEN)
@@ -301,7 +295,6 @@ def test_narrow_keys_are_kept_through_saving(fresh: Classifier, pictures, tmp_pa
     assert fresh.plan_.key_precision is None
 
 
-@pytest.mark.slow
 def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
     refit(fresh, images, [names[c] for c in labels], class_names=names, **GIVEN).save(tmp_path / "saved")
@@ -318,7 +311,6 @@ def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> 
     assert said.stdout.strip().split("|") == fresh.predict(queries[:3]).tolist()
 
 
-@pytest.mark.slow
 def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, _, _, names = pictures
     refit(fresh, images, labels, class_names=names, views=1, method="gda++", alpha=1.0)
@@ -357,7 +349,6 @@ def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures
     Classifier.load(folder)
 
 
-@pytest.mark.slow
 def test_command_line(fresh: Classifier, folder: Path, tmp_path: Path) -> None:
     def run(*words: str) -> Result:
         return CliRunner().invoke(app, words)

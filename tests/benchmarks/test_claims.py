@@ -17,6 +17,8 @@ from iosr_fast import Embeddings
 from iosr_fast.evaluation.features import read_features
 from tests.conftest import unit_rows
 
+pytestmark = pytest.mark.slow
+
 CLASSES, WIDTH, EACH = 8, 16, 15
 CLAIMS = {module.CLAIM.name: module.CLAIM for module in (audit, joint, suggest, texts, unknown)}
 

@@ -29,6 +29,8 @@ from iosr_fast.scoring.reference import score_reference  # noqa: E402
 from tests import ROOT  # noqa: E402
 from tests.clip.small_clip import small_clip  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 OPENVINO = bool(find_spec("openvino"))
 
 
@@ -58,7 +60,6 @@ def by_name(run: Run) -> dict[str, dict[str, Any]]:
     return {row["impl"]: row for row in run.rows}
 
 
-@pytest.mark.slow
 def test_encoder(small: None) -> None:
     run = Run("encoder", threads=1, repeats=1)
     encoder.run(run, "Small", batches=(3,), first_adapted_block=1)
@@ -108,7 +109,6 @@ def test_limits_of_embeddings(name: str, angle: float, allowed: bool) -> None:
         encoder.compare(name, (exact, turned), (exact, exact))
 
 
-@pytest.mark.slow
 def test_precision(small: None) -> None:
     run = Run("precision", threads=1, repeats=1)
     precision.run(run, ("Small",))
@@ -121,7 +121,6 @@ def test_precision(small: None) -> None:
     assert rows["onnxruntime-int8"]["file_mb"] < 0.8 * rows["onnxruntime-fp32"]["file_mb"]
 
 
-@pytest.mark.slow
 def test_pictures_of_a_clip_look_like_photographs() -> None:
     calibration, judged = encoder.pictures_of(small_clip())
     assert calibration.shape == (encoder.CALIBRATED, 32, 32, 3) and judged.shape == (encoder.JUDGED, 32, 32, 3)
@@ -175,7 +174,6 @@ def test_the_papers_formula_is_left_out_where_its_matrices_would_not_fit(monkeyp
     assert set(torch_rivals(plan, embeddings, Device())) == {"eager-best", "torch-fp32"}
 
 
-@pytest.mark.slow
 def test_pipeline_and_first_label(cached_exports: None, exports_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cold_start, "start", functools.cache(cold_start.start))  # one real start of each way
     run = Run("pipeline", threads=1, repeats=1)
@@ -215,7 +213,6 @@ def test_other_labels_and_pixels_are_not_timed(tmp_path: Path) -> None:
         cold_start.start("iosr-fast", str(paths[0]), "nowhere")
 
 
-@pytest.mark.slow
 def test_fit(exports_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOSR_FAST_CACHE", os.environ.get("IOSR_FAST_CACHE", ""))  # the subject sets it
     run = Run("fit", threads=1, repeats=1)
@@ -238,7 +235,6 @@ def test_photographs_are_as_large_as_photographs_and_repeat(tmp_path: Path) -> N
         photographs.write_photographs(tmp_path / "c", 10**6)
 
 
-@pytest.mark.slow
 def test_the_script_prints_rows_and_writes_them(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "benchmark.py")]
     words = ["score", "--case", "q2-k64-d16-c4", "--repeats", "1", "--threads", "1", "--json", "rows.json"]

@@ -28,6 +28,8 @@ from iosr_fast.utils.command import command_app
 from iosr_fast.utils.manifest import read_manifest
 from tests.demo_cache import export_once
 
+pytestmark = pytest.mark.slow
+
 
 def build(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> Result:
     """In this process, which has imported torch already."""
@@ -35,7 +37,6 @@ def build(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> Resul
     return CliRunner().invoke(command_app(build_engine.build_engine), ["--out", "engine", *options])
 
 
-@pytest.mark.slow
 def test_it_runs_from_anywhere(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "build_engine.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -55,7 +56,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
-@pytest.mark.slow
 def test_a_random_adapter_is_named_and_the_numbers_are_printed(built: tuple[Path, str]) -> None:
     folder, stdout = built
     for words in ("RANDOM adapter", "3 random pictures: max error", "8 real pictures", "engine/encoder.onnx"):
@@ -69,7 +69,6 @@ def test_a_random_adapter_is_named_and_the_numbers_are_printed(built: tuple[Path
     assert embeddings.adapted is not None and embeddings.adapted.shape == (6, encoder.width)
 
 
-@pytest.mark.slow
 def test_a_plan_is_added_to_an_engine(built: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(machine, "this_gpu", lambda: None)
@@ -89,7 +88,6 @@ def test_a_plan_is_added_to_an_engine(built: tuple[Path, str], tmp_path: Path, m
     assert open_engine(tmp_path / "engine").runtime in ONNX_RUNTIMES
 
 
-@pytest.mark.slow
 def test_without_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = build(monkeypatch, tmp_path, "--adapter", "none", "--runtime", "torch")
     assert done.exit_code == 0, done.output

@@ -15,6 +15,8 @@ from iosr_fast.export import pretrained
 from tests.cli.runs import never, refused
 from tests.state.live_parts import pixel_clip
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_demo_that_nobody_named_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

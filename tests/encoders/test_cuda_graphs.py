@@ -13,6 +13,8 @@ import pytest
 
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, bucket_of, check_buckets, powers_of_two
 
+pytestmark = pytest.mark.slow
+
 SIZE, WIDTH = 4, 3
 
 

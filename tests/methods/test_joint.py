@@ -19,6 +19,8 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score
 
+pytestmark = pytest.mark.slow
+
 CLASSES, WIDTH = 12, 24
 
 

@@ -20,6 +20,8 @@ from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows
 
+pytestmark = pytest.mark.slow
+
 CLASSES, WIDTH = 7, 24
 
 
@@ -164,7 +166,6 @@ def test_level_means_within_two_standard_errors_of_the_difference() -> None:
     assert is_level(other, best) and is_level(best, best)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("text", [True, False])
 def test_auto_finds_what_is_far_better(rng: np.random.Generator, text: bool) -> None:
     support, queries, labels = task(rng, [5] * CLASSES, 300, text)

@@ -15,6 +15,8 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.listing import list_images
 from iosr_fast.pipeline import stream
 
+pytestmark = pytest.mark.slow
+
 COUNT = 100
 
 
@@ -25,7 +27,6 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_labels_are_those_of_predict(bundle: Path, photographs: Path) -> None:
     classifier = Classifier.load(bundle, threads=1)
     found = classifier.predict_folder(photographs, batch=16, threads=3)

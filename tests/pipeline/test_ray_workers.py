@@ -36,6 +36,8 @@ from tests.pipeline.runs import (
     write_pictures,
 )
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ("--chunk", "5", "--batch", "5")
 
 
@@ -58,7 +60,6 @@ def kill_a_worker(out: Path, running: Callable[[], bool]) -> tuple[int, str]:
     raise AssertionError("found no worker at work in the middle of the run")
 
 
-@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_loses_nothing(bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray.data")
     given, out, parts = tmp_path / "in", tmp_path / "out", 40
@@ -112,7 +113,6 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         process.wait(timeout=30)
 
 
-@pytest.mark.slow
 def test_on_a_cluster_that_is_running(engine: Path, cluster: dict[str, str], tmp_path: Path) -> None:
     given, out = tmp_path / "in", tmp_path / "out"
     paths = write_pictures(given, 30)

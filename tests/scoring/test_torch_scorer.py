@@ -25,6 +25,8 @@ from iosr_fast.scoring.score import score, score_with_path
 from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, unit_rows
 from tests.scoring.numerics import allowed_error, assert_as_good_as_eager, assert_close_to_truth, needs_gpu, tensors
 
+pytestmark = pytest.mark.slow
+
 CPP = f"cpp/{next(name for name, supported in _C.simd_paths() if supported)}"
 
 
@@ -243,7 +245,6 @@ def test_every_tile_of_keys_and_queries_is_summed(
                 assert_close_to_truth("torch/cpu", plan, random_embeddings(rng, 7, 10))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("parts", [{}, {"dense": True}, {"reducer": "projection", "query": "plain"}], ids=str)
 def test_eager_needs_little_memory(parts: dict[str, Any], rng: np.random.Generator) -> None:
     """Chunks of keys go through one after another, whatever their number."""

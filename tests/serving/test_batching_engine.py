@@ -18,6 +18,8 @@ from tests.demo_cache import demo_bundle
 from tests.pictures import encode
 from tools.demo.bundle import held_out_queries
 
+pytestmark = pytest.mark.slow
+
 if find_spec("open_clip") is None:
     pytest.skip("open_clip comes with the cpu extra", allow_module_level=True)
 pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
@@ -31,7 +33,6 @@ def classifier() -> Classifier:
     return Classifier.load(demo_bundle(CLASSES, SHOTS))
 
 
-@pytest.mark.slow
 def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) -> None:
     images, _labels = held_out_queries(CLASSES, SHOTS)
     images = images[:40]

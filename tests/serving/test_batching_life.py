@@ -30,6 +30,8 @@ from tests.serving.batching_fakes import (
     until,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_close_answers_everything_accepted(batching, classifier: FakeClassifier) -> None:
     slow = Gated(9)

@@ -28,6 +28,8 @@ from tests.serving.http_client import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_classes_and_examples_are_listed(shared: Client) -> None:
     classifier = shared.service.classifier
@@ -337,7 +339,6 @@ async def _thread_of_the_loop() -> int:
     return threading.get_ident()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [

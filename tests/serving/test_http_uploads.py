@@ -18,6 +18,8 @@ from tests.pictures import GREY, encode
 from tests.serving.hostile_images import FAIR, IMAGES, chunk, encoded, picture, png, webp
 from tests.serving.http_client import AUTHORISED, Client, form, queries, serving
 
+pytestmark = pytest.mark.slow
+
 
 def refusal(
     data: bytes, max_image_bytes: int = 8 << 20, max_pixels: int = 50_000_000, side: int = 64
@@ -185,7 +187,6 @@ def test_too_many_images_are_a_413(small: Client) -> None:
     assert code_of(small.predict(*[GREY] * 5), 413) == "too_many_images"
 
 
-@pytest.mark.slow
 def test_a_body_that_comes_too_slowly_is_a_408() -> None:
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
     with serving(body_timeout_s=0.3) as client:
@@ -296,7 +297,6 @@ def test_damaged_forms_are_named(small: Client, body: bytes, boundary: str, code
         assert code_of(small.ask("POST", "/v1/predict", content=content, headers=kind), 400) == code
 
 
-@pytest.mark.slow
 def test_a_form_may_be_cut_anywhere(small: Client) -> None:
     """Pieces of any size, also within boundaries, give the same images; parts need no filename."""
     images = queries()[:3]

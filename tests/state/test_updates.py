@@ -24,6 +24,8 @@ from tests.conftest import random_plan
 from tests.pictures import encode
 from tests.state.live_parts import WIDTH, PixelEncoder, engine_folder, pictures, small_classifier, unfitted, unit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def images() -> np.ndarray:

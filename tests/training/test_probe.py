@@ -15,6 +15,8 @@ pytest.importorskip("sklearn")
 
 from iosr_fast.training.probe import Probe, probe, probed_rows
 
+pytestmark = pytest.mark.slow
+
 
 def clusters(
     rng: np.random.Generator, classes: int, each: int, width: int, noise: float
