@@ -16,7 +16,7 @@ def set_quiet(quiet: bool) -> None:
 
 
 def is_quiet() -> bool:
-    """What `set_quiet` was told."""
+    """Whether `set_quiet` has turned notes, warnings and bars off."""
     return _quiet
 
 
