@@ -63,20 +63,17 @@ def check_new_folder(out: Path, kind: str | None = None) -> None:
 
 
 def _refuse_replacing(folder: Path, kind: str | None) -> None:
-    while True:
-        before = folder_identity(folder)
+    while (before := folder_identity(folder, follow_symlinks=False)) is not None:
         reason = _in_the_way(folder, kind)
         if reason is None:
             return
-        if folder_identity(folder) == before:
+        if folder_identity(folder, follow_symlinks=False) == before:
             raise FileExistsError(f"{folder} exists and is not replaced: {reason}; choose another place, or remove it")
         # Another writer replaced it meanwhile.
 
 
 def _in_the_way(folder: Path, kind: str | None) -> str | None:
     """What in a folder must not be deleted, in words; None if nothing is."""
-    if not os.path.lexists(folder):
-        return None
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -90,11 +87,12 @@ def _in_the_way(folder: Path, kind: str | None) -> str | None:
     try:
         held = open_verified(folder, kind)
         held.check()
+        present = list(folder.rglob("*"))
     except (ValueError, OSError) as error:
         return f"it is no complete {kind} of iosr_fast ({error})"
     ours = {folder / name for name in (MANIFEST, *held.files)}
     ours |= {parent for path in ours for parent in path.parents}
-    others = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path not in ours)
+    others = sorted(str(path.relative_to(folder)) for path in present if path not in ours)
     return f"it holds other files than those of the {kind}, {abbreviate(others)}" if others else None
 
 

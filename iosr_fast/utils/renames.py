@@ -21,10 +21,10 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h and stdio.h
 log = logging.getLogger(__name__)
 
 
-def folder_identity(folder: Path) -> tuple[int, int, int] | None:
+def folder_identity(folder: Path, follow_symlinks: bool = True) -> tuple[int, int, int] | None:
     """Distinguishes a folder from another one that replaces it; None where there is none."""
     try:
-        status = folder.stat()
+        status = folder.stat(follow_symlinks=follow_symlinks)
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_ctime_ns

@@ -421,6 +421,32 @@ def test_two_writers_in_turn_fail_neither_each_other_nor_readers(tmp_path: Path)
     assert os.listdir(tmp_path) == ["thing"], "and nothing is left beside it"
 
 
+@pytest.mark.parametrize("moment", ["check", "scandir"])
+def test_a_folder_that_another_writer_moves_while_it_is_looked_at_is_written(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "thing"
+    write(target, "one")
+    owner = {"check": VerifiedFolder, "scandir": os}[moment]
+    look = getattr(owner, moment)
+
+    def moved(looked_at: object) -> object:
+        if looked_at != tmp_path and target.exists():
+            target.rename(tmp_path / "moved")
+        return look(looked_at)
+
+    monkeypatch.setattr(owner, moment, moved)
+    write(target, "two")
+    assert (target / "content").read_text() == "two"
+
+
+def test_a_link_to_itself_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thing").symlink_to("thing")
+    with pytest.raises(FileExistsError, match="can't be listed"):
+        write(tmp_path / "thing", "one")
+    assert (tmp_path / "thing").is_symlink()
+
+
 def test_an_exchanged_folder_is_never_missing(renaming: str, tmp_path: Path) -> None:
     if renaming != "exchange":
         pytest.skip("two renames leave a moment without a folder")
