@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.exceptions import IosrFastError
-    from iosr_fast.few_shot_head import FewShotHead
+    from iosr_fast.head.few_shot_head import FewShotHead
+    from iosr_fast.head.labels import labelled_images
     from iosr_fast.scoring.plan import ScoringPlan
     from iosr_fast.scoring.score import score
-    from iosr_fast.state.labels import labelled_images
 
     __version__: str
 
 _HOME = {
     "Classifier": "classifier",
     "Embeddings": "encoders.encoder",
-    "FewShotHead": "few_shot_head",
+    "FewShotHead": "head.few_shot_head",
     "IosrFastError": "exceptions",
     "ScoringPlan": "scoring.plan",
-    "labelled_images": "state.labels",
+    "labelled_images": "head.labels",
     "score": "scoring.score",
 }
 __all__ = [

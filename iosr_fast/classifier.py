@@ -13,20 +13,20 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.fit import Fit, check_fit, fit
+from iosr_fast.head.label_sets import known_label_sets, label_sets
+from iosr_fast.head.labels import labelled_images
+from iosr_fast.head.multi_label import decision, probabilities
+from iosr_fast.head.predictions import Prediction, predict, predict_jointly
+from iosr_fast.head.unknown_images import unknown_folder
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.tuning.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP, check_unknown
 from iosr_fast.pipeline.many_images import ManyImages
 from iosr_fast.scoring.precision import Precision
-from iosr_fast.state.fit import Fit, check_fit, fit
-from iosr_fast.state.label_sets import known_label_sets, label_sets
-from iosr_fast.state.labels import labelled_images
-from iosr_fast.state.multi_label import decision, probabilities
-from iosr_fast.state.optimizing import Optimizing
-from iosr_fast.state.predictions import Prediction, predict, predict_jointly
-from iosr_fast.state.saving import Saving
-from iosr_fast.state.unknown_images import unknown_folder
+from iosr_fast.store.optimizing import Optimizing
+from iosr_fast.store.saving import Saving
 from iosr_fast.utils.estimator import Estimator
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ranking import mean_average_precision
@@ -230,7 +230,7 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         names = self.class_names if class_names is None else class_names
         inputs = check_fit(self.get_params(), images, labels, names, unknown_images)
         fitted = fit(self._open(), inputs)
-        if self.precision == "auto" and fitted.state.multi_label is not None:
+        if self.precision == "auto" and fitted.head.multi_label is not None:
             log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
         elif self.precision == "auto":
             fitted = self._with_best_engine(fitted, inputs)
@@ -283,7 +283,7 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         """Logits (B, C) float32; of two classes (B,), the second one's logit minus the first one's. With several labels
         a picture always (B, C), each class by itself."""
         fit = self._fitted()
-        return decision(self._logits(fit, images, impl), fit.state.multi_label is not None)
+        return decision(self._logits(fit, images, impl), fit.head.multi_label is not None)
 
     def predict(
         self,
@@ -303,10 +303,10 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         """
         share = check_unknown(unknown, keep, unknown_label)
         fit = self._fitted()
-        if fit.state.multi_label is not None:
+        if fit.head.multi_label is not None:
             if share is not None:
-                fit.state.one_label("predict(unknown='reject')", "a picture of none of the classes gets no label")
-            members = fit.state.multi_label.members(self._logits(fit, images))
+                fit.head.one_label("predict(unknown='reject')", "a picture of none of the classes gets no label")
+            members = fit.head.multi_label.members(self._logits(fit, images))
             return members.astype(np.int64) if fit.integer_labels else label_sets(fit.labels(), members)
         if share is not None:
             return self._labels_or_rejected(fit, images, share, unknown_label)
@@ -316,7 +316,7 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         """softmax of the logits, (B, C) float32, columns in the order of `classes_`. With several labels a picture the
         probability of each class by itself, 1 / (1 + exp(-logit)): the sum of a row is any number up to C."""
         fit = self._fitted()
-        return probabilities(self._logits(fit, images), fit.state.multi_label is not None)
+        return probabilities(self._logits(fit, images), fit.head.multi_label is not None)
 
     def predict_jointly(self, images: Any) -> JointPrediction:
         """Probabilities (B, C) of images that are classified together: means and covariance of the classes are
@@ -329,10 +329,10 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         Raises BadImageError for an image that can't be read.
         """
         fit = self._fitted()
-        fit.state.one_label("predict_jointly")
+        fit.head.one_label("predict_jointly")
         parts = [fit.encoder.encode(pixels) for pixels in self._chunks(fit, images)]
-        queries = Embeddings.concatenate(parts) if parts else fit.state.examples.embeddings[:0]
-        return replace(predict_jointly(fit.state, queries), classes=fit.labels())
+        queries = Embeddings.concatenate(parts) if parts else fit.head.examples.embeddings[:0]
+        return replace(predict_jointly(fit.head, queries), classes=fit.labels())
 
     def explain(
         self,
@@ -343,7 +343,7 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         keep: float = KEEP,
     ) -> list[Prediction]:
         """A Prediction for each image: label and probability, the `top` classes with what texts, examples and their
-        adapted embeddings contribute to each, and the `nearest` support images. All of one state of the classifier.
+        adapted embeddings contribute to each, and the `nearest` support images. All of one version of the classifier.
 
         unknown="reject" and `keep` are those of `predict`: `unknown` of a Prediction then has the score, and `label`
         is None if the picture belongs to none of the classes.
@@ -351,11 +351,11 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         share = check_unknown(unknown, keep)
         top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
         fit = self._fitted()
-        fit.state.one_label("explain", "predict_proba gives the probability of each class")
+        fit.head.one_label("explain", "predict_proba gives the probability of each class")
         if share is not None:
-            fit.state.unknown.threshold(share)  # too few support images: before anything is encoded
+            fit.head.unknown.threshold(share)  # too few support images: before anything is encoded
         rows = (fit.encoder.encode_on_device(pixels) for pixels in self._chunks(fit, images))
-        return [prediction for chunk in rows for prediction in predict(fit.state, chunk, top, nearest, share)]
+        return [prediction for chunk in rows for prediction in predict(fit.head, chunk, top, nearest, share)]
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
         """The share of images whose predicted class is their label: a class name; or an integer as at the fit, into
@@ -364,8 +364,8 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         With several labels a picture the mean average precision over the classes that a picture has
         (utils.ranking.mean_average_precision), with labels as for `fit`."""
         fit, listed = self._fitted(), as_image_list(images)
-        if fit.state.multi_label is not None:
-            known = known_label_sets(labels, len(listed), np.array(fit.state.class_names))
+        if fit.head.multi_label is not None:
+            known = known_label_sets(labels, len(listed), np.array(fit.head.class_names))
             return mean_average_precision(known, self._logits(fit, listed))
         ids = fit.class_ids(listed, labels)
         if not len(ids):
@@ -373,5 +373,5 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         return float((self._logits(fit, listed).argmax(1) == ids).mean())
 
     def _logits(self, fit: Fit, images: Any, impl: str = "auto") -> np.ndarray:
-        parts = [fit.state.score(fit.encoder.encode_on_device(pixels), impl) for pixels in self._chunks(fit, images)]
-        return np.concatenate(parts) if parts else np.zeros((0, len(fit.state.uids)), np.float32)
+        parts = [fit.head.score(fit.encoder.encode_on_device(pixels), impl) for pixels in self._chunks(fit, images)]
+        return np.concatenate(parts) if parts else np.zeros((0, len(fit.head.uids)), np.float32)

@@ -21,8 +21,8 @@ from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.methods import METHODS
-from tests.state.live_parts import refit
-from tests.state.manifests import rewrite_manifest
+from tests.store.live_parts import refit
+from tests.store.manifests import rewrite_manifest
 
 pytestmark = pytest.mark.slow
 

@@ -114,7 +114,7 @@ def open_parts(
     from iosr_fast.encoders.runtimes import open_engine
     from iosr_fast.encoders.runtimes.engine import ENGINE_KIND
     from iosr_fast.images.decode import CpuDecoder
-    from iosr_fast.state.description import folder_kind
+    from iosr_fast.store.description import folder_kind
 
     decoder = CpuDecoder()
     encoder: Encoder

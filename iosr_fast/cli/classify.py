@@ -192,7 +192,7 @@ def _classify_list(
         top = SEVERAL if several else min(top, len(loaded.classes_))
         job = Job(loaded.snapshot(), reader, paths, top, rejecting)
         if rejecting is not None:
-            rejecting.check(job.state)
+            rejecting.check(job.head)
         try:
             if joint:
                 counts = stream_jointly(job, file, log) if out is None else write_jointly(job, out, log)

@@ -54,7 +54,7 @@ def embed(
 def find_engine(engine: str) -> Path:
     """The engine's folder: the one inside a saved classifier; for "demo" that of the demo's, built once and cached."""
     if engine != "demo":
-        from iosr_fast.state.bundle import ENGINE
+        from iosr_fast.store.bundle import ENGINE
 
         inner = Path(engine) / ENGINE
         return inner if (inner / MANIFEST).is_file() else Path(engine)

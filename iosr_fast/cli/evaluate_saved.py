@@ -52,9 +52,9 @@ def saved(
     Also written without `saved`: iosr-fast evaluate CLASSIFIER IMAGES.
     """
     from iosr_fast.classifier import Classifier
+    from iosr_fast.head.labels import labelled_images
+    from iosr_fast.head.unknown_images import unknown_folder
     from iosr_fast.reports.evaluation_report import evaluation_page
-    from iosr_fast.state.labels import labelled_images
-    from iosr_fast.state.unknown_images import unknown_folder
 
     if not classifier.is_dir():
         raise FileNotFoundError(

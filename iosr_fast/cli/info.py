@@ -21,6 +21,6 @@ def info(
 
         say(*format_info().split("\n"))
     else:
-        from iosr_fast.state.description import describe
+        from iosr_fast.store.description import describe
 
         say(*describe(folder).split("\n"))

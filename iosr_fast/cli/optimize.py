@@ -50,9 +50,9 @@ def optimize(
     iosr-fast optimize my-classifier --images support/
     """
     from iosr_fast.classifier import Classifier
-    from iosr_fast.state.labels import labelled_images
-    from iosr_fast.state.optimize import OptimizeOptions
-    from iosr_fast.state.unknown_images import unknown_folder
+    from iosr_fast.head.labels import labelled_images
+    from iosr_fast.head.optimize import OptimizeOptions
+    from iosr_fast.head.unknown_images import unknown_folder
 
     OptimizeOptions(objective, tolerance, runtime, precision)  # checks them
     if smaller_images and pretrained is None:

@@ -37,7 +37,7 @@ _LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
 class MultiLabelFit:
     """A plan whose logits are those of each class by itself, with the evidence of left-out support images.
 
-    method, parameters  as chosen or given; `factor` multiplies the logits, as State's config has it
+    method, parameters  as chosen or given; `factor` multiplies the logits, as Head's config has it
     plan                sigmoid(logits) are the probabilities (B, C)
     thresholds          (C,) float32: an image has the labels whose probability reaches them. Halfway between the
                         class's own (f1_thresholds) and their mean, because left-out images of one class are few

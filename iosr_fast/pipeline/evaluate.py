@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.head.evaluation import MISTAKES, Evaluation, LabelSets, Mistake, UnknownResult
+from iosr_fast.head.predictions import predict
 from iosr_fast.methods.conformal import LeftOutLabels, of_logits
 from iosr_fast.methods.promise import threshold
 from iosr_fast.methods.tuning.near_duplicates import near_support
 from iosr_fast.pipeline.reader import Reader
-from iosr_fast.state.evaluation import MISTAKES, Evaluation, LabelSets, Mistake, UnknownResult
-from iosr_fast.state.predictions import predict
 from iosr_fast.utils.ranking import auroc
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.state.state import State
+    from iosr_fast.head.head import Head
 
 _NEAREST = 3  # support images of a mistake
 _BLOCK = 1024  # images whose logits are in memory
 
 
 def evaluate_images(
-    state: State,
+    head: Head,
     reader: Reader,
     images: Sequence[Any],
     class_ids: np.ndarray,
@@ -51,12 +51,12 @@ def evaluate_images(
     if known is None:
         raise IosrFastError(f"expected images to evaluate on, got {len(images)}, none of which can be read")
     _, others, unknown = encoded(unknown_images) if len(unknown_images) else (rows, [], None)
-    found = _measure_unknown(state, known, unknown, others, keep)
-    return _measure(state, known, class_ids[rows], names, coverage, found, tuple(errors))
+    found = _measure_unknown(head, known, unknown, others, keep)
+    return _measure(head, known, class_ids[rows], names, coverage, found, tuple(errors))
 
 
 def _measure(
-    state: State,
+    head: Head,
     embeddings: Embeddings,
     labels: np.ndarray,
     images: Sequence[Any],
@@ -65,11 +65,11 @@ def _measure(
     errors: tuple[BadImageError, ...],
 ) -> Evaluation:
     """The Evaluation of B images by their embeddings (B, D), the positions of their classes (B,) and their names."""
-    left_out = state.left_out_labels
+    left_out = head.left_out_labels
     reason = _refusal(left_out.odds, coverage)
 
     def judged(rows: slice) -> np.ndarray:
-        logits, of_rows = state.score(embeddings[rows]), labels[rows]
+        logits, of_rows = head.score(embeddings[rows]), labels[rows]
         members = np.zeros(logits.shape, bool) if reason else left_out.sets(logits, coverage)
         one, covered = of_logits(logits, of_rows), members[np.arange(len(of_rows)), of_rows]
         return np.stack([one.odds, one.confidence, one.right, one.log_loss, logits.argmax(1), members.sum(1), covered])
@@ -79,17 +79,17 @@ def _measure(
     outcome = LeftOutLabels(odds, confidence, right > 0, log_loss, labels, odds)
     wrong = np.flatnonzero(~outcome.right)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist()
-    truths = [(state.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]
+    truths = [(head.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]
     return Evaluation(
         images,
-        state.class_names,
+        head.class_names,
         labels,
         predicted.astype(np.int64),
         confidence,
         outcome.reliability,
-        state.left_out_accuracy,
-        _mistakes(state, embeddings[np.array(worst, int)], [images[row] for row in worst], truths),
-        int(near_support(state.support, embeddings.plain).sum()),
+        head.left_out_accuracy,
+        _mistakes(head, embeddings[np.array(worst, int)], [images[row] for row in worst], truths),
+        int(near_support(head.support, embeddings.plain).sum()),
         LabelSets(coverage, reason=reason)
         if reason
         else LabelSets(coverage, float(covered.mean()), float(sizes.mean()), float((sizes == 0).mean())),
@@ -99,12 +99,12 @@ def _measure(
 
 
 def _measure_unknown(
-    state: State, known: Embeddings, unknown: Embeddings | None, images: Sequence[Any], keep: float
+    head: Head, known: Embeddings, unknown: Embeddings | None, images: Sequence[Any], keep: float
 ) -> UnknownResult:
     """What predict(unknown="reject", keep=keep) does with embeddings of the classes, and with those of none."""
-    if not len(state.examples):
+    if not len(head.examples):
         return UnknownResult(keep, reason="there are no support images")
-    model = state.unknown
+    model = head.unknown
     scores = model.score(known)
     reason = _refusal(model.left_out, keep)
     limit = math.nan if reason else model.threshold(keep)
@@ -114,20 +114,20 @@ def _measure_unknown(
     others = model.score(unknown)
     accepted = np.argsort(others, kind="stable")[: (others <= limit).sum()][:MISTAKES].tolist()
     mistakes = _mistakes(
-        state, unknown[np.array(accepted, int)], [images[row] for row in accepted], [(None, 0.0)] * len(accepted)
+        head, unknown[np.array(accepted, int)], [images[row] for row in accepted], [(None, 0.0)] * len(accepted)
     )
     rejected = math.nan if reason else float((others > limit).mean())
     return UnknownResult(keep, kept, len(others), rejected, auroc(others, scores), mistakes, reason)
 
 
 def _mistakes(
-    state: State, embeddings: Embeddings, images: Sequence[Any], truths: Sequence[tuple[str | None, float]]
+    head: Head, embeddings: Embeddings, images: Sequence[Any], truths: Sequence[tuple[str | None, float]]
 ) -> tuple[Mistake, ...]:
     if not images:
         return ()
     return tuple(
         Mistake(image, *truth, one.top[0].label, one.top[0].probability, one.nearest)
-        for image, truth, one in zip(images, truths, predict(state, embeddings, 1, _NEAREST), strict=True)
+        for image, truth, one in zip(images, truths, predict(head, embeddings, 1, _NEAREST), strict=True)
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.head.predictions import LabelSet, Rejection
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.unknown import without_rejected
@@ -19,10 +20,9 @@ from iosr_fast.pipeline.job import Job
 from iosr_fast.pipeline.joint import classify_jointly
 from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.rejecting import Rejecting
-from iosr_fast.state.predictions import LabelSet, Rejection
 
 if TYPE_CHECKING:
-    from iosr_fast.state.state import State
+    from iosr_fast.head.head import Head
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,15 @@ class FolderPredictions:
 
 
 def predict_folder(
-    state: State, reader: Reader, folder: str | Path, joint: bool, rejecting: Rejecting | None
+    head: Head, reader: Reader, folder: str | Path, joint: bool, rejecting: Rejecting | None
 ) -> FolderPredictions:
     """As Classifier.predict_folder."""
     listing = list_images(folder)
     if joint or rejecting is not None:
-        state.one_label("predict_folder with joint or unknown", "leave them out")
+        head.one_label("predict_folder with joint or unknown", "leave them out")
     if rejecting is not None:
-        rejecting.check(state)
-    job = Job(state, reader, listing.paths, 1, rejecting)
+        rejecting.check(head)
+    job = Job(head, reader, listing.paths, 1, rejecting)
     if joint:
         together = classify_jointly(job, lambda images: None)
         labels = together.joint.classes[together.probabilities.argmax(1)]
@@ -109,7 +109,7 @@ def predict_folder(
                 sets.append(dict(zip(answer.labels, answer.probabilities, strict=True)))
             else:
                 answers.append((answer.top[0].label, answer.probability, answer.unknown))
-    if state.multi_label is not None:
+    if head.multi_label is not None:
         labels, probabilities = np.empty(len(sets), object), np.empty(len(sets), object)
         labels[:], probabilities[:] = [frozenset(one) for one in sets], sets
         return FolderPredictions(readable, labels, probabilities, errors, listing.skipped)

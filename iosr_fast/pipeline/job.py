@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.head.predictions import LabelSet, Prediction
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.pipeline.journal import Journal, open_journal
 from iosr_fast.pipeline.reader import Reader
@@ -19,13 +20,12 @@ from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.resume import complete
 from iosr_fast.pipeline.stream import Answer, classify
 from iosr_fast.pipeline.tables import Result, Row, check_output, csv_cells, csv_writer, write_table
-from iosr_fast.state.predictions import LabelSet, Prediction
-from iosr_fast.state.state_files import fingerprint
+from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:
-    from iosr_fast.state.state import State
+    from iosr_fast.head.head import Head
 
 
 class Counts(NamedTuple):
@@ -38,9 +38,9 @@ class Counts(NamedTuple):
 @dataclass(frozen=True)
 class Job:
     """Classifies `paths`, and reports the `top` classes of each, or with SEVERAL those that it has. `rejecting` was
-    checked with `state`."""
+    checked with `head`."""
 
-    state: State
+    head: Head
     reader: Reader
     paths: list[str]
     top: int
@@ -87,7 +87,7 @@ class Job:
             digest.update(f"{path}\0{_stamp(path)}\0".encode())
         return {
             "iosr_fast": __version__,
-            "classifier": fingerprint(self.state),
+            "classifier": fingerprint(self.head),
             "engine": self.reader.encoder.fingerprint,
             "runtime": self.reader.encoder.runtime,
             "decoder": self.reader.decoder.name,
@@ -104,7 +104,7 @@ class Job:
         # The stage is chosen for all images, so that resuming changes no digit.
         reader, stage = self.reader, self.reader.stage(len(self.paths))
         paths, keep = self.paths[first:], None if self.rejecting is None else self.rejecting.keep
-        with closing(classify(self.state, stage, reader.decoder, paths, reader.batch, self.top, keep)) as batches:
+        with closing(classify(self.head, stage, reader.decoder, paths, reader.batch, self.top, keep)) as batches:
             for batch in batches:
                 for answer in batch:
                     if isinstance(answer, BadImageError) and not reader.skip_bad:

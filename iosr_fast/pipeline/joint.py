@@ -8,12 +8,12 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
+from iosr_fast.head.predictions import Rejection, predict_jointly, rejections
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.pipeline.job import Counts, Job, check_place, journal_path
 from iosr_fast.pipeline.stream import Errors
 from iosr_fast.pipeline.tables import Result, csv_cells, csv_writer, write_table
 from iosr_fast.scoring.reference import softmax
-from iosr_fast.state.predictions import Rejection, predict_jointly, rejections
 from iosr_fast.utils.progress import progress
 
 
@@ -38,18 +38,18 @@ def classify_jointly(job: Job, advance: Callable[[int], None]) -> Together:
     Raises BadImageError unless the reader skips bad images.
     """
     errors, queries = job.reader.embed(job.paths, advance)
-    state = job.state
+    head = job.head
     if queries is None:
-        queries = state.examples.embeddings[:0]
+        queries = head.examples.embeddings[:0]
     if job.rejecting is None:
-        joint = predict_jointly(state, queries)
+        joint = predict_jointly(head, queries)
         return Together(errors, joint, joint.probabilities, None)
-    found = rejections(state, queries, job.rejecting.keep)
+    found = rejections(head, queries, job.rejecting.keep)
     rejected = np.array([one.rejected for one in found], bool)
-    joint = predict_jointly(state, queries[~rejected])
-    probabilities = np.empty((len(queries), len(state.uids)), np.float32)
+    joint = predict_jointly(head, queries[~rejected])
+    probabilities = np.empty((len(queries), len(head.uids)), np.float32)
     probabilities[~rejected] = joint.probabilities
-    probabilities[rejected] = softmax(state.score(queries[rejected]))
+    probabilities[rejected] = softmax(head.score(queries[rejected]))
     return Together(errors, joint, probabilities, found)
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.head.evaluation import Evaluation
+from iosr_fast.head.fit import Fit
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.promise import check_share
@@ -19,9 +21,7 @@ from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
 from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
-from iosr_fast.state.evaluation import Evaluation
-from iosr_fast.state.fit import Fit
-from iosr_fast.state.uncertainty import Uncertainty
+from iosr_fast.store.uncertainty import Uncertainty
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.progress import progress
 
@@ -55,7 +55,7 @@ class ManyImages(Uncertainty):
         decoded at a fraction of its size, which changes its pixels by about 1 level or less on average, and a label
         that was as good as tied; the `decoder` "cpu-exact" gives the pixels of `predict`.
         `batch` images are encoded at a time (None: 16 on a CPU, 64 on a GPU); `threads` are the cores to use on a CPU
-        (None: all). All is of one state of the classifier.
+        (None: all). All is of one version of the classifier.
 
         `joint` classifies all pictures together, as `predict_jointly` does, once all are encoded; their embeddings and
         all probabilities are then in memory. unknown="reject" gives `unknown_label` to pictures of none of the classes,
@@ -68,7 +68,7 @@ class ManyImages(Uncertainty):
         rejecting = check_rejecting(unknown, unknown_label, keep)
         fit = self._fitted()
         reader = self._reader(fit, batch=batch, skip_bad=skip_bad, threads=threads, decoder=decoder)
-        return predict_folder(fit.state, reader, folder, joint, rejecting)
+        return predict_folder(fit.head, reader, folder, joint, rejecting)
 
     def suggest(
         self,
@@ -87,9 +87,9 @@ class ManyImages(Uncertainty):
         """
         fit, n = self._fit, check_integer("n", n, 1)
         if fit is not None:
-            fit.state.one_label("suggest")
+            fit.head.one_label("suggest")
         reader = self._reader(fit, batch=batch, skip_bad=skip_bad, threads=threads, decoder=decoder)
-        return suggest_from_folder(None if fit is None else fit.state, reader, folder, n)
+        return suggest_from_folder(None if fit is None else fit.head, reader, folder, n)
 
     def evaluate(
         self,
@@ -115,14 +115,12 @@ class ManyImages(Uncertainty):
         """
         coverage, keep = check_share("coverage", coverage), check_share("keep", keep)
         fit, listed = self._fitted(), as_image_list(images)
-        fit.state.one_label("evaluate", "score gives the mean average precision")
+        fit.head.one_label("evaluate", "score gives the mean average precision")
         ids = fit.class_ids(listed, labels)
         others = [] if unknown_images is None else as_image_list(unknown_images)
         reader = self._reader(fit, batch=batch, skip_bad=skip_bad, threads=threads, decoder=decoder)
         with progress("encode", len(listed) + len(others), shown=bool(self.progress)) as advance:
-            return evaluate_images(
-                fit.state, reader, listed, ids, others, coverage=coverage, keep=keep, advance=advance
-            )
+            return evaluate_images(fit.head, reader, listed, ids, others, coverage=coverage, keep=keep, advance=advance)
 
     def _reader(self, fit: Fit | None, **options: Any) -> Reader:
         """The reader of a fit's queries; without a fit, that of the CLIP that the parameters name."""

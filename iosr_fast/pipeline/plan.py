@@ -19,15 +19,15 @@ import numpy as np
 from iosr_fast import __version__
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.head.head import Head
+from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.pipeline import embedding_files, prediction_files
 from iosr_fast.pipeline.embedding_files import Part
 from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.source import Chunk, Source
-from iosr_fast.state.bundle import Bundle, load_bundle
-from iosr_fast.state.predictions import Prediction, predict
-from iosr_fast.state.state import State
-from iosr_fast.state.state_files import fingerprint
+from iosr_fast.store.bundle import Bundle, load_bundle
+from iosr_fast.store.head_files import fingerprint
 
 SCHEMA = 1
 WritePart: TypeAlias = Callable[[Path, Part], None]  # writes a part file of a chunk's embeddings atomically
@@ -124,7 +124,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyPlan(Plan):
-    """Predictions, with the `top` classes of each image. `bundle` is the fingerprint of the classifier's state, so that
+    """Predictions, with the `top` classes of each image. `bundle` is the fingerprint of the classifier's head, so that
     parts of two classifiers never mix. `unknown_label` and `keep` are those of Rejecting, or None."""
 
     kind: ClassVar[str] = prediction_files.KIND
@@ -141,7 +141,7 @@ class ClassifyPlan(Plan):
 
     def open(self, folder: str | Path, threads: int) -> Opened:
         bundle = load_bundle(folder, verify=False)
-        if fingerprint(bundle.state) != self.bundle:
+        if fingerprint(bundle.head) != self.bundle:
             raise RuntimeError(
                 f"expected one classifier on all machines, but {socket.gethostname()} has another in {folder}"
             )
@@ -151,16 +151,16 @@ class ClassifyPlan(Plan):
 
     def writer(self, bundle: Bundle | None) -> WritePart:
         assert bundle is not None
-        return partial(self._write_predictions, bundle.state)
+        return partial(self._write_predictions, bundle.head)
 
-    def _write_predictions(self, state: State, path: Path, part: Part) -> None:
+    def _write_predictions(self, head: Head, path: Path, part: Part) -> None:
         """Classify a chunk's embeddings, `batch` at a time, so that the result depends on the chunk alone."""
         predictions: list[Prediction | None] = [None] * len(part.keys)
         readable = np.flatnonzero([error is None for error in part.errors])
         for start in range(0, len(readable), self.batch):
             rows = readable[start : start + self.batch]
             for row, prediction in zip(
-                rows, predict(state, part.embeddings[rows], self.top, keep=self.keep), strict=True
+                rows, predict(head, part.embeddings[rows], self.top, keep=self.keep), strict=True
             ):
                 predictions[row] = prediction
         prediction_files.write_predictions(
@@ -210,7 +210,7 @@ def make_plan(
         "runtime": runtime,
         "image_size": engine["image_size"],
         "width": engine["width"],
-        "adapted": engine["first_adapted_block"] is not None and (bundle is None or bundle.state.needs_adapted),
+        "adapted": engine["first_adapted_block"] is not None and (bundle is None or bundle.head.needs_adapted),
         "dtype": dtype,
     }
     if bundle is None:
@@ -218,9 +218,9 @@ def make_plan(
     return ClassifyPlan(
         **common,
         exif_orientation=bundle.views.exif_orientation,
-        bundle=fingerprint(bundle.state),
-        classes=len(bundle.state.uids),
-        method=bundle.state.config.method,
+        bundle=fingerprint(bundle.head),
+        classes=len(bundle.head.uids),
+        method=bundle.head.config.method,
         top=top,
         unknown_label=None if rejecting is None else rejecting.label,
         keep=None if rejecting is None else rejecting.keep,

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.names import check_unknown_label
 from iosr_fast.methods.unknown import check_unknown
-from iosr_fast.state.names import check_unknown_label
 
 if TYPE_CHECKING:
-    from iosr_fast.state.state import State
+    from iosr_fast.head.head import Head
 
 UNKNOWN_LABEL = "unknown"
 
@@ -22,11 +22,11 @@ class Rejecting:
     label: str
     keep: float
 
-    def check(self, state: State) -> None:
+    def check(self, head: Head) -> None:
         """Raise IosrFastError, before any image is read, where a class has that label, or where there are too few
         support images for the promise (Unknown.threshold)."""
-        check_unknown_label(self.label, state.class_names)
-        state.unknown.threshold(self.keep)
+        check_unknown_label(self.label, head.class_names)
+        head.unknown.threshold(self.keep)
 
 
 def check_rejecting(unknown: str | None, label: str, keep: float) -> Rejecting | None:

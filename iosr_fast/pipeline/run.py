@@ -16,7 +16,7 @@ from iosr_fast.pipeline.ray_workers import Pool, run_on_ray
 from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.resume import complete
 from iosr_fast.pipeline.source import Chunk, Source
-from iosr_fast.state.bundle import Bundle, load_bundle
+from iosr_fast.store.bundle import Bundle, load_bundle
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.manifest import read_manifest
 from iosr_fast.utils.numbers import check_integer
@@ -81,9 +81,9 @@ def classify(
 ) -> dict[str, Any]:
     """Write the missing predictions of `source`, by the bundle `folder`, to `out`; returns the manifest."""
     bundle = load_bundle(folder)
-    bundle.state.one_label("a folder of parts", "give a .csv file for --out")
+    bundle.head.one_label("a folder of parts", "give a .csv file for --out")
     if rejecting is not None:
-        rejecting.check(bundle.state)
+        rejecting.check(bundle.head)
     assert bundle.files is not None
     plan: dict[str, Any] = {"bundle": bundle, "top": top, "rejecting": rejecting}
     return _run(folder, bundle.files, bundle.files.manifest, source, out, options, **plan)
@@ -102,7 +102,7 @@ def _run(
     """Workers open `folder`. This process opens `engine` to run it or to choose a runtime; `facts` is its manifest."""
     encoder, runtime = None, options.runtime
     if options.pool is None or runtime == "auto":  # else this machine may lack the GPU that its workers have
-        adapted = bundle is None or bundle.state.needs_adapted
+        adapted = bundle is None or bundle.head.needs_adapted
         encoder = open_engine(engine, runtime, verify=bundle is None, threads=options.threads, adapted=adapted)
         runtime = encoder.runtime
     chunks = source.cut(options.chunk)

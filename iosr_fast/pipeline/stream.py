@@ -18,14 +18,14 @@ from weakref import WeakKeyDictionary
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.head.predictions import LabelSet, Prediction, predict, predict_label_sets
 from iosr_fast.images.decode import DecodedBatch, Decoder
-from iosr_fast.state.predictions import LabelSet, Prediction, predict, predict_label_sets
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ordered import map_ordered
 
 if TYPE_CHECKING:
-    from iosr_fast.state.state import State
+    from iosr_fast.head.head import Head
 
 Answer: TypeAlias = Prediction | LabelSet | BadImageError
 Errors: TypeAlias = list[BadImageError | None]
@@ -79,7 +79,7 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
 
 
 def classify(
-    state: State,
+    head: Head,
     stage: Stage,
     decoder: Decoder,
     sources: Iterable[Any],
@@ -96,7 +96,7 @@ def classify(
     batches = _batches(sources, batch, stage.callers)
 
     def use(rows: Embeddings) -> Sequence[Prediction | LabelSet]:
-        return predict(state, rows, top, keep=keep) if state.multi_label is None else predict_label_sets(state, rows)
+        return predict(head, rows, top, keep=keep) if head.multi_label is None else predict_label_sets(head, rows)
 
     with closing(encode_batches(stage, decoder, batches, use)) as results:
         for errors, predictions in results:

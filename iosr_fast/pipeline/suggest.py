@@ -18,7 +18,7 @@ from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
 
 if TYPE_CHECKING:
-    from iosr_fast.state.state import State
+    from iosr_fast.head.head import Head
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,21 @@ class FolderSuggestions:
         return zip(self.paths, self.labels.tolist(), self.probabilities.tolist(), strict=True)
 
 
-def suggest_from_folder(state: State | None, reader: Reader, folder: str | Path, n: int) -> FolderSuggestions:
-    """As Classifier.suggest; `state` is None before a fit."""
+def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path, n: int) -> FolderSuggestions:
+    """As Classifier.suggest; `head` is None before a fit."""
     n = check_integer("n", n, 1)
     listing = list_images(folder)
     unread, queries = reader.embed(listing.paths)
     if queries is None:
         raise IosrFastError(f"expected images to choose from in {folder}, found none that can be read")
     readable = [Path(path) for path, error in zip(listing.paths, unread, strict=True) if error is None]
-    logits = None if state is None else state.score(queries)
-    rows = image_rows(queries, "plain" if state is None else state.config.which, None)
+    logits = None if head is None else head.score(queries)
+    rows = image_rows(queries, "plain" if head is None else head.config.which, None)
     best = suggest(rows, n, None if logits is None else entropy(logits))
     labels, probabilities = np.full(len(best.rows), ""), np.zeros(len(best.rows), np.float32)
-    if state is not None and logits is not None:
+    if head is not None and logits is not None:
         p = softmax(logits[best.rows])
-        labels, probabilities = np.array(state.class_names, dtype=str)[p.argmax(1)], p.max(1)
+        labels, probabilities = np.array(head.class_names, dtype=str)[p.argmax(1)], p.max(1)
     errors = [error for error in unread if error is not None]
     paths = [readable[row] for row in best.rows]
     return FolderSuggestions(paths, best.stands, labels, probabilities, len(readable), errors, listing.skipped)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from iosr_fast.head.evaluation import MATRIX, Evaluation, Mistake
 from iosr_fast.methods.conformal import BINS
 from iosr_fast.reports.page import (
     Html,
@@ -29,7 +30,6 @@ from iosr_fast.reports.page import (
     table,
 )
 from iosr_fast.reports.thumbnail import thumbnail
-from iosr_fast.state.evaluation import MATRIX, Evaluation, Mistake
 
 _SHOWN = 100  # rows of a table
 _OPEN = 24  # mistakes, and rows of a table, that are in sight at once

@@ -11,7 +11,7 @@ from PIL import Image
 
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.export import pretrained
-from tests.state.live_parts import pictures, pixel_clip
+from tests.store.live_parts import pictures, pixel_clip
 
 NAMES = [f"motif {c}" for c in range(5)]
 GIVEN: dict[str, Any] = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0, "views": 1}

@@ -32,8 +32,8 @@ def test_an_audit_names_examples_and_is_right_after_a_change(
     audit = classifier.audit()
     assert not audit.likely_wrong and len(audit.images) == len(images) - 1
     assert [one.label for one in audit.classes] == NAMES and sum(one.images for one in audit.classes) == 29
-    state = classifier.snapshot()
-    again = audit_support(state.support, state.config.compile, which=state.config.which)
+    head = classifier.snapshot()
+    again = audit_support(head.support, head.config.compile, which=head.config.which)
     np.testing.assert_array_equal(audit.suspicion, again.suspicion)
 
 

@@ -18,7 +18,7 @@ from iosr_fast.exceptions import NotFittedError
 from iosr_fast.export import pretrained
 from tests.classifier.conftest import GIVEN, NAMES
 from tests.cli.runs import never
-from tests.state.live_parts import PixelEncoder, engine_folder, pictures, pixel_clip, small_classifier, unfitted
+from tests.store.live_parts import PixelEncoder, engine_folder, pictures, pixel_clip, small_classifier, unfitted
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
 from sklearn import exceptions as sklearn_exceptions  # noqa: E402
@@ -136,7 +136,7 @@ def test_nothing_is_answered_before_a_fit(monkeypatch: pytest.MonkeyPatch, data:
 
 def test_scikit_learn_is_not_imported_by_what_a_server_calls(tmp_path: Path) -> None:
     program = (
-        "import sys; from tests.state.live_parts import small_classifier, pictures, unfitted; import numpy as np\n"
+        "import sys; from tests.store.live_parts import small_classifier, pictures, unfitted; import numpy as np\n"
         "small_classifier().predict(pictures(np.random.default_rng(0), 2, 1)[0])\n"
         "try: unfitted().predict('a.jpg')\n"
         "except AttributeError as error: print(type(error).__name__, 'sklearn' in sys.modules)"

@@ -15,7 +15,7 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.export import pretrained
 from tests.classifier.conftest import GIVEN, NAMES
-from tests.state.live_parts import pixel_clip, small_classifier
+from tests.store.live_parts import pixel_clip, small_classifier
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
 pandas = pytest.importorskip("pandas", reason="pandas comes with the dev extra")

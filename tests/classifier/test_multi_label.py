@@ -18,6 +18,7 @@ from sklearn.metrics import average_precision_score
 from iosr_fast import score
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.labels import labelled_images
 from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.pipeline import run as runs
@@ -29,11 +30,10 @@ from iosr_fast.pipeline.tables import SEVERAL
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.state.bundle import load_bundle
-from iosr_fast.state.description import describe
-from iosr_fast.state.labels import labelled_images
-from iosr_fast.state.state_files import fingerprint, state_from_files, state_to_files
-from tests.state.live_parts import engine_folder, pictures, unfitted
+from iosr_fast.store.bundle import load_bundle
+from iosr_fast.store.description import describe
+from iosr_fast.store.head_files import fingerprint, head_from_files, head_to_files
+from tests.store.live_parts import engine_folder, pictures, unfitted
 
 NAMES = [f"motif {c}" for c in range(5)]
 
@@ -105,15 +105,15 @@ def test_several_views_are_left_out_by_single_ones() -> None:
 def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path) -> None:
     made = fitted(engine_folder(tmp_path / "engine"), method=method, key_precision=precision)
     made.save(tmp_path / "bundle")
-    state, loaded = made.snapshot(), load_bundle(tmp_path / "bundle").state
-    assert fingerprint(loaded) == fingerprint(state) and loaded.counts.tolist() == state.counts.tolist()
+    head, loaded = made.snapshot(), load_bundle(tmp_path / "bundle").head
+    assert fingerprint(loaded) == fingerprint(head) and loaded.counts.tolist() == head.counts.tolist()
     rows = made.encoder.encode(several(1, 9)[0])
-    np.testing.assert_array_equal(loaded.score(rows), state.score(rows))
-    assert loaded.multi_label is not None and state.multi_label is not None
-    np.testing.assert_array_equal(loaded.multi_label.thresholds, state.multi_label.thresholds)
+    np.testing.assert_array_equal(loaded.score(rows), head.score(rows))
+    assert loaded.multi_label is not None and head.multi_label is not None
+    np.testing.assert_array_equal(loaded.multi_label.thresholds, head.multi_label.thresholds)
     assert "several labels a picture" in describe(tmp_path / "bundle")
-    assert fingerprint(replace(state, multi_label=replace(state.multi_label, labels=~state.multi_label.labels))) != (
-        fingerprint(state)
+    assert fingerprint(replace(head, multi_label=replace(head.multi_label, labels=~head.multi_label.labels))) != (
+        fingerprint(head)
     )
 
 
@@ -130,20 +130,20 @@ def test_a_damaged_bundle_is_refused(name: str, value: np.ndarray | None, messag
     made = fitted(engine_folder(tmp_path / "engine"))
     made.save(tmp_path / "bundle")
     facts = load_manifest(tmp_path / "bundle")
-    _, files = state_to_files(made.snapshot())
+    _, files = head_to_files(made.snapshot())
     changed = {**files["support.safetensors"], name: value}
     save_file({key: array for key, array in changed.items() if array is not None}, tmp_path / "changed")
     content = {"support.safetensors": (tmp_path / "changed").read_bytes()}
     content["plan.safetensors"] = (tmp_path / "bundle" / "plan.safetensors").read_bytes()
     assert load_file(tmp_path / "bundle" / "support.safetensors")["labels"].shape == (40, 5)
     with pytest.raises(IosrFastError, match=message):
-        state_from_files(facts, content.get)
+        head_from_files(facts, content.get)
 
 
 def load_manifest(folder: Path) -> Any:
     import msgspec
 
-    from iosr_fast.state.bundle_schema import ClassifierManifest
+    from iosr_fast.store.bundle_schema import ClassifierManifest
 
     return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=ClassifierManifest)
 

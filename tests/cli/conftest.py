@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.state.live_parts import pictures
+from tests.store.live_parts import pictures
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from iosr_fast.utils.manifest import write_manifest
 from iosr_fast.utils.progress import progress
 from tests import ROOT
 from tests.cli.runs import never, refused, run
-from tests.state.live_parts import engine_folder, pixel_clip, small_classifier
+from tests.store.live_parts import engine_folder, pixel_clip, small_classifier
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ pytest.importorskip("openvino")
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.state import engine_judge
+from iosr_fast.head import engine_judge
 from iosr_fast.utils.files import cache_folder
 from tests.cli.runs import refused, run
-from tests.state.manifests import rewrite_manifest
+from tests.store.manifests import rewrite_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -149,7 +149,7 @@ def test_smaller_images(plain: Path, support: Path, tmp_path: Path) -> None:
 def test_optimize_needs_no_torch(plain: Path, support: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\nfrom iosr_fast.cli import app\n"
-        "from iosr_fast.state import engine_judge; engine_judge._TIMING_S = 0.1\n"
+        "from iosr_fast.head import engine_judge; engine_judge._TIMING_S = 0.1\n"
         f"app(['optimize', {str(plain)!r}, '--images', {str(support)!r}, '--out', {str(tmp_path / 'out')!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -13,7 +13,7 @@ import pytest
 from iosr_fast import Classifier
 from iosr_fast.export import pretrained
 from tests.cli.runs import never, refused
-from tests.state.live_parts import pixel_clip
+from tests.store.live_parts import pixel_clip
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.export import export, pretrained
-from iosr_fast.state import engine_judge
+from iosr_fast.head import engine_judge
 from tests import ROOT
 from tests.demo_cache import demo_cache
 from tests.docs import triton_python_backend_utils

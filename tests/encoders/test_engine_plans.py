@@ -26,7 +26,7 @@ from iosr_fast.utils.machine import Gpu  # noqa: E402
 from iosr_fast.utils.manifest import SCHEMA, read_manifest, write_manifest  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.demo_cache import export_once  # noqa: E402
-from tests.state.manifests import rewrite_manifest  # noqa: E402
+from tests.store.manifests import rewrite_manifest  # noqa: E402
 
 H100, A100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0)), Gpu("NVIDIA A100-SXM4-40GB", (8, 0))
 RTX = Gpu("NVIDIA GeForce RTX 4090", (8, 9))

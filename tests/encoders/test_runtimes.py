@@ -32,7 +32,7 @@ from iosr_fast.utils.manifest import SCHEMA, read_manifest  # noqa: E402
 from tests import ROOT  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.demo_cache import export_once  # noqa: E402
-from tests.state.manifests import rewrite_manifest  # noqa: E402
+from tests.store.manifests import rewrite_manifest  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

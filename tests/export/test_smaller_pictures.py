@@ -28,7 +28,7 @@ from iosr_fast.images.preprocess import to_pixels  # noqa: E402
 from iosr_fast.utils.manifest import read_manifest  # noqa: E402
 from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
-from tests.state.manifests import rewrite_manifest  # noqa: E402
+from tests.store.manifests import rewrite_manifest  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("exports_once"), pytest.mark.slow]
 

@@ -15,16 +15,16 @@ from PIL import Image, features
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.head.fit import Fit
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.state.bundle import load_bundle
-from iosr_fast.state.fit import Fit
+from iosr_fast.store.bundle import load_bundle
 from tests.images.test_formats import heic, oriented
 from tests.images.test_pixels import tiff
 from tests.pictures import encode
-from tests.state.live_parts import LetterText, engine_folder, pixel_clip, small_classifier, unfitted
-from tests.state.manifests import rewrite_manifest
+from tests.store.live_parts import LetterText, engine_folder, pixel_clip, small_classifier, unfitted
+from tests.store.manifests import rewrite_manifest
 
 NAMES = ["down", "left", "right", "up"]
 PATIENCE_S = 30.0
@@ -106,7 +106,7 @@ def test_a_bundle_keeps_the_orientation_it_was_fit_with(tmp_path: Path) -> None:
         made.save(tmp_path / f"bundle {chosen}")
         bundle = load_bundle(tmp_path / f"bundle {chosen}")
         loaded = unfitted()
-        loaded._replace(Fit(pixel_clip(bundle.engine), bundle.state, bundle.views))
+        loaded._replace(Fit(pixel_clip(bundle.engine), bundle.head, bundle.views))
         assert loaded.exif_orientation_ is chosen
         assert loaded.predict([data]).tolist() == [expected]
         for decoder in ("cpu", "cpu-exact"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.head.method_config import choose_config
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning.calibration import calibrate, usual_factor
@@ -16,7 +17,6 @@ from iosr_fast.methods.tuning.near_duplicates import group_near_duplicates
 from iosr_fast.methods.tuning.tune import tune
 from iosr_fast.methods.tuning.tuned import Tuned, wilson
 from iosr_fast.scoring.score import score
-from iosr_fast.state.method_config import choose_config
 from tests.conftest import unit_rows
 
 pytestmark = pytest.mark.slow

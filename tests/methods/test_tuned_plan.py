@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS, compile_method, fit_method_reducer, unavailable_reason
 from iosr_fast.methods.method import MAX_ALPHA
 from iosr_fast.methods.support_set import SupportSet, make_support_set
@@ -24,8 +25,7 @@ from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.score import score
-from iosr_fast.state.method_config import MethodConfig
-from iosr_fast.state.state_files import plan_from_files, plan_to_files
+from iosr_fast.store.head_files import plan_from_files, plan_to_files
 from tests.conftest import random_embeddings, random_plan, unit_rows
 from tests.scoring.numerics import AT_THE_BOUNDS, PATHS, assert_close_to_truth, plan_at_a_bound
 

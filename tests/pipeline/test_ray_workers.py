@@ -23,7 +23,7 @@ from iosr_fast.pipeline.plan import Plan, make_plan
 from iosr_fast.pipeline.ray_workers import ATTEMPTS, Worker, attempt, row_of
 from iosr_fast.pipeline.source import Chunk
 from iosr_fast.pipeline.sources import folder_source
-from iosr_fast.state.bundle import load_bundle
+from iosr_fast.store.bundle import load_bundle
 from iosr_fast.utils.manifest import read_manifest
 from tests.pipeline.runs import (
     assert_answers,

@@ -143,9 +143,9 @@ def test_together(bundle: Path, folder: Path, expected: list[tuple[str, str, flo
     marked = [label == "?" for _, label, _ in expected]
     assert [label == "?" for label in found.labels] == marked
     kept = [path for path, out in zip(found.paths, marked, strict=True) if not out]
-    state = classifier.snapshot()
+    head = classifier.snapshot()
     queries = classifier.encoder.encode(to_pixels(kept, classifier.encoder.geometry))
-    alone = predict_jointly(state.support, state.config.compile, queries)
+    alone = predict_jointly(head.support, head.config.compile, queries)
     np.testing.assert_allclose(found.joint.probabilities, alone.probabilities, atol=1e-3)
     written = classify(bundle, folder, *REJECT, "--joint", "--out", tmp_path / "a.csv")
     assert written.exit_code == 0 and f"rejected {sum(marked)} of {len(expected)} images" in written.stderr

@@ -29,7 +29,7 @@ from tests.pipeline.runs import (
     run,
     write_pictures,
 )
-from tests.state.manifests import rewrite_manifest
+from tests.store.manifests import rewrite_manifest
 
 pytestmark = pytest.mark.slow
 

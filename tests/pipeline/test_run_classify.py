@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.pipeline.prediction_files import COLUMNS, SCORES, read_predictions, write_predictions
-from iosr_fast.state.state_files import fingerprint
+from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.manifest import read_manifest
 from tests.pipeline.runs import (
     assert_answers,

@@ -60,7 +60,7 @@ STATE: Any = SimpleNamespace(multi_label=None)
 def predictions_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "iosr_fast.pipeline.stream.predict",
-        lambda state, embeddings, top, keep: [("seen", int(x)) for x in embeddings.plain[:, 0]],
+        lambda head, embeddings, top, keep: [("seen", int(x)) for x in embeddings.plain[:, 0]],
     )
 
 

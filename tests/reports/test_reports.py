@@ -24,7 +24,7 @@ from iosr_fast.reports import evaluation_report, predictions_report
 from iosr_fast.reports.predictions_report import predictions_page
 from tests.browser import ARGUMENTS, CHROMIUM
 from tests.cli.runs import never, refused, run
-from tests.state.live_parts import engine_folder, pictures, pixel_clip
+from tests.store.live_parts import engine_folder, pictures, pixel_clip
 
 pytestmark = pytest.mark.slow
 

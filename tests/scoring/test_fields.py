@@ -17,7 +17,7 @@ from iosr_fast.scoring.fields import ARRAY_NAMES, ARRAYS, CONSTANT_NAMES, CONSTA
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.reference import score_reference
-from iosr_fast.state import state_files
+from iosr_fast.store import head_files
 from tests.conftest import random_embeddings, random_plan, random_reducer
 from tests.scoring.numerics import CPP_PATHS, run_path, tensors
 
@@ -88,9 +88,9 @@ def test_the_cpp_binding_takes_the_cache_fields() -> None:
 def test_a_plan_files_arrays_and_the_support_sets_are_all_there_are() -> None:
     from_support = {"text", "class_offsets"}
     reducer = {field.name for field in ARRAYS if field.term == "reducer"}
-    assert {*state_files.ARRAYS, *from_support, *reducer} == set(ARRAY_NAMES)
-    assert {*state_files.CONSTANTS, "n_classes"} == set(CONSTANT_NAMES)
-    assert "plan" in inspect.signature(state_files.plan_to_files).parameters
+    assert {*head_files.ARRAYS, *from_support, *reducer} == set(ARRAY_NAMES)
+    assert {*head_files.CONSTANTS, "n_classes"} == set(CONSTANT_NAMES)
+    assert "plan" in inspect.signature(head_files.plan_to_files).parameters
 
 
 # The number of classes is the logits' shape.

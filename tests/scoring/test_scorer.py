@@ -17,6 +17,7 @@ import torch
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError, UnavailableError
+from iosr_fast.head.segmented import SegmentedPlan, SegmentedScorer, with_arrays
 from iosr_fast.scoring import cpp_scorer, dispatch
 from iosr_fast.scoring.inputs import scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan
@@ -24,7 +25,6 @@ from iosr_fast.scoring.precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score
 from iosr_fast.scoring.scorer import Scorer
-from iosr_fast.state.segmented import SegmentedPlan, SegmentedScorer, with_arrays
 from tests.conftest import EXTENDED, random_embeddings, random_plan, unit_rows
 from tests.scoring.numerics import (
     CPP_PATHS,

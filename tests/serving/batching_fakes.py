@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.head.predictions import ClassScore, Neighbour, Prediction, predict
 from iosr_fast.serving.batching import BatchingClassifier, engine
-from iosr_fast.state.predictions import ClassScore, Neighbour, Prediction, predict
 
 SIZE = 4
 PATIENCE_S = 20.0  # how long a test waits before it fails; none is meant to
@@ -78,7 +78,7 @@ class FakeEncoder(Encoder):
         return Embeddings(np.array(numbers, np.float32)[:, None])
 
 
-class FakeState:
+class FakeHead:
     def __init__(self, version: int, asked: list[tuple[list[int], int, int]]) -> None:
         self.version, self._asked = version, asked
 
@@ -98,11 +98,11 @@ class FakeState:
         return Prediction(str(number), f"~{number}", 0.5, 2.0, 1.0, 1.0, 0.5, scores, near, self.version)
 
 
-def _predict(state: Any, embeddings: Embeddings, *asked: Any) -> list[Prediction]:
-    return state.predict(embeddings, *asked) if isinstance(state, FakeState) else predict(state, embeddings, *asked)
+def _predict(head: Any, embeddings: Embeddings, *asked: Any) -> list[Prediction]:
+    return head.predict(embeddings, *asked) if isinstance(head, FakeHead) else predict(head, embeddings, *asked)
 
 
-engine.predict = _predict  # a fake state answers by itself
+engine.predict = _predict  # a fake head answers by itself
 
 
 class FakeClassifier:
@@ -115,9 +115,9 @@ class FakeClassifier:
         self.asked: list[tuple[list[int], int, int]] = []
         self.version = 0
 
-    def snapshot(self) -> FakeState:
+    def snapshot(self) -> FakeHead:
         self.version += 1
-        return FakeState(self.version, self.asked)
+        return FakeHead(self.version, self.asked)
 
     @contextmanager
     def held(self, batching: Any, number: int = 0) -> Iterator[Any]:

@@ -12,9 +12,9 @@ import pytest
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS
-from iosr_fast.state.changes import Change
-from iosr_fast.state.method_config import MethodConfig
+from iosr_fast.store.changes import Change
 from tests.browser import ARGUMENTS, CHROMIUM, served
 from tests.serving import http_client
 from tests.serving.http_client import TOKEN

@@ -24,7 +24,7 @@ from tests.serving.batching_fakes import (
     SIZE,
     FakeClassifier,
     FakeEncoder,
-    FakeState,
+    FakeHead,
     Watcher,
     picture,
     until,
@@ -183,16 +183,16 @@ def test_engine_that_goes_down_on_the_way(batching, classifier: FakeClassifier) 
 
 
 def test_errors_of_scoring_are_treated_alike(batching, classifier: FakeClassifier, monkeypatch) -> None:
-    predict = FakeState.predict
+    predict = FakeHead.predict
 
-    def refuses_three(self: FakeState, embeddings: Embeddings, *asked: int) -> list[Any]:
+    def refuses_three(self: FakeHead, embeddings: Embeddings, *asked: int) -> list[Any]:
         if 3.0 in embeddings.plain:
             raise ValueError("expected finite embeddings")
         return predict(self, embeddings, *asked)
 
-    monkeypatch.setattr(FakeState, "predict", refuses_three)
+    monkeypatch.setattr(FakeHead, "predict", refuses_three)
     assert outcomes(together(batching, classifier, [1, 2, 3, 4])) == [1, 2, "ValueError", 4] and batching.healthy
-    monkeypatch.setattr(FakeState, "predict", lambda self, embeddings, *asked: predict(self, embeddings, *asked)[1:])
+    monkeypatch.setattr(FakeHead, "predict", lambda self, embeddings, *asked: predict(self, embeddings, *asked)[1:])
     futures = together(batching, classifier, [1, 2])
     assert outcomes(futures) == ["RuntimeError"] * 2 and not batching.healthy
     assert "expected 2 predictions, got 1" in str(futures[0].exception())

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 
-from iosr_fast.state.state import State
+from iosr_fast.head.head import Head
 from tests.pictures import GREY, encode
 from tests.serving.http_client import (
     AUTHORISED,
@@ -280,11 +280,11 @@ def test_another_form_of_a_number_is_no_id(shared: Client, digits: str) -> None:
 
 def test_a_hundred_thousand_classes_are_listed_page_by_page() -> None:
     classifier = load()
-    state = classifier.snapshot()
+    head = classifier.snapshot()
     count = 100_000
-    names = (*state.class_names, *(f"class {number}" for number in range(CLASSES, count)))
-    uids = (*state.uids, *range(2 * CLASSES, 2 * count, 2))[:count]  # as after removals
-    classifier._fit = replace(classifier._fit, state=replace(state, class_names=names, uids=uids))
+    names = (*head.class_names, *(f"class {number}" for number in range(CLASSES, count)))
+    uids = (*head.uids, *range(2 * CLASSES, 2 * count, 2))[:count]  # as after removals
+    classifier._fit = replace(classifier._fit, head=replace(head, class_names=names, uids=uids))
     with serving(classifier) as client:
         first = client.get("/v1/classes")
         body = first.json()
@@ -318,13 +318,13 @@ def test_support_images_are_listed_page_by_page(shared: Client) -> None:
 def test_what_looks_through_all_classes_is_off_the_event_loop(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
     for name in ("classes", "examples_of", "find_examples", "name_of", "find_class"):
-        real = getattr(State, name)
+        real = getattr(Head, name)
 
         def noted(*values: Any, _real: Any = real, **options: Any) -> Any:
             threads.append(threading.get_ident())
             return _real(*values, **options)
 
-        monkeypatch.setattr(State, name, noted)
+        monkeypatch.setattr(Head, name, noted)
     loop = shared.run(_thread_of_the_loop())
     shared.get("/v1/classes")
     shared.get("/v1/classes/~1/examples")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import metrics
 from iosr_fast.serving.http.logs import JsonFormatter
 from iosr_fast.serving.http.logs import logger as serving_logger
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.state.predictions import Prediction
 from tests.pictures import GREY
 from tests.serving.http_client import (
     AUTHORISED,

@@ -21,6 +21,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from iosr_fast.cli import app
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.head.predictions import Prediction
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching.item import Query
 from iosr_fast.serving.http.metrics import Metrics
@@ -31,7 +32,6 @@ from iosr_fast.serving.ray.ingress import make_app
 from iosr_fast.serving.ray.messages import Facts, Reply, Source
 from iosr_fast.serving.ray.remote import MAX_DEATHS, MAX_REFUSALS, Remote
 from iosr_fast.serving.ray.replica import ClassifierReplica
-from iosr_fast.state.predictions import Prediction
 from tests.pictures import GREY
 from tests.serving.http_client import CLASSES, Client, Gate, bundle, load, queries
 from tests.serving.ray_load import error_of, save_broken, save_renamed

@@ -21,15 +21,15 @@ from typer.testing import CliRunner
 from iosr_fast.cli import app
 from iosr_fast.cli.suggest import _table
 from iosr_fast.exceptions import BadImageError, IosrFastError, printable
+from iosr_fast.head.labels import labelled_images
 from iosr_fast.images.listing import Skipped
 from iosr_fast.pipeline.suggest import FolderSuggestions
-from iosr_fast.state.labels import labelled_images
 from iosr_fast.utils.command import command_app, output, say, write_new
 from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.outputs import check_new_file
 from iosr_fast.utils.text import PrintableFormatter
 from tests import ROOT
-from tests.state.live_parts import engine_folder
+from tests.store.live_parts import engine_folder
 
 TOOLS = ("benchmark", "load_test", "demo.bundle", "demo.run", "demo.train_clip")
 

@@ -9,7 +9,7 @@ import pytest
 
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import parse_manifest, read_manifest, write_manifest
-from tests.state.manifests import rewrite_manifest
+from tests.store.manifests import rewrite_manifest
 from tests.utils.test_files import write
 
 

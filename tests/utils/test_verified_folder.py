@@ -13,7 +13,7 @@ import pytest
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 from iosr_fast.utils.verified_folder import open_verified
-from tests.state.manifests import rewrite_manifest
+from tests.store.manifests import rewrite_manifest
 from tests.utils.test_files import content_of, write
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.serving.batching.item import Item, Query, without_frames
-from iosr_fast.state.predictions import Prediction, predict
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Engine:
 
 @dataclass
 class Run:
-    """One batch on one state of one classifier, but for what _state_of says. `down` is the error if the engine fails on
+    """One batch on one head of one classifier, but for what _head_of says. `down` is the error if the engine fails on
     every image; `clean` is False after any error."""
 
     classifier: Any
@@ -94,7 +94,7 @@ class Run:
     score_s: float = 0.0
     clean: bool = True
     down: BaseException | None = None
-    state: Any = None
+    head: Any = None
 
     def compute(self, pixels: np.ndarray, items: Sequence[Item] | None = None) -> list[Prediction]:
         """Pixels (B, S, S, 3) uint8 -> B predictions as the items' queries ask for (None: one class)."""
@@ -105,17 +105,17 @@ class Run:
         self.encode_s += encoded - started
         if len(embeddings) != len(pixels):
             raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
-        if self.state is None:
-            self.state = self.classifier.snapshot()
+        if self.head is None:
+            self.head = self.classifier.snapshot()
         queries = [Query(top=1)] * len(pixels) if items is None else [item.query for item in items]
-        states = [self.state] * len(pixels) if items is None else [self._state_of(item, encoder) for item in items]
+        states = [self.head] * len(pixels) if items is None else [self._head_of(item, encoder) for item in items]
         groups: dict[tuple[int, int, float | None, Any], list[int]] = {}
-        for row, (query, state) in enumerate(zip(queries, states, strict=True)):
-            groups.setdefault((_band(query.top), _band(query.nearest), query.keep, state), []).append(row)
+        for row, (query, head) in enumerate(zip(queries, states, strict=True)):
+            groups.setdefault((_band(query.top), _band(query.nearest), query.keep, head), []).append(row)
         predictions: dict[int, Prediction] = {}
-        for (_, _, _, state), rows in groups.items():
+        for (_, _, _, head), rows in groups.items():
             part = embeddings if len(groups) == 1 else embeddings[np.array(rows)]
-            predictions.update(zip(rows, _explain(state, part, [queries[row] for row in rows]), strict=True))
+            predictions.update(zip(rows, _explain(head, part, [queries[row] for row in rows]), strict=True))
         self.score_s += time.perf_counter() - encoded
         return [predictions[row] for row in range(len(pixels))]
 
@@ -156,10 +156,10 @@ class Run:
             return False
         return True
 
-    def _state_of(self, item: Item, encoder: Encoder) -> Any:
-        """The state that answers an item: of one with `keep` that of its submission, because a later one may have to
+    def _head_of(self, item: Item, encoder: Encoder) -> Any:
+        """The head that answers an item: of one with `keep` that of its submission, because a later one may have to
         be fitted first; unless the classifier was replaced by one with another encoder."""
-        return item.fitted.state if item.fitted is not None and item.fitted.encoder is encoder else self.state
+        return item.fitted.head if item.fitted is not None and item.fitted.encoder is encoder else self.head
 
     def _failed(self, error: BaseException) -> BaseException:
         if not self.quiet:
@@ -174,10 +174,10 @@ def _band(count: int) -> int:
     return max(count, 16).bit_length() // 2 if count else 0
 
 
-def _explain(state: Any, embeddings: Embeddings, queries: Sequence[Query]) -> list[Prediction]:
+def _explain(head: Any, embeddings: Embeddings, queries: Sequence[Query]) -> list[Prediction]:
     """Predictions of queries with the same `keep`."""
     top, nearest = max(query.top for query in queries), max(query.nearest for query in queries)
-    predictions = predict(state, embeddings, top, nearest, queries[0].keep)
+    predictions = predict(head, embeddings, top, nearest, queries[0].keep)
     if len(predictions) != len(embeddings):
         raise RuntimeError(f"expected {len(embeddings)} predictions, got {len(predictions)}")
     return [_trim(prediction, query) for prediction, query in zip(predictions, queries, strict=True)]

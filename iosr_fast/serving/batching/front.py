@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from iosr_fast.classifier import Classifier
-    from iosr_fast.state.predictions import Prediction
+    from iosr_fast.head.predictions import Prediction
 
 _MAX_DECODERS = 8
 _requests = itertools.count()
@@ -45,7 +45,7 @@ class BatchingClassifier:
     starts when the engine is idle and the batch is full, its first image has been ready for `max_wait_ms`, or no other
     image is being decoded: a single image starts at once. If the encoder has several `runs`, as many batches are
     encoded at once, and an idle run starts at once with its share of the images that are ready. Each batch sees exactly
-    one state of the classifier. With `keep`, an image is answered by the state at its submission, which is fitted for
+    one version of the classifier. With `keep`, an image is answered by the head at its submission, which is fitted for
     that at the first request after a change: in the caller's thread, or apart from the event loop.
 
     At most `max_queue` images are accepted and not yet answered; more are refused at once. `limits`, a DecodeLimits,

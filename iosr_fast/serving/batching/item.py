@@ -1,4 +1,4 @@
-"""One image in BatchingClassifier: its query, its state, its result or error."""
+"""One image in BatchingClassifier: its query, its head, its result or error."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from iosr_fast.utils.numbers import check_integer
 if TYPE_CHECKING:
     import numpy as np
 
+    from iosr_fast.head.predictions import Prediction
     from iosr_fast.serving.batching.rejection import FittedState
-    from iosr_fast.state.predictions import Prediction
 
 log = logging.getLogger(__name__)
 

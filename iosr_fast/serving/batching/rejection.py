@@ -1,4 +1,4 @@
-"""What recognises unknown pictures is fitted once for each state, apart from the threads that run batches."""
+"""What recognises unknown pictures is fitted once for each head, apart from the threads that run batches."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from iosr_fast.encoders.encoder import Encoder
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
-    from iosr_fast.state.state import State
+    from iosr_fast.head.head import Head
 
 
 class FittedState(NamedTuple):
-    """A state whose `unknown` is fitted, and the encoder that it belongs to."""
+    """A head whose `unknown` is fitted, and the encoder that it belongs to."""
 
     encoder: Encoder
-    state: State
+    head: Head
 
 
 class RejectionFitter:
-    """Fits `State.unknown`, which takes seconds with thousands of support images; concurrent callers share one fit."""
+    """Fits `Head.unknown`, which takes seconds with thousands of support images; concurrent callers share one fit."""
 
     def __init__(self) -> None:
         self._fitting = threading.Lock()
 
     def fit(self, classifier: Classifier, keep: float) -> FittedState:
-        """The current state, fitted. Raises IosrFastError where it has too few support images to promise `keep`."""
+        """The current head, fitted. Raises IosrFastError where it has too few support images to promise `keep`."""
         fitted = FittedState(classifier.encoder, classifier.snapshot())
         with self._fitting:
-            unknown = fitted.state.unknown
+            unknown = fitted.head.unknown
             unknown.threshold(keep)
             unknown.scorer  # noqa: B018  computed here, not by the first batch
         return fitted

@@ -13,16 +13,16 @@ from starlette.responses import JSONResponse, Response
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.head.ids import class_id as make_class_id
+from iosr_fast.head.names import LONGEST, name_fault
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
 from iosr_fast.serving.http.lists import CLASS_ID_PATH, EXAMPLE_ID_PATH
 from iosr_fast.serving.http.logs import log
 from iosr_fast.serving.http.service import Service, UndecodedImage
 from iosr_fast.serving.http.uploads import Refusal, read_form
-from iosr_fast.state.changes import ChangeResult
-from iosr_fast.state.ids import class_id as make_class_id
-from iosr_fast.state.log_writer import LogWriteError
-from iosr_fast.state.names import LONGEST, name_fault
+from iosr_fast.store.changes import ChangeResult
+from iosr_fast.store.log_writer import LogWriteError
 
 _CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503, 507)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -155,6 +155,6 @@ def _require_class(classifier: Classifier, class_id: str) -> None:
 
 
 def _require_free(classifier: Classifier, name: str, but: str = "") -> None:
-    state = classifier.snapshot()
-    if name in state.class_names and (owner := make_class_id(state.find_class(name))) != but:
+    head = classifier.snapshot()
+    if name in head.class_names and (owner := make_class_id(head.find_class(name))) != but:
         raise ApiError(409, "name_taken", f"class {owner} already has the name {name!r}; choose another name")

@@ -10,12 +10,12 @@ from fastapi import APIRouter, Path, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from iosr_fast.head.head import Head
+from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
 from iosr_fast.methods.promise import images_needed
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
-from iosr_fast.state.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
-from iosr_fast.state.state import State
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
@@ -117,14 +117,14 @@ def make_router(lists: ClassifierLists, cache_control: str, *statuses: int) -> A
 
 def overview_of(classifier: Classifier, keep: float) -> dict[str, Any]:
     """The body of /v1/classifier. What would have to be fitted first is None."""
-    state, source = classifier.snapshot(), classifier.encoder.source
-    tuned, unknown = state.tuned, state.learnt("unknown")
+    head, source = classifier.snapshot(), classifier.encoder.source
+    tuned, unknown = head.tuned, head.learnt("unknown")
     return {
-        "version": state.version,
+        "version": head.version,
         "model": None if source is None else source.manifest["model"],
-        "method": state.config.method,
-        "classes": len(state.uids),
-        "examples": int(state.counts.sum()),
+        "method": head.config.method,
+        "classes": len(head.uids),
+        "examples": int(head.counts.sum()),
         "measured": tuned
         and {
             "accuracy": None if tuned.interval is None else tuned.accuracy,
@@ -143,30 +143,30 @@ def overview_of(classifier: Classifier, keep: float) -> dict[str, Any]:
     }
 
 
-def class_page(state: State, limit: int, after: str | None) -> dict[str, Any]:
+def class_page(head: Head, limit: int, after: str | None) -> dict[str, Any]:
     """At most `limit` classes with ids above `after` (which need not exist); `next` is None on the last page."""
     start = -1 if after is None else uid_of(after)
     assert start is not None
-    page = state.classes(start, limit)
-    more = bool(page) and page[-1].class_id != class_id(state.uids[-1])
+    page = head.classes(start, limit)
+    more = bool(page) and page[-1].class_id != class_id(head.uids[-1])
     return {
-        "version": state.version,
-        "total": len(state.uids),
+        "version": head.version,
+        "total": len(head.uids),
         "classes": [asdict(info) for info in page],
         "next": page[-1].class_id if more else None,
     }
 
 
-def example_page(state: State, identifier: str, limit: int, after: str | None) -> dict[str, Any] | None:
+def example_page(head: Head, identifier: str, limit: int, after: str | None) -> dict[str, Any] | None:
     """At most `limit` support images of a class, with ids above `after`; None for an unknown class."""
     uid = uid_of(identifier)
-    if uid is None or state.name_of(identifier) is None:
+    if uid is None or head.name_of(identifier) is None:
         return None
-    numbers = state.examples_of(uid)
+    numbers = head.examples_of(uid)
     start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
     page = numbers[start : start + limit]
     return {
-        "version": state.version,
+        "version": head.version,
         "class_id": identifier,
         "example_ids": [example_id(number) for number in page],
         "next": example_id(page[-1]) if start + limit < len(numbers) else None,

@@ -14,13 +14,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
+from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving.batching.item import QueryOptions
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, busy, error_body, shutting_down
 from iosr_fast.serving.http.lists import KEEP_QUERY
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.uploads import Refusal, read_images
-from iosr_fast.state.predictions import Prediction
 from iosr_fast.utils.text import abbreviate
 
 _QUERY = ("top", "nearest", "unknown", "keep", "deadline_ms")

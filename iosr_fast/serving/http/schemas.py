@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from iosr_fast.state.predictions import Prediction
-from iosr_fast.state.state import ClassInfo
+from iosr_fast.head.head import ClassInfo
+from iosr_fast.head.predictions import Prediction
 
 
 class ErrorInfo(BaseModel):

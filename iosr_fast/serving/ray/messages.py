@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.predictions import Prediction
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.state.predictions import Prediction
 from iosr_fast.utils.manifest import read_manifest
 from iosr_fast.utils.verified_folder import open_verified
 
@@ -28,7 +28,7 @@ class Source:
     @classmethod
     def of(cls, bundle: str, verify: bool = False) -> Source:
         """The folder with its current checksum. `verify` checks all files. Raises as read_manifest does."""
-        from iosr_fast.state.bundle import KIND
+        from iosr_fast.store.bundle import KIND
 
         return cls(bundle, read_manifest(bundle, KIND, verify)["checksum"])
 
@@ -45,7 +45,7 @@ class Source:
     def load(self, settings: Settings, threads: int) -> tuple[Source, Classifier]:
         """The classifier, and the source with the checksum that was loaded. Raises ValueError for another checksum."""
         from iosr_fast.classifier import Classifier
-        from iosr_fast.state.bundle import KIND
+        from iosr_fast.store.bundle import KIND
 
         folder = open_verified(self.bundle, KIND)
         checksum: str = folder.manifest["checksum"]
@@ -66,7 +66,7 @@ class Facts:
     pid: int
     host: str
     source: Source
-    version: int  # of the classifier's state
+    version: int  # of the classifier's head
     geometry: Geometry
     classes: int
     pending: int = 0  # images accepted and not yet answered

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any, Unpack
 
 from iosr_fast.exceptions import ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
+from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving.batching.item import Query, QueryOptions
 from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.ray.messages import Facts, Reply
-from iosr_fast.state.predictions import Prediction
 
 MAX_REFUSALS = 3  # replicas that may refuse a request before it fails
 MAX_DEATHS = 3  # replicas that may die during a request before it is assumed to kill them

@@ -11,12 +11,12 @@ from typing import Any
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
+from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching.item import Query
 from iosr_fast.serving.http.lists import ClassifierLists
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.ray.messages import Facts, Reply, Source
-from iosr_fast.state.predictions import Prediction
 
 log = logging.getLogger("ray.serve")
 
@@ -123,15 +123,15 @@ class ClassifierReplica(ClassifierLists):
 
     def _facts(self) -> Facts:
         assert self._source is not None
-        state = self.classifier.snapshot()
+        head = self.classifier.snapshot()
         return Facts(
             _replica_name(),
             os.getpid(),
             socket.gethostname(),
             self._source,
-            state.version,
+            head.version,
             self.classifier.encoder.geometry,
-            len(state.uids),
+            len(head.uids),
             self._serving.pending,
             self._refused,
         )

@@ -1,0 +1,1 @@
+"""A fitted classifier on embeddings at one version, and what it answers."""

@@ -1,0 +1,142 @@
+"""What is measured of a candidate engine: its times, its cosines, and its labels of left-out images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.export.calibration import evenly
+from iosr_fast.head.engine_choice import rejection
+from iosr_fast.head.fit import Fit
+from iosr_fast.methods import METHODS, fit_method_reducer
+from iosr_fast.methods.support_set import make_support_set
+from iosr_fast.methods.tuning.held_out import HeldOutSet
+from iosr_fast.scoring.score import score
+
+JUDGED = 400  # images, and at least two of each class
+CALIBRATED = 128
+_ROUNDS = (3, 15)  # fewest and most of a timing
+_TIMING_S = 3.0
+_COMPARED = 8  # pictures on which another runtime of the same precision is compared
+_Key = TypeVar("_Key")
+
+
+def sample_rows(class_ids: np.ndarray, most: int) -> np.ndarray:
+    """Indices of at most `most` images, evenly over the classes and within each class, rising.
+
+    `class_ids` (N,) don't fall. Each class keeps two images, or the one that it has, even if `most` is exceeded.
+
+    >>> sample_rows(np.array([0, 0, 0, 0, 1, 1, 2]), most=5)
+    array([0, 3, 4, 5, 6])
+    """
+    _, starts, counts = np.unique(class_ids, return_index=True, return_counts=True)
+    each = 2
+    while each < counts.max(initial=0) and np.minimum(counts, each + 1).sum() <= most:
+        each += 1
+    parts = [start + evenly(np.arange(count), each) for start, count in zip(starts, counts, strict=True)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def time_encoders(encoders: Mapping[_Key, Encoder], batch: int) -> dict[_Key, tuple[float, float]]:
+    """Median milliseconds of one picture and of a batch. The encoders take turns, in rounds, for some three seconds."""
+    sizes = {encoder.image_size for encoder in encoders.values()}
+    rng = np.random.default_rng(0)
+    pictures = {size: rng.integers(0, 256, (batch, size, size, 3), np.uint8) for size in sizes}
+    times: dict[_Key, list[tuple[float, float]]] = {name: [] for name in encoders}
+    started = time.perf_counter()
+    for done in range(_ROUNDS[1] if encoders else 0):
+        if done >= _ROUNDS[0] and time.perf_counter() - started > _TIMING_S:
+            break
+        for name, encoder in encoders.items():
+            marks = [time.perf_counter()]
+            for count in (1, batch):
+                encoder.encode(pictures[encoder.image_size][:count])
+                marks.append(time.perf_counter())
+            times[name].append((marks[1] - marks[0], marks[2] - marks[1]))
+    medians = {name: np.median(np.array(rows), axis=0) * 1e3 for name, rows in times.items()}
+    return {name: (float(one), float(many)) for name, (one, many) in medians.items()}
+
+
+class Judge:
+    """Compares candidates with the engine `reference` on some support images of `fit`: the `rows` of its examples, and
+    their `pixels` by the side, single views. `count` images are left out, one of each class at a time; `note` says why
+    none is.
+    """
+
+    def __init__(
+        self,
+        fit: Fit,
+        reference: Encoder,
+        rows: np.ndarray,
+        pixels: Callable[[int], np.ndarray],
+        tolerance: float,
+    ) -> None:
+        head, examples = fit.head, fit.head.examples
+        self._state, self._pixels, self._tolerance = head, pixels, tolerance
+        self._fingerprint = reference.fingerprint
+        self._classes = np.searchsorted(np.array(head.uids), examples.class_ids[rows])
+        singles = examples.embeddings if fit.views.views == 1 or not len(rows) else examples.queries
+        stored = singles is not None and reference.fingerprint == fit.clip.encoder.fingerprint
+        self._reference = (
+            singles[rows] if stored and singles is not None else reference.encode(pixels(reference.image_size))
+        )
+        self._labels, self._rows = self._left_out_labels(self._reference)
+        self.count = len(self._rows)
+        self.note = ""
+        if not self.count:
+            why = "each class has one image" if len(rows) else "there are no support images"
+            self.note = f"{why}: nothing can be left out, so accuracy was not compared"
+
+    def seconds(self, ms: float) -> float:
+        """How long judging takes, at so many milliseconds an image."""
+        return ms * len(self._classes) / 1e3
+
+    def __call__(self, encoder: Encoder, precision: str, smaller_images: bool = False) -> tuple[dict[str, Any], str]:
+        """The facts of an EngineCandidate, and why it is rejected; "" if it is not.
+
+        Another runtime of the same fp32 engine gives the same embeddings up to rounding, so a few pictures are enough.
+        """
+        same = encoder.fingerprint == self._fingerprint and precision == "fp32"
+        pixels = self._pixels(encoder.image_size)[: _COMPARED if same else None]
+        if not len(pixels):
+            return {}, "" if same else "there are no support images to judge it on"
+        embeddings, reference = encoder.encode(pixels), self._reference[: len(pixels)]
+        facts: dict[str, Any] = {"cosines": cosines(reference, embeddings)}
+        labels = self._labels if same else self._left_out_labels(embeddings)[0]
+        right, expected = ((each == self._classes)[self._rows] for each in (labels, self._labels))
+        if self.count:
+            facts |= {"agreement": float((labels == self._labels)[self._rows].mean()), "accuracy": float(right.mean())}
+        return facts, rejection(expected, right, facts["cosines"], self._tolerance, smaller_images)
+
+    def _left_out_labels(self, embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
+        """The label (N,) of each image by the fitted method without the image, keys and queries being `embeddings`
+        (HeldOutSet.leave_one_out), and the rows that have one. A method without support images labels all."""
+        config, head = self._state.config, self._state
+        method, labels = METHODS[config.method], np.full(len(self._classes), -1)
+        if not len(labels):
+            return labels, labels
+        support = make_support_set(embeddings, self._classes, head.text, head.tau)
+        reducer = fit_method_reducer(method, config.reducer_name, support)
+        held_out = (
+            HeldOutSet.leave_one_out(method, reducer, support)
+            if method.needs_support
+            else HeldOutSet.validation(method, reducer, support, embeddings, self._classes)
+        )
+        for rows, plan in held_out.plans(config.parameters) if len(held_out.rows) else ():
+            labels[rows] = score(plan, held_out.queries[rows]).argmax(1)
+        return labels, np.sort(held_out.rows)
+
+
+def cosines(reference: Embeddings, embeddings: Embeddings) -> dict[str, tuple[float, float]]:
+    """The smallest and the mean cosine of rows, by embedding; -1 stands for what is not finite."""
+    result = {}
+    for name in ("plain", "adapted"):
+        expected, got = getattr(reference, name), getattr(embeddings, name)
+        if expected is not None and got is not None:
+            each = np.nan_to_num((expected * got).sum(1), nan=-1.0, posinf=-1.0, neginf=-1.0)
+            result[name] = (float(each.min()), float(each.mean()))
+    return result

@@ -1,0 +1,223 @@
+"""How right a fitted classifier is on labelled images that it has not seen, and on pictures of none of its classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.head.predictions import Neighbour
+from iosr_fast.methods.conformal import BINS, Reliability
+from iosr_fast.methods.tuning.tuned import wilson
+from iosr_fast.utils.json_values import json_values
+
+MISTAKES = 100  # that are explained; the arrays of an Evaluation have all
+MATRIX = 30  # classes up to which a confusion matrix is shown and stored
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """A class: of the `images` with its label, `right` were given it; `predicted` images were given it in all."""
+
+    label: str
+    images: int
+    right: int
+    predicted: int
+
+    @property
+    def recall(self) -> float:
+        """The share of its images that are right; NaN without images."""
+        return self.right / self.images if self.images else math.nan
+
+    @property
+    def precision(self) -> float:
+        """The share of images given this label that have it; NaN if none was given it."""
+        return self.right / self.predicted if self.predicted else math.nan
+
+
+@dataclass(frozen=True)
+class Mixup:
+    """Of the `images` with `label`, `mistaken` were taken for `other`."""
+
+    label: str
+    other: str
+    images: int
+    mistaken: int
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that is `label` (None: of no class) and was taken for `predicted`, with the probability of both, and the
+    support images that are nearest to it, nearest first."""
+
+    image: Any
+    label: str | None
+    label_probability: float
+    predicted: str
+    probability: float
+    nearest: tuple[Neighbour, ...]
+
+
+@dataclass(frozen=True)
+class LabelSets:
+    """Sets of labels (predict_sets): a share `covered` has the image's label where `promised` is the promise; `size`
+    labels on the mean; a share `empty` has none. NaN where nothing can be promised, for the `reason`."""
+
+    promised: float
+    covered: float = math.nan
+    size: float = math.nan
+    empty: float = math.nan
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class UnknownResult:
+    """predict(unknown="reject", keep=promised): the share of images of the classes that is `kept`, and of `images` of
+    no class the share that is `rejected`; NaN where nothing can be promised, for the `reason`, or without `images`.
+
+    auroc     how well scores tell both apart, whatever the threshold: 1 at best, 0.5 by chance
+    accepted  images of no class that keep a label, the one that looks most like a class first
+    """
+
+    promised: float
+    kept: float = math.nan
+    images: int = 0
+    rejected: float = math.nan
+    auroc: float = math.nan
+    accepted: tuple[Mistake, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The result of `evaluate` for B images, by a classifier of C classes.
+
+    images            (B,) what names an image: its path or its position
+    classes           the C class names
+    labels, predicted (B,) int64, positions of classes
+    confidence        (B,) float64, the probability of `predicted`
+    reliability       accuracy, log-loss and calibration of the B images (conformal.Reliability)
+    expected          the accuracy that left-out support images had let expect; NaN if none can be left out
+    mistakes          the most probable wrong images first, at most MISTAKES
+    copies            how many of the images are near duplicates of support images, and say little about new ones
+    sets, unknown     what promises are worth on these images
+    errors            a BadImageError for each unreadable image, which counts nowhere
+
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.clip.demo.pictures import load_pictures
+    >>> pictures = load_pictures("held-out", min_styles=5)
+    >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
+    >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images[::2], labels[::2])
+    >>> evaluation = classifier.evaluate(images[1::2], labels[1::2])
+    >>> evaluation.accuracy == classifier.score(images[1::2], labels[1::2])
+    True
+    >>> len(evaluation.mistakes) == evaluation.wrong, int(evaluation.confusion.sum()), len(evaluation.class_results)
+    (True, 9, 3)
+    """
+
+    images: Sequence[Any]
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    reliability: Reliability
+    expected: float
+    mistakes: tuple[Mistake, ...]
+    copies: int
+    sets: LabelSets
+    unknown: UnknownResult
+    errors: tuple[BadImageError, ...] = ()
+
+    @property
+    def accuracy(self) -> float:
+        return self.reliability.accuracy
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the accuracy (tuned.wilson)."""
+        return wilson(self.accuracy, len(self.labels))
+
+    @property
+    def wrong(self) -> int:
+        return int((self.labels != self.predicted).sum())
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """(C, C) int64: images with the label of a row that were given the label of a column."""
+        count = len(self.classes)
+        pairs = np.bincount(self.labels * count + self.predicted, minlength=count**2)
+        return pairs.reshape(count, count)
+
+    @property
+    def class_results(self) -> list[ClassResult]:
+        """All classes, in their order."""
+        count, right = len(self.classes), self.labels[self.labels == self.predicted]
+        columns = (np.bincount(rows, minlength=count).tolist() for rows in (self.labels, right, self.predicted))
+        return [ClassResult(*row) for row in zip(self.classes, *columns, strict=True)]
+
+    @property
+    def mixups(self) -> list[Mixup]:
+        """Pairs of classes of which one was taken for the other, the most frequent first."""
+        wrong, images = self.labels != self.predicted, np.bincount(self.labels, minlength=len(self.classes))
+        pairs, counts = np.unique(np.stack([self.labels, self.predicted])[:, wrong], axis=1, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return [
+            Mixup(self.classes[label], self.classes[other], int(images[label]), int(count))
+            for label, other, count in zip(*pairs[:, order], counts[order], strict=True)
+        ]
+
+    def summary(self) -> str:
+        """What was measured, a line each."""
+        low, high = self.interval
+        lines = [
+            f"{self.accuracy:.1%} of {len(self.labels):,} images are right (95%: {low:.1%} to {high:.1%})",
+            f"log-loss {self.reliability.log_loss:.3f}, expected calibration error {self.reliability.error:.1%}",
+        ]
+        if not math.isnan(self.expected):
+            lines[0] += f"; {self.expected:.1%} expected by left-out support images"
+        if self.copies:
+            lines.append(f"near duplicates of support images, which say little about new ones: {self.copies:,}")
+        if self.errors:
+            lines.append(f"unreadable and left out: {len(self.errors)}")
+        sets, unknown = self.sets, self.unknown
+        lines.append(
+            f"sets of labels: {sets.reason}"
+            if sets.reason
+            else f"sets of labels for {sets.promised:.4g}: {sets.covered:.1%} have the label, {sets.size:.2f} labels "
+            f"on the mean, {sets.empty:.1%} empty"
+        )
+        kept = unknown.reason or f"{unknown.kept:.1%} of these images keep their label, {unknown.promised:.4g} promised"
+        lines.append(f"unknown: {kept}")
+        if unknown.images:
+            rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "
+            lines.append(f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; null for what can't be said. The confusion matrix stands there up to MATRIX classes."""
+        low, high = self.interval
+        reliability, of_bins = self.reliability, ("counts", "confidence", "right")
+        facts = {
+            "images": len(self.labels),
+            "unreadable": len(self.errors),
+            "copies": self.copies,
+            "accuracy": self.accuracy,
+            "accuracy_interval": [low, high],
+            "expected_accuracy": self.expected,
+            "log_loss": reliability.log_loss,
+            "calibration_error": reliability.error,
+            "calibration": {"bins": BINS, **{name: getattr(reliability, name) for name in of_bins}},
+            "sets": self.sets,
+            "unknown": self.unknown,
+            "classes": [{**vars(one), "recall": one.recall, "precision": one.precision} for one in self.class_results],
+            "mixups": self.mixups,
+            "confusion": self.confusion if len(self.classes) <= MATRIX else None,
+            "wrong": self.wrong,
+            "mistakes": self.mistakes,
+        }
+        values: dict[str, Any] = json_values(facts)
+        return values

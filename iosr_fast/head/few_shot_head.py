@@ -1,0 +1,443 @@
+"""FewShotHead: embeddings and labels in, labels out; a scikit-learn estimator."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.embedding_rows import as_iosr_errors, unit, unit_rows, usable_rows
+from iosr_fast.head.evidence import Evidence
+from iosr_fast.head.label_sets import are_label_sets, dense, known_label_sets, label_sets, read_label_sets
+from iosr_fast.head.method_config import MethodConfig, choose_config, is_searched
+from iosr_fast.head.multi_label import decision, members, probabilities
+from iosr_fast.head.names import check_unknown_label
+from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.conformal import COVERAGE, Reliability, sets_of_labels
+from iosr_fast.methods.joint import JointPrediction, predict_jointly
+from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label, multi_label_reason
+from iosr_fast.methods.multi_label_set import MultiLabelSet
+from iosr_fast.methods.promise import check_share
+from iosr_fast.methods.suggest import Suggestions, entropy, suggest
+from iosr_fast.methods.support_audit import SupportAudit
+from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
+from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
+from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, check_unknown_images, without_rejected
+from iosr_fast.scoring.fields import RANGES
+from iosr_fast.scoring.precision import Precision, check_precision
+from iosr_fast.scoring.score import score
+from iosr_fast.scoring.validation import check_number
+from iosr_fast.utils.estimator import not_fitted
+from iosr_fast.utils.numbers import check_integer, refuse_masked
+from iosr_fast.utils.ranking import mean_average_precision
+from iosr_fast.utils.require import require
+
+require("sklearn.base", "sklearn")
+
+from sklearn.base import BaseEstimator, ClassifierMixin  # noqa: E402
+from sklearn.exceptions import NotFittedError  # noqa: E402
+from sklearn.utils.multiclass import check_classification_targets  # noqa: E402
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data  # noqa: E402
+
+# Rows are scored in blocks of one shape, the last one filled up: a row's logits then have the same bits in any batch.
+_BLOCK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class HeadFit(Evidence):
+    """A fit of one label a row. `rows` (N,) are the positions of the support rows in the X of `fit`."""
+
+    support: SupportSet
+    config: MethodConfig
+    rows: np.ndarray
+    unknown_images: Embeddings | None
+
+
+class FewShotHead(ClassifierMixin, BaseEstimator):
+    """A few-shot classifier on embeddings, for scikit-learn's pipelines, cross-validation and searches.
+
+    It fits the same methods as `Classifier`, by the same code, on embeddings that exist already: of a CLIP, or of any
+    encoder whose cosines mean similarity. Nothing is trained; `fit` stores the rows as keys, or their means and
+    covariance, and chooses parameters by leave-one-out. For C classes, D channels and N support rows it computes
+
+        logits[b, c] = tau * <x[b], text[c]>
+                     + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <r(x[b]), keys[j]>))
+                     + <f(x[b]), linear[c]> + bias[c]
+
+    with x the rows of X at unit length, r the reducer, and the terms that the method has (`plan_`, a ScoringPlan).
+
+    Parameters
+    ----------
+    method : str, default="auto"
+        A name of `iosr_fast.methods.METHODS`: "stack", "tip-adapter", "gda" and "proker" work without `text`;
+        "zero-shot", "tip-x", "timo" and "ape" need it. A name with "++" compares adapted embeddings and needs
+        `adapted=True`. "auto" is the stack, with weights by leave-one-out on the support rows, unless a single method
+        is right more often on left-out rows by more than noise.
+    reducer : str, default=None
+        "none", "centre", "pca" or "pca:64": moves embeddings so that classes overlap less. None is "none".
+        "auto" and "stack" take none.
+    tune : str, default=None
+        "loo" chooses the parameters of a named method by leave-one-out, "none" takes the defaults. None is "loo" unless
+        a parameter is given.
+    tune_seconds : float, default=20
+        Budget of the search of "auto" and "stack" on one core, in seconds; counted in operations, so that the same rows
+        give the same choice everywhere.
+    alpha, beta, gamma, ridge : float, default=None
+        Parameters of the named method, as far as it has them: the weight of the support rows, the sharpness of a key,
+        a weight of Tip-X, TIMO and APE, and the ridge of ProKeR. Without units. The others take the method's defaults.
+    text : array of shape (C, D), default=None
+        The text embedding of each class, in the order of `classes_` (sorted labels); scaled to unit length. None leaves
+        the text term out.
+    tau : float, default=100.0
+        The CLIP's logit scale, which multiplies cosines between images and texts.
+    adapted : bool, default=False
+        Whether X is (n, 2 D): the plain embedding and then the adapted one, side by side.
+    key_precision : {"fp32", "fp16", "bf16", "int8"}, default="fp32"
+        How the keys are stored for scoring, if the method has keys.
+
+    Attributes
+    ----------
+    classes_ : array of shape (C,)
+        The labels, sorted, with the type that they had in y.
+    plan_ : ScoringPlan
+        What is executed. `iosr_fast.score` executes it too, on NumPy arrays and on tensors.
+    method_, reducer_ : str
+        The method and the reducer that were chosen or given.
+    parameters_ : dict of str to float
+        All parameters of the method.
+    tuned_ : Tuned or None
+        The search that chose them (accuracy, log-loss, number of rows); None if nothing was searched.
+    multi_label_ : MultiLabelFit or None
+        After a fit with several labels: the threshold of each class, and the average precision and log-loss of left-out
+        rows.
+    unknown_ : Unknown
+        How unknown pictures are told (`methods.unknown.Unknown`): fitted at the first use, `unknown_.promise()` says
+        what can be promised.
+    n_features_in_ : int
+        D, or 2 D with `adapted=True`. `feature_names_in_` exists if X had names for its columns.
+
+    Raises
+    ------
+    IosrFastError
+        A ValueError, by `fit`: for a single class, a class of which all rows are zero, values that are not finite, an
+        unknown method, reducer or precision, parameters that the method does not have or that are out of range, `text`
+        of another shape than (C, D), and a method that needs `text` or `adapted=True` without it. By the other methods:
+        for values that are not finite, and another number of columns.
+    NotFittedError
+        By all methods before `fit`: that of `iosr_fast.exceptions` and scikit-learn's in one.
+    MissingPackageError
+        By the import of this class, without scikit-learn.
+
+    Notes
+    -----
+    The logits of a row do not depend on the other rows of X or on their order. Probabilities are calibrated as those of
+    `Classifier` are: a factor of the logits is fitted by leave-one-out, also for parameters that are given; with
+    tune="none" it is 1. A row of zeros has no direction: `fit` leaves it out, the other methods take its cosines as 0;
+    both warn.
+
+    Sources: Tip-Adapter (Zhang et al., ECCV 2022), Tip-X (Udandarao et al., ICCV 2023), APE (Zhu et al., ICCV 2023),
+    TIMO (Li et al., AAAI 2025), GDA (Wang et al., ICLR 2024), ProKeR (Bendou et al., CVPR 2025), the "++" forms
+    (Kravets & Namboodiri, BMVC 2024).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from iosr_fast import FewShotHead
+    >>> rng = np.random.default_rng(0)
+    >>> centres = rng.standard_normal((3, 32))  # of three classes; images of a class lie around its centre
+    >>> labels = np.repeat(["cat", "dog", "fox"], 4)
+    >>> X = np.repeat(centres, 4, axis=0) + 0.5 * rng.standard_normal((12, 32))
+    >>> head = FewShotHead(method="gda").fit(X, labels)
+    >>> head.predict(centres)
+    array(['cat', 'dog', 'fox'], dtype='<U3')
+    >>> head.predict_proba(centres).shape, head.tuned_.protocol, head.tuned_.scored
+    ((3, 3), 'loo', 12)
+
+    In a grid search, over methods:
+
+    >>> from sklearn.model_selection import GridSearchCV
+    >>> search = GridSearchCV(FewShotHead(), {"method": ["tip-adapter", "gda", "proker"]}, cv=2).fit(X, labels)
+    >>> float(search.best_score_)
+    1.0
+    """
+
+    classes_: np.ndarray
+    multi_label_: MultiLabelFit | None
+    _fit: HeadFit | MultiLabelFit
+
+    def __init__(
+        self,
+        method: str = "auto",
+        *,
+        reducer: str | None = None,
+        tune: Literal["loo", "none"] | None = None,
+        tune_seconds: float = TUNE_SECONDS,
+        alpha: float | None = None,
+        beta: float | None = None,
+        gamma: float | None = None,
+        ridge: float | None = None,
+        text: Any = None,
+        tau: float = 100.0,
+        adapted: bool = False,
+        key_precision: Precision = "fp32",
+    ) -> None:
+        self.method = method
+        self.reducer = reducer
+        self.tune = tune
+        self.tune_seconds = tune_seconds
+        self.alpha = alpha
+        self.beta = beta
+        self.gamma = gamma
+        self.ridge = ridge
+        self.text = text
+        self.tau = tau
+        self.adapted = adapted
+        self.key_precision = key_precision
+
+    def fit(self, X: Any, y: Any, unknown_images: Any = None) -> FewShotHead:
+        """Compile the method on support rows X, (n, D) or (n, 2 D), any real dtype of NumPy, and their labels y, (n,).
+
+        Any labels that scikit-learn accepts: strings, integers, booleans. The type of X is converted to float32 after
+        the rows have been scaled to unit length in float64. `unknown_images` are rows of pictures that belong to none
+        of the classes, if you have any: they sharpen `unknown_score`, which needs none, and change nothing else.
+
+        For rows with any number of labels y are sets (or lists, or tuples) of names, of which some may be empty, or an
+        indicator (n, C) of 0 and 1, whose classes are their numbers. Each class is then judged by itself
+        (methods.multi_label.fit_multi_label), and `predict` answers in the form of y.
+        """
+        given = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "ridge")}
+        parameters = check_choice(self.method, self.reducer, self.tune, **given)
+        precision = check_precision(self.key_precision)
+        seconds = check_number("tune_seconds", self.tune_seconds, 0.0, MAX_TUNE_SECONDS)
+        tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
+        if several := are_label_sets(y):
+            if (reason := multi_label_reason(self.method, self.reducer)) is not None:
+                raise IosrFastError(reason)
+            if unknown_images is not None:
+                raise IosrFastError(
+                    "several labels an image take no unknown_images: give them as rows with an empty set"
+                )
+            X = self._validated(X, reset=True)
+            names, labels = read_label_sets(y, len(X))
+            classes = np.arange(labels.shape[1]) if names is None else np.array(names, str)
+        else:
+            X, y = self._validated(X, y, reset=True)
+            with as_iosr_errors(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # of few shots
+                check_classification_targets(y)
+            classes, labels = np.unique(y, return_inverse=True)
+            if len(classes) < 2:
+                raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
+        kept = np.flatnonzero(usable_rows(X, self.adapted, "left out of the support rows"))
+        rows, labels, text = unit_rows(X[kept], self.adapted), labels[kept], self._text_rows(classes, X.shape[1])
+        if several:
+            search = is_searched(self.method, self.tune, parameters)
+            fit = fit_multi_label(
+                MultiLabelSet(rows, labels, text, tau), self.method, parameters, search, precision, seconds
+            )
+            self._fit, self._indicator_type = fit, None if names is not None else dense(y).dtype
+            self.plan_, self.method_, self.parameters_ = fit.plan, fit.method, fit.parameters
+            self.reducer_, self.tuned_, self.multi_label_ = "none", None, fit
+        else:
+            if len(empty := np.setdiff1d(np.arange(len(classes)), labels)):
+                raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
+            unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
+            support = make_support_set(rows, labels, text, tau, len(classes))
+            self._check_method(support)
+            config = choose_config(
+                self.method,
+                support,
+                reducer=self.reducer,
+                tune=self.tune,
+                parameters=parameters,
+                key_precision=precision,
+                seconds=seconds,
+            )
+            self.plan_, self.method_, self.parameters_ = config.compile(support), config.method, config.parameters
+            self._fit = HeadFit(support, config, kept[np.argsort(labels, kind="stable")], unknown)
+            self.reducer_, self.tuned_, self.multi_label_ = config.reducer_name, config.tuned, None
+        self.classes_ = classes
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's. After a fit with
+        several labels always (n, C), each class by itself."""
+        return decision(self._logits(X), self.multi_label_ is not None)
+
+    def predict(
+        self,
+        X: Any,
+        unknown: Literal["reject"] | None = None,
+        unknown_label: str | None = None,
+        keep: float = KEEP,
+    ) -> np.ndarray:
+        """The label of the largest logit, (n,); of equal ones the first.
+
+        unknown="reject" gives None, or `unknown_label`, for rows that belong to none of the classes, as far as
+        `unknown_score` tells: a share `keep` of the rows that do belong to one keeps its label. Raises IosrFastError
+        where there are too few support rows for that promise: 0.95 takes 19 that can be left out.
+
+        After a fit with several labels: a frozenset of labels for each row, (n,) of dtype object, or an indicator
+        (n, C) of the dtype of y, as y was. A label is in where its probability reaches `multi_label_.thresholds`.
+        """
+        share = check_unknown(unknown, keep, unknown_label)
+        if share is not None:
+            fit = self._one_label("predict(unknown='reject')", "a row of none of the classes gets no label")
+            check_unknown_label(unknown_label, self.classes_.tolist())
+            rejected = fit.unknown.rejects(self._queries(X), share)
+            return without_rejected(self.classes_[self._logits(X).argmax(1)], rejected, unknown_label)
+        logits = self._logits(X)
+        if self.multi_label_ is None:
+            labels: np.ndarray = self.classes_[logits.argmax(1)]
+            return labels
+        chosen = members(logits, self.multi_label_.thresholds)
+        if self._indicator_type is None:
+            return label_sets(self.classes_, chosen)
+        return chosen.astype(self._indicator_type)
+
+    def unknown_score(self, X: Any) -> np.ndarray:
+        """How unlike all classes each row is, (n,) float64: of left-out support rows the mean is 0 and the standard
+        deviation 1. Formula and sources: methods.unknown.fit_unknown and methods.known_scores.KnownScores."""
+        return self._one_label("unknown_score").unknown.score(self._queries(X))
+
+    def predict_sets(self, X: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
+        """For each row the labels that it may have, most likely first: a share `coverage` of the sets has the row's
+        label (conformal prediction by left-out support rows). A set is empty where no label is likely enough. With
+        `per_class` the share holds for the rows of each class (class-conditional or Mondrian conformal prediction).
+        Raises IosrFastError where there are too few support rows for that promise: 0.9 takes 9 that can be left out,
+        with `per_class` 9 of each class."""
+        fit, share = self._one_label("predict_sets"), check_share("coverage", coverage)
+        classes, logits = self.classes_ if per_class else None, self._logits(X)
+        return sets_of_labels(self.classes_, logits, fit.left_out_labels.sets(logits, share, classes))
+
+    def calibration(self) -> Reliability:
+        """How right the probabilities of left-out support rows are, by bins; print it for a table."""
+        return self._one_label("calibration").left_out_labels.reliability
+
+    @property
+    def unknown_(self) -> Unknown:
+        return self._one_label("unknown_").unknown
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """softmax of the logits, (n, C) float64, columns in the order of `classes_`. After a fit with several labels
+        the probability of each class by itself, 1 / (1 + exp(-logit)): a row's sum is any number up to C."""
+        return probabilities(self._logits(X).astype(np.float64), self.multi_label_ is not None)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The share of rows whose predicted label is theirs. After a fit with several labels the mean average precision
+        over the classes that a row of y has (utils.ranking.mean_average_precision); y as for `fit`."""
+        self._check_fitted()
+        if self.multi_label_ is None:
+            return float(super().score(X, y, sample_weight))
+        if sample_weight is not None:
+            raise IosrFastError("several labels an image: expected no sample_weight, got one; leave it out")
+        return mean_average_precision(known_label_sets(y, len(X), self.classes_), self._logits(X))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+    def _one_label(self, call: str, instead: str = "fit with one label for each row") -> HeadFit:
+        """The fit. Raises IosrFastError if rows may have several labels each, for which `call` has no answer."""
+        self._check_fitted()
+        if isinstance(self._fit, HeadFit):
+            return self._fit
+        raise IosrFastError(f"{call} is for one label an image, and this head was fitted with several: {instead}")
+
+    def predict_jointly(self, X: Any) -> JointPrediction:
+        """Probabilities (n, C) float32 of rows that are classified together, with the support rows' means and
+        covariance estimated anew on all of them; the result's `labels` are out of `classes_`. Where left-out support
+        rows say that it harms, and where none can be left out, the result's `refused` says so and its probabilities are
+        those of `predict_proba`. Formula, check and sources: methods.joint.predict_jointly.
+        """
+        fit = self._one_label("predict_jointly")
+        joint = predict_jointly(fit.support, fit.config.compile, self._queries(X), plan=self.plan_, check=False)
+        return replace(joint, classes=self.classes_)
+
+    def audit(self) -> SupportAudit:
+        """Support rows whose label is likely wrong, near duplicates, classes that are confused, too few or too alike
+        images, and what more of them would bring, all by support rows that are left out of the fit. `images` and the
+        images in the lists are positions in the X of `fit`. Rules and sources: methods.support_audit.audit_support.
+        """
+        fit = self._one_label("audit")
+        return fit.audit(fit.rows, self.classes_)
+
+    def suggest(self, X: Any, n: int) -> Suggestions:
+        """The n rows of X (B, D) to label next: diverse, and uncertain for this head, those that look like a new class
+        first. The result's `rows` are positions in X. Formula and source: methods.suggest.suggest; before the first
+        labels exist, call that function.
+        """
+        fit, n = self._one_label("suggest"), check_integer("n", n, 1)
+        return suggest(image_rows(self._queries(X), fit.config.which, None), n, entropy(self._logits(X)))
+
+    def _queries(self, X: Any) -> Embeddings:
+        return unit_rows(self._rows(X), self.adapted)
+
+    def _unknown_rows(self, unknown: Any) -> Embeddings:
+        rows = self._validated(unknown, reset=False)
+        rows = rows[usable_rows(rows, self.adapted, "left out of the unknown rows")]
+        check_unknown_images(len(rows))
+        return unit_rows(rows, self.adapted)
+
+    def _rows(self, X: Any) -> np.ndarray:
+        """Rows to classify. A row of zeros stays, with a warning."""
+        self._check_fitted()
+        rows: np.ndarray = self._validated(X, reset=False)
+        usable_rows(rows, self.adapted, "their cosines count as 0, and their labels mean nothing")
+        return rows
+
+    def _validated(self, *rows_and_labels: Any, reset: bool) -> Any:
+        for name, values in zip(("X", "y"), rows_and_labels, strict=False):
+            refuse_masked(name, values)
+        with as_iosr_errors():
+            return validate_data(self, *rows_and_labels, reset=reset, dtype=(np.float64, np.float32), order="C")
+
+    def _check_fitted(self) -> None:
+        try:
+            check_is_fitted(self)
+        except NotFittedError as error:
+            raise not_fitted(str(error)) from None
+
+    def _logits(self, X: Any) -> np.ndarray:
+        rows = self._rows(X)
+        logits = np.empty((len(rows), len(self.classes_)), np.float32)
+        for first in range(0, len(rows), _BLOCK):
+            block = np.minimum(np.arange(first, first + _BLOCK), len(rows) - 1)
+            scores = score(self.plan_, unit_rows(rows[block], self.adapted), check=False)
+            logits[first : first + _BLOCK] = scores[: len(rows) - first]
+        return logits
+
+    def _text_rows(self, classes: np.ndarray, width: int) -> np.ndarray | None:
+        if self.text is None:
+            return None
+        refuse_masked("text", self.text)
+        with as_iosr_errors():
+            text = check_array(self.text, dtype=np.float64, input_name="text")
+        shape = (len(classes), width // (2 if self.adapted else 1))
+        if text.shape != shape:
+            raise IosrFastError(
+                f"expected text of shape {shape}, a row for each of the {len(classes)} classes in y and a column for "
+                f"each channel, got {text.shape}"
+            )
+        if not text.any(axis=1).all():
+            raise IosrFastError(f"expected text rows other than zero, got zeros in row {text.any(axis=1).argmin()}")
+        return unit(text)
+
+    def _check_method(self, support: SupportSet) -> None:
+        """Raise IosrFastError if the named method needs more than the data has."""
+        method = METHODS.get(self.method)
+        if method is None:  # "auto" takes what the data allows
+            return
+        if method.needs_adapter and not self.adapted:
+            raise IosrFastError(
+                f"{self.method} compares adapted embeddings: expected adapted=True and X of (n, 2 D), got "
+                f"adapted=False; use {self.method.removesuffix('++')!r} without them"
+            )
+        reason = unavailable_reason(self.method, support)
+        if reason is not None:
+            raise IosrFastError(f"{reason}; give text=, an array (C, D)" if support.text is None else reason)

@@ -1,0 +1,155 @@
+"""Names of classes: one set of checks for a fit, a saved classifier and changes, so for HTTP too."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from iosr_fast.exceptions import JOINERS, IosrFastError
+from iosr_fast.head.ids import uid_of
+from iosr_fast.utils.text import abbreviate
+
+LONGEST = 512  # characters of a name
+# Invisible characters of other categories: fillers of Hangul, the grapheme joiner, the blank Braille pattern.
+_INVISIBLE = dict.fromkeys([0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0, 0xFE0E, 0xFE0F])
+# Letters of Cyrillic, then of Greek, that look like a letter of Latin, and that letter.
+_LOOKALIKES = str.maketrans(
+    "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0455\u0456\u0458\u0501\u04bb\u051b\u051d"
+    "\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0423\u0425\u0405\u0406\u0408\u04ae"
+    "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7\u03bf\u0131",
+    "aeopcyxsijdhqwABEKMHOPCTYXSIJYABEZHIKMNOPTYXoi",
+)
+_SCRIPTS = {"LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE"}
+logger = logging.getLogger(__name__)
+
+
+def check_names(class_names: Any) -> list[str]:
+    """Class names of a fit as a list of str.
+
+    Raises IosrFastError where they are no list of two texts or more, and as `check_distinct` does.
+    """
+    if isinstance(class_names, str | bytes | set | frozenset | dict) or not isinstance(class_names, Iterable):
+        raise IosrFastError(f"expected class_names to be a list of names, in order, got {type(class_names).__name__}")
+    names = []
+    for i, name in enumerate(class_names):
+        if not isinstance(name, str):
+            raise IosrFastError(
+                f"expected class names to be text, got {name!r} ({type(name).__name__}) at position {i}"
+            )
+        names.append(str.__str__(name))
+    if len(names) < 2:
+        raise IosrFastError(f"expected at least two classes to tell apart, got {len(names)}: {names}")
+    check_distinct(names)
+    return names
+
+
+def check_distinct(names: Sequence[str]) -> None:
+    """Raise IosrFastError where a name is none (`name_fault`) or looks like another one (`as_seen`).
+
+    Warns of names that differ in case or typography alone, which CLIP's tokenizers read as one, and of words with
+    letters of several scripts, which they read as no word.
+    """
+    for name in names:
+        if fault := name_fault(name):
+            raise IosrFastError(f"expected class names, got {name!a}, {fault}")
+    twins = _twins(names, as_seen)
+    if equal := sorted({one for one, other in twins if one == other}):
+        raise IosrFastError(f"expected class names to differ, got {abbreviate(equal)} more than once")
+    if twins:
+        shown = "; ".join(f"{one!a} and {other!a}" for one, other in twins[:5])
+        raise IosrFastError(
+            f"expected class names to differ, got names that look alike: {shown} (they differ in Unicode "
+            "normalisation, invisible characters, blanks, or letters of another script alone)"
+        )
+    for one, other in _twins(names, _as_read):
+        logger.warning("the classes %r and %r differ in case or typography alone: is one class meant?", one, other)
+    for name in names:
+        if word := _mixed_word(name):
+            logger.warning("the class %a mixes scripts in the word %a: is it spelt as it looks?", name, word)
+
+
+def check_new_name(name: Any, others: Sequence[str]) -> None:
+    """`check_distinct` for one more name, or another name of a class, beside the `others`."""
+    if not isinstance(name, str):
+        raise IosrFastError(f"expected a class name, got {name!r}, which is no text")
+    read = as_seen(name), _as_read(name)
+    check_distinct([*(other for other in others if as_seen(other) == read[0] or _as_read(other) == read[1]), name])
+
+
+def check_separable(names: Sequence[str], separator: str) -> None:
+    """Raise IosrFastError for names that hold the separator of several labels in a table."""
+    if held := [name for name in names if separator in name]:
+        raise IosrFastError(
+            f"several labels a picture: expected class names without {separator!r}, which joins labels in tables, got "
+            f"{abbreviate(held)}"
+        )
+
+
+def name_fault(name: str) -> str | None:
+    """Why this text can't be a class name, or None."""
+    if not as_seen(name):
+        return "which is blank"
+    if name != name.strip():
+        return "which has blanks around it"
+    if uid_of(name) is not None:
+        return "which is how ids of classes look"
+    if len(name) > LONGEST:
+        return f"which has more than {LONGEST} characters"
+    if name.isascii() and name.isprintable():
+        return None
+    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name):
+        return "which has control characters or is no valid Unicode"
+    if any(unicodedata.category(char) == "Cf" and char not in JOINERS for char in name):
+        return "which has invisible characters or marks of direction"
+    return None
+
+
+def as_seen(name: str) -> str:
+    """Names that look alike have this in common: one normalisation, one script, no invisible characters, single
+    blanks."""
+    if not name.isascii():  # most are, and a change compares its name with those of all classes
+        visible = "".join(char for char in name.translate(_INVISIBLE) if unicodedata.category(char) != "Cf")
+        name = unicodedata.normalize("NFC", visible).translate(_LOOKALIKES)
+    return " ".join(name.split())
+
+
+def check_unknown_label(label: Any, classes: Iterable[Any]) -> None:
+    """Raise IosrFastError if a label of pictures of no class is no label, or a class has it or looks like it."""
+    seen = [as_seen(one) if isinstance(one, str) else one for one in (label, *classes)]
+    if seen[0] in seen[1:]:
+        raise IosrFastError(
+            f"expected a label for unknown pictures that no class has, got {label!r}; choose another word"
+        )
+    if isinstance(label, str) and (fault := name_fault(label)):
+        raise IosrFastError(f"expected a label for unknown pictures, got {label!a}, {fault}")
+
+
+def _as_read(name: str) -> str:
+    """Names of one spelling, whatever their case and typography, have this in common."""
+    return unicodedata.normalize("NFKC", as_seen(name)).casefold()
+
+
+def _mixed_word(name: str) -> str | None:
+    """A word with letters of several scripts that look alike, or None."""
+    if name.isascii():
+        return None
+    for word in re.findall(r"\w+", unicodedata.normalize("NFKC", name)):
+        if len({unicodedata.name(char, "").split(" ")[0] for char in word} & _SCRIPTS) > 1:
+            return str(word)
+    return None
+
+
+def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
+    """Each name with an earlier one of the same key."""
+    first: dict[str, str] = {}
+    pairs = []
+    for name in names:
+        seen = key(name)
+        if seen in first:
+            pairs.append((first[seen], name))
+        else:
+            first[seen] = name
+    return pairs

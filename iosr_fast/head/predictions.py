@@ -1,0 +1,228 @@
+"""From embeddings to predictions: the label, the parts of each logit, and the nearest support images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.head.adapter_part import adapter_part
+from iosr_fast.head.head import Head
+from iosr_fast.head.ids import class_id, example_id
+from iosr_fast.methods import joint
+from iosr_fast.methods.support_set import image_rows
+from iosr_fast.methods.tuning.binary_loss import sigmoid
+from iosr_fast.scoring.reference import softmax
+from iosr_fast.utils.numbers import check_integer
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class of a Prediction: logit = zero_shot + cache.
+
+    `zero_shot` is the contribution of the class name, `cache` that of the support images; `adapter` is the share of
+    `cache` that comes through adapted embeddings, and cache - adapter that of plain ones. `probability` is the softmax
+    over the logits of all classes, those that are not shown included. `class_id` stays when a class is renamed.
+
+    >>> score = ClassScore("pear", "~1", probability=0.9, logit=25.0, zero_shot=22.0, cache=3.0, adapter=1.0)
+    >>> score.zero_shot, score.cache - score.adapter, score.adapter  # texts, pictures, adapter
+    (22.0, 2.0, 1.0)
+    """
+
+    label: str
+    class_id: str
+    probability: float
+    logit: float
+    zero_shot: float
+    cache: float
+    adapter: float
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A support image near the query; `similarity` is the cosine, in [-1, 1], of what the method compares.
+
+    >>> Neighbour("~7", "pear", "~1", similarity=0.93).label
+    'pear'
+    """
+
+    example_id: str
+    label: str
+    class_id: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Whether a picture belongs to none of the classes: `score` (Classifier.unknown_score) is above the threshold.
+
+    >>> Rejection(score=3.2, rejected=True).rejected
+    True
+    """
+
+    score: float
+    rejected: bool
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The label of one image and the reasons for it, all of one `version` of the classifier.
+
+    `top` are the classes with the largest logits, best first: top[0] is the label. `nearest` are the support images
+    with the largest cosines, best first; none by default. `unknown` is None unless it was asked for; `label` and
+    `class_id` are None for a picture that is rejected. The other fields are those of top[0] (ClassScore).
+
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.clip.demo.pictures import load_pictures
+    >>> pictures = load_pictures("held-out", min_styles=5)
+    >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
+    >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
+    >>> [prediction] = classifier.explain(images[0], top=2, nearest=1)
+    >>> prediction.label == labels[0], len(prediction.top), len(prediction.nearest)
+    (True, 2, 1)
+    >>> round(prediction.nearest[0].similarity, 3)  # the image is one of the support images
+    1.0
+    """
+
+    label: str | None
+    class_id: str | None
+    probability: float
+    logit: float
+    zero_shot: float
+    cache: float
+    adapter: float
+    top: tuple[ClassScore, ...]
+    nearest: tuple[Neighbour, ...]
+    version: int
+    unknown: Rejection | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        top, nearest = ([dict(vars(one)) for one in group] for group in (self.top, self.nearest))
+        unknown = None if self.unknown is None else dict(vars(self.unknown))
+        # A tenth of the time of dataclasses.asdict.
+        return {**vars(self), "top": top, "nearest": nearest, "unknown": unknown}
+
+
+def predict(
+    head: Head,
+    embeddings: Embeddings,
+    top: int = 1,
+    nearest: int = 0,
+    keep: float | None = None,
+) -> list[Prediction]:
+    """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
+
+    logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (MethodConfig.text_weight); cache is the
+    contribution of the support images, through keys or a linear term, and `adapter` of it what adapted embeddings
+    contribute (adapter_part). Ties fall to the first class, as in argmax.
+
+    `keep` asks for `unknown`: pictures of no class are rejected, so that a share `keep` of the pictures of known
+    classes is not (`head.unknown`, which is fitted at its first use). Embeddings on a GPU are scored there.
+    Raises ValueError for top < 1 or nearest < 0, and as `score` and Unknown.threshold do.
+    """
+    top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
+    logits = head.score(embeddings)
+    embeddings = embeddings.to_numpy()
+    found: list[Rejection | None] = [None] * len(embeddings)
+    if keep is not None:
+        found[:] = rejections(head, embeddings, keep)
+    probabilities = softmax(logits)
+    scale = np.float32(head.config.text_weight * head.tau)
+    adapter = adapter_part(head, embeddings)
+    neighbours = _neighbours(head, embeddings, nearest) if nearest else [()] * len(logits)
+    ids, names = [class_id(uid) for uid in head.uids], head.class_names
+    predictions = []
+    for b, classes in enumerate(_largest(logits, top)):
+        logit = logits[b, classes]
+        zero_shot = scale * (head.text[classes] @ embeddings.plain[b])
+        cache = logit - zero_shot
+        columns = (classes, probabilities[b, classes], logit, zero_shot, cache, adapter(b, classes, cache))
+        scores = tuple(
+            ClassScore(names[c], ids[c], *parts) for c, *parts in zip(*(x.tolist() for x in columns), strict=True)
+        )
+        fields = {**vars(scores[0]), "top": scores, "nearest": neighbours[b], "version": head.version}
+        if (rejection := found[b]) is not None and rejection.rejected:
+            fields["label"] = fields["class_id"] = None
+        predictions.append(Prediction(**fields, unknown=rejection))
+    return predictions
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The labels of one image that may have several, or none, and their probabilities, most likely first.
+
+    >>> LabelSet(("cat", "sofa"), (0.9, 0.7)).labels
+    ('cat', 'sofa')
+    """
+
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def predict_label_sets(head: Head, embeddings: Embeddings) -> list[LabelSet]:
+    """A LabelSet for each query, of a head whose pictures may have several labels each."""
+    assert head.multi_label is not None
+    logits = head.score(embeddings)
+    members, probabilities = head.multi_label.members(logits), sigmoid(logits)
+    sets = []
+    for row, chosen in zip(probabilities, members, strict=True):
+        classes = np.flatnonzero(chosen)
+        classes = classes[np.argsort(-row[classes], kind="stable")]
+        sets.append(LabelSet(tuple(head.class_names[c] for c in classes), tuple(row[classes].tolist())))
+    return sets
+
+
+def rejections(head: Head, embeddings: Embeddings, keep: float) -> list[Rejection]:
+    """Of each query, where a share `keep` of known pictures is not rejected. Raises as Unknown.threshold."""
+    limit = head.unknown.threshold(keep)
+    return [Rejection(score, score > limit) for score in head.unknown.score(embeddings).tolist()]
+
+
+def predict_jointly(head: Head, embeddings: Embeddings) -> joint.JointPrediction:
+    """Queries (B, D) of the head's encoder, classified together (methods.joint), with class names as `classes`."""
+    prediction = joint.predict_jointly(head.support, head.config.compile, embeddings, plan=head.whole_plan)
+    return replace(prediction, classes=np.array(head.class_names, dtype=str))
+
+
+def _neighbours(head: Head, embeddings: Embeddings, nearest: int) -> list[tuple[Neighbour, ...]]:
+    """The support images with the highest cosine to each query, as the head's method compares images."""
+    rows = image_rows(embeddings, head.config.which, head.config.reducer)
+    blocks = [rows @ keys.T for keys in head.compared]
+    if not blocks:
+        return [()] * len(rows)
+    for segment, block in zip(head.segments, blocks, strict=True):
+        if segment.removed is not None:
+            block[:, segment.removed] = -np.inf
+    cosines = np.concatenate(blocks, axis=1)
+    uids = np.concatenate([segment.class_ids for segment in head.segments])
+    numbers = np.concatenate([segment.ids for segment in head.segments])
+    name_of = dict(zip(head.uids, head.class_names, strict=True))
+    return [
+        tuple(
+            Neighbour(
+                example_id(numbers[j]),
+                name_of[int(uids[j])],
+                class_id(int(uids[j])),
+                float(np.clip(row[j], -1.0, 1.0)),
+            )
+            for j in columns[np.isfinite(row[columns])]
+        )
+        for row, columns in zip(cosines, _largest(cosines, nearest), strict=True)
+    ]
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """(B, k) column indices of each row's largest values, largest first; equal ones in their order, as in argmax."""
+    width = values.shape[1]
+    if count >= width or width <= 256:
+        return np.argsort(-values, axis=1, kind="stable")[:, :count]
+    # The k-th largest value of a row marks the candidates for the first k; ties at the mark fall to the lowest index.
+    marks = np.partition(values, width - count, axis=1)[:, width - count]
+    indices = np.empty((len(values), count), np.int64)
+    for b, (row, mark) in enumerate(zip(values, marks, strict=True)):
+        candidates = np.flatnonzero(row >= mark)
+        indices[b] = candidates[np.argsort(-row[candidates], kind="stable")][:count]
+    return indices

@@ -1,0 +1,1 @@
+"""How heads follow one another: changes, the log of changes, and bundles."""

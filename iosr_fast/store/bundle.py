@@ -1,0 +1,223 @@
+"""A fitted classifier as a folder: everything that `Classifier.load` needs, and nothing that could run code.
+
+    manifest.json         schema, class names and ids, method and parameters, plan constants, preprocessing,
+                          fingerprints of CLIP and adapter, SHA-256 of every file
+    support.safetensors   embeddings of the support images, of the class names and of unknown images
+    plan.safetensors      what the plan has beyond them: narrow keys, values, a linear term, a reducer
+    left_out.safetensors  what was learnt of unknown pictures and sets of labels, where it was used
+    pictures.safetensors  thumbnails of the support images, where they are kept
+    engine/               the encoder (iosr_fast.export.export)
+    text/                 the text encoder, where the CLIP's can be exported
+
+It is written beside its place and renamed: a crash at any byte leaves the old folder or the new one. It is opened once
+and held open: what was verified is what is used and what is saved again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
+from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.engine_choice import EngineChoice
+from iosr_fast.head.head import Head
+from iosr_fast.head.support_images import SupportViews
+from iosr_fast.methods import METHODS
+from iosr_fast.store.bundle_schema import ClassifierManifest
+from iosr_fast.store.head_files import PICTURES, PLAN, SUPPORT, head_from_files, head_to_files
+from iosr_fast.store.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
+from iosr_fast.utils.folders import new_folder
+from iosr_fast.utils.manifest import MANIFEST, write_manifest
+from iosr_fast.utils.schema import check_files, read_facts, refused
+from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
+
+KIND = "classifier"
+ENGINE, TEXT = "engine", "text"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a classifier is made of, apart from the encoder that runs; `engine` is the folder that is opened from, and
+    `files` that folder held open, where it was."""
+
+    head: Head
+    views: SupportViews
+    engine: Path
+    encoder_fingerprint: str
+    text: TextSource | None
+    files: VerifiedFolder | None = None
+    integer_labels: bool = False
+    engine_choice: EngineChoice | None = None
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of Classifier that an opened bundle knows: not `pretrained`, nor the file of an adapter.
+
+        Method and parameters are the fitted ones, so that another fit searches nothing; a stack weighs its parts again.
+        """
+        assert self.files is not None
+        engine, config, views = self.files.manifest, self.head.config, self.views
+        return {
+            "model": engine["model"],
+            "adapter": None if engine["adapter"] is None else "auto",
+            "precision": engine["precision"],
+            "engine": self.engine,
+            "method": config.method,
+            "reducer": config.reducer_name,
+            **({} if METHODS[config.method].weighted else config.parameters),
+            "views": views.views,
+            "mirror": views.mirror,
+            "templates": views.templates,
+            "seed": views.seed,
+            "key_precision": config.key_precision,
+            "thumbnails": views.thumbnail,
+            "exif_orientation": views.exif_orientation,
+        }
+
+
+def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
+    """Write `folder`, engine included, and return its manifest; an interrupted call leaves what was there.
+
+    Raises ValueError, with nothing written, where the engine or the text encoder is not as its manifest says, or
+    another than the one that encoded the support images.
+    """
+    from safetensors.numpy import save_file
+
+    engine = bundle.files or open_verified(bundle.engine, ENGINE_KIND)
+    facts = check_engine(engine)
+    _check_encoder(engine, facts, bundle.encoder_fingerprint)
+    head_facts, arrays = head_to_files(bundle.head)
+    with new_folder(folder, KIND) as temporary:
+        if left_out := left_out_arrays(bundle.head):
+            arrays[LEFT_OUT] = left_out
+        for name, parts in arrays.items():
+            save_file(parts, temporary / name)
+        known = _copy_engine(engine, temporary / ENGINE)
+        written = {
+            **head_facts,
+            "views": asdict(bundle.views),
+            "preprocessing": {**facts.geometry.facts(), "mean": facts.mean, "std": facts.std},
+            "clip_fingerprint": facts.clip_fingerprint,
+            "adapter_fingerprint": facts.adapter_fingerprint,
+            "encoder_fingerprint": bundle.encoder_fingerprint,
+            "text": _write_text(bundle.text, temporary / TEXT),
+            # Left out where they say nothing, so that earlier versions read the bundle.
+            **({"integer_labels": True} if bundle.integer_labels else {}),
+            **({} if bundle.engine_choice is None else {"engine_choice": msgspec.to_builtins(bundle.engine_choice)}),
+        }
+        manifest = write_manifest(temporary, KIND, written, known)
+        _read(open_verified(temporary, KIND, verify=False))  # what can't be loaded is not written
+        return manifest
+
+
+def load_bundle(
+    folder: str | Path | VerifiedFolder,
+    verify: bool = True,
+    threads: int | None = None,
+    expected_digest: str | None = None,
+) -> Bundle:
+    """Read what `save_bundle` wrote, a folder or a verified one. Every file is opened now and read once.
+
+    `threads` of the text encoder. Raises FileNotFoundError or ValueError, naming the file and what is wrong, and what
+    `verified_folder.open_verified` raises for another digest than the expected one.
+    """
+    if isinstance(folder, VerifiedFolder):
+        verified = folder
+        if expected_digest is not None:
+            verified.require(expected_digest)
+    else:
+        verified = open_verified(folder, KIND, verify, expected_digest)
+    facts, engine = _read(verified)
+    verified.check(but=(SUPPORT, PLAN, PICTURES, LEFT_OUT, f"{ENGINE}/{MANIFEST}"))
+
+    def read(name: str) -> bytes | None:
+        return verified.read(name) if name in verified.files else None
+
+    try:
+        head = head_from_files(facts, read)
+        head = with_left_out(head, read)
+        views = facts.support_views()
+    except ValueError as error:
+        raise refused(verified, str(error)) from error
+    _check_widths(verified, facts, engine, head)
+    text = (
+        None
+        if facts.text is None
+        else TextEncoder(verified.folder / TEXT, verified.manifest["text"], threads, verified.part(TEXT))
+    )
+    fingerprint = facts.encoder_fingerprint
+    return Bundle(head, views, engine.folder, fingerprint, text, engine, facts.integer_labels, facts.engine_choice)
+
+
+def _read(verified: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:
+    """Both manifests of a bundle, after checking that they agree."""
+    reducer = verified.manifest.get("reducer")
+    if isinstance(reducer, str) and reducer.startswith("isoclip"):
+        raise IosrFastError(
+            f"{verified.folder} has the reducer {reducer!r}, which iosr_fast no longer has: fit again with 'none', "
+            "'centre' or 'pca', or open it with version 0.2"
+        )
+    facts = read_facts(verified, ClassifierManifest)
+    engine = verified.inner(ENGINE, ENGINE_KIND)
+    own = {f"{ENGINE}/{name}" for name in (MANIFEST, *engine.files)}
+    texts = set() if facts.text is None else {f"{TEXT}/{FILE}", f"{TEXT}/{TOKENIZER_FILE}"}
+    check_files(verified, {SUPPORT} | own | texts, {PLAN, PICTURES, LEFT_OUT, f"{TEXT}/{WEIGHTS_FILE}"})
+    inner = check_engine(engine)
+    _check_encoder(engine, inner, facts.encoder_fingerprint)
+    recorded = {name: getattr(facts.preprocessing, name) for name in facts.preprocessing.__struct_fields__}
+    recorded |= {"clip_fingerprint": facts.clip_fingerprint, "adapter_fingerprint": facts.adapter_fingerprint}
+    for name, value in recorded.items():
+        if value != getattr(inner, name):
+            raise refused(verified, f"manifest.json: expected the engine's {name}, {getattr(inner, name)}, got {value}")
+    return facts, engine
+
+
+def _check_encoder(engine: VerifiedFolder, facts: EngineManifest, expected: str) -> None:
+    if facts.fingerprint != expected:
+        raise IosrFastError(
+            f"the engine in {engine.folder} is of another export: the support set was encoded with "
+            f"{expected[:12]}, the engine is {facts.fingerprint[:12]}; fit and save again"
+        )
+
+
+def _check_widths(verified: VerifiedFolder, facts: ClassifierManifest, engine: VerifiedFolder, head: Head) -> None:
+    """That embeddings are such as the engine makes, and the text encoder."""
+    width, rows = engine.manifest["width"], [head.examples.embeddings]
+    rows += [] if head.unknown_images is None else [head.unknown_images]
+    adapted = engine.manifest["first_adapted_block"] is not None
+    if head.text.shape[1] != width:
+        raise refused(verified, f"{SUPPORT}: expected embeddings of {width} channels, got {head.text.shape[1]}")
+    if any(len(some) and (some.adapted is not None) != adapted for some in rows):
+        raise refused(
+            verified, f"{SUPPORT}: expected {'' if adapted else 'no '}adapted embeddings, as the engine makes them"
+        )
+    text = facts.text
+    if text is not None and (text.width, text.clip_fingerprint) != (width, facts.clip_fingerprint):
+        raise refused(
+            verified, f"manifest.json: expected a text encoder of the engine's CLIP, {facts.clip_fingerprint[:12]}"
+        )
+
+
+def _copy_engine(engine: VerifiedFolder, target: Path) -> dict[str, str]:
+    """The files that the engine's manifest names, and no others; their SHA-256 by their names in a bundle."""
+    copied = {}
+    for name in engine.files:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copied[f"{ENGINE}/{name}"] = engine.copy(name, target / name)
+    (target / MANIFEST).write_bytes(engine.content)
+    return copied
+
+
+def _write_text(text: TextSource | None, folder: Path) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    folder.mkdir()
+    facts = text.write(folder)
+    if facts is None:
+        shutil.rmtree(folder)
+    return facts

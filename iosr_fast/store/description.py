@@ -1,0 +1,82 @@
+"""A bundle or an engine folder in words: the lines of `iosr-fast info FOLDER`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
+from iosr_fast.head.head import Head
+from iosr_fast.methods.tuning.stack_weights import describe_shares
+from iosr_fast.store.bundle import KIND, load_bundle
+from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
+from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
+
+
+def describe(folder: str | Path) -> str:
+    """Lines to read of a bundle or an engine folder, the last with its digest. Every file is verified first.
+
+    Raises FileNotFoundError and ValueError as `Classifier.load` does.
+    """
+    verified = open_verified(folder, folder_kind(Path(folder)))
+    size = sum(file.size for file in verified.files.values())
+    lines = [f"{folder}: {verified.kind}, {len(verified.files) + 1} files, {size / 1e6:,.1f} MB"]
+    lines += _engine_lines(verified) if verified.kind == ENGINE_KIND else _classifier_lines(verified)
+    return "\n".join([*lines, f"digest {verified.digest}"])
+
+
+def folder_kind(folder: Path) -> str:
+    """What the folder says it is; `hold` says what is wrong with it."""
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            return ENGINE_KIND if json.loads(file.read(LARGEST_MANIFEST))["kind"] == ENGINE_KIND else KIND
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return KIND
+
+
+def _classifier_lines(verified: VerifiedFolder) -> list[str]:
+    bundle = load_bundle(verified)
+    head, config = bundle.head, bundle.head.config
+    examples = head.examples
+    parameters = ", ".join(f"{name} {value:.6g}" for name, value in sorted(config.parameters.items()))
+    engine = bundle.files
+    assert engine is not None
+    return [
+        f"classes {len(head.uids):,}, images {len(examples):,}, "
+        f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {head.version}"
+        + ("" if head.unknown_images is None else f", unknown images {len(head.unknown_images):,}"),
+        f"method {config.method}, reducer {config.reducer_name}{', ' if parameters else ''}{parameters}, "
+        f"keys in {config.key_precision}",
+        *([] if head.multi_label is None else ["several labels a picture"]),
+        *_evidence(head),
+        *_facts(check_engine(engine)),
+        f"text encoder {'none' if bundle.text is None else 'included'}",
+        *([] if bundle.engine_choice is None else bundle.engine_choice.lines()),
+    ]
+
+
+def _evidence(head: Head) -> list[str]:
+    tuned = head.config.tuned
+    if tuned is None:
+        return []
+    shares = [f"shares of the logits: {describe_shares(tuned.shares)}"] if tuned.shares else []
+    return [f"tuned: {replace(tuned, stale=tuned.version != head.version).summary()}", *shares]
+
+
+def _engine_lines(verified: VerifiedFolder) -> list[str]:
+    facts = check_engine(verified)
+    verified.check()
+    return _facts(facts)
+
+
+def _facts(engine: EngineManifest) -> list[str]:
+    plans = f", plans {', '.join(sorted(engine.plans))}" if engine.plans else ""
+    changes = engine.geometry.changes()
+    resized = f" ({', '.join(f'{name} {value}' for name, value in changes.items())})" if changes else ""
+    adapter = "none" if engine.adapter is None else f"{engine.adapter} {(engine.adapter_fingerprint or '')[:12]}"
+    return [
+        f"engine {engine.model}, {engine.image_size} pixels{resized}, {engine.width} channels, {engine.precision}, "
+        f"built for {engine.runtime}{plans}",
+        f"CLIP {engine.clip_fingerprint[:12]}, adapter {adapter}, engine {engine.fingerprint[:12]}",
+    ]

@@ -1,0 +1,157 @@
+"""Labels and class names that are refused before any image is decoded."""
+
+from __future__ import annotations
+
+import logging
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from iosr_fast.head.labels import check_labels, class_ids, labelled_images
+from iosr_fast.head.names import check_names
+
+NAN = float("nan")
+
+
+def ids_of(labels: Any, names: list[str] | None = None) -> tuple[list[str], list[int]]:
+    found, ids, _ = check_labels([None] * len(labels), labels, names)
+    return found, ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "missing", [NAN, None, np.nan, np.float32("nan"), Decimal("NaN"), complex(NAN, 0), np.datetime64("NaT")]
+)
+@pytest.mark.parametrize("made", [list, tuple, lambda values: np.array(values, dtype=object)])
+def test_a_missing_label_is_not_the_class_nan(missing: Any, made: Any) -> None:
+    for names in (None, ["a", "b", "nan", "None"]):
+        with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 2"):
+            ids_of(made(["a", "b", missing]), names)
+
+
+def test_a_missing_label_in_a_column_of_pandas_is_refused() -> None:
+    pd = pytest.importorskip("pandas", reason="pandas is not installed")
+    for column in (
+        pd.Series(["a", None, "b"]),
+        pd.Series(["a", pd.NA, "b"], dtype="string"),
+        pd.Series(["a", None, "b"], dtype="category"),
+        pd.Series([0, None, 1], dtype="Int64"),
+        [0, pd.NaT, 1],
+    ):
+        with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 1"):
+            ids_of(column, ["a", "b"])
+
+
+def test_missing_labels_in_arrays_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 'nan', which is what a missing value becomes as text"):
+        ids_of(np.asarray(["a", NAN, "b"]))
+    with pytest.raises(ValueError, match="got 'None', which is"):
+        ids_of(np.array(["a", None, "b"], dtype=object).astype(str))
+    with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 1"):
+        ids_of(np.array([0.0, NAN, 1.0]), ["a", "b"])
+    with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 1"):
+        ids_of(np.ma.masked_array([0, 1, 1], mask=[False, True, False]), ["a", "b"])
+    assert ids_of(["nan", "roti"], ["nan", "roti"]) == (["nan", "roti"], [0, 1])  # a class that is called so
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([1, "1", 0], "all class names or all integers, got '1' at position 1 and 1 at position 0"),
+        (np.array(["a", 1, "b"], dtype=object), "got 'a' at position 0 and 1 at position 1"),
+        ([0, 1.0, 1], r"got float \(1.0\) at position 1; integers are made by"),
+        (np.array([0.0, 1.0, 1.0]), r"got float64 \(.*0.0.*\) at position 0"),
+        ([True, False, True], r"got bool \(True\) at position 0"),
+        (np.array([True, False, True]), "got bool"),
+        ([b"a", b"b", b"a"], r"got bytes \(b'a'\) at position 0; decode it"),
+        (np.array([b"a", b"b", b"a"]), "got bytes"),
+        ([Path("a"), "b", "a"], "got Posix?.*Path"),
+        ([["a"], ["b"], ["a"]], "got list"),
+        ([{"a"}, {"b"}, {"a"}], "got set .* fitted with one label an image takes one"),
+        ([["a", "b"], "b", "a"], "got list"),
+        (np.array([["a"], ["b"], ["a"]]), r"got labels of shape \(3, 1\)"),
+        ({"a", "b", "c"}, r"in a sequence, got labels of shape \(\)"),
+        ("abc", r"got labels of shape \(\)"),
+        (["a", "b"], "one label for each of 3 images, got 2"),
+    ],
+)
+def test_labels_that_are_no_labels_are_named_by_position(labels: Any, said: str) -> None:
+    for names in (None, ["a", "b"]):
+        with pytest.raises(ValueError, match=said):
+            check_labels([None] * 3, labels, names)
+    with pytest.raises(ValueError, match=said):
+        class_ids([None] * 3, labels, ["a", "b"])
+
+
+def test_good_labels_of_every_kind_are_taken() -> None:
+    torch = pytest.importorskip("torch")
+    for numbers in ([1, 0, 1], np.array([1, 0, 1], np.uint8), (np.int64(1), 0, 1), torch.tensor([1, 0, 1])):
+        assert ids_of(numbers, ["a", "b"]) == (["a", "b"], [1, 0, 1])
+    for names in (["b", "a", "b"], np.array(["b", "a", "b"]), np.array(["b", "a", "b"], dtype=object)):
+        assert ids_of(names) == (["a", "b"], [1, 0, 1])
+    assert ids_of([], ["a", "b"]) == (["a", "b"], [])
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a", " "], "got ' ', which is blank"),
+        (["a", "\u200b\ufeff"], "which is blank"),
+        (["a", ""], "which is blank"),
+        (["a", " b"], "which has blanks around it"),
+        (["a", "b\u00a0"], "which has blanks around it"),
+        (["a", "b\nc"], "control characters"),
+        (["a", "b\x00c"], "control characters"),
+        (["a", "b\x1b[31mc"], "control characters"),
+        (["a", "b\u2028c"], "control characters"),
+        (["a", "caf\udce9"], "no valid Unicode"),
+        (["a", "b\u202ec"], "invisible characters or marks of direction"),
+        (["a", "b\u200bc"], "invisible characters or marks of direction"),
+        (["a", "b" * 513], "more than 512 characters"),
+        (["a", "~7"], "how ids of classes look"),
+        (["a", "a"], "got 'a' more than once"),
+        (["caf\u00e9", "cafe\u0301"], "look alike: .*u0301"),
+        (["\u00c5land", "A\u030aland", "x"], "look alike"),
+        (["hot dog", "hot\u00a0dog"], "look alike"),
+        (["hot dog", "hot  dog"], "look alike"),
+        (["cat", "c\u200dat"], "look alike"),
+        (["cat", "c\u0430t"], "look alike: 'cat' and 'c.u0430t'"),
+        (["\u0421\u0410\u0422", "CAT"], "look alike"),
+        (["\u2764", "\u2764\ufe0f"], "look alike"),
+        (["a", NAN], r"text, got nan \(float\) at position 1"),
+        (["a", None], "text, got None"),
+        ([0, 1], r"text, got 0 \(int\)"),
+        (["a", b"b"], "text, got b'b'"),
+        ("ab", "a list of names, in order, got str"),
+        ({"a", "b"}, "in order, got set"),
+        ({"a": 0, "b": 1}, "in order, got dict"),
+        (["a"], "at least two classes"),
+    ],
+)
+def test_class_names_that_are_no_names_are_refused(names: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_names(names)
+    with pytest.raises(ValueError, match=said):
+        check_labels([], [], names)
+
+
+def test_classes_that_differ_in_case_alone_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "iosr_fast.head.names"):
+        assert check_names(["Apple", "apple", "pear"]) == ["Apple", "apple", "pear"]
+        assert check_names(["\ufb01g", "fig"]) == ["\ufb01g", "fig"]
+    assert "'Apple' and 'apple' differ in case" in caplog.text and len(caplog.records) == 2
+    with caplog.at_level(logging.WARNING, "iosr_fast.head.names"):
+        check_names(["c\u0430t", "dog", "\u03b2-carotene", "\u0441\u043e\u043c"])
+    assert "mixes scripts in the word 'c\\u0430t'" in caplog.text and len(caplog.records) == 3
+    assert check_names(["\U0001f468\u200d\U0001f33e farmer", "p\u00eache"])  # joined emoji are names
+
+
+@pytest.mark.parametrize("header", ["path,label,label", "path,path,label", "path,label,note,note"])
+def test_a_table_with_two_columns_of_one_name_is_refused(header: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(f"{header}\na.png,cat,dog\n")
+    with pytest.raises(ValueError, match=r"columns of different names in .*labels\.csv, got '\w+' more than once"):
+        labelled_images(tmp_path / "labels.csv")
+    (tmp_path / "labels.csv").write_text("path,label,,\na.png,cat,,\nb.png,dog,,\n")  # as spreadsheets write
+    assert labelled_images(tmp_path / "labels.csv")[1] == ["cat", "dog"]

@@ -1,0 +1,165 @@
+"""Support images: decoded once, the same key in any order, and copies and unreadable ones named."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast.head.examples import Examples
+from iosr_fast.head.support_images import SupportViews, encode_images
+from iosr_fast.images import pixels, preprocess
+from iosr_fast.images.geometry import Geometry
+from tests.pictures import encode
+from tests.store.live_parts import PixelEncoder, pictures, unfitted
+
+
+def encoded(images: Any, labels: Any, **views: Any) -> Examples:
+    examples, errors = encode_images(
+        PixelEncoder(), images, np.asarray(labels), SupportViews(**views), names=["cat", "dog"]
+    )
+    assert not errors
+    return examples
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file was opened to be decoded, by any way: there is one that all of them take."""
+    times: Counter[str] = Counter()
+
+    def opened(source: Any) -> Any:
+        times[str(source)] += 1
+        return pixels.opened(source)
+
+    monkeypatch.setattr(preprocess, "opened", opened)
+    return times
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_a_support_picture_is_decoded_once(decoded: Counter[str], views: int, tmp_path: Path) -> None:
+    images, labels = pictures(np.random.default_rng(0), 3, 3)
+    paths = [tmp_path / f"{i}.png" for i in range(10)]
+    for path, image in zip(paths, images, strict=False):
+        Image.fromarray(image).save(path)
+    paths[9].write_bytes(b"no picture")
+    classifier = unfitted(method="tip-adapter++", views=views, skip_bad=True)
+    classifier.fit(paths, [*labels, 0], class_names=["a", "b", "c"])
+    assert decoded == Counter(map(str, paths)) and classifier.skipped_ == [str(paths[9])]
+    assert (classifier.snapshot().examples.queries is not None) == (views > 1)
+    assert all(classifier.snapshot().examples.pictures)
+    decoded.clear()
+    Image.fromarray(images[0] // 2).save(paths[9])
+    classifier.add_examples("a", paths[9:])
+    classifier.predict(paths[:2])
+    assert decoded == Counter([str(paths[9]), str(paths[0]), str(paths[1])])
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_a_key_depends_on_pixels_and_seed_alone(views: int) -> None:
+    """Not on the order of images, nor on whether they come by fit or by add_examples."""
+    images, labels = pictures(np.random.default_rng(1), 4, 5)
+    names = [f"motif {c}" for c in range(4)]
+
+    def by_picture(order: np.ndarray, late: int = 0, seed: int = 0) -> dict[bytes, list[bytes]]:
+        classifier = unfitted(method="tip-adapter++", views=views, seed=seed, thumbnails=8)
+        first = order[: len(order) - late]
+        classifier.fit(images[first], labels[first], class_names=names)
+        for i in order[len(order) - late :]:
+            classifier.add_examples(names[labels[i]], encode(images[i]))
+        kept = classifier.snapshot().examples
+        rows = [kept.embeddings.plain, kept.embeddings.adapted]
+        rows += [] if kept.queries is None else [kept.queries.plain, kept.queries.adapted]
+        return {picture: [row[j].tobytes() for row in rows] for j, picture in enumerate(kept.pictures) if picture}
+
+    rng = np.random.default_rng(2)
+    expected = by_picture(np.arange(20))
+    assert len(expected) == 20 and len(expected[next(iter(expected))]) == (2 if views == 1 else 4)
+    assert by_picture(rng.permutation(20)) == expected
+    late = np.concatenate([order for c in range(4) for order in [np.flatnonzero(labels == c)[:3]]])
+    assert by_picture(np.concatenate([late, np.setdiff1d(np.arange(20), late)]), late=8) == expected
+    assert (by_picture(np.arange(20), seed=1) == expected) == (views == 1)
+
+
+def test_bundles_from_before_draw_the_views_of_later_images_as_they_did() -> None:
+    """The draws of `add_examples` have always followed from the first 8 bytes of the SHA-256 of the pixels."""
+    rng = np.random.default_rng(3)
+    image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    drawn = int.from_bytes(hashlib.sha256(np.asarray(image).tobytes()).digest()[:8], "little")
+    draws = np.random.default_rng([7, drawn])
+    views = [preprocess.random_view(image, Geometry(8), draws, True) for _ in range(3)]
+    expected = PixelEncoder().encode(np.stack(views)).adapted.mean(0)
+    (row,) = encoded([image], [0], views=3, mirror=True, seed=7).embeddings.adapted
+    np.testing.assert_array_equal(row, expected / np.linalg.norm(expected))
+
+
+def test_damaged_files_are_named_and_nothing_more_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, text, cut = tmp_path / "good.png", tmp_path / "text.jpg", tmp_path / "cut.png"
+    picture(0).save(good)
+    text.write_text("this is no image")
+    cut.write_bytes(good.read_bytes()[:300])
+    examples, errors = encode_images(PixelEncoder(), [good, text, cut], np.arange(3), SupportViews(), skip_bad=True)
+    assert examples.class_ids.tolist() == [0] and [error.where for error in errors] == [str(text), str(cut)]
+    monkeypatch.setattr(PixelEncoder, "encode", lambda *_: pytest.fail("an image was encoded"))
+    with pytest.raises(
+        ValueError, match=r"2 of 3 images can't be read \(skip_bad, or --skip-bad, leaves .*text.jpg: .*cut"
+    ):
+        encoded([text, good, cut], [0, 0, 1])
+    with pytest.raises(ValueError, match=r"can't read image .*cut.png"):
+        encoded([good, cut], [0, 0])
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 17, 3), dtype=np.uint8))
+
+
+def forms(folder: Path) -> dict[str, Any]:
+    """One picture in every form that an image may come in."""
+    image, out = picture(0), io.BytesIO()
+    image.save(folder / "a.png")
+    shutil.copy(folder / "a.png", folder / "copy.png")
+    (folder / "link.png").symlink_to(folder / "a.png")
+    image.save(folder / "again.bmp")
+    image.save(folder / "again.png", compress_level=1)
+    image.save(out, "TIFF")
+    return {
+        "the same path": folder / "a.png",
+        "text": str(folder / "a.png"),
+        "a copy": folder / "copy.png",
+        "a link": folder / "link.png",
+        "another format": folder / "again.bmp",
+        "saved again": folder / "again.png",
+        "bytes": out.getvalue(),
+        "PIL": image,
+        "array": np.asarray(image),
+    }
+
+
+def test_one_picture_under_two_labels_is_refused(tmp_path: Path) -> None:
+    for kind, same in forms(tmp_path).items():
+        images = [tmp_path / "a.png", picture(1), same]
+        with pytest.raises(
+            ValueError, match=r"the same picture under two: .*a\.png \('cat'\) and .* \('dog'\)"
+        ) as error:
+            encoded(images, [0, 0, 1])
+        named = str(same) if isinstance(same, str | Path) else "number 2"
+        assert named in str(error.value), kind
+    images = [picture(i % 7) for i in range(14)]
+    with pytest.raises(ValueError, match=r"number 4 .* and number 11 \('dog'\); and 2 more"):
+        encoded(images, np.arange(14) // 7)
+
+
+def test_copies_within_a_class_are_warned_of_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = [*forms(tmp_path).values(), picture(1)]
+    with caplog.at_level(logging.WARNING, "iosr_fast.head.support_images"):
+        assert len(encoded(images, np.zeros(10, int))) == 10
+    assert "8 of 10 pictures are copies of another of their class" in caplog.text and "a.png" in caplog.text
+    turned = np.asarray(picture(0)).reshape(17, 12, 3)  # the same bytes in another shape are another picture
+    assert encoded([picture(0), turned], [0, 1]).class_ids.tolist() == [0, 1]

@@ -1,0 +1,281 @@
+"""Classifier on pictures that it does not know: rejected, scored, sets of labels; right after every change."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from iosr_fast.classifier import Classifier
+from iosr_fast.exceptions import BadImageError, DamagedFileError, IosrFastError, NotFittedError
+from iosr_fast.head.predictions import Rejection
+from iosr_fast.methods.conformal import leave_out_labels, sets_of_labels
+from iosr_fast.methods.unknown import fit_unknown
+from iosr_fast.store.bundle import load_bundle
+from iosr_fast.store.description import describe
+from iosr_fast.store.head_files import fingerprint
+from iosr_fast.store.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
+from iosr_fast.store.log_writer import file_of, read_state, write_state
+from tests.store.live_parts import PixelEncoder, engine_folder, pictures, small_classifier, unfitted
+
+CLASSES = 6  # known; the motifs from there on are unknown
+GDA: dict[str, Any] = {"classes": CLASSES, "shots": 4, "method": "gda", "alpha": 1.0, "beta": None}
+
+
+@pytest.fixture
+def queries(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return pictures(rng, CLASSES + 4, 5)
+
+
+@pytest.mark.parametrize("method", ["gda", "gda++"])
+def test_pictures_of_other_classes_are_rejected(queries: tuple[np.ndarray, np.ndarray], method: str) -> None:
+    images, labels = queries
+    classifier = small_classifier(**{**GDA, "method": method})
+    scores = classifier.unknown_score(images)
+    fitted = fit_unknown(classifier.support_, adapted=method == "gda++")
+    assert scores == pytest.approx(fitted.score(PixelEncoder().encode(images)))
+    limit, plain = classifier.unknown_.threshold(0.9), classifier.predict(images)
+    answers = classifier.predict(images, unknown="reject", keep=0.9)
+    assert answers.tolist() == [None if s > limit else name for s, name in zip(scores, plain.tolist(), strict=True)]
+    assert (answers[labels >= CLASSES] == np.array(None)).mean() > 0.9
+    assert (answers[labels < CLASSES] == plain[labels < CLASSES]).mean() > 0.7
+    worded = classifier.predict(images, unknown="reject", unknown_label="other", keep=0.9)
+    assert ((worded == "other") == (scores > limit)).all() and worded.dtype.kind == "U"
+    numbered = classifier.predict(images, unknown="reject", unknown_label=-1, keep=0.9)
+    assert ((numbered == -1) == (scores > limit)).all() and numbered.dtype == object
+    with pytest.raises(IosrFastError, match="that no class has"):
+        classifier.predict(images, unknown="reject", unknown_label="motif\xa01", keep=0.9)
+    with pytest.raises(IosrFastError, match="unknown_label only with unknown='reject', got 'other'"):
+        classifier.predict(images, unknown_label="other")
+    with pytest.raises(IosrFastError, match=r"keep only with unknown='reject', got 0\.9"):
+        classifier.predict(images, keep=0.9)
+    assert classifier.predict(images[:0], unknown="reject", keep=0.9).shape == (0,)
+    assert classifier.unknown_score(images[:0]).shape == (0,)
+    for plainly, explained, score in zip(
+        classifier.explain(images), classifier.explain(images, unknown="reject", keep=0.9), scores, strict=True
+    ):
+        assert plainly.unknown is None
+        rejected = bool(score > limit)
+        assert explained.unknown == Rejection(pytest.approx(score), rejected)
+        named = {"label": None, "class_id": None} if rejected else {}
+        assert explained == replace(plainly, unknown=explained.unknown, **named)
+        assert json.loads(json.dumps(explained.to_dict()))["unknown"] == vars(explained.unknown)
+
+
+def test_sets_and_calibration_are_those_of_left_out_images(queries: tuple[np.ndarray, np.ndarray]) -> None:
+    images, _ = queries
+    classifier = small_classifier(**GDA)
+    head = classifier.snapshot()
+    left_out = leave_out_labels(head.support, head.config.compile)
+    logits = head.score(PixelEncoder().encode(images))
+    for coverage in (0.6, 0.9):
+        sets = classifier.predict_sets(images, coverage)
+        expected = sets_of_labels(classifier.classes_, logits, left_out.sets(logits, coverage))
+        assert [one.tolist() for one in sets] == [one.tolist() for one in expected]
+    assert classifier.predict_sets(images[:0]) == []
+    assert classifier.calibration().accuracy == left_out.reliability.accuracy
+    assert "24 left-out support images" in str(classifier.calibration())
+
+
+def test_sets_by_class_have_their_own_thresholds(queries: tuple[np.ndarray, np.ndarray]) -> None:
+    images, _ = queries
+    classifier = small_classifier(**{**GDA, "shots": 9})
+    head = classifier.snapshot()
+    logits = head.score(PixelEncoder().encode(images))
+    members = head.left_out_labels.sets(logits, 0.9, classifier.classes_)
+    expected = sets_of_labels(classifier.classes_, logits, members)
+    sets = classifier.predict_sets(images, per_class=True)
+    assert [one.tolist() for one in sets] == [one.tolist() for one in expected]
+    classifier.remove_examples(classifier.examples("motif 2")[:2])
+    with pytest.raises(IosrFastError, match=r"got fewer of 'motif 2 \(7\)': give more pictures of these classes"):
+        classifier.predict_sets(images, per_class=True)
+
+
+def test_a_bundle_without_labels_of_left_out_images_has_them_computed(queries: tuple[np.ndarray, np.ndarray]) -> None:
+    head = small_classifier(**GDA).snapshot()
+    assert head.unknown is not None and head.left_out_labels is not None
+    earlier = {name: array for name, array in left_out_arrays(head).items() if name not in ("labels", "class_odds")}
+    opened = with_left_out(replace(head), lambda name: save(earlier))
+    assert opened.learnt("unknown") is not None and opened.learnt("left_out_labels") is None
+    np.testing.assert_array_equal(opened.left_out_labels.labels, head.left_out_labels.labels)
+
+
+def test_a_change_is_known_at_once(queries: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = queries
+    classifier = small_classifier(**GDA)
+    new = images[labels == CLASSES]
+    assert (classifier.predict(new, unknown="reject", keep=0.9) == np.array(None)).all()
+    before, calibrated = classifier.snapshot(), classifier.calibration()
+    classifier.add_class("new", new[:4])
+    assert classifier.predict(new[4:], unknown="reject", keep=0.9).tolist() == ["new"]
+    assert classifier.calibration().n_images == calibrated.n_images + 4
+    assert before.unknown.score(PixelEncoder().encode(new)).min() > before.unknown.threshold(0.9)  # of its version
+    classifier.remove_class("new")
+    assert (classifier.predict(new, unknown="reject", keep=0.9) == np.array(None)).all()
+    removed = classifier.examples("motif 0")[:2]
+    classifier.remove_examples(removed)
+    assert len(classifier.unknown_.left_out) == 4 * CLASSES - 2
+    fitted = fit_unknown(classifier.support_)
+    assert classifier.unknown_score(images) == pytest.approx(fitted.score(PixelEncoder().encode(images)))
+
+
+@pytest.fixture
+def taught(tmp_path: Path, queries: tuple[np.ndarray, np.ndarray]) -> Classifier:
+    """Fitted with 10 pictures of two other motifs as unknown ones."""
+    images, labels = pictures(np.random.default_rng(0), CLASSES, 4)
+    unknown = queries[0][queries[1] >= CLASSES + 2]
+    parameters = {"method": "gda", "alpha": 1.0, "views": 1}
+    classifier = unfitted(engine_folder(tmp_path / "engine"), **parameters)
+    return classifier.fit(images, [f"motif {c}" for c in labels], unknown_images=unknown)
+
+
+def test_unknown_images_teach_what_is_unknown(taught: Classifier, queries: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = queries
+    unknown = PixelEncoder().encode(images[labels >= CLASSES + 2])
+    expected = fit_unknown(taught.support_, unknown=unknown)
+    assert taught.unknown_.weights == pytest.approx(expected.weights, abs=1e-4)
+    assert taught.unknown_.names[-1] == "nearest unknown key" and taught.unknown_.weights[-1] > 0
+    assert taught.predict(images).tolist() == small_classifier(**GDA).predict(images).tolist()
+    taught.add_class("new", images[labels == CLASSES])  # the change keeps them
+    assert taught.unknown_.weights == pytest.approx(fit_unknown(taught.support_, unknown=unknown).weights, abs=1e-4)
+    taught.tune(method="tip-adapter++")
+    fitted = fit_unknown(taught.support_, adapted=True, unknown=unknown)
+    assert taught.unknown_.weights == pytest.approx(fitted.weights, abs=1e-4)
+
+
+def test_unknown_images_are_saved_as_embeddings(taught: Classifier, queries: Any, tmp_path: Path) -> None:
+    taught.save(tmp_path / "bundle")
+    loaded = load_bundle(tmp_path / "bundle").head
+    assert fingerprint(loaded) == fingerprint(taught.snapshot())
+    assert fingerprint(replace(loaded, unknown_images=None)) != fingerprint(loaded)
+    assert "version 1, unknown images 10" in describe(tmp_path / "bundle")
+    write_state(tmp_path / "log", 1, taught.snapshot(), {})
+    snapshot, _ = read_state(file_of(tmp_path / "log", 1, "head"))
+    assert fingerprint(snapshot) == fingerprint(loaded)
+    assert loaded.learnt("unknown") is None
+    assert (loaded.unknown.weights == taught.unknown_.weights).all()
+    rows = PixelEncoder().encode(queries[0])
+    expected = taught.unknown_score(queries[0])
+    taught.save(tmp_path / "used")
+    used = load_bundle(tmp_path / "used").head
+    assert used.learnt("unknown") is not None
+    np.testing.assert_array_equal(used.unknown.score(rows), expected)
+    with pytest.raises(IosrFastError, match=r"with 10 unknown images: expected unknown_images.*got none"):
+        taught.optimize([], [])
+
+
+def test_unknown_images_are_checked_as_support_images_are() -> None:
+    images, labels = pictures(np.random.default_rng(0), 3, 3)
+    names = [f"motif {c}" for c in labels]
+    with pytest.raises(IosrFastError, match=r"number 0 \('motif 0'\) and number 9 \('none of the classes'\)"):
+        unfitted(method="gda").fit(images, names, unknown_images=images[:2])
+    with pytest.raises(BadImageError, match="number 9"):
+        unfitted(method="gda").fit(images, names, unknown_images=[b"no picture", images[0] // 9])
+    skipping = unfitted(method="gda", skip_bad=True).fit(images, names, unknown_images=[b"no picture", images[0] // 9])
+    assert skipping.skipped_ == ["number 9"] and len(skipping.snapshot().unknown_images) == 1
+    with pytest.raises(IosrFastError, match="expected two or more unknown images"):
+        unfitted(method="gda").fit(images, names, unknown_images=images[:1] // 9)
+    with pytest.raises(FileNotFoundError, match="found no folder nowhere"):
+        unfitted().fit_folder("support", unknown_images="nowhere")
+
+
+def test_nothing_is_fitted_before_it_is_used(monkeypatch: pytest.MonkeyPatch, queries: Any) -> None:
+    monkeypatch.setattr("iosr_fast.head.evidence.fit_unknown", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr("iosr_fast.head.evidence.leave_out_labels", lambda *_: pytest.fail("computed"))
+    classifier = small_classifier(**GDA)
+    classifier.predict(queries[0])
+    classifier.add_class("new", queries[0][-3:])
+    classifier.explain(queries[0])
+
+
+def test_integer_labels_stay_integers(queries: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = queries
+    classifier = small_classifier(**GDA)
+    known = labels < CLASSES
+    names = [f"motif {c}" for c in range(CLASSES)]
+    support, support_labels = pictures(np.random.default_rng(0), CLASSES, 4)
+    classifier.fit(support, support_labels, class_names=names)
+    answers = classifier.predict(images, unknown="reject", keep=0.9)
+    assert {type(one) for one in answers[known]} <= {int, type(None)} and None in answers[~known]
+    assert all(one.dtype.kind == "i" for one in classifier.predict_sets(images))
+
+
+def test_bad_input_is_named_before_anything_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFittedError):
+        Classifier().unknown_score([])
+    with pytest.raises(NotFittedError):
+        Classifier().calibration()
+    few = small_classifier(classes=4, shots=2)
+    image = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(PixelEncoder, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(IosrFastError, match="expected unknown to be 'reject' or None, got 'other'"):
+        few.predict(image, unknown="other")  # type: ignore[arg-type]
+    with pytest.raises(IosrFastError, match=r"0\.95 of the pictures needs at least 19 .* got 8: give more pictures"):
+        few.predict(image, unknown="reject")
+    with pytest.raises(IosrFastError, match=r"0\.9 of the pictures needs at least 9 .* got 8"):
+        few.predict_sets(image)
+    with pytest.raises(IosrFastError, match=r"expected coverage above 0 and below 1, like 0\.95, got 2"):
+        few.predict_sets(image, coverage=2)
+
+
+def test_an_unreadable_picture_is_named() -> None:
+    classifier = small_classifier(**GDA)
+    for call in (
+        classifier.unknown_score,
+        classifier.predict_sets,
+        partial(classifier.predict, unknown="reject", keep=0.9),
+    ):
+        with pytest.raises(BadImageError, match="1"):
+            call([np.zeros((8, 8, 3), np.uint8), b"no picture"])
+
+
+def test_what_was_learnt_is_saved_and_a_change_forgets_it(
+    queries: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = queries[0]
+    classifier = small_classifier(engine_folder(tmp_path / "engine"), **GDA)
+    classifier.save(tmp_path / "unused")
+    assert not (tmp_path / "unused" / LEFT_OUT).exists()
+    classifier.unknown_score(images), classifier.calibration()
+    classifier.save(tmp_path / "bundle")
+    head = load_bundle(tmp_path / "bundle").head
+    rows = PixelEncoder().encode(images)
+    with monkeypatch.context() as patch:
+        patch.setattr("iosr_fast.head.evidence.fit_unknown", lambda *_: pytest.fail("fitted again"))
+        patch.setattr("iosr_fast.head.evidence.leave_out_labels", lambda *_: pytest.fail("computed again"))
+        np.testing.assert_array_equal(head.unknown.score(rows), classifier.unknown_score(images))
+        assert head.unknown.promise(0.9) == classifier.unknown_.promise(0.9)
+        assert str(head.left_out_labels.reliability) == str(classifier.calibration())
+        logits = head.score(rows)
+        np.testing.assert_array_equal(
+            head.left_out_labels.sets(logits), classifier.snapshot().left_out_labels.sets(logits)
+        )
+    changed = head.removing_class(0)
+    assert len(changed.unknown.left_out) == 4 * (CLASSES - 1) and changed.learnt("left_out_labels") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": np.zeros(3)}, "expected weights of shape"),
+        ({"bias": np.zeros(2)}, "expected one bias and auroc, got 2 and 1"),
+        ({"odds": None}, "expected the arrays odds, .* together, got none of odds"),
+        ({"confidence": np.full(24, 2.0)}, r"expected confidence in 0\.\.1"),
+        ({"odds": np.full(24, np.nan)}, "odds"),
+        ({"labels": np.full(24, CLASSES)}, r"expected labels in 0\.\.5"),
+        ({"more": np.zeros(1)}, "expected no other arrays than weights"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    classifier = small_classifier(engine_folder(tmp_path / "engine"), **GDA)
+    head = classifier.snapshot()
+    assert head.unknown is not None and head.left_out_labels is not None
+    arrays = {name: array for name, array in (left_out_arrays(head) | change).items() if array is not None}
+    with pytest.raises(DamagedFileError, match=f"{LEFT_OUT}: .*{message}"):
+        with_left_out(head, lambda name: save(arrays))

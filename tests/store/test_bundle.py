@@ -1,0 +1,221 @@
+"""Bundles: whole or not at all, every damage named, and what is loaded is what was saved, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iosr_fast.classifier import Classifier
+from iosr_fast.methods import METHODS
+from iosr_fast.scoring.score import score
+from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
+from iosr_fast.store.head_files import fingerprint
+from iosr_fast.utils.verified_folder import VerifiedFolder
+from tests import ROOT
+from tests.store.live_parts import engine_folder, pictures, small_classifier
+from tests.store.manifests import rewrite_manifest
+
+# Saves two classifiers in turn into one folder, until it is killed.
+SAVING = """
+import os, random, signal, sys, time
+from pathlib import Path
+from iosr_fast.store.bundle import load_bundle
+from iosr_fast.store.head_files import fingerprint
+from tests.store.live_parts import engine_folder, small_classifier
+
+folder = Path(sys.argv[1])
+engine = engine_folder(folder / "engine")
+one, other = small_classifier(engine), small_classifier(engine, seed=1)
+known = {fingerprint(made.snapshot()): name for name, made in (("one", one), ("other", other))}
+one.save(folder / "bundle")
+began = time.perf_counter()
+one.save(folder / "bundle")
+took = time.perf_counter() - began
+draw, seen, during = random.Random(0), [], 0
+for kill in range(int(sys.argv[2])):
+    child = os.fork()
+    if child == 0:
+        while True:
+            other.save(folder / "bundle")
+            one.save(folder / "bundle")
+    time.sleep(draw.uniform(0, 6 * took))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    during += any(path.name.startswith(".bundle.") for path in folder.iterdir())
+    seen.append(known[fingerprint(load_bundle(folder / "bundle").head)])
+    for path in folder.iterdir():
+        if path.name.startswith(".bundle."):
+            os.system(f"rm -r {path}")
+print(len(seen), seen.count("one"), seen.count("other"), during)
+"""
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    return engine_folder(tmp_path / "engine")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("method", [*METHODS])
+def test_what_is_loaded_is_what_was_saved(method: str, precision: str, engine: Path, tmp_path: Path) -> None:
+    images, _ = pictures(np.random.default_rng(1), 7, 2)
+    reducer = "centre" if METHODS[method].reducible and precision == "fp32" else None
+    options = {"method": method, "alpha": None, "beta": None, "reducer": reducer, "key_precision": precision}
+    made = small_classifier(engine, **options)
+    for changed in (False, True):
+        if changed:
+            made.add_class("later", images[12:])
+            made.remove_examples(made.examples("motif 1")[:1])
+        made.save(tmp_path / "bundle")
+        loaded = load_bundle(tmp_path / "bundle")
+        head = made.snapshot()
+        assert fingerprint(loaded.head) == fingerprint(head) and loaded.head.version == head.version
+        assert loaded.views == made._fit.views and loaded.head.examples.pictures == head.examples.pictures
+        embeddings = made.encoder.encode(images)
+        np.testing.assert_array_equal(loaded.head.score(embeddings), score(head.whole_plan, embeddings))
+        later = loaded.head.removing_class(0)  # and it can be changed
+        assert later.score(embeddings).shape == (14, 4 + changed)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_runs_and_removed_rows_are_saved_as_one(precision: str, engine: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("iosr_fast.head.head.SMALL", 4)
+    images, _ = pictures(np.random.default_rng(1), 7, 2)
+    made = small_classifier(engine, key_precision=precision)
+    made.remove_examples(made.examples("motif 2")[1:])
+    assert made.snapshot().segments[0].removed.sum() == 2  # the rows are still there
+    for i in range(2):
+        made.save(tmp_path / "bundle")
+        loaded = load_bundle(tmp_path / "bundle").head
+        assert fingerprint(loaded) == fingerprint(made.snapshot()) and loaded.segments[0].removed is None
+        embeddings = made.encoder.encode(images)
+        logits = made.snapshot().score(embeddings)
+        np.testing.assert_allclose(loaded.score(embeddings), logits, atol=2e-2 * np.abs(logits).max())
+        made.add_class(f"later {i}", images[12:])
+        made.remove_class(f"motif {i}")
+
+
+def test_int8_codes_are_stored_not_found_again(engine: Path, tmp_path: Path, monkeypatch) -> None:
+    small_classifier(engine, key_precision="int8").save(tmp_path / "bundle")
+
+    def never(*_: object) -> None:
+        raise AssertionError("codes were searched again")
+
+    monkeypatch.setattr("iosr_fast.scoring.plan.compact_int8", never)
+    plan = load_bundle(tmp_path / "bundle").head.plan
+    assert plan.key_precision == "int8"
+
+
+def test_a_plain_cache_is_stored_once(engine: Path, tmp_path: Path) -> None:
+    small_classifier(engine, thumbnails=0).save(tmp_path / "bundle")
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_bytes())
+    assert set(manifest["files"]) == {"support.safetensors", "engine/encoder.onnx", "engine/manifest.json"}
+    assert manifest["plan"]["keys"] == "support" and manifest["text"] is None
+    assert load_bundle(tmp_path / "bundle").head.examples.pictures == (None,) * 15
+
+
+@pytest.mark.slow
+def test_kill_9_while_saving(tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("there is no kill -9 on Windows")
+    done = subprocess.run(
+        [sys.executable, "-c", SAVING, str(tmp_path), "40"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    loads, one, other, during = map(int, done.stdout.split())
+    # Both versions were met, and most kills came in the middle of a save: else the test would say nothing.
+    assert loads == 40 and min(one, other) > 2 and during > 12
+
+
+def test_a_folder_that_is_replaced_while_it_is_read(engine: Path, tmp_path: Path, monkeypatch) -> None:
+    one, other = small_classifier(engine), small_classifier(engine, seed=1)
+    one.save(tmp_path / "bundle")
+    read, files = VerifiedFolder.read, []
+
+    def replaced_meanwhile(self: VerifiedFolder, name: str) -> bytes:
+        if self.folder == tmp_path / "bundle":
+            files.append(name)
+            other.save(tmp_path / "bundle")
+        return read(self, name)
+
+    monkeypatch.setattr(VerifiedFolder, "read", replaced_meanwhile)
+    assert fingerprint(load_bundle(tmp_path / "bundle").head) == fingerprint(one.snapshot())
+    assert files == ["engine/manifest.json", "support.safetensors", "pictures.safetensors"]
+    monkeypatch.undo()
+    assert fingerprint(load_bundle(tmp_path / "bundle").head) == fingerprint(other.snapshot())
+
+
+def test_every_damage_is_named(engine: Path, tmp_path: Path) -> None:
+    made = small_classifier(engine, reducer="centre")
+    folder = tmp_path / "bundle"
+    made.save(folder)
+    rng = np.random.default_rng(0)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert {path.relative_to(folder).as_posix() for path in files} == {
+        *("manifest.json", "support.safetensors", "plan.safetensors", "pictures.safetensors"),
+        *("engine/manifest.json", "engine/encoder.onnx"),
+    }
+    for path in files:
+        data = path.read_bytes()
+        name = path.relative_to(folder).as_posix()
+        for at in rng.integers(0, len(data), 25):
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(flipped)
+            with pytest.raises(ValueError, match=name):
+                load_bundle(folder)
+        path.write_bytes(data[:-1])
+        with pytest.raises(ValueError, match=name):
+            load_bundle(folder)
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            load_bundle(folder)
+        path.write_bytes(data)
+    load_bundle(folder)
+    rewrite_manifest(folder, schema=99)
+    with pytest.raises(ValueError, match="has schema 99"):
+        load_bundle(folder)
+    with pytest.raises(FileExistsError, match=r"is not replaced: it is no complete classifier .* has schema 99"):
+        made.save(folder)
+    rewrite_manifest(folder, schema=2, remove=["views"])
+    with pytest.raises(
+        ValueError, match=r"not a complete classifier: manifest.json: .*missing.* `views`; fit and save"
+    ):
+        load_bundle(folder)
+    made.save(folder)  # which is whole, as far as its hashes tell
+    rewrite_manifest(folder, method="magic")
+    with pytest.raises(ValueError, match=r"expected a method of .*, got 'magic'"):
+        load_bundle(folder)
+    made.save(folder)
+    rewrite_manifest(folder, kind="engine")
+    with pytest.raises(ValueError, match=r"to hold a classifier, got an? engine"):
+        Classifier.load(folder)
+
+
+def test_what_is_there_stays_where_saving_fails(engine: Path, tmp_path: Path, monkeypatch) -> None:
+    made = small_classifier(engine)
+    made.save(tmp_path / "bundle")
+    before = fingerprint(made.snapshot())
+    made.remove_class("~0")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(VerifiedFolder, "copy", full)
+    with pytest.raises(OSError, match="No space left"):
+        made.save(tmp_path / "bundle")
+    monkeypatch.undo()
+    assert fingerprint(load_bundle(tmp_path / "bundle").head) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    bundle = Bundle(made.snapshot(), made._fit.views, tmp_path / "nowhere", "f" * 64, None)
+    with pytest.raises(FileNotFoundError, match="found none at"):
+        save_bundle(bundle, tmp_path / "bundle")

@@ -1,0 +1,154 @@
+"""Bundles are saved as they were verified, pinned by a digest, and read whole whoever writes to their place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from iosr_fast.cli import app
+from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
+from iosr_fast.store.head_files import fingerprint
+from iosr_fast.utils.verified_folder import open_verified
+from tests import ROOT
+from tests.store.live_parts import engine_folder, saved_classifier, small_classifier
+from tests.store.manifests import rewrite_manifest
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    (tmp_path / "parts").mkdir()
+    return saved_classifier(tmp_path / "parts").rename(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "another engine"])
+def test_a_damaged_engine_is_not_saved_under_new_hashes(damage: str, loaded: bool, tmp_path: Path) -> None:
+    engine = engine_folder(tmp_path / "engine")
+    made = small_classifier(engine)
+    made.save(tmp_path / "bundle")
+    parts = Bundle(made.snapshot(), made._fit.views, engine, made.encoder.fingerprint, None)
+    if loaded:
+        parts = load_bundle(tmp_path / "bundle", verify=False)
+        engine = parts.engine
+    graph = engine / "encoder.onnx"
+    if damage == "flipped":
+        graph.write_bytes(b"no grapi")
+    elif damage == "cut":
+        graph.write_bytes(b"no")
+    elif damage == "gone":
+        graph.unlink()
+    else:
+        rewrite_manifest(engine, fingerprint="e" * 64)
+    if loaded and damage in ("gone", "another engine"):
+        save_bundle(parts, tmp_path / "again")  # what is held is as it was
+        load_bundle(tmp_path / "again")
+        return
+    with pytest.raises((ValueError, FileNotFoundError), match=r"encoder\.onnx|another export"):
+        save_bundle(parts, tmp_path / "again")
+    assert sorted(os.listdir(tmp_path)) == ["bundle", "engine"]
+
+
+def test_a_damaged_text_encoder_is_not_saved_under_new_hashes(bundle: Path) -> None:
+    parts = load_bundle(bundle)
+    save_bundle(parts, bundle.with_name("again"))
+    assert open_verified(bundle, "classifier").digest == open_verified(bundle.with_name("again"), "classifier").digest
+    (bundle / "text" / "text.onnx").write_bytes(b"no grapi")
+    with pytest.raises(ValueError, match=r"text\.onnx in .* does not match its manifest"):
+        save_bundle(parts, bundle.with_name("third"))
+    assert sorted(os.listdir(bundle.parent)) == ["again", "bundle", "parts"]
+
+
+def test_the_same_classifier_has_the_same_digest(tmp_path: Path) -> None:
+    made = small_classifier(engine_folder(tmp_path / "engine"))
+    for name in ("one", "other"):
+        made.save(tmp_path / name)
+    digest = open_verified(tmp_path / "one", "classifier").digest
+    assert fingerprint(load_bundle(tmp_path / "other", expected_digest=digest).head) == fingerprint(made.snapshot())
+    made.remove_class("motif 0")
+    made.save(tmp_path / "other")
+    for given in (tmp_path / "other", open_verified(tmp_path / "other", "classifier")):
+        with pytest.raises(ValueError, match=f"with the digest {digest}, got sha256:"):
+            load_bundle(given, expected_digest=digest)
+
+
+def test_info_prints_the_digest_that_serve_and_load_take(bundle: Path) -> None:
+    run = CliRunner()
+    said = run.invoke(app, ["info", str(bundle)])
+    assert said.exit_code == 0, said.output
+    digest = said.stdout.splitlines()[-1].removeprefix("digest ")
+    assert digest == open_verified(bundle, "classifier").digest and "classes 5, images 15" in said.stdout
+    engine = run.invoke(app, ["info", str(bundle / "engine")]).stdout.splitlines()[-1]
+    assert engine == f"digest {open_verified(bundle / 'engine', 'engine').digest}"
+    other = digest[:-1] + ("0" if digest[-1] != "0" else "1")
+    served = run.invoke(app, ["serve", str(bundle), "--port", "0", "--expected-digest", other])
+    assert served.exit_code == 2 and f"with the digest {other}, got {digest}" in served.output
+    (bundle / "engine" / "encoder.onnx").write_bytes(b"no grapi")
+    said = run.invoke(app, ["info", str(bundle)])
+    assert said.exit_code == 2 and "encoder.onnx in" in said.output and "digest sha256" not in said.output
+
+
+SAVING = """
+import sys
+from pathlib import Path
+from tests.store.live_parts import small_classifier
+made = small_classifier(Path(sys.argv[1]), seed=int(sys.argv[3]))
+print("begins", flush=True)
+while True:
+    made.save(sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_readers_never_fail_while_two_processes_save(tmp_path: Path) -> None:
+    engine, target = engine_folder(tmp_path / "engine"), tmp_path / "bundle"
+    made = [small_classifier(engine, seed=seed) for seed in (0, 1)]
+    known = {fingerprint(one.snapshot()) for one in made}
+    made[0].save(target)
+    root = ROOT
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVING, str(engine), str(target), str(seed)],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (0, 1)
+    ]
+    seen: list[str] = []
+    failed: list[BaseException] = []
+
+    def reading(until: float) -> None:
+        try:
+            while time.monotonic() < until:
+                parts = load_bundle(target)
+                assert parts.files is not None
+                assert parts.files.open_with(lambda folder: (folder / "encoder.onnx").read_bytes()) == b"no graph"
+                seen.append(fingerprint(parts.head))
+        except BaseException as error:
+            failed.append(error)
+
+    try:
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == "begins\n"
+        readers = [threading.Thread(target=reading, args=(time.monotonic() + 1.0,)) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        assert [writer.poll() for writer in writers] == [None, None], [writer.stderr for writer in writers]
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert not failed, failed
+    assert set(seen) == known, "both writers' folders were read"
+    made[0].save(target)
+    assert sorted(os.listdir(tmp_path)) == ["bundle", "engine"], "what the killed writers left is gone"
