@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.exceptions import IosrFastError
     from iosr_fast.head.few_shot_head import FewShotHead
-    from iosr_fast.head.labels import labelled_images
+    from iosr_fast.head.labelled_images import labelled_images
     from iosr_fast.scoring.plan import ScoringPlan
     from iosr_fast.scoring.score import score
 
@@ -27,7 +27,7 @@ _HOME = {
     "FewShotHead": "head.few_shot_head",
     "IosrFastError": "exceptions",
     "ScoringPlan": "scoring.plan",
-    "labelled_images": "head.labels",
+    "labelled_images": "head.labelled_images",
     "score": "scoring.score",
 }
 __all__ = [

@@ -14,11 +14,10 @@ from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.fit import Fit, check_fit, fit
-from iosr_fast.head.label_sets import known_label_sets, label_sets
-from iosr_fast.head.labels import labelled_images
+from iosr_fast.head.labelled_images import labelled_images, unknown_folder
+from iosr_fast.head.labels import label_sets, read_label_sets
 from iosr_fast.head.multi_label import decision, probabilities
 from iosr_fast.head.predictions import Prediction, predict, predict_jointly
-from iosr_fast.head.unknown_images import unknown_folder
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.tuning.tune import TUNE_SECONDS
@@ -365,7 +364,7 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         (utils.ranking.mean_average_precision), with labels as for `fit`."""
         fit, listed = self._fitted(), as_image_list(images)
         if fit.head.multi_label is not None:
-            known = known_label_sets(labels, len(listed), np.array(fit.head.class_names))
+            _, known = read_label_sets(labels, len(listed), fit.head.class_names)
             return mean_average_precision(known, self._logits(fit, listed))
         ids = fit.class_ids(listed, labels)
         if not len(ids):

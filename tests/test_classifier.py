@@ -213,7 +213,7 @@ def test_bad_input_is_named_before_anything_is_encoded(
         "tune to be 'loo' or 'none', got 'cv'": {"method": "gda", "tune": "cv"},
         r"zero-shot has the parameters \[\], got \['alpha'\]": {"method": "zero-shot", "alpha": 2.0},
         "views from 1 to 1000, got 0": {"views": 0},
-        "key_precision of fp32, fp16, bf16, int8, got 'fp8'": {"key_precision": "fp8"},
+        "key precision of fp32, fp16, bf16, int8, got 'fp8'": {"key_precision": "fp8"},
         f"one label for each of {3 * CLASSES}": {"labels": labels[:-1]},
         "integer labels have no names": {"class_names": None},
         "at least two classes to tell apart, got 1": {"class_names": names[:1], "labels": labels * 0},

@@ -52,8 +52,7 @@ def saved(
     Also written without `saved`: iosr-fast evaluate CLASSIFIER IMAGES.
     """
     from iosr_fast.classifier import Classifier
-    from iosr_fast.head.labels import labelled_images
-    from iosr_fast.head.unknown_images import unknown_folder
+    from iosr_fast.head.labelled_images import labelled_images, unknown_folder
     from iosr_fast.reports.evaluation_report import evaluation_page
 
     if not classifier.is_dir():

@@ -139,7 +139,7 @@ def with_given(config: Any, **options: Any) -> Any:
 
 def read_data(data: Path) -> tuple[list[Path], list[str]]:
     """The pictures and class names of a folder of class folders, or of a CSV of path and label (or of path alone)."""
-    from iosr_fast.head.labels import labelled_images
+    from iosr_fast.head.labelled_images import labelled_images
     from iosr_fast.training.pictures import unlabelled_list
 
     if data.suffix.lower() == ".csv" and data.is_file() and (listed := unlabelled_list(data)) is not None:

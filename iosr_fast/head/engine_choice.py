@@ -46,6 +46,29 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
     agreement: _Share | None = None
     accuracy: _Share | None = None
 
+    def cost(self, objective: Objective) -> float | None:
+        """What the objective makes small; None if it was not measured."""
+        return {"latency": self.ms_one, "throughput": self.ms_batch, "size": self.bytes}[objective]
+
+    @property
+    def _products(self) -> str:
+        return "" if self.products is None else "; {} of {} products in {}".format(*self.products, self.precision)
+
+    def _cells(self) -> tuple[str, ...]:
+        def shown(form: str, value: float | None) -> str:
+            return "" if value is None else form.format(value)
+
+        smaller = [f"{size} {'pixels' if name == 'image_size' else name}" for name, size in (self.tokens or {}).items()]
+        return (
+            self.runtime,
+            " ".join([self.precision, *smaller]),
+            shown("{:,.2f} ms", self.ms_one),
+            shown("{:,.2f} ms", self.ms_batch),
+            shown("{:,.1f} MB", None if self.bytes is None else self.bytes / 1e6),
+            shown("{:.4f}", None if self.cosines is None else min(least for least, _ in self.cosines.values())),
+            shown("{:.1%}", self.agreement),
+        )
+
 
 class EngineChoice(Strict, frozen=True, kw_only=True):
     """The table of candidates, the chosen one first, and how it was made.
@@ -78,45 +101,19 @@ class EngineChoice(Strict, frozen=True, kw_only=True):
         """The table as text. `labels` is the share of left-out images whose label is fp32's: the accuracy itself, of
         other weights than the fit's, is `candidates[i].accuracy`."""
         best = self.chosen
-        head = (
-            f"engine {best.runtime} {best.precision}, chosen for {self.objective} on {self.processor}; "
-            f"{self.judged} left-out images, tolerance {self.tolerance:g} points, {self.seconds:.1f} s{_products(best)}"
-        )
-        titles = ("runtime", "precision", "1 image", f"{self.batch} images", "size", "cosine", "labels")
-        rows = [titles, *(_cells(each) for each in self.candidates)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
-        ends = [
-            "",
-            *(f"{each.verdict}{each.reason and ': '}{each.reason}{_products(each)}" for each in self.candidates),
+        lines = [
+            f"engine {best.runtime} {best.precision}, chosen for {self.objective} on {self.processor}; {self.judged} "
+            f"left-out images, tolerance {self.tolerance:g} points, {self.seconds:.1f} s{best._products}"
         ]
-        table = []
-        for row, end in zip(rows, ends, strict=True):
-            cells = [f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)]
-            table.append("  " + "  ".join([*cells, end]).rstrip())
-        return [head, *table, *([self.note] if self.note else [])]
-
-
-def _products(candidate: EngineCandidate) -> str:
-    if candidate.products is None:
-        return ""
-    return f"; {candidate.products[0]} of {candidate.products[1]} products in {candidate.precision}"
-
-
-def _cells(candidate: EngineCandidate) -> tuple[str, ...]:
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else form.format(value)
-
-    cosines, tokens = candidate.cosines, candidate.tokens or {}
-    smaller = [f"{value} {'pixels' if name == 'image_size' else name}" for name, value in tokens.items()]
-    return (
-        candidate.runtime,
-        " ".join([candidate.precision, *smaller]),
-        shown(candidate.ms_one, "{:,.2f} ms"),
-        shown(candidate.ms_batch, "{:,.2f} ms"),
-        shown(None if candidate.bytes is None else candidate.bytes / 1e6, "{:,.1f} MB"),
-        shown(None if cosines is None else min(least for least, _ in cosines.values()), "{:.4f}"),
-        shown(candidate.agreement, "{:.1%}"),
-    )
+        titles = ("runtime", "precision", "1 image", f"{self.batch} images", "size", "cosine", "labels")
+        rows: list[tuple[tuple[str, ...], str]] = [(titles, "")]
+        for one in self.candidates:
+            rows.append((one._cells(), f"{one.verdict}{one.reason and ': '}{one.reason}{one._products}"))
+        widths = [max(len(cells[i]) for cells, _ in rows) for i in range(len(titles))]
+        for cells, end in rows:
+            aligned = (f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(cells))
+            lines.append("  " + "  ".join([*aligned, end]).rstrip())
+        return [*lines, *filter(None, [self.note])]
 
 
 def rejection(
@@ -167,12 +164,9 @@ def sign_test(lost: int, won: int) -> float:
     return sum(comb(n, k) for k in range(lost, n + 1)) / 2**n
 
 
-def best_of(
-    values: Sequence[float], precisions: Sequence[str], ties: Sequence[float], smaller_images: Sequence[bool] = ()
-) -> int:
-    """The index of the smallest value. Values within LEVEL of it are equal: among those full size wins, then the more
-    exact precision, then the smaller of `ties`."""
-    fewer = smaller_images or [False] * len(values)
-    level = min(values) * (1 + LEVEL)
-    equal = [i for i, value in enumerate(values) if value <= level]
-    return min(equal, key=lambda i: (fewer[i], PRECISIONS.index(precisions[i]), ties[i]))
+def best_of(candidates: Sequence[EngineCandidate], objective: Objective) -> EngineCandidate:
+    """The candidate of the smallest cost. Costs within LEVEL of it are equal: among those full size wins, then the more
+    exact precision, then the smaller time of one picture."""
+    costs = [one.cost(objective) or 0.0 for one in candidates]
+    equal = [one for one, cost in zip(candidates, costs, strict=True) if cost <= min(costs) * (1 + LEVEL)]
+    return min(equal, key=lambda one: (bool(one.tokens), PRECISIONS.index(one.precision), one.ms_one or 0.0))

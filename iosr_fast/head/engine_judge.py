@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,9 +13,9 @@ from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.export.calibration import evenly
 from iosr_fast.head.engine_choice import rejection
 from iosr_fast.head.fit import Fit
-from iosr_fast.methods import METHODS, fit_method_reducer
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.promise import left_out_folds
 from iosr_fast.methods.support_set import make_support_set
-from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.scoring.score import score
 
 JUDGED = 400  # images, and at least two of each class
@@ -68,28 +69,21 @@ class Judge:
     """
 
     def __init__(
-        self,
-        fit: Fit,
-        reference: Encoder,
-        rows: np.ndarray,
-        pixels: Callable[[int], np.ndarray],
-        tolerance: float,
+        self, fit: Fit, reference: Encoder, rows: np.ndarray, pixels: Callable[[int], np.ndarray], tolerance: float
     ) -> None:
         head, examples = fit.head, fit.head.examples
-        self._state, self._pixels, self._tolerance = head, pixels, tolerance
+        self._head, self._pixels, self._tolerance = head, pixels, tolerance
         self._fingerprint = reference.fingerprint
         self._classes = np.searchsorted(np.array(head.uids), examples.class_ids[rows])
         singles = examples.embeddings if fit.views.views == 1 or not len(rows) else examples.queries
-        stored = singles is not None and reference.fingerprint == fit.clip.encoder.fingerprint
-        self._reference = (
-            singles[rows] if stored and singles is not None else reference.encode(pixels(reference.image_size))
-        )
+        if singles is not None and reference.fingerprint == fit.clip.encoder.fingerprint:
+            self._reference = singles[rows]
+        else:
+            self._reference = reference.encode(pixels(reference.image_size))
         self._labels, self._rows = self._left_out_labels(self._reference)
         self.count = len(self._rows)
-        self.note = ""
-        if not self.count:
-            why = "each class has one image" if len(rows) else "there are no support images"
-            self.note = f"{why}: nothing can be left out, so accuracy was not compared"
+        why = "each class has one image" if len(rows) else "there are no support images"
+        self.note = "" if self.count else f"{why}: nothing can be left out, so accuracy was not compared"
 
     def seconds(self, ms: float) -> float:
         """How long judging takes, at so many milliseconds an image."""
@@ -104,8 +98,8 @@ class Judge:
         pixels = self._pixels(encoder.image_size)[: _COMPARED if same else None]
         if not len(pixels):
             return {}, "" if same else "there are no support images to judge it on"
-        embeddings, reference = encoder.encode(pixels), self._reference[: len(pixels)]
-        facts: dict[str, Any] = {"cosines": cosines(reference, embeddings)}
+        embeddings = encoder.encode(pixels)
+        facts: dict[str, Any] = {"cosines": cosines(self._reference[: len(pixels)], embeddings)}
         labels = self._labels if same else self._left_out_labels(embeddings)[0]
         right, expected = ((each == self._classes)[self._rows] for each in (labels, self._labels))
         if self.count:
@@ -113,22 +107,21 @@ class Judge:
         return facts, rejection(expected, right, facts["cosines"], self._tolerance, smaller_images)
 
     def _left_out_labels(self, embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
-        """The label (N,) of each image by the fitted method without the image, keys and queries being `embeddings`
-        (HeldOutSet.leave_one_out), and the rows that have one. A method without support images labels all."""
-        config, head = self._state.config, self._state
-        method, labels = METHODS[config.method], np.full(len(self._classes), -1)
+        """The label (N,) of each image by the fitted method without the image's fold, keys and queries being
+        `embeddings`, and the rows that have one. A method without support images labels all."""
+        head, labels = self._head, np.full(len(self._classes), -1)
         if not len(labels):
             return labels, labels
         support = make_support_set(embeddings, self._classes, head.text, head.tau)
-        reducer = fit_method_reducer(method, config.reducer_name, support)
-        held_out = (
-            HeldOutSet.leave_one_out(method, reducer, support)
-            if method.needs_support
-            else HeldOutSet.validation(method, reducer, support, embeddings, self._classes)
-        )
-        for rows, plan in held_out.plans(config.parameters) if len(held_out.rows) else ():
-            labels[rows] = score(plan, held_out.queries[rows]).argmax(1)
-        return labels, np.sort(held_out.rows)
+        config = replace(head.config, key_precision="fp32").fitted(support)
+        if not METHODS[config.method].needs_support:
+            return score(config.compile(support), embeddings).argmax(1), np.arange(len(labels))
+        folds, scored = left_out_folds(support)
+        for fold in np.unique(folds[scored]):
+            rows = np.flatnonzero(scored & (folds == fold))
+            plan = config.compile(support.without(folds == fold))
+            labels[rows] = score(plan, embeddings[rows]).argmax(1)
+        return labels, np.flatnonzero(scored)
 
 
 def cosines(reference: Embeddings, embeddings: Embeddings) -> dict[str, tuple[float, float]]:

@@ -12,7 +12,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.embedding_rows import as_iosr_errors, unit, unit_rows, usable_rows
 from iosr_fast.head.evidence import Evidence
-from iosr_fast.head.label_sets import are_label_sets, dense, known_label_sets, label_sets, read_label_sets
+from iosr_fast.head.labels import are_label_sets, dense, label_sets, read_label_sets
 from iosr_fast.head.method_config import MethodConfig, choose_config, is_searched
 from iosr_fast.head.multi_label import decision, members, probabilities
 from iosr_fast.head.names import check_unknown_label
@@ -335,7 +335,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             return float(super().score(X, y, sample_weight))
         if sample_weight is not None:
             raise IosrFastError("several labels an image: expected no sample_weight, got one; leave it out")
-        return mean_average_precision(known_label_sets(y, len(X), self.classes_), self._logits(X))
+        return mean_average_precision(read_label_sets(y, len(X), self.classes_.tolist())[1], self._logits(X))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -14,12 +14,10 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
-from iosr_fast.head.label_sets import are_label_sets, check_label_sets
-from iosr_fast.head.labels import check_labels, class_ids
+from iosr_fast.head.labels import SEPARATOR, check_labels, class_ids
 from iosr_fast.head.method_config import MethodConfig, choose_config, is_searched
-from iosr_fast.head.multi_label import SEPARATOR, MultiLabels
-from iosr_fast.head.support_images import SupportViews, check_support
-from iosr_fast.head.unknown_images import encode_with_unknown
+from iosr_fast.head.multi_label import MultiLabels
+from iosr_fast.head.support_images import SupportViews, encode_with_unknown
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.multi_label import fit_multi_label, multi_label_reason
@@ -27,7 +25,7 @@ from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, check_choice
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
-from iosr_fast.scoring.precision import Precision
+from iosr_fast.scoring.precision import Precision, check_precision
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
@@ -92,27 +90,23 @@ def check_fit(
 
     Raises ValueError as Classifier.fit does.
     """
-    method, reducer, tune, key_precision = (parameters[name] for name in ("method", "reducer", "tune", "key_precision"))
-    views = check_support(
-        **{name: parameters[name] for name in ("views", "mirror", "templates", "seed", "thumbnails")},
-        key_precision=key_precision,
-        exif_orientation=parameters["exif_orientation"],
-    )
+    method, reducer, tune = (parameters[name] for name in ("method", "reducer", "tune"))
+    key_precision = check_precision(parameters["key_precision"])
+    of_images = {name: parameters[name] for name in ("views", "mirror", "templates", "seed", "exif_orientation")}
+    views = SupportViews(**of_images, thumbnail=parameters["thumbnails"])
     values = {name: parameters[name] for name in ("alpha", "beta", "gamma", "ridge")}
     chosen = check_choice(method, reducer, tune, **values)
     seconds = check_number("tune_seconds", parameters["tune_seconds"], 0.0, MAX_TUNE_SECONDS)
     listed = [] if images is None else as_image_list(images)
-    label_sets = None
-    if are_label_sets(labels):
+    names, ids, label_sets, integers = check_labels(listed, labels, class_names)
+    if label_sets is None:
+        _check_classes(method, ids, names)
+    else:
         if (reason := multi_label_reason(method, reducer)) is not None:
             raise IosrFastError(reason)
         if unknown_images is not None:
             raise IosrFastError("several labels a picture take no unknown_images: give them as pictures of no label")
-        names, ids, label_sets, integers = check_label_sets(labels, len(listed), class_names, SEPARATOR)
         _check_counts(method, label_sets[ids].sum(0), names)
-    else:
-        names, ids, integers = check_labels(listed, labels, class_names)
-        _check_classes(method, ids, names)
     unknown = [] if unknown_images is None else as_image_list(unknown_images)
     check_unknown_images(len(unknown))
     skip_bad, progress = bool(parameters["skip_bad"]), bool(parameters["progress"])

@@ -1,22 +1,20 @@
-"""Labels as callers give them, checked."""
+"""Labels as callers give them, checked: one an image, or several."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Number
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.multi_label import SEPARATOR
-from iosr_fast.head.names import check_names
-from iosr_fast.images.listing import list_folder, refuse_url
-from iosr_fast.utils.csv_text import check_columns, recovered
+from iosr_fast.head.names import check_names, check_separable
+from iosr_fast.utils.numbers import refuse_masked
 from iosr_fast.utils.text import abbreviate
 
+SEPARATOR = ";"  # of the labels of one picture in tables
+_ROWS = (set, frozenset, list, tuple, np.ndarray)
 _HINTS: dict[type, str] = {
     float: "; integers are made by labels.astype(int)",
     bytes: "; decode it",
@@ -27,32 +25,47 @@ _MISSING_AS_TEXT = frozenset({"nan", "NaN", "None", "null", "<NA>", "NaT"})
 
 
 def check_labels(
-    images: Sequence[Any], labels: Any, class_names: Sequence[str] | None
-) -> tuple[list[str], np.ndarray, bool]:
-    """The class names, each image's class id, and whether the labels are integers, for a fit.
+    images: Sequence[Any], labels: Any, class_names: Any
+) -> tuple[list[str], np.ndarray, np.ndarray | None, bool]:
+    """The labels of N images for a fit: the names of the C classes, each image's class id (N,), None, and whether the
+    labels are integers.
 
-    Raises ValueError for labels as `class_ids` does, and for class names that are no names or can't be told apart.
+    Of images with several labels each (`are_label_sets`) the ids say which of the label sets an image has; these sets,
+    distinct rows (P, C) bool, are in place of None, and the last says whether the labels are an indicator.
+
+    Raises IosrFastError as `class_ids`, `read_label_sets` and `names.check_names`.
     """
+    named = None if class_names is None else check_names(class_names)
+    if are_label_sets(labels):
+        found, indicator = read_label_sets(labels, len(images), named)
+        names = named or check_names(_found_names(found, "an indicator has"))
+        check_separable(names, SEPARATOR)
+        sets, ids = np.unique(indicator, axis=0, return_inverse=True)
+        return names, ids.reshape(-1), sets, found is None
     values = _label_values(labels, len(images))
-    if class_names is None:
-        if not values:
-            raise IosrFastError(
-                "expected labelled images or class_names, got neither: without them there are no classes"
-            )
-        if isinstance(values[0], int):
-            raise IosrFastError(
-                "integer labels have no names: pass class_names, the name of each class in order, to fit or to "
-                "Classifier; cross-validation of predict_proba needs Classifier(class_names=sorted names)"
-            )
-        missing = sorted(_MISSING_AS_TEXT.intersection(values))
-        if missing:
-            raise IosrFastError(
-                f"expected a label for every image, got {abbreviate(missing)}, which is what a missing value becomes "
-                "as text; leave those images out, or pass class_names if a class is called so"
-            )
-        class_names = sorted(set(values))
-    names = check_names(class_names)
-    return names, _ids(values, names, range(len(names))), bool(values) and isinstance(values[0], int)
+    are_integers = bool(values) and isinstance(values[0], int)
+    names = named or check_names(_found_names(None if are_integers else sorted(set(values)), "integer labels have"))
+    return names, _ids(values, names, range(len(names))), None, are_integers
+
+
+def _found_names(found: list[str] | None, numbers_have: str) -> list[str]:
+    """The names that labels have, where no class names are given. Raises IosrFastError if they can't be used."""
+    if found is None:
+        raise IosrFastError(
+            f"{numbers_have} no names: pass class_names, the name of each class in order, to fit or to Classifier; "
+            "cross-validation of predict_proba needs Classifier(class_names=sorted names)"
+        )
+    if not found:
+        raise IosrFastError("expected labelled images or class_names, got neither: without them there are no classes")
+    if missing := sorted(_MISSING_AS_TEXT.intersection(found)):
+        raise IosrFastError(
+            f"expected a label for every image, got {abbreviate(missing)}, which is what a missing value becomes as "
+            "text; leave those images out, or pass class_names if a class is called so"
+        )
+    return found
+
+
+# --- one label an image ---
 
 
 def class_ids(
@@ -61,10 +74,32 @@ def class_ids(
     """Each image's class id (N,) int64, the position of its class in `names`; `labels` are names, or integers: the
     classes' `numbers` (None: positions).
 
-    Raises ValueError, naming the position, for a missing label (None, NaN, NaT), one that is neither text nor an
+    Raises IosrFastError, naming the position, for a missing label (None, NaN, NaT), one that is neither text nor an
     integer, a mixture of both, one without a class, and for another number of labels than images.
     """
     return _ids(_label_values(labels, len(images)), names, range(len(names)) if numbers is None else numbers)
+
+
+def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
+    if values and isinstance(values[0], int):
+        position: Mapping[Any, int] = {number: i for i, number in enumerate(numbers)}
+        outside = sorted({number for number in values if number not in position})
+        if outside:
+            removed = numbers[-1] + 1 - len(numbers)
+            but = f" except the {removed} of removed classes" if removed else ""
+            shown = abbreviate([str(number) for number in outside])
+            raise IosrFastError(f"expected labels in 0..{numbers[-1]}, one for each class name{but}, got {shown}")
+    else:
+        position = _positions(names, values)
+    return np.array([position[value] for value in values], np.int64)
+
+
+def _positions(names: Sequence[Any], used: Sequence[Any]) -> Mapping[Any, int]:
+    """The position of each of the `names`. Raises IosrFastError unless all that are `used` are among them."""
+    position = {name: c for c, name in enumerate(names)}
+    if unknown := sorted({name for name in used if name not in position}):
+        raise IosrFastError(f"the labels {abbreviate(unknown)} are not among the {len(names)} class names")
+    return position
 
 
 def _label_values(labels: Any, n_images: int) -> list[Any]:
@@ -85,29 +120,22 @@ def _label_values(labels: Any, n_images: int) -> list[Any]:
             raise IosrFastError(
                 f"expected a label for every image, got {labels[i]!r} at position {i}: leave that image out or label it"
             )
-    values = [_label(value, labels[i], i) for i, value in enumerate(plain)]
     first: dict[type, int] = {}
-    for i, value in enumerate(values):
-        first.setdefault(type(value), i)
+    for i, value in enumerate(plain):
+        kind = str if isinstance(value, str) else int
+        if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+            raise IosrFastError(
+                f"expected labels to be class names or integers, got {type(labels[i]).__name__} ({labels[i]!r}) at "
+                f"position {i}{_HINTS.get(type(value), '')}"
+            )
+        first.setdefault(kind, i)
+        plain[i] = str.__str__(value) if kind is str else int(value)
     if len(first) > 1:
         raise IosrFastError(
-            f"expected labels to be all class names or all integers, got {values[first[str]]!r} at position "
-            f"{first[str]} and {values[first[int]]!r} at position {first[int]}"
+            f"expected labels to be all class names or all integers, got {plain[first[str]]!r} at position "
+            f"{first[str]} and {plain[first[int]]!r} at position {first[int]}"
         )
-    return values
-
-
-def _label(value: Any, original: Any, position: int) -> str | int:
-    """One label; `original` is the value before NumPy's scalars became Python's."""
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    hint = _HINTS.get(type(value), "")
-    raise IosrFastError(
-        f"expected labels to be class names or integers, got {type(original).__name__} ({original!r}) at position "
-        f"{position}{hint}"
-    )
+    return plain
 
 
 def _is_missing(value: Any) -> bool:
@@ -117,98 +145,102 @@ def _is_missing(value: Any) -> bool:
     return isinstance(value, Number) and bool(value != value)
 
 
-def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
-    if values and isinstance(values[0], int):
-        position = {number: i for i, number in enumerate(numbers)}
-        outside = sorted({number for number in values if number not in position})
-        if outside:
-            removed = numbers[-1] + 1 - len(numbers)
-            but = f" except the {removed} of removed classes" if removed else ""
-            shown = abbreviate([str(number) for number in outside])
-            raise IosrFastError(f"expected labels in 0..{numbers[-1]}, one for each class name{but}, got {shown}")
-        return np.array([position[number] for number in values], np.int64)
-    index = {name: i for i, name in enumerate(names)}
-    unknown = sorted({name for name in values if name not in index})
-    if unknown:
-        raise IosrFastError(f"the labels {abbreviate(unknown)} are not among the {len(names)} class names")
-    return np.array([index[name] for name in values], np.int64)
+# --- several labels an image: sets of names, or an indicator ---
 
 
-def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], list[Any], list[str]]:
-    """The images of a folder with one sub-folder for each class, or those that a CSV file lists, or of several of both.
+def are_label_sets(labels: Any) -> bool:
+    """Whether labels are those of images with any number of classes: sets, lists, tuples or arrays, or an array (N, C)
+    with C > 1.
 
-    Returns the paths, sorted within a class; the label of each; and all class names, sorted: the names of the
-    sub-folders, with blanks for underscores. Files that are no images are left out with a warning (images.listing).
-
-    A file that ends in .csv has the columns `path` and `label`; others are ignored, and so are rows without a label.
-    Paths are relative to the file's folder; both texts are read as `iosr-fast suggest` and `classify` write them
-    (utils.csv_text.recovered).
-
-    With the column `labels` in place of `label` pictures may have several labels each, joined by ";", or none: labels
-    are then frozensets, those of a folder of a class too.
-
-    Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
-    without images, a folder that holds splits (train/, test/) instead of classes, and a CSV file without these columns
-    or without a label.
-
-    >>> from pathlib import Path
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     for name in ("lemon", "green_apple"):
-    ...         Path(folder, name).mkdir()
-    ...         Path(folder, name, "1.jpg").touch()
-    ...     _ = Path(folder, "more.csv").write_text("path,label\\nnew/2.jpg,lime\\n")
-    ...     paths, labels, class_names = labelled_images(folder, Path(folder, "more.csv"))
-    >>> labels, class_names
-    (['green apple', 'lemon', 'lime'], ['green apple', 'lemon', 'lime'])
+    >>> are_label_sets([{"cat"}, set()]), are_label_sets(np.eye(2, dtype=int)), are_label_sets(["cat", "dog"])
+    (True, True, False)
     """
-    paths: list[Path] = []
-    labels: list[str | frozenset[str]] = []
-    names: set[str] = set()
-    for place in map(Path, (folder, *more)):
-        is_table = place.suffix.lower() == ".csv" and not place.is_dir()
-        found, of_found, classes = _read_table(place) if is_table else _read_class_folders(place)
-        paths += found
-        labels += of_found
-        names |= set(classes)
-    if any(isinstance(label, frozenset) for label in labels):
-        return paths, [frozenset({one}) if isinstance(one, str) else one for one in labels], sorted(names)
-    return paths, labels, sorted(names)
+    if getattr(labels, "ndim", 1) == 2:
+        return bool(labels.shape[1] > 1)
+    if isinstance(labels, str | bytes | dict) or not hasattr(labels, "__len__"):
+        return False
+    rows = [row for row in labels if isinstance(row, _ROWS) and getattr(row, "ndim", 1) == 1]
+    columns = [row for row in rows if not isinstance(row, set | frozenset) and len(row) == 1 and _is_number(row[0])]
+    return len(columns) < len(rows)  # a column (N, 1) of numbers is one label an image
 
 
-def _read_class_folders(folder: Path) -> tuple[list[Path], Sequence[str], list[str]]:
-    paths, labels, classes = list_folder(folder)
-    spoken = {name: name.replace("_", " ").strip() for name in classes}
-    return paths, [spoken[name] for name in labels], [spoken[name] for name in classes]
+def read_label_sets(
+    labels: Any, n_images: int, classes: Sequence[Any] | None = None
+) -> tuple[list[Any] | None, np.ndarray]:
+    """The names in the sets, sorted, or `classes` (C), and an indicator (N, C) bool in that order; None for the names
+    where the labels are an indicator themselves.
+
+    Sets, lists and tuples hold names (str); an empty one is an image with none of the classes. Rows of numbers, all 0
+    or 1, are an indicator, as scikit-learn has it, sparse or not.
+
+    Raises IosrFastError, naming the position, for plain labels among sets, a label that is no text, and another number
+    of rows than images; for an indicator with other values than 0 and 1 or rows of different lengths; for names that
+    are not among `classes`, and an indicator of another number of columns.
+
+    >>> read_label_sets([{"sofa", "cat"}, {"dog"}, []], 3)
+    (['cat', 'dog', 'sofa'], array([[ True, False,  True],
+           [False,  True, False],
+           [False, False, False]]))
+    """
+    refuse_masked("labels", labels)
+    rows = list(dense(labels)) if getattr(labels, "ndim", 1) == 2 else list(labels)
+    if len(rows) != n_images:
+        raise IosrFastError(f"expected a set of labels for each of {n_images} images, got {len(rows)}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, _ROWS):
+            fix = f": write {{{row!r}}}" if isinstance(row, str) else ""
+            raise IosrFastError(f"expected sets of labels for all images or for none, got {row!r} at position {i}{fix}")
+    values = [value for row in rows for value in row]
+    ordered = not any(isinstance(row, set | frozenset) for row in rows)
+    if values and ordered and all(map(_is_number, values)):
+        return None, _read_indicator(rows, classes)
+    for i, row in enumerate(rows):
+        if others := [label for label in row if not isinstance(label, str)]:
+            raise IosrFastError(
+                f"expected sets of class names, got {type(others[0]).__name__} ({others[0]!r}) in the one at position "
+                f"{i}"
+            )
+    names = sorted({str.__str__(name) for name in values}) if classes is None else list(classes)
+    position = _positions(names, values)
+    indicator = np.zeros((len(rows), len(names)), bool)
+    for i, row in enumerate(rows):
+        indicator[i, [position[name] for name in row]] = True
+    return names, indicator
 
 
-def _read_table(file: Path) -> tuple[list[Path], Sequence[str | frozenset[str]], list[str]]:
-    if not file.is_file():
-        raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            reader = csv.DictReader(opened)
-            columns, rows = list(reader.fieldnames or []), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise IosrFastError(f"can't read {file} as CSV in UTF-8: {error}; save it as such") from error
-    check_columns(columns, str(file))
-    several = "labels" in columns and "label" not in columns
-    name = "labels" if several else "label"
-    if missing := {"path", name} - set(columns):
+def _read_indicator(rows: Sequence[Any], classes: Sequence[Any] | None) -> np.ndarray:
+    lengths = {len(row) for row in rows}
+    expected = max(lengths) if classes is None else len(classes)
+    if lengths != {expected}:
         raise IosrFastError(
-            f"expected the columns path and label in {file}, got {', '.join(columns) or 'no line'}; "
-            f"add {' and '.join(sorted(missing))} (labels in place of label where pictures may have several)"
+            f"expected an indicator (N, {expected}) with a column for each class, got rows of "
+            f"{abbreviate([str(length) for length in sorted(lengths)])} values"
         )
-    named = [(recovered(row["path"] or ""), recovered((row[name] or "").strip())) for row in rows]
-    if not any(label for _, label in named):
-        raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column {name}")
-    labelled = [(path, label) for path, label in named if label or several]
-    if without := [label for path, label in labelled if not path]:
-        raise IosrFastError(f"expected a path in each row of {file}, got none for the label {without[0]!r}")
-    for path, _ in labelled:
-        refuse_url(path)
-    paths, labels = [file.parent / path for path, _ in labelled], [label for _, label in labelled]
-    if not several:
-        return paths, labels, sorted(set(labels))
-    sets = [frozenset(part.strip() for part in row.split(SEPARATOR) if part.strip()) for row in labels]
-    return paths, sets, sorted(frozenset().union(*sets))
+    values = np.array([list(row) for row in rows], np.float64)
+    if not np.isin(values, (0.0, 1.0)).all():
+        wrong = values[~np.isin(values, (0.0, 1.0))][0]
+        raise IosrFastError(
+            f"several labels an image: expected an indicator (N, C) of 0 and 1, or sets of names, got {wrong:g}"
+        )
+    return values > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number | np.bool_)
+
+
+def dense(indicator: Any) -> np.ndarray:
+    """An indicator as an array; one of SciPy may be sparse."""
+    return np.asarray(indicator.toarray() if hasattr(indicator, "toarray") else indicator)
+
+
+def label_sets(classes: np.ndarray, indicator: np.ndarray) -> np.ndarray:
+    """The classes of each row of an indicator (B, C) as an array (B,) of frozensets.
+
+    >>> label_sets(np.array(["cat", "dog"]), np.array([[True, False], [False, False]])).tolist()
+    [frozenset({'cat'}), frozenset()]
+    """
+    sets = np.empty(len(indicator), object)
+    for i, row in enumerate(indicator):
+        sets[i] = frozenset(classes[row].tolist())
+    return sets

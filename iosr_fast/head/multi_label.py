@@ -11,8 +11,6 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.tuning.binary_loss import sigmoid
 from iosr_fast.scoring.reference import softmax
 
-SEPARATOR = ";"  # of the labels of one picture in tables
-
 
 def members(logits: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """(B, C) bool, the classes of each image whose probability reaches their threshold (C,)."""

@@ -27,9 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_names(class_names: Any) -> list[str]:
-    """Class names of a fit as a list of str.
+    """Class names of a fit or a bundle as a list of str.
 
-    Raises IosrFastError where they are no list of two texts or more, and as `check_distinct` does.
+    Raises IosrFastError unless they are a list of two texts or more, all of them names (`name_fault`), of which none
+    looks like another one (`as_seen`). Warns of names that differ in case or typography alone, which CLIP's tokenizers
+    read as one, and of words with letters of several scripts, which they read as no word.
     """
     if isinstance(class_names, str | bytes | set | frozenset | dict) or not isinstance(class_names, Iterable):
         raise IosrFastError(f"expected class_names to be a list of names, in order, got {type(class_names).__name__}")
@@ -42,16 +44,19 @@ def check_names(class_names: Any) -> list[str]:
         names.append(str.__str__(name))
     if len(names) < 2:
         raise IosrFastError(f"expected at least two classes to tell apart, got {len(names)}: {names}")
-    check_distinct(names)
+    _check_distinct(names)
     return names
 
 
-def check_distinct(names: Sequence[str]) -> None:
-    """Raise IosrFastError where a name is none (`name_fault`) or looks like another one (`as_seen`).
+def check_new_name(name: Any, others: Sequence[str]) -> None:
+    """`check_names` for one more name, or another name of a class, beside the `others`."""
+    if not isinstance(name, str):
+        raise IosrFastError(f"expected a class name, got {name!r}, which is no text")
+    read = as_seen(name), _as_read(name)
+    _check_distinct([*(other for other in others if as_seen(other) == read[0] or _as_read(other) == read[1]), name])
 
-    Warns of names that differ in case or typography alone, which CLIP's tokenizers read as one, and of words with
-    letters of several scripts, which they read as no word.
-    """
+
+def _check_distinct(names: Sequence[str]) -> None:
     for name in names:
         if fault := name_fault(name):
             raise IosrFastError(f"expected class names, got {name!a}, {fault}")
@@ -69,14 +74,6 @@ def check_distinct(names: Sequence[str]) -> None:
     for name in names:
         if word := _mixed_word(name):
             logger.warning("the class %a mixes scripts in the word %a: is it spelt as it looks?", name, word)
-
-
-def check_new_name(name: Any, others: Sequence[str]) -> None:
-    """`check_distinct` for one more name, or another name of a class, beside the `others`."""
-    if not isinstance(name, str):
-        raise IosrFastError(f"expected a class name, got {name!r}, which is no text")
-    read = as_seen(name), _as_read(name)
-    check_distinct([*(other for other in others if as_seen(other) == read[0] or _as_read(other) == read[1]), name])
 
 
 def check_separable(names: Sequence[str], separator: str) -> None:
@@ -143,13 +140,7 @@ def _mixed_word(name: str) -> str | None:
 
 
 def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Each name with an earlier one of the same key."""
-    first: dict[str, str] = {}
-    pairs = []
-    for name in names:
-        seen = key(name)
-        if seen in first:
-            pairs.append((first[seen], name))
-        else:
-            first[seen] = name
-    return pairs
+    """Each name with the first one of the same key, if that is another one of the list."""
+    first: dict[str, int] = {}
+    earlier = [first.setdefault(key(name), i) for i, name in enumerate(names)]
+    return [(names[at], names[i]) for i, at in enumerate(earlier) if at != i]

@@ -13,8 +13,7 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.fit import Fit
 from iosr_fast.head.head import Head
-from iosr_fast.head.support_images import SupportViews, encode_images
-from iosr_fast.head.unknown_images import encode_with_unknown
+from iosr_fast.head.support_images import SupportViews, encode_images, encode_with_unknown
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
 

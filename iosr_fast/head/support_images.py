@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,6 @@ from iosr_fast.head.examples import Examples, no_examples
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
-from iosr_fast.scoring.precision import PRECISIONS
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import LARGEST, check_integer
 from iosr_fast.utils.ordered import map_ordered
@@ -29,10 +29,13 @@ from iosr_fast.utils.ordered import map_ordered
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+NONE_OF_THE_CLASSES = "none of the classes"
 MAX_VIEWS = 1000  # of a support image
 _BATCH = 64  # views that are encoded together
 _QUALITY = 80  # of a thumbnail's WebP: at 96 pixels, 2 to 4 KB
 _SHOWN = 5
+_Identity = tuple[tuple[int, int], bytes]  # the size of a decoded image and the SHA-256 of its pixels
+_Prepared = tuple[_Identity, list[np.ndarray], bytes | None]
 logger = logging.getLogger(__name__)
 
 
@@ -62,63 +65,34 @@ class SupportViews:
         for name, least, most in (("views", 1, MAX_VIEWS), ("seed", 0, LARGEST), ("thumbnail", 0, 1024)):
             shown = "thumbnails" if name == "thumbnail" else name  # as the parameter of Classifier
             object.__setattr__(self, name, check_integer(shown, getattr(self, name), least, most))
+        for name in ("mirror", "exif_orientation"):
+            object.__setattr__(self, name, bool(getattr(self, name)))
         if self.templates is not None:
             object.__setattr__(self, "templates", check_templates(self.templates))
 
     @property
-    def two_forms(self) -> bool:
-        """Whether an image is encoded as a query too, beside the views of its key."""
-        return self.single and self.views > 1
-
-    @property
     def forms(self) -> int:
-        """How many pictures an image is encoded as."""
-        return self.views + self.two_forms
+        """How many pictures an image is encoded as: the views of its key, and its query where that is another one."""
+        return self.views + (self.single and self.views > 1)
 
-    def pixels(self, image: Image, geometry: Geometry, digest: bytes) -> list[np.ndarray]:
-        """The views of a decoded image, each (size, size, 3) uint8, and last the single one where it is kept.
+    def prepare(self, image: Image, geometry: Geometry, digest: bytes) -> tuple[list[np.ndarray], bytes | None]:
+        """The views of a decoded image, each (size, size, 3) uint8, last the single one where it is kept, and its
+        thumbnail as WebP. Shrinks the image itself.
 
         `digest` is the SHA-256 of the image's pixels: the same image gives the same views in any order of calls.
         """
-        if self.views == 1:
-            return [resize_and_crop(image, geometry)]
         rng = np.random.default_rng([self.seed, int.from_bytes(digest[:8], "little")])
-        views = [random_view(image, geometry, rng, self.mirror) for _ in range(self.views)]
-        return [*views, resize_and_crop(image, geometry)] if self.two_forms else views
-
-    def picture(self, image: Image) -> bytes | None:
-        """The thumbnail of a decoded image as WebP; shrinks the image itself."""
+        views = [random_view(image, geometry, rng, self.mirror) for _ in range(self.views if self.views > 1 else 0)]
+        if self.views == 1 or self.single:
+            views.append(resize_and_crop(image, geometry))
+        if not self.thumbnail:
+            return views, None
         from PIL import Image
 
-        if not self.thumbnail:
-            return None
         image.thumbnail((self.thumbnail, self.thumbnail), Image.Resampling.BICUBIC)
         file = io.BytesIO()
         image.save(file, "WEBP", quality=_QUALITY)
-        return file.getvalue()
-
-
-def check_support(
-    views: int,
-    mirror: bool,
-    templates: Sequence[str] | None,
-    key_precision: str,
-    seed: int = 0,
-    thumbnails: int = 96,
-    exif_orientation: bool = True,
-) -> SupportViews:
-    """The options of a fit that concern images and prompts. Raises ValueError for one out of range."""
-    if key_precision not in PRECISIONS:
-        raise IosrFastError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
-    return SupportViews(
-        views,
-        bool(mirror),
-        seed,
-        False,
-        None if templates is None else check_templates(templates),
-        thumbnails,
-        bool(exif_orientation),
-    )
+        return views, file.getvalue()
 
 
 def encode_images(
@@ -137,12 +111,9 @@ def encode_images(
     all unreadable images, and for a picture (its pixels, whatever the file) under two labels, `names` of `labels`;
     nothing is encoded once one of these is found. Warns of copies within a class.
     """
-    encoding = _Encoding(encoder, views)
     pictures: list[bytes | None] = []
     readable: list[int] = []
     errors: list[BadImageError] = []
-    first: dict[tuple[tuple[int, int], bytes], int] = {}
-    copies: list[tuple[int, int]] = []
     refused = False
     pil = Lock()  # PIL images load their pixels when they are first read, and one may be given twice
 
@@ -155,81 +126,90 @@ def encode_images(
             return error
         digest = hashlib.sha256(image.tobytes()).digest()
         identity = image.size, digest
-        if refused:
-            return _Prepared(identity, [], None)
-        return _Prepared(identity, views.pixels(image, encoder.geometry, digest), views.picture(image))
+        return identity, *(([], None) if refused else views.prepare(image, encoder.geometry, digest))
 
-    ahead = 2 * -(-_BATCH // views.forms)
-    with closing(map_ordered(enumerate(images), prepare, usable_threads(), ahead)) as prepared:
-        for i, image in enumerate(prepared):
-            if isinstance(image, BadImageError):
-                errors.append(image)
-                refused |= not skip_bad
-            else:
-                earlier = first.setdefault(image.identity, i)
-                if earlier != i:
-                    copies.append((earlier, i))
-                    refused |= bool(labels[earlier] != labels[i])
-                if not refused:
-                    encoding.add(image.pixels)
-                    pictures.append(image.thumbnail)
-                    readable.append(i)
-            step(1)
-    if errors and not skip_bad:
-        if len(errors) == 1:
-            raise errors[0]
-        shown = "; ".join(str(error) for error in errors[:_SHOWN])
-        raise IosrFastError(
-            f"{len(errors)} of {len(images)} images can't be read (skip_bad, or --skip-bad, leaves them out): {shown}"
-        )
-    _check_copies(images, labels, copies, names)
-    for left_out in errors:
-        logger.warning("left out: %s", left_out)
-    if not readable:
-        return no_examples(encoder.width), errors
-    keys, queries = encoding.finish()
+    def good_images() -> Iterator[list[np.ndarray]]:
+        """The pixels of each image; an error at the end, or no more pixels once it is sure to come."""
+        nonlocal refused
+        first: dict[_Identity, int] = {}
+        copies: list[tuple[int, int]] = []
+        ahead = 2 * -(-_BATCH // views.forms)
+        with closing(map_ordered(enumerate(images), prepare, usable_threads(), ahead)) as prepared:
+            for i, image in enumerate(prepared):
+                if isinstance(image, BadImageError):
+                    errors.append(image)
+                    refused |= not skip_bad
+                else:
+                    identity, pixels, picture = image
+                    if (earlier := first.setdefault(identity, i)) != i:
+                        copies.append((earlier, i))
+                        refused |= bool(labels[earlier] != labels[i])
+                    if not refused:
+                        pictures.append(picture)
+                        readable.append(i)
+                        yield pixels
+                step(1)
+        _check_readable(errors, len(images), skip_bad)
+        _check_copies(images, labels, copies, names)
+
+    keys, queries = _encode(encoder, good_images(), views)
     return Examples(keys, labels[readable], np.arange(len(readable)), tuple(pictures), queries), errors
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A decoded image: its size and the SHA-256 of its pixels, its views (SupportViews.pixels) and its thumbnail."""
+def encode_with_unknown(
+    encoder: Encoder,
+    images: Sequence[Any],
+    labels: np.ndarray,
+    unknown_images: Sequence[Any],
+    views: SupportViews,
+    skip_bad: bool = False,
+    names: Sequence[str] = (),
+    step: Callable[[int], None] = lambda images: None,
+) -> tuple[Examples, Embeddings | None, list[BadImageError]]:
+    """`encode_images` of the support images (N) with `labels` (N,) into `names`, and of `unknown_images`, pictures of
+    none of these classes, whose embeddings are given as queries have them, or None if there are none.
 
-    identity: tuple[tuple[int, int], bytes]
-    pixels: list[np.ndarray]
-    thumbnail: bytes | None
+    Raises what `encode_images` raises; a picture that is both a support image and unknown is one with two labels. In
+    errors, images without a path are counted from the first support image on.
+    """
+    none, spoken = len(names), [*names, NONE_OF_THE_CLASSES]
+    labels = np.concatenate([labels, np.full(len(unknown_images), none)])
+    examples, errors = encode_images(encoder, [*images, *unknown_images], labels, views, skip_bad, spoken, step)
+    unknown = examples.class_ids == none
+    if not unknown.any():
+        return examples, None, errors
+    return examples.rows(~unknown), (examples.queries or examples.embeddings)[unknown], errors
 
 
-class _Encoding:
-    """Encodes images in batches as they come; keeps the mean of each one's views."""
+def _encode(
+    encoder: Encoder, images: Iterator[list[np.ndarray]], views: SupportViews
+) -> tuple[Embeddings, Embeddings | None]:
+    """The key of each image, the mean of its views, and with `views.single` its query."""
+    keys: list[Embeddings] = []
+    queries: list[Embeddings] = []
+    while batch := list(islice(images, max(1, _BATCH // views.forms))):
+        rows = encoder.encode(np.stack([pixels for image in batch for pixels in image]))
+        single = np.arange(len(rows)) % views.forms >= views.views
+        keys.append(mean_of_views(rows[~single], views.views))
+        if views.single:
+            queries.append(mean_of_views(rows[single], 1) if single.any() else keys[-1])
+    if not keys:
+        return no_examples(encoder.width).embeddings, None
+    return Embeddings.concatenate(keys), Embeddings.concatenate(queries) if queries else None
 
-    def __init__(self, encoder: Encoder, views: SupportViews) -> None:
-        self._encoder, self._views = encoder, views
-        self._waiting: list[np.ndarray] = []
-        self._keys: list[Embeddings] = []
-        self._queries: list[Embeddings] = []
 
-    def add(self, pixels: list[np.ndarray]) -> None:
-        if len(self._waiting) + len(pixels) > _BATCH:
-            self._encode()
-        self._waiting += pixels
-
-    def finish(self) -> tuple[Embeddings, Embeddings | None]:
-        self._encode()
-        return Embeddings.concatenate(self._keys), Embeddings.concatenate(self._queries) if self._queries else None
-
-    def _encode(self) -> None:
-        if not self._waiting:
-            return
-        rows, views = self._encoder.encode(np.stack(self._waiting)), self._views
-        self._waiting = []
-        if views.two_forms:
-            single = np.arange(len(rows)) % (views.views + 1) == views.views
-            self._queries.append(mean_of_views(rows[single], 1))
-            rows = rows[~single]
-        self._keys.append(mean_of_views(rows, views.views))
-        if views.single and not views.two_forms:
-            self._queries.append(self._keys[-1])
+def _check_readable(errors: Sequence[BadImageError], count: int, skip_bad: bool) -> None:
+    """Warn of unreadable images that are left out. Raises IosrFastError for them otherwise."""
+    for error in errors if skip_bad else ():
+        logger.warning("left out: %s", error)
+    if skip_bad or not errors:
+        return
+    if len(errors) == 1:
+        raise errors[0]
+    shown = "; ".join(str(error) for error in errors[:_SHOWN])
+    raise IosrFastError(
+        f"{len(errors)} of {count} images can't be read (skip_bad, or --skip-bad, leaves them out): {shown}"
+    )
 
 
 def _check_copies(

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from iosr_fast.head.multi_label import SEPARATOR
+from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.utils.csv_text import escaped, line_writer, recovered
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.outputs import check_new_file

@@ -13,7 +13,7 @@ from msgspec import Meta
 from iosr_fast.clip.tokenizer import Clean
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
-from iosr_fast.head.names import check_distinct
+from iosr_fast.head.names import check_names
 from iosr_fast.head.support_images import SupportViews
 from iosr_fast.images.geometry import Interpolation, ResizeMode
 from iosr_fast.scoring.plan import Feature
@@ -121,7 +121,7 @@ class ClassifierManifest(HeadFacts, frozen=True, kw_only=True):
 
 def check_classes(names: list[str], numbers: list[int], next_number: int) -> None:
     """Raise ValueError for names and numbers of classes that no fit and no change gives."""
-    check_distinct(names)
+    check_names(names)
     if len(numbers) != len(names):
         raise IosrFastError(f"expected class_numbers for {len(names)} class_names, got {len(numbers)}")
     if any(later <= earlier for earlier, later in zip(numbers, [*numbers[1:], next_number], strict=True)):

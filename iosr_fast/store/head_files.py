@@ -17,8 +17,9 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
+from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.method_config import MethodConfig
-from iosr_fast.head.multi_label import SEPARATOR, MultiLabels
+from iosr_fast.head.multi_label import MultiLabels
 from iosr_fast.head.names import check_separable
 from iosr_fast.methods import METHODS, check_parameters, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet, image_rows

@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score
 from iosr_fast import score
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.labels import labelled_images
+from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.pipeline import run as runs

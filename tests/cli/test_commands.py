@@ -167,7 +167,7 @@ def test_options_and_folders_are_looked_at_before_a_clip_is_loaded(
     assert "did you mean 'tip-adapter'?" in refused("fit", folder, *common, "--method", "tip-adaptr")
     assert "leave alpha out" in refused("fit", folder, *common, "--alpha", "1")
     assert "views from 1 to 1000, got -1" in refused("fit", folder, *common, "--views", "-1")
-    assert "key_precision of fp32" in refused("fit", folder, *common, "--key-precision", "fp8")
+    assert "key precision of fp32" in refused("fit", folder, *common, "--key-precision", "fp8")
     assert "expected templates with {}" in refused("fit", folder, *common, "--template", "a photo")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
 
 from iosr_fast import Embeddings
-from iosr_fast.export.calibration import evenly
-from iosr_fast.head import engine_choice
-from iosr_fast.head.engine_choice import EngineCandidate, EngineChoice, best_of, rejection, sign_test
+from iosr_fast.head.engine_choice import EngineCandidate, EngineChoice, best_of, rejection
 from iosr_fast.head.engine_judge import cosines, sample_rows
 
 GOOD = {"plain": (0.995, 0.999), "adapted": (0.996, 0.999)}
@@ -28,16 +28,12 @@ def flips(n: int, lost: int, won: int) -> tuple[np.ndarray, np.ndarray]:
     [
         (40, 0, 0, 0.5, False),
         (40, 1, 0, 0.5, False),  # 2.5 points, but one image
-        (40, 2, 0, 0.5, False),
         (40, 3, 0, 0.5, True),
         (40, 3, 3, 0.5, False),
-        (40, 0, 9, 0.5, False),
         (400, 2, 0, 0.5, False),  # within the tolerance
-        (400, 3, 0, 0.5, True),
         (400, 3, 0, 1.0, False),
         (400, 14, 6, 0.5, True),
         (400, 12, 8, 0.5, False),
-        (400, 40, 0, 10.0, False),
     ],
 )
 def test_accuracy(n: int, lost: int, won: int, tolerance: float, rejected: bool) -> None:
@@ -62,14 +58,6 @@ def test_smaller_images_are_judged_by_accuracy_alone() -> None:
     assert "with smaller images any loss above 0.5 points" in rejection(*flips(40, 1, 0), far, 0.5, smaller_images=True)
     nothing = np.zeros(0, bool)
     assert "was not compared" in rejection(nothing, nothing, GOOD, 0.5, smaller_images=True)
-    assert best_of([10.0, 9.8], ["int8", "fp32"], [1.0, 1.0], [False, True]) == 0
-
-
-def test_the_sign_test_is_exact() -> None:
-    assert sign_test(0, 0) == 1.0 and sign_test(0, 5) == 1.0 and sign_test(5, 0) == 2.0**-5
-    rng = np.random.default_rng(0)
-    draws = rng.binomial(20, 0.5, 200_000)
-    assert sign_test(14, 6) == pytest.approx((draws >= 14).mean(), abs=2e-3)
 
 
 @pytest.mark.parametrize(("n", "flipped", "loss", "least", "most"), [
@@ -84,11 +72,22 @@ def test_simulated_engines(n: int, flipped: int, loss: int, least: float, most: 
     assert least <= rejected <= most
 
 
-def test_equal_speed_goes_to_the_more_exact() -> None:
-    assert best_of([10.0, 9.8, 12.0], ["fp32", "int8", "fp32"], [1.0, 1.0, 1.0]) == 0
-    assert best_of([10.6, 10.0], ["fp32", "int8"], [1.0, 1.0]) == 1
-    assert best_of([10.0, 10.0], ["int8", "int8"], [2.0, 1.0]) == 1  # of one size: the faster
-    assert engine_choice.LEVEL == 0.05
+def candidate(precision: str, ms_one: float, size: int = 1, tokens: dict[str, int] | None = None) -> EngineCandidate:
+    facts = {"ms_one": ms_one, "ms_batch": ms_one, "bytes": size, "tokens": tokens}
+    return EngineCandidate(runtime="openvino", precision=precision, verdict="accepted", **facts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "objective", "best"),
+    [
+        ([candidate("fp32", 10.0), candidate("int8", 9.8), candidate("fp32", 12.0)], "latency", 0),  # level: more exact
+        ([candidate("fp32", 10.6), candidate("int8", 10.0)], "latency", 1),
+        ([candidate("int8", 2.0), candidate("int8", 1.0)], "size", 1),  # of one size and precision: the faster
+        ([candidate("int8", 10.0), candidate("fp32", 9.8, tokens={"image_size": 48})], "latency", 0),  # full size
+    ],
+)
+def test_the_best_of_level_candidates(candidates: list[EngineCandidate], objective: Any, best: int) -> None:
+    assert best_of(candidates, objective) is candidates[best]
 
 
 def test_samples_keep_every_class() -> None:
@@ -98,8 +97,6 @@ def test_samples_keep_every_class() -> None:
     assert counts.tolist() == [10, 1, 89] and (np.diff(rows) > 0).all() and rows[-1] == len(ids) - 1
     assert np.unique(np.repeat(np.arange(300), 5)[sample_rows(np.repeat(np.arange(300), 5), 400)]).size == 300
     assert len(sample_rows(np.zeros(0, int), 10)) == 0
-    for count, most, expected in ((3, 8, [0, 1, 2]), (100, 3, [0, 50, 99]), (0, 3, [])):
-        assert evenly(np.arange(count), most).tolist() == expected
 
 
 def test_cosines_of_what_is_not_finite() -> None:
@@ -128,20 +125,9 @@ def test_the_table() -> None:
         "engine openvino int8, chosen for latency on a processor; 40 left-out images, tolerance 0.5 points, 3.2 s; "
         "11 of 30 products in int8"
     )
-    assert lines[2].split() == [
-        "openvino",
-        "int8",
-        "2.00",
-        "ms",
-        "8.50",
-        "ms",
-        "1.7",
-        "MB",
-        "0.9980",
-        "100.0%",
-        "chosen;",
-        *["11", "of", "30", "products", "in", "int8"],
-    ]
+    assert " ".join(lines[2].split()) == (
+        "openvino int8 2.00 ms 8.50 ms 1.7 MB 0.9980 100.0% chosen; 11 of 30 products in int8"
+    )
     assert lines[3].split() == ["onnxruntime", "fp32", "failed:", "no", "memory"] and lines[4] == "a note"
     assert choice().chosen.runtime == "openvino" and choice().runtime == "auto"
 

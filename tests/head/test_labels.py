@@ -10,79 +10,62 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.head.labels import check_labels, class_ids, labelled_images
+from iosr_fast.head.labelled_images import labelled_images
+from iosr_fast.head.labels import check_labels, class_ids
 from iosr_fast.head.names import check_names
 
 NAN = float("nan")
 
 
 def ids_of(labels: Any, names: list[str] | None = None) -> tuple[list[str], list[int]]:
-    found, ids, _ = check_labels([None] * len(labels), labels, names)
+    found, ids, _, _ = check_labels([None] * len(labels), labels, names)
     return found, ids.tolist()
 
 
 @pytest.mark.parametrize(
-    "missing", [NAN, None, np.nan, np.float32("nan"), Decimal("NaN"), complex(NAN, 0), np.datetime64("NaT")]
+    "missing", [NAN, None, np.float32("nan"), Decimal("NaN"), complex(NAN, 0), np.datetime64("NaT"), "pandas"]
 )
-@pytest.mark.parametrize("made", [list, tuple, lambda values: np.array(values, dtype=object)])
-def test_a_missing_label_is_not_the_class_nan(missing: Any, made: Any) -> None:
-    for names in (None, ["a", "b", "nan", "None"]):
-        with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 2"):
-            ids_of(made(["a", "b", missing]), names)
-
-
-def test_a_missing_label_in_a_column_of_pandas_is_refused() -> None:
-    pd = pytest.importorskip("pandas", reason="pandas is not installed")
-    for column in (
-        pd.Series(["a", None, "b"]),
-        pd.Series(["a", pd.NA, "b"], dtype="string"),
-        pd.Series(["a", None, "b"], dtype="category"),
-        pd.Series([0, None, 1], dtype="Int64"),
-        [0, pd.NaT, 1],
-    ):
+def test_a_missing_label_is_refused_by_position(missing: Any) -> None:
+    if missing == "pandas":
+        pd = pytest.importorskip("pandas", reason="pandas is not installed")
+        labels = [pd.Series(["a", pd.NA, "b"], dtype="string"), pd.Series([0, None, 1], dtype="Int64"), [0, pd.NaT, 1]]
+    else:
+        labels = [made(["a", missing, "b"]) for made in (list, tuple, lambda values: np.array(values, dtype=object))]
+    for one in (*labels, np.array([0.0, NAN, 1.0]), np.ma.masked_array([0, 1, 1], mask=[False, True, False])):
         with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 1"):
-            ids_of(column, ["a", "b"])
+            ids_of(one, ["a", "b", "nan", "None"])
 
 
-def test_missing_labels_in_arrays_are_refused() -> None:
+def test_a_missing_label_that_became_text_is_refused_unless_a_class_has_that_name() -> None:
     with pytest.raises(ValueError, match="got 'nan', which is what a missing value becomes as text"):
         ids_of(np.asarray(["a", NAN, "b"]))
-    with pytest.raises(ValueError, match="got 'None', which is"):
-        ids_of(np.array(["a", None, "b"], dtype=object).astype(str))
-    with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 1"):
-        ids_of(np.array([0.0, NAN, 1.0]), ["a", "b"])
-    with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 1"):
-        ids_of(np.ma.masked_array([0, 1, 1], mask=[False, True, False]), ["a", "b"])
-    assert ids_of(["nan", "roti"], ["nan", "roti"]) == (["nan", "roti"], [0, 1])  # a class that is called so
+    assert ids_of(["nan", "roti"], ["nan", "roti"]) == (["nan", "roti"], [0, 1])
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "message"),
     [
         ([1, "1", 0], "all class names or all integers, got '1' at position 1 and 1 at position 0"),
         (np.array(["a", 1, "b"], dtype=object), "got 'a' at position 0 and 1 at position 1"),
         ([0, 1.0, 1], r"got float \(1.0\) at position 1; integers are made by"),
         (np.array([0.0, 1.0, 1.0]), r"got float64 \(.*0.0.*\) at position 0"),
-        ([True, False, True], r"got bool \(True\) at position 0"),
-        (np.array([True, False, True]), "got bool"),
+        (np.array([True, False, True]), r"got bool_? \(.*True.*\) at position 0"),
         ([b"a", b"b", b"a"], r"got bytes \(b'a'\) at position 0; decode it"),
-        (np.array([b"a", b"b", b"a"]), "got bytes"),
         ([Path("a"), "b", "a"], "got Posix?.*Path"),
-        ([["a"], ["b"], ["a"]], "got list"),
-        ([{"a"}, {"b"}, {"a"}], "got set .* fitted with one label an image takes one"),
-        ([["a", "b"], "b", "a"], "got list"),
         (np.array([["a"], ["b"], ["a"]]), r"got labels of shape \(3, 1\)"),
         ({"a", "b", "c"}, r"in a sequence, got labels of shape \(\)"),
         ("abc", r"got labels of shape \(\)"),
         (["a", "b"], "one label for each of 3 images, got 2"),
     ],
 )
-def test_labels_that_are_no_labels_are_named_by_position(labels: Any, said: str) -> None:
+def test_what_is_no_label_is_refused_by_position(labels: Any, message: str) -> None:
     for names in (None, ["a", "b"]):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             check_labels([None] * 3, labels, names)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         class_ids([None] * 3, labels, ["a", "b"])
+    with pytest.raises(ValueError, match=r"got set .* fitted with one label an image takes one"):
+        class_ids([None], [{"a"}], ["a", "b"])
 
 
 def test_good_labels_of_every_kind_are_taken() -> None:
@@ -95,45 +78,33 @@ def test_good_labels_of_every_kind_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (["a", " "], "got ' ', which is blank"),
-        (["a", "\u200b\ufeff"], "which is blank"),
-        (["a", ""], "which is blank"),
         (["a", " b"], "which has blanks around it"),
-        (["a", "b\u00a0"], "which has blanks around it"),
-        (["a", "b\nc"], "control characters"),
-        (["a", "b\x00c"], "control characters"),
         (["a", "b\x1b[31mc"], "control characters"),
         (["a", "b\u2028c"], "control characters"),
         (["a", "caf\udce9"], "no valid Unicode"),
         (["a", "b\u202ec"], "invisible characters or marks of direction"),
-        (["a", "b\u200bc"], "invisible characters or marks of direction"),
         (["a", "b" * 513], "more than 512 characters"),
         (["a", "~7"], "how ids of classes look"),
         (["a", "a"], "got 'a' more than once"),
         (["caf\u00e9", "cafe\u0301"], "look alike: .*u0301"),
-        (["\u00c5land", "A\u030aland", "x"], "look alike"),
         (["hot dog", "hot\u00a0dog"], "look alike"),
-        (["hot dog", "hot  dog"], "look alike"),
         (["cat", "c\u200dat"], "look alike"),
         (["cat", "c\u0430t"], "look alike: 'cat' and 'c.u0430t'"),
-        (["\u0421\u0410\u0422", "CAT"], "look alike"),
         (["\u2764", "\u2764\ufe0f"], "look alike"),
         (["a", NAN], r"text, got nan \(float\) at position 1"),
-        (["a", None], "text, got None"),
-        ([0, 1], r"text, got 0 \(int\)"),
         (["a", b"b"], "text, got b'b'"),
         ("ab", "a list of names, in order, got str"),
         ({"a", "b"}, "in order, got set"),
-        ({"a": 0, "b": 1}, "in order, got dict"),
         (["a"], "at least two classes"),
     ],
 )
-def test_class_names_that_are_no_names_are_refused(names: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_class_names_that_are_no_names_are_refused(names: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check_names(names)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         check_labels([], [], names)
 
 

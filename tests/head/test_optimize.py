@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +103,7 @@ def verdicts(choice: EngineChoice) -> dict[tuple[str, str], str]:
 def test_the_fastest_is_taken_and_the_support_is_encoded_with_it(fitted, images, monkeypatch) -> None:
     before = fitted.snapshot()
     fast = Rounded(0.02)
-    candidates = {FP32: (None, 4.0, 20.0), BF16: (Rounded(0.01), 3.0, 15.0), INT8: (fast, 2.0, 10.0)}
+    candidates = EXACT | {BF16: (Rounded(0.01), 3.0, 15.0), INT8: (fast, 2.0, 10.0)}
     choice = run(fitted, images, monkeypatch, candidates)
     assert verdicts(choice) == {INT8: "chosen", BF16: "accepted", FP32: "accepted"}
     assert [row.precision for row in choice.candidates] == ["int8", "bf16", "fp32"]
@@ -130,53 +131,56 @@ def test_objectives(objective: str, precision: str, fitted, images, monkeypatch)
     assert choice.chosen.precision == precision and choice.objective == objective
 
 
-def test_a_tie_goes_to_the_more_exact(fitted, images, monkeypatch) -> None:
-    choice = run(fitted, images, monkeypatch, {FP32: (None, 2.05, 9.0), INT8: (Rounded(0.02), 2.0, 8.0)})
-    assert verdicts(choice) == {FP32: "chosen", INT8: "accepted"}
-    assert choice.candidates[1].reason == "level with the choice, which is more exact"
-    assert fitted.version == 1  # the same embeddings: nothing was encoded again
+EXACT = {FP32: (None, 4.0, 20.0)}
+# Candidates, options, and of each the verdict and the reason.
+CASES: dict[str, tuple[dict[Any, Any], dict[str, Any], list[tuple[str, str]]]] = {
+    "level: the more exact": (
+        {FP32: (None, 2.05, 9.0), INT8: (Rounded(0.02), 2.0, 8.0)},
+        {},
+        [("chosen", ""), ("accepted", "level with the choice, which is more exact")],
+    ),
+    "a small cosine": (
+        EXACT | {INT8: (Rounded(0.3), 2.0, 10.0)},
+        {"tolerance": 100},
+        [("chosen", ""), ("rejected", r"cosine of plain embeddings 0\.9.*")],
+    ),
+    "nothing accepted: the present engine": ({INT8: (Rounded(0.3), 2.0, 10.0)}, {}, [("rejected", "cosine.*")]),
+    "an error of the builder": (
+        EXACT | {INT8: (RuntimeError("no\nmemory \x1b[31m"), 0.0, 0.0)},
+        {},
+        [("chosen", ""), ("failed", r"no memory \[31m")],
+    ),
+    "embeddings that are off": (
+        EXACT | {INT8: (ArithmeticError("cosine 0.5"), 0.0, 0.0)},
+        {},
+        [("chosen", ""), ("rejected", r"cosine 0\.5")],
+    ),
+    "an error of the encoder": (
+        EXACT | {BF16: (Rounded(fails="driver"), 0.0, 0.0)},
+        {},
+        [("chosen", ""), ("failed", "driver")],
+    ),
+    "left out": (EXACT | {BF16: ("no bf16", 0.0, 0.0)}, {}, [("chosen", ""), ("left out", "no bf16")]),
+}
 
 
-def test_a_small_cosine_is_rejected(fitted, images, monkeypatch) -> None:
-    choice = run(fitted, images, monkeypatch, {FP32: (None, 4.0, 20.0), INT8: (Rounded(0.3), 2.0, 10.0)}, tolerance=100)
-    assert verdicts(choice) == {FP32: "chosen", INT8: "rejected"}
-    assert choice.candidates[1].reason.startswith("cosine of plain embeddings 0.9")
+@pytest.mark.parametrize("case", [*CASES])
+def test_verdicts(case: str, fitted, images, monkeypatch) -> None:
+    candidates, options, expected = CASES[case]
+    choice = run(fitted, images, monkeypatch, candidates, **options)
+    assert choice.chosen.precision == "fp32" and fitted.version == 1  # the same embeddings: nothing was encoded again
+    found = {(row.runtime, row.precision): row for row in choice.candidates}
+    for name, (verdict, reason) in zip(candidates, expected, strict=True):
+        assert found[name].verdict == verdict and re.fullmatch(reason, found[name].reason)
 
 
 def test_a_lost_accuracy_is_rejected_unless_it_is_tolerated(fitted, images, monkeypatch) -> None:
     monkeypatch.setattr("iosr_fast.head.engine_choice.LEAST_COSINE", -1.0)
-    candidates = {FP32: (None, 4.0, 20.0), INT8: (Rounded(3.0), 2.0, 10.0)}
-    choice = run(fitted, images, monkeypatch, candidates)
-    assert verdicts(choice) == {FP32: "chosen", INT8: "rejected"}
-    row = choice.candidates[1]
-    assert "accuracy falls by " in row.reason and row.accuracy < 0.9 and row.agreement == row.accuracy
+    candidates = EXACT | {INT8: (Rounded(3.0), 2.0, 10.0)}
+    row = run(fitted, images, monkeypatch, candidates).candidates[1]
+    assert row.verdict == "rejected" and "accuracy falls by " in row.reason
+    assert row.accuracy < 0.9 and row.agreement == row.accuracy
     assert run(fitted, images, monkeypatch, candidates, tolerance=100).chosen.precision == "int8"
-
-
-def test_what_fails_is_a_row(fitted, images, monkeypatch) -> None:
-    candidates = {
-        FP32: (None, 4.0, 20.0),
-        INT8: (RuntimeError("no\nmemory \x1b[31m"), 0.0, 0.0),
-        BF16: ("no bf16 instructions", 0.0, 0.0),
-        ("tensorrt", "fp8"): (ArithmeticError("cosine 0.5"), 0.0, 0.0),
-        ("tensorrt", "fp16"): (Rounded(fails="driver"), 0.0, 0.0),
-    }
-    choice = run(fitted, images, monkeypatch, candidates)
-    assert verdicts(choice) == {
-        FP32: "chosen",
-        INT8: "failed",
-        BF16: "left out",
-        ("tensorrt", "fp8"): "rejected",
-        ("tensorrt", "fp16"): "failed",
-    }
-    assert {row.precision: row.reason for row in choice.candidates[1:]} == {
-        "int8": "no memory [31m", "bf16": "no bf16 instructions", "fp8": "cosine 0.5", "fp16": "driver",
-    }  # fmt: skip
-
-
-def test_the_present_engine_stays_where_nothing_is_accepted(fitted, images, monkeypatch) -> None:
-    choice = run(fitted, images, monkeypatch, {INT8: (Rounded(0.3), 2.0, 10.0)})
-    assert verdicts(choice) == {FP32: "chosen", INT8: "rejected"} and fitted.version == 1
 
 
 def test_a_slow_candidate_is_not_judged(fitted, images, monkeypatch) -> None:
@@ -191,7 +195,7 @@ def test_one_image_a_class_is_judged_by_cosines(fitted, images, monkeypatch) -> 
     rows = np.arange(0, CLASSES * SHOTS, SHOTS)
     few = images[0][rows], [images[1][i] for i in rows]
     refit(fitted, *few, **GIVEN)
-    choice = run(fitted, few, monkeypatch, {FP32: (None, 4.0, 20.0), INT8: (Rounded(0.02), 2.0, 10.0)})
+    choice = run(fitted, few, monkeypatch, EXACT | {INT8: (Rounded(0.02), 2.0, 10.0)})
     assert choice.chosen.precision == "int8" and choice.judged == 0 and choice.chosen.accuracy is None
     assert "each class has one image" in choice.note and choice.lines()[-1] == choice.note
 
@@ -205,7 +209,7 @@ def test_images_are_found_again_in_any_order(fitted, images, monkeypatch, caplog
     mixed = [*(pixels[i] for i in order), 255 - pixels[0], pixels[0] // 2]
     names = [*(labels[i] for i in order), "motif 0", "unknown"]
     fast = Rounded(0.02)
-    run(fitted, (mixed, names), monkeypatch, {FP32: (None, 4.0, 20.0), INT8: (fast, 2.0, 10.0)})
+    run(fitted, (mixed, names), monkeypatch, EXACT | {INT8: (fast, 2.0, 10.0)})
     examples = fitted.snapshot().examples
     np.testing.assert_allclose(examples.embeddings.plain, fast.encode(pixels[examples.ids]).plain, atol=1e-6)
     assert fitted.version == 4 and len(examples) == (CLASSES - 1) * SHOTS - 1
@@ -238,20 +242,6 @@ def test_refusals(fitted, images, tmp_path: Path) -> None:
     fitted.close_log()
 
 
-def test_a_log_that_began_before_refuses_the_optimized_classifier(fitted, images, monkeypatch, tmp_path: Path) -> None:
-    fitted.open_log(tmp_path / "changes.jsonl")
-    fitted.remove_examples(["e0"])
-    fitted.close_log()
-    kept = [i for i in range(len(images[0])) if i]
-    rest = images[0][kept], [images[1][i] for i in kept]
-    run(fitted, rest, monkeypatch, {FP32: (None, 4.0, 20.0), INT8: (Rounded(0.02), 2.0, 10.0)})
-    with pytest.raises(IosrFastError, match="is the log of another head"):
-        fitted.open_log(tmp_path / "changes.jsonl")
-    fitted.open_log(tmp_path / "new.jsonl")
-    assert fitted.remove_examples(["e1"]).version == 4
-    fitted.close_log()
-
-
 def test_a_change_meanwhile_is_not_lost(fitted, images, monkeypatch) -> None:
     slow = Rounded(0.02)
 
@@ -260,15 +250,11 @@ def test_a_change_meanwhile_is_not_lost(fitted, images, monkeypatch) -> None:
             fitted.remove_examples(["e0"])
         return Rounded.encode(slow, pixels)
 
-    changing = replace_encode(Rounded(0.02), encode)
+    changing = Rounded(0.02)
+    changing.encode = encode  # type: ignore[method-assign]
     with pytest.raises(IosrFastError, match="has changed while engines were tried"):
-        run(fitted, images, monkeypatch, {FP32: (None, 4.0, 20.0), INT8: (changing, 2.0, 10.0)})
+        run(fitted, images, monkeypatch, EXACT | {INT8: (changing, 2.0, 10.0)})
     assert fitted.version == 2 and fitted.engine_choice_ is None
-
-
-def replace_encode(encoder: Rounded, encode: Any) -> Rounded:
-    encoder.encode = encode  # type: ignore[method-assign]
-    return encoder
 
 
 def test_views_are_encoded_again_and_found_by_their_queries(tmp_path: Path, images, monkeypatch) -> None:

@@ -1,0 +1,98 @@
+"""Images with their labels, from folders and tables; and images of none of the classes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.labels import SEPARATOR
+from iosr_fast.images.listing import list_folder, list_images, refuse_url
+from iosr_fast.utils.csv_text import check_columns, recovered
+
+
+def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], list[Any], list[str]]:
+    """The images of a folder with one sub-folder for each class, or those that a CSV file lists, or of several of both.
+
+    Returns the paths, sorted within a class; the label of each; and all class names, sorted: the names of the
+    sub-folders, with blanks for underscores. Files that are no images are left out with a warning (images.listing).
+
+    A file that ends in .csv has the columns `path` and `label`; others are ignored, and so are rows without a label.
+    Paths are relative to the file's folder; both texts are read as `iosr-fast suggest` and `classify` write them
+    (utils.csv_text.recovered).
+
+    With the column `labels` in place of `label` pictures may have several labels each, joined by ";", or none: labels
+    are then frozensets, those of a folder of a class too.
+
+    Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
+    without images, a folder that holds splits (train/, test/) instead of classes, and a CSV file without these columns
+    or without a label.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     for name in ("lemon", "green_apple"):
+    ...         Path(folder, name).mkdir()
+    ...         Path(folder, name, "1.jpg").touch()
+    ...     _ = Path(folder, "more.csv").write_text("path,label\\nnew/2.jpg,lime\\n")
+    ...     paths, labels, class_names = labelled_images(folder, Path(folder, "more.csv"))
+    >>> labels, class_names
+    (['green apple', 'lemon', 'lime'], ['green apple', 'lemon', 'lime'])
+    """
+    paths: list[Path] = []
+    labels: list[str | frozenset[str]] = []
+    for place in map(Path, (folder, *more)):
+        is_table = place.suffix.lower() == ".csv" and not place.is_dir()
+        found, of_found = _read_table(place) if is_table else _read_class_folders(place)
+        paths += found
+        labels += of_found
+    sets = [frozenset({label}) if isinstance(label, str) else label for label in labels]
+    several = any(isinstance(label, frozenset) for label in labels)
+    return paths, sets if several else labels, sorted(frozenset().union(*sets))
+
+
+def _read_class_folders(folder: Path) -> tuple[list[Path], Sequence[str]]:
+    paths, labels, _ = list_folder(folder)
+    return paths, [name.replace("_", " ").strip() for name in labels]
+
+
+def _read_table(file: Path) -> tuple[list[Path], Sequence[str | frozenset[str]]]:
+    if not file.is_file():
+        raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.DictReader(opened)
+            columns, rows = list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise IosrFastError(f"can't read {file} as CSV in UTF-8: {error}; save it as such") from error
+    check_columns(columns, str(file))
+    several = "labels" in columns and "label" not in columns
+    name = "labels" if several else "label"
+    if missing := {"path", name} - set(columns):
+        raise IosrFastError(
+            f"expected the columns path and label in {file}, got {', '.join(columns) or 'no line'}; "
+            f"add {' and '.join(sorted(missing))} (labels in place of label where pictures may have several)"
+        )
+    named = [(recovered(row["path"] or ""), recovered((row[name] or "").strip())) for row in rows]
+    if not any(label for _, label in named):
+        raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column {name}")
+    labelled = [(path, label) for path, label in named if label or several]
+    for path, label in labelled:
+        if not path:
+            raise IosrFastError(f"expected a path in each row of {file}, got none for the label {label!r}")
+        refuse_url(path)
+    paths, labels = [file.parent / path for path, _ in labelled], [label for _, label in labelled]
+    if not several:
+        return paths, labels
+    return paths, [frozenset(part.strip() for part in row.split(SEPARATOR) if part.strip()) for row in labels]
+
+
+def unknown_folder(folder: str | Path) -> list[str]:
+    """The paths of all images in a folder and below, pictures of none of the classes. Raises FileNotFoundError or, if
+    there are none, IosrFastError."""
+    paths = list_images(folder).paths
+    if not paths:
+        raise IosrFastError(f"expected pictures of none of the classes in {folder}, found no image")
+    return paths
