@@ -2,50 +2,63 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
-from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.fit import Fit, check_fit, fit
+from iosr_fast.head.engine_choice import EngineChoice, Objective
+from iosr_fast.head.evaluation import Evaluation
+from iosr_fast.head.fit import check_fit, fit
+from iosr_fast.head.fitted import Fit
+from iosr_fast.head.head_data import ClassInfo
+from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import labelled_images, unknown_folder
-from iosr_fast.head.labels import label_sets, read_label_sets
-from iosr_fast.head.multi_label import decision, probabilities
-from iosr_fast.head.predictions import Prediction, predict, predict_jointly
+from iosr_fast.head.multi_label import MultiLabelHead
+from iosr_fast.head.multi_label_predictions import AnyHead
+from iosr_fast.head.predictions import Prediction
 from iosr_fast.images.preprocess import as_image_list
+from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
+from iosr_fast.methods.multi_label_set import MultiLabelSet
+from iosr_fast.methods.support_audit import SupportAudit
+from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.tune import TUNE_SECONDS
-from iosr_fast.methods.unknown import KEEP, check_unknown
-from iosr_fast.pipeline.many_images import ManyImages
+from iosr_fast.methods.tuning.tuned import Tuned
+from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown
+from iosr_fast.pipeline.evaluate import evaluate_images
+from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
+from iosr_fast.pipeline.reader import Reader
+from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
+from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import Precision
-from iosr_fast.store.optimizing import Optimizing
-from iosr_fast.store.saving import Saving
+from iosr_fast.store import optimizing, saving, updates
+from iosr_fast.store.changes import ChangeResult
+from iosr_fast.store.store import Store
 from iosr_fast.utils.estimator import Estimator
-from iosr_fast.utils.numbers import check_integer
-from iosr_fast.utils.ranking import mean_average_precision
-
-log = logging.getLogger(__name__)
+from iosr_fast.utils.verified_folder import VerifiedFolder
 
 # The parameters that choose what is opened; the others are those of a fit.
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(Optimizing, ManyImages, Saving, Estimator):
+class Classifier(Estimator):
     """A few-shot image classifier on a CLIP, and an estimator of scikit-learn. Nothing is trained.
 
-    Images are paths, encoded bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a
-    sequence, a pandas Series or an array of them (iosr_fast.images.pixels has the rules by which they become RGB).
+    It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of
+    threads may classify meanwhile, and each call sees exactly one version. Images are paths, encoded bytes, PIL images,
+    uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a sequence, a pandas Series or an array of them
+    (iosr_fast.images.pixels has the rules by which they become RGB). All methods raise BadImageError for an image that
+    can't be read, and NotFittedError before a fit.
 
     Parameters
     ----------
     model : str, default=None
-        A model of open_clip, like "ViT-B-32", or "demo", a toy CLIP for trying out. None is "demo", with a warning.
+        The encoder: a model of open_clip, like "ViT-B-32", or "demo", a toy CLIP. None is "demo", with a warning.
     pretrained : str or Path, default=None
         A tag of open_clip ("laion2b_s34b_b79k", downloaded once), a weights file, or "none" for random weights.
     adapter : str, Path or None, default="auto"
@@ -58,8 +71,8 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
     engine : str or Path, default=None
         A folder of `iosr-fast build-engine`. None builds an engine once and keeps it in the user's cache folder.
     method : str, default="auto"
-        A name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" is the stack, with weights
-        by leave-one-out on the support images, unless a single method is right more often on them by more than noise.
+        The method: a name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" is the stack, with
+        weights by leave-one-out on the support images.
     reducer : str, default=None
         "none", "centre", "pca" or "pca:64", applied before images are compared. None is "none". "auto" and "stack"
         take none.
@@ -70,19 +83,19 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         images give the same choice everywhere.
     alpha, beta, gamma, ridge : float, default=None
         Parameters of the method, as far as it has them. None: searched, or the method's default.
+    key_precision : {"fp32", "fp16", "bf16", "int8"}, default="fp32"
+        How the keys are stored for scoring.
     views : int, default=1
-        1: the key of a support image is the embedding of the image as it is. More: the mean of that many random views.
+        The support images. 1: the key of one is its embedding. More: the mean of that many random views.
     mirror : bool, default=True
         Whether half of the views are mirrored. Use False where left and right matter.
+    seed : int, default=0
+        Seed of the views. A view depends on the pixels of its image and the seed, not on the order of images.
     templates : sequence of str, default=None
         Prompts with {} for the class name. None: those of the CLIP.
     class_names : sequence of str, default=None
         The names that integer labels index, where `fit` is given none: scikit-learn's `cross_val_predict` with
         method="predict_proba" turns names into integers, sorted(set(labels)), before it fits.
-    seed : int, default=0
-        Seed of the views. A view depends on the pixels of its image and the seed, not on the order of images.
-    key_precision : {"fp32", "fp16", "bf16", "int8"}, default="fp32"
-        How the keys are stored for scoring.
     thumbnails : int, default=96
         Longer side in pixels of the stored picture of a support image. 0 stores none.
     exif_orientation : bool, default=True
@@ -95,31 +108,36 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
     Attributes
     ----------
     classes_ : array of shape (C,)
-        Class names, in the order of `class_names` or sorted; integers if the labels were integers.
-    plan_ : ScoringPlan
-        What is executed.
-    support_ : SupportSet
-        The embeddings of the support images and class names.
+        Class names, in the order of `class_names` or sorted; integers (int64) if the labels were integers.
+    plan_, support_
+        The ScoringPlan that is executed; the SupportSet of embeddings of the support images and class names.
     method_, reducer_, key_precision_, parameters_
         The choices made or given.
     tuned_ : Tuned or None
-        The search that chose the parameters; None if nothing was searched.
-    multi_label_ : MultiLabels or None
+        The search that chose the parameters, `stale` after a change; None if nothing was searched.
+    unknown_ : Unknown
+        How pictures of no class are recognised; `unknown_.promise()` says in words what can be promised.
+    multi_label_ : MultiLabelHead or None
         After a fit with several labels a picture, `labels` (N, C) bool of the support images and `thresholds` (C,).
     skipped_ : list of str
         The unreadable images that `skip_bad` left out.
     engine_choice_ : EngineChoice or None
         The engines that were tried, what was measured of each, and why it was not chosen.
-    encoder, engine_
-        The image encoder and its folder.
+    encoder, engine_, exif_orientation_
+        The image encoder of queries and its folder; whether images are turned upright, as at the fit.
+    version : int
+        Rises by one with every change.
 
     Notes
     -----
     The constructor stores its parameters; `fit` checks them and opens the CLIP, which needs the extra `cpu` or `gpu`.
     Classifiers of one process share a CLIP; beside those in use, only the one opened last stays in memory. A saved
-    classifier needs no torch. After `set_params`, a fitted classifier predicts as before until the next `fit`. Any
-    number of threads may classify while others change classes and examples. `tune` is also a method; the parameter is
-    read by `get_params()["tune"]`.
+    classifier needs no torch. After `set_params`, a fitted classifier predicts as before until the next `fit`. `tune`
+    is also a method; the parameter is read by `get_params()["tune"]`.
+
+    A change waits for others, and costs one compilation of the method on the stored embeddings; images are encoded and
+    texts embedded before that. Method, parameters and reducer stay until `retune`. What left-out support images answer
+    (`unknown_score`, `predict_sets`, `calibration`, `audit`) is computed at its first use after a change.
 
     Sources: CLIP (Radford et al., ICML 2021); the adapter (Kravets & Namboodiri, BMVC 2024); `iosr_fast.methods` names
     the paper of each method.
@@ -139,19 +157,17 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
     >>> best.label == labels[0] and abs(best.logit - best.zero_shot - best.cache) < 1e-3
     True
 
-    A saved classifier, another class, and a folder:
+    Another class, a folder, and a saved classifier:
 
     >>> import pathlib, tempfile, PIL.Image
     >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> classifier.save(folder / "classifier")
-    >>> loaded = Classifier.load(folder / "classifier")
-    >>> loaded.score(images, labels) == classifier.score(images, labels)
-    True
-    >>> loaded.add_class("night", [images[0] // 9]).class_id
-    '~3'
+    >>> change = classifier.add_class("night", [images[0] // 9])
     >>> PIL.Image.fromarray(images[0] // 9).save(folder / "a.png")
-    >>> loaded.predict_folder(folder).labels.tolist()
-    ['night']
+    >>> change.version, change.class_id, classifier.predict_folder(folder).labels.tolist()
+    (2, '~3', ['night'])
+    >>> classifier.save(folder / "classifier")
+    >>> Classifier.load(folder / "classifier").score(images, labels) == classifier.score(images, labels)
+    True
     """
 
     _stored_as: ClassVar[dict[str, str]] = {"tune": "_tune"}
@@ -185,7 +201,7 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         skip_bad: bool = False,
         progress: bool = False,
     ) -> None:
-        super().__init__()
+        self._store = Store()
         self.model, self.pretrained, self.adapter = model, pretrained, adapter
         self.runtime, self.precision, self.engine = runtime, precision, engine
         self.method, self.reducer, self._tune, self.tune_seconds = method, reducer, tune, tune_seconds
@@ -195,6 +211,16 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
         self.skip_bad, self.progress = skip_bad, progress
         self._own: tuple[dict[str, Any], OpenedClip] | None = None
+
+    # The fit and its heads
+
+    @property
+    def _fit(self) -> Fit | None:  # which a copy shares (Estimator)
+        return self._store.fit
+
+    @_fit.setter
+    def _fit(self, fit: Fit | None) -> None:
+        self._store.fit = fit
 
     def fit(
         self,
@@ -219,48 +245,26 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         `unknown_images` are pictures of none of the classes, if you have any, like those that will come: they sharpen
         `unknown_score`, which needs none, and change no label. Their embeddings are kept with the classifier.
 
-        Raises IosrFastError, before a CLIP is opened, for a parameter out of range, parameters given where they are to
-        be chosen, fewer than two classes, class names that are none or look alike, missing labels or labels without a
-        name, and classes without an image; before anything is encoded, for a CLIP, engine, adapter or runtime that
-        don't fit; for unreadable images, and for one picture (its pixels, whatever the file) under two labels.
-        OSError for missing files and failed downloads, ImportError for a missing package. The classifier is then as it
-        was.
+        Raises IosrFastError before a CLIP is opened for what is wrong with parameters, labels and class names
+        (head.fit.check_fit); before anything is encoded for a CLIP, engine, adapter or runtime that don't fit; for
+        unreadable images, and for one picture (its pixels, whatever the file) under two labels. OSError for missing
+        files and failed downloads, ImportError for a missing package. The classifier is then as it was.
         """
         names = self.class_names if class_names is None else class_names
         inputs = check_fit(self.get_params(), images, labels, names, unknown_images)
         fitted = fit(self._open(), inputs)
-        if self.precision == "auto" and fitted.head.multi_label is not None:
-            log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
-        elif self.precision == "auto":
-            fitted = self._with_best_engine(fitted, inputs)
-        self._replace(fitted)
+        self._store.replace(
+            optimizing.with_fastest_engine(fitted, inputs, self.runtime) if inputs.choose_engine else fitted
+        )
         return self
 
-    def fit_folder(
-        self,
-        folder: str | Path,
-        *more: str | Path,
-        unknown_images: str | Path | None = None,
-    ) -> Self:
+    def fit_folder(self, folder: str | Path, *more: str | Path, unknown_images: str | Path | None = None) -> Self:
         """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces), or
         on a CSV file of path and label, or on several of both (labelled_images). With the column `labels` in place of
-        `label` pictures may have several, joined by ";", or none. All images in the folder
-        `unknown_images` and below belong to none of the classes."""
+        `label` pictures may have several, joined by ";", or none. All images in the folder `unknown_images` and below
+        belong to none of the classes."""
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
         return self.fit(*labelled_images(folder, *more), unknown_images=unknown)
-
-    @property
-    def encoder(self) -> Encoder:
-        """The image encoder of queries, without adapted embeddings where the fitted method compares none.
-
-        Before a fit, the encoder of the parameters, which is opened now.
-        """
-        return self._open().encoder if self._fit is None else self._fit.encoder
-
-    @property
-    def engine_(self) -> Path:
-        """The folder that `encoder` was opened from."""
-        return self._fitted().clip.engine
 
     def _open(self) -> OpenedClip:
         """The CLIP that the parameters name. A loaded classifier has its own, until `set_params` names another."""
@@ -278,11 +282,97 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         classifier._own = {name: getattr(classifier, name) for name in OPENING}, clip
         return classifier
 
+    @property
+    def encoder(self) -> Encoder:
+        """The image encoder of queries; before a fit, that of the parameters, which is opened now."""
+        return self._open().encoder if self._fit is None else self._fit.encoder
+
+    def snapshot(self) -> AnyHead:
+        """The current head, which never changes: all predictions of it are of one version."""
+        return self._store.fitted().head
+
+    @property
+    def classes_(self) -> np.ndarray:
+        return self._store.fitted().labels()
+
+    @property
+    def plan_(self) -> ScoringPlan:
+        return self.snapshot().plan
+
+    @property
+    def support_(self) -> SupportSet | MultiLabelSet:
+        return self.snapshot().support
+
+    @property
+    def multi_label_(self) -> MultiLabelHead | None:
+        head = self.snapshot()
+        return head if isinstance(head, MultiLabelHead) else None
+
+    @property
+    def method_(self) -> str:
+        return self.snapshot().config.method
+
+    @property
+    def reducer_(self) -> str:
+        return self.snapshot().config.reducer_name
+
+    @property
+    def parameters_(self) -> dict[str, float]:
+        return dict(self.snapshot().config.parameters)
+
+    @property
+    def key_precision_(self) -> Precision:
+        return self.snapshot().config.key_precision
+
+    @property
+    def tuned_(self) -> Tuned | None:
+        return self.snapshot().tuned
+
+    @property
+    def skipped_(self) -> list[str]:
+        return [error.where for error in self._store.fitted().skipped]
+
+    @property
+    def engine_(self) -> Path:
+        return self._store.fitted().clip.engine
+
+    @property
+    def engine_choice_(self) -> EngineChoice | None:
+        return self._store.fitted().engine_choice
+
+    @property
+    def exif_orientation_(self) -> bool:
+        return self._store.fitted().views.exif_orientation
+
+    @property
+    def unknown_(self) -> Unknown:
+        """How pictures of no class are recognised; `unknown_.promise()` says in words what can be promised."""
+        return self.snapshot().one_label("unknown_").unknown
+
+    @property
+    def version(self) -> int:
+        return self.snapshot().version
+
+    def classes(self) -> list[ClassInfo]:
+        """The classes in their order, each with its id and the number of its examples."""
+        return self.snapshot().classes()
+
+    def examples(self, name_or_id: str) -> list[str]:
+        """The ids of a class's examples. Raises ValueError for an unknown class."""
+        head = self.snapshot()
+        return [example_id(number) for number in head.examples_of(head.find_class(name_or_id))]
+
+    def picture(self, name_or_id: str) -> bytes | None:
+        """An example's thumbnail, WebP; None where none was stored. Raises ValueError for an unknown id."""
+        return self.snapshot().picture(name_or_id)
+
+    # Answers
+
     def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
         """Logits (B, C) float32; of two classes (B,), the second one's logit minus the first one's. With several labels
         a picture always (B, C), each class by itself."""
-        fit = self._fitted()
-        return decision(self._logits(fit, images, impl), fit.head.multi_label is not None)
+        fit = self._store.fitted()
+        return fit.head.decision(fit.logits(images, impl))
 
     def predict(
         self,
@@ -291,47 +381,31 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         unknown_label: str | None = None,
         keep: float = KEEP,
     ) -> np.ndarray:
-        """The labels (B,) out of `classes_`. Raises BadImageError for an image that can't be read.
+        """The labels (B,) out of `classes_`. With several labels a picture a frozenset of labels for each, (B,) of
+        dtype object, or an indicator (B, C) of int64 if the labels of `fit` were one: a label is in where its
+        probability reaches the threshold of its class.
 
         unknown="reject" gives None, or `unknown_label`, for pictures that belong to none of the classes, as far as
         `unknown_score` tells: a share `keep` of the pictures that do belong to one keeps its label. Raises
         IosrFastError where there are too few support images for that promise: 0.95 takes 19 that can be left out.
-
-        With several labels a picture: a frozenset of labels for each, (B,) of dtype object, or an indicator (B, C) of
-        int64 if the labels of `fit` were one. A label is in where its probability reaches the threshold of its class.
         """
-        share = check_unknown(unknown, keep, unknown_label)
-        fit = self._fitted()
-        if fit.head.multi_label is not None:
-            if share is not None:
-                fit.head.one_label("predict(unknown='reject')", "a picture of none of the classes gets no label")
-            members = fit.head.multi_label.members(self._logits(fit, images))
-            return members.astype(np.int64) if fit.integer_labels else label_sets(fit.labels(), members)
+        share, fit = check_unknown(unknown, keep, unknown_label), self._store.fitted()
         if share is not None:
-            return self._labels_or_rejected(fit, images, share, unknown_label)
-        return fit.labels(self._logits(fit, images).argmax(1))
+            return fit.predict_or_reject(images, share, unknown_label)
+        return fit.head.answers(fit.logits(images), fit.labels())
 
     def predict_proba(self, images: Any) -> np.ndarray:
         """softmax of the logits, (B, C) float32, columns in the order of `classes_`. With several labels a picture the
         probability of each class by itself, 1 / (1 + exp(-logit)): the sum of a row is any number up to C."""
-        fit = self._fitted()
-        return probabilities(self._logits(fit, images), fit.head.multi_label is not None)
+        fit = self._store.fitted()
+        return fit.head.probabilities(fit.logits(images))
 
     def predict_jointly(self, images: Any) -> JointPrediction:
         """Probabilities (B, C) of images that are classified together: means and covariance of the classes are
         estimated on support images and these images (methods.joint.predict_jointly), which gains most with few shots
-        and many images. The result's `labels` are out of `classes_`.
-
-        Support images are left out and hidden among these images: if fewer of them are right than alone, or if none
-        can be left out, `predict_proba`'s probabilities are returned and the result's `refused` says why.
-
-        Raises BadImageError for an image that can't be read.
-        """
-        fit = self._fitted()
-        fit.head.one_label("predict_jointly")
-        parts = [fit.encoder.encode(pixels) for pixels in self._chunks(fit, images)]
-        queries = Embeddings.concatenate(parts) if parts else fit.head.examples.embeddings[:0]
-        return replace(predict_jointly(fit.head, queries), classes=fit.labels())
+        and many images. The result's `labels` are out of `classes_`. If left-out support images say that it harms, or
+        none can be left out, the probabilities are those of `predict_proba` and the result's `refused` says why."""
+        return self._store.fitted().predict_jointly(images)
 
     def explain(
         self,
@@ -342,35 +416,247 @@ class Classifier(Optimizing, ManyImages, Saving, Estimator):
         keep: float = KEEP,
     ) -> list[Prediction]:
         """A Prediction for each image: label and probability, the `top` classes with what texts, examples and their
-        adapted embeddings contribute to each, and the `nearest` support images. All of one version of the classifier.
-
-        unknown="reject" and `keep` are those of `predict`: `unknown` of a Prediction then has the score, and `label`
-        is None if the picture belongs to none of the classes.
-        """
-        share = check_unknown(unknown, keep)
-        top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
-        fit = self._fitted()
-        fit.head.one_label("explain", "predict_proba gives the probability of each class")
-        if share is not None:
-            fit.head.unknown.threshold(share)  # too few support images: before anything is encoded
-        rows = (fit.encoder.encode_on_device(pixels) for pixels in self._chunks(fit, images))
-        return [prediction for chunk in rows for prediction in predict(fit.head, chunk, top, nearest, share)]
+        adapted embeddings contribute to each, and the `nearest` support images. With unknown="reject" and `keep` as in
+        `predict`, its `unknown` has the score, and `label` is None if the picture belongs to none of the classes."""
+        return self._store.fitted().explain(images, top, nearest, check_unknown(unknown, keep))
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
         """The share of images whose predicted class is their label: a class name; or an integer as at the fit, into
-        `classes_` if the fit had names.
+        `classes_` if the fit had names. With several labels a picture the mean average precision over the classes that
+        a picture has (utils.ranking.mean_average_precision), with labels as for `fit`."""
+        fit, listed = self._store.fitted(), as_image_list(images)
+        truth = fit.read_labels(listed, labels)
+        return fit.head.quality(truth, fit.logits(listed))
 
-        With several labels a picture the mean average precision over the classes that a picture has
-        (utils.ranking.mean_average_precision), with labels as for `fit`."""
-        fit, listed = self._fitted(), as_image_list(images)
-        if fit.head.multi_label is not None:
-            _, known = read_label_sets(labels, len(listed), fit.head.class_names)
-            return mean_average_precision(known, self._logits(fit, listed))
-        ids = fit.class_ids(listed, labels)
-        if not len(ids):
-            raise IosrFastError("expected at least one image to score, got none")
-        return float((self._logits(fit, listed).argmax(1) == ids).mean())
+    def unknown_score(self, images: Any) -> np.ndarray:
+        """How unlike all classes each image is, (B,) float64: of left-out support images the mean is 0 and the
+        standard deviation 1. `unknown_.threshold(0.95)` is the score that 95% of known pictures do not exceed. Formula
+        and sources: methods.unknown.fit_unknown."""
+        return self._store.fitted().unknown_score(images)
 
-    def _logits(self, fit: Fit, images: Any, impl: str = "auto") -> np.ndarray:
-        parts = [fit.head.score(fit.encoder.encode_on_device(pixels), impl) for pixels in self._chunks(fit, images)]
-        return np.concatenate(parts) if parts else np.zeros((0, len(fit.head.uids)), np.float32)
+    def predict_sets(self, images: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
+        """For each image the labels that it may have, the most likely first: a share `coverage` of the sets has the
+        image's label (conformal prediction by left-out support images, methods.conformal). A set is empty where no
+        label is likely enough. With `per_class` the share holds for the images of each class (Mondrian conformal
+        prediction). Raises IosrFastError where there are too few support images for that promise: 0.9 takes 9 that can
+        be left out, with `per_class` 9 of each class."""
+        return self._store.fitted().predict_sets(images, coverage, per_class)
+
+    def calibration(self) -> Reliability:
+        """How right the probabilities of left-out support images are, by bins of the probability, with the expected
+        calibration error; print it for a table."""
+        return self.snapshot().one_label("calibration").left_out_labels.reliability
+
+    def audit(self) -> SupportAudit:
+        """What is wrong with the support images, by those that are left out of the fit: labels that are likely wrong
+        with the label that they should have, near duplicates, classes that are confused or have too few or too alike
+        images, and what twice as many would bring. Images are named by their ids. Rules: methods.support_audit."""
+        return self._store.fitted().audit()
+
+    # Many images: decoded while others are encoded
+
+    def predict_folder(
+        self,
+        folder: str | Path,
+        batch: int | None = None,
+        skip_bad: bool = False,
+        threads: int | None = None,
+        decoder: str = "cpu",
+        joint: bool = False,
+        unknown: Literal["reject"] | None = None,
+        unknown_label: str = UNKNOWN_LABEL,
+        keep: float = KEEP,
+    ) -> FolderPredictions:
+        """Classify all images in a folder and below, in the order of their paths: paths, labels, probabilities, errors.
+
+        Few images are in memory at a time, and what the folder holds beside them is counted in a warning. A JPEG 6
+        times larger than the encoder's pictures is decoded at a fraction of its size, which changes its pixels by about
+        1 level or less on average, and a label that was as good as tied; the `decoder` "cpu-exact" gives the pixels of
+        `predict`. `batch` images are encoded at a time (None: 16 on a CPU, 64 on a GPU); `threads` are the cores to use
+        on a CPU (None: all).
+
+        `joint` classifies all pictures together, as `predict_jointly` does, once all are encoded. unknown="reject"
+        gives `unknown_label` to pictures of none of the classes, with `keep` as for `predict`; with `joint` they are
+        left out before the others are classified together.
+
+        Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`,
+        IosrFastError for an unknown decoder, numbers below 1, a class named `unknown_label` or too few support images
+        for `keep`, all before an image is read.
+        """
+        rejecting, fit = check_rejecting(unknown, unknown_label, keep), self._store.fitted()
+        return predict_folder(fit.head, self._reader(batch, skip_bad, threads, decoder), folder, joint, rejecting)
+
+    def suggest(
+        self,
+        folder: str | Path,
+        n: int,
+        batch: int | None = None,
+        skip_bad: bool = False,
+        threads: int | None = None,
+        decoder: str = "cpu",
+    ) -> FolderSuggestions:
+        """The n images of a folder and below to label next: diverse, and uncertain for this classifier, those that look
+        like a class of their own first (methods.suggest). Before a fit, diverse alone. Options and errors as for
+        `predict_folder`; IosrFastError for n below 1 and for a folder without a readable image."""
+        head = None if self._fit is None else self._fit.head.one_label("suggest")
+        return suggest_from_folder(head, self._reader(batch, skip_bad, threads, decoder), folder, n)
+
+    def evaluate(
+        self,
+        images: Any,
+        labels: Sequence[Any] | np.ndarray,
+        unknown_images: Any = None,
+        coverage: float = COVERAGE,
+        keep: float = KEEP,
+        batch: int | None = None,
+        skip_bad: bool = False,
+        threads: int | None = None,
+        decoder: str = "cpu",
+    ) -> Evaluation:
+        """Measure the classifier on labelled images that are not its support images: accuracy with its interval, each
+        class, confusions, log-loss and calibration, the most probable mistakes with their nearest support images, and
+        what the promises of `predict_sets` (`coverage`) and of `predict(unknown="reject")` (`keep`) are worth. Print
+        the result's `summary()`.
+
+        Labels are those of `score`; `unknown_images` belong to none of the classes. `skip_bad` lists unreadable images
+        in `errors` and counts them nowhere; other options and errors as for `predict_folder`. Raises IosrFastError,
+        before an image is read, for labels without a class and without images.
+        """
+        fit, reader = self._store.fitted(), self._reader(batch, skip_bad, threads, decoder)
+        return evaluate_images(fit, reader, images, labels, unknown_images, coverage, keep, bool(self.progress))
+
+    def _reader(self, batch: int | None, skip_bad: bool, threads: int | None, decoder: str) -> Reader:
+        """Decodes and encodes queries, by the fit's encoder or, before a fit, that of the parameters."""
+        fit = self._fit
+        clip = self._open() if fit is None else fit.clip
+        upright = self.exif_orientation if fit is None else fit.views.exif_orientation
+        encoder, options = (clip if fit is None else fit).encoder, (batch, skip_bad, threads, decoder)
+        return Reader.of(encoder, clip.engine, upright, *options)
+
+    # Changes
+
+    def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> ChangeResult:
+        """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is the
+        embedding of its name; None has the text encoder make it. Raises ValueError for a name that is taken or empty,
+        without images, for unreadable ones, or without a text encoder."""
+        return updates.add_class(self._store, name, images, text)
+
+    def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
+        """More support images of a class, by id or name. ValueError for an unknown class or unreadable images."""
+        return updates.add_examples(self._store, name_or_id, images)
+
+    def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:
+        """Take support images out. Raises ValueError for an unknown id, or where the method needs one that would go."""
+        return updates.remove_examples(self._store, example_ids)
+
+    def remove_class(self, name_or_id: str) -> ChangeResult:
+        """Take a class out, by id or name, with its images. Raises ValueError where fewer than two would be left."""
+        return updates.remove_class(self._store, name_or_id)
+
+    def rename_class(
+        self, name_or_id: str, name: str, text: np.ndarray | None = None, keep_text: bool = False
+    ) -> ChangeResult:
+        """Another name for a class, by id or name, and so another text embedding; its id stays. `text` as for
+        `add_class`; `keep_text` changes what is shown and nothing else. Raises ValueError for an unknown class, a name
+        that is taken or empty, or without a text encoder."""
+        return updates.rename_class(self._store, name_or_id, name, text, keep_text)
+
+    def tune(
+        self,
+        images: Any = None,
+        labels: Sequence[Any] | np.ndarray | None = None,
+        method: str | None = None,
+        reducer: str | None = None,
+    ) -> Tuned:
+        """Choose the parameters again: on labelled validation images, or by leave-one-out without any. `method`
+        defaults to the fitted one; "auto" as at a fit. `labels` as for `score`. Returns the choice and its reasons
+        (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded."""
+        return updates.tune(self._store, images, labels, method, reducer, self.tune_seconds)
+
+    def retune(self) -> ChangeResult:
+        """Choose the parameters of the method again, by leave-one-out on the current examples (`tune`)."""
+        return updates.retune(self._store, self.tune_seconds)
+
+    def open_log(self, path: str | Path, recover: bool = False) -> None:
+        """Log every change from now on, after making those that the log has already: `load`, then `open_log`. Raises
+        ValueError for a log of another classifier or a damaged one, or where one is open. `recover` opens one that lost
+        changes: a warning says which, and the files as they were are kept beside it (audit.open_log)."""
+        self._store.open_log(path, recover)
+
+    def close_log(self) -> None:
+        """Close the log; later changes are not written."""
+        self._store.close_log()
+
+    @property
+    def log_failure(self) -> str:
+        """Why the last change could not be written to the log, and so was not made; "" where it could."""
+        log = self._store.log
+        return "" if log is None else log.failure
+
+    def optimize(
+        self,
+        images: Any,
+        labels: Sequence[Any] | np.ndarray,
+        objective: Objective = "latency",
+        tolerance: float = 0.5,
+        runtime: str = "auto",
+        precision: str = "auto",
+        pretrained: str | Path | None = None,
+        adapter: str | Path | None = "auto",
+        smaller_images: bool = False,
+        unknown_images: Any = None,
+    ) -> EngineChoice:
+        """Choose the fastest engine that this machine can run and that keeps the accuracy; encode the examples with it.
+
+        `images` and `labels` are those of the fit, in any order, and of later changes; images that are no example are
+        left out. Runtimes and precisions are built, calibrated on the images, timed, and judged by the labels of
+        left-out examples; `tolerance` is the loss of accuracy in points that is accepted (engine_choice.rejection has
+        the rule). The `objective` is "latency" (one image), "throughput" (a batch) or "size" (the engine's bytes).
+        `runtime` and `precision` restrict the candidates; `smaller_images` adds engines for smaller images. Returns the
+        table, which is also `engine_choice_` and is saved with the classifier.
+
+        A classifier that was fitted with `unknown_images` needs such pictures again, those of the fit or others. Some
+        engines are exported from the CLIP in torch: fp16, on a GPU int8 and fp8, and any other of a classifier that is
+        not in fp32. A loaded classifier has no CLIP, so these are left out unless `pretrained` (and `adapter`) name it.
+        Raises what store.optimizing.choose_engine says.
+        """
+        options = objective, tolerance, runtime, precision, smaller_images, bool(self.progress)
+        return optimizing.choose_engine(self._store, images, labels, options, pretrained, adapter, unknown_images)
+
+    # On the disk
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything `load` needs to `folder`, engine and text encoder included.
+
+        A crash at any moment leaves the earlier content or the complete new one. A CLIP whose text encoder can't
+        be exported is saved without it: classes can then be added with `text=` only. Files are compared with the
+        engine's manifest while they are copied: DamagedFileError for one that was changed, with nothing written.
+        """
+        saving.save_fit(self._store.fitted(), folder)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path | VerifiedFolder,
+        runtime: str = "auto",
+        verify: bool = True,
+        threads: int | None = None,
+        expected_digest: str | None = None,
+        runs: int = 1,
+    ) -> Self:
+        """A fitted classifier from `save`, whatever writers do to the folder meanwhile; needs no torch.
+
+        Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
+        the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content: nothing of another one is read.
+        "auto" is the runtime that was chosen by measuring (`engine_choice_`) where this is the same processor.
+        `threads` of the encoders on a CPU; None: one a core. `runs` threads may encode at once (open_engine). Raises
+        FileNotFoundError or ValueError naming what is missing, damaged or foreign, and what open_engine raises.
+
+        `get_params` gives what the bundle knows: no `pretrained`, no file of an adapter, and the fitted method with its
+        parameters, so that a further fit searches nothing (a stack weighs its parts again). `fit` and clones use the
+        bundle's own encoders, until `set_params` names another CLIP.
+        """
+        fit, parameters = saving.load_fit(folder, runtime, verify, threads, expected_digest, runs)
+        classifier = cls._with_clip(fit.clip, **parameters)
+        classifier._store.fit = fit
+        return classifier

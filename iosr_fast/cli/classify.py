@@ -159,7 +159,7 @@ def _classify_list(
     from iosr_fast.pipeline.job import Job, check_place
     from iosr_fast.pipeline.joint import check_joint_place, stream_jointly, write_jointly
     from iosr_fast.pipeline.reader import Reader
-    from iosr_fast.pipeline.tables import SEVERAL, read_csv, read_table
+    from iosr_fast.pipeline.tables import read_csv, read_table
     from iosr_fast.reports.predictions_report import predictions_page
 
     def log(line: str) -> None:
@@ -174,11 +174,11 @@ def _classify_list(
         if html is not None:
             check_utf8(paths)
         loaded = Classifier.load(classifier, runtime=runtime, threads=threads)
-        several = loaded.snapshot().multi_label is not None
-        if several and (joint or rejecting or html or top > 1 or (out is not None and out.suffix != ".csv")):
-            raise IosrFastError(
-                "this classifier gives a picture several labels, which are written as CSV: leave --joint, "
-                "--reject-unknown, --html and --top out, and give a .csv file for --out, or none"
+        head = loaded.snapshot()
+        if joint or rejecting or html or top > 1 or (out is not None and out.suffix != ".csv"):
+            head = head.one_label(
+                "a table with --joint, --reject-unknown, --html, --top or in another format than CSV",
+                "leave these out, and give a .csv file for --out, or none",
             )
         reader = Reader.of(
             loaded.encoder,
@@ -189,10 +189,9 @@ def _classify_list(
             threads=threads,
             decoder=decoder,
         )
-        top = SEVERAL if several else min(top, len(loaded.classes_))
-        job = Job(loaded.snapshot(), reader, paths, top, rejecting)
+        job = Job(head, reader, paths, head.classes_shown(top), rejecting)
         if rejecting is not None:
-            rejecting.check(job.head)
+            rejecting.check(head.one_label("--reject-unknown"))
         try:
             if joint:
                 counts = stream_jointly(job, file, log) if out is None else write_jointly(job, out, log)

@@ -124,10 +124,7 @@ def _summary(classifier: Classifier, out: Path) -> list[str]:
     reducer = f"reducer {classifier.reducer_}"
     log.info("%s", ", ".join([reducer, *(f"{name} {value:.4g}" for name, value in classifier.parameters_.items())]))
     tuned = classifier.tuned_
-    if classifier.multi_label_ is not None:
-        lines = ["several labels a picture: biases and thresholds by leave-one-out"]
-    else:
-        lines = ["accuracy not measured: the parameters were given" if tuned is None else tuned.summary()]
+    lines = [classifier.snapshot().summary()]
     counts = f"{len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images"
     lines.append(f"{out}: {counts}, {classifier.method_}")
     if tuned is not None and tuned.shares:

@@ -8,7 +8,6 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.head import Head
-from iosr_fast.head.segmented import SegmentedPlan
 from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.numpy_scorer import feature_rows
 
@@ -24,16 +23,14 @@ def adapter_part(head: Head, embeddings: Embeddings) -> AdapterPart:
     beside it where the keys are adapted, too. A linear term over the distribution of texts (Tip-X) reads plain ones.
     """
     plan = head.plan
-    read: set[str] = {head.config.which}
-    if not isinstance(plan, SegmentedPlan):
-        read = {plan.query} if plan.keys is not None else set()
-        if plan.linear is not None:
-            read |= set(EMBEDDINGS) if plan.feature == "both" else {plan.feature}
+    read: set[str] = {plan.query} if plan.keys is not None else set()
+    if plan.linear is not None:
+        read |= set(EMBEDDINGS) if plan.feature == "both" else {plan.feature}
     if "adapted" not in read:
         return lambda b, classes, cache: np.zeros_like(cache)
     if read == {"adapted"}:
         return lambda b, classes, cache: cache
-    assert not isinstance(plan, SegmentedPlan) and plan.linear is not None
+    assert plan.linear is not None
     adapted_keys = plan.keys is not None and plan.query == "adapted"
     columns, bias = slice(None), np.zeros(plan.n_classes) if plan.bias is None else plan.bias
     if plan.feature == "both":

@@ -12,7 +12,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.export.calibration import evenly
 from iosr_fast.head.engine_choice import rejection
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitted import Fit
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.promise import left_out_folds
 from iosr_fast.methods.support_set import make_support_set
@@ -71,7 +71,7 @@ class Judge:
     def __init__(
         self, fit: Fit, reference: Encoder, rows: np.ndarray, pixels: Callable[[int], np.ndarray], tolerance: float
     ) -> None:
-        head, examples = fit.head, fit.head.examples
+        head, examples = fit.head.one_label("the choice of an engine"), fit.head.examples
         self._head, self._pixels, self._tolerance = head, pixels, tolerance
         self._fingerprint = reference.fingerprint
         self._classes = np.searchsorted(np.array(head.uids), examples.class_ids[rows])

@@ -1,4 +1,4 @@
-"""What the support images of a fit say by being left out of it."""
+"""What support images say of a head by being left out of it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,16 @@ from iosr_fast.methods.unknown import Unknown, fit_unknown
 
 
 class Evidence:
-    """The part of a fit with one label an image that left-out support images answer, each at its first use."""
+    """The part of a Head that left-out support images answer, each at its first use."""
 
     support: SupportSet
     config: MethodConfig
     unknown_images: Embeddings | None
 
-    @property
-    def needs_adapted(self) -> bool:
-        """Whether the method compares the adapted embeddings of queries."""
-        return self.config.which == "adapted"
-
     @cached_property
     def unknown(self) -> Unknown:
         """How pictures of no class are recognised, by the embeddings that queries have."""
-        return fit_unknown(self.support, self.needs_adapted, self.unknown_images)
+        return fit_unknown(self.support, self.config.which == "adapted", self.unknown_images)
 
     @cached_property
     def left_out_labels(self) -> LeftOutLabels:

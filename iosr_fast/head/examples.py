@@ -1,10 +1,9 @@
-"""The support images of a classifier, in immutable segments that are each sorted by class."""
+"""The support images of a classifier: embeddings and what is kept of each picture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,11 +16,10 @@ class Examples:
     """n support images.
 
     embeddings  (n, D) float32, plain and (where the encoder has an adapter) adapted
-    class_ids   (n,) int64, non-decreasing: the uid of each image's class
+    class_ids   (n,) int64: the uid of each image's class; non-decreasing in a head
     ids         (n,) int64: each image's own number
     pictures    n thumbnails (WebP); None for an image without one
     queries     (n, D), single views of the same images, where `embeddings` are means of several views
-    removed     (n,) bool, removed images whose rows are still stored; None for none
     """
 
     embeddings: Embeddings
@@ -29,36 +27,18 @@ class Examples:
     ids: np.ndarray
     pictures: tuple[bytes | None, ...]
     queries: Embeddings | None = None
-    removed: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @cached_property
-    def classes(self) -> np.ndarray:
-        """The uids of the classes that have a row here, rising."""
-        return np.unique(self.class_ids)
-
-    @cached_property
-    def sizes(self) -> np.ndarray:
-        """(c,) int64, the rows of each of `classes`."""
-        sizes: np.ndarray = np.diff(np.append(np.searchsorted(self.class_ids, self.classes), len(self)))
-        return sizes
-
-    @cached_property
-    def active_sizes(self) -> np.ndarray:
-        """(c,) int64, the active rows of each of `classes`."""
-        if self.removed is None:
-            return self.sizes
-        return np.add.reduceat(self.active.astype(np.int64), np.cumsum(self.sizes) - self.sizes)
-
     @property
-    def active(self) -> np.ndarray:
-        """(n,) bool."""
-        return np.ones(len(self), bool) if self.removed is None else ~self.removed
+    def width(self) -> int:
+        """D."""
+        width: int = self.embeddings.plain.shape[1]
+        return width
 
     def rows(self, chosen: np.ndarray) -> Examples:
-        """Some of the images, by index or mask; none of them is marked as removed."""
+        """Some of the images, by index or mask."""
         picked = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         return Examples(
             self.embeddings[picked],
@@ -68,73 +48,34 @@ class Examples:
             None if self.queries is None else self.queries[picked],
         )
 
-    def as_support(self, uids: Sequence[int], text: np.ndarray, tau: float) -> SupportSet:
-        """The support set that methods compile, its classes in the order of `uids`. No image may be removed."""
+    def sorted_by_class(self) -> Examples:
+        """The same images by rising class; within a class in their order."""
+        return self.rows(np.argsort(self.class_ids, kind="stable"))
+
+    def joined(self, added: Examples) -> Examples:
+        """These images and `added` ones, sorted by class; within a class the added ones come last."""
+        if not len(self):
+            return added.sorted_by_class()
+        queries = None
+        if self.queries is not None and added.queries is not None:
+            queries = Embeddings.concatenate([self.queries, added.queries])
+        return Examples(
+            Embeddings.concatenate([self.embeddings, added.embeddings]),
+            np.concatenate([self.class_ids, added.class_ids]),
+            np.concatenate([self.ids, added.ids]),
+            self.pictures + added.pictures,
+            queries,
+        ).sorted_by_class()
+
+    def as_support(self, uids: Sequence[int], text: np.ndarray | None, tau: float) -> SupportSet:
+        """The support set that methods compile, its classes in the order of `uids`."""
         counts = np.bincount(np.searchsorted(np.array(uids), self.class_ids), minlength=len(uids))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return SupportSet(self.embeddings, offsets, np.ascontiguousarray(text, np.float32), tau, self.queries)
-
-    def mark_removed(self, gone: np.ndarray) -> Examples:
-        """The same rows; those of the mask `gone` (n,) are marked as removed."""
-        return replace(self, removed=gone if self.removed is None else self.removed | gone)
+        rows = None if text is None else np.ascontiguousarray(text, np.float32)
+        return SupportSet(self.embeddings, offsets, rows, tau, self.queries)
 
 
 def no_examples(width: int) -> Examples:
     """The examples of a classifier that has only class names."""
     nothing, none = np.zeros((0, width), np.float32), np.zeros(0, np.int64)
     return Examples(Embeddings(nothing, nothing), none, none, ())
-
-
-def join(parts: Sequence[Examples]) -> Examples:
-    """The active images of all parts in one segment, sorted by class; within a class in the order of the parts."""
-    kept = [part if part.removed is None else part.rows(part.active) for part in parts]
-    if len(kept) == 1:
-        return kept[0]
-    order = np.argsort(np.concatenate([part.class_ids for part in kept]), kind="stable")
-    pictures = [picture for part in kept for picture in part.pictures]
-    return Examples(
-        Embeddings.concatenate([part.embeddings for part in kept])[order],
-        np.concatenate([part.class_ids for part in kept])[order],
-        np.concatenate([part.ids for part in kept])[order],
-        tuple(pictures[i] for i in order.tolist()),
-        None
-        if any(part.queries is None for part in kept)
-        else Embeddings.concatenate([part.queries for part in kept if part.queries is not None])[order],
-    )
-
-
-def absorb(segments: tuple[Examples, ...], small: int) -> tuple[Examples, ...]:
-    """Join segments at the end so that few remain and each image is copied a bounded number of times.
-
-    The last two are joined while together they have at most `small` images, or while the last but one is at most twice
-    as long as the last: each image is copied at most log2(N) times, so the cost of a change depends on what it adds.
-    """
-    joined = list(segments)
-    while len(joined) > 1 and (len(joined[-2]) + len(joined[-1]) <= small or len(joined[-2]) <= 2 * len(joined[-1])):
-        last = joined.pop()
-        joined[-1] = join([joined[-1], last])
-    return tuple(joined)
-
-
-def without(
-    segments: Sequence[Examples], gone_of: Callable[[Examples], np.ndarray], small: int
-) -> tuple[tuple[Examples, ...], Examples | None]:
-    """The segments without the images of the masks `gone_of`, and those images.
-
-    Rows of a segment of more than `small` images stay, marked, until half of it is removed: copying all would cost more
-    than the change.
-    """
-    joined, taken = [], []
-    for part in segments:
-        gone = gone_of(part) & part.active
-        if not gone.any():
-            joined.append(part)
-            continue
-        taken.append(part.rows(gone))
-        marked = part.mark_removed(gone)
-        left = int(marked.active.sum())
-        if len(part) <= small or left <= len(part) // 2:
-            marked = marked.rows(marked.active)
-        if left:
-            joined.append(marked)
-    return tuple(joined), join(taken) if taken else None

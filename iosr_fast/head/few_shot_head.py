@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head import multi_label
 from iosr_fast.head.embedding_rows import as_iosr_errors, unit, unit_rows, usable_rows
-from iosr_fast.head.evidence import Evidence
-from iosr_fast.head.labels import are_label_sets, dense, label_sets, read_label_sets
-from iosr_fast.head.method_config import MethodConfig, choose_config, is_searched
-from iosr_fast.head.multi_label import decision, members, probabilities
+from iosr_fast.head.examples import Examples
+from iosr_fast.head.head import Head
+from iosr_fast.head.labels import are_label_sets, dense, read_label_sets
+from iosr_fast.head.method_config import choose_config, is_searched
+from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.names import check_unknown_label
+from iosr_fast.head.predictions import predict_jointly
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.conformal import COVERAGE, Reliability, sets_of_labels
-from iosr_fast.methods.joint import JointPrediction, predict_jointly
-from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label, multi_label_reason
-from iosr_fast.methods.multi_label_set import MultiLabelSet
+from iosr_fast.methods.joint import JointPrediction
+from iosr_fast.methods.multi_label import MultiLabelFit, multi_label_reason
 from iosr_fast.methods.promise import check_share
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_audit import SupportAudit
-from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
 from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, check_unknown_images, without_rejected
 from iosr_fast.scoring.fields import RANGES
@@ -33,7 +35,6 @@ from iosr_fast.scoring.score import score
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.utils.estimator import not_fitted
 from iosr_fast.utils.numbers import check_integer, refuse_masked
-from iosr_fast.utils.ranking import mean_average_precision
 from iosr_fast.utils.require import require
 
 require("sklearn.base", "sklearn")
@@ -45,16 +46,6 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 # Rows are scored in blocks of one shape, the last one filled up: a row's logits then have the same bits in any batch.
 _BLOCK = 64
-
-
-@dataclass(frozen=True, eq=False)
-class HeadFit(Evidence):
-    """A fit of one label a row. `rows` (N,) are the positions of the support rows in the X of `fit`."""
-
-    support: SupportSet
-    config: MethodConfig
-    rows: np.ndarray
-    unknown_images: Embeddings | None
 
 
 class FewShotHead(ClassifierMixin, BaseEstimator):
@@ -75,8 +66,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     method : str, default="auto"
         A name of `iosr_fast.methods.METHODS`: "stack", "tip-adapter", "gda" and "proker" work without `text`;
         "zero-shot", "tip-x", "timo" and "ape" need it. A name with "++" compares adapted embeddings and needs
-        `adapted=True`. "auto" is the stack, with weights by leave-one-out on the support rows, unless a single method
-        is right more often on left-out rows by more than noise.
+        `adapted=True`. "auto" is the stack, with weights by leave-one-out on the support rows.
     reducer : str, default=None
         "none", "centre", "pca" or "pca:64": moves embeddings so that classes overlap less. None is "none".
         "auto" and "stack" take none.
@@ -167,7 +157,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
 
     classes_: np.ndarray
     multi_label_: MultiLabelFit | None
-    _fit: HeadFit | MultiLabelFit
+    _head: AnyHead
+    _indicator_type: np.dtype[Any] | None
 
     def __init__(
         self,
@@ -214,39 +205,23 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         precision = check_precision(self.key_precision)
         seconds = check_number("tune_seconds", self.tune_seconds, 0.0, MAX_TUNE_SECONDS)
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
-        if several := are_label_sets(y):
-            if (reason := multi_label_reason(self.method, self.reducer)) is not None:
-                raise IosrFastError(reason)
-            if unknown_images is not None:
-                raise IosrFastError(
-                    "several labels an image take no unknown_images: give them as rows with an empty set"
-                )
-            X = self._validated(X, reset=True)
-            names, labels = read_label_sets(y, len(X))
-            classes = np.arange(labels.shape[1]) if names is None else np.array(names, str)
-        else:
-            X, y = self._validated(X, y, reset=True)
-            with as_iosr_errors(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # of few shots
-                check_classification_targets(y)
-            classes, labels = np.unique(y, return_inverse=True)
-            if len(classes) < 2:
-                raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
+        several = are_label_sets(y)
+        X, classes, labels = self._read_sets(X, y, unknown_images) if several else self._read_labels(X, y)
         kept = np.flatnonzero(usable_rows(X, self.adapted, "left out of the support rows"))
         rows, labels, text = unit_rows(X[kept], self.adapted), labels[kept], self._text_rows(classes, X.shape[1])
+        names, pictures = [str(name) for name in classes.tolist()], (None,) * len(kept)
+        self.multi_label_ = None
         if several:
+            examples = Examples(rows, np.zeros(len(kept), np.int64), kept, pictures)
             search = is_searched(self.method, self.tune, parameters)
-            fit = fit_multi_label(
-                MultiLabelSet(rows, labels, text, tau), self.method, parameters, search, precision, seconds
-            )
-            self._fit, self._indicator_type = fit, None if names is not None else dense(y).dtype
-            self.plan_, self.method_, self.parameters_ = fit.plan, fit.method, fit.parameters
-            self.reducer_, self.tuned_, self.multi_label_ = "none", None, fit
+            options = self.method, parameters, search, precision, seconds
+            self._head, self.multi_label_ = multi_label.fit_head(names, text, tau, examples, labels, *options)
         else:
             if len(empty := np.setdiff1d(np.arange(len(classes)), labels)):
                 raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
             unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
-            support = make_support_set(rows, labels, text, tau, len(classes))
+            examples = Examples(rows, labels, kept, pictures).sorted_by_class()
+            support = examples.as_support(range(len(classes)), text, tau)
             self._check_method(support)
             config = choose_config(
                 self.method,
@@ -257,16 +232,39 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
                 key_precision=precision,
                 seconds=seconds,
             )
-            self.plan_, self.method_, self.parameters_ = config.compile(support), config.method, config.parameters
-            self._fit = HeadFit(support, config, kept[np.argsort(labels, kind="stable")], unknown)
-            self.reducer_, self.tuned_, self.multi_label_ = config.reducer_name, config.tuned, None
+            self._head = Head.first(names, text, tau, examples, config, unknown_images=unknown)
+        self.plan_, self.tuned_, config = self._head.plan, self._head.tuned, self._head.config
+        self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
         self.classes_ = classes
         return self
+
+    def _read_labels(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows, classes (C,), and each row's class by its position (n,)."""
+        X, y = self._validated(X, y, reset=True)
+        with as_iosr_errors(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # of few shots
+            check_classification_targets(y)
+        classes, labels = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
+            raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
+        self._indicator_type = None
+        return X, classes, labels.astype(np.int64)
+
+    def _read_sets(self, X: Any, y: Any, unknown_images: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows, classes (C,), and an indicator (n, C) bool of each row's classes."""
+        if (reason := multi_label_reason(self.method, self.reducer)) is not None:
+            raise IosrFastError(reason)
+        if unknown_images is not None:
+            raise IosrFastError("several labels an image take no unknown_images: give them as rows with an empty set")
+        X = self._validated(X, reset=True)
+        names, labels = read_label_sets(y, len(X))
+        self._indicator_type = None if names is not None else dense(y).dtype
+        return X, np.arange(labels.shape[1]) if names is None else np.array(names, str), labels
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's. After a fit with
         several labels always (n, C), each class by itself."""
-        return decision(self._logits(X), self.multi_label_ is not None)
+        return self._fitted().decision(self._logits(X))
 
     def predict(
         self,
@@ -286,23 +284,17 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         """
         share = check_unknown(unknown, keep, unknown_label)
         if share is not None:
-            fit = self._one_label("predict(unknown='reject')", "a row of none of the classes gets no label")
+            head = self._fitted().one_label("predict(unknown='reject')", "a row of none of the classes gets no label")
             check_unknown_label(unknown_label, self.classes_.tolist())
-            rejected = fit.unknown.rejects(self._queries(X), share)
+            rejected = head.unknown.rejects(self._queries(X), share)
             return without_rejected(self.classes_[self._logits(X).argmax(1)], rejected, unknown_label)
-        logits = self._logits(X)
-        if self.multi_label_ is None:
-            labels: np.ndarray = self.classes_[logits.argmax(1)]
-            return labels
-        chosen = members(logits, self.multi_label_.thresholds)
-        if self._indicator_type is None:
-            return label_sets(self.classes_, chosen)
-        return chosen.astype(self._indicator_type)
+        answers = self._fitted().answers(self._logits(X), self.classes_)
+        return answers if self._indicator_type is None else answers.astype(self._indicator_type)
 
     def unknown_score(self, X: Any) -> np.ndarray:
         """How unlike all classes each row is, (n,) float64: of left-out support rows the mean is 0 and the standard
         deviation 1. Formula and sources: methods.unknown.fit_unknown and methods.known_scores.KnownScores."""
-        return self._one_label("unknown_score").unknown.score(self._queries(X))
+        return self._fitted().one_label("unknown_score").unknown.score(self._queries(X))
 
     def predict_sets(self, X: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
         """For each row the labels that it may have, most likely first: a share `coverage` of the sets has the row's
@@ -310,44 +302,37 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         `per_class` the share holds for the rows of each class (class-conditional or Mondrian conformal prediction).
         Raises IosrFastError where there are too few support rows for that promise: 0.9 takes 9 that can be left out,
         with `per_class` 9 of each class."""
-        fit, share = self._one_label("predict_sets"), check_share("coverage", coverage)
+        head, share = self._fitted().one_label("predict_sets"), check_share("coverage", coverage)
         classes, logits = self.classes_ if per_class else None, self._logits(X)
-        return sets_of_labels(self.classes_, logits, fit.left_out_labels.sets(logits, share, classes))
+        return sets_of_labels(self.classes_, logits, head.left_out_labels.sets(logits, share, classes))
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support rows are, by bins; print it for a table."""
-        return self._one_label("calibration").left_out_labels.reliability
+        return self._fitted().one_label("calibration").left_out_labels.reliability
 
     @property
     def unknown_(self) -> Unknown:
-        return self._one_label("unknown_").unknown
+        return self._fitted().one_label("unknown_").unknown
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """softmax of the logits, (n, C) float64, columns in the order of `classes_`. After a fit with several labels
         the probability of each class by itself, 1 / (1 + exp(-logit)): a row's sum is any number up to C."""
-        return probabilities(self._logits(X).astype(np.float64), self.multi_label_ is not None)
+        return self._fitted().probabilities(self._logits(X).astype(np.float64))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The share of rows whose predicted label is theirs. After a fit with several labels the mean average precision
         over the classes that a row of y has (utils.ranking.mean_average_precision); y as for `fit`."""
-        self._check_fitted()
+        head = self._fitted()
         if self.multi_label_ is None:
             return float(super().score(X, y, sample_weight))
         if sample_weight is not None:
             raise IosrFastError("several labels an image: expected no sample_weight, got one; leave it out")
-        return mean_average_precision(read_label_sets(y, len(X), self.classes_.tolist())[1], self._logits(X))
+        return head.quality(read_label_sets(y, len(X), self.classes_.tolist())[1], self._logits(X))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags
-
-    def _one_label(self, call: str, instead: str = "fit with one label for each row") -> HeadFit:
-        """The fit. Raises IosrFastError if rows may have several labels each, for which `call` has no answer."""
-        self._check_fitted()
-        if isinstance(self._fit, HeadFit):
-            return self._fit
-        raise IosrFastError(f"{call} is for one label an image, and this head was fitted with several: {instead}")
 
     def predict_jointly(self, X: Any) -> JointPrediction:
         """Probabilities (n, C) float32 of rows that are classified together, with the support rows' means and
@@ -355,25 +340,24 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         rows say that it harms, and where none can be left out, the result's `refused` says so and its probabilities are
         those of `predict_proba`. Formula, check and sources: methods.joint.predict_jointly.
         """
-        fit = self._one_label("predict_jointly")
-        joint = predict_jointly(fit.support, fit.config.compile, self._queries(X), plan=self.plan_, check=False)
-        return replace(joint, classes=self.classes_)
+        head = self._fitted().one_label("predict_jointly")
+        return replace(predict_jointly(head, self._queries(X), check=False), classes=self.classes_)
 
     def audit(self) -> SupportAudit:
         """Support rows whose label is likely wrong, near duplicates, classes that are confused, too few or too alike
         images, and what more of them would bring, all by support rows that are left out of the fit. `images` and the
         images in the lists are positions in the X of `fit`. Rules and sources: methods.support_audit.audit_support.
         """
-        fit = self._one_label("audit")
-        return fit.audit(fit.rows, self.classes_)
+        head = self._fitted().one_label("audit")
+        return head.audit(head.examples.ids, self.classes_)
 
     def suggest(self, X: Any, n: int) -> Suggestions:
         """The n rows of X (B, D) to label next: diverse, and uncertain for this head, those that look like a new class
         first. The result's `rows` are positions in X. Formula and source: methods.suggest.suggest; before the first
         labels exist, call that function.
         """
-        fit, n = self._one_label("suggest"), check_integer("n", n, 1)
-        return suggest(image_rows(self._queries(X), fit.config.which, None), n, entropy(self._logits(X)))
+        head, n = self._fitted().one_label("suggest"), check_integer("n", n, 1)
+        return suggest(image_rows(self._queries(X), head.config.which, None), n, entropy(self._logits(X)))
 
     def _queries(self, X: Any) -> Embeddings:
         return unit_rows(self._rows(X), self.adapted)
@@ -386,7 +370,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
 
     def _rows(self, X: Any) -> np.ndarray:
         """Rows to classify. A row of zeros stays, with a warning."""
-        self._check_fitted()
+        self._fitted()
         rows: np.ndarray = self._validated(X, reset=False)
         usable_rows(rows, self.adapted, "their cosines count as 0, and their labels mean nothing")
         return rows
@@ -397,11 +381,13 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         with as_iosr_errors():
             return validate_data(self, *rows_and_labels, reset=reset, dtype=(np.float64, np.float32), order="C")
 
-    def _check_fitted(self) -> None:
+    def _fitted(self) -> AnyHead:
+        """The head. Raises NotFittedError before a fit."""
         try:
             check_is_fitted(self)
         except NotFittedError as error:
             raise not_fitted(str(error)) from None
+        return self._head
 
     def _logits(self, X: Any) -> np.ndarray:
         rows = self._rows(X)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from iosr_fast.head.examples import Examples
 from iosr_fast.methods import METHODS, compile_method, fit_method_reducer, unavailable_reason
-from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.calibration import calibrate
 from iosr_fast.methods.tuning.tune import AUTO
 from iosr_fast.methods.tuning.tune import tune as search
@@ -17,9 +14,6 @@ from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer
-
-# A run of fewer keys than this that comes later takes the nearest int8 codes: compensation costs half a second.
-COMPENSATED_KEYS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +41,6 @@ class MethodConfig:
         return replace(self, reducer=fit_method_reducer(METHODS[self.method], self.reducer_name, support))
 
     @property
-    def additive(self) -> bool:
-        """Whether adding a support image costs one key (Method.additive)."""
-        return METHODS[self.method].additive
-
-    @property
-    def by_moments(self) -> bool:
-        """Whether counts, sums and second moments determine the plan (moments.Moments)."""
-        return METHODS[self.method].by_moments
-
-    @property
     def which(self) -> Which:
         """Which embeddings of support images and queries it compares."""
         return METHODS[self.method].which
@@ -70,20 +54,6 @@ class MethodConfig:
         """The whole plan of a support set."""
         plan = compile_method(self.method, support, reducer=self.reducer, **self.parameters).scaled(self.factor)
         return plan if plan.keys is None else plan.with_key_precision(self.key_precision)
-
-    def cache_term(self, examples: Examples, compensate: bool = True) -> ScoringPlan:
-        """The cache term alone of one run of examples, for the classes that it has, without weights: an additive
-        method's."""
-        plan = ScoringPlan(
-            n_classes=len(examples.sizes),
-            keys=image_rows(examples.embeddings, self.which, self.reducer),
-            class_offsets=np.concatenate([[0], np.cumsum(examples.sizes)]),
-            query=self.which,
-            reducer=self.reducer,
-            alpha=self.factor * self.parameters["alpha"],
-            beta=self.parameters["beta"],
-        )
-        return plan.with_key_precision(self.key_precision, compensate=compensate)
 
 
 def is_searched(method: str, tune: str | None, parameters: Mapping[str, float]) -> bool:

@@ -1,60 +1,137 @@
-"""What a head has beside its plan where pictures may have several labels each."""
+"""MultiLabelHead: a fitted classifier of pictures that may have several labels each, or none."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NoReturn
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.examples import Examples
+from iosr_fast.head.head_data import HeadData
+from iosr_fast.head.labels import SEPARATOR, label_sets, read_label_sets
+from iosr_fast.head.method_config import MethodConfig
+from iosr_fast.head.names import check_separable
+from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label
+from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.tuning.binary_loss import sigmoid
-from iosr_fast.scoring.reference import softmax
-
-
-def members(logits: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """(B, C) bool, the classes of each image whose probability reaches their threshold (C,)."""
-    reached: np.ndarray = sigmoid(logits.astype(np.float64)) >= thresholds
-    return reached
-
-
-def decision(logits: np.ndarray, several: bool) -> np.ndarray:
-    """`decision_function` of logits (B, C): where an image has one label and C is 2, (B,), the second class's logit
-    minus the first one's."""
-    return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 and not several else logits
-
-
-def probabilities(logits: np.ndarray, several: bool) -> np.ndarray:
-    """`predict_proba` of logits (B, C): each class by itself where an image may have several labels."""
-    return sigmoid(logits) if several else softmax(logits)
+from iosr_fast.scoring.precision import Precision
+from iosr_fast.utils.ranking import mean_average_precision
 
 
 @dataclass(frozen=True, eq=False)
-class MultiLabels:
-    """labels (N, C) bool, the classes of each support image, in their order; thresholds (C,) float32, the probability
-    from which a picture has a class."""
+class MultiLabelHead(HeadData):
+    """Logits of each class by itself (methods.multi_label), and a threshold for each. It stays as it was fitted: its
+    plan is given (`with_computed`), and `one_label` refuses what needs one label a picture.
+
+    labels      (N, C) bool, the classes of each support image, whose class ids say nothing
+    thresholds  (C,) float32, the probability from which a picture has a class
+    """
 
     labels: np.ndarray
     thresholds: np.ndarray
 
-    def members(self, logits: np.ndarray) -> np.ndarray:
-        """(B, C) bool, the classes of each image."""
-        return members(logits, self.thresholds)
+    @cached_property
+    def support(self) -> MultiLabelSet:
+        """The support images as the fit took them."""
+        rows = self.examples
+        return MultiLabelSet(rows.embeddings, self.labels, self.text, self.tau, rows.queries)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """As a bundle has them."""
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(C,) int64, the support images of each class."""
+        return self.labels.sum(0)
+
+    def examples_of(self, uid: int) -> list[int]:
+        """The numbers of a class's support images, rising."""
+        return np.sort(self.examples.ids[self.labels[:, self.uids.index(uid)]]).tolist()
+
+    def one_label(self, call: str, instead: str = "fit with one label for each picture") -> NoReturn:
+        """Raises IosrFastError: `call` has no answer where pictures have several labels."""
+        raise IosrFastError(
+            f"{call} is for one label a picture, and this classifier was fitted with several: {instead}"
+        )
+
+    tuned = None  # weights are fitted, not searched
+    unknown_images = None  # pictures of no class are support images without a label
+
+    def summary(self) -> str:
+        """How it was fitted, in a line."""
+        return "several labels a picture: biases and thresholds by leave-one-out"
+
+    def members(self, logits: np.ndarray) -> np.ndarray:
+        """(B, C) bool, the classes of each query whose probability reaches their threshold."""
+        reached: np.ndarray = sigmoid(logits.astype(np.float64)) >= self.thresholds
+        return reached
+
+    def read_labels(self, images: Sequence[Any], labels: Any, integers: bool) -> np.ndarray:
+        """The classes of each image, an indicator (N, C) bool (labels.read_label_sets)."""
+        return read_label_sets(labels, len(images), self.class_names)[1]
+
+    def decision(self, logits: np.ndarray) -> np.ndarray:
+        """`decision_function`: the logits (B, C)."""
+        return logits
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """The probability (B, C) of each class by itself, 1 / (1 + exp(-logit))."""
+        return sigmoid(logits)
+
+    def answers(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """A frozenset of labels for each query, (B,) of dtype object; an indicator (B, C) of int64 where the `labels`
+        (C,) of the classes are integers."""
+        members = self.members(logits)
+        return members.astype(np.int64) if labels.dtype.kind == "i" else label_sets(labels, members)
+
+    def quality(self, truth: np.ndarray, logits: np.ndarray) -> float:
+        """The mean average precision over the classes that a query has; `truth` (B, C) bool."""
+        return mean_average_precision(truth, logits)
+
+    def classes_shown(self, top: int) -> int:
+        """0, which stands for those that the picture has (pipeline.tables)."""
+        return 0
+
+    def own_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays of a bundle that only this kind of head has."""
         return {"labels": self.labels.astype(np.uint8), "thresholds": self.thresholds}
 
-    @classmethod
-    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> MultiLabels | None:
-        """None where pictures have one label each. Raises IosrFastError for what no fit gives."""
-        labels, thresholds = arrays.get("labels"), arrays.get("thresholds")
-        if labels is None and thresholds is None:
-            return None
-        if labels is None or thresholds is None:
-            raise IosrFastError("expected labels and thresholds together, got one without the other")
-        if labels.max(initial=0) > 1:
-            raise IosrFastError(f"expected labels of 0 and 1, got {labels.max()}")
-        if not ((thresholds >= 0) & (thresholds <= 1)).all():
-            raise IosrFastError("expected thresholds from 0 to 1, got others")
-        return cls(labels.astype(bool), thresholds)
+
+def check_own_arrays(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:
+    """`labels` and `thresholds` of a bundle's arrays; nothing where pictures have one label each. Raises IosrFastError
+    for what no fit gives."""
+    labels, thresholds = arrays.get("labels"), arrays.get("thresholds")
+    if labels is None and thresholds is None:
+        return {}
+    if labels is None or thresholds is None:
+        raise IosrFastError("expected labels and thresholds together, got one without the other")
+    if labels.max(initial=0) > 1:
+        raise IosrFastError(f"expected labels of 0 and 1, got {labels.max()}")
+    if not ((thresholds >= 0) & (thresholds <= 1)).all():
+        raise IosrFastError("expected thresholds from 0 to 1, got others")
+    check_separable(names, SEPARATOR)
+    return {"labels": labels.astype(bool), "thresholds": thresholds}
+
+
+def fit_head(
+    names: Sequence[str],
+    text: np.ndarray | None,
+    tau: float,
+    examples: Examples,
+    labels: np.ndarray,
+    method: str,
+    parameters: Mapping[str, float],
+    search: bool,
+    key_precision: Precision,
+    seconds: float,
+) -> tuple[MultiLabelHead, MultiLabelFit]:
+    """The head of support images with `labels` (N, C) bool, and what left-out images say of it. The other arguments and
+    the errors are those of methods.multi_label.fit_multi_label."""
+    images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries)
+    fitted = fit_multi_label(images, method, parameters, search, key_precision, seconds)
+    config = MethodConfig(fitted.method, fitted.parameters, factor=fitted.factor, key_precision=key_precision)
+    examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
+    own = {"labels": labels, "thresholds": fitted.thresholds}
+    head = MultiLabelHead.first(names, text, tau, examples, config, **own)
+    return head.with_computed(plan=fitted.plan), fitted

@@ -19,7 +19,7 @@ from iosr_fast.export.calibration import evenly
 from iosr_fast.export.candidates import CandidateBuilder, list_candidates, with_smaller_images
 from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, Objective, Verdict, best_of
 from iosr_fast.head.engine_judge import CALIBRATED, JUDGED, Judge, sample_rows, time_encoders
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitted import Fit
 from iosr_fast.head.reencode import reencode
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.machine import cpu_model
@@ -53,8 +53,8 @@ def optimize(
     """`fit` on the engine that `choose_engine` chooses. `images` are its support images in the order of
     `fit.head.examples`; if the embeddings change they are encoded again, with `unknown_images`, and the head is of
     this `version`."""
+    head = fit.head.one_label("the choice of an engine")
     clip, choice = choose_engine(fit, images, options)
-    head = fit.head
     if clip.encoder.fingerprint != fit.clip.encoder.fingerprint:
         encoder = clip.encoder_for(adapted=True)
         head = reencode(head, encoder, images, fit.views, version, options.progress, unknown_images)

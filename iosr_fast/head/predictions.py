@@ -13,7 +13,6 @@ from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.methods import joint
 from iosr_fast.methods.support_set import image_rows
-from iosr_fast.methods.tuning.binary_loss import sigmoid
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
 
@@ -134,6 +133,7 @@ def predict(
     adapter = adapter_part(head, embeddings)
     neighbours = _neighbours(head, embeddings, nearest) if nearest else [()] * len(logits)
     ids, names = [class_id(uid) for uid in head.uids], head.class_names
+    assert head.text is not None, "a Classifier has class names"
     predictions = []
     for b, classes in enumerate(_largest(logits, top)):
         logit = logits[b, classes]
@@ -150,55 +150,25 @@ def predict(
     return predictions
 
 
-@dataclass(frozen=True)
-class LabelSet:
-    """The labels of one image that may have several, or none, and their probabilities, most likely first.
-
-    >>> LabelSet(("cat", "sofa"), (0.9, 0.7)).labels
-    ('cat', 'sofa')
-    """
-
-    labels: tuple[str, ...]
-    probabilities: tuple[float, ...]
-
-
-def predict_label_sets(head: Head, embeddings: Embeddings) -> list[LabelSet]:
-    """A LabelSet for each query, of a head whose pictures may have several labels each."""
-    assert head.multi_label is not None
-    logits = head.score(embeddings)
-    members, probabilities = head.multi_label.members(logits), sigmoid(logits)
-    sets = []
-    for row, chosen in zip(probabilities, members, strict=True):
-        classes = np.flatnonzero(chosen)
-        classes = classes[np.argsort(-row[classes], kind="stable")]
-        sets.append(LabelSet(tuple(head.class_names[c] for c in classes), tuple(row[classes].tolist())))
-    return sets
-
-
 def rejections(head: Head, embeddings: Embeddings, keep: float) -> list[Rejection]:
     """Of each query, where a share `keep` of known pictures is not rejected. Raises as Unknown.threshold."""
     limit = head.unknown.threshold(keep)
     return [Rejection(score, score > limit) for score in head.unknown.score(embeddings).tolist()]
 
 
-def predict_jointly(head: Head, embeddings: Embeddings) -> joint.JointPrediction:
-    """Queries (B, D) of the head's encoder, classified together (methods.joint), with class names as `classes`."""
-    prediction = joint.predict_jointly(head.support, head.config.compile, embeddings, plan=head.whole_plan)
+def predict_jointly(head: Head, embeddings: Embeddings, check: bool = True) -> joint.JointPrediction:
+    """Queries (B, D) of the head's encoder, classified together (methods.joint), with class names as `classes`.
+    `check=False` takes rows that are not of unit norm."""
+    prediction = joint.predict_jointly(head.support, head.config.compile, embeddings, plan=head.plan, check=check)
     return replace(prediction, classes=np.array(head.class_names, dtype=str))
 
 
 def _neighbours(head: Head, embeddings: Embeddings, nearest: int) -> list[tuple[Neighbour, ...]]:
     """The support images with the highest cosine to each query, as the head's method compares images."""
     rows = image_rows(embeddings, head.config.which, head.config.reducer)
-    blocks = [rows @ keys.T for keys in head.compared]
-    if not blocks:
+    if not len(head.examples):
         return [()] * len(rows)
-    for segment, block in zip(head.segments, blocks, strict=True):
-        if segment.removed is not None:
-            block[:, segment.removed] = -np.inf
-    cosines = np.concatenate(blocks, axis=1)
-    uids = np.concatenate([segment.class_ids for segment in head.segments])
-    numbers = np.concatenate([segment.ids for segment in head.segments])
+    cosines, numbers, uids = rows @ head.compared.T, head.examples.ids, head.examples.class_ids
     name_of = dict(zip(head.uids, head.class_names, strict=True))
     return [
         tuple(
@@ -208,7 +178,7 @@ def _neighbours(head: Head, embeddings: Embeddings, nearest: int) -> list[tuple[
                 class_id(int(uids[j])),
                 float(np.clip(row[j], -1.0, 1.0)),
             )
-            for j in columns[np.isfinite(row[columns])]
+            for j in columns
         )
         for row, columns in zip(cosines, _largest(cosines, nearest), strict=True)
     ]

@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head
 from iosr_fast.head.support_images import SupportViews, encode_images, encode_with_unknown
 from iosr_fast.utils.progress import progress as bar
@@ -51,9 +51,7 @@ def reencode(
         )
     examples = replace(examples, embeddings=encoded.embeddings, queries=encoded.queries)
     config = head.config.fitted(examples.as_support(head.uids, head.text, head.tau))
-    numbers = (head.next_class, head.next_example)
-    known = head.uids, numbers, version, unknown
-    return Head.first(names, head.text, head.tau, examples, config, None, *known)
+    return replace(head, examples=examples, config=config, version=version, unknown_images=unknown).compiled()
 
 
 def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = False) -> list[Any]:
@@ -69,7 +67,7 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
         present = set(fit.labels().tolist())
         known = [i for i, label in enumerate(labels) if label in present]
         images, labels = [images[i] for i in known], [labels[i] for i in known]
-    classes = fit.class_ids(images, labels)
+    classes = fit.read_labels(images, labels)
     # Stored queries are single views, which are cheaper than those of keys.
     stored = examples.embeddings if examples.queries is None else examples.queries
     views = replace(fit.views, thumbnail=0)

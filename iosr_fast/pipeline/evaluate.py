@@ -12,14 +12,17 @@ import numpy as np
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.head.evaluation import MISTAKES, Evaluation, LabelSets, Mistake, UnknownResult
 from iosr_fast.head.predictions import predict
+from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import LeftOutLabels, of_logits
-from iosr_fast.methods.promise import threshold
+from iosr_fast.methods.promise import check_share, threshold
 from iosr_fast.methods.tuning.near_duplicates import near_support
 from iosr_fast.pipeline.reader import Reader
+from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings
+    from iosr_fast.head.fitted import Fit
     from iosr_fast.head.head import Head
 
 _NEAREST = 3  # support images of a mistake
@@ -27,17 +30,28 @@ _BLOCK = 1024  # images whose logits are in memory
 
 
 def evaluate_images(
+    fit: Fit, reader: Reader, images: Any, labels: Any, unknown_images: Any, coverage: float, keep: float, shown: bool
+) -> Evaluation:
+    """As Classifier.evaluate. `shown` is whether to show bars."""
+    coverage, keep = check_share("coverage", coverage), check_share("keep", keep)
+    head, listed = fit.head.one_label("evaluate", "score gives the mean average precision"), as_image_list(images)
+    class_ids = fit.read_labels(listed, labels)
+    others = [] if unknown_images is None else as_image_list(unknown_images)
+    with progress("encode", len(listed) + len(others), shown=shown) as advance:
+        return _evaluate(head, reader, listed, class_ids, others, coverage, keep, advance)
+
+
+def _evaluate(
     head: Head,
     reader: Reader,
     images: Sequence[Any],
     class_ids: np.ndarray,
     unknown_images: Sequence[Any],
-    *,
     coverage: float,
     keep: float,
     advance: Callable[[int], None],
 ) -> Evaluation:
-    """As Classifier.evaluate; `class_ids` (B,) are positions of classes."""
+    """`class_ids` (B,) are positions of classes."""
     errors: list[BadImageError] = []
 
     def encoded(sources: Sequence[Any]) -> tuple[np.ndarray, list[Any], Embeddings | None]:

@@ -7,12 +7,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.predictions import LabelSet, Rejection
+from iosr_fast.head.multi_label_predictions import AnyHead, LabelSet, label_columns
+from iosr_fast.head.predictions import Prediction, Rejection
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.unknown import without_rejected
@@ -20,9 +20,6 @@ from iosr_fast.pipeline.job import Job
 from iosr_fast.pipeline.joint import classify_jointly
 from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.rejecting import Rejecting
-
-if TYPE_CHECKING:
-    from iosr_fast.head.head import Head
 
 
 @dataclass(frozen=True)
@@ -77,14 +74,14 @@ class FolderPredictions:
 
 
 def predict_folder(
-    head: Head, reader: Reader, folder: str | Path, joint: bool, rejecting: Rejecting | None
+    head: AnyHead, reader: Reader, folder: str | Path, joint: bool, rejecting: Rejecting | None
 ) -> FolderPredictions:
     """As Classifier.predict_folder."""
     listing = list_images(folder)
     if joint or rejecting is not None:
-        head.one_label("predict_folder with joint or unknown", "leave them out")
-    if rejecting is not None:
-        rejecting.check(head)
+        one = head.one_label("predict_folder with joint or unknown", "leave them out")
+        if rejecting is not None:
+            rejecting.check(one)
     job = Job(head, reader, listing.paths, 1, rejecting)
     if joint:
         together = classify_jointly(job, lambda images: None)
@@ -98,29 +95,22 @@ def predict_folder(
             together.joint,
             together.rejections,
         )
-    readable, answers, sets, errors = [], [], [], []
+    readable: list[Path] = []
+    answers: list[Prediction | LabelSet] = []
+    errors: list[BadImageError] = []
     with closing(job.answers(0, lambda images: None)) as batches:
         for path, answer in zip(listing.paths, chain.from_iterable(batches), strict=True):
             if isinstance(answer, BadImageError):
                 errors.append(answer)
-                continue
-            readable.append(Path(path))
-            if isinstance(answer, LabelSet):
-                sets.append(dict(zip(answer.labels, answer.probabilities, strict=True)))
             else:
-                answers.append((answer.top[0].label, answer.probability, answer.unknown))
-    if head.multi_label is not None:
-        labels, probabilities = np.empty(len(sets), object), np.empty(len(sets), object)
-        labels[:], probabilities[:] = [frozenset(one) for one in sets], sets
-        return FolderPredictions(readable, labels, probabilities, errors, listing.skipped)
-    found = None if rejecting is None else [unknown for *_, unknown in answers if unknown is not None]
+                readable.append(Path(path))
+                answers.append(answer)
+    labels, probabilities = label_columns(head, answers)
+    found = None
+    if rejecting is not None:
+        found = [one.unknown for one in answers if isinstance(one, Prediction) and one.unknown is not None]
     return FolderPredictions(
-        readable,
-        _marked(np.array([label for label, *_ in answers], dtype=str), found, rejecting),
-        np.array([probability for _, probability, _ in answers], np.float32),
-        errors,
-        listing.skipped,
-        rejections=found,
+        readable, _marked(labels, found, rejecting), probabilities, errors, listing.skipped, rejections=found
     )
 
 

@@ -9,10 +9,11 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.head.predictions import LabelSet, Prediction
+from iosr_fast.head.multi_label_predictions import AnyHead, LabelSet
+from iosr_fast.head.predictions import Prediction
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.pipeline.journal import Journal, open_journal
 from iosr_fast.pipeline.reader import Reader
@@ -23,9 +24,6 @@ from iosr_fast.pipeline.tables import Result, Row, check_output, csv_cells, csv_
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.progress import progress
-
-if TYPE_CHECKING:
-    from iosr_fast.head.head import Head
 
 
 class Counts(NamedTuple):
@@ -40,7 +38,7 @@ class Job:
     """Classifies `paths`, and reports the `top` classes of each, or with SEVERAL those that it has. `rejecting` was
     checked with `head`."""
 
-    head: Head
+    head: AnyHead
     reader: Reader
     paths: list[str]
     top: int

@@ -38,7 +38,7 @@ def classify_jointly(job: Job, advance: Callable[[int], None]) -> Together:
     Raises BadImageError unless the reader skips bad images.
     """
     errors, queries = job.reader.embed(job.paths, advance)
-    head = job.head
+    head = job.head.one_label("classifying together")
     if queries is None:
         queries = head.examples.embeddings[:0]
     if job.rejecting is None:

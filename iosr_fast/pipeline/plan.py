@@ -151,7 +151,7 @@ class ClassifyPlan(Plan):
 
     def writer(self, bundle: Bundle | None) -> WritePart:
         assert bundle is not None
-        return partial(self._write_predictions, bundle.head)
+        return partial(self._write_predictions, bundle.head.one_label("a folder of parts"))
 
     def _write_predictions(self, head: Head, path: Path, part: Part) -> None:
         """Classify a chunk's embeddings, `batch` at a time, so that the result depends on the chunk alone."""

@@ -32,7 +32,6 @@ class Reader:
         encoder: Encoder,
         engine: Path,
         exif_orientation: bool,
-        *,
         batch: int | None,
         skip_bad: bool,
         threads: int | None,

@@ -81,9 +81,9 @@ def classify(
 ) -> dict[str, Any]:
     """Write the missing predictions of `source`, by the bundle `folder`, to `out`; returns the manifest."""
     bundle = load_bundle(folder)
-    bundle.head.one_label("a folder of parts", "give a .csv file for --out")
+    head = bundle.head.one_label("a folder of parts", "give a .csv file for --out")
     if rejecting is not None:
-        rejecting.check(bundle.head)
+        rejecting.check(head)
     assert bundle.files is not None
     plan: dict[str, Any] = {"bundle": bundle, "top": top, "rejecting": rejecting}
     return _run(folder, bundle.files, bundle.files.manifest, source, out, options, **plan)

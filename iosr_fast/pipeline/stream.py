@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from itertools import islice, repeat
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.predictions import LabelSet, Prediction, predict, predict_label_sets
+from iosr_fast.head.multi_label_predictions import AnyHead, LabelSet, predict_any
+from iosr_fast.head.predictions import Prediction
 from iosr_fast.images.decode import DecodedBatch, Decoder
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ordered import map_ordered
-
-if TYPE_CHECKING:
-    from iosr_fast.head.head import Head
 
 Answer: TypeAlias = Prediction | LabelSet | BadImageError
 Errors: TypeAlias = list[BadImageError | None]
@@ -79,7 +77,7 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
 
 
 def classify(
-    head: Head,
+    head: AnyHead,
     stage: Stage,
     decoder: Decoder,
     sources: Iterable[Any],
@@ -96,7 +94,7 @@ def classify(
     batches = _batches(sources, batch, stage.callers)
 
     def use(rows: Embeddings) -> Sequence[Prediction | LabelSet]:
-        return predict(head, rows, top, keep=keep) if head.multi_label is None else predict_label_sets(head, rows)
+        return predict_any(head, rows, top, keep)
 
     with closing(encode_batches(stage, decoder, batches, use)) as results:
         for errors, predictions in results:

@@ -148,12 +148,6 @@ class _Copies(dict[Any, "Tensor"]):
     """Copies of arrays on devices that plans hold. A class of its own, as a dict has no weak references."""
 
 
-def share_copies(source: ScoringPlan, target: ScoringPlan) -> None:
-    """Keep the copies of `source` as long as `target` exists: a change of classes replaces plans by ones that differ in
-    their weights alone, and the old ones may be gone before the new ones are used."""
-    vars(target)["_device_copies"] = _held(source)
-
-
 def _held(plan: ScoringPlan) -> _Copies:
     held: _Copies = vars(plan).setdefault("_device_copies", _Copies())
     return held

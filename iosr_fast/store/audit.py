@@ -135,13 +135,14 @@ def _opened(log: AuditLog, head: LogHead, state: Head) -> Head:
     _check_extent(path, head, lines)
     state = _begun(path, lines.records[0], state)
     for record in lines.records[1:]:
-        state = replay(path, record, state.deferring())
-    state = state.settled()
+        state = replay(path, record, state)
+    state = state.compiled()
     if lines.rest:
         _log.warning("%s ends in half a line, which is dropped: its change was never acknowledged", path)
     remove_leftovers(path.parent, of=re.escape(path.name) + r"(?:\.\d+\.\w+)?")
     log.resume(lines, state)
-    return log.compact(state)
+    log.compact(state)
+    return state
 
 
 def _base_of(lines: Lines) -> str:

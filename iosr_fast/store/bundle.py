@@ -26,7 +26,7 @@ from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, chec
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
-from iosr_fast.head.head import Head
+from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.support_images import SupportViews
 from iosr_fast.methods import METHODS
 from iosr_fast.store.bundle_schema import ClassifierManifest
@@ -46,7 +46,7 @@ class Bundle:
     """What a classifier is made of, apart from the encoder that runs; `engine` is the folder that is opened from, and
     `files` that folder held open, where it was."""
 
-    head: Head
+    head: AnyHead
     views: SupportViews
     engine: Path
     encoder_fingerprint: str
@@ -185,13 +185,13 @@ def _check_encoder(engine: VerifiedFolder, facts: EngineManifest, expected: str)
         )
 
 
-def _check_widths(verified: VerifiedFolder, facts: ClassifierManifest, engine: VerifiedFolder, head: Head) -> None:
+def _check_widths(verified: VerifiedFolder, facts: ClassifierManifest, engine: VerifiedFolder, head: AnyHead) -> None:
     """That embeddings are such as the engine makes, and the text encoder."""
     width, rows = engine.manifest["width"], [head.examples.embeddings]
     rows += [] if head.unknown_images is None else [head.unknown_images]
     adapted = engine.manifest["first_adapted_block"] is not None
-    if head.text.shape[1] != width:
-        raise refused(verified, f"{SUPPORT}: expected embeddings of {width} channels, got {head.text.shape[1]}")
+    if head.examples.width != width:
+        raise refused(verified, f"{SUPPORT}: expected embeddings of {width} channels, got {head.examples.width}")
     if any(len(some) and (some.adapted is not None) != adapted for some in rows):
         raise refused(
             verified, f"{SUPPORT}: expected {'' if adapted else 'no '}adapted embeddings, as the engine makes them"

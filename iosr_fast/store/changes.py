@@ -1,10 +1,15 @@
-"""Changes of a classifier as data: their fields, how they turn one Head into another, their line in a log."""
+"""Six changes, each a function from one Head to the next; a change as data; its line in a log.
+
+None of them encodes an image or compiles a plan: the next head computes its plan when it is first asked for it. So a
+change costs one compilation of the method, by the writer before it publishes the head (store.Store), and a log of many
+changes is replayed at the cost of one.
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +19,73 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.method_config import MethodConfig
+from iosr_fast.methods import unavailable_reason
 from iosr_fast.store.tuned_facts import tuned_from_json, tuned_to_json
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
 OPS: tuple[Op, ...] = ("add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune")
+
+
+def add_class(head: Head, name: str, text: np.ndarray, added: Examples | None) -> Head:
+    """The head with one more class, by its text embedding (D,); `added`, its images, have the class id next_class."""
+    assert head.text is not None
+    examples = head.examples if added is None else head.examples.joined(added)
+    return _next(
+        head,
+        class_names=(*head.class_names, name),
+        uids=(*head.uids, head.next_class),
+        text=np.concatenate([head.text, text[None]]),
+        examples=examples,
+        next_class=head.next_class + 1,
+        next_example=head.next_example if added is None else int(added.ids.max()) + 1,
+    )
+
+
+def add_examples(head: Head, added: Examples) -> Head:
+    """The head with more support images of its classes."""
+    return _next(head, examples=head.examples.joined(added), next_example=int(added.ids.max()) + 1)
+
+
+def remove_examples(head: Head, numbers: Sequence[int]) -> Head:
+    """The head without some support images."""
+    return _next(head, examples=head.examples.rows(~np.isin(head.examples.ids, list(numbers))))
+
+
+def remove_class(head: Head, uid: int) -> Head:
+    """The head without a class and its support images."""
+    at = head.uids.index(uid)
+    return _next(
+        head,
+        class_names=head.class_names[:at] + head.class_names[at + 1 :],
+        uids=head.uids[:at] + head.uids[at + 1 :],
+        text=None if head.text is None else np.delete(head.text, at, axis=0),
+        examples=head.examples.rows(head.examples.class_ids != uid),
+    )
+
+
+def rename_class(head: Head, uid: int, name: str, text: np.ndarray | None) -> Head:
+    """The head with another name of a class, and another text embedding (D,); without `text` the plan stays."""
+    at = head.uids.index(uid)
+    names = (*head.class_names[:at], name, *head.class_names[at + 1 :])
+    if text is None:
+        return _next(head, class_names=names).with_computed(plan=head.computed("plan"))
+    assert head.text is not None
+    rows = head.text.copy()
+    rows[at] = text
+    return _next(head, class_names=names, text=rows)
+
+
+def retune(head: Head, config: MethodConfig) -> Head:
+    """The same classes and images with another method or other parameters; its reducer is fitted on the images."""
+    return _next(head, config=config.fitted(head.support))
+
+
+def _next(head: Head, **fields: Any) -> Head:
+    """The head with these fields, one version later. Raises IosrFastError where its method lacks what it needs."""
+    after = replace(head, version=head.version + 1, **fields)
+    if (reason := unavailable_reason(after.config.method, after.support)) is not None:
+        raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
+    return after
 
 
 @dataclass(frozen=True)
@@ -56,21 +124,23 @@ class Change:
     config: MethodConfig | None = None
 
     def apply(self, head: Head) -> Head:
-        """The head after this change. Raises ValueError if it does not fit the head."""
-        if self.op == "add_class":
-            assert self.text is not None
-            return head.adding_class(self.name, self.text, self.added)
-        if self.op == "add_examples":
-            assert self.added is not None
-            return head.adding(self.added)
-        if self.op == "remove_examples":
-            return head.removing(self.numbers)
-        if self.op == "remove_class":
-            return head.removing_class(self.uid)
-        if self.op == "rename_class":
-            return head.renaming(self.uid, self.name, self.text)
-        assert self.config is not None
-        return head.with_config(self.config.fitted(head.support))
+        """The head after this change, its plan not compiled yet. Raises ValueError if it does not fit the head."""
+        match self.op:
+            case "add_class":
+                assert self.text is not None
+                return add_class(head, self.name, self.text, self.added)
+            case "add_examples":
+                assert self.added is not None
+                return add_examples(head, self.added)
+            case "remove_examples":
+                return remove_examples(head, self.numbers)
+            case "remove_class":
+                return remove_class(head, self.uid)
+            case "rename_class":
+                return rename_class(head, self.uid, self.name, self.text)
+            case "retune":
+                assert self.config is not None
+                return retune(head, self.config)
 
     @property
     def example_numbers(self) -> tuple[int, ...]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
-from iosr_fast.head.head import Head
+from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.methods.tuning.stack_weights import describe_shares
 from iosr_fast.store.bundle import KIND, load_bundle
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
@@ -48,7 +47,6 @@ def _classifier_lines(verified: VerifiedFolder) -> list[str]:
         + ("" if head.unknown_images is None else f", unknown images {len(head.unknown_images):,}"),
         f"method {config.method}, reducer {config.reducer_name}{', ' if parameters else ''}{parameters}, "
         f"keys in {config.key_precision}",
-        *([] if head.multi_label is None else ["several labels a picture"]),
         *_evidence(head),
         *_facts(check_engine(engine)),
         f"text encoder {'none' if bundle.text is None else 'included'}",
@@ -56,12 +54,10 @@ def _classifier_lines(verified: VerifiedFolder) -> list[str]:
     ]
 
 
-def _evidence(head: Head) -> list[str]:
-    tuned = head.config.tuned
-    if tuned is None:
-        return []
-    shares = [f"shares of the logits: {describe_shares(tuned.shares)}"] if tuned.shares else []
-    return [f"tuned: {replace(tuned, stale=tuned.version != head.version).summary()}", *shares]
+def _evidence(head: AnyHead) -> list[str]:
+    tuned = head.tuned
+    shares = [f"shares of the logits: {describe_shares(tuned.shares)}"] if tuned is not None and tuned.shares else []
+    return [head.summary(), *shares]
 
 
 def _engine_lines(verified: VerifiedFolder) -> list[str]:

@@ -17,10 +17,9 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
-from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.method_config import MethodConfig
-from iosr_fast.head.multi_label import MultiLabels
-from iosr_fast.head.names import check_separable
+from iosr_fast.head.multi_label import MultiLabelHead, check_own_arrays
+from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.methods import METHODS, check_parameters, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.fields import ARRAYS as ARRAY_FIELDS
@@ -45,9 +44,7 @@ CONSTANTS = tuple(name for name in CONSTANT_NAMES if name not in _FROM_SUPPORT)
 ARRAYS = tuple(field.name for field in ARRAY_FIELDS if field.name not in _FROM_SUPPORT and field.term != "reducer")
 
 
-def plan_to_files(
-    plan: ScoringPlan, support: SupportSet, config: MethodConfig
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def plan_to_files(plan: ScoringPlan, config: MethodConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Constants, JSON-ready, and arrays.
 
     Left out: text and class offsets, which are the support set's, and keys that are its embeddings as they are. int8
@@ -121,10 +118,10 @@ SUPPORT, PLAN, PICTURES = "support.safetensors", "plan.safetensors", "pictures.s
 Arrays = dict[str, np.ndarray]
 
 
-def head_to_files(head: Head) -> tuple[dict[str, Any], dict[str, Arrays]]:
+def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
     """Facts (bundle_schema.HeadFacts), and the arrays of each file; a file without arrays is left out."""
     config = head.config
-    constants, plan_arrays = plan_to_files(head.whole_plan, head.support, config)
+    constants, plan_arrays = plan_to_files(head.plan, config)
     facts = {
         "class_names": list(head.class_names),
         "class_numbers": list(head.uids),
@@ -146,7 +143,7 @@ def head_to_files(head: Head) -> tuple[dict[str, Any], dict[str, Arrays]]:
     return facts, {file: parts for file, parts in contiguous.items() if parts}
 
 
-def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> Head:
+def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> AnyHead:
     """The head that `head_to_files` took apart; `read` gives a file's bytes, None where there is none.
 
     Raises ValueError, naming file or field, for what no head can be.
@@ -175,9 +172,7 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> He
         for name in ("query", "unknown"):
             if f"{name}_adapted" in arrays and f"{name}_plain" not in arrays:
                 raise IosrFastError(f"expected {name}_plain where {name}_adapted is given, got it alone")
-        examples, multi_label = _examples(arrays, pictures or None), MultiLabels.of_arrays(arrays)
-        if multi_label is not None:
-            check_separable(names, SEPARATOR)
+        examples, own = _examples(arrays, pictures or None), check_own_arrays(arrays, names)
         support = examples.as_support(numbers, arrays["text"], facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
             raise IosrFastError(reason)
@@ -188,11 +183,12 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> He
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
             raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
         plan = plan_from_files(msgspec.structs.asdict(facts.plan), derived, support, config)
-    known = numbers, facts.next, facts.version, _embeddings(arrays, "unknown_")
-    return Head.first(names, arrays["text"], facts.tau, examples, config, plan, *known, multi_label)
+    data = tuple(names), tuple(numbers), arrays["text"], facts.tau, examples, config, facts.version, *facts.next
+    head: AnyHead = MultiLabelHead(*data, **own) if own else Head(*data, _embeddings(arrays, "unknown_"))
+    return head.with_computed(plan=plan)
 
 
-def fingerprint(head: Head) -> str:
+def fingerprint(head: AnyHead) -> str:
     """SHA-256, in hex, over classes, support images and their pictures, method, parameters and reducer."""
     config, examples = head.config, head.examples
     facts = {
@@ -203,13 +199,13 @@ def fingerprint(head: Head) -> str:
         "recipe": [config.method, config.parameters, config.reducer_name, config.factor, config.key_precision],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    arrays = [head.text]
+    arrays = [] if head.text is None else [head.text]
     if config.reducer is not None:
         arrays += [a for a in (config.reducer.shift, config.reducer.projection) if a is not None]
     arrays += [examples.class_ids, examples.ids]
     for rows in (examples.embeddings, examples.queries, head.unknown_images):
         arrays += [] if rows is None else [a for a in (rows.plain, rows.adapted) if a is not None]
-    arrays += [] if head.multi_label is None else head.multi_label.arrays().values()
+    arrays += head.own_arrays().values()
     digest.update(b"".join(hashlib.sha256(picture or b"").digest() for picture in examples.pictures))
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode())
@@ -235,17 +231,15 @@ def _arrays(file: str, read: Callable[[str], bytes | None], forms: Mapping[str, 
     return {}
 
 
-def _support_arrays(head: Head) -> Arrays:
+def _support_arrays(head: AnyHead) -> Arrays:
     examples = head.examples
-    arrays = {"text": head.text, "owners": examples.class_ids, "ids": examples.ids}
+    arrays = {"owners": examples.class_ids, "ids": examples.ids, **({} if head.text is None else {"text": head.text})}
     for name, rows in (("", examples.embeddings), ("query_", examples.queries), ("unknown_", head.unknown_images)):
         if rows is not None:
             arrays[f"{name}plain"] = rows.plain
             if rows.adapted is not None:
                 arrays[f"{name}adapted"] = rows.adapted
-    if head.multi_label is not None:
-        arrays |= head.multi_label.arrays()
-    return arrays
+    return arrays | head.own_arrays()
 
 
 def _examples(arrays: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray] | None) -> Examples:

@@ -9,6 +9,7 @@ import numpy as np
 
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.head.head import Head
+from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.methods.conformal import LeftOutLabels
 from iosr_fast.methods.known_scores import score_names
 from iosr_fast.methods.unknown import Unknown
@@ -19,28 +20,30 @@ _LABELS = ("odds", "confidence", "right", "log_loss")
 _BY_CLASS = ("labels", "class_odds")  # which earlier versions did not write
 
 
-def left_out_arrays(head: Head) -> dict[str, np.ndarray]:
+def left_out_arrays(head: AnyHead) -> dict[str, np.ndarray]:
     """The arrays of LEFT_OUT; none before the first use of them."""
     arrays: dict[str, np.ndarray] = {}
-    if (fitted := head.learnt("unknown")) is not None:
+    if (fitted := head.computed("unknown")) is not None:
         auroc = [] if np.isnan(fitted.auroc) else [fitted.auroc]
         arrays |= {"weights": fitted.weights, "bias": np.array([fitted.bias]), "left_out": fitted.left_out}
         arrays |= {"auroc": np.array(auroc)}
-    if (labels := head.learnt("left_out_labels")) is not None:
+    if (labels := head.computed("left_out_labels")) is not None:
         arrays |= {name: np.asarray(getattr(labels, name), np.float64) for name in _LABELS} | {
             name: getattr(labels, name) for name in _BY_CLASS
         }
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def with_left_out(head: Head, read: Callable[[str], bytes | None]) -> Head:
+def with_left_out(head: AnyHead, read: Callable[[str], bytes | None]) -> AnyHead:
     """The head that knows what `left_out_arrays` took apart. Raises ValueError for a damaged file."""
     content = read(LEFT_OUT)
     if content is None:
         return head
     try:
+        head = head.one_label(LEFT_OUT, "leave the file out")
         arrays = parse_arrays(content, LEFT_OUT_ARRAYS, {"K": len(_names(head))})
-        return head.knowing(_unknown(head, arrays), _labels(arrays, len(head.uids)))
+        labels = _labels(arrays, len(head.uids))
+        return head.with_computed(unknown=_unknown(head, arrays), left_out_labels=labels)
     except ValueError as error:
         raise DamagedFileError(f"{LEFT_OUT}: {error}") from error
 

@@ -22,7 +22,7 @@ _log = logging.getLogger("iosr_fast")
 def replay(path: Path, record: dict[str, Any], state: Head) -> Head:
     """The state after a line's change. Raises LogDamagedError where it doesn't fit."""
     try:
-        after = Change.from_json(record, state.text.shape[1]).apply(state)
+        after = Change.from_json(record, state.examples.width).apply(state)
         if after.version != record["version"]:
             raise IosrFastError(f"expected version {after.version}, got {record['version']}")
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
@@ -65,7 +65,7 @@ def recover_log(log: AuditLog, head: LogHead, state: Head, damage: LogDamagedErr
         str(damage).partition(";")[0],
         ", ".join(str(one) for one in copies) or "none",
     )
-    return recovered.joined()
+    return recovered
 
 
 def _starts(log: AuditLog, state: Head) -> Iterable[tuple[Head, int, str]]:
@@ -97,7 +97,7 @@ def _replayed(path: Path, start: tuple[Head, int, str], sources: Iterable[Lines]
             if lines.chain_at(count) != chain or lines.chain_at(count + 1) != after:
                 continue
             try:
-                state = state.joined() if record["op"] == "open" else replay(path, record, state)
+                state = state if record["op"] == "open" else replay(path, record, state)
             except LogDamagedError as error:
                 _log.warning("%s", error)
                 break

@@ -29,6 +29,7 @@ import numpy as np
 
 from iosr_fast.exceptions import DamagedFileError
 from iosr_fast.head.head import Head
+from iosr_fast.head.head_data import HeadData
 from iosr_fast.store.bundle_schema import HeadFacts
 from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import head_from_files, head_to_files
@@ -100,7 +101,8 @@ def read_state(path: Path) -> tuple[Head, dict[str, Any]]:
             raise DamagedFileError(f"{path} is damaged: it does not match its own checksum")
         about = json.loads(metadata["about"])
         facts = msgspec.convert(about.pop("state"), HeadFacts)
-        state = head_from_files(facts, lambda name: files[name].tobytes() if name in files else None)
+        head = head_from_files(facts, lambda name: files[name].tobytes() if name in files else None)
+        state = head.one_label("a log")
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedFileError(f"{path} is damaged or no state of an audit log ({error})") from error
     return state, {**about, "sha256": metadata["sha256"]}
@@ -175,7 +177,7 @@ class AuditLog:
             raise LogWriteError(error.errno, message, str(self.path)) from error
         self.failure = ""
 
-    def settle(self, state: Head) -> None:
+    def settle(self, state: HeadData) -> None:
         """Have the files end at `state`: takes back a line that leads on from it. Does nothing where they do."""
         if self._next is not None:
             file, number, end = self._next
@@ -195,12 +197,12 @@ class AuditLog:
             os.fsync(self._file)
             self._at = end
 
-    def compact(self, state: Head) -> Head:
-        """Where it is time, write `state` beside the log, which begins again from it; returns the state as it is read
-        from there. A failure costs no change: it is said, and tried again as many changes later."""
+    def compact(self, state: Head) -> None:
+        """Where it is time, write `state` beside the log, which begins again from it. Logs a failure, and tries again
+        after as many changes more."""
         end = self._ends[state.version]
         if end.mark.lines < self._due[0] and end.size < self._due[1]:
-            return state
+            return
         try:
             self.settle(state)
             self._check_in_place(end, end.size)
@@ -209,8 +211,6 @@ class AuditLog:
         except OSError as error:
             _log.warning("%s grows on: the state can't be written beside it (%s)", self.path, error)
             self._due = _due_after(end)
-            return state
-        return state.joined()
 
     def begin(self, state: Head, mark: Mark, number: int, snapshot: bool, **facts: Any) -> None:
         """Put a file of lines in the log's place that begins at `mark`, and from a snapshot of `state` or its base."""
@@ -254,14 +254,14 @@ class AuditLog:
         if not end.size <= os.fstat(self._file).st_size <= most:
             raise OSError(errno.ESTALE, "somebody else wrote to it or cut it while it was in use")
 
-    def try_to_settle(self, state: Head) -> None:
+    def try_to_settle(self, state: HeadData) -> None:
         """`settle`; where the disk fails, the next change does it, or is refused."""
         try:
             self.settle(state)
         except OSError as error:
             _log.warning("%s may end in a change that was not made (%s)", self.path, error)
 
-    def close(self, state: Head) -> None:
+    def close(self, state: HeadData) -> None:
         """Settle at `state`, where that is possible, and close the files."""
         try:
             self.try_to_settle(state)

@@ -300,7 +300,7 @@ def test_rows_classified_together() -> None:
     rows, queries = (centres[c] + 0.9 * rng.standard_normal((len(c), 16)) for c in (labels, truth))
     head = FewShotHead("gda").fit(rows, np.array(list("abcd"))[labels])
     joint = head.predict_jointly(queries)
-    again = predict_jointly(head._fit.support, head._fit.config.compile, Embeddings(unit(queries)))
+    again = predict_jointly(head._head.support, head._head.config.compile, Embeddings(unit(queries)))
     np.testing.assert_array_equal(joint.probabilities, again.probabilities)
     expected = np.array(list("abcd"))[truth]
     assert not joint.refused and (joint.labels == expected).mean() > head.score(queries, expected)

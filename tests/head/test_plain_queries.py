@@ -78,7 +78,7 @@ def test_a_loaded_classifier_opens_both_forms_only_where_it_needs_them(
     fitted = Classifier._with_clip(clip, method="tip-adapter", **GIVEN).fit(images, labels)
     fitted.save(tmp_path / "first")
     loaded = Classifier.load(tmp_path / "first", threads=1)
-    opened = loaded._fitted().clip
+    opened = loaded._fit.clip
     assert not opened.encoder.adapted and not opened._other and opened.has_adapter
     np.testing.assert_allclose(loaded.decision_function(queries), fitted.decision_function(queries), atol=1e-4)
     with caplog.at_level(logging.INFO, "iosr_fast"):
@@ -105,7 +105,7 @@ def test_a_change_of_the_method_changes_the_form_and_says_so(
     images, labels, queries = pictures
     Classifier._with_clip(clip, method="tip-adapter", **GIVEN).fit(images, labels).save(tmp_path / "bundle")
     classifier = Classifier.load(tmp_path / "bundle", threads=1)
-    opened = classifier._fitted().clip
+    opened = classifier._fit.clip
     before = classifier.snapshot()
     with caplog.at_level(logging.INFO, "iosr_fast"):
         classifier.tune(method="tip-adapter++")

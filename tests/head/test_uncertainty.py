@@ -18,6 +18,7 @@ from iosr_fast.head.predictions import Rejection
 from iosr_fast.methods.conformal import leave_out_labels, sets_of_labels
 from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.store.bundle import load_bundle
+from iosr_fast.store.changes import remove_class
 from iosr_fast.store.description import describe
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.store.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
@@ -102,7 +103,7 @@ def test_a_bundle_without_labels_of_left_out_images_has_them_computed(queries: t
     assert head.unknown is not None and head.left_out_labels is not None
     earlier = {name: array for name, array in left_out_arrays(head).items() if name not in ("labels", "class_odds")}
     opened = with_left_out(replace(head), lambda name: save(earlier))
-    assert opened.learnt("unknown") is not None and opened.learnt("left_out_labels") is None
+    assert opened.computed("unknown") is not None and opened.computed("left_out_labels") is None
     np.testing.assert_array_equal(opened.left_out_labels.labels, head.left_out_labels.labels)
 
 
@@ -156,15 +157,15 @@ def test_unknown_images_are_saved_as_embeddings(taught: Classifier, queries: Any
     assert fingerprint(replace(loaded, unknown_images=None)) != fingerprint(loaded)
     assert "version 1, unknown images 10" in describe(tmp_path / "bundle")
     write_state(tmp_path / "log", 1, taught.snapshot(), {})
-    snapshot, _ = read_state(file_of(tmp_path / "log", 1, "head"))
+    snapshot, _ = read_state(file_of(tmp_path / "log", 1, "state"))
     assert fingerprint(snapshot) == fingerprint(loaded)
-    assert loaded.learnt("unknown") is None
+    assert loaded.computed("unknown") is None
     assert (loaded.unknown.weights == taught.unknown_.weights).all()
     rows = PixelEncoder().encode(queries[0])
     expected = taught.unknown_score(queries[0])
     taught.save(tmp_path / "used")
     used = load_bundle(tmp_path / "used").head
-    assert used.learnt("unknown") is not None
+    assert used.computed("unknown") is not None
     np.testing.assert_array_equal(used.unknown.score(rows), expected)
     with pytest.raises(IosrFastError, match=r"with 10 unknown images: expected unknown_images.*got none"):
         taught.optimize([], [])
@@ -256,8 +257,8 @@ def test_what_was_learnt_is_saved_and_a_change_forgets_it(
         np.testing.assert_array_equal(
             head.left_out_labels.sets(logits), classifier.snapshot().left_out_labels.sets(logits)
         )
-    changed = head.removing_class(0)
-    assert len(changed.unknown.left_out) == 4 * (CLASSES - 1) and changed.learnt("left_out_labels") is None
+    changed = remove_class(head, 0)
+    assert len(changed.unknown.left_out) == 4 * (CLASSES - 1) and changed.computed("left_out_labels") is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from PIL import Image, features
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitted import Fit
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from iosr_fast.serving.batching import BatchingClassifier
@@ -106,7 +106,7 @@ def test_a_bundle_keeps_the_orientation_it_was_fit_with(tmp_path: Path) -> None:
         made.save(tmp_path / f"bundle {chosen}")
         bundle = load_bundle(tmp_path / f"bundle {chosen}")
         loaded = unfitted()
-        loaded._replace(Fit(pixel_clip(bundle.engine), bundle.head, bundle.views))
+        loaded._fit = Fit(pixel_clip(bundle.engine), bundle.head, bundle.views)
         assert loaded.exif_orientation_ is chosen
         assert loaded.predict([data]).tolist() == [expected]
         for decoder in ("cpu", "cpu-exact"):

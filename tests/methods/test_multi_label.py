@@ -331,7 +331,7 @@ def test_what_is_for_one_label_says_so() -> None:
         r"predict\(unknown='reject'\)": lambda: head.predict(X, unknown="reject"),
     }
     for name, call in calls.items():
-        with pytest.raises(IosrFastError, match=f"^{name} is for one label an image"):
+        with pytest.raises(IosrFastError, match=f"^{name} is for one label a picture"):
             call()
     with pytest.raises(IosrFastError, match="take no reducer"):
         FewShotHead("proker", reducer="centre").fit(X, sets)

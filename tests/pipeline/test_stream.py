@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,13 +52,13 @@ class CountingEncoder(Encoder):
         return Embeddings(pixels.reshape(len(pixels), -1).mean(1, keepdims=True))
 
 
-STATE: Any = SimpleNamespace(multi_label=None)
+STATE: Any = None
 
 
 @pytest.fixture(autouse=True)
 def predictions_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "iosr_fast.pipeline.stream.predict",
+        "iosr_fast.pipeline.stream.predict_any",
         lambda head, embeddings, top, keep: [("seen", int(x)) for x in embeddings.plain[:, 0]],
     )
 

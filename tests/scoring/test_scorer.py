@@ -17,7 +17,6 @@ import torch
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError, UnavailableError
-from iosr_fast.head.segmented import SegmentedPlan, SegmentedScorer, with_arrays
 from iosr_fast.scoring import cpp_scorer, dispatch
 from iosr_fast.scoring.inputs import scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan
@@ -190,7 +189,6 @@ def test_a_plan_is_bound_once_and_a_copy_anew(rng: np.random.Generator) -> None:
     assert _bound(plan) is bound and isinstance(bound.whole, _C.BoundPlan)
     assert plan.weights is not None
     for other in (
-        with_arrays(plan, weights=2 * plan.weights),
         replace(plan, weights=2 * plan.weights),
         plan.scaled(2.0),
     ):
@@ -244,15 +242,3 @@ def test_one_scorer_in_several_threads(impl: str, rng: np.random.Generator) -> N
     with ThreadPoolExecutor(4) as pool:
         for left, right in zip(alone, pool.map(scorer, batches), strict=True):
             np.testing.assert_array_equal(left, right)
-
-
-def test_a_segmented_plan_is_bound_with_its_parts(rng: np.random.Generator) -> None:
-    head = random_plan(rng, [1, 1, 1], WIDTH, ("text", "linear"), feature="both")
-    first, second = (random_plan(rng, counts, WIDTH, ("cache",)) for counts in ([2, 3, 1], [1, 4]))
-    plan = SegmentedPlan(head, ((first, np.arange(3)), (second, np.array([-1, 1]))))
-    embeddings = random_embeddings(rng, 4, WIDTH)
-    expected = score_reference(head, embeddings) + score_reference(first, embeddings)
-    expected[:, 1] += score_reference(second, embeddings)[:, 1]
-    scorer = SegmentedScorer(plan)
-    for _ in range(2):
-        np.testing.assert_allclose(scorer(embeddings), expected, rtol=1e-4, atol=1e-3)

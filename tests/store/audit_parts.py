@@ -28,7 +28,7 @@ def base(seed: int = 0) -> Head:
 def renamed(log: AuditLog, state: Head, name: str) -> Head:
     """A change as the classifier makes it."""
     update = Change("rename_class", 1, name=name)
-    state = log.compact(state)
+    log.compact(state)
     made = update.apply(state)
     try:
         log.append(update, state, made)

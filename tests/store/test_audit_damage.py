@@ -271,18 +271,18 @@ def test_an_interrupt_between_log_and_state_takes_the_line_back(tmp_path: Path, 
     classifier = small_classifier(thumbnails=0)
     classifier.open_log(path := tmp_path / "changes.jsonl")
     classifier.rename_class("~0", "first", keep_text=True)
-    real = type(classifier._log).append
+    real = type(classifier._store.log).append
 
     def append(*values: object) -> None:
         real(*values)
         raise KeyboardInterrupt
 
     before = classifier.snapshot()
-    monkeypatch.setattr(type(classifier._log), "append", append)
+    monkeypatch.setattr(type(classifier._store.log), "append", append)
     for settled in (True, False):
         with monkeypatch.context() as patch:
             if not settled:
-                patch.setattr(type(classifier._log), "try_to_settle", lambda *_: None)  # a second interrupt
+                patch.setattr(type(classifier._store.log), "try_to_settle", lambda *_: None)  # a second interrupt
             with pytest.raises(KeyboardInterrupt):
                 classifier.rename_class("~0", "never", keep_text=True)
         assert classifier.snapshot() is before and (b"never" not in path.read_bytes()) is settled

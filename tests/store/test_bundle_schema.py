@@ -264,7 +264,7 @@ def test_a_linear_term_over_both_embeddings_is_read(bundle: Path) -> None:
     linear = np.repeat(arrays["keys"][:5], 2, axis=1)
     save_file({**arrays, "linear": linear}, bundle / "plan.safetensors")
     sign_again(bundle, **part("plan", feature="both")(json.loads((bundle / "manifest.json").read_bytes())))
-    plan = load_bundle(bundle).head.whole_plan
+    plan = load_bundle(bundle).head.plan
     assert plan.feature == "both" and plan.embeddings_read == ("plain", "adapted")
     np.testing.assert_array_equal(plan.linear, linear)
     sign_again(bundle, **part("plan", feature="plain")(json.loads((bundle / "manifest.json").read_bytes())))

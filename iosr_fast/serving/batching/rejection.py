@@ -28,7 +28,7 @@ class RejectionFitter:
 
     def fit(self, classifier: Classifier, keep: float) -> FittedState:
         """The current head, fitted. Raises IosrFastError where it has too few support images to promise `keep`."""
-        fitted = FittedState(classifier.encoder, classifier.snapshot())
+        fitted = FittedState(classifier.encoder, classifier.snapshot().one_label("keep", "leave it out"))
         with self._fitting:
             unknown = fitted.head.unknown
             unknown.threshold(keep)
@@ -37,7 +37,7 @@ class RejectionFitter:
 
     async def fit_in_thread(self, classifier: Classifier, keep: float) -> FittedState:
         """`fit` for asyncio: in a thread, unless nothing is left to compute."""
-        unknown = classifier.snapshot().learnt("unknown")
+        unknown = classifier.snapshot().computed("unknown")
         if unknown is not None and "scorer" in vars(unknown) and not self._fitting.locked():
             return self.fit(classifier, keep)
         return await asyncio.to_thread(self.fit, classifier, keep)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from iosr_fast.head.head import Head
+from iosr_fast.head.head_data import HeadData
 from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
 from iosr_fast.methods.promise import images_needed
 from iosr_fast.methods.unknown import KEEP
@@ -118,7 +118,7 @@ def make_router(lists: ClassifierLists, cache_control: str, *statuses: int) -> A
 def overview_of(classifier: Classifier, keep: float) -> dict[str, Any]:
     """The body of /v1/classifier. What would have to be fitted first is None."""
     head, source = classifier.snapshot(), classifier.encoder.source
-    tuned, unknown = head.tuned, head.learnt("unknown")
+    tuned, unknown = head.tuned, head.computed("unknown")
     return {
         "version": head.version,
         "model": None if source is None else source.manifest["model"],
@@ -143,7 +143,7 @@ def overview_of(classifier: Classifier, keep: float) -> dict[str, Any]:
     }
 
 
-def class_page(head: Head, limit: int, after: str | None) -> dict[str, Any]:
+def class_page(head: HeadData, limit: int, after: str | None) -> dict[str, Any]:
     """At most `limit` classes with ids above `after` (which need not exist); `next` is None on the last page."""
     start = -1 if after is None else uid_of(after)
     assert start is not None
@@ -157,7 +157,7 @@ def class_page(head: Head, limit: int, after: str | None) -> dict[str, Any]:
     }
 
 
-def example_page(head: Head, identifier: str, limit: int, after: str | None) -> dict[str, Any] | None:
+def example_page(head: HeadData, identifier: str, limit: int, after: str | None) -> dict[str, Any] | None:
     """At most `limit` support images of a class, with ids above `after`; None for an unknown class."""
     uid = uid_of(identifier)
     if uid is None or head.name_of(identifier) is None:
