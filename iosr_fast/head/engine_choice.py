@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Meta
 
 from iosr_fast.utils.machine import cpu_model
-from iosr_fast.utils.schema import Above0, Name, Natural, Size, Strict
+from iosr_fast.utils.schema import Above0, Name, Natural, Share, Size, Strict, text_of
 
 Objective = Literal["latency", "throughput", "size"]
 Verdict = Literal["chosen", "accepted", "not judged", "rejected", "failed", "left out"]
@@ -18,7 +18,6 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # the more exact ones firs
 LEAST_COSINE = 0.99
 SIGNIFICANT = 0.15
 LEVEL = 0.05  # candidates whose times differ by at most this share are equally fast
-_Share = Annotated[float, Meta(ge=0, le=1)]
 _Cosine = Annotated[float, Meta(ge=-1.001, le=1.001)]
 
 
@@ -36,15 +35,15 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
     runtime: Name
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
     verdict: Verdict
-    reason: Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{0,512}\Z")] = ""
+    reason: Annotated[str, text_of(512)] = ""
     tokens: dict[str, Size] | None = None
     ms_one: Above0 | None = None
     ms_batch: Above0 | None = None
     bytes: Natural | None = None
     cosines: dict[str, tuple[_Cosine, _Cosine]] | None = None
     products: tuple[Natural, Natural] | None = None
-    agreement: _Share | None = None
-    accuracy: _Share | None = None
+    agreement: Share | None = None
+    accuracy: Share | None = None
 
     def cost(self, objective: Objective) -> float | None:
         """What the objective makes small; None if it was not measured."""

@@ -111,7 +111,3 @@ class Head(HeadData, Evidence):
     def classes_shown(self, top: int) -> int:
         """How many classes a table shows of each image, where `top` are asked for."""
         return min(top, len(self.uids))
-
-    def own_arrays(self) -> dict[str, np.ndarray]:
-        """Arrays that this kind of head has in a bundle beside those of every head: none."""
-        return {}

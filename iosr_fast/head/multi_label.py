@@ -12,9 +12,8 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head_data import HeadData
-from iosr_fast.head.labels import SEPARATOR, label_sets, read_label_sets
+from iosr_fast.head.labels import label_sets, read_label_sets
 from iosr_fast.head.method_config import MethodConfig
-from iosr_fast.head.names import check_separable
 from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.tuning.binary_loss import sigmoid
@@ -92,26 +91,6 @@ class MultiLabelHead(HeadData):
     def classes_shown(self, top: int) -> int:
         """0, which stands for those that the picture has (pipeline.tables)."""
         return 0
-
-    def own_arrays(self) -> dict[str, np.ndarray]:
-        """Arrays of a bundle that only this kind of head has."""
-        return {"labels": self.labels.astype(np.uint8), "thresholds": self.thresholds}
-
-
-def check_own_arrays(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:
-    """`labels` and `thresholds` of a bundle's arrays; nothing where pictures have one label each. Raises IosrFastError
-    for what no fit gives."""
-    labels, thresholds = arrays.get("labels"), arrays.get("thresholds")
-    if labels is None and thresholds is None:
-        return {}
-    if labels is None or thresholds is None:
-        raise IosrFastError("expected labels and thresholds together, got one without the other")
-    if labels.max(initial=0) > 1:
-        raise IosrFastError(f"expected labels of 0 and 1, got {labels.max()}")
-    if not ((thresholds >= 0) & (thresholds <= 1)).all():
-        raise IosrFastError("expected thresholds from 0 to 1, got others")
-    check_separable(names, SEPARATOR)
-    return {"labels": labels.astype(bool), "thresholds": thresholds}
 
 
 def fit_head(

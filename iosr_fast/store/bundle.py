@@ -16,11 +16,10 @@ and held open: what was verified is what is used and what is saved again.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
@@ -28,13 +27,12 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.support_images import SupportViews
-from iosr_fast.methods import METHODS
+from iosr_fast.store.bundle_arrays import SUPPORT, TABLE
 from iosr_fast.store.bundle_schema import ClassifierManifest
-from iosr_fast.store.head_files import PICTURES, PLAN, SUPPORT, head_from_files, head_to_files
-from iosr_fast.store.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
+from iosr_fast.store.head_files import head_from_files, head_to_files
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import MANIFEST, write_manifest
-from iosr_fast.utils.schema import check_files, read_facts, refused
+from iosr_fast.utils.schema import check_files, facts_to_json, read_facts, refused
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 KIND = "classifier"
@@ -69,7 +67,7 @@ class Bundle:
             "engine": self.engine,
             "method": config.method,
             "reducer": config.reducer_name,
-            **({} if METHODS[config.method].weighted else config.parameters),
+            **({} if config.method in ("stack", "stack++") else config.parameters),
             "views": views.views,
             "mirror": views.mirror,
             "templates": views.templates,
@@ -91,12 +89,10 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
     engine = bundle.files or open_verified(bundle.engine, ENGINE_KIND)
     facts = check_engine(engine)
     _check_encoder(engine, facts, bundle.encoder_fingerprint)
-    head_facts, arrays = head_to_files(bundle.head)
+    head_facts, files = head_to_files(bundle.head)
     with new_folder(folder, KIND) as temporary:
-        if left_out := left_out_arrays(bundle.head):
-            arrays[LEFT_OUT] = left_out
-        for name, parts in arrays.items():
-            save_file(parts, temporary / name)
+        for name, arrays in files.items():
+            save_file(arrays, temporary / name)
         known = _copy_engine(engine, temporary / ENGINE)
         written = {
             **head_facts,
@@ -108,7 +104,7 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
             "text": _write_text(bundle.text, temporary / TEXT),
             # Left out where they say nothing, so that earlier versions read the bundle.
             **({"integer_labels": True} if bundle.integer_labels else {}),
-            **({} if bundle.engine_choice is None else {"engine_choice": msgspec.to_builtins(bundle.engine_choice)}),
+            **({} if bundle.engine_choice is None else {"engine_choice": facts_to_json(bundle.engine_choice)}),
         }
         manifest = write_manifest(temporary, KIND, written, known)
         _read(open_verified(temporary, KIND, verify=False))  # what can't be loaded is not written
@@ -126,54 +122,44 @@ def load_bundle(
     `threads` of the text encoder. Raises FileNotFoundError or ValueError, naming the file and what is wrong, and what
     `verified_folder.open_verified` raises for another digest than the expected one.
     """
-    if isinstance(folder, VerifiedFolder):
-        verified = folder
-        if expected_digest is not None:
-            verified.require(expected_digest)
-    else:
-        verified = open_verified(folder, KIND, verify, expected_digest)
-    facts, engine = _read(verified)
-    verified.check(but=(SUPPORT, PLAN, PICTURES, LEFT_OUT, f"{ENGINE}/{MANIFEST}"))
-
-    def read(name: str) -> bytes | None:
-        return verified.read(name) if name in verified.files else None
-
+    if not isinstance(folder, VerifiedFolder):
+        folder = open_verified(folder, KIND, verify, expected_digest)
+    elif expected_digest is not None:
+        folder.require(expected_digest)
+    facts, engine = _read(folder)
+    folder.check(but=(*TABLE, f"{ENGINE}/{MANIFEST}"))
     try:
-        head = head_from_files(facts, read)
-        head = with_left_out(head, read)
+        head = head_from_files(facts, lambda name: folder.read(name) if name in folder.files else None)
         views = facts.support_views()
+        _check_widths(facts, engine.manifest, head)
     except ValueError as error:
-        raise refused(verified, str(error)) from error
-    _check_widths(verified, facts, engine, head)
-    text = (
-        None
-        if facts.text is None
-        else TextEncoder(verified.folder / TEXT, verified.manifest["text"], threads, verified.part(TEXT))
-    )
-    fingerprint = facts.encoder_fingerprint
-    return Bundle(head, views, engine.folder, fingerprint, text, engine, facts.integer_labels, facts.engine_choice)
+        raise refused(folder, str(error)) from error
+    text = None
+    if facts.text is not None:
+        text = TextEncoder(folder.folder / TEXT, folder.manifest["text"], threads, folder.part(TEXT))
+    known = facts.integer_labels, facts.engine_choice
+    return Bundle(head, views, engine.folder, facts.encoder_fingerprint, text, engine, *known)
 
 
-def _read(verified: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:
-    """Both manifests of a bundle, after checking that they agree."""
-    reducer = verified.manifest.get("reducer")
+def _read(folder: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:
+    """The facts of a bundle, and its engine, after checking that their manifests agree."""
+    reducer = folder.manifest.get("reducer")
     if isinstance(reducer, str) and reducer.startswith("isoclip"):
         raise IosrFastError(
-            f"{verified.folder} has the reducer {reducer!r}, which iosr_fast no longer has: fit again with 'none', "
+            f"{folder.folder} has the reducer {reducer!r}, which iosr_fast no longer has: fit again with 'none', "
             "'centre' or 'pca', or open it with version 0.2"
         )
-    facts = read_facts(verified, ClassifierManifest)
-    engine = verified.inner(ENGINE, ENGINE_KIND)
+    facts = read_facts(folder, ClassifierManifest)
+    engine = folder.inner(ENGINE, ENGINE_KIND)
     own = {f"{ENGINE}/{name}" for name in (MANIFEST, *engine.files)}
     texts = set() if facts.text is None else {f"{TEXT}/{FILE}", f"{TEXT}/{TOKENIZER_FILE}"}
-    check_files(verified, {SUPPORT} | own | texts, {PLAN, PICTURES, LEFT_OUT, f"{TEXT}/{WEIGHTS_FILE}"})
+    check_files(folder, {SUPPORT} | own | texts, {*TABLE, f"{TEXT}/{WEIGHTS_FILE}"})
     inner = check_engine(engine)
     _check_encoder(engine, inner, facts.encoder_fingerprint)
-    recorded = {name: getattr(facts.preprocessing, name) for name in facts.preprocessing.__struct_fields__}
-    recorded |= {"clip_fingerprint": facts.clip_fingerprint, "adapter_fingerprint": facts.adapter_fingerprint}
-    for name, value in recorded.items():
-        if value != getattr(inner, name):
-            raise refused(verified, f"manifest.json: expected the engine's {name}, {getattr(inner, name)}, got {value}")
+    repeated = {name: getattr(facts, name) for name in ("clip_fingerprint", "adapter_fingerprint")}
+    for name, value in {**facts.preprocessing, **repeated}.items():
+        if value != (expected := getattr(inner, name, None)):
+            raise refused(folder, f"manifest.json: expected the engine's {name}, {expected}, got {value}")
     return facts, engine
 
 
@@ -185,22 +171,19 @@ def _check_encoder(engine: VerifiedFolder, facts: EngineManifest, expected: str)
         )
 
 
-def _check_widths(verified: VerifiedFolder, facts: ClassifierManifest, engine: VerifiedFolder, head: AnyHead) -> None:
+def _check_widths(facts: ClassifierManifest, engine: Mapping[str, Any], head: AnyHead) -> None:
     """That embeddings are such as the engine makes, and the text encoder."""
-    width, rows = engine.manifest["width"], [head.examples.embeddings]
-    rows += [] if head.unknown_images is None else [head.unknown_images]
-    adapted = engine.manifest["first_adapted_block"] is not None
+    width, text = engine["width"], facts.text
+    adapted = engine["first_adapted_block"] is not None
     if head.examples.width != width:
-        raise refused(verified, f"{SUPPORT}: expected embeddings of {width} channels, got {head.examples.width}")
-    if any(len(some) and (some.adapted is not None) != adapted for some in rows):
-        raise refused(
-            verified, f"{SUPPORT}: expected {'' if adapted else 'no '}adapted embeddings, as the engine makes them"
-        )
-    text = facts.text
+        raise IosrFastError(f"{SUPPORT}: expected embeddings of {width} channels, got {head.examples.width}")
+    for rows in (head.examples.embeddings, head.unknown_images):
+        if rows is not None and len(rows) and (rows.adapted is not None) != adapted:
+            no = "" if adapted else "no "
+            raise IosrFastError(f"{SUPPORT}: expected {no}adapted embeddings, as the engine makes them")
     if text is not None and (text.width, text.clip_fingerprint) != (width, facts.clip_fingerprint):
-        raise refused(
-            verified, f"manifest.json: expected a text encoder of the engine's CLIP, {facts.clip_fingerprint[:12]}"
-        )
+        clip = facts.clip_fingerprint[:12]
+        raise IosrFastError(f"manifest.json: expected a text encoder of the engine's CLIP, {clip}")
 
 
 def _copy_engine(engine: VerifiedFolder, target: Path) -> dict[str, str]:

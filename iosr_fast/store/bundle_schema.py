@@ -1,13 +1,12 @@
-"""The manifest of a saved classifier, and the arrays beside it: fields, dtypes, shapes and the values allowed."""
+"""The facts of a bundle: the fields of its manifest, and the values allowed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import math
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from iosr_fast.clip.tokenizer import Clean
@@ -15,50 +14,29 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.names import check_names
 from iosr_fast.head.support_images import SupportViews
-from iosr_fast.images.geometry import Interpolation, ResizeMode
+from iosr_fast.methods import METHODS, check_parameters
+from iosr_fast.methods.tuning.tuned import Protocol, Tuned
 from iosr_fast.scoring.plan import Feature
+from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import NAME
-from iosr_fast.scoring.validation import check_finite, check_unit_rows
-from iosr_fast.store.tuned_facts import TunedFacts
 from iosr_fast.utils.schema import (
     Above0,
-    Channels,
-    Deviations,
     Entry,
     Fingerprint,
-    Level,
     Natural,
     Positive,
     Sha256,
+    Share,
     Size,
     Strict,
+    text_of,
 )
 from iosr_fast.utils.text import abbreviate
 
 Template = Annotated[str, Meta(pattern=r"\{\}")]
-KeyPrecision = Literal["fp32", "fp16", "bf16", "int8"]
-
-
-class Preprocessing(Strict, frozen=True, kw_only=True):
-    image_size: Size
-    interpolation: Interpolation
-    mean: Channels
-    std: Deviations
-    resize_mode: ResizeMode = "shortest"
-    fill: Level = 0
-
-
-class PlanConstants(Strict, frozen=True, kw_only=True):
-    """The constants of a plan (state_files)."""
-
-    tau: Above0
-    alpha: float
-    beta: Annotated[float, Meta(ge=0)]
-    temperature: Above0
-    query: Literal["plain", "adapted"]
-    feature: Feature
-    cache: Literal["none", "dense", "classes"]
-    keys: Literal["none", "support", "stored"]
+ReducerName = Annotated[str, Meta(pattern=rf"^({NAME})\Z")]
+_MAY_BE_NAN = ("accuracy", "search_accuracy")
+NonNegative = Annotated[float, Meta(ge=0)]
 
 
 class TextFacts(Strict, frozen=True, kw_only=True):
@@ -78,8 +56,64 @@ class TextFacts(Strict, frozen=True, kw_only=True):
     pad: Natural | None = None
 
 
-class HeadFacts(Strict, frozen=True, kw_only=True):
-    """The part of a head that is not arrays (state_files)."""
+class PlanConstants(Strict, frozen=True, kw_only=True):
+    """The constants of a plan; whether its keys have classes or dense values, and whether they are stored."""
+
+    tau: Above0
+    alpha: float
+    beta: NonNegative
+    temperature: Above0
+    query: Literal["plain", "adapted"]
+    feature: Feature
+    cache: Literal["none", "dense", "classes"]
+    keys: Literal["none", "support", "stored"]
+
+
+class TunedFacts(Strict, frozen=True, kw_only=True):
+    """A Tuned less `right`, `interval` and `stale`, which follow or are not kept. What may be NaN there is null here.
+
+    >>> from iosr_fast.methods.tuning.tuned import Tuned
+    >>> tuned = Tuned("gda", "none", {"alpha": 0.5}, accuracy=0.9, scored=40, protocol="loo")
+    >>> TunedFacts.of(tuned).tuned().accuracy
+    0.9
+    """
+
+    method: str
+    reducer: ReducerName
+    parameters: dict[str, float]
+    accuracy: Share | None
+    search_accuracy: Share | None
+    scored: Natural
+    protocol: Protocol
+    alpha_range: tuple[float, float] | None
+    log_loss: NonNegative | None
+    factor: Above0
+    settings: Natural
+    seconds: NonNegative
+    note: Annotated[str, text_of(2048)]
+    shares: dict[str, Share]
+    version: Positive
+
+    @classmethod
+    def of(cls, tuned: Tuned) -> TunedFacts:
+        """The facts of a search."""
+        values: dict[str, Any] = {name: getattr(tuned, name) for name in cls.__struct_fields__}
+        values |= {"parameters": dict(tuned.parameters), "shares": dict(tuned.shares)}
+        values |= {name: None for name in _MAY_BE_NAN if math.isnan(values[name])}
+        return cls(**values)
+
+    def tuned(self) -> Tuned:
+        """The inverse of `of`. Raises ValueError for a method or a number of images that no search gives."""
+        if self.method not in METHODS:
+            raise IosrFastError(f"expected tuned.method of {', '.join(METHODS)}, got {self.method!r}")
+        if (self.accuracy is None) != (self.scored == 0):
+            raise IosrFastError(f"expected tuned.accuracy if images were scored, got {self.accuracy} of {self.scored}")
+        nan = {name: math.nan for name in _MAY_BE_NAN if getattr(self, name) is None}
+        return Tuned(**msgspec.structs.asdict(self) | nan)
+
+
+class HeadFacts(Strict, frozen=True, kw_only=True, omit_defaults=True):
+    """The part of a head that is not arrays (head_files)."""
 
     class_names: Annotated[list[str], Meta(min_length=1)]
     class_numbers: list[Natural]
@@ -87,12 +121,29 @@ class HeadFacts(Strict, frozen=True, kw_only=True):
     next: tuple[Natural, Natural]
     method: str
     parameters: dict[str, float]
-    reducer: Annotated[str, Meta(pattern=rf"^({NAME})\Z")]
+    reducer: ReducerName
     factor: Above0
-    key_precision: KeyPrecision
+    key_precision: Precision
     tau: Above0
     plan: PlanConstants
     tuned: TunedFacts | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for names and numbers of classes, a method, parameters and evidence that no fit and no
+        change gives."""
+        check_names(self.class_names)
+        numbers, following = self.class_numbers, self.next[0]
+        if len(numbers) != len(self.class_names):
+            raise IosrFastError(f"expected class_numbers for {len(self.class_names)} class_names, got {len(numbers)}")
+        if any(later <= earlier for earlier, later in zip(numbers, [*numbers[1:], following], strict=True)):
+            raise IosrFastError(
+                f"expected class_numbers that rise and are below next[0], {following}, got {numbers[:5]}..."
+            )
+        parameters = check_parameters(self.method, **self.parameters)
+        if missing := sorted(set(METHODS[self.method].parameters) - set(parameters)):
+            raise IosrFastError(f"expected the parameters {', '.join(missing)} of {self.method}, got none of that name")
+        if self.tuned is not None and self.tuned.version > self.version:
+            raise IosrFastError(f"expected tuned.version up to version, {self.version}, got {self.tuned.version}")
 
 
 class ClassifierManifest(HeadFacts, frozen=True, kw_only=True):
@@ -103,7 +154,7 @@ class ClassifierManifest(HeadFacts, frozen=True, kw_only=True):
     files: dict[str, Entry]
     checksum: Sha256
     views: dict[str, Any]
-    preprocessing: Preprocessing
+    preprocessing: dict[str, Any]  # facts of the engine
     clip_fingerprint: Fingerprint
     adapter_fingerprint: Fingerprint | None
     encoder_fingerprint: Fingerprint
@@ -117,134 +168,3 @@ class ClassifierManifest(HeadFacts, frozen=True, kw_only=True):
         if unknown := sorted(set(self.views) - known):
             raise IosrFastError(f"expected views with the fields {sorted(known)}, got {abbreviate(unknown)}")
         return msgspec.convert(self.views, SupportViews)
-
-
-def check_classes(names: list[str], numbers: list[int], next_number: int) -> None:
-    """Raise ValueError for names and numbers of classes that no fit and no change gives."""
-    check_names(names)
-    if len(numbers) != len(names):
-        raise IosrFastError(f"expected class_numbers for {len(names)} class_names, got {len(numbers)}")
-    if any(later <= earlier for earlier, later in zip(numbers, [*numbers[1:], next_number], strict=True)):
-        raise IosrFastError(
-            f"expected class_numbers that rise and are below next[0], {next_number}, got {numbers[:5]}..."
-        )
-
-
-@dataclass(frozen=True)
-class Form:
-    """An array's dtypes; its shapes, of letters that stand for one number each in all arrays, or None for any number;
-    whether it must be there, and have rows of unit norm."""
-
-    dtypes: tuple[str, ...]
-    shapes: tuple[tuple[str, ...], ...]
-    needed: bool = False
-    unit: bool = False
-
-
-def _form(dtype: str, *shape: str, needed: bool = False, unit: bool = False) -> Form:
-    return Form((dtype,), (shape,), needed, unit)
-
-
-# C classes, N support images, D channels, M unknown images, C1 = C + 1, D2 = 2 D, B bytes of pictures.
-SUPPORT_ARRAYS = {
-    "text": _form("float32", "C", "D", needed=True, unit=True),
-    "owners": _form("int64", "N", needed=True),
-    "ids": _form("int64", "N", needed=True),
-    "plain": _form("float32", "N", "D", needed=True, unit=True),
-    "adapted": _form("float32", "N", "D", unit=True),
-    "query_plain": _form("float32", "N", "D", unit=True),
-    "query_adapted": _form("float32", "N", "D", unit=True),
-    "unknown_plain": _form("float32", "M", "D", unit=True),
-    "unknown_adapted": _form("float32", "M", "D", unit=True),
-    "labels": _form("uint8", "N", "C"),  # of pictures with several, as are thresholds
-    "thresholds": _form("float32", "C"),
-}
-_PROJECTION = Form(("float32",), (("D", "D"), ("D",)))
-# ScoringPlan checks the norms of keys, which depend on their scales and transform.
-PLAN_ARRAYS = {
-    "keys": Form(("float32", "float16", "uint16", "int8"), (("N", "D"),)),
-    "key_scales": _form("float32", "N"),
-    "query_transform": _form("float32", "D", "D"),
-    "weights": _form("float32", "N"),
-    "values": _form("float32", "N", "C"),
-    "linear": Form(("float32",), (("C", "D"), ("C", "D2"), ("C", "C1"))),
-    "bias": _form("float32", "C"),
-    "reducer.shift": _form("float32", "D"),
-    "reducer.projection": _PROJECTION,
-    "plan_reducer.shift": _form("float32", "D"),
-    "plan_reducer.projection": _PROJECTION,
-}
-PICTURE_ARRAYS = {"data": _form("uint8", "B", needed=True), "ends": _form("int64", "N", needed=True)}
-
-# K scores of unknown pictures, U images left out for them; V images left out for labels (left_out_files).
-LEFT_OUT_ARRAYS = {
-    "weights": _form("float64", "K"),
-    "bias": _form("float64", "one"),
-    "auroc": _form("float64", "none or one"),
-    "left_out": _form("float64", "U"),
-    "odds": _form("float64", "V"),
-    "confidence": _form("float64", "V"),
-    "right": _form("float64", "V"),
-    "log_loss": _form("float64", "V"),
-    "labels": _form("int64", "V"),
-    "class_odds": _form("float64", "V"),
-}
-
-
-def parse_arrays(content: bytes, forms: Mapping[str, Form], sizes: dict[str, int]) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file. Raises ValueError where one is missing, unknown or of another form.
-
-    `sizes` are the numbers that letters stand for; those that are new are added.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        arrays: dict[str, np.ndarray] = load(content)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise IosrFastError(f"expected a safetensors file, got {type(error).__name__}: {error}") from error
-    if missing := sorted(name for name, form in forms.items() if form.needed and name not in arrays):
-        raise IosrFastError(f"expected the arrays {', '.join(missing)}, got {', '.join(sorted(arrays)) or 'none'}")
-    if unknown := sorted(set(arrays) - set(forms)):
-        raise IosrFastError(f"expected no other arrays than {', '.join(forms)}, got {', '.join(unknown)}")
-    for name, form in forms.items():  # in the order of the table: the first say how many classes and channels there are
-        if name in arrays:
-            _check(name, arrays[name], form, sizes)
-    return arrays
-
-
-def _check(name: str, array: np.ndarray, form: Form, sizes: dict[str, int]) -> None:
-    if array.dtype.name not in form.dtypes:
-        raise IosrFastError(f"expected {name} of {' or '.join(form.dtypes)}, got {array.dtype.name}")
-    for shape in form.shapes:
-        if len(shape) == array.ndim:
-            bound = dict(zip(shape, array.shape, strict=True)) | sizes
-            if array.shape == tuple(bound[letter] for letter in shape):
-                sizes.update(bound)
-                break
-    else:
-        expected = " or ".join(f"({', '.join(str(sizes.get(s, s)) for s in shape)})" for shape in form.shapes)
-        raise IosrFastError(f"expected {name} of shape {expected}, got {array.shape}")
-    if form.unit:
-        check_unit_rows(name, array)
-    elif array.dtype.kind == "f":
-        check_finite(name, array)
-
-
-def check_examples(owners: np.ndarray, ids: np.ndarray, class_numbers: list[int], next_id: int) -> None:
-    """Raise ValueError unless support images are sorted by class, of classes that are there, with ids that differ."""
-    if (owners[1:] < owners[:-1]).any():
-        raise IosrFastError("expected owners that don't fall, got images that are not sorted by class")
-    if strange := sorted(set(owners.tolist()) - set(class_numbers)):
-        raise IosrFastError(f"expected owners among the class_numbers, got {strange[:5]}")
-    if len(np.unique(ids)) < len(ids):
-        raise IosrFastError(f"expected ids to differ, got {len(ids) - len(np.unique(ids))} more than once")
-    if len(ids) and not 0 <= ids.min() <= ids.max() < next_id:
-        raise IosrFastError(f"expected ids from 0 to below next[1], {next_id}, got {ids.min()} to {ids.max()}")
-
-
-def check_ends(ends: np.ndarray, size: int) -> None:
-    """Raise ValueError unless `ends` cuts `size` bytes of pictures into pieces."""
-    starts = np.concatenate([[0], ends])
-    if (starts[1:] < starts[:-1]).any() or starts[-1] != size:
-        raise IosrFastError(f"expected ends that rise from 0 to the {size} bytes of data, got others")

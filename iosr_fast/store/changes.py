@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
@@ -20,7 +21,8 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import unavailable_reason
-from iosr_fast.store.tuned_facts import tuned_from_json, tuned_to_json
+from iosr_fast.store.bundle_schema import TunedFacts
+from iosr_fast.utils.schema import facts_to_json
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
 OPS: tuple[Op, ...] = ("add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune")
@@ -174,7 +176,7 @@ class Change:
                 for name in ("method", "parameters", "reducer_name", "factor", "key_precision")
             }
             if self.config.tuned is not None:
-                line["tuned"] = tuned_to_json(self.config.tuned)
+                line["tuned"] = facts_to_json(TunedFacts.of(self.config.tuned))
         return line
 
     @classmethod
@@ -193,7 +195,7 @@ class Change:
                     f"expected {len(ids)} embeddings and pictures, got {len(embeddings)} and {len(pictures)}"
                 )
             added = Examples(embeddings, np.full(len(ids), line["class"], np.int64), ids, pictures, queries)
-        tuned = tuned_from_json(line["tuned"]) if "tuned" in line else None
+        tuned = msgspec.convert(line["tuned"], TunedFacts).tuned() if "tuned" in line else None
         return cls(
             line["op"],
             line.get("class", -1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -14,10 +14,18 @@ from iosr_fast.utils.verified_folder import VerifiedFolder
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Fingerprint = Annotated[str, Meta(pattern=r"^[!-~]{1,128}\Z")]  # printable, without spaces
-Name = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,512}\Z")]  # no control characters, which steer terminals
+
+
+def text_of(most: int, least: int = 0) -> Meta:
+    """Text of so many characters, without control characters, which steer terminals."""
+    return Meta(pattern=rf"^[^\x00-\x1f\x7f-\x9f]{{{least},{most}}}\Z")
+
+
+Name = Annotated[str, text_of(512, least=1)]
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Size = Annotated[int, Meta(ge=1, le=1 << 16)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 Level = Annotated[int, Meta(ge=0, le=255)]  # of a pixel
 # JSON can't express infinite numbers, and msgspec refuses overflowing ones.
 Above0 = Annotated[float, Meta(gt=0)]
@@ -28,6 +36,12 @@ _T = TypeVar("_T", bound="Strict")
 
 class Strict(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A JSON object with exactly these fields."""
+
+
+def facts_to_json(facts: Strict) -> dict[str, Any]:
+    """JSON-ready; numbers of NumPy become Python's."""
+    values: dict[str, Any] = msgspec.to_builtins(facts, enc_hook=float)
+    return values
 
 
 class Entry(Strict, frozen=True, kw_only=True):

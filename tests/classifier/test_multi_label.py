@@ -118,7 +118,7 @@ def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("thresholds", None, "labels and thresholds together"),
+        ("thresholds", None, "labels, thresholds together"),
         ("thresholds", np.full(5, 1.5, np.float32), "thresholds from 0 to 1"),
         ("labels", np.full((40, 5), 2, np.uint8), "labels of 0 and 1, got 2"),
         ("labels", np.zeros((39, 5), np.uint8), r"labels of shape \(40, 5\)"),

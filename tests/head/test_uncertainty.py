@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.exceptions import BadImageError, DamagedFileError, IosrFastError, NotFittedError
+from iosr_fast.exceptions import BadImageError, IosrFastError, NotFittedError
 from iosr_fast.head.predictions import Rejection
 from iosr_fast.methods.conformal import leave_out_labels, sets_of_labels
 from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.store.bundle import load_bundle
+from iosr_fast.store.bundle_arrays import LEFT_OUT
 from iosr_fast.store.changes import remove_class
 from iosr_fast.store.description import describe
 from iosr_fast.store.head_files import fingerprint
-from iosr_fast.store.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
 from iosr_fast.store.log_writer import file_of, read_state, write_state
 from tests.store.live_parts import PixelEncoder, engine_folder, pictures, small_classifier, unfitted
 
@@ -96,15 +95,6 @@ def test_sets_by_class_have_their_own_thresholds(queries: tuple[np.ndarray, np.n
     classifier.remove_examples(classifier.examples("motif 2")[:2])
     with pytest.raises(IosrFastError, match=r"got fewer of 'motif 2 \(7\)': give more pictures of these classes"):
         classifier.predict_sets(images, per_class=True)
-
-
-def test_a_bundle_without_labels_of_left_out_images_has_them_computed(queries: tuple[np.ndarray, np.ndarray]) -> None:
-    head = small_classifier(**GDA).snapshot()
-    assert head.unknown is not None and head.left_out_labels is not None
-    earlier = {name: array for name, array in left_out_arrays(head).items() if name not in ("labels", "class_odds")}
-    opened = with_left_out(replace(head), lambda name: save(earlier))
-    assert opened.computed("unknown") is not None and opened.computed("left_out_labels") is None
-    np.testing.assert_array_equal(opened.left_out_labels.labels, head.left_out_labels.labels)
 
 
 def test_a_change_is_known_at_once(queries: tuple[np.ndarray, np.ndarray]) -> None:
@@ -259,24 +249,3 @@ def test_what_was_learnt_is_saved_and_a_change_forgets_it(
         )
     changed = remove_class(head, 0)
     assert len(changed.unknown.left_out) == 4 * (CLASSES - 1) and changed.computed("left_out_labels") is None
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weights": np.zeros(3)}, "expected weights of shape"),
-        ({"bias": np.zeros(2)}, "expected one bias and auroc, got 2 and 1"),
-        ({"odds": None}, "expected the arrays odds, .* together, got none of odds"),
-        ({"confidence": np.full(24, 2.0)}, r"expected confidence in 0\.\.1"),
-        ({"odds": np.full(24, np.nan)}, "odds"),
-        ({"labels": np.full(24, CLASSES)}, r"expected labels in 0\.\.5"),
-        ({"more": np.zeros(1)}, "expected no other arrays than weights"),
-    ],
-)
-def test_a_damaged_file_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    classifier = small_classifier(engine_folder(tmp_path / "engine"), **GDA)
-    head = classifier.snapshot()
-    assert head.unknown is not None and head.left_out_labels is not None
-    arrays = {name: array for name, array in (left_out_arrays(head) | change).items() if array is not None}
-    with pytest.raises(DamagedFileError, match=f"{LEFT_OUT}: .*{message}"):
-        with_left_out(head, lambda name: save(arrays))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
@@ -90,7 +89,6 @@ def test_a_plan_files_arrays_and_the_support_sets_are_all_there_are() -> None:
     reducer = {field.name for field in ARRAYS if field.term == "reducer"}
     assert {*head_files.ARRAYS, *from_support, *reducer} == set(ARRAY_NAMES)
     assert {*head_files.CONSTANTS, "n_classes"} == set(CONSTANT_NAMES)
-    assert "plan" in inspect.signature(head_files.plan_to_files).parameters
 
 
 # The number of classes is the logits' shape.

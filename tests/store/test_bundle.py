@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.methods import METHODS
-from iosr_fast.scoring.score import score
 from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.store.changes import remove_class
 from iosr_fast.store.head_files import fingerprint
@@ -64,35 +64,27 @@ def engine(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("method", [*METHODS])
-def test_what_is_loaded_is_what_was_saved(method: str, precision: str, engine: Path, tmp_path: Path) -> None:
+def test_what_is_loaded_is_what_was_saved(
+    method: str, precision: str, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images, _ = pictures(np.random.default_rng(1), 7, 2)
-    reducer = "centre" if METHODS[method].reducible and precision == "fp32" else None
-    options = {"method": method, "alpha": None, "beta": None, "reducer": reducer, "key_precision": precision}
-    made = small_classifier(engine, **options)
+    reducer = "centre" if "stack" not in method and method != "zero-shot" and precision == "fp32" else None
+    options: dict[str, Any] = {"method": method, "alpha": None, "beta": None, "reducer": reducer}
+    made = small_classifier(engine, **options, key_precision=precision)
     for changed in (False, True):
         if changed:
             made.add_class("later", images[12:])
             made.remove_examples(made.examples("motif 1")[:1])
         made.save(tmp_path / "bundle")
-        loaded = load_bundle(tmp_path / "bundle")
-        head = made.snapshot()
+        with monkeypatch.context() as patch:  # int8 codes are stored, not searched again
+            patch.setattr("iosr_fast.scoring.plan.compact_int8", lambda *_: pytest.fail("codes were searched"))
+            loaded, head = load_bundle(tmp_path / "bundle"), made.snapshot()
         assert fingerprint(loaded.head) == fingerprint(head) and loaded.head.version == head.version
-        assert loaded.views == made._fit.views and loaded.head.examples.pictures == head.examples.pictures
+        assert loaded.head.examples.pictures == head.examples.pictures
         embeddings = made.encoder.encode(images)
-        np.testing.assert_array_equal(loaded.head.score(embeddings), score(head.plan, embeddings))
+        np.testing.assert_array_equal(loaded.head.score(embeddings), head.score(embeddings))
         later = remove_class(loaded.head, 0)  # and it can be changed
         assert later.score(embeddings).shape == (14, 4 + changed)
-
-
-def test_int8_codes_are_stored_not_found_again(engine: Path, tmp_path: Path, monkeypatch) -> None:
-    small_classifier(engine, key_precision="int8").save(tmp_path / "bundle")
-
-    def never(*_: object) -> None:
-        raise AssertionError("codes were searched again")
-
-    monkeypatch.setattr("iosr_fast.scoring.plan.compact_int8", never)
-    plan = load_bundle(tmp_path / "bundle").head.plan
-    assert plan.key_precision == "int8"
 
 
 def test_a_plain_cache_is_stored_once(engine: Path, tmp_path: Path) -> None:
@@ -104,15 +96,10 @@ def test_a_plain_cache_is_stored_once(engine: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9 on Windows")
 def test_kill_9_while_saving(tmp_path: Path) -> None:
-    if sys.platform == "win32":
-        pytest.skip("there is no kill -9 on Windows")
-    done = subprocess.run(
-        [sys.executable, "-c", SAVING, str(tmp_path), "40"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    words = [sys.executable, "-c", SAVING, str(tmp_path), "40"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     loads, one, other, during = map(int, done.stdout.split())
     # Both versions were met, and most kills came in the middle of a save: else the test would say nothing.
@@ -137,19 +124,16 @@ def test_a_folder_that_is_replaced_while_it_is_read(engine: Path, tmp_path: Path
     assert fingerprint(load_bundle(tmp_path / "bundle").head) == fingerprint(other.snapshot())
 
 
-def test_every_damage_is_named(engine: Path, tmp_path: Path) -> None:
-    made = small_classifier(engine, reducer="centre")
-    folder = tmp_path / "bundle"
-    made.save(folder)
-    rng = np.random.default_rng(0)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    assert {path.relative_to(folder).as_posix() for path in files} == {
+def test_every_damaged_byte_is_found_and_its_file_named(engine: Path, tmp_path: Path) -> None:
+    folder, rng = tmp_path / "bundle", np.random.default_rng(0)
+    small_classifier(engine, reducer="centre").save(folder)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    assert {*files} == {
         *("manifest.json", "support.safetensors", "plan.safetensors", "pictures.safetensors"),
         *("engine/manifest.json", "engine/encoder.onnx"),
     }
-    for path in files:
+    for name, path in files.items():
         data = path.read_bytes()
-        name = path.relative_to(folder).as_posix()
         for at in rng.integers(0, len(data), 25):
             flipped = bytearray(data)
             flipped[at] ^= 1 << int(rng.integers(8))
@@ -164,22 +148,17 @@ def test_every_damage_is_named(engine: Path, tmp_path: Path) -> None:
             load_bundle(folder)
         path.write_bytes(data)
     load_bundle(folder)
+
+
+def test_another_schema_is_refused_and_not_replaced(engine: Path, tmp_path: Path) -> None:
+    made, folder = small_classifier(engine), tmp_path / "bundle"
+    made.save(folder)
     rewrite_manifest(folder, schema=99)
     with pytest.raises(ValueError, match="has schema 99"):
         load_bundle(folder)
     with pytest.raises(FileExistsError, match=r"is not replaced: it is no complete classifier .* has schema 99"):
         made.save(folder)
-    rewrite_manifest(folder, schema=2, remove=["views"])
-    with pytest.raises(
-        ValueError, match=r"not a complete classifier: manifest.json: .*missing.* `views`; fit and save"
-    ):
-        load_bundle(folder)
-    made.save(folder)  # which is whole, as far as its hashes tell
-    rewrite_manifest(folder, method="magic")
-    with pytest.raises(ValueError, match=r"expected a method of .*, got 'magic'"):
-        load_bundle(folder)
-    made.save(folder)
-    rewrite_manifest(folder, kind="engine")
+    rewrite_manifest(folder, schema=2, kind="engine")
     with pytest.raises(ValueError, match=r"to hold a classifier, got an? engine"):
         Classifier.load(folder)
 
@@ -199,6 +178,6 @@ def test_what_is_there_stays_where_saving_fails(engine: Path, tmp_path: Path, mo
     monkeypatch.undo()
     assert fingerprint(load_bundle(tmp_path / "bundle").head) == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    bundle = Bundle(made.snapshot(), made._fit.views, tmp_path / "nowhere", "f" * 64, None)
+    bundle = Bundle(made.snapshot(), load_bundle(tmp_path / "bundle").views, tmp_path / "nowhere", "f" * 64, None)
     with pytest.raises(FileNotFoundError, match="found none at"):
         save_bundle(bundle, tmp_path / "bundle")

@@ -1,0 +1,165 @@
+"""The arrays of a bundle: the file that each is in, where a Head has it, and its dtypes, shapes and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
+from iosr_fast.scoring.validation import check_finite, check_unit_rows
+
+Arrays = dict[str, np.ndarray]
+SUPPORT, PLAN, PICTURES = "support.safetensors", "plan.safetensors", "pictures.safetensors"
+LEFT_OUT = "left_out.safetensors"
+
+
+@dataclass(frozen=True)
+class Array:
+    """Where it is (`arrays_of`); its dtypes and its shapes, alternatives separated by "|". A letter of a shape stands
+    for one number in all files. `needed` files have it; the rows of `unit` ones have norm 1, other floats are finite.
+    """
+
+    place: str
+    dtypes: str
+    shapes: str
+    needed: bool = False
+    unit: bool = False
+
+
+def _embeddings(place: str, rows: str, needed: bool = False) -> Array:
+    return Array(place, "float32", f"{rows} D", needed, unit=True)
+
+
+# C classes, N support images, D channels, M unknown images, C1 = C + 1, D2 = 2 D, B bytes of pictures; K scores of
+# unknown pictures, U images left out for them; V images left out for labels. Those that come first say how many.
+TABLE: dict[str, dict[str, Array]] = {
+    SUPPORT: {
+        "text": _embeddings("head.text", "C", needed=True),
+        "owners": Array("head.examples.class_ids", "int64", "N", needed=True),
+        "ids": Array("head.examples.ids", "int64", "N", needed=True),
+        "plain": _embeddings("head.examples.embeddings.plain", "N", needed=True),
+        "adapted": _embeddings("head.examples.embeddings.adapted", "N"),
+        "query_plain": _embeddings("head.examples.queries.plain", "N"),
+        "query_adapted": _embeddings("head.examples.queries.adapted", "N"),
+        "unknown_plain": _embeddings("head.unknown_images.plain", "M"),
+        "unknown_adapted": _embeddings("head.unknown_images.adapted", "M"),
+        "labels": Array("several.labels", "uint8", "N C"),  # of pictures with several, as are thresholds
+        "thresholds": Array("several.thresholds", "float32", "C"),
+    },
+    # ScoringPlan checks the norms of keys, which depend on their scales and transform.
+    PLAN: {
+        "keys": Array("plan.keys", "float32|float16|uint16|int8", "N D"),
+        "key_scales": Array("plan.key_scales", "float32", "N"),
+        "query_transform": Array("plan.query_transform", "float32", "D D"),
+        "weights": Array("plan.weights", "float32", "N"),
+        "values": Array("plan.values", "float32", "N C"),
+        "linear": Array("plan.linear", "float32", "C D|C D2|C C1"),
+        "bias": Array("plan.bias", "float32", "C"),
+        "reducer.shift": Array("head.config.reducer.shift", "float32", "D"),
+        "reducer.projection": Array("head.config.reducer.projection", "float32", "D D|D"),
+        "plan_reducer.shift": Array("plan.reducer.shift", "float32", "D"),
+        "plan_reducer.projection": Array("plan.reducer.projection", "float32", "D D|D"),
+    },
+    PICTURES: {
+        "data": Array("pictures.data", "uint8", "B", needed=True),
+        "ends": Array("pictures.ends", "int64", "N", needed=True),
+    },
+    LEFT_OUT: {
+        "weights": Array("unknown.weights", "float64", "K"),
+        "bias": Array("unknown.bias", "float64", "1"),
+        "auroc": Array("unknown.auroc", "float64", "0|1"),
+        "left_out": Array("unknown.left_out", "float64", "U"),
+        "odds": Array("left_out_labels.odds", "float64", "V"),
+        "confidence": Array("left_out_labels.confidence", "float64", "V"),
+        "right": Array("left_out_labels.right", "float64", "V"),
+        "log_loss": Array("left_out_labels.log_loss", "float64", "V"),
+        "labels": Array("left_out_labels.labels", "int64", "V"),
+        "class_odds": Array("left_out_labels.class_odds", "float64", "V"),
+    },
+}
+
+
+def arrays_of(parts: Mapping[str, Any]) -> dict[str, Arrays]:
+    """The arrays of each file. A place is the name of one of the `parts`, and attributes of it; an array is left out
+    where one of these is None. A number is an array of one, or of none if it is NaN."""
+    files: dict[str, Arrays] = {}
+    for file, forms in TABLE.items():
+        for name, form in forms.items():
+            part, *attributes = form.place.split(".")
+            value = parts.get(part)
+            for attribute in attributes:
+                value = None if value is None else getattr(value, attribute)
+            if value is not None:
+                if isinstance(value, float):
+                    value = np.array([] if np.isnan(value) else [value])
+                dtype = None if "|" in form.dtypes else form.dtypes
+                files.setdefault(file, {})[name] = np.ascontiguousarray(value, dtype)
+    return files
+
+
+def read_arrays(file: str, read: Callable[[str], bytes | None], sizes: dict[str, int]) -> Arrays:
+    """The arrays of a file, none without it; `read` gives its bytes or None. Raises DamagedFileError, naming file and
+    array, where one is missing, unknown or of another form.
+
+    `sizes` are the numbers that letters stand for; those that are new are added.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    content, forms = read(file), TABLE[file]
+    sizes |= {"0": 0, "1": 1}
+    if content is None and file != SUPPORT:
+        return {}
+    with naming(file):
+        try:
+            arrays: Arrays = {} if content is None else load(content)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise IosrFastError(f"expected a safetensors file, got {type(error).__name__}: {error}") from error
+        if missing := sorted(name for name, form in forms.items() if form.needed and name not in arrays):
+            raise IosrFastError(f"expected the arrays {', '.join(missing)}, got {', '.join(sorted(arrays)) or 'none'}")
+        if unknown := sorted(set(arrays) - set(forms)):
+            raise IosrFastError(f"expected no other arrays than {', '.join(forms)}, got {', '.join(unknown)}")
+        for name, form in forms.items():
+            if name in arrays:
+                _check(name, arrays[name], form, sizes)
+    return arrays
+
+
+def are_complete(arrays: Arrays, names: tuple[str, ...]) -> bool:
+    """Whether all of these arrays are there, or none. Raises IosrFastError where some are."""
+    missing = [name for name in names if name not in arrays]
+    if missing and len(missing) < len(names):
+        raise IosrFastError(f"expected the arrays {', '.join(names)} together, got none of {', '.join(missing)}")
+    return not missing
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Raises ValueErrors as DamagedFileErrors that name the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise DamagedFileError(f"{file}: {error}") from error
+
+
+def _check(name: str, array: np.ndarray, form: Array, sizes: dict[str, int]) -> None:
+    if array.dtype.name not in form.dtypes.split("|"):
+        raise IosrFastError(f"expected {name} of {form.dtypes.replace('|', ' or ')}, got {array.dtype.name}")
+    shapes = [shape.split() for shape in form.shapes.split("|")]
+    for shape in shapes:
+        if len(shape) == array.ndim:
+            bound = dict(zip(shape, array.shape, strict=True)) | sizes
+            if array.shape == tuple(bound[letter] for letter in shape):
+                sizes.update(bound)
+                break
+    else:
+        expected = " or ".join(f"({', '.join(str(sizes.get(s, s)) for s in shape)})" for shape in shapes)
+        raise IosrFastError(f"expected {name} of shape {expected}, got {array.shape}")
+    if form.unit:
+        check_unit_rows(name, array)
+    elif array.dtype.kind == "f":
+        check_finite(name, array)
