@@ -21,13 +21,6 @@ SAME = 0.999  # least cosine of a key with the key of the same image; fp32 diffe
 _log = logging.getLogger("iosr_fast")
 
 
-def support_sources(fit: Fit, images: Sequence[Any]) -> list[Any]:
-    """The images of `fit.head.examples` in their order; `images` are all that were given to the fit."""
-    skipped = {error.position for error in fit.skipped}
-    readable = [image for position, image in enumerate(images) if position not in skipped]
-    return [readable[number] for number in fit.head.examples.ids.tolist()]
-
-
 def reencode(
     head: Head,
     encoder: Encoder,
@@ -42,14 +35,11 @@ def reencode(
 
     Classes, texts, the images' ids and thumbnails, method and parameters stay. The reducer is fitted again.
     """
-    examples = head.examples
-    labels = np.searchsorted(np.array(head.uids), examples.class_ids)
-    views, names = replace(views, thumbnail=0), head.class_names
+    labels, views = np.searchsorted(np.array(head.uids), head.examples.class_ids), replace(views, thumbnail=0)
     with bar("encode with the chosen engine", len(images) + len(unknown_images), shown=shown) as step:
-        encoded, unknown, _ = encode_with_unknown(
-            encoder, images, labels, unknown_images, views, names=names, step=step
-        )
-    examples = replace(examples, embeddings=encoded.embeddings, queries=encoded.queries)
+        options: dict[str, Any] = {"names": head.class_names, "step": step}
+        encoded, unknown, _ = encode_with_unknown(encoder, images, labels, unknown_images, views, **options)
+    examples = replace(head.examples, embeddings=encoded.embeddings, queries=encoded.queries)
     config = head.config.fitted(examples.as_support(head.uids, head.text, head.tau))
     return replace(head, examples=examples, config=config, version=version, unknown_images=unknown).compiled()
 
@@ -68,11 +58,9 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
         known = [i for i, label in enumerate(labels) if label in present]
         images, labels = [images[i] for i in known], [labels[i] for i in known]
     classes = fit.read_labels(images, labels)
-    # Stored queries are single views, which are cheaper than those of keys.
-    stored = examples.embeddings if examples.queries is None else examples.queries
-    views = replace(fit.views, thumbnail=0)
-    if examples.queries is not None:
-        views = replace(views, views=1, single=False)
+    stored, views = examples.embeddings, replace(fit.views, thumbnail=0)
+    if examples.queries is not None:  # single views, which are cheaper than those of keys
+        stored, views = examples.queries, replace(views, views=1, single=False)
     with bar("find the support images", len(images), shown=shown) as step:
         encoder = fit.clip.encoder_for(adapted=True)
         encoded, _ = encode_images(encoder, images, classes, views, names=head.class_names, step=step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,21 +37,6 @@ def evaluate_images(
     head, listed = fit.head.one_label("evaluate", "score gives the mean average precision"), as_image_list(images)
     class_ids = fit.read_labels(listed, labels)
     others = [] if unknown_images is None else as_image_list(unknown_images)
-    with progress("encode", len(listed) + len(others), shown=shown) as advance:
-        return _evaluate(head, reader, listed, class_ids, others, coverage, keep, advance)
-
-
-def _evaluate(
-    head: Head,
-    reader: Reader,
-    images: Sequence[Any],
-    class_ids: np.ndarray,
-    unknown_images: Sequence[Any],
-    coverage: float,
-    keep: float,
-    advance: Callable[[int], None],
-) -> Evaluation:
-    """`class_ids` (B,) are positions of classes."""
     errors: list[BadImageError] = []
 
     def encoded(sources: Sequence[Any]) -> tuple[np.ndarray, list[Any], Embeddings | None]:
@@ -61,24 +46,20 @@ def _evaluate(
         rows = np.flatnonzero([error is None for error in unread])
         return rows, [source if isinstance(source := sources[i], str | Path) else i for i in rows.tolist()], embeddings
 
-    rows, names, known = encoded(images)
-    if known is None:
-        raise IosrFastError(f"expected images to evaluate on, got {len(images)}, none of which can be read")
-    _, others, unknown = encoded(unknown_images) if len(unknown_images) else (rows, [], None)
-    found = _measure_unknown(head, known, unknown, others, keep)
-    return _measure(head, known, class_ids[rows], names, coverage, found, tuple(errors))
+    with progress("encode", len(listed) + len(others), shown=shown) as advance:
+        rows, names, known = encoded(listed)
+        if known is None:
+            raise IosrFastError(f"expected images to evaluate on, got {len(listed)}, none of which can be read")
+        _, other_names, unknown = encoded(others) if len(others) else (rows, [], None)
+    found = _measure_unknown(head, known, unknown, other_names, keep)
+    return _measure(head, known, class_ids[rows], names, coverage, unknown=found, errors=tuple(errors))
 
 
 def _measure(
-    head: Head,
-    embeddings: Embeddings,
-    labels: np.ndarray,
-    images: Sequence[Any],
-    coverage: float,
-    unknown: UnknownResult,
-    errors: tuple[BadImageError, ...],
+    head: Head, embeddings: Embeddings, labels: np.ndarray, images: Sequence[Any], coverage: float, **known: Any
 ) -> Evaluation:
-    """The Evaluation of B images by their embeddings (B, D), the positions of their classes (B,) and their names."""
+    """The Evaluation of B images by their embeddings (B, D), the positions of their classes (B,) and their names; its
+    other fields are `known`."""
     left_out = head.left_out_labels
     reason = _refusal(left_out.odds, coverage)
 
@@ -92,23 +73,21 @@ def _measure(
     odds, confidence, right, log_loss, predicted, sizes, covered = np.concatenate(blocks, axis=1)
     outcome = LeftOutLabels(odds, confidence, right > 0, log_loss, labels, odds)
     wrong = np.flatnonzero(~outcome.right)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist()
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     truths = [(head.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]
+    shares = (math.nan,) * 3 if reason else (float(covered.mean()), float(sizes.mean()), float((sizes == 0).mean()))
     return Evaluation(
-        images,
-        head.class_names,
-        labels,
-        predicted.astype(np.int64),
-        confidence,
-        outcome.reliability,
-        head.left_out_accuracy,
-        _mistakes(head, embeddings[np.array(worst, int)], [images[row] for row in worst], truths),
-        int(near_support(head.support, embeddings.plain).sum()),
-        LabelSets(coverage, reason=reason)
-        if reason
-        else LabelSets(coverage, float(covered.mean()), float(sizes.mean()), float((sizes == 0).mean())),
-        unknown,
-        errors,
+        images=images,
+        classes=head.class_names,
+        labels=labels,
+        predicted=predicted.astype(np.int64),
+        confidence=confidence,
+        reliability=outcome.reliability,
+        expected=head.left_out_accuracy,
+        mistakes=_mistakes(head, embeddings, worst, images, truths),
+        copies=int(near_support(head.support, embeddings.plain).sum()),
+        sets=LabelSets(coverage, *shares, reason),
+        **known,
     )
 
 
@@ -126,22 +105,23 @@ def _measure_unknown(
     if unknown is None:
         return UnknownResult(keep, kept, reason=reason)
     others = model.score(unknown)
-    accepted = np.argsort(others, kind="stable")[: (others <= limit).sum()][:MISTAKES].tolist()
-    mistakes = _mistakes(
-        head, unknown[np.array(accepted, int)], [images[row] for row in accepted], [(None, 0.0)] * len(accepted)
-    )
+    accepted = np.argsort(others, kind="stable")[: (others <= limit).sum()][:MISTAKES]
+    mistakes = _mistakes(head, unknown, accepted, images, [(None, 0.0)] * len(accepted))
     rejected = math.nan if reason else float((others > limit).mean())
     return UnknownResult(keep, kept, len(others), rejected, auroc(others, scores), mistakes, reason)
 
 
 def _mistakes(
-    head: Head, embeddings: Embeddings, images: Sequence[Any], truths: Sequence[tuple[str | None, float]]
+    head: Head,
+    embeddings: Embeddings,
+    rows: np.ndarray,
+    images: Sequence[Any],
+    truths: Sequence[tuple[str | None, float]],
 ) -> tuple[Mistake, ...]:
-    if not images:
-        return ()
+    found = predict(head, embeddings[rows], 1, _NEAREST) if len(rows) else []
     return tuple(
-        Mistake(image, *truth, one.top[0].label, one.top[0].probability, one.nearest)
-        for image, truth, one in zip(images, truths, predict(head, embeddings, 1, _NEAREST), strict=True)
+        Mistake(images[row], *truth, one.top[0].label, one.top[0].probability, one.nearest)
+        for row, truth, one in zip(rows.tolist(), truths, found, strict=True)
     )
 
 

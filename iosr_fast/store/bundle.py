@@ -59,7 +59,7 @@ class Bundle:
         Method and parameters are the fitted ones, so that another fit searches nothing; a stack weighs its parts again.
         """
         assert self.files is not None
-        engine, config, views = self.files.manifest, self.head.config, self.views
+        engine, config, views = self.files.manifest, self.head.config, asdict(self.views)
         return {
             "model": engine["model"],
             "adapter": None if engine["adapter"] is None else "auto",
@@ -68,13 +68,9 @@ class Bundle:
             "method": config.method,
             "reducer": config.reducer_name,
             **({} if config.method in ("stack", "stack++") else config.parameters),
-            "views": views.views,
-            "mirror": views.mirror,
-            "templates": views.templates,
-            "seed": views.seed,
             "key_precision": config.key_precision,
-            "thumbnails": views.thumbnail,
-            "exif_orientation": views.exif_orientation,
+            "thumbnails": views.pop("thumbnail"),
+            **{name: value for name, value in views.items() if name != "single"},
         }
 
 

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
-from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.methods.tuning.stack_weights import describe_shares
-from iosr_fast.store.bundle import KIND, load_bundle
+from iosr_fast.store.bundle import KIND, Bundle, load_bundle
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
-from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
+from iosr_fast.utils.verified_folder import open_verified
 
 
 def describe(folder: str | Path) -> str:
@@ -21,12 +20,16 @@ def describe(folder: str | Path) -> str:
     verified = open_verified(folder, folder_kind(Path(folder)))
     size = sum(file.size for file in verified.files.values())
     lines = [f"{folder}: {verified.kind}, {len(verified.files) + 1} files, {size / 1e6:,.1f} MB"]
-    lines += _engine_lines(verified) if verified.kind == ENGINE_KIND else _classifier_lines(verified)
+    if verified.kind == ENGINE_KIND:
+        lines += _engine_lines(check_engine(verified))
+        verified.check()
+    else:
+        lines += _classifier_lines(load_bundle(verified))
     return "\n".join([*lines, f"digest {verified.digest}"])
 
 
 def folder_kind(folder: Path) -> str:
-    """What the folder says it is; `hold` says what is wrong with it."""
+    """What the folder says it is; `open_verified` says what is wrong with it."""
     try:
         with (folder / MANIFEST).open("rb") as file:
             return ENGINE_KIND if json.loads(file.read(LARGEST_MANIFEST))["kind"] == ENGINE_KIND else KIND
@@ -34,39 +37,25 @@ def folder_kind(folder: Path) -> str:
         return KIND
 
 
-def _classifier_lines(verified: VerifiedFolder) -> list[str]:
-    bundle = load_bundle(verified)
-    head, config = bundle.head, bundle.head.config
-    examples = head.examples
-    parameters = ", ".join(f"{name} {value:.6g}" for name, value in sorted(config.parameters.items()))
-    engine = bundle.files
+def _classifier_lines(bundle: Bundle) -> list[str]:
+    head, config, examples, engine = bundle.head, bundle.head.config, bundle.head.examples, bundle.files
+    parameters = "".join(f", {name} {value:.6g}" for name, value in sorted(config.parameters.items()))
+    shares = {} if head.tuned is None else head.tuned.shares
     assert engine is not None
     return [
         f"classes {len(head.uids):,}, images {len(examples):,}, "
         f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {head.version}"
         + ("" if head.unknown_images is None else f", unknown images {len(head.unknown_images):,}"),
-        f"method {config.method}, reducer {config.reducer_name}{', ' if parameters else ''}{parameters}, "
-        f"keys in {config.key_precision}",
-        *_evidence(head),
-        *_facts(check_engine(engine)),
+        f"method {config.method}, reducer {config.reducer_name}{parameters}, keys in {config.key_precision}",
+        head.summary(),
+        *([f"shares of the logits: {describe_shares(shares)}"] if shares else []),
+        *_engine_lines(check_engine(engine)),
         f"text encoder {'none' if bundle.text is None else 'included'}",
         *([] if bundle.engine_choice is None else bundle.engine_choice.lines()),
     ]
 
 
-def _evidence(head: AnyHead) -> list[str]:
-    tuned = head.tuned
-    shares = [f"shares of the logits: {describe_shares(tuned.shares)}"] if tuned is not None and tuned.shares else []
-    return [head.summary(), *shares]
-
-
-def _engine_lines(verified: VerifiedFolder) -> list[str]:
-    facts = check_engine(verified)
-    verified.check()
-    return _facts(facts)
-
-
-def _facts(engine: EngineManifest) -> list[str]:
+def _engine_lines(engine: EngineManifest) -> list[str]:
     plans = f", plans {', '.join(sorted(engine.plans))}" if engine.plans else ""
     changes = engine.geometry.changes()
     resized = f" ({', '.join(f'{name} {value}' for name, value in changes.items())})" if changes else ""

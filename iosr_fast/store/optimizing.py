@@ -62,9 +62,10 @@ def choose_engine(
 def with_fastest_engine(fit: Fit, inputs: FitInputs, runtime: str) -> Fit:
     """A new fit on its fastest engine, of one runtime or of any ("auto")."""
     from iosr_fast.head.optimize import OptimizeOptions, optimize
-    from iosr_fast.head.reencode import support_sources
 
     options = OptimizeOptions(runtime=runtime, progress=inputs.progress)
-    skipped = {error.position for error in fit.skipped}
-    unknown = [image for i, image in enumerate(inputs.unknown_images, len(inputs.images)) if i not in skipped]
-    return optimize(fit, support_sources(fit, inputs.images), options, fit.head.version, unknown)
+    skipped, ids = {error.position for error in fit.skipped}, fit.head.examples.ids
+    given = enumerate([*inputs.images, *inputs.unknown_images])
+    readable = [image for position, image in given if position not in skipped]  # the support images first
+    sources, unknown = [readable[number] for number in ids.tolist()], readable[len(ids) :]
+    return optimize(fit, sources, options, fit.head.version, unknown)

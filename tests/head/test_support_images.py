@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -75,16 +74,14 @@ def test_a_key_depends_on_pixels_and_seed_alone(views: int) -> None:
         for i in order[len(order) - late :]:
             classifier.add_examples(names[labels[i]], encode(images[i]))
         kept = classifier.snapshot().examples
-        rows = [kept.embeddings.plain, kept.embeddings.adapted]
-        rows += [] if kept.queries is None else [kept.queries.plain, kept.queries.adapted]
+        parts = [kept.embeddings] if kept.queries is None else [kept.embeddings, kept.queries]
+        rows = [row for part in parts for row in (part.plain, part.adapted)]
         return {picture: [row[j].tobytes() for row in rows] for j, picture in enumerate(kept.pictures) if picture}
 
-    rng = np.random.default_rng(2)
     expected = by_picture(np.arange(20))
-    assert len(expected) == 20 and len(expected[next(iter(expected))]) == (2 if views == 1 else 4)
-    assert by_picture(rng.permutation(20)) == expected
-    late = np.concatenate([order for c in range(4) for order in [np.flatnonzero(labels == c)[:3]]])
-    assert by_picture(np.concatenate([late, np.setdiff1d(np.arange(20), late)]), late=8) == expected
+    assert len(expected) == 20 and len(next(iter(expected.values()))) == (2 if views == 1 else 4)
+    by_shot = np.arange(20).reshape(4, 5).T.ravel()  # an image of each class first
+    assert by_picture(by_shot[::-1]) == by_picture(by_shot, late=8) == expected
     assert (by_picture(np.arange(20), seed=1) == expected) == (views == 1)
 
 
@@ -120,46 +117,26 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 17, 3), dtype=np.uint8))
 
 
-def forms(folder: Path) -> dict[str, Any]:
-    """One picture in every form that an image may come in."""
+def test_one_picture_under_two_labels_is_refused_and_copies_in_a_class_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     image, out = picture(0), io.BytesIO()
-    image.save(folder / "a.png")
-    shutil.copy(folder / "a.png", folder / "copy.png")
-    (folder / "link.png").symlink_to(folder / "a.png")
-    image.save(folder / "again.bmp")
-    image.save(folder / "again.png", compress_level=1)
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "again.bmp")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
     image.save(out, "TIFF")
-    return {
-        "the same path": folder / "a.png",
-        "text": str(folder / "a.png"),
-        "a copy": folder / "copy.png",
-        "a link": folder / "link.png",
-        "another format": folder / "again.bmp",
-        "saved again": folder / "again.png",
-        "bytes": out.getvalue(),
-        "PIL": image,
-        "array": np.asarray(image),
-    }
-
-
-def test_one_picture_under_two_labels_is_refused(tmp_path: Path) -> None:
-    for kind, same in forms(tmp_path).items():
-        images = [tmp_path / "a.png", picture(1), same]
+    files = [tmp_path / "a.png", str(tmp_path / "a.png"), tmp_path / "link.png", tmp_path / "again.bmp"]
+    forms = [*files, out.getvalue(), image, np.asarray(image)]  # one picture in every form that an image may come in
+    for same in forms:
         with pytest.raises(
             ValueError, match=r"the same picture under two: .*a\.png \('cat'\) and .* \('dog'\)"
         ) as error:
-            encoded(images, [0, 0, 1])
-        named = str(same) if isinstance(same, str | Path) else "number 2"
-        assert named in str(error.value), kind
-    images = [picture(i % 7) for i in range(14)]
+            encoded([tmp_path / "a.png", picture(1), same], [0, 0, 1])
+        assert (str(same) if isinstance(same, str | Path) else "number 2") in str(error.value)
     with pytest.raises(ValueError, match=r"number 4 .* and number 11 \('dog'\); and 2 more"):
-        encoded(images, np.arange(14) // 7)
-
-
-def test_copies_within_a_class_are_warned_of_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images = [*forms(tmp_path).values(), picture(1)]
+        encoded([picture(i % 7) for i in range(14)], np.arange(14) // 7)
     with caplog.at_level(logging.WARNING, "iosr_fast.head.support_images"):
-        assert len(encoded(images, np.zeros(10, int))) == 10
-    assert "8 of 10 pictures are copies of another of their class" in caplog.text and "a.png" in caplog.text
-    turned = np.asarray(picture(0)).reshape(17, 12, 3)  # the same bytes in another shape are another picture
-    assert encoded([picture(0), turned], [0, 1]).class_ids.tolist() == [0, 1]
+        assert len(encoded([*forms, picture(1)], np.zeros(8, int))) == 8
+    assert "6 of 8 pictures are copies of another of their class" in caplog.text and "a.png" in caplog.text
+    turned = np.asarray(image).reshape(17, 12, 3)  # the same bytes in another shape are another picture
+    assert encoded([image, turned], [0, 1]).class_ids.tolist() == [0, 1]

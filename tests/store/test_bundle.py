@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +15,8 @@ from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.store.changes import remove_class
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.verified_folder import VerifiedFolder
-from tests import ROOT
 from tests.store.live_parts import engine_folder, pictures, small_classifier
 from tests.store.manifests import rewrite_manifest
-
-# Saves two classifiers in turn into one folder, until it is killed.
-SAVING = """
-import os, random, signal, sys, time
-from pathlib import Path
-from iosr_fast.store.bundle import load_bundle
-from iosr_fast.store.head_files import fingerprint
-from tests.store.live_parts import engine_folder, small_classifier
-
-folder = Path(sys.argv[1])
-engine = engine_folder(folder / "engine")
-one, other = small_classifier(engine), small_classifier(engine, seed=1)
-known = {fingerprint(made.snapshot()): name for name, made in (("one", one), ("other", other))}
-one.save(folder / "bundle")
-began = time.perf_counter()
-one.save(folder / "bundle")
-took = time.perf_counter() - began
-draw, seen, during = random.Random(0), [], 0
-for kill in range(int(sys.argv[2])):
-    child = os.fork()
-    if child == 0:
-        while True:
-            other.save(folder / "bundle")
-            one.save(folder / "bundle")
-    time.sleep(draw.uniform(0, 6 * took))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    during += any(path.name.startswith(".bundle.") for path in folder.iterdir())
-    seen.append(known[fingerprint(load_bundle(folder / "bundle").head)])
-    for path in folder.iterdir():
-        if path.name.startswith(".bundle."):
-            os.system(f"rm -r {path}")
-print(len(seen), seen.count("one"), seen.count("other"), during)
-"""
 
 
 @pytest.fixture
@@ -93,35 +56,6 @@ def test_a_plain_cache_is_stored_once(engine: Path, tmp_path: Path) -> None:
     assert set(manifest["files"]) == {"support.safetensors", "engine/encoder.onnx", "engine/manifest.json"}
     assert manifest["plan"]["keys"] == "support" and manifest["text"] is None
     assert load_bundle(tmp_path / "bundle").head.examples.pictures == (None,) * 15
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9 on Windows")
-def test_kill_9_while_saving(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", SAVING, str(tmp_path), "40"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    loads, one, other, during = map(int, done.stdout.split())
-    # Both versions were met, and most kills came in the middle of a save: else the test would say nothing.
-    assert loads == 40 and min(one, other) > 2 and during > 12
-
-
-def test_a_folder_that_is_replaced_while_it_is_read(engine: Path, tmp_path: Path, monkeypatch) -> None:
-    one, other = small_classifier(engine), small_classifier(engine, seed=1)
-    one.save(tmp_path / "bundle")
-    read, files = VerifiedFolder.read, []
-
-    def replaced_meanwhile(self: VerifiedFolder, name: str) -> bytes:
-        if self.folder == tmp_path / "bundle":
-            files.append(name)
-            other.save(tmp_path / "bundle")
-        return read(self, name)
-
-    monkeypatch.setattr(VerifiedFolder, "read", replaced_meanwhile)
-    assert fingerprint(load_bundle(tmp_path / "bundle").head) == fingerprint(one.snapshot())
-    assert files == ["engine/manifest.json", "support.safetensors", "pictures.safetensors"]
-    monkeypatch.undo()
-    assert fingerprint(load_bundle(tmp_path / "bundle").head) == fingerprint(other.snapshot())
 
 
 def test_every_damaged_byte_is_found_and_its_file_named(engine: Path, tmp_path: Path) -> None:
