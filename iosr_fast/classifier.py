@@ -23,22 +23,19 @@ from iosr_fast.head.predictions import Prediction
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.support_audit import SupportAudit
-from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.tune import TUNE_SECONDS
 from iosr_fast.methods.tuning.tuned import Tuned
-from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown
+from iosr_fast.methods.unknown import KEEP, check_unknown
 from iosr_fast.pipeline.evaluate import evaluate_images
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
 from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
-from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.store import optimizing, saving, updates
 from iosr_fast.store.changes import ChangeResult
-from iosr_fast.store.store import Store
+from iosr_fast.store.store import FittedAttribute, Store
 from iosr_fast.utils.estimator import Estimator
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
@@ -52,7 +49,7 @@ class Classifier(Estimator):
     It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of
     threads may classify meanwhile, and each call sees exactly one version. Images are paths, encoded bytes, PIL images,
     uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a sequence, a pandas Series or an array of them
-    (iosr_fast.images.pixels has the rules by which they become RGB). All methods raise BadImageError for an image that
+    (iosr_fast.images.pixels has the rules by which they become RGB). Methods raise BadImageError for an image that
     can't be read, and NotFittedError before a fit.
 
     Parameters
@@ -66,31 +63,26 @@ class Classifier(Estimator):
     runtime : str, default="auto"
         "onnxruntime", "openvino", "torch", "tensorrt" or "tensorrt_rtx".
     precision : {"auto", "fp32", "fp16", "bf16", "int8", "fp8"}, default="fp32"
-        Precision of the image encoder. "auto" fits in fp32, then changes to the fastest engine that keeps the accuracy
-        (`optimize`). It costs seconds and a second encoding, which cross-validation would pay for each fold.
+        Of the image encoder. "auto" fits in fp32, then changes to the fastest engine that keeps the accuracy
+        (`optimize`): seconds and a second encoding, which cross-validation would pay for each fold.
     engine : str or Path, default=None
         A folder of `iosr-fast build-engine`. None builds an engine once and keeps it in the user's cache folder.
     method : str, default="auto"
         The method: a name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" is the stack, with
         weights by leave-one-out on the support images.
     reducer : str, default=None
-        "none", "centre", "pca" or "pca:64", applied before images are compared. None is "none". "auto" and "stack"
-        take none.
+        "none", "centre", "pca" or "pca:64", applied before images are compared. None is "none", as "auto" needs it.
     tune : str, default=None
         "loo" searches the method's parameters, "none" takes its defaults. None: "loo" unless a parameter is given.
     tune_seconds : float, default=20
-        Budget of the search of "auto" and "stack" on one core, in seconds; counted in operations, so that the same
-        images give the same choice everywhere.
+        Budget of a search on one core, in seconds; counted in operations, so that the same images give the same choice.
     alpha, beta, gamma, ridge : float, default=None
         Parameters of the method, as far as it has them. None: searched, or the method's default.
     key_precision : {"fp32", "fp16", "bf16", "int8"}, default="fp32"
         How the keys are stored for scoring.
-    views : int, default=1
-        The support images. 1: the key of one is its embedding. More: the mean of that many random views.
-    mirror : bool, default=True
-        Whether half of the views are mirrored. Use False where left and right matter.
-    seed : int, default=0
-        Seed of the views. A view depends on the pixels of its image and the seed, not on the order of images.
+    views, mirror, seed : int, default=1; bool, default=True; int, default=0
+        The support images: the key of one is the mean embedding of so many random views, half of them mirrored (False
+        where left and right matter), which depend on its pixels and the seed; with 1, of the image as it is.
     templates : sequence of str, default=None
         Prompts with {} for the class name. None: those of the CLIP.
     class_names : sequence of str, default=None
@@ -110,7 +102,7 @@ class Classifier(Estimator):
     classes_ : array of shape (C,)
         Class names, in the order of `class_names` or sorted; integers (int64) if the labels were integers.
     plan_, support_
-        The ScoringPlan that is executed; the SupportSet of embeddings of the support images and class names.
+        The ScoringPlan that is executed; the SupportSet (or MultiLabelSet) of images and class names.
     method_, reducer_, key_precision_, parameters_
         The choices made or given.
     tuned_ : Tuned or None
@@ -118,26 +110,21 @@ class Classifier(Estimator):
     unknown_ : Unknown
         How pictures of no class are recognised; `unknown_.promise()` says in words what can be promised.
     multi_label_ : MultiLabelHead or None
-        After a fit with several labels a picture, `labels` (N, C) bool of the support images and `thresholds` (C,).
-    skipped_ : list of str
-        The unreadable images that `skip_bad` left out.
-    engine_choice_ : EngineChoice or None
-        The engines that were tried, what was measured of each, and why it was not chosen.
-    encoder, engine_, exif_orientation_
-        The image encoder of queries and its folder; whether images are turned upright, as at the fit.
-    version : int
-        Rises by one with every change.
+        After a fit with several labels a picture: `labels` (N, C) bool of the support images and `thresholds` (C,).
+    encoder, engine_, engine_choice_
+        The image encoder of queries, its folder, and the engines that were tried (EngineChoice) or None.
+    skipped_, exif_orientation_, version
+        Unreadable images that `skip_bad` left out; whether images are turned upright; a number that rises with changes.
 
     Notes
     -----
     The constructor stores its parameters; `fit` checks them and opens the CLIP, which needs the extra `cpu` or `gpu`.
-    Classifiers of one process share a CLIP; beside those in use, only the one opened last stays in memory. A saved
-    classifier needs no torch. After `set_params`, a fitted classifier predicts as before until the next `fit`. `tune`
-    is also a method; the parameter is read by `get_params()["tune"]`.
+    Classifiers of one process share a CLIP. A saved classifier needs no torch. After `set_params`, a fitted classifier
+    predicts as before until the next `fit`. `tune` is also a method; `get_params()["tune"]` has the parameter.
 
-    A change waits for others, and costs one compilation of the method on the stored embeddings; images are encoded and
-    texts embedded before that. Method, parameters and reducer stay until `retune`. What left-out support images answer
-    (`unknown_score`, `predict_sets`, `calibration`, `audit`) is computed at its first use after a change.
+    A change waits for others, and costs one compilation of the method on the stored embeddings. Method, parameters and
+    reducer stay until `retune`. What left-out support images answer (`unknown_score`, `predict_sets`, `calibration`,
+    `audit`) is computed at its first use after a change.
 
     Sources: CLIP (Radford et al., ICML 2021); the adapter (Kravets & Namboodiri, BMVC 2024); `iosr_fast.methods` names
     the paper of each method.
@@ -149,10 +136,8 @@ class Classifier(Estimator):
     >>> pictures = load_pictures("held-out", min_styles=5)
     >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
     >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
-    >>> classifier
-    Classifier(model='demo', method='tip-adapter++', alpha=100, beta=20)
-    >>> classifier.predict(images[:1]).tolist() == labels[:1]
-    True
+    >>> classifier, classifier.predict(images[:1]).tolist() == labels[:1]
+    (Classifier(model='demo', method='tip-adapter++', alpha=100, beta=20), True)
     >>> [best] = classifier.explain(images[0])  # what texts and what images contribute to the logit
     >>> best.label == labels[0] and abs(best.logit - best.zero_shot - best.cache) < 1e-3
     True
@@ -212,7 +197,21 @@ class Classifier(Estimator):
         self.skip_bad, self.progress = skip_bad, progress
         self._own: tuple[dict[str, Any], OpenedClip] | None = None
 
-    # The fit and its heads
+    classes_ = FittedAttribute(lambda fit: fit.labels())
+    plan_ = FittedAttribute(lambda fit: fit.head.plan)
+    support_ = FittedAttribute(lambda fit: fit.head.support)
+    multi_label_ = FittedAttribute(lambda fit: fit.head if isinstance(fit.head, MultiLabelHead) else None)
+    method_ = FittedAttribute(lambda fit: fit.head.config.method)
+    reducer_ = FittedAttribute(lambda fit: fit.head.config.reducer_name)
+    parameters_ = FittedAttribute(lambda fit: dict(fit.head.config.parameters))
+    key_precision_ = FittedAttribute(lambda fit: fit.head.config.key_precision)
+    tuned_ = FittedAttribute(lambda fit: fit.head.tuned)
+    unknown_ = FittedAttribute(lambda fit: fit.head.one_label("unknown_").unknown)
+    skipped_ = FittedAttribute(lambda fit: [error.where for error in fit.skipped])
+    engine_ = FittedAttribute(lambda fit: fit.clip.engine)
+    engine_choice_ = FittedAttribute(lambda fit: fit.engine_choice)
+    exif_orientation_ = FittedAttribute(lambda fit: fit.views.exif_orientation)
+    version = FittedAttribute(lambda fit: fit.head.version)
 
     @property
     def _fit(self) -> Fit | None:  # which a copy shares (Estimator)
@@ -233,36 +232,29 @@ class Classifier(Estimator):
         """Encode the support images and class names, and compile the method.
 
         `labels` are class names, or integers into `class_names`, which are then required, here or as a parameter,
-        because CLIP reads names: `classes_`, `predict` and `score` then speak in integers, too. A class keeps its
-        integer whatever classes are added or removed, and a new one gets the next; `explain` and `predict_folder` give
-        names. For "zero-shot" images may be left out. Copies of a picture within a class are warned of.
+        because CLIP reads names: `classes_`, `predict` and `score` then speak in integers, too, and a class keeps its
+        integer through changes. Where pictures may have several labels each, `labels` are sets (or lists, or tuples) of
+        class names, of which some may be empty, or an indicator (N, C) of 0 and 1: each class is then judged by itself
+        (methods.multi_label.fit_multi_label), and classes and examples stay as they are. For "zero-shot" images may be
+        left out. `unknown_images` are pictures of none of the classes, if you have any: they sharpen `unknown_score`,
+        which needs none, and change no label.
 
-        Where pictures may have several labels each, `labels` are sets (or lists, or tuples) of class names, of which
-        some may be empty, or an indicator (N, C) of 0 and 1 with `class_names`. Each class is then judged by itself
-        (methods.multi_label.fit_multi_label); `predict` answers in the form of `labels`, and classes and examples stay
-        as they are until the next fit.
-
-        `unknown_images` are pictures of none of the classes, if you have any, like those that will come: they sharpen
-        `unknown_score`, which needs none, and change no label. Their embeddings are kept with the classifier.
-
-        Raises IosrFastError before a CLIP is opened for what is wrong with parameters, labels and class names
-        (head.fit.check_fit); before anything is encoded for a CLIP, engine, adapter or runtime that don't fit; for
-        unreadable images, and for one picture (its pixels, whatever the file) under two labels. OSError for missing
-        files and failed downloads, ImportError for a missing package. The classifier is then as it was.
+        Raises IosrFastError before a CLIP is opened for wrong parameters, labels and class names (head.fit.check_fit);
+        before anything is encoded for a CLIP, engine, adapter or runtime that don't fit; for unreadable images, and for
+        one picture (its pixels, whatever the file) under two labels. OSError for missing files and failed downloads,
+        ImportError for a missing package. The classifier is then as it was.
         """
         names = self.class_names if class_names is None else class_names
         inputs = check_fit(self.get_params(), images, labels, names, unknown_images)
         fitted = fit(self._open(), inputs)
-        self._store.replace(
-            optimizing.with_fastest_engine(fitted, inputs, self.runtime) if inputs.choose_engine else fitted
-        )
+        best = optimizing.with_fastest_engine(fitted, inputs, self.runtime) if inputs.choose_engine else fitted
+        self._store.replace(best)
         return self
 
     def fit_folder(self, folder: str | Path, *more: str | Path, unknown_images: str | Path | None = None) -> Self:
         """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces), or
-        on a CSV file of path and label, or on several of both (labelled_images). With the column `labels` in place of
-        `label` pictures may have several, joined by ";", or none. All images in the folder `unknown_images` and below
-        belong to none of the classes."""
+        on a CSV file of path and label (or labels, joined by ";"), or on several of both (labelled_images). All images
+        in the folder `unknown_images` and below belong to none of the classes."""
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
         return self.fit(*labelled_images(folder, *more), unknown_images=unknown)
 
@@ -291,68 +283,6 @@ class Classifier(Estimator):
         """The current head, which never changes: all predictions of it are of one version."""
         return self._store.fitted().head
 
-    @property
-    def classes_(self) -> np.ndarray:
-        return self._store.fitted().labels()
-
-    @property
-    def plan_(self) -> ScoringPlan:
-        return self.snapshot().plan
-
-    @property
-    def support_(self) -> SupportSet | MultiLabelSet:
-        return self.snapshot().support
-
-    @property
-    def multi_label_(self) -> MultiLabelHead | None:
-        head = self.snapshot()
-        return head if isinstance(head, MultiLabelHead) else None
-
-    @property
-    def method_(self) -> str:
-        return self.snapshot().config.method
-
-    @property
-    def reducer_(self) -> str:
-        return self.snapshot().config.reducer_name
-
-    @property
-    def parameters_(self) -> dict[str, float]:
-        return dict(self.snapshot().config.parameters)
-
-    @property
-    def key_precision_(self) -> Precision:
-        return self.snapshot().config.key_precision
-
-    @property
-    def tuned_(self) -> Tuned | None:
-        return self.snapshot().tuned
-
-    @property
-    def skipped_(self) -> list[str]:
-        return [error.where for error in self._store.fitted().skipped]
-
-    @property
-    def engine_(self) -> Path:
-        return self._store.fitted().clip.engine
-
-    @property
-    def engine_choice_(self) -> EngineChoice | None:
-        return self._store.fitted().engine_choice
-
-    @property
-    def exif_orientation_(self) -> bool:
-        return self._store.fitted().views.exif_orientation
-
-    @property
-    def unknown_(self) -> Unknown:
-        """How pictures of no class are recognised; `unknown_.promise()` says in words what can be promised."""
-        return self.snapshot().one_label("unknown_").unknown
-
-    @property
-    def version(self) -> int:
-        return self.snapshot().version
-
     def classes(self) -> list[ClassInfo]:
         """The classes in their order, each with its id and the number of its examples."""
         return self.snapshot().classes()
@@ -366,8 +296,6 @@ class Classifier(Estimator):
         """An example's thumbnail, WebP; None where none was stored. Raises ValueError for an unknown id."""
         return self.snapshot().picture(name_or_id)
 
-    # Answers
-
     def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
         """Logits (B, C) float32; of two classes (B,), the second one's logit minus the first one's. With several labels
         a picture always (B, C), each class by itself."""
@@ -375,15 +303,10 @@ class Classifier(Estimator):
         return fit.head.decision(fit.logits(images, impl))
 
     def predict(
-        self,
-        images: Any,
-        unknown: Literal["reject"] | None = None,
-        unknown_label: str | None = None,
-        keep: float = KEEP,
+        self, images: Any, unknown: Literal["reject"] | None = None, unknown_label: Any = None, keep: float = KEEP
     ) -> np.ndarray:
         """The labels (B,) out of `classes_`. With several labels a picture a frozenset of labels for each, (B,) of
-        dtype object, or an indicator (B, C) of int64 if the labels of `fit` were one: a label is in where its
-        probability reaches the threshold of its class.
+        dtype object, or an indicator (B, C) of int64 if the labels of `fit` were one.
 
         unknown="reject" gives None, or `unknown_label`, for pictures that belong to none of the classes, as far as
         `unknown_score` tells: a share `keep` of the pictures that do belong to one keeps its label. Raises
@@ -401,19 +324,14 @@ class Classifier(Estimator):
         return fit.head.probabilities(fit.logits(images))
 
     def predict_jointly(self, images: Any) -> JointPrediction:
-        """Probabilities (B, C) of images that are classified together: means and covariance of the classes are
-        estimated on support images and these images (methods.joint.predict_jointly), which gains most with few shots
-        and many images. The result's `labels` are out of `classes_`. If left-out support images say that it harms, or
-        none can be left out, the probabilities are those of `predict_proba` and the result's `refused` says why."""
+        """Probabilities (B, C) of images that are classified together, by means and covariance of these and the support
+        images (methods.joint.predict_jointly), which gains most with few shots and many images. If left-out support
+        images say that it harms, the result's `refused` says why, and the probabilities are those of `predict_proba`.
+        """
         return self._store.fitted().predict_jointly(images)
 
     def explain(
-        self,
-        images: Any,
-        top: int = 5,
-        nearest: int = 0,
-        unknown: Literal["reject"] | None = None,
-        keep: float = KEEP,
+        self, images: Any, top: int = 5, nearest: int = 0, unknown: Literal["reject"] | None = None, keep: float = KEEP
     ) -> list[Prediction]:
         """A Prediction for each image: label and probability, the `top` classes with what texts, examples and their
         adapted embeddings contribute to each, and the `nearest` support images. With unknown="reject" and `keep` as in
@@ -436,15 +354,13 @@ class Classifier(Estimator):
 
     def predict_sets(self, images: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
         """For each image the labels that it may have, the most likely first: a share `coverage` of the sets has the
-        image's label (conformal prediction by left-out support images, methods.conformal). A set is empty where no
-        label is likely enough. With `per_class` the share holds for the images of each class (Mondrian conformal
-        prediction). Raises IosrFastError where there are too few support images for that promise: 0.9 takes 9 that can
-        be left out, with `per_class` 9 of each class."""
+        image's label (conformal prediction by left-out support images, methods.conformal), with `per_class` for the
+        images of each class. A set is empty where no label is likely enough. Raises IosrFastError where there are too
+        few support images for that promise: 0.9 takes 9 that can be left out, with `per_class` 9 of each class."""
         return self._store.fitted().predict_sets(images, coverage, per_class)
 
     def calibration(self) -> Reliability:
-        """How right the probabilities of left-out support images are, by bins of the probability, with the expected
-        calibration error; print it for a table."""
+        """How right the probabilities of left-out support images are, by bins of the probability; print it."""
         return self.snapshot().one_label("calibration").left_out_labels.reliability
 
     def audit(self) -> SupportAudit:
@@ -452,8 +368,6 @@ class Classifier(Estimator):
         with the label that they should have, near duplicates, classes that are confused or have too few or too alike
         images, and what twice as many would bring. Images are named by their ids. Rules: methods.support_audit."""
         return self._store.fitted().audit()
-
-    # Many images: decoded while others are encoded
 
     def predict_folder(
         self,
@@ -469,15 +383,12 @@ class Classifier(Estimator):
     ) -> FolderPredictions:
         """Classify all images in a folder and below, in the order of their paths: paths, labels, probabilities, errors.
 
-        Few images are in memory at a time, and what the folder holds beside them is counted in a warning. A JPEG 6
-        times larger than the encoder's pictures is decoded at a fraction of its size, which changes its pixels by about
-        1 level or less on average, and a label that was as good as tied; the `decoder` "cpu-exact" gives the pixels of
-        `predict`. `batch` images are encoded at a time (None: 16 on a CPU, 64 on a GPU); `threads` are the cores to use
-        on a CPU (None: all).
-
-        `joint` classifies all pictures together, as `predict_jointly` does, once all are encoded. unknown="reject"
-        gives `unknown_label` to pictures of none of the classes, with `keep` as for `predict`; with `joint` they are
-        left out before the others are classified together.
+        Few images are in memory at a time. A JPEG 6 times larger than the encoder's pictures is decoded at a fraction
+        of its size, which changes its pixels by about 1 level or less on average, and a label that was as good as tied;
+        the `decoder` "cpu-exact" gives the pixels of `predict`. `batch` images are encoded at a time (None: 16 on a
+        CPU, 64 on a GPU); `threads` are the cores to use on a CPU (None: all). `joint` classifies all pictures
+        together, as `predict_jointly` does. unknown="reject" gives `unknown_label` to pictures of none of the classes,
+        with `keep` as for `predict`; with `joint` they are left out before the others are classified together.
 
         Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`,
         IosrFastError for an unknown decoder, numbers below 1, a class named `unknown_label` or too few support images
@@ -496,7 +407,7 @@ class Classifier(Estimator):
         decoder: str = "cpu",
     ) -> FolderSuggestions:
         """The n images of a folder and below to label next: diverse, and uncertain for this classifier, those that look
-        like a class of their own first (methods.suggest). Before a fit, diverse alone. Options and errors as for
+        like a class of their own first (methods.suggest); before a fit, diverse alone. Options and errors as for
         `predict_folder`; IosrFastError for n below 1 and for a folder without a readable image."""
         head = None if self._fit is None else self._fit.head.one_label("suggest")
         return suggest_from_folder(head, self._reader(batch, skip_bad, threads, decoder), folder, n)
@@ -514,13 +425,12 @@ class Classifier(Estimator):
         decoder: str = "cpu",
     ) -> Evaluation:
         """Measure the classifier on labelled images that are not its support images: accuracy with its interval, each
-        class, confusions, log-loss and calibration, the most probable mistakes with their nearest support images, and
-        what the promises of `predict_sets` (`coverage`) and of `predict(unknown="reject")` (`keep`) are worth. Print
-        the result's `summary()`.
+        class, confusions, calibration, the most probable mistakes, and what the promises of `predict_sets` (`coverage`)
+        and of `predict(unknown="reject")` (`keep`) are worth. Print the result's `summary()`.
 
         Labels are those of `score`; `unknown_images` belong to none of the classes. `skip_bad` lists unreadable images
-        in `errors` and counts them nowhere; other options and errors as for `predict_folder`. Raises IosrFastError,
-        before an image is read, for labels without a class and without images.
+        in `errors`; other options and errors as for `predict_folder`. Raises IosrFastError, before an image is read,
+        for labels without a class and without images.
         """
         fit, reader = self._store.fitted(), self._reader(batch, skip_bad, threads, decoder)
         return evaluate_images(fit, reader, images, labels, unknown_images, coverage, keep, bool(self.progress))
@@ -532,8 +442,6 @@ class Classifier(Estimator):
         upright = self.exif_orientation if fit is None else fit.views.exif_orientation
         encoder, options = (clip if fit is None else fit).encoder, (batch, skip_bad, threads, decoder)
         return Reader.of(encoder, clip.engine, upright, *options)
-
-    # Changes
 
     def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> ChangeResult:
         """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is the
@@ -562,11 +470,7 @@ class Classifier(Estimator):
         return updates.rename_class(self._store, name_or_id, name, text, keep_text)
 
     def tune(
-        self,
-        images: Any = None,
-        labels: Sequence[Any] | np.ndarray | None = None,
-        method: str | None = None,
-        reducer: str | None = None,
+        self, images: Any = None, labels: Any = None, method: str | None = None, reducer: str | None = None
     ) -> Tuned:
         """Choose the parameters again: on labelled validation images, or by leave-one-out without any. `method`
         defaults to the fitted one; "auto" as at a fit. `labels` as for `score`. Returns the choice and its reasons
@@ -608,29 +512,24 @@ class Classifier(Estimator):
     ) -> EngineChoice:
         """Choose the fastest engine that this machine can run and that keeps the accuracy; encode the examples with it.
 
-        `images` and `labels` are those of the fit, in any order, and of later changes; images that are no example are
-        left out. Runtimes and precisions are built, calibrated on the images, timed, and judged by the labels of
-        left-out examples; `tolerance` is the loss of accuracy in points that is accepted (engine_choice.rejection has
-        the rule). The `objective` is "latency" (one image), "throughput" (a batch) or "size" (the engine's bytes).
-        `runtime` and `precision` restrict the candidates; `smaller_images` adds engines for smaller images. Returns the
-        table, which is also `engine_choice_` and is saved with the classifier.
+        `images` and `labels` are those of the fit, in any order, and of later changes; others are left out. Engines are
+        built, calibrated on the images, timed, and judged by the labels of left-out examples: `tolerance` is the loss
+        of accuracy in points that is accepted (engine_choice.rejection). The `objective` is "latency" (one image),
+        "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates; `smaller_images`
+        adds engines for such. Some are exported from the CLIP in torch, which a loaded classifier has only where
+        `pretrained` (and `adapter`) name it. A classifier that was fitted with `unknown_images` needs such again.
 
-        A classifier that was fitted with `unknown_images` needs such pictures again, those of the fit or others. Some
-        engines are exported from the CLIP in torch: fp16, on a GPU int8 and fp8, and any other of a classifier that is
-        not in fp32. A loaded classifier has no CLIP, so these are left out unless `pretrained` (and `adapter`) name it.
-        Raises what store.optimizing.choose_engine says.
+        Returns the table, which is also `engine_choice_` and is saved. Errors: store.optimizing.choose_engine.
         """
         options = objective, tolerance, runtime, precision, smaller_images, bool(self.progress)
         return optimizing.choose_engine(self._store, images, labels, options, pretrained, adapter, unknown_images)
-
-    # On the disk
 
     def save(self, folder: str | Path) -> None:
         """Write everything `load` needs to `folder`, engine and text encoder included.
 
         A crash at any moment leaves the earlier content or the complete new one. A CLIP whose text encoder can't
-        be exported is saved without it: classes can then be added with `text=` only. Files are compared with the
-        engine's manifest while they are copied: DamagedFileError for one that was changed, with nothing written.
+        be exported is saved without it: classes can then be added with `text=` only. DamagedFileError for a file that
+        is not as the engine's manifest says, with nothing written.
         """
         saving.save_fit(self._store.fitted(), folder)
 
@@ -647,14 +546,11 @@ class Classifier(Estimator):
         """A fitted classifier from `save`, whatever writers do to the folder meanwhile; needs no torch.
 
         Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
-        the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content: nothing of another one is read.
-        "auto" is the runtime that was chosen by measuring (`engine_choice_`) where this is the same processor.
-        `threads` of the encoders on a CPU; None: one a core. `runs` threads may encode at once (open_engine). Raises
-        FileNotFoundError or ValueError naming what is missing, damaged or foreign, and what open_engine raises.
-
-        `get_params` gives what the bundle knows: no `pretrained`, no file of an adapter, and the fitted method with its
-        parameters, so that a further fit searches nothing (a stack weighs its parts again). `fit` and clones use the
-        bundle's own encoders, until `set_params` names another CLIP.
+        the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content. The `runtime` "auto" is the one that was
+        chosen by measuring where this is the same processor. `threads` of the encoders on a CPU; None: one a core.
+        `runs` threads may encode at once. Raises FileNotFoundError or ValueError naming what is missing, damaged or
+        foreign, and what open_engine raises. The parameters are those that the bundle knows: not `pretrained`, and the
+        fitted method with its parameters. `fit` uses its encoders, until `set_params` names another CLIP.
         """
         fit, parameters = saving.load_fit(folder, runtime, verify, threads, expected_digest, runs)
         classifier = cls._with_clip(fit.clip, **parameters)

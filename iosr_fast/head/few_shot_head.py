@@ -51,9 +51,9 @@ _BLOCK = 64
 class FewShotHead(ClassifierMixin, BaseEstimator):
     """A few-shot classifier on embeddings, for scikit-learn's pipelines, cross-validation and searches.
 
-    It fits the same methods as `Classifier`, by the same code, on embeddings that exist already: of a CLIP, or of any
-    encoder whose cosines mean similarity. Nothing is trained; `fit` stores the rows as keys, or their means and
-    covariance, and chooses parameters by leave-one-out. For C classes, D channels and N support rows it computes
+    It is the head of a `Classifier` on embeddings that exist already: of a CLIP, or of any encoder whose cosines mean
+    similarity. Nothing is trained; `fit` stores the rows as keys, or their means and covariance, and chooses parameters
+    by leave-one-out. For C classes, D channels and N support rows it computes
 
         logits[b, c] = tau * <x[b], text[c]>
                      + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <r(x[b]), keys[j]>))
@@ -63,22 +63,9 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
 
     Parameters
     ----------
-    method : str, default="auto"
-        A name of `iosr_fast.methods.METHODS`: "stack", "tip-adapter", "gda" and "proker" work without `text`;
-        "zero-shot", "tip-x", "timo" and "ape" need it. A name with "++" compares adapted embeddings and needs
-        `adapted=True`. "auto" is the stack, with weights by leave-one-out on the support rows.
-    reducer : str, default=None
-        "none", "centre", "pca" or "pca:64": moves embeddings so that classes overlap less. None is "none".
-        "auto" and "stack" take none.
-    tune : str, default=None
-        "loo" chooses the parameters of a named method by leave-one-out, "none" takes the defaults. None is "loo" unless
-        a parameter is given.
-    tune_seconds : float, default=20
-        Budget of the search of "auto" and "stack" on one core, in seconds; counted in operations, so that the same rows
-        give the same choice everywhere.
-    alpha, beta, gamma, ridge : float, default=None
-        Parameters of the named method, as far as it has them: the weight of the support rows, the sharpness of a key,
-        a weight of Tip-X, TIMO and APE, and the ridge of ProKeR. Without units. The others take the method's defaults.
+    method, reducer, tune, tune_seconds, alpha, beta, gamma, ridge, key_precision
+        As of Classifier. "stack", "tip-adapter", "gda" and "proker" work without `text`; "zero-shot", "tip-x", "timo"
+        and "ape" need it. A name with "++" compares adapted embeddings and needs `adapted=True`.
     text : array of shape (C, D), default=None
         The text embedding of each class, in the order of `classes_` (sorted labels); scaled to unit length. None leaves
         the text term out.
@@ -86,8 +73,6 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         The CLIP's logit scale, which multiplies cosines between images and texts.
     adapted : bool, default=False
         Whether X is (n, 2 D): the plain embedding and then the adapted one, side by side.
-    key_precision : {"fp32", "fp16", "bf16", "int8"}, default="fp32"
-        How the keys are stored for scoring, if the method has keys.
 
     Attributes
     ----------
@@ -95,18 +80,13 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         The labels, sorted, with the type that they had in y.
     plan_ : ScoringPlan
         What is executed. `iosr_fast.score` executes it too, on NumPy arrays and on tensors.
-    method_, reducer_ : str
-        The method and the reducer that were chosen or given.
-    parameters_ : dict of str to float
-        All parameters of the method.
-    tuned_ : Tuned or None
-        The search that chose them (accuracy, log-loss, number of rows); None if nothing was searched.
+    method_, reducer_, parameters_, tuned_
+        What was chosen or given, and the search that chose it (Tuned); None if nothing was searched.
     multi_label_ : MultiLabelFit or None
         After a fit with several labels: the threshold of each class, and the average precision and log-loss of left-out
         rows.
     unknown_ : Unknown
-        How unknown pictures are told (`methods.unknown.Unknown`): fitted at the first use, `unknown_.promise()` says
-        what can be promised.
+        How unknown pictures are recognised; `unknown_.promise()` says what can be promised.
     n_features_in_ : int
         D, or 2 D with `adapted=True`. `feature_names_in_` exists if X had names for its columns.
 
@@ -125,13 +105,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     Notes
     -----
     The logits of a row do not depend on the other rows of X or on their order. Probabilities are calibrated as those of
-    `Classifier` are: a factor of the logits is fitted by leave-one-out, also for parameters that are given; with
-    tune="none" it is 1. A row of zeros has no direction: `fit` leaves it out, the other methods take its cosines as 0;
-    both warn.
-
-    Sources: Tip-Adapter (Zhang et al., ECCV 2022), Tip-X (Udandarao et al., ICCV 2023), APE (Zhu et al., ICCV 2023),
-    TIMO (Li et al., AAAI 2025), GDA (Wang et al., ICLR 2024), ProKeR (Bendou et al., CVPR 2025), the "++" forms
-    (Kravets & Namboodiri, BMVC 2024).
+    `Classifier` are. A row of zeros has no direction: `fit` leaves it out, the other methods take its cosines as 0;
+    both warn. Sources: `iosr_fast.methods` names the paper of each method.
 
     Examples
     --------
@@ -190,15 +165,13 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         self.key_precision = key_precision
 
     def fit(self, X: Any, y: Any, unknown_images: Any = None) -> FewShotHead:
-        """Compile the method on support rows X, (n, D) or (n, 2 D), any real dtype of NumPy, and their labels y, (n,).
-
-        Any labels that scikit-learn accepts: strings, integers, booleans. The type of X is converted to float32 after
-        the rows have been scaled to unit length in float64. `unknown_images` are rows of pictures that belong to none
-        of the classes, if you have any: they sharpen `unknown_score`, which needs none, and change nothing else.
+        """Compile the method on support rows X, (n, D) or (n, 2 D), of any length and real dtype, and their labels y,
+        (n,): any that scikit-learn accepts.
 
         For rows with any number of labels y are sets (or lists, or tuples) of names, of which some may be empty, or an
         indicator (n, C) of 0 and 1, whose classes are their numbers. Each class is then judged by itself
-        (methods.multi_label.fit_multi_label), and `predict` answers in the form of y.
+        (methods.multi_label.fit_multi_label), and `predict` answers in the form of y. `unknown_images` are rows of
+        pictures that belong to none of the classes, if you have any: they sharpen `unknown_score` alone.
         """
         given = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "ridge")}
         parameters = check_choice(self.method, self.reducer, self.tune, **given)
@@ -273,14 +246,11 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         unknown_label: str | None = None,
         keep: float = KEEP,
     ) -> np.ndarray:
-        """The label of the largest logit, (n,); of equal ones the first.
+        """The label of the largest logit, (n,); of equal ones the first. After a fit with several labels a frozenset of
+        labels for each row, (n,) of dtype object, or an indicator (n, C) of the dtype of y, as y was: a label is in
+        where its probability reaches `multi_label_.thresholds`.
 
-        unknown="reject" gives None, or `unknown_label`, for rows that belong to none of the classes, as far as
-        `unknown_score` tells: a share `keep` of the rows that do belong to one keeps its label. Raises IosrFastError
-        where there are too few support rows for that promise: 0.95 takes 19 that can be left out.
-
-        After a fit with several labels: a frozenset of labels for each row, (n,) of dtype object, or an indicator
-        (n, C) of the dtype of y, as y was. A label is in where its probability reaches `multi_label_.thresholds`.
+        `unknown`, `unknown_label`, `keep` and their errors are those of Classifier.predict.
         """
         share = check_unknown(unknown, keep, unknown_label)
         if share is not None:
@@ -292,16 +262,11 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         return answers if self._indicator_type is None else answers.astype(self._indicator_type)
 
     def unknown_score(self, X: Any) -> np.ndarray:
-        """How unlike all classes each row is, (n,) float64: of left-out support rows the mean is 0 and the standard
-        deviation 1. Formula and sources: methods.unknown.fit_unknown and methods.known_scores.KnownScores."""
+        """How unlike all classes each row is, (n,) float64: as Classifier.unknown_score."""
         return self._fitted().one_label("unknown_score").unknown.score(self._queries(X))
 
     def predict_sets(self, X: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
-        """For each row the labels that it may have, most likely first: a share `coverage` of the sets has the row's
-        label (conformal prediction by left-out support rows). A set is empty where no label is likely enough. With
-        `per_class` the share holds for the rows of each class (class-conditional or Mondrian conformal prediction).
-        Raises IosrFastError where there are too few support rows for that promise: 0.9 takes 9 that can be left out,
-        with `per_class` 9 of each class."""
+        """For each row the labels that it may have, most likely first: as Classifier.predict_sets."""
         head, share = self._fitted().one_label("predict_sets"), check_share("coverage", coverage)
         classes, logits = self.classes_ if per_class else None, self._logits(X)
         return sets_of_labels(self.classes_, logits, head.left_out_labels.sets(logits, share, classes))
@@ -335,19 +300,13 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         return tags
 
     def predict_jointly(self, X: Any) -> JointPrediction:
-        """Probabilities (n, C) float32 of rows that are classified together, with the support rows' means and
-        covariance estimated anew on all of them; the result's `labels` are out of `classes_`. Where left-out support
-        rows say that it harms, and where none can be left out, the result's `refused` says so and its probabilities are
-        those of `predict_proba`. Formula, check and sources: methods.joint.predict_jointly.
-        """
+        """Probabilities (n, C) float32 of rows that are classified together: as Classifier.predict_jointly."""
         head = self._fitted().one_label("predict_jointly")
         return replace(predict_jointly(head, self._queries(X), check=False), classes=self.classes_)
 
     def audit(self) -> SupportAudit:
-        """Support rows whose label is likely wrong, near duplicates, classes that are confused, too few or too alike
-        images, and what more of them would bring, all by support rows that are left out of the fit. `images` and the
-        images in the lists are positions in the X of `fit`. Rules and sources: methods.support_audit.audit_support.
-        """
+        """What is wrong with the support rows: as Classifier.audit. Images are named by their positions in the X of
+        `fit`."""
         head = self._fitted().one_label("audit")
         return head.audit(head.examples.ids, self.classes_)
 

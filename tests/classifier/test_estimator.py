@@ -33,21 +33,18 @@ def test_parameters_are_stored_as_they_are_and_nothing_is_opened(monkeypatch: py
     monkeypatch.setattr(pretrained, "open_shared", never)
     values = {name: object() for name in Classifier().get_params()}
     odd = Classifier(**values)
-    assert odd.get_params() == values and odd.get_params(deep=False) == values
+    assert odd.get_params() == values
     assert all(getattr(odd, name) is value for name, value in values.items() if name != "tune")
     assert callable(odd.tune), "the method stays, and get_params has the parameter of its name"
     assert clone(odd.set_params(**Classifier().get_params())).get_params() == Classifier().get_params()
-    assert odd.set_params() is odd and odd.set_params(views=3, method="gda") is odd
-    assert (odd.views, odd.method) == (3, "gda")
+    assert odd.set_params(views=3, method="gda") is odd and (odd.views, odd.method) == (3, "gda")
     with pytest.raises(IosrFastError, match="Classifier has no parameter 'shots'; it has model, pretrained, adapter, "):
         odd.set_params(views=7, shots=2)
     assert odd.views == 3, "all or nothing"
-
-
-def test_repr_shows_what_differs_from_the_defaults() -> None:
     assert repr(Classifier()) == "Classifier()"
-    shown = "Classifier(model='ViT-B-32', adapter=None, method='gda', tune='none', alpha=0.5)"
-    assert repr(Classifier("ViT-B-32", adapter=None, method="gda", tune="none", alpha=0.5)) == shown
+    assert (
+        repr(Classifier("ViT-B-32", tune="none", alpha=0.5)) == "Classifier(model='ViT-B-32', tune='none', alpha=0.5)"
+    )
 
 
 def test_parameters_and_data_are_checked_before_a_clip_is_opened(
@@ -113,15 +110,16 @@ def test_nothing_is_answered_before_a_fit(monkeypatch: pytest.MonkeyPatch, data:
     classifier, image = Classifier("demo"), data[0][:1]
     for call in (
         lambda: classifier.predict(image),
-        lambda: classifier.predict_proba(image),
         lambda: classifier.explain(image),
         lambda: classifier.score(image, ["a"]),
+        lambda: classifier.unknown_score(image),
+        lambda: classifier.calibration(),
+        lambda: classifier.audit(),
         lambda: classifier.predict_folder("."),
         lambda: classifier.save("nowhere"),
         lambda: classifier.add_class("a"),
         lambda: classifier.open_log("nowhere"),
         lambda: classifier.classes_,
-        lambda: classifier.tuned_,
         lambda: classifier.exif_orientation_,
     ):
         with pytest.raises(NotFittedError, match="this Classifier is not fitted yet: call fit or fit_folder") as raised:
@@ -169,7 +167,7 @@ def test_pickles_have_parameters_alone() -> None:
 # Labels
 
 
-@pytest.mark.parametrize("dtype", [list, np.int8, np.uint32, np.int64, "object"])
+@pytest.mark.parametrize("dtype", [list, np.uint32, "object"])
 def test_integer_labels_come_back_as_integers(dtype: Any, clip: OpenedClip, data: Any) -> None:
     images, labels = data
     given = labels.tolist() if dtype is list else labels.astype(dtype)
@@ -211,10 +209,10 @@ def test_a_class_keeps_its_integer(data: Any, tmp_path: Path, monkeypatch: pytes
     again = Classifier.load(tmp_path / "bundle")
     again.open_log(log)
     again.save(tmp_path / "later")
-    again.close_log()
     for loaded in (again, Classifier.load(tmp_path / "later"), copy.deepcopy(made)):
         assert loaded.classes_.dtype == np.int64 and loaded.classes_.tolist() == [0, 2, 3, 4, 5]
         np.testing.assert_array_equal(loaded.predict(images), np.where(labels == 1, 5, labels))
+    again.close_log()
 
 
 def test_a_loaded_classifier_knows_its_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.clip.demo.pictures import load_pictures
@@ -30,32 +29,19 @@ pytestmark = pytest.mark.slow
 # Model selection
 
 
-def forms(paths: list[str]) -> dict[str, Any]:
-    return {
-        "list": paths,
-        "Paths": [Path(path) for path in paths],
-        "strings": np.array(paths),
-        "objects": np.array(paths, dtype=object),
-        "Series": pandas.Series(paths, index=range(7, 7 + len(paths))),
-    }
-
-
 def test_cross_validation_takes_images_in_every_form(clip: OpenedClip, data: Any, paths: list[str]) -> None:
     images, labels = data
-    classifier = Classifier("demo", **GIVEN)
-    names = [NAMES[c] for c in labels]
+    classifier, names = Classifier("demo", **GIVEN), [NAMES[c] for c in labels]
     expected = cross_val_score(classifier, images, names, cv=3)
     assert expected.shape == (3,) and expected.min() > 0.8
-    for form, given in {**forms(paths), "pixels in a list": list(images)}.items():
-        assert cross_val_score(classifier, given, names, cv=3).tolist() == expected.tolist(), form
-    for form, given in forms(names).items():
-        if form != "Paths":
-            assert cross_val_score(classifier, paths, given, cv=3).tolist() == expected.tolist(), form
+    series = pandas.Series(paths, index=range(7, 7 + len(paths)))
+    for given in (paths, [Path(path) for path in paths], np.array(paths, dtype=object), series, list(images)):
+        assert cross_val_score(classifier, given, names, cv=3).tolist() == expected.tolist()
+    for given in (np.array(names), np.array(names, dtype=object), pandas.Series(names, index=series.index)):
+        assert cross_val_score(classifier, paths, given, cv=3).tolist() == expected.tolist()
     assert cross_val_score(small_classifier(), images, names, cv=3).tolist() == expected.tolist(), "on its own CLIP"
     by_number = cross_val_score(classifier, paths, labels, cv=3, params={"class_names": NAMES})
     assert by_number.tolist() == expected.tolist()
-    assert cross_val_score(classifier, images, names, cv=3, scoring="neg_log_loss").max() < 0
-    assert (cross_val_predict(classifier, paths, names, cv=3) == names).mean() == pytest.approx(expected.mean())
     assert cross_val_score(make_pipeline("passthrough", classifier), paths, names, cv=3).tolist() == expected.tolist()
     assert not classifier.__sklearn_is_fitted__() and is_classifier(classifier)
 
@@ -79,19 +65,7 @@ def test_a_table_is_no_sequence_of_images(paths: list[str]) -> None:
             call()
 
 
-def test_grid_search_over_methods(clip: OpenedClip, data: Any, paths: list[str]) -> None:
-    names = [NAMES[c] for c in data[1]]
-    grid = {"method": ["zero-shot", "tip-adapter", "gda++"], "views": np.array([1, 2])}
-    search = GridSearchCV(Classifier("demo"), grid, cv=3).fit(paths, names)
-    assert search.best_params_["method"] != "zero-shot" and search.best_score_ > 0.8
-    assert search.best_estimator_.method_ == search.best_params_["method"]
-    assert search.predict(paths[:1]).tolist() == names[:1] and search.classes_.tolist() == NAMES
-    assert search.cv_results_["rank_test_score"].shape == (6,)
-
-
-def test_cross_validation_on_the_demo_opens_one_clip(
-    demo_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_grid_search_on_the_demo_opens_one_clip(demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
     monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
     opened = []
@@ -100,18 +74,15 @@ def test_cross_validation_on_the_demo_opens_one_clip(
     monkeypatch.setattr(pretrained, "_latest", None)
     monkeypatch.setattr(pretrained, "_in_use", type(pretrained._in_use)())
     held_out = load_pictures("held-out", min_styles=5)
-    chosen = np.linspace(0, len(held_out.names) - 1, 8).astype(int)
-    rows = np.flatnonzero(np.isin(held_out.concepts, chosen))
-    for row in rows:
-        Image.fromarray(held_out.images[row]).save(tmp_path / f"{row}.png")
-    paths, labels = [tmp_path / f"{row}.png" for row in rows], [held_out.names[held_out.concepts[row]] for row in rows]
+    rows = np.flatnonzero(np.isin(held_out.concepts, np.linspace(0, len(held_out.names) - 1, 8).astype(int)))
+    images, labels = held_out.images[rows], [held_out.names[c] for c in held_out.concepts[rows]]
     classifier = Classifier("demo", runtime="onnxruntime", method="tip-adapter++", views=1)
-    assert cross_val_score(classifier, paths, labels, cv=4).mean() > 3 / 8
-    search = GridSearchCV(classifier, {"method": ["zero-shot", "gda++"]}, cv=2).fit(paths, labels)
-    assert search.best_params_ == {"method": "gda++"}
+    search = GridSearchCV(classifier, {"method": ["zero-shot", "gda++"]}, cv=2).fit(images, labels)
+    assert search.best_params_ == {"method": "gda++"} and search.best_score_ > 3 / 8
+    assert search.best_estimator_.method_ == "gda++" and search.classes_.tolist() == sorted(set(labels))
     assert len(opened) == 1, "for all folds"
     with pytest.raises(IosrFastError, match=r"a fitted Classifier is never pickled.*save\(folder\)"):
-        cross_validate(classifier, paths, labels, cv=2, n_jobs=2, return_estimator=True)
+        cross_validate(classifier, images, labels, cv=2, n_jobs=2, return_estimator=True)
 
 
 def test_classifiers_share_a_clip_until_its_files_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +59,22 @@ def fitted(folder: Path | None = None, **parameters: Any) -> Classifier:
     return unfitted(folder or Path("none"), **parameters).fit(images, sets_of(labels))
 
 
-@pytest.mark.parametrize("method", ["auto", "zero-shot", "tip-adapter++", "proker"])
+@pytest.mark.parametrize("method", ["auto", "zero-shot", "tip-adapter++"])
 def test_answers_are_those_of_the_plan(method: str) -> None:
     classifier = fitted(method=method)
     images, labels = several(1, 60)
-    logits = classifier.decision_function(images)
+    logits, probabilities = classifier.decision_function(images), classifier.predict_proba(images)
     np.testing.assert_allclose(logits, score(classifier.plan_, classifier.encoder.encode(images)), atol=1e-4)
-    probabilities = classifier.predict_proba(images)
-    assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits.astype(np.float64))), atol=1e-6)
     thresholds = fit_multi_label(classifier.support_, method).thresholds
     answers = classifier.predict(images)
     assert answers.shape == (60,) and [set(one) for one in answers] == sets_of(probabilities >= thresholds)
     expected = average_precision_score(labels, logits, average="macro")
     assert classifier.score(images, sets_of(labels)) == pytest.approx(expected)
-    if method != "zero-shot":  # names of this text encoder say nothing
-        assert expected > 0.9
-    assert [one.examples for one in classifier.classes()] == several(0, 40)[1].sum(0).tolist()
-    assert len(classifier.examples("motif 2")) == several(0, 40)[1][:, 2].sum()
-    assert classifier.picture(classifier.examples("motif 2")[0])
+    assert expected > 0.9 or method == "zero-shot"  # names of this text encoder say nothing
+    counts = several(0, 40)[1].sum(0).tolist()
+    assert [one.examples for one in classifier.classes()] == counts
+    assert len(classifier.examples("motif 2")) == counts[2] and classifier.picture(classifier.examples("motif 2")[0])
 
 
 def test_an_indicator_speaks_in_columns() -> None:
@@ -93,17 +91,10 @@ def test_an_indicator_speaks_in_columns() -> None:
     assert classifier.fit(images, labels.argmax(1), class_names=NAMES).predict(images).shape == (40,)  # one label again
 
 
-def test_several_views_are_left_out_by_single_ones() -> None:
-    classifier = fitted(method="stack++", views=3)
-    assert classifier.support_.queries is not None
-    images, labels = several(1, 60)
-    assert classifier.score(images, sets_of(labels)) > 0.5  # crops of these pictures say little
-
-
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("method", ["auto", "zero-shot", "tip-adapter", "tip-adapter++", "proker++", "stack"])
+@pytest.mark.parametrize("method", ["auto", "zero-shot", "tip-adapter++", "stack"])
 def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path) -> None:
-    made = fitted(engine_folder(tmp_path / "engine"), method=method, key_precision=precision)
+    made = fitted(engine_folder(tmp_path / "engine"), method=method, key_precision=precision, views=2)
     made.save(tmp_path / "bundle")
     head, loaded = made.snapshot(), load_bundle(tmp_path / "bundle").head
     assert fingerprint(loaded) == fingerprint(head) and loaded.counts.tolist() == head.counts.tolist()
@@ -154,28 +145,22 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
     answers, probabilities = classifier.predict(images), classifier.predict_proba(images)
     results = classifier.predict_folder(tmp_path)
     assert results.labels.tolist() == answers.tolist() and any(len(one) != 1 for one in answers)
-    for i, (path, labels, found) in enumerate(results):
-        assert path.name == f"{i:02d}.png" and set(found) == labels
-        expected = sorted((-probabilities[i, NAMES.index(name)], name) for name in labels)
-        assert [*found] == [name for _, name in expected]
-        np.testing.assert_allclose([-p for p, _ in expected], [*found.values()], atol=1e-5)
-    paths = [str(path) for path in results.paths]
+    for row, found in zip(probabilities, results.probabilities, strict=True):
+        assert [*found.values()] == sorted(found.values(), reverse=True)
+        np.testing.assert_allclose([*found.values()], [row[NAMES.index(name)] for name in found], atol=1e-5)
+    paths, head = [str(path) for path in results.paths], classifier.snapshot()
     reader = Reader(classifier.encoder, Path("none"), CpuDecoder(), 5, None, False)
-    head = classifier.snapshot()
     job = Job(head, reader, paths, head.classes_shown(1))
     file = io.StringIO()
     assert job.stream(file) == (0, 0)
     job.write(tmp_path / "out.csv")
-    written = [row for row in csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8"))]
+    written = [*csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8"))]
     streamed = [*csv.DictReader(io.StringIO(file.getvalue()))]
-    assert [*written[0]] == ["path", "labels", "probabilities", "error"]
-    for row, again, found in zip(written, streamed, results.probabilities, strict=True):
-        assert {**row, "error": ""} == {**again, "error": ""}
+    assert written == streamed and [*written[0]] == ["path", "labels", "probabilities", "error"]
+    for row, found in zip(written, results.probabilities, strict=True):
         assert row["labels"] == ";".join(found) and row["probabilities"] == ";".join(f"{p:.4f}" for p in found.values())
-    again_paths, again_labels, names = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
-    assert again_labels == answers.tolist() and [path.name for path in again_paths] == [
-        path.name for path in results.paths
-    ]
+    again, labels, names = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
+    assert labels == answers.tolist() and [path.name for path in again] == [path.name for path in results.paths]
     assert names == sorted(set().union(*answers))
 
 
@@ -234,7 +219,7 @@ def test_wrong_fits_are_refused_before_a_clip_is_opened(
         unfitted(**parameters).fit(IMAGES, labels)
 
 
-def test_class_names_say_the_order_and_what_is_allowed() -> None:
+def test_class_names_give_the_order_and_the_labels_allowed() -> None:
     classifier = unfitted().fit(IMAGES, sets_of(LABELS), class_names=NAMES[::-1])
     assert classifier.classes_.tolist() == NAMES[::-1]
     with pytest.raises(IosrFastError, match="the labels 'motif 0' are not among the 4 class names"):
@@ -245,34 +230,29 @@ def test_class_names_say_the_order_and_what_is_allowed() -> None:
         unfitted().fit([*IMAGES, IMAGES[0]], [*sets_of(LABELS), {"motif 0", "motif 1"}])
 
 
-def test_what_is_for_one_label_says_so_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     classifier, image = fitted(), IMAGES[:1]
     monkeypatch.setattr(type(classifier.encoder), "encode", lambda *_: pytest.fail("a picture was encoded"))
-    again = "fit again with all pictures and their labels"
-    calls: dict[str, Any] = {
-        r"predict\(unknown='reject'\)": lambda: classifier.predict(image, unknown="reject"),
-        "predict_sets": lambda: classifier.predict_sets(image),
-        "predict_jointly": lambda: classifier.predict_jointly(image),
-        "predict_folder with joint or unknown": lambda: classifier.predict_folder(tmp_path, joint=True),
-        "unknown_score": lambda: classifier.unknown_score(image),
+    changes: dict[str, tuple[Any, ...]] = {
+        **{"add_class": ("new", image), "add_examples": ("motif 0", image), "remove_examples": (["e0"],)},
+        **{"remove_class": ("motif 0",), "rename_class": ("motif 0", "new")},
+        **{"tune": (), "retune": (), "open_log": (tmp_path / "log",)},
+    }
+    others: dict[str, tuple[Any, ...]] = {
+        **{"predict_sets": (image,), "predict_jointly": (image,), "unknown_score": (image,), "calibration": ()},
+        **{"audit": (), "suggest": (tmp_path, 1), "evaluate": (image, ["motif 0"]), "explain": (image,)},
+        "optimize": (image, []),
+    }
+    calls = {name: partial(getattr(classifier, name), *arguments) for name, arguments in {**changes, **others}.items()}
+    calls |= {
+        r"predict\(unknown='reject'\)": partial(classifier.predict, image, unknown="reject"),
+        "predict_folder with joint or unknown": partial(classifier.predict_folder, tmp_path, joint=True),
         "unknown_": lambda: classifier.unknown_,
-        "calibration": lambda: classifier.calibration(),
-        "audit": lambda: classifier.audit(),
-        "suggest": lambda: classifier.suggest(tmp_path, 1),
-        "evaluate": lambda: classifier.evaluate(image, ["motif 0"]),
-        "explain": lambda: classifier.explain(image),
-        "optimize": lambda: classifier.optimize(image, []),
-        f"add_class .*{again}": lambda: classifier.add_class("new", image),
-        f"add_examples .*{again}": lambda: classifier.add_examples("motif 0", image),
-        f"remove_examples .*{again}": lambda: classifier.remove_examples(classifier.examples("motif 0")[:1]),
-        f"remove_class .*{again}": lambda: classifier.remove_class("motif 0"),
-        f"rename_class .*{again}": lambda: classifier.rename_class("motif 0", "new"),
-        f"tune .*{again}": lambda: classifier.tune(),
-        f"retune .*{again}": lambda: classifier.retune(),
-        f"open_log .*{again}": lambda: classifier.open_log(tmp_path / "log"),
-        "BatchingClassifier": lambda: BatchingClassifier(classifier),
+        "BatchingClassifier": partial(BatchingClassifier, classifier),
     }
     for name, call in calls.items():
-        with pytest.raises(IosrFastError, match=name) as raised:
+        with pytest.raises(
+            IosrFastError, match=f"^{name} is for one label a picture, and this classifier was"
+        ) as raised:
             call()
-        assert "is for one label a picture, and this classifier was fitted with several" in str(raised.value)
+        assert ("fit again with all pictures and their labels" in str(raised.value)) is (name in changes)
