@@ -17,7 +17,7 @@ from iosr_fast.head.head import Head
 from iosr_fast.head.labels import SEPARATOR, check_labels
 from iosr_fast.head.method_config import choose_config, is_searched
 from iosr_fast.head.multi_label_predictions import AnyHead
-from iosr_fast.head.support_images import SupportViews, encode_with_unknown
+from iosr_fast.head.support_images import SupportViews, encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.multi_label import multi_label_reason
@@ -143,9 +143,8 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     encoder = clip.encoder_for(adapted=True)
     shown = names if label_sets is None else [SEPARATOR.join(np.array(names)[row]) for row in label_sets]
     with bar("encode", len(inputs.images) + len(inputs.unknown_images), shown=inputs.progress) as step:
-        examples, unknown_images, errors = encode_with_unknown(
-            encoder, inputs.images, inputs.ids, inputs.unknown_images, views, inputs.skip_bad, shown, step
-        )
+        others = inputs.unknown_images, inputs.skip_bad, step
+        examples, unknown_images, errors = encode_images(encoder, inputs.images, inputs.ids, views, shown, *others)
     if errors:
         inputs.check_counts(examples.class_ids)
     head: AnyHead

@@ -13,7 +13,7 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head
-from iosr_fast.head.support_images import SupportViews, encode_images, encode_with_unknown
+from iosr_fast.head.support_images import SupportViews, encode_images
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
 
@@ -37,8 +37,7 @@ def reencode(
     """
     labels, views = np.searchsorted(np.array(head.uids), head.examples.class_ids), replace(views, thumbnail=0)
     with bar("encode with the chosen engine", len(images) + len(unknown_images), shown=shown) as step:
-        options: dict[str, Any] = {"names": head.class_names, "step": step}
-        encoded, unknown, _ = encode_with_unknown(encoder, images, labels, unknown_images, views, **options)
+        encoded, unknown, _ = encode_images(encoder, images, labels, views, head.class_names, unknown_images, step=step)
     examples = replace(head.examples, embeddings=encoded.embeddings, queries=encoded.queries)
     config = head.config.fitted(examples.as_support(head.uids, head.text, head.tau))
     return replace(head, examples=examples, config=config, version=version, unknown_images=unknown).compiled()
@@ -63,7 +62,7 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
         stored, views = examples.queries, replace(views, views=1, single=False)
     with bar("find the support images", len(images), shown=shown) as step:
         encoder = fit.clip.encoder_for(adapted=True)
-        encoded, _ = encode_images(encoder, images, classes, views, names=head.class_names, step=step)
+        encoded = encode_images(encoder, images, classes, views, head.class_names, step=step).examples
     found = np.full(len(examples), -1)
     for position, uid in enumerate(head.uids):
         rows, candidates = np.flatnonzero(examples.class_ids == uid), np.flatnonzero(classes == position)

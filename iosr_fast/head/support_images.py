@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -95,22 +95,35 @@ class SupportViews:
         return views, file.getvalue()
 
 
+class Encoded(NamedTuple):
+    """The support images, the queries of pictures of no class, if there are any, and the errors of unreadable ones."""
+
+    examples: Examples
+    unknown: Embeddings | None
+    errors: list[BadImageError]
+
+
 def encode_images(
     encoder: Encoder,
     images: Sequence[Any],
     labels: np.ndarray,
     views: SupportViews,
-    skip_bad: bool = False,
     names: Sequence[str] = (),
+    unknown_images: Sequence[Any] = (),
+    skip_bad: bool = False,
     step: Callable[[int], None] = lambda images: None,
-) -> tuple[Examples, list[BadImageError]]:
-    """Decode each image once and encode its views; `labels` (N,) int64 become the examples' class ids.
+) -> Encoded:
+    """Decode each image once and encode its views; `labels` (N,) int64, positions in `names`, become the class ids of
+    the examples, which are in the order of the images. `unknown_images` are pictures of none of the classes.
 
-    Threads decode ahead of the encoder. Returns the examples, in the order of the images, and the errors of unreadable
-    images, which `skip_bad` leaves out. `step` is called with 1 after each image. Raises ValueError with the names of
-    all unreadable images, and for a picture (its pixels, whatever the file) under two labels, `names` of `labels`;
-    nothing is encoded once one of these is found. Warns of copies within a class.
+    Threads decode ahead of the encoder. `skip_bad` leaves unreadable images out. `step` is called with 1 after each
+    image. Raises ValueError with the names of all unreadable images, and for a picture (its pixels, whatever the file)
+    under two labels, or one that is a support image and unknown; nothing is encoded once one of these is found. Images
+    without a path are counted from the first support image on. Warns of copies within a class.
     """
+    none, names = len(names), [*names, NONE_OF_THE_CLASSES]
+    images = [*images, *unknown_images]
+    labels = np.concatenate([labels, np.full(len(unknown_images), none)])
     pictures: list[bytes | None] = []
     readable: list[int] = []
     errors: list[BadImageError] = []
@@ -153,32 +166,11 @@ def encode_images(
         _check_copies(images, labels, copies, names)
 
     keys, queries = _encode(encoder, good_images(), views)
-    return Examples(keys, labels[readable], np.arange(len(readable)), tuple(pictures), queries), errors
-
-
-def encode_with_unknown(
-    encoder: Encoder,
-    images: Sequence[Any],
-    labels: np.ndarray,
-    unknown_images: Sequence[Any],
-    views: SupportViews,
-    skip_bad: bool = False,
-    names: Sequence[str] = (),
-    step: Callable[[int], None] = lambda images: None,
-) -> tuple[Examples, Embeddings | None, list[BadImageError]]:
-    """`encode_images` of the support images (N) with `labels` (N,) into `names`, and of `unknown_images`, pictures of
-    none of these classes, whose embeddings are given as queries have them, or None if there are none.
-
-    Raises what `encode_images` raises; a picture that is both a support image and unknown is one with two labels. In
-    errors, images without a path are counted from the first support image on.
-    """
-    none, spoken = len(names), [*names, NONE_OF_THE_CLASSES]
-    labels = np.concatenate([labels, np.full(len(unknown_images), none)])
-    examples, errors = encode_images(encoder, [*images, *unknown_images], labels, views, skip_bad, spoken, step)
-    unknown = examples.class_ids == none
+    found = Examples(keys, labels[readable], np.arange(len(readable)), tuple(pictures), queries)
+    unknown = np.array(readable, np.int64) >= len(images) - len(unknown_images)
     if not unknown.any():
-        return examples, None, errors
-    return examples.rows(~unknown), (examples.queries or examples.embeddings)[unknown], errors
+        return Encoded(found, None, errors)
+    return Encoded(found.rows(~unknown), (queries or keys)[unknown], errors)
 
 
 def _encode(

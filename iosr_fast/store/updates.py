@@ -141,7 +141,7 @@ def _encode(fit: Fit, images: Sequence[Any]) -> Examples | None:
     """The images as examples without class and numbers yet; None for no images."""
     if not images:
         return None
-    return encode_images(fit.clip.encoder_for(adapted=True), images, np.full(len(images), -1), fit.views)[0]
+    return encode_images(fit.clip.encoder_for(adapted=True), images, np.full(len(images), -1), fit.views).examples
 
 
 def _numbered(encoded: Examples, uid: int, head: HeadData) -> Examples:

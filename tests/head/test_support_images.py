@@ -22,11 +22,9 @@ from tests.store.live_parts import PixelEncoder, pictures, unfitted
 
 
 def encoded(images: Any, labels: Any, **views: Any) -> Examples:
-    examples, errors = encode_images(
-        PixelEncoder(), images, np.asarray(labels), SupportViews(**views), names=["cat", "dog"]
-    )
-    assert not errors
-    return examples
+    found = encode_images(PixelEncoder(), images, np.asarray(labels), SupportViews(**views), ["cat", "dog"])
+    assert not found.errors and found.unknown is None
+    return found.examples
 
 
 @pytest.fixture
@@ -102,7 +100,7 @@ def test_damaged_files_are_named_and_nothing_more_is_encoded(tmp_path: Path, mon
     picture(0).save(good)
     text.write_text("this is no image")
     cut.write_bytes(good.read_bytes()[:300])
-    examples, errors = encode_images(PixelEncoder(), [good, text, cut], np.arange(3), SupportViews(), skip_bad=True)
+    examples, _, errors = encode_images(PixelEncoder(), [good, text, cut], np.arange(3), SupportViews(), skip_bad=True)
     assert examples.class_ids.tolist() == [0] and [error.where for error in errors] == [str(text), str(cut)]
     monkeypatch.setattr(PixelEncoder, "encode", lambda *_: pytest.fail("an image was encoded"))
     with pytest.raises(
