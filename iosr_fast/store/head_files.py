@@ -112,7 +112,7 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
         config = MethodConfig(facts.method, dict(facts.parameters), *chosen)
         plan = _plan(facts.plan, derived, support, config)
         if not own:
-            _check_terms(plan, support, config)
+            _check_terms(plan, config)
     data = names, numbers, arrays["text"], facts.tau, examples, config, facts.version, *facts.next
     head: AnyHead = MultiLabelHead(*data, **own) if own else Head(*data, _embeddings(arrays, "unknown_"))
     return head.with_computed(plan=plan, **_evidence(head, read))
@@ -225,13 +225,14 @@ def _plan(constants: PlanConstants, arrays: Arrays, support: SupportSet, config:
     return plan
 
 
-def _check_terms(plan: ScoringPlan, support: SupportSet, config: MethodConfig) -> None:
-    """Raise ValueError unless the plan has the terms to which the method compiles, as a few random images tell."""
-    rng, width = np.random.default_rng(0), support.embeddings.plain.shape[1]
-    rows = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in rng.standard_normal((3, 4, width))]
-    images = Embeddings(*rows[:2]) if support.embeddings.adapted is not None else Embeddings(rows[0])
-    sample = make_support_set(images, np.array([0, 0, 1, 1]), rows[2][:2], support.tau)
-    expected, got = _terms(replace(config, key_precision="fp32").compile(sample)), _terms(plan)
+def _check_terms(plan: ScoringPlan, config: MethodConfig) -> None:
+    """Raise ValueError unless the plan has the terms to which the method compiles, as a few short rows tell."""
+    rows = np.random.default_rng(0).standard_normal((3, 4, 8))
+    plain, adapted, text = rows / np.linalg.norm(rows, axis=2, keepdims=True)
+    sample = make_support_set(Embeddings(plain, adapted), np.array([0, 0, 1, 1]), text[:2], tau=1.0)
+    expected = _terms(replace(config, reducer=None, key_precision="fp32").compile(sample))
+    expected["reducer"] |= config.reducer is not None
+    got = _terms(plan)
     for name, value in expected.items():
         if got[name] != value:
             raise IosrFastError(f"expected {name} {value!r} in the plan of {config.method}, got {got[name]!r}")
