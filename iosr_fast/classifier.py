@@ -24,8 +24,8 @@ from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
-from iosr_fast.methods.tuning.tune import TUNE_SECONDS
-from iosr_fast.methods.tuning.tuned import Tuned
+from iosr_fast.methods.tune import TUNE_SECONDS
+from iosr_fast.methods.tuned import Tuned
 from iosr_fast.methods.unknown import KEEP, check_unknown
 from iosr_fast.pipeline.evaluate import evaluate_images
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder

@@ -15,8 +15,8 @@ from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.conformal import of_logits
-from iosr_fast.methods.tuning.tune import AUTO, tune
-from iosr_fast.methods.tuning.tuned import Tuned
+from iosr_fast.methods.tune import AUTO, tune
+from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.reducers import check_reducer
 from iosr_fast.scoring.score import score
 
@@ -230,7 +230,7 @@ def pairs_of(methods: Iterable[str], reducers: Sequence[str]) -> list[Pair]:
         check_reducer(reducer)
     pairs: list[Pair] = []
     for name in methods:
-        reducible = name in METHODS and METHODS[name].reducible
+        reducible = name in METHODS and METHODS[name].takes_reducer
         pairs += [(name, reducer) for reducer in ([AUTO] if name == AUTO else reducers if reducible else ["none"])]
     return list(dict.fromkeys(pairs))
 

@@ -20,7 +20,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.conformal import of_logits
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuning.tuned import Tuned
+from iosr_fast.methods.tuned import Tuned
 from iosr_fast.utils.require import require
 
 FOLDS = 5

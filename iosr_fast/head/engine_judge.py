@@ -14,7 +14,7 @@ from iosr_fast.export.calibration import evenly
 from iosr_fast.head.engine_choice import rejection
 from iosr_fast.head.fitted import Fit
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.promise import left_out_folds
+from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import make_support_set
 from iosr_fast.scoring.score import score
 
@@ -114,14 +114,12 @@ class Judge:
             return labels, labels
         support = make_support_set(embeddings, self._classes, head.text, head.tau)
         config = replace(head.config, key_precision="fp32").fitted(support)
-        if not METHODS[config.method].needs_support:
+        method = METHODS[config.method]
+        if not method.needs_support:
             return score(config.compile(support), embeddings).argmax(1), np.arange(len(labels))
-        folds, scored = left_out_folds(support)
-        for fold in np.unique(folds[scored]):
-            rows = np.flatnonzero(scored & (folds == fold))
-            plan = config.compile(support.without(folds == fold))
-            labels[rows] = score(plan, embeddings[rows]).argmax(1)
-        return labels, np.flatnonzero(scored)
+        left_out = out_of_fold(method, support, config.reducer, config.parameters)
+        labels[left_out.folds.rows] = left_out.logits.argmax(1)
+        return labels, left_out.folds.rows
 
 
 def cosines(reference: Embeddings, embeddings: Embeddings) -> dict[str, tuple[float, float]]:

@@ -12,7 +12,7 @@ import numpy as np
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.predictions import Neighbour
 from iosr_fast.methods.conformal import BINS, Reliability
-from iosr_fast.methods.tuning.tuned import wilson
+from iosr_fast.methods.tuned import wilson
 from iosr_fast.utils.json_values import json_values
 
 MISTAKES = 100  # that are explained; the arrays of an Evaluation have all

@@ -20,14 +20,13 @@ from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.names import check_unknown_label
 from iosr_fast.head.predictions import predict_jointly
 from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.conformal import COVERAGE, Reliability, sets_of_labels
+from iosr_fast.methods.conformal import COVERAGE, Reliability, check_share, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.multi_label import MultiLabelFit, multi_label_reason
-from iosr_fast.methods.promise import check_share
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
+from iosr_fast.methods.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
 from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, check_unknown_images, without_rejected
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.precision import Precision, check_precision

@@ -21,7 +21,7 @@ from iosr_fast.head.support_images import SupportViews, encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.multi_label import multi_label_reason
-from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, check_choice
+from iosr_fast.methods.tune import MAX_TUNE_SECONDS, check_choice
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.precision import Precision, check_precision

@@ -18,9 +18,8 @@ from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.names import check_unknown_label
 from iosr_fast.head.support_images import SupportViews
 from iosr_fast.images.preprocess import as_array, as_image_list, to_pixels
-from iosr_fast.methods.conformal import sets_of_labels
+from iosr_fast.methods.conformal import check_share, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.methods.promise import check_share
 from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.unknown import without_rejected
 from iosr_fast.utils.numbers import check_integer

@@ -14,9 +14,9 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.evidence import Evidence
 from iosr_fast.head.head_data import HeadData
 from iosr_fast.head.labels import class_ids
-from iosr_fast.methods.stack import linear_discriminant
+from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tuning.tuned import Tuned
+from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import softmax
 
@@ -46,7 +46,7 @@ class Head(HeadData, Evidence):
         return self.support.counts
 
     @property
-    def tuned(self) -> Tuned | None:
+    def tuned(self) -> Tuned | None:  # type: ignore[override]  # an attribute of Evidence
         """The search that chose the config, `stale` if the head has changed since; None if there was none."""
         tuned = self.config.tuned
         return tuned if tuned is None or tuned.version == self.version else replace(tuned, stale=True)
@@ -72,9 +72,10 @@ class Head(HeadData, Evidence):
     @cached_property
     def adapted_bias(self) -> np.ndarray:
         """Of a plan whose linear term reads both embeddings (methods.stack), the bias (C,) of the adapted half."""
-        rows, parameters = image_rows(self.support.embeddings, "adapted", None), self.config.parameters
-        _, bias = linear_discriminant(rows, self.support, parameters.get("text_images", 0.0))
-        return self.config.factor * parameters["discriminant_adapted"] * bias
+        parameters = self.config.parameters
+        model = GaussianModel(self.support, "adapted", copies=parameters.get("text_images", 0.0))
+        bias: np.ndarray = self.config.factor * parameters["discriminant_adapted"] * model.gaussians.bias
+        return bias
 
     def examples_of(self, uid: int) -> list[int]:
         """The numbers of a class's support images, rising."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from iosr_fast.methods import METHODS, compile_method, fit_method_reducer, unavailable_reason
+from iosr_fast.methods.out_of_fold import calibrate
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuning.calibration import calibrate
-from iosr_fast.methods.tuning.tune import AUTO
-from iosr_fast.methods.tuning.tune import tune as search
-from iosr_fast.methods.tuning.tuned import Tuned
+from iosr_fast.methods.tune import AUTO
+from iosr_fast.methods.tune import tune as search
+from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer
@@ -74,7 +74,7 @@ def choose_config(
     """The config of a fit, its reducer fitted on the support images, and `tuned` if parameters were searched.
 
     `method`, `reducer`, `tune` and `parameters` are those that `check_choice` has checked; `seconds` is the budget of
-    the search (tuning.tune). Parameters that are given keep the labels, and the factor is fitted (tuning.calibration);
+    the search (tune.tune). Parameters that are given keep the labels, and the factor is fitted (out_of_fold.calibrate);
     with tune="none" nothing is fitted.
     """
     if is_searched(method, tune, parameters) and len(support.embeddings):
@@ -84,5 +84,5 @@ def choose_config(
     config = MethodConfig(method, parameters, reducer or "none", key_precision=key_precision).fitted(support)
     if tune == "none" or not given or not len(support.embeddings) or unavailable_reason(method, support) is not None:
         return config
-    factor, _ = calibrate(METHODS[method], support, config.reducer, parameters)
+    factor = calibrate(METHODS[method], support, config.reducer, parameters)
     return replace(config, factor=factor)

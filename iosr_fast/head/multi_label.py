@@ -14,9 +14,9 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.head_data import HeadData
 from iosr_fast.head.labels import label_sets, read_label_sets
 from iosr_fast.head.method_config import MethodConfig
+from iosr_fast.methods.log_loss import sigmoid
 from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label
 from iosr_fast.methods.multi_label_set import MultiLabelSet
-from iosr_fast.methods.tuning.binary_loss import sigmoid
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.utils.ranking import mean_average_precision
 

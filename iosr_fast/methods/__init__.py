@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import ape, gda, proker, stack, timo, tip_adapter, tip_x, zero_shot
-from iosr_fast.methods.method import PARAMETER_RANGES, Method
+from iosr_fast.methods.papers import METHODS, PARAMETER_RANGES, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer, fit_reducer
@@ -15,10 +14,6 @@ from iosr_fast.scoring.validation import check_number
 from iosr_fast.utils.text import did_you_mean
 
 __all__ = ["METHODS", "Method", "check_parameters", "compile_method", "fit_method_reducer", "unavailable_reason"]
-
-# By name.
-_MODULES = (zero_shot, tip_adapter, tip_x, timo, ape, gda, proker, stack)
-METHODS: dict[str, Method] = {form.name: form for module in _MODULES for form in module.METHOD.forms()}
 
 
 def unknown_method(name: str, known: Iterable[str]) -> IosrFastError:
@@ -52,7 +47,7 @@ def unavailable_reason(name: str, support: SupportSet) -> str | None:
     """Why a method can't be compiled for a support set; None if it can.
 
     >>> import numpy as np
-    >>> from iosr_fast import Embeddings, score
+    >>> from iosr_fast import Embeddings
     >>> from iosr_fast.methods.support_set import make_support_set
     >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
     >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
@@ -78,7 +73,7 @@ def unavailable_reason(name: str, support: SupportSet) -> str | None:
 
 def fit_method_reducer(method: Method, reducer: str, support: SupportSet) -> Reducer | None:
     """The named reducer, fitted on the embeddings that the method compares; None if it uses no support images."""
-    if not method.reducible:
+    if not method.takes_reducer:
         return None
     return fit_reducer(reducer, image_rows(support.embeddings, method.which, None))
 
@@ -110,4 +105,4 @@ def compile_method(
     method = METHODS[name]
     if isinstance(reducer, str):
         reducer = fit_method_reducer(method, reducer, support)
-    return method.compile(support, method.which, reducer, **{**method.parameters, **values})
+    return method.compile(support, reducer, {**method.parameters, **values})

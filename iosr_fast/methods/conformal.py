@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.known_scores import log_odds_of_largest, log_sum_exp
-from iosr_fast.methods.promise import MOST, images_needed, leave_out, threshold
-from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.score import score
+from iosr_fast.methods.log_loss import log_sum_exp
 from iosr_fast.utils.text import abbreviate
 
 ClassNames = Sequence[Any] | np.ndarray
@@ -31,7 +28,7 @@ class Reliability:
     equation 3). `accuracy` and `log_loss` are those of the V images.
 
     >>> right, log_loss = np.array([True, False]), np.array([0.09, 3.0])
-    >>> one = LeftOutLabels(np.zeros(2), np.array([0.91, 0.95]), right, log_loss, np.array([0, 1]), np.zeros(2))
+    >>> one = LeftOutLabels(np.zeros(2), np.array([0.91, 0.95]), right, log_loss, np.array([0, 1]))
     >>> print(one.reliability)
     2 left-out support images: expected calibration error 43.0%, log-loss 1.545
     probability  images  mean   right
@@ -67,14 +64,13 @@ class Reliability:
 
 @dataclass(frozen=True, eq=False)
 class LeftOutLabels:
-    """What a classifier says of V labelled images that it has not seen (`leave_out_labels`, `of_logits`).
+    """What a classifier says of V labelled images that it has not seen (`of_logits`).
 
-    odds        (V,) log p / (1 - p) of the label, extrapolated to all support images (promise.LeftOut)
+    odds        (V,) log p / (1 - p) of the label
     confidence  (V,) the largest probability
     right       (V,) bool, whether it is the label's
     log_loss    (V,) -log p of the label, in nats
     labels      (V,) int64, the position of the label's class
-    class_odds  (V,) as `odds`, extrapolated class by class
     """
 
     odds: np.ndarray
@@ -82,7 +78,6 @@ class LeftOutLabels:
     right: np.ndarray
     log_loss: np.ndarray
     labels: np.ndarray
-    class_odds: np.ndarray
 
     def thresholds(self, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """The least log p / (1 - p) of a label in a set: one number (), or with the names of all `classes` (C,) one for
@@ -96,10 +91,10 @@ class LeftOutLabels:
         if few := [f"{name} ({n})" for name, n in zip(classes, counts.tolist(), strict=True) if n < needed]:
             raise IosrFastError(
                 f"a promise for {coverage:.4g} of the pictures of each class needs at least {needed} support images of "
-                f"each class that can be left out (of all together {MOST} at most), got fewer of {abbreviate(few)}: "
+                f"each class that can be left out, got fewer of {abbreviate(few)}: "
                 "give more pictures of these classes, promise less, or leave per_class out"
             )
-        return np.array([threshold(self.class_odds[self.labels == c], coverage) for c in range(len(classes))])
+        return np.array([threshold(self.odds[self.labels == c], coverage) for c in range(len(classes))])
 
     def sets(self, logits: np.ndarray, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """(B, C) bool, the labels of each image's set: those whose log p / (1 - p), p = softmax(logits), reaches the
@@ -125,41 +120,26 @@ class LeftOutLabels:
         return Reliability(counts, means, shares, float(np.abs(right - sums).sum() / n_images), accuracy, loss)
 
 
-def leave_out_labels(support: SupportSet, plan_of: Callable[[SupportSet], ScoringPlan]) -> LeftOutLabels:
-    """Support images, each by the plan that `plan_of` makes of the support images of other folds (promise.leave_out).
+def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
+    """Labelled images (V,), by the logits (V, C) of a classifier that has not seen them: the out-of-fold logits of
+    support images (held_out.OutOfFold), or those of other images, as in split conformal prediction.
 
-    >>> from iosr_fast.methods import compile_method
-    >>> from iosr_fast.methods.support_set import make_support_set
     >>> rng = np.random.default_rng(0)
-    >>> def draw(n):
-    ...     rows = np.eye(4, 16).repeat(n, 0) + 0.3 * rng.standard_normal((4 * n, 16))
-    ...     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    ...     return Embeddings(rows.astype(np.float32)), np.arange(4).repeat(n)
-    >>> support = make_support_set(*draw(10), text=None, tau=100.0, n_classes=4)
-    >>> plan_of = lambda others: compile_method("gda", others, alpha=0.5)
-    >>> labels = leave_out_labels(support, plan_of)
-    >>> images, expected = draw(100)
-    >>> sets = labels.sets(score(plan_of(support), images), coverage=0.9)
-    >>> sets.shape, bool(0.85 < sets[np.arange(400), expected].mean() < 0.97)
+    >>> labels, logits = rng.integers(0, 4, 500), rng.normal(size=(500, 4))
+    >>> logits[np.arange(500), labels] += 3.0
+    >>> sets = of_logits(logits[:100], labels[:100]).sets(logits[100:], coverage=0.9)
+    >>> sets.shape, bool(0.85 < sets[np.arange(400), labels[100:]].mean() < 0.95)
     ((400, 4), True)
     """
-    own = support.as_queries
-
-    def columns(others: SupportSet, rows: np.ndarray) -> np.ndarray:
-        return _columns(score(plan_of(others), own[rows]), support.labels[rows])
-
-    left = leave_out(support, columns) if len(support.embeddings) else None
-    if left is None or not len(left.rows):
-        return _labels(np.zeros((0, 4)), np.zeros(0, np.int64))
-    by_class = left.extrapolated_by_class(support.labels)[:, 0]
-    labels = _labels(left.values, support.labels[left.rows])
-    return replace(labels, odds=left.extrapolated[:, 0], class_odds=by_class)
-
-
-def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
-    """Labelled images (V,) that are not in the support set, by their logits (V, C): split conformal prediction."""
-    labels = np.asarray(labels, np.int64)
-    return _labels(_columns(logits, labels), labels)
+    labels, exact = np.asarray(labels, np.int64), np.asarray(logits, np.float64)
+    rows, totals = np.arange(len(labels)), log_sum_exp(exact)
+    return LeftOutLabels(
+        odds=log_odds(exact)[rows, labels],
+        confidence=np.exp(exact.max(1) - totals) if len(exact) else np.zeros(0),
+        right=exact.argmax(1) == labels,
+        log_loss=totals - exact[rows, labels],
+        labels=labels,
+    )
 
 
 def sets_of_labels(classes: np.ndarray, logits: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
@@ -170,20 +150,6 @@ def sets_of_labels(classes: np.ndarray, logits: np.ndarray, members: np.ndarray)
     """
     order = np.argsort(-logits, axis=1, kind="stable")
     return [classes[row[chosen[row]]] for row, chosen in zip(order, members, strict=True)]
-
-
-def _labels(columns: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
-    odds, confidence, right, log_loss = columns.T
-    return LeftOutLabels(odds, confidence, right > 0, log_loss, labels, odds)
-
-
-def _columns(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The fields of LeftOutLabels, (V, 4)."""
-    rows, exact = np.arange(len(labels)), logits.astype(np.float64)
-    odds = log_odds(exact)[rows, labels]
-    loss = log_sum_exp(exact) - exact[rows, labels]
-    confidence = np.exp(exact.max(1) - log_sum_exp(exact)) if len(exact) else np.zeros(0)
-    return np.stack([odds, confidence, exact.argmax(1) == labels, loss], axis=1)
 
 
 def log_odds(logits: np.ndarray) -> np.ndarray:
@@ -199,3 +165,54 @@ def log_odds(logits: np.ndarray) -> np.ndarray:
     odds = logs - np.log1p(-np.minimum(np.exp(logs), 0.5))  # that of the largest p, which may exceed 0.5, is next
     odds[np.arange(len(exact)), exact.argmax(1)] = log_odds_of_largest(exact)
     return odds
+
+
+def log_odds_of_largest(logits: np.ndarray) -> np.ndarray:
+    """log p / (1 - p) of the largest p = softmax(logits), (B,) float64; it does not saturate as p does.
+
+    >>> log_odds_of_largest(np.array([[100.0, 0.0]]))
+    array([100.])
+    """
+    rows, top = np.arange(len(logits)), logits.argmax(1)
+    others = logits.astype(np.float64)
+    others[rows, top] = -np.inf
+    odds: np.ndarray = logits[rows, top] - log_sum_exp(others)
+    return odds
+
+
+def threshold(scores: np.ndarray, share: float) -> float:
+    """The largest t that at least `share` of new images reach, (0, 1), if they are exchangeable with the V that have
+    `scores`: the floor((1 - share)(V + 1))-th smallest (split conformal prediction; Papadopoulos et al., ECML 2002).
+
+    Raises IosrFastError where V is too small for the promise: floor is then 0.
+
+    >>> threshold(np.arange(19.0), 0.95)
+    0.0
+    """
+    rank = rank_of(len(scores), share)
+    if rank < 1:
+        raise IosrFastError(
+            f"a promise for {share:.4g} of the pictures needs at least {images_needed(share)} support images that can "
+            f"be left out, got {len(scores)}: give more pictures of each class, at least two, or promise less"
+        )
+    return float(np.partition(scores, rank - 1)[rank - 1])
+
+
+def rank_of(n_scores: int, share: float) -> int:
+    return min(n_scores, math.floor((1.0 - share) * (n_scores + 1) + 1e-9))
+
+
+def images_needed(share: float) -> int:
+    """The least number of left-out images with which `threshold` can promise `share`.
+
+    >>> images_needed(0.95), images_needed(0.9)
+    (19, 9)
+    """
+    return math.ceil(1.0 / (1.0 - share) - 1e-9) - 1
+
+
+def check_share(name: str, share: float) -> float:
+    """`share` as a float above 0 and below 1. Raises IosrFastError."""
+    if not (isinstance(share, int | float | np.floating) and 0.0 < share < 1.0):
+        raise IosrFastError(f"expected {name} above 0 and below 1, like 0.95, got {share!r}")
+    return float(share)

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import gda
-from iosr_fast.methods.gaussian_mixture import WEIGHT, Unlabelled, blocks, estimate, softmax_in_place
-from iosr_fast.methods.left_out import Compile
-from iosr_fast.methods.promise import left_out_folds
+from iosr_fast.methods.folds import Folds
+from iosr_fast.methods.held_out import is_level
+from iosr_fast.methods.log_loss import fit_factor
+from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments, discriminant, shrunk_precision
+from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tuning.log_loss import fit_factor
-from iosr_fast.methods.tuning.parameter_search import is_level
 from iosr_fast.scoring.inputs import scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan, Which
-from iosr_fast.scoring.score import score
 from iosr_fast.scoring.scorer import Scorer
 
+# The exponent of an image's first probabilities, lambda of TransCLIP with support images.
+ANCHOR = 0.5
+# First probabilities below exp(FLOOR) count as this much, so that images can correct a plan that is far too sure.
+FLOOR = np.float32(-7.0)
+# The share of an unlabelled image's weight in means and covariance to that of a support image. Chosen on validation
+# images: with 1, errors of absent classes add up in folders that have a tenth of the classes; below 0.1 little is
+# learnt from the folder.
+WEIGHT = 0.3
+MAX_ROUNDS = 10
+_SETTLED = 1e-3  # a round that changes at most this share of the labels is the last
+_LEAST = np.float32(-60.0)
+_BLOCK = 1 << 22  # logits in memory at a time, 16 MiB
 # The check leaves images out fold by fold until this number is reached: its standard error is then about 1 point ...
 _LEFT_OUT = 2000
 # ... or this number of logits, each fold having those of the whole folder.
@@ -71,19 +81,13 @@ class JointPrediction:
 
 
 def predict_jointly(
-    support: SupportSet,
-    plan_of: Compile,
-    queries: Embeddings,
-    *,
-    plan: ScoringPlan | None = None,
-    check: bool = True,
+    support: SupportSet, plan: ScoringPlan, alone: OutOfFold, queries: Embeddings, check: bool = True
 ) -> JointPrediction:
-    """Probabilities of B images that are classified together, started from those of a plan.
+    """Probabilities of B images that are classified together, started from softmax of the logits of a plan.
 
-    `plan_of` makes the plan of a support set: MethodConfig.compile, Tuned.compile, or one of yours. `plan` is that of
-    `support`, if it exists already; its probabilities, softmax of its logits, should be calibrated. One Gaussian a
-    class with a shared covariance is estimated on support images and `queries` (gaussian_mixture.estimate), of plain
-    or adapted embeddings, whichever classify left-out support images better by GDA.
+    `plan` is that of `support`, and `alone` the out-of-fold logits of its method. One Gaussian a class with a shared
+    covariance is estimated on support images and `queries` (`estimate`), of plain or adapted embeddings, whichever
+    classify left-out support images better by GDA.
 
     One image of each class at a time is left out of the support set and hidden among the queries, with all together
     no more weight than these. If fewer of them are right than by a plan compiled without them, or not more beyond the
@@ -101,9 +105,8 @@ def predict_jointly(
     Sources: TransCLIP (Zanella et al., NeurIPS 2024), StatA (Zanella et al., CVPR 2025).
 
     >>> import numpy as np
-    >>> from iosr_fast import Embeddings
     >>> from iosr_fast.methods.support_set import make_support_set
-    >>> from iosr_fast.methods.tuning.tune import tune
+    >>> from iosr_fast.methods.tune import tune
     >>> rng = np.random.default_rng(0)
     >>> def draw(n):  # n images of each of 5 classes
     ...     rows = 2.0 * np.eye(5, 16).repeat(n, 0) + 0.4 * rng.standard_normal((5 * n, 16))
@@ -111,95 +114,149 @@ def predict_jointly(
     ...     return Embeddings(rows.astype(np.float32)), np.arange(5).repeat(n)
     >>> support = make_support_set(*draw(3), text=None, tau=100.0, n_classes=5)
     >>> folder, labels = draw(40)
-    >>> joint = predict_jointly(support, tune("gda", support).compile, folder)
+    >>> tuned = tune("gda", support)
+    >>> joint = predict_jointly(support, tuned.compile(support), tuned.out_of_fold, folder)
     >>> joint.probabilities.shape, joint.left_out, joint.refused
     ((200, 5), 15, '')
     >>> bool((joint.labels == labels).mean() > 0.95)
     True
     """
     started = time.perf_counter()
-    plan = plan_of(support) if plan is None else plan
     queries = scoring_inputs(plan, queries, check).embeddings
-    refused = _unavailable_reason(support, queries)
-    result = JointPrediction(np.zeros(0), np.arange(support.n_classes), refused)
-    factor = 1.0
+    start = _log_probabilities(plan, queries)
+    refused = _unavailable_reason(support, queries, alone)
+    result, factor = JointPrediction(start, np.arange(support.n_classes), refused), 1.0
     if not refused:
-        which = _which(support, queries)
-        result, factor = _left_out(support, plan_of, queries, replace(result, which=which))
-    probabilities = _log_probabilities(plan, queries)
+        which = _which(support, queries, alone.folds)
+        result, factor = _checked(replace(result, which=which), support, alone, Unlabelled.of(queries, which, start))
     if result.refused:
-        np.exp(probabilities, out=probabilities)
-    else:
-        images = Unlabelled(image_rows(queries, result.which, None), probabilities)
-        rows = image_rows(support.embeddings, result.which, None)
-        gaussians, rounds = estimate(rows, support.class_offsets, [images])
-        result = replace(result, rounds=rounds)
-        for block in images.blocks():
-            logits = gaussians.logits(images, block)
-            logits *= np.float32(factor)
-            softmax_in_place(logits)
-            probabilities[block] = logits
-    return replace(result, probabilities=probabilities, seconds=time.perf_counter() - started)
+        return replace(result, probabilities=np.exp(start, out=start), seconds=time.perf_counter() - started)
+    folder = Unlabelled.of(queries, result.which, start)
+    gaussians, rounds = estimate(GaussianModel(support, result.which).moments, [folder])
+    for block in folder.blocks():
+        start[block] = _softmax(np.float32(factor) * folder.logits(gaussians, block))
+    return replace(result, rounds=rounds, seconds=time.perf_counter() - started)
 
 
-def _unavailable_reason(support: SupportSet, queries: Embeddings) -> str:
+@dataclass(frozen=True, eq=False)
+class Unlabelled:
+    """n images: `rows` (n, D) float32, their first log-probabilities `start` (n, C) float32, and their `weight`."""
+
+    rows: np.ndarray
+    start: np.ndarray
+    weight: float = WEIGHT
+
+    @classmethod
+    def of(cls, images: Embeddings, which: Which, start: np.ndarray, weight: float = WEIGHT) -> Unlabelled:
+        return cls(image_rows(images, which, None), start, weight)
+
+    def blocks(self) -> Iterator[slice]:
+        """Slices of the images with a bounded number of logits."""
+        return _blocks(*self.start.shape)
+
+    def logits(self, gaussians: Gaussians, rows: slice) -> np.ndarray:
+        """log N(x; mu_c, Sigma) + ANCHOR * max(start, FLOOR), (rows, C) float32, but for a term without c."""
+        logits: np.ndarray = self.rows[rows] @ gaussians.linear.T
+        logits += gaussians.bias
+        logits += np.float32(ANCHOR) * np.maximum(self.start[rows], FLOOR)
+        return logits
+
+
+def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, int]:
+    """The Gaussians of C classes, float32, and the number of rounds. Repeats, at most MAX_ROUNDS times,
+
+        mu_c = (sum of class c's support rows + sum_i w_i z_ic x_i) / (n_c + sum_i w_i z_ic)
+        Sigma = (sum over support rows of x x' + sum_i w_i x_i x_i' - sum_c m_c mu_c mu_c') / (sum_c m_c - 1)
+        z_i = softmax over c of (log N(x_i; mu_c, Sigma) + ANCHOR * max(start_ic, FLOOR)),    first z_i = exp(start_i)
+
+    with w_i an image's weight and m_c the denominator of mu_c. Sigma is then shrunk (gaussian.shrunk_precision).
+    `known` are the moments of the support images, at least one of each class. Classes have no proportions, and one that
+    is absent keeps the mean of its support images, so an image of any class is found in any folder.
+
+    z, mu and Sigma are the updates of TransCLIP (Zanella et al., NeurIPS 2024, arXiv 2406.01837) without its neighbours
+    and with a full Sigma; the n_c support images anchor mu_c as StatA's texts do (Zanella et al., CVPR 2025, arXiv
+    2501.03729: mu = beta mu_hat + (1 - beta) mu', beta = m / (m + anchor's weight)).
+
+    >>> folder = np.array([[0.8, 0.6], [0.6, 0.8], [0.7, 0.714]], np.float32)
+    >>> images = Unlabelled(folder, np.log(np.full((3, 2), 0.5, np.float32)))
+    >>> gaussians, rounds = estimate(Moments.of(np.eye(2), np.eye(2)), [images])
+    >>> images.logits(gaussians, slice(None)).argmax(1)
+    array([0, 1, 1])
+    """
+    second = known.second.copy()
+    for part in images:
+        for block in part.blocks():
+            second += part.weight * (part.rows[block].T @ part.rows[block]).astype(np.float64)
+    labels = [np.full(len(part.rows), -1, np.int32) for part in images]
+    allowed, gaussians = _SETTLED * sum(map(len, labels)), None
+    for done in range(MAX_ROUNDS):
+        mass, sums, changed = known.counts.copy(), known.sums.copy(), 0
+        for part, given in zip(images, labels, strict=True):
+            for block in part.blocks():
+                shares = part.start[block].copy() if gaussians is None else part.logits(gaussians, block)
+                best = shares.argmax(1)
+                changed += int((best != given[block]).sum())
+                given[block] = best
+                shares = _softmax(shares)
+                mass += part.weight * shares.sum(0, dtype=np.float64)
+                sums += part.weight * (shares.T @ part.rows[block]).astype(np.float64)
+        if gaussians is not None and changed <= allowed:
+            return gaussians, done
+        moments = Moments(mass, sums, second)
+        fitted = discriminant(moments.means, shrunk_precision(moments.scatter, float(mass.sum())))
+        # A softmax does not see what all classes share, and float32 has more digits for the rest without it.
+        linear, bias = fitted.linear - fitted.linear.mean(0), fitted.bias - fitted.bias.mean()
+        gaussians = Gaussians(linear.astype(np.float32), bias.astype(np.float32), fitted.precision)
+    assert gaussians is not None
+    return gaussians, MAX_ROUNDS
+
+
+def _unavailable_reason(support: SupportSet, queries: Embeddings, alone: OutOfFold) -> str:
     counts = support.counts
     if not len(queries):
         return "there are no images to classify"
     if not counts.all():
         return f"{int((counts == 0).sum())} of {len(counts)} classes have no support image to estimate their mean from"
-    if not left_out_folds(support)[1].any():
+    if not len(alone.labels):
         return "each class has one support image, so none can be left out to check that the folder helps"
     return ""
 
 
-def _folds(support: SupportSet, logits_each: int) -> Iterator[tuple[np.ndarray, SupportSet]]:
-    """The rows of images that are left out together, and the support set without them (left_out_folds).
-
-    `logits_each` logits are computed for a fold; all folds, or as many as give what a check needs.
-    """
-    folds, scored = left_out_folds(support)
-    found = logits = 0
-    for fold in range(folds.max() + 1):
-        if fold and (found >= _LEFT_OUT or logits + logits_each > _CHECK_LOGITS):
-            return
-        chosen = np.flatnonzero((folds == fold) & scored)
-        yield chosen, support.only(folds != fold)
-        found, logits = found + len(chosen), logits + logits_each
-
-
-def _which(support: SupportSet, queries: Embeddings) -> Which:
-    """The embeddings by which GDA without texts classifies more left-out support images, plain ones if equal."""
+def _which(support: SupportSet, queries: Embeddings, folds: Folds) -> Which:
+    """The embeddings by which GDA classifies more left-out support images, plain ones if equal."""
     if support.embeddings.adapted is None or queries.adapted is None:
         return "plain"
-    alone = replace(support, text=None)
-    own = alone.as_queries
-    right: dict[Which, int] = {"plain": 0, "adapted": 0}
-    for chosen, others in _folds(alone, 0):
-        for which in right:
-            logits = score(gda.gda(others, which, alpha=1.0), own[chosen])
-            right[which] += int((logits.argmax(1) == alone.labels[chosen]).sum())
-    return "adapted" if right["adapted"] > right["plain"] else "plain"
+    embeddings: tuple[Which, ...] = ("plain", "adapted")
+    labels = [GaussianModel(support, which).without(folds)[folds.rows].argmax(1) for which in embeddings]
+    plain, adapted = (int((one == support.labels[folds.rows]).sum()) for one in labels)
+    return "adapted" if adapted > plain else "plain"
 
 
-def _left_out(
-    support: SupportSet, plan_of: Compile, queries: Embeddings, result: JointPrediction
+def _checked(
+    result: JointPrediction, support: SupportSet, alone: OutOfFold, folder: Unlabelled
 ) -> tuple[JointPrediction, float]:
-    """The check: `result` with its accuracies and, if images are classified worse together, the reason for refusal;
-    and the factor of the logits."""
-    own = support.as_queries
-    folds, labels = [], []
-    for chosen, others in _folds(support, len(queries) * support.n_classes):
-        folds.append(_fold(others, plan_of(others), own[chosen], queries, result.which))
-        labels.append(support.labels[chosen])
-    alone, joint = (np.concatenate(logits) for logits in zip(*folds, strict=True))
-    expected = np.concatenate(labels)
-    right = [logits.argmax(1) == expected for logits in (alone, joint)]
+    """`result` with its accuracies and, if images are classified worse together, the reason for refusal; and the factor
+    of the logits."""
+    images = GaussianModel(support, result.which)
+    rows = image_rows(support.embeddings, result.which, None).astype(np.float64)
+    logits_alone, joint, n_folder = alone.by_image(), list[np.ndarray](), len(folder.rows)
+    affordable = max(1, _CHECK_LOGITS // folder.start.size)
+    folds = alone.folds.first(_LEFT_OUT)
+    splits = folds.splits[:affordable]
+    for chosen, out in splits:
+        start = _log_softmax(logits_alone[chosen])
+        own, weight = support.as_queries[chosen], WEIGHT * min(1.0, n_folder / len(chosen))
+        hidden = Unlabelled.of(own, result.which, start, weight)
+        gaussians, _ = estimate(images.moments - Moments.of(rows[out], support.one_hot[out]), [hidden, folder])
+        joint.append(hidden.logits(gaussians, slice(None)))
+    chosen = np.concatenate([rows for rows, _ in splits])
+    expected, both = support.labels[chosen], (logits_alone[chosen], np.concatenate(joint))
+    right = [logits.argmax(1) == expected for logits in both]
     shares = [float(one.mean()) for one in right]
-    fits = [fit_factor(logits, np.zeros_like(logits), expected, 0.0) for logits in (alone, joint)]
+    fits = [fit_factor(logits, np.zeros_like(logits), expected, 0.0) for logits in both]
     result = replace(result, left_out=len(expected), left_out_alone=shares[0], left_out_joint=shares[1])
     refused = (
-        f"of {len(expected)} left-out support images hidden among the {len(queries)} images, {shares[1]:.1%} are right "
+        f"of {len(expected)} left-out support images hidden among the {n_folder} images, {shares[1]:.1%} are right "
         f"together, {shares[0]:.1%} alone"
     )
     if shares[1] < shares[0]:
@@ -210,25 +267,29 @@ def _left_out(
     return result, fits[1].factor
 
 
-def _fold(
-    support: SupportSet, plan: ScoringPlan, own: Embeddings, queries: Embeddings, which: Which
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of the left-out images `own`, alone and hidden among the queries."""
-    alone = _log_probabilities(plan, own)
-    hidden = Unlabelled(image_rows(own, which, None), alone, WEIGHT * min(1.0, len(queries) / len(own)))
-    folder = Unlabelled(image_rows(queries, which, None), _log_probabilities(plan, queries))
-    rows = image_rows(support.embeddings, which, None)
-    gaussians, _ = estimate(rows, support.class_offsets, [hidden, folder])
-    return alone, gaussians.logits(hidden, slice(None))
-
-
 def _log_probabilities(plan: ScoringPlan, queries: Embeddings) -> np.ndarray:
     """log softmax of the plan's logits, (B, C) float32."""
-    scorer = Scorer(plan)
-    result = np.empty((len(queries), plan.n_classes), np.float32)
-    for block in blocks(*result.shape):
-        logits = scorer(queries[block], check=False)
-        logits = logits - logits.max(1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(1, keepdims=True))
-        result[block] = logits
+    scorer, result = Scorer(plan), np.empty((len(queries), plan.n_classes), np.float32)
+    for block in _blocks(*result.shape):
+        result[block] = _log_softmax(scorer(queries[block], check=False))
     return result
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted: np.ndarray = logits - logits.max(1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
+    return shifted
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """In place, row by row. No probability is below exp(-60): products with denormal numbers take 100 times as long."""
+    logits -= logits.max(1, keepdims=True)
+    np.maximum(logits, _LEAST, out=logits)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(1, keepdims=True)
+    return logits
+
+
+def _blocks(n_rows: int, n_classes: int) -> Iterator[slice]:
+    size = max(1, _BLOCK // n_classes)
+    return (slice(first, first + size) for first in range(0, n_rows, size))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.gda import shrunk_precision
-from iosr_fast.methods.kernel_ridge import kernel_matrix
+from iosr_fast.methods.conformal import log_odds_of_largest
+from iosr_fast.methods.folds import Folds
+from iosr_fast.methods.models.gaussian import GaussianModel, Moments, fit_gaussians, shrunk_precision
+from iosr_fast.methods.models.model import TextModel
+from iosr_fast.methods.models.ridge import RidgeModel
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import Which
 
@@ -28,6 +33,7 @@ MAX_REGRESSION = 4096
 # Kernel and ridge of the regression, those of the stack at few shots (tuning.stack_weights).
 BETA, RIDGE = 2.0, 0.2
 _ROWS = 1024
+Background = tuple[np.ndarray, np.ndarray]  # m (D,) and P0 (D, D) of KnownScores
 
 
 def score_names(support: SupportSet, adapted: bool, unknown: Embeddings | None = None) -> tuple[str, ...]:
@@ -69,110 +75,96 @@ class KnownScores:
     """
 
     def __init__(self, support: SupportSet, names: tuple[str, ...], unknown: Embeddings | None = None) -> None:
-        self.names, self.text, self.tau = names, support.text, support.tau
-        parts = GAUSSIAN_SCORES[0] in names, REGRESSION_SCORES[0] in names
+        self.names, self.support, images = names, support, {*names} - {*TEXT_SCORES, UNKNOWN_KEY}
         embeddings: tuple[Which, ...] = ("plain", "adapted") if any("adapted" in name for name in names) else ("plain",)
         self.unknown_which = embeddings[-1]
         self.unknown_keys = None
         if unknown is not None and UNKNOWN_KEY in names:
             self.unknown_keys = image_rows(unknown, self.unknown_which, None).astype(np.float64)
-        if set(names) <= {*TEXT_SCORES, UNKNOWN_KEY}:
-            embeddings = ()
-        self.models = [(which, ImageModel(support, which, *parts)) for which in embeddings]
+        self.models = [_ImageScores(support, which, images) for which in embeddings if images]
 
     def __call__(self, queries: Embeddings) -> np.ndarray:
         blocks = [self._block(queries[start : start + _ROWS]) for start in range(0, len(queries), _ROWS)]
         return np.concatenate(blocks) if blocks else np.zeros((0, len(self.names)))
 
     def _block(self, queries: Embeddings) -> np.ndarray:
-        columns = []
-        if self.text is not None:
-            logits = self.tau * (queries.plain.astype(np.float64) @ self.text.T)
-            columns += [logits.max(1), log_odds_of_largest(logits)]
-        for which, model in self.models:
-            columns += model.scores(image_rows(queries, which, None).astype(np.float64))
+        columns = self._of_texts(queries)
+        for model in self.models:
+            columns += model.scores(queries)
         if self.unknown_keys is not None:
             rows = image_rows(queries, self.unknown_which, None).astype(np.float64)
             columns.append(-(rows @ self.unknown_keys.T).max(1))
         return np.stack(columns, axis=1)
 
+    def without(self, folds: Folds) -> np.ndarray:
+        """(V, K): the scores of the support images `folds.rows`, each by a model without its fold; without UNKNOWN_KEY,
+        which no fold changes."""
+        columns = self._of_texts(self.support.as_queries[folds.rows])
+        for model in self.models:
+            columns += [column[folds.rows] for column in model.without(folds)]
+        return np.stack(columns, axis=1)
 
-class ImageModel:
+    def _of_texts(self, queries: Embeddings) -> list[np.ndarray]:
+        if self.support.text is None:
+            return []
+        logits = TextModel(self.support).scores(queries)
+        return [logits.max(1), log_odds_of_largest(logits)]
+
+
+class _ImageScores:
     """The scores of one of the two embeddings."""
 
-    def __init__(self, support: SupportSet, which: Which, gaussian: bool, regress: bool) -> None:
-        self.keys = rows = image_rows(support.embeddings, which, None).astype(np.float64)
-        present = np.flatnonzero(support.counts)
-        labels = np.searchsorted(present, support.labels)
-        self.gaussians = GaussianModel(rows, labels) if gaussian else None
-        self.values = None
-        if regress:
-            kernel = kernel_matrix(rows, rows, BETA)
-            kernel[np.diag_indices(len(rows))] += RIDGE
-            self.values = np.linalg.solve(kernel, np.eye(len(present))[labels])
+    def __init__(self, support: SupportSet, which: Which, names: set[str]) -> None:
+        self.support, self.which, self.present = support, which, np.flatnonzero(support.counts)
+        self.gaussian = GaussianModel(support, which) if GAUSSIAN_SCORES[0] in names else None
+        regression = RidgeModel(support, which, None, BETA, RIDGE, labels=1.0, texts=0.0)
+        self.regression = regression if REGRESSION_SCORES[0] in names else None
 
-    def scores(self, queries: np.ndarray) -> list[np.ndarray]:
-        cosines = queries @ self.keys.T
-        columns = [] if self.gaussians is None else self.gaussians.scores(queries)
-        columns.append(cosines.max(1))
-        if self.values is not None:
-            regression = np.exp(BETA * (cosines - 1.0)) @ self.values
-            second, first = np.partition(regression, -2, axis=1)[:, -2:].T
-            columns += [first, first - second]
-        return columns
+    @cached_property
+    def background(self) -> Background:
+        """Of all images: it sees no label, so that no fold needs another one."""
+        assert self.gaussian is not None
+        whole = self.gaussian.moments.joined
+        return whole.means[0], shrunk_precision(whole.scatter, float(whole.counts.sum()))
 
+    def scores(self, queries: Embeddings) -> list[np.ndarray]:
+        """Columns (B,): GAUSSIAN_SCORES, KEY_SCORES and REGRESSION_SCORES, as far as they are wanted."""
+        rows = image_rows(queries, self.which, None).astype(np.float64)
+        keys = image_rows(self.support.embeddings, self.which, None).astype(np.float64)
+        columns = [] if self.gaussian is None else _gaussian_scores(self.gaussian.moments, self.background, rows)
+        columns.append((rows @ keys.T).max(1))
+        return columns if self.regression is None else columns + self._margins(self.regression.scores(queries))
 
-class GaussianModel:
-    """One Gaussian a class with a shared covariance, of rows (N, D) with labels 0 to C - 1 that don't fall."""
+    def without(self, folds: Folds) -> list[np.ndarray]:
+        """Columns (N,) of the support images, each without its fold; of others NaN."""
+        own = image_rows(self.support.as_queries, self.which, None).astype(np.float64)
+        keys = image_rows(self.support.embeddings, self.which, None).astype(np.float64)
+        moments = None if self.gaussian is None else self.gaussian.moments
+        columns = np.full((len(own), len(GAUSSIAN_SCORES) * (moments is not None) + 1), np.nan)
+        for rows, out in folds.splits:
+            if moments is not None:
+                others = moments - Moments.of(keys[out], self.support.one_hot[out])
+                columns[rows, :-1] = np.stack(_gaussian_scores(others, self.background, own[rows]), axis=1)
+            columns[rows, -1] = (own[rows] @ keys[~out].T).max(1)
+        found = list(columns.T)
+        return found if self.regression is None else found + self._margins(self.regression.without(folds))
 
-    def __init__(self, rows: np.ndarray, labels: np.ndarray) -> None:
-        counts = np.bincount(labels)
-        means = np.add.reduceat(rows, np.cumsum(counts) - counts, axis=0) / counts[:, None]
-        self.mean = rows.mean(0)
-        self.precision, self.whole_precision = _precision(rows - means[labels]), _precision(rows - self.mean)
-        self.linear = means @ self.precision
-        self.bias = -0.5 * np.einsum("cd,cd->c", self.linear, means)
-
-    def scores(self, queries: np.ndarray) -> list[np.ndarray]:
-        """Columns of GAUSSIAN_SCORES."""
-        logits = queries @ self.linear.T + self.bias
-        largest, centred = logits.max(1), queries - self.mean
-        towards = queries @ (self.precision @ self.mean) - 0.5 * self.mean @ self.precision @ self.mean
-        distance = _quadratic(queries, self.precision) - 2.0 * largest
-        relative = _quadratic(centred, self.whole_precision) - distance
-        return [largest, log_odds_of_largest(logits), largest - towards, -distance, relative]
+    def _margins(self, regression: np.ndarray) -> list[np.ndarray]:
+        second, first = np.partition(regression[:, self.present], -2, axis=1)[:, -2:].T
+        return [first, first - second]
 
 
-def _precision(centred: np.ndarray) -> np.ndarray:
-    """inv(Sigma + tr(Sigma) / (N - 1) I), or I if Sigma is 0: of one image, so that its size does not grow with N."""
-    scatter = centred.T @ centred
-    precision = shrunk_precision(scatter, len(centred))
-    zero = np.trace(scatter) <= len(centred) * np.finfo(np.float32).eps
-    return precision if zero else precision * ((len(centred) - 1) / len(precision))
+def _gaussian_scores(moments: Moments, background: Background, rows: np.ndarray) -> list[np.ndarray]:
+    """Columns of GAUSSIAN_SCORES."""
+    fitted, (mean, of_all) = fit_gaussians(moments), background
+    logits, precision = fitted.scores(rows)[:, moments.counts > 0], fitted.precision
+    largest, centred = logits.max(1), rows - mean
+    towards = rows @ (precision @ mean) - 0.5 * mean @ precision @ mean
+    distance = _quadratic(rows, precision) - 2.0 * largest
+    relative = _quadratic(centred, of_all) - distance
+    return [largest, log_odds_of_largest(logits), largest - towards, -distance, relative]
 
 
 def _quadratic(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     products: np.ndarray = np.einsum("bd,bd->b", rows @ matrix, rows)
     return products
-
-
-def log_sum_exp(logits: np.ndarray) -> np.ndarray:
-    """(B,) of (B, C); -inf where all are."""
-    top = logits.max(1)
-    top = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        sums: np.ndarray = top + np.log(np.exp(logits - top[:, None]).sum(1))
-    return sums
-
-
-def log_odds_of_largest(logits: np.ndarray) -> np.ndarray:
-    """log p / (1 - p) of the largest p = softmax(logits), (B,) float64; it does not saturate as p does.
-
-    >>> log_odds_of_largest(np.array([[100.0, 0.0]]))
-    array([100.])
-    """
-    rows, top = np.arange(len(logits)), logits.argmax(1)
-    others = logits.astype(np.float64)
-    others[rows, top] = -np.inf
-    odds: np.ndarray = logits[rows, top] - log_sum_exp(others)
-    return odds

@@ -11,12 +11,12 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.method import Method
-from iosr_fast.methods.multi_label_set import KeyTerm, LinearTerm, MultiLabelSet, MultiLabelTerms
+from iosr_fast.methods.log_loss import fit_binary, sigmoid
+from iosr_fast.methods.multi_label_set import KeyTerm, LinearTerm, MultiLabelSet, MultiLabelTerms, multi_label_terms
+from iosr_fast.methods.papers import Method
 from iosr_fast.methods.stack import MAX_KEYS
-from iosr_fast.methods.tuning.binary_loss import fit_binary, sigmoid
-from iosr_fast.methods.tuning.stack_weights import FEW_SHOT_SETTING, SETTINGS, affordable
-from iosr_fast.methods.tuning.tune import AUTO, TUNE_SECONDS
+from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, affordable
+from iosr_fast.methods.tune import AUTO, TUNE_SECONDS
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.utils.ranking import mean_average_precision
@@ -76,7 +76,7 @@ def multi_label_reason(method: str, reducer: str | None = None) -> str | None:
     >>> multi_label_reason("gda++")
     "gda++ can't learn from several labels an image: it takes each image to be of one Gaussian class; use 'auto'"
     """
-    if method != AUTO and isinstance(reason := METHODS[method].multi_label, str):
+    if method != AUTO and (reason := METHODS[method].one_label):
         return f"{method} can't learn from several labels an image: {reason}; use 'auto'"
     if reducer not in (None, "none"):
         return f"several labels an image take no reducer, got {reducer!r}: leave it out"
@@ -96,7 +96,7 @@ def fit_multi_label(
         logits[b, c] = w[0] tau <plain[b], text[c]> + w[1] sum_j exp(-beta (1 - <x[b], key[j]>)) V[j, c] + bias[c]
         probability of class c = 1 / (1 + exp(-logits[b, c]))
 
-    V (N, C) is that of the method with an indicator of labels in the place of one-hot ones (Method.multi_label):
+    V (N, C) is that of the method with an indicator of labels in the place of one-hot ones (multi_label_terms):
     Tip-Adapter's cache, ProKeR's regression, or that of "auto" and "stack", (K + ridge I)^-1 (Y - share), with Y the
     indicator and `share` (C,) the share of images that have the label. x and the keys are plain embeddings or, for the
     "++" form, adapted ones; the stack chooses. It also weighs Gaussian discriminants of plain and adapted embeddings
@@ -128,7 +128,7 @@ def fit_multi_label(
     """
     given, adapted = dict(parameters or {}), images.embeddings.adapted is not None
     if method == AUTO:
-        method = next(one.name for one in METHODS.values() if one.weighted and one.needs_adapter is adapted)
+        method = "stack++" if adapted else "stack"
     _check(entry := METHODS[method], images)
     if search and not given:
         choices = [_fit(images, entry, *setting) for setting in _settings(entry, images, seconds)]
@@ -194,10 +194,10 @@ def _check(entry: Method, images: MultiLabelSet) -> None:
 def _settings(entry: Method, images: MultiLabelSet, seconds: float) -> Iterator[tuple[Which, Mapping[str, float]]]:
     """The embeddings and settings to try: as many as the budget allows, and at least one; one where none is judged."""
     if not _used(entry, images).any():
-        yield entry.which, FEW_SHOT_SETTING if entry.weighted else entry.parameters
-    elif entry.weighted:
+        yield entry.which, FEW_SHOT_SETTING if entry.is_stack else entry.parameters
+    elif entry.is_stack:
         embeddings: tuple[Which, ...] = ("adapted", "plain") if entry.needs_adapter else ("plain",)
-        settings = affordable(images, len(embeddings), seconds) or SETTINGS[:1]
+        settings = affordable(len(images.labels), images.n_classes, len(embeddings), seconds) or SETTINGS[:1]
         yield from product(embeddings, settings)
     else:
         for values in product(*entry.axes.values()):
@@ -217,9 +217,7 @@ def _fit(
     fixed: Mapping[str, float] | None = None,
 ) -> _Choice:
     """Weights and biases at one setting; with `fixed` weights, a factor of them all and biases."""
-    assert not isinstance(entry.multi_label, str)
-    terms, used = entry.multi_label(images, which, setting), _used(entry, images)
-    terms = {name: term for name, term in terms.items() if name in entry.parameters}  # a plain stack has fewer
+    terms, used = multi_label_terms(images, entry, which, setting), _used(entry, images)
     arrays = {} if images.text is None else {"text": images.tau * images.zero_shot(queries=True)}
     arrays |= {name: term.left_out for name, term in terms.items()}
     if fixed is None:
@@ -236,7 +234,7 @@ def _fit(
     else:
         factors, bias, loss = _by_rule(scaled, images.labels)
         factors |= {name: 0.0 for name, term in terms.items() if isinstance(term, LinearTerm) and name in factors}
-    if not any(factors.values()) or (entry.needs_support and not entry.weighted):
+    if not any(factors.values()) or (entry.needs_support and not entry.is_stack):
         first = next(iter(factors))  # a method's weights are relative to that of the texts
         factors[first] = max(factors[first], _LEAST)
     weights = dict.fromkeys(arrays, 0.0)
@@ -261,7 +259,7 @@ def _by_rule(scaled: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[dict
 def _config(entry: Method, choice: _Choice, given: Mapping[str, float]) -> tuple[str, dict[str, float], float]:
     """Method, parameters and factor of the logits, as a MethodConfig has them."""
     weights, setting = choice.weights, choice.setting
-    if entry.weighted:
+    if entry.is_stack:
         adapted = choice.which == "adapted"
         name = entry.name if adapted or weights.get("discriminant_adapted") else entry.name.removesuffix("++")
         values = {**dict.fromkeys(METHODS[name].parameters, 0.0), **weights, "beta": setting["beta"]}
@@ -280,7 +278,7 @@ def _plan(images: MultiLabelSet, entry: Method, choice: _Choice, key_precision: 
     weights, bias = choice.weights, choice.bias
     text = weights.get("text", 0.0)
     arrays: dict[str, Any] = {"text": images.text, "tau": text * images.tau} if text > 0 else {}
-    used = [(term, weights[name]) for name, term in choice.terms.items() if weights[name] or not entry.weighted]
+    used = [(term, weights[name]) for name, term in choice.terms.items() if weights[name] or not entry.is_stack]
     if keys := [(term, weight) for term, weight in used if isinstance(term, KeyTerm)]:
         values = np.sum([weight * term.values for term, weight in keys], axis=0)
         arrays |= {"keys": images.rows(choice.which), "values": values, "query": choice.which}

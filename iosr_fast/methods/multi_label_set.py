@@ -1,4 +1,4 @@
-"""Support images with several labels each, and what a method makes of them."""
+"""Support images with several labels each, and the terms that a method makes of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.folds import MAX_FOLDS, Folds
+from iosr_fast.methods.models.gaussian import Gaussians, Moments, fit_gaussians, gaussians_without
+from iosr_fast.methods.models.ridge import KernelRidge, kernel_matrix
+from iosr_fast.methods.papers import Method
+from iosr_fast.methods.stack import DISCRIMINANTS
 from iosr_fast.scoring.plan import Which
 
 
@@ -97,5 +102,79 @@ class LinearTerm:
     left_out: np.ndarray
 
 
-# What a multi-label method is: (images, which, setting) -> its terms, by the parameter that weighs them.
+# Terms by the parameter that weighs them.
 MultiLabelTerms = Mapping[str, KeyTerm | LinearTerm]
+
+
+def multi_label_terms(
+    images: MultiLabelSet, method: Method, which: Which, setting: Mapping[str, float]
+) -> MultiLabelTerms:
+    """The terms of a method, with an indicator of labels in the place of one-hot ones: Tip-Adapter's cache, ProKeR's
+    regression, the regression and the discriminants of the stack; none of zero-shot."""
+    if method.family == "keys":
+        return {"alpha": _cache(images, which, setting["beta"])}
+    if method.family == "values":
+        term = _regression(images, which, setting["beta"], setting["ridge"], texts=1.0)
+        return {"alpha": KeyTerm(images.tau * term.values, images.tau * term.left_out)}
+    if not method.is_stack:
+        return {}
+    regression = _regression(images, which, setting["beta"], setting["ridge"])
+    known: dict[str, LinearTerm] = vars(images).setdefault("_discriminants", {})  # the same at all settings
+    for read, name in DISCRIMINANTS.items():
+        if name in method.parameters and name not in known:
+            known[name] = _discriminant(images, read)
+    return {"regression": regression, **{name: term for name, term in known.items() if name in method.parameters}}
+
+
+def _cache(images: MultiLabelSet, which: Which, beta: float) -> KeyTerm:
+    """The sum over the keys that have the label, as of one label. An image that is left out lacks one of the n keys of
+    each of its labels, which n / (n - 1) makes up for."""
+    kernel = kernel_matrix(images.rows(which, queries=True), images.rows(which), beta)
+    np.fill_diagonal(kernel, 0.0)
+    values, more = images.labels.astype(np.float64), np.maximum(images.counts - 1, 1)
+    return KeyTerm(values, (kernel @ values) * np.where(images.labels, images.counts / more, 1.0))
+
+
+def _regression(images: MultiLabelSet, which: Which, beta: float, ridge: float, texts: float = 0.0) -> KeyTerm:
+    """Kernel ridge regression of the labels (N, C) minus the share of images that have each, minus `texts` times the
+    zero-shot cosines; left-out images are fitted without them, in their shares too. Without the shares the regression
+    of an image's own label would be lower where the image is left out: there is one such image less.
+
+    The regression is linear in the target: that of labels - share is that of the labels minus share times that of 1.
+    """
+    keys = images.rows(which)
+    target = np.hstack([images.labels - texts * images.zero_shot(), np.ones((len(keys), 1))])
+    model = KernelRidge(kernel_matrix(keys, keys, beta), ridge)
+    kernel = None if images.queries is None else kernel_matrix(images.rows(which, queries=True), keys, beta)
+    values, left_out = model.values(target), model.without_one(target, kernel)
+    others = max(len(keys) - 1, 1)
+    return KeyTerm(
+        values[:, :-1] - values[:, -1:] * (images.counts / len(keys)),
+        left_out[:, :-1] - left_out[:, -1:] * ((images.counts - images.labels) / others),
+    )
+
+
+def _discriminant(images: MultiLabelSet, which: Which) -> LinearTerm:
+    """G (models.gaussian) minus its mean over classes, where an image counts for each of its classes: mu_c is the mean
+    of the images with label c, Sigma the covariance around these means over all pairs of image and label. The mean says
+    how unlike all classes an image is, not which it has. Left-out images are those of a fold of up to MAX_FOLDS, over
+    which the images of a class are spread."""
+    rows, queries = (images.rows(which, own).astype(np.float64) for own in (False, True))
+    labels = images.labels.astype(np.float64)
+    moments = Moments.of(rows, labels)
+    left_out = gaussians_without(moments, rows, queries, labels, _spread_folds(images.labels))
+    left_out -= left_out.mean(1, keepdims=True)
+    fitted: Gaussians = fit_gaussians(moments)
+    return LinearTerm(which, fitted.linear - fitted.linear.mean(0), fitted.bias - fitted.bias.mean(), left_out)
+
+
+def _spread_folds(labels: np.ndarray) -> Folds:
+    """Every image in one of up to MAX_FOLDS folds: that with fewest images of its classes, then fewest at all."""
+    number = min(MAX_FOLDS, len(labels))
+    of_class, sizes = np.zeros((number, labels.shape[1])), np.zeros(number)
+    folds = np.zeros(len(labels), np.int64)
+    for i, row in enumerate(labels):
+        folds[i] = np.lexsort((sizes, of_class[:, row].sum(1)))[0]
+        of_class[folds[i]] += row
+        sizes[folds[i]] += 1
+    return Folds(folds, np.ones(len(labels), bool), labels.sum(0))

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.methods.folds import class_distances, near_pairs
 from iosr_fast.methods.label_noise import fit_label_noise
-from iosr_fast.methods.left_out import Compile, LearningCurve, learning_curve, left_out_logits
+from iosr_fast.methods.learning_curve import Compile, LearningCurve, learning_curve
+from iosr_fast.methods.models.model import TextModel
+from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tuning.held_out import zero_shot_logits
-from iosr_fast.methods.tuning.near_duplicates import class_distances, near_pairs
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.json_values import json_values
@@ -91,7 +92,7 @@ class SupportAudit:
     duplicates       the nearest pair first
     confusions       the most confused classes first
     classes          all of them, in their order
-    curve            what more images would bring (left_out.LearningCurve)
+    curve            what more images would bring (learning_curve.LearningCurve)
     basis            what labels were compared with: "left-out images"; "class names", if nothing could be left out;
                      "nothing"
     """
@@ -137,6 +138,7 @@ class SupportAudit:
 
 def audit_support(
     support: SupportSet,
+    left_out: OutOfFold,
     plan_of: Compile,
     *,
     which: Which = "plain",
@@ -145,38 +147,39 @@ def audit_support(
 ) -> SupportAudit:
     """What is wrong with N labelled images of C classes, and what more of them would bring.
 
-    `plan_of` makes the plan of a support set: MethodConfig.compile, Tuned.compile, or one of yours; `which` are the
-    embeddings that it compares. `images` (N,) and `classes` (C,) name images and classes in the result; None: by
-    position.
+    `left_out` are the out-of-fold logits of a method, `plan_of` makes its plan of a smaller support set (MethodConfig
+    or Tuned.compile), and `which` are the embeddings that it compares. `images` (N,) and `classes` (C,) name images and
+    classes in the result; None: by position.
 
-    Labels are judged by the logits of left-out images (left_out.left_out_logits): the suspicion of label_noise is high
+    Labels are judged by the logits of left-out images: the suspicion of label_noise is high
     if a label is less probable than a random error would make it, given how often the classifier is mistaken. If every
     class has one image, the class names judge, where there are texts. Near duplicates are images whose distance
     1 - cosine is at most a tenth of the usual one of two images of a class, the median over classes of the median of
     their pairs. Confusions leave likely wrong labels out.
 
-    Time: `plan_of` for at most 16 folds and some smaller fits, and N^2 D operations for the pairs, in blocks.
+    Time: `plan_of` for some smaller fits, and N^2 D operations for the pairs, in blocks.
 
     Sources: the mixture of label_noise is a noise model with one rate, as in confident learning (Northcutt et al., JAIR
     2021), fitted by likelihood.
 
     >>> from iosr_fast import Embeddings
     >>> from iosr_fast.methods.support_set import make_support_set
-    >>> from iosr_fast.methods.tuning.tune import tune
+    >>> from iosr_fast.methods.tune import tune
     >>> rng = np.random.default_rng(0)
     >>> labels = np.arange(3).repeat(8)
     >>> rows = 2.0 * np.eye(3, 16)[labels] + 0.3 * rng.standard_normal((24, 16))
     >>> rows = Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
     >>> labels[5] = 2  # an image of class 0
     >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=3)
-    >>> audit = audit_support(support, tune("gda", support).compile, images=np.argsort(labels, kind="stable"))
+    >>> tuned, positions = tune("gda", support), np.argsort(labels, kind="stable")
+    >>> audit = audit_support(support, tuned.out_of_fold, tuned.compile, images=positions)
     >>> [(one.image, one.label, one.suggested) for one in audit.likely_wrong]
     [(5, 2, 0)]
     """
     started = time.perf_counter()
     images = np.arange(len(support.labels)) if images is None else images
     classes = np.arange(support.n_classes) if classes is None else classes
-    logits = left_out_logits(support, plan_of)
+    logits = left_out.by_image()
     curve = learning_curve(support, plan_of, logits)
     scored, basis = np.isfinite(logits[:, 0]), "left-out images"
     judged, of_judged = scored, logits
@@ -184,7 +187,7 @@ def audit_support(
         judged, basis = np.full(len(scored), support.text is not None), "nothing"
         if support.text is not None and len(scored):
             basis = "class names"
-            of_judged = zero_shot_logits(support, support.as_queries)
+            of_judged = TextModel(support).scores(support.as_queries)
     noise = fit_label_noise(of_judged[judged], support.labels[judged])
     suspicion, surprise = (np.full(len(scored), np.nan) for _ in range(2))
     suspicion[judged], surprise[judged] = noise.wrong, noise.surprise

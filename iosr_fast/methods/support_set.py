@@ -11,8 +11,11 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reducers import Reducer
 
+# Logits are float32 sums: a difference of at most this share of them may be mere rounding.
+ROUNDING = 64 * float(np.finfo(np.float32).eps)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class SupportSet:
     """Embeddings of N support images and of C class names, of D channels: the input of a method.
 
@@ -22,7 +25,6 @@ class SupportSet:
     tau            the CLIP's logit scale
     queries        (N, D): the same images with one view each, as queries have; leave-one-out scores these. None: the
                    rows of `embeddings`
-    whole          (C,) int64, `counts` of the set that a fold was taken out of (`without`); None: `counts`
 
     `make_support_set` sorts the rows and makes one.
 
@@ -36,7 +38,6 @@ class SupportSet:
     text: np.ndarray | None
     tau: float
     queries: Embeddings | None = None
-    whole: np.ndarray | None = None
 
     @property
     def n_classes(self) -> int:
@@ -51,6 +52,11 @@ class SupportSet:
     def labels(self) -> np.ndarray:
         """(N,) int64, non-decreasing."""
         return np.repeat(np.arange(self.n_classes), self.counts)
+
+    @property
+    def one_hot(self) -> np.ndarray:
+        """(N, C) float64, the labels as an indicator."""
+        return np.eye(self.n_classes)[self.labels]
 
     @property
     def as_queries(self) -> Embeddings:
@@ -68,10 +74,6 @@ class SupportSet:
         counts = np.bincount(self.labels[rows], minlength=self.n_classes)
         queries = None if self.queries is None else self.queries[rows]
         return replace(self, embeddings=self.embeddings[rows], class_offsets=_offsets(counts), queries=queries)
-
-    def without(self, rows: np.ndarray) -> SupportSet:
-        """The support set without the images of a fold, `rows` a mask (N,) bool, which remembers `whole`."""
-        return replace(self.only(~rows), whole=self.counts if self.whole is None else self.whole)
 
 
 def class_weights(counts: np.ndarray) -> np.ndarray:

@@ -11,12 +11,15 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.conformal import check_share, rank_of, threshold
+from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.known_scores import KnownScores, score_names
-from iosr_fast.methods.promise import check_share, leave_out, left_out_folds, rank_of, threshold
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.utils.ranking import auroc
 
 KEEP = 0.95
+# Images are left out fold by fold until there are this many: a share of 5% then has a standard error of half a point.
+_MOST = 2000
 # Halves of the classes that play the known ones, each in turn with the other half; for each, images of two folds.
 HALVES = 6
 HALF_FOLDS = 2
@@ -36,7 +39,7 @@ class Unknown:
     support    by all images of which queries are scored
     names      of the K scores (KnownScores)
     weights    (K,) float64: known = scores @ weights + bias, in standard deviations of left-out support images
-    left_out   (V,) float64, `known` of support images that were left out, extrapolated (LeftOut)
+    left_out   (V,) float64, `known` of support images, each by models without its fold
     unknown_images  embeddings of pictures of none of the classes, if there are any
     auroc      of classes that were left out against left-out images of the others, by weights fitted on other halves
                of the classes; NaN where there are too few classes
@@ -72,7 +75,7 @@ class Unknown:
 
     def threshold(self, keep: float = KEEP) -> float:
         """A picture with a higher score is rejected; a share `keep` of known pictures is not. Raises IosrFastError
-        where there are too few support images for that promise (promise.threshold)."""
+        where there are too few support images for that promise (conformal.threshold)."""
         return -threshold(self.left_out, check_share("keep", keep))
 
     def rejects(self, queries: Embeddings, keep: float = KEEP) -> np.ndarray:
@@ -131,16 +134,17 @@ def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings 
     """
     names, all_names = score_names(support, adapted), score_names(support, adapted, unknown)
     own = support.as_queries
-    left = leave_out(support, lambda others, rows: KnownScores(others, names)(own[rows]))
-    if not len(left.rows):
+    folds = make_folds(support).first(_MOST)
+    if not len(folds.rows):
         return Unknown(support, all_names, _alone(all_names), 0.0, np.zeros(0), float("nan"), unknown)
+    values = KnownScores(support, names).without(folds)
     groups = list(_halves(support, own, names))
     weights, auroc_of_halves = _weights(groups) if groups else _alone(names), _held_out_auroc(groups)
-    weights = weights / _deviations(left.values)
-    known = left.extrapolated @ weights
+    weights = weights / _deviations(values)
+    known = values @ weights
     if unknown is not None and all_names != names:
         scorer = KnownScores(support, all_names, unknown)
-        weights, known = _with_unknown(scorer, weights, known, own[left.rows], unknown)
+        weights, known = _with_unknown(scorer, weights, known, own[folds.rows], unknown)
     deviation = float(known.std()) or 1.0
     bias = -float(known.mean()) / deviation
     left_out = known / deviation + bias
@@ -200,15 +204,16 @@ def check_unknown_images(count: int) -> None:
 
 def _halves(support: SupportSet, own: Embeddings, names: tuple[str, ...]) -> Iterator[Group]:
     """Groups of standardised scores: left-out images of one half of the classes, and images of the other half."""
-    (folds, scored), labels = left_out_folds(support), support.labels
+    folds, labels = make_folds(support), support.labels
     present = np.flatnonzero(support.counts)
     if len(present) < 3:
         return
     for known in _halves_of(present):
         of_half = np.isin(np.arange(support.n_classes), known)
-        for fold in range(min(HALF_FOLDS, int(folds.max()) + 1)):
-            left, others = of_half[labels] & (folds == fold) & scored, of_half[labels] & (folds != fold)
-            unknown = ~of_half[labels] & (folds % HALF_FOLDS == fold)
+        for fold in range(min(HALF_FOLDS, folds.number)):
+            out = folds.fold == fold
+            left, others = of_half[labels] & out & folds.scored, of_half[labels] & ~out
+            unknown = ~of_half[labels] & (folds.fold % HALF_FOLDS == fold)
             if left.any() and unknown.any():
                 scorer = KnownScores(_of_classes(support, of_half, others), names)
                 yield _standardised(scorer(own[left]), scorer(own[unknown]))

@@ -13,9 +13,8 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.head.evaluation import MISTAKES, Evaluation, LabelSets, Mistake, UnknownResult
 from iosr_fast.head.predictions import predict
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.methods.conformal import LeftOutLabels, of_logits
-from iosr_fast.methods.promise import check_share, threshold
-from iosr_fast.methods.tuning.near_duplicates import near_support
+from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits, threshold
+from iosr_fast.methods.folds import near_support
 from iosr_fast.pipeline.reader import Reader
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
@@ -71,7 +70,7 @@ def _measure(
 
     blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
     odds, confidence, right, log_loss, predicted, sizes, covered = np.concatenate(blocks, axis=1)
-    outcome = LeftOutLabels(odds, confidence, right > 0, log_loss, labels, odds)
+    outcome = LeftOutLabels(odds, confidence, right > 0, log_loss, labels)
     wrong = np.flatnonzero(~outcome.right)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     truths = [(head.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from iosr_fast.methods.left_out import LearningCurve
+from iosr_fast.methods.learning_curve import LearningCurve
 from iosr_fast.methods.support_audit import SupportAudit, Suspect
 from iosr_fast.reports.page import (
     Html,

@@ -73,12 +73,10 @@ TABLE: dict[str, dict[str, Array]] = {
         "bias": Array("unknown.bias", "float64", "1"),
         "auroc": Array("unknown.auroc", "float64", "0|1"),
         "left_out": Array("unknown.left_out", "float64", "U"),
-        "odds": Array("left_out_labels.odds", "float64", "V"),
-        "confidence": Array("left_out_labels.confidence", "float64", "V"),
-        "right": Array("left_out_labels.right", "float64", "V"),
-        "log_loss": Array("left_out_labels.log_loss", "float64", "V"),
-        "labels": Array("left_out_labels.labels", "int64", "V"),
-        "class_odds": Array("left_out_labels.class_odds", "float64", "V"),
+        "out_of_fold": Array("out_of_fold.logits", "float32", "V C"),
+        # Of version 0.2, which are not read: they follow from the logits.
+        **dict.fromkeys(("odds", "confidence", "right", "log_loss", "class_odds"), Array("former", "float64", "W")),
+        "labels": Array("former", "int64", "W"),
     },
 }
 

@@ -15,7 +15,7 @@ from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.names import check_names
 from iosr_fast.head.support_images import SupportViews
 from iosr_fast.methods import METHODS, check_parameters
-from iosr_fast.methods.tuning.tuned import Protocol, Tuned
+from iosr_fast.methods.tuned import Protocol, Tuned
 from iosr_fast.scoring.plan import Feature
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import NAME
@@ -72,7 +72,7 @@ class PlanConstants(Strict, frozen=True, kw_only=True):
 class TunedFacts(Strict, frozen=True, kw_only=True):
     """A Tuned less `right`, `interval` and `stale`, which follow or are not kept. What may be NaN there is null here.
 
-    >>> from iosr_fast.methods.tuning.tuned import Tuned
+    >>> from iosr_fast.methods.tuned import Tuned
     >>> tuned = Tuned("gda", "none", {"alpha": 0.5}, accuracy=0.9, scored=40, protocol="loo")
     >>> TunedFacts.of(tuned).tuned().accuracy
     0.9

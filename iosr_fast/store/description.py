@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
-from iosr_fast.methods.tuning.stack_weights import describe_shares
+from iosr_fast.methods.stack import describe_shares
 from iosr_fast.store.bundle import KIND, Bundle, load_bundle
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
 from iosr_fast.utils.verified_folder import open_verified

@@ -23,8 +23,9 @@ from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.names import check_separable
 from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.conformal import LeftOutLabels
+from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.known_scores import score_names
+from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.methods.unknown import Unknown
 from iosr_fast.scoring.plan import ScoringPlan
@@ -48,8 +49,6 @@ from iosr_fast.utils.schema import facts_to_json
 CONSTANTS = tuple(name for name in PlanConstants.__struct_fields__ if name not in ("cache", "keys"))
 ARRAYS = tuple(name for name in TABLE[PLAN] if "." not in name)
 _UNKNOWN = ("weights", "bias", "left_out", "auroc")
-_LEFT_OUT_LABELS = ("odds", "confidence", "right", "log_loss")
-_BY_CLASS = ("labels", "class_odds")  # which earlier versions did not write
 
 
 def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
@@ -59,7 +58,7 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
     again takes seconds. What was learnt from left-out images is stored if it has been used.
     """
     config, plan = head.config, head.plan
-    computed = {name: head.computed(name) for name in ("unknown", "left_out_labels")}
+    computed = {name: head.computed(name) for name in ("unknown", "out_of_fold")}
     files = arrays_of({**_parts(head), **computed, "plan": plan, "pictures": _packed(head.examples.pictures)})
     constants: dict[str, Any] = {name: getattr(plan, name) for name in CONSTANTS}
     constants |= {"cache": _cache_of(plan), "keys": "none" if plan.keys is None else "stored"}
@@ -272,11 +271,9 @@ def _evidence(head: AnyHead, read: Callable[[str], bytes | None]) -> Mapping[str
             weights, bias, left_out, auroc = (arrays[name] for name in _UNKNOWN)
             numbers = weights, float(bias[0]), left_out, float(auroc[0]) if len(auroc) else math.nan
             evidence["unknown"] = Unknown(head.support, names, *numbers, head.unknown_images)
-        if are_complete(arrays, _LEFT_OUT_LABELS) and are_complete(arrays, _BY_CLASS):
-            found = LeftOutLabels(*(arrays[name] for name in (*_LEFT_OUT_LABELS, *_BY_CLASS)))
-            if len(found.labels) and not 0 <= found.labels.min() <= found.labels.max() < len(head.uids):
-                raise IosrFastError(f"expected labels in 0..{len(head.uids) - 1}, got others")
-            if not ((found.confidence >= 0) & (found.confidence <= 1) & np.isin(found.right, (0, 1))).all():
-                raise IosrFastError("expected confidence in 0..1 and right of 0 and 1, got others")
-            evidence["left_out_labels"] = replace(found, right=found.right > 0)
+        if "out_of_fold" in arrays:
+            folds, logits = make_folds(head.support), arrays["out_of_fold"]
+            if len(logits) != len(folds.rows):
+                raise IosrFastError(f"expected out_of_fold of {len(folds.rows)} images, got {len(logits)}")
+            evidence["out_of_fold"] = OutOfFold(folds, head.support.labels[folds.rows], logits)
     return evidence

@@ -24,9 +24,9 @@ from iosr_fast.head.names import check_new_name
 from iosr_fast.head.support_images import encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.tuning.tune import check_choice
-from iosr_fast.methods.tuning.tune import tune as search
-from iosr_fast.methods.tuning.tuned import Tuned
+from iosr_fast.methods.tune import check_choice
+from iosr_fast.methods.tune import tune as search
+from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.store.changes import Change, ChangeResult
 from iosr_fast.store.store import Store

@@ -38,7 +38,7 @@ from iosr_fast.export.pretrained import choose_adapter
 from iosr_fast.images.preprocess import random_view, resize_and_crop
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.support_set import make_support_set, mean_of_views
-from iosr_fast.methods.tuning.tune import tune
+from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score
 from tests import ROOT
 from tests.cli.runs import main, refused

@@ -12,7 +12,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import compile_method
 from iosr_fast.methods.conformal import BINS, LeftOutLabels, leave_out_labels, log_odds, of_logits, sets_of_labels
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tuning.tune import tune
+from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 

@@ -14,7 +14,7 @@ from iosr_fast.methods import compile_method, gaussian_mixture, joint
 from iosr_fast.methods.gaussian_mixture import ANCHOR, FLOOR, WEIGHT, Unlabelled, estimate
 from iosr_fast.methods.joint import predict_jointly
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tuning.tune import tune
+from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score

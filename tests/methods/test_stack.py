@@ -14,10 +14,10 @@ from iosr_fast.methods.stack import linear_discriminant
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning import stack_weights
 from iosr_fast.methods.tuning.held_out import HeldOutSet
-from iosr_fast.methods.tuning.log_loss import fit_weights
+from iosr_fast.methods.log_loss import fit_weights
 from iosr_fast.methods.tuning.stack_parts import HeldOutParts, Part, spread_of_others
-from iosr_fast.methods.tuning.stack_weights import Choice, _with_more_regression, affordable, better_alone, fit_stack
-from iosr_fast.methods.tuning.tune import tune
+from iosr_fast.methods.stack_weights import Choice, _with_more_regression, affordable, better_alone, fit_stack
+from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score, score_with_path
 from tests.conftest import random_embeddings, unit_rows
 
@@ -308,12 +308,12 @@ def test_auto_takes_a_single_method_only_beyond_noise(
     assert better_alone(fit, labels) == []
     worse = replace(fit, right=np.zeros_like(fit.right))
     assert set(better_alone(worse, labels)) == {"gda", "proker"}
-    monkeypatch.setattr("iosr_fast.methods.tuning.tune.fit_stack", lambda *_: worse)
+    monkeypatch.setattr("iosr_fast.methods.tune.fit_stack", lambda *_: worse)
     assert tune("auto", support).method in ("gda", "proker")
 
 
 def test_a_stack_takes_no_reducer(rng: np.random.Generator) -> None:
-    from iosr_fast.methods.tuning.tune import check_choice
+    from iosr_fast.methods.tune import check_choice
 
     with pytest.raises(ValueError, match="stack takes no reducer, got 'centre'"):
         check_choice("stack", "centre", None)

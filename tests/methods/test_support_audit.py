@@ -13,7 +13,7 @@ from iosr_fast.methods.label_noise import fit_label_noise
 from iosr_fast.methods.left_out import learning_curve, left_out_logits
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tuning.tune import tune
+from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 

@@ -13,8 +13,8 @@ from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.gda import mean_excess
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning.held_out import HeldOutSet
-from iosr_fast.methods.tuning.stack_weights import FEW_SHOT_SETTING, fit_stack
-from iosr_fast.methods.tuning.tune import tune
+from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, fit_stack
+from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score
 
 WIDTH = 32

@@ -15,7 +15,7 @@ from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.methods import joint
-from iosr_fast.methods.tuning.log_loss import Fit
+from iosr_fast.methods.log_loss import Fit
 
 pytestmark = pytest.mark.slow
 

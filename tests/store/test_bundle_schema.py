@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.head.support_images import SupportViews
-from iosr_fast.methods.tuning.tuned import Tuned
+from iosr_fast.methods.tuned import Tuned
 from iosr_fast.store.bundle import load_bundle, save_bundle
 from iosr_fast.store.bundle_schema import TunedFacts
 from iosr_fast.utils.manifest import seal, write_manifest

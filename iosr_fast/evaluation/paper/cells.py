@@ -10,7 +10,7 @@ from typing import Any
 
 from iosr_fast.evaluation.comparison import Draw, finite
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.tuning.tuned import Tuned
+from iosr_fast.methods.tuned import Tuned
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.manifest import seal

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
-from iosr_fast.methods.promise import check_share
+from iosr_fast.methods.conformal import check_share
 from iosr_fast.utils.numbers import check_integer
 
 if TYPE_CHECKING:

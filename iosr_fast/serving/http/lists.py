@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from iosr_fast.head.head_data import HeadData
 from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
-from iosr_fast.methods.promise import images_needed
+from iosr_fast.methods.conformal import images_needed
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example

@@ -1,4 +1,4 @@
-"""The logits of support images that are left out of the fit, and what fewer images would have given."""
+"""What more images of each class would bring: a learning curve of left-out support images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.methods.promise import left_out_folds
+from iosr_fast.methods.folds import MAX_FOLDS
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuning.held_out import MAX_FOLDS
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 
@@ -17,27 +16,6 @@ Compile = Callable[[SupportSet], ScoringPlan]
 # Draws of a learning curve are repeated until this number of images has been scored at each of its points.
 _SCORED = 1000
 _MAX_DRAWS = 5
-
-
-def left_out_logits(support: SupportSet, plan_of: Compile) -> np.ndarray:
-    """The logits of each support image by a plan of the others, (N, C) float32.
-
-    One image of each class is left out at a time (HeldOutSet.leave_one_out; at most 16 folds, for each of which
-    `plan_of` is called). An image that can't be left out, because its class has no other, has a row of NaN.
-
-    >>> from iosr_fast import Embeddings
-    >>> from iosr_fast.methods import compile_method
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> support = make_support_set(Embeddings(np.eye(3)[[0, 0, 1]]), [0, 0, 1], None, 100.0, n_classes=2)
-    >>> left_out_logits(support, lambda support: compile_method("gda", support)).argmax(1)[:2]
-    array([0, 0])
-    """
-    folds, scored = left_out_folds(support)
-    logits = np.full((len(support.labels), support.n_classes), np.nan, np.float32)
-    for fold in np.unique(folds[scored]):
-        rows = np.flatnonzero((folds == fold) & scored)
-        logits[rows] = score(plan_of(support.only(folds != fold)), support.as_queries[rows])
-    return logits
 
 
 @dataclass(frozen=True)
@@ -72,10 +50,10 @@ class LearningCurve:
 def learning_curve(support: SupportSet, plan_of: Compile, logits: np.ndarray) -> LearningCurve:
     """Accuracies with 1, 2, 4, ... images of each class, on the others, and with all but the left-out ones.
 
-    `logits` (N, C) are those of `left_out_logits`. The images of a smaller fit are drawn several times, until 1,000
-    others are scored, at most 5 times; at least one image of each class with two is left for the score. The error is
-    taken as a power of the number of images through the last three points (error = a * images^-b; Hestness et al.,
-    2017), each with half a mistake added, and b >= 0.
+    `logits` (N, C) are the out-of-fold ones, with NaN for images that are never left out. The images of a smaller fit
+    are drawn several times, until 1,000 others are scored, at most 5 times; at least one image of each class with two
+    is left for the score. The error is taken as a power of the number of images through the last three points
+    (error = a * images^-b; Hestness et al., 2017), each with half a mistake added, and b >= 0.
     """
     labels, counts = support.labels, support.counts
     scored = np.isfinite(logits[:, 0])

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from iosr_fast.methods import compile_method
+from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan
 
@@ -31,6 +32,7 @@ class Tuned:
     log_loss         of the held-out images at these parameters, in nats, with logits multiplied by `factor` (None if it
                      was not computed)
     right            (scored,) bool, which images `accuracy` counts; None for a classifier that was loaded
+    out_of_fold      the logits of the left-out images at these parameters; None if it was loaded, or if there are none
     protocol         "validation", "loo" (one image of each class left out at a time, near duplicates together),
                      "one-shot" (nothing can be left out: one_shot_parameters), "none"
     settings         combinations of the other parameters that were tried, with every alpha for each
@@ -58,6 +60,7 @@ class Tuned:
     note: str = ""
     shares: Mapping[str, float] = field(default_factory=dict)
     right: np.ndarray | None = field(default=None, repr=False)
+    out_of_fold: OutOfFold | None = field(default=None, repr=False)
     version: int = 1
     stale: bool = False
     interval: tuple[float, float] | None = field(init=False)

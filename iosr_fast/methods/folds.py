@@ -1,0 +1,198 @@
+"""Support images that are left out of a fit together, and near duplicates, which are left out as one image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.support_set import SupportSet, image_rows
+
+MAX_FOLDS = 16
+# A tenth of the usual distance. Of Caltech-101 and Flowers at 16 images a class, in CLIP ViT-B/32, under 1% are closer.
+_SHARE = 0.1
+# Cosines of rows that are equal but for float32 rounding differ from 1 by less.
+_ROUNDING = 1e-6
+# Images of a class that are compared with one another; of a larger class those that follow one another.
+_BLOCK = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """Which of the N images of a support set are left out of a fit together, and which are then scored by it.
+
+    fold      (N,) int64; negative for an image that is never left out
+    scored    (N,) bool
+    distinct  (C,) int64, the images of each class, near duplicates once
+    """
+
+    fold: np.ndarray
+    scored: np.ndarray
+    distinct: np.ndarray
+
+    @property
+    def number(self) -> int:
+        """How many folds there are."""
+        return int(self.fold.max(initial=-1)) + 1
+
+    @cached_property
+    def splits(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each fold the rows that are scored, rising, and (N,) bool, those that are left out."""
+        folds = [self.fold == number for number in range(self.number)]
+        return [(rows, out) for out in folds if len(rows := np.flatnonzero(out & self.scored))]
+
+    def others(self, support: SupportSet) -> list[tuple[np.ndarray, Embeddings, SupportSet]]:
+        """For each of `splits` the rows, these images as queries, and the support set without the fold: the same
+        objects at every call, so that models of other parameters share what they keep with a support set."""
+        known: tuple[SupportSet, Any] | None = vars(self).get("_others")
+        if known is None or known[0] is not support:
+            own = support.as_queries
+            known = support, [(rows, own[rows], support.only(~out)) for rows, out in self.splits]
+            vars(self)["_others"] = known
+        made: list[tuple[np.ndarray, Embeddings, SupportSet]] = known[1]
+        return made
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(V,) int64: the images that are scored, rising."""
+        return np.flatnonzero(self.scored)
+
+    @property
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Two masks (V,) of `rows`, every other fold in each: what one half chooses is judged on the other."""
+        even = self.fold[self.rows] % 2 == 0
+        return even, ~even
+
+    def first(self, most: int) -> Folds:
+        """The first folds, until `most` images are scored; at least one."""
+        sizes = np.bincount(self.fold[self.scored], minlength=self.number)
+        kept = int((np.cumsum(sizes) < most).sum()) + 1
+        chosen = self.fold < kept
+        return Folds(np.where(chosen, self.fold, -1), self.scored & chosen, self.distinct)
+
+
+def make_folds(support: SupportSet) -> Folds:
+    """One image of each class is left out at a time.
+
+    If one image alone were left out, its class would have one key less than the others, which biases sums over keys.
+    Near duplicates of a class count as one image (`group_near_duplicates`): they are left out together. A class of a
+    single group loses one of its images at a time, as the others do, but none of them is scored: if it stayed whole
+    among classes of one image each, it alone would give the covariance. The number of folds is the number of images of
+    the largest class, at most MAX_FOLDS (then a 16th of each class is left out at a time). The only image of a class is
+    never left out.
+
+    >>> from iosr_fast import Embeddings
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> folds = make_folds(make_support_set(Embeddings(np.eye(3)), [0, 0, 1], None, 1.0, 2))
+    >>> folds.fold, folds.scored
+    (array([ 0,  1, -1]), array([ True,  True, False]))
+    """
+    labels, groups = support.labels, group_near_duplicates(support)
+    distinct = np.zeros(support.n_classes, np.int64)
+    np.maximum.at(distinct, labels, groups + 1)
+    number = min(MAX_FOLDS, int(distinct.max(initial=1)))
+    units = np.where(distinct[labels] > 1, groups, np.arange(len(labels)) - support.class_offsets[labels])
+    fold = np.where((support.counts[labels] > 1) & (number > 1), units % number, -1)
+    return Folds(fold, (fold >= 0) & (distinct[labels] > 1), distinct)
+
+
+def group_near_duplicates(support: SupportSet) -> np.ndarray:
+    """(N,) int64: the group of each support image within its class, numbered from 0 in the order of their first images.
+
+    Two images of a class are near duplicates, as a series of shots gives them, if the distance 1 - cosine of their
+    plain embeddings is at most a tenth of the usual one; a group has the images that are near its first one, so a chain
+    of images makes no group. The usual distance is the median over the pairs of the class, but at least half, and at
+    most the whole, of the median class's: a class of duplicates alone has no distance of its own to compare with, and a
+    class of varied images no reason for wider groups. Images of a class of more than 512 are compared with those of
+    their block of 512: O(N D) operations.
+
+    >>> from iosr_fast import Embeddings
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> rows = np.array([[1, 0, 0], [0, 1, 0], [1, 1e-3, 0], [0, 0, 1], [1, 0, 0]])
+    >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    >>> group_near_duplicates(make_support_set(Embeddings(rows), [0, 0, 0, 1, 1], None, 1.0, 2))
+    array([0, 1, 0, 0, 1])
+    """
+    plain, offsets = image_rows(support.embeddings, "plain", None), support.class_offsets
+    groups = np.zeros(len(plain), np.int64)
+    several = np.flatnonzero(support.counts > 1)
+    if not len(several):
+        return groups
+    medians = class_distances(plain, support, np.median)
+    usual = np.clip(medians[several], np.nanmedian(medians) / 2, np.nanmedian(medians))
+    for c, distance in zip(several.tolist(), usual.tolist(), strict=True):
+        count = 0
+        for rows in _blocks(int(offsets[c]), int(offsets[c + 1])):
+            inside = _leaders(1.0 - plain[rows] @ plain[rows].T <= _SHARE * distance + _ROUNDING)
+            groups[rows] = count + inside
+            count += int(inside.max()) + 1
+    return groups
+
+
+def near_support(support: SupportSet, plain: np.ndarray) -> np.ndarray:
+    """(B,) bool: the plain embeddings (B, D) of images that are near duplicates of a support image of any class, which
+    say little about new images. The usual distance is that of the median class; without a class of two images, only
+    equal rows are near.
+
+    >>> from iosr_fast import Embeddings
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> support = make_support_set(Embeddings(np.eye(4, dtype=np.float32)), [0, 0, 1, 1], None, 1.0, 2)
+    >>> near_support(support, np.float32([[0, 0, 1, 0], [0, 0, 0.8, 0.6]]))
+    array([ True, False])
+    """
+    keys = image_rows(support.embeddings, "plain", None)
+    if not len(keys):
+        return np.zeros(len(plain), bool)
+    nearest = [(plain[rows] @ keys.T).max(1) for rows in _blocks(0, len(plain))]
+    near: np.ndarray = 1.0 - np.concatenate([np.zeros(0), *nearest]) <= _limit(keys, support)
+    return near
+
+
+def near_pairs(rows: np.ndarray, support: SupportSet) -> list[tuple[int, int, float]]:
+    """The pairs (first, second, cosine) of support images, of any classes, whose `rows` (N, D) are near duplicates, as
+    near_support has them; the nearest pair first."""
+    limit, pairs = _limit(rows, support), list[tuple[int, int, float]]()
+    for block in _blocks(0, len(rows)):
+        cosines = rows[block] @ rows.T
+        first, second = np.nonzero(1.0 - cosines <= limit)
+        below = block.start + first < second
+        near = cosines[first[below], second[below]].clip(-1.0, 1.0)
+        pairs += zip((block.start + first[below]).tolist(), second[below].tolist(), near.tolist(), strict=True)
+    return sorted(pairs, key=lambda pair: -pair[2])
+
+
+def class_distances(rows: np.ndarray, support: SupportSet, of: Callable[[np.ndarray], Any]) -> np.ndarray:
+    """(C,) float64: `of`, the mean or the median, over the pairs of a class of the distance 1 - cosine of their `rows`
+    (N, D); NaN for a class without a pair."""
+    distances, offsets = np.full(support.n_classes, np.nan), support.class_offsets
+    for c in np.flatnonzero(support.counts > 1):
+        own = rows[offsets[c] : offsets[c + 1]][:_BLOCK]
+        distances[c] = of((1.0 - own @ own.T)[np.triu_indices(len(own), 1)])
+    return distances
+
+
+def _limit(rows: np.ndarray, support: SupportSet) -> float:
+    """The distance up to which two rows are near duplicates."""
+    usual = class_distances(rows, support, np.median) if (support.counts > 1).any() else np.zeros(1)
+    return _SHARE * float(np.nanmedian(usual)) + _ROUNDING
+
+
+def _blocks(first: int, last: int) -> Iterator[slice]:
+    return (slice(start, min(start + _BLOCK, last)) for start in range(first, last, _BLOCK))
+
+
+def _leaders(close: np.ndarray) -> np.ndarray:
+    """The group (n,) of each of n images; close (n, n) bool. The first image without a group leads the next one, of all
+    images without a group that are close to it."""
+    groups = np.full(len(close), -1)
+    count = 0
+    for leader in range(len(close)):
+        if groups[leader] < 0:
+            groups[close[leader] & (groups < 0)] = count
+            groups[leader] = count
+            count += 1
+    return groups

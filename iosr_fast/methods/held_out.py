@@ -1,0 +1,136 @@
+"""Labelled images that judge models of a support set, each by a model that has not seen it: the out-of-fold logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.folds import Folds, make_folds
+from iosr_fast.methods.models.model import Model, Term
+from iosr_fast.methods.support_set import ROUNDING, SupportSet
+
+_KEPT = 1 << 24  # logits of parts that are kept for the next question: 128 MB
+_SPREAD_IMAGES = 256  # on which a spread in use is measured
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A model's logits of V held-out images, (V, C).
+
+    unit    the spread of these logits over the classes that are not the image's own (`spread_of_others`)
+    in_use  the same of the model that is fitted with all support images, which has another spread
+    """
+
+    logits: np.ndarray
+    unit: float
+    in_use: float
+
+    @property
+    def scaled(self) -> np.ndarray:
+        """The logits in units of their spread."""
+        return self.logits / self.unit
+
+    @property
+    def as_in_use(self) -> np.ndarray:
+        """The logits at the spread of the model in use, so that weights and probabilities of it fit them."""
+        return self.logits * (self.in_use / self.unit)
+
+
+def spread_of_others(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over images of the standard deviation over the classes that are not the image's own; 1 if that is mere
+    rounding. An image that the fit has seen distorts the logit of its own class alone.
+
+    logits (V, C), labels (V,). With two classes there is a single other class: then over both.
+
+    >>> spread_of_others(np.array([[9.0, 1.0, 3.0]]), np.array([0]))
+    1.0
+    """
+    if not len(logits):
+        return 1.0
+    if logits.shape[1] > 2:
+        own = np.arange(logits.shape[1])[None, :] == labels[:, None]
+        logits = logits[~own].reshape(len(logits), -1)
+    spread = float(np.std(logits, axis=1).mean())
+    return spread if spread > max(ROUNDING * float(np.abs(logits).max()), 1e-12) else 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """V `queries` with `labels` (V,), which judge models of `support`.
+
+    By `folds` they are the support images that can be left out, in their order, and each is judged by a model without
+    its fold. Without, they are a validation set.
+    """
+
+    support: SupportSet
+    queries: Embeddings
+    labels: np.ndarray
+    folds: Folds | None = None
+    _parts: dict[Model, Part] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_support(cls, support: SupportSet, folds: Folds | None = None) -> HeldOut:
+        """The support images themselves, by `make_folds` or the folds that are given."""
+        folds = make_folds(support) if folds is None else folds
+        return cls(support, support.as_queries[folds.rows], support.labels[folds.rows], folds)
+
+    @classmethod
+    def validation(cls, support: SupportSet, queries: Embeddings, labels: np.ndarray) -> HeldOut:
+        """A validation set. Raises IosrFastError if it is empty or its labels don't fit."""
+        labels = np.asarray(labels, np.int64)
+        if labels.shape != (len(queries),) or not len(labels):
+            raise IosrFastError(
+                f"expected at least one validation image and a label for each, got {len(queries)} images and "
+                f"labels of shape {labels.shape}"
+            )
+        if labels.min() < 0 or labels.max() >= support.n_classes:
+            raise IosrFastError(f"expected labels in 0..{support.n_classes - 1}, got {labels.min()}..{labels.max()}")
+        return cls(support, queries, labels)
+
+    @property
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Two masks (V,), every other fold (of a validation set: every other image) in each: what one half chooses is
+        judged on the other."""
+        if self.folds is not None:
+            return self.folds.halves
+        even = np.arange(len(self.labels)) % 2 == 0
+        return even, ~even
+
+    def part(self, model: Model) -> Part:
+        """The model's logits of the held-out images."""
+        part = self._parts.pop(model, None) or self._judged(model)
+        while self._parts and (len(self._parts) + 1) * part.logits.size > _KEPT:
+            self._parts.pop(next(iter(self._parts)))
+        self._parts[model.refitted(self.support)] = part  # an equal key, which does not hold what was fitted
+        return part
+
+    def _judged(self, model: Model) -> Part:
+        logits = model.scores(self.queries) if self.folds is None else model.without(self.folds)[self.folds.rows]
+        unit = spread_of_others(logits, self.labels)
+        if len(self.labels) and (self.folds is None or self.support.n_classes == 2):
+            return Part(logits, unit, unit)
+        rows = self.folds.rows if self.folds is not None and len(self.labels) else np.arange(len(self.support.labels))
+        rows = rows[:: -(-len(rows) // _SPREAD_IMAGES) or 1]
+        in_use = spread_of_others(model.in_use(rows), self.support.labels[rows])
+        return Part(logits, unit if len(self.labels) else in_use, in_use)
+
+    def logits(self, terms: Sequence[Term]) -> np.ndarray:
+        """(V, C): the sum of weighted terms, at the spread that they have in use."""
+        total = np.zeros((len(self.labels), self.support.n_classes))
+        for weight, model in terms:
+            total += weight * self.part(model).as_in_use
+        return total
+
+
+def is_level(right: np.ndarray, best: np.ndarray) -> bool:
+    """Whether `right` is as good as `best` within noise. Both are (V,) bool: the images that a candidate gets right.
+
+    lost - won <= 2 sqrt(lost + won), with lost the number of images that only `best` gets right and won that of images
+    that only `right` gets right; sqrt(lost + won) is the standard error of their difference.
+    """
+    lost, won = int((best & ~right).sum()), int((right & ~best).sum())
+    return lost - won <= 2.0 * float(np.sqrt(lost + won))

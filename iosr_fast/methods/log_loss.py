@@ -1,0 +1,269 @@
+"""Weights with the least log-loss: of a softmax over classes, or of each class by itself; by Newton's method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from iosr_fast.methods.support_set import ROUNDING
+
+# The largest alpha, and the largest factor of logits: float32 logits then stay far from overflow (fields.LARGEST).
+MAX_ALPHA = 1e8
+_STEPS = 50
+_SMALL = 1e-9
+# Of half the squares of weights, divided by the samples: without it they would grow without bound if all are right.
+PENALTY = 0.01
+# The smallest weight of one of two directions, in units of its spread: it is negligible compared with the other one.
+_LEAST = 1e-4
+# Elements of logits; if there are more, every n-th sample is used.
+_LARGEST = 1 << 18
+
+
+def newton(
+    start: np.ndarray,
+    loss: Callable[[np.ndarray], float],
+    step: Callable[[np.ndarray], np.ndarray],
+    project: Callable[[np.ndarray], np.ndarray],
+    least_gain: float,
+) -> np.ndarray:
+    """The point that minimises a convex loss: Newton's method with step halving and projection.
+
+    `step` gives the inverse second derivatives times the gradient at a point, `project` the allowed point that is
+    nearest. A step that gains less than `least_gain`, or none however short, is the last.
+
+    >>> newton(np.zeros(1), lambda x: float((x[0] - 3) ** 2), lambda x: x - 3, lambda x: np.minimum(x, 2), 1e-9)
+    array([2.])
+    """
+    point, value = start, loss(start)
+    for _ in range(_STEPS):
+        direction, size, better = step(point), 1.0, False
+        while size > 1e-4 and not better:
+            tried = project(point - size * direction)
+            tried_value = loss(tried)
+            better, size = tried_value < value, size / 2
+        if not better:
+            break
+        gained, point, value = value - tried_value, tried, tried_value
+        if gained < least_gain:
+            break
+    return point
+
+
+def fit_weights(
+    parts: Sequence[np.ndarray],
+    labels: np.ndarray,
+    prior: np.ndarray | None = None,
+    strength: float = PENALTY,
+    least: float = 0.0,
+    most: np.ndarray | float = np.inf,
+) -> tuple[np.ndarray, float]:
+    """The weights w, from `least` to `most`, of K parts (V, C) with the least log-loss, and that loss in nats a sample.
+
+    Mean over samples of -log softmax(sum_k w_k parts[k])[y] plus strength / (2 V) |w - prior|^2 (prior None: 0):
+    convex, so the minimum is unique if strength > 0. A weight of exactly 0 says that its part adds nothing. The loss
+    that is returned has no penalty. The parts should be of one scale, as spread by classes.
+
+    >>> rng = np.random.default_rng(0)
+    >>> labels = rng.integers(0, 3, 200)
+    >>> good, bad = rng.normal(size=(2, 200, 3)) + np.array([[[1.0]], [[-1.0]]]) * np.eye(3)[labels]
+    >>> weights, loss = fit_weights([good, bad], labels)
+    >>> bool(weights[0] > 0.5), float(weights[1]), bool(loss < np.log(3))
+    (True, 0.0, True)
+    """
+    rows, samples = np.arange(len(labels)), len(labels)
+    # The label's own logit is then 0, so the loss is the logarithm of a sum with a term of 1: never below 0.
+    features = [(part - part[rows, labels][:, None]).astype(np.float32) for part in parts]
+    centre = np.zeros(len(parts)) if prior is None else np.asarray(prior, np.float64)
+    known: dict[bytes, tuple[float, np.ndarray]] = {}
+
+    def shares(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        if (key := weights.tobytes()) not in known:
+            known.clear()
+            known[key] = _log_loss(features, weights)
+        return known[key]
+
+    def penalised(weights: np.ndarray) -> float:
+        return shares(weights)[0] + strength / (2 * samples) * float(((weights - centre) ** 2).sum())
+
+    def step(weights: np.ndarray) -> np.ndarray:
+        of_classes = shares(weights)[1]
+        means = np.stack([np.einsum("vc,vc->v", of_classes, part) for part in features]).astype(np.float64)
+        second = np.array([[np.vdot(of_classes * left, right) for right in features] for left in features], np.float64)
+        gradient = means.mean(1) + strength / samples * (weights - centre)
+        curvature = (second - means @ means.T + strength * np.eye(len(weights))) / samples
+        free = (weights > least) | (gradient < 0)
+        result = np.zeros(len(weights))
+        result[free] = np.linalg.solve(curvature[np.ix_(free, free)] + _SMALL * np.eye(free.sum()), gradient[free])
+        return result
+
+    start = np.minimum(np.maximum(centre, max(1.0 / len(parts), least)), most)
+    weights = newton(start, penalised, step, lambda point: np.minimum(np.maximum(point, least), most), 1e-6)
+    return weights, shares(weights)[0]
+
+
+def _log_loss(features: Sequence[np.ndarray], weights: np.ndarray) -> tuple[float, np.ndarray]:
+    """The mean log-loss and the softmax it is taken of. The label's own features are 0."""
+    logits = np.float32(weights[0]) * features[0]
+    for weight, part in zip(weights[1:], features[1:], strict=True):
+        logits += np.float32(weight) * part
+    top = logits.max(1, keepdims=True)
+    logits -= top
+    powers = np.exp(logits, out=logits)
+    sums = powers.sum(1, keepdims=True)
+    powers /= sums
+    return float((np.log(sums) + top).mean(dtype=np.float64)), powers
+
+
+@dataclass(frozen=True)
+class Fit:
+    """softmax(factor * (z + alpha * s)) has this mean log-loss in nats."""
+
+    alpha: float
+    factor: float
+    loss: float
+
+
+def fit_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Fit:
+    """The alpha from 0 to MAX_ALPHA and the factor > 0 with the least log-loss of softmax(factor * (z + alpha * s)),
+    which is convex in factor and factor * alpha (`fit_weights`). base, slope (V, C), labels (V,).
+
+    A direction that is constant over classes (spread 0) is left out: alpha is 0 if s is constant, and 1 if only z is.
+    """
+    some = _sample(base)
+    parts = [base[some].astype(np.float64), slope[some].astype(np.float64)]
+    spreads = np.array([spread(part) for part in parts])
+    if not spreads.all():
+        return fit_factor(base, slope, labels, 0.0 if not spreads[1] else 1.0)
+    scaled = [part / one for part, one in zip(parts, spreads, strict=True)]
+    weights, loss = fit_weights(scaled, labels[some], least=_LEAST, most=MAX_ALPHA * spreads)
+    factor, product = weights / spreads
+    if product > MAX_ALPHA * factor:
+        return fit_factor(base, slope, labels, MAX_ALPHA)
+    return Fit(float(product / factor), float(factor), loss)
+
+
+def fit_factor(base: np.ndarray, slope: np.ndarray, labels: np.ndarray, alpha: float) -> Fit:
+    """The factor > 0 with the least log-loss at this alpha; 1 if the logits are constant over classes."""
+    some = _sample(base)
+    logits = base[some] + alpha * slope[some].astype(np.float64)
+    if not (unit := spread(logits)):
+        return Fit(alpha, 1.0, float(np.log(logits.shape[1])))
+    most = MAX_ALPHA / max(1.0, alpha) * unit
+    (weight,), loss = fit_weights([logits / unit], labels[some], least=_LEAST, most=most)
+    return Fit(alpha, float(weight) / unit, loss)
+
+
+def spread(part: np.ndarray) -> float:
+    """The standard deviation over classes of logits (V, C), or 0 if it is no larger than their rounding in float32.
+
+    A part that is constant over classes changes no softmax and no label; its measured deviation is noise, and dividing
+    by it would amplify that noise.
+    """
+    exact = part[_sample(part)].astype(np.float64)
+    deviation = float((exact - exact.mean(1, keepdims=True)).std())
+    return deviation if deviation > max(ROUNDING * float(np.abs(exact).max()), 1e-12) else 0.0
+
+
+def _sample(logits: np.ndarray) -> slice:
+    """All rows, or every n-th of many."""
+    return slice(None, None, max(1, -(-logits.size // _LARGEST)))
+
+
+@dataclass(frozen=True, eq=False)
+class BinaryFit:
+    """sigmoid(sum_k weights[k] parts[k] + bias) has this mean log-loss over pairs of image and class, in nats."""
+
+    weights: np.ndarray
+    bias: np.ndarray
+    common: float
+    loss: float
+
+
+def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray, shrinkage: float) -> BinaryFit:
+    """The weights w >= 0 (K,) and biases (C,) of K parts (N, C) that minimise
+
+        sum over images n and classes c of `used`: log(1 + exp(z[n, c])) - y[n, c] z[n, c]
+        + shrinkage / 2 * sum_c (bias[c] - common)^2 + 0.005 |w|^2,   z = sum_k w[k] parts[k] + bias[c].
+
+    The differences bias[c] - common are eliminated from Newton's step (their block of second derivatives is diagonal),
+    so that it costs N C K^2. A class whose images say little, as it has few with the label, keeps the common bias; so
+    does a class that `used` (C,) bool leaves out. Parts should be of one scale. labels (N, C) bool.
+
+    Source: Platt scaling (1999) with partial pooling of the intercepts (Gelman & Hill, 2007, section 12.2).
+
+    >>> rng = np.random.default_rng(0)
+    >>> labels = rng.random((200, 3)) < 0.2
+    >>> good, bad = rng.normal(size=(2, 200, 3)) + np.array([[[2.0]], [[-1.0]]]) * labels
+    >>> fit = fit_binary([good, bad], labels, np.ones(3, bool), shrinkage=4.0)
+    >>> fit.weights.round(1), fit.bias.round(1), round(fit.loss, 2)
+    (array([2.1, 0. ]), array([-3.7, -3.3, -3.2]), 0.26)
+    """
+    chosen, y, k = np.stack([np.asarray(part, np.float64)[:, used] for part in parts]), labels[:, used], len(parts)
+    # About 0: far from it the loss is flat, Newton's steps overshoot, and weights at 0 leave the bias where it is.
+    centres = chosen.mean((1, 2), keepdims=True)
+    centred = chosen - centres
+
+    def logits(point: np.ndarray) -> np.ndarray:  # weights (K), the common bias, and the differences
+        result: np.ndarray = np.einsum("k,knc->nc", point[:k], centred) + point[k] + point[k + 1 :]
+        return result
+
+    def log_loss(point: np.ndarray) -> float:
+        z = logits(point)
+        return float((np.logaddexp(0.0, z) - y * z).sum())
+
+    def loss(point: np.ndarray) -> float:
+        penalty = shrinkage * (point[k + 1 :] ** 2).sum() + PENALTY * (point[:k] ** 2).sum()
+        return log_loss(point) + float(penalty) / 2
+
+    def step(point: np.ndarray) -> np.ndarray:
+        weights, differences, shares = point[:k], point[k + 1 :], sigmoid(logits(point))
+        residual, curvature = shares - y, shares * (1 - shares)
+        weighted, by_class = centred * curvature, curvature.sum(0)
+        # Weights, then the common bias; `cross` (K + 1, C) with the differences, whose own block is `diagonal` (C,).
+        gradient = np.append(np.einsum("knc,nc->k", centred, residual) + PENALTY * weights, residual.sum())
+        second = np.zeros((k + 1, k + 1))
+        second[:k, :k] = np.einsum("knc,lnc->kl", weighted, centred) + PENALTY * np.eye(k)
+        second[:k, k] = second[k, :k] = weighted.sum((1, 2))
+        second[k, k] = by_class.sum() + _SMALL
+        cross, diagonal = np.vstack([weighted.sum(1), by_class]), by_class + shrinkage
+        of_classes = residual.sum(0) + shrinkage * differences
+        reduced = second - (cross / diagonal) @ cross.T
+        right = gradient - cross @ (of_classes / diagonal)
+        free = np.append((weights > 0) | (gradient[:k] < 0), True)  # weights at 0 that would fall stay
+        result = np.zeros(k + 1)
+        result[free] = np.linalg.solve(reduced[np.ix_(free, free)] + _SMALL * np.eye(free.sum()), right[free])
+        return np.concatenate([result, (of_classes - result @ cross) / diagonal])
+
+    def project(point: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.maximum(point[:k], 0.0), point[k:]])
+
+    there = int(y.sum())
+    prevalence = float(np.log((there + 1) / (y.size - there + 1)))
+    start = np.concatenate([np.full(k, 1.0 / k), [prevalence], np.zeros(int(used.sum()))])
+    point = newton(start, loss, step, project, 1e-9 * max(y.size, 1))
+    common = float(point[k] - point[:k] @ centres.ravel())
+    bias = np.full(len(used), common)
+    bias[used] += point[k + 1 :]
+    return BinaryFit(point[:k], bias, common, log_loss(point) / max(y.size, 1))
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-logits)), without overflow.
+
+    >>> sigmoid(np.array([-1000.0, 0.0, 1000.0]))
+    array([0. , 0.5, 1. ])
+    """
+    with np.errstate(over="ignore"):
+        shares: np.ndarray = 1 / (1 + np.exp(-logits))
+    return shares
+
+
+def log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    """(B,) of (B, C); -inf where all are."""
+    top = logits.max(1)
+    top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        sums: np.ndarray = top + np.log(np.exp(logits - top[:, None]).sum(1))
+    return sums

@@ -1,0 +1,201 @@
+"""One Gaussian a class with a shared covariance: GDA, TIMO, and every other discriminant of this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.folds import Folds
+from iosr_fast.methods.models.model import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Of weighted rows x of C classes, float64: weights (C,), sums (C, D), and second moment sum of x x' (D, D)."""
+
+    counts: np.ndarray
+    sums: np.ndarray
+    second: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray, labels: np.ndarray) -> Moments:
+        """From rows (N, D) float64 and labels (N, C), each the share of a row that belongs to a class: one-hot, an
+        indicator of several classes, or probabilities."""
+        second = rows.T @ (rows * labels.sum(1, keepdims=True))
+        return cls(labels.sum(0), labels.T @ rows, second)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.counts + other.counts, self.sums + other.sums, self.second + other.second)
+
+    def __sub__(self, other: Moments) -> Moments:
+        counts = self.counts - other.counts
+        sums = np.where(counts[:, None] > 0, self.sums - other.sums, 0.0)  # without the rounding error
+        return Moments(counts, sums, self.second - other.second)
+
+    @property
+    def means(self) -> np.ndarray:
+        """(C, D); zeros for a class without rows."""
+        return self.sums / np.maximum(self.counts, np.finfo(float).tiny)[:, None]
+
+    @property
+    def scatter(self) -> np.ndarray:
+        """(D, D) about the class means."""
+        scatter = self.second - self.sums.T @ self.means
+        symmetric: np.ndarray = (scatter + scatter.T) / 2
+        return symmetric
+
+    @property
+    def joined(self) -> Moments:
+        """Of all rows as one class."""
+        return Moments(self.counts.sum(keepdims=True), self.sums.sum(0, keepdims=True), self.second)
+
+    def with_texts(self, text: np.ndarray, copies: float) -> Moments:
+        """With `copies` rows <u_c, text_c> text_c for each class c that has images, u_c the unit mean of these: a text
+        counts as much as it matches its images (TIMO, Li et al., AAAI 2025, arXiv 2412.11375)."""
+        lengths = np.maximum(np.linalg.norm(self.sums, axis=1), np.finfo(float).tiny)
+        rows = (np.einsum("cd,cd->c", self.sums, text) / lengths)[:, None] * text
+        weights = copies * (self.counts > 0)
+        return self + Moments(weights, weights[:, None] * rows, rows.T @ (weights[:, None] * rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussians:
+    """G(x, c) = <x, linear[c]> + bias[c]: log N(x; mu_c, Sigma) but for what all classes share.
+
+    linear     (C, D) P mu_c
+    bias       (C,) -(mu_c' P mu_c - e_c) / 2
+    precision  (D, D) P (`shrunk_precision`)
+    """
+
+    linear: np.ndarray
+    bias: np.ndarray
+    precision: np.ndarray
+
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        """G (B, C) of rows (B, D)."""
+        scores: np.ndarray = rows @ self.linear.T + self.bias
+        return scores
+
+
+def fit_gaussians(images: Moments, text: np.ndarray | None = None, copies: float = 0.0) -> Gaussians:
+    """The Gaussians of images, with `copies` of each class's text among them (Moments.with_texts).
+
+    mu_c is a class's mean and P = inv(Sigma + tr(Sigma) / (n - 1) I) the shrunk precision of all n rows about their
+    means; I where Sigma is 0, as with one image a class. The noise of a mean of few images adds to mu_c' P mu_c, so
+    that small classes would lose images to large ones; e_c takes it off against a largest class:
+
+        e_c = tr(P S) (n_c / (n_c + copies)^2 - that of a largest class),  S = scatter of the images / (N - C)
+
+    A class without images takes the mean of the others, which says nothing about it.
+
+    Sources: GDA (Wang et al., ICLR 2024, equations 4 to 8), whose P is D / (n - 1) times this one; e_c as in Moran &
+    Murphy (Applied Statistics 28, 1979).
+
+    >>> rows = np.eye(4)[:3]
+    >>> fit_gaussians(Moments.of(rows, np.eye(2)[[0, 0, 1]])).scores(rows).argmax(1)
+    array([0, 0, 1])
+    """
+    joined = images if text is None or not copies else images.with_texts(np.asarray(text, np.float64), copies)
+    present, counts = images.counts > 0, images.counts
+    precision = shrunk_precision(joined.scatter, float(joined.counts.sum()))
+    free = counts.sum() - present.sum()
+    noise = float(np.sum(precision * images.scatter)) / free if free > 1e-9 else 0.0
+    shares = counts / np.maximum(joined.counts, np.finfo(float).tiny) ** 2
+    excess = noise * (shares - shares[counts.argmax()])
+    fitted = discriminant(joined.means, precision, excess)
+    fitted.linear[~present], fitted.bias[~present] = fitted.linear[present].mean(0), fitted.bias[present].mean()
+    return fitted
+
+
+def discriminant(means: np.ndarray, precision: np.ndarray, excess: np.ndarray | float = 0.0) -> Gaussians:
+    """From means (C, D), P (D, D) and e (C,)."""
+    linear = means @ precision
+    return Gaussians(linear, -0.5 * (np.einsum("cd,cd->c", linear, means) - excess), precision)
+
+
+def shrunk_precision(scatter: np.ndarray, n_rows: float) -> np.ndarray:
+    """inv(Sigma + tr(Sigma) / (n - 1) I), (D, D) float64, of the scatter (n - 1) Sigma of n rows; I if that is 0.
+
+    Source: the estimator of Kubokawa & Srivastava that GDA takes.
+
+    >>> shrunk_precision(np.diag([2.0, 0.0]), n_rows=3)
+    array([[0.66666667, 0.        ],
+           [0.        , 2.        ]])
+    """
+    width, trace = len(scatter), np.trace(scatter)
+    if trace <= n_rows * np.finfo(np.float32).eps:
+        return np.eye(width)
+    precision = np.linalg.inv(scatter / (n_rows - 1) + trace / (n_rows - 1) ** 2 * np.eye(width))
+    symmetric: np.ndarray = (precision + precision.T) / 2
+    return symmetric
+
+
+@dataclass(frozen=True)
+class GaussianModel(Model):
+    """G of `fit_gaussians`, with `copies` of each class's text among the images, which are reduced as these are.
+
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
+    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
+    >>> GaussianModel(support).scores(images).argmax(1)
+    array([0, 0, 1])
+    """
+
+    copies: float = 0.0
+
+    @property
+    def moments(self) -> Moments:
+        return self._shared("moments", lambda: Moments.of(self._rows(self.support.embeddings), self.support.one_hot))
+
+    @cached_property
+    def gaussians(self) -> Gaussians:
+        return fit_gaussians(self.moments, self._text, self.copies)
+
+    @property
+    def paper_scale(self) -> float:
+        """GDA's P over P here: D / (n - 1), or 1 where both are I."""
+        n_rows = self.moments.counts.sum() + self.copies * (self.moments.counts > 0).sum()
+        identity = np.array_equal(self.gaussians.precision, np.eye(len(self.gaussians.precision)))
+        return 1.0 if identity else float(len(self.gaussians.precision) / (n_rows - 1))
+
+    @property
+    def _text(self) -> np.ndarray | None:
+        text = self.support.text
+        return text if text is None or self.reducer is None else self.reducer(text)
+
+    def scores(self, queries: Embeddings) -> np.ndarray:
+        return self.gaussians.scores(self._rows(queries))
+
+    def without(self, folds: Folds) -> np.ndarray:
+        """In closed form: the moments of a fold are taken off those of all images."""
+        rows, queries = self._rows(self.support.embeddings), self._rows(self.support.as_queries)
+        return gaussians_without(self.moments, rows, queries, self.support.one_hot, folds, self._text, self.copies)
+
+    def fields(self, weight: float) -> dict[str, Any]:
+        linear, bias = weight * self.gaussians.linear, weight * self.gaussians.bias
+        return {"linear": linear, "bias": bias, "feature": self.which, "reducer": self.reducer}
+
+
+def gaussians_without(
+    moments: Moments,
+    rows: np.ndarray,
+    queries: np.ndarray,
+    labels: np.ndarray,
+    folds: Folds,
+    text: np.ndarray | None = None,
+    copies: float = 0.0,
+) -> np.ndarray:
+    """G (N, C) of the queries of each fold by the images of the others; NaN where nothing is scored. rows, queries
+    (N, D), labels (N, C) as for Moments.of."""
+    scores = np.full(labels.shape, np.nan)
+    for chosen, out in folds.splits:
+        others = moments - Moments.of(rows[out], labels[out])
+        if others.counts.any():
+            scores[chosen] = fit_gaussians(others, text, copies).scores(queries[chosen])
+        else:
+            scores[chosen] = 0.0  # all labels are those of the images that are left out
+    return scores

@@ -1,0 +1,116 @@
+"""What all families share: a term of the logits, its predictions without a fold, and the plan of a sum of terms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.folds import Folds
+from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.reducers import Reducer
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Model(ABC):
+    """A term of the logits, fitted on a support set at the first use, in float64. Equal fields, equal models.
+
+    which    the embeddings of images that it compares
+    reducer  moves these embeddings first; fitted on all support images, as it sees no label
+    """
+
+    support: SupportSet
+    which: Which = "plain"
+    reducer: Reducer | None = None
+
+    @abstractmethod
+    def scores(self, queries: Embeddings) -> np.ndarray:
+        """The term of each query and class, (B, C)."""
+
+    @abstractmethod
+    def fields(self, weight: float) -> dict[str, Any]:
+        """The fields of a ScoringPlan that give `weight` times this term (`compile_terms`)."""
+
+    def without(self, folds: Folds) -> np.ndarray:
+        """(N, C): the term of each support image as a query, fitted without the images of its fold; NaN for an image
+        that is not scored. Families with a closed form override this."""
+        scores = np.full((len(self.support.labels), self.support.n_classes), np.nan)
+        for rows, queries, others in folds.others(self.support):
+            scores[rows] = self.refitted(others).scores(queries)
+        return scores
+
+    def in_use(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), C): the term of these support images as the fit of all images has it for new ones. Here that is
+        their own score, of which only the classes that are not their own compare with those of new images."""
+        return self.scores(self.support.as_queries[rows])
+
+    def refitted(self, support: SupportSet) -> Self:
+        """The same model of another support set."""
+        return replace(self, support=support)
+
+    def _shared(self, name: str, make: Callable[[], _T]) -> _T:
+        """What models of other parameters share, kept with the support set."""
+        known: dict[Any, _T] = vars(self.support).setdefault("_shared", {})
+        key = type(self), self.which, self.reducer, name
+        if key not in known:
+            known[key] = make()
+        return known[key]
+
+    def _rows(self, embeddings: Embeddings) -> np.ndarray:
+        """The rows (B, D) float64 that it compares."""
+        return image_rows(embeddings, self.which, self.reducer).astype(np.float64)
+
+
+# A weight and the model that it multiplies.
+Term = tuple[float, Model]
+
+
+@dataclass(frozen=True)
+class TextModel(Model):
+    """tau <plain, text>, zero-shot CLIP (Radford et al., ICML 2021); zeros without texts. Images change nothing.
+
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:2])
+    >>> support = make_support_set(images, labels=np.array([0, 1]), text=np.eye(2, 4), tau=10.0)
+    >>> TextModel(support).scores(images)
+    array([[10.,  0.],
+           [ 0., 10.]])
+    """
+
+    def scores(self, queries: Embeddings) -> np.ndarray:
+        if self.support.text is None:
+            return np.zeros((len(queries), self.support.n_classes))
+        cosines: np.ndarray = np.asarray(queries.plain, np.float64) @ self.support.text.T
+        return self.support.tau * cosines
+
+    def without(self, folds: Folds) -> np.ndarray:
+        scores = self.scores(self.support.as_queries)
+        scores[~folds.scored] = np.nan
+        return scores
+
+    def fields(self, weight: float) -> dict[str, Any]:
+        text = self.support.text
+        return {} if text is None or not weight else {"text": text, "tau": weight * self.support.tau}
+
+
+def compile_terms(n_classes: int, terms: Sequence[Term], **fields: Any) -> ScoringPlan:
+    """The plan whose logits are the sum of the weighted terms. Terms with values share their keys, linear terms of
+    plain and of adapted embeddings stand side by side. Raises IosrFastError as ScoringPlan does."""
+    plan: dict[str, Any] = fields
+    for weight, model in terms:
+        for name, value in model.fields(weight).items():
+            if name not in plan or name == "feature":
+                joined = name == "feature" and plan.get(name, value) != value
+                plan[name] = "both" if joined else value
+            elif name in ("values", "bias"):
+                plan[name] = plan[name] + value
+            elif name == "linear":
+                plan[name] = np.concatenate([plan[name], value], axis=1)
+    return ScoringPlan(n_classes, **plan)

@@ -1,0 +1,184 @@
+"""The methods of the literature, and the stack, as sums of terms: METHODS, by name.
+
+"X++" compares adapted embeddings where X compares plain ones (Kravets & Namboodiri, BMVC 2024). Every method but
+"stack" and "zero-shot" has logits of the form base + alpha * images: its last term is the one that alpha multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from iosr_fast.methods.log_loss import MAX_ALPHA
+from iosr_fast.methods.models.gaussian import GaussianModel
+from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyModel
+from iosr_fast.methods.models.model import Term, TextModel, compile_terms
+from iosr_fast.methods.models.ridge import RidgeModel
+from iosr_fast.methods.stack import ADAPTED_PARAMETERS, MAX_KEYS, PARAMETERS, stack_terms
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.scoring.fields import RANGES
+from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.reducers import Reducer
+
+# Within these ranges a plan's float32 logits are usable (scoring.fields.RANGES has those of a plan).
+PARAMETER_RANGES = {
+    **dict.fromkeys(
+        ("alpha", "text", "discriminant", "discriminant_adapted", "regression", "text_regression"), (0.0, MAX_ALPHA)
+    ),
+    "beta": RANGES["beta"],
+    "gamma": (0.0, 1000.0),
+    "ridge": (1e-6, 1e6),
+    "text_images": (0.0, 1000.0),
+    "adapted_keys": (0.0, 1.0),
+}
+# The grid of the paper's public code, and larger values; an exact search over these is never worse than that grid.
+_BETAS = (*np.linspace(0.0, 20.0, 20).tolist(), 27.0, 40.0, 60.0)
+# What a plan of the method has: nothing of images, keys that belong to a class, keys with values, or a linear term.
+Family = Literal["text", "keys", "values", "linear", "stack"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training-free method.
+
+    terms        (support, which, reducer, parameters) -> its terms, weighted by the parameters
+    family       what its plan has
+    which        the embeddings of images that it compares
+    parameters   names and default values
+    axes         for each parameter but alpha, the first values of a search, rising
+    max_support  the largest number of support images, if there is a limit
+    one_label    why it can't judge each class by itself; "" if it can (multi_label)
+    """
+
+    name: str
+    terms: Callable[[SupportSet, Which, Reducer | None, Mapping[str, float]], list[Term]]
+    family: Family
+    which: Which = "plain"
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    axes: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    needs_text: bool = False
+    needs_every_class: bool = False
+    max_support: int | None = None
+    one_label: str = ""
+
+    @property
+    def needs_support(self) -> bool:
+        return self.family != "text"
+
+    @property
+    def needs_adapter(self) -> bool:
+        return self.which == "adapted"
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether its weights are fitted together, without an alpha and without a reducer."""
+        return self.family == "stack"
+
+    @property
+    def takes_reducer(self) -> bool:
+        """Whether a reducer may move what it compares."""
+        return self.needs_support and not self.is_stack
+
+    def compile(self, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> ScoringPlan:
+        """The plan of a support set, with all parameters."""
+        return compile_terms(support.n_classes, self.terms(support, self.which, reducer, parameters))
+
+
+def _zero_shot(support: SupportSet, _: Which, __: Reducer | None, ___: Mapping[str, float]) -> list[Term]:
+    """logits = tau <plain, text>. Source: CLIP (Radford et al., ICML 2021)."""
+    return [(1.0, TextModel(support))]
+
+
+def _tip_adapter(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
+    """logits = tau <plain, text> + alpha * KeyModel, with the paper's alpha and beta for ImageNet as defaults.
+    Source: Tip-Adapter (Zhang et al., ECCV 2022, equations 4 to 6)."""
+    return [(1.0, TextModel(support)), (p["alpha"], KeyModel(support, which, reducer, p["beta"]))]
+
+
+def _tip_x(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
+    """logits = Tip-Adapter's + gamma * DivergenceModel. Source: Tip-X (Udandarao et al., ICCV 2023, equations 5 to
+    7)."""
+    text, images = _tip_adapter(support, which, reducer, p)
+    return [text, (p["gamma"], DivergenceModel(support, which, reducer)), images]
+
+
+def _ape(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
+    """logits = tau <plain, text> + alpha * RefinedKeyModel. Source: APE (Zhu et al., ICCV 2023, equations 6 to 12)."""
+    images = RefinedKeyModel(support, which, reducer, p["beta"], gamma=p["gamma"])
+    return [(1.0, TextModel(support)), (p["alpha"], images)]
+
+
+def _gda(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
+    """logits = tau <plain, text> + alpha * D / (N - 1) * GaussianModel, but for log(1 / C), which all classes share.
+    Source: GDA (Wang et al., ICLR 2024, equations 4 to 8)."""
+    images = GaussianModel(support, which, reducer, p.get("gamma", 0.0))
+    return [(1.0, TextModel(support)), (p["alpha"] * images.paper_scale, images)]
+
+
+def _proker(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
+    """logits = tau (<plain, text> + alpha * RidgeModel). alpha = 1 is the paper's closed form; the public code's
+    solution is `ridge` times that, which alpha can express. Source: ProKeR (Bendou et al., CVPR 2025, section 4)."""
+    images = RidgeModel(support, which, reducer, p["beta"], p["ridge"])
+    return [(1.0, TextModel(support)), (p["alpha"] * support.tau, images)]
+
+
+_ONE_GAUSSIAN = "it takes each image to be of one Gaussian class"
+_SINGLE = (
+    Method("zero-shot", _zero_shot, "text", needs_text=True),
+    Method("tip-adapter", _tip_adapter, "keys", parameters={"alpha": 1.0, "beta": 5.5}, axes={"beta": _BETAS}),
+    Method(
+        "tip-x",
+        _tip_x,
+        "keys",
+        parameters={"alpha": 1.0, "beta": 5.5, "gamma": 1.0},
+        axes={"beta": _BETAS, "gamma": np.linspace(0.0, 30.0, 50).tolist()},
+        needs_text=True,
+        one_label="it compares distributions over texts, of which an image with several labels has no single one",
+    ),
+    # TIMO (Li et al., AAAI 2025) is GDA with `gamma` copies of each class's text among its images. The paper takes many
+    # texts a class from a language model, weights them by matches (IGT), and adds the gamma best (TGI). With one text a
+    # class IGT changes nothing, and gamma, a real number here, repeats this text.
+    Method(
+        "timo",
+        _gda,
+        "linear",
+        parameters={"alpha": 0.1, "gamma": 1.0},
+        axes={"gamma": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)},
+        needs_text=True,
+        needs_every_class=True,
+        one_label=_ONE_GAUSSIAN,
+    ),
+    Method(
+        "ape",
+        _ape,
+        "keys",
+        parameters={"alpha": 1.0, "beta": 5.5, "gamma": 0.1},
+        axes={"beta": _BETAS, "gamma": (0.0, 0.1, 0.25, 0.5, 1.0)},
+        needs_text=True,
+        one_label="it weighs each key by the one label that the key has",
+    ),
+    Method("gda", _gda, "linear", parameters={"alpha": 0.1}, needs_every_class=True, one_label=_ONE_GAUSSIAN),
+    Method(
+        "proker",
+        _proker,
+        "values",
+        parameters={"alpha": 1.0, "beta": 1.0, "ridge": 3.0},
+        axes={"beta": (0.3, 1.0, 3.0, 10.0), "ridge": (0.003, 0.03, 0.3, 3.0)},
+        max_support=MAX_KEYS,
+    ),
+    Method("stack", stack_terms, "stack", parameters=PARAMETERS),
+)
+
+
+def _adapted(method: Method) -> Method:
+    """The "++" form."""
+    parameters = {**method.parameters, **(ADAPTED_PARAMETERS if method.is_stack else {})}
+    return replace(method, name=f"{method.name}++", which="adapted", parameters=parameters)
+
+
+METHODS: dict[str, Method] = {
+    form.name: form for method in _SINGLE for form in ([method, _adapted(method)] if method.needs_support else [method])
+}

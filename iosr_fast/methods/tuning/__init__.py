@@ -1,1 +1,0 @@
-"""Choosing parameters and methods on the support set or on a validation set."""
