@@ -33,7 +33,7 @@ def test_an_audit_names_examples_and_is_right_after_a_change(
     assert not audit.likely_wrong and len(audit.images) == len(images) - 1
     assert [one.label for one in audit.classes] == NAMES and sum(one.images for one in audit.classes) == 29
     head = classifier.snapshot()
-    again = audit_support(head.support, head.config.compile, which=head.config.which)
+    again = audit_support(head.support, head.out_of_fold, head.config.compile, which=head.config.which)
     np.testing.assert_array_equal(audit.suspicion, again.suspicion)
 
 

@@ -60,7 +60,7 @@ def test_logits_equal_the_reference(
 ) -> None:
     rows, labels, centres = clusters(rng, classes, shots, width)
     both = np.hstack([rows, rows + rng.standard_normal(rows.shape)])
-    reducer = "centre" if METHODS[name].reducible else None
+    reducer = "centre" if METHODS[name].takes_reducer else None
     head = FewShotHead(name, tune="none", reducer=reducer, text=centres, tau=30.0, adapted=True).fit(both, labels)
     queries = rng.standard_normal((n, 2 * width))
     expected = score_reference(head.plan_, Embeddings(unit64(queries[:, :width]), unit64(queries[:, width:])))
@@ -80,7 +80,7 @@ def test_logits_equal_the_reference(
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_row_has_the_same_logits_in_any_batch(rng: np.random.Generator, name: str) -> None:
     rows, labels, centres = clusters(rng, 6, 4, 40)
-    reducer = "pca" if METHODS[name].reducible else None
+    reducer = "pca" if METHODS[name].takes_reducer else None
     head = FewShotHead(name, tune="none", reducer=reducer, text=centres, adapted=True)
     head.fit(np.hstack([rows, rows[:, ::-1]]), labels)
     queries = rng.standard_normal((151, 80)).astype(np.float32)

@@ -13,7 +13,9 @@ import pytest
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.head.predictions import Rejection
-from iosr_fast.methods.conformal import leave_out_labels, sets_of_labels
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.conformal import of_logits, sets_of_labels
+from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.store.bundle import load_bundle
 from iosr_fast.store.bundle_arrays import LEFT_OUT
@@ -64,7 +66,8 @@ def test_sets_and_calibration_are_those_of_left_out_images(queries: tuple[np.nda
     images, _ = queries
     classifier = small_classifier(**GDA)
     head = classifier.snapshot()
-    left_out = leave_out_labels(head.support, head.config.compile)
+    logits = out_of_fold(METHODS["gda"], head.support, None, head.config.parameters, head.config.factor)
+    left_out = of_logits(logits.logits, logits.labels)
     logits = head.score(PixelEncoder().encode(images))
     for coverage in (0.6, 0.9):
         sets = classifier.predict_sets(images, coverage)
@@ -193,7 +196,7 @@ def test_what_left_out_images_answer_is_saved_and_forgotten_by_a_change(
     rows = PixelEncoder().encode(images)
     with monkeypatch.context() as patch:
         patch.setattr("iosr_fast.head.evidence.fit_unknown", lambda *_: pytest.fail("fitted again"))
-        patch.setattr("iosr_fast.head.evidence.leave_out_labels", lambda *_: pytest.fail("computed again"))
+        patch.setattr("iosr_fast.head.evidence.out_of_fold", lambda *_: pytest.fail("computed again"))
         np.testing.assert_array_equal(head.unknown.score(rows), classifier.unknown_score(images))
         assert head.unknown.promise(0.9) == classifier.unknown_.promise(0.9)
         assert str(head.left_out_labels.reliability) == str(classifier.calibration())
@@ -202,4 +205,4 @@ def test_what_left_out_images_answer_is_saved_and_forgotten_by_a_change(
             head.left_out_labels.sets(logits), classifier.snapshot().left_out_labels.sets(logits)
         )
     changed = remove_class(head, 0)
-    assert len(changed.unknown.left_out) == 4 * (CLASSES - 1) and changed.computed("left_out_labels") is None
+    assert len(changed.unknown.left_out) == 4 * (CLASSES - 1) and changed.computed("out_of_fold") is None

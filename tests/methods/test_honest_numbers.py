@@ -10,12 +10,12 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.method_config import choose_config
 from iosr_fast.methods import METHODS, compile_method
-from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.out_of_fold import calibrate, usual_factor
-from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.methods.folds import group_near_duplicates
+from iosr_fast.methods.out_of_fold import calibrate, usual_factor
+from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tune import tune
 from iosr_fast.methods.tuned import Tuned, wilson
+from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows
 

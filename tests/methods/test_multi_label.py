@@ -16,11 +16,11 @@ from sklearn.model_selection import cross_val_score
 from iosr_fast import Embeddings, FewShotHead, score
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.log_loss import fit_binary, sigmoid
 from iosr_fast.methods.multi_label import SHRINKAGE, f1_thresholds, fit_multi_label
 from iosr_fast.methods.multi_label_set import KeyTerm, LinearTerm, MultiLabelSet
 from iosr_fast.methods.stack import _spread_folds, linear_discriminant, multi_label_discriminant
 from iosr_fast.methods.support_set import make_support_set
-from iosr_fast.methods.log_loss import fit_binary, sigmoid
 from iosr_fast.scoring.dispatch import REGISTRY
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.utils.ranking import mean_average_precision

@@ -10,14 +10,14 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.kernel_ridge import KernelRidge
+from iosr_fast.methods.log_loss import fit_weights
 from iosr_fast.methods.stack import linear_discriminant
+from iosr_fast.methods.stack_weights import Choice, _with_more_regression, affordable, better_alone, fit_stack
 from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.tune import tune
 from iosr_fast.methods.tuning import stack_weights
 from iosr_fast.methods.tuning.held_out import HeldOutSet
-from iosr_fast.methods.log_loss import fit_weights
 from iosr_fast.methods.tuning.stack_parts import HeldOutParts, Part, spread_of_others
-from iosr_fast.methods.stack_weights import Choice, _with_more_regression, affordable, better_alone, fit_stack
-from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score, score_with_path
 from tests.conftest import random_embeddings, unit_rows
 

@@ -10,11 +10,11 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
-from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.methods.log_loss import fit_alpha, fit_factor
-from iosr_fast.methods.tuning.parameter_search import is_level
+from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tune import one_shot_parameters, tune
+from iosr_fast.methods.tuning.held_out import HeldOutSet
+from iosr_fast.methods.tuning.parameter_search import is_level
 from iosr_fast.scoring.reducers import fit_reducer
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score

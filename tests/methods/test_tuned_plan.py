@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS, compile_method, fit_method_reducer, unavailable_reason
+from iosr_fast.methods.log_loss import fit_alpha, fit_factor
 from iosr_fast.methods.method import MAX_ALPHA
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tuning import plan_check
-from iosr_fast.methods.tuning.held_out import HeldOutSet
-from iosr_fast.methods.log_loss import fit_alpha, fit_factor
-from iosr_fast.methods.tuning.search import cache_intervals, intervals, sweep
 from iosr_fast.methods.tune import one_shot_parameters, tune
 from iosr_fast.methods.tuned import Tuned
+from iosr_fast.methods.tuning import plan_check
+from iosr_fast.methods.tuning.held_out import HeldOutSet
+from iosr_fast.methods.tuning.search import cache_intervals, intervals, sweep
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer

@@ -11,10 +11,10 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.tasks import Source, Task, with_unequal_classes
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.gda import mean_excess
-from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, fit_stack
+from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tune import tune
+from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.scoring.score import score
 
 WIDTH = 32

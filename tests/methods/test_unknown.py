@@ -8,8 +8,8 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import known_scores
-from iosr_fast.methods.known_scores import BETA, GAUSSIAN_SCORES, RIDGE, KnownScores, score_names
 from iosr_fast.methods.conformal import images_needed, leave_out, threshold
+from iosr_fast.methods.known_scores import BETA, GAUSSIAN_SCORES, RIDGE, KnownScores, score_names
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.unknown import KEEP, check_unknown, fit_unknown, without_rejected
 from iosr_fast.utils.ranking import auroc

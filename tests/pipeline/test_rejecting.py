@@ -145,7 +145,7 @@ def test_together(bundle: Path, folder: Path, expected: list[tuple[str, str, flo
     kept = [path for path, out in zip(found.paths, marked, strict=True) if not out]
     head = classifier.snapshot()
     queries = classifier.encoder.encode(to_pixels(kept, classifier.encoder.geometry))
-    alone = predict_jointly(head.support, head.config.compile, queries)
+    alone = predict_jointly(head.support, head.plan, head.out_of_fold, queries)
     np.testing.assert_allclose(found.joint.probabilities, alone.probabilities, atol=1e-3)
     written = classify(bundle, folder, *REJECT, "--joint", "--out", tmp_path / "a.csv")
     assert written.exit_code == 0 and f"rejected {sum(marked)} of {len(expected)} images" in written.stderr

@@ -30,7 +30,7 @@ Arrays = dict[str, np.ndarray]
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With all files that a bundle may have."""
     parts = load_bundle(saved_classifier(tmp_path_factory.mktemp("saved")))
-    assert parts.head.unknown is not None and parts.head.left_out_labels is not None  # which are saved once used
+    assert parts.head.unknown is not None and parts.head.out_of_fold is not None  # which are saved once used
     save_bundle(parts, folder := tmp_path_factory.mktemp("used") / "bundle")
     return folder
 
@@ -170,10 +170,9 @@ PLAN: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
 }
 LEFT_OUT: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "weights of other scores": _with("weights", lambda a: a[1:]),
-    "odds with NaN": _with("odds", _nan),
-    "some of the arrays": _without("odds"),
-    "a confidence of 2": _with("confidence", lambda a: a + 2),
-    "a label without a class": _with("labels", lambda a: a + 5),
+    "logits with NaN": _with("out_of_fold", _nan),
+    "some of the arrays": _without("bias"),
+    "logits of fewer images": _with("out_of_fold", lambda a: a[:-1]),
 }
 ARRAYS = {
     f"{name}: {what}": (f"{name}.safetensors", change)
@@ -271,10 +270,11 @@ def test_the_hashes_of_the_engines_own_manifest_are_compared(bundle: Path) -> No
 
 
 def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
-    """Without later fields of the views and arrays of left-out labels; with the projections of an engine."""
+    """Without later fields of the views; with the projections of an engine, and what was learnt of left-out images."""
     arrays = load_file(bundle / "left_out.safetensors")
-    kept = {name: array for name, array in arrays.items() if name not in ("labels", "class_odds")}
-    save_file(kept, bundle / "left_out.safetensors")
+    del arrays["out_of_fold"]
+    former = dict.fromkeys(("odds", "confidence", "right", "log_loss", "class_odds"), np.ones(3))
+    save_file({**arrays, **former, "labels": np.zeros(3, np.int64)}, bundle / "left_out.safetensors")
     save_file({"image": np.eye(2, dtype=np.float32)}, bundle / "engine" / "projections.safetensors")
     (bundle / "engine" / "manifest.json").unlink()
     facts = {name: value for name, value in ENGINE_FACTS.items() if name not in ("files", "checksum")}
@@ -282,7 +282,7 @@ def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
     sign_again(bundle, views={"mirror": False, "templates": ["a {}"]})
     loaded = load_bundle(bundle)
     assert loaded.views == SupportViews(mirror=False, templates=("a {}",))
-    assert loaded.head.computed("unknown") is not None and loaded.head.computed("left_out_labels") is None
+    assert loaded.head.computed("unknown") is not None and loaded.head.computed("out_of_fold") is None
     rewrite_manifest(bundle, reducer="isoclip:150,50")
     with pytest.raises(ValueError, match="has the reducer 'isoclip:150,50', which iosr_fast no longer has: fit again"):
         load_bundle(bundle)
