@@ -172,41 +172,31 @@ class Evaluation:
 
     def summary(self) -> str:
         """What was measured, a line each."""
-        low, high = self.interval
+        (low, high), sets, unknown = self.interval, self.sets, self.unknown
+        expected = "" if math.isnan(self.expected) else f"; {self.expected:.1%} expected by left-out support images"
+        covered = f"{sets.covered:.1%} have the label, {sets.size:.2f} labels on the mean, {sets.empty:.1%} empty"
+        kept = f"{unknown.kept:.1%} of these images keep their label, {unknown.promised:.4g} promised"
+        rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "
         lines = [
-            f"{self.accuracy:.1%} of {len(self.labels):,} images are right (95%: {low:.1%} to {high:.1%})",
+            f"{self.accuracy:.1%} of {len(self.labels):,} images are right (95%: {low:.1%} to {high:.1%}){expected}",
             f"log-loss {self.reliability.log_loss:.3f}, expected calibration error {self.reliability.error:.1%}",
+            self.copies and f"near duplicates of support images, which say little about new ones: {self.copies:,}",
+            self.errors and f"unreadable and left out: {len(self.errors)}",
+            f"sets of labels: {sets.reason}" if sets.reason else f"sets of labels for {sets.promised:.4g}: {covered}",
+            f"unknown: {unknown.reason or kept}",
+            unknown.images and f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}",
         ]
-        if not math.isnan(self.expected):
-            lines[0] += f"; {self.expected:.1%} expected by left-out support images"
-        if self.copies:
-            lines.append(f"near duplicates of support images, which say little about new ones: {self.copies:,}")
-        if self.errors:
-            lines.append(f"unreadable and left out: {len(self.errors)}")
-        sets, unknown = self.sets, self.unknown
-        lines.append(
-            f"sets of labels: {sets.reason}"
-            if sets.reason
-            else f"sets of labels for {sets.promised:.4g}: {sets.covered:.1%} have the label, {sets.size:.2f} labels "
-            f"on the mean, {sets.empty:.1%} empty"
-        )
-        kept = unknown.reason or f"{unknown.kept:.1%} of these images keep their label, {unknown.promised:.4g} promised"
-        lines.append(f"unknown: {kept}")
-        if unknown.images:
-            rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "
-            lines.append(f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}")
-        return "\n".join(lines)
+        return "\n".join(str(line) for line in lines if line)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; null for what can't be said. The confusion matrix stands there up to MATRIX classes."""
-        low, high = self.interval
         reliability, of_bins = self.reliability, ("counts", "confidence", "right")
         facts = {
             "images": len(self.labels),
             "unreadable": len(self.errors),
             "copies": self.copies,
             "accuracy": self.accuracy,
-            "accuracy_interval": [low, high],
+            "accuracy_interval": self.interval,
             "expected_accuracy": self.expected,
             "log_loss": reliability.log_loss,
             "calibration_error": reliability.error,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -141,7 +141,7 @@ def encode_images(
         identity = image.size, digest
         return identity, *(([], None) if refused else views.prepare(image, encoder.geometry, digest))
 
-    def good_images() -> Iterator[list[np.ndarray]]:
+    def good_images() -> Generator[list[np.ndarray], None, None]:
         """The pixels of each image; an error at the end, or no more pixels once it is sure to come."""
         nonlocal refused
         first: dict[_Identity, int] = {}
@@ -165,7 +165,8 @@ def encode_images(
         _check_readable(errors, len(images), skip_bad)
         _check_copies(images, labels, copies, names)
 
-    keys, queries = _encode(encoder, good_images(), views)
+    with closing(good_images()) as good:
+        keys, queries = _encode(encoder, good, views)
     found = Examples(keys, labels[readable], np.arange(len(readable)), tuple(pictures), queries)
     unknown = np.array(readable, np.int64) >= len(images) - len(unknown_images)
     if not unknown.any():
