@@ -159,7 +159,7 @@ def rejections(head: Head, embeddings: Embeddings, keep: float) -> list[Rejectio
 def predict_jointly(head: Head, embeddings: Embeddings, check: bool = True) -> joint.JointPrediction:
     """Queries (B, D) of the head's encoder, classified together (methods.joint), with class names as `classes`.
     `check=False` takes rows that are not of unit norm."""
-    prediction = joint.predict_jointly(head.support, head.plan, head.out_of_fold, embeddings, check)
+    prediction = joint.predict_jointly(head.support, head.plan, head.out_of_fold, embeddings, head.config.which, check)
     return replace(prediction, classes=np.array(head.class_names, dtype=str))
 
 

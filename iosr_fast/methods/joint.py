@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.held_out import is_level
 from iosr_fast.methods.log_loss import fit_factor
 from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments, discriminant, shrunk_precision
@@ -23,18 +22,14 @@ from iosr_fast.scoring.scorer import Scorer
 ANCHOR = 0.5
 # First probabilities below exp(FLOOR) count as this much, so that images can correct a plan that is far too sure.
 FLOOR = np.float32(-7.0)
-# The share of an unlabelled image's weight in means and covariance to that of a support image. Chosen on validation
-# images: with 1, errors of absent classes add up in folders that have a tenth of the classes; below 0.1 little is
-# learnt from the folder.
+# The weight of an unlabelled image in means and covariance; 1 is that of a support image. Chosen on validation images:
+# with 1, errors of absent classes add up in folders of a tenth of the classes; below 0.1 little is learnt.
 WEIGHT = 0.3
 MAX_ROUNDS = 10
 _SETTLED = 1e-3  # a round that changes at most this share of the labels is the last
-_LEAST = np.float32(-60.0)
+_LEAST = np.float32(-60.0)  # products with denormal probabilities take 100 times as long
 _BLOCK = 1 << 22  # logits in memory at a time, 16 MiB
-# The check leaves images out fold by fold until this number is reached: its standard error is then about 1 point ...
-_LEFT_OUT = 2000
-# ... or this number of logits, each fold having those of the whole folder.
-_CHECK_LOGITS = 1 << 26
+_LEFT_OUT = 2000  # images for the check: its standard error is then about 1 point
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +41,6 @@ class JointPrediction:
     refused         why `probabilities` are those of the plan alone, a sentence; "" if images were classified together
     left_out        the number of support images that were left out for the check; 0 if there was none
     left_out_alone, left_out_joint  the shares of them that are right without and with the folder; NaN without a check
-    which           the embeddings that the Gaussians describe
     rounds          of the estimation, 0 if it was refused
 
     >>> import numpy as np
@@ -60,7 +54,6 @@ class JointPrediction:
     left_out: int = 0
     left_out_alone: float = float("nan")
     left_out_joint: float = float("nan")
-    which: Which = "plain"
     rounds: int = 0
     seconds: float = 0.0
 
@@ -80,29 +73,44 @@ class JointPrediction:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Unlabelled:
+    """n images: `rows` (n, D) float32, their first log-probabilities `start` (n, C) float32, and their `weight`."""
+
+    rows: np.ndarray
+    start: np.ndarray
+    weight: float = WEIGHT
+
+    def logits(self, gaussians: Gaussians, rows: slice) -> np.ndarray:
+        """G(x, c) + ANCHOR * max(start, FLOOR), (rows, C) float32."""
+        logits: np.ndarray = gaussians.scores(self.rows[rows]) + np.float32(ANCHOR) * np.maximum(
+            self.start[rows], FLOOR
+        )
+        return logits
+
+
 def predict_jointly(
-    support: SupportSet, plan: ScoringPlan, alone: OutOfFold, queries: Embeddings, check: bool = True
+    support: SupportSet,
+    plan: ScoringPlan,
+    alone: OutOfFold,
+    queries: Embeddings,
+    which: Which = "plain",
+    check: bool = True,
 ) -> JointPrediction:
     """Probabilities of B images that are classified together, started from softmax of the logits of a plan.
 
-    `plan` is that of `support`, and `alone` the out-of-fold logits of its method. One Gaussian a class with a shared
-    covariance is estimated on support images and `queries` (`estimate`), of plain or adapted embeddings, whichever
-    classify left-out support images better by GDA.
+    `plan` is that of `support`, `alone` are the out-of-fold logits of its method, and `which` the embeddings that it
+    compares. One Gaussian a class with a shared covariance is estimated on support images and `queries` (`estimate`).
 
     One image of each class at a time is left out of the support set and hidden among the queries, with all together
-    no more weight than these. If fewer of them are right than by a plan compiled without them, or not more beyond the
-    noise (is_level) while their log-loss is higher, the plan's own probabilities are returned and `refused` says why;
-    so they are if the check is impossible, because each class has a single support image, or a class has none. At most
-    16 folds; fewer for more than 2,000 support images or many queries. The factor of the logits that gives left-out
-    images the least log-loss scales those of `queries`.
+    no more weight than these. If fewer of them are right than alone, or not more beyond the noise (is_level) while
+    their log-loss is higher, the plan's own probabilities are returned and `refused` says why; so they are if the check
+    is impossible, because each class has a single support image, or a class has none. At most 16 folds; fewer for more
+    than 2,000 support images. The factor that gives left-out images the least log-loss scales the logits.
 
     Time per fold and for the result, for D channels: at most 10 rounds of two products of (B, D) and (D, C). Memory:
-    the result, (B, C) float32, and blocks of 16 MiB. The order of the queries changes rounding only.
-
-    `check=False` skips the check of the queries' finiteness and norms, never of shapes. Raises IosrFastError for
-    queries that don't fit the plan.
-
-    Sources: TransCLIP (Zanella et al., NeurIPS 2024), StatA (Zanella et al., CVPR 2025).
+    the result, (B, C) float32, and blocks of 16 MiB. The order of the queries changes rounding only. `check=False`
+    skips the check of the queries' finiteness and norms. Raises IosrFastError for queries that don't fit the plan.
 
     >>> import numpy as np
     >>> from iosr_fast.methods.support_set import make_support_set
@@ -116,50 +124,32 @@ def predict_jointly(
     >>> folder, labels = draw(40)
     >>> tuned = tune("gda", support)
     >>> joint = predict_jointly(support, tuned.compile(support), tuned.out_of_fold, folder)
-    >>> joint.probabilities.shape, joint.left_out, joint.refused
-    ((200, 5), 15, '')
-    >>> bool((joint.labels == labels).mean() > 0.95)
-    True
+    >>> joint.left_out, joint.refused, bool((joint.labels == labels).mean() > 0.95)
+    (15, '', True)
     """
-    started = time.perf_counter()
+    started, absent = time.perf_counter(), int((support.counts == 0).sum())
     queries = scoring_inputs(plan, queries, check).embeddings
-    start = _log_probabilities(plan, queries)
-    refused = _unavailable_reason(support, queries, alone)
-    result, factor = JointPrediction(start, np.arange(support.n_classes), refused), 1.0
-    if not refused:
-        which = _which(support, queries, alone.folds)
-        result, factor = _checked(replace(result, which=which), support, alone, Unlabelled.of(queries, which, start))
+    scorer, start = Scorer(plan), np.empty((len(queries), plan.n_classes), np.float32)
+    for block in _blocks(start):
+        start[block] = _log_softmax(scorer(queries[block], check=False))
+    folder = Unlabelled(image_rows(queries, which, None), start)
+    result, factor = JointPrediction(start, np.arange(support.n_classes)), 1.0
+    if not len(queries):
+        result = replace(result, refused="there are no images to classify")
+    elif absent:
+        refused = f"{absent} of {support.n_classes} classes have no support image to estimate their mean from"
+        result = replace(result, refused=refused)
+    elif not len(alone.labels):
+        refused = "each class has one support image, so none can be left out to check that the folder helps"
+        result = replace(result, refused=refused)
+    else:
+        result, factor = _checked(result, support, which, alone, folder)
     if result.refused:
         return replace(result, probabilities=np.exp(start, out=start), seconds=time.perf_counter() - started)
-    folder = Unlabelled.of(queries, result.which, start)
-    gaussians, rounds = estimate(GaussianModel(support, result.which).moments, [folder])
-    for block in folder.blocks():
+    gaussians, rounds = estimate(GaussianModel(support, which).moments, [folder])
+    for block in _blocks(start):
         start[block] = _softmax(np.float32(factor) * folder.logits(gaussians, block))
     return replace(result, rounds=rounds, seconds=time.perf_counter() - started)
-
-
-@dataclass(frozen=True, eq=False)
-class Unlabelled:
-    """n images: `rows` (n, D) float32, their first log-probabilities `start` (n, C) float32, and their `weight`."""
-
-    rows: np.ndarray
-    start: np.ndarray
-    weight: float = WEIGHT
-
-    @classmethod
-    def of(cls, images: Embeddings, which: Which, start: np.ndarray, weight: float = WEIGHT) -> Unlabelled:
-        return cls(image_rows(images, which, None), start, weight)
-
-    def blocks(self) -> Iterator[slice]:
-        """Slices of the images with a bounded number of logits."""
-        return _blocks(*self.start.shape)
-
-    def logits(self, gaussians: Gaussians, rows: slice) -> np.ndarray:
-        """log N(x; mu_c, Sigma) + ANCHOR * max(start, FLOOR), (rows, C) float32, but for a term without c."""
-        logits: np.ndarray = self.rows[rows] @ gaussians.linear.T
-        logits += gaussians.bias
-        logits += np.float32(ANCHOR) * np.maximum(self.start[rows], FLOOR)
-        return logits
 
 
 def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, int]:
@@ -169,13 +159,12 @@ def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, i
         Sigma = (sum over support rows of x x' + sum_i w_i x_i x_i' - sum_c m_c mu_c mu_c') / (sum_c m_c - 1)
         z_i = softmax over c of (log N(x_i; mu_c, Sigma) + ANCHOR * max(start_ic, FLOOR)),    first z_i = exp(start_i)
 
-    with w_i an image's weight and m_c the denominator of mu_c. Sigma is then shrunk (gaussian.shrunk_precision).
-    `known` are the moments of the support images, at least one of each class. Classes have no proportions, and one that
-    is absent keeps the mean of its support images, so an image of any class is found in any folder.
+    with w_i an image's weight and m_c the denominator of mu_c; Sigma is shrunk (gaussian.shrunk_precision). `known` are
+    the moments of the support images, at least one of each class. Classes have no proportions, and one that is absent
+    keeps the mean of its support images, so an image of any class is found in any folder.
 
-    z, mu and Sigma are the updates of TransCLIP (Zanella et al., NeurIPS 2024, arXiv 2406.01837) without its neighbours
-    and with a full Sigma; the n_c support images anchor mu_c as StatA's texts do (Zanella et al., CVPR 2025, arXiv
-    2501.03729: mu = beta mu_hat + (1 - beta) mu', beta = m / (m + anchor's weight)).
+    Sources: TransCLIP (Zanella et al., NeurIPS 2024, arXiv 2406.01837) without its neighbours and with a full Sigma;
+    support images anchor mu_c as the texts of StatA do (Zanella et al., CVPR 2025, arXiv 2501.03729).
 
     >>> folder = np.array([[0.8, 0.6], [0.6, 0.8], [0.7, 0.714]], np.float32)
     >>> images = Unlabelled(folder, np.log(np.full((3, 2), 0.5, np.float32)))
@@ -185,19 +174,17 @@ def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, i
     """
     second = known.second.copy()
     for part in images:
-        for block in part.blocks():
+        for block in _blocks(part.start):
             second += part.weight * (part.rows[block].T @ part.rows[block]).astype(np.float64)
     labels = [np.full(len(part.rows), -1, np.int32) for part in images]
     allowed, gaussians = _SETTLED * sum(map(len, labels)), None
     for done in range(MAX_ROUNDS):
         mass, sums, changed = known.counts.copy(), known.sums.copy(), 0
         for part, given in zip(images, labels, strict=True):
-            for block in part.blocks():
-                shares = part.start[block].copy() if gaussians is None else part.logits(gaussians, block)
-                best = shares.argmax(1)
-                changed += int((best != given[block]).sum())
-                given[block] = best
-                shares = _softmax(shares)
+            for block in _blocks(part.start):
+                shares = _softmax(part.start[block] if gaussians is None else part.logits(gaussians, block))
+                changed += int((shares.argmax(1) != given[block]).sum())
+                given[block] = shares.argmax(1)
                 mass += part.weight * shares.sum(0, dtype=np.float64)
                 sums += part.weight * (shares.T @ part.rows[block]).astype(np.float64)
         if gaussians is not None and changed <= allowed:
@@ -211,49 +198,24 @@ def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, i
     return gaussians, MAX_ROUNDS
 
 
-def _unavailable_reason(support: SupportSet, queries: Embeddings, alone: OutOfFold) -> str:
-    counts = support.counts
-    if not len(queries):
-        return "there are no images to classify"
-    if not counts.all():
-        return f"{int((counts == 0).sum())} of {len(counts)} classes have no support image to estimate their mean from"
-    if not len(alone.labels):
-        return "each class has one support image, so none can be left out to check that the folder helps"
-    return ""
-
-
-def _which(support: SupportSet, queries: Embeddings, folds: Folds) -> Which:
-    """The embeddings by which GDA classifies more left-out support images, plain ones if equal."""
-    if support.embeddings.adapted is None or queries.adapted is None:
-        return "plain"
-    embeddings: tuple[Which, ...] = ("plain", "adapted")
-    labels = [GaussianModel(support, which).without(folds)[folds.rows].argmax(1) for which in embeddings]
-    plain, adapted = (int((one == support.labels[folds.rows]).sum()) for one in labels)
-    return "adapted" if adapted > plain else "plain"
-
-
 def _checked(
-    result: JointPrediction, support: SupportSet, alone: OutOfFold, folder: Unlabelled
+    result: JointPrediction, support: SupportSet, which: Which, alone: OutOfFold, folder: Unlabelled
 ) -> tuple[JointPrediction, float]:
     """`result` with its accuracies and, if images are classified worse together, the reason for refusal; and the factor
     of the logits."""
-    images = GaussianModel(support, result.which)
-    rows = image_rows(support.embeddings, result.which, None).astype(np.float64)
-    logits_alone, joint, n_folder = alone.by_image(), list[np.ndarray](), len(folder.rows)
-    affordable = max(1, _CHECK_LOGITS // folder.start.size)
-    folds = alone.folds.first(_LEFT_OUT)
-    splits = folds.splits[:affordable]
-    for chosen, out in splits:
-        start = _log_softmax(logits_alone[chosen])
-        own, weight = support.as_queries[chosen], WEIGHT * min(1.0, n_folder / len(chosen))
-        hidden = Unlabelled.of(own, result.which, start, weight)
-        gaussians, _ = estimate(images.moments - Moments.of(rows[out], support.one_hot[out]), [hidden, folder])
-        joint.append(hidden.logits(gaussians, slice(None)))
-    chosen = np.concatenate([rows for rows, _ in splits])
-    expected, both = support.labels[chosen], (logits_alone[chosen], np.concatenate(joint))
-    right = [logits.argmax(1) == expected for logits in both]
+    moments, n_folder, joint = GaussianModel(support, which).moments, len(folder.rows), list[np.ndarray]()
+    keys, queries = (image_rows(rows, which, None) for rows in (support.embeddings, support.as_queries))
+    folds, logits = alone.folds.first(_LEFT_OUT), alone.by_image()
+    for chosen, out in folds.splits:
+        weight = WEIGHT * min(1.0, n_folder / len(chosen))
+        hidden = Unlabelled(queries[chosen], _log_softmax(logits[chosen]), weight)
+        others = moments - Moments.of(keys[out].astype(np.float64), support.one_hot[out])
+        joint.append(hidden.logits(estimate(others, [hidden, folder])[0], slice(None)))
+    chosen = np.concatenate([rows for rows, _ in folds.splits])
+    both, expected = (logits[chosen], np.concatenate(joint)), support.labels[chosen]
+    right = [one.argmax(1) == expected for one in both]
     shares = [float(one.mean()) for one in right]
-    fits = [fit_factor(logits, np.zeros_like(logits), expected, 0.0) for logits in both]
+    fits = [fit_factor(one, np.zeros_like(one), expected, 0.0) for one in both]
     result = replace(result, left_out=len(expected), left_out_alone=shares[0], left_out_joint=shares[1])
     refused = (
         f"of {len(expected)} left-out support images hidden among the {n_folder} images, {shares[1]:.1%} are right "
@@ -267,14 +229,6 @@ def _checked(
     return result, fits[1].factor
 
 
-def _log_probabilities(plan: ScoringPlan, queries: Embeddings) -> np.ndarray:
-    """log softmax of the plan's logits, (B, C) float32."""
-    scorer, result = Scorer(plan), np.empty((len(queries), plan.n_classes), np.float32)
-    for block in _blocks(*result.shape):
-        result[block] = _log_softmax(scorer(queries[block], check=False))
-    return result
-
-
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted: np.ndarray = logits - logits.max(1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -282,14 +236,12 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    """In place, row by row. No probability is below exp(-60): products with denormal numbers take 100 times as long."""
-    logits -= logits.max(1, keepdims=True)
-    np.maximum(logits, _LEAST, out=logits)
-    np.exp(logits, out=logits)
-    logits /= logits.sum(1, keepdims=True)
-    return logits
+    powers = np.exp(np.maximum(logits - logits.max(1, keepdims=True), _LEAST))
+    shares: np.ndarray = powers / powers.sum(1, keepdims=True)
+    return shares
 
 
-def _blocks(n_rows: int, n_classes: int) -> Iterator[slice]:
-    size = max(1, _BLOCK // n_classes)
-    return (slice(first, first + size) for first in range(0, n_rows, size))
+def _blocks(logits: np.ndarray) -> Iterator[slice]:
+    """Slices of rows with a bounded number of logits."""
+    size = max(1, _BLOCK // logits.shape[1])
+    return (slice(first, first + size) for first in range(0, len(logits), size))

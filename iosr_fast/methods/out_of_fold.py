@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,7 +36,8 @@ class OutOfFold:
         """Of a search; None where a validation set judged it."""
         if held_out.folds is None:
             return None
-        return cls(held_out.folds, held_out.labels, logits.astype(np.float32))
+        # A copy of the folds, without the support sets that a search has kept with them.
+        return cls(replace(held_out.folds), held_out.labels, logits.astype(np.float32))
 
     def by_image(self) -> np.ndarray:
         """(N, C): the logits of every support image; NaN for one that is never left out."""
@@ -66,7 +67,7 @@ def out_of_fold(
     folds = make_folds(support)
     held_out = HeldOut.of_support(support, folds)
     logits = factor * held_out.logits(method.terms(support, method.which, reducer, parameters))
-    return OutOfFold(folds, held_out.labels, logits.astype(np.float32))
+    return OutOfFold(replace(folds), held_out.labels, logits.astype(np.float32))
 
 
 def calibrate(method: Method, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> float:
