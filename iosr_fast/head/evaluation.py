@@ -189,7 +189,7 @@ class Evaluation:
         return "\n".join(str(line) for line in lines if line)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; null for what can't be said. The confusion matrix stands there up to MATRIX classes."""
+        """JSON-ready; null for NaN. The confusion matrix is included up to MATRIX classes."""
         reliability, of_bins = self.reliability, ("counts", "confidence", "right")
         facts = {
             "images": len(self.labels),

@@ -4,7 +4,7 @@
                           fingerprints of CLIP and adapter, SHA-256 of every file
     support.safetensors   embeddings of the support images, of the class names and of unknown images
     plan.safetensors      what the plan has beyond them: narrow keys, values, a linear term, a reducer
-    left_out.safetensors  what was learnt of unknown pictures and sets of labels, where it was used
+    left_out.safetensors  out-of-fold logits and the score for unknown pictures, where they were used
     pictures.safetensors  thumbnails of the support images, where they are kept
     engine/               the encoder (iosr_fast.export.export)
     text/                 the text encoder, where the CLIP's can be exported

@@ -55,7 +55,7 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
     """The facts (bundle_schema.HeadFacts), JSON-ready, and the arrays of each file (bundle_arrays.TABLE).
 
     Keys that are the embeddings of the support images are stored once. int8 keys are stored as codes: computing them
-    again takes seconds. What was learnt from left-out images is stored if it has been used.
+    again takes seconds. What left-out images say is stored if it has been used.
     """
     config, plan = head.config, head.plan
     computed = {name: head.computed(name) for name in ("unknown", "out_of_fold")}
@@ -255,7 +255,7 @@ def _reducer(arrays: Arrays, name: str) -> Reducer | None:
     return None if shift is None and projection is None else Reducer(shift, projection)
 
 
-# --- what was learnt from left-out images ---
+# --- what left-out images say ---
 
 
 def _evidence(head: AnyHead, read: Callable[[str], bytes | None]) -> Mapping[str, Any]:

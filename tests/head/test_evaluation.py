@@ -141,7 +141,7 @@ def test_images_that_the_classifier_was_fitted_on_are_counted(measured: Any) -> 
     assert mixed.copies == 6 and "say little about new ones: 6" in mixed.summary()
 
 
-def test_what_can_not_be_promised_is_said(measured: Any) -> None:
+def test_too_few_images_for_a_promise_are_a_reason(measured: Any) -> None:
     _, images, names, others, _ = measured
     found = small_classifier(shots=1).evaluate(images, names, others)
     assert "too few" not in found.sets.reason and "needs at least 9 support images" in found.sets.reason

@@ -58,7 +58,7 @@ def test_a_missing_label_that_became_text_is_refused_unless_a_class_has_that_nam
         (["a", "b"], "one label for each of 3 images, got 2"),
     ],
 )
-def test_what_is_no_label_is_refused_by_position(labels: Any, message: str) -> None:
+def test_invalid_labels_are_refused_by_position(labels: Any, message: str) -> None:
     for names in (None, ["a", "b"]):
         with pytest.raises(ValueError, match=message):
             check_labels([None] * 3, labels, names)
@@ -68,7 +68,7 @@ def test_what_is_no_label_is_refused_by_position(labels: Any, message: str) -> N
         class_ids([None], [{"a"}], ["a", "b"])
 
 
-def test_good_labels_of_every_kind_are_taken() -> None:
+def test_valid_labels_of_every_type_are_read() -> None:
     torch = pytest.importorskip("torch")
     for numbers in ([1, 0, 1], np.array([1, 0, 1], np.uint8), (np.int64(1), 0, 1), torch.tensor([1, 0, 1])):
         assert ids_of(numbers, ["a", "b"]) == (["a", "b"], [1, 0, 1])
@@ -101,7 +101,7 @@ def test_good_labels_of_every_kind_are_taken() -> None:
         (["a"], "at least two classes"),
     ],
 )
-def test_class_names_that_are_no_names_are_refused(names: Any, message: str) -> None:
+def test_invalid_class_names_are_refused(names: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_names(names)
     with pytest.raises(ValueError, match=message):

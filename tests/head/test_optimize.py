@@ -140,7 +140,9 @@ def test_objectives(objective: str, precision: str, fitted, images, monkeypatch)
         (("no instructions", 0.0, 0.0), "left out", "no instructions"),
     ],
 )
-def test_what_is_not_chosen_says_why(candidate: Any, verdict: str, reason: str, fitted, images, monkeypatch) -> None:
+def test_other_candidates_have_a_verdict_and_a_reason(
+    candidate: Any, verdict: str, reason: str, fitted, images, monkeypatch
+) -> None:
     choice = run(fitted, images, monkeypatch, EXACT | {INT8: candidate}, tolerance=100)
     assert verdicts(choice) == {FP32: "chosen", INT8: verdict}
     assert re.fullmatch(reason, choice.candidates[1].reason)

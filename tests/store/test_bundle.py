@@ -27,7 +27,7 @@ def engine(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("method", [*METHODS])
-def test_what_is_loaded_is_what_was_saved(
+def test_a_loaded_bundle_equals_the_saved_head(
     method: str, precision: str, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, _ = pictures(np.random.default_rng(1), 7, 2)
@@ -58,7 +58,7 @@ def test_a_plain_cache_is_stored_once(engine: Path, tmp_path: Path) -> None:
     assert load_bundle(tmp_path / "bundle").head.examples.pictures == (None,) * 15
 
 
-def test_every_damaged_byte_is_found_and_its_file_named(engine: Path, tmp_path: Path) -> None:
+def test_every_damaged_byte_is_found_and_the_error_names_its_file(engine: Path, tmp_path: Path) -> None:
     folder, rng = tmp_path / "bundle", np.random.default_rng(0)
     small_classifier(engine, reducer="centre").save(folder)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -97,7 +97,7 @@ def test_another_schema_is_refused_and_not_replaced(engine: Path, tmp_path: Path
         Classifier.load(folder)
 
 
-def test_what_is_there_stays_where_saving_fails(engine: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_save_keeps_the_old_bundle(engine: Path, tmp_path: Path, monkeypatch) -> None:
     made = small_classifier(engine)
     made.save(tmp_path / "bundle")
     before = fingerprint(made.snapshot())

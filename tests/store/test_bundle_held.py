@@ -43,7 +43,7 @@ def test_a_damaged_engine_is_not_saved_under_new_hashes(damage: str, tmp_path: P
     assert sorted(os.listdir(tmp_path)) == ["engine"]
 
 
-def test_what_is_held_is_saved_again_whatever_became_of_its_place(bundle: Path) -> None:
+def test_an_open_bundle_is_saved_again_after_its_folder_changed(bundle: Path) -> None:
     parts = load_bundle(bundle)
     (bundle / "engine" / "encoder.onnx").unlink()  # the file is still open
     save_bundle(parts, bundle.with_name("again"))

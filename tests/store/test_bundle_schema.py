@@ -105,17 +105,17 @@ FACTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("what", [*FACTS])
-def test_impossible_facts_are_refused(what: str, bundle: Path) -> None:
+@pytest.mark.parametrize("case", [*FACTS])
+def test_impossible_facts_are_refused(case: str, bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_bytes())
-    made = FACTS[what](manifest) if callable(FACTS[what]) else dict(FACTS[what])
+    made = FACTS[case](manifest) if callable(FACTS[case]) else dict(FACTS[case])
     gone = [made.pop("-")] if "-" in made else []
     rewrite_manifest(bundle, gone, **made)
     shutil.copyfile(bundle / "support.safetensors", bundle / "engine" / "x.py")
     for verify in (True, False):
-        with pytest.raises(ValueError, match="bundle") as told:
+        with pytest.raises(ValueError, match="bundle") as refusal:
             load_bundle(bundle, verify)
-        assert "again" in str(told.value), "what to do stands in the message"
+        assert "again" in str(refusal.value), "the message says how to fix it"
 
 
 def _with(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arrays], dict[str, np.ndarray | None]]:
@@ -181,9 +181,9 @@ ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("what", [*ARRAYS])
-def test_impossible_arrays_are_refused(what: str, bundle: Path) -> None:
-    name, change = ARRAYS[what]
+@pytest.mark.parametrize("case", [*ARRAYS])
+def test_impossible_arrays_are_refused(case: str, bundle: Path) -> None:
+    name, change = ARRAYS[case]
     arrays = load_file(bundle / name)
     changed = {n: np.ascontiguousarray(a) for n, a in (arrays | change(arrays)).items() if a is not None}
     save_file(changed, bundle / name)
@@ -220,13 +220,13 @@ TEXTS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("what", [*TEXTS])
-def test_json_that_two_readers_read_differently_is_refused(what: str, bundle: Path) -> None:
+@pytest.mark.parametrize("case", [*TEXTS])
+def test_json_that_two_readers_read_differently_is_refused(case: str, bundle: Path) -> None:
     path = bundle / "manifest.json"
-    text = TEXTS[what](path.read_bytes())
+    text = TEXTS[case](path.read_bytes())
     assert text != path.read_bytes()
     path.write_bytes(text)
-    if what in ("NaN", "a number beyond every float"):
+    if case in ("NaN", "a number beyond every float"):
         path.write_bytes(seal(json.loads(text)))  # with the right checksum, which these can have
     with pytest.raises(ValueError, match="bundle"):
         load_bundle(bundle)
@@ -242,9 +242,9 @@ ENGINE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", [*ENGINE])
-def test_impossible_facts_of_an_engine_are_refused(what: str, bundle: Path) -> None:
-    rewrite_manifest(bundle / "engine", **ENGINE[what])
+@pytest.mark.parametrize("case", [*ENGINE])
+def test_impossible_facts_of_an_engine_are_refused(case: str, bundle: Path) -> None:
+    rewrite_manifest(bundle / "engine", **ENGINE[case])
     sign_again(bundle)
     for opened in (lambda: load_bundle(bundle), lambda: open_engine(bundle / "engine")):
         with pytest.raises(ValueError, match=r"engine is not a complete engine: manifest\.json.*builds it again"):
@@ -270,7 +270,7 @@ def test_the_hashes_of_the_engines_own_manifest_are_compared(bundle: Path) -> No
 
 
 def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
-    """Without later fields of the views; with the projections of an engine, and what was learnt of left-out images."""
+    """Without later fields of the views; with the projections of an engine, and the statistics of left-out images."""
     arrays = load_file(bundle / "left_out.safetensors")
     del arrays["out_of_fold"]
     former = dict.fromkeys(("odds", "confidence", "right", "log_loss", "class_odds"), np.ones(3))
