@@ -158,12 +158,6 @@ def test_leave_one_out_asks_with_single_views(fresh: Classifier, pictures, tmp_p
     assert fresh.support_.queries is None
 
 
-def test_zero_shot_needs_no_images(fresh: Classifier, pictures) -> None:
-    *_, queries, truth, names = pictures
-    refit(fresh, class_names=names, method="zero-shot", templates=["an emoji of {}"])
-    assert fresh.score(queries, truth) > 1.5 / CLASSES
-
-
 def test_fit_folder_and_skip_bad(fresh: Classifier, folder: Path, pictures, caplog: pytest.LogCaptureFixture) -> None:
     names = pictures[-1]
     fresh.set_params(**GIVEN).fit_folder(folder)
@@ -179,35 +173,6 @@ def test_fit_folder_and_skip_bad(fresh: Classifier, folder: Path, pictures, capl
     (bad.parent / "zy.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=rf"2 of {3 * CLASSES + 2} images can't be read .*zy\.jpg.*zz\.jpg"):
         fresh.set_params(skip_bad=False).fit_folder(folder)
-
-
-def test_bad_input_is_named_before_anything_is_encoded(
-    fresh: Classifier, clip: OpenedClip, pictures, monkeypatch
-) -> None:
-    images, labels, _, _, names = pictures
-
-    def never(*_: object) -> None:
-        raise AssertionError("something was encoded")
-
-    monkeypatch.setattr(fresh.encoder, "encode", never)
-    monkeypatch.setattr(type(clip.text), "embed_classes", never)
-    for message, options in {
-        "method 'auto' chooses by leave-one-out: leave alpha out": {"alpha": 1.0},
-        "leave reducer out, or name a method": {"reducer": "centre"},
-        "expected parameters or tune='loo', got both; leave alpha out": {"method": "gda", "alpha": 1.0, "tune": "loo"},
-        "tune to be 'loo' or 'none', got 'cv'": {"method": "gda", "tune": "cv"},
-        r"zero-shot has the parameters \[\], got \['alpha'\]": {"method": "zero-shot", "alpha": 2.0},
-        "key precision of fp32, fp16, bf16, int8, got 'fp8'": {"key_precision": "fp8"},
-        f"one label for each of {3 * CLASSES}": {"labels": labels[:-1]},
-        "integer labels have no names": {"class_names": None},
-        "at least two classes to tell apart, got 1": {"class_names": names[:1], "labels": labels * 0},
-        rf"labels in 0\.\.{CLASSES - 2}, one for each class name, got '{CLASSES - 1}'": {"class_names": names[:-1]},
-        "'unheard of' are not among": {"labels": ["unheard of"] * (3 * CLASSES)},
-        "at least one image of each class, got none of 'spare'": {"class_names": [*names, "spare"]},
-        "class names or integers, got float64": {"labels": labels + 0.5},
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            refit(fresh, **{"images": images, "labels": labels, "class_names": names, **options})
 
 
 def test_engine_or_adapter_of_another_clip_is_refused(clip: OpenedClip) -> None:
@@ -232,17 +197,16 @@ def test_without_an_adapter_plus_plus_is_refused(demo_cache: Path, monkeypatch, 
 def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
     refit(fresh, images, [names[c] for c in labels], class_names=names, **GIVEN)
-    fresh.save(tmp_path / "saved")
-    fresh.save(tmp_path / "saved")  # over an older one
+    for _ in range(2):  # the second time over the first
+        fresh.save(tmp_path / "saved")
     loaded = Classifier.load(tmp_path / "saved")
     np.testing.assert_allclose(loaded.decision_function(queries), fresh.decision_function(queries), atol=1e-5)
     assert loaded.parameters_ == {"alpha": 3.0, "beta": 7.0} and loaded.classes_.tolist() == names
     loaded.save(tmp_path / "again")
-    assert Classifier.load(tmp_path / "again").method_ == "tip-adapter++"
     again = Classifier.load(tmp_path / "again")
-    given = {"views": 1, "method": "tip-adapter++", "alpha": 2.0, "beta": 4.0}  # a search may choose a level neighbour
-    refit(again, images, labels, class_names=names, **given)
-    refit(fresh, images, labels, class_names=names, **given)  # by the whole CLIP's text encoder
+    given = {**GIVEN, "alpha": 2.0, "class_names": names}
+    refit(again, images, labels, **given)  # by the saved text encoder
+    refit(fresh, images, labels, **given)  # by that of the whole CLIP
     np.testing.assert_allclose(again.decision_function(queries), fresh.decision_function(queries), atol=1e-3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not delete")

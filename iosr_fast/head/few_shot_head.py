@@ -15,21 +15,21 @@ from iosr_fast.head.embedding_rows import as_iosr_errors, unit, unit_rows, usabl
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import are_label_sets, dense, read_label_sets
-from iosr_fast.head.method_config import choose_config, is_searched
+from iosr_fast.head.method_config import MethodChoice
 from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.names import check_unknown_label
 from iosr_fast.head.predictions import predict_jointly
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.conformal import COVERAGE, Reliability, check_share, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.methods.multi_label import MultiLabelFit, multi_label_reason
+from iosr_fast.methods.multi_label import MultiLabelFit
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
+from iosr_fast.methods.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, check_unknown_images, without_rejected
 from iosr_fast.scoring.fields import RANGES
-from iosr_fast.scoring.precision import Precision, check_precision
+from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.score import score
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.utils.estimator import not_fitted
@@ -92,10 +92,9 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     Raises
     ------
     IosrFastError
-        A ValueError, by `fit`: for a single class, a class of which all rows are zero, values that are not finite, an
-        unknown method, reducer or precision, parameters that the method does not have or that are out of range, `text`
-        of another shape than (C, D), and a method that needs `text` or `adapted=True` without it. By the other methods:
-        for values that are not finite, and another number of columns.
+        A ValueError, by `fit`: for a single class, a class of which all rows are zero, values that are not finite,
+        wrong parameters, `text` of another shape than (C, D), and a method that needs `text` or `adapted=True` without
+        it. By the other methods: for values that are not finite, and another number of columns.
     NotFittedError
         By all methods before `fit`: that of `iosr_fast.exceptions` and scikit-learn's in one.
     MissingPackageError
@@ -150,18 +149,9 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         adapted: bool = False,
         key_precision: Precision = "fp32",
     ) -> None:
-        self.method = method
-        self.reducer = reducer
-        self.tune = tune
-        self.tune_seconds = tune_seconds
-        self.alpha = alpha
-        self.beta = beta
-        self.gamma = gamma
-        self.ridge = ridge
-        self.text = text
-        self.tau = tau
-        self.adapted = adapted
-        self.key_precision = key_precision
+        self.method, self.reducer, self.tune, self.tune_seconds = method, reducer, tune, tune_seconds
+        self.alpha, self.beta, self.gamma, self.ridge = alpha, beta, gamma, ridge
+        self.text, self.tau, self.adapted, self.key_precision = text, tau, adapted, key_precision
 
     def fit(self, X: Any, y: Any, unknown_images: Any = None) -> FewShotHead:
         """Compile the method on support rows X, (n, D) or (n, 2 D), of any length and real dtype, and their labels y,
@@ -172,39 +162,27 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         (methods.multi_label.fit_multi_label), and `predict` answers in the form of y. `unknown_images` are rows of
         pictures that belong to none of the classes, if you have any: they sharpen `unknown_score` alone.
         """
-        given = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "ridge")}
-        parameters = check_choice(self.method, self.reducer, self.tune, **given)
-        precision = check_precision(self.key_precision)
-        seconds = check_number("tune_seconds", self.tune_seconds, 0.0, MAX_TUNE_SECONDS)
+        choice = MethodChoice.of(self.get_params(deep=False))
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
         several = are_label_sets(y)
-        X, classes, labels = self._read_sets(X, y, unknown_images) if several else self._read_labels(X, y)
+        if several:
+            multi_label.check_several(choice, unknown_images)
+        X, classes, labels = self._read_sets(X, y) if several else self._read_labels(X, y)
         kept = np.flatnonzero(usable_rows(X, self.adapted, "left out of the support rows"))
         rows, labels, text = unit_rows(X[kept], self.adapted), labels[kept], self._text_rows(classes, X.shape[1])
-        names, pictures = [str(name) for name in classes.tolist()], (None,) * len(kept)
+        names = [str(name) for name in classes.tolist()]
+        examples = Examples(rows, np.zeros(len(kept), np.int64) if several else labels, kept, (None,) * len(kept))
         self.multi_label_ = None
         if several:
-            examples = Examples(rows, np.zeros(len(kept), np.int64), kept, pictures)
-            search = is_searched(self.method, self.tune, parameters)
-            options = self.method, parameters, search, precision, seconds
-            self._head, self.multi_label_ = multi_label.fit_head(names, text, tau, examples, labels, *options)
+            self._head, self.multi_label_ = multi_label.fit_head(names, text, tau, examples, labels, choice)
         else:
             if len(empty := np.setdiff1d(np.arange(len(classes)), labels)):
                 raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
             unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
-            examples = Examples(rows, labels, kept, pictures).sorted_by_class()
+            examples = examples.sorted_by_class()
             support = examples.as_support(range(len(classes)), text, tau)
             self._check_method(support)
-            config = choose_config(
-                self.method,
-                support,
-                reducer=self.reducer,
-                tune=self.tune,
-                parameters=parameters,
-                key_precision=precision,
-                seconds=seconds,
-            )
-            self._head = Head.first(names, text, tau, examples, config, unknown_images=unknown)
+            self._head = Head.first(names, text, tau, examples, choice.config(support), unknown_images=unknown)
         self.plan_, self.tuned_, config = self._head.plan, self._head.tuned, self._head.config
         self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
         self.classes_ = classes
@@ -222,12 +200,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         self._indicator_type = None
         return X, classes, labels.astype(np.int64)
 
-    def _read_sets(self, X: Any, y: Any, unknown_images: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _read_sets(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows, classes (C,), and an indicator (n, C) bool of each row's classes."""
-        if (reason := multi_label_reason(self.method, self.reducer)) is not None:
-            raise IosrFastError(reason)
-        if unknown_images is not None:
-            raise IosrFastError("several labels an image take no unknown_images: give them as rows with an empty set")
         X = self._validated(X, reset=True)
         names, labels = read_label_sets(y, len(X))
         self._indicator_type = None if names is not None else dense(y).dtype
@@ -373,15 +347,9 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         return unit(text)
 
     def _check_method(self, support: SupportSet) -> None:
-        """Raise IosrFastError if the named method needs more than the data has."""
-        method = METHODS.get(self.method)
-        if method is None:  # "auto" takes what the data allows
-            return
-        if method.needs_adapter and not self.adapted:
-            raise IosrFastError(
-                f"{self.method} compares adapted embeddings: expected adapted=True and X of (n, 2 D), got "
-                f"adapted=False; use {self.method.removesuffix('++')!r} without them"
-            )
-        reason = unavailable_reason(self.method, support)
-        if reason is not None:
-            raise IosrFastError(f"{reason}; give text=, an array (C, D)" if support.text is None else reason)
+        """Raise IosrFastError if the named method needs more than the data has; "auto" takes what there is."""
+        if self.method in METHODS and (reason := unavailable_reason(self.method, support)) is not None:
+            fix = "" if support.text is not None else "; give text=, an array (C, D)"
+            if METHODS[self.method].needs_adapter and not self.adapted:
+                fix = "; adapted embeddings: expected adapted=True and X of (n, 2 D), got adapted=False"
+            raise IosrFastError(f"{reason}{fix}")

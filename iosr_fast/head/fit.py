@@ -15,16 +15,13 @@ from iosr_fast.head import multi_label
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import SEPARATOR, check_labels
-from iosr_fast.head.method_config import choose_config, is_searched
+from iosr_fast.head.method_config import MethodChoice
 from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.support_images import SupportViews, encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.multi_label import multi_label_reason
-from iosr_fast.methods.tune import MAX_TUNE_SECONDS, check_choice
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
-from iosr_fast.scoring.precision import Precision, check_precision
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
@@ -34,8 +31,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class FitInputs:
-    """What `fit` takes, checked: parameters of Classifier, the images (N), their class ids (N,) into `names` (C), and
-    pictures of none of these. Where pictures may have several labels, `label_sets` (P, C) bool are those that occur,
+    """What `fit` takes, checked: the images (N), their class ids (N,) into `names` (C), pictures of none of these, and
+    how to encode and fit them. Where pictures may have several labels, `label_sets` (P, C) bool are those that occur,
     and `ids` say which one a picture has; otherwise None. `choose_engine` asks for the fastest engine."""
 
     images: Sequence[Any]
@@ -43,33 +40,22 @@ class FitInputs:
     names: list[str]
     unknown_images: Sequence[Any]
     integer_labels: bool
-    method: str
-    reducer: str | None
-    tune: str | None
-    tune_seconds: float
-    parameters: dict[str, float]
+    choice: MethodChoice
     views: SupportViews
-    key_precision: Precision
     skip_bad: bool
     progress: bool
     choose_engine: bool
     label_sets: np.ndarray | None = None
 
-    @property
-    def searched(self) -> bool:
-        """Whether the fit chooses its parameters on the support images."""
-        return is_searched(self.method, self.tune, self.parameters)
-
     def check_counts(self, ids: np.ndarray) -> None:
         """Raise IosrFastError where a class has none of the images with these `ids` and the method needs one."""
-        if self.method != "auto" and not METHODS[self.method].needs_support:
+        method = self.choice.method
+        if method != "auto" and not METHODS[method].needs_support:
             return
         sets = self.label_sets
         counts = np.bincount(ids, minlength=len(self.names)) if sets is None else sets[ids].sum(0)
         if empty := [name for name, count in zip(self.names, counts, strict=True) if not count]:
-            raise IosrFastError(
-                f"{self.method} needs at least one image of each class, got none of {abbreviate(empty)}"
-            )
+            raise IosrFastError(f"{method} needs at least one image of each class, got none of {abbreviate(empty)}")
 
 
 def check_fit(
@@ -81,43 +67,20 @@ def check_fit(
     classes, class names that are none or look alike, missing labels or labels without a name, and classes without an
     image that need one.
     """
-    method, reducer, tune = (parameters[name] for name in ("method", "reducer", "tune"))
-    key_precision = check_precision(parameters["key_precision"])
+    choice, choose_engine = MethodChoice.of(parameters), parameters["precision"] == "auto"
     of_images = {name: parameters[name] for name in ("views", "mirror", "templates", "seed", "exif_orientation")}
     views = SupportViews(**of_images, thumbnail=parameters["thumbnails"])
-    values = {name: parameters[name] for name in ("alpha", "beta", "gamma", "ridge")}
-    chosen = check_choice(method, reducer, tune, **values)
-    seconds = check_number("tune_seconds", parameters["tune_seconds"], 0.0, MAX_TUNE_SECONDS)
     listed = [] if images is None else as_image_list(images)
-    choose_engine = parameters["precision"] == "auto"
     names, ids, label_sets, integers = check_labels(listed, labels, class_names)
     if label_sets is not None:
-        if (reason := multi_label_reason(method, reducer)) is not None:
-            raise IosrFastError(reason)
-        if unknown_images is not None:
-            raise IosrFastError("several labels a picture take no unknown_images: give them as pictures of no label")
+        multi_label.check_several(choice, unknown_images)
         if choose_engine:
             log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
     unknown = [] if unknown_images is None else as_image_list(unknown_images)
     check_unknown_images(len(unknown))
-    inputs = FitInputs(
-        images=listed,
-        ids=ids,
-        names=names,
-        unknown_images=unknown,
-        integer_labels=integers,
-        method=method,
-        reducer=reducer,
-        tune=tune,
-        tune_seconds=seconds,
-        parameters=chosen,
-        views=views,
-        key_precision=key_precision,
-        skip_bad=bool(parameters["skip_bad"]),
-        progress=bool(parameters["progress"]),
-        choose_engine=choose_engine and label_sets is None,
-        label_sets=label_sets,
-    )
+    skip_bad, progress = bool(parameters["skip_bad"]), bool(parameters["progress"])
+    options = choice, views, skip_bad, progress, choose_engine and label_sets is None
+    inputs = FitInputs(listed, ids, names, unknown, integers, *options, label_sets)
     inputs.check_counts(ids)
     return inputs
 
@@ -127,7 +90,8 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
 
     Raises ValueError for a method that the encoder can't serve, and as `encode_images` does.
     """
-    method, names, label_sets = inputs.method, inputs.names, inputs.label_sets
+    choice, names, label_sets = inputs.choice, inputs.names, inputs.label_sets
+    method = choice.method
     tau = check_number("tau, the CLIP's logit scale,", clip.tau, *RANGES["tau"])
     if method != "auto" and METHODS[method].needs_adapter and not clip.has_adapter:
         raise IosrFastError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
@@ -137,7 +101,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
             "pretrained weights of its CLIP has one"
         )
     # Later queries are single views, so that is what leave-one-out has to score.
-    scored = inputs.searched or label_sets is not None
+    scored = choice.searched or label_sets is not None
     views = replace(inputs.views, single=scored and inputs.views.views > 1)
     text = clip.text.embed_classes(names, views.templates)
     encoder = clip.encoder_for(adapted=True)
@@ -151,19 +115,9 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     with bar("tune", None, shown=inputs.progress and scored and bool(len(examples))):
         if label_sets is None:
             examples = examples.sorted_by_class()
-            config = choose_config(
-                method,
-                examples.as_support(range(len(names)), text, tau),
-                reducer=inputs.reducer,
-                tune=inputs.tune,
-                parameters=inputs.parameters,
-                key_precision=inputs.key_precision,
-                seconds=inputs.tune_seconds,
-            )
+            config = choice.config(examples.as_support(range(len(names)), text, tau))
             head = Head.first(names, text, tau, examples, config, unknown_images=unknown_images)
         else:
-            labels, given = label_sets[examples.class_ids], (method, inputs.parameters, inputs.searched)
-            options = inputs.key_precision, inputs.tune_seconds
-            head, _ = multi_label.fit_head(names, text, tau, examples, labels, *given, *options)
+            head, _ = multi_label.fit_head(names, text, tau, examples, label_sets[examples.class_ids], choice)
     views = replace(views, single=examples.queries is not None)
     return Fit(clip, head.compiled(), views, tuple(errors), inputs.integer_labels)

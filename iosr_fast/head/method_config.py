@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from iosr_fast.methods import METHODS, compile_method, fit_method_reducer, unavailable_reason
 from iosr_fast.methods.out_of_fold import calibrate
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tune import AUTO
+from iosr_fast.methods.tune import AUTO, MAX_TUNE_SECONDS, check_choice
 from iosr_fast.methods.tune import tune as search
 from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.plan import ScoringPlan, Which
-from iosr_fast.scoring.precision import Precision
+from iosr_fast.scoring.precision import Precision, check_precision
 from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.scoring.validation import check_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,33 +58,46 @@ class MethodConfig:
         return plan if plan.keys is None else plan.with_key_precision(self.key_precision)
 
 
-def is_searched(method: str, tune: str | None, parameters: Mapping[str, float]) -> bool:
-    """Whether a fit chooses its parameters on the support images; the arguments are those of `check_choice`."""
-    return method == AUTO or tune == "loo" or (tune is None and not parameters)
-
-
-def choose_config(
-    method: str,
-    support: SupportSet,
-    *,
-    reducer: str | None,
-    tune: str | None,
-    parameters: Mapping[str, float],
-    key_precision: Precision,
-    seconds: float,
-) -> MethodConfig:
-    """The config of a fit, its reducer fitted on the support images, and `tuned` if parameters were searched.
-
-    `method`, `reducer`, `tune` and `parameters` are those that `check_choice` has checked; `seconds` is the budget of
-    the search (tune.tune). Parameters that are given keep the labels, and the factor is fitted (out_of_fold.calibrate);
-    with tune="none" nothing is fitted.
+@dataclass(frozen=True)
+class MethodChoice:
+    """What Classifier and FewShotHead are told of the method, checked: its name or "auto", the reducer, whether to
+    search, the parameters that are given, the precision of keys, and the budget of a search in seconds (tune.tune).
     """
-    if is_searched(method, tune, parameters) and len(support.embeddings):
-        tuned = search(method, support, reducer=reducer or "none", seconds=seconds)
-        return MethodConfig.of(tuned, key_precision).fitted(support)
-    given, parameters = bool(parameters), {**METHODS[method].parameters, **parameters}
-    config = MethodConfig(method, parameters, reducer or "none", key_precision=key_precision).fitted(support)
-    if tune == "none" or not given or not len(support.embeddings) or unavailable_reason(method, support) is not None:
-        return config
-    factor = calibrate(METHODS[method], support, config.reducer, parameters)
-    return replace(config, factor=factor)
+
+    method: str
+    reducer: str | None
+    tune: str | None
+    parameters: dict[str, float]
+    key_precision: Precision
+    seconds: float
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> MethodChoice:
+        """From the parameters of an estimator. Raises IosrFastError for one that is unknown, out of range, given where
+        it is to be chosen, or none of the method's (tune.check_choice)."""
+        method, reducer, tune = (told[name] for name in ("method", "reducer", "tune"))
+        values = {name: told[name] for name in ("alpha", "beta", "gamma", "ridge")}
+        parameters = check_choice(method, reducer, tune, **values)
+        seconds = check_number("tune_seconds", told["tune_seconds"], 0.0, MAX_TUNE_SECONDS)
+        return cls(method, reducer, tune, parameters, check_precision(told["key_precision"]), seconds)
+
+    @property
+    def searched(self) -> bool:
+        """Whether a fit chooses parameters on the support images."""
+        return self.method == AUTO or self.tune == "loo" or (self.tune is None and not self.parameters)
+
+    def config(self, support: SupportSet) -> MethodConfig:
+        """The config of a fit, its reducer fitted on the support images, and `tuned` if parameters were searched.
+
+        Parameters that are given keep the labels, and the factor is fitted (out_of_fold.calibrate); with tune="none"
+        nothing is fitted.
+        """
+        method, there = self.method, bool(len(support.embeddings))
+        if self.searched and there:
+            tuned = search(method, support, reducer=self.reducer or "none", seconds=self.seconds)
+            return MethodConfig.of(tuned, self.key_precision).fitted(support)
+        values = {**METHODS[method].parameters, **self.parameters}
+        config = MethodConfig(method, values, self.reducer or "none", key_precision=self.key_precision).fitted(support)
+        if self.tune == "none" or not (self.parameters and there) or unavailable_reason(method, support) is not None:
+            return config
+        return replace(config, factor=calibrate(METHODS[method], support, config.reducer, values))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
@@ -13,11 +13,10 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head_data import HeadData
 from iosr_fast.head.labels import label_sets, read_label_sets
-from iosr_fast.head.method_config import MethodConfig
+from iosr_fast.head.method_config import MethodChoice, MethodConfig
 from iosr_fast.methods.log_loss import sigmoid
-from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label
+from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label, multi_label_reason
 from iosr_fast.methods.multi_label_set import MultiLabelSet
-from iosr_fast.scoring.precision import Precision
 from iosr_fast.utils.ranking import mean_average_precision
 
 
@@ -93,23 +92,22 @@ class MultiLabelHead(HeadData):
         return 0
 
 
+def check_several(choice: MethodChoice, unknown_images: Any) -> None:
+    """Raise IosrFastError where a method, a reducer or unknown images don't go with several labels a picture."""
+    if (reason := multi_label_reason(choice.method, choice.reducer)) is not None:
+        raise IosrFastError(reason)
+    if unknown_images is not None:
+        raise IosrFastError("several labels a picture take no unknown_images: give them as pictures of no label")
+
+
 def fit_head(
-    names: Sequence[str],
-    text: np.ndarray | None,
-    tau: float,
-    examples: Examples,
-    labels: np.ndarray,
-    method: str,
-    parameters: Mapping[str, float],
-    search: bool,
-    key_precision: Precision,
-    seconds: float,
+    names: Sequence[str], text: np.ndarray | None, tau: float, examples: Examples, labels: np.ndarray, how: MethodChoice
 ) -> tuple[MultiLabelHead, MultiLabelFit]:
-    """The head of support images with `labels` (N, C) bool, and what left-out images say of it. The other arguments and
-    the errors are those of methods.multi_label.fit_multi_label."""
+    """The head of support images with `labels` (N, C) bool, and what left-out images say of it. Raises what
+    methods.multi_label.fit_multi_label raises."""
     images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries)
-    fitted = fit_multi_label(images, method, parameters, search, key_precision, seconds)
-    config = MethodConfig(fitted.method, fitted.parameters, factor=fitted.factor, key_precision=key_precision)
+    fitted = fit_multi_label(images, how.method, how.parameters, how.searched, how.key_precision, how.seconds)
+    config = MethodConfig(fitted.method, fitted.parameters, factor=fitted.factor, key_precision=how.key_precision)
     examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
     own = {"labels": labels, "thresholds": fitted.thresholds}
     head = MultiLabelHead.first(names, text, tau, examples, config, **own)

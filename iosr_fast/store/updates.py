@@ -128,6 +128,8 @@ def _search(
     """Under the lock: search the parameters and change to them."""
     fit = store.fitted()
     head = fit.head.one_label("tune")
+    if queries is None and not len(head.examples):
+        raise IosrFastError("expected support images or validation images to choose parameters by, got none")
     tuned = search(method, head.support, queries, truth, reducer or "none", seconds)
     which = METHODS[tuned.method].which
     if (which == "adapted") != head.needs_adapted:

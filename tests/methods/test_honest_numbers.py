@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.method_config import choose_config
+from iosr_fast.head.method_config import MethodChoice
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.folds import group_near_duplicates
 from iosr_fast.methods.out_of_fold import calibrate, usual_factor
@@ -180,9 +180,7 @@ def test_given_parameters_keep_the_labels_and_get_a_factor(method: str, shots: i
     given = {"alpha": 40.0} if "alpha" in METHODS[method].parameters else {"beta": 3.0}
 
     def config(tuning: str | None) -> object:
-        return choose_config(
-            method, support, reducer=None, tune=tuning, parameters=given, key_precision="fp32", seconds=20.0
-        )
+        return MethodChoice(method, None, tuning, given, "fp32", 20.0).config(support)
 
     fitted, plain = config(None), config("none")
     assert plain.factor == 1.0 and fitted.factor != 1.0 and fitted.parameters == plain.parameters
