@@ -129,8 +129,6 @@ def test_parameters_that_are_not_given_are_chosen_by_leave_one_out(fresh: Classi
 
 def test_tune_on_validation_images(fresh: Classifier, pictures) -> None:
     images, labels, queries, truth, names = pictures
-    with pytest.raises(ValueError, match="not fitted yet"):
-        fresh.tune()
     refit(fresh, images, labels, class_names=names, views=1, method="gda++", alpha=1e-4)
     before = fresh.score(queries, truth)
     with pytest.raises(ValueError, match="images and their labels together"):
@@ -139,23 +137,6 @@ def test_tune_on_validation_images(fresh: Classifier, pictures) -> None:
     assert tuned.protocol == "validation" and tuned.scored == len(queries) and fresh.method_ == "gda++"
     assert fresh.score(queries, truth) == pytest.approx(tuned.search_accuracy, abs=1 / len(queries))
     assert tuned.search_accuracy >= before
-    again = fresh.tune(method="tip-adapter")
-    assert again.protocol == "loo" and fresh.parameters_ == again.parameters and fresh.tuned_ is again
-
-
-def test_leave_one_out_asks_with_single_views(fresh: Classifier, pictures, tmp_path: Path) -> None:
-    images, labels, _queries, _, names = pictures
-    refit(fresh, images, labels, class_names=names, views=3, method="tip-adapter")
-    support = fresh.support_
-    assert support.queries is not None and np.abs(support.queries.plain - support.embeddings.plain).max() > 1e-3
-    single = np.sort(fresh.encoder.encode(images).plain[:, 0])
-    np.testing.assert_allclose(np.sort(support.queries.plain[:, 0]), single, atol=1e-5)
-    fresh.save(tmp_path / "saved")
-    loaded = Classifier.load(tmp_path / "saved")
-    assert loaded.support_.queries is not None
-    assert loaded.tune().parameters == pytest.approx(fresh.parameters_)
-    refit(fresh, images, labels, class_names=names, views=3, method="tip-adapter", alpha=1.0)
-    assert fresh.support_.queries is None
 
 
 def test_fit_folder_and_skip_bad(fresh: Classifier, folder: Path, pictures, caplog: pytest.LogCaptureFixture) -> None:

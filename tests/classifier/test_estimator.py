@@ -165,6 +165,9 @@ def test_integer_labels_come_back_as_integers(dtype: Any, clip: OpenedClip, data
     found = classifier.predict(images)
     assert found.dtype == np.int64 and classifier.predict([]).dtype == np.int64
     assert classifier.score(images, labels) == classifier.score(images, names) == (found == labels).mean() > 0.9
+    rejected = classifier.predict(images, unknown="reject", keep=0.9)
+    assert {type(label) for label in rejected} <= {int, type(None)}
+    assert classifier.predict_sets(images)[0].dtype == np.int64
     one = classifier.explain(images[:1])[0]
     assert (one.label, one.class_id) == (NAMES[found[0]], f"~{found[0]}")
     by_name = Classifier("demo", **GIVEN).fit(images, names, NAMES)

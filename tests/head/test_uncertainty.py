@@ -62,32 +62,23 @@ def test_pictures_of_other_classes_are_rejected(queries: tuple[np.ndarray, np.nd
         assert json.loads(json.dumps(one.to_dict()))["unknown"] == vars(one.unknown)
 
 
-def test_sets_and_calibration_are_those_of_left_out_images(queries: tuple[np.ndarray, np.ndarray]) -> None:
-    images, _ = queries
-    classifier = small_classifier(**GDA)
-    head = classifier.snapshot()
-    logits = out_of_fold(METHODS["gda"], head.support, None, head.config.parameters, head.config.factor)
-    left_out = of_logits(logits.logits, logits.labels)
-    logits = head.score(PixelEncoder().encode(images))
+@pytest.mark.parametrize("per_class", [False, True])
+def test_sets_and_calibration_are_those_of_left_out_images(queries: Any, per_class: bool) -> None:
+    classifier, images = small_classifier(**{**GDA, "shots": 10}), queries[0]
+    head, classes = classifier.snapshot(), classifier.classes_ if per_class else None
+    left = out_of_fold(METHODS["gda"], head.support, None, head.config.parameters, head.config.factor)
+    left_out, logits = of_logits(left.logits, left.labels), head.score(PixelEncoder().encode(images))
     for coverage in (0.6, 0.9):
-        sets = classifier.predict_sets(images, coverage)
-        expected = sets_of_labels(classifier.classes_, logits, left_out.sets(logits, coverage))
+        sets = classifier.predict_sets(images, coverage, per_class)
+        expected = sets_of_labels(classifier.classes_, logits, left_out.sets(logits, coverage, classes))
         assert [one.tolist() for one in sets] == [one.tolist() for one in expected]
-    assert classifier.predict_sets(images[:0]) == []
+    assert classifier.predict_sets(images[:0], per_class=per_class) == []
     assert classifier.calibration().accuracy == left_out.reliability.accuracy
-    assert "24 left-out support images" in str(classifier.calibration())
-
-
-def test_sets_by_class_have_their_own_thresholds(queries: tuple[np.ndarray, np.ndarray]) -> None:
-    classifier = small_classifier(**{**GDA, "shots": 9})
-    logits = classifier.snapshot().score(PixelEncoder().encode(queries[0]))
-    members = classifier.snapshot().left_out_labels.sets(logits, 0.9, classifier.classes_)
-    expected = sets_of_labels(classifier.classes_, logits, members)
-    sets = classifier.predict_sets(queries[0], per_class=True)
-    assert [one.tolist() for one in sets] == [one.tolist() for one in expected]
+    assert "60 left-out support images" in str(classifier.calibration())
     classifier.remove_examples(classifier.examples("motif 2")[:2])
-    with pytest.raises(IosrFastError, match=r"got fewer of 'motif 2 \(7\)': give more pictures of these classes"):
-        classifier.predict_sets(queries[0], per_class=True)
+    if per_class:
+        with pytest.raises(IosrFastError, match=r"got fewer of 'motif 2 \(8\)': give more pictures of these classes"):
+            classifier.predict_sets(images, per_class=True)
 
 
 def test_a_change_is_known_at_once(queries: tuple[np.ndarray, np.ndarray]) -> None:
