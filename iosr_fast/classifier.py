@@ -33,7 +33,7 @@ from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
 from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.scoring.precision import Precision
-from iosr_fast.store import optimizing, saving, updates
+from iosr_fast.store import engine_change, saving, updates
 from iosr_fast.store.changes import ChangeResult
 from iosr_fast.store.store import FittedAttribute, Store
 from iosr_fast.utils.estimator import Estimator
@@ -54,48 +54,36 @@ class Classifier(Estimator):
 
     Parameters
     ----------
-    model : str, default=None
-        The encoder: a model of open_clip, like "ViT-B-32", or "demo", a toy CLIP. None is "demo", with a warning.
-    pretrained : str or Path, default=None
-        A tag of open_clip ("laion2b_s34b_b79k", downloaded once), a weights file, or "none" for random weights.
-    adapter : str, Path or None, default="auto"
-        A file of `iosr-fast train-adapter`; None for no adapter; "auto" is the shipped one, which only the demo has.
-    runtime : str, default="auto"
-        "onnxruntime", "openvino", "torch", "tensorrt" or "tensorrt_rtx".
-    precision : {"auto", "fp32", "fp16", "bf16", "int8", "fp8"}, default="fp32"
-        Of the image encoder. "auto" fits in fp32, then changes to the fastest engine that keeps the accuracy
-        (`optimize`): seconds and a second encoding, which cross-validation would pay for each fold.
-    engine : str or Path, default=None
-        A folder of `iosr-fast build-engine`. None builds an engine once and keeps it in the user's cache folder.
-    method : str, default="auto"
+    model, pretrained, adapter : str or Path
+        The encoder: a model of open_clip, like "ViT-B-32", with a tag ("laion2b_s34b_b79k", downloaded once), a weights
+        file or "none" for random weights; or "demo", a toy CLIP, which None is, too, with a warning. An adapter is a
+        file of `iosr-fast train-adapter`; None for none, "auto" for the shipped one, which only the demo has.
+    runtime, precision, engine : str, str, str or Path
+        How it runs: by "onnxruntime", "openvino", "torch", "tensorrt", "tensorrt_rtx" or the best there is ("auto"); in
+        "fp32", "fp16", "bf16", "int8", "fp8", or by `optimize` after the fit ("auto"), which costs seconds and a second
+        encoding; from a folder of `iosr-fast build-engine`, or from one that is built once and kept (None).
+    method, reducer : str
         The method: a name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" is the stack, with
-        weights by leave-one-out on the support images.
-    reducer : str, default=None
-        "none", "centre", "pca" or "pca:64", applied before images are compared. None is "none", as "auto" needs it.
-    tune : str, default=None
-        "loo" searches the method's parameters, "none" takes its defaults. None: "loo" unless a parameter is given.
-    tune_seconds : float, default=20
-        Budget of a search on one core, in seconds; counted in operations, so that the same images give the same choice.
-    alpha, beta, gamma, ridge : float, default=None
+        weights by leave-one-out on the support images. "none", "centre", "pca" or "pca:64" is applied before images are
+        compared; "auto" and "stack" take "none".
+    tune, tune_seconds : str, float
+        "loo" searches the method's parameters, "none" takes its defaults; None is "loo" unless a parameter is given.
+        Seconds on one core are counted in operations, so that the same images give the same choice everywhere.
+    alpha, beta, gamma, ridge : float
         Parameters of the method, as far as it has them. None: searched, or the method's default.
-    key_precision : {"fp32", "fp16", "bf16", "int8"}, default="fp32"
+    key_precision : {"fp32", "fp16", "bf16", "int8"}
         How the keys are stored for scoring.
-    views, mirror, seed : int, default=1; bool, default=True; int, default=0
+    views, mirror, seed : int, bool, int
         The support images: the key of one is the mean embedding of so many random views, half of them mirrored (False
         where left and right matter), which depend on its pixels and the seed; with 1, of the image as it is.
-    templates : sequence of str, default=None
-        Prompts with {} for the class name. None: those of the CLIP.
-    class_names : sequence of str, default=None
-        The names that integer labels index, where `fit` is given none: scikit-learn's `cross_val_predict` with
-        method="predict_proba" turns names into integers, sorted(set(labels)), before it fits.
-    thumbnails : int, default=96
+    templates, class_names : sequence of str
+        Prompts with {} for the class name; None for those of the CLIP. The names that integer labels index, where `fit`
+        is given none: scikit-learn's `cross_val_predict` with method="predict_proba" turns names into integers first.
+    thumbnails : int
         Longer side in pixels of the stored picture of a support image. 0 stores none.
-    exif_orientation : bool, default=True
-        Whether support images and queries are turned upright by their EXIF data.
-    skip_bad : bool, default=False
-        Whether `fit` leaves unreadable support images out (`skipped_`) instead of refusing them.
-    progress : bool, default=False
-        Whether to show bars on stderr if that is a terminal.
+    exif_orientation, skip_bad, progress : bool
+        Whether support images and queries are turned upright by their EXIF data; whether `fit` leaves unreadable images
+        out (`skipped_`) instead of refusing them; whether to show bars on stderr if that is a terminal.
 
     Attributes
     ----------
@@ -103,18 +91,16 @@ class Classifier(Estimator):
         Class names, in the order of `class_names` or sorted; integers (int64) if the labels were integers.
     plan_, support_
         The ScoringPlan that is executed; the SupportSet (or MultiLabelSet) of images and class names.
-    method_, reducer_, key_precision_, parameters_
-        The choices made or given.
-    tuned_ : Tuned or None
-        The search that chose the parameters, `stale` after a change; None if nothing was searched.
+    method_, reducer_, key_precision_, parameters_, tuned_
+        The choices made or given; the search (Tuned), `stale` after a change, or None if nothing was searched.
     unknown_ : Unknown
         How pictures of no class are recognised; `unknown_.promise()` says in words what can be promised.
     multi_label_ : MultiLabelHead or None
         After a fit with several labels a picture: `labels` (N, C) bool of the support images and `thresholds` (C,).
-    encoder, engine_, engine_choice_
-        The image encoder of queries, its folder, and the engines that were tried (EngineChoice) or None.
-    skipped_, exif_orientation_, version
-        Unreadable images that `skip_bad` left out; whether images are turned upright; a number that rises with changes.
+    encoder, engine_, engine_choice_, exif_orientation_
+        The image encoder of queries, its folder, the engines that were tried (EngineChoice or None), the setting.
+    skipped_, version
+        The unreadable images that `skip_bad` left out; a number that rises by one with every change.
 
     Notes
     -----
@@ -231,23 +217,21 @@ class Classifier(Estimator):
     ) -> Self:
         """Encode the support images and class names, and compile the method.
 
-        `labels` are class names, or integers into `class_names`, which are then required, here or as a parameter,
-        because CLIP reads names: `classes_`, `predict` and `score` then speak in integers, too, and a class keeps its
-        integer through changes. Where pictures may have several labels each, `labels` are sets (or lists, or tuples) of
-        class names, of which some may be empty, or an indicator (N, C) of 0 and 1: each class is then judged by itself
-        (methods.multi_label.fit_multi_label), and classes and examples stay as they are. For "zero-shot" images may be
-        left out. `unknown_images` are pictures of none of the classes, if you have any: they sharpen `unknown_score`,
-        which needs none, and change no label.
+        `labels` are class names, or integers into `class_names` (here or as a parameter), because CLIP reads names:
+        `classes_`, `predict` and `score` then speak in integers, and a class keeps its integer through changes. Where
+        pictures may have several labels, they are sets (or lists, or tuples) of names, some may be empty, or an
+        indicator (N, C) of 0 and 1: each class is then judged by itself (methods.multi_label.fit_multi_label), and
+        nothing changes until the next fit. For "zero-shot" images may be left out. `unknown_images` are pictures of
+        none of the classes, if you have any: they sharpen `unknown_score`, which needs none, and change no label.
 
-        Raises IosrFastError before a CLIP is opened for wrong parameters, labels and class names (head.fit.check_fit);
-        before anything is encoded for a CLIP, engine, adapter or runtime that don't fit; for unreadable images, and for
-        one picture (its pixels, whatever the file) under two labels. OSError for missing files and failed downloads,
-        ImportError for a missing package. The classifier is then as it was.
+        Raises IosrFastError before a CLIP is opened for wrong parameters, labels and names (head.fit.check_fit), before
+        anything is encoded for a CLIP, engine, adapter or runtime that don't fit, for unreadable images, and for one
+        picture under two labels; OSError for missing files, ImportError for a missing package.
         """
         names = self.class_names if class_names is None else class_names
         inputs = check_fit(self.get_params(), images, labels, names, unknown_images)
         fitted = fit(self._open(), inputs)
-        best = optimizing.with_fastest_engine(fitted, inputs, self.runtime) if inputs.choose_engine else fitted
+        best = engine_change.with_fastest_engine(fitted, inputs, self.runtime) if inputs.choose_engine else fitted
         self._store.replace(best)
         return self
 
@@ -383,16 +367,15 @@ class Classifier(Estimator):
     ) -> FolderPredictions:
         """Classify all images in a folder and below, in the order of their paths: paths, labels, probabilities, errors.
 
-        Few images are in memory at a time. A JPEG 6 times larger than the encoder's pictures is decoded at a fraction
-        of its size, which changes its pixels by about 1 level or less on average, and a label that was as good as tied;
-        the `decoder` "cpu-exact" gives the pixels of `predict`. `batch` images are encoded at a time (None: 16 on a
-        CPU, 64 on a GPU); `threads` are the cores to use on a CPU (None: all). `joint` classifies all pictures
-        together, as `predict_jointly` does. unknown="reject" gives `unknown_label` to pictures of none of the classes,
-        with `keep` as for `predict`; with `joint` they are left out before the others are classified together.
+        Few images are in memory at a time: `batch` (None: 16 on a CPU, 64 on a GPU) are encoded together, on so many
+        CPU `threads` (None: all). A JPEG 6 times larger than the encoder's pictures is decoded at a fraction of its
+        size, which changes pixels by about 1 level; the `decoder` "cpu-exact" gives those of `predict`. `joint`
+        classifies all together, as `predict_jointly`. unknown="reject" gives `unknown_label` to pictures of none of the
+        classes, with `keep` as for `predict`; with `joint` they are left out first.
 
-        Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`,
-        IosrFastError for an unknown decoder, numbers below 1, a class named `unknown_label` or too few support images
-        for `keep`, all before an image is read.
+        Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`, and
+        IosrFastError, before an image is read, for a wrong option, a class named `unknown_label`, too few support
+        images for `keep`.
         """
         rejecting, fit = check_rejecting(unknown, unknown_label, keep), self._store.fitted()
         return predict_folder(fit.head, self._reader(batch, skip_bad, threads, decoder), folder, joint, rejecting)
@@ -426,12 +409,9 @@ class Classifier(Estimator):
     ) -> Evaluation:
         """Measure the classifier on labelled images that are not its support images: accuracy with its interval, each
         class, confusions, calibration, the most probable mistakes, and what the promises of `predict_sets` (`coverage`)
-        and of `predict(unknown="reject")` (`keep`) are worth. Print the result's `summary()`.
-
-        Labels are those of `score`; `unknown_images` belong to none of the classes. `skip_bad` lists unreadable images
-        in `errors`; other options and errors as for `predict_folder`. Raises IosrFastError, before an image is read,
-        for labels without a class and without images.
-        """
+        and of `predict(unknown="reject")` (`keep`) are worth; print its `summary()`. Labels are those of `score`,
+        `unknown_images` belong to none of the classes, `skip_bad` lists unreadable images in `errors`; other options
+        and errors as for `predict_folder`. IosrFastError for labels without a class and without images."""
         fit, reader = self._store.fitted(), self._reader(batch, skip_bad, threads, decoder)
         return evaluate_images(fit, reader, images, labels, unknown_images, coverage, keep, bool(self.progress))
 
@@ -512,25 +492,19 @@ class Classifier(Estimator):
     ) -> EngineChoice:
         """Choose the fastest engine that this machine can run and that keeps the accuracy; encode the examples with it.
 
-        `images` and `labels` are those of the fit, in any order, and of later changes; others are left out. Engines are
-        built, calibrated on the images, timed, and judged by the labels of left-out examples: `tolerance` is the loss
-        of accuracy in points that is accepted (engine_choice.rejection). The `objective` is "latency" (one image),
-        "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates; `smaller_images`
-        adds engines for such. Some are exported from the CLIP in torch, which a loaded classifier has only where
-        `pretrained` (and `adapter`) name it. A classifier that was fitted with `unknown_images` needs such again.
-
-        Returns the table, which is also `engine_choice_` and is saved. Errors: store.optimizing.choose_engine.
-        """
+        `images` and `labels` are those of the fit and of later changes, in any order; `unknown_images` likewise.
+        Engines are built, calibrated on them, timed, and judged by the labels of left-out examples: `tolerance` is the
+        accepted loss of accuracy in points (engine_choice.rejection). The `objective` is "latency" (one image),
+        "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates, `smaller_images`
+        adds some. Some are exported from the CLIP in torch, which a loaded classifier has where `pretrained` (and
+        `adapter`) name it. Returns the table, also `engine_choice_`. Errors: store.engine_change.change_engine."""
         options = objective, tolerance, runtime, precision, smaller_images, bool(self.progress)
-        return optimizing.choose_engine(self._store, images, labels, options, pretrained, adapter, unknown_images)
+        return engine_change.change_engine(self._store, images, labels, options, pretrained, adapter, unknown_images)
 
     def save(self, folder: str | Path) -> None:
-        """Write everything `load` needs to `folder`, engine and text encoder included.
-
-        A crash at any moment leaves the earlier content or the complete new one. A CLIP whose text encoder can't
-        be exported is saved without it: classes can then be added with `text=` only. DamagedFileError for a file that
-        is not as the engine's manifest says, with nothing written.
-        """
+        """Write everything `load` needs to `folder`, engine and text encoder included; a crash leaves the earlier
+        content or the new one. Without a text encoder that can be exported, classes can later be added with `text=`
+        only. DamagedFileError for a file that is not as the engine's manifest says, with nothing written."""
         saving.save_fit(self._store.fitted(), folder)
 
     @classmethod

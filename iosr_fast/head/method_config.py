@@ -60,9 +60,8 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """What Classifier and FewShotHead are told of the method, checked: its name or "auto", the reducer, whether to
-    search, the parameters that are given, the precision of keys, and the budget of a search in seconds (tune.tune).
-    """
+    """The parameters of Classifier and FewShotHead that choose a method, checked: its name or "auto", the reducer,
+    whether to search, the parameters that are given, the precision of keys, the budget of a search in seconds."""
 
     method: str
     reducer: str | None
@@ -72,14 +71,14 @@ class MethodChoice:
     seconds: float
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> MethodChoice:
-        """From the parameters of an estimator. Raises IosrFastError for one that is unknown, out of range, given where
+    def of(cls, given: Mapping[str, Any]) -> MethodChoice:
+        """From all parameters of an estimator. Raises IosrFastError for one that is unknown, out of range, given where
         it is to be chosen, or none of the method's (tune.check_choice)."""
-        method, reducer, tune = (told[name] for name in ("method", "reducer", "tune"))
-        values = {name: told[name] for name in ("alpha", "beta", "gamma", "ridge")}
+        method, reducer, tune = (given[name] for name in ("method", "reducer", "tune"))
+        values = {name: given[name] for name in ("alpha", "beta", "gamma", "ridge")}
         parameters = check_choice(method, reducer, tune, **values)
-        seconds = check_number("tune_seconds", told["tune_seconds"], 0.0, MAX_TUNE_SECONDS)
-        return cls(method, reducer, tune, parameters, check_precision(told["key_precision"]), seconds)
+        seconds = check_number("tune_seconds", given["tune_seconds"], 0.0, MAX_TUNE_SECONDS)
+        return cls(method, reducer, tune, parameters, check_precision(given["key_precision"]), seconds)
 
     @property
     def searched(self) -> bool:

@@ -26,6 +26,7 @@ from iosr_fast.utils.schema import facts_to_json
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
 OPS: tuple[Op, ...] = ("add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune")
+_RECIPE = ("method", "parameters", "reducer_name", "factor", "key_precision")
 
 
 def add_class(head: Head, name: str, text: np.ndarray, added: Examples | None) -> Head:
@@ -151,64 +152,48 @@ class Change:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready and lossless: arrays as base64 of little-endian float32."""
-        line: dict[str, Any] = {"op": self.op}
-        if self.uid >= 0:
-            line["class"] = self.uid
-        if self.name:
-            line["name"] = self.name
-        if self.text is not None:
-            line["text"] = _packed(self.text)
-        if self.numbers:
-            line["examples"] = list(self.numbers)
+        line: dict[str, Any] = {"op": self.op, "text": _packed(self.text)}
+        line |= {"class": self.uid if self.uid >= 0 else None, "name": self.name or None}
+        line["examples"] = list(self.example_numbers) or None
         if self.added is not None:
-            line["examples"] = self.added.ids.tolist()
-            line["pictures"] = [None if p is None else base64.b64encode(p).decode() for p in self.added.pictures]
-            for name, rows in (("embeddings", self.added.embeddings), ("queries", self.added.queries)):
-                if rows is not None:
-                    line[name] = {
-                        part: _packed(array)
-                        for part, array in (("plain", rows.plain), ("adapted", rows.adapted))
-                        if array is not None
-                    }
+            shown = [None if picture is None else base64.b64encode(picture).decode() for picture in self.added.pictures]
+            parts = {"embeddings": _packed_rows(self.added.embeddings), "queries": _packed_rows(self.added.queries)}
+            line |= {"pictures": shown, **parts}
         if self.config is not None:
-            line["recipe"] = {
-                name: getattr(self.config, name)
-                for name in ("method", "parameters", "reducer_name", "factor", "key_precision")
-            }
-            if self.config.tuned is not None:
-                line["tuned"] = facts_to_json(TunedFacts.of(self.config.tuned))
-        return line
+            line["recipe"] = {name: getattr(self.config, name) for name in _RECIPE}
+            line["tuned"] = self.config.tuned and facts_to_json(TunedFacts.of(self.config.tuned))
+        return {name: value for name, value in line.items() if value is not None}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], width: int) -> Change:
         """The inverse of `to_json`, for embeddings of `width` channels. Raises KeyError, TypeError or ValueError."""
         if line["op"] not in OPS:
             raise IosrFastError(f"expected an op of {', '.join(OPS)}, got {line['op']!r}")
-        added = None
+        added, uid, numbers, text = None, line.get("class", -1), line.get("examples", ()), None
         if "embeddings" in line:
             pictures = tuple(None if p is None else base64.b64decode(p) for p in line["pictures"])
             embeddings, queries = (_unpacked_rows(line.get(name), width) for name in ("embeddings", "queries"))
             assert embeddings is not None
-            ids = np.array(line["examples"], np.int64)
+            ids, numbers = np.array(numbers, np.int64), ()
             if not len(ids) == len(embeddings) == len(pictures):
                 raise IosrFastError(
                     f"expected {len(ids)} embeddings and pictures, got {len(embeddings)} and {len(pictures)}"
                 )
-            added = Examples(embeddings, np.full(len(ids), line["class"], np.int64), ids, pictures, queries)
+            added = Examples(embeddings, np.full(len(ids), uid, np.int64), ids, pictures, queries)
+        if "text" in line:
+            text = _unpacked(line["text"], width)[0]
         tuned = msgspec.convert(line["tuned"], TunedFacts).tuned() if "tuned" in line else None
-        return cls(
-            line["op"],
-            line.get("class", -1),
-            line.get("name", ""),
-            _unpacked(line["text"], width)[0] if "text" in line else None,
-            added,
-            tuple(line.get("examples", ())) if added is None else (),
-            MethodConfig(**line["recipe"], tuned=tuned) if "recipe" in line else None,
-        )
+        config = MethodConfig(**line["recipe"], tuned=tuned) if "recipe" in line else None
+        return cls(line["op"], uid, line.get("name", ""), text, added, tuple(numbers), config)
 
 
-def _packed(array: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode()
+def _packed(array: np.ndarray | None) -> str | None:
+    return None if array is None else base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode()
+
+
+def _packed_rows(rows: Embeddings | None) -> dict[str, str | None] | None:
+    parts = {} if rows is None else {"plain": _packed(rows.plain), "adapted": _packed(rows.adapted)}
+    return {name: part for name, part in parts.items() if part is not None} or None
 
 
 def _unpacked(text: str, width: int) -> np.ndarray:
@@ -218,5 +203,4 @@ def _unpacked(text: str, width: int) -> np.ndarray:
 def _unpacked_rows(parts: Mapping[str, str] | None, width: int) -> Embeddings | None:
     if parts is None:
         return None
-    adapted = _unpacked(parts["adapted"], width) if "adapted" in parts else None
-    return Embeddings(_unpacked(parts["plain"], width), adapted)
+    return Embeddings(*(_unpacked(parts[name], width) if name in parts else None for name in ("plain", "adapted")))

@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save
 from scipy.sparse import csr_array
 from sklearn.metrics import average_precision_score
 
@@ -32,6 +33,7 @@ from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.store.bundle import load_bundle
+from iosr_fast.store.bundle_schema import HeadFacts
 from iosr_fast.store.description import describe
 from iosr_fast.store.head_files import fingerprint, head_from_files, head_to_files
 from tests.store.live_parts import engine_folder, pictures, unfitted
@@ -115,26 +117,12 @@ def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path)
         ("labels", np.zeros((39, 5), np.uint8), r"labels of shape \(40, 5\)"),
     ],
 )
-def test_a_damaged_bundle_is_refused(name: str, value: np.ndarray | None, message: str, tmp_path: Path) -> None:
-    made = fitted(engine_folder(tmp_path / "engine"))
-    made.save(tmp_path / "bundle")
-    facts = load_manifest(tmp_path / "bundle")
-    _, files = head_to_files(made.snapshot())
-    changed = {**files["support.safetensors"], name: value}
-    save_file({key: array for key, array in changed.items() if array is not None}, tmp_path / "changed")
-    content = {"support.safetensors": (tmp_path / "changed").read_bytes()}
-    content["plan.safetensors"] = (tmp_path / "bundle" / "plan.safetensors").read_bytes()
-    assert load_file(tmp_path / "bundle" / "support.safetensors")["labels"].shape == (40, 5)
+def test_a_damaged_bundle_is_refused(name: str, value: np.ndarray | None, message: str) -> None:
+    facts, files = head_to_files(fitted().snapshot())
+    support = {**files["support.safetensors"], name: value}
+    files["support.safetensors"] = {key: array for key, array in support.items() if array is not None}
     with pytest.raises(IosrFastError, match=message):
-        head_from_files(facts, content.get)
-
-
-def load_manifest(folder: Path) -> Any:
-    import msgspec
-
-    from iosr_fast.store.bundle_schema import ClassifierManifest
-
-    return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=ClassifierManifest)
+        head_from_files(msgspec.convert(facts, HeadFacts), lambda file: save(files[file]) if file in files else None)
 
 
 def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> None:
@@ -164,20 +152,17 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
     assert names == sorted(set().union(*answers))
 
 
-def test_services_refuse_a_bundle_with_several_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_services_refuse_several_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = fitted(engine_folder(tmp_path / "engine"))
-    made.save(tmp_path / "bundle")
+    made.save(bundle := tmp_path / "bundle")
     monkeypatch.setattr(Classifier, "load", lambda *_, **__: made)  # an engine that computes would take seconds
     Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
-    bundle, options = tmp_path / "bundle", RunOptions(1, 1, "auto", 1, skip_bad=False)
-    calls: dict[str, Any] = {
-        "the HTTP API": lambda: server.run(bundle, Settings()),
-        "a folder of parts": lambda: runs.classify(bundle, folder_source(tmp_path), tmp_path / "parts", options, 1),
-    }
-    for name, call in calls.items():
-        with pytest.raises(IosrFastError, match=f"{name} is for one label a picture"):
-            call()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "bundle", "engine"]
+    parts, options = tmp_path / "parts", RunOptions(1, 1, "auto", 1, skip_bad=False)
+    with pytest.raises(IosrFastError, match="the HTTP API is for one label a picture"):
+        server.run(bundle, Settings())
+    with pytest.raises(IosrFastError, match="a folder of parts is for one label a picture"):
+        runs.classify(bundle, folder_source(tmp_path), parts, options, 1)
+    assert not parts.exists()
 
 
 def test_a_table_of_labels_joins_folders(tmp_path: Path) -> None:
@@ -198,15 +183,9 @@ IMAGES, LABELS = several(0, 12)
 @pytest.mark.parametrize(
     ("labels", "parameters", "message"),
     [
-        (
-            sets_of(LABELS),
-            {"method": "gda"},
-            "gda can't learn from several labels an image: it takes each .*; use 'auto'",
-        ),
+        (sets_of(LABELS), {"method": "gda"}, "gda can't learn from several labels an image: .*; use 'auto'"),
         (sets_of(LABELS), {"method": "proker", "reducer": "centre"}, "take no reducer"),
         ([{"a;b"}, *sets_of(LABELS)[1:]], {}, "class names without ';'"),
-        ([{"motif 0", 3}, *sets_of(LABELS)[1:]], {}, r"got int \(3\) in the one at position 0"),
-        (["motif 0", *sets_of(LABELS)[1:]], {}, r"got 'motif 0' at position 0: write \{'motif 0'\}"),
         (LABELS.astype(int), {}, "an indicator has no names: pass class_names"),
         (sets_of(LABELS)[1:], {}, "for each of 12 images, got 11"),
     ],

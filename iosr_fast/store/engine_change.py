@@ -17,7 +17,7 @@ from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.store.store import Store
 
 
-def choose_engine(
+def change_engine(
     store: Store,
     images: Any,
     labels: Sequence[Any] | np.ndarray,
