@@ -112,10 +112,10 @@ def _ape(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[
 
 
 def _gda(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
-    """logits = tau <plain, text> + alpha * D / (N - 1) * GaussianModel, but for log(1 / C), which all classes share.
+    """logits = tau <plain, text> + alpha * GaussianModel, but for log(1 / C), which all classes share.
     Source: GDA (Wang et al., ICLR 2024, equations 4 to 8)."""
-    images = GaussianModel(support, which, reducer, p.get("gamma", 0.0))
-    return [(1.0, TextModel(support)), (p["alpha"] * images.paper_scale, images)]
+    images = GaussianModel(support, which, reducer, p.get("gamma", 0.0), paper=True)
+    return [(1.0, TextModel(support)), (p["alpha"], images)]
 
 
 def _proker(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:

@@ -21,7 +21,7 @@ from iosr_fast.methods import METHODS, Method, check_parameters, fit_method_redu
 from iosr_fast.methods.alpha import Intervals, Plateau, intervals
 from iosr_fast.methods.held_out import HeldOut, is_level, spread_of_others
 from iosr_fast.methods.log_loss import MAX_ALPHA, Fit, fit_alpha, fit_factor, spread
-from iosr_fast.methods.models.model import TextModel
+from iosr_fast.methods.models.model import Term, TextModel
 from iosr_fast.methods.out_of_fold import OutOfFold, note_of_folds, usual_factor
 from iosr_fast.methods.stack_weights import StackFit, fit_stack
 from iosr_fast.methods.support_set import SupportSet
@@ -233,11 +233,13 @@ class _Search:
             yield _combinations(values)
 
     def _logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
-        """base, slope (V, C): the logits at alpha are base + alpha * slope."""
-        *others, images = self.method.terms(
-            self.held_out.support, self.method.which, self.reducer, {"alpha": 1.0, **setting}
-        )
-        return self.held_out.logits(others), self.held_out.logits([images])
+        """base, slope (V, C): the logits at alpha are base + alpha * slope, as the models without a fold give them: an
+        alpha for fewer images is right for all, because more images are worth more weight."""
+        parts = [weight * self.held_out.part(model).logits for weight, model in self._terms({"alpha": 1.0, **setting})]
+        return np.sum(parts[:-1], axis=0), parts[-1]
+
+    def _terms(self, parameters: Mapping[str, float]) -> list[Term]:
+        return self.method.terms(self.held_out.support, self.method.which, self.reducer, parameters)
 
     def result(self, reducer: str) -> Tuned:
         """By leave-one-out the least log-loss chooses among the candidates that are level with the best, each tried at
@@ -256,22 +258,23 @@ class _Search:
             judged[half] = candidate.intervals.right_at(of_half.alpha)[half]
         base, slope = self._logits(best.setting)
         right = (base + fit.alpha * slope).argmax(1) == self.labels
-        if np.isnan(fit.loss):
-            fit = fit_factor(base, slope, self.labels, fit.alpha)
+        parameters = {"alpha": fit.alpha, **best.setting}
+        logits = self.held_out.logits(self._terms(parameters))
+        calibrated = fit_factor(logits, np.zeros_like(logits), self.labels, 0.0)
         return Tuned(
             method=self.method.name,
             reducer=reducer,
-            parameters={"alpha": fit.alpha, **best.setting},
+            parameters=parameters,
             accuracy=float(judged.mean()),
             scored=len(judged),
             protocol="validation" if self.held_out.folds is None else "loo",
             search_accuracy=float(right.mean()),
             alpha_range=(best.plateau.low, best.plateau.high),
-            log_loss=fit.loss,
-            factor=fit.factor,
+            log_loss=calibrated.loss,
+            factor=calibrated.factor,
             settings=len(self.tried),
             right=judged,
-            out_of_fold=OutOfFold.of(self.held_out, fit.factor * (base + fit.alpha * slope)),
+            out_of_fold=OutOfFold.of(self.held_out, calibrated.factor * logits),
             note="; ".join(filter(None, self._notes(best.setting, base, slope, fit, right))),
         )
 

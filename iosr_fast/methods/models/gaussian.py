@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,9 @@ class Gaussians:
         return scores
 
 
-def fit_gaussians(images: Moments, text: np.ndarray | None = None, copies: float = 0.0) -> Gaussians:
+def fit_gaussians(
+    images: Moments, text: np.ndarray | None = None, copies: float = 0.0, paper: bool = False
+) -> Gaussians:
     """The Gaussians of images, with `copies` of each class's text among them (Moments.with_texts).
 
     mu_c is a class's mean and P = inv(Sigma + tr(Sigma) / (n - 1) I) the shrunk precision of all n rows about their
@@ -92,8 +95,8 @@ def fit_gaussians(images: Moments, text: np.ndarray | None = None, copies: float
 
     A class without images takes the mean of the others, which says nothing about it.
 
-    Sources: GDA (Wang et al., ICLR 2024, equations 4 to 8), whose P is D / (n - 1) times this one; e_c as in Moran &
-    Murphy (Applied Statistics 28, 1979).
+    Sources: GDA (Wang et al., ICLR 2024, equations 4 to 8), whose P, with `paper`, is D / (n - 1) times this one; e_c
+    as in Moran & Murphy (Applied Statistics 28, 1979).
 
     >>> rows = np.eye(4)[:3]
     >>> fit_gaussians(Moments.of(rows, np.eye(2)[[0, 0, 1]])).scores(rows).argmax(1)
@@ -101,7 +104,10 @@ def fit_gaussians(images: Moments, text: np.ndarray | None = None, copies: float
     """
     joined = images if text is None or not copies else images.with_texts(np.asarray(text, np.float64), copies)
     present, counts = images.counts > 0, images.counts
-    precision = shrunk_precision(joined.scatter, float(joined.counts.sum()))
+    n_rows = float(joined.counts.sum())
+    precision = shrunk_precision(joined.scatter, n_rows)
+    if paper and not np.array_equal(precision, np.eye(len(precision))):
+        precision *= len(precision) / (n_rows - 1)
     free = counts.sum() - present.sum()
     noise = float(np.sum(precision * images.scatter)) / free if free > 1e-9 else 0.0
     shares = counts / np.maximum(joined.counts, 1e-9) ** 2
@@ -136,7 +142,8 @@ def shrunk_precision(scatter: np.ndarray, n_rows: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GaussianModel(Model):
-    """G of `fit_gaussians`, with `copies` of each class's text among the images, which are reduced as these are.
+    """G of `fit_gaussians`, with `copies` of each class's text among the images, which are reduced as these are; with
+    `paper` at the scale of GDA's paper.
 
     >>> from iosr_fast.methods.support_set import make_support_set
     >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
@@ -146,6 +153,7 @@ class GaussianModel(Model):
     """
 
     copies: float = 0.0
+    paper: bool = False
 
     @property
     def moments(self) -> Moments:
@@ -153,14 +161,7 @@ class GaussianModel(Model):
 
     @cached_property
     def gaussians(self) -> Gaussians:
-        return fit_gaussians(self.moments, self._text, self.copies)
-
-    @property
-    def paper_scale(self) -> float:
-        """GDA's P over P here: D / (n - 1), or 1 where both are I."""
-        n_rows = self.moments.counts.sum() + self.copies * (self.moments.counts > 0).sum()
-        identity = np.array_equal(self.gaussians.precision, np.eye(len(self.gaussians.precision)))
-        return 1.0 if identity else float(len(self.gaussians.precision) / (n_rows - 1))
+        return fit_gaussians(self.moments, self._text, self.copies, self.paper)
 
     @property
     def _text(self) -> np.ndarray | None:
@@ -173,7 +174,8 @@ class GaussianModel(Model):
     def without(self, folds: Folds) -> np.ndarray:
         """In closed form: the moments of a fold are taken off those of all images."""
         rows, queries = self._rows(self.support.embeddings), self._rows(self.support.as_queries)
-        return gaussians_without(self.moments, rows, queries, self.support.one_hot, folds, self._text, self.copies)
+        fit = partial(fit_gaussians, text=self._text, copies=self.copies, paper=self.paper)
+        return gaussians_without(self.moments, rows, queries, self.support.one_hot, folds, fit)
 
     def fields(self, weight: float) -> dict[str, Any]:
         linear, bias = weight * self.gaussians.linear, weight * self.gaussians.bias
@@ -186,8 +188,7 @@ def gaussians_without(
     queries: np.ndarray,
     labels: np.ndarray,
     folds: Folds,
-    text: np.ndarray | None = None,
-    copies: float = 0.0,
+    fit: Callable[[Moments], Gaussians] = fit_gaussians,
 ) -> np.ndarray:
     """G (N, C) of the queries of each fold by the images of the others; NaN where nothing is scored. rows, queries
     (N, D), labels (N, C) as for Moments.of."""
@@ -195,7 +196,7 @@ def gaussians_without(
     for chosen, out in folds.splits:
         others = moments - Moments.of(rows[out], labels[out])
         if others.counts.any():
-            scores[chosen] = fit_gaussians(others, text, copies).scores(queries[chosen])
+            scores[chosen] = fit(others).scores(queries[chosen])
         else:
             scores[chosen] = 0.0  # all labels are those of the images that are left out
     return scores
