@@ -13,7 +13,7 @@ from iosr_fast.exceptions import IosrFastError, NotFittedError
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_audit import audit_support
 from tests.classifier.conftest import NAMES
-from tests.methods.test_support_audit import clusters
+from tests.methods.support_sets import Clusters
 
 
 def test_an_audit_names_examples_and_is_right_after_a_change(
@@ -68,7 +68,8 @@ def test_suggestions_refuse_mistakes(clip: OpenedClip, paths: list[str], tmp_pat
 
 
 def test_a_head_names_positions_in_x() -> None:
-    rows, labels = clusters(6)
+    images, labels = Clusters(10).queries(6)
+    rows = images.plain
     order = np.random.default_rng(1).permutation(len(rows))
     X, y = np.vstack([np.zeros((1, rows.shape[1])), rows[order]]), np.r_[0, labels[order]]
     names = np.array([f"class {c}" for c in y])
@@ -78,7 +79,7 @@ def test_a_head_names_positions_in_x() -> None:
     audit = head.audit()
     assert {one.image for one in audit.likely_wrong} == {4, 9} and 0 not in audit.images
     assert {one.image: one.suggested for one in audit.likely_wrong} == {4: names[9], 9: names[4]}
-    queries, _ = clusters(10, seed=5)
+    queries = Clusters(10).queries(10, seed=5)[0].plain
     best = head.suggest(queries, 7)
     expected = suggest(queries, 7, entropy(head.decision_function(queries)))
     np.testing.assert_array_equal(best.rows, expected.rows)

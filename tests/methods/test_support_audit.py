@@ -8,39 +8,40 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import compile_method
+from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.label_noise import fit_label_noise
-from iosr_fast.methods.left_out import learning_curve, left_out_logits
+from iosr_fast.methods.learning_curve import learning_curve
+from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
+from tests.methods.support_sets import Clusters, unit
 
-CLASSES, WIDTH = 10, 32
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-
-
-def clusters(shots: int, seed: int = 0, spread: float = 0.8, classes: int = CLASSES) -> tuple[np.ndarray, np.ndarray]:
-    centres = np.random.default_rng(99).standard_normal((classes, WIDTH))
-    labels = np.repeat(np.arange(classes), shots)
-    return unit(centres[labels] + spread * np.random.default_rng(seed).standard_normal((len(labels), WIDTH))), labels
+WORLD = Clusters(10, width=32)
 
 
 def gda(support: SupportSet) -> ScoringPlan:
     return compile_method("gda", support, alpha=1.0)
 
 
+def left_out(support: SupportSet) -> OutOfFold:
+    return out_of_fold(METHODS["gda"], support, None, {"alpha": 1.0})
+
+
+def rows_of(shots: int, seed: int = 0, world: Clusters = WORLD) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = world.queries(shots, seed)
+    return images.plain.copy(), labels
+
+
 def support_of(rows: np.ndarray, labels: np.ndarray, text: np.ndarray | None = None) -> SupportSet:
     return make_support_set(Embeddings(rows), labels, text, 100.0, int(labels.max()) + 1)
 
 
-def audit_of(rows: np.ndarray, labels: np.ndarray) -> SupportAudit:
+def audit_of(rows: np.ndarray, labels: np.ndarray, text: np.ndarray | None = None) -> SupportAudit:
     """Images are named by their position in `rows`."""
-    return audit_support(support_of(rows, labels), gda, images=np.argsort(labels, kind="stable"))
+    support = support_of(rows, labels, text)
+    return audit_support(support, left_out(support), gda, images=np.argsort(labels, kind="stable"))
 
 
 def noisy_labels(n: int, share: float, classes: int, sharp: float, seed: int) -> tuple[np.ndarray, ...]:
@@ -50,21 +51,7 @@ def noisy_labels(n: int, share: float, classes: int, sharp: float, seed: int) ->
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     right = np.array([rng.choice(classes, p=row) for row in p])
     wrong = rng.random(n) < share
-    labels = np.where(wrong, (right + rng.integers(1, classes, n)) % classes, right)
-    return logits, labels, wrong
-
-
-def test_left_out_logits_are_those_of_plans_that_have_not_seen_the_image() -> None:
-    rows, labels = clusters(4)
-    rows, labels = np.vstack([rows, rows[:1]]), np.r_[labels, CLASSES]  # a class of one image, which always stays
-    support = support_of(rows, labels)
-    logits = left_out_logits(support, gda)
-    assert np.isnan(logits[-1]).all() and np.isfinite(logits[:-1]).all()
-    rank = np.arange(len(labels)) - support.class_offsets[labels]
-    for fold in range(4):
-        out = (rank == fold) & (labels < CLASSES)
-        expected = score(gda(support.only(~out)), Embeddings(rows[out]))
-        np.testing.assert_allclose(logits[out], expected, rtol=1e-5, atol=1e-5)
+    return logits, np.where(wrong, (right + rng.integers(1, classes, n)) % classes, right), wrong
 
 
 @pytest.mark.parametrize(("share", "factor"), [(0.1, 1.0), (0.02, 0.5), (0.3, 3.0)])
@@ -95,15 +82,14 @@ def test_label_noise_has_the_highest_likelihood_of_a_grid() -> None:
 def test_a_classifier_that_guesses_accuses_nobody() -> None:
     rng = np.random.default_rng(0)
     noise = fit_label_noise(rng.standard_normal((200, 20)), rng.integers(20, size=200))
-    assert not (noise.wrong > 0.5).any()
-    assert noise.share < 0.05
+    assert not (noise.wrong > 0.5).any() and noise.share < 0.05
     constant = fit_label_noise(np.zeros((6, 2)), np.array([0, 0, 0, 1, 1, 1]))
     assert np.isfinite(constant.wrong).all() and not (constant.wrong > 0.5).any()
     assert np.isnan(fit_label_noise(np.zeros((0, 2)), np.zeros(0, np.int64)).share)
 
 
-def test_exchanged_labels_are_found_with_their_own_and_the_neighbours_that_say_so() -> None:
-    rows, right = clusters(8)
+def test_exchanged_labels_are_found_with_their_own_and_the_nearest_neighbours() -> None:
+    rows, right = rows_of(8)
     labels = right.copy()
     labels[[3, 20, 41]] = right[[20, 41, 3]]
     audit = audit_of(rows, labels)
@@ -114,18 +100,15 @@ def test_exchanged_labels_are_found_with_their_own_and_the_neighbours_that_say_s
         of_class = np.flatnonzero(labels == right[image])
         nearest = of_class[np.argsort(-(rows[of_class] @ rows[image]), kind="stable")]
         assert suspect.neighbours == tuple(nearest[:3])
-    in_order = audit.images[np.argsort(-audit.surprise)]
-    assert set(in_order[:3]) == {3, 20, 41}
+    assert set(audit.images[np.argsort(-audit.surprise)][:3]) == {3, 20, 41}
     assert audit.basis == "left-out images" and "likely wrong: 3;" in audit.summary()
     assert not audit_of(rows, right).likely_wrong
     assert json.loads(json.dumps(audit.to_dict()))["suspects"][0]["suggested"] in right
 
 
 def test_near_duplicates_within_and_across_classes() -> None:
-    rows, labels = clusters(5)
-    copy = rows[2] + 0.01 * rows[30]
-    rows = np.vstack([rows, unit(copy[None]), rows[7:8]])
-    labels = np.r_[labels, 0, 9]
+    rows, labels = rows_of(5)
+    rows, labels = np.vstack([rows, unit(rows[2:3] + 0.01 * rows[30:31]), rows[7:8]]), np.r_[labels, 0, 9]
     audit = audit_of(rows, labels)
     pairs = {(one.image, one.other): (one.label, one.other_label) for one in audit.duplicates}
     assert pairs == {(2, 50): (0, 0), (7, 51): (1, 9)}
@@ -134,53 +117,47 @@ def test_near_duplicates_within_and_across_classes() -> None:
 
 
 def test_confused_classes_are_those_that_lie_together() -> None:
-    rows, labels = clusters(12, spread=0.5)
+    rows, labels = rows_of(12, world=Clusters(10, width=32, noise=0.5))
     rng = np.random.default_rng(5)
-    twin = rows[labels == 3] + 0.02 * rng.standard_normal((12, WIDTH))
-    rows[labels == 7] = unit(twin[rng.permutation(12)])
-    audit = audit_of(rows, labels)
-    assert [(one.label, one.other) for one in audit.confusions] == [(3, 7)]
-    (confusion,) = audit.confusions
-    assert confusion.images <= 24 and 0.2 < confusion.share < 0.8
+    rows[labels == 7] = unit((rows[labels == 3] + 0.02 * rng.standard_normal((12, 32)))[rng.permutation(12)])
+    (confusion,) = audit_of(rows, labels).confusions
+    assert (confusion.label, confusion.other) == (3, 7) and confusion.images <= 24 and 0.2 < confusion.share < 0.8
 
 
 def test_advice_on_few_and_alike_images() -> None:
-    rows, labels = clusters(8)
-    keep = np.ones(len(labels), bool)
-    keep[np.flatnonzero(labels == 1)[3:]] = False
-    keep[np.flatnonzero(labels == 2)[1:]] = False
+    rows, labels = rows_of(8)
     middle = rows[labels == 4].mean(0)
     rows[labels == 4] = unit(middle + 0.3 * (rows[labels == 4] - middle))
-    advice = {one.label: one.advice for one in audit_of(rows[keep], labels[keep]).classes}
-    assert "few images: 3 where 8 are usual" in advice[1]
-    assert "nothing can be left out" in advice[2]
+    order = np.arange(len(labels)) % 8
+    keep = ~((labels == 1) & (order > 2) | (labels == 2) & (order > 0))
+    audit = audit_of(rows[keep], labels[keep])
+    advice = {one.label: one.advice for one in audit.classes}
+    assert "few images: 3 where 8 are usual" in advice[1] and "nothing can be left out" in advice[2]
     assert "alike" in advice[4] and not any(advice[c] for c in (0, 3, 5, 6, 7, 8, 9))
+    scored = {one.label: one.scored for one in audit.classes}
+    assert scored[2] == 0 and scored[1] == 3 and all(one.right <= one.scored for one in audit.classes)
 
 
 def test_one_image_a_class_is_judged_by_class_names_or_not_at_all() -> None:
-    rows, labels = clusters(1)
-    text, _ = clusters(1, seed=7, spread=0.3)
+    rows, labels = rows_of(1)
     rows[[2, 5]] = rows[[5, 2]]
-    support = support_of(rows, labels, text)
-    audit = audit_support(support, tune("auto", support).compile)
+    audit = audit_of(rows, labels, unit(WORLD.centres))
     assert audit.basis == "class names" and {one.image for one in audit.likely_wrong} == {2, 5}
     assert not audit.curve.points
     assert json.loads(json.dumps(audit.to_dict(), allow_nan=False))["curve"]["gain"] is None
     blind = audit_of(rows, labels)
     assert blind.basis == "nothing" and not blind.suspects and np.isnan(blind.suspicion).all()
-    assert "nothing" in blind.summary()
 
 
-def test_learning_curve_rises_and_foretells_the_accuracy_of_twice_the_images() -> None:
-    rows, labels = clusters(8, spread=1.2, classes=40)
-    support = support_of(rows, labels)
-    curve = learning_curve(support, gda, left_out_logits(support, gda))
+def test_a_learning_curve_rises_and_foretells_the_accuracy_of_twice_the_images() -> None:
+    world = Clusters(40, width=32, noise=1.2)
+    support = world.support([8] * 40, seed=0, text=False)
+    curve = learning_curve(support, gda, left_out(support).by_image())
     assert [point.images for point in curve.points] == [1, 2, 4, 7]
     assert all(point.scored >= 320 for point in curve.points)
     accuracies = [point.accuracy for point in curve.points]
     assert accuracies == sorted(accuracies) and curve.gain > 0
-    twice, of_twice = clusters(16, seed=4, spread=1.2, classes=40)
-    test, of_test = clusters(100, seed=8, spread=1.2, classes=40)
-    reached = (score(gda(support_of(twice, of_twice)), Embeddings(test)).argmax(1) == of_test).mean()
+    queries, labels = world.queries(100, seed=8)
+    reached = (score(gda(world.support([16] * 40, seed=4, text=False)), queries).argmax(1) == labels).mean()
     assert curve.twice == pytest.approx(reached, abs=0.06)
-    assert learning_curve(support, gda, left_out_logits(support, gda)) == curve
+    assert learning_curve(support, gda, left_out(support).by_image()) == curve

@@ -175,7 +175,7 @@ class DivergenceModel(Model):
     The factor C affects only the rounding: both terms are as small as the divergences, instead of differences of large
     entropies. The public code takes both ranges over the whole test set, so that a label depends on its batch. Here
     they are those over all pairs of different support images, frozen in the plan (with a single image the term is not
-    scaled). tests/methods/tip_x_reference.py has the literal form.
+    scaled). tests/methods/test_parity_formulas.py has the literal form.
     """
 
     @cached_property

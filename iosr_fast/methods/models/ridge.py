@@ -10,7 +10,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.folds import Folds
-from iosr_fast.methods.models.model import Model, TextModel
+from iosr_fast.methods.models.model import Model
 from iosr_fast.methods.support_set import SupportSet, class_weights, image_rows
 
 
@@ -142,8 +142,9 @@ class RidgeModel(Model):
 
     @cached_property
     def target(self) -> np.ndarray:
-        cosines = TextModel(self.support).scores(self.support.embeddings) / self.support.tau
-        target: np.ndarray = self.labels * self.support.one_hot - self.texts * cosines
+        target: np.ndarray = self.labels * self.support.one_hot
+        if (text := self.support.text) is not None:
+            target -= self.texts * (np.asarray(self.support.embeddings.plain, np.float64) @ text.T)
         return target
 
     @cached_property

@@ -1,0 +1,140 @@
+"""The exact search for alpha against rational arithmetic, counting and grids."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iosr_fast.methods import alpha as alpha_module
+from iosr_fast.methods.alpha import EMPTY, LOWER_OPEN, UPPER_OPEN, Intervals, Plateau, intervals
+from iosr_fast.methods.log_loss import MAX_ALPHA
+
+Problem = tuple[np.ndarray, np.ndarray, np.ndarray]
+EPS = np.finfo(np.float32).eps
+
+
+@st.composite
+def whole_problems(draw: st.DrawFn) -> Problem:
+    """base, slope and labels of small whole numbers: ties abound, and rational arithmetic is exact."""
+    n_samples, n_classes, largest = draw(st.integers(1, 12)), draw(st.integers(1, 5)), draw(st.integers(0, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    base, slope = rng.integers(-largest, largest + 1, (2, n_samples, n_classes)).astype(np.float32)
+    return base, slope, rng.integers(0, n_classes, n_samples)
+
+
+def right_at(problem: Problem, alpha: Fraction) -> list[bool]:
+    """Whether the first of the largest logits is the label's, in rational arithmetic."""
+    base, slope, labels = problem
+    logits = [[int(z) + alpha * int(s) for z, s in zip(*rows, strict=True)] for rows in zip(base, slope, strict=True)]
+    return [row.index(max(row)) == label for row, label in zip(logits, labels, strict=True)]
+
+
+def critical_alphas(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> list[Fraction]:
+    """Every alpha > 0 at which the order of the label's logit and another's changes."""
+    found = set()
+    for z, s, label in zip(base, slope, labels, strict=True):
+        for e, d in zip(z - z[label], s[label] - s, strict=True):
+            if d != 0 and Fraction(int(e), int(d)) > 0:
+                found.add(Fraction(int(e), int(d)))
+    return sorted(found)
+
+
+def best_by_counting(problem: Problem, alpha_max: Fraction) -> Plateau:
+    """By counting at each critical alpha up to the largest, and between each two."""
+    points = [Fraction(0), *(alpha for alpha in critical_alphas(*problem) if alpha < alpha_max), alpha_max]
+    # (low, high) of every point and of every open segment, in their order.
+    pieces = [(points[0], points[0])]
+    for left, right in pairwise(points):
+        pieces += [(left, right), (right, right)]
+    counts = [sum(right_at(problem, (left + right) / 2)) for left, right in pieces]
+    plateaus, i = list[Plateau](), 0
+    while i < len(pieces):
+        last = i
+        while last + 1 < len(pieces) and counts[last + 1] == counts[i]:
+            last += 1
+        plateaus.append(Plateau(float(pieces[i][0]), float(pieces[last][1]), counts[i]))
+        i = last + 1
+    return max((one for one in plateaus if one.right == max(counts)), key=lambda one: one.high - one.low)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(whole_problems())
+def test_intervals_and_the_best_plateau_are_those_of_rational_arithmetic(problem: Problem) -> None:
+    found = intervals(*problem)
+    points = [Fraction(0), *critical_alphas(*problem)]
+    inner = [(left + right) / 2 for left, right in pairwise([*points, points[-1] + 2])]
+    for alpha in [*points, *inner]:
+        np.testing.assert_array_equal(found.right_at(float(alpha)), right_at(problem, alpha), str(alpha))
+    # Of the critical alphas only those of samples that are right somewhere are ends of an interval.
+    some = found.only(found.flags & EMPTY == 0)
+    ends = [end for end in [*some.lower, *some.upper] if 0 < end < np.inf]
+    largest = max((alpha for alpha in points if float(alpha) in ends), default=Fraction(1))
+    best = found.best()
+    assert best == best_by_counting(problem, 2 * largest)
+    assert best.alpha == pytest.approx((best.low + best.high) / 2)
+
+
+def test_ties_go_to_the_first_class() -> None:
+    labels, zero = np.array([0, 1, 2, 0]), np.zeros((4, 3))
+    assert intervals(zero, zero, labels).best() == Plateau(0.0, 2.0, 2)
+    # Without a base every class ties at alpha 0, and beyond it the slopes decide.
+    found = intervals(zero, np.eye(3)[labels], labels)
+    assert found.right_at(0.0).tolist() == [True, False, False, True] and found.right_at(1e-300).all()
+    assert found.best() == Plateau(0.0, 2.0, 4)
+
+
+def test_a_single_point_wins_only_where_more_are_right() -> None:
+    lower, upper = np.array([0.0, 1.0, 3.0]), np.array([1.0, 3.0, 4.0])
+    assert Intervals(lower, upper, np.zeros(3, np.uint8)).best() == Plateau(1.0, 1.0, 2)
+    # Half open, one goes on where the other ends: a plateau from 0 to 4.
+    assert Intervals(lower, upper, np.array([UPPER_OPEN, UPPER_OPEN, 0], np.uint8)).best() == Plateau(0.0, 4.0, 1)
+    both_open = np.full(3, LOWER_OPEN | UPPER_OPEN, np.uint8)
+    assert Intervals(lower, upper, both_open).best() == Plateau(1.0, 3.0, 1)
+
+
+def test_edges() -> None:
+    base, labels = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]), np.array([1, 1, 1])
+    found = intervals(base, np.zeros((3, 2)), labels)  # loses, ties with an earlier class, wins
+    assert (found.flags & EMPTY != 0).tolist() == [True, True, False]
+    assert found.only(np.array([0, 1])).best() == Plateau(0.0, 2.0, 0)
+    assert intervals(np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0, int)).best() == Plateau(0.0, 2.0, 0)
+    assert intervals(np.ones((5, 1)), np.ones((5, 1)), np.zeros(5, int)).best() == Plateau(0.0, 2.0, 5)
+
+
+def test_alpha_ends_at_its_largest() -> None:
+    base, slope = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [1e-9, 0.0], [0.0, 1e-9]])
+    found = intervals(base, slope, np.array([0, 0, 0]))
+    assert found.lower[0] == 1.0 and (found.flags & EMPTY != 0).tolist() == [False, True, False]
+    assert found.upper[2] == np.inf and found.best().alpha <= MAX_ALPHA
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_grid_finds_more(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 7, 400)
+    base, slope = rng.standard_normal((2, 400, 7)).astype(np.float32)
+    base[np.arange(400), labels] += 0.5
+    slope[np.arange(400), labels] += 0.8
+    monkeypatch.setattr(alpha_module, "_CHUNK", 7 * 33)  # several chunks of samples
+    best = intervals(base, slope, labels).best()
+
+    def right(alpha: float) -> int:
+        return int(((base.astype(np.float64) + alpha * slope).argmax(axis=1) == labels).sum())
+
+    assert best.right >= max(right(alpha) for alpha in [*np.linspace(0, 10, 2000), *np.geomspace(1e-3, 1e3, 500)])
+    assert best.low < best.high and right(best.alpha) == best.right
+
+
+@pytest.mark.parametrize("size", [1e-3, 1 / 3, 4.0, 1e6])
+def test_slopes_that_differ_by_rounding_choose_no_alpha(size: float, rng: np.random.Generator) -> None:
+    """As the sums of classes with the same keys do, in another way on each processor."""
+    base, labels = (10 * rng.standard_normal((40, 10))).astype(np.float32), rng.integers(0, 10, 40)
+    slope = (size * (1 + EPS * rng.integers(-8, 9, base.shape))).astype(np.float32)
+    found, right = intervals(base, slope, labels), base.argmax(1) == labels
+    assert ((found.flags & EMPTY == 0) == right).all() and found.best().right == right.sum()
+    assert (found.lower[right] == 0).all() and (found.upper[right] == np.inf).all()

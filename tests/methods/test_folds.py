@@ -1,0 +1,110 @@
+"""Which support images are left out together: near duplicates, classes of different size, at most 16 folds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.folds import group_near_duplicates, make_folds, near_pairs, near_support
+from iosr_fast.methods.support_set import SupportSet, make_support_set
+from tests.conftest import unit_rows
+from tests.methods.support_sets import Clusters, unit
+
+
+def random_support(rng: np.random.Generator, counts: list[int], width: int = 16) -> SupportSet:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return make_support_set(Embeddings(unit_rows(rng, len(labels), width)), labels, None, 1.0, len(counts))
+
+
+def with_rows(support: SupportSet, plain: np.ndarray) -> SupportSet:
+    return replace(support, embeddings=Embeddings(plain))
+
+
+def test_folds_leave_one_image_of_each_class_out_and_are_16_at_most(rng: np.random.Generator) -> None:
+    support = random_support(rng, [3, 1, 2, 40])
+    folds = make_folds(support)
+    assert folds.fold[:6].tolist() == [0, 1, 2, -1, 0, 1]
+    assert folds.number == 16 and np.bincount(folds.fold[6:]).tolist() == [3] * 8 + [2] * 8
+    assert folds.scored.tolist() == [True] * 3 + [False] + [True] * 42 and folds.distinct.tolist() == [3, 1, 2, 40]
+    for rows, out in folds.splits:
+        np.testing.assert_array_equal(rows, np.flatnonzero(out))
+    assert sorted(np.concatenate([rows for rows, _ in folds.splits])) == folds.rows.tolist()
+
+
+def test_halves_are_every_other_fold(rng: np.random.Generator) -> None:
+    folds = make_folds(random_support(rng, [5, 1, 4, 2]))
+    even, odd = folds.halves
+    np.testing.assert_array_equal(even, ~odd)
+    assert set(folds.fold[folds.rows][even]) == {0, 2, 4} and set(folds.fold[folds.rows][odd]) == {1, 3}
+
+
+def test_the_first_folds_have_about_as_many_images_as_are_asked_for(rng: np.random.Generator) -> None:
+    for counts, most, number in (([16] * 50, 100, 2), ([300] * 4, 100, 2), ([16] * 4, 1000, 16), ([2] * 50, 10, 1)):
+        folds = make_folds(random_support(rng, counts))
+        first = folds.first(most)
+        assert len(first.splits) == number and len(first.rows) <= 2 * max(most, len(counts))
+        for (rows, out), (expected, expected_out) in zip(first.splits, folds.splits, strict=False):
+            np.testing.assert_array_equal(rows, expected)
+            np.testing.assert_array_equal(out, expected_out)
+
+
+def test_near_duplicates_are_left_out_together(rng: np.random.Generator) -> None:
+    twice = np.repeat(unit_rows(rng, 24, 32), 2, axis=0)
+    support = with_rows(random_support(rng, [8] * 6), unit(twice + 0.1 * unit_rows(rng, 48, 32)))
+    groups, folds = group_near_duplicates(support), make_folds(support)
+    assert groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] * 6
+    np.testing.assert_array_equal(folds.fold, groups)
+    assert folds.distinct.tolist() == [4] * 6 and folds.scored.all()
+
+
+@pytest.mark.parametrize("noise", [0.8, 0.05])  # where all classes are tight, that is usual
+def test_images_that_differ_are_no_near_duplicates(noise: float) -> None:
+    support = Clusters(20, width=32, noise=noise).support([16] * 20)
+    assert make_folds(support).distinct.tolist() == [16] * 20
+
+
+def test_a_class_of_duplicates_loses_images_as_the_others_do_but_none_is_scored(rng: np.random.Generator) -> None:
+    support = random_support(rng, [3] * 4)
+    plain = support.embeddings.plain.copy()
+    plain[3:6] = unit(plain[3] + 0.01 * unit_rows(rng, 3, 16))
+    folds = make_folds(with_rows(support, plain))
+    assert folds.distinct.tolist() == [3, 1, 3, 3] and folds.fold.tolist() == [0, 1, 2] * 4
+    assert folds.rows.tolist() == [0, 1, 2, 6, 7, 8, 9, 10, 11]
+    nothing = make_folds(with_rows(support, np.repeat(plain[::3], 3, axis=0)))  # every class is one image
+    assert (nothing.fold == -1).all() and not nothing.splits
+
+
+def test_a_large_dense_class_does_not_become_one_group(rng: np.random.Generator) -> None:
+    angles = rng.uniform(0, 3, 900)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    support = make_support_set(Embeddings(circle), np.repeat([0, 1], [700, 200]), None, 1.0, 2)
+    groups = group_near_duplicates(support)
+    for c in (0, 1):
+        inside = groups[support.labels == c]
+        assert inside.max() > 3 and np.array_equal(np.unique(inside), np.arange(inside.max() + 1))
+
+
+def test_near_images_and_pairs_are_those_of_all_distances(rng: np.random.Generator) -> None:
+    support = Clusters(4, noise=0.6).support([5, 1, 7, 4])
+    plain = support.embeddings.plain.copy()
+    plain[9] = unit(plain[2] + 0.02 * unit_rows(rng, 1, 24)[0])  # of another class
+    plain[14] = plain[13]
+    support = with_rows(support, plain)
+    distances, labels = 1.0 - plain.astype(np.float64) @ plain.T, support.labels
+    medians = [
+        np.median([distances[i, j] for i in range(17) for j in range(i) if labels[i] == labels[j] == c])
+        for c in (0, 2, 3)
+    ]
+    limit = np.median(medians) / 10
+    expected = {(j, i) for i in range(17) for j in range(i) if distances[i, j] < limit}
+    pairs = near_pairs(plain, support)
+    assert {pair[:2] for pair in pairs} == expected == {(2, 9), (13, 14)} and pairs[0][:2] == (13, 14)
+    assert [pair[2] for pair in pairs] == pytest.approx([1.0, 1 - distances[2, 9]], abs=1e-6)
+    asked = np.vstack([unit(plain[:3] + 0.02 * unit_rows(rng, 3, 24)), unit_rows(rng, 3, 24)])
+    np.testing.assert_array_equal(near_support(support, asked), (1.0 - asked @ plain.T).min(1) < limit)
+    assert near_support(support.only(np.zeros(17, bool)), asked).tolist() == [False] * 6
+    single = support.only(np.arange(17) == 5)
+    assert near_support(single, np.vstack([plain[5:6], asked])).tolist() == [True] + [False] * 6

@@ -1,0 +1,115 @@
+"""Weights, factors and biases with the least log-loss, against scipy's minimiser and fine grids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from iosr_fast.methods.log_loss import MAX_ALPHA, PENALTY, fit_alpha, fit_binary, fit_factor, fit_weights, spread
+from iosr_fast.methods.multi_label import SHRINKAGE
+
+EPS = np.finfo(np.float32).eps
+
+
+def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    exact = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return float((np.log(np.exp(exact).sum(1)) - exact[np.arange(len(labels)), labels]).mean())
+
+
+@pytest.mark.parametrize("prior", [None, np.array([0.5, 0.0, 2.0, 1.0])])
+def test_weights_are_the_minimum(rng: np.random.Generator, prior: np.ndarray | None) -> None:
+    labels = rng.integers(0, 5, 300)
+    parts = [rng.standard_normal((300, 5)) + k * np.eye(5)[labels] for k in (1.0, -1.0, 0.5, 2.0)]
+    strength = PENALTY if prior is None else 5.0
+    weights, loss = fit_weights(parts, labels, prior, strength)
+
+    def penalised(w: np.ndarray) -> float:
+        penalty = strength / 600 * ((w - (0 if prior is None else prior)) ** 2).sum()
+        return log_loss(np.einsum("k,kvc->vc", w, parts), labels) + penalty
+
+    least = minimize(penalised, np.ones(4), bounds=[(0, None)] * 4, method="L-BFGS-B")
+    np.testing.assert_allclose(weights, least.x, atol=0.02)
+    assert penalised(weights) <= least.fun + 1e-5
+    assert weights[1] == 0 and (weights[[0, 2, 3]] > 0).all()  # a part that misleads has exactly none
+    assert loss == pytest.approx(log_loss(np.einsum("k,kvc->vc", weights, parts), labels), rel=1e-4)
+
+
+def test_weights_stay_within_their_bounds(rng: np.random.Generator) -> None:
+    labels = rng.integers(0, 3, 100)
+    parts = [rng.standard_normal((100, 3)) + k * np.eye(3)[labels] for k in (3.0, -3.0)]
+    weights, _ = fit_weights(parts, labels, least=0.1, most=np.array([0.5, 1.0]))
+    np.testing.assert_allclose(weights, [0.5, 0.1])
+    weights, loss = fit_weights([1e4 * np.eye(3)[labels]], labels)  # all are right: the penalty alone holds it
+    assert np.isfinite(weights).all() and loss == pytest.approx(0.0, abs=1e-6)
+
+
+def test_alpha_and_factor_are_the_minimum_of_a_fine_grid(rng: np.random.Generator) -> None:
+    labels, rows = rng.integers(0, 5, 80), np.arange(80)
+    base, slope = rng.standard_normal((80, 5)), rng.standard_normal((80, 5))
+    base[rows, labels] += 0.8
+    slope[rows, labels] += 1.5
+    base, slope = (100 * base).astype(np.float32), (0.01 * slope).astype(np.float32)
+
+    def loss(factor: float, alpha: float) -> float:
+        return log_loss(factor * (base + alpha * slope.astype(float)), labels)
+
+    fit = fit_alpha(base, slope, labels)
+    assert fit.loss == pytest.approx(loss(fit.factor, fit.alpha), rel=2e-3)
+    grid = [loss(fit.factor * f, fit.alpha * a) for f in np.linspace(0.5, 2, 31) for a in np.linspace(0.5, 2, 31)]
+    assert fit.loss <= min(grid) + 1e-3
+    given = fit_factor(base, slope, labels, 3 * fit.alpha)
+    assert given.alpha == 3 * fit.alpha and given.loss > fit.loss
+    assert given.loss <= min(loss(given.factor * f, given.alpha) for f in np.linspace(0.5, 2, 61)) + 1e-3
+
+
+@pytest.mark.parametrize("size", [1e-3, 1 / 3, 4.0, 1e6])
+def test_a_direction_that_is_constant_but_for_rounding_is_left_out(size: float, rng: np.random.Generator) -> None:
+    labels = rng.integers(0, 10, 40)
+    base = (10 * rng.standard_normal((40, 10))).astype(np.float32)
+    constant = (size * (1 + EPS * rng.integers(-8, 9, base.shape))).astype(np.float32)
+    fit = fit_alpha(base, constant, labels)
+    assert spread(constant) == 0 and fit.alpha == 0 and fit == fit_factor(base, constant, labels, 0.0)
+    assert fit_alpha(constant, base, labels).alpha == 1.0  # images alone
+    nothing = fit_factor(constant, constant, labels, 2.0)
+    assert (nothing.factor, nothing.loss) == (1.0, pytest.approx(np.log(10)))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e9])
+def test_fits_stay_finite_whatever_the_scale(size: float, rng: np.random.Generator) -> None:
+    labels = rng.integers(0, 4, 50)
+    right = np.eye(4, dtype=np.float32)[labels]
+    for base in (size * right, np.full((50, 4), size), size + right, np.zeros((50, 4)), size * rng.random((50, 4))):
+        for slope in (right, np.full((50, 4), 1e8), 1e-6 * rng.random((50, 4)), 1e8 + right):
+            part = [np.asarray(each, np.float32) for each in (base, slope)]
+            for fit in (fit_alpha(*part, labels), fit_factor(*part, labels, 1.0), fit_factor(*part, labels, MAX_ALPHA)):
+                assert fit.loss >= 0 and 0 <= fit.alpha <= MAX_ALPHA
+                assert 0 < fit.factor * max(1, fit.alpha) <= 1.001 * MAX_ALPHA
+
+
+def test_binary_weights_and_biases_are_the_minimum(rng: np.random.Generator) -> None:
+    labels = rng.random((57, 4)) < 0.3
+    parts = rng.normal(size=(3, 57, 4)) + np.array([1.0, 0.5, -0.8])[:, None, None] * labels
+    used = np.array([True, True, False, True])
+    fit = fit_binary(list(parts), labels, used, SHRINKAGE)
+
+    def loss(point: np.ndarray) -> float:  # weights (3), biases (3), the common bias
+        logits = np.einsum("k,knc->nc", point[:3], parts[:, :, used]) + point[3:6]
+        pairs = np.logaddexp(0, logits) - labels[:, used] * logits
+        return float(
+            pairs.sum() + SHRINKAGE / 2 * ((point[3:6] - point[6]) ** 2).sum() + 0.005 * (point[:3] ** 2).sum()
+        )
+
+    found = np.r_[fit.weights, fit.bias[used], fit.common]
+    least = minimize(loss, np.zeros(7), bounds=[(0, None)] * 3 + [(None, None)] * 4, method="L-BFGS-B")
+    np.testing.assert_allclose(found, least.x, atol=1e-2)
+    assert loss(found) <= least.fun + 1e-6 and fit.weights[2] == 0 and fit.bias[2] == fit.common
+
+
+def test_binary_parts_far_from_zero_are_weighed_as_those_about_it(rng: np.random.Generator) -> None:
+    for n in (4, 8, 40):
+        labels, part = np.arange(n)[:, None] == np.arange(2), rng.standard_normal((n, 2))
+        for shrinkage in (1.0, 1e6):
+            near, far = (fit_binary([one], labels, np.ones(2, bool), shrinkage) for one in (part, part + 12.0))
+            assert far.loss == pytest.approx(near.loss, abs=1e-6)
+            assert far.common + 12.0 * far.weights[0] == pytest.approx(near.common, abs=1e-3)

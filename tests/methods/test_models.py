@@ -1,0 +1,163 @@
+"""Each model family's predictions without a fold against a model that is fitted on the other images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.folds import Folds, make_folds
+from iosr_fast.methods.models.gaussian import GaussianModel, Moments
+from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyModel, pair_range
+from iosr_fast.methods.models.model import Model, TextModel
+from iosr_fast.methods.models.ridge import KernelRidge, RidgeModel, kernel_matrix, lower_inverse
+from iosr_fast.methods.support_set import SupportSet, class_weights, make_support_set
+from iosr_fast.scoring.reducers import fit_reducer
+from tests.conftest import unit_rows
+from tests.methods.support_sets import Clusters, unit
+
+MODELS: dict[str, Callable[[SupportSet], Model]] = {
+    "texts": TextModel,
+    "keys": lambda support: KeyModel(support, beta=4.0),
+    "adapted keys": lambda support: KeyModel(support, "adapted", beta=4.0),
+    "refined keys": lambda support: RefinedKeyModel(support, "adapted", beta=4.0, gamma=0.4),
+    "divergences": DivergenceModel,
+    "gaussians": GaussianModel,
+    "gaussians with texts": lambda support: GaussianModel(support, "adapted", copies=1.5),
+}
+
+
+def uneven(views: bool = False, text: bool = True) -> SupportSet:
+    """Classes of different size, one of a single image, one of near duplicates alone, and one with a near duplicate."""
+    support = Clusters(6, width=11, adapted=True).support([3, 1, 20, 2, 4, 3], views=views, text=text)
+    plain = support.embeddings.plain.copy()
+    plain[27] = unit(plain[26] + 1e-3)
+    plain[30:33] = unit(plain[30] + 1e-3 * np.random.default_rng(3).standard_normal((3, 11)))
+    return replace(support, embeddings=Embeddings(plain, support.embeddings.adapted))
+
+
+def others_of(support: SupportSet, out: np.ndarray) -> SupportSet:
+    """A support set of the other images, made from their arrays."""
+    kept = ~out
+    return make_support_set(
+        support.embeddings[kept], support.labels[kept], support.text, support.tau, support.n_classes
+    )
+
+
+@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_without_a_fold_is_a_fit_on_the_others(name: str, views: bool) -> None:
+    support = uneven(views)
+    reducer = fit_reducer("centre", support.embeddings.plain)
+    for model in (MODELS[name](support), replace(MODELS[name](support), reducer=reducer)):
+        folds = make_folds(support)
+        found = model.without(folds)
+        assert np.isnan(found[~folds.scored]).all() and folds.scored.sum() == 29
+        for j in folds.rows:
+            others = others_of(support, folds.fold == folds.fold[j])
+            expected = replace(MODELS[name](others), reducer=model.reducer).scores(support.as_queries[[j]])[0]
+            np.testing.assert_allclose(found[j], expected, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize("which", ["plain", "adapted"])
+def test_a_regression_without_a_fold_keeps_the_weights_of_classes(which: str, views: bool) -> None:
+    support, folds = uneven(views), make_folds(uneven())
+    model = RidgeModel(support, which, None, beta=1.3, ridge=0.2).of(labels=0.7, texts=1.6)  # type: ignore[arg-type]
+    found = model.without(folds)
+    keys, queries = (getattr(e, which) for e in (support.embeddings, support.as_queries))
+    cosines = support.embeddings.plain.astype(np.float64) @ support.text.T
+    target = 0.7 * np.eye(6)[support.labels] - 1.6 * cosines
+    ridge = 0.2 / class_weights(support.counts)[support.labels]
+    assert np.isnan(found[~folds.scored]).all()
+    for j in folds.rows:
+        kept = folds.fold != folds.fold[j]
+        system = kernel_matrix(keys[kept], keys[kept], 1.3) + np.diag(ridge[kept])
+        expected = kernel_matrix(queries[[j]], keys[kept], 1.3) @ np.linalg.solve(system, target[kept])
+        np.testing.assert_allclose(found[j], expected[0], atol=1e-9)
+
+
+FOLDS = {
+    "one each": lambda labels: np.arange(len(labels)),
+    "one of each class": lambda labels: np.arange(len(labels)) % 3,
+    "some stay, a fold is missing": lambda labels: np.where(labels % 2 == 0, 2 * (np.arange(len(labels)) % 3), -1),
+    "none": lambda labels: np.full(len(labels), -1),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDS)
+def test_kernel_ridge_without_a_fold_or_an_image_is_a_fit_without_it(kind: str, rng: np.random.Generator) -> None:
+    labels = np.repeat(np.arange(6), [3, 1, 5, 2, 2, 7])
+    rows, queries, target = unit_rows(rng, 20, 9), unit_rows(rng, 20, 9), rng.standard_normal((20, 6))
+    kernel, query_kernel, ridge = (
+        kernel_matrix(rows, rows, 2.0),
+        kernel_matrix(queries, rows, 2.0),
+        rng.random(20) + 0.02,
+    )
+    folds = Folds(FOLDS[kind](labels), FOLDS[kind](labels) >= 0, np.bincount(labels))
+    model = KernelRidge(kernel, ridge)
+
+    def without(j: int, kept: np.ndarray, of: np.ndarray) -> np.ndarray:
+        return of[j, kept] @ np.linalg.solve(kernel[np.ix_(kept, kept)] + np.diag(ridge[kept]), target[kept])
+
+    for of in (None, query_kernel):
+        found, of_one = model.without(folds, target, of), model.without_one(target, of)
+        for j in range(20):
+            np.testing.assert_allclose(
+                of_one[j], without(j, np.arange(20) != j, kernel if of is None else of), atol=1e-9
+            )
+            if folds.fold[j] < 0:
+                assert np.isnan(found[j]).all()
+            else:
+                kept = folds.fold != folds.fold[j]
+                np.testing.assert_allclose(found[j], without(j, kept, kernel if of is None else of), atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 99, 100, 101, 257])
+def test_the_inverse_of_a_triangle_is_that_of_numpy(size: int, rng: np.random.Generator) -> None:
+    lower = np.tril(rng.standard_normal((size, size))) / size + np.eye(size)
+    np.testing.assert_allclose(lower_inverse(lower), np.linalg.inv(lower), atol=1e-12)
+
+
+def test_moments_are_those_of_their_rows(rng: np.random.Generator) -> None:
+    rows, shares, text = rng.standard_normal((17, 5)), rng.random((17, 4)), unit_rows(rng, 4, 5).astype(np.float64)
+    shares[:, 2] = 0.0
+    moments, first = Moments.of(rows, shares), Moments.of(rows[:6], shares[:6])
+    means = [np.average(rows, axis=0, weights=shares[:, c]) if c != 2 else np.zeros(5) for c in range(4)]
+    scatter = sum(shares[j, c] * np.outer(rows[j] - means[c], rows[j] - means[c]) for j in range(17) for c in range(4))
+    np.testing.assert_allclose(moments.means, means, atol=1e-12)
+    np.testing.assert_allclose(moments.scatter, scatter, atol=1e-12)
+    rest = Moments.of(rows[6:], shares[6:])
+    matched = text * np.einsum("cd,cd->c", unit(moments.sums + (np.arange(4) == 2)[:, None]), text)[:, None]
+    with_texts = np.vstack([rows, matched]), np.vstack([shares, 2.5 * np.diag([1.0, 1.0, 0.0, 1.0])])
+    one_class = Moments.of(rows, shares.sum(1, keepdims=True))
+    for found, expected in (
+        (first + rest, moments),
+        (moments - first, rest),
+        (moments.with_texts(text, 2.5), Moments.of(*with_texts)),
+        (moments.joined, one_class),
+    ):
+        for name in ("counts", "sums", "second"):
+            np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-6)
+    emptied = moments - Moments.of(rows, shares * (np.arange(4) == 0))
+    assert emptied.counts[0] == 0 and not emptied.sums[0].any()  # no rounding error as a mean
+
+
+def test_a_class_without_images_is_neutral_for_gaussians() -> None:
+    support = Clusters(4).support([3, 4, 2, 3], text=False)
+    fitted = GaussianModel(support.only(support.labels != 2)).gaussians
+    np.testing.assert_allclose(fitted.linear[2], fitted.linear[[0, 1, 3]].mean(0))
+    assert fitted.bias[2] == pytest.approx(fitted.bias[[0, 1, 3]].mean())
+
+
+def test_a_range_over_pairs_is_that_of_all_pairs_in_blocks(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iosr_fast.methods.models.keys._TILE", 40)
+    rows, others, offset = rng.standard_normal((13, 4)), rng.standard_normal((13, 4)), rng.standard_normal((13, 1))
+    values = (others @ rows.T + offset)[~np.eye(13, dtype=bool)]
+    assert pair_range(rows, others, offset) == pytest.approx((values.min(), values.max()))
+    assert pair_range(rows[:1], others[:1]) == (0.0, 0.0)
