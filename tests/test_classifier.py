@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +20,6 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.methods import METHODS
 from tests.store.live_parts import refit
-from tests.store.manifests import rewrite_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -80,19 +75,6 @@ def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -
     assert accuracy > (0.4 if METHODS[method].needs_support else 1.5 / CLASSES)
     assert accuracy == np.mean(fresh.predict(queries) == np.array(names)[truth])
     assert accuracy == fresh.score(queries, [names[c] for c in truth])
-
-
-def test_an_image_has_one_answer_in_every_form(fresh: Classifier, pictures, folder: Path) -> None:
-    images, labels, queries, _, names = pictures
-    refit(fresh, images, labels, class_names=names, **GIVEN)
-    probabilities, one = fresh.predict_proba(queries), fresh.predict_proba(queries[0])
-    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
-    np.testing.assert_array_equal(fresh.classes_[probabilities.argmax(1)], fresh.predict(queries))
-    np.testing.assert_allclose(one, probabilities[:1], atol=1e-5)
-    np.testing.assert_allclose(fresh.predict_proba(Image.fromarray(queries[0])), one, atol=1e-6)
-    path = next(folder.rglob("*.png"))
-    np.testing.assert_allclose(fresh.predict_proba(str(path)), fresh.predict_proba([path]), atol=1e-6)
-    assert fresh.predict([]).shape == (0,)
 
 
 def test_many_images_are_encoded_in_chunks(fresh: Classifier, pictures, monkeypatch) -> None:
@@ -210,39 +192,6 @@ def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().split("|") == fresh.predict(queries[:3]).tolist()
-
-
-def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures, tmp_path: Path) -> None:
-    images, labels, _, _, names = pictures
-    refit(fresh, images, labels, class_names=names, views=1, method="gda++", alpha=1.0).save(tmp_path / "saved")
-    files = sorted(json.loads((tmp_path / "saved" / "manifest.json").read_text())["files"])
-    assert files == [
-        *("engine/encoder.onnx", "engine/encoder.weights", "engine/manifest.json", "engine/plain.onnx"),
-        *("pictures.safetensors", "plan.safetensors"),
-        *("support.safetensors", "text/text.onnx", "text/tokenizer.json"),
-    ]
-
-    def refused(message: str, damage: Callable[[Path], object]) -> None:
-        shutil.copytree(tmp_path / "saved", folder := tmp_path / "damaged")
-        damage(folder)
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            Classifier.load(folder)
-        shutil.rmtree(folder)
-
-    def flip(folder: Path, name: str) -> None:
-        data = bytearray((folder / name).read_bytes())
-        data[len(data) // 2] ^= 1
-        (folder / name).write_bytes(data)
-
-    for name in files:
-        refused(f"{name} in .* does not match its manifest", partial(flip, name=name))
-        refused(f"{name} is missing from", lambda folder, name=name: (folder / name).unlink())
-    refused("is damaged or not a manifest", lambda folder: (folder / "manifest.json").write_text("{"))
-    refused("has schema 99", partial(rewrite_manifest, schema=99))
-    refused("to hold a classifier, got an? engine", partial(rewrite_manifest, kind="engine"))
-    refused("of another export", partial(rewrite_manifest, encoder_fingerprint="0" * 64))
-    with pytest.raises(FileNotFoundError, match="found none at"):
-        Classifier.load(tmp_path / "damaged")
 
 
 def test_command_line(fresh: Classifier, folder: Path, tmp_path: Path) -> None:

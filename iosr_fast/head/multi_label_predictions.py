@@ -26,6 +26,12 @@ class LabelSet:
 
     labels: tuple[str, ...]
     probabilities: tuple[float, ...]
+    unknown = None  # no picture is rejected
+
+    @property
+    def pairs(self) -> list[tuple[str, float]]:
+        """(label, probability) of each label."""
+        return list(zip(self.labels, self.probabilities, strict=True))
 
 
 def predict_any(
@@ -53,5 +59,5 @@ def label_columns(head: AnyHead, answers: Sequence[Prediction | LabelSet]) -> tu
     sets = [answer for answer in answers if isinstance(answer, LabelSet)]
     labels, probabilities = np.empty(len(sets), object), np.empty(len(sets), object)
     labels[:] = [frozenset(one.labels) for one in sets]
-    probabilities[:] = [dict(zip(one.labels, one.probabilities, strict=True)) for one in sets]
+    probabilities[:] = [dict(one.pairs) for one in sets]
     return labels, probabilities

@@ -97,6 +97,11 @@ class Prediction:
     version: int
     unknown: Rejection | None = None
 
+    @property
+    def pairs(self) -> list[tuple[str, float]]:
+        """(label, probability) of each class of `top`."""
+        return [(one.label, one.probability) for one in self.top]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         top, nearest = ([dict(vars(one)) for one in group] for group in (self.top, self.nearest))

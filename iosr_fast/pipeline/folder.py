@@ -108,7 +108,7 @@ def predict_folder(
     labels, probabilities = label_columns(head, answers)
     found = None
     if rejecting is not None:
-        found = [one.unknown for one in answers if isinstance(one, Prediction) and one.unknown is not None]
+        found = [one.unknown for one in answers if one.unknown is not None]
     return FolderPredictions(
         readable, _marked(labels, found, rejecting), probabilities, errors, listing.skipped, rejections=found
     )

@@ -167,10 +167,7 @@ def journal_path(out: Path) -> Path:
 
 def _result(answer: Prediction | LabelSet) -> Result:
     """What is reported of an image, of JSON values."""
-    if isinstance(answer, LabelSet):
-        return Result([list(pair) for pair in zip(answer.labels, answer.probabilities, strict=True)])
-    classes = [[one.label, one.probability] for one in answer.top]
-    unknown = answer.unknown
+    classes, unknown = [list(pair) for pair in answer.pairs], answer.unknown
     return Result(classes) if unknown is None else Result(classes, unknown.score, unknown.rejected)
 
 
