@@ -14,7 +14,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.scoring.reference import score_reference, softmax
 from iosr_fast.store.changes import add_class, add_examples, remove_class, remove_examples, rename_class, retune
 from iosr_fast.store.head_files import fingerprint
-from tests.store.live_parts import random_examples, random_queries, random_state, unit
+from tests.store.live_parts import random_examples, random_head, random_queries, unit
 
 
 def change(head: Head, rng: np.random.Generator) -> Head:
@@ -37,7 +37,7 @@ def change(head: Head, rng: np.random.Generator) -> Head:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_head_after_many_changes_equals_one_made_of_its_data(method: str) -> None:
     rng = np.random.default_rng(4)
-    head, queries, kept = random_state(rng, 5, 4, method), random_queries(rng, 5), []
+    head, queries, kept = random_head(rng, 5, 4, method), random_queries(rng, 5), []
     for _ in range(15):
         logits = head.score(queries)
         kept.append((head, logits))
@@ -54,7 +54,7 @@ def test_a_head_after_many_changes_equals_one_made_of_its_data(method: str) -> N
 
 def test_a_change_compiles_no_plan_and_a_new_name_alone_keeps_it() -> None:
     rng = np.random.default_rng(0)
-    head = random_state(rng, 3, 2).compiled()
+    head = random_head(rng, 3, 2).compiled()
     assert rename_class(head, 1, "other", None).computed("plan") is head.plan
     for after in (rename_class(head, 1, "other", head.text[1]), remove_examples(head, [0]), retune(head, head.config)):
         assert after.computed("plan") is None and after.version == head.version + 1
@@ -62,7 +62,7 @@ def test_a_change_compiles_no_plan_and_a_new_name_alone_keeps_it() -> None:
 
 def test_the_nearest_are_found_by_what_the_method_compares() -> None:
     rng = np.random.default_rng(1)
-    head = random_state(rng, 5, 20, reducer="centre")
+    head = random_head(rng, 5, 20, reducer="centre")
     head = remove_examples(add_examples(head, random_examples(rng, [2] * 5, head.next_example)), [0, 1, 2])
     queries = random_queries(rng, 4)
     rows = head.config.reducer(np.asarray(head.support.embeddings.adapted))
@@ -83,7 +83,7 @@ MIXED = ("tip-x++", "stack++")  # methods that read both embeddings of support i
 @pytest.mark.parametrize("method", ["zero-shot", "gda++", "tip-x", "stack++"])
 def test_predictions_add_up(method: str, classes: int) -> None:
     rng = np.random.default_rng(2)
-    head, queries = random_state(rng, classes, 2, method), random_queries(rng, 9)
+    head, queries = random_head(rng, classes, 2, method), random_queries(rng, 9)
     logits = head.score(queries)
     probabilities = softmax(logits.astype(np.float64))
     zero_shot = 0.7 * 20.0 * queries.plain.astype(np.float64) @ head.text.T
@@ -113,7 +113,7 @@ def test_predictions_add_up(method: str, classes: int) -> None:
 )
 def test_the_adapter_contributes_what_another_adapted_embedding_changes(method: str, parameters: dict) -> None:
     rng = np.random.default_rng(5)
-    head = random_state(rng, 5, 4, method, parameters)
+    head = random_head(rng, 5, 4, method, parameters)
     queries, others = random_queries(rng, 6), random_queries(rng, 6)
     changed = Embeddings(queries.plain, others.adapted)
     logits = head.score(queries) - head.score(changed)
@@ -130,7 +130,7 @@ def test_the_adapter_contributes_what_another_adapted_embedding_changes(method: 
 @pytest.mark.parametrize(("adapted_keys", "text_images"), [(0.0, 0.0), (1.0, 0.0), (0.0, 2.0)])
 def test_the_bias_of_a_stack_is_divided_between_its_halves(adapted_keys: float, text_images: float) -> None:
     rng = np.random.default_rng(6)
-    head = random_state(rng, 4, 3, "stack++", {"adapted_keys": adapted_keys, "text_images": text_images})
+    head = random_head(rng, 4, 3, "stack++", {"adapted_keys": adapted_keys, "text_images": text_images})
     head = remove_examples(head, [0, 1, 2])  # a class without images
     without = ["text", "discriminant", *([] if adapted_keys else ["regression", "text_regression"])]
     parameters = {**head.config.parameters, **dict.fromkeys(without, 0.0)}
@@ -144,26 +144,26 @@ def test_the_bias_of_a_stack_is_divided_between_its_halves(adapted_keys: float, 
 def test_changes_that_a_method_can_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="gda needs at least one image of each class, got none of 1 classes"):
-        remove_examples(random_state(rng, 3, 1, "gda"), [0])
-    head = random_state(rng, 3, 1)
+        remove_examples(random_head(rng, 3, 1, "gda"), [0])
+    head = random_head(rng, 3, 1)
     with pytest.raises(ValueError, match="needs support images, got none"):
         remove_examples(head, [0, 1, 2])
     assert remove_examples(head, [0, 1]).classes()[0].examples == 0
     monkeypatch.setitem(METHODS, "proker", replace(METHODS["proker"], max_support=4))
     with pytest.raises(ValueError, match="at most 4 support images, got 5"):
-        add_examples(random_state(rng, 2, 2, "proker"), random_examples(rng, [1], 4))
+        add_examples(random_head(rng, 2, 2, "proker"), random_examples(rng, [1], 4))
 
 
 def test_the_fingerprint_says_whether_two_heads_answer_alike() -> None:
-    head, same = (random_state(np.random.default_rng(0), 4, 2) for _ in range(2))
+    head, same = (random_head(np.random.default_rng(0), 4, 2) for _ in range(2))
     assert fingerprint(head) == fingerprint(same)
     others = [
         add_examples(head, random_examples(np.random.default_rng(1), [1], 8)),
         rename_class(head, 1, "other", None),
         remove_examples(head, [3]),
         remove_class(head, 2),
-        random_state(np.random.default_rng(0), 4, 2, parameters={"alpha": 1.01}),
-        random_state(np.random.default_rng(0), 4, 2, reducer="centre"),
-        random_state(np.random.default_rng(1), 4, 2),
+        random_head(np.random.default_rng(0), 4, 2, parameters={"alpha": 1.01}),
+        random_head(np.random.default_rng(0), 4, 2, reducer="centre"),
+        random_head(np.random.default_rng(1), 4, 2),
     ]
     assert len({fingerprint(head), *(fingerprint(other) for other in others)}) == 1 + len(others)

@@ -17,12 +17,12 @@ from iosr_fast.head.head import Head
 from iosr_fast.store.audit import open_log
 from iosr_fast.store.changes import Change
 from iosr_fast.store.log_writer import AuditLog
-from tests.store.live_parts import random_state
+from tests.store.live_parts import random_head
 
 
 @functools.cache
 def base(seed: int = 0) -> Head:
-    return random_state(np.random.default_rng(seed), 3, 2, parameters={"alpha": 1.0, "beta": 2.0})
+    return random_head(np.random.default_rng(seed), 3, 2, parameters={"alpha": 1.0, "beta": 2.0})
 
 
 def renamed(log: AuditLog, state: Head, name: str) -> Head:

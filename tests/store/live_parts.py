@@ -17,6 +17,7 @@ from iosr_fast.encoders.text_encoder import TextSource
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.method_config import MethodConfig
+from iosr_fast.methods import METHODS
 from iosr_fast.utils.manifest import write_manifest
 
 SIZE, WIDTH = 8, 24
@@ -166,7 +167,7 @@ def random_examples(
     return Examples(rows[0], np.asarray(class_ids, np.int64), ids, shown, rows[1] if queries else None)
 
 
-def random_state(
+def random_head(
     rng: np.random.Generator,
     classes: int,
     shots: int,
@@ -174,18 +175,14 @@ def random_state(
     parameters: dict[str, float] | None = None,
     reducer: str = "none",
     key_precision: Any = "fp32",
-    factor: float = 0.7,
 ) -> Head:
     """A head as after a fit, of random embeddings."""
-    from iosr_fast.methods import METHODS
-
     examples = random_examples(rng, np.repeat(np.arange(classes), shots), 0)
     text = unit(rng.standard_normal((classes, WIDTH)))
-    names = [f"class {i}" for i in range(classes)]
     chosen = {**METHODS[method].parameters, **(parameters or {})}
-    support = examples.as_support(range(classes), text, 20.0)
-    config = MethodConfig(method, chosen, reducer, None, factor, key_precision)
-    return Head.first(names, text, 20.0, examples, config.fitted(support))
+    config = MethodConfig(method, chosen, reducer, None, 0.7, key_precision)
+    config = config.fitted(examples.as_support(range(classes), text, 20.0))
+    return Head.first([f"class {i}" for i in range(classes)], text, 20.0, examples, config)
 
 
 def random_queries(rng: np.random.Generator, n: int) -> Embeddings:

@@ -23,7 +23,7 @@ from iosr_fast.store.log_format import LogDamagedError
 from iosr_fast.store.log_writer import LogWriteError, numbered
 from tests import ROOT
 from tests.store.audit_parts import Crash, base, copied, failing, head_of, renamed, reopened
-from tests.store.live_parts import pictures, random_queries, random_state, small_classifier
+from tests.store.live_parts import pictures, random_head, random_queries, small_classifier
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +113,7 @@ def test_a_restart_makes_one_plan_for_all_changes(method: str, path: Path, monke
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
 def test_narrow_keys_come_back_from_a_snapshot(precision: str, path: Path, few: int) -> None:
     rng = np.random.default_rng(3)
-    first = random_state(rng, 4, 3, key_precision=precision)
+    first = random_head(rng, 4, 3, key_precision=precision)
     log, state = open_log(path, first)
     for number in range(few + 1):
         state = renamed(log, state, f"name {number}")
