@@ -113,6 +113,8 @@ def tune(
     protocol: Protocol = "loo" if queries is None else "validation"
     if queries is None and not entry.needs_support:  # it has seen none of the images
         queries, labels = support.as_queries, support.labels
+        if not len(labels):
+            raise IosrFastError("expected support images or validation images to calibrate by, got none")
     if queries is None:
         held_out = HeldOut.of_support(support)
     else:
