@@ -10,7 +10,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
-from iosr_fast.head.engine_choice import EngineChoice, Objective
+from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.evaluation import Evaluation
 from iosr_fast.head.fit import check_fit, fit
 from iosr_fast.head.fitted import Fit
@@ -33,7 +33,8 @@ from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
 from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.scoring.precision import Precision
-from iosr_fast.store import engine_change, saving, updates
+from iosr_fast.store import updates
+from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.store.changes import ChangeResult
 from iosr_fast.store.store import FittedAttribute, Store
 from iosr_fast.utils.estimator import Estimator
@@ -231,8 +232,11 @@ class Classifier(Estimator):
         names = self.class_names if class_names is None else class_names
         inputs = check_fit(self.get_params(), images, labels, names, unknown_images)
         fitted = fit(self._open(), inputs)
-        best = engine_change.with_fastest_engine(fitted, inputs, self.runtime) if inputs.choose_engine else fitted
-        self._store.replace(best)
+        if inputs.choose_engine:
+            from iosr_fast.head.optimize import optimize_first
+
+            fitted = optimize_first(fitted, inputs, self.runtime)
+        self._store.replace(fitted)
         return self
 
     def fit_folder(self, folder: str | Path, *more: str | Path, unknown_images: str | Path | None = None) -> Self:
@@ -455,11 +459,11 @@ class Classifier(Estimator):
         """Choose the parameters again: on labelled validation images, or by leave-one-out without any. `method`
         defaults to the fitted one; "auto" as at a fit. `labels` as for `score`. Returns the choice and its reasons
         (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded."""
-        return updates.tune(self._store, images, labels, method, reducer, self.tune_seconds)
+        return updates.tune(self._store, images, labels, method, reducer, self.tune_seconds)[0]
 
     def retune(self) -> ChangeResult:
         """Choose the parameters of the method again, by leave-one-out on the current examples (`tune`)."""
-        return updates.retune(self._store, self.tune_seconds)
+        return updates.tune(self._store, None, None, None, None, self.tune_seconds)[1]
 
     def open_log(self, path: str | Path, recover: bool = False) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`. Raises
@@ -497,15 +501,17 @@ class Classifier(Estimator):
         accepted loss of accuracy in points (engine_choice.rejection). The `objective` is "latency" (one image),
         "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates, `smaller_images`
         adds some. Some are exported from the CLIP in torch, which a loaded classifier has where `pretrained` (and
-        `adapter`) name it. Returns the table, also `engine_choice_`. Errors: store.engine_change.change_engine."""
-        options = objective, tolerance, runtime, precision, smaller_images, bool(self.progress)
-        return engine_change.change_engine(self._store, images, labels, options, pretrained, adapter, unknown_images)
+        `adapter`) name it. Classes, ids, thumbnails, method and parameters stay; `version` rises if embeddings change.
+        Returns the table, also `engine_choice_`. Raises IosrFastError for a wrong option, an example without its image,
+        missing unknown images, another CLIP or adapter than the engine's, an open log, a change meanwhile."""
+        options = OptimizeOptions(objective, tolerance, runtime, precision, smaller_images, bool(self.progress))
+        return updates.optimize(self._store, images, labels, options, pretrained, adapter, unknown_images)
 
     def save(self, folder: str | Path) -> None:
         """Write everything `load` needs to `folder`, engine and text encoder included; a crash leaves the earlier
         content or the new one. Without a text encoder that can be exported, classes can later be added with `text=`
         only. DamagedFileError for a file that is not as the engine's manifest says, with nothing written."""
-        saving.save_fit(self._store.fitted(), folder)
+        save_bundle(Bundle.of(self._store.fitted()), folder)
 
     @classmethod
     def load(
@@ -526,7 +532,8 @@ class Classifier(Estimator):
         foreign, and what open_engine raises. The parameters are those that the bundle knows: not `pretrained`, and the
         fitted method with its parameters. `fit` uses its encoders, until `set_params` names another CLIP.
         """
-        fit, parameters = saving.load_fit(folder, runtime, verify, threads, expected_digest, runs)
-        classifier = cls._with_clip(fit.clip, **parameters)
+        bundle = load_bundle(folder, verify, threads, expected_digest)
+        fit = bundle.open(runtime, threads, runs)
+        classifier = cls._with_clip(fit.clip, runtime=runtime, **bundle.parameters())
         classifier._store.fit = fit
         return classifier

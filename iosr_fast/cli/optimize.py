@@ -50,8 +50,8 @@ def optimize(
     iosr-fast optimize my-classifier --images support/
     """
     from iosr_fast.classifier import Classifier
+    from iosr_fast.head.engine_choice import OptimizeOptions
     from iosr_fast.head.labelled_images import labelled_images, unknown_folder
-    from iosr_fast.head.optimize import OptimizeOptions
 
     OptimizeOptions(objective, tolerance, runtime, precision)  # checks them
     if smaller_images and pretrained is None:

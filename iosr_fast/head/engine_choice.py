@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from msgspec import Meta
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.machine import cpu_model
 from iosr_fast.utils.schema import Above0, Name, Natural, Share, Size, Strict, text_of
 
@@ -19,6 +21,25 @@ LEAST_COSINE = 0.99
 SIGNIFICANT = 0.15
 LEVEL = 0.05  # candidates whose times differ by at most this share are equally fast
 _Cosine = Annotated[float, Meta(ge=-1.001, le=1.001)]
+
+
+@dataclass(frozen=True)
+class OptimizeOptions:
+    """What to optimize, and how many points of accuracy it may cost; `runtime` and `precision` restrict the
+    candidates. With `smaller_images`, engines for such are candidates, too."""
+
+    objective: Objective = "latency"
+    tolerance: float = 0.5
+    runtime: str = "auto"
+    precision: str = "auto"
+    smaller_images: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise IosrFastError(f"expected an objective of {', '.join(get_args(Objective))}, got {self.objective!r}")
+        if not 0 <= self.tolerance <= 100:
+            raise IosrFastError(f"expected a tolerance of 0 to 100 points of accuracy, got {self.tolerance}")
 
 
 class EngineCandidate(Strict, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace as changed
@@ -17,8 +17,9 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.calibration import evenly
 from iosr_fast.export.candidates import CandidateBuilder, list_candidates, with_smaller_images
-from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, Objective, Verdict, best_of
+from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Verdict, best_of
 from iosr_fast.head.engine_judge import CALIBRATED, JUDGED, Judge, sample_rows, time_encoders
+from iosr_fast.head.fit import FitInputs
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.reencode import reencode
 from iosr_fast.images.preprocess import to_pixels
@@ -26,25 +27,6 @@ from iosr_fast.utils.machine import cpu_model
 from iosr_fast.utils.progress import progress as bar
 
 _CHEAP_S = 1.0  # a candidate that is slower than the choice is judged all the same if it takes no longer
-
-
-@dataclass(frozen=True)
-class OptimizeOptions:
-    """What to optimize, and how many points of accuracy it may cost; `runtime` and `precision` restrict the
-    candidates. With `smaller_images`, engines for such are candidates, too."""
-
-    objective: Objective = "latency"
-    tolerance: float = 0.5
-    runtime: str = "auto"
-    precision: str = "auto"
-    smaller_images: bool = False
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            raise IosrFastError(f"expected an objective of {', '.join(get_args(Objective))}, got {self.objective!r}")
-        if not 0 <= self.tolerance <= 100:
-            raise IosrFastError(f"expected a tolerance of 0 to 100 points of accuracy, got {self.tolerance}")
 
 
 def optimize(
@@ -59,6 +41,16 @@ def optimize(
         encoder = clip.encoder_for(adapted=True)
         head = reencode(head, encoder, images, fit.views, version, options.progress, unknown_images)
     return replace(fit, clip=clip, head=head, engine_choice=choice)
+
+
+def optimize_first(fit: Fit, inputs: FitInputs, runtime: str) -> Fit:
+    """A new fit on its fastest engine, of one runtime or of any ("auto")."""
+    options = OptimizeOptions(runtime=runtime, progress=inputs.progress)
+    skipped, ids = {error.position for error in fit.skipped}, fit.head.examples.ids
+    given = enumerate([*inputs.images, *inputs.unknown_images])
+    readable = [image for position, image in given if position not in skipped]  # the support images first
+    sources, unknown = [readable[number] for number in ids.tolist()], readable[len(ids) :]
+    return optimize(fit, sources, options, fit.head.version, unknown)
 
 
 @dataclass

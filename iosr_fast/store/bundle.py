@@ -21,10 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
+from iosr_fast.head.fitted import Fit
 from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.support_images import SupportViews
 from iosr_fast.store.bundle_arrays import SUPPORT, TABLE
@@ -41,8 +43,7 @@ ENGINE, TEXT = "engine", "text"
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a classifier is made of, apart from the encoder that runs; `engine` is the folder that is opened from, and
-    `files` that folder held open, where it was."""
+    """A Fit without the encoder that runs: `engine` is the folder to open it from, `files` that folder held open."""
 
     head: AnyHead
     views: SupportViews
@@ -52,6 +53,26 @@ class Bundle:
     files: VerifiedFolder | None = None
     integer_labels: bool = False
     engine_choice: EngineChoice | None = None
+
+    @classmethod
+    def of(cls, fit: Fit) -> Bundle:
+        """What is saved of a fit."""
+        clip, source, known = fit.clip, fit.clip.encoder.source, (fit.integer_labels, fit.engine_choice)
+        return cls(fit.head, fit.views, clip.engine, clip.encoder.fingerprint, clip.text, source, *known)
+
+    def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
+        """The fit of an opened bundle. "auto" is the runtime that was chosen by measuring on the same processor.
+
+        The encoder is opened in the form that queries need; OpenedClip opens that of support images when some come.
+        """
+        from iosr_fast.encoders.runtimes import open_engine
+
+        choice, adapted = self.engine_choice, self.head.needs_adapted
+        name = choice.runtime if runtime == "auto" and choice is not None else runtime
+        files = self.files or self.engine
+        encoder = open_engine(files, name, verify=False, threads=threads, runs=runs, adapted=adapted)
+        clip = OpenedClip(encoder, self.engine, self.text, self.head.tau)
+        return Fit(clip, self.head, self.views, integer_labels=self.integer_labels, engine_choice=choice)
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of Classifier that an opened bundle knows: not `pretrained`, nor the file of an adapter.

@@ -1,16 +1,15 @@
-"""Six changes, each a function from one Head to the next; a change as data; its line in a log.
+"""Six changes of a Head as data, which a log stores: each makes the next head of one.
 
-None of them encodes an image or compiles a plan: the next head computes its plan when it is first asked for it. So a
-change costs one compilation of the method, by the writer before it publishes the head (store.Store), and a log of many
-changes is replayed at the cost of one.
+None encodes an image or compiles a plan. The writer compiles once, before it publishes the head (store.Store), so that
+a log of many changes is replayed at the cost of one.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -25,70 +24,8 @@ from iosr_fast.store.bundle_schema import TunedFacts
 from iosr_fast.utils.schema import facts_to_json
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
-OPS: tuple[Op, ...] = ("add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune")
+OPS: tuple[Op, ...] = get_args(Op)
 _RECIPE = ("method", "parameters", "reducer_name", "factor", "key_precision")
-
-
-def add_class(head: Head, name: str, text: np.ndarray, added: Examples | None) -> Head:
-    """The head with one more class, by its text embedding (D,); `added`, its images, have the class id next_class."""
-    assert head.text is not None
-    examples = head.examples if added is None else head.examples.joined(added)
-    return _next(
-        head,
-        class_names=(*head.class_names, name),
-        uids=(*head.uids, head.next_class),
-        text=np.concatenate([head.text, text[None]]),
-        examples=examples,
-        next_class=head.next_class + 1,
-        next_example=head.next_example if added is None else int(added.ids.max()) + 1,
-    )
-
-
-def add_examples(head: Head, added: Examples) -> Head:
-    """The head with more support images of its classes."""
-    return _next(head, examples=head.examples.joined(added), next_example=int(added.ids.max()) + 1)
-
-
-def remove_examples(head: Head, numbers: Sequence[int]) -> Head:
-    """The head without some support images."""
-    return _next(head, examples=head.examples.rows(~np.isin(head.examples.ids, list(numbers))))
-
-
-def remove_class(head: Head, uid: int) -> Head:
-    """The head without a class and its support images."""
-    at = head.uids.index(uid)
-    return _next(
-        head,
-        class_names=head.class_names[:at] + head.class_names[at + 1 :],
-        uids=head.uids[:at] + head.uids[at + 1 :],
-        text=None if head.text is None else np.delete(head.text, at, axis=0),
-        examples=head.examples.rows(head.examples.class_ids != uid),
-    )
-
-
-def rename_class(head: Head, uid: int, name: str, text: np.ndarray | None) -> Head:
-    """The head with another name of a class, and another text embedding (D,); without `text` the plan stays."""
-    at = head.uids.index(uid)
-    names = (*head.class_names[:at], name, *head.class_names[at + 1 :])
-    if text is None:
-        return _next(head, class_names=names).with_computed(plan=head.computed("plan"))
-    assert head.text is not None
-    rows = head.text.copy()
-    rows[at] = text
-    return _next(head, class_names=names, text=rows)
-
-
-def retune(head: Head, config: MethodConfig) -> Head:
-    """The same classes and images with another method or other parameters; its reducer is fitted on the images."""
-    return _next(head, config=config.fitted(head.support))
-
-
-def _next(head: Head, **fields: Any) -> Head:
-    """The head with these fields, one version later. Raises IosrFastError where its method lacks what it needs."""
-    after = replace(head, version=head.version + 1, **fields)
-    if (reason := unavailable_reason(after.config.method, after.support)) is not None:
-        raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
-    return after
 
 
 @dataclass(frozen=True)
@@ -114,8 +51,7 @@ class Change:
     text     (D,) float32, the class's text embedding: add_class, and rename_class where it changes
     added    add_class and add_examples: the support images, numbered
     numbers  remove_examples: the numbers of the images
-    config   retune: the method, its parameters, the reducer's name and the evidence; its reducer is fitted when it is
-             applied
+    config   retune: the method, its parameters, the reducer's name and the search
     """
 
     op: Op
@@ -127,23 +63,48 @@ class Change:
     config: MethodConfig | None = None
 
     def apply(self, head: Head) -> Head:
-        """The head after this change, its plan not compiled yet. Raises ValueError if it does not fit the head."""
+        """The next version of the head, its plan not compiled yet; another name without another text keeps the plan.
+
+        Raises IosrFastError where the method would lack what it needs, and ValueError if it does not fit the head.
+        """
+        names, uids, texts, config, added = head.class_names, head.uids, head.text, head.config, self.added
+        examples = head.examples if added is None else head.examples.joined(added)
         match self.op:
             case "add_class":
-                assert self.text is not None
-                return add_class(head, self.name, self.text, self.added)
-            case "add_examples":
-                assert self.added is not None
-                return add_examples(head, self.added)
-            case "remove_examples":
-                return remove_examples(head, self.numbers)
+                assert texts is not None and self.text is not None
+                names, uids = (*names, self.name), (*uids, head.next_class)
+                texts = np.concatenate([texts, self.text[None]])
             case "remove_class":
-                return remove_class(head, self.uid)
+                at = uids.index(self.uid)
+                names, uids = names[:at] + names[at + 1 :], uids[:at] + uids[at + 1 :]
+                texts = None if texts is None else np.delete(texts, at, axis=0)
+                examples = examples.rows(examples.class_ids != self.uid)
             case "rename_class":
-                return rename_class(head, self.uid, self.name, self.text)
+                at = uids.index(self.uid)
+                names = (*names[:at], self.name, *names[at + 1 :])
+                if self.text is not None:
+                    assert texts is not None
+                    texts = np.concatenate([texts[:at], self.text[None], texts[at + 1 :]])
+            case "remove_examples":
+                examples = examples.rows(~np.isin(examples.ids, list(self.numbers)))
             case "retune":
                 assert self.config is not None
-                return retune(head, self.config)
+                config = self.config.fitted(head.support)  # fits the reducer
+        after = replace(
+            head,
+            class_names=names,
+            uids=uids,
+            text=texts,
+            examples=examples,
+            config=config,
+            version=head.version + 1,
+            next_class=head.next_class + (self.op == "add_class"),
+            next_example=head.next_example if added is None else int(added.ids.max()) + 1,
+        )
+        if (reason := unavailable_reason(config.method, after.support)) is not None:
+            raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
+        keeps_plan = self.op == "rename_class" and self.text is None
+        return after.with_computed(plan=head.computed("plan")) if keeps_plan else after
 
     @property
     def example_numbers(self) -> tuple[int, ...]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.engine_choice import EngineChoice, OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head_data import HeadData
@@ -37,9 +39,8 @@ log = logging.getLogger(__name__)
 
 def add_class(store: Store, name: str, images: Any, text: np.ndarray | None) -> ChangeResult:
     fit = store.changeable("add_class")
-    method = fit.head.config.method
     _check_name(fit.head, name)
-    listed = as_image_list(images)
+    listed, method = as_image_list(images), fit.head.config.method
     if not listed and METHODS[method].needs_support:
         raise IosrFastError(f"expected at least one image of {name!r}, got none: {method} compares images")
     encoded, row = _encode(fit, listed), _text(fit, name, text)
@@ -90,11 +91,11 @@ def rename_class(store: Store, name_or_id: str, name: str, text: np.ndarray | No
         return store.make(Change("rename_class", uid, name=name, text=row))
 
 
-def tune(store: Store, images: Any, labels: Any, method: str | None, reducer: str | None, seconds: float) -> Tuned:
+def tune(
+    store: Store, images: Any, labels: Any, method: str | None, reducer: str | None, seconds: float
+) -> tuple[Tuned, ChangeResult]:
     fit = store.changeable("tune")
-    config = fit.head.config
-    method = config.method if method is None else method
-    check_choice(method, reducer, None)
+    check_choice(method or fit.head.config.method, reducer, None)
     if (images is None) != (labels is None):
         raise IosrFastError("expected validation images and their labels together, got one without the other")
     queries, truth = None, None
@@ -104,39 +105,56 @@ def tune(store: Store, images: Any, labels: Any, method: str | None, reducer: st
             raise IosrFastError("expected at least one validation image, got none")
         truth, encoder = fit.read_labels(listed, labels), fit.clip.encoder_for(adapted=True)
         queries = Embeddings.concatenate([encoder.encode(pixels) for pixels in fit.chunks(listed)])
-    if reducer is None and method == config.method:
-        reducer = config.reducer_name
     with store.changing(fit) as current:
-        if current.head.uids != fit.head.uids:
+        head = current.head.one_label("tune")
+        if queries is not None and head.uids != fit.head.uids:
             raise IosrFastError("the classes have changed while validation images were encoded: tune again")
-        return _search(store, method, reducer, seconds, queries, truth)[0]
+        if queries is None and not len(head.examples):
+            raise IosrFastError("expected support images or validation images to choose parameters by, got none")
+        config = head.config
+        method = method or config.method
+        if reducer is None and method == config.method:
+            reducer = config.reducer_name
+        tuned = search(method, head.support, queries, truth, reducer or "none", seconds)
+        which = METHODS[tuned.method].which
+        if (which == "adapted") != head.needs_adapted:
+            log.info("%s compares %s embeddings; queries are encoded for it from now on", tuned.method, which)
+            fit.clip.encoder_for(which == "adapted")  # opened now, so that no reader waits for it
+        tuned = replace(tuned, version=head.version + 1)
+        return tuned, store.make(Change("retune", config=MethodConfig.of(tuned, config.key_precision)))
 
 
-def retune(store: Store, seconds: float) -> ChangeResult:
-    with store.changing(store.changeable("retune")) as current:
-        return _search(store, current.head.config.method, current.head.config.reducer_name, seconds)[1]
-
-
-def _search(
+def optimize(
     store: Store,
-    method: str,
-    reducer: str | None,
-    seconds: float,
-    queries: Embeddings | None = None,
-    truth: np.ndarray | None = None,
-) -> tuple[Tuned, ChangeResult]:
-    """Under the lock: search the parameters and change to them."""
+    images: Any,
+    labels: Any,
+    options: OptimizeOptions,
+    pretrained: str | Path | None,
+    adapter: str | Path | None,
+    unknown_images: Any,
+) -> EngineChoice:
     fit = store.fitted()
-    head = fit.head.one_label("tune")
-    if queries is None and not len(head.examples):
-        raise IosrFastError("expected support images or validation images to choose parameters by, got none")
-    tuned = search(method, head.support, queries, truth, reducer or "none", seconds)
-    which = METHODS[tuned.method].which
-    if (which == "adapted") != head.needs_adapted:
-        log.info("%s compares %s embeddings; queries are encoded for it from now on", tuned.method, which)
-        fit.clip.encoder_for(which == "adapted")  # opened now, so that no reader waits for it
-    tuned = replace(tuned, version=head.version + 1)
-    return tuned, store.make(Change("retune", config=MethodConfig.of(tuned, head.config.key_precision)))
+    head = fit.head.one_label("optimize", "it compares single labels; build the engine that you want")
+    from iosr_fast.head.optimize import optimize
+    from iosr_fast.head.reencode import match_images
+
+    store.check_no_log()
+    listed, unknown = as_image_list(images), [] if unknown_images is None else as_image_list(unknown_images)
+    if head.unknown_images is not None and not unknown:
+        raise IosrFastError(
+            f"this classifier was fitted with {len(head.unknown_images)} unknown images: expected unknown_images, so "
+            "that the engine that is chosen can encode them, got none"
+        )
+    loaded = fit
+    if pretrained is not None:
+        from iosr_fast.export.pretrained import with_loaded
+
+        loaded = replace(fit, clip=with_loaded(fit.clip, pretrained, adapter))
+    sources = match_images(fit, listed, labels, options.progress)
+    optimized = optimize(loaded, sources, options, head.version + 1, unknown)
+    store.replace(optimized, instead_of=fit)
+    assert optimized.engine_choice is not None
+    return optimized.engine_choice
 
 
 def _encode(fit: Fit, images: Sequence[Any]) -> Examples | None:

@@ -215,7 +215,7 @@ def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.Mon
     changes: dict[str, tuple[Any, ...]] = {
         **{"add_class": ("new", image), "add_examples": ("motif 0", image), "remove_examples": (["e0"],)},
         **{"remove_class": ("motif 0",), "rename_class": ("motif 0", "new")},
-        **{"tune": (), "retune": (), "open_log": (tmp_path / "log",)},
+        **{"tune": (), "open_log": (tmp_path / "log",)},
     }
     others: dict[str, tuple[Any, ...]] = {
         **{"predict_sets": (image,), "predict_jointly": (image,), "unknown_score": (image,), "calibration": ()},

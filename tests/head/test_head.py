@@ -12,9 +12,14 @@ from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import predict
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.reference import score_reference, softmax
-from iosr_fast.store.changes import add_class, add_examples, remove_class, remove_examples, rename_class, retune
+from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
 from tests.store.live_parts import random_examples, random_head, random_queries, unit
+
+
+def without(head: Head, *numbers: int) -> Head:
+    """The head without these support images."""
+    return Change("remove_examples", numbers=numbers).apply(head)
 
 
 def change(head: Head, rng: np.random.Generator) -> Head:
@@ -22,16 +27,18 @@ def change(head: Head, rng: np.random.Generator) -> Head:
     uid = int(rng.choice(head.uids))
     kind = rng.choice(["examples", "class", "drop", "drop class", "rename"])
     if kind == "examples":
-        return add_examples(head, random_examples(rng, [uid] * int(rng.integers(1, 5)), head.next_example))
+        added = random_examples(rng, [uid] * int(rng.integers(1, 5)), head.next_example)
+        return Change("add_examples", added=added).apply(head)
     if kind == "class":
         added = random_examples(rng, [head.next_class] * int(rng.integers(1, 4)), head.next_example)
-        return add_class(head, f"later {head.next_class}", unit(rng.standard_normal(24)), added)
+        text = unit(rng.standard_normal(24))
+        return Change("add_class", name=f"later {head.next_class}", text=text, added=added).apply(head)
     if kind == "rename":
-        return rename_class(head, uid, f"renamed {head.version}", unit(rng.standard_normal(24)))
+        return Change("rename_class", uid, f"renamed {head.version}", unit(rng.standard_normal(24))).apply(head)
     if kind == "drop class" and len(head.uids) > 3:
-        return remove_class(head, uid)
+        return Change("remove_class", uid).apply(head)
     numbers = head.examples_of(uid)
-    return remove_examples(head, numbers[:1]) if len(numbers) > 1 else head
+    return without(head, *numbers[:1]) if len(numbers) > 1 else head
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -55,15 +62,17 @@ def test_a_head_after_many_changes_equals_one_made_of_its_data(method: str) -> N
 def test_a_change_compiles_no_plan_and_a_new_name_alone_keeps_it() -> None:
     rng = np.random.default_rng(0)
     head = random_head(rng, 3, 2).compiled()
-    assert rename_class(head, 1, "other", None).computed("plan") is head.plan
-    for after in (rename_class(head, 1, "other", head.text[1]), remove_examples(head, [0]), retune(head, head.config)):
+    assert Change("rename_class", 1, "other").apply(head).computed("plan") is head.plan
+    renamed, retuned = Change("rename_class", 1, "other", head.text[1]), Change("retune", config=head.config)
+    for after in (renamed.apply(head), retuned.apply(head), without(head, 0)):
         assert after.computed("plan") is None and after.version == head.version + 1
 
 
 def test_the_nearest_are_found_by_what_the_method_compares() -> None:
     rng = np.random.default_rng(1)
     head = random_head(rng, 5, 20, reducer="centre")
-    head = remove_examples(add_examples(head, random_examples(rng, [2] * 5, head.next_example)), [0, 1, 2])
+    added = random_examples(rng, [2] * 5, head.next_example)
+    head = without(Change("add_examples", added=added).apply(head), 0, 1, 2)
     queries = random_queries(rng, 4)
     rows = head.config.reducer(np.asarray(head.support.embeddings.adapted))
     cosines = head.config.reducer(queries.adapted) @ rows.T
@@ -131,9 +140,9 @@ def test_the_adapter_contributes_what_another_adapted_embedding_changes(method: 
 def test_the_bias_of_a_stack_is_divided_between_its_halves(adapted_keys: float, text_images: float) -> None:
     rng = np.random.default_rng(6)
     head = random_head(rng, 4, 3, "stack++", {"adapted_keys": adapted_keys, "text_images": text_images})
-    head = remove_examples(head, [0, 1, 2])  # a class without images
-    without = ["text", "discriminant", *([] if adapted_keys else ["regression", "text_regression"])]
-    parameters = {**head.config.parameters, **dict.fromkeys(without, 0.0)}
+    head = without(head, 0, 1, 2)  # a class without images
+    dropped = ["text", "discriminant", *([] if adapted_keys else ["regression", "text_regression"])]
+    parameters = {**head.config.parameters, **dict.fromkeys(dropped, 0.0)}
     alone = replace(head.config, parameters=parameters).compile(head.support)
     expected = score_reference(alone, queries := random_queries(rng, 5))
     for b, one in enumerate(predict(head, queries, top=4)):
@@ -144,24 +153,24 @@ def test_the_bias_of_a_stack_is_divided_between_its_halves(adapted_keys: float, 
 def test_changes_that_a_method_can_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="gda needs at least one image of each class, got none of 1 classes"):
-        remove_examples(random_head(rng, 3, 1, "gda"), [0])
+        without(random_head(rng, 3, 1, "gda"), 0)
     head = random_head(rng, 3, 1)
     with pytest.raises(ValueError, match="needs support images, got none"):
-        remove_examples(head, [0, 1, 2])
-    assert remove_examples(head, [0, 1]).classes()[0].examples == 0
+        without(head, 0, 1, 2)
+    assert without(head, 0, 1).classes()[0].examples == 0
     monkeypatch.setitem(METHODS, "proker", replace(METHODS["proker"], max_support=4))
     with pytest.raises(ValueError, match="at most 4 support images, got 5"):
-        add_examples(random_head(rng, 2, 2, "proker"), random_examples(rng, [1], 4))
+        Change("add_examples", added=random_examples(rng, [1], 4)).apply(random_head(rng, 2, 2, "proker"))
 
 
 def test_the_fingerprint_says_whether_two_heads_answer_alike() -> None:
     head, same = (random_head(np.random.default_rng(0), 4, 2) for _ in range(2))
     assert fingerprint(head) == fingerprint(same)
     others = [
-        add_examples(head, random_examples(np.random.default_rng(1), [1], 8)),
-        rename_class(head, 1, "other", None),
-        remove_examples(head, [3]),
-        remove_class(head, 2),
+        Change("add_examples", added=random_examples(np.random.default_rng(1), [1], 8)).apply(head),
+        Change("rename_class", 1, "other").apply(head),
+        without(head, 3),
+        Change("remove_class", 2).apply(head),
         random_head(np.random.default_rng(0), 4, 2, parameters={"alpha": 1.01}),
         random_head(np.random.default_rng(0), 4, 2, reducer="centre"),
         random_head(np.random.default_rng(1), 4, 2),

@@ -19,7 +19,7 @@ from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.store.bundle import load_bundle
 from iosr_fast.store.bundle_arrays import LEFT_OUT
-from iosr_fast.store.changes import remove_class
+from iosr_fast.store.changes import Change
 from iosr_fast.store.description import describe
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.store.log_writer import file_of, read_state, write_state
@@ -195,5 +195,5 @@ def test_what_left_out_images_answer_is_saved_and_forgotten_by_a_change(
         np.testing.assert_array_equal(
             head.left_out_labels.sets(logits), classifier.snapshot().left_out_labels.sets(logits)
         )
-    changed = remove_class(head, 0)
+    changed = Change("remove_class", 0).apply(head)
     assert len(changed.unknown.left_out) == 4 * (CLASSES - 1) and changed.computed("out_of_fold") is None

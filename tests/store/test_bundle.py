@@ -12,7 +12,7 @@ import pytest
 from iosr_fast.classifier import Classifier
 from iosr_fast.methods import METHODS
 from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
-from iosr_fast.store.changes import remove_class
+from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.verified_folder import VerifiedFolder
 from tests.store.live_parts import engine_folder, pictures, small_classifier
@@ -46,7 +46,7 @@ def test_a_loaded_bundle_equals_the_saved_head(
         assert loaded.head.examples.pictures == head.examples.pictures
         embeddings = made.encoder.encode(images)
         np.testing.assert_array_equal(loaded.head.score(embeddings), head.score(embeddings))
-        later = remove_class(loaded.head, 0)  # and it can be changed
+        later = Change("remove_class", 0).apply(loaded.head)  # and it can be changed
         assert later.score(embeddings).shape == (14, 4 + changed)
 
 
