@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iosr_fast.methods import alpha as alpha_module
-from iosr_fast.methods.alpha import EMPTY, LOWER_OPEN, UPPER_OPEN, Intervals, Plateau, intervals
+from iosr_fast.methods.alpha import EMPTY, Plateau, intervals
 from iosr_fast.methods.log_loss import MAX_ALPHA
 
 Problem = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -79,55 +79,27 @@ def test_intervals_and_the_best_plateau_are_those_of_rational_arithmetic(problem
     assert best.alpha == pytest.approx((best.low + best.high) / 2)
 
 
-def test_ties_go_to_the_first_class() -> None:
-    labels, zero = np.array([0, 1, 2, 0]), np.zeros((4, 3))
-    assert intervals(zero, zero, labels).best() == Plateau(0.0, 2.0, 2)
-    # Without a base every class ties at alpha 0, and beyond it the slopes decide.
-    found = intervals(zero, np.eye(3)[labels], labels)
-    assert found.right_at(0.0).tolist() == [True, False, False, True] and found.right_at(1e-300).all()
-    assert found.best() == Plateau(0.0, 2.0, 4)
-
-
-def test_a_single_point_wins_only_where_more_are_right() -> None:
-    lower, upper = np.array([0.0, 1.0, 3.0]), np.array([1.0, 3.0, 4.0])
-    assert Intervals(lower, upper, np.zeros(3, np.uint8)).best() == Plateau(1.0, 1.0, 2)
-    # Half open, one goes on where the other ends: a plateau from 0 to 4.
-    assert Intervals(lower, upper, np.array([UPPER_OPEN, UPPER_OPEN, 0], np.uint8)).best() == Plateau(0.0, 4.0, 1)
-    both_open = np.full(3, LOWER_OPEN | UPPER_OPEN, np.uint8)
-    assert Intervals(lower, upper, both_open).best() == Plateau(1.0, 3.0, 1)
-
-
 def test_edges() -> None:
     base, labels = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]), np.array([1, 1, 1])
     found = intervals(base, np.zeros((3, 2)), labels)  # loses, ties with an earlier class, wins
     assert (found.flags & EMPTY != 0).tolist() == [True, True, False]
     assert found.only(np.array([0, 1])).best() == Plateau(0.0, 2.0, 0)
     assert intervals(np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0, int)).best() == Plateau(0.0, 2.0, 0)
+    base, slope = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [1e-9, 0.0], [0.0, 1e-9]])
+    found = intervals(base, slope, np.array([0, 0, 0]))  # beyond MAX_ALPHA an interval is empty, an end infinite
+    assert (found.flags & EMPTY != 0).tolist() == [False, True, False] and found.best().alpha <= MAX_ALPHA
+    assert found.lower[0] == 1.0 and found.upper[2] == np.inf
     assert intervals(np.ones((5, 1)), np.ones((5, 1)), np.zeros(5, int)).best() == Plateau(0.0, 2.0, 5)
 
 
-def test_alpha_ends_at_its_largest() -> None:
-    base, slope = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [1e-9, 0.0], [0.0, 1e-9]])
-    found = intervals(base, slope, np.array([0, 0, 0]))
-    assert found.lower[0] == 1.0 and (found.flags & EMPTY != 0).tolist() == [False, True, False]
-    assert found.upper[2] == np.inf and found.best().alpha <= MAX_ALPHA
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_no_grid_finds_more(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 7, 400)
-    base, slope = rng.standard_normal((2, 400, 7)).astype(np.float32)
-    base[np.arange(400), labels] += 0.5
-    slope[np.arange(400), labels] += 0.8
+def test_no_grid_finds_more(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, (base, slope) = rng.integers(0, 7, 400), rng.standard_normal((2, 400, 7))
+    base, slope = base + 0.5 * np.eye(7)[labels], slope + 0.8 * np.eye(7)[labels]
     monkeypatch.setattr(alpha_module, "_CHUNK", 7 * 33)  # several chunks of samples
     best = intervals(base, slope, labels).best()
-
-    def right(alpha: float) -> int:
-        return int(((base.astype(np.float64) + alpha * slope).argmax(axis=1) == labels).sum())
-
-    assert best.right >= max(right(alpha) for alpha in [*np.linspace(0, 10, 2000), *np.geomspace(1e-3, 1e3, 500)])
-    assert best.low < best.high and right(best.alpha) == best.right
+    grid = [*np.linspace(0, 10, 2000), *np.geomspace(1e-3, 1e3, 500), best.alpha]
+    right = [int(((base + alpha * slope).argmax(axis=1) == labels).sum()) for alpha in grid]
+    assert best.low < best.high and right[-1] == best.right == max(right)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1 / 3, 4.0, 1e6])

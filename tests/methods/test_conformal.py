@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS, compile_method
+from iosr_fast.methods import METHODS
 from iosr_fast.methods.conformal import (
     BINS,
     LeftOutLabels,
@@ -85,6 +85,8 @@ def test_per_class_sets_cover_each_class(rng: np.random.Generator) -> None:
 def test_per_class_thresholds_are_those_of_their_own_images_and_need_enough_of_them() -> None:
     left = left_out(WORLD.support([9] * CLASSES))
     assert left.thresholds(0.9, range(CLASSES)).tolist() == [left.odds[left.labels == c].min() for c in range(CLASSES)]
+    sets = left.sets(np.log([[0.45, 0.45, *[0.01] * 10]]), 0.9)
+    assert len(sets_of_labels(np.arange(12), np.zeros((1, 12)), sets)[0]) == sets.sum()  # it may be empty
     few = left_out(WORLD.support([7] + [9] * (CLASSES - 1)))
     names = [f"class {c}" for c in range(CLASSES)]
     with pytest.raises(
@@ -92,42 +94,15 @@ def test_per_class_thresholds_are_those_of_their_own_images_and_need_enough_of_t
     ):
         few.thresholds(0.9, names)
     assert few.thresholds(0.9) == pytest.approx(np.sort(few.odds)[int(0.1 * 107) - 1])
+    for share in (0.5, 0.8, 0.95, 0.99):
+        n = images_needed(share)
+        assert threshold(np.arange(n, 0.0, -1), share) == 1.0
+        with pytest.raises(IosrFastError, match=f"at least {n} "):
+            threshold(np.arange(n - 1.0), share)
     none = left_out(WORLD.support([1] * CLASSES))
     assert none.reliability.n_images == 0 and math.isnan(none.reliability.accuracy)
     with pytest.raises(IosrFastError, match=r"0\.9 of the pictures needs at least 9 .* got 0"):
         none.sets(np.zeros((2, CLASSES)), 0.9)
-
-
-def test_left_out_images_are_judged_without_their_fold() -> None:
-    """But for a factor of the logits, which have the spread in use."""
-    support = WORLD.support([3] * CLASSES, text=False)
-    left, folds, right = left_out(support), np.tile(np.arange(3), CLASSES), np.zeros(3 * CLASSES, bool)
-    for fold in range(3):
-        plan = compile_method("gda", support.only(folds != fold), alpha=1.0)
-        own = folds == fold
-        right[own] = score(plan, support.embeddings[own]).argmax(1) == support.labels[own]
-    np.testing.assert_array_equal(left.right, right)
-
-
-@pytest.mark.parametrize("share", [0.5, 0.8, 0.9, 0.95, 0.99])
-def test_the_threshold_is_the_largest_that_keeps_the_share(share: float) -> None:
-    n = images_needed(share)
-    assert threshold(np.arange(n, 0.0, -1), share) == 1.0
-    with pytest.raises(IosrFastError, match=f"at least {n} "):
-        threshold(np.arange(n - 1.0), share)
-    draws = np.random.default_rng(0).standard_normal((4000, n + 1))
-    kept = np.mean([draw[0] >= threshold(draw[1:], share) for draw in draws])
-    assert kept == pytest.approx(share, abs=0.025)  # n / (n + 1) is the share itself
-    assert threshold(np.arange(5.0), 1e-12) == 4.0
-
-
-def test_sets_are_sorted_and_may_be_empty() -> None:
-    left = LeftOutLabels(np.arange(9.0), np.full(9, 0.5), np.ones(9, bool), np.zeros(9), np.zeros(9, int))
-    logits = np.array([[0.0, 3.0, 2.9, -9.0], [1.0, 1.0, 1.0, 1.0]])
-    sets = left.sets(logits, 0.9)  # log p / (1 - p) >= 0
-    assert sets.tolist() == [[False, True, False, False], [False] * 4]
-    named = sets_of_labels(np.array(["a", "b", "c", "d"]), logits, log_odds(logits) >= -1)
-    assert [one.tolist() for one in named] == [["b", "c"], []]
 
 
 def test_reliability_is_what_its_bins_say() -> None:

@@ -32,13 +32,9 @@ def test_folds_leave_one_image_of_each_class_out_and_are_16_at_most(rng: np.rand
     for rows, out in folds.splits:
         np.testing.assert_array_equal(rows, np.flatnonzero(out))
     assert sorted(np.concatenate([rows for rows, _ in folds.splits])) == folds.rows.tolist()
-
-
-def test_halves_are_every_other_fold(rng: np.random.Generator) -> None:
-    folds = make_folds(random_support(rng, [5, 1, 4, 2]))
     even, odd = folds.halves
-    np.testing.assert_array_equal(even, ~odd)
-    assert set(folds.fold[folds.rows][even]) == {0, 2, 4} and set(folds.fold[folds.rows][odd]) == {1, 3}
+    np.testing.assert_array_equal(even, folds.fold[folds.rows] % 2 == 0)
+    np.testing.assert_array_equal(odd, ~even)
 
 
 def test_the_first_folds_have_about_as_many_images_as_are_asked_for(rng: np.random.Generator) -> None:
@@ -58,12 +54,8 @@ def test_near_duplicates_are_left_out_together(rng: np.random.Generator) -> None
     assert groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] * 6
     np.testing.assert_array_equal(folds.fold, groups)
     assert folds.distinct.tolist() == [4] * 6 and folds.scored.all()
-
-
-@pytest.mark.parametrize("noise", [0.8, 0.05])  # where all classes are tight, that is usual
-def test_images_that_differ_are_no_near_duplicates(noise: float) -> None:
-    support = Clusters(20, width=32, noise=noise).support([16] * 20)
-    assert make_folds(support).distinct.tolist() == [16] * 20
+    for noise in (0.8, 0.05):  # where all classes are tight, that is usual
+        assert make_folds(Clusters(9, 32, noise).support([16] * 9)).distinct.tolist() == [16] * 9
 
 
 def test_a_class_of_duplicates_loses_images_as_the_others_do_but_none_is_scored(rng: np.random.Generator) -> None:
@@ -75,16 +67,6 @@ def test_a_class_of_duplicates_loses_images_as_the_others_do_but_none_is_scored(
     assert folds.rows.tolist() == [0, 1, 2, 6, 7, 8, 9, 10, 11]
     nothing = make_folds(with_rows(support, np.repeat(plain[::3], 3, axis=0)))  # every class is one image
     assert (nothing.fold == -1).all() and not nothing.splits
-
-
-def test_a_large_dense_class_does_not_become_one_group(rng: np.random.Generator) -> None:
-    angles = rng.uniform(0, 3, 900)
-    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    support = make_support_set(Embeddings(circle), np.repeat([0, 1], [700, 200]), None, 1.0, 2)
-    groups = group_near_duplicates(support)
-    for c in (0, 1):
-        inside = groups[support.labels == c]
-        assert inside.max() > 3 and np.array_equal(np.unique(inside), np.arange(inside.max() + 1))
 
 
 def test_near_images_and_pairs_are_those_of_all_distances(rng: np.random.Generator) -> None:

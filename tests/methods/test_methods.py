@@ -8,33 +8,16 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import METHODS, check_parameters, compile_method, unavailable_reason
+from iosr_fast.methods import check_parameters, compile_method, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet, make_support_set, mean_of_views
 from iosr_fast.methods.tune import check_choice
-from iosr_fast.scoring.score import score
 from tests.conftest import random_embeddings, unit_rows
+from tests.methods.support_sets import unit
 
 
 def support_set(rng: np.random.Generator) -> SupportSet:
     labels = rng.permutation(np.concatenate([np.arange(5), rng.integers(0, 5, 18)]))
     return make_support_set(random_embeddings(rng, 23, 16), labels, unit_rows(rng, 5, 16), 40.0)
-
-
-def test_zero_shot_needs_no_support(rng: np.random.Generator) -> None:
-    support, queries = support_set(rng), random_embeddings(rng, 7, 16)
-    none = make_support_set(Embeddings(np.zeros((0, 16), np.float32)), np.zeros(0, int), support.text, 40.0)
-    logits = [score(compile_method("zero-shot", one), queries) for one in (support, none)]
-    np.testing.assert_array_equal(logits[0], logits[1])
-
-
-def test_a_parameter_that_is_none_takes_its_default(rng: np.random.Generator) -> None:
-    support, queries = support_set(rng), random_embeddings(rng, 9, 16)
-    for name, method in METHODS.items():
-        given = score(compile_method(name, support, **method.parameters), queries)
-        defaults = compile_method(name, support, **dict.fromkeys(method.parameters))
-        np.testing.assert_array_equal(score(defaults, queries), given)
-        assert set(method.axes) < {*method.parameters, "alpha"}
-        assert all(list(axis) == sorted(axis) for axis in method.axes.values())
 
 
 def test_what_a_method_needs_and_lacks_is_named(rng: np.random.Generator) -> None:
@@ -86,6 +69,18 @@ def test_a_support_set_is_sorted_stably(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(support.labels, [0, 0, 0, 2, 2, 3])
     np.testing.assert_array_equal(support.embeddings.plain, embeddings.plain[[1, 3, 4, 0, 2, 5]])
     np.testing.assert_array_equal(support.as_queries.plain, embeddings.plain[::-1][[1, 3, 4, 0, 2, 5]])
+    some = support.only(np.array([True, False, True, False, True, True]))
+    np.testing.assert_array_equal(some.labels, [0, 0, 2, 3])
+    np.testing.assert_array_equal(some.embeddings.adapted, embeddings.adapted[[1, 4, 2, 5]])
+    np.testing.assert_array_equal(some.as_queries.plain, embeddings.plain[::-1][[1, 4, 2, 5]])
+
+
+def test_views_are_averaged_and_normalised(rng: np.random.Generator) -> None:
+    rows = random_embeddings(rng, 21, 16)
+    averaged = mean_of_views(rows, 3)
+    for part, mean in ((rows.plain, averaged.plain), (rows.adapted, averaged.adapted)):
+        np.testing.assert_allclose(mean, unit(part.reshape(7, 3, 16).astype(float).mean(1)), atol=1e-6)
+    assert mean_of_views(Embeddings(rows.plain), 3).adapted is None
 
 
 def test_a_support_set_refuses_what_does_not_fit(rng: np.random.Generator) -> None:
@@ -99,23 +94,3 @@ def test_a_support_set_refuses_what_does_not_fit(rng: np.random.Generator) -> No
     ):
         with pytest.raises(ValueError, match=words):
             make_support_set(rows, np.array(labels), texts, 1.0)
-
-
-def test_some_images_of_a_support_set(rng: np.random.Generator) -> None:
-    support = replace(support_set(rng), queries=random_embeddings(rng, 23, 16))
-    rows = (support.labels != 1) & (rng.random(23) < 0.7)
-    some = support.only(rows)
-    np.testing.assert_array_equal(some.labels, support.labels[rows])
-    np.testing.assert_array_equal(some.embeddings.adapted, support.embeddings.adapted[rows])
-    assert some.n_classes == 5 and some.counts[1] == 0
-    np.testing.assert_array_equal(some.as_queries.plain, support.as_queries.plain[rows])
-
-
-@pytest.mark.parametrize("views", [1, 3, 10])
-def test_views_are_averaged_and_normalised(rng: np.random.Generator, views: int) -> None:
-    rows = random_embeddings(rng, 7 * views, 16)
-    averaged = mean_of_views(rows, views)
-    for part, mean in ((rows.plain, averaged.plain), (rows.adapted, averaged.adapted)):
-        expected = np.array([part[views * i : views * (i + 1)].astype(float).mean(0) for i in range(7)])
-        np.testing.assert_allclose(mean, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
-    assert mean_of_views(Embeddings(rows.plain), views).adapted is None

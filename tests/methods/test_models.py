@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.folds import Folds, make_folds
+from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.models.gaussian import GaussianModel, Moments
-from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyModel, pair_range
+from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyModel
 from iosr_fast.methods.models.model import Model, TextModel
 from iosr_fast.methods.models.ridge import KernelRidge, RidgeModel, kernel_matrix, lower_inverse
 from iosr_fast.methods.support_set import SupportSet, class_weights, make_support_set
@@ -80,40 +80,16 @@ def test_a_regression_without_a_fold_keeps_the_weights_of_classes(which: str, vi
         np.testing.assert_allclose(found[j], expected[0], atol=1e-9)
 
 
-FOLDS = {
-    "one each": lambda labels: np.arange(len(labels)),
-    "one of each class": lambda labels: np.arange(len(labels)) % 3,
-    "some stay, a fold is missing": lambda labels: np.where(labels % 2 == 0, 2 * (np.arange(len(labels)) % 3), -1),
-    "none": lambda labels: np.full(len(labels), -1),
-}
-
-
-@pytest.mark.parametrize("kind", FOLDS)
-def test_kernel_ridge_without_a_fold_or_an_image_is_a_fit_without_it(kind: str, rng: np.random.Generator) -> None:
-    labels = np.repeat(np.arange(6), [3, 1, 5, 2, 2, 7])
+@pytest.mark.parametrize("views", [False, True])
+def test_kernel_ridge_without_one_image_is_a_fit_without_it(views: bool, rng: np.random.Generator) -> None:
     rows, queries, target = unit_rows(rng, 20, 9), unit_rows(rng, 20, 9), rng.standard_normal((20, 6))
-    kernel, query_kernel, ridge = (
-        kernel_matrix(rows, rows, 2.0),
-        kernel_matrix(queries, rows, 2.0),
-        rng.random(20) + 0.02,
-    )
-    folds = Folds(FOLDS[kind](labels), FOLDS[kind](labels) >= 0, np.bincount(labels))
-    model = KernelRidge(kernel, ridge)
-
-    def without(j: int, kept: np.ndarray, of: np.ndarray) -> np.ndarray:
-        return of[j, kept] @ np.linalg.solve(kernel[np.ix_(kept, kept)] + np.diag(ridge[kept]), target[kept])
-
-    for of in (None, query_kernel):
-        found, of_one = model.without(folds, target, of), model.without_one(target, of)
-        for j in range(20):
-            np.testing.assert_allclose(
-                of_one[j], without(j, np.arange(20) != j, kernel if of is None else of), atol=1e-9
-            )
-            if folds.fold[j] < 0:
-                assert np.isnan(found[j]).all()
-            else:
-                kept = folds.fold != folds.fold[j]
-                np.testing.assert_allclose(found[j], without(j, kept, kernel if of is None else of), atol=1e-9)
+    kernel, ridge = kernel_matrix(rows, rows, 2.0), rng.random(20) + 0.02
+    asked = kernel_matrix(queries, rows, 2.0) if views else kernel
+    found = KernelRidge(kernel, ridge).without_one(target, asked if views else None)
+    for j in range(20):
+        kept = np.arange(20) != j
+        values = np.linalg.solve(kernel[np.ix_(kept, kept)] + np.diag(ridge[kept]), target[kept])
+        np.testing.assert_allclose(found[j], asked[j, kept] @ values, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 99, 100, 101, 257])
@@ -144,20 +120,3 @@ def test_moments_are_those_of_their_rows(rng: np.random.Generator) -> None:
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-6)
     emptied = moments - Moments.of(rows, shares * (np.arange(4) == 0))
     assert emptied.counts[0] == 0 and not emptied.sums[0].any()  # no rounding error as a mean
-
-
-def test_a_class_without_images_is_neutral_for_gaussians() -> None:
-    support = Clusters(4).support([3, 4, 2, 3], text=False)
-    fitted = GaussianModel(support.only(support.labels != 2)).gaussians
-    np.testing.assert_allclose(fitted.linear[2], fitted.linear[[0, 1, 3]].mean(0))
-    assert fitted.bias[2] == pytest.approx(fitted.bias[[0, 1, 3]].mean())
-
-
-def test_a_range_over_pairs_is_that_of_all_pairs_in_blocks(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("iosr_fast.methods.models.keys._TILE", 40)
-    rows, others, offset = rng.standard_normal((13, 4)), rng.standard_normal((13, 4)), rng.standard_normal((13, 1))
-    values = (others @ rows.T + offset)[~np.eye(13, dtype=bool)]
-    assert pair_range(rows, others, offset) == pytest.approx((values.min(), values.max()))
-    assert pair_range(rows[:1], others[:1]) == (0.0, 0.0)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import METHODS, compile_method, stack_weights
-from iosr_fast.methods.held_out import HeldOut, Part, spread_of_others
+from iosr_fast.methods import compile_method
+from iosr_fast.methods.held_out import HeldOut, spread_of_others
 from iosr_fast.methods.stack import MAX_KEYS, stack_models
-from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Choice, affordable, fit_stack
-from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, affordable, fit_stack
+from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows
@@ -27,22 +27,6 @@ def accuracy_of(support: SupportSet, method: str = "stack", world: Clusters = SM
     logits = score(tune(method, support).compile(support), queries)
     assert np.isfinite(logits).all()
     return float((logits.argmax(1) == labels).mean())
-
-
-def test_a_part_without_weight_is_not_in_the_plan() -> None:
-    support, nothing = SMALL.support([3, 3, 3]), dict.fromkeys(WEIGHTS, 0.0)
-
-    def terms(**weights: float) -> tuple[bool, bool, bool, bool]:
-        plan = compile_method("stack++", support, **{**nothing, **weights})
-        return plan.text is not None, plan.keys is not None, plan.linear is not None, plan.needs_adapted
-
-    assert terms(text=1.0) == (True, False, False, False)
-    assert terms(discriminant=1.0) == (False, False, True, False)
-    assert terms(discriminant_adapted=1.0) == (False, False, True, True)
-    assert terms(regression=1.0) == (False, True, False, True)
-    assert terms(regression=1.0, adapted_keys=0.0, text=1.0) == (True, True, False, False)
-    with pytest.raises(ValueError, match="at least one weight of the stack above 0"):
-        compile_method("stack++", support, **nothing)
 
 
 def test_the_regression_is_left_out_beyond_its_largest_and_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,19 +65,6 @@ def test_better_than_chance_at_every_number_of_shots(method: str, shots: int, te
     assert tuned.parameters == tune(method, support).parameters
 
 
-@pytest.mark.parametrize("counts", [[1, 1], [2, 2], [5, 5], [9, 1], [1, 2], [3, 1, 1, 1]], ids=str)
-def test_few_classes_and_unequal_ones(counts: list[int]) -> None:
-    assert accuracy_of(SMALL.support(counts), "auto") > 0.5
-
-
-def test_images_that_are_all_alike(rng: np.random.Generator) -> None:
-    rows = np.repeat(unit_rows(rng, 1, 6), 12, axis=0)
-    support = make_support_set(Embeddings(rows, rows), np.repeat([0, 1, 2], 4), unit_rows(rng, 3, 6), 30.0)
-    for shots in (1, 2, 4):
-        few = support.only(np.arange(12) % 4 < shots)
-        assert np.isfinite(score(tune("auto", few).compile(few), few.embeddings)).all()
-
-
 def test_adapted_embeddings_that_add_nothing_leave_the_plain_engine(rng: np.random.Generator) -> None:
     support = SMALL.support([6] * 6)
     useless = np.repeat(unit_rows(rng, 1, 12), 36, axis=0)
@@ -119,33 +90,8 @@ def test_weights_are_those_of_a_unit_of_spread() -> None:
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3)
 
 
-def test_the_spread_ignores_the_own_class() -> None:
-    logits = np.array([[50.0, 1.0, 3.0, 5.0], [2.0, -90.0, 2.0, 2.0]])
-    assert spread_of_others(logits, np.array([0, 1])) == pytest.approx(np.std([1.0, 3.0, 5.0]) / 2)
-    assert spread_of_others(np.ones((2, 3)), np.array([0, 1])) == 1.0  # mere rounding
-    assert spread_of_others(np.array([[1.0, 3.0]]), np.array([0])) == pytest.approx(1.0)  # two classes
-
-
-def test_the_regression_gets_more_weight_where_it_makes_more_images_right(rng: np.random.Generator) -> None:
-    labels, noise = rng.integers(0, 6, 400), rng.standard_normal((2, 400, 6))
-    images = Part(np.eye(6)[labels] + 0.3 * noise[0], 1.0, 1.0)
-    parts = {"text": Part(0.5 * np.eye(6)[labels] + noise[1], 1.0, 1.0), "regression": images}
-    everywhere = np.ones(400, bool)
-    weak = Choice(parts, {"text": 1.0, "regression": 0.5}, {}, "plain", 2.0)
-    better = stack_weights._with_more_regression(weak, labels, everywhere)
-    assert better.weights["regression"] / better.weights["text"] == pytest.approx(0.625)
-    assert (better.logits.argmax(1) == labels).sum() > (weak.logits.argmax(1) == labels).sum()
-    assert better.losses(labels).mean() == pytest.approx(better.loss, rel=1e-3)
-    fair = Choice(parts, {"text": 1.0, "regression": 50.0}, {}, "plain", 2.0)
-    assert stack_weights._with_more_regression(fair, labels, everywhere) is fair
-
-
 def test_a_quarter_of_small_classes_is_enough_for_the_prior() -> None:
     """Images of large classes alone are left out where the others have one."""
     for sizes, few in (([2, 1, 4, 4, 4, 4, 4, 4], True), ([2, 4, 4, 4, 4, 4, 4, 4], False)):
         fit = fit_stack(HeldOut.of_support(SMALL.support(sizes, text=False)), False, 20.0)
         assert ({name: fit.choice.setting[name] for name in FEW_SHOT_SETTING} == FEW_SHOT_SETTING) is few
-
-
-def test_the_stack_takes_no_reducer() -> None:
-    assert METHODS["stack"].is_stack and not METHODS["stack"].takes_reducer
