@@ -30,7 +30,7 @@ UNKNOWN_KEY = "nearest unknown key"
 LEAST_FOR_GAUSSIANS = 3
 # The (N, N) system of the regression is solved for every fold, which takes a minute beyond this number of images.
 MAX_REGRESSION = 4096
-# Kernel and ridge of the regression, those of the stack at few shots (tuning.stack_weights).
+# Kernel and ridge of the regression, those of the stack at few shots (stack_weights).
 BETA, RIDGE = 2.0, 0.2
 _ROWS = 1024
 Background = tuple[np.ndarray, np.ndarray]  # m (D,) and P0 (D, D) of KnownScores
@@ -145,7 +145,9 @@ class _ImageScores:
             if moments is not None:
                 others = moments - Moments.of(keys[out], self.support.one_hot[out])
                 columns[rows, :-1] = np.stack(_gaussian_scores(others, self.background, own[rows]), axis=1)
-            columns[rows, -1] = (own[rows] @ keys[~out].T).max(1)
+            others_keys = keys[~out]
+            for block in np.array_split(rows, -(-len(rows) // _ROWS)):
+                columns[block, -1] = (own[block] @ others_keys.T).max(1)
         found = list(columns.T)
         return found if self.regression is None else found + self._margins(self.regression.without(folds))
 

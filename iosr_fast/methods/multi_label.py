@@ -100,8 +100,8 @@ def fit_multi_label(
     Tip-Adapter's cache, ProKeR's regression, or that of "auto" and "stack", (K + ridge I)^-1 (Y - share), with Y the
     indicator and `share` (C,) the share of images that have the label. x and the keys are plain embeddings or, for the
     "++" form, adapted ones; the stack chooses. It also weighs Gaussian discriminants of plain and adapted embeddings
-    (stack.multi_label_discriminant). The weights w >= 0 and the biases, shrunk to a common one, minimise the log-loss
-    of left-out images (binary_loss.fit_binary); beta and ridge are those with the least log-loss. Every image is left
+    (multi_label_set._discriminant). The weights w >= 0 and the biases, shrunk to a common one, minimise the log-loss
+    of left-out images (log_loss.fit_binary); beta and ridge are those with the least log-loss. Every image is left
     out by itself, in closed form; of discriminants those of a fold together. `search=False`, or a parameter, takes the
     method's parameters as given or by default; then one slope and the biases are fitted.
 
@@ -112,7 +112,7 @@ def fit_multi_label(
     Raises IosrFastError for fewer than two images or more than 8192, a class without images unless the method is
     "zero-shot", and what the method needs and the images lack: texts, adapted embeddings.
 
-    Sources: Platt scaling (1999); CLIP, Tip-Adapter and ProKeR as in their modules.
+    Sources: Platt scaling (1999); CLIP, Tip-Adapter and ProKeR as in methods.papers.
 
     >>> from iosr_fast import Embeddings, score
     >>> rng = np.random.default_rng(0)
