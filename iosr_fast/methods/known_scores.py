@@ -9,7 +9,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.conformal import log_odds_of_largest
 from iosr_fast.methods.folds import Folds
-from iosr_fast.methods.models.gaussian import GaussianModel, Moments, fit_gaussians, shrunk_precision
+from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments, fit_gaussians, shrunk_precision
 from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.models.ridge import RidgeModel
 from iosr_fast.methods.support_set import SupportSet, image_rows
@@ -121,6 +121,15 @@ class _ImageScores:
         self.regression = regression if REGRESSION_SCORES[0] in names else None
 
     @cached_property
+    def keys(self) -> np.ndarray:
+        return image_rows(self.support.embeddings, self.which, None).astype(np.float64)
+
+    @property
+    def _fitted(self) -> tuple[Gaussians, np.ndarray]:
+        assert self.gaussian is not None
+        return self.gaussian.gaussians, self.support.counts > 0
+
+    @cached_property
     def background(self) -> Background:
         """Of all images: it sees no label, so that no fold needs another one."""
         assert self.gaussian is not None
@@ -130,21 +139,23 @@ class _ImageScores:
     def scores(self, queries: Embeddings) -> list[np.ndarray]:
         """Columns (B,): GAUSSIAN_SCORES, KEY_SCORES and REGRESSION_SCORES, as far as they are wanted."""
         rows = image_rows(queries, self.which, None).astype(np.float64)
-        keys = image_rows(self.support.embeddings, self.which, None).astype(np.float64)
-        columns = [] if self.gaussian is None else _gaussian_scores(self.gaussian.moments, self.background, rows)
-        columns.append((rows @ keys.T).max(1))
-        return columns if self.regression is None else columns + self._margins(self.regression.scores(queries))
+        cosines = rows @ self.keys.T
+        columns = [] if self.gaussian is None else _gaussian_scores(*self._fitted, self.background, rows)
+        columns.append(cosines.max(1))
+        if self.regression is None:
+            return columns
+        return columns + self._margins(np.exp(BETA * (cosines - 1.0)) @ self.regression.values)
 
     def without(self, folds: Folds) -> list[np.ndarray]:
         """Columns (N,) of the support images, each without its fold; of others NaN."""
-        own = image_rows(self.support.as_queries, self.which, None).astype(np.float64)
-        keys = image_rows(self.support.embeddings, self.which, None).astype(np.float64)
+        own, keys = image_rows(self.support.as_queries, self.which, None).astype(np.float64), self.keys
         moments = None if self.gaussian is None else self.gaussian.moments
         columns = np.full((len(own), len(GAUSSIAN_SCORES) * (moments is not None) + 1), np.nan)
         for rows, out in folds.splits:
             if moments is not None:
                 others = moments - Moments.of(keys[out], self.support.one_hot[out])
-                columns[rows, :-1] = np.stack(_gaussian_scores(others, self.background, own[rows]), axis=1)
+                fitted = fit_gaussians(others), others.counts > 0
+                columns[rows, :-1] = np.stack(_gaussian_scores(*fitted, self.background, own[rows]), axis=1)
             others_keys = keys[~out]
             for block in np.array_split(rows, -(-len(rows) // _ROWS)):
                 columns[block, -1] = (own[block] @ others_keys.T).max(1)
@@ -156,10 +167,12 @@ class _ImageScores:
         return [first, first - second]
 
 
-def _gaussian_scores(moments: Moments, background: Background, rows: np.ndarray) -> list[np.ndarray]:
-    """Columns of GAUSSIAN_SCORES."""
-    fitted, (mean, of_all) = fit_gaussians(moments), background
-    logits, precision = fitted.scores(rows)[:, moments.counts > 0], fitted.precision
+def _gaussian_scores(
+    fitted: Gaussians, present: np.ndarray, background: Background, rows: np.ndarray
+) -> list[np.ndarray]:
+    """Columns of GAUSSIAN_SCORES, by the Gaussians of the classes that are `present` (C,) bool."""
+    mean, of_all = background
+    logits, precision = fitted.scores(rows)[:, present], fitted.precision
     largest, centred = logits.max(1), rows - mean
     towards = rows @ (precision @ mean) - 0.5 * mean @ precision @ mean
     distance = _quadratic(rows, precision) - 2.0 * largest
