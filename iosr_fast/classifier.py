@@ -12,8 +12,7 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.evaluation import Evaluation
-from iosr_fast.head.fit import check_fit, fit
-from iosr_fast.head.fitted import Fit
+from iosr_fast.head.fit import Fit, check_fit, fit
 from iosr_fast.head.head_data import ClassInfo
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import labelled_images, unknown_folder
@@ -50,8 +49,7 @@ class Classifier(Estimator):
     It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of
     threads may classify meanwhile, and each call sees exactly one version. Images are paths, encoded bytes, PIL images,
     uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a sequence, a pandas Series or an array of them
-    (iosr_fast.images.pixels has the rules by which they become RGB). Methods raise BadImageError for an image that
-    can't be read, and NotFittedError before a fit.
+    (rules: iosr_fast.images.pixels). Methods raise BadImageError for an unreadable image, NotFittedError before a fit.
 
     Parameters
     ----------
@@ -64,9 +62,8 @@ class Classifier(Estimator):
         "fp32", "fp16", "bf16", "int8", "fp8", or by `optimize` after the fit ("auto"), which costs seconds and a second
         encoding; from a folder of `iosr-fast build-engine`, or from one that is built once and kept (None).
     method, reducer : str
-        The method: a name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" is the stack, with
-        weights by leave-one-out on the support images. "none", "centre", "pca" or "pca:64" is applied before images are
-        compared; "auto" and "stack" take "none".
+        A name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" is the stack, with weights by
+        leave-one-out. "none", "centre", "pca" or "pca:64" is applied before images are compared, not by the stack.
     tune, tune_seconds : str, float
         "loo" searches the method's parameters, "none" takes its defaults; None is "loo" unless a parameter is given.
         Seconds on one core are counted in operations, so that the same images give the same choice everywhere.
@@ -75,16 +72,16 @@ class Classifier(Estimator):
     key_precision : {"fp32", "fp16", "bf16", "int8"}
         How the keys are stored for scoring.
     views, mirror, seed : int, bool, int
-        The support images: the key of one is the mean embedding of so many random views, half of them mirrored (False
-        where left and right matter), which depend on its pixels and the seed; with 1, of the image as it is.
+        The key of a support image is the mean embedding of so many random views, half of them mirrored (False where
+        left and right matter), which depend on its pixels and the seed; with 1, of the image as it is.
     templates, class_names : sequence of str
-        Prompts with {} for the class name; None for those of the CLIP. The names that integer labels index, where `fit`
-        is given none: scikit-learn's `cross_val_predict` with method="predict_proba" turns names into integers first.
+        Prompts with {} for the class name (None: those of the CLIP); the names that integer labels index, where `fit`
+        is given none, as in scikit-learn's `cross_val_predict` with method="predict_proba".
     thumbnails : int
         Longer side in pixels of the stored picture of a support image. 0 stores none.
     exif_orientation, skip_bad, progress : bool
-        Whether support images and queries are turned upright by their EXIF data; whether `fit` leaves unreadable images
-        out (`skipped_`) instead of refusing them; whether to show bars on stderr if that is a terminal.
+        Whether images are turned upright by their EXIF data; whether `fit` leaves unreadable ones out (`skipped_`)
+        instead of refusing them; whether to show bars on stderr if that is a terminal.
 
     Attributes
     ----------
@@ -105,16 +102,12 @@ class Classifier(Estimator):
 
     Notes
     -----
-    The constructor stores its parameters; `fit` checks them and opens the CLIP, which needs the extra `cpu` or `gpu`.
-    Classifiers of one process share a CLIP. A saved classifier needs no torch. After `set_params`, a fitted classifier
-    predicts as before until the next `fit`. `tune` is also a method; `get_params()["tune"]` has the parameter.
-
-    A change waits for others, and costs one compilation of the method on the stored embeddings. Method, parameters and
-    reducer stay until `retune`. What left-out support images answer (`unknown_score`, `predict_sets`, `calibration`,
-    `audit`) is computed at its first use after a change.
-
-    Sources: CLIP (Radford et al., ICML 2021); the adapter (Kravets & Namboodiri, BMVC 2024); `iosr_fast.methods` names
-    the paper of each method.
+    The constructor stores its parameters; `fit` checks them and opens the CLIP (extra `cpu` or `gpu`), which the
+    classifiers of a process share. After `set_params`, a fitted classifier predicts as before until the next `fit`.
+    `tune` is also a method; `get_params()["tune"]` has the parameter. A change waits for others and compiles the method
+    once. What left-out support images answer (`unknown_score`, `predict_sets`, `calibration`, `audit`) is computed at
+    its first use after a change. Sources: CLIP (Radford et al., ICML 2021); the adapter (Kravets & Namboodiri, BMVC
+    2024); of each method, `iosr_fast.methods`.
 
     Examples
     --------
@@ -125,20 +118,13 @@ class Classifier(Estimator):
     >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
     >>> classifier, classifier.predict(images[:1]).tolist() == labels[:1]
     (Classifier(model='demo', method='tip-adapter++', alpha=100, beta=20), True)
-    >>> [best] = classifier.explain(images[0])  # what texts and what images contribute to the logit
-    >>> best.label == labels[0] and abs(best.logit - best.zero_shot - best.cache) < 1e-3
-    True
-
-    Another class, a folder, and a saved classifier:
-
-    >>> import pathlib, tempfile, PIL.Image
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
     >>> change = classifier.add_class("night", [images[0] // 9])
-    >>> PIL.Image.fromarray(images[0] // 9).save(folder / "a.png")
-    >>> change.version, change.class_id, classifier.predict_folder(folder).labels.tolist()
+    >>> change.version, change.class_id, classifier.predict(images[0] // 9).tolist()
     (2, '~3', ['night'])
-    >>> classifier.save(folder / "classifier")
-    >>> Classifier.load(folder / "classifier").score(images, labels) == classifier.score(images, labels)
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp() + "/classifier"
+    >>> classifier.save(folder)
+    >>> Classifier.load(folder).score(images, labels) == classifier.score(images, labels)
     True
     """
 
@@ -218,12 +204,11 @@ class Classifier(Estimator):
     ) -> Self:
         """Encode the support images and class names, and compile the method.
 
-        `labels` are class names, or integers into `class_names` (here or as a parameter), because CLIP reads names:
-        `classes_`, `predict` and `score` then speak in integers, and a class keeps its integer through changes. Where
-        pictures may have several labels, they are sets (or lists, or tuples) of names, some may be empty, or an
-        indicator (N, C) of 0 and 1: each class is then judged by itself (methods.multi_label.fit_multi_label), and
-        nothing changes until the next fit. For "zero-shot" images may be left out. `unknown_images` are pictures of
-        none of the classes, if you have any: they sharpen `unknown_score`, which needs none, and change no label.
+        `labels` are class names, or integers into `class_names` (here or as a parameter): `classes_`, `predict` and
+        `score` then speak in integers, and a class keeps its integer through changes. Where pictures may have several
+        labels, they are sets of names, some may be empty, or an indicator (N, C) of 0 and 1: each class is then judged
+        by itself (methods.multi_label), and nothing changes until the next fit. "zero-shot" needs no images.
+        `unknown_images`, pictures of none of the classes, sharpen `unknown_score` and change no label.
 
         Raises IosrFastError before a CLIP is opened for wrong parameters, labels and names (head.fit.check_fit), before
         anything is encoded for a CLIP, engine, adapter or runtime that don't fit, for unreadable images, and for one
@@ -240,14 +225,13 @@ class Classifier(Estimator):
         return self
 
     def fit_folder(self, folder: str | Path, *more: str | Path, unknown_images: str | Path | None = None) -> Self:
-        """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces), or
-        on a CSV file of path and label (or labels, joined by ";"), or on several of both (labelled_images). All images
-        in the folder `unknown_images` and below belong to none of the classes."""
+        """`fit` on folders with a sub-folder of images for each class, or CSV files of path and label
+        (labelled_images). All images in the folder `unknown_images` and below belong to none of the classes."""
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
         return self.fit(*labelled_images(folder, *more), unknown_images=unknown)
 
     def _open(self) -> OpenedClip:
-        """The CLIP that the parameters name. A loaded classifier has its own, until `set_params` names another."""
+        """The CLIP that the parameters name; a loaded classifier's own, until `set_params` names another."""
         named = {name: getattr(self, name) for name in OPENING}
         if self._own is not None and self._own[0] == named:
             return self._own[1]
@@ -264,7 +248,7 @@ class Classifier(Estimator):
 
     @property
     def encoder(self) -> Encoder:
-        """The image encoder of queries; before a fit, that of the parameters, which is opened now."""
+        """The image encoder of queries; before a fit, that of the parameters, opened now."""
         return self._open().encoder if self._fit is None else self._fit.encoder
 
     def snapshot(self) -> AnyHead:
@@ -285,8 +269,8 @@ class Classifier(Estimator):
         return self.snapshot().picture(name_or_id)
 
     def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
-        """Logits (B, C) float32; of two classes (B,), the second one's logit minus the first one's. With several labels
-        a picture always (B, C), each class by itself."""
+        """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
+        several labels."""
         fit = self._store.fitted()
         return fit.head.decision(fit.logits(images, impl))
 
@@ -296,9 +280,9 @@ class Classifier(Estimator):
         """The labels (B,) out of `classes_`. With several labels a picture a frozenset of labels for each, (B,) of
         dtype object, or an indicator (B, C) of int64 if the labels of `fit` were one.
 
-        unknown="reject" gives None, or `unknown_label`, for pictures that belong to none of the classes, as far as
-        `unknown_score` tells: a share `keep` of the pictures that do belong to one keeps its label. Raises
-        IosrFastError where there are too few support images for that promise: 0.95 takes 19 that can be left out.
+        unknown="reject" gives None, or `unknown_label`, for pictures that `unknown_score` says belong to none of the
+        classes: a share `keep` of those that do belong to one keeps its label. Raises IosrFastError where there are too
+        few support images for that promise: 0.95 takes 19 that can be left out.
         """
         share, fit = check_unknown(unknown, keep, unknown_label), self._store.fitted()
         if share is not None:
@@ -306,45 +290,43 @@ class Classifier(Estimator):
         return fit.head.answers(fit.logits(images), fit.labels())
 
     def predict_proba(self, images: Any) -> np.ndarray:
-        """softmax of the logits, (B, C) float32, columns in the order of `classes_`. With several labels a picture the
-        probability of each class by itself, 1 / (1 + exp(-logit)): the sum of a row is any number up to C."""
+        """softmax of the logits, (B, C) float32, in the order of `classes_`. With several labels a picture the
+        probability of each class by itself, 1 / (1 + exp(-logit))."""
         fit = self._store.fitted()
         return fit.head.probabilities(fit.logits(images))
 
     def predict_jointly(self, images: Any) -> JointPrediction:
-        """Probabilities (B, C) of images that are classified together, by means and covariance of these and the support
-        images (methods.joint.predict_jointly), which gains most with few shots and many images. If left-out support
-        images say that it harms, the result's `refused` says why, and the probabilities are those of `predict_proba`.
-        """
+        """Probabilities (B, C) of images that are classified together (methods.joint), which gains most with few shots
+        and many images. Where left-out support images say that it harms, `refused` says why, and the probabilities are
+        those of `predict_proba`."""
         return self._store.fitted().predict_jointly(images)
 
     def explain(
         self, images: Any, top: int = 5, nearest: int = 0, unknown: Literal["reject"] | None = None, keep: float = KEEP
     ) -> list[Prediction]:
-        """A Prediction for each image: label and probability, the `top` classes with what texts, examples and their
-        adapted embeddings contribute to each, and the `nearest` support images. With unknown="reject" and `keep` as in
-        `predict`, its `unknown` has the score, and `label` is None if the picture belongs to none of the classes."""
+        """A Prediction for each image: the `top` classes with what texts, examples and their adapted embeddings
+        contribute to each, and the `nearest` support images. With unknown="reject" and `keep` as in `predict`, its
+        `unknown` has the score, and `label` is None for a picture of none of the classes."""
         return self._store.fitted().explain(images, top, nearest, check_unknown(unknown, keep))
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
-        """The share of images whose predicted class is their label: a class name; or an integer as at the fit, into
-        `classes_` if the fit had names. With several labels a picture the mean average precision over the classes that
-        a picture has (utils.ranking.mean_average_precision), with labels as for `fit`."""
+        """The share of images whose predicted class is their label: a class name, or an integer as at the fit (into
+        `classes_` if the fit had names). With several labels a picture the mean average precision over the classes that
+        a picture has, with labels as for `fit`."""
         fit, listed = self._store.fitted(), as_image_list(images)
         truth = fit.read_labels(listed, labels)
         return fit.head.quality(truth, fit.logits(listed))
 
     def unknown_score(self, images: Any) -> np.ndarray:
         """How unlike all classes each image is, (B,) float64: of left-out support images the mean is 0 and the
-        standard deviation 1. `unknown_.threshold(0.95)` is the score that 95% of known pictures do not exceed. Formula
-        and sources: methods.unknown.fit_unknown."""
+        standard deviation 1. `unknown_.threshold(0.95)` is what 95% of known pictures do not exceed (methods.unknown).
+        """
         return self._store.fitted().unknown_score(images)
 
     def predict_sets(self, images: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
-        """For each image the labels that it may have, the most likely first: a share `coverage` of the sets has the
-        image's label (conformal prediction by left-out support images, methods.conformal), with `per_class` for the
-        images of each class. A set is empty where no label is likely enough. Raises IosrFastError where there are too
-        few support images for that promise: 0.9 takes 9 that can be left out, with `per_class` 9 of each class."""
+        """For each image the labels that it may have, most likely first, or none: a share `coverage` of the sets has
+        the image's label (methods.conformal), with `per_class` of the images of each class. Raises IosrFastError where
+        support images are too few for that: 0.9 takes 9 that can be left out, with `per_class` 9 of each class."""
         return self._store.fitted().predict_sets(images, coverage, per_class)
 
     def calibration(self) -> Reliability:
@@ -352,9 +334,8 @@ class Classifier(Estimator):
         return self.snapshot().one_label("calibration").left_out_labels.reliability
 
     def audit(self) -> SupportAudit:
-        """What is wrong with the support images, by those that are left out of the fit: labels that are likely wrong
-        with the label that they should have, near duplicates, classes that are confused or have too few or too alike
-        images, and what twice as many would bring. Images are named by their ids. Rules: methods.support_audit."""
+        """What is wrong with the support images, named by their ids, as left-out ones tell: likely wrong labels, near
+        duplicates, classes that are confused or have too few or too alike images (methods.support_audit)."""
         return self._store.fitted().audit()
 
     def predict_folder(
@@ -371,11 +352,10 @@ class Classifier(Estimator):
     ) -> FolderPredictions:
         """Classify all images in a folder and below, in the order of their paths: paths, labels, probabilities, errors.
 
-        Few images are in memory at a time: `batch` (None: 16 on a CPU, 64 on a GPU) are encoded together, on so many
-        CPU `threads` (None: all). A JPEG 6 times larger than the encoder's pictures is decoded at a fraction of its
-        size, which changes pixels by about 1 level; the `decoder` "cpu-exact" gives those of `predict`. `joint`
-        classifies all together, as `predict_jointly`. unknown="reject" gives `unknown_label` to pictures of none of the
-        classes, with `keep` as for `predict`; with `joint` they are left out first.
+        `batch` images (None: 16 on a CPU, 64 on a GPU) are in memory at a time, on so many CPU `threads` (None: all).
+        Large JPEGs are decoded at a fraction of their size, which changes pixels by about 1 level; the `decoder`
+        "cpu-exact" gives those of `predict`. `joint` classifies all together, as `predict_jointly`. unknown="reject"
+        gives `unknown_label` to pictures of none of the classes; with `joint` they are left out first.
 
         Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`, and
         IosrFastError, before an image is read, for a wrong option, a class named `unknown_label`, too few support
@@ -393,9 +373,9 @@ class Classifier(Estimator):
         threads: int | None = None,
         decoder: str = "cpu",
     ) -> FolderSuggestions:
-        """The n images of a folder and below to label next: diverse, and uncertain for this classifier, those that look
-        like a class of their own first (methods.suggest); before a fit, diverse alone. Options and errors as for
-        `predict_folder`; IosrFastError for n below 1 and for a folder without a readable image."""
+        """The n images of a folder and below to label next: diverse, uncertain for this classifier, those like a class
+        of their own first (methods.suggest); before a fit, diverse alone. Options and errors as for `predict_folder`;
+        IosrFastError for n below 1 and for a folder without a readable image."""
         head = None if self._fit is None else self._fit.head.one_label("suggest")
         return suggest_from_folder(head, self._reader(batch, skip_bad, threads, decoder), folder, n)
 
@@ -411,11 +391,10 @@ class Classifier(Estimator):
         threads: int | None = None,
         decoder: str = "cpu",
     ) -> Evaluation:
-        """Measure the classifier on labelled images that are not its support images: accuracy with its interval, each
-        class, confusions, calibration, the most probable mistakes, and what the promises of `predict_sets` (`coverage`)
-        and of `predict(unknown="reject")` (`keep`) are worth; print its `summary()`. Labels are those of `score`,
-        `unknown_images` belong to none of the classes, `skip_bad` lists unreadable images in `errors`; other options
-        and errors as for `predict_folder`. IosrFastError for labels without a class and without images."""
+        """Measure the classifier on labelled images that are not its support images: accuracy, classes, confusions,
+        calibration, mistakes, and what the promises of `predict_sets` (`coverage`) and of unknown="reject" (`keep`) are
+        worth; print its `summary()`. Labels are those of `score`, `unknown_images` belong to none of the classes, other
+        options and errors as for `predict_folder`. IosrFastError for labels without a class and without images."""
         fit, reader = self._store.fitted(), self._reader(batch, skip_bad, threads, decoder)
         return evaluate_images(fit, reader, images, labels, unknown_images, coverage, keep, bool(self.progress))
 
@@ -424,13 +403,12 @@ class Classifier(Estimator):
         fit = self._fit
         clip = self._open() if fit is None else fit.clip
         upright = self.exif_orientation if fit is None else fit.views.exif_orientation
-        encoder, options = (clip if fit is None else fit).encoder, (batch, skip_bad, threads, decoder)
-        return Reader.of(encoder, clip.engine, upright, *options)
+        return Reader.of((fit or clip).encoder, clip.engine, upright, batch, skip_bad, threads, decoder)
 
     def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> ChangeResult:
         """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is the
         embedding of its name; None has the text encoder make it. Raises ValueError for a name that is taken or empty,
-        without images, for unreadable ones, or without a text encoder."""
+        for missing or unreadable images, or without a text encoder."""
         return updates.add_class(self._store, name, images, text)
 
     def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
@@ -448,17 +426,17 @@ class Classifier(Estimator):
     def rename_class(
         self, name_or_id: str, name: str, text: np.ndarray | None = None, keep_text: bool = False
     ) -> ChangeResult:
-        """Another name for a class, by id or name, and so another text embedding; its id stays. `text` as for
-        `add_class`; `keep_text` changes what is shown and nothing else. Raises ValueError for an unknown class, a name
-        that is taken or empty, or without a text encoder."""
+        """Another name for a class, by id or name, and so another text embedding (`text` as for `add_class`), unless
+        `keep_text`; its id stays. Raises ValueError for an unknown class, a name that is taken or empty, or without a
+        text encoder."""
         return updates.rename_class(self._store, name_or_id, name, text, keep_text)
 
     def tune(
         self, images: Any = None, labels: Any = None, method: str | None = None, reducer: str | None = None
     ) -> Tuned:
-        """Choose the parameters again: on labelled validation images, or by leave-one-out without any. `method`
-        defaults to the fitted one; "auto" as at a fit. `labels` as for `score`. Returns the choice and its reasons
-        (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded."""
+        """Choose the parameters again: on labelled validation images, or by leave-one-out without any. `method` and
+        `reducer` default to the fitted ones; `labels` as for `score`. Returns the choice and its reasons (`tuned_`).
+        Raises ValueError as `fit` and `score` do, before anything is encoded."""
         return updates.tune(self._store, images, labels, method, reducer, self.tune_seconds)[0]
 
     def retune(self) -> ChangeResult:
@@ -468,7 +446,7 @@ class Classifier(Estimator):
     def open_log(self, path: str | Path, recover: bool = False) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`. Raises
         ValueError for a log of another classifier or a damaged one, or where one is open. `recover` opens one that lost
-        changes: a warning says which, and the files as they were are kept beside it (audit.open_log)."""
+        changes: a warning says which, and the files are kept beside it (audit.open_log)."""
         self._store.open_log(path, recover)
 
     def close_log(self) -> None:
@@ -501,16 +479,16 @@ class Classifier(Estimator):
         accepted loss of accuracy in points (engine_choice.rejection). The `objective` is "latency" (one image),
         "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates, `smaller_images`
         adds some. Some are exported from the CLIP in torch, which a loaded classifier has where `pretrained` (and
-        `adapter`) name it. Classes, ids, thumbnails, method and parameters stay; `version` rises if embeddings change.
-        Returns the table, also `engine_choice_`. Raises IosrFastError for a wrong option, an example without its image,
-        missing unknown images, another CLIP or adapter than the engine's, an open log, a change meanwhile."""
+        `adapter`) name it. Returns the table (`engine_choice_`); `version` rises if embeddings change. Raises
+        IosrFastError for a wrong option, an example without its image, missing unknown images, another CLIP or adapter
+        than the engine's, an open log, a change meanwhile."""
         options = OptimizeOptions(objective, tolerance, runtime, precision, smaller_images, bool(self.progress))
         return updates.optimize(self._store, images, labels, options, pretrained, adapter, unknown_images)
 
     def save(self, folder: str | Path) -> None:
-        """Write everything `load` needs to `folder`, engine and text encoder included; a crash leaves the earlier
-        content or the new one. Without a text encoder that can be exported, classes can later be added with `text=`
-        only. DamagedFileError for a file that is not as the engine's manifest says, with nothing written."""
+        """Write everything `load` needs to `folder`; a crash leaves the earlier content or the new one. Without a text
+        encoder that can be exported, classes can later be added with `text=` only. DamagedFileError, with nothing
+        written, for an engine file that is not as its manifest says."""
         save_bundle(Bundle.of(self._store.fitted()), folder)
 
     @classmethod
@@ -527,7 +505,7 @@ class Classifier(Estimator):
 
         Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
         the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content. The `runtime` "auto" is the one that was
-        chosen by measuring where this is the same processor. `threads` of the encoders on a CPU; None: one a core.
+        chosen by measuring where this is the same processor. `threads` of the encoders on a CPU (None: one a core);
         `runs` threads may encode at once. Raises FileNotFoundError or ValueError naming what is missing, damaged or
         foreign, and what open_engine raises. The parameters are those that the bundle knows: not `pretrained`, and the
         fitted method with its parameters. `fit` uses its encoders, until `set_params` names another CLIP.

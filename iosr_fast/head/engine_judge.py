@@ -12,7 +12,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.export.calibration import evenly
 from iosr_fast.head.engine_choice import rejection
-from iosr_fast.head.fitted import Fit
+from iosr_fast.head.fit import Fit
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import make_support_set

@@ -51,8 +51,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     """A few-shot classifier on embeddings, for scikit-learn's pipelines, cross-validation and searches.
 
     It is the head of a `Classifier` on embeddings that exist already: of a CLIP, or of any encoder whose cosines mean
-    similarity. Nothing is trained; `fit` stores the rows as keys, or their means and covariance, and chooses parameters
-    by leave-one-out. For C classes, D channels and N support rows it computes
+    similarity. Nothing is trained. For C classes and D channels it computes
 
         logits[b, c] = tau * <x[b], text[c]>
                      + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <r(x[b]), keys[j]>))
@@ -71,7 +70,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     tau : float, default=100.0
         The CLIP's logit scale, which multiplies cosines between images and texts.
     adapted : bool, default=False
-        Whether X is (n, 2 D): the plain embedding and then the adapted one, side by side.
+        Whether X is (n, 2 D), the plain embedding beside the adapted one.
 
     Attributes
     ----------
@@ -92,9 +91,9 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     Raises
     ------
     IosrFastError
-        A ValueError, by `fit`: for a single class, a class of which all rows are zero, values that are not finite,
-        wrong parameters, `text` of another shape than (C, D), and a method that needs `text` or `adapted=True` without
-        it. By the other methods: for values that are not finite, and another number of columns.
+        A ValueError, by `fit`: for a single class, a class of which all rows are zero, wrong parameters, `text` of
+        another shape than (C, D), and a method that needs `text` or `adapted=True` without it. By all methods: for
+        values that are not finite, and another number of columns.
     NotFittedError
         By all methods before `fit`: that of `iosr_fast.exceptions` and scikit-learn's in one.
     MissingPackageError
@@ -119,13 +118,6 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     array(['cat', 'dog', 'fox'], dtype='<U3')
     >>> head.predict_proba(centres).shape, head.tuned_.protocol, head.tuned_.scored
     ((3, 3), 'loo', 12)
-
-    In a grid search, over methods:
-
-    >>> from sklearn.model_selection import GridSearchCV
-    >>> search = GridSearchCV(FewShotHead(), {"method": ["tip-adapter", "gda", "proker"]}, cv=2).fit(X, labels)
-    >>> float(search.best_score_)
-    1.0
     """
 
     classes_: np.ndarray
@@ -220,11 +212,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         keep: float = KEEP,
     ) -> np.ndarray:
         """The label of the largest logit, (n,); of equal ones the first. After a fit with several labels a frozenset of
-        labels for each row, (n,) of dtype object, or an indicator (n, C) of the dtype of y, as y was: a label is in
-        where its probability reaches `multi_label_.thresholds`.
-
-        `unknown`, `unknown_label`, `keep` and their errors are those of Classifier.predict.
-        """
+        labels for each row, (n,) of dtype object, or an indicator (n, C) of the dtype of y, as y was. `unknown`,
+        `unknown_label`, `keep` and their errors are those of Classifier.predict."""
         share = check_unknown(unknown, keep, unknown_label)
         if share is not None:
             head = self._fitted().one_label("predict(unknown='reject')", "a row of none of the classes gets no label")
@@ -253,8 +242,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         return self._fitted().one_label("unknown_").unknown
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """softmax of the logits, (n, C) float64, columns in the order of `classes_`. After a fit with several labels
-        the probability of each class by itself, 1 / (1 + exp(-logit)): a row's sum is any number up to C."""
+        """softmax of the logits, (n, C) float64, in the order of `classes_`. After a fit with several labels the
+        probability of each class by itself, 1 / (1 + exp(-logit))."""
         return self._fitted().probabilities(self._logits(X).astype(np.float64))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -284,10 +273,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         return head.audit(head.examples.ids, self.classes_)
 
     def suggest(self, X: Any, n: int) -> Suggestions:
-        """The n rows of X (B, D) to label next: diverse, and uncertain for this head, those that look like a new class
-        first. The result's `rows` are positions in X. Formula and source: methods.suggest.suggest; before the first
-        labels exist, call that function.
-        """
+        """The n rows of X to label next, as Classifier.suggest: the result's `rows` are positions in X. Before the
+        first labels exist, call methods.suggest.suggest."""
         head, n = self._fitted().one_label("suggest"), check_integer("n", n, 1)
         return suggest(image_rows(self._queries(X), head.config.which, None), n, entropy(self._logits(X)))
 

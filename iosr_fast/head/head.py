@@ -11,19 +11,23 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.evidence import Evidence
 from iosr_fast.head.head_data import HeadData
 from iosr_fast.head.labels import class_ids
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.conformal import LeftOutLabels, of_logits
 from iosr_fast.methods.models.gaussian import GaussianModel
+from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
+from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tuned import Tuned
+from iosr_fast.methods.unknown import Unknown, fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import softmax
 
 
 @dataclass(frozen=True, eq=False)
-class Head(HeadData, Evidence):
-    """Classes, their support images and a method. Immutable: store.changes makes other heads of it.
+class Head(HeadData):
+    """Classes, their support images and a method.
 
     unknown_images  embeddings of pictures of none of the classes, by which these are recognised, or None
     """
@@ -31,7 +35,7 @@ class Head(HeadData, Evidence):
     unknown_images: Embeddings | None = None
 
     @cached_property
-    def support(self) -> SupportSet:  # type: ignore[override]  # an attribute of Evidence
+    def support(self) -> SupportSet:
         """The support images as methods take them."""
         return self.examples.as_support(self.uids, self.text, self.tau)
 
@@ -40,16 +44,39 @@ class Head(HeadData, Evidence):
         """The method, compiled for the support images; given where it was stored (`with_computed`)."""
         return self.config.compile(self.support)
 
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """(C,) int64, the support images of each class."""
-        return self.support.counts
-
     @property
-    def tuned(self) -> Tuned | None:  # type: ignore[override]  # an attribute of Evidence
+    def tuned(self) -> Tuned | None:
         """The search that chose the config, `stale` if the head has changed since; None if there was none."""
         tuned = self.config.tuned
         return tuned if tuned is None or tuned.version == self.version else replace(tuned, stale=True)
+
+    # What left-out support images answer, each at its first use
+
+    @cached_property
+    def out_of_fold(self) -> OutOfFold:
+        """The logits of support images that are left out, from which the rest follows; those of the search that chose
+        the parameters, if it has seen these support images."""
+        config, tuned = self.config, self.tuned
+        if tuned is not None and not tuned.stale and tuned.out_of_fold is not None:
+            return tuned.out_of_fold
+        method = METHODS[config.method]
+        return out_of_fold(method, self.support, config.reducer, config.parameters, config.factor)
+
+    @cached_property
+    def left_out_labels(self) -> LeftOutLabels:
+        """What the method says of support images that are left out."""
+        return of_logits(self.out_of_fold.logits, self.out_of_fold.labels)
+
+    @cached_property
+    def unknown(self) -> Unknown:
+        """How pictures of no class are recognised, by the embeddings that queries have."""
+        return fit_unknown(self.support, self.needs_adapted, self.unknown_images)
+
+    def audit(self, images: np.ndarray, classes: np.ndarray) -> SupportAudit:
+        """What is wrong with the support images; `images` (N,) and `classes` (C,) are their names in the result."""
+        return audit_support(
+            self.support, self.out_of_fold, self.config.compile, which=self.config.which, images=images, classes=classes
+        )
 
     @property
     def left_out_accuracy(self) -> float:
@@ -76,10 +103,6 @@ class Head(HeadData, Evidence):
         model = GaussianModel(self.support, "adapted", copies=parameters.get("text_images", 0.0))
         bias: np.ndarray = self.config.factor * parameters["discriminant_adapted"] * model.gaussians.bias
         return bias
-
-    def examples_of(self, uid: int) -> list[int]:
-        """The numbers of a class's support images, rising."""
-        return np.sort(self.examples.ids[self.examples.class_ids == uid]).tolist()
 
     # What a MultiLabelHead answers in its own way
 

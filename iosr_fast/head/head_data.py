@@ -16,6 +16,8 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.ids import class_id, example_number, uid_of
 from iosr_fast.head.method_config import MethodConfig
+from iosr_fast.methods.multi_label_set import MultiLabelSet
+from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.scorer import Scorer
 from iosr_fast.utils.text import abbreviate
@@ -73,13 +75,18 @@ class HeadData:
         raise NotImplementedError
 
     @cached_property
+    def support(self) -> SupportSet | MultiLabelSet:
+        """The support images as methods take them."""
+        raise NotImplementedError
+
+    @cached_property
     def counts(self) -> np.ndarray:
         """(C,) int64, the support images of each class."""
-        raise NotImplementedError
+        return self.support.counts
 
     def examples_of(self, uid: int) -> list[int]:
         """The numbers of a class's support images, rising."""
-        raise NotImplementedError
+        return np.sort(self.examples.ids[self.examples.class_ids == uid]).tolist()
 
     @property
     def needs_adapted(self) -> bool:

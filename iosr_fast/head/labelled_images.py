@@ -19,12 +19,9 @@ def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], 
     Returns the paths, sorted within a class; the label of each; and all class names, sorted: the names of the
     sub-folders, with blanks for underscores. Files that are no images are left out with a warning (images.listing).
 
-    A file that ends in .csv has the columns `path` and `label`; others are ignored, and so are rows without a label.
-    Paths are relative to the file's folder; both texts are read as `iosr-fast suggest` and `classify` write them
-    (utils.csv_text.recovered).
-
-    With the column `labels` in place of `label` pictures may have several labels each, joined by ";", or none: labels
-    are then frozensets, those of a folder of a class too.
+    A CSV file has the columns `path`, relative to its folder, and `label`, as `iosr-fast suggest` and `classify` write
+    them; rows without a label are ignored. With `labels` in place of `label` pictures may have several, joined by ";",
+    or none: labels are then frozensets, those of a folder of a class too.
 
     Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
     without images, a folder that holds splits (train/, test/) instead of classes, and a CSV file without these columns

@@ -38,11 +38,6 @@ class MultiLabelHead(HeadData):
         rows = self.examples
         return MultiLabelSet(rows.embeddings, self.labels, self.text, self.tau, rows.queries)
 
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """(C,) int64, the support images of each class."""
-        return self.labels.sum(0)
-
     def examples_of(self, uid: int) -> list[int]:
         """The numbers of a class's support images, rising."""
         return np.sort(self.examples.ids[self.labels[:, self.uids.index(uid)]]).tolist()

@@ -19,8 +19,7 @@ from iosr_fast.export.calibration import evenly
 from iosr_fast.export.candidates import CandidateBuilder, list_candidates, with_smaller_images
 from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Verdict, best_of
 from iosr_fast.head.engine_judge import CALIBRATED, JUDGED, Judge, sample_rows, time_encoders
-from iosr_fast.head.fit import FitInputs
-from iosr_fast.head.fitted import Fit
+from iosr_fast.head.fit import Fit, FitInputs
 from iosr_fast.head.reencode import reencode
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.machine import cpu_model

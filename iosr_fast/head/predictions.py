@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.adapter_part import adapter_part
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.methods import joint
 from iosr_fast.methods.support_set import image_rows
+from iosr_fast.scoring.fields import EMBEDDINGS
+from iosr_fast.scoring.numpy_scorer import feature_rows
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
 
@@ -70,7 +72,7 @@ class Prediction:
     """The label of one image and the reasons for it, all of one `version` of the classifier.
 
     `top` are the classes with the largest logits, best first: top[0] is the label. `nearest` are the support images
-    with the largest cosines, best first; none by default. `unknown` is None unless it was asked for; `label` and
+    with the largest cosines, best first. `unknown` is None unless it was asked for; `label` and
     `class_id` are None for a picture that is rejected. The other fields are those of top[0] (ClassScore).
 
     >>> from iosr_fast import Classifier
@@ -121,7 +123,7 @@ def predict(
 
     logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (MethodConfig.text_weight); cache is the
     contribution of the support images, through keys or a linear term, and `adapter` of it what adapted embeddings
-    contribute (adapter_part). Ties fall to the first class, as in argmax.
+    contribute (_adapter_part). Ties fall to the first class, as in argmax.
 
     `keep` asks for `unknown`: pictures of no class are rejected, so that a share `keep` of the pictures of known
     classes is not (`head.unknown`, which is fitted at its first use). Embeddings on a GPU are scored there.
@@ -135,7 +137,7 @@ def predict(
         found[:] = rejections(head, embeddings, keep)
     probabilities = softmax(logits)
     scale = np.float32(head.config.text_weight * head.tau)
-    adapter = adapter_part(head, embeddings)
+    adapter = _adapter_part(head, embeddings)
     neighbours = _neighbours(head, embeddings, nearest) if nearest else [()] * len(logits)
     ids, names = [class_id(uid) for uid in head.uids], head.class_names
     assert head.text is not None, "a Classifier has class names"
@@ -153,6 +155,40 @@ def predict(
             fields["label"] = fields["class_id"] = None
         predictions.append(Prediction(**fields, unknown=rejection))
     return predictions
+
+
+# (b, classes (k,), cache (k,)) -> (k,), for query b and the contribution of the support images to these classes.
+_AdapterPart = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+
+
+def _adapter_part(head: Head, embeddings: Embeddings) -> _AdapterPart:
+    """How much of `cache`, what the support images contribute to logits, comes through adapted embeddings.
+
+    If the terms of the plan read one kind of embedding, that is all of it or nothing. If they read both, one product is
+    computed, for these classes alone: the half of the linear term that is the adapted part, or what is left of `cache`
+    beside it where the keys are adapted, too. A linear term over the distribution of texts (Tip-X) reads plain ones.
+    """
+    plan = head.plan
+    read: set[str] = {plan.query} if plan.keys is not None else set()
+    if plan.linear is not None:
+        read |= set(EMBEDDINGS) if plan.feature == "both" else {plan.feature}
+    if "adapted" not in read:
+        return lambda b, classes, cache: np.zeros_like(cache)
+    if read == {"adapted"}:
+        return lambda b, classes, cache: cache
+    assert plan.linear is not None
+    adapted_keys = plan.keys is not None and plan.query == "adapted"
+    columns, bias = slice(None), np.zeros(plan.n_classes) if plan.bias is None else plan.bias
+    if plan.feature == "both":
+        columns = slice(plan.width) if adapted_keys else slice(plan.width, None)
+        bias = bias - head.adapted_bias if adapted_keys else head.adapted_bias
+    features, linear = feature_rows(plan, embeddings)[:, columns], plan.linear[:, columns]
+
+    def part(b: int, classes: np.ndarray, cache: np.ndarray) -> np.ndarray:
+        product = linear[classes] @ features[b] + bias[classes]
+        return cache - product if adapted_keys else product
+
+    return part
 
 
 def rejections(head: Head, embeddings: Embeddings, keep: float) -> list[Rejection]:

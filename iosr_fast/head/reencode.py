@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.fitted import Fit
+from iosr_fast.head.fit import Fit
 from iosr_fast.head.head import Head
 from iosr_fast.head.support_images import SupportViews, encode_images
 from iosr_fast.utils.progress import progress as bar

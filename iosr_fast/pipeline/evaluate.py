@@ -21,7 +21,7 @@ from iosr_fast.utils.ranking import auroc
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.head.fitted import Fit
+    from iosr_fast.head.fit import Fit
     from iosr_fast.head.head import Head
 
 _NEAREST = 3  # support images of a mistake

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.fitted import Fit
+from iosr_fast.head.fit import Fit
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.store.audit import open_log
 from iosr_fast.store.changes import Change, ChangeResult

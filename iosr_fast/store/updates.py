@@ -18,7 +18,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice, OptimizeOptions
 from iosr_fast.head.examples import Examples
-from iosr_fast.head.fitted import Fit
+from iosr_fast.head.fit import Fit
 from iosr_fast.head.head_data import HeadData
 from iosr_fast.head.ids import class_id
 from iosr_fast.head.method_config import MethodConfig

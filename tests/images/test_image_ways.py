@@ -15,7 +15,7 @@ from PIL import Image, features
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.fitted import Fit
+from iosr_fast.head.fit import Fit
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from iosr_fast.serving.batching import BatchingClassifier

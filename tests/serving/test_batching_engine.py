@@ -109,7 +109,7 @@ def test_a_change_after_the_submission_does_not_make_a_batch_wait_for_a_fit(
         assert begun.wait(PATIENCE_S)
         later = batching.submit(images[0])
         classifier.rename_class("~0", "renamed", keep_text=True)
-        monkeypatch.setattr("iosr_fast.head.evidence.fit_unknown", lambda *_: pytest.fail("fitted by a batch"))
+        monkeypatch.setattr("iosr_fast.head.head.fit_unknown", lambda *_: pytest.fail("fitted by a batch"))
         go.set()
         found = [future.result(PATIENCE_S) for future in futures]
         assert [one.version for one in found] == [one.version for one in expected]

@@ -126,7 +126,7 @@ def test_others_do_not_wait_while_rejection_is_fitted_once(monkeypatch: pytest.M
         assert go.wait(20)
         return fit_unknown(*args)
 
-    monkeypatch.setattr("iosr_fast.head.evidence.fit_unknown", slow_fit)
+    monkeypatch.setattr("iosr_fast.head.head.fit_unknown", slow_fit)
     with serving() as client:
         asked = [client.start("POST", "/v1/predict?unknown=reject&keep=0.9", content=GREY) for _ in range(3)]
         assert begun.wait(20)
