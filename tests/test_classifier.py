@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import Result
 from PIL import Image
-from typer.testing import CliRunner
 
 from iosr_fast import Classifier
-from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.methods import METHODS
@@ -109,18 +104,6 @@ def test_parameters_that_are_not_given_are_chosen_by_leave_one_out(fresh: Classi
     assert fresh.tuned_.protocol == "loo" and fresh.reducer_ == "centre" and fresh.plan_.reducer is not None
 
 
-def test_tune_on_validation_images(fresh: Classifier, pictures) -> None:
-    images, labels, queries, truth, names = pictures
-    refit(fresh, images, labels, class_names=names, views=1, method="gda++", alpha=1e-4)
-    before = fresh.score(queries, truth)
-    with pytest.raises(ValueError, match="images and their labels together"):
-        fresh.tune(queries)
-    tuned = fresh.tune(queries, [names[c] for c in truth])
-    assert tuned.protocol == "validation" and tuned.scored == len(queries) and fresh.method_ == "gda++"
-    assert fresh.score(queries, truth) == pytest.approx(tuned.search_accuracy, abs=1 / len(queries))
-    assert tuned.search_accuracy >= before
-
-
 def test_fit_folder_and_skip_bad(fresh: Classifier, folder: Path, pictures, caplog: pytest.LogCaptureFixture) -> None:
     names = pictures[-1]
     fresh.set_params(**GIVEN).fit_folder(folder)
@@ -192,29 +175,3 @@ def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().split("|") == fresh.predict(queries[:3]).tolist()
-
-
-def test_command_line(fresh: Classifier, folder: Path, tmp_path: Path) -> None:
-    def run(*words: str) -> Result:
-        return CliRunner().invoke(app, words)
-
-    (folder / "broken.png").write_bytes(b"broken")
-    out = str(tmp_path / "out")
-    options = ("--model", "demo", "--views", "1", "--runtime", "onnxruntime", "--key-precision", "fp16")
-    done = run("fit", str(folder), "--out", out, "--method", "tip-adapter++", *options)
-    assert done.exit_code == 0, done.output
-    assert f"{CLASSES} classes, {3 * CLASSES} images, " in done.stdout
-    assert f" of {3 * CLASSES} left-out images right (95%: " in done.stdout.splitlines()[0]
-    done = run("classify", out, str(folder))
-    assert done.exit_code == 2 and "broken.png" in done.stderr and "Traceback" not in done.stderr
-    done = run("classify", out, str(folder), "--skip-bad")
-    assert done.exit_code == 0, done.output
-    assert f"could not read 1 of {3 * CLASSES + 1} images" in done.stderr
-    rows = [*csv.reader(io.StringIO(done.stdout))]
-    assert rows[0] == ["path", "label", "probability", "error"] and len(rows) == 2 + 3 * CLASSES
-    right = [Path(path).parent.name.replace("_", " ") == label for path, label, _, error in rows[1:] if not error]
-    assert np.mean(right) > 0.9 and len(right) == 3 * CLASSES
-    out_file = tmp_path / "labels.csv"
-    assert f"wrote {out_file}: " in run("classify", out, str(folder), "--skip-bad", "--out", str(out_file)).stderr
-    assert out_file.read_text() == done.stdout, "the same columns and rows"
-    assert "cpp" in run("info").stdout

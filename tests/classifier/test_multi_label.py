@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save
-from scipy.sparse import csr_array
 from sklearn.metrics import average_precision_score
 
 from iosr_fast import score
@@ -77,20 +76,6 @@ def test_answers_are_those_of_the_plan(method: str) -> None:
     counts = several(0, 40)[1].sum(0).tolist()
     assert [one.examples for one in classifier.classes()] == counts
     assert len(classifier.examples("motif 2")) == counts[2] and classifier.picture(classifier.examples("motif 2")[0])
-
-
-def test_an_indicator_speaks_in_columns() -> None:
-    images, labels = several(0, 40)
-    classifier = unfitted().fit(images, labels.astype(int), class_names=NAMES)
-    assert classifier.classes_.tolist() == [*range(5)]
-    members = classifier.predict(images)
-    assert members.shape == (40, 5) and members.dtype == np.int64
-    assert [set(one) for one in fitted().predict(images)] == sets_of(members > 0)
-    assert classifier.score(images, labels) == fitted().score(images, sets_of(labels))
-    sparse = csr_array(labels.astype(int))
-    assert np.array_equal(unfitted().fit(images, sparse, class_names=NAMES).predict(images), members)
-    assert classifier.score(images, sparse) == classifier.score(images, labels)
-    assert classifier.fit(images, labels.argmax(1), class_names=NAMES).predict(images).shape == (40,)  # one label again
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -59,18 +59,6 @@ def test_smaller_images_are_judged_by_accuracy_alone() -> None:
     assert "was not compared" in rejection(nothing, nothing, GOOD, 0.5, smaller_images=True)
 
 
-@pytest.mark.parametrize(("n", "flipped", "loss", "least", "most"), [
-    (40, 3, 0, 0.0, 0.15), (400, 3, 0, 0.0, 0.15), (400, 6, 0, 0.0, 0.15),  # noise is seldom rejected
-    (100, 5, 5, 0.8, 1.0), (400, 3, 2, 0.8, 1.0), (400, 6, 3, 0.8, 1.0),  # a real loss mostly is
-])  # fmt: skip
-def test_simulated_engines(n: int, flipped: int, loss: int, least: float, most: float) -> None:
-    """Engines that change `flipped` percent of the images' labels, with a real loss of `loss` points."""
-    lost, won = (flipped + loss) / 200, (flipped - loss) / 200
-    draws = np.random.default_rng(1).multinomial(n, [lost, won, 1 - lost - won], 1000)
-    rejected = np.mean([rejection(*flips(n, lost, won), GOOD, 0.5) != "" for lost, won, _ in draws.tolist()])
-    assert least <= rejected <= most
-
-
 def candidate(precision: Any, ms_one: float, ms_batch: float = 1.0, size: int = 1, **tokens: int) -> EngineCandidate:
     facts: dict[str, Any] = {"ms_one": ms_one, "ms_batch": ms_batch, "bytes": size, "tokens": tokens or None}
     return EngineCandidate(runtime="openvino", precision=precision, verdict="accepted", **facts)

@@ -13,11 +13,8 @@ import pytest
 
 pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
 
-from sklearn.base import clone
 from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer
 from sklearn.utils.estimator_checks import check_estimator
 
 from iosr_fast import FewShotHead, IosrFastError
@@ -118,31 +115,15 @@ def test_labels_come_back_as_they_were_given(rng: np.random.Generator, names: li
         assert head.score(rows, y) == 1.0 and head.n_features_in_ == 12
 
 
-def test_works_in_cross_validation_grid_search_and_pipeline(rng: np.random.Generator) -> None:
+def test_works_in_cross_validation_and_grid_search(rng: np.random.Generator) -> None:
     rows, labels, _ = clusters(rng, 3, 6, 12)
     head = FewShotHead("tip-adapter", tune="none")
     assert cross_val_score(head, rows, labels, cv=3).tolist() == [1.0, 1.0, 1.0]
     grid = {"method": ["tip-adapter", "gda", "proker"], "reducer": ["none", "centre"]}
     assert GridSearchCV(head, grid, cv=2).fit(rows, labels).best_score_ == 1.0
-    assert make_pipeline(Normalizer(), head).fit(rows, labels).score(rows, labels) == 1.0
-    assert clone(head).get_params() == head.get_params()
     assert repr(head) == "FewShotHead(method='tip-adapter', tune='none')"
     again = pickle.loads(pickle.dumps(head.fit(rows, labels)))
     np.testing.assert_array_equal(again.decision_function(rows), head.decision_function(rows))
-
-
-def test_adapted_embeddings_are_the_second_half(rng: np.random.Generator) -> None:
-    rows, labels, _ = clusters(rng, 4, 5, 16)
-    other, options = rng.standard_normal(rows.shape), {"alpha": 1.0, "beta": 4.0}
-    plain = FewShotHead("tip-adapter", **options).fit(rows, labels)
-    doubled = FewShotHead("tip-adapter++", adapted=True, **options).fit(np.hstack([other, rows]), labels)
-    assert doubled.n_features_in_ == 32 and doubled.plan_.query == "adapted"
-    queries = rng.standard_normal((11, 16))
-    logits = doubled.decision_function(np.hstack([rng.standard_normal((11, 16)), queries]))
-    np.testing.assert_array_equal(logits, plain.decision_function(queries))
-    auto = FewShotHead(adapted=True).fit(np.hstack([other, rows]), labels)  # plain embeddings are noise here
-    assert METHODS[auto.method_].needs_adapter and auto.tuned_.accuracy > 0.9
-    assert any(name.endswith("adapted") for name in doubled.unknown_.names)
 
 
 def test_rows_of_zeros_are_left_out_with_a_warning(rng: np.random.Generator) -> None:
@@ -162,19 +143,13 @@ def test_rows_of_zeros_are_left_out_with_a_warning(rng: np.random.Generator) -> 
     ("options", "change", "message"),
     [
         ({}, "one class", "at least two classes, got one class: np.int64\\(0\\)|one class: 0"),
-        ({"method": "tipx"}, "", "expected a method of .*, got 'tipx'"),
         ({"method": "tip-x"}, "", "no text embeddings; give text="),
         ({"method": "tip-adapter++"}, "", "expected adapted=True and X of \\(n, 2 D\\)"),
         ({"adapted": True}, "odd", "an even number of columns, for adapted=True, got 7"),
         ({"text": np.ones((2, 8))}, "", "expected text of shape \\(3, 8\\).*got \\(2, 8\\)"),
         ({"text": np.eye(3, 8) * [[1], [0], [1]]}, "", "text rows other than zero, got zeros in row 1"),
         ({"text": np.full((3, 8), np.nan)}, "", "text contains NaN"),
-        ({"method": "gda", "beta": 1.0}, "", "gda has the parameters \\['alpha'\\], got \\['beta'\\]"),
-        ({"alpha": 1.0}, "", "'auto' chooses by leave-one-out"),
-        ({"method": "gda", "reducer": "whiten"}, "", "expected a reducer of"),
-        ({"method": "gda", "tune": "grid"}, "", "expected tune to be 'loo' or 'none'"),
         ({"tau": -1.0}, "", "expected tau"),
-        ({"key_precision": "fp8"}, "", "expected a key precision of fp32"),
         ({}, "nan", "contains NaN"),
         ({}, "labels", "inconsistent numbers of samples"),
     ],

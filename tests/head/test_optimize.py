@@ -153,14 +153,6 @@ def test_a_lost_accuracy_is_rejected_unless_it_is_tolerated(fitted, images, monk
     assert run(fitted, images, monkeypatch, candidates, tolerance=100).chosen.precision == "int8"
 
 
-def test_a_slow_candidate_is_not_judged(fitted, images, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_CHEAP_S", 0.0)
-    candidates = {INT8: (Rounded(0.02), 2.0, 10.0), FP32: (None, 99.0, 99.0), BF16: (Rounded(0.01), 50.0, 99.0)}
-    choice = run(fitted, images, monkeypatch, candidates)
-    assert verdicts(choice) == {INT8: "chosen", FP32: "not judged", BF16: "not judged"}
-    assert choice.candidates[1].accuracy is None and choice.candidates[1].ms_one == 50.0
-
-
 def test_one_image_a_class_is_judged_by_cosines(fitted, images, monkeypatch) -> None:
     rows = np.arange(0, CLASSES * SHOTS, SHOTS)
     few = images[0][rows], [images[1][i] for i in rows]

@@ -81,25 +81,6 @@ def test_sets_and_calibration_are_those_of_left_out_images(queries: Any, per_cla
             classifier.predict_sets(images, per_class=True)
 
 
-def test_a_change_is_known_at_once(queries: tuple[np.ndarray, np.ndarray]) -> None:
-    images, labels = queries
-    classifier = small_classifier(**GDA)
-    new = images[labels == CLASSES]
-    assert (classifier.predict(new, unknown="reject", keep=0.9) == np.array(None)).all()
-    before, calibrated = classifier.snapshot(), classifier.calibration()
-    classifier.add_class("new", new[:4])
-    assert classifier.predict(new[4:], unknown="reject", keep=0.9).tolist() == ["new"]
-    assert classifier.calibration().n_images == calibrated.n_images + 4
-    assert before.unknown.score(PixelEncoder().encode(new)).min() > before.unknown.threshold(0.9)  # of its version
-    classifier.remove_class("new")
-    assert (classifier.predict(new, unknown="reject", keep=0.9) == np.array(None)).all()
-    removed = classifier.examples("motif 0")[:2]
-    classifier.remove_examples(removed)
-    assert len(classifier.unknown_.left_out) == 4 * CLASSES - 2
-    fitted = fit_unknown(classifier.support_)
-    assert classifier.unknown_score(images) == pytest.approx(fitted.score(PixelEncoder().encode(images)))
-
-
 @pytest.fixture
 def taught(tmp_path: Path, queries: tuple[np.ndarray, np.ndarray]) -> Classifier:
     """Fitted with 10 pictures of two other motifs as unknown ones."""

@@ -70,19 +70,6 @@ def test_a_new_name_has_another_text_unless_the_text_is_kept_or_given() -> None:
         np.testing.assert_array_equal(classifier.support_.text[0], expected)
 
 
-@pytest.mark.parametrize("views", [1, 4])
-def test_an_image_has_the_same_key_whenever_it_is_added(images: np.ndarray, views: int) -> None:
-    one, other = (small_classifier(views=views, tune="loo", alpha=None, beta=None) for _ in range(2))
-    one.add_examples("motif 1", images[1, :1])
-    one.add_examples("motif 2", images[2, :1])
-    other.add_examples("motif 2", encode(images[2, 0]))
-    kept, late = one.snapshot().examples, other.snapshot().examples
-    assert (kept.queries is not None) == (late.queries is not None) == (views > 1)
-    for rows in ("embeddings", "queries") if views > 1 else ("embeddings",):
-        first = getattr(kept, rows).adapted[kept.ids == 16]
-        np.testing.assert_array_equal(first, getattr(late, rows).adapted[late.ids == 15])
-
-
 def test_a_change_that_is_refused_changes_nothing(images: np.ndarray) -> None:
     classifier = small_classifier()
     head, new, bad = classifier.snapshot(), images[5], [images[5, 0], b"no picture"]
@@ -132,6 +119,8 @@ def test_classes_by_name_alone(images: np.ndarray) -> None:
         alone.retune()
     with pytest.raises(IosrFastError, match="expected at least one validation image, got none"):
         alone.tune([], [])
+    with pytest.raises(IosrFastError, match="validation images and their labels together"):
+        alone.tune(images[0])
     alone.add_examples("one", images[0])
     assert alone.classes()[0].examples == 4
 
