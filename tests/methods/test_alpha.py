@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iosr_fast.methods import METHODS
 from iosr_fast.methods import alpha as alpha_module
 from iosr_fast.methods.alpha import EMPTY, Plateau, intervals
 from iosr_fast.methods.log_loss import MAX_ALPHA
@@ -100,6 +101,7 @@ def test_no_grid_finds_more(rng: np.random.Generator, monkeypatch: pytest.Monkey
     grid = [*np.linspace(0, 10, 2000), *np.geomspace(1e-3, 1e3, 500), best.alpha]
     right = [int(((base + alpha * slope).argmax(axis=1) == labels).sum()) for alpha in grid]
     assert best.low < best.high and right[-1] == best.right == max(right)
+    assert {*np.linspace(0, 20, 20)} <= {*METHODS["tip-adapter"].axes["beta"]}  # those of the papers' code
 
 
 @pytest.mark.parametrize("size", [1e-3, 1 / 3, 4.0, 1e6])

@@ -9,15 +9,7 @@ import pytest
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.conformal import (
-    BINS,
-    LeftOutLabels,
-    images_needed,
-    log_odds,
-    of_logits,
-    sets_of_labels,
-    threshold,
-)
+from iosr_fast.methods.conformal import LeftOutLabels, images_needed, log_odds, of_logits, threshold
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import tune
@@ -33,16 +25,11 @@ def left_out(support: SupportSet) -> LeftOutLabels:
     return of_logits(found.logits, found.labels)
 
 
-def covered(sets: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return sets[np.arange(len(labels)), labels]
-
-
 def test_log_odds_are_those_of_softmax_and_do_not_saturate(rng: np.random.Generator) -> None:
     logits = 3 * rng.standard_normal((20, 5))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(log_odds(logits), np.log(shares / (1 - shares)), atol=1e-7)
     np.testing.assert_allclose(log_odds(np.array([[900.0, 0.0, 0.0]])), [[900 - np.log(2), -900, -900]])
-    np.testing.assert_allclose(log_odds(np.array([[1.0, 1.0]])), 0.0, atol=1e-12)
     assert log_odds(np.zeros((0, 3))).shape == (0, 3)
 
 
@@ -57,7 +44,7 @@ def test_sets_cover_what_they_promise_on_new_images(coverage: float) -> None:
         assert tuned.out_of_fold is not None
         logits = score(tuned.compile(support), queries)
         sets = of_logits(tuned.out_of_fold.logits, tuned.out_of_fold.labels).sets(logits, coverage)
-        shares.append(covered(sets, labels).mean())
+        shares.append(sets[np.arange(len(labels)), labels].mean())
         sizes.append(sets.sum(1).mean())
         right.append((logits.argmax(1) == labels).mean())
     assert coverage - 0.015 < np.mean(shares) < coverage + 0.04, shares
@@ -78,20 +65,16 @@ def test_per_class_sets_cover_each_class(rng: np.random.Generator) -> None:
         left = of_logits(*draw(50))
         for per_class, share in shares.items():
             sets = left.sets(logits, 0.9, classes=range(4) if per_class else None)
-            share += np.bincount(labels, covered(sets, labels)) / 2000 / 10
+            share += np.bincount(labels, sets[np.arange(8000), labels]) / 2000 / 10
     assert np.ptp(shares[False]) > 0.05 and np.abs(shares[True] - 0.9).max() < 0.03, shares
 
 
 def test_per_class_thresholds_are_those_of_their_own_images_and_need_enough_of_them() -> None:
     left = left_out(WORLD.support([9] * CLASSES))
     assert left.thresholds(0.9, range(CLASSES)).tolist() == [left.odds[left.labels == c].min() for c in range(CLASSES)]
-    sets = left.sets(np.log([[0.45, 0.45, *[0.01] * 10]]), 0.9)
-    assert len(sets_of_labels(np.arange(12), np.zeros((1, 12)), sets)[0]) == sets.sum()  # it may be empty
     few = left_out(WORLD.support([7] + [9] * (CLASSES - 1)))
     names = [f"class {c}" for c in range(CLASSES)]
-    with pytest.raises(
-        IosrFastError, match=r"at least 9 support images of each class .* got fewer of 'class 0 \(7\)': "
-    ):
+    with pytest.raises(IosrFastError, match=r"at least 9 support images of each class .* fewer of 'class 0 \(7\)': "):
         few.thresholds(0.9, names)
     assert few.thresholds(0.9) == pytest.approx(np.sort(few.odds)[int(0.1 * 107) - 1])
     for share in (0.5, 0.8, 0.95, 0.99):
@@ -108,7 +91,7 @@ def test_per_class_thresholds_are_those_of_their_own_images_and_need_enough_of_t
 def test_reliability_is_what_its_bins_say() -> None:
     confidence, right = np.array([0.05, 0.1, 0.55, 0.6, 1.0]), np.array([False, True, True, False, True])
     table = LeftOutLabels(np.zeros(5), confidence, right, np.arange(1.0, 6.0), np.zeros(5, int)).reliability
-    assert table.counts.tolist() == [2, 0, 0, 0, 0, 2, 0, 0, 0, 1] and len(table.counts) == BINS
+    assert table.counts.tolist() == [2, 0, 0, 0, 0, 2, 0, 0, 0, 1]
     assert table.confidence[5] == pytest.approx(0.575) and table.right[5] == 0.5 and np.isnan(table.right[1])
     assert table.error == pytest.approx((2 * 0.425 + 2 * 0.075 + 0) / 5)
     assert (table.accuracy, table.log_loss, table.n_images) == (0.6, 3.0, 5)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, compile_method, joint
 from iosr_fast.methods.joint import ANCHOR, FLOOR, WEIGHT, JointPrediction, Unlabelled, estimate, predict_jointly
 from iosr_fast.methods.models.gaussian import Moments
@@ -78,8 +77,7 @@ def test_a_folder_teaches_the_classes() -> None:
 
 
 def lookalikes(n: int, seed: int) -> tuple[Embeddings, np.ndarray]:
-    """Pictures of 4 classes at two opposite places of a circle each: all classes have one mean, and keys tell them
-    apart where Gaussians can't."""
+    """Each of 4 classes at two opposite places of a circle: all have one mean, so that only keys tell them apart."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(4), n)
     angle = np.pi / 4 * labels + np.pi * rng.integers(0, 2, 4 * n)
@@ -117,15 +115,3 @@ def test_the_same_again_and_in_any_order() -> None:
     order = np.random.default_rng(6).permutation(300)
     other = together(support, folder[order])[0]
     np.testing.assert_allclose(other.probabilities, first.probabilities[order], atol=1e-4)
-
-
-def test_queries_are_checked_and_large_checks_leave_fewer_images_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    support = support_of(4)
-    with pytest.raises(IosrFastError, match=r"expected plain embeddings of shape \(3, 24\), got \(3, 5\)"):
-        together(support, Embeddings(np.eye(3, 5, dtype=np.float32)))
-    with pytest.raises(IosrFastError, match="unit"):
-        together(support, Embeddings(2 * np.eye(3, WIDTH, dtype=np.float32)))
-    folder = WORLD.images(np.arange(50) % CLASSES, 2)
-    assert together(support, folder)[0].left_out == 4 * CLASSES
-    monkeypatch.setattr(joint, "_LEFT_OUT", 20)
-    assert together(support, folder)[0].left_out == 2 * CLASSES

@@ -36,29 +36,18 @@ def rows_of(shots: int, seed: int = 0, world: Clusters = WORLD) -> tuple[np.ndar
     return images.plain.copy(), labels
 
 
-def support_of(rows: np.ndarray, labels: np.ndarray, text: np.ndarray | None = None) -> SupportSet:
-    return make_support_set(Embeddings(rows), labels, text, 100.0, int(labels.max()) + 1)
-
-
 def audit_of(rows: np.ndarray, labels: np.ndarray, text: np.ndarray | None = None) -> SupportAudit:
     """Images are named by their position in `rows`."""
-    support = support_of(rows, labels, text)
+    support = make_support_set(Embeddings(rows), labels, text, 100.0, int(labels.max()) + 1)
     return audit_support(support, left_out(support), gda, images=np.argsort(labels, kind="stable"))
-
-
-def noisy_labels(n: int, share: float, classes: int, sharp: float, seed: int) -> tuple[np.ndarray, ...]:
-    """Logits, labels drawn from them, and a share of the labels replaced by others: the model of fit_label_noise."""
-    rng = np.random.default_rng(seed)
-    logits = sharp * rng.standard_normal((n, classes))
-    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    right = np.array([rng.choice(classes, p=row) for row in p])
-    wrong = rng.random(n) < share
-    return logits, np.where(wrong, (right + rng.integers(1, classes, n)) % classes, right), wrong
 
 
 @pytest.mark.parametrize(("share", "factor"), [(0.1, 1.0), (0.02, 0.5), (0.3, 3.0)])
 def test_share_and_factor_of_label_noise_are_those_it_was_drawn_from(share: float, factor: float) -> None:
-    logits, labels, wrong = noisy_labels(6000, share, 8, 4.0, seed=3)
+    rng = np.random.default_rng(3)
+    logits, wrong = 4.0 * rng.standard_normal((6000, 8)), rng.random(6000) < share
+    right = (logits + rng.gumbel(size=(6000, 8))).argmax(1)  # drawn from the softmax
+    labels = np.where(wrong, (right + rng.integers(1, 8, 6000)) % 8, right)
     noise = fit_label_noise(logits / factor, labels)
     assert noise.share == pytest.approx(share, abs=0.015) and noise.factor == pytest.approx(factor, rel=0.07)
     assert noise.wrong.sum() == pytest.approx(wrong.sum(), rel=0.2)
@@ -68,11 +57,8 @@ def test_share_and_factor_of_label_noise_are_those_it_was_drawn_from(share: floa
 
 def test_a_classifier_that_guesses_accuses_nobody() -> None:
     rng = np.random.default_rng(0)
-    for logits, labels in (
-        (rng.standard_normal((200, 20)), rng.integers(20, size=200)),
-        (np.zeros((6, 2)), np.arange(6) % 2),
-    ):
-        assert (fit_label_noise(logits, labels).wrong <= 0.5).all()
+    assert (fit_label_noise(rng.standard_normal((200, 20)), rng.integers(20, size=200)).wrong <= 0.5).all()
+    assert (fit_label_noise(np.zeros((6, 2)), np.arange(6) % 2).wrong <= 0.5).all()
     assert np.isnan(fit_label_noise(np.zeros((0, 2)), np.zeros(0, np.int64)).share)
 
 
@@ -130,7 +116,6 @@ def test_one_image_a_class_is_judged_by_class_names_or_not_at_all() -> None:
     rows[[2, 5]] = rows[[5, 2]]
     audit = audit_of(rows, labels, unit(WORLD.centres))
     assert audit.basis == "class names" and {one.image for one in audit.likely_wrong} == {2, 5}
-    assert not audit.curve.points
     assert json.loads(json.dumps(audit.to_dict(), allow_nan=False))["curve"]["gain"] is None
     blind = audit_of(rows, labels)
     assert blind.basis == "nothing" and not blind.suspects and np.isnan(blind.suspicion).all()
@@ -142,12 +127,10 @@ def test_a_learning_curve_rises_and_foretells_the_accuracy_of_twice_the_images()
     curve = learning_curve(support, gda, left_out(support).by_image())
     assert [point.images for point in curve.points] == [1, 2, 4, 7]
     assert all(point.scored >= 320 for point in curve.points)
-    accuracies = [point.accuracy for point in curve.points]
-    assert accuracies == sorted(accuracies) and curve.gain > 0
+    assert (np.diff([point.accuracy for point in curve.points]) > 0).all() and curve.gain > 0
     queries, labels = world.queries(100, seed=8)
     reached = (score(gda(world.support([16] * 40, seed=4, text=False)), queries).argmax(1) == labels).mean()
     assert curve.twice == pytest.approx(reached, abs=0.06)
-    assert learning_curve(support, gda, left_out(support).by_image()) == curve
 
 
 def test_a_budget_of_one_a_class_finds_most_classes(rng: np.random.Generator) -> None:
