@@ -17,8 +17,7 @@ from iosr_fast.head.head_data import ClassInfo
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.head.multi_label_predictions import AnyHead
-from iosr_fast.head.predictions import Prediction
+from iosr_fast.head.predictions import AnyHead, Prediction
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
@@ -129,7 +128,7 @@ class Classifier(Estimator):
     """
 
     _stored_as: ClassVar[dict[str, str]] = {"tune": "_tune"}
-    _shared: ClassVar[tuple[str, ...]] = ("_fit", "_own")
+    _shared: ClassVar[tuple[str, ...]] = ("_fit", "_given_clip")
 
     def __init__(
         self,
@@ -168,7 +167,7 @@ class Classifier(Estimator):
         self.class_names = class_names
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
         self.skip_bad, self.progress = skip_bad, progress
-        self._own: tuple[dict[str, Any], OpenedClip] | None = None
+        self._given_clip: tuple[dict[str, Any], OpenedClip] | None = None
 
     classes_ = FittedAttribute(lambda fit: fit.labels())
     plan_ = FittedAttribute(lambda fit: fit.head.plan)
@@ -233,8 +232,8 @@ class Classifier(Estimator):
     def _open(self) -> OpenedClip:
         """The CLIP that the parameters name; a loaded classifier's own, until `set_params` names another."""
         named = {name: getattr(self, name) for name in OPENING}
-        if self._own is not None and self._own[0] == named:
-            return self._own[1]
+        if self._given_clip is not None and self._given_clip[0] == named:
+            return self._given_clip[1]
         from iosr_fast.export.pretrained import open_shared
 
         return open_shared(**named, shown=bool(self.progress))
@@ -243,7 +242,7 @@ class Classifier(Estimator):
     def _with_clip(cls, clip: OpenedClip, **parameters: Any) -> Self:
         """A classifier on an opened CLIP, whatever `parameters` name."""
         classifier = cls(**parameters)
-        classifier._own = {name: getattr(classifier, name) for name in OPENING}, clip
+        classifier._given_clip = {name: getattr(classifier, name) for name in OPENING}, clip
         return classifier
 
     @property
@@ -268,11 +267,11 @@ class Classifier(Estimator):
         """An example's thumbnail, WebP; None where none was stored. Raises ValueError for an unknown id."""
         return self.snapshot().picture(name_or_id)
 
-    def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
+    def decision_function(self, images: Any) -> np.ndarray:
         """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
         several labels."""
         fit = self._store.fitted()
-        return fit.head.decision(fit.logits(images, impl))
+        return fit.head.decision(fit.logits(images))
 
     def predict(
         self, images: Any, unknown: Literal["reject"] | None = None, unknown_label: Any = None, keep: float = KEEP

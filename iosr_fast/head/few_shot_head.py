@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +15,8 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import are_label_sets, dense, read_label_sets
 from iosr_fast.head.method_config import MethodChoice
-from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.names import check_unknown_label
-from iosr_fast.head.predictions import predict_jointly
+from iosr_fast.head.predictions import AnyHead, predict_jointly
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.conformal import COVERAGE, Reliability, check_share, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction
@@ -264,7 +262,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     def predict_jointly(self, X: Any) -> JointPrediction:
         """Probabilities (n, C) float32 of rows that are classified together: as Classifier.predict_jointly."""
         head = self._fitted().one_label("predict_jointly")
-        return replace(predict_jointly(head, self._queries(X), check=False), classes=self.classes_)
+        return predict_jointly(head, self._queries(X), self.classes_, check=False)
 
     def audit(self) -> SupportAudit:
         """What is wrong with the support rows: as Classifier.audit. Images are named by their positions in the X of

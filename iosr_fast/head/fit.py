@@ -18,8 +18,8 @@ from iosr_fast.head.head import Head
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labels import SEPARATOR, check_labels
 from iosr_fast.head.method_config import MethodChoice
-from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.names import check_unknown_label
+from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportViews, encode_images
 from iosr_fast.images.preprocess import as_array, as_image_list, to_pixels
 from iosr_fast.methods import METHODS
@@ -85,9 +85,9 @@ class Fit:
         """The embeddings of `chunks`."""
         return map(self.encoder.encode, self.chunks(images))
 
-    def logits(self, images: Any, impl: str = "auto") -> np.ndarray:
+    def logits(self, images: Any) -> np.ndarray:
         """(B, C) float32."""
-        parts = [self.head.score(self.encoder.encode_on_device(pixels), impl) for pixels in self.chunks(images)]
+        parts = [self.head.score(self.encoder.encode_on_device(pixels)) for pixels in self.chunks(images)]
         return np.concatenate([np.zeros((0, len(self.head.uids)), np.float32), *parts])
 
     def predict_or_reject(self, images: Any, keep: float, unknown_label: str | None) -> np.ndarray:
@@ -104,7 +104,7 @@ class Fit:
     def predict_jointly(self, images: Any) -> JointPrediction:
         head = self.head.one_label("predict_jointly")
         queries = Embeddings.concatenate([*self.embeddings(images)] or [head.examples.embeddings[:0]])
-        return replace(predictions.predict_jointly(head, queries), classes=self.labels())
+        return predictions.predict_jointly(head, queries, self.labels())
 
     def explain(self, images: Any, top: int, nearest: int, keep: float | None) -> list[predictions.Prediction]:
         top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)

@@ -113,10 +113,9 @@ class HeadData:
         """The plan bound to the best implementation for its embeddings."""
         return Scorer(self.plan)
 
-    def score(self, embeddings: Embeddings, impl: str = "auto") -> np.ndarray:
+    def score(self, embeddings: Embeddings) -> np.ndarray:
         """Logits (B, C) float32; embeddings on a GPU are scored there."""
-        scorer = self.scorer if impl == "auto" else Scorer(self.plan, impl)
-        return as_numpy(scorer(embeddings))
+        return as_numpy(self.scorer(embeddings))
 
     def classes(self, after: int = -1, limit: int | None = None) -> list[ClassInfo]:
         """Classes in their order: all, or at most `limit` of those whose uid is above `after`."""

@@ -1,22 +1,25 @@
-"""From embeddings to predictions: the label, the parts of each logit, and the nearest support images."""
+"""Answers to embeddings: the label with the parts of each logit and the nearest support images, or a set of labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
+from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.methods import joint
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.numpy_scorer import feature_rows
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
+
+AnyHead: TypeAlias = Head | MultiLabelHead
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,24 @@ class Prediction:
         return {**vars(self), "top": top, "nearest": nearest, "unknown": unknown}
 
 
+@dataclass(frozen=True)
+class LabelSet:
+    """The labels of one image that may have several, or none, and their probabilities, most likely first.
+
+    >>> LabelSet(("cat", "sofa"), (0.9, 0.7)).labels
+    ('cat', 'sofa')
+    """
+
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    unknown = None  # no picture is rejected
+
+    @property
+    def pairs(self) -> list[tuple[str, float]]:
+        """(label, probability) of each label."""
+        return list(zip(self.labels, self.probabilities, strict=True))
+
+
 def predict(
     head: Head,
     embeddings: Embeddings,
@@ -157,12 +178,9 @@ def predict(
     return predictions
 
 
-# (b, classes (k,), cache (k,)) -> (k,), for query b and the contribution of the support images to these classes.
-_AdapterPart = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
-
-
-def _adapter_part(head: Head, embeddings: Embeddings) -> _AdapterPart:
-    """How much of `cache`, what the support images contribute to logits, comes through adapted embeddings.
+def _adapter_part(head: Head, embeddings: Embeddings) -> Callable[[int, np.ndarray, np.ndarray], np.ndarray]:
+    """How much of `cache`, what the support images contribute to logits, comes through adapted embeddings: a function
+    of a query's row, classes (k,) and `cache` (k,).
 
     If the terms of the plan read one kind of embedding, that is all of it or nothing. If they read both, one product is
     computed, for these classes alone: the half of the linear term that is the adapted part, or what is left of `cache`
@@ -191,17 +209,48 @@ def _adapter_part(head: Head, embeddings: Embeddings) -> _AdapterPart:
     return part
 
 
+def predict_any(
+    head: AnyHead, embeddings: Embeddings, top: int, keep: float | None = None
+) -> Sequence[Prediction | LabelSet]:
+    """For each query a Prediction (predictions.predict), or by a MultiLabelHead a LabelSet."""
+    if isinstance(head, Head):
+        return predict(head, embeddings, top, keep=keep)
+    logits = head.score(embeddings)
+    sets = []
+    for row, chosen in zip(head.probabilities(logits), head.members(logits), strict=True):
+        classes = np.flatnonzero(chosen)
+        classes = classes[np.argsort(-row[classes], kind="stable")]
+        sets.append(LabelSet(tuple(head.class_names[c] for c in classes), tuple(row[classes].tolist())))
+    return sets
+
+
+def label_columns(head: AnyHead, answers: Sequence[Prediction | LabelSet]) -> tuple[np.ndarray, np.ndarray]:
+    """The labels (B,) of `predict_any`'s answers, of the most likely class, and their probabilities (B,) float32; by a
+    MultiLabelHead frozensets of labels, and dicts of each of these and its probability, of dtype object."""
+    if isinstance(head, Head):
+        best = [answer.top[0] for answer in answers if isinstance(answer, Prediction)]
+        labels = np.array([one.label for one in best], dtype=str)
+        return labels, np.array([one.probability for one in best], np.float32)
+    sets = [answer for answer in answers if isinstance(answer, LabelSet)]
+    labels, probabilities = np.empty(len(sets), object), np.empty(len(sets), object)
+    labels[:] = [frozenset(one.labels) for one in sets]
+    probabilities[:] = [dict(one.pairs) for one in sets]
+    return labels, probabilities
+
+
 def rejections(head: Head, embeddings: Embeddings, keep: float) -> list[Rejection]:
     """Of each query, where a share `keep` of known pictures is not rejected. Raises as Unknown.threshold."""
     limit = head.unknown.threshold(keep)
     return [Rejection(score, score > limit) for score in head.unknown.score(embeddings).tolist()]
 
 
-def predict_jointly(head: Head, embeddings: Embeddings, check: bool = True) -> joint.JointPrediction:
-    """Queries (B, D) of the head's encoder, classified together (methods.joint), with class names as `classes`.
+def predict_jointly(
+    head: Head, embeddings: Embeddings, classes: np.ndarray, check: bool = True
+) -> joint.JointPrediction:
+    """Queries (B, D) of the head's encoder, classified together (methods.joint), with labels of `classes` (C,).
     `check=False` takes rows that are not of unit norm."""
     prediction = joint.predict_jointly(head.support, head.plan, head.out_of_fold, embeddings, head.config.which, check)
-    return replace(prediction, classes=np.array(head.class_names, dtype=str))
+    return replace(prediction, classes=classes)
 
 
 def _neighbours(head: Head, embeddings: Embeddings, nearest: int) -> list[tuple[Neighbour, ...]]:

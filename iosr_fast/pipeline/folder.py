@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.multi_label_predictions import AnyHead, LabelSet, label_columns
-from iosr_fast.head.predictions import Prediction, Rejection
+from iosr_fast.head.predictions import AnyHead, LabelSet, Prediction, Rejection, label_columns
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.unknown import without_rejected

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.head.multi_label_predictions import AnyHead, LabelSet
-from iosr_fast.head.predictions import Prediction
+from iosr_fast.head.predictions import AnyHead, LabelSet, Prediction
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.pipeline.journal import Journal, open_journal
 from iosr_fast.pipeline.reader import Reader

@@ -41,12 +41,13 @@ def classify_jointly(job: Job, advance: Callable[[int], None]) -> Together:
     head = job.head.one_label("classifying together")
     if queries is None:
         queries = head.examples.embeddings[:0]
+    classes = np.array(head.class_names, str)
     if job.rejecting is None:
-        joint = predict_jointly(head, queries)
+        joint = predict_jointly(head, queries, classes)
         return Together(errors, joint, joint.probabilities, None)
     found = rejections(head, queries, job.rejecting.keep)
     rejected = np.array([one.rejected for one in found], bool)
-    joint = predict_jointly(head, queries[~rejected])
+    joint = predict_jointly(head, queries[~rejected], classes)
     probabilities = np.empty((len(queries), len(head.uids)), np.float32)
     probabilities[~rejected] = joint.probabilities
     probabilities[rejected] = softmax(head.score(queries[rejected]))

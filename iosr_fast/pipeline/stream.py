@@ -18,8 +18,7 @@ from weakref import WeakKeyDictionary
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.multi_label_predictions import AnyHead, LabelSet, predict_any
-from iosr_fast.head.predictions import Prediction
+from iosr_fast.head.predictions import AnyHead, LabelSet, Prediction, predict_any
 from iosr_fast.images.decode import DecodedBatch, Decoder
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import check_integer

@@ -27,7 +27,7 @@ from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.fit import Fit
-from iosr_fast.head.multi_label_predictions import AnyHead
+from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportViews
 from iosr_fast.store.bundle_arrays import SUPPORT, TABLE
 from iosr_fast.store.bundle_schema import ClassifierManifest

@@ -20,8 +20,8 @@ from iosr_fast.head.head import Head
 from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.head.multi_label_predictions import AnyHead
 from iosr_fast.head.names import check_separable
+from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.known_scores import score_names
