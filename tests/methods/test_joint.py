@@ -90,6 +90,7 @@ def test_refused_where_left_out_images_are_classified_worse() -> None:
     result, alone = together(support, lookalikes(100, 1)[0], "tip-adapter", alpha=0.3, beta=30.0)
     assert result.left_out == 64 and result.left_out_joint < result.left_out_alone
     assert result.refused.startswith("of 64 left-out support images hidden among the 400 images, ")
+    assert "noise" not in result.refused
     assert result.summary().startswith("each image is classified alone: of 64 left-out")
     np.testing.assert_allclose(result.probabilities, softmax(alone), atol=1e-6)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import METHODS, compile_method
+from iosr_fast.methods import METHODS, compile_method, fit_method_reducer
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.scoring.score import score
 
@@ -169,7 +169,10 @@ def assert_parity(name: str, support: SupportSet, queries: Embeddings, reducer: 
         assert np.abs(expected - formulas.zero_shot).max() > 1e-2
     given = {key: value for key, value in parameters.items() if key in METHODS[name].parameters}
     plan = compile_method(name, support, reducer=reducer, **given)
-    for logits in (score(plan, queries), score(plan, queries, "reference")):
+    fitted = fit_method_reducer(METHODS[name], reducer, support)
+    terms = METHODS[name].terms(support, METHODS[name].which, fitted, {**METHODS[name].parameters, **given})
+    models = np.sum([weight * model.scores(queries) for weight, model in terms], axis=0)
+    for logits in (score(plan, queries), score(plan, queries, "reference"), models):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_array_equal(logits.argmax(1), expected.argmax(1))
 

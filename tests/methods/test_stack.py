@@ -61,7 +61,6 @@ def test_adapted_embeddings_that_add_nothing_leave_the_plain_engine(rng: np.rand
     support = replace(support, embeddings=Embeddings(support.embeddings.plain, useless))
     tuned = tune("auto", support)
     assert tuned.method == "stack" and "the plain engine does" in tuned.note and tuned.shares["adapter"] == 0
-    assert not tuned.compile(support).needs_adapted
 
 
 def test_weights_are_those_of_a_unit_of_spread() -> None:

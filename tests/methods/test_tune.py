@@ -9,8 +9,9 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, check_parameters, compile_method, fit_method_reducer, unavailable_reason
-from iosr_fast.methods.held_out import HeldOut
+from iosr_fast.methods.held_out import HeldOut, spread_of_others
 from iosr_fast.methods.out_of_fold import calibrate, out_of_fold, usual_factor
+from iosr_fast.methods.stack_weights import one_shot_weights
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tune import check_choice, one_shot_parameters, tune
 from iosr_fast.methods.tuned import Tuned
@@ -68,8 +69,6 @@ def test_one_shot_weighs_images_by_how_wrong_texts_are() -> None:
     for one, right in ((trusted, 6), (misled, 1)):  # at least one, and at most all but one
         assert one_shot_parameters(METHODS["proker"], one, None)["ridge"] == pytest.approx(3 * (right / 7) ** 2)
     assert one_shot_parameters(METHODS["gda"], replace(support, text=None), None) == METHODS["gda"].parameters
-    constant = replace(support, text=np.repeat(support.text[:1], 7, 0))
-    assert one_shot_parameters(METHODS["tip-adapter"], constant, None) == METHODS["tip-adapter"].parameters
 
 
 @pytest.mark.parametrize("method", ["tip-adapter", "tip-x", "gda", "proker", "ape", "timo"])
@@ -79,6 +78,8 @@ def test_one_image_a_class_gets_a_rule_and_the_usual_spread(method: str) -> None
     assert tuned.protocol == "one-shot" and tuned.out_of_fold is None and "rule of thumb" in tuned.summary()
     assert tuned.parameters == one_shot_parameters(entry, support, None)
     assert tuned.factor == usual_factor(entry, support, None, tuned.parameters)
+    weights, own = one_shot_weights(support, ["plain"]), score(tuned.compile(support), support.as_queries)
+    assert spread_of_others(own, support.labels) == pytest.approx(weights["text"] + weights["discriminant"], rel=1e-3)
     given = {**entry.parameters, "alpha": 1e4}  # far too sure
     factor, logits = calibrate(entry, support, None, given), score(compile_method(method, support, **given), queries)
     assert log_loss(factor * logits, labels) < log_loss(logits, labels) / 5

@@ -112,7 +112,6 @@ def test_unknown_classes_are_told_apart_and_the_promise_holds(text: bool, adapte
     np.testing.assert_array_equal(fitted.rejects(queries, 0.9), values > fitted.threshold(0.9))
     assert f"{fitted.auroc:.3f}" in fitted.promise()
     assert fitted.left_out.mean() == pytest.approx(0, abs=1e-9) and fitted.left_out.std() == pytest.approx(1)
-    np.testing.assert_allclose(values[3:5], fitted.score(queries[3:5]), rtol=1e-9, atol=1e-9)
     assert fitted.score(queries[:0]).shape == (0,) and len(fitted.left_out) == shots * CLASSES
 
 
