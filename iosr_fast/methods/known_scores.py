@@ -54,7 +54,7 @@ class KnownScores:
 
     With x a plain or adapted embedding, mu_c the mean of class c, m that of all N images, P the shrunk precision of
     the images about their class means and P0 that about m (inv(Sigma + tr(Sigma) / (N - 1) I), or I if Sigma is 0),
-    and G_c = x' P mu_c - mu_c' P mu_c / 2:
+    and G_c = x' P mu_c - (mu_c' P mu_c - e_c) / 2 (models.gaussian):
 
         text cosine            max_c tau <x, text_c>
         text softmax           log p / (1 - p) of the largest p = softmax of tau <x, text> (MCM, as log-odds)

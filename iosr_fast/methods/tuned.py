@@ -32,7 +32,8 @@ class Tuned:
     log_loss         of the held-out images at these parameters, in nats, with logits multiplied by `factor` (None if it
                      was not computed)
     right            (scored,) bool, which images `accuracy` counts; None for a classifier that was loaded
-    out_of_fold      the logits of the left-out images at these parameters; None if it was loaded, or if there are none
+    out_of_fold      the logits of the left-out images at these parameters, also where `accuracy` is that of others (a
+                     stack at two images a class); None if it was loaded, or if there are none
     protocol         "validation", "loo" (one image of each class left out at a time, near duplicates together),
                      "one-shot" (nothing can be left out: one_shot_parameters), "none"
     settings         combinations of the other parameters that were tried, with every alpha for each
