@@ -4,6 +4,7 @@ by labels, choose one, and encode the support images with it."""
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,25 +21,34 @@ from iosr_fast.export.candidates import CandidateBuilder, list_candidates, with_
 from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Verdict, best_of
 from iosr_fast.head.engine_judge import CALIBRATED, JUDGED, Judge, sample_rows, time_encoders
 from iosr_fast.head.fit import Fit, FitInputs
-from iosr_fast.head.reencode import reencode
+from iosr_fast.head.support_images import encode_images
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.machine import cpu_model
 from iosr_fast.utils.progress import progress as bar
+from iosr_fast.utils.text import abbreviate
 
+_SAME = 0.999  # least cosine of a key with the key of the same image; fp32 differs by rounding, int8 between runtimes
 _CHEAP_S = 1.0  # a candidate that is slower than the choice is judged all the same if it takes no longer
+_log = logging.getLogger("iosr_fast")
 
 
 def optimize(
     fit: Fit, images: Sequence[Any], options: OptimizeOptions, version: int, unknown_images: Sequence[Any] = ()
 ) -> Fit:
     """`fit` on the engine that `choose_engine` chooses. `images` are its support images in the order of
-    `fit.head.examples`; if the embeddings change they are encoded again, with `unknown_images`, and the head is of
-    this `version`."""
+    `fit.head.examples`; if the embeddings change they are encoded again, with `unknown_images`, the reducer is fitted
+    again, and the head is of this `version`. Classes, texts, ids, thumbnails, method and parameters stay."""
     head = fit.head.one_label("the choice of an engine")
     clip, choice = choose_engine(fit, images, options)
     if clip.encoder.fingerprint != fit.clip.encoder.fingerprint:
-        encoder = clip.encoder_for(adapted=True)
-        head = reencode(head, encoder, images, fit.views, version, options.progress, unknown_images)
+        total, views = len(images) + len(unknown_images), replace(fit.views, thumbnail=0)
+        rows = np.searchsorted(np.array(head.uids), head.examples.class_ids)
+        with bar("encode with the chosen engine", total, shown=options.progress) as step:
+            sources = images, rows, views, head.class_names, unknown_images
+            encoded, unknown, _ = encode_images(clip.encoder_for(adapted=True), *sources, step=step)
+        examples = replace(head.examples, embeddings=encoded.embeddings, queries=encoded.queries)
+        config = head.config.fitted(examples.as_support(head.uids, head.text, head.tau))
+        head = replace(head, examples=examples, config=config, version=version, unknown_images=unknown).compiled()
     return replace(fit, clip=clip, head=head, engine_choice=choice)
 
 
@@ -205,3 +215,52 @@ def _choose(table: list[_Row], judge: Judge, options: OptimizeOptions) -> _Row |
             level = cost(row) <= cost(best) * (1 + LEVEL) and row.found.precision != chosen.precision
             row.end("accepted", "level with the choice, which is more exact" if level else "")
     return best
+
+
+def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = False) -> list[Any]:
+    """The images of `fit.head.examples` in their order, found by their embeddings among the `images` of their class.
+
+    The views of an image depend on its pixels and the seed alone, so that the same engine gives the same key again, up
+    to rounding. Images that match no example are left out with a warning.
+
+    Raises ValueError where an example has no image, and as `class_ids` and `encode_images` do.
+    """
+    head, examples, total = fit.head, fit.head.examples, len(images)
+    if len(labels) == total:
+        present = set(fit.labels().tolist())
+        known = [i for i, label in enumerate(labels) if label in present]
+        images, labels = [images[i] for i in known], [labels[i] for i in known]
+    classes = fit.read_labels(images, labels)
+    stored, views = examples.embeddings, replace(fit.views, thumbnail=0)
+    if examples.queries is not None:  # single views, which are cheaper than those of keys
+        stored, views = examples.queries, replace(views, views=1, single=False)
+    with bar("find the support images", len(images), shown=shown) as step:
+        encoder = fit.clip.encoder_for(adapted=True)
+        encoded = encode_images(encoder, images, classes, views, head.class_names, step=step).examples
+    found = np.full(len(examples), -1)
+    for position, uid in enumerate(head.uids):
+        rows, candidates = np.flatnonzero(examples.class_ids == uid), np.flatnonzero(classes == position)
+        found[rows] = _pairs(stored.plain[rows], encoded.embeddings.plain[candidates], candidates)
+    if missing := [head.uids.index(uid) for uid in examples.class_ids[found < 0].tolist()]:
+        counts = np.bincount(missing, minlength=len(head.uids))
+        named = [f"{head.class_names[c]} ({counts[c]} of {head.counts[c]})" for c in np.flatnonzero(counts)]
+        raise IosrFastError(
+            f"expected the images of all {len(examples)} examples of this classifier, found none for {len(missing)} of "
+            f"them: {abbreviate(named)}; give the images that it was fitted on, one folder for each class, or take "
+            "these examples out (remove_examples)"
+        )
+    if total > len(found):
+        _log.warning("left out %d of %d images, which are no examples of this classifier", total - len(found), total)
+    return [images[i] for i in found.tolist()]
+
+
+def _pairs(stored: np.ndarray, rows: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """For each stored row the name of its own row among `rows`, the most similar pairs first; -1 for none."""
+    found = np.full(len(stored), -1)
+    similar = stored @ rows.T if len(rows) else np.zeros((len(stored), 0), np.float32)
+    at, to = np.nonzero(similar >= _SAME)
+    free = np.ones(len(rows), bool)
+    for pair in np.argsort(-similar[at, to], kind="stable").tolist():
+        if found[at[pair]] < 0 and free[to[pair]]:
+            found[at[pair]], free[to[pair]] = names[to[pair]], False
+    return found

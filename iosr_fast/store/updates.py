@@ -135,8 +135,7 @@ def optimize(
 ) -> EngineChoice:
     fit = store.fitted()
     head = fit.head.one_label("optimize", "it compares single labels; build the engine that you want")
-    from iosr_fast.head.optimize import optimize
-    from iosr_fast.head.reencode import match_images
+    from iosr_fast.head.optimize import match_images, optimize
 
     store.check_no_log()
     listed, unknown = as_image_list(images), [] if unknown_images is None else as_image_list(unknown_images)
