@@ -36,6 +36,7 @@ from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.store.changes import ChangeResult
 from iosr_fast.store.store import FittedAttribute, Store
 from iosr_fast.utils.estimator import Estimator
+from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
 # The parameters that choose what is opened; the others are those of a fit.
@@ -306,6 +307,7 @@ class Classifier(Estimator):
         """A Prediction for each image: the `top` classes with what texts, examples and their adapted embeddings
         contribute to each, and the `nearest` support images. With unknown="reject" and `keep` as in `predict`, its
         `unknown` has the score, and `label` is None for a picture of none of the classes."""
+        top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
         return self._store.fitted().explain(images, top, nearest, check_unknown(unknown, keep))
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:

@@ -29,7 +29,6 @@ from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.unknown import check_unknown_images, without_rejected
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.validation import check_number
-from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
 
@@ -107,7 +106,6 @@ class Fit:
         return predictions.predict_jointly(head, queries, self.labels())
 
     def explain(self, images: Any, top: int, nearest: int, keep: float | None) -> list[predictions.Prediction]:
-        top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
         head = self.head.one_label("explain", "predict_proba gives the probability of each class")
         if keep is not None:
             head.unknown.threshold(keep)

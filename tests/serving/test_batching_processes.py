@@ -62,7 +62,7 @@ def status(pid: int, name: str) -> str:
 def is_gone(pid: int) -> bool:
     """Ended, and no zombie of this process."""
     try:
-        return status(pid, "Head").startswith("Z") and status(pid, "PPid") != str(os.getpid())
+        return status(pid, "State").startswith("Z") and status(pid, "PPid") != str(os.getpid())
     except (FileNotFoundError, ProcessLookupError):
         return True
 
