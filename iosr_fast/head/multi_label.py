@@ -22,8 +22,8 @@ from iosr_fast.utils.ranking import mean_average_precision
 
 @dataclass(frozen=True, eq=False)
 class MultiLabelHead(HeadData):
-    """Logits of each class by itself (methods.multi_label), and a threshold for each. It stays as it was fitted: its
-    plan is given (`with_computed`), and `one_label` refuses what needs one label a picture.
+    """Logits of each class by itself (methods.multi_label), and a threshold for each class. It takes no changes. Its
+    plan is set by `with_computed`; `one_label` refuses calls that need one label a picture.
 
     labels      (N, C) bool, the classes of each support image, whose class ids say nothing
     thresholds  (C,) float32, the probability from which a picture has a class

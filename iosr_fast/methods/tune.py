@@ -1,43 +1,31 @@
-"""Choosing a method's parameters on labelled images that are held out.
-
-For fixed beta and gamma a sample is right on one interval of alphas, so the alpha that makes most samples right is
-found by sorting the intervals' ends (`alpha`): no grid of alphas is needed. The other parameters are tried on the
-public grid's values and then, more finely, around the best. The default, the stack, fits all its weights together.
-"""
+"""Choosing a method's parameters on labelled images that are held out: the weights of the stack, the default, all
+together (stack_weights), those of a named method by search (search.py), by a rule where nothing can be held out."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import replace
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, Method, check_parameters, fit_method_reducer, unavailable_reason, unknown_method
-from iosr_fast.methods.alpha import Intervals, Plateau, intervals
-from iosr_fast.methods.held_out import HeldOut, is_level, spread_of_others
-from iosr_fast.methods.log_loss import MAX_ALPHA, Fit, fit_alpha, fit_factor, spread
-from iosr_fast.methods.models.model import Term, TextModel
+from iosr_fast.methods.held_out import HeldOut, spread_of_others
+from iosr_fast.methods.log_loss import MAX_ALPHA, fit_factor, spread
+from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.out_of_fold import OutOfFold, note_of_folds, usual_factor
+from iosr_fast.methods.search import ParameterSearch
 from iosr_fast.methods.stack_weights import StackFit, fit_stack
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuned import Protocol, Tuned
 from iosr_fast.scoring.reducers import Reducer, check_reducer
-from iosr_fast.scoring.score import score
 
 AUTO = "auto"
 TUNE_SECONDS = 20.0
 MAX_TUNE_SECONDS = 1e6
-# A term whose spread over classes is below this share of the other term's affects only ties.
-_NEGLIGIBLE = 1e-4
-_SHORTLIST = 20
-_ROUNDS = 2
 _log = logging.getLogger("iosr_fast")
-Setting = Mapping[str, float]  # a method's parameters but alpha
 
 
 def check_choice(method: str, reducer: str | None, tuning: str | None, **parameters: float | None) -> dict[str, float]:
@@ -132,7 +120,7 @@ def tune(
         tuned = Tuned(method, "none", {}, accuracy, len(right), protocol, accuracy, right=right, settings=1)
         tuned = replace(tuned, log_loss=fit.loss, factor=fit.factor)
     else:
-        tuned = _Search(entry, held_out, fitted).result(reducer)
+        tuned = ParameterSearch(entry, held_out, fitted).result(reducer)
     notes = filter(None, (tuned.note, note_of_folds(held_out)))
     tuned = replace(tuned, note="; ".join(notes), seconds=time.perf_counter() - started)
     _log.info("%s: %.4f of %d held-out images right", tuned.method, tuned.accuracy, tuned.scored)
@@ -195,155 +183,3 @@ def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | 
         return parameters
     spreads = [spread_of_others(part, support.labels) for part in (base, slope)]
     return {**parameters, "alpha": min((1 - accuracy) / accuracy * spreads[0] / spreads[1], MAX_ALPHA)}
-
-
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    """A setting with the alphas at which each held-out image is right, and its best ones."""
-
-    setting: Setting
-    intervals: Intervals
-    plateau: Plateau
-
-    @property
-    def width(self) -> float:
-        return (self.plateau.high - self.plateau.low) / max(self.plateau.alpha, 1e-30)
-
-    def on(self, rows: np.ndarray) -> _Candidate:
-        """With the best alphas of the images `rows` (V,) bool; the intervals stay those of all."""
-        return replace(self, plateau=self.intervals.only(rows).best())
-
-
-class _Search:
-    """Every setting that was tried of a method base + alpha * images, each with its best alphas."""
-
-    def __init__(self, method: Method, held_out: HeldOut, reducer: Reducer | None) -> None:
-        self.method, self.held_out, self.reducer, self.labels = method, held_out, reducer, held_out.labels
-        self.tried: list[_Candidate] = []
-        for settings in self._schedule():
-            for setting in settings:
-                found = intervals(*self._logits(setting), self.labels)
-                self.tried.append(_Candidate(setting, found, found.best()))
-
-    def _schedule(self) -> Iterator[list[Setting]]:
-        """All combinations of the axes' values; then, twice, finer ones around the best."""
-        values = {name: list(axis) for name, axis in self.method.axes.items()}
-        yield _combinations(values)
-        for _ in range(_ROUNDS if values else 0):
-            best = _most_right(self.tried).setting
-            values = {name: _between(axis, best[name]) for name, axis in values.items()}
-            yield _combinations(values)
-
-    def _logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
-        """base, slope (V, C): the logits at alpha are base + alpha * slope, as the models without a fold give them: an
-        alpha for fewer images is right for all, because more images are worth more weight."""
-        parts = [weight * self.held_out.part(model).logits for weight, model in self._terms({"alpha": 1.0, **setting})]
-        return np.sum(parts[:-1], axis=0), parts[-1]
-
-    def _terms(self, parameters: Mapping[str, float]) -> list[Term]:
-        return self.method.terms(self.held_out.support, self.method.which, self.reducer, parameters)
-
-    def result(self, reducer: str) -> Tuned:
-        """By leave-one-out the least log-loss chooses among the candidates that are level with the best, each tried at
-        its best alpha and at its alpha of least log-loss; on a validation set the most right. Each half of the images
-        (HeldOut.halves) is judged at the setting and the alpha that the other half chooses by the same rule; images
-        that can't be halved, at those of the candidate."""
-        everything, halves = np.ones(len(self.labels), bool), self.held_out.halves
-        others = [~half for half in halves] if all(half.any() for half in halves) else []
-        if self.held_out.folds is None:
-            chosen = [_at_plateau(_most_right([c.on(rows) for c in self.tried])) for rows in (everything, *others)]
-        else:
-            chosen = self._level_with_least_loss([everything, *others])
-        (best, fit), *by_halves = chosen
-        judged = best.intervals.right_at(fit.alpha)
-        for half, (candidate, of_half) in zip(halves if others else (), by_halves, strict=True):
-            judged[half] = candidate.intervals.right_at(of_half.alpha)[half]
-        base, slope = self._logits(best.setting)
-        right = (base + fit.alpha * slope).argmax(1) == self.labels
-        parameters = {"alpha": fit.alpha, **best.setting}
-        logits = self.held_out.logits(self._terms(parameters))
-        calibrated = fit_factor(logits, np.zeros_like(logits), self.labels, 0.0)
-        return Tuned(
-            method=self.method.name,
-            reducer=reducer,
-            parameters=parameters,
-            accuracy=float(judged.mean()),
-            scored=len(judged),
-            protocol="validation" if self.held_out.folds is None else "loo",
-            search_accuracy=float(right.mean()),
-            alpha_range=(best.plateau.low, best.plateau.high),
-            log_loss=calibrated.loss,
-            factor=calibrated.factor,
-            settings=len(self.tried),
-            right=judged,
-            out_of_fold=OutOfFold.of(self.held_out, calibrated.factor * logits),
-            note="; ".join(filter(None, self._notes(best.setting, base, slope, fit, right))),
-        )
-
-    def _level_with_least_loss(self, masks: Sequence[np.ndarray]) -> list[tuple[_Candidate, Fit]]:
-        """For each of the masks (V,) bool the choice of these images. Logits are computed once a setting."""
-        shortlists = [_near_the_best([c.on(rows) for c in self.tried], int(rows.sum())) for rows in masks]
-        measured: list[list[tuple[_Candidate, Fit, np.ndarray]]] = [[] for _ in masks]
-        settings = {tuple(c.setting.items()): c.setting for shortlist in shortlists for c in shortlist}
-        for key, setting in settings.items():
-            base, slope = self._logits(setting)
-            for rows, shortlist, results in zip(masks, shortlists, measured, strict=True):
-                some = base[rows], slope[rows], self.labels[rows]
-                for candidate in (c for c in shortlist if tuple(c.setting.items()) == key):
-                    for fit in (fit_factor(*some, candidate.plateau.alpha), fit_alpha(*some)):
-                        results.append((candidate, fit, candidate.intervals.right_at(fit.alpha)[rows]))
-        return [_least_loss(results) for results in measured]
-
-    def _notes(
-        self, setting: Setting, base: np.ndarray, slope: np.ndarray, fit: Fit, right: np.ndarray
-    ) -> Iterator[str]:
-        """What a user has to know: a term without effect, or images that the encoder does not distinguish."""
-        text, images = spread(base), fit.alpha * spread(slope)
-        if self.held_out.support.text is not None and text <= _NEGLIGIBLE * images:
-            yield f"alpha {fit.alpha:.3g}: the texts have no effect"
-        elif images <= _NEGLIGIBLE * text:
-            yield f"alpha {fit.alpha:.3g}: similarity to support images has no effect"
-        support = self.held_out.support
-        plan = self.method.compile(support, self.reducer, {"alpha": fit.alpha, **setting})
-        labels = np.unique(score(plan, support.as_queries).argmax(1))
-        if len(labels) == 1 and len(np.unique(self.labels[right])) > 1:
-            yield (
-                f"all {len(support.labels)} support images get the label of class {labels[0]}: the encoder does not "
-                "distinguish them"
-            )
-
-
-def _at_plateau(candidate: _Candidate) -> tuple[_Candidate, Fit]:
-    return candidate, Fit(candidate.plateau.alpha, 1.0, float("nan"))
-
-
-def _most_right(tried: Sequence[_Candidate]) -> _Candidate:
-    """The candidate with most images right; then with the widest plateau relative to alpha; then the first."""
-    return max(tried, key=lambda c: (c.plateau.right, c.width))
-
-
-def _near_the_best(tried: Sequence[_Candidate], n_samples: int) -> list[_Candidate]:
-    """Some candidates within three standard errors of the best."""
-    best = max(c.plateau.right for c in tried) / n_samples
-    error = float(np.sqrt(best * (1 - best) / n_samples))
-    near = [c for c in tried if c.plateau.right / n_samples >= best - 3 * error]
-    near.sort(key=lambda c: -c.plateau.right)
-    return near[:: -(-len(near) // _SHORTLIST)]
-
-
-def _least_loss(measured: Sequence[tuple[_Candidate, Fit, np.ndarray]]) -> tuple[_Candidate, Fit]:
-    """Of the candidates that are level with the most right, the one with the least log-loss."""
-    top = max(measured, key=lambda one: one[2].sum())[2]
-    candidate, fit, _ = min((one for one in measured if is_level(one[2], top)), key=lambda one: one[1].loss)
-    return candidate, fit
-
-
-def _combinations(values: Mapping[str, Sequence[float]]) -> list[Setting]:
-    return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
-
-
-def _between(axis: Sequence[float], value: float) -> list[float]:
-    """`value` and the points halfway to its neighbours on the axis."""
-    at = axis.index(value)
-    neighbours = (axis[max(at - 1, 0)], value, axis[min(at + 1, len(axis) - 1)])
-    return sorted({(value + neighbour) / 2 for neighbour in neighbours})
