@@ -47,7 +47,7 @@ class Pass(nn.Module):
         self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = self.tower.embed((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
+        x = self.tower.embed((pixels.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std)
         for i, block in enumerate(self.tower.blocks):
             x = self._attend(block, x) if isinstance(block, OpenClipBlock) else block.attend(x)
             update = block.mlp(x)

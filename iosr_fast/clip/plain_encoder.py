@@ -46,7 +46,7 @@ class PlainEncoder(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        x = (pixels.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std  # TensorRT can't transpose uint8
         features = self.visual(x)
         if isinstance(features, tuple):  # CoCa returns its tokens, too
             features = features[0]

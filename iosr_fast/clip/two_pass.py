@@ -33,7 +33,7 @@ class TwoPasses(nn.Module):
             self.register_buffer(name, torch.tensor(getattr(clip, name)).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        x = (pixels.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std
         x = x.to(next(self.visual.parameters()).dtype)
         features = [self.visual(x)]
         if self.adapter is not None:

@@ -12,6 +12,7 @@ import pytest
 for package in ("torch", "open_clip", "timm", "onnxruntime", "openvino", "onnxscript"):
     pytest.importorskip(package)
 
+import onnx  # noqa: E402
 import open_clip  # noqa: E402
 import torch  # noqa: E402
 
@@ -27,6 +28,7 @@ from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
 from tests.clip.families import FAMILIES, family_clip, randomise  # noqa: E402
 from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip  # noqa: E402
 from tests.clip.small_clip import random_adapter, random_pixels, small_clip  # noqa: E402
+from tests.export.graphs import BOOL, FLOAT, FLOAT16, INT64, UINT8, element_types  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=PLAIN_CLIPS)
@@ -70,6 +72,20 @@ def test_int8_is_near_and_optimize_knows_what_there_is(built: tuple[str, Path, A
     assert manifest["quantised"]["products"] + len(manifest["quantised"]["kept"]) >= 3
     got, expected = open_engine(tmp_path / "int8", "onnxruntime").encode(pictures).plain, plain_pass(clip, pictures)[0]
     assert (got * expected).sum(1).min() >= 0.99
+
+
+@pytest.mark.slow
+def test_tensorrt_takes_the_graph_which_is_fp32(built: tuple[str, Path, Any]) -> None:
+    """TensorRT transposes no uint8, so pixels become floats first."""
+    pytest.importorskip("tensorrt_rtx")
+    from iosr_fast.encoders.runtimes.tensorrt import build_plan
+
+    path = built[1] / "encoder.onnx"
+    types = element_types(path)
+    assert set(types.values()) <= {FLOAT, UINT8, INT64, BOOL} and FLOAT16 not in types.values()
+    graph = onnx.load(path, load_external_data=False).graph
+    assert {node.op_type for node in graph.node if "pixels" in node.input} <= {"Cast", "Shape"}
+    assert build_plan(path, "tensorrt_rtx", 3)[1]["bytes"] > 0
 
 
 @pytest.mark.parametrize("family", PLAIN_CLIPS)
