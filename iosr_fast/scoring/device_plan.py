@@ -54,6 +54,19 @@ class DevicePlan(PlanTerms):
     reducer_shift: Tensor | None
     reducer_projection: Tensor | None
 
+    @property
+    def offsets(self) -> np.ndarray | None:
+        """The class offsets on the host, (C + 1,) int64."""
+        return None if self.class_offsets is None else self.class_offsets.cpu().numpy().astype(np.int64)
+
+    def cached(self, name: str, compute: Callable[[], _T]) -> _T:
+        """compute(), once, for what a backend derives from the plan and keeps with it."""
+        known: dict[str, Any] = vars(self).setdefault("_cached", {})
+        if name not in known:
+            known[name] = compute()
+        value: _T = known[name]
+        return value
+
     def query_rows(self, plain: Tensor, adapted: Tensor | None) -> Tensor:
         """The queries (B, D) of the cache term: reduced and transformed if the plan says so, else the given rows.
 
