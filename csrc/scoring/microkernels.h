@@ -1,17 +1,23 @@
 // The inner loops that differ between instruction sets: one table of functions for each, one source file each.
 //
-// The driver (score.cpp) is compiled for the baseline processor. Only these functions are compiled with wider flags, so
-// that the rest of the program can't link an inline function of the standard library from a wide file.
+// The drivers (affinity_sums.cpp, product.cpp) are compiled for the baseline processor. Only these functions are compiled
+// with wider flags, so that the rest of the program can't link an inline function of the standard library from a wide file.
 #pragma once
 
 #include <cstddef>
-
-#include "scoring/plan.h"
+#include <cstdint>
 
 namespace iosr {
 
+enum class ElementType { kFloat32, kFloat16, kBfloat16, kInt8 };
+
 // A panel is P queries packed channel by channel: panel[d * P + lane]; missing queries are zero.
 constexpr std::size_t kMaxPanel = 32;
+
+// Values are packed in groups of six classes, key by key, with a gap between groups:
+// packed[group * (n_keys * 6 + kPackedGap) + key * 6 + class]; missing classes are anything.
+constexpr std::size_t kTileRows = 6;
+constexpr std::size_t kPackedGap = kMaxPanel / 2;
 
 struct Microkernels {
     std::size_t panel;  // P, at most kMaxPanel
@@ -19,19 +25,36 @@ struct Microkernels {
     // dots[r * P + lane] = <rows[r], the lane's query>; rows (n_rows, width).
     void (*dot_panel)(const float* rows, std::size_t n_rows, std::size_t width, const float* panel, float* dots);
 
-    // sums[lane] = sum over r: weights[r] * exp2(scale * key_scales[r] * dots[r * P + lane] - scale).
-    void (*exp_sum)(const float* dots, std::size_t n_rows, float scale, const float* key_scales, const float* weights,
-                    float* sums);
+    // tile[r * P + lane] = weights[r] * exp2(scale * key_scales[r] * tile[r * P + lane] - scale), in place; sums[lane] is
+    // their sum over r.
+    void (*exp_tile)(float* tile, std::size_t n_rows, float scale, const float* key_scales, const float* weights,
+                     float* sums);
 
-    // out[i] = the i-th of n keys' channels as float (an int8 code without its scale).
-    void (*widen)(const void* channels, KeyType type, std::size_t n, float* out);
+    // Packs values (n_keys, n_classes) of float32 or float16. `available` elements from `values` on may be read.
+    void (*pack_values)(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes,
+                        std::size_t available, float* packed);
 
-    // dots[b * stride + r] = <rows[r], queries[b]>; rows (n_rows, width) of `type`, queries (n_queries, width).
-    void (*dot_rows)(const void* rows, KeyType type, std::size_t n_rows, std::size_t width, const float* queries,
+    // sums[c * P + lane] (+)= sum over r: packed value of key r and class c * tile[r * P + lane]. Writes whole groups of
+    // six classes.
+    void (*add_packed)(const float* packed, std::size_t n_keys, std::size_t n_classes, const float* tile, float* sums,
+                       bool add);
+
+    // out[i] = the i-th of n elements as float (an int8 code without its scale).
+    void (*widen)(const void* elements, ElementType type, std::size_t n, float* out);
+
+    // dots[b * stride + r] = <rows[r], queries[b]>; rows (n_rows, width) of `type`, queries (n_queries, width). A dot's
+    // bits depend on its row and its query alone.
+    void (*dot_rows)(const void* rows, ElementType type, std::size_t n_rows, std::size_t width, const float* queries,
                      std::size_t n_queries, float* dots, std::size_t stride);
 
     // dots[i] = weights[i] * exp2(scale * key_scales[i] * dots[i] - scale), in place.
     void (*exp_run)(float* dots, std::size_t n, float scale, const float* key_scales, const float* weights);
+
+    // sums[b * sums_stride + c] += sum over r: affinities[b * stride + r] * values[r, c]; values (n_keys, n_classes) of
+    // float32 or float16. Writes sums of classes up to the next multiple of kMaxPanel / 2.
+    void (*add_values)(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes,
+                       std::size_t available, const float* affinities, std::size_t n_queries, std::size_t stride,
+                       float* sums, std::size_t sums_stride);
 };
 
 extern const Microkernels kScalarKernels;

@@ -27,47 +27,50 @@ inline V exp2(V t) {
 }
 
 constexpr std::size_t kPanel = 2 * V::kLanes;
-constexpr std::size_t kTileRows = 6;
 constexpr std::size_t kDepth = 256;  // channels per pass: a panel's slice of them stays in the first-level cache
 
-// dots (6, P) (+)= rows (6, depth) @ panel (depth, P). Twelve named accumulators, because GCC keeps arrays in memory.
-inline void tile_6(const float* rows, std::size_t stride, const float* panel, std::size_t depth, float* dots, bool add) {
+// out (6, P) (+)= rows (6, depth) @ panel (depth, P). Row k has its element i at rows[k * stride + i], or packed at
+// rows[6 * i + k]. Twelve named accumulators, because GCC keeps arrays in memory.
+template <bool kPacked>
+inline void tile_6(const float* rows, std::size_t stride, const float* panel, std::size_t depth, float* out, bool add) {
     constexpr std::size_t L = V::kLanes;
     V a0 = V::zero(), a1 = a0, b0 = a0, b1 = a0, c0 = a0, c1 = a0, d0 = a0, d1 = a0, e0 = a0, e1 = a0, f0 = a0, f1 = a0;
-    if (add) {
-        a0 = V::load(dots), a1 = V::load(dots + L);
-        b0 = V::load(dots + 2 * L), b1 = V::load(dots + 3 * L);
-        c0 = V::load(dots + 4 * L), c1 = V::load(dots + 5 * L);
-        d0 = V::load(dots + 6 * L), d1 = V::load(dots + 7 * L);
-        e0 = V::load(dots + 8 * L), e1 = V::load(dots + 9 * L);
-        f0 = V::load(dots + 10 * L), f1 = V::load(dots + 11 * L);
-    }
     const float* low = rows;  // three rows per base pointer need fewer address registers
-    const float* high = rows + 3 * stride;
+    const float* high = kPacked ? rows + 3 : rows + 3 * stride;
+    const std::size_t next = kPacked ? 1 : stride;
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < depth; ++i) {
+    for (std::size_t d = 0; d < depth; ++d) {
+        const std::size_t i = kPacked ? kTileRows * d : d;
         const V left = V::load(panel);
         const V right = V::load(panel + L);
         panel += kPanel;
         V x = V::broadcast(low[i]);
         a0 = V::fma(x, left, a0), a1 = V::fma(x, right, a1);
-        x = V::broadcast(low[i + stride]);
+        x = V::broadcast(low[i + next]);
         b0 = V::fma(x, left, b0), b1 = V::fma(x, right, b1);
-        x = V::broadcast(low[i + 2 * stride]);
+        x = V::broadcast(low[i + 2 * next]);
         c0 = V::fma(x, left, c0), c1 = V::fma(x, right, c1);
         x = V::broadcast(high[i]);
         d0 = V::fma(x, left, d0), d1 = V::fma(x, right, d1);
-        x = V::broadcast(high[i + stride]);
+        x = V::broadcast(high[i + next]);
         e0 = V::fma(x, left, e0), e1 = V::fma(x, right, e1);
-        x = V::broadcast(high[i + 2 * stride]);
+        x = V::broadcast(high[i + 2 * next]);
         f0 = V::fma(x, left, f0), f1 = V::fma(x, right, f1);
     }
-    a0.store(dots), a1.store(dots + L);
-    b0.store(dots + 2 * L), b1.store(dots + 3 * L);
-    c0.store(dots + 4 * L), c1.store(dots + 5 * L);
-    d0.store(dots + 6 * L), d1.store(dots + 7 * L);
-    e0.store(dots + 8 * L), e1.store(dots + 9 * L);
-    f0.store(dots + 10 * L), f1.store(dots + 11 * L);
+    if (add) {
+        a0 = a0 + V::load(out), a1 = a1 + V::load(out + L);
+        b0 = b0 + V::load(out + 2 * L), b1 = b1 + V::load(out + 3 * L);
+        c0 = c0 + V::load(out + 4 * L), c1 = c1 + V::load(out + 5 * L);
+        d0 = d0 + V::load(out + 6 * L), d1 = d1 + V::load(out + 7 * L);
+        e0 = e0 + V::load(out + 8 * L), e1 = e1 + V::load(out + 9 * L);
+        f0 = f0 + V::load(out + 10 * L), f1 = f1 + V::load(out + 11 * L);
+    }
+    a0.store(out), a1.store(out + L);
+    b0.store(out + 2 * L), b1.store(out + 3 * L);
+    c0.store(out + 4 * L), c1.store(out + 5 * L);
+    d0.store(out + 6 * L), d1.store(out + 7 * L);
+    e0.store(out + 8 * L), e1.store(out + 9 * L);
+    f0.store(out + 10 * L), f1.store(out + 11 * L);
 }
 
 inline void tile_1(const float* row, const float* panel, std::size_t depth, float* dots, bool add) {
@@ -88,7 +91,7 @@ void dot_panel(const float* rows, std::size_t n_rows, std::size_t width, const f
         const float* slice = panel + begin * kPanel;
         std::size_t r = 0;
         for (; r + kTileRows <= n_rows; r += kTileRows) {
-            tile_6(rows + r * width + begin, width, slice, depth, dots + r * kPanel, begin > 0);
+            tile_6<false>(rows + r * width + begin, width, slice, depth, dots + r * kPanel, begin > 0);
         }
         for (; r < n_rows; ++r) {
             tile_1(rows + r * width + begin, slice, depth, dots + r * kPanel, begin > 0);
@@ -96,26 +99,59 @@ void dot_panel(const float* rows, std::size_t n_rows, std::size_t width, const f
     }
 }
 
-void exp_sum(const float* dots, std::size_t n_rows, float scale, const float* key_scales, const float* weights,
-             float* sums) {
+void exp_tile(float* tile, std::size_t n_rows, float scale, const float* key_scales, const float* weights, float* sums) {
     V left = V::zero();
     V right = V::zero();
     const V shift = V::broadcast(-scale);
-    for (std::size_t r = 0; r < n_rows; ++r) {
+    for (std::size_t r = 0; r < n_rows; ++r, tile += kPanel) {
         const V factor = V::broadcast(key_scales == nullptr ? scale : scale * key_scales[r]);
-        const V first = exp2(V::fma(V::load(dots + r * kPanel), factor, shift));
-        const V second = exp2(V::fma(V::load(dots + r * kPanel + V::kLanes), factor, shift));
-        if (weights == nullptr) {
-            left = left + first;
-            right = right + second;
-        } else {
+        V first = exp2(V::fma(V::load(tile), factor, shift));
+        V second = exp2(V::fma(V::load(tile + V::kLanes), factor, shift));
+        if (weights != nullptr) {
             const V weight = V::broadcast(weights[r]);
-            left = V::fma(first, weight, left);
-            right = V::fma(second, weight, right);
+            first = first * weight;
+            second = second * weight;
         }
+        first.store(tile);
+        second.store(tile + V::kLanes);
+        left = left + first;
+        right = right + second;
     }
     left.store(sums);
     right.store(sums + V::kLanes);
+}
+
+// Elements [i, i + kLanes), of which only those before `available` exist: the others are zero.
+template <typename T>
+inline V load_within(const T* elements, std::size_t i, std::size_t available) {
+    if (i + V::kLanes <= available) {
+        return V::load(elements + i);
+    }
+    T copy[V::kLanes] = {};
+    for (std::size_t k = 0; i + k < available; ++k) {
+        copy[k] = elements[i + k];
+    }
+    return V::load(copy);
+}
+
+// Whole vectors are read and written. What they write beyond a group's six classes is overwritten by the next key's, and
+// after the last key falls into the space between groups.
+template <typename T>
+void pack_values_as(const T* values, std::size_t n_keys, std::size_t n_classes, std::size_t available, float* packed) {
+    for (std::size_t r = 0; r < n_keys; ++r) {
+        float* out = packed + r * kTileRows;
+        for (std::size_t c = 0; c < n_classes; c += kTileRows, out += n_keys * kTileRows + kPackedGap) {
+            for (std::size_t i = 0; i < kTileRows; i += V::kLanes) {
+                load_within(values, r * n_classes + c + i, available).store(out + i);
+            }
+        }
+    }
+}
+
+void add_packed(const float* packed, std::size_t n_keys, std::size_t n_classes, const float* tile, float* sums, bool add) {
+    for (std::size_t c = 0; c < n_classes; c += kTileRows, packed += n_keys * kTileRows + kPackedGap) {
+        tile_6<true>(packed, 0, tile, n_keys, sums + c * kPanel, add);
+    }
 }
 
 template <typename T>
@@ -245,20 +281,31 @@ void dot_rows_as(const T* rows, std::size_t n_rows, std::size_t width, const flo
 }
 
 template <typename F>
-void with_type(const void* data, KeyType type, F run) {
+void with_type(const void* data, ElementType type, F run) {
     switch (type) {
-        case KeyType::kFloat32: run(static_cast<const float*>(data)); break;
-        case KeyType::kFloat16: run(static_cast<const Half*>(data)); break;
-        case KeyType::kBfloat16: run(static_cast<const Bfloat*>(data)); break;
-        case KeyType::kInt8: run(static_cast<const std::int8_t*>(data)); break;
+        case ElementType::kFloat32: run(static_cast<const float*>(data)); break;
+        case ElementType::kFloat16: run(static_cast<const Half*>(data)); break;
+        case ElementType::kBfloat16: run(static_cast<const Bfloat*>(data)); break;
+        case ElementType::kInt8: run(static_cast<const std::int8_t*>(data)); break;
     }
 }
 
-void widen(const void* channels, KeyType type, std::size_t n, float* out) {
+// Values are float32 or float16.
+template <typename F>
+void with_value_type(const void* data, ElementType type, F run) {
+    type == ElementType::kFloat32 ? run(static_cast<const float*>(data)) : run(static_cast<const Half*>(data));
+}
+
+void pack_values(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes, std::size_t available,
+                 float* packed) {
+    with_value_type(values, type, [&](const auto* typed) { pack_values_as(typed, n_keys, n_classes, available, packed); });
+}
+
+void widen(const void* channels, ElementType type, std::size_t n, float* out) {
     with_type(channels, type, [&](const auto* typed) { widen_as(typed, n, out); });
 }
 
-void dot_rows(const void* rows, KeyType type, std::size_t n_rows, std::size_t width, const float* queries,
+void dot_rows(const void* rows, ElementType type, std::size_t n_rows, std::size_t width, const float* queries,
               std::size_t n_queries, float* dots, std::size_t stride) {
     with_type(rows, type, [&](const auto* typed) {
         dot_rows_as(typed, n_rows, width, queries, n_queries, dots, stride);
@@ -296,4 +343,54 @@ void exp_run(float* dots, std::size_t n, float scale, const float* key_scales, c
     }
 }
 
-constexpr Microkernels kKernels = {kPanel, dot_panel, exp_sum, widen, dot_rows, exp_run};
+// K keys' values are loaded once for all queries. Several keys at a time, so that sums are seldom loaded and stored.
+template <std::size_t K, typename T>
+inline void add_values_of(const T* values, std::size_t n_classes, std::size_t available, const float* affinities,
+                          std::size_t n_queries, std::size_t stride, float* sums, std::size_t sums_stride) {
+    for (std::size_t c = 0; c < n_classes; c += V::kLanes) {
+        V v[K];
+#pragma GCC unroll 8
+        for (std::size_t k = 0; k < K; ++k) {
+            v[k] = load_within(values, k * n_classes + c, available);
+        }
+        for (std::size_t b = 0; b < n_queries; ++b) {
+            const float* a = affinities + b * stride;
+            float* out = sums + b * sums_stride + c;
+            V sum = v[0] * V::broadcast(a[0]);
+#pragma GCC unroll 8
+            for (std::size_t k = 1; k < K; ++k) {
+                sum = V::fma(v[k], V::broadcast(a[k]), sum);
+            }
+            (V::load(out) + sum).store(out);
+        }
+    }
+}
+
+template <typename T>
+void add_values_as(const T* values, std::size_t n_keys, std::size_t n_classes, std::size_t available,
+                   const float* affinities, std::size_t n_queries, std::size_t stride, float* sums,
+                   std::size_t sums_stride) {
+    constexpr std::size_t kMost = 8;
+    for (std::size_t r = 0; r < n_keys;) {
+        const T* rows = values + r * n_classes;
+        const std::size_t left = available - r * n_classes;
+        if (r + kMost <= n_keys) {
+            add_values_of<kMost>(rows, n_classes, left, affinities + r, n_queries, stride, sums, sums_stride);
+            r += kMost;
+        } else {
+            add_values_of<1>(rows, n_classes, left, affinities + r, n_queries, stride, sums, sums_stride);
+            r += 1;
+        }
+    }
+}
+
+void add_values(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes, std::size_t available,
+                const float* affinities, std::size_t n_queries, std::size_t stride, float* sums,
+                std::size_t sums_stride) {
+    with_value_type(values, type, [&](const auto* typed) {
+        add_values_as(typed, n_keys, n_classes, available, affinities, n_queries, stride, sums, sums_stride);
+    });
+}
+
+constexpr Microkernels kKernels = {kPanel,     dot_panel, exp_tile, pack_values, add_packed,
+                                   widen,      dot_rows,  exp_run,  add_values};

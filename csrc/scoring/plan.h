@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace iosr {
+#include "scoring/microkernels.h"
 
-enum class KeyType { kFloat32, kFloat16, kBfloat16, kInt8 };
+namespace iosr {
 
 // logits[b, c] = tau * <plain[b], text[c]>
 //              + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - key_scales[j] * <query[b], keys[j]>))
@@ -17,7 +17,7 @@ struct PlanView {
     std::size_t width = 0;      // D
     const float* text = nullptr;  // (C, D)
     const void* keys = nullptr;   // (N, D) of key_type, sorted by class
-    KeyType key_type = KeyType::kFloat32;
+    ElementType key_type = ElementType::kFloat32;
     const float* key_scales = nullptr;            // (N,)
     const std::int64_t* class_offsets = nullptr;  // (C + 1,): class c owns keys [class_offsets[c], class_offsets[c + 1])
     const float* weights = nullptr;               // (N,)
@@ -36,9 +36,5 @@ struct QueryView {
     const float* query = nullptr;    // read with keys
     const float* feature = nullptr;  // read with linear
 };
-
-inline std::size_t key_bytes(KeyType type) {
-    return type == KeyType::kFloat32 ? 4 : type == KeyType::kInt8 ? 1 : 2;
-}
 
 }  // namespace iosr

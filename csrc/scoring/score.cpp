@@ -34,8 +34,12 @@ constexpr double kLog2E = 1.4426950408889634;
 // The largest batch whose rows are multiplied without a panel, of which a smaller one would fill half or less. Narrow keys
 // favour it more, because a panel's keys are first widened in memory.
 std::size_t largest_few(const PlanView& plan, const Microkernels& kernels) {
-    const bool narrow = plan.keys != nullptr && plan.key_type != KeyType::kFloat32;
+    const bool narrow = plan.keys != nullptr && plan.key_type != ElementType::kFloat32;
     return std::max(kFewQueries, narrow ? 3 * kernels.panel / 4 : kernels.panel / 2);
+}
+
+std::size_t element_bytes(ElementType type) {
+    return type == ElementType::kFloat32 ? 4 : type == ElementType::kInt8 ? 1 : 2;
 }
 
 class Scorer {
@@ -77,7 +81,7 @@ class Scorer {
             if (!few_ && plan.query_transform != nullptr) {
                 scratch_[w].panel = make_buffer<float>(panel_ * width_);
             }
-            if (!few_ && plan.key_type != KeyType::kFloat32) {
+            if (!few_ && plan.key_type != ElementType::kFloat32) {
                 scratch_[w].rows = make_buffer<float>(block_rows_ * width_);
             }
         }
@@ -99,7 +103,7 @@ class Scorer {
             if (moved_ != nullptr) {
                 phases.push_back({ceil_div(width_, block_rows_), [this](std::size_t, std::size_t i) {
                                       const std::size_t r = i * block_rows_;
-                                      kernels_.dot_rows(plan_.query_transform + r * width_, KeyType::kFloat32,
+                                      kernels_.dot_rows(plan_.query_transform + r * width_, ElementType::kFloat32,
                                                         std::min(block_rows_, width_ - r), width_, queries_.query, count_,
                                                         moved_.get() + r, width_);
                                   }});
@@ -159,7 +163,7 @@ class Scorer {
                   const Panels& panels, const float* source, std::size_t begin, std::size_t end) const {
         float* dots = scratch.dots.get();
         if (few_) {
-            kernels_.dot_rows(rows, KeyType::kFloat32, n_rows, width_, source, count_, dots, block_rows_);
+            kernels_.dot_rows(rows, ElementType::kFloat32, n_rows, width_, source, count_, dots, block_rows_);
         }
         for (std::size_t i = begin; i < end; i += panel_) {
             if (!few_) {
@@ -176,7 +180,7 @@ class Scorer {
     }
 
     const void* key_rows(std::size_t row) const {
-        return static_cast<const char*>(plan_.keys) + row * width_ * key_bytes(plan_.key_type);
+        return static_cast<const char*>(plan_.keys) + row * width_ * element_bytes(plan_.key_type);
     }
 
     // The partial sum of a class that crosses a chunk's border: slot 0 if the class begins earlier, 1 if it begins
@@ -215,7 +219,7 @@ class Scorer {
                     if (few_) {
                         add_runs(dots, segment, sums);
                     } else {
-                        kernels_.exp_sum(dots + segment.begin * panel_, segment.end - segment.begin, scale,
+                        kernels_.exp_tile(dots + segment.begin * panel_, segment.end - segment.begin, scale,
                                          scales == nullptr ? nullptr : scales + segment.begin,
                                          weights == nullptr ? nullptr : weights + segment.begin, sums);
                     }
@@ -226,7 +230,7 @@ class Scorer {
     }
 
     const float* widened(Scratch& scratch, std::size_t begin, std::size_t end) const {
-        if (plan_.key_type == KeyType::kFloat32) {
+        if (plan_.key_type == ElementType::kFloat32) {
             return static_cast<const float*>(key_rows(begin));
         }
         kernels_.widen(key_rows(begin), plan_.key_type, (end - begin) * width_, scratch.rows.get());

@@ -1,5 +1,6 @@
 #include "scoring/threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -208,6 +209,11 @@ std::size_t usable_threads() {
 #endif
     const unsigned count = std::thread::hardware_concurrency();
     return count < 1 ? 1 : count;
+}
+
+std::size_t useful_workers(std::size_t work, std::size_t threads) {
+    constexpr std::size_t kThreadWork = 1 << 18;
+    return std::clamp<std::size_t>(work / kThreadWork, 1, std::max<std::size_t>(threads, 1));
 }
 
 void run_phases(std::size_t n_workers, const std::vector<Phase>& phases) {

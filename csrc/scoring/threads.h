@@ -10,6 +10,9 @@ namespace iosr {
 // The number of threads that this process may use (by its affinity mask); at least 1.
 std::size_t usable_threads();
 
+// How many of `threads` threads (at least 1) so many multiply-adds justify waking.
+std::size_t useful_workers(std::size_t work, std::size_t threads);
+
 // Any free worker runs task(worker, i), once for each i in [0, n_tasks). It must not throw.
 struct Phase {
     std::size_t n_tasks;

@@ -25,7 +25,7 @@
 
 namespace {
 
-using iosr::KeyType;
+using iosr::ElementType;
 
 // A plan that owns its arrays. Arrays are exactly as long as they must be, so that a sanitizer sees a read past their end.
 struct Problem {
@@ -34,10 +34,10 @@ struct Problem {
     std::vector<float> text, linear, bias, weights, scales, plain, query, feature, exact_keys, transform;
     std::vector<float> moved;  // transform @ query, where there is one, or query
     std::vector<std::uint8_t> keys;
-    KeyType type;
+    ElementType type;
     float tau = 100.0F, alpha = 1.7F, beta = 5.5F;
 
-    Problem(std::vector<std::int64_t> offsets_, std::size_t width_, std::size_t batch_, KeyType type_,
+    Problem(std::vector<std::int64_t> offsets_, std::size_t width_, std::size_t batch_, ElementType type_,
             bool transformed = false)
         : width(width_), batch(batch_), offsets(std::move(offsets_)), type(type_) {
         const std::size_t n = n_keys();
@@ -67,12 +67,12 @@ struct Problem {
 
     void encode(const std::vector<float>& rows) {
         exact_keys.resize(rows.size());
-        keys.resize(rows.size() * iosr::key_bytes(type));
-        scales.assign(type == KeyType::kInt8 ? n_keys() : 0, 1.0F / 127.0F);
+        keys.resize(rows.size() * (type == ElementType::kFloat32 ? 4 : type == ElementType::kInt8 ? 1 : 2));
+        scales.assign(type == ElementType::kInt8 ? n_keys() : 0, 1.0F / 127.0F);
         for (std::size_t i = 0; i < rows.size(); ++i) {
-            if (type == KeyType::kFloat32) {
+            if (type == ElementType::kFloat32) {
                 reinterpret_cast<float*>(keys.data())[i] = exact_keys[i] = rows[i];
-            } else if (type == KeyType::kInt8) {
+            } else if (type == ElementType::kInt8) {
                 const auto code = static_cast<std::int8_t>(std::lrint(rows[i] * 127.0F));
                 reinterpret_cast<std::int8_t*>(keys.data())[i] = code;
                 exact_keys[i] = static_cast<float>(code) / 127.0F;
@@ -82,9 +82,9 @@ struct Problem {
                 // Half by cutting the mantissa; values too small for a normal one become zero.
                 const std::uint32_t exponent = (bits >> 23) & 0xffU;
                 const std::uint32_t half = exponent < 113 ? 0 : ((exponent - 112) << 10) | ((bits >> 13) & 0x3ffU);
-                const std::uint32_t narrow = type == KeyType::kBfloat16 ? bits >> 16 : ((bits >> 16) & 0x8000U) | half;
+                const std::uint32_t narrow = type == ElementType::kBfloat16 ? bits >> 16 : ((bits >> 16) & 0x8000U) | half;
                 reinterpret_cast<std::uint16_t*>(keys.data())[i] = static_cast<std::uint16_t>(narrow);
-                if (type == KeyType::kFloat16) {
+                if (type == ElementType::kFloat16) {
                     exact_keys[i] = iosr::half_to_float(static_cast<std::uint16_t>(narrow));
                 } else {
                     const std::uint32_t back = narrow << 16;
@@ -136,7 +136,7 @@ struct Problem {
 void test_against_the_formula() {
     const std::vector<std::vector<std::int64_t>> layouts = {
         {0, 3, 4, 8, 9, 14}, {0, 0, 0, 2, 2, 9, 9}, {0, 1}, {0, 97}, {0, 1, 2, 3, 4, 5, 6, 7, 8}, {0, 150, 150, 377}};
-    for (const KeyType type : {KeyType::kFloat32, KeyType::kFloat16, KeyType::kBfloat16, KeyType::kInt8}) {
+    for (const ElementType type : {ElementType::kFloat32, ElementType::kFloat16, ElementType::kBfloat16, ElementType::kInt8}) {
         for (const std::size_t width : {1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 123, 300}) {
             for (const std::size_t batch : {1, 2, 3, 4, 5, 6, 7, 9, 12, 16, 17, 24, 33}) {
                 const bool transformed = (width + batch / 2) % 2 == 1;
@@ -168,7 +168,7 @@ void test_threads_change_nothing() {
     // A class of one key, one that spans many chunks, then ragged ones: sums cross the borders of chunks.
     const std::vector<std::int64_t> offsets = {0, 1, 9000, 9000, 9100, 9301, 12000};
     for (const std::size_t batch : {1, 6, 16, 40, 300}) {
-        const Problem problem(offsets, 8, batch, KeyType::kInt8, batch % 4 == 0);
+        const Problem problem(offsets, 8, batch, ElementType::kInt8, batch % 4 == 0);
         for (const Path& path : paths()) {
             const std::vector<float> alone = problem.run(*path.kernels, 1);
             check(std::abs(alone[1] - problem.truth(0, 1)) <= 4e-6 * std::abs(problem.truth(0, 1)), path.name + " edges");
@@ -182,7 +182,7 @@ void test_threads_change_nothing() {
 // A thread that leaves the core of its caller is forbidden it for a moment, and for no longer.
 void test_threads_may_run_wherever_they_might() {
 #if defined(__linux__)
-    const Problem problem({0, 700, 1400, 3000}, 64, 40, KeyType::kFloat32);
+    const Problem problem({0, 700, 1400, 3000}, 64, 40, ElementType::kFloat32);
     const iosr::Microkernels& kernels = *iosr::choose_score_path("").kernels;
     const std::vector<float> alone = problem.run(kernels, 1);
     cpu_set_t expected;
@@ -200,7 +200,7 @@ void test_threads_may_run_wherever_they_might() {
 }
 
 void test_many_callers_at_once() {
-    const Problem problem({0, 700, 1400, 3000}, 64, 40, KeyType::kFloat32);
+    const Problem problem({0, 700, 1400, 3000}, 64, 40, ElementType::kFloat32);
     const iosr::Microkernels& kernels = *iosr::choose_score_path("").kernels;
     const std::vector<float> alone = problem.run(kernels, 1);
     std::vector<std::thread> callers;
@@ -220,7 +220,7 @@ void test_many_callers_at_once() {
 
 void test_after_fork() {
 #if defined(__unix__) && !defined(__SANITIZE_THREAD__)
-    const Problem problem({0, 700, 1400, 3000}, 64, 40, KeyType::kFloat32);
+    const Problem problem({0, 700, 1400, 3000}, 64, 40, ElementType::kFloat32);
     const iosr::Microkernels& kernels = *iosr::choose_score_path("").kernels;
     const std::vector<float> before = problem.run(kernels, 3);
     const pid_t child = fork();
