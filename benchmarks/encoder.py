@@ -27,16 +27,14 @@ from benchmarks.ceilings import GEMM, gemm, gpu_gemm
 from benchmarks.encoder_rivals import Embed
 from benchmarks.harness import Candidate, Run, torch_threads
 from benchmarks.photographs import photograph
-from iosr_fast.clip.adapter import Adapter
+from iosr_fast.clip.adapter import Adapter, random_adapter
 from iosr_fast.clip.demo.pictures import held_out, load_pictures
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.clip.vision_tower import vision_tower
-from iosr_fast.export.calibration import calibration_pictures
-from iosr_fast.export.export import random_adapter
-from iosr_fast.export.export_check import FP32_MAX_ERROR, MIN_COSINES
-from iosr_fast.export.quantize import quantize_onnx
+from iosr_fast.export.check import FP32_MAX_ERROR, MIN_COSINES, calibration_pictures
+from iosr_fast.export.quantize.encoder import quantize_onnx
 from iosr_fast.images.preprocess import resize_and_crop
 
 CHECKED = 4  # pictures

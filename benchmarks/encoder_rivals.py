@@ -26,8 +26,7 @@ from iosr_fast.clip.tower_open_clip import OpenClipBlock
 from iosr_fast.clip.two_pass import TwoPasses
 from iosr_fast.clip.vision_tower import vision_tower
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.export.onnx_export import export_onnx, to_onnx
-from iosr_fast.export.onnx_files import save_onnx
+from iosr_fast.export.onnx import export_onnx, save_onnx, to_onnx
 
 Embed = Callable[[Any], tuple[Any, ...]]  # uint8 pixels (B, S, S, 3) -> (plain, adapted) or (plain,)
 

@@ -32,10 +32,9 @@ from benchmarks.encoder import late_block, pictures_of
 from benchmarks.harness import Call, Candidate, Run, torch_threads
 from benchmarks.photographs import write_photographs
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.adapter import Adapter
+from iosr_fast.clip.adapter import Adapter, random_adapter
 from iosr_fast.clip.load import LoadedClip, load_clip
-from iosr_fast.export.convert import convert_engine
-from iosr_fast.export.export import random_adapter, write_engine
+from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import open_image, resize_and_crop

@@ -1,6 +1,6 @@
 """The fused encoder in fewer bits: speed, and what it costs in the embeddings and in the demo's accuracy.
 
-    onnxruntime-fp32, -int8      one encoder.onnx, and its quantised form (iosr_fast/export/quantize.py)
+    onnxruntime-fp32, -int8      one encoder.onnx, and its quantised form (iosr_fast/export/quantize)
     openvino-fp32, -bf16, -int8  the same two files; in bf16 OpenVINO rounds by itself, where the processor has bf16
 
 Cosines are with the fp32 encoder in PyTorch. The demo is calibrated on generic pictures and judged on its test
@@ -23,6 +23,7 @@ from benchmarks.ceilings import GEMM, gemm
 from benchmarks.encoder import Encoders, compare, late_block
 from benchmarks.encoder_rivals import Embed
 from benchmarks.harness import Candidate, Run, torch_threads
+from iosr_fast.clip.adapter import random_adapter
 from iosr_fast.clip.demo.pictures import held_out
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.clip.prompts import embed_classes
@@ -30,7 +31,6 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.evaluation.demo import evaluate_few_shot, torch_encoder
 from iosr_fast.evaluation.tasks import Encoded
-from iosr_fast.export.export import random_adapter
 from iosr_fast.export.pretrained import choose_adapter
 
 BATCHES = {"demo": 64}

@@ -118,9 +118,9 @@ def demo_cache() -> Path:
 @pytest.fixture
 def exports_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of the same dual encoder share one export, in all tests that take this."""
-    from iosr_fast.export import export
+    from iosr_fast.export import build
 
-    monkeypatch.setattr(export, "export_onnx", shared.export_once)
+    monkeypatch.setattr(build, "export_onnx", shared.export_once)
 
 
 @pytest.fixture(autouse=True)

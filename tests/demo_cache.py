@@ -75,7 +75,7 @@ def demo_engine() -> Path:
 def export_once(encoder: Any, path: Path) -> None:
     """`export_onnx` to `path`, encoder.onnx in some folder: it takes seconds, and runs once for each dual encoder."""
     from iosr_fast.clip.dual_encoder import DualEncoder
-    from iosr_fast.export.onnx_export import export_onnx
+    from iosr_fast.export.onnx import export_onnx
 
     if not isinstance(encoder, DualEncoder):  # others don't have all that they compute in their `config`
         export_onnx(encoder, path)

@@ -22,8 +22,7 @@ from iosr_fast.clip import load  # noqa: E402
 from iosr_fast.clip.demo.pictures import FOLDER, load_pictures  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
-from iosr_fast.export.convert import convert_engine  # noqa: E402
-from iosr_fast.export.export import write_engine  # noqa: E402
+from iosr_fast.export.build import convert_engine, write_engine  # noqa: E402
 from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.images.preprocess import open_image, resize_and_crop  # noqa: E402
 from iosr_fast.serving.batching import BatchingClassifier  # noqa: E402

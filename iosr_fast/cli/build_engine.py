@@ -58,11 +58,12 @@ def build_engine(
     if verbose:
         logging.getLogger().setLevel(logging.INFO)
     require_installed("torch", "cpu")
+    from iosr_fast.clip.adapter import random_adapter
     from iosr_fast.clip.load import load_clip
     from iosr_fast.clip.models import check_adaptable, check_model, is_fused
-    from iosr_fast.export.calibration import calibration_pictures
-    from iosr_fast.export.engine_precision import QUANTISED, choose_builder
-    from iosr_fast.export.export import add_plan, random_adapter, write_engine
+    from iosr_fast.export.build import add_plan, write_engine
+    from iosr_fast.export.check import calibration_pictures
+    from iosr_fast.export.precision import QUANTISED, choose_builder
     from iosr_fast.export.pretrained import choose_adapter, read_adapter
 
     if adapter not in ("auto", "none") and first_adapted_block is not None:
@@ -83,16 +84,15 @@ def build_engine(
     read_adapter(model, file)  # checks it before the CLIP is loaded
     clip = load_clip(model, pretrained)
     fused = choose_adapter(clip, file) if first_adapted_block is None else random_adapter(clip, first_adapted_block)
-    pictures = calibration_pictures(clip, calibration) if precision in QUANTISED else None
-    real = real_pictures(clip.geometry)
-    describe(write_engine(clip, fused, out, runtime, precision, max_batch, real, pictures), out)
+    quantised = precision in QUANTISED
+    pictures = calibration_pictures(clip, calibration) if quantised else demo_pictures(clip.geometry)
+    describe(write_engine(clip, fused, out, runtime, precision, max_batch, pictures), out)
 
 
-def real_pictures(geometry: Geometry) -> np.ndarray:
-    """Some of the demo's pictures at the model's size: uint8 (N, size, size, 3)."""
+def demo_pictures(geometry: Geometry) -> np.ndarray:
+    """Some of the demo's pictures at the model's size, to check an engine on: uint8 (N, size, size, 3)."""
     from iosr_fast.clip.demo.pictures import load_pictures
-    from iosr_fast.export.calibration import evenly
-    from iosr_fast.export.export_check import CHECKED_PICTURES
+    from iosr_fast.export.check import CHECKED_PICTURES, evenly
     from iosr_fast.images.preprocess import to_pixels
 
     images = load_pictures("held-out").images

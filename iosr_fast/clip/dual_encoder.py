@@ -163,6 +163,6 @@ def is_adapter_weight(name: str) -> bool:
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(2B, ...) -> twice (B, ...), by a reshape, so that the exported graph computes no sizes.
 
-    `export.plain_graph` finds the streams by these reshapes.
+    `export.onnx.plain_graph` finds the streams by these reshapes.
     """
     return x.reshape(2, -1, *x.shape[1:]).unbind(0)

@@ -41,7 +41,7 @@ def clean_text(text: str, clean: Clean = "lower") -> str:
 class Tokenizer:
     """A `tokenizers.Tokenizer` that truncates and pads to its context, behind open_clip's cleaning.
 
-    `clip.load_tokenizer` makes one of the files of a Hugging Face tokenizer, `export.export_text` one of open_clip's
+    `clip.load_tokenizer` makes one of the files of a Hugging Face tokenizer, `export.text` one of open_clip's
     SimpleTokenizer; both are stored as one tokenizer.json. `reference` makes open_clip's own, which needs transformers.
     """
 

@@ -1,6 +1,6 @@
 """Class names -> text embeddings without torch: a CLIP's text encoder in ONNX Runtime, its tokenizer in `tokenizers`.
 
-`export.export_text` writes the files, so that a saved classifier can add classes by name. Needs the `serve` extra.
+`export.text` writes the files, so that a saved classifier can add classes by name. Needs the `serve` extra.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SAVE_AGAIN = "save the classifier again with its CLIP at hand"
 
 
 class TextSource(Protocol):
-    """A text encoder: that of a loaded CLIP (export.clip_text.ClipText) or of a saved classifier (TextEncoder)."""
+    """A text encoder: that of a loaded CLIP (export.text.ClipText) or of a saved classifier (TextEncoder)."""
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """(C, D) float32, L2-normalised: the mean over templates of the embeddings of template.format(name)."""

@@ -16,9 +16,9 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, runtimes_of, unavailable_reason
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.export.calibration import MIN_PICTURES
-from iosr_fast.export.convert import convert_engine, fingerprint_of
-from iosr_fast.export.engine_precision import QUANTISED, graph_precision, runtimes_in
+from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.check import MIN_PICTURES
+from iosr_fast.export.precision import QUANTISED, graph_precision, runtimes_in
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.files import in_cache
 from iosr_fast.utils.machine import this_gpu
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
 
 ON_CPU, ON_GPU = ("fp32", "bf16", "int8"), ("fp32", "fp16", "int8", "fp8")
-
-
 Tokens = dict[str, int]  # of an engine for smaller images: {"image_size": 192}
 
 
@@ -107,74 +105,70 @@ def _is_exported(runtime: str, precision: str, engine: VerifiedFolder) -> bool:
 
 class CandidateBuilder:
     """Opens candidates in place of `engine`, in the form that open_engine's `adapted` names. What has to be built is
-    built once, in a folder of its own in the cache, of which `keep` leaves one engine, and `close` nothing."""
+    built once, in a folder of its own in the cache, of which `keep` leaves one engine, and `close` nothing.
+
+    `pictures` uint8 (N, S, S, 3) calibrate and check; `loaded` is the CLIP and the adapter to export from.
+    """
 
     def __init__(
         self,
         engine: VerifiedFolder,
-        calibration: np.ndarray | None,
+        pictures: np.ndarray,
         loaded: tuple[LoadedClip, Adapter | None] | None = None,
         threads: int | None = None,
         adapted: bool = True,
     ) -> None:
-        self.engine, self._calibration, self._loaded = engine, calibration, loaded
+        self.engine, self._pictures, self._loaded = engine, pictures if len(pictures) else None, loaded
         self._options: dict[str, Any] = {"threads": threads, "adapted": adapted}
         self._folder = Path(tempfile.mkdtemp(prefix=f"optimize-{os.getpid()}-", dir=in_cache()))
         self._built: dict[str, Path | Exception] = {}
 
     def start_in_fp32(self, runtime: str) -> Encoder:
         """Export the CLIP in fp32 in place of an engine in another precision; returns the encoder."""
-        folder = self._folder / "fp32"
-        self._export(folder, runtime, "fp32")
-        self.engine = open_verified(folder, ENGINE_KIND, verify=False)
+        self._export(self._folder / "fp32", runtime, "fp32", None)
+        self.engine = open_verified(self._folder / "fp32", ENGINE_KIND, verify=False)
         return open_engine(self.engine, runtime, **self._options)
 
     def open(self, runtime: str, precision: str, tokens: Tokens | None = None) -> Encoder:
         """The candidate's encoder. Raises what building raises, and ArithmeticError for embeddings that are off."""
-        manifest = self.engine.manifest
-        if tokens:
-            return open_engine(self._build(runtime, precision, tokens), runtime, verify=False, **self._options)
-        if self._is_there(runtime, precision):
+        if self._is_there(runtime, precision, tokens):
             return open_engine(self.engine, runtime, **self._options)
-        if precision == "bf16":  # the runtime rounds: such an engine differs in its manifest alone
-            clip, adapter = manifest["clip_fingerprint"], manifest["adapter_fingerprint"]
-            fingerprint = fingerprint_of(clip, adapter, precision, tokens=manifest.get("tokens"))
-            changed = replace(self.engine, manifest=manifest | {"precision": precision, "fingerprint": fingerprint})
-            return open_engine(changed, runtime, **self._options)
-        return open_engine(self._build(runtime, precision), runtime, verify=False, **self._options)
+        return open_engine(self._build(runtime, precision, tokens), runtime, verify=False, **self._options)
 
-    def keep(
-        self, runtime: str, precision: str, encoder: Encoder, tokens: Tokens | None = None
-    ) -> tuple[Encoder, Path]:
-        """The candidate that `open` gave, and its folder, which stays as long as the encoder; others are removed."""
-        there = not tokens and self._is_there(runtime, precision)
+    def keep(self, runtime: str, precision: str, encoder: Encoder, tokens: Tokens | None = None) -> Path:
+        """The folder of the candidate that `open` gave, which stays as long as the encoder; others are removed."""
+        there = self._is_there(runtime, precision, tokens)
         folder = self.engine.folder if there else self._build(runtime, precision, tokens)
         if self._folder not in folder.parents:
             self.close()
-            return encoder, folder
-        if precision == "bf16" and not tokens:
-            encoder = open_engine(folder, runtime, verify=False, **self._options)
+            return folder
         for other in self._folder.iterdir():
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
         weakref.finalize(encoder, _remove, self._folder, os.getpid())
-        return encoder, folder
+        return folder
 
     def close(self) -> None:
         """Remove what was built."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _is_there(self, runtime: str, precision: str) -> bool:
-        return precision == self.engine.manifest["precision"] and runtime in runtimes_of(self.engine.manifest)
+    def _is_there(self, runtime: str, precision: str, tokens: Tokens | None) -> bool:
+        manifest = self.engine.manifest
+        return not tokens and precision == manifest["precision"] and runtime in runtimes_of(manifest)
 
-    def _build(self, runtime: str, precision: str, tokens: Tokens | None = None) -> Path:
+    def _build(self, runtime: str, precision: str, tokens: Tokens | None) -> Path:
+        """The folder of a candidate, built at the first call; an error is raised again."""
         # The CPU runtimes execute the same file.
         form = "".join(f"-{name}-{value}" for name, value in (tokens or {}).items())
         name = f"{precision}-{'cpu' if runtime in ONNX_RUNTIMES else runtime}{form}"
         if name not in self._built:
+            folder = self._folder / name
             try:
-                self._write(self._folder / name, runtime, precision, tokens)
-                self._built[name] = self._folder / name
+                if tokens or _is_exported(runtime, precision, self.engine):
+                    self._export(folder, runtime, precision, tokens)
+                else:
+                    convert_engine(self.engine, folder, runtime, precision, self._pictures)
+                self._built[name] = folder
             except Exception as error:
                 self._built[name] = error
         result = self._built[name]
@@ -182,23 +176,14 @@ class CandidateBuilder:
             raise result
         return result
 
-    def _write(self, folder: Path, runtime: str, precision: str, tokens: Tokens | None) -> None:
-        if tokens or _is_exported(runtime, precision, self.engine):
-            self._export(folder, runtime, precision, tokens)
-        else:
-            calibration = self._calibration if precision in QUANTISED else None
-            convert_engine(self.engine, folder, runtime, precision, calibration)
-
-    def _export(self, folder: Path, runtime: str, precision: str, tokens: Tokens | None = None) -> None:
-        from iosr_fast.export.export import write_engine
-
+    def _export(self, folder: Path, runtime: str, precision: str, tokens: Tokens | None) -> None:
         assert self._loaded is not None  # _left_out
         clip, adapter = self._loaded
-        real, size = self._calibration, (tokens or {}).get("image_size")
-        if real is not None and size is not None:
-            real = to_pixels(list(real), replace(clip.geometry, size=size))
-        calibration, max_batch = real if precision in QUANTISED else None, self.engine.manifest["max_batch"]
-        write_engine(clip, adapter, folder, runtime, precision, max_batch, real, calibration, image_size=size)
+        pictures, size = self._pictures, (tokens or {}).get("image_size")
+        if size is not None and pictures is not None:
+            pictures = to_pixels(list(pictures), replace(clip.geometry, size=size))
+        max_batch = self.engine.manifest["max_batch"]
+        write_engine(clip, adapter, folder, runtime, precision, max_batch, pictures, image_size=size)
 
 
 def _remove(folder: Path, process: int) -> None:

@@ -91,10 +91,10 @@ def open_pretrained(
     from iosr_fast.clip.adapter import check_belongs
     from iosr_fast.encoders.runtimes import open_engine
     from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, check_engine, check_runtime
-    from iosr_fast.export.calibration import calibration_pictures
-    from iosr_fast.export.clip_text import ClipText
-    from iosr_fast.export.engine_precision import QUANTISED, choose_builder, quantised_by
-    from iosr_fast.export.export import LAYOUT, engine_fingerprint, write_engine
+    from iosr_fast.export.build import LAYOUT, write_engine
+    from iosr_fast.export.check import calibration_pictures
+    from iosr_fast.export.precision import QUANTISED, choose_builder, engine_fingerprint, quantisation
+    from iosr_fast.export.text import ClipText
 
     check_model(model, pretrained)
     chosen = read_adapter(model, adapter)
@@ -108,6 +108,7 @@ def open_pretrained(
                 f"the engine in {engine} was built without this adapter, {adapter}; leave one of the two out"
             )
     check_runtime(runtime)
+    adapted_by = None if chosen is None else chosen.fingerprint()
     with progress(f"load {model}", None, shown=shown):
         clip = load_clip(model, pretrained)
     if source is not None:
@@ -122,20 +123,19 @@ def open_pretrained(
     else:
         if chosen is not None:
             check_belongs(chosen, clip)
-        calibration = calibration_pictures(clip) if precision in QUANTISED else None
-        quantised = quantised_by(clip.image_size, runtime, precision, calibration)
-        fingerprint = engine_fingerprint(clip, chosen, precision, quantised)
+        pictures = calibration_pictures(clip) if precision in QUANTISED else None
+        quantised = quantisation(clip.image_size, runtime, precision, pictures)
+        fingerprint = engine_fingerprint(clip.fingerprint, adapted_by, precision, quantised)
         # Versions with another schema or layout use another folder; the CPU runtimes of one graph share theirs.
         form = "onnx" if runtime in ONNX_RUNTIMES else runtime
         folder = in_cache("engines", f"{fingerprint[:16]}-{form}-v{SCHEMA}.{LAYOUT}")
         if not _is_cached(folder):
             with progress("build the engine", None, shown=shown):
-                write_engine(clip, chosen, folder, runtime, precision, calibration=calibration)
+                write_engine(clip, chosen, folder, runtime, precision, pictures=pictures)
         encoder = open_engine(folder, runtime, verify=False)
-    text, adapted_by = ClipText(clip), None if chosen is None else chosen.fingerprint()
     assert encoder.source is not None
     same = encoder.source.manifest["adapter_fingerprint"] == adapted_by
-    return OpenedClip(encoder, folder, text, clip.logit_scale, (clip, chosen) if same else None)
+    return OpenedClip(encoder, folder, ClipText(clip), clip.logit_scale, (clip, chosen) if same else None)
 
 
 def with_loaded(opened: OpenedClip, pretrained: str | Path, adapter: str | Path | None) -> OpenedClip:

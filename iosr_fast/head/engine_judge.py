@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.export.calibration import evenly
+from iosr_fast.export.check import evenly
 from iosr_fast.head.engine_choice import rejection
 from iosr_fast.head.fit import Fit
 from iosr_fast.methods import METHODS

@@ -16,8 +16,8 @@ from msgspec.structs import replace as changed
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.calibration import evenly
 from iosr_fast.export.candidates import CandidateBuilder, list_candidates, with_smaller_images
+from iosr_fast.export.check import evenly
 from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Verdict, best_of
 from iosr_fast.head.engine_judge import CALIBRATED, JUDGED, Judge, sample_rows, time_encoders
 from iosr_fast.head.fit import Fit, FitInputs
@@ -119,7 +119,7 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
             table.append(best)
         found, encoder = best.found, best.encoder
         assert encoder is not None
-        encoder, folder = builder.keep(found.runtime, found.precision, encoder, found.tokens)
+        folder = builder.keep(found.runtime, found.precision, encoder, found.tokens)
     except BaseException:
         builder.close()
         raise

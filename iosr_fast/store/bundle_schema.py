@@ -40,7 +40,7 @@ NonNegative = Annotated[float, Meta(ge=0)]
 
 
 class TextFacts(Strict, frozen=True, kw_only=True):
-    """A text encoder (export.export_text)."""
+    """A text encoder (export.text)."""
 
     context_length: Size
     width: Size

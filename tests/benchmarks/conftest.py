@@ -19,10 +19,10 @@ def cached_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnx
 
     from benchmarks import encoder_rivals
-    from iosr_fast.export import onnx_export
-    from iosr_fast.export.onnx_files import save_onnx
+    from iosr_fast.export import onnx as room
+    from iosr_fast.export.onnx import save_onnx
 
-    export = onnx_export.to_onnx
+    export = room.to_onnx
     source = Path(encoder_rivals.__file__).read_bytes()
 
     def cached(
@@ -50,5 +50,5 @@ def cached_exports(monkeypatch: pytest.MonkeyPatch) -> None:
         save_onnx(onnx.load(str(path)), weights.with_suffix(".onnx"))
         return onnx.load(str(weights.with_suffix(".onnx")), load_external_data=False)
 
-    for module in (onnx_export, encoder_rivals):
+    for module in (room, encoder_rivals):
         monkeypatch.setattr(module, "to_onnx", cached)

@@ -22,7 +22,7 @@ pytest.importorskip("onnxscript")
 from iosr_fast.cli import build_engine
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.engine import ONNX_RUNTIMES
-from iosr_fast.export import export
+from iosr_fast.export import build
 from iosr_fast.utils import machine
 from iosr_fast.utils.command import command_app
 from iosr_fast.utils.manifest import read_manifest
@@ -31,7 +31,7 @@ from tests.demo_cache import export_once
 pytestmark = pytest.mark.slow
 
 
-def build(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> Result:
+def run_command(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> Result:
     """In this process, which has imported torch already."""
     monkeypatch.chdir(folder)
     return CliRunner().invoke(command_app(build_engine.build_engine), ["--out", "engine", *options])
@@ -49,9 +49,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which the demo with a random adapter was built for ONNX Runtime, and what was printed."""
     folder = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "export_onnx", export_once)
+        patch.setattr(build, "export_onnx", export_once)
         options = ("--first-adapted-block", "4", "--runtime", "onnxruntime", "--max-batch", "5")
-        done = build(patch, folder, *options)
+        done = run_command(patch, folder, *options)
     assert done.exit_code == 0, done.output
     return folder, done.stdout
 
@@ -77,9 +77,9 @@ def test_a_plan_is_added_to_an_engine(built: tuple[Path, str], tmp_path: Path, m
         (["--runtime", "torch"], "expected one of ['tensorrt', 'tensorrt_rtx'] and an engine with encoder.onnx"),
         (["--runtime", "tensorrt_rtx", "--adapter", "none"], "leave model and adapter out"),
     ):
-        refused = build(monkeypatch, tmp_path, "--add-plan", *options)
+        refused = run_command(monkeypatch, tmp_path, "--add-plan", *options)
         assert refused.exit_code != 0 and message in " ".join(refused.output.replace("│", " ").split())
-    done = build(monkeypatch, tmp_path, "--add-plan", "--runtime", "tensorrt_rtx")
+    done = run_command(monkeypatch, tmp_path, "--add-plan", "--runtime", "tensorrt_rtx")
     assert done.exit_code == 0, done.output
     assert "tensorrt_rtx not run: no GPU for it here" in done.stdout
     assert "MB, for any GPU with tensorrt_rtx" in done.stdout
@@ -89,7 +89,7 @@ def test_a_plan_is_added_to_an_engine(built: tuple[Path, str], tmp_path: Path, m
 
 
 def test_without_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = build(monkeypatch, tmp_path, "--adapter", "none", "--runtime", "torch")
+    done = run_command(monkeypatch, tmp_path, "--adapter", "none", "--runtime", "torch")
     assert done.exit_code == 0, done.output
     assert "plain embeddings only" in done.stdout and "adapted " not in done.stdout
     assert json.loads((tmp_path / "engine" / "manifest.json").read_text())["first_adapted_block"] is None
@@ -112,7 +112,7 @@ def test_without_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_refusals_are_one_line(
     options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = build(monkeypatch, tmp_path, *options)
+    done = run_command(monkeypatch, tmp_path, *options)
     assert done.exit_code != 0 and isinstance(done.exception, SystemExit)
     assert message in " ".join(done.output.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []

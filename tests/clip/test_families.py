@@ -25,10 +25,9 @@ from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
 from iosr_fast.encoders.runtimes.onnxruntime import FILE, PLAIN_FILE  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
-from iosr_fast.export import quantize  # noqa: E402
-from iosr_fast.export.onnx_export import export_onnx  # noqa: E402
-from iosr_fast.export.plain_graph import write_plain_graph  # noqa: E402
-from iosr_fast.export.quantize import quantize_onnx  # noqa: E402
+from iosr_fast.export.onnx import export_onnx, write_plain_graph  # noqa: E402
+from iosr_fast.export.quantize import encoder as quantize  # noqa: E402
+from iosr_fast.export.quantize.encoder import quantize_onnx  # noqa: E402
 from tests.clip.families import FAMILIES, family_clip  # noqa: E402
 from tests.clip.small_clip import random_adapter, random_pixels  # noqa: E402
 from tests.clip.test_dual_encoder import run  # noqa: E402

@@ -17,7 +17,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="tokenizers comes with the
 
 from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer, load_tokenizer  # noqa: E402
 from iosr_fast.clip.tokenizer import clean_text  # noqa: E402
-from iosr_fast.export.export_text import HARD_TEXTS  # noqa: E402
+from iosr_fast.export.text import HARD_TEXTS  # noqa: E402
 from tests.clip import tokenizer_files  # noqa: E402
 
 Make = Callable[[Path], Path]

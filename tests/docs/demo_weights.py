@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.demo_cache import export_once
 
-EXPORT, JUDGE = "iosr_fast.export.export", "iosr_fast.head.engine_judge"
+EXPORT, JUDGE = "iosr_fast.export.build", "iosr_fast.head.engine_judge"
 REPLACED = ("create_model", "get_model_config", "get_tokenizer")
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.export import export, pretrained
+from iosr_fast.export import build, pretrained
 from iosr_fast.head import engine_judge
 from tests import ROOT
 from tests.demo_cache import demo_cache
@@ -72,7 +72,7 @@ def users_place(folder: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name in REPLACED:
             patch.setattr(open_clip, name, getattr(open_clip, name))  # put back at the end
-        for module in (export, engine_judge):
+        for module in (build, engine_judge):
             save_time(patch.setattr, module)
         patch.setattr(pretrained, "_latest", None)  # no other test shares what is opened here
         use_demo_weights(open_clip)

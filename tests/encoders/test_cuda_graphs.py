@@ -157,7 +157,8 @@ class Replaying:
 @pytest.fixture(scope="module")
 def torch_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("open_clip")
-    from iosr_fast.export.export import random_adapter, write_engine
+    from iosr_fast.clip.adapter import random_adapter
+    from iosr_fast.export.build import write_engine
     from tests.clip.small_clip import small_clip
 
     clip, folder = small_clip(), tmp_path_factory.mktemp("engine") / "engine"
@@ -256,8 +257,9 @@ def test_torch_graphs_on_a_gpu(torch_engine: Path, compiled: str, monkeypatch: p
 def test_tensorrt_graphs_on_a_gpu(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("open_clip")
 
+    from iosr_fast.clip.adapter import random_adapter
     from iosr_fast.encoders.runtimes import engine, open_engine
-    from iosr_fast.export.export import random_adapter, write_engine
+    from iosr_fast.export.build import write_engine
     from tests.clip.small_clip import random_pixels, small_clip
 
     if (unavailable_reason := engine.unavailable_reason(runtime)) is not None:

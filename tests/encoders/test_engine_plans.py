@@ -14,11 +14,12 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
+from iosr_fast.clip.adapter import random_adapter  # noqa: E402
 from iosr_fast.encoders.runtimes import engine, open_engine, plans  # noqa: E402
 from iosr_fast.encoders.runtimes.plans import Target, open_plan  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import target  # noqa: E402
-from iosr_fast.export import export, pretrained  # noqa: E402
-from iosr_fast.export.export import LAYOUT, add_plan, random_adapter, write_engine  # noqa: E402
+from iosr_fast.export import build, pretrained  # noqa: E402
+from iosr_fast.export.build import LAYOUT, add_plan, write_engine  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
 from iosr_fast.utils.files import cache_folder  # noqa: E402
 from iosr_fast.utils.folders import new_folder  # noqa: E402
@@ -229,7 +230,7 @@ def test_tensorrt_rtx_is_built_again_for_its_own_version(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     version = pytest.importorskip("tensorrt_rtx").__version__
-    monkeypatch.setattr(export, "export_onnx", export_once)
+    monkeypatch.setattr(build, "export_onnx", export_once)
     clip, folder = small_clip(), tmp_path / "engine"
     write_engine(clip, random_adapter(clip, 1), folder, "onnxruntime", max_batch=2)
     with pytest.raises(ValueError, match=r"to add a plan, got 'torch'"):

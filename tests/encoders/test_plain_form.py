@@ -17,11 +17,12 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
+from iosr_fast.clip.adapter import random_adapter  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
 from iosr_fast.encoders.runtimes.engine import has_plain_form  # noqa: E402
 from iosr_fast.exceptions import IosrFastError  # noqa: E402
-from iosr_fast.export.export import random_adapter, write_engine  # noqa: E402
-from iosr_fast.export.plain_graph import plain_graph  # noqa: E402
+from iosr_fast.export.build import write_engine  # noqa: E402
+from iosr_fast.export.onnx import plain_graph  # noqa: E402
 from iosr_fast.utils.manifest import read_manifest, write_manifest  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 
@@ -35,7 +36,7 @@ pytestmark = [pytest.mark.usefixtures("exports_once"), pytest.mark.slow]
 def engine(folder: Path, first: int | None, precision: str = "fp32", runtime: str = "onnxruntime") -> Path:
     clip = small_clip(quick_gelu=first in (0, 2))  # the encoders that test_export exports, too
     adapter = None if first is None else random_adapter(clip, first)
-    write_engine(clip, adapter, folder, runtime, precision, 4, calibration=random_pixels(16, 32))
+    write_engine(clip, adapter, folder, runtime, precision, 4, random_pixels(16, 32))
     return folder
 
 

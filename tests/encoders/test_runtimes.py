@@ -20,13 +20,14 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
+from iosr_fast.clip.adapter import random_adapter  # noqa: E402
 from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.encoders.runtimes import choose_runtime, engine, open_engine, openvino  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import build_plan  # noqa: E402
-from iosr_fast.export import export  # noqa: E402
-from iosr_fast.export.engine_precision import choose_builder  # noqa: E402
-from iosr_fast.export.export import random_adapter, write_engine  # noqa: E402
+from iosr_fast.export import build  # noqa: E402
+from iosr_fast.export.build import write_engine  # noqa: E402
+from iosr_fast.export.precision import choose_builder  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
 from iosr_fast.utils.manifest import SCHEMA, read_manifest  # noqa: E402
 from tests import ROOT  # noqa: E402
@@ -45,7 +46,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, clip = tmp_path_factory.mktemp("engines"), small_clip()
     adapter = random_adapter(clip, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "export_onnx", export_once)
+        patch.setattr(build, "export_onnx", export_once)
         for runtime in ("onnxruntime", "torch"):
             write_engine(clip, adapter, folder / runtime, runtime, max_batch=MAX_BATCH)
         if find_spec("openvino") is not None:
@@ -327,7 +328,7 @@ def test_tensorrt_rtx_compiles_without_a_gpu(
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(export, "export_onnx", export_once)
+    monkeypatch.setattr(build, "export_onnx", export_once)
     caplog.set_level(logging.INFO, "iosr_fast.encoders.runtimes.tensorrt")
     clip = small_clip()
     manifest = write_engine(clip, random_adapter(clip, 1), tmp_path / "engine", "tensorrt_rtx", precision, MAX_BATCH)
@@ -388,9 +389,9 @@ def test_plans_run(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_int8_weights_of_eight_bits_are_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(export, "export_onnx", export_once)
+    monkeypatch.setattr(build, "export_onnx", export_once)
     clip, pixels = small_clip(), random_pixels(12, 32)
-    write_engine(clip, None, tmp_path / "int8", "onnxruntime", "int8", calibration=pixels, real_images=pixels)
+    write_engine(clip, None, tmp_path / "int8", "onnxruntime", "int8", pictures=pixels)
     open_engine(tmp_path / "int8")
     assert "VNNI" not in caplog.text
     facts = read_manifest(tmp_path / "int8", "engine")

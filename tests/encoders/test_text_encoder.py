@@ -32,9 +32,8 @@ from iosr_fast.clip.demo.pictures import load_index  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, embed_classes  # noqa: E402
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder  # noqa: E402
-from iosr_fast.export import export_text as module  # noqa: E402
-from iosr_fast.export.clip_text import ClipText  # noqa: E402
-from iosr_fast.export.export_text import export_text  # noqa: E402
+from iosr_fast.export import text as module  # noqa: E402
+from iosr_fast.export.text import ClipText, export_text  # noqa: E402
 from iosr_fast.images.geometry import Geometry  # noqa: E402
 from tests.demo_cache import shared_cache  # noqa: E402
 
@@ -162,26 +161,6 @@ def test_another_text_tower(tmp_path: Path) -> None:
     assert (encoder.context_length, encoder.width, encoder.templates[0]) == (9, 12, "a photo of a {}.")
     for texts in (["cat"], ["a b c d e f g h i j k", "x", ""], [f"{i} dogs" for i in range(7)]):
         np.testing.assert_allclose(encoder.embed(texts), torchs(clip, texts), atol=1e-5)
-
-
-@pytest.mark.usefixtures("few_names")
-def test_fp16_halves_the_file_and_keeps_weights_published_in_it(
-    demo: LoadedClip, exported: tuple[Path, dict[str, Any]], encoder: TextEncoder, tmp_path: Path, monkeypatch: Any
-) -> None:
-    model = onnx.load(exported[0] / FILE)
-    monkeypatch.setattr(module, "to_onnx", lambda *_: model)
-    facts = export_text(demo, tmp_path, "fp16")
-    assert facts["precision"] == "fp16"
-    assert (tmp_path / FILE).stat().st_size < 0.51 * (exported[0] / FILE).stat().st_size
-    names = ["red panda", "x-ray", "Zürich"]
-    np.testing.assert_allclose(
-        TextEncoder.open(tmp_path, facts).embed_classes(names), encoder.embed_classes(names), atol=1e-6
-    )
-    model = onnx.load(exported[0] / FILE)
-    scale(model, "projection", 1e6)  # fp16 ends at 65,504
-    with np.errstate(over="ignore"), pytest.raises(ArithmeticError, match=r"expected cosine >= 0\.9999, got .*nan"):
-        export_text(demo, tmp_path, "fp16")
-    assert list(tmp_path.iterdir()) == []
 
 
 def scale(model: Any, name: str, factor: float) -> None:
@@ -356,14 +335,9 @@ def test_other_text_sides_are_refused_by_name(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_refusals(tmp_path: Path) -> None:
     clip = small_clip()
-    with pytest.raises(ValueError, match="precision 'fp32' or 'fp16', got 'int8'"):
-        export_text(clip, tmp_path, "int8")  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="expected an existing folder"):
         export_text(clip, tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"with its SimpleTokenizer or .* got SimpleNamespace"):
         export_text(replace(clip, tokenizer=SimpleNamespace()), tmp_path)  # type: ignore[arg-type]
-    monkeypatch.setattr(module, "LARGEST_FILE", 1000)
-    with pytest.raises(ValueError, match=r"expected weights under 2 GB in fp16, got 0\.0 GB"):
-        export_text(clip, tmp_path, "fp16")

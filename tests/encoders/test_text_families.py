@@ -29,9 +29,8 @@ from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer  # noqa: E402
 from iosr_fast.clip.prompts import PHOTO_TEMPLATES, embed_classes  # noqa: E402
 from iosr_fast.clip.text_tower import encode_tokens, end_token  # noqa: E402
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder  # noqa: E402
-from iosr_fast.export import export_text as module  # noqa: E402
-from iosr_fast.export.clip_text import ClipText  # noqa: E402
-from iosr_fast.export.export_text import HARD_TEXTS, export_text  # noqa: E402
+from iosr_fast.export import text as module  # noqa: E402
+from iosr_fast.export.text import HARD_TEXTS, ClipText, export_text  # noqa: E402
 from tests.clip import tokenizer_files  # noqa: E402
 from tests.demo_cache import demo_bundle  # noqa: E402
 

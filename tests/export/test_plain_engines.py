@@ -20,9 +20,8 @@ from iosr_fast import Classifier  # noqa: E402
 from iosr_fast.clip.fuse_config import unfusible_reason  # noqa: E402
 from iosr_fast.clip.plain_encoder import PlainEncoder, plain_pass  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
+from iosr_fast.export.build import convert_engine, write_engine  # noqa: E402
 from iosr_fast.export.candidates import list_candidates, with_smaller_images  # noqa: E402
-from iosr_fast.export.convert import convert_engine  # noqa: E402
-from iosr_fast.export.export import write_engine  # noqa: E402
 from iosr_fast.head import engine_judge  # noqa: E402
 from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
 from tests.clip.families import FAMILIES, family_clip, randomise  # noqa: E402

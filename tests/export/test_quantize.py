@@ -17,17 +17,22 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
+from iosr_fast.clip.adapter import random_adapter  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.encoders.runtimes.onnxruntime import FILE  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
-from iosr_fast.export import quantize  # noqa: E402
-from iosr_fast.export.export import random_adapter  # noqa: E402
-from iosr_fast.export.quantize import quantize_onnx  # noqa: E402
-from iosr_fast.export.quantize_graph import EncoderGraph  # noqa: E402
-from iosr_fast.export.quantize_products import QuantisedGroup  # noqa: E402
-from iosr_fast.export.quantize_sensitivity import GatedEncoder  # noqa: E402
-from iosr_fast.export.quantize_values import activation_scale, dequantised, quantise_matrix, rounded  # noqa: E402
+from iosr_fast.export.quantize import encoder as quantize  # noqa: E402
+from iosr_fast.export.quantize.encoder import quantize_onnx  # noqa: E402
+from iosr_fast.export.quantize.graph import EncoderGraph  # noqa: E402
+from iosr_fast.export.quantize.sensitivity import GatedEncoder  # noqa: E402
+from iosr_fast.export.quantize.values import (  # noqa: E402
+    QuantisedGroup,
+    activation_scale,
+    dequantised,
+    quantise_matrix,
+    rounded,
+)
 from tests.clip.small_clip import small_clip  # noqa: E402
 from tests.demo_cache import demo_engine, export_once  # noqa: E402
 

@@ -10,9 +10,8 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from iosr_fast.export.quantize_products import QuantisedGroup
-from iosr_fast.export.quantize_sensitivity import choose_float
-from iosr_fast.export.quantize_values import Quantised
+from iosr_fast.export.quantize.sensitivity import choose_float
+from iosr_fast.export.quantize.values import Quantised, QuantisedGroup
 
 
 class Additive:

@@ -81,7 +81,7 @@ def run(
             return one
 
         def keep(self, runtime: str, precision: str, encoder: Any, tokens: Any = None) -> Any:
-            return encoder, self.engine.folder
+            return self.engine.folder
 
         def close(self) -> None:
             pass

@@ -142,12 +142,12 @@ def test_the_ten_classes_are_of_groups_that_differ() -> None:
 def test_the_whole_demo_briefly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step runs and ends with ten classes: one epoch on some generic concepts, few held-out concepts."""
     pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-    from iosr_fast.export import export
+    from iosr_fast.export import build
     from iosr_fast.training.pictures import TensorPictures
     from tests.demo_cache import export_once
     from tools.demo import run as demo
 
-    monkeypatch.setattr(export, "export_onnx", export_once)
+    monkeypatch.setattr(build, "export_onnx", export_once)
     generic, (test, validation) = demo.demo_pictures(Geometry(64)), held_out()
     some = TensorPictures(generic.images[::10], generic.labels[::10], generic.class_names)
     few = only(test, np.arange(len(test.names)) % 8 == 0)

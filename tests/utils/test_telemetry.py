@@ -59,7 +59,7 @@ load_clip("demo").tokenizer(["a photo"])
 """,
     "onnxscript": """
 import os, pathlib
-from iosr_fast.export.export import write_engine
+from iosr_fast.export.build import write_engine
 from tests.clip.test_dual_encoder import small_clip
 write_engine(small_clip(layers=1), None, pathlib.Path(os.environ["IOSR_FAST_CACHE"]) / "engine", "onnxruntime")
 """,

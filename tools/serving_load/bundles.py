@@ -10,10 +10,9 @@ import numpy as np
 
 from benchmarks.photographs import photograph
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.adapter import save_adapter
+from iosr_fast.clip.adapter import random_adapter, save_adapter
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.load import load_clip
-from iosr_fast.export.export import random_adapter
 
 MODEL, FIRST_ADAPTED_BLOCK, BOTTLENECK = "ViT-B-32", 8, 256
 CLASSES, SHOTS = 25, 4

@@ -1,31 +1,37 @@
-"""From a CLIP's text encoder to text.onnx and tokenizer.json, checked against open_clip."""
+"""A CLIP's text encoder for classifiers, and from it to text.onnx and tokenizer.json, checked against open_clip."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
 from iosr_fast.clip.demo.pictures import load_index
-from iosr_fast.clip.dual_config import Precision
+from iosr_fast.clip.load import LoadedClip
 from iosr_fast.clip.load_tokenizer import check_vocabulary
-from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
+from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates, embed_classes
 from iosr_fast.clip.text_tower import POOLS, TextTower, end_token, pooling, text_transformer
 from iosr_fast.clip.tokenizer import SPECIAL_TOKENS, Clean, Tokenizer
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.export_check import require_accuracy
-from iosr_fast.export.onnx_export import LARGEST_FILE, module_bytes, to_onnx
+from iosr_fast.export.check import require_accuracy
+from iosr_fast.export.onnx import to_onnx
+from iosr_fast.utils.files import in_cache
+from iosr_fast.utils.folders import new_folder
+from iosr_fast.utils.manifest import MANIFEST, SCHEMA, write_manifest
 from iosr_fast.utils.require import require
+from iosr_fast.utils.verified_folder import open_verified
 
-if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedClip
-
+TEXT_KIND = "text-encoder"
+TEXT_EXPORT = 2  # increases when export_text writes other files for the same CLIP
 PAD = 0  # open_clip's padding, behind the end token
-FP16_MIN_COSINE = 0.9999  # weights are only stored in fp16
+LARGEST_FILE = 2**31 - 2**24  # of one file with its weights: protobuf's limit, minus room for the graph
 HARD_TEXTS = (
     "cat",
     "a photo of a cat.",
@@ -58,26 +64,56 @@ HARD_TEXTS = (
 )
 
 
-def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -> dict[str, Any]:
+@dataclass(frozen=True)
+class ClipText:
+    """A TextSource over a loaded CLIP. Exporting takes seconds, so exports are cached."""
+
+    clip: LoadedClip
+
+    def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
+        """As clip.prompts.embed_classes, with this CLIP."""
+        return embed_classes(self.clip, names, templates)
+
+    def write(self, folder: Path) -> dict[str, Any] | None:
+        """Export text encoder and tokenizer into `folder`; None, with a warning, if they can't be exported."""
+        export = in_cache("text", self._name())
+        if not (export / MANIFEST).is_file():
+            try:
+                with new_folder(export, TEXT_KIND) as temporary:
+                    write_manifest(temporary, TEXT_KIND, {"text": export_text(self.clip, temporary)})
+            except (ValueError, ArithmeticError, ImportError, RuntimeError) as error:
+                logging.getLogger("iosr_fast").warning("saved without a text encoder: %s", error)
+                return None
+        source = open_verified(export, TEXT_KIND)
+        for name in source.files:
+            source.copy(name, folder / name)
+        # A CLIP of the same weights under another name has other prompts.
+        return {**source.manifest["text"], "templates": list(default_templates(self.clip))}
+
+    def _name(self) -> str:
+        """Of the cached export. The CLIP's fingerprint covers its weights, not the files of a tokenizer."""
+        tokenizer = self.clip.tokenizer
+        tokens = f"-{tokenizer.digest()[:16]}" if isinstance(tokenizer, Tokenizer) else ""
+        return f"{self.clip.fingerprint[:16]}{tokens}-v{SCHEMA}.{TEXT_EXPORT}"
+
+
+def export_text(clip: LoadedClip, folder: Path) -> dict[str, Any]:
     """Write text.onnx and tokenizer.json into an existing `folder`; returns the facts for `TextEncoder.open`.
 
     Weights over 2 GB, the limit of one ONNX file, go to text.weights beside it.
 
     text.onnx: "tokens" int64 (T, L) -> "embeddings" float32 (T, D), L2-normalised. T is dynamic; L is dynamic too where
-    texts may be cut behind their end tokens (`text_tower.end_token`), and the context length elsewhere. It computes in
-    fp32; precision "fp16" halves the file by storing matrices in fp16, which is lossless for weights published in fp16
-    (OpenAI's). Both files are compared with open_clip: token ids of every class name of the demo in every template and
-    of texts that are hard to split, and embeddings of the latter.
+    texts may be cut behind their end tokens (`text_tower.end_token`), and the context length elsewhere. Both files are
+    compared with open_clip: token ids of every class name of the demo in every template and of texts that are hard to
+    split, and embeddings of the latter.
 
     Every TextTransformer of open_clip can be written, in a CLIP, a CustomTextCLIP or a CoCa, with open_clip's own
     tokenizer or one of `load_tokenizer`.
 
-    Raises ValueError for a text encoder or tokenizer of another kind (before anything is written) and for
-    token ids that differ; ArithmeticError for an embedding with an error above 1e-4 (fp32) or a cosine below 0.9999
-    (fp16). After an error `folder` has no file of these.
+    Raises ValueError for a text encoder or tokenizer of another kind (before anything is written) and for token ids
+    that differ; ArithmeticError for an embedding with an error above 1e-4. After an error `folder` has no file of
+    these.
     """
-    if precision not in get_args(Precision):
-        raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
     if not folder.is_dir():
         raise FileNotFoundError(f"expected an existing folder for the text encoder, found none at {folder}")
     _check_exportable(clip)
@@ -87,16 +123,11 @@ def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -
     if end is not None:
         axes[1] = torch.export.Dim("length", min=2, max=length)
     tokens = torch.from_numpy(written.encode(["cat", "dog"]))[:, : None if end is None else length - 1]
-    size = module_bytes(tower)
-    if precision == "fp16" and size / 2 > LARGEST_FILE:
-        raise IosrFastError(
-            f"expected weights under 2 GB in fp16, got {size / 2e9:.1f} GB; export in fp32, in two files"
-        )
-    large = precision == "fp32" and size > LARGEST_FILE
+    large = sum(value.numel() * value.element_size() for value in tower.state_dict().values()) > LARGEST_FILE
     facts: dict[str, Any] = {
         "context_length": length,
         "width": tower(tokens).shape[1],
-        "precision": precision,
+        "precision": "fp32",
         "clean": written.clean,
         "eot": end,
         "templates": list(default_templates(clip)),
@@ -105,12 +136,10 @@ def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -
     try:
         written.backend.save(str(folder / TOKENIZER_FILE), pretty=False)
         model = to_onnx(tower, tokens, "tokens", ["embeddings"], axes, folder / WEIGHTS_FILE if large else None)
-        if precision == "fp16":
-            _store_in_fp16(model.graph)
         require("onnx", "cpu").save(model, str(folder / FILE))
         encoder = TextEncoder.open(folder, facts)
         facts["tokens_checked"] = _check_tokens(clip, encoder)
-        facts["max_abs_error"], facts["min_cosine"] = _check_embeddings(clip, encoder, precision)
+        facts["max_abs_error"], facts["min_cosine"] = _check_embeddings(clip, encoder)
     except BaseException:
         for name in (FILE, WEIGHTS_FILE, TOKENIZER_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -195,20 +224,6 @@ def _character_ranges(kind: str) -> str:
     return "".join(f"\\x{{{ord(span[0]):x}}}-\\x{{{ord(span[-1]):x}}}" for span in spans)
 
 
-def _store_in_fp16(graph: Any) -> None:
-    """Store matrices in fp16, each with a Cast to fp32 that ONNX Runtime folds away at load."""
-    onnx = require("onnx", "cpu")
-    casts = []
-    for weight in graph.initializer:
-        if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) > 1:
-            name, values = weight.name, onnx.numpy_helper.to_array(weight).astype(np.float16)
-            weight.CopyFrom(onnx.numpy_helper.from_array(values, f"{name}.fp16"))
-            casts.append(onnx.helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]  # in topological order
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
 def _check_tokens(clip: LoadedClip, encoder: TextEncoder) -> int:
     """The number of compared texts. Raises ValueError with the first that differs.
 
@@ -228,7 +243,7 @@ def _check_tokens(clip: LoadedClip, encoder: TextEncoder) -> int:
 
 
 @torch.inference_mode()
-def _check_embeddings(clip: LoadedClip, encoder: TextEncoder, precision: Precision) -> tuple[float, float]:
+def _check_embeddings(clip: LoadedClip, encoder: TextEncoder) -> tuple[float, float]:
     """Largest error and smallest cosine over batches of 1, 3, 7 and the rest. Raises as `require_accuracy`."""
     error, cosine = 0.0, 1.0
     for start, stop in ((0, 1), (1, 4), (4, 11), (11, len(HARD_TEXTS))):
@@ -238,7 +253,5 @@ def _check_embeddings(clip: LoadedClip, encoder: TextEncoder, precision: Precisi
         # np.maximum and np.minimum keep a NaN, which require_accuracy rejects.
         error = float(np.maximum(error, np.abs(got - expected).max()))
         cosine = float(np.minimum(cosine, (got * expected).sum(1).min()))
-    require_accuracy(
-        f"text embeddings by {FILE}", error, cosine, precision, FP16_MIN_COSINE if precision == "fp16" else None
-    )
+    require_accuracy(f"text embeddings by {FILE}", error, cosine, "fp32")
     return error, cosine

@@ -28,6 +28,16 @@ class Quantised:
     axis: int | None = None
 
 
+@dataclass(frozen=True)
+class QuantisedGroup:
+    """The activation of a Group divided by `divisor` (channels,) and quantised; its matrices, multiplied by it."""
+
+    activation: Quantised
+    weights: list[Quantised]
+    divisor: np.ndarray | None
+    error: float  # squared, as a share of the outputs' square
+
+
 def activation_scale(low: float, high: float, form: Form, dtype: Any) -> Quantised:
     """Scale (of `dtype`) and zero point for values from `low` to `high`, which include zero."""
     if form == "u8s8":

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from iosr_fast.export.onnx_files import open_session
-from iosr_fast.export.quantize_graph import PIXELS, EncoderGraph
-from iosr_fast.export.quantize_products import QuantisedGroup
+from iosr_fast.export.onnx import open_session
+from iosr_fast.export.quantize.graph import PIXELS, EncoderGraph
+from iosr_fast.export.quantize.values import QuantisedGroup
 
 SUSPECTS, ALONE_PICTURES = 16, 4  # groups measured alone before products return to float, and on how many pictures
 LEAST_VARIANCE = 0.1  # trained CLIPs have 0.2 to 0.5; with random weights all embeddings are near one another

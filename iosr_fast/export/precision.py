@@ -1,8 +1,9 @@
-"""The precisions of an engine, the runtimes that compute in them, and the facts of a quantised engine."""
+"""What an engine's embeddings depend on: its precision, the runtimes that compute in it, and the fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from iosr_fast.encoders.runtimes import choose_runtime
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.calibration import check_calibration
+from iosr_fast.export.check import check_calibration
 
 if TYPE_CHECKING:
     from iosr_fast.clip.dual_config import Precision
@@ -23,8 +24,9 @@ RUNTIMES_OF = {
     "int8": ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"),
     "fp8": ("tensorrt", "tensorrt_rtx"),
 }
-QUANTISER_VERSION = 3  # increases when the same weights and pictures give other embeddings
 QUANTISED = ("int8", "fp8")
+EXPORT_VERSION = 1  # increases when the same weights give other embeddings
+QUANTISER_VERSION = 3  # increases when the same weights and pictures give other embeddings
 
 
 def runtimes_in(precision: str, fused: bool = True) -> tuple[str, ...]:
@@ -63,15 +65,33 @@ def graph_precision(precision: str, runtime: str, fused: bool = True) -> Precisi
     return "fp16" if half and fused else "fp32"
 
 
-def quantised_by(
-    image_size: int, runtime: str, precision: str, calibration: np.ndarray | None
-) -> dict[str, Any] | None:
+def quantisation(image_size: int, runtime: str, precision: str, pictures: np.ndarray | None) -> dict[str, Any] | None:
     """What a quantised engine's embeddings depend on besides its weights, as JSON values; None for other precisions.
 
     Raises ValueError for calibration pictures that are missing, too few, or of another shape or dtype.
     """
     if precision not in QUANTISED:
         return None
-    digest = hashlib.sha256(check_calibration(calibration, image_size, precision).tobytes()).hexdigest()
+    digest = hashlib.sha256(check_calibration(pictures, image_size, precision).tobytes()).hexdigest()
     form = "fp8" if precision == "fp8" else "s8s8" if runtime in EXTRAS else "u8s8"
     return {"form": form, "calibration_sha256": digest, "version": QUANTISER_VERSION}
+
+
+def engine_fingerprint(
+    clip: str,
+    adapter: str | None,
+    precision: str,
+    quantised: dict[str, Any] | None = None,
+    tokens: dict[str, int] | None = None,
+) -> str:
+    """SHA-256 over the fingerprints of CLIP and adapter, precision, export version, `quantisation` and `tokens` (as in
+    the manifest).
+
+    It is equal for all runtimes that compute the same embeddings, so that they share cached keys.
+    """
+    parts = [clip, adapter or "", precision, str(EXPORT_VERSION)]
+    if quantised is not None:
+        parts.append(json.dumps(quantised, sort_keys=True))
+    if tokens is not None:
+        parts.append(json.dumps({"tokens": tokens}, sort_keys=True))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()

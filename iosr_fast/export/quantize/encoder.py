@@ -11,7 +11,7 @@ arXiv 2211.10438). s is max|x|^a / max|W|^(1-a) per channel, with the exponent a
 error of y.
 
 The errors that remain are measured where they matter, in the embeddings: the products that cost most stay in float
-(quantize_sensitivity). Ranges reach from the smallest to the largest value; they are not clipped.
+(quantize.sensitivity). Ranges reach from the smallest to the largest value; they are not clipped.
 """
 
 from __future__ import annotations
@@ -22,12 +22,18 @@ from typing import Any, get_args
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.calibration import check_calibration, evenly
-from iosr_fast.export.onnx_files import save_onnx
-from iosr_fast.export.quantize_graph import EncoderGraph
-from iosr_fast.export.quantize_products import Activation, Group, QuantisedGroup
-from iosr_fast.export.quantize_sensitivity import GatedEncoder, choose_float
-from iosr_fast.export.quantize_values import Form, activation_scale, dequantised, quantise_matrix, rounded
+from iosr_fast.export.check import check_calibration, evenly
+from iosr_fast.export.onnx import save_onnx
+from iosr_fast.export.quantize.graph import Activation, EncoderGraph, Group
+from iosr_fast.export.quantize.sensitivity import GatedEncoder, choose_float
+from iosr_fast.export.quantize.values import (
+    Form,
+    QuantisedGroup,
+    activation_scale,
+    dequantised,
+    quantise_matrix,
+    rounded,
+)
 from iosr_fast.utils.require import require
 
 RANGE_PIXELS = 6_000_000  # of the pictures on which ranges are measured: 119 of 224 pixels, 1,464 of 64

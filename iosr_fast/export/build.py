@@ -1,0 +1,272 @@
+"""From a CLIP and an adapter to an engine folder, checked before it is written.
+
+    write_engine      choose runtime -> fuse -> export -> quantise -> plain form -> compile -> check -> manifest
+    convert_engine    the same from quantise on, with the graph of an engine in fp32; needs no torch
+    add_plan          one more plan, for this GPU, in an engine that is there
+
+Files of an engine: for onnxruntime and openvino encoder.onnx and encoder.weights, and with an adapter plain.onnx, which
+computes the plain embedding alone (onnx.plain_graph); for torch encoder.safetensors; for tensorrt and tensorrt_rtx the
+same as for onnxruntime, so that the engine opens on machines with another GPU or none, and plans in plans/, named after
+their runtime, GPU and version.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, check_engine, unavailable_reason
+from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
+from iosr_fast.encoders.runtimes.onnxruntime import PLAIN_FILE, OnnxRuntimeEncoder
+from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
+from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
+from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
+from iosr_fast.encoders.runtimes.torch import TorchEncoder
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export.check import Truth, check, checked_pictures
+from iosr_fast.export.onnx import OPSET, export_onnx, write_plain_graph
+from iosr_fast.export.precision import (
+    EXPORT_VERSION,
+    QUANTISED,
+    choose_builder,
+    engine_fingerprint,
+    graph_precision,
+    quantisation,
+)
+from iosr_fast.export.quantize.encoder import quantize_onnx
+from iosr_fast.utils.folders import new_folder
+from iosr_fast.utils.machine import cpu_model, package_version, this_gpu
+from iosr_fast.utils.manifest import OWN_FIELDS, write_manifest
+from iosr_fast.utils.numbers import check_integer
+from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
+
+if TYPE_CHECKING:
+    from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.clip.load import LoadedClip
+
+LAYOUT = 4  # increases when an engine with the same embeddings has other files
+
+
+def write_engine(
+    clip: LoadedClip,
+    adapter: Adapter | None,
+    out: str | Path,
+    runtime: str = "auto",
+    precision: str = "fp32",
+    max_batch: int = 32,
+    pictures: np.ndarray | None = None,
+    *,
+    image_size: int | None = None,
+) -> dict[str, Any]:
+    """Build an engine folder, atomically, and return its manifest.
+
+    `pictures` uint8 (N, S, S, 3) should resemble those to be classified: "int8" and "fp8" need them, to measure ranges
+    (quantize.encoder). Embeddings of some of them, and but for these precisions of random pictures, are compared with
+    the two literal passes in fp32 PyTorch (clip.two_pass) before `out` is written.
+
+    Smaller pictures are faster and not exact: `image_size` (None: the CLIP's) is a smaller multiple of its patches,
+    with interpolated positions (clip.resize), and then also the S of `pictures`. It is in the manifest's `tokens` and
+    in the fingerprint, so support images are encoded by the same engine. The comparison is then with the two passes of
+    the CLIP with interpolated positions. What it costs in accuracy only labelled pictures can say.
+
+    An image encoder that can't be fused (clip.plain_encoder) gives the plain embedding only, compared with open_clip's
+    encode_image, in ONNX files whose graph is fp32.
+
+    Raises ValueError for an adapter with an encoder that can't be fused, a precision that the runtime doesn't support,
+    a size that doesn't fit, and missing calibration pictures; ArithmeticError for an error above 1e-4 (fp32) or a
+    cosine below 0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
+    """
+    from iosr_fast.clip import fuse, plain_encoder
+    from iosr_fast.clip.dual_encoder import DualEncoder
+    from iosr_fast.clip.fuse_config import unfusible_reason
+    from iosr_fast.clip.resize import resize_clip
+    from iosr_fast.clip.two_pass import two_passes
+
+    started = time.perf_counter()
+    max_batch = check_integer("max_batch", max_batch, 1, 1 << 16)
+    reason = unfusible_reason(clip)
+    if reason is not None and adapter is not None:
+        raise IosrFastError(reason)
+    runtime = choose_builder(runtime, precision, reason is None)
+    tokens = None if image_size is None or image_size == clip.image_size else {"image_size": image_size}
+    clip = resize_clip(clip, clip.image_size if image_size is None else image_size)
+    quantised = quantisation(clip.image_size, runtime, precision, pictures)
+    if runtime in EXTRAS:
+        _ = target(runtime).file  # raises, before any work, if no plan can be built
+    encoder: DualEncoder | plain_encoder.PlainEncoder
+    if reason is None:
+        encoder = fuse.build_dual_encoder(clip, adapter, graph_precision(precision, runtime))
+        reference = partial(two_passes, clip, adapter)
+    else:
+        encoder, reference = plain_encoder.PlainEncoder(clip), partial(plain_encoder.plain_pass, clip)
+    checked = checked_pictures(clip.image_size, pictures, noise=precision not in QUANTISED)
+    truth = {kind: (pixels, reference(pixels)) for kind, pixels in checked.items()}
+    adapter_fingerprint = None if adapter is None else adapter.fingerprint()
+    adapted = None if adapter is None else adapter.config
+    packages = {"iosr_fast", "numpy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", runtime}
+    facts: dict[str, Any] = {
+        "model": clip.name,
+        **clip.geometry.facts(),
+        "width": next(iter(truth.values()))[1][0].shape[1],
+        "mean": list(clip.mean),
+        "std": list(clip.std),
+        "logit_scale": clip.logit_scale,
+        "clip_fingerprint": clip.fingerprint,
+        "adapter": None if adapted is None else "random" if adapted.training.get("random") else "trained",
+        "adapter_fingerprint": adapter_fingerprint,
+        "first_adapted_block": None if adapted is None else adapted.first_adapted_block,
+        "bottleneck": None if adapted is None else adapted.bottleneck,
+        "runtime": runtime,
+        "precision": precision,
+        "max_batch": max_batch,
+        "fingerprint": engine_fingerprint(clip.fingerprint, adapter_fingerprint, precision, quantised, tokens),
+        "export_version": EXPORT_VERSION,
+        "opset": None if runtime == "torch" else OPSET,
+        "dual_encoder": encoder.config if isinstance(encoder, DualEncoder) else None,
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in sorted(packages)}},
+        **({} if tokens is None else {"tokens": tokens}),  # left out, so that earlier versions read the engine
+    }
+    with new_folder(out, ENGINE_KIND) as folder, tempfile.TemporaryDirectory() as temporary:
+        exported = folder if quantised is None else Path(temporary)
+        if runtime == "torch":
+            from safetensors.torch import save_file
+
+            save_file(encoder.state_dict(), folder / TORCH_FILE)
+        else:
+            export_onnx(encoder, exported / ONNX_FILE)
+        return _finish(folder, exported, facts, quantised, pictures, truth, started)
+
+
+def convert_engine(
+    source: str | Path | VerifiedFolder,
+    out: str | Path,
+    runtime: str,
+    precision: str,
+    pictures: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Write an fp32 engine with encoder.onnx to `out` in another precision or for another runtime; returns its
+    manifest, with the fingerprint that write_engine gives.
+
+    `pictures` as for write_engine, N >= 8 for "int8" and "fp8". Embeddings are compared with those of `source`.
+
+    Raises ValueError for an engine of another precision or without encoder.onnx, for a precision whose graph is fp16
+    (it is exported from the CLIP: write_engine), and as write_engine does; ArithmeticError for embeddings that are off.
+    """
+    started = time.perf_counter()
+    verified = source if isinstance(source, VerifiedFolder) else open_verified(source, ENGINE_KIND)
+    engine = check_engine(verified)
+    fused = engine.dual_encoder is not None
+    runtime = choose_builder(runtime, precision, fused)
+    if engine.precision != "fp32" or ONNX_FILE not in verified.files:
+        raise IosrFastError(
+            f"expected an engine in fp32 with {ONNX_FILE} to convert, got one in {engine.precision} with "
+            f"{sorted(verified.files)}; `iosr-fast build-engine` builds one from the CLIP"
+        )
+    if runtime == "torch" or graph_precision(precision, runtime, fused) != "fp32":
+        raise IosrFastError(
+            f"expected a precision whose graph is that of fp32, got {precision} for {runtime}, which is exported from "
+            f"the CLIP: iosr-fast build-engine --precision {precision} --runtime {runtime}"
+        )
+    quantised = quantisation(engine.image_size, runtime, precision, pictures)
+    prints = engine.clip_fingerprint, engine.adapter_fingerprint
+    facts = {name: value for name, value in verified.manifest.items() if name not in OWN_FIELDS} | {
+        "runtime": runtime,
+        "precision": precision,
+        "fingerprint": engine_fingerprint(*prints, precision, quantised, engine.tokens),
+        "versions": engine.versions | {name: package_version(name) for name in ("onnx", runtime)},
+    }
+    encoder, truth = open_engine(verified), {}
+    for kind, pixels in checked_pictures(engine.image_size, pictures, noise=precision not in QUANTISED).items():
+        rows = encoder.encode(pixels)
+        truth[kind] = pixels, (rows.plain,) if rows.adapted is None else (rows.plain, rows.adapted)
+    with new_folder(out, ENGINE_KIND) as folder, tempfile.TemporaryDirectory() as temporary:
+        exported = folder if quantised is None else Path(temporary)
+        for name in verified.files:
+            if "/" not in name:  # not the plans
+                verified.copy(name, exported / name)
+        return _finish(folder, exported, facts, quantised, pictures, truth, started)
+
+
+def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
+    """Build a plan for `runtime` and this GPU from an engine's encoder.onnx, and add it to the engine's plans.
+
+    With a GPU the plan is first compared with ONNX Runtime. The engine folder is replaced atomically. Returns its
+    manifest. Raises ValueError for another runtime or an engine without encoder.onnx, and as write_engine does.
+    """
+    source = open_verified(engine, ENGINE_KIND)
+    check_engine(source)
+    if runtime not in EXTRAS or ONNX_FILE not in source.files:
+        raise IosrFastError(
+            f"expected one of {sorted(EXTRAS)} and an engine with {ONNX_FILE} to add a plan, got {runtime!r} and an "
+            f"engine with {sorted(source.files)}"
+        )
+    facts = {name: value for name, value in source.manifest.items() if name not in OWN_FIELDS}
+    facts["versions"] |= {runtime: package_version(runtime)}
+    with new_folder(engine, ENGINE_KIND) as folder:
+        for name in source.files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            source.copy(name, folder / name)
+        compiled, facts["check"][runtime] = _compile(folder, facts, runtime), None
+        if compiled is not None:
+            pixels = checked_pictures(facts["image_size"], None)["random"]
+            expected = OnnxRuntimeEncoder(folder, facts).encode(pixels)
+            truth = {"random": (pixels, tuple(getattr(expected, name) for name in compiled.outputs))}
+            facts["check"][runtime] = check(compiled, truth, facts["precision"])
+        return write_manifest(folder, ENGINE_KIND, facts)
+
+
+def _finish(
+    folder: Path,
+    exported: Path,
+    facts: dict[str, Any],
+    quantised: dict[str, Any] | None,
+    pictures: np.ndarray | None,
+    truth: Truth,
+    started: float,
+) -> dict[str, Any]:
+    """Quantise the graph in `exported` into `folder` (they are one unless `quantised`), write its plain form, compile
+    it, compare all that runs here with `truth`, and write the manifest."""
+    gpu = None if facts["runtime"] in ONNX_RUNTIMES else this_gpu()
+    facts |= {"device": cpu_model() if gpu is None else gpu.name, "plans": {}, "check": {}}
+    if quantised is not None:
+        assert pictures is not None
+        report = quantize_onnx(exported / ONNX_FILE, folder / ONNX_FILE, pictures, quantised["form"])
+        facts["quantised"] = quantised | report
+    for name, encoder in _encoders(folder, facts):
+        facts["check"][name] = None if encoder is None else check(encoder, truth, facts["precision"])
+    facts["build_seconds"] = round(time.perf_counter() - started, 2)
+    return write_manifest(folder, ENGINE_KIND, facts)
+
+
+def _encoders(folder: Path, facts: dict[str, Any]) -> Iterator[tuple[str, BatchedEncoder | None]]:
+    """Every form of an engine, which is written where it is missing, and its encoder; None if no GPU here runs it."""
+    runtime = facts["runtime"]
+    if runtime == "torch":
+        yield runtime, TorchEncoder(folder, facts)
+        return
+    has_plain, on_cpu = write_plain_graph(folder), OpenVINOEncoder if runtime == "openvino" else OnnxRuntimeEncoder
+    name = runtime if runtime in ONNX_RUNTIMES else "onnxruntime"
+    yield name, on_cpu(folder, facts)
+    if has_plain:
+        yield f"{name}, {PLAIN_FILE}", on_cpu(folder, facts, adapted=False)
+    if runtime in EXTRAS:
+        yield runtime, _compile(folder, facts, runtime)
+
+
+def _compile(folder: Path, facts: dict[str, Any], runtime: str) -> BatchedEncoder | None:
+    """Compile encoder.onnx for this machine and add the plan to `facts`; returns its encoder if this GPU can run it."""
+    plan_target = target(runtime)
+    data, built = build_plan(folder / ONNX_FILE, runtime, facts["max_batch"])
+    (folder / plan_target.file).parent.mkdir(exist_ok=True)
+    (folder / plan_target.file).write_bytes(data)
+    facts["plans"][plan_target.file] = {**plan_target.facts(), "precision": facts["precision"], **built}
+    return TensorRTEncoder(folder, facts, runtime) if unavailable_reason(runtime) is None else None

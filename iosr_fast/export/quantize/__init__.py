@@ -1,0 +1,1 @@
+"""INT8 and FP8 encoders: `encoder.quantize_onnx`."""

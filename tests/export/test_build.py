@@ -1,0 +1,283 @@
+"""Engine folders: right numbers in every precision, what is recorded, fingerprints, written whole or not at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+for package in ("onnxscript", "open_clip", "openvino"):
+    pytest.importorskip(package)
+
+from iosr_fast import Classifier  # noqa: E402
+from iosr_fast.clip.adapter import random_adapter  # noqa: E402
+from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
+from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
+from iosr_fast.clip.load import load_clip  # noqa: E402
+from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
+from iosr_fast.exceptions import IosrFastError  # noqa: E402
+from iosr_fast.export import candidates  # noqa: E402
+from iosr_fast.export.build import convert_engine, write_engine  # noqa: E402
+from iosr_fast.export.candidates import Candidate, with_smaller_images  # noqa: E402
+from iosr_fast.export.onnx import export_onnx  # noqa: E402
+from iosr_fast.export.precision import engine_fingerprint, quantisation  # noqa: E402
+from iosr_fast.export.pretrained import choose_adapter  # noqa: E402
+from iosr_fast.images.geometry import Geometry  # noqa: E402
+from iosr_fast.images.preprocess import to_pixels  # noqa: E402
+from iosr_fast.utils.machine import Gpu  # noqa: E402
+from iosr_fast.utils.manifest import read_manifest  # noqa: E402
+from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
+from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
+from tests.clip.test_dual_encoder import run  # noqa: E402
+from tests.demo_cache import demo_engine, export_once  # noqa: E402
+from tests.export.graphs import FLOAT, FLOAT16, element_types  # noqa: E402
+from tests.store.manifests import rewrite_manifest  # noqa: E402
+
+pytestmark = [pytest.mark.usefixtures("exports_once"), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def generic() -> np.ndarray:
+    return load_pictures("generic").images[:64]
+
+
+@pytest.mark.parametrize(("first", "quick_gelu"), [(0, True), (None, False)])
+def test_every_batch_gives_pytorchs_numbers(first: int | None, quick_gelu: bool, tmp_path: Path) -> None:
+    clip = small_clip(quick_gelu)
+    encoder = build_dual_encoder(clip, None if first is None else random_adapter(clip, first))
+    export_once(encoder, tmp_path / "encoder.onnx")
+    session = ort.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_outputs()] == ["plain", "adapted"][: 1 if first is None else 2]
+    for batch in (1, 2, 7):
+        pixels = random_pixels(batch, 32)
+        for got, expected in zip(session.run(None, {"pixels": pixels}), run(encoder, pixels), strict=True):
+            assert got.dtype == np.float32 and got.shape == (batch, 24)
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+    # No weight is in the message that protobuf serialises, which has at most 2 GB.
+    tensors = onnx.load(tmp_path / "encoder.onnx", load_external_data=False).graph.initializer
+    assert sum(bool(tensor.external_data) for tensor in tensors) > 15
+    assert all(len(tensor.raw_data) <= 1024 for tensor in tensors)
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip", "pe-core", "eva02"])
+def test_fp16_graphs_keep_softmax_and_layer_norm_in_fp32(
+    family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Squares and exponentials overflow in fp16. The families have each form of attention and each pool."""
+    pytest.importorskip("timm")
+    from tests.clip.families import family_clip
+
+    clip, path = family_clip(family), tmp_path / "encoder.onnx"
+    encoder = build_dual_encoder(clip, random_adapter(clip, 1), "fp16")
+    export_onnx(encoder, path)
+    assert capfd.readouterr() == ("", "")
+    assert b".py" not in path.read_bytes(), "the graph names local paths"
+    model, types = onnx.load(path, load_external_data=False), element_types(path)
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
+    nodes: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        nodes.setdefault(node.op_type, []).append(node)
+    for kind in ("Softmax", "LayerNormalization", "ReduceMean", "ReduceL2", "ReduceSum", "Pow", "Exp", "Sqrt"):
+        assert all(types[node.input[0]] == FLOAT for node in nodes.get(kind, [])), kind
+    for kind in ("MatMul", "Gemm", "Gelu"):
+        assert all(types[node.input[0]] == FLOAT16 for node in nodes.get(kind, [])), kind
+    norms = [module for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(nodes["LayerNormalization"]) == len(norms), "a LayerNorm is decomposed"
+    assert len(nodes["Softmax"]) == 3 + (family in ("siglip", "pe-core"))
+    assert [types[value.name] for value in model.graph.output] == [FLOAT, FLOAT]
+
+
+@pytest.mark.parametrize("image_size", [None, 24])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_engine_is_checked_and_recorded(
+    runtime: str, precision: str, image_size: int | None, tmp_path: Path
+) -> None:
+    clip, side = small_clip(), image_size or 32
+    adapter, folder = random_adapter(clip, 1), tmp_path / "engine"
+    manifest = write_engine(
+        clip, adapter, folder, runtime, precision, 4, random_pixels(20, side), image_size=image_size
+    )
+    assert read_manifest(folder, "engine") == manifest and [path.name for path in tmp_path.iterdir()] == ["engine"]
+    tokens = None if image_size is None else {"image_size": image_size}
+    expected = {"runtime": runtime, "precision": precision, "max_batch": 4, "image_size": side, "tokens": tokens}
+    expected |= {"adapter": "random", "first_adapted_block": 1, "bottleneck": 64, "clip_fingerprint": clip.fingerprint}
+    expected["fingerprint"] = engine_fingerprint(clip.fingerprint, adapter.fingerprint(), precision, tokens=tokens)
+    assert {name: manifest.get(name) for name in expected} == expected
+    assert list(manifest["check"]) == ([runtime] if runtime == "torch" else [runtime, f"{runtime}, plain.onnx"])
+    for kind, pictures in (("random", 3), ("real", 8)):
+        found = manifest["check"][runtime][kind]
+        assert found["pictures"] == pictures
+        for name in ("plain", "adapted"):
+            assert found[name]["min_cosine"] > 0.9999
+            assert 0 < found[name]["max_abs_error"] < (1e-5 if precision == "fp32" else 5e-3)
+    assert open_engine(folder, runtime).encode(random_pixels(3, side)).plain.shape == (3, 24)
+
+
+def test_the_fingerprint_follows_what_changes_embeddings_and_is_that_of_earlier_versions() -> None:
+    black, white = np.zeros((8, 32, 32, 3), np.uint8), np.full((8, 32, 32, 3), 255, np.uint8)
+    given = (("onnxruntime", "int8", black), ("onnxruntime", "int8", white), ("tensorrt", "int8", black))
+    quantised = [quantisation(32, *one) for one in given]
+    prints = [
+        *(engine_fingerprint(*names, "fp32") for names in (("clip", None), ("other", None), ("clip", "adapter"))),
+        *(engine_fingerprint("clip", None, "int8", one) for one in quantised),
+        engine_fingerprint("clip", None, "fp16"),
+        engine_fingerprint("clip", None, "fp32", None, {"image_size": 24}),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert quantisation(32, "openvino", "int8", black) == quantised[0]
+    assert prints[0] == "f61e16e233f5688912f823b03215489d8e2a272a0fbbf9f9aa3e1c0e70d87338"
+    facts = {"form": "u8s8", "calibration_sha256": "00", "version": 3}
+    last = engine_fingerprint("clip", "adapter", "int8", facts, {"image_size": 192})
+    assert last == "87ec6ab55a4550b02621599dfa2eee80a83b4ab3cde09e4b694568ea157f4148"
+
+
+def slightly_wrong(*arguments: Any, build: Any = build_dual_encoder) -> Any:
+    encoder = build(*arguments)
+    encoder.cls_token.data[..., 0] += 5  # one channel: ln_pre would take a shift of all of them out again
+    return encoder
+
+
+def test_wrong_numbers_are_not_written(generic: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iosr_fast.clip.fuse.build_dual_encoder", slightly_wrong)
+    for precision in ("fp32", "fp16"):
+        with pytest.raises(ArithmeticError, match="plain embeddings of random pictures by torch"):
+            write_engine(small_clip(), None, tmp_path / "engine", "torch", precision)
+    monkeypatch.setattr("iosr_fast.export.build.checked_pictures", lambda *_, noise: {"real": generic[:8]})
+    with pytest.raises(ArithmeticError, match=r"in int8 are wrong: expected cosine >= 0\.99"):
+        convert_engine(demo_engine(), tmp_path / "engine", "onnxruntime", "int8", np.zeros_like(generic[:8]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_batch": 0}, "max_batch from 1 to 65536"),
+        ({"runtime": "tvm"}, "got 'tvm'"),
+        ({"precision": "int4"}, "expected a precision of .* got 'int4'"),
+        ({"runtime": "torch", "precision": "int8"}, "which compute in int8, got the runtime 'torch'"),
+        ({"runtime": "onnxruntime", "precision": "bf16"}, r"\['openvino'\], which compute in bf16"),
+        ({"runtime": "onnxruntime", "precision": "int8"}, "expected calibration pictures as uint8 .* int8, got none"),
+        ({"precision": "int8", "pictures": np.zeros((4, 31, 32, 3), "u1")}, r"got shape \(4, 31, 32, 3\)"),
+        ({"image_size": 20}, "a multiple of 8"),
+    ],
+)
+def test_refusals_come_before_any_work(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_engine(small_clip(), None, tmp_path / "engine", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_files_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match="choose another place"):
+        write_engine(small_clip(), None, tmp_path, "torch")
+    assert (tmp_path / "notes.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision"), [("onnxruntime", "int8"), ("openvino", "int8"), ("openvino", "bf16")]
+)
+def test_an_engine_becomes_one_in_another_precision(
+    runtime: str, precision: str, generic: np.ndarray, tmp_path: Path
+) -> None:
+    manifest = convert_engine(demo_engine(), tmp_path / "engine", runtime, precision, generic[:32])
+    assert manifest == read_manifest(tmp_path / "engine", "engine")
+    assert list(manifest["check"]) == [runtime, f"{runtime}, plain.onnx"]
+    source = read_manifest(demo_engine(), "engine")
+    same = ("model", "width", "clip_fingerprint", "adapter_fingerprint", "dual_encoder", "max_batch", "export_version")
+    assert all(manifest[name] == source[name] for name in same)
+    quantised = quantisation(64, runtime, precision, generic[:32])
+    prints = source["clip_fingerprint"], source["adapter_fingerprint"]
+    assert manifest["fingerprint"] == engine_fingerprint(*prints, precision, quantised)
+    got, exact = (open_engine(folder).encode(generic[32:40]) for folder in (tmp_path / "engine", demo_engine()))
+    assert (got.plain * exact.plain).sum(1).min() > 0.99 and (got.adapted * exact.adapted).sum(1).min() > 0.99
+    new, old = (sum(entry["bytes"] for entry in m["files"].values()) for m in (manifest, source))
+    assert new < 0.5 * old if precision == "int8" else new == old
+    with pytest.raises(
+        IosrFastError, match=rf"an engine in fp32 with encoder\.onnx to convert, got one in {precision}"
+    ):
+        convert_engine(tmp_path / "engine", tmp_path / "new", "openvino", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "count", "message"),
+    [
+        ("onnxruntime", "int8", 0, r"N >= 8 for int8, got shape \(0, 64, 64, 3\)"),
+        ("onnxruntime", "fp16", 8, "exported from the CLIP: iosr-fast build-engine --precision fp16"),
+        ("tensorrt", "int8", 8, "exported from the CLIP"),
+    ],
+)
+def test_refused_conversions(
+    runtime: str, precision: str, count: int, message: str, generic: np.ndarray, tmp_path: Path
+) -> None:
+    with pytest.raises(IosrFastError, match=message):
+        convert_engine(demo_engine(), tmp_path / "new", runtime, precision, generic[:count])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_conversion_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from iosr_fast.clip.demo.pictures import load_pictures\n"
+        "from iosr_fast.export.build import convert_engine\n"
+        "pictures = load_pictures('generic').images[:8]\n"
+        f"convert_engine({str(demo_engine())!r}, {str(tmp_path / 'new')!r}, 'openvino', 'int8', pictures)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "new" / "encoder.onnx").is_file()
+
+
+def test_fp8_is_tried_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "unavailable_reason", lambda runtime: None)
+    source: Any = SimpleNamespace(manifest=read_manifest(demo_engine(), "engine"))
+    for capability, reason in (((8, 9), ""), ((8, 6), "NVIDIA A10 has no fp8 instructions"), (None, None)):
+        gpu = None if capability is None else Gpu("NVIDIA A10", capability)
+        monkeypatch.setattr(candidates, "this_gpu", lambda gpu=gpu: gpu)
+        listed = candidates.list_candidates(source, 16, "auto", "fp8", with_clip=True)
+        expected = [] if gpu is None else [("tensorrt", reason), ("tensorrt_rtx", reason)]
+        assert [(one.runtime, one.left_out) for one in listed] == expected
+
+
+def test_a_classifier_on_smaller_pictures(tmp_path: Path) -> None:
+    """In a size that `iosr-fast optimize --smaller-images` tries, whose test shares the exports."""
+    clip, size = load_clip("demo"), 48
+    pictures = load_pictures("held-out", min_styles=5)
+    images, labels = pictures.images[:60], [pictures.names[c] for c in pictures.concepts[:60]]
+    write = partial(write_engine, clip, choose_adapter(clip, "auto"), image_size=size)
+    manifest = write(tmp_path / "engine", "onnxruntime")
+    (one, _) = with_smaller_images(open_verified(demo_engine(), "engine"), [Candidate("onnxruntime", "fp32")])
+    assert manifest["tokens"] == {"image_size": size} and one.tokens is not None
+    generic = to_pixels(load_pictures("generic").images[:16], Geometry(size), False)
+    converted = convert_engine(tmp_path / "engine", tmp_path / "int8", "openvino", "int8", generic)
+    direct = write(tmp_path / "direct", "openvino", "int8", pictures=generic)
+    assert converted["fingerprint"] == direct["fingerprint"] != manifest["fingerprint"]
+    for folder in ("engine", "int8"):
+        classifier = Classifier("demo", engine=tmp_path / folder, method="tip-adapter++", alpha=3.0, beta=7.0, views=1)
+        classifier.fit(images, labels)
+        assert classifier.encoder.image_size == size and classifier.score(images, labels) > 0.5
+        classifier.save(tmp_path / "bundle")
+        loaded = Classifier.load(tmp_path / "bundle")
+        np.testing.assert_allclose(
+            loaded.decision_function(images[:4]), classifier.decision_function(images[:4]), atol=1e-2
+        )
+
+
+def test_an_engine_that_merges_tokens_is_refused_and_one_of_version_0_2_opens(tmp_path: Path) -> None:
+    clip = small_clip()
+    facts = write_engine(clip, random_adapter(clip, 1), tmp_path / "engine", "torch", max_batch=4)
+    rewrite_manifest(tmp_path / "engine", dual_encoder=facts["dual_encoder"] | {"merged": 0})
+    assert open_engine(tmp_path / "engine", "torch").encode(random_pixels(2, 32)).plain.shape == (2, 24)
+    rewrite_manifest(tmp_path / "engine", dual_encoder=facts["dual_encoder"] | {"merged": 3})
+    with pytest.raises(IosrFastError, match="merges tokens, which iosr_fast no longer does: build it again"):
+        open_engine(tmp_path / "engine", "torch")
