@@ -1,0 +1,107 @@
+"""The cache term of 1 to 16 queries in one launch of csrc/cuda, on NVIDIA GPUs of compute capability 8.0 and newer."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.scoring.device_plan import on_gpu
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iosr_fast.scoring.device_plan import DevicePlan
+
+FEW = 16
+_PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
+
+
+@functools.cache
+def _module() -> Any:
+    return importlib.import_module("iosr_fast._C_cuda")
+
+
+def affinity_sums(plan: DevicePlan, queries: Tensor, logits: Tensor) -> str:
+    """Add the cache term of `plan` to `logits`, in one launch.
+
+    logits[b, c] += alpha * sum over keys j: weights[j] * exp(-beta * (1 - <queries[b], key[j]>)) * values[j, c]
+
+    where without `values` a key has 1 at its class and 0 elsewhere, and key[j] = key_scales[j] * keys[j] for int8 keys.
+    queries: (B, D) float32, float16 or bfloat16, of at most 16 rows; logits: (B, C) float32, contiguous; both on the
+    plan's GPU. Products and sums are float32, in a fixed order: equal calls give equal bits.
+
+    A plan's first call binds it and waits for that. Later ones don't wait, and CUDA graphs can record them. Calls on
+    several streams at once don't meet: sums that span blocks (2 * B numbers a tile of up to 64 keys; with values at
+    most two (B, C) matrices a multiprocessor) lie in memory of PyTorch's allocator, which reuses it in the order of the
+    stream and gives a recorded graph its own.
+
+    Returns "cuda/few". Raises ValueError for more queries, RuntimeError with CUDA's message if a launch fails.
+    """
+    if not 1 <= len(queries) <= FEW:
+        raise IosrFastError(f"expected 1 to {FEW} queries, got {len(queries)}; the backends triton and torch take more")
+    with on_gpu(plan.device):
+        stream, bound = _stream(plan.device), plan.cached("cuda", lambda: _bind(plan)).plan
+        rows = queries.float().contiguous()
+        workspace = torch.empty(bound.workspace_size(len(rows)), dtype=torch.float32, device=plan.device)
+        bound.add_affinity_sums(rows.data_ptr(), len(rows), logits.data_ptr(), workspace.data_ptr(), stream)
+    return "cuda/few"
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A BoundPlan of _C_cuda, and the tensors whose addresses it holds."""
+
+    plan: Any
+    tensors: list[Tensor | None]
+
+
+def _bind(plan: DevicePlan) -> _Bound:
+    assert plan.keys is not None
+    device, n_keys, offsets = plan.device.index or 0, len(plan.keys), plan.offsets
+    keys, values = _padded(plan.keys), None if plan.values is None else _padded(plan.values)
+    tile_classes = None
+    if offsets is not None:
+        firsts = np.append(np.arange(0, n_keys, _module().tile_keys(device, n_keys)), n_keys - 1)
+        table = np.searchsorted(offsets, firsts, side="right") - 1  # empty classes own no key
+        tile_classes = torch.from_numpy(table.astype(np.int32)).to(plan.device)
+    tensors = [keys, plan.key_scales, plan.weights, plan.class_offsets, tile_classes, values]
+    names = ("keys", "key_scales", "weights", "class_offsets", "tile_classes", "values")
+    bound = _module().BoundPlan(
+        device=device,
+        precision=_PRECISIONS[keys.dtype],
+        n_keys=n_keys,
+        n_classes=plan.n_classes,
+        width=plan.keys.shape[1],
+        key_bytes=keys.stride(0) * keys.element_size(),
+        value_bytes=0 if values is None else values.stride(0) * values.element_size(),
+        half_values=values is not None and values.dtype == torch.float16,
+        alpha=plan.alpha,
+        beta=plan.beta,
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)},
+    )
+    if plan.device.type == "cuda":  # the next call may come on another stream
+        torch.cuda.current_stream(plan.device).synchronize()
+    return _Bound(bound, tensors)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """The rows, or a copy with zeros to a multiple of 16 bytes if they don't begin and end at one."""
+    missing = -rows.shape[1] % (16 // rows.element_size())
+    if missing:
+        return torch.nn.functional.pad(rows, (0, missing))
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def _stream(device: torch.device) -> int:
+    """The handle of the device's current stream."""
+    if device.type != "cuda":
+        raise IosrFastError(
+            f"expected a plan on a CUDA device, got one on {device}; device_plan(plan, 'cuda') moves it"
+        )
+    return torch.cuda.current_stream(device).cuda_stream
