@@ -57,13 +57,13 @@ class Device:
             return call
         import torch
 
-        from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
+        from iosr_fast.encoders.runtimes.gpu import record_graph
 
         with torch.inference_mode():
             for _ in range(GPU_WARMUP):  # compiles, and does what is done once only
                 call()
             try:
-                return Recorder().record(call)
+                return record_graph(call, torch.cuda.Stream())
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError:

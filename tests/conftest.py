@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.runtimes.openvino import signal_stack
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import Precision
@@ -131,6 +131,17 @@ def _free_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch._best.cache_clear()
     yield
     dispatch._best.cache_clear()
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack() -> tuple[int, int, int]:
+    """(address, flags, bytes) of the calling thread's signal stack. Linux only."""
+    stack = _SignalStack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+    return stack.sp or 0, stack.flags, stack.size
 
 
 @pytest.fixture(autouse=True)

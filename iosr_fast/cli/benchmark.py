@@ -111,8 +111,8 @@ def open_parts(
     """What is timed, verified, and the facts of all rows. Raises ArithmeticError where a batch changes a result."""
     import numpy as np
 
+    from iosr_fast.encoders.engine_folder import ENGINE_KIND
     from iosr_fast.encoders.runtimes import open_engine
-    from iosr_fast.encoders.runtimes.engine import ENGINE_KIND
     from iosr_fast.images.decode import CpuDecoder
     from iosr_fast.store.description import folder_kind
 

@@ -101,7 +101,7 @@ def demo_pictures(geometry: Geometry) -> np.ndarray:
 
 def describe(manifest: dict[str, Any], out: Path) -> None:
     """Print the engine's files and its errors against two passes in fp32 PyTorch."""
-    from iosr_fast.encoders.runtimes.plans import describe_target
+    from iosr_fast.encoders.engine_folder import describe_target
 
     lines: list[str] = []
     adapter = {

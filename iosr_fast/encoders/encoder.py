@@ -47,12 +47,20 @@ class Embeddings:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Embeddings]) -> Embeddings:
-        """The rows of all parts (NumPy arrays), in order; `adapted` only if every part has it."""
+        """The rows of all parts (NumPy arrays or tensors), in order; `adapted` only if every part has it."""
         adapted = [part.adapted for part in parts if part.adapted is not None]
         return cls(
-            np.concatenate([part.plain for part in parts]),
-            np.concatenate(adapted) if len(adapted) == len(parts) else None,
+            _concatenate([part.plain for part in parts]),
+            _concatenate(adapted) if len(adapted) == len(parts) else None,
         )
+
+
+def _concatenate(rows: Sequence[Array]) -> Array:
+    if isinstance(rows[0], np.ndarray):
+        return np.concatenate(rows)
+    import torch
+
+    return torch.cat(list(rows))
 
 
 def as_numpy(rows: Array) -> np.ndarray:

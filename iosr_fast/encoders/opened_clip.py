@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.engine_folder import has_plain_form
 from iosr_fast.encoders.text_encoder import TextSource
 
 if TYPE_CHECKING:
@@ -47,19 +48,17 @@ class OpenedClip:
 
         The same encoder serves for both where the engine has one form, for example without an adapter.
         """
+        from iosr_fast.encoders.runtimes import open_engine
+
         first, source = self.encoder, self.encoder.source
         if adapted == first.adapted or source is None or not self.has_adapter:
             return first
-        from iosr_fast.encoders.runtimes.engine import has_plain_form, open_engine
-
         if not has_plain_form(source.manifest, first.runtime):
             return first
         if not self._other:
             with self._opening:
                 if not self._other:
                     log.info("opening the engine for %s", "both embeddings" if adapted else "plain embeddings only")
-                    other = open_engine(
-                        source, first.runtime, False, first.threads, first.buckets, first.runs, adapted=adapted
-                    )
+                    other = open_engine(source, first.runtime, False, first.threads, first.runs, adapted)
                     self._other.append(other)
         return self._other[0]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,15 +33,16 @@ class TextSource(Protocol):
         ...
 
     def write(self, folder: Path) -> dict[str, Any] | None:
-        """Write its files into an existing folder. Returns the facts for TextEncoder.open; None if it can't be
+        """Write its files into an existing folder. Returns the facts for TextEncoder; None if it can't be
         exported."""
         ...
 
 
 class TextEncoder:
-    """A text encoder in `folder`, loaded at its first use. Threads may share it.
+    """The text encoder that `export_text` wrote to `folder`, loaded at its first use. Threads may share it.
 
-    With `source`, the verified folder, the verified bytes are read, even if `folder` has changed since.
+    `facts` is what `export_text` returned; `threads` of ONNX Runtime, None for one per core. With `source`, the
+    verified folder, the verified bytes are read, even if `folder` has changed since.
     """
 
     def __init__(
@@ -58,22 +58,6 @@ class TextEncoder:
         self._threads = threads
         self._lock = threading.Lock()
         self._loaded: tuple[Tokenizer, Any] | None = None
-
-    @classmethod
-    def open(cls, folder: str | Path, facts: dict[str, Any], threads: int | None = None) -> TextEncoder:
-        """The encoder that `export_text` wrote to `folder`; `facts` is what `export_text` returned.
-
-        `threads` of ONNX Runtime; None: one per core. Raises FileNotFoundError for a missing file and ValueError for a
-        missing fact. Damaged files raise at the first use.
-        """
-        folder = Path(folder)
-        for name in (FILE, TOKENIZER_FILE):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{name} is missing from {folder}; {_SAVE_AGAIN}")
-        missing = sorted({"context_length", "width", "eot", "templates"} - set(facts))
-        if missing:
-            raise IosrFastError(f"the facts of the text encoder in {folder} lack {', '.join(missing)}; {_SAVE_AGAIN}")
-        return cls(folder, facts, threads)
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """(C, D) float32, L2-normalised: each class's mean over templates t of the normalised text(t.format(name)).
@@ -120,11 +104,9 @@ class TextEncoder:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Copy the files into `folder`; returns their facts. Raises ValueError for files changed since verification."""
-        for name in (FILE, WEIGHTS_FILE, TOKENIZER_FILE):
-            if self.source is not None and name in self.source.files:
-                self.source.copy(name, folder / name)
-            elif self.source is None and (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+        assert self.source is not None, "only a saved text encoder is saved again"
+        for name in self.source.files:
+            self.source.copy(name, folder / name)
         return self.facts
 
     def _load(self) -> tuple[Tokenizer, Any]:

@@ -22,14 +22,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iosr_fast.encoders.engine_folder import (
+    ENGINE_KIND,
+    EXTRAS,
+    ONNX_FILE,
+    ONNX_RUNTIMES,
+    PLAIN_FILE,
+    TORCH_FILE,
+    check_engine,
+    target,
+    unavailable_reason,
+)
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, check_engine, unavailable_reason
-from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
-from iosr_fast.encoders.runtimes.onnxruntime import PLAIN_FILE, OnnxRuntimeEncoder
+from iosr_fast.encoders.runtimes.onnxruntime import OnnxRuntimeEncoder
 from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
-from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
-from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
+from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder, build_plan
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import Truth, check, checked_pictures

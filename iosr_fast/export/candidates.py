@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.engine_folder import ENGINE_KIND, ONNX_RUNTIMES, runtimes_of, unavailable_reason
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, runtimes_of, unavailable_reason
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.check import MIN_PICTURES

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.encoders.runtimes.onnxruntime import FILE, PLAIN_FILE, WEIGHTS_SUFFIX
+from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE, WEIGHTS_SUFFIX
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
@@ -148,7 +148,7 @@ def write_plain_graph(folder: Path) -> bool:
     Reads the graph, not the weights. Raises ValueError for a graph with two outputs that is not of export_onnx.
     """
     onnx = require("onnx", "cpu")
-    model = onnx.load(folder / FILE, load_external_data=False)
+    model = onnx.load(folder / ONNX_FILE, load_external_data=False)
     if [output.name for output in model.graph.output] == ["plain"]:
         return False
     onnx.save_model(plain_graph(model), str(folder / PLAIN_FILE))

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.encoders.runtimes import choose_runtime
-from iosr_fast.encoders.runtimes.tensorrt import EXTRAS
+from iosr_fast.encoders.engine_folder import EXTRAS, choose_runtime
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import check_calibration
 

@@ -89,8 +89,8 @@ def open_pretrained(
     for module in ("torch", "open_clip"):
         require(module, "cpu")
     from iosr_fast.clip.adapter import check_belongs
+    from iosr_fast.encoders.engine_folder import ENGINE_KIND, ONNX_RUNTIMES, check_engine, check_runtime
     from iosr_fast.encoders.runtimes import open_engine
-    from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, check_engine, check_runtime
     from iosr_fast.export.build import LAYOUT, write_engine
     from iosr_fast.export.check import calibration_pictures
     from iosr_fast.export.precision import QUANTISED, choose_builder, engine_fingerprint, quantisation
@@ -215,7 +215,7 @@ def _is_cached(engine: Path) -> bool:
     """Whether the cache has this engine undamaged; a damaged one is removed with a warning."""
     if not engine.exists() and not recover(engine):
         return False
-    from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
+    from iosr_fast.encoders.engine_folder import ENGINE_KIND, check_engine
 
     try:
         source = open_verified(engine, ENGINE_KIND)

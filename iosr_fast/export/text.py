@@ -98,7 +98,7 @@ class ClipText:
 
 
 def export_text(clip: LoadedClip, folder: Path) -> dict[str, Any]:
-    """Write text.onnx and tokenizer.json into an existing `folder`; returns the facts for `TextEncoder.open`.
+    """Write text.onnx and tokenizer.json into an existing `folder`; returns the facts for `TextEncoder`.
 
     Weights over 2 GB, the limit of one ONNX file, go to text.weights beside it.
 
@@ -137,7 +137,7 @@ def export_text(clip: LoadedClip, folder: Path) -> dict[str, Any]:
         written.backend.save(str(folder / TOKENIZER_FILE), pretty=False)
         model = to_onnx(tower, tokens, "tokens", ["embeddings"], axes, folder / WEIGHTS_FILE if large else None)
         require("onnx", "cpu").save(model, str(folder / FILE))
-        encoder = TextEncoder.open(folder, facts)
+        encoder = TextEncoder(folder, facts)
         facts["tokens_checked"] = _check_tokens(clip, encoder)
         facts["max_abs_error"], facts["min_cosine"] = _check_embeddings(clip, encoder)
     except BaseException:

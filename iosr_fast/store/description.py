@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
+from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.methods.stack import describe_shares
 from iosr_fast.store.bundle import KIND, Bundle, load_bundle
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST

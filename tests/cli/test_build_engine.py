@@ -20,8 +20,8 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from iosr_fast.cli import build_engine
+from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.encoders.runtimes.engine import ONNX_RUNTIMES
 from iosr_fast.export import build
 from iosr_fast.utils import machine
 from iosr_fast.utils.command import command_app

@@ -23,7 +23,8 @@ from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.clip.resize import resize_clip  # noqa: E402
 from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
-from iosr_fast.encoders.runtimes.onnxruntime import FILE, PLAIN_FILE  # noqa: E402
+from iosr_fast.encoders.engine_folder import ONNX_FILE as FILE  # noqa: E402
+from iosr_fast.encoders.engine_folder import PLAIN_FILE  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.export.onnx import export_onnx, write_plain_graph  # noqa: E402
 from iosr_fast.export.quantize import encoder as quantize  # noqa: E402

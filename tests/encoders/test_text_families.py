@@ -153,7 +153,7 @@ def test_text_encoders_equal_open_clips(name: str, tmp_path: Path) -> None:
     assert json.loads(json.dumps(facts)) == facts and facts["eot"] == end == end_token(clip)
     assert facts["max_abs_error"] < 1e-5 and facts["tokens_checked"] > 100 and facts["width"] == 128
     assert facts["templates"] == list(PHOTO_TEMPLATES)
-    encoder = TextEncoder.open(tmp_path / "text", facts)
+    encoder = TextEncoder(tmp_path / "text", facts)
     texts = ["A Photo of a Cat!", "snake_case & C++", "cat " * 30, "", "柴犬 🐈", *HARD_TEXTS[:9]]
     tokens = clip.tokenizer(texts)
     np.testing.assert_array_equal(encoder.tokenize(texts), tokens.numpy())
@@ -215,11 +215,11 @@ def test_another_tokenizer_of_the_same_weights_is_exported_anew(
 
 def test_names_without_a_letter_are_refused_where_punctuation_is_dropped(tmp_path: Path) -> None:
     clip = family("SigLIP 2", tmp_path)
-    encoder = TextEncoder.open(tmp_path, export_text(clip, tmp_path))
+    encoder = TextEncoder(tmp_path, export_text(clip, tmp_path))
     with pytest.raises(ValueError, match=r"at least one visible character \(this CLIP's tokenizer drops punct.*'\?!'"):
         encoder.embed_classes(["cat", "?!"])
     with pytest.raises(RuntimeError, match=f"expected {TOKENIZER_FILE} in .* to fill a context of 64, got 16"):
-        TextEncoder.open(tmp_path, encoder.facts | {"context_length": 64}).embed_classes(["cat"])
+        TextEncoder(tmp_path, encoder.facts | {"context_length": 64}).embed_classes(["cat"])
 
 
 def test_what_can_not_be_exported_says_why(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ pytest.importorskip("open_clip")
 from iosr_fast.clip.adapter import random_adapter  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
-from iosr_fast.encoders.runtimes.onnxruntime import FILE  # noqa: E402
+from iosr_fast.encoders.engine_folder import ONNX_FILE as FILE  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.export.quantize import encoder as quantize  # noqa: E402
 from iosr_fast.export.quantize.encoder import quantize_onnx  # noqa: E402

@@ -1,17 +1,110 @@
-"""Execute an engine folder in ONNX Runtime, OpenVINO, PyTorch, TensorRT or TensorRT-RTX."""
+"""Open an engine folder in ONNX Runtime, OpenVINO, PyTorch, TensorRT or TensorRT-RTX."""
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
-if TYPE_CHECKING:
-    from iosr_fast.encoders.runtimes.engine import choose_runtime, open_engine
+import logging
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.engine_folder import (
+    ENGINE_KIND,
+    EXTRAS,
+    ONNX_RUNTIMES,
+    check_engine,
+    choose_runtime,
+    has_plain_form,
+    runtimes_of,
+)
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder
+from iosr_fast.encoders.runtimes.onnxruntime import OnnxRuntimeEncoder
+from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
+from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder
+from iosr_fast.encoders.runtimes.torch import TorchEncoder
+from iosr_fast.utils.numbers import check_integer
+from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 __all__ = ["choose_runtime", "open_engine"]
+SEVEN_BITS = 3  # the version of the quantiser from which int8 weights have seven bits
+log = logging.getLogger(__name__)
 
 
-def __getattr__(name: str) -> Any:
-    """Import `engine` on first use: it needs msgspec, which CUDA graphs and single runtimes don't need."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from iosr_fast.encoders.runtimes import engine
+def open_engine(
+    folder: str | Path | VerifiedFolder,
+    runtime: str = "auto",
+    verify: bool = True,
+    threads: int | None = None,
+    runs: int = 1,
+    adapted: bool = True,
+) -> Encoder:
+    """Open an engine folder of `iosr-fast build-engine`, or a verified folder that was checked already.
 
-    return getattr(engine, name)
+    "auto" takes the first runtime that the engine has files for and that works here: TensorRT or TensorRT-RTX on a GPU;
+    PyTorch on a GPU; OpenVINO on an x86-64 CPU; ONNX Runtime, OpenVINO, PyTorch. The choice is logged, with the reason
+    against each of the others. If the engine's plans are for another GPU or version, one is built from encoder.onnx,
+    once, in the user's cache (plan_cache). `verify` compares every file's SHA-256 with the manifest. `runs` threads may
+    execute the encoder at once, with one copy of its weights, where the runtime can (`Encoder.parallel`); each run uses
+    `threads` cores of the CPU.
+
+    Without `adapted` the encoder computes the plain embedding only, equal up to rounding, where the engine can
+    (`has_plain_form`); `Encoder.adapted` says whether it does.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime that the
+    engine was not built for, RuntimeError if no runtime here can execute it, ImportError for a missing package.
+
+    >>> import numpy as np
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.encoders.runtimes import open_engine
+    >>> folder = Classifier("demo", runtime="onnxruntime").encoder.source.folder  # or one of `iosr-fast build-engine`
+    >>> encoder = open_engine(folder, threads=1)
+    >>> encoder.encode(np.zeros((1, 64, 64, 3), np.uint8)).plain.shape
+    (1, 128)
+    >>> open_engine(folder, threads=1, adapted=False).encode(np.zeros((1, 64, 64, 3), np.uint8)).adapted is None
+    True
+    """
+    threads = None if threads is None else check_integer("threads", threads, 1)
+    runs = check_integer("runs", runs, 1)
+    if isinstance(folder, VerifiedFolder):
+        source = folder
+    else:
+        source = open_verified(folder, ENGINE_KIND, verify)
+        check_engine(source)
+        source.check()
+    manifest = source.manifest
+    runtime = choose_runtime(runtime, runtimes_of(manifest))
+    if runtime in ONNX_RUNTIMES:
+        _warn_of_precision(source, runtime)
+    if not adapted and not has_plain_form(manifest, runtime):
+        if manifest["first_adapted_block"] is not None:
+            log.info("the engine in %s has no plain form for %s, so both streams run", source.folder, runtime)
+        adapted = True
+
+    def open_folder(path: Path) -> BatchedEncoder:
+        if runtime in EXTRAS:
+            return TensorRTEncoder(path, manifest, runtime)
+        classes: dict[str, Any] = {
+            "onnxruntime": OnnxRuntimeEncoder,
+            "openvino": OpenVINOEncoder,
+            "torch": TorchEncoder,
+        }
+        encoder: BatchedEncoder = classes[runtime](path, manifest, threads, runs, adapted)
+        return encoder
+
+    encoder = source.open_with(open_folder)
+    encoder.source = source
+    return encoder
+
+
+def _warn_of_precision(source: VerifiedFolder, runtime: str) -> None:
+    """Log where a CPU computes an engine otherwise than its precision says, or wrongly."""
+    precision, quantised = source.manifest["precision"], source.manifest.get("quantised") or {}
+    if precision in ("fp16", "fp8"):
+        log.warning("an %s engine is no faster on a CPU, which computes in fp32; build one in fp32 or int8", precision)
+    if precision == "bf16" and runtime == "onnxruntime":
+        log.warning("ONNX Runtime computes this bf16 engine in fp32; OpenVINO computes it in bf16")
+    if quantised.get("version", SEVEN_BITS) < SEVEN_BITS:
+        log.warning(
+            "the engine in %s has int8 weights of 8 bits, whose sums overflow on processors without VNNI: embeddings "
+            "may be wrong; build it again, with weights of 7 bits",
+            source.folder,
+        )

@@ -1,9 +1,9 @@
-"""The common part of all runtimes: checking pixels, splitting large batches, padding batches to a bucket."""
+"""The common part of all runtimes: checking pixels, splitting large batches, padding batches on a GPU."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,29 +18,14 @@ def powers_of_two(largest: int) -> tuple[int, ...]:
     return tuple(sorted({1 << power for power in range(largest.bit_length())} | {largest}))
 
 
-def check_buckets(buckets: Iterable[int], largest: int) -> tuple[int, ...]:
-    """Sorted buckets, with `largest` so that every batch fits. Raises ValueError for sizes not in 1..`largest`."""
-    sizes = list(buckets)
-    if wrong := [size for size in sizes if not 1 <= size <= largest]:
-        raise IosrFastError(f"expected batch sizes of 1 to {largest}, the largest of this engine, got {wrong}")
-    return tuple(sorted({*sizes, largest}))
-
-
-def bucket_of(size: int, buckets: Sequence[int]) -> int:
-    """The smallest of the sorted `buckets` that holds `size`."""
-    return next(bucket for bucket in buckets if bucket >= size)
-
-
 class BatchedEncoder(Encoder):
     """An Encoder over `_run`, which executes at most `max_batch` pictures.
 
-    `buckets` limit the executed batch sizes on a GPU, where each size is prepared and recorded once. They are None on a
-    CPU, where padding only costs time.
+    On a GPU it executes batches of powers of two (`buckets`), each of which is prepared and recorded once; on a CPU,
+    where padding only costs time, any.
     """
 
-    def __init__(
-        self, manifest: dict[str, Any], runtime: str, buckets: Iterable[int] | None = None, adapted: bool = True
-    ) -> None:
+    def __init__(self, manifest: dict[str, Any], runtime: str, adapted: bool = True, on_gpu: bool = False) -> None:
         self.runtime = runtime
         self.model: str = manifest["model"]
         self._geometry = Geometry.from_facts(manifest)
@@ -49,11 +34,21 @@ class BatchedEncoder(Encoder):
         self.fingerprint: str = manifest["fingerprint"]
         self.max_batch: int = manifest["max_batch"]
         self.adapted = adapted and manifest["first_adapted_block"] is not None
-        self.buckets = None if buckets is None else check_buckets(buckets, self.max_batch)
+        self.buckets = powers_of_two(self.max_batch) if on_gpu else None
 
     @property
     def geometry(self) -> Geometry:
         return self._geometry
+
+    @property
+    def largest(self) -> tuple[int, int, int, int]:
+        """The shape of the pixels of the largest batch."""
+        return self.max_batch, self.image_size, self.image_size, 3
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs of a run."""
+        return ("plain", "adapted") if self.adapted else ("plain",)
 
     def encode(self, pixels: np.ndarray) -> Embeddings:
         """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1; more than `max_batch` take several runs.
@@ -66,10 +61,10 @@ class BatchedEncoder(Encoder):
     def encode_on_device(self, pixels: np.ndarray) -> Embeddings:
         """As `encode`; on a GPU the embeddings are tensors there, ready on the caller's current stream."""
         self._check(pixels)
-        starts = range(0, len(pixels), self.max_batch)
-        parts = [self._part(pixels[start : start + self.max_batch]) for start in starts]
-        plain, *adapted = (_concatenate(outputs) for outputs in zip(*parts, strict=True))
-        return Embeddings(plain, adapted[0] if adapted else None)
+        parts = (pixels[start : start + self.max_batch] for start in range(0, len(pixels), self.max_batch))
+        return Embeddings.concatenate(
+            [Embeddings(*self._run(np.ascontiguousarray(part), self._size(len(part)))) for part in parts]
+        )
 
     def warm(self, sizes: Iterable[int] | None = None) -> None:
         """Prepare and run each batch size once, so that no request pays for a first run.
@@ -78,15 +73,14 @@ class BatchedEncoder(Encoder):
         graph. `sizes`: None for the buckets, or 1 without buckets. Raises ValueError for sizes not in 1..`max_batch`.
         """
         sizes = list(self.buckets or (1,)) if sizes is None else list(sizes)
-        check_buckets(sizes, self.max_batch)
-        for size in sorted({self._size(size) for size in sizes}):
+        if wrong := [size for size in sizes if not 1 <= size <= self.max_batch]:
+            raise IosrFastError(
+                f"expected batch sizes of 1 to {self.max_batch}, the largest of this engine, got {wrong}"
+            )
+        executed = sorted({self._size(size) for size in sizes})
+        for size in executed:
             self._prepare(size)
-            self._part(np.zeros((size, self.image_size, self.image_size, 3), np.uint8))
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs of a run."""
-        return ("plain", "adapted") if self.adapted else ("plain",)
+        super().warm(executed)
 
     def _check(self, pixels: np.ndarray) -> None:
         expected = f"(B, {self.image_size}, {self.image_size}, 3) with B >= 1"
@@ -96,34 +90,23 @@ class BatchedEncoder(Encoder):
                 f"expected pixels as a uint8 array {expected}, got {pixels.dtype if known else type(pixels).__name__}; "
                 "the engine scales and normalises pixels itself, so pass them as bytes"
             )
-        if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (self.image_size, self.image_size, 3):
+        if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != self.largest[1:]:
             raise IosrFastError(
                 f"expected pixels of shape {expected}, got {tuple(pixels.shape)}; iosr_fast.images.preprocess resizes "
                 "pictures"
             )
 
     def _size(self, pictures: int) -> int:
-        return pictures if self.buckets is None else bucket_of(pictures, self.buckets)
-
-    def _part(self, pixels: np.ndarray) -> tuple[Array, ...]:
-        pixels = np.ascontiguousarray(pixels)
-        return tuple(output[: len(pixels)] for output in self._run(pixels, self._size(len(pixels))))
+        """The batch size that is executed for so many pictures."""
+        return pictures if self.buckets is None else next(size for size in self.buckets if size >= pictures)
 
     @abstractmethod
     def _run(self, pixels: np.ndarray, size: int) -> tuple[Array, ...]:
         """Execute uint8 pixels of n <= max_batch pictures, C-contiguous, as a batch of `size` >= n.
 
-        Returns one float32 array of at least n rows for each of `outputs`, or a tensor on the GPU that later runs don't
-        overwrite. Without buckets, size is n.
+        Returns one float32 array (n, D) for each of `outputs`, or a tensor on the GPU that later runs don't overwrite.
+        Without buckets, size is n.
         """
 
     def _prepare(self, size: int) -> None:
         """Do the work that a batch size needs once, before its first run."""
-
-
-def _concatenate(parts: Sequence[Array]) -> Array:
-    if len(parts) == 1 or isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else parts[0]
-    import torch
-
-    return torch.cat(list(parts))

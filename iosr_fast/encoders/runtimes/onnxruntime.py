@@ -7,14 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.exceptions import UnavailableError
 from iosr_fast.utils.require import require
-
-FILE = "encoder.onnx"
-WEIGHTS_SUFFIX = ".weights"
-WEIGHTS = f"encoder{WEIGHTS_SUFFIX}"  # beside FILE and mapped into memory; older engines have one file with both
-PLAIN_FILE = "plain.onnx"  # FILE without the adapted stream, on the same WEIGHTS
 
 
 class OnnxRuntimeEncoder(BatchedEncoder):
@@ -24,15 +20,10 @@ class OnnxRuntimeEncoder(BatchedEncoder):
     parallel = True
 
     def __init__(
-        self,
-        folder: Path,
-        manifest: dict[str, Any],
-        threads: int | None = None,
-        runs: int = 1,
-        adapted: bool = True,
+        self, folder: Path, manifest: dict[str, Any], threads: int | None = None, runs: int = 1, adapted: bool = True
     ) -> None:
-        super().__init__(manifest, "onnxruntime", adapted=adapted)
-        file = FILE if adapted else PLAIN_FILE
+        super().__init__(manifest, "onnxruntime", adapted)
+        file = ONNX_FILE if adapted else PLAIN_FILE
         self.threads, self.runs = threads, runs
         ort = require("onnxruntime", "cpu")
         options = ort.SessionOptions()

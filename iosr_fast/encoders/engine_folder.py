@@ -1,0 +1,256 @@
+"""An engine folder: its files, its manifest, and the runtimes that open it here.
+
+manifest.json        EngineManifest, with the SHA-256 of every file
+encoder.onnx         "pixels" uint8 (B, S, S, 3) -> "plain" and, with an adapter, "adapted", float32 (B, D)
+encoder.weights      its tensors, which runtimes map into memory; small ones stay in encoder.onnx
+plain.onnx           encoder.onnx without the adapted stream, on the same weights
+encoder.safetensors  the weights for PyTorch, which needs no ONNX file
+plans/*.plan         encoder.onnx as compiled by TensorRT or TensorRT-RTX, each for its `Target`
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from iosr_fast.exceptions import IosrFastError, MissingPackageError, UnavailableError
+from iosr_fast.images.geometry import Geometry, Interpolation, ResizeMode
+from iosr_fast.utils import machine
+from iosr_fast.utils.machine import Gpu
+from iosr_fast.utils.require import require
+from iosr_fast.utils.schema import (
+    Above0,
+    Channels,
+    Deviations,
+    Entry,
+    Fingerprint,
+    Level,
+    Name,
+    Natural,
+    Positive,
+    Sha256,
+    Size,
+    Strict,
+    check_files,
+    read_facts,
+)
+from iosr_fast.utils.verified_folder import VerifiedFolder
+
+ENGINE_KIND = "engine"
+ONNX_FILE = "encoder.onnx"
+WEIGHTS_SUFFIX = ".weights"
+WEIGHTS = f"encoder{WEIGHTS_SUFFIX}"
+PLAIN_FILE = "plain.onnx"
+TORCH_FILE = "encoder.safetensors"
+PLANS = "plans"
+_OLD_FILES = ("projections.safetensors",)  # of version 0.2, which nothing reads
+
+RUNTIMES = ("tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "torch")
+ONNX_RUNTIMES = ("openvino", "onnxruntime")  # execute encoder.onnx on a CPU: an engine of one is an engine of the other
+EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "tensorrt-rtx"}  # runtimes with plans, and the extras that install them
+_PORTABLE = ("tensorrt_rtx",)  # its plans are completed at run time, for the GPU in use
+_X86 = ("x86_64", "AMD64")  # platform.machine() where OpenVINO comes first
+log = logging.getLogger(__name__)
+
+
+class CompiledPlan(Struct, frozen=True, kw_only=True):
+    """A plan of TensorRT. Further fields differ between versions of its builder."""
+
+    runtime: Literal["tensorrt", "tensorrt_rtx"]
+    version: Name
+    gpu: Name | None
+    compute_capability: Annotated[str, Meta(pattern=r"^[0-9]+\.[0-9]+\Z")] | None
+
+
+class EngineManifest(Strict, frozen=True, kw_only=True):
+    """The manifest of an engine folder (iosr_fast.export writes it)."""
+
+    schema: Literal[2]
+    kind: str
+    files: dict[str, Entry]
+    checksum: Sha256
+    model: Name
+    image_size: Size
+    width: Size
+    mean: Channels
+    std: Deviations
+    interpolation: Interpolation
+    logit_scale: Above0
+    clip_fingerprint: Fingerprint
+    adapter: Literal["trained", "random"] | None
+    adapter_fingerprint: Fingerprint | None
+    first_adapted_block: Natural | None
+    bottleneck: Positive | None
+    runtime: Literal["tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch"]
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+    max_batch: Size
+    fingerprint: Fingerprint
+    export_version: Positive
+    opset: Positive | None
+    # None: an encoder that is not fused (clip.plain_encoder).
+    dual_encoder: dict[str, int | float | str | bool | list[list[int]] | None] | None
+    versions: dict[str, str | None]
+    device: Name
+    plans: dict[str, CompiledPlan]
+    check: dict[str, Any]
+    build_seconds: Annotated[float, Meta(ge=0)]
+    quantised: dict[str, Any] | None = None
+    tokens: dict[str, Positive] | None = None
+    resize_mode: ResizeMode = "shortest"
+    fill: Level = 0
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.image_size, self.resize_mode, self.interpolation, self.fill)
+
+
+def check_engine(source: VerifiedFolder) -> EngineManifest:
+    """The manifest of an engine. Raises ValueError for a missing, invalid or unknown field, or an unknown file."""
+    facts = read_facts(source, EngineManifest)
+    check_files(source, set(facts.plans), {ONNX_FILE, PLAIN_FILE, WEIGHTS, TORCH_FILE, *_OLD_FILES})
+    return facts
+
+
+def runtimes_of(manifest: Mapping[str, Any]) -> set[str]:
+    """The runtimes that an engine has files for."""
+    by_file = {ONNX_FILE: ONNX_RUNTIMES, TORCH_FILE: ("torch",)}
+    runtimes = {name for file, names in by_file.items() if file in manifest["files"] for name in names}
+    return runtimes | {facts["runtime"] for facts in manifest["plans"].values()}
+
+
+def has_plain_form(manifest: Mapping[str, Any], runtime: str) -> bool:
+    """Whether an engine with an adapter can compute the plain embedding alone in this runtime.
+
+    A plan of TensorRT has both streams, and so has an engine that was built before there was a plain form.
+    """
+    if manifest["first_adapted_block"] is None:
+        return False
+    return runtime == "torch" or (runtime in ONNX_RUNTIMES and PLAIN_FILE in manifest["files"])
+
+
+def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = None) -> str:
+    """Resolve "auto" to a runtime that works here (in the order of `open_engine`); any other name is returned.
+
+    `built_for`: the runtimes that the engine has files for; None before it is built. Raises ValueError for an unknown
+    name and for one that is not in `built_for`, RuntimeError if "auto" finds none.
+    """
+    if runtime not in ("auto", *RUNTIMES):
+        raise IosrFastError(f"expected runtime 'auto' or one of {list(RUNTIMES)}, got {runtime!r}")
+    if runtime != "auto":
+        if built_for is not None and runtime not in built_for:
+            raise IosrFastError(
+                f"expected one of the runtimes this engine was built for, {sorted(built_for)}, got {runtime!r}; "
+                f"`iosr-fast build-engine --runtime {runtime}` builds one for it"
+            )
+        return runtime
+    candidates = RUNTIMES if built_for is None else [name for name in RUNTIMES if name in built_for]
+    # this_gpu imports torch, so only engines that torch may execute ask for it.
+    torch_on_gpu = "torch" in candidates and machine.this_gpu() is not None
+    refusals = {name: "this engine was not built for it" for name in RUNTIMES if name not in candidates}
+    on_cpu = ONNX_RUNTIMES if platform.machine() in _X86 else ONNX_RUNTIMES[::-1]
+    order = [*EXTRAS, "torch", *on_cpu] if torch_on_gpu else [*EXTRAS, *on_cpu, "torch"]
+    for name in sorted(candidates, key=order.index):
+        reason = unavailable_reason(name)
+        if reason is None:
+            log.info("runtime %s chosen; unavailable: %s", name, refusals or "none")
+            return name
+        refusals[name] = reason
+    raise UnavailableError(
+        f"no runtime for this engine: {'; '.join(f'{name}: {why}' for name, why in refusals.items())}"
+    )
+
+
+def check_runtime(runtime: str) -> None:
+    """Raise ValueError for an unknown name and ImportError for a CPU runtime whose package is missing."""
+    if runtime == "auto":
+        return
+    reason = unavailable_reason(choose_runtime(runtime))
+    if reason is not None and runtime not in EXTRAS:
+        raise MissingPackageError(reason)
+
+
+def unavailable_reason(runtime: str) -> str | None:
+    """Why this runtime can't be used here, or None."""
+    if find_spec(runtime) is None:
+        return f"{runtime} is not installed (pip install 'iosr_fast[{EXTRAS.get(runtime, 'cpu')}]')"
+    if runtime not in EXTRAS:
+        return None
+    if find_spec("torch") is None:
+        return "PyTorch, which provides the buffers, is not installed"
+    gpu = machine.this_gpu()
+    if gpu is None:
+        return "PyTorch sees no NVIDIA GPU"
+    if runtime == "tensorrt_rtx" and (gpu.capability < (8, 0) or gpu.capability[0] in (9, 10)):
+        return f"TensorRT-RTX plans are for GeForce and RTX GPUs from compute capability 8.0 on, not for {gpu}"
+    return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan is compiled for: a runtime, its version, and this machine's GPU (None without one).
+
+    A plan of TensorRT runs with the version that built it, on the GPU that it was built for; a plan of TensorRT-RTX
+    runs on any GPU that TensorRT-RTX supports.
+    """
+
+    runtime: str
+    version: str
+    gpu: Gpu | None
+
+    @property
+    def built_for(self) -> Gpu | None:
+        """The only GPU on which a plan of this target runs; None if it runs on every GPU that the runtime supports.
+
+        Raises RuntimeError if the runtime compiles for the GPU that it runs on and there is none.
+        """
+        if self.runtime in _PORTABLE:
+            return None
+        if self.gpu is None:
+            raise UnavailableError(
+                f"{self.runtime} compiles for the NVIDIA GPU that it runs on, and PyTorch sees none here; build the "
+                "engine on the machine that will run it, or for another runtime"
+            )
+        return self.gpu
+
+    @property
+    def file(self) -> str:
+        """The plan's path in an engine folder: "plans/tensorrt-nvidia-h100-80gb-hbm3-10.13.3.9.plan"."""
+        return f"{PLANS}/{self.name(self.built_for)}.plan"
+
+    def name(self, gpu: Gpu | None) -> str:
+        """The name of a file that depends on the runtime, its version and `gpu` (None: on none)."""
+        slug = "any" if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
+        return f"{self.runtime}-{slug}-{re.sub(r'[^A-Za-z0-9.]+', '-', self.version)}"
+
+    def facts(self) -> dict[str, str | None]:
+        """The target as a CompiledPlan of the manifest describes it."""
+        gpu = self.built_for
+        return {
+            "runtime": self.runtime,
+            "version": self.version,
+            "gpu": None if gpu is None else gpu.name,
+            "compute_capability": None if gpu is None else f"{gpu.capability[0]}.{gpu.capability[1]}",
+        }
+
+    def __str__(self) -> str:
+        return f"{self.gpu or 'a machine without a GPU'} with {self.runtime} {self.version}"
+
+
+def target(runtime: str) -> Target:
+    """The target of plans that are built here: installed version and GPU. Raises ImportError without the module."""
+    if runtime not in EXTRAS:
+        raise IosrFastError(f"expected one of {sorted(EXTRAS)}, got {runtime!r}")
+    return Target(runtime, require(runtime, EXTRAS[runtime]).__version__, machine.this_gpu())
+
+
+def describe_target(facts: Mapping[str, Any]) -> str:
+    """The target of a plan in a manifest, in words."""
+    gpu = f"{facts['gpu']} (compute capability {facts['compute_capability']})"
+    return f"{'any GPU' if facts['gpu'] is None else gpu} with {facts['runtime']} {facts['version']}"

@@ -1,0 +1,241 @@
+"""Which runtime opens an engine here, and the plans by runtime, GPU and version: opened, built again, kept, refused."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iosr_fast.encoders import engine_folder
+from iosr_fast.encoders.engine_folder import Target, choose_runtime, has_plain_form, target, unavailable_reason
+from iosr_fast.encoders.runtimes.plan_cache import open_plan
+from iosr_fast.utils import machine
+from iosr_fast.utils.folders import new_folder
+from iosr_fast.utils.machine import Gpu
+from iosr_fast.utils.manifest import read_manifest, write_manifest
+
+H100, A100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0)), Gpu("NVIDIA A100-SXM4-40GB", (8, 0))
+RTX = Gpu("NVIDIA GeForce RTX 4090", (8, 9))
+THERE = Target("tensorrt", "10.3.0", A100)
+HERE = Target("tensorrt", "10.13.3.9", H100)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *names: str, gpu: Gpu | None = None) -> None:
+    """Only these packages are installed, on a machine with this GPU."""
+    monkeypatch.setattr(engine_folder, "find_spec", lambda name: find_spec("sys") if name in names else None)
+    monkeypatch.setattr(machine, "this_gpu", lambda: gpu)
+
+
+@pytest.mark.parametrize(
+    ("processor", "packages", "gpu", "best"),
+    [
+        ("x86_64", ("openvino", "onnxruntime", "torch"), None, "openvino"),
+        ("AMD64", ("openvino", "onnxruntime", "torch"), None, "openvino"),
+        ("aarch64", ("openvino", "onnxruntime", "torch"), None, "onnxruntime"),
+        ("x86_64", ("onnxruntime", "torch"), None, "onnxruntime"),
+        ("x86_64", ("torch",), None, "torch"),
+        ("x86_64", ("openvino", "onnxruntime", "torch"), H100, "torch"),
+        ("x86_64", ("openvino", "torch", "tensorrt", "tensorrt_rtx"), H100, "tensorrt"),
+        ("x86_64", ("openvino", "torch", "tensorrt_rtx"), RTX, "tensorrt_rtx"),
+        ("x86_64", ("openvino", "torch", "tensorrt_rtx"), H100, "torch"),
+    ],
+)
+def test_auto_is_the_best_runtime_of_a_machine(
+    processor: str, packages: tuple[str, ...], gpu: Gpu | None, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, *packages, gpu=gpu)
+    monkeypatch.setattr(platform, "machine", lambda: processor)
+    assert choose_runtime("auto") == best
+    assert choose_runtime("tensorrt") == "tensorrt", "a name is taken as it is"
+
+
+def test_auto_opens_only_what_an_engine_was_built_for_and_logs_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    installed(monkeypatch, "torch", "onnxruntime", "tensorrt")
+    caplog.set_level(logging.INFO, engine_folder.__name__)
+    assert choose_runtime("auto", {"onnxruntime", "tensorrt"}) == "onnxruntime"
+    assert "sees no NVIDIA GPU" in caplog.text and "not built for it" in caplog.text
+    with pytest.raises(RuntimeError, match=r"tensorrt: PyTorch sees no NVIDIA GPU"):
+        choose_runtime("auto", {"tensorrt"})
+    with pytest.raises(ValueError, match=r"\['onnxruntime', 'openvino'\], got 'torch'.*build-engine --runtime torch"):
+        choose_runtime("torch", {"onnxruntime", "openvino"})
+    with pytest.raises(ValueError, match="got 'tvm'"):
+        choose_runtime("tvm")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason"),
+    [
+        (None, "sees no NVIDIA GPU"),
+        (H100, "not for NVIDIA H100"),
+        (Gpu("NVIDIA T4", (7, 5)), "from compute capability"),
+    ],
+)
+def test_a_gpu_that_tensorrt_rtx_does_not_support_is_named(
+    gpu: Gpu | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, "torch", "tensorrt_rtx", gpu=gpu)
+    assert reason in (unavailable_reason("tensorrt_rtx") or "")
+
+
+def test_the_plain_form_is_a_file_of_onnx_runtimes_and_a_part_of_pytorchs() -> None:
+    facts = {"first_adapted_block": 1, "files": {"encoder.onnx": {}, "plain.onnx": {}}}
+    forms = {name: has_plain_form(facts, name) for name in engine_folder.RUNTIMES}
+    assert forms == {name: name not in engine_folder.EXTRAS for name in engine_folder.RUNTIMES}
+    assert not has_plain_form({**facts, "files": {"encoder.onnx": {}}}, "openvino"), "an engine of earlier versions"
+    assert not has_plain_form({**facts, "first_adapted_block": None}, "torch")
+
+
+def test_plans_are_named_after_what_they_run_on() -> None:
+    assert HERE.file == "plans/tensorrt-nvidia-h100-80gb-hbm3-10.13.3.9.plan"
+    assert HERE.facts() == {
+        "runtime": "tensorrt",
+        "version": "10.13.3.9",
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "compute_capability": "9.0",
+    }
+    for gpu in (RTX, None):
+        portable = Target("tensorrt_rtx", "1.7.1+local/1", gpu)
+        assert portable.file == "plans/tensorrt_rtx-any-1.7.1-local-1.plan"
+        assert portable.facts()["gpu"] is portable.facts()["compute_capability"] is None
+    with pytest.raises(RuntimeError, match="PyTorch sees none here; build the engine on the machine that will run it"):
+        _ = Target("tensorrt", "10", None).file
+    with pytest.raises(ValueError, match=r"expected one of \['tensorrt', 'tensorrt_rtx'\], got 'torch'"):
+        target("torch")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "engine", THERE)
+
+
+def write_folder(
+    folder: Path, *targets: Target, onnx: bytes = b"a graph", weights: bytes = b"", max_batch: int = 8
+) -> Path:
+    """What open_plan reads of an engine: plans, which are never loaded here, the graph and its weights."""
+    with new_folder(folder, "engine") as made:
+        for one in targets:
+            (made / "plans").mkdir(exist_ok=True)
+            (made / one.file).write_bytes(f"for {one}".encode())
+        for name, content in (("encoder.onnx", onnx), ("encoder.weights", weights)):
+            if content:
+                (made / name).write_bytes(content)
+        facts = {"max_batch": max_batch, "plans": {one.file: one.facts() for one in targets}}
+        write_manifest(made, "engine", facts)
+    return folder
+
+
+class Builder:
+    """Counts what is built; a plan is its number."""
+
+    def __init__(self) -> None:
+        self.built: list[bytes] = []
+
+    def __call__(self, onnx: Path) -> bytes:
+        self.built.append(onnx.read_bytes())
+        return f"built {len(self.built)}".encode()
+
+
+def opened(folder: Path, wanted: Target, build: Any) -> bytes:
+    return open_plan(folder, read_manifest(folder, "engine"), wanted, build)[0]
+
+
+def never(onnx: Path) -> bytes:
+    raise AssertionError("built again")
+
+
+def test_the_plan_that_fits_is_taken_from_the_engine(tmp_path: Path, cache: Path) -> None:
+    folder = write_folder(tmp_path / "engine", THERE, HERE, Target("tensorrt_rtx", "1.7", None))
+    assert opened(folder, HERE, never) == f"for {HERE}".encode()
+    assert opened(folder, Target("tensorrt_rtx", "1.7", RTX), never).startswith(b"for a machine without a GPU")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        HERE,
+        Target("tensorrt", "10.4.0", A100),
+        Target("tensorrt", "10.3.0", Gpu(A100.name, (8, 9))),
+        Target("tensorrt_rtx", "10.3.0", A100),
+    ],
+)
+def test_plans_for_others_are_named_and_one_is_built_once(
+    wanted: Target, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build, before = Builder(), sorted(folder.rglob("*"))
+    assert opened(folder, wanted, build) == b"built 1"
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    for words in (THERE.file, "A100-SXM4-40GB (compute capability 8.0) with tensorrt 10.3.0", f"this is {wanted}"):
+        assert words in warning
+    assert "building a plan from encoder.onnx once, in" in warning and str(cache) in warning
+    caplog.clear()
+    assert opened(folder, wanted, never) == b"built 1" and build.built == [b"a graph"]
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert sorted(folder.rglob("*")) == before, "nothing is written into the engine"
+
+
+def test_a_kept_plan_depends_on_version_gpu_graph_weights_and_largest_batch(folder: Path, tmp_path: Path) -> None:
+    build = Builder()
+    for wanted in (HERE, Target("tensorrt", "10.14", H100), Target("tensorrt", HERE.version, RTX)):
+        opened(folder, wanted, build)
+    for changed in ({"onnx": b"another"}, {"weights": b"these"}, {"weights": b"others"}, {"max_batch": 16}):
+        opened(write_folder(tmp_path / "other", **changed), HERE, build)
+    assert len(build.built) == 7
+    opened(write_folder(tmp_path / "other", weights=b"these"), HERE, never)
+
+
+@pytest.mark.parametrize("content", [b"built 7", b"", None])
+def test_a_damaged_plan_in_the_cache_is_built_again(
+    content: bytes | None, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = Builder()
+    opened(folder, HERE, build)
+    (kept,) = (cache / "plans").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1] + b"2" if content is None else content)
+    assert opened(folder, HERE, build) == b"built 2"
+    assert "the plan in the cache is damaged and built again" in caplog.text
+    assert opened(folder, HERE, never) == b"built 2"
+
+
+def test_a_cache_that_can_not_be_written_costs_time_only(
+    folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.write_text("a file")
+    assert opened(folder, HERE, Builder()) == b"built 1"
+    assert "the plan can't be stored" in caplog.text and "IOSR_FAST_CACHE" in caplog.text
+
+
+def test_an_engine_without_a_plan_to_open_or_build_is_refused_with_all_reasons(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as refused:
+        opened(write_folder(tmp_path / "no graph", THERE, onnx=b""), HERE, never)
+    for words in (THERE.file, "A100", "10.3.0", f"this is {HERE}", "no encoder.onnx", "--runtime tensorrt"):
+        assert words in str(refused.value)
+
+    def refusing(onnx: Path) -> bytes:
+        raise RuntimeError("no tactic for MatMul")
+
+    with pytest.raises(RuntimeError) as refused:
+        opened(folder, HERE, refusing)
+    for words in (THERE.file, f"this is {HERE}", "no tactic for MatMul", "runtime='onnxruntime'"):
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "encoder.weights"])
+def test_no_plan_is_built_from_a_damaged_graph(name: str, tmp_path: Path, cache: Path) -> None:
+    folder = write_folder(tmp_path / "engine", weights=b"right")
+    (folder / name).write_bytes(b"wrong")
+    with pytest.raises(ValueError, match=rf"{name} in .* does not match its manifest"):
+        open_plan(folder, read_manifest(folder, "engine"), HERE, never)
+    assert not cache.exists()

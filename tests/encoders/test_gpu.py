@@ -1,0 +1,386 @@
+"""Encoders on a GPU: fixed batch sizes, CUDA graphs, uploads, contexts of TensorRT. A stand-in for CUDA shows what is
+called, in which order, on which memory; the tests marked `gpu` show that it works."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("open_clip")
+pytest.importorskip("onnxscript")
+
+from iosr_fast.clip.adapter import random_adapter  # noqa: E402
+from iosr_fast.clip.two_pass import two_passes  # noqa: E402
+from iosr_fast.encoders.engine_folder import Target, unavailable_reason  # noqa: E402
+from iosr_fast.encoders.runtimes import open_engine, tensorrt  # noqa: E402
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two  # noqa: E402
+from iosr_fast.encoders.runtimes.gpu import GpuRuns  # noqa: E402
+from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder, build_plan, optimization_profiles  # noqa: E402
+from iosr_fast.encoders.runtimes.torch import TorchEncoder  # noqa: E402
+from iosr_fast.export.build import write_engine  # noqa: E402
+from iosr_fast.utils.machine import Gpu  # noqa: E402
+from iosr_fast.utils.manifest import read_manifest  # noqa: E402
+from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
+from tests.encoders.fake_gpu import FakeGpu, Stream  # noqa: E402
+
+SIZE, WIDTH = 4, 3
+RTX = Gpu("NVIDIA GeForce RTX 4090", (8, 9))
+
+
+def manifest(max_batch: int, **facts: Any) -> dict[str, Any]:
+    return {
+        "model": "mean colour",
+        "image_size": SIZE,
+        "width": WIDTH,
+        "fingerprint": "f" * 64,
+        "max_batch": max_batch,
+        "first_adapted_block": 1,
+        **facts,
+    }
+
+
+def pictures(n: int) -> np.ndarray:
+    return random_pixels(n, SIZE)
+
+
+def mean_colours(pixels: Any) -> tuple[Any, Any]:
+    means = pixels.float().mean((1, 2))
+    return means, -means
+
+
+class MeanColour(BatchedEncoder):
+    """Runs on a stand-in for a GPU."""
+
+    def __init__(self, max_batch: int, gpu: FakeGpu) -> None:
+        super().__init__(manifest(max_batch), "fake", on_gpu=True)
+        self.ran: list[tuple[int, int]] = []
+        self._gpu = GpuRuns(lambda pixels: gpu.launch(lambda: mean_colours(pixels)), self.largest)
+
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[Any, ...]:
+        self.ran.append((len(pixels), size))
+        return self._gpu.run(pixels, size)
+
+    def _prepare(self, size: int) -> None:
+        self._gpu.record(size)
+
+
+def check_mean_colours(encoder: BatchedEncoder, batch: int) -> None:
+    pixels = pictures(batch)
+    there = encoder.encode_on_device(pixels)
+    encoder.encode(pictures(encoder.max_batch))  # whose run overwrites the memory of the runs before it
+    assert isinstance(there.plain, torch.Tensor)
+    found = there.to_numpy()
+    np.testing.assert_allclose(found.plain, pixels.mean((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(found.adapted, -found.plain)
+
+
+def test_batch_sizes_of_a_gpu_are_powers_of_two_and_the_largest() -> None:
+    assert [powers_of_two(largest) for largest in (1, 8, 12)] == [(1,), (1, 2, 4, 8), (1, 2, 4, 8, 12)]
+
+
+def test_batches_are_split_padded_and_cut_again(fake_gpu: FakeGpu) -> None:
+    encoder = MeanColour(6, fake_gpu)
+    for batch, runs in ((1, [(1, 1)]), (3, [(3, 4)]), (14, [(6, 6), (6, 6), (2, 2)])):
+        encoder.ran.clear()
+        check_mean_colours(encoder, batch)
+        assert encoder.ran[: len(runs)] == runs
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_warm_sizes_replay_a_graph_and_return_copies(
+    refuses: bool, fake_gpu: FakeGpu, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder, fake_gpu.refuses = MeanColour(6, fake_gpu), refuses
+    check_mean_colours(encoder, 5)
+    assert not fake_gpu.records, "nothing is recorded before warm"
+    encoder.warm()
+    encoder.warm([3])
+    assert len(fake_gpu.records) == (0 if refuses else len(encoder.buckets or ()))
+    before = fake_gpu.replays
+    for batch in (1, 2, 3, 6, 9):
+        check_mean_colours(encoder, batch)
+    assert (fake_gpu.replays > before) == (not refuses)
+    assert ("run without a CUDA graph, which can't be recorded: an operation waits" in caplog.text) == refuses
+    assert fake_gpu.current is fake_gpu.caller
+
+
+def test_the_callers_stream_waits_for_results_that_live_until_it_has_read_them(fake_gpu: FakeGpu) -> None:
+    encoder = MeanColour(6, fake_gpu)
+    encoder.encode_on_device(pictures(2))
+    (stream,) = fake_gpu.caller.waited
+    assert isinstance(stream, Stream) and stream.waited == [fake_gpu.caller], "weights are written before the first run"
+    assert fake_gpu.results_kept_for == [fake_gpu.caller] * 2
+
+
+def test_warming_refuses_sizes_beyond_the_largest_before_any_work(fake_gpu: FakeGpu) -> None:
+    encoder = MeanColour(6, fake_gpu)
+    for wrong in ([7], [0, 1]):
+        with pytest.raises(ValueError, match=rf"batch sizes of 1 to 6, .*got \[{wrong[0]}\]"):
+            encoder.warm(wrong)
+    assert encoder.ran == []
+
+
+@pytest.fixture(scope="module")
+def torch_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    clip, folder = small_clip(), tmp_path_factory.mktemp("engine") / "engine"
+    write_engine(clip, random_adapter(clip, 1), folder, "torch", max_batch=6)
+    return folder
+
+
+def test_pytorch_replays_its_encoder(torch_engine: Path, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = lambda module: lambda pixels: fake_gpu.launch(lambda: module(pixels))  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "cuda", on_gpu)
+    encoder, pixels = TorchEncoder(torch_engine, read_manifest(torch_engine, "engine")), random_pixels(9, 32)
+    assert encoder.buckets == (1, 2, 4, 6)
+    encoder.warm()
+    for batch in (1, 3, 9):
+        got = encoder.encode(pixels[:batch])
+        plain, adapted = two_passes(small_clip(), random_adapter(small_clip(), 1), pixels[:batch])
+        np.testing.assert_allclose(got.plain, plain, atol=1e-5)
+        np.testing.assert_allclose(got.adapted, adapted, atol=1e-5)
+    assert fake_gpu.replays == 4 + 1 + 1 + 2
+
+
+class Context:
+    """An execution context of TensorRT that computes mean colours at the addresses that it was given."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu, self.addresses = gpu, dict[str, int]()
+        self.shape: tuple[int, ...] = ()
+        self.memory, self.profile = 0, -1
+
+    def set_device_memory(self, pointer: int, size: int) -> None:
+        assert size >= 32
+        self.memory = pointer
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        assert stream == Stream.cuda_stream and self.gpu.recording is None
+        self.profile = index
+        return True
+
+    def set_tensor_address(self, name: str, pointer: int) -> bool:
+        self.addresses[name] = pointer
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert name == "pixels" and not self.shape and self.profile >= 0, "a context keeps its one shape"
+        self.shape = shape
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert self.memory and stream == Stream.cuda_stream
+        self.gpu.launch(self._run)
+        return True
+
+    def _run(self) -> list[Any]:
+        def at(name: str, shape: tuple[int, ...], kind: Any) -> np.ndarray:
+            return np.ctypeslib.as_array(ctypes.cast(self.addresses[name], ctypes.POINTER(kind)), shape)
+
+        outputs = [at(name, (self.shape[0], WIDTH), ctypes.c_float) for name in ("plain", "adapted")]
+        outputs[0][...] = at("pixels", self.shape, ctypes.c_uint8).mean((1, 2))
+        outputs[1][...] = -outputs[0]
+        return [torch.from_numpy(output) for output in outputs]
+
+
+class Kernels:
+    """TensorRT-RTX's runtime cache."""
+
+    def __init__(self) -> None:
+        self.read: list[bytes] = []
+
+    def deserialize(self, data: bytes) -> bool:
+        self.read.append(data)
+        return data == b"kernels"
+
+    def serialize(self) -> bytes:
+        return b"kernels"
+
+
+class TensorRT:
+    """The modules tensorrt and tensorrt_rtx, with a plan that has `profiles`, and what was asked of them."""
+
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="managed")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+
+    def __init__(self, gpu: FakeGpu, profiles: list[tuple[int, int, int]]) -> None:
+        self.contexts: list[Context] = []
+        self.kernels, self.gpu = Kernels(), gpu
+        self.ILogger = type("ILogger", (), {})
+        self.config = SimpleNamespace(
+            set_execution_context_allocation_strategy=lambda chosen: None,
+            create_runtime_cache=lambda: self.kernels,
+            set_runtime_cache=lambda cache: None,
+        )
+        self.engine = SimpleNamespace(
+            device_memory_size_v2=32,
+            num_optimization_profiles=len(profiles),
+            get_tensor_profile_shape=lambda name, i: [(size, SIZE, SIZE, 3) for size in profiles[i]],
+            create_runtime_config=lambda: self.config,
+            create_execution_context=self.create_context,
+        )
+
+    def Runtime(self, logger: Any) -> Any:
+        return SimpleNamespace(deserialize_cuda_engine=lambda plan: self.engine if plan == b"good" else None)
+
+    def create_context(self, options: Any) -> Context:
+        assert options == "managed" or options is self.config
+        self.contexts.append(Context(self.gpu))
+        return self.contexts[-1]
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
+def runtime(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+def open_plan_of(
+    runtime: str, trt: TensorRT, folder: Path, monkeypatch: pytest.MonkeyPatch, plan: bytes = b"good"
+) -> TensorRTEncoder:
+    here = Target(runtime, "10.1", RTX)
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(tensorrt, "require", lambda module, extra: trt.gpu.torch if module == "torch" else trt)
+    monkeypatch.setattr(tensorrt, "unavailable_reason", lambda runtime: None)
+    monkeypatch.setattr(tensorrt, "target", lambda runtime: here)
+    (folder / "plans").mkdir(exist_ok=True)
+    (folder / here.file).write_bytes(plan)
+    return TensorRTEncoder(folder, manifest(6, plans={here.file: here.facts()}), runtime)
+
+
+TWO_PROFILES = [(1, 1, 1), (2, 6, 6)]
+
+
+@pytest.mark.parametrize(("profiles", "chosen"), [(TWO_PROFILES, [0, 1, 1, 1]), ([(1, 6, 6)], [0, 0, 0, 0])])
+def test_each_batch_size_of_a_plan_has_one_context_with_its_profile_and_one_graph(
+    profiles: list[tuple[int, int, int]],
+    chosen: list[int],
+    runtime: str,
+    fake_gpu: FakeGpu,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second plan is one of version 0.2."""
+    trt = TensorRT(fake_gpu, profiles)
+    encoder = open_plan_of(runtime, trt, tmp_path, monkeypatch)
+    for batch in (1, 3, 8):
+        check_mean_colours(encoder, batch)
+    encoder.warm()
+    encoder.warm()
+    for batch in (1, 2, 5, 9):
+        check_mean_colours(encoder, batch)
+    contexts = sorted(trt.contexts, key=lambda context: context.shape)
+    assert [context.shape[0] for context in contexts] == [1, 2, 4, 6] and len(fake_gpu.records) == 4
+    assert [context.profile for context in contexts] == chosen
+    assert len({context.memory for context in contexts}) == 1
+
+
+def test_compiled_kernels_are_kept_in_the_cache_and_never_in_the_engine(
+    runtime: str, fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trt = TensorRT(fake_gpu, TWO_PROFILES)
+    open_plan_of(runtime, trt, tmp_path, monkeypatch).encode(pictures(1))
+    kept = list(tmp_path.rglob("*.cache"))
+    assert [path.read_bytes() for path in kept] == ([b"kernels"] if runtime == "tensorrt_rtx" else [])
+    assert all(path.is_relative_to(tmp_path / "cache") for path in kept)
+    if kept:
+        assert trt.config.dynamic_shapes_kernel_specialization_strategy == "eager"
+        open_plan_of(runtime, trt, tmp_path, monkeypatch)
+        assert trt.kernels.read == [b"kernels"]
+        kept[0].write_bytes(b"half")
+        open_plan_of(runtime, trt, tmp_path, monkeypatch).warm([1])
+        assert "can't be read; its kernels are compiled again" in caplog.text and kept[0].read_bytes() == b"kernels"
+
+
+def test_plans_that_can_not_be_loaded_or_run_are_named(
+    runtime: str, fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = TensorRT(fake_gpu, TWO_PROFILES)
+    with pytest.raises(RuntimeError, match=rf"RTX 4090 .* with {runtime} 10.1 can't load .*\.plan: "):
+        open_plan_of(runtime, trt, tmp_path, monkeypatch, b"bad")
+    encoder = open_plan_of(runtime, trt, tmp_path, monkeypatch)
+    trt.engine.create_execution_context = lambda options: None
+    with pytest.raises(RuntimeError, match="can't prepare the plan"):
+        encoder.encode(pictures(1))
+
+
+def test_the_called_names_of_tensorrt_rtx_exist() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    names = {name for name in vars(Context) if not name.startswith("_")}
+    assert len(names) == 5 and names <= set(dir(trt.IExecutionContext))
+    fake = TensorRT(FakeGpu(), TWO_PROFILES)
+    assert set(vars(fake.engine)) <= set(dir(trt.ICudaEngine))
+    assert {*vars(fake.config), "dynamic_shapes_kernel_specialization_strategy"} <= set(dir(trt.IRuntimeConfig))
+    assert {"serialize", "deserialize"} <= set(dir(trt.IRuntimeCache))
+    assert hasattr(trt.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert [int(getattr(trt.ILogger.Severity, name)) for name in ("INTERNAL_ERROR", "VERBOSE")] == [0, 4]
+
+
+def write_onnx(path: Path, operator: str) -> Path:
+    """A graph of one operator on "pixels", beside the Cast to float."""
+    onnx = pytest.importorskip("onnx")
+    kinds, make = onnx.TensorProto, onnx.helper
+    pixels = make.make_tensor_value_info("pixels", kinds.UINT8, ["batch", SIZE, SIZE, 3])
+    plain = make.make_tensor_value_info("plain", kinds.FLOAT, ["batch", SIZE, SIZE, 3])
+    nodes = [make.make_node("Cast", ["pixels"], ["x"], to=kinds.FLOAT), make.make_node(operator, ["x"], ["plain"])]
+    opsets = [make.make_opsetid("", 20)]
+    onnx.save(make.make_model(make.make_graph(nodes, "graph", [pixels], [plain]), opset_imports=opsets), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "expected"), [(1, [(1, 1, 1)]), (2, [(1, 1, 1), (2, 2, 2)]), (32, [(1, 1, 1), (2, 32, 32)])]
+)
+def test_a_plan_has_a_profile_for_one_picture_and_one_for_batches(
+    max_batch: int, expected: list[tuple[int, int, int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    profiles = optimization_profiles(builder, (SIZE, SIZE, 3), max_batch)
+    shapes = [[tuple(shape) for shape in profile.get_shape("pixels")] for profile in profiles]
+    assert shapes == [[(size, SIZE, SIZE, 3) for size in sizes] for sizes in expected]
+    caplog.set_level(logging.INFO, tensorrt.__name__)
+    plan, facts = build_plan(write_onnx(tmp_path / "relu.onnx", "Relu"), "tensorrt_rtx", max_batch)
+    assert facts["max_batch"] == max_batch and facts["bytes"] == len(plan) > 10_000
+    assert "1 output network tensor" in caplog.text  # TensorRT's own words, in Python's logging
+
+
+def test_the_parsers_refusal_is_reported(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(RuntimeError, match=r"can't parse bad\.onnx.*NoSuchOperator"):
+        build_plan(write_onnx(tmp_path / "bad.onnx", "NoSuchOperator"), "tensorrt_rtx", 2)
+    with pytest.raises(ValueError, match="expected one of"):
+        build_plan(tmp_path / "bad.onnx", "os", 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch", "tensorrt", "tensorrt_rtx"])
+def test_graphs_and_eager_runs_on_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := unavailable_reason(name)) is not None or not torch.cuda.is_available():
+        pytest.skip(reason or "PyTorch sees no NVIDIA GPU")
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
+    clip, pixels = small_clip(), random_pixels(9, 32)
+    adapter, precision = random_adapter(clip, 1), "fp32" if name == "torch" else "fp16"
+    made = write_engine(clip, adapter, tmp_path / "engine", name, precision, 6)
+    assert made["check"][name]["random"]["adapted"]["min_cosine"] > 0.999
+    files = sorted((tmp_path / "engine").rglob("*"))
+    encoders: list[Any] = [open_engine(tmp_path / "engine", name) for _ in range(2)]  # the second finds RTX's kernels
+    encoders[1].warm()
+    assert sorted(encoders[1]._gpu._graphs) == [1, 2, 4, 6] and not encoders[0]._gpu._graphs
+    for batch in (1, 2, 3, 5, 6, 9, 1):
+        expected = two_passes(clip, adapter, pixels[:batch])
+        for encoder in encoders:
+            there = encoder.encode_on_device(pixels[:batch])
+            encoder.encode(pixels[::-1])
+            assert there.plain.is_cuda
+            for got, right in zip((there.to_numpy().plain, there.to_numpy().adapted), expected, strict=True):
+                np.testing.assert_allclose(got, right, atol=1e-4 if name == "torch" else 5e-3)
+    assert len(list((tmp_path / "cache").rglob("*.cache"))) == (name == "tensorrt_rtx")
+    assert sorted((tmp_path / "engine").rglob("*")) == files, "running an engine leaves its folder as it is"
