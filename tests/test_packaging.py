@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import iosr_fast
 from iosr_fast.cli import app
-from iosr_fast.encoders.engine_folder import EXTRAS
+from iosr_fast.encoders import engine_folder
 from tests import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ def calls_of_require() -> Iterator[tuple[str, str, str]]:
             where = f"{path.relative_to(ROOT)}:{node.lineno}"
             module, extra = node.args
             if ast.unparse(extra) == "EXTRAS[runtime]":  # the two TensorRTs
-                yield from ((where, *row) for row in EXTRAS.items())
+                yield from ((where, *row) for row in engine_folder.EXTRAS.items())
                 continue
             modules = [module.value] if isinstance(module, ast.Constant) else loops[ast.unparse(module)]
             yield from ((where, name, ast.literal_eval(extra)) for name in modules)
