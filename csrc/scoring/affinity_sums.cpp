@@ -31,7 +31,6 @@ constexpr std::size_t kMaxChunks = 256;
 constexpr std::size_t kValueChunks = 64;
 constexpr std::size_t kBlockSums = 1 << 20;  // 4 MB of a task's sums
 constexpr std::size_t kGroupSums = 8 << 20;  // 32 MB of all tasks' sums
-constexpr std::size_t kSumsColumns = 48;     // a multiple of six classes and of a vector
 constexpr std::size_t kReduceRows = 1536;    // rows of C values whose product takes 50 times as long as adding C partial sums
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -54,21 +53,25 @@ class Driver {
           classes_(term.class_offsets, term.n_classes), logits_(logits), width_(term.width) {
         few_ = n_queries <= largest_few(term, kernels);
         panel_ = few_ ? n_queries : kernels.panel;
-        block_rows_ = std::clamp<std::size_t>(kBlockFloats / width_ / kTileRows * kTileRows, kTileRows, kBlockRows);
+        std::size_t block_rows = std::clamp<std::size_t>(kBlockFloats / width_ / kTileRows * kTileRows, kTileRows, kBlockRows);
         block_queries_ = few_ ? n_queries : kBlockQueries;
-        std::size_t n_chunks = kMaxChunks;
+        std::size_t n_chunks = std::min(ceil_div(term.n_keys, block_rows), kMaxChunks);
         std::size_t largest_group = kGroupQueries;
         if (term.values != nullptr) {
-            columns_ = ceil_div(term.n_classes, kSumsColumns) * kSumsColumns;
+            columns_ = ceil_div(term.n_classes, kWholeClasses) * kWholeClasses;
             if (!few_) {
                 block_queries_ = std::clamp(kBlockSums / columns_ / panel_ * panel_, panel_, kBlockQueries);
             }
-            const std::size_t rows = std::max(kReduceRows * term.n_classes / (width_ + term.n_classes), block_rows_);
-            const std::size_t most = std::min(kValueChunks, kGroupSums / (block_queries_ * columns_));
-            n_chunks = std::min(ceil_div(term.n_keys, rows), std::max<std::size_t>(most, 1));
+            const std::size_t rows = std::max(kReduceRows * term.n_classes / (width_ + term.n_classes), block_rows);
+            std::size_t most = std::min({kValueChunks, kGroupSums / (block_queries_ * columns_), ceil_div(term.n_keys, rows)});
+            for (n_chunks = 1; n_chunks < most; n_chunks *= 2) {
+            }
             largest_group = kGroupSums / (n_chunks * columns_);
         }
-        chunk_rows_ = ceil_div(ceil_div(term.n_keys, n_chunks), block_rows_) * block_rows_;
+        // Chunks of about the same size, and blocks of about the same size in each.
+        const auto whole_tiles = [](std::size_t rows) { return ceil_div(rows, kTileRows) * kTileRows; };
+        chunk_rows_ = whole_tiles(ceil_div(term.n_keys, n_chunks));
+        block_rows_ = whole_tiles(ceil_div(chunk_rows_, ceil_div(chunk_rows_, block_rows)));
         n_chunks_ = ceil_div(term.n_keys, chunk_rows_);
         const std::size_t fit = std::min({largest_group, kGroupQueries, kGroupFloats / width_});
         group_ = std::min(n_queries, std::max<std::size_t>(fit / block_queries_, 1) * block_queries_);
@@ -91,9 +94,8 @@ class Driver {
             if (!few_ && term.key_type != ElementType::kFloat32) {
                 scratch.rows = make_buffer<float>(block_rows_ * width_);
             }
-            if (!few_ && term.values != nullptr) {
-                const std::size_t groups = ceil_div(term.n_classes, kTileRows);
-                scratch.packed = make_buffer<float>(groups * (block_rows_ * kTileRows + kPackedGap));
+            if (term.values != nullptr) {
+                scratch.values = make_buffer<float>(block_rows_ * term.n_classes + kReadAhead);
             }
         }
     }
@@ -109,9 +111,7 @@ class Driver {
                                   add_chunk(scratch_[worker], i / n_chunks_ * block_queries_, i % n_chunks_);
                               }});
             if (term_.values != nullptr) {
-                phases.push_back({ceil_div(count_, panel_), [this](std::size_t worker, std::size_t p) {
-                                      add_sums(scratch_[worker], p * panel_);
-                                  }});
+                phases.push_back({ceil_div(count_, panel_), [this](std::size_t, std::size_t p) { add_sums(p * panel_); }});
             }
             run_phases(workers_, phases);
             if (term_.values == nullptr) {
@@ -122,7 +122,7 @@ class Driver {
 
   private:
     struct Scratch {
-        Buffer<float> tile, rows, packed;
+        Buffer<float> tile, rows, values;
         Buffer<double> carry;
         Buffer<Segment> segments;
     };
@@ -151,7 +151,6 @@ class Driver {
         const std::size_t end_query = std::min(count_, first_query + block_queries_);
         const std::size_t chunk_begin = chunk * chunk_rows_;
         const std::size_t chunk_end = std::min(term_.n_keys, chunk_begin + chunk_rows_);
-        const std::size_t n_classes = term_.n_classes;
         const float scale = static_cast<float>(term_.beta * kLog2E);
         float* tile = scratch.tile.get();
         std::size_t c = columns_ > 0 ? 0 : classes_.of(chunk_begin);
@@ -161,11 +160,6 @@ class Driver {
         for (std::size_t begin = chunk_begin; begin < chunk_end; begin += block_rows_) {
             const std::size_t n_rows = std::min(block_rows_, chunk_end - begin);
             const void* keys = static_cast<const char*>(term_.keys) + begin * width_ * element_bytes(term_.key_type);
-            const void* values = nullptr;
-            if (columns_ > 0) {
-                values = static_cast<const char*>(term_.values) + begin * n_classes * element_bytes(term_.value_type);
-            }
-            const std::size_t available = (term_.n_keys - begin) * n_classes;
             const float* scales = term_.key_scales == nullptr ? nullptr : term_.key_scales + begin;
             const float* weights = term_.weights == nullptr ? nullptr : term_.weights + begin;
             const float* rows = static_cast<const float*>(keys);
@@ -178,26 +172,15 @@ class Driver {
                 kernels_.widen(keys, term_.key_type, n_rows * width_, scratch.rows.get());
                 rows = scratch.rows.get();
             }
-            if (columns_ > 0 && few_) {
-                kernels_.add_values(values, term_.value_type, n_rows, n_classes, available, tile, n_queries_, block_rows_,
-                                    sums_of(chunk, 0), columns_);
+            if (columns_ > 0) {
+                add_values(scratch, chunk, begin, n_rows, first_query, end_query, rows, scale, scales, weights);
                 continue;
             }
-            std::size_t n_segments = 0;
-            if (columns_ > 0) {
-                kernels_.pack_values(values, term_.value_type, n_rows, n_classes, available, scratch.packed.get());
-            } else {
-                n_segments = classes_.cut(begin, begin + n_rows, chunk_begin, chunk_end, c, scratch.segments.get());
-            }
+            const std::size_t n_segments = classes_.cut(begin, begin + n_rows, chunk_begin, chunk_end, c, scratch.segments.get());
             for (std::size_t i = first_query; i < end_query; i += panel_) {
                 float sums[kMaxPanel];
                 if (!few_) {
                     kernels_.dot_panel(rows, n_rows, width_, panels_.get() + i * width_, tile);
-                }
-                if (columns_ > 0) {
-                    kernels_.exp_tile(tile, n_rows, scale, scales, weights, sums);
-                    kernels_.add_packed(scratch.packed.get(), n_rows, n_classes, tile, sums_of(chunk, i), begin > chunk_begin);
-                    continue;
                 }
                 for (std::size_t s = 0; s < n_segments; ++s) {
                     const Segment& segment = scratch.segments[s];
@@ -211,6 +194,31 @@ class Driver {
                     finish(scratch, segment, chunk, first_query, i, std::min(panel_, end_query - i), sums);
                 }
             }
+        }
+    }
+
+    void add_values(Scratch& scratch, std::size_t chunk, std::size_t begin, std::size_t n_rows, std::size_t first_query,
+                    std::size_t end_query, const float* rows, float scale, const float* scales, const float* weights) const {
+        const std::size_t n_classes = term_.n_classes;
+        const void* values = static_cast<const char*>(term_.values) + begin * n_classes * element_bytes(term_.value_type);
+        ElementType type = term_.value_type;
+        // The last block is copied, because more is read than it has.
+        if ((!few_ && type != ElementType::kFloat32) || (term_.n_keys - begin - n_rows) * n_classes < kReadAhead) {
+            kernels_.widen(values, type, n_rows * n_classes, scratch.values.get());
+            values = scratch.values.get();
+            type = ElementType::kFloat32;
+        }
+        float* tile = scratch.tile.get();
+        if (few_) {
+            kernels_.sum_rows(values, type, n_rows, n_classes, tile, n_queries_, block_rows_, sums_of(chunk, 0), columns_);
+            return;
+        }
+        for (std::size_t i = first_query; i < end_query; i += panel_) {
+            float sums[kMaxPanel];
+            kernels_.dot_panel(rows, n_rows, width_, panels_.get() + i * width_, tile);
+            kernels_.exp_tile(tile, n_rows, scale, scales, weights, sums);
+            kernels_.sum_panel(static_cast<const float*>(values), n_rows, n_classes, tile, sums_of(chunk, i),
+                               begin > chunk * chunk_rows_);
         }
     }
 
@@ -283,23 +291,27 @@ class Driver {
         close();
     }
 
-    // Adds the chunks' sums of values for a panel from the group's i-th query on, some of them at a time, in the order of
-    // the chunks.
-    void add_sums(Scratch& scratch, std::size_t i) const {
-        const std::size_t lanes = std::min(panel_, count_ - i);
-        const std::size_t lane_step = few_ ? columns_ : 1;
-        const std::size_t class_step = few_ ? 1 : panel_;
+    // Adds the sums of values for the panel from the group's i-th query on, in the order of the chunks: some classes at a
+    // time, whose sums lie side by side for a panel, and for each of few queries.
+    void add_sums(std::size_t i) const {
         constexpr std::size_t kStep = 16;  // classes
-        static_cast<void>(scratch);
+        const std::size_t lanes = std::min(panel_, count_ - i);
         for (std::size_t c0 = 0; c0 < term_.n_classes; c0 += kStep) {
             const std::size_t n = std::min(kStep, term_.n_classes - c0);
-            for (std::size_t lane = 0; lane < lanes; ++lane) {
-                for (std::size_t c = c0; c < c0 + n; ++c) {
-                    double sum = 0.0;
-                    for (std::size_t chunk = 0; chunk < n_chunks_; ++chunk) {
-                        sum += sums_of(chunk, i)[lane * lane_step + c * class_step];
+            const std::size_t length = few_ ? n : n * panel_;
+            for (std::size_t run = 0; run < (few_ ? lanes : 1); ++run) {
+                float total[kStep * kMaxPanel] = {};
+                for (std::size_t chunk = 0; chunk < n_chunks_; ++chunk) {
+                    const float* sums = sums_of(chunk, i) + (few_ ? run * columns_ + c0 : c0 * panel_);
+                    for (std::size_t k = 0; k < length; ++k) {
+                        total[k] += sums[k];
                     }
-                    logits_of(i + lane)[c] += static_cast<float>(term_.alpha * sum);
+                }
+                for (std::size_t lane = few_ ? run : 0; lane < (few_ ? run + 1 : lanes); ++lane) {
+                    float* logits = logits_of(i + lane) + c0;
+                    for (std::size_t k = 0; k < n; ++k) {
+                        logits[k] += term_.alpha * total[few_ ? k : k * panel_ + lane];
+                    }
                 }
             }
         }

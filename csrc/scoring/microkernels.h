@@ -14,10 +14,11 @@ enum class ElementType { kFloat32, kFloat16, kBfloat16, kInt8 };
 // A panel is P queries packed channel by channel: panel[d * P + lane]; missing queries are zero.
 constexpr std::size_t kMaxPanel = 32;
 
-// Values are packed in groups of six classes, key by key, with a gap between groups:
-// packed[group * (n_keys * 6 + kPackedGap) + key * 6 + class]; missing classes are anything.
-constexpr std::size_t kTileRows = 6;
-constexpr std::size_t kPackedGap = kMaxPanel / 2;
+constexpr std::size_t kTileRows = 6;  // rows of a tile of any panel
+// Sums of values are computed for whole tiles or vectors of classes. So this many elements more than a block of values
+// are read, and sums of classes that don't exist are written, up to a multiple of 48 classes.
+constexpr std::size_t kReadAhead = 16;
+constexpr std::size_t kWholeClasses = 48;
 
 struct Microkernels {
     std::size_t panel;  // P, at most kMaxPanel
@@ -30,14 +31,9 @@ struct Microkernels {
     void (*exp_tile)(float* tile, std::size_t n_rows, float scale, const float* key_scales, const float* weights,
                      float* sums);
 
-    // Packs values (n_keys, n_classes) of float32 or float16. `available` elements from `values` on may be read.
-    void (*pack_values)(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes,
-                        std::size_t available, float* packed);
-
-    // sums[c * P + lane] (+)= sum over r: packed value of key r and class c * tile[r * P + lane]. Writes whole groups of
-    // six classes.
-    void (*add_packed)(const float* packed, std::size_t n_keys, std::size_t n_classes, const float* tile, float* sums,
-                       bool add);
+    // sums[c * P + lane] (+)= sum over r: values[r, c] * tile[r * P + lane]; values (n_keys, n_classes).
+    void (*sum_panel)(const float* values, std::size_t n_keys, std::size_t n_classes, const float* tile, float* sums,
+                      bool add);
 
     // out[i] = the i-th of n elements as float (an int8 code without its scale).
     void (*widen)(const void* elements, ElementType type, std::size_t n, float* out);
@@ -51,10 +47,10 @@ struct Microkernels {
     void (*exp_run)(float* dots, std::size_t n, float scale, const float* key_scales, const float* weights);
 
     // sums[b * sums_stride + c] += sum over r: affinities[b * stride + r] * values[r, c]; values (n_keys, n_classes) of
-    // float32 or float16. Writes sums of classes up to the next multiple of kMaxPanel / 2.
-    void (*add_values)(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes,
-                       std::size_t available, const float* affinities, std::size_t n_queries, std::size_t stride,
-                       float* sums, std::size_t sums_stride);
+    // `type`.
+    void (*sum_rows)(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes,
+                     const float* affinities, std::size_t n_queries, std::size_t stride, float* sums,
+                     std::size_t sums_stride);
 };
 
 extern const Microkernels kScalarKernels;

@@ -27,20 +27,28 @@ inline V exp2(V t) {
 }
 
 constexpr std::size_t kPanel = 2 * V::kLanes;
-constexpr std::size_t kDepth = 256;  // channels per pass: a panel's slice of them stays in the first-level cache
+constexpr std::size_t kDepth = 4096 / kPanel;  // channels per pass: a panel's slice of them, 16 KB, stays in the first-level cache
 
-// out (6, P) (+)= rows (6, depth) @ panel (depth, P). Row k has its element i at rows[k * stride + i], or packed at
-// rows[6 * i + k]. Twelve named accumulators, because GCC keeps arrays in memory.
-template <bool kPacked>
+inline void prefetch(const char* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#else
+    static_cast<void>(p);
+#endif
+}
+
+// out (6, P) (+)= rows (6, depth) @ panel (depth, P), where element d of row k is rows[k * stride + d], or transposed
+// rows[d * stride + k]. Twelve named accumulators, because GCC keeps arrays in memory.
+template <bool kTransposed>
 inline void tile_6(const float* rows, std::size_t stride, const float* panel, std::size_t depth, float* out, bool add) {
     constexpr std::size_t L = V::kLanes;
     V a0 = V::zero(), a1 = a0, b0 = a0, b1 = a0, c0 = a0, c1 = a0, d0 = a0, d1 = a0, e0 = a0, e1 = a0, f0 = a0, f1 = a0;
     const float* low = rows;  // three rows per base pointer need fewer address registers
-    const float* high = kPacked ? rows + 3 : rows + 3 * stride;
-    const std::size_t next = kPacked ? 1 : stride;
+    const float* high = kTransposed ? rows + 3 : rows + 3 * stride;
+    const std::size_t next = kTransposed ? 1 : stride;
 #pragma GCC unroll 4
     for (std::size_t d = 0; d < depth; ++d) {
-        const std::size_t i = kPacked ? kTileRows * d : d;
+        const std::size_t i = kTransposed ? d * stride : d;
         const V left = V::load(panel);
         const V right = V::load(panel + L);
         panel += kPanel;
@@ -121,36 +129,12 @@ void exp_tile(float* tile, std::size_t n_rows, float scale, const float* key_sca
     right.store(sums + V::kLanes);
 }
 
-// Elements [i, i + kLanes), of which only those before `available` exist: the others are zero.
-template <typename T>
-inline V load_within(const T* elements, std::size_t i, std::size_t available) {
-    if (i + V::kLanes <= available) {
-        return V::load(elements + i);
-    }
-    T copy[V::kLanes] = {};
-    for (std::size_t k = 0; i + k < available; ++k) {
-        copy[k] = elements[i + k];
-    }
-    return V::load(copy);
-}
-
-// Whole vectors are read and written. What they write beyond a group's six classes is overwritten by the next key's, and
-// after the last key falls into the space between groups.
-template <typename T>
-void pack_values_as(const T* values, std::size_t n_keys, std::size_t n_classes, std::size_t available, float* packed) {
-    for (std::size_t r = 0; r < n_keys; ++r) {
-        float* out = packed + r * kTileRows;
-        for (std::size_t c = 0; c < n_classes; c += kTileRows, out += n_keys * kTileRows + kPackedGap) {
-            for (std::size_t i = 0; i < kTileRows; i += V::kLanes) {
-                load_within(values, r * n_classes + c + i, available).store(out + i);
-            }
+void sum_panel(const float* values, std::size_t n_keys, std::size_t n_classes, const float* tile, float* sums, bool add) {
+    for (std::size_t c = 0; c < n_classes; c += kTileRows) {
+        for (std::size_t i = 0; add && i < kTileRows * kPanel * sizeof(float); i += 64) {
+            prefetch(reinterpret_cast<const char*>(sums + c * kPanel) + i);
         }
-    }
-}
-
-void add_packed(const float* packed, std::size_t n_keys, std::size_t n_classes, const float* tile, float* sums, bool add) {
-    for (std::size_t c = 0; c < n_classes; c += kTileRows, packed += n_keys * kTileRows + kPackedGap) {
-        tile_6<true>(packed, 0, tile, n_keys, sums + c * kPanel, add);
+        tile_6<true>(values + c, n_classes, tile, n_keys, sums + c * kPanel, add);
     }
 }
 
@@ -168,14 +152,6 @@ void widen_as(const T* channels, std::size_t n, float* out) {
 // Bytes from a row that is multiplied to one that is prefetched. The hardware's prefetcher can't follow several streams,
 // except one query's eight streams of float32. Prefetching past the end is harmless.
 constexpr std::size_t kAhead = 8192;
-
-inline void prefetch(const char* p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p);
-#else
-    static_cast<void>(p);
-#endif
-}
 
 // R rows times Q queries: R * Q independent sums, at least 8 of them to hide the latency of a multiply-add, and as many
 // as the registers hold, so that each row and each query that is loaded takes part in several.
@@ -290,17 +266,6 @@ void with_type(const void* data, ElementType type, F run) {
     }
 }
 
-// Values are float32 or float16.
-template <typename F>
-void with_value_type(const void* data, ElementType type, F run) {
-    type == ElementType::kFloat32 ? run(static_cast<const float*>(data)) : run(static_cast<const Half*>(data));
-}
-
-void pack_values(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes, std::size_t available,
-                 float* packed) {
-    with_value_type(values, type, [&](const auto* typed) { pack_values_as(typed, n_keys, n_classes, available, packed); });
-}
-
 void widen(const void* channels, ElementType type, std::size_t n, float* out) {
     with_type(channels, type, [&](const auto* typed) { widen_as(typed, n, out); });
 }
@@ -343,54 +308,49 @@ void exp_run(float* dots, std::size_t n, float scale, const float* key_scales, c
     }
 }
 
-// K keys' values are loaded once for all queries. Several keys at a time, so that sums are seldom loaded and stored.
+// K keys' values are loaded once for all queries; several keys at a time, so that sums are seldom loaded and stored.
 template <std::size_t K, typename T>
-inline void add_values_of(const T* values, std::size_t n_classes, std::size_t available, const float* affinities,
-                          std::size_t n_queries, std::size_t stride, float* sums, std::size_t sums_stride) {
+inline void sum_keys(const T* values, std::size_t n_classes, const float* affinities, std::size_t n_queries,
+                     std::size_t stride, float* sums, std::size_t sums_stride) {
+    V first[K];  // the first query's affinities, which stay in registers if it is the only one
+#pragma GCC unroll 8
+    for (std::size_t k = 0; k < K; ++k) {
+        first[k] = V::broadcast(affinities[k]);
+    }
     for (std::size_t c = 0; c < n_classes; c += V::kLanes) {
         V v[K];
+        V sum = V::load(sums + c);
 #pragma GCC unroll 8
         for (std::size_t k = 0; k < K; ++k) {
-            v[k] = load_within(values, k * n_classes + c, available);
+            v[k] = V::load(values + k * n_classes + c);
+            sum = V::fma(v[k], first[k], sum);
         }
-        for (std::size_t b = 0; b < n_queries; ++b) {
+        sum.store(sums + c);
+        for (std::size_t b = 1; b < n_queries; ++b) {
             const float* a = affinities + b * stride;
             float* out = sums + b * sums_stride + c;
-            V sum = v[0] * V::broadcast(a[0]);
+            sum = V::load(out);
 #pragma GCC unroll 8
-            for (std::size_t k = 1; k < K; ++k) {
+            for (std::size_t k = 0; k < K; ++k) {
                 sum = V::fma(v[k], V::broadcast(a[k]), sum);
             }
-            (V::load(out) + sum).store(out);
+            sum.store(out);
         }
     }
 }
 
-template <typename T>
-void add_values_as(const T* values, std::size_t n_keys, std::size_t n_classes, std::size_t available,
-                   const float* affinities, std::size_t n_queries, std::size_t stride, float* sums,
-                   std::size_t sums_stride) {
+void sum_rows(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes, const float* affinities,
+              std::size_t n_queries, std::size_t stride, float* sums, std::size_t sums_stride) {
     constexpr std::size_t kMost = 8;
-    for (std::size_t r = 0; r < n_keys;) {
-        const T* rows = values + r * n_classes;
-        const std::size_t left = available - r * n_classes;
-        if (r + kMost <= n_keys) {
-            add_values_of<kMost>(rows, n_classes, left, affinities + r, n_queries, stride, sums, sums_stride);
-            r += kMost;
-        } else {
-            add_values_of<1>(rows, n_classes, left, affinities + r, n_queries, stride, sums, sums_stride);
-            r += 1;
+    with_type(values, type, [&](const auto* typed) {
+        std::size_t r = 0;
+        for (; r + kMost <= n_keys; r += kMost) {
+            sum_keys<kMost>(typed + r * n_classes, n_classes, affinities + r, n_queries, stride, sums, sums_stride);
         }
-    }
-}
-
-void add_values(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes, std::size_t available,
-                const float* affinities, std::size_t n_queries, std::size_t stride, float* sums,
-                std::size_t sums_stride) {
-    with_value_type(values, type, [&](const auto* typed) {
-        add_values_as(typed, n_keys, n_classes, available, affinities, n_queries, stride, sums, sums_stride);
+        for (; r < n_keys; ++r) {
+            sum_keys<1>(typed + r * n_classes, n_classes, affinities + r, n_queries, stride, sums, sums_stride);
+        }
     });
 }
 
-constexpr Microkernels kKernels = {kPanel,     dot_panel, exp_tile, pack_values, add_packed,
-                                   widen,      dot_rows,  exp_run,  add_values};
+constexpr Microkernels kKernels = {kPanel, dot_panel, exp_tile, sum_panel, widen, dot_rows, exp_run, sum_rows};
