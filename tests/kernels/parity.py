@@ -1,0 +1,123 @@
+"""The Triton kernel against the float64 reference, in Triton's interpreter.
+
+Triton decides when a kernel is defined whether its interpreter runs it, so one process has either the interpreter or
+the compiler. test_triton.py runs this file by pytest with TRITON_INTERPRET=1; the name keeps it out of the main run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from iosr_fast.kernels import affinity_sums as kernels
+from tests.scoring.sums import KINDS, PRECISIONS, SHAPES, assert_right, make_plan, random_queries
+
+
+def assert_triton(plan: Any, kind: str, queries: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    path = "triton/classes" if kind == "classes" else "triton/values"
+    half = {"half_queries": True, "half_affinities": True}
+    return assert_right(kernels.affinity_sums, path, plan, kind, queries, device=device, **half)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keys", PRECISIONS)
+def test_odd_shapes(keys: str, kind: str, rng: np.random.Generator) -> None:
+    for counts, batch, width in SHAPES:
+        plan = make_plan(rng, counts, width, keys, kind, weighted=batch % 2 == 1, beta=1.0 + batch % 7)
+        assert_triton(plan, kind, random_queries(rng, batch, width))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_in_pieces_and_queries_in_blocks(
+    kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several programs share columns; the memory of their sums is bounded."""
+    plan, queries = make_plan(rng, [700, 0, 3, 40], 16, "fp16", kind), random_queries(rng, 21, 16)
+    monkeypatch.setattr(kernels, "gpu", lambda device: (64, 90))
+    assert_triton(plan, kind, queries)
+    monkeypatch.setattr(kernels, "PARTIAL_BYTES", 4 * 4 * 8 * 2)
+    assert_triton(plan, kind, queries)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_sharpness_at_their_ends(kind: str, rng: np.random.Generator) -> None:
+    """float16 holds neither large weights nor affinities of keys that are far away."""
+    for alpha, beta, weight in ((1.7, 0.0, 1.0), (-0.5, 20.0, 1e5), (1e4, 5.5, 1e-3), (0.0, 5.5, 1.0)):
+        plan = make_plan(rng, [40, 0, 29, 1], 64, "fp16", kind, alpha=alpha, beta=beta)
+        assert plan.weights is not None
+        plan = replace(plan, weights=np.float32(weight) * plan.weights)
+        assert_triton(plan, kind, random_queries(rng, 5, 64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_calls_give_equal_bits_whatever_type_queries_have(kind: str, rng: np.random.Generator) -> None:
+    plan = make_plan(rng, [140, 3, 0, 9], 32, "fp16", kind)
+    for dtype in (torch.float16, torch.bfloat16):
+        queries = random_queries(rng, 7, 32, dtype)
+        first, again, wide = (assert_triton(plan, kind, rows) for rows in (queries, queries, queries.float()))
+        assert torch.equal(first, again) and torch.equal(first, wide)
+
+
+@pytest.mark.parametrize("counts", [counts for counts, *_ in SHAPES], ids=str)
+@pytest.mark.parametrize(("block_c", "stretch"), [(16, 64), (128, 16), (16, 1000)])
+def test_items_hold_every_pair_of_key_and_column_once(counts: list[int], block_c: int, stretch: int) -> None:
+    offsets, n_keys = np.concatenate([[0], np.cumsum(counts)]), sum(counts)
+    for given, wanted in ((None, 1), (offsets, 0)):
+        pairs = np.zeros((n_keys, len(counts)), int)
+        pieces = set()
+        for first, end, column, piece in kernels.cut_items(given, n_keys, len(counts), block_c, stretch).tolist():
+            assert 0 < end - first <= stretch and column % block_c == 0 and (column, piece) not in pieces
+            pieces.add((column, piece))
+            pairs[first:end, column : column + block_c] += 1
+        own = np.repeat(np.arange(len(counts)), counts)
+        assert (pairs[np.arange(n_keys), own] == 1).all() and pairs.min(initial=1) >= wanted and pairs.max() == 1
+
+
+NO_ACCESS = 0
+
+
+def guarded(tensor: Any, at_end: bool) -> Any:
+    """A copy of the tensor directly before (at_end) or behind a page without access, which ends a process that reads or
+    writes there."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    size = tensor.numel() * tensor.element_size()
+    inside = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, inside + 2 * mmap.PAGESIZE)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (begin, begin + mmap.PAGESIZE + inside):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), NO_ACCESS) == 0
+    offset = mmap.PAGESIZE + (inside - size if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset).view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_access_beyond_a_tensor(
+    kind: str, at_end: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = kernels.affinity_sums_kernel
+    launches = []
+
+    class Guarded:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any, **options: Any) -> None:
+                copies = [guarded(argument, at_end) for argument in arguments]
+                kernel[grid](*copies, **options)
+                arguments[8].copy_(copies[8])  # the sums
+                launches.append(grid)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "affinity_sums_kernel", Guarded())
+    for (counts, batch, width), keys in itertools.product(SHAPES[1:4], ("fp16", "int8")):
+        assert_triton(make_plan(rng, counts, width, keys, kind), kind, random_queries(rng, batch, width))
+    assert len(launches) == 6
