@@ -1,4 +1,5 @@
-"""Embeddings to logits: our implementations at each precision of the keys, against what PyTorch does without a kernel.
+"""Embeddings to logits: our backends at each precision of the keys, against what PyTorch does without a kernel. A case
+with "-values" has keys with dense values, as "auto" compiles to; others have a class for each key.
 
 Each is checked against the float64 reference before it is timed. rate is of the products' FLOP and its ceiling that of
 a matrix product; or, of one query against more keys than the caches hold, of the bytes that are read, and its ceiling
@@ -22,19 +23,28 @@ from benchmarks.score_rivals import PRODUCTS, torch_rivals
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.key_precision import PRECISIONS
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
-from iosr_fast.scoring.score import score
-from iosr_fast.scoring.scorer import Scorer
+from iosr_fast.scoring.score import score, score_with_path
 
 DEFAULT_CASES = {
-    "cpu": ("q1-k1600-d512-c100", "q64-k1600-d512-c100", "q256-k16000-d512-c1000", "q1-k200000-d512-c1000"),
+    "cpu": (
+        "q1-k1600-d512-c100-values",
+        "q64-k1600-d512-c100-values",
+        "q32-k6400-d768-c400-values",
+        "q1-k8192-d512-c1000-values",
+        "q256-k8192-d512-c1000-values",
+        "q1-k1600-d512-c100",
+        "q256-k16000-d512-c1000",
+        "q1-k1000000-d512-c1000",
+    ),
     "cuda": (
+        "q1-k1600-d512-c100-values",
+        "q256-k8192-d512-c1000-values",
         "q256-k16000-d512-c1000",
         "q4096-k160000-d768-c10000",
         "q1-k1000000-d512-c1000",
-        "q1-k1600-d512-c100",
         "q1024-k50000-d512-c999",  # classes of 50 or 51 keys
     ),
 }
@@ -50,31 +60,41 @@ OUT_OF_CACHE = 256e6  # bytes: more than the last-level caches of a few cores
 
 @dataclass(frozen=True)
 class Case:
-    """q queries against k keys of c classes, in d channels."""
+    """q queries against k keys of c classes, in d channels; with `values`, each key has one for each class."""
 
     queries: int
     keys: int
     width: int
     classes: int
+    values: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        parts = text.split("-")
+        parts = text.removesuffix("-values").split("-")
         sizes = [int(part[1:]) for part in parts if part[:1] in "qkdc" and part[1:].isdigit()]
         if [part[:1] for part in parts] != list("qkdc") or len(sizes) < 4 or min(sizes) < 1:
-            raise IosrFastError(f"expected a case like q256-k16000-d512-c1000, every size at least 1, got {text!r}")
-        return cls(*sizes)
+            raise IosrFastError(
+                f"expected a case like q256-k16000-d512-c1000 or q1-k64-d8-c4-values, sizes of at least 1, got {text!r}"
+            )
+        return cls(*sizes, values=text.endswith("-values"))
 
     def __str__(self) -> str:
-        return f"q{self.queries}-k{self.keys}-d{self.width}-c{self.classes}"
+        return f"q{self.queries}-k{self.keys}-d{self.width}-c{self.classes}{'-values' if self.values else ''}"
 
     @property
     def gflop(self) -> float:
-        """The two products that any implementation must do, without exponentials and sums."""
-        return 2e-9 * self.queries * self.width * (self.keys + self.classes)
+        """The products that any implementation must do: with texts, with keys, with values. Without exponentials and
+        sums."""
+        of_values = self.keys * self.classes if self.values else 0
+        return 2e-9 * self.queries * (self.width * (self.keys + self.classes) + of_values)
+
+    def gigabytes(self, precision: str) -> float:
+        """Of the keys and values that are read."""
+        value_bytes = self.classes * (2 if precision == "int8" else 4) if self.values else 0
+        return self.keys * (KEY_BYTES[precision] * self.width + value_bytes) / 1e9
 
     def build(self, alpha: float = 1.0) -> tuple[ScoringPlan, Embeddings]:
-        """A Tip-Adapter++ plan over clustered embeddings, so that affinities spread over their range."""
+        """A plan over clustered embeddings, so that affinities spread over their range."""
         rng = np.random.default_rng(0)
         centres = rng.standard_normal((self.classes, self.width), dtype=np.float32)
 
@@ -92,7 +112,10 @@ class Case:
         offsets = np.searchsorted(labels, np.arange(self.classes + 1))
         text = near(np.arange(self.classes))
         keys = near(labels)
-        plan = ScoringPlan(self.classes, text, keys=keys, class_offsets=offsets, query="adapted", alpha=alpha, beta=5.5)
+        cache: dict[str, Any] = {"class_offsets": offsets}
+        if self.values:  # of the size that kernel ridge regression gives
+            cache = {"values": rng.standard_normal((self.keys, self.classes), dtype=np.float32) / np.sqrt(self.keys)}
+        plan = ScoringPlan(self.classes, text, keys=keys, query="adapted", alpha=alpha, beta=5.5, **cache)
         query_labels = rng.integers(0, self.classes, self.queries)
         return plan, Embeddings(near(query_labels), near(query_labels))
 
@@ -102,7 +125,7 @@ def run(run: Run, cases: Sequence[str] | None = None) -> None:
     with torch_threads(run.threads):
         for text in cases or DEFAULT_CASES[run.device.name]:
             one = Case.parse(text)
-            by_bytes = one.queries == 1 and (run.device.is_gpu or 4 * one.keys * one.width > OUT_OF_CACHE)
+            by_bytes = one.queries == 1 and (run.device.is_gpu or 1e9 * one.gigabytes("fp32") > OUT_OF_CACHE)
             packages = ("numpy", "torch", *(["triton"] if run.device.is_gpu else []))
             run.case(text, dict(_candidates(one, run, by_bytes)), "GB/s" if by_bytes else "GFLOP/s", packages)
 
@@ -120,9 +143,9 @@ def _candidates(case: Case, run: Run, by_bytes: bool) -> Iterator[tuple[str, Can
             yield f"{ceilings.GEMM}-{precision}", ceilings.gpu_gemm(device, precision)
 
     def candidate(call: Callable[[], Any], plan: ScoringPlan, precision: str, *, rival: bool, whole: bool) -> Candidate:
-        work = case.gflop if whole else case.gflop * case.keys / (case.keys + case.classes)
+        work = case.gflop if whole else 2e-9 * case.queries * case.width * case.keys
         if by_bytes:
-            work = KEY_BYTES[precision] * case.keys * case.width / 1e9
+            work = case.gigabytes(precision)
         top = ceilings.MEMORY if by_bytes else ceilings.GEMM
         if device.is_gpu and not by_bytes:
             top += f"-{'fp16' if precision == 'int8' else precision}"
@@ -148,36 +171,29 @@ def _candidates(case: Case, run: Run, by_bytes: bool) -> Iterator[tuple[str, Can
 def ours(
     plan: ScoringPlan, embeddings: Embeddings, device: Device, say: Callable[[str], None]
 ) -> Iterator[tuple[str, ScoringPlan, str, Callable[[], Any]]]:
-    """Every implementation that runs natively on `device`, at every precision of the keys with code of its own, and on
-    a CPU `score()`, which chooses at every call: name, plan, precision, call."""
+    """Every backend that runs natively on `device`, at every precision of the keys, or on the CPU at those that it has
+    code for: path, plan, precision, call."""
     batch = embeddings
     if device.is_gpu:
         arrays = (embeddings.plain, embeddings.adapted)
         batch = Embeddings(*(torch.from_numpy(np.array(array)).to(device.name) for array in arrays))
     for precision in PRECISIONS:
-        # Codes are as fast whatever their values, and compensation takes a minute for a million keys.
-        narrow = plan if precision == "fp32" else plan.with_key_precision(precision, compensate=False)
-        if precision == "int8":
-            # Codes of embeddings come with a transform; these keys are too alike in all directions to get one.
-            narrow = replace(narrow, query_transform=np.eye(plan.width))
-        for entry in dispatch.REGISTRY:
-            if entry.name == "reference" or device.name not in entry.native:
+        narrow = plan if precision == "fp32" else plan.with_key_precision(precision)
+        for backend in dispatch.BACKENDS:
+            if backend.name == "reference" or device.name not in backend.devices or not backend.takes(len(batch)):
                 continue
-            if (reason := entry.unavailable_reason()) is not None:
+            if (reason := backend.unavailable_reason()) is not None:
                 if precision == "fp32":
-                    say(f"left out: {entry.name}: {reason}")
+                    say(f"left out: {backend.name}: {reason}")
                 continue
-            # NumPy and PyTorch widen narrow keys tile by tile on the CPU, which is not meant to be fast.
-            if not device.is_gpu and entry.name != "cpp" and precision != "fp32":
+            # PyTorch widens narrow keys tile by tile on the CPU, which is not meant to be fast.
+            if not device.is_gpu and backend.tensors and precision != "fp32":
                 continue
-            if device.is_gpu and entry.kind != "tensors":
+            if device.is_gpu and not backend.tensors:
                 continue
-            scorer = Scorer(narrow, entry.name)
-            path = entry.name if device.is_gpu else scorer.with_path(batch[:1])[1]
+            path = score_with_path(narrow, batch[:1], backend.name)[1]
             name = path + ("" if precision == "fp32" else f":{precision}")
-            yield name, narrow, precision, partial(scorer, batch, check=not device.is_gpu)
-    if not device.is_gpu:
-        yield "score()", plan, "fp32", partial(score, plan, embeddings)
+            yield name, narrow, precision, partial(score, narrow, batch, backend.name, check=not device.is_gpu)
 
 
 def verify(logits: Any, plan: ScoringPlan, embeddings: Embeddings, tolerance: float = TOLERANCE) -> None:
@@ -201,12 +217,18 @@ def verify(logits: Any, plan: ScoringPlan, embeddings: Embeddings, tolerance: fl
 
 
 def only_classes(plan: ScoringPlan, classes: np.ndarray) -> ScoringPlan:
-    """The plan of some classes and their keys."""
-    assert plan.text is not None and plan.keys is not None and plan.class_offsets is not None
-    ranges = [np.arange(*plan.class_offsets[c : c + 2]) for c in classes]
-    rows = np.concatenate(ranges)
-    few: dict[str, Any] = dict.fromkeys(("keys", "class_offsets", "key_scales", "query_transform"))
-    if len(rows):
-        few = {"keys": plan.keys[rows], "class_offsets": np.cumsum([0, *map(len, ranges)])}
-        few["key_scales"] = None if plan.key_scales is None else plan.key_scales[rows]
-    return replace(plan, n_classes=len(classes), text=plan.text[classes], **few)
+    """The plan of some classes and their keys, or values."""
+    assert plan.text is not None and plan.keys is not None
+    few: dict[str, Any] = {"text": plan.text[classes]}
+    if plan.values is not None:
+        few["values"] = plan.values[:, classes]
+    else:
+        assert plan.class_offsets is not None
+        ranges = [np.arange(*plan.class_offsets[c : c + 2]) for c in classes]
+        rows = np.concatenate(ranges)
+        few |= dict.fromkeys(("keys", "class_offsets", "key_scales", "query_transform"))
+        if len(rows):
+            few |= {"keys": plan.keys[rows], "class_offsets": np.cumsum([0, *map(len, ranges)])}
+            few["key_scales"] = None if plan.key_scales is None else plan.key_scales[rows]
+            few["query_transform"] = plan.query_transform
+    return replace(plan, n_classes=len(classes), **few)

@@ -1,11 +1,11 @@
 """What PyTorch does without a kernel of ours; whatever depends on the plan alone is computed outside the timed part.
 
-papers-formula  a cosine GEMM, exp, and a GEMM with the one-hot matrix, as in the public code
-eager-best      one GEMM, exp in place and a segment sum into buffers that are reused
+papers-formula  a cosine GEMM, exp, and a GEMM with the one-hot matrix, as in the public code; classes alone
+eager-best      one GEMM, exp in place, and a segment sum or, with values, another GEMM, into buffers that are reused
+compiled-best   the same in one function, compiled by torch.compile; on a CPU with values alone
 torch-fp32      the product of queries and keys alone, in the faster of its two orientations: no exp, no sums, no text.
                 Nothing that PyTorch does in float32 can be faster than this.
 torch-mm        the same in float16, on a GPU alone
-compiled-best   GEMM, exp and sum compiled by torch.compile, on a GPU alone
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> d
     `plan` has float32 keys and reads adapted embeddings in the cache term. On a GPU everything but the text term is in
     float16, as the papers' code runs there, and torch-fp32 is in float32 without TF32, PyTorch's default.
     """
-    assert plan.text is not None and plan.keys is not None and plan.class_offsets is not None
+    assert plan.text is not None and plan.keys is not None
     kind, place = torch.float16 if device.is_gpu else torch.float32, device.name
 
     def tensor(array: object) -> torch.Tensor:
@@ -43,12 +43,28 @@ def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> d
     # The keys may be gigabytes: on the CPU they are shared, not copied.
     keys32 = as_tensor(plan.keys).to(place)
     keys, text = keys32.to(kind), tensor(plan.text)
-    counts = np.diff(plan.class_offsets)
-    lengths = tensor(counts)
     plain, query32 = tensor(embeddings.plain), tensor(embeddings.adapted)
     query = query32.to(kind)
-    affinity = torch.empty(len(keys), len(query), dtype=kind, device=place)
-    logits = torch.empty(len(query), plan.n_classes, device=place)
+    rivals: dict[str, Run] = {"torch-fp32": _product(keys32, query32, device)}
+    if device.is_gpu:
+        rivals["torch-mm"] = _product(keys, query, device)
+    of_plan = _with_classes if plan.values is None else _with_values
+    return {**of_plan(plan, keys, query, plain, text, device), **rivals}
+
+
+def _with_classes(
+    plan: ScoringPlan,
+    keys: torch.Tensor,
+    query: torch.Tensor,
+    plain: torch.Tensor,
+    text: torch.Tensor,
+    device: Device,
+) -> dict[str, Run]:
+    assert plan.class_offsets is not None
+    counts = np.diff(plan.class_offsets)
+    lengths = torch.from_numpy(counts).to(keys.device)
+    affinity = torch.empty(len(keys), len(query), dtype=keys.dtype, device=keys.device)
+    logits = torch.empty(len(query), plan.n_classes, device=keys.device)
 
     @torch.inference_mode()
     def eager_best() -> torch.Tensor:
@@ -58,11 +74,12 @@ def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> d
         torch.mm(plain, text.T, out=logits)
         return logits.mul_(plan.tau).add_(sums.T, alpha=plan.alpha)
 
-    rivals: dict[str, Run] = {"eager-best": eager_best, "torch-fp32": _product(keys32, query32, device)}
+    rivals: dict[str, Run] = {"eager-best": eager_best}
     limit_bytes = PAPERS_LIMIT_GPU_BYTES if device.is_gpu else PAPERS_LIMIT_BYTES
     if 4.0 * len(keys) * (plan.n_classes + len(query)) <= limit_bytes:
-        labels = torch.repeat_interleave(torch.arange(plan.n_classes, device=place), lengths)
-        onehot = torch.zeros(len(keys), plan.n_classes, dtype=kind, device=place).scatter_(1, labels[:, None], 1.0)
+        labels = torch.repeat_interleave(torch.arange(plan.n_classes, device=keys.device), lengths)
+        onehot = torch.zeros(len(keys), plan.n_classes, dtype=keys.dtype, device=keys.device)
+        onehot.scatter_(1, labels[:, None], 1.0)
 
         @torch.inference_mode()
         def papers_formula() -> torch.Tensor:
@@ -70,19 +87,50 @@ def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> d
             cache_logits = ((-1) * (plan.beta - plan.beta * cosine)).exp() @ onehot
             return plan.tau * plain @ text.T + cache_logits * plan.alpha
 
-        rivals = {"papers-formula": papers_formula, **rivals}
-    if device.is_gpu:
-        rivals["torch-mm"] = _product(keys, query, device)
-        if len(set(counts.tolist())) == 1:  # a segment sum of equal segments, which a compiler fuses with exp
-            shape = (len(query), plan.n_classes, int(counts[0]))
+        rivals["papers-formula"] = papers_formula
+    if device.is_gpu and len(set(counts.tolist())) == 1:  # a compiler fuses a sum of equal segments with exp
+        shape = (len(query), plan.n_classes, int(counts[0]))
 
-            def fused(query: torch.Tensor, keys: torch.Tensor, plain: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-                sums = ((query @ keys.T).float() * plan.beta - plan.beta).exp().view(shape).sum(-1)
-                return plan.tau * plain @ text.T + plan.alpha * sums
+        def fused(query: torch.Tensor, keys: torch.Tensor, plain: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            sums = ((query @ keys.T).float() * plan.beta - plan.beta).exp().view(shape).sum(-1)
+            return plan.tau * plain @ text.T + plan.alpha * sums
 
-            compiled = torch.compile(fused, fullgraph=True, dynamic=False)
-            rivals["compiled-best"] = torch.inference_mode()(lambda: compiled(query, keys, plain, text))
+        rivals["compiled-best"] = _compiled(fused, query, keys, plain, text)
     return rivals
+
+
+def _with_values(
+    plan: ScoringPlan,
+    keys: torch.Tensor,
+    query: torch.Tensor,
+    plain: torch.Tensor,
+    text: torch.Tensor,
+    device: Device,
+) -> dict[str, Run]:
+    values = as_tensor(plan.values).to(keys.device, keys.dtype)  # type: ignore[arg-type]
+    affinity = torch.empty(len(query), len(keys), dtype=keys.dtype, device=keys.device)
+
+    @torch.inference_mode()
+    def eager_best() -> torch.Tensor:
+        torch.mm(query, keys.T, out=affinity)
+        affinity.sub_(1.0).mul_(plan.beta).exp_()
+        logits = torch.mm(plain, text.T).mul_(plan.tau)
+        if values.dtype == torch.float32:
+            return logits.addmm_(affinity, values, alpha=plan.alpha)
+        return logits.add_(affinity @ values, alpha=plan.alpha)
+
+    def whole(
+        query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plain: torch.Tensor, text: torch.Tensor
+    ) -> torch.Tensor:
+        sums = (query @ keys.T * plan.beta - plan.beta).exp() @ values
+        return plan.tau * plain @ text.T + plan.alpha * sums
+
+    return {"eager-best": eager_best, "compiled-best": _compiled(whole, query, keys, values, plain, text)}
+
+
+def _compiled(function: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> Run:
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.inference_mode()(lambda: compiled(*arguments))
 
 
 def _product(keys: torch.Tensor, query: torch.Tensor, device: Device) -> Run:

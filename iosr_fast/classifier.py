@@ -30,7 +30,7 @@ from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
 from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
-from iosr_fast.scoring.precision import Precision
+from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.store import updates
 from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.store.changes import ChangeResult

@@ -37,8 +37,11 @@ def info() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: package_version(name) for name in ("numpy", "pillow", "safetensors", *OPTIONAL_PACKAGES)},
         "implementations": {
-            entry.name: {"devices": list(entry.devices), "unavailable_reason": entry.unavailable_reason()}
-            for entry in dispatch.REGISTRY
+            backend.name: {
+                "devices": list(dispatch.devices_of(backend)),
+                "unavailable_reason": backend.unavailable_reason(),
+            }
+            for backend in dispatch.BACKENDS
         },
         "simd_paths": simd_paths(),
         "methods": list(METHODS),
@@ -53,7 +56,7 @@ def format_info() -> str:
     facts = info()
     lines = [f"iosr_fast {facts['iosr_fast']}, Python {facts['python']}, {facts['platform']}"]
     lines.append(f"cpu: {facts['cpu']}, {facts['threads']} threads")
-    lines.append("scoring implementations, best first for each device:")
+    lines.append("scoring backends, best first for each device:")
     for name, row in facts["implementations"].items():
         available = "yes" if row["unavailable_reason"] is None else f"no: {row['unavailable_reason']}"
         lines.append(f"  {name:<12} {', '.join(row['devices']):<10} {available}")
@@ -68,7 +71,7 @@ def format_info() -> str:
 
 def simd_paths() -> dict[str, bool]:
     """Compiled paths of the C++ kernels, best first, and whether this processor can run each."""
-    if next(entry.unavailable_reason() for entry in dispatch.REGISTRY if entry.name == "cpp") is not None:
+    if next(one for one in dispatch.BACKENDS if one.name == "cpp").unavailable_reason() is not None:
         return {}
     from iosr_fast import _C
 

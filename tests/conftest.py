@@ -13,8 +13,8 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer
 from tests import demo_cache as shared
 from tools.source_tree import use_source_tree

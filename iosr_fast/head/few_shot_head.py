@@ -27,7 +27,7 @@ from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, check_unknown_images, without_rejected
 from iosr_fast.scoring.fields import RANGES
-from iosr_fast.scoring.precision import Precision
+from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.score import score
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.utils.estimator import not_fitted

@@ -19,7 +19,7 @@ from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.scorer import Scorer
+from iosr_fast.scoring.score import score
 from iosr_fast.utils.text import abbreviate
 
 
@@ -105,17 +105,12 @@ class HeadData:
 
     def compiled(self) -> Self:
         """The same head, after computing its plan, so that no reader waits for it."""
-        self.scorer  # noqa: B018
+        self.plan  # noqa: B018
         return self
-
-    @cached_property
-    def scorer(self) -> Scorer:
-        """The plan bound to the best implementation for its embeddings."""
-        return Scorer(self.plan)
 
     def score(self, embeddings: Embeddings) -> np.ndarray:
         """Logits (B, C) float32; embeddings on a GPU are scored there."""
-        return as_numpy(self.scorer(embeddings))
+        return as_numpy(score(self.plan, embeddings))
 
     def classes(self, after: int = -1, limit: int | None = None) -> list[ClassInfo]:
         """Classes in their order: all, or at most `limit` of those whose uid is above `after`."""

@@ -12,8 +12,8 @@ from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import AUTO, MAX_TUNE_SECONDS, check_choice
 from iosr_fast.methods.tune import tune as search
 from iosr_fast.methods.tuned import Tuned
+from iosr_fast.scoring.key_precision import Precision, check_precision
 from iosr_fast.scoring.plan import ScoringPlan, Which
-from iosr_fast.scoring.precision import Precision, check_precision
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.validation import check_number
 

@@ -14,8 +14,9 @@ from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.methods import joint
 from iosr_fast.methods.support_set import image_rows
+from iosr_fast.scoring.arrays import add_product_blas
 from iosr_fast.scoring.fields import EMBEDDINGS
-from iosr_fast.scoring.numpy_scorer import feature_rows
+from iosr_fast.scoring.lower import feature_rows
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
 
@@ -200,7 +201,7 @@ def _adapter_part(head: Head, embeddings: Embeddings) -> Callable[[int, np.ndarr
     if plan.feature == "both":
         columns = slice(plan.width) if adapted_keys else slice(plan.width, None)
         bias = bias - head.adapted_bias if adapted_keys else head.adapted_bias
-    features, linear = feature_rows(plan, embeddings)[:, columns], plan.linear[:, columns]
+    features, linear = feature_rows(plan, embeddings, add_product_blas)[:, columns], plan.linear[:, columns]
 
     def part(b: int, classes: np.ndarray, cache: np.ndarray) -> np.ndarray:
         product = linear[classes] @ features[b] + bias[classes]

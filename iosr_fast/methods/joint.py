@@ -14,9 +14,9 @@ from iosr_fast.methods.log_loss import fit_factor
 from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments, discriminant, shrunk_precision
 from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.scoring.inputs import scoring_inputs
+from iosr_fast.scoring.inputs import checked_inputs
 from iosr_fast.scoring.plan import ScoringPlan, Which
-from iosr_fast.scoring.scorer import Scorer
+from iosr_fast.scoring.score import score
 
 # The exponent of an image's first probabilities, lambda of TransCLIP with support images.
 ANCHOR = 0.5
@@ -128,10 +128,10 @@ def predict_jointly(
     (15, '', True)
     """
     started, absent = time.perf_counter(), int((support.counts == 0).sum())
-    queries = scoring_inputs(plan, queries, check).embeddings
-    scorer, start = Scorer(plan), np.empty((len(queries), plan.n_classes), np.float32)
+    queries = checked_inputs(plan, queries, check).embeddings
+    start = np.empty((len(queries), plan.n_classes), np.float32)
     for block in _blocks(start):
-        start[block] = _log_softmax(scorer(queries[block], check=False))
+        start[block] = _log_softmax(score(plan, queries[block], check=False))
     folder = Unlabelled(image_rows(queries, which, None), start)
     result, factor = JointPrediction(start, np.arange(support.n_classes)), 1.0
     if not len(queries):

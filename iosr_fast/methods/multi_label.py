@@ -17,8 +17,8 @@ from iosr_fast.methods.papers import Method
 from iosr_fast.methods.stack import MAX_KEYS
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, affordable
 from iosr_fast.methods.tune import AUTO, TUNE_SECONDS
+from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan, Which
-from iosr_fast.scoring.precision import Precision
 from iosr_fast.utils.ranking import mean_average_precision
 from iosr_fast.utils.text import abbreviate
 

@@ -1,6 +1,6 @@
-"""The registry of scoring implementations and the choice among them.
+"""The backends of scoring and the choice among them: by the embeddings' device and the size of the batch.
 
-IOSR_FAST_IMPL=NAME replaces the choice "auto"; it is an error if that implementation can't run.
+IOSR_FAST_IMPL=NAME replaces the choice "auto"; it is an error if that backend can't run.
 """
 
 from __future__ import annotations
@@ -12,82 +12,86 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any, Literal
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from iosr_fast.exceptions import IosrFastError, UnavailableError
 
 ENVIRONMENT = "IOSR_FAST_IMPL"
+FEW_QUERIES = 16  # the largest batch of the CUDA kernel
+OLDEST_TRITON = (3, 4)  # PyTorch 2.6 and 2.7 bring 3.2 and 3.3
 _BUILD_CUDA = "IOSR_FAST_CUDA=1 pip install . builds it, with nvcc on PATH"
 _log = logging.getLogger("iosr_fast")
 
 
 @dataclass(frozen=True)
-class Implementation:
-    """One way to execute a ScoringPlan.
+class Backend:
+    """What sums affinities (backends/).
 
-    target       "module:function", imported when chosen
-    kind         the function's arguments: "arrays" (ScoringPlan, Embeddings of NumPy arrays) or "tensors" (DevicePlan,
-                 plain, adapted); either returns the logits and the path that ran
+    target       "module:function", imported when chosen; "" for the reference, which executes a whole plan
+    devices      where it executes: "cpu", "cuda"
     unavailable_reason  returns why it can't run on this machine, or None
-    native       the devices it executes on
-    automatic    the devices of embeddings for which "auto" may choose it; the registry's order is the preference
-    interpreter  the environment variable that makes an implementation for GPUs run on the CPU too
+    tensors      whether it takes a DevicePlan and tensors; otherwise a ScoringPlan and NumPy arrays
+    automatic    the devices of embeddings for which "auto" may choose it; BACKENDS has the order of preference
+    largest      the largest batch; None for any
     """
 
     name: str
     target: str
-    kind: Literal["arrays", "tensors"]
+    devices: tuple[str, ...]
     unavailable_reason: Callable[[], str | None]
-    native: tuple[str, ...]
+    tensors: bool = True
     automatic: tuple[str, ...] = ()
-    interpreter: str | None = None
+    largest: int | None = None
 
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """The devices on which it can execute: "cpu", "cuda"."""
-        return ("cpu", *self.native) if self.interpreter and _is_set(self.interpreter) else self.native
-
-    def load(self) -> Callable[..., tuple[Any, str]]:
+    def load(self) -> Callable[..., str]:
         module, function = self.target.split(":")
-        loaded: Callable[..., tuple[Any, str]] = getattr(importlib.import_module(module), function)
+        loaded: Callable[..., str] = getattr(importlib.import_module(module), function)
         return loaded
 
-
-def _is_set(variable: str) -> bool:
-    """As Triton reads its variables."""
-    return os.environ.get(variable, "0").lower() in ("1", "y", "yes", "on", "true")
-
-
-def _always() -> None:
-    return None
+    def takes(self, batch: int) -> bool:
+        return self.largest is None or batch <= self.largest
 
 
 @functools.cache
 def cpp_unavailable_reason() -> str | None:
     """Why the C++ extension can't be used, or None."""
-    try:
-        from iosr_fast import _C
-    except ImportError as error:
-        return f"the extension iosr_fast._C can't be imported ({error}); `pip install .` builds it"
+    return _build_unavailable_reason("_C", "`pip install .` builds it")
+
+
+@functools.cache
+def _cuda_build_unavailable_reason() -> str | None:
+    return _build_unavailable_reason("_C_cuda", _BUILD_CUDA)
+
+
+def _build_unavailable_reason(name: str, fix: str) -> str | None:
     from iosr_fast import __version__
 
-    if _C.version != __version__:
-        return f"iosr_fast._C was built for version {_C.version}, this is {__version__}; `pip install .` rebuilds it"
-    if not hasattr(_C, "BoundPlan"):
-        return "iosr_fast._C was built from older sources of this version; `pip install .` rebuilds it"
+    try:
+        module = importlib.import_module(f"iosr_fast.{name}")
+    except ImportError as error:
+        return f"the extension iosr_fast.{name} can't be imported ({error}); {fix}"
+    if module.version != __version__:
+        return f"iosr_fast.{name} was built for version {module.version}, this is {__version__}; {fix} again"
+    if name == "_C" and not hasattr(module, "affinity_sums"):
+        return f"iosr_fast.{name} was built from older sources of this version; {fix} again"
+    return None
+
+
+@functools.cache
+def _package_unavailable_reason(package: str, extra: str, oldest: tuple[int, int] = (0, 0)) -> str | None:
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        return f"{package} is not installed; pip install 'iosr_fast[{extra}]' brings it"
+    if tuple(int(part) for part in found.split(".")[:2]) < oldest:
+        wanted = ".".join(map(str, oldest))
+        return f"expected {package} {wanted} or newer, got {found}; pip install 'iosr_fast[{extra}]' brings a newer one"
     return None
 
 
 def _torch_unavailable_reason() -> str | None:
-    return _missing_package("torch", "cpu")
-
-
-@functools.cache
-def _missing_package(package: str, extra: str) -> str | None:
-    if find_spec(package) is not None:
-        return None
-    return f"{package} is not installed; pip install 'iosr_fast[{extra}]' brings it"
+    return _package_unavailable_reason("torch", "cpu")
 
 
 @functools.cache
@@ -130,131 +134,116 @@ def _why_no_device(torch: Any) -> str:
     return ""
 
 
+def _interprets() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU; as it reads its variable."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "on", "true")
+
+
 def _triton_unavailable_reason() -> str | None:
-    """Triton's interpreter needs no GPU."""
-    missing = _missing_package("triton", "gpu") or _torch_unavailable_reason()
-    return missing or (None if _is_set("TRITON_INTERPRET") else _gpu_unavailable_reason())
+    missing = _package_unavailable_reason("triton", "gpu", OLDEST_TRITON) or _torch_unavailable_reason()
+    return missing or (None if _interprets() else _gpu_unavailable_reason())
 
 
 def _cuda_unavailable_reason() -> str | None:
-    # The build first: asking for the GPU imports PyTorch.
+    # The build before the GPU, which imports PyTorch.
     return _driver_unavailable_reason() or _cuda_build_unavailable_reason() or _gpu_unavailable_reason()
 
 
-@functools.cache
-def _cuda_build_unavailable_reason() -> str | None:
-    try:
-        module = importlib.import_module("iosr_fast._C_cuda")
-    except ImportError as error:
-        return f"the extension iosr_fast._C_cuda can't be imported ({error}); {_BUILD_CUDA}"
-    from iosr_fast import __version__
-
-    if module.version != __version__:
-        built = f"iosr_fast._C_cuda was built for version {module.version}, this is {__version__}"
-        return f"{built}; {_BUILD_CUDA} again"
-    return None
-
-
-# First the CPU's, then the GPU's, in order of preference. The CUDA kernels use mma.sync only, Triton compiles to the
-# newer tensor-core instructions too. PyTorch is never chosen for NumPy arrays: importing it takes seconds.
-REGISTRY: tuple[Implementation, ...] = (
-    Implementation(
+# PyTorch is never chosen for NumPy arrays: importing it takes seconds.
+_ON_GPU = ("cuda",)
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
         "cpp",
-        "iosr_fast.scoring.cpp_scorer:score_cpp",
-        kind="arrays",
-        unavailable_reason=cpp_unavailable_reason,
-        native=("cpu",),
+        "iosr_fast.scoring.backends.cpp:affinity_sums",
+        ("cpu",),
+        cpp_unavailable_reason,
+        tensors=False,
         automatic=("cpu",),
     ),
-    Implementation(
-        "numpy",
-        "iosr_fast.scoring.numpy_scorer:score_numpy",
-        kind="arrays",
-        unavailable_reason=_always,
-        native=("cpu",),
-        automatic=("cpu",),
-    ),
-    Implementation(
-        "triton",
-        "iosr_fast.kernels.cache_score:score_triton",
-        kind="tensors",
-        unavailable_reason=_triton_unavailable_reason,
-        native=("cuda",),
-        automatic=("cuda",),
-        interpreter="TRITON_INTERPRET",
-    ),
-    Implementation(
+    Backend(
         "cuda",
-        "iosr_fast.scoring.cuda_scorer:score_cuda",
-        kind="tensors",
-        unavailable_reason=_cuda_unavailable_reason,
-        native=("cuda",),
-        automatic=("cuda",),
+        "iosr_fast.scoring.backends.cuda:affinity_sums",
+        _ON_GPU,
+        _cuda_unavailable_reason,
+        automatic=_ON_GPU,
+        largest=FEW_QUERIES,
     ),
-    Implementation(
+    Backend(
+        "triton",
+        "iosr_fast.kernels.affinity_sums:affinity_sums",
+        _ON_GPU,
+        _triton_unavailable_reason,
+        automatic=_ON_GPU,
+    ),
+    Backend(
         "torch",
-        "iosr_fast.scoring.torch_scorer:score_torch",
-        kind="tensors",
-        unavailable_reason=_torch_unavailable_reason,
-        native=("cpu", "cuda"),
-        automatic=("cuda",),
+        "iosr_fast.scoring.backends.torch:affinity_sums",
+        ("cpu", "cuda"),
+        _torch_unavailable_reason,
+        automatic=_ON_GPU,
     ),
-    Implementation(
-        "reference",
-        "iosr_fast.scoring.numpy_scorer:score_reference",
-        kind="arrays",
-        unavailable_reason=_always,
-        native=("cpu",),
-    ),
+    Backend("reference", "", ("cpu",), lambda: None, tensors=False),
 )
 
 
-def choose(impl: str = "auto", device: str = "cpu") -> Implementation:
-    """The implementation of this name, or for "auto" the best available one, for embeddings on `device`.
+def devices_of(backend: Backend) -> tuple[str, ...]:
+    """Where a backend executes; Triton's interpreter adds the CPU."""
+    return ("cpu", *backend.devices) if backend.name == "triton" and _interprets() else backend.devices
 
-    IOSR_FAST_IMPL replaces "auto", never another name. An implementation for GPUs may be named for embeddings on the
-    CPU if there is a GPU to copy them to. Raises ValueError for an unknown name, RuntimeError for an implementation
-    that can't run here or not on this device.
+
+def choose(impl: str = "auto", device: str = "cpu", batch: int = 1) -> Backend:
+    """The backend of this name, or for "auto" the best available one, for `batch` embeddings on `device`.
+
+    IOSR_FAST_IMPL replaces "auto", never another name. A backend for GPUs may be named for embeddings on the CPU if
+    there is a GPU to copy them to. Raises IosrFastError for an unknown name, UnavailableError for a backend that can't
+    run here, on this device, or for so large a batch.
     """
-    forced = os.environ.get(ENVIRONMENT, "")
     source = f"impl={impl!r}"
-    if impl == "auto" and forced:
-        impl, source = forced, f"{ENVIRONMENT}={forced}"
     if impl == "auto":
-        return _best(device)
-    for entry in REGISTRY:
-        if entry.name == impl:
-            reason = entry.unavailable_reason() or _device_unavailable_reason(entry, device)
-            if reason is not None:
-                raise UnavailableError(f"{source} can't run here: {reason}")
-            return entry
-    names = ", ".join(["auto", *(entry.name for entry in REGISTRY)])
-    raise IosrFastError(f"expected an implementation of {names}, got {source}")
+        impl = os.environ.get(ENVIRONMENT) or "auto"
+        source = f"{ENVIRONMENT}={impl}"
+    return _best(device, batch <= FEW_QUERIES) if impl == "auto" else _named(impl, source, device, batch)
 
 
-def _device_unavailable_reason(entry: Implementation, device: str) -> str | None:
-    if device in entry.devices:
+def _named(name: str, source: str, device: str, batch: int) -> Backend:
+    backend = next((backend for backend in BACKENDS if backend.name == name), None)
+    if backend is None:
+        names = ", ".join(["auto", *(backend.name for backend in BACKENDS)])
+        raise IosrFastError(f"expected a scoring backend of {names}, got {source}")
+    reason = backend.unavailable_reason() or _device_unavailable_reason(backend, device)
+    if reason is None and not backend.takes(batch):
+        reason = f"it scores at most {backend.largest} embeddings at once, got {batch}; leave the choice open"
+    if reason is not None:
+        raise UnavailableError(f"{source} can't run here: {reason}")
+    return backend
+
+
+def _device_unavailable_reason(backend: Backend, device: str) -> str | None:
+    devices = devices_of(backend)
+    if device in devices:
         return None
     if device == "cuda":
         return (
-            f"{entry.name} executes on {' and '.join(entry.devices)}, and the embeddings are on cuda; "
+            f"{backend.name} executes on {' and '.join(devices)}, and the embeddings are on cuda; "
             "move them with .cpu() or leave the choice open"
         )
     import torch
 
-    return None if torch.cuda.is_available() else f"{entry.name} needs a CUDA device, and PyTorch sees none"
+    return None if torch.cuda.is_available() else f"{backend.name} needs a CUDA device, and PyTorch sees none"
 
 
 @functools.cache
-def _best(device: str) -> Implementation:
+def _best(device: str, few: bool) -> Backend:
+    """The first available one in the order of BACKENDS; what is passed over for a reason is logged, once."""
     unavailable: list[str] = []
-    for entry in REGISTRY:
-        if device not in entry.automatic:
+    for backend in BACKENDS:
+        if device not in backend.automatic or not (few or backend.largest is None):
             continue
-        reason = entry.unavailable_reason()
+        reason = backend.unavailable_reason()
         if reason is None:
-            note = f" (unavailable: {'; '.join(unavailable)})" if unavailable else ""
-            _log.info("scoring on %s with %s%s", device, entry.name, note)
-            return entry
-        unavailable.append(f"{entry.name}: {reason}")
-    raise UnavailableError(f"no scoring implementation can run on {device} here: {'; '.join(unavailable)}")
+            passed_over = f" (unavailable: {'; '.join(unavailable)})" if unavailable else ""
+            level = logging.WARNING if (device, backend.name) == ("cuda", "torch") else logging.INFO
+            _log.log(level, "scoring on %s with %s%s", device, backend.name, passed_over)
+            return backend
+        unavailable.append(f"{backend.name}: {reason}")
+    raise UnavailableError(f"no scoring backend can run on {device} here: {'; '.join(unavailable)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -20,27 +21,18 @@ LARGEST = 1e15
 class ArrayField:
     """An array of a plan, or None.
 
-    name          its name in DevicePlan and in torch.ops.iosr_fast.score
+    name          its name in a ScoringPlan and in a DevicePlan
     term          the term that reads it; a reducer moves what the cache and the linear term read
     shape         axes: C classes, D channels of an embedding, N keys, F channels of the linear term's feature
-    dtype         in a ScoringPlan; None means one of the four key precisions
+    dtypes        in a ScoringPlan; an array of another dtype becomes the first one
     device_dtype  in a DevicePlan, if it differs
-    attribute     its attribute in a ScoringPlan, if it isn't `name`
     """
 
     name: str
     term: Term
     shape: tuple[str, ...]
-    dtype: type | None = np.float32
+    dtypes: tuple[type, ...] = (np.float32,)
     device_dtype: type | None = None
-    attribute: str = ""
-
-    def of(self, plan: Any) -> np.ndarray | None:
-        """The array of a ScoringPlan, or None."""
-        value = plan
-        for name in (self.attribute or self.name).split("."):
-            value = None if value is None else getattr(value, name)
-        return value
 
 
 @dataclass(frozen=True)
@@ -55,16 +47,16 @@ class ConstantField:
 
 ARRAYS = (
     ArrayField("text", "text", ("C", "D")),
-    ArrayField("keys", "cache", ("N", "D"), dtype=None),
+    ArrayField("keys", "cache", ("N", "D"), dtypes=(np.float32, np.float16, np.uint16, np.int8)),
     ArrayField("key_scales", "cache", ("N",)),
-    ArrayField("class_offsets", "cache", ("C + 1",), dtype=np.int64, device_dtype=np.int32),
+    ArrayField("class_offsets", "cache", ("C + 1",), dtypes=(np.int64,), device_dtype=np.int32),
     ArrayField("weights", "cache", ("N",)),
-    ArrayField("values", "cache", ("N", "C")),
+    ArrayField("values", "cache", ("N", "C"), dtypes=(np.float32, np.float16)),
     ArrayField("query_transform", "cache", ("D", "D")),
     ArrayField("linear", "linear", ("C", "F")),
     ArrayField("bias", "linear", ("C",)),
-    ArrayField("reducer_shift", "reducer", ("D",), attribute="reducer.shift"),
-    ArrayField("reducer_projection", "reducer", ("D", "D"), attribute="reducer.projection"),  # or (D,): diagonal
+    ArrayField("reducer_shift", "reducer", ("D",)),
+    ArrayField("reducer_projection", "reducer", ("D", "D")),  # or (D,): diagonal
 )
 CONSTANTS = (
     ConstantField("n_classes", int),
@@ -75,22 +67,33 @@ CONSTANTS = (
     ConstantField("query", str, choices=EMBEDDINGS),
     ConstantField("feature", str, choices=(*EMBEDDINGS, "both", "text-distribution")),
 )
-ARRAY_NAMES = tuple(field.name for field in ARRAYS)
-CONSTANT_NAMES = tuple(field.name for field in CONSTANTS)
 RANGES = {field.name: field.limits for field in CONSTANTS if field.limits is not None}
 
 
 class PlanTerms:
-    """Properties that ScoringPlan and DevicePlan derive from their fields."""
+    """The fields of a ScoringPlan (NumPy arrays) and of a DevicePlan (tensors), and what follows from them."""
 
+    n_classes: Any
     width: Any
     text: Any
+    tau: Any
     keys: Any
-    linear: Any
+    key_scales: Any
+    class_offsets: Any
+    weights: Any
+    values: Any
+    query_transform: Any
     query: Any
+    alpha: Any
+    beta: Any
+    linear: Any
+    bias: Any
     feature: Any
+    temperature: Any
+    reducer_shift: Any
+    reducer_projection: Any
 
-    @property
+    @cached_property
     def embeddings_read(self) -> tuple[Embedding, ...]:
         """The embeddings that a term reads."""
         read = {
@@ -100,7 +103,7 @@ class PlanTerms:
         }
         return tuple(name for name in EMBEDDINGS if name in read)
 
-    @property
+    @cached_property
     def needs_adapted(self) -> bool:
         """Whether a term reads the adapted embedding."""
         return "adapted" in self.embeddings_read

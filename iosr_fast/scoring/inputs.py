@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.fields import PlanTerms
-from iosr_fast.scoring.precision import Precision
+from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE, check_unit_rows, unit_norm_message
 
 if TYPE_CHECKING:
@@ -21,28 +20,32 @@ _DLPACK_CPU = (1, 3)  # kDLCPU and kDLCUDAHost of dlpack.h: memory that NumPy ca
 _ROUNDED: dict[str, Precision] = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
-@dataclass(frozen=True)
-class ScoringInputs:
+class Inputs(NamedTuple):
     """Embeddings that fit a plan: C-contiguous float32 NumPy arrays if `device` is "cpu"; if it is "cuda", contiguous
     tensors of float32, float16 or bfloat16, both of one dtype. `torch` says whether the caller gave tensors."""
 
     embeddings: Embeddings
-    device: str
-    torch: bool
+    device: str = "cpu"
+    torch: bool = False
 
 
-def scoring_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) -> ScoringInputs:
+def checked_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) -> Inputs:
     """Check embeddings against a plan. `check=False` skips finiteness and norms, never shapes.
 
     CPU tensors and DLPack objects in CPU memory become NumPy views, copied only if they aren't contiguous float32.
     Tensors on a CUDA device stay there; checking their norms reads one scalar back.
-    Raises ValueError if a shape, a norm or the device of an array is wrong.
+    Raises IosrFastError if a shape, a norm or the device of an array is wrong.
     """
     if plan.needs_adapted and embeddings.adapted is None:
         raise IosrFastError(
             "expected adapted embeddings, which this plan reads, got None; encode with an encoder that has an adapter, "
             'or compile the plan for query="plain"'
         )
+    if _usual(plan, embeddings.plain, check) and (
+        embeddings.adapted is None
+        or (len(embeddings.adapted) == len(embeddings.plain) and _usual(plan, embeddings.adapted, check))
+    ):
+        return Inputs(embeddings)
     named = {"plain": _import(embeddings.plain)}
     if embeddings.adapted is not None:
         named["adapted"] = _import(embeddings.adapted)
@@ -64,12 +67,26 @@ def scoring_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) 
         on_device = _on_device(named)
         if check:
             _check_unit_tensors(on_device, precision)
-        return ScoringInputs(Embeddings(on_device["plain"], on_device.get("adapted")), "cuda", True)
-    arrays = {name: _as_float32(array) for name, array in named.items()}
+        return Inputs(Embeddings(on_device["plain"], on_device.get("adapted")), "cuda", True)
+    arrays = {name: _contiguous(array) for name, array in named.items()}
     if check:
         for name, array in arrays.items():
             check_unit_rows(name, array, precision=precision[name])
-    return ScoringInputs(Embeddings(arrays["plain"], arrays.get("adapted")), "cpu", tensors)
+    return Inputs(Embeddings(arrays["plain"], arrays.get("adapted")), "cpu", tensors)
+
+
+def _usual(plan: PlanTerms, rows: Any, check: bool) -> bool:
+    """Whether `rows` are contiguous float32 unit rows (B, D), by a check of a microsecond. Others are converted or
+    refused with a message."""
+    if type(rows) is not np.ndarray or rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != plan.width:
+        return False
+    if not check:
+        return rows.flags.c_contiguous
+    try:
+        from iosr_fast import _C
+    except ImportError:  # dispatch says how to build it
+        return False
+    return rows.flags.c_contiguous and _C.unit_rows(rows, UNIT_NORM_TOLERANCE["fp32"])
 
 
 def _is_tensor(array: Any) -> bool:
@@ -103,7 +120,7 @@ def _import(array: Array) -> Array:
         ) from error
 
 
-def _as_float32(array: Array) -> np.ndarray:
+def _contiguous(array: Array) -> np.ndarray:
     if _is_tensor(array):
         array = array.detach().float().numpy()
     return np.ascontiguousarray(array, dtype=np.float32)

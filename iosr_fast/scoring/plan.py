@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.fields import ARRAYS, CONSTANTS, EMBEDDINGS, LARGEST, RANGES, Embedding, PlanTerms
-from iosr_fast.scoring.int8_keys import compact_int8
-from iosr_fast.scoring.precision import Precision, convert_keys, precision_of
+from iosr_fast.scoring.key_precision import (
+    Precision,
+    check_precision,
+    convert_keys,
+    int8_keys,
+    key_rows,
+    precision_of,
+)
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.validation import check_number, check_size, check_unit_rows, frozen
 
@@ -38,7 +45,7 @@ class ScoringPlan(PlanTerms):
     key_scales     (N,) float32, positive, with int8 keys only: key j is key_scales[j] * keys[j]
     class_offsets  (C + 1,) int64; class c owns keys[class_offsets[c]:class_offsets[c + 1]], possibly none
     weights        (N,) float32; None means all ones
-    values         (N, C) float32, in place of class_offsets: a row of class values for each key
+    values         (N, C) float32 or float16, in place of class_offsets: a row of class values for each key
     linear, bias   (C, D), with another number of channels for some features, and (C,) float32
     query, feature the embedding that is compared with the keys, and the one that the linear term reads
     reducer        applied to both of these embeddings before they are read; the keys are stored reduced
@@ -113,10 +120,20 @@ class ScoringPlan(PlanTerms):
             size = max(abs(self.alpha), 1.0) * self._largest_cache_term()
             check_number("alpha times all weights and values of keys", size, 0.0, LARGEST, _RESCALE)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """D, the number of channels of an embedding."""
         return next(iter(self._widths().values()))
+
+    @property
+    def reducer_shift(self) -> np.ndarray | None:
+        """The reducer's shift (D,), None without one."""
+        return None if self.reducer is None else self.reducer.shift
+
+    @property
+    def reducer_projection(self) -> np.ndarray | None:
+        """The reducer's projection, (D, D) or (D,), None without one."""
+        return None if self.reducer is None else self.reducer.projection
 
     @property
     def key_precision(self) -> Precision | None:
@@ -130,30 +147,32 @@ class ScoringPlan(PlanTerms):
         """
         if self.keys is None:
             raise IosrFastError("expected a plan with keys, got one without a cache term")
-        keys = convert_keys(self.keys, self.key_scales, "fp32")[0]
+        keys = key_rows(self.keys, self.key_scales, slice(None))
         return keys if self.query_transform is None else keys @ self.query_transform
 
-    def with_key_precision(self, precision: Precision, *, compensate: bool = True) -> ScoringPlan:
+    def with_key_precision(self, precision: Precision) -> ScoringPlan:
         """The same plan with its keys stored in `precision`: "fp32", "fp16", "bf16" or "int8".
 
-        Converting to a finer precision normalises each key again (`dequantize` doesn't). int8 keys get a
-        query_transform if it lowers their error (int8_keys.compact_int8); `compensate=False` takes the nearest codes,
-        which is many times faster. Raises ValueError without keys or for an unknown precision.
+        Each key is normalised first, as rounding changes its norm. int8 keys get a query_transform
+        (key_precision.int8_keys), and values are stored in float16, divided by their largest magnitude, which alpha is
+        multiplied by. Raises IosrFastError without keys or for an unknown precision.
         """
         if self.keys is None:
             raise IosrFastError(f"expected a plan with keys to store in {precision}, got one without a cache term")
-        if precision == self.key_precision:
+        if check_precision(precision) == self.key_precision:
             return self
-        if self.query_transform is not None:
+        keys = self.keys
+        if self.key_precision != "fp32" or self.query_transform is not None:
             keys = self.dequantize()
-            keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-            plain = replace(self, keys=keys, key_scales=None, query_transform=None)
-            return plain.with_key_precision(precision, compensate=compensate)
-        if precision == "int8" and compensate:
-            codes, code_scales, transform = compact_int8(self.keys, self.key_scales)
-            return replace(self, keys=codes, key_scales=code_scales, query_transform=transform)
-        converted, scales = convert_keys(self.keys, self.key_scales, precision, compensate=False, unit=True)
-        return replace(self, keys=converted, key_scales=scales)
+            keys = keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        if precision != "int8":
+            return replace(self, keys=convert_keys(keys, precision), key_scales=None, query_transform=None)
+        codes, scales, rotation = int8_keys(keys)
+        narrow = replace(self, keys=codes, key_scales=scales, query_transform=rotation)
+        if self.values is None or not (largest := float(np.abs(self.values).max())):
+            return narrow
+        values = (self.values / np.float32(largest)).astype(np.float16)
+        return replace(narrow, values=values, alpha=self.alpha * largest)
 
     def scaled(self, factor: float) -> ScoringPlan:
         """The plan whose logits are `factor` times these: the same labels, softer or harder probabilities.
@@ -171,7 +190,7 @@ class ScoringPlan(PlanTerms):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Fields alone: a copy with other arrays must not take what is bound to the C++ kernel (cpp_scorer.py)."""
+        """Fields alone: a copy with other arrays must not take those on a device."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def _largest_cache_term(self) -> float:
@@ -191,13 +210,11 @@ class ScoringPlan(PlanTerms):
 
     def _freeze_arrays(self) -> None:
         for field in ARRAYS:
-            value = field.of(self)
+            value = getattr(self, field.name)
             if value is None or field.term == "reducer":  # Reducer freezes its own arrays
                 continue
-            dtype = field.dtype
-            if dtype is None:
-                stored = np.asarray(value).dtype
-                dtype = np.float32 if precision_of(stored) is None else stored.type
+            stored = np.asarray(value).dtype.type
+            dtype = stored if stored in field.dtypes else field.dtypes[0]
             object.__setattr__(self, field.name, frozen(field.name, value, dtype))
 
     def _check_shapes(self) -> None:
@@ -213,7 +230,7 @@ class ScoringPlan(PlanTerms):
         sizes["N"] = 0 if self.keys is None else len(self.keys)
         sizes["F"] = {"both": 2 * width, "text-distribution": self.n_classes + 1}.get(self.feature, width)
         for field in ARRAYS:
-            array, shape = field.of(self), tuple(sizes[axis] for axis in field.shape)
+            array, shape = getattr(self, field.name), tuple(sizes[axis] for axis in field.shape)
             if array is not None and field.term != "reducer" and array.shape != shape:
                 raise IosrFastError(f"expected {field.name} of shape {shape}, got {array.shape}")
         if self.reducer is not None and self.reducer.width != width:

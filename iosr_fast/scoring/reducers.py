@@ -7,12 +7,13 @@ those compared with text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from iosr_fast.encoders.encoder import Array
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.scoring.arrays import AddProduct, add_product_blas, module_of, product
 from iosr_fast.scoring.validation import check_size, frozen
 
 REDUCERS = ("none", "centre", "pca")
@@ -20,14 +21,15 @@ NAME = r"none|centre|pca(:[1-9][0-9]{0,5})?"
 # The share of principal components that "pca" keeps, out of min(D, N).
 PCA_SHARE = 0.5
 _TINY = 1e-12
-# Rows (B, K) and a matrix (C, K) to rows @ matrix' (B, C).
-Product = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def blas_product(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """rows @ matrix' by NumPy's BLAS. On some processors a row's bits depend on its place among the others."""
-    result: np.ndarray = rows @ matrix.T
-    return result
+def reduce_rows(rows: Array, shift: Array | None, projection: Array | None, add_product: AddProduct) -> Array:
+    """unit(projection @ (row - shift)) of rows (B, D) float32; a row that is mapped to zero stays zero."""
+    moved = rows if shift is None else rows - shift
+    if projection is not None:
+        moved = moved * projection if projection.ndim == 1 else product(moved, projection, add_product)
+    norms = module_of(moved).sqrt((moved * moved).sum(axis=1, keepdims=True))
+    return moved / norms.clip(_TINY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +78,9 @@ class Reducer:
         assert array is not None
         return len(array)
 
-    def __call__(self, rows: np.ndarray, product: Product = blas_product) -> np.ndarray:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Rows (B, D) to (B, D) float32 unit rows; a row that is mapped to zero stays zero."""
-        moved = np.asarray(rows, np.float32)
-        if self.shift is not None:
-            moved = moved - self.shift
-        if self.projection is not None:
-            moved = moved * self.projection if self.projection.ndim == 1 else product(moved, self.projection)
-        unit: np.ndarray = moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), np.float32(_TINY))
+        unit: np.ndarray = reduce_rows(np.asarray(rows, np.float32), self.shift, self.projection, add_product_blas)
         return unit
 
     def then(self, channels: np.ndarray) -> Reducer:

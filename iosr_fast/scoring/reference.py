@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.scoring.precision import key_rows
+from iosr_fast.scoring.key_precision import key_rows
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.scoring.precision import Precision, chunks, key_rows
+from iosr_fast.scoring.key_precision import Precision, chunks, key_rows
 
 # The largest difference of a row's norm from 1, by the precision of its channels.
 UNIT_NORM_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2, "int8": 2e-2}

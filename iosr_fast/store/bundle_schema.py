@@ -16,8 +16,8 @@ from iosr_fast.head.names import check_names
 from iosr_fast.head.support_images import SupportViews
 from iosr_fast.methods import METHODS, check_parameters
 from iosr_fast.methods.tuned import Protocol, Tuned
+from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import Feature
-from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import NAME
 from iosr_fast.utils.schema import (
     Above0,

@@ -128,17 +128,19 @@ def test_pictures_of_a_clip_look_like_photographs() -> None:
     assert not any((judged == one).all((1, 2, 3)).any() for one in calibration)
 
 
-@pytest.mark.parametrize("case", ["q5-k40-d32-c60", "q1-k64-d16-c4"])  # more classes than keys: some are empty
+# With more classes than keys some are empty.
+@pytest.mark.parametrize("case", ["q5-k40-d32-c60", "q1-k64-d16-c4", "q5-k40-d32-c6-values", "q1-k64-d16-c4-values"])
 def test_score(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "OUT_OF_CACHE", 4000)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     run = Run("score", threads=1, repeats=1)
     score.run(run, [case])
     simd = next(name for name, supported in _C.simd_paths() if supported)
     narrow = {f"cpp/{simd}:{kind}" for kind in ("fp16", "bf16", "int8")}
     ceiling = ceilings.MEMORY if case.startswith("q1-") else ceilings.GEMM
     rows = by_name(run)
-    rivals = {"papers-formula", "eager-best", "torch-fp32"}
-    assert set(rows) == {"numpy", "score()", f"cpp/{simd}", "torch/cpu", ceiling} | narrow | rivals
+    rivals = {"eager-best", "torch-fp32", "compiled-best" if case.endswith("values") else "papers-formula"}
+    assert set(rows) == {f"cpp/{simd}", "torch/cpu", ceiling} | narrow | rivals
     for row in run.rows:
         assert row["precision"] == row["impl"].partition(":")[2] or row["precision"] == "fp32"
         assert row["share_of_ceiling"] > 0 and row["rate_unit"] == ("GB/s" if case.startswith("q1-") else "GFLOP/s")
@@ -155,13 +157,15 @@ def test_wrong_logits_are_refused() -> None:
 
 def test_cases_are_read_or_refused() -> None:
     assert score.Case.parse("q256-k16000-d512-c1000") == score.Case(256, 16000, 512, 1000)
+    assert str(score.Case.parse("q1-k64-d8-c4-values")) == "q1-k64-d8-c4-values"
     for bad in ("q256", "q256-k16000-d512-c1000x", "q0-k1-d1-c1", "k1-q1-d1-c1"):
         with pytest.raises(ValueError, match="expected a case like"):
             score.Case.parse(bad)
 
 
-def test_a_few_classes_stand_for_all_in_the_verification() -> None:
-    plan, embeddings = score.Case(3, 40, 16, 9).build()
+@pytest.mark.parametrize("values", [False, True])
+def test_a_few_classes_stand_for_all_in_the_verification(values: bool) -> None:
+    plan, embeddings = score.Case(3, 40, 16, 9, values).build()
     chosen = np.array([0, 4, 8])
     few = score_reference(score.only_classes(plan.with_key_precision("int8"), chosen), embeddings)
     whole = score_reference(plan.with_key_precision("int8"), embeddings)

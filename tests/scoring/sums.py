@@ -13,8 +13,8 @@ from torch import Tensor
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.device_plan import DevicePlan, device_plan
+from iosr_fast.scoring.key_precision import PRECISIONS
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
 from tests.conftest import random_plan, unit_rows
 

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +15,13 @@ import pytest
 import torch
 
 from iosr_fast import _C, info
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import UnavailableError
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.score import score_with_path
 from tests.conftest import random_embeddings, random_plan
 
 CPP = f"cpp/{next(name for name, supported in _C.simd_paths() if supported)}"
-NAMES = ["cpp", "numpy", "triton", "cuda", "torch", "reference"]
+NAMES = ["cpp", "cuda", "triton", "torch", "reference"]
 
 
 def path_taken(rng: np.random.Generator, impl: str = "auto") -> str:
@@ -29,55 +30,54 @@ def path_taken(rng: np.random.Generator, impl: str = "auto") -> str:
 
 def refuse(monkeypatch: pytest.MonkeyPatch, *names: str, reason: str | None = "no compiler") -> None:
     """Make `names` unavailable for `reason`, or available if that is None."""
-    entries = [
-        replace(entry, unavailable_reason=lambda: reason) if entry.name in names else entry
-        for entry in dispatch.REGISTRY
+    backends = [
+        replace(backend, unavailable_reason=lambda: reason) if backend.name in names else backend
+        for backend in dispatch.BACKENDS
     ]
-    monkeypatch.setattr(dispatch, "REGISTRY", tuple(entries))
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(backends))
     dispatch._best.cache_clear()
 
 
-def test_the_table_lists_every_implementation_and_its_devices() -> None:
-    assert [entry.name for entry in dispatch.REGISTRY] == NAMES
-    assert {entry.name: entry.devices for entry in dispatch.REGISTRY} == {
+def test_the_backends_of_each_device() -> None:
+    assert {backend.name: backend.devices for backend in dispatch.BACKENDS} == {
         "cpp": ("cpu",),
-        "numpy": ("cpu",),
         "cuda": ("cuda",),
         "triton": ("cuda",),
         "torch": ("cpu", "cuda"),
         "reference": ("cpu",),
     }
-    assert all(entry.unavailable_reason() is None for entry in dispatch.REGISTRY if "cpu" in entry.devices)
+    assert all(backend.unavailable_reason() is None for backend in dispatch.BACKENDS if "cpu" in backend.devices)
 
 
 def test_each_name_takes_its_path(rng: np.random.Generator) -> None:
-    assert path_taken(rng) == CPP
-    names = ("cpp", "numpy", "torch", "reference")
-    assert [path_taken(rng, name) for name in names] == [CPP, "numpy", "torch/cpu", "reference"]
+    names = ("auto", "cpp", "torch", "reference")
+    assert [path_taken(rng, name) for name in names] == [CPP, CPP, "torch/cpu", "reference"]
 
 
-def test_the_order_of_preference_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {"cpu": ["cpp", "numpy"], "cuda": ["triton", "cuda", "torch"]}
+@pytest.mark.parametrize(
+    ("device", "batch", "order"),
+    [("cpu", 1, ["cpp"]), ("cuda", 16, ["cuda", "triton", "torch"]), ("cuda", 17, ["triton", "torch"])],
+)
+def test_the_order_of_preference(device: str, batch: int, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, *NAMES, reason=None)
-    for device, order in expected.items():
-        for name in order:
-            assert dispatch.choose("auto", device).name == name
-            refuse(monkeypatch, name)
-        with pytest.raises(RuntimeError, match=f"can run on {device} here: {order[0]}: no compiler; {order[1]}: no"):
-            dispatch.choose("auto", device)
+    for name in order:
+        assert dispatch.choose("auto", device, batch).name == name
+        refuse(monkeypatch, name)
+    with pytest.raises(UnavailableError, match=f"can run on {device} here: {order[0]}: no compiler"):
+        dispatch.choose("auto", device, batch)
 
 
 def test_the_environment_takes_the_place_of_auto_only(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, path in (("numpy", "numpy"), ("torch", "torch/cpu"), ("reference", "reference"), ("auto", CPP)):
+    for name, path in (("torch", "torch/cpu"), ("reference", "reference"), ("auto", CPP)):
         monkeypatch.setenv("IOSR_FAST_IMPL", name)
         assert path_taken(rng) == path
-        assert path_taken(rng, "numpy") == "numpy"
+        assert path_taken(rng, "cpp") == CPP
 
 
 def test_an_unknown_name_is_refused(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "implementation of auto, cpp, numpy, triton, cuda, torch, reference, got "
+    message = "scoring backend of auto, cpp, cuda, triton, torch, reference, got "
     with pytest.raises(ValueError, match=f"{message}impl='fortran'"):
         path_taken(rng, "fortran")
     monkeypatch.setenv("IOSR_FAST_IMPL", "fortran")
@@ -85,17 +85,17 @@ def test_an_unknown_name_is_refused(rng: np.random.Generator, monkeypatch: pytes
         path_taken(rng)
 
 
-def test_auto_falls_back_and_says_why_once_a_device(
+def test_a_fallback_is_logged_once_with_the_reason(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refuse(monkeypatch, "cpp", "cuda", "triton")
     with caplog.at_level(logging.INFO, logger="iosr_fast"):
-        assert [path_taken(rng), path_taken(rng)] == ["numpy", "numpy"]
-        assert [dispatch.choose("auto", "cuda").name for _ in range(2)] == ["torch", "torch"]
-    assert [record.message for record in caplog.records] == [
-        "scoring on cpu with numpy (unavailable: cpp: no compiler)",
-        "scoring on cuda with torch (unavailable: triton: no compiler; cuda: no compiler)",
-    ]
+        assert [dispatch.choose("auto", "cuda", 64).name for _ in range(2)] == ["torch", "torch"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message == "scoring on cuda with torch (unavailable: triton: no compiler)"
+    with pytest.raises(UnavailableError, match="no scoring backend can run on cpu here: cpp: no compiler"):
+        path_taken(rng)
     with pytest.raises(RuntimeError, match="impl='cpp' can't run here: no compiler"):
         path_taken(rng, "cpp")
     monkeypatch.setenv("IOSR_FAST_IMPL", "cpp")
@@ -106,7 +106,7 @@ def test_auto_falls_back_and_says_why_once_a_device(
 def test_a_name_that_cannot_take_the_device_is_refused(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("cpp", "numpy", "reference"):
+    for name in ("cpp", "reference"):
         message = f"impl='{name}' can't run here: {name} executes on cpu, and the embeddings are on cuda; move them"
         with pytest.raises(RuntimeError, match=message):
             dispatch.choose(name, "cuda")
@@ -127,11 +127,11 @@ def test_a_name_that_cannot_take_the_device_is_refused(
 
 
 def test_triton_takes_the_cpu_under_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_missing_package", lambda package, extra: None)
-    (triton,) = (entry for entry in dispatch.REGISTRY if entry.name == "triton")
+    monkeypatch.setattr(dispatch, "_package_unavailable_reason", lambda package, extra, oldest=None: None)
+    (triton,) = (backend for backend in dispatch.BACKENDS if backend.name == "triton")
     for value, devices in (("0", ("cuda",)), ("1", ("cpu", "cuda"))):
         monkeypatch.setenv("TRITON_INTERPRET", value)
-        assert triton.devices == devices
+        assert dispatch.devices_of(triton) == devices
     assert triton.unavailable_reason() is None and dispatch.choose("triton", "cpu") is triton
     # Never by itself: it is for tests.
     assert dispatch.choose("auto", "cpu").name == "cpp"
@@ -157,30 +157,48 @@ def test_an_extension_of_another_version_is_refused(monkeypatch: pytest.MonkeyPa
     try:
         assert "was built for version 0.0.1" in (dispatch.cpp_unavailable_reason() or "")
         monkeypatch.undo()
-        monkeypatch.delattr(_C, "BoundPlan")
+        monkeypatch.delattr(_C, "affinity_sums")
         dispatch.cpp_unavailable_reason.cache_clear()
         assert "was built from older sources" in (dispatch.cpp_unavailable_reason() or "")
     finally:
         dispatch.cpp_unavailable_reason.cache_clear()
 
 
-def test_a_missing_package_is_answered_with_what_brings_it(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, r"triton is not installed; pip install 'iosr_fast\[gpu\]' brings it"),
+        ("3.3.1", r"expected triton 3.4 or newer, got 3.3.1; pip install 'iosr_fast\[gpu\]'"),
+    ],
+)
+def test_a_missing_or_old_package_is_answered_with_what_brings_it(
+    found: str | None, message: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    dispatch._missing_package.cache_clear()
+    def version(package: str) -> str:
+        if found is None:
+            raise PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(dispatch, "version", version)
+    dispatch._package_unavailable_reason.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match=r"impl='torch' can't run here: .*pip install 'iosr_fast\[cpu\]'"):
-            path_taken(rng, "torch")
+        with pytest.raises(UnavailableError, match=f"impl='triton' can't run here: {message}"):
+            path_taken(rng, "triton")
     finally:
-        dispatch._missing_package.cache_clear()
+        dispatch._package_unavailable_reason.cache_clear()
+
+
+def test_a_backend_for_few_queries_refuses_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, "cuda", reason=None)
+    with pytest.raises(UnavailableError, match="at most 16 embeddings at once, got 17; leave the choice open"):
+        dispatch.choose("cuda", "cuda", 17)
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with NVIDIA's driver and every package."""
     monkeypatch.setattr(dispatch, "_driver_unavailable_reason", lambda: None)
-    monkeypatch.setattr(dispatch, "_missing_package", lambda package, extra: None)
+    monkeypatch.setattr(dispatch, "_package_unavailable_reason", lambda package, extra, oldest=None: None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
@@ -213,11 +231,7 @@ def test_a_missing_or_stale_cuda_build_is_answered_with_how_to_build(
         dispatch._cuda_build_unavailable_reason.cache_clear()
 
 
-def test_an_instruction_set_is_forced_or_refused_loudly(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("IOSR_FAST_SIMD", "scalar")
-    assert path_taken(rng, "cpp") == "cpp/scalar"
+def test_an_unknown_instruction_set_is_refused(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOSR_FAST_SIMD", "altivec")
     with pytest.raises(RuntimeError, match=r"compiled path \(.*scalar.*\), got 'altivec'"):
         path_taken(rng, "cpp")
@@ -251,15 +265,9 @@ def test_info_answers_without_importing_what_it_lists() -> None:
 
 def test_info_shows_a_refusal_and_what_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, "cpp")
-    monkeypatch.setenv("IOSR_FAST_IMPL", "numpy")
+    monkeypatch.setenv("IOSR_FAST_IMPL", "torch")
     text = info.format_info()
     assert "cpp          cpu        no: no compiler" in text and "SIMD paths of cpp: none" in text
-    assert "IOSR_FAST_IMPL=numpy" in text
+    assert "IOSR_FAST_IMPL=torch" in text
     assert info.info()["implementations"]["cpp"] == {"devices": ["cpu"], "unavailable_reason": "no compiler"}
     assert info.package_version("no-such-package-anywhere") is None
-
-
-def test_a_list_is_scored_like_an_array(rng: np.random.Generator) -> None:
-    plan, embeddings = random_plan(rng, [2, 1], 8), random_embeddings(rng, 3, 8)
-    lists = Embeddings(embeddings.plain.tolist(), embeddings.adapted.tolist())
-    np.testing.assert_array_equal(score_with_path(plan, lists)[0], score_with_path(plan, embeddings)[0])

@@ -13,7 +13,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.models.model import Model
 from iosr_fast.methods.support_set import ROUNDING, class_weights, image_rows
-from iosr_fast.scoring.numpy_scorer import text_distribution
+from iosr_fast.scoring.lower import text_distribution
 from iosr_fast.scoring.reducers import Reducer
 
 CHANNEL_SHARE = 0.75  # of the channels that APE keeps

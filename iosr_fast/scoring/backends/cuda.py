@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.scoring.device_plan import on_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,11 +44,10 @@ def affinity_sums(plan: DevicePlan, queries: Tensor, logits: Tensor) -> str:
     """
     if not 1 <= len(queries) <= FEW:
         raise IosrFastError(f"expected 1 to {FEW} queries, got {len(queries)}; the backends triton and torch take more")
-    with on_gpu(plan.device):
-        stream, bound = _stream(plan.device), plan.cached("cuda", lambda: _bind(plan)).plan
-        rows = queries.float().contiguous()
-        workspace = torch.empty(bound.workspace_size(len(rows)), dtype=torch.float32, device=plan.device)
-        bound.add_affinity_sums(rows.data_ptr(), len(rows), logits.data_ptr(), workspace.data_ptr(), stream)
+    stream, bound = _stream(plan.device), plan.cached("cuda", lambda: _bind(plan)).plan
+    rows = queries.float().contiguous()
+    workspace = torch.empty(bound.workspace_size(len(rows)), dtype=torch.float32, device=plan.device)
+    bound.add_affinity_sums(rows.data_ptr(), len(rows), logits.data_ptr(), workspace.data_ptr(), stream)
     return "cuda/few"
 
 

@@ -62,7 +62,8 @@ def _add_block(plan: DevicePlan, queries: Tensor, logits: Tensor) -> None:
         if plan.weights is not None:
             affinity.mul_(plan.weights[begin:end, None])
         if plan.values is not None:
-            logits.addmm_(affinity.T, plan.values[begin:end].float(), alpha=plan.alpha)
+            # Not addmm: on a CPU it rounds each product of the sum to the precision of the logits.
+            logits.add_(torch.mm(affinity.T, plan.values[begin:end].float()), alpha=plan.alpha)
             continue
         classes, lengths = _segments(plan, begin, end)
         sums = torch.segment_reduce(affinity, "sum", lengths=lengths, axis=0, unsafe=True)

@@ -48,11 +48,14 @@ class Engine:
         self._encoding = threading.Lock()  # of an encoder with one run, which may not be thread-safe
 
     def warm(self, classifier: Any) -> None:
-        """Run each bucket size once, because first runs are slow. Raises what the engine raises."""
+        """Run each bucket size once, because first runs are slow: of the encoder, and on a GPU of scoring, too, whose
+        kernels are compiled for a batch's size. Raises what the engine raises."""
         encoder = classifier.encoder
         with self._encoding if encoder.runs == 1 else nullcontext():
             warm_encoder(encoder, self._max_batch)
-        Run(classifier, self._encoding).compute(np.zeros((1, encoder.image_size, encoder.image_size, 3), np.uint8))
+        for size in bucket_sizes(min(self._max_batch, encoder.max_batch)) if encoder.buckets else [1]:
+            pixels = np.zeros((size, encoder.image_size, encoder.image_size, 3), np.uint8)
+            Run(classifier, self._encoding).compute(pixels)
 
     def run(self, classifier: Any, items: Sequence[Item]) -> Run:
         """Set the outcome of every item: a Prediction or an exception."""
