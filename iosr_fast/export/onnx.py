@@ -123,17 +123,13 @@ def save_onnx(model: Any, path: Path) -> None:
         weights.chmod(0o644)  # onnx makes it readable for its owner only
 
 
-def open_session(model: Any, folder: Path | None = None) -> Any:
-    """An ONNX Runtime session of a ModelProto on the CPU; `folder` has the file of the weights, if there is one. The
-    model's large constants are then moved out of it."""
+def open_session(model: Any, folder: Path) -> Any:
+    """An ONNX Runtime session of a ModelProto on the CPU; `folder` has the file of its weights. New large constants are
+    moved out of the model, because protobuf's limit is 2 GB."""
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if folder is None:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    # Beside the weights, which the graph names by a relative path. New constants have a file, too: protobuf's limit is
-    # 2 GB.
-    path = folder / f"{uuid.uuid4().hex}.onnx"
+    path = folder / f"{uuid.uuid4().hex}.onnx"  # beside the weights, which the graph names by a relative path
     try:
         save_onnx(model, path)
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

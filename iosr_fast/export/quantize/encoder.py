@@ -16,6 +16,7 @@ The errors that remain are measured where they matter, in the embeddings: the pr
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +26,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import check_calibration, evenly
 from iosr_fast.export.onnx import save_onnx
 from iosr_fast.export.quantize.graph import Activation, EncoderGraph, Group
-from iosr_fast.export.quantize.sensitivity import GatedEncoder, choose_float
+from iosr_fast.export.quantize.sensitivity import EmbeddingError, choose_float
 from iosr_fast.export.quantize.values import (
     Form,
     QuantisedGroup,
@@ -88,8 +89,8 @@ def quantize_onnx(source: Path, target: Path, pictures: np.ndarray, form: Form =
             attempts[i] = attempt
         else:
             reasons[i] = f"its squared error would be {attempt.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
-    encoder = GatedEncoder(_open(source, pictures), attempts, evenly(pictures, JUDGED_PICTURES))
-    floats, error = choose_float(encoder, attempts, work, LARGEST_EMBEDDING_ERROR[form])
+    error_of = EmbeddingError(partial(_open, source, pictures), attempts, evenly(pictures, JUDGED_PICTURES))
+    floats, error = choose_float(error_of, attempts, work, LARGEST_EMBEDDING_ERROR[form])
     for i, alone in floats.items():
         attempts[i] = None
         reasons[i] = f"alone it would move the embeddings by {alone:.2%} of their variance"

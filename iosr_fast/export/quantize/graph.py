@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from iosr_fast.utils.require import require
 
 PRODUCTS = ("MatMul", "Gemm")
 SAMPLED_ROWS = 512
-PIXELS = 2**18  # per batch while activations are measured; bounds their memory
+PIXELS = 2**16  # of a run, one picture of 224: all activations are kept while they are measured
 
 
 @dataclass
@@ -68,10 +68,10 @@ class Activation:
 class EncoderGraph:
     """A ModelProto, changed in place, with its constants, readers and producers by name.
 
-    `folder` has the file of the weights, if they are not in the model; they are read from it one by one.
+    `folder` has the file of the weights, which are read from it one by one.
     """
 
-    def __init__(self, model: Any, folder: Path | None = None) -> None:
+    def __init__(self, model: Any, folder: Path) -> None:
         self._onnx = require("onnx", "cpu")
         self.model = model
         self.folder = folder
@@ -111,7 +111,7 @@ class EncoderGraph:
 
     def value(self, name: str) -> np.ndarray:
         """The constant of this name."""
-        array: np.ndarray = self._onnx.numpy_helper.to_array(self.constants[name], str(self.folder or ""))
+        array: np.ndarray = self._onnx.numpy_helper.to_array(self.constants[name], str(self.folder))
         return array
 
     def dtype(self, group: Group) -> Any:
@@ -119,70 +119,57 @@ class EncoderGraph:
         weight = self.constants[group.products[0].node.input[1]]
         return self._onnx.helper.tensor_dtype_to_np_dtype(weight.data_type)
 
+    def run(self, pictures: np.ndarray) -> list[np.ndarray]:
+        """The embeddings of `pictures`, uint8 (N, S, S, 3), by ONNX Runtime."""
+        parts = self._batches(pictures, [output.name for output in self.finish().graph.output])
+        return [np.concatenate(values) for values in zip(*parts, strict=True)]
+
     def activations(self, tensors: list[str], pictures: np.ndarray) -> dict[str, Activation]:
-        """The values of `tensors` while ONNX Runtime executes the graph on `pictures`.
-
-        The graph reduces each tensor to its range and its sampled tokens, so that whole activations are never returned.
-        """
-        rng = np.random.default_rng(0)
-        shapes = {value.name: value.type.tensor_type.shape.dim for value in self.model.graph.value_info}
-        probe = self._onnx.ModelProto()
-        probe.CopyFrom(self.model)
-        sampled = -(-SAMPLED_ROWS // len(pictures))
-        added: list[str] = []
-
-        def add(op: str, name: str, result: str, second: np.ndarray, **attributes: int) -> None:
-            constant = self._onnx.numpy_helper.from_array(second.astype(np.int64), f"{name}_{result}_constant")
-            probe.graph.initializer.append(constant)
-            inputs, outputs = [name, constant.name], [f"{name}_{result}"]
-            probe.graph.node.append(self._onnx.helper.make_node(op, inputs, outputs, **attributes))
-            added.append(outputs[0])
-
-        for name in tensors:
-            axes = np.arange(len(shapes[name]) - 1)
-            add("ReduceMin", name, "low", axes, keepdims=0)
-            add("ReduceMax", name, "high", axes, keepdims=0)
-            if len(axes) > 1:
-                places = int(np.prod([dim.dim_value for dim in shapes[name][1:-1]]))
-                if len(axes) > 2:
-                    add("Reshape", name, "places", np.array([0, -1, shapes[name][-1].dim_value]))
-                    name = added.pop()
-                others = 1 + rng.permutation(places - 1)[:sampled]
-                add("Gather", name, "rows", np.concatenate([[0], others]), axis=1)
-            else:
-                added.append(name)  # one token a picture and stream
-        probe.graph.output.extend(map(self._onnx.helper.make_empty_tensor_value_info, added))
-        session, batch = open_session(probe, self.folder), max(1, PIXELS // (pictures.shape[1] * pictures.shape[2]))
-        parts: list[list[np.ndarray]] = [[] for _ in added]
-        for start in range(0, len(pictures), batch):
-            values = session.run(added, {"pixels": np.ascontiguousarray(pictures[start : start + batch])})
-            for part, value in zip(parts, values, strict=True):
-                part.append(value.reshape(-1, value.shape[-1]).astype(np.float32))
+        """The values of `tensors` while ONNX Runtime executes the graph on `pictures`."""
+        rng, sampled = np.random.default_rng(0), -(-SAMPLED_ROWS // len(pictures))
+        parts: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in tensors}
+        places: dict[str, np.ndarray] = {}
+        for values in self._batches(pictures, tensors):
+            for name, value in zip(tensors, values, strict=True):
+                value = value.reshape(len(value), -1, value.shape[-1]).astype(np.float32)  # one stream of a picture
+                if name not in places:
+                    places[name] = np.append(0, 1 + rng.permutation(value.shape[1] - 1)[:sampled])
+                rows = value[:, places[name]].reshape(-1, value.shape[-1])
+                parts[name].append((rows, value.min((0, 1)), value.max((0, 1))))
+        measured = {name: list(zip(*each, strict=True)) for name, each in parts.items()}
         return {
-            name: Activation(np.concatenate(rows), np.concatenate(low).min(0), np.concatenate(high).max(0))
-            for name, low, high, rows in zip(tensors, parts[::3], parts[1::3], parts[2::3], strict=True)
+            name: Activation(np.concatenate(rows), np.min(low, axis=0), np.max(high, axis=0))
+            for name, (rows, low, high) in measured.items()
         }
 
-    def insert(self, group: Group, by: QuantisedGroup, gate: str | None = None) -> None:
+    def _batches(self, pictures: np.ndarray, tensors: list[str]) -> Iterator[list[np.ndarray]]:
+        """`tensors` of the graph, as outputs, for a few pictures at a time."""
+        probe = self._onnx.ModelProto()
+        probe.CopyFrom(self.model)
+        known = {output.name for output in probe.graph.output}
+        added = [name for name in tensors if name not in known]
+        probe.graph.output.extend(map(self._onnx.helper.make_empty_tensor_value_info, added))
+        session, batch = open_session(probe, self.folder), max(1, PIXELS // (pictures.shape[1] * pictures.shape[2]))
+        for start in range(0, len(pictures), batch):
+            yield session.run(tensors, {"pixels": np.ascontiguousarray(pictures[start : start + batch])})
+
+    def insert(self, group: Group, by: QuantisedGroup) -> None:
         """Insert Q/DQ on the activation, one pair for all readers, and DQ on each product's quantised matrix.
 
-        The divisor goes into the LayerNormalization before the group, otherwise into a Mul. With a `gate`, the name of
-        a boolean, the products in float stay beside the quantised ones, and the gate selects.
+        The divisor goes into the LayerNormalization before the group, otherwise into a Mul.
         """
         name = group.tensor
-        if by.divisor is not None and group.norm is not None and gate is None:
+        if by.divisor is not None and group.norm is not None:
             self._divide(group.norm, by.divisor)
         elif by.divisor is not None:
             name = self._multiplied(name, (1 / by.divisor).astype(self.dtype(group)))
         pair = self._pair(name, by.activation)
         for product, weight in zip(group.products, by.weights, strict=True):
-            node = product.node
-            if gate is not None:
-                node = self._gated(node, gate)
-            node.input[0], node.input[1] = pair, self._pair(f"{product.node.name}_matrix", weight)
+            product.node.input[0], product.node.input[1] = pair, self._pair(f"{product.node.name}_matrix", weight)
 
     def finish(self) -> Any:
-        """The model with the new nodes in topological order and without unused constants."""
+        """The model with the new nodes in topological order and without unused constants; `groups` are no longer its
+        nodes."""
         graph = self.model.graph
         nodes: list[Any] = []
 
@@ -204,19 +191,8 @@ class EncoderGraph:
     def load(self) -> Any:
         """`finish`, with the constants in the model."""
         model = self.finish()
-        if self.folder is not None:
-            self._onnx.load_external_data_for_model(model, str(self.folder))
+        self._onnx.load_external_data_for_model(model, str(self.folder))
         return model
-
-    def add_gates(self, count: int) -> list[str]:
-        """Add the input "gates", bool (count,), and return the name of each of its values."""
-        onnx = self._onnx
-        self.model.graph.input.append(onnx.helper.make_tensor_value_info("gates", onnx.TensorProto.BOOL, [count]))
-        names = [f"gate_{i}" for i in range(count)]
-        for i, name in enumerate(names):
-            index = self._add(f"{name}_index", np.asarray(i, np.int64))
-            self._before[name] = [onnx.helper.make_node("Gather", ["gates", index], [name], name)]
-        return names
 
     def _divide(self, norm: Any, by: np.ndarray) -> None:
         """Divide the output of a LayerNormalization, channel by channel."""
@@ -230,15 +206,6 @@ class EncoderGraph:
         factor = self._add(f"{name}_factor", by)
         self._before[result] = [self._onnx.helper.make_node("Mul", [name, factor], [result], result)]
         return result
-
-    def _gated(self, node: Any, gate: str) -> Any:
-        """A copy of a product, for other inputs; where `gate` is true its output replaces the product's."""
-        result, copied = node.output[0], type(node)()
-        copied.CopyFrom(node)
-        copied.name, copied.output[0], node.output[0] = f"{node.name}_gated", f"{result}_narrow", f"{result}_float"
-        chosen = self._onnx.helper.make_node("Where", [gate, copied.output[0], node.output[0]], [result], result)
-        self._before[result] = [copied, chosen]
-        return copied
 
     def _pair(self, name: str, tensor: Quantised) -> str:
         """Add the nodes; returns the name of the dequantised tensor."""
