@@ -173,22 +173,12 @@ def load_adapter(path: str | Path) -> Adapter:
     return adapter.eval().requires_grad_(False)
 
 
-def encode_plain(clip: LoadedClip, pixels: torch.Tensor) -> torch.Tensor:
-    """open_clip's own image embedding. `pixels` (B, 3, S, S) normalised floats; returns (B, D), not L2-normalised."""
-    features: torch.Tensor = clip.model.encode_image(pixels)
-    return features
-
-
-def encode_adapted(clip: LoadedClip, adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
+def adapted_pass(visual: Any, adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
     """The image embedding with the adapter, by a whole pass of its own, as in the paper's code.
 
-    `pixels` (B, 3, S, S) normalised floats; returns (B, D), not L2-normalised.
+    `visual` is a vision transformer of open_clip or timm (`vision_tower`), `pixels` (B, 3, S, S) normalised floats;
+    returns (B, D), not L2-normalised.
     """
-    return adapted_pass(clip.model.visual, adapter, pixels)
-
-
-def adapted_pass(visual: Any, adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
-    """`encode_adapted` of an image encoder, a vision transformer of open_clip or timm (`vision_tower`)."""
     tower = vision_tower(visual)
     x = tower.embed(pixels)
     for i, block in enumerate(tower.blocks):

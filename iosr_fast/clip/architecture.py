@@ -1,4 +1,4 @@
-"""Check open_clip's configuration of a model before its weights are downloaded. Needs open_clip, no weights."""
+"""What open_clip's configuration of an image encoder says, before weights are downloaded: whether it can be fused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.require import require
 
 _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
 # timm's names of the vision transformers that `fuse` reads, and the family of each.
@@ -19,13 +18,6 @@ _TIMM_FAMILIES = {
     r"eva_giant_\w+": "eva",
     r"eva02_\w+": "eva02",
 }
-
-
-def vision_config(name: str) -> dict[str, Any] | None:
-    """The configuration of a model's image encoder; None for a name that open_clip does not know."""
-    own = name if name.startswith(("hf-hub:", "local-dir:")) else name.replace("/", "-")
-    config = require("open_clip", "cpu").get_model_config(own)
-    return None if config is None else dict(config["vision_cfg"])
 
 
 def fused_family(vision: Mapping[str, Any]) -> str | None:
@@ -44,11 +36,8 @@ def fused_family(vision: Mapping[str, Any]) -> str | None:
     return None if any(_refusals(vision).values()) else _family(vision)
 
 
-def check_architecture(name: str) -> None:
-    """Raise ValueError for a model of open_clip that can't be fused; `fuse_config.infer_config` checks a loaded one."""
-    vision = vision_config(name)
-    if vision is None:
-        return
+def check_architecture(name: str, vision: Mapping[str, Any]) -> None:
+    """Raise ValueError for an image encoder that can't be fused; `fuse.infer_config` checks a loaded one."""
     if _family(vision) is None:
         raise not_a_vision_transformer(name, vision.get("timm_model_name") or "ResNet")
     refuse_fusing(name, _refusals(vision))

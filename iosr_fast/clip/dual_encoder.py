@@ -9,7 +9,7 @@ transformation is exact up to rounding:
                      one token. With a single query q, <q, W_k x_j> = <W_k' q, x_j> and sum_j p_j W_v x_j =
                      W_v sum_j p_j x_j: no token is projected to a key or a value, except to keys that are rotated by
                      their positions. Key biases cancel in the softmax, value biases add up
-    constant query   attention pooling has a constant query, so W_k' q is a constant too (dual_pools)
+    constant query   attention pooling has a constant query, so W_k' q is a constant too (dual_blocks.AttentionPool)
     preprocessing    the input is uint8 pixels; mean and std are folded into the first convolution and the positions
     scales           1/sqrt(head width) is folded into the query weights, LayerScale into the weights before it, the
                      adapter's scale into up_proj
@@ -30,9 +30,8 @@ require_installed("torch", "cpu")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from iosr_fast.clip.dual_blocks import Block, LastBlock, Norm, activate  # noqa: E402
+from iosr_fast.clip.dual_blocks import AttentionPool, AveragePool, Block, LastBlock, Norm, activate  # noqa: E402
 from iosr_fast.clip.dual_config import DualEncoderConfig  # noqa: E402
-from iosr_fast.clip.dual_pools import AttentionPool, AveragePool  # noqa: E402
 
 POOLS = {"avg": AveragePool, "map": AttentionPool}
 

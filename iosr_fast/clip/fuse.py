@@ -11,11 +11,12 @@ from iosr_fast.utils.require import require_installed
 require_installed("torch", "cpu")
 
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 from iosr_fast.clip.adapter import Adapter, check_belongs  # noqa: E402
+from iosr_fast.clip.architecture import refuse_fusing  # noqa: E402
 from iosr_fast.clip.dual_config import DualEncoderConfig, Precision  # noqa: E402
 from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
-from iosr_fast.clip.fuse_config import infer_config  # noqa: E402
 from iosr_fast.clip.tower import Affine, AttentionPoolParts, BlockParts, MlpParts, TowerParts  # noqa: E402
 from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
 
@@ -23,6 +24,105 @@ if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
 
 State = dict[str, torch.Tensor]
+
+
+def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32") -> DualEncoder:
+    """Fuse a vision transformer of open_clip or timm (`architecture.fused_family`) and its adapter; on the CPU.
+
+    Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
+    LayerNorm, softmax and last normalisation. `resize.resize_clip` gives a CLIP for smaller pictures.
+
+    Raises ValueError for an image encoder that can't be fused (a convolutional network, an attentional pooler of
+    open_clip, custom blocks) and an adapter of another CLIP.
+    """
+    if precision not in ("fp32", "fp16"):
+        raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
+    if adapter is not None:
+        check_belongs(adapter, clip)
+    config = infer_config(clip, adapter, precision)
+    encoder = DualEncoder.from_config(asdict(config))
+    encoder.load_state_dict(fused_state_dict(clip, adapter, config))
+    return encoder
+
+
+def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision) -> DualEncoderConfig:
+    """The shapes of the dual encoder for this CLIP. Raises ValueError for an image encoder that can't be fused."""
+    tower = vision_tower(clip.model.visual, clip.name)
+    refuse_fusing(clip.name, tower.refusals())
+    parts = tower.parts()
+    block, pool = parts.blocks[0], parts.attention_pool
+    activation = _activation(clip.name, block.mlp)
+    refuse_fusing(
+        clip.name,
+        {
+            "another activation in its stem than in its MLPs": len(parts.stem) > 1 and activation != "gelu",
+            "another MLP in its attention pool than in its blocks": pool is not None
+            and (_activation(clip.name, pool.mlp) != activation or (pool.mlp.norm or block.mlp.norm) is not None),
+        },
+    )
+    return DualEncoderConfig(
+        image_size=tower.image_size[0],
+        patch_size=tower.patch_size,
+        width=tower.width,
+        blocks=len(parts.blocks),
+        heads=tower.heads,
+        mlp_width=len(block.mlp.expand.weight),
+        embedding_width=tower.embedding_width,
+        activation=activation,
+        ln_pre=parts.norm_pre is not None,
+        eps=_eps(clip.name, parts),
+        precision=precision,
+        first_adapted_block=None if adapter is None else adapter.config.first_adapted_block,
+        bottleneck=None if adapter is None else adapter.config.bottleneck,
+        prefix=tower.prefix,
+        stem=tuple((conv.weight.shape[-1], len(conv.weight)) for conv in parts.stem[:-1]),
+        rotary=parts.rotary is not None,
+        attention_norm=block.attention_norm is not None,
+        mlp_norm=block.mlp.norm is not None,
+        post_norm=block.post_norm,
+        pool=parts.pool,
+        norm_after_pool=parts.norm_after_pool,
+        pool_heads=0 if pool is None else pool.heads,
+        pool_mlp_width=0 if pool is None else len(pool.mlp.expand.weight),
+        pool_prefix=pool is not None and pool.with_prefix,
+        proj=parts.projection is not None,
+        proj_bias=parts.projection is not None and parts.projection.bias is not None,
+    )
+
+
+def unfusible_reason(clip: LoadedClip) -> str | None:
+    """Why this CLIP's image encoder can't be fused, or None."""
+    try:
+        infer_config(clip, None, "fp32")
+    except IosrFastError as error:
+        return str(error)
+    return None
+
+
+def _activation(name: str, mlp: MlpParts) -> Any:
+    """The config's name of an MLP's activation, which open_clip, PyTorch and timm have under several class names."""
+    kind = type(mlp.activation).__name__
+    if getattr(mlp.activation, "approximate", "none") == "tanh":
+        kind = "GELUTanh"
+    known = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+    if mlp.gate is not None:
+        known = {"SiLU": "swiglu"}
+    if kind not in known:
+        gated = "" if mlp.gate is None else " with a gate"
+        raise IosrFastError(f"{name} can't be fused: expected GELU, QuickGELU or SwiGLU in its MLPs, got {kind}{gated}")
+    return known[kind]
+
+
+def _eps(name: str, parts: TowerParts) -> float:
+    """The eps of all LayerNorms. Raises ValueError unless they have one, and weights and biases."""
+    norms = [parts.norm, parts.norm_pre, parts.attention_pool and parts.attention_pool.norm]
+    for block in parts.blocks:
+        norms += [block.norm_1, block.norm_2, block.attention_norm, block.mlp.norm]
+    used = [norm for norm in norms if norm is not None]
+    eps = {norm.eps for norm in used if isinstance(norm, nn.LayerNorm) and norm.weight is not None}
+    if len(eps) != 1 or not all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in used):
+        raise IosrFastError(f"{name}: expected LayerNorms with weight, bias and one eps throughout")
+    return float(eps.pop())
 
 
 def fused_state_dict(clip: LoadedClip, adapter: Adapter | None, config: DualEncoderConfig) -> State:
@@ -164,22 +264,3 @@ def _put_attention_pool(state: State, pool: AttentionPoolParts) -> None:
     _put_affine(state, "pool.out_proj", _after_values(pool.out, value_bias))
     _put_norm(state, "pool.ln", pool.norm)
     _put_mlp(state, "pool", pool.mlp)
-
-
-def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32") -> DualEncoder:
-    """Fuse a vision transformer of open_clip or timm (`architecture.fused_family`) and its adapter; on the CPU.
-
-    Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
-    LayerNorm, softmax and last normalisation. `resize.resize_clip` gives a CLIP for smaller pictures.
-
-    Raises ValueError for an image encoder that can't be fused (a convolutional network, an attentional pooler of
-    open_clip, custom blocks) and an adapter of another CLIP.
-    """
-    if precision not in ("fp32", "fp16"):
-        raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
-    if adapter is not None:
-        check_belongs(adapter, clip)
-    config = infer_config(clip, adapter, precision)
-    encoder = DualEncoder.from_config(asdict(config))
-    encoder.load_state_dict(fused_state_dict(clip, adapter, config))
-    return encoder

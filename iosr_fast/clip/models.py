@@ -165,7 +165,7 @@ def is_fused(name: str) -> bool:
 def check_adaptable(name: str) -> None:
     """Raise ValueError for a model whose image encoder can't have an adapter."""
     try:
-        check_architecture(name)
+        check_architecture(name, model_config(name)["vision_cfg"])
     except IosrFastError as error:
         raise IosrFastError(
             f"{error}. Without an adapter {name} gives the plain embedding, for every method without ++"

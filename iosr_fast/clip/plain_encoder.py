@@ -13,8 +13,6 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from iosr_fast.utils.require import require_installed
 
 require_installed("torch", "cpu")
@@ -22,6 +20,8 @@ require_installed("torch", "cpu")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+
+from iosr_fast.clip.tower import shallow_copy  # noqa: E402
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
@@ -121,17 +121,6 @@ def _exportable(module: Any) -> Any:
     children = {name: _exportable(child) for name, child in module.named_children()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module
-    clone = copy.copy(module)
-    clone._parameters, clone._modules = dict(module._parameters), dict(module._modules) | children
+    clone = shallow_copy(module)
+    clone._modules |= children
     return clone
-
-
-@torch.inference_mode()
-def plain_pass(clip: LoadedClip, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The reference: open_clip's own encode_image of uint8 pixels (B, S, S, 3), L2-normalised; ((B, D) float32,)."""
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
-    rows = [
-        clip.model.encode_image((part.permute(0, 3, 1, 2).float() / 255 - mean) / std, normalize=True)
-        for part in torch.from_numpy(pixels.copy()).split(8)
-    ]
-    return (torch.cat(rows).numpy(),)

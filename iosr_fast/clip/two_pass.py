@@ -1,4 +1,4 @@
-"""The reference: both embeddings by two separate passes, as in the paper's public code, without fusion."""
+"""The reference: both embeddings by two separate passes of the libraries' own modules, without fusion."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ class TwoPasses(nn.Module):
         x = (pixels.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std
         x = x.to(next(self.visual.parameters()).dtype)
         features = [self.visual(x)]
+        if isinstance(features[0], tuple):  # CoCa returns its tokens, too
+            features = [features[0][0]]
         if self.adapter is not None:
             features.append(adapted_pass(self.visual, self.adapter, x))
         return tuple(F.normalize(feature.float(), dim=-1) for feature in features)

@@ -1,13 +1,18 @@
-"""The tower of an image encoder of open_clip: its own VisionTransformer, or one of timm's transformers."""
+"""The tower of an image encoder of open_clip, its own VisionTransformer or one of timm's, and its size."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from iosr_fast.clip.architecture import not_a_vision_transformer
-from iosr_fast.clip.tower import VisionTower
+from iosr_fast.clip.tower import VisionTower, shallow_copy
 from iosr_fast.clip.tower_open_clip import OpenClipTower
 from iosr_fast.clip.tower_timm import TimmTower
+from iosr_fast.exceptions import IosrFastError
+
+if TYPE_CHECKING:
+    from iosr_fast.clip.load import LoadedClip
 
 
 def vision_tower(visual: Any, name: str = "this CLIP") -> VisionTower:
@@ -18,3 +23,25 @@ def vision_tower(visual: Any, name: str = "this CLIP") -> VisionTower:
     if type(trunk).__name__ in ("VisionTransformer", "Eva") and not getattr(trunk, "rope_mixed", False):
         return TimmTower(visual)
     raise not_a_vision_transformer(name, type(visual if trunk is None else trunk).__name__)
+
+
+def resize_clip(clip: LoadedClip, image_size: int) -> LoadedClip:
+    """The CLIP for pictures of `image_size` pixels; it shares all other weights with `clip`.
+
+    Positions of patches are interpolated bicubically with antialiasing, as open_clip and timm do when a model takes
+    another size; those of CLS and registers stay. Rotary positions span the new grid as they span their own, as in
+    timm. The fingerprint stays that of the weights. Raises ValueError for an encoder that is no vision transformer of
+    open_clip or timm, and for a size that is not a multiple of its patches or is larger than its own.
+    """
+    if image_size == clip.image_size:
+        return clip
+    tower = vision_tower(clip.model.visual, clip.name)
+    patch = tower.patch_size
+    if image_size % patch or not patch <= image_size <= clip.image_size:
+        raise IosrFastError(
+            f"expected an image_size that is a multiple of {patch}, the patches of {clip.name}, up to "
+            f"{clip.image_size}, got {image_size}"
+        )
+    model = shallow_copy(clip.model)
+    model.visual = tower.resized(image_size)
+    return replace(clip, model=model, geometry=replace(clip.geometry, size=image_size))

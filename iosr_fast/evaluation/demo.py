@@ -27,24 +27,17 @@ Encode = Callable[[np.ndarray], Embeddings]
 def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:
     """The image encoder in PyTorch without an export, uint8 pixels (B, S, S, 3) -> embeddings.
 
-    On a GPU if there is one. A CLIP that can't have an adapter (a ResNet) is executed as open_clip does.
+    On a GPU if there is one. A CLIP that can't have an adapter (a ResNet) gives the plain embedding.
     """
     import torch
 
-    from iosr_fast.clip.adapter import encode_plain
-    from iosr_fast.clip.fuse import build_dual_encoder
-    from iosr_fast.clip.fuse_config import unfusible_reason
+    from iosr_fast.clip.fuse import build_dual_encoder, unfusible_reason
+    from iosr_fast.clip.plain_encoder import PlainEncoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip.model.visual.to(device)
-    mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
-
-    def plain(pixels: torch.Tensor) -> tuple[torch.Tensor]:
-        rows = encode_plain(clip, (pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
-        return (torch.nn.functional.normalize(rows, dim=1),)
-
-    fusible = unfusible_reason(clip) is None
-    encoder: Any = build_dual_encoder(clip, adapter).eval().to(device) if fusible else plain
+    encoder: Any = build_dual_encoder(clip, adapter) if unfusible_reason(clip) is None else PlainEncoder(clip)
+    encoder = encoder.eval().to(device)
 
     @torch.inference_mode()
     def run(pixels: np.ndarray) -> Embeddings:

@@ -16,7 +16,6 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,26 +81,26 @@ def write_engine(
     the two literal passes in fp32 PyTorch (clip.two_pass) before `out` is written.
 
     Smaller pictures are faster and not exact: `image_size` (None: the CLIP's) is a smaller multiple of its patches,
-    with interpolated positions (clip.resize), and then also the S of `pictures`. It is in the manifest's `tokens` and
+    with interpolated positions (resize_clip), and then also the S of `pictures`. It is in the manifest's `tokens` and
     in the fingerprint, so support images are encoded by the same engine. The comparison is then with the two passes of
     the CLIP with interpolated positions. What it costs in accuracy only labelled pictures can say.
 
     An image encoder that can't be fused (clip.plain_encoder) gives the plain embedding only, compared with open_clip's
-    encode_image, in ONNX files whose graph is fp32.
+    own, in ONNX files whose graph is fp32.
 
     Raises ValueError for an adapter with an encoder that can't be fused, a precision that the runtime doesn't support,
     a size that doesn't fit, and missing calibration pictures; ArithmeticError for an error above 1e-4 (fp32) or a
     cosine below 0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
     """
-    from iosr_fast.clip import fuse, plain_encoder
+    from iosr_fast.clip import fuse
     from iosr_fast.clip.dual_encoder import DualEncoder
-    from iosr_fast.clip.fuse_config import unfusible_reason
-    from iosr_fast.clip.resize import resize_clip
+    from iosr_fast.clip.plain_encoder import PlainEncoder
     from iosr_fast.clip.two_pass import two_passes
+    from iosr_fast.clip.vision_tower import resize_clip
 
     started = time.perf_counter()
     max_batch = check_integer("max_batch", max_batch, 1, 1 << 16)
-    reason = unfusible_reason(clip)
+    reason = fuse.unfusible_reason(clip)
     if reason is not None and adapter is not None:
         raise IosrFastError(reason)
     runtime = choose_builder(runtime, precision, reason is None)
@@ -110,14 +109,13 @@ def write_engine(
     quantised = quantisation(clip.image_size, runtime, precision, pictures)
     if runtime in EXTRAS:
         _ = target(runtime).file  # raises, before any work, if no plan can be built
-    encoder: DualEncoder | plain_encoder.PlainEncoder
+    encoder: DualEncoder | PlainEncoder
     if reason is None:
         encoder = fuse.build_dual_encoder(clip, adapter, graph_precision(precision, runtime))
-        reference = partial(two_passes, clip, adapter)
     else:
-        encoder, reference = plain_encoder.PlainEncoder(clip), partial(plain_encoder.plain_pass, clip)
+        encoder = PlainEncoder(clip)
     checked = checked_pictures(clip.image_size, pictures, noise=precision not in QUANTISED)
-    truth = {kind: (pixels, reference(pixels)) for kind, pixels in checked.items()}
+    truth = {kind: (pixels, two_passes(clip, adapter, pixels)) for kind, pixels in checked.items()}
     adapter_fingerprint = None if adapter is None else adapter.fingerprint()
     adapted = None if adapter is None else adapter.config
     packages = {"iosr_fast", "numpy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", runtime}

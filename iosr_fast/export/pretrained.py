@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from iosr_fast.clip.architecture import vision_config
 from iosr_fast.clip.load import LoadedClip, load_clip
-from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused
+from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused, model_config
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.files import cache_folder, in_cache
@@ -52,8 +51,8 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
         return None
     check_adaptable(model)
     loaded = load_adapter(adapter)
-    vision = vision_config(model)
-    if vision is not None and "layers" in vision:  # timm's models are known by their weights only (check_belongs)
+    vision = model_config(model)["vision_cfg"]
+    if "layers" in vision:  # timm's models are known by their weights only (check_belongs)
         expected, got = (loaded.config.width, loaded.config.blocks), (vision.get("width"), vision.get("layers"))
         if expected != got:
             raise IosrFastError(

@@ -95,20 +95,21 @@ def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.Monk
     timm = pytest.importorskip("timm")
     from open_clip.model import _build_vision_tower
 
-    from iosr_fast.clip.architecture import check_architecture, fused_family, vision_config
+    from iosr_fast.clip.architecture import check_architecture, fused_family
+    from iosr_fast.clip.models import model_config
     from iosr_fast.clip.vision_tower import vision_tower
 
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
     families = set()
     for name in open_clip.list_models():
-        vision = vision_config(name) or {}
+        vision = model_config(name)["vision_cfg"]
         family = fused_family(vision)
         families.add(family)
         if family is None:
             with pytest.raises(ValueError, match=name):
-                check_architecture(name)
+                check_architecture(name, vision)
         else:
-            check_architecture(name)
+            check_architecture(name, vision)
         timm_name = vision.get("timm_model_name", "")
         if timm_name.startswith(("convnext", "fastvit", "vitamin", "swin")) or isinstance(vision.get("layers"), list):
             assert family is None
@@ -122,7 +123,7 @@ def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.Monk
         assert fits == (family is not None), name
     assert families == {None, "vit", "clipa", "siglip", "pe-core", "eva", "eva02", "mobileclip-b"}
     published = {name for name, _ in open_clip.list_pretrained()}
-    assert sum(fused_family(vision_config(name) or {}) is not None for name in published) >= 70
+    assert sum(fused_family(model_config(name)["vision_cfg"]) is not None for name in published) >= 70
 
 
 @pytest.mark.parametrize(

@@ -49,3 +49,8 @@ def random_adapter(clip: LoadedClip, first: int, bottleneck: int = 7) -> Any:
 
 def random_pixels(batch: int, size: int) -> np.ndarray:
     return np.random.default_rng(batch).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+
+
+def run(encoder: torch.nn.Module, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+    with torch.no_grad():
+        return tuple(output.numpy() for output in encoder(torch.from_numpy(pixels)))

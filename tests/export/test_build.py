@@ -36,8 +36,7 @@ from iosr_fast.images.preprocess import to_pixels  # noqa: E402
 from iosr_fast.utils.machine import Gpu  # noqa: E402
 from iosr_fast.utils.manifest import read_manifest  # noqa: E402
 from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
-from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
-from tests.clip.test_dual_encoder import run  # noqa: E402
+from tests.clip.small_clip import random_pixels, run, small_clip  # noqa: E402
 from tests.demo_cache import demo_engine, export_once  # noqa: E402
 from tests.export.graphs import FLOAT, FLOAT16, element_types  # noqa: E402
 from tests.store.manifests import rewrite_manifest  # noqa: E402

@@ -14,7 +14,7 @@ pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the 
 
 import torch.nn.functional as F  # noqa: E402
 
-from iosr_fast.clip.adapter import Adapter, encode_adapted  # noqa: E402
+from iosr_fast.clip.adapter import Adapter, adapted_pass  # noqa: E402
 from iosr_fast.clip.load import LoadedClip  # noqa: E402
 from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
 from iosr_fast.training.config import DinoConfig, TrainConfig  # noqa: E402
@@ -55,7 +55,9 @@ def literal_gradient(clip: LoadedClip) -> torch.Tensor:
     head = Supervised(AdaptedEncoder(clip, 1), adapter, 3).head.double()
     source = pictures(clip)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (clip.mean, clip.std))
-    features = encode_adapted(exact, adapter.requires_grad_(True), ((source.images / 255 - mean) / std).double())
+    features = adapted_pass(
+        exact.model.visual, adapter.requires_grad_(True), ((source.images / 255 - mean) / std).double()
+    )
     F.cross_entropy(head(features), source.labels).backward()
     return gradient(adapter)
 

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 
-from iosr_fast.clip.adapter import encode_adapted, init_adapter  # noqa: E402
+from iosr_fast.clip.adapter import adapted_pass, init_adapter  # noqa: E402
 from iosr_fast.clip.load import LoadedClip  # noqa: E402
 from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
 from iosr_fast.training.config import DinoConfig, dino_config  # noqa: E402
@@ -130,7 +130,8 @@ def test_the_teachers_adapter_comes_out_and_the_clip_stays(clip: LoadedClip) -> 
     assert trained is not adapter and trained.config.training["dino"]["out_dim"] == 24
     assert len(losses) == 4 and np.isfinite(losses).all()
     pixels = torch.randn(2, 3, 64, 64)
-    assert not torch.equal(encode_adapted(clip, trained, pixels), encode_adapted(clip, adapter.eval(), pixels))
+    first, second = (adapted_pass(clip.model.visual, one, pixels) for one in (trained, adapter.eval()))
+    assert not torch.equal(first, second)
     for key, value in clip.model.visual.state_dict().items():
         assert torch.equal(value, frozen[key])
 

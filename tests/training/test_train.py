@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
-from iosr_fast.clip.adapter import encode_plain, init_adapter  # noqa: E402
+from iosr_fast.clip.adapter import init_adapter  # noqa: E402
 from iosr_fast.clip.load import LoadedClip  # noqa: E402
 from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.training import probe as probe_module  # noqa: E402
@@ -116,7 +116,7 @@ def test_only_what_is_measured_is_encoded_with_the_encoders_own_pixels(
     pixels = torch.cat(list(held_out.iterate(rows, 60)))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (clip.mean, clip.std))
     with torch.no_grad():
-        whole = encode_plain(clip, (pixels.float() / 255 - mean) / std).numpy()
+        whole = clip.model.encode_image((pixels.float() / 255 - mean) / std).numpy()
     expected = probe_module.probe(whole, held_out.labels[rows].numpy())
     measured: list[probe_module.Probe] = []
     more = {"held_out": held_out, "report_epoch": lambda epoch, plain, adapted: measured.append(plain)}

@@ -60,7 +60,7 @@ load_clip("demo").tokenizer(["a photo"])
     "onnxscript": """
 import os, pathlib
 from iosr_fast.export.build import write_engine
-from tests.clip.test_dual_encoder import small_clip
+from tests.clip.small_clip import small_clip
 write_engine(small_clip(layers=1), None, pathlib.Path(os.environ["IOSR_FAST_CACHE"]) / "engine", "onnxruntime")
 """,
     "tensorrt_rtx": """
