@@ -147,13 +147,14 @@ def slightly_wrong(*arguments: Any, build: Any = build_dual_encoder) -> Any:
 
 
 def test_wrong_numbers_are_not_written(generic: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = demo_engine()  # built before anything is wrong
     monkeypatch.setattr("iosr_fast.clip.fuse.build_dual_encoder", slightly_wrong)
     for precision in ("fp32", "fp16"):
         with pytest.raises(ArithmeticError, match="plain embeddings of random pictures by torch"):
             write_engine(small_clip(), None, tmp_path / "engine", "torch", precision)
     monkeypatch.setattr("iosr_fast.export.build.checked_pictures", lambda *_, noise: {"real": generic[:8]})
     with pytest.raises(ArithmeticError, match=r"in int8 are wrong: expected cosine >= 0\.99"):
-        convert_engine(demo_engine(), tmp_path / "engine", "onnxruntime", "int8", np.zeros_like(generic[:8]))
+        convert_engine(source, tmp_path / "engine", "onnxruntime", "int8", np.zeros_like(generic[:8]))
     assert list(tmp_path.iterdir()) == []
 
 
