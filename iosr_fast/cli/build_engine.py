@@ -101,7 +101,9 @@ def demo_pictures(geometry: Geometry) -> np.ndarray:
 
 def describe(manifest: dict[str, Any], out: Path) -> None:
     """Print the engine's files and its errors against two passes in fp32 PyTorch."""
-    from iosr_fast.encoders.engine_folder import describe_target
+    from msgspec import convert
+
+    from iosr_fast.encoders.engine_folder import Target
 
     lines: list[str] = []
     adapter = {
@@ -128,7 +130,7 @@ def describe(manifest: dict[str, Any], out: Path) -> None:
                     )
     lines.append(f"built in {manifest['build_seconds']:.1f} s, for batches of up to {manifest['max_batch']}:")
     for name, entry in manifest["files"].items():
-        target = f", for {describe_target(manifest['plans'][name])}" if name in manifest["plans"] else ""
+        target = f", for {convert(manifest['plans'][name], Target)}" if name in manifest["plans"] else ""
         lines.append(f"  {out / name}  {entry['bytes'] / 1e6:.1f} MB{target}")
     lines.append(f"  {out / 'manifest.json'}")
     note(*lines, err=False)

@@ -114,7 +114,7 @@ class Encoder(Protocol):
 
     @abstractmethod
     def encode(self, pixels: np.ndarray) -> Embeddings:
-        """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1, to embeddings (B, width)."""
+        """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1, to float32 embeddings (B, width)."""
 
     def encode_on_device(self, pixels: np.ndarray) -> Embeddings:
         """As `encode`, but an encoder on a GPU gives tensors there, which `score` reads where they are; nothing waits

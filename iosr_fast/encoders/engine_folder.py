@@ -14,16 +14,15 @@ import logging
 import platform
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import asdict
 
 from iosr_fast.exceptions import IosrFastError, MissingPackageError, UnavailableError
 from iosr_fast.images.geometry import Geometry, Interpolation, ResizeMode
 from iosr_fast.utils import machine
-from iosr_fast.utils.machine import Gpu
 from iosr_fast.utils.require import require
 from iosr_fast.utils.schema import (
     Above0,
@@ -55,18 +54,40 @@ _OLD_FILES = ("projections.safetensors",)  # of version 0.2, which nothing reads
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "torch")
 ONNX_RUNTIMES = ("openvino", "onnxruntime")  # execute encoder.onnx on a CPU: an engine of one is an engine of the other
 EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "tensorrt-rtx"}  # runtimes with plans, and the extras that install them
-_PORTABLE = ("tensorrt_rtx",)  # its plans are completed at run time, for the GPU in use
 _X86 = ("x86_64", "AMD64")  # platform.machine() where OpenVINO comes first
+PlanRuntime = Literal["tensorrt", "tensorrt_rtx"]
 log = logging.getLogger(__name__)
 
 
-class CompiledPlan(Struct, frozen=True, kw_only=True):
-    """A plan of TensorRT. Further fields differ between versions of its builder."""
+class Target(Struct, frozen=True, kw_only=True):
+    """What a plan is compiled for, as the manifest describes it; a manifest may have further fields.
 
-    runtime: Literal["tensorrt", "tensorrt_rtx"]
+    A plan of TensorRT runs with the version that built it, on the GPU that it was built for; a plan of TensorRT-RTX
+    runs on any GPU that TensorRT-RTX supports (`gpu` None).
+    """
+
+    runtime: PlanRuntime
     version: Name
     gpu: Name | None
     compute_capability: Annotated[str, Meta(pattern=r"^[0-9]+\.[0-9]+\Z")] | None
+
+    @property
+    def file(self) -> str:
+        """The plan's path in an engine folder: "plans/tensorrt-nvidia-h100-80gb-hbm3-10.13.3.9.plan"."""
+        return f"{PLANS}/{self.name(self.gpu)}.plan"
+
+    def name(self, gpu: str | None) -> str:
+        """The name of a file that depends on the runtime, its version and the GPU (None: on none)."""
+        slug = "any" if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+        return f"{self.runtime}-{slug}-{re.sub(r'[^A-Za-z0-9.]+', '-', self.version)}"
+
+    def facts(self) -> dict[str, Any]:
+        """The target as values of JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        gpu = "any GPU" if self.gpu is None else f"{self.gpu} (compute capability {self.compute_capability})"
+        return f"{gpu} with {self.runtime} {self.version}"
 
 
 class EngineManifest(Strict, frozen=True, kw_only=True):
@@ -98,7 +119,7 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     dual_encoder: dict[str, int | float | str | bool | list[list[int]] | None] | None
     versions: dict[str, str | None]
     device: Name
-    plans: dict[str, CompiledPlan]
+    plans: dict[str, Target]
     check: dict[str, Any]
     build_seconds: Annotated[float, Meta(ge=0)]
     quantised: dict[str, Any] | None = None
@@ -150,14 +171,13 @@ def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = No
                 f"`iosr-fast build-engine --runtime {runtime}` builds one for it"
             )
         return runtime
-    candidates = RUNTIMES if built_for is None else [name for name in RUNTIMES if name in built_for]
+    candidates = RUNTIMES if built_for is None else built_for
+    on_cpu = ONNX_RUNTIMES if platform.machine() in _X86 else ONNX_RUNTIMES[::-1]
     # this_gpu imports torch, so only engines that torch may execute ask for it.
     torch_on_gpu = "torch" in candidates and machine.this_gpu() is not None
-    refusals = {name: "this engine was not built for it" for name in RUNTIMES if name not in candidates}
-    on_cpu = ONNX_RUNTIMES if platform.machine() in _X86 else ONNX_RUNTIMES[::-1]
-    order = [*EXTRAS, "torch", *on_cpu] if torch_on_gpu else [*EXTRAS, *on_cpu, "torch"]
-    for name in sorted(candidates, key=order.index):
-        reason = unavailable_reason(name)
+    refusals: dict[str, str] = {}
+    for name in (*EXTRAS, *(("torch", *on_cpu) if torch_on_gpu else (*on_cpu, "torch"))):
+        reason = unavailable_reason(name) if name in candidates else "this engine was not built for it"
         if reason is None:
             log.info("runtime %s chosen; unavailable: %s", name, refusals or "none")
             return name
@@ -192,65 +212,18 @@ def unavailable_reason(runtime: str) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a plan is compiled for: a runtime, its version, and this machine's GPU (None without one).
-
-    A plan of TensorRT runs with the version that built it, on the GPU that it was built for; a plan of TensorRT-RTX
-    runs on any GPU that TensorRT-RTX supports.
-    """
-
-    runtime: str
-    version: str
-    gpu: Gpu | None
-
-    @property
-    def built_for(self) -> Gpu | None:
-        """The only GPU on which a plan of this target runs; None if it runs on every GPU that the runtime supports.
-
-        Raises RuntimeError if the runtime compiles for the GPU that it runs on and there is none.
-        """
-        if self.runtime in _PORTABLE:
-            return None
-        if self.gpu is None:
-            raise UnavailableError(
-                f"{self.runtime} compiles for the NVIDIA GPU that it runs on, and PyTorch sees none here; build the "
-                "engine on the machine that will run it, or for another runtime"
-            )
-        return self.gpu
-
-    @property
-    def file(self) -> str:
-        """The plan's path in an engine folder: "plans/tensorrt-nvidia-h100-80gb-hbm3-10.13.3.9.plan"."""
-        return f"{PLANS}/{self.name(self.built_for)}.plan"
-
-    def name(self, gpu: Gpu | None) -> str:
-        """The name of a file that depends on the runtime, its version and `gpu` (None: on none)."""
-        slug = "any" if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-        return f"{self.runtime}-{slug}-{re.sub(r'[^A-Za-z0-9.]+', '-', self.version)}"
-
-    def facts(self) -> dict[str, str | None]:
-        """The target as a CompiledPlan of the manifest describes it."""
-        gpu = self.built_for
-        return {
-            "runtime": self.runtime,
-            "version": self.version,
-            "gpu": None if gpu is None else gpu.name,
-            "compute_capability": None if gpu is None else f"{gpu.capability[0]}.{gpu.capability[1]}",
-        }
-
-    def __str__(self) -> str:
-        return f"{self.gpu or 'a machine without a GPU'} with {self.runtime} {self.version}"
-
-
 def target(runtime: str) -> Target:
-    """The target of plans that are built here: installed version and GPU. Raises ImportError without the module."""
+    """The target of plans that are built here. Raises ImportError without the module, and RuntimeError if the runtime
+    compiles for the GPU that it runs on and there is none."""
     if runtime not in EXTRAS:
         raise IosrFastError(f"expected one of {sorted(EXTRAS)}, got {runtime!r}")
-    return Target(runtime, require(runtime, EXTRAS[runtime]).__version__, machine.this_gpu())
-
-
-def describe_target(facts: Mapping[str, Any]) -> str:
-    """The target of a plan in a manifest, in words."""
-    gpu = f"{facts['gpu']} (compute capability {facts['compute_capability']})"
-    return f"{'any GPU' if facts['gpu'] is None else gpu} with {facts['runtime']} {facts['version']}"
+    version, gpu = require(runtime, EXTRAS[runtime]).__version__, machine.this_gpu()
+    if runtime == "tensorrt_rtx":  # it completes its plans at run time, for the GPU in use
+        return Target(runtime="tensorrt_rtx", version=version, gpu=None, compute_capability=None)
+    if gpu is None:
+        raise UnavailableError(
+            f"{runtime} compiles for the NVIDIA GPU that it runs on, and PyTorch sees none here; build the engine on "
+            "the machine that will run it, or for another runtime"
+        )
+    capability = f"{gpu.capability[0]}.{gpu.capability[1]}"
+    return Target(runtime="tensorrt", version=version, gpu=gpu.name, compute_capability=capability)

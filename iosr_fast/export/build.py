@@ -108,7 +108,7 @@ def write_engine(
     clip = resize_clip(clip, clip.image_size if image_size is None else image_size)
     quantised = quantisation(clip.image_size, runtime, precision, pictures)
     if runtime in EXTRAS:
-        _ = target(runtime).file  # raises, before any work, if no plan can be built
+        target(runtime)  # raises, before any work, if no plan can be built
     encoder: DualEncoder | PlainEncoder
     if reason is None:
         encoder = fuse.build_dual_encoder(clip, adapter, graph_precision(precision, runtime))

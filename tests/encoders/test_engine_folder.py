@@ -6,6 +6,7 @@ import logging
 import platform
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,16 @@ from iosr_fast.utils.manifest import read_manifest, write_manifest
 
 H100, A100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0)), Gpu("NVIDIA A100-SXM4-40GB", (8, 0))
 RTX = Gpu("NVIDIA GeForce RTX 4090", (8, 9))
-THERE = Target("tensorrt", "10.3.0", A100)
-HERE = Target("tensorrt", "10.13.3.9", H100)
+
+
+def target_of(gpu: Gpu | None, version: str) -> Target:
+    """A plan of TensorRT for this GPU, or of TensorRT-RTX for any."""
+    runtime: Any = "tensorrt_rtx" if gpu is None else "tensorrt"
+    capability = None if gpu is None else f"{gpu.capability[0]}.{gpu.capability[1]}"
+    return Target(runtime=runtime, version=version, gpu=gpu and gpu.name, compute_capability=capability)
+
+
+THERE, HERE = target_of(A100, "10.3.0"), target_of(H100, "10.13.3.9")
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str, gpu: Gpu | None = None) -> None:
@@ -93,18 +102,18 @@ def test_the_plain_form_is_a_file_of_onnx_runtimes_and_a_part_of_pytorchs() -> N
 
 def test_plans_are_named_after_what_they_run_on() -> None:
     assert HERE.file == "plans/tensorrt-nvidia-h100-80gb-hbm3-10.13.3.9.plan"
-    assert HERE.facts() == {
-        "runtime": "tensorrt",
-        "version": "10.13.3.9",
-        "gpu": "NVIDIA H100 80GB HBM3",
-        "compute_capability": "9.0",
-    }
-    for gpu in (RTX, None):
-        portable = Target("tensorrt_rtx", "1.7.1+local/1", gpu)
-        assert portable.file == "plans/tensorrt_rtx-any-1.7.1-local-1.plan"
-        assert portable.facts()["gpu"] is portable.facts()["compute_capability"] is None
+    assert str(HERE) == "NVIDIA H100 80GB HBM3 (compute capability 9.0) with tensorrt 10.13.3.9"
+    assert target_of(None, "1.7.1+local/1").file == "plans/tensorrt_rtx-any-1.7.1-local-1.plan"
+
+
+def test_a_target_is_the_installed_version_and_for_tensorrt_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_folder, "require", lambda *_: SimpleNamespace(__version__="10.13.3.9"))
+    monkeypatch.setattr(machine, "this_gpu", lambda: H100)
+    assert target("tensorrt") == HERE and target("tensorrt_rtx") == target_of(None, "10.13.3.9")
+    monkeypatch.setattr(machine, "this_gpu", lambda: None)
+    assert target("tensorrt_rtx") == target_of(None, "10.13.3.9")
     with pytest.raises(RuntimeError, match="PyTorch sees none here; build the engine on the machine that will run it"):
-        _ = Target("tensorrt", "10", None).file
+        target("tensorrt")
     with pytest.raises(ValueError, match=r"expected one of \['tensorrt', 'tensorrt_rtx'\], got 'torch'"):
         target("torch")
 
@@ -142,9 +151,9 @@ class Builder:
     def __init__(self) -> None:
         self.built: list[bytes] = []
 
-    def __call__(self, onnx: Path) -> bytes:
+    def __call__(self, onnx: Path) -> tuple[bytes, dict[str, Any]]:
         self.built.append(onnx.read_bytes())
-        return f"built {len(self.built)}".encode()
+        return f"built {len(self.built)}".encode(), {}
 
 
 def opened(folder: Path, wanted: Target, build: Any) -> bytes:
@@ -156,9 +165,9 @@ def never(onnx: Path) -> bytes:
 
 
 def test_the_plan_that_fits_is_taken_from_the_engine(tmp_path: Path, cache: Path) -> None:
-    folder = write_folder(tmp_path / "engine", THERE, HERE, Target("tensorrt_rtx", "1.7", None))
+    folder = write_folder(tmp_path / "engine", THERE, HERE, target_of(None, "1.7"))
     assert opened(folder, HERE, never) == f"for {HERE}".encode()
-    assert opened(folder, Target("tensorrt_rtx", "1.7", RTX), never).startswith(b"for a machine without a GPU")
+    assert opened(folder, target_of(None, "1.7"), never) == b"for any GPU with tensorrt_rtx 1.7"
     assert not cache.exists()
 
 
@@ -166,9 +175,9 @@ def test_the_plan_that_fits_is_taken_from_the_engine(tmp_path: Path, cache: Path
     "wanted",
     [
         HERE,
-        Target("tensorrt", "10.4.0", A100),
-        Target("tensorrt", "10.3.0", Gpu(A100.name, (8, 9))),
-        Target("tensorrt_rtx", "10.3.0", A100),
+        target_of(A100, "10.4.0"),
+        target_of(Gpu(A100.name, (8, 9)), "10.3.0"),
+        target_of(None, "10.3.0"),
     ],
 )
 def test_plans_for_others_are_named_and_one_is_built_once(
@@ -188,7 +197,7 @@ def test_plans_for_others_are_named_and_one_is_built_once(
 
 def test_a_kept_plan_depends_on_version_gpu_graph_weights_and_largest_batch(folder: Path, tmp_path: Path) -> None:
     build = Builder()
-    for wanted in (HERE, Target("tensorrt", "10.14", H100), Target("tensorrt", HERE.version, RTX)):
+    for wanted in (HERE, target_of(H100, "10.14"), target_of(RTX, HERE.version)):
         opened(folder, wanted, build)
     for changed in ({"onnx": b"another"}, {"weights": b"these"}, {"weights": b"others"}, {"max_batch": 16}):
         opened(write_folder(tmp_path / "other", **changed), HERE, build)

@@ -26,6 +26,7 @@ from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 __all__ = ["choose_runtime", "open_engine"]
 SEVEN_BITS = 3  # the version of the quantiser from which int8 weights have seven bits
+ENCODERS: dict[str, Any] = {"onnxruntime": OnnxRuntimeEncoder, "openvino": OpenVINOEncoder, "torch": TorchEncoder}
 log = logging.getLogger(__name__)
 
 
@@ -82,12 +83,7 @@ def open_engine(
     def open_folder(path: Path) -> BatchedEncoder:
         if runtime in EXTRAS:
             return TensorRTEncoder(path, manifest, runtime)
-        classes: dict[str, Any] = {
-            "onnxruntime": OnnxRuntimeEncoder,
-            "openvino": OpenVINOEncoder,
-            "torch": TorchEncoder,
-        }
-        encoder: BatchedEncoder = classes[runtime](path, manifest, threads, runs, adapted)
+        encoder: BatchedEncoder = ENCODERS[runtime](path, manifest, threads, runs, adapted)
         return encoder
 
     encoder = source.open_with(open_folder)

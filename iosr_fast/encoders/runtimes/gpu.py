@@ -2,7 +2,7 @@
 
 At small batches the launches of a network's many kernels take longer than the kernels; a graph is one launch. It reads
 and writes the memory that it was recorded with, so pictures are copied in and embeddings copied out.
-Not yet run on a GPU: tests/encoders/test_gpu_runs.py covers everything but CUDA itself, and has tests for a GPU.
+Not yet run on a GPU: tests/encoders/test_gpu.py covers everything but CUDA itself, and has tests for a GPU.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from iosr_fast.utils.require import require
 log = logging.getLogger(__name__)
 
 
+def powers_of_two(largest: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and `largest`: every batch fills at least half of its bucket."""
+    return tuple(sorted({1 << power for power in range(largest.bit_length())} | {largest}))
+
+
 class GpuRuns:
-    """Calls `launch(pixels)` for pixels (size, S, S, 3) on the GPU that is current at construction.
+    """Calls `launch(pixels)` for pixels (size, S, S, 3) on the GPU that is current at construction, for a few `buckets`
+    as sizes.
 
     All runs share one stream, because they share the input, the encoder's working memory and the memory of the graphs.
     Threads take turns to launch; none waits for the GPU, but for the upload before its own. `shape`: that of the
@@ -30,6 +36,7 @@ class GpuRuns:
 
     def __init__(self, launch: Callable[[Any], Any], shape: tuple[int, ...]) -> None:
         self._launch, self._lock = launch, threading.Lock()
+        self.buckets = powers_of_two(shape[0])
         self._torch = torch = require("torch", "gpu")
         self._device = torch.device("cuda", torch.cuda.current_device())  # threads may have another current device
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -40,10 +47,10 @@ class GpuRuns:
         self._uploaded = torch.cuda.Event()
         self._graphs: dict[int, Callable[[], Any]] = {}
 
-    def run(self, pixels: np.ndarray, size: int) -> tuple[Any, ...]:
-        """The outputs for uint8 `pixels` (n, S, S, 3), executed as a batch of `size` >= n: tensors with n rows, ready
-        on the caller's current stream."""
-        torch, n = self._torch, len(pixels)
+    def run(self, pixels: np.ndarray) -> tuple[Any, ...]:
+        """The outputs for uint8 `pixels` (n, S, S, 3), padded to a bucket: tensors with n rows, ready on the caller's
+        current stream."""
+        torch, n, size = self._torch, len(pixels), self._size(len(pixels))
         caller = torch.cuda.current_stream(self._device)
         with self._lock, torch.no_grad(), torch.cuda.stream(self._stream):
             self._uploaded.synchronize()
@@ -58,9 +65,9 @@ class GpuRuns:
             copy.record_stream(caller)
         return copies
 
-    def record(self, size: int) -> None:
-        """Record the launches of a batch size, once. Where they can't be recorded, runs go on without a graph."""
-        torch = self._torch
+    def record(self, pictures: int) -> None:
+        """Record the launches for so many pictures, once. Where they can't be recorded, runs go on without a graph."""
+        torch, size = self._torch, self._size(pictures)
         with self._lock, torch.no_grad():
             if size in self._graphs:
                 return
@@ -69,6 +76,9 @@ class GpuRuns:
                 self._graphs[size] = record_graph(launch, self._stream, self._pool)
             except RuntimeError as error:
                 log.warning("batches of %d run without a CUDA graph, which can't be recorded: %s", size, error)
+
+    def _size(self, pictures: int) -> int:
+        return next(size for size in self.buckets if size >= pictures)
 
 
 def record_graph(run: Callable[[], Any], stream: Any, pool: Any = None) -> Callable[[], Any]:

@@ -37,5 +37,5 @@ class OnnxRuntimeEncoder(BatchedEncoder):
                 f"ONNX Runtime can't load {file} in {folder}: {error}; build the engine again"
             ) from error
 
-    def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         return tuple(self._session.run(list(self.outputs), {"pixels": pixels}))

@@ -77,7 +77,7 @@ class OpenVINOEncoder(BatchedEncoder):
             ) from error
         self.threads, self.runs = threads, runs
 
-    def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         request = self._idle.get()
         try:
             outputs = request.infer({"pixels": pixels})

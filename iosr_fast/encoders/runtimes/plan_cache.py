@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.encoders.engine_folder import ONNX_FILE, PLANS, WEIGHTS, Target, describe_target
+from msgspec import convert
+
+from iosr_fast.encoders.engine_folder import ONNX_FILE, PLANS, WEIGHTS, Target
 from iosr_fast.exceptions import DamagedFileError, UnavailableError
 from iosr_fast.utils.files import cache_folder, new_file
 from iosr_fast.utils.manifest import sha256
@@ -19,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def open_plan(
-    folder: Path, manifest: Mapping[str, Any], target: Target, build: Callable[[Path], bytes]
+    folder: Path, manifest: Mapping[str, Any], target: Target, build: Callable[[Path], tuple[bytes, dict[str, Any]]]
 ) -> tuple[bytes, Path]:
     """The plan in an engine folder that fits `target`, else the one in the cache, which `build` makes of encoder.onnx.
 
@@ -30,9 +32,9 @@ def open_plan(
     """
     others = []
     for name, facts in manifest["plans"].items():
-        if all(facts[key] == value for key, value in target.facts().items()):
+        if (built_for := convert(facts, Target)) == target:
             return (folder / name).read_bytes(), folder / name
-        others.append(f"{name} was built for {describe_target(facts)}")
+        others.append(f"{name} was built for {built_for}")
     misfit = f"{'; '.join(others) or f'{folder} has no plan'}; this is {target}"
     advice = (
         f"build the engine on this machine (iosr-fast build-engine --runtime {target.runtime}), or open it with "
@@ -42,7 +44,7 @@ def open_plan(
         raise UnavailableError(f"{misfit}; and {folder} has no {ONNX_FILE} to build a plan from: {advice}")
     expected = {name: manifest["files"][name]["sha256"] for name in (ONNX_FILE, WEIGHTS) if name in manifest["files"]}
     source = hashlib.sha256(json.dumps(expected).encode()).hexdigest()[:32]
-    cached = cache_folder() / PLANS / f"{target.name(target.built_for)}-b{manifest['max_batch']}-{source}.plan"
+    cached = cache_folder() / PLANS / f"{target.name(target.gpu)}-b{manifest['max_batch']}-{source}.plan"
     if (plan := _read(cached)) is not None:
         log.info("%s: using the plan built from %s, %s", misfit, ONNX_FILE, cached)
         return plan, cached
@@ -51,10 +53,19 @@ def open_plan(
         if sha256(folder / name) != digest:
             raise DamagedFileError(f"{name} in {folder} does not match its manifest: it is damaged or was changed")
     try:
-        plan = build(folder / ONNX_FILE)
+        plan, _ = build(folder / ONNX_FILE)
     except RuntimeError as error:
         raise UnavailableError(f"{misfit}; building a plan from {ONNX_FILE} failed: {error}; {advice}") from error
-    _write(cached, plan)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(cached) as temporary:
+            temporary.write_bytes(hashlib.sha256(plan).digest() + plan)
+    except OSError as error:
+        log.warning(
+            "the plan can't be stored (%s) and is built at every start; set IOSR_FAST_CACHE to a folder that can be "
+            "written",
+            error,
+        )
     return plan, cached
 
 
@@ -62,25 +73,10 @@ def _read(cached: Path) -> bytes | None:
     """The plan in a cache file, whose SHA-256 precedes it there; None without the file or for a damaged one."""
     try:
         content = cached.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return None
-    except OSError as error:
-        log.warning("the plan in the cache can't be read: %s", error)
-        return None
-    if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
+    digest, plan = content[:_DIGEST], content[_DIGEST:]
+    if hashlib.sha256(plan).digest() != digest:
         log.warning("the plan in the cache is damaged and built again: %s", cached)
         return None
-    return content[_DIGEST:]
-
-
-def _write(cached: Path, plan: bytes) -> None:
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(cached) as temporary:
-            temporary.write_bytes(hashlib.sha256(plan).digest() + plan)
-    except OSError as error:
-        log.warning(
-            "the plan can't be stored (%s) and will be built at every start; set IOSR_FAST_CACHE to a folder that can "
-            "be written",
-            error,
-        )
+    return plan

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Array
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.engine_folder import EXTRAS, target, unavailable_reason
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.gpu import GpuRuns
 from iosr_fast.encoders.runtimes.plan_cache import open_plan
 from iosr_fast.encoders.runtimes.tensorrt_rtx import KernelCache
 from iosr_fast.exceptions import UnavailableError
@@ -35,13 +34,7 @@ def build_plan(onnx_path: Path, runtime: str, max_batch: int) -> tuple[bytes, di
     the parser or the builder.
     """
     started = time.perf_counter()
-    plan = _build(onnx_path, runtime, max_batch)
-    seconds = round(time.perf_counter() - started, 2)
-    return plan, {"max_batch": max_batch, "build_seconds": seconds, "bytes": len(plan)}
-
-
-def _build(onnx_path: Path, runtime: str, max_batch: int) -> bytes:
-    version = target(runtime).version
+    name = f"{runtime} {target(runtime).version}"
     trt: Any = require(runtime, EXTRAS[runtime])
     logger = _logger(trt)
     builder = trt.Builder(logger)
@@ -51,7 +44,7 @@ def _build(onnx_path: Path, runtime: str, max_batch: int) -> bytes:
     if not parser.parse_from_file(str(onnx_path)):
         reported = (parser.get_error(i) for i in range(parser.num_errors))
         errors = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in reported)
-        raise UnavailableError(f"{runtime} {version} can't parse {onnx_path.name}: {errors}")
+        raise UnavailableError(f"{name} can't parse {onnx_path.name}: {errors}")
     if network.num_inputs != 1 or network.get_input(0).name != "pixels" or network.get_input(0).shape[0] != -1:
         raise UnavailableError(f"expected one input 'pixels' with a dynamic batch in {onnx_path.name}")
     config = builder.create_builder_config()
@@ -61,8 +54,9 @@ def _build(onnx_path: Path, runtime: str, max_batch: int) -> bytes:
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 graphs multiply in fp32, as their check expects
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise UnavailableError(f"{runtime} {version} built no plan: {'; '.join(logger.errors) or 'no reason given'}")
-    return bytes(plan)
+        raise UnavailableError(f"{name} built no plan: {'; '.join(logger.errors) or 'no reason given'}")
+    seconds = round(time.perf_counter() - started, 2)
+    return bytes(plan), {"max_batch": max_batch, "build_seconds": seconds, "bytes": plan.nbytes}
 
 
 def optimization_profiles(builder: Any, picture: tuple[int, ...], max_batch: int) -> list[Any]:
@@ -84,13 +78,13 @@ class TensorRTEncoder(BatchedEncoder):
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], runtime: str) -> None:
-        super().__init__(manifest, runtime, on_gpu=True)
+        super().__init__(manifest, runtime)
         self._torch = torch = require("torch", "gpu")
         trt: Any = require(runtime, EXTRAS[runtime])
         if (reason := unavailable_reason(runtime)) is not None:
             raise UnavailableError(f"{runtime} can't run here: {reason}; open the engine with runtime='onnxruntime'")
         here = target(runtime)
-        plan, path = open_plan(folder, manifest, here, partial(_build, runtime=runtime, max_batch=self.max_batch))
+        plan, path = open_plan(folder, manifest, here, partial(build_plan, runtime=runtime, max_batch=self.max_batch))
         self._logger = _logger(trt)
         self._trt_runtime = trt.Runtime(self._logger)
         self._engine = self._trt_runtime.deserialize_cuda_engine(plan)
@@ -105,21 +99,18 @@ class TensorRTEncoder(BatchedEncoder):
         self._results = [torch.empty((self.max_batch, self.width), device="cuda") for _ in self.outputs]
         self._memory = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device="cuda")
         self._contexts: dict[int, Any] = {}
-        self._gpu = GpuRuns(self._launch, self.largest)
+        self.use_gpu(self._launch)
 
     def warm(self, sizes: Iterable[int] | None = None) -> None:
         super().warm(sizes)
         if self._kernels is not None:
             self._kernels.save()
 
-    def _run(self, pixels: np.ndarray, size: int) -> tuple[Array, ...]:
-        outputs = self._gpu.run(pixels, size)
+    def encode_on_device(self, pixels: np.ndarray) -> Embeddings:
+        embeddings = super().encode_on_device(pixels)
         if self._kernels is not None and not self._kernels.saved:
             self._kernels.save()
-        return outputs
-
-    def _prepare(self, size: int) -> None:
-        self._gpu.record(size)
+        return embeddings
 
     def _launch(self, pixels: Any) -> list[Any]:
         """Launch on the current stream; the first launch of a size creates its context."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from iosr_fast.encoders.engine_folder import Target
 from iosr_fast.utils.files import cache_folder, new_file
+from iosr_fast.utils.machine import this_gpu
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +16,7 @@ class KernelCache:
     """The kernels of an engine on this GPU; `options` of execution contexts that use and extend them."""
 
     def __init__(self, trt: Any, engine: Any, target: Target, fingerprint: str) -> None:
-        self._file = cache_folder() / "kernels" / f"{target.name(target.gpu)}-{fingerprint[:16]}.cache"
+        self._file = cache_folder() / "kernels" / f"{target.name(str(this_gpu()))}-{fingerprint[:16]}.cache"
         self.options = engine.create_runtime_config()
         self.options.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         # A graph would keep the general kernels that run until those for a shape are compiled.
