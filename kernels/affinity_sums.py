@@ -170,8 +170,8 @@ def tile_of(
     block_n, block_c = 64, 128
     if values is None:
         tall &= wide or not single
-        block_n = 128 if tall and not single else 64
-        block_c = min(block_c, block_n * n_columns // n_keys)  # fewer than a tile's keys would leave rows empty
+        block_n = 128 if tall and not single and n_keys >= 4 * n_columns else 64
+        block_c = min(block_n, block_n * n_columns // n_keys)  # fewer than a tile's keys would leave rows empty
     elif precise:
         block_c = 256 if n_columns > 128 and wide and single else 128
         tall &= wide and block_c == 128

@@ -1,8 +1,8 @@
-"""Compile every kernel without a GPU: its registers, shared memory, spills and tensor-core instructions.
+"""Compile the kernel without a GPU: its registers, shared memory, spills and tensor-core instructions.
 
     python -m iosr_fast.kernels.compile_check --json table.json
 
-compiles with the default launch configurations and prints a table. Needs Triton and no GPU.
+compiles it as it is launched and prints a table. Needs Triton and no GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,37 +22,25 @@ from typing import Any
 import typer
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.kernels.launch import PRECISIONS, Config, Load, config_for, dense_config
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.require import require
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-TMA_ARCHITECTURES = (90, 100)  # of them; the others take pointers
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 WIDTH = 512
-SHOTS = 16  # per class
-
-_POINTERS = {
-    "logits": "*fp32",
-    "out": "*fp32",
-    "partial": "*fp32",
-    "plain": "*fp32",
-    "text": "*fp16",
-    "feature": "*fp32",
-    "linear": "*fp16",
-    "bias": "*fp32",
-    "weights": "*fp32",
-    "key_scales": "*fp32",
-    "query_scales": "*fp32",
-    "scales": "*fp32",
-    "digits": "*i8",
-    "class_offsets": "*i32",
-    "items": "*i32",
-    "cut": "*i32",
+# Queries, keys and classes of a launch, and the type of values.
+KERNELS = {
+    "classes/few": (16, 1600, 100, ""),
+    "classes/many": (1024, 16_000, 1000, ""),
+    "classes/one key each": (1024, 8192, 8192, ""),
+    "values/few": (16, 1600, 100, "fp32"),
+    "values/many": (1024, 8192, 100, "fp32"),
+    "values/wide": (1024, 8192, 1000, "fp32"),
+    "half values/few": (16, 1600, 100, "fp16"),
+    "half values/some": (64, 8192, 1000, "fp16"),
+    "half values/many": (1024, 8192, 100, "fp16"),
+    "half values/wide": (1024, 8192, 1000, "fp16"),
 }
-_FLOATS = ("alpha", "scale", "text_scale", "linear_scale")
-_KEYS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*i8"}
-_QUERY = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*fp16"}
-_VALUES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*fp32", "int8": "*fp16"}
 # Tensor-core instructions of the PTX, newest first.
 _TENSOR_CORE_PTX = (
     ("tcgen05.mma", r"\btcgen05\.mma\b"),
@@ -62,147 +49,85 @@ _TENSOR_CORE_PTX = (
 )
 
 
-def kernel_names() -> list[str]:
-    """The kernels of compile_ahead: path and load ("dense/many"), or path and way of loading ("aligned/tma",
-    "aligned/pointers"); few has the cache term alone, few-terms all terms; "merge", "digits"
-    and "parts" have no product.
-
-    dense has float16 values with float16 and int8 keys; dense-float has float32 ones, as plans do.
-    """
-    loads = [f"{name}/{load}" for name in ("affine", "dense", "dense-float") for load in ("few", "many")]
-    ways = [f"{name}/{way}" for name in ("aligned", "ragged") for way in ("tma", "pointers")]
-    return ["few", "few-terms", *ways, *loads, "merge", "digits", "parts"]
-
-
 def compile_ahead(
-    arch: int, kernels: Sequence[str] | None = None, precisions: Sequence[str] = PRECISIONS
+    arch: int, kernels: Sequence[str] = tuple(KERNELS), precisions: Sequence[str] = PRECISIONS
 ) -> list[dict[str, Any]]:
-    """Compile kernels for compute capability arch / 10 and report each one's resources, with D = 512.
+    """Compile the kernel for compute capability arch / 10, with weights and D = 512, for each of KERNELS and each
+    precision of the keys.
 
     Returns rows of
 
     kernel, precision, arch, triton (its version)
+    tile                     queries x keys x channels x columns
     registers                per thread
     spills                   bytes of local memory and stack per thread
     shared_bytes             per block
     tensor_core_instruction  "mma.sync HMMA.16816.F32": of the PTX and of the machine code; "" for none
 
-    Kernels with descriptors have rows for TMA_ARCHITECTURES only. affine is for float32 and float16 queries,
-    dense-float for float16 and int8 keys; merge, digits and parts are float32 only. Raises ImportError without Triton,
-    ValueError for an unknown kernel, precision or architecture, RuntimeError under TRITON_INTERPRET, which compiles
-    nothing.
+    Raises MissingPackageError without Triton, IosrFastError for an unknown kernel, precision or architecture,
+    RuntimeError under TRITON_INTERPRET, which compiles nothing.
     """
     require("triton", "gpu")
     from triton import knobs
 
     if knobs.runtime.interpret:
         raise RuntimeError("expected TRITON_INTERPRET unset to compile, got it set; the interpreter compiles nothing")
-    chosen = kernel_names() if kernels is None else list(kernels)
     for what, names, allowed in (
-        ("a kernel", chosen, kernel_names()),
+        ("a kernel", kernels, tuple(KERNELS)),
         ("a precision", precisions, PRECISIONS),
         ("an architecture", [arch], ARCHITECTURES),
     ):
         for name in names:
             if name not in allowed:
                 raise IosrFastError(f"expected {what} of {', '.join(map(str, allowed))}, got {name!r}")
-    rows = []
-    version = package_version("triton")
-    for kernel in chosen:
-        if kernel.endswith("/tma") and arch not in TMA_ARCHITECTURES:
-            continue
-        for precision in _precisions(kernel, precisions):
-            row = {"kernel": kernel, "precision": precision, "arch": arch, "triton": version}
-            rows.append(row | _compile(kernel, precision, arch))
-    return rows
-
-
-def _precisions(kernel: str, precisions: Sequence[str]) -> Sequence[str]:
-    only = {"affine": ("fp32", "fp16"), "dense-float": ("fp16", "int8"), "merge": (), "digits": (), "parts": ()}
-    name = kernel.partition("/")[0]
-    if name in only and not only[name]:
-        return ("fp32",)
-    return [precision for precision in precisions if precision in only.get(name, PRECISIONS)]
-
-
-@dataclass(frozen=True)
-class _Specification:
-    """A kernel with its constexpr arguments, the compiler's options among them, as in the launches of cache_score; its
-    tile, the queries' type, the arguments that are descriptors."""
-
-    function: Any
-    constants: dict[str, Any]
-    config: Config | None = None
-    query: str = ""
-    descriptors: tuple[str, ...] = ()
-
-
-def _specification(kernel: str, precision: str) -> _Specification:
-    from iosr_fast.kernels import cache_kernels
-
-    if kernel == "merge":
-        return _Specification(cache_kernels.merge_kernel, {"BLOCK_B": 128})
-    if kernel in ("digits", "parts"):
-        function = cache_kernels.digits_kernel if kernel == "digits" else cache_kernels.parts_kernel
-        return _Specification(function, {"WIDTH": WIDTH, "BLOCK_D": WIDTH}, query="*fp32")
-    name, _, way = kernel.partition("/")
-    load: Load = "few" if "few" in (name, way) or name == "few-terms" else "many"
-    parts = 2 if name == "affine" and precision == "fp32" and load == "many" else 1
-    terms = {"PITCH": 2 * WIDTH, "QUERY_PARTS": parts}
-    terms |= {"HAS_TEXT": True, "HAS_LINEAR": name != "affine", "HAS_BIAS": True}
-    has = {"WIDTH": WIDTH, "HAS_WEIGHTS": True, "HAS_SCALES": precision == "int8"}
-    if name == "affine":
-        config = config_for("default", "affine", "fp32", load)
-        return _Specification(cache_kernels.affine_kernel, {"WIDTH": WIDTH} | terms | config.meta(), config)
-    if name.startswith("dense"):
-        config = dense_config("default", precision, load, name == "dense-float")
-        return _Specification(cache_kernels.dense_kernel, has | config.meta("block_v"), config)
-    few, tma = load == "few", way == "tma"
-    path = "few" if few else name
-    config = config_for("default", f"{path}-tma" if tma else path, precision, load)
-    constants = (
-        has
-        | (terms if name == "few-terms" else dict.fromkeys(terms, False) | {"PITCH": 0, "QUERY_PARTS": 1})
-        | config.meta()
-    )
-    constants.pop("SWAP")
-    constants |= {"SHOTS": SHOTS if name == "aligned" else 0, "SPLIT": name != "aligned", "FEW": few, "TMA": tma}
-    constants["BLOCK_C"] = config.block_n // SHOTS if name == "aligned" else 16
-    descriptors = ("query", "keys") if tma else ()
-    query = "*i8" if precision == "int8" else "*fp32" if few else _QUERY[precision]
-    return _Specification(cache_kernels.cache_kernel, constants, config, query, descriptors)
+    facts = {"arch": arch, "triton": package_version("triton")}
+    return [
+        {"kernel": kernel, "precision": precision} | facts | _compile(kernel, precision, arch)
+        for kernel in kernels
+        for precision in precisions
+    ]
 
 
 def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    made = _specification(kernel, precision)
-    constants = dict(made.constants)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    values = "*fp32" if kernel.startswith("dense-float") else _VALUES[precision]
-    rows = "*fp16" if made.constants.get("QUERY_PARTS") == 2 or precision == "fp16" else "*fp32"
-    parts = {"parts": "*fp16"} | dict.fromkeys(("plain", "feature"), rows)
-    special = parts | {"query": made.query or _QUERY[precision], "keys": _KEYS[precision], "values": values}
+    from iosr_fast.kernels.affinity_sums import affinity_sums_kernel, product_precision, tile_of
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+    batch, n_keys, n_columns, values = KERNELS[kernel]
+    tile = tile_of(batch, n_keys, n_columns, dtypes[precision], dtypes[values] if values else None, arch)
+    options = tile.options()
+    constants: dict[str, Any] = {"WIDTH": WIDTH, "GROUP": 4, "PRECISION": product_precision(arch)}
+    constants |= {name: options.pop(name) for name in list(options) if name.isupper()}
+    pointers = {
+        "queries": "fp16" if precision == "int8" else precision,
+        "keys": "i8" if precision == "int8" else precision,
+        "key_scales": "fp32" if precision == "int8" else "",
+        "weights": "fp32",
+        "largest_weight": "fp32",
+        "class_offsets": "" if values else "i32",
+        "values": values,
+        "items": "i32",
+        "sums": "fp32",
+    }
+    constants |= {name: None for name, dtype in pointers.items() if not dtype}
     signature, attributes = {}, {}
-    for position, name in enumerate(made.function.arg_names):
+    for position, name in enumerate(affinity_sums_kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in _FLOATS:
-            signature[name] = "fp32"
-        elif name in made.descriptors:
-            assert made.config is not None
-            block = made.config.block_b if name == "query" else made.config.block_n
-            signature[name] = f"tensordesc<{special[name][1:]}[{block}, {made.config.block_d}]>"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
+            attributes[(position,)] = [["tt.divisibility", 16]]  # as torch aligns memory
         else:
-            signature[name] = (_POINTERS | special).get(name, "i32")
-            # As in launches: torch aligns memory to at least 16 bytes, and C = 1000 or V = 1000 isn't divisible.
-            if signature[name].startswith("*"):
-                attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(made.function, signature, constexprs=constants, attrs=attributes)
+            signature[name] = "fp32" if name in ("scale", "shift", "alpha") else "i32"
+    source = ASTSource(affinity_sums_kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return inspect_cubin(compiled.asm["cubin"], compiled.asm["ptx"]) | {"shared_bytes": compiled.metadata.shared}
+    sizes = f"{tile.block_b}x{tile.block_n}x{tile.block_d}x{tile.block_c}"
+    resources = inspect_cubin(compiled.asm["cubin"], compiled.asm["ptx"])
+    return {"tile": sizes, **resources, "shared_bytes": compiled.metadata.shared}
 
 
 def inspect_cubin(cubin: bytes, ptx: str) -> dict[str, Any]:
@@ -253,7 +178,7 @@ def compile_many(
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """The table as Markdown."""
-    names = ("kernel", "precision", "arch", "registers", "spills", "shared_bytes", "tensor_core_instruction")
+    names = ("kernel", "precision", "arch", "tile", "registers", "spills", "shared_bytes", "tensor_core_instruction")
     cells = [names, *(tuple(str(row[name]) for name in names) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
     cells.insert(1, tuple("-" * width for width in widths))
@@ -267,8 +192,8 @@ def main(
     arch: list[int] = typer.Option(list(ARCHITECTURES), help="Compute capability times 10; repeat for several."),
     precision: list[str] = typer.Option(list(PRECISIONS), help="Key precision; repeat for several."),
 ) -> None:
-    """Compile every kernel for each architecture and print registers, spills, shared memory and tensor-core use."""
-    rows = list(compile_many([(one, [kernel], precision) for one in arch for kernel in kernel_names()]))
+    """Compile the kernel for each architecture and print registers, spills, shared memory and tensor-core use."""
+    rows = list(compile_many([(one, [kernel], precision) for one in arch for kernel in KERNELS]))
     print(format_rows(rows))
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
