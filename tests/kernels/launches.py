@@ -16,7 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from iosr_fast.kernels import affinity_sums as kernels
-from tests.scoring.sums import KINDS, PRECISIONS, make_plan, on_device, random_queries
+from iosr_fast.scoring.device_plan import device_plan
+from iosr_fast.scoring.key_precision import PRECISIONS
+from tests.scoring.sums import KINDS, make_plan, random_queries
 
 LAUNCHED: list[str] = []
 
@@ -67,7 +69,7 @@ def _h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def launch(rng: np.random.Generator, counts: list[int], width: int, keys: str, kind: str, batch: int) -> None:
-    plan = on_device(make_plan(rng, counts, width, keys, kind), kind, "cpu")
+    plan = device_plan(make_plan(rng, counts, width, keys, kind), "cpu")
     kernels.affinity_sums(plan, random_queries(rng, batch, width), torch.zeros(batch, len(counts)))
 
 

@@ -17,13 +17,17 @@ import pytest
 import torch
 
 from iosr_fast.kernels import affinity_sums as kernels
-from tests.scoring.sums import KINDS, PRECISIONS, SHAPES, assert_right, make_plan, random_queries
+from iosr_fast.scoring.key_precision import PRECISIONS
+from iosr_fast.scoring.plan import ScoringPlan
+from tests.conftest import EXTENDED, random_embeddings, random_plan
+from tests.scoring.numerics import assert_close_to_truth
+from tests.scoring.sums import KINDS, SHAPES, assert_right, make_plan, random_queries
 
 
-def assert_triton(plan: Any, kind: str, queries: torch.Tensor, device: str = "cpu") -> torch.Tensor:
-    path = "triton/classes" if kind == "classes" else "triton/values"
-    half = {"half_queries": True, "half_affinities": True}
-    return assert_right(kernels.affinity_sums, path, plan, kind, queries, device=device, **half)
+def assert_triton(plan: ScoringPlan, queries: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    path = "triton/classes" if plan.values is None else "triton/values"
+    halves = {"half_queries": True, "half_affinities": True}
+    return assert_right(kernels.affinity_sums, path, plan, queries, device=device, **halves)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,7 +35,14 @@ def assert_triton(plan: Any, kind: str, queries: torch.Tensor, device: str = "cp
 def test_odd_shapes(keys: str, kind: str, rng: np.random.Generator) -> None:
     for counts, batch, width in SHAPES:
         plan = make_plan(rng, counts, width, keys, kind, weighted=batch % 2 == 1, beta=1.0 + batch % 7)
-        assert_triton(plan, kind, random_queries(rng, batch, width))
+        assert_triton(plan, random_queries(rng, batch, width))
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+def test_whole_plans(name: str, rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [3, 0, 20], 33, **EXTENDED[name])
+    path = "no-keys" if plan.keys is None else "classes" if plan.values is None else "values"
+    assert_close_to_truth(f"triton/{path}", plan, random_embeddings(rng, 5, 33))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,9 +52,9 @@ def test_keys_in_pieces_and_queries_in_blocks(
     """Several programs share columns; the memory of their sums is bounded."""
     plan, queries = make_plan(rng, [700, 0, 3, 40], 16, "fp16", kind), random_queries(rng, 21, 16)
     monkeypatch.setattr(kernels, "gpu", lambda device: (64, 90))
-    assert_triton(plan, kind, queries)
+    assert_triton(plan, queries)
     monkeypatch.setattr(kernels, "PARTIAL_BYTES", 4 * 4 * 8 * 2)
-    assert_triton(plan, kind, queries)
+    assert_triton(plan, queries)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +64,7 @@ def test_weights_and_sharpness_at_their_ends(kind: str, rng: np.random.Generator
         plan = make_plan(rng, [40, 0, 29, 1], 64, "fp16", kind, alpha=alpha, beta=beta)
         assert plan.weights is not None
         plan = replace(plan, weights=np.float32(weight) * plan.weights)
-        assert_triton(plan, kind, random_queries(rng, 5, 64))
+        assert_triton(plan, random_queries(rng, 5, 64))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,7 +72,7 @@ def test_equal_calls_give_equal_bits_whatever_type_queries_have(kind: str, rng: 
     plan = make_plan(rng, [140, 3, 0, 9], 32, "fp16", kind)
     for dtype in (torch.float16, torch.bfloat16):
         queries = random_queries(rng, 7, 32, dtype)
-        first, again, wide = (assert_triton(plan, kind, rows) for rows in (queries, queries, queries.float()))
+        first, again, wide = (assert_triton(plan, rows) for rows in (queries, queries, queries.float()))
         assert torch.equal(first, again) and torch.equal(first, wide)
 
 
@@ -119,5 +130,5 @@ def test_no_access_beyond_a_tensor(
 
     monkeypatch.setattr(kernels, "affinity_sums_kernel", Guarded())
     for (counts, batch, width), keys in itertools.product(SHAPES[1:4], ("fp16", "int8")):
-        assert_triton(make_plan(rng, counts, width, keys, kind), kind, random_queries(rng, batch, width))
+        assert_triton(make_plan(rng, counts, width, keys, kind), random_queries(rng, batch, width))
     assert len(launches) == 6

@@ -11,14 +11,16 @@ import sys
 import numpy as np
 import pytest
 
+from iosr_fast.scoring.device_plan import device_plan
+from iosr_fast.scoring.key_precision import PRECISIONS
 from tests import ROOT
-from tests.scoring.sums import KINDS, PRECISIONS, make_plan, on_device, random_queries
+from tests.scoring.numerics import needs_gpu
+from tests.scoring.sums import KINDS, SHAPES, make_plan, random_queries
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'iosr_fast[gpu]'"
 )
 torch = pytest.importorskip("torch")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
 
 
 @pytest.mark.slow
@@ -42,7 +44,6 @@ def test_in_a_process_of_its_own(file: str, interpret: str, least: int) -> None:
 @pytest.mark.parametrize("keys", PRECISIONS)
 def test_parity_on_a_gpu(keys: str, kind: str, rng: np.random.Generator) -> None:
     from tests.kernels.parity import assert_triton
-    from tests.scoring.sums import SHAPES
 
     cuts = np.diff([0, *np.sort(rng.integers(0, 5001, 96)), 5000]).tolist()
     large = (
@@ -57,8 +58,8 @@ def test_parity_on_a_gpu(keys: str, kind: str, rng: np.random.Generator) -> None
             make_plan(rng, counts, width, keys, kind, weighted=batch != 70),
             random_queries(rng, batch, width),
         )
-        first = assert_triton(plan, kind, queries, "cuda")
-        assert torch.equal(first, assert_triton(plan, kind, queries, "cuda"))
+        first = assert_triton(plan, queries, "cuda")
+        assert torch.equal(first, assert_triton(plan, queries, "cuda"))
 
 
 @pytest.mark.gpu
@@ -68,7 +69,7 @@ def test_parity_on_a_gpu(keys: str, kind: str, rng: np.random.Generator) -> None
 def test_a_cuda_graph_records_a_call_after_the_first(kind: str, rng: np.random.Generator) -> None:
     from iosr_fast.kernels.affinity_sums import affinity_sums
 
-    plan = on_device(make_plan(rng, [16, 700, 0, 3], 64, "fp16", kind), kind, "cuda")
+    plan = device_plan(make_plan(rng, [16, 700, 0, 3], 64, "fp16", kind), "cuda")
     queries, logits = random_queries(rng, 40, 64).cuda(), torch.zeros(40, 4, device="cuda")
     graph, other = torch.cuda.CUDAGraph(), random_queries(rng, 40, 64).cuda()
     with pytest.raises(RuntimeError, match="scored with Triton once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):

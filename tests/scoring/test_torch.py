@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from iosr_fast.scoring.backends import torch as backend
+from iosr_fast.scoring.device_plan import device_plan
+from iosr_fast.scoring.key_precision import PRECISIONS
 from tests.scoring.numerics import needs_gpu
-from tests.scoring.sums import KINDS, PRECISIONS, SHAPES, assert_right, make_plan, on_device, random_queries
+from tests.scoring.sums import KINDS, SHAPES, assert_right, make_plan, random_queries
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -23,13 +25,13 @@ def test_odd_shapes_whatever_the_tile(
         for counts, batch, width in SHAPES:
             plan = make_plan(rng, counts, width, keys, kind, weighted=batch % 2 == 1)
             queries = random_queries(rng, batch, width, torch.bfloat16 if batch == 5 else torch.float32)
-            logits = assert_right(backend.affinity_sums, "torch/cpu", plan, kind, queries)
-    assert torch.equal(logits, assert_right(backend.affinity_sums, "torch/cpu", plan, kind, queries))
+            logits = assert_right(backend.affinity_sums, "torch/cpu", plan, queries)
+    assert torch.equal(logits, assert_right(backend.affinity_sums, "torch/cpu", plan, queries))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_bounded_whatever_the_number_of_keys(kind: str, rng: np.random.Generator) -> None:
-    plan = on_device(make_plan(rng, [4000] * 10, 64, "int8", kind), kind, "cpu")
+    plan = device_plan(make_plan(rng, [4000] * 10, 64, "int8", kind), "cpu")
     queries, logits = random_queries(rng, 1024, 64), torch.zeros(1024, 10)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         backend.affinity_sums(plan, queries, logits)
@@ -47,6 +49,4 @@ def test_on_a_gpu(keys: str, kind: str, rng: np.random.Generator) -> None:
         (*SHAPES, ([16] * 300, 252, 512)), 4 * (torch.float32, torch.float16), strict=True
     ):
         plan, queries = make_plan(rng, counts, width, keys, kind), random_queries(rng, batch, width, dtype)
-        assert_right(
-            backend.affinity_sums, "torch/cuda", plan, kind, queries, device="cuda", half_queries=keys != "fp32"
-        )
+        assert_right(backend.affinity_sums, "torch/cuda", plan, queries, device="cuda", half_queries=keys != "fp32")
