@@ -119,7 +119,7 @@ bench: $(STAMP)
 # --find-links build/gpu-bundle iosr_fast open_clip_torch, then make gpu-check PYTHON=python3.
 GPU_PYTHON ?= $(BIN)/python
 GPU_PACKAGES := open_clip_torch ftfy timm msgspec typer rich safetensors huggingface-hub
-CUDA_ARCHITECTURES ?= 80-real;90
+CUDA_ARCHITECTURES ?= 80;90
 
 gpu-bundle: $(STAMP)
 	rm -rf build/gpu-bundle

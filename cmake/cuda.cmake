@@ -7,22 +7,23 @@ if(NOT CMAKE_CUDA_COMPILER)
 endif()
 
 if(NOT CMAKE_CUDA_ARCHITECTURES)
-  set(IOSR_FAST_KNOWN_ARCHITECTURES "")
-  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-code
-    OUTPUT_VARIABLE IOSR_FAST_NVCC_CODES RESULT_VARIABLE IOSR_FAST_NVCC_RESULT ERROR_QUIET)
-  foreach(architecture 80 86 89 90 100 120)
-    if(IOSR_FAST_NVCC_RESULT EQUAL 0 AND IOSR_FAST_NVCC_CODES MATCHES "sm_${architecture}[\r\n]")
-      list(APPEND IOSR_FAST_KNOWN_ARCHITECTURES ${architecture})
+  set(IOSR_FAST_ARCHITECTURES "")
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-code OUTPUT_VARIABLE IOSR_FAST_NVCC_CODES ERROR_QUIET)
+  # One of each generation, whose machine code runs on the others of it (8.6 and 8.9 run 8.0's).
+  foreach(architecture 80 90 100 120)
+    if(IOSR_FAST_NVCC_CODES MATCHES "sm_${architecture}[\r\n]")
+      list(APPEND IOSR_FAST_ARCHITECTURES ${architecture})
     endif()
   endforeach()
-  if(NOT IOSR_FAST_KNOWN_ARCHITECTURES)
-    message(FATAL_ERROR "expected ${CMAKE_CUDA_COMPILER} --list-gpu-code to know one of sm_80, 86, 89, 90, 100, 120; "
+  if(NOT IOSR_FAST_ARCHITECTURES)
+    message(FATAL_ERROR "expected ${CMAKE_CUDA_COMPILER} --list-gpu-code to know one of sm_80, 90, 100, 120; "
       "it does not: name architectures by CMAKE_CUDA_ARCHITECTURES, or take CUDA 11.8 or newer")
   endif()
-  # Newer GPUs than these run the last one's PTX.
-  list(POP_BACK IOSR_FAST_KNOWN_ARCHITECTURES IOSR_FAST_LAST_ARCHITECTURE)
-  list(TRANSFORM IOSR_FAST_KNOWN_ARCHITECTURES APPEND "-real")
-  set(CMAKE_CUDA_ARCHITECTURES ${IOSR_FAST_KNOWN_ARCHITECTURES} ${IOSR_FAST_LAST_ARCHITECTURE})
+  # GPUs between these and after them compile PTX: the oldest's, or the newest's that they know.
+  list(GET IOSR_FAST_ARCHITECTURES 0 IOSR_FAST_OLDEST)
+  list(GET IOSR_FAST_ARCHITECTURES -1 IOSR_FAST_NEWEST)
+  list(TRANSFORM IOSR_FAST_ARCHITECTURES APPEND "-real")
+  set(CMAKE_CUDA_ARCHITECTURES ${IOSR_FAST_ARCHITECTURES} ${IOSR_FAST_OLDEST}-virtual ${IOSR_FAST_NEWEST}-virtual)
 endif()
 message(STATUS "CUDA architectures: ${CMAKE_CUDA_ARCHITECTURES}")
 
@@ -31,13 +32,14 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_EXTENSIONS OFF)
 
-# The kernels are compiled apart from the bindings, so that nvcc never sees pybind11.
-add_library(iosr_fast_cuda_kernels STATIC ${CMAKE_CURRENT_LIST_DIR}/../csrc/cuda/score.cu)
+# The kernel is compiled apart from the bindings, so that nvcc never sees pybind11.
+add_library(iosr_fast_cuda_kernels STATIC ${CMAKE_CURRENT_LIST_DIR}/../csrc/cuda/few_queries.cu)
 set_target_properties(iosr_fast_cuda_kernels PROPERTIES
   POSITION_INDEPENDENT_CODE ON
   CUDA_RUNTIME_LIBRARY Static
   CUDA_VISIBILITY_PRESET hidden
   CXX_VISIBILITY_PRESET hidden)
+target_compile_options(iosr_fast_cuda_kernels PRIVATE --threads=0)  # architectures in parallel
 
 find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
 find_package(pybind11 CONFIG REQUIRED)

@@ -1,21 +1,23 @@
-// The pybind11 file of the CUDA module. The caller owns all memory: tensors are passed as device addresses with their
-// shapes and checked as far as addresses can be; nothing is allocated, synchronised or read back.
+// The pybind11 file of the CUDA module. Tensors are passed as device addresses with their shapes, and checked as far as
+// addresses can be; the caller keeps them alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
-#include <tuple>
-#include <utility>
 
-#include "score.h"
+#include "few_queries.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using namespace iosr::cuda;
+using namespace pybind11::literals;
+using Address = std::optional<uintptr_t>;
 
 void expect(bool good, const std::string& expected, const std::string& got) {
     if (!good) {
@@ -24,149 +26,76 @@ void expect(bool good, const std::string& expected, const std::string& got) {
 }
 
 template <class T>
-T* pointer(const char* name, uintptr_t address, std::size_t alignment = alignof(T)) {
-    expect(address != 0 && address % alignment == 0,
+T* pointer(const char* name, Address address, std::size_t alignment = alignof(T)) {
+    expect(!address || (*address != 0 && *address % alignment == 0),
            std::string(name) + " at a device address that is a multiple of " + std::to_string(alignment),
-           std::to_string(address));
-    return reinterpret_cast<T*>(address);
+           std::to_string(address.value_or(0)));
+    return reinterpret_cast<T*>(address.value_or(0));
 }
 
-template <class T>
-const T* optional_pointer(const char* name, const std::optional<uintptr_t>& address) {
-    return address ? pointer<const T>(name, *address) : nullptr;
-}
-
-int64_t count(const char* name, int64_t value, int64_t largest) {
+int32_t count(const char* name, int64_t value, int64_t largest = INT32_MAX) {
     expect(value >= 1 && value <= largest, std::string(name) + " in 1.." + std::to_string(largest),
            std::to_string(value));
-    return value;
+    return static_cast<int32_t>(value);
 }
 
-int64_t row_bytes(const char* name, int64_t value) {
-    count(name, value, kMaxRowBytes);
-    expect(value % kCopy == 0, std::string(name) + " to be a multiple of 16", std::to_string(value));
-    return value;
+// Elements in a row that holds `used` of them and is padded to a multiple of 16 bytes.
+int32_t row_elements(const char* name, int64_t bytes, int64_t used, int64_t element_bytes) {
+    const int64_t expected = (used * element_bytes + 15) / 16 * 16;
+    expect(bytes == expected, std::string(name) + " of " + std::to_string(expected), std::to_string(bytes));
+    return count(name, bytes / element_bytes);
 }
 
-Keys keys_of(const std::string& precision) {
-    for (const auto& [name, keys] : {std::pair<const char*, Keys>{"fp32", Keys::kFp32},
-                                     {"fp16", Keys::kFp16},
-                                     {"bf16", Keys::kBf16},
-                                     {"int8", Keys::kInt8}}) {
-        if (precision == name) {
-            return keys;
-        }
-    }
-    throw py::value_error("expected a key precision of fp32, fp16, bf16 or int8, got " + precision);
+BoundPlan bind(int device, const std::string& precision, int64_t n_keys, int64_t n_classes, int64_t width,
+               uintptr_t keys, int64_t key_bytes, Address key_scales, Address weights, Address class_offsets,
+               Address tile_classes, Address values, int64_t value_bytes, bool half_values, double alpha, double beta) {
+    static const std::map<std::string, std::pair<Keys, int>> formats = {
+        {"fp32", {Keys::kFp32, 4}}, {"fp16", {Keys::kFp16, 2}}, {"bf16", {Keys::kBf16, 2}}, {"int8", {Keys::kInt8, 1}}};
+    const auto format = formats.find(precision);
+    expect(format != formats.end(), "a precision of fp32, fp16, bf16 or int8", precision);
+    expect((precision == "int8") == key_scales.has_value(), "key_scales with int8 keys and only there",
+           precision + (key_scales ? " with key_scales" : " without"));
+    expect(class_offsets.has_value() != values.has_value() && class_offsets.has_value() == tile_classes.has_value(),
+           "values, or class_offsets with tile_classes", "both or neither");
+    Plan plan;
+    plan.n_keys = count("n_keys", n_keys);
+    plan.n_classes = count("n_classes", n_classes, INT32_MAX / kMaxQueries);
+    plan.width = count("width", width, INT32_MAX / 64);
+    plan.keys = pointer<const void>("keys", keys, 16);
+    plan.key_vectors = row_elements("key_bytes", key_bytes, width, format->second.second) * format->second.second / 16;
+    plan.key_scales = pointer<const float>("key_scales", key_scales);
+    plan.weights = pointer<const float>("weights", weights);
+    plan.class_offsets = pointer<const int32_t>("class_offsets", class_offsets);
+    plan.tile_classes = pointer<const int32_t>("tile_classes", tile_classes);
+    plan.values = pointer<const void>("values", values, 16);
+    plan.half_values = half_values;
+    plan.value_stride = values ? row_elements("value_bytes", value_bytes, n_classes, half_values ? 2 : 4) : 0;
+    plan.tile_keys = tile_keys(device, n_keys);
+    plan.scale = static_cast<float>(beta / std::log(2.0));
+    plan.alpha = static_cast<float>(alpha);
+    return BoundPlan(device, format->second.first, plan);
 }
 
-CUstream_st* stream_of(uintptr_t stream) { return reinterpret_cast<CUstream_st*>(stream); }
-
-std::string cache(int device, uintptr_t stream, const std::string& key_precision, int64_t n_queries, int64_t n_keys,
-                  int64_t n_classes, uintptr_t queries, int64_t query_bytes, int query_parts, float part_scale,
-                  uintptr_t keys, int64_t key_bytes, uintptr_t key_class, uintptr_t class_offsets,
-                  std::optional<uintptr_t> weights, std::optional<uintptr_t> key_scales, float scale, float alpha,
-                  std::optional<uintptr_t> edges, uintptr_t logits) {
-    const Keys format = keys_of(key_precision);
-    CacheArgs args;
-    args.n_queries = count("n_queries", n_queries, INT32_MAX);
-    args.n_keys = count("n_keys", n_keys, INT32_MAX);
-    args.n_classes = count("n_classes", n_classes, INT32_MAX);
-    args.queries = pointer<const char>("queries", queries, kCopy);
-    args.keys = pointer<const char>("keys", keys, kCopy);
-    args.query_bytes = row_bytes("query_bytes", query_bytes);
-    args.key_bytes = row_bytes("key_bytes", key_bytes);
-    args.query_parts = static_cast<int>(count("query_parts", query_parts, format == Keys::kFp32 ? 1 : kMaxParts));
-    args.part_scale = part_scale;
-    const int64_t channels = args.key_bytes / (format == Keys::kFp32 ? 4 : format == Keys::kInt8 ? 1 : 2);
-    const int64_t part_bytes = (channels + 31) / 32 * 64;
-    expect(query_parts == 1 || args.query_bytes == query_parts * part_bytes,
-           std::to_string(query_parts) + " parts of " + std::to_string(part_bytes) + " bytes in a query",
-           std::to_string(query_bytes) + " bytes");
-    args.key_class = pointer<const int32_t>("key_class", key_class);
-    args.weights = optional_pointer<float>("weights", weights);
-    args.key_scales = optional_pointer<float>("key_scales", key_scales);
-    expect((format == Keys::kInt8) == (args.key_scales != nullptr), "key_scales with int8 keys and only there",
-           key_precision + (args.key_scales != nullptr ? " with scales" : " without"));
-    args.scale = scale;
-    args.alpha = alpha;
-    args.logits = pointer<float>("logits", logits);
-
-    const bool merged = edges.has_value();
-    MergeArgs merge;
-    if (merged) {
-        args.edges = pointer<float>("edges", *edges);
-        merge.class_offsets = pointer<const int32_t>("class_offsets", class_offsets);
-        merge.key_class = args.key_class;
-        merge.n_queries = args.n_queries;
-        merge.n_keys = args.n_keys;
-        merge.n_classes = args.n_classes;
-        merge.edges = args.edges;
-        merge.alpha = alpha;
-        merge.logits = args.logits;
-    }
-
-    const DeviceGuard guard(device);
-    launch_cache(args, format, stream_of(stream));
-    if (merged && n_keys > kChunk) {
-        launch_merge(merge, stream_of(stream));
-    }
-    return std::string(format == Keys::kFp32 ? "fp32" : "mma") + (query_parts > 1 ? "-split" : "") +
-           (n_queries <= kSmallBatch ? "-small" : "");
-}
-
-std::string linear(int device, uintptr_t stream, const std::string& precision, int64_t n_queries, int64_t n_classes,
-                   const py::list& operands, int row_parts, float part_scale, std::optional<uintptr_t> bias,
-                   std::optional<uintptr_t> class_offsets, uintptr_t logits) {
-    expect(precision == "fp32" || precision == "fp16", "a precision of fp32 or fp16", precision);
-    const bool half = precision == "fp16";
-    LinearArgs args;
-    args.row_parts = static_cast<int>(count("row_parts", row_parts, half ? kMaxParts : 1));
-    args.part_scale = part_scale;
-    expect(operands.size() <= 2, "at most 2 operands", std::to_string(operands.size()));
-    for (const py::handle& item : operands) {
-        const auto [queries, query_bytes, rows, bytes, factor] =
-            item.cast<std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, float>>();
-        Operand& operand = args.operands[args.n_operands++];
-        operand.queries = pointer<const char>("queries", queries, kCopy);
-        operand.rows = pointer<const char>("rows", rows, kCopy);
-        operand.query_bytes = row_bytes("query_bytes", query_bytes);
-        operand.row_bytes = row_bytes("row_bytes", bytes);
-        operand.factor = factor;
-        const int64_t part_bytes = (query_bytes + 63) / 64 * 64;
-        expect(row_parts == 1 || bytes == row_parts * part_bytes,
-               std::to_string(row_parts) + " parts of " + std::to_string(part_bytes) + " bytes in a row",
-               std::to_string(bytes) + " bytes");
-    }
-    args.n_queries = count("n_queries", n_queries, INT32_MAX);
-    args.n_classes = count("n_classes", n_classes, INT32_MAX);
-    args.bias = optional_pointer<float>("bias", bias);
-    args.class_offsets = optional_pointer<int32_t>("class_offsets", class_offsets);
-    args.logits = pointer<float>("logits", logits);
-    const DeviceGuard guard(device);
-    launch_linear(args, half ? Keys::kFp16 : Keys::kFp32, stream_of(stream));
-    return std::string(half ? "linear-mma" : "linear") + (n_queries <= kSmallBatch ? "-small" : "");
+void add_affinity_sums(const BoundPlan& plan, uintptr_t queries, int64_t n_queries, uintptr_t logits,
+                       uintptr_t workspace, uintptr_t stream) {
+    plan.add_affinity_sums(pointer<const float>("queries", queries), count("n_queries", n_queries, kMaxQueries),
+                           pointer<float>("logits", logits), pointer<float>("workspace", workspace, 16),
+                           reinterpret_cast<CUstream_st*>(stream));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, module) {
-    module.doc() = "CUDA kernels of iosr_fast; iosr_fast.scoring.cuda_scorer calls them";
+    module.doc() = "The CUDA kernel for few queries, which iosr_fast.scoring.backends.cuda calls; see few_queries.h.\n"
+                   "ValueError for an argument that can't be right, RuntimeError with CUDA's message if a call fails.";
     module.attr("version") = IOSR_FAST_VERSION;
-    module.attr("chunk") = kChunk;
-    module.def("cache", &cache, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("key_precision"),
-               py::arg("n_queries"), py::arg("n_keys"), py::arg("n_classes"), py::arg("queries"),
-               py::arg("query_bytes"), py::arg("query_parts"), py::arg("part_scale"), py::arg("keys"),
-               py::arg("key_bytes"), py::arg("key_class"), py::arg("class_offsets"), py::arg("weights"),
-               py::arg("key_scales"),
-               py::arg("scale"), py::arg("alpha"), py::arg("edges"), py::arg("logits"),
-               "Write the cache term of the classes that have keys to logits (B, C); see CacheArgs in plan.h.\n"
-               "`edges` is float32 (2 * ceil(N / chunk), B), or None where no class spans chunks. Returns the path's\n"
-               "name. Raises ValueError for an invalid argument, RuntimeError with CUDA's message if a launch fails.");
-    module.def("linear", &linear, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("precision"),
-               py::arg("n_queries"), py::arg("n_classes"), py::arg("operands"), py::arg("row_parts"),
-               py::arg("part_scale"), py::arg("bias"), py::arg("class_offsets"), py::arg("logits"),
-               "Add bias and at most two operands (queries, query_bytes, rows, row_bytes, factor) to logits (B, C),\n"
-               "which count as 0 in classes without keys (class_offsets None: in all). Returns and raises as\n"
-               "cache().");
+    module.def("tile_keys", [](int device, int64_t n_keys) { return tile_keys(device, count("n_keys", n_keys)); },
+               "device"_a, "n_keys"_a);
+    py::class_<BoundPlan>(module, "BoundPlan")
+        .def(py::init(&bind), py::kw_only(), "device"_a, "precision"_a, "n_keys"_a, "n_classes"_a, "width"_a, "keys"_a,
+             "key_bytes"_a, "key_scales"_a, "weights"_a, "class_offsets"_a, "tile_classes"_a, "values"_a,
+             "value_bytes"_a, "half_values"_a, "alpha"_a, "beta"_a)
+        .def("workspace_size", &BoundPlan::workspace_size, "n_queries"_a)
+        .def("add_affinity_sums", &add_affinity_sums, "queries"_a, "n_queries"_a, "logits"_a, "workspace"_a, "stream"_a,
+             py::call_guard<py::gil_scoped_release>());
 }

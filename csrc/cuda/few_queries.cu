@@ -1,7 +1,7 @@
-// One kernel. Blocks take tiles of keys: a warp computes the affinities of 4 keys at a time to all queries, which lie in
-// shared memory, then the block sums them by class or with the keys' values. What spans tiles goes to the workspace and
-// is summed in a fixed order after a barrier of the grid. No tensor cores: time goes by the bytes of keys and values,
-// which are read once, 16 bytes a thread.
+// One kernel. Blocks take tiles of keys: a warp computes the affinities of 4 keys at a time to all queries, which are
+// in shared memory; then the block sums them by class, or with the keys' values. Sums that span tiles go to the
+// workspace and are added in a fixed order after a barrier of the grid. No tensor cores: time goes by the bytes of keys
+// and values, which are read once, 16 bytes a thread.
 #include "few_queries.h"
 
 #ifdef IOSR_FAST_HOST
@@ -41,13 +41,13 @@ struct alignas(16) Four {
 struct alignas(16) Vector {
     uint32_t word[4];
 };
+struct alignas(8) FourHalves {
+    uint16_t at[4];
+};
 
-__device__ float low_half(uint32_t word) { return __half2float(__ushort_as_half(static_cast<uint16_t>(word))); }
-__device__ Four four_halves(uint32_t low, uint32_t high) {
-    return {{low_half(low), low_half(low >> 16), low_half(high), low_half(high >> 16)}};
-}
+__device__ float half(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<uint16_t>(bits))); }
 
-// Formats of keys: the channels in a vector of 16 bytes, and its i-th four of them.
+// Formats of keys: the channels in a vector of 16 bytes, and the i-th four of them.
 struct Fp32 {
     static constexpr int kChannels = 4;
     static __device__ Four four(const Vector& v, int) {
@@ -57,7 +57,10 @@ struct Fp32 {
 };
 struct Fp16 {
     static constexpr int kChannels = 8;
-    static __device__ Four four(const Vector& v, int i) { return four_halves(v.word[2 * i], v.word[2 * i + 1]); }
+    static __device__ Four four(const Vector& v, int i) {
+        const uint32_t low = v.word[2 * i], high = v.word[2 * i + 1];
+        return {{half(low), half(low >> 16), half(high), half(high >> 16)}};
+    }
 };
 struct Bf16 {
     static constexpr int kChannels = 8;
@@ -81,8 +84,8 @@ struct Int8 {
 
 __device__ Four load_four(const float* values) { return *reinterpret_cast<const Four*>(values); }
 __device__ Four load_four(const uint16_t* values) {
-    const uint2 words = *reinterpret_cast<const uint2*>(values);
-    return four_halves(words.x, words.y);
+    const FourHalves bits = *reinterpret_cast<const FourHalves*>(values);
+    return {{half(bits.at[0]), half(bits.at[1]), half(bits.at[2]), half(bits.at[3])}};
 }
 
 __device__ void add_product(Four& sum, float factor, const Four& other) {
@@ -117,8 +120,8 @@ __device__ void sum_over_warp(float (&sums)[M], int lane) {
     }
 }
 
-// The queries' channels for `call.stage` vectors of the keys' rows from `begin` on, as [query][four of a vector][vector],
-// so that lanes with neighbouring vectors read neighbouring memory. Zeros fill up queries and channels.
+// Copies the queries' channels that meet vectors `begin` to `begin + call.stage` of a row of keys, and zeros beyond, to
+// staged[query][four of a vector][vector]: lanes with neighbouring vectors read neighbouring memory.
 template <class Key, int Q>
 __device__ void stage_queries(const Plan& plan, const Call& call, int begin, Four* staged) {
     const int channels = call.stage * Key::kChannels;
@@ -128,7 +131,33 @@ __device__ void stage_queries(const Plan& plan, const Call& call, int begin, Fou
         const int source = begin * Key::kChannels + channel;
         const bool inside = query < call.n_queries && source < plan.width;
         staged[(query * (Key::kChannels / 4) + four) * call.stage + vector].at[channel % 4] =
-            inside ? call.queries[static_cast<int64_t>(query) * plan.width + source] : 0.0F;
+            inside ? call.queries[int64_t{query} * plan.width + source] : 0.0F;
+    }
+}
+
+// sums[r, b] += <queries[b], rows[r]> over a vector of channels of each row, whose place in `staged` is `query`.
+template <class Key, int Q>
+__device__ void add_products(const Call& call, const Vector (&rows)[kRows], const Four* query,
+                             float (&sums)[kRows * Q]) {
+    constexpr int kFours = Key::kChannels / 4;
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+        Four channels[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            channels[r] = Key::four(rows[r], i);
+        }
+#pragma unroll
+        for (int b = 0; b < Q; ++b) {
+            if (Q < 16 || b / 4 * 4 < call.n_queries) {
+                const Four q = query[(b * kFours + i) * call.stage];
+#pragma unroll
+                for (int k = 0; k < 4 * kRows; ++k) {
+                    float& sum = sums[k / 4 * Q + b];
+                    sum = fmaf(q.at[k % 4], channels[k / 4].at[k % 4], sum);
+                }
+            }
+        }
     }
 }
 
@@ -136,6 +165,7 @@ __device__ void stage_queries(const Plan& plan, const Call& call, int begin, Fou
 template <class Key, int Q>
 __device__ void compute_affinities(const Plan& plan, const Call& call, int64_t first, int count, Four* staged,
                                    float* affinities) {
+    constexpr int kSteps = Q < 16 ? 2 : 1;  // vectors of a row that a lane loads before it multiplies
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int row = warp; row - warp < count; row += kWarps * kRows) {  // and each 8th row after it
         const Vector* keys = static_cast<const Vector*>(plan.keys) + (first + row) * plan.key_vectors;
@@ -150,32 +180,20 @@ __device__ void compute_affinities(const Plan& plan, const Call& call, int64_t f
                 __syncthreads();
             }
             const int end = row < count ? min(call.stage, plan.key_vectors - begin) : 0;
-#pragma unroll(Q == 1 ? 2 : 1)
-            for (int vector = lane; vector < end; vector += 32) {
-                Vector loaded[kRows] = {};
+            for (int start = lane; start < end; start += 32 * kSteps) {
+                Vector loaded[kSteps][kRows] = {};
 #pragma unroll
-                for (int r = 0; r < kRows; ++r) {
-                    if (row + r * kWarps < count) {
-                        loaded[r] = keys[static_cast<int64_t>(r * kWarps) * plan.key_vectors + begin + vector];
+                for (int i = 0; i < kSteps * kRows; ++i) {
+                    const int vector = start + i / kRows * 32, r = i % kRows;
+                    if (row + r * kWarps < count && vector < end) {
+                        loaded[i / kRows][r] = keys[int64_t{r * kWarps} * plan.key_vectors + begin + vector];
                     }
                 }
 #pragma unroll
-                for (int i = 0; i < Key::kChannels / 4; ++i) {
-                    Four channels[kRows];
-#pragma unroll
-                    for (int r = 0; r < kRows; ++r) {
-                        channels[r] = Key::four(loaded[r], i);
-                    }
-#pragma unroll
-                    for (int b = 0; b < Q; ++b) {
-                        if (b / 4 * 4 < call.n_queries) {
-                            const Four query = staged[(b * (Key::kChannels / 4) + i) * call.stage + vector];
-#pragma unroll
-                            for (int k = 0; k < 4 * kRows; ++k) {
-                                float& sum = sums[k / 4 * Q + b];
-                                sum = fmaf(query.at[k % 4], channels[k / 4].at[k % 4], sum);
-                            }
-                        }
+                for (int step = 0; step < kSteps; ++step) {
+                    const int vector = start + step * 32;
+                    if (vector - lane < end) {  // the same in the whole warp; lanes beyond the end have zeros
+                        add_products<Key, Q>(call, loaded[step], staged + min(vector, end - 1), sums);
                     }
                 }
             }
@@ -210,9 +228,9 @@ __device__ void add_classes(const Plan& plan, const Call& call, int tile, int fi
         sum = sum_over_lanes(sum, 4);
         if (member == 0 && begin < end) {
             if (begin == from && end == to) {
-                call.logits[static_cast<int64_t>(query) * plan.n_classes + c] += plan.alpha * sum;
+                call.logits[int64_t{query} * plan.n_classes + c] += plan.alpha * sum;
             } else {
-                call.workspace[(2 * static_cast<int64_t>(tile) + (begin == from)) * call.n_queries + query] = sum;
+                call.workspace[(2 * int64_t{tile} + (begin == from)) * call.n_queries + query] = sum;
             }
         }
     }
@@ -228,11 +246,11 @@ __device__ void merge_classes(const Plan& plan, const Call& call, int warp, int 
             float sum = 0.0F;
 #pragma unroll 4
             for (int tile = first + lane; tile <= last; tile += 32) {
-                sum += call.workspace[(2 * static_cast<int64_t>(tile) + (tile == first)) * call.n_queries + query];
+                sum += call.workspace[(2 * int64_t{tile} + (tile == first)) * call.n_queries + query];
             }
             sum = sum_over_lanes(sum, 16);
             if (lane == 0) {
-                call.logits[static_cast<int64_t>(query) * plan.n_classes + c] += plan.alpha * sum;
+                call.logits[int64_t{query} * plan.n_classes + c] += plan.alpha * sum;
             }
         }
     }
@@ -244,18 +262,29 @@ template <class Value, int Q>
 __device__ void add_values(const Plan& plan, const Call& call, int64_t first, int count, const float* affinities,
                            Four* exchange, Four* part, bool is_first_tile) {
     const Value* values = static_cast<const Value*>(plan.values) + first * plan.value_stride;
+    constexpr int kAhead = Q == 16 ? 4 : 8;  // rows that a thread loads before it multiplies
     const int fours = plan.value_stride / 4, thread = threadIdx.x;
     for (int begin = 0; begin < fours; begin += kThreads) {
         const int taken = min(fours - begin, kThreads), slices = kThreads / taken;
         const int slice = thread / taken, four = begin + thread % taken, end = slice < slices ? count : 0;
         Four sums[Q] = {};
-#pragma unroll 4
-        for (int key = slice; key < end; key += slices) {
-            const Four row = load_four(values + static_cast<int64_t>(key) * plan.value_stride + 4 * four);
+        for (int start = slice; start < end; start += kAhead * slices) {
+            Four rows[kAhead] = {};
 #pragma unroll
-            for (int b = 0; b < Q; ++b) {
-                if (b / 4 * 4 < call.n_queries) {
-                    add_product(sums[b], affinities[key * Q + b], row);
+            for (int i = 0; i < kAhead; ++i) {
+                const int key = start + i * slices;
+                if (key < end) {
+                    rows[i] = load_four(values + int64_t{key} * plan.value_stride + 4 * four);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const float* factors = affinities + min(start + i * slices, end - 1) * Q;
+#pragma unroll
+                for (int b = 0; b < Q; ++b) {
+                    if (Q < 16 || b / 4 * 4 < call.n_queries) {
+                        add_product(sums[b], factors[b], rows[i]);
+                    }
                 }
             }
         }
@@ -290,14 +319,14 @@ __device__ void merge_values(const Plan& plan, const Call& call, int warp, int w
         Four sum = {};
 #pragma unroll 4
         for (int block = lane; block < static_cast<int>(gridDim.x); block += 32) {
-            add_product(sum, 1.0F, parts[static_cast<int64_t>(block) * part]);
+            add_product(sum, 1.0F, parts[int64_t{block} * part]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float total = sum_over_lanes(sum.at[i], 16);
             const int c = item % fours * 4 + i;
             if (lane == 0 && c < plan.n_classes) {
-                call.logits[static_cast<int64_t>(item / fours) * plan.n_classes + c] += plan.alpha * total;
+                call.logits[int64_t{item / fours} * plan.n_classes + c] += plan.alpha * total;
             }
         }
     }
@@ -314,15 +343,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #endif
     Four* exchange = shared + Q * call.stage * (Key::kChannels / 4);
     float* affinities = reinterpret_cast<float*>(exchange + kThreads);
-    Four* part = reinterpret_cast<Four*>(call.workspace) +
-                 static_cast<int64_t>(blockIdx.x) * call.n_queries * (plan.value_stride / 4);
+    const int block = blockIdx.x, blocks = gridDim.x, tiles = (plan.n_keys - 1) / plan.tile_keys + 1;
+    Four* part = reinterpret_cast<Four*>(call.workspace) + int64_t{block} * call.n_queries * (plan.value_stride / 4);
     if (call.stage == plan.key_vectors) {
         stage_queries<Key, Q>(plan, call, 0, shared);
         __syncthreads();
     }
-    const int blocks = gridDim.x, tiles = (plan.n_keys - 1) / plan.tile_keys + 1;
     // Of two buffers one is read while warps that are ahead fill the other; the barrier holds them there.
-    for (int tile = blockIdx.x, turn = 0; tile < tiles; tile += blocks, ++turn) {
+    for (int tile = block, turn = 0; tile < tiles; tile += blocks, ++turn) {
         float* tile_affinities = affinities + turn % 2 * kTile * Q;
         const int first = tile * plan.tile_keys, count = min(plan.tile_keys, plan.n_keys - first);
         compute_affinities<Key, Q>(plan, call, first, count, shared, tile_affinities);
@@ -336,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         }
     }
     cooperative_groups::this_grid().sync();
-    const int warp = blockIdx.x * kWarps + threadIdx.x / 32, warps = blocks * kWarps, lane = threadIdx.x % 32;
+    const int warp = block * kWarps + threadIdx.x / 32, warps = blocks * kWarps, lane = threadIdx.x % 32;
     if (plan.values == nullptr) {
         merge_classes(plan, call, warp, warps, lane);
     } else {
@@ -370,7 +398,7 @@ int64_t quotient(int64_t n, int64_t size) { return (n + size - 1) / size; }
 }  // namespace
 
 int tile_keys(int device, int64_t n_keys) {
-    const int64_t blocks = static_cast<int64_t>(multiprocessors(device)) * kBlocks;
+    const int64_t blocks = int64_t{multiprocessors(device)} * kBlocks;
     return static_cast<int>(quotient(n_keys, blocks * quotient(n_keys, blocks * kTile)));
 }
 
@@ -396,7 +424,7 @@ BoundPlan::BoundPlan(int device, Keys precision, const Plan& plan) : device_(dev
         int resident = 0;
         check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernels[i], kThreads, launch.shared_bytes),
               "blocks of the kernel");
-        const int64_t limit = static_cast<int64_t>(multiprocessors(device)) * std::min(resident, kBlocks);
+        const int64_t limit = int64_t{multiprocessors(device)} * std::min(resident, kBlocks);
         launch.blocks = static_cast<int>(std::min(limit, quotient(plan.n_keys, plan.tile_keys)));
     }
 }

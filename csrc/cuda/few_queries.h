@@ -1,7 +1,6 @@
 // The cache term for 1 to 16 queries, in one launch:
-//   logits[b, c] += alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <queries[b], key[j]>))
-//   logits[b, c] += alpha * sum over all keys j:        weights[j] * exp(-beta * (1 - <queries[b], key[j]>)) * values[j, c]
-// with key[j] = key_scales[j] * keys[j] for int8 keys.
+//   logits[b, c] += alpha * sum over keys j: weights[j] * exp(-beta * (1 - <queries[b], key[j]>)) * values[j, c]
+// where without `values` a key has 1 at its class and 0 elsewhere, and key[j] = key_scales[j] * keys[j] for int8 keys.
 #pragma once
 
 #include <cstdint>

@@ -73,7 +73,7 @@ def _build_unavailable_reason(name: str, fix: str) -> str | None:
         return f"the extension iosr_fast.{name} can't be imported ({error}); {fix}"
     if module.version != __version__:
         return f"iosr_fast.{name} was built for version {module.version}, this is {__version__}; {fix} again"
-    if name == "_C" and not hasattr(module, "affinity_sums"):
+    if not hasattr(module, "affinity_sums" if name == "_C" else "BoundPlan"):
         return f"iosr_fast.{name} was built from older sources of this version; {fix} again"
     return None
 

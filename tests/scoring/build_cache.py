@@ -20,9 +20,9 @@ CSRC = ROOT / "csrc"
 
 
 def build_once(name: str, sources: Iterable[Path], facts: Sequence[str], build: Callable[[Path], None]) -> Path:
-    """The folder that build(folder) has filled, built once for these sources and facts (flags, versions).
+    """The folder that build(folder) has filled, once for these sources (files or folders) and facts (flags, versions).
 
-    `sources` are files or folders. A build that raises leaves nothing; workers wait for one another.
+    A build that raises leaves nothing; test workers wait for one another.
     """
     digest = hashlib.sha256("\0".join([name, *facts]).encode())
     files = [file for path in sources for file in ([path] if path.is_file() else path.rglob("*"))]
@@ -33,12 +33,9 @@ def build_once(name: str, sources: Iterable[Path], facts: Sequence[str], build: 
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            unfinished = Path(tempfile.mkdtemp(dir=CACHES))
-            try:
-                build(unfinished)
-                unfinished.rename(folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=CACHES, ignore_cleanup_errors=True) as unfinished:
+                build(Path(unfinished))
+                Path(unfinished).rename(folder)
     os.utime(folder)  # demo_cache removes what has not been used for a day
     return folder
 

@@ -5,30 +5,28 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.scoring.device_plan import DevicePlan, device_plan
-from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.reference import score_reference
-from tests.conftest import random_embeddings, random_plan
+from iosr_fast.scoring.backends import cuda
+from iosr_fast.scoring.device_plan import device_plan
+from iosr_fast.scoring.key_precision import PRECISIONS
+from tests import ROOT
 from tests.scoring.build_cache import CSRC, build_once, cpp_compiler, version_of
-from tests.scoring.numerics import allowed_error, needs_gpu
+from tests.scoring.numerics import needs_gpu
+from tests.scoring.sums import KINDS, SHAPES, assert_right, make_plan, random_queries
 
-torch = pytest.importorskip("torch")
-from iosr_fast.scoring.backends import cuda  # noqa: E402
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-KINDS = ("classes", "values", "half values")
-LAYOUTS = ([3, 1, 4, 1, 5], [0, 0, 2, 0, 7, 0], [1], [1] * 70, [150, 0, 61], [16] * 9, [0, 700])
+PATH = "cuda/few"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,7 @@ def host_module() -> Any:
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
     def build(folder: Path) -> None:
-        sources = [CSRC / "cuda" / "few_queries.cu", CSRC / "cuda" / "few_bindings.cpp"]
+        sources = [CSRC / "cuda" / "few_queries.cu", CSRC / "cuda" / "bindings.cpp"]
         command = [
             compiler,
             *flags,
@@ -69,57 +67,33 @@ def on_host(host_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
 
 
-def make_plan(rng: np.random.Generator, counts: list[int], width: int, keys: str, kind: str, **options: Any) -> Any:
-    """A plan with a cache term alone, whose values float16 holds exactly."""
-    plan = random_plan(rng, counts, width, ("cache",), query="plain", dense=kind != "classes", **options)
-    if plan.values is not None:
-        plan = replace(plan, values=plan.values.astype(np.float16).astype(np.float32))
-    return plan.with_key_precision(keys)  # type: ignore[arg-type]
-
-
-def on_device(plan: ScoringPlan, kind: str, device: str) -> DevicePlan:
-    if kind == "half values":
-        plan = replace(plan, values=plan.values.astype(np.float16))  # type: ignore[union-attr]
-    return device_plan(plan, device)
-
-
-def assert_right(plan: ScoringPlan, kind: str, batch: int, device: str, rng: np.random.Generator) -> None:
-    embeddings = random_embeddings(rng, batch, plan.width)
-    rows = embeddings.plain if plan.query_transform is None else embeddings.plain @ plan.query_transform.T
-    before = rng.standard_normal((batch, plan.n_classes)).astype(np.float32)
-    logits = torch.from_numpy(before).to(device, copy=True)
-    assert cuda.affinity_sums(on_device(plan, kind, device), torch.from_numpy(rows).to(device), logits) == "cuda/few"
-    truth = score_reference(plan, embeddings)
-    allowed = allowed_error(truth, plan, embeddings) + 2 * np.finfo(np.float32).eps * np.abs(before).max()
-    assert np.abs(logits.cpu().numpy() - before - truth).max() <= allowed
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keys", PRECISIONS)
 def test_odd_shapes(keys: str, kind: str, on_host: None, rng: np.random.Generator) -> None:
-    widths = (1, 3, 7, 17, 33, 64, 123)
-    for counts, batch, width in zip(LAYOUTS, (1, 2, 16, 1, 4, 13, 3), widths, strict=True):
-        plan = make_plan(rng, counts, width, keys, kind, weighted=batch != 4, beta=1.0 + 2 * batch)
-        assert_right(plan, kind, batch, "cpu", rng)
+    for index, (counts, batch, width) in enumerate(SHAPES):
+        plan = make_plan(rng, counts, width, keys, kind, weighted=index % 2 == 0, beta=1.0 + 5 * index)
+        assert_right(cuda.affinity_sums, PATH, plan, random_queries(rng, min(batch, 16), width))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("counts", [[1] * 1030, [40, 2, 300]])
 def test_more_classes_than_a_block_sums_at_once_and_large_classes(
-    counts: list[int], on_host: None, rng: np.random.Generator
+    counts: list[int], kind: str, on_host: None, rng: np.random.Generator
 ) -> None:
-    for kind in KINDS:
-        assert_right(make_plan(rng, counts, 8, "fp32", kind), kind, 2, "cpu", rng)
+    queries = random_queries(rng, 2, 8)
+    assert_right(cuda.affinity_sums, PATH, make_plan(rng, counts, 8, "fp32", kind), queries)
 
 
 def test_queries_larger_than_shared_memory(on_host: None, rng: np.random.Generator) -> None:
-    assert_right(make_plan(rng, [2, 7], 1501, "fp16", "classes"), "classes", 16, "cpu", rng)
+    plan = make_plan(rng, [2, 7], 1501, "fp16", "classes")
+    assert_right(cuda.affinity_sums, PATH, plan, random_queries(rng, 16, 1501))
 
 
 def test_equal_calls_give_equal_bits_whatever_the_workspace_held(
     on_host: None, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kind in KINDS:
-        parts = on_device(make_plan(rng, [150, 0, 61], 24, "fp16", kind), kind, "cpu")
+        parts = device_plan(make_plan(rng, [150, 0, 61], 24, "fp16", kind), "cpu")
         results = []
         for fill in (0.0, float("nan")):
             monkeypatch.setattr(torch, "empty", lambda n, fill=fill, **options: torch.full((n,), fill, **options))
@@ -129,12 +103,10 @@ def test_equal_calls_give_equal_bits_whatever_the_workspace_held(
 
 
 def test_half_queries_are_those_rows_in_float32(on_host: None, rng: np.random.Generator) -> None:
-    parts = on_device(make_plan(rng, [2, 7], 24, "fp16", "values"), "values", "cpu")
+    plan = make_plan(rng, [2, 7], 24, "fp16", "values")
     for dtype in (torch.float16, torch.bfloat16):
-        queries = torch.from_numpy(random_embeddings(rng, 5, 24).plain).to(dtype)
-        half, full = torch.zeros(5, 2), torch.zeros(5, 2)
-        cuda.affinity_sums(parts, queries, half)
-        cuda.affinity_sums(parts, queries.float(), full)
+        queries = random_queries(rng, 5, 24, dtype)
+        half, full = (assert_right(cuda.affinity_sums, PATH, plan, rows) for rows in (queries, queries.float()))
         assert torch.equal(half, full)
 
 
@@ -142,14 +114,14 @@ def test_a_plan_is_bound_once_and_its_arrays_are_copied_only_to_pad_them(
     on_host: None, rng: np.random.Generator
 ) -> None:
     for width, padded in ((8, False), (7, True)):
-        parts = on_device(make_plan(rng, [2, 7], width, "fp16", "classes"), "classes", "cpu")
+        parts = device_plan(make_plan(rng, [2, 7], width, "fp16", "classes"), "cpu")
         cuda.affinity_sums(parts, torch.zeros(1, width), torch.zeros(1, 2))
         bound = parts.cached("cuda", lambda: pytest.fail("bound twice"))
         assert (bound.tensors[0] is not parts.keys) == padded
 
 
 def test_what_it_cannot_take_is_refused(rng: np.random.Generator) -> None:
-    parts = on_device(make_plan(rng, [2, 7], 8, "fp32", "classes"), "classes", "cpu")
+    parts = device_plan(make_plan(rng, [2, 7], 8, "fp32", "classes"), "cpu")
     with pytest.raises(IosrFastError, match="expected 1 to 16 queries, got 17"):
         cuda.affinity_sums(parts, torch.zeros(17, 8), torch.zeros(17, 2))
     with pytest.raises(IosrFastError, match="expected a plan on a CUDA device, got one on cpu"):
@@ -181,6 +153,50 @@ def test_the_module_refuses_wrong_arguments(change: dict[str, Any], message: str
         host_module.BoundPlan(**{**ARGUMENTS, **change})
 
 
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """_C_cuda as cmake/cuda.cmake builds it, with machine code for no GPU that is here."""
+    for tool in ("nvcc", "cmake"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not on PATH")
+    pybind11 = pytest.importorskip("pybind11")
+    options = ["-DIOSR_FAST_MODULE=OFF", "-DIOSR_FAST_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    options.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+
+    def build(folder: Path) -> None:
+        subprocess.run(["cmake", "-S", ROOT, "-B", folder, *options], check=True)
+        subprocess.run(["cmake", "--build", folder, "--target", "_C_cuda"], check=True)
+
+    sources = [CSRC / "cuda", ROOT / "cmake" / "cuda.cmake", ROOT / "CMakeLists.txt"]
+    folder = build_once("cuda-build", sources, [*options, version_of("nvcc"), version_of("cmake")], build)
+    return next(folder.glob("_C_cuda.*"))
+
+
+@pytest.mark.slow
+def test_every_gpu_since_8_0_has_code_without_spills(built: Path) -> None:
+    triton = importlib.util.find_spec("triton")
+    path = None if triton is None else str(Path(str(triton.origin)).parent / "backends" / "nvidia" / "bin")
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=path)
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump: it comes with CUDA's toolkit and with triton")
+
+    def dump(option: str) -> str:
+        return subprocess.run([cuobjdump, option, built], capture_output=True, text=True, check=True).stdout
+
+    assert set(re.findall(r"\.(sm_\d+)\.cubin", dump("-lelf"))) >= {"sm_80", "sm_90", "sm_120"}
+    # PTX of the oldest serves GPUs between those, PTX of the newest the ones after them.
+    assert set(re.findall(r"\.(sm_\d+)\.ptx", dump("-lptx"))) == {"sm_80", "sm_120"}
+    usage = re.findall(r"STACK:(\d+).* LOCAL:(\d+)", dump("-res-usage"))
+    assert len(usage) >= 36 and set(usage) == {("0", "0")}
+
+
+@pytest.mark.slow
+def test_the_module_imports_without_a_gpu_and_errors_have_cudas_words(built: Path) -> None:
+    code = "import _C_cuda; _C_cuda.tile_keys(4096, 5)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=built.parent, capture_output=True, text=True)
+    assert "RuntimeError: CUDA device 4096: " in done.stderr
+
+
 def gpu_module() -> Any:
     return pytest.importorskip("iosr_fast._C_cuda")
 
@@ -192,16 +208,20 @@ def gpu_module() -> Any:
 def test_shapes_on_a_gpu(keys: str, kind: str, rng: np.random.Generator) -> None:
     gpu_module()
     large = ([16] * 100, [3, 40000, 0, 7000], [8] * 1030)
-    for counts, width, batch in itertools.product((*LAYOUTS, *large), (1, 33, 512, 1501), (1, 3, 9, 16)):
-        assert_right(make_plan(rng, counts, width, keys, kind), kind, batch, "cuda", rng)
+    for counts, width in itertools.product((*(counts for counts, _, _ in SHAPES), *large), (1, 33, 512)):
+        plan = make_plan(rng, counts, width, keys, kind)
+        for batch in (1, 3, 9, 16):
+            queries = random_queries(rng, batch, width)
+            assert_right(cuda.affinity_sums, PATH, plan, queries, device="cuda")
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_graphs_and_streams_at_once_give_the_bits_of_one_call(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_and_streams_at_once_give_the_bits_of_one_call(kind: str, rng: np.random.Generator) -> None:
     gpu_module()
-    parts = on_device(make_plan(rng, [4000] * 40, 256, "fp16", "values"), "values", "cuda")
-    queries = torch.from_numpy(random_embeddings(rng, 16, 256).plain).cuda()
+    parts = device_plan(make_plan(rng, [4000] * 40, 256, "fp16", kind), "cuda")
+    queries = random_queries(rng, 16, 256).cuda()
     expected, recorded = torch.zeros(16, 40, device="cuda"), torch.zeros(16, 40, device="cuda")
     cuda.affinity_sums(parts, queries, expected)
     graph = torch.cuda.CUDAGraph()
@@ -225,17 +245,9 @@ def test_a_second_gpu_leaves_the_first_alone() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("a second GPU is needed")
     code = (
-        "import torch, numpy as np; from iosr_fast.scoring.backends.cuda import affinity_sums; "
-        "from iosr_fast import ScoringPlan; from iosr_fast.scoring.device_plan import device_plan; "
-        "plan = device_plan(ScoringPlan(2, keys=np.eye(8)[:3], class_offsets=[0, 1, 3]), 'cuda:1'); "
-        "affinity_sums(plan, torch.eye(8, device='cuda:1'), torch.zeros(8, 2, device='cuda:1')); "
-        "torch.cuda.synchronize(1); raise SystemExit(torch._C._cuda_hasPrimaryContext(0))"
+        "import torch, numpy as np; from iosr_fast import Embeddings, ScoringPlan, score; "
+        "plan = ScoringPlan(2, keys=np.eye(8)[:3], class_offsets=[0, 1, 3]); "
+        "score(plan, Embeddings(torch.eye(8, device='cuda:1')), 'cuda', check=False); torch.cuda.synchronize(1); "
+        "raise SystemExit(torch._C._cuda_hasPrimaryContext(0))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_an_error_of_cuda_comes_with_its_words() -> None:
-    with pytest.raises(RuntimeError, match=r"CUDA device 4096: .*invalid device"):
-        gpu_module().BoundPlan(**{**ARGUMENTS, "device": 4096})

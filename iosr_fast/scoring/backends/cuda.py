@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.scoring.dispatch import FEW_QUERIES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from iosr_fast.scoring.device_plan import DevicePlan
 
-FEW = 16
 _PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
 
 
@@ -27,23 +27,21 @@ def _module() -> Any:
 
 
 def affinity_sums(plan: DevicePlan, queries: Tensor, logits: Tensor) -> str:
-    """Add the cache term of `plan` to `logits`, in one launch.
+    """The backend (backends/__init__.py) in one launch, for at most 16 queries, float32, float16 or bfloat16.
 
-    logits[b, c] += alpha * sum over keys j: weights[j] * exp(-beta * (1 - <queries[b], key[j]>)) * values[j, c]
+    Products and sums are float32, in a fixed order. The plan's device is the current one, as score() makes it. A plan's
+    first call binds it and waits for that; later ones don't wait, and CUDA graphs can record them. Calls on several
+    streams at once don't meet: sums that span blocks (2 * B numbers a tile of up to 64 keys; with values at most two
+    (B, C) matrices a multiprocessor) lie in memory of PyTorch's allocator, which reuses it in the order of the stream
+    and gives a recorded graph its own.
 
-    where without `values` a key has 1 at its class and 0 elsewhere, and key[j] = key_scales[j] * keys[j] for int8 keys.
-    queries: (B, D) float32, float16 or bfloat16, of at most 16 rows; logits: (B, C) float32, contiguous; both on the
-    plan's GPU. Products and sums are float32, in a fixed order: equal calls give equal bits.
-
-    A plan's first call binds it and waits for that. Later ones don't wait, and CUDA graphs can record them. Calls on
-    several streams at once don't meet: sums that span blocks (2 * B numbers a tile of up to 64 keys; with values at
-    most two (B, C) matrices a multiprocessor) lie in memory of PyTorch's allocator, which reuses it in the order of the
-    stream and gives a recorded graph its own.
-
-    Returns "cuda/few". Raises ValueError for more queries, RuntimeError with CUDA's message if a launch fails.
+    Returns "cuda/few". Raises IosrFastError for more queries or a plan on another device, RuntimeError with CUDA's
+    message if a launch fails.
     """
-    if not 1 <= len(queries) <= FEW:
-        raise IosrFastError(f"expected 1 to {FEW} queries, got {len(queries)}; the backends triton and torch take more")
+    if not 1 <= len(queries) <= FEW_QUERIES:
+        raise IosrFastError(
+            f"expected 1 to {FEW_QUERIES} queries, got {len(queries)}; the backends triton and torch take more"
+        )
     stream, bound = _stream(plan.device), plan.cached("cuda", lambda: _bind(plan)).plan
     rows = queries.float().contiguous()
     workspace = torch.empty(bound.workspace_size(len(rows)), dtype=torch.float32, device=plan.device)
