@@ -14,6 +14,7 @@ from iosr_fast.scoring.key_precision import (
     Precision,
     check_precision,
     convert_keys,
+    half_values,
     int8_keys,
     key_rows,
     precision_of,
@@ -154,8 +155,8 @@ class ScoringPlan(PlanTerms):
         """The same plan with its keys stored in `precision`: "fp32", "fp16", "bf16" or "int8".
 
         Each key is normalised first, as rounding changes its norm. int8 keys get a query_transform
-        (key_precision.int8_keys), and values are stored in float16, divided by their largest magnitude, which alpha is
-        multiplied by. Raises IosrFastError without keys or for an unknown precision.
+        (key_precision.int8_keys), and values are stored in float16 (half_values), divided by their largest magnitude,
+        which alpha is multiplied by. Raises IosrFastError without keys or for an unknown precision.
         """
         if self.keys is None:
             raise IosrFastError(f"expected a plan with keys to store in {precision}, got one without a cache term")
@@ -171,8 +172,7 @@ class ScoringPlan(PlanTerms):
         narrow = replace(self, keys=codes, key_scales=scales, query_transform=rotation)
         if self.values is None or not (largest := float(np.abs(self.values).max())):
             return narrow
-        values = (self.values / np.float32(largest)).astype(np.float16)
-        return replace(narrow, values=values, alpha=self.alpha * largest)
+        return replace(narrow, values=half_values(self.values / np.float32(largest)), alpha=self.alpha * largest)
 
     def scaled(self, factor: float) -> ScoringPlan:
         """The plan whose logits are `factor` times these: the same labels, softer or harder probabilities.

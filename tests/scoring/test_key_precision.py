@@ -80,6 +80,8 @@ def test_int8_keys_have_values_in_float16(rng: np.random.Generator) -> None:
     embeddings = Embeddings(unit_rows(rng, 9, 48))
     truth, rounded = score_reference(plan, embeddings), score_reference(narrow, embeddings)
     assert np.abs(rounded - truth).max() < 0.02 * np.abs(truth).max()
+    error = narrow.alpha * narrow.values.astype(np.float64) - values
+    assert (np.abs(error.sum(0)) <= 2.0**-11 * np.abs(values).max()).all()  # of the whole column
     assert plan.with_key_precision("fp16").values is plan.values
     assert ScoringPlan(7, keys=keys, values=0 * values).with_key_precision("int8").alpha == 1.0
 
