@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST = "score_test"
+TEST = "scoring_test"
 
 
 def build(sanitizers: str, folder: Path) -> None:

@@ -1,21 +1,19 @@
 // The driver of the cache term: blocks of keys and queries, classes or values, threads.
 //
-// Many queries are packed once in panels of P, up to kBlockQueries of them per task. Keys are read in blocks of rows: one
-// product, the exponential and the sums by class, or a second product with the keys' values, on a (rows, P) tile, which
-// stays in the first-level cache. Narrow keys are widened and values packed block by block, once for all panels. With few
-// queries each block of keys and values is read once, at memory bandwidth, for all queries.
+// Many queries are packed once in panels of P, up to kBlockQueries of them per task. Keys are read in blocks of rows. One
+// product and the exponential make a tile of (rows, P) affinities, which stays in the first-level cache; its rows are
+// summed by class, or multiplied with the keys' values. Narrow keys and values are widened block by block, once for all
+// panels. With few queries each block is read once, at memory bandwidth, for all queries: the tile is (B, rows).
 //
-// Threads share the keys in chunks. With classes, a chunk writes the classes inside it directly to the logits; a class that
-// crosses a border between chunks leaves partial sums. With values, each chunk leaves partial sums of all classes. Partial
-// sums are added in the order of the chunks. Chunks depend on shapes alone, so the number of threads changes no bit.
+// Threads share the keys in chunks. A chunk leaves partial sums of its classes, or with values of all classes; these are
+// added in the order of the chunks. Chunks depend on shapes alone, so the number of threads changes no bit.
 #include "scoring/affinity_sums.h"
 
 #include <algorithm>
 #include <memory>
 #include <vector>
 
-#include "scoring/buffers.h"
-#include "scoring/classes.h"
+#include "scoring/buffer.h"
 #include "scoring/threads.h"
 
 namespace iosr {
@@ -27,11 +25,11 @@ constexpr std::size_t kGroupQueries = 2048;    // queries packed at a time, fewe
 constexpr std::size_t kGroupFloats = 3 << 20;  // 12 MB of panels
 constexpr std::size_t kBlockRows = 96;         // rows per block, fewer if they are long
 constexpr std::size_t kBlockFloats = 49152;    // 192 KB of widened rows: in the second-level cache
-constexpr std::size_t kMaxChunks = 256;
-constexpr std::size_t kValueChunks = 64;
-constexpr std::size_t kBlockSums = 1 << 20;  // 4 MB of a task's sums
-constexpr std::size_t kGroupSums = 8 << 20;  // 32 MB of all tasks' sums
-constexpr std::size_t kReduceRows = 1536;    // rows of C values whose product takes 50 times as long as adding C partial sums
+constexpr std::size_t kBlockSums = 1 << 20;    // 4 MB of a task's sums of values
+constexpr std::size_t kGroupSums = 8 << 20;    // 32 MB of all tasks' sums
+constexpr std::size_t kClassChunks = 256;      // at most
+constexpr std::size_t kValueChunks = 64;       // at most
+constexpr std::size_t kValueRows = 1536;       // times C / (D + C): rows that take 50 times as long as adding partial sums
 constexpr double kLog2E = 1.4426950408889634;
 
 // The largest batch whose rows are multiplied without a panel, of which a smaller one would fill half or less. Narrow keys
@@ -41,90 +39,70 @@ std::size_t largest_few(const CacheTerm& term, const Microkernels& kernels) {
     return std::max(kFewQueries, narrow ? 3 * kernels.panel / 4 : kernels.panel / 2);
 }
 
-std::size_t element_bytes(ElementType type) {
-    return type == ElementType::kFloat32 ? 4 : type == ElementType::kInt8 ? 1 : 2;
+const void* row(const void* rows, ElementType type, std::size_t i) {
+    const std::size_t bytes = type == ElementType::kFloat32 ? 4 : type == ElementType::kInt8 ? 1 : 2;
+    return static_cast<const char*>(rows) + i * bytes;
 }
 
 class Driver {
   public:
     Driver(const CacheTerm& term, const float* queries, std::size_t n_queries, const Microkernels& kernels,
            std::size_t threads, float* logits)
-        : term_(term), queries_(queries), n_queries_(n_queries), kernels_(kernels),
-          classes_(term.class_offsets, term.n_classes), logits_(logits), width_(term.width) {
-        few_ = n_queries <= largest_few(term, kernels);
-        panel_ = few_ ? n_queries : kernels.panel;
-        std::size_t block_rows = std::clamp<std::size_t>(kBlockFloats / width_ / kTileRows * kTileRows, kTileRows, kBlockRows);
-        block_queries_ = few_ ? n_queries : kBlockQueries;
-        std::size_t n_chunks = std::min(ceil_div(term.n_keys, block_rows), kMaxChunks);
-        std::size_t largest_group = kGroupQueries;
-        if (term.values != nullptr) {
-            columns_ = ceil_div(term.n_classes, kWholeClasses) * kWholeClasses;
+        : term_(term), queries_(queries), n_queries_(n_queries), kernels_(kernels), logits_(logits), width_(term.width),
+          n_classes_(term.n_classes), few_(n_queries <= largest_few(term, kernels)), valued_(term.values != nullptr),
+          panel_(few_ ? n_queries : kernels.panel), block_queries_(few_ ? n_queries : kBlockQueries) {
+        const auto whole_tiles = [](std::size_t rows) { return ceil_div(rows, kTileRows) * kTileRows; };
+        const std::size_t rows = std::clamp(kBlockFloats / width_ / kTileRows * kTileRows, kTileRows, kBlockRows);
+        std::size_t n_chunks = std::min(ceil_div(term.n_keys, rows), kClassChunks);
+        columns_ = ceil_div(n_classes_, kWholeClasses) * kWholeClasses;
+        if (valued_) {
             if (!few_) {
                 block_queries_ = std::clamp(kBlockSums / columns_ / panel_ * panel_, panel_, kBlockQueries);
             }
-            const std::size_t rows = std::max(kReduceRows * term.n_classes / (width_ + term.n_classes), block_rows);
-            std::size_t most = std::min({kValueChunks, kGroupSums / (block_queries_ * columns_), ceil_div(term.n_keys, rows)});
-            for (n_chunks = 1; n_chunks < most; n_chunks *= 2) {
+            const std::size_t most = std::min({kValueChunks, kGroupSums / (block_queries_ * columns_),
+                                               term.n_keys * (width_ + n_classes_) / (kValueRows * n_classes_), n_chunks});
+            for (n_chunks = 1; n_chunks < most; n_chunks *= 2) {  // two, four or eight threads get the same number
             }
-            largest_group = kGroupSums / (n_chunks * columns_);
         }
         // Chunks of about the same size, and blocks of about the same size in each.
-        const auto whole_tiles = [](std::size_t rows) { return ceil_div(rows, kTileRows) * kTileRows; };
         chunk_rows_ = whole_tiles(ceil_div(term.n_keys, n_chunks));
-        block_rows_ = whole_tiles(ceil_div(chunk_rows_, ceil_div(chunk_rows_, block_rows)));
+        block_rows_ = whole_tiles(ceil_div(chunk_rows_, ceil_div(chunk_rows_, rows)));
         n_chunks_ = ceil_div(term.n_keys, chunk_rows_);
-        const std::size_t fit = std::min({largest_group, kGroupQueries, kGroupFloats / width_});
+        step_ = valued_ ? columns_ : 1;
+        slots_ = valued_ ? n_chunks_ * columns_ : n_chunks_ + n_classes_;
+        const std::size_t fit = std::min({kGroupQueries, kGroupFloats / width_, kGroupSums / slots_});
         group_ = std::min(n_queries, std::max<std::size_t>(fit / block_queries_, 1) * block_queries_);
-        padded_ = ceil_div(group_, panel_) * panel_;
-        workers_ = useful_workers(group_ * term.n_keys * (width_ + (columns_ > 0 ? term.n_classes : 0)), threads);
-        if (!few_) {
-            panels_ = make_buffer<float>(padded_ * width_);
-        }
-        if (term.values != nullptr) {
-            sums_ = make_buffer<float>(n_chunks_ * padded_ * columns_);
-        } else {
-            edges_ = make_buffer<double>(2 * n_chunks_ * group_);
-        }
+        const std::size_t padded = ceil_div(group_, panel_) * panel_;
+        panels_ = make_buffer(few_ ? 0 : padded * width_);
+        sums_ = make_buffer(padded * slots_);
+        workers_ = useful_workers(group_ * term.n_keys * (width_ + (valued_ ? n_classes_ : 0)), threads);
         scratch_ = std::make_unique<Scratch[]>(workers_);
         for (std::size_t w = 0; w < workers_; ++w) {
-            Scratch& scratch = scratch_[w];
-            scratch.tile = make_buffer<float>(block_rows_ * std::max(panel_, kernels.panel));
-            scratch.carry = make_buffer<double>(kBlockQueries + kMaxPanel);
-            scratch.segments = make_buffer<Segment>(block_rows_);
-            if (!few_ && term.key_type != ElementType::kFloat32) {
-                scratch.rows = make_buffer<float>(block_rows_ * width_);
-            }
-            if (term.values != nullptr) {
-                scratch.values = make_buffer<float>(block_rows_ * term.n_classes + kReadAhead);
-            }
+            scratch_[w].tile = make_buffer(block_rows_ * panel_);
+            scratch_[w].rows = make_buffer(few_ || term.key_type == ElementType::kFloat32 ? 0 : block_rows_ * width_);
+            scratch_[w].values = make_buffer(valued_ ? block_rows_ * n_classes_ + kReadAhead : 0);
         }
     }
 
     void run() {
         for (first_ = 0; first_ < n_queries_; first_ += group_) {
             count_ = std::min(group_, n_queries_ - first_);
+            const std::size_t n_panels = ceil_div(count_, panel_);
             std::vector<Phase> phases;
             if (!few_) {
-                phases.push_back({ceil_div(count_, panel_), [this](std::size_t, std::size_t p) { pack(p * panel_); }});
+                phases.push_back({n_panels, [this](std::size_t, std::size_t p) { pack(p * panel_); }});
             }
             phases.push_back({ceil_div(count_, block_queries_) * n_chunks_, [this](std::size_t worker, std::size_t i) {
                                   add_chunk(scratch_[worker], i / n_chunks_ * block_queries_, i % n_chunks_);
                               }});
-            if (term_.values != nullptr) {
-                phases.push_back({ceil_div(count_, panel_), [this](std::size_t, std::size_t p) { add_sums(p * panel_); }});
-            }
-            run_phases(workers_, phases);
-            if (term_.values == nullptr) {
-                add_edges();
-            }
+            phases.push_back({n_panels, [this](std::size_t, std::size_t p) { add_sums(p * panel_); }});
+            run_phases(workers_, std::move(phases));
         }
     }
 
   private:
     struct Scratch {
-        Buffer<float> tile, rows, values;
-        Buffer<double> carry;
-        Buffer<Segment> segments;
+        Buffer tile, rows, values;
     };
 
     // Packs the group's queries from i on as a panel.
@@ -139,179 +117,144 @@ class Driver {
         }
     }
 
-    float* logits_of(std::size_t i) const { return logits_ + (first_ + i) * term_.n_classes; }
+    // A chunk's partial sums of class c for the panel from the group's i-th query on: (P,) each, one class after another.
+    // Those of values for few queries are (B, columns_).
+    float* sums_of(std::size_t i, std::size_t chunk, std::size_t c) const {
+        return sums_.get() + i * slots_ + (chunk * step_ + c) * panel_;
+    }
 
-    // A chunk's sums of values for the panel of the group's i-th query: (columns_, P), or (B, columns_) with few queries.
-    float* sums_of(std::size_t chunk, std::size_t i) const { return sums_.get() + (chunk * padded_ + i) * columns_; }
-
-    // The partial sum of a class that crosses a chunk's border: slot 0 if the class begins earlier, 1 if it begins here.
-    double* edge(std::size_t chunk, std::size_t slot) const { return edges_.get() + (2 * chunk + slot) * group_; }
+    std::size_t class_begin(std::size_t c) const { return static_cast<std::size_t>(term_.class_offsets[c]); }
+    std::size_t class_end(std::size_t c) const { return static_cast<std::size_t>(term_.class_offsets[c + 1]); }
 
     void add_chunk(Scratch& scratch, std::size_t first_query, std::size_t chunk) const {
         const std::size_t end_query = std::min(count_, first_query + block_queries_);
         const std::size_t chunk_begin = chunk * chunk_rows_;
         const std::size_t chunk_end = std::min(term_.n_keys, chunk_begin + chunk_rows_);
         const float scale = static_cast<float>(term_.beta * kLog2E);
-        float* tile = scratch.tile.get();
-        std::size_t c = columns_ > 0 ? 0 : classes_.of(chunk_begin);
-        if (few_ && columns_ > 0) {
-            std::fill_n(sums_of(chunk, 0), n_queries_ * columns_, 0.0F);
-        }
+        std::size_t first_class = 0;
         for (std::size_t begin = chunk_begin; begin < chunk_end; begin += block_rows_) {
             const std::size_t n_rows = std::min(block_rows_, chunk_end - begin);
-            const void* keys = static_cast<const char*>(term_.keys) + begin * width_ * element_bytes(term_.key_type);
+            const void* keys = row(term_.keys, term_.key_type, begin * width_);
+            if (!few_ && term_.key_type != ElementType::kFloat32) {
+                kernels_.widen(keys, term_.key_type, n_rows * width_, scratch.rows.get());
+                keys = scratch.rows.get();
+            }
+            const void* values = nullptr;
+            ElementType value_type = term_.value_type;
+            if (valued_) {
+                values = row(term_.values, value_type, begin * n_classes_);
+                // The last block is copied, because more is read than it has.
+                if ((!few_ && value_type != ElementType::kFloat32) ||
+                    (term_.n_keys - begin - n_rows) * n_classes_ < kReadAhead) {
+                    kernels_.widen(values, value_type, n_rows * n_classes_, scratch.values.get());
+                    values = scratch.values.get();
+                    value_type = ElementType::kFloat32;
+                }
+            } else {
+                while (class_end(first_class) <= begin) {
+                    ++first_class;
+                }
+            }
             const float* scales = term_.key_scales == nullptr ? nullptr : term_.key_scales + begin;
             const float* weights = term_.weights == nullptr ? nullptr : term_.weights + begin;
-            const float* rows = static_cast<const float*>(keys);
-            if (few_) {
-                kernels_.dot_rows(keys, term_.key_type, n_rows, width_, queries_, n_queries_, tile, block_rows_);
-                for (std::size_t i = 0; i < n_queries_; ++i) {
-                    kernels_.exp_run(tile + i * block_rows_, n_rows, scale, scales, weights);
-                }
-            } else if (term_.key_type != ElementType::kFloat32) {
-                kernels_.widen(keys, term_.key_type, n_rows * width_, scratch.rows.get());
-                rows = scratch.rows.get();
-            }
-            if (columns_ > 0) {
-                add_values(scratch, chunk, begin, n_rows, first_query, end_query, rows, scale, scales, weights);
-                continue;
-            }
-            const std::size_t n_segments = classes_.cut(begin, begin + n_rows, chunk_begin, chunk_end, c, scratch.segments.get());
+            float* tile = scratch.tile.get();
             for (std::size_t i = first_query; i < end_query; i += panel_) {
-                float sums[kMaxPanel];
-                if (!few_) {
-                    kernels_.dot_panel(rows, n_rows, width_, panels_.get() + i * width_, tile);
-                }
-                for (std::size_t s = 0; s < n_segments; ++s) {
-                    const Segment& segment = scratch.segments[s];
-                    if (few_) {
-                        add_runs(tile, segment, sums);
-                    } else {
-                        kernels_.exp_tile(tile + segment.begin * panel_, segment.end - segment.begin, scale,
-                                          scales == nullptr ? nullptr : scales + segment.begin,
-                                          weights == nullptr ? nullptr : weights + segment.begin, sums);
+                if (few_) {
+                    kernels_.dot_rows(keys, term_.key_type, n_rows, width_, queries_, n_queries_, tile, block_rows_);
+                    for (std::size_t b = 0; b < n_queries_; ++b) {
+                        kernels_.exp_run(tile + b * block_rows_, n_rows, scale, scales, weights);
                     }
-                    finish(scratch, segment, chunk, first_query, i, std::min(panel_, end_query - i), sums);
+                } else {
+                    const float* panel = panels_.get() + i * width_;
+                    kernels_.dot_panel(static_cast<const float*>(keys), n_rows, width_, panel, tile);
+                    kernels_.exp_tile(tile, n_rows, scale, scales, weights);
+                }
+                float* sums = sums_of(i, chunk, 0);
+                const bool add = begin > chunk_begin;
+                if (!valued_) {
+                    add_classes(tile, begin, begin + n_rows, chunk_begin, first_class, sums);
+                } else if (few_) {
+                    kernels_.sum_rows(values, value_type, n_rows, n_classes_, tile, n_queries_, block_rows_, sums, columns_, add);
+                } else {
+                    kernels_.sum_panel(static_cast<const float*>(values), n_rows, n_classes_, tile, sums, add);
                 }
             }
         }
     }
 
-    void add_values(Scratch& scratch, std::size_t chunk, std::size_t begin, std::size_t n_rows, std::size_t first_query,
-                    std::size_t end_query, const float* rows, float scale, const float* scales, const float* weights) const {
-        const std::size_t n_classes = term_.n_classes;
-        const void* values = static_cast<const char*>(term_.values) + begin * n_classes * element_bytes(term_.value_type);
-        ElementType type = term_.value_type;
-        // The last block is copied, because more is read than it has.
-        if ((!few_ && type != ElementType::kFloat32) || (term_.n_keys - begin - n_rows) * n_classes < kReadAhead) {
-            kernels_.widen(values, type, n_rows * n_classes, scratch.values.get());
-            values = scratch.values.get();
-            type = ElementType::kFloat32;
-        }
-        float* tile = scratch.tile.get();
-        if (few_) {
-            kernels_.sum_rows(values, type, n_rows, n_classes, tile, n_queries_, block_rows_, sums_of(chunk, 0), columns_);
-            return;
-        }
-        for (std::size_t i = first_query; i < end_query; i += panel_) {
-            float sums[kMaxPanel];
-            kernels_.dot_panel(rows, n_rows, width_, panels_.get() + i * width_, tile);
-            kernels_.exp_tile(tile, n_rows, scale, scales, weights, sums);
-            kernels_.sum_panel(static_cast<const float*>(values), n_rows, n_classes, tile, sums_of(chunk, i),
-                               begin > chunk * chunk_rows_);
+    // Adds the affinities of keys [begin, end) to the sums of their classes, the first of which is c.
+    void add_classes(const float* tile, std::size_t begin, std::size_t end, std::size_t chunk_begin, std::size_t c,
+                     float* sums) const {
+        for (std::size_t key = begin; key < end; ++c) {
+            const std::size_t stop = std::min(class_end(c), end);
+            if (stop == key) {
+                continue;  // a class without keys
+            }
+            float* out = sums + c * panel_;
+            if (key == std::max(class_begin(c), chunk_begin)) {
+                std::fill_n(out, panel_, 0.0F);
+            }
+            few_ ? add_runs(tile, key - begin, stop - begin, out) : add_rows(tile, key - begin, stop - begin, out);
+            key = stop;
         }
     }
 
-    void add_runs(const float* tile, const Segment& segment, float* sums) const {
-        for (std::size_t i = 0; i < count_; ++i) {
-            const float* run = tile + i * block_rows_;
+    void add_rows(const float* tile, std::size_t begin, std::size_t end, float* out) const {
+        float sums[kMaxPanel] = {};
+        for (std::size_t r = begin; r < end; ++r) {
+            for (std::size_t lane = 0; lane < panel_; ++lane) {
+                sums[lane] += tile[r * panel_ + lane];
+            }
+        }
+        for (std::size_t lane = 0; lane < panel_; ++lane) {
+            out[lane] += sums[lane];
+        }
+    }
+
+    void add_runs(const float* tile, std::size_t begin, std::size_t end, float* out) const {
+        for (std::size_t b = 0; b < n_queries_; ++b, tile += block_rows_) {
             float parts[4] = {};  // independent chains of additions
-            std::size_t r = segment.begin;
-            for (; r + 4 <= segment.end; r += 4) {
+            std::size_t r = begin;
+            for (; r + 4 <= end; r += 4) {
                 for (std::size_t k = 0; k < 4; ++k) {
-                    parts[k] += run[r + k];
+                    parts[k] += tile[r + k];
                 }
             }
-            for (; r < segment.end; ++r) {
-                parts[0] += run[r];
+            for (; r < end; ++r) {
+                parts[0] += tile[r];
             }
-            sums[i] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+            out[b] += (parts[0] + parts[1]) + (parts[2] + parts[3]);
         }
     }
 
-    // Adds a block's sums to those of the class, and writes them when the class (or its part in this chunk) ends.
-    void finish(Scratch& scratch, const Segment& segment, std::size_t chunk, std::size_t first_query, std::size_t i,
-                std::size_t lanes, const float* sums) const {
-        const bool early = classes_.begin(segment.c) < chunk * chunk_rows_;
-        const bool inside = !early && classes_.end(segment.c) <= (chunk + 1) * chunk_rows_;
-        double* carry = scratch.carry.get() + (i - first_query);
-        for (std::size_t lane = 0; lane < lanes; ++lane) {
-            const double sum = segment.opens ? sums[lane] : carry[lane] + sums[lane];
-            if (!segment.closes) {
-                carry[lane] = sum;
-            } else if (inside) {
-                logits_of(i + lane)[segment.c] += static_cast<float>(term_.alpha * sum);
-            } else {
-                edge(chunk, early ? 0 : 1)[i + lane] = sum;
-            }
-        }
-    }
-
-    // Adds the partial sums of classes that cross chunks, in the order of the chunks.
-    void add_edges() const {
-        double* total = edges_.get();  // slot 0 of the first chunk is free: no class begins before it
-        std::size_t open = term_.n_classes;
-        const auto close = [&] {
-            for (std::size_t i = 0; open < term_.n_classes && i < count_; ++i) {
-                logits_of(i)[open] += static_cast<float>(term_.alpha * total[i]);
-            }
-        };
-        const auto take = [&](std::size_t c, const double* sums) {
-            if (c != open) {
-                close();
-                open = c;
-                std::fill_n(total, count_, 0.0);
-            }
-            for (std::size_t i = 0; i < count_; ++i) {
-                total[i] += sums[i];
-            }
-        };
-        for (std::size_t chunk = 0; chunk < n_chunks_; ++chunk) {
-            const std::size_t begin = chunk * chunk_rows_;
-            const std::size_t end = std::min(term_.n_keys, begin + chunk_rows_);
-            const std::size_t first = classes_.of(begin);
-            const std::size_t last = classes_.of(end - 1);
-            if (classes_.begin(first) < begin) {
-                take(first, edge(chunk, 0));
-            }
-            if (classes_.begin(last) >= begin && classes_.end(last) > end) {
-                take(last, edge(chunk, 1));
-            }
-        }
-        close();
-    }
-
-    // Adds the sums of values for the panel from the group's i-th query on, in the order of the chunks: some classes at a
-    // time, whose sums lie side by side for a panel, and for each of few queries.
+    // Adds the partial sums of the panel from the group's i-th query on to the logits, a few classes at a time: sums lie
+    // query by query, logits class by class.
     void add_sums(std::size_t i) const {
-        constexpr std::size_t kStep = 16;  // classes
+        constexpr std::size_t kClasses = 16;
         const std::size_t lanes = std::min(panel_, count_ - i);
-        for (std::size_t c0 = 0; c0 < term_.n_classes; c0 += kStep) {
-            const std::size_t n = std::min(kStep, term_.n_classes - c0);
-            const std::size_t length = few_ ? n : n * panel_;
-            for (std::size_t run = 0; run < (few_ ? lanes : 1); ++run) {
-                float total[kStep * kMaxPanel] = {};
-                for (std::size_t chunk = 0; chunk < n_chunks_; ++chunk) {
-                    const float* sums = sums_of(chunk, i) + (few_ ? run * columns_ + c0 : c0 * panel_);
-                    for (std::size_t k = 0; k < length; ++k) {
-                        total[k] += sums[k];
+        const std::size_t class_step = few_ && valued_ ? 1 : panel_;
+        const std::size_t lane_step = few_ && valued_ ? columns_ : 1;
+        for (std::size_t c0 = 0; c0 < n_classes_; c0 += kClasses) {
+            const std::size_t n = std::min(kClasses, n_classes_ - c0);
+            double totals[kClasses][kMaxPanel] = {};
+            for (std::size_t c = c0; c < c0 + n; ++c) {
+                std::size_t chunk = 0;
+                std::size_t end = n_chunks_;
+                if (!valued_) {  // those that have keys of the class
+                    chunk = class_begin(c) / chunk_rows_;
+                    end = class_begin(c) == class_end(c) ? chunk : ceil_div(class_end(c), chunk_rows_);
+                }
+                for (; chunk < end; ++chunk) {
+                    const float* sums = sums_of(i, chunk, 0) + c * class_step;
+                    for (std::size_t lane = 0; lane < lanes; ++lane) {
+                        totals[c - c0][lane] += sums[lane * lane_step];
                     }
                 }
-                for (std::size_t lane = few_ ? run : 0; lane < (few_ ? run + 1 : lanes); ++lane) {
-                    float* logits = logits_of(i + lane) + c0;
-                    for (std::size_t k = 0; k < n; ++k) {
-                        logits[k] += term_.alpha * total[few_ ? k : k * panel_ + lane];
-                    }
+            }
+            for (std::size_t lane = 0; lane < lanes; ++lane) {
+                float* logits = logits_ + (first_ + i + lane) * n_classes_ + c0;
+                for (std::size_t c = 0; c < n; ++c) {
+                    logits[c] += static_cast<float>(term_.alpha * totals[c][lane]);
                 }
             }
         }
@@ -321,15 +264,14 @@ class Driver {
     const float* queries_;
     const std::size_t n_queries_;
     const Microkernels& kernels_;
-    const Classes classes_;
     float* logits_;
-    std::size_t width_, panel_, block_rows_, block_queries_, chunk_rows_, n_chunks_, group_, padded_, workers_;
-    std::size_t columns_ = 0;  // of partial sums of values; 0 with classes
-    std::size_t first_ = 0;    // the group of queries being scored
+    const std::size_t width_, n_classes_;
+    const bool few_, valued_;
+    std::size_t panel_, block_queries_, block_rows_, chunk_rows_, n_chunks_, group_, workers_;
+    std::size_t columns_, step_, slots_;  // of partial sums: C rounded up, from chunk to chunk, of all chunks
+    std::size_t first_ = 0;               // the group of queries being scored
     std::size_t count_ = 0;
-    bool few_;
-    Buffer<float> panels_, sums_;
-    Buffer<double> edges_;
+    Buffer panels_, sums_;
     std::unique_ptr<Scratch[]> scratch_;
 };
 

@@ -26,10 +26,8 @@ struct Microkernels {
     // dots[r * P + lane] = <rows[r], the lane's query>; rows (n_rows, width).
     void (*dot_panel)(const float* rows, std::size_t n_rows, std::size_t width, const float* panel, float* dots);
 
-    // tile[r * P + lane] = weights[r] * exp2(scale * key_scales[r] * tile[r * P + lane] - scale), in place; sums[lane] is
-    // their sum over r.
-    void (*exp_tile)(float* tile, std::size_t n_rows, float scale, const float* key_scales, const float* weights,
-                     float* sums);
+    // tile[r * P + lane] = weights[r] * exp2(scale * key_scales[r] * tile[r * P + lane] - scale), in place.
+    void (*exp_tile)(float* tile, std::size_t n_rows, float scale, const float* key_scales, const float* weights);
 
     // sums[c * P + lane] (+)= sum over r: values[r, c] * tile[r * P + lane]; values (n_keys, n_classes).
     void (*sum_panel)(const float* values, std::size_t n_keys, std::size_t n_classes, const float* tile, float* sums,
@@ -46,11 +44,11 @@ struct Microkernels {
     // dots[i] = weights[i] * exp2(scale * key_scales[i] * dots[i] - scale), in place.
     void (*exp_run)(float* dots, std::size_t n, float scale, const float* key_scales, const float* weights);
 
-    // sums[b * sums_stride + c] += sum over r: affinities[b * stride + r] * values[r, c]; values (n_keys, n_classes) of
+    // sums[b * sums_stride + c] (+)= sum over r: affinities[b * stride + r] * values[r, c]; values (n_keys, n_classes) of
     // `type`.
     void (*sum_rows)(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes,
                      const float* affinities, std::size_t n_queries, std::size_t stride, float* sums,
-                     std::size_t sums_stride);
+                     std::size_t sums_stride, bool add);
 };
 
 extern const Microkernels kScalarKernels;

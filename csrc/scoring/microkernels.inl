@@ -107,26 +107,15 @@ void dot_panel(const float* rows, std::size_t n_rows, std::size_t width, const f
     }
 }
 
-void exp_tile(float* tile, std::size_t n_rows, float scale, const float* key_scales, const float* weights, float* sums) {
-    V left = V::zero();
-    V right = V::zero();
+void exp_tile(float* tile, std::size_t n_rows, float scale, const float* key_scales, const float* weights) {
     const V shift = V::broadcast(-scale);
-    for (std::size_t r = 0; r < n_rows; ++r, tile += kPanel) {
+    for (std::size_t r = 0; r < n_rows; ++r) {
         const V factor = V::broadcast(key_scales == nullptr ? scale : scale * key_scales[r]);
-        V first = exp2(V::fma(V::load(tile), factor, shift));
-        V second = exp2(V::fma(V::load(tile + V::kLanes), factor, shift));
-        if (weights != nullptr) {
-            const V weight = V::broadcast(weights[r]);
-            first = first * weight;
-            second = second * weight;
+        const V weight = V::broadcast(weights == nullptr ? 1.0F : weights[r]);
+        for (const float* end = tile + kPanel; tile < end; tile += V::kLanes) {
+            (exp2(V::fma(V::load(tile), factor, shift)) * weight).store(tile);
         }
-        first.store(tile);
-        second.store(tile + V::kLanes);
-        left = left + first;
-        right = right + second;
     }
-    left.store(sums);
-    right.store(sums + V::kLanes);
 }
 
 void sum_panel(const float* values, std::size_t n_keys, std::size_t n_classes, const float* tile, float* sums, bool add) {
@@ -311,7 +300,7 @@ void exp_run(float* dots, std::size_t n, float scale, const float* key_scales, c
 // K keys' values are loaded once for all queries; several keys at a time, so that sums are seldom loaded and stored.
 template <std::size_t K, typename T>
 inline void sum_keys(const T* values, std::size_t n_classes, const float* affinities, std::size_t n_queries,
-                     std::size_t stride, float* sums, std::size_t sums_stride) {
+                     std::size_t stride, float* sums, std::size_t sums_stride, bool add) {
     V first[K];  // the first query's affinities, which stay in registers if it is the only one
 #pragma GCC unroll 8
     for (std::size_t k = 0; k < K; ++k) {
@@ -319,7 +308,7 @@ inline void sum_keys(const T* values, std::size_t n_classes, const float* affini
     }
     for (std::size_t c = 0; c < n_classes; c += V::kLanes) {
         V v[K];
-        V sum = V::load(sums + c);
+        V sum = add ? V::load(sums + c) : V::zero();
 #pragma GCC unroll 8
         for (std::size_t k = 0; k < K; ++k) {
             v[k] = V::load(values + k * n_classes + c);
@@ -329,7 +318,7 @@ inline void sum_keys(const T* values, std::size_t n_classes, const float* affini
         for (std::size_t b = 1; b < n_queries; ++b) {
             const float* a = affinities + b * stride;
             float* out = sums + b * sums_stride + c;
-            sum = V::load(out);
+            sum = add ? V::load(out) : V::zero();
 #pragma GCC unroll 8
             for (std::size_t k = 0; k < K; ++k) {
                 sum = V::fma(v[k], V::broadcast(a[k]), sum);
@@ -340,15 +329,15 @@ inline void sum_keys(const T* values, std::size_t n_classes, const float* affini
 }
 
 void sum_rows(const void* values, ElementType type, std::size_t n_keys, std::size_t n_classes, const float* affinities,
-              std::size_t n_queries, std::size_t stride, float* sums, std::size_t sums_stride) {
+              std::size_t n_queries, std::size_t stride, float* sums, std::size_t sums_stride, bool add) {
     constexpr std::size_t kMost = 8;
-    with_type(values, type, [&](const auto* typed) {
+    with_type(values, type, [&](const auto* rows) {
         std::size_t r = 0;
         for (; r + kMost <= n_keys; r += kMost) {
-            sum_keys<kMost>(typed + r * n_classes, n_classes, affinities + r, n_queries, stride, sums, sums_stride);
+            sum_keys<kMost>(rows + r * n_classes, n_classes, affinities + r, n_queries, stride, sums, sums_stride, add || r > 0);
         }
         for (; r < n_keys; ++r) {
-            sum_keys<1>(typed + r * n_classes, n_classes, affinities + r, n_queries, stride, sums, sums_stride);
+            sum_keys<1>(rows + r * n_classes, n_classes, affinities + r, n_queries, stride, sums, sums_stride, add || r > 0);
         }
     });
 }

@@ -1,7 +1,7 @@
 // Which instruction sets were compiled in, and which this processor and operating system can run.
 #include <stdexcept>
 
-#include "scoring/score.h"
+#include "scoring/paths.h"
 
 #ifdef IOSR_FAST_X86
 #include <cpuid.h>
@@ -61,8 +61,8 @@ bool always() { return true; }
 
 }  // namespace
 
-const std::vector<ScorePath>& score_paths() {
-    static const std::vector<ScorePath> paths = {
+const std::vector<ScoringPath>& scoring_paths() {
+    static const std::vector<ScoringPath> paths = {
 #ifdef IOSR_FAST_X86
         {"avx512", &kAvx512Kernels, has_avx512},
         {"avx2", &kAvx2Kernels, has_avx2},
@@ -75,9 +75,9 @@ const std::vector<ScorePath>& score_paths() {
     return paths;
 }
 
-const ScorePath& choose_score_path(const std::string& requested) {
+const ScoringPath& choose_path(const std::string& requested) {
     std::string names;
-    for (const ScorePath& path : score_paths()) {
+    for (const ScoringPath& path : scoring_paths()) {
         if (requested.empty() ? path.supported() : requested == path.name) {
             if (path.supported()) {
                 return path;

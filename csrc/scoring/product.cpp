@@ -4,7 +4,7 @@
 #include <cmath>
 #include <memory>
 
-#include "scoring/buffers.h"
+#include "scoring/buffer.h"
 #include "scoring/threads.h"
 
 namespace iosr {
@@ -21,9 +21,9 @@ void add_product(const float* rows, std::size_t n_rows, const float* matrix, std
                  float factor, const Microkernels& kernels, std::size_t threads, float* logits) {
     const std::size_t blocks = ceil_div(n_classes, kBlockRows);
     const std::size_t workers = useful_workers(n_rows * n_classes * width, threads);
-    const auto scratch = std::make_unique<Buffer<float>[]>(workers);
+    const auto scratch = std::make_unique<Buffer[]>(workers);
     for (std::size_t w = 0; w < workers; ++w) {
-        scratch[w] = make_buffer<float>(kBlockQueries * kBlockRows);
+        scratch[w] = make_buffer(kBlockQueries * kBlockRows);
     }
     run_phases(workers, {{ceil_div(n_rows, kBlockQueries) * blocks, [&](std::size_t worker, std::size_t i) {
                               const std::size_t b = i / blocks * kBlockQueries;

@@ -36,17 +36,21 @@ void relax() {
 #endif
 }
 
-// Spins briefly before the caller sleeps: in a program that scores one batch after another, the next call arrives
-// sooner than a thread wakes up.
+// Whether `condition` became true while spinning. In a program that scores one batch after another, the next call arrives
+// sooner than a thread wakes up, and the others' last tasks end sooner.
 template <typename Condition>
-void spin_until(const Condition& condition) {
-    constexpr auto kPatience = std::chrono::microseconds(300);
+bool spin_until(const Condition& condition) {
+    constexpr auto kPatience = std::chrono::microseconds(100);
     const auto end = std::chrono::steady_clock::now() + kPatience;
-    while (!condition() && std::chrono::steady_clock::now() < end) {
+    while (!condition()) {
+        if (std::chrono::steady_clock::now() > end) {
+            return false;
+        }
         for (int i = 0; i < 16; ++i) {
             relax();
         }
     }
+    return true;
 }
 
 int this_core() {
@@ -80,8 +84,9 @@ class Job {
   public:
     const int callers_core = this_core();
 
-    explicit Job(const std::vector<Phase>& phases) : phases_(phases), counters_(new Counter[phases.size()]) {}
+    explicit Job(std::vector<Phase> phases) : phases_(std::move(phases)), counters_(new Counter[phases_.size()]) {}
 
+    // Returns when nothing is left to begin and, for worker 0, to finish: threads may join or leave later than the caller.
     void work(std::size_t worker) {
         for (std::size_t p = 0; p < phases_.size(); ++p) {
             const Phase& phase = phases_[p];
@@ -90,9 +95,14 @@ class Job {
                 phase.task(worker, i);
                 counter.done.fetch_add(1, std::memory_order_release);
             }
-            // The last tasks of a phase take less time than sleeping and waking; yield in case they were preempted.
-            for (std::size_t spins = 0; counter.done.load(std::memory_order_acquire) < phase.n_tasks; ++spins) {
-                spins < 2000 ? relax() : std::this_thread::yield();
+            const auto finished = [&] { return counter.done.load(std::memory_order_acquire) >= phase.n_tasks; };
+            if (worker > 0 && p + 1 == phases_.size()) {
+                return;
+            }
+            // If the thread of a last task waits for a core, behind another library's thread that spins there, an idle
+            // core takes it over, but not one that spins or yields.
+            while (!spin_until(finished)) {
+                std::this_thread::sleep_for(std::chrono::microseconds(50));
             }
         }
     }
@@ -102,7 +112,7 @@ class Job {
         alignas(64) std::atomic<std::size_t> next{0};
         alignas(64) std::atomic<std::size_t> done{0};
     };
-    const std::vector<Phase>& phases_;
+    const std::vector<Phase> phases_;
     std::unique_ptr<Counter[]> counters_;
 };
 
@@ -111,7 +121,7 @@ class Pool {
     const long process = process_id();
 
     // Returns false if another call has the pool.
-    bool run(std::size_t n_workers, Job& job) {
+    bool run(std::size_t n_workers, const std::shared_ptr<Job>& job) {
         const std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
         if (!mine.owns_lock()) {
             return false;
@@ -119,20 +129,15 @@ class Pool {
         grow(n_workers - 1);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            job_ = &job;
+            job_ = job;
             wanted_ = n_workers - 1;
             ++round_;
         }
         wake_.notify_all();
         std::this_thread::yield();  // see leave
-        job.work(0);
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            job_ = nullptr;  // threads that wake up later have nothing to join
-        }
-        spin_until([this] { return joined_ == 0; });
-        std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return joined_ == 0; });
+        job->work(0);
+        const std::lock_guard<std::mutex> lock(mutex_);
+        job_ = nullptr;  // threads that wake up later have nothing to join
         return true;
     }
 
@@ -154,17 +159,11 @@ class Pool {
             std::unique_lock<std::mutex> lock(mutex_);
             wake_.wait(lock, [&] { return round_ != seen; });
             seen = round_;
-            Job* job = job_;
-            if (job == nullptr || index > wanted_) {
-                continue;
-            }
-            ++joined_;
+            const std::shared_ptr<Job> job = index <= wanted_ ? job_ : nullptr;
             lock.unlock();
-            leave(job->callers_core);
-            job->work(index);
-            lock.lock();
-            if (--joined_ == 0) {
-                done_.notify_one();
+            if (job != nullptr) {
+                leave(job->callers_core);
+                job->work(index);
             }
         }
     }
@@ -172,12 +171,9 @@ class Pool {
     std::mutex busy_;   // held by the call that has the pool
     std::mutex mutex_;  // guards the members below
     std::condition_variable wake_;
-    std::condition_variable done_;
-    Job* job_ = nullptr;
+    std::shared_ptr<Job> job_;
     std::size_t wanted_ = 0;
-    // Changed under the mutex, and read without it while spinning.
-    std::atomic<std::size_t> round_{0};
-    std::atomic<std::size_t> joined_{0};
+    std::atomic<std::size_t> round_{0};  // changed under the mutex, and read without it while spinning
     std::vector<std::thread> threads_;
 };
 
@@ -216,10 +212,10 @@ std::size_t useful_workers(std::size_t work, std::size_t threads) {
     return std::clamp<std::size_t>(work / kThreadWork, 1, std::max<std::size_t>(threads, 1));
 }
 
-void run_phases(std::size_t n_workers, const std::vector<Phase>& phases) {
-    Job job(phases);
+void run_phases(std::size_t n_workers, std::vector<Phase> phases) {
+    const auto job = std::make_shared<Job>(std::move(phases));
     if (n_workers <= 1 || !pool().run(n_workers, job)) {
-        job.work(0);
+        job->work(0);
     }
 }
 

@@ -20,8 +20,8 @@ struct Phase {
 };
 
 // Runs the phases one after another, each finished before the next begins, on the caller (worker 0) and on up to
-// n_workers - 1 threads of the pool. Threads join when they wake up; the caller never waits for a sleeping one. The
+// n_workers - 1 threads of the pool. Threads join when they wake up; the caller waits for none that has no task. The
 // caller does all of the work itself if the pool is busy with another call or can't start threads. Safe after fork().
-void run_phases(std::size_t n_workers, const std::vector<Phase>& phases);
+void run_phases(std::size_t n_workers, std::vector<Phase> phases);
 
 }  // namespace iosr

@@ -24,35 +24,25 @@ def downloading(name: str, what: str, advice: str = _COPY_WEIGHTS) -> Iterator[N
     Which library downloads a file, and what it raises, depends on the model. If the hub of Hugging Face does not
     answer, only files that were downloaded earlier are read: its client would try each file again for 20 seconds.
     """
-    with _offline_if_unreachable() as unreachable:
-        try:
-            yield
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:
-            reason = unreachable or str(error).strip().partition("\n")[0] or type(error).__name__
-            fix = f"without a network, {advice}"
-            if (place := _unwritable(error)) is not None:
-                reason, fix = place, "set HF_HOME to a folder that can be written"
-            raise OSError(f"{what} of {name} can't be downloaded or read: {reason}; {fix}") from error
-
-
-@contextmanager
-def _offline_if_unreachable() -> Iterator[str]:
-    """Within the block the hub's client does not connect if the hub does not answer; yields why it does not, or ""."""
     constants: Any = require("huggingface_hub.constants", "cpu")
-    reason = "" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
-    if not reason:
-        yield ""
-        return
-    before = socket.getdefaulttimeout()
-    constants.HF_HUB_OFFLINE = True
-    socket.setdefaulttimeout(_TIMEOUT_S)  # of downloads from other hosts, by urllib
+    offline, timeout = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
+    unreachable = "" if offline else _unreachable(constants.ENDPOINT)
+    if unreachable:
+        constants.HF_HUB_OFFLINE = True
+        socket.setdefaulttimeout(_TIMEOUT_S)  # of downloads from other hosts, by urllib
     try:
-        yield reason
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = unreachable or str(error).strip().partition("\n")[0] or type(error).__name__
+        fix = f"without a network, {advice}"
+        if (place := _unwritable(error)) is not None:
+            reason, fix = place, "set HF_HOME to a folder that can be written"
+        raise OSError(f"{what} of {name} can't be downloaded or read: {reason}; {fix}") from error
     finally:
-        constants.HF_HUB_OFFLINE = False
-        socket.setdefaulttimeout(before)
+        constants.HF_HUB_OFFLINE = offline
+        socket.setdefaulttimeout(timeout)
 
 
 def _unreachable(endpoint: str) -> str:

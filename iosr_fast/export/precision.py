@@ -30,9 +30,8 @@ QUANTISER_VERSION = 3  # increases when the same weights and pictures give other
 
 def runtimes_in(precision: str, fused: bool = True) -> tuple[str, ...]:
     """The runtimes that compute in a precision. An encoder that is not fused is exported in fp32 and has ONNX only."""
-    if fused:
-        return RUNTIMES_OF[precision]
-    return () if precision in ("fp16", "fp8") else tuple(name for name in RUNTIMES_OF[precision] if name != "torch")
+    possible = RUNTIMES_OF[precision] if fused or precision not in ("fp16", "fp8") else ()
+    return tuple(name for name in possible if fused or name != "torch")
 
 
 def choose_builder(runtime: str, precision: str, fused: bool = True) -> str:
@@ -44,15 +43,13 @@ def choose_builder(runtime: str, precision: str, fused: bool = True) -> str:
     if precision not in RUNTIMES_OF:
         raise IosrFastError(f"expected a precision of {list(RUNTIMES_OF)}, got {precision!r}")
     capable = runtimes_in(precision, fused)
-    if not fused and (not capable or runtime not in ("auto", *capable)):
-        raise IosrFastError(
-            "expected fp32, bf16 (openvino) or int8, in onnxruntime, openvino, tensorrt or tensorrt_rtx, for an image "
-            f"encoder that can't be fused, got {precision} in {runtime}"
-        )
+    of = "" if fused else " for an image encoder that can't be fused"
+    if not capable:
+        raise IosrFastError(f"expected fp32, bf16 or int8{of}, got {precision}")
     runtime = choose_runtime(runtime, capable if runtime == "auto" else None)
     if runtime not in capable:
         raise IosrFastError(
-            f"expected one of {list(capable)}, which compute in {precision}, got the runtime {runtime!r}"
+            f"expected one of {list(capable)}, which compute in {precision}{of}, got the runtime {runtime!r}"
         )
     return runtime
 

@@ -23,7 +23,6 @@ from iosr_fast.clip.adapter import (  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
 from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
-from iosr_fast.training.augment import augment_batch, draw_augmentation  # noqa: E402
 from tests.clip import small_clip  # noqa: E402
 from tests.clip.families import FAMILIES, family_clip  # noqa: E402
 
@@ -72,25 +71,6 @@ def test_bad_adapters_are_named(clip: LoadedClip, tmp_path: Path) -> None:
 
 
 @ANY_FAMILY
-def test_a_pass_through_the_tower_is_the_encoders_own(family: str) -> None:
-    clip = family_clip(family)
-    visual = clip.model.visual
-    tower = vision_tower(visual)
-    pixels = torch.randn(2, 3, clip.image_size, clip.image_size)
-    x = tower.embed(pixels)
-    assert x.shape == (2, tower.tokens, tower.width) and not any(tower.refusals().values())
-    for block in tower.blocks:
-        x = block.attend(x)
-        torch.testing.assert_close(block.attend_cls(x), block.attend(x)[:, :1], atol=1e-5, rtol=1e-5)
-        x = x + block.mlp(x)
-    expected = visual(pixels)
-    assert expected.shape == (2, tower.embedding_width) and expected.std() > 0.1
-    torch.testing.assert_close(tower.pool(x), expected, atol=1e-5, rtol=1e-5)
-    if tower.reads_cls:
-        torch.testing.assert_close(tower.pool(x[:, :1]), expected, atol=1e-5, rtol=1e-5)
-
-
-@ANY_FAMILY
 def test_training_equals_the_literal_pass(family: str) -> None:
     """Embeddings and the gradients of one step, for a first adapter in the middle and in the last block."""
     clip = family_clip(family)
@@ -125,14 +105,3 @@ def test_other_sizes_resample_positions(family: str) -> None:
     assert crop[0].shape == (2, tower.prefix + 4, tower.width)
     embedding = AdaptedEncoder(clip, 1).tail(init_adapter(clip, 1), *crop)
     assert embedding.shape == (2, tower.embedding_width) and bool(embedding.isfinite().all())
-
-
-def test_augmentation_stays_in_range_and_does_not_depend_on_the_batch() -> None:
-    images = torch.rand(4, 3, 16, 16)
-    drawn = draw_augmentation(4, torch.Generator().manual_seed(1))
-    augmented = augment_batch(images, drawn)
-    assert augmented.shape == images.shape and augmented.min() >= 0 and augmented.max() <= 1
-    assert not torch.equal(augmented, images)
-    torch.testing.assert_close(augment_batch(images[2:3], drawn[2:3]), augmented[2:3])
-    still = torch.tensor([[0.0, 1, 0, 0, 1, 1, 1, 0, 0, 0]]).expand(4, -1)
-    torch.testing.assert_close(augment_batch(images, still), images, atol=1e-5, rtol=1e-5)

