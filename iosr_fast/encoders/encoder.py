@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from iosr_fast.images.geometry import Geometry
+from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     from iosr_fast.utils.verified_folder import VerifiedFolder
@@ -49,18 +50,8 @@ class Embeddings:
     def concatenate(cls, parts: Sequence[Embeddings]) -> Embeddings:
         """The rows of all parts (NumPy arrays or tensors), in order; `adapted` only if every part has it."""
         adapted = [part.adapted for part in parts if part.adapted is not None]
-        return cls(
-            _concatenate([part.plain for part in parts]),
-            _concatenate(adapted) if len(adapted) == len(parts) else None,
-        )
-
-
-def _concatenate(rows: Sequence[Array]) -> Array:
-    if isinstance(rows[0], np.ndarray):
-        return np.concatenate(rows)
-    import torch
-
-    return torch.cat(list(rows))
+        join = np.concatenate if isinstance(parts[0].plain, np.ndarray) else require("torch", "cpu").cat
+        return cls(join([part.plain for part in parts]), join(adapted) if len(adapted) == len(parts) else None)
 
 
 def as_numpy(rows: Array) -> np.ndarray:

@@ -33,8 +33,7 @@ class TextSource(Protocol):
         ...
 
     def write(self, folder: Path) -> dict[str, Any] | None:
-        """Write its files into an existing folder. Returns the facts for TextEncoder; None if it can't be
-        exported."""
+        """Write its files into an existing folder. Returns the facts for TextEncoder, None if it can't be exported."""
         ...
 
 
@@ -51,7 +50,6 @@ class TextEncoder:
         self.folder = folder
         self.source = source
         self.facts = facts
-        self.context_length: int = facts["context_length"]
         self.width: int = facts["width"]
         self.eot: int | None = facts["eot"]  # None: texts are never cut
         self.templates: tuple[str, ...] = tuple(facts["templates"])

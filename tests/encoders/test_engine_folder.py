@@ -43,10 +43,8 @@ def installed(monkeypatch: pytest.MonkeyPatch, *names: str, gpu: Gpu | None = No
     ("processor", "packages", "gpu", "best"),
     [
         ("x86_64", ("openvino", "onnxruntime", "torch"), None, "openvino"),
-        ("AMD64", ("openvino", "onnxruntime", "torch"), None, "openvino"),
         ("aarch64", ("openvino", "onnxruntime", "torch"), None, "onnxruntime"),
         ("x86_64", ("onnxruntime", "torch"), None, "onnxruntime"),
-        ("x86_64", ("torch",), None, "torch"),
         ("x86_64", ("openvino", "onnxruntime", "torch"), H100, "torch"),
         ("x86_64", ("openvino", "torch", "tensorrt", "tensorrt_rtx"), H100, "tensorrt"),
         ("x86_64", ("openvino", "torch", "tensorrt_rtx"), RTX, "tensorrt_rtx"),
@@ -71,25 +69,12 @@ def test_auto_opens_only_what_an_engine_was_built_for_and_logs_why(
     assert "sees no NVIDIA GPU" in caplog.text and "not built for it" in caplog.text
     with pytest.raises(RuntimeError, match=r"tensorrt: PyTorch sees no NVIDIA GPU"):
         choose_runtime("auto", {"tensorrt"})
+    installed(monkeypatch, "torch", "tensorrt_rtx", gpu=H100)
+    assert "from compute capability 8.0 on, not for NVIDIA H100" in (unavailable_reason("tensorrt_rtx") or "")
     with pytest.raises(ValueError, match=r"\['onnxruntime', 'openvino'\], got 'torch'.*build-engine --runtime torch"):
         choose_runtime("torch", {"onnxruntime", "openvino"})
     with pytest.raises(ValueError, match="got 'tvm'"):
         choose_runtime("tvm")
-
-
-@pytest.mark.parametrize(
-    ("gpu", "reason"),
-    [
-        (None, "sees no NVIDIA GPU"),
-        (H100, "not for NVIDIA H100"),
-        (Gpu("NVIDIA T4", (7, 5)), "from compute capability"),
-    ],
-)
-def test_a_gpu_that_tensorrt_rtx_does_not_support_is_named(
-    gpu: Gpu | None, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed(monkeypatch, "torch", "tensorrt_rtx", gpu=gpu)
-    assert reason in (unavailable_reason("tensorrt_rtx") or "")
 
 
 def test_the_plain_form_is_a_file_of_onnx_runtimes_and_a_part_of_pytorchs() -> None:
@@ -223,7 +208,7 @@ def test_a_cache_that_can_not_be_written_costs_time_only(
 ) -> None:
     cache.write_text("a file")
     assert opened(folder, HERE, Builder()) == b"built 1"
-    assert "the plan can't be stored" in caplog.text and "IOSR_FAST_CACHE" in caplog.text
+    assert ".plan can't be stored" in caplog.text and "IOSR_FAST_CACHE" in caplog.text
 
 
 def test_an_engine_without_a_plan_to_open_or_build_is_refused_with_all_reasons(folder: Path, tmp_path: Path) -> None:

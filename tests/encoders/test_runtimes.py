@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -26,11 +25,9 @@ from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine, openvino  # noqa: E402
 from iosr_fast.exceptions import IosrFastError  # noqa: E402
 from iosr_fast.export import build, pretrained  # noqa: E402
-from iosr_fast.export.build import LAYOUT, add_plan, write_engine  # noqa: E402
+from iosr_fast.export.build import add_plan, write_engine  # noqa: E402
 from iosr_fast.export.onnx import plain_graph  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
-from iosr_fast.utils.files import cache_folder  # noqa: E402
-from iosr_fast.utils.manifest import SCHEMA, read_manifest  # noqa: E402
 from tests import ROOT  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.demo_cache import export_once  # noqa: E402
@@ -78,9 +75,8 @@ def test_any_batch_has_the_embeddings_of_two_passes(engines: dict[str, Path], ru
 
 
 def test_engines_of_the_same_embeddings_share_a_fingerprint(engines: dict[str, Path]) -> None:
-    plain = open_engine(engines["plain"])
-    assert open_engine(engines["torch"]).fingerprint == open_engine(engines["onnxruntime"]).fingerprint
-    assert plain.fingerprint != open_engine(engines["torch"]).fingerprint
+    torchs, onnxs, plain = (open_engine(engines[name]) for name in ("torch", "onnxruntime", "plain"))
+    assert torchs.fingerprint == onnxs.fingerprint != plain.fingerprint
     assert plain.encode(random_pixels(4, 32)).adapted is None and not plain.adapted
 
 
@@ -118,29 +114,22 @@ def test_bf16_is_computed_where_it_was_built_for_and_the_processor_has_it(
     core.capabilities = ["FP32"]
     open_engine(engines["openvino"], "openvino")
     assert core.options["INFERENCE_PRECISION_HINT"] == "f32" and "no bf16 instructions" in caplog.text
-    caplog.clear()
-    open_engine(engines["openvino"], "onnxruntime")
-    assert "ONNX Runtime computes this bf16 engine in fp32" in caplog.text
 
 
 @pytest.mark.parametrize("runtime", [name for name in INSTALLED if name != "torch"])
-@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize("runs", [1, 2])
 def test_threads_share_an_engine(runtime: str, runs: int, engines: dict[str, Path]) -> None:
-    encoder = open_engine(engines["onnxruntime"], runtime, threads=1, runs=runs)
+    encoder: Any = open_engine(engines["onnxruntime"], runtime, threads=1, runs=runs)
     assert (encoder.parallel, encoder.runs, encoder.threads) == (True, runs, 1)
     pixels = random_pixels(40, 32)
     expected = encoder.encode(pixels).plain
     with ThreadPoolExecutor(5) as pool:
         for i, got in enumerate(pool.map(lambda i: encoder.encode(pixels[i : i + 1]).plain[0], range(40))):
             np.testing.assert_allclose(got, expected[i], atol=1e-6)
-
-
-def test_openvino_executes_as_many_runs_as_it_was_opened_for(engines: dict[str, Path]) -> None:
-    pytest.importorskip("openvino")
-    encoder: Any = open_engine(engines["onnxruntime"], "openvino", threads=1, runs=2)
-    assert encoder._compiled.get_property("NUM_STREAMS") == 2
-    assert encoder._compiled.get_property("INFERENCE_NUM_THREADS") == 2
-    assert encoder._idle.qsize() == 2, "a third thread waits for one of the two"
+    if runtime == "openvino":
+        names = ("NUM_STREAMS", "INFERENCE_NUM_THREADS")
+        assert [encoder._compiled.get_property(name) for name in names] == [runs, runs]
+        assert encoder._idle.qsize() == runs, "further threads wait"
 
 
 def test_threads_of_pytorch_are_given_back(engines: dict[str, Path]) -> None:
@@ -159,7 +148,6 @@ def test_threads_of_pytorch_are_given_back(engines: dict[str, Path]) -> None:
         ([[0]], "got list"),
         (torch.zeros((2, 32, 32, 3), dtype=torch.uint8), "got Tensor"),
         (np.zeros((2, 3, 32, 32), np.uint8), r"expected pixels of shape \(B, 32, 32, 3\).*\(2, 3, 32, 32\)"),
-        (np.zeros((32, 32, 3), np.uint8), "expected pixels of shape"),
         (np.zeros((0, 32, 32, 3), np.uint8), "B >= 1"),
         (np.zeros((1, 64, 64, 3), np.uint8), "iosr_fast.images.preprocess"),
     ],
@@ -180,21 +168,6 @@ def test_damaged_files_are_refused(copied: Path) -> None:
             open_engine(copied, runtime, verify=False)
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"schema": 99}, r"schema 99.*iosr-fast build-engine builds it again"),
-        ({"kind": "classifier"}, "got a classifier"),
-        ({"width": "24"}, r"Expected `int`, got `str`.*width.*builds it again"),
-        ({"surprise": 1}, r"unknown field `surprise`"),
-    ],
-)
-def test_other_manifests_are_refused(copied: Path, changed: dict[str, Any], message: str) -> None:
-    rewrite_manifest(copied, **changed)
-    with pytest.raises(ValueError, match=message):
-        open_engine(copied)
-
-
 @pytest.mark.parametrize("runtime", INSTALLED)
 def test_without_adapted_only_the_plain_embedding_is_computed(engines: dict[str, Path], runtime: str) -> None:
     folder, pixels = engines["torch" if runtime == "torch" else "onnxruntime"], random_pixels(4, 32)
@@ -205,20 +178,6 @@ def test_without_adapted_only_the_plain_embedding_is_computed(engines: dict[str,
     if runtime == "torch":
         weights: Any = plain
         assert not any("down_proj" in name for name in weights._encoder.state_dict())
-
-
-def test_an_earlier_engine_runs_both_streams(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = read_manifest(copied, "engine")["files"]
-    rewrite_manifest(copied, files={name: entry for name, entry in files.items() if name != "plain.onnx"})
-    with caplog.at_level(logging.INFO):
-        encoder = open_engine(copied, "onnxruntime", adapted=False)
-    assert encoder.adapted and "has no plain form for onnxruntime, so both streams run" in caplog.text
-
-
-def large_tensors(graph: Any) -> dict[str, dict[str, str]]:
-    """Where each large tensor of a graph is stored, by its name."""
-    tensors = graph.initializer
-    return {t.name: {entry.key: entry.value for entry in t.external_data} for t in tensors if t.external_data}
 
 
 @pytest.mark.parametrize(("first", "precision"), [(0, "fp32"), (2, "fp32"), (1, "int8"), (1, "fp16")])
@@ -237,9 +196,9 @@ def test_the_plain_form_has_the_weights_and_the_cost_of_an_engine_without_an_ada
     np.testing.assert_allclose(plain.encode(pixels).plain, both.encode(pixels).plain, atol=tolerance)
     products = {name: sum(node.op_type in ("MatMul", "Gemm") for node in graph.node) for name, graph in graphs.items()}
     assert products["both", "plain"] == products["without", "encoder"] < products["both", "encoder"]
-    shared = large_tensors(graphs["both", "plain"])
-    assert shared and shared.items() <= large_tensors(graphs["both", "encoder"]).items()
-    assert not any("down_proj" in name or "up_proj" in name for name in shared)
+    large = {name: [str(t) for t in graph.initializer if t.external_data] for name, graph in graphs.items()}
+    assert large["both", "plain"] and {*large["both", "plain"]} < {*large["both", "encoder"]}, "they share weights"
+    assert not any("down_proj" in tensor or "up_proj" in tensor for tensor in large["both", "plain"])
     with pytest.raises(IosrFastError, match="joins 0 and splits 0"):
         plain_graph(onnx.load(tmp_path / "without" / "encoder.onnx", load_external_data=False))
 
@@ -295,26 +254,19 @@ def test_int8_weights_of_eight_bits_cause_a_warning(copied: Path, caplog: pytest
         assert ("8 bits, whose sums overflow on processors without VNNI" in caplog.text) == warned
 
 
-def test_the_cached_engine_is_built_again_where_it_is_damaged_or_of_another_schema(
+def test_the_cached_engine_is_built_again_where_it_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pretrained, "load_clip", lambda *_: small_clip())
-
-    def engine_folder() -> Path:
-        return pretrained.open_pretrained("ViT-B-32", "none", None, "torch", "fp32", None).engine
-
-    folder = engine_folder()
-    assert folder.parent == cache_folder() / "engines"
-    made = (folder / "manifest.json").stat().st_mtime_ns
-    assert engine_folder() == folder and (folder / "manifest.json").stat().st_mtime_ns == made
-    with (folder / "encoder.safetensors").open("ab") as file:
-        file.write(b"x")
-    assert engine_folder() == folder and "damaged and built again: encoder.safetensors" in caplog.text
-    older = folder.with_name(folder.name.removesuffix(f"-v{SCHEMA}.{LAYOUT}") + "-v1")
-    rewrite_manifest(folder, schema=1)
-    folder.rename(older)
-    assert engine_folder() == folder and older.exists() and caplog.text.count("damaged and built again") == 1
+    times = []
+    for damage in (b"", b"", b"x"):
+        for file in (tmp_path / "cache").rglob("encoder.safetensors"):
+            file.write_bytes(file.read_bytes() + damage)
+        folder = pretrained.open_pretrained("ViT-B-32", "none", None, "torch", "fp32", None).engine
+        times.append((folder / "manifest.json").stat().st_mtime_ns)
+    assert times[0] == times[1] < times[2] and folder.parent == tmp_path / "cache" / "engines"
+    assert caplog.text.count("damaged and built again: encoder.safetensors") == 1
 
 
 OPENVINO_IN_THREADS = """
@@ -333,15 +285,17 @@ pixels = opset13.parameter([1, 8], np.float32)
 model = openvino.Model([opset13.relu(pixels)], [pixels])
 compiled = core.compile_model(model, "CPU", {"NUM_STREAMS": "8"})
 sys.setswitchinterval(1e-6)
-start = threading.Barrier(8)
+go = []
 
 def read(request):
-    start.wait()
+    while not go:  # threads that wait in a lock do not start together
+        pass
     np.array(request.infer({0: np.zeros((1, 8), np.float32)})[0])
 
 threads = [threading.Thread(target=read, args=(compiled.create_infer_request(),)) for _ in range(8)]
 for thread in threads:
     thread.start()
+go.append(True)
 for thread in threads:
     thread.join()
 """
@@ -349,6 +303,6 @@ for thread in threads:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the signal stack is asked for on Linux only")
 def test_openvino_is_safe_for_threads_and_signals() -> None:
-    """Without the tensor that openvino_core reads, every second run of eight threads hangs."""
+    """Without the tensor that openvino_core reads, every third run of eight threads hangs."""
     pytest.importorskip("openvino")
     subprocess.run([sys.executable, "-c", OPENVINO_IN_THREADS], cwd=ROOT, check=True, timeout=60)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -215,13 +215,6 @@ def test_files_are_opened_at_the_first_use_and_once(exported: Exported, monkeypa
         np.testing.assert_array_equal(embeddings, shared.embed_classes(given))
 
 
-@pytest.mark.parametrize("package", ["onnxruntime", "tokenizers", "ftfy"])
-def test_missing_packages_are_named(package: str, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"{package} is needed here.*pip install 'iosr_fast\[serve\]'"):
-        TextEncoder(*exported).embed_classes(["cat"])
-
-
 @pytest.mark.parametrize("name", [FILE, TOKENIZER_FILE])
 def test_damaged_files_are_named(name: str, exported: Exported, tmp_path: Path) -> None:
     folder, facts = exported
@@ -263,12 +256,7 @@ def test_a_saved_classifier_embeds_names_without_torch(
     np.testing.assert_allclose(json.loads(run.stdout), embed_classes(clip, names), atol=1e-5)
 
 
-def test_cached_exports_are_of_weights_and_tokenizer_with_the_prompts_of_a_name(
-    demo: LoadedClip, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with shared_cache():
-        facts = ClipText(replace(demo, name="ViT-B-32")).write(tmp_path)
-    assert facts == {**exported[1], "templates": list(PHOTO_TEMPLATES)}
+def test_cached_exports_are_of_weights_and_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
     clip, written = family("SigLIP", tmp_path), []
     smaller = hugging_face_tokenizer(tokenizer_files.siglip(tmp_path / "second", 290), 16, "canonicalize")
@@ -279,24 +267,14 @@ def test_cached_exports_are_of_weights_and_tokenizer_with_the_prompts_of_a_name(
     assert written[0] == written[2] != written[1]
 
 
-def test_names_without_a_letter_are_refused_where_punctuation_is_dropped(tmp_path: Path) -> None:
-    clip = family("SigLIP 2", tmp_path)
-    encoder = TextEncoder(tmp_path, export_text(clip, tmp_path))
-    with pytest.raises(ValueError, match=r"at least one visible character \(this CLIP's tokenizer drops punct.*'\?!'"):
-        encoder.embed_classes(["cat", "?!"])
-
-
-def wrong_letters(kind: str, right: Callable[[str], str] = module._character_ranges) -> str:
-    return r"\x{61}-\x{7a}" if kind == r"[\p{L}]" else right(kind)
-
-
 def test_wrong_tokens_and_wrong_embeddings_are_not_left_behind(
     demo: LoadedClip, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = onnx.load(exported[0] / FILE)
+    model, right = onnx.load(exported[0] / FILE), module._character_ranges
     monkeypatch.setattr(module, "to_onnx", lambda *_: model)
     with monkeypatch.context() as changed:
-        changed.setattr(module, "_character_ranges", wrong_letters)
+        only_ascii = lambda kind: r"\x{61}-\x{7a}" if kind == r"[\p{L}]" else right(kind)  # noqa: E731
+        changed.setattr(module, "_character_ranges", only_ascii)
         with pytest.raises(ValueError, match=rf"{TOKENIZER_FILE} to encode .* as open_clip's \[49406, .*, got \["):
             export_text(demo, tmp_path)
     assert list(tmp_path.iterdir()) == []

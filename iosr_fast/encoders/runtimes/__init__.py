@@ -73,8 +73,12 @@ def open_engine(
         source.check()
     manifest = source.manifest
     runtime = choose_runtime(runtime, runtimes_of(manifest))
-    if runtime in ONNX_RUNTIMES:
-        _warn_of_precision(source, runtime)
+    if runtime in ONNX_RUNTIMES and (manifest.get("quantised") or {}).get("version", SEVEN_BITS) < SEVEN_BITS:
+        log.warning(
+            "the engine in %s has int8 weights of 8 bits, whose sums overflow on processors without VNNI: embeddings "
+            "may be wrong; build it again, with weights of 7 bits",
+            source.folder,
+        )
     if not adapted and not has_plain_form(manifest, runtime):
         if manifest["first_adapted_block"] is not None:
             log.info("the engine in %s has no plain form for %s, so both streams run", source.folder, runtime)
@@ -89,18 +93,3 @@ def open_engine(
     encoder = source.open_with(open_folder)
     encoder.source = source
     return encoder
-
-
-def _warn_of_precision(source: VerifiedFolder, runtime: str) -> None:
-    """Log where a CPU computes an engine otherwise than its precision says, or wrongly."""
-    precision, quantised = source.manifest["precision"], source.manifest.get("quantised") or {}
-    if precision in ("fp16", "fp8"):
-        log.warning("an %s engine is no faster on a CPU, which computes in fp32; build one in fp32 or int8", precision)
-    if precision == "bf16" and runtime == "onnxruntime":
-        log.warning("ONNX Runtime computes this bf16 engine in fp32; OpenVINO computes it in bf16")
-    if quantised.get("version", SEVEN_BITS) < SEVEN_BITS:
-        log.warning(
-            "the engine in %s has int8 weights of 8 bits, whose sums overflow on processors without VNNI: embeddings "
-            "may be wrong; build it again, with weights of 7 bits",
-            source.folder,
-        )

@@ -56,17 +56,18 @@ def open_plan(
         plan, _ = build(folder / ONNX_FILE)
     except RuntimeError as error:
         raise UnavailableError(f"{misfit}; building a plan from {ONNX_FILE} failed: {error}; {advice}") from error
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(cached) as temporary:
-            temporary.write_bytes(hashlib.sha256(plan).digest() + plan)
-    except OSError as error:
-        log.warning(
-            "the plan can't be stored (%s) and is built at every start; set IOSR_FAST_CACHE to a folder that can be "
-            "written",
-            error,
-        )
+    store(cached, hashlib.sha256(plan).digest() + plan)
     return plan, cached
+
+
+def store(file: Path, content: bytes) -> None:
+    """Write a file of the cache. A failure costs time at the next start, and is logged."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(file) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        log.warning("%s can't be stored (%s); set IOSR_FAST_CACHE to a folder that can be written", file, error)
 
 
 def _read(cached: Path) -> bytes | None:

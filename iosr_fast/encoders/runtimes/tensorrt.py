@@ -45,8 +45,6 @@ def build_plan(onnx_path: Path, runtime: str, max_batch: int) -> tuple[bytes, di
         reported = (parser.get_error(i) for i in range(parser.num_errors))
         errors = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in reported)
         raise UnavailableError(f"{name} can't parse {onnx_path.name}: {errors}")
-    if network.num_inputs != 1 or network.get_input(0).name != "pixels" or network.get_input(0).shape[0] != -1:
-        raise UnavailableError(f"expected one input 'pixels' with a dynamic batch in {onnx_path.name}")
     config = builder.create_builder_config()
     for profile in optimization_profiles(builder, tuple(network.get_input(0).shape)[1:], max_batch):
         config.add_optimization_profile(profile)
@@ -135,10 +133,9 @@ class TensorRTEncoder(BatchedEncoder):
 
     def _profile(self, size: int) -> int:
         """The first optimization profile for a batch size. Plans of version 0.2 have one for all."""
-        shapes = (
-            self._engine.get_tensor_profile_shape("pixels", i) for i in range(self._engine.num_optimization_profiles)
-        )
-        return next(i for i, (least, _, most) in enumerate(shapes) if least[0] <= size <= most[0])
+        indices = range(self._engine.num_optimization_profiles)
+        shapes = (self._engine.get_tensor_profile_shape("pixels", index) for index in indices)
+        return next(index for index, (least, _, most) in enumerate(shapes) if least[0] <= size <= most[0])
 
 
 def _logger(trt: Any) -> Any:

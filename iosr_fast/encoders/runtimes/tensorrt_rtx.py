@@ -6,7 +6,8 @@ import logging
 from typing import Any
 
 from iosr_fast.encoders.engine_folder import Target
-from iosr_fast.utils.files import cache_folder, new_file
+from iosr_fast.encoders.runtimes.plan_cache import store
+from iosr_fast.utils.files import cache_folder
 from iosr_fast.utils.machine import this_gpu
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,6 @@ class KernelCache:
         self.options.set_runtime_cache(self._kernels)
 
     def save(self) -> None:
-        """Write what was compiled so far. A failure costs time at the next start, and is logged."""
+        """Write what was compiled so far."""
         self.saved = True  # one attempt per process, except for `warm`
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(self._file) as temporary:
-                temporary.write_bytes(self._kernels.serialize())
-        except OSError as error:
-            log.info("compiled kernels are not saved for the next start: %s", error)
+        store(self._file, self._kernels.serialize())
