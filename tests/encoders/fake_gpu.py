@@ -33,7 +33,8 @@ class FakeGpu:
         self.current = self.caller = Stream(("cuda", 1))
         self.recording: list[tuple[Callable[[], Any], Any]] | None = None
         self.records: list[list[tuple[Callable[[], Any], Any]]] = []
-        self.replays, self.refuses = 0, False
+        self.replays, self.refuses, self.device = 0, False, 1
+        self.asked: set[Any] = set()  # devices whose current stream was asked for
         self.results_kept_for: list[Any] = []
 
     def launch(self, run: Callable[[], Any]) -> Any:
@@ -45,6 +46,10 @@ class FakeGpu:
                 raise RuntimeError("an operation waits for the device")
             self.recording.append((run, outputs))
         return outputs
+
+    def current_stream(self, device: Any = None) -> Stream:
+        self.asked.add(device)
+        return self.current
 
     @contextmanager
     def stream(self, chosen: Stream) -> Iterator[None]:
@@ -84,11 +89,11 @@ class FakeGpu:
             return lambda shape, dtype=torch.float32, device=None, pin_memory=False: make(shape, dtype=dtype)
 
         cuda = SimpleNamespace(
-            current_device=lambda: 1,
+            current_device=lambda: self.device,
             is_available=lambda: True,
             Stream=Stream,
             stream=self.stream,
-            current_stream=lambda device=None: self.current,
+            current_stream=self.current_stream,
             Event=lambda: SimpleNamespace(synchronize=lambda: None, record=lambda stream: None),
             CUDAGraph=SimpleNamespace,
             graph=self.graph,

@@ -103,9 +103,11 @@ def test_warm_sizes_replay_a_graph_and_return_copies(
     assert fake_gpu.current is fake_gpu.caller
 
 
-def test_the_callers_stream_waits_for_results_that_live_until_it_has_read_them(fake_gpu: FakeGpu) -> None:
+def test_the_callers_stream_of_the_encoders_device_waits_for_results(fake_gpu: FakeGpu) -> None:
     encoder = MeanColour(6, fake_gpu)
+    fake_gpu.device = 0  # the thread's own, after the encoder was opened on 1
     encoder.encode_on_device(pictures(2))
+    assert fake_gpu.asked == {None, ("cuda", 1)}
     (stream,) = fake_gpu.caller.waited
     assert isinstance(stream, Stream) and stream.waited == [fake_gpu.caller], "weights are written before the first run"
     assert fake_gpu.results_kept_for == [fake_gpu.caller] * 2
@@ -150,20 +152,6 @@ class Context:
         return lambda *arguments: self.calls.setdefault(name, []).append(arguments) or True
 
 
-class Kernels:
-    """TensorRT-RTX's runtime cache."""
-
-    def __init__(self) -> None:
-        self.read: list[bytes] = []
-
-    def deserialize(self, data: bytes) -> bool:
-        self.read.append(data)
-        return data == b"kernels"
-
-    def serialize(self) -> bytes:
-        return b"kernels"
-
-
 class TensorRT:
     """The modules tensorrt and tensorrt_rtx, with a plan that has `profiles`, and what was asked of them."""
 
@@ -172,11 +160,14 @@ class TensorRT:
 
     def __init__(self, profiles: list[tuple[int, int, int]]) -> None:
         self.contexts: list[Context] = []
-        self.kernels = Kernels()
+        self.read: list[bytes] = []  # by RTX's runtime cache
+        kernels = SimpleNamespace(
+            serialize=lambda: b"kernels", deserialize=lambda data: self.read.append(data) or data == b"kernels"
+        )
         self.ILogger = type("ILogger", (), {})
         self.config = SimpleNamespace(
             set_execution_context_allocation_strategy=lambda chosen: None,
-            create_runtime_cache=lambda: self.kernels,
+            create_runtime_cache=lambda: kernels,
             set_runtime_cache=lambda cache: None,
         )
         self.engine = SimpleNamespace(
@@ -239,13 +230,9 @@ def test_each_batch_size_of_a_plan_has_one_context_with_its_profile_and_one_grap
     stream = Stream.cuda_stream
     assert [call["set_optimization_profile_async"] for call in calls] == [[(index, stream)] for index in chosen]
     assert all(set(call["execute_async_v3"]) == {(stream,)} for call in calls) and len(fake_gpu.records) == 4
-    buffers = [("pixels", *encoder.outputs), {32}]
-    for call in calls:
-        assert [
-            tuple(name for name, _ in call["set_tensor_address"]),
-            {size for _, size in call["set_device_memory"]},
-        ] == buffers
-        assert call["set_tensor_address"] == calls[0]["set_tensor_address"], "all contexts share the buffers"
+    assert [name for name, _ in calls[0]["set_tensor_address"]] == ["pixels", "plain", "adapted"]
+    for name in ("set_tensor_address", "set_device_memory"):
+        assert all(call[name] == calls[0][name] for call in calls), "all contexts share the buffers"
 
 
 def test_compiled_kernels_are_kept_in_the_cache_and_never_in_the_engine(
@@ -259,7 +246,7 @@ def test_compiled_kernels_are_kept_in_the_cache_and_never_in_the_engine(
     if kept:
         assert trt.config.dynamic_shapes_kernel_specialization_strategy == "eager"
         open_plan_of(trt)
-        assert trt.kernels.read == [b"kernels"]
+        assert trt.read == [b"kernels"]
         kept[0].write_bytes(b"half")
         open_plan_of(trt).warm([1])
         assert "can't be read; its kernels are compiled again" in caplog.text and kept[0].read_bytes() == b"kernels"
@@ -267,14 +254,13 @@ def test_compiled_kernels_are_kept_in_the_cache_and_never_in_the_engine(
 
 def test_the_called_names_of_tensorrt_rtx_exist() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    fake, context = TensorRT(TWO_PROFILES), dir(trt.IExecutionContext)
-    assert {"set_device_memory", "set_optimization_profile_async", "set_tensor_address"} < set(context)
-    assert {"set_input_shape", "execute_async_v3"} < set(context)
+    fake, context = TensorRT(TWO_PROFILES), trt.IExecutionContext
+    assert context.set_device_memory and context.set_optimization_profile_async and context.set_tensor_address
+    assert context.set_input_shape and context.execute_async_v3
     assert set(vars(fake.engine)) <= set(dir(trt.ICudaEngine))
     assert {*vars(fake.config), "dynamic_shapes_kernel_specialization_strategy"} <= set(dir(trt.IRuntimeConfig))
     assert {"serialize", "deserialize"} <= set(dir(trt.IRuntimeCache))
-    assert hasattr(trt.DynamicShapesKernelSpecializationStrategy, "EAGER")
-    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert trt.DynamicShapesKernelSpecializationStrategy.EAGER and trt.ExecutionContextAllocationStrategy.USER_MANAGED
     assert [int(getattr(trt.ILogger.Severity, name)) for name in ("INTERNAL_ERROR", "VERBOSE")] == [0, 4]
 
 
