@@ -28,25 +28,24 @@ _log = logging.getLogger("iosr_fast")
 class Backend:
     """What sums affinities (backends/).
 
-    target       "module:function", imported when chosen; "" for the reference, which executes a whole plan
+    module       has the function affinity_sums, imported when chosen; "" for the reference, which runs a whole plan
     devices      where it executes: "cpu", "cuda"
     unavailable_reason  returns why it can't run on this machine, or None
+    automatic    the device of embeddings for which "auto" may choose it; BACKENDS has the order of preference
     tensors      whether it takes a DevicePlan and tensors; otherwise a ScoringPlan and NumPy arrays
-    automatic    the devices of embeddings for which "auto" may choose it; BACKENDS has the order of preference
     largest      the largest batch; None for any
     """
 
     name: str
-    target: str
+    module: str
     devices: tuple[str, ...]
     unavailable_reason: Callable[[], str | None]
+    automatic: str | None = "cuda"
     tensors: bool = True
-    automatic: tuple[str, ...] = ()
     largest: int | None = None
 
     def load(self) -> Callable[..., str]:
-        module, function = self.target.split(":")
-        loaded: Callable[..., str] = getattr(importlib.import_module(module), function)
+        loaded: Callable[..., str] = importlib.import_module(self.module).affinity_sums
         return loaded
 
     def takes(self, batch: int) -> bool:
@@ -150,39 +149,13 @@ def _cuda_unavailable_reason() -> str | None:
 
 
 # PyTorch is never chosen for NumPy arrays: importing it takes seconds.
-_ON_GPU = ("cuda",)
+_CPU, _GPU = ("cpu",), ("cuda",)
 BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        "cpp",
-        "iosr_fast.scoring.backends.cpp:affinity_sums",
-        ("cpu",),
-        cpp_unavailable_reason,
-        tensors=False,
-        automatic=("cpu",),
-    ),
-    Backend(
-        "cuda",
-        "iosr_fast.scoring.backends.cuda:affinity_sums",
-        _ON_GPU,
-        _cuda_unavailable_reason,
-        automatic=_ON_GPU,
-        largest=FEW_QUERIES,
-    ),
-    Backend(
-        "triton",
-        "iosr_fast.kernels.affinity_sums:affinity_sums",
-        _ON_GPU,
-        _triton_unavailable_reason,
-        automatic=_ON_GPU,
-    ),
-    Backend(
-        "torch",
-        "iosr_fast.scoring.backends.torch:affinity_sums",
-        ("cpu", "cuda"),
-        _torch_unavailable_reason,
-        automatic=_ON_GPU,
-    ),
-    Backend("reference", "", ("cpu",), lambda: None, tensors=False),
+    Backend("cpp", "iosr_fast.scoring.backends.cpp", _CPU, cpp_unavailable_reason, "cpu", tensors=False),
+    Backend("cuda", "iosr_fast.scoring.backends.cuda", _GPU, _cuda_unavailable_reason, largest=FEW_QUERIES),
+    Backend("triton", "iosr_fast.kernels.affinity_sums", _GPU, _triton_unavailable_reason),
+    Backend("torch", "iosr_fast.scoring.backends.torch", _CPU + _GPU, _torch_unavailable_reason),
+    Backend("reference", "", _CPU, lambda: None, None, tensors=False),
 )
 
 
@@ -237,7 +210,7 @@ def _best(device: str, few: bool) -> Backend:
     """The first available one in the order of BACKENDS; what is passed over for a reason is logged, once."""
     unavailable: list[str] = []
     for backend in BACKENDS:
-        if device not in backend.automatic or not (few or backend.largest is None):
+        if device != backend.automatic or not (few or backend.largest is None):
             continue
         reason = backend.unavailable_reason()
         if reason is None:
