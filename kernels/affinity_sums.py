@@ -71,10 +71,11 @@ def affinity_sums_kernel(  # type: ignore[no-untyped-def]
 ):
     """sums[piece] = alpha * affinity @ values for BLOCK_B queries and an item; sums is (pieces, B, C).
 
-    An item is a row (first key, end key, first column, piece) of `items`: keys, and BLOCK_C columns of values or as
-    many classes. A class's column of a tile of values is 1 in the rows of its keys. The affinity is weights *
-    exp2(scale * dot + shift). There are n_groups * GROUP columns, so that the compiler knows how many one vector load
-    takes. Arguments that are None are left out; keys have either class_offsets or values.
+    An item is a row (first key, end key, first column, piece) of `items`: BLOCK_C columns of values or as many classes,
+    and their keys, or a piece of these of a multiple of BLOCK_N keys. A class's column of a tile of values is 1 in the
+    rows of its keys. The affinity is weights * exp2(scale * dot + shift). There are n_groups * GROUP columns, so that
+    the compiler knows how many one vector load takes. Arguments that are None are left out; keys have either
+    class_offsets or values.
 
     Each accumulator has a single tl.dot in the loop that updates it: up to Triton 3.8 two in one step are miscompiled
     for compute capability 10 (triton issue 10821). "tf32x3" makes three of one, hence product_precision().
@@ -91,7 +92,7 @@ def affinity_sums_kernel(  # type: ignore[no-untyped-def]
     inside = columns < n_columns
     if values is None:
         begins = tl.load(class_offsets + columns, mask=inside, other=0)
-        ends = tl.minimum(tl.load(class_offsets + columns + 1, mask=inside, other=0), end_key)
+        ends = tl.load(class_offsets + columns + 1, mask=inside, other=0)
     # Rows beyond the last read the last one, so that loads in the inner loop need no mask.
     rows = block * BLOCK_B + tl.arange(0, BLOCK_B)
     channels = tl.arange(0, BLOCK_D)
@@ -103,7 +104,7 @@ def affinity_sums_kernel(  # type: ignore[no-untyped-def]
         key_at = keys + key_rows.to(tl.int64)[:, None] * WIDTH + channels[None, :]
         if values is not None:  # loaded before they are needed, as the first product takes a while
             value_at = values + slots.to(tl.int64)[:, None] * n_columns + columns[None, :]
-            tile = tl.load(value_at, mask=(slots < end_key)[:, None] & inside[None, :], other=0.0)
+            tile = tl.load(value_at, mask=(slots < n_keys)[:, None] & inside[None, :], other=0.0)
         dots = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
         for channel in range(0, WIDTH, BLOCK_D):
             if WIDTH % BLOCK_D == 0:

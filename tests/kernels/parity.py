@@ -49,11 +49,13 @@ def test_whole_plans(name: str, rng: np.random.Generator) -> None:
 def test_keys_in_pieces_and_queries_in_blocks(
     kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several programs share columns; the memory of their sums is bounded."""
-    plan, queries = make_plan(rng, [700, 0, 3, 40], 16, "fp16", kind), random_queries(rng, 21, 16)
+    """Several programs share columns; the memory of their sums is bounded, and none of it is read unwritten."""
+    plan = make_plan(rng, [700, 0, 3, 40, *[0] * 16, 5, *[0] * 15], 16, "fp16", kind)
+    queries = random_queries(rng, 21, 16)
+    monkeypatch.setattr(torch, "empty", lambda size, **options: torch.full(size, torch.nan, **options))
     monkeypatch.setattr(kernels, "gpu", lambda device: (64, 90))
     assert_triton(plan, queries)
-    monkeypatch.setattr(kernels, "PARTIAL_BYTES", 4 * 4 * 8 * 2)
+    monkeypatch.setattr(kernels, "PARTIAL_BYTES", 4 * 36 * 8 * 2)
     assert_triton(plan, queries)
 
 
