@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosr_fast.clip.download import downloading
 from iosr_fast.clip.load_tokenizer import load_tokenizer
-from iosr_fast.clip.models import (
-    DEMO_FOLDER,
-    DEMO_NAME,
-    HUB,
-    LOCAL,
-    check_model,
-    find_weights,
-    is_torchscript,
-)
+from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, HUB, LOCAL, check_model, find_weights, is_torchscript
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.require import require

@@ -151,6 +151,7 @@ class VisionTower(ABC):
     prefix: int
     embedding_width: int
     reads_cls: bool
+    norm_pre: nn.Module
 
     @property
     def tokens(self) -> int:
@@ -167,7 +168,7 @@ class VisionTower(ABC):
         x = self._patches(pixels)
         x = torch.cat([self._prefix_tokens().to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         x = x + self.positions(pixels.shape[-1] // self.patch_size).to(x.dtype)
-        normed: torch.Tensor = self._norm_pre(x)
+        normed: torch.Tensor = self.norm_pre(x)
         return normed
 
     def positions(self, side: int) -> torch.Tensor:
@@ -212,10 +213,6 @@ class VisionTower(ABC):
     @abstractmethod
     def _positions(self) -> torch.Tensor:
         """(prefix + patches, width) at the encoder's own size."""
-
-    @property
-    @abstractmethod
-    def _norm_pre(self) -> nn.Module: ...
 
 
 def shallow_copy(module: Any) -> Any:

@@ -9,16 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from iosr_fast.clip.tower import (
-    Affine,
-    BlockParts,
-    MlpParts,
-    TowerBlock,
-    TowerParts,
-    VisionTower,
-    affine,
-    shallow_copy,
-)
+from iosr_fast.clip.tower import Affine, BlockParts, MlpParts, TowerBlock, TowerParts, VisionTower, affine, shallow_copy
 
 
 class OpenClipBlock(TowerBlock):
@@ -72,7 +63,7 @@ class OpenClipTower(VisionTower):
         self.heads = visual.transformer.resblocks[0].attn.num_heads
         self.image_size, self.patch_size = tuple(visual.image_size), visual.conv1.kernel_size[0]
         self.side = visual.grid_size[0]
-        self.embedding_width = visual.output_dim
+        self.embedding_width, self.norm_pre = visual.output_dim, visual.ln_pre
         self.reads_cls = visual.attn_pool is None and visual.pool_type == "tok"
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
@@ -140,8 +131,3 @@ class OpenClipTower(VisionTower):
     def _positions(self) -> torch.Tensor:
         positions: torch.Tensor = self.visual.positional_embedding
         return positions
-
-    @property
-    def _norm_pre(self) -> nn.Module:
-        norm: nn.Module = self.visual.ln_pre
-        return norm

@@ -105,6 +105,7 @@ class TimmTower(VisionTower):
         projection = self._projection()
         self.embedding_width = trunk.num_features if projection is None else len(projection.weight)
         self.reads_cls = trunk.attn_pool is None and trunk.global_pool == "token"
+        self.norm_pre = trunk.norm_pre
         self._rotary: dict[Any, torch.Tensor] = {}
 
     def rotary(self, tokens: int) -> torch.Tensor | None:
@@ -229,8 +230,3 @@ class TimmTower(VisionTower):
             return torch.cat([zeros(self.prefix, self.width), position[0]])
         own: torch.Tensor = position[0]
         return own
-
-    @property
-    def _norm_pre(self) -> nn.Module:
-        norm: nn.Module = self.trunk.norm_pre
-        return norm

@@ -4,10 +4,8 @@
     convert_engine    the same from quantise on, with the graph of an engine in fp32; needs no torch
     add_plan          one more plan, for this GPU, in an engine that is there
 
-Files of an engine: for onnxruntime and openvino encoder.onnx and encoder.weights, and with an adapter plain.onnx, which
-computes the plain embedding alone (onnx.plain_graph); for torch encoder.safetensors; for tensorrt and tensorrt_rtx the
-same as for onnxruntime, so that the engine opens on machines with another GPU or none, and plans in plans/, named after
-their runtime, GPU and version.
+encoders.engine_folder has the files. An engine for TensorRT has the ONNX files too, so it opens on machines with
+another GPU or none.
 """
 
 from __future__ import annotations
