@@ -71,24 +71,18 @@ def test_bad_adapters_are_named(clip: LoadedClip, tmp_path: Path) -> None:
 
 
 @ANY_FAMILY
-def test_training_equals_the_literal_pass(family: str) -> None:
-    """Embeddings and the gradients of one step, for a first adapter in the middle and in the last block."""
+def test_stem_and_tail_are_the_literal_pass(family: str) -> None:
+    """For a first adapter in the middle and in the last block; tests/training compares gradients."""
     clip = family_clip(family)
     visual, pixels = clip.model.visual, torch.randn(2, 3, clip.image_size, clip.image_size)
     for first in (1, 2):
-        outputs, grads = [], []
-        for shortcut in (True, False):
-            adapter = small_clip.random_adapter(clip, first).requires_grad_(True)
-            encoder = AdaptedEncoder(clip, first)
-            stem = encoder.stem(pixels)
-            assert [tuple(part.shape[1:]) for part in stem] == [encoder.stem_shape] * 2
-            torch.testing.assert_close(encoder.tail(None, *stem), visual(pixels), atol=1e-4, rtol=1e-5)
-            outputs.append(encoder.tail(adapter, *stem) if shortcut else adapted_pass(visual, adapter, pixels))
-            outputs[-1].square().sum().backward()
-            grads.append(torch.cat([value.grad.flatten() for value in adapter.parameters()]))
-        assert (outputs[1] - visual(pixels)).abs().max() > 1e-2 and grads[1].abs().max() > 1e-3
-        torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(grads[0], grads[1], atol=1e-4 * float(grads[1].abs().max()), rtol=1e-3)
+        adapter, encoder = small_clip.random_adapter(clip, first), AdaptedEncoder(clip, first)
+        stem = encoder.stem(pixels)
+        assert [tuple(part.shape[1:]) for part in stem] == [encoder.stem_shape] * 2
+        plain, adapted = visual(pixels), adapted_pass(visual, adapter, pixels)
+        assert (adapted - plain).abs().max() > 1e-2
+        torch.testing.assert_close(encoder.tail(None, *stem), plain, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(encoder.tail(adapter, *stem), adapted, atol=1e-4, rtol=1e-5)
 
 
 @ANY_FAMILY

@@ -26,7 +26,7 @@ from iosr_fast.head import engine_judge  # noqa: E402
 from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
 from tests.clip.families import FAMILIES, family_clip, randomise  # noqa: E402
 from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip  # noqa: E402
-from tests.clip.small_clip import random_adapter, random_pixels, small_clip  # noqa: E402
+from tests.clip.small_clip import random_pixels  # noqa: E402
 from tests.export.graphs import BOOL, FLOAT, FLOAT16, INT64, UINT8, element_types  # noqa: E402
 
 
@@ -77,17 +77,6 @@ def test_tensorrt_takes_the_graph_which_is_fp32(built: tuple[str, Path, Any]) ->
     graph = onnx.load(path, load_external_data=False).graph
     assert {node.op_type for node in graph.node if "pixels" in node.input} <= {"Cast", "Shape"}
     assert build_plan(path, "tensorrt_rtx", 3)[1]["bytes"] > 0
-
-
-def test_what_needs_fusing_says_why_not(tmp_path: Path) -> None:
-    clip, out = plain_clip("coca"), tmp_path / "engine"
-    with pytest.raises(ValueError, match="can't be fused, got the runtime 'torch'"):
-        write_engine(clip, None, out, "torch")
-    with pytest.raises(ValueError, match="can't be fused, got fp16"):
-        write_engine(clip, None, out, "onnxruntime", "fp16")
-    with pytest.raises(ValueError, match="an attentional pooler"):
-        write_engine(clip, random_adapter(small_clip(), 1), out, "onnxruntime")
-    assert not out.exists()
 
 
 @pytest.mark.parametrize("family", [*PLAIN_CLIPS, *FAMILIES])
