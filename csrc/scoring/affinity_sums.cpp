@@ -68,6 +68,7 @@ class Driver {
         chunk_rows_ = whole_tiles(ceil_div(term.n_keys, n_chunks));
         block_rows_ = whole_tiles(ceil_div(chunk_rows_, ceil_div(chunk_rows_, rows)));
         n_chunks_ = ceil_div(term.n_keys, chunk_rows_);
+        stride_ = ceil_div(block_rows_, kVector) * kVector;
         step_ = valued_ ? columns_ : 1;
         slots_ = valued_ ? n_chunks_ * columns_ : n_chunks_ + n_classes_;
         const std::size_t fit = std::min({kGroupQueries, kGroupFloats / width_, kGroupSums / slots_});
@@ -78,7 +79,7 @@ class Driver {
         workers_ = useful_workers(group_ * term.n_keys * (width_ + (valued_ ? n_classes_ : 0)), threads);
         scratch_ = std::make_unique<Scratch[]>(workers_);
         for (std::size_t w = 0; w < workers_; ++w) {
-            scratch_[w].tile = make_buffer(block_rows_ * panel_);
+            scratch_[w].tile = make_buffer(stride_ * panel_);
             scratch_[w].rows = make_buffer(few_ || term.key_type == ElementType::kFloat32 ? 0 : block_rows_ * width_);
             scratch_[w].values = make_buffer(valued_ ? block_rows_ * n_classes_ + kReadAhead : 0);
         }
@@ -160,9 +161,9 @@ class Driver {
             float* tile = scratch.tile.get();
             for (std::size_t i = first_query; i < end_query; i += panel_) {
                 if (few_) {
-                    kernels_.dot_rows(keys, term_.key_type, n_rows, width_, queries_, n_queries_, tile, block_rows_);
+                    kernels_.dot_rows(keys, term_.key_type, n_rows, width_, queries_, n_queries_, tile, stride_);
                     for (std::size_t b = 0; b < n_queries_; ++b) {
-                        kernels_.exp_run(tile + b * block_rows_, n_rows, scale, scales, weights);
+                        kernels_.exp_run(tile + b * stride_, n_rows, scale, scales, weights);
                     }
                 } else {
                     const float* panel = panels_.get() + i * width_;
@@ -174,7 +175,7 @@ class Driver {
                 if (!valued_) {
                     add_classes(tile, begin, begin + n_rows, chunk_begin, first_class, sums);
                 } else if (few_) {
-                    kernels_.sum_rows(values, value_type, n_rows, n_classes_, tile, n_queries_, block_rows_, sums, columns_, add);
+                    kernels_.sum_rows(values, value_type, n_rows, n_classes_, tile, n_queries_, stride_, sums, columns_, add);
                 } else {
                     kernels_.sum_panel(static_cast<const float*>(values), n_rows, n_classes_, tile, sums, add);
                 }
@@ -212,7 +213,7 @@ class Driver {
     }
 
     void add_runs(const float* tile, std::size_t begin, std::size_t end, float* out) const {
-        for (std::size_t b = 0; b < n_queries_; ++b, tile += block_rows_) {
+        for (std::size_t b = 0; b < n_queries_; ++b, tile += stride_) {
             float parts[4] = {};  // independent chains of additions
             std::size_t r = begin;
             for (; r + 4 <= end; r += 4) {
@@ -267,7 +268,7 @@ class Driver {
     float* logits_;
     const std::size_t width_, n_classes_;
     const bool few_, valued_;
-    std::size_t panel_, block_queries_, block_rows_, chunk_rows_, n_chunks_, group_, workers_;
+    std::size_t panel_, block_queries_, block_rows_, stride_, chunk_rows_, n_chunks_, group_, workers_;
     std::size_t columns_, step_, slots_;  // of partial sums: C rounded up, from chunk to chunk, of all chunks
     std::size_t first_ = 0;               // the group of queries being scored
     std::size_t count_ = 0;

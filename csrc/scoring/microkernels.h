@@ -15,10 +15,11 @@ enum class ElementType { kFloat32, kFloat16, kBfloat16, kInt8 };
 constexpr std::size_t kMaxPanel = 32;
 
 constexpr std::size_t kTileRows = 6;  // rows of a tile of any panel
-// Sums of values are computed for whole tiles or vectors of classes. So this many elements more than a block of values
-// are read, and sums of classes that don't exist are written, up to a multiple of 48 classes.
-constexpr std::size_t kReadAhead = 16;
-constexpr std::size_t kWholeClasses = 48;
+constexpr std::size_t kVector = 16;   // a multiple of any vector's lanes
+// Values are summed in whole tiles or vectors: so many elements more than a block of values are read, and sums of classes
+// that don't exist are written, up to a multiple of 48 classes.
+constexpr std::size_t kReadAhead = kVector;
+constexpr std::size_t kWholeClasses = 3 * kVector;
 
 struct Microkernels {
     std::size_t panel;  // P, at most kMaxPanel
@@ -41,7 +42,8 @@ struct Microkernels {
     void (*dot_rows)(const void* rows, ElementType type, std::size_t n_rows, std::size_t width, const float* queries,
                      std::size_t n_queries, float* dots, std::size_t stride);
 
-    // dots[i] = weights[i] * exp2(scale * key_scales[i] * dots[i] - scale), in place.
+    // dots[i] = weights[i] * exp2(scale * key_scales[i] * dots[i] - scale), in place, for n dots; more are changed, up to
+    // the next multiple of kVector.
     void (*exp_run)(float* dots, std::size_t n, float scale, const float* key_scales, const float* weights);
 
     // sums[b * sums_stride + c] (+)= sum over r: affinities[b * stride + r] * values[r, c]; values (n_keys, n_classes) of

@@ -112,9 +112,11 @@ void exp_tile(float* tile, std::size_t n_rows, float scale, const float* key_sca
     for (std::size_t r = 0; r < n_rows; ++r) {
         const V factor = V::broadcast(key_scales == nullptr ? scale : scale * key_scales[r]);
         const V weight = V::broadcast(weights == nullptr ? 1.0F : weights[r]);
-        for (const float* end = tile + kPanel; tile < end; tile += V::kLanes) {
-            (exp2(V::fma(V::load(tile), factor, shift)) * weight).store(tile);
-        }
+        const V first = exp2(V::fma(V::load(tile), factor, shift)) * weight;
+        const V second = exp2(V::fma(V::load(tile + V::kLanes), factor, shift)) * weight;
+        first.store(tile);
+        second.store(tile + V::kLanes);
+        tile += kPanel;
     }
 }
 
@@ -142,6 +144,17 @@ void widen_as(const T* channels, std::size_t n, float* out) {
 // except one query's eight streams of float32. Prefetching past the end is harmless.
 constexpr std::size_t kAhead = 8192;
 
+// The first n elements, and zeros.
+template <typename T>
+inline V load_first(const T* elements, std::size_t n) {
+    if (n >= V::kLanes) {
+        return V::load(elements);
+    }
+    T copy[V::kLanes] = {};
+    std::memcpy(copy, elements, n * sizeof(T));
+    return V::load(copy);
+}
+
 // R rows times Q queries: R * Q independent sums, at least 8 of them to hide the latency of a multiply-add, and as many
 // as the registers hold, so that each row and each query that is loaded takes part in several.
 template <std::size_t R, std::size_t Q, typename T>
@@ -154,45 +167,38 @@ void dot_block(const T* rows, std::size_t width, const float* queries, float* do
             sums[r][q] = V::zero();
         }
     }
+    const auto add = [&](std::size_t d, auto load) {
+        V x[Q];
+#pragma GCC unroll 8
+        for (std::size_t q = 0; q < Q; ++q) {
+            x[q] = load(queries + q * width + d);
+        }
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < R; ++r) {
+            const V row = load(rows + r * width + d);
+#pragma GCC unroll 8
+            for (std::size_t q = 0; q < Q; ++q) {
+                sums[r][q] = V::fma(x[q], row, sums[r][q]);
+            }
+        }
+    };
     std::size_t d = 0;
     const char* ahead = reinterpret_cast<const char*>(rows) + kAhead;
     constexpr std::size_t kStep = R * V::kLanes * sizeof(T);  // bytes that a step of the loop reads
-    for (; d + V::kLanes <= width; d += V::kLanes) {
+    for (; d + V::kLanes <= width; d += V::kLanes, ahead += kStep) {
         for (std::size_t line = 0; (Q > 1 || sizeof(T) < sizeof(float)) && line < kStep; line += 64) {
             prefetch(ahead + line);
         }
-        ahead += kStep;
-        if constexpr (Q == 1) {
-            const V x = V::load(queries + d);
-#pragma GCC unroll 8
-            for (std::size_t r = 0; r < R; ++r) {
-                sums[r][0] = V::fma(V::load(rows + r * width + d), x, sums[r][0]);
-            }
-        } else {
-            V row[R];
-#pragma GCC unroll 8
-            for (std::size_t r = 0; r < R; ++r) {
-                row[r] = V::load(rows + r * width + d);
-            }
-#pragma GCC unroll 8
-            for (std::size_t q = 0; q < Q; ++q) {
-                const V x = V::load(queries + q * width + d);
-#pragma GCC unroll 8
-                for (std::size_t r = 0; r < R; ++r) {
-                    sums[r][q] = V::fma(row[r], x, sums[r][q]);
-                }
-            }
-        }
+        add(d, [](const auto* elements) { return V::load(elements); });
+    }
+    if (d < width) {
+        add(d, [n = width - d](const auto* elements) { return load_first(elements, n); });
     }
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < R; ++r) {
 #pragma GCC unroll 8
         for (std::size_t q = 0; q < Q; ++q) {
-            float sum = sums[r][q].sum();
-            for (std::size_t i = d; i < width; ++i) {
-                sum += to_float(rows[r * width + i]) * queries[q * width + i];
-            }
-            dots[q * stride + r] = sum;
+            dots[q * stride + r] = sums[r][q].sum();
         }
     }
 }
@@ -217,16 +223,14 @@ void dot_few(const T* rows, std::size_t n_rows, std::size_t width, const float* 
         case 1: dot_rows_for<1>(rows, n_rows, width, queries, dots, stride); break;
         case 2: dot_rows_for<2>(rows, n_rows, width, queries, dots, stride); break;
         case 3: dot_rows_for<3>(rows, n_rows, width, queries, dots, stride); break;
-        case 4: dot_rows_for<4>(rows, n_rows, width, queries, dots, stride); break;
-        case 5: dot_rows_for<5>(rows, n_rows, width, queries, dots, stride); break;
-        default: dot_rows_for<6>(rows, n_rows, width, queries, dots, stride); break;
+        default: dot_rows_for<4>(rows, n_rows, width, queries, dots, stride); break;
     }
 }
 
 template <typename T>
 void dot_rows_as(const T* rows, std::size_t n_rows, std::size_t width, const float* queries, std::size_t n_queries,
                  float* dots, std::size_t stride) {
-    constexpr std::size_t kMost = 6;  // queries in a block
+    constexpr std::size_t kMost = 4;  // queries in a block
     constexpr std::size_t kTileBytes = 16384;
     const std::size_t n_blocks = (n_queries + kMost - 1) / kMost;
     if (n_blocks <= 1) {
@@ -267,33 +271,12 @@ void dot_rows(const void* rows, ElementType type, std::size_t n_rows, std::size_
 }
 
 void exp_run(float* dots, std::size_t n, float scale, const float* key_scales, const float* weights) {
-    constexpr std::size_t L = V::kLanes;
-    const V factor = V::broadcast(scale);
     const V shift = V::broadcast(-scale);
-    for (std::size_t i = 0; i < n; i += L) {
-        float tail[3][L] = {};
-        float* d = dots + i;
-        const float* s = key_scales == nullptr ? nullptr : key_scales + i;
-        const float* w = weights == nullptr ? nullptr : weights + i;
-        const std::size_t count = n - i < L ? n - i : L;
-        if (count < L) {
-            for (std::size_t k = 0; k < count; ++k) {
-                tail[0][k] = d[k];
-                tail[1][k] = s == nullptr ? 0.0F : s[k];
-                tail[2][k] = w == nullptr ? 0.0F : w[k];
-            }
-            d = tail[0];
-            s = s == nullptr ? nullptr : tail[1];
-            w = w == nullptr ? nullptr : tail[2];
-        }
-        V t = V::load(d);
-        t = s == nullptr ? V::fma(t, factor, shift) : V::fma(t, V::load(s) * factor, shift);
-        V value = exp2(t);
-        value = w == nullptr ? value : value * V::load(w);
-        value.store(d);
-        for (std::size_t k = 0; count < L && k < count; ++k) {
-            dots[i + k] = d[k];
-        }
+    for (std::size_t i = 0; i < n; i += V::kLanes) {
+        V factor = V::broadcast(scale);
+        factor = key_scales == nullptr ? factor : factor * load_first(key_scales + i, n - i);
+        const V value = exp2(V::fma(V::load(dots + i), factor, shift));
+        (weights == nullptr ? value : value * load_first(weights + i, n - i)).store(dots + i);
     }
 }
 

@@ -18,7 +18,11 @@ struct V {
 
     static V zero() { return {_mm256_setzero_ps()}; }
     static V broadcast(float x) { return {_mm256_set1_ps(x)}; }
-    static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    static V load(const float* p) {
+        __m256 v = _mm256_loadu_ps(p);
+        __asm__("" : "+x"(v));  // GCC would load again for each use
+        return {v};
+    }
     static V load(const Half* p) {
         return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
     }

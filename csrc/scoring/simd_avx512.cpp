@@ -18,7 +18,11 @@ struct V {
 
     static V zero() { return {_mm512_setzero_ps()}; }
     static V broadcast(float x) { return {_mm512_set1_ps(x)}; }
-    static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static V load(const float* p) {
+        __m512 v = _mm512_loadu_ps(p);
+        __asm__("" : "+v"(v));  // GCC would load again for each use; most loads cross a cache line and are as slow as two
+        return {v};
+    }
     static V load(const Half* p) {
         return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
     }

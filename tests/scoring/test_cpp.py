@@ -70,6 +70,28 @@ def test_affinity_sums_equal_the_formula(
         np.testing.assert_array_equal(*found, "threads change nothing")
 
 
+def test_exponentials_are_exact_to_a_rounding(path: str) -> None:
+    """With beta = ln 2 the affinity is 2^(dot - 1)."""
+    dots = np.arange(-129.0, 1.5, 0.000917, dtype=np.float32)
+    for batch in (1, 40):
+        logits = np.zeros((batch, len(dots)), np.float32)
+        one = np.ones((batch, 1), np.float32)
+        _C.affinity_sums(one, dots[:, None], None, None, np.arange(len(dots) + 1), None, 1.0, np.log(2.0), logits)
+        truth = np.exp2(np.maximum((dots - np.float32(1.0)).astype(np.float64), -126.0))
+        np.testing.assert_allclose(logits, np.broadcast_to(truth, logits.shape), rtol=2.5e-7)
+
+
+def test_every_half_is_widened_exactly(path: str) -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    for batch in (1, 40):
+        logits, one = np.zeros((batch, len(halves)), np.float32), np.ones((batch, 1), np.float32)
+        values = np.stack([halves, np.zeros_like(halves), halves[::-1]])
+        _C.affinity_sums(one, np.ones((3, 1), np.float32), None, None, None, values, 1.0, 0.0, logits)
+        expected = halves.astype(np.float32) + halves[::-1].astype(np.float32)
+        np.testing.assert_array_equal(logits, np.broadcast_to(expected, logits.shape))
+
+
 def test_a_rows_product_has_the_same_bits_in_any_batch(rng: np.random.Generator, path: str) -> None:
     for batch, n_classes, width, _ in [*SHAPES, (200, 130, 40, 0)]:
         rows, matrix = unit_rows(rng, batch, width), unit_rows(rng, n_classes, width)
@@ -130,8 +152,15 @@ def test_wrong_arrays_are_refused(change: dict[str, Any], message: str) -> None:
         _C.affinity_sums(**GOOD | change)
 
 
-@pytest.mark.parametrize("name, value", [("IOSR_FAST_SIMD", "altivec"), ("IOSR_FAST_THREADS", "0")])
-def test_invalid_settings_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("IOSR_FAST_SIMD", "altivec", r"expected IOSR_FAST_SIMD to name a compiled path \(.*scalar\), got 'altivec'"),
+        ("IOSR_FAST_THREADS", "0", "expected IOSR_FAST_THREADS to be a number of threads, 1 to 4096, got '0'"),
+        *[("IOSR_FAST_SIMD", name, "this processor can't run it") for name, runs in _C.simd_paths() if not runs],
+    ],
+)
+def test_invalid_settings_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(RuntimeError, match=f"expected {name}"):
+    with pytest.raises(RuntimeError, match=message):
         _C.affinity_sums(**GOOD)
