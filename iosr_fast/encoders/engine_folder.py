@@ -182,9 +182,8 @@ def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = No
             log.info("runtime %s chosen; unavailable: %s", name, refusals or "none")
             return name
         refusals[name] = reason
-    raise UnavailableError(
-        f"no runtime for this engine: {'; '.join(f'{name}: {why}' for name, why in refusals.items())}"
-    )
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    raise UnavailableError(f"no runtime for this engine: {reasons}")
 
 
 def check_runtime(runtime: str) -> None:
@@ -202,11 +201,9 @@ def unavailable_reason(runtime: str) -> str | None:
         return f"{runtime} is not installed (pip install 'iosr_fast[{EXTRAS.get(runtime, 'cpu')}]')"
     if runtime not in EXTRAS:
         return None
-    if find_spec("torch") is None:
-        return "PyTorch, which provides the buffers, is not installed"
     gpu = machine.this_gpu()
     if gpu is None:
-        return "PyTorch sees no NVIDIA GPU"
+        return "PyTorch, which provides the buffers, is not installed or sees no NVIDIA GPU"
     if runtime == "tensorrt_rtx" and (gpu.capability < (8, 0) or gpu.capability[0] in (9, 10)):
         return f"TensorRT-RTX plans are for GeForce and RTX GPUs from compute capability 8.0 on, not for {gpu}"
     return None
