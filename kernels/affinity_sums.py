@@ -176,7 +176,7 @@ def tile_of(
     elif precise:
         block_c = 256 if n_columns > 128 and wide and single else 128
         tall &= wide and block_c == 128
-        block_n = 64 if tall and single else 32
+        block_n = 64 if tall and values == torch.float16 else 32
     else:
         block_c = 256 if n_columns > 128 else 128
         tall &= wide or block_c == 128
