@@ -42,7 +42,7 @@ def operand(x):  # type: ignore[no-untyped-def]
     return x
 
 
-# Numbers that change from call to call are not specialised, so that another batch or another class compiles nothing.
+# Numbers that change from call to call are not specialised: another batch or class compiles nothing but a new tile.
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "n_items", "n_groups"])
 def affinity_sums_kernel(  # type: ignore[no-untyped-def]
     queries,
