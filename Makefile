@@ -131,7 +131,7 @@ gpu-bundle: $(STAMP)
 	ls -l build/gpu-bundle
 
 # Three commands, each ended by timeout; one that fails leaves the others to run, and the target fails. DEVICE=cpu with
-# CHECK_OPTIONS of tiny shapes rehearses it.
+# tiny shapes in SCORE_OPTIONS and ENCODER_OPTIONS rehearses it.
 OUT ?= benchmarks/results
 DEVICE ?= cuda
 LIMIT ?= 480

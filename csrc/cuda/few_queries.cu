@@ -256,30 +256,27 @@ __device__ void merge_classes(const Plan& plan, const Call& call, int warp, int 
     }
 }
 
-// Adds affinities' @ values of a tile to the block's part of the workspace, (n_queries, value_stride). A thread takes
-// four classes; where there are few, threads share the keys, and their sums are added in order.
+// Adds affinities' @ values of a tile to the block's part of the workspace, (n_queries, value_stride), four classes a
+// thread.
 template <class Value, int Q>
 __device__ void add_values(const Plan& plan, const Call& call, int64_t first, int count, const float* affinities,
-                           Four* exchange, Four* part, bool is_first_tile) {
-    const Value* values = static_cast<const Value*>(plan.values) + first * plan.value_stride;
+                           Four* part, bool is_first_tile) {
     constexpr int kAhead = Q == 16 ? 4 : 8;  // rows that a thread loads before it multiplies
-    const int fours = plan.value_stride / 4, thread = threadIdx.x;
-    for (int begin = 0; begin < fours; begin += kThreads) {
-        const int taken = min(fours - begin, kThreads), slices = kThreads / taken;
-        const int slice = thread / taken, four = begin + thread % taken, end = slice < slices ? count : 0;
+    const Value* values = static_cast<const Value*>(plan.values) + first * plan.value_stride;
+    const int fours = plan.value_stride / 4;
+    for (int four = threadIdx.x; four < fours; four += kThreads) {
         Four sums[Q] = {};
-        for (int start = slice; start < end; start += kAhead * slices) {
+        for (int start = 0; start < count; start += kAhead) {
             Four rows[kAhead] = {};
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-                const int key = start + i * slices;
-                if (key < end) {
-                    rows[i] = load_four(values + int64_t{key} * plan.value_stride + 4 * four);
+                if (start + i < count) {
+                    rows[i] = load_four(values + int64_t{start + i} * plan.value_stride + 4 * four);
                 }
             }
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-                const float* factors = affinities + min(start + i * slices, end - 1) * Q;
+                const float* factors = affinities + min(start + i, count - 1) * Q;
 #pragma unroll
                 for (int b = 0; b < Q; ++b) {
                     if (Q < 16 || b / 4 * 4 < call.n_queries) {
@@ -291,21 +288,11 @@ __device__ void add_values(const Plan& plan, const Call& call, int64_t first, in
 #pragma unroll
         for (int b = 0; b < Q; ++b) {
             if (b < call.n_queries) {
-                if (slices > 1) {
-                    __syncthreads();
-                    exchange[thread] = sums[b];
-                    __syncthreads();
-                    for (int other = 1; other < slices && slice == 0; ++other) {
-                        add_product(sums[b], 1.0F, exchange[other * taken + thread]);
-                    }
+                Four& sum = part[b * fours + four];
+                if (!is_first_tile) {
+                    add_product(sums[b], 1.0F, sum);
                 }
-                if (slice == 0) {
-                    Four& sum = part[b * fours + four];
-                    if (!is_first_tile) {
-                        add_product(sums[b], 1.0F, sum);
-                    }
-                    sum = sums[b];
-                }
+                sum = sums[b];
             }
         }
     }
@@ -341,8 +328,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #else
     extern __shared__ Four shared[];
 #endif
-    Four* exchange = shared + Q * call.stage * (Key::kChannels / 4);
-    float* affinities = reinterpret_cast<float*>(exchange + kThreads);
+    float* affinities = reinterpret_cast<float*>(shared + Q * call.stage * (Key::kChannels / 4));
     const int block = blockIdx.x, blocks = gridDim.x, tiles = (plan.n_keys - 1) / plan.tile_keys + 1;
     Four* part = reinterpret_cast<Four*>(call.workspace) + int64_t{block} * call.n_queries * (plan.value_stride / 4);
     if (call.stage == plan.key_vectors) {
@@ -358,9 +344,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         if (plan.values == nullptr) {
             add_classes<Q>(plan, call, tile, first, count, tile_affinities);
         } else if (plan.half_values) {
-            add_values<uint16_t, Q>(plan, call, first, count, tile_affinities, exchange, part, turn == 0);
+            add_values<uint16_t, Q>(plan, call, first, count, tile_affinities, part, turn == 0);
         } else {
-            add_values<float, Q>(plan, call, first, count, tile_affinities, exchange, part, turn == 0);
+            add_values<float, Q>(plan, call, first, count, tile_affinities, part, turn == 0);
         }
     }
     cooperative_groups::this_grid().sync();
@@ -372,12 +358,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
 }
 
+struct Kernels {
+    void (*of[3])(Plan, Call);
+    int channels;
+};
 template <class Key>
-void use_format(void (*(&kernels)[3])(Plan, Call), int& channels) {
-    kernels[0] = few_queries<Key, 1>;
-    kernels[1] = few_queries<Key, 4>;
-    kernels[2] = few_queries<Key, 16>;
-    channels = Key::kChannels;
+Kernels kernels() {
+    return {{few_queries<Key, 1>, few_queries<Key, 4>, few_queries<Key, 16>}, Key::kChannels};
 }
 
 void check(cudaError_t error, const std::string& what) {
@@ -402,28 +389,21 @@ int tile_keys(int device, int64_t n_keys) {
     return static_cast<int>(quotient(n_keys, blocks * quotient(n_keys, blocks * kTile)));
 }
 
-BoundPlan::BoundPlan(int device, Keys precision, const Plan& plan) : device_(device), plan_(plan) {
+BoundPlan::BoundPlan(int device, Format format, const Plan& plan) : device_(device), plan_(plan) {
     check(cudaSetDevice(device), "CUDA device " + std::to_string(device));
-    void (*kernels[3])(Plan, Call);
-    int channels = 0;
-    switch (precision) {
-        case Keys::kFp32: use_format<Fp32>(kernels, channels); break;
-        case Keys::kFp16: use_format<Fp16>(kernels, channels); break;
-        case Keys::kBf16: use_format<Bf16>(kernels, channels); break;
-        case Keys::kInt8: use_format<Int8>(kernels, channels); break;
-    }
+    const Kernels formats[] = {kernels<Fp32>(), kernels<Fp16>(), kernels<Bf16>(), kernels<Int8>()};
+    const Kernels& chosen = formats[static_cast<int>(format)];
     for (int i = 0; i < 3; ++i) {
-        const int queries = 1 << 2 * i;
-        const int buffers = (kThreads * 4 + 2 * kTile * queries) * 4, vector = queries * channels * 4;
+        const int queries = 1 << 2 * i, buffers = 2 * kTile * queries * 4, vector = queries * chosen.channels * 4;
         Launch& launch = launches_[i];
-        launch.kernel = kernels[i];
+        launch.kernel = chosen.of[i];
         launch.stage = std::min(plan.key_vectors, (kShared - buffers) / vector);
         launch.shared_bytes = launch.stage * vector + buffers;
-        check(cudaFuncSetAttribute(kernels[i], cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes),
-              "shared memory of the kernel");
         int resident = 0;
-        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernels[i], kThreads, launch.shared_bytes),
-              "blocks of the kernel");
+        check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes),
+              "shared memory of few_queries");
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, launch.kernel, kThreads, launch.shared_bytes),
+              "blocks of few_queries");
         const int64_t limit = int64_t{multiprocessors(device)} * std::min(resident, kBlocks);
         launch.blocks = static_cast<int>(std::min(limit, quotient(plan.n_keys, plan.tile_keys)));
     }

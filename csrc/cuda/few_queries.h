@@ -9,33 +9,31 @@ struct CUstream_st;
 
 namespace iosr::cuda {
 
-constexpr int kMaxQueries = 16;
+enum class Format { kFp32, kFp16, kBf16, kInt8 };  // of keys
 
-enum class Keys { kFp32, kFp16, kBf16, kInt8 };
-
-// Device addresses that the caller keeps alive, and constants. Rows of keys and values begin at multiples of 16 bytes,
-// and zeros fill them up to one.
+// Device addresses, which the caller keeps alive, and constants. Rows of keys and values begin at multiples of 16
+// bytes, and zeros fill them up to one.
 struct Plan {
-    const void* keys = nullptr;              // (N, key_vectors * 16 bytes), sorted by class if there are classes
-    const float* key_scales = nullptr;       // (N,), or null for ones
-    const float* weights = nullptr;          // (N,), or null for ones
-    const int32_t* class_offsets = nullptr;  // (C + 1,), or null with values
-    const int32_t* tile_classes = nullptr;   // (tiles + 1,): the class of each tile's first key, and of the last key
-    const void* values = nullptr;            // (N, value_stride) float32 or fp16, or null with classes
-    bool half_values = false;
-    int32_t n_keys = 0;                      // N
-    int32_t n_classes = 0;                   // C
-    int32_t width = 0;                       // D, channels of a query
-    int32_t key_vectors = 0;                 // vectors of 16 bytes in a row of keys
-    int32_t value_stride = 0;                // elements in a row of values
-    int32_t tile_keys = 0;                   // tile_keys(n_keys)
-    float scale = 0.0F;                      // beta * log2(e)
-    float alpha = 0.0F;
+    const void* keys;              // (N, key_vectors * 16 bytes), sorted by class if there are classes
+    const float* key_scales;       // (N,), or null for ones
+    const float* weights;          // (N,), or null for ones
+    const int32_t* class_offsets;  // (C + 1,), or null with values
+    const int32_t* tile_classes;   // (tiles + 1,): the class of each tile's first key, and of the last key
+    const void* values;            // (N, value_stride) float32 or fp16, or null with classes
+    bool half_values;
+    int32_t n_keys;
+    int32_t n_classes;
+    int32_t width;         // channels of a query
+    int32_t key_vectors;   // vectors of 16 bytes in a row of keys
+    int32_t value_stride;  // elements in a row of values
+    int32_t tile_keys;     // tile_keys(device, n_keys)
+    float scale;           // beta * log2(e)
+    float alpha;
 };
 
-struct Call;  // one call of the kernel
+struct Call;  // what a launch reads beside the plan
 
-// Keys that a block takes at a time, at most 64: as many tiles as blocks that `device` runs at once, or a multiple.
+// Keys that a block takes at a time, at most 64: as many tiles as blocks that the device runs at once, or a multiple.
 int tile_keys(int device, int64_t n_keys);
 
 // A plan with its launches, for a device that the caller makes current around each call. Calls neither allocate nor
@@ -43,7 +41,7 @@ int tile_keys(int device, int64_t n_keys);
 // their own workspace. Equal calls give equal bits. Errors of CUDA are std::runtime_error with its message.
 class BoundPlan {
 public:
-    BoundPlan(int device, Keys precision, const Plan& plan);
+    BoundPlan(int device, Format format, const Plan& plan);
 
     // float32 elements that a call with so many queries needs.
     int64_t workspace_size(int n_queries) const;

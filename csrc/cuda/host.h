@@ -1,6 +1,7 @@
 // Just enough of CUDA to run few_queries.cu on a CPU, for tests (IOSR_FAST_HOST). A GPU's threads are fibers that wait
-// for one another at barriers and shuffles; blocks run one after another up to the grid's barrier. Shared memory holds
-// NaNs at first. This finds wrong arithmetic, wrong indices and numbers that no thread wrote, but no races.
+// for one another at barriers and shuffles. A warp runs as far as it gets before the next one, and blocks one after
+// another up to the grid's barrier; shared memory holds NaNs at first. So wrong arithmetic and indices, numbers that no
+// thread wrote and most missing barriers of a block give wrong logits.
 #pragma once
 
 #include <ucontext.h>
@@ -8,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -32,51 +32,58 @@ namespace host {
 constexpr int kThreads = 256;
 constexpr std::size_t kStack = 64 << 10;
 
-struct Barrier {
-    int waiting = 0, passed = 0;
-};
 struct Block {
     ucontext_t threads[kThreads];
     std::unique_ptr<char[]> stacks{new char[kThreads * kStack]};
-    Barrier barrier, warps[kThreads / 32];
-    float lanes[kThreads];  // what a thread gives to a shuffle
     bool stopped[kThreads];
+    float lanes[kThreads];  // what a thread gives to a shuffle
+    int arrived = 0, arrived_in_warp[kThreads / 32] = {};
 };
 
 inline Block* block;
 inline ucontext_t scheduler;
 inline std::function<void()> kernel;
 inline std::vector<char> shared;
+inline bool moved;  // whether a thread has got further
 
 inline void pause() { swapcontext(&block->threads[threadIdx.x], &scheduler); }
 inline void stop() {  // at the grid's barrier, or at the end
-    block->stopped[threadIdx.x] = true;
+    block->stopped[threadIdx.x] = moved = true;
     pause();
 }
 inline void run_thread() {
     kernel();
     stop();
 }
-inline void wait(Barrier& barrier, int size) {
-    const int passed = barrier.passed;
-    if (++barrier.waiting == size) {
-        barrier.waiting = 0;
-        ++barrier.passed;
-    }
-    while (barrier.passed == passed) {
+inline void wait(int& arrived, int size) {
+    const int all = (arrived++ / size + 1) * size;
+    moved = true;
+    while (arrived < all) {
         pause();
+    }
+}
+// Runs the block's warps in turn until all threads have stopped.
+inline void run_block() {
+    for (unsigned first = 0; std::count(block->stopped, block->stopped + kThreads, true) < kThreads;) {
+        moved = false;
+        for (threadIdx.x = first; threadIdx.x < first + 32; ++threadIdx.x) {
+            if (!block->stopped[threadIdx.x]) {
+                swapcontext(&scheduler, &block->threads[threadIdx.x]);
+            }
+        }
+        first = moved ? first : (first + 32) % kThreads;
     }
 }
 
 }  // namespace host
 
-inline void __syncthreads() { host::wait(host::block->barrier, host::kThreads); }
+inline void __syncthreads() { host::wait(host::block->arrived, host::kThreads); }
 inline float __shfl_xor_sync(uint32_t, float value, int offset) {
-    host::Barrier& warp = host::block->warps[threadIdx.x / 32];
+    int& arrived = host::block->arrived_in_warp[threadIdx.x / 32];
     host::block->lanes[threadIdx.x] = value;
-    host::wait(warp, 32);
+    host::wait(arrived, 32);
     const float other = host::block->lanes[threadIdx.x ^ offset];
-    host::wait(warp, 32);
+    host::wait(arrived, 32);
     return other;
 }
 namespace cooperative_groups {
@@ -86,14 +93,8 @@ struct Grid {
 inline Grid this_grid() { return {}; }
 }  // namespace cooperative_groups
 
-template <class To, class From>
-To bits_as(From from) {
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-inline float __uint_as_float(uint32_t bits) { return bits_as<float>(bits); }
-inline _Float16 __ushort_as_half(uint16_t bits) { return bits_as<_Float16>(bits); }
+inline float __uint_as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline _Float16 __ushort_as_half(uint16_t bits) { return __builtin_bit_cast(_Float16, bits); }
 inline float __half2float(_Float16 value) { return static_cast<float>(value); }
 
 using cudaError_t = int;
@@ -101,12 +102,9 @@ constexpr int cudaSuccess = 0, cudaDevAttrMultiProcessorCount = 0, cudaFuncAttri
 inline const char* cudaGetErrorString(int) { return ""; }
 inline int cudaSetDevice(int) { return cudaSuccess; }
 inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 2, cudaSuccess; }
-template <class Kernel>
-int cudaFuncSetAttribute(Kernel, int, int) {
-    return cudaSuccess;
-}
-template <class Kernel>
-int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t) {
+inline int cudaFuncSetAttribute(...) { return cudaSuccess; }
+template <class... Others>
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Others...) {
     return *blocks = 2, cudaSuccess;
 }
 template <class Plan, class Call, class Stream>
@@ -115,29 +113,19 @@ int cudaLaunchCooperativeKernel(void (*kernel)(Plan, Call), dim3 grid, dim3, voi
     host::kernel = [=] { kernel(*static_cast<Plan*>(arguments[0]), *static_cast<Call*>(arguments[1])); };
     gridDim = grid;
     std::vector<host::Block> blocks(grid.x);
-    for (int part = 0; part < 2; ++part) {  // before the grid's barrier and after it
+    for (const bool first : {true, false}) {  // up to the grid's barrier, and from there on
         for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
             host::block = &blocks[blockIdx.x];
             host::shared.assign(shared_bytes, static_cast<char>(0xFF));
-            for (int thread = 0; thread < host::kThreads; ++thread) {
+            std::fill_n(host::block->stopped, host::kThreads, false);
+            for (int thread = 0; first && thread < host::kThreads; ++thread) {
                 ucontext_t& context = host::block->threads[thread];
-                host::block->stopped[thread] = false;
-                if (part == 0) {
-                    getcontext(&context);
-                    context.uc_stack.ss_sp = host::block->stacks.get() + thread * host::kStack;
-                    context.uc_stack.ss_size = host::kStack;
-                    makecontext(&context, host::run_thread, 0);
-                }
+                getcontext(&context);
+                context.uc_stack.ss_sp = host::block->stacks.get() + thread * host::kStack;
+                context.uc_stack.ss_size = host::kStack;
+                makecontext(&context, host::run_thread, 0);
             }
-            for (bool running = true; running;) {
-                running = false;
-                for (threadIdx.x = 0; threadIdx.x < host::kThreads; ++threadIdx.x) {
-                    if (!host::block->stopped[threadIdx.x]) {
-                        swapcontext(&host::scheduler, &host::block->threads[threadIdx.x]);
-                        running = true;
-                    }
-                }
-            }
+            host::run_block();
         }
     }
     return cudaSuccess;

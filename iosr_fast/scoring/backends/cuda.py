@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from iosr_fast.scoring.device_plan import DevicePlan
 
-_PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
+_FORMATS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # in the order of Format in few_queries.h
 
 
 @functools.cache
@@ -54,40 +54,41 @@ class _Bound:
     """A BoundPlan of _C_cuda, and the tensors whose addresses it holds."""
 
     plan: Any
-    tensors: list[Tensor | None]
+    tensors: dict[str, Tensor | None]
 
 
 def _bind(plan: DevicePlan) -> _Bound:
     assert plan.keys is not None
-    device, n_keys, offsets = plan.device.index or 0, len(plan.keys), plan.offsets
-    keys, values = _padded(plan.keys), None if plan.values is None else _padded(plan.values)
+    device, keys, values = plan.device.index or 0, _padded(plan.keys), _padded(plan.values)
     tile_classes = None
-    if offsets is not None:
-        firsts = np.append(np.arange(0, n_keys, _module().tile_keys(device, n_keys)), n_keys - 1)
-        table = np.searchsorted(offsets, firsts, side="right") - 1  # empty classes own no key
+    if plan.offsets is not None:
+        firsts = np.append(np.arange(0, len(keys), _module().tile_keys(device, len(keys))), len(keys) - 1)
+        table = np.searchsorted(plan.offsets, firsts, side="right") - 1  # empty classes own no key
         tile_classes = torch.from_numpy(table.astype(np.int32)).to(plan.device)
-    tensors = [keys, plan.key_scales, plan.weights, plan.class_offsets, tile_classes, values]
-    names = ("keys", "key_scales", "weights", "class_offsets", "tile_classes", "values")
+    tensors = {name: getattr(plan, name) for name in ("key_scales", "weights", "class_offsets")}
+    tensors |= {"keys": keys, "values": values, "tile_classes": tile_classes}
     bound = _module().BoundPlan(
         device=device,
-        precision=_PRECISIONS[keys.dtype],
-        n_keys=n_keys,
+        format=_FORMATS.index(keys.dtype),
+        n_keys=len(keys),
         n_classes=plan.n_classes,
         width=plan.keys.shape[1],
-        key_bytes=keys.stride(0) * keys.element_size(),
-        value_bytes=0 if values is None else values.stride(0) * values.element_size(),
+        key_vectors=keys.shape[1] * keys.element_size() // 16,
+        value_stride=0 if values is None else values.shape[1],
         half_values=values is not None and values.dtype == torch.float16,
         alpha=plan.alpha,
         beta=plan.beta,
-        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)},
+        **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
     )
     if plan.device.type == "cuda":  # the next call may come on another stream
         torch.cuda.current_stream(plan.device).synchronize()
     return _Bound(bound, tensors)
 
 
-def _padded(rows: Tensor) -> Tensor:
-    """The rows, or a copy with zeros to a multiple of 16 bytes if they don't begin and end at one."""
+def _padded(rows: Any) -> Any:
+    """The rows, or a copy with zeros to a multiple of 16 bytes if they don't begin and end at one; None for none."""
+    if rows is None:
+        return None
     missing = -rows.shape[1] % (16 // rows.element_size())
     if missing:
         return torch.nn.functional.pad(rows, (0, missing))
