@@ -231,23 +231,6 @@ def test_a_missing_or_stale_cuda_build_is_answered_with_how_to_build(
         dispatch._cuda_build_unavailable_reason.cache_clear()
 
 
-def test_an_unknown_instruction_set_is_refused(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IOSR_FAST_SIMD", "altivec")
-    with pytest.raises(RuntimeError, match=r"compiled path \(.*scalar.*\), got 'altivec'"):
-        path_taken(rng, "cpp")
-
-
-@pytest.mark.parametrize("text", ["two", "2x", "0", "-1", "5000", " 2", "99999999999999999999"])
-def test_threads_from_the_environment_are_a_number(
-    text: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("IOSR_FAST_THREADS", "2")
-    assert path_taken(rng, "cpp").startswith("cpp/")
-    monkeypatch.setenv("IOSR_FAST_THREADS", text)
-    with pytest.raises(RuntimeError, match=rf"number of threads, 1 to 4096, got '{text}'"):
-        path_taken(rng, "cpp")
-
-
 def test_info_answers_without_importing_what_it_lists() -> None:
     code = (
         "import sys; from iosr_fast.info import format_info; print(format_info()); "
