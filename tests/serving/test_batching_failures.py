@@ -264,6 +264,10 @@ def test_warming_runs_every_bucket_before_serving(classifier: FakeClassifier) ->
     with BatchingClassifier(classifier, max_batch=6, warm=True):
         assert classifier.encoder.batches == [[0] * n for n in (1, 2, 3, 4, 6, 1)]
         assert len(classifier.asked) == 1, "scoring is warmed as well"
+    on_gpu = FakeClassifier()
+    on_gpu.encoder.buckets, on_gpu.encoder.max_batch = (1, 2, 4), 4
+    with BatchingClassifier(on_gpu, max_batch=6, warm=True):
+        assert [len(numbers) for numbers, *_ in on_gpu.asked] == [1, 2, 4], "kernels are compiled for a batch's size"
 
     class Warmable(FakeEncoder):
         max_batch = 4
