@@ -120,12 +120,10 @@ def test_a_plan_is_bound_once_and_its_arrays_are_copied_only_to_pad_them(
         assert (bound.tensors["keys"] is not parts.keys) == padded
 
 
-def test_what_it_cannot_take_is_refused(rng: np.random.Generator) -> None:
+def test_larger_batches_are_refused(rng: np.random.Generator) -> None:
     parts = device_plan(make_plan(rng, [2, 7], 8, "fp32", "classes"), "cpu")
     with pytest.raises(IosrFastError, match="expected 1 to 16 queries, got 17"):
         cuda.affinity_sums(parts, torch.zeros(17, 8), torch.zeros(17, 2))
-    with pytest.raises(IosrFastError, match="expected a plan on a CUDA device, got one on cpu"):
-        cuda.affinity_sums(parts, torch.zeros(1, 8), torch.zeros(1, 2))
 
 
 @pytest.fixture(scope="module")

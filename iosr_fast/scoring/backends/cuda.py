@@ -35,8 +35,7 @@ def affinity_sums(plan: DevicePlan, queries: Tensor, logits: Tensor) -> str:
     (B, C) matrices a multiprocessor) lie in memory of PyTorch's allocator, which reuses it in the order of the stream
     and gives a recorded graph its own.
 
-    Returns "cuda/few". Raises IosrFastError for more queries or a plan on another device, RuntimeError with CUDA's
-    message if a launch fails.
+    Returns "cuda/few". Raises IosrFastError for more queries, RuntimeError with CUDA's message if a launch fails.
     """
     if not 1 <= len(queries) <= FEW_QUERIES:
         raise IosrFastError(
@@ -97,8 +96,4 @@ def _padded(rows: Any) -> Any:
 
 def _stream(device: torch.device) -> int:
     """The handle of the device's current stream."""
-    if device.type != "cuda":
-        raise IosrFastError(
-            f"expected a plan on a CUDA device, got one on {device}; device_plan(plan, 'cuda') moves it"
-        )
     return torch.cuda.current_stream(device).cuda_stream
