@@ -20,8 +20,8 @@ def models(
 ) -> None:
     """List the models of open_clip that have published weights, and what is supported of each.
 
-    plain: its image encoder becomes an engine, for the methods without ++. dual: the encoder is fused with an adapter,
-    for the methods with ++, too. text: its text encoder is exported, so that a saved classifier needs no PyTorch to add
+    Every image encoder becomes an engine, for the methods without ++. dual: it is fused with an adapter, for the
+    methods with ++, too. text: its text encoder is exported, so that a saved classifier needs no PyTorch to add
     classes. The table is read from configurations; no model is made and none is downloaded.
 
     \b
@@ -32,7 +32,7 @@ def models(
 
     listed = list_models() if name is None else [describe_model(name)]
     if as_json:
-        keys = ("name", "tags", "family", "plain", "dual", "text")
+        keys = ("name", "tags", "family", "dual", "text")
         rows = [{key: value for key, value in dataclasses.asdict(one).items() if key in keys} for one in listed]
         typer.echo(json.dumps(rows if name is None else rows[0], indent=2))
     elif name is None:
@@ -44,14 +44,14 @@ def models(
 def format_table(listed: list[ModelSupport]) -> str:
     """A line a model, and below them the totals."""
     width = max(len(one.name) for one in listed)
-    lines = [f"{'model':<{width}}  {'family':<12}  image  width  tags  plain  dual  text"]
+    lines = [f"{'model':<{width}}  {'family':<12}  image  width  tags  dual  text"]
     for one in listed:
-        marks = "  ".join(f"{_mark(value):<{size}}" for value, size in ((one.plain, 5), (one.dual, 4), (one.text, 4)))
-        marks += f"  needs {one.needs}" if one.needs else ""
+        marks = "  ".join(f"{_mark(value):<{size}}" for value, size in ((one.dual, 4), (one.text, 4)))
+        marks += "" if one.text else "  needs transformers"
         lines.append(
             f"{one.name:<{width}}  {one.family:<12}  {one.image_size:>5}  {one.width:>5}  {len(one.tags):>4}  {marks}"
         )
-    counts = ", ".join(f"{sum(getattr(one, key) for one in listed)} {key}" for key in ("plain", "dual", "text"))
+    counts = ", ".join(f"{sum(getattr(one, key) for one in listed)} {key}" for key in ("dual", "text"))
     return "\n".join([*map(str.rstrip, lines), f"{len(listed)} models: {counts}"])
 
 
@@ -60,11 +60,10 @@ def format_model(one: ModelSupport) -> str:
     return "\n".join(
         [
             f"{one.name}: {one.family}, images of {one.image_size}x{one.image_size}, embeddings of {one.width}",
-            f"plain  {_mark(one.plain)}: an engine with the plain embedding, for the methods without ++",
-            f"dual   {_mark(one.dual)}: the encoder fused with an adapter, for the methods with ++",
-            f"text   {_mark(one.text)}: the text encoder exported, for new classes without PyTorch",
-            f"tags   {', '.join(one.tags) or 'none: the weights are its own'}",
-            *([f"needs  {one.needs}, in which its text encoder runs"] if one.needs else []),
+            f"dual  {_mark(one.dual)}: the encoder fused with an adapter, for the methods with ++",
+            f"text  {_mark(one.text)}: the text encoder exported, for new classes without PyTorch",
+            f"tags  {', '.join(one.tags) or 'none: the weights are its own'}",
+            *([] if one.text else ["needs transformers, in which its text encoder runs"]),
         ]
     )
 

@@ -43,10 +43,9 @@ _PLAIN_FAMILIES = {"convnext": "convnext", "fastvit": "mobileclip-s", "vitamin":
 class ModelSupport:
     """What is supported of a model with published weights.
 
-    plain  its image encoder becomes an engine with the plain embedding, for the methods without ++
-    dual   its image encoder is fused with an adapter (clip.dual_encoder)
-    text   its text encoder is exported, so that a saved classifier adds classes without PyTorch and transformers
-    needs  the package that its text encoder runs in, "transformers", if it is one of Hugging Face's; else None
+    dual  its image encoder is fused with an adapter (clip.dual_encoder); without one, every model has an engine
+    text  its text encoder is exported, so that a saved classifier adds classes without PyTorch; else it is one of
+          Hugging Face's and runs in transformers
     """
 
     name: str
@@ -54,10 +53,8 @@ class ModelSupport:
     family: str
     image_size: int
     width: int
-    plain: bool
     dual: bool
     text: bool
-    needs: str | None
 
 
 def list_models() -> list[ModelSupport]:
@@ -80,10 +77,8 @@ def describe_model(name: str) -> ModelSupport:
         family=fused or _plain_family(config),
         image_size=size if isinstance(size, int) else size[0],
         width=config["embed_dim"],
-        plain=True,
         dual=fused is not None,
         text=not text.get("hf_model_name"),
-        needs="transformers" if text.get("hf_model_name") else None,
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.engine_folder import ENGINE_KIND, ONNX_RUNTIMES, runtimes_of, unavailable_reason
+from iosr_fast.encoders.engine_folder import ONNX_FILE, ONNX_RUNTIMES, runtimes_of, unavailable_reason
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.build import convert_engine, write_engine
@@ -22,7 +22,7 @@ from iosr_fast.export.precision import QUANTISED, graph_precision, runtimes_in
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.files import in_cache
 from iosr_fast.utils.machine import this_gpu
-from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
+from iosr_fast.utils.verified_folder import VerifiedFolder
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
@@ -68,39 +68,45 @@ def list_candidates(
     precisions: tuple[str, ...] = ON_CPU if gpu is None else ON_GPU
     if engine.manifest["precision"] != "fp32":
         precisions = (engine.manifest["precision"],)
-    listed, fused = [], engine.manifest["dual_encoder"] is not None
-    for each in precisions:
-        for name in names:
-            if name not in runtimes_in(each, fused) or runtime not in ("auto", name) or precision not in ("auto", each):
-                continue
-            if runtime == "auto" and unavailable_reason(name) is not None:
-                continue
-            listed.append(Candidate(name, each, _left_out(name, each, engine, pictures, with_clip)))
-    return listed
+    fused = engine.manifest["dual_encoder"] is not None
+    listed = [
+        Candidate(name, each)
+        for each in precisions
+        for name in names
+        if name in runtimes_in(each, fused) and runtime in ("auto", name) and precision in ("auto", each)
+        if runtime != "auto" or unavailable_reason(name) is None
+    ]
+    return [one._replace(left_out=_left_out(one, engine, pictures, with_clip)) for one in listed]
 
 
-def _left_out(runtime: str, precision: str, engine: VerifiedFolder, pictures: int, with_clip: bool) -> str:
-    if (reason := unavailable_reason(runtime)) is not None:
+def _left_out(one: Candidate, engine: VerifiedFolder, pictures: int, with_clip: bool) -> str:
+    if (reason := unavailable_reason(one.runtime)) is not None:
         return reason
-    if precision == "bf16" and "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if one.precision == "bf16" and "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "this processor has no bf16 instructions"
-    gpu = this_gpu() if precision == "fp8" else None
+    gpu = this_gpu() if one.precision == "fp8" else None
     if gpu is not None and gpu.capability < (8, 9):
         return f"{gpu.name} has no fp8 instructions"
-    if precision == engine.manifest["precision"] and runtime in runtimes_of(engine.manifest):
+    if _is_there(one, engine):
         return ""
-    if precision in QUANTISED and pictures < MIN_PICTURES:
+    if one.precision in QUANTISED and pictures < MIN_PICTURES:
         return f"{MIN_PICTURES} pictures are needed to calibrate, got {pictures}"
-    if _is_exported(runtime, precision, engine) and not with_clip:
+    if _is_exported(one, engine) and not with_clip:
         return "it is exported from the CLIP, which was not named"
     return ""
 
 
-def _is_exported(runtime: str, precision: str, engine: VerifiedFolder) -> bool:
-    """Whether the engine's own encoder.onnx is not enough to build this one."""
-    has_graph = ONNX_RUNTIMES[0] in runtimes_of(engine.manifest)
-    fused = engine.manifest["dual_encoder"] is not None
-    return runtime == "torch" or graph_precision(precision, runtime, fused) != "fp32" or not has_graph
+def _is_there(one: Candidate, engine: VerifiedFolder) -> bool:
+    """Whether the engine itself is this candidate."""
+    manifest = engine.manifest
+    return not one.tokens and one.precision == manifest["precision"] and one.runtime in runtimes_of(manifest)
+
+
+def _is_exported(one: Candidate, engine: VerifiedFolder) -> bool:
+    """Whether the candidate is exported from the CLIP, because the engine's own encoder.onnx is not enough."""
+    if one.tokens or one.runtime == "torch" or engine.manifest["precision"] != "fp32" or ONNX_FILE not in engine.files:
+        return True
+    return graph_precision(one.precision, one.runtime, engine.manifest["dual_encoder"] is not None) != "fp32"
 
 
 class CandidateBuilder:
@@ -121,25 +127,37 @@ class CandidateBuilder:
         self.engine, self._pictures, self._loaded = engine, pictures if len(pictures) else None, loaded
         self._options: dict[str, Any] = {"threads": threads, "adapted": adapted}
         self._folder = Path(tempfile.mkdtemp(prefix=f"optimize-{os.getpid()}-", dir=in_cache()))
-        self._built: dict[str, Path | Exception] = {}
+        self._errors: dict[str, Exception | None] = {}  # of each folder that was built, or tried
 
     def start_in_fp32(self, runtime: str) -> Encoder:
-        """Export the CLIP in fp32 in place of an engine in another precision; returns the encoder."""
-        self._export(self._folder / "fp32", runtime, "fp32", None)
-        self.engine = open_verified(self._folder / "fp32", ENGINE_KIND, verify=False)
-        return open_engine(self.engine, runtime, **self._options)
+        """Export the CLIP in fp32, which replaces an `engine` in another precision; returns the encoder."""
+        encoder = self.open(Candidate(runtime, "fp32"))
+        assert encoder.source is not None
+        self.engine = encoder.source
+        return encoder
 
-    def open(self, runtime: str, precision: str, tokens: Tokens | None = None) -> Encoder:
+    def open(self, one: Candidate) -> Encoder:
         """The candidate's encoder. Raises what building raises, and ArithmeticError for embeddings that are off."""
-        if self._is_there(runtime, precision, tokens):
-            return open_engine(self.engine, runtime, **self._options)
-        return open_engine(self._build(runtime, precision, tokens), runtime, verify=False, **self._options)
+        if _is_there(one, self.engine):
+            return open_engine(self.engine, one.runtime, **self._options)
+        runtime = "cpu" if one.runtime in ONNX_RUNTIMES else one.runtime  # which execute the same file
+        name = "-".join(map(str, (one.precision, runtime, *(one.tokens or {}).values())))
+        if name not in self._errors:
+            self._errors[name] = None
+            try:
+                self._build(self._folder / name, one)
+            except Exception as error:
+                self._errors[name] = error
+        if (failed := self._errors[name]) is not None:
+            raise failed
+        return open_engine(self._folder / name, one.runtime, verify=False, **self._options)
 
-    def keep(self, runtime: str, precision: str, encoder: Encoder, tokens: Tokens | None = None) -> Path:
-        """The folder of the candidate that `open` gave, which stays as long as the encoder; others are removed."""
-        there = self._is_there(runtime, precision, tokens)
-        folder = self.engine.folder if there else self._build(runtime, precision, tokens)
-        if self._folder not in folder.parents:
+    def keep(self, encoder: Encoder) -> Path:
+        """The folder of an encoder that was opened here, or of the first engine's, while all others are removed. What
+        was built stays as long as the encoder."""
+        assert encoder.source is not None
+        folder = encoder.source.folder
+        if folder.parent != self._folder:
             self.close()
             return folder
         for other in self._folder.iterdir():
@@ -152,38 +170,17 @@ class CandidateBuilder:
         """Remove what was built."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _is_there(self, runtime: str, precision: str, tokens: Tokens | None) -> bool:
-        manifest = self.engine.manifest
-        return not tokens and precision == manifest["precision"] and runtime in runtimes_of(manifest)
-
-    def _build(self, runtime: str, precision: str, tokens: Tokens | None) -> Path:
-        """The folder of a candidate, built at the first call; an error is raised again."""
-        # The CPU runtimes execute the same file.
-        form = "".join(f"-{name}-{value}" for name, value in (tokens or {}).items())
-        name = f"{precision}-{'cpu' if runtime in ONNX_RUNTIMES else runtime}{form}"
-        if name not in self._built:
-            folder = self._folder / name
-            try:
-                if tokens or _is_exported(runtime, precision, self.engine):
-                    self._export(folder, runtime, precision, tokens)
-                else:
-                    convert_engine(self.engine, folder, runtime, precision, self._pictures)
-                self._built[name] = folder
-            except Exception as error:
-                self._built[name] = error
-        result = self._built[name]
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def _export(self, folder: Path, runtime: str, precision: str, tokens: Tokens | None) -> None:
+    def _build(self, folder: Path, one: Candidate) -> None:
+        if not _is_exported(one, self.engine):
+            convert_engine(self.engine, folder, one.runtime, one.precision, self._pictures)
+            return
         assert self._loaded is not None  # _left_out
         clip, adapter = self._loaded
-        pictures, size = self._pictures, (tokens or {}).get("image_size")
+        pictures, size = self._pictures, (one.tokens or {}).get("image_size")
         if size is not None and pictures is not None:
             pictures = to_pixels(list(pictures), replace(clip.geometry, size=size))
         max_batch = self.engine.manifest["max_batch"]
-        write_engine(clip, adapter, folder, runtime, precision, max_batch, pictures, image_size=size)
+        write_engine(clip, adapter, folder, one.runtime, one.precision, max_batch, pictures, image_size=size)
 
 
 def _remove(folder: Path, process: int) -> None:

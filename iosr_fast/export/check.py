@@ -52,12 +52,10 @@ def calibration_pictures(
 
 def check_calibration(pictures: Any, size: int, precision: str) -> np.ndarray:
     """`pictures`; ValueError unless they are at least MIN_PICTURES as uint8 (N, size, size, 3)."""
-    if isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8:
-        if pictures.ndim == 4 and pictures.shape[1:] == (size, size, 3) and len(pictures) >= MIN_PICTURES:
+    if isinstance(pictures, np.ndarray):
+        if pictures.dtype == np.uint8 and pictures.shape[1:] == (size, size, 3) and len(pictures) >= MIN_PICTURES:
             return pictures
-        got = f"shape {pictures.shape}; iosr_fast.images.preprocess.to_pixels resizes them"
-    elif isinstance(pictures, np.ndarray):
-        got = f"{pictures.dtype}; pass the pixels as bytes, the encoder normalises them itself"
+        got = f"{pictures.dtype} {pictures.shape}; iosr_fast.images.preprocess.to_pixels makes them"
     else:
         got = f"{'none' if pictures is None else type(pictures).__name__}; calibration_pictures reads them"
     raise IosrFastError(

@@ -20,11 +20,12 @@ from iosr_fast.utils.files import cache_folder, in_cache
 from iosr_fast.utils.manifest import MANIFEST, SCHEMA
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.renames import recover
-from iosr_fast.utils.require import require, require_installed
+from iosr_fast.utils.require import require_installed
 from iosr_fast.utils.verified_folder import open_verified
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.encoders.encoder import Encoder
 
 require_installed("torch", "cpu")
 
@@ -85,8 +86,6 @@ def open_pretrained(
 
     Names, files and the architecture are checked before the CLIP is loaded or downloaded. `shown`: show a progress bar.
     """
-    for module in ("torch", "open_clip"):
-        require(module, "cpu")
     from iosr_fast.clip.adapter import check_belongs
     from iosr_fast.encoders.engine_folder import ENGINE_KIND, ONNX_RUNTIMES, check_engine, check_runtime
     from iosr_fast.encoders.runtimes import open_engine
@@ -97,26 +96,20 @@ def open_pretrained(
 
     check_model(model, pretrained)
     chosen = read_adapter(model, adapter)
+    adapted_by = None if chosen is None else chosen.fingerprint()
     source = None if engine is None else open_verified(engine, ENGINE_KIND)
     if source is None:
         runtime = choose_builder(runtime, precision, is_fused(model))
     else:
-        facts = check_engine(source)
-        if adapter not in ("auto", None) and chosen and facts.adapter_fingerprint != chosen.fingerprint():
-            raise IosrFastError(
-                f"the engine in {engine} was built without this adapter, {adapter}; leave one of the two out"
-            )
+        check_engine(source)
+        if adapter not in ("auto", None):
+            _check_source(source.manifest, adapter=adapted_by)
     check_runtime(runtime)
-    adapted_by = None if chosen is None else chosen.fingerprint()
     with progress(f"load {model}", None, shown=shown):
         clip = load_clip(model, pretrained)
     if source is not None:
         folder = source.folder
-        if facts.clip_fingerprint != clip.fingerprint:
-            raise IosrFastError(
-                f"the engine in {folder} was built for another CLIP: expected {clip.name} with fingerprint "
-                f"{clip.fingerprint[:12]}, got {facts.model} with {facts.clip_fingerprint[:12]}"
-            )
+        _check_source(source.manifest, CLIP=clip.fingerprint)
         source.check()
         encoder = open_engine(source, runtime)
     else:
@@ -128,10 +121,11 @@ def open_pretrained(
         # Versions with another schema or layout use another folder; the CPU runtimes of one graph share theirs.
         form = "onnx" if runtime in ONNX_RUNTIMES else runtime
         folder = in_cache("engines", f"{fingerprint[:16]}-{form}-v{SCHEMA}.{LAYOUT}")
-        if not _is_cached(folder):
+        cached = _open_cached(folder, runtime)
+        if cached is None:
             with progress("build the engine", None, shown=shown):
                 write_engine(clip, chosen, folder, runtime, precision, pictures=pictures)
-        encoder = open_engine(folder, runtime, verify=False)
+        encoder = open_engine(folder, runtime, verify=False) if cached is None else cached
     assert encoder.source is not None
     same = encoder.source.manifest["adapter_fingerprint"] == adapted_by
     return OpenedClip(encoder, folder, ClipText(clip), clip.logit_scale, (clip, chosen) if same else None)
@@ -147,14 +141,18 @@ def with_loaded(opened: OpenedClip, pretrained: str | Path, adapter: str | Path 
     manifest = opened.encoder.source.manifest
     clip = load_clip(manifest["model"], None if manifest["model"] == "demo" else pretrained)
     chosen = choose_adapter(clip, adapter)
-    names = {"CLIP": clip.fingerprint, "adapter": None if chosen is None else chosen.fingerprint()}
-    for name, got in names.items():
+    _check_source(manifest, CLIP=clip.fingerprint, adapter=None if chosen is None else chosen.fingerprint())
+    return replace(opened, loaded=(clip, chosen))
+
+
+def _check_source(manifest: dict[str, Any], **fingerprints: str | None) -> None:
+    """Raise ValueError for another CLIP or adapter than those that an engine was built from."""
+    for name, got in fingerprints.items():
         if (expected := manifest[f"{name.lower()}_fingerprint"]) != got:
             raise IosrFastError(
                 f"expected the {name} that the engine was built from, {(expected or 'none')[:12]}, got "
                 f"{(got or 'none')[:12]}; name its weights by pretrained and its adapter's file by adapter"
             )
-    return replace(opened, loaded=(clip, chosen))
 
 
 def open_shared(
@@ -210,18 +208,15 @@ def _warn_of_the_demo() -> None:
     )
 
 
-def _is_cached(engine: Path) -> bool:
-    """Whether the cache has this engine undamaged; a damaged one is removed with a warning."""
-    if not engine.exists() and not recover(engine):
-        return False
-    from iosr_fast.encoders.engine_folder import ENGINE_KIND, check_engine
+def _open_cached(engine: Path, runtime: str) -> Encoder | None:
+    """The encoder of an engine in the cache; None without one. A damaged one is removed with a warning."""
+    from iosr_fast.encoders.runtimes import open_engine
 
+    if not engine.exists() and not recover(engine):
+        return None
     try:
-        source = open_verified(engine, ENGINE_KIND)
-        check_engine(source)
-        source.check()
+        return open_engine(engine, runtime)
     except (ValueError, FileNotFoundError) as error:
         log.warning("the engine in the cache is damaged and built again: %s", error)
         shutil.rmtree(engine, ignore_errors=True)
-        return False
-    return True
+        return None

@@ -14,7 +14,6 @@ import torch
 
 from iosr_fast.clip.demo.pictures import load_index
 from iosr_fast.clip.load import LoadedClip
-from iosr_fast.clip.load_tokenizer import check_vocabulary
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates, embed_classes
 from iosr_fast.clip.text_tower import POOLS, TextTower, end_token, pooling, text_transformer
 from iosr_fast.clip.tokenizer import SPECIAL_TOKENS, Clean, Tokenizer
@@ -111,11 +110,8 @@ def export_text(clip: LoadedClip, folder: Path) -> dict[str, Any]:
     tokenizer or one of `load_tokenizer`.
 
     Raises ValueError for a text encoder or tokenizer of another kind (before anything is written) and for token ids
-    that differ; ArithmeticError for an embedding with an error above 1e-4. After an error `folder` has no file of
-    these.
+    that differ; ArithmeticError for an embedding with an error above 1e-4.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected an existing folder for the text encoder, found none at {folder}")
     _check_exportable(clip)
     written = clip.tokenizer if isinstance(clip.tokenizer, Tokenizer) else _convert(clip.tokenizer)
     tower, length, end = TextTower(text_transformer(clip.model)).eval(), written.context_length, end_token(clip)
@@ -133,17 +129,12 @@ def export_text(clip: LoadedClip, folder: Path) -> dict[str, Any]:
         "templates": list(default_templates(clip)),
         "clip_fingerprint": clip.fingerprint,
     }
-    try:
-        written.backend.save(str(folder / TOKENIZER_FILE), pretty=False)
-        model = to_onnx(tower, tokens, "tokens", ["embeddings"], axes, folder / WEIGHTS_FILE if large else None)
-        require("onnx", "cpu").save(model, str(folder / FILE))
-        encoder = TextEncoder(folder, facts)
-        facts["tokens_checked"] = _check_tokens(clip, encoder)
-        facts["max_abs_error"], facts["min_cosine"] = _check_embeddings(clip, encoder)
-    except BaseException:
-        for name in (FILE, WEIGHTS_FILE, TOKENIZER_FILE):
-            (folder / name).unlink(missing_ok=True)
-        raise
+    written.backend.save(str(folder / TOKENIZER_FILE), pretty=False)
+    model = to_onnx(tower, tokens, "tokens", ["embeddings"], axes, folder / WEIGHTS_FILE if large else None)
+    require("onnx", "cpu").save(model, str(folder / FILE))
+    encoder = TextEncoder(folder, facts)
+    facts["tokens_checked"] = _check_tokens(clip, encoder)
+    facts["max_abs_error"], facts["min_cosine"] = _check_embeddings(clip, encoder)
     return facts
 
 
@@ -152,8 +143,7 @@ def _check_exportable(clip: LoadedClip) -> None:
     open_clip = require("open_clip", "cpu")
     tokenizer: Any = clip.tokenizer
     text = text_transformer(clip.model)
-    kinds = (open_clip.SimpleTokenizer, Tokenizer)
-    if text is None or type(tokenizer) not in kinds:
+    if text is None or type(tokenizer) not in (open_clip.SimpleTokenizer, Tokenizer):
         got = getattr(clip.model, "text", clip.model) if text is None else tokenizer
         raise IosrFastError(
             f"the text encoder of {clip.name} can't be exported: expected open_clip's TextTransformer with its "
@@ -164,20 +154,18 @@ def _check_exportable(clip: LoadedClip) -> None:
         f"{pool!r} pooling; expected one of {POOLS}": pool not in POOLS,
         f"a context of {length} for rows of {tokenizer.context_length}": length != tokenizer.context_length,
     }
-    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+    if not isinstance(tokenizer, Tokenizer):  # load_tokenizer has checked one of a tokenizer.json
+        few = text.vocab_size < tokenizer.vocab_size
+        special = tuple(tokenizer.decoder[i] for i in tokenizer.all_special_ids)
+        other = tokenizer.reduction_fn is not None or _clean_of(tokenizer) is None
         refused |= {
-            f"a vocabulary of {text.vocab_size} for {tokenizer.vocab_size} tokens": text.vocab_size
-            < tokenizer.vocab_size,
-            "special tokens of its own": [tokenizer.decoder[i] for i in tokenizer.all_special_ids]
-            != list(SPECIAL_TOKENS),
-            "a tokenizer that does not lower the case, or drops tokens": tokenizer.reduction_fn is not None
-            or _clean_of(tokenizer) is None,
+            f"a vocabulary of {text.vocab_size} for {tokenizer.vocab_size} tokens": few,
+            "special tokens of its own": special != SPECIAL_TOKENS,
+            "a tokenizer that does not lower the case, or drops tokens": other,
         }
     for reason, applies in refused.items():
         if applies:
             raise IosrFastError(f"the text encoder of {clip.name} can't be exported: it has {reason}")
-    if isinstance(tokenizer, Tokenizer):
-        check_vocabulary(clip.name, tokenizer, text.vocab_size)
 
 
 def _clean_of(tokenizer: Any) -> Clean | None:

@@ -117,9 +117,9 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
             present = {"runtime": reference.runtime, "precision": builder.engine.manifest["precision"]}
             best = _Row(EngineCandidate(**present, verdict="chosen"), reference)
             table.append(best)
-        found, encoder = best.found, best.encoder
+        encoder = best.encoder
         assert encoder is not None
-        folder = builder.keep(found.runtime, found.precision, encoder, found.tokens)
+        folder = builder.keep(encoder)
     except BaseException:
         builder.close()
         raise
@@ -158,7 +158,7 @@ def _build(
         with bar(f"build {one.runtime} {one.precision}", None, shown=options.progress):
             try:
                 is_present = (one.runtime, one.precision) == present and not one.tokens
-                encoder = current if is_present else builder.open(one.runtime, one.precision, one.tokens)
+                encoder = current if is_present else builder.open(one)
                 encoder.warm((1, batch))
                 row.encoder = encoder
             except ArithmeticError as error:

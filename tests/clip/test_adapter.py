@@ -21,7 +21,6 @@ from iosr_fast.clip.adapter import (  # noqa: E402
     save_adapter,
 )
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
 from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
 from tests.clip import small_clip  # noqa: E402
 from tests.clip.families import FAMILIES, family_clip  # noqa: E402
@@ -72,30 +71,12 @@ def test_bad_adapters_are_named(clip: LoadedClip, tmp_path: Path) -> None:
 
 @ANY_FAMILY
 def test_stem_and_tail_are_the_literal_pass(family: str) -> None:
-    """For a first adapter in the middle and in the last block; tests/training compares gradients."""
+    """For an adapter in the last block; tests/training compares gradients for one in the middle."""
     clip = family_clip(family)
     visual, pixels = clip.model.visual, torch.randn(2, 3, clip.image_size, clip.image_size)
-    for first in (1, 2):
-        adapter, encoder = small_clip.random_adapter(clip, first), AdaptedEncoder(clip, first)
-        stem = encoder.stem(pixels)
-        assert [tuple(part.shape[1:]) for part in stem] == [encoder.stem_shape] * 2
-        plain, adapted = visual(pixels), adapted_pass(visual, adapter, pixels)
-        assert (adapted - plain).abs().max() > 1e-2
-        torch.testing.assert_close(encoder.tail(None, *stem), plain, atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(encoder.tail(adapter, *stem), adapted, atol=1e-4, rtol=1e-5)
-
-
-@ANY_FAMILY
-def test_other_sizes_resample_positions(family: str) -> None:
-    """At the own size the general way is the encoder's own; a smaller picture has a smaller grid."""
-    clip = family_clip(family)
-    tower = vision_tower(clip.model.visual)
-    pixels = torch.randn(2, 3, clip.image_size, clip.image_size)
-    own = tower.embed(pixels)
-    tower.image_size = (0, 0)  # a size that is never the encoder's
-    torch.testing.assert_close(tower.embed(pixels), own, atol=1e-5, rtol=1e-5)
-    side = 2 * tower.patch_size
-    crop = AdaptedEncoder(clip, 1).stem(pixels[:, :, :side, :side])
-    assert crop[0].shape == (2, tower.prefix + 4, tower.width)
-    embedding = AdaptedEncoder(clip, 1).tail(init_adapter(clip, 1), *crop)
-    assert embedding.shape == (2, tower.embedding_width) and bool(embedding.isfinite().all())
+    adapter, encoder = small_clip.random_adapter(clip, 2), AdaptedEncoder(clip, 2)
+    stem = encoder.stem(pixels)
+    assert [tuple(part.shape[1:]) for part in stem] == [encoder.stem_shape] * 2
+    torch.testing.assert_close(encoder.tail(None, *stem), visual(pixels), atol=1e-4, rtol=1e-5)
+    adapted = adapted_pass(visual, adapter, pixels)
+    torch.testing.assert_close(encoder.tail(adapter, *stem), adapted, atol=1e-4, rtol=1e-5)

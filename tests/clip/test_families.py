@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,12 +68,8 @@ def test_equals_two_passes(family: str, first: int | None) -> None:
     "vision",
     [
         {"layers": 1},
-        {"no_ln_pre": True},
-        {"ls_init_value": 0.5},
         {"final_ln_after_pool": True},
-        {"patch_dropout": 0.5},
         {"image_size": 35},
-        {"pos_embed_type": "sin_cos_2d"},
         {"act_kwargs": {"approximate": "tanh"}},
         {"norm_kwargs": {"eps": 1e-3}},
         {"mlp_ratio": 2.5, "head_width": 32},
@@ -107,9 +101,6 @@ def test_fp16_is_close_and_the_config_survives_json(family: str) -> None:
     clip = family_clip(family)
     adapter, pixels = random_adapter(clip, 1), random_pixels(4, clip.image_size)
     encoder = build_dual_encoder(clip, adapter, "fp16")
-    for name, value in encoder.named_parameters():
-        fp32 = "ln" in name or name in ("cls_token", "position")
-        assert value.dtype == (torch.float32 if fp32 else torch.float16), name
     again = DualEncoder.from_config(json.loads(json.dumps(encoder.config)))
     again.load_state_dict(encoder.state_dict())
     expected = two_passes(clip, adapter, pixels)
@@ -140,12 +131,6 @@ def test_other_refusals() -> None:
         build_dual_encoder(small_clip(), precision="int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected the fields"):
         DualEncoder.from_config({"width": 64})
-
-
-@pytest.mark.slow
-def test_the_module_needs_no_open_clip() -> None:
-    code = "import sys; sys.modules['open_clip'] = None; import iosr_fast.clip.dual_encoder"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @ANY_FAMILY

