@@ -33,13 +33,15 @@ std::string shape_text(const py::ssize_t* shape, std::size_t n) {
     return text + (n == 1 ? ",)" : ")");
 }
 
-// The data of a C-contiguous array of exactly this shape, whose dtype `accept(kind, bytes)` knows; `names` are those dtypes.
+// The data of a C-contiguous array of exactly this shape, whose dtype `accept(kind, bytes)` knows; `names` are those
+// dtypes.
 template <typename F>
 const void* checked(const py::array& array, const char* name, const char* names, const Shape& shape, F accept) {
     const py::dtype dtype = array.dtype();
     const auto n_axes = static_cast<std::size_t>(array.ndim());
     // Reading the dtype's name takes as long as scoring a few hundred keys.
-    if (!accept(dtype.kind(), dtype.itemsize()) || dtype.byteorder() == '>' || (array.flags() & py::array::c_style) == 0 ||
+    if (!accept(dtype.kind(), dtype.itemsize()) || dtype.byteorder() == '>' ||
+        (array.flags() & py::array::c_style) == 0 ||
         !std::equal(shape.begin(), shape.end(), array.shape(), array.shape() + n_axes)) {
         throw py::value_error(std::string("expected ") + name + " C-contiguous, " + names + " of shape " +
                               shape_text(shape.data(), shape.size()) + ", got " + py::str(dtype).cast<std::string>() +
@@ -79,7 +81,8 @@ const void* elements(const py::array& array, const char* name, const char* names
 
 const std::int64_t* offsets(const py::array& array, py::ssize_t n_classes, py::ssize_t n_keys) {
     const auto accept = [](char kind, py::ssize_t bytes) { return kind == 'i' && bytes == 8; };
-    const auto* data = static_cast<const std::int64_t*>(checked(array, "class_offsets", "int64", {n_classes + 1}, accept));
+    const void* checked_data = checked(array, "class_offsets", "int64", {n_classes + 1}, accept);
+    const auto* data = static_cast<const std::int64_t*>(checked_data);
     if (data[0] != 0 || data[n_classes] != n_keys || !std::is_sorted(data, data + n_classes + 1)) {
         throw py::value_error("expected class_offsets to rise from 0 to the number of keys, " + std::to_string(n_keys));
     }
@@ -148,7 +151,8 @@ const char* affinity_sums(const py::array& queries, const py::array& keys, const
     term.n_keys = static_cast<std::size_t>(n_keys);
     term.n_classes = static_cast<std::size_t>(n_classes);
     term.width = static_cast<std::size_t>(width);
-    term.keys = elements(keys, "keys", "float32, float16, uint16 (bfloat16) or int8", {n_keys, width}, true, term.key_type);
+    const char* key_names = "float32, float16, uint16 (bfloat16) or int8";
+    term.keys = elements(keys, "keys", key_names, {n_keys, width}, true, term.key_type);
     if ((term.key_type == ElementType::kInt8) != key_scales.has_value()) {
         throw py::value_error("expected key_scales with int8 keys, and with no others");
     }

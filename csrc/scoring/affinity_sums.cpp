@@ -1,12 +1,12 @@
 // The driver of the cache term: blocks of keys and queries, classes or values, threads.
 //
-// Many queries are packed once in panels of P, up to kBlockQueries of them per task. Keys are read in blocks of rows. One
-// product and the exponential make a tile of (rows, P) affinities, which stays in the first-level cache; its rows are
-// summed by class, or multiplied with the keys' values. Narrow keys and values are widened block by block, once for all
-// panels. With few queries each block is read once, at memory bandwidth, for all queries: the tile is (B, rows).
+// Many queries are packed once in panels of P, up to kBlockQueries of them per task. Keys are read in blocks of rows.
+// One product and the exponential make a tile of (rows, P) affinities, which stays in the first-level cache; its rows
+// are summed by class, or multiplied with the keys' values. Narrow keys and values are widened block by block, once for
+// all panels. With few queries each block is read once, at memory bandwidth, for all queries: the tile is (B, rows).
 //
-// Threads share the keys in chunks. A chunk leaves partial sums of its classes, or with values of all classes; these are
-// added in the order of the chunks. Chunks depend on shapes alone, so the number of threads changes no bit.
+// Threads share the keys in chunks. A chunk leaves partial sums of its classes, or with values of all classes; these
+// are added in the order of the chunks. Chunks depend on shapes alone, so the number of threads changes no bit.
 #include "scoring/affinity_sums.h"
 
 #include <algorithm>
@@ -29,19 +29,22 @@ constexpr std::size_t kBlockSums = 1 << 20;    // 4 MB of a task's sums of value
 constexpr std::size_t kGroupSums = 8 << 20;    // 32 MB of all tasks' sums
 constexpr std::size_t kClassChunks = 256;      // at most
 constexpr std::size_t kValueChunks = 64;       // at most
-constexpr std::size_t kValueRows = 1536;       // times C / (D + C): rows that take 50 times as long as adding partial sums
+constexpr std::size_t kValueRows = 1536;       // times C / (D + C): rows that take 50 times as long as their sums
 constexpr double kLog2E = 1.4426950408889634;
 
-// The largest batch whose rows are multiplied without a panel, of which a smaller one would fill half or less. Narrow keys
-// favour it more, because a panel's keys are first widened in memory.
+// The largest batch whose rows are multiplied without a panel, of which a smaller one would fill half or less. Narrow
+// keys favour it more, because a panel's keys are first widened in memory.
 std::size_t largest_few(const CacheTerm& term, const Microkernels& kernels) {
     const bool narrow = term.key_type != ElementType::kFloat32;
     return std::max(kFewQueries, narrow ? 3 * kernels.panel / 4 : kernels.panel / 2);
 }
 
-const void* row(const void* rows, ElementType type, std::size_t i) {
-    const std::size_t bytes = type == ElementType::kFloat32 ? 4 : type == ElementType::kInt8 ? 1 : 2;
-    return static_cast<const char*>(rows) + i * bytes;
+std::size_t element_bytes(ElementType type) {
+    return type == ElementType::kFloat32 ? 4 : type == ElementType::kInt8 ? 1 : 2;
+}
+
+const char* row(const void* rows, ElementType type, std::size_t i) {
+    return static_cast<const char*>(rows) + i * element_bytes(type);
 }
 
 class Driver {
@@ -60,7 +63,8 @@ class Driver {
                 block_queries_ = std::clamp(kBlockSums / columns_ / panel_ * panel_, panel_, kBlockQueries);
             }
             const std::size_t most = std::min({kValueChunks, kGroupSums / (block_queries_ * columns_),
-                                               term.n_keys * (width_ + n_classes_) / (kValueRows * n_classes_), n_chunks});
+                                               term.n_keys * (width_ + n_classes_) / (kValueRows * n_classes_),
+                                               n_chunks});
             for (n_chunks = 1; n_chunks < most; n_chunks *= 2) {  // two, four or eight threads get the same number
             }
         }
@@ -118,8 +122,8 @@ class Driver {
         }
     }
 
-    // A chunk's partial sums of class c for the panel from the group's i-th query on: (P,) each, one class after another.
-    // Those of values for few queries are (B, columns_).
+    // A chunk's partial sums of class c for the panel from the group's i-th query on: (P,) each, one class after
+    // another. Those of values for few queries are (B, columns_).
     float* sums_of(std::size_t i, std::size_t chunk, std::size_t c) const {
         return sums_.get() + i * slots_ + (chunk * step_ + c) * panel_;
     }
@@ -159,7 +163,13 @@ class Driver {
             const float* scales = term_.key_scales == nullptr ? nullptr : term_.key_scales + begin;
             const float* weights = term_.weights == nullptr ? nullptr : term_.weights + begin;
             float* tile = scratch.tile.get();
+            // The next block is prefetched, a part of it with each panel.
+            const std::size_t next_rows = std::min(block_rows_, chunk_end - begin - n_rows);
+            const std::size_t n_panels = ceil_div(end_query - first_query, panel_);
+            const std::size_t keys_share = next_rows * width_ * element_bytes(term_.key_type) / n_panels;
+            const std::size_t values_share = next_rows * n_classes_ * element_bytes(term_.value_type) / n_panels;
             for (std::size_t i = first_query; i < end_query; i += panel_) {
+                const std::size_t part = (i - first_query) / panel_;
                 if (few_) {
                     kernels_.dot_rows(keys, term_.key_type, n_rows, width_, queries_, n_queries_, tile, stride_);
                     for (std::size_t b = 0; b < n_queries_; ++b) {
@@ -167,7 +177,8 @@ class Driver {
                     }
                 } else {
                     const float* panel = panels_.get() + i * width_;
-                    kernels_.dot_panel(static_cast<const float*>(keys), n_rows, width_, panel, tile);
+                    const char* next = row(term_.keys, term_.key_type, (begin + n_rows) * width_) + part * keys_share;
+                    kernels_.dot_panel(static_cast<const float*>(keys), n_rows, width_, panel, tile, next, keys_share);
                     kernels_.exp_tile(tile, n_rows, scale, scales, weights);
                 }
                 float* sums = sums_of(i, chunk, 0);
@@ -175,9 +186,12 @@ class Driver {
                 if (!valued_) {
                     add_classes(tile, begin, begin + n_rows, chunk_begin, first_class, sums);
                 } else if (few_) {
-                    kernels_.sum_rows(values, value_type, n_rows, n_classes_, tile, n_queries_, stride_, sums, columns_, add);
+                    kernels_.sum_rows(values, value_type, n_rows, n_classes_, tile, n_queries_, stride_, sums,
+                                      columns_, add);
                 } else {
-                    kernels_.sum_panel(static_cast<const float*>(values), n_rows, n_classes_, tile, sums, add);
+                    const char* next = row(term_.values, term_.value_type, (begin + n_rows) * n_classes_);
+                    kernels_.sum_panel(static_cast<const float*>(values), n_rows, n_classes_, tile, sums, add,
+                                       next + part * values_share, values_share);
                 }
             }
         }
@@ -228,8 +242,8 @@ class Driver {
         }
     }
 
-    // Adds the partial sums of the panel from the group's i-th query on to the logits, a few classes at a time: sums lie
-    // query by query, logits class by class.
+    // Adds the partial sums of the panel from the group's i-th query on to the logits, a few classes at a time: sums
+    // lie query by query, logits class by class.
     void add_sums(std::size_t i) const {
         constexpr std::size_t kClasses = 16;
         const std::size_t lanes = std::min(panel_, count_ - i);

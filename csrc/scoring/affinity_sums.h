@@ -8,7 +8,8 @@
 
 namespace iosr {
 
-// Views of a plan's arrays, row-major and contiguous; the caller checks shapes. Either class_offsets or values is given.
+// Views of a plan's arrays, row-major and contiguous; the caller checks shapes. Either class_offsets or values is
+// given.
 struct CacheTerm {
     std::size_t n_keys = 0;  // N
     std::size_t n_classes = 0;  // C
@@ -24,13 +25,13 @@ struct CacheTerm {
     float beta = 0.0F;
 };
 
-// logits[b, c] += alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - key_scales[j] * <queries[b], keys[j]>))
-// with class_offsets, and with values
-// logits[b, c] += alpha * sum over all keys j: weights[j] * exp(-beta * (1 - key_scales[j] * <queries[b], keys[j]>)) * values[j, c]
-// for queries (B, D) and logits (B, C), with up to `threads` threads (at least 1), whose number doesn't change the result.
-// May be called from several threads at once. Besides its arguments it uses memory for packed queries and partial sums:
-// about 45 MB at most for D <= 12288, and 1 MB per thread. Throws std::bad_alloc before any work if memory is
-// insufficient.
+// logits[b, c] += alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - key_scales[j] * <queries[b],
+// keys[j]>)) with class_offsets, and with values
+// logits[b, c] += alpha * sum over all keys j: weights[j] * exp(-beta * (1 - key_scales[j] * <queries[b], keys[j]>)) *
+// values[j, c] for queries (B, D) and logits (B, C), with up to `threads` threads (at least 1), whose number doesn't
+// change the result. May be called from several threads at once. Besides its arguments it uses memory for packed
+// queries and partial sums: about 45 MB at most for D <= 12288, and 1 MB per thread. Throws std::bad_alloc before any
+// work if memory is insufficient.
 void affinity_sums(const CacheTerm& term, const float* queries, std::size_t n_queries, const Microkernels& kernels,
                    std::size_t threads, float* logits);
 

@@ -16,7 +16,8 @@ struct Free {
 using Buffer = std::unique_ptr<float[], Free>;
 
 inline Buffer make_buffer(std::size_t n) {
-    return Buffer(static_cast<float*>(::operator new(std::max<std::size_t>(n, 1) * sizeof(float), std::align_val_t{64})));
+    const std::size_t bytes = std::max<std::size_t>(n, 1) * sizeof(float);
+    return Buffer(static_cast<float*>(::operator new(bytes, std::align_val_t{64})));
 }
 
 }  // namespace iosr

@@ -1,10 +1,11 @@
 // The inner loops, written once for a vector type V that the including file defines for its instruction set.
 //
 // V has: kLanes; kBlockRows (see dot_rows_for); zero(); broadcast(float); load(const T*) for float, Half, Bfloat,
-// std::int8_t; store(float*); fma(a, b, c) = a * b + c; operators + - *; max(a, b); sum(); scale_by_power(value, biased) =
-// value * 2^n, where n is the integer in the low bits of `biased` (see exp2). The including file puts channels.inl, V and this file into an unnamed
-// namespace and uses nothing of the standard library but memcpy: an inline function of a shared header, compiled here
-// with wider flags, might be the copy that the linker keeps for the whole program.
+// std::int8_t; store(float*); fma(a, b, c) = a * b + c; operators + - *; max(a, b); sum(); scale_by_power(value,
+// biased) = value * 2^n, where n is the integer in the low bits of `biased` (see exp2). The including file puts
+// channels.inl, V and this file into an unnamed namespace and uses nothing of the standard library but memcpy: an
+// inline function of a shared header, compiled here with wider flags, might be the copy that the linker keeps for the
+// whole program.
 
 // 2^t for t <= 0 or a little above. t + kRound has the nearest integer n in its low bits, so that no conversion is
 // needed; f = t - n is in [-1/2, 1/2], where the polynomial (minimax, relative) has a relative error of 2e-9 before
@@ -27,7 +28,7 @@ inline V exp2(V t) {
 }
 
 constexpr std::size_t kPanel = 2 * V::kLanes;
-constexpr std::size_t kDepth = 4096 / kPanel;  // channels per pass: a panel's slice of them, 16 KB, stays in the first-level cache
+constexpr std::size_t kDepth = 4096 / kPanel;  // channels per pass: 16 KB of a panel, in the first-level cache
 
 inline void prefetch(const char* p) {
 #if defined(__GNUC__)
@@ -93,12 +94,30 @@ inline void tile_1(const float* row, const float* panel, std::size_t depth, floa
     right.store(dots + V::kLanes);
 }
 
-void dot_panel(const float* rows, std::size_t n_rows, std::size_t width, const float* panel, float* dots) {
+// Prefetches memory that is needed next, into the second-level cache: a part before each of `parts` steps.
+struct Ahead {
+    const char* next;
+    std::size_t step;
+    Ahead(const void* begin, std::size_t bytes, std::size_t parts)
+        : next(static_cast<const char*>(begin)), step(bytes == 0 || parts == 0 ? 0 : bytes / parts / 64 * 64 + 64) {}
+    void part() {
+        for (const char* end = next + step; next < end; next += 64) {
+#if defined(__GNUC__)
+            __builtin_prefetch(next, 0, 2);
+#endif
+        }
+    }
+};
+
+void dot_panel(const float* rows, std::size_t n_rows, std::size_t width, const float* panel, float* dots,
+               const void* ahead, std::size_t bytes) {
+    Ahead more(ahead, bytes, n_rows / kTileRows * ((width + kDepth - 1) / kDepth));
     for (std::size_t begin = 0; begin < width; begin += kDepth) {
         const std::size_t depth = width - begin < kDepth ? width - begin : kDepth;
         const float* slice = panel + begin * kPanel;
         std::size_t r = 0;
         for (; r + kTileRows <= n_rows; r += kTileRows) {
+            more.part();
             tile_6<false>(rows + r * width + begin, width, slice, depth, dots + r * kPanel, begin > 0);
         }
         for (; r < n_rows; ++r) {
@@ -120,8 +139,11 @@ void exp_tile(float* tile, std::size_t n_rows, float scale, const float* key_sca
     }
 }
 
-void sum_panel(const float* values, std::size_t n_keys, std::size_t n_classes, const float* tile, float* sums, bool add) {
+void sum_panel(const float* values, std::size_t n_keys, std::size_t n_classes, const float* tile, float* sums, bool add,
+               const void* ahead, std::size_t bytes) {
+    Ahead more(ahead, bytes, (n_classes + kTileRows - 1) / kTileRows);
     for (std::size_t c = 0; c < n_classes; c += kTileRows) {
+        more.part();
         for (std::size_t i = 0; add && i < kTileRows * kPanel * sizeof(float); i += 64) {
             prefetch(reinterpret_cast<const char*>(sums + c * kPanel) + i);
         }
@@ -140,8 +162,8 @@ void widen_as(const T* channels, std::size_t n, float* out) {
     }
 }
 
-// Bytes from a row that is multiplied to one that is prefetched. The hardware's prefetcher can't follow several streams,
-// except one query's eight streams of float32. Prefetching past the end is harmless.
+// Bytes from a row that is multiplied to one that is prefetched. The hardware's prefetcher can't follow several
+// streams, except one query's eight streams of float32. Prefetching past the end is harmless.
 constexpr std::size_t kAhead = 8192;
 
 // The first n elements, and zeros.
@@ -317,10 +339,12 @@ void sum_rows(const void* values, ElementType type, std::size_t n_keys, std::siz
     with_type(values, type, [&](const auto* rows) {
         std::size_t r = 0;
         for (; r + kMost <= n_keys; r += kMost) {
-            sum_keys<kMost>(rows + r * n_classes, n_classes, affinities + r, n_queries, stride, sums, sums_stride, add || r > 0);
+            sum_keys<kMost>(rows + r * n_classes, n_classes, affinities + r, n_queries, stride, sums, sums_stride,
+                            add || r > 0);
         }
         for (; r < n_keys; ++r) {
-            sum_keys<1>(rows + r * n_classes, n_classes, affinities + r, n_queries, stride, sums, sums_stride, add || r > 0);
+            sum_keys<1>(rows + r * n_classes, n_classes, affinities + r, n_queries, stride, sums, sums_stride,
+                        add || r > 0);
         }
     });
 }

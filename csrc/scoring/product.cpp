@@ -15,8 +15,8 @@ constexpr std::size_t kBlockRows = 96;     // rows of the right matrix per task
 
 }  // namespace
 
-// Every batch goes through dot_rows, whose sums are those of one row and one query, so that a batch of one gives the bits
-// of a larger one. Panels are faster by about a third, and these products are a small part of scoring.
+// Every batch goes through dot_rows, whose sums are those of one row and one query, so that a batch of one gives the
+// bits of a larger one. Panels are faster by about a third, and these products are a small part of scoring.
 void add_product(const float* rows, std::size_t n_rows, const float* matrix, std::size_t n_classes, std::size_t width,
                  float factor, const Microkernels& kernels, std::size_t threads, float* logits) {
     const std::size_t blocks = ceil_div(n_classes, kBlockRows);

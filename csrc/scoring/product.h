@@ -7,8 +7,8 @@
 
 namespace iosr {
 
-// logits (B, C) += factor * rows (B, K) @ matrix' (C, K), with up to `threads` threads (at least 1), whose number doesn't
-// change the result. A row's logits have the same bits in any batch.
+// logits (B, C) += factor * rows (B, K) @ matrix' (C, K), with up to `threads` threads (at least 1), whose number
+// doesn't change the result. A row's logits have the same bits in any batch.
 void add_product(const float* rows, std::size_t n_rows, const float* matrix, std::size_t n_classes, std::size_t width,
                  float factor, const Microkernels& kernels, std::size_t threads, float* logits);
 

@@ -20,7 +20,7 @@ struct V {
     static V broadcast(float x) { return {_mm512_set1_ps(x)}; }
     static V load(const float* p) {
         __m512 v = _mm512_loadu_ps(p);
-        __asm__("" : "+v"(v));  // GCC would load again for each use; most loads cross a cache line and are as slow as two
+        __asm__("" : "+v"(v));  // GCC would load again for each use; loads across cache lines take twice as long
         return {v};
     }
     static V load(const Half* p) {

@@ -36,8 +36,8 @@ void relax() {
 #endif
 }
 
-// Whether `condition` became true while spinning. In a program that scores one batch after another, the next call arrives
-// sooner than a thread wakes up, and the others' last tasks end sooner.
+// Whether `condition` became true while spinning. In a program that scores one batch after another, the next call
+// arrives sooner than a thread wakes up, and the others' last tasks end sooner.
 template <typename Condition>
 bool spin_until(const Condition& condition) {
     constexpr auto kPatience = std::chrono::microseconds(100);
@@ -86,7 +86,8 @@ class Job {
 
     explicit Job(std::vector<Phase> phases) : phases_(std::move(phases)), counters_(new Counter[phases_.size()]) {}
 
-    // Returns when nothing is left to begin and, for worker 0, to finish: threads may join or leave later than the caller.
+    // Returns when nothing is left to begin and, for worker 0, to finish: threads may join or leave later than the
+    // caller.
     void work(std::size_t worker) {
         for (std::size_t p = 0; p < phases_.size(); ++p) {
             const Phase& phase = phases_[p];

@@ -75,8 +75,8 @@ std::vector<float> uniform(std::size_t n, float low, float high) {
 
 constexpr float kScale = 1.0F / 127.0F;  // of int8
 
-// Random elements of a type in (-1, 1), and what they are as float. Arrays are exactly as long as they must be, so that a
-// sanitizer sees a read past their end.
+// Random elements of a type in (-1, 1), and what they are as float. Arrays are exactly as long as they must be, so that
+// a sanitizer sees a read past their end.
 struct Elements {
     ElementType type;
     std::vector<std::uint8_t> bytes;
