@@ -154,6 +154,7 @@ def test_optimize_needs_no_torch(plain: Path, support: Path, tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "chosen for latency" in done.stdout, done.stderr
+    assert "int8" in done.stdout and "failed" not in done.stdout, done.stdout
 
 
 def test_bundles_without_a_choice_and_with_a_wrong_one(plain: Path, tmp_path: Path) -> None:

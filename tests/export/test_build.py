@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,19 +189,6 @@ def test_refused_conversions(
     with pytest.raises(IosrFastError, match=message):
         convert_engine(demo_engine(), tmp_path / "new", runtime, precision, generic[:count])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_conversion_needs_no_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from iosr_fast.clip.demo.pictures import load_pictures\n"
-        "from iosr_fast.export.build import convert_engine\n"
-        "pictures = load_pictures('generic').images[:8]\n"
-        f"convert_engine({str(demo_engine())!r}, {str(tmp_path / 'new')!r}, 'openvino', 'int8', pictures)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "new" / "encoder.onnx").is_file()
 
 
 def test_fp8_is_tried_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

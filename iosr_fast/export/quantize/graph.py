@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,7 @@ class Product:
 
     node: Any
     name: str
-    stored: Callable[[], np.ndarray]  # reads the constant, because all at once may take gigabytes
     transposed: bool  # the graph stores W'
-
-    @property
-    def weight(self) -> np.ndarray:
-        """(inputs, outputs) in float32."""
-        weight = self.stored()
-        return np.asarray(weight.T if self.transposed else weight, np.float32)
 
 
 @dataclass
@@ -42,11 +34,6 @@ class Group:
     tensor: str
     products: list[Product] = field(default_factory=list)
     norm: Any | None = None
-
-    @property
-    def weight(self) -> np.ndarray:
-        """(inputs, outputs of all products)."""
-        return np.concatenate([product.weight for product in self.products], axis=1)
 
 
 @dataclass(frozen=True)
@@ -59,21 +46,21 @@ class Activation:
 
 
 class EncoderGraph:
-    """A ModelProto, changed in place, with its constants, readers and producers by name.
+    """The graph of an ONNX file as a ModelProto, changed in place, with its constants, readers and producers by name.
 
-    `folder` has the file of the weights, which are read from it one by one.
+    The weights stay in the file beside it and are read one by one, because all at once may take gigabytes.
     """
 
-    def __init__(self, model: Any, folder: Path) -> None:
+    def __init__(self, source: Path) -> None:
         self._onnx = require("onnx", "cpu")
-        self.model = model
-        self.folder = folder
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.model = self._onnx.load(source, load_external_data=False)
+        self.folder = source.parent
+        self.constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self._readers: dict[str, list[Any]] = {}
-        for node in model.graph.node:
+        for node in self.model.graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
-        self._producer = {name: node for node in model.graph.node for name in node.output}
+        self._producer = {name: node for node in self.model.graph.node for name in node.output}
         self._before: dict[str, list[Any]] = {}
 
     def groups(self) -> tuple[list[Group], dict[str, str]]:
@@ -90,7 +77,7 @@ class EncoderGraph:
                 others[name] = "a matrix for each head, for one token alone"
             else:
                 transposed = any(a.name == "transB" and a.i == 1 for a in node.attribute)
-                product = Product(node, self._name(node), partial(self.value, name), transposed)
+                product = Product(node, self._name(node), transposed)
                 groups.setdefault(node.input[0], Group(node.input[0])).products.append(product)
         for group in groups.values():
             group.norm = self._norm(group)
@@ -107,10 +94,10 @@ class EncoderGraph:
         array: np.ndarray = self._onnx.numpy_helper.to_array(self.constants[name], str(self.folder))
         return array
 
-    def dtype(self, group: Group) -> Any:
-        """The dtype of a group's products, float32 or float16."""
-        weight = self.constants[group.products[0].node.input[1]]
-        return self._onnx.helper.tensor_dtype_to_np_dtype(weight.data_type)
+    def weight(self, product: Product) -> np.ndarray:
+        """(inputs, outputs), float32 or float16 as in the graph."""
+        stored = self.value(product.node.input[1])
+        return stored.T if product.transposed else stored
 
     def run(self, pictures: np.ndarray) -> list[np.ndarray]:
         """The embeddings of `pictures`, uint8 (N, S, S, 3), by ONNX Runtime."""
@@ -156,7 +143,7 @@ class EncoderGraph:
             self._divide(group.norm, by.divisor)
         elif by.divisor is not None:
             smoothed = f"{name}_smoothed"
-            factor = self._add(f"{name}_factor", (1 / by.divisor).astype(self.dtype(group)))
+            factor = self._add(f"{name}_factor", (1 / by.divisor).astype(by.activation.scale.dtype))
             self._before[smoothed] = [self._onnx.helper.make_node("Mul", [name, factor], [smoothed], smoothed)]
             name = smoothed
         pair = self._pair(name, by.activation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -16,19 +17,16 @@ Attempts = Sequence[QuantisedGroup | None]  # of each group of a graph; None sta
 
 
 class EmbeddingError:
-    """The error of the embeddings of `pictures` with any choice of quantised groups.
+    """The error of the embeddings of `pictures` by the encoder in `source` with any choice of quantised groups."""
 
-    `open_graph` opens the encoder's graph anew.
-    """
-
-    def __init__(self, open_graph: Callable[[], EncoderGraph], attempts: Attempts, pictures: np.ndarray) -> None:
-        self._open, self._attempts, self._pictures = open_graph, attempts, pictures
-        self._exact = open_graph().run(pictures)
+    def __init__(self, source: Path, attempts: Attempts, pictures: np.ndarray) -> None:
+        self._source, self._attempts, self._pictures = source, attempts, pictures
+        self._exact = EncoderGraph(source).run(pictures)
 
     def __call__(self, quantised: np.ndarray, count: int | None = None) -> float:
         """|e - e_float|^2 of the worst picture, as a share of the mean of |e_float - mean|^2 (at least LEAST_VARIANCE);
         the larger of both embeddings. `quantised` is bool (groups,); `count` limits the pictures to the first ones."""
-        graph = self._open()
+        graph = EncoderGraph(self._source)
         for group, attempt, chosen in zip(graph.groups()[0], self._attempts, quantised, strict=True):
             if chosen and attempt is not None:
                 graph.insert(group, attempt)
