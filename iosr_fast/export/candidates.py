@@ -104,9 +104,10 @@ def _is_there(one: Candidate, engine: VerifiedFolder) -> bool:
 
 def _is_exported(one: Candidate, engine: VerifiedFolder) -> bool:
     """Whether the candidate is exported from the CLIP, because the engine's own encoder.onnx is not enough."""
-    if one.tokens or one.runtime == "torch" or engine.manifest["precision"] != "fp32" or ONNX_FILE not in engine.files:
+    manifest = engine.manifest
+    if one.tokens or one.runtime == "torch" or manifest["precision"] != "fp32" or ONNX_FILE not in manifest["files"]:
         return True
-    return graph_precision(one.precision, one.runtime, engine.manifest["dual_encoder"] is not None) != "fp32"
+    return graph_precision(one.precision, one.runtime, manifest["dual_encoder"] is not None) != "fp32"
 
 
 class CandidateBuilder:
