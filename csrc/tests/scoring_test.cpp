@@ -119,7 +119,8 @@ struct Problem {
 
     Problem(std::vector<std::int64_t> offsets_, std::size_t width_, std::size_t batch_, ElementType type,
             bool has_values_ = false, ElementType value_type = ElementType::kFloat32)
-        : width(width_), batch(batch_), n_keys(static_cast<std::size_t>(offsets_.back())), n_classes(offsets_.size() - 1),
+        : width(width_), batch(batch_), n_keys(static_cast<std::size_t>(offsets_.back())),
+          n_classes(offsets_.size() - 1),
           offsets(std::move(offsets_)), queries(uniform(batch * width, -1.0F, 1.0F)),
           linear(uniform(n_classes * width, -1.0F, 1.0F)), weights(uniform(n_keys, 0.1F, 3.0F)), scales(n_keys, kScale),
           keys(n_keys * width, type), values(n_keys * n_classes, value_type), has_values(has_values_) {
@@ -143,7 +144,8 @@ struct Problem {
         term.alpha = 1.7F;
         term.beta = 5.5F;
         std::vector<float> logits(batch * n_classes, 1.0F);
-        iosr::add_product(queries.data(), batch, linear.data(), n_classes, width, 3.0F, kernels, threads, logits.data());
+        iosr::add_product(queries.data(), batch, linear.data(), n_classes, width, 3.0F, kernels, threads,
+                          logits.data());
         iosr::affinity_sums(term, queries.data(), batch, kernels, threads, logits.data());
         return logits;
     }
@@ -200,7 +202,8 @@ void test_formulas() {
         for (const auto& [has_values, value_type] : targets) {
             for (const std::size_t width : {1, 3, 8, 15, 17, 33, 300}) {
                 for (const std::size_t batch : {1, 2, 3, 4, 5, 6, 9, 12, 17, 24, 33}) {
-                    const Problem problem(layouts[(width + batch) % layouts.size()], width, batch, type, has_values, value_type);
+                    const Problem problem(layouts[(width + batch) % layouts.size()], width, batch, type, has_values,
+                                          value_type);
                     const auto [truth, size] = problem.truth();
                     for (const Path& path : paths()) {
                         const double error = largest_error(problem.run(*path.kernels, 1), truth);
