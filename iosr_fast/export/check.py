@@ -24,10 +24,8 @@ CALIBRATION_PICTURES, MIN_PICTURES = 256, 8
 Truth = Mapping[str, tuple[np.ndarray, tuple[np.ndarray, ...]]]
 
 
-def calibration_pictures(
-    clip: LoadedClip, folder: str | Path | None = None, count: int = CALIBRATION_PICTURES
-) -> np.ndarray:
-    """At most `count` pictures, evenly spaced in `folder` (with sub-folders), as uint8 (N, S, S, 3).
+def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None) -> np.ndarray:
+    """At most 256 pictures, evenly spaced in `folder` (with sub-folders), as uint8 (N, S, S, 3).
 
     Without a folder, the demo's CLIP takes its generic pictures, which show none of the held-out concepts. Raises
     ValueError for another CLIP without a folder and for a folder without pictures, FileNotFoundError for a missing
@@ -41,13 +39,14 @@ def calibration_pictures(
             )
         from iosr_fast.clip.demo.pictures import load_pictures
 
-        return evenly(load_pictures("generic").images, count)
+        return evenly(load_pictures("generic").images, CALIBRATION_PICTURES)
     paths = list_images(folder).paths
     if not paths:
         raise IosrFastError(
             f"expected pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}, found none"
         )
-    return to_pixels(evenly(np.array(paths, dtype=object), count).tolist(), clip.geometry)
+    chosen = evenly(np.array(paths, dtype=object), CALIBRATION_PICTURES).tolist()
+    return to_pixels(chosen, clip.geometry)
 
 
 def check_calibration(pictures: Any, size: int, precision: str) -> np.ndarray:

@@ -16,8 +16,6 @@ from iosr_fast.clip.load import LoadedClip
 from tests.clip.families import randomise, timm_clip
 from tests.clip.small_clip import TEXT, small_clip
 
-create_model = timm.create_model  # timm_clip replaces it
-
 
 def vitamin(_small: str, pretrained: bool = False, **options: Any) -> Any:
     stages = VitCfg(
@@ -33,12 +31,10 @@ def vitamin(_small: str, pretrained: bool = False, **options: Any) -> Any:
     )
 
 
-def mobileclip_s(_small: str, **options: Any) -> Any:
-    return create_model("fastvit_mci0", layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 64), **options)
-
-
-def convnext(_small: str, **options: Any) -> Any:
-    return create_model("test_convnext", **options)
+def named(name: str, **changes: Any) -> Callable[..., Any]:
+    """timm.create_model of `name`, which timm_clip replaces."""
+    create = timm.create_model
+    return lambda _small, **options: create(name, **changes, **options)
 
 
 def resnet() -> LoadedClip:
@@ -68,11 +64,12 @@ def coca() -> LoadedClip:
     return replace(small_clip(), model=model.eval().requires_grad_(False))
 
 
+FASTVIT = {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64)}
 PLAIN_CLIPS: dict[str, Callable[[], LoadedClip]] = {
     "resnet": resnet,
-    "convnext": lambda: timm_clip(convnext, 64, timm_pool="", timm_proj="linear"),
-    "convnext-mlp": lambda: timm_clip(convnext, 64, timm_pool="", timm_proj="mlp"),
-    "mobileclip-s": lambda: timm_clip(mobileclip_s, 64, timm_pool="avg"),
+    "convnext": lambda: timm_clip(named("test_convnext"), 64, timm_pool="", timm_proj="linear"),
+    "convnext-mlp": lambda: timm_clip(named("test_convnext"), 64, timm_pool="", timm_proj="mlp"),
+    "mobileclip-s": lambda: timm_clip(named("fastvit_mci0", **FASTVIT), 64, timm_pool="avg"),
     "vitamin": lambda: timm_clip(vitamin, 64, timm_pool="", timm_proj="linear"),
     "coca": coca,
 }
