@@ -49,17 +49,16 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None) -> 
     return to_pixels(chosen, clip.geometry)
 
 
-def check_calibration(pictures: Any, size: int, precision: str) -> np.ndarray:
+def check_calibration(pictures: np.ndarray | None, size: int, precision: str) -> np.ndarray:
     """`pictures`; ValueError unless they are at least MIN_PICTURES as uint8 (N, size, size, 3)."""
-    if isinstance(pictures, np.ndarray):
+    got = "none"
+    if pictures is not None:
         if pictures.dtype == np.uint8 and pictures.shape[1:] == (size, size, 3) and len(pictures) >= MIN_PICTURES:
             return pictures
-        got = f"{pictures.dtype} {pictures.shape}; iosr_fast.images.preprocess.to_pixels makes them"
-    else:
-        got = f"{'none' if pictures is None else type(pictures).__name__}; calibration_pictures reads them"
+        got = f"{pictures.dtype} {pictures.shape}"
     raise IosrFastError(
         f"expected calibration pictures as uint8 (N, {size}, {size}, 3) with N >= {MIN_PICTURES} for {precision}, "
-        f"got {got}"
+        f"got {got}; calibration_pictures reads them from a folder, images.preprocess.to_pixels resizes them"
     )
 
 

@@ -25,7 +25,6 @@ from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.clip.vision_tower import resize_clip, vision_tower  # noqa: E402
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
-from iosr_fast.exceptions import IosrFastError  # noqa: E402
 from iosr_fast.export.onnx import export_onnx, write_plain_graph  # noqa: E402
 from iosr_fast.export.quantize import encoder as quantize  # noqa: E402
 from iosr_fast.export.quantize.encoder import quantize_onnx  # noqa: E402
@@ -125,6 +124,9 @@ def test_encoders_that_cannot_be_fused_are_refused_by_name(vision: dict[str, Any
 
 
 def test_other_refusals() -> None:
+    for size in (0, 20, 40):
+        with pytest.raises(ValueError, match=f"a multiple of 8, .* up to 32, got {size}"):
+            resize_clip(small_clip(), size)
     with pytest.raises(ValueError, match="trained for another CLIP"):
         build_dual_encoder(small_clip(), random_adapter(small_clip(fingerprint="other"), 1))
     with pytest.raises(ValueError, match="'fp32' or 'fp16'"):
@@ -154,14 +156,6 @@ def test_smaller_pictures_are_timms_and_open_clips_own(family: str) -> None:
         open_clip.model.resize_pos_embed(state, smaller.model, antialias=True)
         got = smaller.model.visual.positional_embedding
         torch.testing.assert_close(got, state["visual.positional_embedding"], atol=1e-6, rtol=0)
-
-
-def test_sizes_are_checked() -> None:
-    clip = small_clip()
-    assert resize_clip(clip, clip.image_size) is clip
-    for size in (0, 20, 40):
-        with pytest.raises(IosrFastError, match=f"a multiple of 8, .* up to 32, got {size}"):
-            resize_clip(clip, size)
 
 
 @pytest.mark.slow
