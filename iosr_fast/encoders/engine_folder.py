@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
-from msgspec.structs import asdict
 
 from iosr_fast.exceptions import IosrFastError, MissingPackageError, UnavailableError
 from iosr_fast.images.geometry import Geometry, Interpolation, ResizeMode
@@ -54,8 +53,6 @@ _OLD_FILES = ("projections.safetensors",)  # of version 0.2, which nothing reads
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "torch")
 ONNX_RUNTIMES = ("openvino", "onnxruntime")  # execute encoder.onnx on a CPU: an engine of one is an engine of the other
 EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "tensorrt-rtx"}  # runtimes with plans, and the extras that install them
-_X86 = ("x86_64", "AMD64")  # platform.machine() where OpenVINO comes first
-PlanRuntime = Literal["tensorrt", "tensorrt_rtx"]
 log = logging.getLogger(__name__)
 
 
@@ -66,7 +63,7 @@ class Target(Struct, frozen=True, kw_only=True):
     runs on any GPU that TensorRT-RTX supports (`gpu` None).
     """
 
-    runtime: PlanRuntime
+    runtime: Literal["tensorrt", "tensorrt_rtx"]
     version: Name
     gpu: Name | None
     compute_capability: Annotated[str, Meta(pattern=r"^[0-9]+\.[0-9]+\Z")] | None
@@ -74,16 +71,8 @@ class Target(Struct, frozen=True, kw_only=True):
     @property
     def file(self) -> str:
         """The plan's path in an engine folder: "plans/tensorrt-nvidia-h100-80gb-hbm3-10.13.3.9.plan"."""
-        return f"{PLANS}/{self.name(self.gpu)}.plan"
-
-    def name(self, gpu: str | None) -> str:
-        """The name of a file that depends on the runtime, its version and the GPU (None: on none)."""
-        slug = "any" if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-        return f"{self.runtime}-{slug}-{re.sub(r'[^A-Za-z0-9.]+', '-', self.version)}"
-
-    def facts(self) -> dict[str, Any]:
-        """The target as values of JSON."""
-        return asdict(self)
+        gpu = re.sub(r"[^a-z0-9]+", "-", (self.gpu or "any").lower()).strip("-")
+        return f"{PLANS}/{self.runtime}-{gpu}-{re.sub(r'[^A-Za-z0-9.]+', '-', self.version)}.plan"
 
     def __str__(self) -> str:
         gpu = "any GPU" if self.gpu is None else f"{self.gpu} (compute capability {self.compute_capability})"
@@ -160,7 +149,8 @@ def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = No
     """Resolve "auto" to a runtime that works here (in the order of `open_engine`); any other name is returned.
 
     `built_for`: the runtimes that the engine has files for; None before it is built. Raises ValueError for an unknown
-    name and for one that is not in `built_for`, RuntimeError if "auto" finds none.
+    name and for one that is not in `built_for`, ImportError for a runtime of the CPU whose package is missing,
+    RuntimeError if "auto" finds none.
     """
     if runtime not in ("auto", *RUNTIMES):
         raise IosrFastError(f"expected runtime 'auto' or one of {list(RUNTIMES)}, got {runtime!r}")
@@ -170,9 +160,11 @@ def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = No
                 f"expected one of the runtimes this engine was built for, {sorted(built_for)}, got {runtime!r}; "
                 f"`iosr-fast build-engine --runtime {runtime}` builds one for it"
             )
+        if runtime not in EXTRAS and (reason := unavailable_reason(runtime)) is not None:
+            raise MissingPackageError(reason)
         return runtime
     candidates = RUNTIMES if built_for is None else built_for
-    on_cpu = ONNX_RUNTIMES if platform.machine() in _X86 else ONNX_RUNTIMES[::-1]
+    on_cpu = ONNX_RUNTIMES if platform.machine() in ("x86_64", "AMD64") else ONNX_RUNTIMES[::-1]
     # this_gpu imports torch, so only engines that torch may execute ask for it.
     torch_on_gpu = "torch" in candidates and machine.this_gpu() is not None
     refusals: dict[str, str] = {}
@@ -184,15 +176,6 @@ def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = No
         refusals[name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
     raise UnavailableError(f"no runtime for this engine: {reasons}")
-
-
-def check_runtime(runtime: str) -> None:
-    """Raise ValueError for an unknown name and ImportError for a CPU runtime whose package is missing."""
-    if runtime == "auto":
-        return
-    reason = unavailable_reason(choose_runtime(runtime))
-    if reason is not None and runtime not in EXTRAS:
-        raise MissingPackageError(reason)
 
 
 def unavailable_reason(runtime: str) -> str | None:
@@ -210,10 +193,8 @@ def unavailable_reason(runtime: str) -> str | None:
 
 
 def target(runtime: str) -> Target:
-    """The target of plans that are built here. Raises ImportError without the module, and RuntimeError if the runtime
-    compiles for the GPU that it runs on and there is none."""
-    if runtime not in EXTRAS:
-        raise IosrFastError(f"expected one of {sorted(EXTRAS)}, got {runtime!r}")
+    """The target of plans that `runtime`, one of EXTRAS, builds here. Raises ImportError without the module, and
+    RuntimeError if it compiles for the GPU that it runs on and there is none."""
     version, gpu = require(runtime, EXTRAS[runtime]).__version__, machine.this_gpu()
     if runtime == "tensorrt_rtx":  # it completes its plans at run time, for the GPU in use
         return Target(runtime="tensorrt_rtx", version=version, gpu=None, compute_capability=None)

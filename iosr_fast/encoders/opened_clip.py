@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,6 @@ from iosr_fast.encoders.text_encoder import TextSource
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
     from iosr_fast.clip.load import LoadedClip
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +48,9 @@ class OpenedClip:
         from iosr_fast.encoders.runtimes import open_engine
 
         first, source = self.encoder, self.encoder.source
-        if adapted == first.adapted or source is None or not self.has_adapter:
+        if adapted == first.adapted or source is None or not has_plain_form(source.manifest, first.runtime):
             return first
-        if not has_plain_form(source.manifest, first.runtime):
-            return first
-        if not self._other:
-            with self._opening:
-                if not self._other:
-                    log.info("opening the engine for %s", "both embeddings" if adapted else "plain embeddings only")
-                    other = open_engine(source, first.runtime, False, first.threads, first.runs, adapted)
-                    self._other.append(other)
-        return self._other[0]
+        with self._opening:
+            if not self._other:
+                self._other.append(open_engine(source, first.runtime, False, first.threads, first.runs, adapted))
+            return self._other[0]

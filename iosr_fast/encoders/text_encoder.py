@@ -22,7 +22,6 @@ FILE = "text.onnx"
 WEIGHTS_FILE = "text.weights"  # only beside a graph whose weights exceed 2 GB
 TOKENIZER_FILE = "tokenizer.json"
 _BATCH = 32  # texts per run: bounds the widest activation of ViT-B/16's text encoder to 20 MB
-_SAVE_AGAIN = "save the classifier again with its CLIP at hand"
 
 
 class TextSource(Protocol):
@@ -30,27 +29,21 @@ class TextSource(Protocol):
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """(C, D) float32, L2-normalised: the mean over templates of the embeddings of template.format(name)."""
-        ...
 
     def write(self, folder: Path) -> dict[str, Any] | None:
         """Write its files into an existing folder. Returns the facts for TextEncoder, None if it can't be exported."""
-        ...
 
 
 class TextEncoder:
     """The text encoder that `export_text` wrote to `folder`, loaded at its first use. Threads may share it.
 
-    `facts` is what `export_text` returned; `threads` of ONNX Runtime, None for one per core. With `source`, the
-    verified folder, the verified bytes are read, even if `folder` has changed since.
+    `facts` is what `export_text` returned; `threads` of ONNX Runtime, None for one per core. Of a verified folder the
+    verified bytes are read, even if it has changed since.
     """
 
-    def __init__(
-        self, folder: Path, facts: dict[str, Any], threads: int | None = None, source: VerifiedFolder | None = None
-    ) -> None:
+    def __init__(self, folder: Path | VerifiedFolder, facts: dict[str, Any], threads: int | None = None) -> None:
         self.folder = folder
-        self.source = source
         self.facts = facts
-        self.width: int = facts["width"]
         self.eot: int | None = facts["eot"]  # None: texts are never cut
         self.templates: tuple[str, ...] = tuple(facts["templates"])
         self._threads = threads
@@ -65,14 +58,17 @@ class TextEncoder:
         special token, and a template without a `{}`; RuntimeError for damaged files; ImportError without the `serve`
         extra.
         """
-        names = _check_names(names)
+        if isinstance(names, str) or not len(names):
+            raise IosrFastError(f"expected a list of at least one class name, got {names!r}")
         templates = self.templates if templates is None else check_templates(templates)
         tokenizer = self._load()[0]
         for name in names:
-            if not tokenizer.clean_text(name):
+            if not isinstance(name, str) or not tokenizer.clean_text(name):
                 dropped = " (this CLIP's tokenizer drops punctuation)" if tokenizer.clean == "canonicalize" else ""
-                raise IosrFastError(f"expected class names with at least one visible character{dropped}, got {name!r}")
-        sums = np.zeros((len(names), self.width))
+                raise IosrFastError(
+                    f"expected class names as strings with at least one visible character{dropped}, got {name!r}"
+                )
+        sums = np.zeros((len(names), self.facts["width"]))
         for start in range(0, len(names) * len(templates), _BATCH):
             indices = np.arange(start, min(start + _BATCH, len(names) * len(templates)))
             rows, columns = np.divmod(indices, len(templates))
@@ -102,52 +98,33 @@ class TextEncoder:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Copy the files into `folder`; returns their facts. Raises ValueError for files changed since verification."""
-        assert self.source is not None, "only a saved text encoder is saved again"
-        for name in self.source.files:
-            self.source.copy(name, folder / name)
+        assert isinstance(self.folder, VerifiedFolder), "only a saved text encoder is saved again"
+        for name in self.folder.files:
+            self.folder.copy(name, folder / name)
         return self.facts
 
     def _load(self) -> tuple[Tokenizer, Any]:
         """Tokenizer and ONNX Runtime session, loaded by the first caller."""
         with self._lock:
             if self._loaded is None:
-                self._loaded = self._load_tokenizer(), self._load_session()
+                if isinstance(self.folder, VerifiedFolder):
+                    self._loaded = self.folder.open_with(self._open)
+                else:
+                    self._loaded = self._open(self.folder)
             return self._loaded
 
-    def _load_tokenizer(self) -> Tokenizer:
-        tokenizers = require("tokenizers", "serve")
-        content = self.source.read(TOKENIZER_FILE) if self.source else (self.folder / TOKENIZER_FILE).read_bytes()
-        try:
-            # Facts of older versions lack "clean": they wrote no other tokenizers.
-            return Tokenizer(tokenizers.Tokenizer.from_buffer(content), self.facts.get("clean", "lower"))
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise UnavailableError(
-                f"tokenizers can't load {TOKENIZER_FILE} in {self.folder}: {error}; {_SAVE_AGAIN}"
-            ) from error
-
-    def _load_session(self) -> Any:
-        ort = require("onnxruntime", "serve")
+    def _open(self, folder: Path) -> tuple[Tokenizer, Any]:
+        tokenizers, ort = require("tokenizers", "serve"), require("onnxruntime", "serve")
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads or 0
         options.log_severity_level = 3
-
-        def open_session(folder: Path) -> Any:
-            try:
-                return ort.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # ONNX Runtime's exceptions share no public base class
-                raise UnavailableError(
-                    f"ONNX Runtime can't load {FILE} in {self.folder}: {error}; {_SAVE_AGAIN}"
-                ) from error
-
-        return self.source.open_with(open_session) if self.source else open_session(self.folder)
-
-
-def _check_names(names: Sequence[str]) -> list[str]:
-    if isinstance(names, str):
-        raise IosrFastError(f"expected a list of class names, got the string {names!r}; put it into a list")
-    for name in names:
-        if not isinstance(name, str):
-            raise IosrFastError(f"expected class names as strings, got {name!r} of type {type(name).__name__}")
-    if not len(names):
-        raise IosrFastError("expected at least one class name, got none")
-    return list(names)
+        file = TOKENIZER_FILE
+        try:
+            # Facts of older versions lack "clean": they wrote no other tokenizers.
+            tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(folder / file)), self.facts.get("clean", "lower"))
+            file = FILE
+            return tokenizer, ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the packages' exceptions share no public base class
+            raise UnavailableError(
+                f"can't load {file} in {folder}: {error}; save the classifier again with its CLIP at hand"
+            ) from error

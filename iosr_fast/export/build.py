@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec.structs import asdict
 
 from iosr_fast.encoders.engine_folder import (
     ENGINE_KIND,
@@ -269,8 +270,7 @@ def _encoders(folder: Path, facts: dict[str, Any]) -> Iterator[tuple[str, Batche
 def _compile(folder: Path, facts: dict[str, Any], runtime: str) -> BatchedEncoder | None:
     """Compile encoder.onnx for this machine and add the plan to `facts`; returns its encoder if this GPU can run it."""
     plan_target = target(runtime)
-    data, built = build_plan(folder / ONNX_FILE, runtime, facts["max_batch"])
     (folder / plan_target.file).parent.mkdir(exist_ok=True)
-    (folder / plan_target.file).write_bytes(data)
-    facts["plans"][plan_target.file] = {**plan_target.facts(), "precision": facts["precision"], **built}
+    (folder / plan_target.file).write_bytes(build_plan(folder / ONNX_FILE, runtime, facts["max_batch"]))
+    facts["plans"][plan_target.file] = {**asdict(plan_target), "precision": facts["precision"]}
     return TensorRTEncoder(folder, facts, runtime) if unavailable_reason(runtime) is None else None

@@ -87,7 +87,7 @@ def open_pretrained(
     Names, files and the architecture are checked before the CLIP is loaded or downloaded. `shown`: show a progress bar.
     """
     from iosr_fast.clip.adapter import check_belongs
-    from iosr_fast.encoders.engine_folder import ENGINE_KIND, ONNX_RUNTIMES, check_engine, check_runtime
+    from iosr_fast.encoders.engine_folder import ENGINE_KIND, ONNX_RUNTIMES, check_engine, choose_runtime, runtimes_of
     from iosr_fast.encoders.runtimes import open_engine
     from iosr_fast.export.build import LAYOUT, write_engine
     from iosr_fast.export.check import calibration_pictures
@@ -104,7 +104,7 @@ def open_pretrained(
         check_engine(source)
         if adapter not in ("auto", None):
             _check_source(source.manifest, adapter=adapted_by)
-    check_runtime(runtime)
+        runtime = choose_runtime(runtime, runtimes_of(source.manifest))
     with progress(f"load {model}", None, shown=shown):
         clip = load_clip(model, pretrained)
     if source is not None:

@@ -153,7 +153,7 @@ def load_bundle(
         raise refused(folder, str(error)) from error
     text = None
     if facts.text is not None:
-        text = TextEncoder(folder.folder / TEXT, folder.manifest["text"], threads, folder.part(TEXT))
+        text = TextEncoder(folder.part(TEXT), folder.manifest["text"], threads)
     known = facts.integer_labels, facts.engine_choice
     return Bundle(head, views, engine.folder, facts.encoder_fingerprint, text, engine, *known)
 

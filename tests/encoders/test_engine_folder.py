@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import asdict
 
 from iosr_fast.encoders import engine_folder
 from iosr_fast.encoders.engine_folder import Target, choose_runtime, has_plain_form, target, unavailable_reason
@@ -44,7 +45,6 @@ def installed(monkeypatch: pytest.MonkeyPatch, *names: str, gpu: Gpu | None = No
     [
         ("x86_64", ("openvino", "onnxruntime", "torch"), None, "openvino"),
         ("aarch64", ("openvino", "onnxruntime", "torch"), None, "onnxruntime"),
-        ("x86_64", ("onnxruntime", "torch"), None, "onnxruntime"),
         ("x86_64", ("openvino", "onnxruntime", "torch"), H100, "torch"),
         ("x86_64", ("openvino", "torch", "tensorrt", "tensorrt_rtx"), H100, "tensorrt"),
         ("x86_64", ("openvino", "torch", "tensorrt_rtx"), RTX, "tensorrt_rtx"),
@@ -75,6 +75,8 @@ def test_auto_opens_only_what_an_engine_was_built_for_and_logs_why(
         choose_runtime("torch", {"onnxruntime", "openvino"})
     with pytest.raises(ValueError, match="got 'tvm'"):
         choose_runtime("tvm")
+    with pytest.raises(ImportError, match=r"openvino is not installed \(pip install 'iosr_fast\[cpu\]'\)"):
+        choose_runtime("openvino")
 
 
 def test_the_plain_form_is_a_file_of_onnx_runtimes_and_a_part_of_pytorchs() -> None:
@@ -85,13 +87,9 @@ def test_the_plain_form_is_a_file_of_onnx_runtimes_and_a_part_of_pytorchs() -> N
     assert not has_plain_form({**facts, "first_adapted_block": None}, "torch")
 
 
-def test_plans_are_named_after_what_they_run_on() -> None:
-    assert HERE.file == "plans/tensorrt-nvidia-h100-80gb-hbm3-10.13.3.9.plan"
-    assert str(HERE) == "NVIDIA H100 80GB HBM3 (compute capability 9.0) with tensorrt 10.13.3.9"
-    assert target_of(None, "1.7.1+local/1").file == "plans/tensorrt_rtx-any-1.7.1-local-1.plan"
-
-
 def test_a_target_is_the_installed_version_and_for_tensorrt_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert HERE.file == "plans/tensorrt-nvidia-h100-80gb-hbm3-10.13.3.9.plan"
+    assert target_of(None, "1.7.1+local/1").file == "plans/tensorrt_rtx-any-1.7.1-local-1.plan"
     monkeypatch.setattr(engine_folder, "require", lambda *_: SimpleNamespace(__version__="10.13.3.9"))
     monkeypatch.setattr(machine, "this_gpu", lambda: H100)
     assert target("tensorrt") == HERE and target("tensorrt_rtx") == target_of(None, "10.13.3.9")
@@ -99,8 +97,6 @@ def test_a_target_is_the_installed_version_and_for_tensorrt_the_gpu(monkeypatch:
     assert target("tensorrt_rtx") == target_of(None, "10.13.3.9")
     with pytest.raises(RuntimeError, match="PyTorch sees none here; build the engine on the machine that will run it"):
         target("tensorrt")
-    with pytest.raises(ValueError, match=r"expected one of \['tensorrt', 'tensorrt_rtx'\], got 'torch'"):
-        target("torch")
 
 
 @pytest.fixture(autouse=True)
@@ -115,18 +111,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write_folder(
-    folder: Path, *targets: Target, onnx: bytes = b"a graph", weights: bytes = b"", max_batch: int = 8
+    folder: Path, *targets: Target, onnx: bytes = b"a graph", weights: bytes = b"weights", max_batch: int = 8
 ) -> Path:
     """What open_plan reads of an engine: plans, which are never loaded here, the graph and its weights."""
     with new_folder(folder, "engine") as made:
         for one in targets:
             (made / "plans").mkdir(exist_ok=True)
             (made / one.file).write_bytes(f"for {one}".encode())
-        for name, content in (("encoder.onnx", onnx), ("encoder.weights", weights)):
-            if content:
-                (made / name).write_bytes(content)
-        facts = {"max_batch": max_batch, "plans": {one.file: one.facts() for one in targets}}
-        write_manifest(made, "engine", facts)
+        (made / "encoder.onnx").write_bytes(onnx)
+        (made / "encoder.weights").write_bytes(weights)
+        write_manifest(made, "engine", {"max_batch": max_batch, "plans": {one.file: asdict(one) for one in targets}})
     return folder
 
 
@@ -136,9 +130,9 @@ class Builder:
     def __init__(self) -> None:
         self.built: list[bytes] = []
 
-    def __call__(self, onnx: Path) -> tuple[bytes, dict[str, Any]]:
+    def __call__(self, onnx: Path) -> bytes:
         self.built.append(onnx.read_bytes())
-        return f"built {len(self.built)}".encode(), {}
+        return f"built {len(self.built)}".encode()
 
 
 def opened(folder: Path, wanted: Target, build: Any) -> bytes:
@@ -156,15 +150,7 @@ def test_the_plan_that_fits_is_taken_from_the_engine(tmp_path: Path, cache: Path
     assert not cache.exists()
 
 
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        HERE,
-        target_of(A100, "10.4.0"),
-        target_of(Gpu(A100.name, (8, 9)), "10.3.0"),
-        target_of(None, "10.3.0"),
-    ],
-)
+@pytest.mark.parametrize("wanted", [HERE, target_of(A100, "10.4.0"), target_of(None, "10.3.0")])
 def test_plans_for_others_are_named_and_one_is_built_once(
     wanted: Target, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,23 +170,22 @@ def test_a_kept_plan_depends_on_version_gpu_graph_weights_and_largest_batch(fold
     build = Builder()
     for wanted in (HERE, target_of(H100, "10.14"), target_of(RTX, HERE.version)):
         opened(folder, wanted, build)
-    for changed in ({"onnx": b"another"}, {"weights": b"these"}, {"weights": b"others"}, {"max_batch": 16}):
+    for changed in ({"onnx": b"another"}, {"weights": b"others"}, {"max_batch": 16}):
         opened(write_folder(tmp_path / "other", **changed), HERE, build)
-    assert len(build.built) == 7
-    opened(write_folder(tmp_path / "other", weights=b"these"), HERE, never)
+    assert len(build.built) == 6
+    opened(write_folder(tmp_path / "other", weights=b"others"), HERE, never)
 
 
-@pytest.mark.parametrize("content", [b"built 7", b"", None])
+@pytest.mark.parametrize("kept", [0, -1])
 def test_a_damaged_plan_in_the_cache_is_built_again(
-    content: bytes | None, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+    kept: int, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     build = Builder()
     opened(folder, HERE, build)
-    (kept,) = (cache / "plans").iterdir()
-    kept.write_bytes(kept.read_bytes()[:-1] + b"2" if content is None else content)
-    assert opened(folder, HERE, build) == b"built 2"
-    assert "the plan in the cache is damaged and built again" in caplog.text
-    assert opened(folder, HERE, never) == b"built 2"
+    (plan,) = (cache / "plans").iterdir()
+    plan.write_bytes(plan.read_bytes()[:kept])
+    assert opened(folder, HERE, build) == b"built 2" == opened(folder, HERE, never)
+    assert f"{plan} in the cache is damaged and compiled again" in caplog.text
 
 
 def test_a_cache_that_can_not_be_written_costs_time_only(
@@ -211,24 +196,19 @@ def test_a_cache_that_can_not_be_written_costs_time_only(
     assert ".plan can't be stored" in caplog.text and "IOSR_FAST_CACHE" in caplog.text
 
 
-def test_an_engine_without_a_plan_to_open_or_build_is_refused_with_all_reasons(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError) as refused:
-        opened(write_folder(tmp_path / "no graph", THERE, onnx=b""), HERE, never)
-    for words in (THERE.file, "A100", "10.3.0", f"this is {HERE}", "no encoder.onnx", "--runtime tensorrt"):
-        assert words in str(refused.value)
-
+def test_an_engine_without_a_plan_to_open_or_build_is_refused_with_all_reasons(folder: Path) -> None:
     def refusing(onnx: Path) -> bytes:
         raise RuntimeError("no tactic for MatMul")
 
     with pytest.raises(RuntimeError) as refused:
         opened(folder, HERE, refusing)
-    for words in (THERE.file, f"this is {HERE}", "no tactic for MatMul", "runtime='onnxruntime'"):
+    for words in (THERE.file, f"this is {HERE}", "no tactic for MatMul", "--runtime tensorrt", "runtime='onnxruntime'"):
         assert words in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "encoder.weights"])
 def test_no_plan_is_built_from_a_damaged_graph(name: str, tmp_path: Path, cache: Path) -> None:
-    folder = write_folder(tmp_path / "engine", weights=b"right")
+    folder = write_folder(tmp_path / "engine")
     (folder / name).write_bytes(b"wrong")
     with pytest.raises(ValueError, match=rf"{name} in .* does not match its manifest"):
         open_plan(folder, read_manifest(folder, "engine"), HERE, never)

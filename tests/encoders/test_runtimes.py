@@ -24,10 +24,8 @@ from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
-from iosr_fast.exceptions import IosrFastError  # noqa: E402
 from iosr_fast.export import build, pretrained  # noqa: E402
 from iosr_fast.export.build import add_plan, write_engine  # noqa: E402
-from iosr_fast.export.onnx import plain_graph  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
 from tests import ROOT  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
@@ -42,7 +40,7 @@ INSTALLED = ("onnxruntime", "torch", *(["openvino"] if find_spec("openvino") els
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A small engine for each runtime of the CPU, and one without an adapter."""
+    """A small engine for each runtime of the CPU."""
     folder, clip = tmp_path_factory.mktemp("engines"), small_clip()
     adapter = random_adapter(clip, 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +48,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for name in INSTALLED:
             precision = "bf16" if name == "openvino" else "fp32"
             write_engine(clip, adapter, folder / name, name, precision, MAX_BATCH)
-    write_engine(clip, None, folder / "plain", "torch", max_batch=MAX_BATCH)
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -61,24 +58,26 @@ def copied(engines: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("runtime", INSTALLED)
-def test_any_batch_has_the_embeddings_of_two_passes(engines: dict[str, Path], runtime: str) -> None:
-    encoder = open_engine(engines["torch" if runtime == "torch" else "onnxruntime"], runtime, threads=1)
-    assert (encoder.runtime, encoder.image_size, encoder.width, encoder.buckets) == (runtime, 32, 24, None)
+def test_any_batch_has_the_embeddings_of_two_passes_or_the_plain_one_alone(
+    engines: dict[str, Path], runtime: str
+) -> None:
+    folder = engines["torch" if runtime == "torch" else "onnxruntime"]
+    both, alone = (open_engine(folder, runtime, threads=1, adapted=adapted) for adapted in (True, False))
+    assert (both.runtime, both.image_size, both.width, both.buckets) == (runtime, 32, 24, None)
+    assert (both.adapted, alone.adapted) == (True, False) and both.fingerprint == alone.fingerprint
     clip, pixels = small_clip(), random_pixels(7, 32)
-    expected = two_passes(clip, random_adapter(clip, 1), pixels)
+    plain, adapted = two_passes(clip, random_adapter(clip, 1), pixels)
     for rows in (slice(0, 1), slice(0, 3), slice(0, 4), slice(0, 7), slice(6, None, -2)):  # MAX_BATCH is 3
         given = pixels[rows]
         given.setflags(write=False)
-        got = encoder.encode(given)
-        for rows_of, right in zip((got.plain, got.adapted), expected, strict=True):
-            assert rows_of is not None and rows_of.dtype == np.float32
-            np.testing.assert_allclose(rows_of, right[rows], atol=1e-5)
-
-
-def test_engines_of_the_same_embeddings_share_a_fingerprint(engines: dict[str, Path]) -> None:
-    torchs, onnxs, plain = (open_engine(engines[name]) for name in ("torch", "onnxruntime", "plain"))
-    assert torchs.fingerprint == onnxs.fingerprint != plain.fingerprint
-    assert plain.encode(random_pixels(4, 32)).adapted is None and not plain.adapted
+        for encoder in (both, alone):
+            got = encoder.encode(given)
+            assert got.plain.dtype == np.float32
+            np.testing.assert_allclose(got.plain, plain[rows], atol=1e-5)
+            if encoder.adapted:
+                np.testing.assert_allclose(got.adapted, adapted[rows], atol=1e-5)
+            else:
+                assert got.adapted is None
 
 
 def test_bf16_is_computed_where_it_was_built_for_and_the_processor_has_it(
@@ -97,10 +96,9 @@ def test_bf16_is_computed_where_it_was_built_for_and_the_processor_has_it(
 
 
 @pytest.mark.parametrize("runtime", [name for name in INSTALLED if name != "torch"])
-@pytest.mark.parametrize("runs", [1, 2])
-def test_threads_share_an_engine(runtime: str, runs: int, engines: dict[str, Path]) -> None:
-    encoder: Any = open_engine(engines["onnxruntime"], runtime, threads=1, runs=runs)
-    assert (encoder.parallel, encoder.runs, encoder.threads) == (True, runs, 1)
+def test_threads_share_an_engine(runtime: str, engines: dict[str, Path]) -> None:
+    encoder: Any = open_engine(engines["onnxruntime"], runtime, threads=1, runs=2)
+    assert (encoder.parallel, encoder.runs, encoder.threads) == (True, 2, 1)
     pixels = random_pixels(40, 32)
     expected = encoder.encode(pixels).plain
     with ThreadPoolExecutor(5) as pool:
@@ -108,8 +106,7 @@ def test_threads_share_an_engine(runtime: str, runs: int, engines: dict[str, Pat
             np.testing.assert_allclose(got, expected[i], atol=1e-6)
     if runtime == "openvino":
         names = ("NUM_STREAMS", "INFERENCE_NUM_THREADS")
-        assert [encoder._compiled.get_property(name) for name in names] == [runs, runs]
-        assert encoder._idle.qsize() == runs, "further threads wait"
+        assert [encoder._compiled.get_property(name) for name in names] == [2, 2]
 
 
 def test_threads_of_pytorch_are_given_back(engines: dict[str, Path]) -> None:
@@ -122,18 +119,17 @@ def test_threads_of_pytorch_are_given_back(engines: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pixels", "message"),
+    ("pixels", "got"),
     [
-        (np.zeros((2, 32, 32, 3), np.float32), "uint8 array .*got float32"),
-        ([[0]], "got list"),
-        (torch.zeros((2, 32, 32, 3), dtype=torch.uint8), "got Tensor"),
-        (np.zeros((2, 3, 32, 32), np.uint8), r"expected pixels of shape \(B, 32, 32, 3\).*\(2, 3, 32, 32\)"),
-        (np.zeros((0, 32, 32, 3), np.uint8), "B >= 1"),
-        (np.zeros((1, 64, 64, 3), np.uint8), "iosr_fast.images.preprocess"),
+        (np.zeros((2, 32, 32, 3), np.float32), "float32 of shape"),
+        (torch.zeros((2, 32, 32, 3), dtype=torch.uint8), "Tensor"),
+        (np.zeros((2, 3, 32, 32), np.uint8), r"uint8 of shape \(2, 3, 32, 32\); iosr_fast\.images\.preprocess"),
+        (np.zeros((0, 32, 32, 3), np.uint8), r"uint8 of shape \(0, "),
+        (np.zeros((), np.uint8), "uint8"),
     ],
 )
-def test_other_pixels_are_refused(engines: dict[str, Path], pixels: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_other_pixels_are_refused(engines: dict[str, Path], pixels: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=rf"a uint8 array \(B, 32, 32, 3\) with B >= 1, got {got}"):
         open_engine(engines["torch"]).encode(pixels)
 
 
@@ -148,39 +144,21 @@ def test_damaged_files_are_refused(copied: Path) -> None:
             open_engine(copied, runtime, verify=False)
 
 
-@pytest.mark.parametrize("runtime", INSTALLED)
-def test_without_adapted_only_the_plain_embedding_is_computed(engines: dict[str, Path], runtime: str) -> None:
-    folder, pixels = engines["torch" if runtime == "torch" else "onnxruntime"], random_pixels(4, 32)
-    both, plain = (open_engine(folder, runtime, threads=1, adapted=adapted) for adapted in (True, False))
-    assert (both.adapted, plain.adapted) == (True, False) and both.fingerprint == plain.fingerprint
-    np.testing.assert_allclose(plain.encode(pixels).plain, both.encode(pixels).plain, atol=1e-5)
-    assert plain.encode(pixels).adapted is None
-    if runtime == "torch":
-        weights: Any = plain
-        assert not any("down_proj" in name for name in weights._encoder.state_dict())
-
-
-@pytest.mark.parametrize(("first", "precision"), [(0, "fp32"), (2, "fp32"), (1, "int8"), (1, "fp16")])
+@pytest.mark.parametrize(("first", "precision"), [(0, "fp32"), (2, "int8"), (1, "fp16")])
 def test_the_plain_form_has_the_weights_and_the_cost_of_an_engine_without_an_adapter(
     first: int, precision: str, tmp_path: Path, exports_once: None
 ) -> None:
-    clip, pixels = small_clip(quick_gelu=first != 1), random_pixels(16, 32)
-    graphs = {}
+    clip, pixels, graphs = small_clip(quick_gelu=first != 1), random_pixels(16, 32), {}
     for name, adapter in (("both", random_adapter(clip, first)), ("without", None)):
         write_engine(clip, adapter, tmp_path / name, "onnxruntime", precision, 4, pixels)
         for file in (tmp_path / name).glob("*.onnx"):
             graphs[name, file.stem] = onnx.load(file, load_external_data=False).graph
     assert set(graphs) == {("both", "encoder"), ("both", "plain"), ("without", "encoder")}
-    both, plain = (open_engine(tmp_path / "both", "onnxruntime", adapted=adapted) for adapted in (True, False))
-    tolerance = 5e-4 if precision == "fp16" else 1e-5
-    np.testing.assert_allclose(plain.encode(pixels).plain, both.encode(pixels).plain, atol=tolerance)
     products = {name: sum(node.op_type in ("MatMul", "Gemm") for node in graph.node) for name, graph in graphs.items()}
     assert products["both", "plain"] == products["without", "encoder"] < products["both", "encoder"]
     large = {name: [str(t) for t in graph.initializer if t.external_data] for name, graph in graphs.items()}
     assert large["both", "plain"] and {*large["both", "plain"]} < {*large["both", "encoder"]}, "they share weights"
     assert not any("down_proj" in tensor or "up_proj" in tensor for tensor in large["both", "plain"])
-    with pytest.raises(IosrFastError, match="joins 0 and splits 0"):
-        plain_graph(onnx.load(tmp_path / "without" / "encoder.onnx", load_external_data=False))
 
 
 @pytest.mark.parametrize(
@@ -250,15 +228,11 @@ def test_the_cached_engine_is_built_again_where_it_is_damaged(
 
 
 OPENVINO_IN_THREADS = """
-import faulthandler, sys, threading
+import sys, threading
 import numpy as np
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from tests.conftest import signal_stack
 
-faulthandler.enable()
-before = signal_stack()
 core = openvino_core()
-assert core is openvino_core() and signal_stack() == before, (signal_stack(), before)
 import openvino
 from openvino import opset13
 pixels = opset13.parameter([1, 8], np.float32)
@@ -281,8 +255,7 @@ for thread in threads:
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the signal stack is asked for on Linux only")
-def test_openvino_is_safe_for_threads_and_signals() -> None:
+def test_threads_read_the_results_of_openvino_at_once() -> None:
     """Without the tensor that openvino_core reads, every third run of eight threads hangs."""
     pytest.importorskip("openvino")
     subprocess.run([sys.executable, "-c", OPENVINO_IN_THREADS], cwd=ROOT, check=True, timeout=60)

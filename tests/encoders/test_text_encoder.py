@@ -25,9 +25,6 @@ ort = pytest.importorskip("onnxruntime")
 open_clip = pytest.importorskip("open_clip")
 pytest.importorskip("onnxscript")
 pytest.importorskip("tokenizers")
-hypothesis = pytest.importorskip("hypothesis")
-
-from hypothesis import strategies as st  # noqa: E402
 
 from iosr_fast.classifier import Classifier  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_index  # noqa: E402
@@ -160,23 +157,6 @@ def test_classes_get_the_embeddings_that_torch_gives(demo: LoadedClip, encoder: 
     np.testing.assert_allclose(encoder.embed_classes(names, chosen), embed_classes(demo, names, chosen), atol=1e-5)
 
 
-PIECES = st.one_of(
-    st.text(max_size=8),
-    st.characters(codec=None, categories=("L", "N", "M", "P", "S", "Zs", "Cc", "Cf", "Cs")),
-    st.sampled_from(
-        ["'s", "'S", "'\N{LATIN SMALL LETTER LONG S}", "'LL", "²", "ß", "İ", "Σ", "e\u0301", "\u0345", "<", "_"]
-    ),
-    st.sampled_from(["&amp;", "&#39;", "&lt;", "&eacute", ";amp;", "Ã©", "â€™", "\x1b[0m", "\ud83d", "\udc08"]),
-    st.sampled_from([" ", "  ", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2028", "\u3000", "\u200b"]),
-)
-
-
-@hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@hypothesis.given(text=st.lists(PIECES, max_size=12).map("".join))
-def test_any_text_is_read_as_open_clip_reads_it(demo: LoadedClip, encoder: TextEncoder, text: str) -> None:
-    np.testing.assert_array_equal(encoder.tokenize([text]), demo.tokenizer([text]).numpy())
-
-
 def test_characters_of_every_kind_are_read_as_open_clip_reads_them(demo: LoadedClip, encoder: TextEncoder) -> None:
     """Alone, between letters and twice: shows whether both take a character for a letter, a number, a space or else."""
     sample = [*range(0x600), *range(0x600, 0x33480, 31), *range(0x33480, 0x110000, 997)]
@@ -187,13 +167,12 @@ def test_characters_of_every_kind_are_read_as_open_clip_reads_them(demo: LoadedC
 @pytest.mark.parametrize(
     ("names", "templates", "told"),
     [
-        ([], None, "at least one class name, got none"),
-        ("cat", None, "a list of class names, got the string 'cat'"),
+        ([], None, r"a list of at least one class name, got \[\]"),
+        ("cat", None, "a list of at least one class name, got 'cat'"),
         (["cat", " \n&nbsp;"], None, "at least one visible character"),
-        (["cat", 3], None, "class names as strings, got 3 of type int"),
+        (["cat", 3], None, "class names as strings .*, got 3"),
         (["cat"], [], "one to 1,000 templates, got "),
         (["cat"], ["a {}", "a photo"], r"expected templates with \{\} where the class name goes, got 'a photo'"),
-        (["a <END_OF_TEXT> b"], None, r"without the tokenizer's special token <end_of_text>"),
         (["&lt;start_of_text&gt;"], None, r"without the tokenizer's special token <start_of_text>"),
     ],
 )
@@ -290,8 +269,7 @@ def test_wrong_tokens_and_wrong_embeddings_are_refused(
         ({"vocab_size": 64}, {}, "a vocabulary of 64 for 49408 tokens"),
         ({}, {"context_length": 77}, "a context of 12 for rows of 77"),
         ({"vocab_size": 49409}, {"additional_special_tokens": ["<mask>"]}, "special tokens of its own"),
-        ({}, {"clean": "whitespace"}, "a tokenizer that does not lower the case"),
-        ({}, {"reduction_mask": "simple"}, "or drops tokens"),
+        ({}, {"clean": "whitespace"}, "a tokenizer that does not lower the case, or drops tokens"),
     ],
 )
 def test_other_text_encoders_are_refused_by_name(

@@ -24,8 +24,6 @@ from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
-__all__ = ["choose_runtime", "open_engine"]
-SEVEN_BITS = 3  # the version of the quantiser from which int8 weights have seven bits
 ENCODERS: dict[str, Any] = {"onnxruntime": OnnxRuntimeEncoder, "openvino": OpenVINOEncoder, "torch": TorchEncoder}
 log = logging.getLogger(__name__)
 
@@ -73,23 +71,17 @@ def open_engine(
         source.check()
     manifest = source.manifest
     runtime = choose_runtime(runtime, runtimes_of(manifest))
-    if runtime in ONNX_RUNTIMES and (manifest.get("quantised") or {}).get("version", SEVEN_BITS) < SEVEN_BITS:
+    if runtime in ONNX_RUNTIMES and (manifest.get("quantised") or {}).get("version", 3) < 3:
         log.warning(
             "the engine in %s has int8 weights of 8 bits, whose sums overflow on processors without VNNI: embeddings "
             "may be wrong; build it again, with weights of 7 bits",
             source.folder,
         )
-    if not adapted and not has_plain_form(manifest, runtime):
-        if manifest["first_adapted_block"] is not None:
-            log.info("the engine in %s has no plain form for %s, so both streams run", source.folder, runtime)
-        adapted = True
+    adapted = adapted or not has_plain_form(manifest, runtime)
 
-    def open_folder(path: Path) -> BatchedEncoder:
-        if runtime in EXTRAS:
-            return TensorRTEncoder(path, manifest, runtime)
-        encoder: BatchedEncoder = ENCODERS[runtime](path, manifest, threads, runs, adapted)
-        return encoder
-
-    encoder = source.open_with(open_folder)
+    if runtime in EXTRAS:
+        encoder: BatchedEncoder = source.open_with(lambda path: TensorRTEncoder(path, manifest, runtime))
+    else:
+        encoder = source.open_with(lambda path: ENCODERS[runtime](path, manifest, threads, runs, adapted))
     encoder.source = source
     return encoder

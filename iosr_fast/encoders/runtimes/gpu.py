@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,6 @@ import numpy as np
 from iosr_fast.utils.require import require
 
 log = logging.getLogger(__name__)
-
-
-def powers_of_two(largest: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and `largest`: every batch fills at least half of its bucket."""
-    return tuple(sorted({1 << power for power in range(largest.bit_length())} | {largest}))
 
 
 class GpuRuns:
@@ -36,7 +32,8 @@ class GpuRuns:
 
     def __init__(self, launch: Callable[[Any], Any], shape: tuple[int, ...]) -> None:
         self._launch, self._lock = launch, threading.Lock()
-        self.buckets = powers_of_two(shape[0])
+        # Every batch fills at least half of its bucket.
+        self.buckets = tuple(sorted({1 << power for power in range(shape[0].bit_length())} | {shape[0]}))
         self._torch = torch = require("torch", "gpu")
         self._device = torch.device("cuda", torch.cuda.current_device())  # threads may have another current device
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -72,7 +69,7 @@ class GpuRuns:
             if size in self._graphs:
                 return
             try:
-                launch = lambda: self._launch(self._pixels[:size])  # noqa: E731
+                launch = partial(self._launch, self._pixels[:size])
                 self._graphs[size] = record_graph(launch, self._stream, self._pool)
             except RuntimeError as error:
                 log.warning("batches of %d run without a CUDA graph, which can't be recorded: %s", size, error)

@@ -7,33 +7,26 @@ one path.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.engine_folder import EXTRAS, target, unavailable_reason
+from iosr_fast.encoders.engine_folder import EXTRAS, Target, target, unavailable_reason
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.plan_cache import open_plan
-from iosr_fast.encoders.runtimes.tensorrt_rtx import KernelCache
+from iosr_fast.encoders.runtimes.plan_cache import CachedFile, open_plan
 from iosr_fast.exceptions import UnavailableError
+from iosr_fast.utils.machine import this_gpu
 from iosr_fast.utils.require import require
 
 log = logging.getLogger(__name__)
 
 
-def build_plan(onnx_path: Path, runtime: str, max_batch: int) -> tuple[bytes, dict[str, Any]]:
+def build_plan(onnx_path: Path, runtime: str, max_batch: int) -> bytes:
     """Compile an ONNX file with the dynamic input "pixels" (batch, S, S, 3) into a plan for 1 to `max_batch` pictures.
 
     TensorRT-RTX needs no GPU for this and completes the plan at run time; TensorRT needs the GPU that will run the
-    plan. Returns the plan and its facts: max_batch, build_seconds and bytes. Raises RuntimeError with the message of
-    the parser or the builder.
+    plan. Raises RuntimeError with the message of the parser or the builder.
     """
-    started = time.perf_counter()
     name = f"{runtime} {target(runtime).version}"
     trt: Any = require(runtime, EXTRAS[runtime])
     logger = _logger(trt)
@@ -53,8 +46,7 @@ def build_plan(onnx_path: Path, runtime: str, max_batch: int) -> tuple[bytes, di
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UnavailableError(f"{name} built no plan: {'; '.join(logger.errors) or 'no reason given'}")
-    seconds = round(time.perf_counter() - started, 2)
-    return bytes(plan), {"max_batch": max_batch, "build_seconds": seconds, "bytes": plan.nbytes}
+    return bytes(plan)
 
 
 def optimization_profiles(builder: Any, picture: tuple[int, ...], max_batch: int) -> list[Any]:
@@ -99,24 +91,15 @@ class TensorRTEncoder(BatchedEncoder):
         self._contexts: dict[int, Any] = {}
         self.use_gpu(self._launch)
 
-    def warm(self, sizes: Iterable[int] | None = None) -> None:
-        super().warm(sizes)
-        if self._kernels is not None:
-            self._kernels.save()
-
-    def encode_on_device(self, pixels: np.ndarray) -> Embeddings:
-        embeddings = super().encode_on_device(pixels)
-        if self._kernels is not None and not self._kernels.saved:
-            self._kernels.save()
-        return embeddings
-
     def _launch(self, pixels: Any) -> list[Any]:
-        """Launch on the current stream; the first launch of a size creates its context."""
+        """Launch on the current stream; the first launch of a size creates its context and compiles RTX's kernels."""
         size, stream = len(pixels), self._torch.cuda.current_stream().cuda_stream
-        if size not in self._contexts:
+        if first := size not in self._contexts:
             self._contexts[size] = self._new_context(pixels, stream)
         if not self._contexts[size].execute_async_v3(stream):
             raise RuntimeError(f"{self.runtime} failed on {size} pictures: {'; '.join(self._logger.errors)}")
+        if first and self._kernels is not None:
+            self._kernels.save()
         return self._results
 
     def _new_context(self, pixels: Any, stream: int) -> Any:
@@ -124,18 +107,37 @@ class TensorRTEncoder(BatchedEncoder):
         if context is None:
             raise RuntimeError(f"{self.runtime} can't prepare the plan: {'; '.join(self._logger.errors)}")
         context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
-        accepted = context.set_optimization_profile_async(self._profile(len(pixels)), stream)
+        # The first profile is for one picture, if there is a second; plans of version 0.2 have one for all.
+        profile = min(len(pixels), self._engine.num_optimization_profiles) - 1
+        accepted = context.set_optimization_profile_async(profile, stream)
         for name, buffer in zip(("pixels", *self.outputs), (pixels, *self._results), strict=True):
             accepted = accepted and context.set_tensor_address(name, buffer.data_ptr())
         if not (accepted and context.set_input_shape("pixels", tuple(pixels.shape))):
             raise RuntimeError(f"{self.runtime} refuses batches of {len(pixels)}: {'; '.join(self._logger.errors)}")
         return context
 
-    def _profile(self, size: int) -> int:
-        """The first optimization profile for a batch size. Plans of version 0.2 have one for all."""
-        indices = range(self._engine.num_optimization_profiles)
-        shapes = (self._engine.get_tensor_profile_shape("pixels", index) for index in indices)
-        return next(index for index, (least, _, most) in enumerate(shapes) if least[0] <= size <= most[0])
+
+class KernelCache:
+    """The kernels that TensorRT-RTX compiles at run time for an engine on this GPU, kept in the user's cache; `options`
+    of execution contexts that use and extend them."""
+
+    def __init__(self, trt: Any, engine: Any, target: Target, fingerprint: str) -> None:
+        self._file = CachedFile(target, "kernels", str(this_gpu()), fingerprint)
+        self.options = engine.create_runtime_config()
+        self.options.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # A graph would keep the general kernels that run until those for a shape are compiled.
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self.options.dynamic_shapes_kernel_specialization_strategy = eager
+        self._kernels, self._stored = self.options.create_runtime_cache(), self._file.read()
+        if self._stored is not None and not self._kernels.deserialize(self._stored):
+            log.warning("%s can't be read; its kernels are compiled again", self._file.path)
+        self.options.set_runtime_cache(self._kernels)
+
+    def save(self) -> None:
+        """Write the kernels if some were compiled since they were read or written."""
+        if (kernels := bytes(self._kernels.serialize())) != self._stored:
+            self._file.write(kernels)
+            self._stored = kernels
 
 
 def _logger(trt: Any) -> Any:
