@@ -34,6 +34,7 @@ class FakeGpu:
         self.recording: list[tuple[Callable[[], Any], Any]] | None = None
         self.records: list[list[tuple[Callable[[], Any], Any]]] = []
         self.replays, self.refuses, self.device = 0, False, 1
+        self.sizes: list[int] = []  # of the batches that were launched
         self.asked: set[Any] = set()  # devices whose current stream was asked for
         self.results_kept_for: list[Any] = []
 
@@ -41,6 +42,7 @@ class FakeGpu:
         """Call `run`, which returns output tensors, as work on the GPU."""
         assert self.current is not self.caller, "all runs are on the encoder's own stream"
         outputs = run()
+        self.sizes.append(len(outputs[0]))
         if self.recording is not None:
             if self.refuses:
                 raise RuntimeError("an operation waits for the device")

@@ -21,14 +21,14 @@ from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.encoders.engine_folder import Target, unavailable_reason  # noqa: E402
 from iosr_fast.encoders.runtimes import gpu, open_engine, tensorrt  # noqa: E402
 from iosr_fast.encoders.runtimes import torch as torch_runtime  # noqa: E402
-from iosr_fast.encoders.runtimes.batched import BatchedEncoder  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder, build_plan, optimization_profiles  # noqa: E402
 from iosr_fast.encoders.runtimes.torch import TorchEncoder  # noqa: E402
 from iosr_fast.export.build import write_engine  # noqa: E402
+from iosr_fast.utils.manifest import read_manifest  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.encoders.fake_gpu import FakeGpu, Stream  # noqa: E402
 
-SIZE, WIDTH = 4, 3
+FACTS = {"image_size": 4, "width": 3, "fingerprint": "f" * 64, "max_batch": 6, "first_adapted_block": 1}
 
 
 @pytest.fixture
@@ -41,103 +41,70 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return fake
 
 
-def manifest(max_batch: int, **facts: Any) -> dict[str, Any]:
-    return {
-        "image_size": SIZE,
-        "width": WIDTH,
-        "fingerprint": "f" * 64,
-        "max_batch": max_batch,
-        "first_adapted_block": 1,
-        **facts,
-    }
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    clip, folder = small_clip(), tmp_path_factory.mktemp("engine") / "engine"
+    write_engine(clip, random_adapter(clip, 1), folder, "torch", max_batch=6)
+    return folder
 
 
-def pictures(n: int) -> np.ndarray:
-    return random_pixels(n, SIZE)
+@pytest.fixture
+def encoder(engine: Path, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> TorchEncoder:
+    """PyTorch's encoder for batches of up to 6, on the stand-in for a GPU."""
+    on_gpu = lambda module: lambda pixels: fake_gpu.launch(lambda: module(pixels))  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "cuda", on_gpu)
+    return TorchEncoder(engine, read_manifest(engine, "engine"))
 
 
-def mean_colours(pixels: Any) -> tuple[Any, Any]:
-    means = pixels.float().mean((1, 2))
-    return means, -means
-
-
-class MeanColour(BatchedEncoder):
-    """Runs on a stand-in for a GPU; `ran` are the batch sizes that were launched."""
-
-    def __init__(self, max_batch: int, gpu: FakeGpu) -> None:
-        super().__init__(manifest(max_batch), "fake")
-        self.ran: list[int] = []
-
-        def launch(pixels: Any) -> Any:
-            self.ran.append(len(pixels))
-            return gpu.launch(lambda: mean_colours(pixels))
-
-        self.use_gpu(launch)
-
-
-def check_mean_colours(encoder: BatchedEncoder, batch: int) -> None:
-    pixels = pictures(batch)
-    there = encoder.encode_on_device(pixels)
-    encoder.encode(pictures(encoder.max_batch))  # whose run overwrites the memory of the runs before it
+def check_embeddings(encoder: TorchEncoder, batch: int) -> None:
+    pixels, clip = random_pixels(14, 32), small_clip()
+    there = encoder.encode_on_device(pixels[:batch])
+    encoder.encode(pixels[::-1][:6])  # overwrites the memory of the runs before it
     assert isinstance(there.plain, torch.Tensor)
-    found = there.to_numpy()
-    np.testing.assert_allclose(found.plain, pixels.mean((1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(found.adapted, -found.plain)
+    expected = two_passes(clip, random_adapter(clip, 1), pixels[:batch])
+    for got, right in zip(vars(there.to_numpy()).values(), expected, strict=True):
+        np.testing.assert_allclose(got, right, atol=1e-5)
 
 
-def test_batches_are_split_padded_to_powers_of_two_and_cut_again(fake_gpu: FakeGpu) -> None:
-    buckets = [MeanColour(largest, fake_gpu).buckets for largest in (1, 8, 12)]
+def test_batches_are_split_padded_to_powers_of_two_and_cut_again(
+    engine: Path, encoder: TorchEncoder, fake_gpu: FakeGpu
+) -> None:
+    facts = read_manifest(engine, "engine")
+    buckets = [TorchEncoder(engine, facts | {"max_batch": largest}).buckets for largest in (1, 8, 12)]
     assert buckets == [(1,), (1, 2, 4, 8), (1, 2, 4, 8, 12)]
-    encoder = MeanColour(6, fake_gpu)
-    for batch, runs in ((1, [1]), (3, [4]), (14, [6, 6, 2])):
-        encoder.ran.clear()
-        check_mean_colours(encoder, batch)
-        assert encoder.ran[: len(runs)] == runs
+    for batch, sizes in ((1, [1]), (3, [4]), (14, [6, 6, 2])):
+        fake_gpu.sizes.clear()
+        check_embeddings(encoder, batch)
+        assert fake_gpu.sizes[: len(sizes)] == sizes
 
 
 @pytest.mark.parametrize("refuses", [False, True])
 def test_warm_sizes_replay_a_graph_and_return_copies(
-    refuses: bool, fake_gpu: FakeGpu, caplog: pytest.LogCaptureFixture
+    refuses: bool, encoder: TorchEncoder, fake_gpu: FakeGpu, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encoder, fake_gpu.refuses = MeanColour(6, fake_gpu), refuses
+    fake_gpu.refuses = refuses
     with pytest.raises(ValueError, match=r"batch sizes of 1 to 6, got \[0, 7\]"):
         encoder.warm([0, 1, 7])
-    check_mean_colours(encoder, 5)
+    check_embeddings(encoder, 5)
     assert not fake_gpu.records, "nothing is recorded before warm"
     encoder.warm()
     encoder.warm([3])
     assert len(fake_gpu.records) == (0 if refuses else len(encoder.buckets or ()))
     before = fake_gpu.replays
     for batch in (1, 2, 3, 6, 9):
-        check_mean_colours(encoder, batch)
+        check_embeddings(encoder, batch)
     assert (fake_gpu.replays > before) == (not refuses)
     assert ("run without a CUDA graph, which can't be recorded: an operation waits" in caplog.text) == refuses
     assert fake_gpu.current is fake_gpu.caller
 
 
-def test_the_callers_stream_of_the_encoders_device_waits_for_results(fake_gpu: FakeGpu) -> None:
-    encoder = MeanColour(6, fake_gpu)
+def test_the_callers_stream_of_the_encoders_device_waits_for_results(encoder: TorchEncoder, fake_gpu: FakeGpu) -> None:
     fake_gpu.device = 0  # the thread's own, after the encoder was opened on 1
-    encoder.encode_on_device(pictures(2))
+    encoder.encode_on_device(random_pixels(2, 32))
     assert fake_gpu.asked == {None, ("cuda", 1)}
     (stream,) = fake_gpu.caller.waited
     assert isinstance(stream, Stream) and stream.waited == [fake_gpu.caller], "weights are written before the first run"
     assert fake_gpu.results_kept_for == [fake_gpu.caller] * 2
-
-
-def test_pytorch_replays_its_encoder(fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip, pixels, folder = small_clip(), random_pixels(9, 32), tmp_path / "engine"
-    adapter = random_adapter(clip, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch_runtime, "require", lambda module, extra: torch)
-        facts = write_engine(clip, adapter, folder, "torch", max_batch=6)
-    on_gpu = lambda module: lambda pixels: fake_gpu.launch(lambda: module(pixels))  # noqa: E731
-    monkeypatch.setattr(torch.nn.Module, "cuda", on_gpu)
-    encoder = TorchEncoder(folder, facts)
-    encoder.warm()
-    for got, right in zip(vars(encoder.encode(pixels)).values(), two_passes(clip, adapter, pixels), strict=True):
-        np.testing.assert_allclose(got, right, atol=1e-5)
-    assert fake_gpu.replays == 4 + 2, "four sizes; 9 pictures are 6 and 3"
 
 
 class Context:
@@ -188,7 +155,7 @@ class TensorRT:
 def open_plan_of(
     request: pytest.FixtureRequest, fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    """Opens an engine of mean colours, with a plan for this machine."""
+    """Opens an engine of pictures of 4 x 4 pixels, with a plan for this machine."""
     here = Target(runtime=request.param, version="10.1", gpu="RTX 4090", compute_capability="8.9")
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tensorrt, "unavailable_reason", lambda runtime: None)
@@ -198,7 +165,7 @@ def open_plan_of(
 
     def opened(trt: TensorRT) -> TensorRTEncoder:
         monkeypatch.setattr(tensorrt, "require", lambda module, extra: fake_gpu.torch if module == "torch" else trt)
-        return TensorRTEncoder(tmp_path, manifest(6, plans={here.file: asdict(here)}), request.param)
+        return TensorRTEncoder(tmp_path, FACTS | {"plans": {here.file: asdict(here)}}, request.param)
 
     return opened
 
@@ -211,11 +178,11 @@ def test_each_batch_size_of_a_plan_has_one_context_with_its_profile_and_one_grap
     trt = TensorRT(profiles)
     encoder = open_plan_of(trt)
     for batch in (1, 3, 8):
-        assert encoder.encode(pictures(batch)).adapted.shape == (batch, WIDTH)
+        assert encoder.encode(random_pixels(batch, 4)).adapted.shape == (batch, 3)
     encoder.warm()
     encoder.warm()
     calls = sorted((context.calls for context in trt.contexts), key=lambda calls: calls["set_input_shape"])
-    assert [call["set_input_shape"] for call in calls] == [[("pixels", (size, SIZE, SIZE, 3))] for size in (1, 2, 4, 6)]
+    assert [call["set_input_shape"] for call in calls] == [[("pixels", (size, 4, 4, 3))] for size in (1, 2, 4, 6)]
     stream = Stream.cuda_stream
     assert [call["set_optimization_profile_async"] for call in calls] == [[(index, stream)] for index in chosen]
     assert all(set(call["execute_async_v3"]) == {(stream,)} for call in calls) and len(fake_gpu.records) == 4
@@ -230,7 +197,7 @@ def test_compiled_kernels_are_kept_in_the_cache_and_never_in_the_engine(
     trt = TensorRT()
     runtime = open_plan_of(trt).runtime
     assert not list(tmp_path.rglob("*.kernels")), "none are compiled before the first run"
-    open_plan_of(trt).encode(pictures(1))
+    open_plan_of(trt).encode(random_pixels(1, 4))
     kept = list(tmp_path.rglob("*.kernels"))
     assert len(kept) == (runtime == "tensorrt_rtx") and all(path.is_relative_to(tmp_path / "cache") for path in kept)
     if kept:
@@ -272,9 +239,9 @@ def test_a_plan_has_a_profile_for_one_picture_and_one_for_batches(
 ) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    profiles = optimization_profiles(builder, (SIZE, SIZE, 3), max_batch)
+    profiles = optimization_profiles(builder, (4, 4, 3), max_batch)
     shapes = [[tuple(shape) for shape in profile.get_shape("pixels")] for profile in profiles]
-    assert shapes == [[(size, SIZE, SIZE, 3) for size in sizes] for sizes in expected]
+    assert shapes == [[(size, 4, 4, 3) for size in sizes] for sizes in expected]
     caplog.set_level(logging.INFO, tensorrt.__name__)
     assert len(build_plan(write_onnx(tmp_path / "relu.onnx", "Relu"), "tensorrt_rtx", max_batch)) > 10_000
     assert "1 output network tensor" in caplog.text  # TensorRT's own words, in Python's logging

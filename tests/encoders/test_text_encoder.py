@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -90,17 +89,13 @@ def encoder(exported: Exported) -> TextEncoder:
 
 
 @pytest.fixture(autouse=True)
-def _tidy(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, some of the demo's names in place of all in the check of an export, and open_clip's own models."""
+def _tidy(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of the demo's names in place of all in the check of an export, and open_clip's own models."""
     some = {"concepts": load_index()["concepts"][:20]}
     monkeypatch.setattr(module, "load_index", lambda: some)
     factory = open_clip.factory
     monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
     monkeypatch.setattr(factory, "_MODEL_CONFIGS", deepcopy(factory._MODEL_CONFIGS))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def family(name: str, folder: Path) -> LoadedClip:
