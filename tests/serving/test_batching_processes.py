@@ -252,17 +252,17 @@ def test_decoders_that_cannot_start_again_show_and_do_not_spin(monkeypatch: pyte
     start = processes._interpreter
     with BatchingClassifier(FakeClassifier(), decode_threads=1, isolated=True) as batching:
         assert labels([batching.submit(GREY)]) == [7] and batching.healthy
-        monkeypatch.setattr(processes, "_MAIN", "raise ImportError('gone')")
-        monkeypatch.setattr(processes, "_interpreter", lambda *a: (started.append(time.monotonic()), start(*a))[1])
-        os.kill(pid_of(decoders_of(batching)[0]), signal.SIGKILL)
-        first = batching.submit(GREY)
-        assert isinstance(first.exception(PATIENCE_S), RuntimeError | BadImageError)
-        until(lambda: not batching.healthy)
-        assert "gone" in str(batching.last_error)
-        waits = batching.submit(GREY)
-        time.sleep(0.5)
-        assert len(started) <= 5 and not waits.done()
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:  # ends before the close, which waits for a decoder
+            patch.setattr(processes, "_MAIN", "raise ImportError('gone')")
+            patch.setattr(processes, "_interpreter", lambda *a: (started.append(time.monotonic()), start(*a))[1])
+            os.kill(pid_of(decoders_of(batching)[0]), signal.SIGKILL)
+            first = batching.submit(GREY)
+            assert isinstance(first.exception(PATIENCE_S), RuntimeError | BadImageError)
+            until(lambda: not batching.healthy)
+            assert "gone" in str(batching.last_error)
+            waits = batching.submit(GREY)
+            time.sleep(0.5)
+            assert len(started) <= 5 and not waits.done()
         assert labels([waits]) == [7] and batching.healthy
 
 
