@@ -1,4 +1,4 @@
-"""Shared by the tests: plans and embeddings to score, and a clean choice of implementation for each test."""
+"""Shared by the tests: plans and embeddings to score, and a clean choice of backend for each test."""
 
 from __future__ import annotations
 
@@ -125,12 +125,15 @@ def exports_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _free_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No implementation is forced from outside, and none is remembered from another test."""
+    """No backend is forced from outside, and none is remembered from another test."""
     monkeypatch.delenv("IOSR_FAST_IMPL", raising=False)
     monkeypatch.delenv("IOSR_FAST_SIMD", raising=False)
     dispatch._best.cache_clear()
     yield
     dispatch._best.cache_clear()
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None  # once: a test may replace ctypes.CDLL
 
 
 class _SignalStack(ctypes.Structure):
@@ -140,7 +143,7 @@ class _SignalStack(ctypes.Structure):
 def signal_stack() -> tuple[int, int, int]:
     """(address, flags, bytes) of the calling thread's signal stack. Linux only."""
     stack = _SignalStack()
-    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+    _LIBC.sigaltstack(None, ctypes.byref(stack))
     return stack.sp or 0, stack.flags, stack.size
 
 

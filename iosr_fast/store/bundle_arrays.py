@@ -56,7 +56,7 @@ TABLE: dict[str, dict[str, Array]] = {
         "key_scales": Array("plan.key_scales", "float32", "N"),
         "query_transform": Array("plan.query_transform", "float32", "D D"),
         "weights": Array("plan.weights", "float32", "N"),
-        "values": Array("plan.values", "float32", "N C"),
+        "values": Array("plan.values", "float32|float16", "N C"),
         "linear": Array("plan.linear", "float32", "C D|C D2|C C1"),
         "bias": Array("plan.bias", "float32", "C"),
         "reducer.shift": Array("head.config.reducer.shift", "float32", "D"),

@@ -258,7 +258,7 @@ def test_a_client_that_goes_frees_its_places() -> None:
         client.run(
             client.app({**scope, "http_version": "1.1", "scheme": "http", "server": ("test", 80)}, receive, send)
         )
-        assert client.service.batching.pending == 1
+        wait_until(lambda: client.service.batching.pending == 1)
         gate.open()
         assert held.result(20).status_code == 200
 

@@ -40,7 +40,7 @@ def test_a_loaded_bundle_equals_the_saved_head(
             made.remove_examples(made.examples("motif 1")[:1])
         made.save(tmp_path / "bundle")
         with monkeypatch.context() as patch:  # int8 codes are stored, not searched again
-            patch.setattr("iosr_fast.scoring.plan.compact_int8", lambda *_: pytest.fail("codes were searched"))
+            patch.setattr("iosr_fast.scoring.plan.int8_keys", lambda *_: pytest.fail("codes were searched"))
             loaded, head = load_bundle(tmp_path / "bundle"), made.snapshot()
         assert fingerprint(loaded.head) == fingerprint(head) and loaded.head.version == head.version
         assert loaded.head.examples.pictures == head.examples.pictures
