@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 SUBJECTS = {
     "encoder": "Times of both embeddings of a batch (b). `-sN`: adapters from block N on.",
     "precision": "Times of the encoder in fewer bits; the cosine to fp32 is the smallest of all pictures.",
-    "score": "Times of scoring: queries (q), keys (k), width (d), classes (c).",
+    "score": "Times of scoring: queries (q), keys (k), width (d), classes (c); keys with values or classes.",
     "pipeline": "Times of folders of JPEG files to labels.",
     "cold-start": "Times from the start of a process to its first label.",
     "classifier": "Times of pictures in memory to labels of 100 classes.",
