@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score
 
-from benchmarks.claims import audit, joint, labels, suggest, texts, unknown
+from benchmarks.claims import audit, joint, key_precision, labels, suggest, texts, unknown
 from benchmarks.claims.claim import Claim, fit, rows_of
 from iosr_fast import Embeddings
 from iosr_fast.evaluation.features import read_features
@@ -20,7 +20,7 @@ from tests.conftest import unit_rows
 pytestmark = pytest.mark.slow
 
 CLASSES, WIDTH, EACH = 8, 16, 15
-CLAIMS = {module.CLAIM.name: module.CLAIM for module in (audit, joint, suggest, texts, unknown)}
+CLAIMS = {module.CLAIM.name: module.CLAIM for module in (audit, joint, key_precision, suggest, texts, unknown)}
 
 
 @pytest.fixture
