@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,15 @@ PRODUCTS = ("torch-fp32", "torch-mm")  # which return no logits
 PAPERS_LIMIT_BYTES, PAPERS_LIMIT_GPU_BYTES = 2e9, 32e9
 
 Run = Callable[[], torch.Tensor]
+
+
+class _Inputs(NamedTuple):
+    """Tensors on the device: keys and queries of the cache term, and plain embeddings and texts."""
+
+    keys: torch.Tensor
+    query: torch.Tensor
+    plain: torch.Tensor
+    text: torch.Tensor
 
 
 def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> dict[str, Run]:
@@ -49,17 +59,11 @@ def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> d
     if device.is_gpu:
         rivals["torch-mm"] = _product(keys, query, device)
     of_plan = _with_classes if plan.values is None else _with_values
-    return {**of_plan(plan, keys, query, plain, text, device), **rivals}
+    return {**of_plan(plan, _Inputs(keys, query, plain, text)), **rivals}
 
 
-def _with_classes(
-    plan: ScoringPlan,
-    keys: torch.Tensor,
-    query: torch.Tensor,
-    plain: torch.Tensor,
-    text: torch.Tensor,
-    device: Device,
-) -> dict[str, Run]:
+def _with_classes(plan: ScoringPlan, inputs: _Inputs) -> dict[str, Run]:
+    keys, query, plain, text = inputs
     assert plan.class_offsets is not None
     counts = np.diff(plan.class_offsets)
     lengths = torch.from_numpy(counts).to(keys.device)
@@ -75,7 +79,7 @@ def _with_classes(
         return logits.mul_(plan.tau).add_(sums.T, alpha=plan.alpha)
 
     rivals: dict[str, Run] = {"eager-best": eager_best}
-    limit_bytes = PAPERS_LIMIT_GPU_BYTES if device.is_gpu else PAPERS_LIMIT_BYTES
+    limit_bytes = PAPERS_LIMIT_GPU_BYTES if keys.is_cuda else PAPERS_LIMIT_BYTES
     if 4.0 * len(keys) * (plan.n_classes + len(query)) <= limit_bytes:
         labels = torch.repeat_interleave(torch.arange(plan.n_classes, device=keys.device), lengths)
         onehot = torch.zeros(len(keys), plan.n_classes, dtype=keys.dtype, device=keys.device)
@@ -88,7 +92,7 @@ def _with_classes(
             return plan.tau * plain @ text.T + cache_logits * plan.alpha
 
         rivals["papers-formula"] = papers_formula
-    if device.is_gpu and len(set(counts.tolist())) == 1:  # a compiler fuses a sum of equal segments with exp
+    if keys.is_cuda and len(set(counts.tolist())) == 1:  # a compiler fuses a sum of equal segments with exp
         shape = (len(query), plan.n_classes, int(counts[0]))
 
         def fused(query: torch.Tensor, keys: torch.Tensor, plain: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -99,14 +103,8 @@ def _with_classes(
     return rivals
 
 
-def _with_values(
-    plan: ScoringPlan,
-    keys: torch.Tensor,
-    query: torch.Tensor,
-    plain: torch.Tensor,
-    text: torch.Tensor,
-    device: Device,
-) -> dict[str, Run]:
+def _with_values(plan: ScoringPlan, inputs: _Inputs) -> dict[str, Run]:
+    keys, query, plain, text = inputs
     values = as_tensor(plan.values).to(keys.device, keys.dtype)  # type: ignore[arg-type]
     affinity = torch.empty(len(query), len(keys), dtype=keys.dtype, device=keys.device)
 

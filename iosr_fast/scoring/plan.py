@@ -154,7 +154,7 @@ class ScoringPlan(PlanTerms):
     def with_key_precision(self, precision: Precision) -> ScoringPlan:
         """The same plan with its keys stored in `precision`: "fp32", "fp16", "bf16" or "int8".
 
-        Each key is normalised first, as rounding changes its norm. int8 keys get a query_transform
+        Keys that were rounded before are normalised first. int8 keys get a query_transform
         (key_precision.int8_keys), and values are stored in float16 (half_values), divided by their largest magnitude,
         which alpha is multiplied by. Raises IosrFastError without keys or for an unknown precision.
         """

@@ -188,6 +188,19 @@ def test_a_missing_or_old_package_is_answered_with_what_brings_it(
         dispatch._package_unavailable_reason.cache_clear()
 
 
+def test_without_the_extension_scoring_says_how_to_build_it(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "iosr_fast._C", None)
+    monkeypatch.delattr("iosr_fast._C")
+    dispatch.cpp_unavailable_reason.cache_clear()
+    try:
+        with pytest.raises(UnavailableError, match=r"can't be imported .*`pip install .` builds it"):
+            path_taken(rng)
+    finally:
+        dispatch.cpp_unavailable_reason.cache_clear()
+
+
 def test_a_backend_for_few_queries_refuses_many(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, "cuda", reason=None)
     with pytest.raises(UnavailableError, match="at most 16 embeddings at once, got 17; leave the choice open"):
