@@ -27,8 +27,8 @@ from benchmarks.pipeline import pixels_of
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.load import load_clip
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.files.stream import batch_sizes, choose_batch, choose_stage, encode_batches
 from iosr_fast.images.decode import CpuDecoder
-from iosr_fast.pipeline.stream import batch_sizes, choose_batch, choose_stage, encode_batches
 
 SHOTS = 8  # pictures a class
 PUBLIC_BATCH = 32

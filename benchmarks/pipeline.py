@@ -35,10 +35,10 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.clip.adapter import Adapter, random_adapter
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.files.stream import Stage, batch_sizes, choose_batch, choose_stage
 from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import open_image, resize_and_crop
-from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, choose_stage
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.utils.ordered import map_ordered
 

@@ -10,6 +10,11 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.files.evaluate import evaluate_images
+from iosr_fast.files.folder import FolderPredictions, predict_folder
+from iosr_fast.files.reader import Reader
+from iosr_fast.files.rejecting import UNKNOWN_LABEL, check_rejecting
+from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.evaluation import Evaluation
 from iosr_fast.head.fit import Fit, check_fit, fit
@@ -25,11 +30,6 @@ from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.tune import TUNE_SECONDS
 from iosr_fast.methods.tuned import Tuned
 from iosr_fast.methods.unknown import KEEP, check_unknown
-from iosr_fast.pipeline.evaluate import evaluate_images
-from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
-from iosr_fast.pipeline.reader import Reader
-from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
-from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.store import updates
 from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle

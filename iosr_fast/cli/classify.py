@@ -17,7 +17,7 @@ from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
-    from iosr_fast.pipeline.rejecting import Rejecting
+    from iosr_fast.files.rejecting import Rejecting
 
 FILES = (".csv", ".parquet")
 # Options that only a folder of parts has, and their defaults.
@@ -116,7 +116,7 @@ def classify(
             del options[name]
         options |= {"location": images[0], "batch": batch or 64}
         require("pyarrow", "parquet")
-        from iosr_fast.pipeline import run as runs
+        from iosr_fast.files import run as runs
 
         classes = options.pop("top") or 5
         parts.write_parts(
@@ -131,8 +131,8 @@ def classify(
 
 
 def _check_unknown(reject: bool, label: str | None, keep: float | None) -> Rejecting | None:
+    from iosr_fast.files.rejecting import UNKNOWN_LABEL, check_rejecting
     from iosr_fast.methods.unknown import KEEP
-    from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
 
     if not reject and (label is not None or keep is not None):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
@@ -156,10 +156,10 @@ def _classify_list(
 ) -> None:
     """To standard output, to a file, or to a page."""
     from iosr_fast.classifier import Classifier
-    from iosr_fast.pipeline.job import Job, check_place
-    from iosr_fast.pipeline.joint import check_joint_place, stream_jointly, write_jointly
-    from iosr_fast.pipeline.reader import Reader
-    from iosr_fast.pipeline.tables import read_csv, read_table
+    from iosr_fast.files.job import Job, check_place
+    from iosr_fast.files.joint import check_joint_place, stream_jointly, write_jointly
+    from iosr_fast.files.reader import Reader
+    from iosr_fast.files.tables import read_csv, read_table
     from iosr_fast.reports.predictions_report import predictions_page
 
     def log(line: str) -> None:

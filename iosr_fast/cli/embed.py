@@ -12,8 +12,8 @@ from iosr_fast.cli.options import Address, Runtime, SkipBad
 from iosr_fast.utils.temporaries import MANIFEST
 
 if TYPE_CHECKING:
-    from iosr_fast.pipeline.run import RunOptions
-    from iosr_fast.pipeline.source import Source
+    from iosr_fast.files.run import RunOptions
+    from iosr_fast.files.source import Source
 
 
 def embed(
@@ -34,7 +34,7 @@ def embed(
     """Write the plain and adapted embeddings of a folder of images.
 
     OUT gets safetensors parts with the key of each image, and manifest.json when all parts exist; read_embeddings of
-    iosr_fast.pipeline.embedding_files reads them. A part is complete or absent, and the same options resume an
+    iosr_fast.files.embedding_files reads them. A part is complete or absent, and the same options resume an
     interrupted run.
 
     With --ray the machines of a cluster need this package, the input, the engine and OUT at the same paths, and one
@@ -43,7 +43,7 @@ def embed(
     options = {**locals()}
     for name in ("engine", "dtype"):
         del options[name]
-    from iosr_fast.pipeline import run as runs
+    from iosr_fast.files import run as runs
 
     def compute(source: Source, options: RunOptions) -> dict[str, Any]:
         return runs.embed(find_engine(engine), source, out, options, dtype)

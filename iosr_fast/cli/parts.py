@@ -14,8 +14,8 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import note, stop_message
 
 if TYPE_CHECKING:
-    from iosr_fast.pipeline.run import RunOptions
-    from iosr_fast.pipeline.source import Source
+    from iosr_fast.files.run import RunOptions
+    from iosr_fast.files.source import Source
 
 Chunk = Annotated[int, PartsOption(help="Images of a part.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of this process [default: all], or of each Ray worker.")]
@@ -35,10 +35,10 @@ def write_parts(
 
     `of_run` are the arguments of `check_options`.
     """
+    from iosr_fast.files import run as runs
+    from iosr_fast.files.part_folder import check_apart, check_folder
+    from iosr_fast.files.sources import folder_source
     from iosr_fast.images.listing import refuse_url
-    from iosr_fast.pipeline import run as runs
-    from iosr_fast.pipeline.part_folder import check_apart, check_folder
-    from iosr_fast.pipeline.sources import folder_source
 
     started = time.perf_counter()
     options = runs.check_options(**of_run)

@@ -15,7 +15,7 @@ from iosr_fast.utils.csv_text import escaped, line_writer
 from iosr_fast.utils.outputs import check_utf8
 
 if TYPE_CHECKING:
-    from iosr_fast.pipeline.suggest import FolderSuggestions
+    from iosr_fast.files.suggest import FolderSuggestions
 
 
 def suggest(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import fmean
 
-from iosr_fast.pipeline.tables import Labelled
+from iosr_fast.files.tables import Labelled
 from iosr_fast.reports.page import (
     Html,
     bar,

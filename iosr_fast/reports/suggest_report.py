@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from iosr_fast.pipeline.suggest import FolderSuggestions
+from iosr_fast.files.suggest import FolderSuggestions
 from iosr_fast.reports.page import cards, element, join, note, page, percent, picture
 from iosr_fast.reports.thumbnail import thumbnail
 

@@ -19,15 +19,15 @@ from sklearn.metrics import average_precision_score
 from iosr_fast import score
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.files import run as runs
+from iosr_fast.files.job import Job
+from iosr_fast.files.reader import Reader
+from iosr_fast.files.run import RunOptions
+from iosr_fast.files.sources import folder_source
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.methods.multi_label import fit_multi_label
-from iosr_fast.pipeline import run as runs
-from iosr_fast.pipeline.job import Job
-from iosr_fast.pipeline.reader import Reader
-from iosr_fast.pipeline.run import RunOptions
-from iosr_fast.pipeline.sources import folder_source
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
 from iosr_fast.serving.http.settings import Settings

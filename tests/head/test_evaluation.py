@@ -15,8 +15,8 @@ from sklearn import metrics
 
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.files import evaluate
 from iosr_fast.head.evaluation import Evaluation
-from iosr_fast.pipeline import evaluate
 from tests.store.live_parts import PixelEncoder, pictures, small_classifier
 
 COVERAGE, KEEP = 0.8, 0.85

@@ -218,13 +218,13 @@ def test_one_array_is_one_picture_however_it_is_submitted() -> None:
 def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings, training's caches and half-done files depend on the rules by which pixels are made."""
     torch = pytest.importorskip("torch")
+    from iosr_fast.files.job import Job
+    from iosr_fast.files.part_folder import PartFolder
+    from iosr_fast.files.plan import make_plan
+    from iosr_fast.files.reader import Reader
+    from iosr_fast.files.sources import folder_source
     from iosr_fast.images.decode import CpuDecoder
     from iosr_fast.images.pixels import VERSION
-    from iosr_fast.pipeline.job import Job
-    from iosr_fast.pipeline.part_folder import PartFolder
-    from iosr_fast.pipeline.plan import make_plan
-    from iosr_fast.pipeline.reader import Reader
-    from iosr_fast.pipeline.sources import folder_source
     from iosr_fast.training import pictures
 
     (tmp_path / "a.png").write_bytes(encode(arrow(0)))

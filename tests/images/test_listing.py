@@ -220,7 +220,7 @@ def test_one_folder_that_holds_the_classes_is_pointed_to(tmp_path: Path) -> None
 
 def test_fit_predict_embed_and_calibration_list_alike(tmp_path: Path) -> None:
     from iosr_fast.export.check import calibration_pictures
-    from iosr_fast.pipeline.sources import folder_source
+    from iosr_fast.files.sources import folder_source
 
     root = tmp_path / "root"
     for i, name in enumerate(["cat/a.JFIF", "cat/b.png", "dog/c.webp", "dog/d.PGM"]):

@@ -18,8 +18,8 @@ from PIL import Image
 from iosr_fast import Classifier, labelled_images
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import pretrained
-from iosr_fast.pipeline import evaluate
-from iosr_fast.pipeline.tables import Labelled
+from iosr_fast.files import evaluate
+from iosr_fast.files.tables import Labelled
 from iosr_fast.reports import evaluation_report, predictions_report
 from iosr_fast.reports.predictions_report import predictions_page
 from tests.browser import ARGUMENTS, CHROMIUM

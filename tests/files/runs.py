@@ -20,10 +20,10 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.files.embedding_files import Part, read_embeddings
+from iosr_fast.files.part_folder import LOG
+from iosr_fast.files.prediction_files import SCORES, read_predictions
 from iosr_fast.images.preprocess import to_pixels
-from iosr_fast.pipeline.embedding_files import Part, read_embeddings
-from iosr_fast.pipeline.part_folder import LOG
-from iosr_fast.pipeline.prediction_files import SCORES, read_predictions
 from iosr_fast.utils.manifest import read_manifest
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.files.job import Job
+from iosr_fast.files.joint import classify_jointly
+from iosr_fast.files.reader import Reader
+from iosr_fast.files.rejecting import Rejecting
 from iosr_fast.head.predictions import AnyHead, LabelSet, Prediction, Rejection, label_columns
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.unknown import without_rejected
-from iosr_fast.pipeline.job import Job
-from iosr_fast.pipeline.joint import classify_jointly
-from iosr_fast.pipeline.reader import Reader
-from iosr_fast.pipeline.rejecting import Rejecting
 
 
 @dataclass(frozen=True)

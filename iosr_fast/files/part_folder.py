@@ -16,9 +16,9 @@ from typing import Any
 
 from iosr_fast import __version__
 from iosr_fast.exceptions import DamagedFileError, IosrFastError, printable
-from iosr_fast.pipeline.plan import Plan
-from iosr_fast.pipeline.resume import differences
-from iosr_fast.pipeline.source import Chunk
+from iosr_fast.files.plan import Plan
+from iosr_fast.files.resume import differences
+from iosr_fast.files.source import Chunk
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.manifest import MANIFEST, read_manifest, write_manifest

@@ -13,11 +13,11 @@ from typer.testing import CliRunner, Result
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.files.ray_workers import Worker, row_of
+from iosr_fast.files.sources import folder_source
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.methods.joint import predict_jointly
-from iosr_fast.pipeline.ray_workers import Worker, row_of
-from iosr_fast.pipeline.sources import folder_source
-from tests.pipeline.runs import classified, load_images, part_bytes, read_all, run
+from tests.files.runs import classified, load_images, part_bytes, read_all, run
 from tools.demo.bundle import held_out_queries
 
 pytestmark = pytest.mark.slow

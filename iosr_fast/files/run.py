@@ -9,13 +9,13 @@ from typing import Any
 
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.pipeline.chunks import run_chunks
-from iosr_fast.pipeline.part_folder import Done, PartFolder
-from iosr_fast.pipeline.plan import PLANS, make_plan
-from iosr_fast.pipeline.ray_workers import Pool, run_on_ray
-from iosr_fast.pipeline.rejecting import Rejecting
-from iosr_fast.pipeline.resume import complete
-from iosr_fast.pipeline.source import Chunk, Source
+from iosr_fast.files.chunks import run_chunks
+from iosr_fast.files.part_folder import Done, PartFolder
+from iosr_fast.files.plan import PLANS, make_plan
+from iosr_fast.files.ray_workers import Pool, run_on_ray
+from iosr_fast.files.rejecting import Rejecting
+from iosr_fast.files.resume import complete
+from iosr_fast.files.source import Chunk, Source
 from iosr_fast.store.bundle import Bundle, load_bundle
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.manifest import read_manifest

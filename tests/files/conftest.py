@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.demo_cache import demo_bundle
-from tests.pipeline.runs import write_pictures
+from tests.files.runs import write_pictures
 
 
 @pytest.fixture(scope="session")

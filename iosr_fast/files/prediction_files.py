@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.exceptions import DamagedFileError
+from iosr_fast.files import tables
 from iosr_fast.head.predictions import Prediction
-from iosr_fast.pipeline import tables
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 

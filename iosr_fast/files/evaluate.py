@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.files.reader import Reader
 from iosr_fast.head.evaluation import MISTAKES, Evaluation, LabelSets, Mistake, UnknownResult
 from iosr_fast.head.predictions import predict
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits, threshold
 from iosr_fast.methods.folds import near_support
-from iosr_fast.pipeline.reader import Reader
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
 

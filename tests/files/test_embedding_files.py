@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.pipeline.embedding_files import Part, read_part, write_part
+from iosr_fast.files.embedding_files import Part, read_part, write_part
 from iosr_fast.utils.files import new_file
 from tests import ROOT
 

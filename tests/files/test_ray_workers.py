@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.pipeline import part_folder
-from iosr_fast.pipeline.embedding_files import read_embeddings
-from iosr_fast.pipeline.part_folder import PartFolder
-from iosr_fast.pipeline.plan import Plan, make_plan
-from iosr_fast.pipeline.ray_workers import ATTEMPTS, Worker, attempt, row_of
-from iosr_fast.pipeline.source import Chunk
-from iosr_fast.pipeline.sources import folder_source
+from iosr_fast.files import part_folder
+from iosr_fast.files.embedding_files import read_embeddings
+from iosr_fast.files.part_folder import PartFolder
+from iosr_fast.files.plan import Plan, make_plan
+from iosr_fast.files.ray_workers import ATTEMPTS, Worker, attempt, row_of
+from iosr_fast.files.source import Chunk
+from iosr_fast.files.sources import folder_source
 from iosr_fast.store.bundle import load_bundle
 from iosr_fast.utils.manifest import read_manifest
-from tests.pipeline.runs import (
+from tests.files.runs import (
     assert_answers,
     assert_encodes,
     classified,

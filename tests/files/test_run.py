@@ -14,13 +14,13 @@ from PIL import Image
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.files import part_folder
+from iosr_fast.files import run as runs
+from iosr_fast.files.embedding_files import iterate_parts, read_embeddings, read_part
 from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.pipeline import part_folder
-from iosr_fast.pipeline import run as runs
-from iosr_fast.pipeline.embedding_files import iterate_parts, read_embeddings, read_part
 from iosr_fast.utils.manifest import read_manifest
-from tests.pipeline.runs import (
+from tests.files.runs import (
     assert_encodes,
     embedded,
     kill_in_the_middle,

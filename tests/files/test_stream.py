@@ -16,9 +16,9 @@ from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.files.stream import Stage, batch_sizes, choose_batch, classify
 from iosr_fast.images.decode import CpuDecoder, DecodedBatch
 from iosr_fast.images.listing import list_images
-from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, classify
 from iosr_fast.utils.ordered import map_ordered
 
 SIZE = 8
@@ -58,7 +58,7 @@ STATE: Any = None
 @pytest.fixture(autouse=True)
 def predictions_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "iosr_fast.pipeline.stream.predict_any",
+        "iosr_fast.files.stream.predict_any",
         lambda head, embeddings, top, keep: [("seen", int(x)) for x in embeddings.plain[:, 0]],
     )
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from iosr_fast.files.stream import Errors, Stage, choose_batch, choose_stage, encode_all
 from iosr_fast.images.decode import Decoder, choose_decoder
-from iosr_fast.pipeline.stream import Errors, Stage, choose_batch, choose_stage, encode_all
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings, Encoder

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.files.source import Item, Source, check_keys, stamp_of
 from iosr_fast.images.listing import IMAGE_SUFFIXES, Skipped, walk
-from iosr_fast.pipeline.source import Item, Source, check_keys, stamp_of
 
 
 def folder_source(folder: Path) -> Source:

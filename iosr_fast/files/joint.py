@@ -8,11 +8,11 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
+from iosr_fast.files.job import Counts, Job, check_place, journal_path
+from iosr_fast.files.stream import Errors
+from iosr_fast.files.tables import Result, csv_cells, csv_writer, write_table
 from iosr_fast.head.predictions import Rejection, predict_jointly, rejections
 from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.pipeline.job import Counts, Job, check_place, journal_path
-from iosr_fast.pipeline.stream import Errors
-from iosr_fast.pipeline.tables import Result, csv_cells, csv_writer, write_table
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.progress import progress
 

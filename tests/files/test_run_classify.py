@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.pipeline.prediction_files import COLUMNS, SCORES, read_predictions, write_predictions
+from iosr_fast.files.prediction_files import COLUMNS, SCORES, read_predictions, write_predictions
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.manifest import read_manifest
-from tests.pipeline.runs import (
+from tests.files.runs import (
     assert_answers,
     classified,
     kill_in_the_middle,

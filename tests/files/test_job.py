@@ -16,9 +16,9 @@ from typer.testing import CliRunner, Result
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
-from iosr_fast.pipeline.journal import open_journal
-from iosr_fast.pipeline.tables import write_table
-from tests.pipeline.runs import write_pictures
+from iosr_fast.files.journal import open_journal
+from iosr_fast.files.tables import write_table
+from tests.files.runs import write_pictures
 
 pytestmark = pytest.mark.slow
 
@@ -140,7 +140,7 @@ def test_what_was_classified_is_not_classified_again(
 ) -> None:
     """A bad picture stops the run; what came before is kept, and so is all when only the file was not renamed yet."""
     from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-    from iosr_fast.pipeline import job
+    from iosr_fast.files import job
 
     seen: list[int] = []
     encode = BatchedEncoder.encode_on_device

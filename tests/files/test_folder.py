@@ -12,8 +12,8 @@ from benchmarks.photographs import write_photographs
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders import runtimes
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.files import stream
 from iosr_fast.images.listing import list_images
-from iosr_fast.pipeline import stream
 
 pytestmark = pytest.mark.slow
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.files.embedding_files import Part
+from iosr_fast.files.part_folder import Done
+from iosr_fast.files.plan import Opened, Plan
+from iosr_fast.files.source import Chunk
+from iosr_fast.files.stream import Stage, encode_batches
 from iosr_fast.images.decode import CpuDecoder
-from iosr_fast.pipeline.embedding_files import Part
-from iosr_fast.pipeline.part_folder import Done
-from iosr_fast.pipeline.plan import Opened, Plan
-from iosr_fast.pipeline.source import Chunk
-from iosr_fast.pipeline.stream import Stage, encode_batches
 
 
 def run_chunks(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.pipeline.resume import differences
+from iosr_fast.files.resume import differences
 from iosr_fast.utils.temporaries import is_open_at, try_lock
 
 _SYNC_S = 1.0  # a power cut loses the results of at most this time; a kill loses none

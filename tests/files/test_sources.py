@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.pipeline.source import Item, Source
-from iosr_fast.pipeline.sources import folder_source
-from tests.pipeline.runs import write_pictures
+from iosr_fast.files.source import Item, Source
+from iosr_fast.files.sources import folder_source
+from tests.files.runs import write_pictures
 
 
 @pytest.fixture

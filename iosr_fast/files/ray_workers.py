@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.pipeline.chunks import run_chunks
-from iosr_fast.pipeline.part_folder import PLAN, Done
-from iosr_fast.pipeline.plan import PLANS, Plan
-from iosr_fast.pipeline.source import Chunk, Item
+from iosr_fast.files.chunks import run_chunks
+from iosr_fast.files.part_folder import PLAN, Done
+from iosr_fast.files.plan import PLANS, Plan
+from iosr_fast.files.source import Chunk, Item
 from iosr_fast.utils.ray_cluster import joined
 from iosr_fast.utils.require import require
 

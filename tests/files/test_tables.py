@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from iosr_fast.pipeline.tables import Result, escaped, write_table
+from iosr_fast.files.tables import Result, escaped, write_table
 
 FORMULAS = (
     *('=HYPERLINK("http://x","y")', "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", '"=1', "'=1", "\u00a0=1"),

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.files.reader import Reader
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import image_rows
-from iosr_fast.pipeline.reader import Reader
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
 
