@@ -408,12 +408,13 @@ class Classifier(Estimator):
 
     def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> ChangeResult:
         """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is the
-        embedding of its name; None has the text encoder make it. Raises ValueError for a name that is taken or empty,
-        for missing or unreadable images, or without a text encoder."""
+        embedding of its name; None has the text encoder make it. An iterator of `images` is taken one after another,
+        never all into memory. Raises BadImageError for the first unreadable image, and ValueError for a name that is
+        taken or empty, for missing images, or without a text encoder; nothing is changed then."""
         return updates.add_class(self._store, name, images, text)
 
     def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
-        """More support images of a class, by id or name. ValueError for an unknown class or unreadable images."""
+        """More support images of a class, by id or name; `images` and errors as for `add_class`."""
         return updates.add_examples(self._store, name_or_id, images)
 
     def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:

@@ -210,7 +210,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     shown = names if label_sets is None else [SEPARATOR.join(np.array(names)[row]) for row in label_sets]
     with bar("encode", len(inputs.images) + len(inputs.unknown_images), shown=inputs.progress) as step:
         others = inputs.unknown_images, inputs.skip_bad, step
-        examples, unknown_images, errors = encode_images(encoder, inputs.images, inputs.ids, views, shown, *others)
+        examples, unknown_images, errors = encode_images(encoder, inputs.images, views, inputs.ids, shown, *others)
     if errors:
         inputs.check_counts(examples.class_ids)
     head: AnyHead

@@ -44,7 +44,7 @@ def optimize(
         total, views = len(images) + len(unknown_images), replace(fit.views, thumbnail=0)
         rows = np.searchsorted(np.array(head.uids), head.examples.class_ids)
         with bar("encode with the chosen engine", total, shown=options.progress) as step:
-            sources = images, rows, views, head.class_names, unknown_images
+            sources = images, views, rows, head.class_names, unknown_images
             encoded, unknown, _ = encode_images(clip.encoder_for(adapted=True), *sources, step=step)
         examples = replace(head.examples, embeddings=encoded.embeddings, queries=encoded.queries)
         config = head.config.fitted(examples.as_support(head.uids, head.text, head.tau))
@@ -236,7 +236,7 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
         stored, views = examples.queries, replace(views, views=1, single=False)
     with bar("find the support images", len(images), shown=shown) as step:
         encoder = fit.clip.encoder_for(adapted=True)
-        encoded = encode_images(encoder, images, classes, views, head.class_names, step=step).examples
+        encoded = encode_images(encoder, images, views, classes, head.class_names, step=step).examples
     found = np.full(len(examples), -1)
     for position, uid in enumerate(head.uids):
         rows, candidates = np.flatnonzero(examples.class_ids == uid), np.flatnonzero(classes == position)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -35,7 +35,6 @@ _BATCH = 64  # views that are encoded together
 _QUALITY = 80  # of a thumbnail's WebP: at 96 pixels, 2 to 4 KB
 _SHOWN = 5
 _Identity = tuple[tuple[int, int], bytes]  # the size of a decoded image and the SHA-256 of its pixels
-_Prepared = tuple[_Identity, list[np.ndarray], bytes | None]
 logger = logging.getLogger(__name__)
 
 
@@ -105,73 +104,98 @@ class Encoded(NamedTuple):
 
 def encode_images(
     encoder: Encoder,
-    images: Sequence[Any],
-    labels: np.ndarray,
+    images: Iterable[Any],
     views: SupportViews,
+    labels: np.ndarray | None = None,
     names: Sequence[str] = (),
     unknown_images: Sequence[Any] = (),
     skip_bad: bool = False,
     step: Callable[[int], None] = lambda images: None,
 ) -> Encoded:
-    """Decode each image once and encode its views; `labels` (N,) int64, positions in `names`, become the class ids of
-    the examples, which are in the order of the images. `unknown_images` are pictures of none of the classes.
+    """Decode each image once and encode its views, a batch at a time, in the order of the images.
 
-    Threads decode ahead of the encoder. `skip_bad` leaves unreadable images out. `step` is called with 1 after each
-    image. Raises ValueError with the names of all unreadable images, and for a picture (its pixels, whatever the file)
+    `labels` (N,) int64, positions in `names`, become the class ids of the examples; None: all are of one class, -1.
+    `unknown_images` are pictures of none of the classes. Threads decode ahead of the encoder. An iterator gives one
+    image after another: no more of them are in memory than there are threads, and the first unreadable one is raised as
+    a BadImageError. Of a sequence `skip_bad` leaves unreadable images out. `step` is called with 1 after each image.
+
+    Raises ValueError with the names of all unreadable images, and for a picture (its pixels, whatever the file)
     under two labels, or one that is a support image and unknown; nothing is encoded once one of these is found. Images
     without a path are counted from the first support image on. Warns of copies within a class.
     """
+    one_by_one = isinstance(images, Iterator)
+    if not one_by_one:
+        images = [*images, *unknown_images]
     none, names = len(names), [*names, NONE_OF_THE_CLASSES]
-    images = [*images, *unknown_images]
-    labels = np.concatenate([labels, np.full(len(unknown_images), none)])
+    classes = None if labels is None else np.concatenate([labels, np.full(len(unknown_images), none)])
     pictures: list[bytes | None] = []
     readable: list[int] = []
     errors: list[BadImageError] = []
-    refused = False
+    places: list[str] = []  # what names each image
+
+    def good_images() -> Generator[list[np.ndarray], None, None]:
+        """The pixels of each image; an error at the end, or no more pixels once it is sure to come."""
+        first: dict[_Identity, int] = {}
+        copies: list[tuple[int, int]] = []
+        refused = False
+        ahead = usable_threads() if one_by_one else 2 * -(-_BATCH // views.forms)
+        with closing(_prepare_all(images, encoder.geometry, views, ahead)) as prepared:
+            for i, (place, image) in enumerate(prepared):
+                places.append(place)
+                if isinstance(image, BadImageError):
+                    if one_by_one:
+                        raise image
+                    errors.append(image)
+                    refused |= not skip_bad
+                else:
+                    if (earlier := first.setdefault(image.identity, i)) != i:
+                        copies.append((earlier, i))
+                        refused |= classes is not None and bool(classes[earlier] != classes[i])
+                    if not refused:
+                        pictures.append(image.picture)
+                        readable.append(i)
+                        yield image.pixels
+                step(1)
+        _check_readable(errors, len(places), skip_bad)
+        _check_copies(places, classes, copies, names)
+
+    with closing(good_images()) as good:
+        keys, queries = _encode(encoder, good, views)
+    ids = np.full(len(readable), -1) if classes is None else classes[readable]
+    found = Examples(keys, ids, np.arange(len(readable)), tuple(pictures), queries)
+    unknown = np.array(readable, np.int64) >= len(places) - len(unknown_images)
+    if not unknown.any():
+        return Encoded(found, None, errors)
+    return Encoded(found.rows(~unknown), (queries or keys)[unknown], errors)
+
+
+class _Prepared(NamedTuple):
+    """A decoded image: what tells equal pictures, the pixels of its views, its thumbnail."""
+
+    identity: _Identity
+    pixels: list[np.ndarray]
+    picture: bytes | None
+
+
+def _prepare_all(
+    images: Iterable[Any], geometry: Geometry, views: SupportViews, ahead: int
+) -> Generator[tuple[str, _Prepared | BadImageError], None, None]:
+    """The name of each image, and what becomes of it; at most `ahead` images are decoded and not yet consumed."""
     pil = Lock()  # PIL images load their pixels when they are first read, and one may be given twice
 
-    def prepare(item: tuple[int, Any]) -> _Prepared | BadImageError:
+    def prepare(item: tuple[int, Any]) -> tuple[str, _Prepared | BadImageError]:
         i, source = item
+        place = printable(str(source)) if isinstance(source, str | Path) else f"number {i}"
         try:
             with pil if hasattr(source, "getbands") else nullcontext():
                 image = open_image(source, i, views.exif_orientation)
         except BadImageError as error:
-            return error
+            return place, error
         digest = hashlib.sha256(image.tobytes()).digest()
         identity = image.size, digest
-        return identity, *(([], None) if refused else views.prepare(image, encoder.geometry, digest))
+        return place, _Prepared(identity, *views.prepare(image, geometry, digest))
 
-    def good_images() -> Generator[list[np.ndarray], None, None]:
-        """The pixels of each image; an error at the end, or no more pixels once it is sure to come."""
-        nonlocal refused
-        first: dict[_Identity, int] = {}
-        copies: list[tuple[int, int]] = []
-        ahead = 2 * -(-_BATCH // views.forms)
-        with closing(map_ordered(enumerate(images), prepare, usable_threads(), ahead)) as prepared:
-            for i, image in enumerate(prepared):
-                if isinstance(image, BadImageError):
-                    errors.append(image)
-                    refused |= not skip_bad
-                else:
-                    identity, pixels, picture = image
-                    if (earlier := first.setdefault(identity, i)) != i:
-                        copies.append((earlier, i))
-                        refused |= bool(labels[earlier] != labels[i])
-                    if not refused:
-                        pictures.append(picture)
-                        readable.append(i)
-                        yield pixels
-                step(1)
-        _check_readable(errors, len(images), skip_bad)
-        _check_copies(images, labels, copies, names)
-
-    with closing(good_images()) as good:
-        keys, queries = _encode(encoder, good, views)
-    found = Examples(keys, labels[readable], np.arange(len(readable)), tuple(pictures), queries)
-    unknown = np.array(readable, np.int64) >= len(images) - len(unknown_images)
-    if not unknown.any():
-        return Encoded(found, None, errors)
-    return Encoded(found.rows(~unknown), (queries or keys)[unknown], errors)
+    return map_ordered(enumerate(images), prepare, usable_threads(), ahead)
 
 
 def _encode(
@@ -206,13 +230,11 @@ def _check_readable(errors: Sequence[BadImageError], count: int, skip_bad: bool)
 
 
 def _check_copies(
-    images: Sequence[Any], labels: np.ndarray, copies: Sequence[tuple[int, int]], names: Sequence[str]
+    places: Sequence[str], classes: np.ndarray | None, copies: Sequence[tuple[int, int]], names: Sequence[str]
 ) -> None:
-    across = [pair for pair in copies if labels[pair[0]] != labels[pair[1]]]
-    if across:
-        pairs = (
-            " and ".join(f"{_where(images[i], i)} ({names[labels[i]]!r})" for i in pair) for pair in across[:_SHOWN]
-        )
+    """Raise IosrFastError for a picture under two labels; warn of copies within a class."""
+    if classes is not None and (across := [pair for pair in copies if classes[pair[0]] != classes[pair[1]]]):
+        pairs = (" and ".join(f"{places[i]} ({names[classes[i]]!r})" for i in pair) for pair in across[:_SHOWN])
         more = f"; and {len(across) - _SHOWN} more" if len(across) > _SHOWN else ""
         raise IosrFastError(
             f"expected one label for a picture, got the same picture under two: {'; '.join(pairs)}{more}; remove the "
@@ -223,11 +245,7 @@ def _check_copies(
         logger.warning(
             "%d of %d pictures are copies of another of their class and count twice; the first is %s, a copy of %s",
             len(copies),
-            len(images),
-            _where(images[other], other),
-            _where(images[one], one),
+            len(places),
+            places[other],
+            places[one],
         )
-
-
-def _where(image: Any, position: int) -> str:
-    return printable(str(image)) if isinstance(image, str | Path) else f"number {position}"

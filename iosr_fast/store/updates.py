@@ -7,7 +7,7 @@ Arguments, results and errors are those of the Classifier's methods of the same 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,9 @@ log = logging.getLogger(__name__)
 def add_class(store: Store, name: str, images: Any, text: np.ndarray | None) -> ChangeResult:
     fit = store.changeable("add_class")
     _check_name(fit.head, name)
-    listed, method = as_image_list(images), fit.head.config.method
-    if not listed and METHODS[method].needs_support:
+    row, encoded, method = _text(fit, name, text), _encode(fit, images), fit.head.config.method
+    if encoded is None and METHODS[method].needs_support:
         raise IosrFastError(f"expected at least one image of {name!r}, got none: {method} compares images")
-    encoded, row = _encode(fit, listed), _text(fit, name, text)
     with store.changing(fit) as current:
         head = current.head
         if head is not fit.head:
@@ -55,7 +54,7 @@ def add_class(store: Store, name: str, images: Any, text: np.ndarray | None) -> 
 def add_examples(store: Store, name_or_id: str, images: Any) -> ChangeResult:
     fit = store.changeable("add_examples")
     fit.head.find_class(name_or_id)
-    encoded = _encode(fit, as_image_list(images))
+    encoded = _encode(fit, images)
     if encoded is None:
         raise IosrFastError(f"expected at least one image to add to {name_or_id!r}, got none")
     with store.changing(fit) as current:
@@ -156,11 +155,13 @@ def optimize(
     return optimized.engine_choice
 
 
-def _encode(fit: Fit, images: Sequence[Any]) -> Examples | None:
-    """The images as examples without class and numbers yet; None for no images."""
-    if not images:
-        return None
-    return encode_images(fit.clip.encoder_for(adapted=True), images, np.full(len(images), -1), fit.views).examples
+def _encode(fit: Fit, images: Any) -> Examples | None:
+    """The images as examples without class and numbers yet; None for no images. An iterable without a length is taken
+    once, image by image."""
+    lazy = isinstance(images, Iterable) and not isinstance(images, Sized)
+    one_by_one = iter(images if lazy else as_image_list(images))
+    examples = encode_images(fit.clip.encoder_for(adapted=True), one_by_one, fit.views).examples
+    return examples if len(examples) else None
 
 
 def _numbered(encoded: Examples, uid: int, head: HeadData) -> Examples:

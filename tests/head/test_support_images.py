@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.support_images import SupportViews, encode_images
 from iosr_fast.images import pixels, preprocess
 from iosr_fast.images.geometry import Geometry
+from iosr_fast.utils.machine import usable_threads
 from tests.pictures import encode
-from tests.store.live_parts import PixelEncoder, pictures, unfitted
+from tests.store.live_parts import PixelEncoder, pictures, small_classifier, unfitted
 
 
 def encoded(images: Any, labels: Any, **views: Any) -> Examples:
-    found = encode_images(PixelEncoder(), images, np.asarray(labels), SupportViews(**views), ["cat", "dog"])
+    found = encode_images(PixelEncoder(), images, SupportViews(**views), np.asarray(labels), ["cat", "dog"])
     assert not found.errors and found.unknown is None
     return found.examples
 
@@ -100,7 +104,7 @@ def test_damaged_files_are_named_and_nothing_more_is_encoded(tmp_path: Path, mon
     picture(0).save(good)
     text.write_text("this is no image")
     cut.write_bytes(good.read_bytes()[:300])
-    examples, _, errors = encode_images(PixelEncoder(), [good, text, cut], np.arange(3), SupportViews(), skip_bad=True)
+    examples, _, errors = encode_images(PixelEncoder(), [good, text, cut], SupportViews(), np.arange(3), skip_bad=True)
     assert examples.class_ids.tolist() == [0] and [error.where for error in errors] == [str(text), str(cut)]
     monkeypatch.setattr(PixelEncoder, "encode", lambda *_: pytest.fail("an image was encoded"))
     with pytest.raises(
@@ -109,6 +113,38 @@ def test_damaged_files_are_named_and_nothing_more_is_encoded(tmp_path: Path, mon
         encoded([text, good, cut], [0, 0, 1])
     with pytest.raises(ValueError, match=r"can't read image .*cut.png"):
         encoded([good, cut], [0, 0])
+
+
+@pytest.mark.parametrize("bad", [None, b"no picture"])
+def test_an_iterator_of_images_is_taken_one_after_another(bad: bytes | None) -> None:
+    """As a server needs it, which decodes pictures elsewhere and has no room for many."""
+    images, alive, most = pictures(np.random.default_rng(2), 3, 50)[0], set(), 0
+    classifier = small_classifier()
+    head = classifier.snapshot()
+
+    def one_by_one() -> Iterator[Any]:
+        nonlocal most
+        for i, one in enumerate(images):
+            image = np.array(one)
+            alive.add(i)
+            weakref.finalize(image, alive.remove, i)
+            most = max(most, len(alive))
+            yield image
+            if bad is not None and i == 70:
+                yield bad
+
+    if bad is None:
+        classifier.add_class("many", one_by_one())
+        classifier.add_class("the same", images)
+        many, same = (classifier.snapshot().examples.rows(np.arange(n - 150, n)) for n in (165, 315))
+        np.testing.assert_array_equal(many.embeddings.plain, same.embeddings.plain)
+        assert many.pictures == same.pictures
+    else:
+        for call in (classifier.add_examples, classifier.add_class):
+            with pytest.raises(BadImageError, match="can't read image number 71") as error:
+                call("motif 1" if call == classifier.add_examples else "new", one_by_one())
+            assert error.value.position == 71 and classifier.snapshot() is head
+    assert most <= usable_threads() + 3
 
 
 def picture(seed: int) -> Image.Image:
