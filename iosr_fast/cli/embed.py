@@ -9,7 +9,7 @@ import typer
 
 from iosr_fast.cli import parts
 from iosr_fast.cli.options import Address, Runtime, SkipBad
-from iosr_fast.utils.temporaries import MANIFEST
+from iosr_fast.utils.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from iosr_fast.files.run import RunOptions

@@ -19,7 +19,6 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.files import cache_folder, in_cache
 from iosr_fast.utils.manifest import MANIFEST, SCHEMA
 from iosr_fast.utils.progress import progress
-from iosr_fast.utils.renames import recover
 from iosr_fast.utils.require import require_installed
 from iosr_fast.utils.verified_folder import open_verified
 
@@ -212,7 +211,7 @@ def _open_cached(engine: Path, runtime: str) -> Encoder | None:
     """The encoder of an engine in the cache; None without one. A damaged one is removed with a warning."""
     from iosr_fast.encoders.runtimes import open_engine
 
-    if not engine.exists() and not recover(engine):
+    if not engine.exists():
         return None
     try:
         return open_engine(engine, runtime)

@@ -32,7 +32,7 @@ from iosr_fast.store.log_format import (
 )
 from iosr_fast.store.log_recovery import recover_log, replay
 from iosr_fast.store.log_writer import AuditLog, file_of, make_folder, next_number, numbered, read_state
-from iosr_fast.utils.temporaries import remove_leftovers
+from iosr_fast.utils.files import remove_leftovers
 
 _log = logging.getLogger("iosr_fast")
 

@@ -34,7 +34,8 @@ from iosr_fast.store.bundle_schema import HeadFacts
 from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import head_from_files, head_to_files
 from iosr_fast.store.log_format import FORMAT, Lines, LogHead, Mark, lock, make_line, write_all
-from iosr_fast.utils.files import replacing, sync_folder
+from iosr_fast.utils.files import sync_folder
+from iosr_fast.utils.temporaries import replacing
 
 
 def private_file(target: Path) -> AbstractContextManager[Path]:

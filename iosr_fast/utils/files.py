@@ -1,4 +1,8 @@
-"""Atomic writes of files, and the folder of caches."""
+"""Files that are written whole or not at all, the temporary folders of all writers, and the folder of caches.
+
+A writer of `name` works in a folder `.name.<token>.tmp` beside it, which it locks while it runs. The operating system
+releases the lock when the process ends: an unlocked one is a leftover of a killed writer.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,15 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from iosr_fast.utils.temporaries import claimed, remove_leftovers
-
-_temporary: dict[str, Path] = {}  # by the cache folder that each one replaces in this process
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")  # tempfile's 8 characters
+_OLD_S = 3600.0  # age of a leftover on systems that can't lock folders
+OLD = "old"  # in a temporary folder: what `folders.new_folder` replaces where names can't be exchanged
+_temporary_caches: dict[str, Path] = {}  # by the cache folder that each one replaces in this process
 log = logging.getLogger(__name__)
 
 
@@ -48,7 +54,7 @@ def in_cache(*names: str) -> Path:
 
 
 def _temporary_cache(place: str, reason: OSError) -> Path:
-    if place not in _temporary:
+    if place not in _temporary_caches:
         folder = tempfile.mkdtemp(prefix="iosr-fast-cache-")
         log.warning(
             "the cache %r can't be written (%s): engines are built in %r, and again by each process; set "
@@ -58,8 +64,8 @@ def _temporary_cache(place: str, reason: OSError) -> Path:
             folder,
         )
         atexit.register(_remove_own, folder, os.getpid())
-        _temporary[place] = Path(folder)
-    return _temporary[place]
+        _temporary_caches[place] = Path(folder)
+    return _temporary_caches[place]
 
 
 def _remove_own(folder: str, process: int) -> None:
@@ -69,38 +75,85 @@ def _remove_own(folder: str, process: int) -> None:
 
 @contextmanager
 def new_file(target: str | Path) -> Iterator[Path]:
-    """A temporary file beside `target` that replaces it when the block succeeds, and is removed when it fails.
+    """A temporary file that replaces `target` when the block succeeds, and is removed when it fails.
 
     The bytes reach the disk before the name does. Everyone who can read the folder can read the file. Leftovers of
     killed writers of `target` are removed first. A link stays one: the file that it points to is replaced.
     """
     target = Path(os.path.realpath(target))
-    remove_leftovers(target.parent, of=re.escape(target.name))
-    with claimed(target) as claim, replacing(target, claim.with_name(f"{claim.name}.tmp"), 0o644) as temporary:
+    with temporary_folder(target) as folder:
+        temporary = folder / target.name
+        temporary.touch()
         yield temporary
+        sync_file(temporary)
+        os.replace(temporary, target)
+        sync_folder(target.parent)
 
 
 @contextmanager
-def replacing(target: Path, temporary: Path, mode: int) -> Iterator[Path]:
-    """The new file `temporary`, which replaces `target` with this `mode` when the block succeeds, and is removed
-    otherwise.
-
-    The bytes are on the disk before the name is, and the name is there before this returns.
-    """
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` for its writer, removed at the end; those of killed writers are removed first."""
+    remove_leftovers(target.parent, of=re.escape(target.name))
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        with suppress(FileNotFoundError, BlockingIOError):  # another writer takes it for a leftover until it is locked
+            lock = _lock(folder)
+            if folder.exists():
+                break
+            _unlock(lock)
     try:
-        temporary.touch(0o600, exist_ok=False)
-        yield temporary
-        sync_file(temporary, mode)
-        os.replace(temporary, target)
-        sync_folder(target.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unlock(lock)
 
 
-def sync_file(path: Path, mode: int = 0o644) -> None:
-    """Flush a file to the disk, with this mode."""
-    path.chmod(mode)  # tempfile and safetensors create files that only the owner can read
+def remove_leftovers(folder: Path, of: str = ".+") -> None:
+    """Remove the temporary folders in `folder` that no running writer has locked; where folders can't be locked, those
+    older than an hour.
+
+    `of` is a regular expression of target names, which protects other hidden files in a user's folder. One that has the
+    only copy of its target stays.
+    """
+    with suppress(OSError):  # no folder, or none that may be listed
+        for entry in sorted(os.listdir(folder)):
+            name, path = _TEMPORARY.fullmatch(entry), folder / entry
+            if name is None or not re.fullmatch(of, name[1]):
+                continue
+            if (path / OLD).exists() and not os.path.lexists(folder / name[1]):
+                continue
+            with suppress(OSError):  # locked, or removed by another process
+                lock = _lock(path)
+                if lock is not None or time.time() - path.lstat().st_mtime > _OLD_S:
+                    shutil.rmtree(path, ignore_errors=True)
+                _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that locks `folder`; None where folders can't be locked. Raises BlockingIOError if it is locked."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk; everyone who can read its folder can read it."""
+    path.chmod(0o644)  # tempfile and safetensors create files that only the owner can read
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -2,53 +2,47 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
 import os
-import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from iosr_fast.utils.files import sync_file, sync_folder
+from iosr_fast.utils.files import OLD, sync_file, sync_folder, temporary_folder
 from iosr_fast.utils.manifest import MANIFEST
 from iosr_fast.utils.outputs import check_writable
-from iosr_fast.utils.renames import exchange, folder_identity, recover, set_aside
-from iosr_fast.utils.temporaries import claimed, remove, remove_leftovers
 from iosr_fast.utils.text import abbreviate
-from iosr_fast.utils.verified_folder import open_verified
+from iosr_fast.utils.verified_folder import folder_identity, open_verified
 
 _NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of rename when the target name exists
+_AT_FDCWD, _EXCHANGE = -100, 2  # fcntl.h and stdio.h of Linux; RENAME_SWAP is 2 on macOS, too
 
 
 @contextmanager
 def new_folder(target: str | Path, kind: str | None = None) -> Iterator[Path]:
-    """A temporary folder beside `target` that replaces it when the block succeeds; a failure leaves `target` alone.
+    """A temporary folder that replaces `target` when the block succeeds; a failure leaves `target` alone.
 
     What may be replaced is what `check_new_folder` allows, at the beginning and again before the rename. A link stays
-    one: the folder that it points to is replaced. Where Linux can exchange two names, `target` is the old folder or the
-    new one at every moment. Elsewhere there are two renames, and `recover` repairs a kill between them. Leftovers of
-    killed writers are removed. Concurrent writers of one target don't disturb each other: the last one's folder stays.
+    one: the folder that it points to is replaced. Where the system can exchange two names, `target` is the old folder
+    or the new one at every moment. Elsewhere there are two renames, and a kill between them leaves the old folder in
+    the temporary one (`.name.<token>.tmp/old`), which nothing removes. Leftovers of other killed writers are removed.
+    Concurrent writers of one target don't disturb each other: the last one's folder stays.
     """
     path = Path(os.path.realpath(target))
     _refuse_replacing(path, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, of=re.escape(path.name))
-    with claimed(path) as temporary:
-        try:
-            temporary.mkdir(0o755)
-            temporary.chmod(0o755)  # independent of the umask
-            yield temporary
-            _sync_tree(temporary)
-            superseded = set_aside(path)
-            superseded += _rename_to(temporary, path, kind)
-            sync_folder(path.parent)
-        except BaseException:
-            remove(temporary)
-            recover(path)  # an interrupt may have come between two renames
-            raise
-        for old in superseded:
-            remove(old.parent)  # `path` is complete, so none of them is the only copy
+    with temporary_folder(path) as temporary:
+        made = temporary / "new"
+        made.mkdir()
+        made.chmod(0o755)  # independent of the umask
+        yield made
+        _sync_tree(made)
+        _rename(made, path, kind)
+        sync_folder(path.parent)
 
 
 def check_new_folder(out: Path, kind: str | None = None) -> None:
@@ -96,30 +90,49 @@ def _in_the_way(folder: Path, kind: str | None) -> str | None:
     return f"it holds other files than those of the {kind}, {abbreviate(others)}" if others else None
 
 
-def _rename_to(source: Path, target: Path, kind: str | None) -> list[Path]:
-    """Rename `source` to `target`; returns the folders set aside for it, where names can't be exchanged."""
-    aside_paths: list[Path] = []
-    while True:  # concurrent writers rename, so the name comes and goes
-        try:
-            os.rename(source, target)  # works if the name is free or an empty folder
-            return aside_paths
-        except OSError as error:
-            if error.errno not in _NAME_TAKEN and not os.path.lexists(target):
-                raise
-        _refuse_replacing(target, kind)  # files may have come while the folder was written
-        if exchange(source, target):
-            remove(source)
-            return aside_paths
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        try:
-            os.rename(target, aside / "old")
-        except FileNotFoundError:
-            aside.rmdir()
-        except OSError:
-            aside.rmdir()
-            raise
-        else:
-            aside_paths.append(aside / "old")
+def _rename(made: Path, target: Path, kind: str | None) -> None:
+    """Rename `made` to `target`; what was there stays in the temporary folder."""
+    old = made.with_name(OLD)
+    try:
+        while True:  # concurrent writers rename, so the name comes and goes
+            try:
+                os.rename(made, target)  # works if the name is free or an empty folder
+                return
+            except OSError as error:
+                if error.errno not in _NAME_TAKEN and not os.path.lexists(target):
+                    raise
+            _refuse_replacing(target, kind)  # files may have come while the folder was written
+            if exchange(made, target):
+                return
+            shutil.rmtree(old, ignore_errors=True)  # another writer's folder has taken its place
+            with suppress(FileNotFoundError):
+                os.rename(target, old)
+    except BaseException:
+        if old.exists() and not os.path.lexists(target):
+            os.rename(old, target)
+        raise
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names of one file system atomically.
+
+    Returns False, with nothing changed, where that is impossible: other systems than Linux and macOS, an old C library,
+    a file system without support, a missing name.
+    """
+    swap = _swap()
+    return swap is not None and swap(os.fsencode(one), os.fsencode(other)) == 0
+
+
+@functools.cache
+def _swap() -> Callable[[bytes, bytes], int] | None:
+    try:
+        library = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            return lambda one, other: library.renamex_np(one, other, ctypes.c_uint(_EXCHANGE))
+        renameat2 = library.renameat2
+    except (OSError, TypeError, AttributeError):
+        return None
+    return lambda one, other: renameat2(_AT_FDCWD, one, _AT_FDCWD, other, ctypes.c_uint(_EXCHANGE))
 
 
 def _sync_tree(folder: Path) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from iosr_fast.exceptions import DamagedFileError
-from iosr_fast.utils.renames import recover
-from iosr_fast.utils.temporaries import MANIFEST as MANIFEST
 
+MANIFEST = "manifest.json"
 SCHEMA = 2
 OWN_FIELDS = ("schema", "kind", "files", "checksum")  # those that write_manifest adds to the facts
 LARGEST_MANIFEST = 64 << 20
@@ -61,8 +60,8 @@ def read_manifest(folder: str | Path, kind: str, verify: bool = True) -> dict[st
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    if not path.is_file() and not (recover(folder) and path.is_file()):
-        raise FileNotFoundError(f"expected a folder with a {MANIFEST} ({kind}), found none at {path}")
+    if not path.is_file():
+        raise missing(folder, kind)
     with path.open("rb") as file:
         manifest = parse_manifest(file.read(LARGEST_MANIFEST + 1), folder, kind)
     for name, entry in manifest["files"].items():
@@ -110,6 +109,13 @@ def parse_manifest(content: bytes, folder: Path, kind: str) -> dict[str, Any]:
                 f"{path} names a file outside its folder, {name!r}: iosr_fast did not write that; {advice(kind)}"
             )
     return manifest
+
+
+def missing(folder: Path, kind: str) -> FileNotFoundError:
+    """The error for a folder without a manifest; it names what a killed save left of it."""
+    left = sorted(map(str, folder.parent.glob(f".{folder.name}.*.tmp/old")))
+    hint = f"; a killed save left it at {left[-1]}: rename that to {folder}" if left else ""
+    return FileNotFoundError(f"expected a folder with a {MANIFEST} ({kind}), found none at {folder / MANIFEST}{hint}")
 
 
 def advice(kind: str) -> str:

@@ -1,7 +1,7 @@
 """A folder with a manifest whose files stay open: the bytes that were verified are the bytes that are read.
 
-Every file is opened once, relative to the opened folder, and links below it are not followed. A writer that replaces
-or removes the folder has no effect on the open files.
+Every file is opened once, and links below the folder are not followed. A writer that replaces or removes the folder has
+no effect on the open files.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
-from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST, advice, mismatch, parse_manifest
-from iosr_fast.utils.renames import folder_identity, recover
+from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST, advice, mismatch, missing, parse_manifest
 
 _RETRY_S = 60.0  # how long to retry while the folder is replaced faster than its files are opened
 _MOST_FILES = 256  # all open at once; a common limit of a process is 1,024
 _CHUNK = 1 << 20
-_AT_FOLDERS = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd
-_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 # Without O_NONBLOCK, opening a pipe in the place of a file would wait for its writer.
-_FILE = _READ | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_FILE = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
 _Signature = tuple[int, int, int, int, int]
 _T = TypeVar("_T")
 
@@ -194,12 +191,20 @@ def open_verified(
         try:
             opened = _open(folder, kind, verify, expected_digest)
         except Exception:
-            standing = folder_identity(folder) == before and (before is not None or not recover(folder))
-            if standing or time.monotonic() > deadline:
+            if folder_identity(folder) == before or time.monotonic() > deadline:
                 raise
         else:
-            if _AT_FOLDERS or folder_identity(folder) == before:
+            if folder_identity(folder) == before:
                 return opened
+
+
+def folder_identity(folder: Path, follow_symlinks: bool = True) -> tuple[int, int, int] | None:
+    """Distinguishes a folder from another one that replaces it; None where there is none."""
+    try:
+        status = folder.stat(follow_symlinks=follow_symlinks)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 def _digest_of(content: bytes) -> str:
@@ -229,63 +234,39 @@ def check_digest(expected: str, verify: bool) -> None:
 
 
 def _open(folder: Path, kind: str, verify: bool, expected_digest: str | None) -> VerifiedFolder:
-    opened: dict[Path, int | None] = {}
     try:
+        manifest_file = _open_file(folder, MANIFEST, kind)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise missing(folder, kind) from error
+    content = b"".join(manifest_file.chunks(LARGEST_MANIFEST))
+    _compare_digest(folder, kind, _digest_of(content), expected_digest)
+    manifest = parse_manifest(content, folder, kind)
+    if len(manifest["files"]) > _MOST_FILES:
+        raise IosrFastError(f"expected at most {_MOST_FILES} files in {folder}, got {len(manifest['files'])}")
+    files = {}
+    for name in manifest["files"]:
         try:
-            opened[folder] = os.open(folder, _READ | getattr(os, "O_DIRECTORY", 0)) if _AT_FOLDERS else None
-            manifest_file = _open_file(opened, folder, MANIFEST, kind)
+            files[name] = _open_file(folder, name, kind)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(
-                f"expected a folder with a {MANIFEST} ({kind}), found none at {folder / MANIFEST}"
-            ) from error
-        content = b"".join(manifest_file.chunks(LARGEST_MANIFEST))
-        _compare_digest(folder, kind, _digest_of(content), expected_digest)
-        manifest = parse_manifest(content, folder, kind)
-        if len(manifest["files"]) > _MOST_FILES:
-            raise IosrFastError(f"expected at most {_MOST_FILES} files in {folder}, got {len(manifest['files'])}")
-        files = {}
-        for name in manifest["files"]:
-            try:
-                files[name] = _open_file(opened, folder, name, kind)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{name} is missing from {folder}; {advice(kind)}") from error
-        folders = {path: _signature(path.stat() if fd is None else os.fstat(fd)) for path, fd in opened.items()}
-        return VerifiedFolder(folder, kind, manifest, content, files, folders, verify)
-    finally:
-        for descriptor in opened.values():
-            if descriptor is not None:
-                os.close(descriptor)
+            raise FileNotFoundError(f"{name} is missing from {folder}; {advice(kind)}") from error
+    paths = {parent for name in files for parent in (folder / name).parents if parent.is_relative_to(folder)}
+    folders = {path: _signature(path.stat()) for path in {folder, *paths}}
+    return VerifiedFolder(folder, kind, manifest, content, files, folders, verify)
 
 
-def _open_file(opened: dict[Path, int | None], folder: Path, name: str, kind: str) -> _OpenFile:
-    """Open a file relative to its folder. `opened` collects the folders' descriptors."""
-    *parents, last = PurePosixPath(name).parts or (".",)
-    path, at = folder, opened[folder]
-    try:
-        for part in parents:
-            path = path / part
-            if path not in opened:
-                _refuse_link(path, at, part)
-                opened[path] = os.open(part, _FILE | os.O_DIRECTORY, dir_fd=at) if _AT_FOLDERS else None
-            at = opened[path]
-        path = path / last
-        _refuse_link(path, at, last)
-        descriptor = os.open(last, _FILE, dir_fd=at) if _AT_FOLDERS else os.open(path, _FILE)
-    except NotADirectoryError as error:
-        raise FileNotFoundError(str(error)) from error
+def _open_file(folder: Path, name: str, kind: str) -> _OpenFile:
+    path = folder
+    for part in PurePosixPath(name).parts:
+        path = path / part
+        if path.is_symlink():
+            raise IosrFastError(
+                f"{path} is a link, expected a file or folder of its own: copy it with `cp -rL` to resolve it"
+            )
+    descriptor = os.open(path, _FILE)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FileNotFoundError(f"{name} in {folder} is not a regular file; {advice(kind)}")
     return _OpenFile(path, descriptor)
-
-
-def _refuse_link(path: Path, at: int | None, name: str) -> None:
-    """Raise ValueError with advice. O_NOFOLLOW covers a link that appears between this check and the opening."""
-    status = os.stat(path if at is None else name, dir_fd=at, follow_symlinks=False)
-    if stat.S_ISLNK(status.st_mode):
-        raise IosrFastError(
-            f"{path} is a link, expected a file or folder of its own: copy it with `cp -rL` to resolve it"
-        )
 
 
 def _signature(status: os.stat_result) -> _Signature:
