@@ -1,11 +1,14 @@
 """Both embeddings of a batch: fused in one pass, against every way that takes two, all in one run.
 
     onnxruntime, openvino, torch   ours: the dual encoder in three runtimes (on a GPU torch alone, in float16)
-    openvino-int8                  ours in 8 bits
+    ...-int8, openvino-bf16        ours in fewer bits; OpenVINO rounds to bf16 where the processor has it
     ...-two-pass, ...-one-pass     encoder_rivals; a one-pass has the plain embedding alone
 
-Weights are random, which changes no speed; pictures resemble photographs. Everything is checked against two literal
-passes before it is timed; `min_cosine` of fewer bits is with them. share_of_ceiling counts the fused encoder's FLOP.
+Everything is checked against two literal passes before it is timed; share_of_ceiling counts the fused encoder's FLOP.
+The demo has its own adapter. It is calibrated on generic pictures and judged on its test concepts: cosines with the two
+passes and few-shot accuracy, keys and queries encoded alike, parameters by leave-one-out on each support set. Any other
+CLIP has random weights, which change no speed but say little about the loss of trained ones; its pictures resemble
+photographs.
 """
 
 from __future__ import annotations
@@ -31,29 +34,39 @@ from iosr_fast.clip.adapter import Adapter, random_adapter
 from iosr_fast.clip.demo.pictures import held_out, load_pictures
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.clip.vision_tower import vision_tower
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.evaluation.demo import evaluate_few_shot
+from iosr_fast.evaluation.tasks import Encoded
 from iosr_fast.export.check import FP32_MAX_ERROR, MIN_COSINES, calibration_pictures
+from iosr_fast.export.pretrained import choose_adapter
 from iosr_fast.export.quantize.encoder import quantize_onnx
 from iosr_fast.images.preprocess import resize_and_crop
 
 CHECKED = 4  # pictures
 CALIBRATED, JUDGED = 32, 24  # pictures of a CLIP without pictures of its own
 DEFAULT_BATCHES = {"cpu": (1, 8), "cuda": (1, 256)}
+SHOTS, SEEDS = (4, 1), (0, 1, 2)
+METHODS = ("tip-adapter++", "proker++")
 PACKAGES = ("onnxruntime", "openvino", "torch", "open_clip_torch")
 
 
 def run(
-    run: Run, model: str = "ViT-B-32", batches: Sequence[int] | None = None, first_adapted_block: int | None = None
+    run: Run, model: str = "ViT-B-32", batch: Sequence[int] | None = None, first_adapted_block: int | None = None
 ) -> None:
     """Verify and time one model, a case a batch. `first_adapted_block`: None for that of the last third of blocks."""
     clip = load_clip(model, None if model == "demo" else "none")
-    adapter = random_adapter(clip, late_block(clip) if first_adapted_block is None else first_adapted_block)
+    adapter = choose_adapter(clip, "auto") if model == "demo" and first_adapted_block is None else None
+    if adapter is None:
+        adapter = random_adapter(clip, late_block(clip) if first_adapted_block is None else first_adapted_block)
     first = adapter.config.first_adapted_block
     with tempfile.TemporaryDirectory() as folder, torch_threads(run.threads):
         made = Encoders(clip, adapter, run, Path(folder))
-        for batch in batches or DEFAULT_BATCHES[run.device.name]:
-            run.case(f"{model.lower()}-b{batch}-s{first}", made.candidates(batch), packages=PACKAGES)
+        for size in batch or DEFAULT_BATCHES[run.device.name]:
+            run.case(f"{model.lower()}-b{size}-s{first}", made.candidates(size), packages=PACKAGES)
 
 
 def late_block(clip: LoadedClip) -> int:
@@ -79,7 +92,7 @@ class Encoders:
     def __init__(self, clip: LoadedClip, adapter: Adapter, run: Run, folder: Path) -> None:
         self.clip, self.adapter, self.run, self.folder = clip, adapter, run, folder
         self.calibration, self.pictures = pictures_of(clip)
-        self.truth = two_passes(clip, adapter, self.pictures[:CHECKED])
+        self.truth = two_passes(clip, adapter, self.pictures)
         fused = build_dual_encoder(clip, adapter)
         # PyTorch doesn't count the CPU's fused attention, but the spelled-out one.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -96,8 +109,18 @@ class Encoders:
             pixels = torch.from_numpy(pixels).to(self.run.device.name)
 
         def ours(open_it: Callable[[], Embed], precision: str = self.precision) -> Candidate:
-            check = partial(self.check, precision)
-            return Candidate(lambda: partial(open_it(), pixels), check, batch * self.gflop, precision, GEMM)
+            judged: dict[str, Any] = {}
+
+            def prepare() -> Callable[[], Any]:
+                embed = open_it()
+                if not self.run.device.is_gpu:
+                    judged.update(self.judge(embed, batch, precision))
+                return partial(embed, pixels)
+
+            def check(result: Sequence[Any]) -> dict[str, Any]:
+                return self.check(precision, result) | judged
+
+            return Candidate(prepare, check, batch * self.gflop, precision, GEMM)
 
         def rival(open_it: Callable[[], Embed]) -> Candidate:
             prepare = lambda: partial(open_it(), pixels)  # noqa: E731
@@ -114,11 +137,14 @@ class Encoders:
             return {GEMM: gpu_gemm(self.run.device, self.precision), **of_torch, **compiled}
         of_files = {"onnxruntime-two-pass": rival(lambda: self.onnxruntime("plain", "adapted"))}
         own = {"onnxruntime": ours(lambda: self.onnxruntime("fused"))}
+        own["onnxruntime-int8"] = ours(lambda: self.onnxruntime("int8"), "int8")
         if find_spec("openvino") is None:
             self.run.say("left out: openvino is not installed: pip install openvino")
         else:
             own["openvino"] = ours(lambda: self.openvino("fused"))
             own["openvino-int8"] = ours(lambda: self.openvino("int8"), "int8")
+            if "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+                own["openvino-bf16"] = ours(lambda: self.openvino("fused", precision="bf16"), "bf16")
             of_files["openvino-two-pass"] = rival(lambda: self.openvino("plain", "adapted"))
             of_files["openvino-one-pass"] = rival(lambda: self.openvino("plain"))
         return {GEMM: gemm(self.run.threads), **own, **of_torch, **of_files, **compiled}
@@ -149,10 +175,34 @@ class Encoders:
         return path
 
     def check(self, precision: str, result: Sequence[Any]) -> dict[str, Any]:
-        """The cosines of the first pictures with two literal passes; ArithmeticError where one is off."""
-        arrays = [np.asarray(rows if isinstance(rows, np.ndarray) else rows.float().cpu()) for rows in result]
-        facts = compare(precision, [rows[:CHECKED] for rows in arrays], self.truth)
-        return {} if precision == "fp32" else {"min_cosine": facts["min_cosine"]}
+        """ArithmeticError where an embedding of the first pictures is off."""
+        compare(precision, [rows_of(rows)[:CHECKED] for rows in result], self.truth)
+        return {}
+
+    def judge(self, embed: Embed, batch: int, precision: str) -> dict[str, Any]:
+        """The cosines of all pictures with two passes, in batches; of the demo, few-shot accuracy, too."""
+        starts = range(0, len(self.pictures), batch)
+        parts = [[rows_of(rows) for rows in embed(self.pictures[start : start + batch])] for start in starts]
+        embeddings = Embeddings(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
+        facts = compare(precision, (embeddings.plain, embeddings.adapted), self.truth) | {"pictures": len(embeddings)}
+        return facts | (accuracy(self.clip, embeddings) if self.clip.name == "demo" else {})
+
+
+def rows_of(rows: Any) -> np.ndarray:
+    return rows if isinstance(rows, np.ndarray) else rows.float().cpu().numpy()
+
+
+def accuracy(clip: LoadedClip, embeddings: Embeddings) -> dict[str, Any]:
+    """Few-shot accuracy on the demo's test concepts, of each of METHODS and SHOTS."""
+    pictures, _ = held_out()
+    text = embed_classes(clip, pictures.names)
+    encoded = Encoded(embeddings, pictures.concepts, text, clip.logit_scale)
+    facts: dict[str, Any] = {"seeds": len(SEEDS)}
+    for method in METHODS:
+        for shots, result in evaluate_few_shot(encoded, method, "none", SHOTS, SEEDS).items():
+            name = f"accuracy_{method.rstrip('+')}_{shots}_shot"
+            facts |= {name: round(result.mean, 6), f"{name}_std": result.std, "test_images": result.draws[0].images}
+    return facts
 
 
 def compare(precision: str, got: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -120,10 +120,10 @@ class Case:
         return plan, Embeddings(near(query_labels), near(query_labels))
 
 
-def run(run: Run, cases: Sequence[str] | None = None) -> None:
+def run(run: Run, case: Sequence[str] | None = None) -> None:
     """Verify and time each case."""
     with torch_threads(run.threads):
-        for text in cases or DEFAULT_CASES[run.device.name]:
+        for text in case or DEFAULT_CASES[run.device.name]:
             one = Case.parse(text)
             by_bytes = one.queries == 1 and (run.device.is_gpu or 1e9 * one.gigabytes("fp32") > OUT_OF_CACHE)
             packages = ("numpy", "torch", *(["triton"] if run.device.is_gpu else []))

@@ -1,7 +1,6 @@
 """Time a part of iosr_fast against named rivals on this machine. Every result is verified before it is timed.
 
-python tools/benchmark.py encoder      both embeddings of a batch: fused, and in two passes by other compilers
-python tools/benchmark.py precision    the encoder in fewer bits: speed, distance to fp32, accuracy on the demo
+python tools/benchmark.py encoder      both embeddings of a batch: fused, in fewer bits, and in two passes by others
 python tools/benchmark.py score        embeddings to logits: our kernels, the papers' formula, PyTorch
 python tools/benchmark.py pipeline     JPEG files to labels, and a new process to its first label
 python tools/benchmark.py fit          JPEG files to a fitted classifier
@@ -28,12 +27,10 @@ use_source_tree()
 
 def main(
     subject: Annotated[
-        Literal["encoder", "precision", "score", "pipeline", "fit"],
-        typer.Argument(metavar="SUBJECT", help="encoder, precision, score, pipeline or fit."),
+        Literal["encoder", "score", "pipeline", "fit"],
+        typer.Argument(metavar="SUBJECT", help="encoder, score, pipeline or fit."),
     ],
-    model: Annotated[
-        list[str] | None, typer.Option(help="open_clip ViT, or demo (precision takes several). Not for score.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="open_clip ViT, or demo. Not for score.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images of a call, several for encoder.")] = None,
     first_adapted_block: Annotated[
         int | None, typer.Option(min=0, help="First block with an adapter, for encoder and pipeline.")
@@ -52,17 +49,10 @@ def main(
     ] = None,
 ) -> None:
     """Time a part of iosr_fast against named rivals; rows are printed as cases end and written after every round."""
-    given = {
-        "model": model[0] if model and len(model) == 1 else None,
-        "models": model,
-        "batches": batch,
-        "first_adapted_block": first_adapted_block,
-        "cases": case,
-        "pictures": pictures,
-    }
-    if (
-        threads is not None
-    ):  # before NumPy's first import, as BLAS reads its threads then; our kernels read theirs later
+    given = {"model": model, "batch": batch, "first_adapted_block": first_adapted_block, "case": case}
+    given["pictures"] = pictures
+    # Before NumPy's first import, as BLAS reads its threads then; our kernels read theirs later.
+    if threads is not None:
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "IOSR_FAST_THREADS"):
             os.environ[name] = str(threads)
     module: Any = importlib.import_module(f"benchmarks.{subject}")
@@ -72,13 +62,9 @@ def main(
     from iosr_fast.utils.machine import usable_threads
 
     taken = inspect.signature(module.run).parameters
-    options = {name: value for name, value in given.items() if value is not None and name in taken}
-    names = {"model": model, "batch": batch, "case": case, "pictures": pictures}
-    names["first-adapted-block"] = first_adapted_block
-    for name, value in names.items():
-        mine = {"case": "cases", "batch": "batches"}.get(name, name.replace("-", "_"))
-        if value is not None and mine not in options and not (name == "model" and "models" in options):
-            raise IosrFastError(f"expected no --{name} with {subject}, or one value, got {value}")
+    options = {name: value for name, value in given.items() if value is not None}
+    if wrong := [f"--{name.replace('_', '-')}" for name in options if name not in taken]:
+        raise IosrFastError(f"expected no {', '.join(wrong)} with {subject}")
     if device != "cpu" and subject not in ("encoder", "score"):
         raise IosrFastError(f"expected --device cpu with {subject}, got {device}")
     out = json_path or ROOT / "build" / "bench" / f"{'cpu' if device == 'cpu' else 'gpu'}-{subject}.json"
