@@ -13,7 +13,6 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.files.evaluate import evaluate_images
 from iosr_fast.files.folder import FolderPredictions, predict_folder
 from iosr_fast.files.reader import Reader
-from iosr_fast.files.rejecting import UNKNOWN_LABEL, check_rejecting
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.evaluation import Evaluation
@@ -23,13 +22,14 @@ from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, Prediction
+from iosr_fast.head.rejecting import UNKNOWN_LABEL, Rejecting, check_rejecting
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.tune import TUNE_SECONDS
 from iosr_fast.methods.tuned import Tuned
-from iosr_fast.methods.unknown import KEEP, check_unknown
+from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.store import updates
 from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
@@ -49,7 +49,8 @@ class Classifier(Estimator):
     It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of
     threads may classify meanwhile, and each call sees exactly one version. Images are paths, encoded bytes, PIL images,
     uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a sequence, a pandas Series or an array of them
-    (rules: iosr_fast.images.pixels). Methods raise BadImageError for an unreadable image, NotFittedError before a fit.
+    (rules: iosr_fast.images.pixels). Methods raise BadImageError for an unreadable image, NotFittedError before a fit,
+    IosrFastError, a ValueError, for wrong arguments, before any image is read.
 
     Parameters
     ----------
@@ -170,7 +171,7 @@ class Classifier(Estimator):
         self.skip_bad, self.progress = skip_bad, progress
         self._given_clip: tuple[dict[str, Any], OpenedClip] | None = None
 
-    classes_ = FittedAttribute(lambda fit: fit.labels())
+    classes_ = FittedAttribute(lambda fit: fit.answers.labels)
     plan_ = FittedAttribute(lambda fit: fit.head.plan)
     support_ = FittedAttribute(lambda fit: fit.head.support)
     multi_label_ = FittedAttribute(lambda fit: fit.head if isinstance(fit.head, MultiLabelHead) else None)
@@ -179,7 +180,7 @@ class Classifier(Estimator):
     parameters_ = FittedAttribute(lambda fit: dict(fit.head.config.parameters))
     key_precision_ = FittedAttribute(lambda fit: fit.head.config.key_precision)
     tuned_ = FittedAttribute(lambda fit: fit.head.tuned)
-    unknown_ = FittedAttribute(lambda fit: fit.head.one_label("unknown_").unknown)
+    unknown_ = FittedAttribute(lambda fit: fit.answers.unknown("unknown_"))
     skipped_ = FittedAttribute(lambda fit: [error.where for error in fit.skipped])
     engine_ = FittedAttribute(lambda fit: fit.clip.engine)
     engine_choice_ = FittedAttribute(lambda fit: fit.engine_choice)
@@ -197,7 +198,7 @@ class Classifier(Estimator):
     def fit(
         self,
         images: Any = None,
-        labels: Sequence[Any] | np.ndarray | None = None,
+        labels: Any = None,
         class_names: Sequence[str] | None = None,
         *,
         unknown_images: Any = None,
@@ -268,12 +269,6 @@ class Classifier(Estimator):
         """An example's thumbnail, WebP; None where none was stored. Raises ValueError for an unknown id."""
         return self.snapshot().picture(name_or_id)
 
-    def decision_function(self, images: Any) -> np.ndarray:
-        """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
-        several labels."""
-        fit = self._store.fitted()
-        return fit.head.decision(fit.logits(images))
-
     def predict(
         self, images: Any, unknown: Literal["reject"] | None = None, unknown_label: Any = None, keep: float = KEEP
     ) -> np.ndarray:
@@ -284,22 +279,28 @@ class Classifier(Estimator):
         classes: a share `keep` of those that do belong to one keeps its label. Raises IosrFastError where there are too
         few support images for that promise: 0.95 takes 19 that can be left out.
         """
-        share, fit = check_unknown(unknown, keep, unknown_label), self._store.fitted()
-        if share is not None:
-            return fit.predict_or_reject(images, share, unknown_label)
-        return fit.head.answers(fit.logits(images), fit.labels())
+        rejecting, fit = Rejecting.of(unknown, unknown_label, keep), self._store.fitted()
+        return fit.answers.predict(fit.queries(images), rejecting)
+
+    def decision_function(self, images: Any) -> np.ndarray:
+        """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
+        several labels."""
+        fit = self._store.fitted()
+        return fit.head.decision(fit.answers.logits(fit.queries(images)))
 
     def predict_proba(self, images: Any) -> np.ndarray:
         """softmax of the logits, (B, C) float32, in the order of `classes_`. With several labels a picture the
         probability of each class by itself, 1 / (1 + exp(-logit))."""
         fit = self._store.fitted()
-        return fit.head.probabilities(fit.logits(images))
+        return fit.head.probabilities(fit.answers.logits(fit.queries(images)))
 
-    def predict_jointly(self, images: Any) -> JointPrediction:
-        """Probabilities (B, C) of images that are classified together (methods.joint), which gains most with few shots
-        and many images. Where left-out support images say that it harms, `refused` says why, and the probabilities are
-        those of `predict_proba`."""
-        return self._store.fitted().predict_jointly(images)
+    def score(self, images: Any, labels: Any) -> float:
+        """The share of images whose predicted class is their label: a class name, or an integer as at the fit (into
+        `classes_` if the fit had names). With several labels a picture the mean average precision over the classes that
+        a picture has, with labels as for `fit`."""
+        fit, listed = self._store.fitted(), as_image_list(images)
+        truth = fit.read_labels(listed, labels)
+        return fit.head.quality(truth, fit.answers.logits(fit.queries(listed)))
 
     def explain(
         self, images: Any, top: int = 5, nearest: int = 0, unknown: Literal["reject"] | None = None, keep: float = KEEP
@@ -308,36 +309,38 @@ class Classifier(Estimator):
         contribute to each, and the `nearest` support images. With unknown="reject" and `keep` as in `predict`, its
         `unknown` has the score, and `label` is None for a picture of none of the classes."""
         top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
-        return self._store.fitted().explain(images, top, nearest, check_unknown(unknown, keep))
+        rejecting, fit = Rejecting.of(unknown, None, keep), self._store.fitted()
+        return fit.answers.explain(fit.queries(images), top, nearest, rejecting)
 
-    def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
-        """The share of images whose predicted class is their label: a class name, or an integer as at the fit (into
-        `classes_` if the fit had names). With several labels a picture the mean average precision over the classes that
-        a picture has, with labels as for `fit`."""
-        fit, listed = self._store.fitted(), as_image_list(images)
-        truth = fit.read_labels(listed, labels)
-        return fit.head.quality(truth, fit.logits(listed))
-
-    def unknown_score(self, images: Any) -> np.ndarray:
-        """How unlike all classes each image is, (B,) float64: of left-out support images the mean is 0 and the
-        standard deviation 1. `unknown_.threshold(0.95)` is what 95% of known pictures do not exceed (methods.unknown).
-        """
-        return self._store.fitted().unknown_score(images)
+    def predict_jointly(self, images: Any) -> JointPrediction:
+        """Probabilities (B, C) of images that are classified together (methods.joint), which gains most with few shots
+        and many images. Where left-out support images say that it harms, `refused` says why, and the probabilities are
+        those of `predict_proba`."""
+        fit = self._store.fitted()
+        return fit.answers.predict_jointly(fit.queries(images))
 
     def predict_sets(self, images: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
         """For each image the labels that it may have, most likely first, or none: a share `coverage` of the sets has
         the image's label (methods.conformal), with `per_class` of the images of each class. Raises IosrFastError where
         support images are too few for that: 0.9 takes 9 that can be left out, with `per_class` 9 of each class."""
-        return self._store.fitted().predict_sets(images, coverage, per_class)
+        fit = self._store.fitted()
+        return fit.answers.predict_sets(fit.queries(images), coverage, per_class)
+
+    def unknown_score(self, images: Any) -> np.ndarray:
+        """How unlike all classes each image is, (B,) float64: of left-out support images the mean is 0 and the
+        standard deviation 1. `unknown_.threshold(0.95)` is what 95% of known pictures do not exceed (methods.unknown).
+        """
+        fit = self._store.fitted()
+        return fit.answers.unknown_score(fit.queries(images))
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support images are, by bins of the probability; print it."""
-        return self.snapshot().one_label("calibration").left_out_labels.reliability
+        return self._store.fitted().answers.calibration()
 
     def audit(self) -> SupportAudit:
         """What is wrong with the support images, named by their ids, as left-out ones tell: likely wrong labels, near
         duplicates, classes that are confused or have too few or too alike images (methods.support_audit)."""
-        return self._store.fitted().audit()
+        return self._store.fitted().answers.audit(example_id)
 
     def predict_folder(
         self,

@@ -17,7 +17,7 @@ from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
-    from iosr_fast.files.rejecting import Rejecting
+    from iosr_fast.head.rejecting import Rejecting
 
 FILES = (".csv", ".parquet")
 # Options that only a folder of parts has, and their defaults.
@@ -131,7 +131,7 @@ def classify(
 
 
 def _check_unknown(reject: bool, label: str | None, keep: float | None) -> Rejecting | None:
-    from iosr_fast.files.rejecting import UNKNOWN_LABEL, check_rejecting
+    from iosr_fast.head.rejecting import UNKNOWN_LABEL, check_rejecting
     from iosr_fast.methods.unknown import KEEP
 
     if not reject and (label is not None or keep is not None):

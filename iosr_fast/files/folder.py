@@ -14,8 +14,8 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.job import Job
 from iosr_fast.files.joint import classify_jointly
 from iosr_fast.files.reader import Reader
-from iosr_fast.files.rejecting import Rejecting
 from iosr_fast.head.predictions import AnyHead, LabelSet, Prediction, Rejection, label_columns
+from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.unknown import without_rejected

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, TextIO
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.journal import Journal, open_journal
 from iosr_fast.files.reader import Reader
-from iosr_fast.files.rejecting import Rejecting
 from iosr_fast.files.resume import complete
 from iosr_fast.files.stream import Answer, classify
 from iosr_fast.files.tables import Result, Row, check_output, csv_cells, csv_writer, write_table
 from iosr_fast.head.predictions import AnyHead, LabelSet, Prediction
+from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.outputs import check_utf8

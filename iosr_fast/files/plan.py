@@ -21,10 +21,10 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.files import embedding_files, prediction_files
 from iosr_fast.files.embedding_files import Part
-from iosr_fast.files.rejecting import Rejecting
 from iosr_fast.files.source import Chunk, Source
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import Prediction, predict
+from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.store.bundle import Bundle, load_bundle
 from iosr_fast.store.head_files import fingerprint

@@ -13,9 +13,9 @@ from iosr_fast.files.chunks import run_chunks
 from iosr_fast.files.part_folder import Done, PartFolder
 from iosr_fast.files.plan import PLANS, make_plan
 from iosr_fast.files.ray_workers import Pool, run_on_ray
-from iosr_fast.files.rejecting import Rejecting
 from iosr_fast.files.resume import complete
 from iosr_fast.files.source import Chunk, Source
+from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.store.bundle import Bundle, load_bundle
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.manifest import read_manifest

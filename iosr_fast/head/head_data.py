@@ -108,9 +108,9 @@ class HeadData:
         self.plan  # noqa: B018
         return self
 
-    def score(self, embeddings: Embeddings) -> np.ndarray:
-        """Logits (B, C) float32; embeddings on a GPU are scored there."""
-        return as_numpy(score(self.plan, embeddings))
+    def score(self, embeddings: Embeddings, check: bool = True) -> np.ndarray:
+        """Logits (B, C) float32; embeddings on a GPU are scored there. `check` is that of scoring.score."""
+        return as_numpy(score(self.plan, embeddings, check=check))
 
     def classes(self, after: int = -1, limit: int | None = None) -> list[ClassInfo]:
         """Classes in their order: all, or at most `limit` of those whose uid is above `after`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Number
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,16 +24,37 @@ _HINTS: dict[type, str] = {
 _MISSING_AS_TEXT = frozenset({"nan", "NaN", "None", "null", "<NA>", "NaT"})
 
 
-def check_labels(
-    images: Sequence[Any], labels: Any, class_names: Any
-) -> tuple[list[str], np.ndarray, np.ndarray | None, bool]:
-    """The labels of N images for a fit: the names of the C classes, each image's class id (N,), None, and whether the
-    labels are integers.
+class Labels(NamedTuple):
+    """The labels of N images for a fit: the `names` of the C classes, and of each image its class `ids` (N,).
 
-    Of images with several labels each (`are_label_sets`) the ids say which of the label sets an image has; these sets,
-    distinct rows (P, C) bool, are in place of None, and the last says whether the labels are an indicator.
+    Where images may have several labels each, `ids` say which of the label `sets` an image has, distinct rows (P, C)
+    bool; otherwise these are None. `are_integers`: labels are numbers of classes, or an indicator.
+    """
 
-    Raises IosrFastError as `class_ids`, `read_label_sets` and `names.check_names`.
+    names: list[str]
+    ids: np.ndarray
+    sets: np.ndarray | None
+    are_integers: bool
+
+    @property
+    def shown(self) -> list[str]:
+        """The text of each id."""
+        if self.sets is None:
+            return self.names
+        return [SEPARATOR.join(np.array(self.names)[row]) for row in self.sets]
+
+    def counts(self, ids: np.ndarray) -> np.ndarray:
+        """(C,) how many images with these ids have the label of each class."""
+        if self.sets is None:
+            return np.bincount(ids, minlength=len(self.names))
+        counts: np.ndarray = self.sets[ids].sum(0)
+        return counts
+
+
+def check_labels(images: Sequence[Any], labels: Any, class_names: Any) -> Labels:
+    """The labels of images for a fit. Raises IosrFastError as `class_ids`, `read_label_sets` and `names.check_names`.
+
+    Labels of images with several labels each are those of `are_label_sets`.
     """
     named = None if class_names is None else check_names(class_names)
     if are_label_sets(labels):
@@ -41,11 +62,11 @@ def check_labels(
         names = named or check_names(_found_names(found, "an indicator has"))
         check_separable(names, SEPARATOR)
         sets, ids = np.unique(indicator, axis=0, return_inverse=True)
-        return names, ids.reshape(-1), sets, found is None
+        return Labels(names, ids.reshape(-1), sets, found is None)
     values = _label_values(labels, len(images))
     are_integers = bool(values) and isinstance(values[0], int)
     names = named or check_names(_found_names(None if are_integers else sorted(set(values)), "integer labels have"))
-    return names, _ids(values, names, range(len(names))), None, are_integers
+    return Labels(names, _ids(values, names, range(len(names))), None, are_integers)
 
 
 def _found_names(found: list[str] | None, numbers_have: str) -> list[str]:

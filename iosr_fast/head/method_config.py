@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, compile_method, fit_method_reducer, unavailable_reason
+from iosr_fast.methods.multi_label import multi_label_reason
 from iosr_fast.methods.out_of_fold import calibrate
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import AUTO, MAX_TUNE_SECONDS, check_choice
@@ -84,6 +86,13 @@ class MethodChoice:
     def searched(self) -> bool:
         """Whether a fit chooses parameters on the support images."""
         return self.method == AUTO or self.tune == "loo" or (self.tune is None and not self.parameters)
+
+    def check_several(self, unknown_images: Any) -> None:
+        """Raise IosrFastError where the method, a reducer or unknown images don't go with several labels a picture."""
+        if (reason := multi_label_reason(self.method, self.reducer)) is not None:
+            raise IosrFastError(reason)
+        if unknown_images is not None:
+            raise IosrFastError("several labels a picture take no unknown_images: give them as pictures of no label")
 
     def config(self, support: SupportSet) -> MethodConfig:
         """The config of a fit, its reducer fitted on the support images, and `tuned` if parameters were searched.

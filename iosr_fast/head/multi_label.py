@@ -15,7 +15,7 @@ from iosr_fast.head.head_data import HeadData
 from iosr_fast.head.labels import label_sets, read_label_sets
 from iosr_fast.head.method_config import MethodChoice, MethodConfig
 from iosr_fast.methods.log_loss import sigmoid
-from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label, multi_label_reason
+from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.utils.ranking import mean_average_precision
 
@@ -27,10 +27,12 @@ class MultiLabelHead(HeadData):
 
     labels      (N, C) bool, the classes of each support image, whose class ids say nothing
     thresholds  (C,) float32, the probability from which a picture has a class
+    evidence    after a fit, what left-out images say of it
     """
 
     labels: np.ndarray
     thresholds: np.ndarray
+    evidence: MultiLabelFit | None = None
 
     @cached_property
     def support(self) -> MultiLabelSet:
@@ -87,23 +89,13 @@ class MultiLabelHead(HeadData):
         return 0
 
 
-def check_several(choice: MethodChoice, unknown_images: Any) -> None:
-    """Raise IosrFastError where a method, a reducer or unknown images don't go with several labels a picture."""
-    if (reason := multi_label_reason(choice.method, choice.reducer)) is not None:
-        raise IosrFastError(reason)
-    if unknown_images is not None:
-        raise IosrFastError("several labels a picture take no unknown_images: give them as pictures of no label")
-
-
 def fit_head(
-    names: Sequence[str], text: np.ndarray | None, tau: float, examples: Examples, labels: np.ndarray, how: MethodChoice
-) -> tuple[MultiLabelHead, MultiLabelFit]:
-    """The head of support images with `labels` (N, C) bool, and what left-out images say of it. Raises what
-    methods.multi_label.fit_multi_label raises."""
+    how: MethodChoice, names: Sequence[str], text: np.ndarray | None, tau: float, examples: Examples, labels: np.ndarray
+) -> MultiLabelHead:
+    """The head of support images with `labels` (N, C) bool. Raises what methods.multi_label.fit_multi_label raises."""
     images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries)
     fitted = fit_multi_label(images, how.method, how.parameters, how.searched, how.key_precision, how.seconds)
     config = MethodConfig(fitted.method, fitted.parameters, factor=fitted.factor, key_precision=how.key_precision)
     examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
-    own = {"labels": labels, "thresholds": fitted.thresholds}
-    head = MultiLabelHead.first(names, text, tau, examples, config, **own)
-    return head.with_computed(plan=fitted.plan), fitted
+    own = {"labels": labels, "thresholds": fitted.thresholds, "evidence": fitted}
+    return MultiLabelHead.first(names, text, tau, examples, config, **own).with_computed(plan=fitted.plan)

@@ -183,19 +183,6 @@ def without_rejected(labels: np.ndarray, rejected: np.ndarray, word: Any) -> np.
     return result
 
 
-def check_unknown(unknown: str | None, keep: float, unknown_label: str | None = None) -> float | None:
-    """The share to keep of `predict(unknown=, unknown_label=, keep=)`, or None if no picture is to be rejected.
-    IosrFastError."""
-    if unknown not in (None, "reject"):
-        raise IosrFastError(f"expected unknown to be 'reject' or None, got {unknown!r}")
-    if unknown is None and unknown_label is not None:
-        raise IosrFastError(f"expected unknown_label only with unknown='reject', got {unknown_label!r} without it")
-    keep = check_share("keep", keep)
-    if unknown is None and keep != KEEP:
-        raise IosrFastError(f"expected keep only with unknown='reject', got {keep} without it")
-    return None if unknown is None else keep
-
-
 def check_unknown_images(count: int) -> None:
     """Raise IosrFastError for a single picture of none of the classes, which `fit_unknown` can't use."""
     if count == 1:
