@@ -1,174 +1,250 @@
-"""Load the HTTP server of a classifier: latency, capacity, refusals, memory, changes under load.
+"""Load the HTTP server of a classifier: lone requests, capacity, open loops at shares of it, changes under load.
 
-python tools/load_test.py --seconds 60 --json build/load-test.json
-python tools/load_test.py --peer infinity --seconds 15 --json build/peers.json
+python tools/load_test.py --churn --json build/serving.json
+python tools/load_test.py --rival-path ../checkout-of-before --json build/before.json
 
-It starts `iosr-fast serve` itself. Latency counts from when a request was due, not from when it could be sent; every
-label is compared with that of Classifier.predict for the same bytes.
+It starts `iosr-fast serve` itself, and with --rival-path or --rival-serve a second one, which is loaded in turns with
+the first. Latency counts from when a request was due, not from when it could be sent; every label is compared with that
+of Classifier.predict for the same bytes. The rows of --json are those of benchmarks/results/serving.json.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import shlex
+import statistics
+import subprocess
 import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.serving.http.settings import Settings
 from iosr_fast.utils.command import new_file, run
-from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.provenance import commit, write_rows
 from tools.demo.bundle import make_demo_bundle
-from tools.serving_load.churn import is_rebuilt, measure_churn
-from tools.serving_load.client import Arrivals, Queries, make_queries, run_alone
-from tools.serving_load.compare import Peer, compare
-from tools.serving_load.measure import Load, measure_capacity, measure_load, measure_lone, measure_memory
-from tools.serving_load.report import goals, print_report, provenance, write
-from tools.serving_load.server import ServerProcess
-from tools.serving_load.throughput import measure_throughput
+from tools.report import lines_of, origin
+from tools.serving_load.churn import churn, state
+from tools.serving_load.client import (
+    Answer,
+    Client,
+    Queries,
+    arrival_times,
+    closed_loop,
+    make_queries,
+    open_loop,
+    run_alone,
+)
+from tools.serving_load.rows import Facts, Round, percentile_ms, problems_of, provenance, ratios, row_of, rps
+from tools.serving_load.server import ServerProcess, Usage
 
-_SETTINGS = Settings()
-_DEMO = Path(__file__).resolve().parent.parent / "build" / "demo-bundle"
-_QUERIES = 128
-_LOADS = (0.5, 0.8, 1.2)
-_THROUGHPUT_S, _ROUNDS = 4.0, 7
+DEMO = Path(__file__).resolve().parent.parent / "build" / "demo-bundle"
+QUERIES = 128
+LONE = 100  # requests one at a time, in each round
+CONNECTIONS = 32  # of the closed loop
+CHURN_LOAD = 0.5
+LOADS = (0.5, 0.8, 1.2)
+_LONGEST_MS = 60_000  # deadline where none is measured
+_WARMUP_S = 2.0
+_PAUSE_S = 1.0  # between measurements, for what is queued to be answered and threads to stop spinning
 
-Arriving = Annotated[Arrivals, typer.Option(help="At a constant rate, or as a Poisson process.")]
-Serve = Annotated[
-    list[str] | None,
-    typer.Option(help="More options of `iosr-fast serve`, such as '--decode-threads 1'. Repeatable."),
-]
+
+@dataclass(frozen=True)
+class Load:
+    """Each measurement takes `seconds` in each of `rounds`; `loads` are shares of the smallest capacity."""
+
+    seconds: float
+    rounds: int
+    loads: tuple[float, ...]
+    deadline_ms: int
+
+
+@dataclass
+class Contender:
+    """A server that is measured; `rounds` has those of each measurement, by case and load."""
+
+    name: str
+    options: Sequence[str]
+    commit: str
+    package: Path | None = None  # the folder of its iosr_fast; None: the one that runs here
+    rounds: dict[tuple[str, float | None], list[Round]] = field(default_factory=dict)
+
+    def start(self, bundle: Path, *options: str, token: str = "") -> ServerProcess:
+        environment = {"IOSR_FAST_TOKEN": token}
+        return ServerProcess.of_bundle(bundle, *self.options, *options, package=self.package, environment=environment)
+
+    @property
+    def capacity_rps(self) -> float:
+        """The median of the rounds."""
+        rates = [rps(answers) for answers, _ in self.rounds["capacity", None]]
+        if None in rates:
+            raise RuntimeError(f"expected answers of {CONNECTIONS} connections, got none")
+        return statistics.median(rate for rate in rates if rate is not None)
 
 
 def main(
-    json_path: Annotated[Path, typer.Option("--json", callback=new_file, help="Write the report here.")],
+    json_path: Annotated[Path, typer.Option("--json", callback=new_file, help="Write the rows here.")],
     bundle: Annotated[Path | None, typer.Option(help="A saved classifier [default: build/demo-bundle].")] = None,
-    seconds: Annotated[float, typer.Option(min=0.5, help="Of each load.")] = 60.0,
-    arrivals: Arriving = Arrivals.EVEN,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of each measurement in each round.")] = 20.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which the servers take turns.")] = 3,
     loads: Annotated[list[float] | None, typer.Option("--load", help="Shares of the capacity. Repeatable.")] = None,
-    deadline_ms: Annotated[int, typer.Option(min=1, help="Of every request.")] = 1000,
-    lone: Annotated[int, typer.Option(min=1, help="Requests one at a time.")] = 300,
-    capacity_seconds: Annotated[float, typer.Option(min=0.5, help="Of the closed loop.")] = 10.0,
-    memory_minutes: Annotated[float, typer.Option(min=0, help="Minutes at 0.8 x capacity after the runs.")] = 0.0,
-    throughput: Annotated[bool, typer.Option("--throughput", help="Batches over HTTP, and the engine alone.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures a request of --throughput, and a batch.")] = 64,
-    churn: Annotated[bool, typer.Option("--churn", help="Add and remove classes at 0.5 x capacity.")] = False,
-    max_batch: Annotated[int | None, typer.Option(help="Of the server [default: chosen by it].")] = None,
-    max_wait_ms: Annotated[float, typer.Option(help="Of the server.")] = _SETTINGS.max_wait_ms,
-    max_queue: Annotated[int, typer.Option(help="Of the server.")] = _SETTINGS.max_queue,
-    engine_threads: Annotated[
-        int | None, typer.Option(min=1, help="Of the server, and of the engine alone [default: chosen; all cores].")
+    deadline_ms: Annotated[int, typer.Option(min=1, help="Of every request of an open loop.")] = 1000,
+    changes: Annotated[bool, typer.Option("--churn", help="Also add and remove classes at 0.5 x capacity.")] = False,
+    serve: Annotated[
+        str, typer.Option(help="Options of `iosr-fast serve`, in one word: '--engine-threads 1 --max-batch 8'.")
+    ] = "",
+    rival_path: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="A checkout whose server is the rival.")
     ] = None,
-    serve: Serve = None,
-    peer: Annotated[
-        Peer | None,
-        typer.Option(help="Compare with another server, loaded in turns with ours; ViT-B/32 of random weights."),
-    ] = None,
+    rival_serve: Annotated[str | None, typer.Option(help="Options of the rival [default: those of --serve].")] = None,
 ) -> None:
-    """Start a server on a bundle and load it. Exit code 1, and a partial report, if the server dies."""
-    if peer is not None:
-        at = tuple(loads or (0.5, 0.8))
-        compare(json_path, Load(seconds, 60_000, arrivals, at, min(lone, 30), capacity_seconds), serve or ())
-        return
-    try:
-        folder, classifier = _open_bundle(bundle)
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(f"expected a saved classifier: {error}") from error
-    given = {"--engine-threads": engine_threads, "--max-batch": max_batch}
-    words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
-    words += ["--max-wait-ms", str(max_wait_ms), "--max-queue", str(max_queue)]
-    words += [word for text in serve or () for word in shlex.split(text)]
-    threads = engine_threads or usable_threads()
-    queries = make_queries(classifier, _QUERIES)
-    load = Load(seconds, deadline_ms, arrivals, tuple(loads or _LOADS), lone, capacity_seconds)
-    report: dict[str, Any] = {
-        **provenance(),
-        "bundle": {"classes": len(classifier.classes_), "method": classifier.method_, "queries": len(queries)},
-        "server_options": words,
-        "max_wait_ms": max_wait_ms,
-        "max_batch": max_batch,
-        "max_queue": max_queue,
-        "engine_threads": engine_threads,
-        "deadline_ms": deadline_ms,
-        "arrivals": arrivals.value,
-        "seconds": seconds,
-        "client_cpu_share": None,
-        "runs": [],
-    }
+    """Load servers of a classifier and print a table. Exit code 1 for a wrong answer, an error, a refusal below
+    capacity, a torn answer, a log that restores another state, or a server that dies, which leaves a partial report."""
+    bundle, classifier = _open_bundle(bundle)
+    queries = make_queries(classifier, QUERIES)
+    facts = {"classes": len(classifier.classes_), "method": classifier.method_, "queries": QUERIES}
     del classifier
+    load = Load(seconds, rounds, tuple(loads or LOADS), deadline_ms)
+    contenders = [Contender("this", shlex.split(serve), commit())]
+    if rival_path is not None or rival_serve is not None:
+        options = shlex.split(serve if rival_serve is None else rival_serve)
+        theirs = commit() if rival_path is None else _commit_of(rival_path)
+        contenders.append(Contender("rival", options, theirs, rival_path and rival_path.resolve()))
+    shared = provenance() | {"bundle": facts, "seconds": seconds, "deadline_ms": deadline_ms}
+    died = ""
     try:
-        batches = batch if throughput else None
-        run_alone(_measure(report, folder, queries, load, words, threads, memory_minutes, churn, batches))
+        run_alone(_measure(contenders, bundle, queries, load, changes))
     except RuntimeError as error:
-        report["error"] = str(error)
-    except BaseException as error:
-        write({**report, "error": repr(error)}, json_path)  # what was measured is not lost
-        raise
-    report["client_cpu_share"] = max((run["client_cpu_share"] for run in report["runs"]), default=None)
-    if "error" not in report:
-        report["goals"] = goals(report)
-    write(report, json_path)
-    print_report(report)
-    if "error" in report:
-        typer.echo(f"load_test: {report['error']}", err=True)
+        died = str(error)
+    finally:  # what was measured is not lost
+        rows = [shared | row for row in make_rows(contenders, deadline_ms)]
+        write_rows(json_path, rows)
+    if rows:
+        typer.echo("\n".join([*lines_of(rows), "", origin("serving", rows)]))
+    problems = [problem for problem in (*map(problems_of, rows), died) if problem]
+    for problem in problems:
+        typer.echo(f"load_test: {problem}", err=True)
+    if problems:
         raise typer.Exit(1)
 
 
 def _open_bundle(folder: Path | None) -> tuple[Path, Classifier]:
     """The bundle to serve; by default that of the demo, built if it does not load."""
-    if folder is not None:
-        return folder, Classifier.load(folder)
     try:
-        return _DEMO, Classifier.load(_DEMO)
-    except (ValueError, OSError):
-        make_demo_bundle(_DEMO)
-        return _DEMO, Classifier.load(_DEMO)
+        return folder or DEMO, Classifier.load(folder or DEMO)
+    except (ValueError, OSError) as error:
+        if folder is not None:
+            raise typer.BadParameter(f"expected a saved classifier: {error}") from error
+        return make_demo_bundle(DEMO), Classifier.load(DEMO)
 
 
-async def _measure(
-    report: dict[str, Any],
-    bundle: Path,
-    queries: Queries,
-    load: Load,
-    options: list[str],
-    threads: int,
-    memory_minutes: float,
-    churn: bool,
-    batch: int | None,
-) -> None:
-    """Add the measurements to the report, one by one. All loads share a server, so that memory kept between them shows;
-    `churn` and batches of `batch` pictures have servers of their own."""
-    with ServerProcess(bundle, *options) as server:
-        report |= await server.alongside(measure_lone(server, queries, load))
-        report |= await server.alongside(measure_capacity(server, queries, load))
-        capacity_rps = report["capacity_rps"]
+def _commit_of(checkout: Path) -> str:
+    words = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+dirty"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+async def _measure(contenders: Sequence[Contender], bundle: Path, queries: Queries, load: Load, changes: bool) -> None:
+    """Add the measurements to the contenders. One server each answers all loads, so that memory kept between them
+    shows; each round of changes has servers of its own."""
+    with ExitStack() as stack:
+        servers = {each.name: stack.enter_context(each.start(bundle)) for each in contenders}
+        for each in _turns(contenders, load.rounds):
+            await _lone(each, servers[each.name], queries)
+            await _capacity(each, servers[each.name], queries, load.seconds)
+        rate = min(each.capacity_rps for each in contenders)
         for share in load.loads:
-            row = await server.alongside(measure_load(server, queries, load, share, capacity_rps))
-            report["runs"].append(row)
-        if memory_minutes:
-            memory = measure_memory(server, queries, load, memory_minutes, capacity_rps)
-            report["memory"] = await server.alongside(memory)
-        server.stop()
-    if churn:
-        token = secrets.token_urlsafe(24)
-        with tempfile.TemporaryDirectory() as folder:
-            log = Path(folder) / "changes.jsonl"
-            with ServerProcess(bundle, *options, "--log", str(log), environment={"IOSR_FAST_TOKEN": token}) as server:
-                changes = measure_churn(server, queries, load, capacity_rps, token)
-                row, last = await server.alongside(changes)
-                server.stop()
-            report["churn"] = row
-            layout = Settings(engine_threads=threads).engine_layout
-            row["rebuilt"] = is_rebuilt(bundle, log, row["last_version"], queries, last, layout)
-    if batch is not None:
-        seconds = min(load.seconds, _THROUGHPUT_S)
-        with ServerProcess(bundle, *options, "--max-batch", str(batch)) as server:
-            batches = measure_throughput(server, queries, bundle, batch, threads, seconds, _ROUNDS)
-            report["throughput"] = await server.alongside(batches)
+            for each in _turns(contenders, load.rounds):
+                async with (
+                    Client(servers[each.name].url, queries, load.deadline_ms) as client,
+                    _measured(each, servers[each.name], "load", share) as (answers, _),
+                ):
+                    answers += await open_loop(client.predict, arrival_times(share * rate, load.seconds))
+        for server in servers.values():
             server.stop()
+    for each in _turns(contenders, load.rounds if changes else 0):
+        await _churn(each, bundle, queries, load, rate)
+
+
+def _turns(contenders: Sequence[Contender], rounds: int) -> Iterator[Contender]:
+    """Each contender once a round, in an order that alternates, so that a drift of the machine meets all alike."""
+    for number in range(rounds):
+        yield from contenders if number % 2 == 0 else reversed(contenders)
+
+
+@asynccontextmanager
+async def _measured(
+    contender: Contender, server: ServerProcess, case: str, load: float | None = None
+) -> AsyncIterator[Round]:
+    """A round of a measurement: the block adds answers and facts, then come memory and CPU shares. Raises ServerDied if
+    the server has ended meanwhile."""
+    await asyncio.sleep(_PAUSE_S)
+    answers: list[Answer] = []
+    facts: Facts = {"rss_mb_start": server.rss_mb()}
+    usage = Usage()
+    yield answers, facts
+    facts |= {**usage.shares(), "rss_mb_end": server.rss_mb()}
+    server.check()
+    contender.rounds.setdefault((case, load), []).append((answers, facts))
+
+
+async def _lone(contender: Contender, server: ServerProcess, queries: Queries) -> None:
+    async with Client(server.url, queries, _LONGEST_MS) as client:
+        for number in range(LONE // 5):  # warm-up
+            await client.predict(number)
+        async with _measured(contender, server, "lone") as (answers, _):
+            answers += [await client.predict(number) for number in range(LONE)]
+
+
+async def _capacity(contender: Contender, server: ServerProcess, queries: Queries, seconds: float) -> None:
+    async with (
+        Client(server.url, queries, _LONGEST_MS) as client,
+        _measured(contender, server, "capacity") as (answers, _),
+    ):
+        warm = min(_WARMUP_S, seconds / 2)
+        made = await closed_loop(client, CONNECTIONS, warm + seconds)
+        start = min(answer.sent for answer in made) + warm
+        answers += [answer for answer in made if answer.done >= start]
+
+
+async def _churn(contender: Contender, bundle: Path, queries: Queries, load: Load, rate: float) -> None:
+    token = secrets.token_urlsafe(24)
+    times = arrival_times(CHURN_LOAD * rate, load.seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        log = ("--log", str(Path(folder) / "changes"))
+        with contender.start(bundle, *log, token=token) as server:
+            async with Client(server.url, queries, load.deadline_ms) as client:
+                async with _measured(contender, server, "churn", CHURN_LOAD) as (answers, facts):
+                    await churn(client, token, times, load.seconds, answers, facts)
+                before = await state(client)
+            server.stop()
+        with contender.start(bundle, *log, token=token) as server:
+            async with Client(server.url, queries, load.deadline_ms) as client:
+                facts["restored"] = await state(client) == before
+            server.stop()
+
+
+def make_rows(contenders: Sequence[Contender], deadline_ms: int) -> list[Facts]:
+    """A row for each measurement and server; those of the first server have ratios to the rival."""
+    rows = []
+    for case, share in contenders[0].rounds:
+        for each in contenders:
+            if not (rounds := each.rounds.get((case, share))):
+                continue
+            row: Facts = {"bench": "serving", "case": case, "load": share, "server": each.name}
+            row |= row_of(rounds, (_LONGEST_MS if share is None else deadline_ms) / 1e3)
+            row |= {"server_options": list(each.options), "commit": each.commit}
+            lone = [answer.latency_s for made, _ in each.rounds.get(("lone", None), ()) for answer in made]
+            if row["p99_ms"] and (lone_ms := percentile_ms(lone, 50)):
+                row["p99_of_lone"] = round(row["p99_ms"] / lone_ms, 2)
+            if each is not contenders[-1]:
+                row |= ratios(rounds, contenders[-1].rounds.get((case, share), ()))
+            rows.append({name: value for name, value in row.items() if value is not None})
+    return rows
 
 
 if __name__ == "__main__":

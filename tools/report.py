@@ -46,11 +46,13 @@ SUBJECTS |= {f"gpu-{name}": f"On a GPU. {SUBJECTS[name]}" for name in ("encoder"
 # Of benches whose rows are lines: the first columns, where a row has them, and the others, with their formats.
 FIRST = {"case": "", "impl": "", "ms": "", "server": "", "load": ".0%", "method": "", "of": "", "shots": ""}
 LATENCIES = {"p50_ms": ".1f", "p99_ms": ".1f", "lone_ms": ".1f"}
+RATIOS = {"p99_of_lone": ".1f", "change_p50_ms": ".1f"}
+RATIOS |= {f"{name}_of_rival": ".2f" for name in ("rps", "p50", "p99", "change")}
 COLUMNS: dict[str, dict[str, str]] = {
     "precision": {"min_cosine": ".4f", "file_mb": ".0f", "accuracy": ".1%"},
     "pipeline": {"images_per_s": ".1f", "memory_mb": ".0f"},
     "cold-start": {"peak_memory_mb": ".0f"},
-    "serving": {"ok": ",", "refused": ",", "ok_rps": ".0f", **LATENCIES},
+    "serving": {"ok": ",", "refused": ",", "ok_rps": ".0f", **LATENCIES, **RATIOS},
     "serving-peer": {"pictures_per_s": ".1f", **LATENCIES},
     "texts": {"accuracy": ".1%", "std": ".1%"},
     "joint": {"alone": ".1%", "joint": ".1%", "refused": ".0%"},

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from iosr_fast.classifier import Classifier
-from tools.serving_load.client import BROKEN, Answer, Client, Queries, arrival_times, open_loop
-from tools.serving_load.measure import Load
-from tools.serving_load.report import percentile_ms, row_of
-from tools.serving_load.server import ServerProcess, Usage
+import aiohttp
+import numpy as np
+
+from tools.serving_load.client import BROKEN, Answer, Client, open_loop
 
 CHANGES_A_SECOND = 20
-_LOAD = 0.5
-_ADDED = 5  # added classes that exist at any time
+ADDED = 5  # added classes that exist at any time
 _CONCURRENT = 4  # changes sent and not yet answered
 _SHOTS = 2
 _EVERY_CLASS = 8  # every eighth request asks for as many classes as the API returns
@@ -44,10 +40,12 @@ class Changes:
 
     async def add(self) -> None:
         number, self._count = self._count, self._count + 1
-        name = f"load test {number}"
-        images = self.client.queries.images
-        shown = [images[(number * _SHOTS + shot) % len(images)] for shot in range(_SHOTS)]
-        answer = await self._change(201, self.client.post_form("/v1/classes", shown, {"name": name}, self.token))
+        name, images = f"load test {number}", self.client.queries.bodies
+        form = aiohttp.FormData({"name": name})
+        for shot in range(_SHOTS):
+            image = images[(number * _SHOTS + shot) % len(images)]
+            form.add_field("images", image, filename=str(shot), content_type=self.client.queries.content_type)
+        answer = await self._change(201, self.client.request("POST", "/v1/classes", self.token, form))
         if answer is not None:
             self.done.append((answer["version"], answer["class_id"], name))
             self._added.put_nowait(answer["class_id"])
@@ -87,56 +85,49 @@ class Changes:
         return answer
 
 
-async def measure_churn(
-    server: ServerProcess, queries: Queries, load: Load, capacity_rps: float, token: str
-) -> tuple[dict[str, Any], list[Any]]:
-    """{"changes", "failed", "versions_seen", "torn", ...}, and the bodies of the last answers for `is_rebuilt`."""
-    async with Client(server.url, queries, load.deadline_ms, check=False) as client:
-        first = await _listed(client)
-        changes = Changes(client, token)
-        for _ in range(_ADDED):
-            await changes.add()
+async def churn(
+    client: Client, token: str, times: np.ndarray, seconds: float, answers: list[Answer], facts: dict[str, Any]
+) -> None:
+    """Adds the answers of an open loop at `times`, and facts of the changes that are made in it for `seconds`."""
+    first = await _listed(client)
+    changes = Changes(client, token)
+    for _ in range(ADDED):
+        await changes.add()
 
-        async def ask(number: int, due: float) -> Answer:
-            top = _MAX_TOP if number % _EVERY_CLASS == 0 else 5
-            return await client.predict(number, due, f"&top={top}", lambda body: (top, _content(body)))
+    async def ask(number: int, due: float) -> Answer:
+        top = _MAX_TOP if number % _EVERY_CLASS == 0 else 5
+        return await client.predict(number, due, f"&top={top}", lambda body: (top, _content(body)))
 
-        rss_mb, usage, start = server.rss_mb(), Usage(server), time.perf_counter()
-        times = arrival_times(_LOAD * capacity_rps, load.seconds, load.arrivals)
+    start = time.perf_counter()
 
-        async def change() -> float:
-            await changes.run(load.seconds)
-            return time.perf_counter() - start
+    async def change() -> float:
+        await changes.run(seconds)
+        return time.perf_counter() - start
 
-        answers, took_s = await asyncio.gather(open_loop(ask, times), change())
-        shares = usage.shares()
-        last = []
-        for number in range(min(_COMPARED, len(queries))):
-            answer = await client.predict(number, None, "&top=5&nearest=3", lambda body: body["predictions"][0])
-            last.append(answer.content)
-        after = await _listed(client)
+    asked, took_s = await asyncio.gather(open_loop(ask, times), change())
+    answers += asked
     versions = classes_by_version(first, changes.done)
     contents = [answer.content for answer in answers if answer.content is not None]
     added = {class_id for _, class_id, _ in changes.done}
-    row = {
+    facts |= {
         "changes": len(changes.done),
-        "failed": len(changes.failed),
-        "versions_seen": len({version for _, (version, *_) in contents}),
+        "changes_failed": sorted(set(changes.failed)),
+        "changes_per_s": round((len(changes.done) - ADDED) / took_s, 2),
+        "change_p50_ms": round(float(np.percentile(changes.seconds, 50)) * 1e3, 2),
+        "change_p99_ms": round(float(np.percentile(changes.seconds, 99)) * 1e3, 2),
+        "versions_seen": len({content[0] for _, content in contents}),
+        "of_changed_classes": sum(bool(added & set(content[3])) for _, content in contents),
         "torn": sum(is_torn(top, content, versions) for top, content in contents),
-        "failures": sorted(set(changes.failed)),
-        "changes_per_s": round((len(changes.done) - _ADDED) / took_s, 2),
-        "change_p50_ms": percentile_ms(changes.seconds, 50),
-        "change_p99_ms": percentile_ms(changes.seconds, 99),
-        "last_version": max(versions),
-        "last_classes_as_told": versions[max(versions)] == _classes(after),
-        "answers_with_a_changed_class": sum(bool(added & set(content[3])) for _, content in contents),
-        "load": _LOAD,
-        **row_of(answers, client.deadline_s),
-        "rss_mb_start": rss_mb,
-        "rss_mb_end": server.rss_mb(),
-        **shares,
+        "last_classes_as_told": versions[max(versions)] == _classes(await _listed(client)),
     }
-    return row, last
+
+
+async def state(client: Client) -> tuple[Any, list[Any]]:
+    """The classes, and predictions of some pictures, one at a time, as rounding depends on the batch. A server that is
+    started again on the same log must give the same."""
+    numbers = range(min(_COMPARED, len(client.queries.bodies)))
+    answers = [await client.predict(n, None, "&top=5&nearest=3", lambda body: body["predictions"]) for n in numbers]
+    return await _listed(client), [answer.content for answer in answers]
 
 
 async def _listed(client: Client) -> Any:
@@ -172,23 +163,6 @@ def is_torn(top: int, content: tuple[Any, ...], versions: dict[int, Classes]) ->
         return True
     known = all(classes.get(class_id) == name for class_id, name in zip(ids, named, strict=True))
     return not known or len(set(ids)) != min(top, len(classes)) or len(ids) != len(set(ids))
-
-
-def is_rebuilt(
-    bundle: Path, log: Path, version: int, queries: Queries, last: list[Any], layout: tuple[int, int]
-) -> bool:
-    """Whether bundle and log restore a classifier of that version with the same answers, to the last bit."""
-    runs, threads = layout  # of the server's encoder: rounding depends on them
-    classifier = Classifier.load(bundle, threads=threads, runs=runs)
-    classifier.open_log(log)
-    try:
-        if classifier.version != version or not last or None in last:
-            return False
-        # One at a time, as in the test: rounding depends on the batch.
-        restored = [classifier.explain(queries.images[i], top=5, nearest=3)[0].to_dict() for i in range(len(last))]
-        return bool(json.loads(json.dumps(restored)) == last)
-    finally:
-        classifier.close_log()
 
 
 def _content(body: Any) -> tuple[int, int, tuple[str, ...], tuple[str, ...]]:

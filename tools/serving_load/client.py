@@ -1,18 +1,15 @@
-"""A client of the HTTP API that records times, checks every answer, and generates closed and open loops."""
+"""A client of the HTTP API that records times and checks every answer, in closed and in open loops."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import importlib
-import importlib.util
 import io
 import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, TypeVar
 
 import aiohttp
@@ -29,37 +26,23 @@ BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
 _PATIENCE_S = 20.0  # beyond the deadline: a missing answer is an error, not a hang
 _OLDEST_S = 30.0  # idle connections are closed earlier than the server closes them
 _LEAD_S = 0.05  # before the first request of an open loop, for its thread to start
-MIN_ANSWERS = 8  # for a rate, whatever the time they take
-_BOUNDARY = "iosr-fast-load-test"
-
-
-class Arrivals(Enum):
-    EVEN = "even"  # a constant rate, as in wrk2 and k6
-    POISSON = "poisson"
+_FEWEST = 8  # answers for a rate, whatever the time they take
 
 
 @dataclass(frozen=True)
 class Queries:
-    """What is asked: `images[i]` is an encoded picture, `labels[i]` the prediction of Classifier.predict for it."""
+    """What is asked: `bodies[i]` is a request's body; `is_wrong(i, answer)` judges the JSON of a 200 for it, and raises
+    ValueError, KeyError or TypeError for another form of an answer."""
 
-    images: list[bytes] = field(repr=False)
-    labels: list[str] = field(repr=False)
+    bodies: list[bytes] = field(repr=False)
+    is_wrong: Callable[[int, Any], bool]
     content_type: str = "image/png"
     path: str = "/v1/predict"
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def is_wrong(self, number: int, content: Any) -> bool:
-        """Whether the body of a 200 for image `number` differs from the prediction. ValueError, KeyError or TypeError
-        for another form of a body."""
-        (prediction,) = content["predictions"]
-        return bool(prediction["label"] != self.labels[number])
-
 
 def make_queries(classifier: Classifier, count: int) -> Queries:
-    """`count` pictures: PNGs of the demo's held-out ones, evenly spread, for a CLIP with the demo's input, else JPEGs
-    of 500 x 375 (benchmarks.photographs)."""
+    """`count` pictures and the labels of Classifier.predict: PNGs of the demo's held-out pictures, evenly spread, for a
+    CLIP with the demo's input, else JPEGs of 500 x 375 (benchmarks.photographs)."""
     pictures = held_out_queries()[0]
     pictures = pictures[np.linspace(0, len(pictures) - 1, count).astype(int)]
     small = pictures.shape[1] == classifier.encoder.image_size
@@ -72,7 +55,12 @@ def make_queries(classifier: Classifier, count: int) -> Queries:
             photograph(picture, seed=number).save(file, "JPEG", quality=QUALITY)
         images.append(file.getvalue())
     labels = [prediction.label for prediction in classifier.explain(images, top=1)]
-    return Queries(images, labels, "image/png" if small else "image/jpeg")
+
+    def is_wrong(number: int, answer: Any) -> bool:
+        (prediction,) = answer["predictions"]
+        return bool(prediction["label"] != labels[number])
+
+    return Queries(images, is_wrong, "image/png" if small else "image/jpeg")
 
 
 @dataclass(slots=True)
@@ -85,8 +73,8 @@ class Answer:
     done: float
     status: int  # 0: no answer
     error: str = ""  # "" for 200 and for a refusal with Retry-After
-    wrong: bool = False  # another label than the classifier's own
-    content: Any = None  # what `read` made of the body of a 200
+    wrong: bool = False  # a 200 that `is_wrong`
+    content: Any = None  # what `read` made of the JSON of a 200
 
     @property
     def latency_s(self) -> float:
@@ -102,45 +90,35 @@ class Answer:
 
 
 class Client:
-    """Requests over any number of kept-alive connections. An async context manager.
+    """Requests over any number of kept-alive connections. An async context manager."""
 
-    `check`: compare labels with the classifier's own; off while classes change.
-    """
-
-    def __init__(self, url: str, queries: Queries, deadline_ms: int, check: bool = True) -> None:
-        self.queries, self.deadline_s, self.check = queries, deadline_ms / 1e3, check
-        self.connections = 0  # made so far
+    def __init__(self, url: str, queries: Queries, deadline_ms: int) -> None:
+        self.queries, self.deadline_s = queries, deadline_ms / 1e3
         self._url, self._predict = url, f"{queries.path}?deadline_ms={deadline_ms}"
 
     async def __aenter__(self) -> Client:
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_end.append(self._count)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_OLDEST_S),
             timeout=aiohttp.ClientTimeout(total=self.deadline_s + _PATIENCE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
-            trace_configs=[trace],
         )
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def _count(self, *_: object) -> None:
-        self.connections += 1
-
     async def predict(
         self, number: int, due: float | None = None, query: str = "", read: Callable[[Any], Any] | None = None
     ) -> Answer:
-        """Classify image `number`, modulo the number of queries. `due` None: now. `read(body)` of a 200 becomes
-        `content`."""
-        number %= len(self.queries)
+        """The answer to body `number`, modulo their count. `due` None: now. With `read`, which makes `content` of the
+        JSON, the answer is not judged."""
+        number %= len(self.queries.bodies)
         sent = time.perf_counter()
         answer = Answer(sent if due is None else due, sent, sent, 0)
         try:
             async with self._session.post(
                 URL(self._url + self._predict + query, encoded=True),
-                data=self.queries.images[number],
+                data=self.queries.bodies[number],
                 headers={"Content-Type": self.queries.content_type},
             ) as response:
                 body = await response.read()
@@ -155,26 +133,18 @@ class Client:
         else:
             try:
                 content = json.loads(body)
-                answer.wrong = self.queries.is_wrong(number, content) and self.check
-                answer.content = None if read is None else read(content)
+                if read is None:
+                    answer.wrong = self.queries.is_wrong(number, content)
+                else:
+                    answer.content = read(content)
             except (ValueError, KeyError, TypeError) as error:
                 answer.error = f"unreadable answer: {type(error).__name__}"
         return answer
 
-    async def post_form(
-        self, path: str | None, images: list[bytes], texts: dict[str, str] | None = None, token: str = ""
-    ) -> tuple[int, Any]:
-        """(status, body) of a form with text fields and the field `images`; `path` None: /v1/predict."""
-        headers = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
-        return await self.request("POST", path or self._predict, token, multipart(images, texts or {}), headers)
-
-    async def request(
-        self, method: str, path: str, token: str = "", body: bytes = b"", headers: dict[str, str] | None = None
-    ) -> tuple[int, Any]:
+    async def request(self, method: str, path: str, token: str = "", form: Any = None) -> tuple[int, Any]:
         """(status, body) of any request; a body that is not JSON is text. Raises one of BROKEN."""
-        headers = {**(headers or {}), **({"Authorization": f"Bearer {token}"} if token else {})}
-        url = URL(self._url + path, encoded=True)
-        async with self._session.request(method, url, data=body, headers=headers) as response:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        async with self._session.request(method, self._url + path, data=form, headers=headers) as response:
             content = await response.read()
         try:
             return response.status, json.loads(content)
@@ -185,25 +155,17 @@ class Client:
 def run_alone(work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work` on an event loop of its own: uvloop's where it is installed, as a lighter client leaves more
     to the server, and without collections of all that was imported."""
-    fast = importlib.util.find_spec("uvloop") is not None
-    loop_factory = importlib.import_module("uvloop").new_event_loop if fast else asyncio.new_event_loop
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        from asyncio import new_event_loop
     gc.collect()
     gc.freeze()  # the collector must not scan all modules while requests are timed
     try:
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
             return runner.run(work)
     finally:
         gc.unfreeze()  # else extension modules report frozen objects as leaks at exit
-
-
-def multipart(images: list[bytes], texts: dict[str, str]) -> bytes:
-    """The body of a form. aiohttp.FormData needs several times as long, on cores that the server needs too."""
-    parts = [f'Content-Disposition: form-data; name="{name}"\r\n\r\n{text}'.encode() for name, text in texts.items()]
-    for i, image in enumerate(images):
-        head = f'Content-Disposition: form-data; name="images"; filename="{i}.png"\r\nContent-Type: image/png\r\n\r\n'
-        parts.append(head.encode() + image)
-    boundary = f"--{_BOUNDARY}".encode()
-    return b"".join(boundary + b"\r\n" + part + b"\r\n" for part in parts) + boundary + b"--\r\n"
 
 
 async def closed_loop(client: Client, connections: int, seconds: float) -> list[Answer]:
@@ -211,8 +173,7 @@ async def closed_loop(client: Client, connections: int, seconds: float) -> list[
     until = time.perf_counter() + seconds
     answers: list[Answer] = []
 
-    async def use(first: int) -> None:
-        number = first
+    async def use(number: int) -> None:
         while time.perf_counter() < until:
             answer = await client.predict(number)
             answers.append(answer)
@@ -228,28 +189,16 @@ def steady_rps(done: Sequence[float], start: float, until: float) -> float:
     """Answers a second: the slope of their number over time between `start` and `until`, so that neither the wait for
     the first batch nor half a batch at the end counts."""
     times = sorted(at for at in done if start <= at <= until)
-    if len(times) < MIN_ANSWERS:
-        times = sorted(done)[-MIN_ANSWERS:]
+    if len(times) < _FEWEST:
+        times = sorted(done)[-_FEWEST:]
     return float(np.polyfit(np.array(times) - times[0], np.arange(len(times)), 1)[0])
 
 
-def windows_rps(answers: Sequence[Answer], skip_s: float, width_s: float = 1.0) -> list[float]:
-    """Rate of good answers in each whole window, from `skip_s` after the first request on."""
-    start = min(answer.sent for answer in answers) + skip_s
-    done = np.array([answer.done for answer in answers if answer.ok]) - start
-    windows = int((max(answer.sent for answer in answers) - start + 1e-3) / width_s)
-    counts, _ = np.histogram(done, bins=max(1, windows), range=(0.0, max(1, windows) * width_s))
-    return [float(count) / width_s for count in counts]
-
-
-def arrival_times(rate: float, seconds: float, arrivals: Arrivals, seed: int = 0) -> np.ndarray:
-    """Times of `rate * seconds` requests, in seconds from the start: evenly spaced, or of a Poisson process."""
+def arrival_times(rate: float, seconds: float) -> np.ndarray:
+    """Times of `rate * seconds` requests at a constant rate, as in wrk2 and k6, in seconds from the start."""
     if not rate > 0 or not seconds > 0:
         raise ValueError(f"expected rate > 0 and seconds > 0, got {rate} and {seconds}")
-    count = max(1, round(rate * seconds))
-    if arrivals is Arrivals.EVEN:
-        return np.arange(count) / rate
-    return np.random.default_rng(seed).exponential(1 / rate, count).cumsum()
+    return np.arange(max(1, round(rate * seconds))) / rate
 
 
 async def open_loop(ask: Callable[[int, float], Awaitable[Answer]], times: np.ndarray) -> list[Answer]:
