@@ -34,10 +34,6 @@ from tests.store.live_parts import engine_folder
 TOOLS = ("benchmark", "load_test", "demo.bundle", "demo.run", "demo.train_clip")
 
 
-def never(*_: object, **__: object) -> Any:
-    raise AssertionError("work has begun")
-
-
 def all_commands() -> Iterator[tuple[typer.Typer, list[str], Any]]:
     """Each app, the words that lead to one of its commands, and that command: iosr-fast's, and every tool's."""
     apps = {"iosr-fast": app}
@@ -69,15 +65,6 @@ def test_help_shows_what_stands_in_brackets() -> None:
     assert checked > 25
 
 
-def test_every_command_is_made_without_markup() -> None:
-    sources = [path for part in ("iosr_fast", "tools", "kernels") for path in (ROOT / part).rglob("*.py")]
-    for path in sources:
-        text = path.read_text(encoding="utf-8")
-        assert "typer.run(" not in text, path
-        for call in re.findall(r"typer\.Typer\((.*?)\)\n", text, re.DOTALL):
-            assert "rich_markup_mode=None" in call, path
-
-
 def test_places_that_can_be_written_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine_folder(tmp_path / "engine")
     (tmp_path / "empty").mkdir()
@@ -102,26 +89,6 @@ def test_a_mistake_with_a_tool_is_a_line(words: tuple[str, ...], tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode and re.match("(error|iosr-fast): expected ", done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("tool", "words"),
-    [
-        ("load_test", ("--json", "nowhere/report.json")),
-        ("iosr-fast", ("benchmark", "classifier", "--json", "nowhere/rows.json")),
-        ("benchmark", ("score", "--json", ".")),
-    ],
-)
-def test_tools_look_at_the_place_before_the_work(
-    tool: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("aiohttp")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("iosr_fast.cli.benchmark.open_parts", never)
-    monkeypatch.setattr("tools.load_test.open_bundle", never, raising=False)
-    one = app if tool == "iosr-fast" else command_app(importlib.import_module(f"tools.{tool}").main)
-    done = CliRunner().invoke(one, list(words))
-    assert done.exit_code == 2 and "expected a f" in done.output, done.output
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from iosr_fast.utils.files import in_cache, new_file, remove_leftovers
 from iosr_fast.utils.folders import check_new_folder, new_folder
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
+from tests.store.manifests import rewrite_manifest
 
 KILLED = """
 import os, signal
@@ -150,84 +151,37 @@ def test_a_link_stays_a_link_and_the_folder_that_it_points_to_is_replaced(tmp_pa
         write(tmp_path / "loop", "five")
 
 
-def add_a_file(target: Path) -> None:
-    write(target, "one")
-    (target / "notes.txt").write_text("mine")
-
-
-def add_a_folder(target: Path) -> None:
-    write(target, "one")
-    (target / "empty").mkdir()
-
-
-def hide_a_file(target: Path) -> None:
-    write(target, "one")
-    (target / ".env").write_text("mine")
-
-
-def add_a_link(target: Path) -> None:
-    write(target, "one")
-    (target / "data").symlink_to(target.parent)
-
-
-def damage(target: Path) -> None:
-    write(target, "one")
-    (target / "content").write_text("two")
-
-
-def remove_a_file(target: Path) -> None:
-    write(target, "one")
-    (target / "content").unlink()
-
-
-def edit_the_manifest(target: Path) -> None:
-    write(target, "one")
+def edit_manifest(target: Path) -> None:
     path = target / "manifest.json"
     path.write_text(path.read_text().replace('"content": "one"', '"content": "two"'))
 
 
-def write_another_kind(target: Path) -> None:
-    with new_folder(target, "another") as made:
-        write_manifest(made, "another", {})
+def replace_manifest(target: Path, content: str) -> None:
+    (target / "manifest.json").write_text(content)
 
 
-def write_an_extension(target: Path) -> None:
-    target.mkdir()
-    (target / "manifest.json").write_text('{"manifest_version": 3, "name": "a browser extension"}')
-    (target / "background.js").write_text("mine")
+EXTENSION = '{"manifest_version": 3, "name": "a browser extension"}'
+LOOKALIKE = '{"schema": 2, "kind": "thing", "files": {}, "checksum": ""}'
+IN_THE_WAY: dict[str, tuple[Callable[[Path], object], str]] = {
+    "file": (lambda at: (at / "notes.txt").write_text("mine"), r"other files than those of the thing, 'notes\.txt'"),
+    "folder": (lambda at: (at / "empty").mkdir(), "other files than those of the thing, 'empty'"),
+    "hidden file": (lambda at: (at / ".env").write_text("mine"), r"other files than those of the thing, '\.env'"),
+    "link": (lambda at: (at / "data").symlink_to(at.parent), "other files than those of the thing, 'data'"),
+    "damage": (lambda at: (at / "content").write_text("two"), "no complete thing .*does not match its manifest"),
+    "missing file": (lambda at: (at / "content").unlink(), "no complete thing .*content is missing"),
+    "edited manifest": (edit_manifest, "no complete thing .*changed by hand"),
+    "another kind": (lambda at: rewrite_manifest(at, kind="another"), "expected .* to hold a thing, got a another"),
+    "extension": (lambda at: replace_manifest(at, EXTENSION), "damaged or not a manifest of iosr_fast"),
+    "lookalike": (lambda at: replace_manifest(at, LOOKALIKE), "no complete thing"),
+    "no manifest": (lambda at: (at / "manifest.json").unlink(), "files that iosr_fast did not write, 'content'"),
+}
 
 
-def write_a_lookalike(target: Path) -> None:
-    target.mkdir()
-    (target / "manifest.json").write_text('{"schema": 2, "kind": "thing", "files": {}, "checksum": ""}')
-
-
-def write_files(target: Path) -> None:
-    target.mkdir()
-    (target / "photo.jpg").write_text("mine")
-
-
-IN_THE_WAY = [
-    (add_a_file, r"other files than those of the thing, 'notes\.txt'"),
-    (add_a_folder, "other files than those of the thing, 'empty'"),
-    (hide_a_file, r"other files than those of the thing, '\.env'"),
-    (add_a_link, "other files than those of the thing, 'data'"),
-    (damage, "no complete thing .*content in .* does not match its manifest"),
-    (remove_a_file, "no complete thing .*content is missing"),
-    (edit_the_manifest, "no complete thing .*changed by hand"),
-    (write_another_kind, "expected .* to hold a thing, got a another"),
-    (write_an_extension, "damaged or not a manifest of iosr_fast"),
-    (write_a_lookalike, "no complete thing"),
-    (write_files, r"files that iosr_fast did not write, 'photo\.jpg'"),
-]
-
-
-@pytest.mark.parametrize(("make", "reason"), IN_THE_WAY, ids=lambda one: getattr(one, "__name__", ""))
-def test_a_folder_is_not_replaced_if_anything_in_it_would_be_lost(
-    make: Callable[[Path], None], reason: str, tmp_path: Path
-) -> None:
-    target = tmp_path / "target"
-    make(target)
+@pytest.mark.parametrize("name", IN_THE_WAY)
+def test_a_folder_is_not_replaced_if_anything_in_it_would_be_lost(name: str, tmp_path: Path) -> None:
+    target, (change, reason) = tmp_path / "target", IN_THE_WAY[name]
+    write(target, "one")
+    change(target)
     before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
     for attempt in (lambda: check_new_folder(target, "thing"), lambda: write(target, "new")):
         with pytest.raises(FileExistsError, match=f"not replaced: .*{reason}.*choose another place, or remove it"):
@@ -391,9 +345,7 @@ def test_two_writers_in_turn_fail_neither_each_other_nor_readers(tmp_path: Path)
     assert os.listdir(tmp_path) == ["thing"], "and nothing is left beside it"
 
 
-def test_an_exchanged_folder_is_never_missing(renaming: str, tmp_path: Path) -> None:
-    if renaming != "exchange":
-        pytest.skip("two renames leave a moment without a folder")
+def test_an_exchanged_folder_is_never_missing(tmp_path: Path) -> None:
     target, ends, missing = tmp_path / "thing", threading.Event(), []
 
     def looking() -> None:
