@@ -94,7 +94,8 @@ def fit_head(
 ) -> MultiLabelHead:
     """The head of support images with `labels` (N, C) bool. Raises what methods.multi_label.fit_multi_label raises."""
     images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries)
-    fitted = fit_multi_label(images, how.method, how.parameters, how.searched, how.key_precision, how.seconds)
+    setting = None if how.searched else how.parameters
+    fitted = fit_multi_label(images, how.method, setting, how.key_precision, how.seconds)
     config = MethodConfig(fitted.method, fitted.parameters, factor=fitted.factor, key_precision=how.key_precision)
     examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
     own = {"labels": labels, "thresholds": fitted.thresholds, "evidence": fitted}

@@ -13,11 +13,6 @@ import numpy as np
 from iosr_fast.methods.log_loss import MAX_ALPHA
 from iosr_fast.methods.support_set import ROUNDING
 
-# Bits of the flags of an interval.
-LOWER_OPEN = 1
-UPPER_OPEN = 2
-EMPTY = 4
-
 # Elements of the arrays of a chunk of samples: a few arrays of 8 MB each.
 _CHUNK = 1 << 20
 
@@ -38,26 +33,23 @@ class Plateau:
 
 @dataclass(frozen=True, eq=False)
 class Intervals:
-    """The alphas in [0, MAX_ALPHA] at which each of V samples is right.
+    """The alphas in [0, MAX_ALPHA] at which each of V samples is right, as positions (V,) uint64 on the axis of alphas.
 
-    lower, upper (V,) float64; upper is inf if nothing bounds it
-    flags        (V,) uint8: LOWER_OPEN and UPPER_OPEN if an end does not belong to the interval, EMPTY if no alpha
-                 makes the sample right (the ends then have no meaning)
+    The position of the point v is twice the bits of the float64 v, and the next one lies just after v (numbers >= 0
+    sort like their bits). An interval covers the positions from `start` to before `stop`, none where that is not later.
     """
 
-    lower: np.ndarray
-    upper: np.ndarray
-    flags: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
 
     def only(self, rows: np.ndarray) -> Intervals:
         """The intervals of some samples, `rows` a mask (V,) or indices."""
-        return Intervals(self.lower[rows], self.upper[rows], self.flags[rows])
+        return Intervals(self.start[rows], self.stop[rows])
 
     def right_at(self, alpha: float) -> np.ndarray:
         """(V,) bool: which samples are right at this alpha."""
-        after = (self.lower < alpha) | ((self.lower == alpha) & (self.flags & LOWER_OPEN == 0))
-        before = (alpha < self.upper) | ((alpha == self.upper) & (self.flags & UPPER_OPEN == 0))
-        right: np.ndarray = after & before & (self.flags & EMPTY == 0)
+        at = _position(alpha)
+        right: np.ndarray = (self.start <= at) & (at < self.stop)
         return right
 
     def best(self) -> Plateau:
@@ -69,10 +61,13 @@ class Intervals:
         Alphas range from 0 to twice the largest finite end above 0, or to 2 without one, so that an unbounded plateau
         has a middle. If no sample is right at any alpha, the whole range is the plateau.
         """
-        limit, starts, stops = self._positions()
-        outer = np.concatenate([_position(np.zeros(1), False), _position(limit, True)])
-        positions = np.unique(np.concatenate([outer, starts, stops]))
-        counts = np.searchsorted(np.sort(starts), positions[:-1], "right")
+        some = self.only(self.start < self.stop)
+        ends = _alpha(np.concatenate([some.start, some.stop]))
+        ends = ends[(ends > 0) & (ends < np.inf)]
+        limit = _position(2.0 * float(ends.max()) if len(ends) else 2.0, after=True)
+        stops = np.minimum(some.stop, limit)
+        positions = np.unique(np.concatenate([_position(0.0), limit, some.start, stops]))
+        counts = np.searchsorted(np.sort(some.start), positions[:-1], "right")
         counts -= np.searchsorted(np.sort(stops), positions[:-1], "right")
         # If one interval ends where another begins, the count may stay the same and the plateau continues.
         firsts = np.concatenate([[0], np.flatnonzero(np.diff(counts)) + 1])
@@ -81,18 +76,6 @@ class Intervals:
         at = int(widths.argmax())
         low, high = _alpha(borders[at : at + 2]).tolist()
         return Plateau(low, high, int(counts.max()))
-
-    def _positions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The largest alpha that is considered (1,), and the start and end positions of the non-empty intervals."""
-        some = (self.flags & EMPTY) == 0
-        ends = np.concatenate([self.lower[some], self.upper[some]])
-        ends = ends[(ends > 0) & (ends < np.inf)]
-        limit = 2.0 * float(ends.max()) if len(ends) else 2.0
-        lower, upper, flags = self.lower[some], self.upper[some], self.flags[some]
-        starts = _position(lower, (flags & LOWER_OPEN) != 0)
-        stops = _position(np.minimum(upper, limit), (upper > limit) | ((flags & UPPER_OPEN) == 0))
-        some = starts < stops
-        return np.array([limit]), starts[some], stops[some]
 
 
 def intervals(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Intervals:
@@ -108,53 +91,39 @@ def intervals(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Interv
     base, slope (V, C); labels (V,) integers in [0, C). Samples are processed in chunks, so that memory stays bounded.
 
     >>> found = intervals(np.array([[0.0, 1.0], [2.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 0]))
-    >>> found.lower, found.upper, found.best().alpha
-    (array([1., 0.]), array([inf,  2.]), 1.5)
+    >>> found.right_at(0.5), found.right_at(1.5), found.best().alpha
+    (array([False,  True]), array([ True,  True]), 1.5)
     """
     step = max(1, _CHUNK // base.shape[1])
-    chunks = (slice(first, first + step) for first in range(0, len(labels), step))
-    parts = [_bounds(base[at].astype(np.float64), slope[at].astype(np.float64), labels[at]) for at in chunks]
-    lower, upper, flags = (
-        np.concatenate([np.zeros(0, kind), *(getattr(part, name) for part in parts)])
-        for name, kind in (("lower", float), ("upper", float), ("flags", np.uint8))
-    )
-    return Intervals(
-        lower, np.where(upper > MAX_ALPHA, np.inf, upper), np.where(lower > MAX_ALPHA, np.uint8(EMPTY), flags)
-    )
+    start, stop = np.zeros((2, len(labels)), np.uint64)
+    for first in range(0, len(labels), step):
+        at = slice(first, first + step)
+        start[at], stop[at] = _bounds(base[at].astype(np.float64), slope[at].astype(np.float64), labels[at])
+    last, nowhere = _position(MAX_ALPHA, after=True), _position(np.inf, after=True)
+    return Intervals(np.where(start > last, nowhere, start), np.where(stop > last, nowhere, stop))
 
 
-def _bounds(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Intervals:
-    """intervals() of one chunk, in float64. A sample beaten by a class of the same slope has lower = inf."""
+def _bounds(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The positions where the intervals of a chunk start and stop, by the class that bounds each most."""
     own = (np.arange(len(labels)), labels)
     e = base - base[own][:, None]
     own_slope = slope[own][:, None]
     d = own_slope - slope
     d[(np.abs(d) <= ROUNDING * (np.abs(own_slope) + np.abs(slope))) & (e != 0)] = 0.0
     strict = np.arange(base.shape[1]) < labels[:, None]
-    beaten = (d == 0) & ((e > 0) | ((e == 0) & strict))
     with np.errstate(divide="ignore", invalid="ignore"):
         bound = e / d
-    below = np.where(beaten, np.inf, np.where(d > 0, bound, -np.inf))
-    above = np.where(d < 0, bound, np.inf)
-    # The largest bounds that exclude themselves (strict) and that don't; an end is open if a strict one is the largest.
-    lower_strict = np.where(strict, below, -np.inf).max(axis=1)
-    lower = np.maximum(np.where(strict, -np.inf, below).max(axis=1), 0.0)
-    upper_strict = np.where(strict, above, np.inf).min(axis=1)
-    upper = np.where(strict, np.inf, above).min(axis=1)
-    lower_open = lower_strict >= lower
-    upper_open = (upper_strict <= upper) & (upper_strict < np.inf)
-    lower = np.maximum(lower, lower_strict) + 0.0  # no -0
-    upper = np.minimum(upper, upper_strict) + 0.0
-    empty = (lower == np.inf) | (lower > upper) | ((lower == upper) & (lower_open | upper_open))
-    flags = LOWER_OPEN * lower_open + UPPER_OPEN * upper_open + EMPTY * empty
-    return Intervals(lower, upper, flags.astype(np.uint8))
+    beaten = (d == 0) & ((e > 0) | ((e == 0) & strict))
+    below = _position(np.where(beaten, np.inf, np.where(d > 0, bound, 0.0)), strict & ((bound >= 0) & (d > 0)))
+    above = np.where(d < 0, _position(bound, ~strict), _position(np.inf, after=True))
+    above[(d < 0) & (bound < 0)] = 0
+    return below.max(1), above.min(1)
 
 
-# A position on the axis of alphas: twice the bits of v for the point v, and one more for just after it. (Numbers >= 0
-# sort like their bits.) An interval covers the positions from its start to before its end.
-def _position(alpha: np.ndarray, after: np.ndarray | bool) -> np.ndarray:
-    bits: np.ndarray = np.ascontiguousarray(alpha, dtype=np.float64).view(np.uint64)
-    return (bits << np.uint64(1)) | np.asarray(after, dtype=np.uint64)
+def _position(alpha: np.ndarray | float, after: np.ndarray | bool = False) -> np.ndarray:
+    """The positions of alphas, (1,) of a number; of one below 0 that of 0."""
+    bits: np.ndarray = (np.maximum(np.ascontiguousarray(alpha, np.float64), 0.0) + 0.0).view(np.uint64)
+    return (bits << np.uint64(1)) | np.asarray(after, np.uint64)
 
 
 def _alpha(positions: np.ndarray) -> np.ndarray:

@@ -215,7 +215,7 @@ def _checked(
     both, expected = (logits[chosen], np.concatenate(joint)), support.labels[chosen]
     right = [one.argmax(1) == expected for one in both]
     shares = [float(one.mean()) for one in right]
-    fits = [fit_factor(one, np.zeros_like(one), expected, 0.0) for one in both]
+    fits = [fit_factor(one, expected) for one in both]
     result = replace(result, left_out=len(expected), left_out_alone=shares[0], left_out_joint=shares[1])
     refused = (
         f"of {len(expected)} left-out support images hidden among the {n_folder} images, {shares[1]:.1%} are right "
@@ -223,10 +223,10 @@ def _checked(
     )
     if shares[1] < shares[0]:
         return replace(result, refused=refused), 1.0
-    if is_level(*right) and fits[1].loss > fits[0].loss:
-        refused += f", no more than noise, and their log-loss is {fits[1].loss:.3f} instead of {fits[0].loss:.3f}"
+    if is_level(*right) and fits[1][1] > fits[0][1]:
+        refused += f", no more than noise, and their log-loss is {fits[1][1]:.3f} instead of {fits[0][1]:.3f}"
         return replace(result, refused=refused), 1.0
-    return result, fits[1].factor
+    return result, fits[1][0]
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

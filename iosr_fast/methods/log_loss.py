@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -76,19 +77,14 @@ def fit_weights(
     # The label's own logit is then 0, so the loss is the logarithm of a sum with a term of 1: never below 0.
     features = [(part - part[rows, labels][:, None]).astype(np.float32) for part in parts]
     centre = np.zeros(len(parts)) if prior is None else np.asarray(prior, np.float64)
-    known: dict[bytes, tuple[float, np.ndarray]] = {}
-
-    def shares(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        if (key := weights.tobytes()) not in known:
-            known.clear()
-            known[key] = _log_loss(features, weights)
-        return known[key]
+    # A step begins where the loss was evaluated last.
+    loss_and_shares = lru_cache(maxsize=1)(partial(_log_loss, features))
 
     def penalised(weights: np.ndarray) -> float:
-        return shares(weights)[0] + strength / (2 * samples) * float(((weights - centre) ** 2).sum())
+        return loss_and_shares(*weights)[0] + strength / (2 * samples) * float(((weights - centre) ** 2).sum())
 
     def step(weights: np.ndarray) -> np.ndarray:
-        of_classes = shares(weights)[1]
+        of_classes = loss_and_shares(*weights)[1]
         means = np.stack([np.einsum("vc,vc->v", of_classes, part) for part in features]).astype(np.float64)
         second = np.array([[np.vdot(of_classes * left, right) for right in features] for left in features], np.float64)
         gradient = means.mean(1) + strength / samples * (weights - centre)
@@ -100,10 +96,10 @@ def fit_weights(
 
     start = np.minimum(np.maximum(centre, max(1.0 / len(parts), least)), most)
     weights = newton(start, penalised, step, lambda point: np.minimum(np.maximum(point, least), most), 1e-6)
-    return weights, shares(weights)[0]
+    return weights, loss_and_shares(*weights)[0]
 
 
-def _log_loss(features: Sequence[np.ndarray], weights: np.ndarray) -> tuple[float, np.ndarray]:
+def _log_loss(features: Sequence[np.ndarray], *weights: float) -> tuple[float, np.ndarray]:
     """The mean log-loss and the softmax it is taken of. The label's own features are 0."""
     logits = np.float32(weights[0]) * features[0]
     for weight, part in zip(weights[1:], features[1:], strict=True):
@@ -116,43 +112,35 @@ def _log_loss(features: Sequence[np.ndarray], weights: np.ndarray) -> tuple[floa
     return float((np.log(sums) + top).mean(dtype=np.float64)), powers
 
 
-@dataclass(frozen=True)
-class Fit:
-    """softmax(factor * (z + alpha * s)) has this mean log-loss in nats."""
-
-    alpha: float
-    factor: float
-    loss: float
-
-
-def fit_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Fit:
+def fit_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
     """The alpha from 0 to MAX_ALPHA and the factor > 0 with the least log-loss of softmax(factor * (z + alpha * s)),
-    which is convex in factor and factor * alpha (`fit_weights`). base, slope (V, C), labels (V,).
+    and that loss. It is convex in factor and factor * alpha (`fit_weights`). base, slope (V, C), labels (V,).
 
     A direction that is constant over classes (spread 0) is left out: alpha is 0 if s is constant, and 1 if only z is.
     """
     some = _sample(base)
-    parts = [base[some].astype(np.float64), slope[some].astype(np.float64)]
+    parts, labels = [base[some].astype(np.float64), slope[some].astype(np.float64)], labels[some]
     spreads = np.array([spread(part) for part in parts])
-    if not spreads.all():
-        return fit_factor(base, slope, labels, 0.0 if not spreads[1] else 1.0)
-    scaled = [part / one for part, one in zip(parts, spreads, strict=True)]
-    weights, loss = fit_weights(scaled, labels[some], least=_LEAST, most=MAX_ALPHA * spreads)
-    factor, product = weights / spreads
-    if product > MAX_ALPHA * factor:
-        return fit_factor(base, slope, labels, MAX_ALPHA)
-    return Fit(float(product / factor), float(factor), loss)
+    alpha = 1.0 if spreads[1] else 0.0
+    if spreads.all():
+        scaled = [part / one for part, one in zip(parts, spreads, strict=True)]
+        weights, loss = fit_weights(scaled, labels, least=_LEAST, most=MAX_ALPHA * spreads)
+        factor, product = weights / spreads
+        if product <= MAX_ALPHA * factor:
+            return float(product / factor), float(factor), loss
+        alpha = MAX_ALPHA
+    return alpha, *fit_factor(parts[0] + alpha * parts[1], labels, MAX_ALPHA / max(1.0, alpha))
 
 
-def fit_factor(base: np.ndarray, slope: np.ndarray, labels: np.ndarray, alpha: float) -> Fit:
-    """The factor > 0 with the least log-loss at this alpha; 1 if the logits are constant over classes."""
-    some = _sample(base)
-    logits = base[some] + alpha * slope[some].astype(np.float64)
-    if not (unit := spread(logits)):
-        return Fit(alpha, 1.0, float(np.log(logits.shape[1])))
-    most = MAX_ALPHA / max(1.0, alpha) * unit
-    (weight,), loss = fit_weights([logits / unit], labels[some], least=_LEAST, most=most)
-    return Fit(alpha, float(weight) / unit, loss)
+def fit_factor(logits: np.ndarray, labels: np.ndarray, most: float = MAX_ALPHA) -> tuple[float, float]:
+    """The factor from above 0 to `most` with the least log-loss of softmax(factor * logits), and that loss; 1 if the
+    logits (V, C) are constant over classes."""
+    some = _sample(logits)
+    exact = logits[some].astype(np.float64)
+    if not (unit := spread(exact)):
+        return 1.0, float(np.log(exact.shape[1]))
+    (weight,), loss = fit_weights([exact / unit], labels[some], least=_LEAST, most=most * unit)
+    return float(weight) / unit, loss
 
 
 def spread(part: np.ndarray) -> float:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.log_loss import fit_binary, sigmoid
-from iosr_fast.methods.multi_label_set import KeyTerm, LinearTerm, MultiLabelSet, MultiLabelTerms, multi_label_terms
+from iosr_fast.methods.models.model import join_terms
+from iosr_fast.methods.multi_label_set import MultiLabelSet, MultiLabelTerm, multi_label_terms
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.stack import MAX_KEYS
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, affordable
@@ -58,12 +58,12 @@ class MultiLabelFit:
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
-    """The fit of a method at one setting: `weights` of the texts' logits and of each of the `terms`, by parameter, the
-    biases (C,), and the `logits` (N, C) of left-out images with these."""
+    """The fit of a method at one setting: the `weights` of its `terms`, the biases (C,), and the `logits` (N, C) of
+    left-out images with these."""
 
     which: Which
     setting: Mapping[str, float]
-    terms: MultiLabelTerms
+    terms: Mapping[str, MultiLabelTerm]
     weights: Mapping[str, float]
     bias: np.ndarray
     logits: np.ndarray
@@ -74,10 +74,10 @@ def multi_label_reason(method: str, reducer: str | None = None) -> str | None:
     """Why a method can't learn from images with several labels; None if it can.
 
     >>> multi_label_reason("gda++")
-    "gda++ can't learn from several labels an image: it takes each image to be of one Gaussian class; use 'auto'"
+    "gda++ can't learn from several labels an image: its formula has one label an image; use 'auto'"
     """
-    if method != AUTO and (reason := METHODS[method].one_label):
-        return f"{method} can't learn from several labels an image: {reason}; use 'auto'"
+    if method != AUTO and METHODS[method].needs_support and not METHODS[method].is_stack:
+        return f"{method} can't learn from several labels an image: its formula has one label an image; use 'auto'"
     if reducer not in (None, "none"):
         return f"several labels an image take no reducer, got {reducer!r}: leave it out"
     return None
@@ -86,24 +86,21 @@ def multi_label_reason(method: str, reducer: str | None = None) -> str | None:
 def fit_multi_label(
     images: MultiLabelSet,
     method: str = AUTO,
-    parameters: Mapping[str, float] | None = None,
-    search: bool = True,
+    setting: Mapping[str, float] | None = None,
     key_precision: Precision = "fp32",
     seconds: float = TUNE_SECONDS,
 ) -> MultiLabelFit:
-    """The plan of `method` for images with any number of labels each:
+    """The plan of "auto", "stack", "stack++" or "zero-shot" for images with any number of labels each:
 
-        logits[b, c] = w[0] tau <plain[b], text[c]> + w[1] sum_j exp(-beta (1 - <x[b], key[j]>)) V[j, c] + bias[c]
+        logits[b, c] = w[0] tau <plain[b], text[c]> + w[1] sum_j exp(-beta (1 - <x[b], key[j]>)) V[j, c]
+                     + sum of w[i] G[i](b, c) + bias[c]
         probability of class c = 1 / (1 + exp(-logits[b, c]))
 
-    V (N, C) is that of the method with an indicator of labels in the place of one-hot ones (multi_label_terms):
-    Tip-Adapter's cache, ProKeR's regression, or that of "auto" and "stack", (K + ridge I)^-1 (Y - share), with Y the
-    indicator and `share` (C,) the share of images that have the label. x and the keys are plain embeddings or, for the
-    "++" form, adapted ones; the stack chooses. It also weighs Gaussian discriminants of plain and adapted embeddings
-    (multi_label_set._discriminant). The weights w >= 0 and the biases, shrunk to a common one, minimise the log-loss
-    of left-out images (log_loss.fit_binary); beta and ridge are those with the least log-loss. Every image is left
-    out by itself, in closed form; of discriminants those of a fold together. `search=False`, or a parameter, takes the
-    method's parameters as given or by default; then one slope and the biases are fitted.
+    V = (K + ridge I)^-1 (Y - share) (N, C), with Y the indicator of labels and `share` (C,) the share of images that
+    have the label. x and the keys are plain or adapted embeddings; the fit chooses. G are Gaussian discriminants of
+    plain and adapted embeddings (multi_label_set). The weights w >= 0 and the biases, shrunk to a common one, minimise
+    the log-loss of left-out images (log_loss.fit_binary); beta and ridge are those with the least log-loss, unless
+    `setting` gives them. Every image is left out by itself, in closed form; of discriminants those of a fold together.
 
     A class with a single image has no other to learn a bias from, and takes the common one. Where all classes have but
     one image, the weight of texts is fitted, and that of images is a rule: a spread of the texts' logits, or of 0.5.
@@ -112,7 +109,7 @@ def fit_multi_label(
     Raises IosrFastError for fewer than two images or more than 8192, a class without images unless the method is
     "zero-shot", and what the method needs and the images lack: texts, adapted embeddings.
 
-    Sources: Platt scaling (1999); CLIP, Tip-Adapter and ProKeR as in methods.papers.
+    Sources: Platt scaling (1999); GDA and ProKeR as in methods.stack.
 
     >>> from iosr_fast import Embeddings, score
     >>> rng = np.random.default_rng(0)
@@ -126,24 +123,18 @@ def fit_multi_label(
     >>> fit.method, bool(mean_average_precision(labels, score(fit.plan, images)) > 0.95)
     ('stack', True)
     """
-    given, adapted = dict(parameters or {}), images.embeddings.adapted is not None
     if method == AUTO:
-        method = "stack++" if adapted else "stack"
+        method = "stack" if images.embeddings.adapted is None else "stack++"
     _check(entry := METHODS[method], images)
-    if search and not given:
-        choices = [_fit(images, entry, *setting) for setting in _settings(entry, images, seconds)]
-    else:
-        given = {**entry.parameters, **given}
-        which: Which = "adapted" if given.get("adapted_keys", entry.needs_adapter) else "plain"
-        choices = [_fit(images, entry, which, given, fixed={"text": 1.0, **given})]
+    choices = [_fit(images, entry, *one) for one in _settings(entry, images, setting, seconds)]
     best, used = min(choices, key=lambda choice: choice.loss), _used(entry, images)
-    name, values, factor = _config(entry, best, given)
     thresholds = f1_thresholds(sigmoid(best.logits))
+    # A stack leaves out what has no weight.
+    fields = [(weight, best.terms[name].fields) for name, weight in best.weights.items() if weight]
+    plan = join_terms(images.n_classes, fields, bias=best.bias)
     return MultiLabelFit(
-        name,
-        values,
-        factor,
-        _plan(images, entry, best, key_precision),
+        *_config(entry, best),
+        plan if plan.keys is None else plan.with_key_precision(key_precision),
         (thresholds + thresholds.mean()) / 2,
         mean_average_precision(images.labels[:, used], best.logits[:, used]),
         best.loss if used.any() else float("nan"),
@@ -191,17 +182,17 @@ def _check(entry: Method, images: MultiLabelSet) -> None:
         )
 
 
-def _settings(entry: Method, images: MultiLabelSet, seconds: float) -> Iterator[tuple[Which, Mapping[str, float]]]:
+def _settings(
+    entry: Method, images: MultiLabelSet, given: Mapping[str, float] | None, seconds: float
+) -> Iterable[tuple[Which, Mapping[str, float]]]:
     """The embeddings and settings to try: as many as the budget allows, and at least one; one where none is judged."""
-    if not _used(entry, images).any():
-        yield entry.which, FEW_SHOT_SETTING if entry.is_stack else entry.parameters
-    elif entry.is_stack:
-        embeddings: tuple[Which, ...] = ("adapted", "plain") if entry.needs_adapter else ("plain",)
-        settings = affordable(len(images.labels), images.n_classes, len(embeddings), seconds) or SETTINGS[:1]
-        yield from product(embeddings, settings)
-    else:
-        for values in product(*entry.axes.values()):
-            yield entry.which, dict(zip(entry.axes, values, strict=True))
+    if not entry.is_stack or not _used(entry, images).any():
+        return [(entry.which, FEW_SHOT_SETTING)]
+    embeddings: tuple[Which, ...] = ("adapted", "plain") if entry.needs_adapter else ("plain",)
+    if given is not None:
+        return product(embeddings, [{**entry.parameters, **given}])
+    settings = affordable(len(images.labels), images.n_classes, len(embeddings), seconds)
+    return product(embeddings, settings or SETTINGS[:1])
 
 
 def _used(entry: Method, images: MultiLabelSet) -> np.ndarray:
@@ -209,44 +200,28 @@ def _used(entry: Method, images: MultiLabelSet) -> np.ndarray:
     return images.counts > 1 if entry.needs_support else np.ones(images.n_classes, bool)
 
 
-def _fit(
-    images: MultiLabelSet,
-    entry: Method,
-    which: Which,
-    setting: Mapping[str, float],
-    fixed: Mapping[str, float] | None = None,
-) -> _Choice:
-    """Weights and biases at one setting; with `fixed` weights, a factor of them all and biases."""
+def _fit(images: MultiLabelSet, entry: Method, which: Which, setting: Mapping[str, float]) -> _Choice:
+    """Weights and biases at one setting."""
     terms, used = multi_label_terms(images, entry, which, setting), _used(entry, images)
-    arrays = {} if images.text is None else {"text": images.tau * images.zero_shot(queries=True)}
-    arrays |= {name: term.left_out for name, term in terms.items()}
-    if fixed is None:
-        mixtures = {name: {name: 1.0} for name in arrays}
-    else:
-        mixtures = {"text" if not terms else "all": {name: fixed[name] for name in arrays}}
-    parts = {k: np.sum([w * arrays[n] for n, w in mixture.items()], axis=0) for k, mixture in mixtures.items()}
-    units = {name: std if (std := float(part.std())) > _ROUNDING else 1.0 for name, part in parts.items()}
-    scaled = {name: part / units[name] for name, part in parts.items()}
+    spreads = {name: float(term.left_out.std()) for name, term in terms.items()}
+    units = {name: spread if spread > _ROUNDING else 1.0 for name, spread in spreads.items()}
+    scaled = {name: term.left_out / units[name] for name, term in terms.items()}
     if used.any():
         some = slice(None, None, -(-images.labels.size // _PAIRS))
         fit = fit_binary([part[some] for part in scaled.values()], images.labels[some], used, SHRINKAGE)
-        factors, bias, loss = dict(zip(scaled, fit.weights.tolist(), strict=True)), fit.bias, fit.loss
+        factors, bias, loss = dict(zip(terms, fit.weights.tolist(), strict=True)), fit.bias, fit.loss
     else:
         factors, bias, loss = _by_rule(scaled, images.labels)
-        factors |= {name: 0.0 for name, term in terms.items() if isinstance(term, LinearTerm) and name in factors}
-    if not any(factors.values()) or (entry.needs_support and not entry.is_stack):
-        first = next(iter(factors))  # a method's weights are relative to that of the texts
-        factors[first] = max(factors[first], _LEAST)
-    weights = dict.fromkeys(arrays, 0.0)
-    for name, factor in factors.items():
-        for array, weight in mixtures[name].items():
-            weights[array] += factor / units[name] * weight
-    logits = np.sum([weight * arrays[name] for name, weight in weights.items()], axis=0) + bias
+        factors |= {name: 0.0 for name in terms if "discriminant" in name}
+    if not any(factors.values()):
+        factors[next(iter(terms))] = _LEAST
+    weights = {name: factor / units[name] for name, factor in factors.items()}
+    logits = np.sum([weight * terms[name].left_out for name, weight in weights.items()], axis=0) + bias
     return _Choice(which, setting, terms, weights, bias, logits, loss)
 
 
 def _by_rule(scaled: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[dict[str, float], np.ndarray, float]:
-    """Weights and biases where no class has two images, so that no term over keys can be judged (fit_multi_label)."""
+    """Weights and biases where no class has two images, so that no term of images can be judged (fit_multi_label)."""
     texts, there = scaled.get("text"), int(labels.sum())
     spread, common, loss = _ONE_SHOT_SPREAD, float(np.log(there / (labels.size - there))), float("inf")
     if texts is not None:
@@ -256,36 +231,12 @@ def _by_rule(scaled: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[dict
     return dict.fromkeys(scaled, spread), np.full(labels.shape[1], common - shift), loss
 
 
-def _config(entry: Method, choice: _Choice, given: Mapping[str, float]) -> tuple[str, dict[str, float], float]:
+def _config(entry: Method, choice: _Choice) -> tuple[str, dict[str, float], float]:
     """Method, parameters and factor of the logits, as a MethodConfig has them."""
-    weights, setting = choice.weights, choice.setting
-    if entry.is_stack:
-        adapted = choice.which == "adapted"
-        name = entry.name if adapted or weights.get("discriminant_adapted") else entry.name.removesuffix("++")
-        values = {**dict.fromkeys(METHODS[name].parameters, 0.0), **weights, "beta": setting["beta"]}
-        values |= {"ridge": setting["ridge"], "adapted_keys": float(adapted)}
-        return name, {key: values[key] for key in METHODS[name].parameters}, 1.0
-    if "alpha" not in weights:
-        return entry.name, {}, weights["text"]
-    alpha = given.get("alpha") or entry.parameters["alpha"]
-    factor = weights.get("text", weights["alpha"] / alpha)
-    axes = {name: setting[name] for name in entry.parameters if name != "alpha"}
-    return entry.name, {"alpha": weights["alpha"] / factor, **axes}, factor
-
-
-def _plan(images: MultiLabelSet, entry: Method, choice: _Choice, key_precision: Precision) -> ScoringPlan:
-    """A stack leaves out what has no weight."""
-    weights, bias = choice.weights, choice.bias
-    text = weights.get("text", 0.0)
-    arrays: dict[str, Any] = {"text": images.text, "tau": text * images.tau} if text > 0 else {}
-    used = [(term, weights[name]) for name, term in choice.terms.items() if weights[name] or not entry.is_stack]
-    if keys := [(term, weight) for term, weight in used if isinstance(term, KeyTerm)]:
-        values = np.sum([weight * term.values for term, weight in keys], axis=0)
-        arrays |= {"keys": images.rows(choice.which), "values": values, "query": choice.which}
-        arrays |= {"beta": choice.setting["beta"]}
-    if linear := [(term, weight) for term, weight in used if isinstance(term, LinearTerm)]:
-        arrays["linear"] = np.concatenate([weight * term.linear for term, weight in linear], axis=1)
-        arrays["feature"] = linear[0][0].which if len(linear) == 1 else "both"
-        bias = bias + sum(weight * term.bias for term, weight in linear)
-    plan = ScoringPlan(images.n_classes, bias=bias, **arrays)
-    return plan if plan.keys is None else plan.with_key_precision(key_precision)
+    if not entry.is_stack:
+        return entry.name, {}, choice.weights["text"]
+    adapted = choice.which == "adapted"
+    name = entry.name if adapted or choice.weights.get("discriminant_adapted") else entry.name.removesuffix("++")
+    values = {**choice.weights, "beta": choice.setting["beta"], "ridge": choice.setting["ridge"]}
+    values |= {"adapted_keys": float(adapted)}
+    return name, {key: values.get(key, 0.0) for key in METHODS[name].parameters}, 1.0

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.folds import MAX_FOLDS, Folds
-from iosr_fast.methods.models.gaussian import Gaussians, Moments, fit_gaussians, gaussians_without
+from iosr_fast.methods.models.gaussian import Moments, fit_gaussians, gaussians_without
 from iosr_fast.methods.models.ridge import KernelRidge, kernel_matrix
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.stack import DISCRIMINANTS
+from iosr_fast.methods.support_set import image_rows
 from iosr_fast.scoring.plan import Which
 
 
@@ -62,113 +64,76 @@ class MultiLabelSet:
         """The images as queries."""
         return self.queries or self.embeddings
 
-    def zero_shot(self, queries: bool = False) -> np.ndarray:
-        """The cosines (N, C) float64 of the images, or of the same as queries, and the texts; 0 without texts."""
-        if self.text is None:
-            return np.zeros(self.labels.shape)
-        plain = (self.as_queries if queries else self.embeddings).plain
-        cosines: np.ndarray = np.asarray(plain, np.float64) @ self.text.T
-        return cosines
 
-    def rows(self, which: Which, queries: bool = False) -> np.ndarray:
-        """The embeddings (N, D) float32 that are compared with other images."""
-        embeddings = self.as_queries if queries else self.embeddings
-        return np.asarray(embeddings.plain if which == "plain" else embeddings.adapted, np.float32)
+@dataclass(frozen=True, eq=False)
+class MultiLabelTerm:
+    """A term of the logits, to be multiplied by a weight.
 
-
-@dataclass(frozen=True)
-class KeyTerm:
-    """A term sum_j exp(-beta (1 - <x, key[j]>)) values[j, c] of the logits, to be multiplied by a weight.
-
-    values    (N, C) float64, of all support images as keys
+    fields    those of a ScoringPlan that give it (models.model.join_terms)
     left_out  (N, C) float64: the term of each support image as a query, fitted without it
     """
 
-    values: np.ndarray
+    fields: Mapping[str, Any]
     left_out: np.ndarray
-
-
-@dataclass(frozen=True)
-class LinearTerm:
-    """A term <x, linear[c]> + bias[c] of the logits, of plain or adapted embeddings x, to be multiplied by a weight.
-
-    linear, bias  (C, D) and (C,) float64
-    left_out      (N, C) float64: the term of each support image as a query, fitted without it
-    """
-
-    which: Which
-    linear: np.ndarray
-    bias: np.ndarray
-    left_out: np.ndarray
-
-
-# Terms by the parameter that weighs them.
-MultiLabelTerms = Mapping[str, KeyTerm | LinearTerm]
 
 
 def multi_label_terms(
     images: MultiLabelSet, method: Method, which: Which, setting: Mapping[str, float]
-) -> MultiLabelTerms:
-    """The terms of a method, with an indicator of labels in the place of one-hot ones: Tip-Adapter's cache, ProKeR's
-    regression, the regression and the discriminants of the stack; none of zero-shot."""
-    if method.family == "keys":
-        return {"alpha": _cache(images, which, setting["beta"])}
-    if method.family == "values":
-        term = _regression(images, which, setting["beta"], setting["ridge"], texts=1.0)
-        return {"alpha": KeyTerm(images.tau * term.values, images.tau * term.left_out)}
-    if not method.is_stack:
-        return {}
-    regression = _regression(images, which, setting["beta"], setting["ridge"])
-    known: dict[str, LinearTerm] = vars(images).setdefault("_discriminants", {})  # the same at all settings
-    for read, name in DISCRIMINANTS.items():
-        if name in method.parameters and name not in known:
-            known[name] = _discriminant(images, read)
-    return {"regression": regression, **{name: term for name, term in known.items() if name in method.parameters}}
+) -> dict[str, MultiLabelTerm]:
+    """The terms of a method by the parameter that weighs each: the texts, if there are any, and for a stack the
+    regression with `setting` of the embeddings `which` and the discriminants."""
+    terms = dict[str, MultiLabelTerm]()
+    if images.text is not None:
+        left_out = images.tau * (np.asarray(images.as_queries.plain, np.float64) @ images.text.T)
+        terms["text"] = MultiLabelTerm({"text": images.text, "tau": images.tau}, left_out)
+    if method.is_stack:
+        terms["regression"] = _regression(images, which, setting["beta"], setting["ridge"])
+        for read, name in DISCRIMINANTS.items():
+            if name in method.parameters:
+                terms[name] = _discriminant(images, read)
+    return terms
 
 
-def _cache(images: MultiLabelSet, which: Which, beta: float) -> KeyTerm:
-    """The sum over the keys that have the label, as of one label. An image that is left out lacks one of the n keys of
-    each of its labels, which n / (n - 1) makes up for."""
-    kernel = kernel_matrix(images.rows(which, queries=True), images.rows(which), beta)
-    np.fill_diagonal(kernel, 0.0)
-    values, more = images.labels.astype(np.float64), np.maximum(images.counts - 1, 1)
-    return KeyTerm(values, (kernel @ values) * np.where(images.labels, images.counts / more, 1.0))
-
-
-def _regression(images: MultiLabelSet, which: Which, beta: float, ridge: float, texts: float = 0.0) -> KeyTerm:
-    """Kernel ridge regression of the labels (N, C) minus the share of images that have each, minus `texts` times the
-    zero-shot cosines; left-out images are fitted without them, in their shares too. Without the shares the regression
-    of an image's own label would be lower where the image is left out: there is one such image less.
+def _regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) -> MultiLabelTerm:
+    """Kernel ridge regression of the labels (N, C) minus the share of images that have each; left-out images are fitted
+    without them, in their shares too. Without the shares the regression of an image's own label would be lower where
+    the image is left out: there is one such image less.
 
     The regression is linear in the target: that of labels - share is that of the labels minus share times that of 1.
     """
-    keys = images.rows(which)
-    target = np.hstack([images.labels - texts * images.zero_shot(), np.ones((len(keys), 1))])
+    keys = image_rows(images.embeddings, which, None)
+    target = np.hstack([images.labels, np.ones((len(keys), 1))])
     model = KernelRidge(kernel_matrix(keys, keys, beta), ridge)
-    kernel = None if images.queries is None else kernel_matrix(images.rows(which, queries=True), keys, beta)
+    queries = None if images.queries is None else image_rows(images.queries, which, None)
+    kernel = None if queries is None else kernel_matrix(queries, keys, beta)
     values, left_out = model.values(target), model.without_one(target, kernel)
     others = max(len(keys) - 1, 1)
-    return KeyTerm(
-        values[:, :-1] - values[:, -1:] * (images.counts / len(keys)),
-        left_out[:, :-1] - left_out[:, -1:] * ((images.counts - images.labels) / others),
-    )
+    values = values[:, :-1] - values[:, -1:] * (images.counts / len(keys))
+    left_out = left_out[:, :-1] - left_out[:, -1:] * ((images.counts - images.labels) / others)
+    return MultiLabelTerm({"keys": keys, "values": values, "query": which, "beta": beta}, left_out)
 
 
-def _discriminant(images: MultiLabelSet, which: Which) -> LinearTerm:
+def _discriminant(images: MultiLabelSet, which: Which) -> MultiLabelTerm:
     """G (models.gaussian) minus its mean over classes, where an image counts for each of its classes: mu_c is the mean
     of the images with label c, Sigma the covariance around these means over all pairs of image and label. The mean says
     how unlike all classes an image is, not which it has. Left-out images are those of a fold of up to MAX_FOLDS, over
-    which the images of a class are spread."""
-    rows, queries = (images.rows(which, own).astype(np.float64) for own in (False, True))
-    labels = images.labels.astype(np.float64)
-    moments = Moments.of(rows, labels)
-    left_out = gaussians_without(moments, rows, queries, labels, _spread_folds(images.labels))
-    left_out -= left_out.mean(1, keepdims=True)
-    fitted: Gaussians = fit_gaussians(moments)
-    return LinearTerm(which, fitted.linear - fitted.linear.mean(0), fitted.bias - fitted.bias.mean(), left_out)
+    which the images of a class are spread. It has no setting, so it is kept with the images."""
+    known: dict[Which, MultiLabelTerm] = vars(images).setdefault("_discriminants", {})
+    if which not in known:
+        own, queries = (
+            image_rows(rows, which, None).astype(np.float64) for rows in (images.embeddings, images.as_queries)
+        )
+        labels = images.labels.astype(np.float64)
+        moments = Moments.of(own, labels)
+        left_out = gaussians_without(moments, own, queries, labels, spread_folds(images.labels))
+        fitted = fit_gaussians(moments)
+        linear, bias = fitted.linear - fitted.linear.mean(0), fitted.bias - fitted.bias.mean()
+        fields = {"linear": linear, "bias": bias, "feature": which}
+        known[which] = MultiLabelTerm(fields, left_out - left_out.mean(1, keepdims=True))
+    return known[which]
 
 
-def _spread_folds(labels: np.ndarray) -> Folds:
+def spread_folds(labels: np.ndarray) -> Folds:
     """Every image in one of up to MAX_FOLDS folds: that with fewest images of its classes, then fewest at all."""
     number = min(MAX_FOLDS, len(labels))
     of_class, sizes = np.zeros((number, labels.shape[1])), np.zeros(number)

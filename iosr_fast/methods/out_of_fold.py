@@ -66,7 +66,7 @@ def out_of_fold(
     """
     folds = make_folds(support)
     held_out = HeldOut.of_support(support, folds)
-    logits = factor * held_out.logits(method.terms(support, method.which, reducer, parameters))
+    logits = factor * held_out.logits(method.terms(support, reducer, parameters))
     return OutOfFold(replace(folds), held_out.labels, logits.astype(np.float32))
 
 
@@ -78,8 +78,8 @@ def calibrate(method: Method, support: SupportSet, reducer: Reducer | None, para
     if len(support.embeddings) <= (_MOST_SOLVED if method.family in ("values", "stack") else _MOST):
         held_out = HeldOut.of_support(support, make_folds(support).first(_ENOUGH))
         if len(held_out.labels):
-            logits = held_out.logits(method.terms(support, method.which, reducer, parameters))
-            return fit_factor(logits, np.zeros_like(logits), held_out.labels, 0.0).factor
+            logits = held_out.logits(method.terms(support, reducer, parameters))
+            return fit_factor(logits, held_out.labels)[0]
     return usual_factor(method, support, reducer, parameters)
 
 
@@ -92,7 +92,7 @@ def usual_factor(
     """
     rows = np.zeros(len(support.embeddings), bool)
     rows[support.class_offsets[:-1][support.counts > 0]] = True
-    terms = method.terms(support, method.which, reducer, parameters)
+    terms = method.terms(support, reducer, parameters)
     logits = np.sum([weight * model.scores(support.as_queries[rows]) for weight, model in terms], axis=0)
     if not spread(logits):
         return 1.0

@@ -15,7 +15,7 @@ import numpy as np
 from iosr_fast.methods.log_loss import MAX_ALPHA
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyModel
-from iosr_fast.methods.models.model import Term, TextModel, compile_terms
+from iosr_fast.methods.models.model import Term, TextModel, join_terms
 from iosr_fast.methods.models.ridge import RidgeModel
 from iosr_fast.methods.stack import ADAPTED_PARAMETERS, MAX_KEYS, PARAMETERS, stack_terms
 from iosr_fast.methods.support_set import SupportSet
@@ -44,17 +44,16 @@ Family = Literal["text", "keys", "values", "linear", "stack"]
 class Method:
     """A training-free method.
 
-    terms        (support, which, reducer, parameters) -> its terms, weighted by the parameters
+    formula      (support, which, reducer, parameters) -> its terms, weighted by the parameters
     family       what its plan has
     which        the embeddings of images that it compares
     parameters   names and default values
     axes         for each parameter but alpha, the first values of a search, rising
     max_support  the largest number of support images, if there is a limit
-    one_label    why it can't judge each class by itself; "" if it can (multi_label)
     """
 
     name: str
-    terms: Callable[[SupportSet, Which, Reducer | None, Mapping[str, float]], list[Term]]
+    formula: Callable[[SupportSet, Which, Reducer | None, Mapping[str, float]], list[Term]]
     family: Family
     which: Which = "plain"
     parameters: Mapping[str, float] = field(default_factory=dict)
@@ -62,7 +61,6 @@ class Method:
     needs_text: bool = False
     needs_every_class: bool = False
     max_support: int | None = None
-    one_label: str = ""
 
     @property
     def needs_support(self) -> bool:
@@ -82,9 +80,14 @@ class Method:
         """Whether a reducer may move what it compares."""
         return self.needs_support and not self.is_stack
 
+    def terms(self, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> list[Term]:
+        """Its models and their weights, with all parameters."""
+        return self.formula(support, self.which, reducer, parameters)
+
     def compile(self, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> ScoringPlan:
         """The plan of a support set, with all parameters."""
-        return compile_terms(support.n_classes, self.terms(support, self.which, reducer, parameters))
+        terms = self.terms(support, reducer, parameters)
+        return join_terms(support.n_classes, ((weight, model.fields()) for weight, model in terms))
 
 
 def _zero_shot(support: SupportSet, _: Which, __: Reducer | None, ___: Mapping[str, float]) -> list[Term]:
@@ -125,7 +128,6 @@ def _proker(support: SupportSet, which: Which, reducer: Reducer | None, p: Mappi
     return [(1.0, TextModel(support)), (p["alpha"] * support.tau, images)]
 
 
-_ONE_GAUSSIAN = "it takes each image to be of one Gaussian class"
 _SINGLE = (
     Method("zero-shot", _zero_shot, "text", needs_text=True),
     Method("tip-adapter", _tip_adapter, "keys", parameters={"alpha": 1.0, "beta": 5.5}, axes={"beta": _BETAS}),
@@ -136,7 +138,6 @@ _SINGLE = (
         parameters={"alpha": 1.0, "beta": 5.5, "gamma": 1.0},
         axes={"beta": _BETAS, "gamma": np.linspace(0.0, 30.0, 50).tolist()},
         needs_text=True,
-        one_label="it compares distributions over texts, of which an image with several labels has no single one",
     ),
     # TIMO (Li et al., AAAI 2025) is GDA with `gamma` copies of each class's text among its images. The paper takes many
     # texts a class from a language model, weights them by matches (IGT), and adds the gamma best (TGI). With one text a
@@ -149,7 +150,6 @@ _SINGLE = (
         axes={"gamma": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)},
         needs_text=True,
         needs_every_class=True,
-        one_label=_ONE_GAUSSIAN,
     ),
     Method(
         "ape",
@@ -158,9 +158,8 @@ _SINGLE = (
         parameters={"alpha": 1.0, "beta": 5.5, "gamma": 0.1},
         axes={"beta": _BETAS, "gamma": (0.0, 0.1, 0.25, 0.5, 1.0)},
         needs_text=True,
-        one_label="it weighs each key by the one label that the key has",
     ),
-    Method("gda", _gda, "linear", parameters={"alpha": 0.1}, needs_every_class=True, one_label=_ONE_GAUSSIAN),
+    Method("gda", _gda, "linear", parameters={"alpha": 0.1}, needs_every_class=True),
     Method(
         "proker",
         _proker,

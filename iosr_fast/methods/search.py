@@ -16,8 +16,7 @@ import numpy as np
 from iosr_fast.methods import Method
 from iosr_fast.methods.alpha import Intervals, Plateau, intervals
 from iosr_fast.methods.held_out import HeldOut, is_level
-from iosr_fast.methods.log_loss import Fit, fit_alpha, fit_factor, spread
-from iosr_fast.methods.models.model import Term
+from iosr_fast.methods.log_loss import MAX_ALPHA, fit_alpha, fit_factor, spread
 from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.reducers import Reducer
@@ -70,32 +69,26 @@ class ParameterSearch:
     def _logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
         """base, slope (V, C): the logits at alpha are base + alpha * slope. The models without a fold give them as they
         are, without the spread in use: with more images a sum over them grows, and deserves more weight."""
-        parts = [weight * self.held_out.part(model).logits for weight, model in self._terms({"alpha": 1.0, **setting})]
+        terms = self.method.terms(self.held_out.support, self.reducer, {"alpha": 1.0, **setting})
+        parts = [weight * self.held_out.part(model).logits for weight, model in terms]
         return np.sum(parts[:-1], axis=0), parts[-1]
-
-    def _terms(self, parameters: Mapping[str, float]) -> list[Term]:
-        return self.method.terms(self.held_out.support, self.method.which, self.reducer, parameters)
 
     def result(self, reducer: str) -> Tuned:
         """By leave-one-out the least log-loss chooses among the candidates that are level with the best, each tried at
         its best alpha and at its alpha of least log-loss; on a validation set the most right. Each half of the images
         (HeldOut.halves) is judged at the setting and the alpha that the other half chooses by the same rule; images
         that can't be halved, at those of the candidate."""
-        everything, halves = np.ones(len(self.labels), bool), self.held_out.halves
-        others = [~half for half in halves] if all(half.any() for half in halves) else []
-        if self.held_out.folds is None:
-            chosen = [_at_plateau(_most_right([c.on(rows) for c in self.tried])) for rows in (everything, *others)]
-        else:
-            chosen = self._level_with_least_loss([everything, *others])
-        (best, fit), *by_halves = chosen
-        judged = best.intervals.right_at(fit.alpha)
-        for half, (candidate, of_half) in zip(halves if others else (), by_halves, strict=True):
-            judged[half] = candidate.intervals.right_at(of_half.alpha)[half]
+        halves = self.held_out.halves if all(half.any() for half in self.held_out.halves) else ()
+        chosen = self._choose([np.ones(len(self.labels), bool), *(~half for half in halves)])
+        (best, alpha), *by_halves = chosen
+        judged = best.intervals.right_at(alpha)
+        for half, (candidate, of_half) in zip(halves, by_halves, strict=True):
+            judged[half] = candidate.intervals.right_at(of_half)[half]
         base, slope = self._logits(best.setting)
-        right = (base + fit.alpha * slope).argmax(1) == self.labels
-        parameters = {"alpha": fit.alpha, **best.setting}
-        logits = self.held_out.logits(self._terms(parameters))
-        calibrated = fit_factor(logits, np.zeros_like(logits), self.labels, 0.0)
+        right = (base + alpha * slope).argmax(1) == self.labels
+        parameters = {"alpha": alpha, **best.setting}
+        logits = self.held_out.logits(self.method.terms(self.held_out.support, self.reducer, parameters))
+        factor, loss = fit_factor(logits, self.labels)
         return Tuned(
             method=self.method.name,
             reducer=reducer,
@@ -105,40 +98,44 @@ class ParameterSearch:
             protocol="validation" if self.held_out.folds is None else "loo",
             search_accuracy=float(right.mean()),
             alpha_range=(best.plateau.low, best.plateau.high),
-            log_loss=calibrated.loss,
-            factor=calibrated.factor,
+            log_loss=loss,
+            factor=factor,
             settings=len(self.tried),
             right=judged,
-            out_of_fold=OutOfFold.of(self.held_out, calibrated.factor * logits),
-            note="; ".join(filter(None, self._notes(best.setting, base, slope, fit, right))),
+            out_of_fold=OutOfFold.of(self.held_out, factor * logits),
+            note="; ".join(filter(None, self._notes(parameters, spread(base), alpha * spread(slope), right))),
         )
 
-    def _level_with_least_loss(self, masks: Sequence[np.ndarray]) -> list[tuple[_Candidate, Fit]]:
-        """For each of the masks (V,) bool the choice of these images. Logits are computed once a setting."""
-        shortlists = [_near_the_best([c.on(rows) for c in self.tried], int(rows.sum())) for rows in masks]
-        measured: list[list[tuple[_Candidate, Fit, np.ndarray]]] = [[] for _ in masks]
-        settings = {tuple(c.setting.items()): c.setting for shortlist in shortlists for c in shortlist}
-        for key, setting in settings.items():
+    def _choose(self, masks: Sequence[np.ndarray]) -> list[tuple[_Candidate, float]]:
+        """The candidate and the alpha that the images of each of the masks (V,) bool choose."""
+        tried = [[candidate.on(rows) for candidate in self.tried] for rows in masks]
+        if self.held_out.folds is None:
+            return [(best := _most_right(of_mask), best.plateau.alpha) for of_mask in tried]
+        shortlists = [_near_the_best(some, int(rows.sum())) for some, rows in zip(tried, masks, strict=True)]
+        measured: list[list[_Measured]] = [[] for _ in masks]
+        # Logits are computed once a setting.
+        settings = {tuple(one.setting.items()): one.setting for shortlist in shortlists for one in shortlist}
+        for setting in settings.values():
             base, slope = self._logits(setting)
             for rows, shortlist, results in zip(masks, shortlists, measured, strict=True):
-                some = base[rows], slope[rows], self.labels[rows]
-                for candidate in (c for c in shortlist if tuple(c.setting.items()) == key):
-                    for fit in (fit_factor(*some, candidate.plateau.alpha), fit_alpha(*some)):
-                        results.append((candidate, fit, candidate.intervals.right_at(fit.alpha)[rows]))
+                z, s, labels = base[rows], slope[rows], self.labels[rows]
+                for one in (one for one in shortlist if one.setting == setting):
+                    given = one.plateau.alpha
+                    _, loss = fit_factor(z + given * s, labels, MAX_ALPHA / max(1.0, given))
+                    fitted, _, least = fit_alpha(z, s, labels)
+                    for alpha, its_loss in ((given, loss), (fitted, least)):
+                        results.append((one, alpha, its_loss, one.intervals.right_at(alpha)[rows]))
         return [_least_loss(results) for results in measured]
 
-    def _notes(
-        self, setting: Setting, base: np.ndarray, slope: np.ndarray, fit: Fit, right: np.ndarray
-    ) -> Iterator[str]:
-        """What a user has to know: a term without effect, or images that the encoder does not distinguish."""
-        text, images = spread(base), fit.alpha * spread(slope)
-        if self.held_out.support.text is not None and text <= _NEGLIGIBLE * images:
-            yield f"alpha {fit.alpha:.3g}: the texts have no effect"
+    def _notes(self, parameters: Mapping[str, float], text: float, images: float, right: np.ndarray) -> Iterator[str]:
+        """What a user has to know: a term without effect, by the spreads of texts and of images, or images that the
+        encoder does not distinguish."""
+        support, alpha = self.held_out.support, parameters["alpha"]
+        if support.text is not None and text <= _NEGLIGIBLE * images:
+            yield f"alpha {alpha:.3g}: the texts have no effect"
         elif images <= _NEGLIGIBLE * text:
-            yield f"alpha {fit.alpha:.3g}: similarity to support images has no effect"
-        support = self.held_out.support
-        plan = self.method.compile(support, self.reducer, {"alpha": fit.alpha, **setting})
-        labels = np.unique(score(plan, support.as_queries).argmax(1))
+            yield f"alpha {alpha:.3g}: similarity to support images has no effect"
+        labels = np.unique(score(self.method.compile(support, self.reducer, parameters), support.as_queries).argmax(1))
         if len(labels) == 1 and len(np.unique(self.labels[right])) > 1:
             yield (
                 f"all {len(support.labels)} support images get the label of class {labels[0]}: the encoder does not "
@@ -146,8 +143,8 @@ class ParameterSearch:
             )
 
 
-def _at_plateau(candidate: _Candidate) -> tuple[_Candidate, Fit]:
-    return candidate, Fit(candidate.plateau.alpha, 1.0, float("nan"))
+# A candidate, an alpha, the log-loss there, and which images are right.
+_Measured = tuple[_Candidate, float, float, np.ndarray]
 
 
 def _most_right(tried: Sequence[_Candidate]) -> _Candidate:
@@ -164,11 +161,11 @@ def _near_the_best(tried: Sequence[_Candidate], n_samples: int) -> list[_Candida
     return near[:: -(-len(near) // _SHORTLIST)]
 
 
-def _least_loss(measured: Sequence[tuple[_Candidate, Fit, np.ndarray]]) -> tuple[_Candidate, Fit]:
-    """Of the candidates that are level with the most right, the one with the least log-loss."""
-    top = max(measured, key=lambda one: one[2].sum())[2]
-    candidate, fit, _ = min((one for one in measured if is_level(one[2], top)), key=lambda one: one[1].loss)
-    return candidate, fit
+def _least_loss(measured: Sequence[_Measured]) -> tuple[_Candidate, float]:
+    """Of the candidates that are level with the most right, the one with the least log-loss, and its alpha."""
+    top = max(measured, key=lambda one: one[3].sum())[3]
+    candidate, alpha, *_ = min((one for one in measured if is_level(one[3], top)), key=lambda one: one[2])
+    return candidate, alpha
 
 
 def _combinations(values: Mapping[str, Sequence[float]]) -> list[Setting]:

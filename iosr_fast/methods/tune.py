@@ -114,11 +114,11 @@ def tune(
         factor = usual_factor(entry, support, fitted, parameters)
         tuned = Tuned(method, reducer, parameters, float("nan"), 0, "one-shot", factor=factor)
     elif not entry.needs_support:
-        base = held_out.logits(entry.terms(support, "plain", None, {}))
-        fit, right = fit_factor(base, np.zeros_like(base), held_out.labels, 0.0), base.argmax(1) == held_out.labels
+        base = held_out.logits(entry.terms(support, None, {}))
+        (factor, loss), right = fit_factor(base, held_out.labels), base.argmax(1) == held_out.labels
         accuracy = float(right.mean())
         tuned = Tuned(method, "none", {}, accuracy, len(right), protocol, accuracy, right=right, settings=1)
-        tuned = replace(tuned, log_loss=fit.loss, factor=fit.factor)
+        tuned = replace(tuned, log_loss=loss, factor=factor)
     else:
         tuned = ParameterSearch(entry, held_out, fitted).result(reducer)
     notes = filter(None, (tuned.note, note_of_folds(held_out)))
@@ -176,7 +176,7 @@ def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | 
     accuracy = min(max(right, 1), max(n_images - 1, 1)) / n_images
     if "ridge" in parameters:
         return {**parameters, "ridge": 3.0 * accuracy**2}
-    *others, (weight, images) = method.terms(support, method.which, reducer, {**parameters, "alpha": 1.0})
+    *others, (weight, images) = method.terms(support, reducer, {**parameters, "alpha": 1.0})
     base = np.sum([w * model.scores(queries) for w, model in others], axis=0)
     slope = weight * images.scores(queries)
     if support.n_classes < 3 or not spread(base) or not spread(slope):

@@ -15,7 +15,6 @@ from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.methods import joint
-from iosr_fast.methods.log_loss import Fit
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +42,7 @@ def test_one_result_by_every_way(
     # As many left-out images are right together as alone: the log-loss decides, if it is asked.
     monkeypatch.setattr(joint, "is_level", lambda *_: refused)
     losses = iter([1.0, 2.0] * 9)
-    monkeypatch.setattr(joint, "fit_factor", lambda *_: Fit(0.0, 1.0, next(losses)))
+    monkeypatch.setattr(joint, "fit_factor", lambda *_: (1.0, next(losses)))
     classifier = Classifier.load(bundle, threads=1)
     found = classifier.predict_folder(folder, joint=True, batch=16, threads=1)
     assert found.joint is not None and len(found) >= 30 and found.paths == sorted(found.paths)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from iosr_fast.methods import METHODS
 from iosr_fast.methods import alpha as alpha_module
-from iosr_fast.methods.alpha import EMPTY, Plateau, intervals
+from iosr_fast.methods.alpha import Intervals, Plateau, intervals
 from iosr_fast.methods.log_loss import MAX_ALPHA
 
 Problem = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -63,6 +63,12 @@ def best_by_counting(problem: Problem, alpha_max: Fraction) -> Plateau:
     return max((one for one in plateaus if one.right == max(counts)), key=lambda one: one.high - one.low)
 
 
+def somewhere(found: Intervals) -> np.ndarray:
+    """Which samples are right at some alpha."""
+    right: np.ndarray = found.start < found.stop
+    return right
+
+
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(whole_problems())
 def test_intervals_and_the_best_plateau_are_those_of_rational_arithmetic(problem: Problem) -> None:
@@ -72,8 +78,8 @@ def test_intervals_and_the_best_plateau_are_those_of_rational_arithmetic(problem
     for alpha in [*points, *inner]:
         np.testing.assert_array_equal(found.right_at(float(alpha)), right_at(problem, alpha), str(alpha))
     # Of the critical alphas only those of samples that are right somewhere are ends of an interval.
-    some = found.only(found.flags & EMPTY == 0)
-    ends = [end for end in [*some.lower, *some.upper] if 0 < end < np.inf]
+    some = found.only(somewhere(found))
+    ends = [end for end in np.concatenate([some.start >> 1, some.stop >> 1]).view(float) if 0 < end < np.inf]
     largest = max((alpha for alpha in points if float(alpha) in ends), default=Fraction(1))
     best = found.best()
     assert best == best_by_counting(problem, 2 * largest)
@@ -83,13 +89,14 @@ def test_intervals_and_the_best_plateau_are_those_of_rational_arithmetic(problem
 def test_edges() -> None:
     base, labels = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]), np.array([1, 1, 1])
     found = intervals(base, np.zeros((3, 2)), labels)  # loses, ties with an earlier class, wins
-    assert (found.flags & EMPTY != 0).tolist() == [True, True, False]
+    assert somewhere(found).tolist() == [False, False, True]
     assert found.only(np.array([0, 1])).best() == Plateau(0.0, 2.0, 0)
     assert intervals(np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0, int)).best() == Plateau(0.0, 2.0, 0)
     base, slope = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [1e-9, 0.0], [0.0, 1e-9]])
     found = intervals(base, slope, np.array([0, 0, 0]))  # beyond MAX_ALPHA an interval is empty, an end infinite
-    assert (found.flags & EMPTY != 0).tolist() == [False, True, False] and found.best().alpha <= MAX_ALPHA
-    assert found.lower[0] == 1.0 and found.upper[2] == np.inf
+    assert somewhere(found).tolist() == [True, False, True] and found.best().alpha <= MAX_ALPHA
+    assert found.right_at(1.0).tolist() == [True, False, True] and not found.right_at(0.999)[0]
+    assert found.right_at(1e300).tolist() == [True, False, True]
     assert intervals(np.ones((5, 1)), np.ones((5, 1)), np.zeros(5, int)).best() == Plateau(0.0, 2.0, 5)
 
 
@@ -110,5 +117,5 @@ def test_slopes_that_differ_by_rounding_choose_no_alpha(size: float, rng: np.ran
     base, labels = (10 * rng.standard_normal((40, 10))).astype(np.float32), rng.integers(0, 10, 40)
     slope = (size * (1 + EPS * rng.integers(-8, 9, base.shape))).astype(np.float32)
     found, right = intervals(base, slope, labels), base.argmax(1) == labels
-    assert ((found.flags & EMPTY == 0) == right).all() and found.best().right == right.sum()
-    assert (found.lower[right] == 0).all() and (found.upper[right] == np.inf).all()
+    assert (somewhere(found) == right).all() and found.best().right == right.sum()
+    assert all((found.right_at(alpha) == right).all() for alpha in (0.0, 1.0, 1e9))

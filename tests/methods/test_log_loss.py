@@ -45,12 +45,11 @@ def test_alpha_and_factor_are_the_minimum_of_a_fine_grid(rng: np.random.Generato
     def loss(factor: float, alpha: float) -> float:
         return log_loss(factor * (base + alpha * slope.astype(float)), labels)
 
-    around, fit = np.linspace(0.5, 2, 31), fit_alpha(base, slope, labels)
-    assert fit.loss == pytest.approx(loss(fit.factor, fit.alpha), rel=2e-3)
-    assert fit.loss <= min(loss(fit.factor * f, fit.alpha * a) for f in around for a in around) + 1e-3
-    given = fit_factor(base, slope, labels, 3 * fit.alpha)
-    assert given.alpha == 3 * fit.alpha and given.loss > fit.loss
-    assert given.loss <= min(loss(given.factor * f, given.alpha) for f in around) + 1e-3
+    around, (alpha, factor, least) = np.linspace(0.5, 2, 31), fit_alpha(base, slope, labels)
+    assert least == pytest.approx(loss(factor, alpha), rel=2e-3)
+    assert least <= min(loss(factor * f, alpha * a) for f in around for a in around) + 1e-3
+    given, its_loss = fit_factor(base + 3 * alpha * slope, labels)
+    assert least < its_loss <= min(loss(given * f, 3 * alpha) for f in around) + 1e-3
 
 
 @pytest.mark.parametrize("size", [1e-3, 1 / 3, 4.0, 1e6])
@@ -58,11 +57,9 @@ def test_a_direction_that_is_constant_but_for_rounding_is_left_out(size: float, 
     labels = rng.integers(0, 10, 40)
     base = (10 * rng.standard_normal((40, 10))).astype(np.float32)
     constant = (size * (1 + EPS * rng.integers(-8, 9, base.shape))).astype(np.float32)
-    fit = fit_alpha(base, constant, labels)
-    assert spread(constant) == 0 and fit.alpha == 0 and fit == fit_factor(base, constant, labels, 0.0)
-    assert fit_alpha(constant, base, labels).alpha == 1.0  # images alone
-    nothing = fit_factor(constant, constant, labels, 2.0)
-    assert (nothing.factor, nothing.loss) == (1.0, pytest.approx(np.log(10)))
+    assert spread(constant) == 0 and fit_alpha(base, constant, labels) == (0.0, *fit_factor(base, labels))
+    assert fit_alpha(constant, base, labels)[0] == 1.0  # images alone
+    assert fit_factor(constant, labels) == (1.0, pytest.approx(np.log(10)))
 
 
 def test_binary_weights_and_biases_are_the_minimum(rng: np.random.Generator) -> None:
@@ -90,6 +87,7 @@ def test_fits_stay_finite_whatever_the_scale(size: float, rng: np.random.Generat
     right = np.eye(4, dtype=np.float32)[labels]
     for base in (size * right, np.full((50, 4), size), size + right, size * rng.random((50, 4))):
         for slope in (right, np.full((50, 4), 1e8), 1e-6 * rng.random((50, 4)), 1e8 + right):
-            for fit in (fit_alpha(base, slope, labels), fit_factor(base, slope, labels, MAX_ALPHA)):
-                assert fit.loss >= 0 and 0 <= fit.alpha <= MAX_ALPHA
-                assert 0 < fit.factor * max(1, fit.alpha) <= 1.001 * MAX_ALPHA
+            alpha, factor, loss = fit_alpha(base, slope, labels)
+            assert loss >= 0 and 0 <= alpha <= MAX_ALPHA and 0 < factor * max(1, alpha) <= 1.001 * MAX_ALPHA
+            factor, loss = fit_factor(base + MAX_ALPHA * slope, labels, most=1.0)
+            assert loss >= 0 and 0 < factor <= 1.001

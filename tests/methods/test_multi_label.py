@@ -14,12 +14,13 @@ from iosr_fast.methods import METHODS
 from iosr_fast.methods.log_loss import sigmoid
 from iosr_fast.methods.models.gaussian import Moments, fit_gaussians
 from iosr_fast.methods.multi_label import f1_thresholds, fit_multi_label
-from iosr_fast.methods.multi_label_set import KeyTerm, LinearTerm, MultiLabelSet, _spread_folds, multi_label_terms
+from iosr_fast.methods.multi_label_set import MultiLabelSet, MultiLabelTerm, multi_label_terms, spread_folds
+from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.utils.ranking import mean_average_precision
 from tests.methods.support_sets import unit
 
-WITH = [name for name, method in METHODS.items() if not method.one_label]
+WITH = ["zero-shot", "stack", "stack++"]
 SETTING: Mapping[str, float] = {"beta": 2.0, "ridge": 0.1}
 
 
@@ -41,48 +42,43 @@ def only(images: MultiLabelSet, rows: np.ndarray) -> MultiLabelSet:
     return replace(images, embeddings=images.embeddings[rows], labels=images.labels[rows], queries=queries)
 
 
+def rows_of(embeddings: Embeddings, which: str) -> np.ndarray:
+    rows: np.ndarray = getattr(embeddings, which).astype(np.float64)
+    return rows
+
+
 @pytest.mark.parametrize("views", [False, True])
-@pytest.mark.parametrize("name", [name for name in WITH if METHODS[name].needs_support])
-def test_left_out_terms_are_those_of_a_fit_without_the_image(name: str, views: bool) -> None:
-    images, method = images_of(views=views), METHODS[name]
-    terms = multi_label_terms(images, method, method.which, SETTING)
-    for row in range(31):
-        others = only(images, np.arange(31) != row)
-        query = images.rows(method.which, queries=True)[row].astype(np.float64)
-        for key, term in multi_label_terms(others, method, method.which, SETTING).items():
-            if isinstance(term, LinearTerm):
-                continue
-            expected = np.exp(-2.0 * (1 - others.rows(method.which).astype(np.float64) @ query)) @ term.values
-            if method.family == "keys":  # n keys of the label in place of n - 1
-                expected *= np.where(images.labels[row], images.counts / np.maximum(images.counts - 1, 1), 1.0)
-            np.testing.assert_allclose(terms[key].left_out[row], expected, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("which", ["plain", "adapted"])
+def test_the_regression_is_that_of_the_formula_and_of_a_fit_without_the_image(which: Which, views: bool) -> None:
+    images = images_of(views=views)
 
+    def regression(of: MultiLabelSet) -> MultiLabelTerm:
+        return multi_label_terms(of, METHODS["stack"], which, SETTING)["regression"]
 
-@pytest.mark.parametrize("name", ["proker", "proker++", "stack", "stack++"])
-def test_the_regression_is_that_of_the_formula(name: str) -> None:
-    images, method = images_of(), METHODS[name]
-    keys, target = images.rows(method.which).astype(np.float64), images.labels - images.labels.mean(0)
-    if name.startswith("proker"):
-        target = 20.0 * (target - images.embeddings.plain.astype(np.float64) @ images.text.T)
+    keys, found = rows_of(images.embeddings, which), regression(images)
     system = np.exp(-2.0 * (1 - keys @ keys.T)) + 0.1 * np.eye(31)
-    term, *_ = multi_label_terms(images, method, method.which, SETTING).values()
-    assert isinstance(term, KeyTerm)
-    np.testing.assert_allclose(term.values, np.linalg.solve(system, target), atol=1e-9)
+    target = images.labels - images.labels.mean(0)
+    np.testing.assert_allclose(found.fields["values"], np.linalg.solve(system, target), atol=1e-9)
+    for row in range(31):
+        affinity = np.exp(-2.0 * (1 - np.delete(keys, row, 0) @ rows_of(images.as_queries, which)[row]))
+        expected = affinity @ regression(only(images, np.arange(31) != row)).fields["values"]
+        np.testing.assert_allclose(found.left_out[row], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_discriminant_is_that_of_each_image_given_once_a_label() -> None:
     images = images_of(n=45)
     term = multi_label_terms(images, METHODS["stack++"], "adapted", SETTING)["discriminant_adapted"]
-    queries, folds = images.rows("adapted").astype(np.float64), _spread_folds(images.labels)
+    queries, folds = rows_of(images.embeddings, "adapted"), spread_folds(images.labels)
     rows, classes = np.nonzero(images.labels)
-    assert isinstance(term, LinearTerm) and folds.number == 16 and np.bincount(folds.fold).max() <= 5
+    assert folds.number == 16 and np.bincount(folds.fold).max() <= 5
 
     def expected(chosen: np.ndarray, asked: np.ndarray) -> np.ndarray:
         some = chosen[rows]
         logits = fit_gaussians(Moments.of(queries[rows[some]], np.eye(5)[classes[some]])).scores(asked)
         return logits - logits.mean(1, keepdims=True)
 
-    np.testing.assert_allclose(queries @ term.linear.T + term.bias, expected(np.ones(45, bool), queries), atol=1e-6)
+    found = queries @ term.fields["linear"].T + term.fields["bias"]
+    np.testing.assert_allclose(found, expected(np.ones(45, bool), queries), atol=1e-6)
     for own, out in folds.splits:
         np.testing.assert_allclose(term.left_out[own], expected(~out, queries[own]), rtol=1e-6, atol=1e-6)
 
@@ -120,15 +116,9 @@ def test_one_image_a_class_takes_a_rule(text: bool) -> None:
     assert 0.05 < sigmoid(logits.astype(np.float64)).mean() < 0.5
 
 
-@pytest.mark.parametrize(("name", "text"), [("tip-adapter", True), ("proker++", False), ("zero-shot", True)])
-def test_parameters_that_are_given_keep_their_ratio(name: str, text: bool) -> None:
-    images, given = images_of(text=text), {} if name == "zero-shot" else {"alpha": 3.0, "beta": 2.0}
-    fit, method = fit_multi_label(images, name, given, search=False), METHODS[name]
-    assert fit.parameters == {**method.parameters, **given}
-    expected = 20.0 * images.zero_shot()
-    for term in multi_label_terms(images, method, method.which, fit.parameters).values():
-        assert isinstance(term, KeyTerm)
-        keys = images.rows(method.which).astype(np.float64)
-        expected = expected + 3.0 * np.exp(-2.0 * (1 - keys @ keys.T)) @ term.values
-    logits = score_reference(fit.plan, images.embeddings)
-    np.testing.assert_allclose(logits, fit.factor * expected + fit.plan.bias, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("name", ["stack", "stack++"])
+def test_a_setting_that_is_given_is_kept(name: str) -> None:
+    fit = fit_multi_label(images_of(), name, {"beta": 2.5})
+    assert (
+        fit.plan.beta == fit.parameters["beta"] == 2.5 and fit.parameters["ridge"] == METHODS[name].parameters["ridge"]
+    )

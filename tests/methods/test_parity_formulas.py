@@ -170,7 +170,7 @@ def assert_parity(name: str, support: SupportSet, queries: Embeddings, reducer: 
     given = {key: value for key, value in parameters.items() if key in METHODS[name].parameters}
     plan = compile_method(name, support, reducer=reducer, **given)
     fitted = fit_method_reducer(METHODS[name], reducer, support)
-    terms = METHODS[name].terms(support, METHODS[name].which, fitted, {**METHODS[name].parameters, **given})
+    terms = METHODS[name].terms(support, fitted, {**METHODS[name].parameters, **given})
     models = np.sum([weight * model.scores(queries) for weight, model in terms], axis=0)
     for logits in (score(plan, queries), score(plan, queries, "reference"), models):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -177,9 +177,9 @@ class GaussianModel(Model):
         fit = partial(fit_gaussians, text=self._text, copies=self.copies, paper=self.paper)
         return gaussians_without(self.moments, rows, queries, self.support.one_hot, folds, fit)
 
-    def fields(self, weight: float) -> dict[str, Any]:
-        linear, bias = weight * self.gaussians.linear, weight * self.gaussians.bias
-        return {"linear": linear, "bias": bias, "feature": self.which, "reducer": self.reducer}
+    def fields(self) -> dict[str, Any]:
+        fitted = self.gaussians
+        return {"linear": fitted.linear, "bias": fitted.bias, "feature": self.which, "reducer": self.reducer}
 
 
 def gaussians_without(

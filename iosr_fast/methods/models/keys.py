@@ -85,14 +85,14 @@ class KeyModel(Model):
             scores[:, present] = np.add.reduceat(affinity, offsets, axis=1, dtype=np.float64)
         return scores
 
-    def fields(self, weight: float) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         return {
             "keys": self._compared(self.support.embeddings),
             "class_offsets": self.support.class_offsets,
             "weights": self.key_weights,
             "query": self.which,
             "reducer": self.key_reducer,
-            "alpha": weight,
+            "alpha": 1.0,
             "beta": self.beta,
         }
 
@@ -205,10 +205,9 @@ class DivergenceModel(Model):
         scores: np.ndarray = self._distributions(queries) @ linear.T + bias
         return scores
 
-    def fields(self, weight: float) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         linear, bias = self.term
-        constants = {"feature": "text-distribution", "temperature": TEMPERATURE}
-        return {"linear": weight * linear, "bias": weight * bias, **constants}
+        return {"linear": linear, "bias": bias, "feature": "text-distribution", "temperature": TEMPERATURE}
 
 
 def pair_range(rows: np.ndarray, others: np.ndarray, offset: np.ndarray | float = 0.0) -> tuple[float, float]:

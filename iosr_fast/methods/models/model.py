@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
@@ -35,8 +35,8 @@ class Model(ABC):
         """The term of each query and class, (B, C)."""
 
     @abstractmethod
-    def fields(self, weight: float) -> dict[str, Any]:
-        """The fields of a ScoringPlan that give `weight` times this term (`compile_terms`)."""
+    def fields(self) -> dict[str, Any]:
+        """The fields of a ScoringPlan that give this term (`join_terms`)."""
 
     def without(self, folds: Folds) -> np.ndarray:
         """(N, C): the term of each support image as a query, fitted without the images of its fold; NaN for an image
@@ -95,22 +95,28 @@ class TextModel(Model):
         scores[~folds.scored] = np.nan
         return scores
 
-    def fields(self, weight: float) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         text = self.support.text
-        return {} if text is None or not weight else {"text": text, "tau": weight * self.support.tau}
+        return {} if text is None else {"text": text, "tau": self.support.tau}
 
 
-def compile_terms(n_classes: int, terms: Sequence[Term], **fields: Any) -> ScoringPlan:
-    """The plan whose logits are the sum of the weighted terms. Terms with values share their keys, linear terms of
-    plain and of adapted embeddings stand side by side. Raises IosrFastError as ScoringPlan does."""
-    plan: dict[str, Any] = fields
-    for weight, model in terms:
-        for name, value in model.fields(weight).items():
-            if name not in plan or name == "feature":
-                joined = name == "feature" and plan.get(name, value) != value
-                plan[name] = "both" if joined else value
+# The fields of a plan that a term's weight multiplies.
+_WEIGHTED = ("tau", "alpha", "values", "linear", "bias")
+
+
+def join_terms(n_classes: int, terms: Iterable[tuple[float, Mapping[str, Any]]], **fields: Any) -> ScoringPlan:
+    """The plan whose logits are the sum of weighted terms, given by their `fields` of a plan. Terms with values share
+    their keys, linear terms of plain and of adapted embeddings stand side by side. `fields` are further ones. Raises
+    IosrFastError as ScoringPlan does."""
+    for weight, term in terms:
+        for name, value in term.items():
+            weighted = weight * value if name in _WEIGHTED else value
+            if name not in fields:
+                fields[name] = weighted
             elif name in ("values", "bias"):
-                plan[name] = plan[name] + value
+                fields[name] = fields[name] + weighted
             elif name == "linear":
-                plan[name] = np.concatenate([plan[name], value], axis=1)
-    return ScoringPlan(n_classes, **plan)
+                fields[name] = np.concatenate([fields[name], weighted], axis=1)
+            elif name == "feature" and fields[name] != value:
+                fields[name] = "both"
+    return ScoringPlan(n_classes, **fields)

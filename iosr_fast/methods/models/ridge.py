@@ -164,10 +164,10 @@ class RidgeModel(Model):
         """It interpolates, so that the scores of images it has seen say nothing of new ones: each without itself."""
         return self._system[0].without_one(self.target)[rows]
 
-    def fields(self, weight: float) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         return {
             "keys": image_rows(self.support.embeddings, self.which, self.reducer),
-            "values": weight * self.values,
+            "values": self.values,
             "query": self.which,
             "reducer": self.reducer,
             "beta": self.beta,
