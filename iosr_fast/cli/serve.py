@@ -87,7 +87,7 @@ def serve(
     """Serve a saved classifier over HTTP. Clients with the token may change its classes."""
     options: dict[str, Any] = {**locals()}
     del options["classifier"], options["token_file"]  # the others are the fields of Settings
-    for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "threadpoolctl"):
+    for module in ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client", "threadpoolctl"):
         require(module, "serve")
     for name in ("body", "image", "buffered"):
         options[f"max_{name}_bytes"] = _bytes(f"--max-{name}-mb", options.pop(f"max_{name}_mb"))

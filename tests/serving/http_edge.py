@@ -21,8 +21,8 @@ pytest.importorskip("prometheus_client", reason="prometheus-client comes with th
 from starlette.requests import ClientDisconnect, Request  # noqa: E402
 from starlette.responses import JSONResponse, Response, StreamingResponse  # noqa: E402
 
+from iosr_fast.serving.http.connection import protocol  # noqa: E402
 from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
-from iosr_fast.serving.http.protocol import Edge  # noqa: E402
 from iosr_fast.serving.http.settings import Settings  # noqa: E402
 
 BIG = 8 << 20  # bytes of /big, more than a kernel holds
@@ -41,9 +41,10 @@ class Site:
         self.settings = Settings(**settings)
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = listener.getsockname()[1]
-        self.edge = Edge(self.settings, self.metrics)
         options = {"ws": "none", "lifespan": "off", "log_config": None, "access_log": False, "interface": "asgi3"}
-        config = uvicorn.Config(self._app, http=self.edge.protocol, timeout_graceful_shutdown=3, **options)
+        config = uvicorn.Config(
+            self._app, http=protocol(self.settings, self.metrics), timeout_graceful_shutdown=3, **options
+        )
         self.server = uvicorn.Server(config)
         self.connections = self.server.server_state.connections
         self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)

