@@ -16,7 +16,8 @@ from iosr_fast.files.reader import Reader
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.evaluation import Evaluation
-from iosr_fast.head.fit import Fit, check_fit, fit
+from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitting import fit
 from iosr_fast.head.head_data import ClassInfo
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import labelled_images, unknown_folder
@@ -50,7 +51,8 @@ class Classifier(Estimator):
     threads may classify meanwhile, and each call sees exactly one version. Images are paths, encoded bytes, PIL images,
     uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a sequence, a pandas Series or an array of them
     (rules: iosr_fast.images.pixels). Methods raise BadImageError for an unreadable image, NotFittedError before a fit,
-    IosrFastError, a ValueError, for wrong arguments, before any image is read.
+    FileNotFoundError for a missing folder, and IosrFastError, a ValueError, for other wrong arguments, before an image
+    is read.
 
     Parameters
     ----------
@@ -103,12 +105,11 @@ class Classifier(Estimator):
 
     Notes
     -----
-    The constructor stores its parameters; `fit` checks them and opens the CLIP (extra `cpu` or `gpu`), which the
-    classifiers of a process share. After `set_params`, a fitted classifier predicts as before until the next `fit`.
-    `tune` is also a method; `get_params()["tune"]` has the parameter. A change waits for others and compiles the method
-    once. What left-out support images answer (`unknown_score`, `predict_sets`, `calibration`, `audit`) is computed at
-    its first use after a change. Sources: CLIP (Radford et al., ICML 2021); the adapter (Kravets & Namboodiri, BMVC
-    2024); of each method, `iosr_fast.methods`.
+    `fit` opens the CLIP (extra `cpu` or `gpu`), which the classifiers of a process share. After `set_params`, a fitted
+    classifier predicts as before until the next `fit`. `tune` is also a method; `get_params()["tune"]` has the
+    parameter. A change waits for others and compiles the method once. What left-out support images answer
+    (`unknown_score`, `predict_sets`, `calibration`, `audit`) is computed at its first use after a change. Sources: CLIP
+    (Radford et al., ICML 2021); the adapter (Kravets & Namboodiri, BMVC 2024); methods, `iosr_fast.methods`.
 
     Examples
     --------
@@ -196,12 +197,7 @@ class Classifier(Estimator):
         self._store.fit = fit
 
     def fit(
-        self,
-        images: Any = None,
-        labels: Any = None,
-        class_names: Sequence[str] | None = None,
-        *,
-        unknown_images: Any = None,
+        self, images: Any = None, labels: Any = None, class_names: Any = None, *, unknown_images: Any = None
     ) -> Self:
         """Encode the support images and class names, and compile the method.
 
@@ -211,18 +207,11 @@ class Classifier(Estimator):
         by itself (methods.multi_label), and nothing changes until the next fit. "zero-shot" needs no images.
         `unknown_images`, pictures of none of the classes, sharpen `unknown_score` and change no label.
 
-        Raises IosrFastError before a CLIP is opened for wrong parameters, labels and names (head.fit.check_fit), before
-        anything is encoded for a CLIP, engine, adapter or runtime that don't fit, for unreadable images, and for one
-        picture under two labels; OSError for missing files, ImportError for a missing package.
+        Raises IosrFastError before a CLIP is opened for wrong parameters, labels and names; before anything is encoded
+        for a CLIP, engine, adapter or runtime that don't fit; for unreadable images, and one picture under two labels.
         """
         names = self.class_names if class_names is None else class_names
-        inputs = check_fit(self.get_params(), images, labels, names, unknown_images)
-        fitted = fit(self._open(), inputs)
-        if inputs.choose_engine:
-            from iosr_fast.head.optimize import optimize_first
-
-            fitted = optimize_first(fitted, inputs, self.runtime)
-        self._store.replace(fitted)
+        self._store.replace(fit(self.get_params(), self._open, images, labels, names, unknown_images))
         return self
 
     def fit_folder(self, folder: str | Path, *more: str | Path, unknown_images: str | Path | None = None) -> Self:
@@ -261,12 +250,12 @@ class Classifier(Estimator):
         return self.snapshot().classes()
 
     def examples(self, name_or_id: str) -> list[str]:
-        """The ids of a class's examples. Raises ValueError for an unknown class."""
+        """The ids of a class's examples."""
         head = self.snapshot()
         return [example_id(number) for number in head.examples_of(head.find_class(name_or_id))]
 
     def picture(self, name_or_id: str) -> bytes | None:
-        """An example's thumbnail, WebP; None where none was stored. Raises ValueError for an unknown id."""
+        """An example's thumbnail, WebP, by its id; None where none was stored."""
         return self.snapshot().picture(name_or_id)
 
     def predict(
@@ -276,8 +265,8 @@ class Classifier(Estimator):
         dtype object, or an indicator (B, C) of int64 if the labels of `fit` were one.
 
         unknown="reject" gives None, or `unknown_label`, for pictures that `unknown_score` says belong to none of the
-        classes: a share `keep` of those that do belong to one keeps its label. Raises IosrFastError where there are too
-        few support images for that promise: 0.95 takes 19 that can be left out.
+        classes: a share `keep` of those that do belong to one keeps its label. Refused where there are too few support
+        images for that promise: 0.95 takes 19 that can be left out.
         """
         rejecting, fit = Rejecting.of(unknown, unknown_label, keep), self._store.fitted()
         return fit.answers.predict(fit.queries(images), rejecting)
@@ -295,9 +284,9 @@ class Classifier(Estimator):
         return fit.head.probabilities(fit.answers.logits(fit.queries(images)))
 
     def score(self, images: Any, labels: Any) -> float:
-        """The share of images whose predicted class is their label: a class name, or an integer as at the fit (into
-        `classes_` if the fit had names). With several labels a picture the mean average precision over the classes that
-        a picture has, with labels as for `fit`."""
+        """The share of images whose predicted class is their label: a name, or an integer as at the fit (into
+        `classes_` if the fit had names). With several labels a picture, given as for `fit`, the mean average precision
+        over the classes that a picture has."""
         fit, listed = self._store.fitted(), as_image_list(images)
         truth = fit.read_labels(listed, labels)
         return fit.head.quality(truth, fit.answers.logits(fit.queries(listed)))
@@ -321,15 +310,14 @@ class Classifier(Estimator):
 
     def predict_sets(self, images: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
         """For each image the labels that it may have, most likely first, or none: a share `coverage` of the sets has
-        the image's label (methods.conformal), with `per_class` of the images of each class. Raises IosrFastError where
-        support images are too few for that: 0.9 takes 9 that can be left out, with `per_class` 9 of each class."""
+        the image's label (methods.conformal), with `per_class` of the images of each class. Refused where support
+        images are too few for that: 0.9 takes 9 that can be left out, with `per_class` 9 of each class."""
         fit = self._store.fitted()
         return fit.answers.predict_sets(fit.queries(images), coverage, per_class)
 
     def unknown_score(self, images: Any) -> np.ndarray:
-        """How unlike all classes each image is, (B,) float64: of left-out support images the mean is 0 and the
-        standard deviation 1. `unknown_.threshold(0.95)` is what 95% of known pictures do not exceed (methods.unknown).
-        """
+        """How unlike all classes each image is, (B,) float64: of left-out support images the mean is 0, the standard
+        deviation 1. 95% of known pictures do not exceed `unknown_.threshold(0.95)` (methods.unknown)."""
         fit = self._store.fitted()
         return fit.answers.unknown_score(fit.queries(images))
 
@@ -358,12 +346,9 @@ class Classifier(Estimator):
 
         `batch` images (None: 16 on a CPU, 64 on a GPU) are in memory at a time, on so many CPU `threads` (None: all).
         Large JPEGs are decoded at a fraction of their size, which changes pixels by about 1 level; the `decoder`
-        "cpu-exact" gives those of `predict`. `joint` classifies all together, as `predict_jointly`. unknown="reject"
-        gives `unknown_label` to pictures of none of the classes; with `joint` they are left out first.
-
-        Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`, and
-        IosrFastError, before an image is read, for a wrong option, a class named `unknown_label`, too few support
-        images for `keep`.
+        "cpu-exact" gives those of `predict`. The first unreadable image is an error unless `skip_bad`. `joint`
+        classifies all together, as `predict_jointly`. unknown="reject" gives `unknown_label`, which no class may have,
+        to pictures of none of the classes; with `joint` they are left out first.
         """
         rejecting, fit = check_rejecting(unknown, unknown_label, keep), self._store.fitted()
         return predict_folder(fit.head, self._reader(batch, skip_bad, threads, decoder), folder, joint, rejecting)
@@ -378,15 +363,14 @@ class Classifier(Estimator):
         decoder: str = "cpu",
     ) -> FolderSuggestions:
         """The n images of a folder and below to label next: diverse, uncertain for this classifier, those like a class
-        of their own first (methods.suggest); before a fit, diverse alone. Options and errors as for `predict_folder`;
-        IosrFastError for n below 1 and for a folder without a readable image."""
+        of their own first (methods.suggest); before a fit, diverse alone. Options are those of `predict_folder`."""
         head = None if self._fit is None else self._fit.head.one_label("suggest")
         return suggest_from_folder(head, self._reader(batch, skip_bad, threads, decoder), folder, n)
 
     def evaluate(
         self,
         images: Any,
-        labels: Sequence[Any] | np.ndarray,
+        labels: Any,
         unknown_images: Any = None,
         coverage: float = COVERAGE,
         keep: float = KEEP,
@@ -398,7 +382,7 @@ class Classifier(Estimator):
         """Measure the classifier on labelled images that are not its support images: accuracy, classes, confusions,
         calibration, mistakes, and what the promises of `predict_sets` (`coverage`) and of unknown="reject" (`keep`) are
         worth; print its `summary()`. Labels are those of `score`, `unknown_images` belong to none of the classes, other
-        options and errors as for `predict_folder`. IosrFastError for labels without a class and without images."""
+        options are those of `predict_folder`."""
         fit, reader = self._store.fitted(), self._reader(batch, skip_bad, threads, decoder)
         return evaluate_images(fit, reader, images, labels, unknown_images, coverage, keep, bool(self.progress))
 
@@ -412,40 +396,37 @@ class Classifier(Estimator):
     def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> ChangeResult:
         """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is the
         embedding of its name; None has the text encoder make it. An iterator of `images` is taken one after another,
-        never all into memory. Raises BadImageError for the first unreadable image, and ValueError for a name that is
-        taken or empty, for missing images, or without a text encoder; nothing is changed then."""
+        never all into memory. The first unreadable image is a BadImageError; nothing is changed then."""
         return updates.add_class(self._store, name, images, text)
 
     def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
-        """More support images of a class, by id or name; `images` and errors as for `add_class`."""
+        """More support images of a class, by id or name; `images` as for `add_class`."""
         return updates.add_examples(self._store, name_or_id, images)
 
     def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:
-        """Take support images out. Raises ValueError for an unknown id, or where the method needs one that would go."""
+        """Take support images out. Refused where the method needs one that would go."""
         return updates.remove_examples(self._store, example_ids)
 
     def remove_class(self, name_or_id: str) -> ChangeResult:
-        """Take a class out, by id or name, with its images. Raises ValueError where fewer than two would be left."""
+        """Take a class out, by id or name, with its images. Refused where fewer than two would be left."""
         return updates.remove_class(self._store, name_or_id)
 
     def rename_class(
         self, name_or_id: str, name: str, text: np.ndarray | None = None, keep_text: bool = False
     ) -> ChangeResult:
         """Another name for a class, by id or name, and so another text embedding (`text` as for `add_class`), unless
-        `keep_text`; its id stays. Raises ValueError for an unknown class, a name that is taken or empty, or without a
-        text encoder."""
+        `keep_text`; its id stays."""
         return updates.rename_class(self._store, name_or_id, name, text, keep_text)
 
     def tune(
         self, images: Any = None, labels: Any = None, method: str | None = None, reducer: str | None = None
     ) -> Tuned:
         """Choose the parameters again: on labelled validation images, or by leave-one-out without any. `method` and
-        `reducer` default to the fitted ones; `labels` as for `score`. Returns the choice and its reasons (`tuned_`).
-        Raises ValueError as `fit` and `score` do, before anything is encoded."""
+        `reducer` default to the fitted ones; `labels` as for `score`. Returns the choice and its reasons (`tuned_`)."""
         return updates.tune(self._store, images, labels, method, reducer, self.tune_seconds)[0]
 
     def retune(self) -> ChangeResult:
-        """Choose the parameters of the method again, by leave-one-out on the current examples (`tune`)."""
+        """`tune` on the current examples, as a change."""
         return updates.tune(self._store, None, None, None, None, self.tune_seconds)[1]
 
     def open_log(self, path: str | Path, recover: bool = False) -> None:
@@ -484,9 +465,9 @@ class Classifier(Estimator):
         accepted loss of accuracy in points (engine_choice.rejection). The `objective` is "latency" (one image),
         "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates, `smaller_images`
         adds some. Some are exported from the CLIP in torch, which a loaded classifier has where `pretrained` (and
-        `adapter`) name it. Returns the table (`engine_choice_`); `version` rises if embeddings change. Raises
-        IosrFastError for a wrong option, an example without its image, missing unknown images, another CLIP or adapter
-        than the engine's, an open log, a change meanwhile."""
+        `adapter`) name it. Returns the table (`engine_choice_`); `version` rises if embeddings change. Refused: an
+        example or an unknown image without its picture, another CLIP than the engine's, an open log, a change
+        meanwhile."""
         options = OptimizeOptions(objective, tolerance, runtime, precision, smaller_images, bool(self.progress))
         return updates.optimize(self._store, images, labels, options, pretrained, adapter, unknown_images)
 
@@ -511,9 +492,9 @@ class Classifier(Estimator):
         Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
         the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content. The `runtime` "auto" is the one that was
         chosen by measuring where this is the same processor. `threads` of the encoders on a CPU (None: one a core);
-        `runs` threads may encode at once. Raises FileNotFoundError or ValueError naming what is missing, damaged or
-        foreign, and what open_engine raises. The parameters are those that the bundle knows: not `pretrained`, and the
-        fitted method with its parameters. `fit` uses its encoders, until `set_params` names another CLIP.
+        `runs` threads may encode at once. The parameters are those that the bundle knows: not `pretrained`, and the
+        fitted method with its parameters. `fit` uses its encoders, until `set_params` names another CLIP. Raises
+        DamagedFileError naming what is missing, damaged or foreign, and what open_engine raises.
         """
         bundle = load_bundle(folder, verify, threads, expected_digest)
         fit = bundle.open(runtime, threads, runs)

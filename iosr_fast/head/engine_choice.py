@@ -71,23 +71,20 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
         return {"latency": self.ms_one, "throughput": self.ms_batch, "size": self.bytes}[objective]
 
     @property
-    def _products(self) -> str:
-        return "" if self.products is None else "; {} of {} products in {}".format(*self.products, self.precision)
+    def quantised(self) -> str:
+        """The matrix products in words."""
+        return "" if self.products is None else "{} of {} products in {}".format(*self.products, self.precision)
 
-    def _cells(self) -> tuple[str, ...]:
-        def shown(form: str, value: float | None) -> str:
-            return "" if value is None else form.format(value)
-
-        smaller = [f"{size} {'pixels' if name == 'image_size' else name}" for name, size in (self.tokens or {}).items()]
-        return (
-            self.runtime,
-            " ".join([self.precision, *smaller]),
-            shown("{:,.2f} ms", self.ms_one),
-            shown("{:,.2f} ms", self.ms_batch),
-            shown("{:,.1f} MB", None if self.bytes is None else self.bytes / 1e6),
-            shown("{:.4f}", None if self.cosines is None else min(least for least, _ in self.cosines.values())),
-            shown("{:.1%}", self.agreement),
-        )
+    def cells(self) -> list[str]:
+        """The row of the table."""
+        shown = [self.precision, *(f"{size} pixels" for size in (self.tokens or {}).values())]
+        least = None if self.cosines is None else min(low for low, _ in self.cosines.values())
+        megabytes = None if self.bytes is None else self.bytes / 1e6
+        numbers = {"{:,.2f} ms": self.ms_one, "{:,.2f} ms ": self.ms_batch, "{:,.1f} MB": megabytes}
+        numbers |= {"{:.4f}": least, "{:.1%}": self.agreement}
+        end = "; ".join(filter(None, (f"{self.verdict}{self.reason and ': '}{self.reason}", self.quantised)))
+        values = ("" if value is None else form.format(value).strip() for form, value in numbers.items())
+        return [self.runtime, " ".join(shown), *values, end]
 
 
 class EngineChoice(Strict, frozen=True, kw_only=True):
@@ -121,18 +118,17 @@ class EngineChoice(Strict, frozen=True, kw_only=True):
         """The table as text. `labels` is the share of left-out images whose label is fp32's: the accuracy itself, of
         other weights than the fit's, is `candidates[i].accuracy`."""
         best = self.chosen
-        lines = [
+        heading = (
             f"engine {best.runtime} {best.precision}, chosen for {self.objective} on {self.processor}; {self.judged} "
-            f"left-out images, tolerance {self.tolerance:g} points, {self.seconds:.1f} s{best._products}"
-        ]
-        titles = ("runtime", "precision", "1 image", f"{self.batch} images", "size", "cosine", "labels")
-        rows: list[tuple[tuple[str, ...], str]] = [(titles, "")]
-        for one in self.candidates:
-            rows.append((one._cells(), f"{one.verdict}{one.reason and ': '}{one.reason}{one._products}"))
-        widths = [max(len(cells[i]) for cells, _ in rows) for i in range(len(titles))]
-        for cells, end in rows:
-            aligned = (f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(cells))
-            lines.append("  " + "  ".join([*aligned, end]).rstrip())
+            f"left-out images, tolerance {self.tolerance:g} points, {self.seconds:.1f} s"
+        )
+        titles = ["runtime", "precision", "1 image", f"{self.batch} images", "size", "cosine", "labels", ""]
+        rows = [titles, *(one.cells() for one in self.candidates)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["; ".join(filter(None, (heading, best.quantised)))]
+        for first, second, *numbers, end in rows:
+            aligned = [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=False)]
+            lines.append("  " + "  ".join([first.ljust(widths[0]), second.ljust(widths[1]), *aligned, end]).rstrip())
         return [*lines, *filter(None, [self.note])]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +19,9 @@ from iosr_fast.methods.support_set import make_support_set
 from iosr_fast.scoring.score import score
 
 JUDGED = 400  # images, and at least two of each class
-CALIBRATED = 128
 _ROUNDS = (3, 15)  # fewest and most of a timing
 _TIMING_S = 3.0
 _COMPARED = 8  # pictures on which another runtime of the same precision is compared
-_Key = TypeVar("_Key")
 
 
 def sample_rows(class_ids: np.ndarray, most: int) -> np.ndarray:
@@ -42,13 +40,12 @@ def sample_rows(class_ids: np.ndarray, most: int) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def time_encoders(encoders: Mapping[_Key, Encoder], batch: int) -> dict[_Key, tuple[float, float]]:
+def time_encoders(encoders: Mapping[int, Encoder], batch: int) -> dict[int, tuple[float, float]]:
     """Median milliseconds of one picture and of a batch. The encoders take turns, in rounds, for some three seconds."""
+    rng, started = np.random.default_rng(0), time.perf_counter()
     sizes = {encoder.image_size for encoder in encoders.values()}
-    rng = np.random.default_rng(0)
     pictures = {size: rng.integers(0, 256, (batch, size, size, 3), np.uint8) for size in sizes}
-    times: dict[_Key, list[tuple[float, float]]] = {name: [] for name in encoders}
-    started = time.perf_counter()
+    times: dict[int, list[list[float]]] = {name: [] for name in encoders}
     for done in range(_ROUNDS[1] if encoders else 0):
         if done >= _ROUNDS[0] and time.perf_counter() - started > _TIMING_S:
             break
@@ -57,8 +54,8 @@ def time_encoders(encoders: Mapping[_Key, Encoder], batch: int) -> dict[_Key, tu
             for count in (1, batch):
                 encoder.encode(pictures[encoder.image_size][:count])
                 marks.append(time.perf_counter())
-            times[name].append((marks[1] - marks[0], marks[2] - marks[1]))
-    medians = {name: np.median(np.array(rows), axis=0) * 1e3 for name, rows in times.items()}
+            times[name].append([marks[1] - marks[0], marks[2] - marks[1]])
+    medians = {name: np.median(rows, axis=0) * 1e3 for name, rows in times.items()}
     return {name: (float(one), float(many)) for name, (one, many) in medians.items()}
 
 
@@ -84,10 +81,6 @@ class Judge:
         self.count = len(self._rows)
         why = "each class has one image" if len(rows) else "there are no support images"
         self.note = "" if self.count else f"{why}: nothing can be left out, so accuracy was not compared"
-
-    def seconds(self, ms: float) -> float:
-        """How long judging takes, at so many milliseconds an image."""
-        return ms * len(self._classes) / 1e3
 
     def __call__(self, encoder: Encoder, precision: str, smaller_images: bool = False) -> tuple[dict[str, Any], str]:
         """The facts of an EngineCandidate, and why it is rejected; "" if it is not.

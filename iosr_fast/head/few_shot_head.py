@@ -13,7 +13,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.answers import Answers
 from iosr_fast.head.embedding_rows import as_iosr_errors, unit, unit_rows, usable_rows
 from iosr_fast.head.examples import Examples
-from iosr_fast.head.fit import fit_head
+from iosr_fast.head.fitting import fit_head
 from iosr_fast.head.labels import are_label_sets, dense, read_label_sets
 from iosr_fast.head.method_config import MethodChoice
 from iosr_fast.head.multi_label import MultiLabelHead

@@ -16,17 +16,18 @@ from msgspec.structs import replace as changed
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.candidates import CandidateBuilder, list_candidates, with_smaller_images
+from iosr_fast.export.candidates import Candidate, CandidateBuilder, list_candidates, with_smaller_images
 from iosr_fast.export.check import evenly
 from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Verdict, best_of
-from iosr_fast.head.engine_judge import CALIBRATED, JUDGED, Judge, sample_rows, time_encoders
-from iosr_fast.head.fit import Fit, FitInputs
+from iosr_fast.head.engine_judge import JUDGED, Judge, sample_rows, time_encoders
+from iosr_fast.head.fit import Fit
 from iosr_fast.head.support_images import encode_images
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.machine import cpu_model
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
 
+_CALIBRATED = 128
 _SAME = 0.999  # least cosine of a key with the key of the same image; fp32 differs by rounding, int8 between runtimes
 _CHEAP_S = 1.0  # a candidate that is slower than the choice is judged all the same if it takes no longer
 _log = logging.getLogger("iosr_fast")
@@ -50,16 +51,6 @@ def optimize(
         config = head.config.fitted(examples.as_support(head.uids, head.text, head.tau))
         head = replace(head, examples=examples, config=config, version=version, unknown_images=unknown).compiled()
     return replace(fit, clip=clip, head=head, engine_choice=choice)
-
-
-def optimize_first(fit: Fit, inputs: FitInputs, runtime: str) -> Fit:
-    """A new fit on its fastest engine, of one runtime or of any ("auto")."""
-    options = OptimizeOptions(runtime=runtime, progress=inputs.progress)
-    skipped, ids = {error.position for error in fit.skipped}, fit.head.examples.ids
-    given = enumerate([*inputs.images, *inputs.unknown_images])
-    readable = [image for position, image in given if position not in skipped]  # the support images first
-    sources, unknown = [readable[number] for number in ids.tolist()], readable[len(ids) :]
-    return optimize(fit, sources, options, fit.head.version, unknown)
 
 
 @dataclass
@@ -87,8 +78,7 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
     at hand, with one in fp32. The present engine is kept if no candidate is left. A candidate that fails is a row of
     the table.
     """
-    started = time.perf_counter()
-    clip, source = fit.clip, fit.clip.encoder.source
+    started, clip, source = time.perf_counter(), fit.clip, fit.clip.encoder.source
     if source is None:
         raise IosrFastError("expected an encoder that was opened from an engine folder, got one without a folder")
     if options.smaller_images and clip.loaded is None:
@@ -99,7 +89,7 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
     def pixels_of(side: int) -> np.ndarray:
         return to_pixels([images[i] for i in chosen], replace(geometry, size=side), fit.views.exif_orientation)
 
-    calibration = evenly(pixels_of(geometry.size), CALIBRATED)
+    calibration = evenly(pixels_of(geometry.size), _CALIBRATED)
     batch = 8 if clip.encoder.buckets is None else 32
     builder = CandidateBuilder(source, calibration, clip.loaded, clip.encoder.threads, fit.head.needs_adapted)
     try:
@@ -109,7 +99,12 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
                 reference = builder.start_in_fp32(clip.encoder.runtime)
         elif precision != "fp32":
             note = f"an engine in {precision} can't be made more exact: only its runtimes were compared"
-        table = _build(builder, reference, len(chosen), batch, clip.loaded is not None, options)
+        listed = list_candidates(
+            builder.engine, len(chosen), options.runtime, options.precision, clip.loaded is not None
+        )
+        if options.smaller_images:
+            listed += with_smaller_images(builder.engine, listed)
+        table = [_open(builder, one, reference, batch, options.progress) for one in listed]
         _time(table, batch, options.progress)
         judge = Judge(fit, reference, chosen, pixels_of, options.tolerance)
         best = _choose(table, judge, options)
@@ -117,15 +112,13 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
             present = {"runtime": reference.runtime, "precision": builder.engine.manifest["precision"]}
             best = _Row(EngineCandidate(**present, verdict="chosen"), reference)
             table.append(best)
-        encoder = best.encoder
-        assert encoder is not None
-        folder = builder.keep(encoder)
+        assert best.encoder is not None
+        clip = replace(clip, encoder=best.encoder, engine=builder.keep(best.encoder))
     except BaseException:
         builder.close()
         raise
     best.end("chosen")
-    costs = [(row is not best, (cost := row.found.cost(options.objective)) is None, cost or 0.0) for row in table]
-    order = sorted(range(len(table)), key=costs.__getitem__)
+    table.sort(key=lambda row: (row is not best, row.found.cost(options.objective) or np.inf))
     choice = EngineChoice(
         objective=options.objective,
         tolerance=options.tolerance,
@@ -134,38 +127,30 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
         calibrated=len(calibration),
         processor=cpu_model(),
         seconds=round(time.perf_counter() - started, 2),
-        candidates=[table[i].found for i in order],
+        candidates=[row.found for row in table],
         note="; ".join(filter(None, (note, judge.note))),
     )
-    return replace(clip, encoder=encoder, engine=folder), choice
+    return clip, choice
 
 
-def _build(
-    builder: CandidateBuilder, current: Encoder, pictures: int, batch: int, with_clip: bool, options: OptimizeOptions
-) -> list[_Row]:
-    """The table of candidates; those that are not left out are built, opened and warm."""
-    present = current.runtime, builder.engine.manifest["precision"]
-    listed = list_candidates(builder.engine, pictures, options.runtime, options.precision, with_clip)
-    if options.smaller_images:
-        listed += with_smaller_images(builder.engine, listed)
-    table = []
-    for one in listed:
-        names: dict[str, Any] = {"runtime": one.runtime, "precision": one.precision, "tokens": one.tokens}
-        table.append(row := _Row(EngineCandidate(**names, verdict="not judged")))
-        if one.left_out:
-            row.end("left out", one.left_out)
-            continue
-        with bar(f"build {one.runtime} {one.precision}", None, shown=options.progress):
-            try:
-                is_present = (one.runtime, one.precision) == present and not one.tokens
-                encoder = current if is_present else builder.open(one)
-                encoder.warm((1, batch))
-                row.encoder = encoder
-            except ArithmeticError as error:
-                row.end("rejected", str(error))
-            except Exception as error:
-                row.end("failed", str(error))
-    return table
+def _open(builder: CandidateBuilder, one: Candidate, current: Encoder, batch: int, shown: bool) -> _Row:
+    """The row of a candidate, which is built, opened and warm unless it is left out."""
+    names: dict[str, Any] = {"runtime": one.runtime, "precision": one.precision, "tokens": one.tokens}
+    row = _Row(EngineCandidate(**names, verdict="not judged"))
+    if one.left_out:
+        row.end("left out", one.left_out)
+        return row
+    present = current.runtime, builder.engine.manifest["precision"], None
+    with bar(f"build {one.runtime} {one.precision}", None, shown=shown):
+        try:
+            encoder = current if (one.runtime, one.precision, one.tokens) == present else builder.open(one)
+            encoder.warm((1, batch))
+            row.encoder = encoder
+        except ArithmeticError as error:
+            row.end("rejected", str(error))
+        except Exception as error:
+            row.end("failed", str(error))
+    return row
 
 
 def _time(table: list[_Row], batch: int, shown: bool) -> None:
@@ -193,7 +178,7 @@ def _choose(table: list[_Row], judge: Judge, options: OptimizeOptions) -> _Row |
         for row in sorted((row for row in table if row.encoder is not None), key=cost):
             assert row.encoder is not None
             late = accepted and cost(row) > cost(accepted[0]) * (1 + LEVEL)
-            if late and judge.seconds(row.found.ms_one or 0.0) > _CHEAP_S:
+            if late and (row.found.ms_one or 0.0) * judge.count / 1e3 > _CHEAP_S:
                 row.end("not judged", "it is no better than the choice")
                 continue
             try:
@@ -240,7 +225,10 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
     found = np.full(len(examples), -1)
     for position, uid in enumerate(head.uids):
         rows, candidates = np.flatnonzero(examples.class_ids == uid), np.flatnonzero(classes == position)
-        found[rows] = _pairs(stored.plain[rows], encoded.embeddings.plain[candidates], candidates)
+        similar = stored.plain[rows] @ encoded.embeddings.plain[candidates].T
+        for row, cosines in zip(rows, similar, strict=True):
+            if len(candidates) and cosines[best := int(cosines.argmax())] >= _SAME:
+                found[row], similar[:, best] = candidates[best], -1.0  # each image once
     if missing := [head.uids.index(uid) for uid in examples.class_ids[found < 0].tolist()]:
         counts = np.bincount(missing, minlength=len(head.uids))
         named = [f"{head.class_names[c]} ({counts[c]} of {head.counts[c]})" for c in np.flatnonzero(counts)]
@@ -252,15 +240,3 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
     if total > len(found):
         _log.warning("left out %d of %d images, which are no examples of this classifier", total - len(found), total)
     return [images[i] for i in found.tolist()]
-
-
-def _pairs(stored: np.ndarray, rows: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """For each stored row the name of its own row among `rows`, the most similar pairs first; -1 for none."""
-    found = np.full(len(stored), -1)
-    similar = stored @ rows.T if len(rows) else np.zeros((len(stored), 0), np.float32)
-    at, to = np.nonzero(similar >= _SAME)
-    free = np.ones(len(rows), bool)
-    for pair in np.argsort(-similar[at, to], kind="stable").tolist():
-        if found[at[pair]] < 0 and free[to[pair]]:
-            found[at[pair]], free[to[pair]] = names[to[pair]], False
-    return found

@@ -1,0 +1,125 @@
+"""How a Fit is made of images and labels, and a head of embeddings and labels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head import multi_label
+from iosr_fast.head.engine_choice import OptimizeOptions
+from iosr_fast.head.examples import Examples
+from iosr_fast.head.fit import Fit
+from iosr_fast.head.head import Head
+from iosr_fast.head.labels import Labels, check_labels
+from iosr_fast.head.method_config import MethodChoice
+from iosr_fast.head.predictions import AnyHead
+from iosr_fast.head.support_images import SupportViews, encode_images
+from iosr_fast.images.preprocess import as_image_list
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.tune import AUTO
+from iosr_fast.methods.unknown import check_unknown_images
+from iosr_fast.scoring.fields import RANGES
+from iosr_fast.scoring.validation import check_number
+from iosr_fast.utils.progress import progress as bar
+from iosr_fast.utils.text import abbreviate
+
+log = logging.getLogger(__name__)
+
+
+def fit(
+    parameters: Mapping[str, Any],
+    open_clip: Callable[[], OpenedClip],
+    images: Any,
+    labels: Any,
+    class_names: Any,
+    unknown_images: Any,
+) -> Fit:
+    """As Classifier.fit: encode images and class names and compile the method. `parameters` are its get_params().
+
+    What needs no encoder is checked before the CLIP is opened: parameters out of range or given where they are to be
+    chosen, fewer than two classes, class names that are none or look alike, missing labels, labels without a name, and
+    classes without an image that need one.
+    """
+    choice, choose_engine = MethodChoice.of(parameters), parameters["precision"] == "auto"
+    of_images = {name: parameters[name] for name in ("views", "mirror", "templates", "seed", "exif_orientation")}
+    views = SupportViews(**of_images, thumbnail=parameters["thumbnails"])
+    listed = [] if images is None else as_image_list(images)
+    known = check_labels(listed, labels, class_names)
+    if known.sets is not None:
+        choice.check_several(unknown_images)
+        if choose_engine:
+            log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
+            choose_engine = False
+    unknown = [] if unknown_images is None else as_image_list(unknown_images)
+    check_unknown_images(len(unknown))
+    _check_counts(choice, known, known.ids)
+    clip = open_clip()
+    _check_clip(choice, clip)
+    assert clip.text is not None
+    shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])
+    # Later queries are single views, so that is what leave-one-out has to score.
+    scored = choice.searched or known.sets is not None
+    views = replace(views, single=scored and views.views > 1)
+    text = clip.text.embed_classes(known.names, views.templates)
+    with bar("encode", len(listed) + len(unknown), shown=shown) as step:
+        given = listed, views, known.ids, known.shown, unknown, skip_bad, step
+        examples, unknown_rows, errors = encode_images(clip.encoder_for(adapted=True), *given)
+    if errors:
+        _check_counts(choice, known, examples.class_ids)
+    with bar("tune", None, shown=shown and scored and bool(len(examples))):
+        head = fit_head(choice, known.names, text, clip.tau, examples, known.sets, unknown_rows).compiled()
+    views = replace(views, single=examples.queries is not None)
+    fitted = Fit(clip, head, views, tuple(errors), known.are_integers)
+    if not choose_engine:
+        return fitted
+    from iosr_fast.head.optimize import optimize
+
+    skipped, ids = {error.position for error in errors}, head.examples.ids.tolist()
+    readable = [image for i, image in enumerate([*listed, *unknown]) if i not in skipped]  # the support images first
+    options = OptimizeOptions(runtime=parameters["runtime"], progress=shown)
+    return optimize(fitted, [readable[number] for number in ids], options, head.version, readable[len(ids) :])
+
+
+def _check_counts(choice: MethodChoice, labels: Labels, ids: np.ndarray) -> None:
+    """Raise IosrFastError where a class has none of the images with these `ids` and the method needs one."""
+    needed = choice.method == AUTO or METHODS[choice.method].needs_support
+    if needed and (empty := [labels.names[c] for c in np.flatnonzero(labels.counts(ids) == 0)]):
+        raise IosrFastError(f"{choice.method} needs at least one image of each class, got none of {abbreviate(empty)}")
+
+
+def _check_clip(choice: MethodChoice, clip: OpenedClip) -> None:
+    """Raise IosrFastError for a method that the CLIP can't serve."""
+    method = choice.method
+    check_number("tau, the CLIP's logit scale,", clip.tau, *RANGES["tau"])
+    if method != AUTO and METHODS[method].needs_adapter and not clip.has_adapter:
+        raise IosrFastError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
+    if clip.text is None:
+        raise IosrFastError(
+            "this classifier was loaded and has no text encoder to fit with: a Classifier with the model and the "
+            "pretrained weights of its CLIP has one"
+        )
+
+
+def fit_head(
+    choice: MethodChoice,
+    names: Sequence[str],
+    text: np.ndarray | None,
+    tau: float,
+    examples: Examples,
+    label_sets: np.ndarray | None,
+    unknown_images: Embeddings | None,
+) -> AnyHead:
+    """The head of support images whose class ids are positions in `names` (C), or where `label_sets` (P, C) bool are
+    given, positions in these. Raises what MethodChoice.config and methods.multi_label.fit_multi_label raise."""
+    if label_sets is not None:
+        return multi_label.fit_head(choice, names, text, tau, examples, label_sets[examples.class_ids])
+    examples = examples.sorted_by_class()
+    config = choice.config(examples.as_support(range(len(names)), text, tau))
+    return Head.first(names, text, tau, examples, config, unknown_images=unknown_images)
