@@ -95,7 +95,7 @@ class Classifier(Estimator):
     method_, reducer_, key_precision_, parameters_, tuned_
         The choices made or given; the search (Tuned), `stale` after a change, or None if nothing was searched.
     unknown_ : Unknown
-        How pictures of no class are recognised; `unknown_.promise()` says in words what can be promised.
+        How pictures of no class are recognised; `unknown_.summary()` says in words what can be promised.
     multi_label_ : MultiLabelHead or None
         After a fit with several labels a picture: `labels` (N, C) bool of the support images and `thresholds` (C,).
     encoder, engine_, engine_choice_, exif_orientation_

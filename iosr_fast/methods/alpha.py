@@ -89,10 +89,6 @@ def intervals(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Interv
     is noise. An end beyond MAX_ALPHA becomes infinite, an interval beyond it empty.
 
     base, slope (V, C); labels (V,) integers in [0, C). Samples are processed in chunks, so that memory stays bounded.
-
-    >>> found = intervals(np.array([[0.0, 1.0], [2.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 0]))
-    >>> found.right_at(0.5), found.right_at(1.5), found.best().alpha
-    (array([False,  True]), array([ True,  True]), 1.5)
     """
     step = max(1, _CHUNK // base.shape[1])
     start, stop = np.zeros((2, len(labels)), np.uint64)

@@ -123,13 +123,6 @@ class LeftOutLabels:
 def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
     """Labelled images (V,), by the logits (V, C) of a classifier that has not seen them: the out-of-fold logits of
     support images (held_out.OutOfFold), or those of other images, as in split conformal prediction.
-
-    >>> rng = np.random.default_rng(0)
-    >>> labels, logits = rng.integers(0, 4, 500), rng.normal(size=(500, 4))
-    >>> logits[np.arange(500), labels] += 3.0
-    >>> sets = of_logits(logits[:100], labels[:100]).sets(logits[100:], coverage=0.9)
-    >>> sets.shape, bool(0.85 < sets[np.arange(400), labels[100:]].mean() < 0.95)
-    ((400, 4), True)
     """
     labels, exact = np.asarray(labels, np.int64), np.asarray(logits, np.float64)
     rows, totals = np.arange(len(labels)), log_sum_exp(exact)
@@ -153,11 +146,7 @@ def sets_of_labels(classes: np.ndarray, logits: np.ndarray, members: np.ndarray)
 
 
 def log_odds(logits: np.ndarray) -> np.ndarray:
-    """log p / (1 - p) of p = softmax(logits), (B, C) float64, C >= 2; it does not saturate where p is almost 1.
-
-    >>> log_odds(np.array([[100.0, 0.0]]))
-    array([[ 100., -100.]])
-    """
+    """log p / (1 - p) of p = softmax(logits), (B, C) float64, C >= 2; it does not saturate where p is almost 1."""
     exact = logits.astype(np.float64)
     if not len(exact):
         return exact
@@ -168,11 +157,7 @@ def log_odds(logits: np.ndarray) -> np.ndarray:
 
 
 def log_odds_of_largest(logits: np.ndarray) -> np.ndarray:
-    """log p / (1 - p) of the largest p = softmax(logits), (B,) float64; it does not saturate as p does.
-
-    >>> log_odds_of_largest(np.array([[100.0, 0.0]]))
-    array([100.])
-    """
+    """log p / (1 - p) of the largest p = softmax(logits), (B,) float64; it does not saturate as p does."""
     rows, top = np.arange(len(logits)), logits.argmax(1)
     others = logits.astype(np.float64)
     others[rows, top] = -np.inf
@@ -185,9 +170,6 @@ def threshold(scores: np.ndarray, share: float) -> float:
     `scores`: the floor((1 - share)(V + 1))-th smallest (split conformal prediction; Papadopoulos et al., ECML 2002).
 
     Raises IosrFastError where V is too small for the promise: floor is then 0.
-
-    >>> threshold(np.arange(19.0), 0.95)
-    0.0
     """
     rank = rank_of(len(scores), share)
     if rank < 1:

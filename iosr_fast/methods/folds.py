@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
 
 MAX_FOLDS = 16
 # A tenth of the usual distance. Of Caltech-101 and Flowers at 16 images a class, in CLIP ViT-B/32, under 1% are closer.
@@ -84,12 +84,6 @@ def make_folds(support: SupportSet) -> Folds:
     among classes of one image each, it alone would give the covariance. The number of folds is the number of images of
     the largest class, at most MAX_FOLDS (then a 16th of each class is left out at a time). The only image of a class is
     never left out.
-
-    >>> from iosr_fast import Embeddings
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> folds = make_folds(make_support_set(Embeddings(np.eye(3)), [0, 0, 1], None, 1.0, 2))
-    >>> folds.fold, folds.scored
-    (array([ 0,  1, -1]), array([ True,  True, False]))
     """
     labels, groups = support.labels, group_near_duplicates(support)
     distinct = np.zeros(support.n_classes, np.int64)
@@ -109,13 +103,6 @@ def group_near_duplicates(support: SupportSet) -> np.ndarray:
     most the whole, of the median class's: a class of duplicates alone has no distance of its own to compare with, and a
     class of varied images no reason for wider groups. Images of a class of more than 512 are compared with those of
     their block of 512: O(N D) operations.
-
-    >>> from iosr_fast import Embeddings
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> rows = np.array([[1, 0, 0], [0, 1, 0], [1, 1e-3, 0], [0, 0, 1], [1, 0, 0]])
-    >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    >>> group_near_duplicates(make_support_set(Embeddings(rows), [0, 0, 0, 1, 1], None, 1.0, 2))
-    array([0, 1, 0, 0, 1])
     """
     plain, offsets = image_rows(support.embeddings, "plain", None), support.class_offsets
     groups = np.zeros(len(plain), np.int64)
@@ -125,10 +112,10 @@ def group_near_duplicates(support: SupportSet) -> np.ndarray:
     medians = class_distances(plain, support, np.median)
     usual = np.clip(medians[several], np.nanmedian(medians) / 2, np.nanmedian(medians))
     for c, distance in zip(several.tolist(), usual.tolist(), strict=True):
-        count = 0
-        for rows in _blocks(int(offsets[c]), int(offsets[c + 1])):
-            inside = _leaders(1.0 - plain[rows] @ plain[rows].T <= _SHARE * distance + _ROUNDING)
-            groups[rows] = count + inside
+        own, found, count = plain[offsets[c] : offsets[c + 1]], groups[offsets[c] : offsets[c + 1]], 0
+        for rows in blocks(len(own), _BLOCK):
+            inside = _leaders(1.0 - own[rows] @ own[rows].T <= _SHARE * distance + _ROUNDING)
+            found[rows] = count + inside
             count += int(inside.max()) + 1
     return groups
 
@@ -137,17 +124,11 @@ def near_support(support: SupportSet, plain: np.ndarray) -> np.ndarray:
     """(B,) bool: the plain embeddings (B, D) of images that are near duplicates of a support image of any class, which
     say little about new images. The usual distance is that of the median class; without a class of two images, only
     equal rows are near.
-
-    >>> from iosr_fast import Embeddings
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> support = make_support_set(Embeddings(np.eye(4, dtype=np.float32)), [0, 0, 1, 1], None, 1.0, 2)
-    >>> near_support(support, np.float32([[0, 0, 1, 0], [0, 0, 0.8, 0.6]]))
-    array([ True, False])
     """
     keys = image_rows(support.embeddings, "plain", None)
     if not len(keys):
         return np.zeros(len(plain), bool)
-    nearest = [(plain[rows] @ keys.T).max(1) for rows in _blocks(0, len(plain))]
+    nearest = [(plain[rows] @ keys.T).max(1) for rows in blocks(len(plain), _BLOCK)]
     near: np.ndarray = 1.0 - np.concatenate([np.zeros(0), *nearest]) <= _limit(keys, support)
     return near
 
@@ -156,7 +137,7 @@ def near_pairs(rows: np.ndarray, support: SupportSet) -> list[tuple[int, int, fl
     """The pairs (first, second, cosine) of support images, of any classes, whose `rows` (N, D) are near duplicates, as
     near_support has them; the nearest pair first."""
     limit, pairs = _limit(rows, support), list[tuple[int, int, float]]()
-    for block in _blocks(0, len(rows)):
+    for block in blocks(len(rows), _BLOCK):
         cosines = rows[block] @ rows.T
         first, second = np.nonzero(1.0 - cosines <= limit)
         below = block.start + first < second
@@ -179,10 +160,6 @@ def _limit(rows: np.ndarray, support: SupportSet) -> float:
     """The distance up to which two rows are near duplicates."""
     usual = class_distances(rows, support, np.median) if (support.counts > 1).any() else np.zeros(1)
     return _SHARE * float(np.nanmedian(usual)) + _ROUNDING
-
-
-def _blocks(first: int, last: int) -> Iterator[slice]:
-    return (slice(start, min(start + _BLOCK, last)) for start in range(first, last, _BLOCK))
 
 
 def _leaders(close: np.ndarray) -> np.ndarray:

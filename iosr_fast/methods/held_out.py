@@ -45,9 +45,6 @@ def spread_of_others(logits: np.ndarray, labels: np.ndarray) -> float:
     rounding. An image that the fit has seen distorts the logit of its own class alone.
 
     logits (V, C), labels (V,). With two classes there is a single other class: then over both.
-
-    >>> spread_of_others(np.array([[9.0, 1.0, 3.0]]), np.array([0]))
-    1.0
     """
     if not len(logits):
         return 1.0

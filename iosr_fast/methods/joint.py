@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from iosr_fast.methods.held_out import is_level
 from iosr_fast.methods.log_loss import fit_factor
 from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments, discriminant, shrunk_precision
 from iosr_fast.methods.out_of_fold import OutOfFold
-from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
 from iosr_fast.scoring.inputs import checked_inputs
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.score import score
@@ -127,29 +127,33 @@ def predict_jointly(
     >>> joint.left_out, joint.refused, bool((joint.labels == labels).mean() > 0.95)
     (15, '', True)
     """
-    started, absent = time.perf_counter(), int((support.counts == 0).sum())
+    started = time.perf_counter()
     queries = checked_inputs(plan, queries, check).embeddings
     start = np.empty((len(queries), plan.n_classes), np.float32)
-    for block in _blocks(start):
+    parts = list(blocks(len(start), _BLOCK // plan.n_classes))
+    for block in parts:
         start[block] = _log_softmax(score(plan, queries[block], check=False))
     folder = Unlabelled(image_rows(queries, which, None), start)
-    result, factor = JointPrediction(start, np.arange(support.n_classes)), 1.0
-    if not len(queries):
-        result = replace(result, refused="there are no images to classify")
-    elif absent:
-        refused = f"{absent} of {support.n_classes} classes have no support image to estimate their mean from"
-        result = replace(result, refused=refused)
-    elif not len(alone.labels):
-        refused = "each class has one support image, so none can be left out to check that the folder helps"
-        result = replace(result, refused=refused)
-    else:
+    result, factor = JointPrediction(start, np.arange(support.n_classes), _unchecked(support, alone, folder)), 1.0
+    if not result.refused:
         result, factor = _checked(result, support, which, alone, folder)
     if result.refused:
         return replace(result, probabilities=np.exp(start, out=start), seconds=time.perf_counter() - started)
     gaussians, rounds = estimate(GaussianModel(support, which).moments, [folder])
-    for block in _blocks(start):
+    for block in parts:
         start[block] = _softmax(np.float32(factor) * folder.logits(gaussians, block))
     return replace(result, rounds=rounds, seconds=time.perf_counter() - started)
+
+
+def _unchecked(support: SupportSet, alone: OutOfFold, folder: Unlabelled) -> str:
+    """Why it can't be checked that the folder helps, or ""."""
+    if not len(folder.rows):
+        return "there are no images to classify"
+    if absent := int((support.counts == 0).sum()):
+        return f"{absent} of {support.n_classes} classes have no support image to estimate their mean from"
+    if not len(alone.labels):
+        return "each class has one support image, so none can be left out to check that the folder helps"
+    return ""
 
 
 def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, int]:
@@ -165,23 +169,18 @@ def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, i
 
     Sources: TransCLIP (Zanella et al., NeurIPS 2024, arXiv 2406.01837) without its neighbours and with a full Sigma;
     support images anchor mu_c as the texts of StatA do (Zanella et al., CVPR 2025, arXiv 2501.03729).
-
-    >>> folder = np.array([[0.8, 0.6], [0.6, 0.8], [0.7, 0.714]], np.float32)
-    >>> images = Unlabelled(folder, np.log(np.full((3, 2), 0.5, np.float32)))
-    >>> gaussians, rounds = estimate(Moments.of(np.eye(2), np.eye(2)), [images])
-    >>> images.logits(gaussians, slice(None)).argmax(1)
-    array([0, 1, 1])
     """
     second = known.second.copy()
+    size = _BLOCK // len(known.counts)
     for part in images:
-        for block in _blocks(part.start):
+        for block in blocks(len(part.rows), size):
             second += part.weight * (part.rows[block].T @ part.rows[block]).astype(np.float64)
     labels = [np.full(len(part.rows), -1, np.int32) for part in images]
     allowed, gaussians = _SETTLED * sum(map(len, labels)), None
     for done in range(MAX_ROUNDS):
         mass, sums, changed = known.counts.copy(), known.sums.copy(), 0
         for part, given in zip(images, labels, strict=True):
-            for block in _blocks(part.start):
+            for block in blocks(len(part.rows), size):
                 shares = _softmax(part.start[block] if gaussians is None else part.logits(gaussians, block))
                 changed += int((shares.argmax(1) != given[block]).sum())
                 given[block] = shares.argmax(1)
@@ -192,8 +191,8 @@ def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, i
         moments = Moments(mass, sums, second)
         fitted = discriminant(moments.means, shrunk_precision(moments.scatter, float(mass.sum())))
         # A softmax does not see what all classes share, and float32 has more digits for the rest without it.
-        linear, bias = fitted.linear - fitted.linear.mean(0), fitted.bias - fitted.bias.mean()
-        gaussians = Gaussians(linear.astype(np.float32), bias.astype(np.float32), fitted.precision)
+        linear, bias = (part.astype(np.float32) for part in fitted.centred)
+        gaussians = Gaussians(linear, bias, fitted.precision)
     assert gaussians is not None
     return gaussians, MAX_ROUNDS
 
@@ -203,14 +202,14 @@ def _checked(
 ) -> tuple[JointPrediction, float]:
     """`result` with its accuracies and, if images are classified worse together, the reason for refusal; and the factor
     of the logits."""
-    moments, n_folder, joint = GaussianModel(support, which).moments, len(folder.rows), list[np.ndarray]()
-    keys, queries = (image_rows(rows, which, None) for rows in (support.embeddings, support.as_queries))
+    model, n_folder, joint = GaussianModel(support, which), len(folder.rows), list[np.ndarray]()
+    queries = image_rows(support.as_queries, which, None)
     folds, logits = alone.folds.first(_LEFT_OUT), alone.by_image()
     for chosen, out in folds.splits:
         weight = WEIGHT * min(1.0, n_folder / len(chosen))
         hidden = Unlabelled(queries[chosen], _log_softmax(logits[chosen]), weight)
-        others = moments - Moments.of(keys[out].astype(np.float64), support.one_hot[out])
-        joint.append(hidden.logits(estimate(others, [hidden, folder])[0], slice(None)))
+        gaussians, _ = estimate(model.moments_without(out), [hidden, folder])
+        joint.append(hidden.logits(gaussians, slice(None)))
     chosen = np.concatenate([rows for rows, _ in folds.splits])
     both, expected = (logits[chosen], np.concatenate(joint)), support.labels[chosen]
     right = [one.argmax(1) == expected for one in both]
@@ -239,9 +238,3 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     powers = np.exp(np.maximum(logits - logits.max(1, keepdims=True), _LEAST))
     shares: np.ndarray = powers / powers.sum(1, keepdims=True)
     return shares
-
-
-def _blocks(logits: np.ndarray) -> Iterator[slice]:
-    """Slices of rows with a bounded number of logits."""
-    size = max(1, _BLOCK // logits.shape[1])
-    return (slice(first, first + size) for first in range(0, len(logits), size))

@@ -42,11 +42,6 @@ def fit_label_noise(logits: np.ndarray, labels: np.ndarray) -> LabelNoise:
     least half an image's, so that images are still ranked if no label is wrong.
 
     labels (N,) int64. For N = 0 the share is NaN.
-
-    >>> logits = np.log([[0.9, 0.05, 0.05]] * 6 + [[0.002, 0.996, 0.002]])
-    >>> noise = fit_label_noise(logits, np.zeros(7, np.int64))
-    >>> int(noise.wrong.argmax()), bool(noise.wrong[6] > 0.9), bool(noise.wrong[0] < 0.1)
-    (6, True, True)
     """
     if not len(labels):
         return LabelNoise(np.zeros(0), np.zeros(0), float("nan"), 1.0)
@@ -54,26 +49,21 @@ def fit_label_noise(logits: np.ndarray, labels: np.ndarray) -> LabelNoise:
     exact = logits.astype(np.float64)
     exact -= exact.max(1, keepdims=True)
 
-    def log_probability(factor: float) -> np.ndarray:
-        result: np.ndarray = factor * exact[rows, labels] - np.log(np.exp(factor * exact).sum(1))
-        return result
-
-    def likelihood(log_factor: float) -> float:
-        p = np.exp(log_probability(float(np.exp(log_factor))))
+    def fit_at(log_factor: float) -> tuple[float, LabelNoise]:
+        factor = float(np.exp(log_factor))
+        surprise = np.log(np.exp(factor * exact).sum(1)) - factor * exact[rows, labels]
+        p = np.exp(-surprise)
         share = _share(p, others)
-        return float(np.log((1 - share) * p + share * (1 - p) / others).sum() + _RIGHT * np.log(1 - share))
+        right, wrong = (1 - share) * p, share * (1 - p) / others
+        likelihood = float(np.log(right + wrong).sum() + _RIGHT * np.log(1 - share))
+        return likelihood, LabelNoise(wrong / (right + wrong), surprise, share, factor)
 
-    best = int(np.argmax([likelihood(value) for value in _LOG_FACTORS]))
+    best = int(np.argmax([fit_at(value)[0] for value in _LOG_FACTORS]))
     low, high = (float(_LOG_FACTORS[k]) for k in (max(best - 1, 0), min(best + 1, len(_LOG_FACTORS) - 1)))
     for _ in range(12):  # thirds of the interval: likelihood has one maximum there; its width falls to 0.5%
         one, two = low + (high - low) / 3, high - (high - low) / 3
-        low, high = (low, two) if likelihood(one) >= likelihood(two) else (one, high)
-    factor = float(np.exp((low + high) / 2))
-    surprise = -log_probability(factor)
-    p = np.exp(-surprise)
-    share = _share(p, others)
-    by_error = share * (1 - p) / others
-    return LabelNoise(by_error / (by_error + (1 - share) * p), surprise, share, factor)
+        low, high = (low, two) if fit_at(one)[0] >= fit_at(two)[0] else (one, high)
+    return fit_at((low + high) / 2)[1]
 
 
 def _share(p: np.ndarray, others: int) -> float:

@@ -55,23 +55,19 @@ def learning_curve(support: SupportSet, plan_of: Compile, logits: np.ndarray) ->
     is left for the score. The error is taken as a power of the number of images through the last three points
     (error = a * images^-b; Hestness et al., 2017), each with half a mistake added, and b >= 0.
     """
-    labels, counts = support.labels, support.counts
+    labels, counts, own = support.labels, support.counts, support.as_queries
     scored = np.isfinite(logits[:, 0])
     if not scored.any():
         return LearningCurve()
+    rng, points = np.random.default_rng(0), list[CurvePoint]()
     usual = int(np.median(counts[counts > 1]))
-    rng = np.random.default_rng(0)
-    own = support.as_queries
-    points = []
     most = usual - -(-usual // MAX_FOLDS)  # images that the fit of a fold has
-    images = 1
-    while images < most:
+    for images in (2**k for k in range(most.bit_length()) if 2**k < most):
         right: list[np.ndarray] = []
         while len(right) < _MAX_DRAWS and sum(map(len, right)) < _SCORED:
             chosen = _drawn(support, images, rng)
             right.append(score(plan_of(support.only(chosen)), own[~chosen]).argmax(1) == labels[~chosen])
         points.append(_point(images, np.concatenate(right)))
-        images *= 2
     points.append(_point(most, logits[scored].argmax(1) == labels[scored]))
     if len(points) < 2:
         return LearningCurve(tuple(points), usual)
@@ -79,9 +75,8 @@ def learning_curve(support: SupportSet, plan_of: Compile, logits: np.ndarray) ->
     sizes = np.log([point.images for point in last])
     errors = np.log([1 - point.accuracy + 0.5 / point.scored for point in last])
     slope = min(float(np.polyfit(sizes, errors, 1)[0]), 0.0)
-    now, twice = (
-        1 - float(np.exp(errors.mean() + slope * (np.log(size) - sizes.mean()))) for size in (usual, 2 * usual)
-    )
+    at = np.log([usual, 2 * usual])
+    now, twice = (1 - np.exp(errors.mean() + slope * (at - sizes.mean()))).tolist()
     return LearningCurve(tuple(points), usual, now, twice)
 
 

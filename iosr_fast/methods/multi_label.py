@@ -150,9 +150,6 @@ def f1_thresholds(probabilities: np.ndarray) -> np.ndarray:
     is never above 0.5. Only probabilities are used, because few images have the label.
 
     Source: Lipton, Elkan & Naryanaswamy, ECML PKDD 2014, theorem 1 (half of the optimal F1).
-
-    >>> f1_thresholds(np.array([[0.9], [0.8], [0.1], [0.0]])).round(3)
-    array([0.447], dtype=float32)
     """
     largest = -np.sort(-probabilities, axis=0)
     first = np.arange(1, len(largest) + 1)[:, None]

@@ -126,8 +126,7 @@ def _discriminant(images: MultiLabelSet, which: Which) -> MultiLabelTerm:
         labels = images.labels.astype(np.float64)
         moments = Moments.of(own, labels)
         left_out = gaussians_without(moments, own, queries, labels, spread_folds(images.labels))
-        fitted = fit_gaussians(moments)
-        linear, bias = fitted.linear - fitted.linear.mean(0), fitted.bias - fitted.bias.mean()
+        linear, bias = fit_gaussians(moments).centred
         fields = {"linear": linear, "bias": bias, "feature": which}
         known[which] = MultiLabelTerm(fields, left_out - left_out.mean(1, keepdims=True))
     return known[which]

@@ -53,17 +53,7 @@ def out_of_fold(
     parameters: Mapping[str, float],
     factor: float = 1.0,
 ) -> OutOfFold:
-    """The out-of-fold logits of a method with these parameters and a factor of its logits.
-
-    >>> from iosr_fast import Embeddings
-    >>> from iosr_fast.methods import METHODS
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> rows = np.float32([[0.8, 0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
-    >>> support = make_support_set(Embeddings(rows), [0, 0, 1], None, 100.0, n_classes=2)
-    >>> found = out_of_fold(METHODS["gda"], support, None, {"alpha": 0.1})
-    >>> found.folds.rows, found.logits.argmax(1)  # the only image of a class is never left out
-    (array([0, 1]), array([0, 0]))
-    """
+    """The out-of-fold logits of a method with these parameters and a factor of its logits."""
     folds = make_folds(support)
     held_out = HeldOut.of_support(support, folds)
     logits = factor * held_out.logits(method.terms(support, reducer, parameters))

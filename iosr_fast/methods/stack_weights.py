@@ -64,6 +64,10 @@ class Choice:
         """(V, C) of the held-out images."""
         return np.sum([self.weights[name] * part.scaled for name, part in self.parts.items()], axis=0)
 
+    def without(self, *names: str) -> Choice:
+        """Without some of its parts."""
+        return replace(self, parts={name: part for name, part in self.parts.items() if name not in names})
+
     def losses(self, labels: np.ndarray) -> np.ndarray:
         """(V,) the log-loss of each held-out image, in nats."""
         logits = self.logits
@@ -103,20 +107,32 @@ def fit_stack(held_out: HeldOut, adapted: bool, seconds: float) -> StackFit:
     support, labels = held_out.support, held_out.labels
     embeddings: tuple[Which, ...] = ("adapted", "plain") if adapted else ("plain",)
     settings = affordable(len(support.embeddings), support.n_classes, len(embeddings), seconds)
-    few, prior = _are_few(held_out), None
+    copies = 0.0 if support.text is None else _TEXT_IMAGES * _text_accuracy(support)
+    everywhere, prior, few = np.ones(len(labels), bool), None, _are_few(held_out)
     if few:
         prior, settings = one_shot_weights(support, embeddings), [FEW_SHOT_SETTING] * bool(settings)
-        if support.text is None or not len(labels):
-            return _fit_few(held_out, embeddings, bool(settings), prior)
-    everywhere, copies = np.ones(len(labels), bool), _text_images(support)
-    if copies and not few:  # whether texts help the discriminant is asked with the first setting alone
+        if support.text is None:
+            fits = [
+                _fit_two_without_texts(held_out, which, bool(settings), prior["regression"]) for which in embeddings
+            ]
+            return fits[0] if len(fits) == 1 or is_level(fits[0].right, fits[1].right) else fits[1]
+    elif copies:  # whether texts help the discriminant is asked with the first setting alone
         tried = [_candidates(held_out, embeddings[:1], settings[:1], number) for number in (copies, 0.0)]
         copies = _best([choice for some in tried for choice in some], labels, everywhere).setting["text_images"]
     choices = list(_candidates(held_out, embeddings, settings, copies))
+    if few and not len(labels):
+        weights = {name: prior[name] for name in choices[0].parts} if prior else {}
+        choice = replace(choices[0], weights=weights, loss=float("nan"))
+        return StackFit(choice, choice, np.zeros(0, bool), len(settings))
     best = _best(choices, labels, everywhere, prior)
-    plain = [choice for choice in map(_without_adapter, choices) if choice.keys == "plain"]
-    if best.shares["adapter"] and not _is_lower(best, other := _best(plain, labels, everywhere, prior), labels):
-        best, choices = other, plain
+    if best.shares["adapter"]:
+        # The adapted embedding of a query is a second stream of the encoder, which has to pay: by more than the
+        # standard error of the difference of log-losses.
+        plain = [choice.without("discriminant_adapted") for choice in choices if choice.keys == "plain"]
+        other = _best(plain, labels, everywhere, prior)
+        gains = other.losses(labels) - best.losses(labels)
+        if gains.mean() <= gains.std() / np.sqrt(len(gains)):
+            best, choices = other, plain
     right = best.logits.argmax(1) == labels
     if all(half.any() for half in held_out.halves):
         for half in held_out.halves:
@@ -138,31 +154,14 @@ def _text_accuracy(support: SupportSet) -> float:
     return float((TextModel(support).scores(support.as_queries).argmax(1) == support.labels).mean())
 
 
-def _text_images(support: SupportSet) -> float:
-    """Copies of each text among the images, for the discriminant."""
-    return 0.0 if support.text is None else _TEXT_IMAGES * _text_accuracy(support)
-
-
 def _with_more_images(choice: Choice, held_out: HeldOut) -> Choice:
     """The choice for two images a class instead of the one that a fold leaves: texts lose weight if images alone are
     right more often. With a and b the accuracy of texts and of images: min(1, sqrt(a / b)) of it."""
     texts = ("text", "text_regression")
-    images = [choice.weights[name] * part.scaled for name, part in choice.parts.items() if name not in texts]
-    alone = float((np.sum(images, axis=0).argmax(1) == held_out.labels).mean())
+    alone = float((choice.without(*texts).logits.argmax(1) == held_out.labels).mean())
     share = min(1.0, (_text_accuracy(held_out.support) / max(alone, 1e-9)) ** 0.5)
     weights = {name: weight * (share if name in texts else 1.0) for name, weight in choice.weights.items()}
     return replace(choice, weights=weights)
-
-
-def _without_adapter(choice: Choice) -> Choice:
-    return replace(choice, parts={name: part for name, part in choice.parts.items() if name != "discriminant_adapted"})
-
-
-def _is_lower(choice: Choice, other: Choice, labels: np.ndarray) -> bool:
-    """Whether the log-loss of `choice` is lower by more than the standard error of the difference: the adapted
-    embedding of a query is a second stream of the encoder, which has to pay."""
-    gains = other.losses(labels) - choice.losses(labels)
-    return bool(gains.mean() > gains.std() / np.sqrt(len(gains)))
 
 
 def one_shot_weights(support: SupportSet, embeddings: Sequence[Which]) -> dict[str, float]:
@@ -178,18 +177,6 @@ def one_shot_weights(support: SupportSet, embeddings: Sequence[Which]) -> dict[s
     accuracy = _text_accuracy(support)
     texts = {"text": 0.55 * accuracy**0.5 * float(alone), "text_regression": 0.15 * accuracy * float(alone)}
     return {**prior, **texts, "regression": 0.05}
-
-
-def _fit_few(held_out: HeldOut, embeddings: Sequence[Which], regress: bool, prior: Mapping[str, float]) -> StackFit:
-    """One image a class, or two without texts."""
-    if held_out.support.text is not None:
-        copies = _text_images(held_out.support)
-        (choice, *_) = _candidates(held_out, embeddings, [FEW_SHOT_SETTING] * regress, copies)
-        weights = {name: prior[name] for name in choice.parts}
-        choice = replace(choice, weights=weights, loss=float("nan"))
-        return StackFit(choice, choice, np.zeros(0, bool), int(regress))
-    fits = [_fit_two_without_texts(held_out, which, regress, prior["regression"]) for which in embeddings]
-    return fits[0] if len(fits) == 1 or is_level(fits[0].right, fits[1].right) else fits[1]
 
 
 def _fit_two_without_texts(held_out: HeldOut, which: Which, regress: bool, prior: float) -> StackFit:

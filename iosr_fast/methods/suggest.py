@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from iosr_fast.methods.support_set import blocks
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
 
@@ -48,13 +49,6 @@ def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: i
     Raises IosrFastError for n below 1.
 
     Source: uncertainty-weighted clustering (CLUE; Prabhu et al., ICCV 2021), here on the classifier's own embeddings.
-
-    >>> rng = np.random.default_rng(0)
-    >>> rows = np.eye(3, 8).repeat(20, 0) + 0.1 * rng.standard_normal((60, 8))
-    >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    >>> chosen = suggest(rows, 3)
-    >>> sorted((chosen.rows // 20).tolist()), chosen.stands.tolist()
-    ([0, 1, 2], [20, 20, 20])
     """
     n = min(check_integer("n", n, 1), len(rows))
     if not n:
@@ -101,9 +95,7 @@ def _nearest(rows: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndar
     """Each row's centre (B,) int64, and the squared distance to it."""
     clusters, distances = np.empty(len(rows), np.int64), np.empty(len(rows), np.float64)
     half = 0.5 * np.einsum("kd,kd->k", centres, centres)
-    step = max(1, _LOGITS // len(centres))
-    for start in range(0, len(rows), step):
-        block = slice(start, start + step)
+    for block in blocks(len(rows), _LOGITS // len(centres)):
         closeness = rows[block] @ centres.T
         closeness -= half
         clusters[block] = closeness.argmax(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,9 +176,10 @@ def audit_support(
     >>> [(one.image, one.label, one.suggested) for one in audit.likely_wrong]
     [(5, 2, 0)]
     """
-    started = time.perf_counter()
-    images = np.arange(len(support.labels)) if images is None else images
-    classes = np.arange(support.n_classes) if classes is None else classes
+    started, labels = time.perf_counter(), support.labels
+    images = np.arange(len(labels)) if images is None else images
+    image_names = images.tolist()
+    class_names = list(range(support.n_classes)) if classes is None else classes.tolist()
     logits = left_out.by_image()
     curve = learning_curve(support, plan_of, logits)
     scored, basis = np.isfinite(logits[:, 0]), "left-out images"
@@ -186,89 +187,75 @@ def audit_support(
     if not scored.any():
         judged, basis = np.full(len(scored), support.text is not None), "nothing"
         if support.text is not None and len(scored):
-            basis = "class names"
-            of_judged = TextModel(support).scores(support.as_queries)
-    noise = fit_label_noise(of_judged[judged], support.labels[judged])
-    suspicion, surprise = (np.full(len(scored), np.nan) for _ in range(2))
+            basis, of_judged = "class names", TextModel(support).scores(support.as_queries)
+    noise = fit_label_noise(of_judged[judged], labels[judged])
+    suspicion, surprise = np.full((2, len(scored)), np.nan)
     suspicion[judged], surprise[judged] = noise.wrong, noise.surprise
-    rows = image_rows(support.embeddings, which, None)
-    names = _Names(support, images, classes)
+    rows, shares = image_rows(support.embeddings, which, None), softmax(of_judged.astype(np.float64))
     pairs = near_pairs(rows, support)
+    named: list[tuple[Any, Any]] = [(image_names[i], class_names[c]) for i, c in enumerate(labels)]
+    doubtful = np.flatnonzero(suspicion >= _DOUBTFUL)
+    doubtful = doubtful[np.argsort(-surprise[doubtful], kind="stable")].tolist()
+    others = [_suggested(support, rows, shares[i], i) for i in doubtful]
     return SupportAudit(
         images,
         suspicion,
         surprise,
-        tuple(_suspects(names, rows, suspicion, surprise, of_judged)),
+        tuple(
+            Suspect(
+                *named[i], float(suspicion[i]), class_names[c], float(shares[i, c]), tuple(image_names[j] for j in near)
+            )
+            for i, (c, near) in zip(doubtful, others, strict=True)
+        ),
         float(noise.wrong.sum()),
-        tuple(Duplicate(*names.image(i), *names.image(j), cosine) for i, j, cosine in pairs),
-        tuple(_confusions(names, logits, scored & ~(suspicion > LIKELY))),
-        tuple(_class_reports(names, logits, scored, rows, pairs)),
+        tuple(Duplicate(*named[i], *named[j], cosine) for i, j, cosine in pairs),
+        tuple(_confusions(support, class_names, shares, scored & ~(suspicion > LIKELY))),
+        tuple(_class_reports(support, class_names, logits, rows, pairs)),
         curve,
         basis,
         time.perf_counter() - started,
     )
 
 
-class _Names:
-    """The public names of images and classes."""
-
-    def __init__(self, support: SupportSet, images: np.ndarray, classes: np.ndarray) -> None:
-        self.support, self.images, self.classes = support, images.tolist(), classes.tolist()
-
-    def image(self, row: int) -> tuple[Any, Any]:
-        """The image and its label."""
-        return self.images[row], self.classes[self.support.labels[row]]
+def _suggested(support: SupportSet, rows: np.ndarray, shares: np.ndarray, i: int) -> tuple[int, np.ndarray]:
+    """The most probable class that is not image i's own, by `shares` (C,), and its images that are nearest to i."""
+    suggested = int(np.where(np.arange(support.n_classes) == support.labels[i], -1.0, shares).argmax())
+    first, last = support.class_offsets[suggested : suggested + 2]
+    return suggested, first + np.argsort(-(rows[first:last] @ rows[i]), kind="stable")[:_NEIGHBOURS]
 
 
-def _suspects(
-    names: _Names, rows: np.ndarray, suspicion: np.ndarray, surprise: np.ndarray, logits: np.ndarray
-) -> Iterator[Suspect]:
-    support = names.support
-    doubtful = np.flatnonzero(suspicion >= _DOUBTFUL)
-    for i in doubtful[np.argsort(-surprise[doubtful], kind="stable")]:
-        probabilities = softmax(logits[i : i + 1].astype(np.float64))[0]
-        others = np.where(np.arange(support.n_classes) == support.labels[i], -1.0, probabilities)
-        suggested = int(others.argmax())
-        first, last = support.class_offsets[suggested : suggested + 2]
-        nearest = first + np.argsort(-(rows[first:last] @ rows[i]), kind="stable")[:_NEIGHBOURS]
-        yield Suspect(
-            *names.image(i),
-            float(suspicion[i]),
-            names.classes[suggested],
-            float(probabilities[suggested]),
-            tuple(names.images[j] for j in nearest),
-        )
-
-
-def _confusions(names: _Names, logits: np.ndarray, chosen: np.ndarray) -> Iterator[Confusion]:
-    """Pairs of classes, by the left-out images `chosen` (N,) bool."""
-    labels, n_classes = names.support.labels[chosen], names.support.n_classes
+def _confusions(
+    support: SupportSet, classes: Sequence[Any], shares: np.ndarray, chosen: np.ndarray
+) -> Iterator[Confusion]:
+    """Pairs of classes, by the probabilities (N, C) of the left-out images `chosen` (N,) bool."""
+    labels, given, n_classes = support.labels[chosen], shares[chosen], support.n_classes
     counts = np.bincount(labels, minlength=n_classes)
-    one_hot = np.eye(n_classes)[labels]
-    given = one_hot.T @ softmax(logits[chosen].astype(np.float64)) if len(labels) else np.zeros((n_classes, n_classes))
-    taken = np.zeros((n_classes, n_classes), np.int64)
-    np.add.at(taken, (labels, logits[chosen].argmax(1)), 1)
-    both = counts[:, None] + counts[None, :]
-    share = np.triu((given + given.T) / np.maximum(both, 1), 1)
-    pairs = np.argwhere(share >= _CONFUSED)
-    for a, b in sorted(pairs.tolist(), key=lambda pair: -share[tuple(pair)]):
+    taken = np.bincount(labels * n_classes + given.argmax(1), minlength=n_classes**2).reshape(n_classes, n_classes)
+    both, towards = counts[:, None] + counts, np.eye(n_classes)[labels].T @ given
+    share = np.triu((towards + towards.T) / np.maximum(both, 1), 1)
+    for a, b in sorted(np.argwhere(share >= _CONFUSED).tolist(), key=lambda pair: -share[tuple(pair)]):
         mistaken = int(taken[a, b] + taken[b, a])
-        yield Confusion(names.classes[a], names.classes[b], int(both[a, b]), mistaken, float(share[a, b]))
+        yield Confusion(classes[a], classes[b], int(both[a, b]), mistaken, float(share[a, b]))
 
 
 def _class_reports(
-    names: _Names, logits: np.ndarray, scored: np.ndarray, rows: np.ndarray, pairs: Iterable[tuple[int, int, float]]
+    support: SupportSet,
+    classes: Sequence[Any],
+    logits: np.ndarray,
+    rows: np.ndarray,
+    pairs: Iterable[tuple[int, int, float]],
 ) -> Iterator[ClassReport]:
-    labels, counts = names.support.labels, names.support.counts
+    labels, counts = support.labels, support.counts
     copies = {second for first, second, _ in pairs if labels[first] == labels[second]}
     distinct = counts - np.bincount(labels[list(copies)], minlength=len(counts))
-    variety = class_distances(rows, names.support, np.mean)
+    variety = class_distances(rows, support, np.mean)
     if len(known := variety[np.isfinite(variety)]):
         variety /= max(np.median(known), _ROUNDING)
     usual = float(np.median(distinct[counts > 0])) if counts.any() else 0.0
+    scored = np.isfinite(logits[:, 0])
     right = np.bincount(labels[scored][logits[scored].argmax(1) == labels[scored]], minlength=len(counts))
     left_out = np.bincount(labels[scored], minlength=len(counts))
-    for c in range(len(counts)):
+    for c, name in enumerate(classes):
         advice = []
         if counts[c] == 0:
             advice.append("no image")
@@ -278,12 +265,5 @@ def _class_reports(
             advice.append(f"few images: {distinct[c]} where {usual:g} are usual")
         if variety[c] < _ALIKE and distinct[c] > 1:
             advice.append("images are too alike: add others of other places, angles and lights")
-        yield ClassReport(
-            names.classes[c],
-            int(counts[c]),
-            int(distinct[c]),
-            int(left_out[c]),
-            int(right[c]),
-            float(variety[c]),
-            "; ".join(advice),
-        )
+        images, single, scores, hits = (int(count[c]) for count in (counts, distinct, left_out, right))
+        yield ClassReport(name, images, single, scores, hits, float(variety[c]), "; ".join(advice))

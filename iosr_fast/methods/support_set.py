@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,15 +76,17 @@ class SupportSet:
         queries = None if self.queries is None else self.queries[rows]
         return replace(self, embeddings=self.embeddings[rows], class_offsets=_offsets(counts), queries=queries)
 
+    def of_classes(self, classes: np.ndarray) -> SupportSet:
+        """The support set of the classes in a mask (C,), which are numbered anew, and of their images."""
+        text = None if self.text is None else self.text[classes]
+        return replace(self.only(classes[self.labels]), class_offsets=_offsets(self.counts[classes]), text=text)
+
 
 def class_weights(counts: np.ndarray) -> np.ndarray:
     """(C,) float64: the mean number of images of the classes that have any, over that of each class; 1 without images.
 
     A sum over the keys of a class, times its weight, does not grow with the class. Without weights a class of more
     images than others gets their queries.
-
-    >>> class_weights(np.array([1, 2, 0, 3])).round(2)
-    array([2.  , 1.  , 1.  , 0.67])
     """
     present = counts[counts > 0]
     weights: np.ndarray = np.where(counts > 0, (present.mean() if len(present) else 1.0) / np.maximum(counts, 1), 1.0)
@@ -91,15 +94,15 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
 
 
 def image_rows(embeddings: Embeddings, which: Which, reducer: Reducer | None) -> np.ndarray:
-    """The embeddings that are compared with other images, (N, D) float32: plain or adapted, after the reducer.
-
-    >>> rows = Embeddings(plain=np.eye(2, 3), adapted=np.eye(3)[1:])
-    >>> image_rows(rows, "adapted", None)
-    array([[0., 1., 0.],
-           [0., 0., 1.]], dtype=float32)
-    """
+    """The embeddings that are compared with other images, (N, D) float32: plain or adapted, after the reducer."""
     rows: np.ndarray = np.asarray(embeddings.plain if which == "plain" else embeddings.adapted, np.float32)
     return rows if reducer is None else reducer(rows)
+
+
+def blocks(n_rows: int, size: int) -> Iterator[slice]:
+    """Slices of up to `size` consecutive rows, at least one, so that memory stays bounded."""
+    size = max(1, size)
+    return (slice(first, min(first + size, n_rows)) for first in range(0, n_rows, size))
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
@@ -157,9 +160,6 @@ def make_support_set(
 def mean_of_views(embeddings: Embeddings, views: int) -> Embeddings:
     """The mean of each `views` consecutive rows, L2-normalised again, as Tip-Adapter builds its cache from random views
     (Zhang et al., ECCV 2022, section 3.1). Embeddings (N * views, D) become (N, D).
-
-    >>> mean_of_views(Embeddings(np.eye(2, dtype=np.float32)), views=2).plain.round(3)
-    array([[0.707, 0.707]], dtype=float32)
     """
 
     def mean(rows: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pictures of none of the classes: a score that classes of the support set, left out, teach to tell them."""
+"""A score for pictures of unknown classes, fitted by leaving classes of the support set out."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.conformal import check_share, rank_of, threshold
 from iosr_fast.methods.folds import make_folds
-from iosr_fast.methods.known_scores import KnownScores, score_names
-from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
+from iosr_fast.methods.ood_scores import OodScores, score_names
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.utils.ranking import auroc
 
 KEEP = 0.95
@@ -37,20 +37,20 @@ class Unknown:
     """How unlike the known classes a picture is, as fitted by `fit_unknown`.
 
     support    by all images of which queries are scored
-    names      of the K scores (KnownScores)
+    names      of the K scores (OodScores)
     weights    (K,) float64: known = scores @ weights + bias, in standard deviations of left-out support images
     left_out   (V,) float64, `known` of support images, each by models without its fold
     unknown_images  embeddings of pictures of none of the classes, if there are any
     auroc      of classes that were left out against left-out images of the others, by weights fitted on other halves
                of the classes; NaN where there are too few classes
 
-    >>> import numpy as np
     >>> from iosr_fast import Embeddings
+    >>> from iosr_fast.methods.support_set import make_support_set
     >>> rows = np.eye(4).repeat(5, 0) + 0.1 * np.random.default_rng(0).standard_normal((20, 4))
     >>> rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     >>> support = make_support_set(Embeddings(rows), np.arange(4).repeat(5), text=None, tau=100.0, n_classes=4)
     >>> unknown = fit_unknown(support)
-    >>> unknown.promise(keep=0.99)
+    >>> unknown.summary(keep=0.99)
     '20 left-out support images are too few to promise that 0.99 of known pictures stay'
     >>> unknown.rejects(Embeddings(np.float32([[1, 0, 0, 0], [-0.5, -0.5, -0.5, -0.5]])))
     array([False,  True])
@@ -65,8 +65,8 @@ class Unknown:
     unknown_images: Embeddings | None = field(default=None, repr=False)
 
     @cached_property
-    def scorer(self) -> KnownScores:
-        return KnownScores(self.support, self.names, self.unknown_images)
+    def scorer(self) -> OodScores:
+        return OodScores(self.support, self.names, self.unknown_images)
 
     def score(self, queries: Embeddings) -> np.ndarray:
         """(B,) float64, higher for a picture that is less like the known classes; of left-out support images the mean
@@ -84,7 +84,7 @@ class Unknown:
         rejected: np.ndarray = self.score(queries) > limit
         return rejected
 
-    def promise(self, keep: float = KEEP) -> str:
+    def summary(self, keep: float = KEEP) -> str:
         """One sentence: what is kept, how well classes that were left out are found, or why nothing can be promised."""
         n_images, keep = len(self.left_out), check_share("keep", keep)
         if rank_of(n_images, keep) < 1:
@@ -98,7 +98,7 @@ class Unknown:
 
 
 def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings | None = None) -> Unknown:
-    """Combine the scores of KnownScores so that unknown pictures have a low one; `adapted` includes those of adapted
+    """Combine the scores of OodScores so that unknown pictures have a low one; `adapted` includes those of adapted
     embeddings.
 
     No picture of an unknown class is needed: HALVES random halves of the classes play the known ones. Left-out images
@@ -117,33 +117,19 @@ def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings 
     Where each class has one image or there are two classes, no weights can be fitted: the regression's score
     stands alone, and without left-out images nothing can be promised. Time: one regression of N^3 operations, and for
     each of 16 folds and 12 halves and folds a precision of D^3. Same support set, same result.
-
-    >>> import numpy as np
-    >>> from iosr_fast import Embeddings
-    >>> rng = np.random.default_rng(0)
-    >>> def draw(classes, n):
-    ...     rows = 2.0 * np.eye(16)[classes].repeat(n, 0) + 0.3 * rng.standard_normal((len(classes) * n, 16))
-    ...     return Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
-    >>> known = np.arange(8)
-    >>> support = make_support_set(draw(known, 6), known.repeat(6), text=None, tau=100.0, n_classes=8)
-    >>> fitted = fit_unknown(support)
-    >>> limit = fitted.threshold(keep=0.9)
-    >>> kept, others = (fitted.score(draw(classes, 50)) <= limit for classes in (known, known + 8))
-    >>> bool(kept.mean() > 0.8), bool(others.any())
-    (True, False)
     """
     names, all_names = score_names(support, adapted), score_names(support, adapted, unknown)
     own = support.as_queries
     folds = make_folds(support).first(_MOST)
     if not len(folds.rows):
         return Unknown(support, all_names, _alone(all_names), 0.0, np.zeros(0), float("nan"), unknown)
-    values = KnownScores(support, names).without(folds)
+    values = OodScores(support, names).without(folds)
     groups = list(_halves(support, own, names))
     weights, auroc_of_halves = _weights(groups) if groups else _alone(names), _held_out_auroc(groups)
     weights = weights / _deviations(values)
     known = values @ weights
     if unknown is not None and all_names != names:
-        scorer = KnownScores(support, all_names, unknown)
+        scorer = OodScores(support, all_names, unknown)
         weights, known = _with_unknown(scorer, weights, known, own[folds.rows], unknown)
     deviation = float(known.std()) or 1.0
     bias = -float(known.mean()) / deviation
@@ -152,7 +138,7 @@ def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings 
 
 
 def _with_unknown(
-    scorer: KnownScores, weights: np.ndarray, known: np.ndarray, left_out: Embeddings, unknown: Embeddings
+    scorer: OodScores, weights: np.ndarray, known: np.ndarray, left_out: Embeddings, unknown: Embeddings
 ) -> tuple[np.ndarray, np.ndarray]:
     """The weights (K + 1,) with UNKNOWN_KEY, the last score of `scorer`, and the combined scores (V,) of left-out
     images, from `weights` (K,) and `known` (V,) without it."""
@@ -190,38 +176,22 @@ def check_unknown_images(count: int) -> None:
 
 
 def _halves(support: SupportSet, own: Embeddings, names: tuple[str, ...]) -> Iterator[Group]:
-    """Groups of standardised scores: left-out images of one half of the classes, and images of the other half."""
-    folds, labels = make_folds(support), support.labels
+    """Groups of standardised scores: left-out images of one half of the classes, and images of the other half. There
+    are HALVES random halves, each followed by the other half where that has two classes."""
+    folds, labels, rng = make_folds(support), support.labels, np.random.default_rng(0)
     present = np.flatnonzero(support.counts)
-    if len(present) < 3:
-        return
-    for known in _halves_of(present):
-        of_half = np.isin(np.arange(support.n_classes), known)
-        for fold in range(min(HALF_FOLDS, folds.number)):
-            out = folds.fold == fold
-            left, others = of_half[labels] & out & folds.scored, of_half[labels] & ~out
-            unknown = ~of_half[labels] & (folds.fold % HALF_FOLDS == fold)
-            if left.any() and unknown.any():
-                scorer = KnownScores(_of_classes(support, of_half, others), names)
-                yield _standardised(scorer(own[left]), scorer(own[unknown]))
-
-
-def _halves_of(classes: np.ndarray) -> Iterator[np.ndarray]:
-    """HALVES random halves of the classes, each followed by the other half where that has two classes."""
-    rng, size = np.random.default_rng(0), max(2, len(classes) // 2)
-    for _ in range(HALVES // 2):
-        shuffled = rng.permutation(classes)
-        yield shuffled[:size]
-        if len(classes) - size >= 2:
-            yield shuffled[size:]
-
-
-def _of_classes(support: SupportSet, classes: np.ndarray, rows: np.ndarray) -> SupportSet:
-    """The support set of the classes in a mask (C,), with the images in a mask (N,)."""
-    numbers = np.cumsum(classes) - 1
-    text = None if support.text is None else support.text[classes]
-    labels = numbers[support.labels[rows]]
-    return make_support_set(support.embeddings[rows], labels, text, support.tau, int(classes.sum()))
+    size = max(2, len(present) // 2)
+    for _ in range(HALVES // 2 if len(present) > 2 else 0):
+        shuffled = rng.permutation(present)
+        for known in (shuffled[:size], shuffled[size:]):
+            of_half = np.isin(np.arange(support.n_classes), known)
+            for fold in range(min(HALF_FOLDS, folds.number) if len(known) > 1 else 0):
+                out = folds.fold == fold
+                left = of_half[labels] & out & folds.scored
+                unknown = ~of_half[labels] & (folds.fold % HALF_FOLDS == fold)
+                if left.any() and unknown.any():
+                    scorer = OodScores(support.only(~out).of_classes(of_half), names)
+                    yield _standardised(scorer(own[left]), scorer(own[unknown]))
 
 
 def _standardised(known: np.ndarray, unknown: np.ndarray) -> Group:

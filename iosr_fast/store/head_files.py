@@ -24,7 +24,7 @@ from iosr_fast.head.names import check_separable
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.folds import make_folds
-from iosr_fast.methods.known_scores import score_names
+from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.methods.unknown import Unknown

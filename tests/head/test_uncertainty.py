@@ -170,7 +170,7 @@ def test_what_left_out_images_answer_is_saved_and_forgotten_by_a_change(
         patch.setattr("iosr_fast.head.head.fit_unknown", lambda *_: pytest.fail("fitted again"))
         patch.setattr("iosr_fast.head.head.out_of_fold", lambda *_: pytest.fail("computed again"))
         np.testing.assert_array_equal(head.unknown.score(rows), classifier.unknown_score(images))
-        assert head.unknown.promise(0.9) == classifier.unknown_.promise(0.9)
+        assert head.unknown.summary(0.9) == classifier.unknown_.summary(0.9)
         assert str(head.left_out_labels.reliability) == str(classifier.calibration())
         logits = head.score(rows)
         np.testing.assert_array_equal(

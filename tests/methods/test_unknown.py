@@ -9,9 +9,9 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import known_scores
+from iosr_fast.methods import ood_scores
 from iosr_fast.methods.folds import make_folds
-from iosr_fast.methods.known_scores import BETA, GAUSSIAN_SCORES, RIDGE, UNKNOWN_KEY, KnownScores, score_names
+from iosr_fast.methods.ood_scores import BETA, GAUSSIAN_SCORES, RIDGE, UNKNOWN_KEY, OodScores, score_names
 from iosr_fast.methods.support_set import SupportSet, class_weights
 from iosr_fast.methods.unknown import Unknown, check_unknown_images, fit_unknown
 from iosr_fast.utils.ranking import auroc
@@ -80,7 +80,7 @@ def expected_scores(support: SupportSet, background: SupportSet, queries: Embedd
 def test_scores_are_their_formulas(shots: int) -> None:
     support, queries = support_of(shots, adapted=True), WORLD.images(np.arange(0, 2 * CLASSES, 5), 2)
     support = support.only(support.labels != 4)  # a class without images
-    scorer = KnownScores(support, score_names(support, True))
+    scorer = OodScores(support, score_names(support, True))
     gaussian = {name for name in scorer.names if name.removesuffix(", adapted") in GAUSSIAN_SCORES}
     assert len(scorer.names) == 18 - 10 * (shots < 3) and bool(gaussian) == (shots == 3)  # no covariance without a fold
     for b, row in enumerate(scorer(queries)):
@@ -90,7 +90,7 @@ def test_scores_are_their_formulas(shots: int) -> None:
 
 def test_scores_without_a_fold_are_those_of_the_others_and_the_background_of_all() -> None:
     support = WORLD.support([3, 1, 5, 2, 4], views=True, tau=20.0)
-    folds, scorer = make_folds(support), KnownScores(support, score_names(support, True))
+    folds, scorer = make_folds(support), OodScores(support, score_names(support, True))
     scores = scorer.without(folds)
     assert scores.shape == (14, 18)
     for row, j in zip(scores, folds.rows, strict=True):
@@ -110,7 +110,7 @@ def test_unknown_classes_are_told_apart_and_the_promise_holds(text: bool, adapte
     assert combined >= max(auroc(one[known], one[~known]) for one in singles) - 0.01
     assert (values[known] <= fitted.threshold(0.9)).mean() > 0.82
     np.testing.assert_array_equal(fitted.rejects(queries, 0.9), values > fitted.threshold(0.9))
-    assert f"{fitted.auroc:.3f}" in fitted.promise()
+    assert f"{fitted.auroc:.3f}" in fitted.summary()
     assert fitted.left_out.mean() == pytest.approx(0, abs=1e-9) and fitted.left_out.std() == pytest.approx(1)
     assert fitted.score(queries[:0]).shape == (0,) and len(fitted.left_out) == shots * CLASSES
 
@@ -136,7 +136,7 @@ def test_small_and_odd_support_sets_give_finite_scores(monkeypatch: pytest.Monke
     copies = replace(support, embeddings=Embeddings(unit(WORLD.centres[support.labels])))
     assert np.isfinite(fit_unknown(copies).score(queries)).all()
     assert np.count_nonzero(fit_unknown(support_of(8, classes=3)).weights) == 10  # three classes are enough
-    monkeypatch.setattr(known_scores, "MAX_REGRESSION", 50)
+    monkeypatch.setattr(ood_scores, "MAX_REGRESSION", 50)
     many = fit_unknown(support)
     assert "regression" not in many.names and "mahalanobis" in many.names and np.isfinite(many.score(queries)).all()
 
@@ -145,10 +145,10 @@ def test_too_few_images_for_a_promise_are_told_with_the_number_that_is_needed() 
     fitted = fit_unknown(support_of(4, classes=4))
     with pytest.raises(IosrFastError, match=r"0\.95 of the pictures needs at least 19 .* got 16: give more"):
         fitted.threshold(0.95)
-    assert "16 left-out support images are too few" in fitted.promise()
-    assert fitted.threshold(0.9) > 0 and "by 16 left-out" in fitted.promise(0.9)
+    assert "16 left-out support images are too few" in fitted.summary()
+    assert fitted.threshold(0.9) > 0 and "by 16 left-out" in fitted.summary(0.9)
     single = fit_unknown(WORLD.support([1, 1] + [4] * (CLASSES - 2)))
-    assert "left-out support images (none of the 2 classes with one image" in single.promise(0.8)
+    assert "left-out support images (none of the 2 classes with one image" in single.summary(0.8)
     with pytest.raises(IosrFastError, match="got 0"):
         fit_unknown(support_of(1)).threshold()
 

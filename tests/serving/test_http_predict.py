@@ -102,7 +102,7 @@ def test_unknown_images_are_rejected_as_by_the_library_also_after_a_change() -> 
                 }
                 assert one["class_id"] == other.class_id and len(one["top"]) == 5
             known = client.get("/v1/classifier?keep=0.5").json()["unknown"]
-            assert known == {"promised": True, "keep": 0.5, "sentence": classifier.unknown_.promise(0.5)}
+            assert known == {"promised": True, "keep": 0.5, "sentence": classifier.unknown_.summary(0.5)}
             now = sum(one.label is None for one in expected)
             rejected += now
             assert 0 < now < len(images) and f"iosr_fast_unknown_total {rejected}.0" in client.get("/metrics").text

@@ -76,6 +76,11 @@ class Gaussians:
     bias: np.ndarray
     precision: np.ndarray
 
+    @property
+    def centred(self) -> tuple[np.ndarray, np.ndarray]:
+        """`linear` and `bias` of G minus its mean over classes."""
+        return self.linear - self.linear.mean(0), self.bias - self.bias.mean()
+
     def scores(self, rows: np.ndarray) -> np.ndarray:
         """G (B, C) of rows (B, D)."""
         scores: np.ndarray = rows @ self.linear.T + self.bias
@@ -97,10 +102,6 @@ def fit_gaussians(
 
     Sources: GDA (Wang et al., ICLR 2024, equations 4 to 8), whose P, with `paper`, is D / (n - 1) times this one; e_c
     as in Moran & Murphy (Applied Statistics 28, 1979).
-
-    >>> rows = np.eye(4)[:3]
-    >>> fit_gaussians(Moments.of(rows, np.eye(2)[[0, 0, 1]])).scores(rows).argmax(1)
-    array([0, 0, 1])
     """
     joined = images if text is None or not copies else images.with_texts(np.asarray(text, np.float64), copies)
     present, counts = images.counts > 0, images.counts
@@ -127,10 +128,6 @@ def shrunk_precision(scatter: np.ndarray, n_rows: float) -> np.ndarray:
     """inv(Sigma + tr(Sigma) / (n - 1) I), (D, D) float64, of the scatter (n - 1) Sigma of n rows; I if that is 0.
 
     Source: the estimator of Kubokawa & Srivastava that GDA takes.
-
-    >>> shrunk_precision(np.diag([2.0, 0.0]), n_rows=3)
-    array([[0.66666667, 0.        ],
-           [0.        , 2.        ]])
     """
     width, trace = len(scatter), np.trace(scatter)
     if trace <= n_rows * np.finfo(np.float32).eps:
@@ -144,12 +141,6 @@ def shrunk_precision(scatter: np.ndarray, n_rows: float) -> np.ndarray:
 class GaussianModel(Model):
     """G of `fit_gaussians`, with `copies` of each class's text among the images, which are reduced as these are; with
     `paper` at the scale of GDA's paper.
-
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
-    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
-    >>> GaussianModel(support).scores(images).argmax(1)
-    array([0, 0, 1])
     """
 
     copies: float = 0.0
@@ -158,6 +149,10 @@ class GaussianModel(Model):
     @property
     def moments(self) -> Moments:
         return self._shared("moments", lambda: Moments.of(self._rows(self.support.embeddings), self.support.one_hot))
+
+    def moments_without(self, out: np.ndarray) -> Moments:
+        """Those of all images but some, `out` (N,) bool."""
+        return self.moments - Moments.of(self._rows(self.support.embeddings[out]), self.support.one_hot[out])
 
     @cached_property
     def gaussians(self) -> Gaussians:

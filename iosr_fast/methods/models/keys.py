@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.models.model import Model
-from iosr_fast.methods.support_set import ROUNDING, class_weights, image_rows
+from iosr_fast.methods.support_set import ROUNDING, blocks, class_weights, image_rows
 from iosr_fast.scoring.lower import text_distribution
 from iosr_fast.scoring.reducers import Reducer
 
@@ -29,12 +28,6 @@ class KeyModel(Model):
     """w_c sum over keys j of class c: exp(-beta (1 - <x, key[j]>)), the cache term of Tip-Adapter (Zhang et al., ECCV
     2022, equations 4 to 6). w_c (support_set.class_weights) is 1 where classes are equally large, as in the paper;
     otherwise it makes a sum as large as that of a class of mean size.
-
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
-    >>> support = make_support_set(images, labels=np.array([0, 1, 1]), text=None, tau=10.0, n_classes=2)
-    >>> KeyModel(support, beta=1.0).scores(images[:1]).round(2)
-    array([[1.5 , 0.55]])
     """
 
     beta: float = 5.5
@@ -54,7 +47,7 @@ class KeyModel(Model):
 
     def scores(self, queries: Embeddings) -> np.ndarray:
         keys, rows = self._compared(self.support.embeddings), self._compared(queries)
-        parts = [self._sums(rows[block] @ keys.T) for block in _blocks(len(rows), len(keys))]
+        parts = [self._sums(rows[block] @ keys.T) for block in blocks(len(rows), _TILE // max(1, len(keys)))]
         return np.concatenate([np.zeros((0, self.support.n_classes)), *parts])
 
     def without(self, folds: Folds) -> np.ndarray:
@@ -147,9 +140,6 @@ def choose_channels(rows: np.ndarray, labels: np.ndarray, text: np.ndarray, shar
     A channel's similarity is the mean of f_i f_j over all pairs of embeddings of different classes; the embeddings of a
     class are its text and its images. With F_c and m_c their sum and number in class c, that is
     ((sum F)^2 - sum F^2) / ((sum m)^2 - sum m^2). A channel's variance is that of the texts.
-
-    >>> choose_channels(np.eye(4)[:2], np.eye(2), np.eye(2, 4), share=0.5)  # the two in which the texts differ
-    array([1., 1., 0., 0.])
     """
     exact = text.astype(np.float64)
     sums, numbers = exact + labels.T @ rows, 1 + labels.sum(0)
@@ -214,16 +204,12 @@ def pair_range(rows: np.ndarray, others: np.ndarray, offset: np.ndarray | float 
     """The least and the largest of offset[i] + <others[i], rows[j]> over i != j; (0, 0) for fewer than two rows.
 
     rows, others (N, D), offset (N, 1) or a number; in blocks of bounded memory.
-
-    >>> rows = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
-    >>> pair_range(rows, rows)
-    (0.0, 0.8)
     """
     if len(rows) < 2:
         return 0.0, 0.0
     low, high = np.inf, -np.inf
     offsets = np.broadcast_to(offset, (len(rows), 1))
-    for block in _blocks(len(rows), len(rows)):
+    for block in blocks(len(rows), _TILE // len(rows)):
         products = others[block] @ rows.T + offsets[block]
         itself = (np.arange(len(products)), np.arange(block.start, block.start + len(products)))
         products[itself] = np.inf
@@ -231,8 +217,3 @@ def pair_range(rows: np.ndarray, others: np.ndarray, offset: np.ndarray | float 
         products[itself] = -np.inf
         high = max(high, float(products.max()))
     return low, high
-
-
-def _blocks(n_rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _TILE // max(1, width))
-    return (slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step))

@@ -74,15 +74,7 @@ Term = tuple[float, Model]
 
 @dataclass(frozen=True)
 class TextModel(Model):
-    """tau <plain, text>, zero-shot CLIP (Radford et al., ICML 2021); zeros without texts. Images change nothing.
-
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:2])
-    >>> support = make_support_set(images, labels=np.array([0, 1]), text=np.eye(2, 4), tau=10.0)
-    >>> TextModel(support).scores(images)
-    array([[10.,  0.],
-           [ 0., 10.]])
-    """
+    """tau <plain, text>, zero-shot CLIP (Radford et al., ICML 2021); zeros without texts. Images change nothing."""
 
     def scores(self, queries: Embeddings) -> np.ndarray:
         if self.support.text is None:

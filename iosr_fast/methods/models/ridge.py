@@ -28,14 +28,6 @@ class KernelRidge:
 
     One factorisation serves every target and every fold: kernel + diag(ridge) = L L', A = inv(L)' inv(L), and the
     values are A target.
-
-    >>> model = KernelRidge(np.array([[1.0, 0.5], [0.5, 1.0]]), ridge=1.0)
-    >>> model.values(np.eye(2)).round(3)
-    array([[ 0.533, -0.133],
-           [-0.133,  0.533]])
-    >>> model.without_one(np.eye(2))  # the other image predicts k(x, y) / (1 + ridge) of its own target
-    array([[0.  , 0.25],
-           [0.25, 0.  ]])
     """
 
     def __init__(self, kernel: np.ndarray, ridge: float | np.ndarray) -> None:
@@ -80,12 +72,7 @@ class KernelRidge:
 
 
 def lower_inverse(lower: np.ndarray) -> np.ndarray:
-    """The inverse of a lower triangular matrix (N, N), by halves: most of it is matrix products.
-
-    >>> lower_inverse(np.array([[2.0, 0.0], [1.0, 1.0]]))
-    array([[ 0.5,  0. ],
-           [-0.5,  1. ]])
-    """
+    """The inverse of a lower triangular matrix (N, N), by halves: most of it is matrix products."""
     half = len(lower) // 2
     if half < 50:
         return np.linalg.inv(lower)
@@ -105,12 +92,6 @@ class RidgeModel(Model):
     classes of one size it is I. ridge > 0. N^3 operations. A fold keeps W, so that one factorisation serves all folds.
 
     Source: ProKeR (Bendou et al., CVPR 2025, section 4) for labels = texts = 1.
-
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
-    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
-    >>> RidgeModel(support, ridge=0.5).scores(images).argmax(1)
-    array([0, 0, 1])
     """
 
     beta: float = 1.0

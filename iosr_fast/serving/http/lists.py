@@ -138,7 +138,7 @@ def overview_of(classifier: Classifier, keep: float) -> dict[str, Any]:
         and {
             "promised": len(unknown.left_out) >= images_needed(keep),
             "keep": keep,
-            "sentence": unknown.promise(keep),
+            "sentence": unknown.summary(keep),
         },
     }
 
