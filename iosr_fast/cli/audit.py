@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from iosr_fast.cli.options import SavedClassifier
-from iosr_fast.utils.command import new_file, new_page, say, write_new
-
-_SHOWN = 20
+from iosr_fast.cli.options import Html, Json, SavedClassifier, echo_first
+from iosr_fast.utils.command import say, write_new
 
 
-def audit(
-    classifier: SavedClassifier,
-    html: Annotated[
-        Path | None, typer.Option(callback=new_page, help="Write a page with the pictures here, one file.")
-    ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", callback=new_file, help="Write the findings here, as JSON.")
-    ] = None,
-) -> None:
+def audit(classifier: SavedClassifier, html: Html = None, json_path: Json = None) -> None:
     """Find mistakes in a saved classifier's images: wrong labels, duplicates, confused classes.
 
     Labels that are likely wrong are printed with the label that they should have. --html shows each with its picture
@@ -34,10 +20,8 @@ def audit(
     loaded = Classifier.load(classifier)
     found = loaded.audit()
     say(*found.summary().split("\n"))
-    for suspect in found.likely_wrong[:_SHOWN]:
-        say(f"  {suspect.image}: {suspect.label} is rather {suspect.suggested} ({suspect.suspicion:.0%})")
-    if (more := len(found.likely_wrong) - _SHOWN) > 0:
-        say(f"  and {more} more; --html or --json lists them")
+    wrong = [f"{one.image}: {one.label} is rather {one.suggested} ({one.suspicion:.0%})" for one in found.likely_wrong]
+    echo_first("likely wrong:", wrong, most=20)
     if html is not None:
         write_new(html, audit_page(found, loaded.picture, f"Audit of {classifier.name}"))
     if json_path is not None:

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from iosr_fast.cli import parts
-from iosr_fast.cli.options import Address, Runtime, SkipBad
+from iosr_fast.cli.options import (
+    Address,
+    Batch,
+    Chunk,
+    Gpus,
+    Ray,
+    Runtime,
+    SkipBad,
+    Threads,
+    Workers,
+    ray_pool,
+    resumable,
+)
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.utils.command import note
 from iosr_fast.utils.manifest import MANIFEST
-
-if TYPE_CHECKING:
-    from iosr_fast.files.run import RunOptions
-    from iosr_fast.files.source import Source
 
 
 def embed(
     engine: Annotated[str, typer.Option(help="Folder of `iosr-fast build-engine`, a saved classifier, or demo.")],
-    location: Annotated[str, typer.Option("--input", help="Folder of images.")],
+    location: Annotated[str, typer.Option("--input", help="Folder of images, or a CSV file with a column path.")],
     out: Annotated[Path, typer.Option(help="Folder to write. An interrupted run resumes.")],
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the embeddings.")] = "float32",
-    batch: Annotated[int, typer.Option(help="Images encoded at a time.")] = 64,
+    batch: Batch = None,
     runtime: Runtime = "auto",
-    threads: parts.Threads = None,
+    threads: Threads = None,
     skip_bad: SkipBad = False,
-    chunk: parts.Chunk = 1024,
-    ray: parts.Ray = False,
-    workers: parts.Workers = None,
-    gpus: parts.Gpus = 0,
+    chunk: Chunk = None,
+    ray: Ray = False,
+    workers: Workers = None,
+    gpus: Gpus = 0,
     address: Address = None,
 ) -> None:
     """Write the plain and adapted embeddings of a folder of images.
@@ -40,15 +49,20 @@ def embed(
     With --ray the machines of a cluster need this package, the input, the engine and OUT at the same paths, and one
     version of Ray.
     """
-    options = {**locals()}
-    for name in ("engine", "dtype"):
-        del options[name]
-    from iosr_fast.files import run as runs
+    from iosr_fast.files.run import check_out, run
+    from iosr_fast.files.source import read_source
+    from iosr_fast.files.work import Embed, ReadOptions
 
-    def compute(source: Source, options: RunOptions) -> dict[str, Any]:
-        return runs.embed(find_engine(engine), source, out, options, dtype)
-
-    parts.write_parts(compute, **options)
+    pool = ray_pool(ray, workers, gpus, address)
+    if out.suffix:
+        raise IosrFastError(f"expected a folder for --out, a name without a suffix, got {out}")
+    check_out(out)
+    with resumable(out):
+        work, source = Embed(str(find_engine(engine)), dtype), read_source([location], relative=True)
+        counts = run(work, source, out, ReadOptions(batch, runtime, threads, skip_bad), chunk, pool)
+    note(f"wrote {out}: {counts.images} images")
+    if counts.unread:
+        note(f"could not read {counts.unread} of {counts.images} images")
 
 
 def find_engine(engine: str) -> Path:

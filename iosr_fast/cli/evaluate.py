@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from iosr_fast.cli.evaluate_saved import saved
-from iosr_fast.utils.command import Group, ListCommand, new_app, new_file, say, stop_message
+from iosr_fast.cli.options import Html, Json, Runtime, SavedClassifier, SkipBad, echo_first
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.utils.command import Group, ListCommand, new_app, say, stop_message, write_new
+from iosr_fast.utils.outputs import check_utf8
+from iosr_fast.utils.text import abbreviate
 
 if TYPE_CHECKING:
     from iosr_fast.evaluation.tasks import Source
@@ -35,7 +39,6 @@ evaluate = new_app(
     The other commands compare methods. No test image takes part in the choice of a parameter. An option that is marked
     ... takes several words: --shots 1 2 4.""",
 )
-evaluate.command()(saved)
 
 Methods = Annotated[
     list[str],
@@ -46,10 +49,76 @@ Methods = Annotated[
 ]
 Reducers = Annotated[list[str], typer.Option(metavar="NAME ...", help="none, centre, pca or pca:RANK.")]
 Shots = Annotated[
-    list[int] | None, typer.Option(min=1, metavar="N ...", help="Images of each class [default: all there are, to 16].")
+    list[int], typer.Option(min=1, metavar="N ...", help="Images of each class; a smaller class gives all.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", callback=new_file, help="Write the rows here, as JSON.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Draws of the support set.")]
 ALL, REDUCERS = ["all"], ["none", "centre", "pca"]
+
+
+@evaluate.command()
+def saved(
+    classifier: SavedClassifier,
+    images: Annotated[
+        Path,
+        typer.Argument(metavar="IMAGES", help="Folder with one sub-folder a class, or a CSV file of path and label."),
+    ],
+    html: Html = None,
+    json_path: Json = None,
+    unknown_images: Annotated[
+        Path | None,
+        typer.Option(
+            "--unknown-images",
+            "--unknown",
+            metavar="FOLDER",
+            help="Images of none of the classes, also in folders below.",
+        ),
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Share of known images that a rejection of unknown ones keeps.")] = 0.95,
+    coverage: Annotated[float, typer.Option(help="Share of label sets that have the label.")] = 0.9,
+    runtime: Runtime = "auto",
+    skip_bad: SkipBad = False,
+) -> None:
+    """Measure a saved classifier on labelled images that it was not fitted on.
+
+    Accuracy with its 95% interval, the classes and pairs of classes with the most mistakes, log-loss, calibration, and
+    what the promises of label sets and of rejection are worth. --html shows the mistakes with their pictures and the
+    nearest examples.
+
+    Also written without `saved`: iosr-fast evaluate CLASSIFIER IMAGES.
+    """
+    from iosr_fast.classifier import Classifier
+    from iosr_fast.head.labelled_images import labelled_images, unknown_folder
+    from iosr_fast.reports.evaluation_report import evaluation_page
+
+    if not classifier.is_dir():
+        raise FileNotFoundError(
+            "expected the folder of a saved classifier, or one of the commands features, demo and paper, found no "
+            f"folder {classifier}"
+        )
+    paths, labels, names = labelled_images(images)
+    others = [] if unknown_images is None else unknown_folder(unknown_images)
+    check_utf8([*map(str, paths), *others])
+    loaded = Classifier.load(classifier, runtime=runtime).set_params(progress=True)
+    known = [info.name for info in loaded.classes()]
+    if foreign := sorted(set(names) - set(known)):
+        raise IosrFastError(
+            f"expected labels among the {len(known)} classes of {classifier} ({abbreviate(known)}), got "
+            f"{abbreviate(foreign)}: rename these or leave them out; images of no class go to --unknown-images"
+        )
+    found = loaded.evaluate(paths, labels, others, coverage=coverage, keep=keep, skip_bad=skip_bad)
+    say(*found.summary().split("\n"))
+    worst = sorted((one for one in found.class_results if one.right < one.images), key=lambda one: one.recall)
+    echo_first("least often right:", [f"{one.label}: {one.right} of {one.images}" for one in worst])
+    mixups = [f"{one.label} taken for {one.other}: {one.mistaken} of {one.images}" for one in found.mixups]
+    echo_first("most confused:", mixups)
+    wrong = [f"{one.image}: {one.label} taken for {one.predicted} ({one.probability:.0%})" for one in found.mistakes]
+    echo_first("most probable mistakes:", wrong, found.wrong)
+    echo_first("unreadable:", [str(error) for error in found.errors])
+    if html is not None:
+        title = f"Evaluation of {classifier.name} on {images.name}"
+        write_new(html, evaluation_page(found, loaded.picture, title, loaded.exif_orientation_))
+    if json_path is not None:
+        write_new(json_path, json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 @evaluate.command(cls=ListCommand)
@@ -59,7 +128,10 @@ def features(
     ],
     methods: Methods = ALL,
     reducers: Reducers = REDUCERS,
-    shots: Shots = None,
+    shots: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N ...", help="Images of each class [default: all there are, to 16]."),
+    ] = None,
     seeds: Annotated[
         int | None,
         typer.Option(
@@ -98,8 +170,8 @@ def features(
 def demo(
     methods: Methods = ALL,
     reducers: Reducers = REDUCERS,
-    shots: Annotated[list[int], typer.Option(metavar="N ...", help="Images of each class.")] = [1, 2, 4],
-    seeds: Annotated[int, typer.Option(min=1, help="Draws of the support set.")] = 3,
+    shots: Shots = [1, 2, 4],
+    seeds: Seeds = 3,
     adapter: Annotated[Path | None, typer.Option(help="An adapter file instead of the demo's.")] = None,
     json_path: Json = None,
 ) -> None:
@@ -121,10 +193,8 @@ def paper(
     methods: Annotated[
         list[str], typer.Option(metavar="NAME ...", help="Names, 'paper' (the paper's), 'all', or 'scikit-learn'.")
     ] = ["paper"],
-    shots: Annotated[
-        list[int], typer.Option(min=1, metavar="N ...", help="Images of each class; a smaller class gives all.")
-    ] = [1, 2, 4, 8, 16],
-    seeds: Annotated[int, typer.Option(min=1, help="Draws of the support set.")] = 3,
+    shots: Shots = [1, 2, 4, 8, 16],
+    seeds: Seeds = 3,
     views: Annotated[int, typer.Option(min=1, help="Random views averaged into each key; 1: none.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Folder of the run [default: in the user's cache].")] = None,
 ) -> None:

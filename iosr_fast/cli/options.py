@@ -1,16 +1,24 @@
-"""Options that several commands share."""
+"""The options that several commands share, and what they mean."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.utils.command import new_csv, new_file, new_page, say, stop_message
+from iosr_fast.utils.require import require
+
+if TYPE_CHECKING:
+    from iosr_fast.files.ray_workers import Pool
+
 # Options in sections of their own in the help.
 RejectOption = partial(typer.Option, rich_help_panel="Images of none of the classes")
-PartsOption = partial(typer.Option, rich_help_panel="Folder of parts")
 RayOption = partial(typer.Option, rich_help_panel="Ray")
 ReplicaOption = partial(typer.Option, rich_help_panel="Replicas")
 BatchOption = partial(typer.Option, rich_help_panel="Batches")
@@ -33,6 +41,24 @@ Adapter = Annotated[
 Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that can't be read, and report them.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
+UnknownImages = Annotated[
+    Path | None, typer.Option(help="Folder of pictures of none of the classes, also in folders below.")
+]
+# Files to write.
+Html = Annotated[Path | None, typer.Option(callback=new_page, help="Write a page with the pictures here, one file.")]
+Json = Annotated[Path | None, typer.Option("--json", callback=new_file, help="Write the figures here, as JSON.")]
+Csv = Annotated[Path | None, typer.Option(callback=new_csv, help="CSV file to write [default: standard output].")]
+# Of runs over many images.
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Images encoded at a time [default: 16 on a CPU, else 64; on Ray 64].")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of this process [default: all], or of each Ray worker.")]
+Chunk = Annotated[
+    int | None, typer.Option(help="Images of a part, which an interruption may cost [default: 1024; of a file 256].")
+]
+Ray = Annotated[bool, RayOption("--ray", help="Spread the parts over Ray workers.")]
+Workers = Annotated[int | None, RayOption(help="Number of workers [default: 2].")]
+Gpus = Annotated[float, RayOption(help="GPUs of each worker, or its share of one.")]
 Address = Annotated[str | None, RayOption(help="Address of a running cluster; auto: the one on this machine.")]
 # Of the servers.
 MaxBatch = Annotated[
@@ -42,3 +68,40 @@ MaxWait = Annotated[float, BatchOption(help="Longest wait of a batch for more im
 MaxImages = Annotated[int, LimitOption(help="Most images of a request.")]
 Deadline = Annotated[int, TimeOption(help="Deadline of a request that names none, in milliseconds.")]
 MaxDeadline = Annotated[int, TimeOption(help="Longest deadline that a request may name, in milliseconds.")]
+
+
+def ray_pool(ray: bool, workers: int | None, gpus: float, address: str | None) -> Pool | None:
+    """The workers that the options name, None without --ray. Raises IosrFastError, and ImportError without Ray."""
+    if not ray:
+        if workers is not None or address is not None or gpus:
+            raise IosrFastError("expected --workers, --gpus and --address only with --ray, got them without it")
+        return None
+    workers = 2 if workers is None else workers
+    if workers < 1 or gpus < 0:
+        raise IosrFastError(f"expected --workers of at least 1 and --gpus of at least 0, got {workers} and {gpus}")
+    require("ray", "ray")
+    from iosr_fast.files.ray_workers import Pool
+
+    return Pool(workers, gpus, address)
+
+
+@contextmanager
+def resumable(out: Path | None) -> Iterator[None]:
+    """Ctrl-C and an unreadable image end a run; where it writes parts for `out`, the message says how it resumes."""
+    with stop_message("stopped" if out is None else f"stopped; the same command resumes {out}", "iosr-fast"):
+        try:
+            yield
+        except BadImageError as error:
+            if out is None:
+                raise
+            raise IosrFastError(
+                f"{error}; the finished parts are kept. Repair it, or give --skip-bad, and start again"
+            ) from error
+
+
+def echo_first(title: str, lines: list[str], count: int | None = None, most: int = 10) -> None:
+    """The first lines below a title, and how many more there are of `count` in all."""
+    if lines:
+        say(title, *(f"  {line}" for line in lines[:most]))
+    if (more := (len(lines) if count is None else count) - most) > 0:
+        say(f"  and {more} more; --html or --json lists them")

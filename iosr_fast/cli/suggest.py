@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from iosr_fast.cli.options import Runtime, SavedClassifier, SkipBad
-from iosr_fast.utils.command import new_csv, new_page, note, output, write_new
+from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad
+from iosr_fast.utils.command import note, output, write_new
 from iosr_fast.utils.csv_text import escaped, line_writer
 from iosr_fast.utils.outputs import check_utf8
 
@@ -22,12 +22,8 @@ def suggest(
     classifier: SavedClassifier,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Unlabelled images, also in folders below.")],
     number: Annotated[int, typer.Option("--number", "-n", min=1, help="Most images to suggest.")] = 20,
-    out: Annotated[
-        Path | None, typer.Option(callback=new_csv, help="CSV file to write [default: standard output].")
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option(callback=new_page, help="Write a page here on which the labels are typed.")
-    ] = None,
+    out: Csv = None,
+    html: Html = None,
     runtime: Runtime = "auto",
     skip_bad: SkipBad = False,
 ) -> None:

@@ -5,66 +5,56 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.files.embedding_files import Part
-from iosr_fast.files.part_folder import Done
-from iosr_fast.files.plan import Opened, Plan
+from iosr_fast.files.parts import Done, part_name
+from iosr_fast.files.reader import Reader
 from iosr_fast.files.source import Chunk
-from iosr_fast.files.stream import Stage, encode_batches
-from iosr_fast.images.decode import CpuDecoder
+from iosr_fast.files.stream import batch_sizes, batches_of
+from iosr_fast.files.work import Work
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.manifest import sha256
 
 
 def run_chunks(
-    plan: Plan,
+    work: Work,
+    reader: Reader,
     chunks: Sequence[Chunk],
-    out: Path,
-    opened: Opened,
-    threads: int,
-    skip_bad: bool,
+    images: int,
+    folder: Path,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Generator[Done, None, None]:
-    """Compute the parts of `chunks` in order in this process; yield each one when its file is written.
+    """Compute the parts of some chunks of a run of so many `images`, in order in this process; yield each one when its
+    file is written. Raises BadImageError for the first unreadable image unless the reader skips it.
 
-    Batches don't cross chunks, so a part depends on its chunk alone. Raises BadImageError for the first unreadable
-    image, unless `skip_bad`; parts that are already written stay.
+    Batches end where a chunk does, so a part depends on its chunk alone.
     """
-    encoder, write = opened
-    batches = (
-        (start, [item.path for item in chunk.items[start : start + plan.batch]])
-        for chunk in chunks
-        for start in range(0, len(chunk.items), plan.batch)
-    )
-    stage = Stage(encoder, 1, threads)
-    results = encode_batches(
-        stage, CpuDecoder(exact=True, exif_orientation=plan.exif_orientation), batches, Embeddings.to_numpy
-    )
-    try:
+    stage = reader.stage(images)
+    digests = {}
+
+    def batches() -> Iterator[tuple[int, Sequence[Any]]]:
         for chunk in chunks:
-            started, count = time.perf_counter(), len(chunk.items)
-            names = ("plain", "adapted")[: 1 + plan.adapted]
-            arrays = {name: np.full((count, plan.width), np.nan, plan.dtype) for name in names}
-            reasons: list[str | None] = []
-            while len(reasons) < count:
-                errors, embeddings = next(results)
-                for error in errors:
-                    if error is not None and not skip_bad:
-                        raise error
-                readable = [len(reasons) + i for i, error in enumerate(errors) if error is None]
+            digests[chunk.number] = chunk.digest()  # before an image of it is read
+            count = len(chunk.paths)
+            sizes = batch_sizes(count, reader.batch, stage.callers, images - chunk.start - count)
+            yield from batches_of(chunk.paths, sizes, chunk.start)
+
+    with closing(reader.read_batches(stage, batches(), work.use)) as read:
+        for chunk in chunks:
+            started, results, reasons = time.perf_counter(), list[Any](), list[str | None]()
+            while len(reasons) < len(chunk.paths):
+                errors, result = next(read)
                 reasons += [None if error is None else error.reason for error in errors]
-                for name, array in arrays.items() if embeddings is not None else ():
-                    array[readable] = getattr(embeddings, name)
+                if result is not None:
+                    results.append(result)
                 advance(len(errors))
-            rows = Embeddings(arrays["plain"], arrays.get("adapted"))
-            keys = [item.key for item in chunk.items]
-            name = plan.part_name(chunk.number)
-            write(out / name, Part(keys, rows, reasons, plan.part_facts(chunk)))
+            path = folder / part_name(chunk.number, work.suffix)
+            with new_file(path) as temporary:
+                rejected = work.write(temporary, chunk.keys, results, reasons)
+            unread = sum(reason is not None for reason in reasons)
             seconds = round(time.perf_counter() - started, 3)
-            unreadable = sum(reason is not None for reason in reasons)
-            yield Done(name, count, unreadable, seconds, os.getpid(), socket.gethostname())
-    finally:
-        results.close()
+            counted = len(reasons), unread, rejected, seconds
+            yield Done(path.name, sha256(path), digests.pop(chunk.number), *counted, os.getpid(), socket.gethostname())

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files.job import Job
-from iosr_fast.files.joint import classify_jointly
+from iosr_fast.files.classify import classify, classify_jointly
 from iosr_fast.files.reader import Reader
-from iosr_fast.head.predictions import AnyHead, LabelSet, Prediction, Rejection, label_columns
+from iosr_fast.head.predictions import AnyHead, Rejection, label_columns
 from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
@@ -81,39 +80,27 @@ def predict_folder(
         one = head.one_label("predict_folder with joint or unknown", "leave them out")
         if rejecting is not None:
             rejecting.check(one)
-    job = Job(head, reader, listing.paths, 1, rejecting)
-    if joint:
-        together = classify_jointly(job, lambda images: None)
+    together = classify_jointly(head, reader, listing.paths, rejecting) if joint else None
+    if together is not None:
+        unread, found = together.errors, together.rejections
         labels = together.joint.classes[together.probabilities.argmax(1)]
-        return FolderPredictions(
-            [Path(path) for path, error in zip(listing.paths, together.errors, strict=True) if error is None],
-            _marked(labels, together.rejections, rejecting),
-            together.probabilities.max(1),
-            [error for error in together.errors if error is not None],
-            listing.skipped,
-            together.joint,
-            together.rejections,
-        )
-    readable: list[Path] = []
-    answers: list[Prediction | LabelSet] = []
-    errors: list[BadImageError] = []
-    with closing(job.answers(0, lambda images: None)) as batches:
-        for path, answer in zip(listing.paths, chain.from_iterable(batches), strict=True):
-            if isinstance(answer, BadImageError):
-                errors.append(answer)
-            else:
-                readable.append(Path(path))
-                answers.append(answer)
-    labels, probabilities = label_columns(head, answers)
-    found = None
-    if rejecting is not None:
-        found = [one.unknown for one in answers if one.unknown is not None]
+        probabilities = together.probabilities.max(1)
+    else:
+        keep = None if rejecting is None else rejecting.keep
+        with closing(classify(head, reader, listing.paths, 1, keep)) as batches:
+            answers = list(chain.from_iterable(batches))
+        unread = [answer if isinstance(answer, BadImageError) else None for answer in answers]
+        readable = [answer for answer in answers if not isinstance(answer, BadImageError)]
+        labels, probabilities = label_columns(head, readable)
+        found = None if rejecting is None else [one.unknown for one in readable if one.unknown is not None]
+    if found is not None and rejecting is not None:
+        labels = without_rejected(labels, np.array([one.rejected for one in found], bool), rejecting.label)
     return FolderPredictions(
-        readable, _marked(labels, found, rejecting), probabilities, errors, listing.skipped, rejections=found
+        [Path(path) for path, error in zip(listing.paths, unread, strict=True) if error is None],
+        labels,
+        probabilities,
+        [error for error in unread if error is not None],
+        listing.skipped,
+        None if together is None else together.joint,
+        found,
     )
-
-
-def _marked(labels: np.ndarray, found: list[Rejection] | None, rejecting: Rejecting | None) -> np.ndarray:
-    if found is None or rejecting is None:
-        return labels
-    return without_rejected(labels, np.array([one.rejected for one in found], bool), rejecting.label)

@@ -1,4 +1,4 @@
-"""Images in, predictions or embeddings out, in order: decoding overlaps encoding, and few images are in memory at once.
+"""Images in, embeddings or predictions out, in order: decoding overlaps encoding, and few images are in memory at once.
 
 There are two ways to use a CPU. If several threads may execute one encoder at once (`Encoder.parallel`), each of
 `callers` threads decodes and encodes whole batches with few cores, so no core waits at a barrier for another.
@@ -7,10 +7,9 @@ Otherwise, and on a GPU, one caller encodes with all cores, and threads decode a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice, repeat
 from math import ceil
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -18,13 +17,11 @@ from weakref import WeakKeyDictionary
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.predictions import AnyHead, LabelSet, Prediction, predict_any
 from iosr_fast.images.decode import DecodedBatch, Decoder
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ordered import map_ordered
 
-Answer: TypeAlias = Prediction | LabelSet | BadImageError
 Errors: TypeAlias = list[BadImageError | None]
 _MAX_CALLERS = 8  # each has a batch and its activations in memory; with more cores, sessions get more threads
 _MIN_BATCHES = 4  # per caller; opening another session isn't worth it for fewer
@@ -75,68 +72,26 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
     return check_integer("batch", batch, 1)
 
 
-def classify(
-    head: AnyHead,
-    stage: Stage,
-    decoder: Decoder,
-    sources: Iterable[Any],
-    batch: int,
-    top: int = 1,
-    keep: float | None = None,
-) -> Generator[list[Answer], None, None]:
-    """For each batch of sources, in order, the Prediction (of `top` and `keep`) or the error of each source; in place
-    of a Prediction a LabelSet where pictures may have several labels.
+def batch_sizes(images: int, batch: int, callers: int, later: int = 0) -> Iterator[int]:
+    """Sizes of the batches of `images`, behind which a run has `later` ones: `batch`, and near the end of the run half
+    of a caller's even share of the rest, so that several callers finish together (guided self-scheduling:
+    Polychronopoulos and Kuck, 1987).
 
-    Batches have `batch` sources; if several callers share a known number of sources, the last batches are smaller
-    (`batch_sizes`).
+    A size depends only on what remains, so a resumed run has the same remaining batches.
     """
-    batches = _batches(sources, batch, stage.callers)
-
-    def use(rows: Embeddings) -> Sequence[Prediction | LabelSet]:
-        return predict_any(head, rows, top, keep)
-
-    with closing(encode_batches(stage, decoder, batches, use)) as results:
-        for errors, predictions in results:
-            remaining = iter(predictions or ())
-            yield [next(remaining) if error is None else error for error in errors]
+    while images:
+        share = batch if callers == 1 else max(_MIN_BATCH, ceil((images + later) / (2 * callers)))
+        size = min(batch, share, images)
+        yield size
+        images -= size
 
 
-def embed(
-    stage: Stage, decoder: Decoder, sources: Iterable[Any], batch: int
-) -> Generator[tuple[Errors, Embeddings | None], None, None]:
-    """For each batch of `classify`, in order: the sources' errors, and the embeddings of the readable ones."""
-    batches = _batches(sources, batch, stage.callers)
-    with closing(encode_batches(stage, decoder, batches, Embeddings.to_numpy)) as results:
-        yield from results
-
-
-def encode_all(
-    encoder: Encoder,
-    engine: str | Path,
-    decoder: Decoder,
-    paths: Sequence[str],
-    batch: int,
-    threads: int | None,
-    skip_bad: bool,
-    advance: Callable[[int], None],
-) -> tuple[Errors, Embeddings | None]:
-    """Each image's error, and the embeddings of all readable images (None if there are none).
-
-    Raises BadImageError for the first unreadable image unless `skip_bad`, and as `choose_stage` does.
-    """
-    stage = choose_stage(encoder, engine, len(paths), batch, threads)
-    errors: Errors = []
-    parts: list[Embeddings] = []
-    with closing(embed(stage, decoder, paths, batch)) as batches:
-        for unread, embeddings in batches:
-            for error in unread:
-                if error is not None and not skip_bad:
-                    raise error
-            errors += unread
-            if embeddings is not None:
-                parts.append(embeddings)
-            advance(len(unread))
-    return errors, Embeddings.concatenate(parts) if parts else None
+def batches_of(sources: Sequence[Any], sizes: Iterable[int], start: int = 0) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Runs of `sources`, each with the position of its first one, counted from `start`."""
+    done = 0
+    for size in sizes:
+        yield start + done, sources[done : done + size]
+        done += size
 
 
 def encode_batches(
@@ -164,28 +119,3 @@ def encode_batches(
             result = encode(decoded)
             del decoded  # free the pixels before the consumer runs
             yield result
-
-
-def batch_sizes(images: int, batch: int, callers: int) -> Iterator[int]:
-    """Sizes of successive batches: `batch`, and near the end half of a caller's even share of the rest, so that
-    several callers finish together (guided self-scheduling: Polychronopoulos and Kuck, 1987).
-
-    A size depends only on the number of remaining images, so a resumed run has the same remaining batches.
-    """
-    while images:
-        share = batch if callers == 1 else max(_MIN_BATCH, ceil(images / (2 * callers)))
-        size = min(batch, share, images)
-        yield size
-        images -= size
-
-
-def _batches(sources: Iterable[Any], batch: int, callers: int) -> Iterator[tuple[int, list[Any]]]:
-    """Runs of sources, each with the position of its first."""
-    sizes = batch_sizes(len(sources), batch, callers) if isinstance(sources, Sized) else repeat(batch)
-    remaining, start = iter(sources), 0
-    for size in sizes:
-        run = list(islice(remaining, size))
-        if not run:
-            return
-        yield start, run
-        start += len(run)

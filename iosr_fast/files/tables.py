@@ -1,38 +1,39 @@
-"""Tables of predictions as CSV or Parquet, written in bounded memory; the same rows give the same bytes."""
+"""Tables of predictions as CSV or Parquet, in groups of rows: a part of a run holds a group, a file the groups of all.
+
+Memory is bounded by a group; the same rows give the same bytes, in whatever groups they come.
+"""
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, ClassVar, NamedTuple, Protocol, TextIO
 
 from iosr_fast.head.labels import SEPARATOR
+from iosr_fast.head.predictions import LabelSet, Prediction, Rejection
 from iosr_fast.utils.csv_text import escaped, line_writer, recovered
 from iosr_fast.utils.files import new_file
-from iosr_fast.utils.outputs import check_new_file
 from iosr_fast.utils.require import require
 
 SUFFIXES = (".csv", ".parquet")
-_ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
-_FACTS = b"iosr_fast"  # entry of a Parquet schema's metadata
-SEVERAL = 0  # in place of the number of classes: those that a picture has, where it may have several labels
+LABELS = ("label", "probability")  # the fields of a class in a file
+SCORES = ("label", "class_id", "probability", "zero_shot", "cache", "adapter")  # and in a folder of parts
 UNKNOWN_SCORE = "unknown_score"  # the column that tables have where unknown pictures are rejected
+_ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 
 
-class Result(NamedTuple):
-    """An image's classes as [label, probability], best first; and its unknown score and whether that rejects it, where
-    unknown pictures are rejected. Where pictures may have several labels, the classes are those that it has."""
+class Row(NamedTuple):
+    """An image's `classes`, best first, each with the values of the table's fields, or why it can't be read. Where
+    pictures may have several labels, the classes are those that it has."""
 
-    classes: list[list[Any]]
-    unknown_score: float | None = None
-    rejected: bool = False
-
-
-Row = tuple[str, Result | str]  # (path, its result, or why it could not be read)
+    key: str
+    classes: Sequence[Sequence[Any]] = ()
+    unknown: Rejection | None = None
+    error: str = ""
 
 
 class Labelled(NamedTuple):
@@ -46,63 +47,152 @@ class Labelled(NamedTuple):
     error: str
 
 
-def check_output(out: Path) -> None:
-    """Raise ValueError for another suffix, OSError for a path that can't be written, ImportError without pyarrow."""
-    check_new_file(out, SUFFIXES)
-    if out.suffix == ".parquet":
-        require("pyarrow.parquet", "parquet")
+def row_of(key: str, answer: Prediction | LabelSet, fields: Sequence[str]) -> Row:
+    if isinstance(answer, LabelSet):
+        return Row(key, answer.pairs)
+    return Row(key, [[getattr(one, name) for name in fields] for one in answer.top], answer.unknown)
 
 
-def write_table(out: Path, rows: Iterable[Row], top: int, unknown_label: str | None = None) -> None:
-    """Write `out` atomically. Columns: path, label and probability (4 digits in CSV) of the best class, then
+class Table(Protocol):
+    """How rows become a file. A group of rows is text or a pyarrow.Table."""
 
-    .csv      label_2, probability_2 and so on to `top`; error
-    .parquet  top, a list of structs of label and probability (float32), best first; error
+    suffix: ClassVar[str]
+    fields: tuple[str, ...]
 
-    The error is the reason why an image could not be read; for other images it is empty (null). With `unknown_label`,
-    the label of rejected pictures, a column unknown_score is before the error; the other columns say the most likely
-    classes of a rejected picture as of any other.
+    def group(self, rows: Iterable[Row]) -> Any:
+        """Rows in the form of the file."""
+        ...
 
-    With `top` = SEVERAL (.csv alone): path, labels and probabilities of the labels that the picture has, each joined by
-    SEPARATOR, most likely first; error.
+    def save(self, path: Path, group: Any) -> None:
+        """Write a part."""
+
+    def load(self, path: Path) -> Any:
+        """The group of a part."""
+        ...
+
+    def write(self, out: Path, groups: Iterable[Any]) -> None:
+        """Write the whole file atomically."""
+
+
+@dataclass(frozen=True)
+class CsvTable:
+    """Columns: path; label and probability (4 digits) of the best class, then label_2, probability_2 and so on to
+    `top`; unknown_score with `unknown_label`, the label of rejected pictures, whose other columns say their most likely
+    classes; error, why an image can't be read.
+
+    With `several` labels a picture: path, labels and probabilities of those that it has, each joined by SEPARATOR, most
+    likely first; error. Texts are `escaped`.
     """
-    with new_file(out) as temporary:
-        if out.suffix == ".csv":
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                writer = csv_writer(file, top, unknown_label)
-                writer.writerows(csv_cells(path, result, top, unknown_label) for path, result in rows)
+
+    top: int = 1
+    unknown_label: str | None = None
+    several: bool = False
+    suffix: ClassVar[str] = ".csv"
+    fields: tuple[str, ...] = LABELS
+
+    def header(self) -> str:
+        names = ["labels", "probabilities"] if self.several else list(LABELS)
+        if not self.several:
+            names += [f"{name}_{place}" for place in range(2, self.top + 1) for name in LABELS]
+        names += [] if self.unknown_label is None else [UNKNOWN_SCORE]
+        return self._lines([["path", *names, "error"]])
+
+    def group(self, rows: Iterable[Row]) -> str:
+        return self._lines(map(self._cells, rows))
+
+    def save(self, path: Path, group: str) -> None:
+        path.write_text(group, encoding="utf-8", newline="")
+
+    def load(self, path: Path) -> str:
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
+
+    def write(self, out: Path, groups: Iterable[str]) -> None:
+        with new_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(self.header())
+            file.writelines(groups)
+
+    def _lines(self, rows: Iterable[Sequence[str]]) -> str:
+        text = StringIO()
+        line_writer(text).writerows(rows)
+        return text.getvalue()
+
+    def _cells(self, row: Row) -> list[str]:
+        if row.error:
+            blank = 2 * (1 if self.several else self.top) + (self.unknown_label is not None)
+            return [escaped(row.key), *[""] * blank, escaped(row.error)]
+        if self.several:
+            labels = SEPARATOR.join(label for label, _ in row.classes)
+            cells = [escaped(labels), SEPARATOR.join(f"{probability:.4f}" for _, probability in row.classes)]
         else:
-            _write_parquet(temporary, iter(rows), unknown_label)
+            cells = [cell for label, probability in row.classes for cell in (escaped(label), f"{probability:.4f}")]
+        if self.unknown_label is not None and row.unknown is not None:
+            cells.append(f"{row.unknown.score:.4f}")
+            if row.unknown.rejected:
+                cells[0] = escaped(self.unknown_label)
+        return [escaped(row.key), *cells, ""]
 
 
-def csv_writer(file: TextIO, top: int, unknown_label: str | None = None) -> Any:
-    """A csv.writer that has written the header. `top` is SEVERAL where pictures may have several labels."""
-    writer = line_writer(file)
-    more = [f"{name}_{place}" for place in range(2, top + 1) for name in ("label", "probability")]
-    more += [] if unknown_label is None else [UNKNOWN_SCORE]
-    first = ["label", "probability"] if top else ["labels", "probabilities"]
-    writer.writerow(["path", *first, *more, "error"])
-    return writer
+@dataclass(frozen=True)
+class ParquetTable:
+    """Columns: the `key`; each of the `fields` of the best class, texts as they are, numbers float32; top, a list of
+    structs of the same fields of all classes, best first; unknown_score, float32, with `unknown_label`; error.
 
+    An unreadable image has its error, the rest is null; other errors are null. A rejected picture has the label
+    `unknown_label`, no class_id, and the scores of its most likely class, top[0].
+    """
 
-def csv_cells(path: str, result: Result | str, top: int, unknown_label: str | None = None) -> list[str]:
-    """One row with `escaped` texts and `top` classes."""
-    if isinstance(result, str):
-        blank = 2 * (top or 1) + (unknown_label is not None)
-        return [escaped(path), *[""] * blank, escaped(result)]
-    cells = [cell for label, probability in result.classes for cell in (escaped(label), f"{probability:.4f}")]
-    if top == SEVERAL:
-        labels = SEPARATOR.join(label for label, _ in result.classes)
-        cells = [escaped(labels), SEPARATOR.join(f"{probability:.4f}" for _, probability in result.classes)]
-    if unknown_label is not None:
-        cells.append(f"{result.unknown_score:.4f}")
-        if result.rejected:
-            cells[0] = escaped(unknown_label)
-    return [escaped(path), *cells, ""]
+    unknown_label: str | None = None
+    key: str = "path"
+    fields: tuple[str, ...] = LABELS
+    suffix: ClassVar[str] = ".parquet"
+
+    def group(self, rows: Iterable[Row]) -> Any:
+        pa = require("pyarrow", "parquet")
+        kinds = {name: pa.string() if name in ("label", "class_id") else pa.float32() for name in self.fields}
+        rows = list(rows)
+        best: dict[str, list[Any]] = {name: [] for name in self.fields}
+        for row in rows:
+            values = dict(zip(self.fields, row.classes[0], strict=True)) if row.classes else {}
+            if row.unknown is not None and row.unknown.rejected:
+                values |= {"label": self.unknown_label, "class_id": None}
+            for name, column in best.items():
+                column.append(values.get(name))
+        tops = [
+            [dict(zip(self.fields, values, strict=True)) for values in row.classes] if row.classes else None
+            for row in rows
+        ]
+        columns = {self.key: pa.array([row.key for row in rows], pa.string())}
+        columns |= {name: pa.array(best[name], kind) for name, kind in kinds.items()}
+        columns["top"] = pa.array(tops, pa.list_(pa.struct(list(kinds.items()))))
+        if self.unknown_label is not None:
+            scores = [None if row.unknown is None else row.unknown.score for row in rows]
+            columns[UNKNOWN_SCORE] = pa.array(scores, pa.float32())
+        return pa.table({**columns, "error": pa.array([row.error or None for row in rows], pa.string())})
+
+    def save(self, path: Path, group: Any) -> None:
+        require("pyarrow.parquet", "parquet").write_table(group, path, write_page_checksum=True)
+
+    def load(self, path: Path) -> Any:
+        with require("pyarrow.parquet", "parquet").ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read()
+
+    def write(self, out: Path, groups: Iterable[Any]) -> None:
+        pa, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
+        empty = self.group([])
+        waiting = [empty]
+        with new_file(out) as temporary, pq.ParquetWriter(temporary, empty.schema, write_page_checksum=True) as writer:
+            for group in groups:
+                waiting.append(group)
+                while sum(map(len, waiting)) >= _ROW_GROUP:
+                    joined = pa.concat_tables(waiting)
+                    writer.write_table(joined.slice(0, _ROW_GROUP))
+                    waiting = [joined.slice(_ROW_GROUP)]
+            writer.write_table(pa.concat_tables(waiting))
 
 
 def read_csv(file: TextIO) -> Iterator[Labelled]:
-    """The rows of `csv_writer`."""
+    """The rows of a CsvTable."""
     for row in csv.DictReader(file):
         path, label, error = (recovered(row.get(name) or "") for name in ("path", "label", "error"))
         probability, score = (float(row.get(name) or "nan") for name in ("probability", UNKNOWN_SCORE))
@@ -110,7 +200,7 @@ def read_csv(file: TextIO) -> Iterator[Labelled]:
 
 
 def read_table(out: Path) -> Iterator[Labelled]:
-    """The rows of `write_table`, numbers with the 4 digits of CSV."""
+    """The rows of a file, numbers with the 4 digits of CSV."""
     if out.suffix == ".csv":
         with out.open(encoding="utf-8", newline="") as file:
             yield from read_csv(file)
@@ -122,65 +212,3 @@ def read_table(out: Path) -> Iterator[Labelled]:
             numbers = (row.get(name) for name in ("probability", UNKNOWN_SCORE))
             probability, score = (math.nan if number is None else round(number, 4) for number in numbers)
             yield Labelled(row["path"], row["label"] or "", probability, score, row["error"] or "")
-
-
-def prediction_columns(classes: Sequence[Sequence[Sequence[Any]] | None], scores: Sequence[str]) -> dict[str, Any]:
-    """Parquet columns of predictions: each of `scores` for the best class, and top, a list of structs of all.
-
-    classes  per image its classes, best first, each with one value per score; None for an unreadable image
-    scores   label and class_id are strings, others float32
-    """
-    pa = require("pyarrow", "parquet")
-    types = [(name, pa.string() if name in ("label", "class_id") else pa.float32()) for name in scores]
-    columns = {
-        name: pa.array([None if row is None else row[0][i] for row in classes], kind)
-        for i, (name, kind) in enumerate(types)
-    }
-    top = [None if row is None else [dict(zip(scores, values, strict=True)) for values in row] for row in classes]
-    return {**columns, "top": pa.array(top, pa.list_(pa.struct(types)))}
-
-
-def with_rejections(
-    columns: dict[str, Any], scores: Sequence[float | None], rejected: Sequence[bool], unknown_label: str
-) -> dict[str, Any]:
-    """Parquet columns of `prediction_columns` with UNKNOWN_SCORE, float32; a rejected picture has the label
-    `unknown_label` and no class_id, and keeps its `top`. `scores` are None for unreadable images."""
-    pa = require("pyarrow", "parquet")
-    labels = columns["label"].to_pylist()
-    marked = {"label": [unknown_label if out else label for label, out in zip(labels, rejected, strict=True)]}
-    if "class_id" in columns:
-        ids = columns["class_id"].to_pylist()
-        marked["class_id"] = [None if out else class_id for class_id, out in zip(ids, rejected, strict=True)]
-    arrays = {name: pa.array(values, pa.string()) for name, values in marked.items()}
-    return {**columns, **arrays, UNKNOWN_SCORE: pa.array(scores, pa.float32())}
-
-
-def _write_parquet(path: Path, rows: Iterator[Row], unknown_label: str | None) -> None:
-    pa, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
-
-    def table(group: list[Row]) -> Any:
-        results = [None if isinstance(result, str) else result for _, result in group]
-        errors = [result if isinstance(result, str) else None for _, result in group]
-        paths = pa.array([name for name, _ in group], pa.string())
-        columns = prediction_columns([one and one.classes for one in results], ("label", "probability"))
-        if unknown_label is not None:
-            scores = [one and one.unknown_score for one in results]
-            columns = with_rejections(columns, scores, [bool(one and one.rejected) for one in results], unknown_label)
-        return pa.table({"path": paths, **columns, "error": pa.array(errors, pa.string())})
-
-    with pq.ParquetWriter(path, table([]).schema, write_page_checksum=True) as writer:
-        while group := list(islice(rows, _ROW_GROUP)):
-            writer.write_table(table(group))
-
-
-def write_part(path: Path, table: Any, facts: str, **options: Any) -> None:
-    """Write a pyarrow.Table with its facts (JSON) in the schema's metadata. `options` are those of pyarrow."""
-    pq = require("pyarrow.parquet", "parquet")
-    pq.write_table(table.replace_schema_metadata({_FACTS: facts}), path, write_page_checksum=True, **options)
-
-
-def read_part(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The table of `write_part`, with its pages verified, and its facts. Raises many types for a damaged file."""
-    with require("pyarrow.parquet", "parquet").ParquetFile(path, page_checksum_verification=True) as file:
-        table = file.read()
-    return table.replace_schema_metadata(None), json.loads(table.schema.metadata[_FACTS])

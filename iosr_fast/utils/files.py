@@ -97,15 +97,15 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         with suppress(FileNotFoundError, BlockingIOError):  # another writer takes it for a leftover until it is locked
-            lock = _lock(folder)
+            lock = lock_folder(folder)
             if folder.exists():
                 break
-            _unlock(lock)
+            unlock(lock)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _unlock(lock)
+        unlock(lock)
 
 
 def remove_leftovers(folder: Path, of: str = ".+") -> None:
@@ -123,13 +123,13 @@ def remove_leftovers(folder: Path, of: str = ".+") -> None:
             if (path / OLD).exists() and not os.path.lexists(folder / name[1]):
                 continue
             with suppress(OSError):  # locked, or removed by another process
-                lock = _lock(path)
+                lock = lock_folder(path)
                 if lock is not None or time.time() - path.lstat().st_mtime > _OLD_S:
                     shutil.rmtree(path, ignore_errors=True)
-                _unlock(lock)
+                unlock(lock)
 
 
-def _lock(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """A descriptor that locks `folder`; None where folders can't be locked. Raises BlockingIOError if it is locked."""
     try:
         import fcntl
@@ -146,7 +146,7 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _unlock(descriptor: int | None) -> None:
+def unlock(descriptor: int | None) -> None:
     if descriptor is not None:
         os.close(descriptor)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from sklearn.metrics import average_precision_score
 from iosr_fast import score
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.files import run as runs
-from iosr_fast.files.job import Job
+from iosr_fast.files.classify import classify
 from iosr_fast.files.reader import Reader
-from iosr_fast.files.run import RunOptions
-from iosr_fast.files.sources import folder_source
+from iosr_fast.files.tables import CsvTable, row_of
+from iosr_fast.files.work import Classify
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.images.decode import CpuDecoder
@@ -122,14 +121,12 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
         assert [*found.values()] == sorted(found.values(), reverse=True)
         np.testing.assert_allclose([*found.values()], [row[NAMES.index(name)] for name in found], atol=1e-5)
     paths, head = [str(path) for path in results.paths], classifier.snapshot()
-    reader = Reader(classifier.encoder, Path("none"), CpuDecoder(), 5, None, False)
-    job = Job(head, reader, paths, head.classes_shown(1))
-    file = io.StringIO()
-    assert job.stream(file) == (0, 0)
-    job.write(tmp_path / "out.csv")
+    reader, table = Reader(classifier.encoder, Path("none"), CpuDecoder(), 5, None, False), CsvTable(several=True)
+    answered = chain.from_iterable(classify(head, reader, paths))
+    rows = [row_of(path, answer, table.fields) for path, answer in zip(paths, answered, strict=True)]
+    table.write(tmp_path / "out.csv", [table.group(rows)])
     written = [*csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8"))]
-    streamed = [*csv.DictReader(io.StringIO(file.getvalue()))]
-    assert written == streamed and [*written[0]] == ["path", "labels", "probabilities", "error"]
+    assert [*written[0]] == ["path", "labels", "probabilities", "error"]
     for row, found in zip(written, results.probabilities, strict=True):
         assert row["labels"] == ";".join(found) and row["probabilities"] == ";".join(f"{p:.4f}" for p in found.values())
     again, labels, names = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
@@ -141,13 +138,12 @@ def test_services_refuse_several_labels(monkeypatch: pytest.MonkeyPatch, tmp_pat
     made = fitted(engine_folder(tmp_path / "engine"))
     made.save(bundle := tmp_path / "bundle")
     monkeypatch.setattr(Classifier, "load", lambda *_, **__: made)  # an engine that computes would take seconds
-    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
-    parts, options = tmp_path / "parts", RunOptions(1, 1, "auto", 1, skip_bad=False)
     with pytest.raises(IosrFastError, match="the HTTP API is for one label a picture"):
         server.run(bundle, Settings())
-    with pytest.raises(IosrFastError, match="a folder of parts is for one label a picture"):
-        runs.classify(bundle, folder_source(tmp_path), parts, options, 1)
-    assert not parts.exists()
+    for work in (Classify(str(bundle), "parts"), Classify(str(bundle), top=2)):
+        with pytest.raises(IosrFastError, match="in another format than CSV is for one label a picture"):
+            work.check()
+    assert Classify(str(bundle)).check() is None and Classify(str(bundle)).table.header().startswith("path,labels,")
 
 
 def test_a_table_of_labels_joins_folders(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from iosr_fast import Classifier, cli
 from iosr_fast.cli.embed import find_engine
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.export import pretrained
+from iosr_fast.files import work
+from iosr_fast.store.bundle import Bundle
 from iosr_fast.utils.command import ListCommand, new_app
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import write_manifest
@@ -37,7 +39,7 @@ def unfitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
 def test_help_lists_every_command_without_importing_one() -> None:
     files = {path.stem.replace("_", "-") for path in Path(cli.__file__).parent.glob("[!_]*.py")}
     listed = {name for commands in cli.COMMANDS.values() for name in commands}
-    assert listed == files - {"options", "parts", "evaluate-saved"}
+    assert listed == files - {"options"}
     code = """import sys
 from typer.testing import CliRunner
 from iosr_fast.cli import app
@@ -88,7 +90,7 @@ def test_an_option_takes_several_words() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "tool",
-    ["build_engine", "classify", "embed", "evaluate", "train_adapter"],
+    ["build_engine", "evaluate", "train_adapter"],
 )
 def test_a_script_of_tools_is_the_command(tool: str, tmp_path: Path) -> None:
     name = tool.replace("_", "-")
@@ -110,7 +112,7 @@ def test_a_place_that_can_not_be_written_is_named_before_the_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrained, "open_shared", never)
-    monkeypatch.setattr(Classifier, "load", never)
+    monkeypatch.setattr(work, "load_bundle", never)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
@@ -174,15 +176,12 @@ def test_options_and_folders_are_looked_at_before_a_clip_is_loaded(
 def test_classify_names_what_is_missing_before_the_bundle_is_opened(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Classifier, "load", never)
+    monkeypatch.setattr(work, "load_bundle", never)
     (tmp_path / "empty").mkdir()
     said = refused("classify", "bundle", folder, tmp_path / "nowhere.png", tmp_path / "gone")
     assert "no such file or folder" in said and "nowhere.png" in said and "gone" in said
     assert "found none in" in refused("classify", "bundle", tmp_path / "empty")
-    assert "expected --out FOLDER with --chunk, --ray" in refused("classify", "bundle", folder, "--ray", "--chunk", "2")
-    one = "expected one input and no --decoder with --out FOLDER"
-    assert one in refused("classify", "bundle", folder, folder, "--out", tmp_path / "parts")
-    assert one in refused("classify", "bundle", folder, "--out", tmp_path / "parts", "--decoder", "cpu-exact")
+    assert "expected --out, and no --joint, with --ray" in refused("classify", "bundle", folder, "--chunk", "2")
     assert "found none in" in refused("classify", "bundle", tmp_path / "empty", "--out", tmp_path / "labels.csv")
     assert "'--top': " in refused("classify", "bundle", folder, "--top", "-3")
     assert not (tmp_path / "labels.csv").exists()
@@ -190,7 +189,7 @@ def test_classify_names_what_is_missing_before_the_bundle_is_opened(
 
 def test_a_url_is_refused_as_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "open_shared", never)
-    monkeypatch.setattr(Classifier, "load", never)
+    monkeypatch.setattr(work, "load_bundle", never)
     (tmp_path / "urls.csv").write_text("path,label\nhttps://a.org/b.jpg,x\nc.jpg,y\n")
     got = "expected a path, got the URL https://a.org/b.jpg: download it first"
     for place in ("https://a.org/b.jpg", tmp_path / "urls.csv"):
@@ -223,7 +222,8 @@ def test_a_folder_given_to_predict_is_called_a_folder(folder: Path) -> None:
 
 def test_nothing_read_is_no_success(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = small_classifier(engine_folder(tmp_path / "engine"))
-    monkeypatch.setattr(Classifier, "load", lambda *_, **__: made)
+    monkeypatch.setattr(work, "load_bundle", lambda *_: Bundle.of(made._fit))
+    monkeypatch.setattr(Bundle, "open", lambda *_: made._fit)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     said = refused("classify", "bundle", tmp_path / "bad.png", "--skip-bad", "--batch", "2", "--threads", "1")
     assert "none of the images could be read" in said

@@ -1,13 +1,9 @@
-"""Runs of `iosr-fast embed` and `classify` into folders of parts: pictures for them, and what they write."""
+"""Runs of `iosr-fast embed` and `classify`: pictures for them, and what they write."""
 
 from __future__ import annotations
 
+import csv
 import json
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +16,9 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.files.embedding_files import Part, read_embeddings
-from iosr_fast.files.part_folder import LOG
-from iosr_fast.files.prediction_files import SCORES, read_predictions
+from iosr_fast.files.embedding_files import Part
+from iosr_fast.files.parts import LOG
+from iosr_fast.files.tables import SCORES
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.manifest import read_manifest
 
@@ -33,47 +29,65 @@ def load_images() -> np.ndarray:
 
 
 def write_pictures(folder: Path, n: int) -> list[Path]:
-    """n of the demo's pictures as files of two sizes in sub-folders; their paths, sorted by key."""
+    """n of the demo's pictures as files of two sizes in sub-folders; their paths, in the order of a run."""
     paths = [folder / f"c{i % 3}" / f"{i:04d}.png" for i in range(n)]
     for i, (path, picture) in enumerate(zip(paths, load_images()[:n], strict=True)):
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(picture)
         (image.resize((90, 70)) if i % 5 == 0 else image).save(path)
-    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(paths)
 
 
-def words(tool: str, model: Path, given: Path | str, out: Path, *options: str) -> list[str]:
-    first = ["--engine", str(model), "--input", str(given)] if tool == "embed" else [str(model), str(given)]
-    return [tool, *first, "--out", str(out), "--threads", "1", *options]
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [*map(str, words), "--threads", "1"])
 
 
-def run(tool: str, model: Path, given: Path | str, out: Path, *options: str) -> Result:
-    return CliRunner().invoke(app, words(tool, model, given, out, *options))
+def classify(bundle: Path, *words: object) -> Result:
+    return run("classify", bundle, *words)
 
 
-def embedded(engine: Path, given: Path | str, out: Path, *options: str) -> Part:
-    """The result of a run that must succeed."""
-    done = run("embed", engine, given, out, *options)
-    assert done.exit_code == 0, done.output
-    return read_embeddings(out)
+def embed(bundle: Path, given: Path, out: Path, *words: object) -> Result:
+    return run("embed", "--engine", bundle, "--input", given, "--out", out, *words)
 
 
-def classified(bundle: Path, given: Path | str, out: Path, *options: str) -> Any:
-    """The result of a run that must succeed, a pyarrow.Table."""
-    done = run("classify", bundle, given, out, *options)
-    assert done.exit_code == 0, done.output
-    return read_all(out)
+def done(result: Result) -> str:
+    """The output of a command that must succeed."""
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
-def read_all(out: Path) -> Any:
+def refused(result: Result) -> str:
+    """The output of a command that must be refused in words."""
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    return result.output
+
+
+def read_rows(text: str | Path) -> list[dict[str, str]]:
+    lines = text.splitlines() if isinstance(text, str) else text.open(encoding="utf-8", newline="")
+    return list(csv.DictReader(lines))
+
+
+def read_parts(out: Path) -> Any:
+    """The rows of a folder of classified images, a pyarrow.Table, with every file's hash verified."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    parts = read_manifest(out, "classifications")["parts"]
-    return pa.concat_tables([read_predictions(out / name).table for name in parts])
+    return pa.concat_tables([pq.read_table(out / name) for name in read_manifest(out, "classifications")["parts"]])
 
 
-def assert_encodes(engine: Path, part: Part, paths: Sequence[Path], atol: float = 1e-6) -> None:
-    encoder = open_engine(engine, threads=1)
+def part_bytes(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("part-*"))}
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    """The parts that the log of a run names, in the order in which they were written."""
+    lines = (out / LOG).read_text().splitlines() if (out / LOG).exists() else []
+    return [json.loads(line) for line in lines[1:]]
+
+
+def assert_encodes(bundle: Path, part: Part, paths: list[Path], atol: float = 1e-6) -> None:
+    """Every row is the engine's embedding of its picture."""
+    encoder = open_engine(bundle / "engine", threads=1)
     expected = encoder.encode(to_pixels(paths, encoder.geometry))
     np.testing.assert_allclose(part.embeddings.plain, expected.plain, rtol=0, atol=atol)
     np.testing.assert_allclose(part.embeddings.adapted, expected.adapted, rtol=0, atol=atol)
@@ -81,7 +95,7 @@ def assert_encodes(engine: Path, part: Part, paths: Sequence[Path], atol: float 
 
 
 def assert_answers(bundle: Path, table: Any, paths: list[Path], top: int = 5) -> None:
-    """Every row is the classifier's answer to its picture."""
+    """Every row of parts is the classifier's answer to its picture."""
     classifier = Classifier.load(bundle)
     logits, probabilities = classifier.decision_function(paths), classifier.predict_proba(paths)
     assert table["label"].to_pylist() == classifier.predict(paths).tolist()
@@ -97,26 +111,3 @@ def assert_answers(bundle: Path, table: Any, paths: list[Path], top: int = 5) ->
     for name in SCORES:
         assert [classes[0][name] for classes in table["top"].to_pylist()] == table[name].to_pylist()
     assert table["error"].null_count == len(paths)
-
-
-def part_bytes(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.glob("part-*"))}
-
-
-def logged(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
-
-
-def kill_in_the_middle(tool: str, model: Path, given: Path, out: Path, parts: int, *options: str) -> None:
-    """Start a run of `parts` parts in a process, and kill it once 3 are written."""
-    command = [sys.executable, "-m", "iosr_fast", *words(tool, model, given, out, *options)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while len(list(out.glob("part-*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert 3 <= len(part_bytes(out)) < parts, "the run was to be killed in its middle"
-    assert process.returncode == -signal.SIGKILL and not (out / "manifest.json").exists()

@@ -1,268 +1,188 @@
-"""iosr-fast embed in one process: the content of its parts, and that an interrupted run resumes and loses nothing."""
+"""Interrupted runs: killed at any moment and resumed they give the bytes of an uninterrupted one, and never mix."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.exceptions import BadImageError
-from iosr_fast.files import part_folder
-from iosr_fast.files import run as runs
-from iosr_fast.files.embedding_files import iterate_parts, read_embeddings, read_part
-from iosr_fast.images.decode import CpuDecoder
-from iosr_fast.images.geometry import Geometry
-from iosr_fast.utils.manifest import read_manifest
-from tests.files.runs import (
-    assert_encodes,
-    embedded,
-    kill_in_the_middle,
-    logged,
-    part_bytes,
-    run,
-    write_pictures,
-)
-from tests.store.manifests import rewrite_manifest
+from iosr_fast.classifier import Classifier
+from iosr_fast.files.embedding_files import read_embeddings
+from iosr_fast.files.parts import LOG, open_parts
+from iosr_fast.files.run import parts_of, run
+from iosr_fast.files.source import read_source
+from iosr_fast.files.work import Classify, Embed, ReadOptions
+from tests.files.runs import classify, done, embed, logged, part_bytes, refused, write_pictures
 
 pytestmark = pytest.mark.slow
 
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_folder_gives_what_the_encoder_gives(engine: Path, pictures: list[Path], tmp_path: Path, dtype: str) -> None:
-    out = tmp_path / "out"
-    options = ("--dtype", dtype, "--chunk", "8", "--batch", "3")
-    part = embedded(engine, tmp_path / "in", out, *options)
-    assert part.keys == [path.relative_to(tmp_path / "in").as_posix() for path in pictures]
-    assert str(part.embeddings.plain.dtype) == str(part.embeddings.adapted.dtype) == dtype
-    assert_encodes(engine, part, pictures, 1e-6 if dtype == "float32" else 1e-3)
-    assert [len(one.keys) for one in iterate_parts(out)] == [8, 8, 8, 6]
-    manifest = read_manifest(out, "embeddings")
-    assert (manifest["images"], manifest["embedded"], manifest["errors"]) == (30, 30, 0)
-    assert manifest["engine"] == read_manifest(engine, "engine")["fingerprint"]
-    assert {name.split(".")[0] for name in manifest["files"]} == {f"part-0000{i}" for i in range(4)} | {"plan", "log"}
+KILLS = 8
+OPTIONS = ReadOptions(batch=4, runtime="onnxruntime", threads=1, skip_bad=True)
 
 
-def test_the_same_plan_gives_the_same_bytes(engine: Path, pictures: list[Path], tmp_path: Path) -> None:
-    for name, threads in (("one", "1"), ("two", "2")):
-        options = ("--chunk", "7", "--threads", threads)
-        embedded(engine, tmp_path / "in", tmp_path / name, *options)
-    assert len(part_bytes(tmp_path / "one")) == 5
-    assert part_bytes(tmp_path / "one") == part_bytes(tmp_path / "two")
+def in_a_process(work: Callable[[], object], seconds: float) -> bool:
+    """Whether `work` ends within the time, in a process of its own that SIGKILL ends otherwise."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return True
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.parquet", "labels", "embeddings"])
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(
+    name: str, bundle: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    pytest.importorskip("pyarrow")
+    paths = write_pictures(tmp_path / "in", 60)
+    paths[31].write_bytes(b"no picture")
+    source = read_source([str(tmp_path / "in")], relative=True)
+    forms = {"labels.csv": "csv", "labels.parquet": "parquet", "labels": "parts"}
+    work = Embed(str(bundle / "engine")) if name == "embeddings" else Classify(str(bundle), forms[name], 2)  # type: ignore[arg-type]
+    whole, out = tmp_path / "whole" / name, tmp_path / name
+    whole.parent.mkdir()
+    started = time.monotonic()
+    counts = run(work, source, whole, OPTIONS, chunk=4)
+    seconds = time.monotonic() - started
+    assert counts[:2] == (60, 1)
+
+    def start() -> None:
+        assert run(work, source, out, OPTIONS, chunk=4) == counts
+
+    kills = 0
+    while kills < KILLS and not in_a_process(start, rng.uniform(0.1, 0.6) * seconds):
+        kills += 1
+        if out.is_file() or (out / "manifest.json").exists():
+            break  # killed when all was written
+    before = part_bytes(out)
+    if not out.is_file() or parts_of(out).exists():
+        start()
+    if out.suffix:
+        assert out.read_bytes() == whole.read_bytes() and not parts_of(out).exists()
+        return
+    assert part_bytes(out) == part_bytes(whole) and before.items() <= part_bytes(out).items()
+    assert not list(out.glob(".*")) and {line["part"] for line in logged(out)} == set(part_bytes(whole))
+    assert len(logged(out)) <= len(part_bytes(whole)) + kills, "finished parts were to be kept"
+    held = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    start()
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == held
+
+
+def test_ctrl_c_says_that_the_same_command_resumes(bundle: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", 150)
+    out = tmp_path / "labels.csv"
+    words = ["classify", bundle, tmp_path / "in", "--out", out, "--chunk", "5", "--threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "iosr_fast", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(part_bytes(parts_of(out))) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"the same command resumes {out}" in said and "Traceback" not in said
+    kept = {part["part"] for part in logged(parts_of(out))}
+    assert 2 <= len(kept) < 30 and not out.exists()
+    assert f"{5 * len(kept)} of 150 images are done already" in done(
+        classify(bundle, tmp_path / "in", "--out", out, "--chunk", "5")
+    )
 
 
 def test_missing_damaged_and_foreign_parts_are_computed_again(
-    engine: Path, pictures: list[Path], tmp_path: Path
+    bundle: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    options = ("--chunk", "4")
-    embedded(engine, tmp_path / "in", out, *options)
+    done(embed(bundle, tmp_path / "in", out, "--chunk", "4"))
     whole = part_bytes(out)
     parts = [out / name for name in whole]
     parts[0].unlink()
-    parts[1].write_bytes(whole[parts[1].name][:-100])  # cut off
-    body = bytearray(whole[parts[2].name])
-    body[len(body) // 2] ^= 1  # in the embeddings
-    parts[2].write_bytes(body)
-    shutil.copy(parts[5], parts[3])  # another part's images
-    before = len(logged(out))
-    again = run("embed", engine, tmp_path / "in", out, *options)
-    assert again.exit_code == 0, again.output
-    assert part_bytes(out) == whole
-    assert [entry["part"] for entry in logged(out)[before:]] == [path.name for path in parts[:4]]
-    for path in parts[1:4]:
-        assert f"{path.name} is computed again: " in again.output
-    assert len(read_embeddings(out).keys) == 30
-
-
-def test_a_finished_run_does_nothing_when_started_again(engine: Path, pictures: list[Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    embedded(engine, tmp_path / "in", out, "--chunk", "10")
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
-    again = run("embed", engine, tmp_path / "in", out, "--chunk", "10")
-    assert again.exit_code == 0 and "all 3 parts exist" in again.output
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
-    whole = (out / "manifest.json").read_bytes()
-    for damaged, content in (("manifest.json", whole[:100]), (part_folder.LOG, b"{")):  # as a kill leaves them
-        (out / damaged).write_bytes(content)
-        again = run("embed", engine, tmp_path / "in", out, "--chunk", "10")
-        assert again.exit_code == 0 and "manifest.json is written again: " in again.output, again.output
-        assert damaged == part_folder.LOG or (out / "manifest.json").read_bytes() == whole
-        assert len(read_embeddings(out).keys) == len(pictures)
-
-
-def test_a_killed_run_resumes_and_embeds_every_image_once(engine: Path, tmp_path: Path) -> None:
-    given, out, whole = tmp_path / "in", tmp_path / "out", tmp_path / "whole"
-    paths = write_pictures(given, 200)
-    options = ("--chunk", "5", "--batch", "5")
-    embedded(engine, given, whole, *options)
-    kill_in_the_middle("embed", engine, given, out, 40, *options)
-    written = {name: (out / name).stat().st_mtime_ns for name in part_bytes(out)}
-    (out / ".part-00039.safetensors.0123.tmp").write_bytes(b"half a par")  # as a kill while writing leaves it
-    part = embedded(engine, given, out, *options)
-    assert part.keys == [path.relative_to(given).as_posix() for path in paths]
-    assert part_bytes(out) == part_bytes(whole)
-    assert {name: (out / name).stat().st_mtime_ns for name in written} == written, "finished parts were to be kept"
-    assert not list(out.glob(".*"))
-
-
-def test_another_plan_input_or_engine_is_refused(engine: Path, pictures: list[Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    embedded(engine, tmp_path / "in", out, "--chunk", "10")
-    before = part_bytes(out)
-
-    def refused(model: Path, *options: str) -> str:
-        done = run("embed", model, tmp_path / "in", out, *options)
-        assert done.exit_code == 2 and "another plan" in done.output
-        return done.output
-
-    assert "chunk (there 10, now 9)" in refused(engine, "--chunk", "9")
-    assert "batch (there 64, now 2)" in refused(engine, "--chunk", "10", "--batch", "2")
-    assert "dtype (there float32, now float16)" in refused(engine, "--chunk", "10", "--dtype", "float16")
-    Image.new("RGB", (64, 64)).save(tmp_path / "in" / "one-more.png")
-    assert "images (there 30, now 31)" in refused(engine, "--chunk", "10")
-    (tmp_path / "in" / "one-more.png").unlink()
-    other = Path(shutil.copytree(engine, tmp_path / "engine"))
-    manifest = json.loads((other / "manifest.json").read_text())
-    rewrite_manifest(other, fingerprint="0" * 64)
-    assert f"engine (there {manifest['fingerprint']}, now {'0' * 64})" in refused(other, "--chunk", "10")
-    assert part_bytes(out) == before and len(read_embeddings(out).keys) == 30
-
-
-def test_a_part_whose_image_was_changed_is_computed_again(engine: Path, pictures: list[Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    embedded(engine, tmp_path / "in", out, "--chunk", "10")
-    shutil.copy(pictures[0], pictures[12])
-    again = run("embed", engine, tmp_path / "in", out, "--chunk", "10")
-    assert "part-00001.safetensors is computed again: its images have changed since" in again.output
-    assert [entry["part"] for entry in logged(out)[3:]] == ["part-00001.safetensors"]
+    parts[1].write_bytes(whole[parts[1].name][:-100])
+    shutil.copy(parts[5], parts[3])
+    shutil.copy(pictures[0], pictures[17])
+    with (out / LOG).open("a") as log:
+        log.write('{"part": "half a li')
+    said = done(embed(bundle, tmp_path / "in", out, "--chunk", "4"))
+    assert [part["part"] for part in logged(out)[8:]] == [parts[i].name for i in (0, 1, 3, 4)]
+    for i, reason in {1: "it is damaged", 3: "it is damaged or another", 4: "its images have changed since"}.items():
+        assert f"{parts[i].name} is computed again: {reason}" in said
+    changed = part_bytes(out)
+    assert changed.pop(parts[4].name) != whole.pop(parts[4].name) and changed == whole
     part = read_embeddings(out)
-    np.testing.assert_array_equal(part.embeddings.plain[12], part.embeddings.plain[0])
+    np.testing.assert_array_equal(part.embeddings.plain[17], part.embeddings.plain[0])
 
 
-def test_an_engine_without_adapter_gives_plain_embeddings(
-    engine: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_runs_of_other_images_options_and_classifiers_never_mix(
+    bundle: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    class Plain(Encoder):
-        """The demo's engine less its adapted output."""
+    out = tmp_path / "labels.csv"
+    pictures[20].write_bytes(b"no picture")
+    refused(classify(bundle, tmp_path / "in", "--out", out, "--chunk", "5"))  # stops in its middle
+    before = part_bytes(parts_of(out))
 
-        runtime, adapted, geometry = "onnxruntime", False, Geometry(64)
+    def differs(*words: object, given: tuple[Path, ...] = (tmp_path / "in",), by: Path = bundle) -> str:
+        said = refused(classify(by, *given, "--out", out, "--chunk", "5", *words))
+        assert "holds parts of another run, which differs in" in said and part_bytes(parts_of(out)) == before
+        return said
 
-        def encode(self, pixels: np.ndarray) -> Embeddings:
-            return Embeddings(open_engine(engine, threads=1).encode(pixels).plain)
-
-    other = Path(shutil.copytree(engine, tmp_path / "engine"))
-    manifest = rewrite_manifest(other, first_adapted_block=None)
-    monkeypatch.setattr(runs, "open_engine", lambda *args, **kwargs: Plain())
-    part = embedded(other, tmp_path / "in", tmp_path / "out")
-    assert part.embeddings.adapted is None
-    assert part.embeddings.plain.shape == (30, manifest["width"])
-    assert read_part(tmp_path / "out" / "part-00000.safetensors").embeddings.adapted is None
-
-
-def test_parts_can_be_read_by_others(engine: Path, pictures: list[Path], tmp_path: Path) -> None:
-    before = os.umask(0o022)
-    try:
-        embedded(engine, tmp_path / "in", tmp_path / "out", "--chunk", "10")
-    finally:
-        os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
-
-
-# Unreadable images and refusals
+    assert "top (there 1, now 2)" in differs("--top", "2")
+    assert "decoder (there cpu, now cpu-exact)" in differs("--decoder", "cpu-exact")
+    assert "batch (there 16, now 2)" in differs("--batch", "2")
+    assert "unknown_label (there None, now unknown); keep (there None, now 0.9)" in differs(
+        "--reject-unknown", "--keep", "0.9"
+    )
+    assert "images (there 30, now 29)" in differs(given=tuple(pictures[:29]))
+    classifier = Classifier.load(bundle)
+    classifier.rename_class("~0", "another name", keep_text=True)
+    classifier.save(tmp_path / "other")
+    assert "classifier (there " in differs(by=tmp_path / "other")
+    Image.new("RGB", (9, 9)).save(pictures[20])
+    done(classify(bundle, tmp_path / "in", "--out", out, "--chunk", "5"))
 
 
-def test_a_bad_image_stops_the_run_by_name_and_keeps_the_parts(
-    engine: Path, pictures: list[Path], tmp_path: Path
-) -> None:
-    out, bad = tmp_path / "out", pictures[17]
-    good = bad.read_bytes()
-    bad.write_bytes(good[:40])
-    stopped = run("embed", engine, tmp_path / "in", out, "--chunk", "5")
-    assert stopped.exit_code == 2
-    assert f"can't read image {bad}: " in stopped.output and "--skip-bad" in stopped.output
-    assert list(part_bytes(out)) == [f"part-0000{i}.safetensors" for i in range(3)]
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
-        read_embeddings(out)
-    bad.write_bytes(good)  # mended: the run goes on with what was not there
-    assert_encodes(engine, embedded(engine, tmp_path / "in", out, "--chunk", "5"), pictures)
-    assert [entry["part"] for entry in logged(out)] == [f"part-0000{i}.safetensors" for i in range(6)]
+def test_two_runs_never_write_to_one_folder(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
+    with open_parts(tmp_path / "out", {"a": 1}, [], ".x"):
+        assert "another run is writing to" in refused(embed(bundle, tmp_path / "in", tmp_path / "out"))
+    assert "holds parts of another run, which differs in a (there 1" in refused(
+        embed(bundle, tmp_path / "in", tmp_path / "out")
+    )
 
 
-def test_skip_bad_keeps_the_row_and_says_why(engine: Path, pictures: list[Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    options = ("--chunk", "5")
-    good = {i: pictures[i].read_bytes() for i in (3, 4, 20)}
-    pictures[3].write_bytes(b"no picture")
-    pictures[4].write_bytes(b"")
-    pictures[20].write_bytes(good[20][: len(good[20]) // 2])
-    done = run("embed", engine, tmp_path / "in", out, *options, "--skip-bad")
-    assert done.exit_code == 0 and "27 of 30 images" in done.output and "3 unread" in done.output
-    part = read_embeddings(out)
-    assert [i for i, error in enumerate(part.errors) if error is not None] == [3, 4, 20]
-    assert "not an image of a known format" in (part.errors[3] or "")
-    for array in (part.embeddings.plain, part.embeddings.adapted):
-        assert np.isnan(array[[3, 4, 20]]).all() and np.isfinite(np.delete(array, [3, 4, 20], axis=0)).all()
-    refused = run("embed", engine, tmp_path / "in", out, *options)
-    assert refused.exit_code == 2 and f"can't read image {pictures[3]}" in refused.output
-    for i, data in good.items():
-        pictures[i].write_bytes(data)
-    before = len(logged(out))
-    assert_encodes(engine, embedded(engine, tmp_path / "in", out, *options, "--skip-bad"), pictures)
-    redone = [entry["part"] for entry in logged(out)[before:]]
-    assert redone == [f"part-0000{i}.safetensors" for i in (0, 4)], "only the parts that had bad images"
-
-
-def test_somebody_elses_folder_and_a_second_run_are_refused(engine: Path, pictures: list[Path], tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "notes.txt").write_text("mine")
-    refused = run("embed", engine, tmp_path / "in", other)
-    assert refused.exit_code == 2 and "holds other files than a run's parts" in refused.output
-    refused = run("embed", engine, tmp_path / "in", tmp_path / "in" / "out")
-    assert refused.exit_code == 2 and "expected --out outside the input" in refused.output
-    with part_folder.locked(tmp_path / "out"):
-        refused = run("embed", engine, tmp_path / "in", tmp_path / "out")
-        assert refused.exit_code == 2 and "another run is writing to" in refused.output
-    with part_folder.locked(tmp_path / "out"):
-        (tmp_path / "out" / part_folder.LOCK).unlink()
-        (tmp_path / "out" / part_folder.LOCK).write_text("the next run's")
-    assert (tmp_path / "out" / part_folder.LOCK).is_file(), "this run's end took the next one's lock away"
-    embedded(engine, tmp_path / "in", tmp_path / "out")
-
-
-def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow raises TypeErrors and others for some damaged TIFF files."""
-    path = tmp_path / "a.tif"
-    Image.new("RGB", (8, 8)).save(path)
-    assert np.shape(CpuDecoder(exact=True).decode([path], Geometry(8)).pixels) == (1, 8, 8, 3)
-
-    def convert(*_: object) -> None:
-        raise TypeError("'str' object cannot be interpreted as an integer")
-
-    monkeypatch.setattr(Image.Image, "convert", convert)
-    (bad,) = CpuDecoder(exact=True).decode([path], Geometry(8)).errors
-    assert isinstance(bad, BadImageError) and "a.tif: 'str' object cannot be" in str(bad)
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (("--chunk", "0"), "expected --chunk from 1 to 65536, got 0"),
-        (("--batch", "0"), "expected --batch of at least 1, got 0"),
-        (("--dtype", "int8"), "'--dtype': "),
-        (("--workers", "2"), "expected --workers, --gpus and --address only with --ray"),
-    ],
-)
-def test_options_that_can_not_be_are_refused_before_any_work(
-    engine: Path, pictures: list[Path], tmp_path: Path, options: tuple[str, ...], told: str
-) -> None:
-    refused = run("embed", engine, tmp_path / "in", tmp_path / "out", *options)
-    assert refused.exit_code == 2 and told in refused.output
-    assert not (tmp_path / "out").exists()
+def test_a_log_survives_a_kill_at_each_byte_and_is_never_taken_from_others(tmp_path: Path) -> None:
+    with open_parts(tmp_path, {"a": 1, "images": 0}, [], ".x"):
+        whole = (tmp_path / LOG).read_bytes()
+    for cut in range(len(whole)):
+        (tmp_path / LOG).write_bytes(whole[:cut])
+        with open_parts(tmp_path, {"a": 1, "images": 0}, [], ".x"):
+            assert (tmp_path / LOG).read_bytes() == whole
+    for foreign, message in ((b"somebody's notes", "found another file"), (b"notes\n", "log.jsonl is damaged")):
+        (tmp_path / LOG).write_bytes(foreign)
+        with pytest.raises(ValueError, match=message), open_parts(tmp_path, {"a": 1, "images": 0}, [], ".x"):
+            pass
+        assert (tmp_path / LOG).read_bytes() == foreign

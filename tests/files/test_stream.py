@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files.stream import Stage, batch_sizes, choose_batch, classify
+from iosr_fast.files.reader import Reader
+from iosr_fast.files.stream import Stage, batch_sizes, batches_of, choose_batch
 from iosr_fast.images.decode import CpuDecoder, DecodedBatch
-from iosr_fast.images.listing import list_images
 from iosr_fast.utils.ordered import map_ordered
 
 SIZE = 8
@@ -33,12 +33,13 @@ def _no_thread_is_left() -> Iterator[None]:
 
 
 class CountingEncoder(Encoder):
-    """plain = the mean of a picture's pixels. Counts pictures it was given, and batches that were with it at once."""
+    """plain = the mean of a picture's pixels. Counts the pictures of each batch, and the batches that are in it at
+    once."""
 
     image_size, width, fingerprint, runtime, adapted = SIZE, 1, "counting", "counting", False
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds, self.batches, self.inside, self.most = seconds, [], 0, 0
+        self.seconds, self.batches, self.inside, self.most = seconds, list[int](), 0, 0
         self._lock = threading.Lock()
 
     def encode(self, pixels: np.ndarray) -> Embeddings:
@@ -52,25 +53,21 @@ class CountingEncoder(Encoder):
         return Embeddings(pixels.reshape(len(pixels), -1).mean(1, keepdims=True))
 
 
-STATE: Any = None
+def levels(embeddings: Embeddings) -> list[int]:
+    return [int(level) for level in embeddings.plain[:, 0]]
 
 
-@pytest.fixture(autouse=True)
-def predictions_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "iosr_fast.files.stream.predict_any",
-        lambda head, embeddings, top, keep: [("seen", int(x)) for x in embeddings.plain[:, 0]],
-    )
+def read(stage: Stage, sources: list[Any], batch: int, decoder: Any = None, use: Callable[..., Any] = levels) -> Any:
+    reader = Reader(stage.encoder, Path(), decoder or CpuDecoder(), batch, None, skip_bad=True)
+    batches = batches_of(sources, batch_sizes(len(sources), batch, 1))
+    return reader.read_batches(stage, batches, use)
 
 
 def grey(level: int) -> np.ndarray:
     return np.full((SIZE, SIZE, 3), level, np.uint8)
 
 
-# Work ahead
-
-
-def test_results_come_in_order_and_not_far_ahead() -> None:
+def test_work_ahead_comes_in_order_and_is_bounded() -> None:
     taken: list[int] = []
 
     def items() -> Iterator[int]:
@@ -88,7 +85,7 @@ def test_results_come_in_order_and_not_far_ahead() -> None:
         assert list(made) == list(range(11, 50))
 
 
-def test_what_work_or_items_raise_is_raised_in_its_place() -> None:
+def test_an_error_of_work_ahead_is_raised_in_its_place() -> None:
     def fails(i: int) -> int:
         if i == 4:
             raise KeyError("four")
@@ -101,47 +98,21 @@ def test_what_work_or_items_raise_is_raised_in_its_place() -> None:
     with pytest.raises(StopIteration):
         next(made)
 
-    def ends() -> Iterator[int]:
-        yield 0
-        raise OSError("the list ended")
-
-    with pytest.raises(OSError, match="the list ended"):
-        list(map_ordered(ends(), abs, threads=2, ahead=3))
-
-
-def test_closing_early_stops_the_threads_and_what_was_not_begun() -> None:
-    begun: list[int] = []
-
-    def slow(i: int) -> int:
-        begun.append(i)
-        time.sleep(0.01)
-        return i
-
-    made = map_ordered(range(1000), slow, threads=2, ahead=40)
-    next(made)
-    made.close()
-    assert len(begun) < 40
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("iosr-fast-ahead")]
-
-
-# The stream
-
 
 @TWO_WAYS
-def test_predictions_come_in_order_with_the_unreadable_in_their_places(callers: int, decode_threads: int) -> None:
+def test_results_come_in_order_with_the_unreadable_in_their_places(callers: int, decode_threads: int) -> None:
     sources: list[Any] = [grey(i) for i in range(40)]
     sources[5], sources[17] = b"no picture", "nowhere.png"
     for i in range(20, 24):
         sources[i] = b""  # a whole batch
     encoder = CountingEncoder()
-    made = list(classify(STATE, Stage(encoder, callers, decode_threads), CpuDecoder(), sources, batch=4))
-    assert [len(batch) for batch in made] == [4] * 10
-    flat: list[Any] = [answer for batch in made for answer in batch]
-    for i, answer in enumerate(flat):
-        if i in (5, 17, *range(20, 24)):
-            assert isinstance(answer, BadImageError) and answer.position == i
-        else:
-            assert answer == ("seen", i)
+    made = list(read(Stage(encoder, callers, decode_threads), sources, 4))
+    assert [len(errors) for errors, _ in made] == [4] * 10 and made[5][1] is None
+    errors = [error for batch, _ in made for error in batch if error is not None]
+    assert [error.position for error in errors] == [5, 17, *range(20, 24)]
+    assert all(isinstance(error, BadImageError) for error in errors)
+    readable = [i for i in range(40) if i not in (5, 17, *range(20, 24))]
+    assert [level for _, batch in made for level in batch or ()] == readable
     assert sorted(encoder.batches) == [3, 3, *[4] * 7]
 
 
@@ -151,26 +122,16 @@ def test_predictions_come_in_order_with_the_unreadable_in_their_places(callers: 
 def test_the_last_batches_are_smaller_so_that_callers_end_together(images: int, batch: int, callers: int) -> None:
     sizes = list(batch_sizes(images, batch, callers))
     assert sum(sizes) == images and all(0 < size <= batch for size in sizes)
-    # One caller has no other to wait for; of several, none begins more than half its share of what is left.
     assert list(batch_sizes(images, batch, 1)) == [batch] * (images // batch) + [images % batch] * (images % batch > 0)
     for done in range(len(sizes)):
         left = images - sum(sizes[:done])
         assert sizes[done] <= max(4, -(-left // (2 * callers)))
-        assert list(batch_sizes(left, batch, callers)) == sizes[done:]  # a run that goes on there has the same ones
-
-
-def test_a_stream_without_a_length_is_cut_evenly() -> None:
-    encoder = CountingEncoder()
-    sources = [grey(i) for i in range(40)]
-    stage = Stage(encoder, 2, 0)
-    known = [len(made) for made in classify(STATE, stage, CpuDecoder(), sources, batch=8)]
-    assert known == list(batch_sizes(40, 8, 2)) and known[0] == 8 and known[-1] < 8 and sum(known) == 40
-    assert [len(made) for made in classify(STATE, stage, CpuDecoder(), iter(sources), batch=8)] == [8] * 5
+        assert list(batch_sizes(left, batch, callers)) == sizes[done:], "a run that resumes has the same batches"
+    assert set(batch_sizes(2 * batch, batch, callers, later=1000)) == {batch}, "only the last ones of the whole run"
 
 
 @TWO_WAYS
-def test_few_batches_are_held_at_once(callers: int, decode_threads: int) -> None:
-    """Pixels that are decoded and not yet let go of, however slowly they are encoded and taken."""
+def test_pixels_of_few_batches_are_in_memory(callers: int, decode_threads: int) -> None:
     held: set[int] = set()
     most: list[int] = []
 
@@ -179,8 +140,6 @@ def test_few_batches_are_held_at_once(callers: int, decode_threads: int) -> None
             held.discard(id(self))
 
     class Decoder:
-        name = "tracked"
-
         def decode(self, sources: Any, size: int, start: int = 0) -> DecodedBatch:
             pixels = np.stack(sources).view(Tracked)
             held.add(id(pixels))
@@ -188,7 +147,7 @@ def test_few_batches_are_held_at_once(callers: int, decode_threads: int) -> None
             return DecodedBatch([None] * len(sources), pixels)
 
     stage = Stage(CountingEncoder(0.003), callers, decode_threads)
-    with closing(classify(STATE, stage, Decoder(), (grey(i % 250) for i in range(400)), batch=4)) as answers:
+    with closing(read(stage, [grey(i % 250) for i in range(400)], 4, Decoder())) as answers:
         for _ in answers:
             time.sleep(0.001)
     assert len(most) == 100 and max(most) <= (callers if callers > 1 else decode_threads + 2)
@@ -197,21 +156,21 @@ def test_few_batches_are_held_at_once(callers: int, decode_threads: int) -> None
 def test_callers_encode_side_by_side_and_one_caller_alone() -> None:
     sources = [grey(i) for i in range(60)]
     beside, alone = CountingEncoder(0.02), CountingEncoder(0.001)
-    list(classify(STATE, Stage(beside, 3, 0), CpuDecoder(), sources, batch=5))
-    list(classify(STATE, Stage(alone, 1, 3), CpuDecoder(), sources, batch=5))
+    list(read(Stage(beside, 3, 0), sources, 5))
+    list(read(Stage(alone, 1, 3), sources, 5))
     assert beside.most == 3 and alone.most == 1
 
 
 @TWO_WAYS
-def test_who_stops_early_or_fails_leaves_no_thread(callers: int, decode_threads: int) -> None:
+def test_no_thread_is_left_by_a_consumer_or_encoder_that_fails(callers: int, decode_threads: int) -> None:
     stage, sources = Stage(CountingEncoder(0.001), callers, decode_threads), [grey(i % 250) for i in range(400)]
-    answers = classify(STATE, stage, CpuDecoder(), sources, batch=4)
+    answers = read(stage, sources, 4)
     next(answers)
     answers.close()
     assert sum(stage.encoder.batches) < 100  # type: ignore[attr-defined]
 
     def consumer() -> None:
-        for _ in classify(STATE, stage, CpuDecoder(), sources, batch=4):
+        for _ in read(stage, sources, 4):
             raise RuntimeError("the consumer failed")
 
     with pytest.raises(RuntimeError, match="the consumer failed") as raised:
@@ -220,15 +179,11 @@ def test_who_stops_early_or_fails_leaves_no_thread(callers: int, decode_threads:
     gc.collect()
     assert sum(stage.encoder.batches) < 200  # type: ignore[attr-defined]
 
-
-@TWO_WAYS
-def test_an_encoder_that_fails_ends_the_stream(callers: int, decode_threads: int) -> None:
-    class Failing(CountingEncoder):
-        def encode(self, pixels: np.ndarray) -> Embeddings:
-            raise RuntimeError("out of memory")
+    def fails(embeddings: Embeddings) -> None:
+        raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(classify(STATE, Stage(Failing(), callers, decode_threads), CpuDecoder(), [grey(1)] * 40, batch=4))
+        list(read(stage, sources, 4, use=fails))
 
 
 def test_the_batch_fits_the_machine() -> None:
@@ -242,26 +197,8 @@ def test_the_batch_fits_the_machine() -> None:
         choose_batch(encoder, 0)
 
 
-# Folders
-
-
-def test_a_folder_is_listed_name_by_name(tmp_path: Path) -> None:
-    for name in ("b.png", "a/z.JPG", "a/b/c.webp", "a-b/d.png", ".hidden/e.png", "a/.f.png", "a/notes.txt"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    (tmp_path / "link").symlink_to(tmp_path / "a-b")
-    listed = [Path(path).relative_to(tmp_path).as_posix() for path in list_images(tmp_path).paths]
-    assert listed == ["a/b/c.webp", "a/z.JPG", "a-b/d.png", "b.png"], "link/d.png is a-b/d.png"
-    with pytest.raises(FileNotFoundError, match="found no folder"):
-        list_images(tmp_path / "nowhere")
-
-
 def test_images_of_any_kind_are_taken(tmp_path: Path) -> None:
     Image.fromarray(grey(7)).save(tmp_path / "a.png")
     sources = [tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), grey(7)]
-    (answers,) = classify(
-        STATE, Stage(CountingEncoder(), 1, 1), CpuDecoder(), [*sources, Image.fromarray(grey(7))], batch=9
-    )
-    assert answers == [("seen", 7)] * 5
+    [(errors, found)] = read(Stage(CountingEncoder(), 1, 1), [*sources, Image.fromarray(grey(7))], 9)
+    assert found == [7] * 5 and not any(errors)

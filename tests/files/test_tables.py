@@ -1,15 +1,17 @@
-"""Tables of predictions: no cell is a formula, and Parquet keeps names as they are."""
+"""Tables of predictions: no cell is a formula, Parquet keeps names as they are, and groups of rows change no byte."""
 
 from __future__ import annotations
 
 import csv
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from iosr_fast.files.tables import Result, escaped, write_table
+from iosr_fast.files import tables
+from iosr_fast.files.tables import CsvTable, ParquetTable, Row, read_table
+from iosr_fast.head.predictions import Rejection
+from iosr_fast.utils.csv_text import recovered
 
 FORMULAS = (
     *('=HYPERLINK("http://x","y")', "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", '"=1', "'=1", "\u00a0=1"),
@@ -19,26 +21,47 @@ HARMLESS = ("cat", "a=b", "3-1", "'s", '"quoted"', "", "  ", "caf\u00e9", "x@y",
 
 
 def test_no_cell_is_a_formula(tmp_path: Path) -> None:
-    rows: list[Any] = [(name, Result([[name, 0.5], ["plain", 0.25]])) for name in (*FORMULAS, *HARMLESS)]
-    rows.append(("photos/a.jpg", "=error"))
-    write_table(tmp_path / "labels.csv", rows, top=2)
-    with (tmp_path / "labels.csv").open(newline="", encoding="utf-8") as file:
-        found = list(csv.reader(file))[1:]
-    for (name, _), cells in zip(rows[:-1], found, strict=False):
+    names, table, out = (*FORMULAS, *HARMLESS), CsvTable(top=2), tmp_path / "labels.csv"
+    rows = [Row(name, [[name, 0.5], ["plain", 0.25]]) for name in names]
+    table.write(out, [table.group([*rows, Row("photos/a.jpg", error="=error")])])
+    with out.open(newline="", encoding="utf-8") as file:
+        _, *found, bad = csv.reader(file)
+    for name, cells in zip(names, found, strict=True):
         expected = f"'{name}" if name in FORMULAS else name
         assert cells == [expected, expected, "0.5000", "plain", "0.2500", ""]
-    assert found[-1][-1] == "'=error"
-    for name in (*FORMULAS, *HARMLESS):  # and programs get every name back
-        told = escaped(name)
-        assert (told[1:] if told[:1] == "'" and escaped(told[1:]) == told else told) == name
+        assert recovered(cells[0]) == name, "programs get every name back"
+    assert bad == ["photos/a.jpg", "", "", "", "", "'=error"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr(tables, "_ROW_GROUP", 5)
+    table = CsvTable(unknown_label="?") if suffix == ".csv" else ParquetTable(unknown_label="?")
+    rows = [Row(f"{i}\u00e4\n.png", [["a", i / 31]], Rejection(float(i), i > 20)) for i in range(23)]
+    rows[7] = Row("7.png", error="no picture")
+    written = []
+    for size in (1, 4, 23):
+        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+        parts = [tmp_path / f"part-{number}" for number in range(len(groups))]
+        for path, group in zip(parts, groups, strict=True):
+            table.save(path, table.group(group))
+        table.write(out := tmp_path / f"{size}{suffix}", map(table.load, parts))
+        written.append(out.read_bytes())
+    assert written[0] == written[1] == written[2]
+    found = list(read_table(out))
+    assert [row.path for row in found] == [row.key for row in rows] and found[7].error == "no picture"
+    assert [row.label for row in found if not row.error] == ["a"] * 20 + ["?"] * 2
+    assert found[22].probability == round(22 / 31, 4) and found[22].unknown_score == 22
 
 
 def test_parquet_keeps_names_as_they_are_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
-    rows: list[Any] = [(name, Result([[name, 0.5]])) for name in FORMULAS]
-    write_table(tmp_path / "labels.parquet", rows, top=1)
-    assert pq.read_table(tmp_path / "labels.parquet")["label"].to_pylist() == list(FORMULAS)
+    table, out = ParquetTable(), tmp_path / "labels.parquet"
+    table.write(out, [table.group(Row(name, [[name, 0.5]]) for name in FORMULAS)])
+    assert pq.read_table(out)["label"].to_pylist() == pq.read_table(out)["path"].to_pylist() == list(FORMULAS)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install 'iosr_fast\[parquet\]' brings it"):
-        write_table(tmp_path / "again.parquet", rows, top=1)
+        table.write(tmp_path / "again.parquet", [])

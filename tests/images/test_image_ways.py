@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,35 +214,12 @@ def test_one_array_is_one_picture_however_it_is_submitted() -> None:
         assert len(batching.submit_many(np.zeros((5, 8, 8, 3), np.uint8))) == 5
 
 
-def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embeddings, training's caches and half-done files depend on the rules by which pixels are made."""
+def test_cached_activations_depend_on_the_rules_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from iosr_fast.files.job import Job
-    from iosr_fast.files.part_folder import PartFolder
-    from iosr_fast.files.plan import make_plan
-    from iosr_fast.files.reader import Reader
-    from iosr_fast.files.sources import folder_source
-    from iosr_fast.images.decode import CpuDecoder
-    from iosr_fast.images.pixels import VERSION
     from iosr_fast.training import pictures
 
     (tmp_path / "a.png").write_bytes(encode(arrow(0)))
-    facts = {"fingerprint": "f", "image_size": 8, "width": 4, "first_adapted_block": None}
-    source = folder_source(tmp_path)
-    plan = make_plan(source, [], facts, "test", chunk=1, batch=1)
-    assert plan.digest() != replace(plan, exif_orientation=False).digest()
-    output = PartFolder(tmp_path / "out", plan, [], False)
-    with output.open():
-        (tmp_path / "out/plan.json").write_text(json.dumps({**json.loads(plan.to_json()), "pixels": 1}))
-    with pytest.raises(ValueError, match=r"another plan, which differs in pixels \(there 1, now \d\)"), output.open():
-        pass
-
     prints = [pictures.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], Geometry(8)).fingerprint]
     monkeypatch.setattr(pictures, "VERSION", 1)
     prints.append(pictures.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], Geometry(8)).fingerprint)
     assert prints[0] != prints[1]
-
-    made = fitted()
-    ways = [CpuDecoder(exif_orientation=way) for way in (True, False)]
-    jobs = [Job(made.snapshot(), Reader(made.encoder, made.engine_, way, 1, 1, False), [], 1).facts() for way in ways]
-    assert jobs[0]["exif_orientation"] is True and jobs[1]["exif_orientation"] is False and jobs[0]["pixels"] == VERSION

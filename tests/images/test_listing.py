@@ -220,7 +220,7 @@ def test_one_folder_that_holds_the_classes_is_pointed_to(tmp_path: Path) -> None
 
 def test_fit_predict_embed_and_calibration_list_alike(tmp_path: Path) -> None:
     from iosr_fast.export.check import calibration_pictures
-    from iosr_fast.files.sources import folder_source
+    from iosr_fast.files.source import read_source
 
     root = tmp_path / "root"
     for i, name in enumerate(["cat/a.JFIF", "cat/b.png", "dog/c.webp", "dog/d.PGM"]):
@@ -233,7 +233,7 @@ def test_fit_predict_embed_and_calibration_list_alike(tmp_path: Path) -> None:
     listed = names(root)
     assert listed == ["cat/a.JFIF", "cat/b.png", "dog/c.webp", "dog/d.PGM"]
     assert [path.relative_to(root).as_posix() for path in list_folder(root)[0]] == listed
-    assert [item.key for item in folder_source(root).items] == listed
+    assert read_source([str(root)], relative=True).keys == listed
 
     class Clip:
         name, geometry = "other", Geometry(8)

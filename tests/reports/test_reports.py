@@ -18,10 +18,11 @@ from PIL import Image
 from iosr_fast import Classifier, labelled_images
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import pretrained
-from iosr_fast.files import evaluate
+from iosr_fast.files import evaluate, work
 from iosr_fast.files.tables import Labelled
 from iosr_fast.reports import evaluation_report, predictions_report
 from iosr_fast.reports.predictions_report import predictions_page
+from iosr_fast.store.bundle import Bundle
 from tests.browser import ARGUMENTS, CHROMIUM
 from tests.cli.runs import never, refused, run
 from tests.store.live_parts import engine_folder, pictures, pixel_clip
@@ -41,6 +42,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     names[7] = NAMES[3]
     classifier = Classifier(method="gda", alpha=1.0).fit(images, names)
     monkeypatch.setattr(Classifier, "load", classmethod(lambda *_, **__: classifier))
+    monkeypatch.setattr(work, "load_bundle", lambda *_: Bundle.of(classifier._fit))
+    monkeypatch.setattr(Bundle, "open", lambda *_: classifier._fit)
     for name in ("unlabelled", "classifier"):
         (tmp_path / name).mkdir()
     for i, image in enumerate(pictures(np.random.default_rng(4), 6, 3)[0]):

@@ -1,0 +1,100 @@
+"""Answers to many images: one after another as they are read, or to all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.files.reader import Reader
+from iosr_fast.files.stream import Errors
+from iosr_fast.files.tables import Row
+from iosr_fast.head.predictions import (
+    AnyHead,
+    LabelSet,
+    Prediction,
+    Rejection,
+    predict_any,
+    predict_jointly,
+    rejections,
+)
+from iosr_fast.head.rejecting import Rejecting
+from iosr_fast.methods.joint import JointPrediction
+from iosr_fast.scoring.reference import softmax
+
+Answer: TypeAlias = Prediction | LabelSet | BadImageError
+
+
+def classify(
+    head: AnyHead, reader: Reader, sources: Sequence[Any], top: int = 1, keep: float | None = None
+) -> Generator[list[Answer], None, None]:
+    """For each batch of sources, in order, the Prediction (of `top` and `keep`) or the error of each source; in place
+    of a Prediction a LabelSet where pictures may have several labels. Raises BadImageError unless `skip_bad`."""
+
+    def use(rows: Embeddings) -> Sequence[Prediction | LabelSet]:
+        return predict_any(head, rows, top, keep)
+
+    with closing(reader.read(sources, use)) as batches:
+        for errors, predictions in batches:
+            remaining = iter(predictions or ())
+            yield [next(remaining) if error is None else error for error in errors]
+
+
+class Together(NamedTuple):
+    """The result of `classify_jointly`, of B readable images and C classes.
+
+    errors         of each image
+    joint          of the images that are classified together: those that are not rejected
+    probabilities  (B, C) float32, of all; of rejected images each alone
+    rejections     of each readable image; None without `rejecting`
+    """
+
+    errors: Errors
+    joint: JointPrediction
+    probabilities: np.ndarray
+    rejections: list[Rejection] | None
+
+    def rows(self, keys: Sequence[str], top: int) -> Iterator[Row]:
+        """A row of `top` classes for each image."""
+        names, read = self.joint.classes, 0
+        for key, error in zip(keys, self.errors, strict=True):
+            if error is not None:
+                yield Row(key, error=error.reason)
+                continue
+            probabilities = self.probabilities[read]
+            best = np.argsort(-probabilities, kind="stable")[:top]
+            classes = [[str(names[c]), float(probabilities[c])] for c in best]
+            yield Row(key, classes, None if self.rejections is None else self.rejections[read])
+            read += 1
+
+
+def classify_jointly(
+    head: AnyHead,
+    reader: Reader,
+    sources: Sequence[Any],
+    rejecting: Rejecting | None,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Together:
+    """Pictures of none of the classes are rejected first, so that they don't move the means of the classes.
+
+    Raises BadImageError unless the reader skips bad images.
+    """
+    one = head.one_label("classifying together")
+    errors, queries = reader.embed(sources, advance)
+    if queries is None:
+        queries = one.examples.embeddings[:0]
+    classes = np.array(one.class_names, str)
+    if rejecting is None:
+        joint = predict_jointly(one, queries, classes)
+        return Together(errors, joint, joint.probabilities, None)
+    found = rejections(one, queries, rejecting.keep)
+    rejected = np.array([each.rejected for each in found], bool)
+    joint = predict_jointly(one, queries[~rejected], classes)
+    probabilities = np.empty((len(queries), len(one.uids)), np.float32)
+    probabilities[~rejected] = joint.probabilities
+    probabilities[rejected] = softmax(one.score(queries[rejected]))
+    return Together(errors, joint, probabilities, found)

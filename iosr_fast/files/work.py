@@ -1,0 +1,172 @@
+"""What a run makes of its images: embeddings by an engine, or predictions by a saved classifier.
+
+Plain values, which another machine can open for itself; `facts` tell whether it has the same engine and classifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.engine_folder import ENGINE_KIND
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.files import embedding_files
+from iosr_fast.files.embedding_files import Part
+from iosr_fast.files.reader import Reader
+from iosr_fast.files.tables import SCORES, CsvTable, ParquetTable, Row, row_of
+from iosr_fast.head.multi_label import MultiLabelHead
+from iosr_fast.head.predictions import AnyHead, LabelSet, Prediction, predict_any
+from iosr_fast.head.rejecting import Rejecting
+from iosr_fast.store.bundle import Bundle, load_bundle
+from iosr_fast.store.head_files import fingerprint
+from iosr_fast.utils.manifest import read_manifest
+
+Predictions: TypeAlias = Sequence[Prediction | LabelSet]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How images are read; None leaves the choice to Reader.of."""
+
+    batch: int | None = None
+    runtime: str = "auto"
+    threads: int | None = None
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Embeddings of the engine in a folder, float32 or float16.
+
+    Of each work `kind` is the manifest's, `verb` names it in a bar, and `readable` is its word for readable images.
+    `facts` (JSON values) determine the parts beside the images. `use` gives the result of a batch, in several threads
+    at once; `write` makes a part of the results of its batches, where `errors` say why an image can't be read, and
+    returns how many images are rejected.
+    """
+
+    folder: str
+    dtype: str = "float32"
+    decoder: str = "cpu-exact"
+    kind: ClassVar[str] = embedding_files.KIND
+    verb: ClassVar[str] = "embed"
+    readable: ClassVar[str] = "embedded"
+    suffix: ClassVar[str] = ".safetensors"
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        manifest = read_manifest(self.folder, ENGINE_KIND, verify=False)
+        names = {"engine": "fingerprint", "image_size": "image_size", "width": "width"}
+        adapted = manifest["first_adapted_block"] is not None
+        return {**{name: manifest[key] for name, key in names.items()}, "adapted": adapted, "dtype": self.dtype}
+
+    def open(self, options: ReadOptions) -> Reader:
+        encoder = open_engine(self.folder, options.runtime, threads=options.threads)
+        known = options.batch, options.skip_bad, options.threads
+        return Reader.of(encoder, Path(self.folder), True, *known, self.decoder)
+
+    def use(self, embeddings: Embeddings) -> Embeddings:
+        return embeddings.to_numpy()
+
+    def write(self, path: Path, keys: list[str], results: list[Embeddings], errors: list[str | None]) -> int:
+        readable = np.flatnonzero([error is None for error in errors])
+        rows = {}
+        for name in ("plain", "adapted")[: 1 + self.facts["adapted"]]:
+            rows[name] = np.full((len(keys), self.facts["width"]), np.nan, self.dtype)
+            if results:
+                rows[name][readable] = np.concatenate([getattr(result, name) for result in results])
+        embedding_files.write_part(path, Part(keys, Embeddings(rows["plain"], rows.get("adapted")), errors))
+        return 0
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Predictions of the classifier in a folder, with the `top` classes of each image, as a table of this `form`; the
+    parts of a folder ("parts") also have the parts of the logit. `unknown_label` and `keep` are those of Rejecting."""
+
+    folder: str
+    form: Literal["csv", "parquet", "parts"] = "csv"
+    top: int = 1
+    decoder: str = "cpu"
+    unknown_label: str | None = None
+    keep: float | None = None
+    kind: ClassVar[str] = "classifications"
+    verb: ClassVar[str] = "classify"
+    readable: ClassVar[str] = "classified"
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        return load_bundle(self.folder)
+
+    @property
+    def head(self) -> AnyHead:
+        return self.bundle.head
+
+    @property
+    def rejecting(self) -> Rejecting | None:
+        return None if self.unknown_label is None or self.keep is None else Rejecting(self.unknown_label, self.keep)
+
+    def check(self, one_label: bool = False) -> None:
+        """Raise IosrFastError, before an image is read, for what this classifier can't do; with `one_label` for one
+        of several labels a picture."""
+        if one_label or self.form != "csv" or self.top > 1 or self.rejecting is not None:
+            one = self.head.one_label(
+                "a table with --joint, --reject-unknown, --html, --top or in another format than CSV",
+                "leave these out, and give a .csv file for --out, or none",
+            )
+            if self.rejecting is not None:
+                self.rejecting.check(one)
+
+    @cached_property
+    def table(self) -> CsvTable | ParquetTable:
+        if self.form == "csv":
+            several = isinstance(self.head, MultiLabelHead)
+            return CsvTable(min(self.top, len(self.head.class_names)), self.unknown_label, several)
+        if self.form == "parquet":
+            return ParquetTable(self.unknown_label)
+        return ParquetTable(self.unknown_label, "key", SCORES)
+
+    @property
+    def suffix(self) -> str:
+        return self.table.suffix
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        head = self.head
+        return {
+            "engine": self.bundle.encoder_fingerprint,
+            "classifier": fingerprint(head),
+            "classes": len(head.class_names),
+            "method": head.config.method,
+            "exif_orientation": self.bundle.views.exif_orientation,
+            "form": self.form,
+            "top": self.top,
+            "unknown_label": self.unknown_label,
+            "keep": self.keep,
+        }
+
+    def open(self, options: ReadOptions) -> Reader:
+        fit = self.bundle.open(options.runtime, options.threads, 1)
+        known = options.batch, options.skip_bad, options.threads
+        return Reader.of(fit.encoder, fit.clip.engine, fit.views.exif_orientation, *known, self.decoder)
+
+    def use(self, embeddings: Embeddings) -> Predictions:
+        return predict_any(self.head, embeddings, self.top, self.keep)
+
+    def write(self, path: Path, keys: list[str], results: list[Predictions], errors: list[str | None]) -> int:
+        predictions = chain.from_iterable(results)
+        rows = [
+            row_of(key, next(predictions), self.table.fields) if error is None else Row(key, error=error)
+            for key, error in zip(keys, errors, strict=True)
+        ]
+        self.table.save(path, self.table.group(rows))
+        return sum(row.unknown is not None and row.unknown.rejected for row in rows)
+
+
+Work: TypeAlias = Embed | Classify

@@ -1,0 +1,72 @@
+"""The images of a run: folders, files and CSV files, and how they are cut into chunks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from iosr_fast.files.source import Source, read_source
+from tests.files.runs import write_pictures
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 100])
+def test_every_image_is_in_one_chunk(size: int) -> None:
+    source = Source("", [str(i) for i in range(10)], [f"in/{i}" for i in range(10)])
+    chunks = source.cut(size)
+    assert [key for chunk in chunks for key in chunk.keys] == source.keys
+    assert [path for chunk in chunks for path in chunk.paths] == source.paths
+    assert [chunk.start for chunk in chunks] == list(range(0, 10, size))
+    assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
+
+
+def test_the_digest_of_a_chunk_changes_with_its_images(tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path / "in", 2)
+    (chunk,) = read_source([str(tmp_path / "in")], relative=True).cut(2)
+    before = chunk.digest()
+    assert before == chunk.digest()
+    Image.new("RGB", (9, 9)).save(paths[1])
+    assert chunk.digest() != before
+
+
+def test_a_folder_has_keys_that_stay_when_it_is_moved(tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path / "in", 5)
+    source = read_source([str(tmp_path / "in")], relative=True)
+    assert source.keys == [path.relative_to(tmp_path / "in").as_posix() for path in paths]
+    (tmp_path / "in").rename(tmp_path / "moved")
+    assert read_source([str(tmp_path / "moved")], relative=True).keys == source.keys
+
+
+def test_files_folders_and_csv_files_are_listed_in_their_order(tmp_path: Path) -> None:
+    paths = [str(path) for path in write_pictures(tmp_path / "in", 5)]
+    (tmp_path / "list.csv").write_text("path,label\nin/c0/0003.png,x\n'=a.png,\n,y\n")
+    source = read_source([paths[4], str(tmp_path / "in"), str(tmp_path / "list.csv")])
+    assert source.paths == [paths[4], *paths, str(tmp_path / "in/c0/0003.png"), str(tmp_path / "=a.png")]
+    assert source.keys == source.paths
+
+
+def test_places_without_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.csv").write_text("name\na.png\n")
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: '.*nowhere\.png', '.*gone'"):
+        read_source([str(tmp_path / "nowhere.png"), str(tmp_path / "empty"), str(tmp_path / "gone")])
+    assert len(read_source([str(tmp_path / "nowhere.png")], skip_bad=True).paths) == 1, "its row says why"
+    with pytest.raises(ValueError, match=r"expected images, found none in .*empty"):
+        read_source([str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match=r"expected a column path in .*other\.csv, got name"):
+        read_source([str(tmp_path / "other.csv")])
+    with pytest.raises(ValueError, match=r"got the URL https://a\.org/b\.jpg: download it first"):
+        read_source(["https://a.org/b.jpg"])
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).touch()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(ValueError, match=r"expected file names in UTF-8, got .*caf\\udce9\.png"):
+        read_source([str(tmp_path)])
+    os.rename(os.fsencode(tmp_path) + b"/caf\xe9.png", tmp_path / "caf\u00e9.png")
+    assert read_source([str(tmp_path)], relative=True).keys == ["caf\u00e9.png"]

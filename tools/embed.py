@@ -1,8 +1,0 @@
-"""`iosr-fast embed` from the source tree."""
-
-import sys
-
-from iosr_fast.cli import app
-
-if __name__ == "__main__":
-    app(["embed", *sys.argv[1:]], prog_name="iosr-fast")
