@@ -16,6 +16,7 @@ import shlex
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ import typer
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.utils.command import new_file, run
+from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.provenance import commit, write_rows
 from tools.demo.bundle import make_demo_bundle
 from tools.report import lines_of, origin
@@ -41,7 +43,7 @@ from tools.serving_load.client import (
     run_alone,
 )
 from tools.serving_load.rows import Facts, Round, percentile_ms, problems_of, provenance, ratios, row_of, rps
-from tools.serving_load.server import ServerProcess, Usage
+from tools.serving_load.server import ServerProcess
 
 DEMO = Path(__file__).resolve().parent.parent / "build" / "demo-bundle"
 QUERIES = 128
@@ -50,7 +52,7 @@ CONNECTIONS = 32  # of the closed loop
 CHURN_LOAD = 0.5
 LOADS = (0.5, 0.8, 1.2)
 _LONGEST_MS = 60_000  # deadline where none is measured
-_WARMUP_S = 2.0
+_WARMUP_S = 4.0  # more than two batches of a slow server
 _PAUSE_S = 1.0  # between measurements, for what is queued to be answered and threads to stop spinning
 
 
@@ -69,8 +71,8 @@ class Contender:
     """A server that is measured; `rounds` has those of each measurement, by case and load."""
 
     name: str
-    options: Sequence[str]
-    commit: str
+    options: Sequence[str] = ()
+    commit: str = field(default_factory=commit)
     package: Path | None = None  # the folder of its iosr_fast; None: the one that runs here
     rounds: dict[tuple[str, float | None], list[Round]] = field(default_factory=dict)
 
@@ -110,7 +112,7 @@ def main(
     facts = {"classes": len(classifier.classes_), "method": classifier.method_, "queries": QUERIES}
     del classifier
     load = Load(seconds, rounds, tuple(loads or LOADS), deadline_ms)
-    contenders = [Contender("this", shlex.split(serve), commit())]
+    contenders = [Contender("this", shlex.split(serve))]
     if rival_path is not None or rival_serve is not None:
         options = shlex.split(serve if rival_serve is None else rival_serve)
         theirs = commit() if rival_path is None else _commit_of(rival_path)
@@ -153,12 +155,12 @@ async def _measure(contenders: Sequence[Contender], bundle: Path, queries: Queri
     shows; each round of changes has servers of its own."""
     with ExitStack() as stack:
         servers = {each.name: stack.enter_context(each.start(bundle)) for each in contenders}
-        for each in _turns(contenders, load.rounds):
-            await _lone(each, servers[each.name], queries)
-            await _capacity(each, servers[each.name], queries, load.seconds)
+        for each in turns(contenders, load.rounds):
+            await lone(each, servers[each.name], queries)
+            await capacity(each, servers[each.name], queries, load.seconds)
         rate = min(each.capacity_rps for each in contenders)
         for share in load.loads:
-            for each in _turns(contenders, load.rounds):
+            for each in turns(contenders, load.rounds):
                 async with (
                     Client(servers[each.name].url, queries, load.deadline_ms) as client,
                     _measured(each, servers[each.name], "load", share) as (answers, _),
@@ -166,11 +168,11 @@ async def _measure(contenders: Sequence[Contender], bundle: Path, queries: Queri
                     answers += await open_loop(client.predict, arrival_times(share * rate, load.seconds))
         for server in servers.values():
             server.stop()
-    for each in _turns(contenders, load.rounds if changes else 0):
+    for each in turns(contenders, load.rounds if changes else 0):
         await _churn(each, bundle, queries, load, rate)
 
 
-def _turns(contenders: Sequence[Contender], rounds: int) -> Iterator[Contender]:
+def turns(contenders: Sequence[Contender], rounds: int) -> Iterator[Contender]:
     """Each contender once a round, in an order that alternates, so that a drift of the machine meets all alike."""
     for number in range(rounds):
         yield from contenders if number % 2 == 0 else reversed(contenders)
@@ -180,34 +182,39 @@ def _turns(contenders: Sequence[Contender], rounds: int) -> Iterator[Contender]:
 async def _measured(
     contender: Contender, server: ServerProcess, case: str, load: float | None = None
 ) -> AsyncIterator[Round]:
-    """A round of a measurement: the block adds answers and facts, then come memory and CPU shares. Raises ServerDied if
-    the server has ended meanwhile."""
+    """A round of a measurement: the block adds answers and facts, then come the server's memory and the share of all
+    cores that this process used. Raises ServerDied if the server has ended meanwhile."""
     await asyncio.sleep(_PAUSE_S)
     answers: list[Answer] = []
     facts: Facts = {"rss_mb_start": server.rss_mb()}
-    usage = Usage()
+    start, client_s = time.perf_counter(), time.process_time()
     yield answers, facts
-    facts |= {**usage.shares(), "rss_mb_end": server.rss_mb()}
+    share = (time.process_time() - client_s) / (time.perf_counter() - start) / usable_threads()
+    facts |= {"rss_mb_end": server.rss_mb(), "client_cpu_share": round(share, 3)}
     server.check()
     contender.rounds.setdefault((case, load), []).append((answers, facts))
 
 
-async def _lone(contender: Contender, server: ServerProcess, queries: Queries) -> None:
+async def lone(contender: Contender, server: ServerProcess, queries: Queries, count: int = LONE) -> None:
+    """Requests one at a time, after a warm-up. RuntimeError for an answer that is not right."""
     async with Client(server.url, queries, _LONGEST_MS) as client:
-        for number in range(LONE // 5):  # warm-up
+        for number in range(count // 5):
             await client.predict(number)
         async with _measured(contender, server, "lone") as (answers, _):
-            answers += [await client.predict(number) for number in range(LONE)]
+            answers += [await client.predict(number) for number in range(count)]
+    if bad := [answer for answer in answers if not answer.ok or answer.wrong]:
+        raise RuntimeError(f"expected right answers of {contender.name}, got {len(bad)} others of {count}: {bad[0]}")
 
 
-async def _capacity(contender: Contender, server: ServerProcess, queries: Queries, seconds: float) -> None:
+async def capacity(contender: Contender, server: ServerProcess, queries: Queries, seconds: float) -> None:
+    """A closed loop, after a warm-up."""
     async with (
         Client(server.url, queries, _LONGEST_MS) as client,
         _measured(contender, server, "capacity") as (answers, _),
     ):
         warm = min(_WARMUP_S, seconds / 2)
         made = await closed_loop(client, CONNECTIONS, warm + seconds)
-        start = min(answer.sent for answer in made) + warm
+        start = made[0].sent + warm
         answers += [answer for answer in made if answer.done >= start]
 
 

@@ -53,7 +53,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "pipeline": {"images_per_s": ".1f", "memory_mb": ".0f"},
     "cold-start": {"peak_memory_mb": ".0f"},
     "serving": {"ok": ",", "refused": ",", "ok_rps": ".0f", **LATENCIES, **RATIOS},
-    "serving-peer": {"pictures_per_s": ".1f", **LATENCIES},
+    "serving-peer": {"pictures_per_s": ".1f", "ok_rps": ".1f", **LATENCIES, **RATIOS},
     "texts": {"accuracy": ".1%", "std": ".1%"},
     "joint": {"alone": ".1%", "joint": ".1%", "refused": ".0%"},
     "labels": {"map": ".1%", "std": ".1%", "expected": ".1%", "f1": ".1%", "predicted": ".2f"},

@@ -53,7 +53,7 @@ def run_tool(path: Path, *options: str) -> tuple[Any, list[dict[str, Any]]]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_test, "_PAUSE_S", 0.05)
-    monkeypatch.setattr(load_test, "LONE", 20)
+    monkeypatch.setattr(load_test.lone, "__defaults__", (20,))
 
 
 @pytest.mark.slow
@@ -89,9 +89,9 @@ def test_a_server_that_dies_is_an_error_and_leaves_a_partial_report(
 ) -> None:
     async def killed(contender: Any, server: ServerProcess, *rest: Any) -> None:
         os.kill(server.pid, signal.SIGKILL)
-        await load_test._lone(contender, server, *rest[:1])
+        await load_test.lone(contender, server, *rest[:1])
 
-    monkeypatch.setattr(load_test, "_capacity", killed)
+    monkeypatch.setattr(load_test, "capacity", killed)
     done, made = run_tool(tmp_path / "rows.json")
     assert done.exit_code == 1 and "the server ended with code -9" in done.output
     assert [row["case"] for row in made] == ["lone"] and made[0]["ok"] > 0
@@ -104,10 +104,8 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_does_not_load_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(load_test.main)
-    done = CliRunner().invoke(app, ["--bundle", str(tmp_path), "--json", str(tmp_path / "rows.json")])
-    assert done.exit_code == 2 and "expected a saved classifier" in done.output
+    with pytest.raises(typer.BadParameter, match="expected a saved classifier"):
+        load_test.main(tmp_path / "rows.json", tmp_path)
 
 
 def test_what_counts_as_an_answer() -> None:
@@ -221,11 +219,10 @@ def test_an_answer_of_two_versions_is_torn() -> None:
 
 
 def test_photographs_are_sent_to_a_clip_of_another_size() -> None:
-    labels = iter("012")
-    explain = lambda images, top: [SimpleNamespace(label=next(labels)) for _ in images]  # noqa: E731
-    queries = make_queries(SimpleNamespace(encoder=SimpleNamespace(image_size=224), explain=explain), 3)  # type: ignore[arg-type]
+    predicted = [SimpleNamespace(label=label) for label in "012"]
+    larger: Any = SimpleNamespace(encoder=SimpleNamespace(image_size=224), explain=lambda images, top: predicted)
+    queries = make_queries(larger, 3)
     sizes = [Image.open(io.BytesIO(image), formats=("JPEG",)).size for image in queries.bodies]
     assert sizes == [(500, 375)] * 3 and len(set(queries.bodies)) == 3 and queries.content_type == "image/jpeg"
-    assert queries.is_wrong(1, {"predictions": [{"label": "2"}]}) and not queries.is_wrong(
-        2, {"predictions": [{"label": "2"}]}
-    )
+    answer = {"predictions": [{"label": "2"}]}
+    assert [queries.is_wrong(number, answer) for number in range(3)] == [True, True, False]

@@ -1,4 +1,4 @@
-"""A server in a process of its own, with its memory and CPU time."""
+"""A server in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from iosr_fast.utils.machine import usable_threads
 
 _POLL_S = 0.05
 _START_S = 300.0
@@ -35,11 +33,11 @@ class ServerProcess:
     def __init__(self, command: Sequence[str], ready: str, environment: Mapping[str, str] | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (__exit__ closes it)
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115 (__exit__ closes it)
         self._process = subprocess.Popen(
-            [*command, "--port", str(self.port)],
+            [*command, "--port", str(port)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._log,
@@ -69,8 +67,11 @@ class ServerProcess:
 
     def rss_mb(self) -> float | None:
         """Resident memory in MB (10^6 bytes); None without /proc."""
-        fields = _read(Path("/proc", str(self.pid), "statm")).split()
-        return round(int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6, 2) if fields else None
+        try:
+            pages = int(Path("/proc", str(self.pid), "statm").read_text().split()[1])
+        except (OSError, IndexError):
+            return None
+        return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 2)
 
     def stop(self) -> None:
         """SIGTERM; waits for the server to answer what it accepted. Raises ServerDied for an exit code other than 0."""
@@ -93,8 +94,7 @@ class ServerProcess:
         self._log.close()
 
     def _tail(self) -> str:
-        descriptor = self._log.fileno()
-        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode("utf-8", "replace")[-_LOG_TAIL:]
+        return Path(self._log.name).read_text("utf-8", "replace")[-_LOG_TAIL:]
 
     def _wait_until(self, ready: str) -> None:
         until = time.monotonic() + _START_S
@@ -106,33 +106,3 @@ class ServerProcess:
             except OSError:  # refused, or a status other than 200
                 time.sleep(_POLL_S)
         raise ServerDied(f"the server was not ready within {_START_S:g} s:\n{self._tail()}")
-
-
-class Usage:
-    """Who uses the CPU cores from now on. Shares are of all usable cores: 1.0 is the whole machine."""
-
-    def __init__(self) -> None:
-        self._start = self._seconds()
-
-    def shares(self) -> dict[str, float]:
-        """client_cpu_share, of this process, and busy_cpu_share, of all (0 without /proc)."""
-        elapsed, client, busy = (after - before for after, before in zip(self._seconds(), self._start, strict=True))
-        cores_s = elapsed * usable_threads()
-        return {"client_cpu_share": round(client / cores_s, 3), "busy_cpu_share": round(busy / cores_s, 3)}
-
-    @staticmethod
-    def _seconds() -> tuple[float, float, float]:
-        """Elapsed, of CPU time of this process, and of all cores together; the last is 0 without /proc."""
-        user, nice, system, _idle, _iowait, irq, softirq, *_ = (
-            int(field) for field in _read(Path("/proc/stat")).partition("\n")[0].split()[1:] or [0] * 7
-        )
-        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), time.process_time(), busy
-
-
-def _read(path: Path) -> str:
-    """Empty off Linux, or if the process has ended."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
