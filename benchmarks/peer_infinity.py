@@ -34,7 +34,7 @@ from tools.serving_load.rows import problems_of, provenance
 from tools.serving_load.server import ServerProcess
 
 MODEL, FIRST_ADAPTED_BLOCK, BOTTLENECK = "ViT-B-32", 8, 256
-CLASSES, SHOTS, QUERIES, ROUNDS, SECONDS, MIN_COSINE = 10, 2, 64, 3, 10.0, 0.999
+CLASSES, SHOTS, QUERIES, ROUNDS, SECONDS, MIN_COSINE = 10, 2, 64, 3, 8.0, 0.999
 INFINITY = "infinity-emb 0.0.78"
 PACKAGES = ("infinity-emb[server,torch,vision]==0.0.78", "aiohttp", "soundfile")
 # As its documentation starts it, without BetterTransformer and the warm-up by texts; nothing is downloaded or reported.
@@ -136,7 +136,7 @@ def main(
 
         async def measure() -> None:
             for each in turns(contenders, ROUNDS):
-                await lone(each, *servers[each.name], count=20)
+                await lone(each, *servers[each.name], count=10)
                 await capacity(each, *servers[each.name], SECONDS)
 
         run_alone(measure())
