@@ -9,9 +9,8 @@ from typing import Any
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, compile_method, fit_method_reducer, unavailable_reason
 from iosr_fast.methods.multi_label import multi_label_reason
-from iosr_fast.methods.out_of_fold import calibrate
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tune import AUTO, MAX_TUNE_SECONDS, check_choice
+from iosr_fast.methods.tune import AUTO, MAX_TUNE_SECONDS, calibrate, check_choice
 from iosr_fast.methods.tune import tune as search
 from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.key_precision import Precision, check_precision
@@ -97,7 +96,7 @@ class MethodChoice:
     def config(self, support: SupportSet) -> MethodConfig:
         """The config of a fit, its reducer fitted on the support images, and `tuned` if parameters were searched.
 
-        Parameters that are given keep the labels, and the factor is fitted (out_of_fold.calibrate); with tune="none"
+        Parameters that are given keep the labels, and the factor is fitted (tune.calibrate); with tune="none"
         nothing is fitted.
         """
         method, there = self.method, bool(len(support.embeddings))

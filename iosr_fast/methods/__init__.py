@@ -1,9 +1,9 @@
 """Training-free methods: each compiles a support set into a ScoringPlan, independent of any device.
 
-`tune.tune` is the way of a fit: `folds.make_folds` leaves images out, `held_out.HeldOut` asks each model of `models/`
-for its logits of them, `stack_weights.fit_stack` or, for a named method, `search.ParameterSearch` chooses by these, and
-`compile_method` adds the terms up to a plan. `out_of_fold.OutOfFold` keeps the logits of what was chosen: sets of
-labels, calibration, audit, joint prediction and the choice of an engine read them.
+`tune.tune` is the way of a fit: `folds.make_folds` leaves images out, `out_of_fold.HeldOut` asks each model of
+`models/` for its logits of them, `stack_weights.fit_stack` or, for a named method, `search.ParameterSearch` chooses by
+these, and `compile_method` adds the terms up to a plan. `out_of_fold.OutOfFold` keeps the logits of what was chosen:
+sets of labels, calibration, audit, joint prediction and the choice of an engine read them.
 """
 
 from __future__ import annotations

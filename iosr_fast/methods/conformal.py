@@ -55,10 +55,8 @@ class Reliability:
             "probability  images  mean   right",
         ]
         for k in np.flatnonzero(self.counts):
-            lines.append(
-                f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}  {self.counts[k]:7d}  {self.confidence[k]:5.1%}  "
-                f"{self.right[k]:5.1%}"
-            )
+            bounds = f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}"
+            lines.append(f"{bounds}  {self.counts[k]:7d}  {self.confidence[k]:5.1%}  {self.right[k]:5.1%}")
         return "\n".join(lines)
 
 
@@ -122,7 +120,7 @@ class LeftOutLabels:
 
 def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
     """Labelled images (V,), by the logits (V, C) of a classifier that has not seen them: the out-of-fold logits of
-    support images (held_out.OutOfFold), or those of other images, as in split conformal prediction.
+    support images (out_of_fold.OutOfFold), or those of other images, as in split conformal prediction.
     """
     labels, exact = np.asarray(labels, np.int64), np.asarray(logits, np.float64)
     rows, totals = np.arange(len(labels)), log_sum_exp(exact)
@@ -171,17 +169,13 @@ def threshold(scores: np.ndarray, share: float) -> float:
 
     Raises IosrFastError where V is too small for the promise: floor is then 0.
     """
-    rank = rank_of(len(scores), share)
+    rank = min(len(scores), math.floor((1.0 - share) * (len(scores) + 1) + 1e-9))
     if rank < 1:
         raise IosrFastError(
             f"a promise for {share:.4g} of the pictures needs at least {images_needed(share)} support images that can "
             f"be left out, got {len(scores)}: give more pictures of each class, at least two, or promise less"
         )
     return float(np.partition(scores, rank - 1)[rank - 1])
-
-
-def rank_of(n_scores: int, share: float) -> int:
-    return min(n_scores, math.floor((1.0 - share) * (n_scores + 1) + 1e-9))
 
 
 def images_needed(share: float) -> int:

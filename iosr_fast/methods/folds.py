@@ -61,12 +61,6 @@ class Folds:
         """(V,) int64: the images that are scored, rising."""
         return np.flatnonzero(self.scored)
 
-    @property
-    def halves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Two masks (V,) of `rows`, every other fold in each: what one half chooses is judged on the other."""
-        even = self.fold[self.rows] % 2 == 0
-        return even, ~even
-
     def first(self, most: int) -> Folds:
         """The first folds, until `most` images are scored; at least one."""
         sizes = np.bincount(self.fold[self.scored], minlength=self.number)

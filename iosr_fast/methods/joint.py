@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.held_out import is_level
 from iosr_fast.methods.log_loss import fit_factor
 from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments, discriminant, shrunk_precision
-from iosr_fast.methods.out_of_fold import OutOfFold
+from iosr_fast.methods.out_of_fold import OutOfFold, is_level
 from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
 from iosr_fast.scoring.inputs import checked_inputs
 from iosr_fast.scoring.plan import ScoringPlan, Which

@@ -15,7 +15,7 @@ from iosr_fast.methods.models.model import join_terms
 from iosr_fast.methods.multi_label_set import MultiLabelSet, MultiLabelTerm, multi_label_terms
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.stack import MAX_KEYS
-from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, affordable
+from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Choice, affordable
 from iosr_fast.methods.tune import AUTO, TUNE_SECONDS
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan, Which
@@ -29,7 +29,6 @@ SHRINKAGE = 4.0
 _ONE_SHOT_SPREAD = 0.5
 _PAIRS = 1 << 21  # of image and class that weights are fitted to; if there are more, every n-th image is used
 _FIRM = 1e6  # a shrinkage that leaves only the common bias
-_ROUNDING = 1e-12  # a spread of a term that is nothing but rounding
 _LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
 
 
@@ -54,20 +53,6 @@ class MultiLabelFit:
     average_precision: float
     log_loss: float
     scored: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Choice:
-    """The fit of a method at one setting: the `weights` of its `terms`, the biases (C,), and the `logits` (N, C) of
-    left-out images with these."""
-
-    which: Which
-    setting: Mapping[str, float]
-    terms: Mapping[str, MultiLabelTerm]
-    weights: Mapping[str, float]
-    bias: np.ndarray
-    logits: np.ndarray
-    loss: float
 
 
 def multi_label_reason(method: str, reducer: str | None = None) -> str | None:
@@ -126,17 +111,21 @@ def fit_multi_label(
     if method == AUTO:
         method = "stack" if images.embeddings.adapted is None else "stack++"
     _check(entry := METHODS[method], images)
-    choices = [_fit(images, entry, *one) for one in _settings(entry, images, setting, seconds)]
-    best, used = min(choices, key=lambda choice: choice.loss), _used(entry, images)
-    thresholds = f1_thresholds(sigmoid(best.logits))
+    fits = [_fit(images, entry, *one) for one in _settings(entry, images, setting, seconds)]
+    (best, bias), used = min(fits, key=lambda fit: fit[0].loss), _used(entry, images)
+    logits = best.logits + bias
+    thresholds, parameters = f1_thresholds(sigmoid(logits)), best.parameters()
+    name = entry.name if best.shares["adapter"] else entry.name.removesuffix("++")
     # A stack leaves out what has no weight.
-    fields = [(weight, best.terms[name].fields) for name, weight in best.weights.items() if weight]
-    plan = join_terms(images.n_classes, fields, bias=best.bias)
+    fields = [(parameters[part], term.fields) for part, term in best.parts.items() if parameters[part]]
+    plan = join_terms(images.n_classes, fields, bias=bias)
     return MultiLabelFit(
-        *_config(entry, best),
+        name,
+        {key: parameters.get(key, 0.0) for key in METHODS[name].parameters},
+        1.0 if entry.is_stack else parameters["text"],
         plan if plan.keys is None else plan.with_key_precision(key_precision),
         (thresholds + thresholds.mean()) / 2,
-        mean_average_precision(images.labels[:, used], best.logits[:, used]),
+        mean_average_precision(images.labels[:, used], logits[:, used]),
         best.loss if used.any() else float("nan"),
         int(used.sum()),
     )
@@ -197,24 +186,22 @@ def _used(entry: Method, images: MultiLabelSet) -> np.ndarray:
     return images.counts > 1 if entry.needs_support else np.ones(images.n_classes, bool)
 
 
-def _fit(images: MultiLabelSet, entry: Method, which: Which, setting: Mapping[str, float]) -> _Choice:
-    """Weights and biases at one setting."""
+def _fit(
+    images: MultiLabelSet, entry: Method, which: Which, setting: Mapping[str, float]
+) -> tuple[Choice[MultiLabelTerm], np.ndarray]:
+    """Weights and biases (C,) at one setting."""
     terms, used = multi_label_terms(images, entry, which, setting), _used(entry, images)
-    spreads = {name: float(term.left_out.std()) for name, term in terms.items()}
-    units = {name: spread if spread > _ROUNDING else 1.0 for name, spread in spreads.items()}
-    scaled = {name: term.left_out / units[name] for name, term in terms.items()}
+    scaled = {name: term.scaled for name, term in terms.items()}
     if used.any():
         some = slice(None, None, -(-images.labels.size // _PAIRS))
         fit = fit_binary([part[some] for part in scaled.values()], images.labels[some], used, SHRINKAGE)
-        factors, bias, loss = dict(zip(terms, fit.weights.tolist(), strict=True)), fit.bias, fit.loss
+        weights, bias, loss = dict(zip(terms, fit.weights.tolist(), strict=True)), fit.bias, fit.loss
     else:
-        factors, bias, loss = _by_rule(scaled, images.labels)
-        factors |= {name: 0.0 for name in terms if "discriminant" in name}
-    if not any(factors.values()):
-        factors[next(iter(terms))] = _LEAST
-    weights = {name: factor / units[name] for name, factor in factors.items()}
-    logits = np.sum([weight * terms[name].left_out for name, weight in weights.items()], axis=0) + bias
-    return _Choice(which, setting, terms, weights, bias, logits, loss)
+        weights, bias, loss = _by_rule(scaled, images.labels)
+        weights |= {name: 0.0 for name in terms if "discriminant" in name}
+    if not any(weights.values()):
+        weights[next(iter(terms))] = _LEAST
+    return Choice(terms, weights, setting, which, loss), bias
 
 
 def _by_rule(scaled: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[dict[str, float], np.ndarray, float]:
@@ -226,14 +213,3 @@ def _by_rule(scaled: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[dict
         spread, common, loss = float(fit.weights[0]), fit.common, fit.loss
     shift = sum(spread * float(part.mean()) for name, part in scaled.items() if name != "text")
     return dict.fromkeys(scaled, spread), np.full(labels.shape[1], common - shift), loss
-
-
-def _config(entry: Method, choice: _Choice) -> tuple[str, dict[str, float], float]:
-    """Method, parameters and factor of the logits, as a MethodConfig has them."""
-    if not entry.is_stack:
-        return entry.name, {}, choice.weights["text"]
-    adapted = choice.which == "adapted"
-    name = entry.name if adapted or choice.weights.get("discriminant_adapted") else entry.name.removesuffix("++")
-    values = {**choice.weights, "beta": choice.setting["beta"], "ridge": choice.setting["ridge"]}
-    values |= {"adapted_keys": float(adapted)}
-    return name, {key: values.get(key, 0.0) for key in METHODS[name].parameters}, 1.0

@@ -13,10 +13,13 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.folds import MAX_FOLDS, Folds
 from iosr_fast.methods.models.gaussian import Moments, fit_gaussians, gaussians_without
 from iosr_fast.methods.models.ridge import KernelRidge, kernel_matrix
+from iosr_fast.methods.out_of_fold import Part
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.stack import DISCRIMINANTS
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.scoring.plan import Which
+
+_ROUNDING = 1e-12  # a spread of a term that is nothing but rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +69,17 @@ class MultiLabelSet:
 
 
 @dataclass(frozen=True, eq=False)
-class MultiLabelTerm:
-    """A term of the logits, to be multiplied by a weight.
-
-    fields    those of a ScoringPlan that give it (models.model.join_terms)
-    left_out  (N, C) float64: the term of each support image as a query, fitted without it
-    """
+class MultiLabelTerm(Part):
+    """A term of the logits, to be multiplied by a weight: of left-out images as queries (N, C), each fitted without it;
+    their standard deviation is its unit. `fields` are those of a ScoringPlan that give it (models.model.join_terms)."""
 
     fields: Mapping[str, Any]
-    left_out: np.ndarray
+
+    @classmethod
+    def of(cls, left_out: np.ndarray, **fields: Any) -> MultiLabelTerm:
+        spread = float(left_out.std())
+        unit = spread if spread > _ROUNDING else 1.0
+        return cls(left_out, unit, unit, fields)
 
 
 def multi_label_terms(
@@ -85,7 +90,7 @@ def multi_label_terms(
     terms = dict[str, MultiLabelTerm]()
     if images.text is not None:
         left_out = images.tau * (np.asarray(images.as_queries.plain, np.float64) @ images.text.T)
-        terms["text"] = MultiLabelTerm({"text": images.text, "tau": images.tau}, left_out)
+        terms["text"] = MultiLabelTerm.of(left_out, text=images.text, tau=images.tau)
     if method.is_stack:
         terms["regression"] = _regression(images, which, setting["beta"], setting["ridge"])
         for read, name in DISCRIMINANTS.items():
@@ -110,7 +115,7 @@ def _regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) 
     others = max(len(keys) - 1, 1)
     values = values[:, :-1] - values[:, -1:] * (images.counts / len(keys))
     left_out = left_out[:, :-1] - left_out[:, -1:] * ((images.counts - images.labels) / others)
-    return MultiLabelTerm({"keys": keys, "values": values, "query": which, "beta": beta}, left_out)
+    return MultiLabelTerm.of(left_out, keys=keys, values=values, query=which, beta=beta)
 
 
 def _discriminant(images: MultiLabelSet, which: Which) -> MultiLabelTerm:
@@ -127,8 +132,8 @@ def _discriminant(images: MultiLabelSet, which: Which) -> MultiLabelTerm:
         moments = Moments.of(own, labels)
         left_out = gaussians_without(moments, own, queries, labels, spread_folds(images.labels))
         linear, bias = fit_gaussians(moments).centred
-        fields = {"linear": linear, "bias": bias, "feature": which}
-        known[which] = MultiLabelTerm(fields, left_out - left_out.mean(1, keepdims=True))
+        centred = left_out - left_out.mean(1, keepdims=True)
+        known[which] = MultiLabelTerm.of(centred, linear=linear, bias=bias, feature=which)
     return known[which]
 
 

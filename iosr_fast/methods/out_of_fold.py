@@ -1,25 +1,45 @@
-"""The out-of-fold logits of a classifier, from which all it says of itself follows; and the factor of its logits."""
+"""The out-of-fold logits: labelled images that judge models of a support set, each by a model that has not seen it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.folds import Folds, make_folds
-from iosr_fast.methods.held_out import HeldOut, spread_of_others
-from iosr_fast.methods.log_loss import fit_factor, spread
+from iosr_fast.methods.models.model import Model, Term
 from iosr_fast.methods.papers import Method
-from iosr_fast.methods.stack_weights import one_shot_weights
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.support_set import ROUNDING, SupportSet
 from iosr_fast.scoring.reducers import Reducer
 
-# Images that are left out: one number is fitted.
-_ENOUGH = 1000
-# Beyond these numbers of support images leaving some out takes more than seconds.
-_MOST = 100_000
-_MOST_SOLVED = 3000
+_KEPT = 1 << 24  # logits of parts that are kept for the next question: 128 MB
+_SPREAD_IMAGES = 256  # on which a spread in use is measured
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A model's logits of V held-out images, (V, C).
+
+    unit    the spread of these logits over the classes that are not the image's own (`spread_of_others`)
+    in_use  the same of the model that is fitted with all support images, which has another spread
+    """
+
+    logits: np.ndarray
+    unit: float
+    in_use: float
+
+    @property
+    def scaled(self) -> np.ndarray:
+        """The logits in units of their spread."""
+        return self.logits / self.unit
+
+    @property
+    def as_in_use(self) -> np.ndarray:
+        """The logits at the spread of the model in use, so that weights and probabilities of it fit them."""
+        return self.logits * (self.in_use / self.unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +51,6 @@ class OutOfFold:
     labels: np.ndarray
     logits: np.ndarray
 
-    @classmethod
-    def of(cls, held_out: HeldOut, logits: np.ndarray) -> OutOfFold | None:
-        """Of a search; None where a validation set judged it."""
-        if held_out.folds is None:
-            return None
-        # A copy of the folds, without the support sets that a search has kept with them.
-        return cls(replace(held_out.folds), held_out.labels, logits.astype(np.float32))
-
     def by_image(self) -> np.ndarray:
         """(N, C): the logits of every support image; NaN for one that is never left out."""
         logits = np.full((len(self.folds.fold), self.logits.shape[1]), np.nan, np.float32)
@@ -46,62 +58,125 @@ class OutOfFold:
         return logits
 
 
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """V `queries` with `labels` (V,), which judge models of `support`.
+
+    By `folds` they are the support images that can be left out, in their order, and each is judged by a model without
+    its fold. Without, they are a validation set.
+    """
+
+    support: SupportSet
+    queries: Embeddings
+    labels: np.ndarray
+    folds: Folds | None = None
+    _parts: dict[Model, Part] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_support(cls, support: SupportSet, most: int | None = None) -> HeldOut:
+        """The support images themselves, by `make_folds`; only the first folds with about `most` images."""
+        folds = make_folds(support) if most is None else make_folds(support).first(most)
+        return cls(support, support.as_queries[folds.rows], support.labels[folds.rows], folds)
+
+    @classmethod
+    def validation(cls, support: SupportSet, queries: Embeddings, labels: np.ndarray) -> HeldOut:
+        """A validation set. Raises IosrFastError if it is empty or its labels don't fit."""
+        labels = np.asarray(labels, np.int64)
+        if labels.shape != (len(queries),) or not len(labels):
+            raise IosrFastError(
+                f"expected at least one validation image and a label for each, got {len(queries)} images and "
+                f"labels of shape {labels.shape}"
+            )
+        if labels.min() < 0 or labels.max() >= support.n_classes:
+            raise IosrFastError(f"expected labels in 0..{support.n_classes - 1}, got {labels.min()}..{labels.max()}")
+        return cls(support, queries, labels)
+
+    @property
+    def halves(self) -> Sequence[np.ndarray]:
+        """Two masks (V,), every other fold (of a validation set: every other image) in each: what one half chooses is
+        judged on the other. None if there are no images for both."""
+        even = (np.arange(len(self.labels)) if self.folds is None else self.folds.fold[self.folds.rows]) % 2 == 0
+        return (even, ~even) if even.any() and not even.all() else ()
+
+    def part(self, model: Model) -> Part:
+        """The model's logits of the held-out images."""
+        part = self._parts.pop(model, None) or self._judged(model)
+        while self._parts and (len(self._parts) + 1) * part.logits.size > _KEPT:
+            self._parts.pop(next(iter(self._parts)))
+        self._parts[model.refitted(self.support)] = part  # an equal key, which does not hold what was fitted
+        return part
+
+    def _judged(self, model: Model) -> Part:
+        logits = model.scores(self.queries) if self.folds is None else model.without(self.folds)[self.folds.rows]
+        unit = spread_of_others(logits, self.labels)
+        if len(self.labels) and (self.folds is None or self.support.n_classes == 2):
+            return Part(logits, unit, unit)
+        rows = self.folds.rows if self.folds is not None and len(self.labels) else np.arange(len(self.support.labels))
+        rows = rows[:: -(-len(rows) // _SPREAD_IMAGES) or 1]
+        in_use = spread_of_others(model.in_use(rows), self.support.labels[rows])
+        return Part(logits, unit if len(self.labels) else in_use, in_use)
+
+    def logits(self, terms: Sequence[Term]) -> np.ndarray:
+        """(V, C): the sum of weighted terms, at the spread that they have in use."""
+        total = np.zeros((len(self.labels), self.support.n_classes))
+        for weight, model in terms:
+            total += weight * self.part(model).as_in_use
+        return total
+
+    def out_of_fold(self, logits: np.ndarray) -> OutOfFold | None:
+        """These `logits` (V, C) to be kept; None of a validation set."""
+        if self.folds is None:
+            return None
+        # A copy of the folds, without the support sets that are kept with them.
+        return OutOfFold(replace(self.folds), self.labels, logits.astype(np.float32))
+
+    def note(self) -> str:
+        """A note on what leaving out does not judge, or judges together; "" if there is nothing."""
+        if self.folds is None:
+            return ""
+        single = int((self.folds.distinct == 1).sum())
+        count = int(self.support.counts.sum() - self.folds.distinct.sum())
+        notes = []
+        if len(self.labels) and single:
+            classes = f"{single} of {self.support.n_classes} classes {'has' if single == 1 else 'have'}"
+            notes.append(f"{classes} a single image, which can't be left out: no image of theirs is judged")
+        if count:
+            images = "1 image is a near duplicate" if count == 1 else f"{count} images are near duplicates"
+            notes.append(f"{images} of others of the same class and left out together with them")
+        return "; ".join(notes)
+
+
 def out_of_fold(
-    method: Method,
-    support: SupportSet,
-    reducer: Reducer | None,
-    parameters: Mapping[str, float],
-    factor: float = 1.0,
+    method: Method, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float], factor: float = 1.0
 ) -> OutOfFold:
-    """The out-of-fold logits of a method with these parameters and a factor of its logits."""
-    folds = make_folds(support)
-    held_out = HeldOut.of_support(support, folds)
-    logits = factor * held_out.logits(method.terms(support, reducer, parameters))
-    return OutOfFold(replace(folds), held_out.labels, logits.astype(np.float32))
+    """The out-of-fold logits of a method with these parameters and a factor of its logits; of no image where each class
+    has one."""
+    held_out = HeldOut.of_support(support)
+    found = held_out.out_of_fold(factor * held_out.logits(method.terms(support, reducer, parameters)))
+    assert found is not None  # by folds
+    return found
 
 
-def calibrate(method: Method, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> float:
-    """The factor of the logits at all parameters. It minimises the log-loss of left-out support images
-    (log_loss.fit_factor), of about 1,000 at most. If none can be left out, or if that takes more than seconds, it is
-    `usual_factor`.
+def spread_of_others(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over images of the standard deviation over the classes that are not the image's own; 1 if that is mere
+    rounding. An image that the fit has seen distorts the logit of its own class alone.
+
+    logits (V, C), labels (V,). With two classes there is a single other class: then over both.
     """
-    if len(support.embeddings) <= (_MOST_SOLVED if method.family in ("values", "stack") else _MOST):
-        held_out = HeldOut.of_support(support, make_folds(support).first(_ENOUGH))
-        if len(held_out.labels):
-            logits = held_out.logits(method.terms(support, reducer, parameters))
-            return fit_factor(logits, held_out.labels)[0]
-    return usual_factor(method, support, reducer, parameters)
-
-
-def usual_factor(
-    method: Method, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]
-) -> float:
-    """The factor that gives the logits of the support images the spread that a stack's have at one image a class:
-    t + g, with its weights t of the texts and g of the images (stack_weights.one_shot_weights), over the
-    classes that are not an image's own. 1 if the logits are constant over classes.
-    """
-    rows = np.zeros(len(support.embeddings), bool)
-    rows[support.class_offsets[:-1][support.counts > 0]] = True
-    terms = method.terms(support, reducer, parameters)
-    logits = np.sum([weight * model.scores(support.as_queries[rows]) for weight, model in terms], axis=0)
-    if not spread(logits):
+    if not len(logits):
         return 1.0
-    weights = one_shot_weights(support.only(rows), ["plain"])
-    images = weights["regression" if support.text is None else "discriminant"]
-    return (weights.get("text", 0.0) + images) / spread_of_others(logits, support.labels[rows])
+    if logits.shape[1] > 2:
+        own = np.arange(logits.shape[1])[None, :] == labels[:, None]
+        logits = logits[~own].reshape(len(logits), -1)
+    spread = float(np.std(logits, axis=1).mean())
+    return spread if spread > max(ROUNDING * float(np.abs(logits).max()), 1e-12) else 1.0
 
 
-def note_of_folds(held_out: HeldOut) -> str:
-    """A note on what leaving out does not judge, or judges together; "" if there is nothing."""
-    if (folds := held_out.folds) is None:
-        return ""
-    single = int((folds.distinct == 1).sum())
-    count = int(held_out.support.counts.sum() - folds.distinct.sum())
-    notes = []
-    if len(held_out.labels) and single:
-        classes = f"{single} of {held_out.support.n_classes} classes {'has' if single == 1 else 'have'}"
-        notes.append(f"{classes} a single image, which can't be left out: no image of theirs is judged")
-    if count:
-        images = "1 image is a near duplicate" if count == 1 else f"{count} images are near duplicates"
-        notes.append(f"{images} of others of the same class and left out together with them")
-    return "; ".join(notes)
+def is_level(right: np.ndarray, best: np.ndarray) -> bool:
+    """Whether `right` is as good as `best` within noise. Both are (V,) bool: the images that a candidate gets right.
+
+    lost - won <= 2 sqrt(lost + won), with lost the number of images that only `best` gets right and won that of images
+    that only `right` gets right; sqrt(lost + won) is the standard error of their difference.
+    """
+    lost, won = int((best & ~right).sum()), int((right & ~best).sum())
+    return lost - won <= 2.0 * float(np.sqrt(lost + won))

@@ -15,9 +15,8 @@ import numpy as np
 
 from iosr_fast.methods import Method
 from iosr_fast.methods.alpha import Intervals, Plateau, intervals
-from iosr_fast.methods.held_out import HeldOut, is_level
 from iosr_fast.methods.log_loss import MAX_ALPHA, fit_alpha, fit_factor, spread
-from iosr_fast.methods.out_of_fold import OutOfFold
+from iosr_fast.methods.out_of_fold import HeldOut, is_level
 from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.score import score
@@ -78,7 +77,7 @@ class ParameterSearch:
         its best alpha and at its alpha of least log-loss; on a validation set the most right. Each half of the images
         (HeldOut.halves) is judged at the setting and the alpha that the other half chooses by the same rule; images
         that can't be halved, at those of the candidate."""
-        halves = self.held_out.halves if all(half.any() for half in self.held_out.halves) else ()
+        halves = self.held_out.halves
         chosen = self._choose([np.ones(len(self.labels), bool), *(~half for half in halves)])
         (best, alpha), *by_halves = chosen
         judged = best.intervals.right_at(alpha)
@@ -102,7 +101,7 @@ class ParameterSearch:
             factor=factor,
             settings=len(self.tried),
             right=judged,
-            out_of_fold=OutOfFold.of(self.held_out, factor * logits),
+            out_of_fold=self.held_out.out_of_fold(factor * logits),
             note="; ".join(filter(None, self._notes(parameters, spread(base), alpha * spread(slope), right))),
         )
 

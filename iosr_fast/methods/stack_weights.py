@@ -1,8 +1,8 @@
 """The weights, the kernel and the ridge of a stack: by log-loss on images that are left out, or by a prior.
 
 Every part is fitted without a fold, and the weights that minimise the log-loss of the left-out images are exact
-(convex, `log_loss.fit_weights`). They hold per unit of spread (`held_out.Part`), because the spread of a part changes
-with the number of images. With few images a class, one or two in at least a quarter of the classes:
+(convex, `log_loss.fit_weights`). They hold per unit of spread (`out_of_fold.Part`), because the spread of a part
+changes with the number of images. With few images a class, one or two in at least a quarter of the classes:
 
 - two: a fold leaves one image of each class. Texts beside the images give a covariance nevertheless, and a prior holds
   the weights. Without texts the discriminant of a fold has no covariance: only the regression's weight is fitted, and
@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from iosr_fast.methods.held_out import HeldOut, Part, is_level, spread_of_others
 from iosr_fast.methods.log_loss import PENALTY, fit_weights, log_sum_exp
 from iosr_fast.methods.models.model import TextModel
+from iosr_fast.methods.out_of_fold import HeldOut, Part, is_level, spread_of_others
 from iosr_fast.methods.stack import DISCRIMINANTS, MAX_KEYS, stack_models
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import Which
@@ -44,16 +45,17 @@ _TEXT_IMAGES = 4.0
 _RATE = 1e10
 # How firmly the prior holds the weights at two images a class, in units of 1 / spread^2.
 _PRIOR_STRENGTH = 30.0
+P = TypeVar("P", bound=Part)
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class Choice(Generic[P]):
     """The parts of a stack that are used, with a weight >= 0 per unit of spread for each, and their log-loss.
 
     `parts` are named by the stack's parameters.
     """
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, P]
     weights: Mapping[str, float]
     setting: Mapping[str, float]
     keys: Which
@@ -64,7 +66,7 @@ class Choice:
         """(V, C) of the held-out images."""
         return np.sum([self.weights[name] * part.scaled for name, part in self.parts.items()], axis=0)
 
-    def without(self, *names: str) -> Choice:
+    def without(self, *names: str) -> Choice[P]:
         """Without some of its parts."""
         return replace(self, parts={name: part for name, part in self.parts.items() if name not in names})
 
@@ -134,10 +136,9 @@ def fit_stack(held_out: HeldOut, adapted: bool, seconds: float) -> StackFit:
         if gains.mean() <= gains.std() / np.sqrt(len(gains)):
             best, choices = other, plain
     right = best.logits.argmax(1) == labels
-    if all(half.any() for half in held_out.halves):
-        for half in held_out.halves:
-            logits = _best(choices, labels, ~half, prior).logits
-            right[half] = (logits.argmax(1) == labels)[half]
+    for half in held_out.halves:
+        logits = _best(choices, labels, ~half, prior).logits
+        right[half] = (logits.argmax(1) == labels)[half]
     return StackFit(_with_more_images(best, held_out) if few else best, best, right, len(choices))
 
 
@@ -225,10 +226,7 @@ def _candidates(
 
 
 def _best(
-    choices: Sequence[Choice],
-    labels: np.ndarray,
-    rows: np.ndarray,
-    prior: Mapping[str, float] | None = None,
+    choices: Sequence[Choice], labels: np.ndarray, rows: np.ndarray, prior: Mapping[str, float] | None = None
 ) -> Choice:
     """The choice with the least log-loss on the held-out images `rows` (V,) bool, with its weights."""
     fitted, strength = [], PENALTY if prior is None else _PRIOR_STRENGTH

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +13,11 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, Method, check_parameters, fit_method_reducer, unavailable_reason, unknown_method
-from iosr_fast.methods.held_out import HeldOut, spread_of_others
 from iosr_fast.methods.log_loss import MAX_ALPHA, fit_factor, spread
-from iosr_fast.methods.models.model import TextModel
-from iosr_fast.methods.out_of_fold import OutOfFold, note_of_folds, usual_factor
+from iosr_fast.methods.models.model import Term, TextModel
+from iosr_fast.methods.out_of_fold import HeldOut, spread_of_others
 from iosr_fast.methods.search import ParameterSearch
-from iosr_fast.methods.stack_weights import StackFit, fit_stack
+from iosr_fast.methods.stack_weights import StackFit, fit_stack, one_shot_weights
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuned import Protocol, Tuned
 from iosr_fast.scoring.reducers import Reducer, check_reducer
@@ -25,6 +25,11 @@ from iosr_fast.scoring.reducers import Reducer, check_reducer
 AUTO = "auto"
 TUNE_SECONDS = 20.0
 MAX_TUNE_SECONDS = 1e6
+# Images that are left out to calibrate: one number is fitted.
+_ENOUGH = 1000
+# Beyond these numbers of support images leaving some out takes more than seconds.
+_MOST = 100_000
+_MOST_SOLVED = 3000
 _log = logging.getLogger("iosr_fast")
 
 
@@ -114,32 +119,26 @@ def tune(
         factor = usual_factor(entry, support, fitted, parameters)
         tuned = Tuned(method, reducer, parameters, float("nan"), 0, "one-shot", factor=factor)
     elif not entry.needs_support:
-        base = held_out.logits(entry.terms(support, None, {}))
-        (factor, loss), right = fit_factor(base, held_out.labels), base.argmax(1) == held_out.labels
-        accuracy = float(right.mean())
-        tuned = Tuned(method, "none", {}, accuracy, len(right), protocol, accuracy, right=right, settings=1)
-        tuned = replace(tuned, log_loss=loss, factor=factor)
+        logits = held_out.logits(entry.terms(support, None, {}))
+        (factor, loss), right = fit_factor(logits, held_out.labels), logits.argmax(1) == held_out.labels
+        accuracy, of_images = float(right.mean()), {"right": right, "log_loss": loss, "factor": factor, "settings": 1}
+        tuned = Tuned(method, "none", {}, accuracy, len(right), protocol, accuracy, **of_images)
     else:
         tuned = ParameterSearch(entry, held_out, fitted).result(reducer)
-    notes = filter(None, (tuned.note, note_of_folds(held_out)))
-    tuned = replace(tuned, note="; ".join(notes), seconds=time.perf_counter() - started)
+    note = "; ".join(filter(None, (tuned.note, held_out.note())))
     _log.info("%s: %.4f of %d held-out images right", tuned.method, tuned.accuracy, tuned.scored)
-    return tuned
+    return replace(tuned, note=note, seconds=time.perf_counter() - started)
 
 
 def _of_stack(method: Method, protocol: Protocol, held_out: HeldOut, fit: StackFit) -> Tuned:
     choice, scored = fit.choice, len(fit.right)
-    adapted = choice.shares["adapter"] > 0
+    adapted, notes = choice.shares["adapter"] > 0, []
+    if held_out.support.text is not None and not choice.shares["text"]:
+        notes.append("texts add nothing: class names do not matter here")
+    if method.needs_adapter and not adapted:
+        notes.append("adapted embeddings add nothing: the plain engine does")
     name = method.name if adapted else method.name.removesuffix("++")
     parameters = choice.parameters()
-    notes = [
-        f"{part} add nothing: {effect}"
-        for part, effect, used in (
-            ("texts", "class names do not matter here", held_out.support.text is None or choice.shares["text"] > 0),
-            ("adapted embeddings", "the plain engine does", adapted or not method.needs_adapter),
-        )
-        if not used
-    ]
     return Tuned(
         method=name,
         reducer="none",
@@ -153,8 +152,37 @@ def _of_stack(method: Method, protocol: Protocol, held_out: HeldOut, fit: StackF
         note="; ".join(notes),
         shares=choice.shares,
         right=fit.right,
-        out_of_fold=OutOfFold.of(held_out, choice.logits) if scored else None,
+        out_of_fold=held_out.out_of_fold(choice.logits) if scored else None,
     )
+
+
+def calibrate(method: Method, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> float:
+    """The factor of the logits at all parameters. It minimises the log-loss of left-out support images
+    (log_loss.fit_factor), of about 1,000 at most. If none can be left out, or if that takes more than seconds, it is
+    `usual_factor`.
+    """
+    if len(support.embeddings) <= (_MOST_SOLVED if method.family in ("values", "stack") else _MOST):
+        held_out = HeldOut.of_support(support, _ENOUGH)
+        if len(held_out.labels):
+            return fit_factor(held_out.logits(method.terms(support, reducer, parameters)), held_out.labels)[0]
+    return usual_factor(method, support, reducer, parameters)
+
+
+def usual_factor(
+    method: Method, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]
+) -> float:
+    """The factor that gives the logits of the support images the spread that a stack's have at one image a class:
+    t + g, with its weights t of the texts and g of the images (stack_weights.one_shot_weights), over the
+    classes that are not an image's own. 1 if the logits are constant over classes.
+    """
+    rows = np.zeros(len(support.embeddings), bool)
+    rows[support.class_offsets[:-1][support.counts > 0]] = True
+    logits = _sum(method.terms(support, reducer, parameters), support.as_queries[rows])
+    if not spread(logits):
+        return 1.0
+    weights = one_shot_weights(support.only(rows), ["plain"])
+    images = weights["regression" if support.text is None else "discriminant"]
+    return (weights.get("text", 0.0) + images) / spread_of_others(logits, support.labels[rows])
 
 
 def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | None) -> dict[str, float]:
@@ -176,10 +204,15 @@ def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | 
     accuracy = min(max(right, 1), max(n_images - 1, 1)) / n_images
     if "ridge" in parameters:
         return {**parameters, "ridge": 3.0 * accuracy**2}
-    *others, (weight, images) = method.terms(support, reducer, {**parameters, "alpha": 1.0})
-    base = np.sum([w * model.scores(queries) for w, model in others], axis=0)
-    slope = weight * images.scores(queries)
+    *others, images = method.terms(support, reducer, {**parameters, "alpha": 1.0})
+    base, slope = _sum(others, queries), _sum([images], queries)
     if support.n_classes < 3 or not spread(base) or not spread(slope):
         return parameters
     spreads = [spread_of_others(part, support.labels) for part in (base, slope)]
     return {**parameters, "alpha": min((1 - accuracy) / accuracy * spreads[0] / spreads[1], MAX_ALPHA)}
+
+
+def _sum(terms: Sequence[Term], queries: Embeddings) -> np.ndarray:
+    """The logits (B, C) of weighted terms."""
+    logits: np.ndarray = np.sum([weight * model.scores(queries) for weight, model in terms], axis=0)
+    return logits

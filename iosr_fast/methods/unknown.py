@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.conformal import check_share, rank_of, threshold
+from iosr_fast.methods.conformal import check_share, images_needed, threshold
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.ood_scores import OodScores, score_names
 from iosr_fast.methods.support_set import SupportSet, image_rows
@@ -87,7 +87,7 @@ class Unknown:
     def summary(self, keep: float = KEEP) -> str:
         """One sentence: what is kept, how well classes that were left out are found, or why nothing can be promised."""
         n_images, keep = len(self.left_out), check_share("keep", keep)
-        if rank_of(n_images, keep) < 1:
+        if n_images < images_needed(keep):
             return f"{n_images} left-out support images are too few to promise that {keep:.4g} of known pictures stay"
         sentence = f"{keep:.4g} of known pictures stay, by {n_images} left-out support images"
         if single := int((self.support.counts == 1).sum()):

@@ -9,6 +9,7 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.folds import group_near_duplicates, make_folds, near_pairs, near_support
+from iosr_fast.methods.out_of_fold import HeldOut
 from iosr_fast.methods.support_set import SupportSet, make_support_set, mean_of_views
 from tests.conftest import random_embeddings, unit_rows
 from tests.methods.support_sets import Clusters, unit
@@ -28,7 +29,8 @@ def test_folds_leave_one_image_of_each_class_out_and_are_16_at_most(rng: np.rand
     for rows, out in folds.splits:
         np.testing.assert_array_equal(rows, np.flatnonzero(out))
     assert sorted(np.concatenate([rows for rows, _ in folds.splits])) == folds.rows.tolist()
-    np.testing.assert_array_equal(folds.halves, [folds.fold[folds.rows] % 2 == half for half in (0, 1)])
+    halves = HeldOut.of_support(support).halves
+    np.testing.assert_array_equal(halves, [folds.fold[folds.rows] % 2 == half for half in (0, 1)])
 
 
 def test_the_first_folds_have_about_as_many_images_as_are_asked_for(rng: np.random.Generator) -> None:

@@ -10,13 +10,12 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.folds import make_folds
-from iosr_fast.methods.models.gaussian import GaussianModel, Moments
+from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyModel
 from iosr_fast.methods.models.model import Model, TextModel
-from iosr_fast.methods.models.ridge import KernelRidge, RidgeModel, kernel_matrix, lower_inverse
+from iosr_fast.methods.models.ridge import RidgeModel, kernel_matrix, lower_inverse
 from iosr_fast.methods.support_set import SupportSet, class_weights, make_support_set
 from iosr_fast.scoring.reducers import fit_reducer
-from tests.conftest import unit_rows
 from tests.methods.support_sets import Clusters, unit
 
 MODELS: dict[str, Callable[[SupportSet], Model]] = {
@@ -72,40 +71,7 @@ def test_a_regression_without_a_fold_keeps_the_weights_of_classes(which: str, vi
         np.testing.assert_allclose(found[j], expected[0], atol=1e-9)
 
 
-@pytest.mark.parametrize("views", [False, True])
-def test_kernel_ridge_without_one_image_is_a_fit_without_it(views: bool, rng: np.random.Generator) -> None:
-    rows, queries, target = unit_rows(rng, 20, 9), unit_rows(rng, 20, 9), rng.standard_normal((20, 6))
-    kernel, ridge = kernel_matrix(rows, rows, 2.0), rng.random(20) + 0.02
-    asked = kernel_matrix(queries, rows, 2.0) if views else kernel
-    found = KernelRidge(kernel, ridge).without_one(target, asked if views else None)
-    for j in range(20):
-        kept = np.arange(20) != j
-        values = np.linalg.solve(kernel[np.ix_(kept, kept)] + np.diag(ridge[kept]), target[kept])
-        np.testing.assert_allclose(found[j], asked[j, kept] @ values, atol=1e-9)
-
-
 @pytest.mark.parametrize("size", [1, 99, 100, 101, 257])
 def test_the_inverse_of_a_triangle_is_that_of_numpy(size: int, rng: np.random.Generator) -> None:
     lower = np.tril(rng.standard_normal((size, size))) / size + np.eye(size)
     np.testing.assert_allclose(lower_inverse(lower), np.linalg.inv(lower), atol=1e-12)
-
-
-def test_moments_are_those_of_their_rows(rng: np.random.Generator) -> None:
-    rows, shares, text = rng.standard_normal((17, 5)), rng.random((17, 4)), unit_rows(rng, 4, 5).astype(np.float64)
-    shares[:, 2] = 0.0
-    moments, first = Moments.of(rows, shares), Moments.of(rows[:6], shares[:6])
-    means = (shares.T @ rows) / np.maximum(shares.sum(0), 1e-9)[:, None]
-    around = rows[:, None] - means
-    np.testing.assert_allclose(moments.means, means, atol=1e-12)
-    np.testing.assert_allclose(moments.scatter, np.einsum("nc,ncd,nce->de", shares, around, around), atol=1e-12)
-    rest = Moments.of(rows[6:], shares[6:])
-    matched = text * np.einsum("cd,cd->c", unit(moments.sums + (np.arange(4) == 2)[:, None]), text)[:, None]
-    with_texts = np.vstack([rows, matched]), np.vstack([shares, 2.5 * np.diag([1.0, 1.0, 0.0, 1.0])])
-    one_class = Moments.of(rows, shares.sum(1, keepdims=True))
-    found = first + rest, moments - first, moments.with_texts(text, 2.5), moments.joined
-    for one, expected in zip(found, (moments, rest, Moments.of(*with_texts), one_class), strict=True):
-        for name in ("counts", "sums", "second"):
-            np.testing.assert_allclose(getattr(one, name), getattr(expected, name), atol=1e-6)
-    some, others, every = (Moments.of(rows[k], np.ones((len(rows[k]), 1))) for k in (slice(6), slice(6, 17), slice(17)))
-    emptied = every - others - some
-    assert emptied.counts[0] == 0 and not emptied.sums[0].any()  # no rounding error as a mean

@@ -62,7 +62,7 @@ def test_the_regression_is_that_of_the_formula_and_of_a_fit_without_the_image(wh
     for row in range(31):
         affinity = np.exp(-2.0 * (1 - np.delete(keys, row, 0) @ rows_of(images.as_queries, which)[row]))
         expected = affinity @ regression(only(images, np.arange(31) != row)).fields["values"]
-        np.testing.assert_allclose(found.left_out[row], expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(found.logits[row], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_discriminant_is_that_of_each_image_given_once_a_label() -> None:
@@ -80,7 +80,7 @@ def test_a_discriminant_is_that_of_each_image_given_once_a_label() -> None:
     found = queries @ term.fields["linear"].T + term.fields["bias"]
     np.testing.assert_allclose(found, expected(np.ones(45, bool), queries), atol=1e-6)
     for own, out in folds.splits:
-        np.testing.assert_allclose(term.left_out[own], expected(~out, queries[own]), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(term.logits[own], expected(~out, queries[own]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -9,11 +9,10 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, check_parameters, compile_method, fit_method_reducer, unavailable_reason
-from iosr_fast.methods.held_out import HeldOut, spread_of_others
-from iosr_fast.methods.out_of_fold import calibrate, out_of_fold, usual_factor
+from iosr_fast.methods.out_of_fold import HeldOut, out_of_fold, spread_of_others
 from iosr_fast.methods.stack_weights import one_shot_weights
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tune import check_choice, one_shot_parameters, tune
+from iosr_fast.methods.tune import calibrate, check_choice, one_shot_parameters, tune, usual_factor
 from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -156,12 +156,12 @@ class GaussianModel(Model):
 
     @cached_property
     def gaussians(self) -> Gaussians:
-        return fit_gaussians(self.moments, self._text, self.copies, self.paper)
+        return self._fit(self.moments)
 
-    @property
-    def _text(self) -> np.ndarray | None:
+    def _fit(self, moments: Moments) -> Gaussians:
         text = self.support.text
-        return text if text is None or self.reducer is None else self.reducer(text)
+        moved = text if text is None or self.reducer is None else self.reducer(text)
+        return fit_gaussians(moments, moved, self.copies, self.paper)
 
     def scores(self, queries: Embeddings) -> np.ndarray:
         return self.gaussians.scores(self._rows(queries))
@@ -169,8 +169,7 @@ class GaussianModel(Model):
     def without(self, folds: Folds) -> np.ndarray:
         """In closed form: the moments of a fold are taken off those of all images."""
         rows, queries = self._rows(self.support.embeddings), self._rows(self.support.as_queries)
-        fit = partial(fit_gaussians, text=self._text, copies=self.copies, paper=self.paper)
-        return gaussians_without(self.moments, rows, queries, self.support.one_hot, folds, fit)
+        return gaussians_without(self.moments, rows, queries, self.support.one_hot, folds, self._fit)
 
     def fields(self) -> dict[str, Any]:
         fitted = self.gaussians

@@ -104,13 +104,8 @@ class RefinedKeyModel(KeyModel):
 
     @property
     def channels(self) -> np.ndarray:
-        rows, support = image_rows(self.support.embeddings, self.which, self.reducer), self.support
-        return self._shared("channels", lambda: choose_channels(rows, support.one_hot, self._text))
-
-    @property
-    def _text(self) -> np.ndarray:
-        assert self.support.text is not None  # guaranteed by unavailable_reason
-        return self.support.text
+        rows = image_rows(self.support.embeddings, self.which, self.reducer)
+        return self._shared("channels", lambda: choose_channels(rows, self.support.one_hot, self._text))
 
     @property
     def key_reducer(self) -> Reducer:
@@ -186,8 +181,7 @@ class DivergenceModel(Model):
 
     def _distributions(self, embeddings: Embeddings) -> np.ndarray:
         """[s, H], (B, C + 1) float64."""
-        assert self.support.text is not None  # guaranteed by unavailable_reason
-        cosines = np.asarray(embeddings.plain, np.float64) @ self.support.text.T.astype(np.float64)
+        cosines = np.asarray(embeddings.plain, np.float64) @ self._text.T.astype(np.float64)
         return text_distribution(cosines, TEMPERATURE)
 
     def scores(self, queries: Embeddings) -> np.ndarray:

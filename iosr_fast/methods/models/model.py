@@ -63,6 +63,11 @@ class Model(ABC):
             known[key] = make()
         return known[key]
 
+    @property
+    def _text(self) -> np.ndarray:
+        assert self.support.text is not None  # guaranteed by unavailable_reason
+        return self.support.text
+
     def _rows(self, embeddings: Embeddings) -> np.ndarray:
         """The rows (B, D) float64 that it compares."""
         return image_rows(embeddings, self.which, self.reducer).astype(np.float64)
