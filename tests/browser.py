@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
+
+import pytest
 
 from iosr_fast import Classifier
 
@@ -20,6 +24,18 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium; tests that ask for it are skipped without one. A module finds it by the name `browser`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
+    if not os.access(CHROMIUM, os.X_OK):
+        pytest.skip(f"no browser: {CHROMIUM} is missing (Debian's package chromium)")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
 
 
 @contextlib.contextmanager

@@ -194,8 +194,8 @@ def audit_support(
     rows, shares = image_rows(support.embeddings, which, None), softmax(of_judged.astype(np.float64))
     pairs = near_pairs(rows, support)
     named: list[tuple[Any, Any]] = [(image_names[i], class_names[c]) for i, c in enumerate(labels)]
-    doubtful = np.flatnonzero(suspicion >= _DOUBTFUL)
-    doubtful = doubtful[np.argsort(-surprise[doubtful], kind="stable")].tolist()
+    by_surprise = np.argsort(-surprise, kind="stable")  # NaN last
+    doubtful: list[int] = by_surprise[suspicion[by_surprise] >= _DOUBTFUL].tolist()
     others = [_suggested(support, rows, shares[i], i) for i in doubtful]
     return SupportAudit(
         images,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,25 +14,20 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS
 from iosr_fast.store.changes import Change
-from tests.browser import ARGUMENTS, CHROMIUM, served
+from tests import browser as chromium
 from tests.serving import http_client
 from tests.serving.http_client import TOKEN
 
-# Modules that import this one are skipped without a browser.
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
-if not os.access(CHROMIUM, os.X_OK):
-    pytest.skip(f"no browser: {CHROMIUM} is missing (Debian's package chromium)", allow_module_level=True)
-
 NEWCOMER = "santa claus"
+WIDE, PHONE = {"viewport": {"width": 1280, "height": 900}}, {"viewport": {"width": 390, "height": 844}}
+PHONE |= {"has_touch": True, "is_mobile": True}
+browser = chromium.browser
 
 
 def file(image: np.ndarray | bytes, name: str = "picture.png", kind: str = "image/png") -> Any:
     """A picture as playwright's set_input_files takes it."""
-    return {
-        "name": name,
-        "mimeType": kind,
-        "buffer": image if isinstance(image, bytes) else http_client.encode(image),
-    }
+    data = image if isinstance(image, bytes) else http_client.encode(image)
+    return {"name": name, "mimeType": kind, "buffer": data}
 
 
 @dataclass
@@ -70,19 +64,19 @@ class Visit:
             self.problems.append(f"{message.type}: {message.text}")
 
     def _on_request(self, request: Any) -> None:
-        if not request.url.startswith(self.site.address):
+        if not request.url.startswith((self.site.address, f"blob:{self.site.address}")):
             self.problems.append(f"request to {request.url}")
 
     def open(self) -> Visit:
         self.page.goto(self.site.address)
-        self.page.locator("#classes li").first.wait_for()
+        self.page.locator("#facts", has_text="demo").wait_for()
         return self
 
     def choose(self, *files: Any) -> Visit:
-        """Choose pictures to classify and wait for the last one's answer."""
+        """Choose pictures to classify and wait for all answers; the first of them is shown."""
         self.page.set_input_files("#choose", list(files))
-        self.page.locator("#file-name", has_text=files[-1]["name"]).wait_for()
-        self.page.locator("#result[aria-busy=false]").wait_for()
+        self.page.locator("[aria-selected=true]", has_text=files[0]["name"]).wait_for()
+        self.page.locator("#progress").wait_for(state="hidden")
         return self
 
     def fill_in(self, name: str, pictures: list[Any], token: str = TOKEN) -> Visit:
@@ -95,6 +89,9 @@ class Visit:
 
     def text(self, selector: str) -> str:
         return str(self.page.locator(selector).inner_text())
+
+    def texts(self, selector: str) -> list[str]:
+        return list(self.page.locator(selector).all_inner_texts())
 
     def notice(self, words: str) -> None:
         """Wait for the notice to say these words, on the screen and to screen readers."""
@@ -123,17 +120,8 @@ def site() -> Iterator[Site]:
     queries = dict(zip(http_client.query_labels(), http_client.queries(), strict=True))
     pictures = load_pictures("held-out")
     newcomer = list(pictures.images[pictures.concepts == pictures.names.index(NEWCOMER)])
-    assert NEWCOMER not in classifier.classes_
-    with served(classifier, TOKEN) as address:
+    with chromium.served(classifier, TOKEN) as address:
         yield Site(address, classifier, list(queries.values()), newcomer)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 // The HTTP API. URLs are relative, so the page also works under a path of a reverse proxy.
 
+import { pause } from "./dom.js";
+
 const LONGEST_WAIT_S = 60;
+const TRIES = 5; // Of a request that the server is too busy for.
 const TOKEN = "iosr_fast.token";
 // Instead of messages for programs.
 const WORDS = {
@@ -24,19 +27,19 @@ export const token = {
 
 /**
  * Send a request and read its JSON: {data, roundTripMs}. After a 503 with Retry-After, call `onWait(seconds)`, wait that
- * long and send it once more. Other failures throw a ServerError with the message of the server.
+ * long and send it again. Other failures throw a ServerError with the message of the server.
  */
 async function call(path, { method = "GET", body, headers = {}, change = false, onWait = () => {} } = {}) {
   const all = new Headers(headers);
   if (change) authorise(all);
-  for (let again = false; ; again = true) {
+  for (let tries = 1; ; tries += 1) {
     const start = performance.now();
     const { response, text } = await fetchText(path, { method, body, headers: all });
     const roundTripMs = performance.now() - start;
-    const wait = response.status === 503 && !again ? retryAfter(response) : null;
+    const wait = response.status === 503 && tries < TRIES ? retryAfter(response) : null;
     if (wait === null) return { data: checked(response, text), roundTripMs };
     onWait(wait);
-    await new Promise((ready) => setTimeout(ready, wait * 1000));
+    await pause(wait * 1000);
   }
 }
 
@@ -84,16 +87,25 @@ function form(pictures, fields = {}) {
   return body;
 }
 
-const json = (value) => ({ body: JSON.stringify(value), headers: { "Content-Type": "application/json" } });
 const classPath = (id) => `v1/classes/${encodeURIComponent(id)}`;
 const examplePath = (id) => `v1/examples/${encodeURIComponent(id)}`;
 
 export const pictureAddress = (exampleId) => `${examplePath(exampleId)}/picture`;
 
-export function predict(picture, { top, nearest, reject, onWait }) {
-  const type = picture.type.startsWith("image/") ? picture.type : "application/octet-stream";
+/** Answers to pictures, in their order. */
+export function predict(pictures, { top, nearest, reject, onWait }) {
   const path = `v1/predict?top=${top}&nearest=${nearest}${reject ? "&unknown=reject" : ""}`;
-  return call(path, { method: "POST", body: picture, headers: { "Content-Type": type }, onWait });
+  return call(path, { method: "POST", body: form(pictures), onWait });
+}
+
+/** How many pictures the server takes in a request, as its OpenAPI document says; 1 if that can't be read. */
+export async function mostPictures() {
+  try {
+    const { content } = (await call("openapi.json")).data.paths["/v1/predict"].post.requestBody;
+    return content["multipart/form-data"].schema.properties.images.maxItems;
+  } catch {
+    return 1;
+  }
 }
 
 /** All pages of a list, joined in `field` of the first. A change in between shows in the version of a later answer. */
@@ -119,6 +131,9 @@ export const addClass = (name, pictures, onWait) =>
   changing("v1/classes", "POST", { body: form(pictures, { name }) }, onWait);
 export const addExamples = (classId, pictures, onWait) =>
   changing(`${classPath(classId)}/examples`, "POST", { body: form(pictures) }, onWait);
-export const renameClass = (classId, name, onWait) => changing(classPath(classId), "PATCH", json({ name }), onWait);
+export const renameClass = (classId, name, onWait) => {
+  const headers = { "Content-Type": "application/json" };
+  return changing(classPath(classId), "PATCH", { body: JSON.stringify({ name }), headers }, onWait);
+};
 export const removeClass = (classId, onWait) => changing(classPath(classId), "DELETE", {}, onWait);
 export const removeExample = (exampleId, onWait) => changing(examplePath(exampleId), "DELETE", {}, onWait);

@@ -2,7 +2,8 @@
 
 import * as api from "./api.js";
 import { named, namesWith } from "./classes.js";
-import { accept, find, make, quoted, refuse } from "./dom.js";
+import { accept, find, make, onSubmit, quoted, refuse } from "./dom.js";
+import { preparedAll } from "./upright.js";
 
 const OFFERED = 50; // Names at a time; a browser shows some ten of them.
 
@@ -28,32 +29,20 @@ async function send(change, item) {
   const name = field.value.trim();
   if (!name) return refuse(field, "Which class is it? Choose one, or type a new name.");
   const known = named(name);
-  const word = known ? "more examples" : "new";
-  const added = await change(
-    (onWait) =>
-      known ? api.addExamples(known.class_id, [item.sent.file], onWait) : api.addClass(name, [item.sent.file], onWait),
-    ({ class_id }) => {
-      item.taught = name;
-      return {
-        words: known ? `1 example added to ${quoted(name)}.` : `Class ${quoted(name)} added with 1 example.`,
-        mark: { classId: class_id, name, word },
-      };
-    },
-    field,
-  );
+  const request = async (onWait) => {
+    const pictures = await preparedAll([item.file]);
+    await (known ? api.addExamples(known.class_id, pictures, onWait) : api.addClass(name, pictures, onWait));
+    item.taught = name;
+  };
+  const words = known ? `1 example added to ${quoted(name)}.` : `Class ${quoted(name)} added with 1 example.`;
+  const added = await change(request, words, known ? null : { name, field });
   if (added) find("taught").focus();
 }
 
-/** `change(request, describe)` sends a change and announces it, `shown()` is the item that is shown; see page.js. */
+/** `change(request, words, added)` sends a change and announces it, `shown()` is the item that is shown; see page.js. */
 export function setUp(change, shown) {
-  const [field, button] = [find("truth"), find("correct-button")];
+  const field = find("truth");
   field.addEventListener("focus", () => field.select());
   field.addEventListener("input", () => offer(field.value.trim()));
-  find("correct").addEventListener("submit", async (event) => {
-    event.preventDefault();
-    if (button.getAttribute("aria-disabled") === "true") return; // A disabled button would lose the focus.
-    button.setAttribute("aria-disabled", "true");
-    await send(change, shown());
-    button.removeAttribute("aria-disabled");
-  });
+  onSubmit(find("correct"), () => send(change, shown()));
 }

@@ -44,15 +44,20 @@ export const removable = (picture, words, remove) =>
     "li",
     {},
     picture,
-    make("button", { type: "button", class: "drop-one", "aria-label": words, click: remove }, "×"),
+    make("button", { type: "button", class: "button drop-one", "aria-label": words, click: remove }, "×"),
   );
+
+/** Say something to screen readers alone. */
+export function announce(text) {
+  find("notice-live").textContent = text;
+}
 
 /** Show a message in the bar at the bottom and announce it to screen readers, until it is closed or replaced. */
 export function say(text, error = false) {
   find("notice").hidden = false;
-  find("notice").classList.toggle("error", error);
+  find("notice").classList.toggle("bad", error);
   find("notice-text").textContent = text;
-  find("notice-live").textContent = text;
+  announce(text);
 }
 
 export const complain = (problem) => say(problem, true);
@@ -72,21 +77,25 @@ export function accept(field) {
 
 export function sayNothing() {
   find("notice").hidden = true;
-  find("notice-live").textContent = "";
+  announce("");
 }
 
-export function scrollTo(element, block) {
+/** Scroll to an element unless it is in sight. */
+export function scrollTo(element) {
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  element.scrollIntoView({ block, behavior: still ? "auto" : "smooth" });
+  element.scrollIntoView({ block: "nearest", behavior: still ? "auto" : "smooth" });
 }
 
-/** Ask in a modal dialog; true only if "Remove" was pressed. */
-export function confirmed(question) {
-  const dialog = find("confirm");
-  find("confirm-text").textContent = question;
-  dialog.returnValue = "no";
-  dialog.showModal();
-  return new Promise((answer) =>
-    dialog.addEventListener("close", () => answer(dialog.returnValue === "yes"), { once: true }),
-  );
+export const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+
+/** Call `send` when a form is submitted; not while it is running. A disabled button would lose the focus. */
+export function onSubmit(form, send) {
+  const button = form.querySelector("button:not([type])");
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (button.getAttribute("aria-disabled") === "true") return;
+    button.setAttribute("aria-disabled", "true");
+    await send();
+    button.removeAttribute("aria-disabled");
+  });
 }

@@ -2,24 +2,19 @@
 
 import { pictureAddress } from "./api.js";
 import { count, find, make, makeSvg, noPreview, percent, quoted, signed } from "./dom.js";
+import { drawn } from "./upright.js";
 
 const UNSURE = 0.5; // A less probable label is more likely wrong than right.
+const SIDE = 640; // Of the picture, in pixels.
 const START = 0.1; // Length of the shortest part of a bar, as a share of the range of that part.
-const FACTORS = [
-  [1e6, "a million times"],
-  [1000, "1,000 times"],
-  [100, "100 times"],
-  [10, "10 times"],
-  [2, "twice"],
-];
 
-/** "none" of the classes, "unsure" or "sure". */
+/** "unknown" (of none of the classes), "unsure" or "sure". */
 export const verdict = ({ unknown, probability }) =>
-  unknown?.rejected ? "none" : probability < UNSURE ? "unsure" : "sure";
+  unknown?.rejected ? "unknown" : probability < UNSURE ? "unsure" : "sure";
 
 /** The label in few words. */
 export const naming = (prediction) =>
-  ({ none: "none of these", unsure: `? ${prediction.label}`, sure: prediction.label })[verdict(prediction)];
+  ({ unknown: "unknown", unsure: `? ${prediction.label}`, sure: prediction.label })[verdict(prediction)];
 
 // The parts of a logit, in the order of a bar. `cache` is the sum of the last two.
 const PARTS = {
@@ -49,52 +44,28 @@ export function barLengths(top) {
   for (const lengths of bars) {
     for (const name in lengths) lengths[name] = longest > 0 ? lengths[name] / longest : 0;
   }
-  return { bars, longest };
+  return bars;
 }
 
-function bar(lengths, score, parts) {
+function bar(lengths, parts) {
   let from = 0;
   const rects = parts.map(([name]) => {
     const rect = makeSvg("rect", { class: name, x: `${100 * from}%`, width: `${100 * lengths[name]}%`, height: "100%" });
     from += lengths[name];
     return rect;
   });
-  const words = parts.map(([name, part]) => `${name} ${signed(part(score))}`);
-  const title = makeSvg("title", {}, [...words, `sum ${signed(score.logit)}`].join(", "));
-  return makeSvg("svg", { class: "bar", "aria-hidden": "true" }, title, ...rects);
+  return makeSvg("svg", { class: "bar", "aria-hidden": "true" }, ...rects);
 }
 
-/** A length on the scale of the bars, and how much likelier a class is whose bar ends that much further right. */
-function scale(longest) {
-  const entry = FACTORS.find(([candidate]) => Math.log(candidate) <= 0.45 * longest);
-  if (entry === undefined) return null;
-  const [factor, words] = entry;
-  const width = (100 * Math.log(factor)) / longest;
-  const line = (x1, y1, x2, y2) => makeSvg("line", { x1, y1, x2, y2 });
-  return make(
-    "div",
-    { class: "scale" },
-    makeSvg(
-      "svg",
-      { "aria-hidden": "true" },
-      line("0.5", "0", "0.5", "9"),
-      line("0", "4.5", `${width}%`, "4.5"),
-      line(`${width}%`, "0", `${width}%`, "9"),
-    ),
-    make("p", { class: "quiet" }, `A bar that is longer by this much means ${words} as likely.`),
-  );
-}
-
-function bars(top, mark, classCount) {
-  const { bars: lengths, longest } = barLengths(top);
+function bars(top, classCount) {
+  const lengths = barLengths(top);
   const parts = partsOf(top);
   const rows = top.map((score, i) => {
-    const tag = score.class_id === mark?.classId ? make("span", { class: "tag" }, mark.word) : null;
     return make(
       "li",
       { "data-class": score.class_id },
-      make("span", { class: "name" }, score.label, tag && " ", tag),
-      bar(lengths[i], score, parts),
+      make("span", { class: "name" }, score.label),
+      bar(lengths[i], parts),
       make("span", { class: "probability" }, percent(score.probability)),
     );
   });
@@ -104,7 +75,7 @@ function bars(top, mark, classCount) {
     const probability = make("span", { class: "probability" }, percent(rest));
     rows.push(make("li", { class: "rest" }, make("span", { class: "name" }, name), probability));
   }
-  return [make("ol", { class: "bars", "aria-label": "Most probable classes" }, ...rows), scale(longest)];
+  return make("ol", { class: "bars", "aria-label": "Most probable classes" }, ...rows);
 }
 
 function numbers(top, { prediction, unchecked, latencyMs, roundTripMs, version }) {
@@ -133,7 +104,7 @@ function numbers(top, { prediction, unchecked, latencyMs, roundTripMs, version }
       { class: "quiet" },
       prediction.unknown
         ? `Unlikeness to all classes: ${signed(prediction.unknown.score)}, about 0 for pictures of the classes.`
-        : `Not checked for \u201cnone of these\u201d: ${unchecked}.`,
+        : `Not checked for \u201cunknown\u201d: ${unchecked}.`,
     ),
     make("p", { class: "quiet" }, "Bars show differences: each part of a bar starts just below its lowest number here."),
     make("p", { class: "quiet" }, `${times}, model version ${version}`),
@@ -165,8 +136,8 @@ function neighbours(nearest) {
 }
 
 const VERDICTS = {
-  none: ({ top: [best] }) => [
-    make("p", { class: "label" }, "None of these"),
+  unknown: ({ top: [best] }) => [
+    make("p", { class: "label" }, "Unknown"),
     make("p", {}, `This picture is unlike all classes. The nearest is ${described(best)}.`),
   ],
   unsure: ({ top: [best, second] }) => [
@@ -178,42 +149,39 @@ const VERDICTS = {
 
 const described = ({ label, probability }) => `${quoted(label)}, ${percent(probability)}`;
 
-function heading({ prediction, before, marked }) {
+function heading({ prediction, busy, before }) {
   const lines = VERDICTS[verdict(prediction)](prediction);
-  if (before) {
-    const words = verdict(before) === "none" ? "none of the classes" : described(before);
+  if (before && !busy) {
+    const words = verdict(before) === "unknown" ? "unknown" : described(before);
     lines.push(make("p", {}, `Before the change: ${words}.`));
-  }
-  if (marked && !prediction.top.some((score) => score.class_id === marked.classId)) {
-    const first = prediction.top.length;
-    lines.push(make("p", {}, `${quoted(marked.name)} is not among the top ${first} for this picture.`));
   }
   return lines.filter((line) => line);
 }
 
 const refusal = ({ name, error }) => [
-  make("p", { class: "label error" }, "Not classified"),
-  make("p", { class: "error" }, `${name}: ${error}`),
+  make("p", { class: "label bad" }, "Not classified"),
+  make("p", { class: "bad" }, `${name}: ${error}`),
 ];
 
-/** Show an item: its answer, its error, or that it is being classified. */
-export function show(item, mark, classCount) {
-  const notes = item.sent?.notes.length ? ` (${item.sent.notes.join(", ")} before sending)` : "";
-  find("file-name").textContent = item.name + notes;
-  find("picture").hidden = false;
-  find("picture").replaceChildren(item.picture ?? noPreview());
-  find("result").setAttribute("aria-busy", String(item.busy));
-  const { prediction, error } = item;
+/** Show the picture of an item; `isShown()` is false if another was chosen while it was read. */
+export async function showPicture({ file }, isShown) {
+  const picture = await drawn(file, SIDE);
+  if (isShown()) find("picture").replaceChildren(picture ?? noPreview());
+}
+
+/** Show the answer of an item, its error, or that it is being classified. */
+export function show(item, classCount) {
+  const { busy, prediction, error } = item;
+  find("result").setAttribute("aria-busy", String(busy));
   find("scores").hidden = !prediction;
   find("answer").className = `answer ${prediction ? verdict(prediction) : ""}`;
   if (prediction) {
     find("answer").replaceChildren(...heading(item));
     const { top, nearest } = prediction;
     find("through-adapter").hidden = !partsOf(top).some(([name]) => name === "adapter");
-    const parts = [...bars(top, mark, classCount), numbers(top, item), ...neighbours(nearest)];
-    find("parts").replaceChildren(...parts.filter((part) => part !== null));
+    find("parts").replaceChildren(bars(top, classCount), numbers(top, item), ...neighbours(nearest));
   } else {
-    const waiting = make("p", { class: "label quiet-label" }, "Classifying\u2026");
+    const waiting = make("p", { class: "label quiet" }, "Classifying\u2026");
     find("answer").replaceChildren(...(error ? refusal(item) : [waiting]));
   }
 }

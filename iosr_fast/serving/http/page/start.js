@@ -35,7 +35,6 @@ export async function showSamples(classes, take) {
   try {
     const ids = await Promise.all(chosen.map(({ class_id: id }) => api.firstExample(id)));
     find("samples-list").replaceChildren(...ids.map((id, i) => sample(id, chosen[i].name, take)));
-    find("samples").hidden = !ids.length;
   } catch (error) {
     complain(error.message);
   }
@@ -43,7 +42,7 @@ export async function showSamples(classes, take) {
 
 function sample(id, name, take) {
   const address = api.pictureAddress(id);
-  const picture = make("img", { src: address, alt: `Classify an example of ${name}`, error: () => leaveOut(item) });
+  const picture = make("img", { src: address, alt: `Classify an example of ${name}`, error: () => item.remove() });
   const choose = async () => {
     const blob = await (await fetch(address)).blob();
     find("choose").focus({ preventScroll: true }); // The samples are about to disappear.
@@ -51,10 +50,4 @@ function sample(id, name, take) {
   };
   const item = make("li", {}, make("button", { type: "button", click: choose }, picture));
   return item;
-}
-
-/** No picture is stored. */
-function leaveOut(item) {
-  item.remove();
-  find("samples").hidden = !find("samples-list").children.length;
 }

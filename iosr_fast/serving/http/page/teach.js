@@ -1,7 +1,7 @@
 // The form that adds a class: name, examples, token.
 
 import * as api from "./api.js";
-import { accept, count, find, noPreview, quoted, refuse, removable } from "./dom.js";
+import { accept, count, find, noPreview, onSubmit, quoted, refuse, removable } from "./dom.js";
 import { acceptChoices, acceptDrops } from "./pictures.js";
 import { drawn, preparedAll } from "./upright.js";
 
@@ -10,8 +10,7 @@ let examples = [];
 
 /** Add examples to the form. */
 export async function collect(files) {
-  const added = await Promise.all(files.map(async (file) => ({ file, canvas: await drawn(file, THUMBNAIL) })));
-  examples.push(...added);
+  for (const file of files) examples.push({ file, canvas: await drawn(file, THUMBNAIL) });
   accept(find("new-examples"));
   draw();
 }
@@ -44,12 +43,8 @@ async function send(change) {
   const sent = examples.map((example) => example.file);
   const added = await change(
     async (onWait) => api.addClass(name, await preparedAll(sent), onWait),
-    ({ class_id }) => ({
-      words: `Class ${quoted(name)} added with ${count(sent.length, "example")}.`,
-      mark: { classId: class_id, name, word: "new" },
-      look: true,
-    }),
-    field,
+    `Class ${quoted(name)} added with ${count(sent.length, "example")}.`,
+    { name, field },
   );
   if (!added) return;
   field.value = "";
@@ -57,18 +52,11 @@ async function send(change) {
   draw();
 }
 
-/** `change(request, describe)` sends a change and announces it; see page.js. */
+/** `change(request, words, added)` sends a change and announces it; see page.js. */
 export function setUp(change) {
   find("token").value = api.token.get();
   find("token").addEventListener("input", (event) => api.token.set(event.target.value.trim()));
   acceptChoices(find("new-examples"), collect);
   acceptDrops(find("teach-stage"), collect);
-  const button = find("add-class");
-  find("teach").addEventListener("submit", async (event) => {
-    event.preventDefault();
-    if (button.getAttribute("aria-disabled") === "true") return; // A disabled button would lose the focus.
-    button.setAttribute("aria-disabled", "true");
-    await send(change);
-    button.removeAttribute("aria-disabled");
-  });
+  onSubmit(find("teach"), () => send(change));
 }

@@ -31,7 +31,11 @@ export async function prepared(file) {
 }
 
 /** The files to send for several files. */
-export const preparedAll = (files) => Promise.all(files.map(async (file) => (await prepared(file)).file));
+export async function preparedAll(files) {
+  const all = [];
+  for (const file of files) all.push((await prepared(file)).file); // One by one: decoded photos are large.
+  return all;
+}
 
 /** The EXIF orientation, 1 to 8, of a JPEG that begins with these bytes; 1 (upright) if there is none. */
 export function orientation(view) {
@@ -58,10 +62,20 @@ function orientationInTiff(view, start) {
 
 async function redraw(file) {
   const canvas = await drawn(file, SIDE, SHORTER);
-  if (!canvas) return null;
-  const [type, end] = file.type === "image/jpeg" ? ["image/jpeg", "jpg"] : ["image/png", "png"];
+  const type = file.type === "image/jpeg" ? "image/jpeg" : "image/png";
+  return canvas && encoded(canvas, file.name || "picture", type);
+}
+
+async function encoded(canvas, name, type) {
   const blob = await new Promise((done) => canvas.toBlob(done, type, 0.95));
-  return blob && new File([blob], `${file.name || "picture"}.${end}`, { type });
+  return blob && new File([blob], `${name}.${type === "image/jpeg" ? "jpg" : "png"}`, { type });
+}
+
+/** A picture of nothing, which every server can decode. */
+export function plainPicture() {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [64, 64];
+  return encoded(canvas, "plain", "image/png");
 }
 
 /**

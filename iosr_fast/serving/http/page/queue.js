@@ -1,0 +1,136 @@
+// Classifies pictures: sends those that wait, in requests that the server takes, at most two at a time.
+
+import * as api from "./api.js";
+import { pause } from "./dom.js";
+import { drawn, plainPicture, prepared } from "./upright.js";
+
+const ANSWER = { top: 5, nearest: 6 };
+const REQUESTS = 2; // While the server answers one, the pictures of the other are prepared.
+const PICTURES = 8; // Of a request, which then has at most 16 MiB (upright.js); a server takes 32 MiB by default.
+const THUMBNAIL = 96;
+const LEARN_MS = 700; // An answer waits so long for what is being learnt.
+const LEARNING = "that is still being learnt from the examples";
+
+export let version = null; // The newest that the page knows.
+let rejection = null; // A promise of why that version can't reject pictures, or "".
+let waiting = [];
+let unchecked = []; // Answered without rejection, because it was still being learnt.
+let running = 0;
+let size = 1; // Pictures of the next request: one, for a first answer soon, then twice as many, up to `most`.
+let most = 1;
+let page = null;
+
+/**
+ * `page.answered(items)` is called after each request, `page.announceWait(seconds)` when the server is busy, and
+ * `page.refresh()` when its classes were changed elsewhere.
+ */
+export function setUp(callbacks) {
+  page = callbacks;
+  api.mostPictures().then((limit) => (most = Math.min(PICTURES, limit)));
+}
+
+/** The server's newest version, and what it says of rejection there; null if that would have to be fitted first. */
+export function renew(newest, unknown) {
+  version = newest;
+  rejection = unknown ? Promise.resolve(unknown.promised ? "" : unknown.sentence) : null;
+}
+
+/**
+ * Classify items {file}, `first` before those that wait. An item is `busy` until it has `prediction`, `latencyMs`,
+ * `roundTripMs`, `version` and `unchecked` (why it may belong to none of the classes), or an `error`, with `failed` if
+ * another try may help. `notes` say how its file was changed for the server, `thumbnail` is a canvas or null.
+ */
+export function classify(items, first = false) {
+  for (const item of items) item.busy = true;
+  waiting = first ? [...items, ...waiting] : [...waiting, ...items];
+  if (!running) size = 1;
+  while (running < Math.min(REQUESTS, waiting.length)) work();
+}
+
+/** Whether another try may give another answer. */
+export const isOutdated = (item) => item.failed || (item.prediction && item.version !== version);
+
+export function clear() {
+  waiting = [];
+  unchecked = [];
+}
+
+async function work() {
+  running += 1;
+  while (waiting.length) {
+    const batch = waiting.splice(0, size);
+    size = Math.min(2 * size, most);
+    await send(batch);
+    page.answered(batch);
+  }
+  running -= 1;
+}
+
+function settle(item, outcome) {
+  Object.assign(item, { busy: false, prediction: null, error: null, failed: false }, outcome);
+}
+
+async function send(batch) {
+  const files = new Map();
+  for (const item of batch) {
+    try {
+      const { file, notes } = await prepared(item.file); // One by one: decoded photos are large.
+      files.set(item, file);
+      item.notes = notes;
+      item.thumbnail ??= await drawn(file, THUMBNAIL);
+    } catch (error) {
+      settle(item, { error: error.message });
+    }
+  }
+  const items = [...files.keys()];
+  try {
+    if (items.length) await predict(items, [...files.values()]);
+  } catch (error) {
+    if (items.length > 1 && [413, 504].includes(error.status)) {
+      most = size = items.length >> 1; // Too large, or too slow.
+      waiting.unshift(...items);
+    } else {
+      for (const item of items) settle(item, { error: error.message, failed: true });
+    }
+  }
+}
+
+/** Predictions that may reject pictures, or some that can't, with the reason in `unchecked`. */
+async function predict(items, files) {
+  rejection ??= learn();
+  let reason = await Promise.race([rejection, pause(LEARN_MS).then(() => LEARNING)]);
+  const ask = () => api.predict(files, { ...ANSWER, reject: !reason, onWait: page.announceWait });
+  const { data, roundTripMs } = await ask().catch((error) => {
+    if (reason || !["no_promise", "deadline_exceeded"].includes(error.code)) throw error;
+    [reason, rejection] = [LEARNING, null]; // Somebody else changed the classes.
+    return ask();
+  });
+  const facts = { latencyMs: data.latency_ms, roundTripMs, version: data.version, unchecked: reason };
+  items.forEach((item, i) => {
+    const prediction = data.predictions[i];
+    settle(item, prediction.error ? { error: prediction.error.message } : { prediction, ...facts });
+  });
+  if (data.version !== version) page.refresh();
+  if (reason === LEARNING) {
+    unchecked.push(...items.filter(({ prediction }) => prediction));
+    rejection ??= learn();
+    rejection.then(() => classify(unchecked.splice(0)));
+  }
+}
+
+/**
+ * Ask for rejection until the server can do it: "", or why it can't. To learn it takes the server up to a minute after a
+ * change, with thousands of examples.
+ */
+async function learn() {
+  const picture = await plainPicture();
+  for (const of = version; of === version; await pause(LEARN_MS)) {
+    try {
+      await api.predict([picture], { top: 1, nearest: 0, reject: true });
+      return "";
+    } catch (error) {
+      if (error.code !== "deadline_exceeded") return error.message;
+    }
+  }
+  return LEARNING;
+}

@@ -1,0 +1,205 @@
+"""The page in a real browser: classes are added, corrected, renamed and removed; what is rejected meanwhile."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.serving import page_server
+from tests.serving.http_client import TOKEN
+from tests.serving.page_server import NEWCOMER, Visit, file
+
+pytestmark = pytest.mark.slow
+site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
+
+
+def facts(visit: Visit, unknown: dict[str, Any] | None, measured: dict[str, Any] | None = None) -> None:
+    """Load the page anew, with these facts about the classifier."""
+    body = {"version": visit.site.classifier.version, "model": "demo", "method": "stack", "measured": measured}
+    visit.page.route("**/v1/classifier", lambda route: route.fulfill(json={**body, "unknown": unknown}), times=1)
+    visit.page.reload()
+    visit.page.locator("#facts", has_text="demo").wait_for()
+
+
+def test_a_class_is_added_and_wins(visit: Visit) -> None:
+    page, site = visit.page, visit.site
+    *support, other = site.newcomer[:4]
+    visit.choose(file(other, "other.png"), file(site.queries[0], "same.png"))
+    before = visit.text("#answer .label")
+    visit.fill_in(NEWCOMER, [file(image, f"{i}.png") for i, image in enumerate(support)]).page.click("#add-class")
+    visit.notice(f"Class “{NEWCOMER}” added with 3 examples")
+    page.locator("#answer .label", has_text=NEWCOMER).wait_for()  # without a second request
+    assert re.sub(r"\s[\d.]+%$", "", before) in visit.text("#answer p:nth-child(2)")
+    assert site.classifier.predict([other])[0] == NEWCOMER and len(site.classifier.examples(NEWCOMER)) == 3
+    assert visit.text("#matches") == "1 of 9 classes" and NEWCOMER in visit.text("#classes li")
+    kept = page.evaluate("[{...sessionStorage}, {...localStorage}, document.cookie]")
+    assert kept == [{"iosr_fast.token": TOKEN}, {}, ""]
+    page.get_by_role("button", name="Classify 1 again").click()  # the other answer is older than the class
+    page.locator("#again").wait_for(state="hidden")
+
+
+def test_markup_in_names_is_text(visit: Visit) -> None:
+    name = '<script>alert(1)</script><img src=x onerror="alert(2)"><b>bold'
+    visit.choose(file(visit.site.newcomer[3], f"{name}.png".replace("/", "")))
+    visit.fill_in(name, [file(image, "<i>.png") for image in visit.site.newcomer[:3]]).page.click("#add-class")
+    visit.page.locator("#answer .label", has_text=name).wait_for()
+    assert visit.text(".bars li:first-child .name") == name and name in visit.text("#notice-text")
+    assert name in visit.text("#classes summary") and name in visit.texts(".nearest .name")
+    assert visit.page.locator("main script, main b, main i, [onerror]").count() == 0
+
+
+def test_what_is_refused_is_said_and_nothing_is_lost(visit: Visit) -> None:
+    page, site = visit.page, visit.site
+    taken = str(site.classifier.classes_[0])
+    page.click("#add-class")
+    visit.refused("new-name", "The class needs a name.")
+    page.fill("#new-name", taken)
+    assert visit.text("#new-name-error") == "" and page.get_attribute("#new-name", "aria-invalid") is None
+    page.click("#add-class")
+    visit.refused("new-examples", "The class needs at least one example.")
+    page.set_input_files("#new-examples", [file(site.newcomer[0])])
+    tries = [("", "token", "Enter the token."), ("wrong", "token", "Wrong token.")]
+    for token, field, words in (*tries, (TOKEN, "new-name", "Another class has this name.")):
+        page.fill("#token", token)
+        page.click("#add-class")
+        visit.refused(field, words)
+    page.locator("#classes summary").nth(1).click()
+    page.once("dialog", lambda dialog: dialog.accept(taken))
+    page.get_by_role("button", name="Rename").click()
+    visit.notice("Another class has this name.")
+    visit.was_refused(401, 401, 409, 409)
+    assert page.locator("#new-strip li").count() == 1 and len(site.classifier.classes_) == 8
+
+
+def test_an_answer_is_confirmed_or_corrected(visit: Visit) -> None:
+    page, classifier = visit.page, visit.site.classifier
+    right = str(classifier.classes_[3])
+    before = classifier.examples(right)
+    visit.choose(file(visit.site.queries[3], "shown.png"))
+    page.fill("#truth", "")
+    page.click("#correct-button")
+    visit.refused("truth", "Which class is it?")
+    assert page.locator("#names option").evaluate_all("all => all.map((one) => one.value)") == list(classifier.classes_)
+    page.fill("#truth", NEWCOMER)
+    assert visit.text("#correct-button") == "Add as a new class" and visit.text("#truth-error") == ""
+    page.fill("#truth", right)
+    assert visit.text("#correct-button") == "Confirm"
+    page.fill("#token", TOKEN)
+    page.click("#correct-button")
+    visit.notice(f"1 example added to “{right}”")
+    page.locator("#taught:focus", has_text=f"Added to the examples of “{right}”.").wait_for()
+    page.locator("#answer", has_text="Before the change").wait_for()
+    assert visit.text("#answer .label").startswith(right) and not page.locator("#correct").is_visible()
+    (added,) = set(classifier.examples(right)) - set(before)
+    classifier.remove_examples([added])
+
+
+def test_all_of_it_by_keyboard(visit: Visit) -> None:
+    page, keys, newcomer = visit.page, visit.page.keyboard, visit.site.newcomer
+    state = """(what) => {
+        const at = document.activeElement;
+        const seen = at.matches("input[type=file]") ? at.closest("label") : at;
+        return [at === document.body || getComputedStyle(seen).outlineWidth === "3px", at.matches(what)];
+    }"""
+
+    def press(what: str, key: str = "Enter") -> None:
+        """Press Tab until the focus is on `what`, and `key` there; wherever the focus is, it has to be seen."""
+        for _ in range(60):
+            keys.press("Tab")
+            seen, found = page.evaluate(state, what)
+            assert seen
+            if found:
+                return keys.press(key)
+        raise AssertionError(f"Tab never came to {what}")
+
+    def choose(what: str, *images: Any) -> None:
+        with page.expect_file_chooser() as chooser:
+            press(what)
+        chooser.value.set_files([file(image, f"{i}.png") for i, image in enumerate(images)])
+
+    choose("#choose", newcomer[3], visit.site.queries[0])
+    page.locator("#items .probability").nth(1).wait_for()
+    press("#items", "ArrowDown")
+    page.locator("[aria-selected=true]", has_text="1.png").wait_for()
+    press("#new-name", "Home")
+    keys.type("typed")
+    choose("#new-examples", *newcomer[:3])
+    page.locator("#new-strip li").nth(2).wait_for()
+    press("#new-strip li:last-child button")  # leaves one of the three out
+    press("#token", "Home")
+    keys.type(TOKEN)
+    keys.press("Enter")
+    page.locator("#classes summary", has_text="2 examples").wait_for()
+    press("#classes summary")
+    page.locator(".panel img").nth(1).wait_for()
+    choose(".panel label input", newcomer[4])
+    visit.notice("1 example added to “typed”")
+    page.locator(".panel img").nth(2).wait_for()
+    answers = [True, "typed again", False, True]  # remove an example; rename; remove the class: no, yes
+    page.on("dialog", lambda it: it.accept(str(answer)) if (answer := answers.pop(0)) else it.dismiss())
+    press(".panel .drop-one")
+    page.locator("#classes summary", has_text="2 examples").wait_for()
+    press(".panel .row > button")
+    page.locator("#classes summary", has_text="typed again").wait_for()
+    press(".panel .bad")
+    press(".panel .bad")
+    visit.notice("Class “typed again” removed")
+    assert not answers and "typed again" not in visit.site.classifier.classes_
+
+
+def test_a_thousand_classes(visit: Visit) -> None:
+    classes = [{"class_id": f"~{i}", "name": f"class {i}", "examples": 0} for i in range(1000)]
+
+    def page_of(route: Any) -> None:
+        start = 400 if "after=" in route.request.url else 0
+        rows = classes[start : start + 400] if start == 0 else classes[start:]
+        route.fulfill(json={"version": 1, "classes": rows, "next": "~399" if start == 0 else None})
+
+    visit.page.route(re.compile(r".*/v1/classes(\?.*)?$"), page_of)
+    visit.page.reload()
+    visit.page.locator("#matches", has_text="1,000 classes, the first 100 are shown").wait_for()
+    assert visit.page.locator("#classes li").count() == 100
+    visit.page.fill("#filter", "Class 77")
+    assert visit.text("#matches") == "11 of 1,000 classes" and "class 779" in visit.text("#classes li:last-child")
+
+
+def test_a_fit_that_takes_long_delays_no_answer(visit: Visit) -> None:
+    page, learnt = visit.page, []
+    facts(visit, None)
+
+    def answer(route: Any) -> None:
+        if not learnt:
+            return route.fulfill(status=504, json={"error": {"code": "deadline_exceeded", "message": "late"}})
+        body = route.fetch().json()
+        body["predictions"][0] |= {"label": None, "class_id": None, "unknown": {"score": 3.21, "rejected": True}}
+        return route.fulfill(json=body)
+
+    page.route("**/v1/predict*unknown=reject", answer)
+    visit.choose(file(visit.site.queries[0], "first.png"))
+    assert visit.text("#answer .label") != "Unknown"
+    page.locator("details.numbers summary").click()
+    assert "still being learnt" in visit.text("details.numbers")
+    learnt.append(True)
+    page.locator("#answer .label", has_text="Unknown").wait_for()
+    assert set(visit.refusals) == {504}
+    visit.refusals.clear()
+
+
+def test_where_rejection_keeps_no_promise_the_page_says_why(visit: Visit) -> None:
+    facts(visit, {"promised": False, "keep": 0.95, "sentence": "the promise needs 19 images"})
+    visit.choose(file(visit.site.queries[0], "first.png"))
+    visit.page.locator("details.numbers summary").click()
+    assert "Not checked for “unknown”: the promise needs 19 images" in visit.text("details.numbers")
+
+
+def test_the_headline_and_the_samples(visit: Visit) -> None:
+    page, name = visit.page, str(visit.site.classifier.classes_[1])
+    measured = {"accuracy": 0.725, "interval": [0.65, 0.79], "images": 40, "protocol": "loo", "stale": True}
+    facts(visit, None, measured | {"summary": "72.5% right"})
+    right = "72.5% of 40 left-out pictures right (95%: 65.0% to 79.0%); measured before the last changes"
+    page.locator("#facts", has_text=f"demo · stack · {right}").wait_for()
+    page.locator("#samples-list button").nth(1).press("Enter")
+    page.locator("#answer .label", has_text=name).wait_for()
+    assert visit.text("#items .file") == f"example of {name}" and not page.locator("#samples").is_visible()
