@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _BITS, _PHOTOMETRIC, _DESCRIPTION, _MOST = 258, 262, 270, 281  # TIFF's tags
-_PNG_PARTS = 100  # chunks before the pixels; the structure of hostile files is checked elsewhere
+_PNG_PARTS = 100  # chunks before the pixels
 _SLACK = 1e-3  # how far floats may exceed [0, 1]: filters overshoot
 _DARK = 16.0  # a maximum between 1 and this is ambiguous: as levels the image would be black
 log = logging.getLogger(__name__)

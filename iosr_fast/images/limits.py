@@ -3,7 +3,8 @@
 A few hundred bytes can claim billions of pixels, so the claim is checked before a decoder reads the file. Resizing is
 bounded too: an image of 1 x 60,000 pixels, with its shorter side resized to 224, would have three billion.
 
-These checks take microseconds. `decoder_process.structure` checks the whole file, in a separate process.
+These checks take microseconds. What a file has beyond its header is bounded by the memory and CPU time of the process
+that decodes it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ Encoded = bytes | bytearray | memoryview
 Size = tuple[int, int]  # width, height
 
 DAMAGED = "its headers are damaged, truncated or far too many"
-PNG = b"\x89PNG\r\n\x1a\n"
 # Markers of JPEG frame headers, which hold the size: C0 to CF without DHT, JPG and DAC.
-JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
 _BEFORE_FRAME = 400  # segments and fill bytes; files of cameras have up to a hundred segments
 
 
@@ -58,7 +58,7 @@ class DecodeLimits:
 
 def image_kind(data: Encoded) -> str:
     """ "PNG", "JPEG", "WEBP", or "" for other formats."""
-    if data[:8] == PNG:
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "PNG"
     if data[:3] == b"\xff\xd8\xff":
         return "JPEG"
@@ -67,7 +67,7 @@ def image_kind(data: Encoded) -> str:
 
 def claimed_size(data: Encoded) -> Size | None:
     """(width, height) in the first header; None for other formats and without a size of at least 1 x 1."""
-    reader = {"PNG": _png_size, "JPEG": _jpeg_size, "WEBP": webp_size}.get(image_kind(data))
+    reader = {"PNG": _png_size, "JPEG": _jpeg_size, "WEBP": _webp_size}.get(image_kind(data))
     size = None if reader is None else reader(data)
     return size if size is not None and min(size) > 0 else None
 
@@ -85,9 +85,9 @@ def _png_size(data: Encoded) -> Size | None:
     return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
 
-def webp_size(data: Encoded, at: int = 12) -> Size | None:
-    """The size in the chunk at `at`: of the canvas (VP8X) or of a frame."""
-    kind, content = data[at : at + 4], data[at + 8 : at + 18]
+def _webp_size(data: Encoded) -> Size | None:
+    """The size in the first chunk: of the canvas (VP8X) or of the only frame."""
+    kind, content = data[12:16], data[20:30]
     if len(content) < 5:
         return None
     if kind == b"VP8L" and content[0] == 0x2F:
@@ -109,12 +109,12 @@ def _jpeg_size(data: Encoded) -> Size | None:
         if at > end or data[at] != 0xFF:
             return None
         marker = data[at + 1]
-        if marker in JPEG_FRAMES:
+        if marker in _JPEG_FRAMES:
             return int.from_bytes(data[at + 7 : at + 9]), int.from_bytes(data[at + 5 : at + 7])
         if marker in (0xDA, 0xD9):  # a scan, or the end
             return None
         if marker == 0xFF:  # a fill byte
             at += 1
         else:
-            at += 2 if marker in JPEG_ALONE else 2 + int.from_bytes(data[at + 2 : at + 4])
+            at += 2 if marker in _JPEG_ALONE else 2 + int.from_bytes(data[at + 2 : at + 4])
     return None

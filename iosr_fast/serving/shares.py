@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class Shares:
     """How much each client holds of `limit`, and whether it may take more. For one thread.
@@ -17,6 +19,10 @@ class Shares:
     def held(self, client: str) -> float:
         return self._held.get(client, 0.0)
 
+    def holders(self) -> Iterable[tuple[str, float]]:
+        """Each client that holds something, and how much."""
+        return self._held.items()
+
     def fits(self, client: str, amount: float) -> bool:
         """Whether the client would hold no more than is left free after it takes `amount`."""
         return self.held(client) + amount <= self.limit - self.used - amount
@@ -25,9 +31,14 @@ class Shares:
         """Take `amount`; False, with nothing taken, if it does not fit."""
         fits = self.fits(client, amount)
         if fits:
-            self.used += amount
-            self._held[client] = self.held(client) + amount
+            self.add(client, amount)
         return fits
+
+    def add(self, client: str, amount: float) -> None:
+        """Take `amount`, whether it fits or not."""
+        self.used += amount
+        if amount:
+            self._held[client] = self.held(client) + amount
 
     def give(self, client: str, amount: float) -> None:
         """Return `amount` that the client holds."""

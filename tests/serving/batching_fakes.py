@@ -1,6 +1,6 @@
-"""For the tests of BatchingClassifier: an encoder that a test can hold, break and watch, and what stands on it.
+"""For the tests of BatchingClassifier: an encoder that a test can hold, break and watch, and a classifier on it.
 
-A picture is one number in all of its pixels; its label is that number, so an answer says whose it is.
+A picture is one number in all of its pixels, and its label is that number.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PATIENCE_S = 20.0  # how long a test waits before it fails; none is meant to
 
 
 def picture(number: int, size: int = SIZE) -> np.ndarray:
-    """Of the encoder's size it is taken as it is; of another it goes through a decoder."""
+    """One of the encoder's size needs no decoder."""
     return np.full((size, size, 3), number, np.uint8)
 
 
 def until(true: Callable[[], bool]) -> None:
-    """Wait for what another thread is about to do."""
+    """Wait until another thread makes `true` true."""
     end = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < end, "it did not come true"
@@ -40,7 +40,7 @@ def labels(futures: Iterable[Any]) -> list[int]:
 
 
 def threads() -> set[threading.Thread]:
-    """Those of every BatchingClassifier there is."""
+    """The threads of all BatchingClassifiers."""
     return {thread for thread in threading.enumerate() if thread.name.startswith("iosr-fast")}
 
 
@@ -121,7 +121,7 @@ class FakeClassifier:
 
     @contextmanager
     def held(self, batching: Any, number: int = 0) -> Iterator[Any]:
-        """With one picture in the engine, held there: what comes meanwhile waits. Yields its future."""
+        """Hold one picture in the engine, so that later ones wait; yields its future."""
         self.encoder.open.clear()
         future = batching.submit(picture(number))
         while self.encoder.began.get(timeout=PATIENCE_S) != [number]:

@@ -1,134 +1,244 @@
-"""Who gets a decoder: requests take turns, and large images leave one to the others, and memory."""
+"""Clients take turns at decoders and in batches, hold their share of the queue, and can't deny it to others."""
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.exceptions import QueueFullError
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
+from iosr_fast.serving.batching.admission import LARGE_PIXELS, Admission
 from iosr_fast.serving.batching.decode import decoding_cost
-from iosr_fast.serving.batching.turns import LARGE_PIXELS, Turns
+from iosr_fast.serving.batching.item import Item, Query
+from iosr_fast.serving.batching.queue import BatchQueue
 from tests.images.jpegs import jpeg, scan
 from tests.pictures import encode
-from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, Gated, labels, picture, until
+from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, Gated, Watcher, labels, picture, until
 from tests.serving.hostile_images import png
 
-BIG = 50_000_000
+LARGE = 49_000_000
+SMALL = encode(np.full((9, 9, 3), 7, np.uint8))
+MINUTE, USUAL = 60.0, 5.0  # deadlines
 
 
-@dataclass(eq=False)
-class Image_:
-    name: str
-    turn: int = 0
-    cost: int = 0
-    client: str = ""
+def items(client: str, count: int = 1, cost: int = 0, request: int = 0, name: str = "") -> list[Item]:
+    query = Query(client=client)
+    return [Item(name or client, i, query, 0.0, request, cost) for i in range(count)]
 
 
-def taken(turns: Turns, count: int) -> list[Any]:
-    return [turns.get() for _ in range(count)]
+def submit(admission: Admission, made: list[Item], deadline_s: float | None = MINUTE) -> list[Item]:
+    for item in made:
+        admission.judge(item)
+    admission.check_room(made[0].client, made)
+    admission.accept(made, deadline_s)
+    return made
 
 
-def names(jobs: Any) -> str:
-    return "".join(job.name for job in jobs)
+def waiting(decoders: int, *requests: list[Item], room: int = 100 * LARGE) -> BatchQueue:
+    """A queue without threads."""
+    queue = BatchQueue(FakeClassifier(), 8, 0.0, 256, decoders, room, None)
+    for made in requests:
+        queue.admit(made, None)
+    return queue
 
 
-def test_requests_take_turns_whatever_they_bring() -> None:
-    turns = Turns(2, BIG)
-    for name, turn in ("a1", "a1", "a1", "b2", "b2", "c3"):
-        turns.put(Image_(name, int(turn)))
-    assert names(taken(turns, 4)) == "abca"
-    turns.put(Image_("d", 4))
-    assert names(taken(turns, 3)) == "bad"
+def taken(queue: BatchQueue, count: int) -> list[Any]:
+    return [queue.next_to_decode() for _ in range(count)]
 
 
-def test_many_requests_of_one_client_do_not_keep_another_waiting() -> None:
-    turns = Turns(2, BIG)
-    for turn in range(5):
-        turns.put(Image_("a", turn, client="one"))
-    turns.put(Image_("b", 5, client="other"))
-    turns.put(Image_("c", 5, client="other"))
-    turns.put(gone := Image_("d", 6, client="third"))
-    turns.discard(gone)
-    assert names(taken(turns, 4)) == "abac"
-    assert names(turns.close()) == "aaa"
+def names(jobs: list[Any]) -> str:
+    return "".join(job.image for job in jobs)
+
+
+def done(queue: BatchQueue, *jobs: Item) -> None:
+    for job in jobs:
+        queue.decoded(job, ValueError(), queue.form)
+
+
+# --- turns ---
+
+
+def test_clients_and_their_requests_take_turns_at_decoding() -> None:
+    queue = waiting(2, items("one", 3, name="a"), items("one", 2, request=1, name="b"), items("two", 2, name="c"))
+    jobs = taken(queue, 3)
+    queue.admit(items("three", name="d"), None)
+    jobs += taken(queue, 4)
+    assert names(jobs) == "acbcadb"
 
 
 @pytest.mark.parametrize("decoders", [2, 3, 8])
 def test_large_images_leave_a_decoder_to_the_others(decoders: int) -> None:
-    turns = Turns(decoders, 100 * BIG)
-    for _ in range(decoders + 1):
-        turns.put(Image_("L", 1, BIG))
-    large = taken(turns, decoders - 1)
-    assert names(large) == "L" * (decoders - 1)
-    for turn in range(3):
-        turns.put(Image_("s", 2 + turn))
-    small = taken(turns, 3)  # one after another, by the decoder that is left
-    assert names(small) == "sss" and turns.decoders_are_busy
-    turns.done(large[0])
-    assert names(taken(turns, 1)) == "L"
+    queue = waiting(decoders, items("L", decoders + 1, LARGE))
+    large = taken(queue, decoders - 1)
+    queue.admit(items("s", 3), None)
+    for _ in range(3):  # one after another, by the decoder that is left
+        (small,) = taken(queue, 1)
+        assert small.image == "s" and queue.decoders_are_busy
+        done(queue, small)
+    done(queue, large[0])
+    assert names(taken(queue, 1)) == "L"
 
 
-def test_one_decoder_alternates_between_large_and_small() -> None:
-    turns = Turns(1, BIG)
-    for _ in range(3):
-        turns.put(Image_("L", 1, BIG))
-        turns.put(Image_("s", 2))
+def test_one_decoder_alternates_between_large_images_and_others() -> None:
+    queue = waiting(1, items("L", 3, LARGE), items("s", 3))
     got = ""
     for _ in range(6):
-        (job,) = taken(turns, 1)
-        got += job.name
-        turns.done(job)
+        (job,) = taken(queue, 1)
+        got += job.image
+        done(queue, job)
     assert got in ("LsLsLs", "sLsLsL")
 
 
-def test_large_images_wait_for_room_and_small_ones_do_not() -> None:
-    turns = Turns(8, 100_000_000)
-    jobs = [Image_("L", i, 40_000_000) for i in range(3)]
-    for job in jobs:
-        turns.put(job)
-    first = taken(turns, 2)
-    waits: list[Any] = []
-    waiter = threading.Thread(target=lambda: waits.extend(turns.get() for _ in range(2)), daemon=True)
-    waiter.start()
-    turns.put(Image_("s", 9))
-    until(lambda: names(waits) == "s")
-    turns.done(first[0])
-    waiter.join(PATIENCE_S)
-    assert names(waits) == "sL"
-    alone = Turns(2, 10)
-    alone.put(Image_("L", 0, BIG))
-    assert names(taken(alone, 1)) == "L"  # one that is beyond the room is decoded alone
+def test_large_images_wait_for_memory_and_others_do_not() -> None:
+    queue = waiting(8, items("L", 3, 40_000_000), items("s"), room=100_000_000)
+    jobs = taken(queue, 3)
+    assert names(jobs) == "LsL" and queue._next_lane() is None
+    done(queue, jobs[0])
+    assert names(taken(queue, 1)) == "L"
+    assert names(taken(waiting(2, items("L", 1, LARGE), room=10), 1)) == "L", "one beyond the room is decoded alone"
 
 
-def test_what_is_cancelled_waits_no_longer() -> None:
-    turns = Turns(2, BIG)
-    jobs = [Image_(name, 1, cost) for name, cost in (("a", 0), ("b", 0), ("L", BIG))]
-    for job in jobs:
-        turns.put(job)
-    turns.discard(jobs[0])
-    turns.discard(jobs[2])
-    assert names(taken(turns, 1)) == "b" and not turns.decoders_are_busy
-    turns.discard(jobs[1])  # it has a decoder: nothing to do
-    assert turns.close() == [] and turns.get() is None
+def test_small_images_that_take_long_leave_a_decoder_to_the_others() -> None:
+    queue = waiting(2, items("x"))
+    queue.decoded(taken(queue, 1)[0], ValueError(), queue.form, seconds=3.9)
+    queue.admit(items("x", 5), None)
+    assert names(taken(queue, 1)) == "x" and queue._next_lane() is None
+
+
+def test_clients_take_turns_in_batches() -> None:
+    classifier = FakeClassifier()
+    with BatchingClassifier(classifier, max_batch=4, decode_threads=1) as batching:
+        with classifier.held(batching):
+            many = batching.submit_many([picture(i) for i in range(1, 7)], client="many")
+            lone = batching.submit(picture(9), client="lone")
+        assert labels([lone, *many]) == [9, *range(1, 7)]
+    assert classifier.encoder.batches[1] == [1, 9, 2, 3]
 
 
 def test_cost_is_the_largest_picture_that_decoding_makes() -> None:
     assert decoding_cost(encode(Image.new("L", (640, 480))), Geometry(64)) == 640 * 480
     assert decoding_cost(jpeg(0xC2, 7000, 6000, scan(1)), Geometry(224)) == 42_000_000
     assert decoding_cost(png(1, 900), Geometry(224)) == 224 * 224 * 900  # its shorter side is resized to 224
-    assert [
-        decoding_cost(image, Geometry(64)) for image in (b"", b"abc", picture(1), "a.png", Image.new("L", (9, 9)))
-    ] == [0] * 5
-    assert LARGE_PIXELS < BIG
+    assert [decoding_cost(image, Geometry(64)) for image in (b"", b"abc", picture(1), "a.png")] == [0] * 4
+    assert LARGE_PIXELS < LARGE
 
 
-def test_many_images_of_one_request_do_not_keep_another_waiting() -> None:
+# --- shares ---
+
+
+def test_a_client_fills_half_of_the_queue_and_two_a_third_each() -> None:
+    admission = Admission(256, 2, 1)
+    for client, share in (("a", 128), ("b", 64)):
+        for _ in range(share):
+            submit(admission, items(client))
+        with pytest.raises(QueueFullError, match="this client's share of the queue is full") as refused:
+            admission.check_room(client)
+        assert refused.value.retry_after_s > 0
+    submit(admission, items("newcomer", 64))
+    submit(Admission(256, 2, 1), items("c", 256))  # an empty queue admits any request
+    with pytest.raises(QueueFullError, match=r"the queue is full: \d+ images wait, 99 more came, max_queue is 256"):
+        admission.check_room("other", images=99)
+
+
+def test_the_program_itself_may_fill_the_queue(classifier: FakeClassifier) -> None:
+    watcher = Watcher()
+    with BatchingClassifier(classifier, max_queue=4, decode_threads=1, observer=watcher) as batching:
+        with classifier.held(batching):
+            kept = batching.submit_many([picture(1), picture(2)])
+            with pytest.raises(QueueFullError, match="3 images wait, 2 more came, max_queue is 4"):
+                batching.submit_many([picture(3), picture(4)])
+            batching.check_room()
+            kept.append(batching.submit(picture(3)))
+            with pytest.raises(QueueFullError):
+                batching.check_room("any")
+        assert labels(kept) == [1, 2, 3] and watcher.refused == ["full"] * 2
+        until(lambda: batching.pending == 0)
+        assert labels(batching.submit_many([picture(5)] * 4)) == [5] * 4
+
+
+def test_pixels_to_decode_have_shares_too() -> None:
+    admission = Admission(256, 2, 1)
+    submit(admission, items("a", 64, LARGE), None)
+    with pytest.raises(QueueFullError, match="pixels to decode wait"):
+        submit(admission, items("a", 64, LARGE), None)
+    submit(admission, items("b", 32, LARGE), None)
+
+
+def test_places_and_work_are_given_back() -> None:
+    admission = Admission(4, 2, 1)
+    for _ in range(3):
+        made = submit(admission, items("a", 4, LARGE), None)
+        admission.drop_work(made[0])
+        for item in made:
+            admission.remove(item)
+    assert not [*admission._places.holders()] and not admission._work[True].used
+
+
+# --- estimates ---
+
+
+def measured(decoders: int = 2, encode_s: float = 0.03, **decode_s: float) -> Admission:
+    admission = Admission(256, decoders, 2)
+    admission.measure_batch(encode_s, 1)
+    for client, seconds in decode_s.items():
+        for _ in range(30):
+            admission.measure_decoding(client, seconds)
+    return admission
+
+
+@pytest.mark.parametrize("decoders", [2, 8])
+@pytest.mark.parametrize("seconds", [0.01, 0.5, 4.0])
+@pytest.mark.parametrize("cost", [0, LARGE])
+def test_no_flood_of_one_client_refuses_another_clients_lone_image(decoders: int, seconds: float, cost: int) -> None:
+    """Many or few images a request, long or short deadlines: what is accepted of them is accepted."""
+    for count, deadline_s in ((64, MINUTE), (1, MINUTE), (7, USUAL), (128, None)):
+        admission = measured(decoders, attacker=seconds, lone=0.02)
+        for _ in range(300):
+            with suppress(QueueFullError):
+                submit(admission, items("attacker", count, cost), deadline_s)
+        for cost_of_lone in (0, 3_000_000):
+            admission.check_room("lone")
+            (lone,) = submit(admission, items("lone", 1, cost_of_lone), USUAL)
+            assert lone.deadline == USUAL
+            admission.remove(lone)
+        admission.check_room("newcomer")
+        submit(admission, items("newcomer", 1, LARGE), 10.0)
+
+
+def test_a_deadline_that_can_not_be_met_is_refused() -> None:
+    admission = measured(encode_s=2.0)
+    submit(admission, items("a"), 0.1)  # an empty queue admits
+    with pytest.raises(QueueFullError, match="within 1 s, but it would take about 3 s with 1 images ahead") as refused:
+        submit(admission, items("a"), 1.0)
+    assert refused.value.retry_after_s == pytest.approx(2.0) and admission._places.used == 1
+    submit(admission, items("a"), 3.5)
+
+
+def test_deadlines_are_bounded_by_the_estimate() -> None:
+    admission = measured(encode_s=4.0)
+    assert submit(admission, items("a"), MINUTE)[0].deadline == pytest.approx(12.0)  # 4 times 1.5 times 4 s / 2 runs
+    assert submit(measured(), items("a"), MINUTE)[0].deadline == 10.0
+    assert submit(measured(), items("a"), 2.0)[0].deadline == 2.0
+    assert submit(measured(), items("a"), None)[0].deadline == float("inf")
+
+
+def test_one_slow_image_does_not_refuse_the_next_ones() -> None:
+    admission = measured(a=0.01)
+    admission.measure_decoding("a", 4.0)
+    admission.measure_batch(4.0, 1)
+    submit(admission, items("a", 40), USUAL)
+    submit(admission, items("a", 40), USUAL)
+
+
+# --- with decoders ---
+
+
+def test_images_of_one_request_do_not_keep_another_waiting() -> None:
     with BatchingClassifier(FakeClassifier(), decode_threads=1, max_batch=1) as batching:
         gates = [Gated(i) for i in range(1, 6)]
         many = batching.submit_many(gates)
@@ -142,13 +252,20 @@ def test_many_images_of_one_request_do_not_keep_another_waiting() -> None:
         assert labels(many) == [1, 2, 3, 4, 5]
 
 
-def test_large_images_of_many_requests_do_not_keep_small_ones_waiting() -> None:
-    """A flood of the largest that are taken, by processes: what is small has its decoder at once."""
-    flood = encode(Image.new("1", (8000, 6000)))
-    small = encode(np.full((9, 9, 3), 7, np.uint8))
-    with BatchingClassifier(FakeClassifier(), decode_threads=2, isolated=True) as batching:
-        floods = [batching.submit(flood) for _ in range(8)]
-        assert labels(batching.submit_many([small] * 5)) == [7] * 5
+@pytest.mark.parametrize("decoders", [1, 2])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_flood_of_large_images_does_not_deny_service(decoders: int, kind: str) -> None:
+    flood = encode(Image.new("RGB", (3000, 2000)), kind)
+    limits = DecodeLimits(max_pixels=6_000_000, max_pixels_together=12_000_000)
+    with BatchingClassifier(FakeClassifier(), decode_threads=decoders, isolated=True, limits=limits) as batching:
+        floods: list[Any] = []
+        for _ in range(20):
+            for _ in range(4):
+                try:
+                    floods += batching.submit_many([flood] * 64, deadline_s=MINUTE, client="attacker")
+                except QueueFullError as error:
+                    assert error.retry_after_s > 0
+            assert labels([batching.submit(SMALL, deadline_s=USUAL, client="lone")]) == [7]
         assert not floods[-1].done()
         for one in floods:
             one.cancel()

@@ -213,8 +213,7 @@ def test_a_full_queue_is_refused_before_the_body_is_read() -> None:
     gate = Gate(classifier)
     with serving(classifier, max_batch=1, max_queue=2, max_images=2) as client:
         gate.shut()
-        waiting = client.start("POST", "/v1/predict", files=form(GREY, GREY))
-        wait_until(lambda: client.service.batching.pending == 2)
+        waiting = client.service.batching.submit_many([GREY, GREY])
         read = []
 
         async def body() -> Any:
@@ -225,7 +224,8 @@ def test_a_full_queue_is_refused_before_the_body_is_read() -> None:
         assert error_of(response, 503) == "queue_full" and not read
         assert int(response.headers["Retry-After"]) >= 1
         gate.open()
-        assert waiting.result(20).status_code == 200
+        assert all(one.result(20).label for one in waiting)
+        wait_until(lambda: client.service.batching.pending == 0)
         gate.shut()
         one = client.start("POST", "/v1/predict", content=GREY)
         wait_until(lambda: client.service.batching.pending == 1)

@@ -13,18 +13,15 @@ import numpy as np
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import decode_pixels
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.limits import DecodeLimits, claimed_size, image_kind, work_pixels
+from iosr_fast.images.limits import DecodeLimits, claimed_size, work_pixels
 from iosr_fast.images.preprocess import ENCODED, as_array, open_image
 
 
 class Decoder:
-    """Decodes in the calling thread, which can't be stopped. DecoderProcess overrides all methods.
-
-    Deadlines are on time.monotonic's clock.
-    """
+    """Decodes in the calling thread, which can't be stopped. DecoderProcess overrides all methods."""
 
     def __init__(self, limits: DecodeLimits) -> None:
-        self._limits = limits
+        self.limits = limits
 
     def start(self) -> None:
         """Start the decoder unless it runs; called before each image. Raises if it can't decode at all."""
@@ -32,8 +29,36 @@ class Decoder:
     def decode(
         self, image: Any, position: int, geometry: Geometry | None, deadline: float, exif_orientation: bool = True
     ) -> np.ndarray:
-        """As the function `decode`."""
-        return decode(image, position, geometry, self._limits, exif_orientation)
+        """An image that open_image takes -> pixels (size, size, 3) uint8; geometry None: all, (height, width, 3).
+
+        `deadline` is on time.monotonic's clock. Raises BadImageError for an image that can't be read or is beyond the
+        limits.
+        """
+        if geometry is not None and is_pixels(image, geometry.size):
+            return image
+        self.check_bytes(image, position)
+        if geometry is None:
+            return np.asarray(open_image(image, position, exif_orientation))
+
+        def check(width: int, height: int) -> str:
+            return self.limits.size_error((width, height), geometry)
+
+        if not isinstance(image, (str, Path, *ENCODED)):
+            array = as_array(image, position)  # of a tensor, with the channels last
+            image = image if array is None or hasattr(image, "getbands") else array
+            if reason := check(*_dimensions(image)):
+                raise BadImageError(None, position, reason)
+        return decode_pixels(image, geometry, position, check=check, exact=True, exif_orientation=exif_orientation)
+
+    def check_bytes(self, image: Any, position: int) -> None:
+        """Raise BadImageError for more encoded bytes than the limits allow."""
+        count = 0
+        if isinstance(image, ENCODED):
+            count = memoryview(image).nbytes
+        elif isinstance(image, str | Path) and os.path.isfile(image):
+            count = os.path.getsize(image)
+        if error := self.limits.bytes_error(count):
+            raise BadImageError(Path(image) if isinstance(image, str | Path) else None, position, error)
 
     def kill(self) -> None:
         """Stop the current image, if possible. May be called from any thread."""
@@ -47,41 +72,9 @@ def is_pixels(image: Any, size: int) -> bool:
     return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3)
 
 
-def decode(
-    image: Any, position: int, geometry: Geometry | None, limits: DecodeLimits, exif_orientation: bool = True
-) -> np.ndarray:
-    """An image that open_image takes -> pixels (size, size, 3) uint8; geometry None: all pixels, (height, width, 3).
-
-    Raises BadImageError for an image that can't be read or is beyond the limits.
-    """
-    if geometry is not None and is_pixels(image, geometry.size):
-        return image
-    check_bytes(image, position, limits)
-    if geometry is None:
-        return np.asarray(open_image(image, position, exif_orientation))
-
-    def check(width: int, height: int) -> str:
-        return limits.size_error((width, height), geometry)
-
-    if not isinstance(image, (str, Path, *ENCODED)):
-        array = as_array(image, position)  # of a tensor, with the channels last
-        image = image if array is None or hasattr(image, "getbands") else array
-        if reason := check(*_dimensions(image)):
-            raise BadImageError(None, position, reason)
-    return decode_pixels(image, geometry, position, check=check, exact=True, exif_orientation=exif_orientation)
-
-
-def check_bytes(image: Any, position: int, limits: DecodeLimits) -> None:
-    """Raise BadImageError for more encoded bytes than the limits allow."""
-    if error := limits.bytes_error(_encoded_bytes(image)):
-        raise BadImageError(Path(image) if isinstance(image, str | Path) else None, position, error)
-
-
 def decoding_cost(image: Any, geometry: Geometry) -> int:
     """Pixels of the largest intermediate image, by the header of encoded bytes; 0 if unknown."""
-    if not isinstance(image, ENCODED) or not image_kind(image):
-        return 0
-    claimed = claimed_size(image)
+    claimed = claimed_size(image) if isinstance(image, ENCODED) else None
     return 0 if claimed is None else work_pixels(claimed, geometry)
 
 
@@ -93,14 +86,6 @@ def grey_png() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 64), (128, 128, 128)).save(file, "PNG")
     return file.getvalue()
-
-
-def _encoded_bytes(image: Any) -> int:
-    if isinstance(image, ENCODED):
-        return memoryview(image).nbytes
-    if isinstance(image, str | Path) and os.path.isfile(image):
-        return os.path.getsize(image)
-    return 0
 
 
 def _dimensions(image: Any) -> tuple[int, int]:

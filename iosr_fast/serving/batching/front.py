@@ -6,6 +6,7 @@ import _thread
 import asyncio
 import itertools
 import math
+import threading
 import time
 import weakref
 from collections.abc import Iterable
@@ -17,13 +18,12 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.serving.batching.decode import decoding_cost
+from iosr_fast.serving.batching.decode import Decoder, decoding_cost
 from iosr_fast.serving.batching.engine import Engine
-from iosr_fast.serving.batching.item import Hooks, Item, Observer, Query, QueryOptions, WholeImage
+from iosr_fast.serving.batching.item import FittedHead, Item, Observer, Query, QueryOptions
+from iosr_fast.serving.batching.processes import DecoderProcess
 from iosr_fast.serving.batching.queue import BatchQueue
-from iosr_fast.serving.batching.rejection import FittedState, RejectionFitter
-from iosr_fast.serving.batching.turns import Turns
-from iosr_fast.serving.batching.workers import Workers, make_decoders
+from iosr_fast.serving.batching.workers import Workers
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import check_integer
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.head.predictions import Prediction
 
-_MAX_DECODERS = 8
+_MIN_DECODERS, _MAX_DECODERS = 2, 8  # two, so that one is left to others where images are slow
 _requests = itertools.count()
 
 
@@ -52,7 +52,11 @@ class BatchingClassifier:
     bounds decoding. `observer` gets callbacks for metrics (Observer). `warm` runs the engine at the usual batch sizes
     before the constructor returns (`warm()`).
 
-    Requests take turns at decoding, one image each, and images above 16 million pixels leave one decoder to the others.
+    A `client` with a name may hold at most as many images as it leaves places free, and likewise pixels to decode, so
+    that no client keeps others out. Clients and their requests take turns, one image each, at decoding and in batches.
+    Images above 16 million pixels, and those of a client whose last ones took long, leave one decoder to the others.
+    A deadline above 10 s is shortened to four times the estimated waiting time where that is less.
+
     `isolated` decodes encoded bytes in a separate process for each decoding thread, because they may be untrusted. An
     image that takes longer than limits.timeout_s there, takes more memory than its header allows, or crashes the
     process is a BadImageError; the process is replaced.
@@ -86,22 +90,22 @@ class BatchingClassifier:
         warm: bool = False,
         isolated: bool = False,
     ) -> None:
-        threads = min(_MAX_DECODERS, usable_threads()) if decode_threads is None else decode_threads
-        for name, value in {"max_batch": max_batch, "max_queue": max_queue, "decode_threads": threads}.items():
+        if decode_threads is None:
+            decode_threads = max(_MIN_DECODERS, min(_MAX_DECODERS, usable_threads()))
+        for name, value in {"max_batch": max_batch, "max_queue": max_queue, "decode_threads": decode_threads}.items():
             check_integer(name, value, 1)
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         classifier.snapshot().one_label("BatchingClassifier", "use predict")  # raises if it is not fitted
-        hooks = Hooks(observer)
-        self._warm = warm
-        self._engine = Engine(max_batch)
-        self._rejection = RejectionFitter()
+        self._warm, self._engine, self._fitting = warm, Engine(max_batch), threading.Lock()
         if warm:
             self._engine.warm(classifier)
         limits = DecodeLimits() if limits is None else limits
-        turns = Turns(threads, limits.max_pixels_together)
-        self._queue = BatchQueue(classifier, max_batch, max_wait_ms / 1e3, max_queue, hooks, turns)
-        self._workers = Workers(self._queue, self._engine, hooks, make_decoders(limits, threads, isolated))
+        self._queue = BatchQueue(
+            classifier, max_batch, max_wait_ms / 1e3, max_queue, decode_threads, limits.max_pixels_together, observer
+        )
+        decoders = [DecoderProcess(limits) if isolated else Decoder(limits) for _ in range(decode_threads)]
+        self._workers = Workers(self._queue, self._engine, classifier.encoder.runs, decoders)
         # A BatchingClassifier that is garbage-collected without close() answers accepted images and ends its threads.
         # The collector may run anywhere, even under the lock of the queue, so a new thread takes that lock.
         self._dropped = weakref.finalize(self, _thread.start_new_thread, self._queue.close, ())
@@ -128,16 +132,14 @@ class BatchingClassifier:
         than `max_queue` images, which can never be accepted.
         """
         query, now = Query(**options), time.monotonic()
-        return self._submit(
-            images, query, now, self._rejection.fit(self.classifier, query.keep) if query.keep else None
-        )
+        return self._submit(images, query, now, None if query.keep is None else self._fit(query.keep))
 
     def _submit(
-        self, images: Iterable[Any], query: Query, now: float, fitted: FittedState | None
+        self, images: Iterable[Any], query: Query, now: float, fitted: FittedHead | None
     ) -> list[Future[Prediction]]:
-        turn, geometry = next(_requests), self._queue.form.geometry
+        request, geometry = next(_requests), self._queue.form.geometry
         items = [
-            Item(image, i, query, now, turn, decoding_cost(image, geometry), fitted)
+            Item(image, i, query, now, request, decoding_cost(image, geometry), fitted)
             for i, image in enumerate(as_image_list(images))
         ]
         if len(items) > self._queue.max_queue:
@@ -147,16 +149,34 @@ class BatchingClassifier:
         self._queue.admit(items, query.deadline_s)
         return [item.future for item in items]
 
-    def decode_whole(self, image: Any, position: int = 0, *, deadline_s: float = math.inf) -> Future[np.ndarray]:
+    def _fit(self, keep: float) -> FittedHead:
+        """The current head with what recognises unknown pictures, which is fitted once for each head and takes seconds
+        with thousands of support images. Raises IosrFastError where they are too few to promise `keep`."""
+        classifier = self.classifier
+        fitted = FittedHead(classifier.encoder, classifier.snapshot().one_label("keep", "leave it out"))
+        with self._fitting:
+            unknown = fitted.head.unknown
+            unknown.threshold(keep)
+            unknown.scorer  # noqa: B018  computed here, not by the first batch
+        return fitted
+
+    def check_room(self, client: str = "") -> None:
+        """Raise QueueFullError or ClosedError if not one more image of `client` would be accepted now."""
+        self._queue.check_room(client)
+
+    def decode_whole(
+        self, image: Any, position: int = 0, *, deadline_s: float = math.inf, client: str = ""
+    ) -> Future[np.ndarray]:
         """Decode an image with the decoders and their limits: all pixels, (height, width, 3) uint8.
 
         The future raises BadImageError, DeadlineExceededError if no decoder was free within `deadline_s` seconds, or
         ClosedError. Raises ClosedError at once after close().
         """
-        deadline = time.monotonic() + deadline_s
-        job = WholeImage(image, position, deadline, next(_requests), decoding_cost(image, Geometry(1)))
-        self._queue.admit_whole(job)
-        return job.future
+        now, cost = time.monotonic(), decoding_cost(image, Geometry(1))
+        item = Item(image, position, Query(client=client), now, next(_requests), cost, whole=True)
+        item.deadline = now + deadline_s
+        self._queue.admit_whole(item)
+        return item.future
 
     async def classify(self, image: Any, **options: Unpack[QueryOptions]) -> Prediction:
         """`submit` for asyncio. Cancelling the awaiting task cancels the image."""
@@ -170,7 +190,8 @@ class BatchingClassifier:
     ) -> list[Prediction | Exception]:
         """`submit_many` for asyncio: in order, the Prediction of each image or the exception of its future."""
         query, now = Query(**options), time.monotonic()
-        fitted = await self._rejection.fit_in_thread(self.classifier, query.keep) if query.keep else None
+        # In a thread, because it may have to be fitted.
+        fitted = None if query.keep is None else await asyncio.to_thread(self._fit, query.keep)
         futures = self._submit(images, query, now, fitted)
         try:
             results: list[Any] = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
@@ -246,4 +267,4 @@ class BatchingClassifier:
     @property
     def decoders_are_busy(self) -> bool:
         """Whether every decoder has an image, or an image waits for one."""
-        return self._queue.turns.decoders_are_busy
+        return self._queue.decoders_are_busy

@@ -1,4 +1,4 @@
-"""One image in BatchingClassifier: its query, its head, its result or error."""
+"""One image in BatchingClassifier: what is asked about it, where it stands, and its result or error."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 import time
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
 from iosr_fast.methods.conformal import check_share
@@ -17,8 +16,8 @@ from iosr_fast.utils.numbers import check_integer
 if TYPE_CHECKING:
     import numpy as np
 
-    from iosr_fast.head.predictions import Prediction
-    from iosr_fast.serving.batching.rejection import FittedState
+    from iosr_fast.encoders.encoder import Encoder
+    from iosr_fast.head.head import Head
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 class Observer(Protocol):
     """Callbacks for metrics, called on several threads and never under a lock. They must be quick: batches wait.
 
-    Exceptions are logged once and otherwise ignored.
+    Exceptions are logged and otherwise ignored.
     """
 
     def on_batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
@@ -37,42 +36,16 @@ class Observer(Protocol):
         None if it was rejected), "bad_image", "error", "deadline", "closed" or "cancelled"."""
 
     def on_refused(self, reason: str) -> None:
-        """An image was refused at submit: "full", "deadline" or "closed"."""
+        """An image was refused at submit: "full" (the queue, or the client's share), "deadline" or "closed"."""
 
 
-class Hooks:
-    """Calls an observer, if there is one, and contains its exceptions."""
-
-    def __init__(self, observer: Observer | None) -> None:
-        self._observer = observer
-        self._logged = False
-
-    def batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
-        self._call("on_batch", size, queue_depth, encode_s, score_s)
-
-    def done(self, latency_s: float, outcome: str, label: str | None) -> None:
-        self._call("on_done", latency_s, outcome, label)
-
-    def refused(self, reason: str, count: int) -> None:
-        for _ in range(count):
-            self._call("on_refused", reason)
-
-    def _call(self, name: str, *values: Any) -> None:
-        if self._observer is None:
-            return
+def notify(observer: Observer | None, event: str, *values: Any) -> None:
+    """Call a method of the observer, if there is one."""
+    if observer is not None:
         try:
-            getattr(self._observer, name)(*values)
+            getattr(observer, event)(*values)
         except Exception:
-            if not self._logged:
-                self._logged = True
-                log.exception("the observer's %s raised; later errors of this observer are not logged", name)
-
-
-class Stage(Enum):
-    DECODING = 1  # waits for a decoder, or is being decoded
-    READY = 2  # has pixels and waits for a batch
-    TAKEN = 3  # in a batch or about to be answered; can't be cancelled
-    CANCELLED = 4
+            log.exception("the observer's %s raised", event)
 
 
 class QueryOptions(TypedDict, total=False):
@@ -90,8 +63,9 @@ class Query:
     """The options of one request. Raises ValueError for values out of range.
 
     `top` classes and `nearest` support images in each Prediction; `deadline_s`, seconds from now until the image must
-    be encoded (None: no deadline); `client`, a name: decoders serve clients in turn. With `keep`, pictures that belong
-    to none of the classes are rejected, and this share of the others is not (predictions.predict).
+    be encoded (None: no deadline); `client`, the name of who asks: clients take turns, and each has a share of the
+    queue; "" is the program itself, which may fill it. With `keep`, pictures that belong to none of the classes are
+    rejected, and this share of the others is not (predictions.predict).
     """
 
     top: int = 5
@@ -109,28 +83,36 @@ class Query:
             check_share("keep", self.keep)
 
 
+class FittedHead(NamedTuple):
+    """A head whose `unknown` is fitted, and the encoder that it belongs to."""
+
+    encoder: Encoder
+    head: Head
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Item:
-    """`deadline`, `submitted` and `ready_at` are on time.monotonic's clock, in seconds."""
+    """`deadline` and `submitted` are on time.monotonic's clock, in seconds. The future is resolved with a Prediction,
+    or of a `whole` image with its pixels (height, width, 3)."""
 
     image: Any
     position: int  # in its request, for BadImageError
     query: Query
     submitted: float
-    turn: int = 0  # number of its request; requests take turns at decoding
+    request: int = 0  # number of its request; requests of a client take turns
     cost: int = 0  # of decoding, in pixels; 0 if unknown
-    fitted: FittedState | None = None  # with `query.keep`: what answers it
-    deadline: float = field(init=False)
-    client: str = field(init=False)
-    future: Future[Prediction] = field(default_factory=Future)
-    stage: Stage = Stage.DECODING
-    pixels: np.ndarray | None = None  # (S, S, 3) uint8, from READY on
-    ready_at: float = 0.0
-    outcome: Prediction | BaseException | None = None
+    fitted: FittedHead | None = None  # with `query.keep`: what answers it
+    whole: bool = False  # decoded only, all of it
+    deadline: float = math.inf
+    work: int = 0  # of decoding that is left, in pixels that take as long
+    slow: bool = False  # to decode: leaves a decoder to others
+    future: Future[Any] = field(default_factory=Future)
+    pixels: np.ndarray | None = None  # (S, S, 3) uint8, when they are decoded
+    outcome: Any = None
 
-    def __post_init__(self) -> None:
-        self.client = self.query.client
-        self.deadline = math.inf if self.query.deadline_s is None else self.submitted + self.query.deadline_s
+    @property
+    def client(self) -> str:
+        return self.query.client
 
     def late(self, now: float) -> DeadlineExceededError:
         return DeadlineExceededError(
@@ -138,73 +120,26 @@ class Item:
             "image could be encoded; allow more time, or submit fewer images at a time"
         )
 
-    def answer(self, outcome: Prediction | BaseException, hooks: Hooks) -> None:
+    def answer(self, outcome: Any, observer: Observer | None) -> None:
         """Resolve the future. Called after the item has left the queue, so that its callbacks can submit again."""
         latency_s = time.monotonic() - self.submitted
         try:
-            if isinstance(outcome, BaseException):
-                hooks.done(latency_s, _outcome_name(outcome), None)
-                self.future.set_exception(_ordinary(outcome))
+            if isinstance(outcome, Exception):
+                notify(observer, "on_done", latency_s, _outcome_name(outcome), None)
+                self.future.set_exception(outcome)
             else:
-                hooks.done(latency_s, "ok", outcome.label)
+                if not self.whole:
+                    notify(observer, "on_done", latency_s, "ok", outcome.label)
                 self.future.set_result(outcome)
         except InvalidStateError:
             log.debug("an image was answered after close() had abandoned it")
 
 
-@dataclass(slots=True, eq=False)
-class WholeImage:
-    """An image that is decoded and not classified: all pixels, (height, width, 3) uint8."""
-
-    image: Any
-    position: int
-    deadline: float
-    turn: int
-    cost: int
-    client: str = ""
-    future: Future[np.ndarray] = field(default_factory=Future)
-
-    def is_wanted(self, now: float) -> bool:
-        """Whether it still has to be decoded; if not, its future has the reason."""
-        if not self.future.set_running_or_notify_cancel():
-            return False
-        if self.deadline < now:
-            self.future.set_exception(DeadlineExceededError("the deadline passed before the image was decoded"))
-        return self.deadline >= now
+def ordinary(error: BaseException) -> Exception:
+    """SystemExit and the like as RuntimeError: they would stop a thread or an event loop, but concern one image."""
+    return error if isinstance(error, Exception) else RuntimeError(f"expected a result, got {error!r}")
 
 
-@dataclass
-class QueuedBatch:
-    """`items` to encode with `classifier`, `expired` ones to refuse, and how many are still `waiting`."""
-
-    classifier: Any = None
-    items: list[Item] = field(default_factory=list)
-    expired: list[Item] = field(default_factory=list)
-    waiting: int = 0
-
-
-def without_frames(error: BaseException) -> BaseException:
-    """Remove the tracebacks of a logged error and its causes, whose frames would keep all images of the batch alive."""
-    pending = [error]
-    while pending:
-        link = pending.pop()
-        link.__traceback__ = None
-        pending += [e for e in (link.__cause__, link.__context__) if e is not None and e.__traceback__ is not None]
-    return error
-
-
-def _ordinary(error: BaseException) -> Exception:
-    """SystemExit and KeyboardInterrupt as RuntimeError: they would stop an event loop, but affect one image only."""
-    if isinstance(error, Exception):
-        return error
-    ordinary = RuntimeError(f"{type(error).__name__} was raised while an image was classified: {error}")
-    ordinary.__cause__ = error
-    return ordinary
-
-
-def _outcome_name(error: object) -> str:
-    if isinstance(error, BadImageError):
-        return "bad_image"
-    if isinstance(error, DeadlineExceededError):
-        return "deadline"
-    return "closed" if isinstance(error, ClosedError) else "error"
+def _outcome_name(error: Exception) -> str:
+    kinds = {BadImageError: "bad_image", DeadlineExceededError: "deadline", ClosedError: "closed"}
+    return next((name for kind, name in kinds.items() if isinstance(error, kind)), "error")

@@ -7,7 +7,6 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -17,12 +16,10 @@ import numpy as np
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.images.geometry import Geometry
+from iosr_fast.serving.batching.admission import Admission
 from iosr_fast.serving.batching.decode import is_pixels
-from iosr_fast.serving.batching.item import Hooks, Item, QueuedBatch, Stage, WholeImage
-from iosr_fast.serving.batching.pace import Pace
+from iosr_fast.serving.batching.item import Item, Observer, notify
 from iosr_fast.serving.batching.turns import Turns
-
-_LEAST_RETRY_S = 0.01
 
 
 class PixelForm(NamedTuple):
@@ -36,32 +33,52 @@ class PixelForm(NamedTuple):
         return cls(classifier.encoder.geometry, classifier.exif_orientation_)
 
 
+class Batch(NamedTuple):
+    """`items` to run on `classifier`, none after an idle time, and how many others are in the queue."""
+
+    classifier: Any
+    items: list[Item]
+    waiting: int
+
+
 class BatchQueue:
     """Items from admission to their batch. Its lock is never held during decoding, encoding, scoring or a callback.
 
-    An item is DECODING, then READY, then TAKEN. Ready items have pixels of the current classifier's form. Each of the
-    encoder's `runs` has a thread that takes batches. With one run, a batch starts when it is full, when its first item
-    has been ready for `max_wait_s`, or when no accepted item is still DECODING and could join. With several, a free run
-    starts at once with its share of the ready items, rounded up: the other runs take the others, so waiting gains
-    nothing.
+    An item waits for a decoder, and when it is ready, with pixels of the current classifier's form, for a batch.
+    Clients take turns at both. Slow images to decode (admission.py) use at most all decoders but one, and at most
+    `max_pixels_together` (a single one may have more); they alternate with others.
+
+    Each of the encoder's `runs` has a thread that takes batches. With one run, a batch starts when it is full, when
+    images have been ready for `max_wait_s`, or when no image is being decoded. With several, a free run starts at once
+    with its share of the ready items, rounded up: the other runs take the others, so waiting gains nothing.
     """
 
     def __init__(
-        self, classifier: Any, max_batch: int, max_wait_s: float, max_queue: int, hooks: Hooks, turns: Turns
+        self,
+        classifier: Any,
+        max_batch: int,
+        max_wait_s: float,
+        max_queue: int,
+        decoders: int,
+        max_pixels_together: int,
+        observer: Observer | None,
     ) -> None:
-        self.classifier = classifier
-        self.runs: int = classifier.encoder.runs
-        self.form = PixelForm.of(classifier)
-        self.max_queue = max_queue
+        self.classifier, self.form = classifier, PixelForm.of(classifier)
+        self.max_queue, self.observer = max_queue, observer
         self.closed = False
-        self._max_batch, self._max_wait_s, self._hooks = max_batch, max_wait_s, hooks
-        self._changed = threading.Condition()  # the batch threads wait for it
-        self._accepted: set[Item] = set()
-        self._ready: deque[Item] = deque()
-        self._decoding = 0
-        self.turns = turns
         self.ended = threading.Event()  # no further image is decoded
-        self._pace = Pace()
+        self._max_batch, self._max_wait_s = max_batch, max_wait_s
+        self._decoders, self._max_pixels_together = decoders, max_pixels_together
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # batch threads wait for it
+        self._decoder_free = threading.Condition(lock)
+        self._admission = Admission(max_queue, decoders, classifier.encoder.runs)
+        self._accepted: set[Item] = set()
+        self._waiting = {False: Turns(), True: Turns()}  # for a decoder, by whether they are slow
+        self._in_decoders: set[Item] = set()
+        self._slow_was_last = False
+        self._ready = Turns()
+        self._ready_since = 0.0  # of the first one
         self._process = os.getpid()
         self._weak_self = weakref.ref(self)
 
@@ -70,118 +87,128 @@ class BatchQueue:
         """Number of accepted items that are not finished."""
         return len(self._accepted)
 
+    @property
+    def decoders_are_busy(self) -> bool:
+        """Whether every decoder has an image, or an image waits for one."""
+        return len(self._in_decoders) >= self._decoders or any(self._waiting.values())
+
+    def check_room(self, client: str) -> None:
+        """Raise QueueFullError or ClosedError if no image of `client` would be accepted now."""
+        with self._changed:
+            if self.closed:
+                raise _closed()
+            self._admission.check_room(client)
+
     def admit(self, items: Sequence[Item], deadline_s: float | None) -> None:
-        """Accept all items or none. Raises QueueFullError or ClosedError at once."""
+        """Accept all items of one request or none. Raises QueueFullError or ClosedError at once."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this BatchingClassifier was created before a fork and has no threads in this process; create a new one"
             )
         for item in items:
             item.future.add_done_callback(partial(_drop_cancelled, self._weak_self, weakref.ref(item)))
-        with self._changed:
-            reason, error = self._refusal(len(items), deadline_s)
-            if error is None:
+        reason = "closed"
+        try:
+            with self._changed:
+                if self.closed:
+                    raise _closed()
+                for item in items:
+                    if not self._has_pixels(item):
+                        self._admission.judge(item)
+                if items:
+                    reason = "full"
+                    self._admission.check_room(items[0].client, items)
+                    reason = "deadline"
+                    self._admission.accept(items, deadline_s)
                 for item in items:
                     self._accepted.add(item)
                     self._send(item)
-                self._changed.notify()
-        if error is not None:
-            self._hooks.refused(reason, len(items))
-            raise error
+        except (ClosedError, QueueFullError):
+            for _ in items:
+                notify(self.observer, "on_refused", reason)
+            raise
 
-    def admit_whole(self, image: WholeImage) -> None:
-        """Accept an image that is only decoded. Raises ClosedError at once."""
+    def admit_whole(self, item: Item) -> None:
+        """Accept an image that is only decoded, however full the queue is. Raises ClosedError at once."""
+        item.future.add_done_callback(partial(_drop_cancelled, self._weak_self, weakref.ref(item)))
         with self._changed:
             if self.closed:
                 raise _closed()
-            self.turns.put(image)
+            self._admission.judge(item)
+            self._admission.add(item)
+            self._accepted.add(item)
+            self._send(item)
 
-    def next_to_decode(self) -> Item | WholeImage | None:
-        """Wait for the next image to decode; the caller must call `turns.done` for it. None: closed."""
+    def next_to_decode(self) -> Item | None:
+        """Wait for the next image to decode; the caller must call `decoded` for it. None: no more."""
         while True:
-            job = self.turns.get()
-            if job is None or self._needs_decoding(job):
-                return job
-            self.turns.done(job)
-            del job  # the frame would keep it until the next one comes
+            with self._decoder_free:
+                while (lane := self._next_lane()) is None and not self.ended.is_set():
+                    self._decoder_free.wait()
+                if lane is None or self.ended.is_set():
+                    return None
+                item = lane.pop()
+                self._slow_was_last = item.slow
+                self._in_decoders.add(item)
+            now = time.monotonic()
+            if item.deadline >= now:
+                return item
+            self.decoded(item, item.late(now), self.form)
+            del item  # the frame would keep it until the next one comes
 
-    def _needs_decoding(self, job: Item | WholeImage) -> bool:
-        now = time.monotonic()
-        if isinstance(job, WholeImage):
-            return job.is_wanted(now)
-        if job.deadline < now:
-            self.fail(job, job.late(now))
-        return job.stage is Stage.DECODING
-
-    def decoded(self, item: Item, pixels: np.ndarray, form: PixelForm) -> None:
-        """Set the pixels (S, S, 3) of an item, decoded to `form`; decode it again if a new classifier takes another."""
+    def decoded(self, item: Item, result: np.ndarray | Exception, form: PixelForm, seconds: float = 0.0) -> None:
+        """Set the pixels of an item, or answer its error; decode it again if a new classifier takes another form."""
         with self._changed:
-            if item.stage is not Stage.DECODING:
-                return
-            if form != self.form:
-                self.turns.put(item)
-                return
-            self._decoding -= 1
-            self._make_ready(item, pixels)
-            self._wake()
+            self._in_decoders.discard(item)
+            if item.slow:
+                self._decoder_free.notify_all()  # another one may start
+            if seconds:
+                self._admission.measure_decoding(item.client, seconds)
+            answered = item.whole or isinstance(result, Exception)
+            if answered:
+                answered = self._claim(item)
+                self._forget((item,))
+            elif item in self._accepted and form == self.form:
+                self._make_ready(item, result)
+            elif item in self._accepted:
+                self._send(item)
+            self._changed.notify()
+        if answered:
+            item.answer(result, self.observer)
 
-    def fail(self, item: Item, error: BaseException) -> None:
-        """Answer an item that could not be decoded."""
-        with self._changed:
-            if item.stage is not Stage.DECODING:
-                return
-            self._decoding -= 1
-            claimed = self._claim(item)
-            if claimed:
-                self._accepted.discard(item)
-            self._wake()
-        if claimed:
-            item.answer(error, self._hooks)
-
-    def drop(self, item: Item) -> None:
-        """Remove an item whose future was cancelled."""
-        with self._changed:
-            if item.stage is Stage.READY:
-                self._ready.remove(item)
-            elif item.stage is Stage.DECODING:
-                self._decoding -= 1
-                self.turns.discard(item)
-            if item.stage is not Stage.CANCELLED:
-                item.future.set_running_or_notify_cancel()  # now concurrent.futures.wait counts it as done
-                item.stage = Stage.CANCELLED
-            self._accepted.discard(item)
-            self._wake()
-        self._hooks.done(time.monotonic() - item.submitted, "cancelled", None)
-
-    def take(self, batch: QueuedBatch, idle_s: float = math.inf) -> bool:
-        """Wait for the next batch and fill `batch`; it stays empty after `idle_s` idle seconds. False: closed, and all
-        are answered."""
-        with self._changed:
-            while not (self.closed and not self._accepted):
+    def next_batch(self, idle_s: float = math.inf) -> Batch | None:
+        """Wait for the next batch; it is empty after `idle_s` idle seconds. None: closed, and all are answered."""
+        while True:
+            with self._changed:
+                if self.closed and not self._accepted:
+                    self._changed.notify_all()  # the other threads end as well
+                    return None
                 due_s = self._until_due_s()
                 if due_s > 0:
                     wait_s = min(due_s, idle_s)
                     if not self._changed.wait(wait_s if wait_s < math.inf else None) and idle_s < due_s:
-                        batch.classifier = self.classifier
-                        return True
+                        return Batch(self.classifier, [], 0)
                     continue
-                self._fill(batch)
-                if batch.items or batch.expired:
-                    self._wake()  # another thread for what is left
-                    return True
-            self._changed.notify_all()  # the other threads end as well
-            return False
+                now = time.monotonic()
+                items, late = self._take(now)
+                self._forget(late)
+                self._changed.notify()  # another thread for what is left
+                batch = Batch(self.classifier, items, len(self._accepted) - len(items))
+            for item in late:
+                item.answer(item.late(now), self.observer)
+            if items:
+                return batch
+            del items, late, batch
 
-    def release(self, items: Sequence[Item], measure: bool) -> None:
-        """Remove the finished items of a batch. `measure`: their time is representative."""
-        now = time.monotonic()
+    def finish(self, items: Sequence[Item], seconds: float) -> None:
+        """Answer the items of a batch with their outcomes. `seconds` that it took; 0 if they are not representative."""
         with self._changed:
-            self._accepted.difference_update(items)
-            if measure:
-                self._pace.measure(now, min(item.submitted for item in items), len(items))
-            else:
-                self._pace.done(now)
-            self._wake()
+            self._forget(items)
+            if seconds:
+                self._admission.measure_batch(seconds, len(items))
+            self._changed.notify()
+        for item in items:
+            item.answer(item.outcome, self.observer)
 
     def replace(self, classifier: Any) -> Any:
         """Use another classifier from the next batch on; returns the old one. Raises ClosedError."""
@@ -189,15 +216,12 @@ class BatchQueue:
             if self.closed:
                 raise _closed()
             old, self.classifier = self.classifier, classifier
-            self.runs = classifier.encoder.runs
+            self._admission.runs = classifier.encoder.runs
             form = PixelForm.of(classifier)
             if self.form != form:
                 self.form = form
-                outdated = list(self._ready)
-                self._ready.clear()
-                for item in outdated:
+                for item in self._ready.clear():
                     self._send(item)
-                self._changed.notify()
             return old
 
     def close(self) -> None:
@@ -207,89 +231,97 @@ class BatchQueue:
             self._changed.notify_all()
 
     def stop_decoding(self) -> None:
-        """Stop the decoders; called when nothing is left to classify."""
-        self.ended.set()
-        for job in self.turns.close():
-            if isinstance(job, WholeImage) and job.future.set_running_or_notify_cancel():
-                job.future.set_exception(_closed())
+        """Let the decoders end; called when nothing is left to classify."""
+        with self._decoder_free:
+            self.ended.set()
+            self._decoder_free.notify_all()
 
     def abandon(self) -> list[Item]:
-        """Remove all unanswered items; returns those that the caller must answer."""
+        """Remove all unanswered items; returns them."""
         with self._changed:
-            waiting = (Stage.DECODING, Stage.READY)
-            abandoned = [i for i in self._accepted if i.stage is Stage.TAKEN or (i.stage in waiting and self._claim(i))]
-            self._accepted.clear()
-            self._ready.clear()
-            self._decoding = 0
+            abandoned = list(self._accepted)
+            self._forget(abandoned)
+            for turns in (self._ready, *self._waiting.values()):
+                turns.clear()
             self._changed.notify_all()
         return abandoned
 
+    def drop(self, item: Item) -> None:
+        """Remove an item whose future was cancelled."""
+        with self._changed:
+            if item in self._accepted:
+                item.future.set_running_or_notify_cancel()  # now concurrent.futures.wait counts it as done
+                self._waiting[item.slow].discard(item)
+                self._ready.discard(item)
+                self._forget((item,))
+            self._changed.notify()
+        notify(self.observer, "on_done", time.monotonic() - item.submitted, "cancelled", None)
+
     # --- all below is called under the lock ---
 
-    def _refusal(self, count: int, deadline_s: float | None) -> tuple[str, Exception | None]:
-        if self.closed:
-            return "closed", _closed()
-        ahead = len(self._accepted)
-        if ahead + count > self.max_queue:
-            retry_after_s = max(_LEAST_RETRY_S, ahead * self._pace.item_s)
-            message = (
-                f"the queue is full: {ahead} images wait, {count} more came, max_queue is {self.max_queue}; "
-                f"try again in {retry_after_s:.2g} s"
-            )
-            return "full", QueueFullError(message, retry_after_s)
-        # Always admit when the queue is empty, so that one slow batch does not block admission forever.
-        wait_s = self._pace.wait_s(ahead + count) if ahead else 0.0
-        if deadline_s is not None and wait_s > deadline_s:
-            retry_after_s = max(_LEAST_RETRY_S, wait_s - deadline_s)
-            message = (
-                f"expected an answer within {deadline_s:.3g} s, but it would take about {wait_s:.3g} s with {ahead} "
-                f"images ahead; try again in {retry_after_s:.2g} s"
-            )
-            return "deadline", QueueFullError(message, retry_after_s)
-        return "", None
+    def _has_pixels(self, item: Item) -> bool:
+        return not item.whole and is_pixels(item.image, self.form.geometry.size)
 
     def _send(self, item: Item) -> None:
         """Queue an item for decoding, or make it ready if it has pixels."""
-        if is_pixels(item.image, self.form.geometry.size):
+        if self._has_pixels(item):
             self._make_ready(item, item.image)
+            self._changed.notify()
         else:
-            item.stage, item.pixels = Stage.DECODING, None
-            self._decoding += 1
-            self.turns.put(item)
+            self._waiting[item.slow].put(item)
+            self._decoder_free.notify()
 
-    def _make_ready(self, item: Item, pixels: np.ndarray) -> None:
-        item.stage, item.pixels, item.ready_at = Stage.READY, pixels, time.monotonic()
-        self._ready.append(item)
+    def _make_ready(self, item: Item, pixels: Any) -> None:
+        if not self._ready:
+            self._ready_since = time.monotonic()
+        item.pixels = pixels
+        self._ready.put(item)
+        self._admission.drop_work(item)
+
+    def _forget(self, items: Sequence[Item]) -> None:
+        """Free the places of items that have one."""
+        for item in items:
+            if item in self._accepted:
+                self._accepted.discard(item)
+                self._admission.remove(item)
 
     def _claim(self, item: Item) -> bool:
-        """Make the future uncancellable. False: it was cancelled, and drop() is about to be called."""
-        claimed = item.future.set_running_or_notify_cancel()
-        item.stage = Stage.TAKEN if claimed else Stage.CANCELLED
+        """Make the future of an accepted item uncancellable. False: it was cancelled, and may be dropped."""
+        claimed = item in self._accepted and item.future.set_running_or_notify_cancel()
+        if not claimed:
+            self._forget((item,))
         return claimed
+
+    def _next_lane(self) -> Turns | None:
+        """Where the next image to decode is; None if none may start."""
+        ordinary, slow = self._waiting[False], self._waiting[True]
+        running = [item for item in self._in_decoders if item.slow]
+        pixels = sum(item.cost for item in running)
+        fits = slow and (not running or pixels + slow.first().cost <= self._max_pixels_together)
+        if fits and len(running) < max(1, self._decoders - 1) and not (ordinary and self._slow_was_last):
+            return slow
+        return ordinary or None
 
     def _until_due_s(self) -> float:
         if not self._ready:
             return math.inf
-        if self.runs > 1 or len(self._ready) >= self._max_batch or not self._decoding:
+        if (
+            self._admission.runs > 1
+            or len(self._ready) >= self._max_batch
+            or not (self._in_decoders or any(self._waiting.values()))
+        ):
             return 0.0
-        return self._ready[0].ready_at + self._max_wait_s - time.monotonic()
+        return self._ready_since + self._max_wait_s - time.monotonic()
 
-    def _fill(self, batch: QueuedBatch) -> None:
-        now, batch.classifier = time.monotonic(), self.classifier
-        size = min(self._max_batch, math.ceil(len(self._ready) / self.runs))
-        while self._ready and len(batch.items) < size:
-            item = self._ready.popleft()
-            batch.items.append(item)  # first, so that no error can lose it
-            if not self._claim(item):
-                batch.items.pop()
-            elif item.deadline < now:
-                batch.expired.append(batch.items.pop())
-        batch.waiting = len(self._accepted) - len(batch.items) - len(batch.expired)
-
-    def _wake(self) -> None:
-        """Wake a batch thread if a batch is due or its timer must start."""
-        if self.runs > 1 or len(self._ready) <= 1 or len(self._ready) >= self._max_batch or not self._decoding:
-            self._changed.notify()
+    def _take(self, now: float) -> tuple[list[Item], list[Item]]:
+        """The items of the next batch, and those that are too late for it."""
+        items, late = list[Item](), list[Item]()
+        size = min(self._max_batch, math.ceil(len(self._ready) / self._admission.runs))
+        while self._ready and len(items) < size:
+            item = self._ready.pop()
+            if self._claim(item):
+                (late if item.deadline < now else items).append(item)
+        return items, late
 
 
 def _closed() -> ClosedError:

@@ -9,16 +9,14 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from iosr_fast.exceptions import ClosedError
-from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.serving.batching.decode import Decoder
 from iosr_fast.serving.batching.engine import Engine
-from iosr_fast.serving.batching.item import Hooks, Item, QueuedBatch, WholeImage, without_frames
-from iosr_fast.serving.batching.queue import BatchQueue, PixelForm
+from iosr_fast.serving.batching.item import notify, ordinary
+from iosr_fast.serving.batching.queue import Batch, BatchQueue
 
 log = logging.getLogger(__name__)
 
@@ -28,38 +26,26 @@ _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before a decoder that failed to start i
 _alive: set[Workers] = set()
 
 
-def make_decoders(limits: DecodeLimits, count: int, isolated: bool) -> list[Decoder]:
-    """A decoder for each decoding thread: in its own process if `isolated`, else in the thread."""
-    if not isolated:
-        return [Decoder(limits) for _ in range(count)]
-    from iosr_fast.serving.batching.processes import DecoderProcess
-
-    return [DecoderProcess(limits) for _ in range(count)]
-
-
 class Workers:
     """Starts and stops the threads. They hold no reference to the BatchingClassifier, so it can be collected."""
 
-    def __init__(self, queue: BatchQueue, engine: Engine, hooks: Hooks, decoders: Sequence[Decoder]) -> None:
+    def __init__(self, queue: BatchQueue, engine: Engine, runs: int, decoders: Sequence[Decoder]) -> None:
         """Returns when every decoder has started. Raises the error of a decoder that did not."""
-        self._queue, self._engine, self._hooks, self._decoders = queue, engine, hooks, decoders
+        self._queue, self._engine, self._decoders = queue, engine, decoders
         self._process = os.getpid()
-        # The error of each decoder that does not work.
-        self._errors: list[BaseException | None] = [None] * len(decoders)
+        self._errors: list[Exception | None] = [None] * len(decoders)  # of decoders that do not work
         self._attempted = [threading.Event() for _ in decoders]
         self._threads = [
+            *(threading.Thread(target=self._run_batches, name=f"iosr-fast-batches-{i}") for i in range(runs)),
             *(
-                threading.Thread(target=self._run_batches, name=f"iosr-fast-batches-{i}", daemon=True)
-                for i in range(queue.runs)
-            ),
-            *(
-                threading.Thread(target=self._decode, args=(i,), name=f"iosr-fast-decode-{i}", daemon=True)
+                threading.Thread(target=self._decode, args=(i,), name=f"iosr-fast-decode-{i}")
                 for i in range(len(decoders))
             ),
         ]
         _alive.add(self)
         try:
             for thread in self._threads:
+                thread.daemon = True
                 thread.start()
             for event in self._attempted:
                 event.wait()
@@ -72,16 +58,12 @@ class Workers:
             raise
 
     @property
-    def decoders_error(self) -> BaseException | None:
+    def decoders_error(self) -> Exception | None:
         """The error if no decoder works; None if one does."""
-        return next(iter(self._errors)) if all(self._errors) else None
+        return self._errors[0] if all(self._errors) else None
 
     def close(self, timeout: float | None = None) -> None:
-        """Accept no more images, and wait until all are answered and the threads have ended.
-
-        After `timeout` seconds the remaining images get ClosedError. In a callback on one of the threads it does not
-        wait; the remaining images are answered after the callback.
-        """
+        """As BatchingClassifier.close."""
         self._queue.close()
         if threading.current_thread() in self._threads or os.getpid() != self._process:
             return
@@ -92,7 +74,7 @@ class Workers:
             abandoned = self._queue.abandon()
             log.warning("closed after %g s with %d images unanswered: they get ClosedError", timeout, len(abandoned))
             for item in abandoned:
-                item.answer(ClosedError("closed before the image could be classified"), self._hooks)
+                item.answer(ClosedError("closed before the image could be classified"), self._queue.observer)
             for decoder in self._decoders:
                 decoder.kill()
 
@@ -106,74 +88,58 @@ class Workers:
 
     def _run_batch(self) -> bool:
         """Wait for a batch and answer it; False when there are no more."""
-        batch = QueuedBatch()
+        queue, engine = self._queue, self._engine
+        batch, seconds = Batch(None, [], 0), 0.0
         try:
-            taken = self._queue.take(batch, math.inf if self._engine.healthy else _PROBE_S)
-            if taken:
-                self._answer(batch)
-            return taken
+            taken = queue.next_batch(math.inf if engine.healthy else _PROBE_S)
+            if taken is None:
+                return False
+            batch = taken
+            if batch.items:
+                started = time.monotonic()
+                run = engine.run(batch.classifier, batch.items)
+                if batch.classifier is queue.classifier:
+                    engine.judge(run.down)
+                seconds = time.monotonic() - started if run.clean else 0.0
+                notify(queue.observer, "on_batch", len(batch.items), batch.waiting, run.encode_s, run.score_s)
+            else:
+                engine.probe(batch.classifier)
         except BaseException as error:
             log.exception("a batch could not be run; its images get the error, and the next batch runs")
-            unanswered = [*batch.expired, *batch.items]
-            self._queue.release(unanswered, measure=False)
-            for item in unanswered:
-                if not item.future.done():
-                    item.answer(without_frames(error), self._hooks)
-            return True
-
-    def _answer(self, batch: QueuedBatch) -> None:
-        queue, engine, hooks = self._queue, self._engine, self._hooks
-        if batch.expired:
-            queue.release(batch.expired, measure=False)
-            now = time.monotonic()
-            for item in batch.expired:
-                item.answer(item.late(now), hooks)
-        if not batch.items:
-            if not batch.expired:
-                engine.probe(batch.classifier)
-            return
-        run = engine.run(batch.classifier, batch.items)
-        if batch.classifier is queue.classifier:
-            engine.judge(run.down)
-        queue.release(batch.items, measure=run.clean)
-        hooks.batch(len(batch.items), batch.waiting, run.encode_s, run.score_s)
-        for item in batch.items:
-            if item.outcome is None:
-                raise RuntimeError("expected an outcome for every image of a batch, got none for one")
-            item.answer(item.outcome, hooks)
+            for item in batch.items:
+                item.outcome = item.outcome or ordinary(error)
+        queue.finish(batch.items, seconds)
+        return True
 
     def _decode(self, place: int) -> None:
         # The traceback of an error refers to its frames and through them to this one. So this frame must not keep an
         # item: its future would keep itself, and the whole image, alive.
-        queue, decoder = self._queue, self._decoders[place]
-        try:
-            while self._started(place) and (job := queue.next_to_decode()) is not None:
-                form = queue.form
-                geometry = None if isinstance(job, WholeImage) else form.geometry
-                result = _try_decode(decoder, job.image, job.position, geometry, job.deadline, form.exif_orientation)
-                _hand_over(queue, job, result, form)
-                queue.turns.done(job)
-                del job, result
-        finally:
-            decoder.close()
-
-    def _started(self, place: int) -> bool:
-        """Start the decoder, repeatedly if it fails; False if the queue is closed before it works. Meanwhile other
-        decoders may take the images."""
-        pause_s = 0.0
-        while not self._queue.ended.wait(pause_s):
+        queue, decoder, pause_s = self._queue, self._decoders[place], 0.0
+        while not queue.ended.wait(pause_s):
             try:
-                self._decoders[place].start()
-                self._errors[place] = None
-                return True
-            except BaseException as error:
+                decoder.start()
+            except Exception as error:  # meanwhile other decoders take the images
                 if self._errors[place] is None:
                     log.error("a decoder does not start and is retried: %s", error)
-                self._errors[place] = without_frames(error)
+                self._errors[place] = error
+                pause_s = min(max(_PAUSE_S, 2 * pause_s), _LONGEST_PAUSE_S)
+                continue
             finally:
                 self._attempted[place].set()
-            pause_s = min(max(_PAUSE_S, 2 * pause_s), _LONGEST_PAUSE_S)
-        return False
+            self._errors[place], pause_s = None, 0.0
+            item = queue.next_to_decode()
+            if item is None:
+                break
+            form, started = queue.form, time.monotonic()
+            geometry = None if item.whole else form.geometry
+            result: np.ndarray | Exception
+            try:
+                result = decoder.decode(item.image, item.position, geometry, item.deadline, form.exif_orientation)
+            except BaseException as error:  # even MemoryError concerns this image only
+                result = ordinary(error)
+            queue.decoded(item, result, form, time.monotonic() - started)
+            del item, result
+        decoder.close()
 
 
 @atexit.register
@@ -183,24 +149,3 @@ def _close_all() -> None:
     until = time.monotonic() + _AT_EXIT_S
     for workers in list(_alive):
         workers.close(max(0.0, until - time.monotonic()))
-
-
-def _try_decode(decoder: Decoder, *args: Any) -> np.ndarray | BaseException:
-    """The pixels, or the exception."""
-    try:
-        return decoder.decode(*args)
-    except BaseException as error:  # even MemoryError concerns this image only
-        return error
-
-
-def _hand_over(queue: BatchQueue, job: Item | WholeImage, result: Any, form: PixelForm) -> None:
-    try:
-        if isinstance(job, WholeImage):
-            (job.future.set_exception if isinstance(result, BaseException) else job.future.set_result)(result)
-        elif isinstance(result, BaseException):
-            queue.fail(job, result)
-        else:
-            queue.decoded(job, result, form)
-    except BaseException as error:
-        if isinstance(job, Item):
-            queue.fail(job, without_frames(error))
