@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from iosr_fast.cli.options import Runtime
+from iosr_fast.cli.options import Json, Runtime, argument, option
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import ListCommand, new_app, new_file, note, say
+from iosr_fast.utils.command import ListCommand, new_app, note, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,30 +21,19 @@ SECONDS, FEWEST, MOST = 4.0, 10, 300  # of one row: its time, and its calls at l
 # Each row of a batch against the same image alone: rounding differs by batch, other weights or images don't pass.
 LEAST_COSINE = 0.999
 SIDES = (500, 375)  # of the demo's pictures, as JPEGs
+Call = Callable[[Any], object]
 
 benchmark = new_app("iosr-fast")
 
 
-class Part(NamedTuple):
-    """`run` takes a batch of `items`, which are pixels or encoded files."""
-
-    name: str
-    items: Any
-    run: Callable[[Any], object]
-
-
 @benchmark.command(cls=ListCommand)
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="CLASSIFIER|ENGINE", help="A saved classifier, or an engine.")],
-    batch: Annotated[list[int], typer.Option(min=1, help="Images of a call.")] = [1, 8, 32],
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of images like yours [default: JPEGs made from the demo's pictures].")
-    ] = None,
+    folder: Annotated[Path, argument("CLASSIFIER|ENGINE", "A saved classifier, or an engine.")],
+    batch: Annotated[list[int], option("Images of a call.", min=1)] = [1, 8, 32],
+    images: Annotated[Path | None, option("Folder of images like yours [default: the demo's, as JPEGs].")] = None,
     runtime: Runtime = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine [default: all].")] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", callback=new_file, help="Write the rows here, as JSON.")
-    ] = None,
+    threads: Annotated[int | None, option("CPU threads of the engine [default: all].", min=1)] = None,
+    json_path: Json = None,
 ) -> None:
     """Time a saved classifier or an engine on this machine: latency percentiles and images a second.
 
@@ -68,12 +55,12 @@ def main(
     say(f"{'part':12}{'batch':>6}{'calls':>7}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'images/s':>10}")
     rows: list[dict[str, Any]] = []
     with progress("benchmark", len(parts) * len(batch)) as advance:
-        for part in parts:
+        for part, (run, items) in parts.items():
             for size in batch:
-                row = {"part": part.name, "batch": size, **time_calls(part, size), **facts}
+                row = {"part": part, "batch": size, **time_calls(run, items[:size]), **facts}
                 rows.append(row)
                 milliseconds = "".join(f"{row[f'p{q}_ms']:10.2f}" for q in (50, 90, 99))
-                say(f"{part.name:12}{size:6}{row['calls']:7}{milliseconds}{row['images_per_s']:10.1f}")
+                say(f"{part:12}{size:6}{row['calls']:7}{milliseconds}{row['images_per_s']:10.1f}")
                 if json_path is not None:
                     write_rows(json_path, rows)
                 advance(1)
@@ -83,32 +70,30 @@ def main(
 
 def read_files(folder: Path | None, count: int) -> tuple[list[bytes], str]:
     """`count` encoded images, repeated where there are fewer, and where they are from."""
-    if folder is None:
+    files, source = [], f"the demo's pictures as JPEGs of {SIDES[0]} x {SIDES[1]}; --images takes your own"
+    if folder is not None:
+        from iosr_fast.images.listing import list_images
+
+        files, source = [Path(path).read_bytes() for path in list_images(folder).paths[:count]], str(folder)
+        if not files:
+            raise IosrFastError(f"expected images in {folder}, found none; give a folder of images")
+    else:
         from PIL import Image
 
         from iosr_fast.clip.demo.pictures import load_pictures
 
-        pictures = load_pictures("held-out").images[:count]
-        files = []
-        for picture in pictures:
+        for picture in load_pictures("held-out").images[:count]:
             file = BytesIO()
             Image.fromarray(picture).resize(SIDES, Image.Resampling.BICUBIC).save(file, "jpeg", quality=90)
             files.append(file.getvalue())
-        source = f"the demo's pictures as JPEGs of {SIDES[0]} x {SIDES[1]}; --images takes your own"
-    else:
-        from iosr_fast.images.listing import list_images
-
-        paths = list_images(folder).paths[:count]
-        if not paths:
-            raise IosrFastError(f"expected images in {folder}, found none; give a folder of images")
-        files, source = [Path(path).read_bytes() for path in paths], str(folder)
     return [files[i % len(files)] for i in range(count)], source
 
 
 def open_parts(
     folder: Path, files: list[bytes], runtime: str, threads: int | None
-) -> tuple[list[Part], dict[str, Any]]:
-    """What is timed, verified, and the facts of all rows. Raises ArithmeticError where a batch changes a result."""
+) -> tuple[dict[str, tuple[Call, Any]], dict[str, Any]]:
+    """What is timed, verified, each with its items; and the facts of all rows. Raises ArithmeticError where a batch
+    changes a result."""
     import numpy as np
 
     from iosr_fast.encoders.engine_folder import ENGINE_KIND
@@ -116,34 +101,34 @@ def open_parts(
     from iosr_fast.images.decode import CpuDecoder
     from iosr_fast.store.description import folder_kind
 
-    decoder = CpuDecoder()
     encoder: Encoder
 
     def decode(files: list[bytes]) -> np.ndarray:
-        decoded = decoder.decode(files, encoder.geometry)
+        decoded = CpuDecoder().decode(files, encoder.geometry)
         for error in decoded.errors:
             if error is not None:
                 raise error
         return np.asarray(decoded.pixels)
 
+    def embed(files: list[bytes]) -> object:
+        return encoder.encode(decode(files))
+
+    whole: Call = embed
+    verified = "hashes, embeddings in a batch and alone"
     if folder_kind(folder) == ENGINE_KIND:
         encoder = open_engine(folder, runtime, threads=threads)
-        parts = [Part("whole path", files, lambda files: encoder.encode(decode(files)))]
-        verified = "hashes, embeddings in a batch and alone"
     else:
         from iosr_fast.classifier import Classifier
 
         classifier = Classifier.load(folder, runtime=runtime, threads=threads)
-        encoder = classifier.encoder
-        parts = [Part("whole path", files, classifier.predict)]
+        encoder, whole = classifier.encoder, classifier.predict
         verified = "hashes, embeddings and labels in a batch and alone"
         few = files[:8]
-        alone = [str(classifier.predict([file])[0]) for file in few]
-        if [str(label) for label in classifier.predict(few)] != alone:
+        if classifier.predict(few).tolist() != [classifier.predict([file]).tolist()[0] for file in few]:
             raise ArithmeticError("expected the same labels in a batch and alone, got others; nothing is timed")
     pixels = decode(files)
     check_batches(encoder, pixels[:8])
-    return [Part("engine", pixels, encoder.encode), *parts], facts_of(encoder, verified)
+    return {"engine": (encoder.encode, pixels), "whole path": (whole, files)}, facts_of(encoder, verified)
 
 
 def check_batches(encoder: Encoder, pixels: np.ndarray) -> None:
@@ -168,30 +153,28 @@ def facts_of(encoder: Encoder, verified: str) -> dict[str, Any]:
 
     manifest = {} if encoder.source is None else encoder.source.manifest
     gpu = None if encoder.buckets is None else this_gpu()
-    device = cpu_description() if gpu is None else f"{gpu.name}, {cpu_description()}"
     return {
         "runtime": encoder.runtime,
         "model": manifest.get("model"),
         "precision": manifest.get("precision"),
         "threads": encoder.threads or usable_threads(),
-        "device": device,
+        "device": cpu_description() if gpu is None else f"{gpu.name}, {cpu_description()}",
         "versions": {name: package_version(name) for name in ("iosr_fast", "numpy", encoder.runtime)},
         "verified": verified,
     }
 
 
-def time_calls(part: Part, batch: int) -> dict[str, Any]:
-    """Percentiles of single calls on the first `batch` items, after two untimed ones, and images a second."""
+def time_calls(run: Call, items: Any) -> dict[str, Any]:
+    """Percentiles of single calls on the items, after two untimed ones, and images a second."""
     import numpy as np
 
-    items = part.items[:batch]
-    for _ in range(2):
-        part.run(items)
     times: list[float] = []
+    run(items)
+    run(items)
     started = time.perf_counter()
     while len(times) < FEWEST or (len(times) < MOST and time.perf_counter() - started < SECONDS):
         start = time.perf_counter()
-        part.run(items)
+        run(items)
         times.append(time.perf_counter() - start)
     milliseconds = {f"p{q}_ms": round(float(np.percentile(times, q)) * 1e3, 4) for q in (50, 90, 99)}
-    return {"calls": len(times), **milliseconds, "images_per_s": round(batch * len(times) / sum(times), 2)}
+    return {"calls": len(times), **milliseconds, "images_per_s": round(len(items) * len(times) / sum(times), 2)}

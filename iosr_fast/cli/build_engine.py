@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from iosr_fast.cli.options import Adapter, Model, Runtime
+from iosr_fast.cli.options import Adapter, Model, Runtime, option
 from iosr_fast.utils.command import note
 from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.require import require_installed
@@ -20,30 +19,16 @@ if TYPE_CHECKING:
 
 
 def build_engine(
-    out: Annotated[Path, typer.Option(help="Folder to write. An engine that is there is replaced.")],
+    out: Annotated[Path, option("Folder to write. An engine that is there is replaced.")],
     model: Model = "demo",
-    pretrained: Annotated[
-        str | None, typer.Option(help="open_clip's tag of the weights, a file, or none: random.")
-    ] = None,
+    pretrained: Annotated[str | None, option("Tag of open_clip's weights, a file, or none: random.")] = None,
     adapter: Adapter = "auto",
-    first_adapted_block: Annotated[
-        int | None, typer.Option(help="Instead of --adapter: a random one from this block on, to measure speed.")
-    ] = None,
+    first_adapted_block: Annotated[int | None, option("A random adapter from this block on, to measure speed.")] = None,
     runtime: Runtime = "auto",
-    precision: Annotated[
-        str, typer.Option(help="fp32, fp16 (GPUs), bf16 (openvino), int8 (not torch) or fp8 (tensorrt, tensorrt_rtx).")
-    ] = "fp32",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="For int8 and fp8: images like those to classify [default: for the demo its own]."),
-    ] = None,
-    max_batch: Annotated[int, typer.Option(help="Images of one run at most; larger batches are split.")] = 32,
-    add: Annotated[
-        bool, typer.Option("--add-plan", help="Add a plan for --runtime and this machine to the engine in OUT.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Log what is chosen, and TensorRT's messages.")
-    ] = False,
+    precision: Annotated[str, option("fp32, fp16 (GPUs), bf16 (openvino), int8, or fp8 (TensorRT).")] = "fp32",
+    calibration: Annotated[Path | None, option("For int8 and fp8: images like yours [default: the demo's].")] = None,
+    max_batch: Annotated[int, option("Images of one run at most; larger batches are split.")] = 32,
+    add: Annotated[bool, option("Add a plan for --runtime and this GPU to OUT.", "--add-plan")] = False,
 ) -> None:
     """Fuse a CLIP and its adapter into one encoder, compile it, and check it against PyTorch.
 
@@ -55,8 +40,6 @@ def build_engine(
     iosr-fast build-engine --model ViT-B-16 --pretrained openai \\
         --adapter adapter.safetensors --out engine
     """
-    if verbose:
-        logging.getLogger().setLevel(logging.INFO)
     require_installed("torch", "cpu")
     from iosr_fast.clip.adapter import random_adapter
     from iosr_fast.clip.load import load_clip
@@ -95,8 +78,7 @@ def demo_pictures(geometry: Geometry) -> np.ndarray:
     from iosr_fast.export.check import CHECKED_PICTURES, evenly
     from iosr_fast.images.preprocess import to_pixels
 
-    images = load_pictures("held-out").images
-    return to_pixels(evenly(images, CHECKED_PICTURES), geometry)
+    return to_pixels(evenly(load_pictures("held-out").images, CHECKED_PICTURES), geometry)
 
 
 def describe(manifest: dict[str, Any], out: Path) -> None:
@@ -105,15 +87,12 @@ def describe(manifest: dict[str, Any], out: Path) -> None:
 
     from iosr_fast.encoders.engine_folder import Target
 
-    lines: list[str] = []
     adapter = {
         None: "no adapter: plain embeddings only",
         "trained": "trained adapter",
         "random": "RANDOM adapter: this engine measures speed, its adapted embeddings mean nothing",
-    }
-    lines.append(
-        f"{manifest['model']} {manifest['precision']} for {manifest['runtime']}; {adapter[manifest['adapter']]}"
-    )
+    }[manifest["adapter"]]
+    lines = [f"{manifest['model']} {manifest['precision']} for {manifest['runtime']}; {adapter}"]
     if (quantised := manifest.get("quantised")) is not None:
         lines.append(f"  {quantised['products']} of {quantised['total_products']} products in {manifest['precision']}")
     for runtime, check in manifest["check"].items():
@@ -121,13 +100,10 @@ def describe(manifest: dict[str, Any], out: Path) -> None:
             lines.append(f"  {runtime:<12} not run: no GPU for it here (the same graph was checked in ONNX Runtime)")
             continue
         for kind, result in check.items():
-            for name in ("plain", "adapted"):
-                if name in result:
-                    error, cosine = result[name]["max_abs_error"], result[name]["min_cosine"]
-                    pictures = f"{result['pictures']} {kind} pictures"
-                    lines.append(
-                        f"  {runtime:<12} {name:<8} {pictures}: max error {error:.1e}, min cosine {cosine:.7f}"
-                    )
+            for name in [name for name in ("plain", "adapted") if name in result]:
+                error, cosine = result[name]["max_abs_error"], result[name]["min_cosine"]
+                found = f"max error {error:.1e}, min cosine {cosine:.7f}"
+                lines.append(f"  {runtime:<12} {name:<8} {result['pictures']} {kind} pictures: {found}")
     lines.append(f"built in {manifest['build_seconds']:.1f} s, for batches of up to {manifest['max_batch']}:")
     for name, entry in manifest["files"].items():
         target = f", for {convert(manifest['plans'][name], Target)}" if name in manifest["plans"] else ""

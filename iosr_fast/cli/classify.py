@@ -8,24 +8,8 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
-import typer
-
-from iosr_fast.cli.options import (
-    Address,
-    Batch,
-    Chunk,
-    Gpus,
-    Html,
-    Ray,
-    RejectOption,
-    Runtime,
-    SavedClassifier,
-    SkipBad,
-    Threads,
-    Workers,
-    ray_pool,
-    resumable,
-)
+from iosr_fast.cli import options as shared
+from iosr_fast.cli.options import RejectOption, argument, option, ray_pool, resumable
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import note, output, write_new
 from iosr_fast.utils.progress import progress
@@ -36,54 +20,35 @@ if TYPE_CHECKING:
     from iosr_fast.files.work import Classify, ReadOptions
     from iosr_fast.head.rejecting import Rejecting
 
+Decoder = Literal["cpu", "cpu-exact"]
 FORMS = {".csv": "csv", ".parquet": "parquet", "": "parts"}  # by the suffix of --out
 
 
 def classify(
-    classifier: SavedClassifier,
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES", help="Images, folders, or CSV files with a column path.")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="File to write (.csv or .parquet), or a folder for parts. An interrupted run resumes."),
-    ] = None,
-    top: Annotated[int | None, typer.Option(min=1, help="Classes of each image [default: 1; in a folder 5].")] = None,
-    batch: Batch = None,
-    decoder: Annotated[
-        Literal["cpu", "cpu-exact"],
-        typer.Option(metavar="NAME", help="cpu, or cpu-exact: large JPEGs too are decoded at full size."),
-    ] = "cpu",
-    runtime: Runtime = "auto",
-    threads: Threads = None,
-    skip_bad: SkipBad = False,
-    joint: Annotated[
-        bool,
-        typer.Option("--joint", help="Classify all images together, for a file or standard output; does not resume."),
-    ] = False,
-    html: Html = None,
-    reject_unknown: Annotated[
-        bool,
-        RejectOption(
-            "--reject-unknown", help="Images of none of the classes get --unknown-label, and all an unknown_score."
-        ),
-    ] = False,
-    unknown_label: Annotated[
-        str | None, RejectOption(metavar="WORD", help="Label of rejected images [default: unknown].")
-    ] = None,
-    keep: Annotated[
-        float | None, RejectOption(help="Share of known images that keep their label [default: 0.95].")
-    ] = None,
-    chunk: Chunk = None,
-    ray: Ray = False,
-    workers: Workers = None,
-    gpus: Gpus = 0,
-    address: Address = None,
+    classifier: shared.SavedClassifier,
+    images: Annotated[list[str], argument("IMAGES", "Images, folders, or CSV files with a column path.")],
+    out: Annotated[Path | None, option("File to write (.csv or .parquet), or a folder for parts.")] = None,
+    top: Annotated[int | None, option("Classes of each image [default: 1; in a folder 5].", min=1)] = None,
+    batch: shared.Batch = None,
+    decoder: Annotated[Decoder, option("cpu-exact decodes large JPEGs at full size, too.", metavar="NAME")] = "cpu",
+    runtime: shared.Runtime = "auto",
+    threads: shared.Threads = None,
+    skip_bad: shared.SkipBad = False,
+    joint: Annotated[bool, option("Classify all images together; does not resume.", "--joint")] = False,
+    html: shared.Html = None,
+    reject_unknown: Annotated[bool, RejectOption("Give them a label, and all a score.", "--reject-unknown")] = False,
+    unknown_label: Annotated[str | None, RejectOption("Their label [default: unknown].", metavar="WORD")] = None,
+    keep: Annotated[float | None, RejectOption("Share of known images that keep their label [default: 0.95].")] = None,
+    chunk: shared.Chunk = None,
+    ray: shared.Ray = False,
+    workers: shared.Workers = None,
+    gpus: shared.Gpus = 0,
+    address: shared.Address = None,
 ) -> None:
     """Classify images with a saved classifier.
 
     Writes rows of path, label, probability and error (why an image can't be read) as CSV to standard output, or to a
-    file; with --html alone a page instead of the rows.
+    file, where an interrupted run resumes; with --html alone a page instead of the rows.
 
     For millions of images --out is a folder (a name without a suffix). It gets Parquet parts, which also have the
     class id and the parts of the logit: zero_shot, from the texts, cache, from the support images, and adapter, what
@@ -97,8 +62,8 @@ def classify(
         raise IosrFastError(f"expected --out to end in .csv or .parquet, or a folder without a suffix, got {out}")
     form: Any = "csv" if out is None else FORMS[out.suffix]
     if form == "parts" and (joint or html is not None):
-        option = "--joint" if joint else "--html"
-        raise IosrFastError(f"expected a file for --out with {option}, got the folder {out}; use .csv or .parquet")
+        given = "--joint" if joint else "--html"
+        raise IosrFastError(f"expected a file for --out with {given}, got the folder {out}; use .csv or .parquet")
     parts = None if joint else out
     if parts is None and (ray or chunk is not None):
         raise IosrFastError("expected --out, and no --joint, with --ray and --chunk: they are for runs of parts")

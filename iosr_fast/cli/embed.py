@@ -5,40 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
-from iosr_fast.cli.options import (
-    Address,
-    Batch,
-    Chunk,
-    Gpus,
-    Ray,
-    Runtime,
-    SkipBad,
-    Threads,
-    Workers,
-    ray_pool,
-    resumable,
-)
+from iosr_fast.cli import options as shared
+from iosr_fast.cli.options import option, ray_pool, resumable
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.command import note
 from iosr_fast.utils.manifest import MANIFEST
 
 
 def embed(
-    engine: Annotated[str, typer.Option(help="Folder of `iosr-fast build-engine`, a saved classifier, or demo.")],
-    location: Annotated[str, typer.Option("--input", help="Folder of images, or a CSV file with a column path.")],
-    out: Annotated[Path, typer.Option(help="Folder to write. An interrupted run resumes.")],
-    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the embeddings.")] = "float32",
-    batch: Batch = None,
-    runtime: Runtime = "auto",
-    threads: Threads = None,
-    skip_bad: SkipBad = False,
-    chunk: Chunk = None,
-    ray: Ray = False,
-    workers: Workers = None,
-    gpus: Gpus = 0,
-    address: Address = None,
+    engine: Annotated[str, option("Folder of `iosr-fast build-engine`, a saved classifier, or demo.")],
+    location: Annotated[str, option("Folder of images, or a CSV file with a column path.", "--input")],
+    out: Annotated[Path, option("Folder to write. An interrupted run resumes.")],
+    dtype: Annotated[Literal["float32", "float16"], option("Type of the embeddings.")] = "float32",
+    batch: shared.Batch = None,
+    runtime: shared.Runtime = "auto",
+    threads: shared.Threads = None,
+    skip_bad: shared.SkipBad = False,
+    chunk: shared.Chunk = None,
+    ray: shared.Ray = False,
+    workers: shared.Workers = None,
+    gpus: shared.Gpus = 0,
+    address: shared.Address = None,
 ) -> None:
     """Write the plain and adapted embeddings of a folder of images.
 

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from iosr_fast.cli.options import Html, Json, Runtime, SavedClassifier, SkipBad, echo_first
+from iosr_fast.cli.options import Html, Json, Runtime, SavedClassifier, SkipBad, argument, echo_first, option
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.command import Group, ListCommand, new_app, say, stop_message, write_new
 from iosr_fast.utils.outputs import check_utf8
@@ -40,41 +38,22 @@ evaluate = new_app(
     ... takes several words: --shots 1 2 4.""",
 )
 
-Methods = Annotated[
-    list[str],
-    typer.Option(
-        metavar="NAME ...",
-        help="Names, 'all' (with scikit-learn's LogisticRegression and NearestCentroid), 'auto', or 'scikit-learn'.",
-    ),
-]
-Reducers = Annotated[list[str], typer.Option(metavar="NAME ...", help="none, centre, pca or pca:RANK.")]
-Shots = Annotated[
-    list[int], typer.Option(min=1, metavar="N ...", help="Images of each class; a smaller class gives all.")
-]
-Seeds = Annotated[int, typer.Option(min=1, help="Draws of the support set.")]
+Methods = Annotated[list[str], option("Names, all, auto, paper (the paper's), or scikit-learn.", metavar="NAME ...")]
+Reducers = Annotated[list[str], option("none, centre, pca or pca:RANK.", metavar="NAME ...")]
+Shots = Annotated[list[int], option("Images of each class; a smaller class gives all.", min=1, metavar="N ...")]
+Seeds = Annotated[int, option("Draws of the support set.", min=1)]
 ALL, REDUCERS = ["all"], ["none", "centre", "pca"]
 
 
 @evaluate.command()
 def saved(
     classifier: SavedClassifier,
-    images: Annotated[
-        Path,
-        typer.Argument(metavar="IMAGES", help="Folder with one sub-folder a class, or a CSV file of path and label."),
-    ],
+    images: Annotated[Path, argument("IMAGES", "Folder with one sub-folder a class, or a CSV file of path and label.")],
     html: Html = None,
     json_path: Json = None,
-    unknown_images: Annotated[
-        Path | None,
-        typer.Option(
-            "--unknown-images",
-            "--unknown",
-            metavar="FOLDER",
-            help="Images of none of the classes, also in folders below.",
-        ),
-    ] = None,
-    keep: Annotated[float, typer.Option(help="Share of known images that a rejection of unknown ones keeps.")] = 0.95,
-    coverage: Annotated[float, typer.Option(help="Share of label sets that have the label.")] = 0.9,
+    unknown_images: Annotated[Path | None, option("Images of no class.", "--unknown-images", "--unknown")] = None,
+    keep: Annotated[float, option("Share of known images that a rejection of unknown ones keeps.")] = 0.95,
+    coverage: Annotated[float, option("Share of label sets that have the label.")] = 0.9,
     runtime: Runtime = "auto",
     skip_bad: SkipBad = False,
 ) -> None:
@@ -123,29 +102,13 @@ def saved(
 
 @evaluate.command(cls=ListCommand)
 def features(
-    files: Annotated[
-        list[str], typer.Argument(metavar="FILE ...", help=".npz files of embeddings and labels; 'demo': the demo's.")
-    ],
+    files: Annotated[list[str], argument("FILE ...", ".npz files of embeddings and labels; 'demo': the demo's.")],
     methods: Methods = ALL,
     reducers: Reducers = REDUCERS,
-    shots: Annotated[
-        list[int] | None,
-        typer.Option(min=1, metavar="N ...", help="Images of each class [default: all there are, to 16]."),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Draws of the support set; more than one are drawn from the largest set [default: 1; 3 for the demo].",
-        ),
-    ] = None,
-    text: Annotated[bool, typer.Option(help="Use the file's text embeddings.")] = True,
-    unequal: Annotated[
-        bool,
-        typer.Option(
-            "--unequal", help="Leave half of the classes, drawn for each seed, a quarter of their support images."
-        ),
-    ] = False,
+    shots: Annotated[list[int] | None, option("Images a class [default: all].", min=1, metavar="N ...")] = None,
+    seeds: Annotated[int | None, option("Draws of the support set [default: 1; demo 3].", min=1)] = None,
+    text: Annotated[bool, option("Use the file's text embeddings.")] = True,
+    unequal: Annotated[bool, option("Leave half of the classes a quarter of their images.", "--unequal")] = False,
     json_path: Json = None,
 ) -> None:
     """Compare methods on your own embeddings. Several FILEs get a table each, and one of their means.
@@ -172,7 +135,7 @@ def demo(
     reducers: Reducers = REDUCERS,
     shots: Shots = [1, 2, 4],
     seeds: Seeds = 3,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter file instead of the demo's.")] = None,
+    adapter: Annotated[Path | None, option("An adapter file instead of the demo's.")] = None,
     json_path: Json = None,
 ) -> None:
     """Compare methods on the demo's held-out concepts."""
@@ -185,18 +148,18 @@ def demo(
 
 @evaluate.command(cls=ListCommand)
 def paper(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The folder that holds the data sets.")],
-    model: Annotated[str, typer.Option(help="A model of open_clip, or demo.")],
-    pretrained: Annotated[str | None, typer.Option(help="A pretrained tag of open_clip, or a weights file.")] = None,
-    adapter: Annotated[str, typer.Option(help="An adapter file; auto: the demo's for the demo.")] = "auto",
-    data: Annotated[list[str], typer.Option(metavar="SET ...", help="Names of data sets, or 'all'.")] = ALL,
+    root: Annotated[Path, argument("ROOT", "The folder that holds the data sets.")],
+    model: Annotated[str, option("A model of open_clip, or demo.")],
+    pretrained: Annotated[str | None, option("A pretrained tag of open_clip, or a weights file.")] = None,
+    adapter: Annotated[str, option("An adapter file; auto: the demo's for the demo.")] = "auto",
+    data: Annotated[list[str], option("Names of data sets, or 'all'.", metavar="SET ...")] = ALL,
     methods: Annotated[
-        list[str], typer.Option(metavar="NAME ...", help="Names, 'paper' (the paper's), 'all', or 'scikit-learn'.")
+        list[str], option("Names, 'paper' (the paper's), 'all', or 'scikit-learn'.", metavar="NAME ...")
     ] = ["paper"],
     shots: Shots = [1, 2, 4, 8, 16],
     seeds: Seeds = 3,
-    views: Annotated[int, typer.Option(min=1, help="Random views averaged into each key; 1: none.")] = 10,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run [default: in the user's cache].")] = None,
+    views: Annotated[int, option("Random views averaged into each key; 1: none.", min=1)] = 10,
+    out: Annotated[Path | None, option("Folder of the run [default: in the user's cache].")] = None,
 ) -> None:
     """Run the paper's experiments (Kravets & Namboodiri, BMVC 2024, arXiv 2409.11338).
 

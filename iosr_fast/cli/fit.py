@@ -6,9 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from iosr_fast.cli.options import Adapter, Pretrained, Runtime, SkipBad
+from iosr_fast.cli.options import Adapter, Pretrained, Runtime, SkipBad, argument, option
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import note, stop_message
 from iosr_fast.utils.folders import check_new_folder
@@ -21,71 +19,36 @@ log = logging.getLogger(__name__)
 
 
 def fit(
-    folder: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="FOLDER ...",
-            help="One sub-folder of images for each class; or a .csv file of path and label (or of path and labels, "
-            "joined by ;, where pictures may have several), or several of both.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write the classifier to.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of an open_clip model: ViT-B-32 with --pretrained laion2b_s34b_b79k, ViT-B-16 with --pretrained "
-            "openai, and others. demo is a toy to try the commands; it is near chance on photographs. Required."
-        ),
-    ] = None,
+    folder: Annotated[list[Path], argument("FOLDER ...", "Folders of class folders, or .csv files.")],
+    out: Annotated[Path, option("Folder to write the classifier to.")],
+    model: Annotated[str | None, option("A model of open_clip (iosr-fast models). Required.")] = None,
     pretrained: Pretrained = None,
     adapter: Adapter = "auto",
-    method: Annotated[
-        str, typer.Option(help="A training-free method (`iosr-fast info` lists them), or auto: the best on FOLDER.")
-    ] = "auto",
-    alpha: Annotated[
-        float | None, typer.Option(help="Weight of the images against the texts [default: chosen by leave-one-out].")
-    ] = None,
-    beta: Annotated[
-        float | None, typer.Option(help="Sharpness of the similarity to images [default: likewise].")
-    ] = None,
-    gamma: Annotated[
-        float | None, typer.Option(help="Third parameter of tip-x, timo and ape [default: likewise].")
-    ] = None,
-    ridge: Annotated[float | None, typer.Option(help="Regularisation of proker [default: likewise].")] = None,
-    reducer: Annotated[
-        str | None, typer.Option(help="none, centre, pca or pca:RANK, for a named method [default: none].")
-    ] = None,
-    tune: Annotated[
-        str | None, typer.Option(help="loo: choose parameters by leave-one-out, or none [default: loo].")
-    ] = None,
-    tune_seconds: Annotated[
-        float, typer.Option(help="Budget of the search of auto and stack on one core, in seconds.")
-    ] = 20.0,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(help="Prompt with {} for the class name. Repeatable [default: those of the CLIP]."),
-    ] = None,
-    views: Annotated[int, typer.Option(help="Random views averaged into each key; 1: the image as it is.")] = 1,
-    mirror: Annotated[bool, typer.Option(help="Mirror half of the views.")] = True,
-    unknown_images: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of pictures of none of the classes, if there are any, for classify --reject-unknown."
-        ),
-    ] = None,
+    method: Annotated[str, option("A method of `iosr-fast info`, or auto: the best on FOLDER.")] = "auto",
+    alpha: Annotated[float | None, option("Weight of the images [default: chosen by leave-one-out].")] = None,
+    beta: Annotated[float | None, option("Sharpness of the similarity to images [default: likewise].")] = None,
+    gamma: Annotated[float | None, option("Third parameter of tip-x, timo and ape [default: likewise].")] = None,
+    ridge: Annotated[float | None, option("Regularisation of proker [default: likewise].")] = None,
+    reducer: Annotated[str | None, option("none, centre, pca or pca:RANK, for a named method [default: none].")] = None,
+    tune: Annotated[str | None, option("loo: choose parameters by leave-one-out, or none [default: loo].")] = None,
+    tune_seconds: Annotated[float, option("Budget of the search of auto and stack on one core, in seconds.")] = 20.0,
+    template: Annotated[list[str] | None, option("Prompt with {}. Repeatable [default: the CLIP's].")] = None,
+    views: Annotated[int, option("Random views averaged into each key; 1: the image as it is.")] = 1,
+    mirror: Annotated[bool, option("Mirror half of the views.")] = True,
+    unknown_images: Annotated[Path | None, option("Folder of pictures of none of the classes.")] = None,
     runtime: Runtime = "auto",
     precision: Annotated[
-        str,
-        typer.Option(
-            help="Of the encoder: fp32, bf16 (openvino), fp16 (GPUs), or auto: the fastest engine here that keeps the "
-            "accuracy on FOLDER."
-        ),
+        str, option("fp32, bf16 (openvino), fp16 (GPUs), or auto: the fastest accurate one.")
     ] = "auto",
     skip_bad: SkipBad = False,
-    key_precision: Annotated[str, typer.Option(help="Precision of the keys: fp32, fp16, bf16 or int8.")] = "fp32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the classifier in --out.")] = False,
+    key_precision: Annotated[str, option("Precision of the keys: fp32, fp16, bf16 or int8.")] = "fp32",
+    overwrite: Annotated[bool, option("Replace the classifier in --out.", "--overwrite")] = False,
 ) -> None:
     """Fit a few-shot classifier on a folder of images and save it.
+
+    FOLDER has one sub-folder of images for each class, or is a .csv file of path and label (or of path and labels,
+    joined by ;, where pictures may have several); several of both are joined. --model is required: demo is near chance
+    on photographs.
 
     \b
     iosr-fast fit support/ --model ViT-B-32 --pretrained laion2b_s34b_b79k \\

@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from iosr_fast.cli.options import argument
 from iosr_fast.utils.command import say
 
 
 def info(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="FOLDER", help="A saved classifier or an engine, which is verified.")
-    ] = None,
+    folder: Annotated[Path | None, argument("FOLDER", "A saved classifier or an engine, which is verified.")] = None,
 ) -> None:
     """Describe this machine (versions, runtimes, scoring kernels), or the contents of a folder and its digest."""
     if folder is None:

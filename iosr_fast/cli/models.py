@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from iosr_fast.cli.options import argument, option
+
 if TYPE_CHECKING:
     from iosr_fast.clip.models import ModelSupport
 
 
 def models(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="One model: of open_clip, hf-hub:... or local-dir:...")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    name: Annotated[str | None, argument("NAME", "One model: of open_clip, hf-hub:... or local-dir:...")] = None,
+    as_json: Annotated[bool, option("Print JSON.", "--json")] = False,
 ) -> None:
     """List the models of open_clip that have published weights, and what is supported of each.
 
@@ -35,10 +35,10 @@ def models(
         keys = ("name", "tags", "family", "dual", "text")
         rows = [{key: value for key, value in dataclasses.asdict(one).items() if key in keys} for one in listed]
         typer.echo(json.dumps(rows if name is None else rows[0], indent=2))
-    elif name is None:
-        typer.echo(format_table(listed))
     else:
-        typer.echo(format_model(listed[0]))
+        typer.echo(format_table(listed))
+        if name is not None:
+            typer.echo(f"tags  {', '.join(listed[0].tags) or 'none: the weights are its own'}")
 
 
 def format_table(listed: list[ModelSupport]) -> str:
@@ -53,19 +53,6 @@ def format_table(listed: list[ModelSupport]) -> str:
         )
     counts = ", ".join(f"{sum(getattr(one, key) for one in listed)} {key}" for key in ("dual", "text"))
     return "\n".join([*map(str.rstrip, lines), f"{len(listed)} models: {counts}"])
-
-
-def format_model(one: ModelSupport) -> str:
-    """A model's details, one a line."""
-    return "\n".join(
-        [
-            f"{one.name}: {one.family}, images of {one.image_size}x{one.image_size}, embeddings of {one.width}",
-            f"dual  {_mark(one.dual)}: the encoder fused with an adapter, for the methods with ++",
-            f"text  {_mark(one.text)}: the text encoder exported, for new classes without PyTorch",
-            f"tags  {', '.join(one.tags) or 'none: the weights are its own'}",
-            *([] if one.text else ["needs transformers, in which its text encoder runs"]),
-        ]
-    )
 
 
 def _mark(value: bool) -> str:

@@ -5,28 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from iosr_fast.cli.options import Seed
+from iosr_fast.cli.options import Seed, option
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.command import new_file, note
 
 
 def open_images_subset(
-    classes: Annotated[Path, typer.Option(help="Class descriptions: a CSV file of LabelName,DisplayName.")],
-    labels: Annotated[
-        list[Path], typer.Option(help="Labels: a CSV file of ImageID,Source,LabelName,Confidence. Repeatable.")
-    ],
-    images_a_class: Annotated[int, typer.Option(help="Images of each class. Classes with fewer are left out.")],
-    out: Annotated[
-        Path,
-        typer.Option(callback=new_file, help="CSV file of path,label to write; images lie beside it or in IMAGES."),
-    ],
-    download_list: Annotated[
-        Path | None, typer.Option(callback=new_file, help="File to write for Open Images' downloader.py.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="Choose only among the images in this folder.")] = None,
-    min_confidence: Annotated[float, typer.Option(help="Least confidence of a label; 1: verified by people.")] = 1.0,
+    classes: Annotated[Path, option("Class descriptions: a CSV file of LabelName,DisplayName.")],
+    labels: Annotated[list[Path], option("Labels: a CSV file of ImageID,Source,LabelName,Confidence. Repeatable.")],
+    images_a_class: Annotated[int, option("Images of each class. Classes with fewer are left out.")],
+    out: Annotated[Path, option("CSV of path,label to write, beside the images or IMAGES.", callback=new_file)],
+    download_list: Annotated[Path | None, option("File to write for downloader.py.", callback=new_file)] = None,
+    images: Annotated[Path | None, option("Choose only among the images in this folder.")] = None,
+    min_confidence: Annotated[float, option("Least confidence of a label; 1: verified by people.")] = 1.0,
     seed: Seed = 0,
 ) -> None:
     """Choose a balanced subset of Open Images to train an adapter on, by `iosr-fast train-adapter --data OUT`.

@@ -7,35 +7,26 @@ from typing import Annotated, Literal
 
 import typer
 
-from iosr_fast.cli.options import Adapter, Runtime, SavedClassifier
+from iosr_fast.cli.options import Adapter, Runtime, SavedClassifier, option
 from iosr_fast.utils.command import note, stop_message
 from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.progress import progress
 
+Objective = Literal["latency", "throughput", "size"]
+
 
 def optimize(
     folder: SavedClassifier,
-    images: Annotated[
-        Path, typer.Option(help="The images that it was fitted on: one sub-folder of images for each class.")
-    ],
-    unknown_images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures of none of the classes, if it was fitted with some.")
-    ] = None,
-    objective: Annotated[
-        Literal["latency", "throughput", "size"],
-        typer.Option(metavar="NAME", help="latency: one image; throughput: a batch; size: bytes of the engine."),
-    ] = "latency",
-    tolerance: Annotated[float, typer.Option(help="Loss of accuracy that is accepted, in points.")] = 0.5,
-    out: Annotated[Path | None, typer.Option(help="Folder to write [default: the classifier's own].")] = None,
+    images: Annotated[Path, option("The images that it was fitted on: one sub-folder for each class.")],
+    unknown_images: Annotated[Path | None, option("Pictures of no class, if it was fitted with some.")] = None,
+    objective: Annotated[Objective, option("latency, throughput, or size in bytes.", metavar="NAME")] = "latency",
+    tolerance: Annotated[float, option("Loss of accuracy that is accepted, in points.")] = 0.5,
+    out: Annotated[Path | None, option("Folder to write [default: the classifier's own].")] = None,
     runtime: Runtime = "auto",
-    precision: Annotated[str, typer.Option(help="Only this precision: fp32, bf16, fp16, int8 or fp8.")] = "auto",
-    pretrained: Annotated[
-        str | None, typer.Option(help="open_clip's tag of the CLIP's weights, or a file; demo for the demo.")
-    ] = None,
+    precision: Annotated[str, option("Only this precision: fp32, bf16, fp16, int8 or fp8.")] = "auto",
+    pretrained: Annotated[str | None, option("Tag of the CLIP's weights, or a file; demo for the demo.")] = None,
     adapter: Adapter = "auto",
-    smaller_images: Annotated[
-        bool, typer.Option("--smaller-images", help="Try engines for smaller images, too. Needs --pretrained.")
-    ] = False,
+    smaller_images: Annotated[bool, option("Try smaller images; needs --pretrained.", "--smaller-images")] = False,
 ) -> None:
     """Choose the fastest engine for a saved classifier that this machine can run and that keeps the accuracy.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,45 +17,40 @@ from iosr_fast.utils.require import require
 if TYPE_CHECKING:
     from iosr_fast.files.ray_workers import Pool
 
+
+def option(text: str, *names: str, **settings: Any) -> Any:
+    """An option with the help `text`. Its name follows from the parameter's, if none is given."""
+    return typer.Option(*names, help=text, **settings)
+
+
+def argument(name: str, text: str) -> Any:
+    """An argument that help calls `name`."""
+    return typer.Argument(metavar=name, help=text)
+
+
 # Options in sections of their own in the help.
-RejectOption = partial(typer.Option, rich_help_panel="Images of none of the classes")
+RejectOption = partial(option, rich_help_panel="Images of none of the classes")
 RayOption = partial(typer.Option, rich_help_panel="Ray")
 ReplicaOption = partial(typer.Option, rich_help_panel="Replicas")
 BatchOption = partial(typer.Option, rich_help_panel="Batches")
 LimitOption = partial(typer.Option, rich_help_panel="Limits")
 TimeOption = partial(typer.Option, rich_help_panel="Time limits")
 
-SavedClassifier = Annotated[
-    Path, typer.Argument(metavar="CLASSIFIER", help="Folder that `iosr-fast fit` or Classifier.save wrote.")
-]
-Model = Annotated[
-    str,
-    typer.Option(help="demo, a model of open_clip (iosr-fast models), hf-hub:OWNER/NAME or local-dir:FOLDER."),
-]
-Pretrained = Annotated[
-    str | None, typer.Option(help="Of a model of open_clip: the tag of its weights, which are downloaded, or a file.")
-]
-Adapter = Annotated[
-    str, typer.Option(help="File of `iosr-fast train-adapter`, none, or auto: the demo's for the demo, else none.")
-]
-Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that can't be read, and report them.")]
-Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
-UnknownImages = Annotated[
-    Path | None, typer.Option(help="Folder of pictures of none of the classes, also in folders below.")
-]
+SavedClassifier = Annotated[Path, argument("CLASSIFIER", "Folder that `iosr-fast fit` or Classifier.save wrote.")]
+Model = Annotated[str, option("demo, a model of open_clip (iosr-fast models), hf-hub:OWNER/NAME or local-dir:FOLDER.")]
+Pretrained = Annotated[str | None, option("Tag of the weights of open_clip's model, which are downloaded, or a file.")]
+Adapter = Annotated[str, option("File of `iosr-fast train-adapter`, none, or auto: the demo's for the demo.")]
+Runtime = Annotated[str, option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")]
+SkipBad = Annotated[bool, option("Leave out images that can't be read, and report them.", "--skip-bad")]
+Seed = Annotated[int, option("Seed of all random choices.")]
 # Files to write.
-Html = Annotated[Path | None, typer.Option(callback=new_page, help="Write a page with the pictures here, one file.")]
-Json = Annotated[Path | None, typer.Option("--json", callback=new_file, help="Write the figures here, as JSON.")]
-Csv = Annotated[Path | None, typer.Option(callback=new_csv, help="CSV file to write [default: standard output].")]
+Html = Annotated[Path | None, option("Write a page with the pictures here, one file.", callback=new_page)]
+Json = Annotated[Path | None, option("Write the figures here, as JSON.", "--json", callback=new_file)]
+Csv = Annotated[Path | None, option("CSV file to write [default: standard output].", callback=new_csv)]
 # Of runs over many images.
-Batch = Annotated[
-    int | None, typer.Option(min=1, help="Images encoded at a time [default: 16 on a CPU, else 64; on Ray 64].")
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of this process [default: all], or of each Ray worker.")]
-Chunk = Annotated[
-    int | None, typer.Option(help="Images of a part, which an interruption may cost [default: 1024; of a file 256].")
-]
+Batch = Annotated[int | None, option("Images encoded at a time [default: 16 on a CPU, else 64; on Ray 64].", min=1)]
+Threads = Annotated[int | None, option("CPU threads of this process [default: all], or of each Ray worker.")]
+Chunk = Annotated[int | None, option("Images of a part, which a kill may cost [default: 1024; of a file 256].")]
 Ray = Annotated[bool, RayOption("--ray", help="Spread the parts over Ray workers.")]
 Workers = Annotated[int | None, RayOption(help="Number of workers [default: 2].")]
 Gpus = Annotated[float, RayOption(help="GPUs of each worker, or its share of one.")]

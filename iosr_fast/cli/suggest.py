@@ -7,9 +7,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad
+from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad, argument, option
 from iosr_fast.utils.command import note, output, write_new
 from iosr_fast.utils.csv_text import escaped, line_writer
 from iosr_fast.utils.outputs import check_utf8
@@ -20,8 +18,8 @@ if TYPE_CHECKING:
 
 def suggest(
     classifier: SavedClassifier,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Unlabelled images, also in folders below.")],
-    number: Annotated[int, typer.Option("--number", "-n", min=1, help="Most images to suggest.")] = 20,
+    folder: Annotated[Path, argument("FOLDER", "Unlabelled images, also in folders below.")],
+    number: Annotated[int, option("Most images to suggest.", "--number", "-n", min=1)] = 20,
     out: Csv = None,
     html: Html = None,
     runtime: Runtime = "auto",

@@ -11,68 +11,56 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
 from safetensors import SafetensorError
 
-from iosr_fast.cli.options import Model, Pretrained, Seed
+from iosr_fast.cli.options import Model, Pretrained, Seed, option
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require_installed
 
 # DINO takes its random crops from pictures this much larger than the encoder's own size.
 DINO_MARGIN = 10 / 7
 
-OfPictures = partial(typer.Option, rich_help_panel="Pictures")
-OfAdapter = partial(typer.Option, rich_help_panel="Adapter")
-OfTraining = partial(typer.Option, rich_help_panel="Training")
-OfDino = partial(typer.Option, rich_help_panel="DINO")
+OfPictures = partial(option, rich_help_panel="Pictures")
+OfAdapter = partial(option, rich_help_panel="Adapter")
+OfTraining = partial(option, rich_help_panel="Training")
+OfDino = partial(option, rich_help_panel="DINO")
 Share = tuple[float, float]
+Preset = Literal["fast", "paper", "demo"]
+Objective = Literal["supervised", "dino"]
 
 
 def train_adapter(
-    out: Annotated[Path, typer.Option(help="Adapter file to write (.safetensors).")],
+    out: Annotated[Path, option("Adapter file to write (.safetensors).")],
     model: Model = "demo",
     pretrained: Pretrained = None,
-    data: Annotated[str, OfPictures(help="demo, a folder of class folders, or a .csv of path and label.")] = "demo",
-    skip_missing: Annotated[bool, OfPictures("--skip-missing", help="Leave out images without a file.")] = False,
-    held_out: Annotated[float, OfPictures(min=0, max=0.5, help="Share of each class to measure on each epoch.")] = 0.02,
-    workers: Annotated[int, OfPictures(help="Processes that decode images.")] = 2,
-    preset: Annotated[
-        Literal["fast", "paper", "demo"] | None,
-        OfAdapter(help="Place, width and training of the adapter [default: fast; demo for --data demo]."),
-    ] = None,
-    first_adapted_block: Annotated[
-        int | None, OfAdapter(help="First block with an adapter [fast: last third; paper: all; demo: last half].")
-    ] = None,
-    bottleneck: Annotated[int | None, OfAdapter(help="Width of the adapter [256; paper 64].")] = None,
-    scale: Annotated[float | None, OfAdapter(help="Factor of its output [0.1; paper, supervised 0.03].")] = None,
-    objective: Annotated[
-        Literal["supervised", "dino"], OfTraining(help="Train with labels, or without by DINO.")
-    ] = "supervised",
-    epochs: Annotated[int | None, OfTraining(help="Passes over the images [1; demo 32; dino 10].")] = None,
-    batch: Annotated[int | None, OfTraining(help="Images of a step, of all processes [128; dino 120].")] = None,
-    accumulate: Annotated[int, OfTraining(help="Micro-batches into which a process splits its images.")] = 1,
-    learning_rate: Annotated[float | None, OfTraining(help="[8e-3; dino 8e-4 for a batch of 256]")] = None,
-    schedule: Annotated[str | None, OfTraining(help="constant or cosine [cosine; paper constant].")] = None,
-    augment: Annotated[bool | None, OfTraining(help="Small affine and colour changes [no; demo yes].")] = None,
-    normalise: Annotated[
-        bool, OfTraining(help="Apply CLIP's mean and standard deviation in training; the papers' code does not.")
-    ] = True,
-    cached_views: Annotated[
-        int, OfTraining(help="Supervised: views whose activations before the adapter are cached on disk.")
-    ] = 0,
-    precision: Annotated[str, OfTraining(help="32-true, bf16-mixed or 16-mixed.")] = "32-true",
-    accelerator: Annotated[str, OfTraining(help="auto, cpu or cuda.")] = "auto",
-    checkpoint_minutes: Annotated[
-        float, OfTraining(min=0, help="Minutes between checkpoints; 0: at the end of epochs only.")
-    ] = 10,
-    tensorboard: Annotated[bool, OfTraining("--tensorboard", help="Write TensorBoard events, too.")] = False,
-    dino_out: Annotated[int | None, OfDino(help="Prototypes of the projection head [65536; demo 2048].")] = None,
-    dino_width: Annotated[int, OfDino(help="Width of the vectors that are compared with prototypes.")] = 256,
-    dino_momentum: Annotated[float | None, OfDino(help="Momentum of the teacher [0.9998; demo 0.99].")] = None,
-    local_crops: Annotated[int, OfDino(help="Small crops of each image.")] = 10,
-    global_scale: Annotated[Share, OfDino(help="Share of the image in a global crop, from and to.")] = (0.25, 1.0),
-    local_scale: Annotated[Share, OfDino(help="Share of the image in a small crop, from and to.")] = (0.05, 0.25),
-    train_head: Annotated[bool, OfDino(help="Train the projection head, too; the papers' code freezes it.")] = True,
+    data: Annotated[str, OfPictures("demo, a folder of class folders, or a .csv of path and label.")] = "demo",
+    skip_missing: Annotated[bool, OfPictures("Leave out images without a file.", "--skip-missing")] = False,
+    held_out: Annotated[float, OfPictures("Share of each class to measure on each epoch.", min=0, max=0.5)] = 0.02,
+    workers: Annotated[int, OfPictures("Processes that decode images.")] = 2,
+    preset: Annotated[Preset | None, OfAdapter("Place, width and training [fast; demo for --data demo].")] = None,
+    first_adapted_block: Annotated[int | None, OfAdapter("First block [last third; paper: all; demo: half].")] = None,
+    bottleneck: Annotated[int | None, OfAdapter("Width of the adapter [256; paper 64].")] = None,
+    scale: Annotated[float | None, OfAdapter("Factor of its output [0.1; paper, supervised 0.03].")] = None,
+    objective: Annotated[Objective, OfTraining("Train with labels, or without by DINO.")] = "supervised",
+    epochs: Annotated[int | None, OfTraining("Passes over the images [1; demo 32; dino 10].")] = None,
+    batch: Annotated[int | None, OfTraining("Images of a step, of all processes [128; dino 120].")] = None,
+    accumulate: Annotated[int, OfTraining("Micro-batches into which a process splits its images.")] = 1,
+    learning_rate: Annotated[float | None, OfTraining("[8e-3; dino 8e-4 for a batch of 256]")] = None,
+    schedule: Annotated[str | None, OfTraining("constant or cosine [cosine; paper constant].")] = None,
+    augment: Annotated[bool | None, OfTraining("Small affine and colour changes [no; demo yes].")] = None,
+    normalise: Annotated[bool, OfTraining("Apply CLIP's mean and deviation; the papers' code does not.")] = True,
+    cached_views: Annotated[int, OfTraining("Supervised: views whose activations are cached on disk.")] = 0,
+    precision: Annotated[str, OfTraining("32-true, bf16-mixed or 16-mixed.")] = "32-true",
+    accelerator: Annotated[str, OfTraining("auto, cpu or cuda.")] = "auto",
+    checkpoint_minutes: Annotated[float, OfTraining("Minutes between checkpoints; 0: after epochs.", min=0)] = 10,
+    tensorboard: Annotated[bool, OfTraining("Write TensorBoard events, too.", "--tensorboard")] = False,
+    dino_out: Annotated[int | None, OfDino("Prototypes of the projection head [65536; demo 2048].")] = None,
+    dino_width: Annotated[int, OfDino("Width of the vectors that are compared with prototypes.")] = 256,
+    dino_momentum: Annotated[float | None, OfDino("Momentum of the teacher [0.9998; demo 0.99].")] = None,
+    local_crops: Annotated[int, OfDino("Small crops of each image.")] = 10,
+    global_scale: Annotated[Share, OfDino("Share of the image in a global crop, from and to.")] = (0.25, 1.0),
+    local_scale: Annotated[Share, OfDino("Share of the image in a small crop, from and to.")] = (0.05, 0.25),
+    train_head: Annotated[bool, OfDino("Train the projection head, too; the papers' code freezes it.")] = True,
     seed: Seed = 0,
 ) -> None:
     """Train the bottleneck adapter of a CLIP, with labels or by DINO.

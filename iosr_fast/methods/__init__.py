@@ -31,9 +31,6 @@ def unknown_method(name: str, known: Iterable[str]) -> IosrFastError:
 def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
     """The parameters that are not None, as floats. Raises IosrFastError for an unknown method, a parameter that the
     method does not have, or a value out of range.
-
-    >>> check_parameters("gda", alpha=1, beta=None)
-    {'alpha': 1.0}
     """
     method = METHODS.get(name)
     if method is None:
@@ -50,18 +47,7 @@ def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
 
 
 def unavailable_reason(name: str, support: SupportSet) -> str | None:
-    """Why a method can't be compiled for a support set; None if it can.
-
-    >>> import numpy as np
-    >>> from iosr_fast import Embeddings
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
-    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
-    >>> unavailable_reason("gda++", support)
-    "gda++ needs an encoder with an adapter; this one has none: use 'gda'"
-    >>> unavailable_reason("gda", support) is None
-    True
-    """
+    """Why a method can't be compiled for a support set; None if it can."""
     method = METHODS[name]
     n_images = len(support.embeddings)
     if method.needs_text and support.text is None:

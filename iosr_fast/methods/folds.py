@@ -48,12 +48,12 @@ class Folds:
     def others(self, support: SupportSet) -> list[tuple[np.ndarray, Embeddings, SupportSet]]:
         """For each of `splits` the rows, these images as queries, and the support set without the fold: the same
         objects at every call, so that models of other parameters share what they keep with a support set."""
-        known: tuple[SupportSet, Any] | None = vars(self).get("_others")
-        if known is None or known[0] is not support:
-            own = support.as_queries
-            known = support, [(rows, own[rows], support.only(~out)) for rows, out in self.splits]
-            vars(self)["_others"] = known
-        made: list[tuple[np.ndarray, Embeddings, SupportSet]] = known[1]
+        cached: tuple[SupportSet, Any] | None = vars(self).get("_others")
+        if cached is None or cached[0] is not support:
+            queries = support.as_queries
+            cached = support, [(rows, queries[rows], support.only(~out)) for rows, out in self.splits]
+            vars(self)["_others"] = cached
+        made: list[tuple[np.ndarray, Embeddings, SupportSet]] = cached[1]
         return made
 
     @property

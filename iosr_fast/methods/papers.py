@@ -44,7 +44,8 @@ Family = Literal["text", "keys", "values", "linear", "stack"]
 class Method:
     """A training-free method.
 
-    formula      (support, which, reducer, parameters) -> its terms, weighted by the parameters
+    formula      (support, which, reducer, parameters) -> its weighted terms: those beside tau <plain, text>, of a stack
+                 all
     family       what its plan has
     which        the embeddings of images that it compares
     parameters   names and default values
@@ -82,7 +83,8 @@ class Method:
 
     def terms(self, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> list[Term]:
         """Its models and their weights, with all parameters."""
-        return self.formula(support, self.which, reducer, parameters)
+        terms = self.formula(support, self.which, reducer, parameters)
+        return terms if self.is_stack else [(1.0, TextModel(support)), *terms]
 
     def compile(self, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> ScoringPlan:
         """The plan of a support set, with all parameters."""
@@ -90,42 +92,38 @@ class Method:
         return join_terms(support.n_classes, ((weight, model.fields()) for weight, model in terms))
 
 
-def _zero_shot(support: SupportSet, _: Which, __: Reducer | None, ___: Mapping[str, float]) -> list[Term]:
+def _zero_shot(_: SupportSet, __: Which, ___: Reducer | None, ____: Mapping[str, float]) -> list[Term]:
     """logits = tau <plain, text>. Source: CLIP (Radford et al., ICML 2021)."""
-    return [(1.0, TextModel(support))]
+    return []
 
 
 def _tip_adapter(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
     """logits = tau <plain, text> + alpha * KeyModel, with the paper's alpha and beta for ImageNet as defaults.
     Source: Tip-Adapter (Zhang et al., ECCV 2022, equations 4 to 6)."""
-    return [(1.0, TextModel(support)), (p["alpha"], KeyModel(support, which, reducer, p["beta"]))]
+    return [(p["alpha"], KeyModel(support, which, reducer, p["beta"]))]
 
 
 def _tip_x(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
     """logits = Tip-Adapter's + gamma * DivergenceModel. Source: Tip-X (Udandarao et al., ICCV 2023, equations 5 to
     7)."""
-    text, images = _tip_adapter(support, which, reducer, p)
-    return [text, (p["gamma"], DivergenceModel(support, which, reducer)), images]
+    return [(p["gamma"], DivergenceModel(support, which, reducer)), *_tip_adapter(support, which, reducer, p)]
 
 
 def _ape(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
     """logits = tau <plain, text> + alpha * RefinedKeyModel. Source: APE (Zhu et al., ICCV 2023, equations 6 to 12)."""
-    images = RefinedKeyModel(support, which, reducer, p["beta"], gamma=p["gamma"])
-    return [(1.0, TextModel(support)), (p["alpha"], images)]
+    return [(p["alpha"], RefinedKeyModel(support, which, reducer, p["beta"], gamma=p["gamma"]))]
 
 
 def _gda(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
     """logits = tau <plain, text> + alpha * GaussianModel, but for log(1 / C), which all classes share.
     Source: GDA (Wang et al., ICLR 2024, equations 4 to 8)."""
-    images = GaussianModel(support, which, reducer, p.get("gamma", 0.0), paper=True)
-    return [(1.0, TextModel(support)), (p["alpha"], images)]
+    return [(p["alpha"], GaussianModel(support, which, reducer, p.get("gamma", 0.0), paper=True))]
 
 
 def _proker(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
     """logits = tau (<plain, text> + alpha * RidgeModel). alpha = 1 is the paper's closed form; the public code's
     solution is `ridge` times that, which alpha can express. Source: ProKeR (Bendou et al., CVPR 2025, section 4)."""
-    images = RidgeModel(support, which, reducer, p["beta"], p["ridge"])
-    return [(1.0, TextModel(support)), (p["alpha"] * support.tau, images)]
+    return [(p["alpha"] * support.tau, RidgeModel(support, which, reducer, p["beta"], p["ridge"]))]
 
 
 _SINGLE = (

@@ -25,7 +25,6 @@ class Tuned:
     accuracy         the share of `scored` held-out images that are right if one half of them is judged with what the
                      other half chooses, parameters or weights, both ways: not the best of many tries. A stack at one
                      or two images a class is judged as fitted without an image of each, so at one less
-    interval         where the accuracy lies with 95% confidence (`wilson`); None if no image was scored
     search_accuracy  the share that the parameters get right which all of these images chose: optimistic
     alpha_range      the widest plateau of best alphas for these other parameters; by leave-one-out alpha may lie beside
                      it
@@ -64,10 +63,11 @@ class Tuned:
     out_of_fold: OutOfFold | None = field(default=None, repr=False)
     version: int = 1
     stale: bool = False
-    interval: tuple[float, float] | None = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "interval", wilson(self.accuracy, self.scored) if self.scored else None)
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where the accuracy lies with 95% confidence (`wilson`); None if no image was scored."""
+        return wilson(self.accuracy, self.scored) if self.scored else None
 
     def compile(self, support: SupportSet) -> ScoringPlan:
         """The plan with these parameters, its logits multiplied by `factor`, which calibrates probabilities."""

@@ -63,7 +63,8 @@ def test_the_command_lists_all_and_makes_no_model(monkeypatch: pytest.MonkeyPatc
     assert len(table) == len(NAMES) + 2 and table[-1].startswith(f"{len(NAMES)} models: ")
     assert any(line.split()[:3] == ["convnext_base", "convnext", "224"] for line in table)
     one = run("models", "ViT-B-16-SigLIP2").output
-    assert one.startswith("ViT-B-16-SigLIP2: siglip, images of 224x224") and "webli" in one
+    assert one.splitlines()[1].split() == ["ViT-B-16-SigLIP2", "siglip", "224", "768", "1", "yes", "yes"]
+    assert one.endswith("tags  webli\n")
     assert "did you mean 'ViT-B-16-SigLIP2'" in refused("models", "ViT-B16-SigLip2")
 
 
