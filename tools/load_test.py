@@ -246,7 +246,7 @@ def make_rows(contenders: Sequence[Contender], deadline_ms: int) -> list[Facts]:
             row |= row_of(rounds, (_LONGEST_MS if share is None else deadline_ms) / 1e3)
             row |= {"server_options": list(each.options), "commit": each.commit}
             lone = [answer.latency_s for made, _ in each.rounds.get(("lone", None), ()) for answer in made]
-            if row["p99_ms"] and (lone_ms := percentile_ms(lone, 50)):
+            if share is not None and row["p99_ms"] and (lone_ms := percentile_ms(lone, 50)):
                 row["p99_of_lone"] = round(row["p99_ms"] / lone_ms, 2)
             if each is not contenders[-1]:
                 row |= ratios(rounds, contenders[-1].rounds.get((case, share), ()))

@@ -69,7 +69,8 @@ def serve_ray(
                 "machine is busy, set RAY_worker_niceness=0"
             ) from error
         deploy(application, name)
-        note(f"{classifier} ({digest_of(classifier)}) is served at http://{host}:{port}/", err=False)
+        where = f"at http://{host}:{port}/" if address is None else f"by the cluster at {address}"
+        note(f"{classifier} ({digest_of(classifier)}) is served {where}", err=False)
         if address is None:
             note(f"join with --address {ray.get_runtime_context().gcs_address}; stop with Ctrl-C", err=False)
             stopped.wait()
