@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.log_loss import log_sum_exp
+from iosr_fast.methods.log_loss import log_losses, log_sum_exp
 from iosr_fast.utils.text import abbreviate
 
 ClassNames = Sequence[Any] | np.ndarray
@@ -123,12 +123,11 @@ def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
     support images (out_of_fold.OutOfFold), or those of other images, as in split conformal prediction.
     """
     labels, exact = np.asarray(labels, np.int64), np.asarray(logits, np.float64)
-    rows, totals = np.arange(len(labels)), log_sum_exp(exact)
     return LeftOutLabels(
-        odds=log_odds(exact)[rows, labels],
-        confidence=np.exp(exact.max(1) - totals) if len(exact) else np.zeros(0),
+        odds=log_odds(exact)[np.arange(len(labels)), labels],
+        confidence=np.exp(-log_losses(exact, exact.argmax(1))),
         right=exact.argmax(1) == labels,
-        log_loss=totals - exact[rows, labels],
+        log_loss=log_losses(exact, labels),
         labels=labels,
     )
 

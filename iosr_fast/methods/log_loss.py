@@ -227,6 +227,12 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return shares
 
 
+def log_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(V,) -log softmax(logits)[label], in nats, of logits (V, C)."""
+    losses: np.ndarray = log_sum_exp(logits) - logits[np.arange(len(labels)), labels]
+    return losses
+
+
 def log_sum_exp(logits: np.ndarray) -> np.ndarray:
     """(B,) of (B, C); -inf where all are."""
     top = logits.max(1)

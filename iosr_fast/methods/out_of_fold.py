@@ -36,11 +36,6 @@ class Part:
         """The logits in units of their spread."""
         return self.logits / self.unit
 
-    @property
-    def as_in_use(self) -> np.ndarray:
-        """The logits at the spread of the model in use, so that weights and probabilities of it fit them."""
-        return self.logits * (self.in_use / self.unit)
-
 
 @dataclass(frozen=True, eq=False)
 class OutOfFold:
@@ -117,10 +112,12 @@ class HeldOut:
         return Part(logits, unit if len(self.labels) else in_use, in_use)
 
     def logits(self, terms: Sequence[Term]) -> np.ndarray:
-        """(V, C): the sum of weighted terms, at the spread that they have in use."""
+        """(V, C): the sum of weighted terms, at the spread that they have in use, so that weights and probabilities of
+        the classifier in use fit them."""
         total = np.zeros((len(self.labels), self.support.n_classes))
         for weight, model in terms:
-            total += weight * self.part(model).as_in_use
+            part = self.part(model)
+            total += weight * (part.logits * (part.in_use / part.unit))
         return total
 
     def out_of_fold(self, logits: np.ndarray) -> OutOfFold | None:

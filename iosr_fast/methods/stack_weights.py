@@ -25,7 +25,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from iosr_fast.methods.log_loss import PENALTY, fit_weights, log_sum_exp
+from iosr_fast.methods.log_loss import PENALTY, fit_weights, log_losses
 from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.out_of_fold import HeldOut, Part, is_level, spread_of_others
 from iosr_fast.methods.stack import DISCRIMINANTS, MAX_KEYS, stack_models
@@ -70,12 +70,6 @@ class Choice(Generic[P]):
         """Without some of its parts."""
         return replace(self, parts={name: part for name, part in self.parts.items() if name not in names})
 
-    def losses(self, labels: np.ndarray) -> np.ndarray:
-        """(V,) the log-loss of each held-out image, in nats."""
-        logits = self.logits
-        losses: np.ndarray = log_sum_exp(logits) - logits[np.arange(len(labels)), labels]
-        return losses
-
     def parameters(self) -> dict[str, float]:
         """The stack's parameters."""
         values = {name: self.weights[name] / part.in_use for name, part in self.parts.items()}
@@ -109,7 +103,7 @@ def fit_stack(held_out: HeldOut, adapted: bool, seconds: float) -> StackFit:
     support, labels = held_out.support, held_out.labels
     embeddings: tuple[Which, ...] = ("adapted", "plain") if adapted else ("plain",)
     settings = affordable(len(support.embeddings), support.n_classes, len(embeddings), seconds)
-    copies = 0.0 if support.text is None else _TEXT_IMAGES * _text_accuracy(support)
+    copies = 0.0 if support.text is None else _TEXT_IMAGES * text_accuracy(support)
     everywhere, prior, few = np.ones(len(labels), bool), None, _are_few(held_out)
     if few:
         prior, settings = one_shot_weights(support, embeddings), [FEW_SHOT_SETTING] * bool(settings)
@@ -132,7 +126,7 @@ def fit_stack(held_out: HeldOut, adapted: bool, seconds: float) -> StackFit:
         # standard error of the difference of log-losses.
         plain = [choice.without("discriminant_adapted") for choice in choices if choice.keys == "plain"]
         other = _best(plain, labels, everywhere, prior)
-        gains = other.losses(labels) - best.losses(labels)
+        gains = log_losses(other.logits, labels) - log_losses(best.logits, labels)
         if gains.mean() <= gains.std() / np.sqrt(len(gains)):
             best, choices = other, plain
     right = best.logits.argmax(1) == labels
@@ -150,7 +144,7 @@ def _are_few(held_out: HeldOut) -> bool:
     return int((sizes < 3).sum()) >= _FEW_SHARE * len(sizes)
 
 
-def _text_accuracy(support: SupportSet) -> float:
+def text_accuracy(support: SupportSet) -> float:
     """The share of all support images that the texts alone get right."""
     return float((TextModel(support).scores(support.as_queries).argmax(1) == support.labels).mean())
 
@@ -160,7 +154,7 @@ def _with_more_images(choice: Choice, held_out: HeldOut) -> Choice:
     right more often. With a and b the accuracy of texts and of images: min(1, sqrt(a / b)) of it."""
     texts = ("text", "text_regression")
     alone = float((choice.without(*texts).logits.argmax(1) == held_out.labels).mean())
-    share = min(1.0, (_text_accuracy(held_out.support) / max(alone, 1e-9)) ** 0.5)
+    share = min(1.0, (text_accuracy(held_out.support) / max(alone, 1e-9)) ** 0.5)
     weights = {name: weight * (share if name in texts else 1.0) for name, weight in choice.weights.items()}
     return replace(choice, weights=weights)
 
@@ -175,7 +169,7 @@ def one_shot_weights(support: SupportSet, embeddings: Sequence[Which]) -> dict[s
         return {**prior, "regression": 1.3}
     logits, labels = TextModel(support).scores(support.as_queries), support.labels
     (alone,), _ = fit_weights([logits / spread_of_others(logits, labels)], labels)
-    accuracy = _text_accuracy(support)
+    accuracy = text_accuracy(support)
     texts = {"text": 0.55 * accuracy**0.5 * float(alone), "text_regression": 0.15 * accuracy * float(alone)}
     return {**prior, **texts, "regression": 0.05}
 

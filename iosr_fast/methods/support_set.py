@@ -64,12 +64,6 @@ class SupportSet:
         """The images as queries are, with one view each."""
         return self.queries or self.embeddings
 
-    @property
-    def key_weights(self) -> np.ndarray | None:
-        """(N,) float64, `class_weights` of each image; None for classes of one size, for which all are 1."""
-        weights = class_weights(self.counts)
-        return None if (weights == 1.0).all() else np.repeat(weights, self.counts)
-
     def only(self, rows: np.ndarray) -> SupportSet:
         """The support set of some images, `rows` a mask (N,) bool; every class stays, even one left without images."""
         counts = np.bincount(self.labels[rows], minlength=self.n_classes)

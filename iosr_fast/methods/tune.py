@@ -14,10 +14,10 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, Method, check_parameters, fit_method_reducer, unavailable_reason, unknown_method
 from iosr_fast.methods.log_loss import MAX_ALPHA, fit_factor, spread
-from iosr_fast.methods.models.model import Term, TextModel
+from iosr_fast.methods.models.model import Term
 from iosr_fast.methods.out_of_fold import HeldOut, spread_of_others
 from iosr_fast.methods.search import ParameterSearch
-from iosr_fast.methods.stack_weights import StackFit, fit_stack, one_shot_weights
+from iosr_fast.methods.stack_weights import StackFit, fit_stack, one_shot_weights, text_accuracy
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuned import Protocol, Tuned
 from iosr_fast.scoring.reducers import Reducer, check_reducer
@@ -199,9 +199,8 @@ def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | 
     parameters = dict(method.parameters)
     if support.text is None:
         return parameters
-    queries, n_images = support.as_queries, len(support.embeddings)
-    right = int((TextModel(support).scores(queries).argmax(1) == support.labels).sum())
-    accuracy = min(max(right, 1), max(n_images - 1, 1)) / n_images
+    queries, least = support.as_queries, 1 / len(support.embeddings)
+    accuracy = min(max(text_accuracy(support), least), max(1 - least, least))
     if "ridge" in parameters:
         return {**parameters, "ridge": 3.0 * accuracy**2}
     *others, images = method.terms(support, reducer, {**parameters, "alpha": 1.0})

@@ -29,9 +29,6 @@ class Moments:
         second = rows.T @ (rows * labels.sum(1, keepdims=True))
         return cls(labels.sum(0), labels.T @ rows, second)
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.counts + other.counts, self.sums + other.sums, self.second + other.second)
-
     def __sub__(self, other: Moments) -> Moments:
         counts = self.counts - other.counts
         sums = np.where(counts[:, None] > 0, self.sums - other.sums, 0.0)  # without the rounding error
@@ -60,7 +57,8 @@ class Moments:
         lengths = np.maximum(np.linalg.norm(self.sums, axis=1), np.finfo(float).tiny)
         rows = (np.einsum("cd,cd->c", self.sums, text) / lengths)[:, None] * text
         weights = copies * (self.counts > 0)
-        return self + Moments(weights, weights[:, None] * rows, rows.T @ (weights[:, None] * rows))
+        weighted = weights[:, None] * rows
+        return Moments(self.counts + weights, self.sums + weighted, self.second + rows.T @ weighted)
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,8 +39,9 @@ class KeyModel(Model):
 
     @property
     def key_weights(self) -> np.ndarray | None:
-        """(N,); None for all ones."""
-        return self.support.key_weights
+        """(N,), `class_weights` of each image; None for classes of one size, for which all are 1."""
+        weights = class_weights(self.support.counts)
+        return None if (weights == 1.0).all() else np.repeat(weights, self.support.counts)
 
     def _compared(self, embeddings: Embeddings) -> np.ndarray:
         return image_rows(embeddings, self.which, self.key_reducer)
@@ -115,7 +116,7 @@ class RefinedKeyModel(KeyModel):
     def key_weights(self) -> np.ndarray | None:
         with np.errstate(over="ignore"):  # ScoringPlan rejects weights that are too large
             weights = np.exp(self.gamma * self._shared("divergences", self._divergences))
-        of_classes = self.support.key_weights
+        of_classes = super().key_weights
         refined: np.ndarray = weights if of_classes is None else weights * of_classes
         return refined
 
