@@ -429,11 +429,10 @@ class Classifier(Estimator):
         """`tune` on the current examples, as a change."""
         return updates.tune(self._store, None, None, None, None, self.tune_seconds)[1]
 
-    def open_log(self, path: str | Path, recover: bool = False) -> None:
+    def open_log(self, path: str | Path) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`. Raises
-        ValueError for a log of another classifier or a damaged one, or where one is open. `recover` opens one that lost
-        changes: a warning says which, and the files are kept beside it (audit.open_log)."""
-        self._store.open_log(path, recover)
+        ValueError for a log of another classifier or a damaged one, or where one is open (change_log)."""
+        self._store.open_log(path)
 
     def close_log(self) -> None:
         """Close the log; later changes are not written."""

@@ -10,14 +10,17 @@ from iosr_fast.utils.command import say
 
 
 def info(
-    folder: Annotated[Path | None, argument("FOLDER", "A saved classifier or an engine, which is verified.")] = None,
+    folder: Annotated[
+        Path | None, argument("PATH", "A saved classifier, an engine or a log of changes, which is verified.")
+    ] = None,
 ) -> None:
-    """Describe this machine (versions, runtimes, scoring kernels), or the contents of a folder and its digest."""
+    """Describe this machine (versions, runtimes, scoring kernels), a folder and its digest, or the history in a log."""
     if folder is None:
         from iosr_fast.info import format_info
 
         say(*format_info().split("\n"))
     else:
-        from iosr_fast.store.description import describe
+        from iosr_fast.store.description import describe, describe_log
 
-        say(*describe(folder).split("\n"))
+        for line in describe_log(folder) if folder.is_file() else describe(folder).split("\n"):
+            say(line)

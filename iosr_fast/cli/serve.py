@@ -43,9 +43,6 @@ def serve(
     log: Annotated[
         Path | None, typer.Option(help="File that records class changes; they are replayed at the start.")
     ] = None,
-    recover: Annotated[
-        bool, typer.Option("--recover", help="Open a damaged --log: keep its intact records, report the lost ones.")
-    ] = False,
     runtime: Runtime = _DEFAULT.runtime,
     expected_digest: Annotated[
         str | None,

@@ -1,5 +1,5 @@
 """How heads follow one another: changes, the log of changes, and bundles.
 
 `store.Store` holds the newest fit; `updates` encode what a change needs, `changes.Change` makes the next head,
-`log_writer` writes it down first. `bundle` is a classifier as a folder.
+`change_log` writes it down first. `bundle` is a classifier as a folder.
 """

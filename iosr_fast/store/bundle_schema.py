@@ -12,13 +12,14 @@ from msgspec import Meta
 from iosr_fast.clip.tokenizer import Clean
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
+from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.head.names import check_names
 from iosr_fast.head.support_images import SupportViews
 from iosr_fast.methods import METHODS, check_parameters
 from iosr_fast.methods.tuned import Protocol, Tuned
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import Feature
-from iosr_fast.scoring.reducers import NAME
+from iosr_fast.scoring.reducers import NAME, Reducer
 from iosr_fast.utils.schema import (
     Above0,
     Entry,
@@ -112,25 +113,60 @@ class TunedFacts(Strict, frozen=True, kw_only=True):
         return Tuned(**msgspec.structs.asdict(self) | nan)
 
 
-class HeadFacts(Strict, frozen=True, kw_only=True, omit_defaults=True):
+class ConfigFacts(Strict, frozen=True, kw_only=True, omit_defaults=True):
+    """A MethodConfig less its fitted reducer: in a bundle, in the log, and in the fingerprint of a head.
+
+    >>> ConfigFacts.of(MethodConfig("gda", {"alpha": 0.5})).config(None).parameters
+    {'alpha': 0.5}
+    """
+
+    method: str
+    parameters: dict[str, float]
+    reducer: ReducerName
+    factor: Above0
+    key_precision: Precision
+    tuned: TunedFacts | None = None
+
+    @classmethod
+    def of(cls, config: MethodConfig) -> ConfigFacts:
+        """The facts of a config."""
+        return cls(
+            method=config.method,
+            parameters=dict(config.parameters),
+            reducer=config.reducer_name,
+            factor=config.factor,
+            key_precision=config.key_precision,
+            tuned=None if config.tuned is None else TunedFacts.of(config.tuned),
+        )
+
+    def config(self, reducer: Reducer | None) -> MethodConfig:
+        """The inverse of `of`, with the fitted reducer. Raises ValueError for evidence that no search gives."""
+        tuned = None if self.tuned is None else self.tuned.tuned()
+        return MethodConfig(
+            self.method, dict(self.parameters), self.reducer, reducer, self.factor, self.key_precision, tuned
+        )
+
+    def check(self, version: int) -> None:
+        """Raise ValueError for a method, parameters and evidence that no fit and no change up to this version gives."""
+        parameters = check_parameters(self.method, **self.parameters)
+        if missing := sorted(set(METHODS[self.method].parameters) - set(parameters)):
+            raise IosrFastError(f"expected the parameters {', '.join(missing)} of {self.method}, got none of that name")
+        if self.tuned is not None and self.tuned.version > version:
+            raise IosrFastError(f"expected tuned.version up to version, {version}, got {self.tuned.version}")
+
+
+class HeadFacts(ConfigFacts, frozen=True, kw_only=True, omit_defaults=True):
     """The part of a head that is not arrays (head_files)."""
 
     class_names: Annotated[list[str], Meta(min_length=1)]
     class_numbers: list[Natural]
     version: Positive
     next: tuple[Natural, Natural]
-    method: str
-    parameters: dict[str, float]
-    reducer: ReducerName
-    factor: Above0
-    key_precision: Precision
     tau: Above0
     plan: PlanConstants
-    tuned: TunedFacts | None = None
 
-    def check(self) -> None:
-        """Raise ValueError for names and numbers of classes, a method, parameters and evidence that no fit and no
-        change gives."""
+    def check_head(self) -> None:
+        """Raise ValueError for names and numbers of classes that no fit and no change gives, and as `check`."""
         check_names(self.class_names)
         numbers, following = self.class_numbers, self.next[0]
         if len(numbers) != len(self.class_names):
@@ -139,11 +175,7 @@ class HeadFacts(Strict, frozen=True, kw_only=True, omit_defaults=True):
             raise IosrFastError(
                 f"expected class_numbers that rise and are below next[0], {following}, got {numbers[:5]}..."
             )
-        parameters = check_parameters(self.method, **self.parameters)
-        if missing := sorted(set(METHODS[self.method].parameters) - set(parameters)):
-            raise IosrFastError(f"expected the parameters {', '.join(missing)} of {self.method}, got none of that name")
-        if self.tuned is not None and self.tuned.version > self.version:
-            raise IosrFastError(f"expected tuned.version up to version, {self.version}, got {self.tuned.version}")
+        self.check(self.version)
 
 
 class ClassifierManifest(HeadFacts, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
@@ -42,7 +43,7 @@ from iosr_fast.store.bundle_arrays import (
     naming,
     read_arrays,
 )
-from iosr_fast.store.bundle_schema import HeadFacts, PlanConstants, TunedFacts
+from iosr_fast.store.bundle_schema import ConfigFacts, HeadFacts, PlanConstants
 from iosr_fast.utils.schema import facts_to_json
 
 # Text and class offsets of a plan are those of the support set.
@@ -70,14 +71,9 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
         class_numbers=list(head.uids),
         version=head.version,
         next=(head.next_class, head.next_example),
-        method=config.method,
-        parameters=dict(config.parameters),
-        reducer=config.reducer_name,
-        factor=config.factor,
-        key_precision=config.key_precision,
         tau=head.tau,
         plan=PlanConstants(**constants),
-        tuned=None if config.tuned is None else TunedFacts.of(config.tuned),
+        **msgspec.structs.asdict(ConfigFacts.of(config)),
     )
     return facts_to_json(facts), {file: arrays for file, arrays in files.items() if arrays}
 
@@ -88,8 +84,8 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
     Raises DamagedFileError, naming file or field, for what no head can be.
     """
     with naming("manifest.json"):
-        facts.check()
-        tuned = None if facts.tuned is None else facts.tuned.tuned()
+        facts.check_head()
+        facts.config(None)
     names, numbers = tuple(facts.class_names), tuple(facts.class_numbers)
     sizes = {"C": len(names), "C1": len(names) + 1}
     arrays = read_arrays(SUPPORT, read, sizes)
@@ -107,8 +103,7 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
         reducer = _reducer(derived, "reducer")
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
             raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
-        chosen = facts.reducer, reducer, facts.factor, facts.key_precision, tuned
-        config = MethodConfig(facts.method, dict(facts.parameters), *chosen)
+        config = facts.config(reducer)
         plan = _plan(facts.plan, derived, support, config)
         if not own:
             _check_terms(plan, config)
@@ -117,15 +112,29 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
     return head.with_computed(plan=plan, **_evidence(head, read))
 
 
+def head_to_bytes(head: AnyHead) -> bytes:
+    """A head, its plan included, as the log holds it."""
+    from safetensors.numpy import save
+
+    facts, files = head_to_files(head)
+    return msgspec.msgpack.encode((facts, {name: save(arrays) for name, arrays in files.items()}))
+
+
+def head_from_bytes(data: bytes) -> AnyHead:
+    """The inverse of `head_to_bytes`, bit-equal. Raises ValueError for what no head can be."""
+    facts, files = msgspec.msgpack.decode(data, type=tuple[HeadFacts, dict[str, bytes]])
+    return head_from_files(facts, files.get)
+
+
 def fingerprint(head: AnyHead) -> str:
     """SHA-256, in hex, over classes, support images and their pictures, method, parameters and reducer."""
-    config = head.config
+    config = facts_to_json(ConfigFacts.of(replace(head.config, tuned=None)))
     facts = {
         "names": head.class_names,
         "uids": head.uids,
         "tau": head.tau,
         "numbers": [head.next_class, head.next_example],
-        "recipe": [config.method, config.parameters, config.reducer_name, config.factor, config.key_precision],
+        "config": config,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(b"".join(hashlib.sha256(picture or b"").digest() for picture in head.examples.pictures))

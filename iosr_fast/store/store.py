@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.fit import Fit
-from iosr_fast.head.ids import class_id, example_id
-from iosr_fast.store.audit import open_log
+from iosr_fast.head.head import Head
+from iosr_fast.store.change_log import ChangeLog
 from iosr_fast.store.changes import Change, ChangeResult
-from iosr_fast.store.log_writer import AuditLog
 from iosr_fast.utils.estimator import not_fitted
 
 T = TypeVar("T")
@@ -25,13 +23,13 @@ class Store:
     """The fit of a classifier, its changes, and their log.
 
     `fit` is immutable and replaced in one step: whoever reads it once has a head and the encoder that belongs to it.
-    Readers take no lock. Writers wait for one another (`changing`); with a log, a change is on the disk before any
+    Readers take no lock. Writers wait for one another (`change`); with a log, a change is on the disk before any
     reader sees it.
     """
 
     def __init__(self) -> None:
         self.fit: Fit | None = None
-        self.log: AuditLog | None = None
+        self.log: ChangeLog | None = None
         self.lock = threading.Lock()
 
     def fitted(self) -> Fit:
@@ -46,11 +44,12 @@ class Store:
         fit.head.one_label(call, _REFIT)
         return fit
 
-    @contextmanager
-    def changing(self, fit: Fit) -> Iterator[Fit]:
-        """Holds the lock of writers; gives the current version of `fit`, with which something was encoded before.
+    def change(self, fit: Fit, make: Callable[[Head], Change]) -> ChangeResult:
+        """Apply a change to the newest version of `fit`, with which something was encoded before: compile the plan of
+        the new head, log the change, and publish the head. `make` makes the change for that version.
 
-        Raises IosrFastError where another fit has taken its place.
+        Raises IosrFastError where another fit has taken its place, LogWriteError where the change can't be logged;
+        then, as with any other error, it was not made.
         """
         with self.lock:
             current = self.fitted()
@@ -58,29 +57,15 @@ class Store:
                 raise IosrFastError(
                     "the classifier was fitted again while images or texts were encoded: repeat the change"
                 )
-            yield current
-
-    def make(self, change: Change) -> ChangeResult:
-        """Under the lock: apply a change, compile the plan of the new head, log the change, and publish the head.
-
-        Raises LogWriteError where it can't be logged; then, as with any interrupt, the change was not made.
-        """
-        fit, log = self.fitted(), self.log
-        head = before = fit.head.one_label(change.op, _REFIT)
-        if log is not None:
-            log.compact(before)
-        head = change.apply(before).compiled()
-        if log is None:
-            self.fit = replace(fit, head=head)
-        else:
-            try:
-                log.append(change, before, head)
-                self.fit = replace(fit, head=head)
-            except BaseException:
-                log.try_to_settle(self.fitted().head)
-                raise
-        ids = tuple(example_id(number) for number in change.example_numbers)
-        return ChangeResult(head.version, class_id(change.uid) if change.uid >= 0 else "", ids)
+            before = current.head.one_label("a change", _REFIT)
+            if self.log is not None:
+                before = self.log.settle(before)
+            change = make(before)
+            head = change.apply(before).compiled()
+            if self.log is not None:
+                self.log.append(change, before, head)
+            self.fit = replace(current, head=head)
+            return ChangeResult(head.version, *change.result_ids)
 
     def replace(self, fit: Fit, instead_of: Fit | None = None) -> None:
         """Take over the result of a fit, or of a choice of the engine for the fit `instead_of`.
@@ -97,20 +82,20 @@ class Store:
         """Raise IosrFastError where a log is open."""
         if self.log is not None:
             raise IosrFastError(
-                f"expected no audit log to be open, got {self.log.path}: it has no line for a fit or another engine"
+                f"expected no log to be open, got {self.log.path}: it has no change for a fit or another engine"
             )
 
-    def open_log(self, path: str | Path, recover: bool) -> None:
-        """Log every change from now on, after making those that the log has already (audit.open_log).
+    def open_log(self, path: str | Path) -> None:
+        """Log every change from now on, after making those that the log has already (ChangeLog.open).
 
-        Raises IosrFastError where one is open, and what audit.open_log raises.
+        Raises IosrFastError where one is open, and what ChangeLog.open raises.
         """
         self.changeable("open_log")
         with self.lock:
             if self.log is not None:
                 raise IosrFastError(f"expected no log to be open, got {self.log.path}; close_log closes it")
             fit = self.fitted()
-            log, head = open_log(path, fit.head.one_label("open_log", _REFIT), recover)
+            log, head = ChangeLog.open(path, fit.head.one_label("open_log", _REFIT))
             self.log, self.fit = log, replace(fit, head=head)
 
     def close_log(self) -> None:
@@ -118,7 +103,7 @@ class Store:
         with self.lock:
             if self.log is not None:
                 log, self.log = self.log, None
-                log.close(self.fitted().head)
+                log.close()
 
 
 class FittedAttribute(Generic[T]):

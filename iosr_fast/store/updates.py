@@ -19,6 +19,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice, OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import Fit
+from iosr_fast.head.head import Head
 from iosr_fast.head.head_data import HeadData
 from iosr_fast.head.ids import class_id
 from iosr_fast.head.method_config import MethodConfig
@@ -43,12 +44,7 @@ def add_class(store: Store, name: str, images: Any, text: np.ndarray | None) -> 
     row, encoded, method = _text(fit, name, text), _encode(fit, images), fit.head.config.method
     if encoded is None and METHODS[method].needs_support:
         raise IosrFastError(f"expected at least one image of {name!r}, got none: {method} compares images")
-    with store.changing(fit) as current:
-        head = current.head
-        if head is not fit.head:
-            _check_name(head, name)
-        added = None if encoded is None else _numbered(encoded, head.next_class, head)
-        return store.make(Change("add_class", head.next_class, name=name, text=row, added=added))
+    return store.change(fit, lambda head: Change("add_class", head.next_class, name, row, _numbered(encoded, head)))
 
 
 def add_examples(store: Store, name_or_id: str, images: Any) -> ChangeResult:
@@ -57,23 +53,23 @@ def add_examples(store: Store, name_or_id: str, images: Any) -> ChangeResult:
     encoded = _encode(fit, images)
     if encoded is None:
         raise IosrFastError(f"expected at least one image to add to {name_or_id!r}, got none")
-    with store.changing(fit) as current:
-        uid = current.head.find_class(name_or_id)
-        return store.make(Change("add_examples", uid, added=_numbered(encoded, uid, current.head)))
+
+    def make(head: Head) -> Change:
+        uid = head.find_class(name_or_id)
+        return Change("add_examples", uid, added=_numbered(encoded, head, uid))
+
+    return store.change(fit, make)
 
 
 def remove_examples(store: Store, example_ids: Sequence[str]) -> ChangeResult:
     listed = [example_ids] if isinstance(example_ids, str) else list(example_ids)
-    with store.changing(store.changeable("remove_examples")) as current:
-        return store.make(Change("remove_examples", numbers=tuple(current.head.find_examples(listed))))
+    fit = store.changeable("remove_examples")
+    return store.change(fit, lambda head: Change("remove_examples", numbers=tuple(head.find_examples(listed))))
 
 
 def remove_class(store: Store, name_or_id: str) -> ChangeResult:
-    with store.changing(store.changeable("remove_class")) as current:
-        uid = current.head.find_class(name_or_id)
-        if len(current.head.uids) <= 2:
-            raise IosrFastError(f"expected at least two classes to tell apart: {name_or_id!r} can't be removed")
-        return store.make(Change("remove_class", uid))
+    fit = store.changeable("remove_class")
+    return store.change(fit, lambda head: Change("remove_class", head.find_class(name_or_id)))
 
 
 def rename_class(store: Store, name_or_id: str, name: str, text: np.ndarray | None, keep_text: bool) -> ChangeResult:
@@ -83,11 +79,7 @@ def rename_class(store: Store, name_or_id: str, name: str, text: np.ndarray | No
     if keep_text and text is not None:
         raise IosrFastError("expected text or keep_text, got both")
     row = None if keep_text else _text(fit, name, text)
-    with store.changing(fit) as current:
-        current.head.find_class(class_id(uid))
-        if current.head is not fit.head:
-            _check_name(current.head, name, uid)
-        return store.make(Change("rename_class", uid, name=name, text=row))
+    return store.change(fit, lambda head: Change("rename_class", head.find_class(class_id(uid)), name, row))
 
 
 def tune(
@@ -104,23 +96,25 @@ def tune(
             raise IosrFastError("expected at least one validation image, got none")
         truth, encoder = fit.read_labels(listed, labels), fit.clip.encoder_for(adapted=True)
         queries = Embeddings.concatenate([encoder.encode(pixels) for pixels in fit.chunks(listed)])
-    with store.changing(fit) as current:
-        head = current.head.one_label("tune")
+    chosen: list[Tuned] = []
+
+    def make(head: Head) -> Change:
         if queries is not None and head.uids != fit.head.uids:
             raise IosrFastError("the classes have changed while validation images were encoded: tune again")
         if queries is None and not len(head.examples):
             raise IosrFastError("expected support images or validation images to choose parameters by, got none")
-        config = head.config
-        method = method or config.method
-        if reducer is None and method == config.method:
-            reducer = config.reducer_name
-        tuned = search(method, head.support, queries, truth, reducer or "none", seconds)
+        config, name = head.config, method or head.config.method
+        own = config.reducer_name if name == config.method else "none"
+        tuned = search(name, head.support, queries, truth, reducer or own, seconds)
         which = METHODS[tuned.method].which
         if (which == "adapted") != head.needs_adapted:
             log.info("%s compares %s embeddings; queries are encoded for it from now on", tuned.method, which)
             fit.clip.encoder_for(which == "adapted")  # opened now, so that no reader waits for it
-        tuned = replace(tuned, version=head.version + 1)
-        return tuned, store.make(Change("retune", config=MethodConfig.of(tuned, config.key_precision)))
+        chosen.append(replace(tuned, version=head.version + 1))
+        return Change("retune", config=MethodConfig.of(chosen[0], config.key_precision))
+
+    result = store.change(fit, make)
+    return chosen[0], result
 
 
 def optimize(
@@ -164,10 +158,12 @@ def _encode(fit: Fit, images: Any) -> Examples | None:
     return examples if len(examples) else None
 
 
-def _numbered(encoded: Examples, uid: int, head: HeadData) -> Examples:
-    """New support images of a class, numbered after those of the head."""
-    numbers = np.arange(head.next_example, head.next_example + len(encoded))
-    return replace(encoded, class_ids=np.full(len(encoded), uid, np.int64), ids=numbers)
+def _numbered(encoded: Examples | None, head: Head, uid: int | None = None) -> Examples | None:
+    """New support images of a class, or of the next one, numbered after those of the head."""
+    if encoded is None:
+        return None
+    classes = np.full(len(encoded), head.next_class if uid is None else uid, np.int64)
+    return replace(encoded, class_ids=classes, ids=head.next_example + np.arange(len(encoded)))
 
 
 def _text(fit: Fit, name: str, given: np.ndarray | None) -> np.ndarray:

@@ -138,7 +138,7 @@ def test_predictions_import_no_scikit_learn() -> None:
 
 def test_a_copy_shares_the_encoder_and_changes_alone(data: Any, tmp_path: Path) -> None:
     classifier = small_classifier(templates=["the {}"])
-    classifier.open_log(tmp_path / "changes.jsonl")
+    classifier.open_log(tmp_path / "changes.db")
     for copied in (copy.copy(classifier), copy.deepcopy(classifier)):
         assert copied.encoder is classifier.encoder and copied.get_params() == classifier.get_params()
         np.testing.assert_array_equal(copied.decision_function(data[0]), classifier.decision_function(data[0]))
@@ -184,7 +184,7 @@ def test_a_class_keeps_its_integer_through_changes_log_and_bundle(
     row = made._fit.clip.text.embed_classes(["new"])[0]
     made.save(tmp_path / "bundle")
     classifier, expected = Classifier.load(tmp_path / "bundle"), np.where(labels == 1, 5, labels)
-    classifier.open_log(tmp_path / "changes.jsonl")
+    classifier.open_log(tmp_path / "changes.db")
     classifier.remove_class("~1")
     classifier.add_class("new", images[labels == 1], text=row)
     assert classifier.score(images, expected) == 1.0
@@ -193,7 +193,7 @@ def test_a_class_keeps_its_integer_through_changes_log_and_bundle(
     assert classifier.tune(images, expected).accuracy == 1.0
     classifier.close_log()
     again = Classifier.load(tmp_path / "bundle")
-    again.open_log(tmp_path / "changes.jsonl")
+    again.open_log(tmp_path / "changes.db")
     again.save(tmp_path / "later")
     for loaded in (again, Classifier.load(tmp_path / "later"), copy.deepcopy(classifier)):
         assert loaded.classes_.dtype == np.int64 and loaded.classes_.tolist() == [0, 2, 3, 4, 5]

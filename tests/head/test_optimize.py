@@ -198,8 +198,8 @@ def test_refusals(fitted, images, tmp_path: Path) -> None:
         fitted.optimize(images[0], images[1][:3])
     with pytest.raises(IosrFastError, match="opened from an engine folder"):
         refit(Classifier._with_clip(pixel_clip()), *images, **GIVEN).optimize(*images)
-    fitted.open_log(tmp_path / "changes.jsonl")
-    with pytest.raises(IosrFastError, match="expected no audit log to be open"):
+    fitted.open_log(tmp_path / "changes.db")
+    with pytest.raises(IosrFastError, match="expected no log to be open"):
         fitted.optimize(*images)
     fitted.close_log()
 

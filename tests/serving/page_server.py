@@ -115,7 +115,7 @@ class Visit:
 def site() -> Iterator[Site]:
     classifier = http_client.load()
     every_part = MethodConfig("stack++", dict(METHODS["stack++"].parameters))  # texts, plain and adapted embeddings
-    classifier._store.make(Change("retune", config=every_part))
+    classifier._store.change(classifier._fit, lambda _: Change("retune", config=every_part))
     assert classifier.unknown_.summary(0.95).startswith("0.95")  # learnt before the page asks
     queries = dict(zip(http_client.query_labels(), http_client.queries(), strict=True))
     pictures = load_pictures("held-out")

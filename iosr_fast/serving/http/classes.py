@@ -21,8 +21,8 @@ from iosr_fast.serving.http.lists import CLASS_ID_PATH, EXAMPLE_ID_PATH
 from iosr_fast.serving.http.logs import log
 from iosr_fast.serving.http.service import Service, UndecodedImage
 from iosr_fast.serving.http.uploads import Refusal, read_form
+from iosr_fast.store.change_log import LogWriteError
 from iosr_fast.store.changes import ChangeResult
-from iosr_fast.store.log_writer import LogWriteError
 
 _CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503, 507)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -54,7 +54,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
     classifier.snapshot().one_label("the HTTP API", "serve one fitted with one label, or use predict")
     if settings.log is not None:
         with json_logs():
-            classifier.open_log(settings.log, settings.recover)
+            classifier.open_log(settings.log)
     listener = _listen(settings)
     with json_logs():
         metrics = Metrics()

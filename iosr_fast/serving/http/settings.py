@@ -67,8 +67,7 @@ class Settings:
 
     After a signal /readyz fails; the server accepts requests for another `drain_s` and answers them within `grace_s`.
 
-    The classifier: `runtime` of its engine; `expected_digest` of the bundle (None: any); `log`, the file of changes;
-    `recover` opens a damaged log and reports which changes are lost.
+    The classifier: `runtime` of its engine; `expected_digest` of the bundle (None: any); `log`, the file of changes.
     """
 
     host: str = "127.0.0.1"
@@ -95,14 +94,11 @@ class Settings:
     runtime: str = "auto"
     expected_digest: str | None = None
     log: Path | None = None
-    recover: bool = False
 
     def __post_init__(self) -> None:
         if self.token is not None:
             _check_token(self.token)  # first, because check_fields quotes values
         check_fields(self)
-        if self.recover and self.log is None:
-            raise IosrFastError("expected a log to recover, got none: name it with --log")
         for small, large in (
             ("max_images", "max_queue"),
             ("max_image_bytes", "max_body_bytes"),

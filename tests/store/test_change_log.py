@@ -1,0 +1,281 @@
+"""The log of changes: what was acknowledged is made again, to the last bit, whatever ended the process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from iosr_fast.classifier import Classifier
+from iosr_fast.cli import app
+from iosr_fast.methods import METHODS
+from iosr_fast.store import change_log
+from iosr_fast.store.change_log import ChangeLog, LogWriteError, read_log
+from iosr_fast.store.changes import Change
+from iosr_fast.store.head_files import fingerprint
+from tests import ROOT
+from tests.store.live_parts import pictures, random_examples, random_head, random_queries, small_classifier
+from tests.store.logs import base, changed, renamed, reopened, write_log
+
+PIXELS = pictures(np.random.default_rng(99), 8, 4)[0].reshape(8, 4, 8, 8, 3)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "log" / "changes.db"
+
+
+def change(classifier: Classifier) -> None:
+    """One of each kind."""
+    classifier.add_class("sixth", PIXELS[6, :3])
+    classifier.add_examples("motif 2", PIXELS[2, :2])
+    classifier.rename_class("~1", "first")
+    classifier.rename_class("~4", "fourth", keep_text=True)
+    classifier.remove_examples(classifier.examples("motif 2")[1:3])
+    classifier.remove_class("motif 3")
+    classifier.retune()
+    classifier.add_class("seventh", PIXELS[7, :2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [3, 256], ids=["from a snapshot", "from the beginning"])
+@pytest.mark.parametrize("method", ["tip-adapter++", "proker", "gda++", "ape", "tip-x++", "zero-shot"])
+def test_the_state_is_made_again_to_the_last_bit(method: str, every: int, path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(change_log, "MOST_CHANGES", every)
+    options = {"method": method, "alpha": None, "beta": None, "views": 3}
+    options["reducer"] = "centre" if METHODS[method].needs_support else None
+    classifier, again = small_classifier(**options), small_classifier(**options)
+    classifier.open_log(path)
+    change(classifier)
+    classifier.close_log()
+    again.open_log(path)
+    assert again.version == 9 and again.snapshot().next_class == 7
+    assert fingerprint(again.snapshot()) == fingerprint(classifier.snapshot())
+    queries = PIXELS.reshape(-1, 8, 8, 3)
+    np.testing.assert_array_equal(again.decision_function(queries), classifier.decision_function(queries))
+    assert again.explain(queries[:4], nearest=3) == classifier.explain(queries[:4], nearest=3)
+    assert again.picture("e15") == classifier.picture("e15") is not None
+    again.add_examples("seventh", PIXELS[7, 2:])  # and it goes on from there
+    again.close_log()
+    third = small_classifier(**options)
+    third.open_log(path)
+    assert fingerprint(third.snapshot()) == fingerprint(again.snapshot())
+    third.close_log()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_narrow_keys_come_back_from_a_snapshot(precision: str, path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(change_log, "MOST_CHANGES", 2)
+    rng = np.random.default_rng(3)
+    first = random_head(rng, 4, 3, key_precision=precision)
+    log, state = ChangeLog.open(path, first)
+    for number in range(3):
+        state = renamed(log, state, f"name {number}")
+    log.close()
+    log, again = ChangeLog.open(path, first)
+    log.close()
+    queries = random_queries(rng, 9)
+    np.testing.assert_array_equal(again.score(queries), state.score(queries))
+
+
+def test_history_is_read_and_printed_while_the_log_is_in_use(path: Path) -> None:
+    classifier = small_classifier()
+    classifier.open_log(path)
+    change(classifier)
+    entries = read_log(path)
+    assert [one.version for one in entries] == list(range(2, 10))
+    assert [one.op for one in entries][:3] == ["add_class", "add_examples", "rename_class"]
+    assert entries[1].class_id == "~2" and entries[1].example_ids == ("e18", "e19") and entries[2].name == "first"
+    assert (entries[-1].classes, entries[-1].images) == (6, len(classifier.snapshot().examples))
+    shown = CliRunner().invoke(app, ["info", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "version 9, 6 classes" in shown.stdout and "add_examples ~2, images 'e18', 'e19'" in shown.stdout
+    assert fingerprint(small_classifier().snapshot()) in shown.stdout
+    classifier.close_log()
+    path.write_bytes(path.read_bytes().replace(b"first", b"f\x1b[2J"))
+    shown = CliRunner().invoke(app, ["info", str(path)])
+    assert shown.exit_code == 2 and "version 3" in shown.stdout and "version 4" not in shown.stdout
+    assert "the change to version 4 was changed" in shown.output
+
+
+def test_a_start_makes_few_changes_again(path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(change_log, "MOST_CHANGES", 20)
+    state = write_log(path, changes=90)[-1]
+    applied: list[str] = []
+    real = Change.apply
+    monkeypatch.setattr(Change, "apply", lambda *values: applied.append("") or real(*values))
+    assert fingerprint(reopened(path)) == fingerprint(state) and len(applied) == 10
+    assert len(read_log(path)) == 90
+    assert path.stat().st_mode & 0o077 == 0 and os.listdir(path.parent) == [path.name]
+
+
+def test_a_clock_that_goes_back_changes_nothing(path: Path, monkeypatch: Any) -> None:
+    class Clock:
+        ticks = iter(range(100))
+
+        @classmethod
+        def now(cls, zone: Any) -> datetime:
+            return datetime(2026, 1, 1, tzinfo=UTC) - timedelta(days=next(cls.ticks))
+
+    monkeypatch.setattr(change_log, "datetime", Clock)
+    state = write_log(path)[-1]
+    times = [entry.time for entry in read_log(path)]
+    assert times == sorted(times, reverse=True) and fingerprint(reopened(path)) == fingerprint(state)
+
+
+def test_a_second_writer_is_refused(path: Path) -> None:
+    pytest.importorskip("fcntl", reason="locks of files are POSIX's")
+    log, state = ChangeLog.open(path, base())
+    code = f"from tests.store.logs import *\ntry: reopened(Path({str(path)!r}))\nexcept BlockingIOError as e: print(e)"
+    for _ in range(2):
+        with pytest.raises(BlockingIOError, match="another process writes this log"):
+            ChangeLog.open(path, base())
+        read_log(path)  # which takes no lock away
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert "another process writes this log" in other.stdout, other.stderr
+        state = renamed(log, state, "first")
+    log.close()
+    assert reopened(path).version == 3
+
+
+@pytest.mark.slow
+def test_a_killed_process_keeps_every_acknowledged_change(path: Path, monkeypatch: Any) -> None:
+    code = f"""
+from tests.store.logs import *
+from iosr_fast.store import change_log
+change_log.MOST_CHANGES = 5
+log, state = ChangeLog.open(Path({str(path)!r}), base())
+print(state.version, flush=True)
+while True:
+    state = renamed(log, state, "name " * (state.version % 90) + str(state.version))
+    print(state.version, flush=True)
+"""
+    rng, reached, kills = np.random.default_rng(0), 1, 12
+    for _ in range(kills):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert process.stdout is not None
+        acknowledged = [process.stdout.readline() for _ in range(int(rng.integers(2, 30)))]
+        process.send_signal(signal.SIGKILL)
+        acknowledged += process.stdout.read().splitlines()
+        process.wait(20)
+        state = reopened(path)
+        assert state.version in (int(acknowledged[-1]), int(acknowledged[-1]) + 1) and state.version > reached
+        reached = state.version
+    assert [one.version for one in read_log(path)] == list(range(2, reached + 1))
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+def test_an_interrupt_leaves_log_and_state_consistent(written: bool, path: Path, monkeypatch: Any) -> None:
+    """A change that was written before the interrupt is made by the next one."""
+    classifier = small_classifier(thumbnails=0)
+    classifier.open_log(path)
+    real = ChangeLog.append
+
+    def append(*values: Any) -> None:
+        if written:
+            real(*values)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ChangeLog, "append", append)
+        classifier.rename_class("~0", "interrupted", keep_text=True)
+    assert classifier.version == 1
+    classifier.rename_class("~1", "next", keep_text=True)
+    assert classifier.version == (3 if written else 2) and ("interrupted" in classifier.classes_) is written
+    classifier.close_log()
+    again = small_classifier(thumbnails=0)
+    again.open_log(path)
+    assert again.classes_.tolist() == classifier.classes_.tolist()
+    again.close_log()
+
+
+@pytest.mark.parametrize("every", [1, 256], ids=["a snapshot is due", "none is due"])
+def test_a_full_disk_refuses_changes_until_there_is_room(every: int, path: Path, monkeypatch: Any, caplog: Any) -> None:
+    log, state = ChangeLog.open(path, base())
+    state = renamed(log, state, "first")
+    most = log._db.execute("PRAGMA max_page_count").fetchone()[0]
+    log._db.execute("PRAGMA max_page_count=1")  # no more pages than there are
+    monkeypatch.setattr(change_log, "MOST_CHANGES", every)
+    made = 0
+    with pytest.raises(LogWriteError, match=r"the change was not made: .*No space left") as refusal:
+        while made < 20:
+            state, made = renamed(log, state, "x" * 400 + str(made)), made + 1
+    assert refusal.value.errno == errno.ENOSPC and "No space left" in log.failure
+    assert ("so that a start takes longer" in caplog.text) is (every == 1)
+    with pytest.raises(LogWriteError):
+        renamed(log, state, "y" * 400)
+    log._db.execute(f"PRAGMA max_page_count={most}")
+    state = renamed(log, state, "last")
+    assert log.failure == ""
+    log.close()
+    assert fingerprint(reopened(path)) == fingerprint(state)
+
+
+def test_a_start_writes_nothing_so_that_a_full_disk_serves(path: Path) -> None:
+    pytest.importorskip("resource", reason="limits of file sizes are POSIX's")
+    write_log(path)
+    code = f"""
+import resource
+from tests.store.logs import *
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+log, state = ChangeLog.open(Path({str(path)!r}), base())
+try: renamed(log, state, "second")
+except OSError as error: print(error.errno, log.failure)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(renamed(log, state, "third").version)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == f"{errno.EFBIG} {os.strerror(errno.EFBIG)}\n5\n", done.stderr
+
+
+def test_a_file_that_changes_while_it_is_in_use_takes_no_change(path: Path) -> None:
+    write_log(path)
+    kept = path.read_bytes()
+
+    def by_another_program() -> None:
+        with sqlite3.connect(path) as other:
+            other.execute("UPDATE meta SET last = zeroblob(36)")
+        other.close()
+
+    for damage in (
+        path.unlink,
+        lambda: path.rename(path.with_name("elsewhere")),
+        lambda: (path.rename(path.with_name("elsewhere")), path.write_bytes(kept)),
+        lambda: os.truncate(path, 0),
+        lambda: os.truncate(path, 4096),
+        lambda: os.truncate(path, 1 << 20),
+        by_another_program,
+    ):
+        path.write_bytes(kept)
+        log, state = ChangeLog.open(path, base())
+        damage()
+        with pytest.raises(LogWriteError, match="while it was in use"):
+            renamed(log, state, "never")
+        assert log.failure
+        log.close()
+    path.write_bytes(kept)
+    assert reopened(path).version == 4
+
+
+def test_long_changes_go_on_over_many_pages(path: Path) -> None:
+    log, state = ChangeLog.open(path, base())
+    for number in range(40):
+        state = renamed(log, state, "name " * number + "end")
+        if number % 3 == 0:
+            state = changed(log, state, added(state, 1 + number))
+    log.close()
+    assert fingerprint(reopened(path)) == fingerprint(state)
+
+
+def added(state: Any, n: int) -> Change:
+    return Change("add_examples", 1, added=random_examples(np.random.default_rng(n), [1] * n, state.next_example))

@@ -1,0 +1,296 @@
+"""Damaged, foreign and forged logs: each is refused in words, and no byte of it is changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sqlite3
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from iosr_fast.exceptions import DamagedFileError
+from iosr_fast.head.method_config import MethodConfig
+from iosr_fast.store import change_log, sqlite_file
+from iosr_fast.store.change_log import ChangeLog, LogReader, read_log
+from iosr_fast.store.changes import Change, Record
+from iosr_fast.store.head_files import fingerprint
+from tests.store.live_parts import random_examples
+from tests.store.logs import base, changed, renamed, reopened, write_log
+
+PAGE = sqlite_file.PAGE
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "changes.db"
+
+
+def refused(path: Path, match: str = "is damaged: .*; restore it from a copy, or begin a new log") -> None:
+    before = path.read_bytes()
+    for read in (reopened, read_log):
+        with pytest.raises(ValueError, match=match):
+            read(path)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A log with all kinds of pages, of small snapshots."""
+    path = tmp_path_factory.mktemp("logs") / "changes.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(change_log, "MOST_CHANGES", 18)
+        patch.setattr(change_log, "_PART", 6_000)
+        log, state = ChangeLog.open(path, base())
+        for number in range(20):
+            state = renamed(log, state, "name " * number + "end")
+            if number in (8, 9):
+                examples = random_examples(np.random.default_rng(1), [1] * 30, state.next_example)
+                state = changed(log, state, Change("add_examples", 1, added=examples))
+        log.close()
+        assert reopened(path).version == 23
+    return path.read_bytes()
+
+
+# The pages of `image` by their kind; a change goes on on others, on the last of which it ends.
+KINDS = {"schema": 1, "meta": 2, "root": 3, "leaf": 7, "change": 5, "end of a change": 11, "snapshot": 14}
+
+
+def whole(data: bytes | bytearray) -> bool:
+    """Whether the reader takes the bytes of a log, in memory."""
+    first = bytes(data[:100])
+    if (first[:16], first[18:20], first[68:72]) != (sqlite_file.MAGIC, b"\1\1", b"IOSR"):
+        return False
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        db.deserialize(data)
+        sqlite_file.protect(db)
+        reader = LogReader(db, lambda number: bytes(data[(number - 1) * PAGE : number * PAGE]), len(data))
+        for _ in reader.rows():
+            pass
+        reader.snapshot()
+        return True
+    except (sqlite3.Error, DamagedFileError, IndexError, UnicodeDecodeError):
+        return False
+    finally:
+        db.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_every_flipped_bit_of_a_page_is_refused(kind: str, image: bytes, monkeypatch: Any) -> None:
+    monkeypatch.setattr(change_log, "_PART", 6_000)
+    data = bytearray(image)
+    assert whole(data)
+    start = (KINDS[kind] - 1) * PAGE
+    accepted = []
+    for bit in range(8 * PAGE):
+        data[start + bit // 8] ^= 1 << bit % 8
+        if whole(data):
+            accepted.append(bit)
+        data[start + bit // 8] ^= 1 << bit % 8
+    assert not accepted
+
+
+def test_a_log_that_is_cut_or_grows_is_refused(path: Path) -> None:
+    write_log(path)
+    full = path.read_bytes()
+    for size in [*range(PAGE, len(full), PAGE), PAGE // 2, len(full) - 1, len(full) - PAGE + 100]:
+        path.write_bytes(full[:size])
+        refused(path)
+    for more in (bytes(PAGE), b"\n", full):
+        path.write_bytes(full + more)
+        refused(path)
+    path.write_bytes(full)
+    assert reopened(path).version == 4
+
+
+def test_pages_of_an_older_copy_are_refused(path: Path) -> None:
+    """As where the disk lost a write; a whole older copy can't be told from the log as it was."""
+    log, state = ChangeLog.open(path, base())
+    for number in range(3):
+        state = renamed(log, state, f"name {number}")
+    older = path.read_bytes()
+    state = renamed(log, state, "last")
+    log.close()
+    newer = path.read_bytes()
+    for page in range(PAGE, len(newer), PAGE):
+        if older[page : page + PAGE] != newer[page : page + PAGE]:
+            path.write_bytes(newer[:page] + older[page : page + PAGE] + newer[page + PAGE :])
+            refused(path)
+    path.write_bytes(older)
+    assert reopened(path).version == 4
+
+
+def other_database(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE changes(version)")
+    db.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.write_bytes(b""), "got an empty file"),
+        (lambda path: path.write_bytes(b"my own notes"), "got another file"),
+        (lambda path: path.write_bytes(b"\xff\xd8\xff\xe0" * 5000), "got another file"),
+        (other_database, "got another SQLite database"),
+        (lambda path: path.write_bytes(b'{"base":"0","chain":"1","format":2}\n'), "is a log of version 0.2 .* begin a"),
+    ],
+)
+def test_a_foreign_file_is_refused(make: Callable[[Path], object], said: str, path: Path) -> None:
+    make(path)
+    refused(path, said)
+
+
+@pytest.mark.parametrize("name", ["changes.db", "changes.db-journal"])
+def test_links_folders_and_devices_are_refused(name: str, path: Path) -> None:
+    photograph, place = path.with_name("photograph.jpg"), path.with_name(name)
+    photograph.write_bytes(b"\xff\xd8\xff")
+    if place != path:
+        write_log(path)
+    for make in (place.mkdir, lambda: os.mkfifo(place), lambda: place.symlink_to(photograph)):
+        make()
+        for read in (reopened, read_log):
+            with pytest.raises(ValueError, match="to be a regular file or not to exist"):
+                read(path)
+        place.rmdir() if stat.S_ISDIR(place.lstat().st_mode) else place.unlink()
+    assert photograph.read_bytes() == b"\xff\xd8\xff"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs another user")
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_log_that_can_not_be_written_is_refused_at_the_start(what: str, path: Path) -> None:
+    write_log(path)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(path, folder))
+        os.chmod(copy, 0o444 if what == "file" else 0o666)
+        os.chmod(folder, 0o777 if what == "file" else 0o555)
+        base()
+        child = os.fork()
+        if not child:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            try:
+                reopened(copy)
+            except OSError:
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        os.chmod(folder, 0o700)
+
+
+def test_the_log_of_another_state_is_refused(path: Path) -> None:
+    write_log(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is the log of another state: expected one that begins from"):
+        ChangeLog.open(path, base(1))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE more(x)",
+        "CREATE VIEW more AS SELECT * FROM changes",
+        "CREATE INDEX more ON changes(version)",
+        "CREATE TRIGGER more AFTER INSERT ON changes BEGIN DELETE FROM changes; END",
+        "ALTER TABLE changes ADD COLUMN more TEXT",
+        "INSERT INTO meta SELECT * FROM meta",
+        "DELETE FROM meta",
+        "UPDATE meta SET last = CAST(last AS TEXT)",
+        "DELETE FROM changes WHERE version = 4",
+        "DELETE FROM changes WHERE version = 2",
+        "UPDATE changes SET time = 'yesterday' WHERE version = 3",
+        "UPDATE changes SET op = CAST(op AS BLOB) WHERE version = 3",
+        "UPDATE changes SET rowid = 9 WHERE version = 4",
+        "INSERT INTO changes SELECT 5, time, op, record, chain FROM changes WHERE version = 4",
+        "INSERT INTO snapshot(part) VALUES(zeroblob(65536))",
+    ],
+)
+def test_another_program_that_writes_is_noticed(statement: str, path: Path) -> None:
+    write_log(path)
+    with sqlite3.connect(path) as db:
+        db.execute(statement)
+    db.close()
+    refused(path)
+
+
+STATE, UNIT = base(), np.eye(1, 24, dtype="<f4").tobytes()
+NEW = {"uid": 3, "name": "new", "text": UNIT}
+IMAGE = {"uid": 1, "numbers": (6,), "plain": UNIT, "adapted": UNIT, "pictures": (None,), "images": 7}
+FORGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "an unknown op": ("eval", {}),
+    "a name with control characters": ("rename_class", {"uid": 1, "name": "a\x1b[31m"}),
+    "a name twice": ("rename_class", {"uid": 1, "name": "class 2"}),
+    "a name that is an id": ("rename_class", {"uid": 1, "name": "~7"}),
+    "no such class": ("rename_class", {"uid": 8, "name": "new"}),
+    "no class": ("remove_class", {}),
+    "another number of a class": ("add_class", {**NEW, "uid": 7, "classes": 4}),
+    "a class without a text": ("add_class", {"uid": 3, "name": "new", "classes": 4}),
+    "a text of another width": ("add_class", {**NEW, "text": UNIT[:-4], "classes": 4}),
+    "a text of norm 2": ("add_class", {**NEW, "text": (2 * np.eye(1, 24, dtype="<f4")).tobytes(), "classes": 4}),
+    "half a number": ("add_examples", {**IMAGE, "plain": UNIT[:-1]}),
+    "NaN": ("add_examples", {**IMAGE, "adapted": np.full(24, np.nan, "<f4").tobytes()}),
+    "no adapted embeddings": ("add_examples", {**IMAGE, "adapted": None}),
+    "the number of another image": ("add_examples", {**IMAGE, "numbers": (5,)}),
+    "a number twice": (
+        "add_examples",
+        {**IMAGE, "numbers": (6, 6), "plain": 2 * UNIT, "adapted": 2 * UNIT, "images": 8},
+    ),
+    "numbers without images": ("add_examples", {"uid": 1, "numbers": (6,), "images": 7}),
+    "fewer pictures": ("add_examples", {**IMAGE, "pictures": ()}),
+    "no such image": ("remove_examples", {"numbers": (9,), "images": 5}),
+    "an image twice": ("remove_examples", {"numbers": (1, 1), "images": 5}),
+    "other counts": ("rename_class", {"uid": 1, "name": "new", "classes": 9}),
+    "no config": ("retune", {}),
+    "an unknown method": ("retune", {"config": b'{"method":"magic","parameters":{},"reducer":"none","factor":1.0}'}),
+    "a parameter out of range": (
+        "retune",
+        {
+            "config": b'{"method":"gda","parameters":{"alpha":1e300},"reducer":"none","factor":1.0,'
+            b'"key_precision":"fp32"}'
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*FORGED, "a negative number", "an unknown field", "no record"])
+def test_a_forged_change_with_the_right_chain_is_refused(case: str, path: Path) -> None:
+    states = write_log(path)
+    op, fields = FORGED.get(case, ("rename_class", {}))
+    facts = {"classes": 3, "images": 6, **fields}
+    record = msgspec.msgpack.encode(Record(**facts))
+    if case not in FORGED:
+        odd = {"a negative number": {**facts, "uid": -1}, "an unknown field": {**facts, "run": "this"}}
+        record = msgspec.msgpack.encode(odd.get(case, 7))
+    with sqlite3.connect(path) as db:
+        chain = db.execute("SELECT chain FROM changes WHERE version = 4").fetchone()[0]
+        chain = hashlib.sha256(b"%b5 now %b %b" % (chain, op.encode(), record)).digest()
+        db.execute(
+            "INSERT INTO changes(rowid, version, time, op, record, chain) VALUES(5, 5, 'now', ?, ?, ?)",
+            (op, record, chain),
+        )
+        db.execute("UPDATE meta SET last = ?", (sqlite_file.WRITER + chain,))
+    db.close()
+    with pytest.raises(DamagedFileError, match="the change to version 5 can't be made"):
+        reopened(path)
+    assert states[-1].version == 4
+
+
+def test_a_change_that_is_written_right_is_taken(path: Path) -> None:
+    """The records above are refused for what they say, not for their form."""
+    for op, fields in (("add_class", {**NEW, "classes": 4}), ("add_examples", IMAGE)):
+        after = Record(**{"classes": 3, "images": 6, **fields}).apply(op, STATE)
+        assert after.version == 2
+    config = MethodConfig("gda", {"alpha": 1.0})
+    change = Change("retune", config=config)
+    again = msgspec.msgpack.decode(change.encode(change.apply(STATE)), type=Record).apply("retune", STATE)
+    assert fingerprint(again) == fingerprint(change.apply(STATE))
