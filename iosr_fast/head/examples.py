@@ -40,13 +40,9 @@ class Examples:
     def rows(self, chosen: np.ndarray) -> Examples:
         """Some of the images, by index or mask."""
         picked = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
-        return Examples(
-            self.embeddings[picked],
-            self.class_ids[picked],
-            self.ids[picked],
-            tuple(self.pictures[i] for i in picked.tolist()),
-            None if self.queries is None else self.queries[picked],
-        )
+        pictures = tuple(self.pictures[i] for i in picked.tolist())
+        queries = None if self.queries is None else self.queries[picked]
+        return Examples(self.embeddings[picked], self.class_ids[picked], self.ids[picked], pictures, queries)
 
     def sorted_by_class(self) -> Examples:
         """The same images by rising class; within a class in their order."""
@@ -56,15 +52,13 @@ class Examples:
         """These images and `added` ones, sorted by class; within a class the added ones come last."""
         if not len(self):
             return added.sorted_by_class()
-        queries = None
-        if self.queries is not None and added.queries is not None:
-            queries = Embeddings.concatenate([self.queries, added.queries])
+        queries = [one.queries for one in (self, added) if one.queries is not None]
         return Examples(
             Embeddings.concatenate([self.embeddings, added.embeddings]),
-            np.concatenate([self.class_ids, added.class_ids]),
-            np.concatenate([self.ids, added.ids]),
+            np.append(self.class_ids, added.class_ids),
+            np.append(self.ids, added.ids),
             self.pictures + added.pictures,
-            queries,
+            Embeddings.concatenate(queries) if len(queries) == 2 else None,
         ).sorted_by_class()
 
     def as_support(self, uids: Sequence[int], text: np.ndarray | None, tau: float) -> SupportSet:

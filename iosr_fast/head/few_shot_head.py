@@ -76,17 +76,11 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     n_features_in_ : int
         D, or 2 D with `adapted=True`. `feature_names_in_` exists if X had names for its columns.
 
-    Raises
-    ------
-    IosrFastError
-        A ValueError, by `fit`: for a single class, a class of which all rows are zero, wrong parameters, `text` of
-        another shape than (C, D), and a method that needs `text` or `adapted=True` without it. By all methods: for
-        values that are not finite, and another number of columns. A row of zeros has no direction: `fit` leaves it out,
-        the other methods take its cosines as 0; both warn.
-    NotFittedError
-        By all methods before `fit`: that of `iosr_fast.exceptions` and scikit-learn's in one.
-    MissingPackageError
-        By the import of this class, without scikit-learn.
+    Notes
+    -----
+    What scikit-learn refuses is refused as IosrFastError, a ValueError. Before `fit`, methods raise a NotFittedError
+    that is scikit-learn's, too. A row of zeros has no direction: `fit` leaves it out, and refuses a class that has no
+    other; the other methods take its cosines as 0; both warn.
 
     Examples
     --------

@@ -59,8 +59,7 @@ class Head(HeadData):
         config, tuned = self.config, self.tuned
         if tuned is not None and not tuned.stale and tuned.out_of_fold is not None:
             return tuned.out_of_fold
-        method = METHODS[config.method]
-        return out_of_fold(method, self.support, config.reducer, config.parameters, config.factor)
+        return out_of_fold(METHODS[config.method], self.support, config.reducer, config.parameters, config.factor)
 
     @cached_property
     def left_out_labels(self) -> LeftOutLabels:
@@ -74,9 +73,8 @@ class Head(HeadData):
 
     def audit(self, images: np.ndarray, classes: np.ndarray) -> SupportAudit:
         """What is wrong with the support images; `images` (N,) and `classes` (C,) are their names in the result."""
-        return audit_support(
-            self.support, self.out_of_fold, self.config.compile, which=self.config.which, images=images, classes=classes
-        )
+        names = {"images": images, "classes": classes}
+        return audit_support(self.support, self.out_of_fold, self.config.compile, which=self.config.which, **names)
 
     @property
     def left_out_accuracy(self) -> float:
@@ -99,9 +97,9 @@ class Head(HeadData):
     @cached_property
     def adapted_bias(self) -> np.ndarray:
         """Of a plan whose linear term reads both embeddings (methods.stack), the bias (C,) of the adapted half."""
-        parameters = self.config.parameters
-        model = GaussianModel(self.support, "adapted", copies=parameters.get("text_images", 0.0))
-        bias: np.ndarray = self.config.factor * parameters["discriminant_adapted"] * model.gaussians.bias
+        given, factor = self.config.parameters, self.config.factor
+        model = GaussianModel(self.support, "adapted", copies=given.get("text_images", 0.0))
+        bias: np.ndarray = factor * given["discriminant_adapted"] * model.gaussians.bias
         return bias
 
     # What a MultiLabelHead answers in its own way

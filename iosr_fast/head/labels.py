@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Number
 from typing import Any, NamedTuple
 
@@ -14,11 +14,12 @@ from iosr_fast.utils.numbers import refuse_masked
 from iosr_fast.utils.text import abbreviate
 
 SEPARATOR = ";"  # of the labels of one picture in tables
-_ROWS = (set, frozenset, list, tuple, np.ndarray)
+_SETS = (set, frozenset)
+_ROWS = (*_SETS, list, tuple, np.ndarray)
 _HINTS: dict[type, str] = {
     float: "; integers are made by labels.astype(int)",
     bytes: "; decode it",
-    **dict.fromkeys((set, frozenset), "; a classifier that was fitted with one label an image takes one"),
+    **dict.fromkeys(_SETS, "; a classifier that was fitted with one label an image takes one"),
 }
 # What missing values become when NumPy or pandas turn a column into text.
 _MISSING_AS_TEXT = frozenset({"nan", "NaN", "None", "null", "<NA>", "NaT"})
@@ -52,29 +53,27 @@ class Labels(NamedTuple):
 
 
 def check_labels(images: Sequence[Any], labels: Any, class_names: Any) -> Labels:
-    """The labels of images for a fit. Raises IosrFastError as `class_ids`, `read_label_sets` and `names.check_names`.
-
-    Labels of images with several labels each are those of `are_label_sets`.
-    """
+    """The labels of images for a fit; several for each image if `are_label_sets`. Raises IosrFastError as `class_ids`,
+    `read_label_sets` and `names.check_names`."""
     named = None if class_names is None else check_names(class_names)
     if are_label_sets(labels):
         found, indicator = read_label_sets(labels, len(images), named)
-        names = named or check_names(_found_names(found, "an indicator has"))
+        names = named or _names_of(found)
         check_separable(names, SEPARATOR)
         sets, ids = np.unique(indicator, axis=0, return_inverse=True)
         return Labels(names, ids.reshape(-1), sets, found is None)
-    values = _label_values(labels, len(images))
+    values = _read_labels(labels, len(images))
     are_integers = bool(values) and isinstance(values[0], int)
-    names = named or check_names(_found_names(None if are_integers else sorted(set(values)), "integer labels have"))
+    names = named or _names_of(None if are_integers else sorted(set(values)))
     return Labels(names, _ids(values, names, range(len(names))), None, are_integers)
 
 
-def _found_names(found: list[str] | None, numbers_have: str) -> list[str]:
-    """The names that labels have, where no class names are given. Raises IosrFastError if they can't be used."""
+def _names_of(found: list[Any] | None) -> list[str]:
+    """The names that labels have, None for numbers, where no class names are given."""
     if found is None:
         raise IosrFastError(
-            f"{numbers_have} no names: pass class_names, the name of each class in order, to fit or to Classifier; "
-            "cross-validation of predict_proba needs Classifier(class_names=sorted names)"
+            "integer labels have no names, nor has an indicator: pass class_names, the name of each class in order, to "
+            "fit or to Classifier; cross-validation of predict_proba needs Classifier(class_names=sorted names)"
         )
     if not found:
         raise IosrFastError("expected labelled images or class_names, got neither: without them there are no classes")
@@ -83,7 +82,7 @@ def _found_names(found: list[str] | None, numbers_have: str) -> list[str]:
             f"expected a label for every image, got {abbreviate(missing)}, which is what a missing value becomes as "
             "text; leave those images out, or pass class_names if a class is called so"
         )
-    return found
+    return check_names(found)
 
 
 # --- one label an image ---
@@ -98,33 +97,32 @@ def class_ids(
     Raises IosrFastError, naming the position, for a missing label (None, NaN, NaT), one that is neither text nor an
     integer, a mixture of both, one without a class, and for another number of labels than images.
     """
-    return _ids(_label_values(labels, len(images)), names, range(len(names)) if numbers is None else numbers)
+    return _ids(_read_labels(labels, len(images)), names, range(len(names)) if numbers is None else numbers)
 
 
 def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
-    if values and isinstance(values[0], int):
-        position: Mapping[Any, int] = {number: i for i, number in enumerate(numbers)}
-        outside = sorted({number for number in values if number not in position})
-        if outside:
+    if not values or isinstance(values[0], str):
+        position = _positions(names, values)
+    else:
+        position = {number: i for i, number in enumerate(numbers)}
+        if outside := sorted(set(values) - set(position)):
             removed = numbers[-1] + 1 - len(numbers)
             but = f" except the {removed} of removed classes" if removed else ""
             shown = abbreviate([str(number) for number in outside])
             raise IosrFastError(f"expected labels in 0..{numbers[-1]}, one for each class name{but}, got {shown}")
-    else:
-        position = _positions(names, values)
     return np.array([position[value] for value in values], np.int64)
 
 
-def _positions(names: Sequence[Any], used: Sequence[Any]) -> Mapping[Any, int]:
+def _positions(names: Sequence[Any], used: Iterable[Any]) -> dict[Any, int]:
     """The position of each of the `names`. Raises IosrFastError unless all that are `used` are among them."""
     position = {name: c for c, name in enumerate(names)}
-    if unknown := sorted({name for name in used if name not in position}):
+    if unknown := sorted(set(used) - set(position)):
         raise IosrFastError(f"the labels {abbreviate(unknown)} are not among the {len(names)} class names")
     return position
 
 
-def _label_values(labels: Any, n_images: int) -> list[Any]:
-    """Labels as Python's str or int, all of one kind. Nothing is turned into text that isn't."""
+def _read_labels(labels: Any, n_images: int) -> list[Any]:
+    """Labels as Python's str or int, all of one kind."""
     if isinstance(labels, np.ma.MaskedArray):
         labels = list(labels)  # asarray would drop the mask
     if not isinstance(labels, list | tuple):
@@ -135,28 +133,28 @@ def _label_values(labels: Any, n_images: int) -> list[Any]:
             )
     if len(labels) != n_images:
         raise IosrFastError(f"expected one label for each of {n_images} images, got {len(labels)} labels")
-    plain = [value.item() if isinstance(value, np.generic) else value for value in labels]
-    for i, value in enumerate(plain):
-        if _is_missing(value):
-            raise IosrFastError(
-                f"expected a label for every image, got {labels[i]!r} at position {i}: leave that image out or label it"
-            )
+    values = [value.item() if isinstance(value, np.generic) else value for value in labels]
+    if missing := [i for i, value in enumerate(values) if _is_missing(value)]:
+        at = missing[0]
+        raise IosrFastError(
+            f"expected a label for every image, got {labels[at]!r} at position {at}: leave that image out or label it"
+        )
     first: dict[type, int] = {}
-    for i, value in enumerate(plain):
+    for i, value in enumerate(values):
         kind = str if isinstance(value, str) else int
-        if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+        if isinstance(value, bool) or not isinstance(value, kind):
             raise IosrFastError(
                 f"expected labels to be class names or integers, got {type(labels[i]).__name__} ({labels[i]!r}) at "
                 f"position {i}{_HINTS.get(type(value), '')}"
             )
         first.setdefault(kind, i)
-        plain[i] = str.__str__(value) if kind is str else int(value)
     if len(first) > 1:
+        text, number = first[str], first[int]
         raise IosrFastError(
-            f"expected labels to be all class names or all integers, got {plain[first[str]]!r} at position "
-            f"{first[str]} and {plain[first[int]]!r} at position {first[int]}"
+            f"expected labels to be all class names or all integers, got {values[text]!r} at position {text} and "
+            f"{values[number]!r} at position {number}"
         )
-    return plain
+    return [str.__str__(value) if isinstance(value, str) else int(value) for value in values]
 
 
 def _is_missing(value: Any) -> bool:
@@ -181,8 +179,8 @@ def are_label_sets(labels: Any) -> bool:
     if isinstance(labels, str | bytes | dict) or not hasattr(labels, "__len__"):
         return False
     rows = [row for row in labels if isinstance(row, _ROWS) and getattr(row, "ndim", 1) == 1]
-    columns = [row for row in rows if not isinstance(row, set | frozenset) and len(row) == 1 and _is_number(row[0])]
-    return len(columns) < len(rows)  # a column (N, 1) of numbers is one label an image
+    # A column (N, 1) of numbers is one label an image.
+    return any(isinstance(row, _SETS) or len(row) != 1 or not _is_number(row[0]) for row in rows)
 
 
 def read_label_sets(
@@ -192,11 +190,8 @@ def read_label_sets(
     where the labels are an indicator themselves.
 
     Sets, lists and tuples hold names (str); an empty one is an image with none of the classes. Rows of numbers, all 0
-    or 1, are an indicator, as scikit-learn has it, sparse or not.
-
-    Raises IosrFastError, naming the position, for plain labels among sets, a label that is no text, and another number
-    of rows than images; for an indicator with other values than 0 and 1 or rows of different lengths; for names that
-    are not among `classes`, and an indicator of another number of columns.
+    or 1, are an indicator, as scikit-learn has it, sparse or not. Raises IosrFastError, naming the position, for what
+    is neither, another number of rows than images, and names or columns that are not those of `classes`.
 
     >>> read_label_sets([{"sofa", "cat"}, {"dog"}, []], 3)
     (['cat', 'dog', 'sofa'], array([[ True, False,  True],
@@ -212,15 +207,12 @@ def read_label_sets(
             fix = f": write {{{row!r}}}" if isinstance(row, str) else ""
             raise IosrFastError(f"expected sets of labels for all images or for none, got {row!r} at position {i}{fix}")
     values = [value for row in rows for value in row]
-    ordered = not any(isinstance(row, set | frozenset) for row in rows)
-    if values and ordered and all(map(_is_number, values)):
+    if values and all(map(_is_number, values)) and not any(isinstance(row, _SETS) for row in rows):
         return None, _read_indicator(rows, classes)
     for i, row in enumerate(rows):
         if others := [label for label in row if not isinstance(label, str)]:
-            raise IosrFastError(
-                f"expected sets of class names, got {type(others[0]).__name__} ({others[0]!r}) in the one at position "
-                f"{i}"
-            )
+            got = f"{type(others[0]).__name__} ({others[0]!r})"
+            raise IosrFastError(f"expected sets of class names, got {got} in the one at position {i}")
     names = sorted({str.__str__(name) for name in values}) if classes is None else list(classes)
     position = _positions(names, values)
     indicator = np.zeros((len(rows), len(names)), bool)
@@ -230,18 +222,17 @@ def read_label_sets(
 
 
 def _read_indicator(rows: Sequence[Any], classes: Sequence[Any] | None) -> np.ndarray:
-    lengths = {len(row) for row in rows}
-    expected = max(lengths) if classes is None else len(classes)
-    if lengths != {expected}:
+    lengths = sorted({len(row) for row in rows})
+    expected = lengths[-1] if classes is None else len(classes)
+    if lengths != [expected]:
+        shown = abbreviate([str(length) for length in lengths])
         raise IosrFastError(
-            f"expected an indicator (N, {expected}) with a column for each class, got rows of "
-            f"{abbreviate([str(length) for length in sorted(lengths)])} values"
+            f"expected an indicator (N, {expected}) with a column for each class, got rows of {shown} values"
         )
     values = np.array([list(row) for row in rows], np.float64)
-    if not np.isin(values, (0.0, 1.0)).all():
-        wrong = values[~np.isin(values, (0.0, 1.0))][0]
+    if len(wrong := values[~np.isin(values, (0.0, 1.0))]):
         raise IosrFastError(
-            f"several labels an image: expected an indicator (N, C) of 0 and 1, or sets of names, got {wrong:g}"
+            f"several labels an image: expected an indicator (N, C) of 0 and 1, or sets of names, got {wrong[0]:g}"
         )
     return values > 0
 
@@ -256,12 +247,7 @@ def dense(indicator: Any) -> np.ndarray:
 
 
 def label_sets(classes: np.ndarray, indicator: np.ndarray) -> np.ndarray:
-    """The classes of each row of an indicator (B, C) as an array (B,) of frozensets.
-
-    >>> label_sets(np.array(["cat", "dog"]), np.array([[True, False], [False, False]])).tolist()
-    [frozenset({'cat'}), frozenset()]
-    """
+    """The classes of each row of an indicator (B, C) as an array (B,) of frozensets."""
     sets = np.empty(len(indicator), object)
-    for i, row in enumerate(indicator):
-        sets[i] = frozenset(classes[row].tolist())
+    sets[:] = [frozenset(classes[row].tolist()) for row in indicator]
     return sets

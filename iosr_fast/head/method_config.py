@@ -61,8 +61,8 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """The parameters of Classifier and FewShotHead that choose a method, checked: its name or "auto", the reducer,
-    whether to search, the parameters that are given, the precision of keys, the budget of a search in seconds."""
+    """The parameters of Classifier and FewShotHead that choose a method, checked; `seconds` is the budget of a
+    search."""
 
     method: str
     reducer: str | None

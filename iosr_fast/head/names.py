@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -22,7 +21,6 @@ _LOOKALIKES = str.maketrans(
     "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7\u03bf\u0131",
     "aeopcyxsijdhqwABEKMHOPCTYXSIJYABEZHIKMNOPTYXoi",
 )
-_SCRIPTS = {"LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE"}
 logger = logging.getLogger(__name__)
 
 
@@ -31,16 +29,15 @@ def check_names(class_names: Any) -> list[str]:
 
     Raises IosrFastError unless they are a list of two texts or more, all of them names (`name_fault`), of which none
     looks like another one (`as_seen`). Warns of names that differ in case or typography alone, which CLIP's tokenizers
-    read as one, and of words with letters of several scripts, which they read as no word.
+    read as one.
     """
     if isinstance(class_names, str | bytes | set | frozenset | dict) or not isinstance(class_names, Iterable):
         raise IosrFastError(f"expected class_names to be a list of names, in order, got {type(class_names).__name__}")
     names = []
     for i, name in enumerate(class_names):
         if not isinstance(name, str):
-            raise IosrFastError(
-                f"expected class names to be text, got {name!r} ({type(name).__name__}) at position {i}"
-            )
+            got = f"{name!r} ({type(name).__name__})"
+            raise IosrFastError(f"expected class names to be text, got {got} at position {i}")
         names.append(str.__str__(name))
     if len(names) < 2:
         raise IosrFastError(f"expected at least two classes to tell apart, got {len(names)}: {names}")
@@ -71,9 +68,6 @@ def _check_distinct(names: Sequence[str]) -> None:
         )
     for one, other in _twins(names, _as_read):
         logger.warning("the classes %r and %r differ in case or typography alone: is one class meant?", one, other)
-    for name in names:
-        if word := _mixed_word(name):
-            logger.warning("the class %a mixes scripts in the word %a: is it spelt as it looks?", name, word)
 
 
 def check_separable(names: Sequence[str], separator: str) -> None:
@@ -127,16 +121,6 @@ def check_unknown_label(label: Any, classes: Iterable[Any]) -> None:
 def _as_read(name: str) -> str:
     """Names of one spelling, whatever their case and typography, have this in common."""
     return unicodedata.normalize("NFKC", as_seen(name)).casefold()
-
-
-def _mixed_word(name: str) -> str | None:
-    """A word with letters of several scripts that look alike, or None."""
-    if name.isascii():
-        return None
-    for word in re.findall(r"\w+", unicodedata.normalize("NFKC", name)):
-        if len({unicodedata.name(char, "").split(" ")[0] for char in word} & _SCRIPTS) > 1:
-            return str(word)
-    return None
 
 
 def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -27,13 +28,13 @@ AnyHead: TypeAlias = Head | MultiLabelHead
 class ClassScore:
     """One class of a Prediction: logit = zero_shot + cache.
 
-    `zero_shot` is the contribution of the class name, `cache` that of the support images; `adapter` is the share of
-    `cache` that comes through adapted embeddings, and cache - adapter that of plain ones. `probability` is the softmax
-    over the logits of all classes, those that are not shown included. `class_id` stays when a class is renamed.
+    `zero_shot` is the contribution of the class name, `cache` that of the support images, and `adapter` the part of it
+    that comes through adapted embeddings. `probability` is the softmax over the logits of all classes, those that are
+    not shown included. `class_id` stays when a class is renamed.
 
     >>> score = ClassScore("pear", "~1", probability=0.9, logit=25.0, zero_shot=22.0, cache=3.0, adapter=1.0)
-    >>> score.zero_shot, score.cache - score.adapter, score.adapter  # texts, pictures, adapter
-    (22.0, 2.0, 1.0)
+    >>> score.cache - score.adapter  # through plain embeddings of pictures
+    2.0
     """
 
     label: str
@@ -135,11 +136,7 @@ class LabelSet:
 
 
 def predict(
-    head: Head,
-    embeddings: Embeddings,
-    top: int = 1,
-    nearest: int = 0,
-    keep: float | None = None,
+    head: Head, embeddings: Embeddings, top: int = 1, nearest: int = 0, keep: float | None = None
 ) -> list[Prediction]:
     """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
 
@@ -154,24 +151,19 @@ def predict(
     top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
     logits = head.score(embeddings)
     embeddings = embeddings.to_numpy()
-    found: list[Rejection | None] = [None] * len(embeddings)
+    found: Sequence[Rejection | None] = [None] * len(logits)
     if keep is not None:
-        found[:] = rejections(head, embeddings, keep)
-    probabilities = softmax(logits)
-    scale = np.float32(head.config.text_weight * head.tau)
-    adapter = _adapter_part(head, embeddings)
+        found = rejections(head, embeddings, keep)
+    assert head.text is not None, "a Classifier has class names"
+    zero_shot = np.float32(head.config.text_weight * head.tau) * (embeddings.plain @ head.text.T)
+    cache = logits - zero_shot
+    parts = softmax(logits), logits, zero_shot, cache, _adapter_part(head, embeddings, cache)
     neighbours = _neighbours(head, embeddings, nearest) if nearest else [()] * len(logits)
     ids, names = [class_id(uid) for uid in head.uids], head.class_names
-    assert head.text is not None, "a Classifier has class names"
     predictions = []
     for b, classes in enumerate(_largest(logits, top)):
-        logit = logits[b, classes]
-        zero_shot = scale * (head.text[classes] @ embeddings.plain[b])
-        cache = logit - zero_shot
-        columns = (classes, probabilities[b, classes], logit, zero_shot, cache, adapter(b, classes, cache))
-        scores = tuple(
-            ClassScore(names[c], ids[c], *parts) for c, *parts in zip(*(x.tolist() for x in columns), strict=True)
-        )
+        columns = (part[b, classes].tolist() for part in parts)
+        scores = tuple(ClassScore(names[c], ids[c], *row) for c, *row in zip(classes.tolist(), *columns, strict=True))
         fields = {**vars(scores[0]), "top": scores, "nearest": neighbours[b], "version": head.version}
         if (rejection := found[b]) is not None and rejection.rejected:
             fields["label"] = fields["class_id"] = None
@@ -179,35 +171,29 @@ def predict(
     return predictions
 
 
-def _adapter_part(head: Head, embeddings: Embeddings) -> Callable[[int, np.ndarray, np.ndarray], np.ndarray]:
-    """How much of `cache`, what the support images contribute to logits, comes through adapted embeddings: a function
-    of a query's row, classes (k,) and `cache` (k,).
+def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.ndarray:
+    """How much of `cache` (B, C), what the support images contribute, comes through adapted embeddings.
 
-    If the terms of the plan read one kind of embedding, that is all of it or nothing. If they read both, one product is
-    computed, for these classes alone: the half of the linear term that is the adapted part, or what is left of `cache`
-    beside it where the keys are adapted, too. A linear term over the distribution of texts (Tip-X) reads plain ones.
+    If the terms of the plan read one kind of embedding, that is all of it or nothing. If they read both, it is the half
+    of the linear term that is the adapted part or, where the keys are adapted, too, what is left of `cache` beside the
+    other half. A linear term over the distribution of texts (Tip-X) reads plain ones.
     """
     plan = head.plan
     read: set[str] = {plan.query} if plan.keys is not None else set()
     if plan.linear is not None:
         read |= set(EMBEDDINGS) if plan.feature == "both" else {plan.feature}
     if "adapted" not in read:
-        return lambda b, classes, cache: np.zeros_like(cache)
-    if read == {"adapted"}:
-        return lambda b, classes, cache: cache
-    assert plan.linear is not None
+        return np.zeros_like(cache)
+    if read == {"adapted"} or plan.linear is None:
+        return cache
     adapted_keys = plan.keys is not None and plan.query == "adapted"
     columns, bias = slice(None), np.zeros(plan.n_classes) if plan.bias is None else plan.bias
     if plan.feature == "both":
         columns = slice(plan.width) if adapted_keys else slice(plan.width, None)
         bias = bias - head.adapted_bias if adapted_keys else head.adapted_bias
-    features, linear = feature_rows(plan, embeddings, add_product_blas)[:, columns], plan.linear[:, columns]
-
-    def part(b: int, classes: np.ndarray, cache: np.ndarray) -> np.ndarray:
-        product = linear[classes] @ features[b] + bias[classes]
-        return cache - product if adapted_keys else product
-
-    return part
+    features = feature_rows(plan, embeddings, add_product_blas)[:, columns]
+    product: np.ndarray = features @ plan.linear[:, columns].T + bias
+    return cache - product if adapted_keys else product
 
 
 def predict_any(
@@ -256,23 +242,18 @@ def predict_jointly(
 
 def _neighbours(head: Head, embeddings: Embeddings, nearest: int) -> list[tuple[Neighbour, ...]]:
     """The support images with the highest cosine to each query, as the head's method compares images."""
-    rows = image_rows(embeddings, head.config.which, head.config.reducer)
-    if not len(head.examples):
+    rows, examples = image_rows(embeddings, head.config.which, head.config.reducer), head.examples
+    if not len(examples):
         return [()] * len(rows)
-    cosines, numbers, uids = rows @ head.compared.T, head.examples.ids, head.examples.class_ids
-    name_of = dict(zip(head.uids, head.class_names, strict=True))
-    return [
-        tuple(
-            Neighbour(
-                example_id(numbers[j]),
-                name_of[int(uids[j])],
-                class_id(int(uids[j])),
-                float(np.clip(row[j], -1.0, 1.0)),
-            )
-            for j in columns
-        )
-        for row, columns in zip(cosines, _largest(cosines, nearest), strict=True)
-    ]
+
+    def neighbour(j: int, cosine: float) -> Neighbour:
+        uid = int(examples.class_ids[j])
+        name = head.class_names[bisect_left(head.uids, uid)]
+        return Neighbour(example_id(examples.ids[j]), name, class_id(uid), min(max(cosine, -1.0), 1.0))
+
+    cosines = rows @ head.compared.T
+    found = zip(cosines, _largest(cosines, nearest), strict=True)
+    return [tuple(map(neighbour, best.tolist(), row[best].tolist())) for row, best in found]
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

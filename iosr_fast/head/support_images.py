@@ -117,16 +117,14 @@ def encode_images(
     `labels` (N,) int64, positions in `names`, become the class ids of the examples; None: all are of one class, -1.
     `unknown_images` are pictures of none of the classes. Threads decode ahead of the encoder. An iterator gives one
     image after another: no more of them are in memory than there are threads, and the first unreadable one is raised as
-    a BadImageError. Of a sequence `skip_bad` leaves unreadable images out. `step` is called with 1 after each image.
+    a BadImageError. Of a sequence all are named, or left out with `skip_bad`. `step` is called with 1 after each image.
 
-    Raises ValueError with the names of all unreadable images, and for a picture (its pixels, whatever the file)
-    under two labels, or one that is a support image and unknown; nothing is encoded once one of these is found. Images
-    without a path are counted from the first support image on. Warns of copies within a class.
+    A picture (its pixels, whatever the file) under two labels is refused, and so is one that is a support image and
+    unknown; nothing is encoded once that is found. Warns of copies within a class.
     """
     one_by_one = isinstance(images, Iterator)
-    if not one_by_one:
-        images = [*images, *unknown_images]
-    none, names = len(names), [*names, NONE_OF_THE_CLASSES]
+    images = images if one_by_one else [*images, *unknown_images]
+    none = len(names)
     classes = None if labels is None else np.concatenate([labels, np.full(len(unknown_images), none)])
     pictures: list[bytes | None] = []
     readable: list[int] = []
@@ -142,22 +140,22 @@ def encode_images(
         with closing(_prepare_all(images, encoder.geometry, views, ahead)) as prepared:
             for i, (place, image) in enumerate(prepared):
                 places.append(place)
+                step(1)
                 if isinstance(image, BadImageError):
                     if one_by_one:
                         raise image
                     errors.append(image)
                     refused |= not skip_bad
-                else:
-                    if (earlier := first.setdefault(image.identity, i)) != i:
-                        copies.append((earlier, i))
-                        refused |= classes is not None and bool(classes[earlier] != classes[i])
-                    if not refused:
-                        pictures.append(image.picture)
-                        readable.append(i)
-                        yield image.pixels
-                step(1)
+                    continue
+                if (earlier := first.setdefault(image.identity, i)) != i:
+                    copies.append((earlier, i))
+                    refused |= classes is not None and bool(classes[earlier] != classes[i])
+                if not refused:
+                    pictures.append(image.picture)
+                    readable.append(i)
+                    yield image.pixels
         _check_readable(errors, len(places), skip_bad)
-        _check_copies(places, classes, copies, names)
+        _check_copies(places, classes, copies, [*names, NONE_OF_THE_CLASSES])
 
     with closing(good_images()) as good:
         keys, queries = _encode(encoder, good, views)
@@ -216,17 +214,17 @@ def _encode(
 
 
 def _check_readable(errors: Sequence[BadImageError], count: int, skip_bad: bool) -> None:
-    """Warn of unreadable images that are left out. Raises IosrFastError for them otherwise."""
-    for error in errors if skip_bad else ():
-        logger.warning("left out: %s", error)
-    if skip_bad or not errors:
-        return
-    if len(errors) == 1:
+    """Raise an error for unreadable images, or warn of those that are left out."""
+    if skip_bad:
+        for error in errors:
+            logger.warning("left out: %s", error)
+    elif len(errors) == 1:
         raise errors[0]
-    shown = "; ".join(str(error) for error in errors[:_SHOWN])
-    raise IosrFastError(
-        f"{len(errors)} of {count} images can't be read (skip_bad, or --skip-bad, leaves them out): {shown}"
-    )
+    elif errors:
+        shown = "; ".join(str(error) for error in errors[:_SHOWN])
+        raise IosrFastError(
+            f"{len(errors)} of {count} images can't be read (skip_bad, or --skip-bad, leaves them out): {shown}"
+        )
 
 
 def _check_copies(
@@ -241,11 +239,6 @@ def _check_copies(
             "wrong ones"
         )
     if copies:
-        one, other = copies[0]
-        logger.warning(
-            "%d of %d pictures are copies of another of their class and count twice; the first is %s, a copy of %s",
-            len(copies),
-            len(places),
-            places[other],
-            places[one],
-        )
+        one, other = (places[i] for i in copies[0])
+        text = "%d of %d pictures are copies of another of their class and count twice; the first is %s, a copy of %s"
+        logger.warning(text, len(copies), len(places), other, one)

@@ -18,7 +18,7 @@ from iosr_fast.exceptions import NotFittedError
 from iosr_fast.export import pretrained
 from tests.classifier.conftest import GIVEN, NAMES
 from tests.cli.runs import never
-from tests.store.live_parts import PixelEncoder, engine_folder, pictures, pixel_clip, small_classifier, unfitted
+from tests.store.live_parts import PixelEncoder, engine_folder, pixel_clip, small_classifier, unfitted
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
 from sklearn import exceptions as sklearn_exceptions  # noqa: E402
@@ -34,10 +34,9 @@ def test_parameters_are_stored_as_they_are_and_nothing_is_opened(monkeypatch: py
     assert all(getattr(odd, name) is value for name, value in values.items() if name != "tune")
     assert callable(odd.tune), "the method stays, and get_params has the parameter of its name"
     assert clone(odd.set_params(**Classifier().get_params())).get_params() == Classifier().get_params()
-    assert odd.set_params(views=3, method="gda") is odd and (odd.views, odd.method) == (3, "gda")
     with pytest.raises(IosrFastError, match="Classifier has no parameter 'shots'; it has model, pretrained, adapter, "):
         odd.set_params(views=7, shots=2)
-    assert odd.views == 3, "all or nothing"
+    assert odd.views == 1, "all or nothing"
     assert repr(Classifier("demo", tune="none", alpha=0.5)) == "Classifier(model='demo', tune='none', alpha=0.5)"
 
 
@@ -48,9 +47,7 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
         "expected a method of": {"method": "magic"},
         "method 'auto' chooses by leave-one-out: leave alpha out": {"alpha": 1.0},
         "expected parameters or tune='loo', got both; leave alpha out": {"method": "gda", "alpha": 1.0, "tune": "loo"},
-        r"zero-shot has the parameters \[\], got \['alpha'\]": {"method": "zero-shot", "alpha": 2.0},
         "views to be a whole number, got 2.5": {"views": 2.5},
-        "seed of at least 0, got -1": {"seed": -1},
         "expected thumbnails from 0 to 1024, got 5000": {"thumbnails": 5000},
         "expected templates": {"templates": ["a photo"]},
         "expected a key precision of fp32, fp16, bf16, int8, got 'fp8'": {"key_precision": "fp8"},
@@ -59,7 +56,7 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
             Classifier("demo", **parameters).fit(images, labels, NAMES)
     for message, given in {
         "got 29 labels": (images, labels[1:], NAMES),
-        "integer labels have no names: pass class_names": (images, labels, None),
+        "integer labels have no names.*: pass class_names": (images, labels, None),
         "at least one image of each class, got none of 'spare'": (images, labels, [*NAMES, "spare"]),
         "at least two classes to tell apart, got 1": (images, labels * 0, NAMES[:1]),
         "expected labelled images or class_names, got neither": (None, None, None),
@@ -106,18 +103,13 @@ def test_nothing_is_answered_before_a_fit(monkeypatch: pytest.MonkeyPatch, data:
     classifier, image = Classifier("demo"), data[0][:1]
     for call in (
         lambda: classifier.predict(image),
-        lambda: classifier.score(image, ["a"]),
-        lambda: classifier.unknown_score(image),
-        lambda: classifier.audit(),
         lambda: classifier.predict_folder("."),
         lambda: classifier.save("nowhere"),
         lambda: classifier.add_class("a"),
-        lambda: classifier.open_log("nowhere"),
         lambda: classifier.classes_,
     ):
         with pytest.raises(NotFittedError, match="this Classifier is not fitted yet: call fit or fit_folder") as raised:
             call()
-        assert isinstance(raised.value, sklearn_exceptions.NotFittedError)
         assert isinstance(pickle.loads(pickle.dumps(raised.value)), sklearn_exceptions.NotFittedError)
     assert not hasattr(classifier, "classes_")
     with pytest.raises(sklearn_exceptions.NotFittedError):
@@ -145,7 +137,6 @@ def test_a_copy_shares_the_encoder_and_changes_alone(data: Any, tmp_path: Path) 
         copied.remove_class("~0")
         copied.fit(data[0], data[1], NAMES)  # it logs nothing
         assert len(copied.classes_) == len(classifier.classes_) == 5 and classifier.version == 1
-    assert copied.templates is not classifier.templates, "deepcopy copies parameters"
     classifier.close_log()
 
 
@@ -156,17 +147,16 @@ def test_pickles_have_parameters_alone() -> None:
         pickle.dumps(small_classifier())
 
 
-@pytest.mark.parametrize("dtype", [list, np.uint32, "object"])
-def test_integer_labels_come_back_as_integers(dtype: Any, clip: OpenedClip, data: Any) -> None:
+def test_integer_labels_come_back_as_integers(clip: OpenedClip, data: Any) -> None:
     images, labels = data
-    given, names = labels.tolist() if dtype is list else labels.astype(dtype), [NAMES[c] for c in labels]
-    classifier = Classifier("demo", **GIVEN).fit(images, given, NAMES)
-    assert classifier.classes_.dtype == np.int64 and classifier.classes_.tolist() == [0, 1, 2, 3, 4]
+    names = [NAMES[c] for c in labels]
+    for given in (labels.tolist(), labels.astype(np.uint32), labels.astype(object)):
+        classifier = Classifier("demo", **GIVEN).fit(images, given, NAMES)
+        assert classifier.classes_.dtype == np.int64 and classifier.classes_.tolist() == [0, 1, 2, 3, 4]
     found = classifier.predict(images)
     assert found.dtype == np.int64 and classifier.predict([]).dtype == np.int64
     assert classifier.score(images, labels) == classifier.score(images, names) == (found == labels).mean() > 0.9
-    rejected = classifier.predict(images, unknown="reject", keep=0.9)
-    assert {type(label) for label in rejected} <= {int, type(None)}
+    assert {type(one) for one in classifier.predict(images, unknown="reject", keep=0.9)} <= {int, type(None)}
     assert classifier.predict_sets(images)[0].dtype == np.int64
     one = classifier.explain(images[:1])[0]
     assert (one.label, one.class_id) == (NAMES[found[0]], f"~{found[0]}")
@@ -187,10 +177,9 @@ def test_a_class_keeps_its_integer_through_changes_log_and_bundle(
     classifier.open_log(tmp_path / "changes.db")
     classifier.remove_class("~1")
     classifier.add_class("new", images[labels == 1], text=row)
-    assert classifier.score(images, expected) == 1.0
+    assert classifier.score(images, expected) == classifier.tune(images, expected).accuracy == 1.0
     with pytest.raises(IosrFastError, match=r"labels in 0\.\.5, one for each .* except the 1 of removed.* got '1'"):
         classifier.score(images, labels)
-    assert classifier.tune(images, expected).accuracy == 1.0
     classifier.close_log()
     again = Classifier.load(tmp_path / "bundle")
     again.open_log(tmp_path / "changes.db")
@@ -210,7 +199,7 @@ def test_a_loaded_classifier_knows_its_parameters(tmp_path: Path, monkeypatch: p
     known = {"model": "pixels", "runtime": "onnxruntime", "engine": engine, "reducer": "none", "templates": ("a {}",)}
     assert loaded.get_params() == made.get_params() | known
     with pytest.raises(IosrFastError, match="has no text encoder to fit with"):
-        loaded.fit(*pictures(np.random.default_rng(0), 5, 2), NAMES)
+        loaded.fit(*data, NAMES)
     opened: list[dict[str, Any]] = []
     monkeypatch.setattr(pretrained, "open_shared", lambda **named: opened.append(named) or pixel_clip())
     again = clone(loaded)

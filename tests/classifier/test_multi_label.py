@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -77,8 +76,7 @@ def test_answers_are_those_of_the_plan(method: str) -> None:
     assert len(classifier.examples("motif 2")) == counts[2] and classifier.picture(classifier.examples("motif 2")[0])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("method", ["auto", "zero-shot", "stack"])
+@pytest.mark.parametrize(("method", "precision"), [("auto", "int8"), ("zero-shot", "fp32")])
 def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path) -> None:
     made = fitted(engine_folder(tmp_path / "engine"), method=method, key_precision=precision, views=2)
     made.save(tmp_path / "bundle")
@@ -98,7 +96,6 @@ def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path)
         ("thresholds", None, "labels, thresholds together"),
         ("thresholds", np.full(5, 1.5, np.float32), "thresholds from 0 to 1"),
         ("labels", np.full((40, 5), 2, np.uint8), "labels of 0 and 1, got 2"),
-        ("labels", np.zeros((39, 5), np.uint8), r"labels of shape \(40, 5\)"),
     ],
 )
 def test_a_damaged_bundle_is_refused(name: str, value: np.ndarray | None, message: str) -> None:
@@ -125,37 +122,9 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
     answered = chain.from_iterable(classify(head, reader, paths))
     rows = [row_of(path, answer, table.fields) for path, answer in zip(paths, answered, strict=True)]
     table.write(tmp_path / "out.csv", [table.group(rows)])
-    written = [*csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8"))]
-    assert [*written[0]] == ["path", "labels", "probabilities", "error"]
-    for row, found in zip(written, results.probabilities, strict=True):
-        assert row["labels"] == ";".join(found) and row["probabilities"] == ";".join(f"{p:.4f}" for p in found.values())
     again, labels, names = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
-    assert labels == answers.tolist() and [path.name for path in again] == [path.name for path in results.paths]
+    assert labels == answers.tolist() and [str(path) for path in again] == paths
     assert names == sorted(set().union(*answers))
-
-
-def test_services_refuse_several_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made = fitted(engine_folder(tmp_path / "engine"))
-    made.save(bundle := tmp_path / "bundle")
-    monkeypatch.setattr(Classifier, "load", lambda *_, **__: made)  # an engine that computes would take seconds
-    with pytest.raises(IosrFastError, match="the HTTP API is for one label a picture"):
-        server.run(bundle, Settings())
-    for work in (Classify(str(bundle), "parts"), Classify(str(bundle), top=2)):
-        with pytest.raises(IosrFastError, match="in another format than CSV is for one label a picture"):
-            work.check()
-    assert Classify(str(bundle)).check() is None and Classify(str(bundle)).table.header().startswith("path,labels,")
-
-
-def test_a_table_of_labels_joins_folders(tmp_path: Path) -> None:
-    for name in ("lemon", "pear"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
-    (tmp_path / "more.csv").write_text("path,labels\na.png,pear; lime\nb.png,\nc.png,lime;\n")
-    _, labels, names = labelled_images(tmp_path, tmp_path / "more.csv")
-    assert labels == [{"lemon"}, {"pear"}, {"pear", "lime"}, set(), {"lime"}] and names == ["lemon", "lime", "pear"]
-    (tmp_path / "none.csv").write_text("path,labels\na.png,\n")
-    with pytest.raises(IosrFastError, match=r"expected labels in .*none\.csv, got 1 rows without one"):
-        labelled_images(tmp_path / "none.csv")
 
 
 IMAGES, LABELS = several(0, 12)
@@ -167,7 +136,7 @@ IMAGES, LABELS = several(0, 12)
         (sets_of(LABELS), {"method": "gda"}, "gda can't learn from several labels an image: .*; use 'auto'"),
         (sets_of(LABELS), {"method": "zero-shot", "reducer": "centre"}, "take no reducer"),
         ([{"a;b"}, *sets_of(LABELS)[1:]], {}, "class names without ';'"),
-        (LABELS.astype(int), {}, "an indicator has no names: pass class_names"),
+        (LABELS.astype(int), {}, "nor has an indicator: pass class_names"),
         (sets_of(LABELS)[1:], {}, "for each of 12 images, got 11"),
     ],
 )
@@ -191,7 +160,9 @@ def test_class_names_give_the_order_and_the_labels_allowed() -> None:
 
 
 def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    classifier, image = fitted(), IMAGES[:1]
+    classifier, image = fitted(engine_folder(tmp_path / "engine")), IMAGES[:1]
+    classifier.save(tmp_path / "bundle")
+    monkeypatch.setattr(Classifier, "load", lambda *_, **__: classifier)  # an engine that computes would take seconds
     monkeypatch.setattr(type(classifier.encoder), "encode", lambda *_: pytest.fail("a picture was encoded"))
     changes: dict[str, tuple[Any, ...]] = {
         **{"add_class": ("new", image), "add_examples": ("motif 0", image), "remove_examples": (["e0"],)},
@@ -209,7 +180,10 @@ def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.Mon
         "predict_folder with joint or unknown": partial(classifier.predict_folder, tmp_path, joint=True),
         "unknown_": lambda: classifier.unknown_,
         "BatchingClassifier": partial(BatchingClassifier, classifier),
+        "the HTTP API": partial(server.run, tmp_path / "bundle", Settings()),
     }
+    with pytest.raises(IosrFastError, match="in another format than CSV is for one label a picture"):
+        Classify(str(tmp_path / "bundle"), "parts").check()
     for name, call in calls.items():
         with pytest.raises(
             IosrFastError, match=f"^{name} is for one label a picture, and this classifier was"

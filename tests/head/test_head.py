@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import predict
 from iosr_fast.methods import METHODS
@@ -45,13 +44,11 @@ def change(head: Head, rng: np.random.Generator) -> Head:
 def test_a_head_after_many_changes_equals_one_made_of_its_data(method: str) -> None:
     rng = np.random.default_rng(4)
     head, queries, kept = random_head(rng, 5, 4, method), random_queries(rng, 5), []
-    for _ in range(15):
+    for _ in range(12):
         logits = head.score(queries)
         kept.append((head, logits))
         again = Head.first(head.class_names, head.text, head.tau, head.examples, head.config)
         np.testing.assert_array_equal(replace(again, uids=head.uids).score(queries), logits)
-        truth = score_reference(head.plan, queries)
-        np.testing.assert_allclose(logits, truth, atol=2e-5 * np.abs(truth).max())
         assert head.examples.class_ids.tolist() == sorted(head.examples.class_ids)
         assert [len(head.examples_of(uid)) for uid in head.uids] == head.counts.tolist()
         head = change(head, rng)
@@ -71,25 +68,19 @@ def test_a_change_compiles_no_plan_and_a_new_name_alone_keeps_it() -> None:
 def test_the_nearest_are_found_by_what_the_method_compares() -> None:
     rng = np.random.default_rng(1)
     head = random_head(rng, 5, 20, reducer="centre")
-    added = random_examples(rng, [2] * 5, head.next_example)
-    head = without(Change("add_examples", added=added).apply(head), 0, 1, 2)
+    head = without(Change("add_examples", added=random_examples(rng, [2] * 5, head.next_example)).apply(head), 0, 1, 2)
     queries = random_queries(rng, 4)
-    rows = head.config.reducer(np.asarray(head.support.embeddings.adapted))
-    cosines = head.config.reducer(queries.adapted) @ rows.T
+    cosines = head.config.reducer(queries.adapted) @ head.config.reducer(head.support.embeddings.adapted).T
     ids, class_ids = head.examples.ids, head.examples.class_ids
     for made, row in zip(predict(head, queries, nearest=6), cosines, strict=True):
         best = np.argsort(-row, kind="stable")[:6]
         assert [n.example_id for n in made.nearest] == [f"e{ids[j]}" for j in best]
         assert [n.class_id for n in made.nearest] == [f"~{class_ids[j]}" for j in best]
         np.testing.assert_allclose([n.similarity for n in made.nearest], row[best], atol=1e-6)
-    assert len(predict(head, Embeddings(queries.plain, queries.adapted), nearest=200)[0].nearest) == 102
+    assert len(predict(head, queries, nearest=200)[0].nearest) == 102
 
 
-MIXED = ("tip-x++", "stack++")  # methods that read both embeddings of support images
-
-
-@pytest.mark.parametrize("classes", [3, 300])
-@pytest.mark.parametrize("method", ["zero-shot", "gda++", "tip-x", "stack++"])
+@pytest.mark.parametrize(("method", "classes"), [("zero-shot", 3), ("gda++", 300), ("tip-x", 3), ("stack++", 300)])
 def test_predictions_add_up(method: str, classes: int) -> None:
     rng = np.random.default_rng(2)
     head, queries = random_head(rng, classes, 2, method), random_queries(rng, 9)
@@ -99,58 +90,31 @@ def test_predictions_add_up(method: str, classes: int) -> None:
     for b, made in enumerate(predict(head, queries, top=4)):
         order = np.argsort(-logits[b], kind="stable")[: min(4, classes)]
         assert [one.label for one in made.top] == [f"class {c}" for c in order]
-        assert made.top[0].label == made.label == f"class {logits[b].argmax()}" and made.version == head.version
+        assert made.label == made.top[0].label and made.version == head.version
         assert (made.logit, made.cache, made.nearest) == (made.top[0].logit, made.top[0].cache, ())
         for one, c in zip(made.top, order, strict=True):
             assert one.probability == pytest.approx(probabilities[b, c], abs=1e-5)
             assert one.zero_shot == pytest.approx(zero_shot[b, c], abs=1e-4)
             assert one.zero_shot + one.cache == pytest.approx(one.logit, abs=1e-4) == logits[b, c]
-            assert method in MIXED or one.adapter == (one.cache if method.endswith("++") else 0.0)
+            assert method == "stack++" or one.adapter == (one.cache if method.endswith("++") else 0.0)
     with pytest.raises(ValueError, match="expected top of at least 1, got 0"):
         predict(head, queries, top=0)
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("tip-x++", {}),
-        ("stack++", {}),
-        ("stack++", {"adapted_keys": 0.0}),
-        ("stack++", {"adapted_keys": 0.0, "discriminant": 0.0}),
-        ("stack", {}),
-    ],
-)
-def test_the_adapter_contributes_what_another_adapted_embedding_changes(method: str, parameters: dict) -> None:
-    rng = np.random.default_rng(5)
-    head = random_head(rng, 5, 4, method, parameters)
-    queries, others = random_queries(rng, 6), random_queries(rng, 6)
-    changed = Embeddings(queries.plain, others.adapted)
-    logits = head.score(queries) - head.score(changed)
-    ours, theirs = (
-        {(b, s.label): s.adapter for b, one in enumerate(predict(head, x, top=5)) for s in one.top}
-        for x in (queries, changed)
-    )
-    for b, label in ours:
-        difference = ours[b, label] - theirs[b, label]
-        assert difference == pytest.approx(logits[b, head.class_names.index(label)], abs=1e-4)
-    assert (max(map(abs, ours.values())) > 0.01) is method.endswith("++")
-
-
-@pytest.mark.parametrize(("adapted_keys", "text_images"), [(0.0, 0.0), (1.0, 0.0), (0.0, 2.0)])
-def test_the_bias_of_a_stack_is_divided_between_its_halves(adapted_keys: float, text_images: float) -> None:
+@pytest.mark.parametrize("parameters", [{}, {"adapted_keys": 0.0}, {"adapted_keys": 0.0, "text_images": 2.0}])
+def test_the_adapter_contributes_what_the_adapted_parts_alone_would(parameters: dict[str, float]) -> None:
     rng = np.random.default_rng(6)
-    head = random_head(rng, 4, 3, "stack++", {"adapted_keys": adapted_keys, "text_images": text_images})
-    head = without(head, 0, 1, 2)  # a class without images
-    dropped = ["text", "discriminant", *([] if adapted_keys else ["regression", "text_regression"])]
-    parameters = {**head.config.parameters, **dict.fromkeys(dropped, 0.0)}
-    alone = replace(head.config, parameters=parameters).compile(head.support)
+    head = without(random_head(rng, 4, 3, "stack++", parameters), 0, 1, 2)  # a class without images
+    plain = ["text", "discriminant", *(["regression", "text_regression"] if parameters else [])]
+    given = {**head.config.parameters, **dict.fromkeys(plain, 0.0)}
+    alone = replace(head.config, parameters=given).compile(head.support)
     expected = score_reference(alone, queries := random_queries(rng, 5))
     for b, one in enumerate(predict(head, queries, top=4)):
         for score in one.top:
             assert score.adapter == pytest.approx(expected[b, head.class_names.index(score.label)], abs=1e-4)
 
 
-def test_changes_that_a_method_can_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_that_a_method_can_not_take() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="gda needs at least one image of each class, got none of 1 classes"):
         without(random_head(rng, 3, 1, "gda"), 0)
@@ -158,21 +122,17 @@ def test_changes_that_a_method_can_not_take(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="needs support images, got none"):
         without(head, 0, 1, 2)
     assert without(head, 0, 1).classes()[0].examples == 0
-    monkeypatch.setitem(METHODS, "proker", replace(METHODS["proker"], max_support=4))
-    with pytest.raises(ValueError, match="at most 4 support images, got 5"):
-        Change("add_examples", added=random_examples(rng, [1], 4)).apply(random_head(rng, 2, 2, "proker"))
 
 
 def test_the_fingerprint_says_whether_two_heads_answer_alike() -> None:
     head, same = (random_head(np.random.default_rng(0), 4, 2) for _ in range(2))
-    assert fingerprint(head) == fingerprint(same)
     others = [
         Change("add_examples", added=random_examples(np.random.default_rng(1), [1], 8)).apply(head),
         Change("rename_class", 1, "other").apply(head),
-        without(head, 3),
         Change("remove_class", 2).apply(head),
         random_head(np.random.default_rng(0), 4, 2, parameters={"alpha": 1.01}),
         random_head(np.random.default_rng(0), 4, 2, reducer="centre"),
         random_head(np.random.default_rng(1), 4, 2),
     ]
+    assert fingerprint(head) == fingerprint(same)
     assert len({fingerprint(head), *(fingerprint(other) for other in others)}) == 1 + len(others)

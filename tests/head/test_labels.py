@@ -30,8 +30,8 @@ def test_a_missing_label_is_refused_by_position(missing: Any) -> None:
         pd = pytest.importorskip("pandas", reason="pandas is not installed")
         labels = [pd.Series(["a", pd.NA, "b"], dtype="string"), pd.Series([0, None, 1], dtype="Int64"), [0, pd.NaT, 1]]
     else:
-        labels = [made(["a", missing, "b"]) for made in (list, tuple, lambda values: np.array(values, dtype=object))]
-    for one in (*labels, np.array([0.0, NAN, 1.0]), np.ma.masked_array([0, 1, 1], mask=[False, True, False])):
+        labels = [["a", missing, "b"], np.array(["a", missing, "b"], dtype=object), np.array([0.0, NAN, 1.0])]
+    for one in (*labels, np.ma.masked_array([0, 1, 1], mask=[False, True, False])):
         with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 1"):
             ids_of(one, ["a", "b", "nan", "None"])
 
@@ -51,14 +51,12 @@ def test_a_missing_label_that_became_text_is_refused_unless_a_class_has_that_nam
         ([b"a", b"b", b"a"], r"got bytes \(b'a'\) at position 0; decode it"),
         ([Path("a"), "b", "a"], "got Posix?.*Path"),
         (np.array([["a"], ["b"], ["a"]]), r"got labels of shape \(3, 1\)"),
-        ("abc", r"got labels of shape \(\)"),
         (["a", "b"], "one label for each of 3 images, got 2"),
     ],
 )
 def test_invalid_labels_are_refused_by_position(labels: Any, message: str) -> None:
-    for names in (None, ["a", "b"]):
-        with pytest.raises(ValueError, match=message):
-            check_labels([None] * 3, labels, names)
+    with pytest.raises(ValueError, match=message):
+        check_labels([None] * 3, labels, ["a", "b"])
     with pytest.raises(ValueError, match=message):
         class_ids([None] * 3, labels, ["a", "b"])
     with pytest.raises(ValueError, match=r"got set .* fitted with one label an image takes one"):
@@ -71,7 +69,6 @@ def test_valid_labels_of_every_type_are_read() -> None:
         assert ids_of(numbers, ["a", "b"]) == (["a", "b"], [1, 0, 1])
     for names in (["b", "a", "b"], np.array(["b", "a", "b"]), np.array(["b", "a", "b"], dtype=object)):
         assert ids_of(names) == (["a", "b"], [1, 0, 1])
-    assert ids_of([], ["a", "b"]) == (["a", "b"], [])
 
 
 @pytest.mark.parametrize(
@@ -87,17 +84,13 @@ def test_valid_labels_of_every_type_are_read() -> None:
         (["a", "a"], "got 'a' more than once"),
         (["caf\u00e9", "cafe\u0301"], "look alike: .*u0301"),
         (["hot dog", "hot\u00a0dog"], "look alike"),
-        (["cat", "c\u200dat"], "look alike"),
         (["cat", "c\u0430t"], "look alike: 'cat' and 'c.u0430t'"),
         (["a", NAN], r"text, got nan \(float\) at position 1"),
         ("ab", "a list of names, in order, got str"),
-        ({"a", "b"}, "in order, got set"),
         (["a"], "at least two classes"),
     ],
 )
 def test_invalid_class_names_are_refused(names: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_names(names)
     with pytest.raises(ValueError, match=message):
         check_labels([], [], names)
 
@@ -105,18 +98,25 @@ def test_invalid_class_names_are_refused(names: Any, message: str) -> None:
 def test_classes_that_differ_in_case_alone_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "iosr_fast.head.names"):
         assert check_names(["Apple", "apple", "pear"]) == ["Apple", "apple", "pear"]
-        assert check_names(["\ufb01g", "fig"]) == ["\ufb01g", "fig"]
-    assert "'Apple' and 'apple' differ in case" in caplog.text and len(caplog.records) == 2
-    with caplog.at_level(logging.WARNING, "iosr_fast.head.names"):
-        check_names(["c\u0430t", "dog", "\u03b2-carotene", "\u0441\u043e\u043c"])
-    assert "mixes scripts in the word 'c\\u0430t'" in caplog.text and len(caplog.records) == 3
+    assert "'Apple' and 'apple' differ in case" in caplog.text and len(caplog.records) == 1
     assert check_names(["\U0001f468\u200d\U0001f33e farmer", "p\u00eache"])  # joined emoji are names
 
 
-@pytest.mark.parametrize("header", ["path,label,label", "path,path,label", "path,label,note,note"])
-def test_a_table_with_two_columns_of_one_name_is_refused(header: str, tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_text(f"{header}\na.png,cat,dog\n")
-    with pytest.raises(ValueError, match=r"columns of different names in .*labels\.csv, got '\w+' more than once"):
-        labelled_images(tmp_path / "labels.csv")
-    (tmp_path / "labels.csv").write_text("path,label,,\na.png,cat,,\nb.png,dog,,\n")  # as spreadsheets write
-    assert labelled_images(tmp_path / "labels.csv")[1] == ["cat", "dog"]
+def test_tables_of_labels_join_folders(tmp_path: Path) -> None:
+    for name in ("lemon", "pear"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    table = tmp_path / "more.csv"
+    table.write_text("path,labels\na.png,pear; lime\nb.png,\nc.png,lime;\n")
+    _, labels, names = labelled_images(tmp_path, table)
+    assert labels == [{"lemon"}, {"pear"}, {"pear", "lime"}, set(), {"lime"}] and names == ["lemon", "lime", "pear"]
+    table.write_text("path,label,,\na.png,cat,,\nb.png,dog,,\n")  # as spreadsheets write
+    assert labelled_images(table)[1] == ["cat", "dog"]
+    for text, message in {
+        "path,labels\na.png,\n": r"expected labels in .*more\.csv, got 1 rows without one",
+        "path,label,label\na.png,cat,dog\n": r"columns of different names in .*more\.csv, got 'label' more than once",
+        "path,class\na.png,cat\n": "expected the columns path and label",
+    }.items():
+        table.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            labelled_images(table)

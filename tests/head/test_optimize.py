@@ -1,4 +1,4 @@
-"""The choice of an engine: every verdict, on encoders of known speed and error; nothing is compiled here."""
+"""The choice of an engine: the rule, and every verdict on encoders of known speed and error; nothing is compiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.export.candidates import Candidate
 from iosr_fast.head import optimize as module
-from iosr_fast.head.engine_choice import EngineChoice
+from iosr_fast.head.engine_choice import EngineCandidate, EngineChoice, best_of, rejection
+from iosr_fast.head.engine_judge import cosines, sample_rows
 from iosr_fast.utils.verified_folder import open_verified
 from tests.store.live_parts import PixelEncoder, engine_folder, pictures, pixel_clip, refit, unit
 
@@ -178,30 +179,31 @@ def test_images_are_found_again_in_any_order(fitted, images, monkeypatch, caplog
     assert f"left out {len(mixed) - len(examples)} of {len(mixed)} images" in caplog.text
 
 
-def test_a_missing_image_is_named(fitted, images, monkeypatch) -> None:
+def test_refusals(fitted, images, tmp_path: Path, monkeypatch) -> None:
     pixels, labels = images
-    with pytest.raises(IosrFastError, match=r"found none for 3 of them: 'motif 0 \(2 of 8\)', 'motif 2 \(1 of 8\)'"):
-        keep = [i for i in range(len(pixels)) if i not in (0, 5, 16)]
-        run(fitted, (pixels[keep], [labels[i] for i in keep]), monkeypatch, {FP32: (None, 1.0, 1.0)})
-    with pytest.raises(IosrFastError, match="found none for 8 of them"):  # an image under another label
-        wrong = ["motif 1" if label == "motif 0" else label for label in labels]
-        run(fitted, (pixels, wrong), monkeypatch, {FP32: (None, 1.0, 1.0)})
-    assert fitted.engine_choice_ is None
-
-
-def test_refusals(fitted, images, tmp_path: Path) -> None:
+    keep = [i for i in range(len(pixels)) if i not in (0, 5, 16)]
+    wrong = ["motif 1" if label == "motif 0" else label for label in labels]
+    for message, given in {
+        r"found none for 3 of them: 'motif 0 \(2 of 8\)', 'motif 2 \(1 of 8\)'": (
+            pixels[keep],
+            [labels[i] for i in keep],
+        ),
+        "found none for 8 of them": (pixels, wrong),  # an image under another label
+        "labels": (pixels, labels[:3]),
+    }.items():
+        with pytest.raises(IosrFastError, match=message):
+            run(fitted, given, monkeypatch, {FP32: (None, 1.0, 1.0)})
     with pytest.raises(IosrFastError, match="expected an objective of latency, throughput, size, got 'speed'"):
         fitted.optimize(*images, objective="speed")
     with pytest.raises(IosrFastError, match="expected a tolerance of 0 to 100 points"):
         fitted.optimize(*images, tolerance=-1)
-    with pytest.raises(IosrFastError, match="labels"):
-        fitted.optimize(images[0], images[1][:3])
     with pytest.raises(IosrFastError, match="opened from an engine folder"):
         refit(Classifier._with_clip(pixel_clip()), *images, **GIVEN).optimize(*images)
     fitted.open_log(tmp_path / "changes.db")
     with pytest.raises(IosrFastError, match="expected no log to be open"):
         fitted.optimize(*images)
     fitted.close_log()
+    assert fitted.engine_choice_ is None
 
 
 def test_a_change_meanwhile_is_not_lost(fitted, images, monkeypatch) -> None:
@@ -219,21 +221,101 @@ def test_a_change_meanwhile_is_not_lost(fitted, images, monkeypatch) -> None:
     assert fitted.version == 2 and fitted.engine_choice_ is None
 
 
-def test_views_are_encoded_again_and_found_by_their_queries(tmp_path: Path, images, monkeypatch) -> None:
-    clip, fast = clip_of(tmp_path), Rounded(0.02)
-    expected = refit(Classifier._with_clip(replace(clip, encoder=fast)), *images, method="tip-adapter++", views=3)
-    classifier = refit(Classifier._with_clip(clip), *images, method="tip-adapter++", views=3)
-    run(classifier, images, monkeypatch, EXACT | {INT8: (fast, 2.0, 10.0)})
-    ours, theirs = (each.snapshot().examples for each in (classifier, expected))
-    np.testing.assert_allclose(ours.embeddings.plain, theirs.embeddings.plain, atol=1e-6)
-    np.testing.assert_allclose(ours.queries.adapted, theirs.queries.adapted, atol=1e-6)
+def test_views_and_unknown_images_are_encoded_again(tmp_path: Path, images, monkeypatch) -> None:
+    clip, fast, unknown = clip_of(tmp_path), Rounded(0.02), images[0][:6] // 9
+    given = {"method": "tip-adapter++", "views": 3}
+    expected, classifier = (
+        Classifier._with_clip(one, **given).fit(*images, unknown_images=unknown)
+        for one in (replace(clip, encoder=fast), clip)
+    )
+    run(classifier, images, monkeypatch, EXACT | {INT8: (fast, 2.0, 10.0)}, unknown_images=unknown)
+    ours, theirs = (each.snapshot() for each in (classifier, expected))
+    np.testing.assert_allclose(ours.examples.embeddings.plain, theirs.examples.embeddings.plain, atol=1e-6)
+    np.testing.assert_allclose(ours.examples.queries.adapted, theirs.examples.queries.adapted, atol=1e-6)
+    np.testing.assert_allclose(ours.unknown_images.plain, theirs.unknown_images.plain, atol=1e-6)
 
 
-def test_unknown_images_are_encoded_with_the_choice(tmp_path: Path, images, monkeypatch) -> None:
-    fast, unknown = Rounded(0.02), images[0][:6] // 9
-    fitted = Classifier._with_clip(clip_of(tmp_path), **GIVEN).fit(*images, unknown_images=unknown)
-    run(fitted, images, monkeypatch, EXACT | {INT8: (fast, 2.0, 10.0)}, unknown_images=unknown[:4])
-    found = fitted.snapshot().unknown_images
-    assert fitted.version == 2 and len(found) == 4
-    cosines = (found.plain * PixelEncoder().encode(unknown[:4]).plain).sum(1)  # 1 with the engine before
-    np.testing.assert_allclose(cosines, 1.0 / np.sqrt(1.0 + fast.error**2), atol=1e-4)
+# --- the rule ---
+
+GOOD = {"plain": (0.995, 0.999), "adapted": (0.996, 0.999)}
+
+
+def flips(n: int, lost: int, won: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the reference and a candidate get right of n images."""
+    return np.arange(n) >= won, (np.arange(n) < won) | (np.arange(n) >= won + lost)
+
+
+@pytest.mark.parametrize(
+    ("n", "lost", "won", "tolerance", "rejected"),
+    [
+        (40, 1, 0, 0.5, False),  # 2.5 points, but one image
+        (40, 3, 0, 0.5, True),
+        (40, 3, 3, 0.5, False),
+        (400, 2, 0, 0.5, False),  # within the tolerance
+        (400, 14, 6, 0.5, True),
+        (400, 12, 8, 0.5, False),
+    ],
+)
+def test_accuracy(n: int, lost: int, won: int, tolerance: float, rejected: bool) -> None:
+    reason = rejection(*flips(n, lost, won), GOOD, tolerance)
+    assert bool(reason) == rejected
+    assert not rejected or f"({lost} images lost, {won} won, chance" in reason
+
+
+def test_cosines_reject_whatever_the_accuracy_unless_images_are_smaller() -> None:
+    same, far = flips(40, 0, 0), {"plain": (0.8, 0.9)}
+    assert rejection(*same, {"plain": (0.9901, 0.999)}, 100) == ""
+    assert rejection(*same, GOOD | {"adapted": (0.97, 0.999)}, 100) == "cosine of adapted embeddings 0.970 < 0.99"
+    assert rejection(*same, {"plain": (float("nan"), 1.0)}, 100) == "cosine of plain embeddings nan < 0.99"
+    assert rejection(*flips(400, 2, 0), far, 0.5, smaller_images=True) == ""
+    assert "with smaller images any loss above 0.5 points" in rejection(*flips(40, 1, 0), far, 0.5, smaller_images=True)
+    assert "was not compared" in rejection(*flips(0, 0, 0), GOOD, 0.5, smaller_images=True)
+    rows = Embeddings(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32))
+    wrong = Embeddings(np.full((2, 2), np.nan, np.float32), rows.plain)
+    assert cosines(rows, wrong) == {"plain": (-1.0, -1.0), "adapted": (1.0, 1.0)}
+
+
+def candidate(precision: Any, ms_one: float, ms_batch: float = 1.0, size: int = 1, **tokens: int) -> EngineCandidate:
+    facts: dict[str, Any] = {"ms_one": ms_one, "ms_batch": ms_batch, "bytes": size, "tokens": tokens or None}
+    return EngineCandidate(runtime="openvino", precision=precision, verdict="accepted", **facts)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "objective", "best"),
+    [
+        ([candidate("fp32", 10.0), candidate("int8", 9.8), candidate("fp32", 12.0)], "latency", 0),  # level: more exact
+        ([candidate("fp32", 10.6), candidate("int8", 10.0)], "latency", 1),
+        ([candidate("int8", 10.0), candidate("fp32", 9.8, image_size=48)], "latency", 0),  # full size
+        ([candidate("fp32", 1.0, 9.0), candidate("int8", 2.0, 8.0)], "throughput", 1),
+        ([candidate("fp32", 1.0, size=9), candidate("int8", 2.0, size=4)], "size", 1),
+    ],
+)
+def test_the_best_of_level_candidates(candidates: list[EngineCandidate], objective: Any, best: int) -> None:
+    assert best_of(candidates, objective) is candidates[best]
+
+
+def test_samples_keep_every_class() -> None:
+    ids = np.repeat([3, 5, 9], [10, 1, 400])
+    rows = sample_rows(ids, 100)
+    assert np.unique(ids[rows], return_counts=True)[1].tolist() == [10, 1, 89]
+    assert (np.diff(rows) > 0).all() and rows[-1] == len(ids) - 1 and not len(sample_rows(ids[:0], 10))
+
+
+def test_the_table() -> None:
+    facts: dict[str, Any] = {"ms_one": 2.0, "ms_batch": 8.5, "bytes": 1_700_000, "products": (11, 30)}
+    facts |= {"cosines": {"plain": (0.9991, 0.9999), "adapted": (0.998, 0.9995)}, "agreement": 1.0, "accuracy": 0.925}
+    chosen = EngineCandidate(runtime="openvino", precision="int8", verdict="chosen", **facts)
+    other = EngineCandidate(runtime="onnxruntime", precision="fp32", verdict="failed", reason="no memory")
+    made: dict[str, Any] = {"objective": "latency", "tolerance": 0.5, "batch": 8, "judged": 40, "calibrated": 40}
+    made |= {"processor": "a processor", "seconds": 3.2, "candidates": [chosen, other], "note": "a note"}
+    choice = EngineChoice(**made)
+    heading, _, *rows, note = choice.lines()
+    assert heading == (
+        "engine openvino int8, chosen for latency on a processor; 40 left-out images, tolerance 0.5 points, 3.2 s; "
+        "11 of 30 products in int8"
+    )
+    assert [" ".join(row.split()) for row in rows] == [
+        "openvino int8 2.00 ms 8.50 ms 1.7 MB 0.9980 100.0% chosen; 11 of 30 products in int8",
+        "onnxruntime fp32 failed: no memory",
+    ]
+    assert note == "a note" and choice.chosen is chosen and choice.runtime == "auto"  # on another processor

@@ -31,36 +31,29 @@ def encoded(images: Any, labels: Any, **views: Any) -> Examples:
     return found.examples
 
 
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file was opened to be decoded, by any way: there is one that all of them take."""
-    times: Counter[str] = Counter()
-
-    def opened(source: Any) -> Any:
-        times[str(source)] += 1
-        return pixels.opened(source)
-
-    monkeypatch.setattr(preprocess, "opened", opened)
-    return times
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 17, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("views", [1, 4])
-def test_a_support_picture_is_decoded_once(decoded: Counter[str], views: int, tmp_path: Path) -> None:
+def test_a_support_picture_is_decoded_once(views: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = pictures(np.random.default_rng(0), 3, 3)
-    paths = [tmp_path / f"{i}.png" for i in range(10)]
+    paths = [str(tmp_path / f"{i}.png") for i in range(10)]
     for path, image in zip(paths, images, strict=False):
         Image.fromarray(image).save(path)
-    paths[9].write_bytes(b"no picture")
+    Path(paths[9]).write_bytes(b"no picture")
+    decoded: Counter[str] = Counter()  # by any way: there is one that all of them take
+    monkeypatch.setattr(preprocess, "opened", lambda file: decoded.update([str(file)]) or pixels.opened(file))
     classifier = unfitted(method="tip-adapter++", views=views, skip_bad=True)
     classifier.fit(paths, [*labels, 0], class_names=["a", "b", "c"])
-    assert decoded == Counter(map(str, paths)) and classifier.skipped_ == [str(paths[9])]
+    assert decoded == Counter(paths) and classifier.skipped_ == [paths[9]]
     assert (classifier.snapshot().examples.queries is not None) == (views > 1)
     assert all(classifier.snapshot().examples.pictures)
     decoded.clear()
     Image.fromarray(images[0] // 2).save(paths[9])
     classifier.add_examples("a", paths[9:])
     classifier.predict(paths[:2])
-    assert decoded == Counter([str(paths[9]), str(paths[0]), str(paths[1])])
+    assert decoded == Counter([paths[9], paths[0], paths[1]])
 
 
 @pytest.mark.parametrize("views", [1, 4])
@@ -89,8 +82,7 @@ def test_a_key_depends_on_pixels_and_seed_alone(views: int) -> None:
 
 def test_bundles_from_before_draw_the_views_of_later_images_as_they_did() -> None:
     """The draws of `add_examples` have always followed from the first 8 bytes of the SHA-256 of the pixels."""
-    rng = np.random.default_rng(3)
-    image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    image = picture(3)
     drawn = int.from_bytes(hashlib.sha256(np.asarray(image).tobytes()).digest()[:8], "little")
     draws = np.random.default_rng([7, drawn])
     views = [preprocess.random_view(image, Geometry(8), draws, True) for _ in range(3)]
@@ -99,7 +91,7 @@ def test_bundles_from_before_draw_the_views_of_later_images_as_they_did() -> Non
     np.testing.assert_array_equal(row, expected / np.linalg.norm(expected))
 
 
-def test_damaged_files_are_named_and_nothing_more_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_named_and_nothing_more_is_encoded(tmp_path: Path, monkeypatch: Any) -> None:
     good, text, cut = tmp_path / "good.png", tmp_path / "text.jpg", tmp_path / "cut.png"
     picture(0).save(good)
     text.write_text("this is no image")
@@ -107,11 +99,9 @@ def test_damaged_files_are_named_and_nothing_more_is_encoded(tmp_path: Path, mon
     examples, _, errors = encode_images(PixelEncoder(), [good, text, cut], SupportViews(), np.arange(3), skip_bad=True)
     assert examples.class_ids.tolist() == [0] and [error.where for error in errors] == [str(text), str(cut)]
     monkeypatch.setattr(PixelEncoder, "encode", lambda *_: pytest.fail("an image was encoded"))
-    with pytest.raises(
-        ValueError, match=r"2 of 3 images can't be read \(skip_bad, or --skip-bad, leaves .*text.jpg: .*cut"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 3 images can't be read \(skip_bad, .*leaves .*text.jpg: .*cut"):
         encoded([text, good, cut], [0, 0, 1])
-    with pytest.raises(ValueError, match=r"can't read image .*cut.png"):
+    with pytest.raises(BadImageError, match=r"can't read image .*cut.png"):
         encoded([good, cut], [0, 0])
 
 
@@ -140,15 +130,11 @@ def test_an_iterator_of_images_is_taken_one_after_another(bad: bytes | None) -> 
         np.testing.assert_array_equal(many.embeddings.plain, same.embeddings.plain)
         assert many.pictures == same.pictures
     else:
-        for call in (classifier.add_examples, classifier.add_class):
+        for call, name in ((classifier.add_examples, "motif 1"), (classifier.add_class, "new")):
             with pytest.raises(BadImageError, match="can't read image number 71") as error:
-                call("motif 1" if call == classifier.add_examples else "new", one_by_one())
+                call(name, one_by_one())
             assert error.value.position == 71 and classifier.snapshot() is head
     assert most <= usable_threads() + 3
-
-
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 17, 3), dtype=np.uint8))
 
 
 def test_one_picture_under_two_labels_is_refused_and_copies_in_a_class_are_warned_of(
@@ -157,20 +143,17 @@ def test_one_picture_under_two_labels_is_refused_and_copies_in_a_class_are_warne
     image, out = picture(0), io.BytesIO()
     image.save(tmp_path / "a.png")
     image.save(tmp_path / "again.bmp")
-    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
     image.save(out, "TIFF")
-    files = [tmp_path / "a.png", str(tmp_path / "a.png"), tmp_path / "link.png", tmp_path / "again.bmp"]
-    forms = [*files, out.getvalue(), image, np.asarray(image)]  # one picture in every form that an image may come in
+    # One picture in every form that an image may come in.
+    forms = [tmp_path / "a.png", str(tmp_path / "again.bmp"), out.getvalue(), image, np.asarray(image)]
     for same in forms:
-        with pytest.raises(
-            ValueError, match=r"the same picture under two: .*a\.png \('cat'\) and .* \('dog'\)"
-        ) as error:
+        with pytest.raises(ValueError, match=r"same picture under two: .*a\.png \('cat'\) and .* \('dog'\)") as error:
             encoded([tmp_path / "a.png", picture(1), same], [0, 0, 1])
         assert (str(same) if isinstance(same, str | Path) else "number 2") in str(error.value)
     with pytest.raises(ValueError, match=r"number 4 .* and number 11 \('dog'\); and 2 more"):
         encoded([picture(i % 7) for i in range(14)], np.arange(14) // 7)
     with caplog.at_level(logging.WARNING, "iosr_fast.head.support_images"):
-        assert len(encoded([*forms, picture(1)], np.zeros(8, int))) == 8
-    assert "6 of 8 pictures are copies of another of their class" in caplog.text and "a.png" in caplog.text
+        assert len(encoded([*forms, picture(1)], np.zeros(6, int))) == 6
+    assert "4 of 6 pictures are copies of another of their class" in caplog.text and "a.png" in caplog.text
     turned = np.asarray(image).reshape(17, 12, 3)  # the same bytes in another shape are another picture
     assert encoded([image, turned], [0, 1]).class_ids.tolist() == [0, 1]
