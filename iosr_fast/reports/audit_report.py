@@ -16,7 +16,6 @@ from iosr_fast.reports.page import (
     facts,
     first_of,
     join,
-    line_chart,
     note,
     page,
     percent,
@@ -30,17 +29,41 @@ _SHOWN = 100  # of each kind; a phone shows no more
 
 def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], title: str) -> str:
     """The HTML file; `picture_of` gives the thumbnail of an image by its name in the audit, or None."""
+
+    def pictures(*images: Any, look: str = "pictures") -> Html:
+        return element("div", *(picture(picture_of(image), str(image)) for image in images), class_=look)
+
+    def suspect(one: Suspect) -> Html:
+        left_out = f"{one.image}; left out, it is {one.suggested} at {percent(one.probability, 0)}. Nearest of these:"
+        return join(
+            pictures(one.image),
+            element("p", element("span", one.label, class_="bad name"), f" is rather {one.suggested}"),
+            element("p", "wrong: ", bar(one.suspicion)),
+            note(left_out),
+            pictures(*one.neighbours, look="small pictures"),
+        )
+
+    likely, doubtful = len(audit.likely_wrong), audit.suspects[len(audit.likely_wrong) :]
+    judged = {
+        "left-out images": f"By estimate {audit.expected_wrong:.1f} labels are wrong.",
+        "class names": f"Judged by the class names: by estimate {audit.expected_wrong:.1f} labels are wrong.",
+        "nothing": "Each class has one image, so no label can be judged.",
+    }[audit.basis]
+    counts = {"images": len(audit.images), "classes": len(audit.classes), "labels likely wrong": likely}
     return page(
         title,
-        facts(
-            {
-                "images": len(audit.images),
-                "classes": len(audit.classes),
-                "labels likely wrong": len(audit.likely_wrong),
-                "near duplicates": len(audit.duplicates),
-            }
+        facts({**counts, "near duplicates": len(audit.duplicates)}),
+        section(
+            "Labels likely wrong",
+            _first(f"More likely wrong than right: {likely} of {len(audit.images)}. {judged}", likely),
+            cards(map(suspect, audit.likely_wrong[:_SHOWN])),
+            details(
+                f"{len(doubtful)} doubtful labels, more likely right than wrong",
+                cards(map(suspect, doubtful[:_SHOWN])),
+            )
+            if doubtful
+            else None,
         ),
-        _suspects(audit, picture_of),
         section(
             "Near duplicates",
             _first(
@@ -52,8 +75,8 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
             ),
             cards(
                 join(
-                    _pictures(picture_of, (pair.image, pair.other)),
-                    element("p", _pair(pair.label, pair.other_label), class_="name"),
+                    pictures(pair.image, pair.other),
+                    element("p", " / ".join(dict.fromkeys((str(pair.label), str(pair.other_label)))), class_="name"),
                     note(f"{pair.image} and {pair.other}, cosine {pair.cosine:.4f}"),
                 )
                 for pair in audit.duplicates[:_SHOWN]
@@ -67,7 +90,7 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
                 else "No pair takes a tenth of the other's probability.",
                 len(audit.confusions),
             ),
-            _table(
+            table(
                 ("class", "other class", "left-out images", "taken for the other", "probability there"),
                 [(one.label, one.other, one.images, one.mistaken, bar(one.share)) for one in audit.confusions[:_SHOWN]],
             ),
@@ -82,37 +105,6 @@ def _first(sentence: str, count: int) -> Html:
     return note(first_of(sentence, _SHOWN, count))
 
 
-def _suspects(audit: SupportAudit, picture_of: Callable[[Any], bytes | None]) -> Html:
-    likely = audit.likely_wrong
-    judged = {
-        "left-out images": f"By estimate {audit.expected_wrong:.1f} labels are wrong.",
-        "class names": f"Judged by the class names: by estimate {audit.expected_wrong:.1f} labels are wrong.",
-        "nothing": "Each class has one image, so no label can be judged.",
-    }[audit.basis]
-    doubtful = audit.suspects[len(likely) :]
-    return section(
-        "Labels likely wrong",
-        _first(f"More likely wrong than right: {len(likely)} of {len(audit.images)}. {judged}", len(likely)),
-        cards(_suspect(one, picture_of) for one in likely[:_SHOWN]),
-        details(
-            f"{len(doubtful)} doubtful labels, more likely right than wrong",
-            cards(_suspect(one, picture_of) for one in doubtful[:_SHOWN]),
-        )
-        if doubtful
-        else None,
-    )
-
-
-def _suspect(one: Suspect, picture_of: Callable[[Any], bytes | None]) -> Html:
-    return join(
-        _pictures(picture_of, (one.image,)),
-        element("p", element("span", one.label, class_="bad name"), f" is rather {one.suggested}"),
-        element("p", "wrong: ", bar(one.suspicion)),
-        note(f"{one.image}; left out, it is {one.suggested} at {percent(one.probability, 0)}. Nearest of these:"),
-        element("div", _pictures(picture_of, one.neighbours), class_="small"),
-    )
-
-
 def _classes(audit: SupportAudit) -> Html:
     heads = ("class", "images", "distinct", "left-out images right", "variety", "advice")
     rows = [
@@ -124,16 +116,14 @@ def _classes(audit: SupportAudit) -> Html:
             "" if one.variety != one.variety else f"{one.variety:.2f}",
             one.advice,
         )
-        for one in audit.classes
+        for one in sorted(audit.classes, key=lambda one: one.right / one.scored if one.scored else 1.0)
     ]
-    urgent = [row for row, one in zip(rows, audit.classes, strict=True) if one.advice]
-    worst = sorted(audit.classes, key=lambda one: one.right / one.scored if one.scored else 1.0)
-    order = [audit.classes.index(one) for one in worst]
+    urgent = [row for row in rows if row[-1]]
     return section(
         "Classes",
         _first("Classes that need other or more images." if urgent else "No class lacks images.", len(urgent)),
-        _table(heads, urgent[:_SHOWN]),
-        details("All classes, the least often right first", _table(heads, [rows[k] for k in order])),
+        table(heads, urgent[:_SHOWN]),
+        details("All classes, the least often right first", table(heads, rows)),
         note("Variety: the mean distance of two images of the class, 1 as in the usual class."),
     )
 
@@ -141,25 +131,10 @@ def _classes(audit: SupportAudit) -> Html:
 def _curve(curve: LearningCurve) -> Html | None:
     if not curve.points:
         return None
-    measured = [(point.images, point.accuracy) for point in curve.points]
-    series = {"left-out images": measured}
+    rows = [(point.images, bar(point.accuracy), "left-out images") for point in curve.points]
     if curve.twice == curve.twice:
-        series["estimate (not measured)"] = [(curve.images, curve.now), (2 * curve.images, curve.twice)]
-        said = f"Twice as many images of each class would bring {100 * curve.gain:+.1f} points by estimate."
+        rows.append((2 * curve.images, bar(curve.twice), "estimate, not measured"))
+        sentence = f"Twice as many images of each class would bring {100 * curve.gain:+.1f} points by estimate."
     else:
-        said = "With two images a class there is a single point; more images show what more would bring."
-    return section(
-        "What more images would bring", note(said), line_chart(series, "images of each class", "right", x_log=True)
-    )
-
-
-def _pictures(picture_of: Callable[[Any], bytes | None], images: tuple[Any, ...]) -> Html:
-    return element("div", *(picture(picture_of(image), str(image)) for image in images), class_="pictures")
-
-
-def _pair(label: Any, other: Any) -> str:
-    return str(label) if label == other else f"{label} / {other}"
-
-
-def _table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Html | None:
-    return table(heads, rows) if rows else None
+        sentence = "With two images a class there is a single point; more images show what more would bring."
+    return section("What more images would bring", note(sentence), table(("images of each class", "right", ""), rows))

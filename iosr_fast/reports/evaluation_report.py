@@ -1,4 +1,4 @@
-"""The evaluation of a classifier as a page: figures, and the mistakes with their pictures."""
+"""The evaluation of a classifier as a page: figures, confusion, and the mistakes with their pictures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from iosr_fast.reports.page import (
     facts,
     first_of,
     join,
-    line_chart,
-    long_table,
     matrix,
     note,
     page,
@@ -28,12 +26,12 @@ from iosr_fast.reports.page import (
     section,
     short_path,
     table,
+    thumbnail,
 )
-from iosr_fast.reports.thumbnail import thumbnail
 
 _SHOWN = 100  # rows of a table
-_OPEN = 24  # mistakes, and rows of a table, that are in sight at once
 _SIDE = 160  # of a picture, in pixels
+_SURE = 0.9  # a mistake of this probability is confidently wrong
 
 
 def evaluation_page(
@@ -43,14 +41,14 @@ def evaluation_page(
     its id, or None."""
 
     def card(one: Mistake) -> Html:
-        small = thumbnail(one.image, _SIDE, exif_orientation)
-        return _mistake(one, small, picture_of)
+        return _mistake(one, thumbnail(one.image, _SIDE, exif_orientation), picture_of)
 
     low, high = found.interval
-    unknown, more = found.unknown, len(found.mistakes) - _OPEN
+    unknown, sure = found.unknown, int((found.confidence[found.labels != found.predicted] >= _SURE).sum())
     lead = "" if math.isnan(found.expected) else f" Left-out support images let expect {percent(found.expected)}."
     if found.copies:
         lead += f" {found.copies:,} are near duplicates of support images and say little about new ones."
+    confident = f"Confidently wrong first: {sure:,} of {found.wrong:,} have a probability of {_SURE:.0%} or more."
     return page(
         title,
         facts(
@@ -59,21 +57,19 @@ def evaluation_page(
                 "95% interval": f"{100 * low:.1f}–{percent(high)}",
                 "images": f"{len(found.labels):,}",
                 "classes": len(found.classes),
+                "confidently wrong": f"{sure:,}",
                 "log-loss": f"{found.reliability.log_loss:.3f}",
                 "calibration error": percent(found.reliability.error),
                 **({"unknown rejected": percent(unknown.rejected)} if unknown.images and not unknown.reason else {}),
                 **({"unreadable": len(found.errors)} if found.errors else {}),
             }
         ),
+        _confusion(found),
         section(
             "Mistakes",
-            note(first_of("Wrong labels, the most probable first.", len(found.mistakes), found.wrong))
-            if found.wrong
-            else note("None."),
-            cards(map(card, found.mistakes[:_OPEN])),
-            details(f"{more} more", cards(map(card, found.mistakes[_OPEN:]))) if more > 0 else None,
+            note(first_of(confident, len(found.mistakes), found.wrong) if found.wrong else "None."),
+            cards(map(card, found.mistakes)),
         ),
-        _confusion(found),
         _classes(found),
         _probabilities(found),
         _unknown(found, card),
@@ -82,57 +78,54 @@ def evaluation_page(
     )
 
 
+def _confusion(found: Evaluation) -> Html:
+    mixups = found.mixups
+    rows = [
+        (one.label, one.other, bar(one.mistaken / one.images, f"{one.mistaken} of {one.images}"))
+        for one in mixups[:_SHOWN]
+    ]
+    pairs = (
+        note(first_of("Pairs of classes, the most frequent first.", len(rows), len(mixups))),
+        table(("class", "taken for", "of its images"), rows),
+    )
+    if not mixups:
+        return section("Confusion", note("No image is taken for another class."))
+    if len(found.classes) > MATRIX:
+        return section("Confusion", *pairs)
+    return section(
+        "Confusion",
+        note("A row is the label of images, a column what they are taken for. Columns have the numbers of rows."),
+        matrix(found.classes, found.confusion.tolist()),
+        details("Pairs of classes", *pairs),
+    )
+
+
 def _mistake(one: Mistake, small: bytes | None, picture_of: Callable[[str], bytes | None]) -> Html:
-    name = str(one.image)
-    of_label = "" if one.label is None else f"; {one.label} has {percent(one.label_probability, 0)}"
     label = None if one.label is None else join(element("b", one.label), " ")
+    of_label = "" if one.label is None else f"; {one.label} has {percent(one.label_probability, 0)}"
+    words = (
+        element("p", label, "taken for ", element("span", one.predicted, class_="bad name")),
+        element("p", bar(one.probability)),
+        note(short_path(one.image), of_label),
+    )
     near = (
         element("figure", picture(picture_of(each.example_id), each.example_id), element("figcaption", each.label))
         for each in one.nearest
     )
     return join(
-        element(
-            "div",
-            picture(small, name),
-            element(
-                "div",
-                element("p", label, "taken for ", element("span", one.predicted, class_="bad name")),
-                element("p", bar(one.probability)),
-                note(short_path(one.image), of_label),
-            ),
-            class_="beside",
-        ),
+        element("div", picture(small, str(one.image)), element("div", *words), class_="beside"),
         join(note("Nearest examples:"), element("div", *near, class_="small pictures")) if one.nearest else None,
     )
 
 
-def _confusion(found: Evaluation) -> Html:
-    mixups, count = found.mixups, len(found.classes)
-    rows = [
-        (one.label, one.other, bar(one.mistaken / one.images, f"{one.mistaken} of {one.images}"))
-        for one in mixups[:_SHOWN]
-    ]
-    pairs = long_table(("class", "taken for", "of its images"), rows, _OPEN) if rows else None
-    listed = note(first_of("Pairs of classes, the most frequent first.", len(rows), len(mixups)))
-    if count > MATRIX:
-        return section("Confused classes", listed if rows else note("No image is taken for another class."), pairs)
-    return section(
-        "Confusion matrix",
-        note("A row is the label of images, a column what they are taken for. Columns have the numbers of rows."),
-        matrix(found.classes, found.confusion.tolist()),
-        details("Pairs of classes, the most frequent first", listed, pairs) if rows else None,
-    )
-
-
 def _classes(found: Evaluation) -> Html:
-    results = sorted(found.class_results, key=lambda one: (math.isnan(one.recall), one.recall, one.precision))
     rows = [
         (
             one.label,
             bar(one.recall, f"{one.right} of {one.images}") if one.images else "no images",
             bar(one.precision, f"{one.right} of {one.predicted}") if one.predicted else "",
         )
-        for one in results
+        for one in sorted(found.class_results, key=lambda one: (math.isnan(one.recall), one.recall, one.precision))
     ]
     return section(
         "Classes",
@@ -140,37 +133,28 @@ def _classes(found: Evaluation) -> Html:
             "The least often right first. Recall: of its images, those that are right. Precision: of images that are "
             "taken for the class, those that are right."
         ),
-        long_table(("class", "recall", "precision"), rows, _OPEN),
+        table(("class", "recall", "precision"), rows),
     )
 
 
 def _probabilities(found: Evaluation) -> Html:
-    reliability, sets = found.reliability, found.sets
-    bins = np.flatnonzero(reliability.counts).tolist()
-    points = [(float(reliability.confidence[k]), float(reliability.right[k])) for k in bins]
+    one, sets = found.reliability, found.sets
     rows = [
-        (
-            f"{k / BINS:.0%} to {(k + 1) / BINS:.0%}",
-            int(reliability.counts[k]),
-            percent(reliability.confidence[k]),
-            percent(reliability.right[k]),
-        )
-        for k in bins
+        (f"{100 * k / BINS:.0f}–{(k + 1) / BINS:.0%}", int(one.counts[k]), bar(one.confidence[k]), bar(one.right[k]))
+        for k in np.flatnonzero(one.counts).tolist()
     ]
-    promised = (
+    covered = (
         f"Sets of labels for {percent(sets.promised, 0)}: {percent(sets.covered)} have the label, "
-        f"{sets.size:.2f} labels on the mean, "
-        f"{percent(sets.empty)} are empty."
+        f"{sets.size:.2f} labels on the mean, {percent(sets.empty)} are empty."
     )
     return section(
         "Probabilities",
         note(
-            "Images by their largest probability: on the dashed line probabilities are as right as they say. "
-            f"Expected calibration error {percent(reliability.error)}."
+            "Images by their largest probability. Where probabilities are as right as they say, both bars of a row are "
+            f"as long. Expected calibration error {percent(one.error)}."
         ),
-        line_chart({"images of these probabilities": points}, "probability", "right", diagonal=True),
-        details("As a table", table(("probability", "images", "mean", "right"), rows)),
-        note(f"Sets of labels: {sets.reason}." if sets.reason else promised),
+        table(("probability", "images", "mean", "right"), rows),
+        note(f"Sets of labels: {sets.reason}." if sets.reason else covered),
     )
 
 
@@ -184,18 +168,15 @@ def _unknown(found: Evaluation, card: Callable[[Mistake], Html]) -> Html:
     if not one.images:
         return section("Unknown pictures", note(kept, " No images of other classes were given."))
     rejected = "" if one.reason else f"{percent(one.rejected)} are rejected; "
-    shown = one.accepted[:_OPEN]
     accepted = 0 if one.reason else round(one.images * (1 - one.rejected))
+    auroc = f"the score tells both apart with an AUROC of {one.auroc:.3f}."
     return section(
         "Unknown pictures",
-        note(
-            f"{kept} Of {one.images:,} images of no class {rejected}the score tells both apart with an AUROC of "
-            f"{one.auroc:.3f}."
-        ),
+        note(f"{kept} Of {one.images:,} images of no class {rejected}{auroc}"),
         details(
-            first_of(f"{accepted:,} images of no class that keep a label.", len(shown), accepted),
-            cards(map(card, shown)),
+            first_of(f"{accepted:,} images of no class that keep a label.", len(one.accepted), accepted),
+            cards(map(card, one.accepted)),
         )
-        if shown
+        if one.accepted
         else None,
     )

@@ -1,49 +1,53 @@
 "use strict";
-// Writes the labels that were typed as a CSV of path and label, which `iosr-fast fit` reads.
+// Labels that are typed under pictures, saved as the CSV of path and label that `iosr-fast fit` reads. The browser keeps
+// them between visits, by a hash of the pictures' paths.
 const inputs = [...document.querySelectorAll("input[data-path]")];
-const status = document.querySelector("#status");
+const [status, button] = [document.querySelector("#status"), document.querySelector("#save")];
 let saved = "";
+let kept = false;
 
-// Quotes as in RFC 4180. What a spreadsheet would take for a formula gets an apostrophe, as all tables of iosr-fast.
-function cell(text) {
-  const safe = /^(?:[\s"'\u200b\u2060\ufeff]*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])/.test(text) ? `'${text}` : text;
-  return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+function rows() {
+  const labelled = inputs.filter((input) => input.value.trim());
+  return labelled.map((input) => [input.dataset.path, input.value.trim()]);
 }
 
-function table() {
-  const rows = inputs.filter((input) => input.value.trim());
-  const lines = rows.map((input) => `${cell(input.dataset.path)},${cell(input.value.trim())}`);
-  return { count: rows.length, csv: ["path,label", ...lines, ""].join("\n") };
+function restore() {
+  const labels = new Map(JSON.parse(localStorage.getItem(button.dataset.key) ?? "[]"));
+  for (const input of inputs) input.value = labels.get(input.dataset.path) ?? "";
 }
 
-function show() {
-  const { count, csv } = table();
-  const state = count && csv === saved ? ", saved" : "";
-  status.textContent = `${count} of ${inputs.length} images labelled${state}`;
+function update() {
+  const labels = JSON.stringify(rows());
+  try {
+    localStorage.setItem(button.dataset.key, labels);
+    kept = true;
+  } catch {
+    kept = false; // Some browsers have no storage for files, or none in private windows.
+  }
+  const state = labels === saved ? "; saved" : kept ? "; kept in this browser" : "; not kept, save them";
+  status.textContent = `${rows().length} of ${inputs.length} images labelled${rows().length ? state : ""}`;
 }
 
-document.addEventListener("input", show);
-document.querySelector("#save").addEventListener("click", () => {
-  const { csv } = table();
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([csv], { type: "text/csv" }));
-  link.download = "labels.csv";
-  link.click();
-  saved = csv;
-  show();
+document.addEventListener("input", update);
+button.addEventListener("click", () => {
+  saveCsv("labels.csv", [["path", "label"], ...rows()]);
+  saved = JSON.stringify(rows());
+  update();
 });
 // Enter goes to the next image.
 document.addEventListener("keydown", (event) => {
   const place = inputs.indexOf(event.target);
   if (event.key === "Enter" && place >= 0) {
     event.preventDefault();
-    (inputs[place + 1] ?? document.querySelector("#save")).focus();
+    (inputs[place + 1] ?? button).focus();
   }
 });
 window.addEventListener("beforeunload", (event) => {
-  const { count, csv } = table();
-  if (count && csv !== saved) {
-    event.preventDefault();
-  }
+  if (rows().length && !kept && JSON.stringify(rows()) !== saved) event.preventDefault();
 });
-show();
+try {
+  restore();
+} catch {
+  // Nothing was kept: update() says so.
+}
+update();

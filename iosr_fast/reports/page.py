@@ -1,4 +1,4 @@
-"""The parts of a report: tables, pictures, bars, line charts and the page around them. All text is escaped.
+"""The parts of a report: tables, pictures, bars and the page around them. All text is escaped.
 
 A part is Html; everything else that a part is given (text, numbers) is shown as text. Pictures become data: URIs, the
 stylesheet and scripts stand in the file, and a Content-Security-Policy keeps it from loading anything.
@@ -7,17 +7,21 @@ stylesheet and scripts stand in the file, and a Content-Security-Policy keeps it
 from __future__ import annotations
 
 import html
+import io
 import math
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-_KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 420, 262, 48, 36, 12  # of a chart, in units of its view box
-_BOTTOMS = (0.0, 0.5, 0.75, 0.9)  # where a chart begins; five steps from there to 1 are round
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.preprocess import open_image
+
+_OPEN = 24  # rows of a table and cards that are in sight at once
+_SITE = "../serving/http/page"  # the server's page, which shares files with reports
 
 
 class Html(str):
@@ -73,25 +77,28 @@ def short_path(image: Any) -> str:
     return "/".join(Path(str(image)).parts[-2:])
 
 
-def table(heads: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Html:
-    """A table that scrolls sideways where it is wider than the screen. Numbers, and text that starts with a digit or a
-    sign, are set to the right."""
-    head = element("thead", element("tr", *(element("th", cell, scope="col") for cell in heads)))
-    body = element("tbody", *(element("tr", *map(_cell, row)) for row in rows))
-    return element("div", element("table", head, body), class_="wide", tabindex=0)
+def table(heads: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Html:
+    """A table that scrolls sideways where it is wider than the screen; nothing without rows. The first rows are in
+    sight, the others on demand. Numbers, and text that starts with a digit or a sign, are set to the right."""
+    if not rows:
+        return Html("")
+    columns = (element("th", head, scope="col", class_=_look(cell)) for head, cell in zip(heads, rows[0], strict=True))
+    head = element("thead", element("tr", *columns))
+
+    def part(some: Sequence[Sequence[Any]]) -> Html:
+        body = (element("tr", *(element("td", cell, class_=_look(cell)) for cell in row)) for row in some)
+        return element("div", element("table", head, element("tbody", *body)), class_="wide", tabindex=0)
+
+    return join(part(rows[:_OPEN]), _more(part(rows[_OPEN:]), len(rows) - _OPEN))
 
 
-def long_table(heads: Sequence[Any], rows: Sequence[Sequence[Any]], shown: int = 24) -> Html:
-    """A table whose rows beyond the first `shown` are shown on demand."""
-    rest = rows[shown:]
-    more = details(f"{len(rest)} more", table(heads, rest)) if rest else None
-    return join(table(heads, rows[:shown]), more)
+def _look(value: Any) -> str | None:
+    numeric = not isinstance(value, Html) and str(value).lstrip("+-−")[:1].isdigit()
+    return "number" if numeric else None
 
 
-def _cell(value: Any) -> Html:
-    plain = "" if isinstance(value, Html) else str(value)
-    numeric = plain.lstrip("+-−")[:1].isdigit()
-    return element("td", value, class_="number" if numeric else None)
+def _more(parts: Html, count: int) -> Html | None:
+    return details(f"{count} more", parts) if count > 0 else None
 
 
 def matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Html:
@@ -116,15 +123,29 @@ def matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Html:
     return element("div", element("table", *parts, class_="matrix"), class_="wide", tabindex=0)
 
 
+def thumbnail(image: Any, side: int, exif_orientation: bool = True) -> bytes | None:
+    """An image, as Classifier takes it, as a WebP of at most `side` pixels a side; None if it can't be read any more,
+    because a report stands at the end of long work.
+
+    >>> import numpy as np
+    >>> thumbnail(np.zeros((40, 80, 3), np.uint8), 16)[:4]
+    b'RIFF'
+    """
+    try:
+        small = open_image(image, exif_orientation=exif_orientation)
+    except BadImageError:
+        return None
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=80)
+    return file.getvalue()
+
+
 def picture(data: bytes | None, alt: str) -> Html:
-    """An encoded picture (PNG, JPEG, WebP or GIF) as a data: URI; without one an empty frame with `alt`."""
+    """A WebP, as thumbnails and stored pictures are, as a data: URI; without one an empty frame with `alt`."""
     if data is None:
-        return element("span", alt, class_="picture none")
-    kind = next((kind for head, kind in _KINDS.items() if data.startswith(head)), None)
-    if kind is None:
-        raise ValueError(f"expected a PNG, JPEG, WebP or GIF, got {data[:8]!r}")
-    source = f"data:image/{kind};base64,{b64encode(data).decode()}"
-    return element("img", src=source, alt=alt, class_="picture")
+        return element("span", alt, class_="picture")
+    return element("img", src=f"data:image/webp;base64,{b64encode(data).decode()}", alt=alt, class_="picture")
 
 
 def bar(share: float, label: str = "") -> Html:
@@ -134,10 +155,12 @@ def bar(share: float, label: str = "") -> Html:
     return element("span", line, element("span", label or percent(share, 0)), class_="measure")
 
 
-def cards(items: Iterable[Html]) -> Html:
-    """Items side by side, as many as fit; nothing without items."""
-    listed = [element("li", item) for item in items]
-    return element("ul", *listed, class_="cards") if listed else Html("")
+def cards(items: Iterable[Html], shown: int = _OPEN) -> Html:
+    """Items side by side, as many as fit; those beyond the first `shown` on demand; nothing without items."""
+    listed = iter([element("li", item) for item in items])
+    first, rest = ([*islice(listed, count)] for count in (shown, None))
+    parts = element("ul", *first, class_="cards"), _more(element("ul", *rest, class_="cards"), len(rest))
+    return join(*parts) if first else Html("")
 
 
 def facts(values: Mapping[str, Any]) -> Html:
@@ -160,57 +183,10 @@ def section(title: str, *parts: Any) -> Html:
     return element("section", element("h2", title), *parts)
 
 
-def line_chart(
-    series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, x_log: bool = False, diagonal: bool = False
-) -> Html:
-    """Lines of (x, y) points, y in 0..1 as percentages; a name with "(" is dashed. `diagonal` draws y = x."""
-    points = [point for line in series.values() for point in line]
-    if not points:
-        return Html("")
-    at = (lambda value: math.log2(value)) if x_log else float
-    low, high = (f(at(px) for px, _ in points) for f in (min, max))
-    low, high = (0.0, 1.0) if diagonal else (low, high if high > low else low + 1)
-    least = 0.0 if diagonal else min(py for _, py in points)
-    bottom = max(level for level in _BOTTOMS if level <= max(least, 0.0))
-
-    def place(px: float, py: float) -> tuple[float, float]:
-        right, height = _WIDTH - _LEFT - _EDGE, _HEIGHT - _BOTTOM - _EDGE
-        share = (py - bottom) / (1 - bottom)
-        return _LEFT + right * (at(px) - low) / (high - low), _EDGE + height * (1 - share)
-
-    ticks = sorted({px for px, _ in points}) if not diagonal else [0.0, 0.25, 0.5, 0.75, 1.0]
-    parts = [_label(place(px, bottom)[0], _HEIGHT - 19, f"{px:g}", "middle") for px in ticks]
-    for k in range(6):
-        level = bottom + k * (1 - bottom) / 5
-        height = place(ticks[0], level)[1]
-        parts += [_line([(_LEFT, height), (_WIDTH - _EDGE, height)], "grid"), _label(42, height + 4, f"{level:.0%}")]
-    if diagonal:
-        parts.append(_line([place(0, 0), place(1, 1)], "dashed"))
-    for k, (name, line) in enumerate(series.items()):
-        places = [place(*point) for point in line]
-        parts.append(_line(places, f"line-{k % 3}" + (" dashed" if "(" in name else "")))
-        dots = (element("circle", cx=f"{a:.1f}", cy=f"{b:.1f}", r=4, class_=f"dot-{k % 3}") for a, b in places)
-        parts += dots
-    parts.append(_label(_WIDTH - _EDGE, _HEIGHT - 4, x))
-    description = "; ".join(f"{n}: " + ", ".join(f"{a:g}: {b:.1%}" for a, b in line) for n, line in series.items())
-    keys = (element("span", name, class_=f"key line-{k % 3}") for k, name in enumerate(series))
-    drawn = element(
-        "svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=f"{y} by {x}. {description}"
-    )
-    return element("figure", element("figcaption", element("span", y), *keys), drawn)
-
-
-def _line(points: Sequence[tuple[float, float]], kind: str) -> Html:
-    return element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in points), class_=kind)
-
-
-def _label(x: float, y: float, value: str, anchor: str = "end") -> Html:
-    return element("text", value, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
-
-
 def page(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = ()) -> str:
-    """The HTML file. `scripts` are names of this package's files, which stand at the end of the body."""
-    code = [_file(name) for name in scripts]
+    """The HTML file. `scripts` are names of this folder's files, which stand at the end of the body, after the page's
+    csv.js."""
+    code = [_file(name) for name in (f"{_SITE}/csv.js", *scripts)] if scripts else []
     hashes = " ".join(f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in code)
     allowed = hashes or "'none'"
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
@@ -220,7 +196,7 @@ def page(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = ()) -
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Html('<meta name="color-scheme" content="light dark">'),
         element("title", title),
-        element("style", Html(_file("../serving/http/page/theme.css") + _file("report.css"))),
+        element("style", Html(_file(f"{_SITE}/theme.css") + _file("report.css"))),
     )
     header = element("header", element("h1", title), note(lead) if lead else None)
     body = element("body", header, element("main", *parts), *(element("script", Html(script)) for script in code))

@@ -10,19 +10,18 @@ from iosr_fast.reports.page import (
     Html,
     bar,
     cards,
-    details,
     element,
     facts,
     first_of,
     join,
-    long_table,
     note,
     page,
     picture,
     section,
     short_path,
+    table,
+    thumbnail,
 )
-from iosr_fast.reports.thumbnail import thumbnail
 
 _PICTURES = 300  # of all labels; a page of so many has 2 MB
 _OPEN = 12  # of them, of a label, that are in sight at once
@@ -41,7 +40,7 @@ def predictions_page(
     """The HTML file. `unread` images can't be read, whether rows name them or not; `unknown_label` is the word for
     rejected pictures, which come first, those that were nearly kept before others.
 
-    Labels share the pictures evenly, except that one with fewer images leaves its rest to the others.
+    Labels share the pictures evenly; each shows one at least.
     """
     groups: dict[str, list[Labelled]] = {}
     errors = []
@@ -53,13 +52,13 @@ def predictions_page(
     labels = sorted(groups, key=lambda label: (label != unknown_label, label))
     for label, group in groups.items():
         group.sort(key=lambda row: row.unknown_score if label == unknown_label else row.probability)
-    count, shown = sum(map(len, groups.values())), _shares({label: len(groups[label]) for label in labels})
+    count, share = sum(map(len, groups.values())), max(1, _PICTURES // max(1, len(labels)))
     unsure = sum(row.probability < _UNSURE for group in groups.values() for row in group)
-    left_out = count - sum(shown.values())
+    left_out = sum(max(0, len(group) - share) for group in groups.values())
     lines = [
-        (label, len(group), bar(fmean(row.probability for row in group)), bar(min(row.probability for row in group)))
+        (label, len(groups[label]), bar(fmean(probabilities)), bar(min(probabilities)))
         for label in labels
-        if (group := groups[label])
+        if (probabilities := [row.probability for row in groups[label]])
     ]
     return page(
         title,
@@ -72,12 +71,8 @@ def predictions_page(
                 **({"unreadable": f"{unread:,}"} if unread else {}),
             }
         ),
-        section("Labels", long_table(("label", "images", "probability on the mean", "least"), lines)),
-        *(
-            _group(label, groups[label], shown[label], label == unknown_label, exif_orientation)
-            for label in labels
-            if shown[label]
-        ),
+        section("Labels", table(("label", "images", "probability on the mean", "least"), lines)),
+        *(_group(label, groups[label], share, label == unknown_label, exif_orientation) for label in labels),
         section(
             "Unreadable images",
             note(first_of("", _ERRORS, len(errors))) if len(errors) > _ERRORS else None,
@@ -90,27 +85,17 @@ def predictions_page(
     )
 
 
-def _shares(counts: dict[str, int]) -> dict[str, int]:
-    """How many images of each label are shown."""
-    shown, rest = {}, _PICTURES
-    for place, label in enumerate(sorted(counts, key=counts.__getitem__)):
-        shown[label] = min(counts[label], rest // (len(counts) - place))
-        rest -= shown[label]
-    return shown
-
-
-def _group(label: str, group: list[Labelled], shown: int, rejected: bool, exif_orientation: bool) -> Html:
-    items = [
+def _group(label: str, group: list[Labelled], share: int, rejected: bool, exif_orientation: bool) -> Html:
+    tiles = (
         join(
             picture(thumbnail(row.path, _SIDE, exif_orientation), row.path),
             element("p", bar(row.probability)),
             note(short_path(row.path)),
         )
-        for row in group[:shown]
-    ]
-    said = f"{len(group):,} image{'' if len(group) == 1 else 's'}."
+        for row in group[:share]
+    )
+    words = f"{len(group):,} image{'' if len(group) == 1 else 's'}."
     if rejected:
-        said += " Those that were nearly kept come first; the bar is the probability of the most likely class."
-    more = items[_OPEN:]
-    tiles = join(cards(items[:_OPEN]), details(f"{len(more)} more", cards(more)) if more else None)
-    return section(label, note(first_of(said, shown, len(group))), element("div", tiles, class_="tiles"))
+        words += " Those that were nearly kept come first; the bar is the probability of the most likely class."
+    shown = element("div", cards(tiles, _OPEN), class_="tiles")
+    return section(label, note(first_of(words, min(share, len(group)), len(group))), shown)

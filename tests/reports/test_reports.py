@@ -1,4 +1,4 @@
-"""`iosr-fast audit`, `evaluate`, `suggest`: text, files and pages, in a browser too; CSV files that `fit` reads."""
+"""`iosr-fast audit`, `evaluate`, `suggest`, `classify`: text, files and pages, also in a browser."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,19 @@ from iosr_fast.files.tables import Labelled
 from iosr_fast.reports import evaluation_report, predictions_report
 from iosr_fast.reports.predictions_report import predictions_page
 from iosr_fast.store.bundle import Bundle
-from tests.browser import ARGUMENTS, CHROMIUM
+from tests import browser as chromium
 from tests.cli.runs import never, refused, run
 from tests.store.live_parts import engine_folder, pictures, pixel_clip
 
 pytestmark = pytest.mark.slow
+browser = chromium.browser  # pytest finds the fixture by this name
 
 NAMES = ["<b>one</b>", "two", "three", "four", "five"]
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a saved classifier of 30 images, one label of them wrong, and unlabelled images."""
+    """A folder with a saved classifier of 30 images, one label of them wrong, and 18 unlabelled images."""
     clip = pixel_clip(engine_folder(tmp_path / "engine"))
     monkeypatch.setattr(pretrained, "open_shared", lambda *_, **__: clip)
     images, labels = pictures(np.random.default_rng(3), 5, 6)
@@ -66,54 +66,36 @@ def labelled(place: Path) -> Path:
     return place / "test.csv"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
-    if not os.access(CHROMIUM, os.X_OK):
-        pytest.skip(f"no browser: {CHROMIUM} is missing (Debian's package chromium)")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
-
-
-def opened(browser: Any, file: Path, width: int = 390) -> tuple[Any, list[str]]:
-    """The page, and what went wrong or was asked of the network."""
+def opened(browser: Any, file: Path, width: int = 390) -> Any:
+    """The page, which must not be wider than the screen, log anything, ask for anything, or show a broken picture."""
     page = browser.new_page(viewport={"width": width, "height": 800}, accept_downloads=True)
     faults: list[str] = []
-    local = ("file:", "data:", "blob:")
     page.on("console", lambda message: faults.append(message.text))
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda request: request.url.startswith(local) or faults.append(request.url))
+    page.on("request", lambda it: it.url.startswith(("file:", "data:", "blob:")) or faults.append(it.url))
     page.goto(file.as_uri())
-    return page, faults
+    page.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
+    assert not faults and page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+    return page
 
 
-def test_audit_prints_and_writes_what_it_found(place: Path) -> None:
+def test_audit_prints_and_writes_what_it_found(place: Path, browser: Any) -> None:
     done = run("audit", place / "classifier", "--html", place / "a.html", "--json", place / "a.json")
     assert done.exit_code == 0, done.output
     assert "labels that are likely wrong: 1" in done.output and "four is rather two" in done.output
     found = json.loads((place / "a.json").read_text())
-    assert [(one["label"], one["suggested"]) for one in found["suspects"] if one["suspicion"] > 0.5] == [
-        ("four", "two")
-    ]
+    assert [one["suggested"] for one in found["suspects"] if one["suspicion"] > 0.5] == ["two"]
     written = (place / "a.html").read_text()
     assert "&lt;b&gt;one&lt;/b&gt;" in written and "<b>one" not in written
-    assert written.count("data:image/webp;base64,") >= 4  # the picture and three neighbours
-
-
-def test_the_audits_page_in_a_browser(place: Path, browser: Any) -> None:
-    run("audit", place / "classifier", "--html", place / "a.html")
     for width in (390, 1280):
-        page, faults = opened(browser, place / "a.html", width)
-        assert not faults and page.evaluate("document.documentElement.scrollWidth") == width
-        assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+        page = opened(browser, place / "a.html", width)
         assert page.locator("h2").all_inner_texts()[0] == "Labels likely wrong"
-        page.close()
+        assert page.locator("img").count() >= 4  # the picture and three neighbours
 
 
-def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path) -> None:
-    words = ("--html", place / "e.html", "--json", place / "e.json", "--unknown", place / "unlabelled")
+def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path, browser: Any) -> None:
+    words = ("--html", place / "e.html", "--json", place / "e.json", "--unknown", place / "unlabelled", "--keep", 0.5)
     done = run("evaluate", place / "classifier", labelled, *words)
     assert done.exit_code == 0, done.output
     assert "80.0% of 10 images are right" in done.output and "18 images of no class" in done.output
@@ -122,25 +104,13 @@ def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path
     assert found["wrong"] == 2 and {Path(one["image"]).name for one in found["mistakes"]} == {"<i>0.png", "<i>9.png"}
     written = (place / "e.html").read_text()
     assert "&lt;b&gt;one&lt;/b&gt;" in written and "<b>one" not in written and "<i>" not in written
-    assert len(written) < 100_000
-    for words in (("saved", place / "classifier", labelled, "--json"), ("--json",)):
-        rest = () if len(words) > 1 else (place / "classifier", labelled)
-        assert run("evaluate", *words, place / f"{len(words)}.json", *rest).exit_code == 0
-        assert json.loads((place / f"{len(words)}.json").read_text())["mistakes"] == found["mistakes"]
-
-
-def test_the_evaluations_page_in_a_browser(place: Path, labelled: Path, browser: Any) -> None:
-    words = ("--html", place / "e.html", "--unknown", place / "unlabelled", "--keep", 0.5)
-    done = run("evaluate", place / "classifier", labelled, *words)
-    assert done.exit_code == 0, done.output
     for width in (390, 1280):
-        page, faults = opened(browser, place / "e.html", width)
-        page.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
-        assert not faults and page.evaluate("document.documentElement.scrollWidth") == width
-        assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+        page = opened(browser, place / "e.html", width)
+        assert page.locator("h2").all_inner_texts()[:3] == ["Confusion", "Mistakes", "Classes"]
+        assert page.locator(".matrix td").count() == 25
+        probabilities = page.locator("section").nth(1).locator(".measure").all_inner_texts()
+        assert probabilities == sorted(probabilities, reverse=True) and len(probabilities) == 2
         assert page.evaluate("Math.max(...[...document.images].map((image) => image.naturalWidth))") == 160
-        assert page.locator(".matrix td").count() == 25 and page.locator(".cards .bad").count() >= 2
-        page.close()
 
 
 def test_labels_of_no_class_are_refused_before_an_image_is_read(
@@ -148,28 +118,21 @@ def test_labels_of_no_class_are_refused_before_an_image_is_read(
 ) -> None:
     monkeypatch.setattr(Classifier, "evaluate", never)
     labelled.write_text(labelled.read_text() + "6.png,six\n")
-    said = refused("evaluate", place / "classifier", labelled)
-    assert "among the 5 classes" in said and "got 'six': rename these or leave them out" in said
-    assert "expected pictures of none of the classes" in refused(
-        "evaluate", place / "classifier", labelled, "--unknown", place / "engine"
-    )
+    words = refused("evaluate", place / "classifier", labelled)
+    assert "among the 5 classes" in words and "got 'six': rename these or leave them out" in words
+    words = refused("evaluate", place / "classifier", labelled, "--unknown", place / "engine")
+    assert "expected pictures of none of the classes" in words
     assert "found no folder" in refused("evaluate", place, place / "none")
-    said = refused("evaluate", "featurs", "x.npz")
-    assert "one of the commands features, demo and paper, found no folder featurs" in said
 
 
 def test_a_page_of_many_mistakes_says_what_is_left_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "MISTAKES", 4)
-    monkeypatch.setattr(evaluation_report, "_OPEN", 2)
     monkeypatch.setattr(evaluation_report, "MATRIX", 4)
     images = sorted((place / "unlabelled").iterdir())[:15]
     found = Classifier.load("").evaluate(images, [NAMES[k % 5] for k in range(15)])
-    assert found.wrong > 4
     written = evaluation_report.evaluation_page(found, lambda _: None, "title")
-    assert f"The first 4 of {found.wrong} are shown." in written and "<summary>2 more</summary>" in written
-    assert (
-        "Confused classes" in written and "Confusion matrix" not in written and "<summary>3 more</summary>" in written
-    )
+    assert found.wrong > 4 and f"The first 4 of {found.wrong} are shown." in written
+    assert "Pairs of classes, the most frequent first." in written and 'class="matrix"' not in written
 
 
 def test_suggest_writes_a_csv_that_fit_reads_once_labels_are_in(place: Path) -> None:
@@ -181,36 +144,37 @@ def test_suggest_writes_a_csv_that_fit_reads_once_labels_are_in(place: Path) -> 
     assert {row["guess"] for row in rows} <= set(NAMES) and not any(row["label"] for row in rows)
     with pytest.raises(IosrFastError, match="5 rows without one"):
         labelled_images(place / "s.csv")
-    rows[0]["label"], rows[3]["label"] = " two ", "'=six"
-    with (place / "s.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    paths, labels, names = labelled_images(place / "s.csv")
-    assert labels == ["two", "=six"] and names == ["=six", "two"] and all(path.is_file() for path in paths)
     printed = run("suggest", place / "classifier", place / "unlabelled", "-n", 2)
     assert printed.output.startswith("path,label,guess,probability,stands_for\n")
 
 
-def test_labels_typed_on_the_page_are_saved_as_that_csv(place: Path, browser: Any) -> None:
+def test_labels_typed_on_the_page_are_kept_and_saved_as_that_csv(place: Path, browser: Any) -> None:
     done = run("suggest", place / "classifier", place / "unlabelled", "-n", 4, "--html", place / "s.html")
     assert done.exit_code == 0 and not done.stdout, done.output
-    page, faults = opened(browser, place / "s.html")
-    assert page.evaluate("document.documentElement.scrollWidth") == 390
-    fields = page.get_by_label("Label")
+    page = opened(browser, place / "s.html")
+    fields, status = page.get_by_label("Label"), page.get_by_role("status")
     assert fields.count() == 4 and page.locator("datalist option").count() == 5
     fields.nth(0).fill("two")
     fields.nth(0).press("Enter")
     assert fields.nth(1).evaluate("(field) => field === document.activeElement")
     fields.nth(2).fill('=a "new", one')
-    assert page.get_by_role("status").inner_text() == "2 of 4 images labelled"
+    page.reload()
+    assert [fields.nth(k).input_value() for k in range(4)] == ["two", "", '=a "new", one', ""]
+    assert status.inner_text() == "2 of 4 images labelled; kept in this browser"
     with page.expect_download() as download:
         page.get_by_role("button", name="Save labels.csv").click()
     download.value.save_as(place / "labels.csv")
-    assert page.get_by_role("status").inner_text() == "2 of 4 images labelled, saved" and not faults
+    assert status.inner_text() == "2 of 4 images labelled; saved"
     paths, labels, _ = labelled_images(place / "labels.csv")
     assert labels == ["two", '=a "new", one'] and all(path.parent == place / "unlabelled" for path in paths)
-    page.close()
+
+    run("suggest", place / "classifier", place / "unlabelled", "-n", 5, "--html", place / "other.html")
+    page.goto((place / "other.html").as_uri())
+    assert status.inner_text() == "0 of 5 images labelled", "labels belong to one report"
+    page.add_init_script("Object.defineProperty(window, 'localStorage', { get() { throw new Error('none'); } })")
+    page.reload()
+    fields.nth(0).fill("two")
+    assert status.inner_text() == "1 of 5 images labelled; not kept, save them"
 
 
 def test_folders_and_csv_files_are_read_together(tmp_path: Path) -> None:
@@ -221,23 +185,23 @@ def test_folders_and_csv_files_are_read_together(tmp_path: Path) -> None:
     paths, labels, names = labelled_images(tmp_path / "support", tmp_path / "more.csv")
     assert labels == ["green apple", "lemon", "lemon", "lime"] and names == ["green apple", "lemon", "lime"]
     assert paths[2:] == [tmp_path / "new" / "2.jpg", Path("/3.jpg")]
-    (tmp_path / "wrong.csv").write_text("file,label\n1.jpg,a\n")
-    with pytest.raises(IosrFastError, match=r"expected the columns path and label .*, got file, label; add path"):
-        labelled_images(tmp_path / "wrong.csv")
-    for content, message in (
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"file,label\n1.jpg,a\n", r"expected the columns path and label .*, got file, label; add path"),
         (b"path,label\n1.jpg,caf\xe9\n", "can't read .*wrong.csv as CSV in UTF-8: .*0xe9"),
-        (b'path,label\n1.jpg,"' + b"a" * 200_000, "can't read .*wrong.csv as CSV in UTF-8: field larger"),
         (b"path,label\n1.jpg,a\n,b\n", "expected a path in each row of .*wrong.csv, got none for the label 'b'"),
-    ):
-        (tmp_path / "wrong.csv").write_bytes(content)
-        with pytest.raises(IosrFastError, match=message):
-            labelled_images(tmp_path / "wrong.csv")
-    with pytest.raises(FileNotFoundError, match=r"no file .*none\.csv"):
-        labelled_images(tmp_path / "none.csv")
+    ],
+)
+def test_a_csv_file_that_names_no_pictures_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "wrong.csv").write_bytes(content)
+    with pytest.raises(IosrFastError, match=message):
+        labelled_images(tmp_path / "wrong.csv")
 
 
 def test_mistakes_are_refused_before_any_work(tmp_path: Path) -> None:
-    assert "none" in refused("audit", tmp_path / "none")
     assert "found none" in refused("audit", tmp_path, "--html", tmp_path / "none" / "a.html")
     assert "-n" in refused("suggest", tmp_path, tmp_path, "-n", 0)
     for command in (("audit", tmp_path), ("suggest", tmp_path, tmp_path, "-n", 1), ("evaluate", tmp_path, tmp_path)):
@@ -249,12 +213,9 @@ def test_names_that_no_page_can_hold_are_refused(place: Path) -> None:
     for name in ("one", "two"):
         (place / "test" / name).mkdir(parents=True)
         shutil.copy(place / "unlabelled" / "0.png", os.fsencode(place / "test" / name) + b"/\xff.png")
-    for command in (
-        ("evaluate", place / "classifier", place / "test"),
-        ("classify", place / "classifier", place / "test"),
-        ("suggest", place / "classifier", place / "test", "-n", 1),
-    ):
-        assert "expected file names in UTF-8, got" in refused(*command, "--html", place / "a.html")
+    for command, *options in (("evaluate",), ("classify",), ("suggest", "-n", 1)):
+        words = refused(command, place / "classifier", place / "test", *options, "--html", place / "a.html")
+        assert "expected file names in UTF-8, got" in words
     assert not (place / "a.html").exists()
 
 
@@ -264,39 +225,31 @@ def test_classify_writes_a_page_of_pictures_by_label(place: Path) -> None:
     words = ("classify", place / "classifier", folder, "--skip-bad", "--html")
     alone = run(*words, place / "alone.html")
     assert alone.exit_code == 0 and not alone.stdout, alone.output
-    pages = [(place / "alone.html").read_text()]
-    for out in ("p.csv", "p.parquet"):
-        done = run(*words, place / f"{out}.html", "--out", place / out, "--joint")
-        assert done.exit_code == 0 and (place / out).is_file(), done.output
-        pages.append((place / f"{out}.html").read_text())
-    for page in pages:
-        assert page.count("data:image/webp;base64,") == 18 and "<b>one" not in page
-        assert "<dt>unreadable</dt><dd>1</dd>" in page
-    assert pages[1] == pages[2].replace("p.parquet", "p.csv") and "broken.png: it is not an image" in pages[1]
     rejecting = ("--reject-unknown", "--keep", "0.9", "--unknown-label", "<other>", "--out", place / "r.csv")
     done = run(*words, place / "r.html", *rejecting)
     assert done.exit_code == 0 and "<other>" in (place / "r.csv").read_text(), done.output
-    assert "<h2>&lt;other&gt;</h2>" in (place / "r.html").read_text()
+    pages = [(place / name).read_text() for name in ("alone.html", "r.html")]
+    for page in pages:
+        assert page.count("data:image/webp;base64,") == 18 and "<b>one" not in page
+        assert "<dt>unreadable</dt><dd>1</dd>" in page
+    assert "<h2>&lt;other&gt;</h2>" in pages[1] and "broken.png: it is not an image" in pages[1]
     assert "expected a file for --out with --html" in refused(*words, place / "n.html", "--out", place / "parts")
 
 
 def test_a_page_of_labels_shows_the_unsure_first_and_says_what_it_leaves_out(
     place: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predictions_report, "_PICTURES", 7)
+    monkeypatch.setattr(predictions_report, "_PICTURES", 12)
     monkeypatch.setattr(predictions_report, "_OPEN", 2)
     images = sorted((place / "unlabelled").iterdir())
     rows = [Labelled(str(images[k]), "abbbb<bbb"[k], 0.9 - k / 20, math.nan, "") for k in range(9)]
     rows.append(Labelled("gone.png", "a", 0.2, math.nan, ""))
     (place / "p.html").write_text(predictions_page(rows, "Labels"))
     for width in (390, 1280):
-        page, faults = opened(browser, place / "p.html", width)
-        assert not faults and page.evaluate("document.documentElement.scrollWidth") == width
+        page = opened(browser, place / "p.html", width)
         assert page.locator("h2").all_inner_texts() == ["Labels", "<", "a", "b"]
         assert "3 of 10 images are left out" in page.locator("header").inner_text()
-        assert "7 images. The first 4 of 7 are shown." in page.locator("section").nth(3).inner_text()
-        page.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
-        shares = page.locator("section").nth(3).locator("li .measure").all_inner_texts()
-        assert shares == ["50%", "55%", "60%", "70%"]
-        assert page.locator(".picture.none").all_inner_texts() == ["gone.png"]
-        page.close()
+        section = page.locator("section").nth(3)
+        assert "7 images. The first 4 of 7 are shown." in section.inner_text()
+        assert section.locator("li .measure").all_inner_texts() == ["50%", "55%", "60%", "70%"]
+        assert page.locator("span.picture").all_inner_texts() == ["gone.png"]
