@@ -27,11 +27,11 @@ def change(head: Head, rng: np.random.Generator) -> Head:
     kind = rng.choice(["examples", "class", "drop", "drop class", "rename"])
     if kind == "examples":
         added = random_examples(rng, [uid] * int(rng.integers(1, 5)), head.next_example)
-        return Change("add_examples", added=added).apply(head)
+        return Change("add_examples", uid, added=added).apply(head)
     if kind == "class":
         added = random_examples(rng, [head.next_class] * int(rng.integers(1, 4)), head.next_example)
         text = unit(rng.standard_normal(24))
-        return Change("add_class", name=f"later {head.next_class}", text=text, added=added).apply(head)
+        return Change("add_class", head.next_class, f"later {head.next_class}", text, added).apply(head)
     if kind == "rename":
         return Change("rename_class", uid, f"renamed {head.version}", unit(rng.standard_normal(24))).apply(head)
     if kind == "drop class" and len(head.uids) > 3:
@@ -68,7 +68,8 @@ def test_a_change_compiles_no_plan_and_a_new_name_alone_keeps_it() -> None:
 def test_the_nearest_are_found_by_what_the_method_compares() -> None:
     rng = np.random.default_rng(1)
     head = random_head(rng, 5, 20, reducer="centre")
-    head = without(Change("add_examples", added=random_examples(rng, [2] * 5, head.next_example)).apply(head), 0, 1, 2)
+    added = random_examples(rng, [2] * 5, head.next_example)
+    head = without(Change("add_examples", 2, added=added).apply(head), 0, 1, 2)
     queries = random_queries(rng, 4)
     cosines = head.config.reducer(queries.adapted) @ head.config.reducer(head.support.embeddings.adapted).T
     ids, class_ids = head.examples.ids, head.examples.class_ids
@@ -127,7 +128,7 @@ def test_changes_that_a_method_can_not_take() -> None:
 def test_the_fingerprint_says_whether_two_heads_answer_alike() -> None:
     head, same = (random_head(np.random.default_rng(0), 4, 2) for _ in range(2))
     others = [
-        Change("add_examples", added=random_examples(np.random.default_rng(1), [1], 8)).apply(head),
+        Change("add_examples", 1, added=random_examples(np.random.default_rng(1), [1], 8)).apply(head),
         Change("rename_class", 1, "other").apply(head),
         Change("remove_class", 2).apply(head),
         random_head(np.random.default_rng(0), 4, 2, parameters={"alpha": 1.01}),
