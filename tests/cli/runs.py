@@ -13,11 +13,18 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+def done(*words: object) -> str:
+    """The standard output of a command that must succeed."""
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
 def refused(*words: object) -> str:
     """What a command says to its user's mistake, after exit code 2."""
-    done = run(*words)
-    assert done.exit_code == 2 and "Traceback" not in done.output, done.output
-    return done.output
+    result = run(*words)
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    return result.output
 
 
 def never(*_: object, **__: object) -> Any:

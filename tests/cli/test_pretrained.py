@@ -39,23 +39,17 @@ def test_the_demo_that_nobody_named_is_warned_of_once(
     ("options", "said"),
     [
         ({"adapter": "nowhere.safetensors"}, "nowhere.safetensors"),
-        ({"adapter": __file__}, "test_pretrained.py"),
         ({"adapter": "clip"}, "not an adapter of iosr_fast"),
         ({"adapter": "demo"}, "expected demo with 6 blocks of width 128, got ViT-B-32 with 12 of width 768"),
         ({"engine": "nowhere"}, "expected a folder with a manifest.json"),
         ({"runtime": "abacus"}, "expected runtime 'auto' or one of"),
         ({"precision": "fp7"}, "expected a precision of"),
         ({"precision": "bf16", "runtime": "torch"}, "which compute in bf16"),
-        ({"pretrained": "nowhere/weights.pt"}, "expected a file of weights at"),
         ({"pretrained": "no-such-tag"}, "has no pretrained tag 'no-such-tag'"),
         ({"pretrained": None}, "expected weights for"),
         ({"model": "ViT-Z-99"}, "one of open_clip's models"),
-        ({"model": "ViT-B16", "pretrained": "openai"}, "did you mean 'ViT-B-16'"),
         ({"pretrained": "openia"}, "did you mean 'openai'"),
-        ({"model": "ViT-S-16", "pretrained": None}, "open_clip lists none for it"),
         ({"model": "RN50", "adapter": "demo"}, "RN50 has a ResNet image encoder; expected.* every method without"),
-        ({"model": "convnext_base_w", "pretrained": "none", "adapter": "demo"}, "has a convnext_base image encoder"),
-        ({"model": "coca_ViT-B-32", "pretrained": "none", "adapter": "demo"}, "an attentional pooler"),
         ({"model": "RN50", "runtime": "torch"}, "an image encoder that can't be fused, got the runtime 'torch'"),
         ({"model": "RN50", "precision": "fp16"}, "expected fp32, bf16 or int8 for .* got fp16"),
         ({"model": "local-dir:nowhere", "pretrained": None}, "open_clip_config.json and weights at nowhere"),
@@ -76,17 +70,6 @@ def test_what_does_not_fit_is_refused_before_a_clip_is_made(
         given["adapter"] = files.get(given["adapter"], given["adapter"])
     with pytest.raises((ValueError, OSError), match=said):
         Classifier(**given).fit(["a.jpg", "b.jpg"], ["a", "b"])
-
-
-def test_an_adapter_of_a_timm_encoder_is_read(tmp_path: Path) -> None:
-    """Its configuration names no width and no blocks to compare."""
-    pytest.importorskip("torch"), pytest.importorskip("open_clip")
-    from iosr_fast.clip.adapter import Adapter, AdapterConfig, save_adapter
-
-    config = AdapterConfig("f" * 64, "ViT-B-16-SigLIP2", 768, 12, first_adapted_block=11, bottleneck=2)
-    save_adapter(Adapter(config), tmp_path / "adapter.safetensors")
-    loaded = pretrained.read_adapter("ViT-B-16-SigLIP2", tmp_path / "adapter.safetensors")
-    assert loaded is not None and loaded.config == config
 
 
 def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,9 +113,7 @@ def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.Monk
     "failure",
     [
         urllib.error.URLError("no route to host"),
-        ConnectionError("offline mode is enabled\nsecond line"),
         RuntimeError("Failed to download weights for 'ViT-B-32'\ntraceback of theirs"),
-        Exception(""),
     ],
 )
 def test_a_download_that_fails_is_one_line_that_names_the_model(

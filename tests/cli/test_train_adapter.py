@@ -14,33 +14,21 @@ pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
 from PIL import Image  # noqa: E402
-from typer.testing import CliRunner, Result  # noqa: E402
 
-from iosr_fast.cli import train_adapter as tool  # noqa: E402
 from iosr_fast.clip.adapter import load_adapter  # noqa: E402
-from iosr_fast.utils.command import command_app  # noqa: E402
+from tests.cli import runs  # noqa: E402
 from tests.training.small import logged  # noqa: E402
-
-APP = command_app(tool.train_adapter)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def words(tmp_path: Path) -> list[object]:
+    """A run on eight pictures of two classes."""
     for name in ("red", "blue"):
         (tmp_path / "in" / name).mkdir(parents=True)
         for i in range(4):
             Image.new("RGB", (64, 64), name).save(tmp_path / "in" / name / f"{i}.png")
-    return tmp_path
-
-
-def run(folder: Path, *options: str) -> Result:
-    words = ["--data", str(folder / "in"), "--out", str(folder / "out" / "a.safetensors"), "--workers", "0"]
-    return CliRunner().invoke(APP, [*words, "--first-adapted-block", "5", "--batch", "4", *options])
-
-
-def printed(result: Result) -> str:
-    """The output, without the frame around errors."""
-    return " ".join(result.output.replace("│", " ").split())
+    given = ["--data", tmp_path / "in", "--out", tmp_path / "out" / "a.safetensors", "--workers", "0", "--batch", "4"]
+    return ["train-adapter", *given, "--first-adapted-block", "5"]
 
 
 REFUSED: list[tuple[Sequence[str], str]] = [
@@ -52,18 +40,14 @@ REFUSED: list[tuple[Sequence[str], str]] = [
     (["--accelerator", "abacus"], "abacus"),
     (["--schedule", "linear"], "expected schedule constant or cosine, got 'linear'"),
 ]
-if not torch.cuda.is_available():
-    REFUSED.append((["--accelerator", "cuda"], "can't train on accelerator 'cuda'"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "expected"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
 def test_invalid_options_are_refused_and_never_replaced_by_a_default(
-    folder: Path, options: Sequence[str], expected: str
+    words: list[object], tmp_path: Path, options: Sequence[str], expected: str
 ) -> None:
-    refused = run(folder, *options)
-    assert refused.exit_code == 2 and expected in printed(refused), refused.output
-    assert not list(folder.rglob("*.csv"))
+    assert expected in runs.refused(*words, *options) and not list(tmp_path.rglob("*.csv"))
 
 
 @pytest.mark.slow
@@ -71,65 +55,49 @@ def test_invalid_options_are_refused_and_never_replaced_by_a_default(
     ("options", "place"),
     [
         ([], (4, 256, 0.1)),
-        (["--preset", "paper"], (0, 64, 0.03)),
         (["--preset", "paper", "--bottleneck", "8"], (0, 8, 0.03)),
         (["--preset", "demo", "--epochs", "1"], (3, 256, 0.1)),
         (["--preset", "paper", "--objective", "dino", "--epochs", "1", "--dino-out", "8"], (0, 64, 0.1)),
     ],
-    ids=["default", "paper", "override", "demo", "dino"],
+    ids=["default", "paper", "demo", "dino"],
 )
-def test_a_preset_gives_the_defaults(folder: Path, options: Sequence[str], place: tuple[int, int, float]) -> None:
-    out = folder / "a.safetensors"
-    words = ["--data", str(folder / "in"), "--out", str(out), "--workers", "0", "--batch", "4", "--local-crops", "1"]
-    done = CliRunner().invoke(APP, [*words, *options])
-    assert done.exit_code == 0, done.output
-    config = load_adapter(out).config
+def test_a_preset_gives_the_defaults(words: list[object], options: list[str], place: tuple[int, int, float]) -> None:
+    runs.done(*words[:-2], "--local-crops", "1", *options)
+    config = load_adapter(words[4]).config  # type: ignore[arg-type]
     assert (config.first_adapted_block, config.bottleneck, config.scale) == place
     assert config.training["epochs"] == 1
 
 
 @pytest.mark.slow
-def test_only_an_adapter_is_replaced(folder: Path) -> None:
-    out = folder / "out" / "a.safetensors"
-    out.parent.mkdir()
-    out.write_text("my diary")
-    refused = run(folder)
-    assert refused.exit_code == 2 and "exists and is no adapter" in printed(refused)
-    assert out.read_text() == "my diary"
-    out.unlink()
-    assert run(folder).exit_code == 0
-    again = run(folder, "--bottleneck", "8")
-    assert again.exit_code == 0 and "exists and is replaced when this training ends" in printed(again)
-    assert load_adapter(out).config.bottleneck == 8
-
-
-def test_a_file_where_the_logs_go_is_refused(folder: Path) -> None:
-    (folder / "out").mkdir()
-    (folder / "out" / "a.safetensors.training").write_text("a file")
-    refused = run(folder)
-    assert refused.exit_code == 2 and "got a file of that name; move it" in printed(refused)
-
-
-@pytest.mark.slow
-def test_an_adapter_that_does_not_fit_the_disk_is_written_by_the_next_run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_an_adapter_is_replaced_and_a_full_disk_loses_no_training(
+    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out, training = tmp_path / "out" / "a.safetensors", tmp_path / "out" / "a.safetensors.training"
+    out.parent.mkdir()
+    training.write_text("a file")
+    assert "got a file of that name; move it" in runs.refused(*words)
+    training.unlink()
+    out.write_text("my diary")
+    assert "exists and is no adapter" in runs.refused(*words) and out.read_text() == "my diary"
+    out.unlink()
+
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
         patched.setattr("iosr_fast.clip.adapter.save_adapter", full)
-        failed = run(folder, "--epochs", "2")
-    assert failed.exit_code == 2 and "the same command writes it at once" in printed(failed)
-    training = folder / "out" / "a.safetensors.training"
+        assert "the same command writes it at once" in runs.refused(*words, "--epochs", "2")
     assert len(logged(training)) == 2
-    done = run(folder, "--epochs", "2")
-    assert done.exit_code == 0 and (folder / "out" / "a.safetensors").is_file(), done.output
+    runs.done(*words, "--epochs", "2")
     assert [path.name for path in (training / "log").iterdir()] == ["version_0"], "no step was taken again"
-    assert not (training / "checkpoints").exists()
+    assert out.is_file() and not (training / "checkpoints").exists()
+    assert "exists and is replaced when this training ends" in runs.run(*words, "--bottleneck", "8").output
+    assert load_adapter(out).config.bottleneck == 8
 
 
-def test_a_second_ctrl_c_says_where_it_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_says_that_the_same_command_resumes(
+    words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -138,5 +106,5 @@ def test_a_second_ctrl_c_says_where_it_goes_on(folder: Path, monkeypatch: pytest
 
     monkeypatch.setattr("iosr_fast.training.train.train_adapter", interrupted)
     monkeypatch.setattr(os, "_exit", leave)
-    stopped = run(folder)
-    assert stopped.exit_code == 130 and "stopped at once: the same command resumes from the last" in printed(stopped)
+    stopped = runs.run(*words)
+    assert stopped.exit_code == 130 and "stopped at once: the same command resumes from the last" in stopped.output
