@@ -18,7 +18,7 @@ from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOption
 from iosr_fast.head.evaluation import Evaluation
 from iosr_fast.head.fit import Fit
 from iosr_fast.head.fitting import fit
-from iosr_fast.head.head_data import ClassInfo
+from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead

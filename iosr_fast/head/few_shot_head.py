@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,6 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.answers import Answers
-from iosr_fast.head.embedding_rows import as_iosr_errors, unit, unit_rows, usable_rows
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitting import fit_head
 from iosr_fast.head.labels import are_label_sets, dense, read_label_sets
@@ -136,8 +136,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         if several:
             choice.check_several(unknown_images)
         X, classes, labels = self._read_sets(X, y) if several else self._read_labels(X, y)
-        kept = np.flatnonzero(usable_rows(X, self.adapted, "left out of the support rows"))
-        rows, labels, text = unit_rows(X[kept], self.adapted), labels[kept], self._text_rows(classes, X.shape[1])
+        kept = self._usable(X, "left out of the support rows")
+        rows, labels, text = self._embeddings(X[kept]), labels[kept], self._text_rows(classes, X.shape[1])
         sets, ids = (labels, np.arange(len(kept))) if several else (None, labels)
         examples, unknown = Examples(rows, ids, kept, (None,) * len(kept)), None
         if not several:
@@ -230,28 +230,48 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             raise not_fitted(str(error)) from None
         return self._answers
 
-    def _validated(self, *rows_and_labels: Any, reset: bool) -> Any:
+    def _validated(self, *rows_and_labels: Any, reset: bool = False) -> Any:
         for name, values in zip(("X", "y"), rows_and_labels, strict=False):
             refuse_masked(name, values)
-        with as_iosr_errors():
+        with _as_iosr_errors():
             return validate_data(self, *rows_and_labels, reset=reset, dtype=(np.float64, np.float32), order="C")
 
     def _queries(self, X: Any) -> Iterator[Embeddings]:
         """Rows to classify, in blocks. A row of zeros stays, with a warning."""
-        rows: np.ndarray = self._validated(X, reset=False)
-        usable_rows(rows, self.adapted, "their cosines count as 0, and their labels mean nothing")
-        return (unit_rows(rows[first : first + _BLOCK], self.adapted) for first in range(0, len(rows), _BLOCK))
+        rows: np.ndarray = self._validated(X)
+        self._usable(rows, "their cosines count as 0, and their labels mean nothing")
+        return (self._embeddings(rows[first : first + _BLOCK]) for first in range(0, len(rows), _BLOCK))
 
     def _unknown_rows(self, unknown: Any) -> Embeddings:
-        rows = self._validated(unknown, reset=False)
-        rows = rows[usable_rows(rows, self.adapted, "left out of the unknown rows")]
+        rows = self._validated(unknown)
+        rows = rows[self._usable(rows, "left out of the unknown rows")]
         check_unknown_images(len(rows))
-        return unit_rows(rows, self.adapted)
+        return self._embeddings(rows)
+
+    def _embeddings(self, rows: np.ndarray) -> Embeddings:
+        """Rows (n, D), or plain and adapted ones (n, 2 D), at unit length."""
+        return Embeddings(*map(unit, self._halves(rows)))
+
+    def _halves(self, rows: np.ndarray) -> list[np.ndarray]:
+        return np.split(rows, 2, axis=1) if self.adapted else [rows]
+
+    def _usable(self, rows: np.ndarray, use: str) -> np.ndarray:
+        """(k,) the rows that have a direction; a warning names the others and says what becomes of them."""
+        if self.adapted and rows.shape[1] % 2:
+            raise IosrFastError(
+                "expected plain and adapted embeddings side by side, an even number of columns, for adapted=True, "
+                f"got {rows.shape[1]}"
+            )
+        usable = np.logical_and.reduce([part.any(axis=1) for part in self._halves(rows)])
+        if len(zero := np.flatnonzero(~usable)):
+            message = f"{len(zero)} of {len(rows)} rows of X hold zeros only, the first is row {zero[0]}: {use}"
+            warnings.warn(message, stacklevel=3)
+        return np.flatnonzero(usable)
 
     def _read_labels(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows, classes (C,), and each row's class by its position (n,)."""
         X, y = self._validated(X, y, reset=True)
-        with as_iosr_errors(), warnings.catch_warnings():
+        with _as_iosr_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # of few shots
             check_classification_targets(y)
         classes, labels = np.unique(y, return_inverse=True)
@@ -271,14 +291,11 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         if self.text is None:
             return None
         refuse_masked("text", self.text)
-        with as_iosr_errors():
+        with _as_iosr_errors():
             text = check_array(self.text, dtype=np.float64, input_name="text")
         shape = (len(classes), width // (2 if self.adapted else 1))
         if text.shape != shape:
-            raise IosrFastError(
-                f"expected text of shape {shape}, a row for each of the {len(classes)} classes in y and a column for "
-                f"each channel, got {text.shape}"
-            )
+            raise IosrFastError(f"expected text of shape {shape}, (classes in y, channels), got {text.shape}")
         if not text.any(axis=1).all():
             raise IosrFastError(f"expected text rows other than zero, got zeros in row {text.any(axis=1).argmin()}")
         return unit(text)
@@ -290,3 +307,21 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             if METHODS[self.method].needs_adapter and not self.adapted:
                 fix = "; adapted embeddings: expected adapted=True and X of (n, 2 D), got adapted=False"
             raise IosrFastError(f"{reason}{fix}")
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows at unit length, (n, D) float32; zeros stay. The largest channel becomes 1 first: no square overflows."""
+    exact = np.array(rows, np.float64, order="C")
+    largest = np.abs(exact).max(axis=1, keepdims=True)
+    exact /= np.where(largest > 0, largest, 1.0)
+    exact /= np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1.0)
+    return exact.astype(np.float32)
+
+
+@contextmanager
+def _as_iosr_errors() -> Iterator[None]:
+    """Raise scikit-learn's ValueErrors as IosrFastError, with their messages."""
+    try:
+        yield
+    except ValueError as error:
+        raise IosrFastError(str(error)) from error

@@ -12,17 +12,19 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head import multi_label
 from iosr_fast.head.engine_choice import OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import Fit
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import Labels, check_labels
-from iosr_fast.head.method_config import MethodChoice
+from iosr_fast.head.method_config import MethodChoice, MethodConfig
+from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportViews, encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.multi_label import fit_multi_label
+from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.tune import AUTO
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
@@ -118,8 +120,15 @@ def fit_head(
 ) -> AnyHead:
     """The head of support images whose class ids are positions in `names` (C), or where `label_sets` (P, C) bool are
     given, positions in these. Raises what MethodChoice.config and methods.multi_label.fit_multi_label raise."""
-    if label_sets is not None:
-        return multi_label.fit_head(choice, names, text, tau, examples, label_sets[examples.class_ids])
-    examples = examples.sorted_by_class()
-    config = choice.config(examples.as_support(range(len(names)), text, tau))
-    return Head.first(names, text, tau, examples, config, unknown_images=unknown_images)
+    if label_sets is None:
+        examples = examples.sorted_by_class()
+        config = choice.config(examples.as_support(range(len(names)), text, tau))
+        return Head.first(names, text, tau, examples, config, unknown_images=unknown_images)
+    labels, precision = label_sets[examples.class_ids], choice.key_precision
+    images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries)
+    setting = None if choice.searched else choice.parameters
+    found = fit_multi_label(images, choice.method, setting, precision, choice.seconds)
+    config = MethodConfig(found.method, found.parameters, factor=found.factor, key_precision=precision)
+    examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
+    own = {"labels": labels, "thresholds": found.thresholds, "evidence": found}
+    return MultiLabelHead.first(names, text, tau, examples, config, **own).with_computed(plan=found.plan)

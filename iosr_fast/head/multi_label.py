@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.examples import Examples
-from iosr_fast.head.head_data import HeadData
+from iosr_fast.head.head import HeadData
 from iosr_fast.head.labels import label_sets, read_label_sets
-from iosr_fast.head.method_config import MethodChoice, MethodConfig
 from iosr_fast.methods.log_loss import sigmoid
-from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label
+from iosr_fast.methods.multi_label import MultiLabelFit
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.utils.ranking import mean_average_precision
 
@@ -83,20 +81,3 @@ class MultiLabelHead(HeadData):
     def quality(self, truth: np.ndarray, logits: np.ndarray) -> float:
         """The mean average precision over the classes that a query has; `truth` (B, C) bool."""
         return mean_average_precision(truth, logits)
-
-    def classes_shown(self, top: int) -> int:
-        """0, which stands for those that the picture has (pipeline.tables)."""
-        return 0
-
-
-def fit_head(
-    how: MethodChoice, names: Sequence[str], text: np.ndarray | None, tau: float, examples: Examples, labels: np.ndarray
-) -> MultiLabelHead:
-    """The head of support images with `labels` (N, C) bool. Raises what methods.multi_label.fit_multi_label raises."""
-    images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries)
-    setting = None if how.searched else how.parameters
-    fitted = fit_multi_label(images, how.method, setting, how.key_precision, how.seconds)
-    config = MethodConfig(fitted.method, fitted.parameters, factor=fitted.factor, key_precision=how.key_precision)
-    examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
-    own = {"labels": labels, "thresholds": fitted.thresholds, "evidence": fitted}
-    return MultiLabelHead.first(names, text, tau, examples, config, **own).with_computed(plan=fitted.plan)

@@ -214,14 +214,11 @@ def predict_any(
 def label_columns(head: AnyHead, answers: Sequence[Prediction | LabelSet]) -> tuple[np.ndarray, np.ndarray]:
     """The labels (B,) of `predict_any`'s answers, of the most likely class, and their probabilities (B,) float32; by a
     MultiLabelHead frozensets of labels, and dicts of each of these and its probability, of dtype object."""
+    pairs = [answer.pairs for answer in answers]
     if isinstance(head, Head):
-        best = [answer.top[0] for answer in answers if isinstance(answer, Prediction)]
-        labels = np.array([one.label for one in best], dtype=str)
-        return labels, np.array([one.probability for one in best], np.float32)
-    sets = [answer for answer in answers if isinstance(answer, LabelSet)]
-    labels, probabilities = np.empty(len(sets), object), np.empty(len(sets), object)
-    labels[:] = [frozenset(one.labels) for one in sets]
-    probabilities[:] = [dict(one.pairs) for one in sets]
+        return np.array([best[0] for best, *_ in pairs], str), np.array([best[1] for best, *_ in pairs], np.float32)
+    labels, probabilities = np.empty(len(pairs), object), np.empty(len(pairs), object)
+    labels[:], probabilities[:] = [frozenset(dict(one)) for one in pairs], [dict(one) for one in pairs]
     return labels, probabilities
 
 

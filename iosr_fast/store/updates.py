@@ -19,8 +19,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice, OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import Fit
-from iosr_fast.head.head import Head
-from iosr_fast.head.head_data import HeadData
+from iosr_fast.head.head import Head, HeadData
 from iosr_fast.head.ids import class_id
 from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.head.names import check_new_name

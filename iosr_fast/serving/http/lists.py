@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from iosr_fast.head.head_data import HeadData
+from iosr_fast.head.head import HeadData
 from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
 from iosr_fast.methods.conformal import images_needed
 from iosr_fast.methods.unknown import KEEP

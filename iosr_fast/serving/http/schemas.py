@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from iosr_fast.head.head_data import ClassInfo
+from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.predictions import Prediction
 
 
