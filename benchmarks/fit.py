@@ -28,7 +28,7 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.clip.load import load_clip
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.files.stream import batch_sizes, choose_batch, choose_stage, encode_batches
-from iosr_fast.images.decode import CpuDecoder
+from iosr_fast.images.decode import Decoder
 
 SHOTS = 8  # pictures a class
 PUBLIC_BATCH = 32
@@ -65,7 +65,7 @@ def run(run: Run, model: str = "ViT-B-32", pictures: int = 160) -> None:
             stage = choose_stage(encoder, classifier.engine_, pictures, batch, run.threads)
             ends = [0, *accumulate(batch_sizes(pictures, batch, stage.callers))]
             batches = [(begin, paths[begin:end]) for begin, end in pairwise(ends)]
-            with closing(encode_batches(stage, CpuDecoder(exact=True), batches, Embeddings.to_numpy)) as results:
+            with closing(encode_batches(stage, Decoder("cpu-exact"), batches, Embeddings.to_numpy)) as results:
                 return Embeddings.concatenate([rows for _, rows in results if rows is not None])
 
         def fit() -> Classifier:

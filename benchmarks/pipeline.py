@@ -36,7 +36,7 @@ from iosr_fast.clip.adapter import Adapter, random_adapter
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.files.stream import Stage, batch_sizes, choose_batch, choose_stage
-from iosr_fast.images.decode import CpuDecoder
+from iosr_fast.images.decode import Decoder
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import open_image, resize_and_crop
 from iosr_fast.scoring.plan import ScoringPlan
@@ -184,7 +184,7 @@ class Folder:
         groups = [self.paths[start:end] for start, end in pairwise([0, *ends])]
 
         def decode(paths: list[Path]) -> np.ndarray:
-            decoded = CpuDecoder().decode(paths, self.clip.geometry)
+            decoded = Decoder().decode(paths, self.clip.geometry)
             for error in decoded.errors:
                 if error is not None:
                     raise error

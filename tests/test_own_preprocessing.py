@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -94,21 +92,6 @@ def test_a_clip_has_the_preprocessing_that_its_tags_share(clip: LoadedClip, capl
         assert (value == plain.model.state_dict()[key]).all()
 
 
-def test_weights_without_a_tag_get_the_default_with_a_warning_where_tags_differ(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    from safetensors.torch import save_file
-
-    save_file(load_clip("iosr-mixed", "none").model.state_dict(), tmp_path / "weights.safetensors")
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        mixed = load_clip("iosr-mixed", tmp_path / "weights.safetensors")
-    assert (mixed.geometry, mixed.mean) == (Geometry(64), OPENAI_DATASET_MEAN)
-    assert "published weights of iosr-mixed differ in preprocessing" in caplog.text
-    caplog.clear()
-    assert load_clip("iosr-squash", tmp_path / "weights.safetensors").geometry == SQUASH and not caplog.records
-
-
 def test_an_engine_keeps_the_geometry(engine: Path, tmp_path: Path) -> None:
     manifest = json.loads((engine / MANIFEST).read_text())
     assert (manifest["image_size"], manifest["resize_mode"], manifest["interpolation"]) == (64, "squash", "bilinear")
@@ -178,24 +161,3 @@ def test_every_caller_of_a_classifier_uses_the_same_pixels(
     rewrite_manifest(tmp_path / "bundle", preprocessing={**facts, "resize_mode": "shortest"})
     with pytest.raises(ValueError, match="expected the engine's resize_mode, squash, got shortest"):
         Classifier.load(tmp_path / "bundle")
-
-
-def test_the_server_uses_them_as_well(engine: Path, photographs: list[Path], tmp_path: Path) -> None:
-    from tests.serving.http_client import serving  # skips where the serve extra is missing
-
-    names = [f"class {i % 3}" for i in range(len(photographs))]
-    parameters: dict[str, Any] = {"method": "tip-adapter", "alpha": 9.0, "beta": 30.0}
-    classifier = Classifier("iosr-squash", pretrained="none", adapter=None, engine=engine, **parameters)
-    classifier.fit(photographs, names)
-    truth = classifier.predict_proba(photographs)
-    with serving(classifier) as client:
-        images = [path.read_bytes() for path in photographs]
-        body = client.predict(*images, query="?top=3").json()
-        made = [{one["label"]: one["probability"] for one in each["top"]} for each in body["predictions"]]
-        got = [[each[name] for name in classifier.classes_] for each in made]
-        np.testing.assert_allclose(got, truth, atol=1e-5)
-        # A thin picture is refused by the work of resizing it; squashing it costs little.
-        from tests.pictures import encode
-
-        thin = encode(np.zeros((1, 50_000, 3), np.uint8))
-        assert client.predict(thin).status_code == 200

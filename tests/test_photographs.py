@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import struct
 import zlib
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, features
-from typer.testing import CliRunner
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
@@ -21,7 +19,6 @@ pytest.importorskip("open_clip")
 pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif comes with the heic extra")
 
 from iosr_fast.classifier import Classifier  # noqa: E402
-from iosr_fast.cli import app  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.images.preprocess import open_image  # noqa: E402
 from iosr_fast.serving.batching import BatchingClassifier  # noqa: E402
@@ -212,21 +209,6 @@ def test_a_folder_of_photographs_gets_the_same_labels(
         assert_same(classifier, said[order], found.labels, found.probabilities)
     else:
         assert list(found.labels) == list(classifier.classes_[said[order].argmax(1)])
-
-
-def test_a_saved_classifier_and_the_command_line_say_the_same(
-    photographs: Photographs, classifier: Classifier, bundle: Path, said: np.ndarray, tmp_path: Path
-) -> None:
-    np.testing.assert_allclose(Classifier.load(bundle).predict_proba(photographs.paths), said, atol=TOLERANCE)
-    words = ["classify", bundle, photographs.queries, "--out", tmp_path / "out.csv"]
-    done = CliRunner().invoke(app, [*map(str, words), "--decoder", "cpu-exact"])
-    assert done.exit_code == 0, done.output
-    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
-        rows = {row["path"]: row for row in csv.DictReader(file)}
-    assert len(rows) == len(photographs.paths)
-    ordered = [rows[str(path)] for path in photographs.paths]
-    assert [row["error"] for row in ordered] == [""] * len(ordered)
-    assert_same(classifier, said, [row["label"] for row in ordered], [float(row["probability"]) for row in ordered])
 
 
 def test_the_server_says_the_same_or_names_what_it_takes(

@@ -98,13 +98,13 @@ def open_parts(
 
     from iosr_fast.encoders.engine_folder import ENGINE_KIND
     from iosr_fast.encoders.runtimes import open_engine
-    from iosr_fast.images.decode import CpuDecoder
+    from iosr_fast.images.decode import Decoder
     from iosr_fast.store.description import folder_kind
 
     encoder: Encoder
 
     def decode(files: list[bytes]) -> np.ndarray:
-        decoded = CpuDecoder().decode(files, encoder.geometry)
+        decoded = Decoder().decode(files, encoder.geometry)
         for error in decoded.errors:
             if error is not None:
                 raise error

@@ -138,7 +138,7 @@ def _folder_rows(folder: Path, place: Path, classes: list[str]) -> Rows:
     rows: Rows = []
     skipped = Skipped()
     for label, name in enumerate(classes):
-        images = sorted(Path(path).relative_to(folder).as_posix() for path, _ in walk(place / name, skipped=skipped))
+        images = sorted(Path(path).relative_to(folder).as_posix() for path in walk(place / name, skipped))
         if not images:
             raise IosrFastError(f"expected images in the class folder {place / name}, found none")
         rows += [(image, label) for image in images]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.files.stream import Errors, Stage, batch_sizes, batches_of, choose_batch, choose_stage, encode_batches
-from iosr_fast.images.decode import Decoder, choose_decoder
+from iosr_fast.images.decode import Decoder
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Encoder
@@ -42,7 +42,7 @@ class Reader:
         decoder: str,
     ) -> Self:
         """The reader of the arguments of Classifier.predict_folder, and its errors about them."""
-        chosen = choose_decoder(decoder, exif_orientation)
+        chosen = Decoder(decoder, exif_orientation)
         return cls(encoder, engine, chosen, choose_batch(encoder, batch), threads, skip_bad)
 
     def stage(self, images: int) -> Stage:

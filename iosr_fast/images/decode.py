@@ -5,23 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.pixels import is_plain, orientation_of, to_rgb, turn, upright_rgb
 from iosr_fast.images.preprocess import ENCODED, open_image, opened_encoded, pad, resize_and_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Takes (width, height); returns what is wrong with them, or "".
-SizeCheck = Callable[[int, int], str]
 DECODERS = ("cpu", "cpu-exact")
 # libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 of its size by omitting coefficients: a sharp cut-off and one more rounding.
 # With MARGIN times the target size left, the mean difference to the reference is below 1 level on textures with a
@@ -39,55 +38,34 @@ class DecodedBatch:
     errors: list[BadImageError | None]
     pixels: np.ndarray | None
 
-    @classmethod
-    def collect(cls, results: Sequence[np.ndarray | BadImageError]) -> DecodedBatch:
-        """From each source's pixels (size, size, 3) or error, in order."""
-        errors = [result if isinstance(result, BadImageError) else None for result in results]
-        readable = [result for result in results if not isinstance(result, BadImageError)]
-        return cls(errors, np.stack(readable) if readable else None)
 
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes batches of images as `open_image` takes them, with Pillow, in the calling thread. Threads may share one.
 
-class Decoder(Protocol):
-    """Decodes batches of images as `open_image` takes them. Threads may share one."""
+    `name` is one of DECODERS; pixels of "cpu-exact" equal the reference to the last bit. Raises IosrFastError for
+    another name.
+    """
 
-    name: str
-    exif_orientation: bool
+    name: str = "cpu"
+    exif_orientation: bool = True
+
+    def __post_init__(self) -> None:
+        if self.name not in DECODERS:
+            raise IosrFastError(f"expected decoder to be one of {', '.join(DECODERS)}, got {self.name!r}")
 
     def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> DecodedBatch:
         """The pixels of the readable sources. Positions in errors count from `start`."""
-        ...
-
-
-class CpuDecoder:
-    """Pillow, in the calling thread. With `exact`, pixels equal the reference to the last bit."""
-
-    def __init__(self, exact: bool = False, exif_orientation: bool = True) -> None:
-        self.name, self._exact, self.exif_orientation = "cpu-exact" if exact else "cpu", exact, exif_orientation
-
-    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> DecodedBatch:
-        return DecodedBatch.collect(
-            [
-                try_decode(source, geometry, start + i, self.exif_orientation, self._exact)
-                for i, source in enumerate(sources)
-            ]
-        )
-
-
-def choose_decoder(name: str = "cpu", exif_orientation: bool = True) -> Decoder:
-    """The decoder "cpu" or "cpu-exact". Raises IosrFastError for another name."""
-    if name not in DECODERS:
-        raise IosrFastError(f"expected decoder to be one of {', '.join(DECODERS)}, got {name!r}")
-    return CpuDecoder(name == "cpu-exact", exif_orientation)
-
-
-def try_decode(
-    source: Any, geometry: Geometry, position: int, exif_orientation: bool, exact: bool = False
-) -> np.ndarray | BadImageError:
-    """`decode_pixels`, with BadImageError returned instead of raised."""
-    try:
-        return decode_pixels(source, geometry, position, exact=exact, exif_orientation=exif_orientation)
-    except BadImageError as error:
-        return error
+        errors: list[BadImageError | None] = [None] * len(sources)
+        readable = []
+        for i, source in enumerate(sources):
+            try:
+                exact = self.name == "cpu-exact"
+                pixels = decode_pixels(source, geometry, start + i, exact=exact, exif_orientation=self.exif_orientation)
+                readable.append(pixels)
+            except BadImageError as error:
+                errors[i] = error
+        return DecodedBatch(errors, np.stack(readable) if readable else None)
 
 
 def decode_pixels(
@@ -95,7 +73,7 @@ def decode_pixels(
     geometry: Geometry,
     position: int = 0,
     name: Path | None = None,
-    check: SizeCheck | None = None,
+    limits: DecodeLimits | None = None,
     exact: bool = False,
     exif_orientation: bool = True,
 ) -> np.ndarray:
@@ -104,13 +82,13 @@ def decode_pixels(
     On average over a photograph's pixels the result is within 1 level of the reference; it differs by rounding and, for
     JPEGs of at least 2 * MARGIN times the size that they are resized to, by decoding at a fraction of the size. The
     work depends on the decoded pixels, not on the aspect ratio. `exact` gives the reference to the last bit. `name`
-    names encoded bytes in errors. `check` is called with the size of an encoded image before it is decoded. Raises
+    names encoded bytes in errors. `limits` hold for the size of an encoded image, before it is decoded. Raises
     BadImageError.
     """
     if isinstance(source, (str, Path, *ENCODED)):
         with opened_encoded(source, position, name) as image:
             shape = image.size
-            if check is not None and (reason := check(*shape)):
+            if limits is not None and (reason := limits.size_error(shape, geometry)):
                 raise IosrFastError(reason)
             if exact:
                 return resize_and_crop(upright_rgb(image, exif_orientation), geometry)

@@ -89,7 +89,7 @@ def list_images(folder: str | Path) -> Listing:
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"expected a folder of images, found no folder {folder}")
     skipped = Skipped()
-    paths = sorted((path for path, _ in walk(folder, skipped=skipped)), key=lambda path: path.split(os.sep))
+    paths = sorted(walk(folder, skipped), key=_by_names)
     skipped.warn(folder, len(paths))
     return Listing(paths, skipped)
 
@@ -111,7 +111,7 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
     empty: dict[str, str] = {}
     for name in classes:
         own = Skipped()
-        images = sorted(Path(path) for path, _ in walk(folder / name, skipped=own))
+        images = sorted(map(Path, walk(folder / name, own)))
         if images:
             paths[name] = images
         else:
@@ -136,13 +136,9 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
 def class_folders(folder: str | Path, skipped: Skipped | None = None) -> list[str]:
     """Names of the sub-folders that may be classes, sorted. Raises ValueError for one that is not UTF-8."""
     skipped, names = Skipped() if skipped is None else skipped, []
-    for entry in _entries(str(folder), skipped):
-        status = _status(entry, skipped)
-        if status is None:
-            continue
+    for entry, status in _wanted(str(folder), skipped):
         if not stat.S_ISDIR(status.st_mode):
-            if _is_wanted(entry.name, status, skipped):
-                skipped.reasons["not in a class folder"] += 1
+            skipped.reasons["not in a class folder"] += 1
         elif entry.is_symlink() and _is_above(entry.path, status):
             skipped.reasons["links to a folder above"] += 1
         elif not entry.name.isascii() and entry.name.encode("utf-8", "replace").decode() != entry.name:
@@ -154,83 +150,76 @@ def class_folders(folder: str | Path, skipped: Skipped | None = None) -> list[st
     return names
 
 
-def walk(folder: str | Path, skipped: Skipped | None = None) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file below `folder` with a suffix of IMAGE_SUFFIXES, and its status.
+def walk(folder: str | Path, skipped: Skipped) -> Iterator[str]:
+    """The path of every image below `folder`; what is not listed is counted.
 
-    Skips hidden files, files of the operating system, special files, and files that are listed by another path.
     Raises PermissionError naming a folder that can't be read.
     """
-    skipped = Skipped() if skipped is None else skipped
     seen: set[tuple[int, int]] = set()
-    pending, folder_links, file_links = [str(folder)], list[str](), list[tuple[str, os.stat_result]]()
-    while pending or folder_links:
+    folders, folder_links, file_links = [str(folder)], list[str](), list[tuple[str, os.stat_result]]()
+    while folders or folder_links:
         # Real folders come first, so that a picture is listed by its own path and not by a link's.
-        linked = not pending
-        if linked:
-            folder_links.sort(key=lambda path: path.split(os.sep))
-        place = folder_links.pop(0) if linked else pending.pop()
+        linked = not folders
+        folder_links.sort(key=_by_names)
+        place = folder_links.pop(0) if linked else folders.pop()
         own = os.stat(place)
-        if linked and _is_above(place, own):
-            skipped.reasons["links to a folder above"] += 1
-            continue
-        if _identity(own) in seen:
-            skipped.reasons["linked twice"] += 1
+        reason = "links to a folder above" if linked and _is_above(place, own) else "linked twice"
+        if _identity(own) in seen or reason != "linked twice":
+            skipped.reasons[reason] += 1
             continue
         seen.add(_identity(own))
-        for entry in _entries(place, skipped):
-            status = _status(entry, skipped)
-            if status is None:
-                continue
+        for entry, status in _wanted(place, skipped):
             if stat.S_ISDIR(status.st_mode):
-                (folder_links if entry.is_symlink() else pending).append(entry.path)
-            elif _is_wanted(entry.name, status, skipped):
-                if entry.is_symlink():
-                    file_links.append((entry.path, status))
-                else:
-                    yield entry.path, status
-    reached: set[tuple[int, int]] = set()
-    for path, status in sorted(file_links, key=lambda link: link[0].split(os.sep)):
-        place, name = os.path.split(os.path.realpath(path))
-        listed = _identity(os.stat(place)) in seen and _unwanted(name) is None and _suffix(name) in IMAGE_SUFFIXES
-        if listed or _identity(status) in reached:
+                (folder_links if entry.is_symlink() else folders).append(entry.path)
+            elif entry.is_symlink():
+                file_links.append((entry.path, status))
+            else:
+                yield entry.path
+    for path, status in sorted(file_links, key=lambda link: _by_names(link[0])):
+        target = os.path.realpath(path)
+        listed = _identity(os.stat(os.path.dirname(target))) in seen and _is_image(os.path.basename(target))
+        if listed or _identity(status) in seen:
             skipped.reasons["linked twice"] += 1
         else:
-            reached.add(_identity(status))
-            yield path, status
+            seen.add(_identity(status))
+            yield path
 
 
-def _entries(place: str, skipped: Skipped) -> list[os.DirEntry[str]]:
-    """The entries of a folder, sorted by name, without those that are skipped by name."""
+def _wanted(place: str, skipped: Skipped) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+    """The folders and images in a folder, sorted by name, with their status or that of their link's target."""
     try:
         with os.scandir(place) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
     except OSError as error:
         raise _unreadable(place, error) from error
-    wanted = []
     for entry in entries:
-        reason = _unwanted(entry.name)
-        if reason is None:
-            wanted.append(entry)
-        else:
+        if reason := _unwanted(entry.name):
             skipped.reasons[reason] += 1
-    return wanted
+            continue
+        try:
+            status = entry.stat()
+        except OSError as error:
+            if error.errno not in _BROKEN:
+                raise _unreadable(entry.path, error) from error
+            skipped.reasons["broken links"] += 1
+            continue
+        if not stat.S_ISDIR(status.st_mode) and _suffix(entry.name) not in IMAGE_SUFFIXES:
+            skipped.suffixes[_suffix(entry.name) or "no suffix"] += 1
+        elif not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
+            skipped.reasons["not regular files"] += 1
+        else:
+            yield entry, status
 
 
-def _unwanted(name: str) -> str | None:
+def _unwanted(name: str) -> str:
+    """Why a file or folder of this name is skipped; "" if it is not."""
     if name.startswith("."):
         return "hidden"
-    return "of the operating system" if name.casefold() in _SYSTEM else None
+    return "of the operating system" if name.casefold() in _SYSTEM else ""
 
 
-def _status(entry: os.DirEntry[str], skipped: Skipped) -> os.stat_result | None:
-    """The status of an entry or of its link's target; None, counted, for a broken link."""
-    try:
-        return entry.stat()
-    except OSError as error:
-        if error.errno in _BROKEN:
-            skipped.reasons["broken links"] += 1
-            return None
-        raise _unreadable(entry.path, error) from error
+def _is_image(name: str) -> bool:
+    return not _unwanted(name) and _suffix(name) in IMAGE_SUFFIXES
 
 
 def _unreadable(place: str, error: OSError) -> OSError:
@@ -239,19 +228,12 @@ def _unreadable(place: str, error: OSError) -> OSError:
     return kind(f"can't read {place}: {reason}")
 
 
-def _is_wanted(name: str, status: os.stat_result, skipped: Skipped) -> bool:
-    """Whether a file has a wanted suffix and is a regular file; counts it if not."""
-    if _suffix(name) not in IMAGE_SUFFIXES:
-        skipped.suffixes[_suffix(name) or "no suffix"] += 1
-        return False
-    if not stat.S_ISREG(status.st_mode):
-        skipped.reasons["not regular files"] += 1
-        return False
-    return True
-
-
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
+
+
+def _by_names(path: str) -> list[str]:
+    return path.split(os.sep)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,9 +59,6 @@ def oriented(kind: str, image: np.ndarray, orientation: int, **options: Any) -> 
     return encode(stored(image, orientation), kind, exif=exif, **options)
 
 
-# Orientation
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_rotated_picture_is_turned_upright(kind: str, orientation: int, tmp_path: Path) -> None:
@@ -87,35 +83,6 @@ def test_a_rotated_picture_is_turned_upright(kind: str, orientation: int, tmp_pa
         assert (exact == resize_and_crop(expected, Geometry(24))).all()
 
 
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("shape", [(90, 61), (61, 90), (64, 99), (99, 64), (500, 375), (333, 250)])
-def test_turning_the_crop_is_cropping_what_is_turned(
-    rng: np.random.Generator, shape: tuple[int, int], orientation: int
-) -> None:
-    """Noise would show a crop that is off by one pixel, which an odd number of cut pixels gives on one of two sides."""
-    data = oriented("PNG", rng.integers(0, 256, (*shape, 3), dtype=np.uint8), orientation, compress_level=1)
-    found, expected = decode_pixels(data, Geometry(64)), resize_and_crop(open_image(data), Geometry(64))
-    assert found.flags.c_contiguous
-    error = np.abs(found.astype(int) - expected)
-    assert error.mean() < 1 and np.percentile(error, 99) <= 4
-
-
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_large_rotated_jpeg_is_decoded_at_a_fraction(orientation: int) -> None:
-    data = oriented("JPEG", upright(700, 500), orientation, quality=90)
-    found = decode_pixels(data, Geometry(32))
-    assert np.abs(found.astype(int) - resize_and_crop(open_image(data), Geometry(32))).mean() <= 1
-    turned = Image.open(io.BytesIO(data))
-    assert turned.size == ((500, 700) if orientation > 4 else (700, 500))
-
-
-@pytest.mark.parametrize("value", [0, 9, 255, 65535, "6", (6, 6), b"\x06"])
-def test_an_impossible_orientation_is_ignored(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = Image.fromarray(upright())
-    monkeypatch.setattr(image, "getexif", lambda: {0x0112: value})
-    assert (rgb(image) == upright()).all()
-
-
 @pytest.mark.parametrize(
     "block",
     [
@@ -134,9 +101,6 @@ def test_damaged_exif_is_no_reason_to_refuse_a_picture(block: bytes, kind: str) 
     data = encode(upright(), kind, exif=block, **options)
     assert np.abs(rgb(data)[4::8, 4::8].astype(int) - upright()[4::8, 4::8]).max() < 60
     assert decode_pixels(data, Geometry(16)).shape == (16, 16, 3)
-
-
-# Formats
 
 
 def test_a_renamed_eps_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,25 +181,3 @@ def test_avif_without_its_decoder_names_the_command(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(features, "check", lambda name: name != "avif")
     with pytest.raises(BadImageError, match=r"this Pillow can't read AVIF; .*: pip install 'pillow>=11\.3'"):
         open_image(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(64))
-
-
-def test_containers_are_told_apart_by_their_first_box() -> None:
-    for head, kind in (
-        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf" + bytes(8), "AVIF"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(8), "HEIF"),
-        (b"\0\0\0\x14ftypisom\0\0\0\0mp42heic", None),  # heic lies behind the box
-        (b"\0\0\0\x14ftypM4V \0\0\0\0mp42", None),
-        (b"\xff\xd8\xff", None),
-        (b"", None),
-    ):
-        assert pixels._iso_kind(head) == kind
-
-
-@pytest.mark.parametrize(
-    ("make", "said"), [("mkdir", "it is a folder; use fit_folder, predict_folder"), ("mkfifo", "not a regular file")]
-)
-def test_what_is_no_file_is_called_what_it_is(make: str, said: str, tmp_path: Path) -> None:
-    getattr(os, make)(tmp_path / "a.jpg")
-    for read in (open_image, lambda path: decode_pixels(path, Geometry(8))):
-        with pytest.raises(BadImageError, match=rf"a\.jpg: it is {said.removeprefix('it is ')}"):
-            read(tmp_path / "a.jpg")

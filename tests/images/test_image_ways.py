@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, features
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError
@@ -19,10 +16,9 @@ from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.store.bundle import load_bundle
-from tests.images.test_formats import heic, oriented
-from tests.images.test_pixels import tiff
+from tests.images.test_formats import oriented
 from tests.pictures import encode
-from tests.store.live_parts import LetterText, engine_folder, pixel_clip, small_classifier, unfitted
+from tests.store.live_parts import engine_folder, pixel_clip, unfitted
 from tests.store.manifests import rewrite_manifest
 
 NAMES = ["down", "left", "right", "up"]
@@ -38,50 +34,6 @@ def arrow(direction: int, side: int = 32) -> np.ndarray:
 def fitted(engine: Path = Path("none"), **options: Any) -> Classifier:
     chosen = {"method": "tip-adapter", "alpha": 400.0, "beta": 5.0, "views": 1} | options
     return unfitted(engine, **chosen).fit([arrow(i) for i in range(4)], NAMES)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """An arrow of class 1 in every form of file, and a word beside it."""
-    arrow_1, root = arrow(1), tmp_path / "in"
-    grey = arrow_1[:, :, 0]
-    sixteen = grey.astype(np.uint16) * 257
-    faint = np.dstack([arrow_1, np.full(grey.shape, 255, np.uint8)])
-    faint[0, 0] = (255, 0, 0, 0)
-    files = {
-        "a.jpg": encode(arrow_1, "JPEG", quality=95),
-        "b.PNG": encode(Image.fromarray(sixteen)),
-        "c.tif": tiff(sixteen, 16, 1, ">"),
-        "d.tiff": encode(Image.fromarray(grey.astype(np.float32) / 255), "TIFF"),
-        "e.png": encode(faint),
-        "f.webp": encode(arrow_1, "WEBP", lossless=True),
-        "notes.txt": b"no picture",
-    } | {f"turned {i}.jpeg": oriented("JPEG", arrow_1, i, quality=95) for i in range(1, 9)}
-    files["g.heic"] = heic(np.ascontiguousarray(np.kron(arrow_1, np.ones((2, 2, 1), np.uint8))), 6)
-    if features.check("avif"):
-        files["h.avif"] = oriented("AVIF", arrow_1, 8)
-    root.mkdir()
-    for name, data in files.items():
-        (root / name).write_bytes(data)
-    return root
-
-
-def test_every_form_of_a_picture_has_the_same_label_by_every_way(folder: Path) -> None:
-    classifier = fitted()
-    paths = sorted(path for path in folder.iterdir() if path.suffix != ".txt")
-    assert classifier.predict(paths).tolist() == [NAMES[1]] * len(paths)
-    assert classifier.predict([path.read_bytes() for path in paths]).tolist() == [NAMES[1]] * len(paths)
-    for decoder in ("cpu", "cpu-exact"):
-        found = classifier.predict_folder(folder, decoder=decoder)
-        assert found.paths == paths and set(found.labels.tolist()) == {NAMES[1]}
-        assert found.skipped.summary() == "1 not images (.txt)"
-    with BatchingClassifier(classifier) as batching:
-        futures = batching.submit_many([*paths, *(path.read_bytes() for path in paths)])
-        assert {future.result(PATIENCE_S).label for future in futures} == {NAMES[1]}
-    classifier.add_class("other", [arrow(2)], text=LetterText().embed_classes(["other"])[0])
-    classifier.add_examples(NAMES[1], paths)
-    assert classifier.predict(arrow(1)).tolist() == [NAMES[1]]
-    assert open_image(classifier.picture(classifier.examples(NAMES[1])[-1])).size == (32, 32)
 
 
 def test_a_rotated_support_picture_is_fit_upright() -> None:
@@ -136,9 +88,6 @@ def test_a_replaced_classifier_decodes_what_waits_its_own_way() -> None:
         assert batching.submit(data).result(PATIENCE_S).label == as_stored
 
 
-# Tensors
-
-
 def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:
     torch = pytest.importorskip("torch")
     classifier = fitted()
@@ -186,32 +135,6 @@ def test_a_tensor_of_anything_but_uint8_pixels_says_what_to_do() -> None:
                 classifier.predict(given)
     with BatchingClassifier(classifier) as batching, pytest.raises(BadImageError, match="float32"):
         batching.submit(torch.rand(3, 8, 8)).result(PATIENCE_S)
-
-
-def test_a_tensor_like_subclass_is_a_tensor() -> None:
-    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
-    import torch
-
-    image = tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(arrow(1))).permute(2, 0, 1))
-    assert fitted().predict(image).tolist() == [NAMES[1]]
-
-
-def test_arrays_need_no_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "import numpy as np\n"
-        "from iosr_fast.images.geometry import Geometry\n"
-        "from iosr_fast.images.preprocess import to_pixels\n"
-        "print(to_pixels(np.zeros((2, 9, 9, 3), np.uint8), Geometry(4)).shape)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.strip() == "(2, 4, 4, 3)"
-
-
-def test_one_array_is_one_picture_however_it_is_submitted() -> None:
-    with BatchingClassifier(small_classifier()) as batching:
-        assert len(batching.submit_many(np.zeros((16, 24, 3), np.uint8))) == 1
-        assert len(batching.submit_many(np.zeros((5, 8, 8, 3), np.uint8))) == 5
 
 
 def test_cached_activations_depend_on_the_rules_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.listing import IMAGE_SUFFIXES, Skipped, list_folder, list_images
 from tests.pictures import encode
 
@@ -131,14 +129,6 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, where: str, monke
             listed(tmp_path)
 
 
-def test_the_order_depends_on_names_alone(tmp_path: Path) -> None:
-    given = ["b/1.png", "b.png", "a-b/2.png", "a/z.png", "a/b/c.png", "B.png"]
-    touch(tmp_path / "one", *given)
-    touch(tmp_path / "two", *reversed(given))
-    assert names(tmp_path / "one") == names(tmp_path / "two")
-    assert names(tmp_path / "one") == ["B.png", "a/b/c.png", "a/z.png", "a-b/2.png", "b/1.png", "b.png"]
-
-
 def test_names_that_are_not_utf8_are_listed_and_as_classes_refused(tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/cat/\xff\xe9.png"
     touch(tmp_path, "cat/a.png", "dog/b.png")
@@ -210,33 +200,3 @@ def test_a_root_of_train_and_test_is_not_two_classes(tmp_path: Path, given: list
 def test_classes_that_are_called_train_or_have_sub_folders_are_classes(tmp_path: Path, given: list[str]) -> None:
     touch(tmp_path, *given)
     assert list_folder(tmp_path)[2] == sorted({name.split("/")[0] for name in given})
-
-
-def test_one_folder_that_holds_the_classes_is_pointed_to(tmp_path: Path) -> None:
-    touch(tmp_path, "dataset/cat/a.png", "dataset/dog/b.png")
-    with pytest.raises(ValueError, match=f"at least two class folders .*: give {tmp_path / 'dataset'}$"):
-        list_folder(tmp_path)
-
-
-def test_fit_predict_embed_and_calibration_list_alike(tmp_path: Path) -> None:
-    from iosr_fast.export.check import calibration_pictures
-    from iosr_fast.files.source import read_source
-
-    root = tmp_path / "root"
-    for i, name in enumerate(["cat/a.JFIF", "cat/b.png", "dog/c.webp", "dog/d.PGM"]):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        kind = {"JFIF": "JPEG", "PGM": "PPM"}.get(name.rsplit(".")[-1], name.rsplit(".")[-1].upper())
-        (root / name).write_bytes(encode(Image.new("L", (8, 8), 60 * i), kind))
-    touch(root, "cat/._b.png", "dog/.ipynb_checkpoints/c.webp", "Thumbs.db")
-    (root / "cat" / "loop").symlink_to(root)
-    (root / "dog" / "again").symlink_to(root / "dog")
-    listed = names(root)
-    assert listed == ["cat/a.JFIF", "cat/b.png", "dog/c.webp", "dog/d.PGM"]
-    assert [path.relative_to(root).as_posix() for path in list_folder(root)[0]] == listed
-    assert read_source([str(root)], relative=True).keys == listed
-
-    class Clip:
-        name, geometry = "other", Geometry(8)
-
-    pixels = calibration_pictures(Clip(), root)  # type: ignore[arg-type]
-    assert pixels[:, 4, 4, 0].tolist() == [0, 60, 120, 180]

@@ -17,12 +17,10 @@ from PIL import Image
 
 from iosr_fast.exceptions import ClosedError, DeadlineExceededError, QueueFullError
 from iosr_fast.serving.batching import BatchingClassifier, front, item, queue, workers
-from iosr_fast.serving.batching.engine import warm_encoder
 from tests.pictures import encode
 from tests.serving.batching_fakes import (
     PATIENCE_S,
     FakeClassifier,
-    FakeEncoder,
     Gated,
     Watcher,
     labels,
@@ -122,23 +120,6 @@ def test_each_run_takes_its_share(make, classifier: FakeClassifier, runs: int, s
     assert labels([*first, *rest]) == list(range(runs + 6))
     batches = sorted(classifier.encoder.batches)[runs:]
     assert [len(batch) for batch in batches] == shares and sum(batches, []) == list(range(runs, runs + 6))  # noqa: RUF017
-
-
-@pytest.mark.parametrize(
-    ("max_batch", "buckets", "sizes"),
-    [(8, None, {1, 2, 3, 4, 8}), (2, None, {1, 2}), (8, (1, 2, 4, 8), {1, 2, 4, 8}), (5, (1, 2, 4, 5), {1, 2, 4, 5})],
-)
-def test_every_run_is_warmed_at_usual_sizes(max_batch: int, buckets: Any, sizes: set[int]) -> None:
-    encoder, together = FakeEncoder(), threading.Barrier(3)
-    encoder.runs, encoder.buckets, warmed = 3, buckets, []
-
-    def warm(given: list[int]) -> None:
-        together.wait(PATIENCE_S)  # in all runs at the same time
-        warmed.extend(given)
-
-    encoder.warm = warm  # type: ignore[assignment,method-assign]
-    warm_encoder(encoder, max_batch)
-    assert set(warmed) == sizes and len(warmed) == 3 * len(sizes)
 
 
 def test_each_query_gets_what_it_asks_for(make, classifier: FakeClassifier) -> None:

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier
-from iosr_fast.exceptions import BadImageError
 from iosr_fast.serving.batching import BatchingClassifier
 from tests.demo_cache import demo_bundle
 from tests.pictures import encode
@@ -53,41 +52,6 @@ def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) ->
             np.testing.assert_allclose([got[name] for name in names], row, atol=1e-5)
             assert prediction.label == names[row.argmax()] and len(prediction.nearest) == 2
             assert prediction.version == classifier.version
-
-
-def test_what_fails_alone_changes_no_other_answer(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, _labels = held_out_queries(CLASSES, SHOTS)
-    expected = classifier.predict(images[:9])
-    encode = classifier.encoder.encode_on_device
-
-    def refuses(pixels: np.ndarray) -> object:
-        if any(np.array_equal(image, images[4]) for image in pixels):
-            raise RuntimeError("no such kernel")
-        return encode(pixels)
-
-    monkeypatch.setattr(classifier.encoder, "encode_on_device", refuses)
-    with BatchingClassifier(classifier, max_batch=16) as batching:
-        futures = batching.submit_many([*images[:9], b"no image"])
-        errors = [future.exception(PATIENCE_S) for future in futures]
-        assert [type(error) for error in errors] == [type(None)] * 4 + [RuntimeError] + [type(None)] * 4 + [
-            BadImageError
-        ]
-        found = [future.result().label for i, future in enumerate(futures) if errors[i] is None]
-        assert found == [*expected[:4], *expected[5:]] and batching.healthy
-
-
-def test_changes_of_the_classifier_are_seen_by_the_next_batch_whole(classifier: Classifier) -> None:
-    images, _labels = held_out_queries(CLASSES, SHOTS)
-    with BatchingClassifier(classifier, max_batch=8) as batching:
-        before = batching.submit(images[0], top=99).result(PATIENCE_S)
-        text = np.ones(classifier.encoder.width, np.float32) / np.float32(classifier.encoder.width) ** 0.5
-        change = classifier.add_class("something new", [images[0]], text=text)
-        after = batching.submit(images[0], top=99, nearest=1).result(PATIENCE_S)
-        assert (len(before.top), len(after.top)) == (CLASSES, CLASSES + 1)
-        assert after.version == change.version == before.version + 1
-        assert (after.nearest[0].example_id,) == change.example_ids and after.nearest[0].similarity > 0.99
-        classifier.remove_class(change.class_id)
-        assert len(batching.submit(images[0], top=99).result(PATIENCE_S).top) == CLASSES
 
 
 def test_a_change_after_the_submission_does_not_make_a_batch_wait_for_a_fit(

@@ -21,7 +21,6 @@ from tests.pictures import encode
 from tests.serving.batching_fakes import (
     PATIENCE_S,
     FakeClassifier,
-    FakeEncoder,
     FakeHead,
     Watcher,
     picture,
@@ -129,19 +128,6 @@ def test_only_images_that_fail_alone_get_the_error(
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
 
 
-def test_an_error_that_passes_fails_no_image(batching, classifier: FakeClassifier) -> None:
-    for numbers in ([1], [1, 2, 3]):
-        left = [EngineError("once")]
-        classifier.encoder.raises = raising(lambda left=left: left.pop(), lambda given, left=left: bool(left))
-        assert outcomes(together(batching, classifier, numbers)) == numbers and not left
-
-
-def test_batches_too_large_for_the_engine_are_split(batching, classifier: FakeClassifier) -> None:
-    classifier.encoder.raises = raising(lambda: MemoryError(), lambda numbers: len(numbers) > 2)
-    assert outcomes(together(batching, classifier, list(range(1, 9)))) == list(range(1, 9))
-    assert batching.healthy
-
-
 def test_engine_down_and_up_again(batching, classifier: FakeClassifier, watcher: Watcher, monkeypatch) -> None:
     monkeypatch.setattr(batch_workers, "_PROBE_S", 3600.0)
     classifier.encoder.raises = raising(lambda: EngineError("lost"), lambda numbers: True)
@@ -167,13 +153,12 @@ def test_an_idle_engine_that_failed_is_probed(batching, classifier: FakeClassifi
 
 
 def test_an_engine_that_fails_in_the_middle_of_a_batch(batching, classifier: FakeClassifier) -> None:
-    """What was classified before stays; the rest gets the error."""
-    fails_from = [False]
+    """Images classified before keep their labels; the others get the error."""
+    failed: list[int] = []
 
     def raises(numbers: list[int]) -> None:
-        if numbers == [1, 2]:
-            fails_from[0] = True
-        elif fails_from[0] or len(numbers) > 2:
+        if len(numbers) > 1 or failed or numbers == [3]:
+            failed.extend(numbers[:1] if len(numbers) == 1 and numbers != [BLACK] else [])
             raise EngineError
 
     classifier.encoder.raises = raises
@@ -191,16 +176,6 @@ def test_errors_of_scoring_are_treated_as_those_of_encoding(batching, classifier
 
     monkeypatch.setattr(FakeHead, "predict", refuses_three)
     assert outcomes(together(batching, classifier, [1, 2, 3, 4])) == [1, 2, "ValueError", 4] and batching.healthy
-    monkeypatch.setattr(FakeHead, "predict", lambda self, embeddings, *asked: predict(self, embeddings, *asked)[1:])
-    futures = together(batching, classifier, [1, 2])
-    assert outcomes(futures) == ["RuntimeError"] * 2 and not batching.healthy
-    assert "expected 2 predictions, got 1" in str(futures[0].exception())
-
-
-def test_an_encoder_that_returns_other_counts_has_failed(batching, classifier: FakeClassifier, monkeypatch) -> None:
-    monkeypatch.setattr(FakeEncoder, "encode", lambda self, pixels: Embeddings(np.zeros((len(pixels) + 1, 1))))
-    error = batching.submit(picture(1)).exception(PATIENCE_S)
-    assert "expected 1 embeddings of the encoder, got 2" in str(error) and not batching.healthy
 
 
 def test_an_observer_that_raises_affects_no_answer(classifier: FakeClassifier, caplog) -> None:

@@ -120,14 +120,6 @@ def test_replace_keeps_the_old_classifier_if_the_new_one_fails(classifier: FakeC
         assert good.encoder.batches == [[0], [0, 0], [0]] and labels([batching.submit(picture(2))]) == [2]
 
 
-def test_errors_of_a_replaced_engine_do_not_affect_the_new_one(batching, classifier: FakeClassifier) -> None:
-    classifier.encoder.raises = lambda numbers: (_ for _ in ()).throw(RuntimeError("lost"))
-    with classifier.held(batching) as first:
-        batching.replace(FakeClassifier())
-    assert "lost" in str(first.exception(PATIENCE_S))
-    assert labels([batching.submit(picture(1))]) == [1] and batching.healthy and batching.last_error is None
-
-
 class Kept(np.ndarray):
     """An array that can be watched."""
 

@@ -25,7 +25,7 @@ from iosr_fast.serving.batching.processes import DecoderProcess
 from tests import ROOT
 from tests.images.jpegs import jpeg, scan
 from tests.pictures import encode
-from tests.serving.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, labels, picture, threads, until
+from tests.serving.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, labels, picture, until
 from tests.serving.hostile_images import FAIR, IMAGES
 
 pytestmark = [
@@ -153,15 +153,6 @@ def test_a_decoder_that_never_answers_is_killed() -> None:
         decoder.close()
 
 
-def test_a_deadline_kills_only_after_half_a_second(decoder: DecoderProcess) -> None:
-    pid, now = pid_of(decoder), time.monotonic()
-    assert len(decoder.decode(GREY, 0, Geometry(4), now)) == 4 and pid_of(decoder) == pid
-    os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(DeadlineExceededError):
-        decoder.decode(GREY, 0, Geometry(4), now)
-    assert is_gone(pid)
-
-
 def test_an_image_may_not_take_more_memory_than_its_header_claims(
     decoder: DecoderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,14 +219,6 @@ def test_invalid_answers_are_no_pixels(decoder: DecoderProcess, answer: bytes) -
         decoder.decode(GREY, 0, Geometry(4), FOREVER)
     other.close()
     assert is_gone(pid) and works(decoder)
-
-
-def test_decoders_that_do_not_start_are_an_error_of_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = threads()
-    monkeypatch.setattr(processes, "_MAIN", "raise ImportError('no such library')")
-    with pytest.raises(RuntimeError, match=r"does not start: (?s:.)*no such library"):
-        BatchingClassifier(FakeClassifier(), decode_threads=2, isolated=True)
-    until(lambda: threads() <= before)
 
 
 def test_decoders_that_do_not_restart_are_unhealthy_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:

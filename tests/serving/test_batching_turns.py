@@ -12,13 +12,12 @@ from PIL import Image
 from iosr_fast.exceptions import QueueFullError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
-from iosr_fast.serving.batching.admission import LARGE_PIXELS, Admission
+from iosr_fast.serving.batching.admission import Admission
 from iosr_fast.serving.batching.decode import decoding_cost
 from iosr_fast.serving.batching.item import Item, Query
 from iosr_fast.serving.batching.queue import BatchQueue
-from tests.images.jpegs import jpeg, scan
 from tests.pictures import encode
-from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, Gated, Watcher, labels, picture, until
+from tests.serving.batching_fakes import FakeClassifier, Watcher, labels, picture, until
 from tests.serving.hostile_images import png
 
 LARGE = 49_000_000
@@ -118,14 +117,6 @@ def test_clients_take_turns_in_batches() -> None:
             lone = batching.submit(picture(9), client="lone")
         assert labels([lone, *many]) == [9, *range(1, 7)]
     assert classifier.encoder.batches[1] == [1, 9, 2, 3]
-
-
-def test_cost_is_the_largest_picture_that_decoding_makes() -> None:
-    assert decoding_cost(encode(Image.new("L", (640, 480))), Geometry(64)) == 640 * 480
-    assert decoding_cost(jpeg(0xC2, 7000, 6000, scan(1)), Geometry(224)) == 42_000_000
-    assert decoding_cost(png(1, 900), Geometry(224)) == 224 * 224 * 900  # its shorter side is resized to 224
-    assert [decoding_cost(image, Geometry(64)) for image in (b"", b"abc", picture(1), "a.png")] == [0] * 4
-    assert LARGE_PIXELS < LARGE
 
 
 # --- shares ---
@@ -238,20 +229,6 @@ def test_one_slow_image_does_not_refuse_the_next_ones() -> None:
 # --- with decoders ---
 
 
-def test_images_of_one_request_do_not_keep_another_waiting() -> None:
-    with BatchingClassifier(FakeClassifier(), decode_threads=1, max_batch=1) as batching:
-        gates = [Gated(i) for i in range(1, 6)]
-        many = batching.submit_many(gates)
-        assert gates[0].begun.wait(PATIENCE_S)
-        one = batching.submit(picture(9, 9))
-        gates[0].gate.set()
-        gates[1].gate.set()
-        assert labels([one]) == [9] and not many[3].done()
-        for gate in gates:
-            gate.gate.set()
-        assert labels(many) == [1, 2, 3, 4, 5]
-
-
 @pytest.mark.parametrize("decoders", [1, 2])
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_a_flood_of_large_images_does_not_deny_service(decoders: int, kind: str) -> None:
@@ -269,3 +246,9 @@ def test_a_flood_of_large_images_does_not_deny_service(decoders: int, kind: str)
         assert not floods[-1].done()
         for one in floods:
             one.cancel()
+
+
+def test_cost_is_the_largest_picture_that_decoding_makes() -> None:
+    assert decoding_cost(encode(Image.new("L", (640, 480))), Geometry(64)) == 640 * 480
+    assert decoding_cost(png(1, 900), Geometry(224)) == 224 * 224 * 900  # its shorter side is resized to 224
+    assert [decoding_cost(image, Geometry(64)) for image in (b"", b"abc", picture(1), "a.png")] == [0] * 4

@@ -67,8 +67,5 @@ def _decode(request: Request, data: bytearray) -> np.ndarray:
     geometry, upright = request.geometry, request.exif_orientation
     if geometry is None:
         return np.ascontiguousarray(open_image(data, exif_orientation=upright))
-
-    def check(width: int, height: int) -> str:
-        return DecodeLimits(max_pixels=request.max_pixels).size_error((width, height), geometry)
-
-    return decode_pixels(data, geometry, check=check, exact=True, exif_orientation=upright)
+    limits = DecodeLimits(max_pixels=request.max_pixels)
+    return decode_pixels(data, geometry, limits=limits, exact=True, exif_orientation=upright)

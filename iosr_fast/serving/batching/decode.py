@@ -39,16 +39,14 @@ class Decoder:
         self.check_bytes(image, position)
         if geometry is None:
             return np.asarray(open_image(image, position, exif_orientation))
-
-        def check(width: int, height: int) -> str:
-            return self.limits.size_error((width, height), geometry)
-
         if not isinstance(image, (str, Path, *ENCODED)):
             array = as_array(image, position)  # of a tensor, with the channels last
             image = image if array is None or hasattr(image, "getbands") else array
-            if reason := check(*_dimensions(image)):
+            if reason := self.limits.size_error(_dimensions(image), geometry):
                 raise BadImageError(None, position, reason)
-        return decode_pixels(image, geometry, position, check=check, exact=True, exif_orientation=exif_orientation)
+        return decode_pixels(
+            image, geometry, position, limits=self.limits, exact=True, exif_orientation=exif_orientation
+        )
 
     def check_bytes(self, image: Any, position: int) -> None:
         """Raise BadImageError for more encoded bytes than the limits allow."""

@@ -69,33 +69,20 @@ class Engine:
     def run(self, classifier: Any, items: Sequence[Item]) -> Run:
         """Set the outcome of every item: a Prediction or an exception.
 
-        After an error the batch is bisected: only items that fail alone, twice, get it. A black image shows whether
-        the engine works at all; if not, the rest gets the error at once.
+        After an error each image is tried alone, so that only those that fail twice get it. If a black image fails
+        too, the engine fails on every image, and the rest gets the error at once.
         """
-        run, parts = Run(), [(items, False)]
-        head = classifier.snapshot()
-        while parts:
-            part, again = parts.pop()
-            try:
-                pixels = np.stack([item.pixels for item in part])  # type: ignore[misc]
-                for item, prediction in zip(part, self._predict(classifier, head, pixels, part, run), strict=True):
-                    item.outcome = prediction
-            except Exception as error:
-                if run.clean and self.healthy:
-                    log.warning("a batch failed; it is retried in parts", exc_info=error)
-                run.clean = False
-                error.__traceback__ = None  # its frames would keep all images of the batch alive
-                if not self._works(classifier):
-                    run.down = error
-                    break
-                if len(part) == 1 and again:
-                    part[0].outcome = error
-                else:
-                    half = (len(part) + 1) // 2
-                    parts += [(half_part, len(part) == 1) for half_part in (part[half:], part[:half]) if half_part]
+        run, head = Run(), classifier.snapshot()
+        error = self._try(classifier, head, items, run)
+        if error is None:
+            return run
         for item in items:
-            if item.outcome is None and run.down is not None:
-                item.outcome = run.down
+            if error is not None and not self._works(classifier):
+                run.down = error
+                break
+            error = self._try(classifier, head, [item], run)
+        for item in items:
+            item.outcome = item.outcome or run.down
         return run
 
     def probe(self, classifier: Any) -> None:
@@ -112,6 +99,22 @@ class Engine:
         elif not self.healthy:
             log.info("the engine works again")
         self.healthy = down is None
+
+    def _try(self, classifier: Any, head: Any, items: Sequence[Item], run: Run) -> Exception | None:
+        """Set the outcomes of items; returns the error, which is also the outcome of a single one."""
+        try:
+            pixels = np.stack([item.pixels for item in items])  # type: ignore[misc]
+            for item, prediction in zip(items, self._predict(classifier, head, pixels, items, run), strict=True):
+                item.outcome = prediction
+        except Exception as error:
+            if self.healthy and run.clean:
+                log.warning("a batch failed; its images are tried one by one", exc_info=error)
+            run.clean = False
+            error.__traceback__ = None  # its frames would keep all images of the batch alive
+            if len(items) == 1:
+                items[0].outcome = error
+            return error
+        return None
 
     def _works(self, classifier: Any) -> bool:
         try:

@@ -175,7 +175,7 @@ class BatchingClassifier:
         now, cost = time.monotonic(), decoding_cost(image, Geometry(1))
         item = Item(image, position, Query(client=client), now, next(_requests), cost, whole=True)
         item.deadline = now + deadline_s
-        self._queue.admit_whole(item)
+        self._queue.admit((item,), None)
         return item.future
 
     async def classify(self, image: Any, **options: Unpack[QueryOptions]) -> Prediction:

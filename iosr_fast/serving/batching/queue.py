@@ -100,7 +100,7 @@ class BatchQueue:
             self._admission.check_room(client)
 
     def admit(self, items: Sequence[Item], deadline_s: float | None) -> None:
-        """Accept all items of one request or none. Raises QueueFullError or ClosedError at once."""
+        """Accept all items of one request or none. Raises QueueFullError, but not for whole images, or ClosedError."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this BatchingClassifier was created before a fork and has no threads in this process; create a new one"
@@ -115,29 +115,20 @@ class BatchQueue:
                 for item in items:
                     if not self._has_pixels(item):
                         self._admission.judge(item)
-                if items:
+                if items and not items[0].whole:
                     reason = "full"
                     self._admission.check_room(items[0].client, items)
                     reason = "deadline"
                     self._admission.accept(items, deadline_s)
                 for item in items:
+                    if item.whole:
+                        self._admission.add(item)
                     self._accepted.add(item)
                     self._send(item)
         except (ClosedError, QueueFullError):
             for _ in items:
                 notify(self.observer, "on_refused", reason)
             raise
-
-    def admit_whole(self, item: Item) -> None:
-        """Accept an image that is only decoded, however full the queue is. Raises ClosedError at once."""
-        item.future.add_done_callback(partial(_drop_cancelled, self._weak_self, weakref.ref(item)))
-        with self._changed:
-            if self.closed:
-                raise _closed()
-            self._admission.judge(item)
-            self._admission.add(item)
-            self._accepted.add(item)
-            self._send(item)
 
     def next_to_decode(self) -> Item | None:
         """Wait for the next image to decode; the caller must call `decoded` for it. None: no more."""
