@@ -177,20 +177,9 @@ def test_labels_typed_on_the_page_are_kept_and_saved_as_that_csv(place: Path, br
     assert status.inner_text() == "1 of 5 images labelled; not kept, save them"
 
 
-def test_folders_and_csv_files_are_read_together(tmp_path: Path) -> None:
-    for name in ("green_apple", "lemon"):
-        (tmp_path / "support" / name).mkdir(parents=True)
-        (tmp_path / "support" / name / "1.jpg").touch()
-    (tmp_path / "more.csv").write_text("note,path,label\nx,new/2.jpg,lemon\ny,/3.jpg,lime\nz,4.jpg,\n", "utf-8-sig")
-    paths, labels, names = labelled_images(tmp_path / "support", tmp_path / "more.csv")
-    assert labels == ["green apple", "lemon", "lemon", "lime"] and names == ["green apple", "lemon", "lime"]
-    assert paths[2:] == [tmp_path / "new" / "2.jpg", Path("/3.jpg")]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"file,label\n1.jpg,a\n", r"expected the columns path and label .*, got file, label; add path"),
         (b"path,label\n1.jpg,caf\xe9\n", "can't read .*wrong.csv as CSV in UTF-8: .*0xe9"),
         (b"path,label\n1.jpg,a\n,b\n", "expected a path in each row of .*wrong.csv, got none for the label 'b'"),
     ],

@@ -49,25 +49,21 @@ class Visit:
     problems: list[str] = field(default_factory=list)
     refusals: list[int] = field(default_factory=list)
 
-    def watch(self) -> None:
-        """Note console errors (a violated security policy is one), exceptions, and requests to anybody else."""
-        self.page.on("console", self._on_console)
-        self.page.on("pageerror", lambda error: self.problems.append(f"exception: {error}"))
-        self.page.on("request", self._on_request)
+    def open(self) -> Visit:
+        """Load the page; note console errors (a violated security policy is one), exceptions, requests elsewhere."""
+
+        def on_console(message: Any) -> None:
+            # The browser's own line about a status is looked at as a status, in `refusals`.
+            if message.type in ("error", "warning") and "Failed to load resource: the server" not in message.text:
+                self.problems.append(message.text)
+
+        own = self.site.address, f"blob:{self.site.address}"
+        self.page.on("console", on_console)
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("request", lambda it: it.url.startswith(own) or self.problems.append(it.url))
+        self.page.on("response", lambda it: self.refusals.append(it.status) if it.status >= 400 else None)
         # While somebody listens the browser asks the test for files; to begin listening after a key is too late.
         self.page.on("filechooser", lambda chooser: None)
-        self.page.on("response", lambda it: self.refusals.append(it.status) if it.status >= 400 else None)
-
-    def _on_console(self, message: Any) -> None:
-        # The browser's own line about a status is looked at as a status, in `refusals`.
-        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource: the server"):
-            self.problems.append(f"{message.type}: {message.text}")
-
-    def _on_request(self, request: Any) -> None:
-        if not request.url.startswith((self.site.address, f"blob:{self.site.address}")):
-            self.problems.append(f"request to {request.url}")
-
-    def open(self) -> Visit:
         self.page.goto(self.site.address)
         self.page.locator("#facts", has_text="demo").wait_for()
         return self
@@ -131,7 +127,6 @@ def visit(site: Site, browser: Any, request: pytest.FixtureRequest) -> Iterator[
     context = browser.new_context(**getattr(request, "param", {}))
     context.set_default_timeout(20_000)
     visit = Visit(context.new_page(), site)
-    visit.watch()
     yield visit.open()
     context.close()
     for info in site.classifier.classes():

@@ -206,30 +206,25 @@ def test_busy_is_waited_for_and_what_failed_is_classified_again(visit: Visit) ->
 # --- files ---
 
 
-@pytest.mark.parametrize("visit", [{"permissions": ["clipboard-read", "clipboard-write"]}], indirect=True)
 def test_pictures_are_pasted_or_dropped(visit: Visit) -> None:
-    page, queries = visit.page, visit.site.queries
-    page.evaluate(
-        """async (bytes) => navigator.clipboard.write(
-          [new ClipboardItem({ "image/png": new Blob([new Uint8Array(bytes)], { type: "image/png" }) })])""",
-        list(queries[1]),
-    )
-    page.keyboard.press("Control+V")
-    page.locator("#answer .label", has_text=visit.site.classifier.predict([queries[1]])[0]).wait_for()
-    page.evaluate("navigator.clipboard.writeText('words')")
-    page.keyboard.press("Control+V")
-    visit.notice("no picture in the clipboard")
-    transfer = page.evaluate_handle(
-        """(bytes) => {
+    page = visit.page
+
+    def transfer(*names: str) -> Any:
+        script = """([bytes, names]) => {
           const transfer = new DataTransfer();
-          transfer.items.add(new File([new Uint8Array(bytes)], "dropped.png", { type: "image/png" }));
+          for (const name of names) transfer.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
           return transfer;
-        }""",
-        list(queries[2]),
-    )
-    page.dispatch_event("#stage", "dragover", {"dataTransfer": transfer})
+        }"""
+        return page.evaluate_handle(script, [list(visit.site.queries[1]), names])
+
+    paste = "(data) => document.body.dispatchEvent(new ClipboardEvent('paste', { clipboardData: data, bubbles: true }))"
+    page.evaluate(paste, transfer())
+    visit.notice("no picture in the clipboard")
+    page.evaluate(paste, transfer("pasted.png"))
+    page.locator("[aria-selected=true]", has_text="pasted.png").wait_for()
+    page.dispatch_event("#stage", "dragover", {"dataTransfer": transfer("dropped.png")})
     page.locator("html.hovered").wait_for()
-    page.dispatch_event("#stage", "drop", {"dataTransfer": transfer})
+    page.dispatch_event("#stage", "drop", {"dataTransfer": transfer("dropped.png")})
     page.locator("[aria-selected=true]", has_text="dropped.png").wait_for()
     assert page.locator(".hovered").count() == 0
 
