@@ -148,17 +148,6 @@ def test_wrong_fits_are_refused_before_a_clip_is_opened(
         unfitted(**parameters).fit(IMAGES, labels)
 
 
-def test_class_names_give_the_order_and_the_labels_allowed() -> None:
-    classifier = unfitted().fit(IMAGES, sets_of(LABELS), class_names=NAMES[::-1])
-    assert classifier.classes_.tolist() == NAMES[::-1]
-    with pytest.raises(IosrFastError, match="the labels 'motif 0' are not among the 4 class names"):
-        unfitted().fit(IMAGES, sets_of(LABELS), class_names=NAMES[1:])
-    with pytest.raises(IosrFastError, match="got none of 'nothing'"):
-        unfitted().fit(IMAGES, sets_of(LABELS), class_names=[*NAMES, "nothing"])
-    with pytest.raises(IosrFastError, match=r"got the same picture under two: number 0 .*'motif 0'.* and number 12"):
-        unfitted().fit([*IMAGES, IMAGES[0]], [*sets_of(LABELS), {"motif 0", "motif 1"}])
-
-
 def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     classifier, image = fitted(engine_folder(tmp_path / "engine")), IMAGES[:1]
     classifier.save(tmp_path / "bundle")

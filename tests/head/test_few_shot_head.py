@@ -16,7 +16,7 @@ pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra
 from scipy.sparse import csr_array
 from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 from sklearn.metrics import average_precision_score
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import check_estimator
 
 from iosr_fast import FewShotHead, IosrFastError
@@ -38,10 +38,6 @@ def clusters(rng: np.random.Generator, classes: int, shots: int, width: int) -> 
     return rows, labels, centres
 
 
-def unit64(rows: np.ndarray) -> np.ndarray:
-    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
-
-
 @pytest.mark.slow
 def test_passes_the_checks_of_scikit_learn() -> None:
     with warnings.catch_warnings():
@@ -61,7 +57,7 @@ def test_logits_equal_the_reference(rng: np.random.Generator, name: str, classes
     reducer = "centre" if METHODS[name].takes_reducer else None
     head = FewShotHead(name, tune="none", reducer=reducer, text=centres, tau=30.0, adapted=True).fit(both, labels)
     queries = rng.standard_normal((n, 2 * width))
-    expected = score_reference(head.plan_, Embeddings(unit64(queries[:, :width]), unit64(queries[:, width:])))
+    expected = score_reference(head.plan_, Embeddings(unit(queries[:, :width]), unit(queries[:, width:])))
     logits, tolerance = head.decision_function(queries), 2e-5 * np.abs(expected).max()
     assert logits.dtype == np.float32 and tolerance > 0
     np.testing.assert_allclose(head.predict_proba(queries), softmax(expected), atol=tolerance)
@@ -88,12 +84,10 @@ def test_a_row_has_the_same_logits_in_any_batch(rng: np.random.Generator, name: 
     np.testing.assert_array_equal(head.decision_function(queries[order]), logits[order])
 
 
-@pytest.mark.parametrize("fit", [{"method": "auto", "alpha": None, "beta": None}, {"reducer": "pca:3"}])
-def test_equals_a_classifier_on_its_embeddings(rng: np.random.Generator, fit: dict[str, Any]) -> None:
-    classifier = small_classifier(**fit)
+def test_equals_a_classifier_on_its_embeddings(rng: np.random.Generator) -> None:
+    classifier = small_classifier(method="auto", alpha=None, beta=None)
     support, queries = classifier.support_, random_queries(rng, 40)
-    given = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0} | fit
-    head = FewShotHead(**given, text=support.text, tau=support.tau, adapted=True)
+    head = FewShotHead(text=support.text, tau=support.tau, adapted=True)
     head.fit(np.hstack([support.embeddings.plain, support.embeddings.adapted]), support.labels)
     assert (head.method_, head.reducer_) == (classifier.method_, classifier.reducer_)
     expected = classifier.snapshot().score(queries)
@@ -107,20 +101,17 @@ def test_labels_come_back_as_they_were_given(rng: np.random.Generator, names: li
     given = [names[c] for c in labels]
     for y in (given, np.array(given), *([np.array(given, object)] if isinstance(names[0], str) else [])):
         head = FewShotHead("gda").fit(rows.tolist(), y)
-        assert head.classes_.tolist() == sorted(names)
         predicted = head.predict(centres).tolist()
-        assert predicted == names and type(predicted[0]) is type(names[0])
+        assert predicted == names and type(predicted[0]) is type(names[0]) and head.classes_.tolist() == sorted(names)
         assert head.score(rows, y) == 1.0 and head.n_features_in_ == 12
 
 
-def test_works_in_cross_validation_and_grid_search(rng: np.random.Generator) -> None:
+def test_works_in_a_grid_search_and_a_pickle(rng: np.random.Generator) -> None:
     rows, labels, _ = clusters(rng, 3, 6, 12)
-    head = FewShotHead("tip-adapter", tune="none")
-    assert cross_val_score(head, rows, labels, cv=3).tolist() == [1.0, 1.0, 1.0]
-    grid = {"method": ["tip-adapter", "gda", "proker"], "reducer": ["none", "centre"]}
-    assert GridSearchCV(head, grid, cv=2).fit(rows, labels).best_score_ == 1.0
-    assert repr(head) == "FewShotHead(method='tip-adapter', tune='none')"
-    again = pickle.loads(pickle.dumps(head.fit(rows, labels)))
+    grid = {"method": ["tip-adapter", "gda"], "reducer": ["none", "centre"]}
+    search = GridSearchCV(FewShotHead("tip-adapter", tune="none"), grid, cv=2).fit(rows, labels)
+    assert search.best_score_ == 1.0
+    again = pickle.loads(pickle.dumps(head := search.best_estimator_))
     np.testing.assert_array_equal(again.decision_function(rows), head.decision_function(rows))
 
 
@@ -137,59 +128,36 @@ def test_rows_of_zeros_are_left_out_with_a_warning(rng: np.random.Generator) -> 
         head.fit(zeros, labels)
 
 
-@pytest.mark.parametrize(
-    ("options", "change", "message"),
-    [
-        ({}, "one class", "at least two classes, got one class: np.int64\\(0\\)|one class: 0"),
-        ({"method": "tip-x"}, "", "no text embeddings; give text="),
-        ({"method": "tip-adapter++"}, "", "expected adapted=True and X of \\(n, 2 D\\)"),
-        ({"adapted": True}, "odd", "an even number of columns, for adapted=True, got 7"),
-        ({"text": np.ones((2, 8))}, "", "expected text of shape \\(3, 8\\).*got \\(2, 8\\)"),
-        ({"text": np.eye(3, 8) * [[1], [0], [1]]}, "", "text rows other than zero, got zeros in row 1"),
-        ({"text": np.full((3, 8), np.nan)}, "", "text contains NaN"),
-        ({"tau": -1.0}, "", "expected tau"),
-        ({}, "nan", "contains NaN"),
-        ({}, "labels", "inconsistent numbers of samples"),
-    ],
-)
-def test_bad_input_is_named(rng: np.random.Generator, options: dict[str, Any], change: str, message: str) -> None:
+def test_bad_input_is_named(rng: np.random.Generator) -> None:
     rows, labels, _ = clusters(rng, 3, 3, 8)
-    if change == "one class":
-        labels = np.zeros_like(labels)
-    elif change == "odd":
-        rows = rows[:, :7]
-    elif change == "nan":
-        rows[2, 1] = np.nan
-    elif change == "labels":
-        labels = labels[1:]
-    with pytest.raises(IosrFastError, match=message):
-        FewShotHead(**options).fit(rows, labels)
-
-
-def test_queries_are_checked_and_their_lengths_do_not_count(rng: np.random.Generator) -> None:
-    rows, labels, _ = clusters(rng, 3, 3, 8)
+    for message, options, X, y in [
+        ("at least two classes, got one class: .*0", {}, rows, labels * 0),
+        ("no text embeddings; give text=", {"method": "tip-x"}, rows, labels),
+        (r"expected adapted=True and X of \(n, 2 D\)", {"method": "tip-adapter++"}, rows, labels),
+        ("an even number of columns, for adapted=True, got 7", {"adapted": True}, rows[:, :7], labels),
+        (r"expected text of shape \(3, 8\).*got \(2, 8\)", {"text": np.ones((2, 8))}, rows, labels),
+        ("text rows other than zero, got zeros in row 1", {"text": np.eye(3, 8) * [[1], [0], [1]]}, rows, labels),
+        ("expected tau", {"tau": -1.0}, rows, labels),
+        ("contains NaN", {}, rows * np.nan, labels),
+        ("inconsistent numbers of samples", {}, rows, labels[1:]),
+    ]:
+        with pytest.raises(IosrFastError, match=message):
+            FewShotHead(**options).fit(X, y)
     head = FewShotHead("gda")
     for error in (NotFittedError, SklearnNotFittedError):
-        for call in (head.predict, head.unknown_score, head.predict_sets, head.predict_jointly):
+        for call in (head.predict, head.unknown_score, head.predict_jointly):
             with pytest.raises(error, match="FewShotHead instance is not fitted yet"):
                 call(rows)
     with pytest.raises(IosrFastError, match="X has 7 features, but FewShotHead is expecting 8"):
         head.fit(rows, labels).predict(rows[:, :7])
+
+
+def test_the_length_of_a_row_does_not_count(rng: np.random.Generator) -> None:
+    rows, labels, _ = clusters(rng, 3, 3, 8)
     scale = 10.0 ** rng.uniform(-200, 200, (len(rows), 1))
-    expected = head.decision_function(rows)
+    expected = FewShotHead("gda").fit(rows, labels).decision_function(rows)
     again = FewShotHead("gda").fit(rows * scale, labels).decision_function(rows * scale)
     np.testing.assert_allclose(again, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_rows_classified_together() -> None:
-    rng = np.random.default_rng(5)
-    centres = rng.standard_normal((4, 16))
-    labels, truth = np.arange(12) % 4, np.arange(400) % 4
-    rows, queries = (centres[c] + 0.9 * rng.standard_normal((len(c), 16)) for c in (labels, truth))
-    names = np.array(list("abcd"))
-    head = FewShotHead("gda").fit(rows, names[labels])
-    joint = head.predict_jointly(queries)
-    assert not joint.refused and (joint.labels == names[truth]).mean() > head.score(queries, names[truth])
 
 
 def test_unknown_rows_are_rejected_and_sets_of_labels_given(rng: np.random.Generator) -> None:
@@ -201,18 +169,12 @@ def test_unknown_rows_are_rejected_and_sets_of_labels_given(rng: np.random.Gener
     assert scores[8:].min() > scores[:8].max()
     labels = head.predict(queries, unknown="reject", keep=0.9)
     assert (labels[8:] == np.array(None)).all() and (labels[:8] != np.array(None)).mean() > 0.7
-    named = head.predict(queries, unknown="reject", unknown_label="none of these")
-    assert set(named[8:]) == {"none of these"} and named.dtype.kind == "U"
     assert [list(one) for one in head.predict_sets(centres, coverage=0.9)] == [[label] for label in "abcdefgh"]
     assert head.calibration().n_images == 48 and head.calibration().accuracy > 0.95
     sharpened = FewShotHead(method="gda").fit(X, y, unknown_images=rng.standard_normal((30, 24)))
     assert sharpened.unknown_.names[-1] == "nearest unknown key"
-    before, few = head.unknown_, (X[:8], [*"aabbccdd"])
-    assert head.fit(*few).unknown_ is not before
-    with pytest.raises(IosrFastError, match=r"0\.95 of the pictures needs at least 19 .* got 8"):
-        head.predict(X, unknown="reject")
     with pytest.raises(IosrFastError, match="expected two or more unknown images"):
-        head.fit(*few, unknown_images=X[:1])
+        head.fit(X, y, unknown_images=X[:1])
 
 
 # --- several labels a row ---
@@ -260,11 +222,8 @@ def test_answers_have_the_form_of_the_labels(rng: np.random.Generator) -> None:
     [
         ([{"cat"}, "dog", {"cat", "dog"}], r"got 'dog' at position 1: write \{'dog'\}"),
         ([{"cat"}, {1}, {"dog"}], r"expected sets of class names, got int \(1\) in the one at position 1"),
-        ([{"cat"}, {"dog"}], "for each of 3 images, got 2"),
         ([[0, 2, 1], [0, 1, 1], [1, 0, 0]], "expected an indicator .* of 0 and 1, or sets of names, got 2"),
         ([[0, 1], [0, 1, 1], [1, 0]], "a column for each class, got rows of '2', '3' values"),
-        (np.array([[1, 0], [1, 0], [0, 0]]), "at least one image of each class, got none of the classes at '1'"),
-        ([set(), set(), set()], "expected labels of at least one class, got empty sets alone"),
     ],
 )
 def test_wrong_sets_of_labels_are_refused(labels: Any, message: str) -> None:

@@ -12,7 +12,6 @@ from iosr_fast.head.predictions import predict
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.reference import score_reference, softmax
 from iosr_fast.store.changes import Change
-from iosr_fast.store.head_files import fingerprint
 from tests.store.live_parts import random_examples, random_head, random_queries, unit
 
 
@@ -123,17 +122,3 @@ def test_changes_that_a_method_can_not_take() -> None:
     with pytest.raises(ValueError, match="needs support images, got none"):
         without(head, 0, 1, 2)
     assert without(head, 0, 1).classes()[0].examples == 0
-
-
-def test_the_fingerprint_says_whether_two_heads_answer_alike() -> None:
-    head, same = (random_head(np.random.default_rng(0), 4, 2) for _ in range(2))
-    others = [
-        Change("add_examples", 1, added=random_examples(np.random.default_rng(1), [1], 8)).apply(head),
-        Change("rename_class", 1, "other").apply(head),
-        Change("remove_class", 2).apply(head),
-        random_head(np.random.default_rng(0), 4, 2, parameters={"alpha": 1.01}),
-        random_head(np.random.default_rng(0), 4, 2, reducer="centre"),
-        random_head(np.random.default_rng(1), 4, 2),
-    ]
-    assert fingerprint(head) == fingerprint(same)
-    assert len({fingerprint(head), *(fingerprint(other) for other in others)}) == 1 + len(others)
