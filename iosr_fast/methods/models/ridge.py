@@ -38,13 +38,13 @@ class KernelRidge:
         values: np.ndarray = self._factor.T @ (self._factor @ target)
         return values
 
-    def without_one(self, target: np.ndarray, query_kernel: np.ndarray | None = None) -> np.ndarray:
-        """(N, C): of each image the prediction that is fitted without it, target - values / diag(A).
+    def without_one(self, target: np.ndarray, values: np.ndarray, query_kernel: np.ndarray | None = None) -> np.ndarray:
+        """(N, C): of each image the prediction that is fitted without it, target - values / diag(A), from the `values`
+        of the target.
 
         query_kernel (N, N) of queries and images, if image j is query j in another view: the values without image j
         are values - A[:, j] values[j] / A[j, j].
         """
-        values = self.values(target)
         removed = values / np.einsum("ij,ij->j", self._factor, self._factor)[:, None]
         if query_kernel is None:
             predicted: np.ndarray = target - removed
@@ -52,14 +52,16 @@ class KernelRidge:
         own = np.einsum("jk,kj->j", query_kernel @ self._factor.T, self._factor)
         return query_kernel @ values - own[:, None] * removed
 
-    def without(self, folds: Folds, target: np.ndarray, query_kernel: np.ndarray | None = None) -> np.ndarray:
+    def without(
+        self, folds: Folds, target: np.ndarray, values: np.ndarray, query_kernel: np.ndarray | None = None
+    ) -> np.ndarray:
         """(N, C): query j's prediction is fitted without the images of j's fold; NaN for queries that no fold scores.
 
         query_kernel (N, N) of queries and images; None: the queries are the images. With Z = inv(A[F, F]) values[F],
         the values fitted without the fold F are values - A[:, F] Z, which is zero on F. The predictions of the images
         of F themselves are target[F] - Z.
         """
-        values, predicted = self.values(target), np.full(target.shape, np.nan)
+        predicted = np.full(target.shape, np.nan)
         for rows, out in folds.splits:
             left_out = np.flatnonzero(out)
             columns = self._factor[:, left_out]
@@ -139,11 +141,11 @@ class RidgeModel(Model):
 
     def without(self, folds: Folds) -> np.ndarray:
         model, query_kernel = self._system
-        return model.without(folds, self.target, query_kernel)
+        return model.without(folds, self.target, self.values, query_kernel)
 
     def in_use(self, rows: np.ndarray) -> np.ndarray:
         """It interpolates, so that the scores of images it has seen say nothing of new ones: each without itself."""
-        return self._system[0].without_one(self.target)[rows]
+        return self._system[0].without_one(self.target, self.values)[rows]
 
     def fields(self) -> dict[str, Any]:
         return {
