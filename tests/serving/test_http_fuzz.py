@@ -46,6 +46,6 @@ def test_hostile_uploads_are_answered_and_leave_nothing() -> None:
         assert sum(answers.values()) == UPLOADS and fair >= UPLOADS // 70 * len(FAIR)
         assert {200, 400, 413, 415, 422} <= set(answers)
         service = client.service
-        assert service.batching.pending == 0 and service.budget.used == 0 and service.batching.healthy
+        assert service.batching.pending == 0 and service.bodies.used == 0 and service.batching.healthy
         assert rss_mb() - before < GROWTH_MB
         assert client.predict(queries()[0]).status_code == 200

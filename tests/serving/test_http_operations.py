@@ -1,4 +1,4 @@
-"""What operations look at: health, readiness, metrics, logs, the page's headers, settings."""
+"""What operations look at: health, readiness, metrics, logs, headers, settings."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from iosr_fast.head.predictions import Prediction
-from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import metrics
-from iosr_fast.serving.http.logs import JsonFormatter
+from iosr_fast.serving.http.logs import JsonFormatter, PlainFormatter
 from iosr_fast.serving.http.logs import logger as serving_logger
 from iosr_fast.serving.http.settings import Settings
 from tests.pictures import GREY
@@ -22,7 +21,6 @@ from tests.serving.http_client import (
     TOKEN,
     Client,
     Gate,
-    create_app,
     error_of,
     load,
     probe_soon,
@@ -51,18 +49,9 @@ def test_health_probes_where_nothing_else_is_classified(monkeypatch: pytest.Monk
         wait_until(lambda: client.service.batching.pending == 0)
         time.sleep(0.02)
         assert client.get("/healthz").status_code == 200
-        gate.shut()
-        full = client.service.batching.submit_many([GREY, GREY])
-        time.sleep(0.02)
-        assert client.get("/healthz").status_code == 200  # much to do is no failure
-        client.service.metrics.last_answer -= 61
-        time.sleep(0.02)
-        assert client.get("/healthz").status_code == 503  # nothing done for a minute is one
-        gate.open()
-        assert all(one.result(20).label for one in full)
 
 
-def test_readiness_says_why_not() -> None:
+def test_readiness_has_a_reason() -> None:
     with serving() as client:
         assert client.get("/readyz").json() == {"status": "ok", "detail": ""}
         client.service.loading = True
@@ -96,9 +85,9 @@ def test_metrics_count_and_forget_classes_that_are_gone() -> None:
             "iosr_fast_queue_images 0.0",
             "iosr_fast_body_bytes 0.0",
             "iosr_fast_healthy 1.0",
+            "iosr_fast_batch_images_sum 2.0",
         ):
             assert line in text, line
-        assert "iosr_fast_batch_images_sum 2.0" in text and 'iosr_fast_info{encoder="' in text
         client.ask("PATCH", f"/v1/classes/{class_id}", json={"name": "other"}, headers=AUTHORISED)
         text = client.get("/metrics").text
         assert label not in text and "iosr_fast_model_version 2.0" in text
@@ -110,7 +99,6 @@ def test_metrics_of_many_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     for number in (1, 2, 3, 1, 4):
         made.on_prediction(Prediction(f"name {number}", f"~{number}", 1.0, 1.0, 1.0, 0.0, 0.0, (), (), 1))
     text = made.text().decode()
-    assert text.count("iosr_fast_predictions_total{") == 3 and "iosr_fast_unknown_total 0.0" in text
     assert 'iosr_fast_predictions_total{class_id="~1",name="name 1"} 2.0' in text
     assert 'iosr_fast_predictions_total{class_id="",name="all others"} 2.0' in text
     made.drop_removed({"~2": "name 2"}.get)
@@ -118,68 +106,46 @@ def test_metrics_of_many_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert "name 1" not in text and "name 2" in text and "all others" in text
 
 
-def test_two_applications_in_a_process_count_apart(shared: Client) -> None:
-    with BatchingClassifier(load()) as batching:
-        apps = [create_app(batching, Settings()) for _ in range(2)]
-        clients = [Client(app) for app in apps]
-        clients[0].predict(GREY)
-        texts = [client.get("/metrics").text for client in clients]
-        for client in clients:
-            client.close()
-    counted = 'iosr_fast_request_seconds_count{method="POST",route="/v1/predict",status="200"} 1.0'
-    assert [counted in text for text in texts] == [True, False]
-
-
-def test_a_request_is_one_line_of_json_without_image_or_token(shared: Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_request_is_one_line_without_image_or_token(shared: Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "iosr_fast.serving"):
         shared.predict(GREY, b"zip", headers={"X-Request-ID": "id.1"})
         shared.ask("POST", "/v1/retune?token=x", headers={"Authorization": f"Bearer {TOKEN}-not"})
-        odd = shared.get("/v1/classes", headers={"X-Request-ID": 'evil"\t{'})
-    lines = [JsonFormatter().format(record) for record in caplog.records if record.name == serving_logger.name]
+        odd = shared.get("/v1/classes%1b[31m", headers={"X-Request-ID": 'evil"\t{'})
+    records = [record for record in caplog.records if record.name == serving_logger.name]
+    lines = [JsonFormatter().format(record) for record in records]
     first, second, third = (json.loads(line) for line in lines)
     assert first["event"] == "request" and first["images"] == 2 and first["request_id"] == "id.1"
     assert (first["method"], first["path"], first["status"]) == ("POST", "/v1/predict", 200) and first["ms"] > 0
-    assert (second["status"], second["code"]) == (401, "unauthorized")
+    assert first["client"] == "127.0.0.1" and (second["status"], second["code"]) == (401, "unauthorized")
     assert third["request_id"] == odd.headers["X-Request-ID"] and len(third["request_id"]) == 32
-    assert TOKEN not in "".join(lines) and "PNG" not in "".join(lines)
+    plain = [PlainFormatter().format(record) for record in records]
+    assert "request method=POST path=/v1/predict status=200" in plain[0] and "\x1b" not in "".join(plain)
+    for text in ("".join(lines), "".join(plain)):
+        assert TOKEN not in text and "PNG" not in text and "\n" not in text
 
 
 def test_the_page_comes_with_headers_that_let_nothing_else_in(shared: Client) -> None:
-    page = shared.get("/")
+    page, script = shared.get("/"), shared.get("/static/page.js")
     assert page.status_code == 200 and page.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'self'" in page.headers["Content-Security-Policy"]
     assert "require-trusted-types-for 'script'" in page.headers["Content-Security-Policy"]
-    script = shared.get("/static/page.js")
     assert script.status_code == 200 and script.headers["Content-Type"].startswith("text/javascript")
     for response in (page, script, shared.get("/v1/classes"), shared.get("/nowhere")):
         assert response.headers["X-Content-Type-Options"] == "nosniff"
         assert response.headers["Referrer-Policy"] == "no-referrer"
     again = shared.get("/static/page.js", headers={"If-None-Match": script.headers["ETag"]})
     assert again.status_code == 304 and not again.content
-    for path in (
-        "/static/",
-        "/static/nothing.js",
-        "/static/..%2fapp.py",
-        "/static/../app.py",
-        "/static/app.py",
-        "/docs",
-        "/redoc",
-    ):
+    for path in ("/static/", "/static/nothing.js", "/static/..%2fapp.py", "/static/app.py", "/docs", "/redoc"):
         assert error_of(shared.get(path), 404) == "not_found"
     assert error_of(shared.ask("PUT", "/v1/classes", headers=AUTHORISED), 405) == "method_not_allowed"
 
 
 def test_head_is_answered_as_get_is(shared: Client) -> None:
-    for path in ("/healthz", "/", "/v1/classifier", "/static/page.js", "/nothing"):
+    for path in ("/healthz", "/", "/nothing"):
         full, head = shared.get(path), shared.ask("HEAD", path)
-        assert (head.status_code, head.headers["Content-Type"], head.content) == (
-            full.status_code,
-            full.headers["Content-Type"],
-            b"",
-        )
+        assert (head.status_code, head.content) == (full.status_code, b"")
         assert head.headers["Content-Length"] == str(len(full.content))
     assert shared.ask("HEAD", "/v1/predict").status_code == 405
-    assert 'method="HEAD",route="/healthz",status="200"' in shared.get("/metrics").text.replace(" ", "")
 
 
 @pytest.mark.parametrize(
@@ -189,18 +155,19 @@ def test_head_is_answered_as_get_is(shared: Client) -> None:
         ({"max_queue": 0}, "expected max_queue to be `int` >= 1, got 0"),
         ({"max_wait_ms": -1}, "max_wait_ms"),
         ({"deadline_ms": "5"}, "expected deadline_ms to be `int`, got `str`, got '5'"),
-        ({"grace_s": float("inf")}, "grace_s"),
         ({"drain_s": float("nan")}, "drain_s"),
         ({"max_wait_ms": float("inf")}, "max_wait_ms"),
         ({"max_batch": True}, "max_batch"),
         ({"max_images": 300}, "max_images of at most max_queue"),
-        ({"max_image_bytes": 1 << 30}, "lower --max-image-bytes|max_image_bytes"),
+        ({"max_image_mb": 100}, "lower --max-image-mb or raise --max-body-mb"),
+        ({"max_body_mb": 129}, "max_body_mb of at most half of max_buffered_mb"),
         ({"deadline_ms": 90_000}, "max_deadline_ms"),
+        ({"trusted_proxy": ("proxy.example",)}, "trusted_proxy to be an address, or a network"),
         ({"token": "short"}, "at least 16"),
         ({"token": "a token with spaces in it"}, "without spaces"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], told: str) -> None:
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Settings(**wrong)
     assert TOKEN not in repr(Settings(token=TOKEN))

@@ -1,4 +1,4 @@
-"""OpenAPI says what is true: requests made from it, good and bad, get the answers that it promises."""
+"""OpenAPI is true: requests made from it, good and bad, get the responses that it describes."""
 
 from __future__ import annotations
 
@@ -20,28 +20,7 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-CHECKS = [
-    checks.not_a_server_error,
-    status_code_conformance,
-    content_type_conformance,
-    response_schema_conformance,
-]
-OPERATIONS = {
-    ("POST", "/v1/predict"),
-    ("GET", "/v1/classifier"),
-    ("GET", "/v1/classes"),
-    ("POST", "/v1/classes"),
-    ("PATCH", "/v1/classes/{class_id}"),
-    ("DELETE", "/v1/classes/{class_id}"),
-    ("GET", "/v1/classes/{class_id}/examples"),
-    ("POST", "/v1/classes/{class_id}/examples"),
-    ("DELETE", "/v1/examples/{example_id}"),
-    ("GET", "/v1/examples/{example_id}/picture"),
-    ("POST", "/v1/retune"),
-    ("GET", "/healthz"),
-    ("GET", "/readyz"),
-    ("GET", "/metrics"),
-}
+CHECKS = [checks.not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +34,23 @@ def schema(served: Client) -> Any:
     return schemathesis.openapi.from_asgi("/openapi.json", served.app)
 
 
-def operations(schema: Any) -> list[Any]:
-    return [found.ok() for found in schema.get_all_operations()]
-
-
-def test_everything_is_described(served: Client, schema: Any) -> None:
-    assert {(one.method.upper(), one.path) for one in operations(schema)} == OPERATIONS
+def test_everything_is_described(served: Client) -> None:
     described = served.get("/openapi.json").json()
-    for path, methods in described["paths"].items():
-        for method, told in methods.items():
-            assert told["summary"] and told["responses"], (method, path)
-            protected = method != "get" and path != "/v1/predict"
-            assert ("security" in told) == protected, (method, path)
-            if protected:
-                assert {"401", "403", "503"} <= set(told["responses"])
+    operations = [(path, method) for path, methods in described["paths"].items() for method in methods]
+    assert len(operations) == 14
+    for path, method in operations:
+        told = described["paths"][path][method]
+        assert told["summary"] and told["responses"], (method, path)
+        protected = method != "get" and path != "/v1/predict"
+        assert ("security" in told) == protected, (method, path)
+        assert not protected or {"401", "403", "503"} <= set(told["responses"])
     body = described["paths"]["/v1/predict"]["post"]["requestBody"]["content"]
     assert {"multipart/form-data", "application/octet-stream", "image/png"} <= set(body)
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("real_ids", [True, False], ids=["real ids", "any ids"])
-def test_what_is_generated_gets_what_is_promised(served: Client, schema: Any, mode: Any, real_ids: bool) -> None:
+def test_generated_requests_get_described_responses(served: Client, schema: Any, mode: Any, real_ids: bool) -> None:
     classes = served.service.classifier.classes()
     ids = {"class_id": classes[-1].class_id, "example_id": served.service.classifier.examples(classes[0].name)[0]}
 
@@ -93,29 +68,23 @@ def test_what_is_generated_gets_what_is_promised(served: Client, schema: Any, mo
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    asked = 0
-    for operation in operations(schema):
+    for operation in [found.ok() for found in schema.get_all_operations()]:
         parts = (operation.path_parameters, operation.query, operation.headers, operation.body)
-        if mode is GenerationMode.NEGATIVE and not any(parts):
-            continue  # nothing about it can be wrong
-        quick(given(case=operation.as_strategy(generation_mode=mode))(ask))()
-        asked += 1
-    assert asked >= 8
+        if mode is GenerationMode.POSITIVE or any(parts):  # else nothing about it can be wrong
+            quick(given(case=operation.as_strategy(generation_mode=mode))(ask))()
 
 
-def test_answers_to_good_images_are_as_described(served: Client, schema: Any) -> None:
-    """What a generator of random bytes doesn't reach: 200 and 201 with all that is in them."""
+def test_responses_to_good_images_are_as_described(served: Client, schema: Any) -> None:
+    """Those that random bytes don't reach: 200 and 201 with all that is in them."""
     image = queries()[0]
     for path, options in (
         ("/v1/predict?top=3&nearest=2", {"files": form(image, b"zip")}),
         ("/v1/predict", {"content": image, "headers": {"Content-Type": "image/png"}}),
         ("/v1/predict", {"files": form(b"zip", b"")}),
         ("/v1/predict?unknown=reject&keep=0.5", {"files": form(image)}),
-        ("/v1/predict?unknown=reject&keep=0.999", {"files": form(image)}),
         ("/v1/classes", {"data": {"name": "a new one"}, "files": form(image), "headers": AUTHORISED}),
     ):
         response = served.ask("POST", path, **options)
-        operation = schema[path.partition("?")[0]]["POST"]
         assert response.status_code in (200, 201, 422)
-        response.request.read()  # schemathesis tells of the request where it complains
-        operation.validate_response(response)
+        response.request.read()  # schemathesis shows the request in its complaints
+        schema[path.partition("?")[0]]["POST"].validate_response(response)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends
 from fastapi.security import HTTPBearer
@@ -12,26 +12,29 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.exceptions import BadImageError
+from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError
 from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.head.names import LONGEST, name_fault
 from iosr_fast.serving.http import schemas
-from iosr_fast.serving.http.errors import ApiError, no_class, no_example
+from iosr_fast.serving.http.errors import ApiError, busy, no_class, no_example
 from iosr_fast.serving.http.lists import CLASS_ID_PATH, EXAMPLE_ID_PATH
 from iosr_fast.serving.http.logs import log
-from iosr_fast.serving.http.service import Service, UndecodedImage
-from iosr_fast.serving.http.uploads import Refusal, read_form
+from iosr_fast.serving.http.service import Service
 from iosr_fast.store.change_log import LogWriteError
 from iosr_fast.store.changes import ChangeResult
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503, 507)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DECODE_S = 60.0  # how long an image of a change may wait for a decoder
 _NAME = {"name": {"type": "string", "minLength": 1, "maxLength": LONGEST}}
 
 
 def make_router(service: Service) -> APIRouter:
     """Routes that add, rename and remove classes, add and remove support images, and retune."""
-    # HTTPBearer only documents the scheme; middleware.Authorisation checks the token before a body is read.
+    # HTTPBearer only documents the scheme; the middleware checks the token before a body is read.
     bearer = HTTPBearer(auto_error=False, description="the token that the server was started with")
     router = APIRouter(tags=["changes"], dependencies=[Depends(bearer)])
     max_images = service.settings.max_images
@@ -50,12 +53,12 @@ def make_router(service: Service) -> APIRouter:
         openapi_extra=schemas.form_body(_NAME, 0, max_images),
     )
     async def add_class(request: Request) -> Response:
-        upload = await read_form(request, service.settings, ("name",))
-        name, images = _check_name(upload.texts["name"]), _check_all(service, upload.images)
+        images, texts = await service.uploads.read_form(request, "name")
+        name = _check_name(texts["name"])
 
         def act(classifier: Classifier) -> ChangeResult:
             _require_free(classifier, name)
-            return classifier.add_class(name, images)
+            return classifier.add_class(name, _decoded(service, request, images))
 
         return await _change(service, "add_class", act, 201)
 
@@ -90,13 +93,13 @@ def make_router(service: Service) -> APIRouter:
         openapi_extra=schemas.form_body({}, 1, max_images),
     )
     async def add_examples(request: Request, class_id: str = CLASS_ID_PATH) -> Response:
-        images = _check_all(service, (await read_form(request, service.settings)).images)
+        images, _ = await service.uploads.read_form(request)
         if not images:
             raise ApiError(400, "no_image", "expected file fields `images`, got none")
 
         def act(classifier: Classifier) -> ChangeResult:
             _require_class(classifier, class_id)
-            return classifier.add_examples(class_id, images)
+            return classifier.add_examples(class_id, _decoded(service, request, images))
 
         return await _change(service, "add_examples", act)
 
@@ -121,25 +124,24 @@ async def _change(
         change = await service.change(act)
     except BadImageError as error:
         raise ApiError(422, "bad_image", f"image {error.where}: {error.reason}") from error
+    except (ClosedError, DeadlineExceededError) as error:
+        raise busy("busy", f"an image could not be decoded: {error}; try again", 5) from error
     except ValueError as error:
         raise ApiError(422, "refused", str(error)) from error
     except LogWriteError as error:
         code = "storage_full" if error.errno in _DISK_FULL else "log_failed"
         message = f"{error.strerror}; predictions continue, and changes are accepted again once the log can be written"
         raise ApiError(507, code, message) from error
-    answer = {"version": change.version, "class_id": change.class_id, "example_ids": list(change.example_ids)}
     log("change", change=name, version=change.version, class_id=change.class_id, examples=len(change.example_ids))
+    answer = {"version": change.version, "class_id": change.class_id, "example_ids": list(change.example_ids)}
     return JSONResponse(answer, status)
 
 
-def _check_all(service: Service, images: list[bytes | Refusal]) -> list[UndecodedImage]:
-    """A change is made with all of its images or not at all."""
-    undecoded: list[UndecodedImage] = []
-    for i, image in enumerate(service.check(images)):
-        if isinstance(image, Refusal):
-            raise ApiError(422, image.code, f"image number {i}: {image.message}")
-        undecoded.append(UndecodedImage(service.batching, image, i))
-    return undecoded
+def _decoded(service: Service, request: Request, images: list[bytes]) -> Iterator[np.ndarray]:
+    """The images one after another, as 64 large ones would take gigabytes. Decoder processes decode them."""
+    client = request.client.host if request.client else ""
+    for i, image in enumerate(images):
+        yield service.batching.decode_whole(image, i, deadline_s=_DECODE_S, client=client).result()
 
 
 def _check_name(text: str) -> str:

@@ -11,7 +11,8 @@ from typing import Any, cast
 from httptools import HttpParserError, HttpParserInvalidMethodError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from iosr_fast.serving.http.framing import MAX_HEAD, TARGET, Body, Refused, bad_request, check_head, find_head
+from iosr_fast.serving.http.errors import ApiError, busy
+from iosr_fast.serving.http.framing import MAX_HEAD, TARGET, Body, bad_request, check_head, find_head, last_answer
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.settings import Settings
 
@@ -53,6 +54,7 @@ class Connection(HttpToolsProtocol):
         self._searched = 0  # bytes of the buffer
         self._begun = self._blank = False  # whether a head has begun; whether a blank line was skipped
         self._body: Body | None = None  # of the current request, until both the body and the answer are complete
+        self._has_request = False  # whether the body is complete and the answer is not
         self._keep_alive = True  # after the current request
         self._unread = 0  # bytes dropped after the answer
         self._half_closed = self.finished = False
@@ -68,7 +70,7 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > self._settings.max_connections:
             oldest = next(iter(self._waiting))
             if oldest is self:
-                self._refuse(Refused(503, "busy", "too many connections; try again"))
+                self._refuse(busy("busy", "too many connections; try again"))
             else:
                 self._metrics.on_error("connection_dropped")
                 oldest.abort()
@@ -142,14 +144,9 @@ class Connection(HttpToolsProtocol):
 
     # --- heads and bodies ---
 
-    @property
-    def _has_request(self) -> bool:
-        """Whether a request has come with all of its body, and its answer is not yet written."""
-        return self._body is not None and self._body.whole
-
     def _next(self) -> None:
         """Wait for the next head, or take the one in the buffer."""
-        self._body = None
+        self._body, self._has_request = None, False
         self._searched, self._begun, self._blank = 0, False, False
         self._wait(_KEEP_ALIVE_S)
         self.flow.resume_reading()
@@ -159,55 +156,56 @@ class Connection(HttpToolsProtocol):
             self._socket.close()
 
     def _read(self, data: bytes) -> None:
+        """Take bytes of a body or of a head."""
         try:
             if self._body is not None:
-                self._receive(self._body, self._body.read(data), len(data))
-            else:
-                self._buffer += data
-                self._read_head(self._buffer)
-        except Refused as refused:
-            self._refuse(refused)
+                self._receive(self._body.read(data), len(data))
+                return
+            buffer = self._buffer
+            buffer += data
+            if buffer.startswith(b"\r\n") and not self._blank:
+                self._blank = True  # the RFC requires skipping one; no head has begun
+                del buffer[:2]
+            if not buffer or (buffer == b"\r" and not self._blank):
+                return
+            size = find_head(buffer, self._searched)
+            self._searched = len(buffer)
+            if size:
+                head, rest = bytes(buffer[:size]), bytes(buffer[size:])
+                buffer.clear()
+                body = Body(check_head(head))
+                self._start(head, body, body.read(rest))
+            elif not self._begun:
+                self._begun = True
+                self._wait(_HEAD_S)
+        except ApiError as error:
+            self._refuse(error)
 
-    def _read_head(self, buffer: bytearray) -> None:
-        if buffer.startswith(b"\r\n") and not self._blank:
-            self._blank = True  # the RFC requires skipping one; no head has begun
-            del buffer[:2]
-        if not buffer or (buffer == b"\r" and not self._blank):
-            return
-        size = find_head(buffer, self._searched)
-        self._searched = len(buffer)
-        if size:
-            head, rest = bytes(buffer[:size]), bytes(buffer[size:])
-            buffer.clear()
-            body = Body(check_head(head))
-            parts = body.read(rest)
-            self._start(head)
-            self._body = body
-            self._receive(body, parts, len(rest))
-        elif not self._begun:
-            self._begun = True
-            self._wait(_HEAD_S)
-
-    def _start(self, head: bytes) -> None:
-        """Start the application. Raises Refused."""
-        self._wait(None)
+    def _start(self, head: bytes, body: Body, parts: list[bytes]) -> None:
+        """Start the application. Raises ApiError."""
         self.parser = HttpRequestParser(self)
         try:
             with contextlib.suppress(HttpParserUpgrade):  # the offer is ignored, as RFC 9110 lets a server do
                 self.parser.feed_data(head)
         except HttpParserInvalidMethodError:
-            raise Refused(501, "unknown_method", "expected a method of HTTP, such as GET or POST") from None
+            raise ApiError(501, "unknown_method", "expected a method of HTTP, such as GET or POST") from None
         except HttpParserError as error:
             raise bad_request(f"a request by RFC 9112, got: {error}") from None
-        self._keep_alive = self.cycle.keep_alive
+        self._body, self._keep_alive = body, self.cycle.keep_alive
+        if not body.whole:
+            self._wait(None)
+        self._receive(parts)
 
-    def _receive(self, body: Body, parts: list[bytes], count: int) -> None:
+    def _receive(self, parts: list[bytes], count: int = 0) -> None:
+        """Give parts of the body to the application; drop them, `count` bytes, if it has answered."""
+        assert self._body is not None
         if parts:
             self.cycle.waiting_for_100_continue = False
         for part in parts:
             self.on_body(part)
-        if body.whole:
-            self._buffer += body.rest
+        if self._body.whole:
+            self._buffer += self._body.rest
+            self._has_request = True
             super().on_message_complete()
             if not self.cycle.response_started:
                 self.cycle.keep_alive = self._keep_alive
@@ -240,13 +238,13 @@ class Connection(HttpToolsProtocol):
         if not self.flow.write_paused:
             self._wait(_LINGER_S)
 
-    def _refuse(self, refused: Refused) -> None:
+    def _refuse(self, error: ApiError) -> None:
         """Answer with an error and close; only close if an answer has begun."""
         if self._body is not None and self.cycle.response_started:
             self.abort()
             return
-        self._metrics.on_error(refused.code)
-        self._socket.write(refused.answer())
+        self._metrics.on_error(error.code)
+        self._socket.write(last_answer(error))
         if self._body is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -272,7 +270,7 @@ class Connection(HttpToolsProtocol):
 
     def _expire(self) -> None:
         if self._body is None and self._begun and not self.finished:
-            self._refuse(Refused(408, "headers_too_slow", f"expected all headers within {_HEAD_S:g} s"))
+            self._refuse(ApiError(408, "headers_too_slow", f"expected all headers within {_HEAD_S:g} s"))
         else:
             self.abort()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,7 +19,7 @@ class ApiError(HTTPException):
     """An error answer: HTTP status, a code for programs and a message for people."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(status, message, dict(headers) if headers else None)
+        super().__init__(status, message, headers)
         self.code = code
 
 
@@ -45,8 +45,11 @@ def error_body(code: str, message: str) -> dict[str, Any]:
     return {"error": {"code": code, "message": message}}
 
 
-def error_response(error: HTTPException) -> Response:
-    return JSONResponse(error_body(_code(error), str(error.detail)), error.status_code, error.headers)
+def error_response(scope: MutableMapping[str, Any], error: HTTPException) -> Response:
+    """The answer to the request of `scope`, whose log line and metrics get the code."""
+    code = getattr(error, "code", "") or _CODES.get(error.status_code, f"http_{error.status_code}")
+    scope["iosr_fast.code"] = code
+    return JSONResponse(error_body(code, str(error.detail)), error.status_code, error.headers)
 
 
 def install(app: FastAPI) -> None:
@@ -54,22 +57,15 @@ def install(app: FastAPI) -> None:
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        request.scope["iosr_fast.code"] = _code(error)
-        return error_response(error)
+        return error_response(request.scope, error)
 
     async def refuse_parameters(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         message = "; ".join(_describe(detail) for detail in error.errors()[:5])
-        return await refuse(request, ApiError(422, "invalid_parameters", message))
+        return error_response(request.scope, ApiError(422, "invalid_parameters", message))
 
     app.add_exception_handler(HTTPException, refuse)
     app.add_exception_handler(RequestValidationError, refuse_parameters)
-
-
-def _code(error: HTTPException) -> str:
-    if isinstance(error, ApiError):
-        return error.code
-    return _CODES.get(error.status_code, f"http_{error.status_code}")
 
 
 def _describe(error: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import json
 import re
 from http import HTTPStatus
 
-from iosr_fast.serving.http.errors import error_body
+from iosr_fast.serving.http.errors import ApiError, error_body
 
 MAX_HEAD = 64 << 10  # bytes
 MAX_LINE = 8 << 10  # bytes of the request line
@@ -37,33 +37,22 @@ _BEGUN_CHUNK = re.compile(
 )
 
 
-class Refused(Exception):
-    """The connection must be closed: an HTTP status, a code for programs and a message for people."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
-
-    def answer(self) -> bytes:
-        """The last answer of the connection, in the form of all errors."""
-        body = json.dumps(error_body(self.code, str(self))).encode()
-        lines = [
-            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}",
-            "Content-Type: application/json",
-            "X-Content-Type-Options: nosniff",
-            f"Content-Length: {len(body)}",
-            "Connection: close",
-            *(["Retry-After: 1"] if self.status == 503 else []),
-        ]
-        return "\r\n".join([*lines, "", ""]).encode() + body
+def last_answer(error: ApiError) -> bytes:
+    """The answer to a request that no application sees; the connection is closed after it."""
+    body = json.dumps(error_body(error.code, error.detail)).encode()
+    headers = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff", **(error.headers or {})}
+    headers |= {"Content-Length": str(len(body)), "Connection": "close"}
+    lines = [f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def bad_request(expected: str) -> Refused:
-    return Refused(400, "bad_request", f"expected {expected}")
+def bad_request(expected: str) -> ApiError:
+    return ApiError(400, "bad_request", f"expected {expected}")
 
 
 def find_head(data: bytearray, searched: int) -> int:
-    """The length of the head at the start of `data`; 0 while it is incomplete. Raises Refused as soon as `data` can't
+    """The length of the head at the start of `data`; 0 while it is incomplete. Raises ApiError as soon as `data` can't
     become a valid head.
 
     The first `searched` bytes were checked before, so a head that arrives byte by byte costs no more than a whole one.
@@ -74,19 +63,19 @@ def find_head(data: bytearray, searched: int) -> int:
     if not 32 < data[0] < 127 or _BARE_LINE_FEED.search(data, searched, size):
         raise bad_request("a request line and headers whose lines end with CR LF")
     if size > MAX_LINE and data.find(b"\r\n", 0, MAX_LINE + 2) < 0:
-        raise Refused(414, "uri_too_long", f"expected a request line of at most {MAX_LINE} bytes")
+        raise ApiError(414, "uri_too_long", f"expected a request line of at most {MAX_LINE} bytes")
     if not complete and size >= MAX_HEAD:
-        raise Refused(431, "headers_too_large", f"expected a request line and headers of at most {MAX_HEAD} bytes")
+        raise ApiError(431, "headers_too_large", f"expected a request line and headers of at most {MAX_HEAD} bytes")
     return end if complete else 0
 
 
 def check_head(head: bytes) -> int | None:
     """The length of the body of a complete head; None: chunked.
 
-    Raises Refused unless the head follows the RFC's grammar, without its obsolete parts, and is unambiguous.
+    Raises ApiError unless the head follows the RFC's grammar, without its obsolete parts, and is unambiguous.
     """
     if head.count(b"\r\n") > MAX_HEADERS + 2:
-        raise Refused(431, "headers_too_large", f"expected at most {MAX_HEADERS} headers")
+        raise ApiError(431, "headers_too_large", f"expected at most {MAX_HEADERS} headers")
     grammar = _HEAD.fullmatch(head)
     if grammar is None:
         raise bad_request("a request line and headers `Name: value` without control characters or folded lines")
@@ -124,7 +113,7 @@ class Body:
         self.rest = b""  # bytes after the body, once it is whole
 
     def read(self, data: bytes) -> list[bytes]:
-        """The parts of the body in `data`. Raises Refused."""
+        """The parts of the body in `data`. Raises ApiError."""
         data, at, parts = self._pending + data, 0, []
         while not self.whole and at < len(data):
             if self._left:

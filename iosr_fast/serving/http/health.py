@@ -15,22 +15,16 @@ from iosr_fast.serving.http.metrics import CONTENT_TYPE
 from iosr_fast.serving.http.service import Service
 
 AFTER_S = 30.0  # without a classified image, /healthz classifies one
-EVERY_S = 10.0  # and at most this often
 WITHIN_S = 2.0  # expects an answer
 STUCK_AFTER_S = 120.0  # without an answer, a server that is too busy for the probe is unhealthy
 
 
 class Probe:
-    """Classifies a grey PNG if no image was classified for a while, and caches the result.
-
-    Concurrent requests share one probe, so frequent polling is cheap.
-    """
+    """Classifies a grey PNG if no image was classified for a while; one at a time, and any answer counts for all."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._lock = asyncio.Lock()
-        self._failure = ""
-        self._probed = float("-inf")
 
     async def failure(self) -> str:
         """Why the engine is unhealthy; "" if it works."""
@@ -41,35 +35,28 @@ class Probe:
             idle_s = time.monotonic() - self._service.metrics.last_answer
             if idle_s < AFTER_S or self._service.loading or batching.closed:
                 return ""
-            if time.monotonic() - self._probed >= EVERY_S:
-                self._failure = await self._probe(idle_s)
-                self._probed = time.monotonic()
-            return self._failure
+            return await self._probe(idle_s)
 
     async def _probe(self, idle_s: float) -> str:
-        service = self._service
+        batching = self._service.batching
+        # A server too busy for the probe is healthy as long as it classifies images.
+        busy = "" if idle_s < STUCK_AFTER_S else f"no image was classified for {idle_s:.0f} s"
         try:
             async with asyncio.timeout(WITHIN_S):
-                await service.batching.classify(grey_png(), top=1, deadline_s=WITHIN_S)
+                await batching.classify(grey_png(), top=1, deadline_s=WITHIN_S)
         except QueueFullError:
-            return self._busy(idle_s)
+            return busy
         except ClosedError:
             return ""
-        except TimeoutError:  # DeadlineExceededError is one
-            if service.batching.decoders_are_busy:  # with slow images that are within their limits
-                return self._busy(idle_s)
-            return f"a grey image was not classified within {WITHIN_S:g} s"
+        except TimeoutError:  # DeadlineExceededError is one; decoders may be busy with slow images within their limits
+            return busy if batching.decoders_are_busy else f"a grey image was not classified within {WITHIN_S:g} s"
         except Exception as error:
             return f"a grey image could not be classified: {error}"
         return ""
 
-    def _busy(self, idle_s: float) -> str:
-        """A server too busy for the probe is healthy as long as it classifies images."""
-        return "" if idle_s < STUCK_AFTER_S else f"no image was classified for {idle_s:.0f} s"
 
-
-def make_router(service: Service, metrics: bool) -> APIRouter:
-    """/healthz and /readyz, and /metrics with `metrics`."""
+def make_router(service: Service) -> APIRouter:
+    """/healthz, /readyz and /metrics."""
     router = APIRouter(tags=["operations"])
     probe = Probe(service)
 
@@ -81,7 +68,7 @@ def make_router(service: Service, metrics: bool) -> APIRouter:
     )
     async def healthz() -> Response:
         failure = await probe.failure()
-        return _state(failure == "", "failed", failure)
+        return _state("failed" if failure else "ok", failure)
 
     @router.get(
         "/readyz",
@@ -90,10 +77,11 @@ def make_router(service: Service, metrics: bool) -> APIRouter:
         summary="Is the server ready for requests?",
     )
     async def readyz() -> Response:
-        return _state(*await service.readiness())
-
-    if not metrics:
-        return router
+        if service.draining or service.batching.closed:
+            return _state("shutting down")
+        if service.loading or not service.batching.healthy:
+            return _state("loading" if service.loading else "failed")
+        return _state("ok", service.read_only)
 
     # Not `async`: rendering the series of thousands of classes is slow, so it runs in a thread.
     @router.get(
@@ -108,7 +96,7 @@ def make_router(service: Service, metrics: bool) -> APIRouter:
     return router
 
 
-def _state(good: bool, status: str, detail: str = "") -> Response:
-    """200 if `good`, else 503 with `status`; never cached."""
-    body = {"status": "ok" if good else status, "detail": detail}
-    return JSONResponse(body, 200 if good else 503, {"Cache-Control": "no-store"})
+def _state(status: str, detail: str = "") -> Response:
+    """200 for "ok", else 503; never cached."""
+    code = 200 if status == "ok" else 503
+    return JSONResponse({"status": status, "detail": detail}, code, {"Cache-Control": "no-store"})

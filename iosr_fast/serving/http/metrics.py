@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -26,29 +27,23 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
         self.last_answer = time.monotonic()  # when an image was last classified
-        ProcessCollector(registry=registry)
-
-        def histogram(name: str, description: str, buckets: Iterable[float], labels: tuple[str, ...] = ()) -> Histogram:
-            return Histogram(f"iosr_fast_{name}", description, labels, buckets=tuple(buckets), registry=registry)
-
-        def counter(name: str, description: str, labels: tuple[str, ...]) -> Counter:
-            return Counter(f"iosr_fast_{name}", description, labels, registry=registry)
-
+        self._registry = CollectorRegistry()
+        self._options: dict[str, Any] = {"namespace": "iosr_fast", "registry": self._registry}
+        ProcessCollector(registry=self._registry)
+        counter: Any = partial(Counter, **self._options)
+        histogram: Any = partial(Histogram, **{"buckets": _SECONDS, **self._options})
         self._requests = histogram(
-            "request_seconds", "Time from a request's headers to its answer", _SECONDS, ("route", "method", "status")
+            "request_seconds", "Time from a request's headers to its answer", ("route", "method", "status")
         )
-        self._images = histogram(
-            "image_seconds", "Time from an image's acceptance to its label", _SECONDS, ("outcome",)
-        )
-        self._batches = histogram("batch_images", "Images per batch", _IMAGES)
-        self._encode = histogram("encode_seconds", "Time to encode a batch", _SECONDS)
-        self._score = histogram("score_seconds", "Time to score a batch", _SECONDS)
+        self._images = histogram("image_seconds", "Time from an image's acceptance to its label", ("outcome",))
+        self._batches = histogram("batch_images", "Images per batch", buckets=_IMAGES)
+        self._encode = histogram("encode_seconds", "Time to encode a batch")
+        self._score = histogram("score_seconds", "Time to score a batch")
         self._errors = counter("errors", "Errors in answers, of requests and of their images", ("code",))
         self._refusals = counter("refusals", "Images refused before queueing", ("reason",))
         self._predictions = counter("predictions", "Images by predicted class", ("class_id", "name"))
-        self._unknown = counter("unknown", "Images rejected because they belong to none of the classes", ())
+        self._unknown = counter("unknown", "Images rejected because they belong to none of the classes")
         self._series: set[tuple[str, str]] = set()
 
     def watch(self, service: Any) -> None:
@@ -56,20 +51,18 @@ class Metrics:
         from iosr_fast import __version__
 
         def gauge(name: str, description: str, read: Any) -> None:
-            Gauge(f"iosr_fast_{name}", description, registry=self.registry).set_function(read)
+            Gauge(name, description, **self._options).set_function(read)
 
         gauge("queue_images", "Images accepted and not yet answered", lambda: service.batching.pending)
         gauge("queue_limit_images", "Limit of iosr_fast_queue_images", lambda: service.settings.max_queue)
-        gauge("body_bytes", "Bytes of request bodies in memory", lambda: service.budget.used)
+        gauge("body_bytes", "Bytes of request bodies in memory", lambda: service.bodies.used)
         gauge("healthy", "1 while the engine works", lambda: float(service.batching.healthy))
         gauge("model_version", "Version of the classes; each change increases it", lambda: service.classifier.version)
         gauge("classes", "Classes", lambda: len(service.classifier.snapshot().uids))
         gauge("read_only", "1 while changes can't be logged", lambda: float(bool(service.read_only)))
         labels = {"version": __version__, "method": service.classifier.method_}
         labels["encoder"] = service.classifier.encoder.fingerprint[:12]
-        Gauge("iosr_fast_info", "Version, method, encoder", tuple(labels), registry=self.registry).labels(**labels).set(
-            1
-        )
+        Gauge("info", "Version, method, encoder", tuple(labels), **self._options).labels(**labels).set(1)
 
     # --- called by BatchingClassifier ---
 
@@ -88,8 +81,10 @@ class Metrics:
 
     # --- called by the server ---
 
-    def on_request(self, route: str, method: str, status: int, seconds: float) -> None:
+    def on_request(self, route: str, method: str, status: int, seconds: float, code: str | None) -> None:
         self._requests.labels(route, method if method in _METHODS else "other", str(status)).observe(seconds)
+        if code is not None:
+            self.on_error(code)
 
     def on_error(self, code: str) -> None:
         self._errors.labels(code).inc()
@@ -113,4 +108,4 @@ class Metrics:
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
-        return generate_latest(self.registry)
+        return generate_latest(self._registry)

@@ -1,18 +1,18 @@
-"""ASGI middleware of every request: authorisation, request id, bounded body, response headers, log line, metrics."""
+"""What every request passes: token, bounded body, request id, response headers, log line, metrics."""
 
 from __future__ import annotations
 
+import asyncio
+import hmac
 import logging
 import re
 import time
 import uuid
 
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from iosr_fast.serving.http.body import BoundedBody
-from iosr_fast.serving.http.errors import ApiError, error_response
+from iosr_fast.serving.http.errors import ApiError, busy, error_response
 from iosr_fast.serving.http.logs import log, logger
 from iosr_fast.serving.http.service import Service
 
@@ -22,30 +22,11 @@ _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-r
 _DISCONNECTED = 499  # as in nginx: the client closed the connection before the answer
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
 _PREDICT = ("POST", "/v1/predict")
-
-
-class Authorisation:
-    """Requires the token of every request that could change something, on any path, before its body is read.
-
-    401 without the token, 403 if the server has none. Only safe methods and predictions need no token.
-    """
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] not in _SAFE and (scope["method"], scope["path"]) != _PREDICT:
-            try:
-                self._service.authorise(Headers(scope=scope))
-            except ApiError as error:
-                scope["iosr_fast.code"] = error.code
-                await error_response(error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+_MAX_OTHER = 16 << 10  # bytes of a body without images, such as a name in JSON; only POST takes images
 
 
 class RequestMiddleware:
-    """Request id, bounded body, response headers, log line and metrics of every request.
+    """Requires the token of every request that could change something, on any path, before its body is read.
 
     An unexpected exception is logged with its traceback and answered with 500.
     """
@@ -57,11 +38,12 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = time.perf_counter()
-        header = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = header if _ID.fullmatch(header) else uuid.uuid4().hex.encode()
-        body = BoundedBody(scope, receive, self._service.settings, self._service.budget)
-        status = 0
+        start, status = time.perf_counter(), 0
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"")
+        if not _ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex.encode()
+        body = BoundedBody(scope, receive, self._service, headers.get(b"content-length", b""))
         # HEAD is answered as GET is; the connection leaves the body out.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
@@ -69,43 +51,98 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message["headers"], *_HEADERS, (b"x-request-id", request_id)]
-                if self._service.draining:
-                    headers.append((b"connection", b"close"))
-                message["headers"] = headers
+                closing = [(b"connection", b"close")] if self._service.draining else []
+                message["headers"] = [*message["headers"], *_HEADERS, (b"x-request-id", request_id), *closing]
             await send(message)
 
         try:
+            if scope["method"] not in _SAFE and (scope["method"], scope["path"]) != _PREDICT:
+                check_token(self._service.settings.token, scope)
             await self._app(inner, body.receive, answer)
         except ClientDisconnect:
-            status = status or _DISCONNECTED
+            pass
+        except ApiError as error:
+            await error_response(inner, error)(inner, receive, answer)
         except Exception:
             logger.exception("unexpected", extra={"facts": {"request_id": request_id.decode()}})
-            inner["iosr_fast.code"] = "internal"
+            response = error_response(
+                inner, ApiError(500, "internal", "the server failed at this request; see its log")
+            )
             if not status:
-                error = ApiError(500, "internal", "the server failed at this request; see its log")
-                await error_response(error)(inner, receive, answer)
+                await response(inner, receive, answer)
         finally:
-            received = body.size
-            body.release()
-            inner["method"] = scope["method"]  # as it was asked, for log and metrics
-            self._record(inner, status or _DISCONNECTED, time.perf_counter() - start, request_id, received)
+            self._service.bodies.give(body.client, body.size)
+            seconds, status = time.perf_counter() - start, status or _DISCONNECTED
+            route, code = getattr(inner.get("route"), "path", "other"), inner.get("iosr_fast.code")
+            self._service.metrics.on_request(route, scope["method"], status, seconds, code)
+            log(
+                "request",
+                level=logging.DEBUG if route in _QUIET and status == 200 else logging.INFO,
+                method=scope["method"][:20],
+                path=scope["path"][:200],
+                status=status,
+                ms=round(seconds * 1e3, 2),
+                images=inner.get("iosr_fast.images", 0),
+                bytes=body.size,
+                client=body.client,
+                request_id=request_id.decode(),
+                **({} if code is None else {"code": code}),
+            )
 
-    def _record(self, scope: Scope, status: int, seconds: float, request_id: bytes, received: int) -> None:
-        metrics = self._service.metrics
-        route = getattr(scope.get("route"), "path", "other")
-        metrics.on_request(route, scope["method"], status, seconds)
-        code = scope.get("iosr_fast.code")
-        if code is not None:
-            metrics.on_error(code)
-        facts = {
-            "method": scope["method"][:20],
-            "path": scope["path"][:200],
-            "status": status,
-            "ms": round(seconds * 1e3, 2),
-            "images": scope.get("iosr_fast.images", 0),
-            "bytes": received,
-            "request_id": request_id.decode(),
-            **({} if code is None else {"code": code}),
-        }
-        log("request", level=logging.DEBUG if route in _QUIET and status == 200 else logging.INFO, **facts)
+
+def check_token(token: str | None, scope: Scope) -> None:
+    """Raise 403 if the server has no token, 401 for no token, a wrong one or two. Compares in constant time."""
+    if token is None:
+        raise ApiError(
+            403,
+            "changes_disabled",
+            "no token is set, so classes can't be changed: start the server with "
+            "--token-file FILE or IOSR_FAST_TOKEN and send it as `Authorization: Bearer TOKEN`",
+        )
+    values = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, credentials = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
+    if scheme.lower() != b"bearer" or not hmac.compare_digest(credentials.strip(), token.encode()):
+        message = "expected `Authorization: Bearer TOKEN` with the server's token"
+        raise ApiError(401, "unauthorized", message, {"WWW-Authenticate": "Bearer"})
+
+
+class BoundedBody:
+    """An ASGI `receive` that raises ApiError for a body that is too long (413), too slow (408), or beyond its client's
+    share of the memory for bodies (503).
+
+    It bounds every reader, the framework included, and counts received bytes, whatever Content-Length says.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, service: Service, content_length: bytes) -> None:
+        self._receive, self._shares, self._timeout_s = receive, service.bodies, service.settings.body_timeout_s
+        self._limit = service.max_body if scope["method"] == "POST" else min(service.max_body, _MAX_OTHER)
+        self._announced = int(content_length) if content_length.isdigit() and len(content_length) < 20 else 0
+        self._deadline = asyncio.get_running_loop().time() + self._timeout_s
+        self._whole = False
+        self.client: str = scope["client"][0] if scope.get("client") else ""
+        self.size = 0  # bytes that are taken from the share of the client
+
+    async def receive(self) -> Message:
+        """The next ASGI message. Raises ApiError."""
+        if self._whole:
+            return await self._receive()
+        self._check_size(self._announced)
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            expected = f"expected the whole body within {self._timeout_s:g} s, got {self.size} bytes in that time"
+            raise ApiError(408, "body_too_slow", expected) from None
+        if message["type"] == "http.request":
+            count = len(message.get("body", b""))
+            self._check_size(self.size + count)
+            if not self._shares.take(self.client, count):
+                raise busy("busy", "the request bodies of this client fill its share of the memory; try again")
+            self.size += count
+            self._whole = not message.get("more_body", False)
+        return message
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limit:
+            expected = f"expected a body of at most {self._limit} bytes, got {size} or more; send less"
+            raise ApiError(413, "too_large", expected)

@@ -15,16 +15,14 @@ from starlette.responses import Response
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
 from iosr_fast.head.predictions import Prediction
-from iosr_fast.serving.batching.item import QueryOptions
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, busy, error_body, shutting_down
 from iosr_fast.serving.http.lists import KEEP_QUERY
 from iosr_fast.serving.http.service import Service
-from iosr_fast.serving.http.uploads import Refusal, read_images
+from iosr_fast.serving.http.uploads import Images
 from iosr_fast.utils.text import abbreviate
 
 _QUERY = ("top", "nearest", "unknown", "keep", "deadline_ms")
-_WATCH_AFTER_S = 0.1  # a request that takes longer is cancelled when its client disconnects
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
 
@@ -68,21 +66,22 @@ def make_router(service: Service) -> APIRouter:
         ),
     ) -> Response:
         _check_query(request)
-        service.admit()
-        upload = await read_images(request, settings)
-        start = time.perf_counter()
-        checked = service.check(upload.images)
-        request.scope["iosr_fast.images"] = len(checked)
-        good = [image for image in checked if isinstance(image, bytes)]
-        options: QueryOptions = {
-            "top": top,
-            "nearest": nearest,
-            "deadline_s": deadline_ms / 1e3,
-            "client": request.client.host if request.client else "",
-            "keep": None if unknown is None else keep,
-        }
-        results = await _classify(service, request, good, options) if good else []
-        return _answer(service, checked, results, start)
+        client = request.client.host if request.client else ""
+        try:
+            service.batching.check_room(client)  # before the body is read, which makes refusals cheap
+            images = await service.uploads.read_images(request)
+            start = time.perf_counter()
+            request.scope["iosr_fast.images"] = len(images)
+            results = await _classify(
+                service,
+                request,
+                [image for image in images if isinstance(image, bytes)],
+                deadline_ms / 1e3,
+                {"top": top, "nearest": nearest, "client": client, "keep": None if unknown is None else keep},
+            )
+        except IosrFastError as error:
+            raise _request_error(service, error) from None
+        return _answer(service, images, results, start)
 
     return router
 
@@ -98,72 +97,40 @@ def _check_query(request: Request) -> None:
 
 
 async def _classify(
-    service: Service, request: Request, images: list[bytes], options: QueryOptions
-) -> Sequence[Prediction | BaseException]:
-    """A prediction or an error of each image. Raises ApiError for errors of the whole request."""
-    deadline_s = options["deadline_s"] or 0.0
-    task = asyncio.ensure_future(service.batching.classify_many(images, **options))
+    service: Service, request: Request, images: list[bytes], deadline_s: float, options: dict[str, Any]
+) -> Sequence[Prediction | Exception]:
+    """A prediction or an error of each image. A client that disconnects gives up its places in the queue."""
+    if not images:
+        return []
+    task = asyncio.ensure_future(service.batching.classify_many(images, deadline_s=deadline_s, **options))
+    gone = asyncio.ensure_future(request.receive())  # the body is read: the next message is http.disconnect
     try:
-        done, _ = await asyncio.wait({task}, timeout=min(_WATCH_AFTER_S, deadline_s))
-        if not done:
-            await _wait_while_connected(task, request, deadline_s + _GRACE_S)
-        return await task
-    except QueueFullError as error:
-        raise busy("queue_full", f"too many images are waiting already: {error}", error.retry_after_s) from None
-    except ClosedError:
-        raise shutting_down() from None
-    except IosrFastError as error:
-        raise _no_promise(error) from None
+        await asyncio.wait({task, gone}, timeout=deadline_s + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect if gone.done() else _too_late()
     finally:
         task.cancel()
+        gone.cancel()
 
 
-async def _wait_while_connected(task: asyncio.Future[Any], request: Request, seconds: float) -> None:
-    """Wait for `task`. Raises when the client disconnects or the time is over; the caller then cancels the task."""
-    disconnected = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, disconnected}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        disconnected.cancel()
-    if not task.done():
-        if disconnected.done() and not disconnected.cancelled():
-            raise ClientDisconnect
-        raise _too_late()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _too_late() -> ApiError:
-    return ApiError(
-        504, "deadline_exceeded", "no answer was ready before the deadline; allow more time, or send fewer images"
-    )
-
-
-def _no_promise(error: IosrFastError) -> ApiError:
-    return ApiError(422, "no_promise", str(error))
-
-
-def _answer(
-    service: Service, checked: list[bytes | Refusal], results: Sequence[Prediction | BaseException], start: float
-) -> Response:
+def _answer(service: Service, images: Images, results: Sequence[Prediction | Exception], start: float) -> Response:
     predictions: list[Prediction | dict[str, Any]] = []
     version = 0
     classified = iter(results)
-    for image in checked:
-        result = image if isinstance(image, Refusal) else next(classified)
+    for image in images:
+        result = image if isinstance(image, ApiError) else next(classified)
         if isinstance(result, Prediction):
             version = max(version, result.version)
             service.metrics.on_prediction(result)
             predictions.append(result)
-        elif isinstance(result, Refusal):
-            predictions.append(_image_error(service, result.code, result.message))
-        elif isinstance(result, BadImageError):
-            predictions.append(_image_error(service, "bad_image", result.reason))
-        else:
+            continue
+        if isinstance(result, BadImageError):
+            result = ApiError(422, "bad_image", result.reason)
+        if not isinstance(result, ApiError):
             raise _request_error(service, result)
+        service.metrics.on_error(result.code)
+        predictions.append(error_body(result.code, result.detail))
     body = {
         "version": version or service.classifier.version,
         "latency_ms": round((time.perf_counter() - start) * 1e3, 3),
@@ -174,19 +141,21 @@ def _answer(
     return Response(content, 200 if version else 422, media_type="application/json")
 
 
-def _image_error(service: Service, code: str, message: str) -> dict[str, Any]:
-    service.metrics.on_error(code)
-    return error_body(code, message)
-
-
-def _request_error(service: Service, error: BaseException) -> BaseException:
-    """The error of the whole request, for an image's error that the image did not cause."""
+def _request_error(service: Service, error: Exception) -> Exception:
+    """The error of the whole request, for one of the queue or of an image that did not cause it."""
+    if isinstance(error, QueueFullError):
+        return busy("queue_full", str(error), error.retry_after_s)
     if isinstance(error, DeadlineExceededError):
         return _too_late()
     if isinstance(error, ClosedError):
         return shutting_down()
-    if isinstance(error, IosrFastError):  # the classifier was replaced while the image waited
-        return _no_promise(error)
+    if isinstance(error, IosrFastError):
+        return ApiError(422, "no_promise", str(error))
     if not service.batching.healthy:
         return busy("engine_failed", "the engine fails at present; try again, or use another server", 5)
     return error
+
+
+def _too_late() -> ApiError:
+    message = "no answer was ready before the deadline; allow more time, or send fewer images"
+    return ApiError(504, "deadline_exceeded", message)

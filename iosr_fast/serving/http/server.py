@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.app import create_app
 from iosr_fast.serving.http.connection import protocol
-from iosr_fast.serving.http.logs import json_logs, log, logger
+from iosr_fast.serving.http.logs import log, logger, logs_to_stderr
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
@@ -30,6 +31,7 @@ from iosr_fast.serving.http.settings import Settings
 _GC_THRESHOLDS = (5_000, 20, 100)
 _FILES = 100  # open files besides connections: of the bundle, of libraries, pipes
 _BACKLOG = 2048  # connections that wait in the kernel
+_LOCAL = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}  # how a browser here names an address
 # Parameters of mallopt in glibc's malloc.h, with values.
 _MALLOC = {
     -1: 128 << 20,  # M_TRIM_THRESHOLD: free bytes at the top of the heap before any return to the kernel
@@ -52,11 +54,11 @@ def run(bundle: str | Path, settings: Settings) -> None:
     runs, threads = settings.engine_layout
     classifier = Classifier.load(bundle, settings.runtime, True, threads, settings.expected_digest, runs)
     classifier.snapshot().one_label("the HTTP API", "serve one fitted with one label, or use predict")
-    if settings.log is not None:
-        with json_logs():
+    plain = sys.stderr.isatty() and not settings.log_json
+    with logs_to_stderr(plain):
+        if settings.log is not None:
             classifier.open_log(settings.log)
-    listener = _listen(settings)
-    with json_logs():
+        listener = _listen(settings)
         metrics = Metrics()
         batching = settings.make_batching(classifier, observer=metrics)
         app = create_app(batching, settings, metrics)
@@ -74,6 +76,8 @@ def run(bundle: str | Path, settings: Settings) -> None:
                 seconds=round(time.perf_counter() - start, 3),
             )
             log("listening", host=host, port=port, pid=os.getpid(), changes=settings.token is not None)
+            if plain:
+                print(f"The page is at http://{_LOCAL.get(host, host)}:{port}/ (Ctrl-C stops it)", file=sys.stderr)
             config = uvicorn.Config(
                 app,
                 http=protocol(settings, metrics),  # type: ignore[arg-type]
@@ -82,7 +86,8 @@ def run(bundle: str | Path, settings: Settings) -> None:
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,
+                proxy_headers=bool(settings.trusted_proxy),
+                forwarded_allow_ips=list(settings.trusted_proxy),
                 timeout_graceful_shutdown=settings.grace_s,
             )
             server = _Server(config, service)
@@ -131,22 +136,12 @@ def _allow_files(settings: Settings) -> None:
 
 def _listen(settings: Settings) -> socket.socket:
     """A listening socket. An address in use is an error before anything else starts."""
+    host, port = settings.host, settings.port
     try:
-        addresses = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, proto, _, address = addresses[0]
-        listener = socket.socket(family, kind, proto)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise OSError(f"can't listen on {settings.host!r}: {error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise OSError(
-            f"can't listen on {settings.host} port {settings.port}: {error}; choose another --port"
-        ) from error
-    return listener
+        raise OSError(f"can't listen on {host!r} port {port}: {error}; choose another --port or --host") from error
 
 
 class _Server(uvicorn.Server):

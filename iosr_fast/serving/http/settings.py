@@ -1,12 +1,13 @@
-"""All settings of the server, with defaults and ranges. Each limit bounds something that a client sends."""
+"""All settings of the server, with defaults, ranges and the help of the command's options."""
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -29,6 +30,13 @@ Positive = Annotated[float, Meta(ge=1e-3, le=_MAX)]
 NonNegative = Annotated[float, Meta(ge=0, le=_MAX)]
 
 
+class Option(NamedTuple):
+    """A setting as an option of `iosr-fast serve`, in a section of its help."""
+
+    help: str
+    section: str = ""
+
+
 def check_fields(record: Any) -> None:
     """Raise ValueError for the first field of a dataclass that its annotation does not allow."""
     for name, annotation in get_type_hints(type(record), include_extras=True).items():
@@ -45,72 +53,89 @@ def check_fields(record: Any) -> None:
 class Settings:
     """Limits, deadlines and files of one server. Raises ValueError that names the setting and the expected value.
 
-    Listening: `host`; `port`, 0 for a free one (the log names it). At most `max_connections` are open; beyond that the
-    one that has waited longest for its client is closed. A client must read an answer within `body_timeout_s`
-    (protocol.py has the other deadlines of a connection).
-
-    Changes of classes require the bearer token `token`; None disables changes.
-
-    Batches: `max_batch` images (None: 8 on a CPU, where larger ones only delay each other, and the engine's own maximum
-    on a GPU). With one run of the encoder, the first image of a batch waits at most `max_wait_ms`. `max_queue` images
-    may be accepted and not yet answered. `decode_threads` decoders (None: chosen by BatchingClassifier);
-    `engine_threads` of the encoder on a CPU (None: all cores), shared by several runs (engine_layout).
-
-    Decoding runs in processes. A process is killed when an image takes `decode_timeout_s` of CPU time or twice as long
-    by the clock. Images above 16 million pixels that are decoded at the same time have at most `max_decoding_pixels`
-    together.
-
-    Requests: a body has at most `max_body_bytes` (16 KiB without images) and must arrive within `body_timeout_s`; it
-    has at most `max_images` images of `max_image_bytes` and `max_pixels` each. All bodies together take at most
-    `max_buffered_bytes`. The deadline is `deadline_ms`, unless the client asks for another of at most
-    `max_deadline_ms`.
-
-    After a signal /readyz fails; the server accepts requests for another `drain_s` and answers them within `grace_s`.
-
-    The classifier: `runtime` of its engine; `expected_digest` of the bundle (None: any); `log`, the file of changes.
+    Changes of classes require the bearer token `token`; None disables changes. Clients are known by their addresses and
+    share the queue and the memory for bodies. Images above 16 million pixels count for `max_decoding_pixels`. A client
+    must also read an answer within `body_timeout_s`; connection.py has the other deadlines of a connection.
     """
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    host: Annotated[str, Option("Address to listen on; 0.0.0.0: all.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535), Option("Port; 0: a free one, which the log names.")] = 8000
     token: str | None = field(default=None, repr=False)
-    max_connections: Count = 900  # below 1,024, a common limit of open files
-    max_batch: Count | None = None
-    max_wait_ms: NonNegative = 2.0
-    max_queue: Count = 256
-    decode_threads: Count | None = None
-    engine_threads: Count | None = None
-    decode_timeout_s: Positive = 4.0
-    max_decoding_pixels: Count = 100_000_000
-    max_body_bytes: Count = 32 * MIB
-    body_timeout_s: Positive = 20.0
-    max_images: Count = 64
-    max_image_bytes: Count = 8 * MIB
-    max_pixels: Count = 50_000_000
-    max_buffered_bytes: Count = 256 * MIB
-    deadline_ms: Count = 5_000
-    max_deadline_ms: Count = 60_000
-    drain_s: NonNegative = 1.0
-    grace_s: Count = 30
-    runtime: str = "auto"
-    expected_digest: str | None = None
-    log: Path | None = None
+    trusted_proxy: Annotated[
+        tuple[str, ...],
+        Option("Address or network of a proxy, whose X-Forwarded-For names the client; may be repeated."),
+    ] = ()
+    log: Annotated[Path | None, Option("File that records class changes; they are replayed at the start.")] = None
+    log_json: Annotated[bool, Option("Write JSON lines to a terminal, too, as to a file or pipe.")] = False
+    runtime: Annotated[str, Option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")] = "auto"
+    expected_digest: Annotated[
+        str | None, Option("Refuse a folder with another digest than this, of `iosr-fast info FOLDER`.")
+    ] = None
+
+    # None: 8 on a CPU, where larger batches only delay each other, and the engine's own maximum on a GPU.
+    max_batch: Annotated[
+        Count | None,
+        Option("Most images of a batch [default: 8 on a CPU; on a GPU as many as the engine takes].", "Batches"),
+    ] = None
+    max_wait_ms: Annotated[
+        NonNegative, Option("Longest wait of a batch for more images, in milliseconds.", "Batches")
+    ] = 2.0
+    max_queue: Annotated[
+        Count, Option("Most images that are accepted and not yet answered; others get status 503.", "Batches")
+    ] = 256
+    decode_threads: Annotated[Count | None, Option("Images decoded in parallel [default: chosen].", "Batches")] = None
+    engine_threads: Annotated[Count | None, Option("CPU cores of the encoder [default: all].", "Batches")] = None
+
+    max_images: Annotated[Count, Option("Most images of a request.", "Limits")] = 64
+    max_body_mb: Annotated[Positive, Option("Largest request, in MB.", "Limits")] = 32.0
+    max_image_mb: Annotated[Positive, Option("Largest image file, in MB.", "Limits")] = 8.0
+    max_buffered_mb: Annotated[
+        Positive, Option("Largest total of the requests that are being received, in MB.", "Limits")
+    ] = 256.0
+    max_pixels: Annotated[Count, Option("Largest image, in pixels.", "Limits")] = 50_000_000
+    max_decoding_pixels: Annotated[
+        Count, Option("Largest total of the images above 16 million pixels that are decoded in parallel.", "Limits")
+    ] = 100_000_000
+    max_connections: Annotated[Count, Option("Most open connections.", "Limits")] = 900  # many systems allow 1,024
+
+    decode_timeout_s: Annotated[Positive, Option("CPU seconds to decode an image.", "Time limits")] = 4.0
+    body_timeout_s: Annotated[Positive, Option("Seconds to receive the body of a request.", "Time limits")] = 20.0
+    deadline_ms: Annotated[Count, Option("Deadline of a request that names none, in milliseconds.", "Time limits")] = (
+        5_000
+    )
+    max_deadline_ms: Annotated[
+        Count, Option("Longest deadline that a request may name, in milliseconds.", "Time limits")
+    ] = 60_000
+    drain_s: Annotated[
+        NonNegative, Option("After a signal to stop: seconds in which requests are still accepted.", "Time limits")
+    ] = 1.0
+    grace_s: Annotated[Count, Option("Then: seconds to answer the requests that were accepted.", "Time limits")] = 30
 
     def __post_init__(self) -> None:
         if self.token is not None:
             _check_token(self.token)  # first, because check_fields quotes values
         check_fields(self)
-        for small, large in (
-            ("max_images", "max_queue"),
-            ("max_image_bytes", "max_body_bytes"),
-            ("max_body_bytes", "max_buffered_bytes"),
-            ("max_pixels", "max_decoding_pixels"),
-            ("deadline_ms", "max_deadline_ms"),
+        for address in self.trusted_proxy:
+            try:
+                ipaddress.ip_network(address)
+            except ValueError as error:
+                raise IosrFastError(f"expected trusted_proxy to be an address, or a network: {error}") from None
+        for small, factor, large in (
+            ("max_images", 1, "max_queue"),
+            ("max_image_mb", 1, "max_body_mb"),
+            ("max_body_mb", 2, "max_buffered_mb"),  # half is the largest share of a client (Shares)
+            ("max_pixels", 1, "max_decoding_pixels"),
+            ("deadline_ms", 1, "max_deadline_ms"),
         ):
-            if getattr(self, small) > getattr(self, large):
+            if factor * getattr(self, small) > getattr(self, large):
                 raise IosrFastError(
-                    f"expected {small} of at most {large}, got {getattr(self, small)} and {getattr(self, large)}; "
-                    f"lower --{small.replace('_', '-')} or raise --{large.replace('_', '-')}"
+                    f"expected {small} of at most {'half of ' * (factor - 1)}{large}, got {getattr(self, small)} and "
+                    f"{getattr(self, large)}; lower --{small.replace('_', '-')} or raise --{large.replace('_', '-')}"
                 )
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * MIB)
 
     @property
     def engine_layout(self) -> tuple[int, int]:
@@ -149,7 +174,8 @@ class Settings:
 
     @property
     def decode_limits(self) -> DecodeLimits:
-        return DecodeLimits(self.max_image_bytes, self.max_pixels, self.max_decoding_pixels, self.decode_timeout_s)
+        most_bytes = int(self.max_image_mb * MIB)
+        return DecodeLimits(most_bytes, self.max_pixels, self.max_decoding_pixels, self.decode_timeout_s)
 
 
 def _check_token(token: str) -> None:

@@ -1,4 +1,4 @@
-"""No state of a connection lasts: deadlines that no byte prolongs, room for the next client, answers in order."""
+"""No state of a connection lasts: deadlines that no byte extends, room for the next client, responses in order."""
 
 from __future__ import annotations
 
@@ -15,26 +15,23 @@ from tests.serving.http_edge import BIG, Site, read_all, read_answers, site, sta
 pytestmark = pytest.mark.slow
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+SLOW, LARGE = GET.replace(b"/", b"/slow", 1), GET.replace(b"/", b"/big", 1)
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
-CLOSE = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-SHORT_S = 0.3  # the server's deadlines here, but for those of whole seconds
+CLOSE = GET[:-2] + b"Connection: close\r\n\r\n"
+SHORT_S = 0.3  # the server's deadlines here, except those of whole seconds
 LONG_S = 6.0  # until a test gives up on a deadline
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch, site(body_timeout_s=1) as it:
-        for name, seconds in (
-            ("_LINGER_S", SHORT_S),
-            ("_HEAD_S", SHORT_S),
-            ("_HALF_CLOSED_S", SHORT_S),
-            ("_KEEP_ALIVE_S", 1.0),
-        ):
+        deadlines = {"_LINGER_S": SHORT_S, "_HEAD_S": SHORT_S, "_HALF_CLOSED_S": SHORT_S, "_KEEP_ALIVE_S": 1.0}
+        for name, seconds in deadlines.items():
             patch.setattr(f"iosr_fast.serving.http.connection.{name}", seconds)
         yield it
 
 
-def ended(connection: socket.socket, trickle: bytes = b"", every_s: float = 0.02) -> bytes:
+def until_closed(connection: socket.socket, trickle: bytes = b"", every_s: float = 0.02) -> bytes:
     """What comes until the server has closed, while `trickle` is sent again and again."""
     until, answer = time.monotonic() + LONG_S, b""
     connection.settimeout(every_s)
@@ -51,40 +48,35 @@ def ended(connection: socket.socket, trickle: bytes = b"", every_s: float = 0.02
             return answer
         answer += part
         if not part:
-            time.sleep(every_s)  # half closed by the server; to be closed wholly, whatever we send
+            time.sleep(every_s)  # half closed by the server; it must close wholly, whatever we send
     raise AssertionError(f"still open after {LONG_S} s: {answer!r}")
 
 
-def test_a_connection_without_a_request_is_closed(shared: Site) -> None:
-    with shared.connect() as connection:
-        assert ended(connection) == b""
-
-
-def test_headers_that_trickle_prolong_nothing(shared: Site) -> None:
+def test_headers_that_trickle_get_408(shared: Site) -> None:
     def answer_to(case: tuple[int, bytes]) -> list[int]:
         before, begun = case
         with shared.connect() as connection:
             connection.sendall(GET * before)
             read_answers(connection, before)
             connection.sendall(begun)
-            return statuses(ended(connection, b"X: a\r\n" if begun.startswith(b"GET") else b"A"))
+            return statuses(until_closed(connection, b"X: a\r\n" if begun.startswith(b"GET") else b"A"))
 
     cases = [(i, begun) for i in (0, 1) for begun in (b"", b"G", b"\r\n", b"GET / HTTP/1.1\r\n", GET[:-2])]
     with ThreadPoolExecutor(len(cases)) as pool:
         assert list(pool.map(answer_to, cases)) == [[408]] * len(cases)
 
 
-def test_what_is_no_request_after_an_answer_keeps_no_connection(shared: Site) -> None:
-    def answer_to(trickle: bytes) -> list[int]:
+def test_bytes_that_are_no_request_keep_no_connection(shared: Site) -> None:
+    def answer_to(case: tuple[bytes, bytes]) -> list[int]:
+        before, trickle = case
         with shared.connect() as connection:
-            connection.sendall(GET)
-            read_answers(connection, 1)
-            connection.sendall(b"\r\n")  # one blank line is ignored, and is no request that has begun
-            return statuses(ended(connection, trickle))
+            connection.sendall(before)
+            read_answers(connection, before.count(b"GET"))
+            return statuses(until_closed(connection, trickle))
 
-    trickles = [b"", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\0"]
-    with ThreadPoolExecutor(len(trickles)) as pool:
-        assert list(pool.map(answer_to, trickles)) == [[], *[[400]] * (len(trickles) - 1)]
+    cases = [(GET + b"\r\n", trickle) for trickle in (b"", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\0")]
+    with ThreadPoolExecutor(len(cases) + 1) as pool:
+        assert list(pool.map(answer_to, [(b"", b""), *cases])) == [[], [], *[[400]] * (len(cases) - 1)]
 
 
 def test_one_blank_line_before_a_request_is_ignored(shared: Site) -> None:
@@ -93,51 +85,47 @@ def test_one_blank_line_before_a_request_is_ignored(shared: Site) -> None:
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 100000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"])
-def test_a_body_that_trickles_after_its_answer_is_cut_off(shared: Site, framing: bytes) -> None:
+def test_a_body_that_trickles_after_its_response_is_cut_off(shared: Site, framing: bytes) -> None:
     for last in (b"", b"Connection: close\r\n"):
         with shared.connect() as connection:
             connection.sendall(b"POST /unread HTTP/1.1\r\nHost: x\r\n" + last + framing)
             trickle = b"a" if b"Length" in framing else b"1\r\na\r\n"
-            assert statuses(ended(connection, trickle)) == [200]
+            assert statuses(until_closed(connection, trickle)) == [200]
 
 
-def test_a_client_that_takes_its_answer_slowly_is_cut_off(shared: Site) -> None:
-    for takes in (0, 512):
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            connection.connect(("127.0.0.1", shared.port))
-            connection.settimeout(LONG_S)
-            connection.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
-            shared.wait_for(lambda: len(shared.connections) == 1)
-            until = time.monotonic() + LONG_S
-            while shared.connections:
-                assert time.monotonic() < until
-                connection.recv(takes)
-                time.sleep(0.02)
+@pytest.mark.parametrize(
+    "request_", [LARGE, LARGE[:-2] + b"Connection: close\r\n\r\n", GET.replace(b"/", b"/whole", 1)]
+)
+@pytest.mark.parametrize("takes", [0, 512])
+def test_a_client_that_reads_its_response_slowly_is_cut_off(shared: Site, takes: int, request_: bytes) -> None:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", shared.port))
+        connection.settimeout(LONG_S)
+        connection.sendall(request_)
+        shared.wait_for(lambda: len(shared.connections) == 1)
+        until = time.monotonic() + LONG_S
+        while shared.connections:
+            assert time.monotonic() < until
+            connection.recv(takes)
+            time.sleep(0.02)
     with shared.connect() as connection:
-        connection.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        connection.sendall(request_ + CLOSE)
         assert len(read_all(connection)) > BIG
 
 
-@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET / HT", POST, POST + b"abc", GET + POST])
-def test_a_half_closed_connection_ends(shared: Site, sent: bytes) -> None:
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET / HT", POST, POST + b"abc", GET + POST, GET * 50, LARGE, SLOW])
+def test_a_half_closed_connection_ends_after_its_complete_requests(shared: Site, sent: bytes) -> None:
     with shared.connect() as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
-        assert statuses(read_all(connection)) == [200] * sent.count(GET)
+        assert statuses(read_all(connection)) == [200] * (sent.count(GET) + sent.count(LARGE))  # SLOW takes too long
     shared.wait_for(lambda: not shared.connections)
-
-
-def test_who_half_closes_after_whole_requests_is_answered(shared: Site) -> None:
-    with shared.connect() as connection:
-        connection.sendall(GET * 50)
-        connection.shutdown(socket.SHUT_WR)
-        assert statuses(read_all(connection)) == [200] * 50
 
 
 def test_the_application_hears_of_a_client_that_is_gone(shared: Site) -> None:
     before = shared.gone
-    for request in (GET.replace(b"/", b"/slow", 1), POST.replace(b"/", b"/slow", 1) + bytes(1000)):
+    for request in (SLOW, POST.replace(b"/", b"/slow", 1) + bytes(1000)):
         with shared.connect() as connection:
             connection.sendall(request)
             time.sleep(0.05)
@@ -148,9 +136,8 @@ def test_the_application_hears_of_a_client_that_is_gone(shared: Site) -> None:
     assert shared.gone == before + 2
 
 
-def test_pipelined_requests_are_all_answered_in_their_order(shared: Site) -> None:
+def test_pipelined_requests_are_all_answered_in_order(shared: Site) -> None:
     post = b"POST /%d HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n" + GET * 60 + bytes(2000 - 60 * len(GET))
-    assert post.index(b"\r\n\r\n") + 4 + 2000 == len(post)
     requests = b"".join(post % i if i % 3 else GET.replace(b"/", b"/%d" % i, 1) for i in range(2000))
     with shared.connect() as connection:
         connection.settimeout(20)
@@ -163,23 +150,16 @@ def test_pipelined_requests_are_all_answered_in_their_order(shared: Site) -> Non
 def test_requests_ahead_of_their_turn_are_not_read(shared: Site) -> None:
     with shared.connect() as connection:
         connection.settimeout(0.2)
-        connection.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(SLOW)
         sent = 0
         with contextlib.suppress(TimeoutError):
             while sent < 64 << 20:
                 sent += connection.send(GET * 1000)
         assert sent < 64 << 20  # the kernels' buffers are full
-        (kept,) = shared.connections
-        assert len(kept._buffer) < 1 << 20  # type: ignore[attr-defined]
 
 
-def test_an_error_reaches_a_client_that_still_sends(shared: Site) -> None:
-    for bad in (
-        b"GET / HTTP/1.1\r\n\r\n",
-        POST.replace(b"1000", b"x"),
-        b"GET /" + b"a" * 20_000,
-        POST[:-2] + b"a b\r\n",
-    ):
+def test_a_refusal_reaches_a_client_that_still_sends(shared: Site) -> None:
+    for bad in (CLOSE[16:], POST.replace(b"1000", b"x"), b"GET /" + b"a" * 20_000, POST[:-2] + b"a b\r\n"):
         with shared.connect() as connection:
             with contextlib.suppress(ConnectionError):
                 connection.sendall(bad + bytes(3 << 20))
@@ -187,19 +167,14 @@ def test_an_error_reaches_a_client_that_still_sends(shared: Site) -> None:
             assert statuses(read_all(connection)) in ([400], [414], [431])
 
 
-def test_who_sends_on_after_a_refusal_is_cut_off() -> None:
-    with site(max_body_bytes=1 << 20, max_image_bytes=1 << 20) as small, small.connect() as connection:
+def test_a_client_that_sends_on_after_a_refusal_is_cut_off() -> None:
+    with site(max_body_mb=1, max_image_mb=1) as small, small.connect() as connection:
         connection.sendall(b"POST /unread HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
         read_answers(connection, 1)
         with pytest.raises(ConnectionError):
             for _ in range(100):
                 connection.sendall(bytes(1 << 20))
                 time.sleep(0.01)
-
-
-def test_an_application_that_fails_is_a_500_and_the_end(shared: Site) -> None:
-    answer = shared.ask(GET.replace(b"/", b"/fail", 1) + GET)
-    assert statuses(answer) == [500]
 
 
 @pytest.mark.parametrize(
@@ -214,19 +189,14 @@ def test_connections_that_wait_for_their_clients_make_room(begun: bytes) -> None
                 connection.sendall(begun)
         for _ in range(3):
             assert statuses(crowded.ask(CLOSE)) == [200]
-        with many[-1] as newest, contextlib.suppress(ConnectionError):  # the oldest went first
-            newest.settimeout(0.05)
-            with contextlib.suppress(TimeoutError):
-                while newest.recv(65536):
-                    pass
         crowded.wait_for(lambda: len(crowded.connections) <= 20)
 
 
-def test_where_all_are_being_answered_the_next_is_told_to_come_again() -> None:
+def test_the_newest_connection_gets_503_where_all_others_are_busy() -> None:
     with site(max_connections=4) as crowded, contextlib.ExitStack() as opened:
         many = [opened.enter_context(crowded.connect()) for _ in range(4)]
         for connection in many:
-            connection.sendall(GET.replace(b"/", b"/slow", 1))
+            connection.sendall(SLOW)
         crowded.wait_for(lambda: len(crowded.seen) == 4)
         refused = crowded.ask(GET)
         assert statuses(refused) == [503] and b"Retry-After: 1\r\n" in refused
@@ -234,24 +204,13 @@ def test_where_all_are_being_answered_the_next_is_told_to_come_again() -> None:
         assert statuses(crowded.ask(CLOSE)) == [200]
 
 
-def test_a_thousand_silent_connections_keep_nobody_out() -> None:
-    with site() as crowded, contextlib.ExitStack() as opened:
-        for i in range(950):
-            with contextlib.suppress(ConnectionError):
-                connection = opened.enter_context(crowded.connect())
-                connection.sendall((b"", b"GET", POST, GET)[i % 4])
-        for _ in range(5):
-            assert statuses(crowded.ask(CLOSE)) == [200]
-        crowded.wait_for(lambda: len(crowded.connections) <= crowded.settings.max_connections)
-
-
-def test_a_stop_answers_what_is_under_way_and_closes_the_rest() -> None:
+def test_a_stop_answers_accepted_requests_and_closes_the_rest() -> None:
     running = Site()
     with running.connect() as idle, running.connect() as partial, running.connect() as busy, running.connect() as body:
         idle.sendall(GET)
         read_answers(idle, 1)
         partial.sendall(b"GET / HT")
-        busy.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" + GET)
+        busy.sendall(SLOW + GET)
         body.sendall(POST)
         running.wait_for(lambda: ("GET", "/slow", 0) in running.seen)
         running.server.should_exit = True
@@ -259,7 +218,26 @@ def test_a_stop_answers_what_is_under_way_and_closes_the_rest() -> None:
         body.sendall(bytes(1000))
         for connection, size in ((busy, 0), (body, 1000)):
             answer = read_all(connection)
-            assert (
-                statuses(answer) == [200] and b"connection: close" in answer.lower() and b'"size":%d' % size in answer
-            )
+            assert statuses(answer) == [200] and b'"size":%d' % size in answer
+            assert b"connection: close" in answer.lower()
     running.stop()
+
+
+@pytest.mark.parametrize(
+    ("trusted", "forwarded", "client"),
+    [
+        ((), [b"1.2.3.4"], "127.0.0.1"),
+        (("127.0.0.1",), [b"1.2.3.4"], "1.2.3.4"),
+        (("127.0.0.0/8", "10.0.0.0/8"), [b"6.6.6.6, 1.2.3.4, 10.0.0.1"], "1.2.3.4"),
+        (("127.0.0.1", "10.0.0.1"), [b"6.6.6.6", b"1.2.3.4", b"10.0.0.1"], "1.2.3.4"),
+        (("10.0.0.1",), [b"1.2.3.4"], "127.0.0.1"),
+        (("127.0.0.1",), [], "127.0.0.1"),
+    ],
+)
+def test_the_client_is_the_last_address_that_is_no_trusted_proxy(
+    trusted: tuple[str, ...], forwarded: list[bytes], client: str
+) -> None:
+    with site(trusted_proxy=trusted) as behind:
+        lines = b"".join(b"X-Forwarded-For: " + value + b"\r\n" for value in forwarded)
+        answer = behind.ask(CLOSE[:-2] + lines + b"\r\n")
+        assert b'"client":"%s"' % client.encode() in answer
