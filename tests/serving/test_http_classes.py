@@ -285,7 +285,7 @@ def test_a_log_that_cannot_be_written_makes_the_server_read_only(tmp_path: Any) 
         names = (f"{number}".rjust(500, "x") for number in range(20))
         while (response := rename(next(names))).status_code == 200:
             pass
-        for refused in (response, rename("two")):
+        for refused in (response, rename(next(names))):
             assert error_of(refused, 507) == "storage_full" and "predictions continue" in refused.text
         version = classifier.version
         assert client.predict(GREY).json()["version"] == version

@@ -112,8 +112,7 @@ def test_health_goes_through_a_decoder_and_a_busy_one_is_no_failure(monkeypatch:
     probe_soon(monkeypatch)
     limits = Settings(decode_timeout_s=1.5).decode_limits
     with serving(batching={"isolated": True, "decode_threads": 1, "limits": limits}) as client:
-        time.sleep(0.02)
-        assert client.get("/healthz").status_code == 200
+        assert client.predict(GREY, query="?deadline_ms=30000").status_code == 200
         (pid,) = pids(client)
         os.kill(pid, signal.SIGSTOP)  # it never answers
         held = client.start("POST", "/v1/predict?deadline_ms=30000", content=GREY)

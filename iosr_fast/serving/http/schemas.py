@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from iosr_fast.head.head import ClassInfo
+from iosr_fast.head.names import LONGEST
 from iosr_fast.head.predictions import Prediction
 
 
@@ -103,7 +104,7 @@ class Rename(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(min_length=1, max_length=200)
+    name: str = Field(min_length=1, max_length=LONGEST)
     keep_text: bool = False
 
 
