@@ -91,7 +91,7 @@ def _summary(classifier: Classifier, out: Path) -> list[str]:
     counts = f"{len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images"
     lines.append(f"{out}: {counts}, {classifier.method_}")
     if tuned is not None and tuned.shares:
-        from iosr_fast.methods.stack import describe_shares
+        from iosr_fast.methods.tuned import describe_shares
 
         lines.append(f"shares of the logits: {describe_shares(tuned.shares)}")
     return lines + (classifier.engine_choice_.lines() if classifier.engine_choice_ is not None else [])

@@ -235,7 +235,7 @@ class Head(HeadData):
 
     @cached_property
     def adapted_bias(self) -> np.ndarray:
-        """Of a plan whose linear term reads both embeddings (methods.stack), the bias (C,) of the adapted half."""
+        """Of a plan whose linear term reads both embeddings (methods.papers), the bias (C,) of the adapted half."""
         given, factor = self.config.parameters, self.config.factor
         model = GaussianModel(self.support, "adapted", copies=given.get("text_images", 0.0))
         bias: np.ndarray = factor * given["discriminant_adapted"] * model.gaussians.bias

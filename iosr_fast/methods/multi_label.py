@@ -13,8 +13,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.methods.log_loss import fit_binary, sigmoid
 from iosr_fast.methods.models.model import join_terms
 from iosr_fast.methods.multi_label_set import MultiLabelSet, MultiLabelTerm, multi_label_terms
-from iosr_fast.methods.papers import Method
-from iosr_fast.methods.stack import MAX_KEYS
+from iosr_fast.methods.papers import MAX_KEYS, Method
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Choice, affordable
 from iosr_fast.methods.tune import AUTO, TUNE_SECONDS
 from iosr_fast.scoring.key_precision import Precision
@@ -94,7 +93,7 @@ def fit_multi_label(
     Raises IosrFastError for fewer than two images or more than 8192, a class without images unless the method is
     "zero-shot", and what the method needs and the images lack: texts, adapted embeddings.
 
-    Sources: Platt scaling (1999); GDA and ProKeR as in methods.stack.
+    Sources: Platt scaling (1999); GDA and ProKeR as in methods.papers.
 
     >>> from iosr_fast import Embeddings, score
     >>> rng = np.random.default_rng(0)

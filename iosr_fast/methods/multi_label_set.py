@@ -14,8 +14,7 @@ from iosr_fast.methods.folds import MAX_FOLDS, Folds
 from iosr_fast.methods.models.gaussian import Moments, fit_gaussians, gaussians_without
 from iosr_fast.methods.models.ridge import KernelRidge, kernel_matrix
 from iosr_fast.methods.out_of_fold import Part
-from iosr_fast.methods.papers import Method
-from iosr_fast.methods.stack import DISCRIMINANTS
+from iosr_fast.methods.papers import DISCRIMINANTS, Method
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.scoring.plan import Which
 

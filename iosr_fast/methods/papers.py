@@ -12,12 +12,12 @@ from typing import Literal
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.log_loss import MAX_ALPHA
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyModel
-from iosr_fast.methods.models.model import Term, TextModel, join_terms
+from iosr_fast.methods.models.model import Model, Term, TextModel, join_terms
 from iosr_fast.methods.models.ridge import RidgeModel
-from iosr_fast.methods.stack import ADAPTED_PARAMETERS, MAX_KEYS, PARAMETERS, stack_terms
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.plan import ScoringPlan, Which
@@ -36,6 +36,19 @@ PARAMETER_RANGES = {
 }
 # The grid of the paper's public code, and larger values; an exact search over these is never worse than that grid.
 _BETAS = (*np.linspace(0.0, 20.0, 20).tolist(), 27.0, 40.0, 60.0)
+# The (N, N) system takes minutes beyond this number of support images.
+MAX_KEYS = 8192
+_STACK = {
+    "text": 1.0,
+    "discriminant": 0.03,
+    "regression": 5.0,
+    "text_regression": 5.0,
+    "beta": 1.0,
+    "ridge": 0.1,
+    "text_images": 0.0,
+}
+_STACK_ADAPTED = {"discriminant_adapted": 0.03, "adapted_keys": 1.0}
+DISCRIMINANTS: dict[Which, str] = {"plain": "discriminant", "adapted": "discriminant_adapted"}
 # What a plan of the method has: nothing of images, keys that belong to a class, keys with values, or a linear term.
 Family = Literal["text", "keys", "values", "linear", "stack"]
 
@@ -126,6 +139,49 @@ def _proker(support: SupportSet, which: Which, reducer: Reducer | None, p: Mappi
     return [(p["alpha"] * support.tau, RidgeModel(support, which, reducer, p["beta"], p["ridge"]))]
 
 
+def stack_models(support: SupportSet, parameters: Mapping[str, float]) -> dict[str, Model]:
+    """The models of a stack, by the parameter that weighs each:
+
+        text                  tau <plain, text>
+        discriminant          G of plain embeddings (models.gaussian), with `text_images` copies of each class's text
+        discriminant_adapted  the same of adapted ones
+        regression            kernel ridge regression (models.ridge, `beta`, `ridge`) of the one-hot labels, on the
+                              plain embeddings, or with adapted_keys = 1 the adapted ones
+        text_regression       the same of the zero-shot cosines, negated
+
+    With regression = text_regression the last two are ProKeR's. Without text the text terms are left out.
+
+    Sources: GDA (Wang et al., ICLR 2024), with texts as TIMO takes them (Li et al., AAAI 2025), and ProKeR (Bendou et
+    al., CVPR 2025); the sum is stacked generalisation (Wolpert, 1992; Breiman, 1996).
+    """
+    has_text, copies = support.text is not None, parameters.get("text_images", 0.0)
+    models: dict[str, Model] = {"text": TextModel(support)} if has_text else {}
+    models |= {
+        name: GaussianModel(support, which, copies=copies)
+        for which, name in DISCRIMINANTS.items()
+        if which == "plain" or support.embeddings.adapted is not None
+    }
+    keys: Which = "adapted" if parameters.get("adapted_keys") else "plain"
+    regression = RidgeModel(support, keys, None, parameters["beta"], parameters["ridge"], labels=1.0, texts=0.0)
+    models["regression"] = regression
+    return {**models, "text_regression": regression.of(labels=0.0, texts=1.0)} if has_text else models
+
+
+def _stack(support: SupportSet, _: Which, __: Reducer | None, parameters: Mapping[str, float]) -> list[Term]:
+    """Its models with weights above 0, which are its parameters. Raises IosrFastError if all
+    are 0, and for too many support images."""
+    models = stack_models(support, parameters)
+    used = {name: weight for name in models if (weight := parameters.get(name, 0.0)) > 0}
+    if not used:
+        raise IosrFastError("expected at least one weight of the stack above 0, got none")
+    if len(support.embeddings) > MAX_KEYS and {"regression", "text_regression"} & set(used):
+        raise IosrFastError(
+            f"the stack's regression: expected at most {MAX_KEYS} support images, got {len(support.embeddings)}; tune "
+            "the classifier again, which leaves the regression out, or choose another method"
+        )
+    return [(weight, models[name]) for name, weight in used.items()]
+
+
 _SINGLE = (
     Method("zero-shot", _zero_shot, "text", needs_text=True),
     Method("tip-adapter", _tip_adapter, "keys", parameters={"alpha": 1.0, "beta": 5.5}, axes={"beta": _BETAS}),
@@ -166,13 +222,13 @@ _SINGLE = (
         axes={"beta": (0.3, 1.0, 3.0, 10.0), "ridge": (0.003, 0.03, 0.3, 3.0)},
         max_support=MAX_KEYS,
     ),
-    Method("stack", stack_terms, "stack", parameters=PARAMETERS),
+    Method("stack", _stack, "stack", parameters=_STACK),
 )
 
 
 def _adapted(method: Method) -> Method:
     """The "++" form."""
-    parameters = {**method.parameters, **(ADAPTED_PARAMETERS if method.is_stack else {})}
+    parameters = {**method.parameters, **(_STACK_ADAPTED if method.is_stack else {})}
     return replace(method, name=f"{method.name}++", which="adapted", parameters=parameters)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from iosr_fast.methods.log_loss import PENALTY, fit_weights, log_losses
 from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.out_of_fold import HeldOut, Part, is_level, spread_of_others
-from iosr_fast.methods.stack import DISCRIMINANTS, MAX_KEYS, stack_models
+from iosr_fast.methods.papers import DISCRIMINANTS, MAX_KEYS, stack_models
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import Which
 

@@ -98,3 +98,13 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     centre = (share + z2 / 2) / (1 + z2)
     half = (share * (1 - share) * z2 + z2 * z2 / 4) ** 0.5 / (1 + z2)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def describe_shares(shares: Mapping[str, float]) -> str:
+    """Tuned.shares in words, without a part that a classifier does not have.
+
+    >>> describe_shares({"text": 0.25, "pictures": 0.75, "adapter": 0.0})
+    'texts 25%, pictures 75%'
+    """
+    words = {"text": "texts", "pictures": "pictures", "adapter": "adapter"}
+    return ", ".join(f"{words[name]} {share:.0%}" for name, share in shares.items() if share > 0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
-from iosr_fast.methods.stack import describe_shares
+from iosr_fast.methods.tuned import describe_shares
 from iosr_fast.store.bundle import KIND, Bundle, load_bundle
 from iosr_fast.store.change_log import Base, LoggedChange, iterate_log
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST

@@ -141,7 +141,7 @@ class Formulas:
         return across @ np.linalg.solve(kernel + np.diag(p["ridge"] / self.weights), target)
 
     def stack(self, p: Values) -> Rows:
-        """The formula of methods.stack; the keys are the adapted embeddings of "stack++"."""
+        """The formula of papers.stack_models; the keys are the adapted embeddings of "stack++"."""
         target = p["regression"] * self.one_hot - p["text_regression"] * self.plain @ self.text.T
         logits = p["text"] * self.zero_shot + self.regression(target, p)
         copies = p["text_images"] if self.support.text is not None else 0.0

@@ -10,7 +10,7 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import compile_method
 from iosr_fast.methods.out_of_fold import HeldOut
-from iosr_fast.methods.stack import MAX_KEYS
+from iosr_fast.methods.papers import MAX_KEYS
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, affordable, fit_stack
 from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score
@@ -23,7 +23,7 @@ SMALL = Clusters(8, width=12, noise=0.6, adapted=True)
 def test_the_regression_is_left_out_beyond_its_largest_and_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     support = SMALL.support([3, 3, 3])
     assert len(affordable(MAX_KEYS + 1, 3, 1, 1e6)) == 0
-    for module in ("stack", "stack_weights"):
+    for module in ("papers", "stack_weights"):
         monkeypatch.setattr(f"iosr_fast.methods.{module}.MAX_KEYS", 8)
     with pytest.raises(ValueError, match="at most 8 support images, got 9; tune the classifier again"):
         compile_method("stack", support)
