@@ -12,21 +12,13 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.stream import Errors
-from iosr_fast.files.tables import Row
-from iosr_fast.head.predictions import (
-    AnyHead,
-    LabelSet,
-    Prediction,
-    Rejection,
-    predict_any,
-    predict_jointly,
-    rejections,
-)
+from iosr_fast.files.tables import Answered, Row
+from iosr_fast.head.predictions import AnyHead, Rejection, predict_any, predict_jointly, rejections
 from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.scoring.reference import softmax
 
-Answer: TypeAlias = Prediction | LabelSet | BadImageError
+Answer: TypeAlias = Answered | BadImageError
 
 
 def classify(
@@ -35,7 +27,7 @@ def classify(
     """For each batch of sources, in order, the Prediction (of `top` and `keep`) or the error of each source; in place
     of a Prediction a LabelSet where pictures may have several labels. Raises BadImageError unless `skip_bad`."""
 
-    def use(rows: Embeddings) -> Sequence[Prediction | LabelSet]:
+    def use(rows: Embeddings) -> Sequence[Answered]:
         return predict_any(head, rows, top, keep)
 
     with closing(reader.read(sources, use)) as batches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from iosr_fast.head.fit import Fit
     from iosr_fast.head.head import Head
 
+Truth: TypeAlias = tuple[str | None, float]  # the label of a mistake, and its probability
 _NEAREST = 3  # support images of a mistake
 _BLOCK = 1024  # images whose logits are in memory
 
@@ -111,11 +112,7 @@ def _measure_unknown(
 
 
 def _mistakes(
-    head: Head,
-    embeddings: Embeddings,
-    rows: np.ndarray,
-    images: Sequence[Any],
-    truths: Sequence[tuple[str | None, float]],
+    head: Head, embeddings: Embeddings, rows: np.ndarray, images: Sequence[Any], truths: Sequence[Truth]
 ) -> tuple[Mistake, ...]:
     found = predict(head, embeddings[rows], 1, _NEAREST) if len(rows) else []
     return tuple(

@@ -169,7 +169,11 @@ def _read_log(folder: Path, plan: dict[str, Any], log: BinaryIO) -> dict[str, Do
         log.write(own)
         log.flush()
         return {}
-    if different := differences(_parsed(folder, first), json.loads(own)):
+    try:
+        held = dict(json.loads(first))
+    except (ValueError, TypeError) as error:
+        raise IosrFastError(f"{folder / LOG} is damaged; remove {folder} to start again") from error
+    if different := differences(held, json.loads(own)):
         raise IosrFastError(
             f"{folder} holds parts of another run, which differs in {different}: resume with that run's input and "
             "options, choose another place, or remove the folder to start again"
@@ -188,29 +192,14 @@ def _read_log(folder: Path, plan: dict[str, Any], log: BinaryIO) -> dict[str, Do
     return done
 
 
-def _parsed(folder: Path, line: bytes) -> dict[str, Any]:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise IosrFastError(f"{folder / LOG} is damaged; remove {folder} to start again") from error
-
-
 def part_name(number: int, suffix: str) -> str:
     return f"part-{number:05d}{suffix}"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The entries in which two plans differ, for an error message; "" if none."""
-    return "; ".join(
-        f"{name} (there {_shorten(before.get(name))}, now {_shorten(now.get(name))})"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    )
-
-
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    pairs = [(name, before.get(name), now.get(name)) for name in {**before, **now}]
+    return "; ".join(f"{name} (there {old!s:.80}, now {new!s:.80})" for name, old, new in pairs if old != new)
 
 
 def say(line: str) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +67,7 @@ def row_of(chunk: Chunk) -> dict[str, Any]:
 
 def run_on_ray(
     work: Work, plan: dict[str, Any], chunks: Sequence[Chunk], folder: Path, pool: Pool, options: ReadOptions
-) -> Iterator[Done]:
+) -> Generator[Done, None, None]:
     """As run_chunks, on a pool of actors, in the order in which parts are finished.
 
     Raises BadImageError for an unreadable image unless `skip_bad`; RuntimeError if the cluster is too small for one

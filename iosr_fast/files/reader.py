@@ -63,9 +63,8 @@ class Reader:
         """As `read`, of batches as `encode_batches` takes them."""
         with closing(encode_batches(stage, self.decoder, batches, use)) as results:
             for errors, result in results:
-                for error in errors:
-                    if error is not None and not self.skip_bad:
-                        raise error
+                if not self.skip_bad and (unread := [error for error in errors if error is not None]):
+                    raise unread[0]
                 yield errors, result
 
     def embed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +9,9 @@ from typing import Any, NamedTuple
 from iosr_fast import __version__
 from iosr_fast.files import tables
 from iosr_fast.files.chunks import run_chunks
-from iosr_fast.files.parts import Done, check_folder, open_parts, say
+from iosr_fast.files.parts import check_folder, open_parts, say
 from iosr_fast.files.ray_workers import Pool, run_on_ray
-from iosr_fast.files.source import Chunk, Source
+from iosr_fast.files.source import Source
 from iosr_fast.files.work import Classify, ReadOptions, Work
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.utils.numbers import check_integer
@@ -76,7 +75,6 @@ def run(
     plan: dict[str, Any] = {
         "iosr_fast": __version__,
         **work.facts,
-        "input": source.described,
         "images": len(source.paths),
         "keys_sha256": source.digest(),
         "chunk": chunk,
@@ -85,25 +83,22 @@ def run(
         "decoder": work.decoder,
         "pixels": VERSION,
     }
-
-    def compute(missing: Sequence[Chunk], advance: Callable[[int], None]) -> Generator[Done, None, None]:
-        if pool is None:
-            assert reader is not None
-            yield from run_chunks(work, reader, missing, len(source.paths), parts.folder, advance)
-            return
-        for done in run_on_ray(work, plan, missing, parts.folder, pool, options):
-            advance(done.images)  # workers report their progress part by part
-            yield done
-
     with open_parts(parts_of(out) if out.suffix else out, plan, chunks, work.suffix) as parts:
         missing = parts.missing(options.skip_bad)
         images = sum(len(one.keys) for one in missing)
         if len(missing) < len(chunks):
             say(f"{len(source.paths) - images:,} of {len(source.paths):,} images are done already")
         if missing:
-            with progress(work.verb, images) as advance, closing(compute(missing, advance)) as results:
-                for done in results:
-                    parts.add(done)
+            with progress(work.verb, images) as advance:
+                if pool is not None:
+                    results = run_on_ray(work, plan, missing, parts.folder, pool, options)
+                else:
+                    assert reader is not None
+                    results = run_chunks(work, reader, missing, len(source.paths), parts.folder, advance)
+                with closing(results):
+                    for done in results:
+                        parts.add(done)
+                        advance(0 if pool is None else done.images)  # workers report their progress part by part
         counts = Counts(len(source.paths), parts.total("errors"), parts.total("rejected"))
         if not out.suffix:
             parts.seal(work.kind, work.readable)

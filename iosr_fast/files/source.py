@@ -35,9 +35,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Source:
-    """The images of a run, in order. `described` says in words where they are from."""
+    """The images of a run, in order."""
 
-    described: str
     keys: list[str]
     paths: list[str]
 
@@ -67,18 +66,16 @@ def read_source(places: Sequence[str], relative: bool = False, skip_bad: bool = 
     missing = [place for place in places if not os.path.exists(place)]
     if missing and not skip_bad:
         raise FileNotFoundError(f"no such file or folder: {abbreviate(missing)}")
-    described = abbreviate(places)
     if relative and len(places) == 1 and os.path.isdir(places[0]):
         folder = Path(places[0]).resolve()
         paths = list_images(folder).paths
         keys = [Path(path).relative_to(folder).as_posix() for path in paths]
-        described = str(folder)
     else:
         keys = paths = [path for place in places for path in _paths_of(Path(place))]
     if not paths:
-        raise IosrFastError(f"expected images, found none in {described}")
+        raise IosrFastError(f"expected images, found none in {abbreviate(places)}")
     check_utf8(keys)
-    return Source(described, keys, paths)
+    return Source(keys, paths)
 
 
 def _paths_of(place: Path) -> list[str]:

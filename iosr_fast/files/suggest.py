@@ -79,6 +79,5 @@ def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path, n
     if head is not None and logits is not None:
         p = softmax(logits[best.rows])
         labels, probabilities = np.array(head.class_names, dtype=str)[p.argmax(1)], p.max(1)
-    errors = [error for error in unread if error is not None]
-    paths = [readable[row] for row in best.rows]
+    paths, errors = [readable[row] for row in best.rows], [error for error in unread if error is not None]
     return FolderSuggestions(paths, best.stands, labels, probabilities, len(readable), errors, listing.skipped)

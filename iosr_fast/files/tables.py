@@ -1,6 +1,7 @@
 """Tables of predictions as CSV or Parquet, in groups of rows: a part of a run holds a group, a file the groups of all.
 
-Memory is bounded by a group; the same rows give the same bytes, in whatever groups they come.
+`group` gives rows the form of the file (text, or a pyarrow.Table), `save` and `load` a part, and `write` the whole file
+atomically. Memory is bounded by a group; the same rows give the same bytes, in whatever groups they come.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TextIO
+from typing import Any, ClassVar, NamedTuple, TextIO, TypeAlias
 
 from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.predictions import LabelSet, Prediction, Rejection
@@ -19,6 +20,7 @@ from iosr_fast.utils.csv_text import escaped, line_writer, recovered
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
+Answered: TypeAlias = Prediction | LabelSet
 SUFFIXES = (".csv", ".parquet")
 LABELS = ("label", "probability")  # the fields of a class in a file
 SCORES = ("label", "class_id", "probability", "zero_shot", "cache", "adapter")  # and in a folder of parts
@@ -47,31 +49,10 @@ class Labelled(NamedTuple):
     error: str
 
 
-def row_of(key: str, answer: Prediction | LabelSet, fields: Sequence[str]) -> Row:
+def row_of(key: str, answer: Answered, fields: Sequence[str]) -> Row:
     if isinstance(answer, LabelSet):
         return Row(key, answer.pairs)
     return Row(key, [[getattr(one, name) for name in fields] for one in answer.top], answer.unknown)
-
-
-class Table(Protocol):
-    """How rows become a file. A group of rows is text or a pyarrow.Table."""
-
-    suffix: ClassVar[str]
-    fields: tuple[str, ...]
-
-    def group(self, rows: Iterable[Row]) -> Any:
-        """Rows in the form of the file."""
-        ...
-
-    def save(self, path: Path, group: Any) -> None:
-        """Write a part."""
-
-    def load(self, path: Path) -> Any:
-        """The group of a part."""
-        ...
-
-    def write(self, out: Path, groups: Iterable[Any]) -> None:
-        """Write the whole file atomically."""
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.files import embedding_files
 from iosr_fast.files.embedding_files import Part
 from iosr_fast.files.reader import Reader
-from iosr_fast.files.tables import SCORES, CsvTable, ParquetTable, Row, row_of
+from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, Row, row_of
 from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.head.predictions import AnyHead, LabelSet, Prediction, predict_any
+from iosr_fast.head.predictions import AnyHead, predict_any
 from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.store.bundle import Bundle, load_bundle
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.manifest import read_manifest
 
-Predictions: TypeAlias = Sequence[Prediction | LabelSet]
+Predictions: TypeAlias = Sequence[Answered]
 
 
 @dataclass(frozen=True)

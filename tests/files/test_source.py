@@ -14,7 +14,7 @@ from tests.files.runs import write_pictures
 
 @pytest.mark.parametrize("size", [1, 3, 10, 100])
 def test_every_image_is_in_one_chunk(size: int) -> None:
-    source = Source("", [str(i) for i in range(10)], [f"in/{i}" for i in range(10)])
+    source = Source([str(i) for i in range(10)], [f"in/{i}" for i in range(10)])
     chunks = source.cut(size)
     assert [key for chunk in chunks for key in chunk.keys] == source.keys
     assert [path for chunk in chunks for path in chunk.paths] == source.paths
