@@ -112,13 +112,3 @@ def test_the_adapter_contributes_what_the_adapted_parts_alone_would(parameters: 
     for b, one in enumerate(predict(head, queries, top=4)):
         for score in one.top:
             assert score.adapter == pytest.approx(expected[b, head.class_names.index(score.label)], abs=1e-4)
-
-
-def test_changes_that_a_method_can_not_take() -> None:
-    rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="gda needs at least one image of each class, got none of 1 classes"):
-        without(random_head(rng, 3, 1, "gda"), 0)
-    head = random_head(rng, 3, 1)
-    with pytest.raises(ValueError, match="needs support images, got none"):
-        without(head, 0, 1, 2)
-    assert without(head, 0, 1).classes()[0].examples == 0

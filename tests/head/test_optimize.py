@@ -17,7 +17,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.export.candidates import Candidate
 from iosr_fast.head import optimize as module
-from iosr_fast.head.engine_choice import EngineCandidate, EngineChoice, best_of, rejection
+from iosr_fast.head.engine_choice import EngineChoice, rejection
 from iosr_fast.utils.verified_folder import open_verified
 from tests.store.live_parts import PixelEncoder, engine_folder, pictures, pixel_clip, refit, unit
 
@@ -256,21 +256,3 @@ def test_cosines_reject_whatever_the_accuracy_unless_images_are_smaller() -> Non
     assert rejection(*flips(400, 2, 0), far, 0.5, smaller_images=True) == ""
     assert "with smaller images any loss above 0.5 points" in rejection(*flips(40, 1, 0), far, 0.5, smaller_images=True)
     assert "was not compared" in rejection(*flips(0, 0, 0), GOOD, 0.5, smaller_images=True)
-
-
-def candidate(precision: Any, ms_one: float, ms_batch: float = 1.0, size: int = 1, **tokens: int) -> EngineCandidate:
-    facts: dict[str, Any] = {"ms_one": ms_one, "ms_batch": ms_batch, "bytes": size, "tokens": tokens or None}
-    return EngineCandidate(runtime="openvino", precision=precision, verdict="accepted", **facts)
-
-
-@pytest.mark.parametrize(
-    ("candidates", "objective", "best"),
-    [
-        ([candidate("fp32", 10.0), candidate("int8", 9.8), candidate("fp32", 12.0)], "latency", 0),  # level: more exact
-        ([candidate("fp32", 10.6), candidate("int8", 10.0)], "latency", 1),
-        ([candidate("int8", 10.0), candidate("fp32", 9.8, image_size=48)], "latency", 0),  # full size
-        ([candidate("fp32", 1.0, size=9), candidate("int8", 2.0, size=4)], "size", 1),
-    ],
-)
-def test_the_best_of_level_candidates(candidates: list[EngineCandidate], objective: Any, best: int) -> None:
-    assert best_of(candidates, objective) is candidates[best]
