@@ -56,15 +56,13 @@ class LogWriteError(OSError):
 
 
 class Base(Strict, frozen=True, kw_only=True):
-    """What a log begins with: the fingerprint, the version, the classes and images of a state; the header of the file
-    (hex)."""
+    """What a log begins with: the fingerprint, the version, the classes and images of a state."""
 
     format: Literal[3]  # 1 and 2 were lines of JSON
     fingerprint: Sha256
     version: Positive
     classes: Natural
     images: Natural
-    header: str
 
 
 @dataclass(frozen=True)
@@ -140,8 +138,7 @@ class LogReader:
             yield row
         if self._last[4:] != self.chain:
             raise DamagedFileError(f"it should not end with the change to version {version}")
-        header = bytes.fromhex(self.base.header) + self._last[:4]
-        sqlite_file.check_bytes(self._page, self._size, header, 1 + len(TABLES))
+        sqlite_file.check_bytes(self._page, self._size, self._last[:4], 1 + len(TABLES))
         sqlite_file.check_structure(self._db, TABLES)
 
 
@@ -200,12 +197,12 @@ class ChangeLog:
         self._db.execute("ROLLBACK")
         if chains.get(version) != chain:
             raise DamagedFileError("its snapshot is of another log")
-        state = head_from_bytes(snapshot).one_label("a log") if snapshot else state
-        for row in recent:
-            try:
+        try:
+            state = head_from_bytes(snapshot).one_label("a log") if snapshot else state
+            for row in recent:
                 state = msgspec.msgpack.decode(row.record, type=Record).apply(row.op, state)
-            except (ValueError, ArithmeticError) as error:
-                raise DamagedFileError(f"the change to version {row.version} can't be made ({error})") from error
+        except (ValueError, ArithmeticError) as error:
+            raise DamagedFileError(f"the change to version {state.version + 1} can't be made ({error})") from error
         self._chain, self._changes, self._bytes = reader.chain, len(recent), sum(len(row.record) for row in recent)
         return state.compiled()
 
@@ -318,11 +315,13 @@ def read_log(path: str | Path) -> list[LoggedChange]:
     ...     [(change.version, change.op, change.name) for change in read_log(Path(folder, "changes.db"))]
     [(2, 'rename_class', 'apple')]
     """
-    return [one for one in iterate_log(path) if isinstance(one, LoggedChange)]
+    with reading(path) as reader:
+        return [row.logged() for row in reader.rows()]
 
 
-def iterate_log(path: str | Path) -> Iterator[Base | LoggedChange]:
-    """What the log begins with, then its changes, as far as they are whole: DamagedFileError is raised after these."""
+@contextmanager
+def reading(path: str | Path) -> Iterator[LogReader]:
+    """The reader of a log, which may be in use. Raises as `read_log`, and at the end for a damaged snapshot."""
     path = Path(os.path.abspath(path))
     sqlite_file.check_place(path)
     with sqlite_file.naming(path, _FIX), path.open("rb") as file:
@@ -330,8 +329,7 @@ def iterate_log(path: str | Path) -> Iterator[Base | LoggedChange]:
         with closing(sqlite_file.connect(path, "ro")) as db:
             db.execute("BEGIN")
             reader = LogReader(db, _pages(file.fileno()), os.fstat(file.fileno()).st_size)
-            yield reader.base
-            yield from (row.logged() for row in reader.rows())
+            yield reader
             reader.snapshot()
 
 
@@ -351,9 +349,9 @@ def _check_ours(path: Path, file: int) -> None:
             f"{path} is a log of version 0.2 (lines of JSON), which this version does not read: open it with version "
             "0.2, save the classifier, and begin a new log with that"
         )
-    ours = sqlite_file.MAGIC, b"\1\1", sqlite_file.APPLICATION_ID.to_bytes(4)
-    if (header[:16], header[18:20], header[68:72]) != ours:
-        other = "another SQLite database" if header[:16] == ours[0] else "another file" if header else "an empty file"
+    if not sqlite_file.is_ours(header):
+        database = header.startswith(sqlite_file.MAGIC)
+        other = "another SQLite database" if database else "another file" if header else "an empty file"
         raise IosrFastError(
             f"expected {path} to be a log of changes or not to exist, got {other}: name another, or remove it to begin "
             "a new log"
@@ -371,9 +369,7 @@ def _begin(path: Path, state: Head) -> int:
         os.ftruncate(file, 0)
         with closing(sqlite_file.create(new, TABLES)) as db:
             counts = {"classes": len(state.uids), "images": len(state.examples)}
-            header = sqlite_file.lasting_header(os.pread(file, 100, 0)).hex()
-            base = Base(format=3, fingerprint=fingerprint(state), version=state.version, header=header, **counts)
-            text = msgspec.json.encode(base)
+            text = msgspec.json.encode(Base(format=3, fingerprint=fingerprint(state), version=state.version, **counts))
             last = sqlite_file.WRITER + hashlib.sha256(text).digest()
             db.execute("INSERT INTO meta VALUES(?, ?)", (text.decode(), last))
         if path.exists():

@@ -26,7 +26,7 @@ from iosr_fast.store.bundle_schema import ConfigFacts
 from iosr_fast.utils.schema import Natural, Strict
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
-OPS: tuple[Op, ...] = get_args(Op)
+_ARRAYS = ("text", "plain", "adapted", "query_plain", "query_adapted")
 
 
 @dataclass(frozen=True)
@@ -66,41 +66,31 @@ class Change:
     def apply(self, head: Head) -> Head:
         """The next version of the head, its plan not compiled yet; another name without another text keeps the plan.
 
-        Raises ValueError, before anything is made, for a change that does not fit the head: an unknown class or image,
-        a name that is none or taken, embeddings of another form, fewer than two classes, a method that would lack what
-        it needs.
+        Raises ValueError for a change that does not fit the head: an unknown class or image, a name that is none or
+        taken, embeddings of another form, fewer than two classes, a method that would lack what it needs.
         """
         names, uids, texts, config, added = head.class_names, head.uids, head.text, head.config, self.added
-        at = uids.index(self.uid) if self.uid in uids else None
-        if (at is None) != (self.op in ("add_class", "remove_examples", "retune")):
-            raise IosrFastError(f"expected {self.op} of a class that is there, got {class_id(self.uid)}")
-        if self.text is not None:
-            _check_rows("text", self.text[None], head.examples.width)
-        if added is not None:
-            _check_added(added, self.uid, head)
-        examples = head.examples if added is None else head.examples.joined(added)
+        examples = self._examples(head)
+        at = uids.index(self.uid) if self.uid in uids else len(uids)
+        if (at == len(uids)) != (self.op in ("add_class", "remove_examples", "retune")):
+            raise IosrFastError(f"expected a class to {self.op}, got {class_id(self.uid)}")
+        before, after = slice(at), slice(at + 1, None)
         match self.op:
-            case "add_class":
-                if self.uid != head.next_class or texts is None or self.text is None:
+            case "add_class" | "rename_class":
+                if self.op == "add_class" and (self.uid != head.next_class or self.text is None):
                     raise IosrFastError(f"expected a new class {class_id(head.next_class)} with a text embedding")
-                check_new_name(self.name, names)
-                names, uids = (*names, self.name), (*uids, self.uid)
-                texts = np.concatenate([texts, self.text[None]])
-            case "remove_class" if at is not None:
+                check_new_name(self.name, names[before] + names[after])
+                names, uids = (*names[before], self.name, *names[after]), (*uids[before], self.uid, *uids[after])
+                if self.text is not None and texts is not None:
+                    texts = np.concatenate([texts[before], self.text[None], texts[after]])
+            case "remove_class":
                 if len(uids) <= 2:
                     raise IosrFastError(
                         f"expected at least two classes to tell apart: {class_id(self.uid)!r} can't be removed"
                     )
-                names, uids = names[:at] + names[at + 1 :], uids[:at] + uids[at + 1 :]
+                names, uids = names[before] + names[after], uids[before] + uids[after]
                 texts = None if texts is None else np.delete(texts, at, axis=0)
                 examples = examples.rows(examples.class_ids != self.uid)
-            case "rename_class" if at is not None:
-                check_new_name(self.name, names[:at] + names[at + 1 :])
-                names = (*names[:at], self.name, *names[at + 1 :])
-                if self.text is not None and texts is not None:
-                    texts = np.concatenate([texts[:at], self.text[None], texts[at + 1 :]])
-            case "add_examples" if added is None:
-                raise IosrFastError("expected at least one image to add, got none")
             case "remove_examples":
                 head.find_examples([example_id(number) for number in self.numbers])
                 examples = examples.rows(~np.isin(examples.ids, list(self.numbers)))
@@ -109,7 +99,7 @@ class Change:
                     raise IosrFastError("expected a method and its parameters, got none")
                 ConfigFacts.of(self.config).check(head.version + 1)
                 config = self.config.fitted(head.support)  # fits the reducer
-        after = replace(
+        made = replace(
             head,
             class_names=names,
             uids=uids,
@@ -118,12 +108,40 @@ class Change:
             config=config,
             version=head.version + 1,
             next_class=head.next_class + (self.op == "add_class"),
-            next_example=head.next_example if added is None else int(added.ids.max()) + 1,
+            next_example=head.next_example + (0 if added is None else len(added)),
         )
-        if (reason := unavailable_reason(config.method, after.support)) is not None:
+        if (reason := unavailable_reason(config.method, made.support)) is not None:
             raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
         keeps_plan = self.op == "rename_class" and self.text is None
-        return after.with_computed(plan=head.computed("plan")) if keeps_plan else after
+        return made.with_computed(plan=head.computed("plan")) if keeps_plan else made
+
+    def _examples(self, head: Head) -> Examples:
+        """The images of the head and the added ones. Raises ValueError unless these are numbered after those, of the
+        class of the change and of the same form."""
+        added, old, first = self.added, head.examples, head.next_example
+        n = 0 if added is None else len(added)
+        for name, rows in self._arrays().items():
+            if rows.shape != (shape := (1 if name == "text" else n, old.width)):
+                raise IosrFastError(f"expected {name} of shape {shape}, got {rows.shape}")
+            check_unit_rows(name, rows)
+        if not {"add_examples": n > 0, "add_class": n > 0 or added is None}.get(self.op, added is None):
+            raise IosrFastError(f"expected images for add_examples, if any for add_class, else none, got {n}")
+        if added is None:
+            return old
+        if added.ids.tolist() != [*range(first, first + n)] or {*added.class_ids.tolist()} != {self.uid}:
+            raise IosrFastError(f"expected images of {class_id(self.uid)} with ids from {example_id(first)} on")
+        if len(added.pictures) != n:
+            raise IosrFastError(f"expected {n} pictures, or None in their place, got {len(added.pictures)}")
+        if len(old) and (old.embeddings.adapted is None) != (added.embeddings.adapted is None):
+            raise IosrFastError("expected adapted embeddings where the other images have them, and nowhere else")
+        return old.joined(added)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that there are, by _ARRAYS."""
+        parts = [None if self.text is None else self.text[None]]
+        for rows in () if self.added is None else (self.added.embeddings, self.added.queries):
+            parts += [None, None] if rows is None else [rows.plain, rows.adapted]
+        return {name: rows for name, rows in zip(_ARRAYS, parts, strict=False) if rows is not None}
 
     @property
     def result_ids(self) -> tuple[str, tuple[str, ...]]:
@@ -131,90 +149,51 @@ class Change:
         numbers = self.numbers if self.added is None else self.added.ids.tolist()
         return class_id(self.uid) if self.uid >= 0 else "", tuple(map(example_id, numbers))
 
-    def encode(self, after: Head) -> bytes:
-        """The change as a Record, in MessagePack; `after` is the head that it makes."""
+    def encode(self, made: Head) -> bytes:
+        """The change as a Record, in MessagePack; `made` is the head that it makes."""
         added, config = self.added, self.config
-        fields: dict[str, object] = {"numbers": self.numbers, "classes": len(after.uids), "images": len(after.examples)}
-        if self.uid >= 0:
-            fields["uid"] = self.uid
-        if added is not None:
-            parts = {"plain": added.embeddings.plain, "adapted": added.embeddings.adapted}
-            if added.queries is not None:
-                parts |= {"query_plain": added.queries.plain, "query_adapted": added.queries.adapted}
-            fields |= {name: None if rows is None else _packed(rows) for name, rows in parts.items()}
-            fields |= {"numbers": tuple(added.ids.tolist()), "pictures": added.pictures}
-        if self.text is not None:
-            fields["text"] = _packed(self.text)
-        if config is not None:
-            fields["config"] = msgspec.json.encode(ConfigFacts.of(config), enc_hook=float)
-        return msgspec.msgpack.encode(Record(name=self.name, **fields))  # type: ignore[arg-type]
+        record = Record(
+            classes=len(made.uids),
+            images=len(made.examples),
+            uid=None if self.uid < 0 else self.uid,
+            name=self.name,
+            numbers=self.numbers if added is None else tuple(added.ids.tolist()),
+            pictures=() if added is None else added.pictures,
+            arrays={name: np.ascontiguousarray(rows, "<f4").tobytes() for name, rows in self._arrays().items()},
+            config=None if config is None else msgspec.json.encode(ConfigFacts.of(config), enc_hook=float),
+        )
+        return msgspec.msgpack.encode(record)
 
 
 class Record(Strict, frozen=True, kw_only=True, omit_defaults=True):
-    """A change in the log: arrays are little-endian float32, `config` is JSON; `classes` and `images` count those of
-    the head that it makes."""
+    """A change in the log: `arrays` are little-endian float32 by _ARRAYS, `config` is JSON, which has no NaN; `classes`
+    and `images` count those of the head that it makes."""
 
     classes: Natural
     images: Natural
     uid: Natural | None = None
     name: str = ""
-    text: bytes | None = None
     numbers: tuple[Natural, ...] = ()
-    plain: bytes | None = None
-    adapted: bytes | None = None
-    query_plain: bytes | None = None
-    query_adapted: bytes | None = None
     pictures: tuple[bytes | None, ...] = ()
+    arrays: dict[str, bytes] = msgspec.field(default_factory=dict)
     config: bytes | None = None
 
     def apply(self, op: str, head: Head) -> Head:
         """The head that the change leads to. Raises ValueError for a record that no change is written as."""
-        after = self.change(op, head.examples.width).apply(head)
-        if (len(after.uids), len(after.examples)) != (self.classes, self.images):
-            raise IosrFastError(f"expected {self.classes} classes and {self.images} images after it, got others")
-        return after
-
-    def change(self, op: str, width: int) -> Change:
-        """The inverse of `Change.encode`, for embeddings of `width` channels."""
-        if op not in OPS:
-            raise IosrFastError(f"expected an op of {', '.join(OPS)}, got {op!r}")
+        if op not in get_args(Op) or set(self.arrays) - set(_ARRAYS):
+            raise IosrFastError(f"expected a change of {', '.join(get_args(Op))} with known arrays, got {op!r}")
         uid, added, numbers = -1 if self.uid is None else self.uid, None, self.numbers
+        rows = {n: np.frombuffer(data, "<f4").reshape(-1, head.examples.width) for n, data in self.arrays.items()}
         config = None if self.config is None else msgspec.json.decode(self.config, type=ConfigFacts).config(None)
-        if self.plain is not None:
-            ids, numbers = np.array(self.numbers, np.int64), ()
-            embeddings = Embeddings(_unpacked(self.plain, width), _unpacked(self.adapted, width))
-            queries = None
-            if self.query_plain is not None:
-                queries = Embeddings(_unpacked(self.query_plain, width), _unpacked(self.query_adapted, width))
+        if "plain" in rows:
+            embeddings = Embeddings(rows["plain"], rows.get("adapted"))
+            queries = Embeddings(rows["query_plain"], rows.get("query_adapted")) if "query_plain" in rows else None
+            ids, numbers = np.array(numbers, np.int64), ()
             added = Examples(embeddings, np.full(len(ids), uid, np.int64), ids, self.pictures, queries)
-        text = None if self.text is None else np.frombuffer(self.text, "<f4").astype(np.float32)
-        return Change(op, uid, self.name, text, added, numbers, config)
-
-
-def _check_added(added: Examples, uid: int, head: Head) -> None:
-    """Raise ValueError unless these are new images of one class, numbered after those of the head, and like them."""
-    first, n, old = head.next_example, len(added), head.examples
-    if not n or added.ids.tolist() != list(range(first, first + n)) or (added.class_ids != uid).any():
-        raise IosrFastError(f"expected images of {class_id(uid)} with ids from {example_id(first)} on, got others")
-    if len(added.pictures) != n:
-        raise IosrFastError(f"expected {n} pictures or None for them, got {len(added.pictures)}")
-    if len(old) and (old.embeddings.adapted is None) != (added.embeddings.adapted is None):
-        raise IosrFastError("expected adapted embeddings where the other images have them, and nowhere else")
-    for name, rows in (("embeddings", added.embeddings), ("queries", added.queries)):
-        for part in () if rows is None else (rows.plain, rows.adapted):
-            if part is not None:
-                _check_rows(name, part, old.width, n)
-
-
-def _check_rows(name: str, rows: np.ndarray, width: int, n: int = 1) -> None:
-    if rows.shape != (n, width):
-        raise IosrFastError(f"expected {name} of {n} rows of {width} channels, got the shape {rows.shape}")
-    check_unit_rows(name, rows)
-
-
-def _packed(array: np.ndarray) -> bytes:
-    return np.ascontiguousarray(array, "<f4").tobytes()
-
-
-def _unpacked(rows: bytes | None, width: int) -> np.ndarray | None:
-    return None if rows is None else np.frombuffer(rows, "<f4").reshape(-1, width).astype(np.float32)
+        text = rows["text"][0] if len(rows.get("text", ())) else None
+        change = Change(op, uid, self.name, text, added, numbers, config)
+        made = change.apply(head)
+        counts = len(made.uids), len(made.examples)
+        if counts != (self.classes, self.images) or change._arrays().keys() != self.arrays.keys():
+            raise IosrFastError(f"expected {self.classes} classes and {self.images} images after it, got others")
+        return made

@@ -9,7 +9,7 @@ from pathlib import Path
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.methods.tuned import describe_shares
 from iosr_fast.store.bundle import KIND, Bundle, load_bundle
-from iosr_fast.store.change_log import Base, LoggedChange, iterate_log
+from iosr_fast.store.change_log import Base, LoggedChange, reading
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
 from iosr_fast.utils.text import abbreviate
 from iosr_fast.utils.verified_folder import open_verified
@@ -34,11 +34,11 @@ def describe(folder: str | Path) -> str:
 def describe_log(path: str | Path) -> Iterator[str]:
     """Lines to read of a log: what it begins with, each change, and what it leads to. Raises as `read_log`, after the
     changes that can be read."""
-    last: Base | LoggedChange
-    for last in iterate_log(path):
-        if isinstance(last, Base):
-            yield f"{path}: log of changes of the classifier {last.fingerprint}, version {last.version}"
-        else:
+    with reading(path) as reader:
+        last: Base | LoggedChange = reader.base
+        yield f"{path}: log of changes of the classifier {last.fingerprint}, version {last.version}"
+        for row in reader.rows():
+            last = row.logged()
             name = f" {last.name!r}" if last.name else ""
             images = f", images {abbreviate(last.example_ids)}" if last.example_ids else ""
             yield f"{last.time} version {last.version}: {last.op} {last.class_id}".rstrip() + name + images

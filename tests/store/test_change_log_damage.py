@@ -65,8 +65,7 @@ KINDS = {"schema": 1, "meta": 2, "root": 3, "leaf": 7, "change": 5, "end of a ch
 
 def whole(data: bytes | bytearray) -> bool:
     """Whether the reader takes the bytes of a log, in memory."""
-    first = bytes(data[:100])
-    if (first[:16], first[18:20], first[68:72]) != (sqlite_file.MAGIC, b"\1\1", b"IOSR"):
+    if not sqlite_file.is_ours(bytes(data[:100])):
         return False
     db = sqlite3.connect(":memory:", isolation_level=None)
     try:
@@ -223,27 +222,32 @@ def test_another_program_that_writes_is_noticed(statement: str, path: Path) -> N
     refused(path)
 
 
-STATE, UNIT = base(), np.eye(1, 24, dtype="<f4").tobytes()
-NEW = {"uid": 3, "name": "new", "text": UNIT}
-IMAGE = {"uid": 1, "numbers": (6,), "plain": UNIT, "adapted": UNIT, "pictures": (None,), "images": 7}
+STATE, ROW = base(), np.eye(1, 24, dtype="<f4")
+UNIT = ROW.tobytes()
+NEW = {"uid": 3, "name": "new", "arrays": {"text": UNIT}, "classes": 4}
+BOTH = {"plain": UNIT, "adapted": UNIT}
+IMAGE = {"uid": 1, "numbers": (6,), "arrays": BOTH, "pictures": (None,), "images": 7}
 FORGED: dict[str, tuple[str, dict[str, Any]]] = {
     "an unknown op": ("eval", {}),
     "a name with control characters": ("rename_class", {"uid": 1, "name": "a\x1b[31m"}),
     "a name twice": ("rename_class", {"uid": 1, "name": "class 2"}),
     "a name that is an id": ("rename_class", {"uid": 1, "name": "~7"}),
     "no such class": ("rename_class", {"uid": 8, "name": "new"}),
+    "images of a name": ("rename_class", {**IMAGE, "name": "new"}),
     "no class": ("remove_class", {}),
-    "another number of a class": ("add_class", {**NEW, "uid": 7, "classes": 4}),
-    "a class without a text": ("add_class", {"uid": 3, "name": "new", "classes": 4}),
-    "a text of another width": ("add_class", {**NEW, "text": UNIT[:-4], "classes": 4}),
-    "a text of norm 2": ("add_class", {**NEW, "text": (2 * np.eye(1, 24, dtype="<f4")).tobytes(), "classes": 4}),
-    "half a number": ("add_examples", {**IMAGE, "plain": UNIT[:-1]}),
-    "NaN": ("add_examples", {**IMAGE, "adapted": np.full(24, np.nan, "<f4").tobytes()}),
-    "no adapted embeddings": ("add_examples", {**IMAGE, "adapted": None}),
+    "another number of a class": ("add_class", {**NEW, "uid": 7}),
+    "a class without a text": ("add_class", {**NEW, "arrays": {}}),
+    "a text of another width": ("add_class", {**NEW, "arrays": {"text": UNIT[:-4]}}),
+    "a text of norm 2": ("add_class", {**NEW, "arrays": {"text": (2 * ROW).tobytes()}}),
+    "half a number": ("add_examples", {**IMAGE, "arrays": {**BOTH, "plain": UNIT[:-1]}}),
+    "NaN": ("add_examples", {**IMAGE, "arrays": {**BOTH, "adapted": (ROW * np.nan).tobytes()}}),
+    "no adapted embeddings": ("add_examples", {**IMAGE, "arrays": {"plain": UNIT}}),
+    "adapted queries alone": ("add_examples", {**IMAGE, "arrays": {**BOTH, "query_adapted": UNIT}}),
+    "an unknown array": ("add_examples", {**IMAGE, "arrays": {**BOTH, "more": UNIT}}),
     "the number of another image": ("add_examples", {**IMAGE, "numbers": (5,)}),
     "a number twice": (
         "add_examples",
-        {**IMAGE, "numbers": (6, 6), "plain": 2 * UNIT, "adapted": 2 * UNIT, "images": 8},
+        {**IMAGE, "numbers": (6, 6), "arrays": {"plain": 2 * UNIT, "adapted": 2 * UNIT}, "pictures": (None, None)},
     ),
     "numbers without images": ("add_examples", {"uid": 1, "numbers": (6,), "images": 7}),
     "fewer pictures": ("add_examples", {**IMAGE, "pictures": ()}),
@@ -287,7 +291,7 @@ def test_a_forged_change_with_the_right_chain_is_refused(case: str, path: Path) 
 
 def test_a_change_that_is_written_right_is_taken(path: Path) -> None:
     """The records above are refused for what they say, not for their form."""
-    for op, fields in (("add_class", {**NEW, "classes": 4}), ("add_examples", IMAGE)):
+    for op, fields in (("add_class", NEW), ("add_examples", IMAGE)):
         after = Record(**{"classes": 3, "images": 6, **fields}).apply(op, STATE)
         assert after.version == 2
     config = MethodConfig("gda", {"alpha": 1.0})
