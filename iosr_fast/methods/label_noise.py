@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from iosr_fast.methods.log_loss import log_losses
+
 # Factors of the logits that are searched. Those of a plan are calibrated, and wrong labels make them too small.
 _LOG_FACTORS = np.linspace(-np.log(16.0), np.log(16.0), 17)
 _MOST = 0.5
@@ -45,13 +47,11 @@ def fit_label_noise(logits: np.ndarray, labels: np.ndarray) -> LabelNoise:
     """
     if not len(labels):
         return LabelNoise(np.zeros(0), np.zeros(0), float("nan"), 1.0)
-    others, rows = logits.shape[1] - 1, np.arange(len(labels))
-    exact = logits.astype(np.float64)
-    exact -= exact.max(1, keepdims=True)
+    others, exact = logits.shape[1] - 1, logits.astype(np.float64)
 
     def fit_at(log_factor: float) -> tuple[float, LabelNoise]:
         factor = float(np.exp(log_factor))
-        surprise = np.log(np.exp(factor * exact).sum(1)) - factor * exact[rows, labels]
+        surprise = log_losses(factor * exact, labels)
         p = np.exp(-surprise)
         share = _share(p, others)
         right, wrong = (1 - share) * p, share * (1 - p) / others

@@ -202,13 +202,9 @@ def pair_range(rows: np.ndarray, others: np.ndarray, offset: np.ndarray | float 
     """
     if len(rows) < 2:
         return 0.0, 0.0
-    low, high = np.inf, -np.inf
+    low, high, numbers = np.inf, -np.inf, np.arange(len(rows))
     offsets = np.broadcast_to(offset, (len(rows), 1))
     for block in blocks(len(rows), _TILE // len(rows)):
-        products = others[block] @ rows.T + offsets[block]
-        itself = (np.arange(len(products)), np.arange(block.start, block.start + len(products)))
-        products[itself] = np.inf
-        low = min(low, float(products.min()))
-        products[itself] = -np.inf
-        high = max(high, float(products.max()))
+        apart = (others[block] @ rows.T + offsets[block])[numbers[block, None] != numbers]
+        low, high = min(low, float(apart.min())), max(high, float(apart.max()))
     return low, high
