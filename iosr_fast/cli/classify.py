@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from iosr_fast.files.run import Counts
     from iosr_fast.files.source import Source
     from iosr_fast.files.work import Classify, ReadOptions
-    from iosr_fast.head.rejecting import Rejecting
 
+UNKNOWN_LABEL, KEEP = "unknown", 0.95
 Decoder = Literal["cpu", "cpu-exact"]
 FORMS = {".csv": "csv", ".parquet": "parquet", "": "parts"}  # by the suffix of --out
 
@@ -37,8 +37,8 @@ def classify(
     joint: Annotated[bool, option("Classify all images together; does not resume.", "--joint")] = False,
     html: shared.Html = None,
     reject_unknown: Annotated[bool, RejectOption("Give them a label, and all a score.", "--reject-unknown")] = False,
-    unknown_label: Annotated[str | None, RejectOption("Their label [default: unknown].", metavar="WORD")] = None,
-    keep: Annotated[float | None, RejectOption("Share of known images that keep their label [default: 0.95].")] = None,
+    unknown_label: Annotated[str, RejectOption("Their label.", metavar="WORD")] = UNKNOWN_LABEL,
+    keep: Annotated[float, RejectOption("Share of known images that keep their label.")] = KEEP,
     chunk: shared.Chunk = None,
     ray: shared.Ray = False,
     workers: shared.Workers = None,
@@ -56,7 +56,11 @@ def classify(
     that is one folder. With --ray the machines of a cluster need this package, the images, the classifier and --out
     at the same paths, and one version of Ray.
     """
-    rejecting = _check_unknown(reject_unknown, unknown_label, keep)
+    from iosr_fast.head.rejecting import check_rejecting
+
+    if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
+        raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
+    rejecting = check_rejecting("reject" if reject_unknown else None, unknown_label, keep)
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:
         raise IosrFastError(f"expected --out to end in .csv or .parquet, or a folder without a suffix, got {out}")
@@ -108,16 +112,6 @@ def classify(
         write_new(html, predictions_page(rows, title, counts.unread, work.unknown_label, upright))
     if counts.unread == counts.images:
         raise IosrFastError("none of the images could be read")
-
-
-def _check_unknown(reject: bool, label: str | None, keep: float | None) -> Rejecting | None:
-    from iosr_fast.head.rejecting import UNKNOWN_LABEL, check_rejecting
-    from iosr_fast.methods.unknown import KEEP
-
-    if not reject and (label is not None or keep is not None):
-        raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
-    word, share = UNKNOWN_LABEL if label is None else label, KEEP if keep is None else keep
-    return check_rejecting("reject" if reject else None, word, share)
 
 
 def _stream(work: Classify, source: Source, options: ReadOptions, file: TextIO) -> Counts:

@@ -32,9 +32,6 @@ def argument(name: str, text: str) -> Any:
 RejectOption = partial(option, rich_help_panel="Images of none of the classes")
 RayOption = partial(typer.Option, rich_help_panel="Ray")
 ReplicaOption = partial(typer.Option, rich_help_panel="Replicas")
-BatchOption = partial(typer.Option, rich_help_panel="Batches")
-LimitOption = partial(typer.Option, rich_help_panel="Limits")
-TimeOption = partial(typer.Option, rich_help_panel="Time limits")
 
 SavedClassifier = Annotated[Path, argument("CLASSIFIER", "Folder that `iosr-fast fit` or Classifier.save wrote.")]
 Model = Annotated[str, option("demo, a model of open_clip (iosr-fast models), hf-hub:OWNER/NAME or local-dir:FOLDER.")]
@@ -55,14 +52,9 @@ Ray = Annotated[bool, RayOption("--ray", help="Spread the parts over Ray workers
 Workers = Annotated[int | None, RayOption(help="Number of workers [default: 2].")]
 Gpus = Annotated[float, RayOption(help="GPUs of each worker, or its share of one.")]
 Address = Annotated[str | None, RayOption(help="Address of a running cluster; auto: the one on this machine.")]
-# Of the servers.
-MaxBatch = Annotated[
-    int | None, BatchOption(help="Most images of a batch [default: 8 on a CPU; on a GPU as many as the engine takes].")
-]
-MaxWait = Annotated[float, BatchOption(help="Longest wait of a batch for more images, in milliseconds.")]
-MaxImages = Annotated[int, LimitOption(help="Most images of a request.")]
-Deadline = Annotated[int, TimeOption(help="Deadline of a request that names none, in milliseconds.")]
-MaxDeadline = Annotated[int, TimeOption(help="Longest deadline that a request may name, in milliseconds.")]
+# Of replicas of the server.
+MaxBatch = Annotated[int | None, option("Most images of a batch [default: 8 on a CPU; all that a GPU's engine takes].")]
+Deadline = Annotated[int, option("Deadline of a request that names none, in milliseconds.")]
 
 
 def ray_pool(ray: bool, workers: int | None, gpus: float, address: str | None) -> Pool | None:

@@ -76,6 +76,7 @@ def train_adapter(
         --out adapter.safetensors
     torchrun --nproc-per-node 4 -m iosr_fast train-adapter ...
     """
+    given = {**locals()}
     require_installed("torch", "train")
     from iosr_fast.clip.adapter import init_adapter
     from iosr_fast.clip.load import load_clip
@@ -92,7 +93,7 @@ def train_adapter(
     check_out(out)
     check_model(model, pretrained)
     check_adaptable(model)
-    paths, names = ([], []) if data == "demo" else read_data(Path(data))
+    paths, labels = ([], []) if data == "demo" else read_data(Path(data))
     clip = load_clip(model, pretrained)
 
     blocks = len(vision_tower(clip.model.visual, clip.name).blocks)
@@ -100,9 +101,8 @@ def train_adapter(
     width = chosen.bottleneck if bottleneck is None else bottleneck
     adapter = init_adapter(clip, first, width, chosen.scale if scale is None else scale, seed=seed)
 
-    options = {"epochs": epochs, "batch": batch, "learning_rate": learning_rate, "schedule": schedule}
-    options |= {"augment": augment, "accumulate": accumulate, "normalise": normalise, "cached_views": cached_views}
-    config = with_given(chosen.training, **options, precision=precision, seed=seed)
+    names = ("epochs", "batch", "learning_rate", "schedule", "augment", "accumulate", "normalise", "cached_views")
+    config = with_given(chosen.training, **{name: given[name] for name in (*names, "precision", "seed")})
     geometry = clip.geometry
     if config.dino is not None:
         scales = {"global_scale": global_scale, "local_scale": local_scale, "local_crops": local_crops}
@@ -113,10 +113,11 @@ def train_adapter(
         if data != "demo":
             geometry = replace(geometry, size=round(clip.image_size * DINO_MARGIN))
 
+    geometries = geometry, clip.geometry
     if data == "demo":
-        sources = demo_sources(geometry, clip.geometry)
+        sources = demo_sources(*geometries)
     else:
-        sources = file_sources(paths, names, geometry, clip.geometry, held_out, seed, workers, skip_missing)
+        sources = file_sources(paths, labels, *geometries, held_out, seed, workers, skip_missing)
     run(out, clip, adapter, config, sources, make_fabric(precision, accelerator), checkpoint_minutes, tensorboard)
 
 

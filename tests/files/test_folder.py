@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks.photographs import write_photographs
 from iosr_fast.classifier import Classifier
-from iosr_fast.encoders import runtimes
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files import stream
 from iosr_fast.images.listing import list_images
@@ -41,13 +40,12 @@ def test_labels_are_those_of_predict(bundle: Path, photographs: Path) -> None:
 def test_labels_of_large_jpegs_differ_between_near_equals_only(bundle: Path, tmp_path: Path) -> None:
     write_photographs(tmp_path, 40, 533, 400)  # the demo takes 64 pixels, so they are decoded at half their size
     classifier = Classifier.load(bundle, threads=1)
-    found = classifier.predict_folder(tmp_path, batch=16)
-    expected = classifier.predict_proba(found.paths)
+    fast, exact = (classifier.predict_folder(tmp_path, batch=16, decoder=name) for name in ("cpu", "cpu-exact"))
+    expected = classifier.predict_proba(fast.paths)
     first, second = np.sort(expected)[:, :-3:-1].T
-    same = found.labels == classifier.classes_[expected.argmax(1)]
+    same = fast.labels == classifier.classes_[expected.argmax(1)]
     assert same[first - second > 0.02].all() and same.mean() >= 0.95
-    assert 0 < np.abs(found.probabilities - first).mean() < 0.01
-    exact = classifier.predict_folder(tmp_path, batch=16, decoder="cpu-exact")
+    assert 0 < np.abs(fast.probabilities - first).mean() < 0.01
     np.testing.assert_allclose(exact.probabilities, first, atol=0.005)
 
 
@@ -66,35 +64,30 @@ def test_unreadable_images_are_raised_or_told(bundle: Path, tmp_path: Path) -> N
     assert (found.labels == classifier.predict(found.paths)).mean() >= 0.9
 
 
-def test_the_stage_fits_the_runtime(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_on_several_cores_are_encoded_side_by_side(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = Classifier.load(bundle, threads=2)
     encoder, engine = classifier.encoder, classifier.engine_
     side_by_side = stream.choose_stage(encoder, engine, 1024, 32, 8)
     assert side_by_side.callers == 8 and side_by_side.encoder is not encoder
     for opened_before in (side_by_side.encoder, encoder):
         assert stream.choose_stage(opened_before, engine, 1024, 32, 8).encoder is side_by_side.encoder
-    opened: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        runtimes, "open_engine", lambda *_, threads, runs, **__: opened.append((threads, runs)) or encoder
-    )
-    assert stream.choose_stage(encoder, engine, 10_000, 32, 33).callers == 8 and opened == [(4, 8)]
     few = stream.choose_stage(encoder, engine, 1000, 32, 8)
     assert few == stream.Stage(encoder, 1, 2)
     monkeypatch.setattr(encoder, "parallel", False)
     assert stream.choose_stage(encoder, engine, 10_000, 32, 8) == few
-    monkeypatch.setattr(encoder, "buckets", (1, 2, 4))  # a GPU's: the cores are free to decode
-    assert stream.choose_stage(encoder, engine, 1000, 32, 8) == stream.Stage(encoder, 1, 8)
 
 
-def test_what_can_not_be_is_refused_before_any_work(bundle: Path, tmp_path: Path) -> None:
+def test_wrong_options_are_refused_and_an_empty_folder_has_no_labels(bundle: Path, tmp_path: Path) -> None:
     classifier = Classifier.load(bundle)
-    with pytest.raises(FileNotFoundError, match="found no folder"):
-        classifier.predict_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="expected batch of at least 1, got 0"):
-        classifier.predict_folder(tmp_path, batch=0)
-    with pytest.raises(ValueError, match="expected threads of at least 1, got 0"):
-        classifier.predict_folder(tmp_path, threads=0)
-    with pytest.raises(ValueError, match="expected decoder to be one of cpu, cpu-exact, got 'abacus'"):
-        classifier.predict_folder(tmp_path, decoder="abacus")
+    name = str(classifier.classes_[0])
+    for options, message in (
+        ({"threads": 0}, "expected threads of at least 1, got 0"),
+        ({"decoder": "abacus"}, "expected decoder to be one of cpu, cpu-exact, got 'abacus'"),
+        ({"unknown": "yes"}, "expected unknown to be 'reject' or None, got 'yes'"),
+        ({"unknown": "reject", "unknown_label": None}, "expected unknown_label to be a text"),
+        ({"unknown": "reject", "unknown_label": name}, f"that no class has, got '{name}'; choose another word"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classifier.predict_folder(tmp_path, **options)
     nothing = classifier.predict_folder(tmp_path)
     assert len(nothing) == 0 and list(nothing) == [] and nothing.probabilities.shape == (0,)

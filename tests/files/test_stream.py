@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
@@ -83,20 +82,6 @@ def test_work_ahead_comes_in_order_and_is_bounded() -> None:
         assert next(made) == 0 and len(taken) == 5
         assert [next(made) for _ in range(10)] == list(range(1, 11)) and len(taken) == 15
         assert list(made) == list(range(11, 50))
-
-
-def test_an_error_of_work_ahead_is_raised_in_its_place() -> None:
-    def fails(i: int) -> int:
-        if i == 4:
-            raise KeyError("four")
-        return i
-
-    made = map_ordered(range(9), fails, threads=2, ahead=3)
-    assert [next(made) for _ in range(4)] == [0, 1, 2, 3]
-    with pytest.raises(KeyError, match="four"):
-        next(made)
-    with pytest.raises(StopIteration):
-        next(made)
 
 
 @TWO_WAYS
@@ -195,10 +180,3 @@ def test_the_batch_fits_the_machine() -> None:
     assert choose_batch(encoder, None) == 64
     with pytest.raises(ValueError, match="expected batch of at least 1, got 0"):
         choose_batch(encoder, 0)
-
-
-def test_images_of_any_kind_are_taken(tmp_path: Path) -> None:
-    Image.fromarray(grey(7)).save(tmp_path / "a.png")
-    sources = [tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), grey(7)]
-    [(errors, found)] = read(Stage(CountingEncoder(), 1, 1), [*sources, Image.fromarray(grey(7))], 9)
-    assert found == [7] * 5 and not any(errors)
