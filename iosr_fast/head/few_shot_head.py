@@ -132,16 +132,14 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         """
         choice = MethodChoice.of(self.get_params(deep=False))
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
-        several = are_label_sets(y)
-        if several:
+        if several := are_label_sets(y):
             choice.check_several(unknown_images)
-        X, classes, labels = self._read_sets(X, y) if several else self._read_labels(X, y)
+        X, classes, ids, sets = self._read_sets(X, y) if several else self._read_labels(X, y)
         kept = self._usable(X, "left out of the support rows")
-        rows, labels, text = self._embeddings(X[kept]), labels[kept], self._text_rows(classes, X.shape[1])
-        sets, ids = (labels, np.arange(len(kept))) if several else (None, labels)
-        examples, unknown = Examples(rows, ids, kept, (None,) * len(kept)), None
+        examples = Examples(self._embeddings(X[kept]), ids[kept], kept, (None,) * len(kept))
+        text, unknown = self._text_rows(classes, X.shape[1]), None
         if not several:
-            if len(empty := np.setdiff1d(np.arange(len(classes)), labels)):
+            if len(empty := np.setdiff1d(np.arange(len(classes)), examples.class_ids)):
                 raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
             unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
             self._check_method(examples.sorted_by_class().as_support(range(len(classes)), text, tau))
@@ -268,24 +266,24 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             warnings.warn(message, stacklevel=3)
         return np.flatnonzero(usable)
 
-    def _read_labels(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows, classes (C,), and each row's class by its position (n,)."""
+    def _read_labels(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
+        """Rows, classes (C,), each row's class by its position (n,), and None."""
         X, y = self._validated(X, y, reset=True)
         with _as_iosr_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # of few shots
             check_classification_targets(y)
-        classes, labels = np.unique(y, return_inverse=True)
+        classes, ids = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
         self._indicator_type = None
-        return X, classes, labels.astype(np.int64)
+        return X, classes, ids.astype(np.int64), None
 
-    def _read_sets(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows, classes (C,), and an indicator (n, C) bool of each row's classes."""
+    def _read_sets(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Rows, classes (C,), the rows of an indicator (n, C) bool of each row's classes, and this."""
         X = self._validated(X, reset=True)
-        names, labels = read_label_sets(y, len(X))
+        names, sets = read_label_sets(y, len(X))
         self._indicator_type = None if names is not None else dense(y).dtype
-        return X, np.arange(labels.shape[1]) if names is None else np.array(names, str), labels
+        return X, np.arange(sets.shape[1]) if names is None else np.array(names, str), np.arange(len(X)), sets
 
     def _text_rows(self, classes: np.ndarray, width: int) -> np.ndarray | None:
         if self.text is None:

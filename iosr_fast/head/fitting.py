@@ -43,12 +43,8 @@ def fit(
     class_names: Any,
     unknown_images: Any,
 ) -> Fit:
-    """As Classifier.fit: encode images and class names and compile the method. `parameters` are its get_params().
-
-    What needs no encoder is checked before the CLIP is opened: parameters out of range or given where they are to be
-    chosen, fewer than two classes, class names that are none or look alike, missing labels, labels without a name, and
-    classes without an image that need one.
-    """
+    """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before the CLIP is opened:
+    parameters, labels, class names, and that each class has an image if the method needs one."""
     choice, choose_engine = MethodChoice.of(parameters), parameters["precision"] == "auto"
     of_images = {name: parameters[name] for name in ("views", "mirror", "templates", "seed", "exif_orientation")}
     views = SupportViews(**of_images, thumbnail=parameters["thumbnails"])
@@ -118,8 +114,7 @@ def fit_head(
     label_sets: np.ndarray | None,
     unknown_images: Embeddings | None,
 ) -> AnyHead:
-    """The head of support images whose class ids are positions in `names` (C), or where `label_sets` (P, C) bool are
-    given, positions in these. Raises what MethodChoice.config and methods.multi_label.fit_multi_label raise."""
+    """The head of support images whose class ids are positions in `names` (C), or in `label_sets` (P, C) bool."""
     if label_sets is None:
         examples = examples.sorted_by_class()
         config = choice.config(examples.as_support(range(len(names)), text, tau))

@@ -24,8 +24,7 @@ def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], 
     or none: labels are then frozensets, those of a folder of a class too.
 
     Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
-    without images, a folder that holds splits (train/, test/) instead of classes, and a CSV file without these columns
-    or without a label.
+    without images, a folder of splits (train/, test/), and a CSV file without these columns or without a label.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -87,8 +86,7 @@ def _read_table(file: Path) -> tuple[list[Path], Sequence[str | frozenset[str]]]
 
 
 def unknown_folder(folder: str | Path) -> list[str]:
-    """The paths of all images in a folder and below, pictures of none of the classes. Raises FileNotFoundError or, if
-    there are none, IosrFastError."""
+    """The paths of all images in a folder and below, pictures of none of the classes."""
     paths = list_images(folder).paths
     if not paths:
         raise IosrFastError(f"expected pictures of none of the classes in {folder}, found no image")

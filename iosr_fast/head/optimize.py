@@ -72,11 +72,10 @@ class _Row:
 def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> tuple[OpenedClip, EngineChoice]:
     """The best engine by the objective that is not rejected (engine_choice.rejection), and the table of all.
 
-    Every candidate (candidates.list_candidates) is built, calibrated on the images and timed, in the form that the
-    method needs: with adapted embeddings or without. Beginning with the best, candidates are judged on the images as
-    single views (engine_judge.Judge), by comparison with the present engine, or, if that is not in fp32 and the CLIP is
-    at hand, with one in fp32. The present engine is kept if no candidate is left. A candidate that fails is a row of
-    the table.
+    Every candidate is built, calibrated on the images and timed, in the form that the method needs: with adapted
+    embeddings or without. Beginning with the best, candidates are judged on the images as single views, by comparison
+    with the present engine, or, if that is not in fp32 and the CLIP is at hand, with one in fp32. The present engine is
+    kept if no candidate is left. A candidate that fails is a row of the table.
     """
     started, clip, source = time.perf_counter(), fit.clip, fit.clip.encoder.source
     if source is None:
@@ -206,9 +205,7 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
     """The images of `fit.head.examples` in their order, found by their embeddings among the `images` of their class.
 
     The views of an image depend on its pixels and the seed alone, so that the same engine gives the same key again, up
-    to rounding. Images that match no example are left out with a warning.
-
-    Raises ValueError where an example has no image, and as `class_ids` and `encode_images` do.
+    to rounding. Images that match no example are left out with a warning; an example without an image is refused.
     """
     head, examples, total = fit.head, fit.head.examples, len(images)
     if len(labels) == total:

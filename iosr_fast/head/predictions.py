@@ -146,7 +146,6 @@ def predict(
 
     `keep` asks for `unknown`: pictures of no class are rejected, so that a share `keep` of the pictures of known
     classes is not (`head.unknown`, which is fitted at its first use). Embeddings on a GPU are scored there.
-    Raises ValueError for top < 1 or nearest < 0, and as `score` and Unknown.threshold do.
     """
     top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
     logits = head.score(embeddings)
