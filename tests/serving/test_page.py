@@ -77,34 +77,24 @@ def test_a_chosen_picture_is_explained(visit: Visit) -> None:
     np.testing.assert_allclose(numbers, [*parts[0], expected.logit], atol=0.006)
 
 
-UNKNOWN = {"label": None, "class_id": None, "unknown": {"score": 3.21, "rejected": True}}
+def test_answers_that_are_not_sure_differ_in_words_and_shape(visit: Visit) -> None:
+    page, best = visit.page, visit.site.classifier.predict([visit.site.queries[0]])[0]
+    unknown = {"label": None, "class_id": None, "unknown": {"score": 3.21, "rejected": True}}
+    changes = [{"probability": 0.5}, {"probability": 0.499}, unknown]
 
-
-@pytest.mark.parametrize(
-    ("change", "words", "row", "border"),
-    [
-        ({"probability": 0.5}, "{best}", "{best}", "none"),
-        ({"probability": 0.499}, "Not sure: {best}?", "? {best}", "dotted"),
-        (UNKNOWN, "Unknown", "unknown", "double"),
-    ],
-    ids=["sure", "unsure", "unknown"],
-)
-def test_answers_that_are_not_sure_differ_in_words_and_shape(
-    visit: Visit, change: dict[str, Any], words: str, row: str, border: str
-) -> None:
     def changed(route: Any) -> None:
         body = route.fetch().json()
-        body["predictions"][0] |= change
+        body["predictions"][0] |= changes.pop(0)
         route.fulfill(json=body)
 
-    visit.page.route("**/v1/predict*", changed)
-    visit.choose(file(visit.site.queries[0]))
-    best = visit.site.classifier.predict([visit.site.queries[0]])[0]
-    assert visit.text("#answer .label").startswith(words.format(best=best))
-    assert visit.texts("#items .name") == [row.format(best=best)]
-    style = "label => getComputedStyle(label).borderLeftStyle"
-    assert visit.page.locator("#answer .label").evaluate(style) == border
-    assert visit.page.input_value("#truth") == ("" if change is UNKNOWN else best)
+    page.route("**/v1/predict*", changed)
+    looks = []
+    for name in ("sure.png", "unsure.png", "unknown.png"):
+        visit.choose(file(visit.site.queries[0], name))
+        border = page.locator("#answer .label").evaluate("label => getComputedStyle(label).borderLeftStyle")
+        looks.append((re.sub(r" \S+%$", "", visit.text("#answer .label")), border, page.input_value("#truth")))
+    assert looks == [(best, "none", best), (f"Not sure: {best}?", "dotted", best), ("Unknown", "double", "")]
+    assert visit.texts("#items .name") == [best, f"? {best}", "unknown"]
 
 
 # --- the list ---
