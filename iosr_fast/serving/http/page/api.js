@@ -26,8 +26,8 @@ export const token = {
 };
 
 /**
- * Send a request and read its JSON: {data, roundTripMs}. After a 503 with Retry-After, call `onWait(seconds)`, wait that
- * long and send it again. Other failures throw a ServerError with the message of the server.
+ * Send a request and read its JSON: {data, roundTripMs}. After a 503 with Retry-After, call `onWait(seconds)`, wait
+ * that long and send it again. Other failures throw a ServerError with the message of the server.
  */
 async function call(path, { method = "GET", body, headers = {}, change = false, onWait = () => {} } = {}) {
   const all = new Headers(headers);

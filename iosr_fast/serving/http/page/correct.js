@@ -39,7 +39,7 @@ async function send(change, item) {
   if (added) find("taught").focus();
 }
 
-/** `change(request, words, added)` sends a change and announces it, `shown()` is the item that is shown; see page.js. */
+/** `change(request, words, added)` sends a change and announces it, `shown()` is the item in sight; see page.js. */
 export function setUp(change, shown) {
   const field = find("truth");
   field.addEventListener("focus", () => field.select());

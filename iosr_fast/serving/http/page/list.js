@@ -1,6 +1,6 @@
 // The list of pictures with their answers: one of them is selected and shown in full.
 
-import { announce, count, find, make, percent, say } from "./dom.js";
+import { announce, complain, count, find, make, percent } from "./dom.js";
 import { classify, isOutdated } from "./queue.js";
 import { naming, verdict } from "./result.js";
 
@@ -20,7 +20,7 @@ export function add(files) {
     return item;
   });
   const left = files.length - added.length;
-  if (left) say(`The list holds ${count(MOST, "picture")}: ${count(left, "picture")} left out. Clear it to go on.`, true);
+  if (left) complain(`The list holds ${count(MOST, "picture")}: ${count(left, "picture")} left out. Clear it first.`);
   items.push(...added);
   find("items").append(...added.map(({ row }) => row));
   update(added);

@@ -11,8 +11,8 @@ import { show, showPicture } from "./result.js";
 import { showFacts, showSamples } from "./start.js";
 import * as teach from "./teach.js";
 
-// {file, name, row} of list.js, with what queue.js adds; after a change also {before: the previous prediction, taught: the
-// class that got the picture}
+// {file, name, row} of list.js, with what queue.js adds; after a change also {before: the previous prediction,
+// taught: the class that got the picture}
 let shown = null;
 let classCount = null;
 let waitWords = ""; // What was said last of a busy server.

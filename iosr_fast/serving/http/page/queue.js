@@ -119,8 +119,8 @@ async function predict(items, files) {
 }
 
 /**
- * Ask for rejection until the server can do it: "", or why it can't. To learn it takes the server up to a minute after a
- * change, with thousands of examples.
+ * Ask for rejection until the server can do it: "", or why it can't. To learn it takes the server up to a minute after
+ * a change, with thousands of examples.
  */
 async function learn() {
   const picture = await plainPicture();

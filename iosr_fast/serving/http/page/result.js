@@ -106,7 +106,7 @@ function numbers(top, { prediction, unchecked, latencyMs, roundTripMs, version }
         ? `Unlikeness to all classes: ${signed(prediction.unknown.score)}, about 0 for pictures of the classes.`
         : `Not checked for \u201cunknown\u201d: ${unchecked}.`,
     ),
-    make("p", { class: "quiet" }, "Bars show differences: each part of a bar starts just below its lowest number here."),
+    make("p", { class: "quiet" }, "Bars show differences: each part of a bar starts just below its lowest number."),
     make("p", { class: "quiet" }, `${times}, model version ${version}`),
   );
 }
