@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 NONE_OF_THE_CLASSES = "none of the classes"
 MAX_VIEWS = 1000  # of a support image
 _BATCH = 64  # views that are encoded together
+_WHOLE = 4  # images of an iterator in memory, whole: 50 megapixels are 150 MB
 _QUALITY = 80  # of a thumbnail's WebP: at 96 pixels, 2 to 4 KB
 _SHOWN = 5
 _Identity = tuple[tuple[int, int], bytes]  # the size of a decoded image and the SHA-256 of its pixels
@@ -116,8 +117,8 @@ def encode_images(
 
     `labels` (N,) int64, positions in `names`, become the class ids of the examples; None: all are of one class, -1.
     `unknown_images` are pictures of none of the classes. Threads decode ahead of the encoder. An iterator gives one
-    image after another: no more of them are in memory than there are threads, and the first unreadable one is raised as
-    a BadImageError. Of a sequence all are named, or left out with `skip_bad`. `step` is called with 1 after each image.
+    image after another: few are in memory at a time, and the first unreadable one is raised as a BadImageError. Of a
+    sequence all are named, or left out with `skip_bad`. `step` is called with 1 after each image.
 
     A picture (its pixels, whatever the file) under two labels is refused, and so is one that is a support image and
     unknown; nothing is encoded once that is found. Warns of copies within a class.
@@ -136,7 +137,7 @@ def encode_images(
         first: dict[_Identity, int] = {}
         copies: list[tuple[int, int]] = []
         refused = False
-        ahead = usable_threads() if one_by_one else 2 * -(-_BATCH // views.forms)
+        ahead = _WHOLE if one_by_one else 2 * -(-_BATCH // views.forms)
         with closing(_prepare_all(images, encoder.geometry, views, ahead)) as prepared:
             for i, (place, image) in enumerate(prepared):
                 places.append(place)
