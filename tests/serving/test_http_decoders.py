@@ -27,7 +27,6 @@ from tests.serving.http_client import (
     serving,
     wait_until,
 )
-from tests.serving.http_process import started
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,25 +65,6 @@ def test_jpegs_of_thousands_of_scans_stop_nobody(client: Client, name: str) -> N
     answer = held.result(20)
     assert answer.status_code == 422 and "takes more than" in answer.json()["predictions"][0]["error"]["message"]
     assert client.get("/healthz").status_code == 200
-
-
-def test_decoder_processes_end_with_the_server() -> None:
-    with started("--drain", "0", "--decode-threads", "2") as process:
-        tasks = Path(f"/proc/{process._process.pid}/task")
-        children = [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
-        assert len(children) == 2
-        assert process.client.post("/v1/predict", content=GREY).status_code == 200
-        process.signal(signal.SIGINT)
-        assert process.exit_code() == 0
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
-
-
-def test_an_image_in_a_request_fails_alone() -> None:
-    limits = Settings(decode_timeout_s=0.2).decode_limits
-    with serving(batching={"isolated": True, "decode_threads": 2, "limits": limits}) as client:
-        answer = client.predict(GREY, SLOW, GREY, query="?deadline_ms=30000").json()["predictions"]
-        assert "label" in answer[0] and "label" in answer[2]
-        assert answer[1]["error"]["code"] == "bad_image" and "takes more than 0.2 s" in answer[1]["error"]["message"]
 
 
 def test_images_of_changes_are_decoded_by_processes_too() -> None:

@@ -226,7 +226,7 @@ def test_a_target_may_be_a_url_whose_host_counts(shared: Site) -> None:
 
 
 def test_http_1_0_is_answered_and_closed(shared: Site) -> None:
-    for headers in (b"", b"Host: x\r\n", b"Connection: keep-alive\r\n"):
+    for headers in (b"", b"Host: x\r\n", b"Connection: keep-alive\r\n", b"Expect: 100-continue\r\n"):
         answer = shared.ask(b"GET /old HTTP/1.0\r\n" + headers + b"\r\n")
         assert statuses(answer) == [200] and b"connection: close" in answer.lower()
     assert statuses(shared.ask(b"GET /\r\n\r\n")) == [400]  # HTTP/0.9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends
@@ -44,6 +44,34 @@ def make_router(service: Service) -> APIRouter:
         options |= {"response_model": schemas.ChangeAnswer, "responses": responses, "summary": summary}
         return router.api_route(path, methods=[method], **options)
 
+    async def change(
+        name: str,
+        act: Callable[[Classifier], ChangeResult],
+        class_id: str = "",
+        new_name: str = "",
+        status: int = 200,
+    ) -> Response:
+        """Make a change of the class `class_id`, which must exist, to a name `new_name`, which must be free."""
+
+        def checked(classifier: Classifier) -> ChangeResult:
+            head = classifier.snapshot()
+            if class_id and head.name_of(class_id) is None:
+                raise no_class(class_id)
+            if new_name in head.class_names and (owner := make_class_id(head.find_class(new_name))) != class_id:
+                raise ApiError(409, "name_taken", f"class {owner} is named {new_name!r} already; choose another name")
+            return act(classifier)
+
+        made = await _answered(service.change(checked))
+        log("change", change=name, version=made.version, class_id=made.class_id, examples=len(made.example_ids))
+        answer = {"version": made.version, "class_id": made.class_id, "example_ids": list(made.example_ids)}
+        return JSONResponse(answer, status)
+
+    def decoded(request: Request, images: list[bytes]) -> Iterator[np.ndarray]:
+        """The images one after another, as 64 large ones would take gigabytes. Decoder processes decode them."""
+        client = request.client.host if request.client else ""
+        for i, image in enumerate(images):
+            yield service.batching.decode_whole(image, i, deadline_s=_DECODE_S, client=client).result()
+
     @route(
         "POST",
         "/v1/classes",
@@ -55,35 +83,24 @@ def make_router(service: Service) -> APIRouter:
     async def add_class(request: Request) -> Response:
         images, texts = await service.uploads.read_form(request, "name")
         name = _check_name(texts["name"])
-
-        def act(classifier: Classifier) -> ChangeResult:
-            _require_free(classifier, name)
-            return classifier.add_class(name, _decoded(service, request, images))
-
-        return await _change(service, "add_class", act, 201)
+        return await change(
+            "add_class", lambda it: it.add_class(name, decoded(request, images)), new_name=name, status=201
+        )
 
     @route("PATCH", "/v1/classes/{class_id}", "Rename a class", 404, 409)
     async def rename_class(body: schemas.Rename, class_id: str = CLASS_ID_PATH) -> Response:
         name = _check_name(body.name)
-
-        def act(classifier: Classifier) -> ChangeResult:
-            _require_class(classifier, class_id)
-            _require_free(classifier, name, but=class_id)
-            return classifier.rename_class(class_id, name, keep_text=body.keep_text)
-
-        return await _change(service, "rename_class", act)
+        return await change(
+            "rename_class", lambda it: it.rename_class(class_id, name, keep_text=body.keep_text), class_id, name
+        )
 
     @route("DELETE", "/v1/classes/{class_id}", "Remove a class and its support images", 404)
     async def remove_class(class_id: str = CLASS_ID_PATH) -> Response:
-        def act(classifier: Classifier) -> ChangeResult:
-            _require_class(classifier, class_id)
-            return classifier.remove_class(class_id)
-
-        return await _change(service, "remove_class", act)
+        return await change("remove_class", lambda it: it.remove_class(class_id), class_id)
 
     @route("POST", "/v1/retune", "Choose the method's parameters again on the current support images")
     async def retune() -> Response:
-        return await _change(service, "retune", lambda classifier: classifier.retune())
+        return await change("retune", lambda it: it.retune())
 
     @route(
         "POST",
@@ -96,12 +113,7 @@ def make_router(service: Service) -> APIRouter:
         images, _ = await service.uploads.read_form(request)
         if not images:
             raise ApiError(400, "no_image", "expected file fields `images`, got none")
-
-        def act(classifier: Classifier) -> ChangeResult:
-            _require_class(classifier, class_id)
-            return classifier.add_examples(class_id, _decoded(service, request, images))
-
-        return await _change(service, "add_examples", act)
+        return await change("add_examples", lambda it: it.add_examples(class_id, decoded(request, images)), class_id)
 
     @route("DELETE", "/v1/examples/{example_id}", "Remove a support image", 404)
     async def remove_example(example_id: str = EXAMPLE_ID_PATH) -> Response:
@@ -112,16 +124,15 @@ def make_router(service: Service) -> APIRouter:
                 raise no_example(example_id) from None
             return classifier.remove_examples([example_id])
 
-        return await _change(service, "remove_examples", act)
+        return await change("remove_examples", act)
 
     return router
 
 
-async def _change(
-    service: Service, name: str, act: Callable[[Classifier], ChangeResult], status: int = 200
-) -> Response:
+async def _answered(change: Awaitable[ChangeResult]) -> ChangeResult:
+    """The result of a change. Raises ApiError."""
     try:
-        change = await service.change(act)
+        return await change
     except BadImageError as error:
         raise ApiError(422, "bad_image", f"image {error.where}: {error.reason}") from error
     except (ClosedError, DeadlineExceededError) as error:
@@ -132,16 +143,6 @@ async def _change(
         code = "storage_full" if error.errno in _DISK_FULL else "log_failed"
         message = f"{error.strerror}; predictions continue, and changes are accepted again once the log can be written"
         raise ApiError(507, code, message) from error
-    log("change", change=name, version=change.version, class_id=change.class_id, examples=len(change.example_ids))
-    answer = {"version": change.version, "class_id": change.class_id, "example_ids": list(change.example_ids)}
-    return JSONResponse(answer, status)
-
-
-def _decoded(service: Service, request: Request, images: list[bytes]) -> Iterator[np.ndarray]:
-    """The images one after another, as 64 large ones would take gigabytes. Decoder processes decode them."""
-    client = request.client.host if request.client else ""
-    for i, image in enumerate(images):
-        yield service.batching.decode_whole(image, i, deadline_s=_DECODE_S, client=client).result()
 
 
 def _check_name(text: str) -> str:
@@ -149,14 +150,3 @@ def _check_name(text: str) -> str:
     if fault := name_fault(name):
         raise ApiError(422, "bad_name", f"expected a class name, got {text[:80]!a}, {fault}")
     return name
-
-
-def _require_class(classifier: Classifier, class_id: str) -> None:
-    if classifier.snapshot().name_of(class_id) is None:
-        raise no_class(class_id)
-
-
-def _require_free(classifier: Classifier, name: str, but: str = "") -> None:
-    head = classifier.snapshot()
-    if name in head.class_names and (owner := make_class_id(head.find_class(name))) != but:
-        raise ApiError(409, "name_taken", f"class {owner} already has the name {name!r}; choose another name")

@@ -51,8 +51,8 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._settings, self._metrics, self._waiting = settings, metrics, waiting
         self._buffer = bytearray()  # bytes of the next heads
-        self._searched = 0  # bytes of the buffer
-        self._begun = self._blank = False  # whether a head has begun; whether a blank line was skipped
+        self._searched = 0  # bytes of the buffer; 0 until a head has begun
+        self._blank = False  # whether a blank line was skipped
         self._body: Body | None = None  # of the current request, until both the body and the answer are complete
         self._has_request = False  # whether the body is complete and the answer is not
         self._keep_alive = True  # after the current request
@@ -127,6 +127,8 @@ class Connection(HttpToolsProtocol):
         if authority is not None:  # the host of a URL replaces Host
             self.url = b"/" + (rest or b"").removeprefix(b"/")
             self.headers[:] = [(name, authority if name == b"host" else value) for name, value in self.headers]
+        if self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -147,7 +149,7 @@ class Connection(HttpToolsProtocol):
     def _next(self) -> None:
         """Wait for the next head, or take the one in the buffer."""
         self._body, self._has_request = None, False
-        self._searched, self._begun, self._blank = 0, False, False
+        self._searched, self._blank = 0, False
         self._wait(_KEEP_ALIVE_S)
         self.flow.resume_reading()
         self._read(b"")
@@ -168,16 +170,15 @@ class Connection(HttpToolsProtocol):
                 del buffer[:2]
             if not buffer or (buffer == b"\r" and not self._blank):
                 return
-            size = find_head(buffer, self._searched)
-            self._searched = len(buffer)
-            if size:
+            if size := find_head(buffer, self._searched):
                 head, rest = bytes(buffer[:size]), bytes(buffer[size:])
                 buffer.clear()
                 body = Body(check_head(head))
                 self._start(head, body, body.read(rest))
-            elif not self._begun:
-                self._begun = True
+                return
+            if not self._searched:
                 self._wait(_HEAD_S)
+            self._searched = len(buffer)
         except ApiError as error:
             self._refuse(error)
 
@@ -199,7 +200,7 @@ class Connection(HttpToolsProtocol):
     def _receive(self, parts: list[bytes], count: int = 0) -> None:
         """Give parts of the body to the application; drop them, `count` bytes, if it has answered."""
         assert self._body is not None
-        if parts:
+        if parts or self._body.whole:
             self.cycle.waiting_for_100_continue = False
         for part in parts:
             self.on_body(part)
@@ -269,7 +270,7 @@ class Connection(HttpToolsProtocol):
             self._timer = None
 
     def _expire(self) -> None:
-        if self._body is None and self._begun and not self.finished:
+        if self._body is None and self._searched and not self.finished:
             self._refuse(ApiError(408, "headers_too_slow", f"expected all headers within {_HEAD_S:g} s"))
         else:
             self.abort()

@@ -103,7 +103,7 @@ async def _classify(
     if not images:
         return []
     task = asyncio.ensure_future(service.batching.classify_many(images, deadline_s=deadline_s, **options))
-    gone = asyncio.ensure_future(request.receive())  # the body is read: the next message is http.disconnect
+    gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, timeout=deadline_s + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -112,6 +112,11 @@ async def _classify(
     finally:
         task.cancel()
         gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _answer(service: Service, images: Images, results: Sequence[Prediction | Exception], start: float) -> Response:
