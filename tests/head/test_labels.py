@@ -107,7 +107,9 @@ def test_tables_of_labels_join_folders(tmp_path: Path) -> None:
         "path,labels\na.png,\n": r"expected labels in .*more\.csv, got 1 rows without one",
         "path,label,label\na.png,cat,dog\n": r"columns of different names in .*more\.csv, got 'label' more than once",
         "path,class\na.png,cat\n": "expected the columns path and label",
+        "path,label\na.png,cat\n,dog\n": "expected a path in each row of .*more.csv, got none for the label 'dog'",
+        "path,label\na.png,caf\xe9\n": "can't read .*more.csv as CSV in UTF-8: .*0xe9",
     }.items():
-        table.write_text(text)
+        table.write_text(text, "latin-1")
         with pytest.raises(ValueError, match=message):
             labelled_images(table)

@@ -177,19 +177,6 @@ def test_labels_typed_on_the_page_are_kept_and_saved_as_that_csv(place: Path, br
     assert status.inner_text() == "1 of 5 images labelled; not kept, save them"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"path,label\n1.jpg,caf\xe9\n", "can't read .*wrong.csv as CSV in UTF-8: .*0xe9"),
-        (b"path,label\n1.jpg,a\n,b\n", "expected a path in each row of .*wrong.csv, got none for the label 'b'"),
-    ],
-)
-def test_a_csv_file_that_names_no_pictures_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / "wrong.csv").write_bytes(content)
-    with pytest.raises(IosrFastError, match=message):
-        labelled_images(tmp_path / "wrong.csv")
-
-
 def test_mistakes_are_refused_before_any_work(tmp_path: Path) -> None:
     assert "found none" in refused("audit", tmp_path, "--html", tmp_path / "none" / "a.html")
     assert "-n" in refused("suggest", tmp_path, tmp_path, "-n", 0)

@@ -81,7 +81,8 @@ async function change(request, words, added = null) {
   if (shown) {
     shown.before = shown.prediction;
     queue.classify([shown], true);
-    view();
+    find("result").setAttribute("aria-busy", "true"); // Its nearest examples may be gone: not drawn again.
+    correct.show(shown);
   }
   scrollTo(find(shown ? "answer" : "classes"));
   return true;
