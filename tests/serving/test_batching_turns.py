@@ -63,7 +63,7 @@ def done(queue: BatchQueue, *jobs: Item) -> None:
 
 
 def test_clients_and_their_requests_take_turns_at_decoding() -> None:
-    queue = waiting(2, items("one", 3, name="a"), items("one", 2, request=1, name="b"), items("two", 2, name="c"))
+    queue = waiting(99, items("one", 3, name="a"), items("one", 2, request=1, name="b"), items("two", 2, name="c"))
     jobs = taken(queue, 3)
     queue.admit(items("three", name="d"), None)
     jobs += taken(queue, 4)
@@ -72,7 +72,7 @@ def test_clients_and_their_requests_take_turns_at_decoding() -> None:
 
 @pytest.mark.parametrize("decoders", [2, 3, 8])
 def test_large_images_leave_a_decoder_to_the_others(decoders: int) -> None:
-    queue = waiting(decoders, items("L", decoders + 1, LARGE))
+    queue = waiting(decoders, *[items(f"L{i}", 1, LARGE, name="L") for i in range(decoders + 1)])
     large = taken(queue, decoders - 1)
     queue.admit(items("s", 3), None)
     for _ in range(3):  # one after another, by the decoder that is left
@@ -81,6 +81,20 @@ def test_large_images_leave_a_decoder_to_the_others(decoders: int) -> None:
         done(queue, small)
     done(queue, large[0])
     assert names(taken(queue, 1)) == "L"
+
+
+@pytest.mark.parametrize(("decoders", "cost", "most"), [(1, 0, 1), (2, 0, 1), (3, 0, 2), (3, LARGE, 1), (8, LARGE, 6)])
+def test_a_client_leaves_decoders_to_the_others(decoders: int, cost: int, most: int) -> None:
+    queue = waiting(decoders, items("a", 9, cost))
+    own = taken(queue, most)
+    assert queue._decodable() is None
+    if decoders > 1:
+        queue.admit(items("b", 1, cost if decoders > 2 else 0), None)
+        assert names(taken(queue, 1)) == "b"
+    done(queue, own[0])
+    assert names(taken(queue, 1)) == "a"
+    program = waiting(decoders, items("", decoders))
+    assert len(taken(program, decoders)) == decoders, "the program itself has no share"
 
 
 def test_one_decoder_alternates_between_large_images_and_others() -> None:
@@ -96,17 +110,10 @@ def test_one_decoder_alternates_between_large_images_and_others() -> None:
 def test_large_images_wait_for_memory_and_others_do_not() -> None:
     queue = waiting(8, items("L", 3, 40_000_000), items("s"), room=100_000_000)
     jobs = taken(queue, 3)
-    assert names(jobs) == "LsL" and queue._next_lane() is None
+    assert names(jobs) == "LsL" and queue._decodable() is None
     done(queue, jobs[0])
     assert names(taken(queue, 1)) == "L"
     assert names(taken(waiting(2, items("L", 1, LARGE), room=10), 1)) == "L", "one beyond the room is decoded alone"
-
-
-def test_small_images_that_take_long_leave_a_decoder_to_the_others() -> None:
-    queue = waiting(2, items("x"))
-    queue.decoded(taken(queue, 1)[0], ValueError(), queue.form, seconds=3.9)
-    queue.admit(items("x", 5), None)
-    assert names(taken(queue, 1)) == "x" and queue._next_lane() is None
 
 
 def test_clients_take_turns_in_batches() -> None:

@@ -5,8 +5,8 @@ or as many as usually take as long as the images of its client took. A client th
 all that is free.
 
 Clients take turns. So the estimate of a client's waiting time counts, of each other client, at most as many images as
-the client has itself. It is the slower one of two stages: encoding, and decoding of images of the same kind, because
-slow ones leave a decoder to the others.
+the client has itself. It is the slower one of two stages: encoding, and decoding of images of the same kind (large or
+not). No client has all decoders (queue.py), so the other client with the most work to decode does not delay it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from iosr_fast.exceptions import QueueFullError
 from iosr_fast.serving.batching.item import Item
 from iosr_fast.serving.shares import Shares
 
-LARGE_PIXELS = 16_000_000  # more than most phones send
 PIXELS_PER_S = 100_000_000  # that a decoder decodes; a first estimate
-_SLOW_S = 1.0  # images of a client whose last ones took longer are slow, whatever their headers say
 _BACKLOG_S = 60  # of decoding that may wait for each decoder
 _NEWEST, _MAX_SLOWDOWN = 0.25, 4.0  # weight of the newest measurement; its largest ratio to the estimate
 _MARGIN = 1.5  # an image whose estimate only just meets its deadline is refused
@@ -37,7 +35,7 @@ class Admission:
         self.runs, self._decoders = runs, decoders
         self._places = Shares(max_queue)
         backlog = _BACKLOG_S * PIXELS_PER_S * decoders
-        self._work = {False: Shares(backlog), True: Shares(backlog)}  # of decoding ordinary images, and slow ones
+        self._work = {False: Shares(backlog), True: Shares(backlog)}  # by whether images are large
         self._encode_s = 0.0  # of an image in a batch
         self._decode_s: OrderedDict[str, float] = OrderedDict()  # of an image of each client, the newest client last
 
@@ -50,7 +48,7 @@ class Admission:
                 f"the queue is full: {places.used:.0f} images wait, {images} more came, max_queue is {places.limit}",
             )
         wanted = [("images", places, images)]
-        wanted += [("pixels to decode", self._work[slow], _work(items, slow)) for slow in (False, True)]
+        wanted += [("pixels to decode", work, _work(items, large)) for large, work in self._work.items()]
         for kind, shares, more in wanted:
             if client and more and places.held(client) and not shares.fits(client, more):
                 held = f"{shares.held(client):.0f} {kind} wait, {more} more came"
@@ -78,18 +76,16 @@ class Admission:
                 item.deadline = item.submitted + min(deadline_s, longest_s)
 
     def judge(self, item: Item) -> None:
-        """Set the work of an item, and whether it is slow, by its header and its client's last images."""
-        seconds = self._decode_s.get(item.client, 0.0)
-        item.work = max(item.cost, int(PIXELS_PER_S * seconds))
-        item.slow = item.cost > LARGE_PIXELS or seconds > _SLOW_S
+        """Set the work of an item, by its header and its client's last images."""
+        item.work = max(item.cost, int(PIXELS_PER_S * self._decode_s.get(item.client, 0.0)))
 
     def add(self, item: Item) -> None:
         self._places.add(item.client, 1)
-        self._work[item.slow].add(item.client, item.work)
+        self._work[item.large].add(item.client, item.work)
 
     def drop_work(self, item: Item) -> None:
         """Take back the work of an item that needs no decoder any more."""
-        self._work[item.slow].give(item.client, item.work)
+        self._work[item.large].give(item.client, item.work)
         item.work = 0
 
     def remove(self, item: Item) -> None:
@@ -115,23 +111,26 @@ class Admission:
     def _estimate_s(self, client: str | None) -> float:
         """Seconds until all that a client holds is answered, if clients take turns; None: of all clients."""
         own = math.inf if client is None else self._places.held(client)
-        images = 0.0
-        pixels = {False: 0.0, True: 0.0}
+        images, pixels, most = 0.0, {False: 0.0, True: 0.0}, {False: 0.0, True: 0.0}
         for other, held in self._places.holders():
             part = min(1.0, own / held)
             images += part * held
-            for slow, work in self._work.items():
-                pixels[slow] += part * work.held(other)
+            for large, work in self._work.items():
+                pixels[large] += part * work.held(other)
+                if client not in (None, other):
+                    most[large] = max(most[large], part * work.held(other))
         encoding_s = images * self._encode_s / self.runs
-        if self._decoders == 1:  # ordinary and slow images alternate
-            return max(encoding_s, (pixels[False] + pixels[True]) / PIXELS_PER_S)
-        ordinary = pixels[False] / (1 if pixels[True] else self._decoders)
-        slow_too = client is not None and self._work[True].held(client)
-        return max(encoding_s, max(ordinary, pixels[True] / (self._decoders - 1) if slow_too else 0.0) / PIXELS_PER_S)
+        if self._decoders == 1:
+            return max(encoding_s, sum(pixels.values()) / PIXELS_PER_S)
+        pixels[False] -= most[False]
+        pixels[True] -= most[True] if self._decoders > 2 else 0.0
+        if client is None or not self._work[True].held(client):
+            pixels[True] = 0.0
+        return max(encoding_s, max(pixels.values()) / PIXELS_PER_S / (self._decoders - 1))
 
 
-def _work(items: Sequence[Item], slow: bool) -> int:
-    return sum(item.work for item in items if item.slow is slow)
+def _work(items: Sequence[Item], large: bool) -> int:
+    return sum(item.work for item in items if item.large is large)
 
 
 def _towards(estimate: float, measured: float) -> float:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.head.predictions import Prediction
 
-_MIN_DECODERS, _MAX_DECODERS = 2, 8  # two, so that one is left to others where images are slow
+_MAX_DECODERS = 8
 _requests = itertools.count()
 
 
@@ -53,9 +53,9 @@ class BatchingClassifier:
     before the constructor returns (`warm()`).
 
     A `client` with a name may hold at most as many images as it leaves places free, and likewise pixels to decode, so
-    that no client keeps others out. Clients and their requests take turns, one image each, at decoding and in batches.
-    Images above 16 million pixels, and those of a client whose last ones took long, leave one decoder to the others.
-    A deadline above 10 s is shortened to four times the estimated waiting time where that is less.
+    that no client keeps others out. Clients and their requests take turns, one image each, at decoding and in batches,
+    and each client leaves a decoder to others, two with images above 16 million pixels. A deadline above 10 s is
+    shortened to four times the estimated waiting time where that is less.
 
     `isolated` decodes encoded bytes in a separate process for each decoding thread, because they may be untrusted. An
     image that takes longer than limits.timeout_s there, takes more memory than its header allows, or crashes the
@@ -91,7 +91,7 @@ class BatchingClassifier:
         isolated: bool = False,
     ) -> None:
         if decode_threads is None:
-            decode_threads = max(_MIN_DECODERS, min(_MAX_DECODERS, usable_threads()))
+            decode_threads = 1 + min(_MAX_DECODERS, usable_threads())  # a client leaves one to others
         for name, value in {"max_batch": max_batch, "max_queue": max_queue, "decode_threads": decode_threads}.items():
             check_integer(name, value, 1)
         if not 0 <= max_wait_ms < math.inf:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Encoder
     from iosr_fast.head.head import Head
 
+LARGE_PIXELS = 16_000_000  # more than most phones send
 log = logging.getLogger(__name__)
 
 
@@ -105,7 +106,6 @@ class Item:
     whole: bool = False  # decoded only, all of it
     deadline: float = math.inf
     work: int = 0  # of decoding that is left, in pixels that take as long
-    slow: bool = False  # to decode: leaves a decoder to others
     future: Future[Any] = field(default_factory=Future)
     pixels: np.ndarray | None = None  # (S, S, 3) uint8, when they are decoded
     outcome: Any = None
@@ -113,6 +113,10 @@ class Item:
     @property
     def client(self) -> str:
         return self.query.client
+
+    @property
+    def large(self) -> bool:
+        return self.cost > LARGE_PIXELS
 
     def late(self, now: float) -> DeadlineExceededError:
         return DeadlineExceededError(

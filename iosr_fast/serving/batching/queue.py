@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -45,8 +46,9 @@ class BatchQueue:
     """Items from admission to their batch. Its lock is never held during decoding, encoding, scoring or a callback.
 
     An item waits for a decoder, and when it is ready, with pixels of the current classifier's form, for a batch.
-    Clients take turns at both. Slow images to decode (admission.py) use at most all decoders but one, and at most
-    `max_pixels_together` (a single one may have more); they alternate with others.
+    Clients take turns at both. A client with a name leaves one decoder to others, and two with large images; those of
+    all clients leave one, and have at most `max_pixels_together` (a single one may have more). Large images alternate
+    with others.
 
     Each of the encoder's `runs` has a thread that takes batches. With one run, a batch starts when it is full, when
     images have been ready for `max_wait_s`, or when no image is being decoded. With several, a free run starts at once
@@ -74,9 +76,9 @@ class BatchQueue:
         self._decoder_free = threading.Condition(lock)
         self._admission = Admission(max_queue, decoders, classifier.encoder.runs)
         self._accepted: set[Item] = set()
-        self._waiting = {False: Turns(), True: Turns()}  # for a decoder, by whether they are slow
+        self._waiting = {False: Turns(), True: Turns()}  # for a decoder, by whether they are large
         self._in_decoders: set[Item] = set()
-        self._slow_was_last = False
+        self._large_was_last = False
         self._ready = Turns()
         self._ready_since = 0.0  # of the first one
         self._process = os.getpid()
@@ -134,12 +136,12 @@ class BatchQueue:
         """Wait for the next image to decode; the caller must call `decoded` for it. None: no more."""
         while True:
             with self._decoder_free:
-                while (lane := self._next_lane()) is None and not self.ended.is_set():
+                while (item := self._decodable()) is None and not self.ended.is_set():
                     self._decoder_free.wait()
-                if lane is None or self.ended.is_set():
+                if item is None or self.ended.is_set():
                     return None
-                item = lane.pop()
-                self._slow_was_last = item.slow
+                self._waiting[item.large].take(item)
+                self._large_was_last = item.large
                 self._in_decoders.add(item)
             now = time.monotonic()
             if item.deadline >= now:
@@ -151,8 +153,7 @@ class BatchQueue:
         """Set the pixels of an item, or answer its error; decode it again if a new classifier takes another form."""
         with self._changed:
             self._in_decoders.discard(item)
-            if item.slow:
-                self._decoder_free.notify_all()  # another one may start
+            self._decoder_free.notify_all()  # another one of its client may start
             if seconds:
                 self._admission.measure_decoding(item.client, seconds)
             answered = item.whole or isinstance(result, Exception)
@@ -242,7 +243,7 @@ class BatchQueue:
         with self._changed:
             if item in self._accepted:
                 item.future.set_running_or_notify_cancel()  # now concurrent.futures.wait counts it as done
-                self._waiting[item.slow].discard(item)
+                self._waiting[item.large].discard(item)
                 self._ready.discard(item)
                 self._forget((item,))
             self._changed.notify()
@@ -259,7 +260,7 @@ class BatchQueue:
             self._make_ready(item, item.image)
             self._changed.notify()
         else:
-            self._waiting[item.slow].put(item)
+            self._waiting[item.large].put(item)
             self._decoder_free.notify()
 
     def _make_ready(self, item: Item, pixels: Any) -> None:
@@ -283,15 +284,18 @@ class BatchQueue:
             self._forget((item,))
         return claimed
 
-    def _next_lane(self) -> Turns | None:
-        """Where the next image to decode is; None if none may start."""
-        ordinary, slow = self._waiting[False], self._waiting[True]
-        running = [item for item in self._in_decoders if item.slow]
-        pixels = sum(item.cost for item in running)
-        fits = slow and (not running or pixels + slow.first().cost <= self._max_pixels_together)
-        if fits and len(running) < max(1, self._decoders - 1) and not (ordinary and self._slow_was_last):
-            return slow
-        return ordinary or None
+    def _decodable(self) -> Item | None:
+        """The next item to decode; None if none may start."""
+        running = Counter((item.client, item.large) for item in self._in_decoders)
+        clients = {client for client, _ in running if client}
+        full = {c for c in clients if running[c, False] + running[c, True] >= max(1, self._decoders - 1)}
+        full_of_large = full | {c for c in clients if running[c, True] >= max(1, self._decoders - 2)}
+        ordinary, large = self._waiting[False].first(full), self._waiting[True].first(full_of_large)
+        costs = [item.cost for item in self._in_decoders if item.large]
+        fits = large and (not costs or sum(costs) + large.cost <= self._max_pixels_together)
+        if fits and len(costs) < max(1, self._decoders - 1) and not (ordinary and self._large_was_last):
+            return large
+        return ordinary
 
     def _until_due_s(self) -> float:
         if not self._ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Container
 
 from iosr_fast.serving.batching.item import Item
 
@@ -21,18 +22,27 @@ class Turns:
         self._clients.setdefault(item.client, OrderedDict()).setdefault(item.request, deque()).append(item)
         self._count += 1
 
-    def first(self) -> Item:
-        requests = next(iter(self._clients.values()))
-        return next(iter(requests.values()))[0]
+    def first(self, blocked: Container[str] = ()) -> Item | None:
+        """The next item of a client that is not blocked."""
+        for client, requests in self._clients.items():
+            if client not in blocked:
+                return next(iter(requests.values()))[0]
+        return None
 
-    def pop(self) -> Item:
-        item = self.first()
+    def take(self, item: Item) -> None:
+        """Remove an item, which is the turn of its client and request."""
         self.discard(item)
         requests = self._clients.get(item.client)
         if requests is not None:
             self._clients.move_to_end(item.client)
             if item.request in requests:
                 requests.move_to_end(item.request)
+
+    def pop(self) -> Item:
+        """Take the first item."""
+        item = self.first()
+        assert item is not None
+        self.take(item)
         return item
 
     def discard(self, item: Item) -> None:
