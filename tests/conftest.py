@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+import iosr_fast
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
+from tests import ROOT
 from tests import demo_cache as shared
-from tools.source_tree import use_source_tree
 
-use_source_tree()  # so that the tests run where nothing is installed, too
+# An installed package contains kernels/; a source tree has it beside iosr_fast/.
+iosr_fast.__path__.append(str(ROOT))
 
 TERMS = ("text", "cache", "linear")
 REDUCERS = ("centre", "projection", "diagonal")

@@ -19,10 +19,11 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `benchmarks` is found from anywhere
+import iosr_fast  # noqa: E402
 from iosr_fast.utils.command import ListCommand, new_file, one_line_errors  # noqa: E402
-from tools.source_tree import use_source_tree  # noqa: E402
 
-use_source_tree()
+# An installed package contains kernels/; a source tree has it beside iosr_fast/.
+iosr_fast.__path__.append(str(ROOT))
 
 
 def main(

@@ -84,7 +84,17 @@ def test_train_adapter_on_a_folder(tmp_path: Path) -> None:
             Image.new("RGB", (70, 80), name).save(tmp_path / "data" / name / f"{i}.png")
     out = tmp_path / "new" / "adapter.safetensors"
     words = ("--data", str(tmp_path / "data"), "--out", str(out), "--workers", "0")
-    command = (sys.executable, "tools/train_adapter.py", *words, "--first-adapted-block", "5", "--bottleneck", "8")
+    command = (
+        sys.executable,
+        "-m",
+        "iosr_fast",
+        "train-adapter",
+        *words,
+        "--first-adapted-block",
+        "5",
+        "--bottleneck",
+        "8",
+    )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "4 pictures of 2 classes, 1 epochs" in done.stdout and out.is_file()
