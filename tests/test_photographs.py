@@ -24,7 +24,7 @@ from iosr_fast.images.preprocess import open_image  # noqa: E402
 from iosr_fast.serving.batching import BatchingClassifier  # noqa: E402
 from tests.demo_cache import shared_cache  # noqa: E402
 from tests.pictures import encode, turned  # noqa: E402
-from tests.serving.http_client import AUTHORISED, form, serving  # noqa: E402
+from tests.serving.http_client import serving  # noqa: E402
 
 pytestmark = pytest.mark.slow
 CLASSES, SHOTS, SIZE = 4, 3, (300, 200)
@@ -142,13 +142,6 @@ def classifier(photographs: Photographs) -> Classifier:
 
 
 @pytest.fixture(scope="module")
-def bundle(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "bundle"
-    classifier.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def said(photographs: Photographs, classifier: Classifier) -> np.ndarray:
     """(N, C) probabilities of the files by their paths: what every other way has to say."""
     return classifier.predict_proba(photographs.paths)
@@ -225,34 +218,3 @@ def test_the_server_says_the_same_or_names_what_it_takes(
             assert answer.status_code == 200, answer.text
             (told,) = answer.json()["predictions"]
             assert_same(classifier, expected[None], [told["label"]], [told["probability"]])
-
-
-def test_examples_may_be_any_photographs(photographs: Photographs, bundle: Path) -> None:
-    """Added as files, as bytes and over HTTP they make the classifier that the upright pictures make."""
-    name = photographs.labels[0]
-    count = photographs.labels.count(name)
-    files = photographs.paths[:count]
-    exact = [i for i in range(count) if photographs.exact[i]]
-
-    def after(images: list[Any]) -> np.ndarray:
-        changed = Classifier.load(bundle)
-        changed.add_examples(name, images)
-        changed.add_class("another", images)
-        return changed.decision_function(photographs.upright)
-
-    expected = after([photographs.upright[i] for i in exact])
-    given = [files[i] if i % 2 else files[i].read_bytes() for i in exact]
-    np.testing.assert_allclose(after(given), expected, atol=1e-3)
-    assert np.isfinite(after([*files])).all()
-
-    sent = [files[i] for i in range(count) if photographs.served[i]]
-    served, direct = Classifier.load(bundle), Classifier.load(bundle)
-    with serving(served) as client:
-        (class_id,) = (info.class_id for info in served.classes() if info.name == name)
-        images = form(*(path.read_bytes() for path in sent))
-        answer = client.ask("POST", f"/v1/classes/{class_id}/examples", files=images, headers=AUTHORISED)
-        assert answer.is_success, answer.text
-    direct.add_examples(name, sent)
-    np.testing.assert_allclose(
-        served.decision_function(photographs.upright), direct.decision_function(photographs.upright), atol=1e-3
-    )

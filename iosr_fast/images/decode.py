@@ -82,7 +82,7 @@ def decode_pixels(
     On average over a photograph's pixels the result is within 1 level of the reference; it differs by rounding and, for
     JPEGs of at least 2 * MARGIN times the size that they are resized to, by decoding at a fraction of the size. The
     work depends on the decoded pixels, not on the aspect ratio. `exact` gives the reference to the last bit. `name`
-    names encoded bytes in errors. `limits` hold for the size of an encoded image, before it is decoded. Raises
+    names encoded bytes in errors. The size of an encoded image is compared with `limits` before it is decoded. Raises
     BadImageError.
     """
     if isinstance(source, (str, Path, *ENCODED)):
@@ -96,6 +96,8 @@ def decode_pixels(
             image.load()
             return crop_pixels(image, geometry, fraction, shape, orientation_of(image) if exif_orientation else 1)
     image = open_image(source, position, exif_orientation)
+    if limits is not None and (reason := limits.size_error(image.size, geometry)):
+        raise BadImageError(None, position, reason)
     return resize_and_crop(image, geometry) if exact else crop_pixels(image, geometry)
 
 

@@ -128,13 +128,6 @@ def test_other_decoders_of_pillow_are_not_started(kind: str) -> None:
         open_image(data)
 
 
-def test_a_phones_jpeg_with_a_second_picture_is_its_first() -> None:
-    pictures = [Image.fromarray(upright()), Image.new("RGB", (48, 32), "white")]
-    data = encode(pictures[0], "MPO", save_all=True, append_images=pictures[1:], quality=95)
-    assert Image.open(io.BytesIO(data)).format == "MPO"
-    assert np.abs(rgb(data)[4::8, 4::8].astype(int) - upright()[4::8, 4::8]).max() < 60
-
-
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_the_first_frame_counts(kind: str) -> None:
     if kind == "AVIF" and not features.check("avif"):

@@ -178,12 +178,6 @@ def test_what_is_transparent_is_white() -> None:
         assert (rgb(source) == 255).all() and decode_pixels(source, Geometry(4)).min() == 255
 
 
-def test_arrays_with_one_channel_are_grey() -> None:
-    grey = upright()[:, :, 0]
-    assert (rgb(grey[:, :, None]) == grey[:, :, None]).all() and (rgb(grey) == grey[:, :, None]).all()
-    assert to_pixels(np.stack([grey[:, :, None]] * 3), Geometry(16)).shape == (3, 16, 16, 3)
-
-
 @pytest.mark.parametrize(
     ("array", "said"),
     [

@@ -14,7 +14,7 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import decode_pixels
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits, claimed_size, work_pixels
-from iosr_fast.images.preprocess import ENCODED, as_array, open_image
+from iosr_fast.images.preprocess import ENCODED, open_image
 
 
 class Decoder:
@@ -39,11 +39,6 @@ class Decoder:
         self.check_bytes(image, position)
         if geometry is None:
             return np.asarray(open_image(image, position, exif_orientation))
-        if not isinstance(image, (str, Path, *ENCODED)):
-            array = as_array(image, position)  # of a tensor, with the channels last
-            image = image if array is None or hasattr(image, "getbands") else array
-            if reason := self.limits.size_error(_dimensions(image), geometry):
-                raise BadImageError(None, position, reason)
         return decode_pixels(
             image, geometry, position, limits=self.limits, exact=True, exif_orientation=exif_orientation
         )
@@ -84,14 +79,3 @@ def grey_png() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 64), (128, 128, 128)).save(file, "PNG")
     return file.getvalue()
-
-
-def _dimensions(image: Any) -> tuple[int, int]:
-    """(width, height) of a decoded image; (0, 0) for anything that open_image refuses."""
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        return image.size
-    if isinstance(image, np.ndarray) and image.ndim >= 2:
-        return image.shape[1], image.shape[0]
-    return 0, 0

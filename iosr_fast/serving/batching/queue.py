@@ -312,8 +312,8 @@ class BatchQueue:
         """The items of the next batch, and those that are too late for it."""
         items, late = list[Item](), list[Item]()
         size = min(self._max_batch, math.ceil(len(self._ready) / self._admission.runs))
-        while self._ready and len(items) < size:
-            item = self._ready.pop()
+        while len(items) < size and (item := self._ready.first()) is not None:
+            self._ready.take(item)
             if self._claim(item):
                 (late if item.deadline < now else items).append(item)
         return items, late
