@@ -3,7 +3,7 @@
 import { pause } from "./dom.js";
 
 const LONGEST_WAIT_S = 60;
-const TRIES = 5; // Of a request that the server is too busy for.
+const TRIES = 10; // Of a request that the server is too busy for.
 const TOKEN = "iosr_fast.token";
 // Instead of messages for programs.
 const WORDS = {
