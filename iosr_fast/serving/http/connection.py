@@ -171,10 +171,13 @@ class Connection(HttpToolsProtocol):
             if not buffer or (buffer == b"\r" and not self._blank):
                 return
             if size := find_head(buffer, self._searched):
-                head, rest = bytes(buffer[:size]), bytes(buffer[size:])
-                buffer.clear()
-                body = Body(check_head(head))
-                self._start(head, body, body.read(rest))
+                head = bytes(buffer[:size])
+                del buffer[:size]
+                body, parts = Body(check_head(head)), []
+                if not body.whole:
+                    parts = body.read(bytes(buffer))
+                    buffer.clear()
+                self._start(head, body, parts)
                 return
             if not self._searched:
                 self._wait(_HEAD_S)

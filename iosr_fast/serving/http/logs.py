@@ -58,10 +58,7 @@ class _Queue(QueueHandler):
 
     dropped = 0
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # formatted by the other thread of this process
-
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:  # formatted by the thread
         try:
             self.queue.put_nowait(record)
         except queue.Full:

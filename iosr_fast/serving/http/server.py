@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import os
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -145,22 +143,19 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with other signal handling: the first signal starts draining, a second one ends it at once, and
-    the exit code is 0."""
+    """uvicorn's server, which drains before it stops; the exit code is 0."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
         self.failure: Exception | None = None  # of the engine, during its warm-up
-        self._signal = 0
-        self._stop_at = float("inf")
 
     def warm(self) -> None:
         """Run the engine once at each batch size, because first runs are slow. A failure stops the server."""
         try:
             self._service.batching.warm()
         except Exception as error:
-            self.failure = error
+            self.failure, self.should_exit = error, True
             logger.exception("warm_up_failed", extra={"facts": {}})
             return
         # Objects that exist now are permanent: a full collection would scan them all and delay requests. Later
@@ -171,29 +166,16 @@ class _Server(uvicorn.Server):
         self._service.loading = False
         log("ready")
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal starts draining, a second one ends the server at once."""
         # Sets fields only: the main thread may be anywhere, even inside the lock of a log handler.
-        if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
-        self._stop_at = time.monotonic() + (0.0 if self._signal else self._service.settings.drain_s)
-        self._signal = sig
-        self._service.draining = True
+        self.force_exit = self.should_exit
+        self.should_exit = self._service.draining = True
 
-    async def on_tick(self, counter: int) -> bool:
-        if time.monotonic() >= self._stop_at and not self.should_exit:
-            self.should_exit = True
-            log("stopping", signal=signal.Signals(self._signal).name, waiting=self._service.batching.pending)
-        self.should_exit = self.should_exit or self.failure is not None
-        return await super().on_tick(counter)
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept requests for another `drain_s`; then answer those that were accepted."""
+        until = time.monotonic() + self._service.settings.drain_s
+        while time.monotonic() < until and not self.force_exit and self.failure is None:
+            await asyncio.sleep(0.05)
+        log("stopping", waiting=self._service.batching.pending)
+        await super().shutdown(sockets)
