@@ -1,9 +1,4 @@
-"""The log of changes: one SQLite file, from which the state of a classifier is made again.
-
-    meta      base, JSON about the state that the log begins with; last, the version of SQLite that wrote last and the
-              chain of the newest change
-    changes   a row a change; chain is the SHA-256 over the chain before (at first, over base) and the other fields
-    snapshot  the newest state that was written whole, so that a start makes few changes again
+"""The log of changes: one SQLite file (log_reader), from which the state of a classifier is made again.
 
 A change is acknowledged when its transaction is complete. Only its owner can read the file: it holds pictures.
 """
@@ -18,128 +13,29 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import msgspec
 
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.head.head import Head
-from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.store import sqlite_file
 from iosr_fast.store.changes import Change, Record
 from iosr_fast.store.head_files import fingerprint, head_from_bytes, head_to_bytes
-from iosr_fast.store.sqlite_file import PAGE, ReadPage
+from iosr_fast.store.log_reader import FIX, PART, TABLES, Base, LogReader, check_ours, pages_of
+from iosr_fast.store.sqlite_file import PAGE
 from iosr_fast.utils.files import sync_folder
 from iosr_fast.utils.outputs import check_writable
-from iosr_fast.utils.schema import Natural, Positive, Sha256, Strict
 
-TABLES = {
-    "meta": "base TEXT NOT NULL, last BLOB NOT NULL",
-    "changes": "version INTEGER NOT NULL, time TEXT NOT NULL, op TEXT NOT NULL, record BLOB NOT NULL,"
-    " chain BLOB NOT NULL",
-    "snapshot": "part BLOB NOT NULL",
-}
-_COLUMNS, _TYPES = "version, time, op, record, chain", [int, str, str, bytes, bytes]
 # A snapshot is written after so many changes, or bytes of them.
 MOST_CHANGES = 256
 MOST_BYTES = 64 << 20
-_PART = 1 << 16  # bytes of a row of the snapshot, of which none is ever removed
-_FIX = "restore it from a copy, or begin a new log with a saved classifier; `iosr-fast info` lists what can be read"
 _log = logging.getLogger("iosr_fast")
 
 
 class LogWriteError(OSError):
     """A change could not be written to the log, and was not made."""
-
-
-class Base(Strict, frozen=True, kw_only=True):
-    """What a log begins with: the fingerprint, the version, the classes and images of a state."""
-
-    format: Literal[3]  # 1 and 2 were lines of JSON
-    fingerprint: Sha256
-    version: Positive
-    classes: Natural
-    images: Natural
-
-
-@dataclass(frozen=True)
-class LoggedChange:
-    """A change of a log: the version that it made and when, what it did (`op`), the id of its class ("" for none) and
-    the name that it gave it, the ids of the images that it added or removed, and how many classes and images there are
-    after it."""
-
-    version: int
-    time: str
-    op: str
-    class_id: str
-    name: str
-    example_ids: tuple[str, ...]
-    classes: int
-    images: int
-
-
-class Row(NamedTuple):
-    """A row of `changes`."""
-
-    version: int
-    time: str
-    op: str
-    record: bytes
-    chain: bytes
-
-    def logged(self) -> LoggedChange:
-        """It as callers see it. Raises ValueError for a record that is none."""
-        record = msgspec.msgpack.decode(self.record, type=Record)
-        uid, numbers = "" if record.uid is None else class_id(record.uid), tuple(map(example_id, record.numbers))
-        return LoggedChange(self.version, self.time, self.op, uid, record.name, numbers, record.classes, record.images)
-
-
-class LogReader:
-    """What a file holds; `page` reads its bytes, in all `size`. All methods raise DamagedFileError."""
-
-    def __init__(self, db: sqlite3.Connection, page: ReadPage, size: int) -> None:
-        self._db, self._page, self._size = db, page, size
-        rows = db.execute("SELECT rowid, base, last FROM meta").fetchall()
-        if len(rows) != 1 or [*map(type, rows[0])] != [int, str, bytes] or rows[0][0] != 1:
-            raise DamagedFileError("it does not say what it begins with")
-        text, self._last = rows[0][1].encode(), rows[0][2]
-        try:
-            self.base = msgspec.json.decode(text, type=Base)
-        except ValueError as error:
-            raise DamagedFileError(f"it does not say what it begins with ({error})") from error
-        self.chain = hashlib.sha256(text).digest()  # of the rows that were read
-
-    def snapshot(self) -> tuple[int, bytes, bytes]:
-        """The version, the chain and the bytes of the head that was written; without one, of the base, and b""."""
-        parts = self._db.execute("SELECT rowid, part FROM snapshot ORDER BY rowid").fetchall()
-        if not parts:
-            return self.base.version, self.chain, b""
-        whole = all(type(part) is bytes and len(part) == _PART for _, part in parts)
-        content = b"".join(part for _, part in parts) if whole else b""
-        if hashlib.sha256(content[32:]).digest() != content[:32] or parts[-1][0] != len(parts) or parts[0][0] != 1:
-            raise DamagedFileError("its snapshot was changed")
-        body = memoryview(content)[40 : 40 + int.from_bytes(content[32:40])]
-        version, chain, state = msgspec.msgpack.decode(body, type=tuple[int, bytes, bytes])
-        return version, chain, state
-
-    def rows(self) -> Iterator[Row]:
-        """The changes, each after its chain was compared; then the rest of the file is checked."""
-        version = self.base.version
-        for rowid, *fields in self._db.execute(f"SELECT rowid, {_COLUMNS} FROM changes ORDER BY rowid"):
-            row, version = Row(*fields), version + 1
-            if [*map(type, row)] != _TYPES or not rowid == row.version == version:
-                raise DamagedFileError(f"expected the change to version {version}, got another row")
-            self.chain = _link(self.chain, *row[:4])
-            if row.chain != self.chain:
-                raise DamagedFileError(f"the change to version {version} was changed, or one before it")
-            yield row
-        if self._last[4:] != self.chain:
-            raise DamagedFileError(f"it should not end with the change to version {version}")
-        sqlite_file.check_bytes(self._page, self._size, self._last[:4], 1 + len(TABLES))
-        sqlite_file.check_structure(self._db, TABLES)
 
 
 class ChangeLog:
@@ -165,12 +61,12 @@ class ChangeLog:
         """
         path = Path(os.path.abspath(path))
         sqlite_file.check_place(path)
-        with sqlite_file.naming(path, _FIX), ExitStack() as stack:
+        with sqlite_file.naming(path, FIX), ExitStack() as stack:
             if path.exists():
                 check_writable(path.parent, path)  # where SQLite needs a file while it writes
             file = sqlite_file.lock(path) if path.exists() else _begin(path, state)
             stack.callback(os.close, file)
-            _check_ours(path, file)
+            check_ours(path, file)
             log = cls(path, file)
             stack.callback(log._db.close)
             state = log._replay(state)
@@ -182,23 +78,21 @@ class ChangeLog:
         self._db.execute("PRAGMA journal_mode=DELETE")
         self._db.execute("BEGIN IMMEDIATE")
         self._size = os.fstat(self._file).st_size
-        reader = LogReader(self._db, _pages(self._file), self._size)
+        reader = LogReader(self._db, pages_of(self._file), self._size)
         if reader.base.fingerprint != (own := fingerprint(state)):
             raise IosrFastError(
                 f"{self.path} is the log of another state: expected one that begins from {own[:12]}, got "
                 f"{reader.base.fingerprint[:12]}; load the bundle it was begun with, or begin a new log"
             )
         version, chain, snapshot = reader.snapshot()
-        chains, recent = {reader.base.version: reader.chain}, []
-        for row in reader.rows():
-            if row.version > version:
-                recent.append(row)
-            chains[row.version] = row.chain
+        recent = [*reader.rows(version)]
         self._db.execute("ROLLBACK")
-        if chains.get(version) != chain:
+        if snapshot and (not recent or recent.pop(0).chain != chain):
             raise DamagedFileError("its snapshot is of another log")
         try:
             state = head_from_bytes(snapshot).one_label("a log") if snapshot else state
+            if state.version != version:
+                raise DamagedFileError(f"its snapshot is of version {state.version}, not {version}")
             for row in recent:
                 state = msgspec.msgpack.decode(row.record, type=Record).apply(row.op, state)
         except (ValueError, ArithmeticError) as error:
@@ -219,7 +113,7 @@ class ChangeLog:
         try:
             with self._writing(chain) as db:
                 row = after.version, after.version, time, change.op, record, chain
-                db.execute(f"INSERT INTO changes(rowid, {_COLUMNS}) VALUES(?, ?, ?, ?, ?, ?)", row)
+                db.execute("INSERT INTO changes(rowid, version, time, op, record, chain) VALUES(?, ?, ?, ?, ?, ?)", row)
         except (OSError, sqlite3.Error) as error:
             cause = self._cause(error)
             self.failure = cause.strerror or str(cause)
@@ -252,13 +146,13 @@ class ChangeLog:
             body = msgspec.msgpack.encode((state.version, self._chain, head_to_bytes(state)))
             with self._writing(self._chain) as db:
                 (there,) = db.execute("SELECT count(*) FROM snapshot").fetchone()
-                parts = max(there, -(-(len(body) + 40) // _PART))
-                content = len(body).to_bytes(8) + body.ljust(parts * _PART - 40, b"\0")
+                parts = max(there, -(-(len(body) + 40) // PART))
+                content = len(body).to_bytes(8) + body.ljust(parts * PART - 40, b"\0")
                 content = hashlib.sha256(content).digest() + content
                 for i in range(parts):
                     change = "UPDATE snapshot SET part = ? WHERE rowid = ?"
                     change = change if i < there else "INSERT INTO snapshot(part, rowid) VALUES(?, ?)"
-                    db.execute(change, (content[i * _PART : (i + 1) * _PART], i + 1))
+                    db.execute(change, (content[i * PART : (i + 1) * PART], i + 1))
         except (OSError, sqlite3.Error) as error:
             _log.warning("%s: the state can't be written (%s), so that a start takes longer", self.path, error)
         self._changes = self._bytes = 0
@@ -303,61 +197,6 @@ class ChangeLog:
         return OSError(errno.EIO, str(error))
 
 
-def read_log(path: str | Path) -> list[LoggedChange]:
-    """The changes of a log, in their order, after checking the whole file. Raises IosrFastError for damage.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> from iosr_fast import Classifier
-    >>> classifier = Classifier("demo", method="zero-shot").fit(class_names=["lemon", "pear"])
-    >>> with TemporaryDirectory() as folder:
-    ...     classifier.open_log(Path(folder, "changes.db"))
-    ...     _ = classifier.rename_class("pear", "apple")
-    ...     [(change.version, change.op, change.name) for change in read_log(Path(folder, "changes.db"))]
-    [(2, 'rename_class', 'apple')]
-    """
-    with reading(path) as reader:
-        return [row.logged() for row in reader.rows()]
-
-
-@contextmanager
-def reading(path: str | Path) -> Iterator[LogReader]:
-    """The reader of a log, which may be in use. Raises as `read_log`, and at the end for a damaged snapshot."""
-    path = Path(os.path.abspath(path))
-    sqlite_file.check_place(path)
-    with sqlite_file.naming(path, _FIX), path.open("rb") as file:
-        _check_ours(path, file.fileno())
-        with closing(sqlite_file.connect(path, "ro")) as db:
-            db.execute("BEGIN")
-            reader = LogReader(db, _pages(file.fileno()), os.fstat(file.fileno()).st_size)
-            yield reader
-            reader.snapshot()
-
-
-def _pages(file: int) -> ReadPage:
-    return lambda number: os.pread(file, PAGE, (number - 1) * PAGE)
-
-
-def _link(chain: bytes, version: int, time: str, op: str, record: bytes) -> bytes:
-    return hashlib.sha256(b"%b%d %b %b %b" % (chain, version, time.encode(), op.encode(), record)).digest()
-
-
-def _check_ours(path: Path, file: int) -> None:
-    """Raise IosrFastError unless the file begins as a log, before SQLite touches it."""
-    header = os.pread(file, 100, 0)
-    if header.startswith(b'{"base":"'):
-        raise IosrFastError(
-            f"{path} is a log of version 0.2 (lines of JSON), which this version does not read: open it with version "
-            "0.2, save the classifier, and begin a new log with that"
-        )
-    if not sqlite_file.is_ours(header):
-        database = header.startswith(sqlite_file.MAGIC)
-        other = "another SQLite database" if database else "another file" if header else "an empty file"
-        raise IosrFastError(
-            f"expected {path} to be a log of changes or not to exist, got {other}: name another, or remove it to begin "
-            "a new log"
-        )
-
-
 def _begin(path: Path, state: Head) -> int:
     """A new log, which has its name when it is whole; returns its lock."""
     made = [folder for folder in path.parents if not folder.exists()]
@@ -382,3 +221,7 @@ def _begin(path: Path, state: Head) -> int:
         os.close(file)
         raise
     return file
+
+
+def _link(chain: bytes, version: int, time: str, op: str, record: bytes) -> bytes:
+    return hashlib.sha256(b"%b%d %b %b %b" % (chain, version, time.encode(), op.encode(), record)).digest()

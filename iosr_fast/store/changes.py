@@ -8,7 +8,7 @@ of many changes is replayed at the cost of one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import msgspec
 import numpy as np
@@ -191,7 +191,7 @@ class Record(Strict, frozen=True, kw_only=True, omit_defaults=True):
             ids, numbers = np.array(numbers, np.int64), ()
             added = Examples(embeddings, np.full(len(ids), uid, np.int64), ids, self.pictures, queries)
         text = rows["text"][0] if len(rows.get("text", ())) else None
-        change = Change(op, uid, self.name, text, added, numbers, config)
+        change = Change(cast(Op, op), uid, self.name, text, added, numbers, config)
         made = change.apply(head)
         counts = len(made.uids), len(made.examples)
         if counts != (self.classes, self.images) or change._arrays().keys() != self.arrays.keys():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.methods.tuned import describe_shares
 from iosr_fast.store.bundle import KIND, Bundle, load_bundle
-from iosr_fast.store.change_log import Base, LoggedChange, reading
+from iosr_fast.store.log_reader import Base, LoggedChange, reading
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
 from iosr_fast.utils.text import abbreviate
 from iosr_fast.utils.verified_folder import open_verified
@@ -35,8 +36,8 @@ def describe_log(path: str | Path) -> Iterator[str]:
     """Lines to read of a log: what it begins with, each change, and what it leads to. Raises as `read_log`, after the
     changes that can be read."""
     with reading(path) as reader:
-        last: Base | LoggedChange = reader.base
-        yield f"{path}: log of changes of the classifier {last.fingerprint}, version {last.version}"
+        base, last = reader.base, cast(Base | LoggedChange, reader.base)
+        yield f"{path}: log of changes of the classifier {base.fingerprint}, version {base.version}"
         for row in reader.rows():
             last = row.logged()
             name = f" {last.name!r}" if last.name else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +47,6 @@ def test_a_loaded_bundle_equals_the_saved_head(
         np.testing.assert_array_equal(loaded.head.score(embeddings), head.score(embeddings))
         later = Change("remove_class", 0).apply(loaded.head)  # and it can be changed
         assert later.score(embeddings).shape == (14, 4 + changed)
-
-
-def test_a_plain_cache_is_stored_once(engine: Path, tmp_path: Path) -> None:
-    small_classifier(engine, thumbnails=0).save(tmp_path / "bundle")
-    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_bytes())
-    assert set(manifest["files"]) == {"support.safetensors", "engine/encoder.onnx", "engine/manifest.json"}
-    assert manifest["plan"]["keys"] == "support" and manifest["text"] is None
-    assert load_bundle(tmp_path / "bundle").head.examples.pictures == (None,) * 15
 
 
 def test_every_damaged_byte_is_found_and_the_error_names_its_file(engine: Path, tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.methods import METHODS
 from iosr_fast.store import change_log
-from iosr_fast.store.change_log import ChangeLog, LogWriteError, read_log
+from iosr_fast.store.change_log import ChangeLog, LogWriteError
 from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
+from iosr_fast.store.log_reader import read_log
 from tests import ROOT
-from tests.store.live_parts import pictures, random_examples, random_head, random_queries, small_classifier
+from tests.store.live_parts import pictures, random_examples, small_classifier
 from tests.store.logs import base, changed, renamed, reopened, write_log
 
 PIXELS = pictures(np.random.default_rng(99), 8, 4)[0].reshape(8, 4, 8, 8, 3)
@@ -73,21 +74,6 @@ def test_the_state_is_made_again_to_the_last_bit(method: str, every: int, path: 
     third.close_log()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
-def test_narrow_keys_come_back_from_a_snapshot(precision: str, path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(change_log, "MOST_CHANGES", 2)
-    rng = np.random.default_rng(3)
-    first = random_head(rng, 4, 3, key_precision=precision)
-    log, state = ChangeLog.open(path, first)
-    for number in range(3):
-        state = renamed(log, state, f"name {number}")
-    log.close()
-    log, again = ChangeLog.open(path, first)
-    log.close()
-    queries = random_queries(rng, 9)
-    np.testing.assert_array_equal(again.score(queries), state.score(queries))
-
-
 def test_history_is_read_and_printed_while_the_log_is_in_use(path: Path) -> None:
     classifier = small_classifier()
     classifier.open_log(path)
@@ -105,7 +91,7 @@ def test_history_is_read_and_printed_while_the_log_is_in_use(path: Path) -> None
     path.write_bytes(path.read_bytes().replace(b"first", b"f\x1b[2J"))
     shown = CliRunner().invoke(app, ["info", str(path)])
     assert shown.exit_code == 2 and "version 3" in shown.stdout and "version 4" not in shown.stdout
-    assert "the change to version 4 was changed" in shown.output
+    assert "the change to version 4 is missing or was changed" in shown.output
 
 
 def test_a_start_makes_few_changes_again(path: Path, monkeypatch: Any) -> None:

@@ -18,10 +18,11 @@ import pytest
 
 from iosr_fast.exceptions import DamagedFileError
 from iosr_fast.head.method_config import MethodConfig
-from iosr_fast.store import change_log, sqlite_file
-from iosr_fast.store.change_log import ChangeLog, LogReader, read_log
+from iosr_fast.store import change_log, log_reader, sqlite_file
+from iosr_fast.store.change_log import ChangeLog
 from iosr_fast.store.changes import Change, Record
 from iosr_fast.store.head_files import fingerprint
+from iosr_fast.store.log_reader import LogReader, read_log
 from tests.store.live_parts import random_examples
 from tests.store.logs import base, changed, renamed, reopened, write_log
 
@@ -47,7 +48,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("logs") / "changes.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(change_log, "MOST_CHANGES", 18)
-        patch.setattr(change_log, "_PART", 6_000)
+        for module in (change_log, log_reader):
+            patch.setattr(module, "PART", 6_000)
         log, state = ChangeLog.open(path, base())
         for number in range(20):
             state = renamed(log, state, "name " * number + "end")
@@ -85,7 +87,7 @@ def whole(data: bytes | bytearray) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS])
 def test_every_flipped_bit_of_a_page_is_refused(kind: str, image: bytes, monkeypatch: Any) -> None:
-    monkeypatch.setattr(change_log, "_PART", 6_000)
+    monkeypatch.setattr(log_reader, "PART", 6_000)
     data = bytearray(image)
     assert whole(data)
     start = (KINDS[kind] - 1) * PAGE

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.head.predictions import predict
 from iosr_fast.store.bundle import load_bundle
@@ -43,31 +42,10 @@ def test_a_class_that_is_added_is_predicted_and_explained(images: np.ndarray) ->
     assert picture.format == "WEBP" and picture.size == (8, 8)
     classifier.remove_class("motif 6")
     assert "motif 6" not in classifier.classes_ and classifier.add_class("motif 7", images[7]).class_id == "~6"
-
-
-def test_ids_of_classes_and_examples_stay(images: np.ndarray) -> None:
-    classifier = small_classifier()
-    classifier.remove_class("motif 1")
     classifier.rename_class("~3", "third", keep_text=True)
-    change = classifier.add_examples("third", images[3, :2])
-    assert change.class_id == "~3" and classifier.examples("~3") == ["e9", "e10", "e11", "e15", "e16"]
-    known = [(info.class_id, info.name, info.examples) for info in classifier.classes()]
-    assert known == [("~0", "motif 0", 3), ("~2", "motif 2", 3), ("~3", "third", 5), ("~4", "motif 4", 3)]
-    assert classifier.remove_examples(["e10", "e16"]).example_ids == ("e10", "e16")
-    assert classifier.examples("third") == ["e9", "e11", "e15"]
-    assert classifier.predict(images[3]).tolist() == ["third"] * 4
-
-
-def test_a_new_name_has_another_text_unless_the_text_is_kept_or_given() -> None:
-    classifier = small_classifier(templates=["the {}"])
-    zero, own = classifier._fit.clip.text.embed_classes(["zero"], ["the {}"])[0], unit(np.arange(1.0, WIDTH + 1))
-    for name, options, expected in (
-        ("zero", {}, zero),
-        ("nought", {"keep_text": True}, zero),
-        ("motif 0", {"text": own}, own),
-    ):
-        classifier.rename_class("~0", name, **options)
-        np.testing.assert_array_equal(classifier.support_.text[0], expected)
+    assert classifier.add_examples("third", images[3, :2]).class_id == "~3"
+    assert classifier.examples("~3") == ["e9", "e10", "e11", "e22", "e23"]
+    assert classifier.remove_examples(["e10", "e23"]).example_ids == ("e10", "e23")
 
 
 def test_a_change_that_is_refused_changes_nothing(images: np.ndarray) -> None:
@@ -204,24 +182,3 @@ def test_changes_from_many_threads_all_happen(images: np.ndarray) -> None:
         writer.join()
     assert classifier.version == 41 and len(classifier.classes()) == 25
     assert sorted(classifier.snapshot().examples.ids) == list(range(15 + 60))
-
-
-def test_scoring_takes_no_lock(images: np.ndarray) -> None:
-    classifier, answers = small_classifier(), []
-    with classifier._store.lock:
-        reader = threading.Thread(target=lambda: answers.append(classifier.predict(images[2])))
-        reader.start()
-        reader.join(30)
-    assert answers and answers[0].tolist() == ["motif 2"] * 4
-
-
-def test_embeddings_on_a_device_are_scored_there(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An encoder that gives tensors, on the CPU in place of a GPU."""
-    torch = pytest.importorskip("torch")
-    classifier, pixels = small_classifier(method="tip-adapter++", alpha=1.0, beta=5.0), images[:5, 3]
-    expected, rows, head = classifier.explain(pixels, 2, 1), classifier.encoder.encode(pixels), classifier.snapshot()
-    tensors = Embeddings(torch.from_numpy(rows.plain), torch.from_numpy(rows.adapted))
-    monkeypatch.setattr(classifier.encoder, "encode_on_device", lambda _: tensors)
-    assert isinstance(head.score(tensors), np.ndarray)
-    np.testing.assert_array_equal(head.score(tensors), head.score(rows))
-    assert classifier.explain(pixels, 2, 1) == expected
