@@ -138,8 +138,8 @@ class DecoderProcess(Decoder):
         answer = Answer(*ANSWER.unpack(self._receive(ANSWER.size, until).tobytes()))
         if answer.status == Status.OK:
             sides = answer.height, answer.width
-            size = (geometry.size, geometry.size) if geometry else claimed
-            if size is None or (sides != size and (geometry or sides != size[::-1])):
+            most = geometry.size**2 if geometry else claimed[0] * claimed[1] if claimed else 0
+            if sides[0] * sides[1] > most or (geometry and sides != (geometry.size, geometry.size)):
                 raise _ProcessLost(f"it sent an invalid answer: {answer}")
             return self._receive(sides[0] * sides[1] * 3, until).reshape(*sides, 3)
         if answer.status > max(Status) or answer.length > MAX_MESSAGE:
