@@ -114,7 +114,7 @@ def _classes(audit: SupportAudit) -> Html:
             one.distinct,
             bar(one.right / one.scored, f"{one.right} of {one.scored}") if one.scored else "",
             "" if one.variety != one.variety else f"{one.variety:.2f}",
-            one.advice,
+            element("p", one.advice) if one.advice else "",
         )
         for one in sorted(audit.classes, key=lambda one: one.right / one.scored if one.scored else 1.0)
     ]
