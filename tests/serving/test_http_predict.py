@@ -157,6 +157,7 @@ def test_a_full_queue_is_refused_before_the_body_is_read() -> None:
 
         response = client.ask("POST", "/v1/predict", content=body())
         assert error_of(response, 503) == "queue_full" and int(response.headers["Retry-After"]) >= 1
+        assert 'iosr_fast_refusals_total{reason="full_before_body"} 1.0' in client.get("/metrics").text
         gate.open()
         assert all(one.result(20).label for one in waiting)
 

@@ -68,7 +68,7 @@ def make_router(service: Service) -> APIRouter:
         _check_query(request)
         client = request.client.host if request.client else ""
         try:
-            service.batching.check_room(client)  # before the body is read, which makes refusals cheap
+            _check_room(service, client)  # before the body is read, which makes refusals cheap
             images = await service.uploads.read_images(request)
             start = time.perf_counter()
             request.scope["iosr_fast.images"] = len(images)
@@ -84,6 +84,14 @@ def make_router(service: Service) -> APIRouter:
         return _answer(service, images, results, start)
 
     return router
+
+
+def _check_room(service: Service, client: str) -> None:
+    try:
+        service.batching.check_room(client)
+    except QueueFullError:
+        service.metrics.on_refused("full_before_body")
+        raise
 
 
 def _check_query(request: Request) -> None:
