@@ -75,7 +75,9 @@ class ChangeLog:
 
     def _replay(self, state: Head) -> Head:
         """Check the file and make the changes since its snapshot."""
-        self._db.execute("PRAGMA journal_mode=DELETE")
+        # The journal stays, empty, while the log is open. Where it were deleted, a power cut could bring it back, which
+        # undoes the last change; that it is empty is on the disk when a change is acknowledged.
+        self._db.execute("PRAGMA journal_mode=TRUNCATE")
         self._db.execute("BEGIN IMMEDIATE")
         self._size = os.fstat(self._file).st_size
         reader = LogReader(self._db, pages_of(self._file), self._size)
@@ -137,6 +139,8 @@ class ChangeLog:
 
     def close(self) -> None:
         """Close the file."""
+        with suppress(sqlite3.Error):  # then an empty journal stays
+            self._db.execute("PRAGMA journal_mode=DELETE")
         self._db.close()
         os.close(self._file)
 

@@ -25,8 +25,7 @@ _BEGIN = MAGIC + bytes.fromhex("1000010100402020")
 _REST = bytes(8) + b"".join(n.to_bytes(4) for n in (3, 4, 0, 0, 1, 0, 0, APPLICATION_ID)) + bytes(20)
 _LEAF, _INNER = 13, 5  # pages of a table; those on which a long row goes on begin with a 0
 _MOST, _LEAST = PAGE - 35, (PAGE - 12) * 32 // 255 - 23  # bytes of a row on its leaf
-# EXTRA is FULL, and waits until the folder is on the disk, too: else a power cut could undo the last transaction.
-_SAFE = ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "secure_delete=ON", "synchronous=EXTRA")
+_SAFE = ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "secure_delete=ON", "synchronous=FULL")
 _MAJOR, _MINOR, _PATCH = sqlite3.sqlite_version_info
 WRITER = (_MAJOR * 1_000_000 + _MINOR * 1_000 + _PATCH).to_bytes(4)  # as SQLite writes it into the header
 _NOT_DAMAGE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL)
