@@ -97,6 +97,7 @@ async function send(batch) {
 
 /** Predictions that may reject pictures, or some that can't, with the reason in `unchecked`. */
 async function predict(items, files) {
+  const known = version;
   rejection ??= learn();
   let reason = await Promise.race([rejection, pause(LEARN_MS).then(() => LEARNING)]);
   const ask = () => api.predict(files, { ...ANSWER, reject: !reason, onWait: page.announceWait });
@@ -110,7 +111,7 @@ async function predict(items, files) {
     const prediction = data.predictions[i];
     settle(item, prediction.error ? { error: prediction.error.message } : { prediction, ...facts });
   });
-  if (data.version !== version) page.refresh();
+  if (![known, version].includes(data.version)) page.refresh();
   if (reason === LEARNING) {
     unchecked.push(...items.filter(({ prediction }) => prediction));
     rejection ??= learn();
