@@ -16,7 +16,6 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # noqa:
 
 from benchmarks.photographs import photograph  # noqa: E402
 from iosr_fast import Classifier  # noqa: E402
-from iosr_fast.clip import load  # noqa: E402
 from iosr_fast.clip.demo.pictures import FOLDER, load_pictures  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
@@ -40,7 +39,6 @@ DEFAULT = {
 TAGS = {
     "iosr-squash": {"one": {**DEFAULT, "interpolation": "bilinear", "resize_mode": "squash"}},
     "iosr-default": {"one": DEFAULT},
-    "iosr-mixed": {"one": DEFAULT, "two": {**DEFAULT, "mean": (0.5,) * 3}},
 }
 
 
@@ -79,17 +77,6 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for i, path in enumerate(paths):
         photograph(pictures[60 * i], *shapes[i], seed=i).save(path)
     return paths
-
-
-def test_a_clip_has_the_preprocessing_that_its_tags_share(clip: LoadedClip, caplog: pytest.LogCaptureFixture) -> None:
-    assert (clip.geometry, clip.image_size, clip.mean) == (SQUASH, 64, OPENAI_DATASET_MEAN)
-    plain = load_clip("iosr-default", "none")
-    assert plain.geometry == Geometry(64)
-    facts = {"image_size": 64, "mean": plain.mean, "std": plain.std, "gelu": "GELU"}
-    assert plain.fingerprint == load._fingerprint(plain.model, facts), "as before there were other geometries"
-    assert clip.fingerprint != load._fingerprint(clip.model, facts)
-    for key, value in clip.model.state_dict().items():
-        assert (value == plain.model.state_dict()[key]).all()
 
 
 def test_an_engine_keeps_the_geometry(engine: Path, tmp_path: Path) -> None:

@@ -97,23 +97,6 @@ def test_exact_is_the_reference_to_the_last_bit(rng: np.random.Generator, width:
         assert (Decoder("cpu-exact").decode([source], Geometry(64)).pixels == expected).all()
 
 
-def test_a_thin_picture_costs_little(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resized whole, it would have 224 x 13,440,000 pixels."""
-    made: list[int] = []
-    resize = Image.Image.resize
-
-    def counted(self: Image.Image, size: tuple[int, int], *words: Any, **options: Any) -> Image.Image:
-        made.append(size[0] * size[1])
-        return resize(self, size, *words, **options)
-
-    monkeypatch.setattr(Image.Image, "resize", counted)
-    column = rng.integers(0, 256, (60_000, 1, 3), dtype=np.uint8)
-    pixels = decode_pixels(encode(column), Geometry(224))
-    assert made == [224 * 224]
-    middle = column[29_998:30_002, 0].astype(int)
-    assert (pixels.min((0, 1)) >= middle.min(0) - 40).all() and (pixels.max((0, 1)) <= middle.max(0) + 40).all()
-
-
 def test_errors_name_the_file(pictures: np.ndarray, tmp_path: Path) -> None:
     data = encode(photograph(pictures[5], 500, 375), "JPEG")
     text, cut, nowhere = tmp_path / "text.jpg", tmp_path / "cut.jpg", tmp_path / "nowhere.jpg"

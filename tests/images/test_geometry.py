@@ -128,23 +128,6 @@ def test_padding_is_even_and_of_the_fill() -> None:
     assert (line[15] == 255).all() and line.sum() == 32 * 3 * 255
 
 
-def test_a_view_is_resized_by_the_models_filter_and_never_padded() -> None:
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(100, 256, (40, 300, 3), dtype=np.uint8))
-    views = {
-        geometry: random_view(image, geometry, np.random.default_rng(1), mirror=True)
-        for geometry in (
-            Geometry(16),
-            Geometry(16, "squash"),
-            Geometry(16, "longest"),
-            Geometry(16, "squash", "bilinear"),
-        )
-    }
-    cubic, squashed, padded, linear = views.values()
-    assert (cubic == squashed).all() and (cubic == padded).all() and (cubic != linear).any()
-    assert all(view.shape == (16, 16, 3) and view.min() > 60 for view in views.values())
-
-
 def test_limits_follow_from_what_resizing_makes() -> None:
     limits = DecodeLimits(max_pixels=20_000_000)
     column = (1, 60_000)

@@ -15,8 +15,8 @@ from PIL import Image
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import decode_pixels
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
-from tests.images.test_formats import rgb, upright
+from iosr_fast.images.preprocess import open_image, to_pixels
+from tests.images.test_formats import rgb
 from tests.pictures import encode
 
 
@@ -193,21 +193,6 @@ def test_what_is_transparent_is_white() -> None:
 def test_other_arrays_are_refused_with_what_to_do(array: np.ndarray, said: str) -> None:
     with pytest.raises(BadImageError, match=said):
         open_image(array)
-
-
-def test_anything_with_an_array_is_an_array() -> None:
-    class Foreign:
-        def __init__(self, array: np.ndarray) -> None:
-            self.array = array
-
-        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-            return self.array
-
-    assert (rgb(Foreign(upright())) == upright()).all()
-    assert len(as_image_list(Foreign(upright()))) == 1 and len(as_image_list(Foreign(np.stack([upright()] * 5)))) == 5
-    paths = as_image_list(np.array(["a.png", "b.png"]))
-    assert paths == ["a.png", "b.png"]
-    assert as_image_list(np.array([Path("a.png")], dtype=object)) == [Path("a.png")]
 
 
 @pytest.mark.parametrize(

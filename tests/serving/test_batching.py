@@ -7,17 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from iosr_fast.exceptions import ClosedError, DeadlineExceededError, QueueFullError
 from iosr_fast.serving.batching import BatchingClassifier, front, item, queue, workers
-from tests.pictures import encode
 from tests.serving.batching_fakes import (
     PATIENCE_S,
     FakeClassifier,
@@ -55,15 +52,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for module in (item, queue, front, workers):
         monkeypatch.setattr(module, "time", fake)
     return fake
-
-
-def test_every_form_of_image(make, tmp_path: Path) -> None:
-    encoded = encode(picture(7, 9))
-    path = tmp_path / "seven.png"
-    path.write_bytes(encoded)
-    forms = [picture(7), picture(7, 9), picture(7, 9)[..., 0], Image.fromarray(picture(7, 6)), path, str(path)]
-    forms += [encoded, bytearray(encoded), memoryview(encoded)]
-    assert labels(make().submit_many(forms)) == [7] * len(forms)
 
 
 def test_batches_fill_up_while_the_engine_is_busy(make, classifier: FakeClassifier) -> None:

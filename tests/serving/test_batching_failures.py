@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images import decode
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
@@ -21,7 +20,6 @@ from tests.pictures import encode
 from tests.serving.batching_fakes import (
     PATIENCE_S,
     FakeClassifier,
-    FakeHead,
     Watcher,
     picture,
     until,
@@ -150,32 +148,6 @@ def test_an_idle_engine_that_failed_is_probed(batching, classifier: FakeClassifi
     assert not batching.healthy
     classifier.encoder.raises = lambda numbers: None
     until(lambda: batching.healthy)
-
-
-def test_an_engine_that_fails_in_the_middle_of_a_batch(batching, classifier: FakeClassifier) -> None:
-    """Images classified before keep their labels; the others get the error."""
-    failed: list[int] = []
-
-    def raises(numbers: list[int]) -> None:
-        if len(numbers) > 1 or failed or numbers == [3]:
-            failed.extend(numbers[:1] if len(numbers) == 1 and numbers != [BLACK] else [])
-            raise EngineError
-
-    classifier.encoder.raises = raises
-    assert outcomes(together(batching, classifier, [1, 2, 3, 4])) == [1, 2, "EngineError", "EngineError"]
-    assert not batching.healthy
-
-
-def test_errors_of_scoring_are_treated_as_those_of_encoding(batching, classifier: FakeClassifier, monkeypatch) -> None:
-    predict = FakeHead.predict
-
-    def refuses_three(self: FakeHead, embeddings: Embeddings, *asked: int) -> list[Any]:
-        if 3.0 in embeddings.plain:
-            raise ValueError("expected finite embeddings")
-        return predict(self, embeddings, *asked)
-
-    monkeypatch.setattr(FakeHead, "predict", refuses_three)
-    assert outcomes(together(batching, classifier, [1, 2, 3, 4])) == [1, 2, "ValueError", 4] and batching.healthy
 
 
 def test_an_observer_that_raises_affects_no_answer(classifier: FakeClassifier, caplog) -> None:
