@@ -112,7 +112,8 @@ def naming(path: Path, fix: str) -> Iterator[None]:
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise in_use(path) from error
         if code in _NOT_DAMAGE:
-            raise OSError(errno.EIO, f"the log can't be opened ({error})", str(path)) from error
+            cut = "a start of the classifier takes back a change that was cut off"
+            raise OSError(errno.EIO, f"the log can't be read ({error}); {cut}", str(path)) from error
         raise DamagedFileError(f"{path} is damaged: {error}; {fix}") from error
 
 

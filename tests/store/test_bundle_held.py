@@ -54,19 +54,6 @@ def test_an_open_bundle_is_saved_again_after_its_folder_changed(bundle: Path) ->
     assert sorted(os.listdir(bundle.parent)) == ["again", "bundle", "parts"]
 
 
-def test_the_same_classifier_has_the_same_digest(tmp_path: Path) -> None:
-    made = small_classifier(engine_folder(tmp_path / "engine"))
-    for name in ("one", "other"):
-        made.save(tmp_path / name)
-    digest = open_verified(tmp_path / "one", "classifier").digest
-    assert fingerprint(load_bundle(tmp_path / "other", expected_digest=digest).head) == fingerprint(made.snapshot())
-    made.remove_class("motif 0")
-    made.save(tmp_path / "other")
-    for given in (tmp_path / "other", open_verified(tmp_path / "other", "classifier")):
-        with pytest.raises(ValueError, match=f"with the digest {digest}, got sha256:"):
-            load_bundle(given, expected_digest=digest)
-
-
 def test_info_prints_the_digest_that_serve_and_load_take(bundle: Path) -> None:
     run = CliRunner()
     shown = run.invoke(app, ["info", str(bundle)])

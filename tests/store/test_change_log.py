@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -251,6 +252,25 @@ def test_a_file_that_changes_while_it_is_in_use_takes_no_change(path: Path) -> N
         log.close()
     path.write_bytes(kept)
     assert reopened(path).version == 4
+
+
+def test_a_change_that_was_cut_off_while_it_was_written_is_taken_back(path: Path, tmp_path: Path) -> None:
+    write_log(path)
+    full, journal = path.read_bytes(), path.with_name("changes.db-journal")
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA cache_size=2")  # so that pages are written before the end
+        for number in range(40):
+            row = (number + 9, "now", "rename_class", bytes(3_000), bytes(32))
+            db.execute("INSERT INTO changes VALUES(?, ?, ?, ?, ?)", row)
+        (copy := tmp_path / "copy").mkdir()
+        for file in (path, journal):
+            shutil.copy(file, copy)
+        db.rollback()
+    db.close()
+    assert (copy / path.name).read_bytes() != full
+    with pytest.raises(OSError, match="a start of the classifier takes back a change that was cut off"):
+        read_log(copy / path.name)
+    assert reopened(copy / path.name).version == 4 and (copy / path.name).read_bytes() == full
 
 
 def test_long_changes_go_on_over_many_pages(path: Path) -> None:
