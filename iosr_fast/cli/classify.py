@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from iosr_fast.cli import options as shared
-from iosr_fast.cli.options import RejectOption, argument, option, ray_pool, resumable
+from iosr_fast.cli.options import RejectOption, argument, note_counts, option, ray_pool, resumable
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import note, output, write_new
 from iosr_fast.utils.progress import progress
@@ -97,10 +97,7 @@ def classify(
             counts = _jointly(work, source, options, out, text)
         else:
             counts = _stream(work, source, options, text)
-    if out is not None:
-        note(f"wrote {out}: {counts.images} images")
-    if counts.unread:
-        note(f"could not read {counts.unread} of {counts.images} images")
+    note_counts(out, counts)
     if rejecting is not None:
         note(f"rejected {counts.rejected} of {counts.images - counts.unread} images as {rejecting.label!r}")
     if html is not None:

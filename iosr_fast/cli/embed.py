@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from iosr_fast.cli import options as shared
-from iosr_fast.cli.options import option, ray_pool, resumable
+from iosr_fast.cli.options import note_counts, option, ray_pool, resumable
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import note
 from iosr_fast.utils.manifest import MANIFEST
 
 
@@ -47,9 +46,7 @@ def embed(
     with resumable(out):
         work, source = Embed(str(find_engine(engine)), dtype), read_source([location], relative=True)
         counts = run(work, source, out, ReadOptions(batch, runtime, threads, skip_bad), chunk, pool)
-    note(f"wrote {out}: {counts.images} images")
-    if counts.unread:
-        note(f"could not read {counts.unread} of {counts.images} images")
+    note_counts(out, counts)
 
 
 def find_engine(engine: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +44,7 @@ Reducers = Annotated[list[str], option("none, centre, pca or pca:RANK.", metavar
 Shots = Annotated[list[int], option("Images of each class; a smaller class gives all.", min=1, metavar="N ...")]
 Seeds = Annotated[int, option("Draws of the support set.", min=1)]
 ALL, REDUCERS = ["all"], ["none", "centre", "pca"]
+report = partial(say, err=True)
 
 
 @evaluate.command()
@@ -173,10 +175,6 @@ def paper(
 
     with stop_message("stopped; the same command resumes the run", "iosr-fast"):
         run(**options, report=report)
-
-
-def report(message: str) -> None:
-    say(message, err=True)
 
 
 def _compare(

@@ -84,14 +84,12 @@ def fit(
 
 def _summary(classifier: Classifier, out: Path) -> list[str]:
     """What a fit gave, the accuracy first. The method's parameters are logged."""
-    reducer = f"reducer {classifier.reducer_}"
-    log.info("%s", ", ".join([reducer, *(f"{name} {value:.4g}" for name, value in classifier.parameters_.items())]))
-    tuned = classifier.tuned_
-    lines = [classifier.snapshot().summary()]
-    counts = f"{len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images"
-    lines.append(f"{out}: {counts}, {classifier.method_}")
-    if tuned is not None and tuned.shares:
-        from iosr_fast.methods.tuned import describe_shares
+    from iosr_fast.methods.tuned import describe_shares
 
+    parameters = [f"{name} {value:.4g}" for name, value in classifier.parameters_.items()]
+    log.info("%s", ", ".join([f"reducer {classifier.reducer_}", *parameters]))
+    counts = f"{len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images"
+    lines = [classifier.snapshot().summary(), f"{out}: {counts}, {classifier.method_}"]
+    if (tuned := classifier.tuned_) is not None and tuned.shares:
         lines.append(f"shares of the logits: {describe_shares(tuned.shares)}")
     return lines + (classifier.engine_choice_.lines() if classifier.engine_choice_ is not None else [])

@@ -54,18 +54,9 @@ def optimize(
         paths, labels, _ = labelled_images(images)
         classifier = Classifier.load(folder)
         classifier.progress = True
-        choice = classifier.optimize(
-            paths,
-            labels,
-            objective,
-            tolerance,
-            runtime,
-            precision,
-            pretrained,
-            None if adapter == "none" else adapter,
-            smaller_images,
-            None if unknown_images is None else unknown_folder(unknown_images),
-        )
+        others = None if unknown_images is None else unknown_folder(unknown_images)
+        how = objective, tolerance, runtime, precision, pretrained, None if adapter == "none" else adapter
+        choice = classifier.optimize(paths, labels, *how, smaller_images, others)
         with progress("save", None):
             classifier.save(target)
     note(f"{target}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images", err=False)

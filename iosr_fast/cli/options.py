@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.command import new_csv, new_file, new_page, say, stop_message
+from iosr_fast.utils.command import new_csv, new_file, new_page, note, say, stop_message
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     from iosr_fast.files.ray_workers import Pool
+    from iosr_fast.files.run import Counts
 
 
 def option(text: str, *names: str, **settings: Any) -> Any:
@@ -84,6 +85,14 @@ def resumable(out: Path | None) -> Iterator[None]:
             raise IosrFastError(
                 f"{error}; the finished parts are kept. Repair it, or give --skip-bad, and start again"
             ) from error
+
+
+def note_counts(out: Path | None, counts: Counts) -> None:
+    """Say what a run over many images did."""
+    if out is not None:
+        note(f"wrote {out}: {counts.images} images")
+    if counts.unread:
+        note(f"could not read {counts.unread} of {counts.images} images")
 
 
 def echo_first(title: str, lines: list[str], count: int | None = None, most: int = 10) -> None:

@@ -18,7 +18,6 @@ from iosr_fast.files import work
 from iosr_fast.store.bundle import Bundle
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import write_manifest
-from tests import ROOT
 from tests.cli.runs import done, never, refused, run
 from tests.store.live_parts import engine_folder, pixel_clip, small_classifier
 
@@ -62,16 +61,6 @@ def test_help_has_sections_and_a_short_name() -> None:
     assert re.findall(r"^  (--[\w-]+)", sections["Ray"], re.MULTILINE) == ["--ray", "--workers", "--gpus", "--address"]
     assert "--skip-bad" in sections["Options"] and "--help" in sections["Options"] and "IMAGES" in sections["Arguments"]
     assert "near chance on photographs" in re.sub(r"\s+", " ", done("fit", "--help"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tool", ["build_engine", "evaluate", "train_adapter"])
-def test_a_script_of_tools_is_the_command(tool: str, tmp_path: Path) -> None:
-    name = tool.replace("_", "-")
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout
-    assert shown.split()[1:3] == ["iosr-fast", name]
-    assert "".join(shown.split()) == "".join(done(name, "--help").replace("root", "iosr-fast", 1).split())
 
 
 def test_a_place_that_can_not_be_written_is_refused_before_the_work(
