@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+
+from iosr_fast.encoders.runtimes.gpu import record_graph
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.provenance import cpu_description
 
@@ -27,11 +30,8 @@ class Device:
     def __post_init__(self) -> None:
         if self.name not in DEVICES:
             raise IosrFastError(f"expected a device out of {', '.join(DEVICES)}, got {self.name!r}")
-        if self.is_gpu:
-            import torch
-
-            if not torch.cuda.is_available():
-                raise IosrFastError("expected an NVIDIA GPU for --device cuda, and PyTorch sees none; use --device cpu")
+        if self.is_gpu and not torch.cuda.is_available():
+            raise IosrFastError("expected an NVIDIA GPU for --device cuda, and PyTorch sees none; use --device cpu")
 
     @property
     def is_gpu(self) -> bool:
@@ -39,26 +39,16 @@ class Device:
 
     @cached_property
     def description(self) -> str:
-        if not self.is_gpu:
-            return cpu_description()
-        import torch
-
-        return str(torch.cuda.get_device_name())
+        return str(torch.cuda.get_device_name()) if self.is_gpu else cpu_description()
 
     def synchronize(self) -> None:
         if self.is_gpu:
-            import torch
-
             torch.cuda.synchronize()
 
     def record(self, call: Call) -> Call:
         """`call` as it is timed: on a GPU a CUDA graph, or the call itself where none can be recorded."""
         if not self.is_gpu:
             return call
-        import torch
-
-        from iosr_fast.encoders.runtimes.gpu import record_graph
-
         with torch.inference_mode():
             for _ in range(GPU_WARMUP):  # compiles, and does what is done once only
                 call()
@@ -90,8 +80,6 @@ class Device:
             for _ in range(calls):
                 call()
             return (time.perf_counter() - start) * 1e3 / calls
-        import torch
-
         with torch.inference_mode():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._flush.sum()
@@ -101,8 +89,10 @@ class Device:
         torch.cuda.synchronize()
         return float(begin.elapsed_time(end))
 
-    @cached_property
-    def _flush(self) -> Any:
-        import torch
+    def fastest(self, calls: Mapping[str, Call]) -> str:
+        """The name of the call with the least of three times."""
+        return min(calls, key=lambda name: min(self.time_ms(calls[name], calls=2) for _ in range(3)))
 
+    @cached_property
+    def _flush(self) -> torch.Tensor:
         return torch.zeros(FLUSH_BYTES // 4, device="cuda")

@@ -26,9 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import encoder_rivals as rivals
-from benchmarks.ceilings import GEMM, gemm, gpu_gemm
+from benchmarks.ceilings import GEMM, gemm
 from benchmarks.encoder_rivals import Embed
-from benchmarks.harness import Candidate, Run, torch_threads
+from benchmarks.harness import Call, Candidate, Run
 from benchmarks.photographs import photograph
 from iosr_fast.clip.adapter import Adapter, random_adapter
 from iosr_fast.clip.demo.pictures import held_out, load_pictures
@@ -41,7 +41,8 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.evaluation.demo import evaluate_few_shot
 from iosr_fast.evaluation.tasks import Encoded
-from iosr_fast.export.check import FP32_MAX_ERROR, MIN_COSINES, calibration_pictures
+from iosr_fast.export.check import calibration_pictures, evenly, require_accuracy
+from iosr_fast.export.onnx import export_onnx
 from iosr_fast.export.pretrained import choose_adapter
 from iosr_fast.export.quantize.encoder import quantize_onnx
 from iosr_fast.images.preprocess import resize_and_crop
@@ -57,33 +58,35 @@ PACKAGES = ("onnxruntime", "openvino", "torch", "open_clip_torch")
 def run(
     run: Run, model: str = "ViT-B-32", batch: Sequence[int] | None = None, first_adapted_block: int | None = None
 ) -> None:
-    """Verify and time one model, a case a batch. `first_adapted_block`: None for that of the last third of blocks."""
-    clip = load_clip(model, None if model == "demo" else "none")
-    adapter = choose_adapter(clip, "auto") if model == "demo" and first_adapted_block is None else None
-    if adapter is None:
-        adapter = random_adapter(clip, late_block(clip) if first_adapted_block is None else first_adapted_block)
+    """Verify and time one model, a case a batch."""
+    clip, adapter = open_model(model, first_adapted_block)
     first = adapter.config.first_adapted_block
-    with tempfile.TemporaryDirectory() as folder, torch_threads(run.threads):
+    with tempfile.TemporaryDirectory() as folder:
         made = Encoders(clip, adapter, run, Path(folder))
         for size in batch or DEFAULT_BATCHES[run.device.name]:
             run.case(f"{model.lower()}-b{size}-s{first}", made.candidates(size), packages=PACKAGES)
 
 
-def late_block(clip: LoadedClip) -> int:
-    """The first of the last third of a CLIP's blocks."""
-    return 2 * len(vision_tower(clip.model.visual, clip.name).blocks) // 3
+def open_model(model: str, first_adapted_block: int | None) -> tuple[LoadedClip, Adapter]:
+    """The demo with its own adapter, or a CLIP and an adapter of random weights, from the last third of blocks on."""
+    clip = load_clip(model, None if model == "demo" else "none")
+    if first_adapted_block is None:
+        if (own := choose_adapter(clip, "auto")) is not None:
+            return clip, own
+        first_adapted_block = 2 * len(vision_tower(clip.model.visual, clip.name).blocks) // 3
+    return clip, random_adapter(clip, first_adapted_block)
 
 
 def pictures_of(clip: LoadedClip) -> tuple[np.ndarray, np.ndarray]:
     """Pictures to calibrate and to judge on, uint8 (N, S, S, 3): of generic concepts and of test concepts."""
     if clip.name == "demo":
         return calibration_pictures(clip), held_out()[0].images
-    sets = []
-    for pictures, count in ((load_pictures("generic").images, CALIBRATED), (held_out()[0].images, JUDGED)):
-        chosen = np.linspace(0, len(pictures) - 1, count).astype(int)
-        views = [resize_and_crop(photograph(pictures[i], seed=int(i)), clip.geometry) for i in chosen]
-        sets.append(np.stack(views))
-    return sets[0], sets[1]
+
+    def views(pictures: np.ndarray) -> np.ndarray:
+        made = [photograph(picture, seed=i) for i, picture in enumerate(pictures)]
+        return np.stack([resize_and_crop(view, clip.geometry) for view in made])
+
+    return views(evenly(load_pictures("generic").images, CALIBRATED)), views(evenly(held_out()[0].images, JUDGED))
 
 
 class Encoders:
@@ -111,7 +114,7 @@ class Encoders:
         def ours(open_it: Callable[[], Embed], precision: str = self.precision) -> Candidate:
             judged: dict[str, Any] = {}
 
-            def prepare() -> Callable[[], Any]:
+            def prepare() -> Call:
                 embed = open_it()
                 if not self.run.device.is_gpu:
                     judged.update(self.judge(embed, batch, precision))
@@ -126,77 +129,65 @@ class Encoders:
             prepare = lambda: partial(open_it(), pixels)  # noqa: E731
             return Candidate(prepare, partial(self.check, self.precision), precision=self.precision, rival=True)
 
-        of_torch = {
-            "torch": ours(lambda: rivals.in_torch(self.fused, self.run.device)),
-            "eager-two-pass": rival(lambda: self.literal(self.adapter)),
-        }
+        device = self.run.device
+        made = {GEMM: gemm(device, self.run.threads, self.precision)}
+        for runtime in () if device.is_gpu else rivals.RUNTIMES:
+            if find_spec(runtime) is None:
+                self.run.say(f"left out: {runtime} is not installed: pip install {runtime}")
+                continue
+            made[runtime] = ours(partial(self.opened, runtime, "fused"))
+            made[f"{runtime}-int8"] = ours(partial(self.opened, runtime, "int8"), "int8")
+            if runtime == "openvino" and "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+                made["openvino-bf16"] = ours(partial(self.opened, runtime, "fused", precision="bf16"), "bf16")
+            made[f"{runtime}-two-pass"] = rival(partial(self.opened, runtime, "plain", "adapted"))
+            made[f"{runtime}-one-pass"] = rival(partial(self.opened, runtime, "plain"))
+        made["torch"] = ours(lambda: rivals.in_torch(self.fused, device))
+        made["eager-two-pass"] = rival(partial(self.literal, self.adapter))
         # Last, because compiling takes longest.
-        compiled = {"torch-compile-two-pass": rival(lambda: self.literal(self.adapter, compiled=True))}
-        if self.run.device.is_gpu:
-            compiled["torch-compile-one-pass"] = rival(lambda: self.literal(None, compiled=True))
-            return {GEMM: gpu_gemm(self.run.device, self.precision), **of_torch, **compiled}
-        of_files = {"onnxruntime-two-pass": rival(lambda: self.onnxruntime("plain", "adapted"))}
-        own = {"onnxruntime": ours(lambda: self.onnxruntime("fused"))}
-        own["onnxruntime-int8"] = ours(lambda: self.onnxruntime("int8"), "int8")
-        if find_spec("openvino") is None:
-            self.run.say("left out: openvino is not installed: pip install openvino")
-        else:
-            own["openvino"] = ours(lambda: self.openvino("fused"))
-            own["openvino-int8"] = ours(lambda: self.openvino("int8"), "int8")
-            if "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-                own["openvino-bf16"] = ours(lambda: self.openvino("fused", precision="bf16"), "bf16")
-            of_files["openvino-two-pass"] = rival(lambda: self.openvino("plain", "adapted"))
-            of_files["openvino-one-pass"] = rival(lambda: self.openvino("plain"))
-        return {GEMM: gemm(self.run.threads), **own, **of_torch, **of_files, **compiled}
+        made["torch-compile-two-pass"] = rival(partial(self.literal, self.adapter, compiled=True))
+        if device.is_gpu:
+            made["torch-compile-one-pass"] = rival(partial(self.literal, None, compiled=True))
+        return made
 
     def literal(self, adapter: Adapter | None, compiled: bool = False) -> Embed:
         return rivals.in_torch(rivals.literal_passes(self.clip, adapter, self.precision), self.run.device, compiled)
 
-    def onnxruntime(self, *files: str) -> Embed:
-        return rivals.in_turn(
-            [rivals.in_onnxruntime(self.file(name), self.run.threads, spin=len(files) == 1) for name in files]
-        )
-
-    def openvino(self, *files: str, precision: str = "f32") -> Embed:
-        return rivals.in_turn([rivals.in_openvino(self.file(name), self.run.threads, precision) for name in files])
+    def opened(self, runtime: str, *files: str, **options: str) -> Embed:
+        return rivals.RUNTIMES[runtime]([self.file(name) for name in files], self.run.threads, **options)
 
     def file(self, name: str) -> Path:
         """fused, plain, adapted or int8 as ONNX, exported when it is first asked for."""
         path = self.folder / name / "encoder.onnx"
         if path.exists():
             return path
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         self.run.say(f"exporting {name}")
         if name == "int8":
             quantize_onnx(self.file("fused"), path, self.calibration)
+        elif name == "fused":
+            export_onnx(self.fused, path)
         else:
-            adapter = self.adapter if name == "adapted" else None
-            rivals.write(self.fused if name == "fused" else rivals.Pass(self.clip, adapter), path)
+            rivals.export_pass(self.clip, self.adapter if name == "adapted" else None, path)
         return path
 
     def check(self, precision: str, result: Sequence[Any]) -> dict[str, Any]:
         """ArithmeticError where an embedding of the first pictures is off."""
-        compare(precision, [rows_of(rows)[:CHECKED] for rows in result], self.truth)
+        compare(precision, [torch.as_tensor(rows[:CHECKED]).float().cpu().numpy() for rows in result], self.truth)
         return {}
 
     def judge(self, embed: Embed, batch: int, precision: str) -> dict[str, Any]:
         """The cosines of all pictures with two passes, in batches; of the demo, few-shot accuracy, too."""
         starts = range(0, len(self.pictures), batch)
-        parts = [[rows_of(rows) for rows in embed(self.pictures[start : start + batch])] for start in starts]
+        parts = [[np.asarray(rows) for rows in embed(self.pictures[start : start + batch])] for start in starts]
         embeddings = Embeddings(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
         facts = compare(precision, (embeddings.plain, embeddings.adapted), self.truth) | {"pictures": len(embeddings)}
         return facts | (accuracy(self.clip, embeddings) if self.clip.name == "demo" else {})
 
 
-def rows_of(rows: Any) -> np.ndarray:
-    return rows if isinstance(rows, np.ndarray) else rows.float().cpu().numpy()
-
-
 def accuracy(clip: LoadedClip, embeddings: Embeddings) -> dict[str, Any]:
     """Few-shot accuracy on the demo's test concepts, of each of METHODS and SHOTS."""
     pictures, _ = held_out()
-    text = embed_classes(clip, pictures.names)
-    encoded = Encoded(embeddings, pictures.concepts, text, clip.logit_scale)
+    encoded = Encoded(embeddings, pictures.concepts, embed_classes(clip, pictures.names), clip.logit_scale)
     facts: dict[str, Any] = {"seeds": len(SEEDS)}
     for method in METHODS:
         for shots, result in evaluate_few_shot(encoded, method, "none", SHOTS, SEEDS).items():
@@ -215,9 +206,6 @@ def compare(precision: str, got: Sequence[np.ndarray], truth: Sequence[np.ndarra
         expected = expected[: len(rows)]
         cosines = (rows * expected).sum(1) / np.linalg.norm(rows, axis=1)
         error, least = float(np.abs(rows - expected).max()), float(cosines.min())
-        # Written so that a NaN is refused too.
-        if not (error <= FP32_MAX_ERROR if precision == "fp32" else least >= MIN_COSINES[precision]):
-            allowed = f"error <= {FP32_MAX_ERROR}" if precision == "fp32" else f"cosine >= {MIN_COSINES[precision]}"
-            raise ArithmeticError(f"{kind} embeddings are off by {error:.2g}, cosine {least:.6f} (allowed: {allowed})")
+        require_accuracy(f"{kind} embeddings", error, least, precision)
         facts |= {f"min_cosine_{kind}": round(least, 7), f"mean_cosine_{kind}": round(float(cosines.mean()), 7)}
     return facts | {"min_cosine": min(value for name, value in facts.items() if name.startswith("min"))}

@@ -7,8 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.devices import Device
+from benchmarks.devices import Call, Device
 from iosr_fast.utils.machine import package_version, usable_threads
-from iosr_fast.utils.progress import progress
 from iosr_fast.utils.provenance import commit, write_rows
 
 # The threads of an OpenMP pool, and ONNX Runtime's, spin for a while after their last call, on cores that the next
@@ -28,7 +26,10 @@ PAUSE_S = 0.2
 BURST_S = 0.02
 FEWEST = 3  # rounds of a case, whatever they take
 
-Call = Callable[[], Any]
+
+def ready(call: Call) -> Callable[[], Call]:
+    """The `prepare` of a candidate that needs none."""
+    return lambda: call
 
 
 def no_check(result: Any) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class Run:
         call; where that is shorter than BURST_S, one untimed call and the mean of as many as fill it. Without `bursts`,
         for calls of seconds, nothing is called untimed but the call that is verified.
         """
-        ready, facts, burst = {}, {}, {}
+        calls, facts, burst = {}, {}, {}
         times: dict[str, list[float]] = {}
         before = len(self.rows)
         for name, candidate in candidates.items():
@@ -106,25 +107,23 @@ class Run:
             if made is None:
                 continue
             call, facts[name], first_ms = made
-            ready[name], times[name] = call, []
+            calls[name], times[name] = call, []
             burst[name] = self.device.calls_in(BURST_S, call) if bursts and first_ms < 1e3 else 1
             self.say(f"{case}: {name}: verified; its first call took {first_ms:.4g} ms")
         started = ended = time.perf_counter()
-        with progress(f"{self.subject} {case}", self.repeats * len(ready)) as advance:
-            for turn in range(self.repeats if ready else 0):
-                begun, last_s = time.perf_counter(), time.perf_counter() - ended
-                if turn >= FEWEST and begun - started > self.seconds:
-                    break
-                if turn and self.seconds_left < last_s:
-                    self.say(f"{case}: ended after {turn} rounds, for lack of time; --minutes gives more")
-                    break
-                ended = begun
-                for name, call in ready.items():
-                    time.sleep(PAUSE_S)
-                    times[name].append(self.device.time_ms(call, burst[name]))
-                    advance(1)
-                self.rows[before:] = self._rows(case, candidates, times, facts, unit, packages)
-                self.write()
+        for turn in range(self.repeats if calls else 0):
+            begun, last_s = time.perf_counter(), time.perf_counter() - ended
+            if turn >= FEWEST and begun - started > self.seconds:
+                break
+            if turn and self.seconds_left < last_s:
+                self.say(f"{case}: ended after {turn} rounds, for lack of time; --minutes gives more")
+                break
+            ended = begun
+            for name, call in calls.items():
+                time.sleep(PAUSE_S)
+                times[name].append(self.device.time_ms(call, burst[name]))
+            self.rows[before:] = self._rows(case, candidates, times, facts, unit, packages)
+            self.write()
         print_rows(self.rows[before:])
 
     def _verified(self, label: str, candidate: Candidate) -> tuple[Call, Mapping[str, Any], float] | None:
@@ -212,47 +211,21 @@ class Run:
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows of a case as a table, with what they have in common above it."""
-    from rich.console import Console
-    from rich.table import Table
-
     if not rows:
         return
     first = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    console = Console(width=None if Console().is_terminal else 160)
-    facts = (
-        f"{first['bench']} {first['case']}",
-        first["device"],
-        f"{first['threads']} threads",
-        versions,
-        first["commit"],
-    )
-    console.print("; ".join(facts), markup=False, soft_wrap=True)
+    facts = (first["device"], f"{first['threads']} threads", versions, first["commit"])
     rivals = list(dict.fromkeys(rival for row in rows for rival in row["ratios"]))
     unit = next((row["rate_unit"] for row in rows if row["rate_unit"]), "rate")
-    table = Table()
-    table.add_column("impl", min_width=max(len(row["impl"]) for row in rows))
-    # Names wrap at spaces; narrow columns would cut them.
-    for heading in ("ms", "p10..p90", unit, "of ceiling", *(f"{rival.replace('-', ' ')} / this" for rival in rivals)):
-        table.add_column(heading)
+    lines = [["impl", "ms", "p10..p90", unit, "of ceiling", *(f"{rival} / this" for rival in rivals)]]
     for row in rows:
         low, high = row["runtime_ms_spread"]
         rate = "" if row["rate"] is None else f"{row['rate']:.4g}"
         share = "" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}"
         ratios = (f"{row['ratios'][rival]:.2f}" if rival in row["ratios"] else "" for rival in rivals)
-        table.add_row(row["impl"], f"{row['runtime_ms']:.4g}", f"{low:.4g}..{high:.4g}", rate, share, *ratios)
-    console.print(table)
-    console.file.flush()
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """PyTorch's thread count for the length of a with block."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        lines.append([row["impl"], f"{row['runtime_ms']:.4g}", f"{low:.4g}..{high:.4g}", rate, share, *ratios])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print("; ".join((f"{first['bench']} {first['case']}", *facts)))
+    for line in lines:
+        print("  ".join(map(str.ljust, line, widths)).rstrip(), flush=True)

@@ -42,14 +42,9 @@ def photograph(
     return Image.fromarray(np.clip(0.8 * large + 25 + deviation * grain[:, :, None], 0, 255).astype(np.uint8))
 
 
-@functools.cache
-def _pictures() -> np.ndarray:
-    return load_pictures("held-out").images
-
-
 def write_photographs(folder: Path, count: int, width: int = WIDTH, height: int = HEIGHT) -> list[Path]:
     """`count` JPEGs of different pictures in `folder`, at most 1,000 a sub-folder; their paths, sorted."""
-    pictures = _pictures()
+    pictures = load_pictures("held-out").images
     if count > len(pictures):
         raise IosrFastError(f"expected at most {len(pictures)} pictures, which are all of the demo's, got {count}")
     paths = []

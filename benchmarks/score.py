@@ -8,6 +8,7 @@ that of reading memory.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 
 from benchmarks import ceilings
-from benchmarks.devices import Device
-from benchmarks.harness import Candidate, Run, torch_threads
+from benchmarks.devices import Call, Device
+from benchmarks.harness import Candidate, Run, ready
 from benchmarks.score_rivals import PRODUCTS, torch_rivals
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
@@ -28,25 +29,15 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score, score_with_path
 
+SMALL, BATCH, MANY_KEYS = "q1-k1600-d512-c100-values", "q256-k8192-d512-c1000-values", "q1-k1000000-d512-c1000"
+BY_CLASS = "q256-k16000-d512-c1000"
 DEFAULT_CASES = {
     "cpu": (
-        "q1-k1600-d512-c100-values",
-        "q64-k1600-d512-c100-values",
-        "q32-k6400-d768-c400-values",
-        "q1-k8192-d512-c1000-values",
-        "q256-k8192-d512-c1000-values",
-        "q1-k1600-d512-c100",
-        "q256-k16000-d512-c1000",
-        "q1-k1000000-d512-c1000",
+        *(SMALL, "q64-k1600-d512-c100-values", "q32-k6400-d768-c400-values", "q1-k8192-d512-c1000-values", BATCH),
+        *("q1-k1600-d512-c100", BY_CLASS, MANY_KEYS),
     ),
-    "cuda": (
-        "q1-k1600-d512-c100-values",
-        "q256-k8192-d512-c1000-values",
-        "q256-k16000-d512-c1000",
-        "q4096-k160000-d768-c10000",
-        "q1-k1000000-d512-c1000",
-        "q1024-k50000-d512-c999",  # classes of 50 or 51 keys
-    ),
+    # The classes of the last one have 50 or 51 keys.
+    "cuda": (SMALL, BATCH, BY_CLASS, "q4096-k160000-d768-c10000", MANY_KEYS, "q1024-k50000-d512-c999"),
 }
 # Of the largest logit. float32 is right to 1e-6 of it. On a GPU queries take the half type of the keys, which costs up
 # to 4e-4 (fp16) and 2e-3 (bf16); without one of 16 keys of each class logits are off by 4e-2.
@@ -70,16 +61,12 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        parts = text.removesuffix("-values").split("-")
-        sizes = [int(part[1:]) for part in parts if part[:1] in "qkdc" and part[1:].isdigit()]
-        if [part[:1] for part in parts] != list("qkdc") or len(sizes) < 4 or min(sizes) < 1:
+        found = re.fullmatch("q{0}-k{0}-d{0}-c{0}(-values)?".format("([1-9][0-9]*)"), text)
+        if found is None:
             raise IosrFastError(
                 f"expected a case like q256-k16000-d512-c1000 or q1-k64-d8-c4-values, sizes of at least 1, got {text!r}"
             )
-        return cls(*sizes, values=text.endswith("-values"))
-
-    def __str__(self) -> str:
-        return f"q{self.queries}-k{self.keys}-d{self.width}-c{self.classes}{'-values' if self.values else ''}"
+        return cls(*map(int, found.groups()[:4]), values=found[5] is not None)
 
     @property
     def gflop(self) -> float:
@@ -122,12 +109,11 @@ class Case:
 
 def run(run: Run, case: Sequence[str] | None = None) -> None:
     """Verify and time each case."""
-    with torch_threads(run.threads):
-        for text in case or DEFAULT_CASES[run.device.name]:
-            one = Case.parse(text)
-            by_bytes = one.queries == 1 and (run.device.is_gpu or 1e9 * one.gigabytes("fp32") > OUT_OF_CACHE)
-            packages = ("numpy", "torch", *(["triton"] if run.device.is_gpu else []))
-            run.case(text, dict(_candidates(one, run, by_bytes)), "GB/s" if by_bytes else "GFLOP/s", packages)
+    for text in case or DEFAULT_CASES[run.device.name]:
+        one = Case.parse(text)
+        by_bytes = one.queries == 1 and (run.device.is_gpu or 1e9 * one.gigabytes("fp32") > OUT_OF_CACHE)
+        packages = ("numpy", "torch", *(["triton"] if run.device.is_gpu else []))
+        run.case(text, dict(_candidates(one, run, by_bytes)), "GB/s" if by_bytes else "GFLOP/s", packages)
 
 
 def _candidates(case: Case, run: Run, by_bytes: bool) -> Iterator[tuple[str, Candidate]]:
@@ -135,62 +121,58 @@ def _candidates(case: Case, run: Run, by_bytes: bool) -> Iterator[tuple[str, Can
     # On a GPU an alpha by which the cache term of a query's own class is as large as its text term.
     plan, embeddings = case.build(1000.0 * case.classes / case.keys if device.is_gpu else 1.0)
     if by_bytes:
-        yield ceilings.MEMORY, ceilings.memory(device, run.threads)
-    elif not device.is_gpu:
-        yield ceilings.GEMM, ceilings.gemm(run.threads)
+        yield ceilings.MEMORY, ceilings.memory(device)
     else:
-        for precision in ("fp32", "fp16", "bf16"):
-            yield f"{ceilings.GEMM}-{precision}", ceilings.gpu_gemm(device, precision)
+        for precision in ceilings.DTYPES if device.is_gpu else ("fp32",):
+            suffix = f"-{precision}" if device.is_gpu else ""
+            yield ceilings.GEMM + suffix, ceilings.gemm(device, run.threads, precision)
 
-    def candidate(call: Callable[[], Any], plan: ScoringPlan, precision: str, *, rival: bool, whole: bool) -> Candidate:
+    def candidate(call: Call, plan: ScoringPlan, precision: str, tolerance: float | None, rival: bool) -> Candidate:
+        """`tolerance`: None for a product, which is no logits."""
+        whole = tolerance is not None
         work = case.gflop if whole else 2e-9 * case.queries * case.width * case.keys
-        if by_bytes:
-            work = case.gigabytes(precision)
         top = ceilings.MEMORY if by_bytes else ceilings.GEMM
         if device.is_gpu and not by_bytes:
             top += f"-{'fp16' if precision == 'int8' else precision}"
-        limit = TOLERANCE if not device.is_gpu else GPU_RIVAL_TOLERANCE if rival else GPU_TOLERANCES[precision]
 
         def check(logits: Any) -> dict[str, Any]:
-            if whole:
-                verify(logits, plan, embeddings, limit)
+            if tolerance is not None:
+                verify(logits, plan, embeddings, tolerance)
             return {}
 
-        return Candidate(lambda: call, check, work, precision, top, rival)
+        return Candidate(ready(call), check, case.gigabytes(precision) if by_bytes else work, precision, top, rival)
 
     for name, narrow, precision, call in ours(plan, embeddings, device, run.say):
-        yield name, candidate(call, narrow, precision, rival=False, whole=True)
+        tolerance = GPU_TOLERANCES[precision] if device.is_gpu else TOLERANCE
+        yield name, candidate(call, narrow, precision, tolerance, rival=False)
     rivals = torch_rivals(plan, embeddings, device)
-    if "papers-formula" not in rivals:
-        run.say(f"left out: {case}: papers-formula: its one-hot matrix and affinity would take too much memory")
+    if plan.values is None and "papers-formula" not in rivals:
+        run.say("left out: papers-formula: its one-hot matrix and affinity would take too much memory")
     for name, call in rivals.items():
         precision = "fp16" if device.is_gpu and name != "torch-fp32" else "fp32"
-        yield name, candidate(call, plan, precision, rival=True, whole=name not in PRODUCTS)
+        tolerance = GPU_RIVAL_TOLERANCE if device.is_gpu else TOLERANCE
+        yield name, candidate(call, plan, precision, None if name in PRODUCTS else tolerance, rival=True)
 
 
 def ours(
     plan: ScoringPlan, embeddings: Embeddings, device: Device, say: Callable[[str], None]
-) -> Iterator[tuple[str, ScoringPlan, str, Callable[[], Any]]]:
+) -> Iterator[tuple[str, ScoringPlan, str, Call]]:
     """Every backend that runs natively on `device`, at every precision of the keys, or on the CPU at those that it has
     code for: path, plan, precision, call."""
     batch = embeddings
     if device.is_gpu:
         arrays = (embeddings.plain, embeddings.adapted)
         batch = Embeddings(*(torch.from_numpy(np.array(array)).to(device.name) for array in arrays))
-    for precision in PRECISIONS:
-        narrow = plan if precision == "fp32" else plan.with_key_precision(precision)
-        for backend in dispatch.BACKENDS:
-            if backend.name == "reference" or device.name not in backend.devices or not backend.takes(len(batch)):
-                continue
-            if (reason := backend.unavailable_reason()) is not None:
-                if precision == "fp32":
-                    say(f"left out: {backend.name}: {reason}")
-                continue
-            # PyTorch widens narrow keys tile by tile on the CPU, which is not meant to be fast.
-            if not device.is_gpu and backend.tensors and precision != "fp32":
-                continue
-            if device.is_gpu and not backend.tensors:
-                continue
+    for backend in dispatch.BACKENDS:
+        takes = device.name in backend.devices and backend.takes(len(batch)) and (backend.tensors or not device.is_gpu)
+        if backend.name == "reference" or not takes:
+            continue
+        if (reason := backend.unavailable_reason()) is not None:
+            say(f"left out: {backend.name}: {reason}")
+            continue
+        # PyTorch widens narrow keys tile by tile on the CPU, which is not meant to be fast.
+        for precision in PRECISIONS if device.is_gpu or not backend.tensors else PRECISIONS[:1]:
+            narrow = plan if precision == "fp32" else plan.with_key_precision(precision)
             path = score_with_path(narrow, batch[:1], backend.name)[1]
             name = path + ("" if precision == "fp32" else f":{precision}")
             yield name, narrow, precision, partial(score, narrow, batch, backend.name, check=not device.is_gpu)
@@ -217,18 +199,13 @@ def verify(logits: Any, plan: ScoringPlan, embeddings: Embeddings, tolerance: fl
 
 
 def only_classes(plan: ScoringPlan, classes: np.ndarray) -> ScoringPlan:
-    """The plan of some classes and their keys, or values."""
+    """The plan of some classes, in ascending order, and their keys, or values."""
     assert plan.text is not None and plan.keys is not None
-    few: dict[str, Any] = {"text": plan.text[classes]}
+    few = partial(replace, plan, n_classes=len(classes), text=plan.text[classes])
     if plan.values is not None:
-        few["values"] = plan.values[:, classes]
-    else:
-        assert plan.class_offsets is not None
-        ranges = [np.arange(*plan.class_offsets[c : c + 2]) for c in classes]
-        rows = np.concatenate(ranges)
-        few |= dict.fromkeys(("keys", "class_offsets", "key_scales", "query_transform"))
-        if len(rows):
-            few |= {"keys": plan.keys[rows], "class_offsets": np.cumsum([0, *map(len, ranges)])}
-            few["key_scales"] = None if plan.key_scales is None else plan.key_scales[rows]
-            few["query_transform"] = plan.query_transform
-    return replace(plan, n_classes=len(classes), **few)
+        return few(values=plan.values[:, classes])
+    assert plan.class_offsets is not None
+    counts = np.diff(plan.class_offsets)
+    rows = np.flatnonzero(np.isin(np.repeat(np.arange(plan.n_classes), counts), classes))
+    scales = None if plan.key_scales is None else plan.key_scales[rows]
+    return few(keys=plan.keys[rows], key_scales=scales, class_offsets=np.cumsum([0, *counts[classes]]))

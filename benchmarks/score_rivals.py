@@ -2,7 +2,7 @@
 
 papers-formula  a cosine GEMM, exp, and a GEMM with the one-hot matrix, as in the public code; classes alone
 eager-best      one GEMM, exp in place, and a segment sum or, with values, another GEMM, into buffers that are reused
-compiled-best   the same in one function, compiled by torch.compile; on a CPU with values alone
+compiled-best   the same in one function, compiled by torch.compile; of classes on a GPU alone, all of one size
 torch-fp32      the product of queries and keys alone, in the faster of its two orientations: no exp, no sums, no text.
                 Nothing that PyTorch does in float32 can be faster than this.
 torch-mm        the same in float16, on a GPU alone
@@ -10,14 +10,13 @@ torch-mm        the same in float16, on a GPU alone
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
 
-from benchmarks.devices import Device
+from benchmarks.devices import Call, Device
+from benchmarks.papers import papers_logits
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.device_plan import as_tensor
 from iosr_fast.scoring.plan import ScoringPlan
@@ -26,51 +25,39 @@ PRODUCTS = ("torch-fp32", "torch-mm")  # which return no logits
 # One-hot matrix and affinity of the papers' formula in float32; above, the formula is left out.
 PAPERS_LIMIT_BYTES, PAPERS_LIMIT_GPU_BYTES = 2e9, 32e9
 
-Run = Callable[[], torch.Tensor]
 
-
-class _Inputs(NamedTuple):
-    """Tensors on the device: keys and queries of the cache term, and plain embeddings and texts."""
-
-    keys: torch.Tensor
-    query: torch.Tensor
-    plain: torch.Tensor
-    text: torch.Tensor
-
-
-def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> dict[str, Run]:
+def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> dict[str, Call]:
     """name -> call that returns logits (B, C) on `device`; those in PRODUCTS return the (B, N) cosines.
 
     `plan` has float32 keys and reads adapted embeddings in the cache term. On a GPU everything but the text term is in
     float16, as the papers' code runs there, and torch-fp32 is in float32 without TF32, PyTorch's default.
     """
     assert plan.text is not None and plan.keys is not None
-    kind, place = torch.float16 if device.is_gpu else torch.float32, device.name
-
-    def tensor(array: object) -> torch.Tensor:
-        return torch.from_numpy(np.array(array, copy=True)).to(place)
-
-    # The keys may be gigabytes: on the CPU they are shared, not copied.
-    keys32 = as_tensor(plan.keys).to(place)
-    keys, text = keys32.to(kind), tensor(plan.text)
-    plain, query32 = tensor(embeddings.plain), tensor(embeddings.adapted)
-    query = query32.to(kind)
-    rivals: dict[str, Run] = {"torch-fp32": _product(keys32, query32, device)}
+    kind = torch.float16 if device.is_gpu else torch.float32
+    keys32 = as_tensor(plan.keys).to(device.name)  # may be gigabytes: on the CPU they are shared, not copied
+    plain, query32, text = (
+        torch.from_numpy(np.array(array)).to(device.name) for array in (embeddings.plain, embeddings.adapted, plan.text)
+    )
+    keys, query = keys32.to(kind), query32.to(kind)
+    if plan.values is None:
+        rivals = _with_classes(plan, plain, query, text, keys)
+    else:
+        rivals = _with_values(plan, plain, query, text, keys)
+    rivals["torch-fp32"] = _product(keys32, query32, device)
     if device.is_gpu:
         rivals["torch-mm"] = _product(keys, query, device)
-    of_plan = _with_classes if plan.values is None else _with_values
-    return {**of_plan(plan, _Inputs(keys, query, plain, text)), **rivals}
+    return {name: torch.inference_mode()(call) for name, call in rivals.items()}
 
 
-def _with_classes(plan: ScoringPlan, inputs: _Inputs) -> dict[str, Run]:
-    keys, query, plain, text = inputs
+def _with_classes(
+    plan: ScoringPlan, plain: torch.Tensor, query: torch.Tensor, text: torch.Tensor, keys: torch.Tensor
+) -> dict[str, Call]:
     assert plan.class_offsets is not None
     counts = np.diff(plan.class_offsets)
     lengths = torch.from_numpy(counts).to(keys.device)
     affinity = torch.empty(len(keys), len(query), dtype=keys.dtype, device=keys.device)
     logits = torch.empty(len(query), plan.n_classes, device=keys.device)
 
-    @torch.inference_mode()
     def eager_best() -> torch.Tensor:
         torch.mm(keys, query.T, out=affinity)
         affinity.sub_(1.0).mul_(plan.beta).exp_()
@@ -78,20 +65,14 @@ def _with_classes(plan: ScoringPlan, inputs: _Inputs) -> dict[str, Run]:
         torch.mm(plain, text.T, out=logits)
         return logits.mul_(plan.tau).add_(sums.T, alpha=plan.alpha)
 
-    rivals: dict[str, Run] = {"eager-best": eager_best}
+    rivals: dict[str, Call] = {"eager-best": eager_best}
     limit_bytes = PAPERS_LIMIT_GPU_BYTES if keys.is_cuda else PAPERS_LIMIT_BYTES
     if 4.0 * len(keys) * (plan.n_classes + len(query)) <= limit_bytes:
         labels = torch.repeat_interleave(torch.arange(plan.n_classes, device=keys.device), lengths)
         onehot = torch.zeros(len(keys), plan.n_classes, dtype=keys.dtype, device=keys.device)
         onehot.scatter_(1, labels[:, None], 1.0)
-
-        @torch.inference_mode()
-        def papers_formula() -> torch.Tensor:
-            cosine = query @ keys.T
-            cache_logits = ((-1) * (plan.beta - plan.beta * cosine)).exp() @ onehot
-            return plan.tau * plain @ text.T + cache_logits * plan.alpha
-
-        rivals["papers-formula"] = papers_formula
+        scales = (plan.tau, plan.alpha, plan.beta)
+        rivals["papers-formula"] = partial(papers_logits, plain, query, text, keys, onehot, scales)
     if keys.is_cuda and len(set(counts.tolist())) == 1:  # a compiler fuses a sum of equal segments with exp
         shape = (len(query), plan.n_classes, int(counts[0]))
 
@@ -99,16 +80,16 @@ def _with_classes(plan: ScoringPlan, inputs: _Inputs) -> dict[str, Run]:
             sums = ((query @ keys.T).float() * plan.beta - plan.beta).exp().view(shape).sum(-1)
             return plan.tau * plain @ text.T + plan.alpha * sums
 
-        rivals["compiled-best"] = _compiled(fused, query, keys, plain, text)
+        rivals["compiled-best"] = partial(_compiled(fused), query, keys, plain, text)
     return rivals
 
 
-def _with_values(plan: ScoringPlan, inputs: _Inputs) -> dict[str, Run]:
-    keys, query, plain, text = inputs
+def _with_values(
+    plan: ScoringPlan, plain: torch.Tensor, query: torch.Tensor, text: torch.Tensor, keys: torch.Tensor
+) -> dict[str, Call]:
     values = as_tensor(plan.values).to(keys.device, keys.dtype)  # type: ignore[arg-type]
     affinity = torch.empty(len(query), len(keys), dtype=keys.dtype, device=keys.device)
 
-    @torch.inference_mode()
     def eager_best() -> torch.Tensor:
         torch.mm(query, keys.T, out=affinity)
         affinity.sub_(1.0).mul_(plan.beta).exp_()
@@ -123,33 +104,20 @@ def _with_values(plan: ScoringPlan, inputs: _Inputs) -> dict[str, Run]:
         sums = (query @ keys.T * plan.beta - plan.beta).exp() @ values
         return plan.tau * plain @ text.T + plan.alpha * sums
 
-    return {"eager-best": eager_best, "compiled-best": _compiled(whole, query, keys, values, plain, text)}
+    compiled = partial(_compiled(whole), query, keys, values, plain, text)
+    return {"eager-best": eager_best, "compiled-best": compiled}
 
 
-def _compiled(function: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> Run:
-    compiled = torch.compile(function, fullgraph=True, dynamic=False)
-    return torch.inference_mode()(lambda: compiled(*arguments))
+def _compiled(function: Call) -> Call:
+    compiled: Call = torch.compile(function, fullgraph=True, dynamic=False)
+    return compiled
 
 
-def _product(keys: torch.Tensor, query: torch.Tensor, device: Device) -> Run:
+def _product(keys: torch.Tensor, query: torch.Tensor, device: Device) -> Call:
     by_key = torch.empty(len(keys), len(query), dtype=keys.dtype, device=keys.device)
     by_query = torch.empty(len(query), len(keys), dtype=keys.dtype, device=keys.device)
-
-    @torch.inference_mode()
-    def keys_first() -> torch.Tensor:
-        return torch.mm(keys, query.T, out=by_key).T
-
-    @torch.inference_mode()
-    def queries_first() -> torch.Tensor:
-        return torch.mm(query, keys.T, out=by_query)
-
-    def seconds(run: Run) -> float:
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            run()
-            device.synchronize()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    return min((keys_first, queries_first), key=seconds)
+    calls: dict[str, Call] = {
+        "keys first": lambda: torch.mm(keys, query.T, out=by_key).T,
+        "queries first": lambda: torch.mm(query, keys.T, out=by_query),
+    }
+    return calls[device.fastest(calls)]

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `benchmarks` is found from anywhere
 import iosr_fast  # noqa: E402
 from iosr_fast.utils.command import ListCommand, new_file, one_line_errors  # noqa: E402
+from iosr_fast.utils.machine import usable_threads  # noqa: E402
 
 # An installed package contains kernels/; a source tree has it beside iosr_fast/.
 iosr_fast.__path__.append(str(ROOT))
@@ -52,15 +53,14 @@ def main(
     """Time a part of iosr_fast against named rivals; rows are printed as cases end and written after every round."""
     given = {"model": model, "batch": batch, "first_adapted_block": first_adapted_block, "case": case}
     given["pictures"] = pictures
-    # Before NumPy's first import, as BLAS reads its threads then; our kernels read theirs later.
-    if threads is not None:
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "IOSR_FAST_THREADS"):
-            os.environ[name] = str(threads)
+    # Before the first import of NumPy and PyTorch, which read their threads then; our kernels read theirs later.
+    threads = threads or usable_threads()
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "IOSR_FAST_THREADS"):
+        os.environ[name] = str(threads)
     module: Any = importlib.import_module(f"benchmarks.{subject}")
     from benchmarks.devices import Device
     from benchmarks.harness import Run
     from iosr_fast.exceptions import IosrFastError
-    from iosr_fast.utils.machine import usable_threads
 
     taken = inspect.signature(module.run).parameters
     options = {name: value for name, value in given.items() if value is not None}
@@ -70,7 +70,7 @@ def main(
         raise IosrFastError(f"expected --device cpu with {subject}, got {device}")
     out = json_path or ROOT / "build" / "bench" / f"{'cpu' if device == 'cpu' else 'gpu'}-{subject}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    run = Run(subject, Device(device), threads or usable_threads(), repeats, minutes=minutes, out=out)
+    run = Run(subject, Device(device), threads, repeats, minutes=minutes, out=out)
     module.run(run, **options)
     run.write()
     typer.echo(f"wrote {len(run.rows)} rows to {out}", err=True)

@@ -67,8 +67,7 @@ def by_cleanlab(support: Any, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return surprise, find_label_issues(labels, p, n_jobs=1), None
 
 
-COLUMNS = {"auroc": ".4f", "precision": ".1%", "wrong": ".1f", "estimate": ".1f", "listed": ".1f", "found": ".1f"}
-CLAIM = Claim("audit", __doc__, draws, {**COLUMNS, "false_alarms": ".1f"}, ("auto", "cleanlab"))
+CLAIM = Claim("audit", __doc__, draws, ("auto", "cleanlab"))
 
 if __name__ == "__main__":
     CLAIM.main()

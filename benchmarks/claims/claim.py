@@ -14,6 +14,7 @@ from iosr_fast.evaluation.features import open_sources
 from iosr_fast.evaluation.table import facts
 from iosr_fast.utils.command import new_file, one_line_errors
 from iosr_fast.utils.provenance import write_rows
+from tools.report import COLUMNS
 
 Task = Any  # iosr_fast.evaluation.tasks.Task, or one with labels (B, C)
 Draws = Iterator[Mapping[str, Any]]
@@ -22,13 +23,12 @@ Draws = Iterator[Mapping[str, Any]]
 @dataclass(frozen=True)
 class Claim:
     """What `draws` measures of a task, a method and a seed: figures, shares in 0..1. A row has their means over all
-    draws, and the standard deviation of the first of `columns`; draws that differ in `of` have a row each. `columns`
-    are printed, in these formats. `sources` opens data sets by name, shots and number of seeds."""
+    draws, and the standard deviation of the first; draws that differ in `of` have a row each. What the page of the
+    results has of them is printed. `sources` opens data sets by name, shots and number of seeds."""
 
     name: str
     about: str
     draws: Callable[[Task, str, int], Draws]
-    columns: Mapping[str, str]
     methods: Sequence[str] = ("auto",)
     sources: Callable[..., Sequence[Any]] = open_sources
 
@@ -45,8 +45,10 @@ class Claim:
             rows = []
             for source in self.sources(options.data, options.shots, options.seeds):
                 for row in self.rows(source):
-                    known = {name: row[name] for name in self.columns if row.get(name) is not None}
-                    figures = ", ".join(f"{name} {value:{self.columns[name]}}" for name, value in known.items())
+                    columns = COLUMNS[self.name].items()
+                    figures = ", ".join(
+                        f"{name} {row[name]:{form}}" for name, form in columns if row.get(name) is not None
+                    )
                     print(f"{row['data']}, {row['shots']} shots, {row['method']} {row['of']}: {figures}", flush=True)
                     rows.append({**row, **facts(["scikit-learn"])})
             write_rows(options.json, rows)

@@ -27,7 +27,7 @@ def draws(task: Task, method: str, seed: int) -> Draws:
         }
 
 
-CLAIM = Claim("joint", __doc__, draws, {"alone": ".1%", "joint": ".1%", "refused": ".0%", "images": ".0f"})
+CLAIM = Claim("joint", __doc__, draws)
 
 if __name__ == "__main__":
     CLAIM.main()

@@ -13,8 +13,7 @@ def draws(task: Task, method: str, seed: int) -> Draws:
     yield {"changed": float((narrow != exact).mean()), "accuracy": accuracy, "int8": of_narrow}
 
 
-COLUMNS = {"changed": ".2%", "accuracy": ".2%", "int8": ".2%", "test_images": "d"}
-CLAIM = Claim("key-precision", __doc__, draws, COLUMNS, ("auto", "tip-adapter", "proker"))
+CLAIM = Claim("key-precision", __doc__, draws, ("auto", "tip-adapter", "proker"))
 
 if __name__ == "__main__":
     CLAIM.main()

@@ -78,8 +78,7 @@ def draws(task: Task, method: str, seed: int) -> Draws:
         yield {"map": max(mean_average_precision(labels, rival.decision_function(queries)) for rival in fitted)}
 
 
-COLUMNS = {"map": ".1%", "std": ".1%", "expected": ".1%", "f1": ".1%", "predicted": ".2f"}
-CLAIM = Claim("labels", __doc__, draws, COLUMNS, ("auto", "OneVsRest"), pasted)
+CLAIM = Claim("labels", __doc__, draws, ("auto", "OneVsRest"), pasted)
 
 if __name__ == "__main__":
     CLAIM.main()

@@ -40,8 +40,7 @@ def draws(task: Task, method: str, seed: int) -> Draws:
         }
 
 
-CLASSES = {"classes_suggested": ".1f", "classes_random": ".1f", "budget": ".0f"}
-CLAIM = Claim("suggest", __doc__, draws, {"suggested": ".1%", "random": ".1%", **CLASSES}, ("gda",))
+CLAIM = Claim("suggest", __doc__, draws, ("gda",))
 
 if __name__ == "__main__":
     CLAIM.main()

@@ -60,7 +60,7 @@ class Attention(nn.Module):
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
         width = source.embed_dim
-        self.heads, self.out_proj = source.num_heads, source.out_proj
+        self.num_heads, self.out_proj = source.num_heads, source.out_proj
         weights = (
             (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
             if source.in_proj_weight is None
@@ -72,7 +72,7 @@ class Attention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None]:
-        attended = _attend(self.q_proj(query), self.k_proj(key), self.v_proj(value), self.heads)
+        attended = _attend(self.q_proj(query), self.k_proj(key), self.v_proj(value), self.num_heads)
         return self.out_proj(attended), None
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import Result
-from PIL import Image
 from typer.testing import CliRunner
 
 from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import FOLDER, held_out, load_index, load_pictures, only
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.command import command_app
-from tests import ROOT
 
 
 def run(main: Callable[..., None], *words: str) -> Result:
@@ -72,43 +68,6 @@ def test_the_shipped_adapter_belongs_to_the_shipped_clip_and_reduces_overlap() -
     plain, adapted = (pair_cosines(part.numpy(), held_out.concepts[rows]) for part in parts[0])
     assert overlap_area(*adapted) < overlap_area(*plain)
     assert auroc(*adapted) > auroc(*plain)
-
-
-@pytest.mark.slow
-def test_train_adapter_on_a_folder(tmp_path: Path) -> None:
-    from iosr_fast.cli import train_adapter
-
-    for name in ("red", "blue"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(2):
-            Image.new("RGB", (70, 80), name).save(tmp_path / "data" / name / f"{i}.png")
-    out = tmp_path / "new" / "adapter.safetensors"
-    words = ("--data", str(tmp_path / "data"), "--out", str(out), "--workers", "0")
-    command = (
-        sys.executable,
-        "-m",
-        "iosr_fast",
-        "train-adapter",
-        *words,
-        "--first-adapted-block",
-        "5",
-        "--bottleneck",
-        "8",
-    )
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "4 pictures of 2 classes, 1 epochs" in done.stdout and out.is_file()
-    assert "nothing is measured between epochs" in done.stdout
-    training = out.with_name("adapter.safetensors.training")
-    assert [path.name for path in training.iterdir()] == ["log"], "checkpoints go"
-    for options, message in (
-        ((*words, "--first-adapted-block", "9"), "0..5"),
-        (("--out", str(tmp_path)), "got the folder"),
-        (("--data", str(tmp_path / "nowhere"), "--out", str(out)), "found no folder"),
-    ):
-        refused = run(train_adapter.train_adapter, *options)
-        assert refused.exit_code == 2 and isinstance(refused.exception, SystemExit)
-        assert message in " ".join(refused.output.replace("│", " ").split())
 
 
 @pytest.mark.slow

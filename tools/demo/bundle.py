@@ -11,12 +11,13 @@ import numpy as np
 import typer
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.demo.pictures import Pictures, load_pictures
+from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.command import run
 from iosr_fast.utils.folders import check_new_folder
 
 CLASSES, SHOTS, METHOD = 100, 4, "auto"
+Labelled = tuple[np.ndarray, list[str]]  # pictures and their class names
 
 
 def make_demo_bundle(
@@ -27,31 +28,32 @@ def make_demo_bundle(
     Concepts are evenly spaced in Unicode's order, because neighbours look alike. Parameters are chosen by
     leave-one-out.
     """
-    pictures, rows = _draw(classes, shots)
-    support = np.concatenate([row[:shots] for row in rows])
-    labels = [pictures.names[concept] for concept in pictures.concepts[support]]
-    names = [pictures.names[pictures.concepts[row[0]]] for row in rows]
+    (images, labels), _ = _draw(classes, shots)
     classifier = Classifier("demo", runtime="onnxruntime", method=method, views=1)
-    classifier.fit(pictures.images[support], labels, class_names=names)
+    classifier.fit(images, labels, class_names=list(dict.fromkeys(labels)))
     classifier.save(folder)
     return Path(folder)
 
 
-def held_out_queries(classes: int = CLASSES, shots: int = SHOTS) -> tuple[np.ndarray, list[str]]:
+def held_out_queries(classes: int = CLASSES, shots: int = SHOTS) -> Labelled:
     """The other pictures (N, 64, 64, 3) uint8 of the same concepts, and their class names."""
-    pictures, rows = _draw(classes, shots)
-    others = np.concatenate([row[shots:] for row in rows])
-    return pictures.images[others], [pictures.names[concept] for concept in pictures.concepts[others]]
+    return _draw(classes, shots)[1]
 
 
-def _draw(classes: int, shots: int) -> tuple[Pictures, list[np.ndarray]]:
-    """The pictures, and for each chosen concept the rows of its pictures in random order."""
+def _draw(classes: int, shots: int) -> tuple[Labelled, Labelled]:
+    """Pictures and class names: `shots` random pictures of each chosen concept, and the others."""
     pictures = load_pictures("held-out", min_styles=shots + 1)
     if not 2 <= classes <= len(pictures.names):
         raise IosrFastError(f"expected 2 to {len(pictures.names)} classes, got {classes}")
     rng = np.random.default_rng(0)
     chosen = np.linspace(0, len(pictures.names) - 1, classes).astype(int)
-    return pictures, [rng.permutation(np.flatnonzero(pictures.concepts == concept)) for concept in chosen]
+    rows = [rng.permutation(np.flatnonzero(pictures.concepts == concept)) for concept in chosen]
+
+    def labelled(part: slice) -> Labelled:
+        few = np.concatenate([row[part] for row in rows])
+        return pictures.images[few], [pictures.names[concept] for concept in pictures.concepts[few]]
+
+    return labelled(slice(shots)), labelled(slice(shots, None))
 
 
 def main(
