@@ -158,7 +158,7 @@ def test_head_is_answered_as_get_is(shared: Client) -> None:
         ({"drain_s": float("nan")}, "drain_s"),
         ({"max_wait_ms": float("inf")}, "max_wait_ms"),
         ({"max_batch": True}, "max_batch"),
-        ({"max_images": 300}, "max_images of at most max_queue"),
+        ({"max_images": 600}, "max_images of at most max_queue"),
         ({"max_image_mb": 100}, "lower --max-image-mb or raise --max-body-mb"),
         ({"max_body_mb": 129}, "max_body_mb of at most half of max_buffered_mb"),
         ({"deadline_ms": 90_000}, "max_deadline_ms"),

@@ -82,7 +82,7 @@ class Settings:
     ] = 2.0
     max_queue: Annotated[
         Count, Option("Most images that are accepted and not yet answered; others get status 503.", "Batches")
-    ] = 256
+    ] = 512  # of which a client that is alone has half (Shares)
     decode_threads: Annotated[Count | None, Option("Images decoded in parallel [default: chosen].", "Batches")] = None
     engine_threads: Annotated[Count | None, Option("CPU cores of the encoder [default: all].", "Batches")] = None
 
