@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.devices import Call, Device
-from iosr_fast.utils.machine import package_version, usable_threads
-from iosr_fast.utils.provenance import commit, write_rows
+from iosr_fast.evaluation.table import facts
+from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.provenance import write_rows
 
 # The threads of an OpenMP pool, and ONNX Runtime's, spin for a while after their last call, on cores that the next
 # candidate needs: after a pause of 0.02 s small batches took three times as long as after one of 0.1 s.
@@ -53,6 +52,17 @@ class Candidate:
     precision: str = "fp32"
     ceiling: str | None = None
     rival: bool = False
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A candidate that is right: its call, the facts of its check, how many calls are a turn, milliseconds of turns."""
+
+    candidate: Candidate
+    call: Call
+    facts: Mapping[str, Any]
+    burst: int
+    times: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -96,22 +106,15 @@ class Run:
         call; where that is shorter than BURST_S, one untimed call and the mean of as many as fill it. Without `bursts`,
         for calls of seconds, nothing is called untimed but the call that is verified.
         """
-        calls, facts, burst = {}, {}, {}
-        times: dict[str, list[float]] = {}
-        before = len(self.rows)
+        timed: dict[str, Verified] = {}
         for name, candidate in candidates.items():
             if self.seconds_left < 15 * self.minutes:
                 self.say(f"left out: {case}: {name}: no time is left for it; --minutes gives more")
-                continue
-            made = self._verified(f"{case}: {name}", candidate)
-            if made is None:
-                continue
-            call, facts[name], first_ms = made
-            calls[name], times[name] = call, []
-            burst[name] = self.device.calls_in(BURST_S, call) if bursts and first_ms < 1e3 else 1
-            self.say(f"{case}: {name}: verified; its first call took {first_ms:.4g} ms")
+            elif (verified := self._verify(f"{case}: {name}", candidate, bursts)) is not None:
+                timed[name] = verified
+        before, shared = len(self.rows), {"threads": self.threads, **facts(packages), "device": self.device.description}
         started = ended = time.perf_counter()
-        for turn in range(self.repeats if calls else 0):
+        for turn in range(self.repeats if timed else 0):
             begun, last_s = time.perf_counter(), time.perf_counter() - ended
             if turn >= FEWEST and begun - started > self.seconds:
                 break
@@ -119,22 +122,25 @@ class Run:
                 self.say(f"{case}: ended after {turn} rounds, for lack of time; --minutes gives more")
                 break
             ended = begun
-            for name, call in calls.items():
+            for one in timed.values():
                 time.sleep(PAUSE_S)
-                times[name].append(self.device.time_ms(call, burst[name]))
-            self.rows[before:] = self._rows(case, candidates, times, facts, unit, packages)
+                one.times.append(self.device.time_ms(one.call, one.burst))
+            named = {"bench": self.subject, "case": case}
+            self.rows[before:] = [
+                {**named, **row_of(name, timed, unit), **shared, **timed[name].facts} for name in timed
+            ]
             self.write()
         print_rows(self.rows[before:])
 
-    def _verified(self, label: str, candidate: Candidate) -> tuple[Call, Mapping[str, Any], float] | None:
-        """The call, the row's further fields and the milliseconds of the first call; None, with a line, if it fails."""
+    def _verify(self, label: str, candidate: Candidate, bursts: bool) -> Verified | None:
+        """Prepare, call and check a candidate; None, with a line, if it fails."""
         try:
             call = self.device.record(candidate.prepare())
             start = time.perf_counter()
             result = call()
             self.device.synchronize()
-            first_ms = (time.perf_counter() - start) * 1e3
-            return call, candidate.check(result), first_ms
+            first_s = time.perf_counter() - start
+            checked = candidate.check(result)
         except ArithmeticError as error:
             self.say(f"WRONG: {label}: {error}; not timed")
             self.failed.append(label)
@@ -143,6 +149,10 @@ class Run:
             self.say(f"left out: {label}: {reason}")
             if not candidate.rival:
                 self.failed.append(label)
+        else:
+            self.say(f"{label}: verified; its first call took {1e3 * first_s:.4g} ms")
+            burst = self.device.calls_in(BURST_S, call) if bursts and first_s < 1 else 1
+            return Verified(candidate, call, checked, burst)
         return None
 
     def write(self) -> None:
@@ -152,61 +162,32 @@ class Run:
             write_rows(partial, self.rows)
             os.replace(partial, self.out)
 
-    @cached_property
-    def _commit(self) -> str:
-        return commit()
 
-    def _rows(
-        self,
-        case: str,
-        candidates: Mapping[str, Candidate],
-        times: Mapping[str, Sequence[float]],
-        facts: Mapping[str, Mapping[str, Any]],
-        unit: str,
-        packages: Sequence[str],
-    ) -> list[dict[str, Any]]:
-        """One row a candidate, JSON-ready.
+def row_of(name: str, timed: Mapping[str, Verified], unit: str) -> dict[str, Any]:
+    """A candidate's part of its row, JSON-timed.
 
-        runtime_ms is the median, runtime_ms_spread the 10th and 90th percentile. ratios has each rival's median over
-        this row's (above 1: this row is faster). share_of_ceiling is `rate` over the best rate of the candidate's
-        ceiling in the same rounds.
-        """
-        medians = {name: statistics.median(each) for name, each in times.items()}
-        rows = []
-        for name, each in times.items():
-            one = candidates[name]
-            rate = None if one.work is None else one.work / medians[name] * 1e3
-            top = None
-            if one.ceiling in times and (most := candidates[one.ceiling].work) is not None:
-                top = most / min(times[one.ceiling]) * 1e3
-            row = {
-                "bench": self.subject,
-                "case": case,
-                "impl": name,
-                "precision": one.precision,
-                "runtime_ms": round(medians[name], 4),
-                "runtime_ms_spread": [round(float(np.percentile(each, q)), 4) for q in (10, 90)],
-                "repeats": len(each),
-                "ratios": {
-                    rival: round(medians[rival] / medians[name], 3)
-                    for rival in times
-                    if candidates[rival].rival and rival != name and not name.startswith("ceiling-")
-                },
-                "rate": None if rate is None else round(rate, 3),
-                "rate_unit": None if rate is None else unit,
-                "ceiling": None if rate is None or top is None else round(top, 3),
-                "share_of_ceiling": None if rate is None or top is None else round(rate / top, 4),
-                "threads": self.threads,
-                "device": self.device.description,
-                "versions": {
-                    "iosr_fast": package_version("iosr_fast"),
-                    "python": platform.python_version(),
-                    **{package: package_version(package) for package in packages},
-                },
-                "commit": self._commit,
-            }
-            rows.append(row | dict(facts[name]))
-        return rows
+    runtime_ms is the median, runtime_ms_spread the 10th and 90th percentile. ratios has each rival's median over this
+    row's (above 1: this row is faster). share_of_ceiling is `rate` over the best rate of the candidate's ceiling in the
+    same rounds.
+    """
+    own, median = timed[name], statistics.median(timed[name].times)
+    rate = None if own.candidate.work is None else own.candidate.work / median * 1e3
+    ceiling, top = timed.get(own.candidate.ceiling or ""), None
+    if rate is not None and ceiling is not None and ceiling.candidate.work is not None:
+        top = ceiling.candidate.work / min(ceiling.times) * 1e3
+    rivals = {} if name.startswith("ceiling-") else {key: one for key, one in timed.items() if one.candidate.rival}
+    return {
+        "impl": name,
+        "precision": own.candidate.precision,
+        "runtime_ms": round(median, 4),
+        "runtime_ms_spread": [round(float(np.percentile(own.times, q)), 4) for q in (10, 90)],
+        "repeats": len(own.times),
+        "ratios": {key: round(statistics.median(one.times) / median, 3) for key, one in rivals.items() if key != name},
+        "rate": None if rate is None else round(rate, 3),
+        "rate_unit": None if rate is None else unit,
+        "ceiling": None if top is None else round(top, 3),
+        "share_of_ceiling": None if rate is None or top is None else round(rate / top, 4),
+    }
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
