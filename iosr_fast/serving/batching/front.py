@@ -91,7 +91,7 @@ class BatchingClassifier:
         isolated: bool = False,
     ) -> None:
         if decode_threads is None:
-            decode_threads = 1 + min(_MAX_DECODERS, usable_threads())  # a client leaves one to others
+            decode_threads = min(_MAX_DECODERS, max(2, usable_threads()))  # a client leaves one to others
         for name, value in {"max_batch": max_batch, "max_queue": max_queue, "decode_threads": decode_threads}.items():
             check_integer(name, value, 1)
         if not 0 <= max_wait_ms < math.inf:
