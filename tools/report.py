@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,4 +140,6 @@ def origin(name: str, rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        raise SystemExit(f"error: expected no arguments, got {' '.join(sys.argv[1:])}; it writes benchmarks/README.md")
     (RESULTS.parent / "README.md").write_text(page(), encoding="utf-8")

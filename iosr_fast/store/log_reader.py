@@ -53,7 +53,11 @@ class Base(Strict, frozen=True, kw_only=True):
 class LoggedChange:
     """A change of a log: the version that it made and when, what it did (`op`), the id of its class ("" for none) and
     the name that it gave it, the ids of the images that it added or removed, and how many classes and images there are
-    after it."""
+    after it.
+
+    >>> LoggedChange(2, "2026-11-29T12:00:00.000+00:00", "rename_class", "~1", "apple", (), classes=2, images=0).op
+    'rename_class'
+    """
 
     version: int
     time: str
