@@ -131,7 +131,7 @@ def build_app(bundle: str | Path, settings: Settings | None = None, scale: Scale
         settings,
         expected_digest=settings.expected_digest or digest_of(bundle),
         engine_threads=settings.engine_threads or cores,
-        decode_threads=settings.decode_threads or cores,
+        decode_threads=settings.decode_threads or max(2, cores),  # a client leaves one to others
     )
     _load(bundle, settings)  # what no replica can serve is refused before one starts
     deployment = serve.deployment(
