@@ -24,6 +24,7 @@ pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the 
 
 from iosr_fast.clip.adapter import load_adapter  # noqa: E402
 from iosr_fast.training.processes import check_same, in_first_process  # noqa: E402
+from tests.cli import runs  # noqa: E402
 from tests.training.small import logged, write_folder  # noqa: E402
 
 OPTIONS = {
@@ -145,12 +146,7 @@ def test_torchrun_and_a_pair_killed_and_resumed_end_with_the_same_weights(folder
     assert resumed.exit_codes() == [0, 0], resumed.log.read_text()[-3000:]
     assert_same_training(killed, whole)
 
-    from typer.testing import CliRunner
-
-    from tests.cli.test_train_adapter import APP
-
-    single = CliRunner().invoke(APP, arguments(folder, one, "supervised"))
-    assert single.exit_code == 0, single.output
+    runs.done("train-adapter", *arguments(folder, one, "supervised"))
     losses = [float(log_of(out)[0]["loss"]) for out in (one, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5), "a fresh adapter changes nothing, dropped out or not"
 
