@@ -96,8 +96,8 @@ def check_token(token: str | None, scope: Scope) -> None:
         raise ApiError(
             403,
             "changes_disabled",
-            "no token is set, so classes can't be changed: start the server with "
-            "--token-file FILE or IOSR_FAST_TOKEN and send it as `Authorization: Bearer TOKEN`",
+            "no token is set, so classes can't be changed here: `iosr-fast serve` takes one from --token-file FILE or "
+            "IOSR_FAST_TOKEN, requests send it as `Authorization: Bearer TOKEN`",
         )
     values = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, credentials = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
