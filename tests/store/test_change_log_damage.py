@@ -114,7 +114,7 @@ def test_a_log_that_is_cut_or_grows_is_refused(path: Path) -> None:
 
 
 def test_pages_of_an_older_copy_are_refused(path: Path) -> None:
-    """As where the disk lost a write; a whole older copy can't be told from the log as it was."""
+    """As where the disk lost a write. A whole older copy is a valid log, so it is not refused."""
     log, state = ChangeLog.open(path, base())
     for number in range(3):
         state = renamed(log, state, f"name {number}")

@@ -97,7 +97,11 @@ class Uploads:
 
 
 def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each part of a form (RFC 7578)."""
+    """Name and content of each part of a form (RFC 7578), whose body is in memory already.
+
+    Stricter than python-multipart's parser, which reads other text after a boundary, and parts with two
+    Content-Dispositions, of which a proxy may read the other one.
+    """
     delimiter = b"\r\n--" + boundary
     if not 0 < len(boundary) <= 70 or not body.startswith(delimiter[2:]):
         raise _bad_form("it does not begin with the boundary of its Content-Type, of at most 70 bytes")
