@@ -120,7 +120,7 @@ def test_a_half_closed_connection_ends_after_its_complete_requests(shared: Site,
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
         assert statuses(read_all(connection)) == [200] * (sent.count(GET) + sent.count(LARGE))  # SLOW takes too long
-    shared.wait_for(lambda: not shared.connections)
+    shared.wait_for(lambda: not shared.connections and not shared.server.server_state.tasks)
 
 
 def test_the_application_hears_of_a_client_that_is_gone(shared: Site) -> None:
