@@ -20,6 +20,8 @@ class Examples:
     ids         (n,) int64: each image's own number
     pictures    n thumbnails (WebP); None for an image without one
     queries     (n, D), single views of the same images, where `embeddings` are means of several views
+    groups      (n,) int64: images of one group are left out together; None where each is its own
+    paths       n paths of the files, None for an image without one; () where none is known
     """
 
     embeddings: Embeddings
@@ -27,6 +29,8 @@ class Examples:
     ids: np.ndarray
     pictures: tuple[bytes | None, ...]
     queries: Embeddings | None = None
+    groups: np.ndarray | None = None
+    paths: tuple[str | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -40,9 +44,15 @@ class Examples:
     def rows(self, chosen: np.ndarray) -> Examples:
         """Some of the images, by index or mask."""
         picked = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
-        pictures = tuple(self.pictures[i] for i in picked.tolist())
-        queries = None if self.queries is None else self.queries[picked]
-        return Examples(self.embeddings[picked], self.class_ids[picked], self.ids[picked], pictures, queries)
+        return Examples(
+            self.embeddings[picked],
+            self.class_ids[picked],
+            self.ids[picked],
+            tuple(self.pictures[i] for i in picked.tolist()),
+            None if self.queries is None else self.queries[picked],
+            None if self.groups is None else self.groups[picked],
+            tuple(self.paths[i] for i in picked.tolist()) if self.paths else (),
+        )
 
     def sorted_by_class(self) -> Examples:
         """The same images by rising class; within a class in their order."""
@@ -52,13 +62,17 @@ class Examples:
         """These images and `added` ones, sorted by class; within a class the added ones come last."""
         if not len(self):
             return added.sorted_by_class()
-        queries = [one.queries for one in (self, added) if one.queries is not None]
+        both = self, added
+        queries = [one.queries for one in both if one.queries is not None]
+        paths = [path for one in both for path in one.paths or (None,) * len(one)]
         return Examples(
             Embeddings.concatenate([self.embeddings, added.embeddings]),
             np.append(self.class_ids, added.class_ids),
             np.append(self.ids, added.ids),
             self.pictures + added.pictures,
             Embeddings.concatenate(queries) if len(queries) == 2 else None,
+            None if self.groups is None else np.append(self.groups, _new_groups(self.groups, len(added))),
+            tuple(paths) if any(paths) else (),
         ).sorted_by_class()
 
     def as_support(self, uids: Sequence[int], text: np.ndarray | None, tau: float) -> SupportSet:
@@ -67,6 +81,11 @@ class Examples:
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         rows = None if text is None else np.ascontiguousarray(text, np.float32)
         return SupportSet(self.embeddings, offsets, rows, tau, self.queries)
+
+
+def _new_groups(groups: np.ndarray, count: int) -> np.ndarray:
+    """Groups of `count` added images, each its own."""
+    return np.arange(count) + groups.max(initial=-1) + 1
 
 
 def no_examples(width: int) -> Examples:
