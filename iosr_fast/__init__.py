@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.exceptions import IosrFastError
-    from iosr_fast.head.few_shot_head import FewShotHead
+    from iosr_fast.few_shot_head import FewShotHead
     from iosr_fast.head.labelled_images import labelled_images
     from iosr_fast.scoring.plan import ScoringPlan
     from iosr_fast.scoring.score import score
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Classifier": "classifier",
     "Embeddings": "encoders.encoder",
-    "FewShotHead": "head.few_shot_head",
+    "FewShotHead": "few_shot_head",
     "IosrFastError": "exceptions",
     "ScoringPlan": "scoring.plan",
     "labelled_images": "head.labelled_images",

@@ -1,5 +1,5 @@
 """A fitted classifier on embeddings at one version, and what it answers.
 
 `head.Head` is the data and what is computed from it, `predictions` are its answers to embeddings, `fit.Fit` adds the
-encoder and answers to images, `few_shot_head` is scikit-learn's view, `optimize` chooses the engine.
+encoder and answers to images, `optimize` chooses the engine.
 """

@@ -20,7 +20,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from iosr_fast import FewShotHead, IosrFastError
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import NotFittedError
-from iosr_fast.head.few_shot_head import unit
+from iosr_fast.few_shot_head import unit
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.reference import score_reference, softmax
 from tests.store.live_parts import random_queries, small_classifier
