@@ -112,7 +112,7 @@ sanitize: $(STAMP)
 		SANITIZERS=$$kinds $(BIN)/python -m pytest -q tests/scoring/test_native.py || exit 1; done
 
 bench: $(STAMP)
-	for subject in encoder score pipeline fit; do $(BIN)/python tools/benchmark.py $$subject || exit 1; done
+	for subject in encoder score pipeline; do $(BIN)/python tools/benchmark.py $$subject || exit 1; done
 
 # What a GPU machine without a network needs: the wheel of this tree with its CUDA module, and packages that a machine
 # with PyTorch may lack. GPU_PYTHON has the version of that machine's Python. There: pip install --no-index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from benchmarks.devices import Call, Device
 from iosr_fast.evaluation.table import facts
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.provenance import write_rows
+from tools.report import lines_of, origin
 
 # The threads of an OpenMP pool, and ONNX Runtime's, spin for a while after their last call, on cores that the next
 # candidate needs: after a pause of 0.02 s small batches took three times as long as after one of 0.1 s.
@@ -69,8 +69,7 @@ class Verified:
 class Run:
     """The rows of one subject on one machine: printed as cases end, in the file `out` after every round.
 
-    A case is timed in `repeats` rounds, or in FEWEST where it has taken `seconds` by then. The run ends within
-    `minutes`: rounds end before they are over, and what isn't prepared when a quarter of them is left, is left out.
+    A case is timed in `repeats` rounds, or in FEWEST where it has taken `seconds` by then.
     """
 
     subject: str
@@ -78,15 +77,9 @@ class Run:
     threads: int = field(default_factory=usable_threads)
     repeats: int = 7
     seconds: float = 45.0
-    minutes: float = 5.0
     out: Path | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def seconds_left(self) -> float:
-        return 60 * self.minutes - (time.perf_counter() - self.started)
 
     def say(self, line: str) -> None:
         """A line about what is done now or left out, on stderr."""
@@ -108,20 +101,13 @@ class Run:
         """
         timed: dict[str, Verified] = {}
         for name, candidate in candidates.items():
-            if self.seconds_left < 15 * self.minutes:
-                self.say(f"left out: {case}: {name}: no time is left for it; --minutes gives more")
-            elif (verified := self._verify(f"{case}: {name}", candidate, bursts)) is not None:
+            if (verified := self._verify(f"{case}: {name}", candidate, bursts)) is not None:
                 timed[name] = verified
         before, shared = len(self.rows), {"threads": self.threads, **facts(packages), "device": self.device.description}
-        started = ended = time.perf_counter()
+        started = time.perf_counter()
         for turn in range(self.repeats if timed else 0):
-            begun, last_s = time.perf_counter(), time.perf_counter() - ended
-            if turn >= FEWEST and begun - started > self.seconds:
+            if turn >= FEWEST and time.perf_counter() - started > self.seconds:
                 break
-            if turn and self.seconds_left < last_s:
-                self.say(f"{case}: ended after {turn} rounds, for lack of time; --minutes gives more")
-                break
-            ended = begun
             for one in timed.values():
                 time.sleep(PAUSE_S)
                 one.times.append(self.device.time_ms(one.call, one.burst))
@@ -130,7 +116,8 @@ class Run:
                 {**named, **row_of(name, timed, unit), **shared, **timed[name].facts} for name in timed
             ]
             self.write()
-        print_rows(self.rows[before:])
+        if made := self.rows[before:]:
+            print("\n".join([*lines_of(made), "", origin(self.subject, made), ""]), flush=True)
 
     def _verify(self, label: str, candidate: Candidate, bursts: bool) -> Verified | None:
         """Prepare, call and check a candidate; None, with a line, if it fails."""
@@ -156,11 +143,9 @@ class Run:
         return None
 
     def write(self) -> None:
-        """Write all rows to `out`, whole or not at all: a process that is killed loses no round that has ended."""
+        """Write all rows to `out`: a process that is killed loses no round that has ended."""
         if self.out is not None:
-            partial = self.out.with_name(f".{self.out.name}.{os.getpid()}")
-            write_rows(partial, self.rows)
-            os.replace(partial, self.out)
+            write_rows(self.out, self.rows)
 
 
 def row_of(name: str, timed: Mapping[str, Verified], unit: str) -> dict[str, Any]:
@@ -188,25 +173,3 @@ def row_of(name: str, timed: Mapping[str, Verified], unit: str) -> dict[str, Any
         "ceiling": None if top is None else round(top, 3),
         "share_of_ceiling": None if rate is None or top is None else round(rate / top, 4),
     }
-
-
-def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows of a case as a table, with what they have in common above it."""
-    if not rows:
-        return
-    first = rows[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    facts = (first["device"], f"{first['threads']} threads", versions, first["commit"])
-    rivals = list(dict.fromkeys(rival for row in rows for rival in row["ratios"]))
-    unit = next((row["rate_unit"] for row in rows if row["rate_unit"]), "rate")
-    lines = [["impl", "ms", "p10..p90", unit, "of ceiling", *(f"{rival} / this" for rival in rivals)]]
-    for row in rows:
-        low, high = row["runtime_ms_spread"]
-        rate = "" if row["rate"] is None else f"{row['rate']:.4g}"
-        share = "" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}"
-        ratios = (f"{row['ratios'][rival]:.2f}" if rival in row["ratios"] else "" for rival in rivals)
-        lines.append([row["impl"], f"{row['runtime_ms']:.4g}", f"{low:.4g}..{high:.4g}", rate, share, *ratios])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print("; ".join((f"{first['bench']} {first['case']}", *facts)))
-    for line in lines:
-        print("  ".join(map(str.ljust, line, widths)).rstrip(), flush=True)

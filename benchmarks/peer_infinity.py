@@ -23,14 +23,16 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.clip.adapter import random_adapter, save_adapter
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.load import load_clip
+from iosr_fast.evaluation.table import facts
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.command import new_file, run
 from iosr_fast.utils.provenance import write_rows
+from tools.load_test import PACKAGES as OURS
 from tools.load_test import Contender, capacity, lone, make_rows, turns
 from tools.report import lines_of, origin
 from tools.serving_load.client import Queries, make_queries, run_alone
-from tools.serving_load.rows import problems_of, provenance
+from tools.serving_load.rows import problems_of
 from tools.serving_load.server import ServerProcess
 
 MODEL, FIRST_ADAPTED_BLOCK, BOTTLENECK = "ViT-B-32", 8, 256
@@ -139,7 +141,7 @@ def main(
                 await capacity(each, *servers[each.name], SECONDS)
 
         run_alone(measure())
-    rows = [row | provenance() | {"bench": "serving-peer", "model": MODEL} for row in make_rows(contenders, 60_000)]
+    rows = [row | facts(OURS) | {"bench": "serving-peer", "model": MODEL} for row in make_rows(contenders, 60_000)]
     write_rows(json_path, rows)
     print("\n".join([*lines_of(rows), "", origin("serving-peer", rows)]))
     if any(map(problems_of, rows)):

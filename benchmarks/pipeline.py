@@ -1,4 +1,4 @@
-"""A folder of photographs to labels, and a new process to its first label (cold_start).
+"""A folder of photographs to labels.
 
     predict-folder   Classifier.predict_folder: decoding beside the fused encoder, scoring by the compiled kernel, in
                      the runtime that "auto" chooses; -int8 in 8 bits
@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import cold_start
 from benchmarks import encoder_rivals as rivals
 from benchmarks.encoder import open_model, pictures_of
 from benchmarks.harness import Call, Candidate, Run, ready
-from benchmarks.papers import centred, papers_arrays, papers_logits
+from benchmarks.papers import papers_arrays, papers_logits
 from benchmarks.photographs import write_photographs
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders.encoder import Embeddings
@@ -36,6 +35,7 @@ from iosr_fast.files.stream import batch_sizes, batches_of, choose_batch, choose
 from iosr_fast.images.decode import DecodedBatch, Decoder
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import open_image, resize_and_crop
+from iosr_fast.scoring.plan import ScoringPlan
 
 RIVALS_BATCH = 32
 SUPPORT = 32  # pictures, in half as many classes
@@ -46,7 +46,7 @@ PACKAGES = ("openvino", "onnxruntime", "torch", "open_clip_torch", "pillow")
 
 
 def run(run: Run, model: str = "ViT-B-32", pictures: int = 48, first_adapted_block: int | None = None) -> None:
-    """Verify and time one model; rows in images/s, those of the first label in ms."""
+    """Verify and time one model; rows in images/s."""
     clip, adapter = open_model(model, first_adapted_block)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -66,8 +66,7 @@ def run(run: Run, model: str = "ViT-B-32", pictures: int = 48, first_adapted_blo
             return rivals.in_onnxruntime(list(files), run.threads)
 
         def script(open_it: Callable[[], rivals.Embed]) -> Call:
-            arrays = papers_arrays(classifiers["fp32"].plan_).values()
-            return partial(by_script, open_it(), paths, clip.geometry, [torch.tensor(array) for array in arrays])
+            return partial(by_script, open_it(), paths, clip.geometry, classifiers["fp32"].plan_)
 
         check = Labels().check
         made = {
@@ -85,8 +84,6 @@ def run(run: Run, model: str = "ViT-B-32", pictures: int = 48, first_adapted_blo
             made[ceiling] = Candidate(ready(encode), work=len(paths), precision=precision, ceiling=ceiling)
         case = f"{model.lower()}-{pictures}-photographs-s{adapter.config.first_adapted_block}"
         run.case(case, made, "images/s", PACKAGES, bursts=False)
-        starts = cold_start.candidates(clip, adapter, classifiers["fp32"], paths[0], folder)
-        run.case(f"{model.lower()}-first-label", starts, packages=PACKAGES, bursts=False)
 
 
 def fit(model: str, engine: Path, paths: list[Path]) -> Classifier:
@@ -115,21 +112,16 @@ def labels_of(classifier: Classifier, folder: Path, threads: int) -> np.ndarray:
     return np.array([int(label) for label in classifier.predict_folder(folder, threads=threads).labels.tolist()])
 
 
-def by_script(
-    embed: rivals.Embed, paths: Sequence[Path], geometry: Geometry, arrays: Sequence[torch.Tensor]
-) -> np.ndarray:
-    plain, adapted = map(torch.from_numpy, embed_files(embed, paths, geometry))
-    *formula, shift = arrays
-    return np.asarray(papers_logits(plain, centred(adapted, shift), *formula).argmax(1))
-
-
-def embed_files(embed: rivals.Embed, paths: Sequence[Path], geometry: Geometry) -> list[np.ndarray]:
-    """The embeddings of each pass: by PIL as open_clip's transform does, then by `embed`, one batch after another."""
+def by_script(embed: rivals.Embed, paths: Sequence[Path], geometry: Geometry, plan: ScoringPlan) -> np.ndarray:
+    """By PIL as open_clip's transform does, then by `embed`, one batch after another, and the formula."""
+    assert plan.reducer_shift is not None
     parts = []
     for start in range(0, len(paths), RIVALS_BATCH):
         batch = [resize_and_crop(open_image(path), geometry) for path in paths[start : start + RIVALS_BATCH]]
-        parts.append([np.asarray(rows) for rows in embed(np.stack(batch))])
-    return [np.concatenate(rows) for rows in zip(*parts, strict=True)]
+        parts.append([torch.as_tensor(rows) for rows in embed(np.stack(batch))])
+    plain, adapted = map(torch.cat, zip(*parts, strict=True))
+    centred = torch.nn.functional.normalize(adapted - torch.tensor(plan.reducer_shift), dim=-1)
+    return np.asarray(papers_logits(plain, centred, *papers_arrays(plan)).argmax(1))
 
 
 def encode_files(classifier: Classifier, paths: Sequence[Path], threads: int, decoder: Any) -> Embeddings:

@@ -2,8 +2,7 @@
 
 python tools/benchmark.py encoder      both embeddings of a batch: fused, in fewer bits, and in two passes by others
 python tools/benchmark.py score        embeddings to logits: our kernels, the papers' formula, PyTorch
-python tools/benchmark.py pipeline     JPEG files to labels, and a new process to its first label
-python tools/benchmark.py fit          JPEG files to a fitted classifier
+python tools/benchmark.py pipeline     JPEG files to labels
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ iosr_fast.__path__.append(str(ROOT))
 
 def main(
     subject: Annotated[
-        Literal["encoder", "score", "pipeline", "fit"],
-        typer.Argument(metavar="SUBJECT", help="encoder, score, pipeline or fit."),
+        Literal["encoder", "score", "pipeline"],
+        typer.Argument(metavar="SUBJECT", help="encoder, score or pipeline."),
     ],
     model: Annotated[str | None, typer.Option(help="open_clip ViT, or demo. Not for score.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images of a call, several for encoder.")] = None,
@@ -40,19 +39,18 @@ def main(
     case: Annotated[
         list[str] | None, typer.Option(help="For score: queries, keys, channels, classes: q256-k16000-d512-c1000.")
     ] = None,
-    pictures: Annotated[int | None, typer.Option(min=2, help="JPEG files, for pipeline and fit.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda for encoder and score.")] = "cpu",
+    pictures: Annotated[int | None, typer.Option(min=2, help="JPEG files, for pipeline.")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda for encoder and score.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of NumPy and PyTorch [default: all].")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at most; a case ends after 45 s and three rounds.")] = 7,
-    minutes: Annotated[float, typer.Option(min=0.1, help="The run's time; what it doesn't suffice for is named.")] = 5,
     json_path: Annotated[
         Path | None,
         typer.Option("--json", callback=new_file, help="Rows as JSON [default: build/bench/cpu-SUBJECT.json]."),
     ] = None,
 ) -> None:
     """Time a part of iosr_fast against named rivals; rows are printed as cases end and written after every round."""
-    given = {"model": model, "batch": batch, "first_adapted_block": first_adapted_block, "case": case}
-    given["pictures"] = pictures
+    given = {"model": model, "batch": batch, "first_adapted_block": first_adapted_block}
+    given |= {"case": case, "pictures": pictures}
     # Before the first import of NumPy and PyTorch, which read their threads then; our kernels read theirs later.
     threads = threads or usable_threads()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "IOSR_FAST_THREADS"):
@@ -66,11 +64,11 @@ def main(
     options = {name: value for name, value in given.items() if value is not None}
     if wrong := [f"--{name.replace('_', '-')}" for name in options if name not in taken]:
         raise IosrFastError(f"expected no {', '.join(wrong)} with {subject}")
-    if device != "cpu" and subject not in ("encoder", "score"):
+    if device != "cpu" and subject == "pipeline":
         raise IosrFastError(f"expected --device cpu with {subject}, got {device}")
     out = json_path or ROOT / "build" / "bench" / f"{'cpu' if device == 'cpu' else 'gpu'}-{subject}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    run = Run(subject, Device(device), threads, repeats, minutes=minutes, out=out)
+    run = Run(subject, Device(device), threads, repeats, out=out)
     module.run(run, **options)
     run.write()
     typer.echo(f"wrote {len(run.rows)} rows to {out}", err=True)

@@ -26,6 +26,7 @@ from typing import Annotated
 import typer
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.evaluation.table import facts
 from iosr_fast.utils.command import new_file, run
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.provenance import commit, write_rows
@@ -42,10 +43,11 @@ from tools.serving_load.client import (
     open_loop,
     run_alone,
 )
-from tools.serving_load.rows import Facts, Round, percentile_ms, problems_of, provenance, ratios, row_of, rps
+from tools.serving_load.rows import Facts, Round, percentile_ms, problems_of, ratios, row_of, rps
 from tools.serving_load.server import ServerProcess
 
 DEMO = Path(__file__).resolve().parent.parent / "build" / "demo-bundle"
+PACKAGES = ("onnxruntime", "openvino", "fastapi", "uvicorn", "uvloop", "httptools", "aiohttp")
 QUERIES = 128
 LONE = 100  # requests one at a time, in each round
 CONNECTIONS = 32  # of the closed loop
@@ -109,7 +111,7 @@ def main(
     capacity, a torn answer, a log that restores another state, or a server that dies, which leaves a partial report."""
     bundle, classifier = _open_bundle(bundle)
     queries = make_queries(classifier, QUERIES)
-    facts = {"classes": len(classifier.classes_), "method": classifier.method_, "queries": QUERIES}
+    served = {"classes": len(classifier.classes_), "method": classifier.method_, "queries": QUERIES}
     del classifier
     load = Load(seconds, rounds, tuple(loads or LOADS), deadline_ms)
     contenders = [Contender("this", shlex.split(serve))]
@@ -117,7 +119,7 @@ def main(
         options = shlex.split(serve if rival_serve is None else rival_serve)
         theirs = commit() if rival_path is None else _commit_of(rival_path)
         contenders.append(Contender("rival", options, theirs, rival_path and rival_path.resolve()))
-    shared = provenance() | {"bundle": facts, "seconds": seconds, "deadline_ms": deadline_ms}
+    shared = facts(PACKAGES) | {"bundle": served, "seconds": seconds, "deadline_ms": deadline_ms}
     died = ""
     try:
         run_alone(_measure(contenders, bundle, queries, load, changes))

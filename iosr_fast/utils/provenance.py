@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.utils.files import new_file
 from iosr_fast.utils.machine import cpu_model, usable_threads
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +43,7 @@ def commit() -> str:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows as a JSON list, one row per line."""
+    """Write the rows as a JSON list, one row per line; whole or not at all."""
     lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    with new_file(path) as temporary:
+        temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -91,7 +91,7 @@ def test_rows_are_complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert (rival["rate"], rival["share_of_ceiling"], ours["precision"], ours["threads"]) == (None, None, "int8", 3)
     assert ours["versions"]["numpy"] == np.__version__ and ours["device"] and ours["commit"]
     printed = capsys.readouterr().out
-    assert printed.count("subject case") == 1 and "4.00" in printed and "12%" in printed
+    assert "|  | case |" in printed and "| ours | 2 (1.2 to 2.8) |" in printed and ours["commit"] in printed
 
 
 def test_a_process_that_is_stopped_keeps_the_rounds_that_ended(tmp_path: Path) -> None:
@@ -111,24 +111,10 @@ def test_a_process_that_is_stopped_keeps_the_rounds_that_ended(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 
-def test_a_case_ends_after_its_seconds_and_a_run_within_its_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_case_ends_after_its_seconds() -> None:
     run = Run("subject", repeats=50, seconds=0.0)
     run.case("case", {"a": Candidate(calling([], ""))})
     assert run.rows[0]["repeats"] == harness.FEWEST
-    run = Run("subject", repeats=9, minutes=1.0)
-    run.started -= 30
-    run.case("first", {"a": Candidate(calling([], ""))})
-    run.started -= 20
-    run.case("second", {"b": Candidate(calling([], ""))})
-    assert [(row["impl"], row["repeats"]) for row in run.rows] == [("a", 9)]
-    assert "left out: second: b: no time is left for it; --minutes gives more" in capsys.readouterr().err
-
-    def slow() -> None:
-        run.started -= 100  # as if each call took that long
-
-    run.started += 50
-    run.case("third", {"c": Candidate(lambda: slow)}, bursts=False)
-    assert run.rows[-1]["repeats"] == 1
 
 
 def test_ceilings_are_verified_and_have_rates_that_a_machine_can_have() -> None:
@@ -145,8 +131,6 @@ def test_ceilings_are_verified_and_have_rates_that_a_machine_can_have() -> None:
 
 def test_a_device_that_is_not_there_is_refused() -> None:
     torch = pytest.importorskip("torch")
-    with pytest.raises(IosrFastError, match="expected a device out of cpu, cuda, got 'tpu'"):
-        Device("tpu")
     if not torch.cuda.is_available():
         with pytest.raises(IosrFastError, match="PyTorch sees none; use --device cpu"):
             Device("cuda")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,7 +17,7 @@ torch = pytest.importorskip("torch")
 for _package in ("onnxruntime", "onnxscript", "open_clip", "sklearn"):
     pytest.importorskip(_package)
 
-from benchmarks import ceilings, cold_start, encoder, fit, harness, photographs, pipeline, score  # noqa: E402
+from benchmarks import ceilings, encoder, harness, photographs, pipeline, score  # noqa: E402
 from benchmarks.devices import Device  # noqa: E402
 from benchmarks.encoder_rivals import in_torch  # noqa: E402
 from benchmarks.harness import Run  # noqa: E402
@@ -129,20 +127,16 @@ def test_a_few_classes_stand_for_all_in_the_verification(values: bool) -> None:
     np.testing.assert_allclose(few, whole[:, chosen], rtol=1e-12)
 
 
-def test_pipeline_and_first_label(exports_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cold_start, "start", functools.cache(cold_start.start))  # one real start of each way
+def test_pipeline(exports_once: None) -> None:
     run = Run("pipeline", threads=1, repeats=1)
     pipeline.run(run, "demo", pictures=8, first_adapted_block=3)
     rows = by_name(run)
     ours = {"predict-folder", "predict-folder-int8", "encoder-only", "encoder-only-int8"}
-    assert set(rows) == ours | {"obvious-script", "two-pass"} | {"iosr-fast", "onnxruntime", "open-clip"}
+    assert set(rows) == ours | {"obvious-script", "two-pass"}
     for name in ours:
         assert rows[name]["precision"] == ("int8" if "int8" in name else "fp32")
         assert set(rows[name]["ratios"]) == {"obvious-script", "two-pass"} and rows[name]["rate_unit"] == "images/s"
     assert rows["predict-folder"]["images"] == 8 and rows["predict-folder"]["labels_equal"] == 1
-    assert rows["iosr-fast"]["torch_imported"] is False and rows["open-clip"]["torch_imported"] is True
-    assert rows["iosr-fast"]["peak_memory_mb"] < rows["open-clip"]["peak_memory_mb"]
-    assert set(rows["iosr-fast"]["ratios"]) == {"onnxruntime", "open-clip"}
 
 
 def test_other_labels_are_not_timed() -> None:
@@ -151,26 +145,6 @@ def test_other_labels_are_not_timed() -> None:
     assert labels.check("int8", np.array([*range(9), 0]))["labels_equal"] == 0.9
     with pytest.raises(ArithmeticError, match=r"90.00% of the labels are right"):
         labels.check("fp32", np.array([*range(9), 0]))
-    right = {**dict.fromkeys(cold_start.FACTS, 0), "torch_imported": False, "label": "a"}
-    firsts: dict[str, str] = {}
-    cold_start.check("iosr-fast", firsts, right)
-    with pytest.raises(ArithmeticError, match="disagree"):
-        cold_start.check("open-clip", firsts, {**right, "label": "b"})
-    with pytest.raises(ArithmeticError, match="PyTorch was imported"):
-        cold_start.check("iosr-fast", {}, {**right, "torch_imported": True})
-    with pytest.raises(RuntimeError, match="a cold start failed: iosr-fast"):
-        cold_start.start("iosr-fast", "demo", "nowhere", "no picture")
-
-
-def test_fit(exports_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IOSR_FAST_CACHE", os.environ.get("IOSR_FAST_CACHE", ""))  # the subject sets it
-    run = Run("fit", threads=1, repeats=1)
-    fit.run(run, "demo", pictures=16)
-    rows = by_name(run)
-    assert set(rows) == {"encode-once", "fit", "public-way"}
-    assert set(rows["fit"]["ratios"]) == {"encode-once", "public-way"} and rows["fit"]["first_build_ms"] > 0
-    with pytest.raises(ArithmeticError, match=r"cosines of at least 0\.999, got 0\.0000"):
-        fit.compare(np.eye(3), np.eye(3)[::-1])
 
 
 def test_photographs_are_as_large_as_photographs_and_repeat(tmp_path: Path) -> None:
@@ -189,11 +163,11 @@ def test_the_script_prints_rows_and_writes_them(tmp_path: Path) -> None:
     words = ["score", "--case", "q2-k64-d16-c4", "--repeats", "1", "--threads", "1", "--json", "rows.json"]
     done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "score q2-k64-d16-c4" in done.stdout and "papers-formula / this" in done.stdout
+    assert "q2-k64-d16-c4 |" in done.stdout and "| papers-formula |" in done.stdout
     assert {row["case"] for row in json.loads((tmp_path / "rows.json").read_text())} == {"q2-k64-d16-c4"}
     for wrong, said in (
         (["score", "--model", "demo"], "expected no --model with score"),
-        (["fit", "--device", "cuda"], "expected --device cpu with fit"),
+        (["pipeline", "--device", "cuda"], "expected --device cpu with pipeline"),
         (["score", "--case", "q0-k1-d1-c1"], "expected a case like"),
     ):
         done = subprocess.run([*command, *wrong, "--json", "rows.json"], capture_output=True, text=True, cwd=tmp_path)

@@ -16,7 +16,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.command import run
 from iosr_fast.utils.folders import check_new_folder
 
-CLASSES, SHOTS, METHOD = 100, 4, "auto"
+CLASSES, SHOTS = 100, 4
 Labelled = tuple[np.ndarray, list[str]]  # pictures and their class names
 
 
@@ -58,16 +58,13 @@ def _draw(classes: int, shots: int) -> tuple[Labelled, Labelled]:
 
 def main(
     out: Path = typer.Option(Path("build/demo-bundle"), help="the folder to write"),
-    classes: int = typer.Option(CLASSES, help="held-out concepts"),
-    shots: int = typer.Option(SHOTS, help="pictures of each"),
-    method: str = typer.Option(METHOD, help="a method, or 'auto'"),
 ) -> None:
     check_new_folder(out, "classifier")
-    make_demo_bundle(out, classes, shots, method)
+    make_demo_bundle(out, method="auto")
     loaded = Classifier.load(out)
-    images, labels = held_out_queries(classes, shots)
+    images, labels = held_out_queries()
     print(
-        f"{out}: {classes} classes, {classes * shots} pictures, {loaded.method_}; "
+        f"{out}: {CLASSES} classes, {CLASSES * SHOTS} pictures, {loaded.method_}; "
         f"{loaded.score(images, labels):.1%} of {len(labels)} other pictures right"
     )
     print(f"try it: iosr-fast serve {out}")

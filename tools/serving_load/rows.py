@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,21 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.utils.machine import package_version
-from iosr_fast.utils.provenance import commit, cpu_description
 from tools.serving_load.client import Answer, steady_rps
-
-PACKAGES = ("iosr_fast", "numpy", "onnxruntime", "openvino", "fastapi", "uvicorn", "uvloop", "httptools", "aiohttp")
 
 Facts = dict[str, Any]
 Round = tuple[list[Answer], Facts]  # the answers of a measurement, and what was measured beside them
-
-
-def provenance() -> Facts:
-    """Device, versions, commit and load of the machine."""
-    versions = {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}
-    average = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
-    return {"device": cpu_description(), "versions": versions, "commit": commit(), "load_average_at_start": average}
 
 
 def percentile_ms(seconds: Sequence[float], q: float) -> float | None:
