@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.images.listing import list_folder, list_images, refuse_url
 from iosr_fast.utils.csv_text import check_columns, recovered
+
+log = logging.getLogger(__name__)
 
 
 def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], list[Any], list[str]]:
@@ -23,8 +27,12 @@ def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], 
     them; rows without a label are ignored. With `labels` in place of `label` pictures may have several, joined by ";",
     or none: labels are then frozensets, those of a folder of a class too.
 
+    An image (a file, links resolved) that a later place lists again has the later label, and a warning counts these: a
+    CSV file of corrected labels, as the page of `iosr-fast audit` saves it, follows the folder.
+
     Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
-    without images, a folder of splits (train/, test/), and a CSV file without these columns or without a label.
+    without images, a folder of splits (train/, test/), a path under two labels in one place, and a CSV file without
+    these columns or without a label.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -38,12 +46,24 @@ def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], 
     (['green apple', 'lemon', 'lime'], ['green apple', 'lemon', 'lime'])
     """
     paths: list[Path] = []
+    files: list[str] = []  # the paths, links resolved where there are several places to compare
     labels: list[str | frozenset[str]] = []
     for place in map(Path, (folder, *more)):
         is_table = place.suffix.lower() == ".csv" and not place.is_dir()
         found, of_found = _read_table(place) if is_table else _read_class_folders(place)
-        paths += found
-        labels += of_found
+        here, known = [os.path.realpath(path) if more else str(path) for path in found], set(files)
+        given = dict(zip(here, of_found, strict=True))
+        for path, file, label in zip(found, here, of_found, strict=True):
+            if given[file] != label:
+                two = f"{label!r} and {given[file]!r}"
+                raise IosrFastError(f"expected one label for a file of {place}, got {two} for {path}: remove a row")
+        labels = [given.get(file, label) for file, label in zip(files, labels, strict=True)]
+        new = [i for i, file in enumerate(here) if file not in known]
+        paths += [found[i] for i in new]
+        files += [here[i] for i in new]
+        labels += [of_found[i] for i in new]
+        if again := len(known & given.keys()):
+            log.warning("%s: its labels replace those of %d images that were listed before", place, again)
     sets = [frozenset({label}) if isinstance(label, str) else label for label in labels]
     several = any(isinstance(label, frozenset) for label in labels)
     return paths, sets if several else labels, sorted(frozenset().union(*sets))

@@ -25,6 +25,7 @@ from iosr_fast.methods.support_set import mean_of_views
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import LARGEST, check_integer
 from iosr_fast.utils.ordered import map_ordered
+from iosr_fast.utils.outputs import is_utf8
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,6 +129,7 @@ def encode_images(
     none = len(names)
     classes = None if labels is None else np.concatenate([labels, np.full(len(unknown_images), none)])
     pictures: list[bytes | None] = []
+    paths: list[str | None] = []
     readable: list[int] = []
     errors: list[BadImageError] = []
     places: list[str] = []  # what names each image
@@ -153,6 +155,7 @@ def encode_images(
                     refused |= classes is not None and bool(classes[earlier] != classes[i])
                 if not refused:
                     pictures.append(image.picture)
+                    paths.append(image.path)
                     readable.append(i)
                     yield image.pixels
         _check_readable(errors, len(places), skip_bad)
@@ -161,7 +164,8 @@ def encode_images(
     with closing(good_images()) as good:
         keys, queries = _encode(encoder, good, views)
     ids = np.full(len(readable), -1) if classes is None else classes[readable]
-    found = Examples(keys, ids, np.arange(len(readable)), tuple(pictures), queries)
+    known = tuple(paths) if any(paths) else ()
+    found = Examples(keys, ids, np.arange(len(readable)), tuple(pictures), queries, paths=known)
     unknown = np.array(readable, np.int64) >= len(places) - len(unknown_images)
     if not unknown.any():
         return Encoded(found, None, errors)
@@ -169,8 +173,9 @@ def encode_images(
 
 
 class _Prepared(NamedTuple):
-    """A decoded image: what tells equal pictures, the pixels of its views, its thumbnail."""
+    """A decoded image: its file, what tells equal pictures, the pixels of its views, its thumbnail."""
 
+    path: str | None
     identity: _Identity
     pixels: list[np.ndarray]
     picture: bytes | None
@@ -192,9 +197,17 @@ def _prepare_all(
             return place, error
         digest = hashlib.sha256(image.tobytes()).digest()
         identity = image.size, digest
-        return place, _Prepared(identity, *views.prepare(image, geometry, digest))
+        return place, _Prepared(_path_of(source), identity, *views.prepare(image, geometry, digest))
 
     return map_ordered(enumerate(images), prepare, usable_threads(), ahead)
+
+
+def _path_of(source: Any) -> str | None:
+    """The absolute path of an image that is a file; None for others, and where a CSV file can't hold it."""
+    if not isinstance(source, str | Path):
+        return None
+    path = str(Path(source).absolute())
+    return path if is_utf8(path) else None
 
 
 def _encode(

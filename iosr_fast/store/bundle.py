@@ -6,6 +6,7 @@
     plan.safetensors      what the plan has beyond them: narrow keys, values, a linear term, a reducer
     left_out.safetensors  out-of-fold logits and the score for unknown pictures, where they were used
     pictures.safetensors  thumbnails of the support images, where they are kept
+    paths.safetensors     paths of the support images that were files
     engine/               the encoder (iosr_fast.export.build)
     text/                 the text encoder, where the CLIP's can be exported
 

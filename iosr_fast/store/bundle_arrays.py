@@ -14,7 +14,7 @@ from iosr_fast.scoring.validation import check_finite, check_unit_rows
 
 Arrays = dict[str, np.ndarray]
 SUPPORT, PLAN, PICTURES = "support.safetensors", "plan.safetensors", "pictures.safetensors"
-LEFT_OUT = "left_out.safetensors"
+PATHS, LEFT_OUT = "paths.safetensors", "left_out.safetensors"
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ def _embeddings(place: str, rows: str, needed: bool = False) -> Array:
     return Array(place, "float32", f"{rows} D", needed, unit=True)
 
 
-# C classes, N support images, D channels, M unknown images, C1 = C + 1, D2 = 2 D, B bytes of pictures; K scores of
-# unknown pictures, U images left out for them; V images left out for labels. Those that come first say how many.
+# C classes, N support images, D channels, M unknown images, C1 = C + 1, D2 = 2 D, B bytes of pictures, P of paths; K
+# scores of unknown pictures, U images left out for them; V images left out for labels. Those that come first say how
+# many.
 TABLE: dict[str, dict[str, Array]] = {
     SUPPORT: {
         "text": _embeddings("head.text", "C", needed=True),
@@ -67,6 +68,10 @@ TABLE: dict[str, dict[str, Array]] = {
     PICTURES: {
         "data": Array("pictures.data", "uint8", "B", needed=True),
         "ends": Array("pictures.ends", "int64", "N", needed=True),
+    },
+    PATHS: {
+        "data": Array("paths.data", "uint8", "P", needed=True),
+        "ends": Array("paths.ends", "int64", "N", needed=True),
     },
     LEFT_OUT: {
         "weights": Array("unknown.weights", "float64", "K"),

@@ -130,8 +130,9 @@ class Change:
             return old
         if added.ids.tolist() != [*range(first, first + n)] or {*added.class_ids.tolist()} != {self.uid}:
             raise IosrFastError(f"expected images of {class_id(self.uid)} with ids from {example_id(first)} on")
-        if len(added.pictures) != n:
-            raise IosrFastError(f"expected {n} pictures, or None in their place, got {len(added.pictures)}")
+        if len(added.pictures) != n or len(added.paths) not in (0, n):
+            counts = len(added.pictures), len(added.paths)
+            raise IosrFastError(f"expected {n} pictures and paths, or None in their place, got {counts}")
         if len(old) and (old.embeddings.adapted is None) != (added.embeddings.adapted is None):
             raise IosrFastError("expected adapted embeddings where the other images have them, and nowhere else")
         return old.joined(added)
@@ -159,6 +160,7 @@ class Change:
             name=self.name,
             numbers=self.numbers if added is None else tuple(added.ids.tolist()),
             pictures=() if added is None else added.pictures,
+            paths=() if added is None else added.paths,
             arrays={name: np.ascontiguousarray(rows, "<f4").tobytes() for name, rows in self._arrays().items()},
             config=None if config is None else msgspec.json.encode(ConfigFacts.of(config), enc_hook=float),
         )
@@ -175,6 +177,7 @@ class Record(Strict, frozen=True, kw_only=True, omit_defaults=True):
     name: str = ""
     numbers: tuple[Natural, ...] = ()
     pictures: tuple[bytes | None, ...] = ()
+    paths: tuple[str | None, ...] = ()
     arrays: dict[str, bytes] = msgspec.field(default_factory=dict)
     config: bytes | None = None
 
@@ -189,7 +192,8 @@ class Record(Strict, frozen=True, kw_only=True, omit_defaults=True):
             embeddings = Embeddings(rows["plain"], rows.get("adapted"))
             queries = Embeddings(rows["query_plain"], rows.get("query_adapted")) if "query_plain" in rows else None
             ids, numbers = np.array(numbers, np.int64), ()
-            added = Examples(embeddings, np.full(len(ids), uid, np.int64), ids, self.pictures, queries)
+            owners = np.full(len(ids), uid, np.int64)
+            added = Examples(embeddings, owners, ids, self.pictures, queries, paths=self.paths)
         text = rows["text"][0] if len(rows.get("text", ())) else None
         change = Change(cast(Op, op), uid, self.name, text, added, numbers, config)
         made = change.apply(head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -33,6 +33,7 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.store.bundle_arrays import (
     LEFT_OUT,
+    PATHS,
     PICTURES,
     PLAN,
     SUPPORT,
@@ -60,7 +61,9 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
     """
     config, plan = head.config, head.plan
     computed = {name: head.computed(name) for name in ("unknown", "out_of_fold")}
-    files = arrays_of({**_parts(head), **computed, "plan": plan, "pictures": _packed(head.examples.pictures)})
+    paths = [None if path is None else path.encode() for path in head.examples.paths]
+    packed = {"pictures": _packed(head.examples.pictures), "paths": _packed(paths)}
+    files = arrays_of({**_parts(head), **computed, **packed, "plan": plan})
     constants: dict[str, Any] = {name: getattr(plan, name) for name in CONSTANTS}
     constants |= {"cache": _cache_of(plan), "keys": "none" if plan.keys is None else "stored"}
     if plan.key_precision == "fp32" and config.reducer is None and plan.reducer is None:
@@ -90,11 +93,13 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
     sizes = {"C": len(names), "C1": len(names) + 1}
     arrays = read_arrays(SUPPORT, read, sizes)
     sizes["D2"] = 2 * sizes["D"]
-    derived, pictures = read_arrays(PLAN, read, sizes), read_arrays(PICTURES, read, sizes)
+    derived, pictures, paths = (read_arrays(file, read, sizes) for file in (PLAN, PICTURES, PATHS))
     with naming(PICTURES):
-        shown = _unpacked(pictures) if pictures else (None,) * sizes["N"]
+        shown = _unpacked(pictures, sizes["N"])
+    with naming(PATHS):
+        known = tuple(None if path is None else path.decode() for path in _unpacked(paths, sizes["N"]))
     with naming(SUPPORT):
-        examples = _examples(arrays, shown, numbers, facts.next[1])
+        examples = _examples(arrays, numbers, facts.next[1], pictures=shown, paths=known if any(known) else ())
         own = _of_several(arrays, names)
         support = examples.as_support(numbers, arrays["text"], facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
@@ -127,7 +132,8 @@ def head_from_bytes(data: bytes) -> AnyHead:
 
 
 def fingerprint(head: AnyHead) -> str:
-    """SHA-256, in hex, over classes, support images and their pictures, method, parameters and reducer."""
+    """SHA-256, in hex, over classes, support images and their pictures, method, parameters and reducer. Not over paths:
+    it is the same classifier wherever its files lie, and a log that begins with it is its own."""
     config = facts_to_json(ConfigFacts.of(replace(head.config, tuned=None)))
     facts = {
         "names": head.class_names,
@@ -153,8 +159,9 @@ def _parts(head: AnyHead) -> dict[str, Any]:
 # --- support images ---
 
 
-def _examples(arrays: Arrays, pictures: tuple[bytes | None, ...], numbers: tuple[int, ...], next_id: int) -> Examples:
-    """Raises ValueError unless the images are sorted by class, of classes that are there, with ids that differ."""
+def _examples(arrays: Arrays, numbers: tuple[int, ...], next_id: int, **others: Any) -> Examples:
+    """Raises ValueError unless the images are sorted by class, of classes that are there, with ids that differ.
+    `others` are fields of Examples."""
     owners, ids = arrays["owners"], arrays["ids"]
     if (owners[1:] < owners[:-1]).any():
         raise IosrFastError("expected owners that don't fall, got images that are not sorted by class")
@@ -169,7 +176,7 @@ def _examples(arrays: Arrays, pictures: tuple[bytes | None, ...], numbers: tuple
             raise IosrFastError(f"expected {name}_plain where {name}_adapted is given, got it alone")
     embeddings = _embeddings(arrays, "")
     assert embeddings is not None
-    return Examples(embeddings, owners, ids, pictures, _embeddings(arrays, "query_"))
+    return Examples(embeddings, owners, ids, queries=_embeddings(arrays, "query_"), **others)
 
 
 def _embeddings(arrays: Arrays, name: str) -> Embeddings | None:
@@ -191,15 +198,17 @@ def _of_several(arrays: Arrays, names: tuple[str, ...]) -> dict[str, Any]:
     return {"labels": labels.astype(bool), "thresholds": thresholds}
 
 
-def _packed(pictures: tuple[bytes | None, ...]) -> SimpleNamespace | None:
-    """Pictures of any length in two arrays; an empty one stands for none."""
-    if not any(pictures):
+def _packed(values: Sequence[bytes | None]) -> SimpleNamespace | None:
+    """Pictures or paths of any length in two arrays; an empty one stands for none."""
+    if not any(values):
         return None
-    data = np.frombuffer(b"".join(picture or b"" for picture in pictures), np.uint8)
-    return SimpleNamespace(data=data, ends=np.cumsum([len(picture or b"") for picture in pictures]))
+    data = np.frombuffer(b"".join(value or b"" for value in values), np.uint8)
+    return SimpleNamespace(data=data, ends=np.cumsum([len(value or b"") for value in values]))
 
 
-def _unpacked(arrays: Arrays) -> tuple[bytes | None, ...]:
+def _unpacked(arrays: Arrays, n: int) -> tuple[bytes | None, ...]:
+    if not arrays:
+        return (None,) * n
     data, edges = arrays["data"].tobytes(), [0, *arrays["ends"].tolist()]
     if edges != sorted(edges) or edges[-1] != len(data):
         raise IosrFastError(f"expected ends that rise from 0 to the {len(data)} bytes of data, got others")

@@ -23,10 +23,15 @@ def check_new_file(out: Path, suffixes: Sequence[str] = ()) -> None:
     check_writable(parent, out)
 
 
+def is_utf8(path: str) -> bool:
+    """Whether a text file in UTF-8 can hold a file name."""
+    return path.isascii() or path.encode("utf-8", "replace").decode() == path
+
+
 def check_utf8(paths: Iterable[str]) -> None:
     """Raise IosrFastError for a file name that a text file in UTF-8 can't hold."""
     for path in paths:
-        if not path.isascii() and path.encode("utf-8", "replace").decode() != path:
+        if not is_utf8(path):
             raise IosrFastError(f"expected file names in UTF-8, got {path!r}; rename it")
 
 

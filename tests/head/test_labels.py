@@ -113,3 +113,19 @@ def test_tables_of_labels_join_folders(tmp_path: Path) -> None:
         table.write_text(text, "latin-1")
         with pytest.raises(ValueError, match=message):
             labelled_images(table)
+
+
+def test_a_later_place_corrects_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("support/lemon/1.png", "support/lemon/2.png", "support/pear/1.png", "new.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to("support")
+    table = tmp_path / "labels.csv"
+    table.write_text(f"path,label\nlink/lemon/2.png,lime\n{tmp_path}/support/pear/1.png,plum\nnew.png,pear\n")
+    paths, labels, names = labelled_images(tmp_path / "support", table)
+    assert labels == ["lemon", "lime", "plum", "pear"] and names == ["lemon", "lime", "pear", "plum"]
+    assert paths[1] == tmp_path / "support/lemon/2.png" and "labels replace those of 2 images" in caplog.text
+    table.write_text("path,label\nnew.png,pear\nnew.png,plum\n")
+    for places in ([table], [tmp_path / "support", table]):
+        with pytest.raises(ValueError, match=r"one label for a file of .*labels\.csv, got 'pear' and 'plum' for .*new"):
+            labelled_images(*places)

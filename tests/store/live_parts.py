@@ -149,9 +149,11 @@ class WrittenText(LetterText):
 
 
 def saved_classifier(folder: Path) -> Path:
-    """A bundle in `folder`, of an engine beside it, with a reducer, pictures and a text encoder."""
+    """A bundle in `folder`, of an engine beside it, with a reducer, pictures, paths and a text encoder."""
     made = small_classifier(engine_folder(folder / "engine"), reducer="centre")
-    made._fit = replace(made._fit, clip=replace(made._fit.clip, text=WrittenText()))
+    head = made.snapshot()
+    head = replace(head, examples=replace(head.examples, paths=("/a.png", None) * 7 + ("/b.png",)))
+    made._fit = replace(made._fit, clip=replace(made._fit.clip, text=WrittenText()), head=head)
     made.save(folder / "bundle")
     return folder / "bundle"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.methods import METHODS
@@ -47,6 +49,29 @@ def test_a_loaded_bundle_equals_the_saved_head(
         np.testing.assert_array_equal(loaded.head.score(embeddings), head.score(embeddings))
         later = Change("remove_class", 0).apply(loaded.head)  # and it can be changed
         assert later.score(embeddings).shape == (14, 4 + changed)
+
+
+def test_bundles_and_logs_keep_paths_which_are_no_part_of_the_fingerprint(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, again = small_classifier(engine), small_classifier(engine)
+    made.open_log(tmp_path / "log.db")
+    for i, name in enumerate(("caf\u00e9.png", "\udcff.png")):  # no CSV file can hold the second
+        Image.fromarray(pictures(np.random.default_rng(i), 1, 1)[0][0]).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for image in (Path("caf\u00e9.png"), "\udcff.png"):
+        made.add_examples("motif 1", image)
+    made.remove_examples(["e0"])
+    made.close_log()
+    made.save(tmp_path / "bundle")
+    again.open_log(tmp_path / "log.db")
+    again.close_log()
+    heads = made.snapshot(), again.snapshot(), load_bundle(tmp_path / "bundle").head
+    for head in heads:
+        named = zip(head.examples.ids.tolist(), head.examples.paths, strict=True)
+        assert [pair for pair in named if pair[1]] == [(15, str(tmp_path / "caf\u00e9.png"))]
+    without = replace(heads[0], examples=replace(heads[0].examples, paths=()))
+    assert len({*map(fingerprint, (*heads, without))}) == 1
 
 
 def test_every_damaged_byte_is_found_and_the_error_names_its_file(engine: Path, tmp_path: Path) -> None:

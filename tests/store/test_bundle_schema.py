@@ -119,6 +119,9 @@ SUPPORT: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
 PICTURES: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "ends that fall": _with("ends", lambda a: a[::-1]),
 }
+PATHS: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
+    "a path that is not UTF-8": _with("data", lambda a: a | 0x80),
+}
 PLAN: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "a key too few": _with("keys", lambda a: a[1:]),
     "no shift": _without("reducer.shift"),
@@ -128,9 +131,10 @@ LEFT_OUT: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "logits with NaN": _with("out_of_fold", _nan),
     "some of the arrays": _without("bias"),
 }
+CHANGES = {"support": SUPPORT, "pictures": PICTURES, "paths": PATHS, "plan": PLAN, "left_out": LEFT_OUT}
 ARRAYS = {
     f"{name}: {what}": (f"{name}.safetensors", change)
-    for name, changes in (("support", SUPPORT), ("pictures", PICTURES), ("plan", PLAN), ("left_out", LEFT_OUT))
+    for name, changes in CHANGES.items()
     for what, change in changes.items()
 }
 
@@ -149,7 +153,7 @@ def test_impossible_arrays_are_refused(case: str, bundle: Path) -> None:
             load_bundle(bundle, verify)
 
 
-@pytest.mark.parametrize("name", ["support", "plan", "pictures", "left_out"])
+@pytest.mark.parametrize("name", ["support", "plan", "pictures", "paths", "left_out"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x80\x96\x98\x00\x00\x00\x00\x00{", b"PK\x03\x04" * 9])
 def test_files_that_are_no_arrays_are_refused(name: str, content: bytes, bundle: Path) -> None:
     (bundle / f"{name}.safetensors").write_bytes(content)
