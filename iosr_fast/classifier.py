@@ -14,6 +14,7 @@ from iosr_fast.files.evaluate import evaluate_images
 from iosr_fast.files.folder import FolderPredictions, predict_folder
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
+from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstention
 from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.evaluation import Evaluation
 from iosr_fast.head.fit import Fit
@@ -23,8 +24,8 @@ from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, Prediction
-from iosr_fast.head.rejecting import UNKNOWN_LABEL, Rejecting, check_rejecting
 from iosr_fast.images.preprocess import as_image_list
+from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
@@ -259,7 +260,12 @@ class Classifier(Estimator):
         return self.snapshot().picture(name_or_id)
 
     def predict(
-        self, images: Any, unknown: Literal["reject"] | None = None, unknown_label: Any = None, keep: float = KEEP
+        self,
+        images: Any,
+        unknown: Literal["reject"] | None = None,
+        unknown_label: Any = None,
+        keep: float = KEEP,
+        max_error: float | None = None,
     ) -> np.ndarray:
         """The labels (B,) out of `classes_`. With several labels a picture a frozenset of labels for each, (B,) of
         dtype object, or an indicator (B, C) of int64 if the labels of `fit` were one.
@@ -267,9 +273,14 @@ class Classifier(Estimator):
         unknown="reject" gives None, or `unknown_label`, for pictures that `unknown_score` says belong to none of the
         classes: a share `keep` of those that do belong to one keeps its label. Refused where there are too few support
         images for that promise: 0.95 takes 19 that can be left out.
+
+        `max_error` gives None for pictures at which somebody has to look: of the labels that stay at most this share is
+        wrong, with 95% confidence, for pictures like the support images (methods.automation). Refused where there are
+        too few support images for that promise: 0.01 takes 299 that can be left out, 0.05 takes 59. Of pictures of no
+        class it says nothing: `unknown` does.
         """
-        rejecting, fit = Rejecting.of(unknown, unknown_label, keep), self._store.fitted()
-        return fit.answers.predict(fit.queries(images), rejecting)
+        abstention, fit = Abstention.of(unknown, unknown_label, keep, max_error), self._store.fitted()
+        return fit.answers.predict(fit.queries(images), abstention)
 
     def decision_function(self, images: Any) -> np.ndarray:
         """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
@@ -292,14 +303,21 @@ class Classifier(Estimator):
         return fit.head.quality(truth, fit.answers.logits(fit.queries(listed)))
 
     def explain(
-        self, images: Any, top: int = 5, nearest: int = 0, unknown: Literal["reject"] | None = None, keep: float = KEEP
+        self,
+        images: Any,
+        top: int = 5,
+        nearest: int = 0,
+        unknown: Literal["reject"] | None = None,
+        keep: float = KEEP,
+        max_error: float | None = None,
     ) -> list[Prediction]:
         """A Prediction for each image: the `top` classes with what texts, examples and their adapted embeddings
         contribute to each, and the `nearest` support images. With unknown="reject" and `keep` as in `predict`, its
-        `unknown` has the score, and `label` is None for a picture of none of the classes."""
+        `unknown` has the score, and `label` is None for a picture of none of the classes; with `max_error`, `accepted`
+        is whether `predict` gives the label."""
         top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
-        rejecting, fit = Rejecting.of(unknown, None, keep), self._store.fitted()
-        return fit.answers.explain(fit.queries(images), top, nearest, rejecting)
+        abstention, fit = Abstention.of(unknown, None, keep, max_error), self._store.fitted()
+        return fit.answers.explain(fit.queries(images), top, nearest, abstention)
 
     def predict_jointly(self, images: Any) -> JointPrediction:
         """Probabilities (B, C) of images that are classified together (methods.joint), which gains most with few shots
@@ -320,6 +338,12 @@ class Classifier(Estimator):
         deviation 1. 95% of known pictures do not exceed `unknown_.threshold(0.95)` (methods.unknown)."""
         fit = self._store.fitted()
         return fit.answers.unknown_score(fit.queries(images))
+
+    def automation(self) -> Automation:
+        """What may be automated: for promised errors the least probability of a label that nobody needs to look at, the
+        share of left-out support images that have such a label, and the smallest error that so many images can promise;
+        print it."""
+        return self._store.fitted().answers.automation()
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support images are, by bins of the probability; print it."""
@@ -350,8 +374,8 @@ class Classifier(Estimator):
         classifies all together, as `predict_jointly`. unknown="reject" gives `unknown_label`, which no class may have,
         to pictures of none of the classes; with `joint` they are left out first.
         """
-        rejecting, fit = check_rejecting(unknown, unknown_label, keep), self._store.fitted()
-        return predict_folder(fit.head, self._reader(batch, skip_bad, threads, decoder), folder, joint, rejecting)
+        abstention, fit = check_abstention(unknown, unknown_label, keep), self._store.fitted()
+        return predict_folder(fit.head, self._reader(batch, skip_bad, threads, decoder), folder, joint, abstention)
 
     def suggest(
         self,

@@ -11,14 +11,15 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.answers import Answers
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitting import fit_head
 from iosr_fast.head.labels import are_label_sets, dense, read_label_sets
 from iosr_fast.head.method_config import MethodChoice
 from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
@@ -157,12 +158,18 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         return answers.head.decision(answers.logits(self._queries(X)))
 
     def predict(
-        self, X: Any, unknown: Literal["reject"] | None = None, unknown_label: Any = None, keep: float = KEEP
+        self,
+        X: Any,
+        unknown: Literal["reject"] | None = None,
+        unknown_label: Any = None,
+        keep: float = KEEP,
+        max_error: float | None = None,
     ) -> np.ndarray:
         """The label of the largest logit, (n,); of equal ones the first. After a fit with several labels a frozenset of
-        labels for each row, (n,) of dtype object, or an indicator (n, C) of the dtype of y, as y was."""
-        rejecting, answers = Rejecting.of(unknown, unknown_label, keep), self._fitted()
-        labels = answers.predict(self._queries(X), rejecting)
+        labels for each row, (n,) of dtype object, or an indicator (n, C) of the dtype of y, as y was. Rows get no label
+        by `unknown` and `max_error` as in Classifier.predict."""
+        abstention, answers = Abstention.of(unknown, unknown_label, keep, max_error), self._fitted()
+        labels = answers.predict(self._queries(X), abstention)
         return labels if self._indicator_type is None else labels.astype(self._indicator_type)
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -186,6 +193,10 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     @property
     def unknown_(self) -> Unknown:
         return self._fitted().unknown("unknown_")
+
+    def automation(self) -> Automation:
+        """Which share of labels nobody needs to look at, by the promised error; print it."""
+        return self._fitted().automation()
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support rows are, by bins; print it for a table."""

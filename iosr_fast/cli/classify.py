@@ -56,11 +56,11 @@ def classify(
     that is one folder. With --ray the machines of a cluster need this package, the images, the classifier and --out
     at the same paths, and one version of Ray.
     """
-    from iosr_fast.head.rejecting import check_rejecting
+    from iosr_fast.head.abstention import check_abstention
 
     if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
-    rejecting = check_rejecting("reject" if reject_unknown else None, unknown_label, keep)
+    abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep)
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:
         raise IosrFastError(f"expected --out to end in .csv or .parquet, or a folder without a suffix, got {out}")
@@ -88,8 +88,7 @@ def classify(
                 )
             check_out(out)
         source = read_source(images, form == "parts", skip_bad)
-        known = (None, None) if rejecting is None else (rejecting.label, rejecting.keep)
-        work = Classify(str(classifier), form, top or (5 if form == "parts" else 1), decoder, *known)
+        work = Classify(str(classifier), form, top or (5 if form == "parts" else 1), decoder, abstention)
         work.check(one_label=joint or html is not None)
         if parts is not None:
             counts = run(work, source, parts, options, chunk, pool)
@@ -98,8 +97,8 @@ def classify(
         else:
             counts = _stream(work, source, options, text)
     note_counts(out, counts)
-    if rejecting is not None:
-        note(f"rejected {counts.rejected} of {counts.images - counts.unread} images as {rejecting.label!r}")
+    if abstention is not None:
+        note(f"rejected {counts.rejected} of {counts.images - counts.unread} images as {abstention.label!r}")
     if html is not None:
         text.seek(0)
         rows = read_csv(text) if out is None else read_table(out)
@@ -122,7 +121,7 @@ def _stream(work: Classify, source: Source, options: ReadOptions, file: TextIO) 
     file.write(table.header())
     keys = iter(source.keys)
     bar = progress("classify", len(source.keys), not file.isatty())
-    with bar as advance, closing(classify(work.head, reader, source.paths, work.top, work.keep)) as batches:
+    with bar as advance, closing(classify(work.head, reader, source.paths, work.top, work.abstention)) as batches:
         for answers in batches:
             rows = [
                 Row(key, error=one.reason) if isinstance(one, BadImageError) else row_of(key, one, table.fields)
@@ -142,7 +141,7 @@ def _jointly(work: Classify, source: Source, options: ReadOptions, out: Path | N
     from iosr_fast.files.tables import CsvTable
 
     with progress("encode", len(source.keys), out is not None or not file.isatty()) as advance:
-        together = classify_jointly(work.head, work.open(options), source.paths, work.rejecting, advance)
+        together = classify_jointly(work.head, work.open(options), source.paths, work.abstention, advance)
     note(together.joint.summary())
     group = work.table.group(together.rows(source.keys, work.top))
     if out is not None:

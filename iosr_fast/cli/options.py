@@ -41,6 +41,20 @@ Adapter = Annotated[str, option("File of `iosr-fast train-adapter`, none, or aut
 Runtime = Annotated[str, option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")]
 SkipBad = Annotated[bool, option("Leave out images that can't be read, and report them.", "--skip-bad")]
 Seed = Annotated[int, option("Seed of all random choices.")]
+
+
+def as_share(text: str) -> float:
+    """A share above 0 and below 1, as a number or in percent: 0.01 or 1%."""
+    number = text.removesuffix("%")
+    try:
+        share = float(number) / (1 if number == text else 100)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise typer.BadParameter(f"expected a share above 0 and below 1, like 0.01 or 1%, got {text!r}")
+    return share
+
+
 # Files to write.
 Html = Annotated[Path | None, option("Write a page with the pictures here, one file.", callback=new_page)]
 Json = Annotated[Path | None, option("Write the figures here, as JSON.", "--json", callback=new_file)]

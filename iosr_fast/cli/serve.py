@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from iosr_fast.cli.options import SavedClassifier
+from iosr_fast.cli.options import SavedClassifier, as_share
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Option, Settings
 from iosr_fast.utils.require import require
@@ -57,7 +57,8 @@ def _parameters() -> list[inspect.Parameter]:
                     flag,
                     help=option.help,
                     rich_help_panel=option.section or None,
-                    metavar="ADDRESS" if several else None,
+                    metavar={"trusted_proxy": "ADDRESS", "max_error": "SHARE"}.get(name),
+                    parser=as_share if name == "max_error" else None,
                 )
                 kinds[name] = Annotated[list[str] if several else types[name], made], getattr(Settings, name)
     return [

@@ -13,8 +13,8 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.stream import Errors
 from iosr_fast.files.tables import Answered, Row
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.predictions import AnyHead, Rejection, predict_any, predict_jointly, rejections
-from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.scoring.reference import softmax
 
@@ -22,13 +22,13 @@ Answer: TypeAlias = Answered | BadImageError
 
 
 def classify(
-    head: AnyHead, reader: Reader, sources: Sequence[Any], top: int = 1, keep: float | None = None
+    head: AnyHead, reader: Reader, sources: Sequence[Any], top: int = 1, abstention: Abstention | None = None
 ) -> Generator[list[Answer], None, None]:
-    """For each batch of sources, in order, the Prediction (of `top` and `keep`) or the error of each source; in place
-    of a Prediction a LabelSet where pictures may have several labels. Raises BadImageError unless `skip_bad`."""
+    """For each batch of sources, in order, the Prediction (of `top` and `abstention`) or the error of each source; a
+    LabelSet in place of a Prediction where pictures may have several labels. Raises BadImageError unless `skip_bad`."""
 
     def use(rows: Embeddings) -> Sequence[Answered]:
-        return predict_any(head, rows, top, keep)
+        return predict_any(head, rows, top, abstention)
 
     with closing(reader.read(sources, use)) as batches:
         for errors, predictions in batches:
@@ -42,7 +42,7 @@ class Together(NamedTuple):
     errors         of each image
     joint          of the images that are classified together: those that are not rejected
     probabilities  (B, C) float32, of all; of rejected images each alone
-    rejections     of each readable image; None without `rejecting`
+    rejections     of each readable image; None without `abstention.keep`
     """
 
     errors: Errors
@@ -68,7 +68,7 @@ def classify_jointly(
     head: AnyHead,
     reader: Reader,
     sources: Sequence[Any],
-    rejecting: Rejecting | None,
+    abstention: Abstention | None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Together:
     """Pictures of none of the classes are rejected first, so that they don't move the means of the classes.
@@ -80,10 +80,10 @@ def classify_jointly(
     if queries is None:
         queries = one.examples.embeddings[:0]
     classes = np.array(one.class_names, str)
-    if rejecting is None:
+    if abstention is None or abstention.keep is None:
         joint = predict_jointly(one, queries, classes)
         return Together(errors, joint, joint.probabilities, None)
-    found = rejections(one, queries, rejecting.keep)
+    found = rejections(one, queries, abstention.keep)
     rejected = np.array([each.rejected for each in found], bool)
     joint = predict_jointly(one, queries[~rejected], classes)
     probabilities = np.empty((len(queries), len(one.uids)), np.float32)

@@ -67,13 +67,13 @@ def _measure(
         logits, of_rows = head.score(embeddings[rows]), labels[rows]
         members = np.zeros(logits.shape, bool) if reason else left_out.sets(logits, coverage)
         one, covered = of_logits(logits, of_rows), members[np.arange(len(of_rows)), of_rows]
-        return np.stack([one.odds, one.confidence, one.right, one.log_loss, logits.argmax(1), members.sum(1), covered])
+        return np.stack([one.odds, one.top_odds, one.right, one.log_loss, logits.argmax(1), members.sum(1), covered])
 
     blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
-    odds, confidence, right, log_loss, predicted, sizes, covered = np.concatenate(blocks, axis=1)
-    outcome = LeftOutLabels(odds, confidence, right > 0, log_loss, labels)
+    odds, top_odds, right, log_loss, predicted, sizes, covered = np.concatenate(blocks, axis=1)
+    outcome = LeftOutLabels(odds, top_odds, right > 0, log_loss, labels)
     wrong = np.flatnonzero(~outcome.right)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+    worst = wrong[np.argsort(-top_odds[wrong], kind="stable")][:MISTAKES]
     truths = [(head.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]
     shares = (math.nan,) * 3 if reason else (float(covered.mean()), float(sizes.mean()), float((sizes == 0).mean()))
     return Evaluation(
@@ -81,7 +81,7 @@ def _measure(
         classes=head.class_names,
         labels=labels,
         predicted=predicted.astype(np.int64),
-        confidence=confidence,
+        confidence=outcome.confidence,
         reliability=outcome.reliability,
         expected=head.left_out_accuracy,
         mistakes=_mistakes(head, embeddings, worst, images, truths),

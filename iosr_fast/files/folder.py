@@ -13,8 +13,8 @@ import numpy as np
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.classify import classify, classify_jointly
 from iosr_fast.files.reader import Reader
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.predictions import AnyHead, Rejection, label_columns
-from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.unknown import without_rejected
@@ -72,29 +72,28 @@ class FolderPredictions:
 
 
 def predict_folder(
-    head: AnyHead, reader: Reader, folder: str | Path, joint: bool, rejecting: Rejecting | None
+    head: AnyHead, reader: Reader, folder: str | Path, joint: bool, abstention: Abstention | None
 ) -> FolderPredictions:
     """As Classifier.predict_folder."""
     listing = list_images(folder)
-    if joint or rejecting is not None:
+    if joint or abstention is not None:
         one = head.one_label("predict_folder with joint or unknown", "leave them out")
-        if rejecting is not None:
-            rejecting.check(one)
-    together = classify_jointly(head, reader, listing.paths, rejecting) if joint else None
+        if abstention is not None:
+            abstention.check(one)
+    together = classify_jointly(head, reader, listing.paths, abstention) if joint else None
     if together is not None:
         unread, found = together.errors, together.rejections
         labels = together.joint.classes[together.probabilities.argmax(1)]
         probabilities = together.probabilities.max(1)
     else:
-        keep = None if rejecting is None else rejecting.keep
-        with closing(classify(head, reader, listing.paths, 1, keep)) as batches:
+        with closing(classify(head, reader, listing.paths, 1, abstention)) as batches:
             answers = list(chain.from_iterable(batches))
         unread = [answer if isinstance(answer, BadImageError) else None for answer in answers]
         readable = [answer for answer in answers if not isinstance(answer, BadImageError)]
         labels, probabilities = label_columns(head, readable)
-        found = None if rejecting is None else [one.unknown for one in readable if one.unknown is not None]
-    if found is not None and rejecting is not None:
-        labels = without_rejected(labels, np.array([one.rejected for one in found], bool), rejecting.label)
+        found = None if abstention is None else [one.unknown for one in readable if one.unknown is not None]
+    if found is not None and abstention is not None:
+        labels = without_rejected(labels, np.array([one.rejected for one in found], bool), abstention.label)
     return FolderPredictions(
         [Path(path) for path, error in zip(listing.paths, unread, strict=True) if error is None],
         labels,

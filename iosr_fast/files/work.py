@@ -21,9 +21,9 @@ from iosr_fast.files import embedding_files
 from iosr_fast.files.embedding_files import Part
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, Row, row_of
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, predict_any
-from iosr_fast.head.rejecting import Rejecting
 from iosr_fast.store.bundle import Bundle, load_bundle
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.manifest import read_manifest
@@ -88,14 +88,13 @@ class Embed:
 @dataclass(frozen=True)
 class Classify:
     """Predictions of the classifier in a folder, with the `top` classes of each image, as a table of this `form`; the
-    parts of a folder ("parts") also have the parts of the logit. `unknown_label` and `keep` are those of Rejecting."""
+    parts of a folder ("parts") also have the parts of the logit. Rejected pictures have the label of `abstention`."""
 
     folder: str
     form: Literal["csv", "parquet", "parts"] = "csv"
     top: int = 1
     decoder: str = "cpu"
-    unknown_label: str | None = None
-    keep: float | None = None
+    abstention: Abstention | None = None
     kind: ClassVar[str] = "classifications"
     verb: ClassVar[str] = "classify"
     readable: ClassVar[str] = "classified"
@@ -109,19 +108,20 @@ class Classify:
         return self.bundle.head
 
     @property
-    def rejecting(self) -> Rejecting | None:
-        return None if self.unknown_label is None or self.keep is None else Rejecting(self.unknown_label, self.keep)
+    def unknown_label(self) -> str | None:
+        """The label of rejected pictures; None where none is rejected."""
+        return None if self.abstention is None else self.abstention.label
 
     def check(self, one_label: bool = False) -> None:
         """Raise IosrFastError, before an image is read, for what this classifier can't do; with `one_label` for one
         of several labels a picture."""
-        if one_label or self.form != "csv" or self.top > 1 or self.rejecting is not None:
+        if one_label or self.form != "csv" or self.top > 1 or self.abstention is not None:
             one = self.head.one_label(
                 "a table with --joint, --reject-unknown, --html, --top or in another format than CSV",
                 "leave these out, and give a .csv file for --out, or none",
             )
-            if self.rejecting is not None:
-                self.rejecting.check(one)
+            if self.abstention is not None:
+                self.abstention.check(one)
 
     @cached_property
     def table(self) -> CsvTable | ParquetTable:
@@ -148,7 +148,7 @@ class Classify:
             "form": self.form,
             "top": self.top,
             "unknown_label": self.unknown_label,
-            "keep": self.keep,
+            "keep": None if self.abstention is None else self.abstention.keep,
         }
 
     def open(self, options: ReadOptions) -> Reader:
@@ -157,7 +157,7 @@ class Classify:
         return Reader.of(fit.encoder, fit.clip.engine, fit.views.exif_orientation, *known, self.decoder)
 
     def use(self, embeddings: Embeddings) -> Predictions:
-        return predict_any(self.head, embeddings, self.top, self.keep)
+        return predict_any(self.head, embeddings, self.top, self.abstention)
 
     def write(self, path: Path, keys: list[str], results: list[Predictions], errors: list[str | None]) -> int:
         predictions = chain.from_iterable(results)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.predictions import AnyHead, Prediction, predict, predict_jointly
-from iosr_fast.head.rejecting import Rejecting
+from iosr_fast.methods.automation import Automation, automation
 from iosr_fast.methods.conformal import Reliability, check_share, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
@@ -41,25 +42,30 @@ class Answers:
         """(B, C) float32."""
         return np.concatenate([np.zeros((0, len(self.labels)), np.float32), *map(self._score, queries)])
 
-    def predict(self, queries: Iterable[Embeddings], rejecting: Rejecting | None) -> np.ndarray:
-        if rejecting is None:
+    def predict(self, queries: Iterable[Embeddings], abstention: Abstention | None) -> np.ndarray:
+        if abstention is None:
             return self.head.answers(self.logits(queries), self.labels)
-        head = self.head.one_label("predict(unknown='reject')", "a picture of none of the classes gets no label")
-        rejecting.check(head, self.labels.tolist())
-        classes, rejected = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
+        head = self.head.one_label("predict with unknown or max_error", "each class is judged by itself")
+        abstention.check(head, self.labels.tolist())
+        keep, max_error = abstention.keep, abstention.max_error
+        answers = [self.labels[:0]]
         for block in queries:
-            classes.append(self._score(block).argmax(1))
-            rejected.append(head.unknown.rejects(block.to_numpy(), rejecting.keep))
-        return without_rejected(self.labels[np.concatenate(classes)], np.concatenate(rejected), rejecting.label)
+            logits = self._score(block)
+            labels = self.labels[logits.argmax(1)]
+            if max_error is not None:
+                labels = without_rejected(labels, ~head.accepts(logits, max_error), None)
+            if keep is not None:
+                labels = without_rejected(labels, head.unknown.rejects(block.to_numpy(), keep), abstention.label)
+            answers.append(labels)
+        return np.concatenate(answers)
 
     def explain(
-        self, queries: Iterable[Embeddings], top: int, nearest: int, rejecting: Rejecting | None
+        self, queries: Iterable[Embeddings], top: int, nearest: int, abstention: Abstention | None
     ) -> list[Prediction]:
         head = self.head.one_label("explain", "predict_proba gives the probability of each class")
-        keep = None if rejecting is None else rejecting.keep
-        if keep is not None:
-            head.unknown.threshold(keep)
-        return [one for block in queries for one in predict(head, block, top, nearest, keep)]
+        if abstention is not None:
+            abstention.check(head)
+        return [one for block in queries for one in predict(head, block, top, nearest, abstention)]
 
     def unknown(self, call: str) -> Unknown:
         """Head.unknown, for a `call`."""
@@ -80,6 +86,9 @@ class Answers:
         head = self.head.one_label("predict_jointly")
         rows = [block.to_numpy() for block in queries] or [head.examples.embeddings[:0]]
         return predict_jointly(head, Embeddings.concatenate(rows), self.labels, self.check)
+
+    def automation(self) -> Automation:
+        return automation(self.head.one_label("automation").left_out_labels)
 
     def calibration(self) -> Reliability:
         return self.head.one_label("calibration").left_out_labels.reliability

@@ -18,7 +18,8 @@ from iosr_fast.head.ids import class_id, example_number, uid_of
 from iosr_fast.head.labels import class_ids
 from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.conformal import LeftOutLabels, of_logits
+from iosr_fast.methods.automation import least_odds
+from iosr_fast.methods.conformal import LeftOutLabels, log_odds_of_largest, of_logits
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
@@ -204,6 +205,11 @@ class Head(HeadData):
     def left_out_labels(self) -> LeftOutLabels:
         """What the method says of support images that are left out."""
         return of_logits(self.out_of_fold.logits, self.out_of_fold.labels)
+
+    def accepts(self, logits: np.ndarray, max_error: float) -> np.ndarray:
+        """(B,) bool: whose label is accepted, of queries with these logits (B, C), by automation.least_odds."""
+        accepted: np.ndarray = log_odds_of_largest(logits) >= least_odds(self.left_out_labels, max_error)
+        return accepted
 
     @cached_property
     def unknown(self) -> Unknown:

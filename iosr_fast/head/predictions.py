@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.multi_label import MultiLabelHead
@@ -78,7 +79,8 @@ class Prediction:
 
     `top` are the classes with the largest logits, best first: top[0] is the label. `nearest` are the support images
     with the largest cosines, best first. `unknown` is None unless it was asked for; `label` and
-    `class_id` are None for a picture that is rejected. The other fields are those of top[0] (ClassScore).
+    `class_id` are None for a picture that is rejected. `accepted` is whether a promise about errors lets the label pass
+    that nobody looks at, None unless it was asked for. The other fields are those of top[0] (ClassScore).
 
     >>> from iosr_fast import Classifier
     >>> from iosr_fast.clip.demo.pictures import load_pictures
@@ -103,6 +105,7 @@ class Prediction:
     nearest: tuple[Neighbour, ...]
     version: int
     unknown: Rejection | None = None
+    accepted: bool | None = None
 
     @property
     def pairs(self) -> list[tuple[str, float]]:
@@ -136,7 +139,7 @@ class LabelSet:
 
 
 def predict(
-    head: Head, embeddings: Embeddings, top: int = 1, nearest: int = 0, keep: float | None = None
+    head: Head, embeddings: Embeddings, top: int = 1, nearest: int = 0, abstention: Abstention | None = None
 ) -> list[Prediction]:
     """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
 
@@ -144,15 +147,18 @@ def predict(
     contribution of the support images, through keys or a linear term, and `adapter` of it what adapted embeddings
     contribute (_adapter_part). Ties fall to the first class, as in argmax.
 
-    `keep` asks for `unknown`: pictures of no class are rejected, so that a share `keep` of the pictures of known
-    classes is not (`head.unknown`, which is fitted at its first use). Embeddings on a GPU are scored there.
+    `abstention.keep` asks for `unknown`, `abstention.max_error` for `accepted`: what they rest on is computed at its
+    first use (Abstention.check). Embeddings on a GPU are scored there.
     """
     top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
     logits = head.score(embeddings)
     embeddings = embeddings.to_numpy()
     found: Sequence[Rejection | None] = [None] * len(logits)
-    if keep is not None:
-        found = rejections(head, embeddings, keep)
+    accepted: Sequence[bool | None] = [None] * len(logits)
+    if abstention is not None and abstention.keep is not None:
+        found = rejections(head, embeddings, abstention.keep)
+    if abstention is not None and abstention.max_error is not None:
+        accepted = head.accepts(logits, abstention.max_error).tolist()
     assert head.text is not None, "a Classifier has class names"
     zero_shot = np.float32(head.config.text_weight * head.tau) * (embeddings.plain @ head.text.T)
     cache = logits - zero_shot
@@ -164,9 +170,10 @@ def predict(
         columns = (part[b, classes].tolist() for part in parts)
         scores = tuple(ClassScore(names[c], ids[c], *row) for c, *row in zip(classes.tolist(), *columns, strict=True))
         fields = {**vars(scores[0]), "top": scores, "nearest": neighbours[b], "version": head.version}
+        fields |= {"unknown": found[b], "accepted": accepted[b]}
         if (rejection := found[b]) is not None and rejection.rejected:
-            fields["label"] = fields["class_id"] = None
-        predictions.append(Prediction(**fields, unknown=rejection))
+            fields |= {"label": None, "class_id": None, "accepted": accepted[b] and False}
+        predictions.append(Prediction(**fields))
     return predictions
 
 
@@ -196,11 +203,11 @@ def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.n
 
 
 def predict_any(
-    head: AnyHead, embeddings: Embeddings, top: int, keep: float | None = None
+    head: AnyHead, embeddings: Embeddings, top: int, abstention: Abstention | None = None
 ) -> Sequence[Prediction | LabelSet]:
     """For each query a Prediction (predictions.predict), or by a MultiLabelHead a LabelSet."""
     if isinstance(head, Head):
-        return predict(head, embeddings, top, keep=keep)
+        return predict(head, embeddings, top, abstention=abstention)
     logits = head.score(embeddings)
     sets = []
     for row, chosen in zip(head.probabilities(logits), head.members(logits), strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.log_loss import log_losses, log_sum_exp
+from iosr_fast.methods.log_loss import log_losses, log_sum_exp, sigmoid
 from iosr_fast.utils.text import abbreviate
 
 ClassNames = Sequence[Any] | np.ndarray
@@ -28,7 +28,8 @@ class Reliability:
     equation 3). `accuracy` and `log_loss` are those of the V images.
 
     >>> right, log_loss = np.array([True, False]), np.array([0.09, 3.0])
-    >>> one = LeftOutLabels(np.zeros(2), np.array([0.91, 0.95]), right, log_loss, np.array([0, 1]))
+    >>> odds = np.log([0.91 / 0.09, 0.95 / 0.05])
+    >>> one = LeftOutLabels(np.zeros(2), odds, right, log_loss, np.array([0, 1]))
     >>> print(one.reliability)
     2 left-out support images: expected calibration error 43.0%, log-loss 1.545
     probability  images  mean   right
@@ -64,15 +65,15 @@ class Reliability:
 class LeftOutLabels:
     """What a classifier says of V labelled images that it has not seen (`of_logits`).
 
-    odds        (V,) log p / (1 - p) of the label
-    confidence  (V,) the largest probability
-    right       (V,) bool, whether it is the label's
-    log_loss    (V,) -log p of the label, in nats
-    labels      (V,) int64, the position of the label's class
+    odds      (V,) log p / (1 - p) of the label
+    top_odds  (V,) log p / (1 - p) of the largest probability
+    right     (V,) bool, whether that is the label's
+    log_loss  (V,) -log p of the label, in nats
+    labels    (V,) int64, the position of the label's class
     """
 
     odds: np.ndarray
-    confidence: np.ndarray
+    top_odds: np.ndarray
     right: np.ndarray
     log_loss: np.ndarray
     labels: np.ndarray
@@ -106,6 +107,11 @@ class LeftOutLabels:
         reached: np.ndarray = log_odds(logits) >= self.thresholds(coverage, classes)
         return reached
 
+    @property
+    def confidence(self) -> np.ndarray:
+        """(V,) the largest probability."""
+        return sigmoid(self.top_odds)
+
     @cached_property
     def reliability(self) -> Reliability:
         bins = np.ceil(self.confidence * BINS).astype(int).clip(1, BINS) - 1
@@ -125,7 +131,7 @@ def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
     labels, exact = np.asarray(labels, np.int64), np.asarray(logits, np.float64)
     return LeftOutLabels(
         odds=log_odds(exact)[np.arange(len(labels)), labels],
-        confidence=np.exp(-log_losses(exact, exact.argmax(1))),
+        top_odds=log_odds_of_largest(exact),
         right=exact.argmax(1) == labels,
         log_loss=log_losses(exact, labels),
         labels=labels,
@@ -186,8 +192,8 @@ def images_needed(share: float) -> int:
     return math.ceil(1.0 / (1.0 - share) - 1e-9) - 1
 
 
-def check_share(name: str, share: float) -> float:
+def check_share(name: str, share: float, like: float = 0.95) -> float:
     """`share` as a float above 0 and below 1. Raises IosrFastError."""
     if not (isinstance(share, int | float | np.floating) and 0.0 < share < 1.0):
-        raise IosrFastError(f"expected {name} above 0 and below 1, like 0.95, got {share!r}")
+        raise IosrFastError(f"expected {name} above 0 and below 1, like {like}, got {share!r}")
     return float(share)

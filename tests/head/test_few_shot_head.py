@@ -191,7 +191,7 @@ def test_answers_have_the_form_of_the_labels(rng: np.random.Generator) -> None:
         "unknown_score": lambda: by_sets.unknown_score(X),
         "audit": by_sets.audit,
         "suggest": lambda: by_sets.suggest(X, 3),
-        r"predict\(unknown='reject'\)": lambda: by_sets.predict(X, unknown="reject"),
+        "predict with unknown or max_error": lambda: by_sets.predict(X, unknown="reject"),
     }.items():
         with pytest.raises(IosrFastError, match=f"^{name} is for one label a picture"):
             call()

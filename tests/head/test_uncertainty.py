@@ -13,6 +13,7 @@ import pytest
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.head.predictions import Rejection
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import of_logits, sets_of_labels
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.unknown import fit_unknown
@@ -49,6 +50,26 @@ def test_pictures_of_other_classes_are_rejected(queries: tuple[np.ndarray, np.nd
         named = {"label": None, "class_id": None} if rejected else {}
         assert one == replace(plainly, unknown=one.unknown, **named)
         assert json.loads(json.dumps(one.to_dict()))["unknown"] == vars(one.unknown)
+
+
+def test_labels_that_need_a_look_are_withheld_by_a_promise(queries: Any, tmp_path: Path) -> None:
+    images = queries[0]
+    classifier = small_classifier(engine_folder(tmp_path / "engine"), **{**GDA, "shots": 10})
+    head, logits = classifier.snapshot(), classifier.decision_function(images)
+    curve = classifier.automation()
+    assert curve.images == 10 * CLASSES and str(round(100 * curve.smallest, 1)) in str(curve)
+    sure = classifier.predict_proba(images).max(1) >= curve.thresholds[curve.max_errors == 0.1] * (1 - 1e-6)
+    assert 0.2 < sure.mean() < 0.9 and (head.accepts(logits, 0.1) == sure).all()
+    plain, answers = classifier.predict(images), classifier.predict(images, max_error=0.1)
+    assert answers.tolist() == [name if one else None for name, one in zip(plain.tolist(), sure, strict=True)]
+    assert [one.accepted for one in classifier.explain(images, max_error=0.1)] == sure.tolist()
+    both = classifier.predict(images, "reject", "other", max_error=0.1)
+    rejected = classifier.unknown_score(images) > classifier.unknown_.threshold()
+    assert ((both == "other") == rejected).all() and ((both == plain) == (sure & ~rejected)).all()
+    explained = classifier.explain(images, unknown="reject", max_error=0.1)
+    assert [one.accepted for one in explained] == (sure & ~rejected).tolist()
+    classifier.save(tmp_path / "bundle")
+    assert str(automation(load_bundle(tmp_path / "bundle").head.left_out_labels)) == str(curve)
 
 
 @pytest.mark.parametrize("per_class", [False, True])
@@ -111,6 +132,8 @@ def test_bad_input_is_named_before_anything_is_encoded(monkeypatch: pytest.Monke
         r"0\.95 of the pictures needs at least 19 .* got 8: give": lambda: few.predict(image, unknown="reject"),
         "that no class has": lambda: few.predict(image, "reject", "motif\xa01", 0.5),
         "unknown_label only with unknown='reject', got": lambda: few.predict(image, unknown_label="other"),
+        r"0\.1 wrong labels needs at least 29 .* got 8: give": lambda: few.predict(image, max_error=0.1),
+        r"expected max_error above 0 and below 1, like 0\.01, got 1": lambda: few.explain(image, max_error=1),
         "keep only with unknown='reject', got": lambda: few.explain(image, keep=0.9),
         r"0\.9 of the pictures needs at least 9 .* got 8": lambda: few.predict_sets(image),
         r"expected coverage above 0 and below 1, like 0\.95, got 2": lambda: few.predict_sets(image, coverage=2),

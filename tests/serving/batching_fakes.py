@@ -86,7 +86,7 @@ class FakeHead:
         return self
 
     def predict(
-        self, embeddings: Embeddings, top: int = 5, nearest: int = 0, keep: float | None = None
+        self, embeddings: Embeddings, top: int = 5, nearest: int = 0, abstention: Any = None
     ) -> list[Prediction]:
         numbers = [int(number) for number in embeddings.plain[:, 0]]
         self._asked.append((numbers, top, nearest))

@@ -134,7 +134,8 @@ def serving(classifier: Any = None, batching: dict[str, Any] | None = None, **se
     classifier = load() if classifier is None else classifier
     metrics = Metrics()
     made = Settings(**{"token": TOKEN, **settings})
-    options = {"max_batch": made.batch_for(classifier.encoder), "max_queue": made.max_queue, **(batching or {})}
+    options = {"max_batch": made.batch_for(classifier.encoder), "max_queue": made.max_queue}
+    options |= {"max_error": made.max_error, **(batching or {})}
     batches = BatchingClassifier(classifier, observer=metrics, **options)
     client = Client(create_app(batches, made, metrics))
     try:

@@ -85,6 +85,26 @@ def test_unknown_images_are_rejected_as_by_the_library_also_after_a_change() -> 
         assert refused.json()["error"]["message"] == str(error.value)
 
 
+def test_labels_are_accepted_by_a_promise_that_the_request_or_the_server_names() -> None:
+    classifier, images = load(), queries()
+    expected = classifier.explain(images, max_error=0.3)
+    with serving(classifier) as client:
+        made = client.predict(*images, query="?max_error=0.3").json()["predictions"]
+        assert [(one["accepted"], one["label"]) for one in made] == [(one.accepted, one.label) for one in expected]
+        assert {one["accepted"] for one in made} == {True, False}
+        assert client.predict(images[0]).json()["predictions"][0]["accepted"] is None
+        refused = client.predict(images[0], query="?max_error=0.001")
+        assert error_of(refused, 422) == "no_promise" and "needs at least 2995" in refused.json()["error"]["message"]
+    with serving(classifier, max_error=0.3) as client:
+        again = client.predict(*images).json()["predictions"]
+        assert [one["accepted"] for one in again] == [one["accepted"] for one in made]
+        assert client.get("/v1/classifier").json()["max_error"] == 0.3
+        for name in classifier.classes_[:-2].tolist():  # then left-out images are too few, and no label is accepted
+            classifier.remove_class(name)
+        classifier.remove_examples([one for c in classifier.classes() for one in classifier.examples(c.class_id)[2:]])
+        assert not any(one["accepted"] for one in client.predict(*images).json()["predictions"])
+
+
 def test_others_do_not_wait_while_rejection_is_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     go, fits = threading.Event(), []
 
@@ -119,9 +139,13 @@ def test_the_classifier_is_described(shared: Client) -> None:
         *((wrong, wrong.partition("=")[2]) for wrong in ("top=0", "top=101", "top=many", "nearest=-1", "unknown=yes")),
         ("deadline_ms=60001", "deadline_ms"),
         ("keep=1", "keep"),
+        ("max_error=0", "max_error"),
         ("keep=0.9", "keep only with unknown=reject"),
         *(
-            (wrong, "expected the query parameters top, nearest, unknown, keep, deadline_ms, each at most once, got")
+            (
+                wrong,
+                "expected the query parameters top, nearest, unknown, keep, max_error, deadline_ms, each at most once",
+            )
             for wrong in ("unknwon=reject", "unknown=reject&keep=0.9&keep=0.5", "top=1&Top=1", "%FF")
         ),
     ],

@@ -80,7 +80,8 @@ def test_a_chosen_picture_is_explained(visit: Visit) -> None:
 def test_answers_that_are_not_sure_differ_in_words_and_shape(visit: Visit) -> None:
     page, best = visit.page, visit.site.classifier.predict([visit.site.queries[0]])[0]
     unknown = {"label": None, "class_id": None, "unknown": {"score": 3.21, "rejected": True}}
-    changes = [{"probability": 0.5}, {"probability": 0.499}, unknown]
+    doubtful = {"accepted": False, "probability": 0.9}
+    changes = [{"probability": 0.5}, {"probability": 0.499}, {"accepted": True, "probability": 0.4}, doubtful, unknown]
 
     def changed(route: Any) -> None:
         body = route.fetch().json()
@@ -89,12 +90,14 @@ def test_answers_that_are_not_sure_differ_in_words_and_shape(visit: Visit) -> No
 
     page.route("**/v1/predict*", changed)
     looks = []
-    for name in ("sure.png", "unsure.png", "unknown.png"):
+    for name in ("sure.png", "unsure.png", "accepted.png", "doubtful.png", "unknown.png"):
         visit.choose(file(visit.site.queries[0], name))
         border = page.locator("#answer .label").evaluate("label => getComputedStyle(label).borderLeftStyle")
         looks.append((re.sub(r" \S+%$", "", visit.text("#answer .label")), border, page.input_value("#truth")))
-    assert looks == [(best, "none", best), (f"Not sure: {best}?", "dotted", best), ("Unknown", "double", "")]
-    assert visit.texts("#items .name") == [best, f"? {best}", "unknown"]
+    sure, unsure = (best, "none", best), (f"Not sure: {best}?", "dotted", best)
+    look = f"Needs a look: {best}?", "dotted", best
+    assert looks == [sure, unsure, sure, look, ("Unknown", "double", "")]
+    assert visit.texts("#items .name") == [best, f"? {best}", best, f"? {best}", "unknown"]
 
 
 # --- the list ---

@@ -10,7 +10,7 @@ import pytest
 
 from iosr_fast import Classifier, FewShotHead, IosrFastError
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.head.rejecting import check_rejecting
+from iosr_fast.head.abstention import check_abstention
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, to_pixels
 from iosr_fast.methods.suggest import suggest
@@ -94,4 +94,4 @@ def test_a_mask_that_hides_nothing_is_taken() -> None:
 @pytest.mark.parametrize("label", ["", "  ", "a\x1b[31mb", "a\nb", "~7"])
 def test_a_label_of_unknown_pictures_is_a_name(label: str) -> None:
     with pytest.raises(IosrFastError, match="expected a label for unknown pictures, got"):
-        check_rejecting("reject", label, 0.95)
+        check_abstention("reject", label, 0.95)

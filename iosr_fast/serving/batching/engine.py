@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.serving.batching.item import Item, Query
 
@@ -134,8 +135,8 @@ class Engine:
     ) -> list[Prediction]:
         """Pixels (B, S, S, 3) uint8 -> B predictions as the items' queries ask for, in groups of similar ones.
 
-        `head` answers all but items with `keep`: these have the head of their submission, because a later one may have
-        to be fitted first; unless the classifier was replaced by one with another encoder.
+        `head` answers all but items whose label may be withheld: these have the head of their submission, because a
+        later one may have to be fitted first; unless the classifier was replaced by one with another encoder.
         """
         started, encoder = time.perf_counter(), classifier.encoder
         with self._encoding if encoder.runs == 1 else nullcontext():
@@ -144,15 +145,19 @@ class Engine:
         run.encode_s += encoded - started
         if len(embeddings) != len(pixels):
             raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
-        groups: dict[tuple[int, int, float | None, Any], list[int]] = {}
+        groups: dict[tuple[int, int, Abstention | None, Any], list[int]] = {}
         for row, item in enumerate(items):
             query, own = item.query, item.fitted
             state = own.head if own is not None and own.encoder is encoder else head
-            groups.setdefault((_band(query.top), _band(query.nearest), query.keep, state), []).append(row)
+            abstention = None if own is None else own.abstention
+            groups.setdefault((_band(query.top), _band(query.nearest), abstention, state), []).append(row)
         predictions: dict[int, Prediction] = {}
-        for (*_, state), rows in groups.items():
-            part = embeddings if len(groups) == 1 else embeddings[np.array(rows)]
-            predictions.update(zip(rows, _explain(state, part, [items[row].query for row in rows]), strict=True))
+        for (*_, abstention, state), rows in groups.items():
+            part, queries = (
+                embeddings if len(groups) == 1 else embeddings[np.array(rows)],
+                [items[r].query for r in rows],
+            )
+            predictions.update(zip(rows, _explain(state, part, queries, abstention), strict=True))
         run.score_s += time.perf_counter() - encoded
         return [predictions[row] for row in range(len(pixels))]
 
@@ -163,10 +168,11 @@ def _band(count: int) -> int:
     return max(count, 16).bit_length() // 2 if count else 0
 
 
-def _explain(head: Any, embeddings: Embeddings, queries: Sequence[Query]) -> list[Prediction]:
-    """Predictions of queries with the same `keep`."""
+def _explain(
+    head: Any, embeddings: Embeddings, queries: Sequence[Query], abstention: Abstention | None
+) -> list[Prediction]:
     top, nearest = max(query.top for query in queries), max(query.nearest for query in queries)
-    predictions = predict(head, embeddings, top, nearest, queries[0].keep)
+    predictions = predict(head, embeddings, top, nearest, abstention)
     if len(predictions) != len(embeddings):
         raise RuntimeError(f"expected {len(embeddings)} predictions, got {len(predictions)}")
     return [

@@ -15,9 +15,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
+from iosr_fast.methods.conformal import check_share
 from iosr_fast.serving.batching.decode import Decoder, decoding_cost
 from iosr_fast.serving.batching.engine import Engine
 from iosr_fast.serving.batching.item import FittedHead, Item, Observer, Query, QueryOptions
@@ -45,8 +47,8 @@ class BatchingClassifier:
     starts when the engine is idle and the batch is full, its first image has been ready for `max_wait_ms`, or no other
     image is being decoded: a single image starts at once. If the encoder has several `runs`, as many batches are
     encoded at once, and an idle run starts at once with its share of the images that are ready. Each batch sees exactly
-    one version of the classifier. With `keep`, an image is answered by the head at its submission, which is fitted for
-    that at the first request after a change: in the caller's thread, or apart from the event loop.
+    one version of the classifier. With `keep` or `max_error`, an image is answered by the head at its submission. What
+    these rest on is computed at the first request after a change: in the caller's thread, or apart from the event loop.
 
     At most `max_queue` images are accepted and not yet answered; more are refused at once. `limits`, a DecodeLimits,
     bounds decoding. `observer` gets callbacks for metrics (Observer). `warm` runs the engine at the usual batch sizes
@@ -56,6 +58,9 @@ class BatchingClassifier:
     that no client keeps others out. Clients and their requests take turns, one image each, at decoding and in batches,
     and each client leaves a decoder to others, two with images above 16 million pixels. A deadline above 10 s is
     shortened to four times the estimated waiting time where that is less.
+
+    `max_error` is that of queries which name none (Query). Where support images are too few for it, no label is
+    accepted.
 
     `isolated` decodes encoded bytes in a separate process for each decoding thread, because they may be untrusted. An
     image that takes longer than limits.timeout_s there, takes more memory than its header allows, or crashes the
@@ -89,6 +94,7 @@ class BatchingClassifier:
         limits: DecodeLimits | None = None,
         warm: bool = False,
         isolated: bool = False,
+        max_error: float | None = None,
     ) -> None:
         if decode_threads is None:
             decode_threads = min(_MAX_DECODERS, max(2, usable_threads()))  # a client leaves one to others
@@ -98,6 +104,7 @@ class BatchingClassifier:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         classifier.snapshot().one_label("BatchingClassifier", "use predict")  # raises if it is not fitted
         self._warm, self._engine, self._fitting = warm, Engine(max_batch), threading.Lock()
+        self._max_error = None if max_error is None else check_share("max_error", max_error, like=0.01)
         if warm:
             self._engine.warm(classifier)
         limits = DecodeLimits() if limits is None else limits
@@ -119,7 +126,7 @@ class BatchingClassifier:
         place.
 
         Raises at once: QueueFullError if the queue is full or the deadline can't be met, ClosedError after close(),
-        ValueError for an option out of range, and where there are too few support images to promise `keep`.
+        ValueError for an option out of range, and where there are too few support images for `keep` or `max_error`.
         """
         return self.submit_many((image,), **options)[0]
 
@@ -132,7 +139,7 @@ class BatchingClassifier:
         than `max_queue` images, which can never be accepted.
         """
         query, now = Query(**options), time.monotonic()
-        return self._submit(images, query, now, None if query.keep is None else self._fit(query.keep))
+        return self._submit(images, query, now, self._fit(query))
 
     def _submit(
         self, images: Iterable[Any], query: Query, now: float, fitted: FittedHead | None
@@ -149,16 +156,23 @@ class BatchingClassifier:
         self._queue.admit(items, query.deadline_s)
         return [item.future for item in items]
 
-    def _fit(self, keep: float) -> FittedHead:
-        """The current head with what recognises unknown pictures, which is fitted once for each head and takes seconds
-        with thousands of support images. Raises IosrFastError where they are too few to promise `keep`."""
+    def _fit(self, query: Query) -> FittedHead | None:
+        """The current head with what an abstention rests on, which is computed once for each head and takes seconds
+        with thousands of support images; None without one. Raises IosrFastError where they are too few for a promise
+        that the query asks for."""
+        max_error = query.max_error or self._max_error
+        if query.keep is None and max_error is None:
+            return None
         classifier = self.classifier
-        fitted = FittedHead(classifier.encoder, classifier.snapshot().one_label("keep", "leave it out"))
+        head = classifier.snapshot().one_label("keep or max_error", "leave it out")
         with self._fitting:
-            unknown = fitted.head.unknown
-            unknown.threshold(keep)
-            unknown.scorer  # noqa: B018  computed here, not by the first batch
-        return fitted
+            Abstention(query.keep, max_error=query.max_error).check(head)
+            # Computed here, not by the first batch.
+            if query.keep is not None:
+                head.unknown.scorer  # noqa: B018
+            if max_error is not None:
+                head.left_out_labels  # noqa: B018
+        return FittedHead(classifier.encoder, head, Abstention(query.keep, max_error=max_error))
 
     def check_room(self, client: str = "") -> None:
         """Raise QueueFullError or ClosedError if not one more image of `client` would be accepted now."""
@@ -190,8 +204,9 @@ class BatchingClassifier:
     ) -> list[Prediction | Exception]:
         """`submit_many` for asyncio: in order, the Prediction of each image or the exception of its future."""
         query, now = Query(**options), time.monotonic()
-        # In a thread, because it may have to be fitted.
-        fitted = None if query.keep is None else await asyncio.to_thread(self._fit, query.keep)
+        # In a thread, because it may take seconds.
+        withheld = query.keep is not None or query.max_error is not None or self._max_error is not None
+        fitted = await asyncio.to_thread(self._fit, query) if withheld else None
         futures = self._submit(images, query, now, fitted)
         try:
             results: list[Any] = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.methods.conformal import check_share
 from iosr_fast.utils.numbers import check_integer
 
@@ -57,6 +58,7 @@ class QueryOptions(TypedDict, total=False):
     deadline_s: float | None
     client: str
     keep: float | None
+    max_error: float | None
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Query:
 
     `top` classes and `nearest` support images in each Prediction; `deadline_s`, seconds from now until the image must
     be encoded (None: no deadline); `client`, the name of who asks: clients take turns, and each has a share of the
-    queue; "" is the program itself, which may fill it. With `keep`, pictures that belong to none of the classes are
-    rejected, and this share of the others is not (predictions.predict).
+    queue; "" is the program itself, which may fill it. `keep` rejects pictures that belong to none of the classes,
+    `max_error` says whose label is accepted (Abstention).
     """
 
     top: int = 5
@@ -74,6 +76,7 @@ class Query:
     deadline_s: float | None = None
     client: str = ""
     keep: float | None = None
+    max_error: float | None = None
 
     def __post_init__(self) -> None:
         check_integer("top", self.top, 1)
@@ -82,13 +85,16 @@ class Query:
             raise IosrFastError(f"expected deadline_s > 0 or None, got {self.deadline_s!r}")
         if self.keep is not None:
             check_share("keep", self.keep)
+        if self.max_error is not None:
+            check_share("max_error", self.max_error, like=0.01)
 
 
 class FittedHead(NamedTuple):
-    """A head whose `unknown` is fitted, and the encoder that it belongs to."""
+    """A head that has computed what an abstention rests on, and the encoder that it belongs to."""
 
     encoder: Encoder
     head: Head
+    abstention: Abstention
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -102,7 +108,7 @@ class Item:
     submitted: float
     request: int = 0  # number of its request; requests of a client take turns
     cost: int = 0  # of decoding, in pixels; 0 if unknown
-    fitted: FittedHead | None = None  # with `query.keep`: what answers it
+    fitted: FittedHead | None = None  # where a label may be withheld: what answers it
     whole: bool = False  # decoded only, all of it
     deadline: float = math.inf
     work: int = 0  # of decoding that is left, in pixels that take as long

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Path, Query
 from starlette.responses import JSONResponse, Response
@@ -18,9 +18,6 @@ from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
 from iosr_fast.serving.http.service import Service
-
-if TYPE_CHECKING:
-    from iosr_fast.classifier import Classifier
 
 PAGE = 1_000
 _NEXT = "`next` of the previous page; omit it for the first page"
@@ -41,7 +38,7 @@ def make_router(service: Service) -> APIRouter:
         summary="Model, method and measured accuracy",
     )
     def classifier(keep: float = KEEP_QUERY) -> Response:
-        return JSONResponse(_overview(service.classifier, keep), headers={"Cache-Control": "no-store"})
+        return JSONResponse(_overview(service, keep), headers={"Cache-Control": "no-store"})
 
     @router.get(
         "/v1/classes",
@@ -109,8 +106,9 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-def _overview(classifier: Classifier, keep: float) -> dict[str, Any]:
+def _overview(service: Service, keep: float) -> dict[str, Any]:
     """The body of /v1/classifier. What would have to be fitted first is None."""
+    classifier = service.classifier
     head, source = classifier.snapshot(), classifier.encoder.source
     tuned, unknown = head.tuned, head.computed("unknown")
     return {
@@ -134,4 +132,5 @@ def _overview(classifier: Classifier, keep: float) -> dict[str, Any]:
             "keep": keep,
             "sentence": unknown.summary(keep),
         },
+        "max_error": service.settings.max_error,
     }

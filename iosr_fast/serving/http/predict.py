@@ -22,7 +22,7 @@ from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.uploads import Images
 from iosr_fast.utils.text import abbreviate
 
-_QUERY = ("top", "nearest", "unknown", "keep", "deadline_ms")
+_QUERY = ("top", "nearest", "unknown", "keep", "max_error", "deadline_ms")
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
 
@@ -49,7 +49,9 @@ def make_router(service: Service) -> APIRouter:
             "applied if it was when the classifier was fit. An image that can't be classified yields an error in its "
             "place (too_large, unsupported_type, too_many_pixels or bad_image) and does not affect the others. With "
             "unknown=reject, `unknown` has a score, and `label` and `class_id` are null if the image belongs to none "
-            "of the classes; 422 (no_promise) where there are too few support images for `keep`."
+            "of the classes. With max_error, `accepted` says whether nobody needs to look at the label: of accepted "
+            "ones at most this share is wrong, with 95% confidence. 422 (no_promise) where there are too few support "
+            "images for `keep` or `max_error`."
         ),
     )
     async def predict(
@@ -58,6 +60,9 @@ def make_router(service: Service) -> APIRouter:
         nearest: int = Query(0, ge=0, le=100, description="nearest support images to return"),
         unknown: Literal["reject"] | None = Query(None, description="reject images of none of the classes"),
         keep: float = KEEP_QUERY,
+        max_error: float | None = Query(
+            None, gt=0, lt=1, description="share of wrong labels that accepted ones may have [default: the server's]"
+        ),
         deadline_ms: int = Query(
             settings.deadline_ms,
             ge=1,
@@ -77,7 +82,10 @@ def make_router(service: Service) -> APIRouter:
                 request,
                 [image for image in images if isinstance(image, bytes)],
                 deadline_ms / 1e3,
-                {"top": top, "nearest": nearest, "client": client, "keep": None if unknown is None else keep},
+                {
+                    **{"top": top, "nearest": nearest, "client": client, "max_error": max_error},
+                    "keep": None if unknown is None else keep,
+                },
             )
         except IosrFastError as error:
             raise _request_error(service, error) from None

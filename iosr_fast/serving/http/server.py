@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from iosr_fast import __version__
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.serving.http.app import create_app
 from iosr_fast.serving.http.connection import protocol
 from iosr_fast.serving.http.logs import log, logger, logs_to_stderr
@@ -51,7 +52,8 @@ def run(bundle: str | Path, settings: Settings) -> None:
     _allow_files(settings)
     runs, threads = settings.engine_layout
     classifier = Classifier.load(bundle, settings.runtime, True, threads, settings.expected_digest, runs)
-    classifier.snapshot().one_label("the HTTP API", "serve one fitted with one label, or use predict")
+    head = classifier.snapshot().one_label("the HTTP API", "serve one fitted with one label, or use predict")
+    Abstention(max_error=settings.max_error).check(head)
     plain = sys.stderr.isatty() and not settings.log_json
     with logs_to_stderr(plain):
         if settings.log is not None:

@@ -27,6 +27,7 @@ _MAX = 1e12  # msgspec compares with finite numbers only; this bound refuses inf
 
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(ge=1e-3, le=_MAX)]
+BetweenZeroAndOne = Annotated[float, Meta(gt=0, lt=1)]
 NonNegative = Annotated[float, Meta(ge=0, le=_MAX)]
 
 
@@ -65,6 +66,10 @@ class Settings:
         tuple[str, ...],
         Option("Address or network of a proxy, whose X-Forwarded-For names the client; may be repeated."),
     ] = ()
+    max_error: Annotated[
+        BetweenZeroAndOne | None,
+        Option("Share of wrong labels that accepted ones may have, like 1%, where a request names none."),
+    ] = None
     log: Annotated[Path | None, Option("File that records class changes; they are replayed at the start.")] = None
     log_json: Annotated[bool, Option("Write JSON lines to a terminal, too, as to a file or pipe.")] = False
     runtime: Annotated[str, Option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")] = "auto"
@@ -162,6 +167,7 @@ class Settings:
             max_queue=self.max_queue,
             limits=self.decode_limits,
             isolated=True,
+            max_error=self.max_error,
             **{"decode_threads": self.decode_threads, **options},
         )
 

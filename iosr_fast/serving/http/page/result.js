@@ -8,9 +8,9 @@ const UNSURE = 0.5; // A less probable label is more likely wrong than right.
 const SIDE = 640; // Of the picture, in pixels.
 const START = 0.1; // Length of the shortest part of a bar, as a share of the range of that part.
 
-/** "unknown" (of none of the classes), "unsure" or "sure". */
-export const verdict = ({ unknown, probability }) =>
-  unknown?.rejected ? "unknown" : probability < UNSURE ? "unsure" : "sure";
+/** "unknown" (of none of the classes), "unsure" or "sure". The server's promise decides what is sure, if it has one. */
+export const verdict = ({ unknown, accepted, probability }) =>
+  unknown?.rejected ? "unknown" : (accepted ?? probability >= UNSURE) ? "sure" : "unsure";
 
 /** The label in few words. */
 export const naming = (prediction) =>
@@ -140,8 +140,8 @@ const VERDICTS = {
     make("p", { class: "label" }, "Unknown"),
     make("p", {}, `This picture is unlike all classes. The nearest is ${described(best)}.`),
   ],
-  unsure: ({ top: [best, second] }) => [
-    make("p", { class: "label" }, "Not sure: ", best.label, "? ", make("span", {}, percent(best.probability))),
+  unsure: ({ accepted, top: [best, second] }) => [
+    make("p", { class: "label" }, accepted === false ? "Needs a look: " : "Not sure: ", best.label, "? ", make("span", {}, percent(best.probability))),
     second && make("p", {}, `It may also be ${described(second)}.`),
   ],
   sure: ({ label, probability }) => [make("p", { class: "label" }, label, " ", make("span", {}, percent(probability)))],

@@ -1,0 +1,124 @@
+"""What may be automated: which labels nobody needs to look at, with a promise about their errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.conformal import LeftOutLabels
+from iosr_fast.methods.log_loss import sigmoid
+
+CONFIDENCE = 0.95
+PROMISES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+_STEPS = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Automation:
+    """What may be automated, by V labelled images that the classifier has not seen.
+
+    images      V
+    smallest    the smallest error that V images can promise, if the classifier is right on all: 1 - 0.05^(1 / V)
+    max_errors  (P,) the promises: of the pictures whose label is accepted at most this share is wrong
+    thresholds  (P,) the least probability of a label that is accepted; NaN where no promise can be kept
+    shares      (P,) the share of the V images whose label is accepted
+    errors      (P,) the share of these whose label is wrong; NaN if none is accepted
+
+    >>> rng = np.random.default_rng(0)
+    >>> odds = rng.normal(3.0, 2.0, 500)
+    >>> right = rng.random(500) < sigmoid(odds)
+    >>> left_out = LeftOutLabels(odds, odds, right, np.zeros(500), np.zeros(500, int))
+    >>> print(automation(left_out))
+    500 left-out images, which can promise errors of 0.6% and more with 95% confidence
+    promised errors  least probability  accepted  wrong
+               0.5%                  -      0.0%      -
+               1.0%                  -      0.0%      -
+               2.0%              0.980     31.6%   0.0%
+               3.0%              0.887     66.0%   1.2%
+               5.0%              0.856     71.4%   2.5%
+               7.0%              0.793     79.4%   4.0%
+              10.0%              0.695     85.8%   7.5%
+              15.0%              0.291     97.6%  10.2%
+              20.0%              0.008    100.0%  12.4%
+    """
+
+    images: int
+    smallest: float
+    max_errors: np.ndarray
+    thresholds: np.ndarray
+    shares: np.ndarray
+    errors: np.ndarray
+
+    def __str__(self) -> str:
+        can = f"which can promise errors of {self.smallest:.1%} and more with {CONFIDENCE:.0%} confidence"
+        lines = [f"{self.images} left-out images, {can}", "promised errors  least probability  accepted  wrong"]
+        columns = self.max_errors, self.thresholds, self.shares, self.errors
+        for promised, least, share, wrong in zip(*(column.tolist() for column in columns), strict=True):
+            numbers = ("-", "-") if math.isnan(wrong) else (f"{least:.3f}", f"{wrong:.1%}")
+            lines.append(f"{promised:15.1%}  {numbers[0]:>17}  {share:8.1%}  {numbers[1]:>5}")
+        return "\n".join(lines)
+
+
+def automation(left_out: LeftOutLabels) -> Automation:
+    """The curve of `least_odds` at PROMISES."""
+    images, least = len(left_out.labels), np.array([least_odds(left_out, promised) for promised in PROMISES])
+    accepted = left_out.top_odds[None, :] >= least[:, None]
+    with np.errstate(invalid="ignore"):
+        errors = (accepted & ~left_out.right).sum(1) / accepted.sum(1)
+    shares = accepted.sum(1) / max(images, 1)
+    thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
+    smallest = 1.0 - (1.0 - CONFIDENCE) ** (1.0 / images) if images else 1.0
+    return Automation(images, smallest, np.array(PROMISES), thresholds, shares, errors)
+
+
+def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
+    """Raise IosrFastError where even V right labels are too few to promise `max_error`."""
+    if (images := len(left_out.labels)) < (needed := images_needed_for(max_error)):
+        raise IosrFastError(
+            f"a promise of at most {max_error:.4g} wrong labels needs at least {needed} support images that can be "
+            f"left out, got {images}: give more pictures of each class, at least two, or promise less"
+        )
+
+
+@lru_cache(16)  # every batch of queries asks
+def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
+    """The least log p / (1 - p) of a label that is accepted, p being the largest probability of its picture: of new
+    pictures whose label is accepted, at most a share `max_error` is wrong, with 95% confidence over the draw of the V
+    images, if new ones are exchangeable with them. Infinite if none is accepted, as by too few images.
+
+    Thresholds are tried in a fixed order from the strictest that V images could let pass, at which n images are
+    accepted, to all of them, in 40 steps; each is taken while k wrong labels or fewer, of n that are accepted, have a
+    chance P(K <= k) of at most 5% under K ~ Binomial(n, max_error), which is where the Clopper-Pearson bound of the
+    error is at most `max_error`. As the first that fails ends the test, no correction for many thresholds is needed.
+
+    Source: fixed-sequence testing in Learn then Test (Angelopoulos et al., arXiv 2110.01052).
+    """
+    images, needed = len(left_out.labels), images_needed_for(max_error)
+    if images < needed:
+        return math.inf
+    order = np.argsort(-left_out.top_odds, kind="stable")
+    odds, wrong = left_out.top_odds[order], np.cumsum(~left_out.right[order])
+    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, images + 1)))])
+    least = math.inf
+    for count in np.unique(np.linspace(needed, images, _STEPS + 1).round().astype(int)).tolist():
+        n = int(np.searchsorted(-odds, -odds[count - 1], side="right"))  # images of equal odds are accepted together
+        k = np.arange(int(wrong[n - 1]) + 1)
+        logs = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
+        chance = np.exp(logs + k * math.log(max_error) + (n - k) * math.log1p(-max_error)).sum()
+        if chance > 1.0 - CONFIDENCE + 1e-12:
+            break
+        least = float(odds[n - 1])
+    return least
+
+
+def images_needed_for(max_error: float) -> int:
+    """The least number of left-out images, all of them right, with which `least_odds` can promise `max_error`.
+
+    >>> images_needed_for(0.01), images_needed_for(0.1)
+    (299, 29)
+    """
+    return math.ceil(math.log(1.0 - CONFIDENCE) / math.log1p(-max_error) - 1e-9)

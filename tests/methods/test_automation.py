@@ -1,0 +1,77 @@
+"""What may be automated: thresholds by the Clopper-Pearson bound, and errors of accepted labels as promised."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import beta
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.automation import PROMISES, automation, check_promise, images_needed_for, least_odds
+from iosr_fast.methods.conformal import LeftOutLabels, of_logits
+
+
+def left_out(odds: np.ndarray, right: np.ndarray) -> LeftOutLabels:
+    return LeftOutLabels(odds, odds, right, np.zeros(len(odds)), np.zeros(len(odds), int))
+
+
+def labelled(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (count, 5) and labels; sure images are right more often."""
+    labels = rng.integers(5, size=count)
+    return 4.0 * np.eye(5)[labels] + 1.6 * rng.standard_normal((count, 5)), labels
+
+
+@pytest.mark.parametrize("max_error", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("images", [40, 300, 1501])
+def test_thresholds_pass_while_the_clopper_pearson_bound_is_below_the_promise(images: int, max_error: float) -> None:
+    rng = np.random.default_rng(images)
+    one = of_logits(*labelled(rng, images))
+    found, needed = least_odds(one, max_error), images_needed_for(max_error)
+    falling, passed = np.sort(one.top_odds)[::-1], np.inf
+    for count in np.unique(np.linspace(needed, images, 41).round().astype(int)) if images >= needed else []:
+        wrong = int((~one.right[one.top_odds >= falling[count - 1]]).sum())
+        if beta.ppf(0.95, wrong + 1, count - wrong) > max_error:
+            break
+        passed = falling[count - 1]
+    assert found == passed
+    curve = automation(one)
+    at = PROMISES.index(max_error)
+    accepted = one.top_odds >= found
+    assert curve.shares[at] == accepted.mean() and curve.images == images
+    if accepted.any():
+        assert curve.errors[at] == (~one.right[accepted]).mean()
+        assert curve.thresholds[at] == pytest.approx(one.confidence[accepted].min())
+
+
+@pytest.mark.parametrize("max_error", [0.02, 0.05, 0.1])
+def test_of_accepted_labels_of_new_images_no_more_are_wrong_than_promised(max_error: float) -> None:
+    """In at least 95% of the draws of the left-out images, and not by accepting nothing."""
+    rng, broken, shares = np.random.default_rng(0), 0, []
+    new = of_logits(*labelled(rng, 50_000))
+    for _ in range(100):
+        accepted = new.top_odds >= least_odds(of_logits(*labelled(rng, 600)), max_error)
+        broken += bool(accepted.any()) and float((~new.right[accepted]).mean()) > max_error
+        shares.append(accepted.mean())
+    assert broken <= 5 and np.mean(shares) > 0.2, (broken, np.mean(shares))
+
+
+def test_too_few_images_promise_nothing_and_say_how_many_are_needed() -> None:
+    for max_error, needed in ((0.01, 299), (0.1, 29)):
+        enough, few = (left_out(np.arange(n, 0.0, -1), np.ones(n, bool)) for n in (needed, needed - 1))
+        check_promise(enough, max_error)
+        assert least_odds(enough, max_error) == 1.0 and least_odds(few, max_error) == np.inf
+        with pytest.raises(
+            IosrFastError, match=rf"{max_error} wrong labels needs at least {needed} .* got {needed - 1}"
+        ):
+            check_promise(few, max_error)
+        assert automation(enough).smallest <= max_error < automation(few).smallest
+    none = automation(left_out(np.zeros(0), np.zeros(0, bool)))
+    assert none.smallest == 1.0 and not none.shares.any() and "0 left-out images" in str(none)
+
+
+def test_images_of_equal_confidence_are_accepted_together_or_not_at_all() -> None:
+    """60 sure images are right; of 240 equal ones a tenth is wrong: no half of these passes a promise of 5%."""
+    odds, right = np.repeat([3.0, 1.0], [60, 240]), np.ones(300, bool)
+    right[60::10] = False
+    assert least_odds(left_out(odds, right), 0.05) == 3.0
+    assert least_odds(left_out(odds, right), 0.2) == 1.0
