@@ -198,7 +198,13 @@ class Classifier(Estimator):
         self._store.fit = fit
 
     def fit(
-        self, images: Any = None, labels: Any = None, class_names: Any = None, *, unknown_images: Any = None
+        self,
+        images: Any = None,
+        labels: Any = None,
+        class_names: Any = None,
+        *,
+        unknown_images: Any = None,
+        groups: Any = None,
     ) -> Self:
         """Encode the support images and class names, and compile the method.
 
@@ -206,20 +212,24 @@ class Classifier(Estimator):
         `score` then speak in integers, and a class keeps its integer through changes. Where pictures may have several
         labels, they are sets of names, some may be empty, or an indicator (N, C) of 0 and 1: each class is then judged
         by itself (methods.multi_label), and nothing changes until the next fit. "zero-shot" needs no images.
-        `unknown_images`, pictures of none of the classes, sharpen `unknown_score` and change no label.
+        `unknown_images`, pictures of none of the classes, sharpen `unknown_score` and change no label. `groups`, a text
+        or a number for each image, name what images have in common that new ones have not, as a video or one object:
+        images of a group are left out together in all that left-out images say. None or NaN is a group of its own, and
+        so are images that are added later.
 
         Raises IosrFastError before a CLIP is opened for wrong parameters, labels and names; before anything is encoded
         for a CLIP, engine, adapter or runtime that don't fit; for unreadable images, and one picture under two labels.
         """
         names = self.class_names if class_names is None else class_names
-        self._store.replace(fit(self.get_params(), self._open, images, labels, names, unknown_images))
+        self._store.replace(fit(self.get_params(), self._open, images, labels, names, unknown_images, groups))
         return self
 
     def fit_folder(self, folder: str | Path, *more: str | Path, unknown_images: str | Path | None = None) -> Self:
         """`fit` on folders with a sub-folder of images for each class, or CSV files of path and label
         (labelled_images). All images in the folder `unknown_images` and below belong to none of the classes."""
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
-        return self.fit(*labelled_images(folder, *more), unknown_images=unknown)
+        *labelled, groups = labelled_images(folder, *more)
+        return self.fit(*labelled, unknown_images=unknown, groups=groups)
 
     def _open(self) -> OpenedClip:
         """The CLIP that the parameters name; a loaded classifier's own, until `set_params` names another."""

@@ -15,7 +15,7 @@ from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.answers import Answers
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitting import fit_head
-from iosr_fast.head.labels import are_label_sets, dense, read_label_sets
+from iosr_fast.head.labels import are_label_sets, dense, read_groups, read_label_sets
 from iosr_fast.head.method_config import MethodChoice
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.methods import METHODS, unavailable_reason
@@ -122,22 +122,23 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         self.alpha, self.beta, self.gamma, self.ridge = alpha, beta, gamma, ridge
         self.text, self.tau, self.adapted, self.key_precision = text, tau, adapted, key_precision
 
-    def fit(self, X: Any, y: Any, unknown_images: Any = None) -> FewShotHead:
+    def fit(self, X: Any, y: Any, unknown_images: Any = None, groups: Any = None) -> FewShotHead:
         """Compile the method on support rows X, (n, D) or (n, 2 D), of any length and real dtype, and their labels y,
         (n,): any that scikit-learn accepts.
 
         For rows with any number of labels y are sets (or lists, or tuples) of names, of which some may be empty, or an
         indicator (n, C) of 0 and 1, whose classes are their numbers; `predict` answers in the form of y
         (methods.multi_label). `unknown_images` are rows of pictures that belong to none of the classes, if you have
-        any: they sharpen `unknown_score` alone.
+        any: they sharpen `unknown_score` alone. `groups` (n,) as in Classifier.fit.
         """
         choice = MethodChoice.of(self.get_params(deep=False))
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
         if several := are_label_sets(y):
             choice.check_several(unknown_images)
         X, classes, ids, sets = self._read_sets(X, y) if several else self._read_labels(X, y)
-        kept = self._usable(X, "left out of the support rows")
-        examples = Examples(self._embeddings(X[kept]), ids[kept], kept, (None,) * len(kept))
+        kept, grouped = self._usable(X, "left out of the support rows"), read_groups(groups, len(X))
+        grouped = None if grouped is None else grouped[kept]
+        examples = Examples(self._embeddings(X[kept]), ids[kept], kept, (None,) * len(kept), groups=grouped)
         text, unknown = self._text_rows(classes, X.shape[1]), None
         if not several:
             if len(empty := np.setdiff1d(np.arange(len(classes)), examples.class_ids)):

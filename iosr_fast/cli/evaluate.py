@@ -76,7 +76,7 @@ def saved(
             "expected the folder of a saved classifier, or one of the commands features, demo and paper, found no "
             f"folder {classifier}"
         )
-    paths, labels, names = labelled_images(images)
+    paths, labels, names, _ = labelled_images(images)
     others = [] if unknown_images is None else unknown_folder(unknown_images)
     check_utf8([*map(str, paths), *others])
     loaded = Classifier.load(classifier, runtime=runtime).set_params(progress=True)

@@ -51,7 +51,7 @@ def optimize(
     with stop_message("stopped; nothing was written", "iosr-fast"):
         if out is not None:
             check_new_folder(out, "classifier")
-        paths, labels, _ = labelled_images(images)
+        paths, labels, *_ = labelled_images(images)
         classifier = Classifier.load(folder)
         classifier.progress = True
         others = None if unknown_images is None else unknown_folder(unknown_images)

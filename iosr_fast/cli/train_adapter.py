@@ -133,7 +133,7 @@ def read_data(data: Path) -> tuple[list[Path], list[str]]:
 
     if data.suffix.lower() == ".csv" and data.is_file() and (listed := unlabelled_list(data)) is not None:
         return listed, ["unlabelled"] * len(listed)
-    paths, names, _ = labelled_images(data)
+    paths, names, *_ = labelled_images(data)
     if any(isinstance(name, frozenset) for name in names):
         raise IosrFastError(f"expected one label a picture in {data}, got the column labels; add a column label")
     return paths, names

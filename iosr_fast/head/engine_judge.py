@@ -72,6 +72,7 @@ class Judge:
         self._head, self._pixels, self._tolerance = head, pixels, tolerance
         self._fingerprint = reference.fingerprint
         self._classes = np.searchsorted(np.array(head.uids), examples.class_ids[rows])
+        self._groups = None if examples.groups is None else examples.groups[rows]
         singles = examples.embeddings if fit.views.views == 1 or not len(rows) else examples.queries
         if singles is not None and reference.fingerprint == fit.clip.encoder.fingerprint:
             self._reference = singles[rows]
@@ -105,7 +106,7 @@ class Judge:
         head, labels = self._head, np.full(len(self._classes), -1)
         if not len(labels):
             return labels, labels
-        support = make_support_set(embeddings, self._classes, head.text, head.tau)
+        support = make_support_set(embeddings, self._classes, head.text, head.tau, groups=self._groups)
         config = replace(head.config, key_precision="fp32").fitted(support)
         method = METHODS[config.method]
         if not method.needs_support:

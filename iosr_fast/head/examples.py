@@ -80,7 +80,7 @@ class Examples:
         counts = np.bincount(np.searchsorted(np.array(uids), self.class_ids), minlength=len(uids))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         rows = None if text is None else np.ascontiguousarray(text, np.float32)
-        return SupportSet(self.embeddings, offsets, rows, tau, self.queries)
+        return SupportSet(self.embeddings, offsets, rows, tau, self.queries, self.groups)
 
 
 def _new_groups(groups: np.ndarray, count: int) -> np.ndarray:

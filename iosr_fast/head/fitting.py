@@ -16,7 +16,7 @@ from iosr_fast.head.engine_choice import OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import Fit
 from iosr_fast.head.head import Head
-from iosr_fast.head.labels import Labels, check_labels
+from iosr_fast.head.labels import Labels, check_labels, read_groups
 from iosr_fast.head.method_config import MethodChoice, MethodConfig
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
@@ -42,6 +42,7 @@ def fit(
     labels: Any,
     class_names: Any,
     unknown_images: Any,
+    groups: Any,
 ) -> Fit:
     """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before the CLIP is opened:
     parameters, labels, class names, and that each class has an image if the method needs one."""
@@ -49,7 +50,7 @@ def fit(
     of_images = {name: parameters[name] for name in ("views", "mirror", "templates", "seed", "exif_orientation")}
     views = SupportViews(**of_images, thumbnail=parameters["thumbnails"])
     listed = [] if images is None else as_image_list(images)
-    known = check_labels(listed, labels, class_names)
+    known, grouped = check_labels(listed, labels, class_names), read_groups(groups, len(listed))
     if known.sets is not None:
         choice.check_several(unknown_images)
         if choose_engine:
@@ -69,6 +70,9 @@ def fit(
     with bar("encode", len(listed) + len(unknown), shown=shown) as step:
         given = listed, views, known.ids, known.shown, unknown, skip_bad, step
         examples, unknown_rows, errors = encode_images(clip.encoder_for(adapted=True), *given)
+    if grouped is not None:
+        unread = [error.position for error in errors if error.position < len(listed)]
+        examples = replace(examples, groups=np.delete(grouped, unread))
     if errors:
         _check_counts(choice, known, examples.class_ids)
     with bar("tune", None, shown=shown and scored and bool(len(examples))):
@@ -120,7 +124,7 @@ def fit_head(
         config = choice.config(examples.as_support(range(len(names)), text, tau))
         return Head.first(names, text, tau, examples, config, unknown_images=unknown_images)
     labels, precision = label_sets[examples.class_ids], choice.key_precision
-    images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries)
+    images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries, examples.groups)
     setting = None if choice.searched else choice.parameters
     found = fit_multi_label(images, choice.method, setting, precision, choice.seconds)
     config = MethodConfig(found.method, found.parameters, factor=found.factor, key_precision=precision)

@@ -157,6 +157,23 @@ def _read_labels(labels: Any, n_images: int) -> list[Any]:
     return [str.__str__(value) if isinstance(value, str) else int(value) for value in values]
 
 
+def read_groups(groups: Any, n_images: int) -> np.ndarray | None:
+    """The group of each image (N,) int64, numbered by first images; None where each image is its own group. A missing
+    value is a group of its own. Raises IosrFastError for another number than images, and a value without a hash."""
+    if groups is None:
+        return None
+    values = None if isinstance(groups, str | bytes | dict) or not hasattr(groups, "__iter__") else list(groups)
+    if values is None or len(values) != n_images:
+        got = repr(groups) if values is None else str(len(values))
+        raise IosrFastError(f"expected one group for each of {n_images} images in a sequence, got {got}")
+    numbers: dict[Any, int] = {}
+    try:
+        found = [numbers.setdefault(object() if _is_missing(one) else one, len(numbers)) for one in values]
+    except TypeError as error:
+        raise IosrFastError(f"expected groups of numbers or texts, None for an image of its own: {error}") from error
+    return np.array(found, np.int64) if len(numbers) < n_images else None
+
+
 def _is_missing(value: Any) -> bool:
     """None, NaN of any kind, NaT, a masked value and pandas.NA (whose comparison has no truth value)."""
     if value is None or type(value).__name__ in ("NAType", "NaTType", "MaskedConstant"):

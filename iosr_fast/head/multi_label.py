@@ -36,7 +36,7 @@ class MultiLabelHead(HeadData):
     def support(self) -> MultiLabelSet:
         """The support images as the fit took them."""
         rows = self.examples
-        return MultiLabelSet(rows.embeddings, self.labels, self.text, self.tau, rows.queries)
+        return MultiLabelSet(rows.embeddings, self.labels, self.text, self.tau, rows.queries, rows.groups)
 
     def examples_of(self, uid: int) -> list[int]:
         """The numbers of a class's support images, rising."""

@@ -1,9 +1,9 @@
-"""Support images that are left out of a fit together, and near duplicates, which are left out as one image."""
+"""Support images that are left out of a fit together; groups and near duplicates are left out as one image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,12 +27,14 @@ class Folds:
 
     fold      (N,) int64; negative for an image that is never left out
     scored    (N,) bool
-    distinct  (C,) int64, the images of each class, near duplicates once
+    distinct  (C,) int64, the images of each class, near duplicates and groups once
+    units     (N,) int64, the same for the images that count once: they are never on both sides
     """
 
     fold: np.ndarray
     scored: np.ndarray
     distinct: np.ndarray
+    units: np.ndarray
 
     @property
     def number(self) -> int:
@@ -66,7 +68,7 @@ class Folds:
         sizes = np.bincount(self.fold[self.scored], minlength=self.number)
         kept = int((np.cumsum(sizes) < most).sum()) + 1
         chosen = self.fold < kept
-        return Folds(np.where(chosen, self.fold, -1), self.scored & chosen, self.distinct)
+        return replace(self, fold=np.where(chosen, self.fold, -1), scored=self.scored & chosen)
 
 
 def make_folds(support: SupportSet) -> Folds:
@@ -78,14 +80,59 @@ def make_folds(support: SupportSet) -> Folds:
     among classes of one image each, it alone would give the covariance. The number of folds is the number of images of
     the largest class, at most MAX_FOLDS (then a 16th of each class is left out at a time). The only image of a class is
     never left out.
+
+    Of a support set with groups, a unit is all images that groups and near duplicates join, of any classes, and
+    `spread` chooses its fold. A class of a single unit stays, unless another class has images in it; none is scored.
     """
     labels, groups = support.labels, group_near_duplicates(support)
+    if support.groups is not None:
+        return _fold_units(support, _joined(support.class_offsets[labels] + groups, support.groups))
     distinct = np.zeros(support.n_classes, np.int64)
     np.maximum.at(distinct, labels, groups + 1)
     number = min(MAX_FOLDS, int(distinct.max(initial=1)))
     units = np.where(distinct[labels] > 1, groups, np.arange(len(labels)) - support.class_offsets[labels])
     fold = np.where((support.counts[labels] > 1) & (number > 1), units % number, -1)
-    return Folds(fold, (fold >= 0) & (distinct[labels] > 1), distinct)
+    return Folds(fold, (fold >= 0) & (distinct[labels] > 1), distinct, support.class_offsets[labels] + groups)
+
+
+def _fold_units(support: SupportSet, units: np.ndarray) -> Folds:
+    """The folds of images in `units` (N,), numbered from 0."""
+    labels, n_classes = support.labels, support.n_classes
+    of_unit, of_class = np.divmod(np.unique(units * n_classes + labels), n_classes)
+    distinct = np.bincount(of_class, minlength=n_classes)
+    number = min(MAX_FOLDS, int(distinct.max(initial=1)))
+    fold = spread(units, np.arange(len(labels)), labels, number)
+    # Of a class whose units are all in one fold, no image is left to be compared with.
+    apart = np.bincount(np.unique(labels * number + fold) // number, minlength=n_classes) > 1
+    stays = (distinct[labels] == 1) & (np.bincount(of_unit)[units] == 1) | (number == 1)
+    return Folds(np.where(stays, -1, fold), apart[labels], np.where(apart, distinct, np.minimum(distinct, 1)), units)
+
+
+def spread(units: np.ndarray, images: np.ndarray, classes: np.ndarray, number: int) -> np.ndarray:
+    """(N,) int64, of `number` folds that of each image; units (N,) from 0 stay whole. Large units come first, each into
+    the fold with fewest images of its classes, then fewest at all. Image images[i] has the class classes[i]."""
+    sizes, order = np.bincount(units), np.argsort(units[images], kind="stable")
+    of_units = np.split(classes[order], np.cumsum(np.bincount(units[images], minlength=len(sizes)))[:-1])
+    of_class, filled = np.zeros((number, classes.max(initial=0) + 1)), np.zeros(number)
+    folds = np.zeros(len(sizes), np.int64)
+    for unit in np.argsort(-sizes, kind="stable").tolist():
+        own = of_units[unit]
+        fold = folds[unit] = np.lexsort((filled, of_class[:, own].sum(1)))[0]
+        np.add.at(of_class[fold], own, 1)
+        filled[fold] += sizes[unit]
+    return folds[units]
+
+
+def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(N,) int64 from 0, by first images: the same for images that are equal in either of both, or by way of others."""
+    joined, before = np.arange(len(first)), None
+    while before is None or (joined != before).any():
+        before = joined
+        for ids in (first, second):
+            least = np.full(ids.max(initial=-1) + 1, len(joined))
+            np.minimum.at(least, ids, joined)
+            joined = least[ids]
+    return np.unique(joined, return_inverse=True)[1]
 
 
 def group_near_duplicates(support: SupportSet) -> np.ndarray:
@@ -112,6 +159,12 @@ def group_near_duplicates(support: SupportSet) -> np.ndarray:
             found[rows] = count + inside
             count += int(inside.max()) + 1
     return groups
+
+
+def are_filled(counts: np.ndarray, distinct: np.ndarray) -> np.ndarray:
+    """(C,) bool: near duplicates are at least half of the images of these classes; counts and Folds.distinct (C,)."""
+    filled: np.ndarray = (counts > 1) & (2 * distinct <= counts)
+    return filled
 
 
 def near_support(support: SupportSet, plain: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.methods.folds import MAX_FOLDS
+from iosr_fast.methods.folds import MAX_FOLDS, Folds
+from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
@@ -20,7 +21,7 @@ _MAX_DRAWS = 5
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A point of a learning curve: with `images` of each class, `accuracy` on `scored` others."""
+    """A point of a learning curve: with `images` of each class (Folds.distinct), `accuracy` on `scored` others."""
 
     images: int
     accuracy: float
@@ -47,28 +48,28 @@ class LearningCurve:
         return self.twice - self.now
 
 
-def learning_curve(support: SupportSet, plan_of: Compile, logits: np.ndarray) -> LearningCurve:
+def learning_curve(support: SupportSet, plan_of: Compile, left_out: OutOfFold) -> LearningCurve:
     """Accuracies with 1, 2, 4, ... images of each class, on the others, and with all but the left-out ones.
 
-    `logits` (N, C) are the out-of-fold ones, with NaN for images that are never left out. The images of a smaller fit
-    are drawn several times, until 1,000 others are scored, at most 5 times; at least one image of each class with two
-    is left for the score. The error is taken as a power of the number of images through the last three points
-    (error = a * images^-b; Hestness et al., 2017), each with half a mistake added, and b >= 0.
+    Near duplicates and groups count as one image. The images of a smaller fit are drawn several times, until 1,000
+    others are scored, at most 5 times; at least one image of each class with two is left for the score. The error is
+    taken as a power of the number of images through the last three points (error = a * images^-b; Hestness et al.,
+    2017), each with half a mistake added, and b >= 0.
     """
-    labels, counts, own = support.labels, support.counts, support.as_queries
-    scored = np.isfinite(logits[:, 0])
-    if not scored.any():
+    labels, folds, own = support.labels, left_out.folds, support.as_queries
+    if not len(left_out.labels):
         return LearningCurve()
     rng, points = np.random.default_rng(0), list[CurvePoint]()
-    usual = int(np.median(counts[counts > 1]))
+    usual = int(np.median(folds.distinct[folds.distinct > 1]))
     most = usual - -(-usual // MAX_FOLDS)  # images that the fit of a fold has
     for images in (2**k for k in range(most.bit_length()) if 2**k < most):
         right: list[np.ndarray] = []
         while len(right) < _MAX_DRAWS and sum(map(len, right)) < _SCORED:
-            chosen = _drawn(support, images, rng)
-            right.append(score(plan_of(support.only(chosen)), own[~chosen]).argmax(1) == labels[~chosen])
-        points.append(_point(images, np.concatenate(right)))
-    points.append(_point(most, logits[scored].argmax(1) == labels[scored]))
+            chosen, others = _drawn(support, folds, images, rng)
+            right.append(score(plan_of(support.only(chosen)), own[others]).argmax(1) == labels[others])
+        if len(of_others := np.concatenate(right)):
+            points.append(_point(images, of_others))
+    points.append(_point(most, left_out.logits.argmax(1) == left_out.labels))
     if len(points) < 2:
         return LearningCurve(tuple(points), usual)
     last = points[-3:]
@@ -80,14 +81,16 @@ def learning_curve(support: SupportSet, plan_of: Compile, logits: np.ndarray) ->
     return LearningCurve(tuple(points), usual, now, twice)
 
 
-def _drawn(support: SupportSet, images: int, rng: np.random.Generator) -> np.ndarray:
-    """(N,) bool: `images` of each class at random, or all but one of a smaller class; the only one of a class."""
-    order = rng.permutation(len(support.labels))
-    order = order[np.argsort(support.labels[order], kind="stable")]
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order)) - support.class_offsets[support.labels]
-    chosen: np.ndarray = rank < np.minimum(images, np.maximum(support.counts - 1, 1))[support.labels]
-    return chosen
+def _drawn(support: SupportSet, folds: Folds, images: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) bool twice: `images` of each class at random, or all but one of a smaller class, or the only one of a class,
+    with what counts as the same image; and the images of no such unit."""
+    n, labels = len(support.labels), support.labels
+    first = np.empty(folds.units.max() + 1, np.int64)  # the place of a unit's first image in a random order
+    first[folds.units[rng.permutation(n)[::-1]]] = np.arange(n)[::-1]
+    units, own = np.unique(labels * n + first[folds.units], return_inverse=True)  # of each class
+    rank = np.arange(len(units)) - np.searchsorted(units // n, units // n)
+    chosen = rank[own] < np.minimum(images, np.maximum(folds.distinct - 1, 1))[labels]
+    return chosen, ~np.isin(folds.units, folds.units[chosen])
 
 
 def _point(images: int, right: np.ndarray) -> CurvePoint:

@@ -84,7 +84,8 @@ def fit_multi_label(
     have the label. x and the keys are plain or adapted embeddings; the fit chooses. G are Gaussian discriminants of
     plain and adapted embeddings (multi_label_set). The weights w >= 0 and the biases, shrunk to a common one, minimise
     the log-loss of left-out images (log_loss.fit_binary); beta and ridge are those with the least log-loss, unless
-    `setting` gives them. Every image is left out by itself, in closed form; of discriminants those of a fold together.
+    `setting` gives them. Every image is left out by itself, in closed form; of discriminants those of a fold together,
+    and so everywhere where there are groups.
 
     A class with a single image has no other to learn a bias from, and takes the common one. Where all classes have but
     one image, the weight of texts is fitted, and that of images is a rule: a spread of the texts' logits, or of 0.5.
@@ -182,7 +183,7 @@ def _settings(
 
 def _used(entry: Method, images: MultiLabelSet) -> np.ndarray:
     """(C,) bool, the classes of which left-out images say something: texts have seen no image."""
-    return images.counts > 1 if entry.needs_support else np.ones(images.n_classes, bool)
+    return images.folds.distinct > 1 if entry.needs_support else np.ones(images.n_classes, bool)
 
 
 def _fit(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.folds import MAX_FOLDS, Folds
+from iosr_fast.methods.folds import MAX_FOLDS, Folds, spread
 from iosr_fast.methods.models.gaussian import Moments, fit_gaussians, gaussians_without
 from iosr_fast.methods.models.ridge import KernelRidge, kernel_matrix
 from iosr_fast.methods.out_of_fold import Part
@@ -31,6 +32,7 @@ class MultiLabelSet:
     tau         the CLIP's logit scale
     queries     (N, D): the same images with one view each, as queries have; left-out images are scored by these. None:
                 the rows of `embeddings`
+    groups      (N,) int64: images of one group are left out together; None: each is its own
 
     Raises IosrFastError for another number of rows or classes.
 
@@ -44,6 +46,7 @@ class MultiLabelSet:
     text: np.ndarray | None
     tau: float
     queries: Embeddings | None = None
+    groups: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         rows, classes = self.labels.shape
@@ -65,6 +68,16 @@ class MultiLabelSet:
     def as_queries(self) -> Embeddings:
         """The images as queries."""
         return self.queries or self.embeddings
+
+    @cached_property
+    def folds(self) -> Folds:
+        """Every image in one of up to MAX_FOLDS folds (folds.spread). With groups `distinct` counts a class's folds."""
+        n_images, distinct, (rows, classes) = len(self.labels), self.counts, np.nonzero(self.labels)
+        own = np.arange(n_images) if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
+        fold = spread(own, rows, classes, min(MAX_FOLDS, int(own.max(initial=0)) + 1))
+        if self.groups is not None:
+            distinct = np.array([len(np.unique(fold[column])) for column in self.labels.T])
+        return Folds(fold, np.ones(n_images, bool), distinct, own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +124,14 @@ def _regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) 
     queries = None if images.queries is None else image_rows(images.queries, which, None)
     kernel = None if queries is None else kernel_matrix(queries, keys, beta)
     values = model.values(target)
-    left_out = model.without_one(target, values, kernel)
-    others = max(len(keys) - 1, 1)
+    if images.groups is None:
+        left_out, without = model.without_one(target, values, kernel), target
+    else:
+        left_out, fold = model.without(images.folds, target, values, kernel), images.folds.fold
+        without = (fold[:, None] == fold) @ target
+    shares = (target.sum(0) - without)[:, :-1] / np.maximum(len(keys) - without[:, -1:], 1)
     values = values[:, :-1] - values[:, -1:] * (images.counts / len(keys))
-    left_out = left_out[:, :-1] - left_out[:, -1:] * ((images.counts - images.labels) / others)
+    left_out = left_out[:, :-1] - left_out[:, -1:] * shares
     return MultiLabelTerm.of(left_out, keys=keys, values=values, query=which, beta=beta)
 
 
@@ -130,20 +147,8 @@ def _discriminant(images: MultiLabelSet, which: Which) -> MultiLabelTerm:
         )
         labels = images.labels.astype(np.float64)
         moments = Moments.of(own, labels)
-        left_out = gaussians_without(moments, own, queries, labels, spread_folds(images.labels))
+        left_out = gaussians_without(moments, own, queries, labels, images.folds)
         linear, bias = fit_gaussians(moments).centred
         centred = left_out - left_out.mean(1, keepdims=True)
         known[which] = MultiLabelTerm.of(centred, linear=linear, bias=bias, feature=which)
     return known[which]
-
-
-def spread_folds(labels: np.ndarray) -> Folds:
-    """Every image in one of up to MAX_FOLDS folds: that with fewest images of its classes, then fewest at all."""
-    number = min(MAX_FOLDS, len(labels))
-    of_class, sizes = np.zeros((number, labels.shape[1])), np.zeros(number)
-    folds = np.zeros(len(labels), np.int64)
-    for i, row in enumerate(labels):
-        folds[i] = np.lexsort((sizes, of_class[:, row].sum(1)))[0]
-        of_class[folds[i]] += row
-        sizes[folds[i]] += 1
-    return Folds(folds, np.ones(len(labels), bool), labels.sum(0))

@@ -9,7 +9,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.folds import Folds, make_folds
+from iosr_fast.methods.folds import Folds, are_filled, make_folds
 from iosr_fast.methods.models.model import Model, Term
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.support_set import ROUNDING, SupportSet
@@ -131,15 +131,21 @@ class HeldOut:
         """A note on what leaving out does not judge, or judges together; "" if there is nothing."""
         if self.folds is None:
             return ""
-        single = int((self.folds.distinct == 1).sum())
-        count = int(self.support.counts.sum() - self.folds.distinct.sum())
-        notes = []
+        counts, distinct, grouped = self.support.counts, self.folds.distinct, self.support.groups is not None
+        single, count, notes = int((distinct == 1).sum()), int((counts - distinct).sum()), []
         if len(self.labels) and single:
             classes = f"{single} of {self.support.n_classes} classes {'has' if single == 1 else 'have'}"
-            notes.append(f"{classes} a single image, which can't be left out: no image of theirs is judged")
+            one = "a single image or group" if grouped else "a single image"
+            notes.append(f"{classes} {one}, which can't be left out: no image of theirs is judged")
         if count:
             images = "1 image is a near duplicate" if count == 1 else f"{count} images are near duplicates"
+            images += " or of the group" if grouped else ""
             notes.append(f"{images} of others of the same class and left out together with them")
+        if filled := [] if grouped else np.flatnonzero(are_filled(counts, distinct)).tolist():
+            notes.append(
+                f"near duplicates fill {len(filled)} of {len(counts)} classes: less similar pictures of a series are "
+                "not left out together, and new ones may be right less often; give the groups, or other pictures"
+            )
         return "; ".join(notes)
 
 

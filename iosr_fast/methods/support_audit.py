@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.methods.folds import class_distances, near_pairs
+from iosr_fast.methods.folds import are_filled, class_distances, near_pairs
 from iosr_fast.methods.label_noise import fit_label_noise
 from iosr_fast.methods.learning_curve import Compile, LearningCurve, learning_curve
 from iosr_fast.methods.models.model import TextModel
@@ -68,8 +68,8 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ClassReport:
-    """A class: its `images`, how many of them are `distinct` (near duplicates count once), how many were left out
-    (`scored`) and then `right`, how varied they are (1: as usual), and what to do in `advice`, or ""."""
+    """A class: its `images`, how many of them are `distinct` (Folds.distinct), how many were left out (`scored`) and
+    then `right`, how varied they are (1: as usual), and what to do in `advice`, or ""."""
 
     label: Any
     images: int
@@ -181,7 +181,7 @@ def audit_support(
     image_names = images.tolist()
     class_names = list(range(support.n_classes)) if classes is None else classes.tolist()
     logits = left_out.by_image()
-    curve = learning_curve(support, plan_of, logits)
+    curve = learning_curve(support, plan_of, left_out)
     scored, basis = np.isfinite(logits[:, 0]), "left-out images"
     judged, of_judged = scored, logits
     if not scored.any():
@@ -210,7 +210,7 @@ def audit_support(
         float(noise.wrong.sum()),
         tuple(Duplicate(*named[i], *named[j], cosine) for i, j, cosine in pairs),
         tuple(_confusions(support, class_names, shares, scored & ~(suspicion > LIKELY))),
-        tuple(_class_reports(support, class_names, logits, rows, pairs)),
+        tuple(_class_reports(support, class_names, left_out, rows)),
         curve,
         basis,
         time.perf_counter() - started,
@@ -239,31 +239,32 @@ def _confusions(
 
 
 def _class_reports(
-    support: SupportSet,
-    classes: Sequence[Any],
-    logits: np.ndarray,
-    rows: np.ndarray,
-    pairs: Iterable[tuple[int, int, float]],
+    support: SupportSet, classes: Sequence[Any], left_out: OutOfFold, rows: np.ndarray
 ) -> Iterator[ClassReport]:
-    labels, counts = support.labels, support.counts
-    copies = {second for first, second, _ in pairs if labels[first] == labels[second]}
-    distinct = counts - np.bincount(labels[list(copies)], minlength=len(counts))
+    counts, distinct = support.counts, left_out.folds.distinct
+    filled = are_filled(counts, distinct) & (distinct > 1) & (support.groups is None)
     variety = class_distances(rows, support, np.mean)
     if len(known := variety[np.isfinite(variety)]):
         variety /= max(np.median(known), _ROUNDING)
     usual = float(np.median(distinct[counts > 0])) if counts.any() else 0.0
-    scored = np.isfinite(logits[:, 0])
-    right = np.bincount(labels[scored][logits[scored].argmax(1) == labels[scored]], minlength=len(counts))
-    left_out = np.bincount(labels[scored], minlength=len(counts))
+    labels = left_out.labels
+    right = np.bincount(labels[left_out.logits.argmax(1) == labels], minlength=len(counts))
+    scored = np.bincount(labels, minlength=len(counts))
     for c, name in enumerate(classes):
         advice = []
         if counts[c] == 0:
             advice.append("no image")
         elif distinct[c] == 1:
-            advice.append("one image: nothing can be left out" if counts[c] == 1 else "copies of one image")
+            one = "one image" if counts[c] == 1 else "copies of one image" if support.groups is None else "one group"
+            advice.append(f"{one}: nothing can be left out")
         elif distinct[c] < usual / 2:
             advice.append(f"few images: {distinct[c]} where {usual:g} are usual")
+        if filled[c]:
+            advice.append(
+                f"near duplicates: {counts[c]} images count as {distinct[c]}; new ones may be right less often "
+                "than left-out ones: give the groups, or other images"
+            )
         if variety[c] < _ALIKE and distinct[c] > 1:
             advice.append("images are too alike: add others of other places, angles and lights")
-        images, single, scores, hits = (int(count[c]) for count in (counts, distinct, left_out, right))
+        images, single, scores, hits = (int(count[c]) for count in (counts, distinct, scored, right))
         yield ClassReport(name, images, single, scores, hits, float(variety[c]), "; ".join(advice))

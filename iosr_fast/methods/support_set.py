@@ -26,6 +26,7 @@ class SupportSet:
     tau            the CLIP's logit scale
     queries        (N, D): the same images with one view each, as queries have; leave-one-out scores these. None: the
                    rows of `embeddings`
+    groups         (N,) int64: images of one group are left out together (folds.make_folds); None: each is its own
 
     `make_support_set` sorts the rows and makes one.
 
@@ -39,6 +40,7 @@ class SupportSet:
     text: np.ndarray | None
     tau: float
     queries: Embeddings | None = None
+    groups: np.ndarray | None = None
 
     @property
     def n_classes(self) -> int:
@@ -66,9 +68,10 @@ class SupportSet:
 
     def only(self, rows: np.ndarray) -> SupportSet:
         """The support set of some images, `rows` a mask (N,) bool; every class stays, even one left without images."""
-        counts = np.bincount(self.labels[rows], minlength=self.n_classes)
+        offsets = _offsets(np.bincount(self.labels[rows], minlength=self.n_classes))
         queries = None if self.queries is None else self.queries[rows]
-        return replace(self, embeddings=self.embeddings[rows], class_offsets=_offsets(counts), queries=queries)
+        groups = None if self.groups is None else self.groups[rows]
+        return SupportSet(self.embeddings[rows], offsets, self.text, self.tau, queries, groups)
 
     def of_classes(self, classes: np.ndarray) -> SupportSet:
         """The support set of the classes in a mask (C,), which are numbered anew, and of their images."""
@@ -110,11 +113,12 @@ def make_support_set(
     tau: float,
     n_classes: int | None = None,
     queries: Embeddings | None = None,
+    groups: np.ndarray | None = None,
 ) -> SupportSet:
     """A support set from rows in any order; rows of one class keep their order.
 
     `embeddings` are (N, D), `labels` (N,) integers from 0 to C - 1, `text` (C, D) or None; `n_classes` is C and is
-    required if `text` is None. `tau` and `queries` as in SupportSet.
+    required if `text` is None. `tau`, `queries` and `groups` as in SupportSet.
 
     Raises IosrFastError if labels and embeddings differ in number, a label names no class, or the widths of image and
     text embeddings differ.
@@ -148,6 +152,7 @@ def make_support_set(
         None if text is None else np.ascontiguousarray(text, np.float32),
         tau,
         None if queries is None else queries[order],
+        None if groups is None else groups[order],
     )
 
 

@@ -189,6 +189,7 @@ def _halves(support: SupportSet, own: Embeddings, names: tuple[str, ...]) -> Ite
                 out = folds.fold == fold
                 left = of_half[labels] & out & folds.scored
                 unknown = ~of_half[labels] & (folds.fold % HALF_FOLDS == fold)
+                unknown &= ~np.isin(folds.units, folds.units[of_half[labels] & ~out])
                 if left.any() and unknown.any():
                     scorer = OodScores(support.only(~out).of_classes(of_half), names)
                     yield _standardised(scorer(own[left]), scorer(own[unknown]))

@@ -44,6 +44,7 @@ TABLE: dict[str, dict[str, Array]] = {
         "ids": Array("head.examples.ids", "int64", "N", needed=True),
         "plain": _embeddings("head.examples.embeddings.plain", "N", needed=True),
         "adapted": _embeddings("head.examples.embeddings.adapted", "N"),
+        "groups": Array("head.examples.groups", "int64", "N"),
         "query_plain": _embeddings("head.examples.queries.plain", "N"),
         "query_adapted": _embeddings("head.examples.queries.adapted", "N"),
         "unknown_plain": _embeddings("head.unknown_images.plain", "M"),

@@ -176,7 +176,9 @@ def _examples(arrays: Arrays, numbers: tuple[int, ...], next_id: int, **others: 
             raise IosrFastError(f"expected {name}_plain where {name}_adapted is given, got it alone")
     embeddings = _embeddings(arrays, "")
     assert embeddings is not None
-    return Examples(embeddings, owners, ids, queries=_embeddings(arrays, "query_"), **others)
+    return Examples(
+        embeddings, owners, ids, queries=_embeddings(arrays, "query_"), groups=arrays.get("groups"), **others
+    )
 
 
 def _embeddings(arrays: Arrays, name: str) -> Embeddings | None:

@@ -122,7 +122,7 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
     answered = chain.from_iterable(classify(head, reader, paths))
     rows = [row_of(path, answer, table.fields) for path, answer in zip(paths, answered, strict=True)]
     table.write(tmp_path / "out.csv", [table.group(rows)])
-    again, labels, names = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
+    again, labels, names, _ = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
     assert labels == answers.tolist() and [str(path) for path in again] == paths
     assert names == sorted(set().union(*answers))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.head.labelled_images import labelled_images
-from iosr_fast.head.labels import check_labels, class_ids
+from iosr_fast.head.labels import check_labels, class_ids, read_groups
 from iosr_fast.head.names import check_names
 
 NAN = float("nan")
@@ -54,6 +54,16 @@ def test_invalid_labels_are_refused_by_position(labels: Any, message: str) -> No
         class_ids([None] * 3, labels, ["a", "b"])
     with pytest.raises(ValueError, match=r"got set .* fitted with one label an image takes one"):
         class_ids([None], [{"a"}], ["a", "b"])
+
+
+def test_groups_are_numbered_and_a_missing_one_is_its_own() -> None:
+    for groups in (["b", "a", None, "b", None], np.array([7.0, 1.0, NAN, 7.0, NAN]), [(1, 2), "a", NAN, (1, 2), None]):
+        assert read_groups(groups, 5).tolist() == [0, 1, 2, 0, 3]
+    assert read_groups(None, 5) is None and read_groups(["a", "b", None], 3) is None  # each its own
+    wrong = ("ab", "in a sequence, got 'ab'"), ([1], "each of 2 images .* got 1"), ([[], 1], "unhashable")
+    for groups, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            read_groups(groups, 2)
 
 
 def test_valid_labels_of_every_type_are_read() -> None:
@@ -99,10 +109,12 @@ def test_tables_of_labels_join_folders(tmp_path: Path) -> None:
         (tmp_path / name / "1.png").touch()
     table = tmp_path / "more.csv"
     table.write_text("path,labels\na.png,pear; lime\nb.png,\nc.png,lime;\n")
-    _, labels, names = labelled_images(tmp_path, table)
+    _, labels, names, _ = labelled_images(tmp_path, table)
     assert labels == [{"lemon"}, {"pear"}, {"pear", "lime"}, set(), {"lime"}] and names == ["lemon", "lime", "pear"]
     table.write_text("path,label,,\na.png,cat,,\nb.png,dog,,\n")  # as spreadsheets write
     assert labelled_images(table)[1] == ["cat", "dog"]
+    table.write_text("path,label,group\na.png,cat,v1\nb.png,dog,\nc.png,cat, v1\n")
+    assert labelled_images(table, tmp_path).groups == ["v1", None, "v1", None, None]
     for text, message in {
         "path,labels\na.png,\n": r"expected labels in .*more\.csv, got 1 rows without one",
         "path,label,label\na.png,cat,dog\n": r"columns of different names in .*more\.csv, got 'label' more than once",
@@ -122,7 +134,7 @@ def test_a_later_place_corrects_labels(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "link").symlink_to("support")
     table = tmp_path / "labels.csv"
     table.write_text(f"path,label\nlink/lemon/2.png,lime\n{tmp_path}/support/pear/1.png,plum\nnew.png,pear\n")
-    paths, labels, names = labelled_images(tmp_path / "support", table)
+    paths, labels, names, _ = labelled_images(tmp_path / "support", table)
     assert labels == ["lemon", "lime", "plum", "pear"] and names == ["lemon", "lime", "pear", "plum"]
     assert paths[1] == tmp_path / "support/lemon/2.png" and "labels replace those of 2 images" in caplog.text
     table.write_text("path,label\nnew.png,pear\nnew.png,plum\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from iosr_fast.methods.tune import tune
 from iosr_fast.methods.tuned import Tuned, wilson
 from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows
-from tests.methods.support_sets import Clusters
+from tests.methods.support_sets import Clusters, unit
 
 
 @pytest.mark.parametrize("method", ["tip-adapter", "gda", "proker", "ape", "stack"])
@@ -43,6 +45,21 @@ def test_the_accuracy_by_leave_one_out_is_about_that_of_new_images(method: str) 
         reported.append(tuned.accuracy)
         reached.append((score(tuned.compile(support), queries).argmax(1) == labels).mean())
     assert 0.5 < np.mean(reached) < 0.97 and abs(np.mean(reported) - np.mean(reached)) < 0.08
+
+
+@pytest.mark.parametrize("method", ["tip-adapter", "gda", "proker", "stack"])
+def test_the_accuracy_of_series_of_pictures_is_that_of_other_series_if_they_are_groups(method: str) -> None:
+    world, found = Clusters(8, width=32, noise=1.6), []
+    for seed in range(4):
+        series, labels = world.queries(8, seed=seed)
+        rows = np.repeat(series.plain, 3, 0) + 0.09 * np.random.default_rng(seed).standard_normal((192, 32))
+        support = make_support_set(Embeddings(unit(rows)), np.repeat(labels, 3), None, 30.0, 8)
+        grouped = tune(method, replace(support, groups=np.arange(192) // 3))
+        queries, truth = world.queries(40)
+        reached = (score(grouped.compile(support), queries).argmax(1) == truth).mean()
+        found.append((tune(method, support).accuracy, grouped.accuracy, reached))
+    alone, together, reached = np.mean(found, axis=0)
+    assert alone > reached + 0.15 and abs(together - reached) < 0.1 and "of the group of others" in grouped.note
 
 
 def test_the_interval_is_wilsons() -> None:

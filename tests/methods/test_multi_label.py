@@ -14,7 +14,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.methods.log_loss import sigmoid
 from iosr_fast.methods.models.gaussian import Moments, fit_gaussians
 from iosr_fast.methods.multi_label import f1_thresholds, fit_multi_label
-from iosr_fast.methods.multi_label_set import MultiLabelSet, MultiLabelTerm, multi_label_terms, spread_folds
+from iosr_fast.methods.multi_label_set import MultiLabelSet, MultiLabelTerm, multi_label_terms
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.utils.ranking import mean_average_precision
@@ -39,7 +39,8 @@ def images_of(n: int = 31, classes: int = 5, seed: int = 0, text: bool = True, v
 
 def only(images: MultiLabelSet, rows: np.ndarray) -> MultiLabelSet:
     queries = None if images.queries is None else images.queries[rows]
-    return replace(images, embeddings=images.embeddings[rows], labels=images.labels[rows], queries=queries)
+    part = {"embeddings": images.embeddings[rows], "labels": images.labels[rows], "queries": queries, "groups": None}
+    return replace(images, **part)
 
 
 def rows_of(embeddings: Embeddings, which: str) -> np.ndarray:
@@ -47,10 +48,15 @@ def rows_of(embeddings: Embeddings, which: str) -> np.ndarray:
     return rows
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("which", ["plain", "adapted"])
-def test_the_regression_is_that_of_the_formula_and_of_a_fit_without_the_image(which: Which, views: bool) -> None:
-    images = images_of(views=views)
+def test_the_regression_is_that_of_the_formula_and_of_a_fit_without_the_image_or_the_fold_of_its_group(
+    which: Which, views: bool, grouped: bool
+) -> None:
+    images = replace(images_of(views=views), groups=np.arange(31) // 3 if grouped else None)
+    fold = images.folds.fold if grouped else np.arange(31)
+    assert not grouped or (fold[:30].reshape(-1, 3) == fold[:30:3, None]).all()
 
     def regression(of: MultiLabelSet) -> MultiLabelTerm:
         return multi_label_terms(of, METHODS["stack"], which, SETTING)["regression"]
@@ -60,15 +66,16 @@ def test_the_regression_is_that_of_the_formula_and_of_a_fit_without_the_image(wh
     target = images.labels - images.labels.mean(0)
     np.testing.assert_allclose(found.fields["values"], np.linalg.solve(system, target), atol=1e-9)
     for row in range(31):
-        affinity = np.exp(-2.0 * (1 - np.delete(keys, row, 0) @ rows_of(images.as_queries, which)[row]))
-        expected = affinity @ regression(only(images, np.arange(31) != row)).fields["values"]
+        others = fold != fold[row]
+        affinity = np.exp(-2.0 * (1 - keys[others] @ rows_of(images.as_queries, which)[row]))
+        expected = affinity @ regression(only(images, others)).fields["values"]
         np.testing.assert_allclose(found.logits[row], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_discriminant_is_that_of_each_image_given_once_a_label() -> None:
     images = images_of(n=45)
     term = multi_label_terms(images, METHODS["stack++"], "adapted", SETTING)["discriminant_adapted"]
-    queries, folds = rows_of(images.embeddings, "adapted"), spread_folds(images.labels)
+    queries, folds = rows_of(images.embeddings, "adapted"), images.folds
     rows, classes = np.nonzero(images.labels)
     assert folds.number == 16 and np.bincount(folds.fold).max() <= 5
 

@@ -10,8 +10,9 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, compile_method
+from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.label_noise import fit_label_noise
-from iosr_fast.methods.learning_curve import learning_curve
+from iosr_fast.methods.learning_curve import _drawn, learning_curve
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
@@ -88,6 +89,20 @@ def test_near_duplicates_within_and_across_classes() -> None:
     assert pairs == {(2, 50): (0, 0), (7, 51): (1, 9)}
     assert audit.duplicates[0].cosine == pytest.approx(1.0, abs=1e-6)
     assert [one.distinct for one in audit.classes] == [5] * 9 + [6] and audit.classes[0].images == 6
+    twice = audit_of(np.vstack([rows[:50], rows[25:30]]), np.append(labels[:50], labels[25:30]))
+    advice = [one.advice for one in twice.classes]
+    assert "near duplicates: 10 images count as 5;" in advice[5] and "give the groups" in advice[5]
+    assert not any(advice[:5] + advice[6:]) and twice.curve.points[-1].images == 4
+
+
+def test_a_learning_curve_scores_no_image_of_a_group_that_the_fit_has(rng: np.random.Generator) -> None:
+    images, labels = WORLD.queries(8)
+    groups = rng.integers(0, 30, 80)
+    support = make_support_set(images, labels, None, 100.0, 10, groups=groups)
+    for images_a_class in (1, 2, 4):
+        chosen, others = _drawn(support, make_folds(support), images_a_class, rng)
+        assert chosen.any() and not set(groups[chosen]) & set(groups[others])
+        assert (~others == np.isin(groups, groups[chosen])).all()
 
 
 def test_confused_classes_are_those_that_lie_together(rng: np.random.Generator) -> None:
@@ -124,7 +139,7 @@ def test_one_image_a_class_is_judged_by_class_names_or_not_at_all() -> None:
 def test_a_learning_curve_rises_and_foretells_the_accuracy_of_twice_the_images() -> None:
     world = Clusters(40, width=32, noise=1.2)
     support = world.support([8] * 40, seed=0, text=False)
-    curve = learning_curve(support, gda, left_out(support).by_image())
+    curve = learning_curve(support, gda, left_out(support))
     assert [point.images for point in curve.points] == [1, 2, 4, 7]
     assert (np.diff([point.accuracy for point in curve.points]) > 0).all() and curve.gain > 0
     queries, labels = world.queries(100, seed=8)

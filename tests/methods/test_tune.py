@@ -139,6 +139,7 @@ def test_the_note_counts_what_leaving_out_does_not_judge(method: str, rng: np.ra
     tuned = tune(method, support)  # with the other photograph at hand nearly all were right
     assert tuned.accuracy < 0.4 and tuned.scored == 48
     assert "24 images are near duplicates of others of the same class" in tuned.note
+    assert "near duplicates fill 6 of 6 classes" in tuned.summary() and "give the groups" in tuned.note
     tuned = tune(method, replace(support, embeddings=Embeddings(np.repeat(pairs[::8], 8, axis=0))))
     assert tuned.protocol == "one-shot" and "42 images are near duplicates" in tuned.note
 

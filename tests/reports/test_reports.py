@@ -165,7 +165,7 @@ def test_labels_typed_on_the_page_are_kept_and_saved_as_that_csv(place: Path, br
         page.get_by_role("button", name="Save labels.csv").click()
     download.value.save_as(place / "labels.csv")
     assert status.inner_text() == "2 of 4 images labelled; saved"
-    paths, labels, _ = labelled_images(place / "labels.csv")
+    paths, labels, *_ = labelled_images(place / "labels.csv")
     assert labels == ["two", '=a "new", one'] and all(path.parent == place / "unlabelled" for path in paths)
 
     run("suggest", place / "classifier", place / "unlabelled", "-n", 5, "--html", place / "other.html")

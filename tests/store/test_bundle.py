@@ -16,7 +16,7 @@ from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.verified_folder import VerifiedFolder
-from tests.store.live_parts import engine_folder, pictures, small_classifier
+from tests.store.live_parts import engine_folder, pictures, small_classifier, unfitted
 from tests.store.manifests import rewrite_manifest
 
 
@@ -72,6 +72,22 @@ def test_bundles_and_logs_keep_paths_which_are_no_part_of_the_fingerprint(
         assert [pair for pair in named if pair[1]] == [(15, str(tmp_path / "caf\u00e9.png"))]
     without = replace(heads[0], examples=replace(heads[0].examples, paths=()))
     assert len({*map(fingerprint, (*heads, without))}) == 1
+
+
+def test_groups_are_kept_and_images_that_are_added_are_groups_of_their_own(engine: Path, tmp_path: Path) -> None:
+    images, labels = pictures(np.random.default_rng(0), 4, 6)
+    made = unfitted(engine, method="gda", skip_bad=True)
+    made.fit([b"bad", *images], [f"motif {c}" for c in [0, *labels]], groups=[None, *np.arange(24) // 2])
+    groups = np.arange(24) // 2 + 1
+    assert made.support_.groups.tolist() == groups.tolist() and made.tuned_.out_of_fold.folds.number == 3
+    made.add_examples("motif 1", images[:2] // 9)
+    made.remove_examples(made.examples("motif 0")[:1])
+    calibration = made.calibration()  # by the folds of these groups, as that of the bundle
+    made.save(tmp_path / "bundle")
+    head = load_bundle(tmp_path / "bundle").head
+    assert head.support.groups.tolist() == [*groups[1:12], 13, 14, *groups[12:]]
+    assert fingerprint(head) == fingerprint(made.snapshot())
+    assert str(head.left_out_labels.reliability) == str(calibration)
 
 
 def test_every_damaged_byte_is_found_and_the_error_names_its_file(engine: Path, tmp_path: Path) -> None:
