@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS
+from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.log_loss import fit_binary, sigmoid
 from iosr_fast.methods.models.model import join_terms
-from iosr_fast.methods.multi_label_set import MultiLabelSet, MultiLabelTerm, multi_label_terms
+from iosr_fast.methods.multi_label_set import LeftOut, MultiLabelSet, fixed_terms, regression
+from iosr_fast.methods.out_of_fold import Part
 from iosr_fast.methods.papers import MAX_KEYS, Method
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Choice, affordable
 from iosr_fast.methods.tune import AUTO, TUNE_SECONDS
@@ -29,6 +31,7 @@ _ONE_SHOT_SPREAD = 0.5
 _PAIRS = 1 << 21  # of image and class that weights are fitted to; if there are more, every n-th image is used
 _FIRM = 1e6  # a shrinkage that leaves only the common bias
 _LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
+_ROUNDING = 1e-12  # a spread of a term that is nothing but rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +85,10 @@ def fit_multi_label(
 
     V = (K + ridge I)^-1 (Y - share) (N, C), with Y the indicator of labels and `share` (C,) the share of images that
     have the label. x and the keys are plain or adapted embeddings; the fit chooses. G are Gaussian discriminants of
-    plain and adapted embeddings (multi_label_set). The weights w >= 0 and the biases, shrunk to a common one, minimise
-    the log-loss of left-out images (log_loss.fit_binary); beta and ridge are those with the least log-loss, unless
-    `setting` gives them. Every image is left out by itself, in closed form; of discriminants those of a fold together,
-    and so everywhere where there are groups.
+    plain and adapted embeddings. The weights w >= 0 and the biases, shrunk to a common one, minimise the log-loss of
+    left-out images (log_loss.fit_binary); beta and ridge are those with the least log-loss, unless `setting` gives
+    them. Every image is left out by itself, in closed form; of discriminants those of a fold together, and so
+    everywhere where there are groups.
 
     A class with a single image has no other to learn a bias from, and takes the common one. Where all classes have but
     one image, the weight of texts is fitted, and that of images is a rule: a spread of the texts' logits, or of 0.5.
@@ -111,14 +114,15 @@ def fit_multi_label(
     if method == AUTO:
         method = "stack" if images.embeddings.adapted is None else "stack++"
     _check(entry := METHODS[method], images)
-    fits = [_fit(images, entry, *one) for one in _settings(entry, images, setting, seconds)]
-    (best, bias), used = min(fits, key=lambda fit: fit[0].loss), _used(entry, images)
+    used, fixed = _used(entry, images), fixed_terms(images, entry)
+    fits = [_fit(images, fixed, used, *one) for one in _settings(entry, images, setting, seconds)]
+    best, bias, fields = min(fits, key=lambda fit: fit[0].loss)
     logits = best.logits + bias
     thresholds, parameters = f1_thresholds(sigmoid(logits)), best.parameters()
     name = entry.name if best.shares["adapter"] else entry.name.removesuffix("++")
     # A stack leaves out what has no weight.
-    fields = [(parameters[part], term.fields) for part, term in best.parts.items() if parameters[part]]
-    plan = join_terms(images.n_classes, fields, bias=bias)
+    used_terms = [(parameters[term], values) for term, values in fields.items() if parameters[term]]
+    plan = join_terms(images.n_classes, used_terms, bias=bias)
     return MultiLabelFit(
         name,
         {key: parameters.get(key, 0.0) for key in METHODS[name].parameters},
@@ -156,23 +160,23 @@ def _check(entry: Method, images: MultiLabelSet) -> None:
         raise IosrFastError("several labels an image: expected labels of at least one class, got empty sets alone")
     if not 2 <= n_images <= MAX_KEYS:
         raise IosrFastError(f"several labels an image: expected 2 to {MAX_KEYS} support images, got {n_images}")
-    if entry.needs_text and images.text is None:
-        raise IosrFastError(f"{entry.name} compares images with texts, and these images have no text embeddings")
-    if entry.needs_adapter and images.embeddings.adapted is None:
-        name = entry.name.removesuffix("++")
-        raise IosrFastError(f"{entry.name} needs an encoder with an adapter; this one has none: use {name!r}")
     if entry.needs_support and len(empty := np.flatnonzero(images.counts == 0)):
         columns = abbreviate([str(column) for column in empty])
         raise IosrFastError(
             f"{entry.name} needs at least one image of each class, got none of the classes at {columns}"
         )
+    if (reason := unavailable_reason(entry.name, images.pairs)) is not None:
+        raise IosrFastError(reason)
 
 
 def _settings(
     entry: Method, images: MultiLabelSet, given: Mapping[str, float] | None, seconds: float
 ) -> Iterable[tuple[Which, Mapping[str, float]]]:
-    """The embeddings and settings to try: as many as the budget allows, and at least one; one where none is judged."""
-    if not entry.is_stack or not _used(entry, images).any():
+    """The embeddings and settings of the regression to try: as many as the budget allows, and at least one; one where
+    none is judged. The setting is empty for a method without regression."""
+    if not entry.is_stack:
+        return [(entry.which, {})]
+    if not _used(entry, images).any():
         return [(entry.which, FEW_SHOT_SETTING)]
     embeddings: tuple[Which, ...] = ("adapted", "plain") if entry.needs_adapter else ("plain",)
     if given is not None:
@@ -187,11 +191,19 @@ def _used(entry: Method, images: MultiLabelSet) -> np.ndarray:
 
 
 def _fit(
-    images: MultiLabelSet, entry: Method, which: Which, setting: Mapping[str, float]
-) -> tuple[Choice[MultiLabelTerm], np.ndarray]:
-    """Weights and biases (C,) at one setting."""
-    terms, used = multi_label_terms(images, entry, which, setting), _used(entry, images)
-    scaled = {name: term.scaled for name, term in terms.items()}
+    images: MultiLabelSet,
+    fixed: Mapping[str, LeftOut],
+    used: np.ndarray,
+    which: Which,
+    setting: Mapping[str, float],
+) -> tuple[Choice, np.ndarray, dict[str, Mapping[str, Any]]]:
+    """Weights, biases (C,) and the fields of the terms at one setting of the regression."""
+    terms = dict(fixed)
+    if setting:
+        terms["regression"] = regression(images, which, setting["beta"], setting["ridge"])
+    spreads = {name: spread if (spread := float(term.std())) > _ROUNDING else 1.0 for name, (term, _) in terms.items()}
+    parts = {name: Part(term, spreads[name], spreads[name]) for name, (term, _) in terms.items()}
+    scaled = {name: part.scaled for name, part in parts.items()}
     if used.any():
         some = slice(None, None, -(-images.labels.size // _PAIRS))
         fit = fit_binary([part[some] for part in scaled.values()], images.labels[some], used, SHRINKAGE)
@@ -200,8 +212,8 @@ def _fit(
         weights, bias, loss = _by_rule(scaled, images.labels)
         weights |= {name: 0.0 for name in terms if "discriminant" in name}
     if not any(weights.values()):
-        weights[next(iter(terms))] = _LEAST
-    return Choice(terms, weights, setting, which, loss), bias
+        weights["regression" if images.text is None else "text"] = _LEAST
+    return Choice(parts, weights, setting, which, loss), bias, {name: fields for name, (_, fields) in terms.items()}
 
 
 def _by_rule(scaled: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[dict[str, float], np.ndarray, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,14 +12,15 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.folds import MAX_FOLDS, Folds, spread
-from iosr_fast.methods.models.gaussian import Moments, fit_gaussians, gaussians_without
-from iosr_fast.methods.models.ridge import KernelRidge, kernel_matrix
-from iosr_fast.methods.out_of_fold import Part
+from iosr_fast.methods.models.gaussian import GaussianModel
+from iosr_fast.methods.models.model import TextModel
+from iosr_fast.methods.models.ridge import KernelRidge
 from iosr_fast.methods.papers import DISCRIMINANTS, Method
-from iosr_fast.methods.support_set import image_rows
+from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.scoring.plan import Which
 
-_ROUNDING = 1e-12  # a spread of a term that is nothing but rounding
+# A term: the logits (N, C) of left-out images as queries, each fitted without it, and its fields of a plan.
+LeftOut = tuple[np.ndarray, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,76 +80,56 @@ class MultiLabelSet:
             distinct = np.array([len(np.unique(fold[column])) for column in self.labels.T])
         return Folds(fold, np.ones(n_images, bool), distinct, own)
 
-
-@dataclass(frozen=True, eq=False)
-class MultiLabelTerm(Part):
-    """A term of the logits, to be multiplied by a weight: of left-out images as queries (N, C), each fitted without it;
-    their standard deviation is its unit. `fields` are those of a ScoringPlan that give it (models.model.join_terms)."""
-
-    fields: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, left_out: np.ndarray, **fields: Any) -> MultiLabelTerm:
-        spread = float(left_out.std())
-        unit = spread if spread > _ROUNDING else 1.0
-        return cls(left_out, unit, unit, fields)
+    @cached_property
+    def pairs(self) -> SupportSet:
+        """Each image once for each of its labels."""
+        classes, rows = np.nonzero(self.labels.T)
+        return make_support_set(self.embeddings[rows], classes, self.text, self.tau, self.n_classes)
 
 
-def multi_label_terms(
-    images: MultiLabelSet, method: Method, which: Which, setting: Mapping[str, float]
-) -> dict[str, MultiLabelTerm]:
-    """The terms of a method by the parameter that weighs each: the texts, if there are any, and for a stack the
-    regression with `setting` of the embeddings `which` and the discriminants."""
-    terms = dict[str, MultiLabelTerm]()
+def fixed_terms(images: MultiLabelSet, method: Method) -> dict[str, LeftOut]:
+    """The terms without a setting, by the parameter that weighs each: texts, if there are any, and the discriminants of
+    a stack."""
+    terms = dict[str, LeftOut]()
     if images.text is not None:
-        left_out = images.tau * (np.asarray(images.as_queries.plain, np.float64) @ images.text.T)
-        terms["text"] = MultiLabelTerm.of(left_out, text=images.text, tau=images.tau)
-    if method.is_stack:
-        terms["regression"] = _regression(images, which, setting["beta"], setting["ridge"])
-        for read, name in DISCRIMINANTS.items():
-            if name in method.parameters:
-                terms[name] = _discriminant(images, read)
+        texts = TextModel(images.pairs)
+        terms["text"] = texts.scores(images.as_queries), texts.fields()
+    for which, name in DISCRIMINANTS.items():
+        if name in method.parameters:
+            terms[name] = _discriminant(images, which)
     return terms
 
 
-def _regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) -> MultiLabelTerm:
-    """Kernel ridge regression of the labels (N, C) minus the share of images that have each; left-out images are fitted
-    without them, in their shares too. Without the shares the regression of an image's own label would be lower where
-    the image is left out: there is one such image less.
+def regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) -> LeftOut:
+    """Kernel ridge regression of the labels (N, C) minus the share of images that have each. Every image is left out
+    by itself, with groups the fold of its group, and in the shares too: else the regression of an image's own label
+    would be lower where the image is left out, as there is one such image less.
 
     The regression is linear in the target: that of labels - share is that of the labels minus share times that of 1.
     """
-    keys = image_rows(images.embeddings, which, None)
-    target = np.hstack([images.labels, np.ones((len(keys), 1))])
-    model = KernelRidge(kernel_matrix(keys, keys, beta), ridge)
+    keys, count = image_rows(images.embeddings, which, None), len(images.labels)
     queries = None if images.queries is None else image_rows(images.queries, which, None)
-    kernel = None if queries is None else kernel_matrix(queries, keys, beta)
+    model = KernelRidge(keys, queries, beta, ridge)
+    target = np.hstack([images.labels, np.ones((count, 1))])
     values = model.values(target)
-    if images.groups is None:
-        left_out, without = model.without_one(target, values, kernel), target
-    else:
-        left_out, fold = model.without(images.folds, target, values, kernel), images.folds.fold
-        without = (fold[:, None] == fold) @ target
-    shares = (target.sum(0) - without)[:, :-1] / np.maximum(len(keys) - without[:, -1:], 1)
-    values = values[:, :-1] - values[:, -1:] * (images.counts / len(keys))
-    left_out = left_out[:, :-1] - left_out[:, -1:] * shares
-    return MultiLabelTerm.of(left_out, keys=keys, values=values, query=which, beta=beta)
+    folds = images.folds if images.groups is not None else replace(images.folds, fold=np.arange(count))
+    sums = np.zeros((folds.number, target.shape[1]))
+    np.add.at(sums, folds.fold, target)
+    others = target.sum(0) - sums[folds.fold]
+    left_out = model.without(folds, target, values)
+    left_out = left_out[:, :-1] - left_out[:, -1:] * (others[:, :-1] / np.maximum(others[:, -1:], 1))
+    values = values[:, :-1] - values[:, -1:] * (images.counts / count)
+    return left_out, {"keys": keys, "values": values, "query": which, "beta": beta}
 
 
-def _discriminant(images: MultiLabelSet, which: Which) -> MultiLabelTerm:
+def _discriminant(images: MultiLabelSet, which: Which) -> LeftOut:
     """G (models.gaussian) minus its mean over classes, where an image counts for each of its classes: mu_c is the mean
     of the images with label c, Sigma the covariance around these means over all pairs of image and label. The mean says
-    how unlike all classes an image is, not which it has. Left-out images are those of a fold of up to MAX_FOLDS, over
-    which the images of a class are spread. It has no setting, so it is kept with the images."""
-    known: dict[Which, MultiLabelTerm] = vars(images).setdefault("_discriminants", {})
-    if which not in known:
-        own, queries = (
-            image_rows(rows, which, None).astype(np.float64) for rows in (images.embeddings, images.as_queries)
-        )
-        labels = images.labels.astype(np.float64)
-        moments = Moments.of(own, labels)
-        left_out = gaussians_without(moments, own, queries, labels, images.folds)
-        linear, bias = fit_gaussians(moments).centred
-        centred = left_out - left_out.mean(1, keepdims=True)
-        known[which] = MultiLabelTerm.of(centred, linear=linear, bias=bias, feature=which)
-    return known[which]
+    how unlike all classes an image is, not which it has."""
+    model, queries = GaussianModel(images.pairs, which), image_rows(images.as_queries, which, None)
+    left_out, of_pairs = np.zeros(images.labels.shape), np.nonzero(images.labels.T)[1]
+    for rows, out in images.folds.splits:
+        if images.labels[~out].any():  # else all labels are those of the images that are left out
+            left_out[rows] = model.fitted_without(out[of_pairs]).scores(queries[rows])
+    linear, bias = model.gaussians.centred
+    return left_out - left_out.mean(1, keepdims=True), {"linear": linear, "bias": bias, "feature": which}

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -45,17 +44,16 @@ _TEXT_IMAGES = 4.0
 _RATE = 1e10
 # How firmly the prior holds the weights at two images a class, in units of 1 / spread^2.
 _PRIOR_STRENGTH = 30.0
-P = TypeVar("P", bound=Part)
 
 
 @dataclass(frozen=True, eq=False)
-class Choice(Generic[P]):
+class Choice:
     """The parts of a stack that are used, with a weight >= 0 per unit of spread for each, and their log-loss.
 
     `parts` are named by the stack's parameters.
     """
 
-    parts: Mapping[str, P]
+    parts: Mapping[str, Part]
     weights: Mapping[str, float]
     setting: Mapping[str, float]
     keys: Which
@@ -66,7 +64,7 @@ class Choice(Generic[P]):
         """(V, C) of the held-out images."""
         return np.sum([self.weights[name] * part.scaled for name, part in self.parts.items()], axis=0)
 
-    def without(self, *names: str) -> Choice[P]:
+    def without(self, *names: str) -> Choice:
         """Without some of its parts."""
         return replace(self, parts={name: part for name, part in self.parts.items() if name not in names})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,10 +23,8 @@ class Moments:
 
     @classmethod
     def of(cls, rows: np.ndarray, labels: np.ndarray) -> Moments:
-        """From rows (N, D) float64 and labels (N, C), each the share of a row that belongs to a class: one-hot, an
-        indicator of several classes, or probabilities."""
-        second = rows.T @ (rows * labels.sum(1, keepdims=True))
-        return cls(labels.sum(0), labels.T @ rows, second)
+        """From rows (N, D) float64 and their one-hot labels (N, C)."""
+        return cls(labels.sum(0), labels.T @ rows, rows.T @ rows)
 
     def __sub__(self, other: Moments) -> Moments:
         counts = self.counts - other.counts
@@ -152,6 +149,10 @@ class GaussianModel(Model):
         """Those of all images but some, `out` (N,) bool."""
         return self.moments - Moments.of(self._rows(self.support.embeddings[out]), self.support.one_hot[out])
 
+    def fitted_without(self, out: np.ndarray) -> Gaussians:
+        """In closed form: the moments of the images `out` (N,) bool are taken off those of all."""
+        return self._fit(self.moments_without(out))
+
     @cached_property
     def gaussians(self) -> Gaussians:
         return self._fit(self.moments)
@@ -165,30 +166,12 @@ class GaussianModel(Model):
         return self.gaussians.scores(self._rows(queries))
 
     def without(self, folds: Folds) -> np.ndarray:
-        """In closed form: the moments of a fold are taken off those of all images."""
-        rows, queries = self._rows(self.support.embeddings), self._rows(self.support.as_queries)
-        return gaussians_without(self.moments, rows, queries, self.support.one_hot, folds, self._fit)
+        queries = self._rows(self.support.as_queries)
+        scores = np.full((len(queries), self.support.n_classes), np.nan)
+        for rows, out in folds.splits:
+            scores[rows] = self.fitted_without(out).scores(queries[rows])
+        return scores
 
     def fields(self) -> dict[str, Any]:
         fitted = self.gaussians
         return {"linear": fitted.linear, "bias": fitted.bias, "feature": self.which, "reducer": self.reducer}
-
-
-def gaussians_without(
-    moments: Moments,
-    rows: np.ndarray,
-    queries: np.ndarray,
-    labels: np.ndarray,
-    folds: Folds,
-    fit: Callable[[Moments], Gaussians] = fit_gaussians,
-) -> np.ndarray:
-    """G (N, C) of the queries of each fold by the images of the others; NaN where nothing is scored. rows, queries
-    (N, D), labels (N, C) as for Moments.of."""
-    scores = np.full(labels.shape, np.nan)
-    for chosen, out in folds.splits:
-        others = moments - Moments.of(rows[out], labels[out])
-        if others.counts.any():
-            scores[chosen] = fit(others).scores(queries[chosen])
-        else:
-            scores[chosen] = 0.0  # all labels are those of the images that are left out
-    return scores

@@ -23,53 +23,45 @@ def kernel_matrix(rows: np.ndarray, keys: np.ndarray, beta: float) -> np.ndarray
 
 
 class KernelRidge:
-    """Kernel ridge regression on images with the kernel matrix `kernel` (N, N), of any targets (N, C), in float64.
-    `ridge` is a number, or that of each image (N,).
+    """Kernel ridge regression on images with `keys` (N, D), of any targets (N, C), in float64. `ridge` is a number, or
+    that of each image (N,); `queries` (N, D) are other views of the images, None: the keys.
 
     One factorisation serves every target and every fold: kernel + diag(ridge) = L L', A = inv(L)' inv(L), and the
     values are A target.
     """
 
-    def __init__(self, kernel: np.ndarray, ridge: float | np.ndarray) -> None:
-        self._factor = lower_inverse(np.linalg.cholesky(kernel + np.diag(np.broadcast_to(ridge, len(kernel)))))
+    def __init__(self, keys: np.ndarray, queries: np.ndarray | None, beta: float, ridge: float | np.ndarray) -> None:
+        system = kernel_matrix(keys, keys, beta) + np.diag(np.broadcast_to(ridge, len(keys)))
+        self._factor = lower_inverse(np.linalg.cholesky(system))
+        self._query_kernel = None if queries is None else kernel_matrix(queries, keys, beta)
 
     def values(self, target: np.ndarray) -> np.ndarray:
         """(N, C): the prediction for a query is its kernel row times these."""
         values: np.ndarray = self._factor.T @ (self._factor @ target)
         return values
 
-    def without_one(self, target: np.ndarray, values: np.ndarray, query_kernel: np.ndarray | None = None) -> np.ndarray:
-        """(N, C): of each image the prediction that is fitted without it, target - values / diag(A), from the `values`
-        of the target.
+    def without_each(self, rows: np.ndarray, target: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """(len(rows), C): the prediction for each of these keys by all the others, target - values / diag(A)."""
+        columns = self._factor[:, rows]
+        predicted: np.ndarray = target[rows] - values[rows] / np.einsum("ij,ij->j", columns, columns)[:, None]
+        return predicted
 
-        query_kernel (N, N) of queries and images, if image j is query j in another view: the values without image j
-        are values - A[:, j] values[j] / A[j, j].
-        """
-        removed = values / np.einsum("ij,ij->j", self._factor, self._factor)[:, None]
-        if query_kernel is None:
-            predicted: np.ndarray = target - removed
-            return predicted
-        own = np.einsum("jk,kj->j", query_kernel @ self._factor.T, self._factor)
-        return query_kernel @ values - own[:, None] * removed
-
-    def without(
-        self, folds: Folds, target: np.ndarray, values: np.ndarray, query_kernel: np.ndarray | None = None
-    ) -> np.ndarray:
+    def without(self, folds: Folds, target: np.ndarray, values: np.ndarray) -> np.ndarray:
         """(N, C): query j's prediction is fitted without the images of j's fold; NaN for queries that no fold scores.
 
-        query_kernel (N, N) of queries and images; None: the queries are the images. With Z = inv(A[F, F]) values[F],
-        the values fitted without the fold F are values - A[:, F] Z, which is zero on F. The predictions of the images
-        of F themselves are target[F] - Z.
+        With Z = inv(A[F, F]) values[F], the values fitted without the fold F are values - A[:, F] Z, which is zero on
+        F. The predictions for the keys of F themselves are target[F] - Z.
         """
-        predicted = np.full(target.shape, np.nan)
+        predicted, kernel = np.full(target.shape, np.nan), self._query_kernel
+        across = None if kernel is None else kernel @ self._factor.T
         for rows, out in folds.splits:
             left_out = np.flatnonzero(out)
             columns = self._factor[:, left_out]
             removed = np.linalg.solve(columns.T @ columns, values[left_out])
-            if query_kernel is None:
+            if kernel is None or across is None:
                 predicted[rows] = target[rows] - removed[np.searchsorted(left_out, rows)]
             else:
-                predicted[rows] = query_kernel[rows] @ (values - self._factor.T @ (columns @ removed))
+                predicted[rows] = kernel[rows] @ values - (across[rows] @ columns) @ removed
         return predicted
 
 
@@ -110,18 +102,16 @@ class RidgeModel(Model):
         return replace(self, support=support, same_kernel=None)
 
     @cached_property
-    def _system(self) -> tuple[KernelRidge, np.ndarray | None]:
-        """The factorised kernel of the images, and that of the queries where these are other views."""
+    def _system(self) -> KernelRidge:
         if self.same_kernel is not None:
             return self.same_kernel._system
-        support = self.support
-        keys = image_rows(support.embeddings, self.which, self.reducer)
-        model = KernelRidge(
-            kernel_matrix(keys, keys, self.beta), self.ridge / class_weights(support.counts)[support.labels]
-        )
-        if support.queries is None:
-            return model, None
-        return model, kernel_matrix(image_rows(support.queries, self.which, self.reducer), keys, self.beta)
+        own, ridge = self.support.queries, self.ridge / class_weights(self.support.counts)[self.support.labels]
+        queries = None if own is None else image_rows(own, self.which, self.reducer)
+        return KernelRidge(self._keys, queries, self.beta, ridge)
+
+    @property
+    def _keys(self) -> np.ndarray:
+        return image_rows(self.support.embeddings, self.which, self.reducer)
 
     @cached_property
     def target(self) -> np.ndarray:
@@ -132,24 +122,23 @@ class RidgeModel(Model):
 
     @cached_property
     def values(self) -> np.ndarray:
-        return self._system[0].values(self.target)
+        return self._system.values(self.target)
 
     def scores(self, queries: Embeddings) -> np.ndarray:
-        keys = image_rows(self.support.embeddings, self.which, self.reducer)
-        scores: np.ndarray = kernel_matrix(image_rows(queries, self.which, self.reducer), keys, self.beta) @ self.values
+        rows = image_rows(queries, self.which, self.reducer)
+        scores: np.ndarray = kernel_matrix(rows, self._keys, self.beta) @ self.values
         return scores
 
     def without(self, folds: Folds) -> np.ndarray:
-        model, query_kernel = self._system
-        return model.without(folds, self.target, self.values, query_kernel)
+        return self._system.without(folds, self.target, self.values)
 
     def in_use(self, rows: np.ndarray) -> np.ndarray:
         """It interpolates, so that the scores of images it has seen say nothing of new ones: each without itself."""
-        return self._system[0].without_one(self.target, self.values)[rows]
+        return self._system.without_each(rows, self.target, self.values)
 
     def fields(self) -> dict[str, Any]:
         return {
-            "keys": image_rows(self.support.embeddings, self.which, self.reducer),
+            "keys": self._keys,
             "values": self.values,
             "query": self.which,
             "reducer": self.reducer,
