@@ -5,19 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from copy import copy
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, unit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.answers import Answers
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitting import fit_head
+from iosr_fast.head.head import Head
 from iosr_fast.head.labels import are_label_sets, dense, read_groups, read_label_sets
 from iosr_fast.head.method_config import MethodChoice
 from iosr_fast.head.multi_label import MultiLabelHead
+from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.conformal import COVERAGE, Reliability
@@ -30,6 +34,7 @@ from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown_images
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.validation import check_number
+from iosr_fast.store.head_bundle import SavedHead, load_head, save_head
 from iosr_fast.utils.estimator import not_fitted
 from iosr_fast.utils.numbers import check_integer, refuse_masked
 from iosr_fast.utils.require import require
@@ -146,11 +151,50 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
             self._check_method(examples.sorted_by_class().as_support(range(len(classes)), text, tau))
         head = fit_head(choice, [str(name) for name in classes.tolist()], text, tau, examples, sets, unknown)
+        return self._take(head, classes)
+
+    def _take(self, head: AnyHead, classes: np.ndarray) -> Self:
+        """Answer by this head, with labels of `classes` (C,)."""
         self.plan_, self.tuned_, config = head.plan, head.tuned, head.config
         self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
         self.multi_label_ = head.evidence if isinstance(head, MultiLabelHead) else None
         self.classes_, self._answers = classes, Answers(head, classes, check=False, fill=_BLOCK)
         return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything `load` needs to `folder`: a bundle without an encoder, and no pickle. The commands and the
+        server open it, too. A crash leaves the earlier content or the new one.
+
+        Raises IosrFastError for labels other than text, integers, booleans and floats, and names of classes that no
+        saved classifier may have (names.check_names); FileExistsError where `folder` holds anything else.
+        """
+        head, dtype, columns = self._fitted().head, self.classes_.dtype, getattr(self, "feature_names_in_", None)
+        labels, indicator = "str" if dtype.kind == "U" else dtype.name, self._indicator_type
+        if dtype.kind not in "Ubiuf" and not all(isinstance(label, str) for label in self.classes_.tolist()):
+            raise IosrFastError(f"expected labels of text, integers, booleans or floats to save, got {labels}")
+        parameters = {name: _plain(value) for name, value in self.get_params(deep=False).items() if name != "text"}
+        beside = None if indicator is None else indicator.name, None if columns is None else [*columns]
+        save_head(SavedHead(head, parameters, labels, *beside), folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, verify: bool = True, expected_digest: str | None = None) -> Self:
+        """The fitted head that `save` wrote, with the same logits to the last bit; `text` is of unit length, and
+        `multi_label_` None. Checks and errors are those of Classifier.load."""
+        saved = load_head(folder, verify, expected_digest)
+        made = cls(**saved.estimator, text=saved.head.text)
+        made._indicator_type = None if saved.indicator is None else np.dtype(saved.indicator)
+        made.n_features_in_ = saved.width
+        if saved.columns is not None:
+            made.feature_names_in_ = np.array(saved.columns, object)
+        return made._take(saved.head, saved.classes)
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        """As scikit-learn writes it; of an array in `text` its shape."""
+        shown, shape = copy(self), getattr(self.text, "shape", None)
+        if shape is not None:
+            shown.text = _Shown(f"array of shape {tuple(shape)}")
+        text: str = BaseEstimator.__repr__(shown, N_CHAR_MAX)
+        return text
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's. After a fit with
@@ -220,7 +264,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         """The share of rows whose predicted label is theirs. After a fit with several labels the mean average precision
         over the classes that a row of y has (utils.ranking.mean_average_precision); y as for `fit`."""
         answers = self._fitted()
-        if self.multi_label_ is None:
+        if isinstance(answers.head, Head):
             return float(super().score(X, y, sample_weight))
         if sample_weight is not None:
             raise IosrFastError("several labels an image: expected no sample_weight, got one; leave it out")
@@ -259,11 +303,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         return self._embeddings(rows)
 
     def _embeddings(self, rows: np.ndarray) -> Embeddings:
-        """Rows (n, D), or plain and adapted ones (n, 2 D), at unit length."""
-        return Embeddings(*map(unit, self._halves(rows)))
-
-    def _halves(self, rows: np.ndarray) -> list[np.ndarray]:
-        return np.split(rows, 2, axis=1) if self.adapted else [rows]
+        return Embeddings.of_rows(rows, self.adapted)
 
     def _usable(self, rows: np.ndarray, use: str) -> np.ndarray:
         """(k,) the rows that have a direction; a warning names the others and says what becomes of them."""
@@ -272,7 +312,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
                 "expected plain and adapted embeddings side by side, an even number of columns, for adapted=True, "
                 f"got {rows.shape[1]}"
             )
-        usable = np.logical_and.reduce([part.any(axis=1) for part in self._halves(rows)])
+        usable = np.logical_and.reduce([part.any(axis=1) for part in np.split(rows, 1 + self.adapted, axis=1)])
         if len(zero := np.flatnonzero(~usable)):
             message = f"{len(zero)} of {len(rows)} rows of X hold zeros only, the first is row {zero[0]}: {use}"
             warnings.warn(message, stacklevel=3)
@@ -319,13 +359,15 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             raise IosrFastError(f"{reason}{fix}")
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows at unit length, (n, D) float32; zeros stay. The largest channel becomes 1 first: no square overflows."""
-    exact = np.array(rows, np.float64, order="C")
-    largest = np.abs(exact).max(axis=1, keepdims=True)
-    exact /= np.where(largest > 0, largest, 1.0)
-    exact /= np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1.0)
-    return exact.astype(np.float32)
+def _plain(value: Any) -> Any:
+    """A number of NumPy as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class _Shown(str):
+    """A text that is its own repr."""
+
+    __repr__ = str.__str__
 
 
 @contextmanager

@@ -47,11 +47,25 @@ class Embeddings:
         return Embeddings(as_numpy(self.plain), None if self.adapted is None else as_numpy(self.adapted))
 
     @classmethod
+    def of_rows(cls, rows: np.ndarray, adapted: bool = False) -> Embeddings:
+        """Rows (n, D) of any length and real dtype, at unit length; with `adapted` (n, 2 D), plain beside adapted."""
+        return cls(*map(unit, np.split(rows, 1 + adapted, axis=1)))
+
+    @classmethod
     def concatenate(cls, parts: Sequence[Embeddings]) -> Embeddings:
         """The rows of all parts (NumPy arrays or tensors), in order; `adapted` only if every part has it."""
         adapted = [part.adapted for part in parts if part.adapted is not None]
         join = np.concatenate if isinstance(parts[0].plain, np.ndarray) else require("torch", "cpu").cat
         return cls(join([part.plain for part in parts]), join(adapted) if len(adapted) == len(parts) else None)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows at unit length, (n, D) float32; zeros stay. The largest channel becomes 1 first: no square overflows."""
+    exact = np.array(rows, np.float64, order="C")
+    largest = np.abs(exact).max(axis=1, keepdims=True)
+    exact /= np.where(largest > 0, largest, 1.0)
+    exact /= np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1.0)
+    return exact.astype(np.float32)
 
 
 def as_numpy(rows: Array) -> np.ndarray:

@@ -32,7 +32,7 @@ from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportViews
 from iosr_fast.store.bundle_arrays import SUPPORT, TABLE
 from iosr_fast.store.bundle_schema import ClassifierManifest
-from iosr_fast.store.head_files import head_from_files, head_to_files
+from iosr_fast.store.head_files import read_head, write_head
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import MANIFEST, write_manifest
 from iosr_fast.utils.schema import check_files, facts_to_json, read_facts, refused
@@ -102,18 +102,13 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
     Raises ValueError, with nothing written, where the engine or the text encoder is not as its manifest says, or
     another than the one that encoded the support images.
     """
-    from safetensors.numpy import save_file
-
     engine = bundle.files or open_verified(bundle.engine, ENGINE_KIND)
     facts = check_engine(engine)
     _check_encoder(engine, facts, bundle.encoder_fingerprint)
-    head_facts, files = head_to_files(bundle.head)
     with new_folder(folder, KIND) as temporary:
-        for name, arrays in files.items():
-            save_file(arrays, temporary / name)
         known = _copy_engine(engine, temporary / ENGINE)
         written = {
-            **head_facts,
+            **write_head(bundle.head, temporary),
             "views": asdict(bundle.views),
             "preprocessing": {**facts.geometry.facts(), "mean": facts.mean, "std": facts.std},
             "clip_fingerprint": facts.clip_fingerprint,
@@ -146,8 +141,8 @@ def load_bundle(
         folder.require(expected_digest)
     facts, engine = _read(folder)
     folder.check(but=(*TABLE, f"{ENGINE}/{MANIFEST}"))
+    head = read_head(facts, folder)
     try:
-        head = head_from_files(facts, lambda name: folder.read(name) if name in folder.files else None)
         views = facts.support_views()
         _check_widths(facts, engine.manifest, head)
     except ValueError as error:
@@ -193,6 +188,8 @@ def _check_widths(facts: ClassifierManifest, engine: Mapping[str, Any], head: An
     """That embeddings are such as the engine makes, and the text encoder."""
     width, text = engine["width"], facts.text
     adapted = engine["first_adapted_block"] is not None
+    if head.text is None:
+        raise IosrFastError(f"{SUPPORT}: expected the embeddings of class names, text, got none")
     if head.examples.width != width:
         raise IosrFastError(f"{SUPPORT}: expected embeddings of {width} channels, got {head.examples.width}")
     for rows in (head.examples.embeddings, head.unknown_images):

@@ -39,7 +39,7 @@ def _embeddings(place: str, rows: str, needed: bool = False) -> Array:
 # many.
 TABLE: dict[str, dict[str, Array]] = {
     SUPPORT: {
-        "text": _embeddings("head.text", "C", needed=True),
+        "text": _embeddings("head.text", "C"),  # of a classifier always
         "owners": Array("head.examples.class_ids", "int64", "N", needed=True),
         "ids": Array("head.examples.ids", "int64", "N", needed=True),
         "plain": _embeddings("head.examples.embeddings.plain", "N", needed=True),

@@ -1,4 +1,4 @@
-"""A bundle, an engine folder or a log of changes in words: the lines of `iosr-fast info`."""
+"""A bundle, a head, an engine folder or a log of changes in words: the lines of `iosr-fast info`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import cast
 
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
+from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods.tuned import describe_shares
 from iosr_fast.store.bundle import KIND, Bundle, load_bundle
+from iosr_fast.store.head_bundle import HEAD_KIND, head_of
 from iosr_fast.store.log_reader import Base, LoggedChange, reading
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
 from iosr_fast.utils.text import abbreviate
@@ -17,7 +19,7 @@ from iosr_fast.utils.verified_folder import open_verified
 
 
 def describe(folder: str | Path) -> str:
-    """Lines to read of a bundle or an engine folder, the last with its digest. Every file is verified first.
+    """Lines to read of a bundle, a head or an engine folder, the last with its digest. Every file is verified first.
 
     Raises FileNotFoundError and ValueError as `Classifier.load` does.
     """
@@ -27,6 +29,10 @@ def describe(folder: str | Path) -> str:
     if verified.kind == ENGINE_KIND:
         lines += _engine_lines(check_engine(verified))
         verified.check()
+    elif verified.kind == HEAD_KIND:
+        saved = head_of(verified)
+        rows = f"{saved.width} numbers" + (", plain and adapted side by side" if saved.adapted else "")
+        lines += [*_head_lines(saved.head), f"takes embeddings of {rows}; labels are {saved.labels}"]
     else:
         lines += _classifier_lines(load_bundle(verified))
     return "\n".join([*lines, f"digest {verified.digest}"])
@@ -47,19 +53,19 @@ def describe_log(path: str | Path) -> Iterator[str]:
 
 
 def folder_kind(folder: Path) -> str:
-    """What the folder says it is; `open_verified` says what is wrong with it."""
+    """What the folder says it is, a classifier if nothing; `open_verified` says what is wrong with it."""
     try:
         with (folder / MANIFEST).open("rb") as file:
-            return ENGINE_KIND if json.loads(file.read(LARGEST_MANIFEST))["kind"] == ENGINE_KIND else KIND
+            kind = json.loads(file.read(LARGEST_MANIFEST))["kind"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return KIND
+    return kind if kind in (ENGINE_KIND, HEAD_KIND) else KIND
 
 
-def _classifier_lines(bundle: Bundle) -> list[str]:
-    head, config, examples, engine = bundle.head, bundle.head.config, bundle.head.examples, bundle.files
+def _head_lines(head: AnyHead) -> list[str]:
+    config, examples = head.config, head.examples
     parameters = "".join(f", {name} {value:.6g}" for name, value in sorted(config.parameters.items()))
     shares = {} if head.tuned is None else head.tuned.shares
-    assert engine is not None
     return [
         f"classes {len(head.uids):,}, images {len(examples):,}, "
         f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {head.version}"
@@ -67,7 +73,14 @@ def _classifier_lines(bundle: Bundle) -> list[str]:
         f"method {config.method}, reducer {config.reducer_name}{parameters}, keys in {config.key_precision}",
         head.summary(),
         *([f"shares of the logits: {describe_shares(shares)}"] if shares else []),
-        *_engine_lines(check_engine(engine)),
+    ]
+
+
+def _classifier_lines(bundle: Bundle) -> list[str]:
+    assert bundle.files is not None
+    return [
+        *_head_lines(bundle.head),
+        *_engine_lines(check_engine(bundle.files)),
         f"text encoder {'none' if bundle.text is None else 'included'}",
         *([] if bundle.engine_choice is None else bundle.engine_choice.lines()),
     ]

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,7 +46,8 @@ from iosr_fast.store.bundle_arrays import (
     read_arrays,
 )
 from iosr_fast.store.bundle_schema import ConfigFacts, HeadFacts, PlanConstants
-from iosr_fast.utils.schema import facts_to_json
+from iosr_fast.utils.schema import facts_to_json, refused
+from iosr_fast.utils.verified_folder import VerifiedFolder
 
 # Text and class offsets of a plan are those of the support set.
 CONSTANTS = tuple(name for name in PlanConstants.__struct_fields__ if name not in ("cache", "keys"))
@@ -101,7 +103,7 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
     with naming(SUPPORT):
         examples = _examples(arrays, numbers, facts.next[1], pictures=shown, paths=known if any(known) else ())
         own = _of_several(arrays, names)
-        support = examples.as_support(numbers, arrays["text"], facts.tau)
+        support = examples.as_support(numbers, arrays.get("text"), facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
             raise IosrFastError(reason)
     with naming(PLAN):
@@ -111,10 +113,28 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
         config = facts.config(reducer)
         plan = _plan(facts.plan, derived, support, config)
         if not own:
-            _check_terms(plan, config)
-    data = names, numbers, arrays["text"], facts.tau, examples, config, facts.version, *facts.next
+            _check_terms(plan, config, arrays.get("text"))
+    data = names, numbers, arrays.get("text"), facts.tau, examples, config, facts.version, *facts.next
     head: AnyHead = MultiLabelHead(*data, **own) if own else Head(*data, _embeddings(arrays, "unknown_"))
     return head.with_computed(plan=plan, **_evidence(head, read))
+
+
+def write_head(head: AnyHead, folder: Path) -> dict[str, Any]:
+    """Write the arrays of a head into the folder of a bundle; its facts."""
+    from safetensors.numpy import save_file
+
+    facts, files = head_to_files(head)
+    for name, arrays in files.items():
+        save_file(arrays, folder / name)
+    return facts
+
+
+def read_head(facts: HeadFacts, folder: VerifiedFolder) -> AnyHead:
+    """The head of a bundle. Raises DamagedFileError as `head_from_files`, naming the folder."""
+    try:
+        return head_from_files(facts, lambda name: folder.read(name) if name in folder.files else None)
+    except ValueError as error:
+        raise refused(folder, str(error)) from error
 
 
 def head_to_bytes(head: AnyHead) -> bytes:
@@ -146,7 +166,8 @@ def fingerprint(head: AnyHead) -> str:
     digest.update(b"".join(hashlib.sha256(picture or b"").digest() for picture in head.examples.pictures))
     files = arrays_of(_parts(head))
     support, of_reducer = files[SUPPORT], files.get(PLAN, {})
-    for array in (support.pop("text"), *of_reducer.values(), *support.values()):
+    text = [support.pop("text")] if head.text is not None else []
+    for array in (*text, *of_reducer.values(), *support.values()):
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(array.data)
     return digest.hexdigest()
@@ -239,16 +260,17 @@ def _plan(constants: PlanConstants, arrays: Arrays, support: SupportSet, config:
         raise IosrFastError(f"expected the cache {_cache_of(plan)!r} of these arrays, got {constants.cache!r}")
     if plan.key_precision not in (None, config.key_precision):
         raise IosrFastError(f"expected keys in {config.key_precision}, got {plan.key_precision}")
-    if config.text_weight and not math.isclose(plan.tau, config.text_weight * support.tau, rel_tol=1e-6):
+    if plan.text is not None and not math.isclose(plan.tau, config.text_weight * support.tau, rel_tol=1e-6):
         raise IosrFastError(f"expected tau {config.text_weight * support.tau:g} in the plan, got {plan.tau:g}")
     return plan
 
 
-def _check_terms(plan: ScoringPlan, config: MethodConfig) -> None:
+def _check_terms(plan: ScoringPlan, config: MethodConfig, text: np.ndarray | None) -> None:
     """Raise ValueError unless the plan has the terms to which the method compiles, as a few short rows tell."""
     rows = np.random.default_rng(0).standard_normal((3, 4, 8))
-    plain, adapted, text = rows / np.linalg.norm(rows, axis=2, keepdims=True)
-    sample = make_support_set(Embeddings(plain, adapted), np.array([0, 0, 1, 1]), text[:2], tau=1.0)
+    plain, adapted, texts = rows / np.linalg.norm(rows, axis=2, keepdims=True)
+    known = None if text is None else texts[:2]
+    sample = make_support_set(Embeddings(plain, adapted), np.array([0, 0, 1, 1]), known, 1.0, 2)
     expected = _terms(replace(config, reducer=None, key_precision="fp32").compile(sample))
     expected["reducer"] |= config.reducer is not None
     got = _terms(plan)

@@ -16,7 +16,11 @@ SCHEMA = 2
 OWN_FIELDS = ("schema", "kind", "files", "checksum")  # those that write_manifest adds to the facts
 LARGEST_MANIFEST = 64 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
-_REBUILD = {"engine": "iosr-fast build-engine builds it again", "classifier": "fit and save it again"}
+_REBUILD = {
+    "engine": "iosr-fast build-engine builds it again",
+    **dict.fromkeys(("classifier", "head"), "fit and save it again"),
+}
+_OPEN = {"classifier": "Classifier.load", "head": "FewShotHead.load", "engine": "Classifier(engine=...)"}
 
 
 def sha256(path: Path) -> str:
@@ -102,7 +106,8 @@ def parse_manifest(content: bytes, folder: Path, kind: str) -> dict[str, Any]:
             f"{path} is damaged or was changed by hand: it does not match its own checksum; {advice(kind)}"
         )
     if actual_kind != kind:
-        raise DamagedFileError(f"expected {folder} to hold a {kind}, got a {actual_kind}")
+        opens = f": {_OPEN[actual_kind]} opens it" if actual_kind in _OPEN else ""
+        raise DamagedFileError(f"expected {folder} to hold a {kind}, got a {actual_kind}{opens}")
     for name in manifest["files"]:
         if _is_outside(name):
             raise DamagedFileError(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
@@ -16,14 +18,16 @@ from scipy.sparse import csr_array
 from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 from sklearn.metrics import average_precision_score
 from sklearn.utils.estimator_checks import check_estimator
+from typer.testing import CliRunner
 
-from iosr_fast import FewShotHead, IosrFastError
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import NotFittedError
-from iosr_fast.few_shot_head import unit
+from iosr_fast import Classifier, FewShotHead, IosrFastError
+from iosr_fast.cli import app
+from iosr_fast.encoders.encoder import Embeddings, unit
+from iosr_fast.exceptions import DamagedFileError, NotFittedError
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.reference import score_reference, softmax
-from tests.store.live_parts import random_queries, small_classifier
+from tests.store.live_parts import random_queries, saved_classifier, small_classifier
+from tests.store.manifests import rewrite_manifest
 
 Data = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -158,6 +162,93 @@ def test_unknown_rows_are_rejected_and_sets_of_labels_given(rng: np.random.Gener
         head.fit(X, y, unknown_images=X[:1])
 
 
+# --- saved and loaded ---
+
+
+def answers(head: FewShotHead, X: Any) -> list[Any]:
+    """What a head says of rows, and of its own."""
+    sets = [list(one) for one in head.predict_sets(X, 0.8)]
+    labels = head.predict(X, unknown="reject", keep=0.8)
+    audit = [(one.image, one.suggested, one.suspicion) for one in head.audit().suspects]
+    suggested = head.suggest(X, 5).rows.tolist()
+    return [labels.tolist(), head.predict_proba(X).tolist(), sets, head.unknown_score(X).tolist(), audit, suggested]
+
+
+@pytest.mark.parametrize("names", [["ant", "cat", "fox"], [-2, 7, 40], [0.0, 1.0, 2.0], [False, True]])
+@pytest.mark.parametrize(("method", "text", "adapted"), [("auto", False, False), ("tip-adapter++", True, True)])
+def test_a_loaded_head_answers_as_the_saved_one(
+    rng: np.random.Generator, names: list[Any], method: str, text: bool, adapted: bool, tmp_path: Path
+) -> None:
+    rows, ids, centres = clusters(rng, len(names), 10, 16)
+    X = np.hstack([rows, rows + rng.standard_normal(rows.shape)]) if adapted else rows
+    X[3], y = 0, np.array(names)[ids]  # audit names rows by their positions in all of X
+    table, head = pd.DataFrame(X).add_prefix("x"), FewShotHead(method, text=centres if text else None, adapted=adapted)
+    with pytest.warns(UserWarning):
+        head.fit(table, y, unknown_images=pd.DataFrame(rng.standard_normal((4, X.shape[1]))).add_prefix("x"))
+    queries = table[4:]
+    for _ in ("nothing left out yet", "what left-out rows say is stored"):
+        head.save(tmp_path / "head")
+        loaded = FewShotHead.load(tmp_path / "head")
+        np.testing.assert_array_equal(loaded.decision_function(queries), head.decision_function(queries))
+        assert loaded.classes_.dtype == head.classes_.dtype and loaded.n_features_in_ == X.shape[1]
+        assert answers(loaded, queries) == answers(head, queries) and repr(loaded) == repr(head)
+        given, stored = head.get_params(), loaded.get_params()
+        if text:
+            np.testing.assert_allclose(stored.pop("text"), unit(given.pop("text")), atol=1e-6)
+        assert stored == given
+    said = CliRunner().invoke(app, ["info", str(tmp_path / "head")]).stdout
+    assert f"takes embeddings of {X.shape[1]} numbers" in said and f"method {head.method_}" in said
+    digest = said.splitlines()[-1].removeprefix("digest ")
+    FewShotHead.load(tmp_path / "head", expected_digest=digest)
+    with pytest.raises(IosrFastError, match="it is another head than the pinned one"):
+        FewShotHead.load(tmp_path / "head", expected_digest=f"sha256:{'0' * 64}")
+
+
+def test_a_repr_has_the_shape_of_text_alone() -> None:
+    assert repr(FewShotHead("gda", text=np.eye(3, 384))) == "FewShotHead(method='gda', text=array of shape (3, 384))"
+
+
+def test_what_can_not_be_loaded_is_not_saved(rng: np.random.Generator, tmp_path: Path) -> None:
+    X, y, _ = clusters(rng, 3, 3, 8)
+    days = np.array(["2024-01-01", "2024-01-02", "2024-01-03"], "datetime64[D]")
+    for labels, message in (
+        (days[y], "labels of text, integers.*got datetime64"),
+        (np.array(["a ", "b", "c"])[y], "blanks"),
+    ):
+        with pytest.raises(IosrFastError, match=message):
+            FewShotHead("gda").fit(X, labels).save(tmp_path / "head")
+    with pytest.raises(NotFittedError):
+        FewShotHead().save(tmp_path / "head")
+    assert not (tmp_path / "head").exists()
+
+
+def test_damage_and_other_folders_are_named(rng: np.random.Generator, tmp_path: Path) -> None:
+    X, y, _ = clusters(rng, 3, 3, 8)
+    folder, classifier = tmp_path / "head", saved_classifier(tmp_path / "classifier")
+    FewShotHead("gda").fit(X, y).save(folder)
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        for broken in (data[:-1], data[:40] + bytes([data[40] ^ 1]) + data[41:]):
+            path.write_bytes(broken)
+            with pytest.raises(DamagedFileError, match=path.name):
+                FewShotHead.load(folder)
+        path.write_bytes(data)
+    for fact, message in (
+        ({"labels": "int8"}, "300"),
+        ({"labels": "complex64"}, "labels"),
+        ({"columns": 3}, "columns"),
+    ):
+        rewrite_manifest(folder, **{"class_names": ["1", "2", "300"], "labels": "int64", "columns": None, **fact})
+        with pytest.raises(DamagedFileError, match=f"not a complete head.*{message}"):
+            FewShotHead.load(folder)
+    with pytest.raises(DamagedFileError, match=r"to hold a classifier, got a head: FewShotHead\.load opens it"):
+        Classifier.load(folder)
+    with pytest.raises(DamagedFileError, match=r"to hold a head, got a classifier: Classifier\.load opens it"):
+        FewShotHead.load(classifier)
+    with pytest.raises(FileExistsError, match="is not replaced"):
+        FewShotHead("gda").fit(X, y).save(classifier)
+
+
 # --- several labels a row ---
 
 NAMES = np.array(["cat", "dog", "fox", "hen", "owl"])
@@ -171,7 +262,7 @@ def rows_and_sets(rng: np.random.Generator) -> tuple[np.ndarray, list[set[str]],
     return rows, [set(NAMES[row].tolist()) for row in indicator], indicator
 
 
-def test_answers_have_the_form_of_the_labels(rng: np.random.Generator) -> None:
+def test_answers_have_the_form_of_the_labels(rng: np.random.Generator, tmp_path: Path) -> None:
     X, sets, indicator = rows_and_sets(rng)
     by_sets, by_indicator = FewShotHead().fit(X, sets), FewShotHead().fit(X, indicator.astype(np.int8))
     assert by_sets.classes_.tolist() == NAMES.tolist() and by_indicator.classes_.tolist() == [*range(5)]
@@ -185,6 +276,14 @@ def test_answers_have_the_form_of_the_labels(rng: np.random.Generator) -> None:
     assert by_sets.score(X, sets) == by_indicator.score(X, indicator) == expected
     for labels in ([tuple(one) for one in sets], csr_array(indicator.astype(int))):
         np.testing.assert_array_equal(FewShotHead().fit(X, labels).decision_function(X), logits)
+    for number, head in enumerate((by_sets, by_indicator)):
+        head.save(tmp_path / str(number))
+        loaded = FewShotHead.load(tmp_path / str(number))
+        np.testing.assert_array_equal(loaded.predict(X), head.predict(X))
+        assert (
+            loaded.predict(X).dtype == head.predict(X).dtype
+            and loaded.score(X, sets if head is by_sets else indicator) == expected
+        )
     with pytest.raises(IosrFastError, match="not among the 5 class names"):
         by_sets.score(X, [{"eel"}] * len(X))
     for name, call in {
