@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.conformal import log_odds_of_largest
 from iosr_fast.methods.folds import Folds
-from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, fit_gaussians, shrunk_precision
-from iosr_fast.methods.models.model import TextModel
+from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments, shrunk_precision
+from iosr_fast.methods.models.keys import KeyModel
+from iosr_fast.methods.models.model import Model, TextModel
 from iosr_fast.methods.models.ridge import RidgeModel
 from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
 from iosr_fast.scoring.plan import Which
 
 TEXT_SCORES = ("text cosine", "text softmax")
-GAUSSIAN_SCORES = (
-    "discriminant",
-    "discriminant softmax",
-    "centred discriminant",
-    "mahalanobis",
-    "relative mahalanobis",
-)
-KEY_SCORES = ("nearest key",)
-REGRESSION_SCORES = ("regression", "regression margin")
-UNKNOWN_KEY = "nearest unknown key"
+GAUSSIAN_SCORES = ("discriminant softmax", "mahalanobis", "relative mahalanobis")
+NEAREST_KEY, REGRESSION, UNKNOWN_KEY = "nearest key", "regression", "nearest unknown key"
 # The least number of images of the largest class: models without one of each need a covariance, too.
 LEAST_FOR_GAUSSIANS = 3
 # The (N, N) system of the regression is solved for every fold, which takes a minute beyond this number of images.
@@ -40,7 +35,7 @@ def score_names(support: SupportSet, adapted: bool, unknown: Embeddings | None =
     if np.count_nonzero(support.counts) < 2:
         return TEXT_SCORES + known_not
     image: tuple[str, ...] = GAUSSIAN_SCORES if support.counts.max(initial=0) >= LEAST_FOR_GAUSSIANS else ()
-    image += KEY_SCORES + (REGRESSION_SCORES if len(support.embeddings) <= MAX_REGRESSION else ())
+    image += (NEAREST_KEY, REGRESSION) if len(support.embeddings) <= MAX_REGRESSION else (NEAREST_KEY,)
     text = () if support.text is None else TEXT_SCORES
     of_adapted = tuple(f"{name}, adapted" for name in image) if adapted else ()
     return text + image + of_adapted + known_not
@@ -49,115 +44,106 @@ def score_names(support: SupportSet, adapted: bool, unknown: Embeddings | None =
 class OodScores:
     """The scores `names` (of `score_names`) of queries, (B, K) float64, by the C classes that have support images.
 
-    With x a plain or adapted embedding, mu_c the mean of class c, m that of all N images, P the shrunk precision of
-    the images about their class means and P0 that about m (inv(Sigma + tr(Sigma) / (N - 1) I), or I if Sigma is 0),
-    and G_c = x' P mu_c - (mu_c' P mu_c - e_c) / 2 (models.gaussian):
+    For each of texts, and of plain and (named "..., adapted") adapted embeddings x, with G and P of fit_gaussians, and
+    m and P0 the mean and the shrunk precision of all images as one class:
 
         text cosine            max_c tau <x, text_c>
         text softmax           log p / (1 - p) of the largest p = softmax of tau <x, text> (MCM, as log-odds)
-        discriminant           max_c G_c
         discriminant softmax   log p / (1 - p) of the largest p = softmax of G
-        centred discriminant   max_c G_c - (x' P m - m' P m / 2): against an image in the middle
-        mahalanobis            -min_c (x - mu_c)' P (x - mu_c)
-        relative mahalanobis   that + (x - m)' P0 (x - m)
+        mahalanobis            -min_c (x - mu_c)' P (x - mu_c) / 2
+        relative mahalanobis   that + (x - m)' P0 (x - m) / 2
         nearest key            the largest cosine to a support image
         regression             max_c R_c, R the kernel ridge regression of the one-hot labels, exp(-2 (1 - cosine))
-        regression margin      the largest R_c minus the second largest
         nearest unknown key    minus the largest cosine to one of the `unknown` pictures, adapted where others are
 
-    Those with G or P need three images of a class (LEAST_FOR_GAUSSIANS), those with R at most MAX_REGRESSION images.
+    Those with G or P need three images of a class (LEAST_FOR_GAUSSIANS), R at most MAX_REGRESSION images.
 
     Sources: MCM (Ming et al., NeurIPS 2022); Mahalanobis (Lee et al., NeurIPS 2018); relative Mahalanobis (Ren et al.,
-    arXiv 2106.09022); nearest key (Sun et al., ICML 2022); largest logit (Hendrycks et al., ICML 2022). C >= 2.
+    arXiv 2106.09022); nearest key (Sun et al., ICML 2022). C >= 2.
     """
 
     def __init__(self, support: SupportSet, names: tuple[str, ...], unknown: Embeddings | None = None) -> None:
-        self.names, self.support, wanted = names, support, {*names} - {*TEXT_SCORES, UNKNOWN_KEY}
-        embeddings: tuple[Which, ...] = ("plain", "adapted") if any("adapted" in name for name in names) else ("plain",)
-        self.unknown_which, self.unknown_keys = embeddings[-1], None
-        if unknown is not None and UNKNOWN_KEY in names:
-            self.unknown_keys = _exact(unknown, self.unknown_which)
+        self.names, self.support = names, support
+        with_adapted = any("adapted" in name for name in names)
+        self.unknown_which: Which = "adapted" if with_adapted else "plain"
+        known_not = unknown if UNKNOWN_KEY in names else None
+        self.unknown_keys = None if known_not is None else _exact(known_not, self.unknown_which)
         there = support.counts > 0
         images = support if there.all() else support.of_classes(there)
-        self.models = [_ImageScores(images, which, wanted) for which in embeddings if wanted]
+        embeddings: tuple[Which, ...] = ("plain", "adapted") if with_adapted else ("plain",)
+        self.models: list[Model] = [] if support.text is None else [TextModel(support)]
+        for which in embeddings if NEAREST_KEY in names else ():
+            if GAUSSIAN_SCORES[0] in names:
+                self.models.append(DensityModel(images, which))
+            self.models.append(NearestKeyModel(images, which))
+            if REGRESSION in names:
+                self.models.append(RidgeModel(images, which, None, BETA, RIDGE, labels=1.0, texts=0.0))
 
     def __call__(self, queries: Embeddings) -> np.ndarray:
-        parts = [self._block(queries[block]) for block in blocks(len(queries), _ROWS)]
+        parts = [self._of_block(queries[block]) for block in blocks(len(queries), _ROWS)]
         return np.concatenate([np.zeros((0, len(self.names))), *parts])
 
-    def _block(self, queries: Embeddings) -> np.ndarray:
-        columns = [*self._of_texts(queries), *(model.scores(queries) for model in self.models)]
-        if self.unknown_keys is not None:
-            columns.append(-(_exact(queries, self.unknown_which) @ self.unknown_keys.T).max(1))
-        return np.column_stack(columns)
+    def _of_block(self, queries: Embeddings) -> np.ndarray:
+        scores = self._columns(queries, lambda model: model.scores(queries))
+        return scores if self.unknown_keys is None else np.column_stack([scores, self.unlike_unknown(queries)])
 
     def without(self, folds: Folds) -> np.ndarray:
         """(V, K): the scores of the support images `folds.rows`, each by a model without its fold; without UNKNOWN_KEY,
         which no fold changes."""
-        texts = self._of_texts(self.support.as_queries[folds.rows])
-        return np.column_stack([*texts, *(model.without(folds)[folds.rows] for model in self.models)])
+        own = self.support.as_queries[folds.rows]
+        return self._columns(own, lambda model: model.without(folds)[folds.rows])
 
-    def _of_texts(self, queries: Embeddings) -> list[np.ndarray]:
-        if self.support.text is None:
-            return []
-        logits = TextModel(self.support).scores(queries)
-        return [logits.max(1), log_odds_of_largest(logits)]
+    def _columns(self, queries: Embeddings, logits_of: Callable[[Model], np.ndarray]) -> np.ndarray:
+        """The scores of queries by each model's logits of them."""
+        columns = list[np.ndarray]()
+        for model in self.models:
+            logits = logits_of(model)
+            largest = logits.max(1)
+            match model:
+                case TextModel():
+                    columns += [largest, log_odds_of_largest(logits)]
+                case DensityModel():
+                    columns += [log_odds_of_largest(logits), largest, largest - model.of_all(queries)]
+                case _:
+                    columns.append(largest)
+        return np.column_stack(columns)
 
-
-class _ImageScores:
-    """GAUSSIAN_SCORES, KEY_SCORES and REGRESSION_SCORES of one of the two embeddings, as far as they are wanted."""
-
-    def __init__(self, support: SupportSet, which: Which, names: set[str]) -> None:
-        self.support, self.which, self.keys = support, which, _exact(support.embeddings, which)
-        self.gaussian = GaussianModel(support, which) if GAUSSIAN_SCORES[0] in names else None
-        regression = RidgeModel(support, which, None, BETA, RIDGE, labels=1.0, texts=0.0)
-        self.regression = regression if REGRESSION_SCORES[0] in names else None
-        if self.gaussian is not None:  # of all images: it sees no label, so that no fold needs another one
-            joined = self.gaussian.moments.joined
-            self.mean, self.of_all = joined.means[0], shrunk_precision(joined.scatter, float(len(self.keys)))
-
-    def scores(self, queries: Embeddings) -> np.ndarray:
-        """(B, number of scores)."""
-        rows = _exact(queries, self.which)
-        cosines = rows @ self.keys.T
-        columns = [] if self.gaussian is None else self._by_gaussians(self.gaussian.gaussians, rows)
-        columns.append(cosines.max(1))
-        if self.regression is not None:
-            columns += _margins(np.exp(BETA * (cosines - 1.0)) @ self.regression.values)
-        return np.stack(columns, axis=1)
-
-    def without(self, folds: Folds) -> np.ndarray:
-        """(N, number of scores) of the support images, each without its fold; of others NaN."""
-        own = _exact(self.support.as_queries, self.which)
-        found = np.full((len(own), len(GAUSSIAN_SCORES) * (self.gaussian is not None) + 1), np.nan)
-        for rows, out in folds.splits:
-            if self.gaussian is not None:
-                fitted = fit_gaussians(self.gaussian.moments_without(out))
-                found[rows, :-1] = np.stack(self._by_gaussians(fitted, own[rows]), axis=1)
-            for block in np.array_split(rows, -(-len(rows) // _ROWS)):
-                found[block, -1] = (own[block] @ self.keys[~out].T).max(1)
-        margins = [] if self.regression is None else _margins(self.regression.without(folds))
-        return np.column_stack([found, *margins])
-
-    def _by_gaussians(self, fitted: Gaussians, rows: np.ndarray) -> list[np.ndarray]:
-        """Columns of GAUSSIAN_SCORES."""
-        logits, precision, mean = fitted.scores(rows), fitted.precision, self.mean
-        largest = logits.max(1)
-        towards = rows @ (precision @ mean) - 0.5 * mean @ precision @ mean
-        distance = _quadratic(rows, precision) - 2.0 * largest
-        relative = _quadratic(rows - mean, self.of_all) - distance
-        return [largest, log_odds_of_largest(logits), largest - towards, -distance, relative]
+    def unlike_unknown(self, queries: Embeddings) -> np.ndarray:
+        """(B,): UNKNOWN_KEY."""
+        assert self.unknown_keys is not None
+        unlike: np.ndarray = -(_exact(queries, self.unknown_which) @ self.unknown_keys.T).max(1)
+        return unlike
 
 
-def _margins(regression: np.ndarray) -> list[np.ndarray]:
-    """Columns of REGRESSION_SCORES."""
-    second, first = np.partition(regression, -2, axis=1)[:, -2:].T
-    return [first, first - second]
+class Densities(Gaussians):
+    """log N(x; mu_c, Sigma) but for a constant: G minus x' P x / 2."""
+
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        return super().scores(rows) - np.einsum("bd,bd->b", rows @ self.precision, rows)[:, None] / 2
 
 
-def _quadratic(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    products: np.ndarray = np.einsum("bd,bd->b", rows @ matrix, rows)
-    return products
+class DensityModel(GaussianModel):
+    """Densities of classes, and of all images as one class, of which no fold needs another: it sees no label."""
+
+    def _fit(self, moments: Moments) -> Gaussians:
+        return Densities(**vars(super()._fit(moments)))
+
+    def of_all(self, queries: Embeddings) -> np.ndarray:
+        """(B,): -(x - m)' P0 (x - m) / 2."""
+        mean, precision = self._shared("joined", self._joined)
+        rows = self._rows(queries) - mean
+        return -np.einsum("bd,bd->b", rows @ precision, rows) / 2
+
+    def _joined(self) -> tuple[np.ndarray, np.ndarray]:
+        joined = self.moments.joined
+        return joined.means[0], shrunk_precision(joined.scatter, float(joined.counts[0]))
+
+
+class NearestKeyModel(KeyModel):
+    """The largest cosine to a support image of any class, the same for all classes."""
+
+    def _sums(self, cosines: np.ndarray) -> np.ndarray:
+        return np.repeat(cosines.max(1, keepdims=True), self.support.n_classes, axis=1)
 
 
 def _exact(embeddings: Embeddings, which: Which) -> np.ndarray:

@@ -13,8 +13,8 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.conformal import check_share, images_needed, threshold
 from iosr_fast.methods.folds import make_folds
-from iosr_fast.methods.ood_scores import OodScores, score_names
-from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.ood_scores import NEAREST_KEY, REGRESSION, TEXT_SCORES, OodScores, score_names
+from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.utils.ranking import auroc
 
 KEEP = 0.95
@@ -28,7 +28,7 @@ HALF_FOLDS = 2
 RIDGE = 0.03
 UNKNOWN_RIDGE = 0.3
 # The score that stands alone where nothing can be left out, another where that one is too expensive, and that of texts.
-ALONE = ("regression", "nearest key", "text softmax")
+ALONE = (REGRESSION, NEAREST_KEY, TEXT_SCORES[1])
 Group = tuple[np.ndarray, np.ndarray]
 
 
@@ -142,17 +142,15 @@ def _with_unknown(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The weights (K + 1,) with UNKNOWN_KEY, the last score of `scorer`, and the combined scores (V,) of left-out
     images, from `weights` (K,) and `known` (V,) without it."""
-    keys = scorer.unknown_keys
-    assert keys is not None
-    cosines = keys @ keys.T
+    assert scorer.unknown_keys is not None
+    cosines = scorer.unknown_keys @ scorer.unknown_keys.T
     cosines[np.diag_indices(len(cosines))] = -np.inf
-    near = -(image_rows(left_out, scorer.unknown_which, None).astype(np.float64) @ keys.T).max(1)
-    pairs = np.stack([known, near], 1)
+    pairs = np.stack([known, scorer.unlike_unknown(left_out)], 1)
     group = _standardised(pairs, np.stack([scorer(unknown)[:, :-1] @ weights, -cosines.max(1)], 1))
-    first, second = _weights([group], UNKNOWN_RIDGE) / _deviations(pairs)
-    if min(first, second) <= 0:
-        first, second = 1.0, 0.0
-    return np.append(first * weights, second), first * known + second * near
+    both = _weights([group], UNKNOWN_RIDGE) / _deviations(pairs)
+    if both.min() <= 0:
+        both = np.array([1.0, 0.0])
+    return np.append(both[0] * weights, both[1]), pairs @ both
 
 
 def without_rejected(labels: np.ndarray, rejected: np.ndarray, word: Any) -> np.ndarray:

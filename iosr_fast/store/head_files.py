@@ -307,9 +307,10 @@ def _evidence(head: AnyHead, read: Callable[[str], bytes | None]) -> Mapping[str
     head = head.one_label(LEFT_OUT, "leave this file out")
     names = score_names(head.support, head.needs_adapted, head.unknown_images)
     evidence: dict[str, Any] = {}
-    arrays = read_arrays(LEFT_OUT, read, {"K": len(names)})
+    arrays = read_arrays(LEFT_OUT, read, {})
     with naming(LEFT_OUT):
-        if are_complete(arrays, _UNKNOWN):
+        # Version 0.2 has weights of other scores, by whose number it is known: `unknown` is fitted again.
+        if are_complete(arrays, _UNKNOWN) and len(arrays["weights"]) == len(names):
             weights, bias, left_out, auroc = (arrays[name] for name in _UNKNOWN)
             numbers = weights, float(bias[0]), left_out, float(auroc[0]) if len(auroc) else math.nan
             evidence["unknown"] = Unknown(head.support, names, *numbers, head.unknown_images)

@@ -51,19 +51,15 @@ def image_scores(support: SupportSet, background: SupportSet, which: str, query:
     noise = np.trace(around @ p @ around.T) / max(1, len(keys) - len(present))  # of means (models.gaussian)
     lengths = np.diag(means @ p @ means.T) - noise * (1 / counts[present] - 1 / counts.max())
     g = means @ p @ x - lengths / 2
-    distance = x @ p @ x - 2 * g.max()
+    density = g.max() - x @ p @ x / 2
     kernel, ridge = np.exp(-BETA * (1 - keys @ keys.T)), RIDGE / class_weights(background.counts)[y]
     values = np.linalg.solve(kernel + np.diag(ridge), np.eye(support.n_classes)[y][:, present])
-    r = np.sort(np.exp(-BETA * (1 - keys @ x)) @ values)
     return {
-        "discriminant": g.max(),
         "discriminant softmax": log_odds_of_softmax(g),
-        "centred discriminant": g.max() - (x @ p @ middle - middle @ p @ middle / 2),
-        "mahalanobis": -distance,
-        "relative mahalanobis": -distance + (x - middle) @ p0 @ (x - middle),
+        "mahalanobis": density,
+        "relative mahalanobis": density + (x - middle) @ p0 @ (x - middle) / 2,
         "nearest key": (keys @ x).max(),
-        "regression": r[-1],
-        "regression margin": r[-1] - r[-2],
+        "regression": (np.exp(-BETA * (1 - keys @ x)) @ values).max(),
     }
 
 
@@ -82,7 +78,7 @@ def test_scores_are_their_formulas(shots: int) -> None:
     support = support.only(support.labels != 4)  # a class without images
     scorer = OodScores(support, score_names(support, True))
     gaussian = {name for name in scorer.names if name.removesuffix(", adapted") in GAUSSIAN_SCORES}
-    assert len(scorer.names) == 18 - 10 * (shots < 3) and bool(gaussian) == (shots == 3)  # no covariance without a fold
+    assert len(scorer.names) == 12 - 6 * (shots < 3) and bool(gaussian) == (shots == 3)  # no covariance without a fold
     for b, row in enumerate(scorer(queries)):
         expected = expected_scores(support, support, queries, b)
         assert row == pytest.approx([expected[name] for name in scorer.names], rel=1e-5, abs=1e-6)
@@ -92,7 +88,7 @@ def test_scores_without_a_fold_are_those_of_the_others_and_the_background_of_all
     support = WORLD.support([3, 1, 5, 2, 4], views=True, tau=20.0)
     folds, scorer = make_folds(support), OodScores(support, score_names(support, True))
     scores = scorer.without(folds)
-    assert scores.shape == (14, 18)
+    assert scores.shape == (14, 12)
     for row, j in zip(scores, folds.rows, strict=True):
         others = support.only(folds.fold != folds.fold[j])
         expected = expected_scores(others, support, support.as_queries, j)
@@ -135,7 +131,7 @@ def test_small_and_odd_support_sets_give_finite_scores(monkeypatch: pytest.Monke
         assert auroc_of(fitted, known, others) > 0.8
     copies = replace(support, embeddings=Embeddings(unit(WORLD.centres[support.labels])))
     assert np.isfinite(fit_unknown(copies).score(queries)).all()
-    assert np.count_nonzero(fit_unknown(support_of(8, classes=3)).weights) == 10  # three classes are enough
+    assert np.count_nonzero(fit_unknown(support_of(8, classes=3)).weights) == 7  # three classes are enough
     monkeypatch.setattr(ood_scores, "MAX_REGRESSION", 50)
     many = fit_unknown(support)
     assert "regression" not in many.names and "mahalanobis" in many.names and np.isfinite(many.score(queries)).all()

@@ -11,12 +11,12 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.models.model import Model
-from iosr_fast.methods.support_set import SupportSet, class_weights, image_rows
+from iosr_fast.methods.support_set import SupportSet, class_weights
 
 
 def kernel_matrix(rows: np.ndarray, keys: np.ndarray, beta: float) -> np.ndarray:
     """exp(-beta (1 - <rows, keys>)), float64, for rows (B, D) and keys (N, D) of unit length."""
-    kernel: np.ndarray = rows.astype(np.float64) @ keys.astype(np.float64).T
+    kernel: np.ndarray = np.asarray(rows, np.float64) @ np.asarray(keys, np.float64).T
     kernel -= 1.0
     kernel *= beta
     return np.exp(kernel, out=kernel)
@@ -106,12 +106,11 @@ class RidgeModel(Model):
         if self.same_kernel is not None:
             return self.same_kernel._system
         own, ridge = self.support.queries, self.ridge / class_weights(self.support.counts)[self.support.labels]
-        queries = None if own is None else image_rows(own, self.which, self.reducer)
-        return KernelRidge(self._keys, queries, self.beta, ridge)
+        return KernelRidge(self._keys, None if own is None else self._rows(own), self.beta, ridge)
 
-    @property
+    @cached_property
     def _keys(self) -> np.ndarray:
-        return image_rows(self.support.embeddings, self.which, self.reducer)
+        return self._rows(self.support.embeddings)
 
     @cached_property
     def target(self) -> np.ndarray:
@@ -125,8 +124,7 @@ class RidgeModel(Model):
         return self._system.values(self.target)
 
     def scores(self, queries: Embeddings) -> np.ndarray:
-        rows = image_rows(queries, self.which, self.reducer)
-        scores: np.ndarray = kernel_matrix(rows, self._keys, self.beta) @ self.values
+        scores: np.ndarray = kernel_matrix(self._rows(queries), self._keys, self.beta) @ self.values
         return scores
 
     def without(self, folds: Folds) -> np.ndarray:
