@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -167,16 +167,17 @@ def are_filled(counts: np.ndarray, distinct: np.ndarray) -> np.ndarray:
     return filled
 
 
-def near_support(support: SupportSet, plain: np.ndarray) -> np.ndarray:
-    """(B,) bool: the plain embeddings (B, D) of images that are near duplicates of a support image of any class, which
-    say little about new images. The usual distance is that of the median class; without a class of two images, only
-    equal rows are near.
+def near_support(support: SupportSet, plain: np.ndarray, more: Sequence[np.ndarray] = ()) -> np.ndarray:
+    """(B,) bool: the plain embeddings (B, D) of images that are near duplicates of a support image of any class, or of
+    one of `more` embeddings (D,), and so say little about new images. The usual distance is that of the median class;
+    without a class of two images, only equal rows are near.
     """
-    keys = image_rows(support.embeddings, "plain", None)
+    rows = image_rows(support.embeddings, "plain", None)
+    keys = np.concatenate([rows, *(row[None] for row in more)])
     if not len(keys):
         return np.zeros(len(plain), bool)
-    nearest = [(plain[rows] @ keys.T).max(1) for rows in blocks(len(plain), _BLOCK)]
-    near: np.ndarray = 1.0 - np.concatenate([np.zeros(0), *nearest]) <= _limit(keys, support)
+    nearest = [(plain[block] @ keys.T).max(1) for block in blocks(len(plain), _BLOCK)]
+    near: np.ndarray = 1.0 - np.concatenate([np.zeros(0), *nearest]) <= _limit(rows, support)
     return near
 
 

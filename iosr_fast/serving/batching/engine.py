@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.serving.batching.item import Item, Query
 
+Collect: TypeAlias = Callable[[Any, Embeddings, Any], None]
 log = logging.getLogger(__name__)
 
 
@@ -50,10 +51,12 @@ class Run:
 
 class Engine:
     """Runs batches of at most `max_batch` images. `healthy` is False while the engine fails on every image;
-    `last_error` is the error of its last failure."""
+    `last_error` is the error of its last failure. `collect` is called with each image that was answered, its embeddings
+    (1, D) and the head."""
 
-    def __init__(self, max_batch: int) -> None:
+    def __init__(self, max_batch: int, collect: Collect | None = None) -> None:
         self.healthy = True
+        self._collect = collect
         self.last_error: Exception | None = None
         self._max_batch = max_batch
         self._encoding = threading.Lock()  # of an encoder with one run, which may not be thread-safe
@@ -158,6 +161,9 @@ class Engine:
                 [items[r].query for r in rows],
             )
             predictions.update(zip(rows, _explain(state, part, queries, abstention), strict=True))
+        if self._collect is not None:
+            for row, item in enumerate(items):
+                self._collect(item.image, embeddings[np.array([row])], head)
         run.score_s += time.perf_counter() - encoded
         return [predictions[row] for row in range(len(pixels))]
 

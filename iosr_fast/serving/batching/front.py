@@ -21,7 +21,7 @@ from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import check_share
 from iosr_fast.serving.batching.decode import Decoder, decoding_cost
-from iosr_fast.serving.batching.engine import Engine
+from iosr_fast.serving.batching.engine import Collect, Engine
 from iosr_fast.serving.batching.item import FittedHead, Item, Observer, Query, QueryOptions
 from iosr_fast.serving.batching.processes import DecoderProcess
 from iosr_fast.serving.batching.queue import BatchQueue
@@ -60,7 +60,7 @@ class BatchingClassifier:
     shortened to four times the estimated waiting time where that is less.
 
     `max_error` is that of queries which name none (Query). Where support images are too few for it, no label is
-    accepted.
+    accepted. `collect(image, embeddings, head)` is called in the thread of a batch for each image that it answers.
 
     `isolated` decodes encoded bytes in a separate process for each decoding thread, because they may be untrusted. An
     image that takes longer than limits.timeout_s there, takes more memory than its header allows, or crashes the
@@ -95,6 +95,7 @@ class BatchingClassifier:
         warm: bool = False,
         isolated: bool = False,
         max_error: float | None = None,
+        collect: Collect | None = None,
     ) -> None:
         if decode_threads is None:
             decode_threads = min(_MAX_DECODERS, max(2, usable_threads()))  # a client leaves one to others
@@ -103,7 +104,7 @@ class BatchingClassifier:
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         classifier.snapshot().one_label("BatchingClassifier", "use predict")  # raises if it is not fitted
-        self._warm, self._engine, self._fitting = warm, Engine(max_batch), threading.Lock()
+        self._warm, self._engine, self._fitting = warm, Engine(max_batch, collect), threading.Lock()
         self._max_error = None if max_error is None else check_share("max_error", max_error, like=0.01)
         if warm:
             self._engine.warm(classifier)

@@ -133,4 +133,5 @@ def _overview(service: Service, keep: float) -> dict[str, Any]:
             "sentence": unknown.summary(keep),
         },
         "max_error": service.settings.max_error,
+        "collects": service.settings.collect is not None,
     }

@@ -44,6 +44,7 @@ class Metrics:
         self._refusals = counter("refusals", "Images refused before queueing", ("reason",))
         self._predictions = counter("predictions", "Images by predicted class", ("class_id", "name"))
         self._unknown = counter("unknown", "Images rejected because they belong to none of the classes")
+        self._uploads = counter("uploads", "Uploads that need a look, with --collect", ("outcome",))
         self._series: set[tuple[str, str]] = set()
 
     def watch(self, service: Any) -> None:
@@ -78,6 +79,9 @@ class Metrics:
 
     def on_refused(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
+
+    def on_upload(self, outcome: str) -> None:
+        self._uploads.labels(outcome).inc()
 
     # --- called by the server ---
 

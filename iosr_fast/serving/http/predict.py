@@ -23,6 +23,7 @@ from iosr_fast.serving.http.uploads import Images
 from iosr_fast.utils.text import abbreviate
 
 _QUERY = ("top", "nearest", "unknown", "keep", "max_error", "deadline_ms")
+COLLECTS = " This server keeps uploads that need a look, for labelling."
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
 
@@ -51,7 +52,7 @@ def make_router(service: Service) -> APIRouter:
             "unknown=reject, `unknown` has a score, and `label` and `class_id` are null if the image belongs to none "
             "of the classes. With max_error, `accepted` says whether nobody needs to look at the label: of accepted "
             "ones at most this share is wrong, with 95% confidence. 422 (no_promise) where there are too few support "
-            "images for `keep` or `max_error`."
+            "images for `keep` or `max_error`." + (COLLECTS if settings.collect is not None else "")
         ),
     )
     async def predict(

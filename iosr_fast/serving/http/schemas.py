@@ -56,7 +56,8 @@ class Promise(BaseModel):
 class ClassifierAnswer(BaseModel):
     """`model` is the CLIP. `measured` is null if the parameters were given. `unknown` is null after the start and after
     each change, until a prediction has asked for it, because to fit it may take seconds. `max_error` is the share of
-    wrong labels that accepted ones may have, where a request names none; null if labels are then not judged."""
+    wrong labels that accepted ones may have, where a request names none; null if labels are then not judged.
+    `collects` is whether uploads that need a look are kept on the server, for labelling."""
 
     version: int
     model: str | None
@@ -66,6 +67,7 @@ class ClassifierAnswer(BaseModel):
     measured: Measured | None
     unknown: Promise | None
     max_error: float | None
+    collects: bool
 
 
 class ClassesAnswer(BaseModel):

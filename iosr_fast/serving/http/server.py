@@ -20,6 +20,7 @@ from iosr_fast import __version__
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
+from iosr_fast.serving.collector import Collector
 from iosr_fast.serving.http.app import create_app
 from iosr_fast.serving.http.connection import protocol
 from iosr_fast.serving.http.logs import log, logger, logs_to_stderr
@@ -59,8 +60,11 @@ def run(bundle: str | Path, settings: Settings) -> None:
         if settings.log is not None:
             classifier.open_log(settings.log)
         listener = _listen(settings)
-        metrics = Metrics()
-        batching = settings.make_batching(classifier, observer=metrics)
+        metrics, collector = Metrics(), None
+        if settings.collect is not None and settings.max_error is not None:
+            collector = Collector(settings.collect, settings.collect_limit, settings.max_error, metrics.on_upload)
+        collect = None if collector is None else collector.offer
+        batching = settings.make_batching(classifier, observer=metrics, collect=collect)
         app = create_app(batching, settings, metrics)
         service: Service = app.state.service
         service.loading = True
@@ -99,6 +103,8 @@ def run(bundle: str | Path, settings: Settings) -> None:
             listener.close()
             service.close()
             batching.close(settings.grace_s)
+            if collector is not None:
+                collector.close()
             gc.unfreeze()  # else extension modules report frozen objects as leaks at exit
             if settings.log is not None:
                 classifier.close_log()

@@ -70,6 +70,10 @@ class Settings:
         BetweenZeroAndOne | None,
         Option("Share of wrong labels that accepted ones may have, like 1%, where a request names none."),
     ] = None
+    collect: Annotated[
+        Path | None, Option("Folder that keeps uploads that need a look, by --max-error, and collected.csv.")
+    ] = None
+    collect_limit: Annotated[Count, Option("Most uploads in it; the oldest without a label go.")] = 1_000
     log: Annotated[Path | None, Option("File that records class changes; they are replayed at the start.")] = None
     log_json: Annotated[bool, Option("Write JSON lines to a terminal, too, as to a file or pipe.")] = False
     runtime: Annotated[str, Option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")] = "auto"
@@ -120,6 +124,8 @@ class Settings:
         if self.token is not None:
             _check_token(self.token)  # first, because check_fields quotes values
         check_fields(self)
+        if self.collect is not None and self.max_error is None:
+            raise IosrFastError("expected --max-error with --collect: it says which uploads need a look")
         for address in self.trusted_proxy:
             try:
                 ipaddress.ip_network(address)

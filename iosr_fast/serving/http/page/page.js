@@ -58,7 +58,9 @@ async function refresh() {
   if (classCount === null) showSamples(data.classes, add);
   classCount = data.classes.length;
   find("promise").textContent = `Each picture gets one of the ${count(classCount, "class", "classes")} below, or none.`;
-  queue.renew(data.version, (await showFacts())?.unknown);
+  const facts = await showFacts();
+  find("collects").hidden = !facts?.collects;
+  queue.renew(data.version, facts?.unknown);
   list.update([]);
 }
 

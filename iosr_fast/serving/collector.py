@@ -1,0 +1,166 @@
+"""Uploads that need a look, kept for labelling: their files in a folder, and their answers in a CSV."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.head import Head
+from iosr_fast.head.predictions import Prediction, predict
+from iosr_fast.images.limits import image_kind
+from iosr_fast.methods.conformal import images_needed
+from iosr_fast.methods.folds import near_support
+from iosr_fast.methods.unknown import KEEP
+from iosr_fast.utils.csv_text import escaped, line_writer, recovered
+from iosr_fast.utils.files import lock_folder, new_file, unlock
+
+TABLE = "collected.csv"
+COLUMNS = ("path", "label", "guess", "probability", "reason", "time")
+_WAITING = 64 << 20  # bytes of uploads that wait to be judged
+log = logging.getLogger(__name__)
+
+
+class Upload(NamedTuple):
+    """An encoded image, its embeddings (1, D), and the head that answered it."""
+
+    image: bytes
+    embeddings: Embeddings
+    head: Head
+
+
+class Collector:
+    """Keeps uploads whose label is not accepted by the promise `max_error`, or that belong to none of the classes.
+
+    Files are named by the SHA-256 of their bytes. The table TABLE has `path`, an empty `label` to fill in, `guess` and
+    `probability` of the best class, `reason` ("needs a look" or "unknown") and `time`; `iosr-fast fit` and `suggest`
+    read it. Labels that somebody fills in while the server runs stay. Near duplicates of support images, and of files
+    that were kept since the start, are left out. At `limit` files the oldest one without a label goes; if all have one,
+    no more are kept.
+
+    A thread judges and writes, so that no answer waits: while 64 MiB of uploads wait for it, others are left out. If
+    the disk is full or the table can't be read, nothing is kept until that ends, and nothing is lost. `on_outcome` is
+    called with "kept", "near duplicate", "left out" or "failed".
+
+    Raises IosrFastError where another server collects into the folder, and OSError where it can't be written.
+    """
+
+    def __init__(
+        self, folder: Path, limit: int, max_error: float, on_outcome: Callable[[str], None] = lambda outcome: None
+    ) -> None:
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # other people's pictures
+        try:
+            self._lock = lock_folder(folder)
+        except BlockingIOError as error:
+            raise IosrFastError(f"another server collects into {folder}: choose another folder") from error
+        self._folder, self._table, self._limit, self._max_error = folder, folder / TABLE, limit, max_error
+        self._on_outcome, self._failure = on_outcome, ""
+        self._kept: list[np.ndarray] = []  # plain embeddings (D,) since the start, at most `limit`
+        self._waiting: queue.Queue[Upload | None] = queue.Queue()
+        self._bytes, self._counting = 0, threading.Lock()
+        self._write(self._rows())  # what can't be read or written is an error now
+        self._thread = threading.Thread(target=self._run, name="iosr-fast-collector", daemon=True)
+        self._thread.start()
+
+    def offer(self, image: Any, embeddings: Embeddings, head: Head) -> None:
+        """Judge an image that was answered, if it came as bytes. Does not wait."""
+        if not isinstance(image, bytes):
+            return
+        with self._counting:
+            fits = self._bytes + len(image) <= _WAITING
+            self._bytes += len(image) if fits else 0
+        if fits:
+            self._waiting.put(Upload(image, embeddings.to_numpy(), head))
+        else:
+            self._on_outcome("left out")
+
+    def settle(self) -> None:
+        """Wait until all images that were offered are judged."""
+        self._waiting.join()
+
+    def close(self) -> None:
+        """Judge what waits, and end."""
+        self._waiting.put(None)
+        self._thread.join()
+        unlock(self._lock)
+
+    def _run(self) -> None:
+        while (upload := self._waiting.get()) is not None:
+            try:
+                outcome, failure = self._judge(upload), ""
+            except Exception as error:  # serving goes on, whatever it is
+                outcome, failure = "failed", str(error)
+                if failure != self._failure:
+                    log.error("pictures can't be kept: %s", failure)
+            self._failure = failure
+            if outcome:
+                self._on_outcome(outcome)
+            with self._counting:
+                self._bytes -= len(upload.image)
+            self._waiting.task_done()
+
+    def _judge(self, upload: Upload) -> str:
+        """Keep the upload if it needs a look; what became of it, "" if nobody needs to look at it."""
+        head, plain = upload.head, upload.embeddings.plain
+        # Whether a picture is of an unknown class takes the longer fit: first whether its label is accepted.
+        prediction = predict(head, upload.embeddings, abstention=Abstention(max_error=self._max_error))[0]
+        if prediction.accepted and len(head.unknown.left_out) >= images_needed(KEEP):
+            prediction = predict(head, upload.embeddings, abstention=Abstention(KEEP, max_error=self._max_error))[0]
+        if prediction.accepted:
+            return ""
+        if near_support(head.support, plain, self._kept)[0]:
+            return "near duplicate"
+        return "kept" if self._keep(upload.image, prediction, plain[0]) else "left out"
+
+    def _keep(self, image: bytes, prediction: Prediction, plain: np.ndarray) -> bool:
+        name = f"{hashlib.sha256(image).hexdigest()[:32]}.{image_kind(image).lower() or 'image'}"
+        rows = [row for row in self._rows() if row["path"] != name or row["label"]]
+        if any(row["path"] == name for row in rows):  # labelled already
+            return False
+        unlabelled = [row["path"] for row in rows if not row["label"]]
+        gone = unlabelled[: max(0, len(rows) + 1 - self._limit)]
+        left = [row for row in rows if row["path"] not in gone]
+        if len(left) + 1 > self._limit:
+            return False
+        with new_file(self._folder / name) as temporary:
+            temporary.write_bytes(image)
+        best, time = prediction.top[0], datetime.now(UTC).isoformat(timespec="seconds")
+        reason = "unknown" if prediction.label is None else "needs a look"
+        values = name, "", escaped(best.label), f"{best.probability:.4f}", reason, time
+        self._write([*left, dict(zip(COLUMNS, values, strict=True))])
+        for path in gone:
+            (self._folder / recovered(path)).unlink(missing_ok=True)
+        self._kept = [*self._kept, plain][-self._limit :]
+        return True
+
+    def _rows(self) -> list[dict[str, str]]:
+        """The rows of the table whose files are there, the oldest first."""
+        if not self._table.exists():
+            return []
+        try:
+            with self._table.open(encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file, restval=""))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise IosrFastError(f"can't read {self._table} as CSV in UTF-8: {error}; save it as such") from error
+        if rows and not {"path", "label"} <= set(rows[0]):
+            raise IosrFastError(f"expected the columns path and label in {self._table}, got {', '.join(rows[0])}")
+        return [row for row in rows if (self._folder / recovered(row["path"])).is_file()]
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        columns = list(dict.fromkeys([*(rows[0] if rows else ()), *COLUMNS]))  # those that somebody added stay
+        text = StringIO()
+        line_writer(text).writerows([columns, *([row.get(name, "") for name in columns] for row in rows)])
+        with new_file(self._table) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
