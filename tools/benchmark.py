@@ -19,7 +19,7 @@ import typer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `benchmarks` is found from anywhere
 import iosr_fast  # noqa: E402
-from iosr_fast.utils.command import ListCommand, new_file, one_line_errors  # noqa: E402
+from iosr_fast.utils.command import ListCommand, command_app, new_file  # noqa: E402
 from iosr_fast.utils.machine import usable_threads  # noqa: E402
 
 # An installed package contains kernels/; a source tree has it beside iosr_fast/.
@@ -77,7 +77,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(cls=ListCommand)(main)
-    with one_line_errors():
-        app()
+    command_app(main, ListCommand)()

@@ -18,6 +18,4 @@ using V = PortableVector<16>;
 
 extern const Microkernels kWideKernels = kKernels;
 
-float half_to_float(std::uint16_t bits) { return to_float(Half{bits}); }
-
 }  // namespace iosr

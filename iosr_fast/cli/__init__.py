@@ -52,7 +52,7 @@ class Commands(Group):
         if name in self.commands and self.commands[name] is None:
             stem = name.replace("-", "_")
             command = getattr(importlib.import_module(f"iosr_fast.cli.{stem}"), stem)
-            one = command if isinstance(command, typer.Typer) else command_app(command, "iosr-fast")
+            one = command if isinstance(command, typer.Typer) else command_app(command)
             self.commands[name] = typer.main.get_command(one)
         return self.commands.get(name)
 
@@ -60,7 +60,7 @@ class Commands(Group):
         return COMMANDS
 
 
-app = new_app("iosr-fast", Commands, completion=True, no_args_is_help=True)
+app = new_app(Commands, completion=True, no_args_is_help=True)
 
 
 def _print_version(wanted: bool) -> None:

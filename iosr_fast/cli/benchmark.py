@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from iosr_fast.cli.options import Json, Runtime, argument, option
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import ListCommand, new_app, note, say
+from iosr_fast.utils.command import ListCommand, command_app, note, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,10 +23,7 @@ LEAST_COSINE = 0.999
 SIDES = (500, 375)  # of the demo's pictures, as JPEGs
 Call = Callable[[Any], object]
 
-benchmark = new_app("iosr-fast")
 
-
-@benchmark.command(cls=ListCommand)
 def main(
     folder: Annotated[Path, argument("CLASSIFIER|ENGINE", "A saved classifier, or an engine.")],
     batch: Annotated[list[int], option("Images of a call.", min=1)] = [1, 8, 32],
@@ -66,6 +63,9 @@ def main(
                 advance(1)
     if json_path is not None:
         note(f"wrote {json_path}")
+
+
+benchmark = command_app(main, ListCommand)
 
 
 def read_files(folder: Path | None, count: int) -> tuple[list[bytes], str]:

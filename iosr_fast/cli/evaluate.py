@@ -27,7 +27,6 @@ class Evaluate(Group):
 
 
 evaluate = new_app(
-    "iosr-fast",
     Evaluate,
     no_args_is_help=True,
     help="""Measure a saved classifier on labelled images:
@@ -173,7 +172,7 @@ def paper(
     options = {**locals()}
     from iosr_fast.evaluation.paper.run import run
 
-    with stop_message("stopped; the same command resumes the run", "iosr-fast"):
+    with stop_message("stopped; the same command resumes the run"):
         run(**options, report=report)
 
 

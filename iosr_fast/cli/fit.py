@@ -67,7 +67,7 @@ def fit(
 
     parameters |= {"adapter": None if adapter == "none" else adapter, "templates": template or None}
     classifier = Classifier(**parameters, progress=True)
-    with stop_message("stopped; nothing was written", "iosr-fast"):
+    with stop_message("stopped; nothing was written"):
         check_new_folder(out, "classifier")
         if not overwrite and out.is_dir() and any(out.iterdir()):
             raise FileExistsError(f"{out} is a classifier already: --overwrite replaces it, or choose another folder")

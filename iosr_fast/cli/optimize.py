@@ -48,7 +48,7 @@ def optimize(
     if smaller_images and pretrained is None:
         raise typer.BadParameter("--smaller-images exports from the CLIP: name its weights by --pretrained")
     target = folder if out is None else out
-    with stop_message("stopped; nothing was written", "iosr-fast"):
+    with stop_message("stopped; nothing was written"):
         if out is not None:
             check_new_folder(out, "classifier")
         paths, labels, *_ = labelled_images(images)

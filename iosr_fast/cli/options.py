@@ -90,7 +90,7 @@ def ray_pool(ray: bool, workers: int | None, gpus: float, address: str | None) -
 @contextmanager
 def resumable(out: Path | None) -> Iterator[None]:
     """Ctrl-C and an unreadable image end a run; where it writes parts for `out`, the message says how it resumes."""
-    with stop_message("stopped" if out is None else f"stopped; the same command resumes {out}", "iosr-fast"):
+    with stop_message("stopped" if out is None else f"stopped; the same command resumes {out}"):
         try:
             yield
         except BadImageError as error:

@@ -44,11 +44,8 @@ class _Terminal:
         self._file.flush()
 
 
-_HELP = {"help_option_names": ["-h", "--help"]}
-
-
 @contextmanager
-def one_line_errors(prefix: str = "error") -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Print bad input, file errors and missing packages as one line on stderr and exit with code 2.
 
     Wrap imports of optional packages at the top of a tool in it.
@@ -58,36 +55,29 @@ def one_line_errors(prefix: str = "error") -> Iterator[None]:
     except (typer.Exit, typer.Abort, BrokenPipeError):  # typer ends quietly: after --help, or when `| head` closes
         raise
     except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
-        say(f"{prefix}: {error}", err=True)
+        say(f"iosr-fast: {error}", err=True)
         raise SystemExit(2) from error
     except Exception as error:
         if isinstance(getattr(error, "message", None), str):  # typer's, which it prints itself
-            error.message = printable(error.message)  # type: ignore[attr-defined]
+            error.message = printable(error.message, keep="\n")  # type: ignore[attr-defined]
         raise
 
 
 @contextmanager
-def stop_message(message: str, prefix: str = "error") -> Iterator[None]:
+def stop_message(message: str) -> Iterator[None]:
     """On Ctrl-C print the message and exit with code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        say(f"{prefix}: {message}", err=True)
+        say(f"iosr-fast: {message}", err=True)
         raise SystemExit(130) from None
 
 
 class Group(TyperGroup):
     """Lists commands in sections (typer's rich_help_panel), each with the full first paragraph of its help."""
 
-    prefix = "error"
-
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with one_line_errors(self.prefix):
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: Any) -> Any:
-        with one_line_errors(self.prefix):
-            return super().invoke(ctx)
+    make_context = one_line_errors()(TyperGroup.make_context)
+    invoke = one_line_errors()(TyperGroup.invoke)
 
     def sections(self, ctx: Any) -> Mapping[str, Mapping[str, str]]:
         """For each section its commands and their lines in the help."""
@@ -104,21 +94,11 @@ class Group(TyperGroup):
                 formatter.write_dl(list(commands.items()))
 
 
-def new_app(prefix: str = "error", group: type[Group] = Group, completion: bool = False, **options: Any) -> typer.Typer:
-    """An app with `one_line_errors`. Its help shows `[...]` as written, which rich would interpret as markup."""
-    named = type(group.__name__, (group,), {"prefix": prefix})
-    return typer.Typer(
-        cls=named,
-        add_completion=completion,
-        context_settings=_HELP,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-        **options,
-    )
-
-
 class Command(TyperCommand):
     """Lists its options in sections (typer's rich_help_panel)."""
+
+    make_context = one_line_errors()(TyperCommand.make_context)
+    invoke = one_line_errors()(TyperCommand.invoke)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
@@ -152,20 +132,19 @@ class ListCommand(Command):
         return super().parse_args(ctx, expanded)
 
 
-def command_app(main: Callable[..., None], prefix: str = "error") -> typer.Typer:
+_SETTINGS: dict[str, Any] = {"context_settings": {"help_option_names": ["-h", "--help"]}}
+
+
+def new_app(group: type[Group] = Group, completion: bool = False, **options: Any) -> typer.Typer:
+    """An app whose help shows `[...]` as written, which rich would interpret as markup."""
+    options |= {"pretty_exceptions_enable": False, "rich_markup_mode": None, **_SETTINGS}
+    return typer.Typer(cls=group, add_completion=completion, **options)
+
+
+def command_app(main: Callable[..., None], command: type[Command] = Command) -> typer.Typer:
     """The app of a tool with one command."""
-
-    class Only(Command):
-        def make_context(self, *args: Any, **kwargs: Any) -> Any:
-            with one_line_errors(prefix):
-                return super().make_context(*args, **kwargs)
-
-        def invoke(self, ctx: Any) -> Any:
-            with one_line_errors(prefix):
-                return super().invoke(ctx)
-
     app = new_app()
-    app.command(cls=Only, context_settings=_HELP)(main)
+    app.command(cls=command, **_SETTINGS)(main)
     return app
 
 
