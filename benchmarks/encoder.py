@@ -5,8 +5,7 @@
     ...-two-pass, ...-one-pass     encoder_rivals; a one-pass has the plain embedding alone
 
 Everything is checked against two literal passes before it is timed; share_of_ceiling counts the fused encoder's FLOP.
-The demo has its own adapter. It is calibrated on generic pictures and judged on its test concepts: cosines with the two
-passes and few-shot accuracy, keys and queries encoded alike, parameters by leave-one-out on each support set. Any other
+The demo has its own adapter; it is calibrated on generic pictures and timed on pictures of its test concepts. Any other
 CLIP has random weights, which change no speed but say little about the loss of trained ones; its pictures resemble
 photographs.
 """
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,30 +28,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import encoder_rivals as rivals
 from benchmarks.ceilings import GEMM, gemm
 from benchmarks.encoder_rivals import Embed
-from benchmarks.harness import Call, Candidate, Run
+from benchmarks.harness import Candidate, Run
 from benchmarks.photographs import photograph
 from iosr_fast.clip.adapter import Adapter, random_adapter
 from iosr_fast.clip.demo.pictures import held_out, load_pictures
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
-from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.clip.vision_tower import vision_tower
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.evaluation.demo import evaluate_few_shot
-from iosr_fast.evaluation.tasks import Encoded
 from iosr_fast.export.check import calibration_pictures, evenly, require_accuracy
 from iosr_fast.export.onnx import export_onnx
 from iosr_fast.export.pretrained import choose_adapter
 from iosr_fast.export.quantize.encoder import quantize_onnx
 from iosr_fast.images.preprocess import resize_and_crop
 
-CHECKED = 4  # pictures
-CALIBRATED, JUDGED = 32, 24  # pictures of a CLIP without pictures of its own
+CALIBRATED, DIFFERENT = 32, 24  # pictures to calibrate on, of a CLIP without its own, and in a batch at most
 DEFAULT_BATCHES = {"cpu": (1, 8), "cuda": (1, 256)}
-SHOTS, SEEDS = (4, 1), (0, 1, 2)
-METHODS = ("tip-adapter++", "proker++")
 PACKAGES = ("onnxruntime", "openvino", "torch", "open_clip_torch")
 
 
@@ -78,15 +71,16 @@ def open_model(model: str, first_adapted_block: int | None) -> tuple[LoadedClip,
 
 
 def pictures_of(clip: LoadedClip) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures to calibrate and to judge on, uint8 (N, S, S, 3): of generic concepts and of test concepts."""
+    """Pictures to calibrate on and to time, uint8 (N, S, S, 3): of generic concepts and of test concepts."""
+    tested = evenly(held_out()[0].images, DIFFERENT)
     if clip.name == "demo":
-        return calibration_pictures(clip), held_out()[0].images
+        return calibration_pictures(clip), tested
 
     def views(pictures: np.ndarray) -> np.ndarray:
         made = [photograph(picture, seed=i) for i, picture in enumerate(pictures)]
         return np.stack([resize_and_crop(view, clip.geometry) for view in made])
 
-    return views(evenly(load_pictures("generic").images, CALIBRATED)), views(evenly(held_out()[0].images, JUDGED))
+    return views(evenly(load_pictures("generic").images, CALIBRATED)), views(tested)
 
 
 class Encoders:
@@ -107,29 +101,22 @@ class Encoders:
     def candidates(self, batch: int) -> dict[str, Candidate]:
         """By name: the ceiling, ours, then the rivals."""
         torch.compiler.reset()  # modules compiled before count towards Dynamo's limit, beyond which all stays eager
-        pixels: Any = np.resize(self.pictures, (batch, *self.pictures.shape[1:]))
-        if self.run.device.is_gpu:
-            pixels = torch.from_numpy(pixels).to(self.run.device.name)
+        device, rows = self.run.device, np.resize(np.arange(len(self.pictures)), batch)
+        pixels: Any = self.pictures[rows]
+        if device.is_gpu:
+            pixels = torch.from_numpy(pixels).to(device.name)
+
+        def check(precision: str, result: Sequence[Any]) -> dict[str, Any]:
+            got = [torch.as_tensor(each).float().cpu().numpy() for each in result]
+            return compare(precision, got, [each[rows] for each in self.truth])
 
         def ours(open_it: Callable[[], Embed], precision: str = self.precision) -> Candidate:
-            judged: dict[str, Any] = {}
-
-            def prepare() -> Call:
-                embed = open_it()
-                if not self.run.device.is_gpu:
-                    judged.update(self.judge(embed, batch, precision))
-                return partial(embed, pixels)
-
-            def check(result: Sequence[Any]) -> dict[str, Any]:
-                return self.check(precision, result) | judged
-
-            return Candidate(prepare, check, batch * self.gflop, precision, GEMM)
+            work = batch * self.gflop
+            return Candidate(lambda: partial(open_it(), pixels), partial(check, precision), work, precision, GEMM)
 
         def rival(open_it: Callable[[], Embed]) -> Candidate:
-            prepare = lambda: partial(open_it(), pixels)  # noqa: E731
-            return Candidate(prepare, partial(self.check, self.precision), precision=self.precision, rival=True)
+            return replace(ours(open_it), work=None, ceiling=None, rival=True)
 
-        device = self.run.device
         made = {GEMM: gemm(device, self.run.threads, self.precision)}
         for runtime in () if device.is_gpu else rivals.RUNTIMES:
             if find_spec(runtime) is None:
@@ -170,40 +157,14 @@ class Encoders:
             rivals.export_pass(self.clip, self.adapter if name == "adapted" else None, path)
         return path
 
-    def check(self, precision: str, result: Sequence[Any]) -> dict[str, Any]:
-        """ArithmeticError where an embedding of the first pictures is off."""
-        compare(precision, [torch.as_tensor(rows[:CHECKED]).float().cpu().numpy() for rows in result], self.truth)
-        return {}
-
-    def judge(self, embed: Embed, batch: int, precision: str) -> dict[str, Any]:
-        """The cosines of all pictures with two passes, in batches; of the demo, few-shot accuracy, too."""
-        starts = range(0, len(self.pictures), batch)
-        parts = [[np.asarray(rows) for rows in embed(self.pictures[start : start + batch])] for start in starts]
-        embeddings = Embeddings(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
-        facts = compare(precision, (embeddings.plain, embeddings.adapted), self.truth) | {"pictures": len(embeddings)}
-        return facts | (accuracy(self.clip, embeddings) if self.clip.name == "demo" else {})
-
-
-def accuracy(clip: LoadedClip, embeddings: Embeddings) -> dict[str, Any]:
-    """Few-shot accuracy on the demo's test concepts, of each of METHODS and SHOTS."""
-    pictures, _ = held_out()
-    encoded = Encoded(embeddings, pictures.concepts, embed_classes(clip, pictures.names), clip.logit_scale)
-    facts: dict[str, Any] = {"seeds": len(SEEDS)}
-    for method in METHODS:
-        for shots, result in evaluate_few_shot(encoded, method, "none", SHOTS, SEEDS).items():
-            name = f"accuracy_{method.rstrip('+')}_{shots}_shot"
-            facts |= {name: round(result.mean, 6), f"{name}_std": result.std, "test_images": result.draws[0].images}
-    return facts
-
 
 def compare(precision: str, got: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The cosines of (plain, adapted), or (plain,), with `truth`, which may have more rows.
+    """The cosines of (plain, adapted), or (plain,), with `truth`.
 
     Raises ArithmeticError for an error above 1e-4 in fp32, or a cosine below 0.999 in fp16 and bf16, 0.99 in int8.
     """
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"pictures": len(got[0])}
     for kind, rows, expected in zip(("plain", "adapted"), got, truth, strict=False):
-        expected = expected[: len(rows)]
         cosines = (rows * expected).sum(1) / np.linalg.norm(rows, axis=1)
         error, least = float(np.abs(rows - expected).max()), float(cosines.min())
         require_accuracy(f"{kind} embeddings", error, least, precision)

@@ -14,7 +14,6 @@ import asyncio
 import secrets
 import shlex
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -117,8 +116,8 @@ def main(
     contenders = [Contender("this", shlex.split(serve))]
     if rival_path is not None or rival_serve is not None:
         options = shlex.split(serve if rival_serve is None else rival_serve)
-        theirs = commit() if rival_path is None else _commit_of(rival_path)
-        contenders.append(Contender("rival", options, theirs, rival_path and rival_path.resolve()))
+        theirs = {} if rival_path is None else {"commit": commit(rival_path), "package": rival_path.resolve()}
+        contenders.append(Contender("rival", options, **theirs))
     shared = facts(PACKAGES) | {"bundle": served, "seconds": seconds, "deadline_ms": deadline_ms}
     died = ""
     try:
@@ -145,11 +144,6 @@ def _open_bundle(folder: Path | None) -> tuple[Path, Classifier]:
         if folder is not None:
             raise typer.BadParameter(f"expected a saved classifier: {error}") from error
         return make_demo_bundle(DEMO), Classifier.load(DEMO)
-
-
-def _commit_of(checkout: Path) -> str:
-    words = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+dirty"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 async def _measure(contenders: Sequence[Contender], bundle: Path, queries: Queries, load: Load, changes: bool) -> None:

@@ -20,7 +20,7 @@ from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.check import MIN_PICTURES
 from iosr_fast.export.precision import QUANTISED, graph_precision, runtimes_in
 from iosr_fast.images.preprocess import to_pixels
-from iosr_fast.utils.files import in_cache
+from iosr_fast.utils.files import in_cache, remove_own
 from iosr_fast.utils.machine import this_gpu
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
@@ -164,7 +164,7 @@ class CandidateBuilder:
         for other in self._folder.iterdir():
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-        weakref.finalize(encoder, _remove, self._folder, os.getpid())
+        weakref.finalize(encoder, remove_own, self._folder, os.getpid())
         return folder
 
     def close(self) -> None:
@@ -182,8 +182,3 @@ class CandidateBuilder:
             pictures = to_pixels(list(pictures), replace(clip.geometry, size=size))
         max_batch = self.engine.manifest["max_batch"]
         write_engine(clip, adapter, folder, one.runtime, one.precision, max_batch, pictures, image_size=size)
-
-
-def _remove(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # a forked process has the encoder, too
-        shutil.rmtree(folder, ignore_errors=True)

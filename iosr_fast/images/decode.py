@@ -72,7 +72,6 @@ def decode_pixels(
     source: Any,
     geometry: Geometry,
     position: int = 0,
-    name: Path | None = None,
     limits: DecodeLimits | None = None,
     exact: bool = False,
     exif_orientation: bool = True,
@@ -81,12 +80,11 @@ def decode_pixels(
 
     On average over a photograph's pixels the result is within 1 level of the reference; it differs by rounding and, for
     JPEGs of at least 2 * MARGIN times the size that they are resized to, by decoding at a fraction of the size. The
-    work depends on the decoded pixels, not on the aspect ratio. `exact` gives the reference to the last bit. `name`
-    names encoded bytes in errors. The size of an encoded image is compared with `limits` before it is decoded. Raises
-    BadImageError.
+    work depends on the decoded pixels, not on the aspect ratio. `exact` gives the reference to the last bit. The size
+    of an encoded image is compared with `limits` before it is decoded. Raises BadImageError.
     """
     if isinstance(source, (str, Path, *ENCODED)):
-        with opened_encoded(source, position, name) as image:
+        with opened_encoded(source, position) as image:
             shape = image.size
             if limits is not None and (reason := limits.size_error(shape, geometry)):
                 raise IosrFastError(reason)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from iosr_fast.exceptions import IosrFastError, printable
+from iosr_fast.utils.outputs import check_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -141,11 +142,8 @@ def class_folders(folder: str | Path, skipped: Skipped | None = None) -> list[st
             skipped.reasons["not in a class folder"] += 1
         elif entry.is_symlink() and _is_above(entry.path, status):
             skipped.reasons["links to a folder above"] += 1
-        elif not entry.name.isascii() and entry.name.encode("utf-8", "replace").decode() != entry.name:
-            raise IosrFastError(
-                f"expected class folders with names in UTF-8, got {entry.name!r} in {folder}; rename it"
-            )
         else:
+            check_utf8([entry.name])
             names.append(entry.name)
     return names
 

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 ENCODED = (bytes, bytearray, memoryview)  # types of encoded images
 
 
-def open_image(source: Any, position: int = 0, exif_orientation: bool = True, name: Path | None = None) -> Image:
+def open_image(source: Any, position: int = 0, exif_orientation: bool = True) -> Image:
     """One image as upright 8-bit RGB, by the rules of `iosr_fast.images.pixels`.
 
     `source`: path, bytes of an encoded image, PIL image, uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a
-    uint8 tensor of PyTorch (H, W), (C, H, W) or (H, W, C). `exif_orientation=False` takes pixels as stored. `name`
-    names encoded bytes in errors (they may come from an archive). Raises BadImageError.
+    uint8 tensor of PyTorch (H, W), (C, H, W) or (H, W, C). `exif_orientation=False` takes pixels as stored. Raises
+    BadImageError.
     """
     from PIL import Image
 
     if isinstance(source, (str, Path, *ENCODED)):
-        with opened_encoded(source, position, name) as image:
+        with opened_encoded(source, position) as image:
             return upright_rgb(image, exif_orientation)
     if isinstance(source, Image.Image):
         with naming(None, position):
@@ -50,10 +50,10 @@ def open_image(source: Any, position: int = 0, exif_orientation: bool = True, na
 
 
 @contextmanager
-def opened_encoded(source: Any, position: int, name: Path | None = None) -> Iterator[Image]:
+def opened_encoded(source: Any, position: int) -> Iterator[Image]:
     """`pixels.opened` of a path or of encoded bytes. Errors in the block become BadImageErrors too."""
-    path = name if isinstance(source, ENCODED) else Path(source)
-    with naming(path, position), opened(source if isinstance(source, ENCODED) else check_path(Path(source))) as image:
+    path = None if isinstance(source, ENCODED) else Path(source)
+    with naming(path, position), opened(source if path is None else check_path(path)) as image:
         yield image
 
 

@@ -63,13 +63,14 @@ def _temporary_cache(place: str, reason: OSError) -> Path:
             reason,
             folder,
         )
-        atexit.register(_remove_own, folder, os.getpid())
+        atexit.register(remove_own, folder, os.getpid())
         _temporary_caches[place] = Path(folder)
     return _temporary_caches[place]
 
 
-def _remove_own(folder: str, process: int) -> None:
-    if os.getpid() == process:  # a forked process uses it, too
+def remove_own(folder: str | Path, process: int) -> None:
+    """Remove a folder, if this is `process`, which made it, and not a fork, which uses it too."""
+    if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -19,8 +19,8 @@ def cpu_description() -> str:
     return f"{cpu_model()}, {usable_threads()} hardware threads"
 
 
-def commit() -> str:
-    """The checked-out commit of the source tree, with +dirty if tracked or new files differ from it.
+def commit(root: Path = ROOT) -> str:
+    """The checked-out commit of the source tree `root`, with +dirty if tracked or new files differ from it.
 
     benchmarks/results is ignored, because a run writes there. Without its own repository, as in an installed package,
     the version, such as "version 0.2.0".
@@ -28,14 +28,14 @@ def commit() -> str:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout.strip()
 
     # An installed package may lie in the repository of another project.
     top, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "--short=12", "HEAD")
-    if top is None or head is None or not os.path.samefile(top, ROOT):
+    if top is None or head is None or not os.path.samefile(top, root):
         from iosr_fast import __version__
 
         return f"version {__version__}"

@@ -7,11 +7,9 @@ no effect on the open files.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import stat
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,19 +32,15 @@ class _OpenFile:
     """An open file of a verified folder. Threads may share it."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
+        self.path, self._descriptor = path, descriptor
         self.signature = _signature(os.fstat(descriptor))
-        self._file = io.FileIO(descriptor, "rb")
-        self._lock = threading.Lock()
 
     def chunks(self, largest: int) -> Iterator[bytes]:
-        """The first `largest` bytes, and one more if the file is longer. Threads take turns, one full read each."""
-        left = largest + 1
-        with self._lock:
-            self._file.seek(0)
-            while left and (chunk := self._file.read(min(_CHUNK, left))):
-                left -= len(chunk)
-                yield chunk
+        """The first `largest` bytes, and one more if the file is longer."""
+        at = 0
+        while chunk := os.pread(self._descriptor, min(_CHUNK, largest + 1 - at), at):
+            at += len(chunk)
+            yield chunk
 
     @property
     def size(self) -> int:
@@ -60,10 +54,10 @@ class _OpenFile:
             current = _signature(os.stat(self.path, follow_symlinks=False))
         except OSError:
             return False
-        return current == self.signature == _signature(os.fstat(self._file.fileno()))
+        return current == self.signature == _signature(os.fstat(self._descriptor))
 
     def __del__(self) -> None:
-        self._file.close()
+        os.close(self._descriptor)
 
 
 @dataclass(frozen=True, eq=False)

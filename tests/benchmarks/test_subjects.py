@@ -66,7 +66,7 @@ def test_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ours:
         assert set(rows[name]["ratios"]) == rivals and rows[name]["share_of_ceiling"] > 0
         assert rows[name]["case"] == "small-b3-s1" and rows[name]["precision"] == ("int8" if "int8" in name else "fp32")
-        assert rows[name]["min_cosine"] >= 0.99 and rows[name]["pictures"] == 20
+        assert rows[name]["min_cosine"] >= 0.99 and rows[name]["pictures"] == 3
 
 
 def test_what_stays_eager_is_not_taken_for_compiled() -> None:

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -248,27 +247,6 @@ def test_hidden_files_of_users_and_only_copies_stay(tmp_path: Path) -> None:
     write(tmp_path / "thing", "one")
     remove_leftovers(tmp_path)
     assert not (tmp_path / ".thing.abcdefgh.tmp").exists(), "the new folder supersedes what was set aside"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("writing", ["file", "folder"])
-def test_twenty_killed_saves_leave_nothing_after_the_next_one(writing: str, tmp_path: Path) -> None:
-    target = tmp_path / "thing"
-    for _ in range(20):
-        child = os.fork()
-        if not child:
-            with (new_file if writing == "file" else new_folder)(target) as made:
-                (made if writing == "file" else made / "half").write_bytes(b"half" * 1000)
-                os.kill(os.getpid(), signal.SIGKILL)
-        os.waitpid(child, 0)
-        assert len(os.listdir(tmp_path)) == 1, "what the kill before left is gone"
-    if writing == "file":
-        with new_file(target) as made:
-            made.write_text("whole")
-    else:
-        write(target, "whole")
-    assert os.listdir(tmp_path) == ["thing"]
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -18,17 +18,17 @@ def test_the_commit_says_when_the_tree_is_changed(tmp_path: Path, monkeypatch: p
             ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout
 
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert provenance.commit() == f"version {__version__}"
+    assert provenance.commit(tmp_path) == f"version {__version__}"
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "first")
     head = git("rev-parse", "HEAD").strip()
-    assert provenance.commit() == head[:12]
+    assert provenance.commit(tmp_path) == head[:12]
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks" / "results" / "rows.json").write_text("")
-    assert provenance.commit() == head[:12], "rows are what a run writes"
+    assert provenance.commit(tmp_path) == head[:12], "rows are what a run writes"
     (tmp_path / "benchmarks" / "bench.py").write_text("")
-    assert provenance.commit() == f"{head[:12]}+dirty"
-    monkeypatch.setattr(provenance, "ROOT", tmp_path / "benchmarks")
-    assert provenance.commit() == f"version {__version__}", "the repository is not the package's own"
+    assert provenance.commit(tmp_path) == f"{head[:12]}+dirty"
+    assert provenance.commit(tmp_path / "benchmarks") == f"version {__version__}", (
+        "the repository is not the package's own"
+    )
