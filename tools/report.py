@@ -39,6 +39,7 @@ SUBJECTS = {
     "audit": "Wrong labels in the support set.",
     "suggest": "Accuracy after a budget of labels, suggested and at random.",
     "unknown": "Pictures of unknown classes; label sets.",
+    "automation": "Labels accepted by promised errors; `broken`: draws in which more were wrong.",
     "adapter-place": "Accuracy in % by the adapter's place in the demo's CLIP.",
     "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
 }
@@ -60,6 +61,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "labels": {"map": ".1%", "std": ".1%", "expected": ".1%", "f1": ".1%", "predicted": ".2f"},
     "audit": {"auroc": ".4f", "precision": ".1%", "wrong": ".0f", "listed": ".1f", "found": ".1f"},
     "suggest": {"suggested": ".1%", "random": ".1%", "budget": ".0f"},
+    "automation": {**dict.fromkeys(("labelled", "std", "wrong"), ".1%"), "broken": ".0%", "strangers": ".1%"},
     "unknown": {**dict.fromkeys(("auroc", "std", "fpr95", "kept", "best_single", "coverage"), ".1%"), "size": ".2f"},
 }
 

@@ -57,9 +57,9 @@ class Claim:
         """The rows of a data set, JSON-ready."""
         for method in self.methods:
             for shots in source.shots:
-                tasks = [source.draw(shots, seed) for seed in source.seeds]
                 groups: dict[str, list[Mapping[str, Any]]] = {}
-                for task, seed in zip(tasks, source.seeds, strict=True):
+                for seed in source.seeds:
+                    task = source.draw(shots, seed)
                     for draw in self.draws(task, method, seed):
                         groups.setdefault(draw.get("of", ""), []).append(draw)
                 for of, draws in groups.items():
@@ -69,7 +69,7 @@ class Claim:
                         **{"bench": self.name, "data": source.name, "method": method, "of": of, "shots": shots},
                         **{name: None if None in v else float(np.mean(v)) for name, v in figures.items()},
                         "std": float(np.std(first, ddof=1)) if len(first) > 1 else None,
-                        **{"test_images": len(tasks[0].labels), "seeds": list(source.seeds), "draws": draws},
+                        **{"test_images": len(task.labels), "seeds": list(source.seeds), "draws": draws},
                     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score
 
-from benchmarks.claims import audit, joint, key_precision, labels, suggest, texts, unknown
+from benchmarks.claims import audit, automation, joint, key_precision, labels, suggest, texts, unknown
 from benchmarks.claims.claim import Claim, fit, rows_of
 from iosr_fast import Embeddings
 from iosr_fast.evaluation.features import read_features
@@ -20,7 +20,9 @@ from tests.conftest import unit_rows
 pytestmark = pytest.mark.slow
 
 CLASSES, WIDTH, EACH = 8, 16, 15
-CLAIMS = {module.CLAIM.name: module.CLAIM for module in (audit, joint, key_precision, suggest, texts, unknown)}
+CLAIMS = {
+    module.CLAIM.name: module.CLAIM for module in (audit, automation, joint, key_precision, suggest, texts, unknown)
+}
 
 
 @pytest.fixture
@@ -85,6 +87,22 @@ def test_unknown_classes_are_told_apart_and_promises_need_images(file: Path) -> 
     assert len(rows["auto", "unknown classes"]["draws"]) == 3 and rows["auto", "label sets"]["coverage"] > 0.7
     one = rows_by_place(unknown.CLAIM, file, "--shots", "1")
     assert one["auto", "unknown classes"]["kept"] is None and ("auto", "label sets") not in one
+
+
+def test_promises_are_measured_on_draws_of_support_and_validation_images(file: Path) -> None:
+    arrays = dict(np.load(file))
+    arrays |= {"val_x": -arrays["support8_x"], "val_y": arrays["support8_y"]}  # rows that tell where they are from
+    np.savez(file, **arrays)
+    (source,) = automation.pooled([str(file)], [8], 2)
+    first, second = (source.draw(8, seed).support for seed in (0, 1))
+    pool = np.concatenate([arrays["support8_x"], arrays["val_x"]])
+    for support in (first, second):
+        nearest = (support.embeddings.plain @ (pool / np.linalg.norm(pool, axis=1, keepdims=True)).T).argmax(1)
+        assert len(set(nearest.tolist())) == 8 * CLASSES and (support.counts == 8).all()
+        assert 0.2 < (nearest < 8 * CLASSES).mean() < 0.8
+    assert (first.embeddings.plain != second.embeddings.plain).any()
+    rows = rows_by_place(automation.CLAIM, file, "--shots", "8", "--seeds", "3")
+    assert {of for _, of in rows} == {"5%", "10%"}, "64 images promise no 2%"
 
 
 def test_suggested_labels_are_worth_more_than_random_ones(file: Path) -> None:
