@@ -360,8 +360,9 @@ class Classifier(Estimator):
         return self._store.fitted().answers.calibration()
 
     def audit(self) -> SupportAudit:
-        """What is wrong with the support images, named by their ids, as left-out ones tell: likely wrong labels, near
-        duplicates, classes that are confused or have too few or too alike images (methods.support_audit)."""
+        """What is wrong with the support images, named by their ids and files, as left-out ones tell: likely wrong
+        labels, near duplicates, classes that are confused or have too few or too alike images
+        (methods.support_audit)."""
         return self._store.fitted().answers.audit(example_id)
 
     def predict_folder(

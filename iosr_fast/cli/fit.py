@@ -47,8 +47,8 @@ def fit(
     """Fit a few-shot classifier on a folder of images and save it.
 
     FOLDER has one sub-folder of images for each class, or is a .csv file of path and label (or of path and labels,
-    joined by ;, where pictures may have several); several of both are joined. --model is required: demo is near chance
-    on photographs.
+    joined by ;, where pictures may have several); several of both are joined, and a file that is listed again has the
+    later label. --model is required: demo is near chance on photographs.
 
     \b
     iosr-fast fit support/ --model ViT-B-32 --pretrained laion2b_s34b_b79k \\

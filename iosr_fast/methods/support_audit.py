@@ -33,6 +33,7 @@ class Suspect:
 
     suggested    the most probable other class when the image is left out, with its `probability` by the classifier
     neighbours   the support images of that class that are nearest to this one, nearest first
+    path         of its file, where it is known
     """
 
     image: Any
@@ -41,17 +42,21 @@ class Suspect:
     suggested: Any
     probability: float
     neighbours: tuple[Any, ...]
+    path: str | None = None
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Two images as good as equal for the encoder; of two classes, one of the labels is wrong or both are meant."""
+    """Two images as good as equal for the encoder; of two classes, one of the labels is wrong or both are meant. With
+    the paths of their files, where these are known."""
 
     image: Any
     label: Any
     other: Any
     other_label: Any
     cosine: float
+    path: str | None = None
+    other_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,12 +149,13 @@ def audit_support(
     which: Which = "plain",
     images: np.ndarray | None = None,
     classes: np.ndarray | None = None,
+    paths: Sequence[str | None] = (),
 ) -> SupportAudit:
     """What is wrong with N labelled images of C classes, and what more of them would bring.
 
     `left_out` are the out-of-fold logits of a method, `plan_of` makes its plan of a smaller support set (MethodConfig
     or Tuned.compile), and `which` are the embeddings that it compares. `images` (N,) and `classes` (C,) name images and
-    classes in the result; None: by position.
+    classes in the result; None: by position. `paths` (N, or none) are those of the images' files.
 
     Labels are judged by the logits of left-out images: the suspicion of label_noise is high
     if a label is less probable than a random error would make it, given how often the classifier is mistaken. If every
@@ -178,7 +184,7 @@ def audit_support(
     """
     started, labels = time.perf_counter(), support.labels
     images = np.arange(len(labels)) if images is None else images
-    image_names = images.tolist()
+    image_names, files = images.tolist(), paths or (None,) * len(labels)
     class_names = list(range(support.n_classes)) if classes is None else classes.tolist()
     logits = left_out.by_image()
     curve = learning_curve(support, plan_of, left_out)
@@ -203,12 +209,17 @@ def audit_support(
         surprise,
         tuple(
             Suspect(
-                *named[i], float(suspicion[i]), class_names[c], float(shares[i, c]), tuple(image_names[j] for j in near)
+                *named[i],
+                float(suspicion[i]),
+                class_names[c],
+                float(shares[i, c]),
+                tuple(image_names[j] for j in near),
+                files[i],
             )
             for i, (c, near) in zip(doubtful, others, strict=True)
         ),
         float(noise.wrong.sum()),
-        tuple(Duplicate(*named[i], *named[j], cosine) for i, j, cosine in pairs),
+        tuple(Duplicate(*named[i], *named[j], cosine, files[i], files[j]) for i, j, cosine in pairs),
         tuple(_confusions(support, class_names, shares, scored & ~(suspicion > LIKELY))),
         tuple(_class_reports(support, class_names, left_out, rows)),
         curve,

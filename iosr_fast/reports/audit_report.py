@@ -7,6 +7,7 @@ from typing import Any
 
 from iosr_fast.methods.learning_curve import LearningCurve
 from iosr_fast.methods.support_audit import SupportAudit, Suspect
+from iosr_fast.reports.label_fields import label_field, save_labels
 from iosr_fast.reports.page import (
     Html,
     bar,
@@ -21,10 +22,25 @@ from iosr_fast.reports.page import (
     percent,
     picture,
     section,
+    short_path,
     table,
 )
 
 _SHOWN = 100  # of each kind; a phone shows no more
+_CORRECTED = (
+    "Type the right label below an image, save labels.csv, and fit again with it after what was fitted before, as in "
+    "iosr-fast fit support/ labels.csv: its labels replace the earlier ones. "
+)
+_WITHOUT_FILE = "An image without a file has no field: Classifier.remove_examples takes its id."
+
+
+def named(image: Any, path: str | None) -> str:
+    """An image's file, where it is known, and its id.
+
+    >>> named("e83", "/data/support/lemon/4.jpg"), named("e84", None)
+    ('lemon/4.jpg (e83)', 'e84')
+    """
+    return str(image) if path is None else f"{short_path(path)} ({image})"
 
 
 def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], title: str) -> str:
@@ -33,17 +49,23 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
     def pictures(*images: Any, look: str = "pictures") -> Html:
         return element("div", *(picture(picture_of(image), str(image)) for image in images), class_=look)
 
+    def name(image: Any, path: str | None) -> Html:
+        return element("span", named(image, path), title=path)
+
     def suspect(one: Suspect) -> Html:
-        left_out = f"{one.image}; left out, it is {one.suggested} at {percent(one.probability, 0)}. Nearest of these:"
+        left_out = f"; left out, it is {one.suggested} at {percent(one.probability, 0)}. Nearest of these:"
         return join(
             pictures(one.image),
             element("p", element("span", one.label, class_="bad name"), f" is rather {one.suggested}"),
             element("p", "wrong: ", bar(one.suspicion)),
-            note(left_out),
+            None if one.path is None else label_field(one.path, one.suggested),
+            note(name(one.image, one.path), left_out),
             pictures(*one.neighbours, look="small pictures"),
         )
 
     likely, doubtful = len(audit.likely_wrong), audit.suspects[len(audit.likely_wrong) :]
+    shown = [*audit.likely_wrong[:_SHOWN], *doubtful[:_SHOWN]]
+    paths = [one.path for one in shown if one.path is not None]
     judged = {
         "left-out images": f"By estimate {audit.expected_wrong:.1f} labels are wrong.",
         "class names": f"Judged by the class names: by estimate {audit.expected_wrong:.1f} labels are wrong.",
@@ -56,6 +78,7 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
         section(
             "Labels likely wrong",
             _first(f"More likely wrong than right: {likely} of {len(audit.images)}. {judged}", likely),
+            note(_CORRECTED if paths else "", _WITHOUT_FILE if len(paths) < len(shown) else "") if shown else None,
             cards(map(suspect, audit.likely_wrong[:_SHOWN])),
             details(
                 f"{len(doubtful)} doubtful labels, more likely right than wrong",
@@ -77,7 +100,12 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
                 join(
                     pictures(pair.image, pair.other),
                     element("p", " / ".join(dict.fromkeys((str(pair.label), str(pair.other_label)))), class_="name"),
-                    note(f"{pair.image} and {pair.other}, cosine {pair.cosine:.4f}"),
+                    note(
+                        name(pair.image, pair.path),
+                        " and ",
+                        name(pair.other, pair.other_path),
+                        f", cosine {pair.cosine:.4f}",
+                    ),
                 )
                 for pair in audit.duplicates[:_SHOWN]
             ),
@@ -97,6 +125,8 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
         ),
         _classes(audit),
         _curve(audit.curve),
+        save_labels(paths, [one.label for one in audit.classes]) if paths else None,
+        scripts=("labels.js",) if paths else (),
         lead="Images are left out of the fit one of each class at a time, and classified by the others.",
     )
 

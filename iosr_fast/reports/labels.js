@@ -34,12 +34,19 @@ button.addEventListener("click", () => {
   saved = JSON.stringify(rows());
   update();
 });
-// Enter goes to the next image.
+// A button takes the label that it names.
+document.addEventListener("click", ({ target }) => {
+  if (target.dataset.label === undefined) return;
+  target.closest("li").querySelector("input").value = target.dataset.label;
+  update();
+});
+// Enter goes to the next image in sight.
 document.addEventListener("keydown", (event) => {
   const place = inputs.indexOf(event.target);
   if (event.key === "Enter" && place >= 0) {
     event.preventDefault();
-    (inputs[place + 1] ?? button).focus();
+    const next = inputs.slice(place + 1).find((input) => !input.closest("details:not([open])"));
+    (next ?? button).focus();
   }
 });
 window.addEventListener("beforeunload", (event) => {

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from iosr_fast import Classifier, FewShotHead
 from iosr_fast.encoders.opened_clip import OpenedClip
@@ -29,6 +30,30 @@ def test_an_audit_names_examples_and_is_right_after_a_change(clip: OpenedClip, d
     audit = classifier.audit()
     assert not audit.likely_wrong and len(audit.images) == len(images) - 1
     assert [one.label for one in audit.classes] == NAMES and sum(one.images for one in audit.classes) == 29
+
+
+def test_labels_corrected_by_an_audit_of_files_are_those_of_the_next_fit(
+    clip: OpenedClip, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = data
+    monkeypatch.chdir(tmp_path)
+    for i, image in enumerate(images):
+        file = Path("support", NAMES[{7: 3, 20: 0}.get(i, labels[i])], f"{i}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    classifier = Classifier("any", method="gda", alpha=1.0).fit_folder("support")
+    classifier.add_examples(NAMES[labels[20]], images[20] ^ 1)  # as good as a copy, under its right label
+    audit = classifier.audit()
+    wrong = {Path(one.path or "").relative_to(tmp_path): one.suggested for one in audit.likely_wrong}
+    assert wrong == {Path("support", NAMES[c], f"{i}.png"): NAMES[labels[i]] for i, c in ((7, 3), (20, 0))}
+    assert ("20.png", None) in [(Path(one.path or "").name, one.other_path) for one in audit.duplicates]
+    (tmp_path / "sub").mkdir()
+    rows = "".join(f"{tmp_path / path},{label}\n" for path, label in wrong.items())
+    Path("sub/labels.csv").write_text(f"path,label\n{rows}")
+    fixed = Classifier("any", method="gda", alpha=1.0).fit_folder("support", "sub/labels.csv")
+    assert not fixed.audit().likely_wrong and fixed.audit().expected_wrong < 0.5
+    given = dict(zip(fixed.snapshot().examples.paths, fixed.support_.labels, strict=True))
+    assert {int(Path(path or "").stem): c for path, c in given.items()} == dict(enumerate(labels))
 
 
 def test_suggestions_of_a_folder_with_and_without_labels(clip: OpenedClip, data: Any, paths: list[str]) -> None:

@@ -88,10 +88,34 @@ def test_audit_prints_and_writes_what_it_found(place: Path, browser: Any) -> Non
     assert [one["suggested"] for one in found["suspects"] if one["suspicion"] > 0.5] == ["two"]
     written = (place / "a.html").read_text()
     assert "&lt;b&gt;one&lt;/b&gt;" in written and "<b>one" not in written
+    assert "An image without a file has no field" in written and "labels.csv" not in written
     for width in (390, 1280):
         page = opened(browser, place / "a.html", width)
         assert page.locator("h2").all_inner_texts()[0] == "Labels likely wrong"
         assert page.locator("img").count() >= 4  # the picture and three neighbours
+
+
+def test_the_page_of_an_audit_takes_labels_of_files(place: Path, browser: Any) -> None:
+    images, labels = pictures(np.random.default_rng(3), 5, 6)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(place / f"<i>{i}.png")
+    rows = [f"<i>{i}.png,{NAMES[{7: 3, 20: 2}.get(i, c)]}\n" for i, c in enumerate(labels)]
+    (place / "test.csv").write_text("".join(["path,label\n", *rows]))
+    Classifier.load("").fit_folder(place / "test.csv")
+    done = run("audit", place / "classifier", "--html", place / "a.html", "--json", place / "a.json")
+    assert f"{place.name}/<i>7.png (e7): four is rather two" in done.output, done.output
+    paths = [one["path"] for one in json.loads((place / "a.json").read_text())["suspects"]]
+    first = next(i for i, path in enumerate(paths) if path == str(place / "<i>7.png"))
+    page = opened(browser, place / "a.html")
+    fields, card = page.get_by_label("Label"), page.locator("li").nth(first)
+    assert fields.count() == len(paths) and card.locator(f"[title='{paths[first]}']").inner_text().endswith("(e7)")
+    card.get_by_role("button", name="Take two").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save labels.csv").click()
+    download.value.save_as(place / "labels.csv")
+    assert page.get_by_role("status").inner_text() == f"1 of {len(paths)} images labelled; saved"
+    again, corrected, _ = labelled_images(place / "test.csv", place / "labels.csv")
+    assert (again[7].name, corrected[7], corrected[20], len(again)) == ("<i>7.png", "two", "three", 30)
 
 
 def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path, browser: Any) -> None:
