@@ -28,8 +28,8 @@ from iosr_fast.reports.page import (
 
 _SHOWN = 100  # of each kind; a phone shows no more
 _CORRECTED = (
-    "Type the right label below an image, save labels.csv, and fit again with it after what was fitted before, as in "
-    "iosr-fast fit support/ labels.csv: its labels replace the earlier ones. "
+    "Type or take the right label below an image and save labels.csv. Named after what was fitted before, as in "
+    "iosr-fast fit support/ labels.csv, its labels replace the earlier ones. "
 )
 _WITHOUT_FILE = "An image without a file has no field: Classifier.remove_examples takes its id."
 
@@ -58,9 +58,9 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
             pictures(one.image),
             element("p", element("span", one.label, class_="bad name"), f" is rather {one.suggested}"),
             element("p", "wrong: ", bar(one.suspicion)),
-            None if one.path is None else label_field(one.path, one.suggested),
             note(name(one.image, one.path), left_out),
             pictures(*one.neighbours, look="small pictures"),
+            None if one.path is None else label_field(one.path, one.suggested),
         )
 
     likely, doubtful = len(audit.likely_wrong), audit.suspects[len(audit.likely_wrong) :]

@@ -114,7 +114,7 @@ def test_the_page_of_an_audit_takes_labels_of_files(place: Path, browser: Any) -
         page.get_by_role("button", name="Save labels.csv").click()
     download.value.save_as(place / "labels.csv")
     assert page.get_by_role("status").inner_text() == f"1 of {len(paths)} images labelled; saved"
-    again, corrected, _ = labelled_images(place / "test.csv", place / "labels.csv")
+    again, corrected, *_ = labelled_images(place / "test.csv", place / "labels.csv")
     assert (again[7].name, corrected[7], corrected[20], len(again)) == ("<i>7.png", "two", "three", 30)
 
 
