@@ -184,7 +184,7 @@ def audit_support(
     """
     started, labels = time.perf_counter(), support.labels
     images = np.arange(len(labels)) if images is None else images
-    image_names, files = images.tolist(), paths or (None,) * len(labels)
+    files = paths or (None,) * len(labels)
     class_names = list(range(support.n_classes)) if classes is None else classes.tolist()
     logits = left_out.by_image()
     curve = learning_curve(support, plan_of, left_out)
@@ -199,7 +199,7 @@ def audit_support(
     suspicion[judged], surprise[judged] = noise.wrong, noise.surprise
     rows, shares = image_rows(support.embeddings, which, None), softmax(of_judged.astype(np.float64))
     pairs = near_pairs(rows, support)
-    named: list[tuple[Any, Any]] = [(image_names[i], class_names[c]) for i, c in enumerate(labels)]
+    named: list[tuple[Any, Any]] = [(name, class_names[c]) for name, c in zip(images.tolist(), labels, strict=True)]
     by_surprise = np.argsort(-surprise, kind="stable")  # NaN last
     doubtful: list[int] = by_surprise[suspicion[by_surprise] >= _DOUBTFUL].tolist()
     others = [_suggested(support, rows, shares[i], i) for i in doubtful]
@@ -213,7 +213,7 @@ def audit_support(
                 float(suspicion[i]),
                 class_names[c],
                 float(shares[i, c]),
-                tuple(image_names[j] for j in near),
+                tuple(images[near].tolist()),
                 files[i],
             )
             for i, (c, near) in zip(doubtful, others, strict=True)

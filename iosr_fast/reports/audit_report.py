@@ -35,11 +35,7 @@ _WITHOUT_FILE = "An image without a file has no field: Classifier.remove_example
 
 
 def named(image: Any, path: str | None) -> str:
-    """An image's file, where it is known, and its id.
-
-    >>> named("e83", "/data/support/lemon/4.jpg"), named("e84", None)
-    ('lemon/4.jpg (e83)', 'e84')
-    """
+    """An image's file, where it is known, and its id: "lemon/4.jpg (e83)"."""
     return str(image) if path is None else f"{short_path(path)} ({image})"
 
 
@@ -100,12 +96,8 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
                 join(
                     pictures(pair.image, pair.other),
                     element("p", " / ".join(dict.fromkeys((str(pair.label), str(pair.other_label)))), class_="name"),
-                    note(
-                        name(pair.image, pair.path),
-                        " and ",
-                        name(pair.other, pair.other_path),
-                        f", cosine {pair.cosine:.4f}",
-                    ),
+                    note(name(pair.image, pair.path), " and ", name(pair.other, pair.other_path)),
+                    note(f"cosine {pair.cosine:.4f}"),
                 )
                 for pair in audit.duplicates[:_SHOWN]
             ),

@@ -47,11 +47,9 @@ def test_labels_corrected_by_an_audit_of_files_are_those_of_the_next_fit(
     wrong = {Path(one.path or "").relative_to(tmp_path): one.suggested for one in audit.likely_wrong}
     assert wrong == {Path("support", NAMES[c], f"{i}.png"): NAMES[labels[i]] for i, c in ((7, 3), (20, 0))}
     assert ("20.png", None) in [(Path(one.path or "").name, one.other_path) for one in audit.duplicates]
-    (tmp_path / "sub").mkdir()
-    rows = "".join(f"{tmp_path / path},{label}\n" for path, label in wrong.items())
-    Path("sub/labels.csv").write_text(f"path,label\n{rows}")
-    fixed = Classifier("any", method="gda", alpha=1.0).fit_folder("support", "sub/labels.csv")
-    assert not fixed.audit().likely_wrong and fixed.audit().expected_wrong < 0.5
+    Path("labels.csv").write_text("\n".join(["path,label", *(f"{path},{label}" for path, label in wrong.items())]))
+    fixed = Classifier("any", method="gda", alpha=1.0).fit_folder("support", "labels.csv")
+    assert not fixed.audit().likely_wrong
     given = dict(zip(fixed.snapshot().examples.paths, fixed.support_.labels, strict=True))
     assert {int(Path(path or "").stem): c for path, c in given.items()} == dict(enumerate(labels))
 
