@@ -7,7 +7,6 @@ from typing import Any
 
 from iosr_fast.methods.learning_curve import LearningCurve
 from iosr_fast.methods.support_audit import SupportAudit, Suspect
-from iosr_fast.reports.label_fields import label_field, save_labels
 from iosr_fast.reports.page import (
     Html,
     bar,
@@ -17,10 +16,12 @@ from iosr_fast.reports.page import (
     facts,
     first_of,
     join,
+    label_field,
     note,
     page,
     percent,
     picture,
+    save_labels,
     section,
     short_path,
     table,

@@ -179,6 +179,22 @@ def details(summary: str, *parts: Any) -> Html:
     return element("details", element("summary", summary), *parts)
 
 
+def label_field(path: str, suggested: Any = None) -> Html:
+    """A field for the label of an image, by its absolute path; a button takes the `suggested` class (labels.js)."""
+    field = element("input", list="classes", data_path=path, autocomplete="off")
+    button = element("button", f"Take {suggested}", type="button", class_="button", data_label=suggested)
+    return join(element("label", "Label", field, class_="quiet"), None if suggested is None else button)
+
+
+def save_labels(paths: Iterable[str], classes: Iterable[Any]) -> Html:
+    """The button that saves the labels of these images as CSV; `classes` are offered in their fields."""
+    key = sha256("\0".join(paths).encode()).hexdigest()
+    button = element("button", "Save labels.csv", id="save", type="button", class_="button strong", data_key=key)
+    status = element("span", id="status", role="status", class_="quiet")
+    offered = element("datalist", *(element("option", value=name) for name in classes), id="classes")
+    return join(offered, element("div", button, status, class_="row actions"))
+
+
 def section(title: str, *parts: Any) -> Html:
     return element("section", element("h2", title), *parts)
 

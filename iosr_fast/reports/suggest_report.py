@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from iosr_fast.files.suggest import FolderSuggestions
-from iosr_fast.reports.label_fields import label_field, save_labels
-from iosr_fast.reports.page import cards, element, join, note, page, percent, picture, thumbnail
+from iosr_fast.reports.page import (
+    cards,
+    element,
+    join,
+    label_field,
+    note,
+    page,
+    percent,
+    picture,
+    save_labels,
+    thumbnail,
+)
 
 _SIDE = 256  # of a picture, in pixels
 

@@ -14,10 +14,12 @@ from iosr_fast.reports.page import (
     details,
     element,
     facts,
+    label_field,
     matrix,
     note,
     page,
     picture,
+    save_labels,
     section,
     table,
     thumbnail,
@@ -39,6 +41,8 @@ def test_text_of_users_never_becomes_markup() -> None:
         note(ATTACK),
         details(ATTACK, ATTACK),
         section(ATTACK, ATTACK),
+        label_field(ATTACK, ATTACK),
+        save_labels([ATTACK], [ATTACK]),
     ]
     written = page(ATTACK, *parts, lead=ATTACK)
     assert ATTACK not in written and "<script" not in written

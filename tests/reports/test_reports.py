@@ -96,11 +96,11 @@ def test_audit_prints_and_writes_what_it_found(place: Path, browser: Any) -> Non
 
 
 def test_the_page_of_an_audit_takes_labels_of_files(place: Path, browser: Any) -> None:
-    images, labels = pictures(np.random.default_rng(3), 5, 6)
-    for i, image in enumerate(images):
+    rows = ["path,label"]
+    for i, (image, c) in enumerate(zip(*pictures(np.random.default_rng(3), 5, 6), strict=True)):
         Image.fromarray(image).save(place / f"<i>{i}.png")
-    rows = [f"<i>{i}.png,{NAMES[{7: 3, 20: 2}.get(i, c)]}\n" for i, c in enumerate(labels)]
-    (place / "test.csv").write_text("".join(["path,label\n", *rows]))
+        rows.append(f"<i>{i}.png,{NAMES[3 if i == 7 else c]}")
+    (place / "test.csv").write_text("\n".join(rows))
     Classifier.load("").fit_folder(place / "test.csv")
     done = run("audit", place / "classifier", "--html", place / "a.html", "--json", place / "a.json")
     assert f"{place.name}/<i>7.png (e7): four is rather two" in done.output, done.output
@@ -114,8 +114,9 @@ def test_the_page_of_an_audit_takes_labels_of_files(place: Path, browser: Any) -
         page.get_by_role("button", name="Save labels.csv").click()
     download.value.save_as(place / "labels.csv")
     assert page.get_by_role("status").inner_text() == f"1 of {len(paths)} images labelled; saved"
-    again, corrected, *_ = labelled_images(place / "test.csv", place / "labels.csv")
-    assert (again[7].name, corrected[7], corrected[20], len(again)) == ("<i>7.png", "two", "three", 30)
+    assert labelled_images(place / "test.csv", place / "labels.csv").labels == [
+        name for name in NAMES for _ in range(6)
+    ]
 
 
 def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path, browser: Any) -> None:
