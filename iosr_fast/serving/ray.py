@@ -121,10 +121,10 @@ def build_app(bundle: str | Path, settings: Settings | None = None, scale: Scale
     for module in ("fastapi", "python_multipart", "prometheus_client"):
         require(module, "serve")
     settings, scale = settings or Settings(), scale or Scale()
-    if settings.token is not None or settings.log is not None:
+    if settings.token is not None or settings.log is not None or settings.collect is not None:
         raise IosrFastError(
-            "expected settings without token and log, because classes can't be changed on replicas; "
-            "change them on one classifier, save it and deploy it"
+            "expected settings without token, log and collect, because classes can't be changed on replicas; change "
+            "them on one classifier, save it and deploy it, and collect by `iosr-fast serve`"
         )
     cores = math.ceil(scale.cpus) or 1
     settings = replace(

@@ -65,7 +65,7 @@ def test_what_no_replica_can_serve_is_refused_before_one_starts(tmp_path: Path) 
     assert type(made).__name__ == "Application"
     with pytest.raises(ValueError, match="expected args with bundle"):
         from_config({"bundel": "x"})
-    with pytest.raises(ValueError, match="without token and log"):
+    with pytest.raises(ValueError, match="without token, log and collect"):
         build_app(bundle(), Settings(token="a-token-for-tests-only"))
     with pytest.raises(ValueError, match="digest"):
         build_app(bundle(), Settings(expected_digest=f"sha256:{'0' * 64}"))
