@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,6 +15,7 @@ from iosr_fast.files.folder import FolderPredictions, predict_folder
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstention
+from iosr_fast.head.descriptions import read_descriptions
 from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.evaluation import Evaluation
 from iosr_fast.head.fit import Fit
@@ -79,8 +80,9 @@ class Classifier(Estimator):
         The key of a support image is the mean embedding of so many random views, half of them mirrored (False where
         left and right matter), which depend on its pixels and the seed; with 1, of the image as it is.
     templates, class_names : sequence of str
-        Prompts with {} for the class name (None: those of the CLIP); the names that integer labels index, where `fit`
-        is given none, as in scikit-learn's `cross_val_predict` with method="predict_proba".
+        Prompts with {} for the class name (None: those of the CLIP; []: none, descriptions alone); the names that
+        integer labels index, where `fit` is given none, as in scikit-learn's `cross_val_predict` with
+        method="predict_proba".
     thumbnails : int
         Longer side in pixels of the stored picture of a support image. 0 stores none.
     exif_orientation, skip_bad, progress : bool
@@ -205,6 +207,7 @@ class Classifier(Estimator):
         *,
         unknown_images: Any = None,
         groups: Any = None,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
     ) -> Self:
         """Encode the support images and class names, and compile the method.
 
@@ -215,21 +218,33 @@ class Classifier(Estimator):
         `unknown_images`, pictures of none of the classes, sharpen `unknown_score` and change no label. `groups`, a text
         or a number for each image, name what images have in common that new ones have not, as a video or one object:
         images of a group are left out together in all that left-out images say. None or NaN is a group of its own, and
-        so are images that are added later.
+        so are images that are added later. `descriptions` are lists of texts by class name: a class's text embedding is
+        the normalised mean of the unit embeddings of its prompts and its descriptions, of the latter alone with
+        templates=[].
 
-        Raises IosrFastError before a CLIP is opened for wrong parameters, labels and names; before anything is encoded
-        for a CLIP, engine, adapter or runtime that don't fit; for unreadable images, and one picture under two labels.
+        Raises IosrFastError before a CLIP is opened for wrong parameters, labels, names and descriptions; before
+        anything is encoded for a CLIP, engine, adapter or runtime that don't fit, and texts too long for the CLIP; for
+        unreadable images, and one picture under two labels.
         """
         names = self.class_names if class_names is None else class_names
-        self._store.replace(fit(self.get_params(), self._open, images, labels, names, unknown_images, groups))
+        data = images, labels, names, unknown_images, groups, descriptions
+        self._store.replace(fit(self.get_params(), self._open, *data))
         return self
 
-    def fit_folder(self, folder: str | Path, *more: str | Path, unknown_images: str | Path | None = None) -> Self:
+    def fit_folder(
+        self,
+        folder: str | Path,
+        *more: str | Path,
+        unknown_images: str | Path | None = None,
+        descriptions: Mapping[str, Sequence[str]] | str | Path | None = None,
+    ) -> Self:
         """`fit` on folders with a sub-folder of images for each class, or CSV files of path and label
-        (labelled_images). All images in the folder `unknown_images` and below belong to none of the classes."""
+        (labelled_images). All images in the folder `unknown_images` and below belong to none of the classes.
+        `descriptions` may be a file: JSON, or CSV of class and text (head.descriptions)."""
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
+        texts = read_descriptions(descriptions) if isinstance(descriptions, str | Path) else descriptions
         *labelled, groups = labelled_images(folder, *more)
-        return self.fit(*labelled, unknown_images=unknown, groups=groups)
+        return self.fit(*labelled, unknown_images=unknown, groups=groups, descriptions=texts)
 
     def _open(self) -> OpenedClip:
         """The CLIP that the parameters name; a loaded classifier's own, until `set_params` names another."""
@@ -428,11 +443,18 @@ class Classifier(Estimator):
         upright = self.exif_orientation if fit is None else fit.views.exif_orientation
         return Reader.of((fit or clip).encoder, clip.engine, upright, batch, skip_bad, threads, decoder)
 
-    def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> ChangeResult:
-        """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is the
-        embedding of its name; None has the text encoder make it. An iterator of `images` is taken one after another,
-        never all into memory. The first unreadable image is a BadImageError; nothing is changed then."""
-        return updates.add_class(self._store, name, images, text)
+    def add_class(
+        self,
+        name: str,
+        images: Any = (),
+        text: np.ndarray | None = None,
+        descriptions: Sequence[str] | None = None,
+    ) -> ChangeResult:
+        """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is its text
+        embedding; None has the text encoder make it of the name and `descriptions`, as `fit` does. An iterator of
+        `images` is taken one after another, never all into memory. The first unreadable image is a BadImageError;
+        nothing is changed then."""
+        return updates.add_class(self._store, name, images, text, descriptions)
 
     def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
         """More support images of a class, by id or name; `images` as for `add_class`."""
@@ -447,11 +469,16 @@ class Classifier(Estimator):
         return updates.remove_class(self._store, name_or_id)
 
     def rename_class(
-        self, name_or_id: str, name: str, text: np.ndarray | None = None, keep_text: bool = False
+        self,
+        name_or_id: str,
+        name: str,
+        text: np.ndarray | None = None,
+        keep_text: bool = False,
+        descriptions: Sequence[str] | None = None,
     ) -> ChangeResult:
-        """Another name for a class, by id or name, and so another text embedding (`text` as for `add_class`), unless
-        `keep_text`; its id stays."""
-        return updates.rename_class(self._store, name_or_id, name, text, keep_text)
+        """Another name for a class, by id or name, and so another text embedding (`text` and `descriptions` as for
+        `add_class`; earlier descriptions are not kept), unless `keep_text`; its id stays."""
+        return updates.rename_class(self._store, name_or_id, name, text, keep_text, descriptions)
 
     def tune(
         self, images: Any = None, labels: Any = None, method: str | None = None, reducer: str | None = None

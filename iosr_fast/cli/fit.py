@@ -32,7 +32,8 @@ def fit(
     reducer: Annotated[str | None, option("none, centre, pca or pca:RANK, for a named method [default: none].")] = None,
     tune: Annotated[str | None, option("loo: choose parameters by leave-one-out, or none [default: loo].")] = None,
     tune_seconds: Annotated[float, option("Budget of the search of auto and stack on one core, in seconds.")] = 20.0,
-    template: Annotated[list[str] | None, option("Prompt with {}. Repeatable [default: the CLIP's].")] = None,
+    template: Annotated[list[str] | None, option("Prompt with {}, or none. Repeatable [default: the CLIP's].")] = None,
+    descriptions: Annotated[Path | None, option("More texts of classes: JSON of lists, or CSV of class, text.")] = None,
     views: Annotated[int, option("Random views averaged into each key; 1: the image as it is.")] = 1,
     mirror: Annotated[bool, option("Mirror half of the views.")] = True,
     unknown_images: Annotated[Path | None, option("Folder of pictures of none of the classes.")] = None,
@@ -61,18 +62,19 @@ def fit(
             "expected --model, got none: for photographs try --model ViT-B-32 --pretrained laion2b_s34b_b79k, which is "
             "downloaded once; `iosr-fast models` lists all; --model demo is a toy to try the commands"
         )
-    for name in ("folder", "out", "template", "unknown_images", "overwrite"):
+    for name in ("folder", "out", "template", "descriptions", "unknown_images", "overwrite"):
         del parameters[name]  # the others are parameters of Classifier
     from iosr_fast.classifier import Classifier
 
-    parameters |= {"adapter": None if adapter == "none" else adapter, "templates": template or None}
+    templates = [] if template == ["none"] else template or None
+    parameters |= {"adapter": None if adapter == "none" else adapter, "templates": templates}
     classifier = Classifier(**parameters, progress=True)
     with stop_message("stopped; nothing was written"):
         check_new_folder(out, "classifier")
         if not overwrite and out.is_dir() and any(out.iterdir()):
             raise FileExistsError(f"{out} is a classifier already: --overwrite replaces it, or choose another folder")
         try:
-            classifier.fit_folder(*folder, unknown_images=unknown_images)
+            classifier.fit_folder(*folder, unknown_images=unknown_images, descriptions=descriptions)
         except BadImageError as error:
             raise IosrFastError(f"{error}; repair or remove it, or leave such images out by --skip-bad") from error
         with progress("save", None):

@@ -1,19 +1,21 @@
-"""Prompt templates, and class names -> text embeddings averaged over them."""
+"""The texts of a class, prompts for its name and descriptions, and the mean of their embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from iosr_fast.clip.tokenizer import count_tokens
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
 
+Descriptions: TypeAlias = Mapping[str, Sequence[str]]  # texts of classes, by name, beside the prompts
 PHOTO_TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}.")
-MAX_TEMPLATES = 1000
+MAX_TEXTS = 1000  # templates, or descriptions of a class
 _BATCH = 32  # texts of a run
 # The demo's CLIP was trained with these (tools/demo/train_clip.py).
 DEMO_TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}")
@@ -28,29 +30,64 @@ def default_templates(clip: LoadedClip) -> tuple[str, ...]:
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates as a tuple. Raises ValueError for none, too many, and one without a `{}` for the class name."""
-    if not isinstance(templates, Sequence) or isinstance(templates, str) or not 1 <= len(templates) <= MAX_TEMPLATES:
+    """The templates as a tuple. Raises ValueError for too many, and one without a `{}` for the class name."""
+    if not isinstance(templates, Sequence) or isinstance(templates, str) or len(templates) > MAX_TEXTS:
         shown = f"{len(templates):,}" if isinstance(templates, Sequence) and len(templates) > 9 else repr(templates)
-        raise IosrFastError(f"expected a list of one to {MAX_TEMPLATES:,} templates, got {shown}")
+        raise IosrFastError(f"expected a list of at most {MAX_TEXTS:,} templates, got {shown}")
     for template in templates:
         if not isinstance(template, str) or "{}" not in template:
             raise IosrFastError(f"expected templates with {{}} where the class name goes, got {template!r}")
     return tuple(templates)
 
 
-def embed_classes(clip: LoadedClip, class_names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
-    """(C, D) float32, L2-normalised: each class's mean over templates t of the normalised text(t.format(name)).
+def class_texts(
+    tokenizer: Any, names: Sequence[str], templates: Sequence[str], descriptions: Descriptions | None
+) -> list[list[str]]:
+    """The texts of each class: its name in each of the templates, then its descriptions, if it has any.
 
-    `templates` default to `default_templates`. Raises ValueError as `check_templates` does. Source: Radford et al.
-    2021, section 3.1.4.
+    Raises ValueError for no names, and for a text that is none or that the tokenizer drops, cuts or takes for a special
+    token.
+    """
+    if isinstance(names, str) or not len(names):
+        raise IosrFastError(f"expected a list of at least one class name, got {names!r}")
+    texts, empty, most = [], count_tokens(tokenizer, ""), tokenizer.context_length
+    for name in names:
+        own = list((descriptions or {}).get(name, ()))
+        for text in (name, *own):
+            if not isinstance(text, str) or count_tokens(tokenizer, text) == empty:
+                raise IosrFastError(
+                    "expected class names and descriptions as texts with at least one character that the CLIP's "
+                    f"tokenizer does not drop, got {text!r}"
+                )
+        texts.append([*(template.replace("{}", name) for template in templates), *own])
+        for text in texts[-1]:
+            if (count := count_tokens(tokenizer, text)) > most:
+                raise IosrFastError(
+                    f"expected texts of at most {most} tokens, start and end included, which this CLIP reads, got "
+                    f"{count} tokens: {text[:100]!r}; shorten it"
+                )
+    return texts
+
+
+def embed_classes(
+    clip: LoadedClip,
+    class_names: Sequence[str],
+    templates: Sequence[str] | None = None,
+    descriptions: Descriptions | None = None,
+) -> np.ndarray:
+    """(C, D) float32, L2-normalised: the mean of the unit embeddings of each class's texts (`class_texts`).
+
+    `templates` default to `default_templates`. Raises ValueError as `check_templates` and `class_texts` do. Source:
+    Radford et al. 2021, section 3.1.4; descriptions, Pratt et al. 2023 (CuPL).
     """
     import torch
 
     from iosr_fast.clip.text_tower import encode_tokens
 
     templates = default_templates(clip) if templates is None else check_templates(templates)
-    texts = [template.replace("{}", name) for name in class_names for template in templates]
+    texts = class_texts(clip.tokenizer, class_names, templates, descriptions)
+    flat = [text for own in texts for text in own]
     with torch.inference_mode():
-        parts = [encode_tokens(clip, clip.tokenizer(texts[i : i + _BATCH])) for i in range(0, len(texts), _BATCH)]
-        means = torch.cat(parts).unflatten(0, (len(class_names), len(templates))).mean(1)
+        parts = [encode_tokens(clip, clip.tokenizer(flat[i : i + _BATCH])) for i in range(0, len(flat), _BATCH)]
+        means = torch.stack([rows.mean(0) for rows in torch.cat(parts).split([len(own) for own in texts])])
         return (means / means.norm(dim=1, keepdim=True)).numpy()

@@ -68,15 +68,35 @@ class Tokenizer:
 
     def clean_text(self, text: str) -> str:
         """A text as it is split. Raises ValueError for one that contains a special token, in any case."""
-        text = clean_text(text, self.clean)
-        folded = text.casefold()
-        for token in self.special_tokens:
-            if token.casefold() in folded:
-                raise IosrFastError(f"expected a text without the tokenizer's special token {token}, got {text!r}")
-        return text
+        return _without_special(clean_text(text, self.clean), self.special_tokens)
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """`encode` as open_clip's tokenizers are called: a text or several, (T, context_length) int64 in torch."""
         import torch
 
         return torch.from_numpy(self.encode([texts] if isinstance(texts, str) else texts))
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """The tokens of a text, start and end included, that a tokenizer of `load_tokenizer` cuts to its `context_length`.
+
+    Raises ValueError for a text that contains a special token.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        encoding = tokenizer.backend.encode(tokenizer.clean_text(text))  # what was cut off is in `overflowing`
+        return sum(encoding.attention_mask) + sum(part.special_tokens_mask.count(0) for part in encoding.overflowing)
+    cleaned, backend = tokenizer.clean_fn(text), getattr(tokenizer, "tokenizer", None)
+    if backend is None:  # open_clip's SimpleTokenizer
+        _without_special(cleaned, [tokenizer.decoder[i] for i in tokenizer.all_special_ids])
+        return len(tokenizer.encode(text)) + 2
+    _without_special(cleaned, backend.all_special_tokens)  # open_clip's HFTokenizer
+    own = 3 if tokenizer.tokenizer_mode == "clips" else 0  # which has special tokens of its own
+    return len(backend(cleaned, add_special_tokens=not own).input_ids) + own
+
+
+def _without_special(text: str, tokens: Sequence[str]) -> str:
+    folded = text.casefold()
+    for token in tokens:
+        if token.casefold() in folded:
+            raise IosrFastError(f"expected a text without the tokenizer's special token {token}, got {text!r}")
+    return text

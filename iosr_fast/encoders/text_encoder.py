@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from iosr_fast.clip.prompts import check_templates
+from iosr_fast.clip.prompts import Descriptions, check_templates, class_texts
 from iosr_fast.clip.tokenizer import Tokenizer
-from iosr_fast.exceptions import IosrFastError, UnavailableError
+from iosr_fast.exceptions import UnavailableError
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
@@ -27,8 +27,10 @@ _BATCH = 32  # texts per run: bounds the widest activation of ViT-B/16's text en
 class TextSource(Protocol):
     """A text encoder: that of a loaded CLIP (export.text.ClipText) or of a saved classifier (TextEncoder)."""
 
-    def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
-        """(C, D) float32, L2-normalised: the mean over templates of the embeddings of template.format(name)."""
+    def embed_classes(
+        self, names: Sequence[str], templates: Sequence[str] | None = None, descriptions: Descriptions | None = None
+    ) -> np.ndarray:
+        """(C, D) float32, L2-normalised: the mean of the unit embeddings of each class's texts."""
 
     def write(self, folder: Path) -> dict[str, Any] | None:
         """Write its files into an existing folder. Returns the facts for TextEncoder, None if it can't be exported."""
@@ -50,30 +52,22 @@ class TextEncoder:
         self._lock = threading.Lock()
         self._loaded: tuple[Tokenizer, Any] | None = None
 
-    def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
-        """(C, D) float32, L2-normalised: each class's mean over templates t of the normalised text(t.format(name)).
+    def embed_classes(
+        self, names: Sequence[str], templates: Sequence[str] | None = None, descriptions: Descriptions | None = None
+    ) -> np.ndarray:
+        """(C, D) float32, L2-normalised: the mean of the unit embeddings of each class's texts (prompts.class_texts).
 
         `templates` default to those of the CLIP. Equals `clip.prompts.embed_classes`, in batches of 32 texts, so memory
-        does not grow with C. Raises ValueError for no names, a name that is empty, is not a string or contains a
-        special token, and a template without a `{}`; RuntimeError for damaged files; ImportError without the `serve`
-        extra.
+        does not grow with C. Raises ValueError as `check_templates` and `class_texts` do; RuntimeError for damaged
+        files; ImportError without the `serve` extra.
         """
-        if isinstance(names, str) or not len(names):
-            raise IosrFastError(f"expected a list of at least one class name, got {names!r}")
         templates = self.templates if templates is None else check_templates(templates)
-        tokenizer = self._load()[0]
-        for name in names:
-            if not isinstance(name, str) or not tokenizer.clean_text(name):
-                dropped = " (this CLIP's tokenizer drops punctuation)" if tokenizer.clean == "canonicalize" else ""
-                raise IosrFastError(
-                    f"expected class names as strings with at least one visible character{dropped}, got {name!r}"
-                )
-        sums = np.zeros((len(names), self.facts["width"]))
-        for start in range(0, len(names) * len(templates), _BATCH):
-            indices = np.arange(start, min(start + _BATCH, len(names) * len(templates)))
-            rows, columns = np.divmod(indices, len(templates))
-            texts = [templates[t].replace("{}", names[c]) for c, t in zip(rows, columns, strict=True)]
-            np.add.at(sums, rows, self.embed(texts))
+        texts = class_texts(self._load()[0], names, templates, descriptions)
+        flat = [(row, text) for row, own in enumerate(texts) for text in own]
+        sums = np.zeros((len(texts), self.facts["width"]))
+        for start in range(0, len(flat), _BATCH):
+            rows, batch = zip(*flat[start : start + _BATCH], strict=True)
+            np.add.at(sums, list(rows), self.embed(batch))
         embeddings: np.ndarray = (sums / np.linalg.norm(sums, axis=1, keepdims=True)).astype(np.float32)
         return embeddings
 

@@ -14,7 +14,7 @@ import torch
 
 from iosr_fast.clip.demo.pictures import load_index
 from iosr_fast.clip.load import LoadedClip
-from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates, embed_classes
+from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, Descriptions, default_templates, embed_classes
 from iosr_fast.clip.text_tower import POOLS, TextTower, end_token, pooling, text_transformer
 from iosr_fast.clip.tokenizer import SPECIAL_TOKENS, Clean, Tokenizer
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder
@@ -69,9 +69,11 @@ class ClipText:
 
     clip: LoadedClip
 
-    def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
+    def embed_classes(
+        self, names: Sequence[str], templates: Sequence[str] | None = None, descriptions: Descriptions | None = None
+    ) -> np.ndarray:
         """As clip.prompts.embed_classes, with this CLIP."""
-        return embed_classes(self.clip, names, templates)
+        return embed_classes(self.clip, names, templates, descriptions)
 
     def write(self, folder: Path) -> dict[str, Any] | None:
         """Export text encoder and tokenizer into `folder`; None, with a warning, if they can't be exported."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import list_images, refuse_url
-from iosr_fast.utils.csv_text import recovered
+from iosr_fast.utils.csv_text import read_rows
 from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.text import abbreviate
 
@@ -86,15 +85,10 @@ def _paths_of(place: Path) -> list[str]:
 
 def _listed(file: Path) -> list[str]:
     """The paths that a CSV file lists, relative to its folder."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            reader = csv.DictReader(opened)
-            columns, paths = reader.fieldnames or [], [row.get("path") for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise IosrFastError(f"can't read {file} as CSV in UTF-8: {error}; save it as such") from error
+    columns, rows = read_rows(file)
     if "path" not in columns:
         raise IosrFastError(f"expected a column path in {file}, got {', '.join(columns) or 'no line'}")
-    found = [recovered(path) for path in paths if path]
+    found = [row["path"] for row in rows if row["path"]]
     for path in found:
         refuse_url(path)
     return [str(file.parent / path) for path in found]

@@ -12,6 +12,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.descriptions import check_descriptions
 from iosr_fast.head.engine_choice import OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import Fit
@@ -43,9 +44,10 @@ def fit(
     class_names: Any,
     unknown_images: Any,
     groups: Any,
+    descriptions: Any,
 ) -> Fit:
     """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before the CLIP is opened:
-    parameters, labels, class names, and that each class has an image if the method needs one."""
+    parameters, labels, class names, descriptions, and that each class has an image if the method needs one."""
     choice, choose_engine = MethodChoice.of(parameters), parameters["precision"] == "auto"
     of_images = {name: parameters[name] for name in ("views", "mirror", "templates", "seed", "exif_orientation")}
     views = SupportViews(**of_images, thumbnail=parameters["thumbnails"])
@@ -56,6 +58,7 @@ def fit(
         if choose_engine:
             log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
             choose_engine = False
+    texts = check_descriptions(descriptions, known.names, views.templates)
     unknown = [] if unknown_images is None else as_image_list(unknown_images)
     check_unknown_images(len(unknown))
     _check_counts(choice, known, known.ids)
@@ -66,7 +69,7 @@ def fit(
     # Later queries are single views, so that is what leave-one-out has to score.
     scored = choice.searched or known.sets is not None
     views = replace(views, single=scored and views.views > 1)
-    text = clip.text.embed_classes(known.names, views.templates)
+    text = clip.text.embed_classes(known.names, views.templates, texts)
     with bar("encode", len(listed) + len(unknown), shown=shown) as step:
         given = listed, views, known.ids, known.shown, unknown, skip_bad, step
         examples, unknown_rows, errors = encode_images(clip.encoder_for(adapted=True), *given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.images.listing import list_folder, list_images, refuse_url
-from iosr_fast.utils.csv_text import check_columns, recovered
+from iosr_fast.utils.csv_text import check_columns, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +94,7 @@ def _read_class_folders(folder: Path) -> _Found:
 def _read_table(file: Path) -> _Found:
     if not file.is_file():
         raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            reader = csv.DictReader(opened)
-            columns, rows = list(reader.fieldnames or []), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise IosrFastError(f"can't read {file} as CSV in UTF-8: {error}; save it as such") from error
+    columns, rows = read_rows(file)
     check_columns(columns, str(file))
     several = "labels" in columns and "label" not in columns
     name = "labels" if several else "label"
@@ -109,8 +103,7 @@ def _read_table(file: Path) -> _Found:
             f"expected the columns path and label in {file}, got {', '.join(columns) or 'no line'}; "
             f"add {' and '.join(sorted(missing))} (labels in place of label where pictures may have several)"
         )
-    others = [[recovered((row.get(column) or "").strip()) for column in (name, "group")] for row in rows]
-    named = [(recovered(row["path"] or ""), *cells) for row, cells in zip(rows, others, strict=True)]
+    named = [(row["path"], row[name].strip(), row.get("group", "").strip()) for row in rows]
     if not any(label for _, label, _ in named):
         raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column {name}")
     labelled = [row for row in named if row[1] or several]

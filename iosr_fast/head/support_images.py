@@ -48,7 +48,7 @@ class SupportViews:
     mirror     half of the views are mirrored
     seed       the views of an image are drawn from a hash of its pixels and this seed
     single     whether a single view is kept beside the mean of several: the query of leave-one-out
-    templates  prompts for class names; None: the CLIP's own
+    templates  prompts for class names; None: the CLIP's own; (): none, classes have descriptions
     thumbnail  longer side in pixels of the stored picture; 0 stores none
     exif_orientation  whether images are turned upright by EXIF, queries too. False is the default of bundles without
                this field; a fit sets it.

@@ -16,6 +16,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.descriptions import check_descriptions
 from iosr_fast.head.engine_choice import EngineChoice, OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import Fit
@@ -37,10 +38,12 @@ from iosr_fast.utils.numbers import refuse_masked
 log = logging.getLogger(__name__)
 
 
-def add_class(store: Store, name: str, images: Any, text: np.ndarray | None) -> ChangeResult:
+def add_class(
+    store: Store, name: str, images: Any, text: np.ndarray | None, descriptions: Sequence[str] | None
+) -> ChangeResult:
     fit = store.changeable("add_class")
     _check_name(fit.head, name)
-    row, encoded, method = _text(fit, name, text), _encode(fit, images), fit.head.config.method
+    row, encoded, method = _text(fit, name, text, descriptions), _encode(fit, images), fit.head.config.method
     if encoded is None and METHODS[method].needs_support:
         raise IosrFastError(f"expected at least one image of {name!r}, got none: {method} compares images")
     return store.change(fit, lambda head: Change("add_class", head.next_class, name, row, _numbered(encoded, head)))
@@ -71,13 +74,20 @@ def remove_class(store: Store, name_or_id: str) -> ChangeResult:
     return store.change(fit, lambda head: Change("remove_class", head.find_class(name_or_id)))
 
 
-def rename_class(store: Store, name_or_id: str, name: str, text: np.ndarray | None, keep_text: bool) -> ChangeResult:
+def rename_class(
+    store: Store,
+    name_or_id: str,
+    name: str,
+    text: np.ndarray | None,
+    keep_text: bool,
+    descriptions: Sequence[str] | None,
+) -> ChangeResult:
     fit = store.changeable("rename_class")
     uid = fit.head.find_class(name_or_id)
     _check_name(fit.head, name, uid)
-    if keep_text and text is not None:
-        raise IosrFastError("expected text or keep_text, got both")
-    row = None if keep_text else _text(fit, name, text)
+    if keep_text and (text is not None or descriptions is not None):
+        raise IosrFastError("expected keep_text, or text or descriptions for another one, got both")
+    row = None if keep_text else _text(fit, name, text, descriptions)
     return store.change(fit, lambda head: Change("rename_class", head.find_class(class_id(uid)), name, row))
 
 
@@ -165,9 +175,11 @@ def _numbered(encoded: Examples | None, head: Head, uid: int | None = None) -> E
     return replace(encoded, class_ids=classes, ids=head.next_example + np.arange(len(encoded)))
 
 
-def _text(fit: Fit, name: str, given: np.ndarray | None) -> np.ndarray:
-    """A class name's text embedding (D,): the given one, checked, or that of the text encoder."""
+def _text(fit: Fit, name: str, given: np.ndarray | None, descriptions: Sequence[str] | None) -> np.ndarray:
+    """A class's text embedding (D,): the given one, checked, or that of its texts by the text encoder."""
     if given is not None:
+        if descriptions is not None:
+            raise IosrFastError("expected text, an embedding, or descriptions, got both")
         refuse_masked("text", given)
         row, width = np.ascontiguousarray(given, np.float32), fit.clip.encoder.width
         if row.shape != (width,):
@@ -178,7 +190,9 @@ def _text(fit: Fit, name: str, given: np.ndarray | None) -> np.ndarray:
             f"this classifier has no text encoder to embed {name!r} with: give text=, the embedding of the name"
         )
     else:
-        row = fit.clip.text.embed_classes([name], fit.views.templates)[0]
+        templates = fit.views.templates
+        texts = check_descriptions(None if descriptions is None else {name: descriptions}, [name], templates)
+        row = fit.clip.text.embed_classes([name], templates, texts)[0]
     return row
 
 

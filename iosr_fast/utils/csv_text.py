@@ -6,6 +6,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from iosr_fast.exceptions import IosrFastError
@@ -31,6 +32,17 @@ def recovered(text: str) -> str:
     ('-cat', "'cat'")
     """
     return text[1:] if text.startswith("'") and _FORMULA.match(text[1:]) else text
+
+
+def read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a CSV file and its rows, with texts `recovered`. Raises IosrFastError for no CSV in UTF-8."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.DictReader(opened, restval="")
+            columns, rows = list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise IosrFastError(f"can't read {file} as CSV in UTF-8: {error}; save it as such") from error
+    return columns, [{name: recovered(row[name]) for name in columns} for row in rows]
 
 
 def check_columns(columns: Sequence[str], file: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from iosr_fast import Classifier, cli
@@ -15,11 +16,11 @@ from iosr_fast.cli.embed import find_engine
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.export import pretrained
 from iosr_fast.files import work
-from iosr_fast.store.bundle import Bundle
+from iosr_fast.store.bundle import Bundle, load_bundle
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import write_manifest
 from tests.cli.runs import done, never, refused, run
-from tests.store.live_parts import engine_folder, pixel_clip, small_classifier
+from tests.store.live_parts import engine_folder, pixel_clip, small_classifier, text_embedding, unit
 
 
 @pytest.fixture
@@ -118,6 +119,19 @@ def test_fit_replaces_a_classifier_only_with_overwrite(tmp_path: Path) -> None:
         (("fit", "in", "--model", "demo", "--views", "-1"), "views from 1 to 1000, got -1"),
         (("fit", "in", "--model", "demo", "--key-precision", "fp8"), "key precision of fp32"),
         (("fit", "in", "--model", "demo", "--template", "a photo"), "expected templates with {}"),
+        (
+            ("fit", "in", "--model", "demo", "--descriptions", "texts.csv"),
+            "got 'class_9', which are none; did you mean",
+        ),
+        (
+            ("fit", "in", "--model", "demo", "--descriptions", "urls.csv"),
+            "expected the columns class and text in urls.csv",
+        ),
+        (("fit", "in", "--model", "demo", "--descriptions", "twice.json"), "a name is there twice among 'a', 'a'"),
+        (
+            ("fit", "in", "--model", "demo", "--template", "none"),
+            "expected descriptions of each class with templates=[]",
+        ),
         (("fit", "https://a.org/b.jpg", "--model", "demo"), "expected a path, got the URL https://a.org/b.jpg"),
         (("fit", "urls.csv", "--model", "demo"), "expected a path, got the URL https://a.org/b.jpg: download it first"),
         (("classify", "bundle", "in", "nowhere.png", "gone"), "no such file or folder: 'nowhere.png', 'gone'"),
@@ -132,6 +146,8 @@ def test_mistakes_are_refused_before_a_clip_is_loaded(
     monkeypatch.chdir(folder.parent)
     Path("empty").mkdir()
     Path("urls.csv").write_text("path,label\nhttps://a.org/b.jpg,x\nc.jpg,y\n")
+    Path("texts.csv").write_text("class,text\nclass_9,round\n")
+    Path("twice.json").write_text('{"a": ["round"], "a": ["red"]}')
     assert said in refused(*words, "--out", "out") if words[0] == "fit" else said in refused(*words)
     assert not Path("out").exists()
 
@@ -180,6 +196,20 @@ def test_a_run_that_reads_no_image_fails(folder: Path, tmp_path: Path, monkeypat
     assert "none of the images could be read" in refused("classify", "bundle", tmp_path / "bad.png", *words)
     both = run("classify", "bundle", tmp_path / "bad.png", folder, *words)
     assert both.exit_code == 0 and "could not read 1 of 10 images" in both.output
+
+
+def test_descriptions_come_from_a_file(fitting: tuple[object, ...], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('{"class 0": ["round, red", "large"], "class 1": ["small"], "class 2": ["=3"]}')
+    (tmp_path / "t.csv").write_text('class,text\nclass 0,"round, red"\nclass 1,small\nclass 0,large\nclass 2,\'=3\n')
+    texts = []
+    for name in ("t.json", "t.csv"):
+        done(*fitting, "--template", "none", "--descriptions", tmp_path / name, "--overwrite")
+        saved = load_bundle(tmp_path / "out")
+        assert saved.views.templates == ()
+        texts.append(saved.head.support.text)
+    np.testing.assert_array_equal(texts[0], texts[1])
+    mean = unit(text_embedding("round, red") + text_embedding("large"))
+    np.testing.assert_allclose(texts[0], [mean, text_embedding("small"), text_embedding("=3")], atol=1e-6)
 
 
 def test_fit_shows_bars_on_a_terminal_and_its_result(

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="tokenizers comes with the
 from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer, load_tokenizer  # noqa: E402
 from iosr_fast.clip.prompts import embed_classes  # noqa: E402
-from iosr_fast.clip.tokenizer import clean_text  # noqa: E402
+from iosr_fast.clip.tokenizer import clean_text, count_tokens  # noqa: E402
 from iosr_fast.export.text import HARD_TEXTS  # noqa: E402
 from tests.clip import tokenizer_files  # noqa: E402
 
@@ -50,12 +51,15 @@ def test_tokens_are_those_of_the_file_cut_and_padded(kind: tuple[Any, ...]) -> N
     folder, length, options, before, behind, pad = kind
     split = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     clean = open_clip.tokenizer.get_clean_fn(options.get("clean", "whitespace"))
-    rows = []
+    rows, counts = [], []
     for text in HARD_TEXTS:
         words = split.encode(clean(text), add_special_tokens=False).ids
         row = [*before, *words[: length - len(before) - len(behind)], *behind]
         rows.append(row + [pad] * (length - len(row)))
-    tokens = hugging_face_tokenizer(folder, length, **options)(list(HARD_TEXTS))
+        counts.append(len(before) + len(words) + len(behind))
+    tokenizer = hugging_face_tokenizer(folder, length, **options)
+    tokens = tokenizer(list(HARD_TEXTS))
+    assert [count_tokens(tokenizer, text) for text in HARD_TEXTS] == counts and max(counts) > 2 * length
     assert tokens.dtype.is_floating_point is False and tokens.shape == (len(HARD_TEXTS), length)
     np.testing.assert_array_equal(tokens.numpy(), rows)
     assert len({len(set(row)) for row in rows}) > 5  # the texts differ
@@ -90,6 +94,24 @@ def test_texts_may_be_cut_on_the_left(tmp_path: Path) -> None:
     whole = hugging_face_tokenizer(folder, 7)("a b c d e")[0].tolist()
     assert hugging_face_tokenizer(folder, 5)("a b c d e")[0].tolist() == [*whole[:4], 3]
     assert hugging_face_tokenizer(change(folder, truncation_side="left"), 5)("a b c d e")[0].tolist() == [2, *whole[3:]]
+
+
+@pytest.mark.parametrize(("mode", "added"), [("", 2), ("clips", 3)])
+def test_tokens_of_transformers_are_counted_before_they_are_cut(mode: str, added: int, tmp_path: Path) -> None:
+    split = tokenizers.Tokenizer.from_file(str(tokenizer_files.bert(tmp_path) / "tokenizer.json"))
+
+    class Backend:
+        all_special_tokens = ("[SEP]",)
+
+        def __call__(self, text: str, add_special_tokens: bool) -> Any:
+            return SimpleNamespace(input_ids=split.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    theirs = object.__new__(open_clip.tokenizer.HFTokenizer)  # whose __init__ needs transformers
+    theirs.__dict__ |= {"clean_fn": str.strip, "tokenizer": Backend(), "tokenizer_mode": mode}
+    words = split.encode("a b c d e", add_special_tokens=False).ids
+    assert count_tokens(theirs, " a b c d e") == len(words) + added
+    with pytest.raises(ValueError, match=r"without the tokenizer's special token \[SEP\], got 'a \[sep\] b'"):
+        count_tokens(theirs, "a [sep] b")
 
 
 def config(source: str | None = None, **text: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer  # noqa: E402
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, embed_classes  # noqa: E402
 from iosr_fast.clip.text_tower import encode_tokens, end_token  # noqa: E402
+from iosr_fast.clip.tokenizer import count_tokens  # noqa: E402
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder  # noqa: E402
 from iosr_fast.export import text as module  # noqa: E402
 from iosr_fast.export.text import HARD_TEXTS, ClipText, export_text  # noqa: E402
@@ -143,13 +145,44 @@ def test_tokens_and_embeddings_of_each_family_are_open_clips(name: str, tmp_path
 
 def test_classes_get_the_embeddings_that_torch_gives(demo: LoadedClip, encoder: TextEncoder) -> None:
     names = [concept["name"] for concept in load_index()["concepts"][::7]]
-    names += ["Zürich's Grossmünster", "a" * 200]
+    names += ["Zürich's Grossmünster"]
     got = encoder.embed_classes(names)
     assert got.dtype == np.float32 and encoder.templates == DEMO_TEMPLATES
     np.testing.assert_allclose(got, embed_classes(demo, names), atol=1e-5)
     np.testing.assert_allclose(encoder.embed_classes(names[:3]), got[:3], atol=1e-6)
     chosen = ["a {} or two {}s", "{}"]
-    np.testing.assert_allclose(encoder.embed_classes(names, chosen), embed_classes(demo, names, chosen), atol=1e-5)
+    np.testing.assert_allclose(
+        encoder.embed_classes(names[:5], chosen), embed_classes(demo, names[:5], chosen), atol=1e-5
+    )
+
+
+def test_descriptions_join_the_prompts_of_their_class(demo: LoadedClip, encoder: TextEncoder) -> None:
+    descriptions, templates = {"tench": ["a large fish", "olive-green &amp; slimy"]}, ["{}", "a {}"]
+    texts = {False: [["tench", "a tench", *descriptions["tench"]], ["pike", "a pike"]], True: [descriptions["tench"]]}
+    for alone, own in texts.items():
+        expected = np.stack([encoder.embed(each).mean(0) for each in own])
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        given = (["tench"], [], descriptions) if alone else (["tench", "pike"], templates, descriptions)
+        np.testing.assert_allclose(encoder.embed_classes(*given), expected, atol=1e-5)
+        np.testing.assert_allclose(embed_classes(demo, *given), expected, atol=1e-5)
+    assert (encoder.embed_classes(["tench", "pike"], templates)[0] != expected[0]).any()
+
+
+def test_texts_that_a_clip_would_cut_are_refused_with_their_length(demo: LoadedClip, encoder: TextEncoder) -> None:
+    for embed, tokenizer in (
+        (encoder.embed_classes, encoder._load()[0]),
+        (partial(embed_classes, demo), demo.tokenizer),
+    ):
+        assert [count_tokens(tokenizer, text) for text in ("", "cat", "cat " * 14, "cat " * 99)] == [2, 3, 16, 101]
+        embed(["cat " * 14], ["{}"])
+        with pytest.raises(ValueError, match=r"at most 16 tokens, .* got 17 tokens: 'a (cat ){14}'; shorten it"):
+            embed(["cat", "cat " * 14], ["{}", "a {}"])
+        with pytest.raises(ValueError, match="got 101 tokens"):
+            embed(["cat"], None, {"cat": ["dog " * 99]})
+        with pytest.raises(
+            ValueError, match="without the tokenizer's special token <end_of_text>, got 'a <end_of_text> b'"
+        ):
+            embed(["cat"], None, {"cat": ["a <END_of_text> b"]})
 
 
 def test_characters_of_every_kind_are_read_as_open_clip_reads_them(demo: LoadedClip, encoder: TextEncoder) -> None:
@@ -164,9 +197,9 @@ def test_characters_of_every_kind_are_read_as_open_clip_reads_them(demo: LoadedC
     [
         ([], None, r"a list of at least one class name, got \[\]"),
         ("cat", None, "a list of at least one class name, got 'cat'"),
-        (["cat", " \n&nbsp;"], None, "at least one visible character"),
-        (["cat", 3], None, "class names as strings .*, got 3"),
-        (["cat"], [], "one to 1,000 templates, got "),
+        (["cat", " \n&nbsp;"], None, "at least one character that the CLIP's tokenizer does not drop, got ' "),
+        (["cat", 3], None, "class names and descriptions as texts .*, got 3"),
+        (["cat"], ["a {}"] * 1001, "at most 1,000 templates, got 1,001"),
         (["cat"], ["a {}", "a photo"], r"expected templates with \{\} where the class name goes, got 'a photo'"),
         (["&lt;start_of_text&gt;"], None, r"without the tokenizer's special token <start_of_text>"),
     ],
@@ -216,18 +249,18 @@ def test_a_saved_classifier_embeds_names_without_torch(
     Classifier.load(tmp_path / "first").save(tmp_path / "saved")  # which copies the files
     files = {FILE, TOKENIZER_FILE} | ({WEIGHTS_FILE} if name == "CLIPA" else set())
     assert {path.name for path in (tmp_path / "saved" / "text").iterdir()} == files
-    names = ["Red Panda", "Zürich's C++", "rock_n_roll"]
+    given = ["Red Panda", "Zürich's C++"], ["{}"], {"Red Panda": ["a bear", "red"]}
     program = (
         "import json, sys\n"
         "for name in ('torch', 'open_clip', 'transformers', 'onnx', 'regex'): sys.modules[name] = None\n"
         "from iosr_fast import Classifier\n"
         "classifier = Classifier.load(sys.argv[1])\n"
-        "print(json.dumps(classifier._fit.clip.text.embed_classes(json.loads(sys.argv[2])).tolist()))"
+        "print(json.dumps(classifier._fit.clip.text.embed_classes(*json.loads(sys.argv[2])).tolist()))"
     )
-    command = [sys.executable, "-c", program, str(tmp_path / "saved"), json.dumps(names)]
+    command = [sys.executable, "-c", program, str(tmp_path / "saved"), json.dumps(given)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert run.returncode == 0, run.stderr
-    np.testing.assert_allclose(json.loads(run.stdout), embed_classes(clip, names), atol=1e-5)
+    np.testing.assert_allclose(json.loads(run.stdout), embed_classes(clip, *given), atol=1e-5)
 
 
 def test_cached_exports_are_of_weights_and_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

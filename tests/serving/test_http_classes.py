@@ -97,6 +97,19 @@ def test_classes_change_while_it_serves() -> None:
         assert len(client.get("/v1/classes").json()["classes"]) == CLASSES
 
 
+def test_descriptions_make_the_text_of_a_class() -> None:
+    with serving() as client:
+        classifier, image = client.service.classifier, form(encode(np.full((64, 64, 3), (250, 10, 250), np.uint8)))
+        embed, texts = classifier._fit.clip.text.embed_classes, ["a magenta square", "one colour"]
+        data = {"name": "magenta", "description": texts}
+        made = client.ask("POST", "/v1/classes", data=data, files=image, headers=AUTHORISED)
+        assert made.status_code == 201, made.text
+        np.testing.assert_array_equal(classifier.support_.text[-1:], embed(["magenta"], None, {"magenta": texts}))
+        path, body = f"/v1/classes/{made.json()['class_id']}", {"name": "pink", "descriptions": texts[:1]}
+        assert client.ask("PATCH", path, json=body, headers=AUTHORISED).json()["version"] == 3
+        np.testing.assert_array_equal(classifier.support_.text[-1:], embed(["pink"], None, {"pink": texts[:1]}))
+
+
 def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) -> None:
     classifier = shared.service.classifier
     name, (first, second) = str(classifier.classes_[0]), (info.class_id for info in classifier.classes()[:2])
@@ -109,6 +122,9 @@ def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) ->
         ("POST", "", {"data": {"name": alike}, "files": good}, 422, "refused"),
         ("POST", "", {"files": good}, 400, "missing_field"),
         ("POST", "", {"files": {"name": ("", b"new")}}, 422, "refused"),  # no images
+        ("POST", "", {"data": {"name": ["new", "newer"]}, "files": good}, 400, "unexpected_field"),
+        ("POST", "", {"data": {"name": "new", "description": " "}, "files": good}, 422, "refused"),
+        ("POST", "", {"data": {"name": "new", "description": "long " * 20}, "files": good}, 422, "refused"),
         ("POST", "", {"content": GREY}, 415, "unsupported_type"),
         ("POST", "", {"data": {"name": "new"}, "files": form(GREY, b"GIF89a")}, 422, "unsupported_type"),
         ("POST", f"/{first}/examples", {"files": form(GREY, GREY[:80])}, 422, "bad_image"),
@@ -117,7 +133,7 @@ def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) ->
         ("DELETE", f"/{name}", {}, 404, "no_class"),  # a name is no id
         *(
             ("PATCH", f"/{first}", {"json": body}, 422, "invalid_parameters")
-            for body in ({"name": 3}, {}, {"name": "x", "more": 1}, [])
+            for body in ({"name": 3}, {}, {"name": "x", "more": 1}, {"name": "x", "descriptions": []}, [])
         ),
     ):
         response = shared.ask(method, f"/v1/classes{path}", headers=AUTHORISED, **options)

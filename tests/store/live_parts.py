@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.classifier import OPENING, Classifier
+from iosr_fast.clip.prompts import Descriptions
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.encoders.text_encoder import TextSource
@@ -42,13 +43,20 @@ class PixelEncoder(Encoder):
         return Embeddings(*(unit(np.stack([row @ projection for row in flat])) for projection in self.projections))
 
 
-class LetterText:
-    """A TextSource: a name's embedding is drawn from the name."""
+def text_embedding(text: str) -> np.ndarray:
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return unit(np.random.default_rng(seed).standard_normal(WIDTH))
 
-    def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
-        said = [(templates or ["{}"])[0].replace("{}", name) for name in names]
-        seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in said]
-        return unit(np.stack([np.random.default_rng(seed).standard_normal(WIDTH) for seed in seeds]))
+
+class LetterText:
+    """A TextSource: a text's embedding is drawn from the text."""
+
+    def embed_classes(
+        self, names: Sequence[str], templates: Sequence[str] | None = None, descriptions: Descriptions | None = None
+    ) -> np.ndarray:
+        prompts = ["{}"] if templates is None else templates[:1]
+        texts = [[*(p.replace("{}", name) for p in prompts), *(descriptions or {}).get(name, ())] for name in names]
+        return unit(np.stack([np.mean([text_embedding(text) for text in own], axis=0) for own in texts]))
 
     def write(self, folder: Path) -> dict[str, Any] | None:
         return None
@@ -109,7 +117,8 @@ def unfitted(engine: Path = Path("none"), **parameters: Any) -> Classifier:
 
 def refit(classifier: Classifier, *data: Any, **options: Any) -> Classifier:
     """Fit again with default parameters but for those given; `options` may have the data, too."""
-    data_of = {name: options.pop(name) for name in ("images", "labels", "class_names") if name in options}
+    named = ("images", "labels", "class_names", "descriptions")
+    data_of = {name: options.pop(name) for name in named if name in options}
     defaults = {name: value for name, value in Classifier().get_params().items() if name not in OPENING}
     return classifier.set_params(**{**defaults, **options}).fit(*data, **data_of)
 

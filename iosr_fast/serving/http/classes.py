@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.clip.prompts import MAX_TEXTS
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError
 from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.head.names import LONGEST, name_fault
@@ -20,6 +21,7 @@ from iosr_fast.serving.http.errors import ApiError, busy, no_class, no_example
 from iosr_fast.serving.http.lists import CLASS_ID_PATH, EXAMPLE_ID_PATH
 from iosr_fast.serving.http.logs import log
 from iosr_fast.serving.http.service import Service
+from iosr_fast.serving.http.uploads import MAX_TEXT
 from iosr_fast.store.change_log import LogWriteError
 from iosr_fast.store.changes import ChangeResult
 
@@ -30,6 +32,8 @@ _CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503, 507)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DECODE_S = 60.0  # how long an image of a change may wait for a decoder
 _NAME = {"name": {"type": "string", "minLength": 1, "maxLength": LONGEST}}
+_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_TEXT}
+_DESCRIPTION = {"description": {"type": "array", "items": _TEXT, "maxItems": MAX_TEXTS}}
 
 
 def make_router(service: Service) -> APIRouter:
@@ -78,21 +82,25 @@ def make_router(service: Service) -> APIRouter:
         "Add a class from a few images",
         409,
         status_code=201,
-        openapi_extra=schemas.form_body(_NAME, 0, max_images),
+        openapi_extra=schemas.form_body(_NAME, 0, max_images, _DESCRIPTION),
     )
     async def add_class(request: Request) -> Response:
-        images, texts = await service.uploads.read_form(request, "name")
-        name = _check_name(texts["name"])
-        return await change(
-            "add_class", lambda it: it.add_class(name, decoded(request, images)), new_name=name, status=201
-        )
+        images, texts = await service.uploads.read_form(request, "name", repeated=("description",))
+        name, descriptions = _check_name(texts["name"][0]), texts.get("description")
+
+        def act(classifier: Classifier) -> ChangeResult:
+            return classifier.add_class(name, decoded(request, images), descriptions=descriptions)
+
+        return await change("add_class", act, new_name=name, status=201)
 
     @route("PATCH", "/v1/classes/{class_id}", "Rename a class", 404, 409)
     async def rename_class(body: schemas.Rename, class_id: str = CLASS_ID_PATH) -> Response:
         name = _check_name(body.name)
-        return await change(
-            "rename_class", lambda it: it.rename_class(class_id, name, keep_text=body.keep_text), class_id, name
-        )
+
+        def act(classifier: Classifier) -> ChangeResult:
+            return classifier.rename_class(class_id, name, keep_text=body.keep_text, descriptions=body.descriptions)
+
+        return await change("rename_class", act, class_id, name)
 
     @route("DELETE", "/v1/classes/{class_id}", "Remove a class and its support images", 404)
     async def remove_class(class_id: str = CLASS_ID_PATH) -> Response:

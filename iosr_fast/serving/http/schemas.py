@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from iosr_fast.clip.prompts import MAX_TEXTS
 from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.names import LONGEST
 from iosr_fast.head.predictions import Prediction
+from iosr_fast.serving.http.uploads import MAX_TEXT
 
 
 class ErrorInfo(BaseModel):
@@ -103,13 +106,18 @@ class StateAnswer(BaseModel):
     detail: str = ""
 
 
+_Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+
+
 class Rename(BaseModel):
-    """With `keep_text` only the displayed name changes; the class keeps the text embedding of its old name."""
+    """With `keep_text` only the displayed name changes, and the class keeps its text embedding. Otherwise it gets that
+    of its new name and `descriptions`."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(min_length=1, max_length=LONGEST)
     keep_text: bool = False
+    descriptions: Annotated[list[_Text], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
 
 
 _DESCRIPTIONS = {
@@ -143,11 +151,19 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 _IMAGE = {"type": "string", "format": "binary"}
 
 
-def form_body(texts: dict[str, dict[str, Any]], min_images: int, max_images: int) -> dict[str, Any]:
-    """openapi_extra of a route that takes a multipart form with `images` and text fields."""
+def form_body(
+    texts: dict[str, dict[str, Any]], min_images: int, max_images: int, optional: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """openapi_extra of a route that takes a multipart form with `images` and text fields, some of them `optional`."""
     images = {"type": "array", "items": _IMAGE, "minItems": min_images, "maxItems": max_images}
     required = [*texts, *(["images"] if min_images else [])]
-    form = {"schema": {"type": "object", "properties": {**texts, "images": images}, "required": required}}
+    form = {
+        "schema": {
+            "type": "object",
+            "properties": {**texts, **(optional or {}), "images": images},
+            "required": required,
+        }
+    }
     return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}
 
 

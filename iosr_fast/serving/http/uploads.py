@@ -16,7 +16,7 @@ from iosr_fast.images.limits import DAMAGED, claimed_size, image_kind
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 
-_MAX_TEXT = 4096  # bytes of a text field
+MAX_TEXT = 4096  # bytes of a text field
 _MAX_HEADERS = 4096  # bytes of the headers of a part
 _FORMS = "multipart/form-data with file fields `images`"
 
@@ -44,13 +44,16 @@ class Uploads:
             raise ApiError(400, "no_image", f"expected an image as the body, or {_FORMS}; got none")
         return images
 
-    async def read_form(self, request: Request, *texts: str) -> tuple[list[bytes], dict[str, str]]:
-        """Images and text fields of a form that has all of `texts`. 400 for any other field, 422 for a refused image,
-        because a change is made with all of its images or not at all."""
+    async def read_form(
+        self, request: Request, *texts: str, repeated: tuple[str, ...] = ()
+    ) -> tuple[list[bytes], dict[str, list[str]]]:
+        """Images and text fields of a form that has each of `texts` once and each of `repeated` any number of times.
+        400 for any other field, 422 for a refused image, because a change is made with all of its images or not at all.
+        """
         kind, options = _content_type(request)
         if kind != b"multipart/form-data":
             raise _wrong_type(kind, _FORMS)
-        images, fields = self._read_parts(await request.body(), options, texts)
+        images, fields = self._read_parts(await request.body(), options, texts, repeated)
         if missing := [name for name in texts if name not in fields]:
             raise ApiError(400, "missing_field", f"expected the form field {missing[0]!r}, got none")
         for i, image in enumerate(images):
@@ -72,25 +75,24 @@ class Uploads:
         return ApiError(422, "too_many_pixels", message) if message else None
 
     def _read_parts(
-        self, body: bytes, options: dict[bytes, bytes], texts: tuple[str, ...]
-    ) -> tuple[Images, dict[str, str]]:
+        self, body: bytes, options: dict[bytes, bytes], texts: tuple[str, ...], repeated: tuple[str, ...] = ()
+    ) -> tuple[Images, dict[str, list[str]]]:
         images: Images = []
-        fields: dict[str, str] = {}
+        fields: dict[str, list[str]] = {}
         for name, content in _parts(body, options.get(b"boundary", b"")):
             if name == "images":
                 if len(images) == self._max_images:
                     expected = f"expected at most {self._max_images} images a request, got more"
                     raise ApiError(413, "too_many_images", expected)
                 images.append(self.check(content) or content)
-            elif name not in texts or name in fields:
-                names = ", ".join(repr(name) for name in ("images", *texts))
-                expected = f"expected form fields {names} (all but images once), got {name[:80]!r}"
-                raise ApiError(400, "unexpected_field", expected)
-            elif len(content) > _MAX_TEXT:
-                raise ApiError(413, "too_large", f"expected a field {name!r} of at most {_MAX_TEXT} bytes")
+            elif name not in repeated and (name not in texts or name in fields):
+                names = ", ".join([*(f"{text!r} once" for text in texts), *map(repr, ("images", *repeated))])
+                raise ApiError(400, "unexpected_field", f"expected form fields {names}, got {name[:80]!r}")
+            elif len(content) > MAX_TEXT:
+                raise ApiError(413, "too_large", f"expected a field {name!r} of at most {MAX_TEXT} bytes")
             else:
                 try:
-                    fields[name] = content.decode()
+                    fields.setdefault(name, []).append(content.decode())
                 except UnicodeDecodeError:
                     raise _bad_form(f"its field {name!r} is not UTF-8") from None
         return images, fields

@@ -1,0 +1,69 @@
+"""Descriptions of classes: what a caller or a file gives, checked before a CLIP is opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.clip.prompts import MAX_TEXTS
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.utils.csv_text import check_columns, read_rows
+from iosr_fast.utils.text import abbreviate, did_you_mean
+
+
+def check_descriptions(given: Any, names: Sequence[str], templates: Sequence[str] | None) -> dict[str, list[str]]:
+    """The descriptions of each class that has some, out of `given`, a mapping of `names` to lists of texts, or None.
+
+    Raises IosrFastError for anything else, a text that is blank, and a class without a text where `templates` is empty.
+    """
+    if not isinstance(given, Mapping | None):
+        raise IosrFastError(
+            f"expected descriptions as a mapping of class names to lists of texts, got {type(given).__name__}"
+        )
+    found = dict(given or {})
+    known = frozenset(names)
+    if unknown := [str(name) for name in found if name not in known]:
+        near = did_you_mean(unknown[0], names, 3) or f"the classes are {abbreviate(names)}"
+        raise IosrFastError(
+            f"expected descriptions of classes by name, got {abbreviate(unknown)}, which are none; {near}"
+        )
+    for name, texts in found.items():
+        if not isinstance(texts, list | tuple) or not 1 <= len(texts) <= MAX_TEXTS:
+            shown = f"{len(texts):,}" if isinstance(texts, list | tuple) and texts else repr(texts)
+            raise IosrFastError(f"expected a list of one to {MAX_TEXTS:,} descriptions of {name!r}, got {shown}")
+        for text in texts:
+            if not isinstance(text, str) or not text.strip():
+                raise IosrFastError(f"expected descriptions of {name!r} that are texts and not blank, got {text!r}")
+    if templates is not None and not templates and (missing := [name for name in names if name not in found]):
+        raise IosrFastError(f"expected descriptions of each class with templates=[], got none of {abbreviate(missing)}")
+    return {name: list(texts) for name, texts in found.items()}
+
+
+def read_descriptions(file: str | Path) -> Any:
+    """For `check_descriptions`: a .json file of an object of lists, or a CSV file with a row of class and text each."""
+    file = Path(file)
+    if file.suffix.lower() == ".json":
+        try:
+            return json.loads(file.read_text("utf-8-sig"), object_pairs_hook=_distinct)
+        except ValueError as error:
+            raise IosrFastError(f"can't read {file} as JSON in UTF-8: {error}") from error
+    columns, rows = read_rows(file)
+    check_columns(columns, str(file))
+    if missing := {"class", "text"} - set(columns):
+        raise IosrFastError(
+            f"expected the columns class and text in {file}, got {', '.join(columns) or 'no line'}; add "
+            f"{' and '.join(sorted(missing))}, or give a .json file of an object of lists"
+        )
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(row["class"].strip(), []).append(row["text"])
+    return found
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a name is there twice among {abbreviate([name for name, _ in pairs])}")
+    return found
