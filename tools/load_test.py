@@ -31,7 +31,7 @@ from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.provenance import commit, write_rows
 from tools.demo.bundle import make_demo_bundle
 from tools.report import lines_of, origin
-from tools.serving_load.churn import churn, state
+from tools.serving_load.churn import churn
 from tools.serving_load.client import (
     Answer,
     Client,
@@ -107,7 +107,7 @@ def main(
     rival_serve: Annotated[str | None, typer.Option(help="Options of the rival [default: those of --serve].")] = None,
 ) -> None:
     """Load servers of a classifier and print a table. Exit code 1 for a wrong answer, an error, a refusal below
-    capacity, a torn answer, a log that restores another state, or a server that dies, which leaves a partial report."""
+    capacity, a torn answer, or a server that dies, which leaves a partial report."""
     bundle, classifier = _open_bundle(bundle)
     queries = make_queries(classifier, QUERIES)
     served = {"classes": len(classifier.classes_), "method": classifier.method_, "queries": QUERIES}
@@ -217,18 +217,16 @@ async def capacity(contender: Contender, server: ServerProcess, queries: Queries
 async def _churn(contender: Contender, bundle: Path, queries: Queries, load: Load, rate: float) -> None:
     token = secrets.token_urlsafe(24)
     times = arrival_times(CHURN_LOAD * rate, load.seconds)
-    with tempfile.TemporaryDirectory() as folder:
-        log = ("--log", str(Path(folder) / "changes"))
-        with contender.start(bundle, *log, token=token) as server:
-            async with Client(server.url, queries, load.deadline_ms) as client:
-                async with _measured(contender, server, "churn", CHURN_LOAD) as (answers, facts):
-                    await churn(client, token, times, load.seconds, answers, facts)
-                before = await state(client)
-            server.stop()
-        with contender.start(bundle, *log, token=token) as server:
-            async with Client(server.url, queries, load.deadline_ms) as client:
-                facts["restored"] = await state(client) == before
-            server.stop()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contender.start(bundle, "--log", str(Path(folder) / "changes"), token=token) as server,
+    ):
+        async with (
+            Client(server.url, queries, load.deadline_ms) as client,
+            _measured(contender, server, "churn", CHURN_LOAD) as (answers, facts),
+        ):
+            await churn(client, token, times, load.seconds, answers, facts)
+        server.stop()
 
 
 def make_rows(contenders: Sequence[Contender], deadline_ms: int) -> list[Facts]:

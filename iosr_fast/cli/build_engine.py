@@ -28,7 +28,6 @@ def build_engine(
     precision: Annotated[str, option("fp32, fp16 (GPUs), bf16 (openvino), int8, or fp8 (TensorRT).")] = "fp32",
     calibration: Annotated[Path | None, option("For int8 and fp8: images like yours [default: the demo's].")] = None,
     max_batch: Annotated[int, option("Images of one run at most; larger batches are split.")] = 32,
-    add: Annotated[bool, option("Add a plan for --runtime and this GPU to OUT.", "--add-plan")] = False,
 ) -> None:
     """Fuse a CLIP and its adapter into one encoder, compile it, and check it against PyTorch.
 
@@ -44,7 +43,7 @@ def build_engine(
     from iosr_fast.clip.adapter import random_adapter
     from iosr_fast.clip.load import load_clip
     from iosr_fast.clip.models import check_adaptable, check_model, is_fused
-    from iosr_fast.export.build import add_plan, write_engine
+    from iosr_fast.export.build import write_engine
     from iosr_fast.export.check import calibration_pictures
     from iosr_fast.export.precision import QUANTISED, choose_builder
     from iosr_fast.export.pretrained import choose_adapter, read_adapter
@@ -53,11 +52,6 @@ def build_engine(
         raise typer.BadParameter("--first-adapted-block is for a random adapter; a file's adapter knows its own blocks")
     if calibration is not None and precision not in QUANTISED:
         raise typer.BadParameter(f"--calibration is for {' and '.join(QUANTISED)}, got --precision {precision}")
-    if add and (adapter != "auto" or pretrained or first_adapted_block is not None):
-        raise typer.BadParameter("--add-plan compiles the engine at --out as it is; leave model and adapter out")
-    if add:
-        describe(add_plan(out, runtime), out)
-        return
     check_new_folder(out, "engine")
     check_model(model, pretrained)
     choose_builder(runtime, precision, is_fused(model))

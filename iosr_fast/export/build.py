@@ -2,7 +2,6 @@
 
     write_engine      choose runtime -> fuse -> export -> quantise -> plain form -> compile -> check -> manifest
     convert_engine    the same from quantise on, with the graph of an engine in fp32; needs no torch
-    add_plan          one more plan, for this GPU, in an engine that is there
 
 encoders.engine_folder has the files. An engine for TensorRT has the ONNX files too, so it opens on machines with
 another GPU or none.
@@ -199,34 +198,6 @@ def convert_engine(
             if "/" not in name:  # not the plans
                 verified.copy(name, exported / name)
         return _finish(folder, exported, facts, quantised, pictures, truth, started)
-
-
-def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
-    """Build a plan for `runtime` and this GPU from an engine's encoder.onnx, and add it to the engine's plans.
-
-    With a GPU the plan is first compared with ONNX Runtime. The engine folder is replaced atomically. Returns its
-    manifest. Raises ValueError for another runtime or an engine without encoder.onnx, and as write_engine does.
-    """
-    source = open_verified(engine, ENGINE_KIND)
-    check_engine(source)
-    if runtime not in EXTRAS or ONNX_FILE not in source.files:
-        raise IosrFastError(
-            f"expected one of {sorted(EXTRAS)} and an engine with {ONNX_FILE} to add a plan, got {runtime!r} and an "
-            f"engine with {sorted(source.files)}"
-        )
-    facts = {name: value for name, value in source.manifest.items() if name not in OWN_FIELDS}
-    facts["versions"] |= {runtime: package_version(runtime)}
-    with new_folder(engine, ENGINE_KIND) as folder:
-        for name in source.files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            source.copy(name, folder / name)
-        compiled, facts["check"][runtime] = _compile(folder, facts, runtime), None
-        if compiled is not None:
-            pixels = checked_pictures(facts["image_size"], None)["random"]
-            expected = OnnxRuntimeEncoder(folder, facts).encode(pixels)
-            truth = {"random": (pixels, tuple(getattr(expected, name) for name in compiled.outputs))}
-            facts["check"][runtime] = check(compiled, truth, facts["precision"])
-        return write_manifest(folder, ENGINE_KIND, facts)
 
 
 def _finish(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,8 @@ pytest.importorskip("open_clip")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.export import build
-from iosr_fast.utils import machine
-from iosr_fast.utils.manifest import read_manifest
 from tests.cli.runs import done, refused
 from tests.demo_cache import export_once
 
@@ -44,20 +40,6 @@ def test_a_random_adapter_is_named_and_the_numbers_are_printed(built: tuple[Path
     encoder = open_engine(folder)
     embeddings = encoder.encode(np.full((6, encoder.image_size, encoder.image_size, 3), 77, np.uint8))
     assert embeddings.adapted is not None and embeddings.adapted.shape == (6, encoder.width)
-
-
-def test_a_plan_is_added_to_an_engine(built: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(machine, "this_gpu", lambda: None)
-    engine = shutil.copytree(built[0], tmp_path / "engine")
-    words = ("build-engine", "--out", engine, "--add-plan", "--runtime")
-    assert "expected one of ['tensorrt', 'tensorrt_rtx'] and an engine with encoder.onnx" in refused(*words, "torch")
-    assert "leave model and adapter out" in " ".join(refused(*words, "tensorrt_rtx", "--adapter", "none").split())
-    shown = done(*words, "tensorrt_rtx")
-    assert "tensorrt_rtx not run: no GPU for it here" in shown and "MB, for any GPU with tensorrt_rtx" in shown
-    (plan,) = (engine / "plans").iterdir()
-    assert read_manifest(engine, "engine")["plans"][f"plans/{plan.name}"]["gpu"] is None
-    assert open_engine(engine).runtime in ONNX_RUNTIMES
 
 
 def test_an_engine_without_an_adapter_has_plain_embeddings(tmp_path: Path) -> None:

@@ -73,14 +73,14 @@ def test_two_servers_are_loaded_in_turns_and_every_answer_is_counted(quick: None
 
 
 @pytest.mark.slow
-def test_no_answer_is_torn_while_classes_change_and_the_log_restores_them(quick: None) -> None:
+def test_no_answer_is_torn_while_classes_change(quick: None) -> None:
     contender, queries = load_test.Contender("this", [], "abc"), make_queries(load(), 16)
     asyncio.run(load_test._churn(contender, bundle(), queries, load_test.Load(SECONDS, 1, (), 5000), 40.0))
     (row,) = load_test.make_rows([contender], 5000)
     assert row["sent"] == row["ok"] == 20 * SECONDS and rows.problems_of(row) == ""
     assert row["changes"] == churn.ADDED + SECONDS * churn.CHANGES_A_SECOND and row["changes_failed"] == []
     assert row["versions_seen"] > 1 and row["of_changed_classes"] > 0 and row["torn"] == 0
-    assert row["last_classes_as_told"] and row["restored"]
+    assert row["last_classes_as_told"]
 
 
 @pytest.mark.slow
@@ -146,8 +146,8 @@ def test_what_counts_as_an_answer() -> None:
     row = rows.row_of([(answers[:3], {"n": 1, "t": 2.0}), (answers[3:], {"n": 2, "t": 4.0})], deadline_s=1e-9)
     counts = ("rounds", "sent", "ok", "refused", "errors", "late", "wrong", "n", "t")
     assert [row[name] for name in counts] == [2, 7, 2, 1, 4, 2, 1, 3, 3.0]
-    problem = rows.problems_of({**row, "case": "load", "load": 0.5, "restored": False})
-    assert problem.startswith("load 0.5: wrong: 1; errors: 4; late: 2; refused: 1; not restored; {")
+    problem = rows.problems_of({**row, "case": "load", "load": 0.5, "last_classes_as_told": False})
+    assert problem.startswith("load 0.5: wrong: 1; errors: 4; late: 2; refused: 1; not last_classes_as_told; {")
     assert rows.problems_of({"case": "load", "load": 1.2, "refused": 9, "late": 1, "error_kinds": {}}) == ""
 
 

@@ -1,4 +1,4 @@
-"""Classes are added and removed under load: every answer must be of one version, and the log must restore the state."""
+"""Classes are added and removed under load: every answer must be of one version."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ _CONCURRENT = 4  # changes sent and not yet answered
 _SHOTS = 2
 _EVERY_CLASS = 8  # every eighth request asks for as many classes as the API returns
 _MAX_TOP = 100
-_COMPARED = 50
 
 Classes = dict[str, str]  # id -> name
 
@@ -120,14 +119,6 @@ async def churn(
         "torn": sum(is_torn(top, content, versions) for top, content in contents),
         "last_classes_as_told": versions[max(versions)] == _classes(await _listed(client)),
     }
-
-
-async def state(client: Client) -> tuple[Any, list[Any]]:
-    """The classes, and predictions of some pictures, one at a time, as rounding depends on the batch. A server that is
-    started again on the same log must give the same."""
-    numbers = range(min(_COMPARED, len(client.queries.bodies)))
-    answers = [await client.predict(n, None, "&top=5&nearest=3", lambda body: body["predictions"]) for n in numbers]
-    return await _listed(client), [answer.content for answer in answers]
 
 
 async def _listed(client: Client) -> Any:

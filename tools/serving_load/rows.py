@@ -90,6 +90,7 @@ def problems_of(row: Mapping[str, Any]) -> str:
     """What no row may have, in words; "" where it has none of it."""
     counted = ["wrong", "errors", "torn", "changes_failed", *(["late", "refused"] if row.get("load", 0) < 1 else [])]
     found = [f"{name}: {row[name]}" for name in counted if row.get(name)]
-    found += [f"not {name}" for name in ("restored", "last_classes_as_told") if row.get(name) is False]
+    if row.get("last_classes_as_told") is False:
+        found.append("not last_classes_as_told")
     label = " ".join(str(row[name]) for name in ("server", "case", "load") if name in row)
     return f"{label}: {'; '.join(found)}; {row['error_kinds']}" if found else ""
