@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iosr_fast.methods.log_loss import MAX_ALPHA
-from iosr_fast.methods.support_set import ROUNDING
+from iosr_fast.methods.support_set import ROUNDING, blocks
 
 # Elements of the arrays of a chunk of samples: a few arrays of 8 MB each.
 _CHUNK = 1 << 20
@@ -90,10 +90,8 @@ def intervals(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Interv
 
     base, slope (V, C); labels (V,) integers in [0, C). Samples are processed in chunks, so that memory stays bounded.
     """
-    step = max(1, _CHUNK // base.shape[1])
     start, stop = np.zeros((2, len(labels)), np.uint64)
-    for first in range(0, len(labels), step):
-        at = slice(first, first + step)
+    for at in blocks(len(labels), _CHUNK // base.shape[1]):
         start[at], stop[at] = _bounds(base[at].astype(np.float64), slope[at].astype(np.float64), labels[at])
     last, nowhere = _position(MAX_ALPHA, after=True), _position(np.inf, after=True)
     return Intervals(np.where(start > last, nowhere, start), np.where(stop > last, nowhere, stop))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 
@@ -49,8 +48,6 @@ _STACK = {
 }
 _STACK_ADAPTED = {"discriminant_adapted": 0.03, "adapted_keys": 1.0}
 DISCRIMINANTS: dict[Which, str] = {"plain": "discriminant", "adapted": "discriminant_adapted"}
-# What a plan of the method has: nothing of images, keys that belong to a class, keys with values, or a linear term.
-Family = Literal["text", "keys", "values", "linear", "stack"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Method:
 
     formula      (support, which, reducer, parameters) -> its weighted terms: those beside tau <plain, text>, of a stack
                  all
-    family       what its plan has
+    is_stack     whether its weights are fitted together, without an alpha and without a reducer
     which        the embeddings of images that it compares
     parameters   names and default values
     axes         for each parameter but alpha, the first values of a search, rising
@@ -68,26 +65,18 @@ class Method:
 
     name: str
     formula: Callable[[SupportSet, Which, Reducer | None, Mapping[str, float]], list[Term]]
-    family: Family
-    which: Which = "plain"
     parameters: Mapping[str, float] = field(default_factory=dict)
     axes: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    which: Which = "plain"
+    is_stack: bool = False
     needs_text: bool = False
+    needs_support: bool = True
     needs_every_class: bool = False
     max_support: int | None = None
 
     @property
-    def needs_support(self) -> bool:
-        return self.family != "text"
-
-    @property
     def needs_adapter(self) -> bool:
         return self.which == "adapted"
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether its weights are fitted together, without an alpha and without a reducer."""
-        return self.family == "stack"
 
     @property
     def takes_reducer(self) -> bool:
@@ -183,12 +172,11 @@ def _stack(support: SupportSet, _: Which, __: Reducer | None, parameters: Mappin
 
 
 _SINGLE = (
-    Method("zero-shot", _zero_shot, "text", needs_text=True),
-    Method("tip-adapter", _tip_adapter, "keys", parameters={"alpha": 1.0, "beta": 5.5}, axes={"beta": _BETAS}),
+    Method("zero-shot", _zero_shot, needs_text=True, needs_support=False),
+    Method("tip-adapter", _tip_adapter, parameters={"alpha": 1.0, "beta": 5.5}, axes={"beta": _BETAS}),
     Method(
         "tip-x",
         _tip_x,
-        "keys",
         parameters={"alpha": 1.0, "beta": 5.5, "gamma": 1.0},
         axes={"beta": _BETAS, "gamma": np.linspace(0.0, 30.0, 50).tolist()},
         needs_text=True,
@@ -199,7 +187,6 @@ _SINGLE = (
     Method(
         "timo",
         _gda,
-        "linear",
         parameters={"alpha": 0.1, "gamma": 1.0},
         axes={"gamma": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)},
         needs_text=True,
@@ -208,21 +195,19 @@ _SINGLE = (
     Method(
         "ape",
         _ape,
-        "keys",
         parameters={"alpha": 1.0, "beta": 5.5, "gamma": 0.1},
         axes={"beta": _BETAS, "gamma": (0.0, 0.1, 0.25, 0.5, 1.0)},
         needs_text=True,
     ),
-    Method("gda", _gda, "linear", parameters={"alpha": 0.1}, needs_every_class=True),
+    Method("gda", _gda, parameters={"alpha": 0.1}, needs_every_class=True),
     Method(
         "proker",
         _proker,
-        "values",
         parameters={"alpha": 1.0, "beta": 1.0, "ridge": 3.0},
         axes={"beta": (0.3, 1.0, 3.0, 10.0), "ridge": (0.003, 0.03, 0.3, 3.0)},
         max_support=MAX_KEYS,
     ),
-    Method("stack", _stack, "stack", parameters=_STACK),
+    Method("stack", _stack, parameters=_STACK, is_stack=True),
 )
 
 

@@ -37,8 +37,9 @@ class _Candidate:
     plateau: Plateau
 
     @property
-    def width(self) -> float:
-        return (self.plateau.high - self.plateau.low) / max(self.plateau.alpha, 1e-30)
+    def rank(self) -> tuple[int, float]:
+        """The most images right come first, then the widest plateau relative to alpha."""
+        return self.plateau.right, (self.plateau.high - self.plateau.low) / max(self.plateau.alpha, 1e-30)
 
     def on(self, rows: np.ndarray) -> _Candidate:
         """With the best alphas of the images `rows` (V,) bool; the intervals stay those of all."""
@@ -46,24 +47,24 @@ class _Candidate:
 
 
 class ParameterSearch:
-    """Every setting that was tried of a method base + alpha * images, each with its best alphas."""
+    """Every setting that was tried of a method base + alpha * images, each with its best alphas: all combinations of
+    the values of its axes; then, twice, finer ones around the best."""
 
     def __init__(self, method: Method, held_out: HeldOut, reducer: Reducer | None) -> None:
         self.method, self.held_out, self.reducer, self.labels = method, held_out, reducer, held_out.labels
         self.tried: list[_Candidate] = []
-        for settings in self._schedule():
-            for setting in settings:
-                found = intervals(*self._logits(setting), self.labels)
-                self.tried.append(_Candidate(setting, found, found.best()))
-
-    def _schedule(self) -> Iterator[list[Setting]]:
-        """All combinations of the axes' values; then, twice, finer ones around the best."""
-        values = {name: list(axis) for name, axis in self.method.axes.items()}
-        yield _combinations(values)
+        values = {name: list(axis) for name, axis in method.axes.items()}
+        self._try(values)
         for _ in range(_ROUNDS if values else 0):
-            best = _most_right(self.tried).setting
+            best = max(self.tried, key=lambda one: one.rank).setting
             values = {name: _between(axis, best[name]) for name, axis in values.items()}
-            yield _combinations(values)
+            self._try(values)
+
+    def _try(self, values: Mapping[str, Sequence[float]]) -> None:
+        for point in product(*values.values()):
+            setting = dict(zip(values, point, strict=True))
+            found = intervals(*self._logits(setting), self.labels)
+            self.tried.append(_Candidate(setting, found, found.best()))
 
     def _logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
         """base, slope (V, C): the logits at alpha are base + alpha * slope. The models without a fold give them as they
@@ -73,15 +74,12 @@ class ParameterSearch:
         return np.sum(parts[:-1], axis=0), parts[-1]
 
     def result(self, reducer: str) -> Tuned:
-        """By leave-one-out the least log-loss chooses among the candidates that are level with the best, each tried at
-        its best alpha and at its alpha of least log-loss; on a validation set the most right. Each half of the images
-        (HeldOut.halves) is judged at the setting and the alpha that the other half chooses by the same rule; images
-        that can't be halved, at those of the candidate."""
-        halves = self.held_out.halves
-        chosen = self._choose([np.ones(len(self.labels), bool), *(~half for half in halves)])
-        (best, alpha), *by_halves = chosen
+        """The candidate and the alpha that all images choose; each half of them (HeldOut.halves) is judged at those
+        that the other half chooses."""
+        best, alpha = self._choose(np.ones(len(self.labels), bool))
         judged = best.intervals.right_at(alpha)
-        for half, (candidate, of_half) in zip(halves, by_halves, strict=True):
+        for half in self.held_out.halves:
+            candidate, of_half = self._choose(~half)
             judged[half] = candidate.intervals.right_at(of_half)[half]
         base, slope = self._logits(best.setting)
         right = (base + alpha * slope).argmax(1) == self.labels
@@ -105,26 +103,25 @@ class ParameterSearch:
             note="; ".join(filter(None, self._notes(parameters, spread(base), alpha * spread(slope), right))),
         )
 
-    def _choose(self, masks: Sequence[np.ndarray]) -> list[tuple[_Candidate, float]]:
-        """The candidate and the alpha that the images of each of the masks (V,) bool choose."""
-        tried = [[candidate.on(rows) for candidate in self.tried] for rows in masks]
+    def _choose(self, rows: np.ndarray) -> tuple[_Candidate, float]:
+        """The candidate and the alpha that the images `rows` (V,) bool choose. By leave-one-out the least log-loss
+        chooses among the candidates that are level with the best, each tried at its best alpha and at its alpha of
+        least log-loss; on a validation set the most right."""
+        tried = [candidate.on(rows) for candidate in self.tried]
         if self.held_out.folds is None:
-            return [(best := _most_right(of_mask), best.plateau.alpha) for of_mask in tried]
-        shortlists = [_near_the_best(some, int(rows.sum())) for some, rows in zip(tried, masks, strict=True)]
-        measured: list[list[_Measured]] = [[] for _ in masks]
-        # Logits are computed once a setting.
-        settings = {tuple(one.setting.items()): one.setting for shortlist in shortlists for one in shortlist}
-        for setting in settings.values():
-            base, slope = self._logits(setting)
-            for rows, shortlist, results in zip(masks, shortlists, measured, strict=True):
-                z, s, labels = base[rows], slope[rows], self.labels[rows]
-                for one in (one for one in shortlist if one.setting == setting):
-                    given = one.plateau.alpha
-                    _, loss = fit_factor(z + given * s, labels, MAX_ALPHA / max(1.0, given))
-                    fitted, _, least = fit_alpha(z, s, labels)
-                    for alpha, its_loss in ((given, loss), (fitted, least)):
-                        results.append((one, alpha, its_loss, one.intervals.right_at(alpha)[rows]))
-        return [_least_loss(results) for results in measured]
+            best = max(tried, key=lambda one: one.rank)
+            return best, best.plateau.alpha
+        measured = list[tuple[_Candidate, float, float, np.ndarray]]()  # an alpha, its log-loss, and who is right
+        for one in _near_the_best(tried, int(rows.sum())):
+            base, slope = (part[rows] for part in self._logits(one.setting))
+            given, labels = one.plateau.alpha, self.labels[rows]
+            _, loss = fit_factor(base + given * slope, labels, MAX_ALPHA / max(1.0, given))
+            fitted, _, least = fit_alpha(base, slope, labels)
+            for alpha, its_loss in ((given, loss), (fitted, least)):
+                measured.append((one, alpha, its_loss, one.intervals.right_at(alpha)[rows]))
+        top = max(measured, key=lambda one: one[3].sum())[3]
+        candidate, alpha, *_ = min((one for one in measured if is_level(one[3], top)), key=lambda one: one[2])
+        return candidate, alpha
 
     def _notes(self, parameters: Mapping[str, float], text: float, images: float, right: np.ndarray) -> Iterator[str]:
         """What a user has to know: a term without effect, by the spreads of texts and of images, or images that the
@@ -142,15 +139,6 @@ class ParameterSearch:
             )
 
 
-# A candidate, an alpha, the log-loss there, and which images are right.
-_Measured = tuple[_Candidate, float, float, np.ndarray]
-
-
-def _most_right(tried: Sequence[_Candidate]) -> _Candidate:
-    """The candidate with most images right; then with the widest plateau relative to alpha; then the first."""
-    return max(tried, key=lambda c: (c.plateau.right, c.width))
-
-
 def _near_the_best(tried: Sequence[_Candidate], n_samples: int) -> list[_Candidate]:
     """Some candidates within three standard errors of the best."""
     best = max(c.plateau.right for c in tried) / n_samples
@@ -158,17 +146,6 @@ def _near_the_best(tried: Sequence[_Candidate], n_samples: int) -> list[_Candida
     near = [c for c in tried if c.plateau.right / n_samples >= best - 3 * error]
     near.sort(key=lambda c: -c.plateau.right)
     return near[:: -(-len(near) // _SHORTLIST)]
-
-
-def _least_loss(measured: Sequence[_Measured]) -> tuple[_Candidate, float]:
-    """Of the candidates that are level with the most right, the one with the least log-loss, and its alpha."""
-    top = max(measured, key=lambda one: one[3].sum())[3]
-    candidate, alpha, *_ = min((one for one in measured if is_level(one[3], top)), key=lambda one: one[2])
-    return candidate, alpha
-
-
-def _combinations(values: Mapping[str, Sequence[float]]) -> list[Setting]:
-    return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
 
 
 def _between(axis: Sequence[float], value: float) -> list[float]:

@@ -203,17 +203,15 @@ def _candidates(
     held_out: HeldOut, embeddings: Sequence[Which], settings: Sequence[Mapping[str, float]], copies: float
 ) -> Iterator[Choice]:
     """A stack, not yet weighted, for each setting and embedding of the regression; without regression if none fits."""
-    support, known = held_out.support, dict[str, Part]()
     for setting in settings or (FEW_SHOT_SETTING,):
         for which in embeddings if settings else embeddings[:1]:
             values = {**setting, "text_images": copies}
-            models = stack_models(support, {**values, "adapted_keys": float(which == "adapted")})
+            models = stack_models(held_out.support, {**values, "adapted_keys": float(which == "adapted")})
             if not settings:
                 models = {name: model for name, model in models.items() if "regression" not in name}
             if "adapted" not in embeddings:
                 models.pop("discriminant_adapted", None)
-            parts = {name: known.get(name) or held_out.part(model) for name, model in models.items()}
-            known |= {name: part for name, part in parts.items() if "regression" not in name}
+            parts = {name: held_out.part(model) for name, model in models.items()}
             yield Choice(parts, {}, values, which if settings else "plain")
 
 

@@ -161,7 +161,8 @@ def calibrate(method: Method, support: SupportSet, reducer: Reducer | None, para
     (log_loss.fit_factor), of about 1,000 at most. If none can be left out, or if that takes more than seconds, it is
     `usual_factor`.
     """
-    if len(support.embeddings) <= (_MOST_SOLVED if method.family in ("values", "stack") else _MOST):
+    solved = method.is_stack or method.max_support is not None
+    if len(support.embeddings) <= (_MOST_SOLVED if solved else _MOST):
         held_out = HeldOut.of_support(support, _ENOUGH)
         if len(held_out.labels):
             return fit_factor(held_out.logits(method.terms(support, reducer, parameters)), held_out.labels)[0]
