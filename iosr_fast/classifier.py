@@ -391,6 +391,7 @@ class Classifier(Estimator):
         unknown: Literal["reject"] | None = None,
         unknown_label: str = UNKNOWN_LABEL,
         keep: float = KEEP,
+        max_error: float | None = None,
     ) -> FolderPredictions:
         """Classify all images in a folder and below, in the order of their paths: paths, labels, probabilities, errors.
 
@@ -398,9 +399,10 @@ class Classifier(Estimator):
         Large JPEGs are decoded at a fraction of their size, which changes pixels by about 1 level; the `decoder`
         "cpu-exact" gives those of `predict`. The first unreadable image is an error unless `skip_bad`. `joint`
         classifies all together, as `predict_jointly`. unknown="reject" gives `unknown_label`, which no class may have,
-        to pictures of none of the classes; with `joint` they are left out first.
+        to pictures of none of the classes; with `joint` they are left out first. `max_error` says whose label is
+        `accepted`, as in `predict`, and keeps all labels; it is refused with `joint`.
         """
-        abstention, fit = check_abstention(unknown, unknown_label, keep), self._store.fitted()
+        abstention, fit = check_abstention(unknown, unknown_label, keep, max_error), self._store.fitted()
         return predict_folder(fit.head, self._reader(batch, skip_bad, threads, decoder), folder, joint, abstention)
 
     def suggest(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from iosr_fast.cli import options as shared
-from iosr_fast.cli.options import RejectOption, argument, note_counts, option, ray_pool, resumable
+from iosr_fast.cli.options import RejectOption, argument, as_share, note_counts, option, ray_pool, resumable
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import note, output, write_new
 from iosr_fast.utils.progress import progress
@@ -39,6 +39,10 @@ def classify(
     reject_unknown: Annotated[bool, RejectOption("Give them a label, and all a score.", "--reject-unknown")] = False,
     unknown_label: Annotated[str, RejectOption("Their label.", metavar="WORD")] = UNKNOWN_LABEL,
     keep: Annotated[float, RejectOption("Share of known images that keep their label.")] = KEEP,
+    max_error: Annotated[
+        float | None,
+        option("Accept labels of which at most this share, like 1%, is wrong.", metavar="SHARE", parser=as_share),
+    ] = None,
     chunk: shared.Chunk = None,
     ray: shared.Ray = False,
     workers: shared.Workers = None,
@@ -48,7 +52,8 @@ def classify(
     """Classify images with a saved classifier.
 
     Writes rows of path, label, probability and error (why an image can't be read) as CSV to standard output, or to a
-    file, where an interrupted run resumes; with --html alone a page instead of the rows.
+    file, where an interrupted run resumes; with --html alone a page instead of the rows. --max-error adds the column
+    accepted, and the page shows the images whose label is not accepted.
 
     For millions of images --out is a folder (a name without a suffix). It gets Parquet parts, which also have the
     class id and the parts of the logit: zero_shot, from the texts, cache, from the support images, and adapter, what
@@ -56,11 +61,11 @@ def classify(
     that is one folder. With --ray the machines of a cluster need this package, the images, the classifier and --out
     at the same paths, and one version of Ray.
     """
-    from iosr_fast.head.abstention import check_abstention
+    from iosr_fast.head.abstention import Abstention, check_abstention
 
     if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
-    abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep)
+    abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep, max_error) or Abstention()
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:
         raise IosrFastError(f"expected --out to end in .csv or .parquet, or a folder without a suffix, got {out}")
@@ -97,15 +102,18 @@ def classify(
         else:
             counts = _stream(work, source, options, text)
     note_counts(out, counts)
-    if abstention is not None:
-        note(f"rejected {counts.rejected} of {counts.images - counts.unread} images as {abstention.label!r}")
+    labels = counts.images - counts.unread
+    if reject_unknown:
+        note(f"rejected {counts.rejected} of {labels} images as {abstention.label!r}")
+    if max_error is not None:
+        note(f"accepted {counts.accepted:,} of {labels:,} labels; {labels - counts.accepted:,} need a look")
     if html is not None:
         text.seek(0)
         rows = read_csv(text) if out is None else read_table(out)
         names = ", ".join(Path(place).name or place for place in images[:3])
         title = f"Labels of {names}{', ...' if images[3:] else ''}"
         upright = work.bundle.views.exif_orientation
-        write_new(html, predictions_page(rows, title, counts.unread, work.unknown_label, upright))
+        write_new(html, predictions_page(rows, title, counts.unread, abstention.label, upright))
     if counts.unread == counts.images:
         raise IosrFastError("none of the images could be read")
 
@@ -114,9 +122,9 @@ def _stream(work: Classify, source: Source, options: ReadOptions, file: TextIO) 
     """Write CSV rows as images are classified."""
     from iosr_fast.files.classify import classify
     from iosr_fast.files.run import Counts
-    from iosr_fast.files.tables import CsvTable, Row, row_of
+    from iosr_fast.files.tables import CsvTable, Row, count, row_of
 
-    reader, table, unread, rejected = work.open(options), work.table, 0, 0
+    reader, table, unread, rejected, accepted = work.open(options), work.table, 0, 0, 0
     assert isinstance(table, CsvTable)
     file.write(table.header())
     keys = iter(source.keys)
@@ -129,9 +137,10 @@ def _stream(work: Classify, source: Source, options: ReadOptions, file: TextIO) 
             ]
             file.write(table.group(rows))
             unread += sum(bool(row.error) for row in rows)
-            rejected += sum(row.unknown is not None and row.unknown.rejected for row in rows)
+            of_rows = count(rows)
+            rejected, accepted = rejected + of_rows[0], accepted + of_rows[1]
             advance(len(rows))
-    return Counts(len(source.keys), unread, rejected)
+    return Counts(len(source.keys), unread, rejected, accepted)
 
 
 def _jointly(work: Classify, source: Source, options: ReadOptions, out: Path | None, file: TextIO) -> Counts:

@@ -53,8 +53,8 @@ def run_chunks(
                 advance(len(errors))
             path = folder / part_name(chunk.number, work.suffix)
             with new_file(path) as temporary:
-                rejected = work.write(temporary, chunk.keys, results, reasons)
+                rejected, accepted = work.write(temporary, chunk.keys, results, reasons)
             unread = sum(reason is not None for reason in reasons)
             seconds = round(time.perf_counter() - started, 3)
-            counted = len(reasons), unread, rejected, seconds
-            yield Done(path.name, sha256(path), digests.pop(chunk.number), *counted, os.getpid(), socket.gethostname())
+            counted, writer = (len(reasons), unread, rejected, seconds), (os.getpid(), socket.gethostname())
+            yield Done(path.name, sha256(path), digests.pop(chunk.number), *counted, *writer, accepted)

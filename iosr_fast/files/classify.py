@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import BadImageError
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.stream import Errors
 from iosr_fast.files.tables import Answered, Row
@@ -73,8 +73,13 @@ def classify_jointly(
 ) -> Together:
     """Pictures of none of the classes are rejected first, so that they don't move the means of the classes.
 
-    Raises BadImageError unless the reader skips bad images.
+    Raises BadImageError unless the reader skips bad images, and IosrFastError for `abstention.max_error`.
     """
+    if abstention is not None and abstention.max_error is not None:
+        raise IosrFastError(
+            "expected no max_error (--max-error) with joint (--joint): the promise rests on support images that are "
+            "classified alone; leave one of both out"
+        )
     one = head.one_label("classifying together")
     errors, queries = reader.embed(sources, advance)
     if queries is None:

@@ -34,6 +34,7 @@ class FolderPredictions:
                    was not asked for
     rejections     B Rejections, each with the unknown score and whether it rejects the picture. None if `unknown` was
                    not asked for
+    accepted       (B,) bool, whether nobody needs to look at the label. None if `max_error` was not asked for
 
     Where pictures may have several labels, `labels` (B,) are frozensets, and `probabilities` (B,) of dtype object are
     dicts of each of these labels and its probability.
@@ -62,6 +63,7 @@ class FolderPredictions:
     skipped: Skipped
     joint: JointPrediction | None = None
     rejections: list[Rejection] | None = None
+    accepted: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,10 +79,11 @@ def predict_folder(
     """As Classifier.predict_folder."""
     listing = list_images(folder)
     if joint or abstention is not None:
-        one = head.one_label("predict_folder with joint or unknown", "leave them out")
+        one = head.one_label("predict_folder with joint, unknown or max_error", "leave them out")
         if abstention is not None:
             abstention.check(one)
-    together = classify_jointly(head, reader, listing.paths, abstention) if joint else None
+    abstention = abstention or Abstention()
+    together, accepted = classify_jointly(head, reader, listing.paths, abstention) if joint else None, None
     if together is not None:
         unread, found = together.errors, together.rejections
         labels = together.joint.classes[together.probabilities.argmax(1)]
@@ -91,8 +94,10 @@ def predict_folder(
         unread = [answer if isinstance(answer, BadImageError) else None for answer in answers]
         readable = [answer for answer in answers if not isinstance(answer, BadImageError)]
         labels, probabilities = label_columns(head, readable)
-        found = None if abstention is None else [one.unknown for one in readable if one.unknown is not None]
-    if found is not None and abstention is not None:
+        found = None if abstention.keep is None else [one.unknown for one in readable if one.unknown is not None]
+        if abstention.max_error is not None:
+            accepted = np.array([one.accepted for one in readable], bool)
+    if found is not None:
         labels = without_rejected(labels, np.array([one.rejected for one in found], bool), abstention.label)
     return FolderPredictions(
         [Path(path) for path, error in zip(listing.paths, unread, strict=True) if error is None],
@@ -102,4 +107,5 @@ def predict_folder(
         listing.skipped,
         None if together is None else together.joint,
         found,
+        accepted,
     )

@@ -32,8 +32,8 @@ _PACKAGES = ("numpy", "pillow", "onnxruntime", "openvino", "torch", "safetensors
 
 @dataclass(frozen=True)
 class Done:
-    """A finished part of `images` images, of which `errors` are unreadable and `rejected` belong to no class. `chunk`
-    is the digest of its images before they were read."""
+    """A finished part of `images` images, of which `errors` are unreadable and `rejected` belong to no class, and
+    whose label is `accepted`. `chunk` is the digest of its images before they were read."""
 
     part: str
     sha256: str
@@ -44,6 +44,7 @@ class Done:
     seconds: float
     pid: int
     host: str
+    accepted: int = 0
 
 
 def check_folder(folder: Path) -> None:
@@ -103,6 +104,7 @@ class Parts:
             readable: self._plan["images"] - self.total("errors"),
             "errors": self.total("errors"),
             "rejected": self.total("rejected"),
+            "accepted": self.total("accepted"),
             "parts": names,
             "versions": {name: version for name, version in versions.items() if version is not None},
         }

@@ -24,11 +24,13 @@ _RAY_BATCH = 64  # the cluster's processors are not known here
 
 
 class Counts(NamedTuple):
-    """How many images a run had, how many of them are unreadable, and how many belong to none of the classes."""
+    """How many images a run had, how many of them are unreadable, how many belong to none of the classes, and how many
+    labels are accepted."""
 
     images: int
     unread: int = 0
     rejected: int = 0
+    accepted: int = 0
 
 
 def check_out(out: Path) -> None:
@@ -99,7 +101,7 @@ def run(
                     for done in results:
                         parts.add(done)
                         advance(0 if pool is None else done.images)  # workers report their progress part by part
-        counts = Counts(len(source.paths), parts.total("errors"), parts.total("rejected"))
+        counts = Counts(len(source.paths), *map(parts.total, ("errors", "rejected", "accepted")))
         if not out.suffix:
             parts.seal(work.kind, work.readable)
         elif isinstance(work, Classify):

@@ -25,6 +25,7 @@ SUFFIXES = (".csv", ".parquet")
 LABELS = ("label", "probability")  # the fields of a class in a file
 SCORES = ("label", "class_id", "probability", "zero_shot", "cache", "adapter")  # and in a folder of parts
 UNKNOWN_SCORE = "unknown_score"  # the column that tables have where unknown pictures are rejected
+ACCEPTED = "accepted"  # the column that they have where there is a promise about errors
 _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 
 
@@ -36,30 +37,40 @@ class Row(NamedTuple):
     classes: Sequence[Sequence[Any]] = ()
     unknown: Rejection | None = None
     error: str = ""
+    accepted: bool | None = None
 
 
 class Labelled(NamedTuple):
     """An image of a table: its label and the probability of its best class, or why it could not be read; and its
-    unknown score, where unknown pictures are rejected. NaN for what is missing."""
+    unknown score, where unknown pictures are rejected. NaN for what is missing. `accepted` is whether nobody needs to
+    look at the label, None where that was not asked for."""
 
     path: str
     label: str
     probability: float
     unknown_score: float
     error: str
+    accepted: bool | None = None
 
 
 def row_of(key: str, answer: Answered, fields: Sequence[str]) -> Row:
     if isinstance(answer, LabelSet):
         return Row(key, answer.pairs)
-    return Row(key, [[getattr(one, name) for name in fields] for one in answer.top], answer.unknown)
+    classes = [[getattr(one, name) for name in fields] for one in answer.top]
+    return Row(key, classes, answer.unknown, accepted=answer.accepted)
+
+
+def count(rows: Iterable[Row]) -> tuple[int, int]:
+    """How many pictures are rejected, and how many labels are accepted."""
+    rows = list(rows)
+    return sum(row.unknown is not None and row.unknown.rejected for row in rows), sum(row.accepted or 0 for row in rows)
 
 
 @dataclass(frozen=True)
 class CsvTable:
     """Columns: path; label and probability (4 digits) of the best class, then label_2, probability_2 and so on to
     `top`; unknown_score with `unknown_label`, the label of rejected pictures, whose other columns say their most likely
-    classes; error, why an image can't be read.
+    classes; accepted, true or false, with `accepted`; error, why an image can't be read.
 
     With `several` labels a picture: path, labels and probabilities of those that it has, each joined by SEPARATOR, most
     likely first; error. Texts are `escaped`.
@@ -68,6 +79,7 @@ class CsvTable:
     top: int = 1
     unknown_label: str | None = None
     several: bool = False
+    accepted: bool = False
     suffix: ClassVar[str] = ".csv"
     fields: tuple[str, ...] = LABELS
 
@@ -75,7 +87,7 @@ class CsvTable:
         names = ["labels", "probabilities"] if self.several else list(LABELS)
         if not self.several:
             names += [f"{name}_{place}" for place in range(2, self.top + 1) for name in LABELS]
-        names += [] if self.unknown_label is None else [UNKNOWN_SCORE]
+        names += [UNKNOWN_SCORE] * (self.unknown_label is not None) + [ACCEPTED] * self.accepted
         return self._lines([["path", *names, "error"]])
 
     def group(self, rows: Iterable[Row]) -> str:
@@ -100,7 +112,7 @@ class CsvTable:
 
     def _cells(self, row: Row) -> list[str]:
         if row.error:
-            blank = 2 * (1 if self.several else self.top) + (self.unknown_label is not None)
+            blank = 2 * (1 if self.several else self.top) + (self.unknown_label is not None) + self.accepted
             return [escaped(row.key), *[""] * blank, escaped(row.error)]
         if self.several:
             labels = SEPARATOR.join(label for label, _ in row.classes)
@@ -111,13 +123,16 @@ class CsvTable:
             cells.append(f"{row.unknown.score:.4f}")
             if row.unknown.rejected:
                 cells[0] = escaped(self.unknown_label)
+        if self.accepted:
+            cells.append("true" if row.accepted else "false")
         return [escaped(row.key), *cells, ""]
 
 
 @dataclass(frozen=True)
 class ParquetTable:
     """Columns: the `key`; each of the `fields` of the best class, texts as they are, numbers float32; top, a list of
-    structs of the same fields of all classes, best first; unknown_score, float32, with `unknown_label`; error.
+    structs of the same fields of all classes, best first; unknown_score, float32, with `unknown_label`; accepted, bool,
+    with `accepted`; error.
 
     An unreadable image has its error, the rest is null; other errors are null. A rejected picture has the label
     `unknown_label`, no class_id, and the scores of its most likely class, top[0].
@@ -126,6 +141,7 @@ class ParquetTable:
     unknown_label: str | None = None
     key: str = "path"
     fields: tuple[str, ...] = LABELS
+    accepted: bool = False
     suffix: ClassVar[str] = ".parquet"
 
     def group(self, rows: Iterable[Row]) -> Any:
@@ -149,6 +165,8 @@ class ParquetTable:
         if self.unknown_label is not None:
             scores = [None if row.unknown is None else row.unknown.score for row in rows]
             columns[UNKNOWN_SCORE] = pa.array(scores, pa.float32())
+        if self.accepted:
+            columns[ACCEPTED] = pa.array([row.accepted for row in rows], pa.bool_())
         return pa.table({**columns, "error": pa.array([row.error or None for row in rows], pa.string())})
 
     def save(self, path: Path, group: Any) -> None:
@@ -177,7 +195,8 @@ def read_csv(file: TextIO) -> Iterator[Labelled]:
     for row in csv.DictReader(file):
         path, label, error = (recovered(row.get(name) or "") for name in ("path", "label", "error"))
         probability, score = (float(row.get(name) or "nan") for name in ("probability", UNKNOWN_SCORE))
-        yield Labelled(path, label, probability, score, error)
+        accepted = {"true": True, "false": False}.get((row.get(ACCEPTED) or "").lower())
+        yield Labelled(path, label, probability, score, error, accepted)
 
 
 def read_table(out: Path) -> Iterator[Labelled]:
@@ -187,9 +206,9 @@ def read_table(out: Path) -> Iterator[Labelled]:
             yield from read_csv(file)
         return
     with require("pyarrow.parquet", "parquet").ParquetFile(out) as table:
-        wanted = ("path", "label", "probability", UNKNOWN_SCORE, "error")
+        wanted = ("path", "label", "probability", UNKNOWN_SCORE, "error", ACCEPTED)
         names = [name for name in wanted if name in table.schema_arrow.names]
         for row in (row for batch in table.iter_batches(columns=names) for row in batch.to_pylist()):
             numbers = (row.get(name) for name in ("probability", UNKNOWN_SCORE))
             probability, score = (math.nan if number is None else round(number, 4) for number in numbers)
-            yield Labelled(row["path"], row["label"] or "", probability, score, row["error"] or "")
+            yield Labelled(row["path"], row["label"] or "", probability, score, row["error"] or "", row.get(ACCEPTED))

@@ -6,7 +6,7 @@ Plain values, which another machine can open for itself; `facts` tell whether it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.files import embedding_files
 from iosr_fast.files.embedding_files import Part
 from iosr_fast.files.reader import Reader
-from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, Row, row_of
+from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, Row, count, row_of
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, predict_any
@@ -48,7 +48,7 @@ class Embed:
     Of each work `kind` is the manifest's, `verb` names it in a bar, and `readable` is its word for readable images.
     `facts` (JSON values) determine the parts beside the images. `use` gives the result of a batch, in several threads
     at once; `write` makes a part of the results of its batches, where `errors` say why an image can't be read, and
-    returns how many images are rejected.
+    returns how many images are rejected and how many labels accepted.
     """
 
     folder: str
@@ -74,7 +74,9 @@ class Embed:
     def use(self, embeddings: Embeddings) -> Embeddings:
         return embeddings.to_numpy()
 
-    def write(self, path: Path, keys: list[str], results: list[Embeddings], errors: list[str | None]) -> int:
+    def write(
+        self, path: Path, keys: list[str], results: list[Embeddings], errors: list[str | None]
+    ) -> tuple[int, int]:
         readable = np.flatnonzero([error is None for error in errors])
         rows = {}
         for name in ("plain", "adapted")[: 1 + self.facts["adapted"]]:
@@ -82,7 +84,7 @@ class Embed:
             if results:
                 rows[name][readable] = np.concatenate([getattr(result, name) for result in results])
         embedding_files.write_part(path, Part(keys, Embeddings(rows["plain"], rows.get("adapted")), errors))
-        return 0
+        return 0, 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Classify:
     form: Literal["csv", "parquet", "parts"] = "csv"
     top: int = 1
     decoder: str = "cpu"
-    abstention: Abstention | None = None
+    abstention: Abstention = field(default_factory=Abstention)
     kind: ClassVar[str] = "classifications"
     verb: ClassVar[str] = "classify"
     readable: ClassVar[str] = "classified"
@@ -107,30 +109,25 @@ class Classify:
     def head(self) -> AnyHead:
         return self.bundle.head
 
-    @property
-    def unknown_label(self) -> str | None:
-        """The label of rejected pictures; None where none is rejected."""
-        return None if self.abstention is None else self.abstention.label
-
     def check(self, one_label: bool = False) -> None:
         """Raise IosrFastError, before an image is read, for what this classifier can't do; with `one_label` for one
         of several labels a picture."""
-        if one_label or self.form != "csv" or self.top > 1 or self.abstention is not None:
+        if one_label or self.form != "csv" or self.top > 1 or self.abstention != Abstention():
             one = self.head.one_label(
-                "a table with --joint, --reject-unknown, --html, --top or in another format than CSV",
+                "a table with --joint, --reject-unknown, --max-error, --html, --top or in another format than CSV",
                 "leave these out, and give a .csv file for --out, or none",
             )
-            if self.abstention is not None:
-                self.abstention.check(one)
+            self.abstention.check(one)
 
     @cached_property
     def table(self) -> CsvTable | ParquetTable:
+        label, accepted = self.abstention.label, self.abstention.max_error is not None
         if self.form == "csv":
             several = isinstance(self.head, MultiLabelHead)
-            return CsvTable(min(self.top, len(self.head.class_names)), self.unknown_label, several)
+            return CsvTable(min(self.top, len(self.head.class_names)), label, several, accepted)
         if self.form == "parquet":
-            return ParquetTable(self.unknown_label)
-        return ParquetTable(self.unknown_label, "key", SCORES)
+            return ParquetTable(label, accepted=accepted)
+        return ParquetTable(label, "key", SCORES, accepted)
 
     @property
     def suffix(self) -> str:
@@ -147,8 +144,9 @@ class Classify:
             "exif_orientation": self.bundle.views.exif_orientation,
             "form": self.form,
             "top": self.top,
-            "unknown_label": self.unknown_label,
-            "keep": None if self.abstention is None else self.abstention.keep,
+            "unknown_label": self.abstention.label,
+            "keep": self.abstention.keep,
+            "max_error": self.abstention.max_error,
         }
 
     def open(self, options: ReadOptions) -> Reader:
@@ -159,14 +157,16 @@ class Classify:
     def use(self, embeddings: Embeddings) -> Predictions:
         return predict_any(self.head, embeddings, self.top, self.abstention)
 
-    def write(self, path: Path, keys: list[str], results: list[Predictions], errors: list[str | None]) -> int:
+    def write(
+        self, path: Path, keys: list[str], results: list[Predictions], errors: list[str | None]
+    ) -> tuple[int, int]:
         predictions = chain.from_iterable(results)
         rows = [
             row_of(key, next(predictions), self.table.fields) if error is None else Row(key, error=error)
             for key, error in zip(keys, errors, strict=True)
         ]
         self.table.save(path, self.table.group(rows))
-        return sum(row.unknown is not None and row.unknown.rejected for row in rows)
+        return count(rows)
 
 
 Work: TypeAlias = Embed | Classify

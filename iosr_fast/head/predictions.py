@@ -130,7 +130,7 @@ class LabelSet:
 
     labels: tuple[str, ...]
     probabilities: tuple[float, ...]
-    unknown = None  # no picture is rejected
+    unknown = accepted = None  # no label is withheld
 
     @property
     def pairs(self) -> list[tuple[str, float]]:

@@ -38,7 +38,8 @@ def predictions_page(
     exif_orientation: bool = True,
 ) -> str:
     """The HTML file. `unread` images can't be read, whether rows name them or not; `unknown_label` is the word for
-    rejected pictures, which come first, those that were nearly kept before others.
+    rejected pictures, which come first, those that were nearly kept before others. Pictures whose label is accepted are
+    counted alone.
 
     Labels share the pictures evenly; each shows one at least.
     """
@@ -52,14 +53,17 @@ def predictions_page(
     labels = sorted(groups, key=lambda label: (label != unknown_label, label))
     for label, group in groups.items():
         group.sort(key=lambda row: row.unknown_score if label == unknown_label else row.probability)
-    count, share = sum(map(len, groups.values())), max(1, _PICTURES // max(1, len(labels)))
+    looks = {label: [row for row in groups[label] if not row.accepted] for label in labels}
+    count, share = sum(map(len, groups.values())), max(1, _PICTURES // max(1, sum(map(bool, looks.values()))))
     unsure = sum(row.probability < _UNSURE for group in groups.values() for row in group)
-    left_out = sum(max(0, len(group) - share) for group in groups.values())
+    promised = any(row.accepted is not None for group in groups.values() for row in group)
+    look, left_out = sum(map(len, looks.values())), count - sum(len(group[:share]) for group in looks.values())
     lines = [
-        (label, len(groups[label]), bar(fmean(probabilities)), bar(min(probabilities)))
+        (label, len(probabilities), *[len(looks[label])] * promised, bar(fmean(probabilities)), bar(min(probabilities)))
         for label in labels
         if (probabilities := [row.probability for row in groups[label]])
     ]
+    heads = ("label", "images", *["need a look"] * promised, "probability on the mean", "least")
     return page(
         title,
         facts(
@@ -68,11 +72,16 @@ def predictions_page(
                 "labels": len(labels),
                 **({unknown_label: len(groups[unknown_label])} if unknown_label in groups else {}),
                 f"probability below {_UNSURE:.0%}": f"{unsure:,}",
+                **({"need a look": f"{look:,}"} if promised else {}),
                 **({"unreadable": f"{unread:,}"} if unread else {}),
             }
         ),
-        section("Labels", table(("label", "images", "probability on the mean", "least"), lines)),
-        *(_group(label, groups[label], share, label == unknown_label, exif_orientation) for label in labels),
+        section("Labels", table(heads, lines)),
+        *(
+            _group(label, group, share, label == unknown_label, exif_orientation)
+            for label, group in looks.items()
+            if group
+        ),
         section(
             "Unreadable images",
             note(first_of("", _ERRORS, len(errors))) if len(errors) > _ERRORS else None,
@@ -80,7 +89,7 @@ def predictions_page(
         )
         if errors
         else None,
-        lead="For each label the least probable images first."
+        lead=f"For each label the least probable images{' that need a look' if promised else ''} first."
         + (f" {left_out:,} of {count:,} images are left out of this page; the table counts them." if left_out else ""),
     )
 

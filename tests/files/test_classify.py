@@ -194,10 +194,38 @@ def test_unknown_pictures_are_rejected_alike_everywhere(bundle: Path, folder: Pa
     assert read_manifest(tmp_path / "parts", "classifications")["rejected"] == labels.count("?")
 
 
+def test_labels_are_accepted_by_a_promise_alike_everywhere(bundle: Path, folder: Path, tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    classifier, reject = Classifier.load(bundle, threads=1), {"unknown": "reject", "keep": 0.9}
+    found = classifier.predict_folder(folder, skip_bad=True, unknown_label="?", max_error=0.2, **reject)
+    accepted = [one.accepted for one in classifier.explain(found.paths, max_error=0.2, **reject)]
+    assert 2 <= sum(accepted) <= len(accepted) - 2 and found.accepted.tolist() == accepted
+    alone = classifier.predict_folder(folder, skip_bad=True, max_error=0.2)
+    assert (alone.accepted & (found.labels != "?")).tolist() == accepted and alone.rejections is None
+
+    words = (*REJECT, "--max-error", "20%", "--out")
+    said = done(classify(bundle, folder, *words, tmp_path / "labels.csv"))
+    assert f"accepted {sum(accepted)} of {len(accepted)} labels; {len(accepted) - sum(accepted)} need a look" in said
+    *rows, bad = read_rows(tmp_path / "labels.csv")
+    assert [row["accepted"] for row in rows] == [str(one).lower() for one in accepted] and bad["accepted"] == ""
+    assert [row["label"] for row in rows] == found.labels.tolist() and list(bad)[-2:] == ["accepted", "error"]
+    assert classify(bundle, folder, *words[:-1]).stdout == (tmp_path / "labels.csv").read_text()
+    for name in ("labels.parquet", "parts"):
+        done(classify(bundle, folder, *words, tmp_path / name))
+        table = pq.read_table(tmp_path / name) if name.endswith("parquet") else read_parts(tmp_path / name)
+        assert table["accepted"].to_pylist() == [*accepted, None] and str(table["accepted"].type) == "bool"
+    manifest = read_manifest(tmp_path / "parts", "classifications")
+    assert (manifest["max_error"], manifest["accepted"]) == (0.2, sum(accepted))
+    other = refused(classify(bundle, folder, *REJECT, "--max-error", "0.25", "--out", tmp_path / "parts"))
+    assert "differs in max_error (there 0.2, now 0.25)" in other
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ((*REJECT[:1], "--keep", "0.99"), "left out, got 24"),
+        (("--max-error", "1%"), "needs at least 299 support images that can be left out, got 24"),
+        (("--max-error", "100%"), "expected a share above 0 and below 1, like 0.01 or 1%, got '100%'"),
         ((*REJECT[:1], "--keep", "1"), "expected keep above 0 and below 1, like 0.95, got 1"),
         (("--keep", "0.9"), "expected --unknown-label and --keep only with --reject-unknown"),
         (("--top", "0"), "'--top': "),

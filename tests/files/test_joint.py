@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -89,9 +90,11 @@ def test_an_empty_folder_has_no_predictions(bundle: Path, tmp_path: Path) -> Non
     assert found.joint.refused == "there are no images to classify" and found.probabilities.shape == (0,)
 
 
-def test_parts_and_interrupted_runs_are_refused(bundle: Path, folder: Path, tmp_path: Path) -> None:
+def test_parts_promises_and_interrupted_runs_are_refused(bundle: Path, folder: Path, tmp_path: Path) -> None:
     parts = refused(classify(bundle, folder, "--joint", "--out", tmp_path / "parts"))
     assert "expected a file for --out with --joint, got the folder" in parts
+    promised = refused(classify(bundle, folder, "--joint", "--max-error", "20%"))
+    assert "the promise rests on support images that are classified alone" in re.sub(r"\s+", " ", promised)
     parts_of(tmp_path / "b.csv").mkdir()
     said = refused(classify(bundle, folder, "--joint", "--out", tmp_path / "b.csv"))
     assert "holds an interrupted run without --joint" in said and not (tmp_path / "b.csv").exists()

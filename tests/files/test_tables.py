@@ -38,8 +38,8 @@ def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     monkeypatch.setattr(tables, "_ROW_GROUP", 5)
-    table = CsvTable(unknown_label="?") if suffix == ".csv" else ParquetTable(unknown_label="?")
-    rows = [Row(f"{i}\u00e4\n.png", [["a", i / 31]], Rejection(float(i), i > 20)) for i in range(23)]
+    table = (CsvTable if suffix == ".csv" else ParquetTable)(unknown_label="?", accepted=True)
+    rows = [Row(f"{i}\u00e4\n.png", [["a", i / 31]], Rejection(float(i), i > 20), "", i > 9) for i in range(23)]
     rows[7] = Row("7.png", error="no picture")
     written = []
     for size in (1, 4, 23):
@@ -53,6 +53,7 @@ def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch:
     found = list(read_table(out))
     assert [row.path for row in found] == [row.key for row in rows] and found[7].error == "no picture"
     assert [row.label for row in found if not row.error] == ["a"] * 20 + ["?"] * 2
+    assert [row.accepted for row in found] == [*[False] * 7, None, *[False] * 2, *[True] * 13]
     assert found[22].probability == round(22 / 31, 4) and found[22].unknown_score == 22
 
 

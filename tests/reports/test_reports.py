@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,16 @@ def test_classify_writes_a_page_of_pictures_by_label(place: Path) -> None:
         assert "<dt>unreadable</dt><dd>1</dd>" in page
     assert "<h2>&lt;other&gt;</h2>" in pages[1] and "broken.png: it is not an image" in pages[1]
     assert "expected a file for --out with --html" in refused(*words, place / "n.html", "--out", place / "parts")
+
+
+def test_a_page_with_a_promise_shows_the_labels_that_need_a_look(place: Path) -> None:
+    images = sorted((place / "unlabelled").iterdir())
+    rows = [Labelled(str(images[k]), "aab"[k % 3], 0.9 - k / 20, math.nan, "", k < 4 or k == 5) for k in range(9)]
+    page = predictions_page(rows, "Labels")
+    assert page.count("data:image/webp;base64,") == 4 and "5 of 9 images are left out" in page
+    assert "<dt>need a look</dt><dd>4</dd>" in page
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row)[:3] for row in re.findall("<tr>.*?</tr>", page)]
+    assert cells[1:] == [["a", "6", "3"], ["b", "3", "1"]]
 
 
 def test_a_page_of_labels_shows_the_unsure_first_and_says_what_it_leaves_out(
