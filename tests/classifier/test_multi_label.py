@@ -165,8 +165,8 @@ def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.Mon
     }
     calls = {name: partial(getattr(classifier, name), *arguments) for name, arguments in {**changes, **others}.items()}
     calls |= {
-        r"predict\(unknown='reject'\)": partial(classifier.predict, image, unknown="reject"),
-        "predict_folder with joint or unknown": partial(classifier.predict_folder, tmp_path, joint=True),
+        "predict with unknown or max_error": partial(classifier.predict, image, unknown="reject"),
+        "predict_folder with joint, unknown or max_error": partial(classifier.predict_folder, tmp_path, joint=True),
         "unknown_": lambda: classifier.unknown_,
         "BatchingClassifier": partial(BatchingClassifier, classifier),
         "the HTTP API": partial(server.run, tmp_path / "bundle", Settings()),
