@@ -79,15 +79,6 @@ def test_a_bundle_of_before_takes_pictures_as_they_are_stored(tmp_path: Path) ->
     assert load_bundle(tmp_path / "bundle").views.exif_orientation is False
 
 
-def test_a_replaced_classifier_decodes_what_waits_its_own_way() -> None:
-    data = oriented("PNG", arrow(1), 6)
-    as_stored = fitted().predict(open_image(data, exif_orientation=False))[0]
-    with BatchingClassifier(fitted()) as batching:
-        assert batching.submit(data).result(PATIENCE_S).label == NAMES[1]
-        batching.replace(fitted(exif_orientation=False))
-        assert batching.submit(data).result(PATIENCE_S).label == as_stored
-
-
 def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:
     torch = pytest.importorskip("torch")
     classifier = fitted()

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from iosr_fast.exceptions import ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.exceptions import ClosedError, DeadlineExceededError, NotFittedError, QueueFullError
 from iosr_fast.serving.batching import BatchingClassifier, front, item, queue, workers
 from tests.serving.batching_fakes import (
     PATIENCE_S,
@@ -113,13 +114,13 @@ def test_each_run_takes_its_share(make, classifier: FakeClassifier, runs: int, s
 def test_each_query_gets_what_it_asks_for(make, classifier: FakeClassifier) -> None:
     batching = make(max_batch=8)
     with classifier.held(batching):
-        wanted = [(5, 0), (1, 0), (9, 0), (2, 3), (3, 1), (700, 0)]
+        wanted = [(5, 0), (1, 0), (9, 0), (2, 3), (5, 0)]
         futures = [batching.submit(picture(i), top=t, nearest=n) for i, (t, n) in enumerate(wanted)]
     got = [future.result(PATIENCE_S) for future in futures]
     assert [(len(made.top), len(made.nearest)) for made in got] == wanted
-    assert [int(made.label) for made in got] == list(range(6)) and len({made.version for made in got}) == 1
-    # Queries without neighbours do not pay for others' neighbours, nor for very many classes.
-    assert classifier.asked[1:] == [([0, 1, 2], 9, 0), ([3, 4], 3, 3), ([5], 700, 0)]
+    assert [int(made.label) for made in got] == list(range(5)) and len({made.version for made in got}) == 1
+    # A query pays for no other's neighbours or classes.
+    assert classifier.asked[1:] == [([0, 4], 5, 0), ([1], 1, 0), ([2], 9, 0), ([3], 2, 3)]
 
 
 def test_an_image_that_is_late_is_not_encoded(make, classifier: FakeClassifier, clock) -> None:
@@ -164,6 +165,9 @@ def test_invalid_settings_and_queries_are_refused(make, classifier: FakeClassifi
     for options in ({"max_batch": 0}, {"max_queue": 0}, {"decode_threads": 0}, {"max_batch": 1.5}):
         with pytest.raises(ValueError, match=f"expected {next(iter(options))} (of at least 1|to be a whole number)"):
             make(**options)
+    unfitted = Mock(snapshot=Mock(side_effect=NotFittedError("not fitted yet")))
+    with pytest.raises(NotFittedError):
+        BatchingClassifier(unfitted)
     with pytest.raises(ValueError, match="expected max_wait_ms of at least 0"):
         make(max_wait_ms=float("nan"))
     batching = make(max_queue=4)
@@ -208,11 +212,10 @@ def test_asyncio(batching, classifier: FakeClassifier) -> None:
     asyncio.run(main())
 
 
-def test_many_threads_against_replace_and_close(classifier: FakeClassifier) -> None:
-    """Every accepted image gets its own label."""
+def test_every_image_that_many_threads_submit_before_a_close_gets_its_own_label(classifier: FakeClassifier) -> None:
     before = threads()
     batching = BatchingClassifier(classifier, max_batch=8, max_wait_ms=0.1, max_queue=32, decode_threads=3)
-    start = threading.Barrier(10)
+    start = threading.Barrier(9)
     accepted: list[list[tuple[int, Future[Any]]]] = [[] for _ in range(8)]
 
     def submits(which: int) -> None:
@@ -233,18 +236,11 @@ def test_many_threads_against_replace_and_close(classifier: FakeClassifier) -> N
             if rng.random() < 0.2:
                 futures[0].cancel()
 
-    def replaces() -> None:
-        start.wait()
-        for i in range(40):
-            until(lambda i=i: sum(map(len, accepted)) > 20 * i)
-            batching.replace(FakeClassifier(4 + 2 * (i % 2)))
-
     running = [threading.Thread(target=submits, args=(which,)) for which in range(8)]
-    running.append(threading.Thread(target=replaces))
     for thread in running:
         thread.start()
     start.wait()
-    running[-1].join(PATIENCE_S)
+    until(lambda: sum(map(len, accepted)) > 700)
     batching.close(PATIENCE_S)
     for thread in running:
         thread.join(PATIENCE_S)

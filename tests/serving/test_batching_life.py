@@ -1,4 +1,4 @@
-"""BatchingClassifier from start to end: closing, replacing, references, threads, the end of the interpreter."""
+"""BatchingClassifier from start to end: closing, references, threads, the end of the interpreter."""
 
 from __future__ import annotations
 
@@ -40,8 +40,6 @@ def test_close_answers_everything_accepted(batching, classifier: FakeClassifier)
         until(lambda: batching.closed)
         with pytest.raises(ClosedError, match="closed and accepts no more images"):
             batching.submit(picture(1))
-        with pytest.raises(ClosedError):
-            batching.replace(classifier)
         assert closing.is_alive()
     slow.gate.set()
     closing.join(PATIENCE_S)
@@ -81,43 +79,6 @@ def test_close_in_a_callback_does_not_wait_for_itself(batching, classifier: Fake
     assert closed.wait(PATIENCE_S) and labels([first, *rest]) == list(range(9))
     with pytest.raises(ClosedError):
         batching.submit(picture(1))
-
-
-def test_replace_finishes_the_current_batch_on_the_old_classifier(batching, classifier: FakeClassifier) -> None:
-    other = FakeClassifier(size=6)
-    slow = Gated(7)
-    with classifier.held(batching) as first:
-        waiting = batching.submit_many([picture(1), picture(2, 6), picture(3, 9), slow])
-        assert slow.begun.wait(PATIENCE_S)
-        until(lambda: len(batching._queue._in_decoders) == 1)
-        assert batching.replace(other) is classifier and batching.classifier is other
-        waiting.append(batching.submit(picture(4)))
-        slow.gate.set()
-        until(lambda: not batching._queue._in_decoders)
-        # FakeEncoder checks the size of what it gets: all of it was brought to 6 x 6.
-    assert labels([first, *waiting]) == [0, 1, 2, 3, 7, 4]
-    assert classifier.encoder.batches == [[0]] and sorted(sum(other.encoder.batches, [])) == [1, 2, 3, 4, 7]  # noqa: RUF017
-    assert batching.healthy and batching.replace(classifier) is other and labels([batching.submit(picture(5))]) == [5]
-
-
-def test_replace_keeps_the_old_classifier_if_the_new_one_fails(classifier: FakeClassifier) -> None:
-    class Unfitted(FakeClassifier):
-        def snapshot(self) -> Any:
-            raise ValueError("this classifier is not fitted yet: call fit or fit_folder first")
-
-    broken = FakeClassifier()
-    broken.encoder.raises = lambda numbers: (_ for _ in ()).throw(RuntimeError("no device"))
-    with pytest.raises(ValueError, match="not fitted yet"):
-        BatchingClassifier(Unfitted())
-    with BatchingClassifier(classifier, max_batch=2, warm=True) as batching:
-        with pytest.raises(ValueError, match="not fitted yet"):
-            batching.replace(Unfitted())
-        with pytest.raises(RuntimeError, match="no device"):
-            batching.replace(broken)
-        assert batching.classifier is classifier and labels([batching.submit(picture(1))]) == [1]
-        good = FakeClassifier()
-        batching.replace(good)
-        assert good.encoder.batches == [[0], [0, 0], [0]] and labels([batching.submit(picture(2))]) == [2]
 
 
 class Kept(np.ndarray):

@@ -56,7 +56,7 @@ def names(jobs: list[Any]) -> str:
 
 def done(queue: BatchQueue, *jobs: Item) -> None:
     for job in jobs:
-        queue.decoded(job, ValueError(), queue.form)
+        queue.decoded(job, ValueError())
 
 
 # --- turns ---

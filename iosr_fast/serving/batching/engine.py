@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -54,44 +54,44 @@ class Engine:
     `last_error` is the error of its last failure. `collect` is called with each image that was answered, its embeddings
     (1, D) and the head."""
 
-    def __init__(self, max_batch: int, collect: Collect | None = None) -> None:
+    def __init__(self, classifier: Any, max_batch: int, collect: Collect | None = None) -> None:
         self.healthy = True
-        self._collect = collect
+        self._classifier, self._collect = classifier, collect
         self.last_error: Exception | None = None
         self._max_batch = max_batch
         self._encoding = threading.Lock()  # of an encoder with one run, which may not be thread-safe
 
-    def warm(self, classifier: Any) -> None:
+    def warm(self) -> None:
         """Run each bucket size once, because first runs are slow: of the encoder, and on a GPU of scoring, too, whose
         kernels are compiled for a batch's size. Raises what the engine raises."""
-        encoder = classifier.encoder
+        encoder = self._classifier.encoder
         with self._encoding if encoder.runs == 1 else nullcontext():
             warm_encoder(encoder, self._max_batch)
         for size in bucket_sizes(min(self._max_batch, encoder.max_batch)) if encoder.buckets else [1]:
-            self._black(classifier, size)
+            self._black(size)
 
-    def run(self, classifier: Any, items: Sequence[Item]) -> Run:
+    def run(self, items: Sequence[Item]) -> Run:
         """Set the outcome of every item: a Prediction or an exception.
 
         After an error each image is tried alone, so that only those that fail twice get it. If a black image fails
         too, the engine fails on every image, and the rest gets the error at once.
         """
-        run, head = Run(), classifier.snapshot()
-        error = self._try(classifier, head, items, run)
+        run, head = Run(), self._classifier.snapshot()
+        error = self._try(head, items, run)
         if error is None:
             return run
         for item in items:
-            if error is not None and not self._works(classifier):
+            if error is not None and not self._works():
                 run.down = error
                 break
-            error = self._try(classifier, head, [item], run)
+            error = self._try(head, [item], run)
         for item in items:
             item.outcome = item.outcome or run.down
         return run
 
-    def probe(self, classifier: Any) -> None:
+    def probe(self) -> None:
         """Check whether a failed engine works again."""
-        if self._works(classifier):
+        if self._works():
             self.judge(None)
 
     def judge(self, down: Exception | None) -> None:
@@ -104,11 +104,11 @@ class Engine:
             log.info("the engine works again")
         self.healthy = down is None
 
-    def _try(self, classifier: Any, head: Any, items: Sequence[Item], run: Run) -> Exception | None:
+    def _try(self, head: Any, items: Sequence[Item], run: Run) -> Exception | None:
         """Set the outcomes of items; returns the error, which is also the outcome of a single one."""
         try:
             pixels = np.stack([item.pixels for item in items])  # type: ignore[misc]
-            for item, prediction in zip(items, self._predict(classifier, head, pixels, items, run), strict=True):
+            for item, prediction in zip(items, self._predict(head, pixels, items, run), strict=True):
                 item.outcome = prediction
         except Exception as error:
             if self.healthy and run.clean:
@@ -120,70 +120,42 @@ class Engine:
             return error
         return None
 
-    def _works(self, classifier: Any) -> bool:
+    def _works(self) -> bool:
         try:
-            self._black(classifier, 1)
+            self._black(1)
         except Exception:
             return False
         return True
 
-    def _black(self, classifier: Any, count: int) -> None:
+    def _black(self, count: int) -> None:
         """Classify black images."""
-        size = classifier.encoder.image_size
+        size = self._classifier.encoder.image_size
         items = [Item(None, i, Query(top=1), 0.0) for i in range(count)]
-        self._predict(classifier, classifier.snapshot(), np.zeros((count, size, size, 3), np.uint8), items, Run())
+        self._predict(self._classifier.snapshot(), np.zeros((count, size, size, 3), np.uint8), items, Run())
 
-    def _predict(
-        self, classifier: Any, head: Any, pixels: np.ndarray, items: Sequence[Item], run: Run
-    ) -> list[Prediction]:
-        """Pixels (B, S, S, 3) uint8 -> B predictions as the items' queries ask for, in groups of similar ones.
+    def _predict(self, head: Any, pixels: np.ndarray, items: Sequence[Item], run: Run) -> list[Prediction]:
+        """Pixels (B, S, S, 3) uint8 -> B predictions; items that ask for the same are computed together.
 
         `head` answers all but items whose label may be withheld: these have the head of their submission, because a
-        later one may have to be fitted first; unless the classifier was replaced by one with another encoder.
+        later one may have to be fitted first.
         """
-        started, encoder = time.perf_counter(), classifier.encoder
+        started, encoder = time.perf_counter(), self._classifier.encoder
         with self._encoding if encoder.runs == 1 else nullcontext():
             embeddings = encoder.encode_on_device(pixels)
         encoded = time.perf_counter()
         run.encode_s += encoded - started
         if len(embeddings) != len(pixels):
             raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
-        groups: dict[tuple[int, int, Abstention | None, Any], list[int]] = {}
+        groups: dict[tuple[Any, int, int, Abstention | None], list[int]] = {}
         for row, item in enumerate(items):
-            query, own = item.query, item.fitted
-            state = own.head if own is not None and own.encoder is encoder else head
-            abstention = None if own is None else own.abstention
-            groups.setdefault((_band(query.top), _band(query.nearest), abstention, state), []).append(row)
+            own, abstention = item.fitted or (head, None)
+            groups.setdefault((own, item.query.top, item.query.nearest, abstention), []).append(row)
         predictions: dict[int, Prediction] = {}
-        for (*_, abstention, state), rows in groups.items():
-            part, queries = (
-                embeddings if len(groups) == 1 else embeddings[np.array(rows)],
-                [items[r].query for r in rows],
-            )
-            predictions.update(zip(rows, _explain(state, part, queries, abstention), strict=True))
+        for (own, top, nearest, abstention), rows in groups.items():
+            part = embeddings if len(groups) == 1 else embeddings[np.array(rows)]
+            predictions.update(zip(rows, predict(own, part, top, nearest, abstention), strict=True))
         if self._collect is not None:
             for row, item in enumerate(items):
                 self._collect(item.image, embeddings[np.array([row])], head)
         run.score_s += time.perf_counter() - encoded
         return [predictions[row] for row in range(len(pixels))]
-
-
-def _band(count: int) -> int:
-    """Queries with counts in the same band are computed together with the largest count, so that a small query never
-    costs as much as a much larger one."""
-    return max(count, 16).bit_length() // 2 if count else 0
-
-
-def _explain(
-    head: Any, embeddings: Embeddings, queries: Sequence[Query], abstention: Abstention | None
-) -> list[Prediction]:
-    top, nearest = max(query.top for query in queries), max(query.nearest for query in queries)
-    predictions = predict(head, embeddings, top, nearest, abstention)
-    if len(predictions) != len(embeddings):
-        raise RuntimeError(f"expected {len(embeddings)} predictions, got {len(predictions)}")
-    return [
-        replace(prediction, top=prediction.top[: query.top], nearest=prediction.nearest[: query.nearest])
-        if len(prediction.top) > query.top or len(prediction.nearest) > query.nearest
-        else prediction
-        for prediction, query in zip(predictions, queries, strict=True)
-    ]

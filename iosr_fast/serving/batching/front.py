@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
@@ -22,7 +22,7 @@ from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import check_share
 from iosr_fast.serving.batching.decode import Decoder, decoding_cost
 from iosr_fast.serving.batching.engine import Collect, Engine
-from iosr_fast.serving.batching.item import FittedHead, Item, Observer, Query, QueryOptions
+from iosr_fast.serving.batching.item import Item, Observer, Query
 from iosr_fast.serving.batching.processes import DecoderProcess
 from iosr_fast.serving.batching.queue import BatchQueue
 from iosr_fast.serving.batching.workers import Workers
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from iosr_fast.classifier import Classifier
+    from iosr_fast.head.head import Head
     from iosr_fast.head.predictions import Prediction
 
 _MAX_DECODERS = 8
@@ -104,10 +105,10 @@ class BatchingClassifier:
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         classifier.snapshot().one_label("BatchingClassifier", "use predict")  # raises if it is not fitted
-        self._warm, self._engine, self._fitting = warm, Engine(max_batch, collect), threading.Lock()
+        self._engine, self._fitting = Engine(classifier, max_batch, collect), threading.Lock()
         self._max_error = None if max_error is None else check_share("max_error", max_error, like=0.01)
         if warm:
-            self._engine.warm(classifier)
+            self._engine.warm()
         limits = DecodeLimits() if limits is None else limits
         self._queue = BatchQueue(
             classifier, max_batch, max_wait_ms / 1e3, max_queue, decode_threads, limits.max_pixels_together, observer
@@ -119,7 +120,7 @@ class BatchingClassifier:
         self._dropped = weakref.finalize(self, _thread.start_new_thread, self._queue.close, ())
         self._dropped.atexit = False
 
-    def submit(self, image: Any, **options: Unpack[QueryOptions]) -> Future[Prediction]:
+    def submit(self, image: Any, **options: Any) -> Future[Prediction]:
         """Classify one image; returns a Future of its Prediction. `options` are the fields of Query.
 
         The future raises BadImageError for an image that can't be read, DeadlineExceededError for one that was not
@@ -131,7 +132,7 @@ class BatchingClassifier:
         """
         return self.submit_many((image,), **options)[0]
 
-    def submit_many(self, images: Iterable[Any], **options: Unpack[QueryOptions]) -> list[Future[Prediction]]:
+    def submit_many(self, images: Iterable[Any], **options: Any) -> list[Future[Prediction]]:
         """Classify the images of one request; returns a future for each, in order. All are accepted, or none.
 
         Decoders take one image of each `client` in turn, and of each of its requests.
@@ -143,9 +144,9 @@ class BatchingClassifier:
         return self._submit(images, query, now, self._fit(query))
 
     def _submit(
-        self, images: Iterable[Any], query: Query, now: float, fitted: FittedHead | None
+        self, images: Iterable[Any], query: Query, now: float, fitted: tuple[Head, Abstention] | None
     ) -> list[Future[Prediction]]:
-        request, geometry = next(_requests), self._queue.form.geometry
+        request, geometry = next(_requests), self.classifier.encoder.geometry
         items = [
             Item(image, i, query, now, request, decoding_cost(image, geometry), fitted)
             for i, image in enumerate(as_image_list(images))
@@ -157,15 +158,14 @@ class BatchingClassifier:
         self._queue.admit(items, query.deadline_s)
         return [item.future for item in items]
 
-    def _fit(self, query: Query) -> FittedHead | None:
+    def _fit(self, query: Query) -> tuple[Head, Abstention] | None:
         """The current head with what an abstention rests on, which is computed once for each head and takes seconds
         with thousands of support images; None without one. Raises IosrFastError where they are too few for a promise
         that the query asks for."""
         max_error = query.max_error or self._max_error
         if query.keep is None and max_error is None:
             return None
-        classifier = self.classifier
-        head = classifier.snapshot().one_label("keep or max_error", "leave it out")
+        head = self.classifier.snapshot().one_label("keep or max_error", "leave it out")
         with self._fitting:
             Abstention(query.keep, max_error=query.max_error).check(head)
             # Computed here, not by the first batch.
@@ -173,7 +173,7 @@ class BatchingClassifier:
                 head.unknown.scorer  # noqa: B018
             if max_error is not None:
                 head.left_out_labels  # noqa: B018
-        return FittedHead(classifier.encoder, head, Abstention(query.keep, max_error=max_error))
+        return head, Abstention(query.keep, max_error=max_error)
 
     def check_room(self, client: str = "") -> None:
         """Raise QueueFullError or ClosedError if not one more image of `client` would be accepted now."""
@@ -193,16 +193,14 @@ class BatchingClassifier:
         self._queue.admit((item,), None)
         return item.future
 
-    async def classify(self, image: Any, **options: Unpack[QueryOptions]) -> Prediction:
+    async def classify(self, image: Any, **options: Any) -> Prediction:
         """`submit` for asyncio. Cancelling the awaiting task cancels the image."""
         (result,) = await self.classify_many((image,), **options)
         if isinstance(result, Exception):
             raise result
         return result
 
-    async def classify_many(
-        self, images: Iterable[Any], **options: Unpack[QueryOptions]
-    ) -> list[Prediction | Exception]:
+    async def classify_many(self, images: Iterable[Any], **options: Any) -> list[Prediction | Exception]:
         """`submit_many` for asyncio: in order, the Prediction of each image or the exception of its future."""
         query, now = Query(**options), time.monotonic()
         # In a thread, because it may take seconds.
@@ -216,26 +214,10 @@ class BatchingClassifier:
             for future in futures:
                 future.cancel()
 
-    def replace(self, classifier: Classifier) -> Classifier:
-        """Use another classifier from the next batch on; the current batch finishes on the old one, which is returned.
-
-        Waiting images are decoded again if the new classifier takes other pixels. With `warm`, the new one is warmed up
-        while the old one still serves. Raises ClosedError after close(); ValueError, or an error of the warm-up, with
-        the old classifier still in use.
-        """
-        classifier.snapshot().one_label("BatchingClassifier", "use predict")
-        warmed = self._warm and classifier.encoder is not self.classifier.encoder
-        if warmed:
-            self._engine.warm(classifier)
-        old: Classifier = self._queue.replace(classifier)
-        if warmed:
-            self._engine.judge(None)
-        return old
-
     def warm(self) -> None:
         """Run the engine at the usual batch sizes once: 1, 2, 4, ..., max_batch, on a CPU also 3. Raises what it
         raises."""
-        self._engine.warm(self.classifier)
+        self._engine.warm()
 
     def close(self, timeout: float | None = None) -> None:
         """Accept no more images, answer the accepted ones and end the threads. May be called repeatedly.
@@ -256,7 +238,7 @@ class BatchingClassifier:
 
     @property
     def classifier(self) -> Classifier:
-        """The classifier of the next batch."""
+        """The classifier that answers, each batch with its newest head."""
         return self._queue.classifier
 
     @property

@@ -7,7 +7,7 @@ import math
 import time
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
 from iosr_fast.head.abstention import Abstention
@@ -17,7 +17,6 @@ from iosr_fast.utils.numbers import check_integer
 if TYPE_CHECKING:
     import numpy as np
 
-    from iosr_fast.encoders.encoder import Encoder
     from iosr_fast.head.head import Head
 
 LARGE_PIXELS = 16_000_000  # more than most phones send
@@ -50,17 +49,6 @@ def notify(observer: Observer | None, event: str, *values: Any) -> None:
             log.exception("the observer's %s raised", event)
 
 
-class QueryOptions(TypedDict, total=False):
-    """Keyword arguments of submit, submit_many, classify and classify_many: the fields of Query."""
-
-    top: int
-    nearest: int
-    deadline_s: float | None
-    client: str
-    keep: float | None
-    max_error: float | None
-
-
 @dataclass(frozen=True)
 class Query:
     """The options of one request. Raises ValueError for values out of range.
@@ -89,14 +77,6 @@ class Query:
             check_share("max_error", self.max_error, like=0.01)
 
 
-class FittedHead(NamedTuple):
-    """A head that has computed what an abstention rests on, and the encoder that it belongs to."""
-
-    encoder: Encoder
-    head: Head
-    abstention: Abstention
-
-
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Item:
     """`deadline` and `submitted` are on time.monotonic's clock, in seconds. The future is resolved with a Prediction,
@@ -108,7 +88,7 @@ class Item:
     submitted: float
     request: int = 0  # number of its request; requests of a client take turns
     cost: int = 0  # of decoding, in pixels; 0 if unknown
-    fitted: FittedHead | None = None  # where a label may be withheld: what answers it
+    fitted: tuple[Head, Abstention] | None = None  # where a label may be withheld: a head that has what this rests on
     whole: bool = False  # decoded only, all of it
     deadline: float = math.inf
     work: int = 0  # of decoding that is left, in pixels that take as long

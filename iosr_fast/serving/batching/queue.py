@@ -16,28 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
-from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching.admission import Admission
 from iosr_fast.serving.batching.decode import is_pixels
 from iosr_fast.serving.batching.item import Item, Observer, notify
 from iosr_fast.serving.batching.turns import Turns
 
 
-class PixelForm(NamedTuple):
-    """How a classifier's images become pixels."""
-
-    geometry: Geometry
-    exif_orientation: bool
-
-    @classmethod
-    def of(cls, classifier: Any) -> PixelForm:
-        return cls(classifier.encoder.geometry, classifier.exif_orientation_)
-
-
 class Batch(NamedTuple):
-    """`items` to run on `classifier`, none after an idle time, and how many others are in the queue."""
+    """`items` to run, none after an idle time, and how many others are in the queue."""
 
-    classifier: Any
     items: list[Item]
     waiting: int
 
@@ -45,7 +32,7 @@ class Batch(NamedTuple):
 class BatchQueue:
     """Items from admission to their batch. Its lock is never held during decoding, encoding, scoring or a callback.
 
-    An item waits for a decoder, and when it is ready, with pixels of the current classifier's form, for a batch.
+    An item waits for a decoder, and when it is ready, with its pixels, for a batch.
     Clients take turns at both. A client with a name leaves one decoder to others, and two with large images; those of
     all clients leave one, and have at most `max_pixels_together` (a single one may have more). Large images alternate
     with others.
@@ -65,7 +52,7 @@ class BatchQueue:
         max_pixels_together: int,
         observer: Observer | None,
     ) -> None:
-        self.classifier, self.form = classifier, PixelForm.of(classifier)
+        self.classifier = classifier
         self.max_queue, self.observer = max_queue, observer
         self.closed = False
         self.ended = threading.Event()  # no further image is decoded
@@ -146,11 +133,11 @@ class BatchQueue:
             now = time.monotonic()
             if item.deadline >= now:
                 return item
-            self.decoded(item, item.late(now), self.form)
+            self.decoded(item, item.late(now))
             del item  # the frame would keep it until the next one comes
 
-    def decoded(self, item: Item, result: np.ndarray | Exception, form: PixelForm, seconds: float = 0.0) -> None:
-        """Set the pixels of an item, or answer its error; decode it again if a new classifier takes another form."""
+    def decoded(self, item: Item, result: np.ndarray | Exception, seconds: float = 0.0) -> None:
+        """Set the pixels of an item, or answer its error."""
         with self._changed:
             self._in_decoders.discard(item)
             self._decoder_free.notify_all()  # another one of its client may start
@@ -160,10 +147,8 @@ class BatchQueue:
             if answered:
                 answered = self._claim(item)
                 self._forget((item,))
-            elif item in self._accepted and form == self.form:
-                self._make_ready(item, result)
             elif item in self._accepted:
-                self._send(item)
+                self._make_ready(item, result)
             self._changed.notify()
         if answered:
             item.answer(result, self.observer)
@@ -179,13 +164,13 @@ class BatchQueue:
                 if due_s > 0:
                     wait_s = min(due_s, idle_s)
                     if not self._changed.wait(wait_s if wait_s < math.inf else None) and idle_s < due_s:
-                        return Batch(self.classifier, [], 0)
+                        return Batch([], 0)
                     continue
                 now = time.monotonic()
                 items, late = self._take(now)
                 self._forget(late)
                 self._changed.notify()  # another thread for what is left
-                batch = Batch(self.classifier, items, len(self._accepted) - len(items))
+                batch = Batch(items, len(self._accepted) - len(items))
             for item in late:
                 item.answer(item.late(now), self.observer)
             if items:
@@ -201,20 +186,6 @@ class BatchQueue:
             self._changed.notify()
         for item in items:
             item.answer(item.outcome, self.observer)
-
-    def replace(self, classifier: Any) -> Any:
-        """Use another classifier from the next batch on; returns the old one. Raises ClosedError."""
-        with self._changed:
-            if self.closed:
-                raise _closed()
-            old, self.classifier = self.classifier, classifier
-            self._admission.runs = classifier.encoder.runs
-            form = PixelForm.of(classifier)
-            if self.form != form:
-                self.form = form
-                for item in self._ready.clear():
-                    self._send(item)
-            return old
 
     def close(self) -> None:
         """Accept no more items."""
@@ -252,7 +223,7 @@ class BatchQueue:
     # --- all below is called under the lock ---
 
     def _has_pixels(self, item: Item) -> bool:
-        return not item.whole and is_pixels(item.image, self.form.geometry.size)
+        return not item.whole and is_pixels(item.image, self.classifier.encoder.image_size)
 
     def _send(self, item: Item) -> None:
         """Queue an item for decoding, or make it ready if it has pixels."""

@@ -40,8 +40,6 @@ class Turns:
             if not items:
                 del self._items[key]
 
-    def clear(self) -> list[Item]:
-        """Remove all items; returns them."""
-        left = [item for items in self._items.values() for item in items]
+    def clear(self) -> None:
+        """Remove all items."""
         self._items.clear()
-        return left

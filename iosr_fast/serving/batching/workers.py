@@ -89,7 +89,7 @@ class Workers:
     def _run_batch(self) -> bool:
         """Wait for a batch and answer it; False when there are no more."""
         queue, engine = self._queue, self._engine
-        batch, seconds = Batch(None, [], 0), 0.0
+        batch, seconds = Batch([], 0), 0.0
         try:
             taken = queue.next_batch(math.inf if engine.healthy else _PROBE_S)
             if taken is None:
@@ -97,13 +97,12 @@ class Workers:
             batch = taken
             if batch.items:
                 started = time.monotonic()
-                run = engine.run(batch.classifier, batch.items)
-                if batch.classifier is queue.classifier:
-                    engine.judge(run.down)
+                run = engine.run(batch.items)
+                engine.judge(run.down)
                 seconds = time.monotonic() - started if run.clean else 0.0
                 notify(queue.observer, "on_batch", len(batch.items), batch.waiting, run.encode_s, run.score_s)
             else:
-                engine.probe(batch.classifier)
+                engine.probe()
         except BaseException as error:
             log.exception("a batch could not be run; its images get the error, and the next batch runs")
             for item in batch.items:
@@ -130,14 +129,14 @@ class Workers:
             item = queue.next_to_decode()
             if item is None:
                 break
-            form, started = queue.form, time.monotonic()
-            geometry = None if item.whole else form.geometry
+            classifier, started = queue.classifier, time.monotonic()
+            geometry, upright = None if item.whole else classifier.encoder.geometry, classifier.exif_orientation_
             result: np.ndarray | Exception
             try:
-                result = decoder.decode(item.image, item.position, geometry, item.deadline, form.exif_orientation)
+                result = decoder.decode(item.image, item.position, geometry, item.deadline, upright)
             except BaseException as error:  # even MemoryError concerns this image only
                 result = ordinary(error)
-            queue.decoded(item, result, form, time.monotonic() - started)
+            queue.decoded(item, result, time.monotonic() - started)
             del item, result
         decoder.close()
 
