@@ -22,7 +22,7 @@ from iosr_fast.head.fit import Fit
 from iosr_fast.head.fitting import fit
 from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.ids import example_id
-from iosr_fast.head.labelled_images import labelled_images, unknown_folder
+from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, Prediction
 from iosr_fast.images.preprocess import as_image_list
@@ -237,14 +237,20 @@ class Classifier(Estimator):
         *more: str | Path,
         unknown_images: str | Path | None = None,
         descriptions: Mapping[str, Sequence[str]] | str | Path | None = None,
+        calibrate_on: str | Path | None = None,
     ) -> Self:
         """`fit` on folders with a sub-folder of images for each class, or CSV files of path and label
         (labelled_images). All images in the folder `unknown_images` and below belong to none of the classes.
-        `descriptions` may be a file: JSON, or CSV of class and text (head.descriptions)."""
+        `descriptions` may be a file: JSON, or CSV of class and text (head.descriptions). `calibrate_on` is a folder or
+        CSV file of labelled images, on which promises then rest."""
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
         texts = read_descriptions(descriptions) if isinstance(descriptions, str | Path) else descriptions
-        *labelled, groups = labelled_images(folder, *more)
-        return self.fit(*labelled, unknown_images=unknown, groups=groups, descriptions=texts)
+        support = labelled_images(folder, *more)
+        given = () if calibrate_on is None else calibration_images(calibrate_on, support)
+        self.fit(*support[:3], unknown_images=unknown, groups=support.groups, descriptions=texts)
+        if given:
+            self.calibrate_on(*given)
+        return self
 
     def _open(self) -> OpenedClip:
         """The CLIP that the parameters name; a loaded classifier's own, until `set_params` names another."""
@@ -492,6 +498,13 @@ class Classifier(Estimator):
     def retune(self) -> ChangeResult:
         """`tune` on the current examples, as a change."""
         return updates.tune(self._store, None, None, None, None, self.tune_seconds)[1]
+
+    def calibrate_on(self, images: Any, labels: Any) -> ChangeResult:
+        """Let promises rest on labelled pictures from production, instead of left-out support images: `predict_sets`,
+        `max_error`, unknown="reject" and `calibration`. `labels` as for `score`; at least 9 images, none of which is a
+        support image. No label changes. They are saved and kept by changes; those of a class that is removed go.
+        Refused with an open log, and where pictures may have several labels."""
+        return updates.calibrate_on(self._store, images, labels, bool(self.skip_bad))
 
     def open_log(self, path: str | Path) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`. Raises

@@ -18,7 +18,7 @@ from iosr_fast.head.answers import Answers
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitting import fit_head
 from iosr_fast.head.head import Head
-from iosr_fast.head.labels import are_label_sets, dense, read_groups, read_label_sets
+from iosr_fast.head.labels import are_label_sets, dense, positions, read_groups, read_label_sets
 from iosr_fast.head.method_config import MethodChoice
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
@@ -195,6 +195,14 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             shown.text = _Shown(f"array of shape {tuple(shape)}")
         text: str = BaseEstimator.__repr__(shown, N_CHAR_MAX)
         return text
+
+    def calibrate_on(self, X: Any, y: Any) -> Self:
+        """Let promises rest on labelled rows that are no support rows, as Classifier.calibrate_on."""
+        head, (rows, y) = self._fitted().head.one_label("calibrate_on"), self._validated(X, y)
+        kept = self._usable(rows, "left out of the rows to calibrate on")
+        position = positions(self.classes_.tolist(), y.tolist())
+        labels = np.array([position[label] for label in y[kept].tolist()])
+        return self._take(head.calibrated_on(self._embeddings(rows[kept]), labels), self.classes_)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's. After a fit with

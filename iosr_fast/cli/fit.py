@@ -37,6 +37,9 @@ def fit(
     views: Annotated[int, option("Random views averaged into each key; 1: the image as it is.")] = 1,
     mirror: Annotated[bool, option("Mirror half of the views.")] = True,
     unknown_images: Annotated[Path | None, option("Folder of pictures of none of the classes.")] = None,
+    calibrate_on: Annotated[
+        Path | None, option("Labelled pictures from production, as FOLDER, on which promises rest (predict_sets, ...).")
+    ] = None,
     runtime: Runtime = "auto",
     precision: Annotated[
         str, option("fp32, bf16 (openvino), fp16 (GPUs), or auto: the fastest accurate one.")
@@ -49,7 +52,8 @@ def fit(
 
     FOLDER has one sub-folder of images for each class, or is a .csv file of path and label (or of path and labels,
     joined by ;, where pictures may have several); several of both are joined, and a file that is listed again has the
-    later label. --model is required: demo is near chance on photographs.
+    later label. A column group names pictures of one video or object, which are left out together. --model is required:
+    demo is near chance on photographs.
 
     \b
     iosr-fast fit support/ --model ViT-B-32 --pretrained laion2b_s34b_b79k \\
@@ -62,7 +66,7 @@ def fit(
             "expected --model, got none: for photographs try --model ViT-B-32 --pretrained laion2b_s34b_b79k, which is "
             "downloaded once; `iosr-fast models` lists all; --model demo is a toy to try the commands"
         )
-    for name in ("folder", "out", "template", "descriptions", "unknown_images", "overwrite"):
+    for name in ("folder", "out", "template", "descriptions", "unknown_images", "calibrate_on", "overwrite"):
         del parameters[name]  # the others are parameters of Classifier
     from iosr_fast.classifier import Classifier
 
@@ -74,7 +78,9 @@ def fit(
         if not overwrite and out.is_dir() and any(out.iterdir()):
             raise FileExistsError(f"{out} is a classifier already: --overwrite replaces it, or choose another folder")
         try:
-            classifier.fit_folder(*folder, unknown_images=unknown_images, descriptions=descriptions)
+            classifier.fit_folder(
+                *folder, unknown_images=unknown_images, descriptions=descriptions, calibrate_on=calibrate_on
+            )
         except BadImageError as error:
             raise IosrFastError(f"{error}; repair or remove it, or leave such images out by --skip-bad") from error
         with progress("save", None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,7 +14,7 @@ from iosr_fast.files.reader import Reader
 from iosr_fast.head.evaluation import MISTAKES, Evaluation, LabelSets, Mistake, UnknownResult
 from iosr_fast.head.predictions import predict
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits, threshold
+from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits
 from iosr_fast.methods.folds import near_support
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
@@ -61,7 +61,7 @@ def _measure(
     """The Evaluation of B images by their embeddings (B, D), the positions of their classes (B,) and their names; its
     other fields are `known`."""
     left_out = head.left_out_labels
-    reason = _refusal(left_out.odds, coverage)
+    reason = _refusal(left_out.thresholds, coverage)
 
     def judged(rows: slice) -> np.ndarray:
         logits, of_rows = head.score(embeddings[rows]), labels[rows]
@@ -84,6 +84,7 @@ def _measure(
         confidence=outcome.confidence,
         reliability=outcome.reliability,
         expected=head.left_out_accuracy,
+        basis=left_out.basis,
         mistakes=_mistakes(head, embeddings, worst, images, truths),
         copies=int(near_support(head.support, embeddings.plain).sum()),
         sets=LabelSets(coverage, *shares, reason),
@@ -99,7 +100,7 @@ def _measure_unknown(
         return UnknownResult(keep, reason="there are no support images")
     model = head.unknown
     scores = model.score(known)
-    reason = _refusal(model.left_out, keep)
+    reason = _refusal(model.threshold, keep)
     limit = math.nan if reason else model.threshold(keep)
     kept = math.nan if reason else float((scores <= limit).mean())
     if unknown is None:
@@ -121,10 +122,10 @@ def _mistakes(
     )
 
 
-def _refusal(scores: np.ndarray, share: float) -> str:
-    """Why `share` can't be promised by these scores, or ""."""
+def _refusal(threshold: Callable[[float], Any], share: float) -> str:
+    """Why `share` can't be promised by a threshold, or ""."""
     try:
-        threshold(scores, share)
+        threshold(share)
     except IosrFastError as error:
         return str(error)
     return ""

@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.predictions import Neighbour
-from iosr_fast.methods.conformal import BINS, Reliability
+from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability
 from iosr_fast.methods.tuned import wilson
 from iosr_fast.utils.json_values import json_values
 
@@ -101,7 +101,8 @@ class Evaluation:
     labels, predicted (B,) int64, positions of classes
     confidence        (B,) float64, the probability of `predicted`
     reliability       accuracy, log-loss and calibration of the B images (conformal.Reliability)
-    expected          the accuracy that left-out support images had let expect; NaN if none can be left out
+    expected          the accuracy that left-out support images had let expect, or other images if these are the `basis`
+                      of promises (conformal.CALIBRATION); NaN without any
     mistakes          the most probable wrong images first, at most MISTAKES
     copies            how many of the images are near duplicates of support images, and say little about new ones
     sets, unknown     what promises are worth on these images
@@ -131,6 +132,7 @@ class Evaluation:
     sets: LabelSets
     unknown: UnknownResult
     errors: tuple[BadImageError, ...] = ()
+    basis: str = LEFT_OUT
 
     @property
     def accuracy(self) -> float:
@@ -173,7 +175,7 @@ class Evaluation:
     def summary(self) -> str:
         """What was measured, a line each."""
         (low, high), sets, unknown = self.interval, self.sets, self.unknown
-        expected = "" if math.isnan(self.expected) else f"; {self.expected:.1%} expected by left-out support images"
+        expected = "" if math.isnan(self.expected) else f"; {self.expected:.1%} expected by {self.basis}"
         covered = f"{sets.covered:.1%} have the label, {sets.size:.2f} labels on the mean, {sets.empty:.1%} empty"
         kept = f"{unknown.kept:.1%} of these images keep their label, {unknown.promised:.4g} promised"
         rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from iosr_fast.head.labels import class_ids
 from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import least_odds
-from iosr_fast.methods.conformal import LeftOutLabels, log_odds_of_largest, of_logits
+from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, check_calibration, log_odds_of_largest, of_logits
+from iosr_fast.methods.folds import near_support
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
@@ -31,6 +33,8 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score
 from iosr_fast.utils.text import abbreviate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,10 +173,12 @@ class HeadData:
 class Head(HeadData):
     """Classes, their support images and a method.
 
-    unknown_images  embeddings of pictures of none of the classes, by which these are recognised, or None
+    unknown_images      embeddings of pictures of none of the classes, by which these are recognised, or None
+    calibration_images  labelled images, no support images, on which promises rest instead of left-out ones, or None
     """
 
     unknown_images: Embeddings | None = None
+    calibration_images: Examples | None = None
 
     @cached_property
     def support(self) -> SupportSet:
@@ -203,8 +209,25 @@ class Head(HeadData):
 
     @cached_property
     def left_out_labels(self) -> LeftOutLabels:
-        """What the method says of support images that are left out."""
-        return of_logits(self.out_of_fold.logits, self.out_of_fold.labels)
+        """What the method says of support images that are left out, or of the calibration images."""
+        given = self.calibration_images
+        if given is None:
+            return of_logits(self.out_of_fold.logits, self.out_of_fold.labels)
+        labels = np.searchsorted(np.array(self.uids), given.class_ids)
+        return of_logits(self.score(given.embeddings), labels, CALIBRATION)
+
+    def calibrated_on(self, images: Embeddings, labels: np.ndarray) -> Head:
+        """The next version, whose promises rest on these images; `labels` (V,) are positions of classes."""
+        check_calibration(len(labels))
+        if near := int(near_support(self.support, images.plain).sum()):
+            text = "%d of %d images to calibrate on are near duplicates of support images: promises may be too good"
+            log.warning(text, near, len(labels))
+        given = Examples(images, np.array(self.uids)[labels], np.arange(len(labels)), (None,) * len(labels))
+        config, version = self.config, self.version + 1
+        if (tuned := self.tuned) is not None and not tuned.stale:  # it stays evidence of this fit
+            config = replace(config, tuned=replace(tuned, version=version))
+        made = replace(self, config=config, version=version, calibration_images=given)
+        return made.with_computed(plan=self.plan, out_of_fold=self.computed("out_of_fold"))
 
     def accepts(self, logits: np.ndarray, max_error: float) -> np.ndarray:
         """(B,) bool: whose label is accepted, of queries with these logits (B, C), by automation.least_odds."""
@@ -214,7 +237,8 @@ class Head(HeadData):
     @cached_property
     def unknown(self) -> Unknown:
         """How pictures of no class are recognised, by the embeddings that queries have."""
-        return fit_unknown(self.support, self.needs_adapted, self.unknown_images)
+        unknown, given = fit_unknown(self.support, self.needs_adapted, self.unknown_images), self.calibration_images
+        return unknown if given is None else unknown.calibrated_on(given.embeddings)
 
     def audit(self, images: np.ndarray, classes: np.ndarray) -> SupportAudit:
         """What is wrong with the support images; `images` (N,) and `classes` (C,) are their names in the result."""
@@ -224,15 +248,18 @@ class Head(HeadData):
     @property
     def left_out_accuracy(self) -> float:
         """The share of left-out support images that are right, as the fit reports it; where the parameters were given,
-        or the head has changed since, with the present ones. NaN if none can be left out."""
+        or the head has changed since, with the present ones; of calibration images, if there are any. NaN without."""
         tuned = self.tuned
-        if tuned is None or tuned.stale or tuned.interval is None:
+        if self.calibration_images is not None or tuned is None or tuned.stale or tuned.interval is None:
             return self.left_out_labels.reliability.accuracy
         return tuned.accuracy
 
     def summary(self) -> str:
         """What is known of the accuracy, in a line."""
-        return "accuracy not measured: the parameters were given" if self.tuned is None else self.tuned.summary()
+        text = "accuracy not measured: the parameters were given" if self.tuned is None else self.tuned.summary()
+        if (given := self.calibration_images) is not None:
+            text += f"; {self.left_out_accuracy:.1%} of {len(given)} {CALIBRATION} right, on which promises rest"
+        return text
 
     @cached_property
     def compared(self) -> np.ndarray:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.labels import SEPARATOR
+from iosr_fast.head.labels import SEPARATOR, class_ids
 from iosr_fast.images.listing import list_folder, list_images, refuse_url
+from iosr_fast.methods.conformal import check_calibration
 from iosr_fast.utils.csv_text import check_columns, read_rows
 
+_Row = tuple[Path, str | frozenset[str], str | None]
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +39,7 @@ def labelled_images(folder: str | Path, *more: str | Path) -> LabelledImages:
     then frozensets, those of a folder of a class too.
 
     An image (a file, links resolved) that a later place lists again has the later label, and a warning counts these: a
-    CSV file of corrected labels, as the page of `iosr-fast audit` saves it, follows the folder.
+    CSV file of corrected labels, as the page of `iosr-fast audit` saves it, follows the folder. Each counts once.
 
     Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
     without images, a folder of splits (train/, test/), a path under two labels in one place, and a CSV file without
@@ -55,43 +56,31 @@ def labelled_images(folder: str | Path, *more: str | Path) -> LabelledImages:
     >>> labels, class_names
     (['green apple', 'lemon', 'lime'], ['green apple', 'lemon', 'lime'])
     """
-    paths: list[Path] = []
-    files: list[str] = []  # the paths, links resolved where there are several places to compare
-    labels: list[str | frozenset[str]] = []
-    groups: list[str | None] = []
+    found: dict[str, _Row] = {}  # by file, links resolved where there are several places to compare
     for place in map(Path, (folder, *more)):
-        is_table = place.suffix.lower() == ".csv" and not place.is_dir()
-        found, of_found, of_groups = _read_table(place) if is_table else _read_class_folders(place)
-        here, known = [os.path.realpath(path) if more else str(path) for path in found], set(files)
-        given = dict(zip(here, of_found, strict=True))
-        for path, file, label in zip(found, here, of_found, strict=True):
-            if given[file] != label:
-                two = f"{label!r} and {given[file]!r}"
+        is_table, here = place.suffix.lower() == ".csv" and not place.is_dir(), dict[str, _Row]()
+        for path, label, group in _read_table(place) if is_table else _read_class_folders(place):
+            first = here.setdefault(os.path.realpath(path) if more else str(path), (path, label, group))
+            if first[1] != label:
+                two = f"{first[1]!r} and {label!r}"
                 raise IosrFastError(f"expected one label for a file of {place}, got {two} for {path}: remove a row")
-        grouped = {file: group for file, group in zip(here, of_groups, strict=True) if group is not None}
-        labels = [given.get(file, label) for file, label in zip(files, labels, strict=True)]
-        groups = [grouped.get(file, group) for file, group in zip(files, groups, strict=True)]
-        new = [i for i, file in enumerate(here) if file not in known]
-        paths += [found[i] for i in new]
-        files += [here[i] for i in new]
-        labels += [of_found[i] for i in new]
-        groups += [of_groups[i] for i in new]
-        if again := len(known & given.keys()):
-            log.warning("%s: its labels replace those of %d images that were listed before", place, again)
-    sets = [frozenset({label}) if isinstance(label, str) else label for label in labels]
-    several = any(isinstance(label, frozenset) for label in labels)
-    return LabelledImages(paths, sets if several else labels, sorted(frozenset().union(*sets)), groups)
+        if again := found.keys() & here.keys():
+            log.warning("%s: its labels replace those of %d images that were listed before", place, len(again))
+            here |= {file: (found[file][0], here[file][1], here[file][2] or found[file][2]) for file in again}
+        found |= here
+    rows = list(found.values())
+    several = any(isinstance(label, frozenset) for _, label, _ in rows)
+    sets = [frozenset({label}) if isinstance(label, str) else label for _, label, _ in rows]
+    labels = sets if several else [label for _, label, _ in rows]
+    names = sorted(frozenset().union(*sets))
+    return LabelledImages([path for path, _, _ in rows], labels, names, [group for _, _, group in rows])
 
 
-_Found = tuple[list[Path], Sequence[str | frozenset[str]], Sequence[str | None]]
+def _read_class_folders(folder: Path) -> list[_Row]:
+    return [(path, name.replace("_", " ").strip(), None) for path, name in zip(*list_folder(folder)[:2], strict=True)]
 
 
-def _read_class_folders(folder: Path) -> _Found:
-    paths, labels, _ = list_folder(folder)
-    return paths, [name.replace("_", " ").strip() for name in labels], [None] * len(paths)
-
-
-def _read_table(file: Path) -> _Found:
+def _read_table(file: Path) -> list[_Row]:
     if not file.is_file():
         raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
     columns, rows = read_rows(file)
@@ -103,20 +92,29 @@ def _read_table(file: Path) -> _Found:
             f"expected the columns path and label in {file}, got {', '.join(columns) or 'no line'}; "
             f"add {' and '.join(sorted(missing))} (labels in place of label where pictures may have several)"
         )
-    named = [(row["path"], row[name].strip(), row.get("group", "").strip()) for row in rows]
+    named = [(row["path"], row[name].strip(), row.get("group", "").strip() or None) for row in rows]
     if not any(label for _, label, _ in named):
         raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column {name}")
-    labelled = [row for row in named if row[1] or several]
-    for path, label, _ in labelled:
+    labelled = list[_Row]()
+    for path, label, group in named:
+        if not (label or several):
+            continue
         if not path:
             raise IosrFastError(f"expected a path in each row of {file}, got none for the label {label!r}")
         refuse_url(path)
-    paths, labels = [file.parent / path for path, _, _ in labelled], [label for _, label, _ in labelled]
-    groups = [group or None for _, _, group in labelled]
-    if not several:
-        return paths, labels, groups
-    sets = [frozenset(part.strip() for part in row.split(SEPARATOR) if part.strip()) for row in labels]
-    return paths, sets, groups
+        parts = frozenset(part.strip() for part in label.split(SEPARATOR) if part.strip())
+        labelled.append((file.parent / path, parts if several else label, group))
+    return labelled
+
+
+def calibration_images(place: str | Path, support: LabelledImages) -> tuple[list[Path], list[Any]]:
+    """The images of a folder or CSV file and their labels, for `calibrate_on` after a fit on `support`; what it would
+    refuse by then is refused now."""
+    given = labelled_images(place)
+    for one in (support, given):
+        class_ids(one.paths, one.labels, support.class_names)
+    check_calibration(len(given.paths))
+    return given.paths, given.labels
 
 
 def unknown_folder(folder: str | Path) -> list[str]:

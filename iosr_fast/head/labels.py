@@ -102,7 +102,7 @@ def class_ids(
 
 def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
     if not values or isinstance(values[0], str):
-        position = _positions(names, values)
+        position = positions(names, values)
     else:
         position = {number: i for i, number in enumerate(numbers)}
         if outside := sorted(set(values) - set(position)):
@@ -113,7 +113,7 @@ def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) ->
     return np.array([position[value] for value in values], np.int64)
 
 
-def _positions(names: Sequence[Any], used: Iterable[Any]) -> dict[Any, int]:
+def positions(names: Sequence[Any], used: Iterable[Any]) -> dict[Any, int]:
     """The position of each of the `names`. Raises IosrFastError unless all that are `used` are among them."""
     position = {name: c for c, name in enumerate(names)}
     if unknown := sorted(set(used) - set(position)):
@@ -162,15 +162,14 @@ def read_groups(groups: Any, n_images: int) -> np.ndarray | None:
     value is a group of its own. Raises IosrFastError for another number than images, and a value without a hash."""
     if groups is None:
         return None
-    values = None if isinstance(groups, str | bytes | dict) or not hasattr(groups, "__iter__") else list(groups)
-    if values is None or len(values) != n_images:
-        got = repr(groups) if values is None else str(len(values))
-        raise IosrFastError(f"expected one group for each of {n_images} images in a sequence, got {got}")
     numbers: dict[Any, int] = {}
     try:
+        values = [groups] if isinstance(groups, str) else list(groups)
         found = [numbers.setdefault(object() if _is_missing(one) else one, len(numbers)) for one in values]
     except TypeError as error:
         raise IosrFastError(f"expected groups of numbers or texts, None for an image of its own: {error}") from error
+    if len(found) != n_images:
+        raise IosrFastError(f"expected one group for each of {n_images} images, got {len(found)}")
     return np.array(found, np.int64) if len(numbers) < n_images else None
 
 
@@ -231,7 +230,7 @@ def read_label_sets(
             got = f"{type(others[0]).__name__} ({others[0]!r})"
             raise IosrFastError(f"expected sets of class names, got {got} in the one at position {i}")
     names = sorted({str.__str__(name) for name in values}) if classes is None else list(classes)
-    position = _positions(names, values)
+    position = positions(names, values)
     indicator = np.zeros((len(rows), len(names)), bool)
     for i, row in enumerate(rows):
         indicator[i, [position[name] for name in row]] = True

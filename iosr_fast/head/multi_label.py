@@ -50,6 +50,7 @@ class MultiLabelHead(HeadData):
 
     tuned = None  # weights are fitted, not searched
     unknown_images = None  # pictures of no class are support images without a label
+    calibration_images = None
 
     def summary(self) -> str:
         """How it was fitted, in a line."""

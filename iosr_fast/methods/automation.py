@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.conformal import LeftOutLabels
+from iosr_fast.methods.conformal import LEFT_OUT, LeftOutLabels
 from iosr_fast.methods.log_loss import sigmoid
 
 CONFIDENCE = 0.95
@@ -27,13 +27,14 @@ class Automation:
     thresholds  (P,) the least probability of a label that is accepted; NaN where no promise can be kept
     shares      (P,) the share of the V images whose label is accepted
     errors      (P,) the share of these whose label is wrong; NaN if none is accepted
+    basis       what the V images are, as of conformal.Reliability
 
     >>> rng = np.random.default_rng(0)
     >>> odds = rng.normal(3.0, 2.0, 500)
     >>> right = rng.random(500) < sigmoid(odds)
     >>> left_out = LeftOutLabels(odds, odds, right, np.zeros(500), np.zeros(500, int))
     >>> print(automation(left_out))
-    500 left-out images, which can promise errors of 0.6% and more with 95% confidence
+    500 left-out support images, which can promise errors of 0.6% and more with 95% confidence
     promised errors  least probability  accepted  wrong
                0.5%                  -      0.0%      -
                1.0%                  -      0.0%      -
@@ -52,10 +53,11 @@ class Automation:
     thresholds: np.ndarray
     shares: np.ndarray
     errors: np.ndarray
+    basis: str = LEFT_OUT
 
     def __str__(self) -> str:
         can = f"which can promise errors of {self.smallest:.1%} and more with {CONFIDENCE:.0%} confidence"
-        lines = [f"{self.images} left-out images, {can}", "promised errors  least probability  accepted  wrong"]
+        lines = [f"{self.images} {self.basis}, {can}", "promised errors  least probability  accepted  wrong"]
         columns = self.max_errors, self.thresholds, self.shares, self.errors
         for promised, least, share, wrong in zip(*(column.tolist() for column in columns), strict=True):
             numbers = ("-", "-") if math.isnan(wrong) else (f"{least:.3f}", f"{wrong:.1%}")
@@ -72,15 +74,15 @@ def automation(left_out: LeftOutLabels) -> Automation:
     shares = accepted.sum(1) / max(images, 1)
     thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
     smallest = 1.0 - (1.0 - CONFIDENCE) ** (1.0 / images) if images else 1.0
-    return Automation(images, smallest, np.array(PROMISES), thresholds, shares, errors)
+    return Automation(images, smallest, np.array(PROMISES), thresholds, shares, errors, left_out.basis)
 
 
 def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
     """Raise IosrFastError where even V right labels are too few to promise `max_error`."""
     if (images := len(left_out.labels)) < (needed := images_needed_for(max_error)):
         raise IosrFastError(
-            f"a promise of at most {max_error:.4g} wrong labels needs at least {needed} support images that can be "
-            f"left out, got {images}: give more pictures of each class, at least two, or promise less"
+            f"a promise of at most {max_error:.4g} wrong labels needs at least {needed} {left_out.basis}, "
+            f"got {images}: give more pictures of each class, at least two, or promise less"
         )
 
 

@@ -17,6 +17,8 @@ from iosr_fast.utils.text import abbreviate
 ClassNames = Sequence[Any] | np.ndarray
 BINS = 10
 COVERAGE = 0.9
+# What promises rest on.
+LEFT_OUT, CALIBRATION = "left-out support images", "images of calibrate_on"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,7 @@ class Reliability:
     probability and the share that is right (NaN in an empty bin), each (BINS,).
 
     `error` is the expected calibration error, sum over bins of count / V * |right - confidence| (Guo et al., ICML 2017,
-    equation 3). `accuracy` and `log_loss` are those of the V images.
+    equation 3). `accuracy` and `log_loss` are those of the V images, which are `basis`: LEFT_OUT or CALIBRATION.
 
     >>> right, log_loss = np.array([True, False]), np.array([0.09, 3.0])
     >>> odds = np.log([0.91 / 0.09, 0.95 / 0.05])
@@ -42,6 +44,7 @@ class Reliability:
     error: float
     accuracy: float
     log_loss: float
+    basis: str = LEFT_OUT
 
     @property
     def n_images(self) -> int:
@@ -49,10 +52,9 @@ class Reliability:
 
     def __str__(self) -> str:
         if not self.n_images:
-            return "no support image can be left out: give at least two pictures of a class"
+            return f"there are no {self.basis}: give at least two pictures of a class"
         lines = [
-            f"{self.n_images} left-out support images: expected calibration error {self.error:.1%}, log-loss "
-            f"{self.log_loss:.3f}",
+            f"{self.n_images} {self.basis}: expected calibration error {self.error:.1%}, log-loss {self.log_loss:.3f}",
             "probability  images  mean   right",
         ]
         for k in np.flatnonzero(self.counts):
@@ -70,6 +72,7 @@ class LeftOutLabels:
     right     (V,) bool, whether that is the label's
     log_loss  (V,) -log p of the label, in nats
     labels    (V,) int64, the position of the label's class
+    basis     what these images are, as of Reliability
     """
 
     odds: np.ndarray
@@ -77,6 +80,7 @@ class LeftOutLabels:
     right: np.ndarray
     log_loss: np.ndarray
     labels: np.ndarray
+    basis: str = LEFT_OUT
 
     def thresholds(self, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """The least log p / (1 - p) of a label in a set: one number (), or with the names of all `classes` (C,) one for
@@ -85,12 +89,12 @@ class LeftOutLabels:
         Raises IosrFastError where there are too few images for the promise, naming the classes that have too few.
         """
         if classes is None:
-            return np.array(threshold(self.odds, coverage))
+            return np.array(threshold(self.odds, coverage, self.basis))
         counts, needed = np.bincount(self.labels, minlength=len(classes)), images_needed(coverage)
         if few := [f"{name} ({n})" for name, n in zip(classes, counts.tolist(), strict=True) if n < needed]:
             raise IosrFastError(
-                f"a promise for {coverage:.4g} of the pictures of each class needs at least {needed} support images of "
-                f"each class that can be left out, got fewer of {abbreviate(few)}: "
+                f"a promise for {coverage:.4g} of the pictures of each class needs at least {needed} {self.basis} of "
+                f"each class, got fewer of {abbreviate(few)}: "
                 "give more pictures of these classes, promise less, or leave per_class out"
             )
         return np.array([threshold(self.odds[self.labels == c], coverage) for c in range(len(classes))])
@@ -121,10 +125,11 @@ class LeftOutLabels:
             means, shares = sums / counts, right / counts
         n_images = max(len(bins), 1)
         accuracy, loss = (float(part.mean()) if len(bins) else float("nan") for part in (self.right, self.log_loss))
-        return Reliability(counts, means, shares, float(np.abs(right - sums).sum() / n_images), accuracy, loss)
+        error = float(np.abs(right - sums).sum() / n_images)
+        return Reliability(counts, means, shares, error, accuracy, loss, self.basis)
 
 
-def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
+def of_logits(logits: np.ndarray, labels: np.ndarray, basis: str = LEFT_OUT) -> LeftOutLabels:
     """Labelled images (V,), by the logits (V, C) of a classifier that has not seen them: the out-of-fold logits of
     support images (out_of_fold.OutOfFold), or those of other images, as in split conformal prediction.
     """
@@ -135,6 +140,7 @@ def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
         right=exact.argmax(1) == labels,
         log_loss=log_losses(exact, labels),
         labels=labels,
+        basis=basis,
     )
 
 
@@ -168,7 +174,7 @@ def log_odds_of_largest(logits: np.ndarray) -> np.ndarray:
     return odds
 
 
-def threshold(scores: np.ndarray, share: float) -> float:
+def threshold(scores: np.ndarray, share: float, basis: str = LEFT_OUT) -> float:
     """The largest t that at least `share` of new images reach, (0, 1), if they are exchangeable with the V that have
     `scores`: the floor((1 - share)(V + 1))-th smallest (split conformal prediction; Papadopoulos et al., ECML 2002).
 
@@ -177,8 +183,8 @@ def threshold(scores: np.ndarray, share: float) -> float:
     rank = min(len(scores), math.floor((1.0 - share) * (len(scores) + 1) + 1e-9))
     if rank < 1:
         raise IosrFastError(
-            f"a promise for {share:.4g} of the pictures needs at least {images_needed(share)} support images that can "
-            f"be left out, got {len(scores)}: give more pictures of each class, at least two, or promise less"
+            f"a promise for {share:.4g} of the pictures needs at least {images_needed(share)} {basis}, "
+            f"got {len(scores)}: give more pictures of each class, at least two, or promise less"
         )
     return float(np.partition(scores, rank - 1)[rank - 1])
 
@@ -190,6 +196,15 @@ def images_needed(share: float) -> int:
     (19, 9)
     """
     return math.ceil(1.0 / (1.0 - share) - 1e-9) - 1
+
+
+def check_calibration(images: int) -> None:
+    """Raise IosrFastError where so few images can't take the place of left-out ones."""
+    if images < (needed := images_needed(COVERAGE)):
+        raise IosrFastError(
+            f"expected at least {needed} images to calibrate on, which a promise for {COVERAGE:.4g} of the pictures "
+            f"takes, got {images}"
+        )
 
 
 def check_share(name: str, share: float, like: float = 0.95) -> float:

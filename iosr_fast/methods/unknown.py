@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.conformal import check_share, images_needed, threshold
+from iosr_fast.methods.conformal import CALIBRATION, LEFT_OUT, check_share, images_needed, threshold
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.ood_scores import NEAREST_KEY, REGRESSION, TEXT_SCORES, OodScores, score_names
 from iosr_fast.methods.support_set import SupportSet
@@ -39,7 +39,8 @@ class Unknown:
     support    by all images of which queries are scored
     names      of the K scores (OodScores)
     weights    (K,) float64: known = scores @ weights + bias, in standard deviations of left-out support images
-    left_out   (V,) float64, `known` of support images, each by models without its fold
+    left_out   (V,) float64, `known` of support images, each by models without its fold, or of other images of the
+               classes, if these are the `basis` of promises (conformal.CALIBRATION)
     unknown_images  embeddings of pictures of none of the classes, if there are any
     auroc      of classes that were left out against left-out images of the others, by weights fitted on other halves
                of the classes; NaN where there are too few classes
@@ -63,6 +64,7 @@ class Unknown:
     left_out: np.ndarray
     auroc: float
     unknown_images: Embeddings | None = field(default=None, repr=False)
+    basis: str = LEFT_OUT
 
     @cached_property
     def scorer(self) -> OodScores:
@@ -76,7 +78,11 @@ class Unknown:
     def threshold(self, keep: float = KEEP) -> float:
         """A picture with a higher score is rejected; a share `keep` of known pictures is not. Raises IosrFastError
         where there are too few support images for that promise (conformal.threshold)."""
-        return -threshold(self.left_out, check_share("keep", keep))
+        return -threshold(self.left_out, check_share("keep", keep), self.basis)
+
+    def calibrated_on(self, images: Embeddings) -> Unknown:
+        """The same scores, whose promises rest on these images of the classes."""
+        return replace(self, left_out=-self.score(images), basis=CALIBRATION)
 
     def rejects(self, queries: Embeddings, keep: float = KEEP) -> np.ndarray:
         """(B,) bool, the pictures that are rejected. Raises IosrFastError as `threshold`, before anything is scored."""
@@ -88,9 +94,9 @@ class Unknown:
         """One sentence: what is kept, how well classes that were left out are found, or why nothing can be promised."""
         n_images, keep = len(self.left_out), check_share("keep", keep)
         if n_images < images_needed(keep):
-            return f"{n_images} left-out support images are too few to promise that {keep:.4g} of known pictures stay"
-        sentence = f"{keep:.4g} of known pictures stay, by {n_images} left-out support images"
-        if single := int((self.support.counts == 1).sum()):
+            return f"{n_images} {self.basis} are too few to promise that {keep:.4g} of known pictures stay"
+        sentence = f"{keep:.4g} of known pictures stay, by {n_images} {self.basis}"
+        if self.basis == LEFT_OUT and (single := int((self.support.counts == 1).sum())):
             sentence += f" (none of the {single} classes with one image, whose pictures are rejected more often)"
         if not np.isnan(self.auroc):
             sentence += f"; classes that are left out are told apart with an AUROC of {self.auroc:.3f}"

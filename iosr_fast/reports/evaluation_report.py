@@ -45,7 +45,7 @@ def evaluation_page(
 
     low, high = found.interval
     unknown, sure = found.unknown, int((found.confidence[found.labels != found.predicted] >= _SURE).sum())
-    lead = "" if math.isnan(found.expected) else f" Left-out support images let expect {percent(found.expected)}."
+    lead = "" if math.isnan(found.expected) else f" {found.basis.capitalize()} let expect {percent(found.expected)}."
     if found.copies:
         lead += f" {found.copies:,} are near duplicates of support images and say little about new ones."
     confident = f"Confidently wrong first: {sure:,} of {found.wrong:,} have a probability of {_SURE:.0%} or more."

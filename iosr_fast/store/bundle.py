@@ -192,7 +192,8 @@ def _check_widths(facts: ClassifierManifest, engine: Mapping[str, Any], head: An
         raise IosrFastError(f"{SUPPORT}: expected the embeddings of class names, text, got none")
     if head.examples.width != width:
         raise IosrFastError(f"{SUPPORT}: expected embeddings of {width} channels, got {head.examples.width}")
-    for rows in (head.examples.embeddings, head.unknown_images):
+    calibration = None if head.calibration_images is None else head.calibration_images.embeddings
+    for rows in (head.examples.embeddings, head.unknown_images, calibration):
         if rows is not None and len(rows) and (rows.adapted is not None) != adapted:
             no = "" if adapted else "no "
             raise IosrFastError(f"{SUPPORT}: expected {no}adapted embeddings, as the engine makes them")

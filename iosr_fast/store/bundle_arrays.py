@@ -34,9 +34,9 @@ def _embeddings(place: str, rows: str, needed: bool = False) -> Array:
     return Array(place, "float32", f"{rows} D", needed, unit=True)
 
 
-# C classes, N support images, D channels, M unknown images, C1 = C + 1, D2 = 2 D, B bytes of pictures, P of paths; K
-# scores of unknown pictures, U images left out for them; V images left out for labels. Those that come first say how
-# many.
+# C classes, N support images, D channels, M unknown images, L calibration images, C1 = C + 1, D2 = 2 D, B bytes of
+# pictures, P of paths; K scores of unknown pictures, U images left out for them; V images left out for labels. Those
+# that come first say how many.
 TABLE: dict[str, dict[str, Array]] = {
     SUPPORT: {
         "text": _embeddings("head.text", "C"),  # of a classifier always
@@ -49,6 +49,9 @@ TABLE: dict[str, dict[str, Array]] = {
         "query_adapted": _embeddings("head.examples.queries.adapted", "N"),
         "unknown_plain": _embeddings("head.unknown_images.plain", "M"),
         "unknown_adapted": _embeddings("head.unknown_images.adapted", "M"),
+        "calibration_owners": Array("head.calibration_images.class_ids", "int64", "L"),
+        "calibration_plain": _embeddings("head.calibration_images.embeddings.plain", "L"),
+        "calibration_adapted": _embeddings("head.calibration_images.embeddings.adapted", "L"),
         "labels": Array("several.labels", "uint8", "N C"),  # of pictures with several, as are thresholds
         "thresholds": Array("several.thresholds", "float32", "C"),
     },

@@ -70,6 +70,7 @@ class Change:
         taken, embeddings of another form, fewer than two classes, a method that would lack what it needs.
         """
         names, uids, texts, config, added = head.class_names, head.uids, head.text, head.config, self.added
+        calibration = head.calibration_images
         examples = self._examples(head)
         at = uids.index(self.uid) if self.uid in uids else len(uids)
         if (at == len(uids)) != (self.op in ("add_class", "remove_examples", "retune")):
@@ -91,6 +92,8 @@ class Change:
                 names, uids = names[before] + names[after], uids[before] + uids[after]
                 texts = None if texts is None else np.delete(texts, at, axis=0)
                 examples = examples.rows(examples.class_ids != self.uid)
+                if calibration is not None:
+                    calibration = calibration.rows(calibration.class_ids != self.uid)
             case "remove_examples":
                 head.find_examples([example_id(number) for number in self.numbers])
                 examples = examples.rows(~np.isin(examples.ids, list(self.numbers)))
@@ -109,6 +112,7 @@ class Change:
             version=head.version + 1,
             next_class=head.next_class + (self.op == "add_class"),
             next_example=head.next_example + (0 if added is None else len(added)),
+            calibration_images=calibration,
         )
         if (reason := unavailable_reason(config.method, made.support)) is not None:
             raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")

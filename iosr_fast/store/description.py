@@ -69,7 +69,8 @@ def _head_lines(head: AnyHead) -> list[str]:
     return [
         f"classes {len(head.uids):,}, images {len(examples):,}, "
         f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {head.version}"
-        + ("" if head.unknown_images is None else f", unknown images {len(head.unknown_images):,}"),
+        + ("" if head.unknown_images is None else f", unknown images {len(head.unknown_images):,}")
+        + ("" if examples.groups is None else f", groups {len(set(examples.groups.tolist())):,}"),
         f"method {config.method}, reducer {config.reducer_name}{parameters}, keys in {config.key_precision}",
         head.summary(),
         *([f"shares of the logits: {describe_shares(shares)}"] if shares else []),

@@ -25,6 +25,8 @@ from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.names import check_separable
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.conformal import CALIBRATION
+from iosr_fast.methods.conformal import LEFT_OUT as LEFT_OUT_IMAGES
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
@@ -102,7 +104,7 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
         known = tuple(None if path is None else path.decode() for path in _unpacked(paths, sizes["N"]))
     with naming(SUPPORT):
         examples = _examples(arrays, numbers, facts.next[1], pictures=shown, paths=known if any(known) else ())
-        own = _of_several(arrays, names)
+        own, calibration = _of_several(arrays, names), _calibration(arrays, numbers)
         support = examples.as_support(numbers, arrays.get("text"), facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
             raise IosrFastError(reason)
@@ -115,7 +117,7 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
         if not own:
             _check_terms(plan, config, arrays.get("text"))
     data = names, numbers, arrays.get("text"), facts.tau, examples, config, facts.version, *facts.next
-    head: AnyHead = MultiLabelHead(*data, **own) if own else Head(*data, _embeddings(arrays, "unknown_"))
+    head: AnyHead = MultiLabelHead(*data, **own) if own else Head(*data, _embeddings(arrays, "unknown_"), calibration)
     return head.with_computed(plan=plan, **_evidence(head, read))
 
 
@@ -192,7 +194,7 @@ def _examples(arrays: Arrays, numbers: tuple[int, ...], next_id: int, **others: 
         raise IosrFastError(f"expected ids to differ, got {len(ids) - len(np.unique(ids))} more than once")
     if len(ids) and not 0 <= ids.min() <= ids.max() < next_id:
         raise IosrFastError(f"expected ids from 0 to below next[1], {next_id}, got {ids.min()} to {ids.max()}")
-    for name in ("query", "unknown"):
+    for name in ("query", "unknown", "calibration"):
         if f"{name}_adapted" in arrays and f"{name}_plain" not in arrays:
             raise IosrFastError(f"expected {name}_plain where {name}_adapted is given, got it alone")
     embeddings = _embeddings(arrays, "")
@@ -200,6 +202,16 @@ def _examples(arrays: Arrays, numbers: tuple[int, ...], next_id: int, **others: 
     return Examples(
         embeddings, owners, ids, queries=_embeddings(arrays, "query_"), groups=arrays.get("groups"), **others
     )
+
+
+def _calibration(arrays: Arrays, numbers: tuple[int, ...]) -> Examples | None:
+    rows = _embeddings(arrays, "calibration_")
+    if not are_complete(arrays, ("calibration_owners", "calibration_plain")) or rows is None:
+        return None
+    owners = arrays["calibration_owners"]
+    if strange := sorted(set(owners.tolist()) - set(numbers)):
+        raise IosrFastError(f"expected calibration_owners among the class_numbers, got {strange[:5]}")
+    return Examples(rows, owners, np.arange(len(owners)), (None,) * len(owners))
 
 
 def _embeddings(arrays: Arrays, name: str) -> Embeddings | None:
@@ -313,7 +325,8 @@ def _evidence(head: AnyHead, read: Callable[[str], bytes | None]) -> Mapping[str
         if are_complete(arrays, _UNKNOWN) and len(arrays["weights"]) == len(names):
             weights, bias, left_out, auroc = (arrays[name] for name in _UNKNOWN)
             numbers = weights, float(bias[0]), left_out, float(auroc[0]) if len(auroc) else math.nan
-            evidence["unknown"] = Unknown(head.support, names, *numbers, head.unknown_images)
+            basis = LEFT_OUT_IMAGES if head.calibration_images is None else CALIBRATION
+            evidence["unknown"] = Unknown(head.support, names, *numbers, head.unknown_images, basis)
         if "out_of_fold" in arrays:
             folds, logits = make_folds(head.support), arrays["out_of_fold"]
             if len(logits) != len(folds.rows):

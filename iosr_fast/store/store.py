@@ -68,21 +68,21 @@ class Store:
             return ChangeResult(head.version, *change.result_ids)
 
     def replace(self, fit: Fit, instead_of: Fit | None = None) -> None:
-        """Take over the result of a fit, or of a choice of the engine for the fit `instead_of`.
+        """Take over the result of a fit, or what was made of the fit `instead_of`.
 
         Raises IosrFastError where a log is open, and where the fit is not `instead_of` any more.
         """
         with self.lock:
             self.check_no_log()
             if instead_of is not None and self.fit is not instead_of:
-                raise IosrFastError("the classifier has changed while engines were tried: optimize again")
+                raise IosrFastError("the classifier has changed while images were encoded: repeat the call")
             self.fit = fit
 
     def check_no_log(self) -> None:
         """Raise IosrFastError where a log is open."""
         if self.log is not None:
             raise IosrFastError(
-                f"expected no log to be open, got {self.log.path}: it has no change for a fit or another engine"
+                f"expected no log to be open, got {self.log.path}: a log has no fit, engine or calibrate_on"
             )
 
     def open_log(self, path: str | Path) -> None:

@@ -126,6 +126,18 @@ def tune(
     return chosen[0], result
 
 
+def calibrate_on(store: Store, images: Any, labels: Any, skip_bad: bool) -> ChangeResult:
+    fit = store.fitted()
+    head = fit.head.one_label("calibrate_on")
+    store.check_no_log()
+    listed, views = as_image_list(images), replace(fit.views, views=1, single=False, thumbnail=0)
+    sources = listed, views, fit.read_labels(listed, labels), head.class_names
+    found = encode_images(fit.clip.encoder_for(adapted=True), *sources, skip_bad=skip_bad).examples
+    made = head.calibrated_on(found.embeddings, found.class_ids)
+    store.replace(replace(fit, head=made), instead_of=fit)
+    return ChangeResult(made.version)
+
+
 def optimize(
     store: Store,
     images: Any,
@@ -145,6 +157,11 @@ def optimize(
         raise IosrFastError(
             f"this classifier was fitted with {len(head.unknown_images)} unknown images: expected unknown_images, so "
             "that the engine that is chosen can encode them, got none"
+        )
+    if head.calibration_images is not None:
+        raise IosrFastError(
+            f"this classifier is calibrated on {len(head.calibration_images)} images, which another engine has to "
+            "encode: fit again, optimize, and then calibrate_on"
         )
     loaded = fit
     if pretrained is not None:

@@ -161,7 +161,7 @@ def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.Mon
     others: dict[str, tuple[Any, ...]] = {
         **{"predict_sets": (image,), "predict_jointly": (image,), "unknown_score": (image,), "calibration": ()},
         **{"audit": (), "suggest": (tmp_path, 1), "evaluate": (image, ["motif 0"]), "explain": (image,)},
-        "optimize": (image, []),
+        **{"optimize": (image, []), "calibrate_on": (image, ["motif 0"])},
     }
     calls = {name: partial(getattr(classifier, name), *arguments) for name, arguments in {**changes, **others}.items()}
     calls |= {

@@ -113,6 +113,9 @@ def test_fit_replaces_a_classifier_only_with_overwrite(tmp_path: Path) -> None:
         (("fit", "nowhere", "--model", "demo"), "found no folder"),
         (("fit", "in/class_0/0.png", "--model", "demo"), "found no folder"),
         (("fit", "in", "--model", "demo", "--unknown-images", "empty"), "expected pictures of none of the classes in"),
+        (("fit", "in", "--model", "demo", "--calibrate-on", "few.csv"), "at least 9 images to calibrate on"),
+        (("fit", "in", "--model", "demo", "--calibrate-on", "urls.csv"), "got the URL"),
+        (("fit", "few.csv", "--model", "demo", "--calibrate-on", "in"), "'class 1', 'class 2' are not among the"),
         (("fit", "in/class_0", "--model", "demo"), "found 3 images in it and no sub-folder: move each"),
         (("fit", "in", "--model", "demo", "--method", "tip-adaptr"), "did you mean 'tip-adapter'?"),
         (("fit", "in", "--model", "demo", "--alpha", "1"), "leave alpha out"),
@@ -145,6 +148,7 @@ def test_mistakes_are_refused_before_a_clip_is_loaded(
 ) -> None:
     monkeypatch.chdir(folder.parent)
     Path("empty").mkdir()
+    Path("few.csv").write_text("path,label\nin/class_0/0.png,class 0\n")
     Path("urls.csv").write_text("path,label\nhttps://a.org/b.jpg,x\nc.jpg,y\n")
     Path("texts.csv").write_text("class,text\nclass_9,round\n")
     Path("twice.json").write_text('{"a": ["round"], "a": ["red"]}')
@@ -225,8 +229,10 @@ def test_fit_shows_bars_on_a_terminal_and_its_result(
         assert all((verb in shown.getvalue()) == progress for verb in ("encode", "tune", "9/9"))
         shown.truncate(0)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    said = done(*fitting, "--views", "1")
+    said = done(*fitting, "--views", "1", "--calibrate-on", folder)
     assert "3 classes, 9 images, stack" in said
+    for text in (said, done("info", tmp_path / "out")):
+        assert "of 9 images of calibrate_on right, on which promises rest" in text
     (shares,) = re.findall(r"^shares of the logits: (.*)$", said, re.MULTILINE)
     assert f"shares of the logits: {shares}" in done("info", tmp_path / "out")
     numbers = dict(re.findall(r"(texts|pictures|adapter) (\d+)%", shares))

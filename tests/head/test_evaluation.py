@@ -90,7 +90,7 @@ def test_the_result_is_json_and_text(measured: Any) -> None:
     assert len(lines) == 5 and lines[0].startswith(f"{found.accuracy:.1%} of 60 images are right (95%: ")
     assert "0.8: " in lines[2] and "0.85 promised" in lines[3] and "20 images of no class" in lines[4]
     few = small_classifier(shots=1).evaluate(images, names, others)  # too few support images for a promise
-    assert "needs at least 9 support images" in few.sets.reason and math.isnan(few.expected)
+    assert "needs at least 9 left-out support images" in few.sets.reason and math.isnan(few.expected)
     assert "needs at least 19" in few.unknown.reason and math.isnan(few.unknown.kept)
     assert 0 <= few.unknown.auroc <= 1 and few.to_dict()["sets"]["covered"] is None
     support, labels = pictures(np.random.default_rng(0), 5, 4)

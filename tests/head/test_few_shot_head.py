@@ -26,6 +26,7 @@ from iosr_fast.encoders.encoder import Embeddings, unit
 from iosr_fast.exceptions import DamagedFileError, NotFittedError
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.reference import score_reference, softmax
+from tests.methods.support_sets import Clusters
 from tests.store.live_parts import random_queries, saved_classifier, small_classifier
 from tests.store.manifests import rewrite_manifest
 
@@ -119,6 +120,25 @@ def test_rows_of_zeros_are_left_out_with_a_warning(rng: np.random.Generator) -> 
     zeros = np.where((labels == 1)[:, None], 0.0, rows)
     with pytest.warns(UserWarning), pytest.raises(IosrFastError, match="a row other than zero for each class"):
         head.fit(zeros, labels)
+
+
+def test_promises_hold_on_noisier_pictures_if_they_rest_on_some_of_them() -> None:
+    support, noisy = Clusters(8, width=32, noise=0.8), Clusters(8, width=32, noise=1.6)
+    images, labels = support.queries(12, seed=0)
+    head = FewShotHead("gda", alpha=1.0).fit(images.plain, np.array(list("abcdefgh"))[labels])
+    (new, truth), (own, own_labels) = noisy.queries(200, seed=1), noisy.queries(40, seed=2)
+
+    def held() -> tuple[float, float]:
+        sets = head.predict_sets(new.plain, 0.9)
+        covered = [name in found for name, found in zip(head.classes_[truth], sets, strict=True)]
+        kept = head.predict(new.plain, unknown="reject", keep=0.9) != np.array(None)
+        return float(np.mean(covered)), float(kept.mean())
+
+    assert max(held()) < 0.8
+    head.calibrate_on(own.plain, head.classes_[own_labels])
+    assert min(held()) > 0.86 and head.calibration().n_images == 320
+    with pytest.raises(IosrFastError, match="the labels 'z' are not among the 8 class names"):
+        head.calibrate_on(own.plain, np.full(320, "z"))
 
 
 def test_bad_input_is_named(rng: np.random.Generator) -> None:

@@ -60,7 +60,12 @@ def test_groups_are_numbered_and_a_missing_one_is_its_own() -> None:
     for groups in (["b", "a", None, "b", None], np.array([7.0, 1.0, NAN, 7.0, NAN]), [(1, 2), "a", NAN, (1, 2), None]):
         assert read_groups(groups, 5).tolist() == [0, 1, 2, 0, 3]
     assert read_groups(None, 5) is None and read_groups(["a", "b", None], 3) is None  # each its own
-    wrong = ("ab", "in a sequence, got 'ab'"), ([1], "each of 2 images .* got 1"), ([[], 1], "unhashable")
+    wrong = (
+        ("ab", "each of 2 images, got 1"),
+        ([1, 2, 3], "each of 2 images, got 3"),
+        ([[], 1], "unhashable"),
+        (5, "iterable"),
+    )
     for groups, message in wrong:
         with pytest.raises(ValueError, match=message):
             read_groups(groups, 2)

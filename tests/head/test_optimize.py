@@ -204,7 +204,7 @@ def test_a_change_meanwhile_is_not_lost(fitted, images, monkeypatch) -> None:
 
     changing = Rounded(0.02)
     changing.encode = encode  # type: ignore[method-assign]
-    with pytest.raises(IosrFastError, match="has changed while engines were tried"):
+    with pytest.raises(IosrFastError, match="has changed while images were encoded"):
         run(fitted, images, monkeypatch, EXACT | {INT8: (changing, 2.0, 10.0)})
     assert fitted.version == 2 and fitted.engine_choice_ is None
 

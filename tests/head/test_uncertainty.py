@@ -19,6 +19,7 @@ from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.store.bundle import load_bundle
 from iosr_fast.store.changes import Change
+from iosr_fast.store.description import describe
 from iosr_fast.store.head_files import fingerprint, head_from_bytes, head_to_bytes
 from tests.store.live_parts import PixelEncoder, engine_folder, pictures, small_classifier, unfitted
 
@@ -87,6 +88,55 @@ def test_sets_and_calibration_are_those_of_left_out_images(queries: Any, per_cla
     if per_class:
         with pytest.raises(IosrFastError, match=r"got fewer of 'motif 2 \(8\)': give more pictures of these classes"):
             classifier.predict_sets(images, per_class=True)
+
+
+def test_promises_rest_on_calibration_images_which_are_saved_and_follow_changes(
+    queries: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, labels = queries
+    known = labels < CLASSES
+    names = [f"motif {c}" for c in labels[known]]
+    classifier = small_classifier(engine_folder(tmp_path / "engine"), **GDA | {"method": "auto", "alpha": None})
+    before, scores = classifier.snapshot(), classifier.unknown_score(images)
+    assert classifier.calibrate_on(images[known], names).version == classifier.version == 2
+    classifier.save(tmp_path / "bundle")
+    classifier.unknown_score(images)
+    for head in (classifier.snapshot(), load_bundle(tmp_path / "bundle").head):
+        embeddings = PixelEncoder().encode(images[known])
+        expected = of_logits(head.score(embeddings), labels[known])
+        np.testing.assert_allclose(head.left_out_labels.odds, expected.odds, rtol=1e-5)
+        assert head.unknown.left_out == pytest.approx(-scores[known], abs=1e-4)
+        assert not head.tuned.stale and head.tuned.accuracy == before.tuned.accuracy
+        for text in (head.summary(), head.unknown.summary(0.9), str(head.left_out_labels.reliability)):
+            assert "30 images of calibrate_on" in text
+    assert "30 images of calibrate_on" in str(classifier.automation()) and "calibrate_on" in describe(
+        tmp_path / "bundle"
+    )
+    with pytest.raises(IosrFastError, match="needs at least 99 images of calibrate_on, got 30"):
+        classifier.predict_sets(images, 0.99)
+    classifier.open_log(tmp_path / "log.db")
+    with pytest.raises(IosrFastError, match="a log has no fit, engine or calibrate_on"):
+        classifier.calibrate_on(images[known], names)
+    classifier.remove_class("motif 0")
+    classifier.add_class("motif 7", images[labels == 7])
+    classifier.close_log()
+    assert classifier.calibration().n_images == 25 and len(classifier.unknown_.left_out) == 25
+    logged = small_classifier(**GDA)
+    logged._fit = replace(logged._fit, head=load_bundle(tmp_path / "bundle").head)
+    logged.open_log(tmp_path / "log.db")
+    assert fingerprint(logged.snapshot()) == fingerprint(classifier.snapshot())
+    logged.close_log()
+    for message, call in {
+        "at least 9 images to calibrate on, .* got 5": lambda: classifier.calibrate_on(images[5:10], names[5:10]),
+        "the labels 'motif 0' are not among": lambda: classifier.calibrate_on(images[known], names),
+        "can't read image number 1": lambda: classifier.calibrate_on([images[6], b"no picture"], names[6:8]),
+        "calibrated on 25 images, which another engine": lambda: classifier.optimize([], []),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    support, motifs = pictures(np.random.default_rng(0), CLASSES, 4)
+    classifier.calibrate_on(support[4:], [f"motif {c}" for c in motifs[4:]])
+    assert "20 of 20 images to calibrate on are near duplicates of support images" in caplog.text
 
 
 def test_unknown_images_teach_what_is_unknown_and_are_saved(queries: Any, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_too_few_images_promise_nothing_and_say_how_many_are_needed() -> None:
             check_promise(few, max_error)
         assert automation(enough).smallest <= max_error < automation(few).smallest
     none = automation(left_out(np.zeros(0), np.zeros(0, bool)))
-    assert none.smallest == 1.0 and not none.shares.any() and "0 left-out images" in str(none)
+    assert none.smallest == 1.0 and not none.shares.any() and "0 left-out support images" in str(none)
 
 
 def test_images_of_equal_confidence_are_accepted_together_or_not_at_all() -> None:

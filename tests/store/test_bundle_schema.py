@@ -105,6 +105,10 @@ def _without(name: str) -> Callable[[Arrays], dict[str, np.ndarray | None]]:
     return lambda arrays: {name: None}
 
 
+def _calibration(arrays: Arrays) -> dict[str, np.ndarray | None]:
+    return {f"calibration_{name}": arrays[name] for name in ("plain", "adapted")}
+
+
 SUPPORT: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "shuffled owners": _with("owners", lambda a: a[::-1]),
     "an owner that is no class": _with("owners", lambda a: np.where(a == 4, 9, a)),
@@ -114,6 +118,8 @@ SUPPORT: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "embeddings of norm 2": _with("plain", lambda a: 2 * a),
     "no adapted embeddings": _without("adapted"),
     "labels of several without thresholds": lambda a: {"labels": np.ones((15, 5), np.uint8)},
+    "a calibration image that is of no class": lambda a: {"calibration_owners": a["owners"] + 1, **_calibration(a)},
+    "calibration images without owners": lambda a: _calibration(a),
     "nothing": lambda a: dict.fromkeys(a, None),
 }
 PICTURES: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
