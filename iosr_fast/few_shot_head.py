@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings, unit
+from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.answers import Answers
@@ -320,7 +320,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
                 "expected plain and adapted embeddings side by side, an even number of columns, for adapted=True, "
                 f"got {rows.shape[1]}"
             )
-        usable = np.logical_and.reduce([part.any(axis=1) for part in np.split(rows, 1 + self.adapted, axis=1)])
+        usable = are_usable(rows, self.adapted)
         if len(zero := np.flatnonzero(~usable)):
             message = f"{len(zero)} of {len(rows)} rows of X hold zeros only, the first is row {zero[0]}: {use}"
             warnings.warn(message, stacklevel=3)

@@ -68,6 +68,12 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return exact.astype(np.float32)
 
 
+def are_usable(rows: np.ndarray, adapted: bool) -> np.ndarray:
+    """(n,) whether each of the rows of Embeddings.of_rows has a direction: zeros have none."""
+    usable: np.ndarray = np.logical_and.reduce([part.any(axis=1) for part in np.split(rows, 1 + adapted, axis=1)])
+    return usable
+
+
 def as_numpy(rows: Array) -> np.ndarray:
     """A tensor as a float32 NumPy array, waiting for its device; an array as it is."""
     if isinstance(rows, np.ndarray):
@@ -126,7 +132,17 @@ class Encoder(Protocol):
         for the GPU."""
         return self.encode(pixels)
 
+    def accepts(self, image: Any) -> bool:
+        """Whether an image already has the form of one that `encode` takes."""
+        return (
+            isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (self.image_size,) * 2 + (3,)
+        )
+
+    def blank(self, count: int) -> np.ndarray:
+        """So many black images, as `encode` takes them."""
+        return np.zeros((count, self.image_size, self.image_size, 3), np.uint8)
+
     def warm(self, sizes: Iterable[int] | None = None) -> None:
         """Run each batch size once (None: the buckets, or 1), so that no request pays for a first run."""
         for size in (self.buckets or (1,)) if sizes is None else sizes:
-            self.encode(np.zeros((size, self.image_size, self.image_size, 3), np.uint8))
+            self.encode(self.blank(size))

@@ -143,9 +143,9 @@ def predict(
 ) -> list[Prediction]:
     """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
 
-    logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (MethodConfig.text_weight); cache is the
-    contribution of the support images, through keys or a linear term, and `adapter` of it what adapted embeddings
-    contribute (_adapter_part). Ties fall to the first class, as in argmax.
+    logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (MethodConfig.text_weight), 0 without texts;
+    cache is the contribution of the support images, through keys or a linear term, and `adapter` of it what adapted
+    embeddings contribute (_adapter_part). Ties fall to the first class, as in argmax.
 
     `abstention.keep` asks for `unknown`, `abstention.max_error` for `accepted`: what they rest on is computed at its
     first use (Abstention.check). Embeddings on a GPU are scored there.
@@ -159,8 +159,9 @@ def predict(
         found = rejections(head, embeddings, abstention.keep)
     if abstention is not None and abstention.max_error is not None:
         accepted = head.accepts(logits, abstention.max_error).tolist()
-    assert head.text is not None, "a Classifier has class names"
-    zero_shot = np.float32(head.config.text_weight * head.tau) * (embeddings.plain @ head.text.T)
+    zero_shot = np.zeros_like(logits)
+    if head.text is not None:
+        zero_shot = np.float32(head.config.text_weight * head.tau) * (embeddings.plain @ head.text.T)
     cache = logits - zero_shot
     parts = softmax(logits), logits, zero_shot, cache, _adapter_part(head, embeddings, cache)
     neighbours = _neighbours(head, embeddings, nearest) if nearest else [()] * len(logits)

@@ -21,10 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Count, NonNegative, Positive, Settings, check_fields
-from iosr_fast.store.bundle import KIND
+from iosr_fast.store.description import folder_kind
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import open_verified
 
@@ -84,7 +83,7 @@ class Replica:
         from iosr_fast.serving.http.metrics import Metrics
 
         self._settings, metrics = settings, Metrics()
-        self._batching = settings.make_batching(_load(bundle, settings), observer=metrics, warm=True)
+        self._batching = settings.make_batching(settings.open(bundle), observer=metrics, warm=True)
         self._app = create_app(self._batching, settings, metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -133,7 +132,7 @@ def build_app(bundle: str | Path, settings: Settings | None = None, scale: Scale
         engine_threads=settings.engine_threads or cores,
         decode_threads=settings.decode_threads or max(2, cores),  # a client leaves one to others
     )
-    _load(bundle, settings)  # what no replica can serve is refused before one starts
+    settings.open(bundle)  # what no replica can serve is refused before one starts
     deployment = serve.deployment(
         name="Classifier",
         max_ongoing_requests=2 * settings.max_queue,  # a replica itself refuses more than `max_queue` images
@@ -162,11 +161,4 @@ def from_config(args: Mapping[str, Any]) -> Any:
 
 def digest_of(bundle: str | Path) -> str:
     """The digest that `iosr-fast info` prints. Raises ValueError or OSError."""
-    return open_verified(bundle, KIND).digest
-
-
-def _load(bundle: str | Path, settings: Settings) -> Classifier:
-    runs, threads = settings.engine_layout
-    classifier = Classifier.load(bundle, settings.runtime, True, threads, settings.expected_digest, runs)
-    classifier.snapshot().one_label("the HTTP API", "serve one fitted with one label, or use predict")
-    return classifier
+    return open_verified(bundle, folder_kind(Path(bundle))).digest

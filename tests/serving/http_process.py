@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tests import ROOT
@@ -21,9 +22,9 @@ from tests.serving.http_client import TOKEN, bundle, httpx
 class Process:
     """`iosr-fast serve` with its log."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, folder: Path | None = None) -> None:
         environment = {**os.environ, "IOSR_FAST_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "iosr_fast", "serve", str(bundle()), "--port", "0", *options]
+        command = [sys.executable, "-m", "iosr_fast", "serve", str(folder or bundle()), "--port", "0", *options]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[dict[str, Any]] = []
         self._fresh: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -66,8 +67,8 @@ class Process:
 
 
 @contextmanager
-def started(*options: str) -> Iterator[Process]:
-    process = Process(*options)
+def started(*options: str, folder: Path | None = None) -> Iterator[Process]:
+    process = Process(*options, folder=folder)
     try:
         yield process
     finally:

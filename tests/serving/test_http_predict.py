@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from iosr_fast import FewShotHead
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.unknown import fit_unknown
+from iosr_fast.serving.batching.served_head import Rows
 from iosr_fast.serving.http.logs import JsonFormatter
+from iosr_fast.serving.http.settings import Settings
 from tests.pictures import GREY
 from tests.serving.http_client import (
     AUTHORISED,
@@ -22,11 +29,13 @@ from tests.serving.http_client import (
     error_of,
     form,
     load,
+    probe_soon,
     queries,
     query_labels,
     serving,
     wait_until,
 )
+from tests.serving.http_process import started
 
 pytestmark = pytest.mark.slow
 
@@ -234,3 +243,110 @@ def test_an_unexpected_error_is_a_500_with_its_trace_in_the_log(caplog: pytest.L
         assert response.headers["X-Request-ID"] == "abc-1"
         failed = next(record for record in caplog.records if record.exc_info)
         assert "ZeroDivisionError" in JsonFormatter().format(failed)
+
+
+# --- a head on embeddings ---
+
+
+@pytest.fixture(scope="module")
+def served_head(head_folder: Path) -> Iterator[Client]:
+    with serving(Settings().open(head_folder), max_images=3) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def head_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FewShotHead on embeddings of 384 channels, saved, and rows of its classes."""
+    folder, rng = tmp_path_factory.mktemp("head") / "head", np.random.default_rng(0)
+    centres = rng.standard_normal((4, 384))
+    support = np.repeat(centres, 10, axis=0) + 0.8 * rng.standard_normal((40, 384))
+    FewShotHead().fit(support, np.repeat(["ant", "bee", "cat", "dog"], 10)).save(folder)
+    np.save(folder.parent / "rows.npy", 3.0 * centres)
+    return folder
+
+
+def rows_of(folder: Path) -> np.ndarray:
+    return np.load(folder.parent / "rows.npy")
+
+
+def test_a_saved_head_is_served_without_encoder_and_decoders(head_folder: Path) -> None:
+    rows = rows_of(head_folder)
+    with started(folder=head_folder) as server:
+        query = {"top": 4, "nearest": 1, "unknown": "reject", "keep": 0.9}
+        answer = server.client.post("/v1/predict", params=query, json={"embeddings": rows.tolist()}).json()
+        process = Path("/proc") / str(server.lines[1]["pid"])
+        assert not [
+            name for name in ("onnxruntime", "openvino", "torch", "sklearn") if name in (process / "maps").read_text()
+        ]
+        assert not (process / "task" / process.name / "children").read_text()
+    predicted = answer["predictions"]
+    assert [one["label"] for one in predicted] == ["ant", "bee", "cat", "dog"] and answer["version"] == 1
+    loaded = FewShotHead.load(head_folder)
+    for one, expected in zip(predicted, loaded.predict_proba(rows), strict=True):
+        told = {each["label"]: each["probability"] for each in one["top"]}
+        np.testing.assert_allclose([told[name] for name in loaded.classes_], expected, atol=1e-5)
+        assert one["nearest"][0]["label"] == one["label"] and one["zero_shot"] == 0 and not one["unknown"]["rejected"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        (b"", 400, "got no JSON"),
+        (b'{"embeddings": [[NaN]]}', 400, "got no JSON"),
+        (b"{}", 422, "missing required field `embeddings`"),
+        (b'{"embeddings": [], "top": 1}', 422, "unknown field `top`"),
+        (b'{"embeddings": []}', 422, "at most 3 rows of 384 numbers: got none"),
+        (b'{"embeddings": [["1"]]}', 422, "Expected `float`, got `str` - at `$.embeddings[0][0]`"),
+        (b'{"embeddings": [[1e999]]}', 422, "out of range"),
+        ([[1] * 384, [1] * 383], 422, "got 383 numbers in row 1"),
+        ([[1] * 384, [0] * 384], 422, "got zeros, which have no direction, in row 1"),
+        ([[1] * 384] * 4, 413, "got 4 rows"),
+        (b" " * 50_000, 413, "a body of at most"),
+    ],
+)
+def test_wrong_embeddings_are_refused(served_head: Client, body: Any, status: int, told: str) -> None:
+    content = body if isinstance(body, bytes) else json.dumps({"embeddings": body}).encode()
+    answer = served_head.ask("POST", "/v1/predict", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status and told in answer.json()["error"]["message"], answer.text
+
+
+def test_a_served_head_says_what_it_takes(served_head: Client, shared: Client) -> None:
+    assert (
+        "labels embeddings: POST" in served_head.get("/").text and served_head.get("/static/app.js").status_code == 404
+    )
+    image = served_head.predict(queries()[0])
+    assert error_of(image, 415) == "unsupported_type" and "takes embeddings and no images" in image.text
+    rows = shared.ask("POST", "/v1/predict", json={"embeddings": [[1.0]]})
+    assert error_of(rows, 415) == "unsupported_type" and "expected a Content-Type of an image" in rows.text
+    for method, path in (("POST", "/v1/classes"), ("DELETE", "/v1/classes/~0"), ("POST", "/v1/retune")):
+        refused = served_head.ask(method, path, headers=AUTHORISED)
+        assert error_of(refused, 403) == "changes_disabled" and "a head takes no changes" in refused.text
+    overview = served_head.get("/v1/classifier").json()
+    assert (overview["classes"], overview["examples"], overview["model"]) == (4, 40, None)
+    assert served_head.get("/v1/classes").json()["total"] == 4 and served_head.get("/readyz").status_code == 200
+    assert b"iosr_fast_classes 4.0" in served_head.get("/metrics").content
+    paths = served_head.get("/openapi.json").json()["paths"]
+    assert [*paths["/v1/predict"]["post"]["requestBody"]["content"]] == [
+        "application/json"
+    ] and "/v1/retune" not in paths
+
+
+def test_a_head_that_fails_and_one_that_is_full(head_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_soon(monkeypatch)
+    with serving(Settings().open(head_folder), max_queue=2, max_images=2) as client:
+        body = {"json": {"embeddings": rows_of(head_folder)[:2].tolist()}}
+        assert client.get("/healthz").status_code == 200  # a row of its own
+        with monkeypatch.context() as patch:
+            patch.setattr(Rows, "encode", lambda *_: 1 / 0)
+            assert client.ask("POST", "/v1/predict", **body).status_code == 503
+            assert client.get("/healthz").status_code == 503
+        wait_until(lambda: client.service.batching.healthy)
+        held = threading.Event()
+        monkeypatch.setattr(Rows, "encode", lambda self, rows: held.wait(20) and Embeddings.of_rows(rows))
+        waiting = client.start("POST", "/v1/predict", **body)
+        wait_until(lambda: client.service.batching.pending == 2)
+        assert error_of(client.ask("POST", "/v1/predict", **body), 503) == "queue_full"
+        held.set()
+        assert waiting.result(20).status_code == 200
+    with pytest.raises(IosrFastError, match="a head gets no pictures and takes no changes"):
+        Settings(log=head_folder / "log.db").open(head_folder)

@@ -129,9 +129,8 @@ class Engine:
 
     def _black(self, count: int) -> None:
         """Classify black images."""
-        size = self._classifier.encoder.image_size
         items = [Item(None, i, Query(top=1), 0.0) for i in range(count)]
-        self._predict(self._classifier.snapshot(), np.zeros((count, size, size, 3), np.uint8), items, Run())
+        self._predict(self._classifier.snapshot(), self._classifier.encoder.blank(count), items, Run())
 
     def _predict(self, head: Any, pixels: np.ndarray, items: Sequence[Item], run: Run) -> list[Prediction]:
         """Pixels (B, S, S, 3) uint8 -> B predictions; items that ask for the same are computed together.

@@ -17,7 +17,6 @@ import numpy as np
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.batching.admission import Admission
-from iosr_fast.serving.batching.decode import is_pixels
 from iosr_fast.serving.batching.item import Item, Observer, notify
 from iosr_fast.serving.batching.turns import Turns
 
@@ -223,7 +222,7 @@ class BatchQueue:
     # --- all below is called under the lock ---
 
     def _has_pixels(self, item: Item) -> bool:
-        return not item.whole and is_pixels(item.image, self.classifier.encoder.image_size)
+        return not item.whole and self.classifier.encoder.accepts(item.image)
 
     def _send(self, item: Item) -> None:
         """Queue an item for decoding, or make it ready if it has pixels."""

@@ -37,7 +37,7 @@ def create_app(batching: BatchingClassifier, settings: Settings, metrics: Metric
     app.state.service = service
     errors.install(app)
     app.add_middleware(RequestMiddleware, service=service)
-    for module in (predict, lists, classes, health):
+    for module in (predict, lists, health, *([classes] if service.takes_changes else [])):
         app.include_router(module.make_router(service))
-    app.include_router(static.make_router())
+    app.include_router(static.make_router(service.uploads.sentence))
     return app

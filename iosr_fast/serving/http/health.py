@@ -9,7 +9,6 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
-from iosr_fast.serving.batching.decode import grey_png
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.metrics import CONTENT_TYPE
 from iosr_fast.serving.http.service import Service
@@ -20,7 +19,8 @@ STUCK_AFTER_S = 120.0  # without an answer, a server that is too busy for the pr
 
 
 class Probe:
-    """Classifies a grey PNG if no image was classified for a while; one at a time, and any answer counts for all."""
+    """Classifies a grey PNG, or a row of ones, if no image was classified for a while; one at a time, and any answer
+    counts for all."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -43,15 +43,15 @@ class Probe:
         busy = "" if idle_s < STUCK_AFTER_S else f"no image was classified for {idle_s:.0f} s"
         try:
             async with asyncio.timeout(WITHIN_S):
-                await batching.classify(grey_png(), top=1, deadline_s=WITHIN_S)
+                await batching.classify(self._service.uploads.probe, top=1, deadline_s=WITHIN_S)
         except QueueFullError:
             return busy
         except ClosedError:
             return ""
         except TimeoutError:  # DeadlineExceededError is one; decoders may be busy with slow images within their limits
-            return busy if batching.decoders_are_busy else f"a grey image was not classified within {WITHIN_S:g} s"
+            return busy if batching.decoders_are_busy else f"a probe was not classified within {WITHIN_S:g} s"
         except Exception as error:
-            return f"a grey image could not be classified: {error}"
+            return f"a probe could not be classified: {error}"
         return ""
 
 

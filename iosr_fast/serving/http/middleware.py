@@ -57,7 +57,7 @@ class RequestMiddleware:
 
         try:
             if scope["method"] not in _SAFE and (scope["method"], scope["path"]) != _PREDICT:
-                check_token(self._service.settings.token, scope)
+                check_token(self._service, scope)
             await self._app(inner, body.receive, answer)
         except ClientDisconnect:
             pass
@@ -90,8 +90,12 @@ class RequestMiddleware:
             )
 
 
-def check_token(token: str | None, scope: Scope) -> None:
-    """Raise 403 if the server has no token, 401 for no token, a wrong one or two. Compares in constant time."""
+def check_token(service: Service, scope: Scope) -> None:
+    """Raise 403 if the server has no token or takes no changes, 401 for no token, a wrong one or two. Compares in
+    constant time."""
+    token = service.settings.token
+    if not service.takes_changes:
+        raise ApiError(403, "changes_disabled", "a head takes no changes: fit and save another one, and serve that")
     if token is None:
         raise ApiError(
             403,

@@ -24,6 +24,12 @@ from iosr_fast.utils.text import abbreviate
 
 _QUERY = ("top", "nearest", "unknown", "keep", "max_error", "deadline_ms")
 COLLECTS = " This server keeps uploads that need a look, for labelling."
+_IMAGES = (
+    "Send one image as the body, or several as the file fields `images` of a form. Formats are JPEG, PNG and WebP, "
+    "recognised by the first bytes; only the first frame of an animation is used. EXIF orientation is applied if it "
+    "was when the classifier was fit. An image that can't be classified yields an error in its place (too_large, "
+    "unsupported_type, too_many_pixels or bad_image) and does not affect the others."
+)
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
 
@@ -42,17 +48,14 @@ def make_router(service: Service) -> APIRouter:
                 "description": "All images are bad (see predictions), or a parameter is invalid",
             },
         },
-        openapi_extra=schemas.image_body(settings.max_images),
+        openapi_extra=service.uploads.body or schemas.image_body(settings.max_images),
         summary="Classify images",
         description=(
-            "Send one image as the body, or several as the file fields `images` of a form. Formats are JPEG, PNG and "
-            "WebP, recognised by the first bytes; only the first frame of an animation is used. EXIF orientation is "
-            "applied if it was when the classifier was fit. An image that can't be classified yields an error in its "
-            "place (too_large, unsupported_type, too_many_pixels or bad_image) and does not affect the others. With "
-            "unknown=reject, `unknown` has a score, and `label` and `class_id` are null if the image belongs to none "
-            "of the classes. With max_error, `accepted` says whether nobody needs to look at the label: of accepted "
-            "ones at most this share is wrong, with 95% confidence. 422 (no_promise) where there are too few support "
-            "images for `keep` or `max_error`." + (COLLECTS if settings.collect is not None else "")
+            f"{service.uploads.description or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
+            "`class_id` are null if the image belongs to none of the classes. With max_error, `accepted` says whether "
+            "nobody needs to look at the label: of accepted ones at most this share is wrong, with 95% confidence. 422 "
+            "(no_promise) where there are too few support images for `keep` or `max_error`."
+            + (COLLECTS if settings.collect is not None else "")
         ),
     )
     async def predict(
@@ -81,7 +84,7 @@ def make_router(service: Service) -> APIRouter:
             results = await _classify(
                 service,
                 request,
-                [image for image in images if isinstance(image, bytes)],
+                [image for image in images if not isinstance(image, ApiError)],
                 deadline_ms / 1e3,
                 {
                     **{"top": top, "nearest": nearest, "client": client, "max_error": max_error},
@@ -114,7 +117,7 @@ def _check_query(request: Request) -> None:
 
 
 async def _classify(
-    service: Service, request: Request, images: list[bytes], deadline_s: float, options: dict[str, Any]
+    service: Service, request: Request, images: Sequence[Any], deadline_s: float, options: dict[str, Any]
 ) -> Sequence[Prediction | Exception]:
     """A prediction or an error of each image. A client that disconnects gives up its places in the queue."""
     if not images:

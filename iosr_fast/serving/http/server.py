@@ -17,7 +17,6 @@ import uvicorn
 from threadpoolctl import threadpool_limits
 
 from iosr_fast import __version__
-from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.serving.collector import Collector
@@ -51,10 +50,8 @@ def run(bundle: str | Path, settings: Settings) -> None:
     # NumPy's BLAS keeps a thread spinning on another core for tens of milliseconds after a small product.
     threadpool_limits(1, "blas")
     _allow_files(settings)
-    runs, threads = settings.engine_layout
-    classifier = Classifier.load(bundle, settings.runtime, True, threads, settings.expected_digest, runs)
-    head = classifier.snapshot().one_label("the HTTP API", "serve one fitted with one label, or use predict")
-    Abstention(max_error=settings.max_error).check(head)
+    classifier = settings.open(bundle)
+    Abstention(max_error=settings.max_error).check(classifier.snapshot())
     plain = sys.stderr.isatty() and not settings.log_json
     with logs_to_stderr(plain):
         if settings.log is not None:
@@ -79,7 +76,13 @@ def run(bundle: str | Path, settings: Settings) -> None:
                 method=classifier.method_,
                 seconds=round(time.perf_counter() - start, 3),
             )
-            log("listening", host=host, port=port, pid=os.getpid(), changes=settings.token is not None)
+            log(
+                "listening",
+                host=host,
+                port=port,
+                pid=os.getpid(),
+                changes=settings.token is not None and service.takes_changes,
+            )
             if plain:
                 print(f"The page is at http://{_LOCAL.get(host, host)}:{port}/ (Ctrl-C stops it)", file=sys.stderr)
             config = uvicorn.Config(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from iosr_fast.serving.batching.served_head import ServedHead
+from iosr_fast.serving.http.embeddings import EmbeddingUploads
 from iosr_fast.serving.http.errors import busy
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.settings import MIB, Settings
@@ -26,8 +28,14 @@ class Service:
 
     def __init__(self, batching: BatchingClassifier, settings: Settings, metrics: Metrics) -> None:
         self.batching, self.settings, self.metrics = batching, settings, metrics
-        self.uploads = Uploads(settings, batching.classifier.encoder.geometry)
-        self.max_body = settings.max_body_bytes
+        served = batching.classifier
+        self.takes_changes = not isinstance(served, ServedHead)
+        self.uploads: Uploads = (
+            EmbeddingUploads(settings, served.encoder)
+            if isinstance(served, ServedHead)
+            else Uploads(settings, served.encoder.geometry)
+        )
+        self.max_body = self.uploads.max_body
         self.bodies = Shares(settings.max_buffered_mb * MIB)  # bytes of request bodies in memory
         self.loading = self.draining = False
         # A single thread, so that no other change comes between the checks of a change and the change itself.

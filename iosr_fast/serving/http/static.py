@@ -17,6 +17,7 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
 }
 _POLICY = (
     "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
@@ -24,20 +25,22 @@ _POLICY = (
 )
 
 
-def _read(path: Path) -> tuple[bytes, dict[str, str]]:
-    """Content and headers."""
-    content = path.read_bytes()
+def _with_headers(content: bytes, suffix: str) -> tuple[bytes, dict[str, str]]:
     return content, {
-        "Content-Type": _TYPES[path.suffix],
+        "Content-Type": _TYPES[suffix],
         "Content-Security-Policy": _POLICY,
         "Cache-Control": "no-cache",
         "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"',
     }
 
 
-def make_router() -> APIRouter:
-    """Serves the files that are in the folder now. A requested name is a key of a dict, never a path."""
-    files = {path.name: _read(path) for path in _FOLDER.iterdir() if path.suffix in _TYPES}
+def make_router(sentence: str = "") -> APIRouter:
+    """Serves the files that are in the folder now, or a sentence in their place. A requested name is a key of a dict,
+    never a path."""
+    paths = [] if sentence else [path for path in _FOLDER.iterdir() if path.suffix in _TYPES]
+    files = {path.name: _with_headers(path.read_bytes(), path.suffix) for path in paths}
+    if sentence:
+        files["index.html"] = _with_headers(sentence.encode(), ".txt")
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")

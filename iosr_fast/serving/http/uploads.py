@@ -6,13 +6,15 @@ Nothing is written to disk. The checks read headers only and decode nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DAMAGED, claimed_size, image_kind
+from iosr_fast.serving.batching.decode import grey_png
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 
@@ -20,26 +22,31 @@ MAX_TEXT = 4096  # bytes of a text field
 _MAX_HEADERS = 4096  # bytes of the headers of a part
 _FORMS = "multipart/form-data with file fields `images`"
 
-Images: TypeAlias = "list[bytes | ApiError]"  # in order; the error of an image that no decoder should see
+# In order: encoded images, or rows of embeddings; the error of an image that no decoder should see.
+Images: TypeAlias = "list[bytes | np.ndarray | ApiError]"
 
 
 class Uploads:
     """Reads the images of requests. `max_pixels` of `settings` holds for an image as it is, and for what resizing to
     `geometry` makes of it."""
 
+    description = sentence = ""  # where a request has no images: for OpenAPI and for /, and the schema of the body
+    body: dict[str, Any] | None = None
+
     def __init__(self, settings: Settings, geometry: Geometry) -> None:
+        self.max_body, self.probe = settings.max_body_bytes, grey_png()
         self._max_images, self._limits, self._geometry = settings.max_images, settings.decode_limits, geometry
 
     async def read_images(self, request: Request) -> Images:
         """Images to classify: one as the body (image/*, application/octet-stream, or no type), or a form."""
-        kind, options = _content_type(request)
+        kind, options = content_type(request)
         body = await request.body()
         if kind == b"multipart/form-data":
             images, _ = self._read_parts(body, options, ())
         elif kind in (b"", b"application/octet-stream") or kind.startswith(b"image/"):
             images = [self.check(body) or body] if body else []
         else:
-            raise _wrong_type(kind, f"an image (image/* or application/octet-stream) or {_FORMS}")
+            raise wrong_type(kind, f"an image (image/* or application/octet-stream) or {_FORMS}")
         if not images:
             raise ApiError(400, "no_image", f"expected an image as the body, or {_FORMS}; got none")
         return images
@@ -50,9 +57,9 @@ class Uploads:
         """Images and text fields of a form that has each of `texts` once and each of `repeated` any number of times.
         400 for any other field, 422 for a refused image, because a change is made with all of its images or not at all.
         """
-        kind, options = _content_type(request)
+        kind, options = content_type(request)
         if kind != b"multipart/form-data":
-            raise _wrong_type(kind, _FORMS)
+            raise wrong_type(kind, _FORMS)
         images, fields = self._read_parts(await request.body(), options, texts, repeated)
         if missing := [name for name in texts if name not in fields]:
             raise ApiError(400, "missing_field", f"expected the form field {missing[0]!r}, got none")
@@ -127,12 +134,12 @@ def _bad_form(reason: str) -> ApiError:
     return ApiError(400, "bad_form", f"the multipart form is damaged: {reason}")
 
 
-def _wrong_type(kind: bytes, expected: str) -> ApiError:
+def wrong_type(kind: bytes, expected: str) -> ApiError:
     got = kind.decode("latin-1")[:100] or "none"
     return ApiError(415, "unsupported_type", f"expected a Content-Type of {expected}, got {got}")
 
 
-def _content_type(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
+def content_type(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise ApiError(415, "unsupported_encoding", f"expected a body without Content-Encoding, got {encoding[:40]!r}")

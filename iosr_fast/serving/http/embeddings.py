@@ -1,0 +1,62 @@
+"""Embeddings of a request to a head, as rows of numbers in JSON, in the place of images (uploads.Uploads)."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from starlette.requests import Request
+
+from iosr_fast.encoders.encoder import are_usable
+from iosr_fast.serving.batching.served_head import Rows
+from iosr_fast.serving.http.errors import ApiError
+from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.http.uploads import Images, Uploads, content_type, wrong_type
+
+_NUMBER = 32  # bytes of a number in JSON, a comma and a line's indentation included
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True):
+    embeddings: list[list[float]]
+
+
+class EmbeddingUploads(Uploads):
+    """Reads at most `settings.max_images` rows a request. They are checked here, because a queue of rows has no
+    decoder; one that is wrong refuses the request."""
+
+    def __init__(self, settings: Settings, rows: Rows) -> None:
+        most, width = settings.max_images, rows.width
+        self._most, self._rows = most, rows
+        self.max_body, self.probe = min(settings.max_body_bytes, 1024 + most * width * _NUMBER), rows.blank(1)[0]
+        row = {"type": "array", "items": {"type": "number"}, "minItems": width, "maxItems": width}
+        schema = {"embeddings": {"type": "array", "items": row, "minItems": 1, "maxItems": most}}
+        content = {"schema": {"type": "object", "properties": schema, "required": ["embeddings"]}}
+        self.body = {"requestBody": {"required": True, "content": {"application/json": content}}}
+        self._form = f'{{"embeddings": [[...], ...]}}, at most {most} rows of {width} numbers'
+        self.description = f"Send {self._form} of any length. A wrong row refuses the request."
+        self.sentence = f"This server labels embeddings: POST {self._form}, as application/json to /v1/predict.\n"
+
+    async def read_images(self, request: Request) -> Images:
+        """The rows (width,) of a body. Raises ApiError."""
+        kind, _ = content_type(request)
+        if kind != b"application/json":
+            raise wrong_type(
+                kind, f"application/json, because this server takes embeddings and no images: {self._form}"
+            )
+        try:
+            listed = msgspec.json.decode(await request.body(), type=_Body).embeddings
+        except msgspec.ValidationError as error:
+            raise self._refused(f"{error}") from None
+        except msgspec.DecodeError as error:
+            raise ApiError(400, "bad_json", f"expected {self._form}, got no JSON: {error}") from None
+        if len(listed) > self._most:
+            raise ApiError(413, "too_many_images", f"expected {self._form}, got {len(listed)} rows")
+        wrong = [i for i, row in enumerate(listed) if len(row) != self._rows.width]
+        if wrong or not listed:
+            raise self._refused(f"got {len(listed[wrong[0]])} numbers in row {wrong[0]}" if wrong else "got none")
+        rows = np.array(listed, np.float64)
+        if not (usable := are_usable(rows, self._rows.adapted)).all():
+            raise self._refused(f"got zeros, which have no direction, in row {usable.argmin()}")
+        return [*rows]
+
+    def _refused(self, reason: str) -> ApiError:
+        return ApiError(422, "bad_embeddings", f"expected {self._form}: {reason}")
