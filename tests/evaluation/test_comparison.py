@@ -256,3 +256,18 @@ def test_the_spread_over_seeds_is_a_standard_deviation(rng: np.random.Generator)
     assert row["se"] is None and row["std"] == result.spread == pytest.approx(np.std(row["accuracies"], ddof=1))
     assert row["mean"] == pytest.approx(np.mean(row["accuracies"])) and row["test_images"] == [3 * CLASSES] * 3
     assert row["seeds"] == [0, 1, 2] and len(row["parameters"]) == len(row["tune_seconds"]) == 3
+
+
+def test_support_and_queries_of_pictures_share_nothing(rng: np.random.Generator) -> None:
+    labels, centres = np.repeat(np.arange(CLASSES), 6), unit_rows(rng, CLASSES, WIDTH)
+    encoded = Encoded(Embeddings(near(rng, centres, labels, 1.3)), labels, centres, 10.0)
+    queries = []
+    for shots in (1, 2, 4):
+        task = encoded.task(shots, seed=3)
+        assert len(task.support.embeddings) == CLASSES * shots and len(task.queries) == len(task.labels) == CLASSES * 2
+        assert (task.support.embeddings.plain @ task.queries.plain.T).max() < 0.9999
+        queries.append(task.queries.plain)
+    np.testing.assert_array_equal(queries[0], queries[2])
+    assert not np.array_equal(encoded.task(1, seed=4).queries.plain, queries[0])
+    with pytest.raises(ValueError, match=r"shots from 1 to 4, .* got 5"):
+        encoded.task(5, seed=0)

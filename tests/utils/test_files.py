@@ -286,43 +286,6 @@ def content_of(held: VerifiedFolder) -> tuple[str, str]:
     return held.manifest["content"], held.read("content").decode()
 
 
-def test_two_writers_in_turn_fail_neither_each_other_nor_readers(tmp_path: Path) -> None:
-    target, ends = tmp_path / "thing", threading.Event()
-    write(target, "0")
-    seen: set[str] = set()
-    failed: list[BaseException] = []
-
-    def until_the_end(work: Callable[[int], None]) -> None:
-        try:
-            number = 0
-            while not ends.is_set():
-                number += 1
-                work(number)
-        except BaseException as error:
-            failed.append(error)
-
-    def reading(_: int) -> None:
-        manifest, content = content_of(open_verified(target, "thing"))
-        assert manifest == content
-        seen.add(content)
-
-    works: list[Callable[[int], None]] = [
-        lambda number: write(target, f"one {number}"),
-        lambda number: write(target, f"other {number}"),
-        *(reading,) * 3,
-    ]
-    threads = [threading.Thread(target=until_the_end, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.5)
-    ends.set()
-    for thread in threads:
-        thread.join()
-    assert not failed, failed
-    assert {name.split()[0] for name in seen} >= {"one", "other"}
-    assert os.listdir(tmp_path) == ["thing"], "and nothing is left beside it"
-
-
 def test_an_exchanged_folder_is_never_missing(tmp_path: Path) -> None:
     target, ends, missing = tmp_path / "thing", threading.Event(), []
 
