@@ -19,7 +19,7 @@ from iosr_fast.utils import folders
 from iosr_fast.utils.files import in_cache, new_file, remove_leftovers
 from iosr_fast.utils.folders import check_new_folder, new_folder
 from iosr_fast.utils.manifest import read_manifest, write_manifest
-from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
+from iosr_fast.utils.verified_folder import VerifiedFolder
 from tests.store.manifests import rewrite_manifest
 
 KILLED = """
