@@ -12,7 +12,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.folds import Folds, are_filled, make_folds
 from iosr_fast.methods.models.model import Model, Term
 from iosr_fast.methods.papers import Method
-from iosr_fast.methods.support_set import ROUNDING, SupportSet
+from iosr_fast.methods.support_set import ROUNDING, SupportSet, check_labels
 from iosr_fast.scoring.reducers import Reducer
 
 _KEPT = 1 << 24  # logits of parts that are kept for the next question: 128 MB
@@ -76,15 +76,9 @@ class HeldOut:
     @classmethod
     def validation(cls, support: SupportSet, queries: Embeddings, labels: np.ndarray) -> HeldOut:
         """A validation set. Raises IosrFastError if it is empty or its labels don't fit."""
-        labels = np.asarray(labels, np.int64)
-        if labels.shape != (len(queries),) or not len(labels):
-            raise IosrFastError(
-                f"expected at least one validation image and a label for each, got {len(queries)} images and "
-                f"labels of shape {labels.shape}"
-            )
-        if labels.min() < 0 or labels.max() >= support.n_classes:
-            raise IosrFastError(f"expected labels in 0..{support.n_classes - 1}, got {labels.min()}..{labels.max()}")
-        return cls(support, queries, labels)
+        if not len(queries):
+            raise IosrFastError("expected at least one validation image, got none")
+        return cls(support, queries, check_labels(labels, len(queries), support.n_classes))
 
     @property
     def halves(self) -> Sequence[np.ndarray]:

@@ -35,7 +35,6 @@ from iosr_fast.scoring.plan import Which
 SETTINGS = tuple({"beta": b, "ridge": r} for b, r in ((1.0, 0.03), (1.0, 0.3), (3.0, 0.3), (3.0, 0.03), (1.0, 0.003)))
 # With one or two images a class, where no setting can be chosen.
 FEW_SHOT_SETTING = {"beta": 2.0, "ridge": 0.2}
-_WEIGHTS = ("text", "discriminant", "discriminant_adapted", "regression", "text_regression")
 # The share of classes with one or two images from which on a prior holds the weights, from validation images.
 _FEW_SHARE = 0.25
 # Copies of a class's text among its images, for the discriminant, where texts are always right.
@@ -69,9 +68,9 @@ class Choice:
         return replace(self, parts={name: part for name, part in self.parts.items() if name not in names})
 
     def parameters(self) -> dict[str, float]:
-        """The stack's parameters."""
+        """The stack's parameters, without those of parts that are not used."""
         values = {name: self.weights[name] / part.in_use for name, part in self.parts.items()}
-        return {**dict.fromkeys(_WEIGHTS, 0.0), **values, **self.setting, "adapted_keys": float(self.keys == "adapted")}
+        return {**values, **self.setting, "adapted_keys": float(self.keys == "adapted")}
 
     @property
     def shares(self) -> dict[str, float]:

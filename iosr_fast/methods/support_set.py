@@ -131,15 +131,11 @@ def make_support_set(
     >>> support.class_offsets
     array([0, 1, 3])
     """
-    labels = np.asarray(labels, np.int64)
     if text is not None:
         n_classes = len(text)
     elif n_classes is None:
         raise IosrFastError("expected text embeddings or n_classes, got neither")
-    if labels.shape != (len(embeddings),):
-        raise IosrFastError(f"expected one label for each of {len(embeddings)} embeddings, got shape {labels.shape}")
-    if len(labels) and not (labels.min() >= 0 and labels.max() < n_classes):
-        raise IosrFastError(f"expected labels in 0..{n_classes - 1}, got {labels.min()}..{labels.max()}")
+    labels = check_labels(labels, len(embeddings), n_classes)
     for part in (embeddings.plain, embeddings.adapted):
         if part is not None and text is not None and part.shape[1] != text.shape[1]:
             raise IosrFastError(
@@ -154,6 +150,16 @@ def make_support_set(
         None if queries is None else queries[order],
         None if groups is None else groups[order],
     )
+
+
+def check_labels(labels: np.ndarray, n_images: int, n_classes: int) -> np.ndarray:
+    """The labels as (n_images,) int64. Raises IosrFastError for another number, or a label that names no class."""
+    labels = np.asarray(labels, np.int64)
+    if labels.shape != (n_images,):
+        raise IosrFastError(f"expected one label for each of {n_images} images, got labels of shape {labels.shape}")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < n_classes):
+        raise IosrFastError(f"expected labels in 0..{n_classes - 1}, got {labels.min()}..{labels.max()}")
+    return labels
 
 
 def mean_of_views(embeddings: Embeddings, views: int) -> Embeddings:

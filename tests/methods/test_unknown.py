@@ -11,8 +11,10 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import ood_scores
 from iosr_fast.methods.folds import make_folds
-from iosr_fast.methods.ood_scores import BETA, GAUSSIAN_SCORES, RIDGE, UNKNOWN_KEY, OodScores, score_names
-from iosr_fast.methods.support_set import SupportSet, class_weights
+from iosr_fast.methods.models.gaussian import GaussianModel, shrunk_precision
+from iosr_fast.methods.models.ridge import RidgeModel
+from iosr_fast.methods.ood_scores import BETA, RIDGE, UNKNOWN_KEY, OodScores, score_names
+from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.unknown import Unknown, check_unknown_images, fit_unknown
 from iosr_fast.utils.ranking import auroc
 from tests.methods.support_sets import Clusters, unit
@@ -30,46 +32,10 @@ def auroc_of(fitted: Unknown, known: Embeddings, unknown: Embeddings) -> float:
     return auroc(-fitted.score(known), -fitted.score(unknown))
 
 
-def log_odds_of_softmax(values: np.ndarray) -> float:
-    powers, top = np.exp(values - values.max()), int(values.argmax())
-    return float(np.log(powers[top] / np.maximum(np.delete(powers, top).sum(), 1e-300)))
-
-
-def precision_of(centred: np.ndarray) -> np.ndarray:
-    sigma, n = centred.T @ centred / (len(centred) - 1), len(centred)
-    return np.linalg.inv(sigma + (np.trace(sigma) / (n - 1) + 1e-15) * np.eye(len(sigma)))
-
-
-def image_scores(support: SupportSet, background: SupportSet, which: str, query: np.ndarray) -> dict[str, float]:
-    """Of one query in float64; `background` is the support set of all images, of which no fold is left out."""
-    keys, everything = (getattr(one.embeddings, which).astype(np.float64) for one in (support, background))
-    y, x, middle, counts = support.labels, query.astype(np.float64), everything.mean(0), support.counts
-    present = np.flatnonzero(counts)
-    means = np.array([keys[y == c].mean(0) for c in present])
-    around = keys - means[np.searchsorted(present, y)]
-    p, p0 = precision_of(around), precision_of(everything - middle)
-    noise = np.trace(around @ p @ around.T) / max(1, len(keys) - len(present))  # of means (models.gaussian)
-    lengths = np.diag(means @ p @ means.T) - noise * (1 / counts[present] - 1 / counts.max())
-    g = means @ p @ x - lengths / 2
-    density = g.max() - x @ p @ x / 2
-    kernel, ridge = np.exp(-BETA * (1 - keys @ keys.T)), RIDGE / class_weights(background.counts)[y]
-    values = np.linalg.solve(kernel + np.diag(ridge), np.eye(support.n_classes)[y][:, present])
-    return {
-        "discriminant softmax": log_odds_of_softmax(g),
-        "mahalanobis": density,
-        "relative mahalanobis": density + (x - middle) @ p0 @ (x - middle) / 2,
-        "nearest key": (keys @ x).max(),
-        "regression": (np.exp(-BETA * (1 - keys @ x)) @ values).max(),
-    }
-
-
-def expected_scores(support: SupportSet, background: SupportSet, queries: Embeddings, b: int) -> dict[str, float]:
-    cosines = 20.0 * support.text @ queries.plain[b].astype(np.float64)
-    found = {"text cosine": float(cosines.max()), "text softmax": log_odds_of_softmax(cosines)}
-    for which, ending in (("plain", ""), ("adapted", ", adapted")):
-        scores = image_scores(support, background, which, getattr(queries, which)[b])
-        found |= {f"{name}{ending}": value for name, value in scores.items()}
-    return found
+def log_odds(logits: np.ndarray) -> np.ndarray:
+    """Of the largest probability."""
+    *others, largest = np.sort(logits.astype(np.longdouble)).T
+    return (largest - np.log(np.exp(others).sum(0))).astype(np.float64)
 
 
 @pytest.mark.parametrize("shots", [1, 2, 3])
@@ -77,22 +43,39 @@ def test_scores_are_their_formulas(shots: int) -> None:
     support, queries = support_of(shots, adapted=True), WORLD.images(np.arange(0, 2 * CLASSES, 5), 2)
     support = support.only(support.labels != 4)  # a class without images
     scorer = OodScores(support, score_names(support, True))
-    gaussian = {name for name in scorer.names if name.removesuffix(", adapted") in GAUSSIAN_SCORES}
-    assert len(scorer.names) == 12 - 6 * (shots < 3) and bool(gaussian) == (shots == 3)  # no covariance without a fold
-    for b, row in enumerate(scorer(queries)):
-        expected = expected_scores(support, support, queries, b)
-        assert row == pytest.approx([expected[name] for name in scorer.names], rel=1e-5, abs=1e-6)
+    cosines = support.tau * queries.plain @ support.text.T
+    expected = {"text cosine": cosines.max(1), "text softmax": log_odds(cosines)}
+    there = support.of_classes(support.counts > 0)
+    for which, ending in (("plain", ""), ("adapted", ", adapted")):
+        keys, rows = (getattr(one, which).astype(np.float64) for one in (support.embeddings, queries))
+        if shots == 3:  # with fewer there is no covariance without a fold
+            model, around = GaussianModel(there, which), rows - keys.mean(0)
+            near = model.scores(queries).max(1) - np.diag(rows @ model.gaussians.precision @ rows.T) / 2
+            joined = shrunk_precision((keys - keys.mean(0)).T @ (keys - keys.mean(0)), len(keys))
+            expected[f"discriminant softmax{ending}"] = log_odds(model.scores(queries))
+            expected[f"mahalanobis{ending}"] = near
+            expected[f"relative mahalanobis{ending}"] = near + np.diag(around @ joined @ around.T) / 2
+        expected[f"nearest key{ending}"] = (rows @ keys.T).max(1)
+        regression = RidgeModel(there, which, None, BETA, RIDGE, labels=1.0, texts=0.0)
+        expected[f"regression{ending}"] = regression.scores(queries).max(1)
+    assert scorer.names == (*expected,) and len(expected) == (12 if shots == 3 else 6)
+    np.testing.assert_allclose(scorer(queries), np.stack([*expected.values()], 1), rtol=1e-5, atol=1e-6)
 
 
 def test_scores_without_a_fold_are_those_of_the_others_and_the_background_of_all() -> None:
     support = WORLD.support([3, 1, 5, 2, 4], views=True, tau=20.0)
-    folds, scorer = make_folds(support), OodScores(support, score_names(support, True))
-    scores = scorer.without(folds)
-    assert scores.shape == (14, 12)
-    for row, j in zip(scores, folds.rows, strict=True):
-        others = support.only(folds.fold != folds.fold[j])
-        expected = expected_scores(others, support, support.as_queries, j)
-        assert row == pytest.approx([expected[name] for name in scorer.names], rel=1e-5, abs=1e-6)
+    folds, names = make_folds(support), score_names(support, True)
+    scorer, own = OodScores(support, names), support.as_queries[folds.rows]
+    found, in_use = (dict(zip(names, scores.T, strict=True)) for scores in (scorer.without(folds), scorer(own)))
+    assert {*map(len, found.values())} == {14}
+    fitted = [OodScores(support.only(folds.fold != folds.fold[j]), names) for j in folds.rows]
+    others = np.concatenate([fit(own[[row]]) for row, fit in enumerate(fitted)])
+    for name, expected in zip(names, others.T, strict=True):
+        if name.startswith("relative"):
+            name, alone = name.replace("relative ", ""), name
+            np.testing.assert_allclose(found[alone] - found[name], in_use[alone] - in_use[name])
+        elif not name.startswith("regression"):  # which keeps the weights of classes (test_models)
+            np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("text", "adapted", "shots"), [(True, False, 4), (False, False, 5), (True, True, 2)])
