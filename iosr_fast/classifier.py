@@ -80,9 +80,8 @@ class Classifier(Estimator):
         The key of a support image is the mean embedding of so many random views, half of them mirrored (False where
         left and right matter), which depend on its pixels and the seed; with 1, of the image as it is.
     templates, class_names : sequence of str
-        Prompts with {} for the class name (None: those of the CLIP; []: none, descriptions alone); the names that
-        integer labels index, where `fit` is given none, as in scikit-learn's `cross_val_predict` with
-        method="predict_proba".
+        Prompts with {} for the class name (None: those of the CLIP; [] for descriptions alone); the names that integer
+        labels index, where `fit` is given none, as in scikit-learn's `cross_val_predict` of "predict_proba".
     thumbnails : int
         Longer side in pixels of the stored picture of a support image. 0 stores none.
     exif_orientation, skip_bad, progress : bool
@@ -452,11 +451,7 @@ class Classifier(Estimator):
         return Reader.of((fit or clip).encoder, clip.engine, upright, batch, skip_bad, threads, decoder)
 
     def add_class(
-        self,
-        name: str,
-        images: Any = (),
-        text: np.ndarray | None = None,
-        descriptions: Sequence[str] | None = None,
+        self, name: str, images: Any = (), text: np.ndarray | None = None, descriptions: Sequence[str] | None = None
     ) -> ChangeResult:
         """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is its text
         embedding; None has the text encoder make it of the name and `descriptions`, as `fit` does. An iterator of

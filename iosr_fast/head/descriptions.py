@@ -26,9 +26,7 @@ def check_descriptions(given: Any, names: Sequence[str], templates: Sequence[str
     known = frozenset(names)
     if unknown := [str(name) for name in found if name not in known]:
         near = did_you_mean(unknown[0], names, 3) or f"the classes are {abbreviate(names)}"
-        raise IosrFastError(
-            f"expected descriptions of classes by name, got {abbreviate(unknown)}, which are none; {near}"
-        )
+        raise IosrFastError(f"expected descriptions of classes by name, got {abbreviate(unknown)}; {near}")
     for name, texts in found.items():
         if not isinstance(texts, list | tuple) or not 1 <= len(texts) <= MAX_TEXTS:
             shown = f"{len(texts):,}" if isinstance(texts, list | tuple) and texts else repr(texts)
@@ -50,12 +48,7 @@ def read_descriptions(file: str | Path) -> Any:
         except ValueError as error:
             raise IosrFastError(f"can't read {file} as JSON in UTF-8: {error}") from error
     columns, rows = read_rows(file)
-    check_columns(columns, str(file))
-    if missing := {"class", "text"} - set(columns):
-        raise IosrFastError(
-            f"expected the columns class and text in {file}, got {', '.join(columns) or 'no line'}; add "
-            f"{' and '.join(sorted(missing))}, or give a .json file of an object of lists"
-        )
+    check_columns(columns, file, ("class", "text"), ", or give a .json file of an object of lists")
     found: dict[str, list[str]] = {}
     for row in rows:
         found.setdefault(row["class"].strip(), []).append(row["text"])

@@ -84,14 +84,9 @@ def _read_table(file: Path) -> list[_Row]:
     if not file.is_file():
         raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
     columns, rows = read_rows(file)
-    check_columns(columns, str(file))
     several = "labels" in columns and "label" not in columns
     name = "labels" if several else "label"
-    if missing := {"path", name} - set(columns):
-        raise IosrFastError(
-            f"expected the columns path and label in {file}, got {', '.join(columns) or 'no line'}; "
-            f"add {' and '.join(sorted(missing))} (labels in place of label where pictures may have several)"
-        )
+    check_columns(columns, file, ("path", name), " (labels in place of label where pictures may have several)")
     named = [(row["path"], row[name].strip(), row.get("group", "").strip() or None) for row in rows]
     if not any(label for _, label, _ in named):
         raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column {name}")

@@ -38,9 +38,7 @@ from iosr_fast.utils.numbers import refuse_masked
 log = logging.getLogger(__name__)
 
 
-def add_class(
-    store: Store, name: str, images: Any, text: np.ndarray | None, descriptions: Sequence[str] | None
-) -> ChangeResult:
+def add_class(store: Store, name: str, images: Any, text: np.ndarray | None, descriptions: Any) -> ChangeResult:
     fit = store.changeable("add_class")
     _check_name(fit.head, name)
     row, encoded, method = _text(fit, name, text, descriptions), _encode(fit, images), fit.head.config.method
@@ -75,12 +73,7 @@ def remove_class(store: Store, name_or_id: str) -> ChangeResult:
 
 
 def rename_class(
-    store: Store,
-    name_or_id: str,
-    name: str,
-    text: np.ndarray | None,
-    keep_text: bool,
-    descriptions: Sequence[str] | None,
+    store: Store, name_or_id: str, name: str, text: np.ndarray | None, keep_text: bool, descriptions: Any
 ) -> ChangeResult:
     fit = store.changeable("rename_class")
     uid = fit.head.find_class(name_or_id)
@@ -192,7 +185,7 @@ def _numbered(encoded: Examples | None, head: Head, uid: int | None = None) -> E
     return replace(encoded, class_ids=classes, ids=head.next_example + np.arange(len(encoded)))
 
 
-def _text(fit: Fit, name: str, given: np.ndarray | None, descriptions: Sequence[str] | None) -> np.ndarray:
+def _text(fit: Fit, name: str, given: np.ndarray | None, descriptions: Any) -> np.ndarray:
     """A class's text embedding (D,): the given one, checked, or that of its texts by the text encoder."""
     if given is not None:
         if descriptions is not None:

@@ -45,8 +45,13 @@ def read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, [{name: recovered(row[name]) for name in columns} for row in rows]
 
 
-def check_columns(columns: Sequence[str], file: str) -> None:
-    """Raise IosrFastError for two columns of one name, of which csv.DictReader reads the last alone."""
+def check_columns(columns: Sequence[str], file: Path, needed: Sequence[str], hint: str) -> None:
+    """Raise IosrFastError for missing columns, and two of one name, of which csv.DictReader reads the last alone."""
+    if missing := [name for name in needed if name not in columns]:
+        wanted, add = (" and ".join(names) for names in (needed, missing))
+        raise IosrFastError(
+            f"expected the columns {wanted} in {file}, got {', '.join(columns) or 'no line'}; add {add}{hint}"
+        )
     if twice := [name for name, times in Counter(columns).items() if name and times > 1]:
         raise IosrFastError(f"expected columns of different names in {file}, got {abbreviate(twice)} more than once")
 

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 _CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503, 507)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DECODE_S = 60.0  # how long an image of a change may wait for a decoder
-_NAME = {"name": {"type": "string", "minLength": 1, "maxLength": LONGEST}}
-_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_TEXT}
-_DESCRIPTION = {"description": {"type": "array", "items": _TEXT, "maxItems": MAX_TEXTS}}
+_NAME = {"type": "string", "minLength": 1, "maxLength": LONGEST}
+_DESCRIPTION = {"type": "array", "items": {"type": "string", "maxLength": MAX_TEXT}, "maxItems": MAX_TEXTS}
 
 
 def make_router(service: Service) -> APIRouter:
@@ -82,25 +81,19 @@ def make_router(service: Service) -> APIRouter:
         "Add a class from a few images",
         409,
         status_code=201,
-        openapi_extra=schemas.form_body(_NAME, 0, max_images, _DESCRIPTION),
+        openapi_extra=schemas.form_body({"name": _NAME, "description": _DESCRIPTION}, 0, max_images),
     )
     async def add_class(request: Request) -> Response:
         images, texts = await service.uploads.read_form(request, "name", repeated=("description",))
-        name, descriptions = _check_name(texts["name"][0]), texts.get("description")
-
-        def act(classifier: Classifier) -> ChangeResult:
-            return classifier.add_class(name, decoded(request, images), descriptions=descriptions)
-
-        return await change("add_class", act, new_name=name, status=201)
+        name, own = _check_name(texts["name"][0]), texts.get("description")
+        return await change(
+            "add_class", lambda it: it.add_class(name, decoded(request, images), None, own), new_name=name, status=201
+        )
 
     @route("PATCH", "/v1/classes/{class_id}", "Rename a class", 404, 409)
     async def rename_class(body: schemas.Rename, class_id: str = CLASS_ID_PATH) -> Response:
-        name = _check_name(body.name)
-
-        def act(classifier: Classifier) -> ChangeResult:
-            return classifier.rename_class(class_id, name, keep_text=body.keep_text, descriptions=body.descriptions)
-
-        return await change("rename_class", act, class_id, name)
+        name, keep, own = _check_name(body.name), body.keep_text, body.descriptions
+        return await change("rename_class", lambda it: it.rename_class(class_id, name, None, keep, own), class_id, name)
 
     @route("DELETE", "/v1/classes/{class_id}", "Remove a class and its support images", 404)
     async def remove_class(class_id: str = CLASS_ID_PATH) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -106,9 +105,6 @@ class StateAnswer(BaseModel):
     detail: str = ""
 
 
-_Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-
-
 class Rename(BaseModel):
     """With `keep_text` only the displayed name changes, and the class keeps its text embedding. Otherwise it gets that
     of its new name and `descriptions`."""
@@ -117,7 +113,7 @@ class Rename(BaseModel):
 
     name: str = Field(min_length=1, max_length=LONGEST)
     keep_text: bool = False
-    descriptions: Annotated[list[_Text], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    descriptions: list[Annotated[str, Field(max_length=MAX_TEXT)]] | None = Field(None, max_length=MAX_TEXTS)
 
 
 _DESCRIPTIONS = {
@@ -151,19 +147,11 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 _IMAGE = {"type": "string", "format": "binary"}
 
 
-def form_body(
-    texts: dict[str, dict[str, Any]], min_images: int, max_images: int, optional: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """openapi_extra of a route that takes a multipart form with `images` and text fields, some of them `optional`."""
+def form_body(texts: dict[str, dict[str, Any]], min_images: int, max_images: int) -> dict[str, Any]:
+    """openapi_extra of a route that takes a multipart form with `images` and text fields, of which arrays may lack."""
     images = {"type": "array", "items": _IMAGE, "minItems": min_images, "maxItems": max_images}
-    required = [*texts, *(["images"] if min_images else [])]
-    form = {
-        "schema": {
-            "type": "object",
-            "properties": {**texts, **(optional or {}), "images": images},
-            "required": required,
-        }
-    }
+    required = [*(name for name in texts if texts[name]["type"] != "array"), *(["images"] if min_images else [])]
+    form = {"schema": {"type": "object", "properties": {**texts, "images": images}, "required": required}}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}
 
 
