@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score
 
-from benchmarks.claims import audit, automation, joint, key_precision, labels, suggest, texts, unknown
+from benchmarks.claims import audit, automation, descriptions, joint, key_precision, labels, suggest, texts, unknown
 from benchmarks.claims.claim import Claim, fit, rows_of
 from iosr_fast import Embeddings
 from iosr_fast.evaluation.features import read_features
@@ -68,6 +68,12 @@ def test_texts_help_where_they_fit_the_images(file: Path) -> None:
     accuracies = {method: row["accuracy"] for (method, _), row in rows.items()}
     assert accuracies["auto"] > accuracies["auto, no texts"] + 0.05
     assert accuracies["LogisticRegression"] > 0.5 and "LinearDiscriminantAnalysis" not in accuracies  # of one shot
+
+
+def test_descriptions_are_keywords_that_a_name_has_not() -> None:
+    concept = {"name": "Pouting cat", "keywords": ["animal", "cat", "face", "pouting"], "subgroup": "cat face"}
+    assert descriptions.descriptions(concept) == ["a picture of animal", "a picture of face"]
+    assert descriptions.descriptions(concept | {"keywords": ["cat"]}) == ["a picture of cat face"]
 
 
 def test_the_audit_is_level_with_cleanlab_on_labels_exchanged_between_classes(file: Path) -> None:
