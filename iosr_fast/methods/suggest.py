@@ -1,4 +1,4 @@
-"""What to label next: of many unlabelled images a few that are diverse and, for a fitted classifier, uncertain."""
+"""What to label next: of many unlabelled images a few that are diverse, typical and, after a fit, uncertain."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from iosr_fast.utils.numbers import check_integer
 
 _ROUNDS = 20
 _LOGITS = 1 << 24  # float32 of a block
+_COMPARED = 2048  # images of a cluster, the nearest to its centre, of which one is suggested
+_NEAR = 0.1  # of the usual distance within a cluster: near duplicates are closer
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +21,7 @@ class Suggestions:
     """The result of `suggest` for n of B images, the most useful first.
 
     rows     (n,) int64, the images' positions
-    stands   (n,) int64, how many of the B images each one stands for, itself included
+    stands   (n,) int64, how many of the B images each one stands for: those nearest to it, itself included
     """
 
     rows: np.ndarray
@@ -34,21 +36,30 @@ def entropy(logits: np.ndarray) -> np.ndarray:
 
 
 def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: int = 0) -> Suggestions:
-    """n images of B to label next: the medoids of weighted k-means.
+    """n images of B to label next: the most typical image of each of n clusters of equal weight.
 
     `rows` (B, D) are embeddings of unit length, centred here and scaled again. `weights` (B,) >= 0, without unit: how
     much an image's label is worth, `entropy` of a classifier's logits; None: all are worth the same, for a start
     without labels. Greedy k-means++ draws n centres from a generator of `seed`; at most 20 rounds of
 
-        centre[k] = mean of the rows of cluster k, by weights
+        clusters   = the nearest centre that has room: one of total weight sum(weights) / n
+        centre[k]  = mean of the rows of cluster k, by weights
 
-    follow. Of each cluster the image nearest to its centre is suggested, clusters of the largest summed weight first:
-    those of images that no known class explains. If there are at most n images, all are. Time B n D a round; memory
-    blocks of 64 MiB.
+    follow. Of each cluster that image is suggested, among those of at least mean weight, whose mean cosine to the
+    nearest quarter of the cluster is largest; a near duplicate of a suggested image only if nothing else is left.
+    Clusters of the largest mean weight come first: those of images that no known class explains. If there are at most
+    n images, all are. Time B n D a round; memory 4 B n bytes.
+
+    Clusters need not follow classes. If p[k] is a class's share of cluster k, one draw from each of n equal clusters
+    misses it with probability prod(1 - p[k]) <= (1 - mean(p))^n, that of n draws from all images: equal clusters never
+    lose to chance. Those of any size may, because most go to whatever scatters most. The typical image stands in for
+    the draw: a better example where a cluster is a class, and still of its densest class where it is of several, of
+    which the image at the centre is rather the plainest.
 
     Raises IosrFastError for n below 1.
 
-    Source: uncertainty-weighted clustering (CLUE; Prabhu et al., ICCV 2021), here on the classifier's own embeddings.
+    Sources: uncertainty-weighted clustering (CLUE; Prabhu et al., ICCV 2021), typical images (TypiClust; Hacohen et
+    al., ICML 2022), stratified sampling by proportional allocation (Cochran, Sampling Techniques, 1977, chapter 5).
     """
     n = min(check_integer("n", n, 1), len(rows))
     if not n:
@@ -58,18 +69,15 @@ def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: i
     weights = np.ones(len(rows)) if weights is None else np.asarray(weights, np.float64)
     weights = weights / weights.max() + 1e-9 if weights.max() > 0 else np.ones(len(rows))
     centres = _first_centres(centred, weights, n, np.random.default_rng(seed))
-    clusters, _ = _nearest(centred, centres)
+    clusters = _equal_clusters(centred, centres, weights)
     for _ in range(_ROUNDS):
         _move(centres, centred, weights, clusters)
         before = clusters
-        clusters, distances = _nearest(centred, centres)
+        clusters = _equal_clusters(centred, centres, weights)
         if (clusters == before).all():
             break
-    order = np.lexsort((distances, clusters))  # by cluster, the nearest to its centre first
-    found, first, stands = np.unique(clusters[order], return_index=True, return_counts=True)
-    medoids, worth = order[first], np.bincount(clusters, weights, n)[found]
-    best = np.argsort(-worth, kind="stable")
-    return _fill(Suggestions(medoids[best], stands[best]), weights * distances, n)
+    chosen = _choose(centred, centres, weights, clusters)
+    return Suggestions(chosen, np.bincount(_nearest(centred, centred[chosen]), minlength=n))
 
 
 def _first_centres(rows: np.ndarray, weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -91,16 +99,23 @@ def _first_centres(rows: np.ndarray, weights: np.ndarray, n: int, rng: np.random
     return rows[chosen]
 
 
-def _nearest(rows: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's centre (B,) int64, and the squared distance to it."""
-    clusters, distances = np.empty(len(rows), np.int64), np.empty(len(rows), np.float64)
-    half = 0.5 * np.einsum("kd,kd->k", centres, centres)
-    for block in blocks(len(rows), _LOGITS // len(centres)):
-        closeness = rows[block] @ centres.T
-        closeness -= half
-        clusters[block] = closeness.argmax(1)
-        distances[block] = 1.0 - 2.0 * np.take_along_axis(closeness, clusters[block, None], 1)[:, 0]
-    return clusters, np.maximum(distances, 0.0)
+def _equal_clusters(rows: np.ndarray, centres: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Each row's cluster (B,) int64, by deferred acceptance (Gale & Shapley, 1962): a row asks its nearest centre; a
+    centre keeps the nearest rows up to its share of all weight, and refuses the others, which ask their next."""
+    closeness = rows @ centres.T
+    closeness -= 0.5 * np.einsum("kd,kd->k", centres, centres)
+    share = weights.sum() / len(centres) * (1 + 1e-6)  # rounding never makes all centres refuse a row
+    clusters, asked = closeness.argmax(1), np.arange(len(rows))
+    while True:
+        order = asked[np.lexsort((-closeness[asked, clusters[asked]], clusters[asked]))]
+        nearer = np.cumsum(weights[order]) - weights[order]
+        nearer -= nearer[np.searchsorted(clusters[order], clusters[order])]
+        refused = order[nearer >= share]
+        if not len(refused):
+            return clusters
+        closeness[refused, clusters[refused]] = -np.inf
+        clusters[refused] = closeness[refused].argmax(1)
+        asked = np.flatnonzero(np.bincount(clusters[refused], minlength=len(centres))[clusters])
 
 
 def _move(centres: np.ndarray, rows: np.ndarray, weights: np.ndarray, clusters: np.ndarray) -> None:
@@ -112,11 +127,36 @@ def _move(centres: np.ndarray, rows: np.ndarray, weights: np.ndarray, clusters: 
     centres[found] = np.add.reduceat(weighted, first) / total[:, None]
 
 
-def _fill(suggestions: Suggestions, worth: np.ndarray, n: int) -> Suggestions:
-    """Where equal rows left a cluster empty: further images, of the largest `worth` (B,), each standing for itself."""
-    missing = n - len(suggestions.rows)
-    if not missing:
-        return suggestions
-    rest = np.setdiff1d(np.arange(len(worth)), suggestions.rows)
-    more = rest[np.argsort(-worth[rest], kind="stable")][:missing]
-    return Suggestions(np.r_[suggestions.rows, more], np.r_[suggestions.stands, np.ones(missing, np.int64)])
+def _choose(rows: np.ndarray, centres: np.ndarray, weights: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """(n,) int64: each cluster's most typical image, the cluster of the largest mean weight first; instead of near
+    duplicates of these the next most typical ones."""
+    n = len(centres)
+    worth = np.bincount(clusters, weights, n) / np.maximum(np.bincount(clusters, minlength=n), 1)
+    order = np.lexsort((-worth[clusters], _ranks(rows, centres, weights, clusters)))
+    limit = 1.0 - _NEAR * (1.0 - np.einsum("kd,kd->k", centres, centres).mean())
+    free, chosen = order, list[int]()
+    while len(chosen) < n and len(free):
+        chosen.append(int(free[0]))
+        free = free[1:][rows[free[1:]] @ rows[free[0]] < limit]
+    rest = order[~np.isin(order, chosen)]
+    return np.array(chosen + rest[: n - len(chosen)].tolist())
+
+
+def _ranks(rows: np.ndarray, centres: np.ndarray, weights: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Each row's place in its cluster (B,) int64, 0 for the most typical one."""
+    ranks = np.empty(len(rows), np.int64)
+    for k in np.unique(clusters):
+        own = np.flatnonzero(clusters == k)
+        own = own[np.argsort(-(rows[own] @ centres[k]), kind="stable")]
+        ranks[own] = np.arange(len(own))
+        own = own[:_COMPARED]
+        near = min(1 + max(2, len(own) // 4), len(own))  # with the image itself
+        typical = np.sort(rows[own] @ rows[own].T, axis=1)[:, len(own) - near :].sum(1)
+        light = weights[own] < weights[own].mean() * (1 - 1e-9)
+        ranks[own[np.lexsort((-typical, light))]] = np.arange(len(own))
+    return ranks
+
+
+def _nearest(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """The centre of the largest cosine to each row, (B,) int64."""
+    return np.concatenate([(rows[b] @ centres.T).argmax(1) for b in blocks(len(rows), _LOGITS // len(centres))])

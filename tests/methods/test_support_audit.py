@@ -164,6 +164,45 @@ def test_classes_that_no_known_class_explains_come_first() -> None:
     assert (first >= 5).all() and len(np.unique(first)) >= 3
 
 
+def look_alikes(clusters: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """800 rows of 40 classes whose clusters are not the classes: five families, one of which scatters seven times as
+    much as the others; or eight poses, to which some classes add less than others."""
+    labels = np.repeat(np.arange(40), 20)
+    classes, noise = rng.standard_normal((40, 48)), rng.standard_normal((800, 48))
+    if clusters == "families":
+        scale = np.where(np.arange(40) % 5 == 0, 4.0, 0.6)[:, None]
+        rows = (3 * rng.standard_normal((5, 48))[np.arange(40) % 5] + scale * classes)[labels]
+        rows += 1.2 * scale[labels] * noise
+    else:
+        rows = 2 * rng.standard_normal((8, 48))[rng.integers(8, size=800)] + 0.4 * noise
+        rows += (np.linspace(0.1, 0.6, 40)[:, None] * classes)[labels]
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+@pytest.mark.parametrize(("clusters", "gain"), [("families", 8), ("poses", -1)])
+@pytest.mark.parametrize("each", [1, 2])
+def test_suggestions_never_lose_to_chance_where_clusters_are_not_the_classes(
+    clusters: str, gain: int, each: int
+) -> None:
+    found, at_random = [], []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        rows, labels = look_alikes(clusters, rng)
+        found.append(len(np.unique(labels[suggest(rows, 40 * each).rows])))
+        at_random += [len(np.unique(labels[rng.permutation(800)[: 40 * each]])) for _ in range(20)]
+    assert np.mean(found) >= np.mean(at_random) + gain / each
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_burst_is_suggested_once(rng: np.random.Generator, weighted: bool) -> None:
+    rows = Clusters(20, width=32, noise=0.5).queries(20)[0].plain
+    burst = rows[:1] + 0.01 * rng.standard_normal((100, 32))
+    rows = np.concatenate([rows, burst / np.linalg.norm(burst, axis=1, keepdims=True)])
+    chosen = suggest(rows, 50, 0.5 + rng.random(500) if weighted else None)
+    assert ((chosen.rows >= 400) | (chosen.rows == 0)).sum() == 1
+    assert chosen.stands.sum() == 500 and chosen.stands.max() >= 101
+
+
 def test_edges() -> None:
     rows = Clusters(10).queries(3)[0].plain
     assert sorted(suggest(rows, 1000).rows) == list(range(30)) and len(suggest(rows[:0], 5).rows) == 0
