@@ -16,7 +16,6 @@ colours       CMYK, YCbCr, LAB and HSV are converted; colour profiles are not ap
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -188,9 +187,3 @@ def tensor_array(tensor: Any) -> np.ndarray:
         f"expected a tensor (H, W), (C, H, W), (H, W, C) or a batch (B, C, H, W) or (B, H, W, C) with C of 1, 3 or 4, "
         f"got {tuple(array.shape)}"
     )
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether a value is a PyTorch tensor, without importing torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and hasattr(torch, "Tensor") and isinstance(value, torch.Tensor)

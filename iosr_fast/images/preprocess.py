@@ -16,8 +16,8 @@ import numpy as np
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.listing import refuse_url
-from iosr_fast.images.pixels import FORMATS, from_array, is_tensor, opened, tensor_array, upright_rgb
-from iosr_fast.utils.numbers import refuse_masked
+from iosr_fast.images.pixels import FORMATS, from_array, opened, tensor_array, upright_rgb
+from iosr_fast.utils.numbers import is_tensor, refuse_masked
 from iosr_fast.utils.text import abbreviate
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.fields import PlanTerms
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE, check_unit_rows, unit_norm_message
+from iosr_fast.utils.numbers import is_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ def checked_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) 
     if embeddings.adapted is not None:
         named["adapted"] = _import(embeddings.adapted)
     places = {
-        name: str(getattr(array, "device", "cpu")) if _is_tensor(array) else "numpy" for name, array in named.items()
+        name: str(getattr(array, "device", "cpu")) if is_tensor(array) else "numpy" for name, array in named.items()
     }
     if len(set(places.values())) > 1:
         raise IosrFastError(f"expected plain and adapted embeddings of one kind in one place, got {places}")
@@ -62,7 +62,7 @@ def checked_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) 
                 "the plan and the embeddings must come from the same encoder"
             )
     precision = {name: _precision_of(array) for name, array in named.items()}
-    tensors = _is_tensor(named["plain"])
+    tensors = is_tensor(named["plain"])
     if tensors and named["plain"].device.type != "cpu":
         on_device = _on_device(named)
         if check:
@@ -89,12 +89,6 @@ def _usual(plan: PlanTerms, rows: Any, check: bool) -> bool:
     return rows.flags.c_contiguous and _C.unit_rows(rows, UNIT_NORM_TOLERANCE["fp32"])
 
 
-def _is_tensor(array: Any) -> bool:
-    # If torch is not loaded there are no tensors; this check must not load it.
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
-
-
 def _precision_of(array: Array) -> Precision:
     if isinstance(array, np.ndarray):
         return "fp16" if array.dtype == np.float16 else "fp32"
@@ -103,7 +97,7 @@ def _precision_of(array: Array) -> Precision:
 
 def _import(array: Array) -> Array:
     """`array` as a NumPy array or a torch tensor; a view of the memory of DLPack objects."""
-    if isinstance(array, np.ndarray) or _is_tensor(array):
+    if isinstance(array, np.ndarray) or is_tensor(array):
         return array
     if not hasattr(array, "__dlpack__"):
         return np.asarray(array)
@@ -121,7 +115,7 @@ def _import(array: Array) -> Array:
 
 
 def _contiguous(array: Array) -> np.ndarray:
-    if _is_tensor(array):
+    if is_tensor(array):
         array = array.detach().float().numpy()
     return np.ascontiguousarray(array, dtype=np.float32)
 

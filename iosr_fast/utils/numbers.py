@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 import numpy as np
@@ -37,3 +38,9 @@ def refuse_masked(name: str, array: Any) -> None:
             f"expected {name} without masked values, got {masked:,} of {array.size:,} masked; fill them with "
             "array.filled(value), or leave their rows out"
         )
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a PyTorch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and hasattr(torch, "Tensor") and isinstance(value, torch.Tensor)
