@@ -45,9 +45,7 @@ def test_comes_whole_from_its_own_server(visit: Visit) -> None:
     assert not re.search(r"https?://|<style|style=|<script(?! (type=\"module\" )?src=)|\son\w+=", markup)
     for path in PAGE.iterdir():
         assert urllib.request.urlopen(f"{visit.site.address}static/{path.name}").read() == path.read_bytes()
-    forbidden = re.compile(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|https?://(?!www\.w3\.org/2000/svg\")"
-    )
+    forbidden = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|https?://")
     assert [path.name for path in PAGE.glob("*.js") if forbidden.search(path.read_text(encoding="utf-8"))] == []
 
 
@@ -65,10 +63,8 @@ def test_a_chosen_picture_is_explained(visit: Visit) -> None:
 
     parts = np.array([[score.zero_shot, score.cache - score.adapter, score.adapter] for score in expected.top])
     from_start = parts - parts.min(0) + 0.1 * np.ptp(parts, 0)
-    lengths = [
-        page.locator(f".bar rect.{part}").evaluate_all("all => all.map(rect => parseFloat(rect.getAttribute('width')))")
-        for part in PARTS
-    ]
+    widths = "all => all.map(span => parseFloat(span.style.width))"
+    lengths = [page.locator(f".bar .{part}").evaluate_all(widths) for part in PARTS]
     np.testing.assert_allclose(np.transpose(lengths), 100 * from_start / from_start.sum(1).max(), atol=0.1)
     page.locator("details.numbers summary").click()
     assert visit.texts("details.numbers thead th") == ["class", *PARTS, "sum"]
@@ -156,22 +152,8 @@ def test_all_pictures_are_listed_selected_saved_and_cleared(visit: Visit, tmp_pa
 
 
 def test_requests_have_what_the_server_takes(visit: Visit) -> None:
-    def limited(route: Any) -> None:
-        body = route.fetch().json()
-        content = body["paths"]["/v1/predict"]["post"]["requestBody"]["content"]
-        content["multipart/form-data"]["schema"]["properties"]["images"]["maxItems"] = 3
-        route.fulfill(json=body)
-
-    visit.page.route("**/openapi.json", limited)
-    visit.page.reload()
-    visit.page.wait_for_load_state("networkidle")
-    pictures = [file(query, f"{i}.png") for i, query in enumerate(visit.site.queries)]
-    sent = counted(visit)
-    visit.choose(*pictures)
-    assert max(sent) == 3 and sum(sent) == 8
-    visit.page.unroute("**/v1/predict*")
-    sent = counted(visit, largest=1)  # in bytes, which no document says
-    visit.choose(file(pictures[0]["buffer"], "first.png"), *pictures)
+    sent = counted(visit, largest=1)
+    visit.choose(*(file(query, f"{i}.png") for i, query in enumerate([*visit.site.queries, visit.site.queries[0]])))
     assert sent.count(1) == 9 and visit.page.locator("#items .bad").count() == 0
     visit.was_refused(*[413] * (len(sent) - 9))
 

@@ -98,16 +98,6 @@ export function predict(pictures, { top, nearest, reject, onWait }) {
   return call(path, { method: "POST", body: form(pictures), onWait });
 }
 
-/** How many pictures the server takes in a request, as its OpenAPI document says; 1 if that can't be read. */
-export async function mostPictures() {
-  try {
-    const { content } = (await call("openapi.json")).data.paths["/v1/predict"].post.requestBody;
-    return content["multipart/form-data"].schema.properties.images.maxItems;
-  } catch {
-    return 1;
-  }
-}
-
 /** All pages of a list, joined in `field` of the first. A change in between shows in the version of a later answer. */
 async function allPages(path, field) {
   const first = await call(path);
@@ -122,8 +112,6 @@ async function allPages(path, field) {
 export const classifier = async () => (await call("v1/classifier")).data;
 export const classes = () => allPages("v1/classes", "classes");
 export const examples = (classId) => allPages(`${classPath(classId)}/examples`, "example_ids");
-export const firstExample = async (classId) =>
-  (await call(`${classPath(classId)}/examples?limit=1`)).data.example_ids[0];
 
 // Changes; each answers with the new version.
 const changing = (path, method, options, onWait) => call(path, { method, change: true, onWait, ...options });

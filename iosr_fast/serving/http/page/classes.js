@@ -61,7 +61,7 @@ function fill(panel, info) {
   const pictures = make("ul", { class: "strip", "aria-label": `Examples of ${info.name}` });
   drawExamples(info, pictures);
   const input = make("input", { type: "file", accept: "image/*", multiple: true });
-  acceptChoices(input, (files) => addExamples(info, files));
+  acceptChoices(input, (files) => teach(info.name, files));
   const button = (words, click, look = "") => make("button", { type: "button", class: `button ${look}`, click }, words);
   const actions = make(
     "div",
@@ -87,11 +87,18 @@ async function drawExamples(info, list) {
   }
 }
 
-const addExamples = (info, files) =>
-  change(
-    async (onWait) => api.addExamples(info.class_id, await preparedAll(files), onWait),
-    `${count(files.length, "example")} added to ${quoted(info.name)}.`,
-  );
+/** Add files to the examples of the class of this name, or as a new class: true if it succeeded. */
+export function teach(name, files) {
+  const known = named(name);
+  const [examples, whose] = [count(files.length, "example"), quoted(name)];
+  const request = async (onWait) => {
+    const pictures = await preparedAll(files);
+    return known ? api.addExamples(known.class_id, pictures, onWait) : api.addClass(name, pictures, onWait);
+  };
+  return known
+    ? change(request, `${examples} added to ${whose}.`)
+    : change(request, `Class ${whose} added with ${examples}.`, name);
+}
 
 function rename({ class_id: id, name: old }) {
   const name = prompt(`New name of ${quoted(old)}:`, old)?.trim();

@@ -1,9 +1,7 @@
 // Under an answer: "It is", which confirms or corrects it and adds the picture to the examples of that class.
 
-import * as api from "./api.js";
-import { named, namesWith } from "./classes.js";
+import { named, namesWith, teach } from "./classes.js";
 import { accept, find, make, onSubmit, quoted, refuse } from "./dom.js";
-import { preparedAll } from "./upright.js";
 
 const OFFERED = 50; // Names at a time; a browser shows some ten of them.
 
@@ -24,25 +22,21 @@ function offer(words) {
   find("correct-button").textContent = name && !named(name) ? "Add as a new class" : "Confirm";
 }
 
-async function send(change, item) {
+async function send(shown) {
   const field = find("truth");
   const name = field.value.trim();
   if (!name) return refuse(field, "Which class is it? Choose one, or type a new name.");
-  const known = named(name);
-  const request = async (onWait) => {
-    const pictures = await preparedAll([item.file]);
-    await (known ? api.addExamples(known.class_id, pictures, onWait) : api.addClass(name, pictures, onWait));
-    item.taught = name;
-  };
-  const words = known ? `1 example added to ${quoted(name)}.` : `Class ${quoted(name)} added with 1 example.`;
-  const added = await change(request, words, known ? null : { name, field });
-  if (added) find("taught").focus();
+  const item = shown();
+  if (!(await teach(name, [item.file]))) return;
+  item.taught = name;
+  show(shown());
+  find("taught").focus();
 }
 
-/** `change(request, words, added)` sends a change and announces it, `shown()` is the item in sight; see page.js. */
-export function setUp(change, shown) {
+/** `shown()` is the item in sight; see page.js. */
+export function setUp(shown) {
   const field = find("truth");
   field.addEventListener("focus", () => field.select());
   field.addEventListener("input", () => offer(field.value.trim()));
-  onSubmit(find("correct"), () => send(change, shown()));
+  onSubmit(find("correct"), () => send(shown));
 }

@@ -1,12 +1,13 @@
 // Elements, words and numbers. Text is inserted as text nodes only, so foreign text is never markup.
 
-const SVG = "http://www.w3.org/2000/svg";
 const PER_CENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 const COUNT = new Intl.NumberFormat("en");
 
 export const find = (id) => document.getElementById(id);
 
-function fill(element, attributes, children) {
+/** An element. A function as attribute listens to the event of that name; strings become text. */
+export function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") element.addEventListener(name, value);
     else if (value === true) element.setAttribute(name, "");
@@ -15,11 +16,6 @@ function fill(element, attributes, children) {
   element.append(...children.filter((child) => child != null));
   return element;
 }
-
-/** An element. A function as attribute listens to the event of that name; strings become text. */
-export const make = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
-export const makeSvg = (tag, attributes = {}, ...children) =>
-  fill(document.createElementNS(SVG, tag), attributes, children);
 
 /** "1 example", "1,000 examples". */
 export const count = (number, one, many = `${one}s`) => `${COUNT.format(number)} ${number === 1 ? one : many}`;

@@ -3,12 +3,11 @@
 import * as api from "./api.js";
 import * as classes from "./classes.js";
 import * as correct from "./correct.js";
-import { complain, count, find, refuse, say, sayNothing, scrollTo } from "./dom.js";
+import { complain, count, find, percent, refuse, say, sayNothing, scrollTo } from "./dom.js";
 import * as list from "./list.js";
-import { acceptChoices, acceptDrops, filesOf } from "./pictures.js";
+import { acceptChoices, acceptDrops } from "./pictures.js";
 import * as queue from "./queue.js";
 import { show, showPicture } from "./result.js";
-import { showFacts, showSamples } from "./start.js";
 import * as teach from "./teach.js";
 
 // {file, name, row} of list.js, with what queue.js adds; after a change also {before: the previous prediction,
@@ -55,7 +54,6 @@ function forget() {
 async function refresh() {
   const data = await classes.refresh();
   if (!data) return;
-  if (classCount === null) showSamples(data.classes, add);
   classCount = data.classes.length;
   find("promise").textContent = `Each picture gets one of the ${count(classCount, "class", "classes")} below, or none.`;
   const facts = await showFacts();
@@ -64,34 +62,53 @@ async function refresh() {
   list.update([]);
 }
 
+/** Show model, method and measured accuracy in the headline: the server's answer, or undefined after an error. */
+async function showFacts() {
+  try {
+    const data = await api.classifier();
+    const { model, method, measured } = data;
+    find("facts").textContent = [model, method, accuracy(measured)].filter((words) => words).join(" \u00b7 ");
+    find("facts").title = measured?.summary ?? ""; // With what was not judged.
+    return data;
+  } catch (error) {
+    return complain(error.message);
+  }
+}
+
+function accuracy(measured) {
+  if (!measured?.interval) return "accuracy not measured";
+  const [low, high] = measured.interval.map(percent);
+  const images = count(measured.images, measured.protocol === "validation" ? "validation picture" : "left-out picture");
+  const stale = measured.stale ? "; measured before the last changes" : "";
+  return `${percent(measured.accuracy)} of ${images} right (95%: ${low} to ${high})${stale}`;
+}
+
 /**
- * Send a change, announce it in `words`, and classify the shown picture again. `added` is {name, field} of a new class:
- * its name and where it was typed. True if it succeeded.
+ * Send a change, announce it in `words`, and classify the shown picture again. `name` is that of a new class. True if it
+ * succeeded.
  */
-async function change(request, words, added = null) {
+async function change(request, words, name = "") {
   try {
     await request(announceWait);
   } catch (error) {
     if (error.status === 401) refuse(find("token"), api.token.get() ? error.message : "Enter the token.");
-    else if (error.code === "name_taken" && added) refuse(added.field, error.message);
     else complain(error.message);
     return false;
   }
   say(words);
-  if (added) find("filter").value = added.name; // So that the new class is in sight.
+  if (name) find("filter").value = name; // So that the new class is in sight.
   await refresh();
   if (shown) {
     shown.before = shown.prediction;
     queue.classify([shown], true);
     find("result").setAttribute("aria-busy", "true"); // Its nearest examples may be gone: not drawn again.
-    correct.show(shown);
   }
   scrollTo(find(shown ? "answer" : "classes"));
   return true;
 }
 
 function paste(event) {
-  const { files } = filesOf(event.clipboardData);
+  const files = [...event.clipboardData.files];
   if (!files.length) {
     if (!event.target.closest?.("input")) complain("There is no picture in the clipboard.");
     return;
@@ -109,6 +126,6 @@ find("notice-close").addEventListener("click", sayNothing);
 queue.setUp({ answered, announceWait, refresh });
 list.setUp(select, forget);
 classes.setUp(change);
-teach.setUp(change);
-correct.setUp(change, () => shown);
+teach.setUp();
+correct.setUp(() => shown);
 refresh();

@@ -1,17 +1,6 @@
-// Files of the user: dropped, pasted or chosen.
+// Files of the user: dropped or chosen.
 
 import { complain } from "./dom.js";
-
-/** The files of a drop or a paste: {files, problem}; `problem` describes what could not be used. */
-export function filesOf(transfer) {
-  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.());
-  if (entries.some((entry) => entry?.isDirectory)) {
-    return { files: [], problem: "Folders are not supported. Open it and drop its pictures." };
-  }
-  const files = [...transfer.files];
-  const problem = files.length ? null : "No file was dropped. Save the picture first, or copy and paste it.";
-  return { files, problem };
-}
 
 /** Pass files dropped on `element` to `take`; it is marked while something hovers over it. */
 export function acceptDrops(element, take) {
@@ -28,9 +17,9 @@ export function acceptDrops(element, take) {
     event.preventDefault();
     event.stopPropagation();
     marked(false);
-    const { files, problem } = filesOf(event.dataTransfer);
-    if (problem) complain(problem);
-    else take(files);
+    const files = [...event.dataTransfer.files];
+    if (files.length) take(files);
+    else complain("No file was dropped. Save the picture first, or copy and paste it.");
   });
 }
 

@@ -2,11 +2,11 @@
 
 import * as api from "./api.js";
 import { pause } from "./dom.js";
-import { drawn, plainPicture, prepared } from "./upright.js";
+import { drawn, prepared } from "./upright.js";
 
 const ANSWER = { top: 5, nearest: 6 };
 const REQUESTS = 2; // While the server answers one, the pictures of the other are prepared.
-const PICTURES = 8; // Of a request, which then has at most 16 MiB (upright.js); a server takes 32 MiB by default.
+const PICTURES = 8; // Of a request, which then has at most 16 MiB (upright.js). A server that takes less says so (413).
 const THUMBNAIL = 96;
 const LEARN_MS = 700; // An answer waits so long for what is being learnt.
 const LEARNING = "that is still being learnt from the examples";
@@ -17,7 +17,7 @@ let waiting = [];
 let unchecked = []; // Answered without rejection, because it was still being learnt.
 let running = 0;
 let size = 1; // Pictures of the next request: one, for a first answer soon, then twice as many, up to `most`.
-let most = 1;
+let most = PICTURES;
 let page = null;
 
 /**
@@ -26,7 +26,6 @@ let page = null;
  */
 export function setUp(callbacks) {
   page = callbacks;
-  api.mostPictures().then((limit) => (most = Math.min(PICTURES, limit)));
 }
 
 /** The server's newest version, and what it says of rejection there; null if that would have to be fitted first. */
@@ -98,7 +97,7 @@ async function send(batch) {
 /** Predictions that may reject pictures, or some that can't, with the reason in `unchecked`. */
 async function predict(items, files) {
   const known = version;
-  rejection ??= learn();
+  rejection ??= learn(files[0]);
   let reason = await Promise.race([rejection, pause(LEARN_MS).then(() => LEARNING)]);
   const ask = () => api.predict(files, { ...ANSWER, reject: !reason, onWait: page.announceWait });
   const { data, roundTripMs } = await ask().catch((error) => {
@@ -114,17 +113,16 @@ async function predict(items, files) {
   if (![known, version].includes(data.version)) page.refresh();
   if (reason === LEARNING) {
     unchecked.push(...items.filter(({ prediction }) => prediction));
-    rejection ??= learn();
+    rejection ??= learn(files[0]);
     rejection.then(() => classify(unchecked.splice(0)));
   }
 }
 
 /**
- * Ask for rejection until the server can do it: "", or why it can't. To learn it takes the server up to a minute after
- * a change, with thousands of examples.
+ * Ask for the rejection of any picture until the server can do it: "", or why it can't. To learn it takes the server up
+ * to a minute after a change, with thousands of examples.
  */
-async function learn() {
-  const picture = await plainPicture();
+async function learn(picture) {
   for (const of = version; of === version; await pause(LEARN_MS)) {
     try {
       await api.predict([picture], { top: 1, nearest: 0, reject: true });

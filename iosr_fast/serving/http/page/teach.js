@@ -1,9 +1,10 @@
 // The form that adds a class: name, examples, token.
 
 import * as api from "./api.js";
-import { accept, count, find, noPreview, onSubmit, quoted, refuse, removable } from "./dom.js";
+import { named, teach } from "./classes.js";
+import { accept, count, find, noPreview, onSubmit, refuse, removable } from "./dom.js";
 import { acceptChoices, acceptDrops } from "./pictures.js";
-import { drawn, preparedAll } from "./upright.js";
+import { drawn } from "./upright.js";
 
 const THUMBNAIL = 96;
 let examples = [];
@@ -35,28 +36,22 @@ function leaveOut(example) {
   (buttons[Math.min(place, buttons.length - 1)] ?? find("new-examples")).focus();
 }
 
-async function send(change) {
+async function send() {
   const field = find("new-name");
   const name = field.value.trim();
   if (!name) return refuse(field, "The class needs a name.");
+  if (named(name)) return refuse(field, "Another class has this name.");
   if (!examples.length) return refuse(find("new-examples"), "The class needs at least one example.");
-  const sent = examples.map((example) => example.file);
-  const added = await change(
-    async (onWait) => api.addClass(name, await preparedAll(sent), onWait),
-    `Class ${quoted(name)} added with ${count(sent.length, "example")}.`,
-    { name, field },
-  );
-  if (!added) return;
+  if (!(await teach(name, examples.map((example) => example.file)))) return;
   field.value = "";
   examples = [];
   draw();
 }
 
-/** `change(request, words, added)` sends a change and announces it; see page.js. */
-export function setUp(change) {
+export function setUp() {
   find("token").value = api.token.get();
   find("token").addEventListener("input", (event) => api.token.set(event.target.value.trim()));
   acceptChoices(find("new-examples"), collect);
   acceptDrops(find("teach-stage"), collect);
-  onSubmit(find("teach"), () => send(change));
+  onSubmit(find("teach"), send);
 }

@@ -20,7 +20,7 @@ export async function prepared(file) {
   try {
     head = new DataView(await file.slice(0, HEAD_BYTES).arrayBuffer());
   } catch {
-    throw new Error("The file can't be read. Was it moved or changed?");
+    throw new Error("The file can't be read. Is it a folder, or was it moved?");
   }
   const notes = [];
   if (orientation(head) !== 1) notes.push("turned upright");
@@ -63,19 +63,8 @@ function orientationInTiff(view, start) {
 async function redraw(file) {
   const canvas = await drawn(file, SIDE, SHORTER);
   const type = file.type === "image/jpeg" ? "image/jpeg" : "image/png";
-  return canvas && encoded(canvas, file.name || "picture", type);
-}
-
-async function encoded(canvas, name, type) {
-  const blob = await new Promise((done) => canvas.toBlob(done, type, 0.95));
-  return blob && new File([blob], `${name}.${type === "image/jpeg" ? "jpg" : "png"}`, { type });
-}
-
-/** A picture of nothing, which every server can decode. */
-export function plainPicture() {
-  const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [64, 64];
-  return encoded(canvas, "plain", "image/png");
+  const blob = canvas && (await new Promise((done) => canvas.toBlob(done, type, 0.95)));
+  return blob && new File([blob], `${file.name || "picture"}.${type.slice("image/".length)}`, { type });
 }
 
 /**
