@@ -40,6 +40,7 @@ SUBJECTS = {
     "audit": "Wrong labels in the support set.",
     "suggest": "Accuracy after a budget of labels, suggested and at random.",
     "unknown": "Pictures of unknown classes; label sets.",
+    "groups": "Bursts of pictures: what left-out images let expect, beside other bursts.",
     "automation": "Labels accepted by promised errors; `broken`: draws in which more were wrong.",
     "adapter-place": "Accuracy in % by the adapter's place in the demo's CLIP.",
     "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
@@ -63,6 +64,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "labels": {"map": ".1%", "std": ".1%", "expected": ".1%", "f1": ".1%", "predicted": ".2f"},
     "audit": {"auroc": ".4f", "precision": ".1%", "wrong": ".0f", "listed": ".1f", "found": ".1f"},
     "suggest": {"suggested": ".1%", "random": ".1%", "budget": ".0f"},
+    "groups": {"expected": ".1%", "std": ".1%", "accuracy": ".1%", "covered": ".1%"},
     "automation": {**dict.fromkeys(("labelled", "std", "wrong"), ".1%"), "broken": ".0%", "strangers": ".1%"},
     "unknown": {**dict.fromkeys(("auroc", "std", "fpr95", "kept", "best_single", "coverage"), ".1%"), "size": ".2f"},
 }
@@ -138,7 +140,8 @@ def origin(name: str, rows: Sequence[Row]) -> str:
     if "data" in rows[0]:
         counts = " or ".join(map(str, sorted({n for row in rows for n in np.ravel(row["test_images"])})))
         parts += [rows[0]["data"], f"test images: {counts}", f"draws: {np.size(rows[0]['seeds'])}"]
-    versions = {f"{package} {version}" for row in rows for package, version in row["versions"].items() if version}
+    named = {pair for row in rows for pair in row["versions"].items() if pair[1] and pair[0] != "iosr_fast"}
+    versions = {f"{package} {version}" for package, version in named}  # that of iosr_fast is its commit's
     facts = (", ".join(sorted(names)) for names in (versions, {row["commit"] for row in rows}))
     return "; ".join([*parts, rows[0]["device"], *facts])
 

@@ -73,11 +73,13 @@ class Claim:
                     }
 
 
-def fit(images: Embeddings, labels: np.ndarray, text: Any, tau: float, method: str = "auto") -> FewShotHead:
+def fit(
+    images: Embeddings, labels: np.ndarray, text: Any, tau: float, method: str = "auto", groups: Any = None
+) -> FewShotHead:
     """The head that a user gets of these images; gda, a Gaussian fit, at its defaults."""
     tune: Any = "none" if method == "gda" else None
     head = FewShotHead(method, tune=tune, text=text, tau=tau, adapted=images.adapted is not None)
-    return head.fit(rows_of(images), labels)
+    return head.fit(rows_of(images), labels, groups=groups)
 
 
 def rows_of(embeddings: Embeddings) -> np.ndarray:

@@ -200,11 +200,7 @@ def images_needed(share: float) -> int:
 
 def check_calibration(images: int) -> None:
     """Raise IosrFastError where so few images can't take the place of left-out ones."""
-    if images < (needed := images_needed(COVERAGE)):
-        raise IosrFastError(
-            f"expected at least {needed} images to calibrate on, which a promise for {COVERAGE:.4g} of the pictures "
-            f"takes, got {images}"
-        )
+    threshold(np.zeros(images), COVERAGE, CALIBRATION)
 
 
 def check_share(name: str, share: float, like: float = 0.95) -> float:

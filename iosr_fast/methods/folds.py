@@ -161,12 +161,6 @@ def group_near_duplicates(support: SupportSet) -> np.ndarray:
     return groups
 
 
-def are_filled(counts: np.ndarray, distinct: np.ndarray) -> np.ndarray:
-    """(C,) bool: near duplicates are at least half of the images of these classes; counts and Folds.distinct (C,)."""
-    filled: np.ndarray = (counts > 1) & (2 * distinct <= counts)
-    return filled
-
-
 def near_support(support: SupportSet, plain: np.ndarray, more: Sequence[np.ndarray] = ()) -> np.ndarray:
     """(B,) bool: the plain embeddings (B, D) of images that are near duplicates of a support image of any class, or of
     one of `more` embeddings (D,), and so say little about new images. The usual distance is that of the median class;

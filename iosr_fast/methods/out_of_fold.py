@@ -9,7 +9,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.folds import Folds, are_filled, make_folds
+from iosr_fast.methods.folds import Folds, make_folds
 from iosr_fast.methods.models.model import Model, Term
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.support_set import ROUNDING, SupportSet, check_labels
@@ -135,9 +135,9 @@ class HeldOut:
             images = "1 image is a near duplicate" if count == 1 else f"{count} images are near duplicates"
             images += " or of the group" if grouped else ""
             notes.append(f"{images} of others of the same class and left out together with them")
-        if filled := [] if grouped else np.flatnonzero(are_filled(counts, distinct)).tolist():
+        if (filled := int((2 * distinct <= counts)[counts > 1].sum())) and not grouped:
             notes.append(
-                f"near duplicates fill {len(filled)} of {len(counts)} classes: less similar pictures of a series are "
+                f"near duplicates fill {filled} of {len(counts)} classes: less similar pictures of a series are "
                 "not left out together, and new ones may be right less often; give the groups, or other pictures"
             )
         return "; ".join(notes)

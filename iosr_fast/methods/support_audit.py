@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.methods.folds import are_filled, class_distances, near_pairs
+from iosr_fast.methods.folds import class_distances, near_pairs
 from iosr_fast.methods.label_noise import fit_label_noise
 from iosr_fast.methods.learning_curve import Compile, LearningCurve, learning_curve
 from iosr_fast.methods.models.model import TextModel
@@ -253,7 +253,6 @@ def _class_reports(
     support: SupportSet, classes: Sequence[Any], left_out: OutOfFold, rows: np.ndarray
 ) -> Iterator[ClassReport]:
     counts, distinct = support.counts, left_out.folds.distinct
-    filled = are_filled(counts, distinct) & (distinct > 1) & (support.groups is None)
     variety = class_distances(rows, support, np.mean)
     if len(known := variety[np.isfinite(variety)]):
         variety /= max(np.median(known), _ROUNDING)
@@ -270,7 +269,7 @@ def _class_reports(
             advice.append(f"{one}: nothing can be left out")
         elif distinct[c] < usual / 2:
             advice.append(f"few images: {distinct[c]} where {usual:g} are usual")
-        if filled[c]:
+        if support.groups is None and 1 < distinct[c] <= counts[c] / 2:
             advice.append(
                 f"near duplicates: {counts[c]} images count as {distinct[c]}; new ones may be right less often "
                 "than left-out ones: give the groups, or other images"

@@ -194,8 +194,9 @@ def _halves(support: SupportSet, own: Embeddings, names: tuple[str, ...]) -> Ite
                 left = of_half[labels] & out & folds.scored
                 unknown = ~of_half[labels] & (folds.fold % HALF_FOLDS == fold)
                 unknown &= ~np.isin(folds.units, folds.units[of_half[labels] & ~out])
-                if left.any() and unknown.any():
-                    scorer = OodScores(support.only(~out).of_classes(of_half), names)
+                others = support.only(~out).of_classes(of_half)
+                if left.any() and unknown.any() and np.count_nonzero(others.counts) > 1:
+                    scorer = OodScores(others, names)
                     yield _standardised(scorer(own[left]), scorer(own[unknown]))
 
 

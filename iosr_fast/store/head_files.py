@@ -24,9 +24,7 @@ from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.names import check_separable
 from iosr_fast.head.predictions import AnyHead
-from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.conformal import CALIBRATION
-from iosr_fast.methods.conformal import LEFT_OUT as LEFT_OUT_IMAGES
+from iosr_fast.methods import METHODS, conformal, unavailable_reason
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
@@ -205,10 +203,9 @@ def _examples(arrays: Arrays, numbers: tuple[int, ...], next_id: int, **others: 
 
 
 def _calibration(arrays: Arrays, numbers: tuple[int, ...]) -> Examples | None:
-    rows = _embeddings(arrays, "calibration_")
-    if not are_complete(arrays, ("calibration_owners", "calibration_plain")) or rows is None:
+    rows, owners = _embeddings(arrays, "calibration_"), arrays.get("calibration_owners")
+    if not are_complete(arrays, ("calibration_owners", "calibration_plain")) or rows is None or owners is None:
         return None
-    owners = arrays["calibration_owners"]
     if strange := sorted(set(owners.tolist()) - set(numbers)):
         raise IosrFastError(f"expected calibration_owners among the class_numbers, got {strange[:5]}")
     return Examples(rows, owners, np.arange(len(owners)), (None,) * len(owners))
@@ -325,7 +322,7 @@ def _evidence(head: AnyHead, read: Callable[[str], bytes | None]) -> Mapping[str
         if are_complete(arrays, _UNKNOWN) and len(arrays["weights"]) == len(names):
             weights, bias, left_out, auroc = (arrays[name] for name in _UNKNOWN)
             numbers = weights, float(bias[0]), left_out, float(auroc[0]) if len(auroc) else math.nan
-            basis = LEFT_OUT_IMAGES if head.calibration_images is None else CALIBRATION
+            basis = conformal.LEFT_OUT if head.calibration_images is None else conformal.CALIBRATION
             evidence["unknown"] = Unknown(head.support, names, *numbers, head.unknown_images, basis)
         if "out_of_fold" in arrays:
             folds, logits = make_folds(head.support), arrays["out_of_fold"]

@@ -152,10 +152,7 @@ def optimize(
             "that the engine that is chosen can encode them, got none"
         )
     if head.calibration_images is not None:
-        raise IosrFastError(
-            f"this classifier is calibrated on {len(head.calibration_images)} images, which another engine has to "
-            "encode: fit again, optimize, and then calibrate_on"
-        )
+        raise IosrFastError("this classifier has images of calibrate_on: fit again, optimize, and then calibrate_on")
     loaded = fit
     if pretrained is not None:
         from iosr_fast.export.pretrained import with_loaded

@@ -93,44 +93,38 @@ def test_sets_and_calibration_are_those_of_left_out_images(queries: Any, per_cla
 def test_promises_rest_on_calibration_images_which_are_saved_and_follow_changes(
     queries: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images, labels = queries
-    known = labels < CLASSES
-    names = [f"motif {c}" for c in labels[known]]
+    images, labels, names = *queries, [f"motif {c}" for c in queries[1]]
     classifier = small_classifier(engine_folder(tmp_path / "engine"), **GDA | {"method": "auto", "alpha": None})
-    before, scores = classifier.snapshot(), classifier.unknown_score(images)
-    assert classifier.calibrate_on(images[known], names).version == classifier.version == 2
-    classifier.save(tmp_path / "bundle")
+    scores, accuracy = classifier.unknown_score(images[:30]), classifier.tuned_.accuracy
+    assert classifier.calibrate_on(images[:30], names[:30]).version == classifier.version == 2
     classifier.unknown_score(images)
+    classifier.save(tmp_path / "bundle")
     for head in (classifier.snapshot(), load_bundle(tmp_path / "bundle").head):
-        embeddings = PixelEncoder().encode(images[known])
-        expected = of_logits(head.score(embeddings), labels[known])
+        expected = of_logits(head.score(PixelEncoder().encode(images[:30])), labels[:30])
         np.testing.assert_allclose(head.left_out_labels.odds, expected.odds, rtol=1e-5)
-        assert head.unknown.left_out == pytest.approx(-scores[known], abs=1e-4)
-        assert not head.tuned.stale and head.tuned.accuracy == before.tuned.accuracy
-        for text in (head.summary(), head.unknown.summary(0.9), str(head.left_out_labels.reliability)):
-            assert "30 images of calibrate_on" in text
-    assert "30 images of calibrate_on" in str(classifier.automation()) and "calibrate_on" in describe(
-        tmp_path / "bundle"
-    )
-    with pytest.raises(IosrFastError, match="needs at least 99 images of calibrate_on, got 30"):
-        classifier.predict_sets(images, 0.99)
+        np.testing.assert_allclose(head.unknown.left_out, -scores, atol=1e-4)
+        assert not head.tuned.stale and head.tuned.accuracy == accuracy  # evidence of the same fit
+        for text in (head.summary(), head.unknown.summary(0.9), head.left_out_labels.reliability):
+            assert "30 images of calibrate_on" in str(text)
+    assert "30 images of calibrate_on" in str(classifier.automation()) + describe(tmp_path / "bundle")
     classifier.open_log(tmp_path / "log.db")
     with pytest.raises(IosrFastError, match="a log has no fit, engine or calibrate_on"):
-        classifier.calibrate_on(images[known], names)
+        classifier.calibrate_on(images[:30], names[:30])
     classifier.remove_class("motif 0")
     classifier.add_class("motif 7", images[labels == 7])
     classifier.close_log()
-    assert classifier.calibration().n_images == 25 and len(classifier.unknown_.left_out) == 25
+    assert classifier.calibration().n_images == 25 == len(classifier.unknown_.left_out)
     logged = small_classifier(**GDA)
     logged._fit = replace(logged._fit, head=load_bundle(tmp_path / "bundle").head)
     logged.open_log(tmp_path / "log.db")
-    assert fingerprint(logged.snapshot()) == fingerprint(classifier.snapshot())
     logged.close_log()
+    assert fingerprint(logged.snapshot()) == fingerprint(classifier.snapshot())
     for message, call in {
-        "at least 9 images to calibrate on, .* got 5": lambda: classifier.calibrate_on(images[5:10], names[5:10]),
-        "the labels 'motif 0' are not among": lambda: classifier.calibrate_on(images[known], names),
+        "at least 99 images of calibrate_on, got 25": lambda: classifier.predict_sets(images, 0.99),
+        "at least 9 images of calibrate_on, got 5": lambda: classifier.calibrate_on(images[5:10], names[5:10]),
+        "the labels 'motif 0', .* are not among": lambda: classifier.calibrate_on(images, names),
         "can't read image number 1": lambda: classifier.calibrate_on([images[6], b"no picture"], names[6:8]),
-        "calibrated on 25 images, which another engine": lambda: classifier.optimize([], []),
+        "this classifier has images of calibrate_on: fit again": lambda: classifier.optimize([], []),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
