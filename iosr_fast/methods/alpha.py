@@ -49,8 +49,7 @@ class Intervals:
     def right_at(self, alpha: float) -> np.ndarray:
         """(V,) bool: which samples are right at this alpha."""
         at = _position(alpha)
-        right: np.ndarray = (self.start <= at) & (at < self.stop)
-        return right
+        return (self.start <= at) & (at < self.stop)
 
     def best(self) -> Plateau:
         """The alphas at which most samples are right: the widest plateau of the maximum, of equal ones the first.

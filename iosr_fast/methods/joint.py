@@ -59,8 +59,7 @@ class JointPrediction:
     @property
     def labels(self) -> np.ndarray:
         """(B,) the class of the largest probability, of equal ones the first."""
-        labels: np.ndarray = self.classes[self.probabilities.argmax(1)]
-        return labels
+        return self.classes[self.probabilities.argmax(1)]
 
     def summary(self) -> str:
         """One sentence for the user: whether images were classified together, and why."""
@@ -82,10 +81,7 @@ class Unlabelled:
 
     def logits(self, gaussians: Gaussians, rows: slice) -> np.ndarray:
         """G(x, c) + ANCHOR * max(start, FLOOR), (rows, C) float32."""
-        logits: np.ndarray = gaussians.scores(self.rows[rows]) + np.float32(ANCHOR) * np.maximum(
-            self.start[rows], FLOOR
-        )
-        return logits
+        return gaussians.scores(self.rows[rows]) + np.float32(ANCHOR) * np.maximum(self.start[rows], FLOOR)
 
 
 def predict_jointly(
@@ -235,5 +231,4 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
     powers = np.exp(np.maximum(logits - logits.max(1, keepdims=True), _LEAST))
-    shares: np.ndarray = powers / powers.sum(1, keepdims=True)
-    return shares
+    return powers / powers.sum(1, keepdims=True)

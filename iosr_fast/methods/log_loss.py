@@ -177,8 +177,7 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
     centred = chosen - centres
 
     def logits(point: np.ndarray) -> np.ndarray:  # weights (K), the common bias, and the differences
-        result: np.ndarray = np.einsum("k,knc->nc", point[:k], centred) + point[k] + point[k + 1 :]
-        return result
+        return np.einsum("k,knc->nc", point[:k], centred) + point[k] + point[k + 1 :]
 
     def log_loss(point: np.ndarray) -> float:
         z = logits(point)
@@ -229,8 +228,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 def log_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(V,) -log softmax(logits)[label], in nats, of logits (V, C)."""
-    losses: np.ndarray = log_sum_exp(logits) - logits[np.arange(len(labels)), labels]
-    return losses
+    return log_sum_exp(logits) - logits[np.arange(len(labels)), labels]
 
 
 def log_sum_exp(logits: np.ndarray) -> np.ndarray:

@@ -147,8 +147,7 @@ def f1_thresholds(probabilities: np.ndarray) -> np.ndarray:
     largest = -np.sort(-probabilities, axis=0)
     first = np.arange(1, len(largest) + 1)[:, None]
     expected = 2 * np.cumsum(largest, axis=0) / (first + largest.sum(0))
-    thresholds: np.ndarray = (expected.max(0) / 2).astype(np.float32)
-    return thresholds
+    return (expected.max(0) / 2).astype(np.float32)
 
 
 def _check(entry: Method, images: MultiLabelSet) -> None:

@@ -111,8 +111,7 @@ class OodScores:
     def unlike_unknown(self, queries: Embeddings) -> np.ndarray:
         """(B,): UNKNOWN_KEY."""
         assert self.unknown_keys is not None
-        unlike: np.ndarray = -(_exact(queries, self.unknown_which) @ self.unknown_keys.T).max(1)
-        return unlike
+        return -(_exact(queries, self.unknown_which) @ self.unknown_keys.T).max(1)
 
 
 class Densities(Gaussians):

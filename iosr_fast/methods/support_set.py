@@ -86,8 +86,7 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
     images than others gets their queries.
     """
     present = counts[counts > 0]
-    weights: np.ndarray = np.where(counts > 0, (present.mean() if len(present) else 1.0) / np.maximum(counts, 1), 1.0)
-    return weights
+    return np.where(counts > 0, (present.mean() if len(present) else 1.0) / np.maximum(counts, 1), 1.0)
 
 
 def image_rows(embeddings: Embeddings, which: Which, reducer: Reducer | None) -> np.ndarray:
@@ -169,7 +168,6 @@ def mean_of_views(embeddings: Embeddings, views: int) -> Embeddings:
 
     def mean(rows: np.ndarray) -> np.ndarray:
         means = rows.reshape(-1, views, rows.shape[1]).mean(1)
-        normalised: np.ndarray = means / np.linalg.norm(means, axis=1, keepdims=True)
-        return normalised
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
 
     return Embeddings(mean(embeddings.plain), None if embeddings.adapted is None else mean(embeddings.adapted))

@@ -214,5 +214,4 @@ def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | 
 
 def _sum(terms: Sequence[Term], queries: Embeddings) -> np.ndarray:
     """The logits (B, C) of weighted terms."""
-    logits: np.ndarray = np.sum([weight * model.scores(queries) for weight, model in terms], axis=0)
-    return logits
+    return np.sum([weight * model.scores(queries) for weight, model in terms], axis=0)

@@ -87,8 +87,7 @@ class Unknown:
     def rejects(self, queries: Embeddings, keep: float = KEEP) -> np.ndarray:
         """(B,) bool, the pictures that are rejected. Raises IosrFastError as `threshold`, before anything is scored."""
         limit = self.threshold(keep)
-        rejected: np.ndarray = self.score(queries) > limit
-        return rejected
+        return self.score(queries) > limit
 
     def summary(self, keep: float = KEEP) -> str:
         """One sentence: what is kept, how well classes that were left out are found, or why nothing can be promised."""
@@ -166,8 +165,7 @@ def without_rejected(labels: np.ndarray, rejected: np.ndarray, word: Any) -> np.
     array(['cat', None], dtype=object)
     """
     if isinstance(word, str) and labels.dtype.kind == "U":
-        named: np.ndarray = np.where(rejected, word, labels)
-        return named
+        return np.where(rejected, word, labels)
     result = labels.astype(object)
     result[rejected] = word
     return result
@@ -208,8 +206,7 @@ def _standardised(known: np.ndarray, unknown: np.ndarray) -> Group:
 def _deviations(scores: np.ndarray) -> np.ndarray:
     """(K,) standard deviations; 1 where that is mere rounding."""
     deviations = scores.std(0)
-    result: np.ndarray = np.where(deviations > 1e-9 * np.maximum(np.abs(scores).max(0), 1e-9), deviations, 1.0)
-    return result
+    return np.where(deviations > 1e-9 * np.maximum(np.abs(scores).max(0), 1e-9), deviations, 1.0)
 
 
 def _weights(groups: Sequence[Group], ridge: float = RIDGE) -> np.ndarray:
@@ -222,8 +219,7 @@ def _weights(groups: Sequence[Group], ridge: float = RIDGE) -> np.ndarray:
             covariance += (centred.T @ centred) / len(centred) / len(groups)
         means.append(mean)
     covariance[np.diag_indices(len(covariance))] += ridge * np.trace(covariance) / len(covariance)
-    weights: np.ndarray = np.linalg.solve(covariance, means[0] - means[1])
-    return weights
+    return np.linalg.solve(covariance, means[0] - means[1])
 
 
 def _held_out_auroc(groups: Sequence[Group]) -> float:

@@ -46,8 +46,7 @@ def critical_alphas(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> 
 
 def somewhere(found: Intervals) -> np.ndarray:
     """Which samples are right at some alpha."""
-    right: np.ndarray = found.start < found.stop
-    return right
+    return found.start < found.stop
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)

@@ -42,8 +42,7 @@ def only(images: MultiLabelSet, rows: np.ndarray) -> MultiLabelSet:
 
 
 def rows_of(embeddings: Embeddings, which: str) -> np.ndarray:
-    rows: np.ndarray = getattr(embeddings, which).astype(np.float64)
-    return rows
+    return getattr(embeddings, which).astype(np.float64)
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -40,8 +40,7 @@ class Moments:
     def scatter(self) -> np.ndarray:
         """(D, D) about the class means."""
         scatter = self.second - self.sums.T @ self.means
-        symmetric: np.ndarray = (scatter + scatter.T) / 2
-        return symmetric
+        return (scatter + scatter.T) / 2
 
     @property
     def joined(self) -> Moments:
@@ -78,8 +77,7 @@ class Gaussians:
 
     def scores(self, rows: np.ndarray) -> np.ndarray:
         """G (B, C) of rows (B, D)."""
-        scores: np.ndarray = rows @ self.linear.T + self.bias
-        return scores
+        return rows @ self.linear.T + self.bias
 
 
 def fit_gaussians(
@@ -128,8 +126,7 @@ def shrunk_precision(scatter: np.ndarray, n_rows: float) -> np.ndarray:
     if trace <= n_rows * np.finfo(np.float32).eps:
         return np.eye(width)
     precision = np.linalg.inv(scatter / (n_rows - 1) + trace / (n_rows - 1) ** 2 * np.eye(width))
-    symmetric: np.ndarray = (precision + precision.T) / 2
-    return symmetric
+    return (precision + precision.T) / 2
 
 
 @dataclass(frozen=True)

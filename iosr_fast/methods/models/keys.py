@@ -64,8 +64,7 @@ class KeyModel(Model):
 
     def _cosines(self, queries: Embeddings) -> np.ndarray:
         """(B, N) float32, as a plan computes them."""
-        cosines: np.ndarray = self._compared(queries) @ self._compared(self.support.embeddings).T
-        return cosines
+        return self._compared(queries) @ self._compared(self.support.embeddings).T
 
     def _sums(self, cosines: np.ndarray) -> np.ndarray:
         """The term (B, C) of queries with these cosines (B, N) to the keys."""
@@ -117,8 +116,7 @@ class RefinedKeyModel(KeyModel):
         with np.errstate(over="ignore"):  # ScoringPlan rejects weights that are too large
             weights = np.exp(self.gamma * self._shared("divergences", self._divergences))
         of_classes = super().key_weights
-        refined: np.ndarray = weights if of_classes is None else weights * of_classes
-        return refined
+        return weights if of_classes is None else weights * of_classes
 
     def _divergences(self) -> np.ndarray:
         """KL(label[j] || p[j]), (N,) in bits."""
@@ -126,8 +124,7 @@ class RefinedKeyModel(KeyModel):
         cosines = (only(self.support.embeddings.plain) @ only(self._text).T).astype(np.float64)
         powers = np.exp(cosines - cosines.max(1, keepdims=True))
         own = powers[np.arange(len(powers)), self.support.labels] / powers.sum(1)
-        divergences: np.ndarray = np.log2((1 + _SMALL) / (own + _SMALL))
-        return divergences
+        return np.log2((1 + _SMALL) / (own + _SMALL))
 
 
 def choose_channels(rows: np.ndarray, labels: np.ndarray, text: np.ndarray, share: float = CHANNEL_SHARE) -> np.ndarray:
@@ -187,8 +184,7 @@ class DivergenceModel(Model):
 
     def scores(self, queries: Embeddings) -> np.ndarray:
         linear, bias = self.term
-        scores: np.ndarray = self._distributions(queries) @ linear.T + bias
-        return scores
+        return self._distributions(queries) @ linear.T + bias
 
     def fields(self) -> dict[str, Any]:
         linear, bias = self.term

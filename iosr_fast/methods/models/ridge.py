@@ -37,14 +37,12 @@ class KernelRidge:
 
     def values(self, target: np.ndarray) -> np.ndarray:
         """(N, C): the prediction for a query is its kernel row times these."""
-        values: np.ndarray = self._factor.T @ (self._factor @ target)
-        return values
+        return self._factor.T @ (self._factor @ target)
 
     def without_each(self, rows: np.ndarray, target: np.ndarray, values: np.ndarray) -> np.ndarray:
         """(len(rows), C): the prediction for each of these keys by all the others, target - values / diag(A)."""
         columns = self._factor[:, rows]
-        predicted: np.ndarray = target[rows] - values[rows] / np.einsum("ij,ij->j", columns, columns)[:, None]
-        return predicted
+        return target[rows] - values[rows] / np.einsum("ij,ij->j", columns, columns)[:, None]
 
     def without(self, folds: Folds, target: np.ndarray, values: np.ndarray) -> np.ndarray:
         """(N, C): query j's prediction is fitted without the images of j's fold; NaN for queries that no fold scores.
@@ -124,8 +122,7 @@ class RidgeModel(Model):
         return self._system.values(self.target)
 
     def scores(self, queries: Embeddings) -> np.ndarray:
-        scores: np.ndarray = kernel_matrix(self._rows(queries), self._keys, self.beta) @ self.values
-        return scores
+        return kernel_matrix(self._rows(queries), self._keys, self.beta) @ self.values
 
     def without(self, folds: Folds) -> np.ndarray:
         return self._system.without(folds, self.target, self.values)
