@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -79,9 +79,14 @@ class Unlabelled:
     start: np.ndarray
     weight: float = WEIGHT
 
-    def logits(self, gaussians: Gaussians, rows: slice) -> np.ndarray:
-        """G(x, c) + ANCHOR * max(start, FLOOR), (rows, C) float32."""
-        return gaussians.scores(self.rows[rows]) + np.float32(ANCHOR) * np.maximum(self.start[rows], FLOOR)
+    def blocks(self) -> Iterator[Unlabelled]:
+        """Views of a few images at a time, so that memory stays bounded."""
+        for rows in blocks(len(self.rows), _BLOCK // self.start.shape[1]):
+            yield replace(self, rows=self.rows[rows], start=self.start[rows])
+
+    def logits(self, gaussians: Gaussians) -> np.ndarray:
+        """G(x, c) + ANCHOR * max(start, FLOOR), (n, C) float32."""
+        return gaussians.scores(self.rows) + np.float32(ANCHOR) * np.maximum(self.start, FLOOR)
 
 
 def predict_jointly(
@@ -125,8 +130,7 @@ def predict_jointly(
     started = time.perf_counter()
     queries = checked_inputs(plan, queries, check).embeddings
     start = np.empty((len(queries), plan.n_classes), np.float32)
-    parts = list(blocks(len(start), _BLOCK // plan.n_classes))
-    for block in parts:
+    for block in blocks(len(start), _BLOCK // plan.n_classes):
         start[block] = _log_softmax(score(plan, queries[block], check=False))
     folder = Unlabelled(image_rows(queries, which, None), start)
     result, factor = JointPrediction(start, np.arange(support.n_classes), _unchecked(support, alone, folder)), 1.0
@@ -135,8 +139,8 @@ def predict_jointly(
     if result.refused:
         return replace(result, probabilities=np.exp(start, out=start), seconds=time.perf_counter() - started)
     gaussians, rounds = estimate(GaussianModel(support, which).moments, [folder])
-    for block in parts:
-        start[block] = _softmax(np.float32(factor) * folder.logits(gaussians, block))
+    for part in folder.blocks():
+        part.start[:] = _softmax(np.float32(factor) * part.logits(gaussians))
     return replace(result, rounds=rounds, seconds=time.perf_counter() - started)
 
 
@@ -165,22 +169,19 @@ def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, i
     Sources: TransCLIP (Zanella et al., NeurIPS 2024, arXiv 2406.01837) without its neighbours and with a full Sigma;
     support images anchor mu_c as the texts of StatA do (Zanella et al., CVPR 2025, arXiv 2501.03729).
     """
-    second = known.second.copy()
-    size = _BLOCK // len(known.counts)
-    for part in images:
-        for block in blocks(len(part.rows), size):
-            second += part.weight * (part.rows[block].T @ part.rows[block]).astype(np.float64)
-    labels = [np.full(len(part.rows), -1, np.int32) for part in images]
-    allowed, gaussians = _SETTLED * sum(map(len, labels)), None
+    parts, second, gaussians = [part for one in images for part in one.blocks()], known.second.copy(), None
+    for part in parts:
+        second += part.weight * (part.rows.T @ part.rows).astype(np.float64)
+    labels = [np.full(len(part.rows), -1, np.int32) for part in parts]
+    allowed = _SETTLED * sum(map(len, labels))
     for done in range(MAX_ROUNDS):
         mass, sums, changed = known.counts.copy(), known.sums.copy(), 0
-        for part, given in zip(images, labels, strict=True):
-            for block in blocks(len(part.rows), size):
-                shares = _softmax(part.start[block] if gaussians is None else part.logits(gaussians, block))
-                changed += int((shares.argmax(1) != given[block]).sum())
-                given[block] = shares.argmax(1)
-                mass += part.weight * shares.sum(0, dtype=np.float64)
-                sums += part.weight * (shares.T @ part.rows[block]).astype(np.float64)
+        for part, given in zip(parts, labels, strict=True):
+            shares = _softmax(part.start if gaussians is None else part.logits(gaussians))
+            changed += int((shares.argmax(1) != given).sum())
+            given[:] = shares.argmax(1)
+            mass += part.weight * shares.sum(0, dtype=np.float64)
+            sums += part.weight * (shares.T @ part.rows).astype(np.float64)
         if gaussians is not None and changed <= allowed:
             return gaussians, done
         moments = Moments(mass, sums, second)
@@ -204,7 +205,7 @@ def _checked(
         weight = WEIGHT * min(1.0, n_folder / len(chosen))
         hidden = Unlabelled(queries[chosen], _log_softmax(logits[chosen]), weight)
         gaussians, _ = estimate(model.moments_without(out), [hidden, folder])
-        joint.append(hidden.logits(gaussians, slice(None)))
+        joint.append(hidden.logits(gaussians))
     chosen = np.concatenate([rows for rows, _ in folds.splits])
     both, expected = (logits[chosen], np.concatenate(joint)), support.labels[chosen]
     right = [one.argmax(1) == expected for one in both]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 
 import numpy as np
 
@@ -22,31 +21,37 @@ _LEAST = 1e-4
 _LARGEST = 1 << 18
 
 
+# The loss with its penalty, the loss without, and the probabilities of which it is taken.
+Evaluated = tuple[float, float, np.ndarray]
+
+
 def newton(
     start: np.ndarray,
-    loss: Callable[[np.ndarray], float],
-    step: Callable[[np.ndarray], np.ndarray],
+    evaluate: Callable[[np.ndarray], Evaluated],
+    step: Callable[[np.ndarray, np.ndarray], np.ndarray],
     project: Callable[[np.ndarray], np.ndarray],
     least_gain: float,
-) -> np.ndarray:
-    """The point that minimises a convex loss: Newton's method with step halving and projection.
+) -> tuple[np.ndarray, float]:
+    """The point that minimises a convex loss, and the loss there without penalty: Newton's method with step halving and
+    projection.
 
-    `step` gives the inverse second derivatives times the gradient at a point, `project` the allowed point that is
-    nearest. A step that gains less than `least_gain`, or none however short, is the last.
+    `evaluate` gives what a point is Evaluated to, `step` the inverse second derivatives times the gradient at a point
+    with these probabilities, `project` the allowed point that is nearest. A step that gains less than `least_gain`, or
+    none however short, is the last.
     """
-    point, value = start, loss(start)
+    point, best = start, evaluate(start)
     for _ in range(_STEPS):
-        direction, size, better = step(point), 1.0, False
+        direction, size, better = step(point, best[2]), 1.0, False
         while size > 1e-4 and not better:
             tried = project(point - size * direction)
-            tried_value = loss(tried)
-            better, size = tried_value < value, size / 2
+            found = evaluate(tried)
+            better, size = found[0] < best[0], size / 2
         if not better:
             break
-        gained, point, value = value - tried_value, tried, tried_value
+        gained, point, best = best[0] - found[0], tried, found
         if gained < least_gain:
             break
-    return point
+    return point, best[1]
 
 
 def fit_weights(
@@ -67,14 +72,12 @@ def fit_weights(
     # The label's own logit is then 0, so the loss is the logarithm of a sum with a term of 1: never below 0.
     features = [(part - part[rows, labels][:, None]).astype(np.float32) for part in parts]
     centre = np.zeros(len(parts)) if prior is None else np.asarray(prior, np.float64)
-    # A step begins where the loss was evaluated last.
-    loss_and_shares = lru_cache(maxsize=1)(partial(_log_loss, features))
 
-    def penalised(weights: np.ndarray) -> float:
-        return loss_and_shares(*weights)[0] + strength / (2 * samples) * float(((weights - centre) ** 2).sum())
+    def evaluate(weights: np.ndarray) -> Evaluated:
+        loss, of_classes = _log_loss(features, weights)
+        return loss + strength / (2 * samples) * float(((weights - centre) ** 2).sum()), loss, of_classes
 
-    def step(weights: np.ndarray) -> np.ndarray:
-        of_classes = loss_and_shares(*weights)[1]
+    def step(weights: np.ndarray, of_classes: np.ndarray) -> np.ndarray:
         means = np.stack([np.einsum("vc,vc->v", of_classes, part) for part in features]).astype(np.float64)
         second = np.array([[np.vdot(of_classes * left, right) for right in features] for left in features], np.float64)
         gradient = means.mean(1) + strength / samples * (weights - centre)
@@ -85,11 +88,10 @@ def fit_weights(
         return result
 
     start = np.minimum(np.maximum(centre, max(1.0 / len(parts), least)), most)
-    weights = newton(start, penalised, step, lambda point: np.minimum(np.maximum(point, least), most), 1e-6)
-    return weights, loss_and_shares(*weights)[0]
+    return newton(start, evaluate, step, lambda point: np.minimum(np.maximum(point, least), most), 1e-6)
 
 
-def _log_loss(features: Sequence[np.ndarray], *weights: float) -> tuple[float, np.ndarray]:
+def _log_loss(features: Sequence[np.ndarray], weights: np.ndarray) -> tuple[float, np.ndarray]:
     """The mean log-loss and the softmax it is taken of. The label's own features are 0."""
     logits = np.float32(weights[0]) * features[0]
     for weight, part in zip(weights[1:], features[1:], strict=True):
@@ -176,19 +178,14 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
     centres = chosen.mean((1, 2), keepdims=True)
     centred = chosen - centres
 
-    def logits(point: np.ndarray) -> np.ndarray:  # weights (K), the common bias, and the differences
-        return np.einsum("k,knc->nc", point[:k], centred) + point[k] + point[k + 1 :]
-
-    def log_loss(point: np.ndarray) -> float:
-        z = logits(point)
-        return float((np.logaddexp(0.0, z) - y * z).sum())
-
-    def loss(point: np.ndarray) -> float:
+    def evaluate(point: np.ndarray) -> Evaluated:  # weights (K), the common bias, and the differences
+        z = np.einsum("k,knc->nc", point[:k], centred) + point[k] + point[k + 1 :]
+        loss = float((np.logaddexp(0.0, z) - y * z).sum())
         penalty = shrinkage * (point[k + 1 :] ** 2).sum() + PENALTY * (point[:k] ** 2).sum()
-        return log_loss(point) + float(penalty) / 2
+        return loss + float(penalty) / 2, loss, sigmoid(z)
 
-    def step(point: np.ndarray) -> np.ndarray:
-        weights, differences, shares = point[:k], point[k + 1 :], sigmoid(logits(point))
+    def step(point: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        weights, differences = point[:k], point[k + 1 :]
         residual, curvature = shares - y, shares * (1 - shares)
         weighted, by_class = centred * curvature, curvature.sum(0)
         # Weights, then the common bias; `cross` (K + 1, C) with the differences, whose own block is `diagonal` (C,).
@@ -212,11 +209,11 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
     there = int(y.sum())
     prevalence = float(np.log((there + 1) / (y.size - there + 1)))
     start = np.concatenate([np.full(k, 1.0 / k), [prevalence], np.zeros(int(used.sum()))])
-    point = newton(start, loss, step, project, 1e-9 * max(y.size, 1))
+    point, loss = newton(start, evaluate, step, project, 1e-9 * max(y.size, 1))
     common = float(point[k] - point[:k] @ centres.ravel())
     bias = np.full(len(used), common)
     bias[used] += point[k + 1 :]
-    return BinaryFit(point[:k], bias, common, log_loss(point) / max(y.size, 1))
+    return BinaryFit(point[:k], bias, common, loss / max(y.size, 1))
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

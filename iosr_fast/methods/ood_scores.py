@@ -64,13 +64,12 @@ class OodScores:
 
     def __init__(self, support: SupportSet, names: tuple[str, ...], unknown: Embeddings | None = None) -> None:
         self.names, self.support = names, support
-        with_adapted = any("adapted" in name for name in names)
-        self.unknown_which: Which = "adapted" if with_adapted else "plain"
-        known_not = unknown if UNKNOWN_KEY in names else None
-        self.unknown_keys = None if known_not is None else _exact(known_not, self.unknown_which)
+        embeddings: tuple[Which, ...] = ("plain", "adapted") if any("adapted" in name for name in names) else ("plain",)
+        self.unknown_which, self.unknown_keys = embeddings[-1], None
+        if unknown is not None and UNKNOWN_KEY in names:
+            self.unknown_keys = _exact(unknown, self.unknown_which)
         there = support.counts > 0
         images = support if there.all() else support.of_classes(there)
-        embeddings: tuple[Which, ...] = ("plain", "adapted") if with_adapted else ("plain",)
         self.models: list[Model] = [] if support.text is None else [TextModel(support)]
         for which in embeddings if NEAREST_KEY in names else ():
             if GAUSSIAN_SCORES[0] in names:

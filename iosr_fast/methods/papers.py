@@ -94,11 +94,6 @@ class Method:
         return join_terms(support.n_classes, ((weight, model.fields()) for weight, model in terms))
 
 
-def _zero_shot(_: SupportSet, __: Which, ___: Reducer | None, ____: Mapping[str, float]) -> list[Term]:
-    """logits = tau <plain, text>. Source: CLIP (Radford et al., ICML 2021)."""
-    return []
-
-
 def _tip_adapter(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
     """logits = tau <plain, text> + alpha * KeyModel, with the paper's alpha and beta for ImageNet as defaults.
     Source: Tip-Adapter (Zhang et al., ECCV 2022, equations 4 to 6)."""
@@ -172,7 +167,7 @@ def _stack(support: SupportSet, _: Which, __: Reducer | None, parameters: Mappin
 
 
 _SINGLE = (
-    Method("zero-shot", _zero_shot, needs_text=True, needs_support=False),
+    Method("zero-shot", lambda *_: [], needs_text=True, needs_support=False),  # TextModel alone
     Method("tip-adapter", _tip_adapter, parameters={"alpha": 1.0, "beta": 5.5}, axes={"beta": _BETAS}),
     Method(
         "tip-x",

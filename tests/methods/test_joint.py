@@ -59,7 +59,7 @@ def test_rounds_are_the_formulas_in_float64(rounds: int, monkeypatch: pytest.Mon
     start = np.log(softmax(3 * np.random.default_rng(3).standard_normal((30, 5)))).astype(np.float32)
     parts = [Unlabelled(queries[:10], start[:10]), Unlabelled(queries[10:], start[10:])]
     gaussians, done = estimate(Moments.of(rows.astype(np.float64), support.one_hot), parts)
-    logits = np.concatenate([part.logits(gaussians, slice(None)) for part in parts])
+    logits = np.concatenate([part.logits(gaussians) for part in parts])
     expected = estimate_in_float64(rows, support.labels, queries, start, rounds)
     assert done == rounds and start.min() < FLOOR and logits.dtype == np.float32
     np.testing.assert_allclose(logits - logits.mean(1, keepdims=True), expected, rtol=1e-3, atol=2e-3)

@@ -127,7 +127,7 @@ class RefinedKeyModel(KeyModel):
         return np.log2((1 + _SMALL) / (own + _SMALL))
 
 
-def choose_channels(rows: np.ndarray, labels: np.ndarray, text: np.ndarray, share: float = CHANNEL_SHARE) -> np.ndarray:
+def choose_channels(rows: np.ndarray, labels: np.ndarray, text: np.ndarray) -> np.ndarray:
     """(D,), 1 for chosen channels and 0 for others, by images (N, D) with labels (N, C) and texts (C, D).
 
     A channel's similarity is the mean of f_i f_j over all pairs of embeddings of different classes; the embeddings of a
@@ -140,7 +140,7 @@ def choose_channels(rows: np.ndarray, labels: np.ndarray, text: np.ndarray, shar
     variance = exact.var(0, ddof=1) if len(exact) > 1 else np.zeros(exact.shape[1])
     criterion = (1 - SIMILARITY_WEIGHT) * variance - SIMILARITY_WEIGHT * similarity
     channels = np.zeros(exact.shape[1])
-    channels[np.argsort(-criterion, kind="stable")[: max(1, round(share * len(channels)))]] = 1
+    channels[np.argsort(-criterion, kind="stable")[: max(1, round(CHANNEL_SHARE * len(channels)))]] = 1
     return channels
 
 

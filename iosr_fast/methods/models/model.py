@@ -84,8 +84,7 @@ class TextModel(Model):
     def scores(self, queries: Embeddings) -> np.ndarray:
         if self.support.text is None:
             return np.zeros((len(queries), self.support.n_classes))
-        cosines: np.ndarray = np.asarray(queries.plain, np.float64) @ self.support.text.T
-        return self.support.tau * cosines
+        return self.support.tau * (np.asarray(queries.plain, np.float64) @ self.support.text.T)
 
     def without(self, folds: Folds) -> np.ndarray:
         scores = self.scores(self.support.as_queries)
