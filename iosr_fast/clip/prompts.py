@@ -55,17 +55,12 @@ def class_texts(
         own = list((descriptions or {}).get(name, ()))
         for text in (name, *own):
             if not isinstance(text, str) or count_tokens(tokenizer, text) == empty:
-                raise IosrFastError(
-                    "expected class names and descriptions as texts with at least one character that the CLIP's "
-                    f"tokenizer does not drop, got {text!r}"
-                )
+                raise IosrFastError(f"expected names and descriptions that the tokenizer does not drop, got {text!r}")
         texts.append([*(template.replace("{}", name) for template in templates), *own])
         for text in texts[-1]:
             if (count := count_tokens(tokenizer, text)) > most:
-                raise IosrFastError(
-                    f"expected texts of at most {most} tokens, start and end included, which this CLIP reads, got "
-                    f"{count} tokens: {text[:100]!r}; shorten it"
-                )
+                what = f"texts of at most {most} tokens, start and end included"
+                raise IosrFastError(f"this CLIP reads {what}, got {count} tokens: {text[:100]!r}; shorten it")
     return texts
 
 

@@ -19,9 +19,7 @@ def check_descriptions(given: Any, names: Sequence[str], templates: Sequence[str
     Raises IosrFastError for anything else, a text that is blank, and a class without a text where `templates` is empty.
     """
     if not isinstance(given, Mapping | None):
-        raise IosrFastError(
-            f"expected descriptions as a mapping of class names to lists of texts, got {type(given).__name__}"
-        )
+        raise IosrFastError(f"expected descriptions as lists of texts by class name, got {type(given).__name__}")
     found = dict(given or {})
     known = frozenset(names)
     if unknown := [str(name) for name in found if name not in known]:
@@ -29,11 +27,9 @@ def check_descriptions(given: Any, names: Sequence[str], templates: Sequence[str
         raise IosrFastError(f"expected descriptions of classes by name, got {abbreviate(unknown)}; {near}")
     for name, texts in found.items():
         if not isinstance(texts, list | tuple) or not 1 <= len(texts) <= MAX_TEXTS:
-            shown = f"{len(texts):,}" if isinstance(texts, list | tuple) and texts else repr(texts)
-            raise IosrFastError(f"expected a list of one to {MAX_TEXTS:,} descriptions of {name!r}, got {shown}")
-        for text in texts:
-            if not isinstance(text, str) or not text.strip():
-                raise IosrFastError(f"expected descriptions of {name!r} that are texts and not blank, got {text!r}")
+            raise IosrFastError(f"expected a list of 1 to {MAX_TEXTS:,} descriptions of {name!r}, got {texts!r:.80}")
+        if wrong := [text for text in texts if not isinstance(text, str) or not text.strip()]:
+            raise IosrFastError(f"expected descriptions of {name!r} that are texts and not blank, got {wrong[0]!r}")
     if templates is not None and not templates and (missing := [name for name in names if name not in found]):
         raise IosrFastError(f"expected descriptions of each class with templates=[], got none of {abbreviate(missing)}")
     return {name: list(texts) for name, texts in found.items()}

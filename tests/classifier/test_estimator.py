@@ -70,11 +70,11 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
         with pytest.raises(IosrFastError, match=message):
             Classifier("demo").fit(*given)
     for message, texts in {
-        "as a mapping of class names to lists of texts, got list": [["a"]],
+        "as lists of texts by class name, got list": [["a"]],
         r"by name, got 'motif', 'x'; did you mean 'motif ": {"motif": ["a"], "x": ["a"]},
         "by name, got '0'; the classes are 'motif 0', ": {0: ["a"]},
-        "one to 1,000 descriptions of 'motif 1', got 'a'": {"motif 1": "a"},
-        r"one to 1,000 descriptions of 'motif 1', got \[\]": {"motif 1": []},
+        "1 to 1,000 descriptions of 'motif 1', got 'a'": {"motif 1": "a"},
+        r"1 to 1,000 descriptions of 'motif 1', got \[\]": {"motif 1": []},
         "texts and not blank, got ' '": {"motif 1": ["a", " "]},
     }.items():
         with pytest.raises(IosrFastError, match=message):
