@@ -117,6 +117,14 @@ def test_suggested_labels_are_worth_more_than_random_ones(file: Path) -> None:
     assert [row["budget"] for row in rows.values()] == [CLASSES] * 3
 
 
+@pytest.mark.parametrize("kind", suggest.MADE)
+def test_a_made_up_set_has_fifty_classes_and_other_images_at_each_seed(kind: str) -> None:
+    (source,) = suggest.sources([kind], [2], 2)
+    first, second = (source.draw(2, seed) for seed in source.seeds)
+    assert (first.support.counts == 2).all() and len(np.unique(first.labels)) == 50
+    assert not np.isclose(first.queries.plain, second.queries.plain).all(1).any()
+
+
 def test_a_folder_is_judged_jointly_and_by_images_alone(file: Path) -> None:
     rows = rows_by_place(joint.CLAIM, file, "--shots", "4")
     task = read_features(file, [4]).draw(4, 0)
