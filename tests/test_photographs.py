@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
@@ -23,6 +21,7 @@ from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.images.preprocess import open_image  # noqa: E402
 from iosr_fast.serving.batching import BatchingClassifier  # noqa: E402
 from tests.demo_cache import shared_cache  # noqa: E402
+from tests.images.test_pixels import png  # noqa: E402
 from tests.pictures import encode, turned  # noqa: E402
 from tests.serving.http_client import serving  # noqa: E402
 
@@ -54,14 +53,7 @@ def palette(image: Image.Image) -> bytes:
 
 
 def sixteen_bit(image: Image.Image) -> bytes:
-    """PNG with 16 bits a colour, which Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = b"".join(b"\0" + (row.astype(np.uint16) * 257).astype(">u2").tobytes() for row in np.asarray(image))
-    header = struct.pack(">IIBBBBB", *image.size, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return png(np.asarray(image).astype(np.uint16) * 257, 2)
 
 
 def deep_float(image: Image.Image) -> bytes:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from iosr_fast import _C
+from tests.conftest import unit_rows
 
 PATHS = [name for name, supported in _C.simd_paths() if supported]
 KEYS = ["float32", "float16", "bfloat16", "int8"]
@@ -15,11 +16,6 @@ KEYS = ["float32", "float16", "bfloat16", "int8"]
 SHAPES = [(1, 1, 1, 1), (1, 97, 33, 5), (5, 301, 123, 100), (9, 250, 64, 16), (24, 333, 65, 31), (33, 1601, 100, 101)]
 
 pytestmark = pytest.mark.isa
-
-
-def unit_rows(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
-    rows = rng.standard_normal((n, width)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def stored(rows: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
