@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from iosr_fast import __version__
-from iosr_fast.serving.http import classes, errors, health, lists, predict, static
+from iosr_fast.serving.http import classes, errors, health, lists, predict, schemas, static
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.middleware import RequestMiddleware
 from iosr_fast.serving.http.service import Service
@@ -33,6 +33,7 @@ def create_app(batching: BatchingClassifier, settings: Settings, metrics: Metric
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        responses=schemas.ERRORS,
     )
     app.state.service = service
     errors.install(app)

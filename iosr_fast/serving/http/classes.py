@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Depends
 from fastapi.security import HTTPBearer
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.prompts import MAX_TEXTS
@@ -28,7 +27,6 @@ from iosr_fast.store.changes import ChangeResult
 if TYPE_CHECKING:
     import numpy as np
 
-_CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503, 507)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DECODE_S = 60.0  # how long an image of a change may wait for a decoder
 _NAME = {"type": "string", "minLength": 1, "maxLength": LONGEST}
@@ -42,18 +40,9 @@ def make_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["changes"], dependencies=[Depends(bearer)])
     max_images = service.settings.max_images
 
-    def route(method: str, path: str, summary: str, *errors: int, **options: Any) -> Any:
-        responses = schemas.errors(*errors, *_CHANGE_ERRORS)
-        options |= {"response_model": schemas.ChangeAnswer, "responses": responses, "summary": summary}
-        return router.api_route(path, methods=[method], **options)
-
     async def change(
-        name: str,
-        act: Callable[[Classifier], ChangeResult],
-        class_id: str = "",
-        new_name: str = "",
-        status: int = 200,
-    ) -> Response:
+        name: str, act: Callable[[Classifier], ChangeResult], class_id: str = "", new_name: str = ""
+    ) -> ChangeResult:
         """Make a change of the class `class_id`, which must exist, to a name `new_name`, which must be free."""
 
         def checked(classifier: Classifier) -> ChangeResult:
@@ -66,8 +55,7 @@ def make_router(service: Service) -> APIRouter:
 
         made = await _answered(service.change(checked))
         log("change", change=name, version=made.version, class_id=made.class_id, examples=len(made.example_ids))
-        answer = {"version": made.version, "class_id": made.class_id, "example_ids": list(made.example_ids)}
-        return JSONResponse(answer, status)
+        return made
 
     def decoded(request: Request, images: list[bytes]) -> Iterator[np.ndarray]:
         """The images one after another, as 64 large ones would take gigabytes. Decoder processes decode them."""
@@ -75,49 +63,44 @@ def make_router(service: Service) -> APIRouter:
         for i, image in enumerate(images):
             yield service.batching.decode_whole(image, i, deadline_s=_DECODE_S, client=client).result()
 
-    @route(
-        "POST",
+    @router.post(
         "/v1/classes",
-        "Add a class from a few images",
-        409,
+        summary="Add a class from a few images",
         status_code=201,
         openapi_extra=schemas.form_body({"name": _NAME, "description": _DESCRIPTION}, 0, max_images),
     )
-    async def add_class(request: Request) -> Response:
+    async def add_class(request: Request) -> ChangeResult:
         images, texts = await service.uploads.read_form(request, "name", repeated=("description",))
         name, own = _check_name(texts["name"][0]), texts.get("description")
-        return await change(
-            "add_class", lambda it: it.add_class(name, decoded(request, images), None, own), new_name=name, status=201
-        )
+        added = lambda it: it.add_class(name, decoded(request, images), None, own)  # noqa: E731
+        return await change("add_class", added, new_name=name)
 
-    @route("PATCH", "/v1/classes/{class_id}", "Rename a class", 404, 409)
-    async def rename_class(body: schemas.Rename, class_id: str = CLASS_ID_PATH) -> Response:
+    @router.patch("/v1/classes/{class_id}", summary="Rename a class")
+    async def rename_class(body: schemas.Rename, class_id: str = CLASS_ID_PATH) -> ChangeResult:
         name, keep, own = _check_name(body.name), body.keep_text, body.descriptions
         return await change("rename_class", lambda it: it.rename_class(class_id, name, None, keep, own), class_id, name)
 
-    @route("DELETE", "/v1/classes/{class_id}", "Remove a class and its support images", 404)
-    async def remove_class(class_id: str = CLASS_ID_PATH) -> Response:
+    @router.delete("/v1/classes/{class_id}", summary="Remove a class and its support images")
+    async def remove_class(class_id: str = CLASS_ID_PATH) -> ChangeResult:
         return await change("remove_class", lambda it: it.remove_class(class_id), class_id)
 
-    @route("POST", "/v1/retune", "Choose the method's parameters again on the current support images")
-    async def retune() -> Response:
+    @router.post("/v1/retune", summary="Choose the method's parameters again on the current support images")
+    async def retune() -> ChangeResult:
         return await change("retune", lambda it: it.retune())
 
-    @route(
-        "POST",
+    @router.post(
         "/v1/classes/{class_id}/examples",
-        "Add support images to a class",
-        404,
+        summary="Add support images to a class",
         openapi_extra=schemas.form_body({}, 1, max_images),
     )
-    async def add_examples(request: Request, class_id: str = CLASS_ID_PATH) -> Response:
+    async def add_examples(request: Request, class_id: str = CLASS_ID_PATH) -> ChangeResult:
         images, _ = await service.uploads.read_form(request)
         if not images:
             raise ApiError(400, "no_image", "expected file fields `images`, got none")
         return await change("add_examples", lambda it: it.add_examples(class_id, decoded(request, images)), class_id)
 
-    @route("DELETE", "/v1/examples/{example_id}", "Remove a support image", 404)
-    async def remove_example(example_id: str = EXAMPLE_ID_PATH) -> Response:
+    @router.delete("/v1/examples/{example_id}", summary="Remove a support image")
+    async def remove_example(example_id: str = EXAMPLE_ID_PATH) -> ChangeResult:
         def act(classifier: Classifier) -> ChangeResult:
             try:
                 classifier.snapshot().find_examples([example_id])

@@ -6,11 +6,9 @@ They are not `async`: threads build the lists, because there may be 100,000 clas
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import asdict
-from typing import Any
 
 from fastapi import APIRouter, Path, Query
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
 from iosr_fast.methods.conformal import images_needed
@@ -31,50 +29,30 @@ def make_router(service: Service) -> APIRouter:
     """GET routes about the classifier, its classes and their support images."""
     router = APIRouter(tags=["classes"])
 
-    @router.get(
-        "/v1/classifier",
-        response_model=schemas.ClassifierAnswer,
-        responses=schemas.errors(422, 500),
-        summary="Model, method and measured accuracy",
-    )
-    def classifier(keep: float = KEEP_QUERY) -> Response:
-        return JSONResponse(_overview(service, keep), headers={"Cache-Control": "no-store"})
+    @router.get("/v1/classifier", summary="Model, method and measured accuracy")
+    def classifier(response: Response, keep: float = KEEP_QUERY) -> schemas.ClassifierAnswer:
+        response.headers["Cache-Control"] = "no-store"
+        return _overview(service, keep)
 
-    @router.get(
-        "/v1/classes",
-        response_model=schemas.ClassesAnswer,
-        responses=schemas.errors(422, 500),
-        summary="Classes, page by page",
-    )
+    @router.get("/v1/classes", summary="Classes, page by page")
     def classes(
         limit: int = _LIMIT, after: str | None = Query(None, pattern=f"^{CLASS_ID}$", description=_NEXT)
-    ) -> Response:
+    ) -> schemas.ClassesAnswer:
         """Ids above `after`, which need not exist."""
         head = service.classifier.snapshot()
         start = -1 if after is None else uid_of(after)
         assert start is not None
         page = head.classes(start, limit)
         more = bool(page) and page[-1].class_id != class_id(head.uids[-1])
-        return JSONResponse(
-            {
-                "version": head.version,
-                "total": len(head.uids),
-                "classes": [asdict(info) for info in page],
-                "next": page[-1].class_id if more else None,
-            }
-        )
+        following = page[-1].class_id if more else None
+        return schemas.ClassesAnswer(version=head.version, total=len(head.uids), classes=page, next=following)
 
-    @router.get(
-        "/v1/classes/{class_id}/examples",
-        response_model=schemas.ExamplesAnswer,
-        responses=schemas.errors(404, 422, 500),
-        summary="Support images of a class, page by page",
-    )
+    @router.get("/v1/classes/{class_id}/examples", summary="Support images of a class, page by page")
     def examples(
         class_id: str = CLASS_ID_PATH,
         limit: int = _LIMIT,
         after: str | None = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT),
-    ) -> Response:
+    ) -> schemas.ExamplesAnswer:
         head = service.classifier.snapshot()
         uid = uid_of(class_id)
         if uid is None or head.name_of(class_id) is None:
@@ -83,15 +61,12 @@ def make_router(service: Service) -> APIRouter:
         start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
         page = [example_id(number) for number in numbers[start : start + limit]]
         following = page[-1] if start + limit < len(numbers) else None
-        return JSONResponse({"version": head.version, "class_id": class_id, "example_ids": page, "next": following})
+        return schemas.ExamplesAnswer(version=head.version, class_id=class_id, example_ids=page, next=following)
 
     @router.get(
         "/v1/examples/{example_id}/picture",
         response_class=Response,
-        responses={
-            200: {"content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}}},
-            **schemas.errors(404, 422, 500),
-        },
+        responses={200: {"content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}}}},
         summary="Thumbnail of a support image",
     )
     def picture(example_id: str = EXAMPLE_ID_PATH) -> Response:
@@ -106,32 +81,32 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-def _overview(service: Service, keep: float) -> dict[str, Any]:
-    """The body of /v1/classifier. What would have to be fitted first is None."""
+def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
+    """What would have to be fitted first is None."""
     classifier = service.classifier
     head, source = classifier.snapshot(), classifier.encoder.source
     tuned, unknown = head.tuned, head.computed("unknown")
-    return {
-        "version": head.version,
-        "model": None if source is None else source.manifest["model"],
-        "method": head.config.method,
-        "classes": len(head.uids),
-        "examples": int(head.counts.sum()),
-        "measured": tuned
-        and {
-            "accuracy": None if tuned.interval is None else tuned.accuracy,
-            "interval": tuned.interval,
-            "images": tuned.scored,
-            "protocol": tuned.protocol,
-            "summary": tuned.summary(),
-            "stale": tuned.stale,
-        },
-        "unknown": unknown
-        and {
-            "promised": len(unknown.left_out) >= images_needed(keep),
-            "keep": keep,
-            "sentence": unknown.summary(keep),
-        },
-        "max_error": service.settings.max_error,
-        "collects": service.settings.collect is not None,
-    }
+    return schemas.ClassifierAnswer(
+        version=head.version,
+        model=None if source is None else source.manifest["model"],
+        method=head.config.method,
+        classes=len(head.uids),
+        examples=int(head.counts.sum()),
+        measured=None
+        if tuned is None
+        else schemas.Measured(
+            accuracy=None if tuned.interval is None else tuned.accuracy,
+            interval=tuned.interval,
+            images=tuned.scored,
+            protocol=tuned.protocol,
+            summary=tuned.summary(),
+            stale=tuned.stale,
+        ),
+        unknown=None
+        if unknown is None
+        else schemas.Promise(
+            promised=len(unknown.left_out) >= images_needed(keep), keep=keep, sentence=unknown.summary(keep)
+        ),
+        max_error=service.settings.max_error,
+        collects=service.settings.collect is not None,
+    )

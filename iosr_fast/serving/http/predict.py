@@ -42,11 +42,10 @@ def make_router(service: Service) -> APIRouter:
         "/v1/predict",
         response_model=schemas.PredictAnswer,
         responses={
-            **schemas.errors(400, 408, 413, 415, 500, 503, 504),
             422: {
                 "model": schemas.PredictAnswer | schemas.ErrorAnswer,
                 "description": "All images are bad (see predictions), or a parameter is invalid",
-            },
+            }
         },
         openapi_extra=service.uploads.body or schemas.image_body(settings.max_images),
         summary="Classify images",

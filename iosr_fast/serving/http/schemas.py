@@ -26,6 +26,19 @@ class ErrorAnswer(BaseModel):
     error: ErrorInfo
 
 
+ERRORS: dict[int | str, dict[str, Any]] = {  # `responses` of all routes
+    "default": {
+        "model": ErrorAnswer,
+        "description": (
+            "An error: 4xx of the request, 5xx of the server. 401 and 403: no or a wrong token. 503: overloaded, "
+            "loading or shutting down, try again after Retry-After seconds. 504: the deadline passed. 507: a change "
+            "was not made because it can't be logged; predictions continue."
+        ),
+        "headers": {"Retry-After": {"description": "of a 503", "schema": {"type": "integer", "minimum": 1}}},
+    }
+}
+
+
 class PredictAnswer(BaseModel):
     """`predictions` has a prediction or an error for each image, in order. `latency_ms` is the time from the request's
     last byte to its answer. `version` is that of the classes, the highest one if several batches answered."""
@@ -90,14 +103,6 @@ class ExamplesAnswer(BaseModel):
     next: str | None
 
 
-class ChangeAnswer(BaseModel):
-    """The version after the change; `class_id` is "" if no class is concerned; `example_ids` were added or removed."""
-
-    version: int
-    class_id: str
-    example_ids: list[str]
-
-
 class StateAnswer(BaseModel):
     """`status` is "ok" or the reason for a 503; `detail` explains it."""
 
@@ -114,34 +119,6 @@ class Rename(BaseModel):
     name: str = Field(min_length=1, max_length=LONGEST)
     keep_text: bool = False
     descriptions: list[Annotated[str, Field(max_length=MAX_TEXT)]] | None = Field(None, max_length=MAX_TEXTS)
-
-
-_DESCRIPTIONS = {
-    400: "The request is malformed or incomplete",
-    401: "The token is missing or wrong",
-    403: "The server has no token, so classes can't be changed",
-    404: "No such class or example",
-    408: "The body arrived too slowly",
-    409: "The name is taken",
-    413: "The body, or the number of images, is too large",
-    415: "Unsupported Content-Type or Content-Encoding",
-    422: "A parameter or an image was refused",
-    500: "The server failed",
-    503: "Overloaded, loading or shutting down: try again after Retry-After seconds",
-    504: "The deadline passed before the answer was ready",
-    507: "The change was not made because it can't be logged; predictions continue",
-}
-_RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}}
-
-
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that answers errors with these statuses."""
-    responses: dict[int | str, dict[str, Any]] = {}
-    for status in statuses:
-        responses[status] = {"model": ErrorAnswer, "description": _DESCRIPTIONS[status]}
-        if status == 503:
-            responses[status]["headers"] = _RETRY
-    return responses
 
 
 _IMAGE = {"type": "string", "format": "binary"}
