@@ -6,8 +6,9 @@ broken     draws in which more are wrong than promised
 strangers  test images of unknown classes whose label is accepted, where half of the classes are known
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from iosr_fast.evaluation.features import open_sources
 from iosr_fast.evaluation.tasks import Source
 from iosr_fast.methods.automation import images_needed_for
 from iosr_fast.methods.support_set import make_support_set
+from iosr_fast.reports.page import curves, element
 
+PLOT = Path(__file__).resolve().parents[2] / "docs" / "automation.svg"
 PROMISES, HALVES = (0.01, 0.02, 0.05, 0.1), 10  # of so many draws half of the classes are known, too
 
 
@@ -64,5 +67,22 @@ def draws(task: Task, method: str, seed: int) -> Draws:
 
 CLAIM = Claim("automation", __doc__, draws, sources=pooled)
 
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG of what held of the promises at 16 images a class, a panel for each data set."""
+    panels: list[Any] = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        kept = [row for row in rows if row["data"] == data and row["shots"] == 16 and row["of"].endswith("%")]
+        errors = {
+            "promised": [float(row["of"][:-1]) / 100 for row in kept],
+            "in the worst draw": [max(draw["wrong"] for draw in row["draws"]) for row in kept],
+            "on the mean": [row["wrong"] for row in kept],
+        }
+        lines = {name: [(row["labelled"], y) for row, y in zip(kept, ys, strict=True)] for name, ys in errors.items()}
+        place = {"x": 580 * len(panels), "width": 560, "height": 344}
+        panels.append(curves(lines, f"labels accepted, {data.removesuffix('.npz')}", "of these wrong", **place))
+    return element("svg", *panels, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {580 * len(panels)} 344")
+
+
 if __name__ == "__main__":
-    CLAIM.main()
+    PLOT.write_text(plot(CLAIM.main()), encoding="utf-8")

@@ -32,7 +32,7 @@ class Claim:
     methods: Sequence[str] = ("auto",)
     sources: Callable[..., Sequence[Any]] = open_sources
 
-    def main(self, words: Sequence[str] | None = None) -> None:
+    def main(self, words: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser = argparse.ArgumentParser(description=self.about, formatter_class=argparse.RawTextHelpFormatter)
         parser.add_argument("data", nargs="*", default=["demo"], help="feature files (.npz), or demo")
         parser.add_argument("--shots", nargs="+", type=int, help="images of each class; default: all that there are")
@@ -52,6 +52,7 @@ class Claim:
                     print(f"{row['data']}, {row['shots']} shots, {row['method']} {row['of']}: {figures}", flush=True)
                     rows.append({**row, **facts(["scikit-learn"])})
             write_rows(options.json, rows)
+            return rows
 
     def rows(self, source: Any) -> Iterator[dict[str, Any]]:
         """The rows of a data set, JSON-ready."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,9 +12,10 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.reader import Reader
-from iosr_fast.head.evaluation import MISTAKES, Evaluation, LabelSets, Mistake, UnknownResult
+from iosr_fast.head.evaluation import MISTAKES, AutomationResult, Evaluation, LabelSets, Mistake, UnknownResult
 from iosr_fast.head.predictions import predict
 from iosr_fast.images.preprocess import as_image_list
+from iosr_fast.methods.automation import PROMISES, automation, check_promise, of_accepted
 from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits
 from iosr_fast.methods.folds import near_support
 from iosr_fast.utils.progress import progress
@@ -88,6 +90,11 @@ def _measure(
         mistakes=_mistakes(head, embeddings, worst, images, truths),
         copies=int(near_support(head.support, embeddings.plain).sum()),
         sets=LabelSets(coverage, *shares, reason),
+        automation=AutomationResult(
+            automation(left_out),
+            *of_accepted(outcome, left_out),
+            _refusal(partial(check_promise, left_out), PROMISES[-1]),
+        ),
         **known,
     )
 
@@ -122,10 +129,10 @@ def _mistakes(
     )
 
 
-def _refusal(threshold: Callable[[float], Any], share: float) -> str:
-    """Why `share` can't be promised by a threshold, or ""."""
+def _refusal(promise: Callable[[float], Any], share: float) -> str:
+    """Why `share` can't be promised, or ""."""
     try:
-        threshold(share)
+        promise(share)
     except IosrFastError as error:
         return str(error)
     return ""

@@ -11,6 +11,7 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.predictions import Neighbour
+from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability
 from iosr_fast.methods.tuned import wilson
 from iosr_fast.utils.json_values import json_values
@@ -93,6 +94,24 @@ class UnknownResult:
 
 
 @dataclass(frozen=True, eq=False)
+class AutomationResult:
+    """predict(max_error=promised), for each of the P promises of the curve `promised` by left-out images: the share of
+    images whose label is accepted, `shares` (P,), and the share of these that is wrong, `errors` (P,), NaN
+    where none is accepted. Nothing can be promised for the `reason`."""
+
+    promised: Automation
+    shares: np.ndarray
+    errors: np.ndarray
+    reason: str = ""
+
+    def __str__(self) -> str:
+        kept = zip(self.promised.max_errors, self.shares, self.errors, strict=True)
+        parts = [f"{share:.1%} ({error:.1%}) for {100 * promised:.3g}%" for promised, share, error in kept if share]
+        none = f"accepted labels: {self.reason or 'none by any promise'}"
+        return f"accepted labels (of them wrong): {', '.join(parts[:4])}" if parts else none
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """The result of `evaluate` for B images, by a classifier of C classes.
 
@@ -105,7 +124,7 @@ class Evaluation:
                       of promises (conformal.CALIBRATION); NaN without any
     mistakes          the most probable wrong images first, at most MISTAKES
     copies            how many of the images are near duplicates of support images, and say little about new ones
-    sets, unknown     what promises are worth on these images
+    sets, unknown, automation  what promises are worth on these images
     errors            a BadImageError for each unreadable image, which counts nowhere
 
     >>> from iosr_fast import Classifier
@@ -131,6 +150,7 @@ class Evaluation:
     copies: int
     sets: LabelSets
     unknown: UnknownResult
+    automation: AutomationResult
     errors: tuple[BadImageError, ...] = ()
     basis: str = LEFT_OUT
 
@@ -185,6 +205,7 @@ class Evaluation:
             self.copies and f"near duplicates of support images, which say little about new ones: {self.copies:,}",
             self.errors and f"unreadable and left out: {len(self.errors)}",
             f"sets of labels: {sets.reason}" if sets.reason else f"sets of labels for {sets.promised:.4g}: {covered}",
+            str(self.automation),
             f"unknown: {unknown.reason or kept}",
             unknown.images and f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}",
         ]
@@ -205,6 +226,7 @@ class Evaluation:
             "calibration": {"bins": BINS, **{name: getattr(reliability, name) for name in of_bins}},
             "sets": self.sets,
             "unknown": self.unknown,
+            "automation": self.automation,
             "classes": [{**vars(one), "recall": one.recall, "precision": one.precision} for one in self.class_results],
             "mixups": self.mixups,
             "confusion": self.confusion if len(self.classes) <= MATRIX else None,

@@ -68,13 +68,20 @@ class Automation:
 def automation(left_out: LeftOutLabels) -> Automation:
     """The curve of `least_odds` at PROMISES."""
     images, least = len(left_out.labels), np.array([least_odds(left_out, promised) for promised in PROMISES])
-    accepted = left_out.top_odds[None, :] >= least[:, None]
-    with np.errstate(invalid="ignore"):
-        errors = (accepted & ~left_out.right).sum(1) / accepted.sum(1)
-    shares = accepted.sum(1) / max(images, 1)
     thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
     smallest = 1.0 - (1.0 - CONFIDENCE) ** (1.0 / images) if images else 1.0
-    return Automation(images, smallest, np.array(PROMISES), thresholds, shares, errors, left_out.basis)
+    return Automation(
+        images, smallest, np.array(PROMISES), thresholds, *of_accepted(left_out, left_out), left_out.basis
+    )
+
+
+def of_accepted(images: LeftOutLabels, left_out: LeftOutLabels) -> tuple[np.ndarray, np.ndarray]:
+    """Of `images` the share whose label is accepted by the PROMISES of left-out ones, and the share of these that is
+    wrong, NaN if none is accepted; (P,) each."""
+    least = np.array([least_odds(left_out, promised) for promised in PROMISES])
+    accepted = images.top_odds[None, :] >= least[:, None]
+    with np.errstate(invalid="ignore"):
+        return accepted.sum(1) / max(len(images.labels), 1), (accepted & ~images.right).sum(1) / accepted.sum(1)
 
 
 def check_promise(left_out: LeftOutLabels, max_error: float) -> None:

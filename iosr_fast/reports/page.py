@@ -13,7 +13,7 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.preprocess import open_image
 
 _OPEN = 24  # rows of a table and cards that are in sight at once
+_AXIS, _LINES = "#808080", ("#808080", "#4a7fd6", "#c9762b")  # of curves, on a light page and on a dark one
 _SITE = "../serving/http/page"  # the server's page, which shares files with reports
 
 
@@ -153,6 +154,34 @@ def bar(share: float, label: str = "") -> Html:
     filled = 0.0 if math.isnan(share) else 100 * min(max(share, 0.0), 1.0)
     line = element("span", element("span", style=f"width:{filled:.1f}%"), class_="bar", aria_hidden="true")
     return element("span", line, element("span", label or percent(share, 0)), class_="measure")
+
+
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, **attributes: Any) -> Html:
+    """Lines through points (x, y), shares in 0..1, as an SVG that needs no stylesheet; both axes have names."""
+    xs, ys = zip(*chain.from_iterable(lines.values()), strict=True)
+    left = min(math.floor(10 * min(xs)) / 10, 0.9)
+    high = 5 * next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2) if 5 * step >= max(ys))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return round(56 + 480 * (x - left) / (1 - left), 1), round(290 - 240 * y / high, 1)
+
+    def words(content: str, x: float, y: float, colour: str = _AXIS, anchor: str = "start") -> Html:
+        return element("text", content, x=x, y=y, fill=colour, text_anchor=anchor)
+
+    parts = [words(up, 0, 20), words(across, 536, 336, anchor="end")]
+    for k in range(6):
+        (x, _), (_, y) = place(left + k * (1 - left) / 5, 0), place(1, k * high / 5)
+        parts.append(element("path", d=f"M56 {y}H536", stroke=_AXIS, stroke_opacity=0.3))
+        parts += [words(percent(k * high / 5, 0), 48, y + 5, anchor="end")]
+        parts += [words(percent(left + k * (1 - left) / 5, 0), x, 312, anchor="middle")]
+    for k, ((name, points), colour) in enumerate(zip(lines.items(), _LINES, strict=False)):
+        path = " ".join("{},{}".format(*place(*point)) for point in points)
+        dashes = None if k else "6 5"
+        parts.append(
+            element("polyline", points=path, fill="none", stroke=colour, stroke_width=2, stroke_dasharray=dashes)
+        )
+        parts.append(words(name, 68, 66 + 20 * k, colour))
+    return element("svg", *parts, viewBox="0 0 560 344", font_family="system-ui,sans-serif", font_size=14, **attributes)
 
 
 def cards(items: Iterable[Html], shown: int = _OPEN) -> Html:

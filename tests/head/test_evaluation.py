@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ COVERAGE, KEEP = 0.8, 0.85
 @pytest.fixture(scope="module")
 def measured() -> tuple[Classifier, np.ndarray, np.ndarray, np.ndarray, Evaluation]:
     """A classifier that is often wrong, noisy images of 5 classes with their names, others, and the evaluation."""
-    classifier = small_classifier(shots=4, alpha=4.0)
+    classifier = small_classifier(shots=6, alpha=4.0)
     rng = np.random.default_rng(1)
     images, labels = pictures(rng, 5, 12)
     share = np.linspace(0.1, 0.9, 12).repeat(5).reshape(12, 5).T.reshape(60, 1, 1, 1)
@@ -63,6 +64,13 @@ def test_promises_are_checked_as_the_classifier_keeps_them(measured: Any) -> Non
     assert found.unknown.kept == kept.mean() and found.unknown.rejected == 1 - others_kept.mean()
     scores = np.concatenate([classifier.unknown_score(each) for each in (others, images)])
     assert np.isclose(found.unknown.auroc, metrics.roc_auc_score(np.arange(80) < 20, scores))
+    promised = found.automation.promised
+    assert (promised.shares == classifier.automation().shares).all() and 0.09 < promised.smallest < 0.1
+    for most, *held in zip(promised.max_errors, found.automation.shares, found.automation.errors, strict=True):
+        given = classifier.predict(images, max_error=most) if most > promised.smallest else np.full(60, None)
+        kept = given != np.array(None)
+        wrong = (given != names)[kept].mean() if kept.any() else math.nan
+        assert held == pytest.approx([kept.mean(), wrong], nan_ok=True)
     accepted = [row for row in np.argsort(scores[:20]).tolist() if others_kept[row]]
     assert [one.image for one in found.unknown.accepted] == accepted
 
@@ -87,13 +95,18 @@ def test_the_result_is_json_and_text(measured: Any) -> None:
     assert written["confusion"] == found.confusion.tolist() and written["wrong"] == found.wrong
     assert written["classes"][0]["label"] == "motif 0" and len(written["calibration"]["counts"]) == 10
     lines = found.summary().splitlines()
-    assert len(lines) == 5 and lines[0].startswith(f"{found.accuracy:.1%} of 60 images are right (95%: ")
-    assert "0.8: " in lines[2] and "0.85 promised" in lines[3] and "20 images of no class" in lines[4]
+    assert len(lines) == 6 and lines[0].startswith(f"{found.accuracy:.1%} of 60 images are right (95%: ")
+    assert "0.8: " in lines[2] and "0.85 promised" in lines[4] and "20 images of no class" in lines[5]
+    assert re.fullmatch(r"accepted labels \(of them wrong\): .*% \(.*%\) for 15%, .*% \(.*%\) for 20%", lines[3]), (
+        lines[3]
+    )
+    assert written["automation"]["errors"][0] is None and written["automation"]["promised"]["images"] == 30
     few = small_classifier(shots=1).evaluate(images, names, others)  # too few support images for a promise
     assert "needs at least 9 left-out support images" in few.sets.reason and math.isnan(few.expected)
+    assert "accepted labels: a promise of at most 0.2 wrong labels needs at least 14" in few.summary()
     assert "needs at least 19" in few.unknown.reason and math.isnan(few.unknown.kept)
     assert 0 <= few.unknown.auroc <= 1 and few.to_dict()["sets"]["covered"] is None
-    support, labels = pictures(np.random.default_rng(0), 5, 4)
+    support, labels = pictures(np.random.default_rng(0), 5, 6)
     mixed = classifier.evaluate([*support[3:9], 255 - support[0]], [*(f"motif {k}" for k in labels[3:9]), "motif 0"])
     assert mixed.copies == 6 and "say little about new ones: 6" in mixed.summary()
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import pretrained
 from iosr_fast.files import evaluate, work
 from iosr_fast.files.tables import Labelled
+from iosr_fast.head.evaluation import AutomationResult
+from iosr_fast.methods.automation import PROMISES, Automation
 from iosr_fast.reports import evaluation_report, predictions_report
 from iosr_fast.reports.predictions_report import predictions_page
 from iosr_fast.store.bundle import Bundle
@@ -159,6 +162,26 @@ def test_a_page_of_many_mistakes_says_what_is_left_out(place: Path, monkeypatch:
     written = evaluation_report.evaluation_page(found, lambda _: None, "title")
     assert found.wrong > 4 and f"The first 4 of {found.wrong} are shown." in written
     assert "Pairs of classes, the most frequent first." in written and 'class="matrix"' not in written
+
+
+def test_a_page_draws_what_promises_about_errors_were_worth(place: Path, browser: Any) -> None:
+    images, shares, errors = sorted((place / "unlabelled").iterdir())[:5], np.linspace(0, 1, 9), np.full(9, 0.004)
+    promised = Automation(500, 0.006, np.array(PROMISES), np.full(9, 0.5), shares, errors)
+    found = Classifier.load("").evaluate(images, NAMES)
+    assert "No label is accepted" in evaluation_report.evaluation_page(found, lambda _: None, "title")
+    found = replace(found, automation=AutomationResult(promised, shares, errors))
+    (place / "e.html").write_text(evaluation_report.evaluation_page(found, lambda _: None, "title"))
+    page = opened(browser, place / "e.html")
+    section = page.locator("section", has_text="What may be automated")
+    assert section.locator("svg text").all_text_contents()[:2] == ["of these wrong", "labels accepted"]
+    assert [line.count(",") for line in re.findall('points="(.*?)"', section.inner_html())] == [8, 8]
+    assert section.locator("tbody tr").first.locator("td").all_inner_texts() == [
+        "1.0%",
+        "12.5%",
+        "0.4%",
+        "12.5%",
+        "0.500",
+    ]
 
 
 def test_suggest_writes_a_csv_that_fit_reads_once_labels_are_in(place: Path) -> None:
