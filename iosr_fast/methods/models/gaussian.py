@@ -144,7 +144,8 @@ class GaussianModel(Model):
 
     def moments_without(self, out: np.ndarray) -> Moments:
         """Those of all images but some, `out` (N,) bool."""
-        return self.moments - Moments.of(self._rows(self.support.embeddings[out]), self.support.one_hot[out])
+        images = self.support.only(out)
+        return self.moments - Moments.of(self._rows(images.embeddings), images.one_hot)
 
     def fitted_without(self, out: np.ndarray) -> Gaussians:
         """In closed form: the moments of the images `out` (N,) bool are taken off those of all."""
