@@ -25,6 +25,7 @@ from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, Prediction
+from iosr_fast.images.listing import Listing
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.conformal import COVERAGE, Reliability
@@ -37,6 +38,8 @@ from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.store import updates
 from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.store.changes import ChangeResult
+from iosr_fast.store.description import load_saved
+from iosr_fast.store.head_bundle import SavedHead
 from iosr_fast.store.store import FittedAttribute, Store
 from iosr_fast.utils.estimator import Estimator
 from iosr_fast.utils.numbers import check_integer
@@ -412,7 +415,7 @@ class Classifier(Estimator):
 
     def suggest(
         self,
-        folder: str | Path,
+        folder: str | Path | Listing,
         n: int,
         batch: int | None = None,
         skip_bad: bool = False,
@@ -567,8 +570,23 @@ class Classifier(Estimator):
         fitted method with its parameters. `fit` uses its encoders, until `set_params` names another CLIP. Raises
         DamagedFileError naming what is missing, damaged or foreign, and what open_engine raises.
         """
-        bundle = load_bundle(folder, verify, threads, expected_digest)
+        return cls._opened(load_bundle(folder, verify, threads, expected_digest), runtime, threads, runs)
+
+    @classmethod
+    def _opened(cls, bundle: Bundle | SavedHead, runtime: str, threads: int | None, runs: int) -> Self:
         fit = bundle.open(runtime, threads, runs)
         classifier = cls._with_clip(fit.clip, runtime=runtime, **bundle.parameters())
         classifier._store.fit = fit
         return classifier
+
+
+def open_saved(
+    folder: str | Path,
+    runtime: str = "auto",
+    threads: int | None = None,
+    expected_digest: str | None = None,
+    runs: int = 1,
+) -> Classifier:
+    """Classifier.load, for the commands and the server. Of a head that FewShotHead.save wrote a Classifier, too, whose
+    images are rows of embeddings."""
+    return Classifier._opened(load_saved(folder, threads, expected_digest), runtime, threads, runs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from iosr_fast.cli.options import Html, Json, SavedClassifier, echo_first
+from iosr_fast.cli.options import Html, Json, SavedClassifier, echo_first, head_in
 from iosr_fast.utils.command import say, write_new
 
 
@@ -15,10 +15,11 @@ def audit(classifier: SavedClassifier, html: Html = None, json_path: Json = None
     and the images that say so, takes the right labels and saves them as labels.csv; `iosr-fast fit support/ labels.csv`
     fits on them. Images are named by their files and ids; remove_examples takes ids.
     """
-    from iosr_fast.classifier import Classifier
+    from iosr_fast.classifier import open_saved
     from iosr_fast.reports.audit_report import audit_page, named
 
-    loaded = Classifier.load(classifier)
+    head_in(classifier, html=html)
+    loaded = open_saved(classifier)
     found = loaded.audit()
     say(*found.summary().split("\n"))
     suspects = [(named(one.image, one.path), one) for one in found.likely_wrong]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from iosr_fast.cli import options as shared
-from iosr_fast.cli.options import RejectOption, argument, as_share, note_counts, option, ray_pool, resumable
+from iosr_fast.cli.options import RejectOption, argument, as_share, head_in, note_counts, option, ray_pool, resumable
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import note, output, write_new
 from iosr_fast.utils.progress import progress
@@ -66,6 +66,7 @@ def classify(
     if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
     abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep, max_error) or Abstention()
+    head = head_in(classifier, html=html, decoder=decoder, ray=ray)
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:
         raise IosrFastError(f"expected --out to end in .csv or .parquet, or a folder without a suffix, got {out}")
@@ -76,6 +77,7 @@ def classify(
     parts = None if joint else out
     if parts is None and (ray or chunk is not None):
         raise IosrFastError("expected --out, and no --joint, with --ray and --chunk: they are for runs of parts")
+    from iosr_fast.files.embedding_rows import read_rows
     from iosr_fast.files.run import check_out, parts_of, run
     from iosr_fast.files.source import read_source
     from iosr_fast.files.tables import read_csv, read_table
@@ -92,8 +94,12 @@ def classify(
                     "choose another name"
                 )
             check_out(out)
-        source = read_source(images, form == "parts", skip_bad)
-        work = Classify(str(classifier), form, top or (5 if form == "parts" else 1), decoder, abstention)
+        how: str = decoder
+        if head is None:
+            source = read_source(images, form == "parts", skip_bad)
+        else:  # what the rows are is a fact of the run in the decoder's place
+            source, _, how = read_rows(images, head)
+        work = Classify(str(classifier), form, top or (5 if form == "parts" else 1), how, abstention)
         work.check(one_label=joint or html is not None)
         if parts is not None:
             counts = run(work, source, parts, options, chunk, pool)

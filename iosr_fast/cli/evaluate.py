@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from iosr_fast.cli.options import Html, Json, Runtime, SavedClassifier, SkipBad, argument, echo_first, option
+from iosr_fast.cli.options import Html, Json, Runtime, SavedClassifier, SkipBad, argument, echo_first, head_in, option
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.command import Group, ListCommand, new_app, say, stop_message, write_new
 from iosr_fast.utils.outputs import check_utf8
@@ -66,7 +66,8 @@ def saved(
 
     Also written without `saved`: iosr-fast evaluate CLASSIFIER IMAGES.
     """
-    from iosr_fast.classifier import Classifier
+    from iosr_fast.classifier import open_saved
+    from iosr_fast.files.embedding_rows import read_rows
     from iosr_fast.head.labelled_images import labelled_images, unknown_folder
     from iosr_fast.reports.evaluation_report import evaluation_page
 
@@ -75,10 +76,18 @@ def saved(
             "expected the folder of a saved classifier, or one of the commands features, demo and paper, found no "
             f"folder {classifier}"
         )
-    paths, labels, names, _ = labelled_images(images)
-    others = [] if unknown_images is None else unknown_folder(unknown_images)
+    paths: Sequence[Any]
+    if (head := head_in(classifier, html=html)) is not None:
+        source, labels, _ = read_rows([images], head)
+        if not labels:
+            raise IosrFastError(f"expected labels y beside x in {images}, an .npz file, got none")
+        paths, names = source.paths, labels
+        others = [] if unknown_images is None else read_rows([unknown_images], head)[0].paths
+    else:
+        paths, labels, names, _ = labelled_images(images)
+        others = [] if unknown_images is None else unknown_folder(unknown_images)
     check_utf8([*map(str, paths), *others])
-    loaded = Classifier.load(classifier, runtime=runtime).set_params(progress=True)
+    loaded = open_saved(classifier, runtime).set_params(progress=True)
     known = [info.name for info in loaded.classes()]
     if foreign := sorted(set(names) - set(known)):
         raise IosrFastError(

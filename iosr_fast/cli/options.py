@@ -17,6 +17,7 @@ from iosr_fast.utils.require import require
 if TYPE_CHECKING:
     from iosr_fast.files.ray_workers import Pool
     from iosr_fast.files.run import Counts
+    from iosr_fast.store.head_bundle import SavedHead
 
 
 def option(text: str, *names: str, **settings: Any) -> Any:
@@ -34,7 +35,9 @@ RejectOption = partial(option, rich_help_panel="Images of none of the classes")
 RayOption = partial(typer.Option, rich_help_panel="Ray")
 ReplicaOption = partial(typer.Option, rich_help_panel="Replicas")
 
-SavedClassifier = Annotated[Path, argument("CLASSIFIER", "Folder that `iosr-fast fit` or Classifier.save wrote.")]
+SavedClassifier = Annotated[
+    Path, argument("CLASSIFIER", "Folder that `iosr-fast fit`, Classifier.save or FewShotHead.save wrote.")
+]
 Model = Annotated[str, option("demo, a model of open_clip (iosr-fast models), hf-hub:OWNER/NAME or local-dir:FOLDER.")]
 Pretrained = Annotated[str | None, option("Tag of the weights of open_clip's model, which are downloaded, or a file.")]
 Adapter = Annotated[str, option("File of `iosr-fast train-adapter`, none, or auto: the demo's for the demo.")]
@@ -70,6 +73,21 @@ Address = Annotated[str | None, RayOption(help="Address of a running cluster; au
 # Of replicas of the server.
 MaxBatch = Annotated[int | None, option("Most images of a batch [default: 8 on a CPU; all that a GPU's engine takes].")]
 Deadline = Annotated[int, option("Deadline of a request that names none, in milliseconds.")]
+
+
+def head_in(classifier: Path, **given: Any) -> SavedHead | None:
+    """The head on embeddings in a folder; None for anything else. Raises IosrFastError where one is there, and options
+    that need images are given."""
+    from iosr_fast.store.description import HEAD_KIND, folder_kind
+    from iosr_fast.store.head_bundle import load_head
+
+    if folder_kind(classifier) != HEAD_KIND:
+        return None
+    if flags := [f"--{name}" for name, value in given.items() if value not in (None, False, "auto", "cpu")]:
+        raise IosrFastError(
+            f"{classifier} is a head, which takes embeddings: expected no {', '.join(flags)}, for images"
+        )
+    return load_head(classifier)
 
 
 def ray_pool(ray: bool, workers: int | None, gpus: float, address: str | None) -> Pool | None:

@@ -7,7 +7,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad, argument, option
+from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad, argument, head_in, option
 from iosr_fast.utils.command import note, output, write_new
 from iosr_fast.utils.csv_text import escaped, line_writer
 from iosr_fast.utils.outputs import check_utf8
@@ -35,10 +35,14 @@ def suggest(
 
     fits on the old images and the labelled ones; rows without a label are left out.
     """
-    from iosr_fast.classifier import Classifier
+    from iosr_fast.classifier import open_saved
+    from iosr_fast.files.embedding_rows import read_rows
+    from iosr_fast.images.listing import Listing, Skipped
 
-    loaded = Classifier.load(classifier, runtime=runtime)
-    suggestions = loaded.suggest(folder, number, skip_bad=skip_bad)
+    head = head_in(classifier, html=html)
+    loaded = open_saved(classifier, runtime)
+    images = folder if head is None else Listing(read_rows([folder], head)[0].paths, Skipped())
+    suggestions = loaded.suggest(images, number, skip_bad=skip_bad)
     check_utf8(map(str, suggestions.paths))
     if out is not None:
         write_new(out, _table(suggestions))
@@ -59,5 +63,13 @@ def _table(suggestions: FolderSuggestions) -> str:
     writer = line_writer(file)
     writer.writerow(["path", "label", "guess", "probability", "stands_for"])
     for (path, label, probability), stands in zip(suggestions, suggestions.stands.tolist(), strict=True):
-        writer.writerow([escaped(str(path.resolve())), "", escaped(label), f"{probability:.4f}", stands])
+        writer.writerow(
+            [
+                escaped(str(path.resolve() if isinstance(path, Path) else path)),
+                "",
+                escaped(label),
+                f"{probability:.4f}",
+                stands,
+            ]
+        )
     return file.getvalue()

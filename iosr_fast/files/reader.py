@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.rows import RowDecoder, Rows
 from iosr_fast.files.stream import Errors, Stage, batch_sizes, batches_of, choose_batch, choose_stage, encode_batches
 from iosr_fast.images.decode import Decoder
 
@@ -42,7 +43,7 @@ class Reader:
         decoder: str,
     ) -> Self:
         """The reader of the arguments of Classifier.predict_folder, and its errors about them."""
-        chosen = Decoder(decoder, exif_orientation)
+        chosen = RowDecoder() if isinstance(encoder, Rows) else Decoder(decoder, exif_orientation)
         return cls(encoder, engine, chosen, choose_batch(encoder, batch), threads, skip_bad)
 
     def stage(self, images: int) -> Stage:

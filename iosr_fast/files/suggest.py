@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.reader import Reader
-from iosr_fast.images.listing import Skipped, list_images
+from iosr_fast.images.listing import Listing, Skipped, list_images
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.scoring.reference import softmax
@@ -64,14 +64,15 @@ class FolderSuggestions:
         return zip(self.paths, self.labels.tolist(), self.probabilities.tolist(), strict=True)
 
 
-def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path, n: int) -> FolderSuggestions:
-    """As Classifier.suggest; `head` is None before a fit."""
+def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path | Listing, n: int) -> FolderSuggestions:
+    """As Classifier.suggest; `head` is None before a fit. What a Listing names stays as it is."""
     n = check_integer("n", n, 1)
-    listing = list_images(folder)
+    listing = folder if isinstance(folder, Listing) else list_images(folder)
+    named: Any = str if listing is folder else Path
     unread, queries = reader.embed(listing.paths)
     if queries is None:
-        raise IosrFastError(f"expected images to choose from in {folder}, found none that can be read")
-    readable = [Path(path) for path, error in zip(listing.paths, unread, strict=True) if error is None]
+        raise IosrFastError("expected images to choose from, found none that can be read")
+    readable = [path for path, error in zip(listing.paths, unread, strict=True) if error is None]
     logits = None if head is None else head.score(queries)
     rows = image_rows(queries, "plain" if head is None else head.config.which, None)
     best = suggest(rows, n, None if logits is None else entropy(logits))
@@ -79,5 +80,5 @@ def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path, n
     if head is not None and logits is not None:
         p = softmax(logits[best.rows])
         labels, probabilities = np.array(head.class_names, dtype=str)[p.argmax(1)], p.max(1)
-    paths, errors = [readable[row] for row in best.rows], [error for error in unread if error is not None]
+    paths, errors = [named(readable[row]) for row in best.rows], [error for error in unread if error is not None]
     return FolderSuggestions(paths, best.stands, labels, probabilities, len(readable), errors, listing.skipped)

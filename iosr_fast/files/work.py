@@ -24,7 +24,9 @@ from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, Row
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, predict_any
-from iosr_fast.store.bundle import Bundle, load_bundle
+from iosr_fast.store.bundle import Bundle
+from iosr_fast.store.description import load_saved
+from iosr_fast.store.head_bundle import SavedHead
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.manifest import read_manifest
 
@@ -102,8 +104,8 @@ class Classify:
     readable: ClassVar[str] = "classified"
 
     @cached_property
-    def bundle(self) -> Bundle:
-        return load_bundle(self.folder)
+    def bundle(self) -> Bundle | SavedHead:
+        return load_saved(self.folder)
 
     @property
     def head(self) -> AnyHead:

@@ -11,7 +11,7 @@ from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods.tuned import describe_shares
 from iosr_fast.store.bundle import KIND, Bundle, load_bundle
-from iosr_fast.store.head_bundle import HEAD_KIND, head_of
+from iosr_fast.store.head_bundle import HEAD_KIND, SavedHead, head_of, load_head
 from iosr_fast.store.log_reader import Base, LoggedChange, reading
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
 from iosr_fast.utils.text import abbreviate
@@ -60,6 +60,15 @@ def folder_kind(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return KIND
     return kind if kind in (ENGINE_KIND, HEAD_KIND) else KIND
+
+
+def load_saved(
+    folder: str | Path, threads: int | None = None, expected_digest: str | None = None
+) -> Bundle | SavedHead:
+    """The classifier or the head in a folder. Raises as `load_bundle`."""
+    if folder_kind(Path(folder)) == HEAD_KIND:
+        return load_head(folder, expected_digest=expected_digest)
+    return load_bundle(folder, True, threads, expected_digest)
 
 
 def _head_lines(head: AnyHead) -> list[str]:

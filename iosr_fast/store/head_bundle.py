@@ -13,9 +13,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
+from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.fit import Fit
 from iosr_fast.head.names import check_names
 from iosr_fast.head.predictions import AnyHead
+from iosr_fast.head.support_images import SupportViews
 from iosr_fast.store.bundle_arrays import SUPPORT, TABLE
 from iosr_fast.store.bundle_schema import HeadFacts
 from iosr_fast.store.head_files import read_head, write_head
@@ -56,6 +60,19 @@ class SavedHead:
     labels: str
     indicator: str | None
     columns: list[str] | None
+
+    views = SupportViews()
+    encoder_fingerprint = "none"
+
+    def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
+        """As Bundle.open: a fit whose images are rows of embeddings (encoders.rows)."""
+        if runtime != "auto":
+            raise IosrFastError(f"a head has no encoder, which a runtime would execute: leave out {runtime!r}")
+        return Fit(OpenedClip(Rows(self.width, self.adapted), Path(), None, self.head.tau), self.head, self.views)
+
+    def parameters(self) -> dict[str, Any]:
+        """As Bundle.parameters."""
+        return {}
 
     @property
     def adapted(self) -> bool:

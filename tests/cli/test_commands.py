@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 import subprocess
@@ -13,9 +14,11 @@ import pytest
 
 from iosr_fast import Classifier, cli
 from iosr_fast.cli.embed import find_engine
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.export import pretrained
 from iosr_fast.files import work
+from iosr_fast.files.embedding_files import Part, write_part
 from iosr_fast.store.bundle import Bundle, load_bundle
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import write_manifest
@@ -34,7 +37,7 @@ def fitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ..
 @pytest.fixture
 def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "open_shared", never)
-    monkeypatch.setattr(work, "load_bundle", never)
+    monkeypatch.setattr(work, "load_saved", never)
 
 
 def test_help_lists_every_command_without_importing_one() -> None:
@@ -193,7 +196,7 @@ def test_a_folder_given_to_predict_is_called_a_folder(folder: Path) -> None:
 
 def test_a_run_that_reads_no_image_fails(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = small_classifier(engine_folder(tmp_path / "engine"))
-    monkeypatch.setattr(work, "load_bundle", lambda *_: Bundle.of(made._fit))
+    monkeypatch.setattr(work, "load_saved", lambda *_: Bundle.of(made._fit))
     monkeypatch.setattr(Bundle, "open", lambda *_: made._fit)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     words = ("--skip-bad", "--batch", "2", "--threads", "1")
@@ -258,3 +261,81 @@ def test_quiet_shows_results_and_errors_alone(
     assert caplog.text.count("skipped 1 of") == 1
     (folder / "class_0" / "bad.png").write_bytes(b"no picture")
     assert "leave such images out by --skip-bad" in refused("--quiet", *fitting, "--overwrite")
+
+
+def test_a_head_classifies_files_of_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FewShotHead = pytest.importorskip("iosr_fast.few_shot_head", reason="scikit-learn is missing").FewShotHead
+    monkeypatch.chdir(tmp_path)
+    rng, names = np.random.default_rng(0), np.array(["ant", "bee", "cat"])
+    centres = rng.standard_normal((3, 384))
+
+    def drawn(n: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.arange(n) % 3
+        return (centres[ids] + rng.standard_normal((n, 384))).astype(np.float32), names[ids]
+
+    (X, y), (rows, labels) = drawn(60), drawn(30)
+    head = FewShotHead().fit(X, y)
+    head.save("head")
+    assert "384 numbers" in done("info", "head")
+    expected = head.predict_proba(rows)
+    keys = [f"http://a.org/{i}.jpg" for i in range(30)]
+    rows[3] = np.nan
+    Path("embedded").mkdir()
+    write_part(Path("embedded/a"), Part(keys, Embeddings(rows), [None] * 3 + ["no picture"] + [None] * 26))
+    write_manifest(Path("embedded"), "embeddings", {"parts": ["a"]})
+    np.save("rows.npy", rows)
+    np.savez("rows.npz", x=rows, keys=keys, y=labels)
+    for place, named, reason in (("embedded", keys, "no picture"), ("rows.npy", [*map(str, range(30))], "finite")):
+        assert "could not read 1 of 30" in run("classify", "head", place, "--skip-bad", "--out", f"{place}.csv").output
+        table = list(csv.DictReader(io.StringIO(Path(f"{place}.csv").read_text())))
+        assert [row["path"] for row in table] == named and reason in table[3]["error"]
+        for row, best in zip(table[4:], expected[4:], strict=True):
+            assert row["label"] == names[best.argmax()] and abs(float(row["probability"]) - best.max()) < 2e-4
+    assert "can't read image 3" in refused("classify", "head", "rows.npy")
+    words = ("--skip-bad", "--reject-unknown", "--max-error", "20%", "--joint", "--out", "all.csv")
+    assert run("classify", "head", "rows.npz", *words[:4], "--out", "some.csv").output.count("of 29") == 2
+    assert "classified together" in run("classify", "head", "rows.npy", *words[:2], *words[4:]).output
+    said = done("evaluate", "head", "rows.npz", "--skip-bad", "--unknown", "rows.npy", "--json", "found.json")
+    right = (names[expected.argmax(1)] == labels)[np.arange(30) != 3]
+    assert f"{right.mean():.1%} of 29 images are right" in said and "29 images of no class" in said
+    assert "60 images of 3 classes" in done("audit", "head")
+    suggested = list(csv.DictReader(io.StringIO(run("suggest", "head", "rows.npz", "-n", "4", "--skip-bad").stdout)))
+    assert len(suggested) == 4 and {row["path"] for row in suggested} < set(keys)
+
+
+def test_what_a_head_can_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FewShotHead = pytest.importorskip("iosr_fast.few_shot_head", reason="scikit-learn is missing").FewShotHead
+    monkeypatch.chdir(tmp_path)
+    FewShotHead("gda").fit(np.eye(6), [0, 0, 0, 1, 1, 1]).save("head")
+    np.save("rows.npy", np.eye(6))
+    np.save("wide.npy", np.eye(7))
+    np.save("objects.npy", np.array([{}], object), allow_pickle=True)
+    np.savez("short.npz", x=np.eye(6), keys=["a"])
+    np.savez("other.npz", x=np.eye(6), y=np.arange(6))
+    Path("junk.npz").write_bytes(b"PK no zip")
+    for words, said in (
+        (
+            ("classify", "head", "wide.npy"),
+            "expected rows of 6 numbers in wide.npy, as the head takes them, got float64",
+        ),
+        (("classify", "head", "objects.npy"), "objects.npy is damaged, or of Python objects"),
+        (("classify", "head", "junk.npz"), "junk.npz is damaged"),
+        (("classify", "head", "short.npz"), "expected keys and y for each of the 6 rows"),
+        (
+            ("classify", "head", "rows.txt"),
+            "expected a file of embeddings, got rows.txt: the folder of `iosr-fast embed`",
+        ),
+        (
+            ("classify", "head", "rows.npy", "--html", "page.html"),
+            "head is a head, which takes embeddings: expected no --html",
+        ),
+        (("classify", "head", "rows.npy", "--runtime", "torch"), "a head has no encoder"),
+        (("audit", "head", "--html", "page.html"), "expected no --html"),
+        (("evaluate", "head", "rows.npy"), "expected labels y beside x in rows.npy"),
+        (
+            ("evaluate", "head", "other.npz"),
+            "expected labels among the 2 classes of head ('0', '1'), got '2', '3', '4'",
+        ),
+        (("serve", "head", "--log", "log.db"), "a head takes no changes"),
+    ):
+        assert said in refused(*words)

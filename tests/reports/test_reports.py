@@ -46,7 +46,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     names[7] = NAMES[3]
     classifier = Classifier(method="gda", alpha=1.0).fit(images, names)
     monkeypatch.setattr(Classifier, "load", classmethod(lambda *_, **__: classifier))
-    monkeypatch.setattr(work, "load_bundle", lambda *_: Bundle.of(classifier._fit))
+    monkeypatch.setattr(work, "load_saved", lambda *_: Bundle.of(classifier._fit))
     monkeypatch.setattr(Bundle, "open", lambda *_: classifier._fit)
     for name in ("unlabelled", "classifier"):
         (tmp_path / name).mkdir()

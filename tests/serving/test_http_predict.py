@@ -14,9 +14,9 @@ import pytest
 
 from iosr_fast import FewShotHead
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.unknown import fit_unknown
-from iosr_fast.serving.batching.served_head import Rows
 from iosr_fast.serving.http.logs import JsonFormatter
 from iosr_fast.serving.http.settings import Settings
 from tests.pictures import GREY
@@ -348,5 +348,5 @@ def test_a_head_that_fails_and_one_that_is_full(head_folder: Path, monkeypatch: 
         assert error_of(client.ask("POST", "/v1/predict", **body), 503) == "queue_full"
         held.set()
         assert waiting.result(20).status_code == 200
-    with pytest.raises(IosrFastError, match="a head gets no pictures and takes no changes"):
+    with pytest.raises(IosrFastError, match="a head takes no changes and gets no pictures"):
         Settings(log=head_folder / "log.db").open(head_folder)

@@ -7,7 +7,7 @@ import numpy as np
 from starlette.requests import Request
 
 from iosr_fast.encoders.encoder import are_usable
-from iosr_fast.serving.batching.served_head import Rows
+from iosr_fast.encoders.rows import Rows
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Images, Uploads, content_type, wrong_type

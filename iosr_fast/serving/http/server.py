@@ -51,7 +51,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
     threadpool_limits(1, "blas")
     _allow_files(settings)
     classifier = settings.open(bundle)
-    Abstention(max_error=settings.max_error).check(classifier.snapshot())
+    Abstention(max_error=settings.max_error).check(classifier.snapshot().one_label("the HTTP API"))
     plain = sys.stderr.isatty() and not settings.log_json
     with logs_to_stderr(plain):
         if settings.log is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from iosr_fast.serving.batching.served_head import ServedHead
+from iosr_fast.encoders.rows import Rows
 from iosr_fast.serving.http.embeddings import EmbeddingUploads
 from iosr_fast.serving.http.errors import busy
 from iosr_fast.serving.http.metrics import Metrics
@@ -28,12 +28,10 @@ class Service:
 
     def __init__(self, batching: BatchingClassifier, settings: Settings, metrics: Metrics) -> None:
         self.batching, self.settings, self.metrics = batching, settings, metrics
-        served = batching.classifier
-        self.takes_changes = not isinstance(served, ServedHead)
-        self.uploads: Uploads = (
-            EmbeddingUploads(settings, served.encoder)
-            if isinstance(served, ServedHead)
-            else Uploads(settings, served.encoder.geometry)
+        encoder = batching.classifier.encoder
+        self.takes_changes = not isinstance(encoder, Rows)
+        self.uploads = (
+            EmbeddingUploads(settings, encoder) if isinstance(encoder, Rows) else Uploads(settings, encoder.geometry)
         )
         self.max_body = self.uploads.max_body
         self.bodies = Shares(settings.max_buffered_mb * MIB)  # bytes of request bodies in memory

@@ -7,18 +7,19 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
-from iosr_fast.serving.batching.served_head import ServedHead
-from iosr_fast.store.description import folder_kind
-from iosr_fast.store.head_bundle import HEAD_KIND, load_head
 from iosr_fast.utils.machine import usable_threads
+
+if TYPE_CHECKING:
+    from iosr_fast.classifier import Classifier
 
 MIB = 1 << 20
 CPU_BATCH = 8
@@ -159,31 +160,24 @@ class Settings:
         runs = math.ceil(math.sqrt(cores))
         return runs, cores // runs
 
-    def open(self, folder: str | Path) -> Any:
-        """The Classifier or the ServedHead in a folder. Raises what `load` raises, and IosrFastError for what can't be
-        served."""
-        from iosr_fast.classifier import Classifier
+    def open(self, folder: str | Path) -> Classifier:
+        """What is served of a folder (classifier.open_saved). Raises IosrFastError for what can't be."""
+        from iosr_fast.classifier import open_saved
 
-        served: Any
-        if folder_kind(Path(folder)) == HEAD_KIND:
-            if (self.log, self.collect, self.runtime) != (None, None, "auto"):
-                raise IosrFastError(
-                    "a head gets no pictures and takes no changes: leave --runtime, --collect and --log"
-                )
-            served = ServedHead(load_head(folder, expected_digest=self.expected_digest))
-        else:
-            runs, threads = self.engine_layout
-            served = Classifier.load(folder, self.runtime, True, threads, self.expected_digest, runs)
+        runs, threads = self.engine_layout
+        served = open_saved(folder, self.runtime, threads, self.expected_digest, runs)
+        if isinstance(served.encoder, Rows) and (self.log or self.collect) is not None:
+            raise IosrFastError("a head takes no changes and gets no pictures: leave out --log and --collect")
         served.snapshot().one_label("the HTTP API", "serve one fitted with one label, or use predict")
         return served
 
-    def make_batching(self, classifier: Any, **options: Any) -> BatchingClassifier:
+    def make_batching(self, classifier: Classifier, **options: Any) -> BatchingClassifier:
         """A BatchingClassifier with these limits, whose decoders run in processes; `options` go to its constructor."""
         from PIL import Image
 
         own: dict[str, Any] = {"isolated": True, "decode_threads": self.decode_threads}
         own["max_batch"] = self.batch_for(classifier.encoder)
-        if isinstance(classifier, ServedHead):  # nothing to decode, and little that a large batch delays
+        if isinstance(classifier.encoder, Rows):  # nothing to decode, and little that a large batch delays
             own = {"decode_threads": 1, "max_batch": self.max_batch or self.max_images}
         # Pillow refuses images of twice this: a second check, of the size that a decoder reads inside a file.
         Image.MAX_IMAGE_PIXELS = max(1, self.max_pixels // 2)

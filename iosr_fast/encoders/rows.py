@@ -1,0 +1,56 @@
+"""Embeddings that exist already in the place of images: the encoder of a head that comes without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.decode import DecodedBatch, Decoder
+from iosr_fast.images.geometry import Geometry
+
+
+class Rows(Encoder):
+    """Takes rows of `width` numbers in the place of pixels, and scales them to unit length (Embeddings.of_rows)."""
+
+    image_size, fingerprint, runtime = 1, "none", "none"
+
+    def __init__(self, width: int, adapted: bool) -> None:
+        self.width, self.adapted = width, adapted
+
+    def accepts(self, image: Any) -> bool:
+        return isinstance(image, np.ndarray) and image.shape == (self.width,)
+
+    def blank(self, count: int) -> np.ndarray:
+        return np.ones((count, self.width))
+
+    def encode(self, pixels: np.ndarray) -> Embeddings:
+        return Embeddings.of_rows(pixels, self.adapted)
+
+
+class KeyedRow(str):
+    """The key of an embedding with its numbers (width,), as a path has an image, or the reason why there are none."""
+
+    numbers: np.ndarray
+    reason: str
+
+    @classmethod
+    def of(cls, key: str, numbers: np.ndarray, reason: str) -> KeyedRow:
+        row = cls(key)
+        row.numbers, row.reason = numbers, reason
+        return row
+
+
+class RowDecoder(Decoder):
+    """Takes the numbers of KeyedRows; those of the same width."""
+
+    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> DecodedBatch:
+        errors = [
+            BadImageError(Path(row), start + i, row.reason) if row.reason else None for i, row in enumerate(sources)
+        ]
+        rows = [row.numbers for row in sources if not row.reason]
+        return DecodedBatch(list(errors), np.stack(rows) if rows else None)
