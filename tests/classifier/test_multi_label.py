@@ -151,7 +151,8 @@ def test_wrong_fits_are_refused_before_a_clip_is_opened(
 def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     classifier, image = fitted(engine_folder(tmp_path / "engine")), IMAGES[:1]
     classifier.save(tmp_path / "bundle")
-    monkeypatch.setattr(Classifier, "load", lambda *_, **__: classifier)  # an engine that computes would take seconds
+    # An engine that computes would take seconds.
+    monkeypatch.setattr("iosr_fast.classifier.open_saved", lambda *_, **__: classifier)
     monkeypatch.setattr(type(classifier.encoder), "encode", lambda *_: pytest.fail("a picture was encoded"))
     changes: dict[str, tuple[Any, ...]] = {
         **{"add_class": ("new", image), "add_examples": ("motif 0", image), "remove_examples": (["e0"],)},
