@@ -223,8 +223,8 @@ def test_labels_are_accepted_by_a_promise_alike_everywhere(bundle: Path, folder:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((*REJECT[:1], "--keep", "0.99"), "left out, got 24"),
-        (("--max-error", "1%"), "needs at least 299 support images that can be left out, got 24"),
+        ((*REJECT[:1], "--keep", "0.99"), "left-out support images, got 24"),
+        (("--max-error", "1%"), "needs at least 299 left-out support images, got 24"),
         (("--max-error", "100%"), "expected a share above 0 and below 1, like 0.01 or 1%, got '100%'"),
         ((*REJECT[:1], "--keep", "1"), "expected keep above 0 and below 1, like 0.95, got 1"),
         (("--keep", "0.9"), "expected --unknown-label and --keep only with --reject-unknown"),
