@@ -85,7 +85,8 @@ def count_tokens(tokenizer: Any, text: str) -> int:
     if isinstance(tokenizer, Tokenizer):
         encoding = tokenizer.backend.encode(tokenizer.clean_text(text))  # what was cut off is in `overflowing`
         return sum(encoding.attention_mask) + sum(part.special_tokens_mask.count(0) for part in encoding.overflowing)
-    cleaned, backend = tokenizer.clean_fn(text), getattr(tokenizer, "tokenizer", None)
+    # What stands for a tokenizer that could not be downloaded raises the reason when it is called (clip.load).
+    cleaned, backend = getattr(tokenizer, "clean_fn", tokenizer)(text), getattr(tokenizer, "tokenizer", None)
     if backend is None:  # open_clip's SimpleTokenizer
         _without_special(cleaned, [tokenizer.decoder[i] for i in tokenizer.all_special_ids])
         return len(tokenizer.encode(text)) + 2

@@ -205,22 +205,15 @@ def test_a_run_that_reads_no_image_fails(folder: Path, tmp_path: Path, monkeypat
     assert both.exit_code == 0 and "could not read 1 of 10 images" in both.output
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("texts.json", '{"class 0": ["round, red"], "class 1": ["small"], "class 2": ["=3"]}'),
-        ("texts.csv", 'class,text\nclass 0,"round, red"\nclass 2,\'=3\n class 1 ,small\n'),
-    ],
-)
-def test_descriptions_come_from_a_file(
-    file: str, content: str, fitting: tuple[object, ...], folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / file).write_text(content)
-    done(*fitting, "--template", "none", "--descriptions", tmp_path / file)
-    saved = load_bundle(tmp_path / "out")
-    texts = [text_embedding(text) for text in ("round, red", "small", "=3")]
-    np.testing.assert_allclose(saved.head.support.text, texts, atol=1e-6)
-    assert saved.views.templates == ()
+def test_descriptions_come_from_a_file(fitting: tuple[object, ...], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('{"class 0": ["round, red"], "class 1": ["small"], "class 2": ["=3"]}')
+    (tmp_path / "t.csv").write_text('class,text\nclass 0,"round, red"\nclass 2,\'=3\n class 1 ,small\n')
+    for name in ("t.json", "t.csv"):
+        done(*fitting, "--template", "none", "--descriptions", tmp_path / name, "--overwrite")
+        saved = load_bundle(tmp_path / "out")
+        texts = [text_embedding(text) for text in ("round, red", "small", "=3")]
+        np.testing.assert_allclose(saved.head.support.text, texts, atol=1e-6)
+        assert saved.views.templates == ()
 
 
 def test_fit_shows_bars_on_a_terminal_and_its_result(
