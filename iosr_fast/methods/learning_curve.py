@@ -68,8 +68,9 @@ def learning_curve(support: SupportSet, plan_of: Compile, left_out: OutOfFold) -
             chosen, others = _drawn(support, folds, images, rng)
             right.append(score(plan_of(support.only(chosen)), own[others]).argmax(1) == labels[others])
         if len(of_others := np.concatenate(right)):
-            points.append(_point(images, of_others))
-    points.append(_point(most, left_out.logits.argmax(1) == left_out.labels))
+            points.append(CurvePoint(images, float(of_others.mean()), len(of_others)))
+    right_now = left_out.logits.argmax(1) == left_out.labels
+    points.append(CurvePoint(most, float(right_now.mean()), len(right_now)))
     if len(points) < 2:
         return LearningCurve(tuple(points), usual)
     last = points[-3:]
@@ -91,7 +92,3 @@ def _drawn(support: SupportSet, folds: Folds, images: int, rng: np.random.Genera
     rank = np.arange(len(units)) - np.searchsorted(units // n, units // n)
     chosen = rank[own] < np.minimum(images, np.maximum(folds.distinct - 1, 1))[labels]
     return chosen, ~np.isin(folds.units, folds.units[chosen])
-
-
-def _point(images: int, right: np.ndarray) -> CurvePoint:
-    return CurvePoint(images, float(right.mean()), len(right))

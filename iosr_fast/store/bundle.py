@@ -2,7 +2,7 @@
 
     manifest.json         schema, class names and ids, method and parameters, plan constants, preprocessing,
                           fingerprints of CLIP and adapter, SHA-256 of every file
-    support.safetensors   embeddings of the support images, of the class names and of unknown images
+    support.safetensors   embeddings of the support images, class names, unknown and calibration images
     plan.safetensors      what the plan has beyond them: narrow keys, values, a linear term, a reducer
     left_out.safetensors  out-of-fold logits and the score for unknown pictures, where they were used
     pictures.safetensors  thumbnails of the support images, where they are kept
