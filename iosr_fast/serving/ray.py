@@ -83,7 +83,8 @@ class Replica:
         from iosr_fast.serving.http.metrics import Metrics
 
         self._settings, metrics = settings, Metrics()
-        self._batching = settings.make_batching(settings.open(bundle), observer=metrics, warm=True)
+        self._batching = settings.make_batching(settings.open(bundle), observer=metrics)
+        self._batching.warm()
         self._app = create_app(self._batching, settings, metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

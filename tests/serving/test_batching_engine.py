@@ -42,7 +42,7 @@ def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) ->
         ([encode(image) for image in wide], classifier.predict_proba(wide)),
     ):
         with (
-            BatchingClassifier(classifier, max_batch=7, decode_threads=2, warm=True) as batching,
+            BatchingClassifier(classifier, max_batch=7, decode_threads=2) as batching,
             ThreadPoolExecutor(4) as callers,
         ):
             ask = lambda form, made=batching: made.submit(form, top=CLASSES, nearest=2).result(PATIENCE_S)  # noqa: E731

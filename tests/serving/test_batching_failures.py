@@ -193,15 +193,15 @@ def test_nothing_is_encoded_by_two_threads_at_once(batching, classifier: FakeCla
 
 
 def test_warming_runs_every_bucket_before_serving(classifier: FakeClassifier) -> None:
-    with BatchingClassifier(classifier, max_batch=6, warm=True):
+    with BatchingClassifier(classifier, max_batch=6) as batching:
+        batching.warm()
         assert classifier.encoder.batches == [[0] * n for n in (1, 2, 3, 4, 6, 1)]
         assert len(classifier.asked) == 1, "scoring is warmed as well"
     on_gpu = FakeClassifier()
     on_gpu.encoder.buckets, on_gpu.encoder.max_batch = (1, 2, 4), 4
-    with BatchingClassifier(on_gpu, max_batch=6, warm=True):
+    with BatchingClassifier(on_gpu, max_batch=6) as batching:
+        batching.warm()
         assert [len(numbers) for numbers, *_ in on_gpu.asked] == [1, 2, 4], "kernels are compiled for a batch's size"
     classifier.encoder.raises = raising(EngineError, lambda numbers: True)
-    before = threading.active_count()
-    with pytest.raises(EngineError):
-        BatchingClassifier(classifier, warm=True)
-    assert threading.active_count() == before
+    with BatchingClassifier(classifier) as batching, pytest.raises(EngineError):
+        batching.warm()

@@ -52,13 +52,11 @@ class BatchingClassifier:
     these rest on is computed at the first request after a change: in the caller's thread, or apart from the event loop.
 
     At most `max_queue` images are accepted and not yet answered; more are refused at once. `limits`, a DecodeLimits,
-    bounds decoding. `observer` gets callbacks for metrics (Observer). `warm` runs the engine at the usual batch sizes
-    before the constructor returns (`warm()`).
+    bounds decoding. `observer` gets callbacks for metrics (Observer).
 
     A `client` with a name may hold at most as many images as it leaves places free, and likewise pixels to decode, so
     that no client keeps others out. Clients and their requests take turns, one image each, at decoding and in batches,
-    and each client leaves a decoder to others, two with images above 16 million pixels. A deadline above 10 s is
-    shortened to four times the estimated waiting time where that is less.
+    and each client leaves a decoder to others, two with images above 16 million pixels.
 
     `max_error` is that of queries which name none (Query). Where support images are too few for it, no label is
     accepted. `collect(image, embeddings, head)` is called in the thread of a batch for each image that it answers.
@@ -93,7 +91,6 @@ class BatchingClassifier:
         decode_threads: int | None = None,
         observer: Observer | None = None,
         limits: DecodeLimits | None = None,
-        warm: bool = False,
         isolated: bool = False,
         max_error: float | None = None,
         collect: Collect | None = None,
@@ -107,8 +104,6 @@ class BatchingClassifier:
         classifier.snapshot().one_label("BatchingClassifier", "use predict")  # raises if it is not fitted
         self._engine, self._fitting = Engine(classifier, max_batch, collect), threading.Lock()
         self._max_error = None if max_error is None else check_share("max_error", max_error, like=0.01)
-        if warm:
-            self._engine.warm()
         limits = DecodeLimits() if limits is None else limits
         self._queue = BatchQueue(
             classifier, max_batch, max_wait_ms / 1e3, max_queue, decode_threads, limits.max_pixels_together, observer
@@ -215,8 +210,8 @@ class BatchingClassifier:
                 future.cancel()
 
     def warm(self) -> None:
-        """Run the engine at the usual batch sizes once: 1, 2, 4, ..., max_batch, on a CPU also 3. Raises what it
-        raises."""
+        """Run the engine at the usual batch sizes once, because first runs are slow: 1, 2, 4, ..., max_batch, on a CPU
+        also 3. Raises what it raises."""
         self._engine.warm()
 
     def close(self, timeout: float | None = None) -> None:

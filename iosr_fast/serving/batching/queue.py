@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +19,6 @@ from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.batching.admission import Admission
 from iosr_fast.serving.batching.item import Item, Observer, notify
 from iosr_fast.serving.batching.turns import Turns
-
-
-class Batch(NamedTuple):
-    """`items` to run, none after an idle time, and how many others are in the queue."""
-
-    items: list[Item]
-    waiting: int
 
 
 class BatchQueue:
@@ -152,8 +145,9 @@ class BatchQueue:
         if answered:
             item.answer(result, self.observer)
 
-    def next_batch(self, idle_s: float = math.inf) -> Batch | None:
-        """Wait for the next batch; it is empty after `idle_s` idle seconds. None: closed, and all are answered."""
+    def next_batch(self, idle_s: float = math.inf) -> tuple[list[Item], int] | None:
+        """Wait for the next batch, and how many other items are in the queue; it is empty after `idle_s` idle seconds.
+        None: closed, and all are answered."""
         while True:
             with self._changed:
                 if self.closed and not self._accepted:
@@ -163,18 +157,18 @@ class BatchQueue:
                 if due_s > 0:
                     wait_s = min(due_s, idle_s)
                     if not self._changed.wait(wait_s if wait_s < math.inf else None) and idle_s < due_s:
-                        return Batch([], 0)
+                        return [], 0
                     continue
                 now = time.monotonic()
                 items, late = self._take(now)
                 self._forget(late)
                 self._changed.notify()  # another thread for what is left
-                batch = Batch(items, len(self._accepted) - len(items))
+                others = len(self._accepted) - len(items)
             for item in late:
                 item.answer(item.late(now), self.observer)
             if items:
-                return batch
-            del items, late, batch
+                return items, others
+            del items, late
 
     def finish(self, items: Sequence[Item], seconds: float) -> None:
         """Answer the items of a batch with their outcomes. `seconds` that it took; 0 if they are not representative."""

@@ -15,8 +15,8 @@ import numpy as np
 from iosr_fast.exceptions import ClosedError
 from iosr_fast.serving.batching.decode import Decoder
 from iosr_fast.serving.batching.engine import Engine
-from iosr_fast.serving.batching.item import notify, ordinary
-from iosr_fast.serving.batching.queue import Batch, BatchQueue
+from iosr_fast.serving.batching.item import Item, notify, ordinary
+from iosr_fast.serving.batching.queue import BatchQueue
 
 log = logging.getLogger(__name__)
 
@@ -89,25 +89,25 @@ class Workers:
     def _run_batch(self) -> bool:
         """Wait for a batch and answer it; False when there are no more."""
         queue, engine = self._queue, self._engine
-        batch, seconds = Batch([], 0), 0.0
+        items, seconds = list[Item](), 0.0
         try:
             taken = queue.next_batch(math.inf if engine.healthy else _PROBE_S)
             if taken is None:
                 return False
-            batch = taken
-            if batch.items:
+            items, others = taken
+            if items:
                 started = time.monotonic()
-                run = engine.run(batch.items)
+                run = engine.run(items)
                 engine.judge(run.down)
                 seconds = time.monotonic() - started if run.clean else 0.0
-                notify(queue.observer, "on_batch", len(batch.items), batch.waiting, run.encode_s, run.score_s)
+                notify(queue.observer, "on_batch", len(items), others, run.encode_s, run.score_s)
             else:
                 engine.probe()
         except BaseException as error:
             log.exception("a batch could not be run; its images get the error, and the next batch runs")
-            for item in batch.items:
+            for item in items:
                 item.outcome = item.outcome or ordinary(error)
-        queue.finish(batch.items, seconds)
+        queue.finish(items, seconds)
         return True
 
     def _decode(self, place: int) -> None:

@@ -42,7 +42,7 @@ class Service:
 
     @property
     def classifier(self) -> Classifier:
-        """The current classifier; BatchingClassifier.replace exchanges it."""
+        """What answers, and what changes act on."""
         return self.batching.classifier
 
     @property
