@@ -21,7 +21,6 @@ _COPY_FILES = (
     "local-dir:FOLDER"
 )
 _PADS_LEFT = ("GemmaTokenizer", "LlamaTokenizer")  # unless their settings name a side
-_PIP = "pip install transformers sentencepiece protobuf"
 
 
 def load_tokenizer(name: str, config: Mapping[str, Any]) -> Any:
@@ -50,7 +49,7 @@ def load_tokenizer(name: str, config: Mapping[str, Any]) -> Any:
     model = text.get("hf_model_name")
     if model or mode or options.get("language"):
         what = f"text encoder of {name}, {model}," if model else f"tokenizer of {name}"
-        _require_transformers(f"the {what} runs in Hugging Face's transformers")
+        require_transformers(f"the {what} runs in Hugging Face's transformers")
         with downloading(str(source), "the tokenizer", _COPY_FILES):
             return open_clip.tokenizer.HFTokenizer(source, length, tokenizer_mode=mode, **options)
     tokenizer = hugging_face_tokenizer(source, length, **options)
@@ -119,7 +118,7 @@ def _file(source: str | Path, name: str) -> str | None:
 
 def _convert(source: str | Path) -> tuple[str, dict[str, Any]]:
     """As `_read`, by transformers, for a repository with a SentencePiece model alone (google/mt5-base)."""
-    _require_transformers(f"{source} has no tokenizer.json, and transformers has to convert what it has")
+    require_transformers(f"{source} has no tokenizer.json, and transformers has to convert what it has")
     with downloading(str(source), "the tokenizer", _COPY_FILES):
         tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(str(source))
     if not tokenizer.is_fast:
@@ -128,9 +127,11 @@ def _convert(source: str | Path) -> tuple[str, dict[str, Any]]:
     return tokenizer.backend_tokenizer.to_str(), {name: getattr(tokenizer, name) for name in names}
 
 
-def _require_transformers(reason: str) -> None:
+def require_transformers(reason: str) -> None:
+    """Raise ImportError, with the reason and the command, without Hugging Face's transformers."""
     if importlib.util.find_spec("transformers") is None:
-        raise MissingPackageError(f"{reason}; transformers is not installed: {_PIP}")
+        pip = "pip install transformers sentencepiece protobuf"
+        raise MissingPackageError(f"{reason}; transformers is not installed: {pip}")
 
 
 def _bos_and_eos(backend: Any, settings: Mapping[str, Any]) -> Any:

@@ -7,7 +7,6 @@ configuration of a model of the hub is downloaded.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import zipfile
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from typing import Any
 from iosr_fast.clip.architecture import check_architecture, fused_family
 from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
 from iosr_fast.clip.download import downloading
-from iosr_fast.exceptions import DamagedFileError, IosrFastError, MissingPackageError
-from iosr_fast.utils.require import require
+from iosr_fast.clip.load_tokenizer import require_transformers
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
+from iosr_fast.utils.require import require, require_installed
 from iosr_fast.utils.text import did_you_mean
 
 DEMO_NAME = "iosr-fast-demo"
@@ -127,8 +127,10 @@ def check_model(name: str, pretrained: str | Path | None) -> dict[str, Any]:
             f"measure speed), got {str(pretrained)!r}"
         )
     config = model_config(name)
-    if missing := _missing_package(name, config):
-        raise MissingPackageError(missing)
+    if model := config["text_cfg"].get("hf_model_name"):
+        require_transformers(f"the text encoder of {name}, {model}, runs in Hugging Face's transformers")
+    if config["vision_cfg"].get("timm_model_name"):
+        require_installed("timm", "cpu")
     if str(pretrained) == "none" or (name == "demo" and pretrained is None):
         return config
     if name.startswith(LOCAL):
@@ -232,16 +234,3 @@ def _checked(config: Any, what: str) -> dict[str, Any]:
             "missing or of another type"
         )
     return dict(config)
-
-
-def _missing_package(name: str, config: dict[str, Any]) -> str | None:
-    """What can't be loaded without a package that is not installed."""
-    model = config["text_cfg"].get("hf_model_name")
-    if model and importlib.util.find_spec("transformers") is None:
-        return (
-            f"the text encoder of {name}, {model}, runs in Hugging Face's transformers, which is not installed: "
-            "pip install transformers sentencepiece protobuf"
-        )
-    if config["vision_cfg"].get("timm_model_name") and importlib.util.find_spec("timm") is None:
-        return f"the image encoder of {name} is one of timm, which is not installed: pip install timm"
-    return None
