@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from iosr_fast.methods.models.model import join_terms
 from iosr_fast.methods.multi_label_set import LeftOut, MultiLabelSet, fixed_terms, regression
 from iosr_fast.methods.out_of_fold import Part
 from iosr_fast.methods.papers import MAX_KEYS, Method
-from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Choice, affordable
+from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Choice, Setting, affordable, on_each
 from iosr_fast.methods.tune import AUTO, TUNE_SECONDS
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan, Which
@@ -115,7 +114,7 @@ def fit_multi_label(
         method = "stack" if images.embeddings.adapted is None else "stack++"
     _check(entry := METHODS[method], images)
     used, fixed = _used(entry, images), fixed_terms(images, entry)
-    fits = [_fit(images, fixed, used, *one) for one in _settings(entry, images, setting, seconds)]
+    fits = [_fit(images, fixed, used, one) for one in _settings(entry, images, setting, seconds)]
     best, bias, fields = min(fits, key=lambda fit: fit[0].loss)
     logits = best.logits + bias
     thresholds, parameters = f1_thresholds(sigmoid(logits)), best.parameters()
@@ -168,20 +167,19 @@ def _check(entry: Method, images: MultiLabelSet) -> None:
         raise IosrFastError(reason)
 
 
-def _settings(
-    entry: Method, images: MultiLabelSet, given: Mapping[str, float] | None, seconds: float
-) -> Iterable[tuple[Which, Mapping[str, float]]]:
-    """The embeddings and settings of the regression to try: as many as the budget allows, and at least one; one where
-    none is judged. The setting is empty for a method without regression."""
+def _settings(entry: Method, images: MultiLabelSet, given: Mapping[str, float] | None, seconds: float) -> list[Setting]:
+    """The settings of the regression to try: as many as the budget allows, and at least one; one where none is judged.
+    The setting is empty for a method without regression."""
     if not entry.is_stack:
-        return [(entry.which, {})]
+        return [{}]
     if not _used(entry, images).any():
-        return [(entry.which, FEW_SHOT_SETTING)]
+        return on_each([FEW_SHOT_SETTING], [entry.which])
     embeddings: tuple[Which, ...] = ("adapted", "plain") if entry.needs_adapter else ("plain",)
     if given is not None:
-        return product(embeddings, [{**entry.parameters, **given}])
-    settings = affordable(len(images.labels), images.n_classes, len(embeddings), seconds)
-    return product(embeddings, settings or SETTINGS[:1])
+        values = {**entry.parameters, **given}
+        return on_each([{name: values[name] for name in FEW_SHOT_SETTING}], embeddings)
+    settings = affordable(len(images.labels), images.n_classes, embeddings, seconds)
+    return settings or on_each(SETTINGS[:1], embeddings)
 
 
 def _used(entry: Method, images: MultiLabelSet) -> np.ndarray:
@@ -190,16 +188,13 @@ def _used(entry: Method, images: MultiLabelSet) -> np.ndarray:
 
 
 def _fit(
-    images: MultiLabelSet,
-    fixed: Mapping[str, LeftOut],
-    used: np.ndarray,
-    which: Which,
-    setting: Mapping[str, float],
+    images: MultiLabelSet, fixed: Mapping[str, LeftOut], used: np.ndarray, setting: Setting
 ) -> tuple[Choice, np.ndarray, dict[str, Mapping[str, Any]]]:
     """Weights, biases (C,) and the fields of the terms at one setting of the regression."""
     terms = dict(fixed)
     if setting:
-        terms["regression"] = regression(images, which, setting["beta"], setting["ridge"])
+        keys: Which = "adapted" if setting["adapted_keys"] else "plain"
+        terms["regression"] = regression(images, keys, setting["beta"], setting["ridge"])
     spreads = {name: spread if (spread := float(term.std())) > _ROUNDING else 1.0 for name, (term, _) in terms.items()}
     parts = {name: Part(term, spreads[name], spreads[name]) for name, (term, _) in terms.items()}
     scaled = {name: part.scaled for name, part in parts.items()}
@@ -212,7 +207,7 @@ def _fit(
         weights |= {name: 0.0 for name in terms if "discriminant" in name}
     if not any(weights.values()):
         weights["regression" if images.text is None else "text"] = _LEAST
-    return Choice(parts, weights, setting, which, loss), bias, {name: fields for name, (_, fields) in terms.items()}
+    return Choice(parts, weights, setting, loss), bias, {name: fields for name, (_, fields) in terms.items()}
 
 
 def _by_rule(scaled: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[dict[str, float], np.ndarray, float]:

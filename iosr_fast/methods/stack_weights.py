@@ -31,6 +31,7 @@ from iosr_fast.methods.papers import DISCRIMINANTS, MAX_KEYS, stack_models
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import Which
 
+Setting = Mapping[str, float]
 # Kernels and ridges of the regression, the most useful first: a budget cuts the list.
 SETTINGS = tuple({"beta": b, "ridge": r} for b, r in ((1.0, 0.03), (1.0, 0.3), (3.0, 0.3), (3.0, 0.03), (1.0, 0.003)))
 # With one or two images a class, where no setting can be chosen.
@@ -49,13 +50,12 @@ _PRIOR_STRENGTH = 30.0
 class Choice:
     """The parts of a stack that are used, with a weight >= 0 per unit of spread for each, and their log-loss.
 
-    `parts` are named by the stack's parameters.
+    `parts` are named by the stack's parameters; `setting` has those that are no weights.
     """
 
     parts: Mapping[str, Part]
     weights: Mapping[str, float]
-    setting: Mapping[str, float]
-    keys: Which
+    setting: Setting
     loss: float = np.inf
 
     @property
@@ -70,14 +70,14 @@ class Choice:
     def parameters(self) -> dict[str, float]:
         """The stack's parameters, without those of parts that are not used."""
         values = {name: self.weights[name] / part.in_use for name, part in self.parts.items()}
-        return {**values, **self.setting, "adapted_keys": float(self.keys == "adapted")}
+        return {**values, **self.setting}
 
     @property
     def shares(self) -> dict[str, float]:
         """What texts, plain and adapted embeddings of pictures contribute to the spread of the logits; the sum is 1."""
         sums = {"text": 0.0, "pictures": 0.0, "adapter": 0.0}
         for name, weight in self.weights.items():
-            adapted = name == "discriminant_adapted" or (self.keys == "adapted" and "regression" in name)
+            adapted = name == "discriminant_adapted" or ("regression" in name and self.setting["adapted_keys"])
             sums["text" if name == "text" else "adapter" if adapted else "pictures"] += weight
         total = sum(sums.values()) or 1.0
         return {name: value / total for name, value in sums.items()}
@@ -99,29 +99,29 @@ def fit_stack(held_out: HeldOut, adapted: bool, seconds: float) -> StackFit:
     """The best stack within a budget of `seconds` on one core; `adapted` allows adapted embeddings."""
     support, labels = held_out.support, held_out.labels
     embeddings: tuple[Which, ...] = ("adapted", "plain") if adapted else ("plain",)
-    settings = affordable(len(support.embeddings), support.n_classes, len(embeddings), seconds)
+    settings = affordable(len(support.embeddings), support.n_classes, embeddings, seconds)
     copies = 0.0 if support.text is None else _TEXT_IMAGES * text_accuracy(support)
     everywhere, prior, few = np.ones(len(labels), bool), None, _are_few(held_out)
     if few:
-        prior, settings = one_shot_weights(support, embeddings), [FEW_SHOT_SETTING] * bool(settings)
+        prior, settings = one_shot_weights(support, embeddings), settings and on_each([FEW_SHOT_SETTING], embeddings)
         if support.text is None:
             fits = [
                 _fit_two_without_texts(held_out, which, bool(settings), prior["regression"]) for which in embeddings
             ]
             return fits[0] if len(fits) == 1 or is_level(fits[0].right, fits[1].right) else fits[1]
     elif copies:  # whether texts help the discriminant is asked with the first setting alone
-        tried = [_candidates(held_out, embeddings[:1], settings[:1], number) for number in (copies, 0.0)]
+        tried = [_candidates(held_out, adapted, settings[:1], number) for number in (copies, 0.0)]
         copies = _best([choice for some in tried for choice in some], labels, everywhere).setting["text_images"]
-    choices = list(_candidates(held_out, embeddings, settings, copies))
+    choices = list(_candidates(held_out, adapted, settings, copies))
     if few and not len(labels):
         weights = {name: prior[name] for name in choices[0].parts} if prior else {}
         choice = replace(choices[0], weights=weights, loss=float("nan"))
-        return StackFit(choice, choice, np.zeros(0, bool), len(settings))
+        return StackFit(choice, choice, np.zeros(0, bool), int(bool(settings)))
     best = _best(choices, labels, everywhere, prior)
     if best.shares["adapter"]:
         # The adapted embedding of a query is a second stream of the encoder, which has to pay: by more than the
         # standard error of the difference of log-losses.
-        plain = [choice.without("discriminant_adapted") for choice in choices if choice.keys == "plain"]
+        plain = [choice.without("discriminant_adapted") for choice in choices if not choice.setting["adapted_keys"]]
         other = _best(plain, labels, everywhere, prior)
         gains = log_losses(other.logits, labels) - log_losses(best.logits, labels)
         if gains.mean() <= gains.std() / np.sqrt(len(gains)):
@@ -175,43 +175,46 @@ def _fit_two_without_texts(held_out: HeldOut, which: Which, regress: bool, prior
     """The weight of the regression on these embeddings at one image a class, and what follows for two; with w that
     weight and s the share of the classes that have two: discriminant = 2.75 s w^0.6, regression = (1 - 0.75 s) w."""
     labels, support, name = held_out.labels, held_out.support, DISCRIMINANTS[which]
-    setting, images = {**FEW_SHOT_SETTING, "text_images": 0.0}, "regression" if regress else name
-    models = stack_models(support, {**setting, "adapted_keys": float(which == "adapted")})
+    (setting,), images = on_each([{**FEW_SHOT_SETTING, "text_images": 0.0}], [which]), "regression" if regress else name
+    models = stack_models(support, setting)
     part = held_out.part(models[images])
     weights, loss = np.array([prior]), float("nan")
     if len(labels):
         weights, loss = fit_weights([part.scaled], labels, weights, _PRIOR_STRENGTH)
-    judged = Choice({images: part}, _named({images: part}, weights), setting, which, loss)
+    judged = Choice({images: part}, _named({images: part}, weights), setting, loss)
     right, choice = judged.logits.argmax(1) == labels, judged
     assert held_out.folds is not None
     share = min(1.0, int((held_out.folds.distinct - 1).sum()) / support.n_classes)
     if regress and share > 0:
         (weight,) = judged.weights.values()
         used = {name: 2.75 * share * weight**0.6, images: (1.0 - 0.75 * share) * weight}
-        choice = Choice({name: held_out.part(models[name]), images: part}, used, setting, which, loss)
+        choice = Choice({name: held_out.part(models[name]), images: part}, used, setting, loss)
     return StackFit(choice, judged, right, int(regress))
 
 
-def affordable(n_images: int, n_classes: int, n_embeddings: int, seconds: float) -> Sequence[Mapping[str, float]]:
-    """The first of SETTINGS whose regressions fit into the budget, by a count of operations: the same everywhere."""
+def affordable(n_images: int, n_classes: int, embeddings: Sequence[Which], seconds: float) -> list[Setting]:
+    """The first of SETTINGS on each of the embeddings whose regressions fit into the budget, by a count of operations:
+    the same everywhere."""
     operations = 2.0 * n_images**3 + 12.0 * n_images**2 * n_classes
-    return SETTINGS[: int(seconds * _RATE / (operations * n_embeddings))] if n_images <= MAX_KEYS else ()
+    number = int(seconds * _RATE / (operations * len(embeddings))) if n_images <= MAX_KEYS else 0
+    return on_each(SETTINGS[:number], embeddings)
 
 
-def _candidates(
-    held_out: HeldOut, embeddings: Sequence[Which], settings: Sequence[Mapping[str, float]], copies: float
-) -> Iterator[Choice]:
-    """A stack, not yet weighted, for each setting and embedding of the regression; without regression if none fits."""
-    for setting in settings or (FEW_SHOT_SETTING,):
-        for which in embeddings if settings else embeddings[:1]:
-            values = {**setting, "text_images": copies}
-            models = stack_models(held_out.support, {**values, "adapted_keys": float(which == "adapted")})
-            if not settings:
-                models = {name: model for name, model in models.items() if "regression" not in name}
-            if "adapted" not in embeddings:
-                models.pop("discriminant_adapted", None)
-            parts = {name: held_out.part(model) for name, model in models.items()}
-            yield Choice(parts, {}, values, which if settings else "plain")
+def on_each(settings: Sequence[Setting], embeddings: Sequence[Which]) -> list[Setting]:
+    """The settings of the regression, with the keys of each of the embeddings."""
+    return [{**setting, "adapted_keys": float(which == "adapted")} for setting in settings for which in embeddings]
+
+
+def _candidates(held_out: HeldOut, adapted: bool, settings: Sequence[Setting], copies: float) -> Iterator[Choice]:
+    """A stack, not yet weighted, for each setting of the regression; without regression if none fits."""
+    for setting in settings or on_each([FEW_SHOT_SETTING], ["plain"]):
+        values = {**setting, "text_images": copies}
+        models = stack_models(held_out.support, values)
+        if not settings:
+            models = {name: model for name, model in models.items() if "regression" not in name}
+        if not adapted:
+            models.pop("discriminant_adapted", None)
+        yield Choice({name: held_out.part(model) for name, model in models.items()}, {}, values)
 
 
 def _best(

@@ -114,7 +114,7 @@ def test_small_classes_keep_their_queries(method: str, small: int, least: float)
 
 def test_the_regression_is_left_out_beyond_its_largest_and_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     support = SMALL.support([3, 3, 3])
-    assert len(affordable(MAX_KEYS + 1, 3, 1, 1e6)) == 0
+    assert len(affordable(MAX_KEYS + 1, 3, ["plain"], 1e6)) == 0
     for module in ("papers", "stack_weights"):
         monkeypatch.setattr(f"iosr_fast.methods.{module}.MAX_KEYS", 8)
     with pytest.raises(ValueError, match="at most 8 support images, got 9; tune the classifier again"):
@@ -125,9 +125,10 @@ def test_the_regression_is_left_out_beyond_its_largest_and_refused_in_words(monk
 
 def test_the_budget_counts_operations_and_no_seconds() -> None:
     support = SMALL.support([5] * 6)
-    assert len(affordable(30, 6, 1, 20.0)) == len(SETTINGS) and len(affordable(30, 6, 1, 0.0)) == 0
+    assert len(affordable(30, 6, ["plain"], 20.0)) == len(SETTINGS) and len(affordable(30, 6, ["plain"], 0.0)) == 0
     enough = 2.0 * 30**3 + 12.0 * 30**2 * 6
-    assert len(affordable(30, 6, 1, 2.5 * enough / 1e10)) == 2 and len(affordable(30, 6, 2, 2.5 * enough / 1e10)) == 1
+    for embeddings in (["plain"], ["adapted", "plain"]):  # one setting on both, or two on one
+        assert len(affordable(30, 6, embeddings, 2.5 * enough / 1e10)) == 2
     first, again = (tune("stack", support, seconds=2.5 * enough / 1e10) for _ in range(2))
     assert first.settings == 2 and first.parameters == again.parameters
     tuned = tune("stack", support, seconds=0.0)
