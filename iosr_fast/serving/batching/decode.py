@@ -34,8 +34,6 @@ class Decoder:
         `deadline` is on time.monotonic's clock. Raises BadImageError for an image that can't be read or is beyond the
         limits.
         """
-        if geometry is not None and is_pixels(image, geometry.size):
-            return image
         self.check_bytes(image, position)
         if geometry is None:
             return np.asarray(open_image(image, position, exif_orientation))
@@ -58,11 +56,6 @@ class Decoder:
 
     def close(self) -> None:
         """Release everything; no further calls follow."""
-
-
-def is_pixels(image: Any, size: int) -> bool:
-    """Whether an image already has the form that the encoder takes."""
-    return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3)
 
 
 def decoding_cost(image: Any, geometry: Geometry) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Depends
@@ -12,11 +11,11 @@ from starlette.requests import Request
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.prompts import MAX_TEXTS
-from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.head.names import LONGEST, name_fault
 from iosr_fast.serving.http import schemas
-from iosr_fast.serving.http.errors import ApiError, busy, no_class, no_example
+from iosr_fast.serving.http.errors import ApiError, no_class, no_example, of_library
 from iosr_fast.serving.http.lists import CLASS_ID_PATH, EXAMPLE_ID_PATH
 from iosr_fast.serving.http.logs import log
 from iosr_fast.serving.http.service import Service
@@ -27,7 +26,6 @@ from iosr_fast.store.changes import ChangeResult
 if TYPE_CHECKING:
     import numpy as np
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DECODE_S = 60.0  # how long an image of a change may wait for a decoder
 _NAME = {"type": "string", "minLength": 1, "maxLength": LONGEST}
 _DESCRIPTION = {"type": "array", "items": {"type": "string", "maxLength": MAX_TEXT}, "maxItems": MAX_TEXTS}
@@ -53,7 +51,10 @@ def make_router(service: Service) -> APIRouter:
                 raise ApiError(409, "name_taken", f"class {owner} is named {new_name!r} already; choose another name")
             return act(classifier)
 
-        made = await _answered(service.change(checked))
+        try:
+            made = await service.change(checked)
+        except (IosrFastError, LogWriteError) as error:
+            raise of_library(error, "refused") from error
         log("change", change=name, version=made.version, class_id=made.class_id, examples=len(made.example_ids))
         return made
 
@@ -111,22 +112,6 @@ def make_router(service: Service) -> APIRouter:
         return await change("remove_examples", act)
 
     return router
-
-
-async def _answered(change: Awaitable[ChangeResult]) -> ChangeResult:
-    """The result of a change. Raises ApiError."""
-    try:
-        return await change
-    except BadImageError as error:
-        raise ApiError(422, "bad_image", f"image {error.where}: {error.reason}") from error
-    except (ClosedError, DeadlineExceededError) as error:
-        raise busy("busy", f"an image could not be decoded: {error}; try again", 5) from error
-    except ValueError as error:
-        raise ApiError(422, "refused", str(error)) from error
-    except LogWriteError as error:
-        code = "storage_full" if error.errno in _DISK_FULL else "log_failed"
-        message = f"{error.strerror}; predictions continue, and changes are accepted again once the log can be written"
-        raise ApiError(507, code, message) from error
 
 
 def _check_name(text: str) -> str:

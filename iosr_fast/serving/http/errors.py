@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -11,6 +12,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
+from iosr_fast.store.change_log import LogWriteError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Codes of errors that the framework itself raises, mostly in routing.
 _CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_type"}
 
@@ -28,8 +33,25 @@ def busy(code: str, message: str, retry_after_s: float = 1.0) -> ApiError:
     return ApiError(503, code, message, {"Retry-After": str(max(1, math.ceil(retry_after_s)))})
 
 
-def shutting_down() -> ApiError:
-    return busy("closed", "the server is shutting down; send the request to another one")
+def of_library(error: Exception, refused: str) -> Exception:
+    """The ApiError for an exception of the library, with the code `refused` for what it refuses; others unchanged."""
+    match error:
+        case QueueFullError():
+            return busy("queue_full", str(error), error.retry_after_s)
+        case DeadlineExceededError():
+            message = "no answer was ready before the deadline; allow more time, or send fewer images"
+            return ApiError(504, "deadline_exceeded", message)
+        case ClosedError():
+            return busy("closed", "the server is shutting down; send the request to another one")
+        case BadImageError():
+            return ApiError(422, "bad_image", f"image {error.where}: {error.reason}")
+        case IosrFastError():
+            return ApiError(422, refused, str(error))
+        case LogWriteError():
+            code = "storage_full" if error.errno in _DISK_FULL else "log_failed"
+            until = "predictions continue, and changes are accepted again once the log can be written"
+            return ApiError(507, code, f"{error.strerror}; {until}")
+    return error
 
 
 def no_class(class_id: str) -> ApiError:

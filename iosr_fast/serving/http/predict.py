@@ -13,10 +13,10 @@ from fastapi import APIRouter, Query
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
+from iosr_fast.exceptions import BadImageError, DeadlineExceededError, IosrFastError, QueueFullError
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving.http import schemas
-from iosr_fast.serving.http.errors import ApiError, busy, error_body, shutting_down
+from iosr_fast.serving.http.errors import ApiError, busy, error_body, of_library
 from iosr_fast.serving.http.lists import KEEP_QUERY
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.uploads import Images
@@ -80,16 +80,10 @@ def make_router(service: Service) -> APIRouter:
             images = await service.uploads.read_images(request)
             start = time.perf_counter()
             request.scope["iosr_fast.images"] = len(images)
-            results = await _classify(
-                service,
-                request,
-                [image for image in images if not isinstance(image, ApiError)],
-                deadline_ms / 1e3,
-                {
-                    **{"top": top, "nearest": nearest, "client": client, "max_error": max_error},
-                    "keep": None if unknown is None else keep,
-                },
-            )
+            good = [image for image in images if not isinstance(image, ApiError)]
+            asked = {"top": top, "nearest": nearest, "client": client, "max_error": max_error}
+            asked["keep"] = None if unknown is None else keep
+            results = await _classify(service, request, good, deadline_ms / 1e3, asked)
         except IosrFastError as error:
             raise _request_error(service, error) from None
         return _answer(service, images, results, start)
@@ -127,7 +121,7 @@ async def _classify(
         await asyncio.wait({task, gone}, timeout=deadline_s + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientDisconnect if gone.done() else _too_late()
+        raise ClientDisconnect if gone.done() else DeadlineExceededError("no answer in time")
     finally:
         task.cancel()
         gone.cancel()
@@ -167,19 +161,7 @@ def _answer(service: Service, images: Images, results: Sequence[Prediction | Exc
 
 def _request_error(service: Service, error: Exception) -> Exception:
     """The error of the whole request, for one of the queue or of an image that did not cause it."""
-    if isinstance(error, QueueFullError):
-        return busy("queue_full", str(error), error.retry_after_s)
-    if isinstance(error, DeadlineExceededError):
-        return _too_late()
-    if isinstance(error, ClosedError):
-        return shutting_down()
-    if isinstance(error, IosrFastError):
-        return ApiError(422, "no_promise", str(error))
-    if not service.batching.healthy:
+    known = of_library(error, "no_promise")
+    if known is error and not service.batching.healthy:
         return busy("engine_failed", "the engine fails at present; try again, or use another server", 5)
-    return error
-
-
-def _too_late() -> ApiError:
-    message = "no answer was ready before the deadline; allow more time, or send fewer images"
-    return ApiError(504, "deadline_exceeded", message)
+    return known
