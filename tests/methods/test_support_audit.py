@@ -207,5 +207,8 @@ def test_edges() -> None:
     assert len(set(suggest(np.tile(rows[:1], (7, 1)), 4).rows)) == 4
     np.testing.assert_array_equal(suggest(rows, 7).rows, suggest(rows, 7).rows)
     assert len(suggest(rows, 3, np.zeros(30)).rows) == 3
+    for odd in (rows[:, :1], rows.astype(np.float16), rows.astype(np.float64), np.zeros((30, 4))):
+        chosen = suggest(odd, 29, np.eye(30)[0])
+        assert len(set(chosen.rows)) == 29 and chosen.stands.sum() == 30
     with pytest.raises(IosrFastError, match="expected n of at least 1, got 0"):
         suggest(rows, 0)
