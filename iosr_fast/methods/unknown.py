@@ -218,7 +218,7 @@ def _weights(groups: Sequence[Group], ridge: float = RIDGE) -> np.ndarray:
             centred = group[side] - mean
             covariance += (centred.T @ centred) / len(centred) / len(groups)
         means.append(mean)
-    covariance[np.diag_indices(len(covariance))] += ridge * np.trace(covariance) / len(covariance)
+    covariance[np.diag_indices(len(covariance))] += ridge * (np.trace(covariance) / len(covariance) or 1.0)
     return np.linalg.solve(covariance, means[0] - means[1])
 
 
