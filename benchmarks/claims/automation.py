@@ -75,7 +75,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> str:
         kept = [row for row in rows if row["data"] == data and row["shots"] == 16 and row["of"].endswith("%")]
         errors = {
             "promised": [float(row["of"][:-1]) / 100 for row in kept],
-            "in the worst draw": [max(draw["wrong"] for draw in row["draws"]) for row in kept],
+            "in the worst of 100 draws": [max(draw["wrong"] for draw in row["draws"]) for row in kept],
             "on the mean": [row["wrong"] for row in kept],
         }
         lines = {name: [(row["labelled"], y) for row, y in zip(kept, ys, strict=True)] for name, ys in errors.items()}
