@@ -141,6 +141,15 @@ def test_promises_hold_on_noisier_pictures_if_they_rest_on_some_of_them() -> Non
         head.calibrate_on(own.plain, np.full(320, "z"))
 
 
+def test_groups_of_any_classes_leave_every_answer_finite(rng: np.random.Generator) -> None:
+    for counts in rng.integers(1, 7, (12, 4)):  # of some folds a single class is left
+        y = np.repeat(np.arange(4), counts)
+        X = rng.standard_normal((4, 12))[y] + rng.standard_normal((len(y), 12))
+        head = FewShotHead("gda").fit(X, y, groups=rng.integers(0, rng.integers(1, len(y)), len(y)))
+        assert np.isfinite(head.unknown_score(X)).all() and np.isfinite(head.predict_jointly(X).probabilities).all()
+        assert head.audit().curve.points or not head.calibration().n_images
+
+
 def test_bad_input_is_named(rng: np.random.Generator) -> None:
     rows, labels, _ = clusters(rng, 3, 3, 8)
     for message, options, X, y in [
