@@ -135,15 +135,12 @@ def method(row: Row) -> str:
 
 
 def origin(name: str, rows: Sequence[Row]) -> str:
-    """Of a table: file, data, numbers of test images and draws, machine, versions, commits."""
+    """Of a table: file, data, numbers of test images and draws, machine and commits; the rows have the versions."""
     parts = [f"[{name}.json](results/{name}.json)"]
     if "data" in rows[0]:
         counts = " or ".join(map(str, sorted({n for row in rows for n in np.ravel(row["test_images"])})))
         parts += [rows[0]["data"], f"test images: {counts}", f"draws: {np.size(rows[0]['seeds'])}"]
-    named = {pair for row in rows for pair in row["versions"].items() if pair[1] and pair[0] != "iosr_fast"}
-    versions = {f"{package} {version}" for package, version in named}  # that of iosr_fast is its commit's
-    facts = (", ".join(sorted(names)) for names in (versions, {row["commit"] for row in rows}))
-    return "; ".join([*parts, rows[0]["device"], *facts])
+    return "; ".join([*parts, rows[0]["device"], ", ".join(sorted({row["commit"] for row in rows}))])
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def test_times_stand_by_implementation_and_case_in_a_table_for_each_machine(tmp_
     text = page_of(tmp_path, score=[*rows[:3], {**rows[0], "device": "another"}])
     assert "|  | few | many |\n| --- | --- | --- |\n| ours | 12.35 (11 to 14.25) | 12.35 (11 to 14.25) |" in text
     assert "| theirs | 12.35 (11 to 14.25) |  |" in text
-    assert "[score.json](results/score.json); a processor; numpy 2.0; abc\n" in text and "another; numpy" in text
+    assert "[score.json](results/score.json); a processor; abc\n" in text and "another; abc" in text
 
 
 def test_accuracies_stand_by_method_and_shots_with_their_spread(tmp_path: Path) -> None:
