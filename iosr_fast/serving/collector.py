@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
-import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -31,14 +31,6 @@ TABLE = "collected.csv"
 COLUMNS = ("path", "label", "guess", "probability", "reason", "time")
 _WAITING = 64 << 20  # bytes of uploads that wait to be judged
 log = logging.getLogger(__name__)
-
-
-class Upload(NamedTuple):
-    """An encoded image, its embeddings (1, D), and the head that answered it."""
-
-    image: bytes
-    embeddings: Embeddings
-    head: Head
 
 
 class Collector:
@@ -68,11 +60,9 @@ class Collector:
         self._folder, self._table, self._limit, self._max_error = folder, folder / TABLE, limit, max_error
         self._on_outcome, self._failure = on_outcome, ""
         self._kept: list[np.ndarray] = []  # plain embeddings (D,) since the start, at most `limit`
-        self._waiting: queue.Queue[Upload | None] = queue.Queue()
         self._bytes, self._counting = 0, threading.Lock()
         self._write(self._rows())  # what can't be read or written is an error now
-        self._thread = threading.Thread(target=self._run, name="iosr-fast-collector", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, "iosr-fast-collector")
 
     def offer(self, image: Any, embeddings: Embeddings, head: Head) -> None:
         """Judge an image that was answered, if it came as bytes. Does not wait."""
@@ -82,47 +72,44 @@ class Collector:
             fits = self._bytes + len(image) <= _WAITING
             self._bytes += len(image) if fits else 0
         if fits:
-            self._waiting.put(Upload(image, embeddings.to_numpy(), head))
+            self._thread.submit(self._run, image, embeddings.to_numpy(), head)
         else:
             self._on_outcome("left out")
 
     def settle(self) -> None:
         """Wait until all images that were offered are judged."""
-        self._waiting.join()
+        self._thread.submit(int).result()
 
     def close(self) -> None:
         """Judge what waits, and end."""
-        self._waiting.put(None)
-        self._thread.join()
+        self._thread.shutdown()
         unlock(self._lock)
 
-    def _run(self) -> None:
-        while (upload := self._waiting.get()) is not None:
-            try:
-                outcome, failure = self._judge(upload), ""
-            except Exception as error:  # serving goes on, whatever it is
-                outcome, failure = "failed", str(error)
-                if failure != self._failure:
-                    log.error("pictures can't be kept: %s", failure)
-            self._failure = failure
-            if outcome:
-                self._on_outcome(outcome)
-            with self._counting:
-                self._bytes -= len(upload.image)
-            self._waiting.task_done()
+    def _run(self, image: bytes, embeddings: Embeddings, head: Head) -> None:
+        try:
+            outcome, failure = self._judge(image, embeddings, head), ""
+        except Exception as error:  # serving goes on, whatever it is
+            outcome, failure = "failed", str(error)
+            if failure != self._failure:
+                log.error("pictures can't be kept: %s", failure)
+        self._failure = failure
+        if outcome:
+            self._on_outcome(outcome)
+        with self._counting:
+            self._bytes -= len(image)
 
-    def _judge(self, upload: Upload) -> str:
-        """Keep the upload if it needs a look; what became of it, "" if nobody needs to look at it."""
-        head, plain = upload.head, upload.embeddings.plain
+    def _judge(self, image: bytes, embeddings: Embeddings, head: Head) -> str:
+        """Keep an image with embeddings (1, D) that `head` answered, if it needs a look; what became of it, "" if
+        nobody needs to look at it."""
         # Whether a picture is of an unknown class takes the longer fit: first whether its label is accepted.
-        prediction = predict(head, upload.embeddings, abstention=Abstention(max_error=self._max_error))[0]
+        prediction = predict(head, embeddings, abstention=Abstention(max_error=self._max_error))[0]
         if prediction.accepted and len(head.unknown.left_out) >= images_needed(KEEP):
-            prediction = predict(head, upload.embeddings, abstention=Abstention(KEEP, max_error=self._max_error))[0]
+            prediction = predict(head, embeddings, abstention=Abstention(KEEP, max_error=self._max_error))[0]
         if prediction.accepted:
             return ""
-        if near_support(head.support, plain, self._kept)[0]:
+        if near_support(head.support, embeddings.plain, self._kept)[0]:
             return "near duplicate"
-        return "kept" if self._keep(upload.image, prediction, plain[0]) else "left out"
+        return "kept" if self._keep(image, prediction, embeddings.plain[0]) else "left out"
 
     def _keep(self, image: bytes, prediction: Prediction, plain: np.ndarray) -> bool:
         name = f"{hashlib.sha256(image).hexdigest()[:32]}.{image_kind(image).lower() or 'image'}"

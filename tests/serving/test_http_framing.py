@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -65,14 +63,6 @@ def test_a_body_of_any_method_is_a_body(shared: Site, method: bytes) -> None:
         for path in (b" / ", b" /unread "):
             assert statuses(shared.ask(post(b"", body, method + path + b"HTTP/1.1") + LAST)) == [200, 200]
     assert "/hidden" not in {path for _, path, _ in shared.seen}
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl_that_offers_http2_gets_a_plain_answer(shared: Site) -> None:
-    url = f"http://127.0.0.1:{shared.port}/curl"
-    for options in ([], ["--data-binary", "x" * 5000], ["-H", "Expect: 100-continue", "-d", "abc"]):
-        command = ["curl", "--http2", "-s", "-o", "/dev/null", "-w", "%{http_code} %{http_version}", *options, url]
-        assert subprocess.run(command, capture_output=True, text=True, timeout=20).stdout == "200 1.1"
 
 
 @pytest.mark.parametrize(
