@@ -172,7 +172,11 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         labels, indicator = "str" if dtype.kind == "U" else dtype.name, self._indicator_type
         if dtype.kind not in "Ubiuf" and not all(isinstance(label, str) for label in self.classes_.tolist()):
             raise IosrFastError(f"expected labels of text, integers, booleans or floats to save, got {labels}")
-        parameters = {name: _plain(value) for name, value in self.get_params(deep=False).items() if name != "text"}
+        parameters = {
+            name: value.item() if isinstance(value, np.generic) else value  # a number of NumPy is none of JSON
+            for name, value in self.get_params(deep=False).items()
+            if name != "text"
+        }
         beside = None if indicator is None else indicator.name, None if columns is None else [*columns]
         save_head(SavedHead(head, parameters, labels, *beside), folder)
 
@@ -365,11 +369,6 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             if METHODS[self.method].needs_adapter and not self.adapted:
                 fix = "; adapted embeddings: expected adapted=True and X of (n, 2 D), got adapted=False"
             raise IosrFastError(f"{reason}{fix}")
-
-
-def _plain(value: Any) -> Any:
-    """A number of NumPy as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 class _Shown(str):

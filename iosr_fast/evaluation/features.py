@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, unit
 from iosr_fast.evaluation import demo
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
@@ -130,12 +130,9 @@ def _unit(name: str, arrays: Arrays, width: int | None = None) -> np.ndarray:
         raise IosrFastError(
             f"expected {name} of shape (N, {width}), as wide as the other embeddings, got {array.shape}"
         )
-    exact = array.astype(np.float32)
-    norms = np.linalg.norm(exact, axis=1, keepdims=True)
-    if not np.isfinite(exact).all() or not norms.all():
+    if not np.isfinite(array).all() or not array.any(axis=1).all():
         raise IosrFastError(f"expected {name} of finite rows other than zero, got NaN, infinite or zero ones")
-    unit: np.ndarray = exact / norms
-    return unit
+    return unit(array)
 
 
 def _labels(name: str, arrays: Arrays, count: int, n_classes: int) -> np.ndarray:

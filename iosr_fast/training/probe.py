@@ -15,6 +15,7 @@ import torch
 
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.encoders.encoder import unit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.batches import Normalise, open_cache, read_stems
@@ -98,15 +99,12 @@ def probed_rows(labels: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def _normalised(embeddings: np.ndarray) -> np.ndarray:
-    rows = embeddings.astype(np.float32)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+    bad = np.flatnonzero(~(np.isfinite(embeddings).all(axis=1) & embeddings.any(axis=1)))
     if len(bad):
         raise IosrFastError(
             f"expected finite embeddings other than zero, got {len(bad)} others, the first in row {bad[0]}"
         )
-    units: np.ndarray = rows / norms
-    return units
+    return unit(embeddings)
 
 
 def _choose(labels: np.ndarray, seed: int) -> np.ndarray:

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 
 from iosr_fast import FewShotHead
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.serving.http.logs import JsonFormatter
@@ -310,9 +308,12 @@ def test_wrong_embeddings_are_refused(served_head: Client, body: Any, status: in
     assert answer.status_code == status and told in answer.json()["error"]["message"], answer.text
 
 
-def test_a_served_head_says_what_it_takes(served_head: Client, shared: Client) -> None:
+def test_a_served_head_says_what_it_takes(served_head: Client, shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_soon(monkeypatch)  # by a row of its own
+    assert served_head.get("/healthz").json() == {"status": "ok", "detail": ""}
     assert (
-        "labels embeddings: POST" in served_head.get("/").text and served_head.get("/static/app.js").status_code == 404
+        'POST {"embeddings": [[...], ...]}' in served_head.get("/").text
+        and served_head.get("/static/app.js").status_code == 404
     )
     image = served_head.predict(queries()[0])
     assert error_of(image, 415) == "unsupported_type" and "takes embeddings and no images" in image.text
@@ -329,24 +330,3 @@ def test_a_served_head_says_what_it_takes(served_head: Client, shared: Client) -
     assert [*paths["/v1/predict"]["post"]["requestBody"]["content"]] == [
         "application/json"
     ] and "/v1/retune" not in paths
-
-
-def test_a_head_that_fails_and_one_that_is_full(head_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe_soon(monkeypatch)
-    with serving(Settings().open(head_folder), max_queue=2, max_images=2) as client:
-        body = {"json": {"embeddings": rows_of(head_folder)[:2].tolist()}}
-        assert client.get("/healthz").status_code == 200  # a row of its own
-        with monkeypatch.context() as patch:
-            patch.setattr(Rows, "encode", lambda *_: 1 / 0)
-            assert client.ask("POST", "/v1/predict", **body).status_code == 503
-            assert client.get("/healthz").status_code == 503
-        wait_until(lambda: client.service.batching.healthy)
-        held = threading.Event()
-        monkeypatch.setattr(Rows, "encode", lambda self, rows: held.wait(20) and Embeddings.of_rows(rows))
-        waiting = client.start("POST", "/v1/predict", **body)
-        wait_until(lambda: client.service.batching.pending == 2)
-        assert error_of(client.ask("POST", "/v1/predict", **body), 503) == "queue_full"
-        held.set()
-        assert waiting.result(20).status_code == 200
-    with pytest.raises(IosrFastError, match="a head takes no changes and gets no pictures"):
-        Settings(log=head_folder / "log.db").open(head_folder)

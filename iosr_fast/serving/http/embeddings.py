@@ -32,8 +32,7 @@ class EmbeddingUploads(Uploads):
         content = {"schema": {"type": "object", "properties": schema, "required": ["embeddings"]}}
         self.body = {"requestBody": {"required": True, "content": {"application/json": content}}}
         self._form = f'{{"embeddings": [[...], ...]}}, at most {most} rows of {width} numbers'
-        self.description = f"Send {self._form} of any length. A wrong row refuses the request."
-        self.sentence = f"This server labels embeddings: POST {self._form}, as application/json to /v1/predict.\n"
+        self.description = self.sentence = f"POST {self._form}, as application/json to /v1/predict."
 
     async def read_images(self, request: Request) -> Images:
         """The rows (width,) of a body. Raises ApiError."""
