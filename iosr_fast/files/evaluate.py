@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,10 +11,10 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.reader import Reader
-from iosr_fast.head.evaluation import MISTAKES, AutomationResult, Evaluation, LabelSets, Mistake, UnknownResult
+from iosr_fast.head.evaluation import MISTAKES, Evaluation, LabelSets, Mistake, UnknownResult
 from iosr_fast.head.predictions import predict
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.methods.automation import PROMISES, automation, check_promise, of_accepted
+from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits
 from iosr_fast.methods.folds import near_support
 from iosr_fast.utils.progress import progress
@@ -90,11 +89,8 @@ def _measure(
         mistakes=_mistakes(head, embeddings, worst, images, truths),
         copies=int(near_support(head.support, embeddings.plain).sum()),
         sets=LabelSets(coverage, *shares, reason),
-        automation=AutomationResult(
-            automation(left_out),
-            *of_accepted(outcome, left_out),
-            _refusal(partial(check_promise, left_out), PROMISES[-1]),
-        ),
+        automation=automation(left_out, outcome),
+        expected_automation=automation(left_out),
         **known,
     )
 

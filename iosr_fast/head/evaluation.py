@@ -94,24 +94,6 @@ class UnknownResult:
 
 
 @dataclass(frozen=True, eq=False)
-class AutomationResult:
-    """predict(max_error=promised), for each of the P promises of the curve `promised` by left-out images: the share of
-    images whose label is accepted, `shares` (P,), and the share of these that is wrong, `errors` (P,), NaN
-    where none is accepted. Nothing can be promised for the `reason`."""
-
-    promised: Automation
-    shares: np.ndarray
-    errors: np.ndarray
-    reason: str = ""
-
-    def __str__(self) -> str:
-        kept = zip(self.promised.max_errors, self.shares, self.errors, strict=True)
-        parts = [f"{share:.1%} ({error:.1%}) for {100 * promised:.3g}%" for promised, share, error in kept if share]
-        none = f"accepted labels: {self.reason or 'none by any promise'}"
-        return f"accepted labels (of them wrong): {', '.join(parts[:4])}" if parts else none
-
-
-@dataclass(frozen=True, eq=False)
 class Evaluation:
     """The result of `evaluate` for B images, by a classifier of C classes.
 
@@ -124,7 +106,9 @@ class Evaluation:
                       of promises (conformal.CALIBRATION); NaN without any
     mistakes          the most probable wrong images first, at most MISTAKES
     copies            how many of the images are near duplicates of support images, and say little about new ones
-    sets, unknown, automation  what promises are worth on these images
+    sets, unknown     what promises are worth on these images
+    automation        what promises of predict(max_error=) are worth: the curve of promises with the shares and errors
+                      of these images; expected_automation has those of left-out support images
     errors            a BadImageError for each unreadable image, which counts nowhere
 
     >>> from iosr_fast import Classifier
@@ -150,7 +134,8 @@ class Evaluation:
     copies: int
     sets: LabelSets
     unknown: UnknownResult
-    automation: AutomationResult
+    automation: Automation
+    expected_automation: Automation
     errors: tuple[BadImageError, ...] = ()
     basis: str = LEFT_OUT
 
@@ -199,13 +184,16 @@ class Evaluation:
         covered = f"{sets.covered:.1%} have the label, {sets.size:.2f} labels on the mean, {sets.empty:.1%} empty"
         kept = f"{unknown.kept:.1%} of these images keep their label, {unknown.promised:.4g} promised"
         rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "
+        promised = self.automation
+        found = zip(promised.max_errors, promised.shares, promised.errors, strict=True)
+        accepted = [f"{share:.1%} ({error:.1%}) for {100 * most:.3g}%" for most, share, error in found if share]
         lines = [
             f"{self.accuracy:.1%} of {len(self.labels):,} images are right (95%: {low:.1%} to {high:.1%}){expected}",
             f"log-loss {self.reliability.log_loss:.3f}, expected calibration error {self.reliability.error:.1%}",
             self.copies and f"near duplicates of support images, which say little about new ones: {self.copies:,}",
             self.errors and f"unreadable and left out: {len(self.errors)}",
             f"sets of labels: {sets.reason}" if sets.reason else f"sets of labels for {sets.promised:.4g}: {covered}",
-            str(self.automation),
+            f"accepted labels (of them wrong): {', '.join(accepted[:4]) or f'none; {promised.can}'}",
             f"unknown: {unknown.reason or kept}",
             unknown.images and f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}",
         ]
@@ -227,6 +215,7 @@ class Evaluation:
             "sets": self.sets,
             "unknown": self.unknown,
             "automation": self.automation,
+            "expected_automation": self.expected_automation,
             "classes": [{**vars(one), "recall": one.recall, "precision": one.precision} for one in self.class_results],
             "mixups": self.mixups,
             "confusion": self.confusion if len(self.classes) <= MATRIX else None,

@@ -34,7 +34,7 @@ class Automation:
     >>> right = rng.random(500) < sigmoid(odds)
     >>> left_out = LeftOutLabels(odds, odds, right, np.zeros(500), np.zeros(500, int))
     >>> print(automation(left_out))
-    500 left-out support images, which can promise errors of 0.6% and more with 95% confidence
+    500 left-out support images can promise errors of 0.6% and more, with 95% confidence
     promised errors  least probability  accepted  wrong
                0.5%                  -      0.0%      -
                1.0%                  -      0.0%      -
@@ -55,9 +55,14 @@ class Automation:
     errors: np.ndarray
     basis: str = LEFT_OUT
 
+    @property
+    def can(self) -> str:
+        """What V images can promise, in words."""
+        return f"{self.images:,} {self.basis} can promise errors of {self.smallest:.1%} and more"
+
     def __str__(self) -> str:
-        can = f"which can promise errors of {self.smallest:.1%} and more with {CONFIDENCE:.0%} confidence"
-        lines = [f"{self.images} {self.basis}, {can}", "promised errors  least probability  accepted  wrong"]
+        lines = [f"{self.can}, with {CONFIDENCE:.0%} confidence"]
+        lines.append("promised errors  least probability  accepted  wrong")
         columns = self.max_errors, self.thresholds, self.shares, self.errors
         for promised, least, share, wrong in zip(*(column.tolist() for column in columns), strict=True):
             numbers = ("-", "-") if math.isnan(wrong) else (f"{least:.3f}", f"{wrong:.1%}")
@@ -65,23 +70,17 @@ class Automation:
         return "\n".join(lines)
 
 
-def automation(left_out: LeftOutLabels) -> Automation:
-    """The curve of `least_odds` at PROMISES."""
-    images, least = len(left_out.labels), np.array([least_odds(left_out, promised) for promised in PROMISES])
-    thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
-    smallest = 1.0 - (1.0 - CONFIDENCE) ** (1.0 / images) if images else 1.0
-    return Automation(
-        images, smallest, np.array(PROMISES), thresholds, *of_accepted(left_out, left_out), left_out.basis
-    )
-
-
-def of_accepted(images: LeftOutLabels, left_out: LeftOutLabels) -> tuple[np.ndarray, np.ndarray]:
-    """Of `images` the share whose label is accepted by the PROMISES of left-out ones, and the share of these that is
-    wrong, NaN if none is accepted; (P,) each."""
+def automation(left_out: LeftOutLabels, images: LeftOutLabels | None = None) -> Automation:
+    """The curve of `least_odds` at PROMISES; shares and errors are those of `images`, None for the left-out ones."""
+    images, count = left_out if images is None else images, len(left_out.labels)
     least = np.array([least_odds(left_out, promised) for promised in PROMISES])
     accepted = images.top_odds[None, :] >= least[:, None]
     with np.errstate(invalid="ignore"):
-        return accepted.sum(1) / max(len(images.labels), 1), (accepted & ~images.right).sum(1) / accepted.sum(1)
+        errors = (accepted & ~images.right).sum(1) / accepted.sum(1)
+    shares = accepted.sum(1) / max(len(images.labels), 1)
+    thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
+    smallest = 1.0 - (1.0 - CONFIDENCE) ** (1.0 / count) if count else 1.0
+    return Automation(count, smallest, np.array(PROMISES), thresholds, shares, errors, left_out.basis)
 
 
 def check_promise(left_out: LeftOutLabels, max_error: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from iosr_fast.head.evaluation import MATRIX, AutomationResult, Evaluation, Mistake
+from iosr_fast.head.evaluation import MATRIX, Evaluation, Mistake
 from iosr_fast.methods.automation import images_needed_for
 from iosr_fast.methods.conformal import BINS
 from iosr_fast.reports.page import (
@@ -74,7 +74,7 @@ def evaluation_page(
         ),
         _classes(found),
         _probabilities(found),
-        _automation(found.automation),
+        _automation(found),
         _unknown(found, card),
         section("Unreadable images", *(note(str(error)) for error in found.errors[:_SHOWN])) if found.errors else None,
         lead=f"{len(found.labels):,} labelled images.{lead}",
@@ -161,22 +161,16 @@ def _probabilities(found: Evaluation) -> Html:
     )
 
 
-def _automation(one: AutomationResult) -> Html:
-    promised, title = one.promised, "What may be automated"
-    if one.reason:
-        return section(title, note(f"Nothing: {one.reason}."))
-    columns = promised.max_errors, one.shares, one.errors, promised.shares, promised.thresholds
+def _automation(found: Evaluation) -> Html:
+    one = found.automation
+    columns = one.max_errors, one.shares, one.errors, found.expected_automation.shares, one.thresholds
     kept = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[1]]
-    lines = {
-        "promised": [(share, most) for most, share, *_ in kept],
-        "wrong here": [(share, wrong) for _, share, wrong, *_ in kept],
-    }
+    lines = {name: [(row[1], row[k]) for row in kept] for k, name in ((0, "promised"), (2, "wrong here"))}
     return section(
-        title,
+        "What may be automated",
         note(
             "Of labels that predict(max_error=) accepts at most the promised share is wrong, with 95% confidence. "
-            f"{promised.images:,} {promised.basis} can promise {percent(promised.smallest)} and more; 1% takes "
-            f"{images_needed_for(0.01)}. {'' if kept else 'No label is accepted: too many of these are wrong.'}"
+            f"{one.can}; 1% takes {images_needed_for(0.01)}.{'' if kept else ' No label is accepted.'}"
         ),
         curves(lines, "labels accepted", "of these wrong", style="max-width:35rem") if len(kept) > 1 else None,
         table(

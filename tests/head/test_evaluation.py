@@ -64,9 +64,9 @@ def test_promises_are_checked_as_the_classifier_keeps_them(measured: Any) -> Non
     assert found.unknown.kept == kept.mean() and found.unknown.rejected == 1 - others_kept.mean()
     scores = np.concatenate([classifier.unknown_score(each) for each in (others, images)])
     assert np.isclose(found.unknown.auroc, metrics.roc_auc_score(np.arange(80) < 20, scores))
-    promised = found.automation.promised
-    assert (promised.shares == classifier.automation().shares).all() and 0.09 < promised.smallest < 0.1
-    for most, *held in zip(promised.max_errors, found.automation.shares, found.automation.errors, strict=True):
+    promised = found.automation
+    assert (found.expected_automation.shares == classifier.automation().shares).all() and 0.09 < promised.smallest < 0.1
+    for most, *held in zip(promised.max_errors, promised.shares, promised.errors, strict=True):
         given = classifier.predict(images, max_error=most) if most > promised.smallest else np.full(60, None)
         kept = given != np.array(None)
         wrong = (given != names)[kept].mean() if kept.any() else math.nan
@@ -100,10 +100,10 @@ def test_the_result_is_json_and_text(measured: Any) -> None:
     assert re.fullmatch(r"accepted labels \(of them wrong\): .*% \(.*%\) for 15%, .*% \(.*%\) for 20%", lines[3]), (
         lines[3]
     )
-    assert written["automation"]["errors"][0] is None and written["automation"]["promised"]["images"] == 30
+    assert written["automation"]["errors"][0] is None and written["expected_automation"]["images"] == 30
     few = small_classifier(shots=1).evaluate(images, names, others)  # too few support images for a promise
     assert "needs at least 9 left-out support images" in few.sets.reason and math.isnan(few.expected)
-    assert "accepted labels: a promise of at most 0.2 wrong labels needs at least 14" in few.summary()
+    assert "(of them wrong): none; 0 left-out support images can promise" in few.summary()
     assert "needs at least 19" in few.unknown.reason and math.isnan(few.unknown.kept)
     assert 0 <= few.unknown.auroc <= 1 and few.to_dict()["sets"]["covered"] is None
     support, labels = pictures(np.random.default_rng(0), 5, 6)

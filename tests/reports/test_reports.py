@@ -21,7 +21,6 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import pretrained
 from iosr_fast.files import evaluate, work
 from iosr_fast.files.tables import Labelled
-from iosr_fast.head.evaluation import AutomationResult
 from iosr_fast.methods.automation import PROMISES, Automation
 from iosr_fast.reports import evaluation_report, predictions_report
 from iosr_fast.reports.predictions_report import predictions_page
@@ -170,7 +169,7 @@ def test_a_page_draws_what_promises_about_errors_were_worth(place: Path, browser
     promised = Automation(500, 0.006, np.array(PROMISES), np.full(9, 0.5), shares, errors)
     found = Classifier.load("").evaluate(images, NAMES)
     assert "No label is accepted" in evaluation_report.evaluation_page(found, lambda _: None, "title")
-    found = replace(found, automation=AutomationResult(promised, shares, errors))
+    found = replace(found, automation=promised, expected_automation=promised)
     (place / "e.html").write_text(evaluation_report.evaluation_page(found, lambda _: None, "title"))
     page = opened(browser, place / "e.html")
     section = page.locator("section", has_text="What may be automated")
