@@ -21,8 +21,8 @@ pytest.importorskip("prometheus_client", reason="prometheus-client comes with th
 from starlette.requests import ClientDisconnect, Request  # noqa: E402
 from starlette.responses import JSONResponse, Response, StreamingResponse  # noqa: E402
 
-from iosr_fast.serving.http.connection import protocol  # noqa: E402
 from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
+from iosr_fast.serving.http.server import uvicorn_config  # noqa: E402
 from iosr_fast.serving.http.settings import Settings  # noqa: E402
 
 BIG = 8 << 20  # bytes of /big, more than a kernel holds
@@ -38,22 +38,10 @@ class Site:
         self.seen: list[tuple[str, str, int]] = []
         self.gone = 0  # clients that left before their answer
         self.metrics = Metrics()
-        self.settings = Settings(**settings)
+        self.settings = Settings(**{"grace_s": 3, **settings})
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = listener.getsockname()[1]
-        config = uvicorn.Config(
-            self._app,
-            http=protocol(self.settings, self.metrics),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            interface="asgi3",
-            proxy_headers=bool(self.settings.trusted_proxy),
-            forwarded_allow_ips=list(self.settings.trusted_proxy),
-            timeout_graceful_shutdown=3,
-        )
-        self.server = uvicorn.Server(config)
+        self.server = uvicorn.Server(uvicorn_config(self._app, self.settings, self.metrics))
         self.connections = self.server.server_state.connections
         self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
         self.thread.start()

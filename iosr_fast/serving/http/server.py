@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits
 
 from iosr_fast import __version__
@@ -85,19 +86,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
             )
             if plain:
                 print(f"The page is at http://{_LOCAL.get(host, host)}:{port}/ (Ctrl-C stops it)", file=sys.stderr)
-            config = uvicorn.Config(
-                app,
-                http=protocol(settings, metrics),  # type: ignore[arg-type]
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=bool(settings.trusted_proxy),
-                forwarded_allow_ips=list(settings.trusted_proxy),
-                timeout_graceful_shutdown=settings.grace_s,
-            )
-            server = _Server(config, service)
+            server = _Server(uvicorn_config(app, settings, metrics), service)
             threading.Thread(target=server.warm, name="iosr-fast-warm-up", daemon=True).start()
             server.run([listener])
             if server.failure is not None:
@@ -112,6 +101,23 @@ def run(bundle: str | Path, settings: Settings) -> None:
             if settings.log is not None:
                 classifier.close_log()
             log("stopped", seconds=round(time.perf_counter() - start, 3))
+
+
+def uvicorn_config(app: ASGIApp, settings: Settings, metrics: Metrics) -> uvicorn.Config:
+    """An application behind connections of connection.py."""
+    return uvicorn.Config(
+        app,
+        interface="asgi3",
+        http=protocol(settings, metrics),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxy),
+        forwarded_allow_ips=list(settings.trusted_proxy),
+        timeout_graceful_shutdown=settings.grace_s,
+    )
 
 
 def keep_freed_memory() -> bool:

@@ -29,7 +29,8 @@ async function send(shown) {
   const item = shown();
   if (!(await teach(name, [item.file]))) return;
   item.taught = name;
-  show(shown());
+  if (item !== shown()) return; // Another one was selected meanwhile.
+  show(item);
   find("taught").focus();
 }
 
