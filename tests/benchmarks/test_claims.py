@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -109,6 +110,8 @@ def test_promises_are_measured_on_draws_of_support_and_validation_images(file: P
     assert (first.embeddings.plain != second.embeddings.plain).any()
     rows = rows_by_place(automation.CLAIM, file, "--shots", "8", "--seeds", "3")
     assert {of for _, of in rows} == {"5%", "10%"}, "64 images promise no 2%"
+    texts_of_plot = [*ElementTree.fromstring(automation.plot([*rows.values()])).itertext()]
+    assert texts_of_plot[:2] == ["of these wrong", "labels accepted, features"] and "promised" in texts_of_plot
 
 
 def test_suggested_labels_are_worth_more_than_random_ones(file: Path) -> None:
