@@ -84,7 +84,7 @@ def test_wrong_options_are_refused_and_an_empty_folder_has_no_labels(bundle: Pat
         ({"threads": 0}, "expected threads of at least 1, got 0"),
         ({"decoder": "abacus"}, "expected decoder to be one of cpu, cpu-exact, got 'abacus'"),
         ({"unknown": "yes"}, "expected unknown to be 'reject' or None, got 'yes'"),
-        ({"max_error": 0.01}, "at most 0.01 wrong labels needs at least 299 support images"),
+        ({"max_error": 0.01}, "at most 0.01 wrong labels needs at least 299 left-out support images"),
         ({"max_error": 0.3, "joint": True}, "expected no max_error .* with joint"),
         ({"unknown": "reject", "unknown_label": None}, "expected unknown_label to be a text"),
         ({"unknown": "reject", "unknown_label": name}, f"that no class has, got '{name}'; choose another word"),
