@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,7 @@ from iosr_fast.files.source import Source
 from iosr_fast.store.head_bundle import SavedHead
 from iosr_fast.utils.outputs import check_utf8
 
-FORMS = (
-    "the folder of `iosr-fast embed`, .npy (N, D), or .npz with x (N, D) and, if you have them, keys (N,) and y (N,)"
-)
+FORMS = "a folder of `iosr-fast embed`, .npy (N, D), or .npz with x (N, D) and perhaps keys (N,) and y (N,); no objects"
 
 
 def read_rows(places: Sequence[str | Path], head: SavedHead) -> tuple[Source, list[str], str]:
@@ -37,9 +36,7 @@ def read_rows(places: Sequence[str | Path], head: SavedHead) -> tuple[Source, li
             raise IosrFastError(f"expected rows of {head.width} numbers in {place}, as the head takes them, got {got}")
         finite, usable = np.isfinite(numbers).all(axis=1), are_usable(numbers, head.adapted)
         faults = np.where(finite, np.where(usable, "", "it holds zeros"), "it holds other numbers than finite ones")
-        said = [
-            reason or fault for reason, fault in zip(reasons or [None] * len(numbers), faults.tolist(), strict=True)
-        ]
+        said = [reason or fault for reason, fault in zip(reasons or [""] * len(numbers), faults.tolist(), strict=True)]
         named = [str(i) for i in range(len(numbers))] if keys is None else [str(key) for key in keys]
         if len(named) != len(numbers) or (y is not None and len(y) != len(numbers)):
             raise IosrFastError(f"expected keys and y for each of the {len(numbers)} rows of {place}, got others")
@@ -60,14 +57,11 @@ def _read(place: Path, head: SavedHead) -> tuple[np.ndarray, Any, Any, Any]:
         both = np.hstack([plain, adapted]) if head.adapted and adapted is not None else plain
         return both, part.keys, part.errors, None
     try:
-        if place.suffix == ".npy":
-            return np.load(place, allow_pickle=False), None, None, None
-        if place.suffix == ".npz":
-            with np.load(place, allow_pickle=False) as file:
-                keys, y = (file[name].tolist() if name in file else None for name in ("keys", "y"))
-                return file["x"], keys, None, y
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise IosrFastError(
-            f"{place} is damaged, or of Python objects, which are not read: expected {FORMS}"
-        ) from error
-    raise IosrFastError(f"expected a file of embeddings, got {place}: {FORMS}")
+        loaded = np.load(place, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded, None, None, None
+        with loaded as file:
+            keys, y = (file[name].ravel().tolist() if name in file else None for name in ("keys", "y"))
+            return file["x"], keys, None, y
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise IosrFastError(f"{place} is damaged, or of another form than expected: {FORMS}") from error

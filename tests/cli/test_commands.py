@@ -306,17 +306,18 @@ def test_what_a_head_can_not_read_is_refused(tmp_path: Path, monkeypatch: pytest
     np.savez("short.npz", x=np.eye(6), keys=["a"])
     np.savez("other.npz", x=np.eye(6), y=np.arange(6))
     Path("junk.npz").write_bytes(b"PK no zip")
+    Path("rows.txt").write_text("1 2 3")
     for words, said in (
         (
             ("classify", "head", "wide.npy"),
             "expected rows of 6 numbers in wide.npy, as the head takes them, got float64",
         ),
-        (("classify", "head", "objects.npy"), "objects.npy is damaged, or of Python objects"),
+        (("classify", "head", "objects.npy"), "objects.npy is damaged, or of another form"),
         (("classify", "head", "junk.npz"), "junk.npz is damaged"),
         (("classify", "head", "short.npz"), "expected keys and y for each of the 6 rows"),
         (
             ("classify", "head", "rows.txt"),
-            "expected a file of embeddings, got rows.txt: the folder of `iosr-fast embed`",
+            "rows.txt is damaged, or of another form than expected: a folder of `iosr-fast embed`",
         ),
         (
             ("classify", "head", "rows.npy", "--html", "page.html"),
