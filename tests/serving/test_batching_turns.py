@@ -217,6 +217,14 @@ def test_a_deadline_that_can_not_be_met_is_refused() -> None:
     submit(admission, items("a"), 3.5)
 
 
+def test_deadlines_are_bounded_by_the_estimate() -> None:
+    admission = measured(encode_s=4.0)
+    assert submit(admission, items("a"), MINUTE)[0].deadline == pytest.approx(12.0)  # 4 times 1.5 times 4 s / 2 runs
+    assert submit(measured(), items("a"), MINUTE)[0].deadline == 10.0
+    assert submit(measured(), items("a"), 2.0)[0].deadline == 2.0
+    assert submit(measured(), items("a"), None)[0].deadline == float("inf")
+
+
 def test_one_slow_image_does_not_refuse_the_next_ones() -> None:
     admission = measured(a=0.01)
     admission.measure_decoding("a", 4.0)

@@ -26,6 +26,7 @@ from iosr_fast.serving.http import server
 from iosr_fast.serving.http.settings import Settings
 from tests import ROOT
 from tests.pictures import GREY
+from tests.serving.hostile import hostile_bytes
 from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form
 from tests.serving.http_edge import read_all
 from tests.serving.http_process import Process, started
@@ -119,6 +120,18 @@ def test_a_full_disk_stops_changes_and_nothing_else(tmp_path: Path) -> None:
 def process() -> Any:
     with started("--max-body-mb", "1", "--max-image-mb", "1", "--body-timeout", "2") as running:
         yield running
+
+
+def test_hostile_connections_are_closed_and_the_next_is_served(process: Process) -> None:
+    for i, data in enumerate(hostile_bytes(13, seed=1)):
+        with process.connect() as connection:
+            with contextlib.suppress(OSError):  # closed on us, as it should be
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+            answer = read_all(connection)
+        assert not answer.startswith(b"HTTP/1.1 5"), (i, answer[:200])
+        assert process.client.get("/healthz").status_code == 200, i
+    assert not [line for line in process.lines if line["level"] == "error"]
 
 
 def test_a_slow_body_is_a_408(process: Process) -> None:

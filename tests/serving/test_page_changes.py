@@ -188,8 +188,12 @@ def test_where_rejection_keeps_no_promise_the_page_says_why(visit: Visit) -> Non
     assert "Not checked for “unknown”: the promise needs 19 images" in visit.text("details.numbers")
 
 
-def test_the_headline_says_what_was_measured(visit: Visit) -> None:
+def test_the_headline_and_the_samples(visit: Visit) -> None:
+    page, name = visit.page, str(visit.site.classifier.classes_[1])
     measured = {"accuracy": 0.725, "interval": [0.65, 0.79], "images": 40, "protocol": "loo", "stale": True}
     facts(visit, None, measured | {"summary": "72.5% right"})
     right = "72.5% of 40 left-out pictures right (95%: 65.0% to 79.0%); measured before the last changes"
-    visit.page.locator("#facts", has_text=f"demo · stack · {right}").wait_for()
+    page.locator("#facts", has_text=f"demo · stack · {right}").wait_for()
+    page.locator("#samples-list button").nth(1).press("Enter")
+    page.locator("#answer .label", has_text=name).wait_for()
+    assert visit.text("#items .file") == f"example of {name}" and not page.locator("#samples").is_visible()

@@ -24,6 +24,7 @@ _BACKLOG_S = 60  # of decoding that may wait for each decoder
 _NEWEST, _MAX_SLOWDOWN = 0.25, 4.0  # weight of the newest measurement; its largest ratio to the estimate
 _MARGIN = 1.5  # an image whose estimate only just meets its deadline is refused
 _LEAST_RETRY_S = 0.01
+_PATIENCE, _PATIENCE_S = 4.0, 10.0  # longest deadlines: this multiple of the estimate, and at least these seconds
 _MAX_CLIENTS = 1000  # whose decoding times are remembered
 
 
@@ -54,7 +55,7 @@ class Admission:
                 raise self._full(client, f"this client's share of the queue is full: {held}")
 
     def accept(self, items: Sequence[Item], deadline_s: float | None) -> None:
-        """Count the items of one request and set their deadline. Raises QueueFullError for one that can't be met."""
+        """Count the items of one request and bound their deadlines. Raises QueueFullError for one that can't be met."""
         ahead = self._places.used
         for item in items:
             self.add(item)
@@ -69,8 +70,10 @@ class Admission:
                 f"{ahead:.0f} images ahead; try again in {retry_s:.2g} s",
                 retry_s,
             )
-        for item in items:
-            item.deadline = item.submitted + (math.inf if deadline_s is None else deadline_s)
+        if deadline_s is not None:  # an image that waits for much longer than estimated would keep its place in vain
+            longest_s = max(_PATIENCE_S, _PATIENCE * estimate_s)
+            for item in items:
+                item.deadline = item.submitted + min(deadline_s, longest_s)
 
     def judge(self, item: Item) -> None:
         """Set the work of an item, by its header and its client's last images."""

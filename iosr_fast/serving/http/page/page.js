@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import * as classes from "./classes.js";
 import * as correct from "./correct.js";
-import { complain, count, find, percent, refuse, say, sayNothing, scrollTo } from "./dom.js";
+import { complain, count, find, make, percent, refuse, say, sayNothing, scrollTo } from "./dom.js";
 import * as list from "./list.js";
 import { acceptChoices, acceptDrops } from "./pictures.js";
 import * as queue from "./queue.js";
@@ -12,6 +12,7 @@ import * as teach from "./teach.js";
 
 // {file, name, row} of list.js, with what queue.js adds; after a change also {before: the previous prediction,
 // taught: the class that got the picture}
+const SAMPLES = 6;
 let shown = null;
 let classCount = null;
 let waitWords = ""; // What was said last of a busy server.
@@ -54,6 +55,7 @@ function forget() {
 async function refresh() {
   const data = await classes.refresh();
   if (!data) return;
+  if (classCount === null) showSamples(data.classes);
   classCount = data.classes.length;
   find("promise").textContent = `Each picture gets one of the ${count(classCount, "class", "classes")} below, or none.`;
   const facts = await showFacts();
@@ -81,6 +83,27 @@ function accuracy(measured) {
   const images = count(measured.images, measured.protocol === "validation" ? "validation picture" : "left-out picture");
   const stale = measured.stale ? "; measured before the last changes" : "";
   return `${percent(measured.accuracy)} of ${images} right (95%: ${low} to ${high})${stale}`;
+}
+
+/** Offer stored pictures of some classes to somebody who has none at hand. */
+async function showSamples(classes) {
+  const taught = classes.filter(({ examples }) => examples);
+  const step = Math.max(1, Math.floor(taught.length / SAMPLES));
+  const chosen = taught.filter((info, i) => i % step === 0).slice(0, SAMPLES);
+  const lists = await Promise.all(chosen.map((info) => api.examples(info.class_id))).catch(() => []);
+  lists.forEach(({ data }, i) => {
+    const [address, { name }] = [api.pictureAddress(data.example_ids[0]), chosen[i]];
+    const choose = async () => {
+      const blob = await (await fetch(address)).blob();
+      find("choose").focus({ preventScroll: true }); // The samples are about to disappear.
+      add([new File([blob], `example of ${name}`, { type: blob.type })]);
+    };
+    const shown = () => (find("samples").hidden = false); // Not where no thumbnails are stored.
+    const picture = make("img", { src: address, alt: `Classify an example of ${name}`, load: shown });
+    const item = make("li", {}, make("button", { type: "button", click: choose }, picture));
+    picture.addEventListener("error", () => item.remove());
+    find("samples-list").append(item);
+  });
 }
 
 /**
