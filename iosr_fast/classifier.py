@@ -13,6 +13,7 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.files.evaluate import evaluate_images
 from iosr_fast.files.folder import FolderPredictions, predict_folder
 from iosr_fast.files.reader import Reader
+from iosr_fast.files.source import Source
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstention
 from iosr_fast.head.descriptions import read_descriptions
@@ -25,7 +26,6 @@ from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, Prediction
-from iosr_fast.images.listing import Listing
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.conformal import COVERAGE, Reliability
@@ -415,15 +415,16 @@ class Classifier(Estimator):
 
     def suggest(
         self,
-        folder: str | Path | Listing,
+        folder: str | Path | Source,
         n: int,
         batch: int | None = None,
         skip_bad: bool = False,
         threads: int | None = None,
         decoder: str = "cpu",
     ) -> FolderSuggestions:
-        """The n images of a folder and below to label next: diverse, uncertain for this classifier, those like a class
-        of their own first (methods.suggest); before a fit, diverse alone. Options are those of `predict_folder`."""
+        """The n images of a folder and below, or of a Source, to label next: each is typical of as many others, and
+        those of which this classifier is uncertain count more (methods.suggest); before a fit all count the same.
+        Options are those of `predict_folder`."""
         head = None if self._fit is None else self._fit.head.one_label("suggest")
         return suggest_from_folder(head, self._reader(batch, skip_bad, threads, decoder), folder, n)
 

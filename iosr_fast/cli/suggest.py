@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad, argument, head_in, option
 from iosr_fast.utils.command import note, output, write_new
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def suggest(
     classifier: SavedClassifier,
-    folder: Annotated[Path, argument("FOLDER", "Unlabelled images, also in folders below.")],
+    folder: Annotated[
+        Path, argument("FOLDER", "Unlabelled images, also in folders below; or a CSV file with a column path.")
+    ],
     number: Annotated[int, option("Most images to suggest.", "--number", "-n", min=1)] = 20,
     out: Csv = None,
     html: Html = None,
@@ -37,11 +39,15 @@ def suggest(
     """
     from iosr_fast.classifier import open_saved
     from iosr_fast.files.embedding_rows import read_rows
-    from iosr_fast.images.listing import Listing, Skipped
+    from iosr_fast.files.source import read_source
 
     head = head_in(classifier, html=html)
     loaded = open_saved(classifier, runtime)
-    images = folder if head is None else Listing(read_rows([folder], head)[0].paths, Skipped())
+    images: Any = folder
+    if head is not None:
+        images = read_rows([folder], head)[0]
+    elif not folder.is_dir():
+        images = read_source([str(folder)])
     suggestions = loaded.suggest(images, number, skip_bad=skip_bad)
     check_utf8(map(str, suggestions.paths))
     if out is not None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iosr_fast.encoders.rows import KeyedRow
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.reader import Reader
+from iosr_fast.files.source import Source
 from iosr_fast.images.listing import Listing, Skipped, list_images
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import image_rows
@@ -64,11 +66,10 @@ class FolderSuggestions:
         return zip(self.paths, self.labels.tolist(), self.probabilities.tolist(), strict=True)
 
 
-def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path | Listing, n: int) -> FolderSuggestions:
-    """As Classifier.suggest; `head` is None before a fit. What a Listing names stays as it is."""
+def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path | Source, n: int) -> FolderSuggestions:
+    """As Classifier.suggest; `head` is None before a fit. Embeddings are named by their keys."""
     n = check_integer("n", n, 1)
-    listing = folder if isinstance(folder, Listing) else list_images(folder)
-    named: Any = str if listing is folder else Path
+    listing = Listing(folder.paths, Skipped()) if isinstance(folder, Source) else list_images(folder)
     unread, queries = reader.embed(listing.paths)
     if queries is None:
         raise IosrFastError("expected images to choose from, found none that can be read")
@@ -80,5 +81,6 @@ def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path | 
     if head is not None and logits is not None:
         p = softmax(logits[best.rows])
         labels, probabilities = np.array(head.class_names, dtype=str)[p.argmax(1)], p.max(1)
-    paths, errors = [named(readable[row]) for row in best.rows], [error for error in unread if error is not None]
+    chosen, errors = [readable[row] for row in best.rows], [error for error in unread if error is not None]
+    paths: Any = [path if isinstance(path, KeyedRow) else Path(path) for path in chosen]
     return FolderSuggestions(paths, best.stands, labels, probabilities, len(readable), errors, listing.skipped)
