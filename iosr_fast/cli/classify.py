@@ -61,11 +61,11 @@ def classify(
     that is one folder. With --ray the machines of a cluster need this package, the images, the classifier and --out
     at the same paths, and one version of Ray.
     """
-    from iosr_fast.head.abstention import Abstention, check_abstention
+    from iosr_fast.head.abstention import check_abstention
 
     if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
-    abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep, max_error) or Abstention()
+    abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep, max_error)
     head = head_in(classifier, html=html, decoder=decoder, ray=ray)
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:

@@ -69,13 +69,6 @@ def _table(suggestions: FolderSuggestions) -> str:
     writer = line_writer(file)
     writer.writerow(["path", "label", "guess", "probability", "stands_for"])
     for (path, label, probability), stands in zip(suggestions, suggestions.stands.tolist(), strict=True):
-        writer.writerow(
-            [
-                escaped(str(path.resolve() if isinstance(path, Path) else path)),
-                "",
-                escaped(label),
-                f"{probability:.4f}",
-                stands,
-            ]
-        )
+        name = path.resolve() if isinstance(path, Path) else path
+        writer.writerow([escaped(str(name)), "", escaped(label), f"{probability:.4f}", stands])
     return file.getvalue()

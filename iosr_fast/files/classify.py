@@ -13,7 +13,7 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.stream import Errors
 from iosr_fast.files.tables import Answered, Row
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.predictions import AnyHead, Rejection, predict_any, predict_jointly, rejections
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.scoring.reference import softmax
@@ -22,7 +22,7 @@ Answer: TypeAlias = Answered | BadImageError
 
 
 def classify(
-    head: AnyHead, reader: Reader, sources: Sequence[Any], top: int = 1, abstention: Abstention | None = None
+    head: AnyHead, reader: Reader, sources: Sequence[Any], top: int = 1, abstention: Abstention = NONE_WITHHELD
 ) -> Generator[list[Answer], None, None]:
     """For each batch of sources, in order, the Prediction (of `top` and `abstention`) or the error of each source; a
     LabelSet in place of a Prediction where pictures may have several labels. Raises BadImageError unless `skip_bad`."""
@@ -68,14 +68,14 @@ def classify_jointly(
     head: AnyHead,
     reader: Reader,
     sources: Sequence[Any],
-    abstention: Abstention | None,
+    abstention: Abstention,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Together:
     """Pictures of none of the classes are rejected first, so that they don't move the means of the classes.
 
     Raises BadImageError unless the reader skips bad images, and IosrFastError for `abstention.max_error`.
     """
-    if abstention is not None and abstention.max_error is not None:
+    if abstention.max_error is not None:
         raise IosrFastError(
             "expected no max_error (--max-error) with joint (--joint): the promise rests on support images that are "
             "classified alone; leave one of both out"
@@ -85,7 +85,7 @@ def classify_jointly(
     if queries is None:
         queries = one.examples.embeddings[:0]
     classes = np.array(one.class_names, str)
-    if abstention is None or abstention.keep is None:
+    if abstention.keep is None:
         joint = predict_jointly(one, queries, classes)
         return Together(errors, joint, joint.probabilities, None)
     found = rejections(one, queries, abstention.keep)

@@ -13,7 +13,7 @@ import numpy as np
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.classify import classify, classify_jointly
 from iosr_fast.files.reader import Reader
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.predictions import AnyHead, Rejection, label_columns
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
@@ -74,15 +74,13 @@ class FolderPredictions:
 
 
 def predict_folder(
-    head: AnyHead, reader: Reader, folder: str | Path, joint: bool, abstention: Abstention | None
+    head: AnyHead, reader: Reader, folder: str | Path, joint: bool, abstention: Abstention
 ) -> FolderPredictions:
     """As Classifier.predict_folder."""
     listing = list_images(folder)
-    if joint or abstention is not None:
+    if joint or abstention != NONE_WITHHELD:
         one = head.one_label("predict_folder with joint, unknown or max_error", "leave them out")
-        if abstention is not None:
-            abstention.check(one)
-    abstention = abstention or Abstention()
+        abstention.check(one)
     together, accepted = classify_jointly(head, reader, listing.paths, abstention) if joint else None, None
     if together is not None:
         unread, found = together.errors, together.rejections

@@ -6,7 +6,7 @@ Plain values, which another machine can open for itself; `facts` tell whether it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from iosr_fast.files import embedding_files
 from iosr_fast.files.embedding_files import Part
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, Row, count, row_of
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, predict_any
 from iosr_fast.store.bundle import Bundle
@@ -98,7 +98,7 @@ class Classify:
     form: Literal["csv", "parquet", "parts"] = "csv"
     top: int = 1
     decoder: str = "cpu"
-    abstention: Abstention = field(default_factory=Abstention)
+    abstention: Abstention = NONE_WITHHELD
     kind: ClassVar[str] = "classifications"
     verb: ClassVar[str] = "classify"
     readable: ClassVar[str] = "classified"
@@ -114,7 +114,7 @@ class Classify:
     def check(self, one_label: bool = False) -> None:
         """Raise IosrFastError, before an image is read, for what this classifier can't do; with `one_label` for one
         of several labels a picture."""
-        if one_label or self.form != "csv" or self.top > 1 or self.abstention != Abstention():
+        if one_label or self.form != "csv" or self.top > 1 or self.abstention != NONE_WITHHELD:
             one = self.head.one_label(
                 "a table with --joint, --reject-unknown, --max-error, --html, --top or in another format than CSV",
                 "leave these out, and give a .csv file for --out, or none",

@@ -34,8 +34,8 @@ class Abstention:
     max_error: float | None = None
 
     @classmethod
-    def of(cls, unknown: str | None, label: Any, keep: float, max_error: float | None = None) -> Self | None:
-        """The arguments of `predict`, checked; None where no label is withheld. IosrFastError for wrong ones."""
+    def of(cls, unknown: str | None, label: Any, keep: float, max_error: float | None = None) -> Self:
+        """The arguments of `predict`, checked. IosrFastError for wrong ones."""
         if unknown not in (None, "reject"):
             raise IosrFastError(f"expected unknown to be 'reject' or None, got {unknown!r}")
         keep = check_share("keep", keep)
@@ -47,7 +47,7 @@ class Abstention:
             raise IosrFastError(f"expected unknown_label only with unknown='reject', got {label!r} without it")
         if keep != KEEP:
             raise IosrFastError(f"expected keep only with unknown='reject', got {keep} without it")
-        return None if max_error is None else cls(max_error=max_error)
+        return cls(max_error=max_error)
 
     def check(self, head: Head, labels: Iterable[Any] | None = None) -> None:
         """Raise IosrFastError, before any image is read, where a class has the label of rejected pictures (one of
@@ -60,7 +60,10 @@ class Abstention:
             check_promise(head.left_out_labels, self.max_error)
 
 
-def check_abstention(unknown: str | None, label: str, keep: float, max_error: float | None = None) -> Abstention | None:
+NONE_WITHHELD = Abstention()
+
+
+def check_abstention(unknown: str | None, label: str, keep: float, max_error: float | None = None) -> Abstention:
     """As Abstention.of, for tables: the label is a text, and UNKNOWN_LABEL by default."""
     if not isinstance(label, str):
         raise IosrFastError(f"expected unknown_label to be a text, like {UNKNOWN_LABEL!r}, got {label!r}")

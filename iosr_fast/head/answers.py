@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.predictions import AnyHead, Prediction, predict, predict_jointly
 from iosr_fast.methods.automation import Automation, automation
 from iosr_fast.methods.conformal import Reliability, check_share, sets_of_labels
@@ -42,8 +42,8 @@ class Answers:
         """(B, C) float32."""
         return np.concatenate([np.zeros((0, len(self.labels)), np.float32), *map(self._score, queries)])
 
-    def predict(self, queries: Iterable[Embeddings], abstention: Abstention | None) -> np.ndarray:
-        if abstention is None:
+    def predict(self, queries: Iterable[Embeddings], abstention: Abstention) -> np.ndarray:
+        if abstention == NONE_WITHHELD:
             return self.head.answers(self.logits(queries), self.labels)
         head = self.head.one_label("predict with unknown or max_error", "each class is judged by itself")
         abstention.check(head, self.labels.tolist())
@@ -60,11 +60,10 @@ class Answers:
         return np.concatenate(answers)
 
     def explain(
-        self, queries: Iterable[Embeddings], top: int, nearest: int, abstention: Abstention | None
+        self, queries: Iterable[Embeddings], top: int, nearest: int, abstention: Abstention
     ) -> list[Prediction]:
         head = self.head.one_label("explain", "predict_proba gives the probability of each class")
-        if abstention is not None:
-            abstention.check(head)
+        abstention.check(head)
         return [one for block in queries for one in predict(head, block, top, nearest, abstention)]
 
     def unknown(self, call: str) -> Unknown:

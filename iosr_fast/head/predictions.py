@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.multi_label import MultiLabelHead
@@ -139,7 +139,7 @@ class LabelSet:
 
 
 def predict(
-    head: Head, embeddings: Embeddings, top: int = 1, nearest: int = 0, abstention: Abstention | None = None
+    head: Head, embeddings: Embeddings, top: int = 1, nearest: int = 0, abstention: Abstention = NONE_WITHHELD
 ) -> list[Prediction]:
     """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
 
@@ -155,9 +155,9 @@ def predict(
     embeddings = embeddings.to_numpy()
     found: Sequence[Rejection | None] = [None] * len(logits)
     accepted: Sequence[bool | None] = [None] * len(logits)
-    if abstention is not None and abstention.keep is not None:
+    if abstention.keep is not None:
         found = rejections(head, embeddings, abstention.keep)
-    if abstention is not None and abstention.max_error is not None:
+    if abstention.max_error is not None:
         accepted = head.accepts(logits, abstention.max_error).tolist()
     zero_shot = np.zeros_like(logits)
     if head.text is not None:
@@ -204,7 +204,7 @@ def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.n
 
 
 def predict_any(
-    head: AnyHead, embeddings: Embeddings, top: int, abstention: Abstention | None = None
+    head: AnyHead, embeddings: Embeddings, top: int, abstention: Abstention = NONE_WITHHELD
 ) -> Sequence[Prediction | LabelSet]:
     """For each query a Prediction (predictions.predict), or by a MultiLabelHead a LabelSet."""
     if isinstance(head, Head):

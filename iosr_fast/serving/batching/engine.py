@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.serving.batching.item import Item, Query
 
@@ -145,9 +145,9 @@ class Engine:
         run.encode_s += encoded - started
         if len(embeddings) != len(pixels):
             raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
-        groups: dict[tuple[Any, int, int, Abstention | None], list[int]] = {}
+        groups: dict[tuple[Any, int, int, Abstention], list[int]] = {}
         for row, item in enumerate(items):
-            own, abstention = item.fitted or (head, None)
+            own, abstention = item.fitted or (head, NONE_WITHHELD)
             groups.setdefault((own, item.query.top, item.query.nearest, abstention), []).append(row)
         predictions: dict[int, Prediction] = {}
         for (own, top, nearest, abstention), rows in groups.items():
