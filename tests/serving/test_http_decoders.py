@@ -108,8 +108,8 @@ def test_health_goes_through_a_decoder_and_a_busy_one_is_no_failure(monkeypatch:
 
 def test_memory_is_back_after_a_burst_of_large_pngs(client: Client) -> None:
     assert client.predict(GREY).status_code == 200
+    burst = encode(Image.new("RGB", (5000, 5000)), compress_level=9)  # of which the allocator may keep memory
     before = sum(map(resident_mb, [os.getpid(), *pids(client)]))
-    burst = encode(Image.new("RGB", (5000, 5000)), compress_level=9)
     held = [client.start("POST", "/v1/predict?deadline_ms=60000", files=form(*[burst] * 2)) for _ in range(2)]
     assert client.predict(GREY, query="?deadline_ms=30000").status_code == 200  # in its turn
     assert all(one.result(60).status_code == 200 for one in held)

@@ -199,7 +199,7 @@ def test_a_client_that_disconnects_frees_its_places() -> None:
     with serving(classifier, max_batch=1) as client:
         gate.shut()
         held = client.start("POST", "/v1/predict?deadline_ms=60000", content=GREY)
-        wait_until(lambda: client.service.batching.pending == 1)
+        assert gate.entered.wait(20) and client.service.batching.pending == 1
         messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": GREY, "more_body": False}]
 
         async def receive() -> dict[str, Any]:
