@@ -373,9 +373,9 @@ class Classifier(Estimator):
         return fit.answers.unknown_score(fit.queries(images))
 
     def automation(self) -> Automation:
-        """What may be automated: for promised errors the least probability of a label that nobody needs to look at, the
-        share of left-out support images that have such a label, and the smallest error that so many images can promise;
-        print it."""
+        """What may be automated, as left-out support images say; print it. For each promised error: the least
+        probability of a label that `predict` accepts, the share of images whose label is accepted, and how many of
+        these are wrong. `smallest` is the smallest error that so many images can promise."""
         return self._store.fitted().answers.automation()
 
     def calibration(self) -> Reliability:

@@ -252,7 +252,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         return self._fitted().unknown("unknown_")
 
     def automation(self) -> Automation:
-        """Which share of labels nobody needs to look at, by the promised error; print it."""
+        """The share of rows whose label is accepted, for each promised error, as Classifier.automation; print it."""
         return self._fitted().automation()
 
     def calibration(self) -> Reliability:

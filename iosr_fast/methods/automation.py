@@ -1,4 +1,4 @@
-"""What may be automated: which labels nobody needs to look at, with a promise about their errors."""
+"""What may be automated: labels that are accepted without a look, with a promise about their errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Automation:
     smallest    the smallest error that V images can promise, if the classifier is right on all: 1 - 0.05^(1 / V)
     max_errors  (P,) the promises: of the pictures whose label is accepted at most this share is wrong
     thresholds  (P,) the least probability of a label that is accepted; NaN where no promise can be kept
-    shares      (P,) the share of the V images whose label is accepted
+    shares      (P,) the share of images whose label is accepted: of the V images, or of others (`automation`)
     errors      (P,) the share of these whose label is wrong; NaN if none is accepted
     basis       what the V images are, as of conformal.Reliability
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import logging
 import threading
@@ -24,7 +23,7 @@ from iosr_fast.images.limits import image_kind
 from iosr_fast.methods.conformal import images_needed
 from iosr_fast.methods.folds import near_support
 from iosr_fast.methods.unknown import KEEP
-from iosr_fast.utils.csv_text import escaped, line_writer, recovered
+from iosr_fast.utils.csv_text import check_columns, escaped, line_writer, read_rows
 from iosr_fast.utils.files import lock_folder, new_file, unlock
 
 TABLE = "collected.csv"
@@ -125,10 +124,10 @@ class Collector:
             temporary.write_bytes(image)
         best, time = prediction.top[0], datetime.now(UTC).isoformat(timespec="seconds")
         reason = "unknown" if prediction.label is None else "needs a look"
-        values = name, "", escaped(best.label), f"{best.probability:.4f}", reason, time
+        values = name, "", best.label, f"{best.probability:.4f}", reason, time
         self._write([*left, dict(zip(COLUMNS, values, strict=True))])
         for path in gone:
-            (self._folder / recovered(path)).unlink(missing_ok=True)
+            (self._folder / path).unlink(missing_ok=True)
         self._kept = [*self._kept, plain][-self._limit :]
         return True
 
@@ -136,18 +135,13 @@ class Collector:
         """The rows of the table whose files are there, the oldest first."""
         if not self._table.exists():
             return []
-        try:
-            with self._table.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, restval=""))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise IosrFastError(f"can't read {self._table} as CSV in UTF-8: {error}; save it as such") from error
-        if rows and not {"path", "label"} <= set(rows[0]):
-            raise IosrFastError(f"expected the columns path and label in {self._table}, got {', '.join(rows[0])}")
-        return [row for row in rows if (self._folder / recovered(row["path"])).is_file()]
+        columns, rows = read_rows(self._table)
+        check_columns(columns, self._table, ("path", "label"), ", or remove the table")
+        return [row for row in rows if (self._folder / row["path"]).is_file()]
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         columns = list(dict.fromkeys([*(rows[0] if rows else ()), *COLUMNS]))  # those that somebody added stay
         text = StringIO()
-        line_writer(text).writerows([columns, *([row.get(name, "") for name in columns] for row in rows)])
+        line_writer(text).writerows([columns, *([escaped(row.get(name, "")) for name in columns] for row in rows)])
         with new_file(self._table) as temporary:
             temporary.write_text(text.getvalue(), encoding="utf-8", newline="")

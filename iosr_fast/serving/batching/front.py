@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
@@ -158,18 +158,21 @@ class BatchingClassifier:
         """The current head with what an abstention rests on, which is computed once for each head and takes seconds
         with thousands of support images; None without one. Raises IosrFastError where they are too few for a promise
         that the query asks for."""
-        max_error = query.max_error or self._max_error
-        if query.keep is None and max_error is None:
+        abstention = self._abstention(query)
+        if abstention == NONE_WITHHELD:
             return None
         head = self.classifier.snapshot().one_label("keep or max_error", "leave it out")
         with self._fitting:
             Abstention(query.keep, max_error=query.max_error).check(head)
             # Computed here, not by the first batch.
-            if query.keep is not None:
+            if abstention.keep is not None:
                 head.unknown.scorer  # noqa: B018
-            if max_error is not None:
+            if abstention.max_error is not None:
                 head.left_out_labels  # noqa: B018
-        return head, Abstention(query.keep, max_error=max_error)
+        return head, abstention
+
+    def _abstention(self, query: Query) -> Abstention:
+        return Abstention(query.keep, max_error=query.max_error or self._max_error)
 
     def check_room(self, client: str = "") -> None:
         """Raise QueueFullError or ClosedError if not one more image of `client` would be accepted now."""
@@ -200,7 +203,7 @@ class BatchingClassifier:
         """`submit_many` for asyncio: in order, the Prediction of each image or the exception of its future."""
         query, now = Query(**options), time.monotonic()
         # In a thread, because it may take seconds.
-        withheld = query.keep is not None or query.max_error is not None or self._max_error is not None
+        withheld = self._abstention(query) != NONE_WITHHELD
         fitted = await asyncio.to_thread(self._fit, query) if withheld else None
         futures = self._submit(images, query, now, fitted)
         try:
