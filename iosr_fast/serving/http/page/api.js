@@ -112,6 +112,8 @@ async function allPages(path, field) {
 export const classifier = async () => (await call("v1/classifier")).data;
 export const classes = () => allPages("v1/classes", "classes");
 export const examples = (classId) => allPages(`${classPath(classId)}/examples`, "example_ids");
+export const firstExample = async (classId) =>
+  (await call(`${classPath(classId)}/examples?limit=1`)).data.example_ids[0];
 
 // Changes; each answers with the new version.
 const changing = (path, method, options, onWait) => call(path, { method, change: true, onWait, ...options });

@@ -90,9 +90,10 @@ async function showSamples(classes) {
   const taught = classes.filter(({ examples }) => examples);
   const step = Math.max(1, Math.floor(taught.length / SAMPLES));
   const chosen = taught.filter((info, i) => i % step === 0).slice(0, SAMPLES);
-  const lists = await Promise.all(chosen.map((info) => api.examples(info.class_id))).catch(() => []);
-  lists.forEach(({ data }, i) => {
-    const [address, { name }] = [api.pictureAddress(data.example_ids[0]), chosen[i]];
+  const asked = Promise.all(chosen.map((info) => api.firstExample(info.class_id)));
+  const ids = await asked.catch((error) => complain(error.message) ?? []);
+  ids.forEach((id, i) => {
+    const [address, { name }] = [api.pictureAddress(id), chosen[i]];
     const choose = async () => {
       const blob = await (await fetch(address)).blob();
       find("choose").focus({ preventScroll: true }); // The samples are about to disappear.
