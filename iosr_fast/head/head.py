@@ -21,7 +21,7 @@ from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import least_odds
 from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, check_calibration, log_odds_of_largest, of_logits
-from iosr_fast.methods.folds import near_support
+from iosr_fast.methods.folds import make_folds, near_support
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
@@ -237,7 +237,8 @@ class Head(HeadData):
     @cached_property
     def unknown(self) -> Unknown:
         """How pictures of no class are recognised, by the embeddings that queries have."""
-        unknown, given = fit_unknown(self.support, self.needs_adapted, self.unknown_images), self.calibration_images
+        folds, given = make_folds(self.support), self.calibration_images
+        unknown = fit_unknown(self.support, folds, self.needs_adapted, self.unknown_images)
         return unknown if given is None else unknown.calibrated_on(given.embeddings)
 
     def audit(self, images: np.ndarray, classes: np.ndarray) -> SupportAudit:

@@ -9,7 +9,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.conformal import log_odds_of_largest
 from iosr_fast.methods.folds import Folds
-from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments, shrunk_precision
+from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments
 from iosr_fast.methods.models.keys import KeyModel
 from iosr_fast.methods.models.model import Model, TextModel
 from iosr_fast.methods.models.ridge import RidgeModel
@@ -73,7 +73,7 @@ class OodScores:
         self.models: list[Model] = [] if support.text is None else [TextModel(support)]
         for which in embeddings if NEAREST_KEY in names else ():
             if GAUSSIAN_SCORES[0] in names:
-                self.models.append(DensityModel(images, which))
+                self.models += [DensityModel(images, which), BackgroundModel(images, which)]
             self.models.append(NearestKeyModel(images, which))
             if REGRESSION in names:
                 self.models.append(RidgeModel(images, which, None, BETA, RIDGE, labels=1.0, texts=0.0))
@@ -83,16 +83,15 @@ class OodScores:
         return np.concatenate([np.zeros((0, len(self.names))), *parts])
 
     def _of_block(self, queries: Embeddings) -> np.ndarray:
-        scores = self._columns(queries, lambda model: model.scores(queries))
+        scores = self._columns(lambda model: model.scores(queries))
         return scores if self.unknown_keys is None else np.column_stack([scores, self.unlike_unknown(queries)])
 
     def without(self, folds: Folds) -> np.ndarray:
         """(V, K): the scores of the support images `folds.rows`, each by a model without its fold; without UNKNOWN_KEY,
         which no fold changes."""
-        own = self.support.as_queries[folds.rows]
-        return self._columns(own, lambda model: model.without(folds)[folds.rows])
+        return self._columns(lambda model: model.without(folds)[folds.rows])
 
-    def _columns(self, queries: Embeddings, logits_of: Callable[[Model], np.ndarray]) -> np.ndarray:
+    def _columns(self, logits_of: Callable[[Model], np.ndarray]) -> np.ndarray:
         """The scores of queries by each model's logits of them."""
         columns = list[np.ndarray]()
         for model in self.models:
@@ -101,8 +100,10 @@ class OodScores:
             match model:
                 case TextModel():
                     columns += [largest, log_odds_of_largest(logits)]
+                case BackgroundModel():  # after DensityModel, which gives "mahalanobis"
+                    columns.append(columns[-1] - largest)
                 case DensityModel():
-                    columns += [log_odds_of_largest(logits), largest, largest - model.of_all(queries)]
+                    columns += [log_odds_of_largest(logits), largest]
                 case _:
                     columns.append(largest)
         return np.column_stack(columns)
@@ -121,20 +122,17 @@ class Densities(Gaussians):
 
 
 class DensityModel(GaussianModel):
-    """Densities of classes, and of all images as one class, of which no fold needs another: it sees no label."""
+    """Densities of classes."""
 
     def _fit(self, moments: Moments) -> Gaussians:
         return Densities(**vars(super()._fit(moments)))
 
-    def of_all(self, queries: Embeddings) -> np.ndarray:
-        """(B,): -(x - m)' P0 (x - m) / 2."""
-        mean, precision = self._shared("joined", self._joined)
-        rows = self._rows(queries) - mean
-        return -np.einsum("bd,bd->b", rows @ precision, rows) / 2
 
-    def _joined(self) -> tuple[np.ndarray, np.ndarray]:
-        joined = self.moments.joined
-        return joined.means[0], shrunk_precision(joined.scatter, float(joined.counts[0]))
+class BackgroundModel(DensityModel):
+    """-(x - m)' P0 (x - m) / 2, the density of all images as one class: (B, 1)."""
+
+    def _fit(self, moments: Moments) -> Gaussians:
+        return super()._fit(moments.joined)
 
 
 class NearestKeyModel(KeyModel):

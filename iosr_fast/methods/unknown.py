@@ -12,7 +12,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.conformal import CALIBRATION, LEFT_OUT, check_share, images_needed, threshold
-from iosr_fast.methods.folds import make_folds
+from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.ood_scores import NEAREST_KEY, REGRESSION, TEXT_SCORES, OodScores, score_names
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.utils.ranking import auroc
@@ -41,16 +41,18 @@ class Unknown:
     weights    (K,) float64: known = scores @ weights + bias, in standard deviations of left-out support images
     left_out   (V,) float64, `known` of support images, each by models without its fold, or of other images of the
                classes, if these are the `basis` of promises (conformal.CALIBRATION)
-    unknown_images  embeddings of pictures of none of the classes, if there are any
     auroc      of classes that were left out against left-out images of the others, by weights fitted on other halves
                of the classes; NaN where there are too few classes
+    unscored   how many classes have no image in `left_out` (`count_unscored`)
+    unknown_images  embeddings of pictures of none of the classes, if there are any
 
     >>> from iosr_fast import Embeddings
+    >>> from iosr_fast.methods.folds import make_folds
     >>> from iosr_fast.methods.support_set import make_support_set
     >>> rows = np.eye(4).repeat(5, 0) + 0.1 * np.random.default_rng(0).standard_normal((20, 4))
     >>> rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     >>> support = make_support_set(Embeddings(rows), np.arange(4).repeat(5), text=None, tau=100.0, n_classes=4)
-    >>> unknown = fit_unknown(support)
+    >>> unknown = fit_unknown(support, make_folds(support))
     >>> unknown.summary(keep=0.99)
     '20 left-out support images are too few to promise that 0.99 of known pictures stay'
     >>> unknown.rejects(Embeddings(np.float32([[1, 0, 0, 0], [-0.5, -0.5, -0.5, -0.5]])))
@@ -63,6 +65,7 @@ class Unknown:
     bias: float
     left_out: np.ndarray
     auroc: float
+    unscored: int
     unknown_images: Embeddings | None = field(default=None, repr=False)
     basis: str = LEFT_OUT
 
@@ -95,16 +98,16 @@ class Unknown:
         if n_images < images_needed(keep):
             return f"{n_images} {self.basis} are too few to promise that {keep:.4g} of known pictures stay"
         sentence = f"{keep:.4g} of known pictures stay, by {n_images} {self.basis}"
-        if self.basis == LEFT_OUT and (single := int((self.support.counts == 1).sum())):
-            sentence += f" (none of the {single} classes with one image, whose pictures are rejected more often)"
+        if self.basis == LEFT_OUT and self.unscored:
+            sentence += f" (none of {self.unscored} classes, whose pictures are rejected more often)"
         if not np.isnan(self.auroc):
             sentence += f"; classes that are left out are told apart with an AUROC of {self.auroc:.3f}"
         return sentence
 
 
-def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings | None = None) -> Unknown:
-    """Combine the scores of OodScores so that unknown pictures have a low one; `adapted` includes those of adapted
-    embeddings.
+def fit_unknown(support: SupportSet, folds: Folds, adapted: bool = False, unknown: Embeddings | None = None) -> Unknown:
+    """Combine the scores of OodScores so that unknown pictures have a low one. `folds` say which images are left out
+    together, `adapted` includes the scores of adapted embeddings.
 
     No picture of an unknown class is needed: HALVES random halves of the classes play the known ones. Left-out images
     of a half, and images of the other one as unknown, are scored by a model of the rest of the half. The scores are
@@ -124,22 +127,21 @@ def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings 
     each of 16 folds and 12 halves and folds a precision of D^3. Same support set, same result.
     """
     names, all_names = score_names(support, adapted), score_names(support, adapted, unknown)
-    own = support.as_queries
-    folds = make_folds(support).first(_MOST)
-    if not len(folds.rows):
-        return Unknown(support, all_names, _alone(all_names), 0.0, np.zeros(0), float("nan"), unknown)
-    values = OodScores(support, names).without(folds)
-    groups = list(_halves(support, own, names))
+    own, first, unscored = support.as_queries, folds.first(_MOST), count_unscored(support, folds)
+    if not len(first.rows):
+        return Unknown(support, all_names, _alone(all_names), 0.0, np.zeros(0), float("nan"), unscored, unknown)
+    values = OodScores(support, names).without(first)
+    groups = list(_halves(support, folds, names))
     weights, auroc_of_halves = _weights(groups) if groups else _alone(names), _held_out_auroc(groups)
     weights = weights / _deviations(values)
     known = values @ weights
     if unknown is not None and all_names != names:
         scorer = OodScores(support, all_names, unknown)
-        weights, known = _with_unknown(scorer, weights, known, own[folds.rows], unknown)
+        weights, known = _with_unknown(scorer, weights, known, own[first.rows], unknown)
     deviation = float(known.std()) or 1.0
     bias = -float(known.mean()) / deviation
     left_out = known / deviation + bias
-    return Unknown(support, all_names, weights / deviation, bias, left_out, auroc_of_halves, unknown)
+    return Unknown(support, all_names, weights / deviation, bias, left_out, auroc_of_halves, unscored, unknown)
 
 
 def _with_unknown(
@@ -156,6 +158,12 @@ def _with_unknown(
     if both.min() <= 0:
         both = np.array([1.0, 0.0])
     return np.append(both[0] * weights, both[1]), pairs @ both
+
+
+def count_unscored(support: SupportSet, folds: Folds) -> int:
+    """How many classes have support images, but none that `folds` score."""
+    scored = np.bincount(support.labels[folds.rows], minlength=support.n_classes)
+    return int(((support.counts > 0) & (scored == 0)).sum())
 
 
 def without_rejected(labels: np.ndarray, rejected: np.ndarray, word: Any) -> np.ndarray:
@@ -177,10 +185,10 @@ def check_unknown_images(count: int) -> None:
         raise IosrFastError("expected two or more unknown images, which are compared with each other, got one")
 
 
-def _halves(support: SupportSet, own: Embeddings, names: tuple[str, ...]) -> Iterator[Group]:
+def _halves(support: SupportSet, folds: Folds, names: tuple[str, ...]) -> Iterator[Group]:
     """Groups of standardised scores: left-out images of one half of the classes, and images of the other half. There
     are HALVES random halves, each followed by the other half where that has two classes."""
-    folds, labels, rng = make_folds(support), support.labels, np.random.default_rng(0)
+    own, labels, rng = support.as_queries, support.labels, np.random.default_rng(0)
     present = np.flatnonzero(support.counts)
     size = max(2, len(present) // 2)
     for _ in range(HALVES // 2 if len(present) > 2 else 0):

@@ -29,7 +29,7 @@ from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
-from iosr_fast.methods.unknown import Unknown
+from iosr_fast.methods.unknown import Unknown, count_unscored
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.store.bundle_arrays import (
@@ -316,16 +316,17 @@ def _evidence(head: AnyHead, read: Callable[[str], bytes | None]) -> Mapping[str
     head = head.one_label(LEFT_OUT, "leave this file out")
     names = score_names(head.support, head.needs_adapted, head.unknown_images)
     evidence: dict[str, Any] = {}
-    arrays = read_arrays(LEFT_OUT, read, {})
+    arrays, folds = read_arrays(LEFT_OUT, read, {}), make_folds(head.support)
     with naming(LEFT_OUT):
         # Version 0.2 has weights of other scores, by whose number it is known: `unknown` is fitted again.
         if are_complete(arrays, _UNKNOWN) and len(arrays["weights"]) == len(names):
             weights, bias, left_out, auroc = (arrays[name] for name in _UNKNOWN)
             numbers = weights, float(bias[0]), left_out, float(auroc[0]) if len(auroc) else math.nan
             basis = conformal.LEFT_OUT if head.calibration_images is None else conformal.CALIBRATION
-            evidence["unknown"] = Unknown(head.support, names, *numbers, head.unknown_images, basis)
+            unscored = count_unscored(head.support, folds)
+            evidence["unknown"] = Unknown(head.support, names, *numbers, unscored, head.unknown_images, basis)
         if "out_of_fold" in arrays:
-            folds, logits = make_folds(head.support), arrays["out_of_fold"]
+            logits = arrays["out_of_fold"]
             if len(logits) != len(folds.rows):
                 raise IosrFastError(f"expected out_of_fold of {len(folds.rows)} images, got {len(logits)}")
             evidence["out_of_fold"] = OutOfFold(folds, head.support.labels[folds.rows], logits)

@@ -15,6 +15,7 @@ from iosr_fast.head.predictions import Rejection
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import of_logits, sets_of_labels
+from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.store.bundle import load_bundle
@@ -36,7 +37,7 @@ def test_pictures_of_other_classes_are_rejected(queries: tuple[np.ndarray, np.nd
     images, labels = queries
     classifier = small_classifier(**{**GDA, "method": "gda++"})
     scores = classifier.unknown_score(images)
-    fitted = fit_unknown(classifier.support_, adapted=True)
+    fitted = fit_unknown(classifier.support_, make_folds(classifier.support_), adapted=True)
     assert scores == pytest.approx(fitted.score(PixelEncoder().encode(images)))
     out, plain = scores > classifier.unknown_.threshold(0.9), classifier.predict(images)
     answers = classifier.predict(images, unknown="reject", keep=0.9)
@@ -144,7 +145,7 @@ def test_unknown_images_teach_what_is_unknown_and_are_saved(queries: Any, tmp_pa
     assert taught.predict(images).tolist() == small_classifier(**GDA).predict(images).tolist()
     taught.add_class("new", images[labels == CLASSES])  # the change keeps them
     taught.tune(method="tip-adapter++")
-    fitted = fit_unknown(taught.support_, adapted=True, unknown=unknown)
+    fitted = fit_unknown(taught.support_, make_folds(taught.support_), adapted=True, unknown=unknown)
     assert taught.unknown_.weights == pytest.approx(fitted.weights, abs=1e-4)
     taught.save(tmp_path / "bundle")
     loaded = load_bundle(tmp_path / "bundle").head

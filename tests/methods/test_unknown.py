@@ -28,6 +28,10 @@ def support_of(shots: int, classes: int = CLASSES, text: bool = True, adapted: b
     return support if adapted else replace(support, embeddings=Embeddings(support.embeddings.plain))
 
 
+def fit(support: SupportSet, adapted: bool = False, unknown: Embeddings | None = None) -> Unknown:
+    return fit_unknown(support, make_folds(support), adapted, unknown)
+
+
 def auroc_of(fitted: Unknown, known: Embeddings, unknown: Embeddings) -> float:
     return auroc(-fitted.score(known), -fitted.score(unknown))
 
@@ -62,25 +66,21 @@ def test_scores_are_their_formulas(shots: int) -> None:
     np.testing.assert_allclose(scorer(queries), np.stack([*expected.values()], 1), rtol=1e-5, atol=1e-6)
 
 
-def test_scores_without_a_fold_are_those_of_the_others_and_the_background_of_all() -> None:
+def test_scores_without_a_fold_are_those_of_the_others() -> None:
     support = WORLD.support([3, 1, 5, 2, 4], views=True, tau=20.0)
     folds, names = make_folds(support), score_names(support, True)
-    scorer, own = OodScores(support, names), support.as_queries[folds.rows]
-    found, in_use = (dict(zip(names, scores.T, strict=True)) for scores in (scorer.without(folds), scorer(own)))
+    own = support.as_queries
+    found = dict(zip(names, OodScores(support, names).without(folds).T, strict=True))
     assert {*map(len, found.values())} == {14}
-    fitted = [OodScores(support.only(folds.fold != folds.fold[j]), names) for j in folds.rows]
-    others = np.concatenate([fit(own[[row]]) for row, fit in enumerate(fitted)])
-    for name, expected in zip(names, others.T, strict=True):
-        if name.startswith("relative"):
-            name, alone = name.replace("relative ", ""), name
-            np.testing.assert_allclose(found[alone] - found[name], in_use[alone] - in_use[name])
-        elif not name.startswith("regression"):  # which keeps the weights of classes (test_models)
+    others = [OodScores(support.only(folds.fold != folds.fold[j]), names)(own[[j]]) for j in folds.rows]
+    for name, expected in zip(names, np.concatenate(others).T, strict=True):
+        if not name.startswith("regression"):  # which keeps the weights of classes (test_models)
             np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("text", "adapted", "shots"), [(True, False, 4), (False, False, 5), (True, True, 2)])
 def test_unknown_classes_are_told_apart_and_the_promise_holds(text: bool, adapted: bool, shots: int) -> None:
-    fitted = fit_unknown(support_of(shots, text=text, adapted=adapted), adapted)
+    fitted = fit(support_of(shots, text=text, adapted=adapted), adapted)
     (queries, labels) = WORLD.queries(60, seed=3)
     known, values = labels < CLASSES, fitted.score(queries)
     combined = auroc(-values[known], -values[~known])
@@ -97,7 +97,7 @@ def test_unknown_classes_are_told_apart_and_the_promise_holds(text: bool, adapte
 def test_the_mean_kept_over_many_support_sets_is_the_promise() -> None:
     kept, (queries, _) = [], WORLD.queries(30, seed=7, classes=CLASSES)
     for seed in range(12):
-        fitted = fit_unknown(WORLD.support([6] * CLASSES, 100 + seed, text=False))
+        fitted = fit(WORLD.support([6] * CLASSES, 100 + seed, text=False))
         kept.append((fitted.score(queries) <= fitted.threshold(0.9)).mean())
     assert 0.885 < np.mean(kept) < 0.95, kept
 
@@ -105,43 +105,44 @@ def test_the_mean_kept_over_many_support_sets_is_the_promise() -> None:
 def test_small_and_odd_support_sets_give_finite_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     support, queries = support_of(4), WORLD.queries(1)[0]
     for classes in (0, 1):  # texts alone
-        fitted = fit_unknown(support.only(support.labels < classes))
+        fitted = fit(support.only(support.labels < classes))
         assert fitted.names == ("text cosine", "text softmax") and np.isfinite(fitted.score(queries)).all()
     for shots, classes in ((1, CLASSES), (4, 2), (1, 2)):  # one score stands alone where no weight can be learnt
-        fitted = fit_unknown(support_of(shots, classes=classes))
+        fitted = fit(support_of(shots, classes=classes))
         assert np.flatnonzero(fitted.weights).tolist() == [fitted.names.index("regression")] and np.isnan(fitted.auroc)
         known, others = (WORLD.images(first + np.repeat([0, 1], 40), 3) for first in (0, CLASSES))
         assert auroc_of(fitted, known, others) > 0.8
     copies = replace(support, embeddings=Embeddings(unit(WORLD.centres[support.labels])))
-    assert np.isfinite(fit_unknown(copies).score(queries)).all()
-    assert np.count_nonzero(fit_unknown(support_of(8, classes=3)).weights) == 7  # three classes are enough
+    assert np.isfinite(fit(copies).score(queries)).all()
+    assert np.count_nonzero(fit(support_of(8, classes=3)).weights) == 7  # three classes are enough
     monkeypatch.setattr(ood_scores, "MAX_REGRESSION", 50)
-    many = fit_unknown(support)
+    many = fit(support)
     assert "regression" not in many.names and "mahalanobis" in many.names and np.isfinite(many.score(queries)).all()
 
 
 def test_too_few_images_for_a_promise_are_told_with_the_number_that_is_needed() -> None:
-    fitted = fit_unknown(support_of(4, classes=4))
+    fitted = fit(support_of(4, classes=4))
     with pytest.raises(IosrFastError, match=r"0\.95 of the pictures needs at least 19 .* got 16: give more"):
         fitted.threshold(0.95)
     assert "16 left-out support images are too few" in fitted.summary()
     assert fitted.threshold(0.9) > 0 and "by 16 left-out" in fitted.summary(0.9)
-    single = fit_unknown(WORLD.support([1, 1] + [4] * (CLASSES - 2)))
-    assert "left-out support images (none of the 2 classes with one image" in single.summary(0.8)
+    support = WORLD.support([1, 1] + [4] * (CLASSES - 2))
+    support.embeddings.plain[2:6] = support.embeddings.plain[2]  # near duplicates: none is left out
+    assert "left-out support images (none of 3 classes, whose pictures" in fit(support).summary(0.8)
     with pytest.raises(IosrFastError, match="got 0"):
-        fit_unknown(support_of(1)).threshold()
+        fit(support_of(1)).threshold()
 
 
 def test_unknown_pictures_that_come_again_are_recognised() -> None:
     support, (known, _) = support_of(6, text=False), WORLD.queries(30, seed=3, classes=CLASSES)
     pictures, again = (WORLD.images(np.arange(n) % 3 + CLASSES, seed) for n, seed in ((24, 4), (90, 3)))
-    alone, taught = fit_unknown(support), fit_unknown(support, unknown=pictures)
+    alone, taught = fit(support), fit(support, unknown=pictures)
     before, after = (auroc_of(fitted, known, again) for fitted in (alone, taught))
     assert after > before + 0.3 * (1.0 - before), (before, after)
     assert abs((taught.score(known) <= taught.threshold(0.9)).mean() - 0.9) < 0.07
     assert taught.names == (*alone.names, UNKNOWN_KEY) and (taught.weights[-2:] > 0).all()
     cosines = known.plain.astype(np.float64) @ pictures.plain.T
     assert taught.scorer(known)[:, -1] == pytest.approx(-cosines.max(1))
-    assert (fit_unknown(support, unknown=pictures[:1]).weights == alone.weights).all()  # one changes nothing
+    assert (fit(support, unknown=pictures[:1]).weights == alone.weights).all()  # one changes nothing
     with pytest.raises(IosrFastError, match=r"expected two or more unknown images, .* got one"):
         check_unknown_images(1)
