@@ -20,6 +20,7 @@ from iosr_fast.serving.http.settings import Settings
 
 MAX_TEXT = 4096  # bytes of a text field
 _MAX_HEADERS = 4096  # bytes of the headers of a part
+_MAX_TYPE = 1024  # bytes of a Content-Type; its parser takes quadratic time
 _FORMS = "multipart/form-data with file fields `images`"
 
 # In order: encoded images, or rows of embeddings; the error of an image that no decoder should see.
@@ -143,4 +144,7 @@ def content_type(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise ApiError(415, "unsupported_encoding", f"expected a body without Content-Encoding, got {encoding[:40]!r}")
-    return parse_options_header(request.headers.get("content-type"))
+    kind = request.headers.get("content-type", "")
+    if len(kind) > _MAX_TYPE:
+        raise wrong_type(kind.encode("latin-1"), f"at most {_MAX_TYPE} bytes")
+    return parse_options_header(kind)
