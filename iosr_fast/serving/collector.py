@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Callable
@@ -15,16 +14,14 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import Prediction, predict
-from iosr_fast.images.limits import image_kind
 from iosr_fast.methods.conformal import images_needed
 from iosr_fast.methods.folds import near_support
 from iosr_fast.methods.unknown import KEEP
-from iosr_fast.utils.csv_text import check_columns, escaped, line_writer, read_rows
-from iosr_fast.utils.files import lock_folder, new_file, unlock
+from iosr_fast.serving.kept_folder import KeptFolder, is_picture_name, picture_name
+from iosr_fast.utils.csv_text import check_columns, escaped, line_writer
 
 TABLE = "collected.csv"
 COLUMNS = ("path", "label", "guess", "probability", "reason", "time")
@@ -35,11 +32,11 @@ log = logging.getLogger(__name__)
 class Collector:
     """Keeps uploads whose label is not accepted by the promise `max_error`, or that belong to none of the classes.
 
-    Files are named by the SHA-256 of their bytes. The table TABLE has `path`, an empty `label` to fill in, `guess` and
-    `probability` of the best class, `reason` ("needs a look" or "unknown") and `time`; `iosr-fast fit` and `suggest`
-    read it. Labels that somebody fills in while the server runs stay. Near duplicates of support images, and of files
-    that were kept since the start, are left out. At `limit` files the oldest one without a label goes; if all have one,
-    no more are kept.
+    Files are named by the SHA-256 of their bytes, and no others are touched (KeptFolder). The table TABLE has `path`,
+    an empty `label` to fill in, `guess` and `probability` of the best class, `reason` ("needs a look" or "unknown") and
+    `time`; `iosr-fast fit` and `suggest` read it. Labels that somebody fills in while the server runs stay, and so do
+    rows with other paths. Near duplicates of support images, and of files that were kept since the start, are left out.
+    At `limit` files the oldest one without a label goes; if all have one, no more are kept.
 
     A thread judges and writes, so that no answer waits: while 64 MiB of uploads wait for it, others are left out. If
     the disk is full or the table can't be read, nothing is kept until that ends, and nothing is lost. `on_outcome` is
@@ -51,12 +48,8 @@ class Collector:
     def __init__(
         self, folder: Path, limit: int, max_error: float, on_outcome: Callable[[str], None] = lambda outcome: None
     ) -> None:
-        folder.mkdir(0o700, parents=True, exist_ok=True)  # other people's pictures
-        try:
-            self._lock = lock_folder(folder)
-        except BlockingIOError as error:
-            raise IosrFastError(f"another server collects into {folder}: choose another folder") from error
-        self._folder, self._table, self._limit, self._max_error = folder, folder / TABLE, limit, max_error
+        self._folder, self._table = KeptFolder(folder), folder / TABLE
+        self._limit, self._max_error = limit, max_error
         self._on_outcome, self._failure = on_outcome, ""
         self._kept: list[np.ndarray] = []  # plain embeddings (D,) since the start, at most `limit`
         self._bytes, self._counting = 0, threading.Lock()
@@ -82,7 +75,7 @@ class Collector:
     def close(self) -> None:
         """Judge what waits, and end."""
         self._thread.shutdown()
-        unlock(self._lock)
+        self._folder.close()
 
     def _run(self, image: bytes, embeddings: Embeddings, head: Head) -> None:
         try:
@@ -111,37 +104,35 @@ class Collector:
         return "kept" if self._keep(image, prediction, embeddings.plain[0]) else "left out"
 
     def _keep(self, image: bytes, prediction: Prediction, plain: np.ndarray) -> bool:
-        name = f"{hashlib.sha256(image).hexdigest()[:32]}.{image_kind(image).lower() or 'image'}"
-        rows = [row for row in self._rows() if row["path"] != name or row["label"]]
-        if any(row["path"] == name for row in rows):  # labelled already
+        name, rows = picture_name(image), self._rows()
+        labelled = {row["path"] for row in rows if row["label"]}
+        if name in labelled:
             return False
-        unlabelled = [row["path"] for row in rows if not row["label"]]
-        gone = unlabelled[: max(0, len(rows) + 1 - self._limit)]
-        left = [row for row in rows if row["path"] not in gone]
-        if len(left) + 1 > self._limit:
+        kept = dict.fromkeys(row["path"] for row in rows if self._folder.has(row["path"]) and row["path"] != name)
+        gone = [path for path in kept if path not in labelled][: max(0, len(kept) + 1 - self._limit)]
+        if len(kept) - len(gone) >= self._limit:
             return False
-        with new_file(self._folder / name) as temporary:
-            temporary.write_bytes(image)
+        self._folder.write(name, image)
         best, time = prediction.top[0], datetime.now(UTC).isoformat(timespec="seconds")
         reason = "unknown" if prediction.label is None else "needs a look"
         values = name, "", best.label, f"{best.probability:.4f}", reason, time
+        left = [row for row in rows if row["path"] not in (name, *gone)]
         self._write([*left, dict(zip(COLUMNS, values, strict=True))])
         for path in gone:
-            (self._folder / path).unlink(missing_ok=True)
+            self._folder.remove(path)
         self._kept = [*self._kept, plain][-self._limit :]
         return True
 
     def _rows(self) -> list[dict[str, str]]:
-        """The rows of the table whose files are there, the oldest first."""
-        if not self._table.exists():
-            return []
-        columns, rows = read_rows(self._table)
-        check_columns(columns, self._table, ("path", "label"), ", or remove the table")
-        return [row for row in rows if (self._folder / row["path"]).is_file()]
+        """The rows of the table, the oldest first, without those of pictures that are gone. Rows that somebody added,
+        with other paths, stay as they are."""
+        columns, rows = self._folder.read_rows(TABLE)
+        if columns:
+            check_columns(columns, self._table, ("path", "label"), ", or remove the table")
+        return [row for row in rows if self._folder.has(row["path"]) or not is_picture_name(row["path"])]
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         columns = list(dict.fromkeys([*(rows[0] if rows else ()), *COLUMNS]))  # those that somebody added stay
         text = StringIO()
         line_writer(text).writerows([columns, *([escaped(row.get(name, "")) for name in columns] for row in rows)])
-        with new_file(self._table) as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+        self._folder.write(TABLE, text.getvalue().encode())

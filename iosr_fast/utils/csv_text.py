@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,10 +34,11 @@ def recovered(text: str) -> str:
     return text[1:] if text.startswith("'") and _FORMULA.match(text[1:]) else text
 
 
-def read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns of a CSV file and its rows, with texts `recovered`. Raises IosrFastError for no CSV in UTF-8."""
+def read_rows(file: Path, opener: Callable[[str, int], int] | None = None) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a CSV file and its rows, with texts `recovered`; `opener` is that of `open`. Raises IosrFastError
+    for no CSV in UTF-8."""
     try:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
+        with open(file, encoding="utf-8-sig", newline="", opener=opener) as opened:
             reader = csv.DictReader(opened, restval="")
             columns, rows = list(reader.fieldnames or []), list(reader)
     except (UnicodeDecodeError, csv.Error) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,17 +116,63 @@ def test_equal_pictures_and_near_duplicates_are_kept_once(tmp_path: Path) -> Non
 def test_a_full_disk_stops_collecting_and_not_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 
-    def full(*_: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with collecting(tmp_path) as (client, outcomes, settle):
         with monkeypatch.context() as patch:
-            patch.setattr("iosr_fast.serving.collector.new_file", full)
+            patch.setattr("iosr_fast.serving.kept_folder.os.fsync", full)
             assert client.predict(encode(noise)).status_code == 200
             settle()
+            assert [path.name for path in tmp_path.iterdir()] == [TABLE]
         assert client.predict(encode(noise)).status_code == 200
         settle()
         assert outcomes == ["failed", "kept"]
+
+
+def test_what_a_table_names_is_removed_only_if_it_is_a_kept_picture(tmp_path: Path) -> None:
+    """Whoever may edit the table alone, or put links into the folder, removes nothing else with it."""
+    kept, outside = tmp_path / "kept", tmp_path / "outside"
+    outside.mkdir()
+    name = f"{0:032x}.png"
+    for path in (outside / "changes.db", outside / name):
+        path.write_bytes(b"precious")
+    Collector(kept, 3, MAX_ERROR).close()
+    (kept / "notes.txt").write_bytes(b"precious")
+    (kept / f"{1:032x}.png").write_bytes(b"kept")
+    (kept / f"{2:032x}.png").symlink_to(outside / name)
+    (kept / "link").symlink_to(outside, target_is_directory=True)
+    (kept / f"{3:032x}.png").mkdir()
+    foreign = [str(outside / "changes.db"), f"../outside/{name}", "notes.txt", f"link/{name}", "", ".", "no-file.png"]
+    gone = [f"{number:032x}.png" for number in range(1, 4)]
+    with (kept / TABLE).open("a", encoding="utf-8") as file:
+        file.writelines(f"{path},,pear,0.5,needs a look,\n" for path in [*foreign, *gone])
+    with collecting(kept, limit=1) as (client, outcomes, settle):
+        client.predict(encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)))
+        settle()
+        assert outcomes == ["kept"]
+    paths = [row["path"] for row in table(kept)]
+    assert paths[:-1] == foreign and not (kept / gone[0]).exists()
+    assert {path.read_bytes() for path in (*outside.iterdir(), kept / "notes.txt")} == {b"precious"}
+    assert (kept / gone[1]).is_symlink() and (kept / gone[2]).is_dir() and (kept / paths[-1]).is_file()
+
+
+def test_only_the_owner_can_read_what_is_kept_and_no_link_is_written_through(tmp_path: Path) -> None:
+    outside, kept = tmp_path / "outside", tmp_path / "kept"
+    outside.write_bytes(b"path,label\n")
+    with collecting(kept) as (client, _, settle):
+        for name in (TABLE, f".{TABLE}.tmp"):
+            (kept / name).unlink(missing_ok=True)
+            (kept / name).symlink_to(outside)
+        client.predict(encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)))
+        settle()
+        (kept / TABLE).unlink()
+        (kept / f".{TABLE}.tmp").unlink(missing_ok=True)
+        client.predict(queries()[0], encode(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)))
+        settle()
+    assert outside.read_bytes() == b"path,label\n"
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir()}
+    assert len(modes) >= 2 and set(modes.values()) == {0o600}
 
 
 def test_collecting_is_off_unless_asked_for_and_then_said(tmp_path: Path) -> None:
