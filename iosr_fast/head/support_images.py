@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
+import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError, IosrFastError, printable
 from iosr_fast.head.examples import Examples, no_examples
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
+from iosr_fast.images.preprocess import ENCODED, open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import LARGEST, check_integer
@@ -122,12 +124,14 @@ def encode_images(
     sequence all are named, or left out with `skip_bad`. `step` is called with 1 after each image.
 
     A picture (its pixels, whatever the file) under two labels is refused, and so is one that is a support image and
-    unknown; nothing is encoded once that is found. Warns of copies within a class.
+    unknown: before any work where the files are equal, else once both are decoded. Warns of copies within a class.
     """
     one_by_one = isinstance(images, Iterator)
     images = images if one_by_one else [*images, *unknown_images]
     none = len(names)
     classes = None if labels is None else np.concatenate([labels, np.full(len(unknown_images), none)])
+    if classes is not None and isinstance(images, list):
+        _check_files(images, classes, [*names, NONE_OF_THE_CLASSES])
     pictures: list[bytes | None] = []
     paths: list[str | None] = []
     readable: list[int] = []
@@ -189,7 +193,7 @@ def _prepare_all(
 
     def prepare(item: tuple[int, Any]) -> tuple[str, _Prepared | BadImageError]:
         i, source = item
-        place = printable(str(source)) if isinstance(source, str | Path) else f"number {i}"
+        place = _place_of(i, source)
         try:
             with pil if hasattr(source, "getbands") else nullcontext():
                 image = open_image(source, i, views.exif_orientation)
@@ -200,6 +204,10 @@ def _prepare_all(
         return place, _Prepared(_path_of(source), identity, *views.prepare(image, geometry, digest))
 
     return map_ordered(enumerate(images), prepare, usable_threads(), ahead)
+
+
+def _place_of(i: int, source: Any) -> str:
+    return printable(str(source)) if isinstance(source, str | Path) else f"number {i}"
 
 
 def _path_of(source: Any) -> str | None:
@@ -239,6 +247,48 @@ def _check_readable(errors: Sequence[BadImageError], count: int, skip_bad: bool)
         raise IosrFastError(
             f"{len(errors)} of {count} images can't be read (skip_bad, or --skip-bad, leaves them out): {shown}"
         )
+
+
+def _check_files(images: Sequence[Any], classes: np.ndarray, names: Sequence[str]) -> None:
+    """Raise IosrFastError for equal files under two labels. Only files of equal size are read, only pictures count."""
+    by_size: dict[int, list[int]] = {}
+    for i, image in enumerate(images):
+        if (size := _size_of(image)) is not None:
+            by_size.setdefault(size, []).append(i)
+    across: list[tuple[int, int]] = []
+    for rows in by_size.values():
+        first: dict[bytes, int] = {}
+        for i in rows if len(np.unique(classes[rows])) > 1 else ():
+            if classes[earlier := first.setdefault(_digest_of(images[i]), i)] != classes[i]:
+                across.append((earlier, i))
+    if across := [pair for pair in across if _is_readable(images[pair[0]])]:
+        _check_copies([_place_of(i, image) for i, image in enumerate(images)], classes, sorted(across), names)
+
+
+def _size_of(source: Any) -> int | None:
+    """The bytes of an encoded image; None for what is no file, and for a path that can't be read."""
+    if isinstance(source, ENCODED):
+        return memoryview(source).nbytes
+    try:
+        found = os.stat(source) if isinstance(source, str | Path) else None
+    except (OSError, ValueError):
+        return None
+    return found.st_size if found is not None and stat.S_ISREG(found.st_mode) and os.access(source, os.R_OK) else None
+
+
+def _digest_of(source: Any) -> bytes:
+    if isinstance(source, ENCODED):
+        return hashlib.sha256(source).digest()
+    with open(source, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _is_readable(source: Any) -> bool:
+    try:
+        open_image(source)
+    except BadImageError:
+        return False
+    return True
 
 
 def _check_copies(

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.exceptions import BadImageError
+from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.head import support_images
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.support_images import SupportViews, encode_images
 from iosr_fast.images import pixels, preprocess
@@ -155,3 +156,21 @@ def test_one_picture_under_two_labels_is_refused_and_copies_in_a_class_are_warne
     assert "4 of 6 pictures are copies of another of their class" in caplog.text and "a.png" in caplog.text
     turned = np.asarray(image).reshape(17, 12, 3)  # the same bytes in another shape are another picture
     assert encoded([image, turned], [0, 1]).class_ids.tolist() == [0, 1]
+
+
+def test_equal_files_under_two_labels_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, image in (("a.png", picture(0)), ("b.png", picture(1))):
+        image.save(tmp_path / name)
+    copy = (tmp_path / "a.png").read_bytes()
+    for name in ("none.png", "empty.png"):  # what is no picture is said of each, or left out
+        (tmp_path / name).touch()
+    unreadable = [tmp_path / "none.png", tmp_path / "b.png", str(tmp_path / "empty.png"), tmp_path / "gone.png"]
+    views, names = SupportViews(), ["cat", "dog"]
+    found = encode_images(PixelEncoder(), unreadable, views, np.array([0, 0, 1, 1]), names, skip_bad=True)
+    assert len(found.errors) == 3 and len(found.examples) == 1
+    monkeypatch.setattr(support_images, "_prepare_all", lambda *_: pytest.fail("decoded"))
+    for same in (copy, bytearray(copy)):
+        with pytest.raises(IosrFastError, match=r"same picture under two: .*a\.png \('cat'\) and number 2 \('dog'\)"):
+            encoded([tmp_path / "a.png", tmp_path / "b.png", same], [0, 0, 1])
