@@ -28,6 +28,7 @@ from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, Prediction
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import Automation
+from iosr_fast.methods.checks import check
 from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
@@ -377,6 +378,8 @@ class Classifier(Estimator):
         probability of a label that `predict` accepts, the share of images whose label is accepted, and how many of
         these are wrong. `smallest` is the smallest error that so many images can promise."""
         return self._store.fitted().answers.automation()
+
+    check = staticmethod(check)  # methods.checks
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support images are, by bins of the probability; print it."""

@@ -24,6 +24,7 @@ from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.automation import Automation
+from iosr_fast.methods.checks import check
 from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
@@ -254,6 +255,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     def automation(self) -> Automation:
         """The share of rows whose label is accepted, for each promised error, as Classifier.automation; print it."""
         return self._fitted().automation()
+
+    check = staticmethod(check)  # methods.checks
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support rows are, by bins; print it for a table."""

@@ -1,0 +1,97 @@
+"""The alarm on checked labels, which is seldom false and comes soon, and the note on strange pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.checks import CheckedPromise, Strangers, check, checked, strange_odds
+from iosr_fast.methods.conformal import LeftOutLabels
+
+RUNS = 1_000
+
+
+def runs(rate: float, max_error: float, checks: int) -> list[CheckedPromise]:
+    wrong = np.random.default_rng(int(1e4 * rate)).random((RUNS, checks)) < rate
+    return [checked(row, max_error) for row in wrong]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("max_error", [0.01, 0.05, 0.1])
+def test_alarms_are_false_in_at_most_5_percent_of_runs_however_often_one_looks(max_error: float) -> None:
+    assert sum(run.refuted for run in runs(max_error, max_error, 2_000)) <= 0.05 * RUNS
+    assert sum(run.refuted for run in runs(max_error / 2, max_error, 2_000)) <= 0.005 * RUNS
+
+
+@pytest.mark.parametrize(
+    ("max_error", "times", "most"),
+    [(0.01, 2, 900), (0.01, 3, 270), (0.05, 2, 180), (0.05, 3, 50), (0.1, 2, 85), (0.1, 3, 25)],
+)
+def test_half_of_the_broken_promises_are_found_after_so_many_checks(max_error: float, times: int, most: int) -> None:
+    assert sum(run.refuted for run in runs(times * max_error, max_error, most)) > 0.5 * RUNS
+
+
+def test_the_value_is_the_mean_of_likelihood_ratios_and_the_largest_stays() -> None:
+    wrong = [False, True, True, False]
+    rates = [f * 0.05 / (1 + (f - 1) * 0.05) for f in (1.25, 1.5, 2, 3, 4, 6, 8)]
+    values = [1.0]
+    for n in range(1, 5):
+        ratios = [np.prod([(r if one else 1 - r) / (0.05 if one else 0.95) for one in wrong[:n]]) for r in rates]
+        values.append(float(np.mean(ratios)))
+    found = checked(wrong, 0.05)
+    assert found.e_value == pytest.approx(max(values)) and found.at == (3, 2) and (found.checks, found.wrong) == (4, 2)
+    assert checked([True] * 50 + [False] * 5_000, 0.05).refuted
+    assert checked([True] * 10_000, 0.001).refuted  # no overflow
+    assert checked([], 0.05) == CheckedPromise(0.05, 0, 0, 1.0, (0, 0))
+
+
+def test_answers_are_compared_with_labels_and_those_withheld_say_nothing() -> None:
+    answers, labels = np.array(["a", None, "b", "a"], object), np.array(["a", "b", "a", "c"])
+    assert check(answers, labels, 0.1) == checked([False, True, True], 0.1)
+    assert check([3, 4], [3, 5], 0.1).wrong == 1
+    assert str(check(["a"], ["a"], 0.005)) == (
+        "of 1 accepted labels that you checked 0 were wrong: no sign that more than 0.5% are"
+    )
+    with pytest.raises(IosrFastError, match="a label for each answer, got 1 labels and 2 answers"):
+        check(["a", "b"], ["a"], 0.1)
+    with pytest.raises(IosrFastError, match="max_error"):
+        check(["a"], ["a"], 1.0)
+
+
+def noted(rate: float, seed: int, pictures: int = 1_000) -> bool:
+    """Whether there was a note."""
+    strangers, found = Strangers(), False
+    for strange in np.random.default_rng([seed, int(100 * rate)]).random(pictures) < rate:
+        strangers.add(bool(strange))
+        found = found or bool(strangers.note)
+    return found
+
+
+@pytest.mark.parametrize(("rate", "least", "most"), [(0.1, 0, 0), (0.14, 0, 1), (0.3, 40, 40), (0.5, 40, 40)])
+def test_strange_pictures_are_noted_beyond_a_guard_band(rate: float, least: int, most: int) -> None:
+    assert least <= sum(noted(rate, seed) for seed in range(40)) <= most
+
+
+def test_a_note_ends_and_few_pictures_make_none() -> None:
+    strangers = Strangers()
+    assert np.isnan(strangers.share)
+    for _ in range(30):
+        strangers.add(True)
+    assert not strangers.note
+    for _ in range(10):
+        strangers.add(True)
+    assert strangers.note == "100% of the last 40 pictures are stranger than 90% of your examples"
+    for _ in range(350):
+        strangers.add(False)
+    assert not strangers.note and len(strangers.last) == 390
+    for _ in range(400):
+        strangers.add(False)
+    assert strangers.share == 0.0 and len(strangers.last) == 400
+
+
+def test_a_tenth_of_left_out_images_is_strange() -> None:
+    odds = np.random.default_rng(0).normal(size=1_000)
+    left_out = LeftOutLabels(odds, odds, odds > 0, np.zeros(1_000), np.zeros(1_000, int))
+    assert (odds <= strange_odds(left_out)).mean() == pytest.approx(0.1)
+    nothing = LeftOutLabels(odds[:0], odds[:0], odds[:0] > 0, odds[:0], np.zeros(0, int))
+    assert strange_odds(nothing) == -np.inf
