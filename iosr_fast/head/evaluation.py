@@ -13,6 +13,7 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.predictions import Neighbour
 from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability
+from iosr_fast.methods.judgement import PromiseResult, difference_of_shares
 from iosr_fast.methods.tuned import wilson
 from iosr_fast.utils.json_values import json_values
 
@@ -104,6 +105,7 @@ class Evaluation:
     reliability       accuracy, log-loss and calibration of the B images (conformal.Reliability)
     expected          the accuracy that left-out support images had let expect, or other images if these are the `basis`
                       of promises (conformal.CALIBRATION); NaN without any
+    expected_images   how many these are
     mistakes          the most probable wrong images first, at most MISTAKES
     copies            how many of the images are near duplicates of support images, and say little about new ones
     sets, unknown     what promises are worth on these images
@@ -130,6 +132,7 @@ class Evaluation:
     confidence: np.ndarray
     reliability: Reliability
     expected: float
+    expected_images: int
     mistakes: tuple[Mistake, ...]
     copies: int
     sets: LabelSets
@@ -147,6 +150,33 @@ class Evaluation:
     def interval(self) -> tuple[float, float]:
         """The 95% interval of the accuracy (tuned.wilson)."""
         return wilson(self.accuracy, len(self.labels))
+
+    @property
+    def difference(self) -> tuple[float, float]:
+        """The 95% interval of accuracy - expected (`difference_of_shares`); NaN where nothing is expected."""
+        if math.isnan(self.expected):
+            return math.nan, math.nan
+        return difference_of_shares(self.accuracy, len(self.labels), self.expected, self.expected_images)
+
+    @property
+    def accuracy_judgement(self) -> str:
+        """Whether the accuracy is "below" or "above" what was expected, beyond chance, or "as expected"; "" where
+        nothing was expected."""
+        low, high = self.difference
+        if math.isnan(low):
+            return ""
+        if low <= 0 <= high:
+            return "as expected"
+        return "below" if high < 0 else "above"
+
+    @property
+    def promises(self) -> list[PromiseResult]:
+        """The promises by which labels of these images are accepted, the strictest first."""
+        one = self.automation
+        accepted = np.round(one.shares * len(self.labels)).astype(int)
+        wrong = np.round(np.nan_to_num(one.errors) * accepted).astype(int)
+        columns = one.max_errors.tolist(), accepted.tolist(), wrong.tolist()
+        return [PromiseResult.of(*row) for row in zip(*columns, strict=True) if row[1]]
 
     @property
     def wrong(self) -> int:
@@ -177,10 +207,41 @@ class Evaluation:
             for label, other, count in zip(*pairs[:, order], counts[order], strict=True)
         ]
 
+    @property
+    def against_expected(self) -> str:
+        """The accuracy that was expected, and whether it differs from `accuracy` beyond chance; "" without any."""
+        points = f"{100 * abs(self.accuracy - self.expected):.1f} points"
+        judged = {
+            "below": f"{points} more than are right, beyond chance",
+            "above": f"{points} less than are right, beyond chance",
+            "as expected": "chance explains the difference",
+        }
+        expected = f"{self.expected:.1%} were expected from {self.expected_images:,} {self.basis}"
+        return f"{expected}: {judged[judgement]}" if (judgement := self.accuracy_judgement) else ""
+
+    @property
+    def promise_verdict(self) -> tuple[str, str]:
+        """What promises are worth here, and by which counts: those of the strictest that broke, or else that held."""
+        for judgement, verb in (("broke", "broke"), ("held", "held"), ("too few", "cannot be judged")):
+            if rows := [one for one in self.promises if one.judgement == judgement]:
+                first, *others = (f"{100 * one.promised:.3g}%" for one in rows)
+                also = f"; also {', '.join(others)}" if others else ""
+                return f"the promise of {first} {verb}", f"{rows[0]}{also}"
+        return "no label is accepted", self.automation.can
+
+    @property
+    def advice(self) -> str:
+        """What to do where less is right than was expected, or a promise broke; else ""."""
+        if self.accuracy_judgement != "below" and all(one.judgement != "broke" for one in self.promises):
+            return ""
+        return (
+            f"these pictures differ from the {self.basis} (bursts, other places): give groups and more varied pictures "
+            "to the fit, or pictures from production to calibrate_on"
+        )
+
     def summary(self) -> str:
-        """What was measured, a line each."""
+        """What was measured, a line each; first what expectation and promises were worth."""
         (low, high), sets, unknown = self.interval, self.sets, self.unknown
-        expected = "" if math.isnan(self.expected) else f"; {self.expected:.1%} expected by {self.basis}"
         covered = f"{sets.covered:.1%} have the label, {sets.size:.2f} labels on the mean, {sets.empty:.1%} empty"
         kept = f"{unknown.kept:.1%} of these images keep their label, {unknown.promised:.4g} promised"
         rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "
@@ -188,12 +249,15 @@ class Evaluation:
         found = zip(promised.max_errors, promised.shares, promised.errors, strict=True)
         accepted = [f"{share:.1%} ({error:.1%}) for {100 * most:.3g}%" for most, share, error in found if share]
         lines = [
-            f"{self.accuracy:.1%} of {len(self.labels):,} images are right (95%: {low:.1%} to {high:.1%}){expected}",
+            f"{self.accuracy:.1%} of {len(self.labels):,} images are right (95%: {low:.1%} to {high:.1%})",
+            self.against_expected,
+            ": ".join(self.promise_verdict),
+            self.advice,
             f"log-loss {self.reliability.log_loss:.3f}, expected calibration error {self.reliability.error:.1%}",
             self.copies and f"near duplicates of support images, which say little about new ones: {self.copies:,}",
             self.errors and f"unreadable and left out: {len(self.errors)}",
             f"sets of labels: {sets.reason}" if sets.reason else f"sets of labels for {sets.promised:.4g}: {covered}",
-            f"accepted labels (of them wrong): {', '.join(accepted[:4]) or f'none; {promised.can}'}",
+            accepted and f"accepted labels (of them wrong): {', '.join(accepted[:4])}",
             f"unknown: {unknown.reason or kept}",
             unknown.images and f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}",
         ]
@@ -209,6 +273,11 @@ class Evaluation:
             "accuracy": self.accuracy,
             "accuracy_interval": self.interval,
             "expected_accuracy": self.expected,
+            "expected_images": self.expected_images,
+            "accuracy_difference": self.difference,
+            "accuracy_judgement": self.accuracy_judgement,
+            "promises": self.promises,
+            "advice": self.advice,
             "log_loss": reliability.log_loss,
             "calibration_error": reliability.error,
             "calibration": {"bins": BINS, **{name: getattr(reliability, name) for name in of_bins}},

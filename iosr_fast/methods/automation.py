@@ -15,6 +15,7 @@ from iosr_fast.methods.log_loss import sigmoid
 CONFIDENCE = 0.95
 PROMISES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
 _STEPS = 40
+_ROUNDING = 1e-12  # of a chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,8 @@ class Automation:
     """What may be automated, by V labelled images that the classifier has not seen.
 
     images      V
-    smallest    the smallest error that V images can promise, if the classifier is right on all: 1 - 0.05^(1 / V)
+    smallest    the smallest error that V images could promise, if all were right: 1 - 0.05^(1 / V)
+    least_error the same with their errors: 1 - 0.05^(1 / m), where m images are surer than the surest wrong one
     max_errors  (P,) the promises: of the pictures whose label is accepted at most this share is wrong
     thresholds  (P,) the least probability of a label that is accepted; NaN where no promise can be kept
     shares      (P,) the share of images whose label is accepted: of the V images, or of others (`automation`)
@@ -34,7 +36,7 @@ class Automation:
     >>> right = rng.random(500) < sigmoid(odds)
     >>> left_out = LeftOutLabels(odds, odds, right, np.zeros(500), np.zeros(500, int))
     >>> print(automation(left_out))
-    500 left-out support images can promise errors of 0.6% and more, with 95% confidence
+    500 left-out support images can promise errors of 1.8% and more with 95% confidence (0.6% if all were right)
     promised errors  least probability  accepted  wrong
                0.5%                  -      0.0%      -
                1.0%                  -      0.0%      -
@@ -49,6 +51,7 @@ class Automation:
 
     images: int
     smallest: float
+    least_error: float
     max_errors: np.ndarray
     thresholds: np.ndarray
     shares: np.ndarray
@@ -58,11 +61,14 @@ class Automation:
     @property
     def can(self) -> str:
         """What V images can promise, in words."""
-        return f"{self.images:,} {self.basis} can promise errors of {self.smallest:.1%} and more"
+        promised = "nothing"
+        if self.least_error < 1:
+            promised = f"errors of {self.least_error:.1%} and more with {CONFIDENCE:.0%} confidence"
+        if_right = f" ({self.smallest:.1%} if all were right)" if self.smallest < self.least_error else ""
+        return f"{self.images:,} {self.basis} can promise {promised}{if_right}"
 
     def __str__(self) -> str:
-        lines = [f"{self.can}, with {CONFIDENCE:.0%} confidence"]
-        lines.append("promised errors  least probability  accepted  wrong")
+        lines = [self.can, "promised errors  least probability  accepted  wrong"]
         columns = self.max_errors, self.thresholds, self.shares, self.errors
         for promised, least, share, wrong in zip(*(column.tolist() for column in columns), strict=True):
             numbers = ("-", "-") if math.isnan(wrong) else (f"{least:.3f}", f"{wrong:.1%}")
@@ -73,14 +79,16 @@ class Automation:
 def automation(left_out: LeftOutLabels, images: LeftOutLabels | None = None) -> Automation:
     """The curve of `least_odds` at PROMISES; shares and errors are those of `images`, None for the left-out ones."""
     images, count = left_out if images is None else images, len(left_out.labels)
+    surest_wrong = left_out.top_odds[~left_out.right].max(initial=-math.inf)
     least = np.array([least_odds(left_out, promised) for promised in PROMISES])
     accepted = images.top_odds[None, :] >= least[:, None]
     with np.errstate(invalid="ignore"):
         errors = (accepted & ~images.right).sum(1) / accepted.sum(1)
     shares = accepted.sum(1) / max(len(images.labels), 1)
     thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
-    smallest = 1.0 - (1.0 - CONFIDENCE) ** (1.0 / count) if count else 1.0
-    return Automation(count, smallest, np.array(PROMISES), thresholds, shares, errors, left_out.basis)
+    smallest, least_error = _promised_by(count), _promised_by(int((left_out.top_odds > surest_wrong).sum()))
+    promises = np.array(PROMISES), thresholds, shares, errors
+    return Automation(count, smallest, least_error, *promises, left_out.basis)
 
 
 def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
@@ -110,14 +118,10 @@ def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
         return math.inf
     order = np.argsort(-left_out.top_odds, kind="stable")
     odds, wrong = left_out.top_odds[order], np.cumsum(~left_out.right[order])
-    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, images + 1)))])
     least = math.inf
     for count in np.unique(np.linspace(needed, images, _STEPS + 1).round().astype(int)).tolist():
         n = int(np.searchsorted(-odds, -odds[count - 1], side="right"))  # images of equal odds are accepted together
-        k = np.arange(int(wrong[n - 1]) + 1)
-        logs = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
-        chance = np.exp(logs + k * math.log(max_error) + (n - k) * math.log1p(-max_error)).sum()
-        if chance > 1.0 - CONFIDENCE + 1e-12:
+        if binomial_cdf(n, max_error, int(wrong[n - 1]))[-1] > 1.0 - CONFIDENCE + _ROUNDING:
             break
         least = float(odds[n - 1])
     return least
@@ -130,3 +134,32 @@ def images_needed_for(max_error: float) -> int:
     (299, 29)
     """
     return math.ceil(math.log(1.0 - CONFIDENCE) / math.log1p(-max_error) - 1e-9)
+
+
+def _promised_by(right: int) -> float:
+    """The least error that so many images can promise, all of them right: the e with (1 - e)^right = 5%."""
+    return 1.0 - (1.0 - CONFIDENCE) ** (1.0 / right) if right else 1.0
+
+
+def explained_by_chance(images: int, max_error: float) -> int:
+    """The most wrong labels of `images` that chance explains where a share `max_error` is wrong: the least k with
+    P(K <= k) >= 95% under K ~ Binomial(images, max_error). More are wrong in at most 5% of draws: a one-sided test.
+
+    >>> explained_by_chance(596, 0.01)
+    10
+    """
+    return int(np.searchsorted(binomial_cdf(images, max_error, images), CONFIDENCE - _ROUNDING))
+
+
+def binomial_cdf(n: int, p: float, most: int) -> np.ndarray:
+    """P(K <= k) under K ~ Binomial(n, p) for k = 0 .. most, (most + 1,) float64; 0 <= most <= n and 0 < p < 1.
+
+    P(K = k) = P(K = k - 1) (n - k + 1) / k p / (1 - p), summed as logarithms from P(K = 0) = (1 - p)^n.
+
+    >>> binomial_cdf(2, 0.5, 2).round(2).tolist()
+    [0.25, 0.75, 1.0]
+    """
+    k = np.arange(1, most + 1)
+    ratios = np.log((n - k + 1) / k) + math.log(p) - math.log1p(-p)
+    chances: np.ndarray = np.exp(n * math.log1p(-p) + np.append(0.0, np.cumsum(ratios))).cumsum()
+    return chances

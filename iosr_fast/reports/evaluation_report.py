@@ -33,6 +33,7 @@ from iosr_fast.reports.page import (
 
 _SHOWN = 100  # rows of a table
 _SIDE = 160  # of a picture, in pixels
+_JUDGED = ("promise", "wrong labels", "chance explains")
 _SURE = 0.9  # a mistake of this probability is confidently wrong
 
 
@@ -45,18 +46,14 @@ def evaluation_page(
     def card(one: Mistake) -> Html:
         return _mistake(one, thumbnail(one.image, _SIDE, exif_orientation), picture_of)
 
-    low, high = found.interval
     unknown, sure = found.unknown, int((found.confidence[found.labels != found.predicted] >= _SURE).sum())
-    lead = "" if math.isnan(found.expected) else f" {found.basis.capitalize()} let expect {percent(found.expected)}."
-    if found.copies:
-        lead += f" {found.copies:,} are near duplicates of support images and say little about new ones."
+    copies = f" {found.copies:,} are near duplicates of support images and say little about new ones."
     confident = f"Confidently wrong first: {sure:,} of {found.wrong:,} have a probability of {_SURE:.0%} or more."
     return page(
         title,
+        _verdicts(found),
         facts(
             {
-                "images right": percent(found.accuracy),
-                "95% interval": f"{100 * low:.1f}–{percent(high)}",
                 "images": f"{len(found.labels):,}",
                 "classes": len(found.classes),
                 "confidently wrong": f"{sure:,}",
@@ -77,7 +74,7 @@ def evaluation_page(
         _automation(found),
         _unknown(found, card),
         section("Unreadable images", *(note(str(error)) for error in found.errors[:_SHOWN])) if found.errors else None,
-        lead=f"{len(found.labels):,} labelled images.{lead}",
+        lead=f"{len(found.labels):,} labelled images.{copies if found.copies else ''}",
     )
 
 
@@ -119,6 +116,31 @@ def _mistake(one: Mistake, small: bytes | None, picture_of: Callable[[str], byte
         element("div", picture(small, str(one.image)), element("div", *words), class_="beside"),
         join(note("Nearest examples:"), element("div", *near, class_="small pictures")) if one.nearest else None,
     )
+
+
+def _verdicts(found: Evaluation) -> Html:
+    """What was expected and promised, and whether these images bear it out."""
+    (low, high), (headline, counts) = found.interval, found.promise_verdict
+    expected = f", {percent(found.expected)} expected" if found.against_expected else ""
+    broke = any(one.judgement == "broke" for one in found.promises)
+    both = (
+        (
+            f"{percent(found.accuracy)} right{expected}",
+            f"of such images {100 * low:.1f}–{percent(high)} are right, with 95% confidence. {found.against_expected}",
+            found.accuracy_judgement == "below",
+        ),
+        (headline, counts, broke),
+    )
+    boxes = (
+        element("div", element("h2", _sentence(title), class_="bad" if bad else None), element("p", _sentence(words)))
+        for title, words, bad in both
+    )
+    advice = element("p", _sentence(found.advice), class_="name") if found.advice else None
+    return element("section", element("div", *boxes, class_="verdicts"), advice)
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}"
 
 
 def _classes(found: Evaluation) -> Html:
@@ -165,6 +187,7 @@ def _automation(found: Evaluation) -> Html:
     one = found.automation
     columns = one.max_errors, one.shares, one.errors, found.expected_automation.shares, one.thresholds
     kept = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[1]]
+    judged = [(each.judgement, each.wrong, each.explained) for each in found.promises]
     lines = {name: [(row[1], row[k]) for row in kept] for k, name in ((0, "promised"), (2, "wrong here"))}
     return section(
         "What may be automated",
@@ -174,8 +197,8 @@ def _automation(found: Evaluation) -> Html:
         ),
         curves(lines, "labels accepted", "of these wrong", style="max-width:35rem") if len(kept) > 1 else None,
         table(
-            ("promised", "accepted", "of these wrong", "accepted as expected", "least probability"),
-            [(*map(percent, row[:4]), f"{row[4]:.3f}") for row in kept],
+            ("promised", "accepted", "of these wrong", "accepted as expected", "least probability", *_JUDGED),
+            [(*map(percent, row[:4]), f"{row[4]:.3f}", *more) for row, more in zip(kept, judged, strict=True)],
         ),
     )
 

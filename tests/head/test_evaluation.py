@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from iosr_fast import Classifier, IosrFastError
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files import evaluate
 from iosr_fast.head.evaluation import Evaluation
+from iosr_fast.methods.automation import Automation
 from tests.store.live_parts import PixelEncoder, pictures, small_classifier
 
 COVERAGE, KEEP = 0.8, 0.85
@@ -64,15 +66,60 @@ def test_promises_are_checked_as_the_classifier_keeps_them(measured: Any) -> Non
     assert found.unknown.kept == kept.mean() and found.unknown.rejected == 1 - others_kept.mean()
     scores = np.concatenate([classifier.unknown_score(each) for each in (others, images)])
     assert np.isclose(found.unknown.auroc, metrics.roc_auc_score(np.arange(80) < 20, scores))
-    promised = found.automation
+    promised, counts = found.automation, {}
     assert (found.expected_automation.shares == classifier.automation().shares).all() and 0.09 < promised.smallest < 0.1
     for most, *held in zip(promised.max_errors, promised.shares, promised.errors, strict=True):
         given = classifier.predict(images, max_error=most) if most > promised.smallest else np.full(60, None)
         kept = given != np.array(None)
         wrong = (given != names)[kept].mean() if kept.any() else math.nan
         assert held == pytest.approx([kept.mean(), wrong], nan_ok=True)
+        counts[most] = int(kept.sum()), int((given != names)[kept].sum())
+    judged = {one.promised: (one.accepted, one.wrong) for one in found.promises}
+    assert judged == {most: both for most, both in counts.items() if both[0]} and len(judged) > 1
     accepted = [row for row in np.argsort(scores[:20]).tolist() if others_kept[row]]
     assert [one.image for one in found.unknown.accepted] == accepted
+
+
+@pytest.mark.parametrize(
+    ("accepted", "wrong", "said"),
+    [
+        (
+            (30, 60, 60),
+            (6, 12, 13),
+            "the promise of 5% broke: 6 of 30 accepted labels are wrong (20.0%; chance explains 4); also 10%",
+        ),
+        (
+            (10, 60, 60),
+            (0, 4, 4),
+            "the promise of 10% held: 4 of 60 accepted labels are wrong (6.7%; chance explains 10); also 20%",
+        ),
+        (
+            (0, 10, 12),
+            (0, 0, 0),
+            "the promise of 10% cannot be judged: 0 of 10 accepted labels are wrong, and 29 are needed",
+        ),
+        (
+            (0, 0, 0),
+            (0, 0, 0),
+            "no label is accepted: 500 left-out support images can promise errors of 7.2% and more with 95% confidence "
+            "(0.6% if all were right)",
+        ),
+    ],
+)
+def test_the_strictest_promise_that_broke_is_named(measured: Any, accepted: Any, wrong: Any, said: str) -> None:
+    counts, of_these = np.array(accepted), np.array(wrong)
+    errors = np.where(counts > 0, of_these / np.maximum(counts, 1), np.nan)
+    curve = Automation(500, 0.006, 0.072, np.array([0.05, 0.1, 0.2]), np.full(3, 0.5), counts / 60, errors)
+    found = replace(measured[-1], automation=curve, expected=measured[-1].accuracy)
+    assert said in found.summary() and "chance explains the difference" in found.summary().splitlines()[1]
+    assert bool(found.advice) == ("broke" in said) == ("give groups" in found.summary())
+
+
+def test_an_accuracy_below_the_expected_one_says_what_to_do(measured: Any) -> None:
+    below, above = (replace(measured[-1], expected=share, expected_images=500) for share in (0.9, 0.1))
+    assert (below.accuracy_judgement, above.accuracy_judgement) == ("below", "above")
+    assert "90.0% were expected from 500 left-out support images: 36.7 points more than are right" in below.summary()
+    assert "calibrate_on" in below.advice and "43.3 points less than are right" in above.summary()
 
 
 def test_mistakes_are_explained_the_most_probable_first(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,15 +142,20 @@ def test_the_result_is_json_and_text(measured: Any) -> None:
     assert written["confusion"] == found.confusion.tolist() and written["wrong"] == found.wrong
     assert written["classes"][0]["label"] == "motif 0" and len(written["calibration"]["counts"]) == 10
     lines = found.summary().splitlines()
-    assert len(lines) == 6 and lines[0].startswith(f"{found.accuracy:.1%} of 60 images are right (95%: ")
-    assert "0.8: " in lines[2] and "0.85 promised" in lines[4] and "20 images of no class" in lines[5]
-    assert re.fullmatch(r"accepted labels \(of them wrong\): .*% \(.*%\) for 15%, .*% \(.*%\) for 20%", lines[3]), (
-        lines[3]
+    assert len(lines) == 9 and lines[0].startswith(f"{found.accuracy:.1%} of 60 images are right (95%: ")
+    assert lines[1].endswith("30 left-out support images: 26.7 points more than are right, beyond chance")
+    assert lines[2].startswith("the promise of ") and lines[3] == found.advice
+    assert "0.8: " in lines[5] and "0.85 promised" in lines[7] and "20 images of no class" in lines[8]
+    assert re.fullmatch(r"accepted labels \(of them wrong\): .*% \(.*%\) for 15%, .*% \(.*%\) for 20%", lines[6]), (
+        lines[6]
     )
+    assert written["accuracy_judgement"] == "below" and len(written["accuracy_difference"]) == 2
+    assert [one["judgement"] for one in written["promises"]] == [one.judgement for one in found.promises]
     assert written["automation"]["errors"][0] is None and written["expected_automation"]["images"] == 30
     few = small_classifier(shots=1).evaluate(images, names, others)  # too few support images for a promise
     assert "needs at least 9 left-out support images" in few.sets.reason and math.isnan(few.expected)
-    assert "(of them wrong): none; 0 left-out support images can promise" in few.summary()
+    assert "no label is accepted: 0 left-out support images can promise nothing" in few.summary()
+    assert few.accuracy_judgement == few.against_expected == few.advice == ""
     assert "needs at least 19" in few.unknown.reason and math.isnan(few.unknown.kept)
     assert 0 <= few.unknown.auroc <= 1 and few.to_dict()["sets"]["covered"] is None
     support, labels = pictures(np.random.default_rng(0), 5, 6)

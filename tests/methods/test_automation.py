@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import beta
+from scipy.stats import beta, binom
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.automation import PROMISES, automation, check_promise, images_needed_for, least_odds
+from iosr_fast.methods.automation import (
+    PROMISES,
+    automation,
+    binomial_cdf,
+    check_promise,
+    explained_by_chance,
+    images_needed_for,
+    least_odds,
+)
 from iosr_fast.methods.conformal import LeftOutLabels, of_logits
 
 
@@ -66,7 +74,8 @@ def test_too_few_images_promise_nothing_and_say_how_many_are_needed() -> None:
             check_promise(few, max_error)
         assert automation(enough).smallest <= max_error < automation(few).smallest
     none = automation(left_out(np.zeros(0), np.zeros(0, bool)))
-    assert none.smallest == 1.0 and not none.shares.any() and "0 left-out support images" in str(none)
+    assert none.smallest == 1.0 and not none.shares.any()
+    assert "0 left-out support images can promise nothing" in str(none)
 
 
 def test_images_of_equal_confidence_are_accepted_together_or_not_at_all() -> None:
@@ -75,3 +84,29 @@ def test_images_of_equal_confidence_are_accepted_together_or_not_at_all() -> Non
     right[60::10] = False
     assert least_odds(left_out(odds, right), 0.05) == 3.0
     assert least_odds(left_out(odds, right), 0.2) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("right", "said"),
+    [
+        (300, "300 left-out support images can promise errors of 1.0% and more with 95% confidence"),
+        (40, "can promise errors of 7.2% and more with 95% confidence (1.0% if all were right)"),
+        (0, "can promise nothing (1.0% if all were right)"),
+    ],
+)
+def test_what_is_said_to_be_promised_is_what_thresholds_allow(right: int, said: str) -> None:
+    """Of 300 images the `right` surest are right, all others wrong."""
+    images = left_out(np.arange(300, 0.0, -1), np.arange(300) < right)
+    curve = automation(images)
+    assert said in str(curve)
+    assert (np.isfinite(curve.thresholds) == (curve.max_errors >= curve.least_error)).all()
+    if right:
+        assert least_odds(images, curve.least_error * 1.001) < np.inf == least_odds(images, curve.least_error * 0.999)
+
+
+@pytest.mark.parametrize("share", [0.005, 0.1, 0.5])
+@pytest.mark.parametrize("count", [1, 30, 20_000])
+def test_the_binomial_distribution_is_that_of_scipy(count: int, share: float) -> None:
+    exact = binom.cdf(np.arange(count + 1), count, share)
+    np.testing.assert_allclose(binomial_cdf(count, share, count), exact, rtol=1e-8, atol=1e-300)
+    assert explained_by_chance(count, share) == binom.ppf(0.95, count, share)

@@ -135,9 +135,10 @@ def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path
     assert "&lt;b&gt;one&lt;/b&gt;" in written and "<b>one" not in written and "<i>" not in written
     for width in (390, 1280):
         page = opened(browser, place / "e.html", width)
-        assert page.locator("h2").all_inner_texts()[:3] == ["Confusion", "Mistakes", "Classes"]
+        titles = ["80.0% right, 96.7% expected", "No label is accepted", "Confusion", "Mistakes", "Classes"]
+        assert page.locator("h2").all_inner_texts()[:5] == titles
         assert page.locator(".matrix td").count() == 25
-        probabilities = page.locator("section").nth(1).locator(".measure").all_inner_texts()
+        probabilities = page.locator("section").nth(2).locator(".measure").all_inner_texts()
         assert probabilities == sorted(probabilities, reverse=True) and len(probabilities) == 2
         assert page.evaluate("Math.max(...[...document.images].map((image) => image.naturalWidth))") == 160
 
@@ -166,7 +167,7 @@ def test_a_page_of_many_mistakes_says_what_is_left_out(place: Path, monkeypatch:
 
 def test_a_page_draws_what_promises_about_errors_were_worth(place: Path, browser: Any) -> None:
     images, shares, errors = sorted((place / "unlabelled").iterdir())[:5], np.linspace(0, 1, 9), np.full(9, 0.004)
-    promised = Automation(500, 0.006, np.array(PROMISES), np.full(9, 0.5), shares, errors)
+    promised = Automation(500, 0.006, 0.006, np.array(PROMISES), np.full(9, 0.5), shares, errors)
     found = Classifier.load("").evaluate(images, NAMES)
     assert "No label is accepted" in evaluation_report.evaluation_page(found, lambda _: None, "title")
     found = replace(found, automation=promised, expected_automation=promised)
@@ -181,7 +182,24 @@ def test_a_page_draws_what_promises_about_errors_were_worth(place: Path, browser
         "0.4%",
         "12.5%",
         "0.500",
+        "too few",
+        "0",
+        "0",
     ]
+
+
+def test_a_page_says_first_what_broke(place: Path, browser: Any) -> None:
+    images, accepted = sorted((place / "unlabelled").iterdir())[:5], np.arange(9) > 3
+    found = Classifier.load("").evaluate(images, NAMES)
+    promised = replace(found.automation, shares=1.0 * accepted, errors=np.where(accepted, 0.8, np.nan))
+    found = replace(found, automation=promised, expected=0.95, expected_images=200)
+    (place / "e.html").write_text(evaluation_report.evaluation_page(found, lambda _: None, "title"))
+    page = opened(browser, place / "e.html")
+    first = page.locator("section").first
+    assert first.locator("h2.bad").all_inner_texts()[-1] == "The promise of 5% broke"
+    assert "4 of 5 accepted labels are wrong (80.0%; chance explains 1); also 7%" in first.inner_text()
+    assert "These pictures differ from the left-out support images" in first.inner_text()
+    assert first.locator("p").count() == 3 and first.locator(".quiet").count() == 0
 
 
 def test_suggest_writes_a_csv_that_fit_reads_once_labels_are_in(place: Path) -> None:
