@@ -244,7 +244,7 @@ class Head(HeadData):
     def audit(self, images: np.ndarray, classes: np.ndarray) -> SupportAudit:
         """What is wrong with the support images; `images` (N,) and `classes` (C,) are their names in the result."""
         names: dict[str, Any] = {"images": images, "classes": classes, "paths": self.examples.paths}
-        return audit_support(self.support, self.out_of_fold, self.config.compile, which=self.config.which, **names)
+        return audit_support(self.support, self.out_of_fold, which=self.config.which, **names)
 
     @property
     def left_out_accuracy(self) -> float:

@@ -11,7 +11,6 @@ import numpy as np
 
 from iosr_fast.methods.folds import class_distances, near_pairs
 from iosr_fast.methods.label_noise import fit_label_noise
-from iosr_fast.methods.learning_curve import Compile, LearningCurve, learning_curve
 from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows
@@ -97,7 +96,6 @@ class SupportAudit:
     duplicates       the nearest pair first
     confusions       the most confused classes first
     classes          all of them, in their order
-    curve            what more images would bring (learning_curve.LearningCurve)
     basis            what labels were compared with: "left-out images"; "class names", if nothing could be left out;
                      "nothing"
     """
@@ -110,7 +108,6 @@ class SupportAudit:
     duplicates: tuple[Duplicate, ...]
     confusions: tuple[Confusion, ...]
     classes: tuple[ClassReport, ...]
-    curve: LearningCurve
     basis: str
     seconds: float = field(default=0.0, compare=False)
 
@@ -129,33 +126,29 @@ class SupportAudit:
         lines.append(f"near duplicates: {len(self.duplicates)} pairs, {across} under two labels")
         lines.append(f"confused classes: {len(self.confusions)} pairs")
         lines.append(f"classes that need other or more images: {sum(bool(one.advice) for one in self.classes)}")
-        if np.isfinite(self.curve.gain):
-            lines.append(f"twice as many images of each class: {100 * self.curve.gain:+.1f} points by estimate")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the arrays of N; null for what can't be said."""
         facts = {name: value for name, value in vars(self).items() if name not in ("images", "suspicion", "surprise")}
-        curve = {**vars(self.curve), "gain": self.curve.gain}
-        values: dict[str, Any] = json_values({"images": len(self.images), **facts, "curve": curve})
+        values: dict[str, Any] = json_values({"images": len(self.images), **facts})
         return values
 
 
 def audit_support(
     support: SupportSet,
     left_out: OutOfFold,
-    plan_of: Compile,
     *,
     which: Which = "plain",
     images: np.ndarray | None = None,
     classes: np.ndarray | None = None,
     paths: Sequence[str | None] = (),
 ) -> SupportAudit:
-    """What is wrong with N labelled images of C classes, and what more of them would bring.
+    """What is wrong with N labelled images of C classes.
 
-    `left_out` are the out-of-fold logits of a method, `plan_of` makes its plan of a smaller support set (MethodConfig
-    or Tuned.compile), and `which` are the embeddings that it compares. `images` (N,) and `classes` (C,) name images and
-    classes in the result; None: by position. `paths` (N, or none) are those of the images' files.
+    `left_out` are the out-of-fold logits of a method, and `which` are the embeddings that it compares. `images` (N,)
+    and `classes` (C,) name images and classes in the result; None: by position. `paths` (N, or none) are those of the
+    images' files.
 
     Labels are judged by the logits of left-out images: the suspicion of label_noise is high
     if a label is less probable than a random error would make it, given how often the classifier is mistaken. If every
@@ -163,7 +156,7 @@ def audit_support(
     1 - cosine is at most a tenth of the usual one of two images of a class, the median over classes of the median of
     their pairs. Confusions leave likely wrong labels out.
 
-    Time: `plan_of` for some smaller fits, and N^2 D operations for the pairs, in blocks.
+    Time: N^2 D operations for the pairs, in blocks.
 
     Sources: the mixture of label_noise is a noise model with one rate, as in confident learning (Northcutt et al., JAIR
     2021), fitted by likelihood.
@@ -178,7 +171,7 @@ def audit_support(
     >>> labels[5] = 2  # an image of class 0
     >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=3)
     >>> tuned, positions = tune("gda", support), np.argsort(labels, kind="stable")
-    >>> audit = audit_support(support, tuned.out_of_fold, tuned.compile, images=positions)
+    >>> audit = audit_support(support, tuned.out_of_fold, images=positions)
     >>> [(one.image, one.label, one.suggested) for one in audit.likely_wrong]
     [(5, 2, 0)]
     """
@@ -187,7 +180,6 @@ def audit_support(
     files = paths or (None,) * len(labels)
     class_names = list(range(support.n_classes)) if classes is None else classes.tolist()
     logits = left_out.by_image()
-    curve = learning_curve(support, plan_of, left_out)
     scored, basis = np.isfinite(logits[:, 0]), "left-out images"
     judged, of_judged = scored, logits
     if not scored.any():
@@ -222,7 +214,6 @@ def audit_support(
         tuple(Duplicate(*named[i], *named[j], cosine, files[i], files[j]) for i, j, cosine in pairs),
         tuple(_confusions(support, class_names, shares, scored & ~(suspicion > LIKELY))),
         tuple(_class_reports(support, class_names, left_out, rows)),
-        curve,
         basis,
         time.perf_counter() - started,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from iosr_fast.methods.learning_curve import LearningCurve
 from iosr_fast.methods.support_audit import SupportAudit, Suspect
 from iosr_fast.reports.page import (
     Html,
@@ -117,7 +116,6 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
             ),
         ),
         _classes(audit),
-        _curve(audit.curve),
         save_labels(paths, [one.label for one in audit.classes]) if paths else None,
         scripts=("labels.js",) if paths else (),
         lead="Images are left out of the fit one of each class at a time, and classified by the others.",
@@ -149,15 +147,3 @@ def _classes(audit: SupportAudit) -> Html:
         details("All classes, the least often right first", table(heads, rows)),
         note("Variety: the mean distance of two images of the class, 1 as in the usual class."),
     )
-
-
-def _curve(curve: LearningCurve) -> Html | None:
-    if not curve.points:
-        return None
-    rows = [(point.images, bar(point.accuracy), "left-out images") for point in curve.points]
-    if curve.twice == curve.twice:
-        rows.append((2 * curve.images, bar(curve.twice), "estimate, not measured"))
-        sentence = f"Twice as many images of each class would bring {100 * curve.gain:+.1f} points by estimate."
-    else:
-        sentence = "With two images a class there is a single point; more images show what more would bring."
-    return section("What more images would bring", note(sentence), table(("images of each class", "right", ""), rows))

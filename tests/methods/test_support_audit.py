@@ -1,4 +1,4 @@
-"""The audit of a support set: wrong labels, duplicates, confusions, what more images bring; and what to label next."""
+"""The audit of a support set: wrong labels, duplicates, confusions, and what to label next."""
 
 from __future__ import annotations
 
@@ -9,23 +9,15 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS, compile_method
-from iosr_fast.methods.folds import make_folds
+from iosr_fast.methods import METHODS
 from iosr_fast.methods.label_noise import fit_label_noise
-from iosr_fast.methods.learning_curve import _drawn, learning_curve
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.score import score
 from tests.methods.support_sets import Clusters, unit
 
 WORLD = Clusters(10, width=32)
-
-
-def gda(support: SupportSet) -> ScoringPlan:
-    return compile_method("gda", support, alpha=1.0)
 
 
 def left_out(support: SupportSet) -> OutOfFold:
@@ -40,7 +32,7 @@ def rows_of(shots: int, seed: int = 0, world: Clusters = WORLD) -> tuple[np.ndar
 def audit_of(rows: np.ndarray, labels: np.ndarray, text: np.ndarray | None = None) -> SupportAudit:
     """Images are named by their position in `rows`."""
     support = make_support_set(Embeddings(rows), labels, text, 100.0, int(labels.max()) + 1)
-    return audit_support(support, left_out(support), gda, images=np.argsort(labels, kind="stable"))
+    return audit_support(support, left_out(support), images=np.argsort(labels, kind="stable"))
 
 
 @pytest.mark.parametrize(("share", "factor"), [(0.1, 1.0), (0.02, 0.5), (0.3, 3.0)])
@@ -92,15 +84,7 @@ def test_near_duplicates_within_and_across_classes() -> None:
     twice = audit_of(np.vstack([rows[:50], rows[25:30]]), np.append(labels[:50], labels[25:30]))
     advice = [one.advice for one in twice.classes]
     assert "near duplicates: 10 images count as 5;" in advice[5] and "give the groups" in advice[5]
-    assert not any(advice[:5] + advice[6:]) and twice.curve.points[-1].images == 4
-
-
-def test_a_learning_curve_scores_no_image_of_a_group_that_the_fit_has(rng: np.random.Generator) -> None:
-    images, labels = WORLD.queries(8)
-    support = make_support_set(images, labels, None, 100.0, 10, groups=rng.integers(0, 30, 80))
-    for images_a_class in (1, 2, 4):
-        chosen, others = _drawn(support, make_folds(support), images_a_class, rng)
-        assert chosen.any() and (others == ~np.isin(support.groups, support.groups[chosen])).all()
+    assert not any(advice[:5] + advice[6:])
 
 
 def test_confused_classes_are_those_that_lie_together(rng: np.random.Generator) -> None:
@@ -129,20 +113,9 @@ def test_one_image_a_class_is_judged_by_class_names_or_not_at_all() -> None:
     rows[[2, 5]] = rows[[5, 2]]
     audit = audit_of(rows, labels, unit(WORLD.centres))
     assert audit.basis == "class names" and {one.image for one in audit.likely_wrong} == {2, 5}
-    assert json.loads(json.dumps(audit.to_dict(), allow_nan=False))["curve"]["gain"] is None
+    assert json.loads(json.dumps(audit.to_dict(), allow_nan=False))["classes"][0]["variety"] is None
     blind = audit_of(rows, labels)
     assert blind.basis == "nothing" and not blind.suspects and np.isnan(blind.suspicion).all()
-
-
-def test_a_learning_curve_rises_and_foretells_the_accuracy_of_twice_the_images() -> None:
-    world = Clusters(40, width=32, noise=1.2)
-    support = world.support([8] * 40, seed=0, text=False)
-    curve = learning_curve(support, gda, left_out(support))
-    assert [point.images for point in curve.points] == [1, 2, 4, 7]
-    assert (np.diff([point.accuracy for point in curve.points]) > 0).all() and curve.gain > 0
-    queries, labels = world.queries(100, seed=8)
-    reached = (score(gda(world.support([16] * 40, seed=4, text=False)), queries).argmax(1) == labels).mean()
-    assert curve.twice == pytest.approx(reached, abs=0.06)
 
 
 def test_a_budget_of_one_a_class_finds_most_classes(rng: np.random.Generator) -> None:
