@@ -33,7 +33,6 @@ from iosr_fast.reports.page import (
 
 _SHOWN = 100  # rows of a table
 _SIDE = 160  # of a picture, in pixels
-_JUDGED = ("promise", "wrong labels", "chance explains")
 _SURE = 0.9  # a mistake of this probability is confidently wrong
 
 
@@ -184,21 +183,40 @@ def _probabilities(found: Evaluation) -> Html:
 
 
 def _automation(found: Evaluation) -> Html:
-    one = found.automation
-    columns = one.max_errors, one.shares, one.errors, found.expected_automation.shares, one.thresholds
-    kept = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[1]]
-    judged = [(each.judgement, each.wrong, each.explained) for each in found.promises]
-    lines = {name: [(row[1], row[k]) for row in kept] for k, name in ((0, "promised"), (2, "wrong here"))}
+    one, total = found.automation, len(found.labels)
+    expected = found.expected_automation.shares[one.shares > 0], one.thresholds[one.shares > 0]
+    points = [(row.accepted / total, row.promised, row.wrong / row.accepted) for row in found.promises]
+    rows = [
+        (
+            percent(row.promised),
+            element("span", row.judgement, class_="bad" if row.judgement == "broke" else None),
+            f"{row.accepted:,} ({percent(share)})",
+            f"{row.wrong:,} ({percent(error)})",
+            f"{row.explained:,}",
+            percent(share_expected),
+            f"{least:.3f}",
+        )
+        for row, (share, _, error), share_expected, least in zip(found.promises, points, *expected, strict=True)
+    ]
+    lines = {name: [(point[0], point[k]) for point in points] for k, name in ((1, "promised"), (2, "wrong here"))}
     return section(
         "What may be automated",
         note(
             "Of labels that predict(max_error=) accepts at most the promised share is wrong, with 95% confidence. "
-            f"{one.can}; 1% takes {images_needed_for(0.01)}.{'' if kept else ' No label is accepted.'}"
+            f"{one.can}; 1% takes {images_needed_for(0.01)}.{'' if rows else ' No label is accepted.'}"
         ),
-        curves(lines, "labels accepted", "of these wrong", style="max-width:35rem") if len(kept) > 1 else None,
+        curves(lines, "labels accepted", "of these wrong", style="max-width:35rem") if len(rows) > 1 else None,
         table(
-            ("promised", "accepted", "of these wrong", "accepted as expected", "least probability", *_JUDGED),
-            [(*map(percent, row[:4]), f"{row[4]:.3f}", *more) for row, more in zip(kept, judged, strict=True)],
+            (
+                "promised",
+                "promise",
+                "accepted",
+                "of these wrong",
+                "chance explains",
+                "accepted as expected",
+                "least probability",
+            ),
+            rows,
         ),
     )
 

@@ -166,7 +166,8 @@ def test_a_page_of_many_mistakes_says_what_is_left_out(place: Path, monkeypatch:
 
 
 def test_a_page_draws_what_promises_about_errors_were_worth(place: Path, browser: Any) -> None:
-    images, shares, errors = sorted((place / "unlabelled").iterdir())[:5], np.linspace(0, 1, 9), np.full(9, 0.004)
+    images, accepted = sorted((place / "unlabelled").iterdir())[:5], np.array([0, 1, 1, 2, 2, 3, 4, 5, 5])
+    shares, errors = accepted / 5, np.where(accepted == 5, 0.2, 0)
     promised = Automation(500, 0.006, 0.006, np.array(PROMISES), np.full(9, 0.5), shares, errors)
     found = Classifier.load("").evaluate(images, NAMES)
     assert "No label is accepted" in evaluation_report.evaluation_page(found, lambda _: None, "title")
@@ -178,13 +179,12 @@ def test_a_page_draws_what_promises_about_errors_were_worth(place: Path, browser
     assert [line.count(",") for line in re.findall('points="(.*?)"', section.inner_html())] == [8, 8]
     assert section.locator("tbody tr").first.locator("td").all_inner_texts() == [
         "1.0%",
-        "12.5%",
-        "0.4%",
-        "12.5%",
-        "0.500",
         "too few",
+        "1 (20.0%)",
+        "0 (0.0%)",
         "0",
-        "0",
+        "20.0%",
+        "0.500",
     ]
 
 
