@@ -15,6 +15,7 @@ from iosr_fast.serving.http.settings import Option, Settings
 from iosr_fast.utils.require import require
 
 TOKEN = "IOSR_FAST_TOKEN"
+_SHARES = ("max_error", "check_share")
 _TokenFile = Annotated[
     Path | None,
     typer.Option(
@@ -57,8 +58,8 @@ def _parameters() -> list[inspect.Parameter]:
                     flag,
                     help=option.help,
                     rich_help_panel=option.section or None,
-                    metavar={"trusted_proxy": "ADDRESS", "max_error": "SHARE"}.get(name),
-                    parser=as_share if name == "max_error" else None,
+                    metavar={"trusted_proxy": "ADDRESS", **dict.fromkeys(_SHARES, "SHARE")}.get(name),
+                    parser=as_share if name in _SHARES else None,
                 )
                 kinds[name] = Annotated[list[str] if several else types[name], made], getattr(Settings, name)
     return [

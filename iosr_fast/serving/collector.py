@@ -20,6 +20,8 @@ from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.methods.conformal import images_needed
 from iosr_fast.methods.folds import near_support
 from iosr_fast.methods.unknown import KEEP
+from iosr_fast.serving.batching.decode import grey_png
+from iosr_fast.serving.check_sample import CheckSample, Promise
 from iosr_fast.serving.kept_folder import KeptFolder, is_picture_name, picture_name
 from iosr_fast.utils.csv_text import check_columns, escaped, line_writer
 
@@ -40,25 +42,38 @@ class Collector:
 
     A thread judges and writes, so that no answer waits: while 64 MiB of uploads wait for it, others are left out. If
     the disk is full or the table can't be read, nothing is kept until that ends, and nothing is lost. `on_outcome` is
-    called with "kept", "near duplicate", "left out" or "failed".
+    called with "kept", "near duplicate", "left out", "check" or "failed".
+
+    With a `check_share`, `checks` keeps a random sample of the other uploads, whose labels are accepted (CheckSample);
+    `digest` is that of the classifier that promises `max_error`.
 
     Raises IosrFastError where another server collects into the folder, and OSError where it can't be written.
     """
 
     def __init__(
-        self, folder: Path, limit: int, max_error: float, on_outcome: Callable[[str], None] = lambda outcome: None
+        self,
+        folder: Path,
+        limit: int,
+        max_error: float,
+        on_outcome: Callable[[str], None] = lambda outcome: None,
+        check_share: float | None = None,
+        digest: str = "",
     ) -> None:
         self._folder, self._table = KeptFolder(folder), folder / TABLE
         self._limit, self._max_error = limit, max_error
-        self._on_outcome, self._failure = on_outcome, ""
+        self._on_outcome, self._probe = on_outcome, grey_png()
+        self._failures: dict[str, str] = {}  # the last ones, logged once; "" if it went well
         self._kept: list[np.ndarray] = []  # plain embeddings (D,) since the start, at most `limit`
         self._bytes, self._counting = 0, threading.Lock()
         self._write(self._rows())  # what can't be read or written is an error now
+        self.checks: CheckSample | None = None
+        if check_share is not None:
+            self.checks = CheckSample(self._folder, check_share, limit, Promise(max_error, digest), TABLE)
         self._thread = ThreadPoolExecutor(1, "iosr-fast-collector")
 
     def offer(self, image: Any, embeddings: Embeddings, head: Head) -> None:
         """Judge an image that was answered, if it came as bytes. Does not wait."""
-        if not isinstance(image, bytes):
+        if not isinstance(image, bytes) or image == self._probe:
             return
         with self._counting:
             fits = self._bytes + len(image) <= _WAITING
@@ -67,6 +82,11 @@ class Collector:
             self._thread.submit(self._run, image, embeddings.to_numpy(), head)
         else:
             self._on_outcome("left out")
+
+    def read_labels(self) -> None:
+        """Let the checks count new labels. Does not wait."""
+        if self.checks is not None:
+            self._thread.submit(self._guarded, "labels can't be read", self.checks.read_labels)
 
     def settle(self) -> None:
         """Wait until all images that were offered are judged."""
@@ -78,23 +98,31 @@ class Collector:
         self._folder.close()
 
     def _run(self, image: bytes, embeddings: Embeddings, head: Head) -> None:
-        try:
-            outcome, failure = self._judge(image, embeddings, head), ""
-        except Exception as error:  # serving goes on, whatever it is
-            outcome, failure = "failed", str(error)
-            if failure != self._failure:
-                log.error("pictures can't be kept: %s", failure)
-        self._failure = failure
+        outcome = self._guarded("pictures can't be kept", self._judge, image, embeddings, head)
         if outcome:
             self._on_outcome(outcome)
         with self._counting:
             self._bytes -= len(image)
+        self.read_labels()
+
+    def _guarded(self, what: str, act: Callable[..., str | None], *values: Any) -> str | None:
+        """What `act` returns; "failed" if it raises, logged as `what`: serving goes on, whatever it is."""
+        before = self._failures.get(what)
+        try:
+            outcome, self._failures[what] = act(*values), ""
+        except Exception as error:
+            outcome, self._failures[what] = "failed", str(error)
+            if str(error) != before:
+                log.error("%s: %s", what, error)
+        return outcome
 
     def _judge(self, image: bytes, embeddings: Embeddings, head: Head) -> str:
         """Keep an image with embeddings (1, D) that `head` answered, if it needs a look; what became of it, "" if
         nobody needs to look at it."""
         # Whether a picture is of an unknown class takes the longer fit: first whether its label is accepted.
         prediction = predict(head, embeddings, abstention=Abstention(max_error=self._max_error))[0]
+        if prediction.accepted and self.checks is not None and self.checks.offer(image, prediction):
+            return "check"
         if prediction.accepted and len(head.unknown.left_out) >= images_needed(KEEP):
             prediction = predict(head, embeddings, abstention=Abstention(KEEP, max_error=self._max_error))[0]
         if prediction.accepted:
@@ -119,7 +147,8 @@ class Collector:
         left = [row for row in rows if row["path"] not in (name, *gone)]
         self._write([*left, dict(zip(COLUMNS, values, strict=True))])
         for path in gone:
-            self._folder.remove(path)
+            if self.checks is None or path not in self.checks:
+                self._folder.remove(path)
         self._kept = [*self._kept, plain][-self._limit :]
         return True
 

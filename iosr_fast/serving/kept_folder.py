@@ -50,12 +50,9 @@ class KeptFolder:
     def has(self, name: str) -> bool:
         """Whether `name` is that of a picture in the folder."""
         with suppress(FileNotFoundError):
-            return is_picture_name(name) and stat.S_ISREG(self.status(name).st_mode)
+            status = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False) if is_picture_name(name) else None
+            return status is not None and stat.S_ISREG(status.st_mode)
         return False
-
-    def status(self, name: str) -> os.stat_result:
-        """That of a file, or of a link itself. Raises FileNotFoundError."""
-        return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
 
     def remove(self, name: str) -> None:
         """Remove a picture, if `name` is that of one."""
@@ -75,6 +72,24 @@ class KeptFolder:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=self._descriptor)
+
+    def append(self, name: str, lines: str, first: str = "") -> None:
+        """Add lines to the end of a file, after a line end where somebody left it out; after `first` if it is empty."""
+        with open(name, "a+b", opener=self._open) as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            before = first if not end else "" if file.read(1) == b"\n" else "\n"
+            file.write(f"{before}{lines}".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_lines(self, name: str) -> list[str]:
+        """The lines of a text; none of one that is not there."""
+        try:
+            with open(name, encoding="utf-8", opener=self._open) as file:
+                return file.readlines()
+        except FileNotFoundError:
+            return []
 
     def read_rows(self, name: str) -> tuple[list[str], list[dict[str, str]]]:
         """The columns and rows of a table (csv_text.read_rows); of one that is not there none."""

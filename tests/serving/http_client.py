@@ -129,15 +129,17 @@ class Client:
 
 
 @contextmanager
-def serving(classifier: Any = None, batching: dict[str, Any] | None = None, **settings: Any) -> Iterator[Client]:
+def serving(
+    classifier: Any = None, batching: dict[str, Any] | None = None, collector: Any = None, **settings: Any
+) -> Iterator[Client]:
     """A client of an application; `settings` are those of Settings, `batching` options of BatchingClassifier."""
     classifier = load() if classifier is None else classifier
     metrics = Metrics()
     made = Settings(**{"token": TOKEN, **settings})
     options = {"max_batch": made.batch_for(classifier.encoder), "max_queue": made.max_queue}
-    options |= {"max_error": made.max_error, **(batching or {})}
+    options |= {"max_error": made.max_error, "collect": collector and collector.offer, **(batching or {})}
     batches = BatchingClassifier(classifier, observer=metrics, **options)
-    client = Client(create_app(batches, made, metrics))
+    client = Client(create_app(batches, made, metrics, collector))
     try:
         yield client
     finally:

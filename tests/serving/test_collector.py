@@ -17,6 +17,7 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.source import read_source
 from iosr_fast.head.labelled_images import labelled_images
+from iosr_fast.serving.batching.decode import grey_png
 from iosr_fast.serving.collector import TABLE, Collector
 from iosr_fast.serving.http.settings import Settings
 from tests.pictures import encode
@@ -33,7 +34,7 @@ def collecting(
     outcomes: list[str] = []
     collector = Collector(folder, limit, MAX_ERROR, outcomes.append)
     settings: dict[str, Any] = {"max_error": MAX_ERROR, "collect": folder, "collect_limit": limit}
-    with serving(classifier, {"collect": collector.offer}, **settings) as client:
+    with serving(classifier, collector=collector, **settings) as client:
         yield client, outcomes, collector.settle
     collector.close()
 
@@ -148,6 +149,7 @@ def test_what_a_table_names_is_removed_only_if_it_is_a_kept_picture(tmp_path: Pa
     with (kept / TABLE).open("a", encoding="utf-8") as file:
         file.writelines(f"{path},,pear,0.5,needs a look,\n" for path in [*foreign, *gone])
     with collecting(kept, limit=1) as (client, outcomes, settle):
+        client.predict(grey_png())  # as /healthz does
         client.predict(encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)))
         settle()
         assert outcomes == ["kept"]

@@ -52,7 +52,7 @@ class Run:
 class Engine:
     """Runs batches of at most `max_batch` images. `healthy` is False while the engine fails on every image;
     `last_error` is the error of its last failure. `collect` is called with each image that was answered, its embeddings
-    (1, D) and the head."""
+    (1, D) and the head that answered."""
 
     def __init__(self, classifier: Any, max_batch: int, collect: Collect | None = None) -> None:
         self.healthy = True
@@ -155,6 +155,7 @@ class Engine:
             predictions.update(zip(rows, predict(own, part, top, nearest, abstention), strict=True))
         if self._collect is not None:
             for row, item in enumerate(items):
-                self._collect(item.image, embeddings[np.array([row])], head)
+                own, _ = item.fitted or (head, NONE_WITHHELD)
+                self._collect(item.image, embeddings[np.array([row])], own)
         run.score_s += time.perf_counter() - encoded
         return [predictions[row] for row in range(len(pixels))]

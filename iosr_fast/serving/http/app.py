@@ -15,15 +15,21 @@ from iosr_fast.serving.http.settings import Settings
 
 if TYPE_CHECKING:
     from iosr_fast.serving.batching import BatchingClassifier
+    from iosr_fast.serving.collector import Collector
 
 
-def create_app(batching: BatchingClassifier, settings: Settings, metrics: Metrics | None = None) -> FastAPI:
+def create_app(
+    batching: BatchingClassifier,
+    settings: Settings,
+    metrics: Metrics | None = None,
+    collector: Collector | None = None,
+) -> FastAPI:
     """The application; `app.state.service` is its service.Service. Without `settings.token` it is read-only.
 
     `metrics` should be the observer of `batching`; None makes a new one, which counts requests but no batches.
-    The caller closes `batching`. May be called several times in a process.
+    `collector` is what `batching` collects with. The caller closes both. May be called several times in a process.
     """
-    service = Service(batching, settings, metrics or Metrics())
+    service = Service(batching, settings, metrics or Metrics(), collector)
     service.metrics.watch(service)
     # FastAPI's documentation pages load scripts from another site.
     app = FastAPI(

@@ -91,6 +91,8 @@ def make_router(service: Service) -> APIRouter:
         summary="Metrics in Prometheus's text format",
     )
     def scrape() -> Response:
+        if service.collector is not None:
+            service.collector.read_labels()  # for the next scrape
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return router

@@ -109,4 +109,21 @@ def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
         ),
         max_error=service.settings.max_error,
         collects=service.settings.collect is not None,
+        checked=_checked(service),
+        note=service.recent.strangers.note,
+    )
+
+
+def _checked(service: Service) -> schemas.Checked | None:
+    if service.collector is None or service.collector.checks is None:
+        return None
+    service.collector.read_labels()  # for the next answer
+    result, beside = service.collector.checks.result, service.collector.checks.beside
+    return schemas.Checked(
+        checks=result.checks,
+        wrong=result.wrong,
+        e_value=result.e_value,
+        refuted=result.refuted,
+        beside=beside,
+        sentence=str(result),
     )

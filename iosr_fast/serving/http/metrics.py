@@ -61,6 +61,18 @@ class Metrics:
         gauge("model_version", "Version of the classes; each change increases it", lambda: service.classifier.version)
         gauge("classes", "Classes", lambda: len(service.classifier.snapshot().uids))
         gauge("read_only", "1 while changes can't be logged", lambda: float(bool(service.read_only)))
+        recent = service.recent
+        gauge("accepted_share", "Accepted labels, of the last 400 that a promise judged", lambda: recent.accepted_share)
+        gauge("median_probability", "Of the last 400 labels", lambda: recent.median_probability)
+        gauge("strange_share", "Of the last 400 pictures, with --max-error", lambda: recent.strangers.share)
+        gauge("strangers", "1 while pictures are stranger than the examples", lambda: float(recent.strangers.noted))
+        if service.collector is not None and service.collector.checks is not None:
+            checks = service.collector.checks
+            gauge("checks", "Accepted labels that were checked", lambda: checks.result.checks)
+            gauge("checks_wrong", "Wrong ones of iosr_fast_checks", lambda: checks.result.wrong)
+            gauge("checks_e_value", "Evidence against the promise; refuted at 20", lambda: checks.result.e_value)
+            gauge("promise_refuted", "1 if more labels are wrong than promised", lambda: float(checks.result.refuted))
+            gauge("labels_beside", "Labels of pictures that are no random sample", lambda: checks.beside)
         labels = {"version": __version__, "method": service.classifier.method_}
         labels["encoder"] = service.classifier.encoder.fingerprint[:12]
         Gauge("info", "Version, method, encoder", tuple(labels), **self._options).labels(**labels).set(1)

@@ -141,6 +141,7 @@ def _answer(service: Service, images: Images, results: Sequence[Prediction | Exc
         if isinstance(result, Prediction):
             version = max(version, result.version)
             service.metrics.on_prediction(result)
+            service.recent.add(result)
             predictions.append(result)
             continue
         if isinstance(result, BadImageError):

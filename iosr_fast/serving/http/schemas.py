@@ -68,11 +68,24 @@ class Promise(BaseModel):
     sentence: str
 
 
+class Checked(BaseModel):
+    """What checks of a random sample of accepted labels say of `max_error`: how many were checked, how many of them are
+    `wrong`, and whether the promise is `refuted`. `beside` are labels of other pictures, which do not count."""
+
+    checks: int
+    wrong: int
+    e_value: float
+    refuted: bool
+    beside: int
+    sentence: str
+
+
 class ClassifierAnswer(BaseModel):
     """`model` is the CLIP. `measured` is null if the parameters were given. `unknown` is null after the start and after
     each change, until a prediction has asked for it, because to fit it may take seconds. `max_error` is the share of
     wrong labels that accepted ones may have, where a request names none; null if labels are then not judged.
-    `collects` is whether uploads that need a look are kept on the server, for labelling."""
+    `collects` is whether uploads that need a look are kept on the server, for labelling. `checked` is null unless it
+    keeps a sample of accepted ones, too. `note` says when pictures have become stranger than the examples."""
 
     version: int
     model: str | None
@@ -83,6 +96,8 @@ class ClassifierAnswer(BaseModel):
     unknown: Promise | None
     max_error: float | None
     collects: bool
+    checked: Checked | None
+    note: str
 
 
 class ClassesAnswer(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import hashlib
 import os
 import socket
 import sys
@@ -27,6 +28,7 @@ from iosr_fast.serving.http.logs import log, logger, logs_to_stderr
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.utils.manifest import MANIFEST
 
 _GC_THRESHOLDS = (5_000, 20, 100)
 _FILES = 100  # open files besides connections: of the bundle, of libraries, pipes
@@ -60,10 +62,12 @@ def run(bundle: str | Path, settings: Settings) -> None:
         listener = _listen(settings)
         metrics, collector = Metrics(), None
         if settings.collect is not None and settings.max_error is not None:
-            collector = Collector(settings.collect, settings.collect_limit, settings.max_error, metrics.on_upload)
+            digest = hashlib.sha256((Path(bundle) / MANIFEST).read_bytes()).hexdigest()
+            options = settings.collect_limit, settings.max_error, metrics.on_upload, settings.check_share, digest
+            collector = Collector(settings.collect, *options)
         collect = None if collector is None else collector.offer
         batching = settings.make_batching(classifier, observer=metrics, collect=collect)
-        app = create_app(batching, settings, metrics)
+        app = create_app(batching, settings, metrics, collector)
         service: Service = app.state.service
         service.loading = True
         try:

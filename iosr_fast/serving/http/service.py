@@ -11,6 +11,7 @@ from iosr_fast.encoders.rows import Rows
 from iosr_fast.serving.http.embeddings import EmbeddingUploads
 from iosr_fast.serving.http.errors import busy
 from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.recent import Recent
 from iosr_fast.serving.http.settings import MIB, Settings
 from iosr_fast.serving.http.uploads import Uploads
 from iosr_fast.serving.shares import Shares
@@ -18,6 +19,7 @@ from iosr_fast.serving.shares import Shares
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.serving.batching import BatchingClassifier
+    from iosr_fast.serving.collector import Collector
 
 Answer = TypeVar("Answer")
 _MAX_CHANGES = 8  # that may wait
@@ -26,8 +28,11 @@ _MAX_CHANGES = 8  # that may wait
 class Service:
     """The shared state, for one event loop. /readyz fails while the server sets `loading` or `draining`."""
 
-    def __init__(self, batching: BatchingClassifier, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, batching: BatchingClassifier, settings: Settings, metrics: Metrics, collector: Collector | None = None
+    ) -> None:
         self.batching, self.settings, self.metrics = batching, settings, metrics
+        self.collector, self.recent = collector, Recent(batching.classifier)
         encoder = batching.classifier.encoder
         self.takes_changes = not isinstance(encoder, Rows)
         self.uploads = (

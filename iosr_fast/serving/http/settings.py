@@ -75,6 +75,10 @@ class Settings:
         Path | None, Option("Folder that keeps uploads that need a look, by --max-error, and collected.csv.")
     ] = None
     collect_limit: Annotated[Count, Option("Most uploads in it; the oldest without a label go.")] = 1_000
+    check_share: Annotated[
+        BetweenZeroAndOne | None,
+        Option("Share of accepted answers, like 1%, kept at random in it: checks.csv, for somebody to check."),
+    ] = None
     log: Annotated[Path | None, Option("File that records class changes; they are replayed at the start.")] = None
     log_json: Annotated[bool, Option("Write JSON lines to a terminal, too, as to a file or pipe.")] = False
     runtime: Annotated[str, Option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")] = "auto"
@@ -127,6 +131,8 @@ class Settings:
         check_fields(self)
         if self.collect is not None and self.max_error is None:
             raise IosrFastError("expected --max-error with --collect: it says which uploads need a look")
+        if self.check_share is not None and self.collect is None:
+            raise IosrFastError("expected --collect with --check-share: it names the folder of what is kept")
         for address in self.trusted_proxy:
             try:
                 ipaddress.ip_network(address)

@@ -68,8 +68,10 @@ async function refresh() {
 async function showFacts() {
   try {
     const data = await api.classifier();
-    const { model, method, measured } = data;
+    const { model, method, measured, checked, note } = data;
     find("facts").textContent = [model, method, accuracy(measured)].filter((words) => words).join(" \u00b7 ");
+    const alarms = [checked?.refuted && checked.sentence, note].filter((words) => words);
+    find("alarm").textContent = alarms.map((words) => `${words[0].toUpperCase()}${words.slice(1)}.`).join(" ");
     find("facts").title = measured?.summary ?? ""; // With what was not judged.
     return data;
   } catch (error) {

@@ -1,0 +1,229 @@
+"""A random sample of accepted answers is kept, judged by a person, and the server says when a promise is broken."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.predictions import Prediction
+from iosr_fast.serving import check_sample
+from iosr_fast.serving.check_sample import LABELS, LOG, TABLE, CheckSample, Promise
+from iosr_fast.serving.collector import TABLE as COLLECTED
+from iosr_fast.serving.collector import Collector
+from iosr_fast.serving.http import recent
+from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.kept_folder import KeptFolder
+from tests.pictures import encode
+from tests.serving.http_client import Client, queries, serving
+
+MAX_ERROR = 0.3
+ANSWER = Prediction("pear", "~1", 0.9, 1.0, 1.0, 0.0, 0.0, (), (), version=4, accepted=True)
+
+
+@pytest.fixture(autouse=True)
+def labels_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_sample, "_READ_S", 0.0)
+
+
+@contextmanager
+def sampling(
+    folder: Path, max_error: float = MAX_ERROR, digest: str = "one", share: float = 0.9999, limit: int = 1_000
+) -> Iterator[CheckSample]:
+    kept = KeptFolder(folder)
+    try:
+        yield CheckSample(kept, share, limit, Promise(max_error, digest), COLLECTED)
+    finally:
+        kept.close()
+
+
+def offer(sample: CheckSample, *pictures: int) -> list[bool]:
+    return [sample.offer(b"%d" % number, ANSWER) for number in pictures]
+
+
+def table(folder: Path, name: str = TABLE) -> list[dict[str, str]]:
+    with (folder / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(folder: Path, rows: list[dict[str, str]], name: str = TABLE) -> None:
+    with (folder / name).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(sample: CheckSample) -> tuple[int, int]:
+    """Checks and wrong ones after two readings."""
+    sample.read_labels()
+    sample.read_labels()
+    return sample.result.checks, sample.result.wrong
+
+
+def test_sampled_answers_are_judged_until_the_server_says_so_across_a_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    @contextmanager
+    def server() -> Iterator[tuple[Client, Collector]]:
+        collector = Collector(tmp_path, 1_000, MAX_ERROR, check_share=0.9999, digest="one")
+        with serving(collector=collector, max_error=MAX_ERROR, collect=tmp_path, check_share=0.9999) as client:
+            yield client, collector
+        collector.close()
+
+    def metrics(client: Client, collector: Collector) -> dict[str, float]:
+        for _ in range(3):
+            client.get("/metrics")
+            collector.settle()
+        lines = [line.split() for line in client.get("/metrics").text.splitlines() if line.startswith("iosr_fast_")]
+        return {line[0].removeprefix("iosr_fast_"): float(line[1]) for line in lines if len(line) == 2}
+
+    files = queries()
+    with server() as (client, collector):
+        answers = [one for i in (0, 15) for one in client.predict(*files[i : i + 15]).json()["predictions"]]
+        collector.settle()
+        rows = table(tmp_path)
+        accepted = [file for file, one in zip(files, answers, strict=True) if one["accepted"]]
+        assert [(tmp_path / row["path"]).read_bytes() for row in rows] == accepted and len(rows) > 10
+        labels = {(tmp_path / row["path"]).read_bytes(): row["answered"] for row in rows}
+        assert all(labels.get(file, one["label"]) == one["label"] for file, one in zip(files, answers, strict=True))
+        assert {(row["label"], row["max_error"], row["version"]) for row in rows} == {("", "0.3", "1")}
+        for row in rows[:4]:
+            row["label"] = "something else"
+        write(tmp_path, rows)
+        found = metrics(client, collector)
+        assert found["checks"] == found["checks_wrong"] == 4 and found["promise_refuted"] == 0
+        assert found["accepted_share"] == pytest.approx(len(rows) / len(files)) and 0 < found["median_probability"] <= 1
+    with server() as (client, collector):
+        assert metrics(client, collector)["checks"] == 4
+        more = [{"path": f"kept/{row['path']}", "label": row["answered"]} for row in rows[4:6]]
+        more += [{"path": str(tmp_path / row["path"]), "label": "something else"} for row in rows[6:10]]
+        write(tmp_path, more, LABELS)
+        assert not any("accepted labels" in record.message for record in caplog.records)
+        found = metrics(client, collector)
+        assert (found["checks"], found["checks_wrong"], found["promise_refuted"]) == (10, 8, 1)
+        checked = client.get("/v1/classifier").json()["checked"]
+        sentence = "of 10 accepted labels that you checked 8 were wrong: more than 30% are; calibrate on these"
+        assert checked["refuted"] and checked["sentence"].startswith(sentence)
+        assert [sentence in record.message for record in caplog.records if record.levelno == logging.WARNING] == [True]
+
+
+def test_edited_and_shortened_tables_neither_lose_nor_count_twice(tmp_path: Path) -> None:
+    with sampling(tmp_path) as sample:
+        assert offer(sample, *range(6), 3) == [True] * 6 + [False]
+        rows = table(tmp_path)
+        rows[0]["label"], rows[1]["label"] = "pear", "fig"
+        write(tmp_path, [rows[1], rows[0], rows[0], {**rows[2], "path": "mine.png", "label": "fig"}])
+        assert read(sample) == (2, 1) and sample.beside == 1
+        assert [row["path"] for row in table(tmp_path)][4:] == [row["path"] for row in rows[2:]]  # they come back
+        rows[1]["label"] = "pear"  # another opinion, later
+        write(tmp_path, rows[:2])
+        assert read(sample) == (2, 1)
+        (tmp_path / rows[5]["path"]).unlink()  # nobody is to judge it
+        (tmp_path / TABLE).write_text(",".join(rows[0]), encoding="utf-8")  # without a line end
+        assert read(sample) == (2, 1) and [row["path"] for row in table(tmp_path)] == [one["path"] for one in rows[2:5]]
+    with (tmp_path / LOG).open("a") as file:
+        file.write('{"counted": {"path": "' + rows[2]["path"])  # killed while it wrote
+    (tmp_path / TABLE).unlink()
+    with sampling(tmp_path) as sample:
+        assert sample.result.checks == 2 and offer(sample, 0, 4, 7) == [False, False, True]
+        write(tmp_path, [{**rows[2], "label": "fig"}, {**rows[0], "label": "fig"}])
+        assert read(sample) == (3, 2)
+    with sampling(tmp_path) as sample:
+        assert (sample.result.checks, sample.result.wrong) == (3, 2)
+
+
+def test_a_label_counts_when_two_readings_agree(tmp_path: Path) -> None:
+    with sampling(tmp_path) as sample:
+        offer(sample, 0)
+        (row,) = table(tmp_path)
+        for text in ("pe", "pea", "pear"):
+            write(tmp_path, [{**row, "label": text}])
+            sample.read_labels()
+            assert sample.result.checks == 0
+        assert read(sample) == (1, 0)
+
+
+def test_another_promise_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with sampling(tmp_path) as sample:
+        offer(sample, *range(10))
+        write(tmp_path, [{**row, "label": "fig"} for row in table(tmp_path)])
+        assert read(sample) == (10, 10) and sample.result.refuted
+    caplog.clear()
+    with sampling(tmp_path) as sample:
+        assert sample.result.refuted and [record.message for record in caplog.records] == [str(sample.result)]
+    for changed, words in (
+        ({"max_error": 0.2}, "errors of at most 0.2 are promised in place of 0.3"),
+        ({"max_error": 0.2, "digest": "two"}, "another classifier is served"),
+    ):
+        caplog.clear()
+        with sampling(tmp_path, **changed) as sample:
+            assert words in caplog.text and read(sample) == (0, 0) and sample.beside == 10
+            assert offer(sample, 10, 3) == [True, True] and read(sample) == (1, 1)  # 3 has a label already
+
+
+def test_the_sample_is_of_the_share_and_at_most_so_many_wait(tmp_path: Path) -> None:
+    with sampling(tmp_path / "share", share=0.1) as sample:
+        assert 70 <= sum(offer(sample, *range(1_000))) <= 130
+    with sampling(tmp_path / "limit", limit=3) as sample:
+        assert offer(sample, *range(5)) == [True] * 3 + [False] * 2
+        write(tmp_path / "limit", [{**row, "label": "pear"} for row in table(tmp_path / "limit")][:2])
+        read(sample)
+        assert offer(sample, 3, 4, 5) == [True, True, False]
+
+
+def test_what_looked_wrong_is_counted_beside_and_never_fed(tmp_path: Path) -> None:
+    write(tmp_path, [{"path": f"{i:032x}.png", "label": "fig", "guess": "pear"} for i in range(50)], COLLECTED)
+    with sampling(tmp_path) as sample:
+        offer(sample, 0)
+        rows = [{"path": table(tmp_path)[0]["path"], "label": "fig"}]
+        write(tmp_path, rows, COLLECTED)
+        assert read(sample) == (0, 0) and sample.beside == 0
+        write(tmp_path, [{"path": f"{i:032x}.png", "label": "fig"} for i in range(50)], COLLECTED)
+        assert read(sample) == (0, 0) and sample.beside == 50
+
+
+def test_a_table_that_cannot_be_read_stops_neither_sampling_nor_serving(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    collector = Collector(tmp_path, 10, MAX_ERROR, check_share=0.9999)
+    (tmp_path / TABLE).write_text("name,label\nx,y\n", encoding="utf-8")
+    for _ in range(3):
+        collector.read_labels()
+    collector.settle()
+    assert [record.message for record in caplog.records] == [
+        f"labels can't be read: expected the columns path and label in {TABLE}, got name, label; add path, or remove "
+        "the table"
+    ]
+    assert (tmp_path / TABLE).read_text(encoding="utf-8") == "name,label\nx,y\n"
+    (tmp_path / TABLE).unlink()
+    (tmp_path / TABLE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        collector.checks.offer(b"1", ANSWER)  # type: ignore[union-attr]
+    assert not (tmp_path / "elsewhere").exists()
+    collector.close()
+    with pytest.raises(IosrFastError, match="expected --collect with --check-share"):
+        Settings(max_error=MAX_ERROR, check_share=0.01)
+
+
+def test_pictures_stranger_than_the_examples_are_noted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A tenth of so few left-out images is no measure of anything: the log odds of pictures like these.
+    monkeypatch.setattr(recent, "strange_odds", lambda left_out: -1.2 if len(left_out.labels) == 24 else None)
+    rng = np.random.default_rng(0)
+    noise = [encode(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(60)]
+    with serving(max_error=MAX_ERROR) as client:
+        assert client.get("/v1/classifier").json()["note"] == ""
+        for i in range(0, 60, 20):
+            client.predict(*noise[i : i + 20])
+        note = "100% of the last 60 pictures are stranger than 90% of your examples"
+        assert client.get("/v1/classifier").json()["note"] == note
+        text = client.get("/metrics").text
+        assert "iosr_fast_strangers 1.0" in text and "iosr_fast_strange_share 1.0" in text
+    assert [record.message for record in caplog.records if "strang" in record.message] == ["strangers"]
