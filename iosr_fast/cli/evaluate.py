@@ -60,9 +60,9 @@ def saved(
 ) -> None:
     """Measure a saved classifier on labelled images that it was not fitted on.
 
-    Accuracy with its 95% interval, the classes and pairs of classes with the most mistakes, log-loss, calibration, and
-    what the promises of label sets and of rejection are worth. --html shows the mistakes with their pictures and the
-    nearest examples.
+    First whether the accuracy is as left-out support images had let expect, and which promise of --max-error broke.
+    Then the classes and pairs of classes with the most mistakes, log-loss, calibration, and what the promises of label
+    sets and of rejection are worth. --html shows the mistakes with their pictures and the nearest examples.
 
     Also written without `saved`: iosr-fast evaluate CLASSIFIER IMAGES.
     """
