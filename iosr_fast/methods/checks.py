@@ -50,7 +50,8 @@ class CheckedPromise:
 
     def __str__(self) -> str:
         checks, wrong = self.at if self.refuted else (self.checks, self.wrong)
-        counts = f"of {checks} accepted labels that you checked {wrong} were wrong"
+        labels, were = "label" if checks == 1 else "labels", "was" if wrong == 1 else "were"
+        counts = f"of {checks} accepted {labels} that you checked {wrong} {were} wrong"
         promised = f"more than {100 * self.max_error:.4g}% are"
         if self.refuted:
             return f"{counts}: {promised}; calibrate on these (calibrate_on)"

@@ -49,6 +49,24 @@ def test_comes_whole_from_its_own_server(visit: Visit) -> None:
     assert [path.name for path in PAGE.glob("*.js") if forbidden.search(path.read_text(encoding="utf-8"))] == []
 
 
+def test_a_broken_promise_is_said_first(visit: Visit) -> None:
+    page, words = visit.page, "of 8 accepted labels that you checked 7 were wrong: more than 5% are"
+    checked: dict[str, object] = {"refuted": False, "sentence": words}
+
+    def answer(route: Any) -> None:
+        facts = route.fetch().json()
+        assert facts["checked"] is None and facts["note"] == ""
+        route.fulfill(json={**facts, "checked": checked, "note": "40% of the last 50 pictures are strange"})
+
+    assert not page.locator("#alarm").is_visible()
+    page.route("**/v1/classifier*", answer)
+    for refuted, alarm in ((False, ""), (True, "Of" + words[2:] + ". ")):
+        checked["refuted"] = refuted
+        page.reload()
+        page.locator("#alarm", has_text="strange").wait_for()
+        assert visit.text("#alarm") == f"{alarm}40% of the last 50 pictures are strange."
+
+
 def test_a_chosen_picture_is_explained(visit: Visit) -> None:
     page, query = visit.page, visit.site.queries[0]
     page.locator("#promise", has_text="Each picture gets one of the 8 classes below, or none.").wait_for()

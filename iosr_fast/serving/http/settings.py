@@ -77,7 +77,7 @@ class Settings:
     collect_limit: Annotated[Count, Option("Most uploads in it; the oldest without a label go.")] = 1_000
     check_share: Annotated[
         BetweenZeroAndOne | None,
-        Option("Share of accepted answers, like 1%, kept at random in it: checks.csv, for somebody to check."),
+        Option("Share of accepted pictures, like 1%, that --collect keeps, too, for somebody to check (checks.csv)."),
     ] = None
     log: Annotated[Path | None, Option("File that records class changes; they are replayed at the start.")] = None
     log_json: Annotated[bool, Option("Write JSON lines to a terminal, too, as to a file or pipe.")] = False
