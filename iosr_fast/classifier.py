@@ -80,6 +80,9 @@ class Classifier(Estimator):
         Parameters of the method, as far as it has them. None: searched, or the method's default.
     key_precision : {"fp32", "fp16", "bf16", "int8"}
         How the keys are stored for scoring.
+    look_alikes : bool
+        Whether support images of a class that look alike, as in bursts, are left out together in all that left-out
+        images say (folds.make_folds). False is for images that were drawn independently, and promises more of these.
     views, mirror, seed : int, bool, int
         The key of a support image is the mean embedding of so many random views, half of them mirrored (False where
         left and right matter), which depend on its pixels and the seed; with 1, of the image as it is.
@@ -162,6 +165,7 @@ class Classifier(Estimator):
         class_names: Sequence[str] | None = None,
         seed: int = 0,
         key_precision: Precision = "fp32",
+        look_alikes: bool = True,
         thumbnails: int = 96,
         exif_orientation: bool = True,
         skip_bad: bool = False,
@@ -173,7 +177,7 @@ class Classifier(Estimator):
         self.method, self.reducer, self._tune, self.tune_seconds = method, reducer, tune, tune_seconds
         self.alpha, self.beta, self.gamma, self.ridge = alpha, beta, gamma, ridge
         self.views, self.mirror, self.templates, self.seed = views, mirror, templates, seed
-        self.class_names = class_names
+        self.class_names, self.look_alikes = class_names, look_alikes
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
         self.skip_bad, self.progress = skip_bad, progress
         self._given_clip: tuple[dict[str, Any], OpenedClip] | None = None
@@ -249,10 +253,10 @@ class Classifier(Estimator):
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
         texts = read_descriptions(descriptions) if isinstance(descriptions, str | Path) else descriptions
         support = labelled_images(folder, *more)
-        given = () if calibrate_on is None else calibration_images(calibrate_on, support)
+        given = None if calibrate_on is None else calibration_images(calibrate_on, support)
         self.fit(*support[:3], unknown_images=unknown, groups=support.groups, descriptions=texts)
-        if given:
-            self.calibrate_on(*given)
+        if given is not None:
+            self.calibrate_on(given.paths, given.labels, given.groups)
         return self
 
     def _open(self) -> OpenedClip:
@@ -501,12 +505,15 @@ class Classifier(Estimator):
         """`tune` on the current examples, as a change."""
         return updates.tune(self._store, None, None, None, None, self.tune_seconds)[1]
 
-    def calibrate_on(self, images: Any, labels: Any) -> ChangeResult:
+    def calibrate_on(self, images: Any, labels: Any, groups: Any = None) -> ChangeResult:
         """Let promises rest on labelled pictures from production, instead of left-out support images: `predict_sets`,
-        `max_error`, unknown="reject" and `calibration`. `labels` as for `score`; at least 9 images, none of which is a
-        support image. No label changes. They are saved and kept by changes; those of a class that is removed go.
-        Refused with an open log, and where pictures may have several labels."""
-        return updates.calibrate_on(self._store, images, labels, bool(self.skip_bad))
+        `max_error`, unknown="reject" and `calibration`; the scale of the probabilities is fitted to them. `labels` as
+        for `score`, `groups` as for `fit`. No label changes.
+
+        Near duplicates of support images are left out; repeated pictures, and those of one group, count as one. At
+        least 9 have to be left. They are saved and kept by changes; those of a class that is removed go. Refused with
+        an open log, and where pictures may have several labels."""
+        return updates.calibrate_on(self._store, images, labels, groups, bool(self.skip_bad))
 
     def open_log(self, path: str | Path) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`. Raises

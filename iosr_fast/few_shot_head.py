@@ -15,6 +15,7 @@ from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.answers import Answers
+from iosr_fast.head.calibration import calibrated_on
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitting import fit_head
 from iosr_fast.head.head import Head
@@ -60,7 +61,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
 
     Parameters
     ----------
-    method, reducer, tune, tune_seconds, alpha, beta, gamma, ridge, key_precision
+    method, reducer, tune, tune_seconds, alpha, beta, gamma, ridge, key_precision, look_alikes
         As of Classifier. "stack", "tip-adapter", "gda" and "proker" work without `text`; "zero-shot", "tip-x", "timo"
         and "ape" need it. A name with "++" compares adapted embeddings and needs `adapted=True`.
     text : array of shape (C, D), default=None
@@ -123,10 +124,12 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         tau: float = 100.0,
         adapted: bool = False,
         key_precision: Precision = "fp32",
+        look_alikes: bool = True,
     ) -> None:
         self.method, self.reducer, self.tune, self.tune_seconds = method, reducer, tune, tune_seconds
         self.alpha, self.beta, self.gamma, self.ridge = alpha, beta, gamma, ridge
-        self.text, self.tau, self.adapted, self.key_precision = text, tau, adapted, key_precision
+        self.text, self.tau, self.adapted = text, tau, adapted
+        self.key_precision, self.look_alikes = key_precision, look_alikes
 
     def fit(self, X: Any, y: Any, unknown_images: Any = None, groups: Any = None) -> FewShotHead:
         """Compile the method on support rows X, (n, D) or (n, 2 D), of any length and real dtype, and their labels y,
@@ -201,13 +204,15 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         text: str = BaseEstimator.__repr__(shown, N_CHAR_MAX)
         return text
 
-    def calibrate_on(self, X: Any, y: Any) -> Self:
+    def calibrate_on(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Let promises rest on labelled rows that are no support rows, as Classifier.calibrate_on."""
         head, (rows, y) = self._fitted().head.one_label("calibrate_on"), self._validated(X, y)
         kept = self._usable(rows, "left out of the rows to calibrate on")
         position = positions(self.classes_.tolist(), y.tolist())
         labels = np.array([position[label] for label in y[kept].tolist()])
-        return self._take(head.calibrated_on(self._embeddings(rows[kept]), labels), self.classes_)
+        grouped = read_groups(groups, len(rows))
+        grouped = None if grouped is None else grouped[kept]
+        return self._take(calibrated_on(head, self._embeddings(rows[kept]), labels, grouped), self.classes_)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's. After a fit with

@@ -45,6 +45,9 @@ def fit(
         str, option("fp32, bf16 (openvino), fp16 (GPUs), or auto: the fastest accurate one.")
     ] = "auto",
     skip_bad: SkipBad = False,
+    look_alikes: Annotated[
+        bool, option("Leave pictures of a class that look alike out together; not where all were drawn independently.")
+    ] = True,
     key_precision: Annotated[str, option("Precision of the keys: fp32, fp16, bf16 or int8.")] = "fp32",
     overwrite: Annotated[bool, option("Replace the classifier in --out.", "--overwrite")] = False,
 ) -> None:
@@ -97,7 +100,7 @@ def _summary(classifier: Classifier, out: Path) -> list[str]:
     parameters = [f"{name} {value:.4g}" for name, value in classifier.parameters_.items()]
     log.info("%s", ", ".join([f"reducer {classifier.reducer_}", *parameters]))
     counts = f"{len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images"
-    lines = [classifier.snapshot().summary(), f"{out}: {counts}, {classifier.method_}"]
+    lines = [*classifier.snapshot().summary().split("\n"), f"{out}: {counts}, {classifier.method_}"]
     if (tuned := classifier.tuned_) is not None and tuned.shares:
         lines.append(f"shares of the logits: {describe_shares(tuned.shares)}")
     return lines + (classifier.engine_choice_.lines() if classifier.engine_choice_ is not None else [])

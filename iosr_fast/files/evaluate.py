@@ -85,7 +85,7 @@ def _measure(
         confidence=outcome.confidence,
         reliability=outcome.reliability,
         expected=head.left_out_accuracy,
-        expected_images=left_out.reliability.n_images,
+        expected_images=round(left_out.count),
         basis=left_out.basis,
         mistakes=_mistakes(head, embeddings, worst, images, truths),
         copies=int(near_support(head.support, embeddings.plain).sum()),

@@ -87,7 +87,8 @@ class Answers:
         return predict_jointly(head, Embeddings.concatenate(rows), self.labels, self.check)
 
     def automation(self) -> Automation:
-        return automation(self.head.one_label("automation").left_out_labels)
+        head = self.head.one_label("automation")
+        return automation(head.left_out_labels, notes=head.doubts)
 
     def calibration(self) -> Reliability:
         return self.head.one_label("calibration").left_out_labels.reliability

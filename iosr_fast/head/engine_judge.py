@@ -14,6 +14,7 @@ from iosr_fast.export.check import evenly
 from iosr_fast.head.engine_choice import rejection
 from iosr_fast.head.fit import Fit
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import make_support_set
 from iosr_fast.scoring.score import score
@@ -111,7 +112,7 @@ class Judge:
         method = METHODS[config.method]
         if not method.needs_support:
             return score(config.compile(support), embeddings).argmax(1), np.arange(len(labels))
-        left_out = out_of_fold(method, support, config.reducer, config.parameters)
+        left_out = out_of_fold(method, support, make_folds(support), config.reducer, config.parameters)
         labels[left_out.folds.rows] = left_out.logits.argmax(1)
         return labels, left_out.folds.rows
 

@@ -14,20 +14,22 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, as_numpy
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.calibration import Calibration, calibration_of
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.ids import class_id, example_number, uid_of
 from iosr_fast.head.labels import class_ids
 from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import least_odds
-from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, check_calibration, log_odds_of_largest, of_logits
-from iosr_fast.methods.folds import make_folds, near_support
+from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, log_odds_of_largest, of_logits
+from iosr_fast.methods.folds import Folds, make_folds
+from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tuned import Tuned
+from iosr_fast.methods.tuned import Tuned, wilson
 from iosr_fast.methods.unknown import Unknown, fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import softmax
@@ -199,35 +201,41 @@ class Head(HeadData):
     # What left-out support images answer, each at its first use
 
     @cached_property
+    def look_alikes(self) -> LookAlikes | None:
+        """Which support images look alike; None where they count as drawn independently."""
+        return find_look_alikes(self.support) if self.config.look_alikes else None
+
+    @cached_property
+    def folds(self) -> Folds:
+        """Which support images are left out together in all that is promised and reported."""
+        return make_folds(self.support, None if self.look_alikes is None else self.look_alikes.groups)
+
+    @cached_property
     def out_of_fold(self) -> OutOfFold:
-        """The logits of support images that are left out, from which the rest follows; those of the search that chose
-        the parameters, if it has seen these support images."""
-        config, tuned = self.config, self.tuned
-        if tuned is not None and not tuned.stale and tuned.out_of_fold is not None:
-            return tuned.out_of_fold
-        return out_of_fold(METHODS[config.method], self.support, config.reducer, config.parameters, config.factor)
+        """The logits of support images that are left out, from which the rest follows."""
+        config = self.config
+        method, chosen = METHODS[config.method], (config.reducer, config.parameters, config.factor)
+        return out_of_fold(method, self.support, self.folds, *chosen)
 
     @cached_property
     def left_out_labels(self) -> LeftOutLabels:
         """What the method says of support images that are left out, or of the calibration images."""
-        given = self.calibration_images
-        if given is None:
-            return of_logits(self.out_of_fold.logits, self.out_of_fold.labels)
-        labels = np.searchsorted(np.array(self.uids), given.class_ids)
-        return of_logits(self.score(given.embeddings), labels, CALIBRATION)
+        new = self.calibration
+        if new is None:
+            found, folds = self.out_of_fold, self.folds
+            return of_logits(found.logits, found.labels, units=folds.units[folds.rows])
+        return of_logits(self.score(new.embeddings), new.labels, CALIBRATION, new.units)
 
-    def calibrated_on(self, images: Embeddings, labels: np.ndarray) -> Head:
-        """The next version, whose promises rest on these images; `labels` (V,) are positions of classes."""
-        check_calibration(len(labels))
-        if near := int(near_support(self.support, images.plain).sum()):
-            text = "%d of %d images to calibrate on are near duplicates of support images: promises may be too good"
-            log.warning(text, near, len(labels))
-        given = Examples(images, np.array(self.uids)[labels], np.arange(len(labels)), (None,) * len(labels))
-        config, version = self.config, self.version + 1
-        if (tuned := self.tuned) is not None and not tuned.stale:  # it stays evidence of this fit
-            config = replace(config, tuned=replace(tuned, version=version))
-        made = replace(self, config=config, version=version, calibration_images=given)
-        return made.with_computed(plan=self.plan, out_of_fold=self.computed("out_of_fold"))
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """The images of calibrate_on on which promises rest, if there are any."""
+        return None if self.calibration_images is None else calibration_of(self, self.calibration_images)
+
+    @property
+    def not_judged(self) -> tuple[str, ...]:
+        """The classes of which no left-out image, or no image of calibrate_on, judges: no promise is about them."""
+        judged = np.bincount(self.left_out_labels.labels, minlength=len(self.uids)) > 0
+        return tuple(name for name, one in zip(self.class_names, judged.tolist(), strict=True) if not one)
 
     def accepts(self, logits: np.ndarray, max_error: float) -> np.ndarray:
         """(B,) bool: whose label is accepted, of queries with these logits (B, C), by automation.least_odds."""
@@ -237,30 +245,53 @@ class Head(HeadData):
     @cached_property
     def unknown(self) -> Unknown:
         """How pictures of no class are recognised, by the embeddings that queries have."""
-        folds, given = make_folds(self.support), self.calibration_images
-        unknown = fit_unknown(self.support, folds, self.needs_adapted, self.unknown_images)
-        return unknown if given is None else unknown.calibrated_on(given.embeddings)
+        unknown, new = fit_unknown(self.support, self.folds, self.needs_adapted, self.unknown_images), self.calibration
+        return unknown if new is None else unknown.calibrated_on(new.embeddings, new.units)
 
     def audit(self, images: np.ndarray, classes: np.ndarray) -> SupportAudit:
         """What is wrong with the support images; `images` (N,) and `classes` (C,) are their names in the result."""
         names: dict[str, Any] = {"images": images, "classes": classes, "paths": self.examples.paths}
+        names |= {"notes": () if self.look_alikes is None else self.look_alikes.warning}
         return audit_support(self.support, self.out_of_fold, which=self.config.which, **names)
 
     @property
     def left_out_accuracy(self) -> float:
-        """The share of left-out support images that are right, as the fit reports it; where the parameters were given,
-        or the head has changed since, with the present ones; of calibration images, if there are any. NaN without."""
-        tuned = self.tuned
-        if self.calibration_images is not None or tuned is None or tuned.stale or tuned.interval is None:
-            return self.left_out_labels.reliability.accuracy
-        return tuned.accuracy
+        """The share of left-out support images that are right; of calibration images, if there are any. NaN without."""
+        return self.left_out_labels.reliability.accuracy
+
+    @cached_property
+    def doubts(self) -> tuple[str, ...]:
+        """What speaks against promises, and what to do, a sentence each."""
+        known, new = self.left_out_labels, self.calibration
+        if not len(self.examples):
+            return ()
+        if not known.count:
+            return ("probabilities at one picture a class are not measured, and nothing is promised from them",)
+        alike = self.look_alikes
+        sentences = [*alike.warning] if new is None and alike is not None else []
+        if new is not None and new.near:
+            sentences.append(f"{new.near:,} images of calibrate_on are near duplicates of support images and left out")
+        if names := self.not_judged:
+            nothing = f"nothing is promised of {abbreviate(names)}"
+            sentences.append(f"{len(names):,} of {len(self.uids):,} classes have none of the {known.basis}: {nothing}")
+        return tuple(sentences)
 
     def summary(self) -> str:
-        """What is known of the accuracy, in a line."""
-        text = "accuracy not measured: the parameters were given" if self.tuned is None else self.tuned.summary()
-        if (given := self.calibration_images) is not None:
-            text += f"; {self.left_out_accuracy:.1%} of {len(given)} {CALIBRATION} right, on which promises rest"
-        return text
+        """What is known of the accuracy, a line each: the accuracy; what speaks against it and what to do; what the
+        search of parameters noted."""
+        known, tuned, doubts = self.left_out_labels, self.tuned, self.doubts
+        found = known.reliability
+        if known.count:
+            low, high = wilson(found.accuracy, known.count)
+            text = f"{found.accuracy:.1%} of {found.n_images:,} {known.basis} right (95%: {low:.0%} to {high:.0%})"
+            if self.calibration is None and self.look_alikes is not None and self.look_alikes.many:
+                text += ", look-alikes left out together"
+                if tuned is not None and tuned.interval is not None and not tuned.stale:
+                    text += f"; {tuned.accuracy:.1%} if new pictures come from the same sessions"
+        else:
+            why = "one picture of each class leaves none" if len(self.examples) else "there are no support images"
+            text = f"accuracy not measured: {why} to judge by"
+        return "\n".join([text, *doubts, *([tuned.note] if tuned is not None and tuned.note else [])])
 
     @cached_property
     def compared(self) -> np.ndarray:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.calibration import check_calibration
 from iosr_fast.head.labels import SEPARATOR, class_ids
 from iosr_fast.images.listing import list_folder, list_images, refuse_url
-from iosr_fast.methods.conformal import check_calibration
 from iosr_fast.utils.csv_text import check_columns, read_rows
 
 _Row = tuple[Path, str | frozenset[str], str | None]
@@ -102,14 +102,13 @@ def _read_table(file: Path) -> list[_Row]:
     return labelled
 
 
-def calibration_images(place: str | Path, support: LabelledImages) -> tuple[list[Path], list[Any]]:
-    """The images of a folder or CSV file and their labels, for `calibrate_on` after a fit on `support`; what it would
-    refuse by then is refused now."""
+def calibration_images(place: str | Path, support: LabelledImages) -> LabelledImages:
+    """The images of a folder or CSV file, for `calibrate_on` after a fit on `support`. What can be refused now is."""
     given = labelled_images(place)
     for one in (support, given):
         class_ids(one.paths, one.labels, support.class_names)
-    check_calibration(len(given.paths))
-    return given.paths, given.labels
+    check_calibration(len(given.paths), len(given.paths))
+    return given
 
 
 def unknown_folder(folder: str | Path) -> list[str]:

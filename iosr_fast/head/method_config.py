@@ -23,7 +23,8 @@ from iosr_fast.scoring.validation import check_number
 class MethodConfig:
     """A method with its parameters. `reducer` is fitted when they are chosen and stays until the next choice; `factor`
     multiplies the logits; `key_precision` is that of the cache keys; `tuned` is the search that chose the parameters,
-    if there was one."""
+    if there was one; `look_alikes` says whether images of a class that look alike are left out together
+    (folds.make_folds)."""
 
     method: str
     parameters: dict[str, float]
@@ -32,12 +33,14 @@ class MethodConfig:
     factor: float = 1.0
     key_precision: Precision = "fp32"
     tuned: Tuned | None = None
+    look_alikes: bool = True
 
     @classmethod
-    def of(cls, tuned: Tuned, key_precision: Precision) -> MethodConfig:
+    def of(cls, tuned: Tuned, key_precision: Precision, look_alikes: bool) -> MethodConfig:
         """The choice of a search; its reducer is not fitted yet."""
         evidence = None if tuned.protocol == "none" else tuned
-        return cls(tuned.method, dict(tuned.parameters), tuned.reducer, None, tuned.factor, key_precision, evidence)
+        chosen = tuned.method, dict(tuned.parameters), tuned.reducer, None, tuned.factor
+        return cls(*chosen, key_precision, evidence, look_alikes)
 
     def fitted(self, support: SupportSet) -> MethodConfig:
         """With the reducer fitted on the support images."""
@@ -70,6 +73,7 @@ class MethodChoice:
     parameters: dict[str, float]
     key_precision: Precision
     seconds: float
+    look_alikes: bool
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> MethodChoice:
@@ -79,7 +83,10 @@ class MethodChoice:
         values = {name: given[name] for name in ("alpha", "beta", "gamma", "ridge")}
         parameters = check_choice(method, reducer, tune, **values)
         seconds = check_number("tune_seconds", given["tune_seconds"], 0.0, MAX_TUNE_SECONDS)
-        return cls(method, reducer, tune, parameters, check_precision(given["key_precision"]), seconds)
+        precision, look_alikes = check_precision(given["key_precision"]), given["look_alikes"]
+        if not isinstance(look_alikes, bool):
+            raise IosrFastError(f"expected look_alikes to be True or False, got {look_alikes!r}")
+        return cls(method, reducer, tune, parameters, precision, seconds, look_alikes)
 
     @property
     def searched(self) -> bool:
@@ -102,9 +109,11 @@ class MethodChoice:
         method, there = self.method, bool(len(support.embeddings))
         if self.searched and there:
             tuned = search(method, support, reducer=self.reducer or "none", seconds=self.seconds)
-            return MethodConfig.of(tuned, self.key_precision).fitted(support)
+            return MethodConfig.of(tuned, self.key_precision, self.look_alikes).fitted(support)
         values = {**METHODS[method].parameters, **self.parameters}
-        config = MethodConfig(method, values, self.reducer or "none", key_precision=self.key_precision).fitted(support)
+        config = MethodConfig(
+            method, values, self.reducer or "none", key_precision=self.key_precision, look_alikes=self.look_alikes
+        ).fitted(support)
         if self.tune == "none" or not (self.parameters and there) or unavailable_reason(method, support) is not None:
             return config
         return replace(config, factor=calibrate(METHODS[method], support, config.reducer, values))

@@ -9,13 +9,14 @@ from functools import lru_cache
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.conformal import LEFT_OUT, LeftOutLabels
+from iosr_fast.methods.conformal import LEFT_OUT, LeftOutLabels, counted_as
 from iosr_fast.methods.log_loss import sigmoid
 
 CONFIDENCE = 0.95
 PROMISES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
 _STEPS = 40
 _ROUNDING = 1e-12  # of a chance
+_FRACTION = 1e-6  # by which a sum of weights may miss a whole number
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,7 @@ class Automation:
     """What may be automated, by V labelled images that the classifier has not seen.
 
     images      V
+    count       what they count as (conformal.LeftOutLabels)
     smallest    the smallest error that V images could promise, if all were right: 1 - 0.05^(1 / V)
     least_error the same with their errors: 1 - 0.05^(1 / m), where m images are surer than the surest wrong one
     max_errors  (P,) the promises: of the pictures whose label is accepted at most this share is wrong
@@ -30,6 +32,7 @@ class Automation:
     shares      (P,) the share of images whose label is accepted: of the V images, or of others (`automation`)
     errors      (P,) the share of these whose label is wrong; NaN if none is accepted
     basis       what the V images are, as of conformal.Reliability
+    notes       what speaks against promises, and what to do, a sentence each
 
     >>> rng = np.random.default_rng(0)
     >>> odds = rng.normal(3.0, 2.0, 500)
@@ -50,6 +53,7 @@ class Automation:
     """
 
     images: int
+    count: float
     smallest: float
     least_error: float
     max_errors: np.ndarray
@@ -57,6 +61,7 @@ class Automation:
     shares: np.ndarray
     errors: np.ndarray
     basis: str = LEFT_OUT
+    notes: tuple[str, ...] = ()
 
     @property
     def can(self) -> str:
@@ -65,7 +70,7 @@ class Automation:
         if self.least_error < 1:
             promised = f"errors of {self.least_error:.1%} and more with {CONFIDENCE:.0%} confidence"
         if_right = f" ({self.smallest:.1%} if all were right)" if self.smallest < self.least_error else ""
-        return f"{self.images:,} {self.basis} can promise {promised}{if_right}"
+        return f"{counted_as(self.images, self.count, self.basis)} can promise {promised}{if_right}"
 
     def __str__(self) -> str:
         lines = [self.can, "promised errors  least probability  accepted  wrong"]
@@ -73,12 +78,12 @@ class Automation:
         for promised, least, share, wrong in zip(*(column.tolist() for column in columns), strict=True):
             numbers = ("-", "-") if math.isnan(wrong) else (f"{least:.3f}", f"{wrong:.1%}")
             lines.append(f"{promised:15.1%}  {numbers[0]:>17}  {share:8.1%}  {numbers[1]:>5}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
-def automation(left_out: LeftOutLabels, images: LeftOutLabels | None = None) -> Automation:
+def automation(left_out: LeftOutLabels, images: LeftOutLabels | None = None, notes: tuple[str, ...] = ()) -> Automation:
     """The curve of `least_odds` at PROMISES; shares and errors are those of `images`, None for the left-out ones."""
-    images, count = left_out if images is None else images, len(left_out.labels)
+    images, count = left_out if images is None else images, left_out.count
     surest_wrong = left_out.top_odds[~left_out.right].max(initial=-math.inf)
     least = np.array([least_odds(left_out, promised) for promised in PROMISES])
     accepted = images.top_odds[None, :] >= least[:, None]
@@ -86,17 +91,19 @@ def automation(left_out: LeftOutLabels, images: LeftOutLabels | None = None) -> 
         errors = (accepted & ~images.right).sum(1) / accepted.sum(1)
     shares = accepted.sum(1) / max(len(images.labels), 1)
     thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
-    smallest, least_error = _promised_by(count), _promised_by(int((left_out.top_odds > surest_wrong).sum()))
+    surer = float(left_out.counted[left_out.top_odds > surest_wrong].sum())
+    smallest, least_error = _promised_by(count), _promised_by(surer)
     promises = np.array(PROMISES), thresholds, shares, errors
-    return Automation(count, smallest, least_error, *promises, left_out.basis)
+    return Automation(len(left_out.labels), count, smallest, least_error, *promises, left_out.basis, notes)
 
 
 def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
     """Raise IosrFastError where even V right labels are too few to promise `max_error`."""
-    if (images := len(left_out.labels)) < (needed := images_needed_for(max_error)):
+    if not _are_enough(left_out, max_error):
         raise IosrFastError(
-            f"a promise of at most {max_error:.4g} wrong labels needs at least {needed} {left_out.basis}, "
-            f"got {images}: give more pictures of each class, at least two, or promise less"
+            f"a promise of at most {max_error:.4g} wrong labels needs at least {images_needed_for(max_error)} "
+            f"{left_out.basis}, got {counted_as(len(left_out.labels), left_out.count)}: give more pictures of each "
+            "class, at least two, or promise less"
         )
 
 
@@ -111,20 +118,32 @@ def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
     chance P(K <= k) of at most 5% under K ~ Binomial(n, max_error), which is where the Clopper-Pearson bound of the
     error is at most `max_error`. As the first that fails ends the test, no correction for many thresholds is needed.
 
+    Images of a burst count as fewer (LeftOutLabels.weights): n and k are sums of weights (Korn & Graubard, Survey
+    Methodology 1998). n is rounded down, and the chance of a k between two whole numbers is interpolated.
+
     Source: fixed-sequence testing in Learn then Test (Angelopoulos et al., arXiv 2110.01052).
     """
-    images, needed = len(left_out.labels), images_needed_for(max_error)
-    if images < needed:
+    needed = images_needed_for(max_error)
+    if not _are_enough(left_out, max_error):
         return math.inf
     order = np.argsort(-left_out.top_odds, kind="stable")
-    odds, wrong = left_out.top_odds[order], np.cumsum(~left_out.right[order])
+    odds, weights = left_out.top_odds[order], left_out.counted[order]
+    accepted, wrong = np.cumsum(weights), np.cumsum(weights * ~left_out.right[order])
     least = math.inf
-    for count in np.unique(np.linspace(needed, images, _STEPS + 1).round().astype(int)).tolist():
-        n = int(np.searchsorted(-odds, -odds[count - 1], side="right"))  # images of equal odds are accepted together
-        if binomial_cdf(n, max_error, int(wrong[n - 1]))[-1] > 1.0 - CONFIDENCE + _ROUNDING:
+    for count in np.unique(np.linspace(needed, accepted[-1], _STEPS + 1).round()).tolist():
+        last = min(int(np.searchsorted(accepted, count - _FRACTION)), len(odds) - 1)
+        last = int(np.searchsorted(-odds, -odds[last], side="right")) - 1  # images of equal odds are accepted together
+        n, k = int(accepted[last] + _FRACTION), float(wrong[last])
+        chances = binomial_cdf(n, max_error, min(math.ceil(k), n))
+        if np.interp(k, np.arange(len(chances)), chances) > 1.0 - CONFIDENCE + _ROUNDING:
             break
-        least = float(odds[n - 1])
+        least = float(odds[last])
     return least
+
+
+def _are_enough(left_out: LeftOutLabels, max_error: float) -> bool:
+    """Whether the images could promise `max_error` if all were right."""
+    return left_out.count >= images_needed_for(max_error) - _FRACTION
 
 
 def images_needed_for(max_error: float) -> int:
@@ -136,7 +155,7 @@ def images_needed_for(max_error: float) -> int:
     return math.ceil(math.log(1.0 - CONFIDENCE) / math.log1p(-max_error) - 1e-9)
 
 
-def _promised_by(right: int) -> float:
+def _promised_by(right: float) -> float:
     """The least error that so many images can promise, all of them right: the e with (1 - e)^right = 5%."""
     return 1.0 - (1.0 - CONFIDENCE) ** (1.0 / right) if right else 1.0
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.folds import unit_weights
 from iosr_fast.methods.log_loss import log_losses, log_sum_exp, sigmoid
 from iosr_fast.utils.text import abbreviate
 
@@ -73,6 +74,8 @@ class LeftOutLabels:
     log_loss  (V,) -log p of the label, in nats
     labels    (V,) int64, the position of the label's class
     basis     what these images are, as of Reliability
+    weights   (V,) float64, what each image counts in a promise, as images of a burst are right or wrong together
+              (folds.unit_weights); None: each counts 1
     """
 
     odds: np.ndarray
@@ -81,6 +84,17 @@ class LeftOutLabels:
     log_loss: np.ndarray
     labels: np.ndarray
     basis: str = LEFT_OUT
+    weights: np.ndarray | None = None
+
+    @property
+    def counted(self) -> np.ndarray:
+        """(V,) float64: the weights."""
+        return np.ones(len(self.labels)) if self.weights is None else self.weights
+
+    @property
+    def count(self) -> float:
+        """How many images V images count as: the sum of their weights."""
+        return float(self.counted.sum())
 
     def thresholds(self, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """The least log p / (1 - p) of a label in a set: one number (), or with the names of all `classes` (C,) one for
@@ -89,15 +103,16 @@ class LeftOutLabels:
         Raises IosrFastError where there are too few images for the promise, naming the classes that have too few.
         """
         if classes is None:
-            return np.array(threshold(self.odds, coverage, self.basis))
-        counts, needed = np.bincount(self.labels, minlength=len(classes)), images_needed(coverage)
-        if few := [f"{name} ({n})" for name, n in zip(classes, counts.tolist(), strict=True) if n < needed]:
+            return np.array(threshold(self.odds, coverage, self.basis, self.weights))
+        counts, needed = np.bincount(self.labels, self.counted, len(classes)), images_needed(coverage)
+        if few := [f"{name} ({n:.4g})" for name, n in zip(classes, counts.tolist(), strict=True) if n < needed - 1e-6]:
             raise IosrFastError(
                 f"a promise for {coverage:.4g} of the pictures of each class needs at least {needed} {self.basis} of "
                 f"each class, got fewer of {abbreviate(few)}: "
                 "give more pictures of these classes, promise less, or leave per_class out"
             )
-        return np.array([threshold(self.odds[self.labels == c], coverage) for c in range(len(classes))])
+        own = [self.labels == c for c in range(len(classes))]
+        return np.array([threshold(self.odds[rows], coverage, self.basis, self.counted[rows]) for rows in own])
 
     def sets(self, logits: np.ndarray, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """(B, C) bool, the labels of each image's set: those whose log p / (1 - p), p = softmax(logits), reaches the
@@ -129,18 +144,23 @@ class LeftOutLabels:
         return Reliability(counts, means, shares, error, accuracy, loss, self.basis)
 
 
-def of_logits(logits: np.ndarray, labels: np.ndarray, basis: str = LEFT_OUT) -> LeftOutLabels:
+def of_logits(
+    logits: np.ndarray, labels: np.ndarray, basis: str = LEFT_OUT, units: np.ndarray | None = None
+) -> LeftOutLabels:
     """Labelled images (V,), by the logits (V, C) of a classifier that has not seen them: the out-of-fold logits of
-    support images (out_of_fold.OutOfFold), or those of other images, as in split conformal prediction.
+    support images (out_of_fold.OutOfFold), or those of other images, as in split conformal prediction. `units` (V,) as
+    of folds.Folds.
     """
     labels, exact = np.asarray(labels, np.int64), np.asarray(logits, np.float64)
+    right = exact.argmax(1) == labels
     return LeftOutLabels(
         odds=log_odds(exact)[np.arange(len(labels)), labels],
         top_odds=log_odds_of_largest(exact),
-        right=exact.argmax(1) == labels,
+        right=right,
         log_loss=log_losses(exact, labels),
         labels=labels,
         basis=basis,
+        weights=None if units is None else unit_weights(units, right),
     )
 
 
@@ -174,19 +194,33 @@ def log_odds_of_largest(logits: np.ndarray) -> np.ndarray:
     return odds
 
 
-def threshold(scores: np.ndarray, share: float, basis: str = LEFT_OUT) -> float:
+def threshold(scores: np.ndarray, share: float, basis: str = LEFT_OUT, weights: np.ndarray | None = None) -> float:
     """The largest t that at least `share` of new images reach, (0, 1), if they are exchangeable with the V that have
     `scores`: the floor((1 - share)(V + 1))-th smallest (split conformal prediction; Papadopoulos et al., ECML 2002).
+    With weights (V,) it is the largest score up to which scores weigh (1 - share)(sum of weights + 1) or less.
 
-    Raises IosrFastError where V is too small for the promise: floor is then 0.
+    Raises IosrFastError where the images are too few for the promise: none weighs so little.
     """
-    rank = min(len(scores), math.floor((1.0 - share) * (len(scores) + 1) + 1e-9))
-    if rank < 1:
+    order = np.argsort(scores, kind="stable")
+    weighed = np.cumsum(np.ones(len(scores)) if weights is None else weights[order])
+    count = float(weighed[-1]) if len(weighed) else 0.0
+    rank = int(np.searchsorted(weighed, (1.0 - share) * (count + 1.0) + 1e-9, side="right"))
+    if count < images_needed(share) - 1e-6 or rank < 1:
         raise IosrFastError(
             f"a promise for {share:.4g} of the pictures needs at least {images_needed(share)} {basis}, "
-            f"got {len(scores)}: give more pictures of each class, at least two, or promise less"
+            f"got {counted_as(len(scores), count)}: give more pictures of each class, at least two, or promise less"
         )
-    return float(np.partition(scores, rank - 1)[rank - 1])
+    return float(scores[order[rank - 1]])
+
+
+def counted_as(images: int, count: float, basis: str = "") -> str:
+    """A number of images of a `basis` in words, and what they count as, if that is less.
+
+    >>> counted_as(1616, 1616.0, LEFT_OUT), counted_as(1616, 545.3)
+    ('1,616 left-out support images', '1,616 (worth 545, as look-alikes say the same)')
+    """
+    fewer = f" (worth {count:,.0f}, as look-alikes say the same)" if count < images - 0.5 else ""
+    return f"{images:,}" + (f" {basis}" if basis else "") + fewer
 
 
 def images_needed(share: float) -> int:
@@ -196,11 +230,6 @@ def images_needed(share: float) -> int:
     (19, 9)
     """
     return math.ceil(1.0 / (1.0 - share) - 1e-9) - 1
-
-
-def check_calibration(images: int) -> None:
-    """Raise IosrFastError where so few images can't take the place of left-out ones."""
-    threshold(np.zeros(images), COVERAGE, CALIBRATION)
 
 
 def check_share(name: str, share: float, like: float = 0.95) -> float:

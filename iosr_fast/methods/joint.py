@@ -113,6 +113,9 @@ def predict_jointly(
     skips the check of the queries' finiteness and norms. Raises IosrFastError for queries that don't fit the plan.
 
     >>> import numpy as np
+    >>> from iosr_fast.methods import METHODS
+    >>> from iosr_fast.methods.folds import make_folds
+    >>> from iosr_fast.methods.out_of_fold import out_of_fold
     >>> from iosr_fast.methods.support_set import make_support_set
     >>> from iosr_fast.methods.tune import tune
     >>> rng = np.random.default_rng(0)
@@ -123,7 +126,8 @@ def predict_jointly(
     >>> support = make_support_set(*draw(3), text=None, tau=100.0, n_classes=5)
     >>> folder, labels = draw(40)
     >>> tuned = tune("gda", support)
-    >>> joint = predict_jointly(support, tuned.compile(support), tuned.out_of_fold, folder)
+    >>> left_out = out_of_fold(METHODS["gda"], support, make_folds(support), None, tuned.parameters, tuned.factor)
+    >>> joint = predict_jointly(support, tuned.compile(support), left_out, folder)
     >>> joint.left_out, joint.refused, bool((joint.labels == labels).mean() > 0.95)
     (15, '', True)
     """

@@ -17,6 +17,8 @@ _SMALL = 1e-9
 PENALTY = 0.01
 # The smallest weight of one of two directions, in units of its spread: it is negligible compared with the other one.
 _LEAST = 1e-4
+# How firmly calibrated logits keep their factor on new images, in images whose log-loss changes by 1 with the factor.
+_FIRMNESS = 10.0
 # Elements of logits; if there are more, every n-th sample is used.
 _LARGEST = 1 << 18
 
@@ -61,20 +63,22 @@ def fit_weights(
     strength: float = PENALTY,
     least: float = 0.0,
     most: np.ndarray | float = np.inf,
+    offset: np.ndarray | None = None,
 ) -> tuple[np.ndarray, float]:
     """The weights w, from `least` to `most`, of K parts (V, C) with the least log-loss, and that loss in nats a sample.
 
-    Mean over samples of -log softmax(sum_k w_k parts[k])[y] plus strength / (2 V) |w - prior|^2 (prior None: 0):
+    Mean over samples of -log softmax(offset + sum_k w_k parts[k])[y] plus strength / (2 V) |w - prior|^2 (None: 0):
     convex, so the minimum is unique if strength > 0. A weight of exactly 0 says that its part adds nothing. The loss
-    that is returned has no penalty. The parts should be of one scale, as spread by classes.
+    that is returned has no penalty. The parts should be of one scale, as spread by classes. offset (C,), None: 0.
     """
     rows, samples = np.arange(len(labels)), len(labels)
     # The label's own logit is then 0, so the loss is the logarithm of a sum with a term of 1: never below 0.
     features = [(part - part[rows, labels][:, None]).astype(np.float32) for part in parts]
     centre = np.zeros(len(parts)) if prior is None else np.asarray(prior, np.float64)
+    offsets = 0.0 if offset is None else (offset - offset[labels][:, None]).astype(np.float32)
 
     def evaluate(weights: np.ndarray) -> Evaluated:
-        loss, of_classes = _log_loss(features, weights)
+        loss, of_classes = _log_loss(features, weights, offsets)
         return loss + strength / (2 * samples) * float(((weights - centre) ** 2).sum()), loss, of_classes
 
     def step(weights: np.ndarray, of_classes: np.ndarray) -> np.ndarray:
@@ -91,9 +95,11 @@ def fit_weights(
     return newton(start, evaluate, step, lambda point: np.minimum(np.maximum(point, least), most), 1e-6)
 
 
-def _log_loss(features: Sequence[np.ndarray], weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean log-loss and the softmax it is taken of. The label's own features are 0."""
-    logits = np.float32(weights[0]) * features[0]
+def _log_loss(
+    features: Sequence[np.ndarray], weights: np.ndarray, offsets: np.ndarray | float
+) -> tuple[float, np.ndarray]:
+    """The mean log-loss and the softmax it is taken of. The label's own features and offset are 0."""
+    logits = np.float32(weights[0]) * features[0] + offsets
     for weight, part in zip(weights[1:], features[1:], strict=True):
         logits += np.float32(weight) * part
     top = logits.max(1, keepdims=True)
@@ -133,6 +139,13 @@ def fit_factor(logits: np.ndarray, labels: np.ndarray, most: float = MAX_ALPHA) 
         return 1.0, float(np.log(exact.shape[1]))
     (weight,), loss = fit_weights([exact / unit], labels[some], least=_LEAST, most=most * unit)
     return float(weight) / unit, loss
+
+
+def refit_factor(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The factor f with the least mean log-loss of softmax(f * logits) on other images than the logits' own factor was
+    fitted to, plus _FIRMNESS / (2 V) (f - 1)^2, as few images can't say that probabilities are 0 or 1."""
+    (factor,), _ = fit_weights([logits.astype(np.float64)], labels, np.ones(1), _FIRMNESS, least=_LEAST)
+    return float(factor)
 
 
 def spread(part: np.ndarray) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.folds import Folds, make_folds
+from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.models.model import Model, Term
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.support_set import ROUNDING, SupportSet, check_labels
@@ -68,9 +68,8 @@ class HeldOut:
     _parts: dict[Model, Part] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of_support(cls, support: SupportSet, most: int | None = None) -> HeldOut:
-        """The support images themselves, by `make_folds`; only the first folds with about `most` images."""
-        folds = make_folds(support) if most is None else make_folds(support).first(most)
+    def of_support(cls, support: SupportSet, folds: Folds) -> HeldOut:
+        """The support images themselves."""
         return cls(support, support.as_queries[folds.rows], support.labels[folds.rows], folds)
 
     @classmethod
@@ -114,44 +113,20 @@ class HeldOut:
             total += weight * (part.logits * (part.in_use / part.unit))
         return total
 
-    def out_of_fold(self, logits: np.ndarray) -> OutOfFold | None:
-        """These `logits` (V, C) to be kept; None of a validation set."""
-        if self.folds is None:
-            return None
-        # A copy of the folds, without the support sets that are kept with them.
-        return OutOfFold(replace(self.folds), self.labels, logits.astype(np.float32))
-
-    def note(self) -> str:
-        """A note on what leaving out does not judge, or judges together; "" if there is nothing."""
-        if self.folds is None:
-            return ""
-        counts, distinct, grouped = self.support.counts, self.folds.distinct, self.support.groups is not None
-        single, count, notes = int((distinct == 1).sum()), int((counts - distinct).sum()), []
-        if len(self.labels) and single:
-            classes = f"{single} of {self.support.n_classes} classes {'has' if single == 1 else 'have'}"
-            one = "a single image or group" if grouped else "a single image"
-            notes.append(f"{classes} {one}, which can't be left out: no image of theirs is judged")
-        if count:
-            images = "1 image is a near duplicate" if count == 1 else f"{count} images are near duplicates"
-            images += " or of the group" if grouped else ""
-            notes.append(f"{images} of others of the same class and left out together with them")
-        if (filled := int((2 * distinct <= counts)[counts > 1].sum())) and not grouped:
-            notes.append(
-                f"near duplicates fill {filled} of {len(counts)} classes: less similar pictures of a series are "
-                "not left out together, and new ones may be right less often; give the groups, or other pictures"
-            )
-        return "; ".join(notes)
-
 
 def out_of_fold(
-    method: Method, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float], factor: float = 1.0
+    method: Method,
+    support: SupportSet,
+    folds: Folds,
+    reducer: Reducer | None,
+    parameters: Mapping[str, float],
+    factor: float = 1.0,
 ) -> OutOfFold:
     """The out-of-fold logits of a method with these parameters and a factor of its logits; of no image where each class
     has one."""
-    held_out = HeldOut.of_support(support)
-    found = held_out.out_of_fold(factor * held_out.logits(method.terms(support, reducer, parameters)))
-    assert found is not None  # by folds
-    return found
+    held_out = HeldOut.of_support(support, replace(folds))  # a copy, with which support sets are kept meanwhile
+    logits = factor * held_out.logits(method.terms(support, reducer, parameters))
+    return OutOfFold(folds, held_out.labels, logits.astype(np.float32))
 
 
 def spread_of_others(logits: np.ndarray, labels: np.ndarray) -> float:

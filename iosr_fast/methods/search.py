@@ -99,7 +99,6 @@ class ParameterSearch:
             factor=factor,
             settings=len(self.tried),
             right=judged,
-            out_of_fold=self.held_out.out_of_fold(factor * logits),
             note="; ".join(filter(None, self._notes(parameters, spread(base), alpha * spread(slope), right))),
         )
 

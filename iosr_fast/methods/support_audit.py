@@ -96,6 +96,7 @@ class SupportAudit:
     duplicates       the nearest pair first
     confusions       the most confused classes first
     classes          all of them, in their order
+    notes            what makes left-out images say too much of new ones, and what to do
     basis            what labels were compared with: "left-out images"; "class names", if nothing could be left out;
                      "nothing"
     """
@@ -108,6 +109,7 @@ class SupportAudit:
     duplicates: tuple[Duplicate, ...]
     confusions: tuple[Confusion, ...]
     classes: tuple[ClassReport, ...]
+    notes: tuple[str, ...]
     basis: str
     seconds: float = field(default=0.0, compare=False)
 
@@ -124,6 +126,7 @@ class SupportAudit:
             lines.append(f"{listed}; by estimate {self.expected_wrong:.1f} labels are wrong")
         across = sum(pair.label != pair.other_label for pair in self.duplicates)
         lines.append(f"near duplicates: {len(self.duplicates)} pairs, {across} under two labels")
+        lines += self.notes
         lines.append(f"confused classes: {len(self.confusions)} pairs")
         lines.append(f"classes that need other or more images: {sum(bool(one.advice) for one in self.classes)}")
         return "\n".join(lines)
@@ -143,12 +146,13 @@ def audit_support(
     images: np.ndarray | None = None,
     classes: np.ndarray | None = None,
     paths: Sequence[str | None] = (),
+    notes: tuple[str, ...] = (),
 ) -> SupportAudit:
     """What is wrong with N labelled images of C classes.
 
     `left_out` are the out-of-fold logits of a method, and `which` are the embeddings that it compares. `images` (N,)
     and `classes` (C,) name images and classes in the result; None: by position. `paths` (N, or none) are those of the
-    images' files.
+    images' files; the result has the `notes`, too.
 
     Labels are judged by the logits of left-out images: the suspicion of label_noise is high
     if a label is less probable than a random error would make it, given how often the classifier is mistaken. If every
@@ -162,6 +166,9 @@ def audit_support(
     2021), fitted by likelihood.
 
     >>> from iosr_fast import Embeddings
+    >>> from iosr_fast.methods import METHODS
+    >>> from iosr_fast.methods.folds import make_folds
+    >>> from iosr_fast.methods.out_of_fold import out_of_fold
     >>> from iosr_fast.methods.support_set import make_support_set
     >>> from iosr_fast.methods.tune import tune
     >>> rng = np.random.default_rng(0)
@@ -171,7 +178,8 @@ def audit_support(
     >>> labels[5] = 2  # an image of class 0
     >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=3)
     >>> tuned, positions = tune("gda", support), np.argsort(labels, kind="stable")
-    >>> audit = audit_support(support, tuned.out_of_fold, images=positions)
+    >>> left_out = out_of_fold(METHODS["gda"], support, make_folds(support), None, tuned.parameters, tuned.factor)
+    >>> audit = audit_support(support, left_out, images=positions)
     >>> [(one.image, one.label, one.suggested) for one in audit.likely_wrong]
     [(5, 2, 0)]
     """
@@ -214,6 +222,7 @@ def audit_support(
         tuple(Duplicate(*named[i], *named[j], cosine, files[i], files[j]) for i, j, cosine in pairs),
         tuple(_confusions(support, class_names, shares, scored & ~(suspicion > LIKELY))),
         tuple(_class_reports(support, class_names, left_out, rows)),
+        notes,
         basis,
         time.perf_counter() - started,
     )
@@ -256,14 +265,14 @@ def _class_reports(
         if counts[c] == 0:
             advice.append("no image")
         elif distinct[c] == 1:
-            one = "one image" if counts[c] == 1 else "copies of one image" if support.groups is None else "one group"
+            one = "one image" if counts[c] == 1 else "images that look alike" if support.groups is None else "one group"
             advice.append(f"{one}: nothing can be left out")
         elif distinct[c] < usual / 2:
             advice.append(f"few images: {distinct[c]} where {usual:g} are usual")
         if support.groups is None and 1 < distinct[c] <= counts[c] / 2:
             advice.append(
-                f"near duplicates: {counts[c]} images count as {distinct[c]}; new ones may be right less often "
-                "than left-out ones: give the groups, or other images"
+                f"look-alikes: {counts[c]} images are {distinct[c]} groups; new ones may be right less often: add "
+                "images of other places and times"
             )
         if variety[c] < _ALIKE and distinct[c] > 1:
             advice.append("images are too alike: add others of other places, angles and lights")

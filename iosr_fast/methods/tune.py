@@ -13,6 +13,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, Method, check_parameters, fit_method_reducer, unavailable_reason, unknown_method
+from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.log_loss import MAX_ALPHA, fit_factor, spread
 from iosr_fast.methods.models.model import Term
 from iosr_fast.methods.out_of_fold import HeldOut, spread_of_others
@@ -109,7 +110,7 @@ def tune(
         if not len(labels):
             raise IosrFastError("expected support images or validation images to calibrate by, got none")
     if queries is None:
-        held_out = HeldOut.of_support(support)
+        held_out = HeldOut.of_support(support, make_folds(support))
     else:
         held_out = HeldOut.validation(support, queries, np.asarray(labels))
     if entry.is_stack:
@@ -125,9 +126,8 @@ def tune(
         tuned = Tuned(method, "none", {}, accuracy, len(right), protocol, accuracy, **of_images)
     else:
         tuned = ParameterSearch(entry, held_out, fitted).result(reducer)
-    note = "; ".join(filter(None, (tuned.note, held_out.note())))
     _log.info("%s: %.4f of %d held-out images right", tuned.method, tuned.accuracy, tuned.scored)
-    return replace(tuned, note=note, seconds=time.perf_counter() - started)
+    return replace(tuned, seconds=time.perf_counter() - started)
 
 
 def _of_stack(method: Method, protocol: Protocol, held_out: HeldOut, fit: StackFit) -> Tuned:
@@ -146,13 +146,12 @@ def _of_stack(method: Method, protocol: Protocol, held_out: HeldOut, fit: StackF
         accuracy=float(fit.right.mean()) if scored else float("nan"),
         scored=scored,
         protocol=protocol if scored else "one-shot",
-        search_accuracy=float((fit.judged.logits.argmax(1) == held_out.labels).mean()) if scored else float("nan"),
+        search_accuracy=float((fit.choice.logits.argmax(1) == held_out.labels).mean()) if scored else float("nan"),
         log_loss=choice.loss if scored else None,
         settings=fit.settings,
         note="; ".join(notes),
         shares=choice.shares,
         right=fit.right,
-        out_of_fold=held_out.out_of_fold(choice.logits) if scored else None,
     )
 
 
@@ -163,7 +162,7 @@ def calibrate(method: Method, support: SupportSet, reducer: Reducer | None, para
     """
     solved = method.is_stack or method.max_support is not None
     if len(support.embeddings) <= (_MOST_SOLVED if solved else _MOST):
-        held_out = HeldOut.of_support(support, _ENOUGH)
+        held_out = HeldOut.of_support(support, make_folds(support).first(_ENOUGH))
         if len(held_out.labels):
             return fit_factor(held_out.logits(method.terms(support, reducer, parameters)), held_out.labels)[0]
     return usual_factor(method, support, reducer, parameters)

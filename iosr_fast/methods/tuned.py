@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 
 from iosr_fast.methods import compile_method
-from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan
 
@@ -31,8 +30,6 @@ class Tuned:
     log_loss         of the held-out images at these parameters, in nats, with logits multiplied by `factor` (None if it
                      was not computed)
     right            (scored,) bool, which images `accuracy` counts; None for a classifier that was loaded
-    out_of_fold      the logits of the left-out images at these parameters, also where `accuracy` is that of others (a
-                     stack at two images a class); None if it was loaded, or if there are none
     protocol         "validation", "loo" (one image of each class left out at a time, near duplicates together),
                      "one-shot" (nothing can be left out: one_shot_parameters), "none"
     settings         combinations of the other parameters that were tried, with every alpha for each
@@ -60,7 +57,6 @@ class Tuned:
     note: str = ""
     shares: Mapping[str, float] = field(default_factory=dict)
     right: np.ndarray | None = field(default=None, repr=False)
-    out_of_fold: OutOfFold | None = field(default=None, repr=False)
     version: int = 1
     stale: bool = False
 
@@ -85,7 +81,7 @@ class Tuned:
         return "; ".join(filter(None, (text, self.note, stale)))
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
+def wilson(share: float, count: float) -> tuple[float, float]:
     """The 95% interval of a share of `count` independent trials.
 
     (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = 1.96 (Wilson, 1927): sound for small

@@ -12,7 +12,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.conformal import CALIBRATION, LEFT_OUT, check_share, images_needed, threshold
-from iosr_fast.methods.folds import Folds
+from iosr_fast.methods.folds import Folds, unit_weights
 from iosr_fast.methods.ood_scores import NEAREST_KEY, REGRESSION, TEXT_SCORES, OodScores, score_names
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.utils.ranking import auroc
@@ -41,6 +41,7 @@ class Unknown:
     weights    (K,) float64: known = scores @ weights + bias, in standard deviations of left-out support images
     left_out   (V,) float64, `known` of support images, each by models without its fold, or of other images of the
                classes, if these are the `basis` of promises (conformal.CALIBRATION)
+    counted    (V,) float64, what each of them counts (folds.unit_weights)
     auroc      of classes that were left out against left-out images of the others, by weights fitted on other halves
                of the classes; NaN where there are too few classes
     unscored   how many classes have no image in `left_out` (`count_unscored`)
@@ -64,6 +65,7 @@ class Unknown:
     weights: np.ndarray
     bias: float
     left_out: np.ndarray
+    counted: np.ndarray
     auroc: float
     unscored: int
     unknown_images: Embeddings | None = field(default=None, repr=False)
@@ -81,11 +83,16 @@ class Unknown:
     def threshold(self, keep: float = KEEP) -> float:
         """A picture with a higher score is rejected; a share `keep` of known pictures is not. Raises IosrFastError
         where there are too few support images for that promise (conformal.threshold)."""
-        return -threshold(self.left_out, check_share("keep", keep), self.basis)
+        return -threshold(self.left_out, check_share("keep", keep), self.basis, self.counted)
 
-    def calibrated_on(self, images: Embeddings) -> Unknown:
-        """The same scores, whose promises rest on these images of the classes."""
-        return replace(self, left_out=-self.score(images), basis=CALIBRATION)
+    def can_promise(self, keep: float) -> bool:
+        """Whether there are enough images for `threshold`."""
+        return bool(self.counted.sum() >= images_needed(keep) - 1e-6)
+
+    def calibrated_on(self, images: Embeddings, units: np.ndarray) -> Unknown:
+        """The same scores, whose promises rest on these images of the classes; `units` as of folds.Folds."""
+        known = -self.score(images)
+        return replace(self, left_out=known, counted=unit_weights(units, known), basis=CALIBRATION)
 
     def rejects(self, queries: Embeddings, keep: float = KEEP) -> np.ndarray:
         """(B,) bool, the pictures that are rejected. Raises IosrFastError as `threshold`, before anything is scored."""
@@ -94,10 +101,10 @@ class Unknown:
 
     def summary(self, keep: float = KEEP) -> str:
         """One sentence: what is kept, how well classes that were left out are found, or why nothing can be promised."""
-        n_images, keep = len(self.left_out), check_share("keep", keep)
-        if n_images < images_needed(keep):
-            return f"{n_images} {self.basis} are too few to promise that {keep:.4g} of known pictures stay"
-        sentence = f"{keep:.4g} of known pictures stay, by {n_images} {self.basis}"
+        keep, images = check_share("keep", keep), f"{len(self.left_out)} {self.basis}"
+        if not self.can_promise(keep):
+            return f"{images} are too few to promise that {keep:.4g} of known pictures stay"
+        sentence = f"{keep:.4g} of known pictures stay, by {images}"
         if self.basis == LEFT_OUT and self.unscored:
             sentence += f" (none of {self.unscored} classes, whose pictures are rejected more often)"
         if not np.isnan(self.auroc):
@@ -129,7 +136,8 @@ def fit_unknown(support: SupportSet, folds: Folds, adapted: bool = False, unknow
     names, all_names = score_names(support, adapted), score_names(support, adapted, unknown)
     own, first, unscored = support.as_queries, folds.first(_MOST), count_unscored(support, folds)
     if not len(first.rows):
-        return Unknown(support, all_names, _alone(all_names), 0.0, np.zeros(0), float("nan"), unscored, unknown)
+        none = np.zeros(0)
+        return Unknown(support, all_names, _alone(all_names), 0.0, none, none, float("nan"), unscored, unknown)
     values = OodScores(support, names).without(first)
     groups = list(_halves(support, folds, names))
     weights, auroc_of_halves = _weights(groups) if groups else _alone(names), _held_out_auroc(groups)
@@ -140,8 +148,9 @@ def fit_unknown(support: SupportSet, folds: Folds, adapted: bool = False, unknow
         weights, known = _with_unknown(scorer, weights, known, own[first.rows], unknown)
     deviation = float(known.std()) or 1.0
     bias = -float(known.mean()) / deviation
-    left_out = known / deviation + bias
-    return Unknown(support, all_names, weights / deviation, bias, left_out, auroc_of_halves, unscored, unknown)
+    counted = unit_weights(first.units[first.rows], known)
+    judged = known / deviation + bias, counted, auroc_of_halves, unscored
+    return Unknown(support, all_names, weights / deviation, bias, *judged, unknown)
 
 
 def _with_unknown(

@@ -91,6 +91,7 @@ class Bundle:
             "reducer": config.reducer_name,
             **({} if config.method in ("stack", "stack++") else config.parameters),
             "key_precision": config.key_precision,
+            "look_alikes": config.look_alikes,
             "thumbnails": views.pop("thumbnail"),
             **{name: value for name, value in views.items() if name != "single"},
         }

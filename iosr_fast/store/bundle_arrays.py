@@ -52,6 +52,7 @@ TABLE: dict[str, dict[str, Array]] = {
         "calibration_owners": Array("head.calibration_images.class_ids", "int64", "L"),
         "calibration_plain": _embeddings("head.calibration_images.embeddings.plain", "L"),
         "calibration_adapted": _embeddings("head.calibration_images.embeddings.adapted", "L"),
+        "calibration_groups": Array("head.calibration_images.groups", "int64", "L"),
         "labels": Array("several.labels", "uint8", "N C"),  # of pictures with several, as are thresholds
         "thresholds": Array("several.thresholds", "float32", "C"),
     },
@@ -82,6 +83,11 @@ TABLE: dict[str, dict[str, Array]] = {
         "bias": Array("unknown.bias", "float64", "1"),
         "auroc": Array("unknown.auroc", "float64", "0|1"),
         "left_out": Array("unknown.left_out", "float64", "U"),
+        "counted": Array("unknown.counted", "float64", "U"),
+        "fold": Array("folds.fold", "int64", "N"),
+        "scored": Array("folds.scored", "uint8", "N"),
+        "distinct": Array("folds.distinct", "int64", "C"),
+        "units": Array("folds.units", "int64", "N"),
         "out_of_fold": Array("out_of_fold.logits", "float32", "V C"),
         # Of version 0.2, which are not read: they follow from the logits.
         **dict.fromkeys(("odds", "confidence", "right", "log_loss", "class_odds"), Array("former", "float64", "W")),

@@ -126,6 +126,7 @@ class ConfigFacts(Strict, frozen=True, kw_only=True, omit_defaults=True):
     factor: Above0
     key_precision: Precision
     tuned: TunedFacts | None = None
+    look_alikes: bool = True
 
     @classmethod
     def of(cls, config: MethodConfig) -> ConfigFacts:
@@ -137,14 +138,14 @@ class ConfigFacts(Strict, frozen=True, kw_only=True, omit_defaults=True):
             factor=config.factor,
             key_precision=config.key_precision,
             tuned=None if config.tuned is None else TunedFacts.of(config.tuned),
+            look_alikes=config.look_alikes,
         )
 
     def config(self, reducer: Reducer | None) -> MethodConfig:
         """The inverse of `of`, with the fitted reducer. Raises ValueError for evidence that no search gives."""
         tuned = None if self.tuned is None else self.tuned.tuned()
-        return MethodConfig(
-            self.method, dict(self.parameters), self.reducer, reducer, self.factor, self.key_precision, tuned
-        )
+        chosen = self.method, dict(self.parameters), self.reducer, reducer, self.factor
+        return MethodConfig(*chosen, self.key_precision, tuned, self.look_alikes)
 
     def check(self, version: int) -> None:
         """Raise ValueError for a method, parameters and evidence that no fit and no change up to this version gives."""

@@ -81,7 +81,7 @@ def _head_lines(head: AnyHead) -> list[str]:
         + ("" if head.unknown_images is None else f", unknown images {len(head.unknown_images):,}")
         + ("" if examples.groups is None else f", groups {len(set(examples.groups.tolist())):,}"),
         f"method {config.method}, reducer {config.reducer_name}{parameters}, keys in {config.key_precision}",
-        head.summary(),
+        *head.summary().split("\n"),
         *([f"shares of the logits: {describe_shares(shares)}"] if shares else []),
     ]
 

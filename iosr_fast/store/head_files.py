@@ -25,7 +25,7 @@ from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.names import check_separable
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, conformal, unavailable_reason
-from iosr_fast.methods.folds import make_folds
+from iosr_fast.methods.folds import MAX_FOLDS, Folds
 from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
@@ -52,7 +52,8 @@ from iosr_fast.utils.verified_folder import VerifiedFolder
 # Text and class offsets of a plan are those of the support set.
 CONSTANTS = tuple(name for name in PlanConstants.__struct_fields__ if name not in ("cache", "keys"))
 ARRAYS = tuple(name for name in TABLE[PLAN] if "." not in name)
-_UNKNOWN = ("weights", "bias", "left_out", "auroc")
+_UNKNOWN = ("weights", "bias", "left_out", "auroc", "counted")
+_FOLDS = ("fold", "scored", "distinct", "units")
 
 
 def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
@@ -62,7 +63,7 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
     again takes seconds. What left-out images say is stored if it has been used.
     """
     config, plan = head.config, head.plan
-    computed = {name: head.computed(name) for name in ("unknown", "out_of_fold")}
+    computed = {name: head.computed(name) for name in ("folds", "unknown", "out_of_fold")}
     paths = [None if path is None else path.encode() for path in head.examples.paths]
     packed = {"pictures": _packed(head.examples.pictures), "paths": _packed(paths)}
     files = arrays_of({**_parts(head), **computed, **packed, "plan": plan})
@@ -310,18 +311,23 @@ def _reducer(arrays: Arrays, name: str) -> Reducer | None:
 
 
 def _evidence(head: AnyHead, read: Callable[[str], bytes | None]) -> Mapping[str, Any]:
-    """The cached properties of a Head that the file LEFT_OUT has."""
+    """The cached properties of a Head that the file LEFT_OUT has. Of older versions, which left other images out
+    together, it has no folds: what left-out images say is computed again."""
     if read(LEFT_OUT) is None:
         return {}
     head = head.one_label(LEFT_OUT, "leave this file out")
     names = score_names(head.support, head.needs_adapted, head.unknown_images)
-    evidence: dict[str, Any] = {}
-    arrays, folds = read_arrays(LEFT_OUT, read, {}), make_folds(head.support)
+    arrays = read_arrays(LEFT_OUT, read, {"N": len(head.examples), "C": len(head.uids)})
     with naming(LEFT_OUT):
-        # Version 0.2 has weights of other scores, by whose number it is known: `unknown` is fitted again.
-        if are_complete(arrays, _UNKNOWN) and len(arrays["weights"]) == len(names):
-            weights, bias, left_out, auroc = (arrays[name] for name in _UNKNOWN)
-            numbers = weights, float(bias[0]), left_out, float(auroc[0]) if len(auroc) else math.nan
+        if not are_complete(arrays, _FOLDS):
+            return {}
+        folds = _folds(arrays)
+        evidence: dict[str, Any] = {"folds": folds}
+        if are_complete(arrays, _UNKNOWN):
+            weights, bias, left_out, auroc, counted = (arrays[name] for name in _UNKNOWN)
+            if len(weights) != len(names):
+                raise IosrFastError(f"expected weights of {len(names)} scores, got {len(weights)}")
+            numbers = weights, float(bias[0]), left_out, counted, float(auroc[0]) if len(auroc) else math.nan
             basis = conformal.LEFT_OUT if head.calibration_images is None else conformal.CALIBRATION
             unscored = count_unscored(head.support, folds)
             evidence["unknown"] = Unknown(head.support, names, *numbers, unscored, head.unknown_images, basis)
@@ -331,3 +337,16 @@ def _evidence(head: AnyHead, read: Callable[[str], bytes | None]) -> Mapping[str
                 raise IosrFastError(f"expected out_of_fold of {len(folds.rows)} images, got {len(logits)}")
             evidence["out_of_fold"] = OutOfFold(folds, head.support.labels[folds.rows], logits)
     return evidence
+
+
+def _folds(arrays: Arrays) -> Folds:
+    """Raises ValueError for folds that leave no image out as they say."""
+    fold, scored, distinct, units = (arrays[name] for name in _FOLDS)
+    n = len(fold)
+    if not ((fold >= -1) & (fold < MAX_FOLDS)).all() or not ((units >= 0) & (units < n)).all():
+        raise IosrFastError(f"expected folds from -1 to {MAX_FOLDS - 1} and units from 0 to {n - 1}, got others")
+    if scored.max(initial=0) > 1 or (scored.astype(bool) & (fold < 0)).any():
+        raise IosrFastError("expected scored of 0 and 1, 0 for an image of no fold, got others")
+    if not ((distinct >= 0) & (distinct <= n)).all():
+        raise IosrFastError(f"expected distinct from 0 to {n}, got others")
+    return Folds(fold, scored.astype(bool), distinct, units)

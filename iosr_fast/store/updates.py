@@ -16,12 +16,14 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.calibration import calibrated_on
 from iosr_fast.head.descriptions import check_descriptions
 from iosr_fast.head.engine_choice import EngineChoice, OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import Fit
 from iosr_fast.head.head import Head, HeadData
 from iosr_fast.head.ids import class_id
+from iosr_fast.head.labels import read_groups
 from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.head.names import check_new_name
 from iosr_fast.head.support_images import encode_images
@@ -113,20 +115,22 @@ def tune(
             log.info("%s compares %s embeddings; queries are encoded for it from now on", tuned.method, which)
             fit.clip.encoder_for(which == "adapted")  # opened now, so that no reader waits for it
         chosen.append(replace(tuned, version=head.version + 1))
-        return Change("retune", config=MethodConfig.of(chosen[0], config.key_precision))
+        return Change("retune", config=MethodConfig.of(chosen[0], config.key_precision, config.look_alikes))
 
     result = store.change(fit, make)
     return chosen[0], result
 
 
-def calibrate_on(store: Store, images: Any, labels: Any, skip_bad: bool) -> ChangeResult:
+def calibrate_on(store: Store, images: Any, labels: Any, groups: Any, skip_bad: bool) -> ChangeResult:
     fit = store.fitted()
     head = fit.head.one_label("calibrate_on")
     store.check_no_log()
     listed, views = as_image_list(images), replace(fit.views, views=1, single=False, thumbnail=0)
     sources = listed, views, fit.read_labels(listed, labels), head.class_names
-    found = encode_images(fit.clip.encoder_for(adapted=True), *sources, skip_bad=skip_bad).examples
-    made = head.calibrated_on(found.embeddings, found.class_ids)
+    grouped = read_groups(groups, len(listed))
+    found = encode_images(fit.clip.encoder_for(adapted=True), *sources, skip_bad=skip_bad)
+    grouped = None if grouped is None else np.delete(grouped, [error.position for error in found.errors])
+    made = calibrated_on(head, found.examples.embeddings, found.examples.class_ids, grouped)
     store.replace(replace(fit, head=made), instead_of=fit)
     return ChangeResult(made.version)
 

@@ -27,7 +27,7 @@ COVERAGE, KEEP = 0.8, 0.85
 @pytest.fixture(scope="module")
 def measured() -> tuple[Classifier, np.ndarray, np.ndarray, np.ndarray, Evaluation]:
     """A classifier that is often wrong, noisy images of 5 classes with their names, others, and the evaluation."""
-    classifier = small_classifier(shots=6, alpha=4.0)
+    classifier = small_classifier(shots=6, alpha=4.0, look_alikes=False)  # drawn independently
     rng = np.random.default_rng(1)
     images, labels = pictures(rng, 5, 12)
     share = np.linspace(0.1, 0.9, 12).repeat(5).reshape(12, 5).T.reshape(60, 1, 1, 1)
@@ -109,7 +109,7 @@ def test_promises_are_checked_as_the_classifier_keeps_them(measured: Any) -> Non
 def test_the_strictest_promise_that_broke_is_named(measured: Any, accepted: Any, wrong: Any, said: str) -> None:
     counts, of_these = np.array(accepted), np.array(wrong)
     errors = np.where(counts > 0, of_these / np.maximum(counts, 1), np.nan)
-    curve = Automation(500, 0.006, 0.072, np.array([0.05, 0.1, 0.2]), np.full(3, 0.5), counts / 60, errors)
+    curve = Automation(500, 500.0, 0.006, 0.072, np.array([0.05, 0.1, 0.2]), np.full(3, 0.5), counts / 60, errors)
     found = replace(measured[-1], automation=curve, expected=measured[-1].accuracy)
     assert said in found.summary() and "chance explains the difference" in found.summary().splitlines()[1]
     assert bool(found.advice) == ("broke" in said) == ("give groups" in found.summary())

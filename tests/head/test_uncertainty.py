@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from iosr_fast import FewShotHead
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.head.predictions import Rejection
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import of_logits, sets_of_labels
-from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.store.bundle import load_bundle
@@ -37,7 +37,7 @@ def test_pictures_of_other_classes_are_rejected(queries: tuple[np.ndarray, np.nd
     images, labels = queries
     classifier = small_classifier(**{**GDA, "method": "gda++"})
     scores = classifier.unknown_score(images)
-    fitted = fit_unknown(classifier.support_, make_folds(classifier.support_), adapted=True)
+    fitted = fit_unknown(classifier.support_, classifier.snapshot().folds, adapted=True)
     assert scores == pytest.approx(fitted.score(PixelEncoder().encode(images)))
     out, plain = scores > classifier.unknown_.threshold(0.9), classifier.predict(images)
     answers = classifier.predict(images, unknown="reject", keep=0.9)
@@ -76,10 +76,13 @@ def test_labels_that_need_a_look_are_withheld_by_a_promise(queries: Any, tmp_pat
 
 @pytest.mark.parametrize("per_class", [False, True])
 def test_sets_and_calibration_are_those_of_left_out_images(queries: Any, per_class: bool) -> None:
-    classifier, images = small_classifier(**{**GDA, "shots": 10}), queries[0]
+    classifier, images = small_classifier(**{**GDA, "shots": 10, "look_alikes": False}), queries[0]
     head, classes = classifier.snapshot(), classifier.classes_ if per_class else None
-    left = out_of_fold(METHODS["gda"], head.support, None, head.config.parameters, head.config.factor)
-    left_out, logits = of_logits(left.logits, left.labels), head.score(PixelEncoder().encode(images))
+    left = out_of_fold(METHODS["gda"], head.support, head.folds, None, head.config.parameters, head.config.factor)
+    left_out, logits = (
+        of_logits(left.logits, left.labels, units=head.folds.units[head.folds.rows]),
+        head.score(PixelEncoder().encode(images)),
+    )
     sets = classifier.predict_sets(images, 0.6, per_class)
     expected = sets_of_labels(classifier.classes_, logits, left_out.sets(logits, 0.6, classes))
     assert [one.tolist() for one in sets] == [one.tolist() for one in expected]
@@ -91,19 +94,18 @@ def test_sets_and_calibration_are_those_of_left_out_images(queries: Any, per_cla
             classifier.predict_sets(images, per_class=True)
 
 
-def test_promises_rest_on_calibration_images_which_are_saved_and_follow_changes(
-    queries: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_promises_rest_on_calibration_images_which_are_saved_and_follow_changes(queries: Any, tmp_path: Path) -> None:
     images, labels, names = *queries, [f"motif {c}" for c in queries[1]]
     classifier = small_classifier(engine_folder(tmp_path / "engine"), **GDA | {"method": "auto", "alpha": None})
     scores, accuracy = classifier.unknown_score(images[:30]), classifier.tuned_.accuracy
     assert classifier.calibrate_on(images[:30], names[:30]).version == classifier.version == 2
     classifier.unknown_score(images)
+    order = np.argsort(labels[:30], kind="stable")
     classifier.save(tmp_path / "bundle")
     for head in (classifier.snapshot(), load_bundle(tmp_path / "bundle").head):
-        expected = of_logits(head.score(PixelEncoder().encode(images[:30])), labels[:30])
+        expected = of_logits(head.score(PixelEncoder().encode(images[order])), labels[order])
         np.testing.assert_allclose(head.left_out_labels.odds, expected.odds, rtol=1e-5)
-        np.testing.assert_allclose(head.unknown.left_out, -scores, atol=1e-4)
+        np.testing.assert_allclose(head.unknown.left_out, -scores[order], atol=1e-4)
         assert not head.tuned.stale and head.tuned.accuracy == accuracy  # evidence of the same fit
         for text in (head.summary(), head.unknown.summary(0.9), head.left_out_labels.reliability):
             assert "30 images of calibrate_on" in str(text)
@@ -122,16 +124,53 @@ def test_promises_rest_on_calibration_images_which_are_saved_and_follow_changes(
     assert fingerprint(logged.snapshot()) == fingerprint(classifier.snapshot())
     for message, call in {
         "at least 99 images of calibrate_on, got 25": lambda: classifier.predict_sets(images, 0.99),
-        "at least 9 images of calibrate_on, got 5": lambda: classifier.calibrate_on(images[5:10], names[5:10]),
+        "at least 9 images of calibrate_on that the classifier has not seen, got 5: give": lambda: (
+            classifier.calibrate_on(images[5:10], names[5:10])
+        ),
         "the labels 'motif 0', .* are not among": lambda: classifier.calibrate_on(images, names),
         "can't read image number 1": lambda: classifier.calibrate_on([images[6], b"no picture"], names[6:8]),
         "this classifier has images of calibrate_on: fit again": lambda: classifier.optimize([], []),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_images_to_calibrate_on_count_if_they_are_new(queries: Any) -> None:
+    """Not near duplicates of support images; repeated ones, and those of a group, once."""
+    images, names = queries[0][:30], [f"motif {c}" for c in queries[1][:30]]
     support, motifs = pictures(np.random.default_rng(0), CLASSES, 4)
-    classifier.calibrate_on(support[4:], [f"motif {c}" for c in motifs[4:]])
-    assert "20 of 20 images to calibrate on are near duplicates of support images" in caplog.text
+    classifier, own = small_classifier(**GDA), [f"motif {c}" for c in motifs]
+    with pytest.raises(
+        IosrFastError, match="has not seen, got 0 beside 24 near duplicates of support images: give more"
+    ):
+        classifier.calibrate_on(support, own)
+    with pytest.raises(
+        IosrFastError, match=r"has not seen, got 100 \(worth 1, as look-alikes say the same\): give more"
+    ):
+        classifier.calibrate_on(np.repeat(images[:1], 100, 0), names[:1] * 100)
+    with pytest.raises(IosrFastError, match=r"got 30 \(worth \d,"):
+        classifier.calibrate_on(images, names, groups=np.arange(30) // 10)
+    classifier.calibrate_on(np.concatenate([support[:4], images]), own[:4] + names)
+    curve, head = classifier.automation(), classifier.snapshot()
+    assert curve.images == 30 and "4 images of calibrate_on are near duplicates of support images" in str(curve)
+    classifier.add_examples("motif 1", images[5:6])  # which is no new picture any more
+    assert classifier.automation().images == 29 and head.left_out_labels.count <= 30
+    classifier.add_class("other", queries[0][-5:])
+    told = "1 of 7 classes have none of the images of calibrate_on: nothing is promised of 'other'"
+    assert told in str(classifier.automation()) and told in classifier.snapshot().summary()
+
+
+def test_probabilities_are_calibrated_on_pictures_that_are_right_less_often(rng: np.random.Generator) -> None:
+    """Production has pictures that are harder than the support's: the labels stay, the probabilities become right."""
+    rows = rng.standard_normal((8, 32)).repeat(220, 0) + 0.5 * rng.standard_normal((1760, 32))
+    labels, hard = np.arange(8).repeat(220), rows + 2.5 * rng.standard_normal(rows.shape)
+    head = FewShotHead(method="gda").fit(rows[::22], labels[::22])
+    before = head.predict_proba(hard[1::2]).max(1).mean(), head.predict(hard[1::2])
+    accuracy = float((before[1] == labels[1::2]).mean())
+    head.calibrate_on(hard[::8], labels[::8])
+    assert (head.predict(hard[1::2]) == before[1]).all() and accuracy < before[0] - 0.05
+    assert head.predict_proba(hard[1::2]).max(1).mean() == pytest.approx(accuracy, abs=0.05)
+    assert head.calibration().error < 0.1
 
 
 def test_unknown_images_teach_what_is_unknown_and_are_saved(queries: Any, tmp_path: Path) -> None:
@@ -145,7 +184,7 @@ def test_unknown_images_teach_what_is_unknown_and_are_saved(queries: Any, tmp_pa
     assert taught.predict(images).tolist() == small_classifier(**GDA).predict(images).tolist()
     taught.add_class("new", images[labels == CLASSES])  # the change keeps them
     taught.tune(method="tip-adapter++")
-    fitted = fit_unknown(taught.support_, make_folds(taught.support_), adapted=True, unknown=unknown)
+    fitted = fit_unknown(taught.support_, taught.snapshot().folds, adapted=True, unknown=unknown)
     assert taught.unknown_.weights == pytest.approx(fitted.weights, abs=1e-4)
     taught.save(tmp_path / "bundle")
     loaded = load_bundle(tmp_path / "bundle").head

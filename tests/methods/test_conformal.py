@@ -10,6 +10,7 @@ import pytest
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.conformal import LeftOutLabels, images_needed, log_odds, of_logits, threshold
+from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import tune
@@ -21,7 +22,7 @@ WORLD = Clusters(CLASSES, width=48, noise=1.6, seed=5)
 
 
 def left_out(support: SupportSet) -> LeftOutLabels:
-    found = out_of_fold(METHODS["gda"], support, None, {"alpha": 1.0})
+    found = out_of_fold(METHODS["gda"], support, make_folds(support), None, {"alpha": 1.0})
     return of_logits(found.logits, found.labels)
 
 
@@ -40,9 +41,9 @@ def test_sets_cover_what_they_promise_on_new_images(coverage: float) -> None:
     for seed in range(8):
         support = WORLD.support([8] * CLASSES, 100 + seed, text=False)
         tuned = tune("stack", support)
-        assert tuned.out_of_fold is not None
         logits = score(tuned.compile(support), queries)
-        sets = of_logits(tuned.out_of_fold.logits, tuned.out_of_fold.labels).sets(logits, coverage)
+        found = out_of_fold(METHODS["stack"], support, make_folds(support), None, tuned.parameters)
+        sets = of_logits(found.logits, found.labels).sets(logits, coverage)
         shares.append(sets[np.arange(len(labels)), labels].mean())
         sizes.append(sets.sum(1).mean())
         right.append((logits.argmax(1) == labels).mean())

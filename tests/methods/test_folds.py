@@ -29,7 +29,7 @@ def test_folds_leave_one_image_of_each_class_out_and_are_16_at_most(rng: np.rand
     for rows, out in folds.splits:
         np.testing.assert_array_equal(rows, np.flatnonzero(out))
     assert sorted(np.concatenate([rows for rows, _ in folds.splits])) == folds.rows.tolist()
-    halves = HeldOut.of_support(support).halves
+    halves = HeldOut.of_support(support, folds).halves
     np.testing.assert_array_equal(halves, [folds.fold[folds.rows] % 2 == half for half in (0, 1)])
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method, joint
+from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.joint import ANCHOR, FLOOR, WEIGHT, JointPrediction, Unlabelled, estimate, predict_jointly
 from iosr_fast.methods.models.gaussian import Moments
 from iosr_fast.methods.out_of_fold import out_of_fold
@@ -25,7 +26,7 @@ def together(
     """The joint prediction and the logits of the method alone."""
     parameters = {**METHODS[method].parameters, **parameters}
     plan = compile_method(method, support, **parameters)
-    alone = out_of_fold(METHODS[method], support, None, parameters)
+    alone = out_of_fold(METHODS[method], support, make_folds(support), None, parameters)
     return predict_jointly(support, plan, alone, folder), score(plan, folder)
 
 

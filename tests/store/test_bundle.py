@@ -79,7 +79,7 @@ def test_groups_are_kept_and_images_that_are_added_are_groups_of_their_own(engin
     made = unfitted(engine, method="gda", skip_bad=True)
     made.fit([b"bad", *images], [f"motif {c}" for c in [0, *labels]], groups=[None, *np.arange(24) // 2])
     groups = np.arange(24) // 2 + 1
-    assert made.support_.groups.tolist() == groups.tolist() and made.tuned_.out_of_fold.folds.number == 3
+    assert made.support_.groups.tolist() == groups.tolist() and made.snapshot().folds.number == 3
     made.add_examples("motif 1", images[:2] // 9)
     made.remove_examples(made.examples("motif 0")[:1])
     calibration = made.calibration()  # by the folds of these groups, as that of the bundle

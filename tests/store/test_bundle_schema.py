@@ -228,11 +228,11 @@ def test_the_hashes_of_the_engines_own_manifest_are_compared(bundle: Path) -> No
 
 
 def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
-    """Without later fields of the views; with the projections of an engine, the statistics of left-out images, and the
-    weights of more scores of unknown pictures, which are fitted again."""
+    """Without later fields of the views; with the projections of an engine, the statistics of left-out images, and
+    logits of folds that are not said, which are computed again."""
     arrays = load_file(bundle / "left_out.safetensors")
-    del arrays["out_of_fold"]
-    arrays["weights"] = np.append(arrays["weights"], [1.0, 2.0, 3.0])
+    for name in ("fold", "scored", "distinct", "units", "counted"):
+        del arrays[name]
     former = dict.fromkeys(("odds", "confidence", "right", "log_loss", "class_odds"), np.ones(3))
     save_file({**arrays, **former, "labels": np.zeros(3, np.int64)}, bundle / "left_out.safetensors")
     save_file({"image": np.eye(2, dtype=np.float32)}, bundle / "engine" / "projections.safetensors")
@@ -242,8 +242,8 @@ def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
     sign_again(bundle, views={"mirror": False, "templates": ["a {}"]})
     loaded = load_bundle(bundle)
     assert loaded.views == SupportViews(mirror=False, templates=("a {}",))
-    assert loaded.head.computed("unknown") is None and loaded.head.computed("out_of_fold") is None
-    assert len(loaded.head.unknown.weights) == len(arrays["weights"]) - 3
+    assert not any(loaded.head.computed(name) for name in ("folds", "unknown", "out_of_fold"))
+    assert loaded.head.config.look_alikes and len(loaded.head.unknown.weights) == len(arrays["weights"])
     rewrite_manifest(bundle, reducer="isoclip:150,50")
     with pytest.raises(ValueError, match="has the reducer 'isoclip:150,50', which iosr_fast no longer has: fit again"):
         load_bundle(bundle)

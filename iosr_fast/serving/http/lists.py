@@ -11,7 +11,6 @@ from fastapi import APIRouter, Path, Query
 from starlette.responses import Response
 
 from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
-from iosr_fast.methods.conformal import images_needed
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
@@ -104,9 +103,7 @@ def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
         ),
         unknown=None
         if unknown is None
-        else schemas.Promise(
-            promised=len(unknown.left_out) >= images_needed(keep), keep=keep, sentence=unknown.summary(keep)
-        ),
+        else schemas.Promise(promised=unknown.can_promise(keep), keep=keep, sentence=unknown.summary(keep)),
         max_error=service.settings.max_error,
         collects=service.settings.collect is not None,
         checked=_checked(service),
