@@ -1,20 +1,24 @@
-"""The weights, the kernel and the ridge of a stack: by log-loss on images that are left out, or by a prior.
+"""The weights, the kernel and the ridge of a stack: by log-loss on images that are left out, held by a prior.
 
 Every part is fitted without a fold, and the weights that minimise the log-loss of the left-out images are exact
 (convex, `log_loss.fit_weights`). They hold per unit of spread (`out_of_fold.Part`), because the spread of a part
-changes with the number of images. With few images a class, one or two in at least a quarter of the classes:
+changes with the number of images.
 
-- two: a fold leaves one image of each class. Texts beside the images give a covariance nevertheless, and a prior holds
-  the weights. Without texts the discriminant of a fold has no covariance: only the regression's weight is fitted, and
-  that of the discriminant at two images is derived from it (`_fit_two_without_texts`).
-- one: nothing can be left out. The texts see no support image, so their temperature is fitted on all of them; the
-  other weights follow from their accuracy (`one_shot_weights`).
-- some classes have more: their images alone can be left out. Weights fitted on large classes do not suit small ones:
-  the prior holds them, too.
+Classes of few images are judged badly: of one image there is none to leave out, and of two a fold leaves one, which
+gives the discriminant another covariance. With a share `few` (`few_share`) of them, from 0 to 1 and smooth in the
+numbers of images,
 
-The constants of `one_shot_weights` and `_fit_two_without_texts` are from validation images: Caltech-101 and Flowers,
-encoded by CLIP ViT-B/32, and the demo's validation concepts. The quarter of `_with_more_regression` was chosen after
-its effect was seen on the demo's test concepts; on the other sets it changes little.
+- a prior (`one_shot_weights`) holds the weights, with a strength that rises with `few`; alone where nothing can be left
+  out.
+- the settings of the regression are moved to FEW_SHOT_SETTING (`settings_for`): images of large classes choose one
+  that does not suit small ones.
+
+Left-out images come from large classes more often than new ones do, so a part that prefers large classes would seem
+better than it is. The loss is therefore that of softmax(logits + log share), with the share of each class in the
+left-out images (Menon et al., ICLR 2021, "logit adjustment"); for classes of one size it is the plain one.
+
+All constants are from validation images: Caltech-101 and Flowers, encoded by CLIP ViT-B/32, and the demo's validation
+concepts.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import numpy as np
 
 from iosr_fast.methods.log_loss import PENALTY, fit_weights, log_losses
 from iosr_fast.methods.models.model import TextModel
-from iosr_fast.methods.out_of_fold import HeldOut, Part, is_level, spread_of_others
+from iosr_fast.methods.out_of_fold import HeldOut, Part, spread_of_others
 from iosr_fast.methods.papers import DISCRIMINANTS, MAX_KEYS, stack_models
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import Which
@@ -36,14 +40,14 @@ Setting = Mapping[str, float]
 SETTINGS = tuple({"beta": b, "ridge": r} for b, r in ((1.0, 0.03), (1.0, 0.3), (3.0, 0.3), (3.0, 0.03), (1.0, 0.003)))
 # With one or two images a class, where no setting can be chosen.
 FEW_SHOT_SETTING = {"beta": 2.0, "ridge": 0.2}
-# The share of classes with one or two images from which on a prior holds the weights, from validation images.
-_FEW_SHARE = 0.25
 # Copies of a class's text among its images, for the discriminant, where texts are always right.
 _TEXT_IMAGES = 4.0
 # Operations a second of one core, a cautious figure: the budget of time has to give the same choice on every machine.
 _RATE = 1e10
-# How firmly the prior holds the weights at two images a class, in units of 1 / spread^2.
+# How firmly the prior holds the weights at one and two images a class, in units of 1 / spread^2.
 _PRIOR_STRENGTH = 30.0
+# Added to the number of left-out images of each class, so that a class without any is still told from the others.
+_NOT_NONE = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +67,10 @@ class Choice:
         """(V, C) of the held-out images."""
         return np.sum([self.weights[name] * part.scaled for name, part in self.parts.items()], axis=0)
 
-    def without(self, *names: str) -> Choice:
-        """Without some of its parts."""
-        return replace(self, parts={name: part for name, part in self.parts.items() if name not in names})
+    @property
+    def plain(self) -> Choice:
+        """Without the discriminant of adapted embeddings."""
+        return replace(self, parts={name: part for name, part in self.parts.items() if name != "discriminant_adapted"})
 
     def parameters(self) -> dict[str, float]:
         """The stack's parameters, without those of parts that are not used."""
@@ -85,60 +90,93 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class StackFit:
-    """`choice` is the stack to use. `judged` is the one that the held-out images judge; with three and more images a
-    class, it is `choice`. `right` (V,) bool says which of them are right if each half (HeldOut.halves) is judged with
-    the weights and the setting that the other half chooses. `settings` counts the regressions that were tried."""
+    """`choice` is the stack to use. `right` (V,) bool says which of the held-out images are right if each half
+    (HeldOut.halves) is judged with the weights and the setting that the other half chooses. `settings` counts the
+    regressions that were tried."""
 
     choice: Choice
-    judged: Choice
     right: np.ndarray
     settings: int
 
 
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What weights minimise: the log-loss of images with `labels` (V,), and their distance from a `prior`, by part,
+    times `strength`. `log_shares` (C,) are added to the logits."""
+
+    labels: np.ndarray
+    log_shares: np.ndarray
+    prior: Mapping[str, float]
+    strength: float
+
+    @classmethod
+    def of(cls, held_out: HeldOut, prior: Mapping[str, float], few: float) -> Objective:
+        """That of held-out images. A validation set has the shares of new images."""
+        labels, n_classes = held_out.labels, held_out.support.n_classes
+        numbers = np.ones(n_classes) if held_out.folds is None else np.bincount(labels, minlength=n_classes) + _NOT_NONE
+        return cls(labels, np.log(numbers), prior, PENALTY + few * _PRIOR_STRENGTH)
+
+    def losses(self, choice: Choice) -> np.ndarray:
+        """(V,) log-loss of each image."""
+        return log_losses(choice.logits + self.log_shares, self.labels)
+
+    def best(self, choices: Sequence[Choice], rows: np.ndarray | slice = slice(None)) -> Choice:
+        """The choice with the least log-loss on some of the images, with its weights; without images the first one,
+        with those of the prior."""
+        fitted = []
+        for choice in choices:
+            weights, loss = np.array([self.prior[name] for name in choice.parts]), float("nan")
+            if not len(self.labels):
+                return replace(choice, weights=_named(choice.parts, weights), loss=loss)
+            parts, labels = [part.scaled[rows] for part in choice.parts.values()], self.labels[rows]
+            weights, loss = fit_weights(parts, labels, weights, self.strength, offset=self.log_shares)
+            fitted.append(replace(choice, weights=_named(choice.parts, weights), loss=loss))
+        return min(fitted, key=lambda choice: choice.loss)
+
+
 def fit_stack(held_out: HeldOut, adapted: bool, seconds: float) -> StackFit:
     """The best stack within a budget of `seconds` on one core; `adapted` allows adapted embeddings."""
-    support, labels = held_out.support, held_out.labels
+    support, labels, few = held_out.support, held_out.labels, few_share(held_out)
     embeddings: tuple[Which, ...] = ("adapted", "plain") if adapted else ("plain",)
-    settings = affordable(len(support.embeddings), support.n_classes, embeddings, seconds)
+    settings = affordable(len(support.embeddings), support.n_classes, embeddings, seconds, few)
     copies = 0.0 if support.text is None else _TEXT_IMAGES * text_accuracy(support)
-    everywhere, prior, few = np.ones(len(labels), bool), None, _are_few(held_out)
-    if few:
-        prior, settings = one_shot_weights(support, embeddings), settings and on_each([FEW_SHOT_SETTING], embeddings)
-        if support.text is None:
-            fits = [
-                _fit_two_without_texts(held_out, which, bool(settings), prior["regression"]) for which in embeddings
-            ]
-            return fits[0] if len(fits) == 1 or is_level(fits[0].right, fits[1].right) else fits[1]
-    elif copies:  # whether texts help the discriminant is asked with the first setting alone
+    objective = Objective.of(held_out, one_shot_weights(support, embeddings, bool(settings)), few)
+    if copies and few < 1:  # whether texts help the discriminant is asked with the first setting alone
         tried = [_candidates(held_out, adapted, settings[:1], number) for number in (copies, 0.0)]
-        copies = _best([choice for some in tried for choice in some], labels, everywhere).setting["text_images"]
+        copies = objective.best([choice for some in tried for choice in some]).setting["text_images"]
     choices = list(_candidates(held_out, adapted, settings, copies))
-    if few and not len(labels):
-        weights = {name: prior[name] for name in choices[0].parts} if prior else {}
-        choice = replace(choices[0], weights=weights, loss=float("nan"))
-        return StackFit(choice, choice, np.zeros(0, bool), int(bool(settings)))
-    best = _best(choices, labels, everywhere, prior)
-    if best.shares["adapter"]:
+    best = objective.best(choices)
+    if len(labels) and best.shares["adapter"]:
         # The adapted embedding of a query is a second stream of the encoder, which has to pay: by more than the
         # standard error of the difference of log-losses.
-        plain = [choice.without("discriminant_adapted") for choice in choices if not choice.setting["adapted_keys"]]
-        other = _best(plain, labels, everywhere, prior)
-        gains = log_losses(other.logits, labels) - log_losses(best.logits, labels)
+        alone = replace(objective, prior=one_shot_weights(support, ("plain",), bool(settings)))
+        plain = [choice.plain for choice in choices if not choice.setting["adapted_keys"]]
+        other = alone.best(plain)
+        gains = alone.losses(other) - objective.losses(best)
         if gains.mean() <= gains.std() / np.sqrt(len(gains)):
-            best, choices = other, plain
+            best, choices, objective = other, plain, alone
     right = best.logits.argmax(1) == labels
     for half in held_out.halves:
-        logits = _best(choices, labels, ~half, prior).logits
-        right[half] = (logits.argmax(1) == labels)[half]
-    return StackFit(_with_more_images(best, held_out) if few else best, best, right, len(choices))
+        right[half] = (objective.best(choices, ~half).logits.argmax(1) == labels)[half]
+    loss = float(log_losses(best.logits, labels).mean()) if len(labels) else best.loss
+    return StackFit(replace(best, loss=loss), right, len(choices))
 
 
-def _are_few(held_out: HeldOut) -> bool:
-    """Whether a prior has to hold the weights."""
+def few_share(held_out: HeldOut) -> float:
+    """How much the classes with one or two images count, from 0 to 1: 1.2 times their share in the sum over classes of
+    1 / n, the noise of the mean of n images. 0 on a validation set, which judges all classes."""
     if held_out.folds is None:
-        return False
+        return 0.0
     sizes = held_out.folds.distinct[held_out.folds.distinct > 0]
-    return int((sizes < 3).sum()) >= _FEW_SHARE * len(sizes)
+    return float(min(1.0, 1.2 * (1 / sizes[sizes < 3]).sum() / max((1 / sizes).sum(), 1e-9)))
+
+
+def settings_for(few: float) -> list[Setting]:
+    """SETTINGS, with beta and ridge nearer to FEW_SHOT_SETTING by `few`, geometrically, and the fewer the nearer: all
+    as they are for 0, that setting alone for 1."""
+    number = max(1, int(np.ceil((1.0 - few) * len(SETTINGS))))
+    ends = FEW_SHOT_SETTING.items()
+    return [{name: one[name] ** (1.0 - few) * end**few for name, end in ends} for one in SETTINGS[:number]]
 
 
 def text_accuracy(support: SupportSet) -> float:
@@ -146,58 +184,33 @@ def text_accuracy(support: SupportSet) -> float:
     return float((TextModel(support).scores(support.as_queries).argmax(1) == support.labels).mean())
 
 
-def _with_more_images(choice: Choice, held_out: HeldOut) -> Choice:
-    """The choice for two images a class instead of the one that a fold leaves: texts lose weight if images alone are
-    right more often. With a and b the accuracy of texts and of images: min(1, sqrt(a / b)) of it."""
-    texts = ("text", "text_regression")
-    alone = float((choice.without(*texts).logits.argmax(1) == held_out.labels).mean())
-    share = min(1.0, (text_accuracy(held_out.support) / max(alone, 1e-9)) ** 0.5)
-    weights = {name: weight * (share if name in texts else 1.0) for name, weight in choice.weights.items()}
-    return replace(choice, weights=weights)
-
-
-def one_shot_weights(support: SupportSet, embeddings: Sequence[Which]) -> dict[str, float]:
-    """Weights at one image a class. With a the texts' accuracy on the support images and t the weight of the texts
-    alone that minimises the log-loss of these images: text = 0.55 sqrt(a) t, text_regression = 0.15 a t. 1.35 is shared
-    by the discriminants. The regression has 0.05; without texts it stands in for the discriminant, with 1.3."""
-    shared = (1.35,) if len(embeddings) == 1 else (1.0, 0.35)
-    prior = {DISCRIMINANTS[which]: weight for which, weight in zip(embeddings, shared, strict=True)}
+def one_shot_weights(support: SupportSet, embeddings: Sequence[Which], regress: bool = True) -> dict[str, float]:
+    """Weights at one image a class, which the discriminants share. With a the texts' accuracy on the support images and
+    t the weight of the texts alone that minimises the log-loss of these images: text = 0.55 sqrt(a) t, text_regression
+    = 0.15 a t, regression = 0.05, discriminants = 1.35. Without texts regression = 1.3 - 0.9 s, discriminants = 2.25 s,
+    with s the mean over classes of the images beside the first one, at most 1: one image a class has no covariance. s
+    is 1 where the stack does not `regress`."""
+    second = min(1.0, float(np.maximum(support.counts - 1, 0).mean())) if regress else 1.0
+    images = 2.25 * second if support.text is None else 1.35
+    shares = (1.0,) if len(embeddings) == 1 else (0.74, 0.26)
+    weights = {DISCRIMINANTS[which]: images * share for which, share in zip(embeddings, shares, strict=True)}
     if support.text is None:
-        return {**prior, "regression": 1.3}
+        return {**weights, "regression": 1.3 - 0.9 * second}
     logits, labels = TextModel(support).scores(support.as_queries), support.labels
     (alone,), _ = fit_weights([logits / spread_of_others(logits, labels)], labels)
     accuracy = text_accuracy(support)
     texts = {"text": 0.55 * accuracy**0.5 * float(alone), "text_regression": 0.15 * accuracy * float(alone)}
-    return {**prior, **texts, "regression": 0.05}
+    return {**weights, **texts, "regression": 0.05}
 
 
-def _fit_two_without_texts(held_out: HeldOut, which: Which, regress: bool, prior: float) -> StackFit:
-    """The weight of the regression on these embeddings at one image a class, and what follows for two; with w that
-    weight and s the share of the classes that have two: discriminant = 2.75 s w^0.6, regression = (1 - 0.75 s) w."""
-    labels, support, name = held_out.labels, held_out.support, DISCRIMINANTS[which]
-    (setting,), images = on_each([{**FEW_SHOT_SETTING, "text_images": 0.0}], [which]), "regression" if regress else name
-    models = stack_models(support, setting)
-    part = held_out.part(models[images])
-    weights, loss = np.array([prior]), float("nan")
-    if len(labels):
-        weights, loss = fit_weights([part.scaled], labels, weights, _PRIOR_STRENGTH)
-    judged = Choice({images: part}, _named({images: part}, weights), setting, loss)
-    right, choice = judged.logits.argmax(1) == labels, judged
-    assert held_out.folds is not None
-    share = min(1.0, int((held_out.folds.distinct - 1).sum()) / support.n_classes)
-    if regress and share > 0:
-        (weight,) = judged.weights.values()
-        used = {name: 2.75 * share * weight**0.6, images: (1.0 - 0.75 * share) * weight}
-        choice = Choice({name: held_out.part(models[name]), images: part}, used, setting, loss)
-    return StackFit(choice, judged, right, int(regress))
-
-
-def affordable(n_images: int, n_classes: int, embeddings: Sequence[Which], seconds: float) -> list[Setting]:
-    """The first of SETTINGS on each of the embeddings whose regressions fit into the budget, by a count of operations:
-    the same everywhere."""
+def affordable(
+    n_images: int, n_classes: int, embeddings: Sequence[Which], seconds: float, few: float = 0.0
+) -> list[Setting]:
+    """The first settings on each of the embeddings whose regressions fit into the budget, by a count of operations: the
+    same everywhere."""
     operations = 2.0 * n_images**3 + 12.0 * n_images**2 * n_classes
     number = int(seconds * _RATE / (operations * len(embeddings))) if n_images <= MAX_KEYS else 0
-    return on_each(SETTINGS[:number], embeddings)
+    return on_each(settings_for(few)[:number], embeddings)
 
 
 def on_each(settings: Sequence[Setting], embeddings: Sequence[Which]) -> list[Setting]:
@@ -217,20 +230,6 @@ def _candidates(held_out: HeldOut, adapted: bool, settings: Sequence[Setting], c
         yield Choice({name: held_out.part(model) for name, model in models.items()}, {}, values)
 
 
-def _best(
-    choices: Sequence[Choice], labels: np.ndarray, rows: np.ndarray, prior: Mapping[str, float] | None = None
-) -> Choice:
-    """The choice with the least log-loss on the held-out images `rows` (V,) bool, with its weights."""
-    fitted, strength = [], PENALTY if prior is None else _PRIOR_STRENGTH
-    for choice in choices:
-        centre = None if prior is None else np.array([prior[name] for name in choice.parts])
-        parts = [part.scaled[rows] for part in choice.parts.values()]
-        weights, loss = fit_weights(parts, labels[rows], centre, strength)
-        fitted.append(replace(choice, weights=_named(choice.parts, weights), loss=loss))
-    best = min(fitted, key=lambda choice: choice.loss)
-    return best if prior is not None else _with_more_regression(best, labels, rows)
-
-
 def _named(parts: Mapping[str, Part], weights: np.ndarray) -> dict[str, float]:
     """Weights by part. If no part beats a guess and all are 0, one part of the images gets a small weight: it gives
     labels, and probabilities near those of a guess."""
@@ -239,20 +238,3 @@ def _named(parts: Mapping[str, Part], weights: np.ndarray) -> dict[str, float]:
     if not weights.any():
         by_name[next(name for name in ("regression", "discriminant", "discriminant_adapted") if name in parts)] = 1e-3
     return by_name
-
-
-def _with_more_regression(choice: Choice, labels: np.ndarray, rows: np.ndarray) -> Choice:
-    """The choice with a quarter more weight of the regression, calibrated again, if more of the held-out images `rows`
-    are right by more than a standard error. The regression's scores are no log-probabilities, so log-loss understates
-    it where classes are many and few images are right."""
-    weight = choice.weights.get("regression", 0.0)
-    if weight == 0:
-        return choice
-    other = replace(choice, weights={**choice.weights, "regression": 1.25 * weight})
-    logits, labels = other.logits[rows], labels[rows]
-    right, more = choice.logits[rows].argmax(1) == labels, logits.argmax(1) == labels
-    won, lost = int((more & ~right).sum()), int((right & ~more).sum())
-    if won - lost <= np.sqrt(won + lost):
-        return choice
-    (factor,), loss = fit_weights([logits], labels)
-    return replace(other, weights={name: float(factor) * value for name, value in other.weights.items()}, loss=loss)

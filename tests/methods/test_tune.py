@@ -19,8 +19,8 @@ from iosr_fast.methods.stack_weights import (
     Objective,
     affordable,
     few_share,
-    moved,
     one_shot_weights,
+    settings_for,
 )
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tune import calibrate, check_choice, one_shot_parameters, tune, usual_factor
@@ -183,9 +183,9 @@ def test_few_images_count_smoothly() -> None:
         shares.append(few_share(HeldOut.of_support(support, make_folds(support))))
     assert shares[0] == 0 and shares[-1] == 1 and (np.diff(shares) >= 0).all() and max(np.diff(shares)) < 0.45
     assert few_share(HeldOut.validation(support, *MANY.queries(2))) == 0  # which judges all classes
-    assert moved(SETTINGS, 0.0) == list(SETTINGS) and moved(SETTINGS, 1.0) == [FEW_SHOT_SETTING]
-    half = moved(SETTINGS, 0.5)[0]
-    assert half["ridge"] == pytest.approx((SETTINGS[0]["ridge"] * FEW_SHOT_SETTING["ridge"]) ** 0.5)
+    assert settings_for(0.0) == list(SETTINGS) and settings_for(1.0) == [FEW_SHOT_SETTING]
+    half = settings_for(0.5)
+    assert len(half) == 3 and half[0]["ridge"] == pytest.approx((0.03 * FEW_SHOT_SETTING["ridge"]) ** 0.5)
 
 
 def test_a_preference_for_classes_of_many_images_earns_no_weight() -> None:

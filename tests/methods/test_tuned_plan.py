@@ -66,7 +66,7 @@ def assert_sound(tuned: Tuned, support: SupportSet) -> None:
     assert np.isfinite(logits).all() and np.abs(logits).max() < 1e12
     if tuned.protocol != "loo" or not method.needs_support:
         return
-    # A regression keeps the weights of classes without a fold; a stack at few images is judged as another one.
+    # A regression keeps the weights of classes without a fold.
     if not (method.is_stack or method.max_support):
         right, ties = right_of_plans(tuned, support, fit_method_reducer(method, tuned.reducer, support))
         assert abs(tuned.search_accuracy * tuned.scored - right) <= ties + 1e-6
