@@ -41,7 +41,7 @@ SUBJECTS = {
     "suggest": "Accuracy after a budget of labels, suggested and at random (mean of ten, its error).",
     "unknown": "Pictures of unknown classes; label sets.",
     "groups": "Bursts of pictures: what left-out images let expect, beside other bursts.",
-    "automation": "Labels accepted by promised errors; `broken`: draws in which more were wrong.",
+    "automation": "Labels accepted by promised errors; `broken`: draws with more wrong ones beyond chance.",
     "adapter-place": "Accuracy in % by the adapter's place in the demo's CLIP.",
     "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
 }
@@ -51,6 +51,8 @@ FIRST = {"case": "", "impl": "", "ms": "", "server": "", "load": ".0%", "method"
 LATENCIES = {"p50_ms": ".1f", "p99_ms": ".1f", "lone_ms": ".1f"}
 RATIOS = {"p99_of_lone": ".1f", "change_p50_ms": ".1f"}
 RATIOS |= {f"{name}_of_rival": ".2f" for name in ("rps", "p50", "p99", "change")}
+OF_PROMISES = [f"{name}_{p}%" for p in (1, 2, 5, 10) for name in ("labelled", "wrong", "broken")]
+OF_UNKNOWN = ("kept", "rejected", "strangers")
 COLUMNS: dict[str, dict[str, str]] = {
     "precision": {"min_cosine": ".4f", "file_mb": ".0f", "accuracy": ".1%"},
     "pipeline": {"images_per_s": ".1f", "memory_mb": ".0f"},
@@ -65,8 +67,8 @@ COLUMNS: dict[str, dict[str, str]] = {
     "audit": {"auroc": ".4f", "precision": ".1%", "wrong": ".0f", "listed": ".1f", "found": ".1f"},
     "suggest": {"suggested": ".1%", "random": ".1%", "random_se": ".1%"},
     "groups": {"expected": ".1%", "std": ".1%", "accuracy": ".1%", "covered": ".1%"},
-    "automation": {**dict.fromkeys(("labelled", "std", "wrong"), ".1%"), "broken": ".0%", "strangers": ".1%"},
     "unknown": {**dict.fromkeys(("auroc", "std", "fpr95", "kept", "best_single", "coverage"), ".1%"), "size": ".2f"},
+    "automation": dict.fromkeys(("own", "std", "true", "covered", *OF_PROMISES, "auroc", "best", *OF_UNKNOWN), ".1%"),
 }
 
 

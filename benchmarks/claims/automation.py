@@ -1,9 +1,22 @@
-"""Are no more accepted labels wrong than `max_error` promises? Draws out of support and validation images together:
+"""Do promises hold, of independent pictures and of bursts? Look-alikes are left out together, or, "one by one", each
+support image alone; bursts also "as groups".
 
-labelled   test images whose label is accepted
-wrong      of these, those whose label is wrong
-broken     draws in which more are wrong than promised
-strangers  test images of unknown classes whose label is accepted, where half of the classes are known
+own, true      right labels of left-out support images, and of test images
+covered        test images whose set of labels, promised for 90%, has the label
+labelled       for each promise the test images whose label is accepted
+wrong          of these, those whose label is wrong
+broken         draws with more of them than promised beyond chance (a one-sided binomial test at 5%)
+
+With half of the classes known, the others' test images being pictures of unknown classes:
+
+auroc, best    of `unknown_score`, and the highest of the scores of which it is made
+kept, rejected with keep=0.95 the known test images that are kept, and the unknown ones that are rejected
+strangers      unknown test images whose label is accepted at 2%
+
+Of feature files validation and test images are drawn together, some as support and the others as test, with and without
+texts, and once with a quarter of the images for half of the classes. `drawings` are turns, crops and lights of the
+demo's pictures, `photographs` of tiles of those of scikit-image (pip install scikit-image): four of each picture are a
+burst, two at four images a class, and other pictures of the concept, or tiles of the photograph, are the test.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,77 +25,167 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageEnhance
+from scipy.stats import binom
 
 from benchmarks.claims.claim import Claim, Draws, Task, fit, rows_of
+from iosr_fast.clip.demo.pictures import held_out, only
+from iosr_fast.clip.load import load_clip
+from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.evaluation.demo import torch_encoder
 from iosr_fast.evaluation.features import open_sources
-from iosr_fast.evaluation.tasks import Source
-from iosr_fast.methods.automation import images_needed_for
+from iosr_fast.evaluation.tasks import Source, with_unequal_classes
+from iosr_fast.evaluation.tasks import Task as FewShotTask
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.few_shot_head import FewShotHead
 from iosr_fast.methods.support_set import make_support_set
 from iosr_fast.reports.page import curves, element
+from iosr_fast.utils.ranking import auroc
 
 PLOT = Path(__file__).resolve().parents[2] / "docs" / "automation.svg"
-PROMISES, HALVES = (0.01, 0.02, 0.05, 0.1), 10  # of so many draws half of the classes are known, too
+PROMISES, COVERAGE, KEPT = {f"{percent}%": percent / 100 for percent in (1, 2, 5, 10)}, 0.9, 0.95
+HALVES, ENOUGH = 10, 100  # draws of which half of the classes are known, too, of more support images than that
+SHOTS, BURST, CONCEPTS, STYLES, ROWS, COLUMNS, SIDE = (4, 8, 16), 4, 100, 7, 4, 6, 64
+PHOTOGRAPHS = "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field moon page rocket"
 
 
-def pooled(words: Sequence[str], shots: Sequence[int] | None, seeds: int | None) -> list[Source]:
-    """Draws of images of the largest support set and the validation set, never of test images."""
+def sources(words: Sequence[str], shots: Sequence[int] | None, seeds: int | None) -> list[Source]:
+    found, counts = dict[str, Source](), (tuple(shots or SHOTS), tuple(range(seeds or 100)))
+    for word in words:
+        if word in (made := {"drawings": drawings, "photographs": photographs}):
+            found[word] = drawn(word, *made[word](), BURST, *counts)
+            continue
+        for source in (*open_sources([word]), *(() if word == "demo" else open_sources([word], use_text=False))):
+            task = source.draw(max(source.shots), 0)
+            images, labels = zip((task.queries, task.labels), *filter(None, [task.validation]), strict=True)
+            of_images = Embeddings.concatenate(images), np.concatenate(labels), task.support.text, task.support.tau
+            one = drawn(source.name, *of_images, 1, *counts)
+            unequal = with_unequal_classes(replace(one, shots=one.shots[-1:]))
+            found |= {one.name: one, unequal.name: unequal}
+    return [*found.values()]
 
-    def pool(source: Source) -> Source:
-        task = source.draw(max(source.shots), 0)
-        parts = [(task.support.embeddings, task.support.labels), *filter(None, [task.validation])]
-        images, labels = zip(*parts, strict=True)
-        of_task = task.support.text, task.support.tau, task.support.n_classes
-        whole = make_support_set(Embeddings.concatenate(images), np.concatenate(labels), *of_task)
 
-        def draw(k: int, seed: int) -> Task:
-            order = np.random.default_rng(seed).permutation(len(whole.labels))
-            rows = [order[whole.labels[order] == c][:k] for c in range(whole.n_classes)]
-            return replace(task, support=whole.only(np.isin(np.arange(len(order)), np.concatenate(rows))))
+def drawn(name: str, images: Embeddings, labels: np.ndarray, text: Any, tau: float, variants: int, *of: Any) -> Source:
+    """A data set of S pictures with `labels` (S,); `images` have `variants` of each, one after another. Support images
+    are bursts of variants of the same picture; the first variants of other pictures are the test."""
 
-        return Source(source.name, tuple(shots or (8, 16)), tuple(range(seeds or 100)), draw)
+    def draw(k: int, seed: int) -> FewShotTask:
+        order, burst = np.random.default_rng(seed).permutation(len(labels)), min(variants, max(k // 2, 1))
+        chosen = np.concatenate([order[labels[order] == c][: k // burst] for c in range(labels.max() + 1)])
+        others, groups = np.setdiff1d(order, chosen), np.repeat(chosen, burst)
+        rows = (variants * chosen[:, None] + np.arange(burst)).ravel()
+        given = None if burst == 1 else groups
+        support = make_support_set(images[rows], labels[groups], text, tau, labels.max() + 1, groups=given)
+        return FewShotTask(support, images[variants * others], labels[others])
 
-    return [pool(source) for source in open_sources(words)]
+    return Source(name, *of, draw)
+
+
+def drawings() -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:
+    """Variants of concepts that are drawn in all styles."""
+    pictures = held_out()[0]
+    whole = np.flatnonzero(np.bincount(pictures.concepts) == STYLES)[:CONCEPTS]
+    pictures = only(pictures, np.isin(np.arange(len(pictures.names)), whole))
+    clip = load_clip("demo")
+    return bursts(pictures.images), pictures.concepts, embed_classes(clip, pictures.names), clip.logit_scale
+
+
+def photographs() -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:
+    """Variants of the tiles of photographs; each photograph is a class."""
+    from skimage import data
+
+    named = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOGRAPHS.split()]
+    rows = np.stack([np.asarray(one.resize((COLUMNS * SIDE, ROWS * SIDE))) for one in named])
+    tiles = rows.reshape(-1, ROWS, SIDE, COLUMNS, SIDE, 3).swapaxes(2, 3).reshape(-1, SIDE, SIDE, 3)
+    return bursts(tiles), np.repeat(np.arange(len(named)), ROWS * COLUMNS), None, 100.0
+
+
+def bursts(pictures: np.ndarray) -> Embeddings:
+    """Plain embeddings of BURST variants of each picture, one after another."""
+    rng, run = np.random.default_rng(0), torch_encoder(load_clip("demo"), None)
+    images = np.stack([variant(picture, rng) for picture in pictures for _ in range(BURST)])
+    return Embeddings(np.concatenate([run(part).plain for part in np.array_split(images, len(images) // 100)]))
+
+
+def variant(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture turned by up to 15 degrees, with 80 to 100% of its sides, and as much as a third lighter or darker."""
+    image = Image.fromarray(picture).rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, fillcolor=(255, 255, 255))
+    size = image.width * rng.uniform(0.8, 1.0)
+    left, top = rng.uniform(0, image.width - size, 2)
+    crop = image.resize(image.size, Image.Resampling.BICUBIC, (left, top, left + size, top + size))
+    return np.asarray(ImageEnhance.Brightness(crop).enhance(rng.uniform(0.67, 1.33)))
 
 
 def draws(task: Task, method: str, seed: int) -> Draws:
-    support, queries, labels = task.support, rows_of(task.queries), task.labels
+    support = task.support
     order = np.random.default_rng(seed).permutation(support.n_classes)
-    for known in (order, order[::2])[: 1 + (seed < HALVES)]:
-        every, inside, is_known = known is order, np.isin(support.labels, known), np.isin(labels, known)
+    for known in (order, order[::2])[: 1 + (seed < HALVES and len(support.labels) > ENOUGH)]:
+        inside, is_known = np.isin(support.labels, known), np.isin(task.labels, known)
         text = None if support.text is None else support.text[np.sort(known)]
-        head = fit(support.embeddings[inside], support.labels[inside], text, support.tau, method)
-        ways: Any = (
-            [(p, None, "") for p in PROMISES] if every else [(0.02, None, ", half"), (0.02, "reject", ", rejecting")]
-        )
-        for promised, unknown, among in ways:
-            if inside.sum() >= images_needed_for(promised):
-                given = head.predict(queries, unknown, max_error=promised)
-                accepted = given != np.array(None)
-                wrong = (accepted & (given != labels))[is_known].sum() / max(accepted[is_known].sum(), 1)
-                found = {"labelled": accepted[is_known].mean(), "wrong": wrong, "broken": wrong > promised}
-                found |= {} if every else {"strangers": accepted[~is_known].mean()}
-                yield {"of": f"{promised:.0%}{among}", **{name: round(float(v), 5) for name, v in found.items()}}
+        ways: dict[str, dict[str, Any]] = {"": {}, "one by one": {"look_alikes": False}}
+        if support.groups is not None:
+            ways["as groups"] = {"look_alikes": False, "groups": support.groups[inside]}
+        for way, options in ways.items():
+            head = fit(support.embeddings[inside], support.labels[inside], text, support.tau, method, **options)
+            found = of_labels(head, task) if known is order else of_strangers(head, task.queries, is_known)
+            of = way if known is order else f"half known {way}".strip()
+            yield {"of": of, **{name: round(float(figure), 5) for name, figure in found.items()}}
 
 
-CLAIM = Claim("automation", __doc__, draws, sources=pooled)
+def of_strangers(head: FewShotHead, queries: Embeddings, is_known: np.ndarray) -> dict[str, Any]:
+    score, rows = head.unknown_.score(queries), rows_of(queries)
+    singles = head.unknown_.scorer(queries).T
+    kept = head.predict(rows, "reject", keep=KEPT) != np.array(None)
+    return {
+        "auroc": auroc(score[~is_known], score[is_known]),
+        "best": max(auroc(one[is_known], one[~is_known]) for one in singles),
+        **{"kept": kept[is_known].mean(), "rejected": 1.0 - kept[~is_known].mean()},
+        "strangers": are_accepted(head, rows[~is_known], 0.02).mean(),
+    }
+
+
+def of_labels(head: FewShotHead, task: Task) -> dict[str, Any]:
+    rows, labels = rows_of(task.queries), task.labels
+    right, sets = head.predict(rows) == labels, head.predict_sets(rows, COVERAGE)
+    found: dict[str, Any] = {"own": head.calibration().accuracy, "true": right.mean()}
+    found["covered"] = np.mean([label in one for label, one in zip(labels, sets, strict=True)])
+    for name, promised in PROMISES.items():
+        sure = are_accepted(head, rows, promised)
+        n, wrong = int(sure.sum()), int((sure & ~right).sum())
+        found |= {f"labelled_{name}": n / len(labels), f"wrong_{name}": wrong / max(n, 1)}
+        found[f"broken_{name}"] = wrong > 0 and binom.sf(wrong - 1, n, promised) < 0.05
+    return found
+
+
+def are_accepted(head: FewShotHead, rows: np.ndarray, promised: float) -> np.ndarray:
+    """(B,) bool; none where there are too few images for this promise."""
+    try:
+        return np.array(head.predict(rows, max_error=promised) != np.array(None))
+    except IosrFastError:
+        return np.zeros(len(rows), bool)
+
+
+CLAIM = Claim("automation", __doc__, draws, sources=sources)
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> str:
-    """An SVG of what held of the promises with the most images a class, a panel for each data set."""
+    """An SVG of what held of the promises with the most images a class, a panel for each feature file."""
     panels: list[Any] = []
-    for data in dict.fromkeys(row["data"] for row in rows):
-        most = max(row["shots"] for row in rows)
-        kept = [row for row in rows if (row["data"], row["shots"]) == (data, most) and row["of"].endswith("%")]
-        lines = {
-            "promised": [(row["labelled"], float(row["of"][:-1]) / 100) for row in kept],
-            "in the worst of 100 draws": [(row["labelled"], max(one["wrong"] for one in row["draws"])) for row in kept],
-            "on the mean": [(row["labelled"], row["wrong"]) for row in kept],
-        }
-        place = {"x": 580 * len(panels), "width": 560, "height": 344}
-        panels.append(curves(lines, f"labels accepted, {data.removesuffix('.npz')}", "of these wrong", **place))
+    most = max(row["shots"] for row in rows)
+    for row in rows:
+        if row["data"].endswith(".npz") and (row["of"], row["shots"]) == ("", most):
+            at = [(row[f"labelled_{name}"], name) for name in PROMISES]
+            lines = {
+                "promised": [(x, PROMISES[name]) for x, name in at],
+                "in the worst of 100 draws": [(x, max(one[f"wrong_{name}"] for one in row["draws"])) for x, name in at],
+                "on the mean": [(x, row[f"wrong_{name}"]) for x, name in at],
+            }
+            place = {"x": 580 * len(panels), "width": 560, "height": 344}
+            panels.append(curves(lines, f"labels accepted, {row['data'][:-4]}", "of these wrong", **place))
     return element("svg", *panels, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {580 * len(panels)} 344")
 
 
 if __name__ == "__main__":
-    PLOT.write_text(plot(CLAIM.main()), encoding="utf-8")
+    if "labels accepted" in (svg := plot(CLAIM.main())):
+        PLOT.write_text(svg, encoding="utf-8")

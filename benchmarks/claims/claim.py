@@ -75,11 +75,11 @@ class Claim:
 
 
 def fit(
-    images: Embeddings, labels: np.ndarray, text: Any, tau: float, method: str = "auto", groups: Any = None
+    images: Embeddings, labels: np.ndarray, text: Any, tau: float, method: str = "auto", groups: Any = None, **more: Any
 ) -> FewShotHead:
     """The head that a user gets of these images; gda, a Gaussian fit, at its defaults."""
     tune: Any = "none" if method == "gda" else None
-    head = FewShotHead(method, tune=tune, text=text, tau=tau, adapted=images.adapted is not None)
+    head = FewShotHead(method, tune=tune, text=text, tau=tau, adapted=images.adapted is not None, **more)
     return head.fit(rows_of(images), labels, groups=groups)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score
 
-from benchmarks.claims import audit, automation, descriptions, joint, key_precision, labels, suggest, texts, unknown
+from benchmarks.claims import audit, automation, descriptions, joint, key_precision, labels, suggest, texts
 from benchmarks.claims.claim import Claim, fit, rows_of
 from iosr_fast import Embeddings
 from iosr_fast.evaluation.features import read_features
@@ -21,9 +21,7 @@ from tests.conftest import unit_rows
 pytestmark = pytest.mark.slow
 
 CLASSES, WIDTH, EACH = 8, 16, 15
-CLAIMS = {
-    module.CLAIM.name: module.CLAIM for module in (audit, automation, joint, key_precision, suggest, texts, unknown)
-}
+CLAIMS = {module.CLAIM.name: module.CLAIM for module in (audit, joint, key_precision, suggest, texts)}
 
 
 @pytest.fixture
@@ -88,30 +86,56 @@ def test_the_audit_is_level_with_cleanlab_on_labels_exchanged_between_classes(fi
     assert rows_by_place(audit.CLAIM, file, "--shots", "1") == {}  # nothing can be left out
 
 
-def test_unknown_classes_are_told_apart_and_promises_need_images(file: Path) -> None:
-    rows = rows_by_place(unknown.CLAIM, file, "--shots", "8")
-    assert rows["auto", "unknown classes"]["auroc"] > 0.9 and rows["auto", "unknown classes"]["kept"] > 0.85
-    assert len(rows["auto", "unknown classes"]["draws"]) == 3 and rows["auto", "label sets"]["coverage"] > 0.7
-    one = rows_by_place(unknown.CLAIM, file, "--shots", "1")
-    assert one["auto", "unknown classes"]["kept"] is None and ("auto", "label sets") not in one
-
-
-def test_promises_are_measured_on_draws_of_support_and_validation_images(file: Path) -> None:
+def test_promises_are_measured_on_draws_of_validation_and_test_images(file: Path) -> None:
     arrays = dict(np.load(file))
     arrays |= {"val_x": -arrays["support8_x"], "val_y": arrays["support8_y"]}  # rows that tell where they are from
     np.savez(file, **arrays)
-    (source,) = automation.pooled([str(file)], [8], 2)
-    first, second = (source.draw(8, seed).support for seed in (0, 1))
-    pool = np.concatenate([arrays["support8_x"], arrays["val_x"]])
-    for support in (first, second):
-        nearest = (support.embeddings.plain @ (pool / np.linalg.norm(pool, axis=1, keepdims=True)).T).argmax(1)
-        assert len(set(nearest.tolist())) == 8 * CLASSES and (support.counts == 8).all()
-        assert 0.2 < (nearest < 8 * CLASSES).mean() < 0.8
-    assert (first.embeddings.plain != second.embeddings.plain).any()
-    rows = rows_by_place(automation.CLAIM, file, "--shots", "8", "--seeds", "3")
-    assert {of for _, of in rows} == {"5%", "10%"}, "64 images promise no 2%"
-    texts_of_plot = [*ElementTree.fromstring(automation.plot([*rows.values()])).itertext()]
-    assert texts_of_plot[:2] == ["of these wrong", "labels accepted, features"] and "promised" in texts_of_plot
+    one, unequal, *without_texts = automation.sources([str(file)], [8], 2)
+    assert [source.name for source in (unequal, *without_texts)] == [
+        f"{file.name}{end}" for end in (", unequal classes", ", without texts", ", without texts, unequal classes")
+    ]
+    first, second = (one.draw(8, seed) for seed in one.seeds)
+    for task in (first, second):
+        images = np.concatenate([task.support.embeddings.plain, task.queries.plain])
+        assert len(np.unique(images, axis=0)) == len(images) == (8 + EACH) * CLASSES
+        assert (task.support.counts == 8).all() and 0.2 < of_validation(task.support.embeddings, arrays) < 0.8
+    assert (first.support.embeddings.plain != second.support.embeddings.plain).any()
+    assert sorted(unequal.draw(8, 0).support.counts) == [2] * 4 + [8] * 4
+
+
+def of_validation(images: Embeddings, arrays: dict[str, np.ndarray]) -> float:
+    """The share of images that are nearer to a validation image than to any test image."""
+    nearest = [(images.plain @ arrays[name].T).max(1) for name in ("val_x", "test_x")]
+    return float((nearest[0] > nearest[1]).mean())
+
+
+def test_promises_hold_or_are_broken_beyond_chance(file: Path) -> None:
+    rows = {
+        (row["data"], row["shots"], row["of"]): row
+        for row in automation.CLAIM.main([str(file), "--shots", "4", "13", "--seeds", "2", "--json", f"{file}.json"])
+    }
+    one = rows[file.name, 13, ""]
+    assert one["own"] > 0.9 and one["true"] > 0.9 and one["covered"] > 0.7 and one["labelled_10%"] > 0.8
+    assert one["labelled_1%"] == one["wrong_1%"] == 0, "104 images can promise no 1%"
+    assert {of for _, _, of in rows} == {"", "one by one", "half known", "half known one by one"}
+    assert (file.name, 4, "half known") not in rows and rows[file.name, 13, "half known"]["auroc"] > 0.9
+    svg = ElementTree.fromstring(automation.plot([*rows.values()]))
+    assert [*svg.itertext()][:2] == ["of these wrong", "labels accepted, features"]
+
+
+def test_a_burst_has_variants_of_one_picture_and_the_test_others(rng: np.random.Generator) -> None:
+    labels, variants = np.repeat(np.arange(3), 6), automation.BURST
+    numbers = np.arange(len(labels) * variants)
+    images = Embeddings(np.stack([np.cos(numbers), np.sin(numbers)], axis=1).astype(np.float32))
+    source = automation.drawn("made", images, labels, None, 100.0, variants, (4, 16), (0,))
+    for shots, burst in ((4, 2), (16, 4)):
+        task = source.draw(shots, 0)
+        assert (task.support.counts == shots).all() and (
+            np.unique(task.support.groups, return_counts=True)[1] == burst
+        ).all()
+        used = [(images.plain @ one.plain.T).argmax(0) // variants for one in (task.support.embeddings, task.queries)]
+        np.testing.assert_array_equal(used[0], task.support.groups)
+        assert not set(used[0]) & set(used[1]) and len(set(used[1])) == len(task.labels)
 
 
 def test_suggested_labels_are_worth_more_than_random_ones(file: Path) -> None:
