@@ -41,7 +41,7 @@ SUBJECTS = {
     "suggest": "Accuracy after a budget of labels, suggested and at random (mean of ten, its error).",
     "unknown": "Pictures of unknown classes; label sets.",
     "groups": "Bursts of pictures: what left-out images let expect, beside other bursts.",
-    "automation": "Labels accepted by promised errors; `broken`: draws with more wrong ones beyond chance.",
+    "automation": "By promised error: labels accepted, of these wrong, draws with more of them beyond chance.",
     "adapter-place": "Accuracy in % by the adapter's place in the demo's CLIP.",
     "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
 }
@@ -51,8 +51,7 @@ FIRST = {"case": "", "impl": "", "ms": "", "server": "", "load": ".0%", "method"
 LATENCIES = {"p50_ms": ".1f", "p99_ms": ".1f", "lone_ms": ".1f"}
 RATIOS = {"p99_of_lone": ".1f", "change_p50_ms": ".1f"}
 RATIOS |= {f"{name}_of_rival": ".2f" for name in ("rps", "p50", "p99", "change")}
-OF_PROMISES = [f"{name}_{p}%" for p in (1, 2, 5, 10) for name in ("labelled", "wrong", "broken")]
-OF_UNKNOWN = ("kept", "rejected", "strangers")
+OF_PROMISE = "{{labelled_{0}:.1%}}/{{wrong_{0}:.1%}}/{{broken_{0}:.0%}}"
 COLUMNS: dict[str, dict[str, str]] = {
     "precision": {"min_cosine": ".4f", "file_mb": ".0f", "accuracy": ".1%"},
     "pipeline": {"images_per_s": ".1f", "memory_mb": ".0f"},
@@ -68,7 +67,11 @@ COLUMNS: dict[str, dict[str, str]] = {
     "suggest": {"suggested": ".1%", "random": ".1%", "random_se": ".1%"},
     "groups": {"expected": ".1%", "std": ".1%", "accuracy": ".1%", "covered": ".1%"},
     "unknown": {**dict.fromkeys(("auroc", "std", "fpr95", "kept", "best_single", "coverage"), ".1%"), "size": ".2f"},
-    "automation": dict.fromkeys(("own", "std", "true", "covered", *OF_PROMISES, "auroc", "best", *OF_UNKNOWN), ".1%"),
+    "automation": {
+        **dict.fromkeys(("own", "std", "true", "covered"), ".1%"),
+        **{promise: OF_PROMISE.format(promise) for promise in ("1%", "2%", "5%", "10%")},
+        **dict.fromkeys(("auroc", "best", "kept", "rejected", "strangers"), ".1%"),
+    },
 }
 
 
@@ -99,8 +102,8 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
         timed = [{**row, "ms": milliseconds(row)} if "runtime_ms" in row else row for row in rows]
         flat = [{**row, **part} for row in timed for part in row.get("servers") or row.get("runs") or [row]]
         formats = {**FIRST, **COLUMNS[bench]}
-        shown = [name for name in formats if any(row.get(name) not in (None, "") for row in flat)]
-        return table(shown, [[cell(row.get(name), formats[name]) for name in shown] for row in flat])
+        shown = [name for name in formats if any(cell(row, name, formats[name]) for row in flat)]
+        return table(shown, [[cell(row, name, formats[name]) for name in shown] for row in flat])
     if "runtime_ms" in rows[0]:
         cells = {(row["impl"], row["case"]): milliseconds(row) for row in rows}
     else:
@@ -115,8 +118,12 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (*first, *lines)]
 
 
-def cell(value: Any, form: str) -> str:
-    return "" if value is None else format(value, form)
+def cell(row: Row, name: str, form: str) -> str:
+    """The row's figure of this name, or those that the form names; nothing where it has none."""
+    try:
+        return form.format_map(row) if "{" in form else format(row[name], form)
+    except (KeyError, TypeError):
+        return ""
 
 
 def milliseconds(row: Row) -> str:
