@@ -20,7 +20,7 @@ from iosr_fast.head.descriptions import read_descriptions
 from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.evaluation import Evaluation
 from iosr_fast.head.fit import Fit
-from iosr_fast.head.fitting import fit
+from iosr_fast.head.fitting import fit, warn_of_look_alikes
 from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
@@ -233,10 +233,13 @@ class Classifier(Estimator):
         anything is encoded for a CLIP, engine, adapter or runtime that don't fit, and texts too long for the CLIP; for
         unreadable images, and one picture under two labels.
         """
-        names = self.class_names if class_names is None else class_names
-        data = images, labels, names, unknown_images, groups, descriptions
-        self._store.replace(fit(self.get_params(), self._open, *data))
+        self._fit_on(images, labels, class_names, unknown_images, groups, descriptions)
+        warn_of_look_alikes(self.snapshot())
         return self
+
+    def _fit_on(self, images: Any, labels: Any, class_names: Any, *others: Any) -> None:
+        names = self.class_names if class_names is None else class_names
+        self._store.replace(fit(self.get_params(), self._open, images, labels, names, *others))
 
     def fit_folder(
         self,
@@ -254,9 +257,10 @@ class Classifier(Estimator):
         texts = read_descriptions(descriptions) if isinstance(descriptions, str | Path) else descriptions
         support = labelled_images(folder, *more)
         given = None if calibrate_on is None else calibration_images(calibrate_on, support)
-        self.fit(*support[:3], unknown_images=unknown, groups=support.groups, descriptions=texts)
+        self._fit_on(*support[:3], unknown, support.groups, texts)
         if given is not None:
             self.calibrate_on(given.paths, given.labels, given.groups)
+        warn_of_look_alikes(self.snapshot())
         return self
 
     def _open(self) -> OpenedClip:

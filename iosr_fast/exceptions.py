@@ -33,6 +33,10 @@ def _is_shown(char: str) -> bool:
     return char.isprintable() or char in JOINERS or unicodedata.category(char) == "Zs"
 
 
+class LookAlikesWarning(UserWarning):
+    """Support images look alike, as in bursts: left-out ones say too much of new ones, and promises may break."""
+
+
 class IosrFastError(ValueError):
     """An input that cannot be handled: base of all errors of this package, and a ValueError.
 

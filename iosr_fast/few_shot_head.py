@@ -17,7 +17,7 @@ from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.answers import Answers
 from iosr_fast.head.calibration import calibrated_on
 from iosr_fast.head.examples import Examples
-from iosr_fast.head.fitting import fit_head
+from iosr_fast.head.fitting import fit_head, warn_of_look_alikes
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import are_label_sets, dense, positions, read_groups, read_label_sets
 from iosr_fast.head.method_config import MethodChoice
@@ -155,6 +155,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
             self._check_method(examples.sorted_by_class().as_support(range(len(classes)), text, tau))
         head = fit_head(choice, [str(name) for name in classes.tolist()], text, tau, examples, sets, unknown)
+        warn_of_look_alikes(head)
         return self._take(head, classes)
 
     def _take(self, head: AnyHead, classes: np.ndarray) -> Self:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from iosr_fast.cli.options import Adapter, Pretrained, Runtime, SkipBad, argument, option
-from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.exceptions import BadImageError, IosrFastError, LookAlikesWarning
 from iosr_fast.utils.command import note, stop_message
 from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.progress import progress
@@ -81,9 +82,10 @@ def fit(
         if not overwrite and out.is_dir() and any(out.iterdir()):
             raise FileExistsError(f"{out} is a classifier already: --overwrite replaces it, or choose another folder")
         try:
-            classifier.fit_folder(
-                *folder, unknown_images=unknown_images, descriptions=descriptions, calibrate_on=calibrate_on
-            )
+            with warnings.catch_warnings(category=LookAlikesWarning, action="ignore"):  # the summary says it
+                classifier.fit_folder(
+                    *folder, unknown_images=unknown_images, descriptions=descriptions, calibrate_on=calibrate_on
+                )
         except BadImageError as error:
             raise IosrFastError(f"{error}; repair or remove it, or leave such images out by --skip-bad") from error
         with progress("save", None):

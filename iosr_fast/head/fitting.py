@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.opened_clip import OpenedClip
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
 from iosr_fast.head.descriptions import check_descriptions
 from iosr_fast.head.engine_choice import OptimizeOptions
 from iosr_fast.head.examples import Examples
@@ -90,6 +91,12 @@ def fit(
     readable = [image for i, image in enumerate([*listed, *unknown]) if i not in skipped]  # the support images first
     options = OptimizeOptions(runtime=parameters["runtime"], progress=shown)
     return optimize(fitted, [readable[number] for number in ids], options, head.version, readable[len(ids) :])
+
+
+def warn_of_look_alikes(head: AnyHead) -> None:
+    """Warn the caller of a fit where promises may break (LookAlikesWarning)."""
+    if not isinstance(head, MultiLabelHead) and head.look_alike_warning:
+        warnings.warn("; ".join(head.look_alike_warning), LookAlikesWarning, stacklevel=3)
 
 
 def _check_counts(choice: MethodChoice, labels: Labels, ids: np.ndarray) -> None:

@@ -205,6 +205,13 @@ class Head(HeadData):
         """Which support images look alike; None where they count as drawn independently."""
         return find_look_alikes(self.support) if self.config.look_alikes else None
 
+    @property
+    def look_alike_warning(self) -> tuple[str, ...]:
+        """What is wrong where left-out images are too much like the others, and what to do; none where they are not, or
+        promises do not rest on them."""
+        alike = self.look_alikes if self.calibration_images is None else None
+        return () if alike is None else alike.warning
+
     @cached_property
     def folds(self) -> Folds:
         """Which support images are left out together in all that is promised and reported."""
@@ -251,7 +258,7 @@ class Head(HeadData):
     def audit(self, images: np.ndarray, classes: np.ndarray) -> SupportAudit:
         """What is wrong with the support images; `images` (N,) and `classes` (C,) are their names in the result."""
         names: dict[str, Any] = {"images": images, "classes": classes, "paths": self.examples.paths}
-        names |= {"notes": () if self.look_alikes is None else self.look_alikes.warning}
+        names |= {"notes": self.look_alike_warning}
         return audit_support(self.support, self.out_of_fold, which=self.config.which, **names)
 
     @property
@@ -267,8 +274,7 @@ class Head(HeadData):
             return ()
         if not known.count:
             return ("probabilities at one picture a class are not measured, and nothing is promised from them",)
-        alike = self.look_alikes
-        sentences = [*alike.warning] if new is None and alike is not None else []
+        sentences = [*self.look_alike_warning]
         if new is not None and new.near:
             sentences.append(f"{new.near:,} images of calibrate_on are near duplicates of support images and left out")
         if names := self.not_judged:
@@ -284,7 +290,7 @@ class Head(HeadData):
         if known.count:
             low, high = wilson(found.accuracy, known.count)
             text = f"{found.accuracy:.1%} of {found.n_images:,} {known.basis} right (95%: {low:.0%} to {high:.0%})"
-            if self.calibration is None and self.look_alikes is not None and self.look_alikes.many:
+            if self.look_alike_warning:
                 text += ", look-alikes left out together"
                 if tuned is not None and tuned.interval is not None and not tuned.stale:
                     text += f"; {tuned.accuracy:.1%} if new pictures come from the same sessions"

@@ -110,10 +110,10 @@ def make_folds(support: SupportSet, look_alikes: np.ndarray | None = None) -> Fo
     never left out.
 
     With the groups (N,) of `look_alikes` (look_alikes.find_look_alikes), or of a support set with groups, a unit is
-    all images that these and near duplicates join, of any classes, and `spread` chooses its fold. A class of a single unit stays,
-    unless another class has images in it; none is scored. What is promised of new images rests on these folds: their
-    siblings are not in the support set. Weights are fitted without `look_alikes`, which makes classes that look alike
-    (variants of a product) lose 0.4 to 1.9 points.
+    all images that these and near duplicates join, of any classes, and `spread` chooses its fold. A class of a single
+    unit stays, unless another class has images in it; none is scored. What is promised of new images rests on these
+    folds: their siblings are not in the support set. Weights are fitted without `look_alikes`, with which classes that
+    look alike (variants of a product) would lose 0.4 to 1.9 points.
     """
     labels, groups = support.labels, group_near_duplicates(support)
     if joined := [more for more in (support.groups, look_alikes) if more is not None]:

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import hashlib
+import logging
 import os
 import socket
 import sys
@@ -54,7 +55,8 @@ def run(bundle: str | Path, settings: Settings) -> None:
     threadpool_limits(1, "blas")
     _allow_files(settings)
     classifier = settings.open(bundle)
-    Abstention(max_error=settings.max_error).check(classifier.snapshot().one_label("the HTTP API"))
+    head = classifier.snapshot().one_label("the HTTP API")
+    Abstention(max_error=settings.max_error).check(head)
     plain = sys.stderr.isatty() and not settings.log_json
     with logs_to_stderr(plain):
         if settings.log is not None:
@@ -81,6 +83,8 @@ def run(bundle: str | Path, settings: Settings) -> None:
                 method=classifier.method_,
                 seconds=round(time.perf_counter() - start, 3),
             )
+            if head.look_alike_warning:
+                log("look_alikes", level=logging.WARNING, warning="; ".join(head.look_alike_warning))
             log(
                 "listening",
                 host=host,
