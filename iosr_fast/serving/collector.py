@@ -85,8 +85,7 @@ class Collector:
 
     def read_labels(self) -> None:
         """Let the checks count new labels. Does not wait."""
-        if self.checks is not None:
-            self._thread.submit(self._guarded, "labels can't be read", self.checks.read_labels)
+        self._thread.submit(self._count_labels)
 
     def settle(self) -> None:
         """Wait until all images that were offered are judged."""
@@ -103,7 +102,11 @@ class Collector:
             self._on_outcome(outcome)
         with self._counting:
             self._bytes -= len(image)
-        self.read_labels()
+        self._count_labels()
+
+    def _count_labels(self) -> None:
+        if self.checks is not None:
+            self._guarded("labels can't be read", self.checks.read_labels)
 
     def _guarded(self, what: str, act: Callable[..., str | None], *values: Any) -> str | None:
         """What `act` returns; "failed" if it raises, logged as `what`: serving goes on, whatever it is."""
