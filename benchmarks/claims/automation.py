@@ -20,6 +20,7 @@ burst, two at four images a class, and other pictures of the concept, or tiles o
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,14 +124,21 @@ def draws(task: Task, method: str, seed: int) -> Draws:
     for known in (order, order[::2])[: 1 + (seed < HALVES and len(support.labels) > ENOUGH)]:
         inside, is_known = np.isin(support.labels, known), np.isin(task.labels, known)
         text = None if support.text is None else support.text[np.sort(known)]
-        ways: dict[str, dict[str, Any]] = {"": {}, "one by one": {"look_alikes": False}}
+        data = support.embeddings[inside], support.labels[inside], text, support.tau, method
+        heads = {"": (head := fit(*data)), "one by one": one_by_one(head)}
         if support.groups is not None:
-            ways["as groups"] = {"look_alikes": False, "groups": support.groups[inside]}
-        for way, options in ways.items():
-            head = fit(support.embeddings[inside], support.labels[inside], text, support.tau, method, **options)
+            heads["as groups"] = one_by_one(fit(*data, groups=support.groups[inside]))
+        for way, head in heads.items():
             found = of_labels(head, task) if known is order else of_strangers(head, task.queries, is_known)
             of = way if known is order else f"half known {way}".strip()
             yield {"of": of, **{name: round(float(figure), 5) for name, figure in found.items()}}
+
+
+def one_by_one(head: FewShotHead) -> FewShotHead:
+    """The same fit, of which each support image is left out alone: as look_alikes=False gives it."""
+    inner = head._answers.head
+    alone = replace(inner, config=replace(inner.config, look_alikes=False)).with_computed(plan=inner.plan)
+    return copy(head)._take(alone, head.classes_)
 
 
 def of_strangers(head: FewShotHead, queries: Embeddings, is_known: np.ndarray) -> dict[str, Any]:

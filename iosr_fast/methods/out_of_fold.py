@@ -101,7 +101,8 @@ class HeldOut:
             return Part(logits, unit, unit)
         rows = self.folds.rows if self.folds is not None and len(self.labels) else np.arange(len(self.support.labels))
         rows = rows[:: -(-len(rows) // _SPREAD_IMAGES) or 1]
-        in_use = spread_of_others(model.in_use(rows), self.support.labels[rows])
+        units = np.arange(len(self.support.labels)) if self.folds is None else self.folds.units
+        in_use = spread_of_others(model.in_use(rows, units), self.support.labels[rows])
         return Part(logits, unit if len(self.labels) else in_use, in_use)
 
     def logits(self, terms: Sequence[Term]) -> np.ndarray:

@@ -116,7 +116,10 @@ def test_fit_replaces_a_classifier_only_with_overwrite(tmp_path: Path) -> None:
         (("fit", "nowhere", "--model", "demo"), "found no folder"),
         (("fit", "in/class_0/0.png", "--model", "demo"), "found no folder"),
         (("fit", "in", "--model", "demo", "--unknown-images", "empty"), "expected pictures of none of the classes in"),
-        (("fit", "in", "--model", "demo", "--calibrate-on", "few.csv"), "at least 9 images of calibrate_on that the classifier has not seen, got 1"),
+        (
+            ("fit", "in", "--model", "demo", "--calibrate-on", "few.csv"),
+            "at least 9 images of calibrate_on that the classifier has not seen, got 1",
+        ),
         (("fit", "in", "--model", "demo", "--calibrate-on", "urls.csv"), "got the URL"),
         (("fit", "few.csv", "--model", "demo", "--calibrate-on", "in"), "'class 1', 'class 2' are not among the"),
         (("fit", "in/class_0", "--model", "demo"), "found 3 images in it and no sub-folder: move each"),

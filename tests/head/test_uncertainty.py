@@ -124,8 +124,8 @@ def test_promises_rest_on_calibration_images_which_are_saved_and_follow_changes(
     assert fingerprint(logged.snapshot()) == fingerprint(classifier.snapshot())
     for message, call in {
         "at least 99 images of calibrate_on, got 25": lambda: classifier.predict_sets(images, 0.99),
-        "at least 9 images of calibrate_on that the classifier has not seen, got 5: give": lambda: (
-            classifier.calibrate_on(images[5:10], names[5:10])
+        "at least 9 images of calibrate_on that the classifier has not seen, got 5 ": lambda: classifier.calibrate_on(
+            images[5:10], names[5:10]
         ),
         "the labels 'motif 0', .* are not among": lambda: classifier.calibrate_on(images, names),
         "can't read image number 1": lambda: classifier.calibrate_on([images[6], b"no picture"], names[6:8]),

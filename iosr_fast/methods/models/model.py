@@ -24,7 +24,7 @@ class Model(ABC):
 
     which    the embeddings of images that it compares
     reducer  moves these embeddings first. It sees no label, so it is fitted on all support images, left-out ones too:
-             the accuracy of these is 1 to 2 points too high with "pca" and two images a class, else at most 0.3
+             the accuracy of these is 0.8 to 2 points too high with "pca" and two images a class, else at most 0.4
     """
 
     support: SupportSet
@@ -47,9 +47,10 @@ class Model(ABC):
             scores[rows] = self.refitted(others).scores(queries)
         return scores
 
-    def in_use(self, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), C): the term of these support images as the fit of all images has it for new ones. Here that is
-        their own score, of which only the classes that are not their own compare with those of new images."""
+    def in_use(self, rows: np.ndarray, units: np.ndarray) -> np.ndarray:
+        """(len(rows), C): the term of these support images as the fit of all images has it for new ones; `units` (N,)
+        as of folds.Folds. Here that is their own score, of which only the classes that are not their own compare with
+        those of new images."""
         return self.scores(self.support.as_queries[rows])
 
     def refitted(self, support: SupportSet) -> Self:

@@ -39,10 +39,16 @@ class KernelRidge:
         """(N, C): the prediction for a query is its kernel row times these."""
         return self._factor.T @ (self._factor @ target)
 
-    def without_each(self, rows: np.ndarray, target: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """(len(rows), C): the prediction for each of these keys by all the others, target - values / diag(A)."""
-        columns = self._factor[:, rows]
-        return target[rows] - values[rows] / np.einsum("ij,ij->j", columns, columns)[:, None]
+    def without_unit(self, rows: np.ndarray, units: np.ndarray, target: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """(len(rows), C): the prediction for each of these keys without all keys of its unit; `units` (N,). As in
+        `without`, target[U] - inv(A[U, U]) values[U]."""
+        predicted = np.empty((len(rows), target.shape[1]))
+        for i, row in enumerate(rows.tolist()):
+            unit = np.flatnonzero(units == units[row])
+            columns = self._factor[:, unit]
+            removed = np.linalg.solve(columns.T @ columns, values[unit])
+            predicted[i] = target[row] - removed[np.searchsorted(unit, row)]
+        return predicted
 
     def without(self, folds: Folds, target: np.ndarray, values: np.ndarray) -> np.ndarray:
         """(N, C): query j's prediction is fitted without the images of j's fold; NaN for queries that no fold scores.
@@ -127,9 +133,10 @@ class RidgeModel(Model):
     def without(self, folds: Folds) -> np.ndarray:
         return self._system.without(folds, self.target, self.values)
 
-    def in_use(self, rows: np.ndarray) -> np.ndarray:
-        """It interpolates, so that the scores of images it has seen say nothing of new ones: each without itself."""
-        return self._system.without_each(rows, self.target, self.values)
+    def in_use(self, rows: np.ndarray, units: np.ndarray) -> np.ndarray:
+        """It interpolates, so that the scores of images that it has seen, or whose siblings it has seen, say nothing of
+        new ones: each without its unit."""
+        return self._system.without_unit(rows, units, self.target, self.values)
 
     def fields(self) -> dict[str, Any]:
         return {
