@@ -197,13 +197,13 @@ def test_unknown_pictures_are_rejected_alike_everywhere(bundle: Path, folder: Pa
 def test_labels_are_accepted_by_a_promise_alike_everywhere(bundle: Path, folder: Path, tmp_path: Path) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     classifier, reject = Classifier.load(bundle, threads=1), {"unknown": "reject", "keep": 0.9}
-    found = classifier.predict_folder(folder, skip_bad=True, unknown_label="?", max_error=0.2, **reject)
-    accepted = [one.accepted for one in classifier.explain(found.paths, max_error=0.2, **reject)]
+    found = classifier.predict_folder(folder, skip_bad=True, unknown_label="?", max_error=0.5, **reject)
+    accepted = [one.accepted for one in classifier.explain(found.paths, max_error=0.5, **reject)]
     assert 2 <= sum(accepted) <= len(accepted) - 2 and found.accepted.tolist() == accepted
-    alone = classifier.predict_folder(folder, skip_bad=True, max_error=0.2)
+    alone = classifier.predict_folder(folder, skip_bad=True, max_error=0.5)
     assert (alone.accepted & (found.labels != "?")).tolist() == accepted and alone.rejections is None
 
-    words = (*REJECT, "--max-error", "20%", "--out")
+    words = (*REJECT, "--max-error", "50%", "--out")
     said = done(classify(bundle, folder, *words, tmp_path / "labels.csv"))
     assert f"accepted {sum(accepted)} of {len(accepted)} labels; {len(accepted) - sum(accepted)} need a look" in said
     *rows, bad = read_rows(tmp_path / "labels.csv")
@@ -215,9 +215,9 @@ def test_labels_are_accepted_by_a_promise_alike_everywhere(bundle: Path, folder:
         table = pq.read_table(tmp_path / name) if name.endswith("parquet") else read_parts(tmp_path / name)
         assert table["accepted"].to_pylist() == [*accepted, None] and str(table["accepted"].type) == "bool"
     manifest = read_manifest(tmp_path / "parts", "classifications")
-    assert (manifest["max_error"], manifest["accepted"]) == (0.2, sum(accepted))
-    other = refused(classify(bundle, folder, *REJECT, "--max-error", "0.25", "--out", tmp_path / "parts"))
-    assert "differs in max_error (there 0.2, now 0.25)" in other
+    assert (manifest["max_error"], manifest["accepted"]) == (0.5, sum(accepted))
+    other = refused(classify(bundle, folder, *REJECT, "--max-error", "0.55", "--out", tmp_path / "parts"))
+    assert "differs in max_error (there 0.5, now 0.55)" in other
 
 
 @pytest.mark.parametrize(
