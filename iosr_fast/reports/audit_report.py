@@ -71,6 +71,7 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
     return page(
         title,
         facts({**counts, "near duplicates": len(audit.duplicates)}),
+        *(element("p", element("b", sentence)) for sentence in audit.notes),
         section(
             "Labels likely wrong",
             _first(f"More likely wrong than right: {likely} of {len(audit.images)}. {judged}", likely),

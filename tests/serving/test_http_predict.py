@@ -132,10 +132,14 @@ def test_others_do_not_wait_while_rejection_is_fitted_once(monkeypatch: pytest.M
 
 
 def test_the_classifier_is_described(shared: Client) -> None:
-    classifier, told = shared.service.classifier, shared.get("/v1/classifier").json()
-    tuned = classifier.tuned_
-    measured = {"accuracy": tuned.accuracy, "interval": list(tuned.interval), "images": tuned.scored}
-    assert told["measured"] == {**measured, "protocol": "loo", "summary": tuned.summary(), "stale": False}
+    classifier = shared.service.classifier
+    known = classifier.calibration()
+    told = shared.get("/v1/classifier").json()
+    measured, summary = told["measured"], classifier.snapshot().summary()
+    assert (measured["accuracy"], measured["images"]) == (known.accuracy, known.n_images)
+    assert (measured["protocol"], measured["summary"], measured["stale"]) == ("loo", summary, False)
+    assert measured["interval"][0] < known.accuracy < measured["interval"][1]
+    assert told["doubts"] == list(classifier.snapshot().doubts)
     assert (told["model"], told["method"], told["version"]) == ("demo", classifier.method_, classifier.version)
     assert (told["classes"], told["examples"]) == (CLASSES, CLASSES * SHOTS)
 

@@ -11,6 +11,8 @@ from fastapi import APIRouter, Path, Query
 from starlette.responses import Response
 
 from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
+from iosr_fast.head.predictions import AnyHead
+from iosr_fast.methods.tuned import wilson
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
@@ -84,23 +86,15 @@ def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
     """What would have to be fitted first is None."""
     classifier = service.classifier
     head, source = classifier.snapshot(), classifier.encoder.source
-    tuned, unknown = head.tuned, head.computed("unknown")
+    unknown = head.computed("unknown")
     return schemas.ClassifierAnswer(
         version=head.version,
         model=None if source is None else source.manifest["model"],
         method=head.config.method,
         classes=len(head.uids),
         examples=int(head.counts.sum()),
-        measured=None
-        if tuned is None
-        else schemas.Measured(
-            accuracy=None if tuned.interval is None else tuned.accuracy,
-            interval=tuned.interval,
-            images=tuned.scored,
-            protocol=tuned.protocol,
-            summary=tuned.summary(),
-            stale=tuned.stale,
-        ),
+        measured=_measured(head),
+        doubts=list(head.computed("doubts") or ()),
         unknown=None
         if unknown is None
         else schemas.Promise(promised=unknown.can_promise(keep), keep=keep, sentence=unknown.summary(keep)),
@@ -108,6 +102,32 @@ def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
         collects=service.settings.collect is not None,
         checked=_checked(service),
         note=service.recent.strangers.note,
+    )
+
+
+def _measured(head: AnyHead) -> schemas.Measured | None:
+    """By left-out images or those of calibrate_on; after a change by the search of the parameters, until a prediction
+    has asked for a promise."""
+    known, tuned = head.computed("left_out_labels"), head.tuned
+    if known is not None and known.count:
+        accuracy = known.reliability.accuracy
+        return schemas.Measured(
+            accuracy=accuracy,
+            interval=wilson(accuracy, known.count),
+            images=len(known.labels),
+            protocol="loo" if head.calibration_images is None else "validation",
+            summary=head.summary(),
+            stale=False,
+        )
+    if tuned is None:
+        return None
+    return schemas.Measured(
+        accuracy=None if tuned.interval is None else tuned.accuracy,
+        interval=tuned.interval,
+        images=tuned.scored,
+        protocol=tuned.protocol,
+        summary=tuned.summary(),
+        stale=tuned.stale,
     )
 
 

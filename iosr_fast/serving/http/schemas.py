@@ -49,8 +49,8 @@ class PredictAnswer(BaseModel):
 
 
 class Measured(BaseModel):
-    """How many left-out images were right when the parameters were chosen: `accuracy` of `images`, with its 95%
-    `interval` (null if none could be left out); `summary` in words; `stale` if the classes have changed since."""
+    """How many left-out images are right: `accuracy` of `images`, with its 95% `interval` (null if none could be left
+    out); `summary` in words; `stale` if the classes have changed since."""
 
     accuracy: float | None
     interval: tuple[float, float] | None
@@ -81,11 +81,12 @@ class Checked(BaseModel):
 
 
 class ClassifierAnswer(BaseModel):
-    """`model` is the CLIP. `measured` is null if the parameters were given. `unknown` is null after the start and after
-    each change, until a prediction has asked for it, because to fit it may take seconds. `max_error` is the share of
-    wrong labels that accepted ones may have, where a request names none; null if labels are then not judged.
-    `collects` is whether uploads that need a look are kept on the server, for labelling. `checked` is null unless it
-    keeps a sample of accepted ones, too. `note` says when pictures have become stranger than the examples."""
+    """`model` is the CLIP. `measured` is null where nothing was. `doubts` say what speaks against promises. `unknown` is
+    null after the start and after each change, until a prediction has asked for it, because to fit it may take seconds.
+    `max_error` is the share of wrong labels that accepted ones may have, where a request names none; null if labels are
+    then not judged. `collects` is whether uploads that need a look are kept on the server, for labelling. `checked` is
+    null unless it keeps a sample of accepted ones, too. `note` says when pictures have become stranger than the
+    examples."""
 
     version: int
     model: str | None
@@ -93,6 +94,7 @@ class ClassifierAnswer(BaseModel):
     classes: int
     examples: int
     measured: Measured | None
+    doubts: list[str]
     unknown: Promise | None
     max_error: float | None
     collects: bool

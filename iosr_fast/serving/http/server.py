@@ -55,8 +55,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
     threadpool_limits(1, "blas")
     _allow_files(settings)
     classifier = settings.open(bundle)
-    head = classifier.snapshot().one_label("the HTTP API")
-    Abstention(max_error=settings.max_error).check(head)
+    Abstention(max_error=settings.max_error).check(classifier.snapshot().one_label("the HTTP API"))
     plain = sys.stderr.isatty() and not settings.log_json
     with logs_to_stderr(plain):
         if settings.log is not None:
@@ -83,8 +82,8 @@ def run(bundle: str | Path, settings: Settings) -> None:
                 method=classifier.method_,
                 seconds=round(time.perf_counter() - start, 3),
             )
-            if head.look_alike_warning:
-                log("look_alikes", level=logging.WARNING, warning="; ".join(head.look_alike_warning))
+            for sentence in classifier.snapshot().one_label("the HTTP API").doubts:  # computed now: no reader waits
+                log("doubt", level=logging.WARNING, sentence=sentence)
             log(
                 "listening",
                 host=host,

@@ -68,9 +68,9 @@ async function refresh() {
 async function showFacts() {
   try {
     const data = await api.classifier();
-    const { model, method, measured, checked, note } = data;
+    const { model, method, measured, checked, note, doubts } = data;
     find("facts").textContent = [model, method, accuracy(measured)].filter((words) => words).join(" \u00b7 ");
-    const alarms = [checked?.refuted && checked.sentence, note].filter((words) => words);
+    const alarms = [checked?.refuted && checked.sentence, note, ...doubts].filter((words) => words);
     find("alarm").textContent = alarms.map((words) => `${words[0].toUpperCase()}${words.slice(1)}.`).join(" ");
     find("facts").title = measured?.summary ?? ""; // With what was not judged.
     return data;
