@@ -46,7 +46,7 @@ from iosr_fast.utils.ranking import auroc
 
 PLOT = Path(__file__).resolve().parents[2] / "docs" / "automation.svg"
 PROMISES, COVERAGE, KEPT = {f"{percent}%": percent / 100 for percent in (1, 2, 5, 10)}, 0.9, 0.95
-HALVES, ENOUGH = 10, 100  # draws of which half of the classes are known, too, of more support images than that
+HALVES, ENOUGH = 5, 100  # draws of which half of the classes are known, too, of more support images than that
 SHOTS, BURST, CONCEPTS, STYLES, ROWS, COLUMNS, SIDE = (4, 8, 16), 4, 100, 7, 4, 6, 64
 PHOTOGRAPHS = "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field moon page rocket"
 

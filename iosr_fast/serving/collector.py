@@ -17,7 +17,6 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import Prediction, predict
-from iosr_fast.methods.conformal import images_needed
 from iosr_fast.methods.folds import near_support
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.batching.decode import grey_png
@@ -126,7 +125,7 @@ class Collector:
         prediction = predict(head, embeddings, abstention=Abstention(max_error=self._max_error))[0]
         if prediction.accepted and self.checks is not None and self.checks.offer(image, prediction):
             return "check"
-        if prediction.accepted and len(head.unknown.left_out) >= images_needed(KEEP):
+        if prediction.accepted and head.unknown.can_promise(KEEP):
             prediction = predict(head, embeddings, abstention=Abstention(KEEP, max_error=self._max_error))[0]
         if prediction.accepted:
             return ""

@@ -18,6 +18,7 @@ site, browser, visit = page_server.site, page_server.browser, page_server.visit 
 def facts(visit: Visit, unknown: dict[str, Any] | None, measured: dict[str, Any] | None = None) -> None:
     """Load the page anew, with these facts about the classifier."""
     body = {"version": visit.site.classifier.version, "model": "demo", "method": "stack", "measured": measured}
+    body["doubts"] = ["promises may break"]
     visit.page.route("**/v1/classifier", lambda route: route.fulfill(json={**body, "unknown": unknown}), times=1)
     visit.page.reload()
     visit.page.locator("#facts", has_text="demo").wait_for()
@@ -194,6 +195,7 @@ def test_the_headline_and_the_samples(visit: Visit) -> None:
     facts(visit, None, measured | {"summary": "72.5% right"})
     right = "72.5% of 40 left-out pictures right (95%: 65.0% to 79.0%); measured before the last changes"
     page.locator("#facts", has_text=f"demo · stack · {right}").wait_for()
+    assert visit.text("#alarm") == "Promises may break."
     page.locator("#samples-list button").nth(1).press("Enter")
     page.locator("#answer .label", has_text=name).wait_for()
     assert visit.text("#items .file") == f"example of {name}" and not page.locator("#samples").is_visible()
