@@ -15,7 +15,6 @@ from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.answers import Answers
-from iosr_fast.head.calibration import calibrated_on
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitting import fit_head, warn_of_look_alikes
 from iosr_fast.head.head import Head
@@ -213,7 +212,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         labels = np.array([position[label] for label in y[kept].tolist()])
         grouped = read_groups(groups, len(rows))
         grouped = None if grouped is None else grouped[kept]
-        return self._take(calibrated_on(head, self._embeddings(rows[kept]), labels, grouped), self.classes_)
+        return self._take(head.calibrated_on(self._embeddings(rows[kept]), labels, grouped), self.classes_)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's. After a fit with

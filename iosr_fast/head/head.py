@@ -14,7 +14,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, as_numpy
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.calibration import Calibration, calibration_of
+from iosr_fast.head.calibration import Calibration, calibration_of, check_calibration
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.ids import class_id, example_number, uid_of
 from iosr_fast.head.labels import class_ids
@@ -23,6 +23,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import least_odds
 from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, log_odds_of_largest, of_logits
 from iosr_fast.methods.folds import Folds, make_folds
+from iosr_fast.methods.log_loss import refit_factor
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.multi_label_set import MultiLabelSet
@@ -236,7 +237,25 @@ class Head(HeadData):
     @cached_property
     def calibration(self) -> Calibration | None:
         """The images of calibrate_on on which promises rest, if there are any."""
-        return None if self.calibration_images is None else calibration_of(self, self.calibration_images)
+        given = self.calibration_images
+        return None if given is None else calibration_of(self.support, self.uids, given, self.config.look_alikes)
+
+    def calibrated_on(self, images: Embeddings, labels: np.ndarray, groups: np.ndarray | None = None) -> Head:
+        """The next version, whose promises rest on these images; `labels` (L,) are positions of classes, `groups` (L,)
+        as of SupportSet. The factor of the logits is fitted again (log_loss.refit_factor), so that probabilities are
+        those of these images; no label changes. Raises IosrFastError where too few of them are new (Calibration).
+        """
+        uids, alone = np.array(self.uids)[labels], (None,) * len(labels)
+        given = Examples(images, uids, np.arange(len(labels)), alone, groups=groups)
+        new = calibration_of(self.support, self.uids, given, self.config.look_alikes)
+        logits, version = self.score(new.embeddings), self.version + 1
+        check_calibration(len(new.labels), of_logits(logits, new.labels, units=new.units).count, new.near)
+        ratio = refit_factor(logits, new.labels)
+        config = replace(self.config, factor=self.config.factor * ratio)
+        if (tuned := self.tuned) is not None and not tuned.stale:  # it stays evidence of this fit
+            config = replace(config, tuned=replace(tuned, version=version))
+        made = replace(self, config=config, version=version, calibration_images=given)
+        return made.with_computed(plan=self.plan.scaled(ratio), folds=self.computed("folds"))
 
     @property
     def not_judged(self) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.calibration import calibrated_on
 from iosr_fast.head.descriptions import check_descriptions
 from iosr_fast.head.engine_choice import EngineChoice, OptimizeOptions
 from iosr_fast.head.examples import Examples
@@ -130,7 +129,7 @@ def calibrate_on(store: Store, images: Any, labels: Any, groups: Any, skip_bad: 
     grouped = read_groups(groups, len(listed))
     found = encode_images(fit.clip.encoder_for(adapted=True), *sources, skip_bad=skip_bad)
     grouped = None if grouped is None else np.delete(grouped, [error.position for error in found.errors])
-    made = calibrated_on(head, found.examples.embeddings, found.examples.class_ids, grouped)
+    made = head.calibrated_on(found.examples.embeddings, found.examples.class_ids, grouped)
     store.replace(replace(fit, head=made), instead_of=fit)
     return ChangeResult(made.version)
 
