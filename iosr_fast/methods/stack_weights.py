@@ -45,7 +45,7 @@ _TEXT_IMAGES = 4.0
 # Operations a second of one core, a cautious figure: the budget of time has to give the same choice on every machine.
 _RATE = 1e10
 # How firmly the prior holds the weights at one and two images a class, in units of 1 / spread^2.
-_PRIOR_STRENGTH = 30.0
+_PRIOR_STRENGTH = 90.0
 # Added to the number of left-out images of each class, so that a class without any is still told from the others.
 _NOT_NONE = 0.3
 
@@ -141,9 +141,10 @@ def fit_stack(held_out: HeldOut, adapted: bool, seconds: float) -> StackFit:
     settings = affordable(len(support.embeddings), support.n_classes, embeddings, seconds, few)
     copies = 0.0 if support.text is None else _TEXT_IMAGES * text_accuracy(support)
     objective = Objective.of(held_out, one_shot_weights(support, embeddings, bool(settings)), few)
-    if copies and few < 1:  # whether texts help the discriminant is asked with the first setting alone
+    if copies and few < 1:  # whether texts help the discriminant is asked of large classes, with the first setting
         tried = [_candidates(held_out, adapted, settings[:1], number) for number in (copies, 0.0)]
-        copies = objective.best([choice for some in tried for choice in some]).setting["text_images"]
+        chosen = objective.best([choice for some in tried for choice in some]).setting["text_images"]
+        copies = few * copies + (1.0 - few) * chosen
     choices = list(_candidates(held_out, adapted, settings, copies))
     best = objective.best(choices)
     if len(labels) and best.shares["adapter"]:
@@ -201,15 +202,15 @@ def _with_more_images(choice: Choice, held_out: HeldOut, few: float) -> Choice:
 def one_shot_weights(support: SupportSet, embeddings: Sequence[Which], regress: bool = True) -> dict[str, float]:
     """Weights at one image a class, which the discriminants share. With a the texts' accuracy on the support images and
     t the weight of the texts alone that minimises the log-loss of these images: text = 0.55 sqrt(a) t, text_regression
-    = 0.15 a t, regression = 0.05, discriminants = 1.35. Without texts regression = 1.3 - 0.9 s, discriminants = 2.25 s,
+    = 0.15 a t, regression = 0.05, discriminants = 1.35. Without texts regression = 1.3 - 1.02 s, discriminants = 2.8 s,
     with s the mean over classes of the images beside the first one, at most 1: one image a class has no covariance. s
     is 1 where the stack does not `regress`."""
     second = min(1.0, float(np.maximum(support.counts - 1, 0).mean())) if regress else 1.0
-    images = 2.25 * second if support.text is None else 1.35
+    images = 2.8 * second if support.text is None else 1.35
     shares = (1.0,) if len(embeddings) == 1 else (0.74, 0.26)
     weights = {DISCRIMINANTS[which]: images * share for which, share in zip(embeddings, shares, strict=True)}
     if support.text is None:
-        return {**weights, "regression": 1.3 - 0.9 * second}
+        return {**weights, "regression": 1.3 - 1.02 * second}
     logits, labels = TextModel(support).scores(support.as_queries), support.labels
     (alone,), _ = fit_weights([logits / spread_of_others(logits, labels)], labels)
     accuracy = text_accuracy(support)
