@@ -39,8 +39,6 @@ SUBJECTS = {
     "labels": "Several labels a picture: mean average precision and more.",
     "audit": "Wrong labels in the support set.",
     "suggest": "Accuracy after a budget of labels, suggested and at random (mean of ten, its error).",
-    "unknown": "Pictures of unknown classes; label sets.",
-    "groups": "Bursts of pictures: what left-out images let expect, beside other bursts.",
     "automation": "By promised error: labels accepted, of these wrong, draws with more of them beyond chance.",
     "adapter-place": "Accuracy in % by the adapter's place in the demo's CLIP.",
     "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
@@ -65,8 +63,6 @@ COLUMNS: dict[str, dict[str, str]] = {
     "labels": {"map": ".1%", "std": ".1%", "expected": ".1%", "f1": ".1%", "predicted": ".2f"},
     "audit": {"auroc": ".4f", "precision": ".1%", "wrong": ".0f", "listed": ".1f", "found": ".1f"},
     "suggest": {"suggested": ".1%", "random": ".1%", "random_se": ".1%"},
-    "groups": {"expected": ".1%", "std": ".1%", "accuracy": ".1%", "covered": ".1%"},
-    "unknown": {**dict.fromkeys(("auroc", "std", "fpr95", "kept", "best_single", "coverage"), ".1%"), "size": ".2f"},
     "automation": {
         **dict.fromkeys(("own", "std", "true", "covered"), ".1%"),
         **{promise: OF_PROMISE.format(promise) for promise in ("1%", "2%", "5%", "10%")},

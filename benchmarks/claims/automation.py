@@ -120,18 +120,21 @@ def variant(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def draws(task: Task, method: str, seed: int) -> Draws:
     support = task.support
-    order = np.random.default_rng(seed).permutation(support.n_classes)
-    for known in (order, order[::2])[: 1 + (seed < HALVES and len(support.labels) > ENOUGH)]:
-        inside, is_known = np.isin(support.labels, known), np.isin(task.labels, known)
-        text = None if support.text is None else support.text[np.sort(known)]
-        data = support.embeddings[inside], support.labels[inside], text, support.tau, method
-        heads = {"": (head := fit(*data)), "one by one": one_by_one(head)}
-        if support.groups is not None:
-            heads["as groups"] = one_by_one(fit(*data, groups=support.groups[inside]))
-        for way, head in heads.items():
-            found = of_labels(head, task) if known is order else of_strangers(head, task.queries, is_known)
-            of = way if known is order else f"half known {way}".strip()
-            yield {"of": of, **{name: round(float(figure), 5) for name, figure in found.items()}}
+    data = support.embeddings, support.labels, support.text, support.tau, method
+    heads = {"": (head := fit(*data)), "one by one": one_by_one(head)}
+    if support.groups is not None:
+        heads["as groups"] = one_by_one(fit(*data, groups=support.groups))
+    for of, head in heads.items():
+        yield {"of": of, **rounded(of_labels(head, task))}
+    if seed < HALVES and len(support.labels) > ENOUGH:
+        known = np.sort(np.random.default_rng(seed).permutation(support.n_classes)[::2])
+        inside, text = np.isin(support.labels, known), None if support.text is None else support.text[known]
+        head = fit(support.embeddings[inside], support.labels[inside], text, support.tau, method)
+        yield {"of": "half known", **rounded(of_strangers(head, task.queries, np.isin(task.labels, known)))}
+
+
+def rounded(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {name: round(float(figure), 5) for name, figure in figures.items()}
 
 
 def one_by_one(head: FewShotHead) -> FewShotHead:
@@ -183,10 +186,12 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> str:
     most = max(row["shots"] for row in rows)
     for row in rows:
         if row["data"].endswith(".npz") and (row["of"], row["shots"]) == ("", most):
-            at = [(row[f"labelled_{name}"], name) for name in PROMISES]
+            at, draws = [(row[f"labelled_{name}"], name) for name in PROMISES], row["draws"]
             lines = {
                 "promised": [(x, PROMISES[name]) for x, name in at],
-                "in the worst of 100 draws": [(x, max(one[f"wrong_{name}"] for one in row["draws"])) for x, name in at],
+                f"in the worst of {len(draws)} draws": [
+                    (x, max(one[f"wrong_{name}"] for one in draws)) for x, name in at
+                ],
                 "on the mean": [(x, row[f"wrong_{name}"]) for x, name in at],
             }
             place = {"x": 580 * len(panels), "width": 560, "height": 344}
