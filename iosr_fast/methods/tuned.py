@@ -33,7 +33,7 @@ class Tuned:
     protocol         "validation", "loo" (one image of each class left out at a time, near duplicates together),
                      "one-shot" (nothing can be left out: one_shot_parameters), "none"
     settings         combinations of the other parameters that were tried, with every alpha for each
-    note             what a user has to know of the choice: texts or images that have no effect, near duplicates; or ""
+    note             what a user has to know of the choice: texts or images that have no effect; or ""
     shares           of a stack: what texts, pictures and the adapter contribute to the logits; the sum is 1
     version, stale   the version of the classifier that was tuned, and whether the classifier has changed since
 
