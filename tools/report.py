@@ -64,9 +64,9 @@ COLUMNS: dict[str, dict[str, str]] = {
     "audit": {"auroc": ".4f", "precision": ".1%", "wrong": ".0f", "listed": ".1f", "found": ".1f"},
     "suggest": {"suggested": ".1%", "random": ".1%", "random_se": ".1%"},
     "automation": {
-        **dict.fromkeys(("own", "std", "true", "covered"), ".1%"),
+        **dict.fromkeys(("own", "true", "covered"), ".1%"),
         **{promise: OF_PROMISE.format(promise) for promise in ("1%", "2%", "5%", "10%")},
-        **dict.fromkeys(("auroc", "best", "kept", "rejected", "strangers"), ".1%"),
+        **dict.fromkeys(("auroc", "kept", "rejected"), ".1%"),
     },
 }
 

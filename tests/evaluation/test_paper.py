@@ -137,7 +137,9 @@ def test_a_figure_is_that_of_the_papers_steps_written_out(root: Path) -> None:
         )
         plan = tune("tip-adapter++", support, validation, splits["val"].labels).compile(support)
         accuracies.append(float((score(plan, queries).argmax(1) == splits["test"].labels).mean()))
-    assert row["accuracies"] == pytest.approx(accuracies) and row["seeds"] == [1, 2] and row["mean"] > 0.6
+    # Pictures are encoded in other batches: one on the border may fall to the other side in float32.
+    assert row["accuracies"] == pytest.approx(accuracies, abs=1.001 / len(splits["test"]))
+    assert row["seeds"] == [1, 2] and row["mean"] > 0.6
     assert row["tuned_on"] == "validation" and row["test_images"] == [len(splits["test"])] * 2
 
 
