@@ -9,7 +9,7 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.folds import make_folds, unit_weights
-from iosr_fast.methods.look_alikes import average_linkage, find_look_alikes
+from iosr_fast.methods.look_alikes import LookAlikes, average_linkage, find_look_alikes
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from tests.methods.support_sets import unit
 
@@ -64,6 +64,12 @@ def test_bursts_are_found_whatever_the_encoder_and_independent_pictures_are_not(
     independent = sessions(rng, [16] * 6, 1, offset)
     alike = find_look_alikes(independent)
     assert len(np.unique(alike.groups)) > 85 and not alike.many and not alike.warning
+
+
+@pytest.mark.parametrize(("alike", "many"), [(119, False), (121, True)])
+def test_many_are_two_standard_errors_more_than_usual(alike: int, many: bool) -> None:
+    nearest = np.where(np.arange(1000) < alike, 0.6, 0.4)
+    assert LookAlikes(np.arange(1000), nearest, 100.0).many is many
 
 
 def test_classes_of_two_pictures_and_of_one_session(rng: np.random.Generator) -> None:
