@@ -15,7 +15,8 @@ from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
 LEAST_COSINE = 0.3
 _RIDGE = 3.0
 # An image looks like another from this centred cosine on. Taken independently, at most this share of a class of n does,
-# times log2(n): of Caltech-101, Flowers and made-up images at 3 to 64 a class at most 0.026; of made-up bursts 0.08 and more.
+# times log2(n): of Caltech-101, Flowers and made-up images at 3 to 64 a class at most 0.026; of made-up bursts 0.08
+# and more.
 _ALIKE = 0.5
 _USUAL = 0.03
 # Images of a class that are compared with one another; of a larger class those that follow one another. 64 MB.
