@@ -18,14 +18,14 @@ from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstention
 from iosr_fast.head.descriptions import read_descriptions
 from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
-from iosr_fast.head.evaluation import Evaluation
-from iosr_fast.head.fit import Fit
-from iosr_fast.head.fitting import fit, warn_of_look_alikes
+from iosr_fast.head.fit import fit, warn_of_look_alikes
+from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, Prediction
+from iosr_fast.head.quality import Evaluation
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.checks import check
@@ -195,7 +195,7 @@ class Classifier(Estimator):
     skipped_ = FittedAttribute(lambda fit: [error.where for error in fit.skipped])
     engine_ = FittedAttribute(lambda fit: fit.clip.engine)
     engine_choice_ = FittedAttribute(lambda fit: fit.engine_choice)
-    exif_orientation_ = FittedAttribute(lambda fit: fit.views.exif_orientation)
+    exif_orientation_ = FittedAttribute(lambda fit: fit.settings.exif_orientation)
     version = FittedAttribute(lambda fit: fit.head.version)
 
     @property
@@ -436,7 +436,7 @@ class Classifier(Estimator):
         """The n images of a folder and below, or of a Source, to label next: each is typical of as many others, and
         those of which this classifier is uncertain count more (methods.suggest); before a fit all count the same.
         Options are those of `predict_folder`."""
-        head = None if self._fit is None else self._fit.head.one_label("suggest")
+        head = None if self._fit is None else self._fit.head.require_single_label("suggest")
         return suggest_from_folder(head, self._reader(batch, skip_bad, threads, decoder), folder, n)
 
     def evaluate(
@@ -462,7 +462,7 @@ class Classifier(Estimator):
         """Decodes and encodes queries, by the fit's encoder or, before a fit, that of the parameters."""
         fit = self._fit
         clip = self._open() if fit is None else fit.clip
-        upright = self.exif_orientation if fit is None else fit.views.exif_orientation
+        upright = self.exif_orientation if fit is None else fit.settings.exif_orientation
         return Reader.of((fit or clip).encoder, clip.engine, upright, batch, skip_bad, threads, decoder)
 
     def add_class(
@@ -551,7 +551,7 @@ class Classifier(Estimator):
 
         `images` and `labels` are those of the fit and of later changes, in any order; `unknown_images` likewise.
         Engines are built, calibrated on them, timed, and judged by the labels of left-out examples: `tolerance` is the
-        accepted loss of accuracy in points (engine_choice.rejection). The `objective` is "latency" (one image),
+        accepted loss of accuracy in points (engine_choice.rejection_reason). The `objective` is "latency" (one image),
         "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates, `smaller_images`
         adds some. Some are exported from the CLIP in torch, which a loaded classifier has where `pretrained` (and
         `adapter`) name it. Returns the table (`engine_choice_`); `version` rises if embeddings change. Refused: an

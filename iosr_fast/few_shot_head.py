@@ -16,7 +16,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.answers import Answers
 from iosr_fast.head.examples import Examples
-from iosr_fast.head.fitting import fit_head, warn_of_look_alikes
+from iosr_fast.head.fit import fit_head, warn_of_look_alikes
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import are_label_sets, dense, positions, read_groups, read_label_sets
 from iosr_fast.head.method_config import MethodChoice
@@ -206,7 +206,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
 
     def calibrate_on(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Let promises rest on labelled rows that are no support rows, as Classifier.calibrate_on."""
-        head, (rows, y) = self._fitted().head.one_label("calibrate_on"), self._validated(X, y)
+        head, (rows, y) = self._fitted().head.require_single_label("calibrate_on"), self._validated(X, y)
         kept = self._usable(rows, "left out of the rows to calibrate on")
         position = positions(self.classes_.tolist(), y.tolist())
         labels = np.array([position[label] for label in y[kept].tolist()])
@@ -275,7 +275,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         """The n rows of X to label next: the result's `rows` are positions in X. Before the first labels exist, call
         methods.suggest.suggest."""
         answers, n = self._fitted(), check_integer("n", n, 1)
-        head, queries = answers.head.one_label("suggest"), [*self._queries(X)]
+        head, queries = answers.head.require_single_label("suggest"), [*self._queries(X)]
         return suggest(
             image_rows(Embeddings.concatenate(queries), head.config.which, None), n, entropy(answers.logits(queries))
         )

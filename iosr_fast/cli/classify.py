@@ -100,7 +100,7 @@ def classify(
         else:  # what the rows are is a fact of the run in the decoder's place
             source, _, how = read_rows(images, head)
         work = Classify(str(classifier), form, top or (5 if form == "parts" else 1), how, abstention)
-        work.check(one_label=joint or html is not None)
+        work.check(single_label=joint or html is not None)
         if parts is not None:
             counts = run(work, source, parts, options, chunk, pool)
         elif joint:
@@ -118,7 +118,7 @@ def classify(
         rows = read_csv(text) if out is None else read_table(out)
         names = ", ".join(Path(place).name or place for place in images[:3])
         title = f"Labels of {names}{', ...' if images[3:] else ''}"
-        upright = work.bundle.views.exif_orientation
+        upright = work.bundle.settings.exif_orientation
         write_new(html, predictions_page(rows, title, counts.unread, abstention.label, upright))
     if counts.unread == counts.images:
         raise IosrFastError("none of the images could be read")

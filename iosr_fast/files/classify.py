@@ -80,7 +80,7 @@ def classify_jointly(
             "expected no max_error (--max-error) with joint (--joint): the promise rests on support images that are "
             "classified alone; leave one of both out"
         )
-    one = head.one_label("classifying together")
+    one = head.require_single_label("classifying together")
     errors, queries = reader.embed(sources, advance)
     if queries is None:
         queries = one.examples.embeddings[:0]

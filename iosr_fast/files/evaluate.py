@@ -11,8 +11,8 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.reader import Reader
-from iosr_fast.head.evaluation import MISTAKES, Evaluation, LabelSets, Mistake, UnknownResult
 from iosr_fast.head.predictions import predict
+from iosr_fast.head.quality import MISTAKES, Evaluation, Mistake, SetCoverage, UnknownResult
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits
@@ -22,7 +22,7 @@ from iosr_fast.utils.ranking import auroc
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.head.fit import Fit
+    from iosr_fast.head.fitted import Fit
     from iosr_fast.head.head import Head
 
 Truth: TypeAlias = tuple[str | None, float]  # the label of a mistake, and its probability
@@ -35,7 +35,10 @@ def evaluate_images(
 ) -> Evaluation:
     """As Classifier.evaluate. `shown` is whether to show bars."""
     coverage, keep = check_share("coverage", coverage), check_share("keep", keep)
-    head, listed = fit.head.one_label("evaluate", "score gives the mean average precision"), as_image_list(images)
+    head, listed = (
+        fit.head.require_single_label("evaluate", "score gives the mean average precision"),
+        as_image_list(images),
+    )
     class_ids = fit.read_labels(listed, labels)
     others = [] if unknown_images is None else as_image_list(unknown_images)
     errors: list[BadImageError] = []
@@ -89,7 +92,7 @@ def _measure(
         basis=left_out.basis,
         mistakes=_mistakes(head, embeddings, worst, images, truths),
         copies=int(near_support(head.support, embeddings.plain).sum()),
-        sets=LabelSets(coverage, *shares, reason),
+        sets=SetCoverage(coverage, *shares, reason),
         automation=automation(left_out, outcome),
         expected_automation=automation(left_out),
         **known,

@@ -79,7 +79,7 @@ def predict_folder(
     """As Classifier.predict_folder."""
     listing = list_images(folder)
     if joint or abstention != NONE_WITHHELD:
-        one = head.one_label("predict_folder with joint, unknown or max_error", "leave them out")
+        one = head.require_single_label("predict_folder with joint, unknown or max_error", "leave them out")
         abstention.check(one)
     together, accepted = classify_jointly(head, reader, listing.paths, abstention) if joint else None, None
     if together is not None:

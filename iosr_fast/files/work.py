@@ -111,11 +111,11 @@ class Classify:
     def head(self) -> AnyHead:
         return self.bundle.head
 
-    def check(self, one_label: bool = False) -> None:
-        """Raise IosrFastError, before an image is read, for what this classifier can't do; with `one_label` for one
-        of several labels a picture."""
-        if one_label or self.form != "csv" or self.top > 1 or self.abstention != NONE_WITHHELD:
-            one = self.head.one_label(
+    def check(self, single_label: bool = False) -> None:
+        """Raise IosrFastError, before an image is read, for what this classifier can't do; with `single_label` for
+        one of several labels a picture."""
+        if single_label or self.form != "csv" or self.top > 1 or self.abstention != NONE_WITHHELD:
+            one = self.head.require_single_label(
                 "a table with --joint, --reject-unknown, --max-error, --html, --top or in another format than CSV",
                 "leave these out, and give a .csv file for --out, or none",
             )
@@ -143,7 +143,7 @@ class Classify:
             "classifier": fingerprint(head),
             "classes": len(head.class_names),
             "method": head.config.method,
-            "exif_orientation": self.bundle.views.exif_orientation,
+            "exif_orientation": self.bundle.settings.exif_orientation,
             "form": self.form,
             "top": self.top,
             "unknown_label": self.abstention.label,
@@ -154,7 +154,7 @@ class Classify:
     def open(self, options: ReadOptions) -> Reader:
         fit = self.bundle.open(options.runtime, options.threads, 1)
         known = options.batch, options.skip_bad, options.threads
-        return Reader.of(fit.encoder, fit.clip.engine, fit.views.exif_orientation, *known, self.decoder)
+        return Reader.of(fit.encoder, fit.clip.engine, fit.settings.exif_orientation, *known, self.decoder)
 
     def use(self, embeddings: Embeddings) -> Predictions:
         return predict_any(self.head, embeddings, self.top, self.abstention)

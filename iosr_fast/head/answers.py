@@ -45,7 +45,7 @@ class Answers:
     def predict(self, queries: Iterable[Embeddings], abstention: Abstention) -> np.ndarray:
         if abstention == NONE_WITHHELD:
             return self.head.answers(self.logits(queries), self.labels)
-        head = self.head.one_label("predict with unknown or max_error", "each class is judged by itself")
+        head = self.head.require_single_label("predict with unknown or max_error", "each class is judged by itself")
         abstention.check(head, self.labels.tolist())
         keep, max_error = abstention.keep, abstention.max_error
         answers = [self.labels[:0]]
@@ -62,38 +62,38 @@ class Answers:
     def explain(
         self, queries: Iterable[Embeddings], top: int, nearest: int, abstention: Abstention
     ) -> list[Prediction]:
-        head = self.head.one_label("explain", "predict_proba gives the probability of each class")
+        head = self.head.require_single_label("explain", "predict_proba gives the probability of each class")
         abstention.check(head)
         return [one for block in queries for one in predict(head, block, top, nearest, abstention)]
 
     def unknown(self, call: str) -> Unknown:
         """Head.unknown, for a `call`."""
-        return self.head.one_label(call).unknown
+        return self.head.require_single_label(call).unknown
 
     def unknown_score(self, queries: Iterable[Embeddings]) -> np.ndarray:
         unknown = self.unknown("unknown_score")
         return np.concatenate([np.zeros(0), *(unknown.score(block.to_numpy()) for block in queries)])
 
     def predict_sets(self, queries: Iterable[Embeddings], coverage: float, per_class: bool) -> list[np.ndarray]:
-        head, share = self.head.one_label("predict_sets"), check_share("coverage", coverage)
+        head, share = self.head.require_single_label("predict_sets"), check_share("coverage", coverage)
         left_out, classes = head.left_out_labels, self.labels if per_class else None
         left_out.thresholds(share, classes)
         logits = self.logits(queries)
         return sets_of_labels(self.labels, logits, left_out.sets(logits, share, classes))
 
     def predict_jointly(self, queries: Iterable[Embeddings]) -> JointPrediction:
-        head = self.head.one_label("predict_jointly")
+        head = self.head.require_single_label("predict_jointly")
         rows = [block.to_numpy() for block in queries] or [head.examples.embeddings[:0]]
         return predict_jointly(head, Embeddings.concatenate(rows), self.labels, self.check)
 
     def automation(self) -> Automation:
-        head = self.head.one_label("automation")
+        head = self.head.require_single_label("automation")
         return automation(head.left_out_labels, notes=head.doubts)
 
     def calibration(self) -> Reliability:
-        return self.head.one_label("calibration").left_out_labels.reliability
+        return self.head.require_single_label("calibration").left_out_labels.reliability
 
     def audit(self, name: Callable[[int], Any]) -> SupportAudit:
         """`name` is how the support image of a number is called."""
-        head = self.head.one_label("audit")
+        head = self.head.require_single_label("audit")
         return head.audit(np.array([name(number) for number in head.examples.ids.tolist()]), self.labels)

@@ -15,7 +15,7 @@ from iosr_fast.utils.machine import cpu_model
 from iosr_fast.utils.schema import Above0, Name, Natural, Share, Size, Strict, text_of
 
 Objective = Literal["latency", "throughput", "size"]
-Verdict = Literal["chosen", "accepted", "not judged", "rejected", "failed", "left out"]
+Outcome = Literal["chosen", "accepted", "not judged", "rejected", "failed", "left out"]
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # the more exact ones first
 LEAST_COSINE = 0.99
 SIGNIFICANT = 0.15
@@ -55,7 +55,7 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
 
     runtime: Name
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
-    verdict: Verdict
+    verdict: Outcome
     reason: Annotated[str, text_of(512)] = ""
     tokens: dict[str, Size] | None = None
     ms_one: Above0 | None = None
@@ -132,7 +132,7 @@ class EngineChoice(Strict, frozen=True, kw_only=True):
         return [*lines, *filter(None, [self.note])]
 
 
-def rejection(
+def rejection_reason(
     reference: np.ndarray,
     right: np.ndarray,
     cosines: dict[str, tuple[float, float]],

@@ -11,8 +11,8 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.export.check import evenly
-from iosr_fast.head.engine_choice import rejection
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.engine_choice import rejection_reason
+from iosr_fast.head.fitted import Fit
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
@@ -69,12 +69,12 @@ class Judge:
     def __init__(
         self, fit: Fit, reference: Encoder, rows: np.ndarray, pixels: Callable[[int], np.ndarray], tolerance: float
     ) -> None:
-        head, examples = fit.head.one_label("the choice of an engine"), fit.head.examples
+        head, examples = fit.head.require_single_label("the choice of an engine"), fit.head.examples
         self._head, self._pixels, self._tolerance = head, pixels, tolerance
         self._fingerprint = reference.fingerprint
         self._classes = np.searchsorted(np.array(head.uids), examples.class_ids[rows])
         self._groups = None if examples.groups is None else examples.groups[rows]
-        singles = examples.embeddings if fit.views.views == 1 or not len(rows) else examples.queries
+        singles = examples.embeddings if fit.settings.views == 1 or not len(rows) else examples.queries
         if singles is not None and reference.fingerprint == fit.clip.encoder.fingerprint:
             self._reference = singles[rows]
         else:
@@ -99,7 +99,7 @@ class Judge:
         right, expected = ((each == self._classes)[self._rows] for each in (labels, self._labels))
         if self.count:
             facts |= {"agreement": float((labels == self._labels)[self._rows].mean()), "accuracy": float(right.mean())}
-        return facts, rejection(expected, right, facts["cosines"], self._tolerance, smaller_images)
+        return facts, rejection_reason(expected, right, facts["cosines"], self._tolerance, smaller_images)
 
     def _left_out_labels(self, embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
         """The label (N,) of each image by the fitted method without the image's fold, keys and queries being

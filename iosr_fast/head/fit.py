@@ -1,68 +1,143 @@
-"""Fit: a head, and the encoder that belongs to it."""
+"""How a Fit is made of images and labels, and a head of embeddings and labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.opened_clip import OpenedClip
-from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.answers import Answers
-from iosr_fast.head.engine_choice import EngineChoice
+from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
+from iosr_fast.head.descriptions import check_descriptions
+from iosr_fast.head.engine_choice import OptimizeOptions
+from iosr_fast.head.examples import Examples
+from iosr_fast.head.fitted import Fit
+from iosr_fast.head.head import Head
+from iosr_fast.head.labels import Labels, check_labels, read_groups
+from iosr_fast.head.method_config import MethodChoice, MethodConfig
+from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
-from iosr_fast.head.support_images import SupportViews
-from iosr_fast.images.preprocess import as_array, as_image_list, to_pixels
+from iosr_fast.head.support_images import SupportSettings, encode_images
+from iosr_fast.images.preprocess import as_image_list
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.multi_label import fit_multi_label
+from iosr_fast.methods.multi_label_set import MultiLabelSet
+from iosr_fast.methods.tune import AUTO
+from iosr_fast.methods.unknown import check_unknown_images
+from iosr_fast.scoring.fields import RANGES
+from iosr_fast.scoring.validation import check_number
+from iosr_fast.utils.progress import progress as bar
+from iosr_fast.utils.text import abbreviate
 
-_CHUNK = 256  # images whose pixels are in memory
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """A fitted classifier: `head` and what it was computed with. Immutable.
+def fit(
+    parameters: Mapping[str, Any],
+    open_clip: Callable[[], OpenedClip],
+    images: Any,
+    labels: Any,
+    class_names: Any,
+    unknown_images: Any,
+    groups: Any,
+    descriptions: Any,
+) -> Fit:
+    """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before the CLIP is opened:
+    parameters, labels, class names, descriptions, and that each class has an image if the method needs one."""
+    choice, choose_engine = MethodChoice.of(parameters), parameters["precision"] == "auto"
+    of_images = {name: parameters[name] for name in ("views", "mirror", "templates", "seed", "exif_orientation")}
+    settings = SupportSettings(**of_images, thumbnail=parameters["thumbnails"])
+    listed = [] if images is None else as_image_list(images)
+    known, grouped = check_labels(listed, labels, class_names), read_groups(groups, len(listed))
+    if known.sets is not None:
+        choice.check_several(unknown_images)
+        if choose_engine:
+            log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
+            choose_engine = False
+    texts = check_descriptions(descriptions, known.names, settings.templates)
+    unknown = [] if unknown_images is None else as_image_list(unknown_images)
+    check_unknown_images(len(unknown))
+    _check_counts(choice, known, known.ids)
+    clip = open_clip()
+    _check_clip(choice, clip)
+    assert clip.text is not None
+    shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])
+    # Later queries are single views, so that is what leave-one-out has to score.
+    scored = choice.searched or known.sets is not None
+    settings = replace(settings, single=scored and settings.views > 1)
+    text = clip.text.embed_classes(known.names, settings.templates, texts)
+    with bar("encode", len(listed) + len(unknown), shown=shown) as step:
+        given = listed, settings, known.ids, known.shown, unknown, skip_bad, step
+        examples, unknown_rows, errors = encode_images(clip.encoder_for(adapted=True), *given)
+    if grouped is not None:
+        unread = [error.position for error in errors if error.position < len(listed)]
+        examples = replace(examples, groups=np.delete(grouped, unread))
+    if errors:
+        _check_counts(choice, known, examples.class_ids)
+    with bar("tune", None, shown=shown and scored and bool(len(examples))):
+        head = fit_head(choice, known.names, text, clip.tau, examples, known.sets, unknown_rows).compiled()
+    settings = replace(settings, single=examples.queries is not None)
+    fitted = Fit(clip, head, settings, tuple(errors), known.are_integers)
+    if not choose_engine:
+        return fitted
+    from iosr_fast.head.optimize import optimize
 
-    `skipped` has the errors of unreadable images that were left out, `engine_choice` the candidates for the engine,
-    where it was chosen. With `integer_labels`, the label of a class is its uid: its position in the class names of the
-    fit, which no later change moves.
-    """
+    skipped, ids = {error.position for error in errors}, head.examples.ids.tolist()
+    readable = [image for i, image in enumerate([*listed, *unknown]) if i not in skipped]  # the support images first
+    options = OptimizeOptions(runtime=parameters["runtime"], progress=shown)
+    return optimize(fitted, [readable[number] for number in ids], options, head.version, readable[len(ids) :])
 
-    clip: OpenedClip
-    head: AnyHead
-    views: SupportViews
-    skipped: tuple[BadImageError, ...] = ()
-    integer_labels: bool = False
-    engine_choice: EngineChoice | None = None
 
-    @property
-    def encoder(self) -> Encoder:
-        """The encoder of queries: it gives the embeddings that the method compares, and no others where it can."""
-        return self.clip.encoder_for(self.head.needs_adapted)
+def warn_of_look_alikes(head: AnyHead) -> None:
+    """Warn the caller of a fit where promises may break (LookAlikesWarning)."""
+    if not isinstance(head, MultiLabelHead) and head.look_alike_warning:
+        warnings.warn("; ".join(head.look_alike_warning), LookAlikesWarning, stacklevel=3)
 
-    @cached_property
-    def answers(self) -> Answers:
-        """The answers of the head; the labels of its classes are their names, or their uids (int64)."""
-        head = self.head
-        return Answers(head, np.array(head.uids, np.int64) if self.integer_labels else np.array(head.class_names, str))
 
-    def read_labels(self, images: Sequence[Any], labels: Any) -> np.ndarray:
-        """The classes of labelled images, as the head reads labels."""
-        return self.head.read_labels(images, labels, self.integer_labels)
+def _check_counts(choice: MethodChoice, labels: Labels, ids: np.ndarray) -> None:
+    """Raise IosrFastError where a class has none of the images with these `ids` and the method needs one."""
+    needed = choice.method == AUTO or METHODS[choice.method].needs_support
+    if needed and (empty := [labels.names[c] for c in np.flatnonzero(labels.counts(ids) == 0)]):
+        raise IosrFastError(f"{choice.method} needs at least one image of each class, got none of {abbreviate(empty)}")
 
-    def queries(self, images: Any) -> Iterator[Embeddings]:
-        """The embeddings of images in their order, a few hundred at a time, each encoded when it is taken."""
-        return map(self.encoder.encode_on_device, self.chunks(images))
 
-    def chunks(self, images: Any) -> Iterator[np.ndarray]:
-        """Pixels (B, S, S, 3) of images in their order, a few hundred at a time."""
-        # A batch array stays one: pixels of the right size reach the encoder without a copy.
-        array = as_array(images)
-        listed = array if array is not None and array.ndim == 4 else as_image_list(images)
-        for start in range(0, len(listed), _CHUNK):
-            try:
-                yield to_pixels(listed[start : start + _CHUNK], self.clip.encoder.geometry, self.views.exif_orientation)
-            except BadImageError as error:
-                raise error.moved(start) from error.__cause__
+def _check_clip(choice: MethodChoice, clip: OpenedClip) -> None:
+    """Raise IosrFastError for a method that the CLIP can't serve."""
+    method = choice.method
+    check_number("tau, the CLIP's logit scale,", clip.tau, *RANGES["tau"])
+    if method != AUTO and METHODS[method].needs_adapter and not clip.has_adapter:
+        raise IosrFastError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
+    if clip.text is None:
+        raise IosrFastError(
+            "this classifier was loaded and has no text encoder to fit with: a Classifier with the model and the "
+            "pretrained weights of its CLIP has one"
+        )
+
+
+def fit_head(
+    choice: MethodChoice,
+    names: Sequence[str],
+    text: np.ndarray | None,
+    tau: float,
+    examples: Examples,
+    label_sets: np.ndarray | None,
+    unknown_images: Embeddings | None,
+) -> AnyHead:
+    """The head of support images whose class ids are positions in `names` (C), or in `label_sets` (P, C) bool."""
+    if label_sets is None:
+        examples = examples.sorted_by_class()
+        config = choice.config(examples.as_support(range(len(names)), text, tau))
+        return Head.first(names, text, tau, examples, config, unknown_images=unknown_images)
+    labels, precision = label_sets[examples.class_ids], choice.key_precision
+    images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries, examples.groups)
+    setting = None if choice.searched else choice.parameters
+    found = fit_multi_label(images, choice.method, setting, precision, choice.seconds)
+    config = MethodConfig(found.method, found.parameters, factor=found.factor, key_precision=precision)
+    examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
+    own = {"labels": labels, "thresholds": found.thresholds, "evidence": found}
+    return MultiLabelHead.first(names, text, tau, examples, config, **own).with_computed(plan=found.plan)

@@ -333,8 +333,8 @@ class Head(HeadData):
 
     # What a MultiLabelHead answers in its own way
 
-    def one_label(self, call: str, instead: str = "") -> Head:
-        """The head itself: it has an answer to every call. MultiLabelHead.one_label refuses."""
+    def require_single_label(self, call: str, instead: str = "") -> Head:
+        """The head itself: it has an answer to every call. MultiLabelHead.require_single_label refuses."""
         return self
 
     def read_labels(self, images: Sequence[Any], labels: Any, integers: bool) -> np.ndarray:

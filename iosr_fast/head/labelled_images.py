@@ -13,7 +13,7 @@ from iosr_fast.head.labels import SEPARATOR, class_ids
 from iosr_fast.images.listing import list_folder, list_images, refuse_url
 from iosr_fast.utils.csv_text import check_columns, read_rows
 
-_Row = tuple[Path, str | frozenset[str], str | None]
+_LabelledFile = tuple[Path, str | frozenset[str], str | None]
 log = logging.getLogger(__name__)
 
 
@@ -56,9 +56,9 @@ def labelled_images(folder: str | Path, *more: str | Path) -> LabelledImages:
     >>> labels, class_names
     (['green apple', 'lemon', 'lime'], ['green apple', 'lemon', 'lime'])
     """
-    found: dict[str, _Row] = {}  # by file, links resolved where there are several places to compare
+    found: dict[str, _LabelledFile] = {}  # by file, links resolved where there are several places to compare
     for place in map(Path, (folder, *more)):
-        is_table, here = place.suffix.lower() == ".csv" and not place.is_dir(), dict[str, _Row]()
+        is_table, here = place.suffix.lower() == ".csv" and not place.is_dir(), dict[str, _LabelledFile]()
         for path, label, group in _read_table(place) if is_table else _read_class_folders(place):
             first = here.setdefault(os.path.realpath(path) if more else str(path), (path, label, group))
             if first[1] != label:
@@ -76,11 +76,11 @@ def labelled_images(folder: str | Path, *more: str | Path) -> LabelledImages:
     return LabelledImages([path for path, _, _ in rows], labels, names, [group for _, _, group in rows])
 
 
-def _read_class_folders(folder: Path) -> list[_Row]:
+def _read_class_folders(folder: Path) -> list[_LabelledFile]:
     return [(path, name.replace("_", " ").strip(), None) for path, name in zip(*list_folder(folder)[:2], strict=True)]
 
 
-def _read_table(file: Path) -> list[_Row]:
+def _read_table(file: Path) -> list[_LabelledFile]:
     if not file.is_file():
         raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
     columns, rows = read_rows(file)
@@ -90,7 +90,7 @@ def _read_table(file: Path) -> list[_Row]:
     named = [(row["path"], row[name].strip(), row.get("group", "").strip() or None) for row in rows]
     if not any(label for _, label, _ in named):
         raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column {name}")
-    labelled = list[_Row]()
+    labelled = list[_LabelledFile]()
     for path, label, group in named:
         if not (label or several):
             continue

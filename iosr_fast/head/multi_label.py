@@ -21,7 +21,7 @@ from iosr_fast.utils.ranking import mean_average_precision
 @dataclass(frozen=True, eq=False)
 class MultiLabelHead(HeadData):
     """Logits of each class by itself (methods.multi_label), and a threshold for each class. It takes no changes. Its
-    plan is set by `with_computed`; `one_label` refuses calls that need one label a picture.
+    plan is set by `with_computed`; `require_single_label` refuses calls that need one label a picture.
 
     labels      (N, C) bool, the classes of each support image, whose class ids say nothing
     thresholds  (C,) float32, the probability from which a picture has a class
@@ -42,7 +42,7 @@ class MultiLabelHead(HeadData):
         """The numbers of a class's support images, rising."""
         return np.sort(self.examples.ids[self.labels[:, self.uids.index(uid)]]).tolist()
 
-    def one_label(self, call: str, instead: str = "fit with one label for each picture") -> NoReturn:
+    def require_single_label(self, call: str, instead: str = "fit with one label for each picture") -> NoReturn:
         """Raises IosrFastError: `call` has no answer where pictures have several labels."""
         raise IosrFastError(
             f"{call} is for one label a picture, and this classifier was fitted with several: {instead}"

@@ -18,9 +18,9 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.candidates import Candidate, CandidateBuilder, list_candidates, with_smaller_images
 from iosr_fast.export.check import evenly
-from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Verdict, best_of
+from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Outcome, best_of
 from iosr_fast.head.engine_judge import JUDGED, Judge, sample_rows, time_encoders
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitted import Fit
 from iosr_fast.head.support_images import encode_images
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.machine import cpu_model
@@ -39,10 +39,10 @@ def optimize(
     """`fit` on the engine that `choose_engine` chooses. `images` are its support images in the order of
     `fit.head.examples`; if the embeddings change they are encoded again, with `unknown_images`, the reducer is fitted
     again, and the head is of this `version`. Classes, texts, ids, thumbnails, method and parameters stay."""
-    head = fit.head.one_label("the choice of an engine")
+    head = fit.head.require_single_label("the choice of an engine")
     clip, choice = choose_engine(fit, images, options)
     if clip.encoder.fingerprint != fit.clip.encoder.fingerprint:
-        total, views = len(images) + len(unknown_images), replace(fit.views, thumbnail=0)
+        total, views = len(images) + len(unknown_images), replace(fit.settings, thumbnail=0)
         rows = np.searchsorted(np.array(head.uids), head.examples.class_ids)
         with bar("encode with the chosen engine", total, shown=options.progress) as step:
             sources = images, views, rows, head.class_names, unknown_images
@@ -54,7 +54,7 @@ def optimize(
 
 
 @dataclass
-class _Row:
+class _Trial:
     """A candidate of the table, and its encoder while it may still be chosen."""
 
     found: EngineCandidate
@@ -63,14 +63,14 @@ class _Row:
     def note(self, **facts: Any) -> None:
         self.found = changed(self.found, **facts)
 
-    def end(self, verdict: Verdict, reason: str = "") -> None:
+    def end(self, verdict: Outcome, reason: str = "") -> None:
         printable = "".join(char if char.isprintable() else " " for char in reason)
         self.note(verdict=verdict, reason=" ".join(printable.split())[:300])
         self.encoder = None
 
 
 def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> tuple[OpenedClip, EngineChoice]:
-    """The best engine by the objective that is not rejected (engine_choice.rejection), and the table of all.
+    """The best engine by the objective that is not rejected (engine_choice.rejection_reason), and the table of all.
 
     Every candidate is built, calibrated on the images and timed, in the form that the method needs: with adapted
     embeddings or without. Beginning with the best, candidates are judged on the images as single views, by comparison
@@ -86,7 +86,7 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
 
     @functools.cache
     def pixels_of(side: int) -> np.ndarray:
-        return to_pixels([images[i] for i in chosen], replace(geometry, size=side), fit.views.exif_orientation)
+        return to_pixels([images[i] for i in chosen], replace(geometry, size=side), fit.settings.exif_orientation)
 
     calibration = evenly(pixels_of(geometry.size), _CALIBRATED)
     batch = 8 if clip.encoder.buckets is None else 32
@@ -109,7 +109,7 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
         best = _choose(table, judge, options)
         if best is None:
             present = {"runtime": reference.runtime, "precision": builder.engine.manifest["precision"]}
-            best = _Row(EngineCandidate(**present, verdict="chosen"), reference)
+            best = _Trial(EngineCandidate(**present, verdict="chosen"), reference)
             table.append(best)
         assert best.encoder is not None
         clip = replace(clip, encoder=best.encoder, engine=builder.keep(best.encoder))
@@ -132,10 +132,10 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
     return clip, choice
 
 
-def _open(builder: CandidateBuilder, one: Candidate, current: Encoder, batch: int, shown: bool) -> _Row:
+def _open(builder: CandidateBuilder, one: Candidate, current: Encoder, batch: int, shown: bool) -> _Trial:
     """The row of a candidate, which is built, opened and warm unless it is left out."""
     names: dict[str, Any] = {"runtime": one.runtime, "precision": one.precision, "tokens": one.tokens}
-    row = _Row(EngineCandidate(**names, verdict="not judged"))
+    row = _Trial(EngineCandidate(**names, verdict="not judged"))
     if one.left_out:
         row.end("left out", one.left_out)
         return row
@@ -152,7 +152,7 @@ def _open(builder: CandidateBuilder, one: Candidate, current: Encoder, batch: in
     return row
 
 
-def _time(table: list[_Row], batch: int, shown: bool) -> None:
+def _time(table: list[_Trial], batch: int, shown: bool) -> None:
     """Measure the time and the size of the candidates that are open."""
     encoders = {i: row.encoder for i, row in enumerate(table) if row.encoder is not None}
     with bar("time the engines", None, shown=shown):
@@ -166,13 +166,13 @@ def _time(table: list[_Row], batch: int, shown: bool) -> None:
             table[i].note(products=(quantised["products"], quantised["total_products"]))
 
 
-def _choose(table: list[_Row], judge: Judge, options: OptimizeOptions) -> _Row | None:
+def _choose(table: list[_Trial], judge: Judge, options: OptimizeOptions) -> _Trial | None:
     """The best of the open rows that are not rejected; None if there is none. Ends the others."""
 
-    def cost(row: _Row) -> float:
+    def cost(row: _Trial) -> float:
         return row.found.cost(options.objective) or 0.0
 
-    accepted: list[_Row] = []
+    accepted: list[_Trial] = []
     with bar("judge the engines", None, shown=options.progress):
         for row in sorted((row for row in table if row.encoder is not None), key=cost):
             assert row.encoder is not None
@@ -213,7 +213,7 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
         known = [i for i, label in enumerate(labels) if label in present]
         images, labels = [images[i] for i in known], [labels[i] for i in known]
     classes = fit.read_labels(images, labels)
-    stored, views = examples.embeddings, replace(fit.views, thumbnail=0)
+    stored, views = examples.embeddings, replace(fit.settings, thumbnail=0)
     if examples.queries is not None:  # single views, which are cheaper than those of keys
         stored, views = examples.queries, replace(views, views=1, single=False)
     with bar("find the support images", len(images), shown=shown) as step:

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SupportViews:
+class SupportSettings:
     """How a support image becomes a key, at the fit and later.
 
     views      random views averaged into the key; 1 takes the image as it is
@@ -98,7 +98,7 @@ class SupportViews:
         return views, file.getvalue()
 
 
-class Encoded(NamedTuple):
+class EncodedImages(NamedTuple):
     """The support images, the queries of pictures of no class, if there are any, and the errors of unreadable ones."""
 
     examples: Examples
@@ -109,13 +109,13 @@ class Encoded(NamedTuple):
 def encode_images(
     encoder: Encoder,
     images: Iterable[Any],
-    views: SupportViews,
+    views: SupportSettings,
     labels: np.ndarray | None = None,
     names: Sequence[str] = (),
     unknown_images: Sequence[Any] = (),
     skip_bad: bool = False,
     step: Callable[[int], None] = lambda images: None,
-) -> Encoded:
+) -> EncodedImages:
     """Decode each image once and encode its views, a batch at a time, in the order of the images.
 
     `labels` (N,) int64, positions in `names`, become the class ids of the examples; None: all are of one class, -1.
@@ -172,8 +172,8 @@ def encode_images(
     found = Examples(keys, ids, np.arange(len(readable)), tuple(pictures), queries, paths=known)
     unknown = np.array(readable, np.int64) >= len(places) - len(unknown_images)
     if not unknown.any():
-        return Encoded(found, None, errors)
-    return Encoded(found.rows(~unknown), (queries or keys)[unknown], errors)
+        return EncodedImages(found, None, errors)
+    return EncodedImages(found.rows(~unknown), (queries or keys)[unknown], errors)
 
 
 class _Prepared(NamedTuple):
@@ -186,7 +186,7 @@ class _Prepared(NamedTuple):
 
 
 def _prepare_all(
-    images: Iterable[Any], geometry: Geometry, views: SupportViews, ahead: int
+    images: Iterable[Any], geometry: Geometry, views: SupportSettings, ahead: int
 ) -> Generator[tuple[str, _Prepared | BadImageError], None, None]:
     """The name of each image, and what becomes of it; at most `ahead` images are decoded and not yet consumed."""
     pil = Lock()  # PIL images load their pixels when they are first read, and one may be given twice
@@ -219,7 +219,7 @@ def _path_of(source: Any) -> str | None:
 
 
 def _encode(
-    encoder: Encoder, images: Iterator[list[np.ndarray]], views: SupportViews
+    encoder: Encoder, images: Iterator[list[np.ndarray]], views: SupportSettings
 ) -> tuple[Embeddings, Embeddings | None]:
     """The key of each image, the mean of its views, and with `views.single` its query."""
     keys: list[Embeddings] = []

@@ -110,10 +110,10 @@ def make_folds(support: SupportSet, look_alikes: np.ndarray | None = None) -> Fo
     never left out.
 
     With the groups (N,) of `look_alikes` (look_alikes.find_look_alikes), or of a support set with groups, a unit is
-    all images that these and near duplicates join, of any classes, and `spread` chooses its fold. A class of a single
-    unit stays, unless another class has images in it; none is scored. What is promised of new images rests on these
-    folds: their siblings are not in the support set. Weights are fitted without `look_alikes`, with which classes that
-    look alike (variants of a product) would lose 0.4 to 1.9 points.
+    all images that these and near duplicates join, of any classes, and `assign_folds` chooses its fold. A class of a
+    single unit stays, unless another class has images in it; none is scored. What is promised of new images rests on
+    these folds: their siblings are not in the support set. Weights are fitted without `look_alikes`, with which classes
+    that look alike (variants of a product) would lose 0.4 to 1.9 points.
     """
     labels, groups = support.labels, group_near_duplicates(support)
     if joined := [more for more in (support.groups, look_alikes) if more is not None]:
@@ -132,14 +132,14 @@ def _fold_units(support: SupportSet, units: np.ndarray) -> Folds:
     of_unit, of_class = np.divmod(np.unique(units * n_classes + labels), n_classes)
     distinct = np.bincount(of_class, minlength=n_classes)
     number = min(MAX_FOLDS, int(distinct.max(initial=1)))
-    fold = spread(units, np.arange(len(labels)), labels, number)
+    fold = assign_folds(units, np.arange(len(labels)), labels, number)
     # Of a class whose units are all in one fold, no image is left to be compared with.
     apart = np.bincount(np.unique(labels * number + fold) // number, minlength=n_classes) > 1
     stays = (distinct[labels] == 1) & (np.bincount(of_unit)[units] == 1) | (number == 1)
     return Folds(np.where(stays, -1, fold), apart[labels], np.where(apart, distinct, np.minimum(distinct, 1)), units)
 
 
-def spread(units: np.ndarray, images: np.ndarray, classes: np.ndarray, number: int) -> np.ndarray:
+def assign_folds(units: np.ndarray, images: np.ndarray, classes: np.ndarray, number: int) -> np.ndarray:
     """(N,) int64, of `number` folds that of each image; units (N,) from 0 stay whole. Large units come first, each into
     the fold with fewest images of its classes, then fewest at all. Image images[i] has the class classes[i]."""
     sizes, order = np.bincount(units), np.argsort(units[images], kind="stable")

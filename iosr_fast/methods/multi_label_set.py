@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.folds import MAX_FOLDS, Folds, spread
+from iosr_fast.methods.folds import MAX_FOLDS, Folds, assign_folds
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.models.ridge import KernelRidge
@@ -72,10 +72,11 @@ class MultiLabelSet:
 
     @cached_property
     def folds(self) -> Folds:
-        """Every image in one of up to MAX_FOLDS folds (folds.spread). With groups `distinct` counts a class's folds."""
+        """Every image in one of up to MAX_FOLDS folds (folds.assign_folds). With groups `distinct` counts a class's
+        folds."""
         n_images, distinct, (rows, classes) = len(self.labels), self.counts, np.nonzero(self.labels)
         own = np.arange(n_images) if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
-        fold = spread(own, rows, classes, min(MAX_FOLDS, int(own.max(initial=0)) + 1))
+        fold = assign_folds(own, rows, classes, min(MAX_FOLDS, int(own.max(initial=0)) + 1))
         if self.groups is not None:
             distinct = np.array([len(np.unique(fold[column])) for column in self.labels.T])
         return Folds(fold, np.ones(n_images, bool), distinct, own)

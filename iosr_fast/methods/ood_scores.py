@@ -76,7 +76,7 @@ class OodScores:
                 self.models += [DensityModel(images, which), BackgroundModel(images, which)]
             self.models.append(NearestKeyModel(images, which))
             if REGRESSION in names:
-                self.models.append(RidgeModel(images, which, None, BETA, RIDGE, labels=1.0, texts=0.0))
+                self.models.append(RidgeModel(images, which, None, BETA, RIDGE, label_weight=1.0, text_weight=0.0))
 
     def __call__(self, queries: Embeddings) -> np.ndarray:
         parts = [self._of_block(queries[block]) for block in blocks(len(queries), _ROWS)]

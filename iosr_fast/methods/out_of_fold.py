@@ -23,18 +23,18 @@ _SPREAD_IMAGES = 256  # on which a spread in use is measured
 class Part:
     """A model's logits of V held-out images, (V, C).
 
-    unit    the spread of these logits over the classes that are not the image's own (`spread_of_others`)
-    in_use  the same of the model that is fitted with all support images, which has another spread
+    spread_left_out  the spread of these logits over the classes that are not the image's own (`spread_of_others`)
+    spread_full      the same of the model that is fitted with all support images, which has another spread
     """
 
     logits: np.ndarray
-    unit: float
-    in_use: float
+    spread_left_out: float
+    spread_full: float
 
     @property
     def scaled(self) -> np.ndarray:
         """The logits in units of their spread."""
-        return self.logits / self.unit
+        return self.logits / self.spread_left_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ class HeldOut:
         total = np.zeros((len(self.labels), self.support.n_classes))
         for weight, model in terms:
             part = self.part(model)
-            total += weight * (part.logits * (part.in_use / part.unit))
+            total += weight * (part.logits * (part.spread_full / part.spread_left_out))
         return total
 
 

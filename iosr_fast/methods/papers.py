@@ -146,9 +146,11 @@ def stack_models(support: SupportSet, parameters: Mapping[str, float]) -> dict[s
         if which == "plain" or support.embeddings.adapted is not None
     }
     keys: Which = "adapted" if parameters.get("adapted_keys") else "plain"
-    regression = RidgeModel(support, keys, None, parameters["beta"], parameters["ridge"], labels=1.0, texts=0.0)
+    regression = RidgeModel(
+        support, keys, None, parameters["beta"], parameters["ridge"], label_weight=1.0, text_weight=0.0
+    )
     models["regression"] = regression
-    return {**models, "text_regression": regression.of(labels=0.0, texts=1.0)} if has_text else models
+    return {**models, "text_regression": regression.of(label_weight=0.0, text_weight=1.0)} if has_text else models
 
 
 def _stack(support: SupportSet, _: Which, __: Reducer | None, parameters: Mapping[str, float]) -> list[Term]:

@@ -74,7 +74,7 @@ class Choice:
 
     def parameters(self) -> dict[str, float]:
         """The stack's parameters, without those of parts that are not used."""
-        values = {name: self.weights[name] / part.in_use for name, part in self.parts.items()}
+        values = {name: self.weights[name] / part.spread_full for name, part in self.parts.items()}
         return {**values, **self.setting}
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from iosr_fast.head.evaluation import MATRIX, Evaluation, Mistake
+from iosr_fast.head.quality import MATRIX, Evaluation, Mistake
 from iosr_fast.methods.automation import images_needed_for
 from iosr_fast.methods.conformal import BINS
 from iosr_fast.reports.page import (

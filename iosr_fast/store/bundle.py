@@ -27,9 +27,9 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitted import Fit
 from iosr_fast.head.predictions import AnyHead
-from iosr_fast.head.support_images import SupportViews
+from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.store.bundle_arrays import SUPPORT, TABLE
 from iosr_fast.store.bundle_schema import ClassifierManifest
 from iosr_fast.store.head_files import read_head, write_head
@@ -47,7 +47,7 @@ class Bundle:
     """A Fit without the encoder that runs: `engine` is the folder to open it from, `files` that folder held open."""
 
     head: AnyHead
-    views: SupportViews
+    settings: SupportSettings
     engine: Path
     encoder_fingerprint: str
     text: TextSource | None
@@ -59,7 +59,7 @@ class Bundle:
     def of(cls, fit: Fit) -> Bundle:
         """What is saved of a fit."""
         clip, source, known = fit.clip, fit.clip.encoder.source, (fit.integer_labels, fit.engine_choice)
-        return cls(fit.head, fit.views, clip.engine, clip.encoder.fingerprint, clip.text, source, *known)
+        return cls(fit.head, fit.settings, clip.engine, clip.encoder.fingerprint, clip.text, source, *known)
 
     def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
         """The fit of an opened bundle. "auto" is the runtime that was chosen by measuring on the same processor.
@@ -73,7 +73,7 @@ class Bundle:
         files = self.files or self.engine
         encoder = open_engine(files, name, verify=False, threads=threads, runs=runs, adapted=adapted)
         clip = OpenedClip(encoder, self.engine, self.text, self.head.tau)
-        return Fit(clip, self.head, self.views, integer_labels=self.integer_labels, engine_choice=choice)
+        return Fit(clip, self.head, self.settings, integer_labels=self.integer_labels, engine_choice=choice)
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of Classifier that an opened bundle knows: not `pretrained`, nor the file of an adapter.
@@ -81,7 +81,7 @@ class Bundle:
         Method and parameters are the fitted ones, so that another fit searches nothing; a stack weighs its parts again.
         """
         assert self.files is not None
-        engine, config, views = self.files.manifest, self.head.config, asdict(self.views)
+        engine, config, views = self.files.manifest, self.head.config, asdict(self.settings)
         return {
             "model": engine["model"],
             "adapter": None if engine["adapter"] is None else "auto",
@@ -110,7 +110,7 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
         known = _copy_engine(engine, temporary / ENGINE)
         written = {
             **write_head(bundle.head, temporary),
-            "views": asdict(bundle.views),
+            "views": asdict(bundle.settings),
             "preprocessing": {**facts.geometry.facts(), "mean": facts.mean, "std": facts.std},
             "clip_fingerprint": facts.clip_fingerprint,
             "adapter_fingerprint": facts.adapter_fingerprint,
@@ -144,7 +144,7 @@ def load_bundle(
     folder.check(but=(*TABLE, f"{ENGINE}/{MANIFEST}"))
     head = read_head(facts, folder)
     try:
-        views = facts.support_views()
+        settings = facts.support_settings()
         _check_widths(facts, engine.manifest, head)
     except ValueError as error:
         raise refused(folder, str(error)) from error
@@ -152,7 +152,7 @@ def load_bundle(
     if facts.text is not None:
         text = TextEncoder(folder.part(TEXT), folder.manifest["text"], threads)
     known = facts.integer_labels, facts.engine_choice
-    return Bundle(head, views, engine.folder, facts.encoder_fingerprint, text, engine, *known)
+    return Bundle(head, settings, engine.folder, facts.encoder_fingerprint, text, engine, *known)
 
 
 def _read(folder: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:

@@ -14,7 +14,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.head.names import check_names
-from iosr_fast.head.support_images import SupportViews
+from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.methods import METHODS, check_parameters
 from iosr_fast.methods.tuned import Protocol, Tuned
 from iosr_fast.scoring.key_precision import Precision
@@ -195,9 +195,9 @@ class ClassifierManifest(HeadFacts, frozen=True, kw_only=True):
     integer_labels: bool = False
     engine_choice: EngineChoice | None = None
 
-    def support_views(self) -> SupportViews:
+    def support_settings(self) -> SupportSettings:
         """The views; a field that an older version had not keeps its default. Raises ValueError."""
-        known = {field.name for field in fields(SupportViews)}
+        known = {field.name for field in fields(SupportSettings)}
         if unknown := sorted(set(self.views) - known):
             raise IosrFastError(f"expected views with the fields {sorted(known)}, got {abbreviate(unknown)}")
-        return msgspec.convert(self.views, SupportViews)
+        return msgspec.convert(self.views, SupportSettings)

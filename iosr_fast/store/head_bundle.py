@@ -16,10 +16,10 @@ from msgspec import Meta
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitted import Fit
 from iosr_fast.head.names import check_names
 from iosr_fast.head.predictions import AnyHead
-from iosr_fast.head.support_images import SupportViews
+from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.store.bundle_arrays import SUPPORT, TABLE
 from iosr_fast.store.bundle_schema import HeadFacts
 from iosr_fast.store.head_files import read_head, write_head
@@ -61,14 +61,14 @@ class SavedHead:
     indicator: str | None
     columns: list[str] | None
 
-    views = SupportViews()
+    settings = SupportSettings()
     encoder_fingerprint = "none"
 
     def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
         """As Bundle.open: a fit whose images are rows of embeddings (encoders.rows)."""
         if runtime != "auto":
             raise IosrFastError(f"a head has no encoder, which a runtime would execute: leave out {runtime!r}")
-        return Fit(OpenedClip(Rows(self.width, self.adapted), Path(), None, self.head.tau), self.head, self.views)
+        return Fit(OpenedClip(Rows(self.width, self.adapted), Path(), None, self.head.tau), self.head, self.settings)
 
     def parameters(self) -> dict[str, Any]:
         """As Bundle.parameters."""

@@ -315,7 +315,7 @@ def _evidence(head: AnyHead, read: Callable[[str], bytes | None]) -> Mapping[str
     together, it has no folds: what left-out images say is computed again."""
     if read(LEFT_OUT) is None:
         return {}
-    head = head.one_label(LEFT_OUT, "leave this file out")
+    head = head.require_single_label(LEFT_OUT, "leave this file out")
     names = score_names(head.support, head.needs_adapted, head.unknown_images)
     arrays = read_arrays(LEFT_OUT, read, {"N": len(head.examples), "C": len(head.uids)})
     with naming(LEFT_OUT):

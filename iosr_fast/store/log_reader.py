@@ -69,7 +69,7 @@ class LoggedChange:
     images: int
 
 
-class Row(NamedTuple):
+class LogRow(NamedTuple):
     """A row of `changes`."""
 
     version: int
@@ -113,7 +113,7 @@ class LogReader:
         version, chain, state = msgspec.msgpack.decode(body, type=tuple[int, bytes, bytes])
         return version, chain, state
 
-    def rows(self, since: int = 0) -> Iterator[Row]:
+    def rows(self, since: int = 0) -> Iterator[LogRow]:
         """The changes from version `since` on, after the chain of each was compared; then the rest of the file is
         checked."""
         version, link, hashed = self.base.version, self.chain, hashlib.sha256
@@ -123,7 +123,7 @@ class LogReader:
             if row[2] != link or row[3] != version:
                 raise DamagedFileError(f"the change to version {version} is missing or was changed, or one before it")
             if version >= since:
-                yield Row(*row[3:], *row[1:3])
+                yield LogRow(*row[3:], *row[1:3])
         self.chain = link
         if self._db.execute(f"SELECT 1 FROM changes WHERE NOT ({_TYPES})").fetchone():
             raise DamagedFileError("a change has values of other types")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head
 from iosr_fast.store.change_log import ChangeLog
 from iosr_fast.store.changes import Change, ChangeResult
@@ -41,7 +41,7 @@ class Store:
     def changeable(self, call: str) -> Fit:
         """The fit. Raises IosrFastError where its head takes no changes."""
         fit = self.fitted()
-        fit.head.one_label(call, _REFIT)
+        fit.head.require_single_label(call, _REFIT)
         return fit
 
     def change(self, fit: Fit, make: Callable[[Head], Change]) -> ChangeResult:
@@ -53,11 +53,11 @@ class Store:
         """
         with self.lock:
             current = self.fitted()
-            if (current.clip, current.views) != (fit.clip, fit.views):
+            if (current.clip, current.settings) != (fit.clip, fit.settings):
                 raise IosrFastError(
                     "the classifier was fitted again while images or texts were encoded: repeat the change"
                 )
-            before = current.head.one_label("a change", _REFIT)
+            before = current.head.require_single_label("a change", _REFIT)
             if self.log is not None:
                 before = self.log.settle(before)
             change = make(before)
@@ -95,7 +95,7 @@ class Store:
             if self.log is not None:
                 raise IosrFastError(f"expected no log to be open, got {self.log.path}; close_log closes it")
             fit = self.fitted()
-            log, head = ChangeLog.open(path, fit.head.one_label("open_log", _REFIT))
+            log, head = ChangeLog.open(path, fit.head.require_single_label("open_log", _REFIT))
             self.log, self.fit = log, replace(fit, head=head)
 
     def close_log(self) -> None:

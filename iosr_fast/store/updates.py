@@ -19,7 +19,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.descriptions import check_descriptions
 from iosr_fast.head.engine_choice import EngineChoice, OptimizeOptions
 from iosr_fast.head.examples import Examples
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head, HeadData
 from iosr_fast.head.ids import class_id
 from iosr_fast.head.labels import read_groups
@@ -122,9 +122,9 @@ def tune(
 
 def calibrate_on(store: Store, images: Any, labels: Any, groups: Any, skip_bad: bool) -> ChangeResult:
     fit = store.fitted()
-    head = fit.head.one_label("calibrate_on")
+    head = fit.head.require_single_label("calibrate_on")
     store.check_no_log()
-    listed, views = as_image_list(images), replace(fit.views, views=1, single=False, thumbnail=0)
+    listed, views = as_image_list(images), replace(fit.settings, views=1, single=False, thumbnail=0)
     sources = listed, views, fit.read_labels(listed, labels), head.class_names
     grouped = read_groups(groups, len(listed))
     found = encode_images(fit.clip.encoder_for(adapted=True), *sources, skip_bad=skip_bad)
@@ -144,7 +144,7 @@ def optimize(
     unknown_images: Any,
 ) -> EngineChoice:
     fit = store.fitted()
-    head = fit.head.one_label("optimize", "it compares single labels; build the engine that you want")
+    head = fit.head.require_single_label("optimize", "it compares single labels; build the engine that you want")
     from iosr_fast.head.optimize import match_images, optimize
 
     store.check_no_log()
@@ -173,7 +173,7 @@ def _encode(fit: Fit, images: Any) -> Examples | None:
     once, image by image."""
     lazy = isinstance(images, Iterable) and not isinstance(images, Sized)
     one_by_one = iter(images if lazy else as_image_list(images))
-    examples = encode_images(fit.clip.encoder_for(adapted=True), one_by_one, fit.views).examples
+    examples = encode_images(fit.clip.encoder_for(adapted=True), one_by_one, fit.settings).examples
     return examples if len(examples) else None
 
 
@@ -200,7 +200,7 @@ def _text(fit: Fit, name: str, given: np.ndarray | None, descriptions: Any) -> n
             f"this classifier has no text encoder to embed {name!r} with: give text=, the embedding of the name"
         )
     else:
-        templates = fit.views.templates
+        templates = fit.settings.templates
         texts = check_descriptions(None if descriptions is None else {name: descriptions}, [name], templates)
         row = fit.clip.text.embed_classes([name], templates, texts)[0]
     return row

@@ -217,7 +217,7 @@ def test_descriptions_come_from_a_file(fitting: tuple[object, ...], folder: Path
         saved = load_bundle(tmp_path / "out")
         texts = [text_embedding(text) for text in ("round, red", "small", "=3")]
         np.testing.assert_allclose(saved.head.support.text, texts, atol=1e-6)
-        assert saved.views.templates == ()
+        assert saved.settings.templates == ()
 
 
 def test_fit_shows_bars_on_a_terminal_and_its_result(

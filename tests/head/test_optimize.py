@@ -17,7 +17,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.export.candidates import Candidate
 from iosr_fast.head import optimize as module
-from iosr_fast.head.engine_choice import EngineChoice, rejection
+from iosr_fast.head.engine_choice import EngineChoice, rejection_reason
 from iosr_fast.utils.verified_folder import open_verified
 from tests.store.live_parts import PixelEncoder, engine_folder, pictures, pixel_clip, refit, unit
 
@@ -243,16 +243,20 @@ def flips(n: int, lost: int, won: int) -> tuple[np.ndarray, np.ndarray]:
     ],
 )
 def test_accuracy(n: int, lost: int, won: int, tolerance: float, rejected: bool) -> None:
-    reason = rejection(*flips(n, lost, won), GOOD, tolerance)
+    reason = rejection_reason(*flips(n, lost, won), GOOD, tolerance)
     assert bool(reason) == rejected
     assert not rejected or f"({lost} images lost, {won} won, chance" in reason
 
 
 def test_cosines_reject_whatever_the_accuracy_unless_images_are_smaller() -> None:
     same, far = flips(40, 0, 0), {"plain": (0.8, 0.9)}
-    assert rejection(*same, {"plain": (0.9901, 0.999)}, 100) == ""
-    assert rejection(*same, GOOD | {"adapted": (0.97, 0.999)}, 100) == "cosine of adapted embeddings 0.970 < 0.99"
-    assert rejection(*same, {"plain": (float("nan"), 1.0)}, 100) == "cosine of plain embeddings nan < 0.99"
-    assert rejection(*flips(400, 2, 0), far, 0.5, smaller_images=True) == ""
-    assert "with smaller images any loss above 0.5 points" in rejection(*flips(40, 1, 0), far, 0.5, smaller_images=True)
-    assert "was not compared" in rejection(*flips(0, 0, 0), GOOD, 0.5, smaller_images=True)
+    assert rejection_reason(*same, {"plain": (0.9901, 0.999)}, 100) == ""
+    assert (
+        rejection_reason(*same, GOOD | {"adapted": (0.97, 0.999)}, 100) == "cosine of adapted embeddings 0.970 < 0.99"
+    )
+    assert rejection_reason(*same, {"plain": (float("nan"), 1.0)}, 100) == "cosine of plain embeddings nan < 0.99"
+    assert rejection_reason(*flips(400, 2, 0), far, 0.5, smaller_images=True) == ""
+    assert "with smaller images any loss above 0.5 points" in rejection_reason(
+        *flips(40, 1, 0), far, 0.5, smaller_images=True
+    )
+    assert "was not compared" in rejection_reason(*flips(0, 0, 0), GOOD, 0.5, smaller_images=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.head import support_images
 from iosr_fast.head.examples import Examples
-from iosr_fast.head.support_images import SupportViews, encode_images
+from iosr_fast.head.support_images import SupportSettings, encode_images
 from iosr_fast.images import pixels, preprocess
 from iosr_fast.images.geometry import Geometry
 from tests.pictures import encode
@@ -26,7 +26,7 @@ from tests.store.live_parts import PixelEncoder, pictures, small_classifier, unf
 
 
 def encoded(images: Any, labels: Any, **views: Any) -> Examples:
-    found = encode_images(PixelEncoder(), images, SupportViews(**views), np.asarray(labels), ["cat", "dog"])
+    found = encode_images(PixelEncoder(), images, SupportSettings(**views), np.asarray(labels), ["cat", "dog"])
     assert not found.errors and found.unknown is None
     return found.examples
 
@@ -95,7 +95,9 @@ def test_unreadable_files_are_named_and_nothing_more_is_encoded(tmp_path: Path, 
     picture(0).save(good)
     text.write_text("this is no image")
     cut.write_bytes(good.read_bytes()[:300])
-    examples, _, errors = encode_images(PixelEncoder(), [good, text, cut], SupportViews(), np.arange(3), skip_bad=True)
+    examples, _, errors = encode_images(
+        PixelEncoder(), [good, text, cut], SupportSettings(), np.arange(3), skip_bad=True
+    )
     assert examples.class_ids.tolist() == [0] and [error.where for error in errors] == [str(text), str(cut)]
     monkeypatch.setattr(PixelEncoder, "encode", lambda *_: pytest.fail("an image was encoded"))
     with pytest.raises(ValueError, match=r"2 of 3 images can't be read \(skip_bad, .*leaves .*text.jpg: .*cut"):
@@ -167,7 +169,7 @@ def test_equal_files_under_two_labels_are_refused_before_any_work(
     for name in ("none.png", "empty.png"):  # what is no picture is said of each, or left out
         (tmp_path / name).touch()
     unreadable = [tmp_path / "none.png", tmp_path / "b.png", str(tmp_path / "empty.png"), tmp_path / "gone.png"]
-    views, names = SupportViews(), ["cat", "dog"]
+    views, names = SupportSettings(), ["cat", "dog"]
     found = encode_images(PixelEncoder(), unreadable, views, np.array([0, 0, 1, 1]), names, skip_bad=True)
     assert len(found.errors) == 3 and len(found.examples) == 1
     monkeypatch.setattr(support_images, "_prepare_all", lambda *_: pytest.fail("decoded"))

@@ -11,7 +11,7 @@ import pytest
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.fit import Fit
+from iosr_fast.head.fitted import Fit
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from iosr_fast.serving.batching import BatchingClassifier
@@ -57,7 +57,7 @@ def test_a_bundle_keeps_the_orientation_it_was_fit_with(tmp_path: Path) -> None:
         made.save(tmp_path / f"bundle {chosen}")
         bundle = load_bundle(tmp_path / f"bundle {chosen}")
         loaded = unfitted()
-        loaded._fit = Fit(pixel_clip(bundle.engine), bundle.head, bundle.views)
+        loaded._fit = Fit(pixel_clip(bundle.engine), bundle.head, bundle.settings)
         assert loaded.exif_orientation_ is chosen
         assert loaded.predict([data]).tolist() == [expected]
         for decoder in ("cpu", "cpu-exact"):
@@ -76,7 +76,7 @@ def test_a_bundle_of_before_takes_pictures_as_they_are_stored(tmp_path: Path) ->
     views = json.loads((tmp_path / "bundle" / "manifest.json").read_bytes())["views"]
     assert views.pop("exif_orientation") is True
     rewrite_manifest(tmp_path / "bundle", views=views)
-    assert load_bundle(tmp_path / "bundle").views.exif_orientation is False
+    assert load_bundle(tmp_path / "bundle").settings.exif_orientation is False
 
 
 def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:

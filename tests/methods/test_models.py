@@ -57,7 +57,7 @@ def test_without_a_fold_is_a_fit_on_the_others(name: str, views: bool) -> None:
 @pytest.mark.parametrize("which", ["plain", "adapted"])
 def test_a_regression_without_a_fold_keeps_the_weights_of_classes(which: str, views: bool) -> None:
     support, folds = uneven(views), make_folds(uneven())
-    model = RidgeModel(support, which, None, beta=1.3, ridge=0.2).of(labels=0.7, texts=1.6)  # type: ignore[arg-type]
+    model = RidgeModel(support, which, None, beta=1.3, ridge=0.2).of(label_weight=0.7, text_weight=1.6)  # type: ignore[arg-type]
     found = model.without(folds)
     keys, queries = (getattr(e, which) for e in (support.embeddings, support.as_queries))
     cosines = support.embeddings.plain.astype(np.float64) @ support.text.T

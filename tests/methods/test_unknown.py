@@ -60,7 +60,7 @@ def test_scores_are_their_formulas(shots: int) -> None:
             expected[f"mahalanobis{ending}"] = near
             expected[f"relative mahalanobis{ending}"] = near + np.diag(around @ joined @ around.T) / 2
         expected[f"nearest key{ending}"] = (rows @ keys.T).max(1)
-        regression = RidgeModel(there, which, None, BETA, RIDGE, labels=1.0, texts=0.0)
+        regression = RidgeModel(there, which, None, BETA, RIDGE, label_weight=1.0, text_weight=0.0)
         expected[f"regression{ending}"] = regression.scores(queries).max(1)
     assert scorer.names == (*expected,) and len(expected) == (12 if shots == 3 else 6)
     np.testing.assert_allclose(scorer(queries), np.stack([*expected.values()], 1), rtol=1e-5, atol=1e-6)

@@ -82,7 +82,7 @@ class FakeHead:
     def __init__(self, version: int, asked: list[tuple[list[int], int, int]]) -> None:
         self.version, self._asked = version, asked
 
-    def one_label(self, call: str, instead: str) -> FakeHead:
+    def require_single_label(self, call: str, instead: str) -> FakeHead:
         return self
 
     def predict(

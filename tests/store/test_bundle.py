@@ -144,6 +144,6 @@ def test_a_failed_save_keeps_the_old_bundle(engine: Path, tmp_path: Path, monkey
     monkeypatch.undo()
     assert fingerprint(load_bundle(tmp_path / "bundle").head) == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    bundle = Bundle(made.snapshot(), load_bundle(tmp_path / "bundle").views, tmp_path / "nowhere", "f" * 64, None)
+    bundle = Bundle(made.snapshot(), load_bundle(tmp_path / "bundle").settings, tmp_path / "nowhere", "f" * 64, None)
     with pytest.raises(FileNotFoundError, match="found none at"):
         save_bundle(bundle, tmp_path / "bundle")

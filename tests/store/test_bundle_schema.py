@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.head.support_images import SupportViews
+from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.methods.tuned import Tuned
 from iosr_fast.store.bundle import load_bundle, save_bundle
 from iosr_fast.store.bundle_schema import TunedFacts
@@ -241,7 +241,7 @@ def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
     write_manifest(bundle / "engine", "engine", facts)
     sign_again(bundle, views={"mirror": False, "templates": ["a {}"]})
     loaded = load_bundle(bundle)
-    assert loaded.views == SupportViews(mirror=False, templates=("a {}",))
+    assert loaded.settings == SupportSettings(mirror=False, templates=("a {}",))
     assert not any(loaded.head.computed(name) for name in ("folds", "unknown", "out_of_fold"))
     assert loaded.head.config.look_alikes and len(loaded.head.unknown.weights) == len(arrays["weights"])
     rewrite_manifest(bundle, reducer="isoclip:150,50")

@@ -84,23 +84,23 @@ def lower_inverse(lower: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class RidgeModel(Model):
     """sum_j k(x, key[j]) V[j, c] with k(x, y) = exp(-beta (1 - <x, y>)) and V = (K + ridge * W^-1)^-1 target, (N, C):
-    kernel ridge regression of `labels` times the one-hot labels minus `texts` times the zero-shot cosines.
+    kernel ridge regression of `label_weight` times the one-hot labels minus `text_weight` times the zero-shot cosines.
 
     W = diag(class_weights of each image), so that a class with more images than others does not get their queries; with
     classes of one size it is I. ridge > 0. N^3 operations. A fold keeps W, so that one factorisation serves all folds.
 
-    Source: ProKeR (Bendou et al., CVPR 2025, section 4) for labels = texts = 1.
+    Source: ProKeR (Bendou et al., CVPR 2025, section 4) for label_weight = text_weight = 1.
     """
 
     beta: float = 1.0
     ridge: float = 3.0
-    labels: float = 1.0
-    texts: float = 1.0
+    label_weight: float = 1.0
+    text_weight: float = 1.0
     same_kernel: RidgeModel | None = field(default=None, compare=False, repr=False)
 
-    def of(self, labels: float, texts: float) -> RidgeModel:
+    def of(self, label_weight: float, text_weight: float) -> RidgeModel:
         """The regression of another target, with the same factorisation."""
-        return replace(self, labels=labels, texts=texts, same_kernel=self.same_kernel or self)
+        return replace(self, label_weight=label_weight, text_weight=text_weight, same_kernel=self.same_kernel or self)
 
     def refitted(self, support: SupportSet) -> RidgeModel:
         return replace(self, support=support, same_kernel=None)
@@ -118,9 +118,9 @@ class RidgeModel(Model):
 
     @cached_property
     def target(self) -> np.ndarray:
-        target: np.ndarray = self.labels * self.support.one_hot
+        target: np.ndarray = self.label_weight * self.support.one_hot
         if (text := self.support.text) is not None:
-            target -= self.texts * (np.asarray(self.support.embeddings.plain, np.float64) @ text.T)
+            target -= self.text_weight * (np.asarray(self.support.embeddings.plain, np.float64) @ text.T)
         return target
 
     @cached_property

@@ -102,7 +102,7 @@ class BatchingClassifier:
             check_integer(name, value, 1)
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
-        classifier.snapshot().one_label("BatchingClassifier", "use predict")  # raises if it is not fitted
+        classifier.snapshot().require_single_label("BatchingClassifier", "use predict")  # raises if it is not fitted
         self._engine, self._fitting = Engine(classifier, max_batch, collect), threading.Lock()
         self._max_error = None if max_error is None else check_share("max_error", max_error, like=0.01)
         limits = DecodeLimits() if limits is None else limits
@@ -161,7 +161,7 @@ class BatchingClassifier:
         abstention = self._abstention(query)
         if abstention == NONE_WITHHELD:
             return None
-        head = self.classifier.snapshot().one_label("keep or max_error", "leave it out")
+        head = self.classifier.snapshot().require_single_label("keep or max_error", "leave it out")
         with self._fitting:
             Abstention(query.keep, max_error=query.max_error).check(head)
             # Computed here, not by the first batch.

@@ -55,7 +55,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
     threadpool_limits(1, "blas")
     _allow_files(settings)
     classifier = settings.open(bundle)
-    Abstention(max_error=settings.max_error).check(classifier.snapshot().one_label("the HTTP API"))
+    Abstention(max_error=settings.max_error).check(classifier.snapshot().require_single_label("the HTTP API"))
     plain = sys.stderr.isatty() and not settings.log_json
     with logs_to_stderr(plain):
         if settings.log is not None:
@@ -82,7 +82,9 @@ def run(bundle: str | Path, settings: Settings) -> None:
                 method=classifier.method_,
                 seconds=round(time.perf_counter() - start, 3),
             )
-            for sentence in classifier.snapshot().one_label("the HTTP API").doubts:  # computed now: no reader waits
+            for sentence in (
+                classifier.snapshot().require_single_label("the HTTP API").doubts
+            ):  # computed now: no reader waits
                 log("doubt", level=logging.WARNING, sentence=sentence)
             log(
                 "listening",

@@ -174,7 +174,7 @@ class Settings:
         served = open_saved(folder, self.runtime, threads, self.expected_digest, runs)
         if isinstance(served.encoder, Rows) and (self.log or self.collect) is not None:
             raise IosrFastError("a head takes no changes and gets no pictures: leave out --log and --collect")
-        served.snapshot().one_label("the HTTP API", "serve one fitted with one label, or use predict")
+        served.snapshot().require_single_label("the HTTP API", "serve one fitted with one label, or use predict")
         return served
 
     def make_batching(self, classifier: Classifier, **options: Any) -> BatchingClassifier:

@@ -65,7 +65,7 @@ class Mistake:
 
 
 @dataclass(frozen=True)
-class LabelSets:
+class SetCoverage:
     """Sets of labels (predict_sets): a share `covered` has the image's label where `promised` is the promise; `size`
     labels on the mean; a share `empty` has none. NaN where nothing can be promised, for the `reason`."""
 
@@ -135,7 +135,7 @@ class Evaluation:
     expected_images: int
     mistakes: tuple[Mistake, ...]
     copies: int
-    sets: LabelSets
+    sets: SetCoverage
     unknown: UnknownResult
     automation: Automation
     expected_automation: Automation

@@ -17,7 +17,7 @@ from sklearn import metrics
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files import evaluate
-from iosr_fast.head.evaluation import Evaluation
+from iosr_fast.head.quality import Evaluation
 from iosr_fast.methods.automation import Automation
 from tests.store.live_parts import PixelEncoder, pictures, small_classifier
 

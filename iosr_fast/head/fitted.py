@@ -1,0 +1,70 @@
+"""Fit: a head, and the encoder that belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.head.answers import Answers
+from iosr_fast.head.engine_choice import EngineChoice
+from iosr_fast.head.predictions import AnyHead
+from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.images.preprocess import as_array, as_image_list, to_pixels
+
+_CHUNK = 256  # images whose pixels are in memory
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted classifier: `head` and what it was computed with. Immutable.
+
+    `skipped` has the errors of unreadable images that were left out, `engine_choice` the candidates for the engine,
+    where it was chosen. With `integer_labels`, the label of a class is its uid: its position in the class names of the
+    fit, which no later change moves.
+    """
+
+    clip: OpenedClip
+    head: AnyHead
+    settings: SupportSettings
+    skipped: tuple[BadImageError, ...] = ()
+    integer_labels: bool = False
+    engine_choice: EngineChoice | None = None
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder of queries: it gives the embeddings that the method compares, and no others where it can."""
+        return self.clip.encoder_for(self.head.needs_adapted)
+
+    @cached_property
+    def answers(self) -> Answers:
+        """The answers of the head; the labels of its classes are their names, or their uids (int64)."""
+        head = self.head
+        return Answers(head, np.array(head.uids, np.int64) if self.integer_labels else np.array(head.class_names, str))
+
+    def read_labels(self, images: Sequence[Any], labels: Any) -> np.ndarray:
+        """The classes of labelled images, as the head reads labels."""
+        return self.head.read_labels(images, labels, self.integer_labels)
+
+    def queries(self, images: Any) -> Iterator[Embeddings]:
+        """The embeddings of images in their order, a few hundred at a time, each encoded when it is taken."""
+        return map(self.encoder.encode_on_device, self.chunks(images))
+
+    def chunks(self, images: Any) -> Iterator[np.ndarray]:
+        """Pixels (B, S, S, 3) of images in their order, a few hundred at a time."""
+        # A batch array stays one: pixels of the right size reach the encoder without a copy.
+        array = as_array(images)
+        listed = array if array is not None and array.ndim == 4 else as_image_list(images)
+        for start in range(0, len(listed), _CHUNK):
+            try:
+                yield to_pixels(
+                    listed[start : start + _CHUNK], self.clip.encoder.geometry, self.settings.exif_orientation
+                )
+            except BadImageError as error:
+                raise error.moved(start) from error.__cause__
