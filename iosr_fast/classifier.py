@@ -29,11 +29,11 @@ from iosr_fast.head.quality import Evaluation
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.checks import check
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.tune import TUNE_SECONDS
-from iosr_fast.methods.tuned import Tuned
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.store import updates
@@ -102,7 +102,8 @@ class Classifier(Estimator):
     plan_, support_
         The ScoringPlan that is executed; the SupportSet (or MultiLabelSet) of images and class names.
     method_, reducer_, key_precision_, parameters_, tuned_
-        The choices made or given; the search (Tuned), `stale` after a change, or None if nothing was searched.
+        The choices made or given; what a search knows of them (Evidence), `stale` after a
+        change, or None if nothing was searched.
     unknown_ : Unknown
         How pictures of no class are recognised; `unknown_.summary()` says in words what can be promised.
     multi_label_ : MultiLabelHead or None
@@ -187,10 +188,10 @@ class Classifier(Estimator):
     support_ = FittedAttribute(lambda fit: fit.head.support)
     multi_label_ = FittedAttribute(lambda fit: fit.head if isinstance(fit.head, MultiLabelHead) else None)
     method_ = FittedAttribute(lambda fit: fit.head.config.method)
-    reducer_ = FittedAttribute(lambda fit: fit.head.config.reducer_name)
+    reducer_ = FittedAttribute(lambda fit: fit.head.config.reducer)
     parameters_ = FittedAttribute(lambda fit: dict(fit.head.config.parameters))
     key_precision_ = FittedAttribute(lambda fit: fit.head.config.key_precision)
-    tuned_ = FittedAttribute(lambda fit: fit.head.tuned)
+    tuned_ = FittedAttribute(lambda fit: fit.head.evidence)
     unknown_ = FittedAttribute(lambda fit: fit.answers.unknown("unknown_"))
     skipped_ = FittedAttribute(lambda fit: [error.where for error in fit.skipped])
     engine_ = FittedAttribute(lambda fit: fit.clip.engine)
@@ -500,9 +501,10 @@ class Classifier(Estimator):
 
     def tune(
         self, images: Any = None, labels: Any = None, method: str | None = None, reducer: str | None = None
-    ) -> Tuned:
+    ) -> Config:
         """Choose the parameters again: on labelled validation images, or by leave-one-out without any. `method` and
-        `reducer` default to the fitted ones; `labels` as for `score`. Returns the choice and its reasons (`tuned_`)."""
+        `reducer` default to the fitted ones; `labels` as for `score`. Returns the choice and its `evidence`
+        (`tuned_`)."""
         return updates.tune(self._store, images, labels, method, reducer, self.tune_seconds)[0]
 
     def retune(self) -> ChangeResult:

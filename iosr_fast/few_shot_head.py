@@ -16,10 +16,9 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.answers import Answers
 from iosr_fast.head.examples import Examples
-from iosr_fast.head.fit import fit_head, warn_of_look_alikes
+from iosr_fast.head.fit import check_multi_label, fit_head, warn_of_look_alikes
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import are_label_sets, dense, positions, read_groups, read_label_sets
-from iosr_fast.head.method_config import MethodChoice
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, unavailable_reason
@@ -30,7 +29,7 @@ from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tune import TUNE_SECONDS
+from iosr_fast.methods.tune import TUNE_SECONDS, Options
 from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown_images
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.key_precision import Precision
@@ -139,10 +138,10 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         (methods.multi_label). `unknown_images` are rows of pictures that belong to none of the classes, if you have
         any: they sharpen `unknown_score` alone. `groups` (n,) as in Classifier.fit.
         """
-        choice = MethodChoice.of(self.get_params(deep=False))
+        options = Options.of(self.get_params(deep=False))
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
         if several := are_label_sets(y):
-            choice.check_several(unknown_images)
+            check_multi_label(options, unknown_images)
         X, classes, ids, sets = self._read_sets(X, y) if several else self._read_labels(X, y)
         kept, grouped = self._usable(X, "left out of the support rows"), read_groups(groups, len(X))
         grouped = None if grouped is None else grouped[kept]
@@ -153,15 +152,15 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
                 raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
             unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
             self._check_method(examples.sorted_by_class().as_support(range(len(classes)), text, tau))
-        head = fit_head(choice, [str(name) for name in classes.tolist()], text, tau, examples, sets, unknown)
+        head = fit_head(options, [str(name) for name in classes.tolist()], text, tau, examples, sets, unknown)
         warn_of_look_alikes(head)
         return self._take(head, classes)
 
     def _take(self, head: AnyHead, classes: np.ndarray) -> Self:
         """Answer by this head, with labels of `classes` (C,)."""
-        self.plan_, self.tuned_, config = head.plan, head.tuned, head.config
-        self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
-        self.multi_label_ = head.evidence if isinstance(head, MultiLabelHead) else None
+        self.plan_, self.tuned_, config = head.plan, head.evidence, head.config
+        self.method_, self.reducer_, self.parameters_ = config.method, config.reducer, config.parameters
+        self.multi_label_ = head.fit if isinstance(head, MultiLabelHead) else None
         self.classes_, self._answers = classes, Answers(head, classes, check=False, fill=_BLOCK)
         return self
 

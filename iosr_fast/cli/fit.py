@@ -97,7 +97,7 @@ def fit(
 
 def _summary(classifier: Classifier, out: Path) -> list[str]:
     """What a fit gave, the accuracy first. The method's parameters are logged."""
-    from iosr_fast.methods.tuned import describe_shares
+    from iosr_fast.methods.config import describe_shares
 
     parameters = [f"{name} {value:.4g}" for name, value in classifier.parameters_.items()]
     log.info("%s", ", ".join([f"reducer {classifier.reducer_}", *parameters]))

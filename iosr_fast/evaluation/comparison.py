@@ -14,9 +14,9 @@ from iosr_fast.evaluation.rivals import DEFAULT_RIVALS, RIVALS, fit_rival, rival
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.config import Config, Evidence
 from iosr_fast.methods.conformal import of_logits
 from iosr_fast.methods.tune import AUTO, tune
-from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.reducers import check_reducer
 from iosr_fast.scoring.score import score
 
@@ -43,10 +43,15 @@ class Draw:
     accuracy: float
     images: int
     classes: int
-    tuned: Tuned
+    config: Config
     fit_seconds: float
     log_loss: float = math.nan
     calibration_error: float = math.nan
+
+    @property
+    def evidence(self) -> Evidence:
+        """What was known of the config without the test; empty where nothing was searched."""
+        return self.config.evidence or Evidence()
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Result:
     def protocol(self) -> str:
         """A key of TUNED_ON; every draw of a row has the same."""
         entry = METHODS.get(self.method)
-        return self.draws[0].tuned.protocol if entry is None or entry.needs_support else "none"
+        return self.draws[0].evidence.protocol if entry is None or entry.needs_support else "none"
 
     def row(self) -> dict[str, Any]:
         """JSON-ready; a list has an entry a seed."""
@@ -111,13 +116,13 @@ class Result:
             "classes": [draw.classes for draw in self.draws],
             "seeds": [draw.seed for draw in self.draws],
             "tuned_on": self.protocol,
-            "tuned_images": [draw.tuned.scored for draw in self.draws],
-            "tuned_accuracy": [finite(draw.tuned.accuracy) for draw in self.draws],
-            "chosen": [label(draw.tuned.method, draw.tuned.reducer) for draw in self.draws],
-            "parameters": [draw.tuned.parameters for draw in self.draws],
-            "shares": [dict(draw.tuned.shares) for draw in self.draws],
-            "factors": [draw.tuned.factor for draw in self.draws],
-            "tune_seconds": [round(draw.tuned.seconds, 4) for draw in self.draws],
+            "tuned_images": [draw.evidence.scored for draw in self.draws],
+            "tuned_accuracy": [draw.evidence.accuracy for draw in self.draws],
+            "chosen": [label(draw.config.method, draw.config.reducer) for draw in self.draws],
+            "parameters": [draw.config.parameters for draw in self.draws],
+            "shares": [dict(draw.evidence.shares) for draw in self.draws],
+            "factors": [draw.config.factor for draw in self.draws],
+            "tune_seconds": [round(draw.evidence.seconds, 4) for draw in self.draws],
             "fit_seconds": [round(draw.fit_seconds, 4) for draw in self.draws],
         }
 
@@ -193,18 +198,18 @@ def evaluate_draw(task: Task, method: str, reducer: str, seed: int) -> Draw:
     test."""
     fit_seconds = 0.0
     if method in RIVALS:
-        estimator, tuned = fit_rival(method, task.support, seed)
+        estimator, config = fit_rival(method, task.support, seed)
         accuracy, log_loss, error = score_rival(method, estimator, task.queries, task.labels)
     else:
         queries, labels = (None, None) if method == AUTO or task.validation is None else task.validation
-        tuned = tune(method, task.support, queries, labels, reducer)
+        config = tune(method, task.support, queries, labels, reducer)
         started = time.perf_counter()
-        plan = tuned.compile(task.support)
+        plan = config.compile(task.support)
         fit_seconds = time.perf_counter() - started
         found = of_logits(score(plan, task.queries), task.labels).reliability
         accuracy, log_loss, error = found.accuracy, found.log_loss, found.error
     images, classes = len(task.queries), task.support.n_classes
-    return Draw(seed, accuracy, images, classes, tuned, fit_seconds, log_loss, error)
+    return Draw(seed, accuracy, images, classes, config, fit_seconds, log_loss, error)
 
 
 def why_unavailable(method: str, task: Task) -> str | None:

@@ -11,16 +11,16 @@ import importlib
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.config import Config, Evidence
 from iosr_fast.methods.conformal import of_logits
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuned import Tuned
 from iosr_fast.utils.require import require
 
 FOLDS = 5
@@ -74,13 +74,13 @@ def _folds(support: SupportSet) -> int:
     return min(FOLDS, int(support.counts.min()))
 
 
-def fit_rival(name: str, support: SupportSet, seed: int) -> tuple[Any, Tuned]:
+def fit_rival(name: str, support: SupportSet, seed: int) -> tuple[Any, Config]:
     """The fitted estimator, and its choice of parameters."""
     rival, rows, labels = RIVALS[name], _rows(name, support.embeddings), support.labels
     started = time.perf_counter()
     require("sklearn", "sklearn")
     parameters = {key: values[0] for key, values in rival.grid.items()}
-    tuned = Tuned(name, "none", parameters, float("nan"), 0, "none")
+    known = dict[str, Any]()
     folds = _folds(support)
     module = importlib.import_module(f"sklearn.{rival.module}")
     estimator = getattr(module, name.removesuffix(ADAPTED))(**rival.options, **parameters)
@@ -89,21 +89,21 @@ def fit_rival(name: str, support: SupportSet, seed: int) -> tuple[Any, Tuned]:
         if folds > 1 and rival.grid:
             selection = require("sklearn.model_selection", "sklearn")
             splits = selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
-            protocol: Any = "cross-validation"
-            tuned = replace(tuned, scored=len(labels), protocol=protocol)
+            known = {"scored": len(labels), "protocol": "cross-validation"}
             if rival.path is None:
                 grid = {key: list(values) for key, values in rival.grid.items()}
                 estimator = selection.GridSearchCV(estimator, grid, cv=splits).fit(rows, labels)
-                tuned = replace(tuned, parameters=dict(estimator.best_params_), accuracy=float(estimator.best_score_))
+                parameters = dict(estimator.best_params_)
+                known["accuracy"] = float(estimator.best_score_)
             else:
                 path, argument = rival.path
                 options = {**rival.options, argument: rival.grid["C"], "scoring": "neg_log_loss"}
                 estimator = getattr(module, path)(**options, cv=splits).fit(rows, labels)
-                chosen, log_loss = _best_of_path(estimator)
-                tuned = replace(tuned, parameters=chosen, log_loss=log_loss)
+                parameters, known["log_loss"] = _best_of_path(estimator)
         else:
             estimator.fit(rows, labels)
-    return estimator, replace(tuned, seconds=time.perf_counter() - started)
+    evidence = Evidence(**known, seconds=time.perf_counter() - started)
+    return estimator, Config(method=name, parameters=parameters, evidence=evidence)
 
 
 def _best_of_path(estimator: Any) -> tuple[dict[str, float], float]:

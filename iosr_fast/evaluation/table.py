@@ -55,7 +55,7 @@ def print_comparison(out: Console, comparison: Comparison, published: Cells | No
     auto = [result for result in results if result.method == AUTO]
     if auto:
         seconds = ", ".join(
-            f"{np.mean([draw.tuned.seconds for draw in result.draws]):.2f} at {result.shots}" for result in auto
+            f"{np.mean([draw.evidence.seconds for draw in result.draws]):.2f} at {result.shots}" for result in auto
         )
         out.print(f"  auto chose in seconds: {seconds} shots", soft_wrap=True)
     for reason in comparison.left_out:
@@ -100,7 +100,7 @@ def _header(name: str, results: Sequence[Result]) -> str:
     else:
         spread = "one draw ± its binomial standard error (se)"
     protocols = {result.protocol for result in results if result.method != AUTO} - {"none"}
-    scored = max((r.draws[0].tuned.scored for r in results if r.protocol == "validation"), default=0)
+    scored = max((r.draws[0].evidence.scored for r in results if r.protocol == "validation"), default=0)
     texts = {**TUNED_ON, "validation": f"{scored} {TUNED_ON['validation']}"}
     chosen = [text for name, text in texts.items() if name in protocols]
     if any(result.method == AUTO for result in results):

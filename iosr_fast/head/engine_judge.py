@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.export.check import evenly
 from iosr_fast.head.engine_choice import rejection_reason
 from iosr_fast.head.fitted import Fit
-from iosr_fast.methods import METHODS
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import make_support_set
@@ -108,11 +106,11 @@ class Judge:
         if not len(labels):
             return labels, labels
         support = make_support_set(embeddings, self._classes, head.text, head.tau, groups=self._groups)
-        config = replace(head.config, key_precision="fp32").fitted(support)
-        method = METHODS[config.method]
+        method = head.config.entry
         if not method.needs_support:
-            return score(config.compile(support), embeddings).argmax(1), np.arange(len(labels))
-        left_out = out_of_fold(method, support, make_folds(support), config.reducer, config.parameters)
+            return score(head.config.compile(support), embeddings).argmax(1), np.arange(len(labels))
+        reducer = head.config.fit_reducer(support)
+        left_out = out_of_fold(method, support, make_folds(support), reducer, head.config.parameters)
         labels[left_out.folds.rows] = left_out.logits.argmax(1)
         return labels, left_out.folds.rows
 

@@ -19,15 +19,15 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import Labels, check_labels, read_groups
-from iosr_fast.head.method_config import MethodChoice, MethodConfig
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings, encode_images
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.methods import METHODS
-from iosr_fast.methods.multi_label import fit_multi_label
+from iosr_fast.methods import METHODS, reason_against
+from iosr_fast.methods.config import Config
+from iosr_fast.methods.multi_label import fit_multi_label, multi_label_reason
 from iosr_fast.methods.multi_label_set import MultiLabelSet
-from iosr_fast.methods.tune import AUTO
+from iosr_fast.methods.tune import AUTO, Options
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.validation import check_number
@@ -49,26 +49,27 @@ def fit(
 ) -> Fit:
     """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before the CLIP is opened:
     parameters, labels, class names, descriptions, and that each class has an image if the method needs one."""
-    choice, choose_engine = MethodChoice.of(parameters), parameters["precision"] == "auto"
+    options = Options.of(parameters)
+    choose_engine = parameters["precision"] == "auto"
     of_images = {name: parameters[name] for name in ("views", "mirror", "templates", "seed", "exif_orientation")}
     settings = SupportSettings(**of_images, thumbnail=parameters["thumbnails"])
     listed = [] if images is None else as_image_list(images)
     known, grouped = check_labels(listed, labels, class_names), read_groups(groups, len(listed))
     if known.sets is not None:
-        choice.check_several(unknown_images)
+        check_multi_label(options, unknown_images)
         if choose_engine:
             log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
             choose_engine = False
     texts = check_descriptions(descriptions, known.names, settings.templates)
     unknown = [] if unknown_images is None else as_image_list(unknown_images)
     check_unknown_images(len(unknown))
-    _check_counts(choice, known, known.ids)
+    _check_counts(options.config.method, known, known.ids)
     clip = open_clip()
-    _check_clip(choice, clip)
+    _check_clip(options.config.method, known.counts(known.ids), clip)
     assert clip.text is not None
     shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])
     # Later queries are single views, so that is what leave-one-out has to score.
-    scored = choice.searched or known.sets is not None
+    scored = options.searched or known.sets is not None
     settings = replace(settings, single=scored and settings.views > 1)
     text = clip.text.embed_classes(known.names, settings.templates, texts)
     with bar("encode", len(listed) + len(unknown), shown=shown) as step:
@@ -78,9 +79,9 @@ def fit(
         unread = [error.position for error in errors if error.position < len(listed)]
         examples = replace(examples, groups=np.delete(grouped, unread))
     if errors:
-        _check_counts(choice, known, examples.class_ids)
+        _check_counts(options.config.method, known, examples.class_ids)
     with bar("tune", None, shown=shown and scored and bool(len(examples))):
-        head = fit_head(choice, known.names, text, clip.tau, examples, known.sets, unknown_rows).compiled()
+        head = fit_head(options, known.names, text, clip.tau, examples, known.sets, unknown_rows).compiled()
     settings = replace(settings, single=examples.queries is not None)
     fitted = Fit(clip, head, settings, tuple(errors), known.are_integers)
     if not choose_engine:
@@ -89,8 +90,8 @@ def fit(
 
     skipped, ids = {error.position for error in errors}, head.examples.ids.tolist()
     readable = [image for i, image in enumerate([*listed, *unknown]) if i not in skipped]  # the support images first
-    options = OptimizeOptions(runtime=parameters["runtime"], progress=shown)
-    return optimize(fitted, [readable[number] for number in ids], options, head.version, readable[len(ids) :])
+    engines = OptimizeOptions(runtime=parameters["runtime"], progress=shown)
+    return optimize(fitted, [readable[number] for number in ids], engines, head.version, readable[len(ids) :])
 
 
 def warn_of_look_alikes(head: AnyHead) -> None:
@@ -99,19 +100,26 @@ def warn_of_look_alikes(head: AnyHead) -> None:
         warnings.warn("; ".join(head.look_alike_warning), LookAlikesWarning, stacklevel=3)
 
 
-def _check_counts(choice: MethodChoice, labels: Labels, ids: np.ndarray) -> None:
+def check_multi_label(options: Options, unknown_images: Any) -> None:
+    """Raise IosrFastError where the method, a reducer or unknown images don't go with several labels a picture."""
+    if (reason := multi_label_reason(options.config.method, options.config.reducer)) is not None:
+        raise IosrFastError(reason)
+    if unknown_images is not None:
+        raise IosrFastError("several labels a picture take no unknown_images: give them as pictures of no label")
+
+
+def _check_counts(method: str, labels: Labels, ids: np.ndarray) -> None:
     """Raise IosrFastError where a class has none of the images with these `ids` and the method needs one."""
-    needed = choice.method == AUTO or METHODS[choice.method].needs_support
+    needed = method == AUTO or METHODS[method].needs_support
     if needed and (empty := [labels.names[c] for c in np.flatnonzero(labels.counts(ids) == 0)]):
-        raise IosrFastError(f"{choice.method} needs at least one image of each class, got none of {abbreviate(empty)}")
+        raise IosrFastError(f"{method} needs at least one image of each class, got none of {abbreviate(empty)}")
 
 
-def _check_clip(choice: MethodChoice, clip: OpenedClip) -> None:
-    """Raise IosrFastError for a method that the CLIP can't serve."""
-    method = choice.method
+def _check_clip(method: str, counts: np.ndarray, clip: OpenedClip) -> None:
+    """Raise IosrFastError for a method that the CLIP can't serve, with classes of `counts` (C,) images."""
     check_number("tau, the CLIP's logit scale,", clip.tau, *RANGES["tau"])
-    if method != AUTO and METHODS[method].needs_adapter and not clip.has_adapter:
-        raise IosrFastError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
+    if method != AUTO and (reason := reason_against(method, counts, True, clip.has_adapter)) is not None:
+        raise IosrFastError(reason)
     if clip.text is None:
         raise IosrFastError(
             "this classifier was loaded and has no text encoder to fit with: a Classifier with the model and the "
@@ -120,7 +128,7 @@ def _check_clip(choice: MethodChoice, clip: OpenedClip) -> None:
 
 
 def fit_head(
-    choice: MethodChoice,
+    options: Options,
     names: Sequence[str],
     text: np.ndarray | None,
     tau: float,
@@ -131,13 +139,20 @@ def fit_head(
     """The head of support images whose class ids are positions in `names` (C), or in `label_sets` (P, C) bool."""
     if label_sets is None:
         examples = examples.sorted_by_class()
-        config = choice.config(examples.as_support(range(len(names)), text, tau))
-        return Head.first(names, text, tau, examples, config, unknown_images=unknown_images)
-    labels, precision = label_sets[examples.class_ids], choice.key_precision
+        support = examples.as_support(range(len(names)), text, tau)
+        fit = options.fit(support)
+        head = Head.first(names, text, tau, examples, fit.config, fit.reducer, unknown_images=unknown_images)
+        return head.with_computed(support=support, plan=fit.compiled(support))
+    labels, config = label_sets[examples.class_ids], options.config
     images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries, examples.groups)
-    setting = None if choice.searched else choice.parameters
-    found = fit_multi_label(images, choice.method, setting, precision, choice.seconds)
-    config = MethodConfig(found.method, found.parameters, factor=found.factor, key_precision=precision)
+    setting = None if options.searched else config.parameters
+    chosen = fit_multi_label(images, config.method, setting, config.key_precision, options.seconds)
+    config = Config(
+        method=chosen.method,
+        parameters=chosen.parameters,
+        factor=chosen.factor,
+        key_precision=config.key_precision,
+    )
     examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
-    own = {"labels": labels, "thresholds": found.thresholds, "evidence": found}
-    return MultiLabelHead.first(names, text, tau, examples, config, **own).with_computed(plan=found.plan)
+    several: dict[str, Any] = {"labels": labels, "thresholds": chosen.thresholds, "fit": chosen}
+    return MultiLabelHead.first(names, text, tau, examples, config, **several).with_computed(plan=chosen.plan)

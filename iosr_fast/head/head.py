@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, as_numpy
@@ -18,9 +19,8 @@ from iosr_fast.head.calibration import Calibration, calibration_of, check_calibr
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.ids import class_id, example_number, uid_of
 from iosr_fast.head.labels import class_ids
-from iosr_fast.head.method_config import MethodConfig
-from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import least_odds
+from iosr_fast.methods.config import Config, Evidence, wilson
 from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, log_odds_of_largest, of_logits
 from iosr_fast.methods.folds import Folds, make_folds
 from iosr_fast.methods.log_loss import refit_factor
@@ -30,9 +30,9 @@ from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tuned import Tuned, wilson
 from iosr_fast.methods.unknown import Unknown, fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score
 from iosr_fast.utils.text import abbreviate
@@ -58,6 +58,7 @@ class HeadData:
     tau                the CLIP's logit scale
     examples           the support images (N), sorted by class
     config             the method and its parameters
+    reducer            fitted when they were chosen; it stays until the next choice
     version            rises by one with every change
     next_class, next_example  the numbers of the next class and the next support image
     """
@@ -67,7 +68,8 @@ class HeadData:
     text: np.ndarray | None
     tau: float
     examples: Examples
-    config: MethodConfig
+    config: Config
+    reducer: Reducer | None
     version: int
     next_class: int
     next_example: int
@@ -79,12 +81,13 @@ class HeadData:
         text: np.ndarray | None,
         tau: float,
         examples: Examples,
-        config: MethodConfig,
+        config: Config,
+        reducer: Reducer | None = None,
         **fields: Any,
     ) -> Self:
         """The head of a fit: version 1, and classes numbered from 0. `fields` are those of the class itself."""
         n, following = len(class_names), int(examples.ids.max(initial=-1)) + 1
-        return cls(tuple(class_names), tuple(range(n)), text, tau, examples, config, 1, n, following, **fields)
+        return cls(tuple(class_names), tuple(range(n)), text, tau, examples, config, reducer, 1, n, following, **fields)
 
     @cached_property
     def plan(self) -> ScoringPlan:
@@ -191,13 +194,15 @@ class Head(HeadData):
     @cached_property
     def plan(self) -> ScoringPlan:
         """The method, compiled for the support images; given where it was stored (`with_computed`)."""
-        return self.config.compile(self.support)
+        return self.config.compile(self.support, self.reducer)
 
     @property
-    def tuned(self) -> Tuned | None:
-        """The search that chose the config, `stale` if the head has changed since; None if there was none."""
-        tuned = self.config.tuned
-        return tuned if tuned is None or tuned.version == self.version else replace(tuned, stale=True)
+    def evidence(self) -> Evidence | None:
+        """That of the search that chose the config, `stale` if the head has changed since; None if there was none."""
+        known = self.config.evidence
+        if known is None or known.version == self.version:
+            return known
+        return msgspec.structs.replace(known, stale=True)
 
     # What left-out support images answer, each at its first use
 
@@ -222,8 +227,8 @@ class Head(HeadData):
     def out_of_fold(self) -> OutOfFold:
         """The logits of support images that are left out, from which the rest follows."""
         config = self.config
-        method, chosen = METHODS[config.method], (config.reducer, config.parameters, config.factor)
-        return out_of_fold(method, self.support, self.folds, *chosen)
+        chosen = self.reducer, config.parameters, config.factor
+        return out_of_fold(config.entry, self.support, self.folds, *chosen)
 
     @cached_property
     def left_out_labels(self) -> LeftOutLabels:
@@ -251,9 +256,9 @@ class Head(HeadData):
         logits, version = self.score(new.embeddings), self.version + 1
         check_calibration(len(new.labels), of_logits(logits, new.labels, units=new.units).count, new.near)
         ratio = refit_factor(logits, new.labels)
-        config = replace(self.config, factor=self.config.factor * ratio)
-        if (tuned := self.tuned) is not None and not tuned.stale:  # it stays evidence of this fit
-            config = replace(config, tuned=replace(tuned, version=version))
+        config = msgspec.structs.replace(self.config, factor=self.config.factor * ratio)
+        if (known := self.evidence) is not None and not known.stale:  # it stays evidence of this fit
+            config = msgspec.structs.replace(config, evidence=msgspec.structs.replace(known, version=version))
         made = replace(self, config=config, version=version, calibration_images=given)
         return made.with_computed(plan=self.plan.scaled(ratio), folds=self.computed("folds"))
 
@@ -304,24 +309,25 @@ class Head(HeadData):
     def summary(self) -> str:
         """What is known of the accuracy, a line each: the accuracy; what speaks against it and what to do; what the
         search of parameters noted."""
-        known, tuned, doubts = self.left_out_labels, self.tuned, self.doubts
+        known, evidence = self.left_out_labels, self.evidence
         found = known.reliability
         if known.count:
             low, high = wilson(found.accuracy, known.count)
             text = f"{found.accuracy:.1%} of {found.n_images:,} {known.basis} right (95%: {low:.0%} to {high:.0%})"
             if self.look_alike_warning:
                 text += ", look-alikes left out together"
-                if tuned is not None and tuned.interval is not None and not tuned.stale:
-                    text += f"; {tuned.accuracy:.1%} if new pictures come from the same sessions"
+                if evidence is not None and evidence.accuracy is not None and not evidence.stale:
+                    text += f"; {evidence.accuracy:.1%} if new pictures come from the same sessions"
         else:
             why = "one picture of each class leaves none" if len(self.examples) else "there are no support images"
             text = f"accuracy not measured: {why} to judge by"
-        return "\n".join([text, *doubts, *([tuned.note] if tuned is not None and tuned.note else [])])
+        note = "" if evidence is None else evidence.note
+        return "\n".join(filter(None, [text, *self.doubts, note]))
 
     @cached_property
     def compared(self) -> np.ndarray:
         """The rows (N, D) that the method compares with a query; neighbours are found by them."""
-        return image_rows(self.examples.embeddings, self.config.which, self.config.reducer)
+        return image_rows(self.examples.embeddings, self.config.which, self.reducer)
 
     @cached_property
     def adapted_bias(self) -> np.ndarray:

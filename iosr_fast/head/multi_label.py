@@ -25,12 +25,12 @@ class MultiLabelHead(HeadData):
 
     labels      (N, C) bool, the classes of each support image, whose class ids say nothing
     thresholds  (C,) float32, the probability from which a picture has a class
-    evidence    after a fit, what left-out images say of it
+    fit         after a fit, what left-out images say of it
     """
 
     labels: np.ndarray
     thresholds: np.ndarray
-    evidence: MultiLabelFit | None = None
+    fit: MultiLabelFit | None = None
 
     @cached_property
     def support(self) -> MultiLabelSet:
@@ -48,7 +48,7 @@ class MultiLabelHead(HeadData):
             f"{call} is for one label a picture, and this classifier was fitted with several: {instead}"
         )
 
-    tuned = None  # weights are fitted, not searched
+    evidence = None  # weights are fitted, not searched
     unknown_images = None  # pictures of no class are support images without a label
     calibration_images = None
 

@@ -48,8 +48,8 @@ def optimize(
             sources = images, views, rows, head.class_names, unknown_images
             encoded, unknown, _ = encode_images(clip.encoder_for(adapted=True), *sources, step=step)
         examples = replace(head.examples, embeddings=encoded.embeddings, queries=encoded.queries)
-        config = head.config.fitted(examples.as_support(head.uids, head.text, head.tau))
-        head = replace(head, examples=examples, config=config, version=version, unknown_images=unknown).compiled()
+        reducer = head.config.fit_reducer(examples.as_support(head.uids, head.text, head.tau))
+        head = replace(head, examples=examples, reducer=reducer, version=version, unknown_images=unknown).compiled()
     return replace(fit, clip=clip, head=head, engine_choice=choice)
 
 

@@ -143,7 +143,7 @@ def predict(
 ) -> list[Prediction]:
     """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
 
-    logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (MethodConfig.text_weight), 0 without texts;
+    logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (Config.text_weight), 0 without texts;
     cache is the contribution of the support images, through keys or a linear term, and `adapter` of it what adapted
     embeddings contribute (_adapter_part). Ties fall to the first class, as in argmax.
 
@@ -246,7 +246,7 @@ def predict_jointly(
 
 def _neighbours(head: Head, embeddings: Embeddings, nearest: int) -> list[tuple[Neighbour, ...]]:
     """The support images with the highest cosine to each query, as the head's method compares images."""
-    rows, examples = image_rows(embeddings, head.config.which, head.config.reducer), head.examples
+    rows, examples = image_rows(embeddings, head.config.which, head.reducer), head.examples
     if not len(examples):
         return [()] * len(rows)
 

@@ -12,9 +12,9 @@ import numpy as np
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.predictions import Neighbour
 from iosr_fast.methods.automation import Automation
+from iosr_fast.methods.config import wilson
 from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability
 from iosr_fast.methods.judgement import PromiseResult, difference_of_shares
-from iosr_fast.methods.tuned import wilson
 from iosr_fast.utils.json_values import json_values
 
 MISTAKES = 100  # that are explained; the arrays of an Evaluation have all
@@ -148,7 +148,7 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% interval of the accuracy (tuned.wilson)."""
+        """The 95% interval of the accuracy (config.wilson)."""
         return wilson(self.accuracy, len(self.labels))
 
     @property

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.papers import METHODS, PARAMETER_RANGES, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
@@ -20,7 +22,15 @@ from iosr_fast.scoring.reducers import Reducer, fit_reducer
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.utils.text import did_you_mean
 
-__all__ = ["METHODS", "Method", "check_parameters", "compile_method", "fit_method_reducer", "unavailable_reason"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "check_parameters",
+    "compile_method",
+    "fit_method_reducer",
+    "reason_against",
+    "unavailable_reason",
+]
 
 
 def unknown_method(name: str, known: Iterable[str]) -> IosrFastError:
@@ -49,16 +59,21 @@ def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
 
 def unavailable_reason(name: str, support: SupportSet) -> str | None:
     """Why a method can't be compiled for a support set; None if it can."""
-    method = METHODS[name]
-    n_images = len(support.embeddings)
-    if method.needs_text and support.text is None:
+    has_adapted = support.embeddings.adapted is not None
+    return reason_against(name, support.counts, support.text is not None, has_adapted)
+
+
+def reason_against(name: str, counts: np.ndarray, has_text: bool, has_adapted: bool) -> str | None:
+    """As unavailable_reason, of classes with `counts` (C,) images, with texts and adapted embeddings or without."""
+    method, n_images = METHODS[name], int(counts.sum())
+    if method.needs_text and not has_text:
         return f"{name} compares images with texts, and this support set has no text embeddings"
     if method.needs_support and n_images == 0:
         return f"{name} needs support images, got none; give a few a class, or use method='zero-shot'"
-    if method.needs_adapter and support.embeddings.adapted is None:
+    if method.needs_adapter and not has_adapted:
         return f"{name} needs an encoder with an adapter; this one has none: use {name.removesuffix('++')!r}"
-    if method.needs_every_class and not support.counts.all():
-        return f"{name} needs at least one image of each class, got none of {int((support.counts == 0).sum())} classes"
+    if method.needs_every_class and not counts.all():
+        return f"{name} needs at least one image of each class, got none of {int((counts == 0).sum())} classes"
     if method.max_support is not None and n_images > method.max_support:
         return f"{name}: expected at most {method.max_support} support images, got {n_images}"
     return None

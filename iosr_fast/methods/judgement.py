@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from iosr_fast.methods.automation import explained_by_chance, images_needed_for
-from iosr_fast.methods.tuned import wilson
+from iosr_fast.methods.config import wilson
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def difference_of_shares(share: float, count: int, other: float, other_count: in
     """The 95% interval of the difference share - other of two shares of independent images, (-1, 1); they differ beyond
     chance where it leaves 0 out.
 
-    With the intervals (l, u) of `share` and (l', u') of `other` (tuned.wilson), from d - sqrt((share - l)^2 +
+    With the intervals (l, u) of `share` and (l', u') of `other` (config.wilson), from d - sqrt((share - l)^2 +
     (u' - other)^2) to d + sqrt((u - share)^2 + (other - l')^2), d = share - other (Newcombe, Statistics in Medicine 17,
     1998, method 10): sound for small counts and for shares of 0 and 1.
 

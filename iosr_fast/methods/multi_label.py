@@ -15,7 +15,7 @@ from iosr_fast.methods.models.model import join_terms
 from iosr_fast.methods.multi_label_set import LeftOut, MultiLabelSet, fixed_terms, regression
 from iosr_fast.methods.out_of_fold import Part
 from iosr_fast.methods.papers import MAX_KEYS, Method
-from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Choice, Setting, affordable, on_each
+from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Setting, Stack, affordable, on_each
 from iosr_fast.methods.tune import AUTO, TUNE_SECONDS
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan, Which
@@ -189,7 +189,7 @@ def _used(entry: Method, images: MultiLabelSet) -> np.ndarray:
 
 def _fit(
     images: MultiLabelSet, fixed: Mapping[str, LeftOut], used: np.ndarray, setting: Setting
-) -> tuple[Choice, np.ndarray, dict[str, Mapping[str, Any]]]:
+) -> tuple[Stack, np.ndarray, dict[str, Mapping[str, Any]]]:
     """Weights, biases (C,) and the fields of the terms at one setting of the regression."""
     terms = dict(fixed)
     if setting:
@@ -207,7 +207,7 @@ def _fit(
         weights |= {name: 0.0 for name in terms if "discriminant" in name}
     if not any(weights.values()):
         weights["regression" if images.text is None else "text"] = _LEAST
-    return Choice(parts, weights, setting, loss), bias, {name: fields for name, (_, fields) in terms.items()}
+    return Stack(parts, weights, setting, loss), bias, {name: fields for name, (_, fields) in terms.items()}
 
 
 def _by_rule(scaled: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[dict[str, float], np.ndarray, float]:

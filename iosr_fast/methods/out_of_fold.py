@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -78,6 +79,11 @@ class HeldOut:
         if not len(queries):
             raise IosrFastError("expected at least one validation image, got none")
         return cls(support, queries, check_labels(labels, len(queries), support.n_classes))
+
+    @property
+    def protocol(self) -> Literal["loo", "validation"]:
+        """How they judge: "loo" or "validation"."""
+        return "validation" if self.folds is None else "loo"
 
     @property
     def halves(self) -> Sequence[np.ndarray]:

@@ -15,9 +15,9 @@ import numpy as np
 
 from iosr_fast.methods import Method
 from iosr_fast.methods.alpha import Intervals, Plateau, intervals
+from iosr_fast.methods.config import Config, Evidence
 from iosr_fast.methods.log_loss import MAX_ALPHA, fit_alpha, fit_factor, spread
 from iosr_fast.methods.out_of_fold import HeldOut, is_level
-from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.score import score
 
@@ -73,7 +73,7 @@ class ParameterSearch:
         parts = [weight * self.held_out.part(model).logits for weight, model in terms]
         return np.sum(parts[:-1], axis=0), parts[-1]
 
-    def result(self, reducer: str) -> Tuned:
+    def result(self, reducer: str) -> Config:
         """The candidate and the alpha that all images choose; each half of them (HeldOut.halves) is judged at those
         that the other half chooses."""
         best, alpha = self._choose(np.ones(len(self.labels), bool))
@@ -86,21 +86,17 @@ class ParameterSearch:
         parameters = {"alpha": alpha, **best.setting}
         logits = self.held_out.logits(self.method.terms(self.held_out.support, self.reducer, parameters))
         factor, loss = fit_factor(logits, self.labels)
-        return Tuned(
-            method=self.method.name,
-            reducer=reducer,
-            parameters=parameters,
+        evidence = Evidence(
             accuracy=float(judged.mean()),
             scored=len(judged),
-            protocol="validation" if self.held_out.folds is None else "loo",
+            protocol=self.held_out.protocol,
             search_accuracy=float(right.mean()),
             alpha_range=(best.plateau.low, best.plateau.high),
             log_loss=loss,
-            factor=factor,
             settings=len(self.tried),
-            right=judged,
             note="; ".join(filter(None, self._notes(parameters, spread(base), alpha * spread(slope), right))),
         )
+        return Config(method=self.method.name, parameters=parameters, reducer=reducer, factor=factor, evidence=evidence)
 
     def _choose(self, rows: np.ndarray) -> tuple[_Candidate, float]:
         """The candidate and the alpha that the images `rows` (V,) bool choose. By leave-one-out the least log-loss

@@ -26,12 +26,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 
+from iosr_fast.methods.config import Config, Evidence
 from iosr_fast.methods.log_loss import PENALTY, fit_weights, log_losses
 from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.out_of_fold import HeldOut, Part, spread_of_others
-from iosr_fast.methods.papers import DISCRIMINANTS, MAX_KEYS, stack_models
+from iosr_fast.methods.papers import DISCRIMINANTS, MAX_KEYS, METHODS, Method, stack_models
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import Which
 
@@ -51,7 +53,7 @@ _NOT_NONE = 0.3
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class Stack:
     """The parts of a stack that are used, with a weight >= 0 per unit of spread for each, and their log-loss.
 
     `parts` are named by the stack's parameters; `setting` has those that are no weights.
@@ -68,7 +70,7 @@ class Choice:
         return np.sum([self.weights[name] * part.scaled for name, part in self.parts.items()], axis=0)
 
     @property
-    def plain(self) -> Choice:
+    def plain(self) -> Stack:
         """Without the discriminant of adapted embeddings."""
         return replace(self, parts={name: part for name, part in self.parts.items() if name != "discriminant_adapted"})
 
@@ -76,6 +78,19 @@ class Choice:
         """The stack's parameters, without those of parts that are not used."""
         values = {name: self.weights[name] / part.spread_full for name, part in self.parts.items()}
         return {**values, **self.setting}
+
+    def config(self, method: Method, evidence: Evidence) -> Config:
+        """The config of `method`, or of the plain one where adapted embeddings have no part."""
+        shares, notes = self.shares, list[str]()
+        if shares["text"] == 0 and "text" in self.parts:
+            notes.append("texts add nothing: class names do not matter here")
+        if method.needs_adapter and not shares["adapter"]:
+            notes.append("adapted embeddings add nothing: the plain engine does")
+            method = METHODS[method.name.removesuffix("++")]
+        values = self.parameters()
+        parameters = {name: values.get(name, 0.0) for name in method.parameters}
+        known = msgspec.structs.replace(evidence, shares=shares, note="; ".join(notes))
+        return Config(method=method.name, parameters=parameters, evidence=known)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -86,17 +101,6 @@ class Choice:
             sums["text" if name == "text" else "adapter" if adapted else "pictures"] += weight
         total = sum(sums.values()) or 1.0
         return {name: value / total for name, value in sums.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class StackFit:
-    """`choice` is the stack to use. `right` (V,) bool says which of the held-out images are right if each half
-    (HeldOut.halves) is judged with the weights and the setting that the other half chooses. `settings` counts the
-    regressions that were tried."""
-
-    choice: Choice
-    right: np.ndarray
-    settings: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,53 +120,65 @@ class Objective:
         numbers = np.ones(n_classes) if held_out.folds is None else np.bincount(labels, minlength=n_classes) + _NOT_NONE
         return cls(labels, np.log(numbers), prior, PENALTY + few * _PRIOR_STRENGTH)
 
-    def losses(self, choice: Choice) -> np.ndarray:
+    def losses(self, stack: Stack) -> np.ndarray:
         """(V,) log-loss of each image."""
-        return log_losses(choice.logits + self.log_shares, self.labels)
+        return log_losses(stack.logits + self.log_shares, self.labels)
 
-    def best(self, choices: Sequence[Choice], rows: np.ndarray | slice = slice(None)) -> Choice:
-        """The choice with the least log-loss on some of the images, with its weights; without images the first one,
+    def best(self, stacks: Sequence[Stack], rows: np.ndarray | slice = slice(None)) -> Stack:
+        """The stack with the least log-loss on some of the images, with its weights; without images the first one,
         with those of the prior."""
         fitted = []
-        for choice in choices:
-            weights, loss = np.array([self.prior[name] for name in choice.parts]), float("nan")
+        for stack in stacks:
+            weights = np.array([self.prior[name] for name in stack.parts])
             if not len(self.labels):
-                return replace(choice, weights=_named(choice.parts, weights), loss=loss)
-            parts, labels = [part.scaled[rows] for part in choice.parts.values()], self.labels[rows]
-            weights, loss = fit_weights(parts, labels, weights, self.strength, offset=self.log_shares)
-            fitted.append(replace(choice, weights=_named(choice.parts, weights), loss=loss))
-        return min(fitted, key=lambda choice: choice.loss)
+                return replace(stack, weights=_named(stack.parts, weights))
+            parts = [part.scaled[rows] for part in stack.parts.values()]
+            weights, loss = fit_weights(parts, self.labels[rows], weights, self.strength, offset=self.log_shares)
+            fitted.append(replace(stack, weights=_named(stack.parts, weights), loss=loss))
+        return min(fitted, key=lambda stack: stack.loss)
 
 
-def fit_stack(held_out: HeldOut, adapted: bool, seconds: float) -> StackFit:
-    """The best stack within a budget of `seconds` on one core; `adapted` allows adapted embeddings."""
+def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> Config:
+    """The best stack within a budget of `seconds` on one core; with "stack++" adapted embeddings may have a part.
+
+    Its accuracy is that of held-out images if each half (HeldOut.halves) is judged with the weights and the setting
+    that the other half chooses.
+    """
     support, labels, few = held_out.support, held_out.labels, few_share(held_out)
-    embeddings: tuple[Which, ...] = ("adapted", "plain") if adapted else ("plain",)
+    embeddings: tuple[Which, ...] = ("adapted", "plain") if method.needs_adapter else ("plain",)
     settings = affordable(len(support.embeddings), support.n_classes, embeddings, seconds, few)
     copies = 0.0 if support.text is None else _TEXT_IMAGES * text_accuracy(support)
     objective = Objective.of(held_out, one_shot_weights(support, embeddings, bool(settings)), few)
     if copies and few < 1:  # whether texts help the discriminant is asked of large classes, with the first setting
-        tried = [_candidates(held_out, adapted, settings[:1], number) for number in (copies, 0.0)]
-        chosen = objective.best([choice for some in tried for choice in some]).setting["text_images"]
+        tried = [_candidates(held_out, method, settings[:1], number) for number in (copies, 0.0)]
+        chosen = objective.best([stack for some in tried for stack in some]).setting["text_images"]
         copies = few * copies + (1.0 - few) * chosen
-    choices = list(_candidates(held_out, adapted, settings, copies))
-    best = objective.best(choices)
+    stacks = list(_candidates(held_out, method, settings, copies))
+    best = objective.best(stacks)
     if len(labels) and best.shares["adapter"]:
         # The adapted embedding of a query is a second stream of the encoder, which has to pay: by more than the
         # standard error of the difference of log-losses.
         alone = replace(objective, prior=one_shot_weights(support, ("plain",), bool(settings)))
-        plain = [choice.plain for choice in choices if not choice.setting["adapted_keys"]]
+        plain = [stack.plain for stack in stacks if not stack.setting["adapted_keys"]]
         other = alone.best(plain)
         gains = alone.losses(other) - objective.losses(best)
         if gains.mean() <= gains.std() / np.sqrt(len(gains)):
-            best, choices, objective = other, plain, alone
+            best, stacks, objective = other, plain, alone
     right = best.logits.argmax(1) == labels
     for half in held_out.halves:
-        right[half] = (objective.best(choices, ~half).logits.argmax(1) == labels)[half]
+        right[half] = (objective.best(stacks, ~half).logits.argmax(1) == labels)[half]
     if not len(labels):
-        return StackFit(best, right, len(choices))
+        return best.config(method, Evidence(protocol="one-shot", settings=len(stacks)))
     best = _with_more_images(best, held_out, few)
-    return StackFit(replace(best, loss=float(log_losses(best.logits, labels).mean())), right, len(choices))
+    evidence = Evidence(
+        accuracy=float(right.mean()),
+        scored=len(right),
+        protocol=held_out.protocol,
+        search_accuracy=float((best.logits.argmax(1) == labels).mean()),
+        log_loss=float(log_losses(best.logits, labels).mean()),
+        settings=len(stacks),
+    )
+    return best.config(method, evidence)
 
 
 def few_share(held_out: HeldOut) -> float:
@@ -187,16 +203,16 @@ def text_accuracy(support: SupportSet) -> float:
     return float((TextModel(support).scores(support.as_queries).argmax(1) == support.labels).mean())
 
 
-def _with_more_images(choice: Choice, held_out: HeldOut, few: float) -> Choice:
-    """The choice for two images a class instead of the one that a fold leaves: texts lose weight if images alone are
+def _with_more_images(stack: Stack, held_out: HeldOut, few: float) -> Stack:
+    """The stack for two images a class instead of the one that a fold leaves: texts lose weight if images alone are
     right more often. With a and b the accuracy of texts and of images: min(1, sqrt(a / b))^few of it."""
-    texts = {"text", "text_regression"} & set(choice.parts)
+    texts = {"text", "text_regression"} & set(stack.parts)
     if not texts or few == 0:
-        return choice
-    images = replace(choice, weights={**choice.weights, **dict.fromkeys(texts, 0.0)})
+        return stack
+    images = replace(stack, weights={**stack.weights, **dict.fromkeys(texts, 0.0)})
     alone = float((images.logits.argmax(1) == held_out.labels).mean())
     share = min(1.0, (text_accuracy(held_out.support) / max(alone, 1e-9)) ** 0.5) ** few
-    return replace(choice, weights={**choice.weights, **{name: share * choice.weights[name] for name in texts}})
+    return replace(stack, weights={**stack.weights, **{name: share * stack.weights[name] for name in texts}})
 
 
 def one_shot_weights(support: SupportSet, embeddings: Sequence[Which], regress: bool = True) -> dict[str, float]:
@@ -233,16 +249,16 @@ def on_each(settings: Sequence[Setting], embeddings: Sequence[Which]) -> list[Se
     return [{**setting, "adapted_keys": float(which == "adapted")} for setting in settings for which in embeddings]
 
 
-def _candidates(held_out: HeldOut, adapted: bool, settings: Sequence[Setting], copies: float) -> Iterator[Choice]:
+def _candidates(held_out: HeldOut, method: Method, settings: Sequence[Setting], copies: float) -> Iterator[Stack]:
     """A stack, not yet weighted, for each setting of the regression; without regression if none fits."""
     for setting in settings or on_each([FEW_SHOT_SETTING], ["plain"]):
         values = {**setting, "text_images": copies}
         models = stack_models(held_out.support, values)
         if not settings:
             models = {name: model for name, model in models.items() if "regression" not in name}
-        if not adapted:
+        if not method.needs_adapter:
             models.pop("discriminant_adapted", None)
-        yield Choice({name: held_out.part(model) for name, model in models.items()}, {}, values)
+        yield Stack({name: held_out.part(model) for name, model in models.items()}, {}, values)
 
 
 def _named(parts: Mapping[str, Part], weights: np.ndarray) -> dict[str, float]:

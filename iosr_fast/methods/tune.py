@@ -6,24 +6,30 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, Method, check_parameters, fit_method_reducer, unavailable_reason, unknown_method
+from iosr_fast.methods.config import Config, Evidence, Protocol
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.log_loss import MAX_ALPHA, fit_factor, spread
 from iosr_fast.methods.models.model import Term
 from iosr_fast.methods.out_of_fold import HeldOut, spread_of_others
 from iosr_fast.methods.search import ParameterSearch
-from iosr_fast.methods.stack_weights import StackFit, fit_stack, one_shot_weights, text_accuracy
+from iosr_fast.methods.stack_weights import fit_stack, one_shot_weights, text_accuracy
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuned import Protocol, Tuned
+from iosr_fast.scoring.key_precision import check_precision
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer, check_reducer
+from iosr_fast.scoring.validation import check_number
 
 AUTO = "auto"
+SINGLE = ("alpha", "beta", "gamma", "ridge")  # parameters of methods that an estimator has
 TUNE_SECONDS = 20.0
 MAX_TUNE_SECONDS = 1e6
 # Images that are left out to calibrate: one number is fitted.
@@ -34,8 +40,75 @@ _MOST_SOLVED = 3000
 _log = logging.getLogger("iosr_fast")
 
 
-def check_choice(method: str, reducer: str | None, tuning: str | None, **parameters: float | None) -> dict[str, float]:
-    """The parameters that are not None. Raises ValueError if they, method, reducer and tuning don't go together."""
+class MethodFit(NamedTuple):
+    """What a fit makes of a support set: the config, and its reducer, fitted; the plan, where the search had it."""
+
+    config: Config
+    reducer: Reducer | None
+    plan: ScoringPlan | None = None
+
+    def compiled(self, support: SupportSet) -> ScoringPlan:
+        """The plan of the support set, its logits times the factor, keys in their precision."""
+        plan = self.plan
+        return self.config.compile(support, self.reducer) if plan is None else self.config.with_keys(plan)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The parameters of Classifier and FewShotHead that choose a method, checked.
+
+    config   as they ask for it: the method may be AUTO, and parameters that are not given are missing
+    tune     "loo", "none" or None
+    seconds  the budget of a search
+    """
+
+    config: Config
+    tune: str | None
+    seconds: float
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """From all parameters of an estimator. Raises IosrFastError for one that is unknown, out of range, given where
+        it is to be chosen, or none of the method's."""
+        method, reducer, tuning, look_alikes = (given[name] for name in ("method", "reducer", "tune", "look_alikes"))
+        values = check_options(method, reducer, tuning, **{name: given[name] for name in SINGLE})
+        if not isinstance(look_alikes, bool):
+            raise IosrFastError(f"expected look_alikes to be True or False, got {look_alikes!r}")
+        config = Config(
+            method=method,
+            parameters=values,
+            reducer=reducer or "none",
+            key_precision=check_precision(given["key_precision"]),
+            look_alikes=look_alikes,
+        )
+        return cls(config, tuning, check_number("tune_seconds", given["tune_seconds"], 0.0, MAX_TUNE_SECONDS))
+
+    @property
+    def searched(self) -> bool:
+        """Whether a fit chooses parameters on the support images."""
+        config = self.config
+        return config.method == AUTO or self.tune == "loo" or (self.tune is None and not config.parameters)
+
+    def fit(self, support: SupportSet) -> MethodFit:
+        """The method of a support set: its parameters searched, if they are to be.
+
+        Parameters that are given keep the labels, and the factor is fitted (`calibrate`); with tune="none" nothing is.
+        """
+        config, images = self.config, len(support.embeddings)
+        if self.searched and images:
+            found = fit_method(config.method, support, reducer=config.reducer, seconds=self.seconds)
+            kept = {name: getattr(config, name) for name in ("key_precision", "look_alikes")}
+            return found._replace(config=replace(found.config, **kept))
+        config = replace(config, parameters={**config.entry.parameters, **config.parameters})
+        reducer = config.fit_reducer(support)
+        calibrated = images and self.tune != "none" and bool(self.config.parameters)
+        if calibrated and unavailable_reason(config.method, support) is None:
+            config = replace(config, factor=calibrate(config.entry, support, reducer, config.parameters))
+        return MethodFit(config, reducer)
+
+
+def check_options(method: str, reducer: str | None, tuning: str | None, **parameters: float | None) -> dict[str, float]:
+    """The parameters that are not None. Raises IosrFastError if they, method, reducer and tuning don't go together."""
     if reducer is not None:
         check_reducer(reducer)
     if tuning not in (None, "loo", "none"):
@@ -63,7 +136,7 @@ def tune(
     labels: np.ndarray | None = None,
     reducer: str = "none",
     seconds: float = TUNE_SECONDS,
-) -> Tuned:
+) -> Config:
     """The best parameters of `method` on a validation set, or without one by leave-one-out on the support set.
 
     "auto" is the stack, on plain and, if there are any, on adapted embeddings; without support images "zero-shot".
@@ -74,7 +147,7 @@ def tune(
     leave-one-out (folds.make_folds) the images are few: settings within two standard errors of the best (is_level)
     count as equal, and the lowest log-loss among them wins. Alpha is searched from 0 to MAX_ALPHA. If each class has
     one image, nothing can be left out, and one_shot_parameters decides. The accuracy that is reported is that of images
-    that did not choose (Tuned.accuracy), on a validation set as by leave-one-out.
+    that did not choose (Evidence.accuracy), on a validation set as by leave-one-out.
 
     Raises IosrFastError for an unknown method or reducer, labels that don't fit, or if the support set lacks what the
     method needs.
@@ -86,16 +159,28 @@ def tune(
     >>> rows = np.random.default_rng(0).normal(size=(16, 4)) + 4 * np.eye(2, 4)[labels]
     >>> rows = Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
     >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=2)
-    >>> tuned = tune("gda", support)
-    >>> tuned.protocol, tuned.scored, sorted(tuned.parameters)
+    >>> config = tune("gda", support)
+    >>> config.evidence.protocol, config.evidence.scored, sorted(config.parameters)
     ('loo', 16, ['alpha'])
-    >>> plan = tuned.compile(support)
+    >>> plan = config.compile(support)
     """
+    return fit_method(method, support, queries, labels, reducer, seconds).config
+
+
+def fit_method(
+    method: str,
+    support: SupportSet,
+    queries: Embeddings | None = None,
+    labels: np.ndarray | None = None,
+    reducer: str = "none",
+    seconds: float = TUNE_SECONDS,
+) -> MethodFit:
+    """`tune`, with what it fitted on the way."""
     started = time.perf_counter()
     if method == AUTO and not len(support.embeddings):
         if support.text is None:
             raise IosrFastError("expected support images or text embeddings, got neither")
-        return Tuned("zero-shot", "none", {}, float("nan"), 0, "none")
+        return MethodFit(Config(method="zero-shot"), None)
     if method == AUTO:
         method = "stack" if support.embeddings.adapted is None else "stack++"
     if method not in METHODS:
@@ -104,55 +189,49 @@ def tune(
         raise IosrFastError(reason)
     entry = METHODS[method]
     fitted = fit_method_reducer(entry, reducer, support)
-    protocol: Protocol = "loo" if queries is None else "validation"
-    if queries is None and not entry.needs_support:  # it has seen none of the images
-        queries, labels = support.as_queries, support.labels
-        if not len(labels):
-            raise IosrFastError("expected support images or validation images to calibrate by, got none")
-    if queries is None:
+    by_itself = queries is None and not entry.needs_support  # it has seen none of the support images
+    if by_itself and not len(support.embeddings):
+        raise IosrFastError("expected support images or validation images to calibrate by, got none")
+    if by_itself:
+        held_out = HeldOut.validation(support, support.as_queries, support.labels)
+    elif queries is None:
         held_out = HeldOut.of_support(support, make_folds(support))
     else:
         held_out = HeldOut.validation(support, queries, np.asarray(labels))
     if entry.is_stack:
-        tuned = _of_stack(entry, protocol, held_out, fit_stack(held_out, entry.needs_adapter, seconds))
+        config = fit_stack(held_out, entry, seconds)
     elif not len(held_out.labels):
         parameters = one_shot_parameters(entry, support, fitted)
         factor = usual_factor(entry, support, fitted, parameters)
-        tuned = Tuned(method, reducer, parameters, float("nan"), 0, "one-shot", factor=factor)
+        evidence = Evidence(protocol="one-shot")
+        config = Config(method=method, parameters=parameters, reducer=reducer, factor=factor, evidence=evidence)
     elif not entry.needs_support:
-        logits = held_out.logits(entry.terms(support, None, {}))
-        (factor, loss), right = fit_factor(logits, held_out.labels), logits.argmax(1) == held_out.labels
-        accuracy, of_images = float(right.mean()), {"right": right, "log_loss": loss, "factor": factor, "settings": 1}
-        tuned = Tuned(method, "none", {}, accuracy, len(right), protocol, accuracy, **of_images)
+        config = _calibrated(entry, held_out, "loo" if by_itself else "validation")
     else:
-        tuned = ParameterSearch(entry, held_out, fitted).result(reducer)
-    _log.info("%s: %.4f of %d held-out images right", tuned.method, tuned.accuracy, tuned.scored)
-    return replace(tuned, seconds=time.perf_counter() - started)
-
-
-def _of_stack(method: Method, protocol: Protocol, held_out: HeldOut, fit: StackFit) -> Tuned:
-    choice, scored = fit.choice, len(fit.right)
-    adapted, notes = choice.shares["adapter"] > 0, []
-    if held_out.support.text is not None and not choice.shares["text"]:
-        notes.append("texts add nothing: class names do not matter here")
-    if method.needs_adapter and not adapted:
-        notes.append("adapted embeddings add nothing: the plain engine does")
-    name = method.name if adapted else method.name.removesuffix("++")
-    parameters = choice.parameters()
-    return Tuned(
-        method=name,
-        reducer="none",
-        parameters={key: parameters.get(key, 0.0) for key in METHODS[name].parameters},
-        accuracy=float(fit.right.mean()) if scored else float("nan"),
-        scored=scored,
-        protocol=protocol if scored else "one-shot",
-        search_accuracy=float((fit.choice.logits.argmax(1) == held_out.labels).mean()) if scored else float("nan"),
-        log_loss=choice.loss if scored else None,
-        settings=fit.settings,
-        note="; ".join(notes),
-        shares=choice.shares,
-        right=fit.right,
+        config = ParameterSearch(entry, held_out, fitted).result(reducer)
+    known = config.evidence
+    assert known is not None
+    _log.info("%s: %s", config.method, known.summary())
+    return MethodFit(
+        replace(config, evidence=replace(known, seconds=time.perf_counter() - started)),
+        fitted if config.method == method else None,  # a stack has no reducer
     )
+
+
+def _calibrated(method: Method, held_out: HeldOut, protocol: Protocol) -> Config:
+    """A method without parameters: its factor alone is fitted."""
+    logits = held_out.logits(method.terms(held_out.support, None, {}))
+    factor, loss = fit_factor(logits, held_out.labels)
+    accuracy = float((logits.argmax(1) == held_out.labels).mean())
+    evidence = Evidence(
+        accuracy=accuracy,
+        scored=len(logits),
+        protocol=protocol,
+        search_accuracy=accuracy,
+        log_loss=loss,
+        settings=1,
+    )
+    return Config(method=method.name, factor=factor, evidence=evidence)
 
 
 def calibrate(method: Method, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> float:

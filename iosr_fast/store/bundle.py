@@ -88,7 +88,7 @@ class Bundle:
             "precision": engine["precision"],
             "engine": self.engine,
             "method": config.method,
-            "reducer": config.reducer_name,
+            "reducer": config.reducer,
             **({} if config.method in ("stack", "stack++") else config.parameters),
             "key_precision": config.key_precision,
             "look_alikes": config.look_alikes,

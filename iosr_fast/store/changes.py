@@ -18,11 +18,10 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
-from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.head.names import check_new_name
 from iosr_fast.methods import unavailable_reason
+from iosr_fast.methods.config import Config
 from iosr_fast.scoring.validation import check_unit_rows
-from iosr_fast.store.bundle_schema import ConfigFacts
 from iosr_fast.utils.schema import Natural, Strict
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
@@ -61,7 +60,7 @@ class Change:
     text: np.ndarray | None = None
     added: Examples | None = None
     numbers: tuple[int, ...] = ()
-    config: MethodConfig | None = None
+    config: Config | None = None
 
     def apply(self, head: Head) -> Head:
         """The next version of the head, its plan not compiled yet; another name without another text keeps the plan.
@@ -69,7 +68,8 @@ class Change:
         Raises ValueError for a change that does not fit the head: an unknown class or image, a name that is none or
         taken, embeddings of another form, fewer than two classes, a method that would lack what it needs.
         """
-        names, uids, texts, config, added = head.class_names, head.uids, head.text, head.config, self.added
+        names, uids, texts, added = head.class_names, head.uids, head.text, self.added
+        config, reducer = head.config, head.reducer
         calibration = head.calibration_images
         examples = self._examples(head)
         at = uids.index(self.uid) if self.uid in uids else len(uids)
@@ -100,8 +100,8 @@ class Change:
             case "retune":
                 if self.config is None:
                     raise IosrFastError("expected a method and its parameters, got none")
-                ConfigFacts.of(self.config).check(head.version + 1)
-                config = self.config.fitted(head.support)  # fits the reducer
+                self.config.check(head.version + 1)
+                config, reducer = self.config, self.config.fit_reducer(head.support)
         made = replace(
             head,
             class_names=names,
@@ -109,6 +109,7 @@ class Change:
             text=texts,
             examples=examples,
             config=config,
+            reducer=reducer,
             version=head.version + 1,
             next_class=head.next_class + (self.op == "add_class"),
             next_example=head.next_example + (0 if added is None else len(added)),
@@ -166,7 +167,7 @@ class Change:
             pictures=() if added is None else added.pictures,
             paths=() if added is None else added.paths,
             arrays={name: np.ascontiguousarray(rows, "<f4").tobytes() for name, rows in self._arrays().items()},
-            config=None if config is None else msgspec.json.encode(ConfigFacts.of(config), enc_hook=float),
+            config=None if config is None else msgspec.json.encode(config, enc_hook=float),
         )
         return msgspec.msgpack.encode(record)
 
@@ -191,7 +192,7 @@ class Record(Strict, frozen=True, kw_only=True, omit_defaults=True):
             raise IosrFastError(f"expected a change of {', '.join(get_args(Op))} with known arrays, got {op!r}")
         uid, added, numbers = -1 if self.uid is None else self.uid, None, self.numbers
         rows = {n: np.frombuffer(data, "<f4").reshape(-1, head.examples.width) for n, data in self.arrays.items()}
-        config = None if self.config is None else msgspec.json.decode(self.config, type=ConfigFacts).config(None)
+        config = None if self.config is None else msgspec.json.decode(self.config, type=Config)
         if "plain" in rows:
             embeddings = Embeddings(rows["plain"], rows.get("adapted"))
             queries = Embeddings(rows["query_plain"], rows.get("query_adapted")) if "query_plain" in rows else None

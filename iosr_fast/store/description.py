@@ -9,7 +9,7 @@ from typing import cast
 
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.head.predictions import AnyHead
-from iosr_fast.methods.tuned import describe_shares
+from iosr_fast.methods.config import describe_shares
 from iosr_fast.store.bundle import KIND, Bundle, load_bundle
 from iosr_fast.store.head_bundle import HEAD_KIND, SavedHead, head_of, load_head
 from iosr_fast.store.log_reader import Base, LoggedChange, reading
@@ -74,13 +74,13 @@ def load_saved(
 def _head_lines(head: AnyHead) -> list[str]:
     config, examples = head.config, head.examples
     parameters = "".join(f", {name} {value:.6g}" for name, value in sorted(config.parameters.items()))
-    shares = {} if head.tuned is None else head.tuned.shares
+    shares = {} if head.evidence is None else head.evidence.shares
     return [
         f"classes {len(head.uids):,}, images {len(examples):,}, "
         f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {head.version}"
         + ("" if head.unknown_images is None else f", unknown images {len(head.unknown_images):,}")
         + ("" if examples.groups is None else f", groups {len(set(examples.groups.tolist())):,}"),
-        f"method {config.method}, reducer {config.reducer_name}{parameters}, keys in {config.key_precision}",
+        f"method {config.method}, reducer {config.reducer}{parameters}, keys in {config.key_precision}",
         *head.summary().split("\n"),
         *([f"shares of the logits: {describe_shares(shares)}"] if shares else []),
     ]

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +19,11 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import SEPARATOR
-from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.names import check_separable
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, conformal, unavailable_reason
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.folds import MAX_FOLDS, Folds
 from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
@@ -45,7 +44,7 @@ from iosr_fast.store.bundle_arrays import (
     naming,
     read_arrays,
 )
-from iosr_fast.store.bundle_schema import ConfigFacts, HeadFacts, PlanConstants
+from iosr_fast.store.bundle_schema import HeadFacts, PlanConstants
 from iosr_fast.utils.schema import facts_to_json, refused
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
@@ -54,6 +53,7 @@ CONSTANTS = tuple(name for name in PlanConstants.__struct_fields__ if name not i
 ARRAYS = tuple(name for name in TABLE[PLAN] if "." not in name)
 _UNKNOWN = ("weights", "bias", "left_out", "auroc", "counted")
 _FOLDS = ("fold", "scored", "distinct", "units")
+_OF_CLASSIFIER = ("method", "parameters", "reducer", "factor", "key_precision")
 
 
 def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
@@ -69,7 +69,7 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
     files = arrays_of({**_parts(head), **computed, **packed, "plan": plan})
     constants: dict[str, Any] = {name: getattr(plan, name) for name in CONSTANTS}
     constants |= {"cache": _cache_of(plan), "keys": "none" if plan.keys is None else "stored"}
-    if plan.key_precision == "fp32" and config.reducer is None and plan.reducer is None:
+    if plan.key_precision == "fp32" and head.reducer is None and plan.reducer is None:
         constants["keys"] = "support"
         del files[PLAN]["keys"]
     facts = HeadFacts(
@@ -79,7 +79,7 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
         next=(head.next_class, head.next_example),
         tau=head.tau,
         plan=PlanConstants(**constants),
-        **msgspec.structs.asdict(ConfigFacts.of(config)),
+        **msgspec.structs.asdict(config),
     )
     return facts_to_json(facts), {file: arrays for file, arrays in files.items() if arrays}
 
@@ -91,7 +91,6 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
     """
     with naming("manifest.json"):
         facts.check_head()
-        facts.config(None)
     names, numbers = tuple(facts.class_names), tuple(facts.class_numbers)
     sizes = {"C": len(names), "C1": len(names) + 1}
     arrays = read_arrays(SUPPORT, read, sizes)
@@ -111,11 +110,11 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
         reducer = _reducer(derived, "reducer")
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
             raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
-        config = facts.config(reducer)
+        config = facts.config
         plan = _plan(facts.plan, derived, support, config)
         if not own:
-            _check_terms(plan, config, arrays.get("text"))
-    data = names, numbers, arrays.get("text"), facts.tau, examples, config, facts.version, *facts.next
+            _check_terms(plan, config, reducer, arrays.get("text"))
+    data = names, numbers, arrays.get("text"), facts.tau, examples, config, reducer, facts.version, *facts.next
     head: AnyHead = MultiLabelHead(*data, **own) if own else Head(*data, _embeddings(arrays, "unknown_"), calibration)
     return head.with_computed(plan=plan, **_evidence(head, read))
 
@@ -155,7 +154,9 @@ def head_from_bytes(data: bytes) -> AnyHead:
 def fingerprint(head: AnyHead) -> str:
     """SHA-256, in hex, over classes, support images and their pictures, method, parameters and reducer. Not over paths:
     it is the same classifier wherever its files lie, and a log that begins with it is its own."""
-    config = facts_to_json(ConfigFacts.of(replace(head.config, tuned=None)))
+    config = {name: getattr(head.config, name) for name in _OF_CLASSIFIER}
+    if not head.config.look_alikes:  # logs of before this setting have the fingerprint without it
+        config["look_alikes"] = False
     facts = {
         "names": head.class_names,
         "uids": head.uids,
@@ -163,7 +164,7 @@ def fingerprint(head: AnyHead) -> str:
         "numbers": [head.next_class, head.next_example],
         "config": config,
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=float).encode())
     digest.update(b"".join(hashlib.sha256(picture or b"").digest() for picture in head.examples.pictures))
     files = arrays_of(_parts(head))
     support, of_reducer = files[SUPPORT], files.get(PLAN, {})
@@ -251,7 +252,7 @@ def _unpacked(arrays: Arrays, n: int) -> tuple[bytes | None, ...]:
 # --- the plan ---
 
 
-def _plan(constants: PlanConstants, arrays: Arrays, support: SupportSet, config: MethodConfig) -> ScoringPlan:
+def _plan(constants: PlanConstants, arrays: Arrays, support: SupportSet, config: Config) -> ScoringPlan:
     """Raises ValueError where constants, arrays and config say different things, and as ScoringPlan."""
     fields: dict[str, Any] = {name: getattr(constants, name) for name in CONSTANTS}
     fields |= {name: arrays.get(name) for name in ARRAYS}
@@ -275,14 +276,14 @@ def _plan(constants: PlanConstants, arrays: Arrays, support: SupportSet, config:
     return plan
 
 
-def _check_terms(plan: ScoringPlan, config: MethodConfig, text: np.ndarray | None) -> None:
+def _check_terms(plan: ScoringPlan, config: Config, reducer: Reducer | None, text: np.ndarray | None) -> None:
     """Raise ValueError unless the plan has the terms to which the method compiles, as a few short rows tell."""
     rows = np.random.default_rng(0).standard_normal((3, 4, 8))
     plain, adapted, texts = rows / np.linalg.norm(rows, axis=2, keepdims=True)
     known = None if text is None else texts[:2]
     sample = make_support_set(Embeddings(plain, adapted), np.array([0, 0, 1, 1]), known, 1.0, 2)
-    expected = _terms(replace(config, reducer=None, key_precision="fp32").compile(sample))
-    expected["reducer"] |= config.reducer is not None
+    expected = _terms(METHODS[config.method].compile(sample, None, config.parameters))
+    expected["reducer"] |= reducer is not None
     got = _terms(plan)
     for name, value in expected.items():
         if got[name] != value:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
@@ -23,14 +24,13 @@ from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head, HeadData
 from iosr_fast.head.ids import class_id
 from iosr_fast.head.labels import read_groups
-from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.head.names import check_new_name
 from iosr_fast.head.support_images import encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.tune import check_choice
+from iosr_fast.methods.config import Config
+from iosr_fast.methods.tune import check_options
 from iosr_fast.methods.tune import tune as search
-from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.store.changes import Change, ChangeResult
 from iosr_fast.store.store import Store
@@ -87,9 +87,9 @@ def rename_class(
 
 def tune(
     store: Store, images: Any, labels: Any, method: str | None, reducer: str | None, seconds: float
-) -> tuple[Tuned, ChangeResult]:
+) -> tuple[Config, ChangeResult]:
     fit = store.changeable("tune")
-    check_choice(method or fit.head.config.method, reducer, None)
+    check_options(method or fit.head.config.method, reducer, None)
     if (images is None) != (labels is None):
         raise IosrFastError("expected validation images and their labels together, got one without the other")
     queries, truth = None, None
@@ -99,7 +99,7 @@ def tune(
             raise IosrFastError("expected at least one validation image, got none")
         truth, encoder = fit.read_labels(listed, labels), fit.clip.encoder_for(adapted=True)
         queries = Embeddings.concatenate([encoder.encode(pixels) for pixels in fit.chunks(listed)])
-    chosen: list[Tuned] = []
+    chosen: list[Config] = []
 
     def make(head: Head) -> Change:
         if queries is not None and head.uids != fit.head.uids:
@@ -107,14 +107,15 @@ def tune(
         if queries is None and not len(head.examples):
             raise IosrFastError("expected support images or validation images to choose parameters by, got none")
         config, name = head.config, method or head.config.method
-        own = config.reducer_name if name == config.method else "none"
-        tuned = search(name, head.support, queries, truth, reducer or own, seconds)
-        which = METHODS[tuned.method].which
-        if (which == "adapted") != head.needs_adapted:
-            log.info("%s compares %s embeddings; queries are encoded for it from now on", tuned.method, which)
-            fit.clip.encoder_for(which == "adapted")  # opened now, so that no reader waits for it
-        chosen.append(replace(tuned, version=head.version + 1))
-        return Change("retune", config=MethodConfig.of(chosen[0], config.key_precision, config.look_alikes))
+        own = config.reducer if name == config.method else "none"
+        best = search(name, head.support, queries, truth, reducer or own, seconds)
+        if (best.which == "adapted") != head.needs_adapted:
+            log.info("%s compares %s embeddings; queries are encoded for it from now on", best.method, best.which)
+            fit.clip.encoder_for(best.which == "adapted")  # opened now, so that no reader waits for it
+        evidence = best.evidence and structs.replace(best.evidence, version=head.version + 1)
+        kept = {"key_precision": config.key_precision, "look_alikes": config.look_alikes}
+        chosen.append(structs.replace(best, evidence=evidence, **kept))
+        return Change("retune", config=chosen[0])
 
     result = store.change(fit, make)
     return chosen[0], result

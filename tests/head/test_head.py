@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import predict
@@ -70,7 +71,7 @@ def test_the_nearest_are_found_by_what_the_method_compares() -> None:
     added = random_examples(rng, [2] * 5, head.next_example)
     head = without(Change("add_examples", 2, added=added).apply(head), 0, 1, 2)
     queries = random_queries(rng, 4)
-    cosines = head.config.reducer(queries.adapted) @ head.config.reducer(head.support.embeddings.adapted).T
+    cosines = head.reducer(queries.adapted) @ head.reducer(head.support.embeddings.adapted).T
     ids, class_ids = head.examples.ids, head.examples.class_ids
     for made, row in zip(predict(head, queries, nearest=6), cosines, strict=True):
         best = np.argsort(-row, kind="stable")[:6]
@@ -107,7 +108,7 @@ def test_the_adapter_contributes_what_the_adapted_parts_alone_would(parameters: 
     head = without(random_head(rng, 4, 3, "stack++", parameters), 0, 1, 2)  # a class without images
     plain = ["text", "discriminant", *(["regression", "text_regression"] if parameters else [])]
     given = {**head.config.parameters, **dict.fromkeys(plain, 0.0)}
-    alone = replace(head.config, parameters=given).compile(head.support)
+    alone = structs.replace(head.config, parameters=given).compile(head.support)
     expected = score_reference(alone, queries := random_queries(rng, 5))
     for b, one in enumerate(predict(head, queries, top=4)):
         for score in one.top:

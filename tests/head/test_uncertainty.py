@@ -106,7 +106,7 @@ def test_promises_rest_on_calibration_images_which_are_saved_and_follow_changes(
         expected = of_logits(head.score(PixelEncoder().encode(images[order])), labels[order])
         np.testing.assert_allclose(head.left_out_labels.odds, expected.odds, rtol=1e-5)
         np.testing.assert_allclose(head.unknown.left_out, -scores[order], atol=1e-4)
-        assert not head.tuned.stale and head.tuned.accuracy == accuracy  # evidence of the same fit
+        assert not head.evidence.stale and head.evidence.accuracy == accuracy  # evidence of the same fit
         for text in (head.summary(), head.unknown.summary(0.9), head.left_out_labels.reliability):
             assert "30 images of calibrate_on" in str(text)
     assert "30 images of calibrate_on" in str(classifier.automation()) + describe(tmp_path / "bundle")

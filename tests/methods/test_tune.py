@@ -9,22 +9,22 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, check_parameters, compile_method, fit_method_reducer, unavailable_reason
+from iosr_fast.methods.config import Config, Evidence, wilson
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import HeldOut, Part, out_of_fold, spread_of_others
 from iosr_fast.methods.papers import MAX_KEYS
 from iosr_fast.methods.stack_weights import (
     FEW_SHOT_SETTING,
     SETTINGS,
-    Choice,
     Objective,
+    Stack,
     affordable,
     few_share,
     one_shot_weights,
     settings_for,
 )
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tune import calibrate, check_choice, one_shot_parameters, tune, usual_factor
-from iosr_fast.methods.tuned import Tuned, wilson
+from iosr_fast.methods.tune import calibrate, check_options, one_shot_parameters, tune, usual_factor
 from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows
 from tests.methods.support_sets import Clusters, unit
@@ -35,7 +35,7 @@ SMALL = Clusters(8, width=12, noise=0.6, adapted=True)
 MANY = Clusters(16, width=12)
 
 
-def accuracy(tuned: Tuned, support: SupportSet, queries: Embeddings, labels: np.ndarray) -> float:
+def accuracy(tuned: Config, support: SupportSet, queries: Embeddings, labels: np.ndarray) -> float:
     return float((score(tuned.compile(support), queries).argmax(1) == labels).mean())
 
 
@@ -43,11 +43,10 @@ def accuracy(tuned: Tuned, support: SupportSet, queries: Embeddings, labels: np.
 def test_on_a_validation_set_the_accuracy_is_what_the_plan_gets(method: str) -> None:
     support, (queries, labels) = WORLD.support([4] * 7), WORLD.queries(9)
     tuned = tune(method, support, queries, labels)
-    assert tuned.protocol == "validation" and tuned.scored == 63
+    assert tuned.evidence.protocol == "validation" and tuned.evidence.scored == 63
     # A sample on the border may fall to the other side in float32.
-    assert abs(tuned.search_accuracy - accuracy(tuned, support, queries, labels)) <= 1.001 / 63
-    assert tuned.right is not None and tuned.right.mean() == tuned.accuracy
-    low, high = tuned.alpha_range or (0.0, 0.0)
+    assert abs(tuned.evidence.search_accuracy - accuracy(tuned, support, queries, labels)) <= 1.001 / 63
+    low, high = tuned.evidence.alpha_range or (0.0, 0.0)
     assert (
         set(tuned.parameters) == set(METHODS[method].parameters) and low <= tuned.parameters.get("alpha", 0.0) <= high
     )
@@ -63,9 +62,9 @@ def test_the_log_loss_is_that_of_left_out_images_at_the_parameters_it_chose(meth
     entry, folds = METHODS[tuned.method], make_folds(support)
     reducer = fit_method_reducer(entry, tuned.reducer, support)
     found = out_of_fold(entry, support, folds, reducer, tuned.parameters, tuned.factor)
-    assert tuned.protocol == "loo" and tuned.scored == len(folds.rows) == 17
+    assert tuned.evidence.protocol == "loo" and tuned.evidence.scored == len(folds.rows) == 17
     if not entry.is_stack:
-        assert tuned.log_loss == pytest.approx(log_loss(found.logits, found.labels), rel=1e-2, abs=1e-3)
+        assert tuned.evidence.log_loss == pytest.approx(log_loss(found.logits, found.labels), rel=1e-2, abs=1e-3)
     np.testing.assert_array_equal(found.by_image()[found.folds.rows], found.logits)
     assert np.isnan(found.by_image()[3]).all()  # the only image of a class
 
@@ -85,7 +84,7 @@ def test_one_shot_weighs_images_by_how_wrong_texts_are() -> None:
 def test_one_image_a_class_gets_a_rule_and_the_usual_spread(method: str) -> None:
     support, (queries, labels), entry = WORLD.support([1] * 7), WORLD.queries(20), METHODS[method]
     tuned = tune(method, support)
-    assert tuned.protocol == "one-shot" and "rule of thumb" in tuned.summary()
+    assert tuned.evidence.protocol == "one-shot" and "rule of thumb" in tuned.evidence.summary()
     assert tuned.parameters == one_shot_parameters(entry, support, None)
     assert tuned.factor == usual_factor(entry, support, None, tuned.parameters)
     weights, own = one_shot_weights(support, ["plain"]), score(tuned.compile(support), support.as_queries)
@@ -139,9 +138,9 @@ def test_the_budget_counts_operations_and_no_seconds() -> None:
     for embeddings in (["plain"], ["adapted", "plain"]):  # one setting on both, or two on one
         assert len(affordable(30, 6, embeddings, 2.5 * enough / 1e10)) == 2
     first, again = (tune("stack", support, seconds=2.5 * enough / 1e10) for _ in range(2))
-    assert first.settings == 2 and first.parameters == again.parameters
+    assert first.evidence.settings == 2 and first.parameters == again.parameters
     tuned = tune("stack", support, seconds=0.0)
-    assert tuned.parameters["regression"] == 0 and tuned.compile(support).keys is None and tuned.accuracy > 0.5
+    assert tuned.parameters["regression"] == 0 and tuned.compile(support).keys is None and tuned.evidence.accuracy > 0.5
     assert tune("stack", SMALL.support([1] * 6), seconds=0.0).parameters["regression"] == 0
 
 
@@ -152,8 +151,9 @@ def test_better_than_chance_at_every_number_of_shots(method: str, shots: int, te
     support, (queries, labels) = SMALL.support([shots] * 8, text=text), SMALL.queries(20)
     tuned = tune(method, support)
     assert (score(tuned.compile(support), queries).argmax(1) == labels).mean() > 0.5
-    assert tuned.protocol == ("one-shot" if shots == 1 else "loo") and tuned.scored == (0 if shots == 1 else 8 * shots)
-    assert sum(tuned.shares.values()) == pytest.approx(1.0) and (text or tuned.shares["text"] == 0)
+    known = tuned.evidence
+    assert (known.protocol, known.scored) == (("one-shot", 0) if shots == 1 else ("loo", 8 * shots))
+    assert sum(known.shares.values()) == pytest.approx(1.0) and (text or known.shares["text"] == 0)
     assert tuned.parameters == tune(method, support).parameters
 
 
@@ -162,7 +162,11 @@ def test_adapted_embeddings_that_add_nothing_leave_the_plain_engine(rng: np.rand
     useless = np.repeat(unit_rows(rng, 1, 12), 36, axis=0)
     support = replace(support, embeddings=Embeddings(support.embeddings.plain, useless))
     tuned = tune("auto", support)
-    assert tuned.method == "stack" and "the plain engine does" in tuned.note and tuned.shares["adapter"] == 0
+    assert (
+        tuned.method == "stack"
+        and "the plain engine does" in tuned.evidence.note
+        and tuned.evidence.shares["adapter"] == 0
+    )
 
 
 def test_weights_are_those_of_a_unit_of_spread() -> None:
@@ -192,7 +196,7 @@ def test_a_preference_for_classes_of_many_images_earns_no_weight() -> None:
     """Left-out images are of these more often than new ones; the images of a validation set are as new ones."""
     support = SMALL.support([2] * 4 + [6] * 4)
     held_out = HeldOut.of_support(support, make_folds(support))
-    preference = Choice({"regression": Part(np.tile([0.0] * 4 + [2.0] * 4, (32, 1)), 1.0, 1.0)}, {}, {})
+    preference = Stack({"regression": Part(np.tile([0.0] * 4 + [2.0] * 4, (32, 1)), 1.0, 1.0)}, {}, {})
     for folds, expected in ((held_out.folds, 0.0), (None, np.log(3.0) / 2.0)):
         objective = Objective.of(replace(held_out, folds=folds), {"regression": 0.0}, few=0.0)
         assert objective.best([preference]).weights["regression"] == pytest.approx(expected, abs=0.06)
@@ -201,15 +205,15 @@ def test_a_preference_for_classes_of_many_images_earns_no_weight() -> None:
 def test_what_has_no_effect_or_is_not_distinguished_is_in_the_note(rng: np.random.Generator) -> None:
     tight, labels = Clusters(4, width=64, noise=0.5), np.repeat(np.arange(4), 5)
     misled = replace(tight.support([5] * 4), text=unit(np.roll(tight.centres, 1, 0)))  # texts of other classes
-    assert "the texts have no effect" in tune("tip-adapter", misled).note
+    assert "the texts have no effect" in tune("tip-adapter", misled).evidence.note
     rows, text = Embeddings(np.tile(unit_rows(rng, 5, 64), (4, 1))), unit_rows(rng, 4, 64)
     alike = make_support_set(rows, labels, text, 100.0, queries=Embeddings(text[labels]))
-    assert "similarity to support images has no effect" in tune("tip-adapter", alike).note
-    assert tune("tip-adapter", replace(misled, text=unit(tight.centres), tau=9.0)).note == ""
+    assert "similarity to support images has no effect" in tune("tip-adapter", alike).evidence.note
+    assert tune("tip-adapter", replace(misled, text=unit(tight.centres), tau=9.0)).evidence.note == ""
     # One embedding for all queries: each fold has another winner, and in use one class takes all.
     same = Embeddings(np.repeat(unit_rows(rng, 1, 16), 20, 0))
     equal = make_support_set(Embeddings(unit_rows(rng, 20, 16)), labels, None, 30.0, 4, same)
-    assert "all 20 support images get the label of class" in tune("tip-adapter", equal).note
+    assert "all 20 support images get the label of class" in tune("tip-adapter", equal).evidence.note
 
 
 @pytest.mark.parametrize("method", ["tip-adapter", "gda", "proker", "ape", "stack"])
@@ -223,9 +227,9 @@ def test_random_labels_are_reported_at_chance(method: str, validation: bool) -> 
         support = make_support_set(rows, np.repeat(np.arange(4), 8), unit_rows(rng, 4, 16), 30.0)
         asked = (Embeddings(unit_rows(rng, 32, 16)), rng.integers(0, 4, 32)) if validation else ()
         tuned = tune(method, support, *asked)
-        assert tuned.right is not None and tuned.accuracy == tuned.right.mean() and tuned.scored == 32
-        reported.append(tuned.accuracy)
-        best.append(tuned.search_accuracy)
+        assert tuned.evidence.scored == 32
+        reported.append(tuned.evidence.accuracy)
+        best.append(tuned.evidence.search_accuracy)
     assert abs(np.mean(reported) - 0.25) < 0.09  # three standard errors of 320 images are 0.073
     assert np.mean(best) >= np.mean(reported)
     if method == "tip-adapter" and validation:  # the best of its tries would not pass
@@ -242,7 +246,7 @@ def test_the_accuracy_of_series_of_pictures_is_that_of_other_series_if_they_are_
         grouped = tune(method, replace(support, groups=np.arange(192) // 3))
         queries, truth = world.queries(40)
         reached = (score(grouped.compile(support), queries).argmax(1) == truth).mean()
-        found.append((tune(method, support).accuracy, grouped.accuracy, reached))
+        found.append((tune(method, support).evidence.accuracy, grouped.evidence.accuracy, reached))
     alone, together, reached = np.mean(found, axis=0)
     assert alone > reached + 0.15 and abs(together - reached) < 0.1
 
@@ -255,8 +259,8 @@ def test_the_interval_is_wilsons() -> None:
         for end in (low, high):
             if 0 < end < 1:
                 assert abs(right / count - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / count))
-    tuned = Tuned("gda", "none", {}, 0.9, 10, "validation", note="alpha 0: nothing", stale=True, version=3)
-    assert tuned.interval == wilson(0.9, 10) and tuned.summary() == (
+    one = Evidence(accuracy=0.9, scored=10, protocol="validation", note="alpha 0: nothing", stale=True, version=3)
+    assert one.interval == wilson(0.9, 10) and one.summary() == (
         "90.0% of 10 validation images right (95%: 60% to 98%); alpha 0: nothing; as of version 3; the classifier has "
         "changed since"
     )
@@ -285,10 +289,10 @@ def test_wrong_names_and_parameters_are_named() -> None:
         r"expected a method of .*tip-adapter, .*got 'tipx'": lambda: compile_method("tipx", support),
         r"has the parameters \['alpha', 'beta'\], got \['gamma'\]": lambda: check_parameters("tip-adapter", gamma=1.0),
         "expected a reducer of none, centre, pca": lambda: compile_method("gda", support, reducer="whiten"),
-        "stack takes no reducer, got 'centre'": lambda: check_choice("stack", "centre", None),
-        "expected tune to be 'loo' or 'none', got 'yes'": lambda: check_choice("gda", None, "yes"),
-        "leave-one-out: leave alpha, reducer out": lambda: check_choice("auto", "none", None, alpha=1.0),
-        "leave tune='none' out, or name a method": lambda: check_choice("auto", None, "none"),
+        "stack takes no reducer, got 'centre'": lambda: check_options("stack", "centre", None),
+        "expected tune to be 'loo' or 'none', got 'yes'": lambda: check_options("gda", None, "yes"),
+        "leave-one-out: leave alpha, reducer out": lambda: check_options("auto", "none", None, alpha=1.0),
+        "leave tune='none' out, or name a method": lambda: check_options("auto", None, "none"),
         "expected a method of auto, zero-shot": lambda: tune("tipx", support),
         "labels of shape": lambda: tune("gda", support, queries, labels[:-1]),
         r"labels in 0\.\.6": lambda: tune("gda", support, queries, labels + 1),
@@ -297,4 +301,4 @@ def test_wrong_names_and_parameters_are_named() -> None:
     }.items():
         with pytest.raises(ValueError, match=words):
             call()
-    assert check_choice("auto", None, "loo") == {} and check_choice("gda", "pca", "none", alpha=2) == {"alpha": 2.0}
+    assert check_options("auto", None, "loo") == {} and check_options("gda", "pca", "none", alpha=2) == {"alpha": 2.0}

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS, fit_method_reducer, unavailable_reason
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.log_loss import MAX_ALPHA
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tune import tune
-from iosr_fast.methods.tuned import Tuned
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows
@@ -48,7 +48,7 @@ def bad_support(
     return make_support_set(Embeddings(rows, rows[::-1].copy()), labels, text, tau, len(counts))
 
 
-def right_of_plans(tuned: Tuned, support: SupportSet, reducer: Reducer | None) -> tuple[int, int]:
+def right_of_plans(tuned: Config, support: SupportSet, reducer: Reducer | None) -> tuple[int, int]:
     """How many left-out images the plans compiled without their fold get right, and how many nearly tie."""
     method, right, ties = METHODS[tuned.method], 0, 0
     for rows, out in make_folds(support).splits:
@@ -58,18 +58,20 @@ def right_of_plans(tuned: Tuned, support: SupportSet, reducer: Reducer | None) -
     return right, ties
 
 
-def assert_sound(tuned: Tuned, support: SupportSet) -> None:
+def assert_sound(tuned: Config, support: SupportSet) -> None:
     """All numbers are finite; the accuracy is that of the compiled plans."""
-    assert tuned.log_loss is None or np.isnan(tuned.log_loss) or tuned.log_loss >= 0
+    if tuned.evidence is None:
+        return
+    assert tuned.evidence.log_loss is None or tuned.evidence.log_loss >= 0
     assert 0 <= tuned.parameters.get("alpha", 0.0) <= MAX_ALPHA
     logits, method = score(tuned.compile(support), support.embeddings), METHODS[tuned.method]
     assert np.isfinite(logits).all() and np.abs(logits).max() < 1e12
-    if tuned.protocol != "loo" or not method.needs_support:
+    if tuned.evidence.protocol != "loo" or not method.needs_support:
         return
     # A regression keeps the weights of classes without a fold.
     if not (method.is_stack or method.max_support):
         right, ties = right_of_plans(tuned, support, fit_method_reducer(method, tuned.reducer, support))
-        assert abs(tuned.search_accuracy * tuned.scored - right) <= ties + 1e-6
+        assert abs(tuned.evidence.search_accuracy * tuned.evidence.scored - right) <= ties + 1e-6
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -100,12 +102,12 @@ def test_no_parameter_of_a_call_a_file_or_a_log_is_out_of_range(wrong: float, rn
     support = bad_support(rng, [3] * 3, 16, "random", "random")
     for name, method in METHODS.items():
         for parameter in method.parameters:
-            config = MethodConfig(name, {**method.parameters, parameter: wrong})
+            config = Config(method=name, parameters={**method.parameters, parameter: wrong})
             with pytest.raises(ValueError, match=rf"expected {parameter} of .* from .* to .*; .* is the default"):
                 config.compile(support)
     if not 0 < wrong < 1e15:
-        config = MethodConfig("tip-adapter", {"alpha": 1.0, "beta": 5.5})
+        config = Config(method="tip-adapter", parameters={"alpha": 1.0, "beta": 5.5})
         with pytest.raises(ValueError, match="expected a factor above 0"):
-            replace(config, factor=wrong).compile(support)
+            structs.replace(config, factor=wrong).compile(support)
         with pytest.raises(ValueError, match="expected tau from"):
             config.compile(replace(support, tau=wrong))

@@ -11,8 +11,8 @@ import pytest
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.config import Config
 from iosr_fast.store.changes import Change
 from tests import browser as chromium
 from tests.serving import http_client
@@ -110,7 +110,8 @@ class Visit:
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
     classifier = http_client.load()
-    every_part = MethodConfig("stack++", dict(METHODS["stack++"].parameters))  # texts, plain and adapted embeddings
+    # Texts, plain and adapted embeddings.
+    every_part = Config(method="stack++", parameters=dict(METHODS["stack++"].parameters))
     classifier._store.change(classifier._fit, lambda _: Change("retune", config=every_part))
     assert classifier.unknown_.summary(0.95).startswith("0.95")  # learnt before the page asks
     queries = dict(zip(http_client.query_labels(), http_client.queries(), strict=True))

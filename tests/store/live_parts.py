@@ -17,8 +17,8 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.encoders.text_encoder import TextSource
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
-from iosr_fast.head.method_config import MethodConfig
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.config import Config
 from iosr_fast.utils.manifest import write_manifest
 
 SIZE, WIDTH = 8, 24
@@ -191,9 +191,9 @@ def random_head(
     examples = random_examples(rng, np.repeat(np.arange(classes), shots), 0)
     text = unit(rng.standard_normal((classes, WIDTH)))
     chosen = {**METHODS[method].parameters, **(parameters or {})}
-    config = MethodConfig(method, chosen, reducer, None, 0.7, key_precision)
-    config = config.fitted(examples.as_support(range(classes), text, 20.0))
-    return Head.first([f"class {i}" for i in range(classes)], text, 20.0, examples, config)
+    config = Config(method=method, parameters=chosen, reducer=reducer, factor=0.7, key_precision=key_precision)
+    fitted = config.fit_reducer(examples.as_support(range(classes), text, 20.0))
+    return Head.first([f"class {i}" for i in range(classes)], text, 20.0, examples, config, fitted)
 
 
 def random_queries(rng: np.random.Generator, n: int) -> Embeddings:

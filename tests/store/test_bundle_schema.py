@@ -15,9 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.head.support_images import SupportSettings
-from iosr_fast.methods.tuned import Tuned
+from iosr_fast.methods.config import Evidence
 from iosr_fast.store.bundle import load_bundle, save_bundle
-from iosr_fast.store.bundle_schema import TunedFacts
 from iosr_fast.utils.manifest import seal, write_manifest
 from iosr_fast.utils.schema import facts_to_json
 from tests.store.live_parts import ENGINE_FACTS, saved_classifier, small_classifier
@@ -50,8 +49,7 @@ def part(name: str, **facts: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return change
 
 
-_LOO = Tuned("gda", "none", {"alpha": 0.5}, 0.9, 40, "loo", 0.95, log_loss=0.3, settings=1)
-TUNED = facts_to_json(TunedFacts.of(_LOO))
+TUNED = facts_to_json(Evidence(accuracy=0.9, scored=40, protocol="loo", search_accuracy=0.95, log_loss=0.3, settings=1))
 NAMES = [f"motif {i}" for i in range(5)]
 FACTS: dict[str, Any] = {
     "names that look alike": {"class_names": [*NAMES[:4], "m\u043etif 0"]},

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.exceptions import DamagedFileError
-from iosr_fast.head.method_config import MethodConfig
+from iosr_fast.methods.config import Config
 from iosr_fast.store import change_log, log_reader, sqlite_file
 from iosr_fast.store.change_log import ChangeLog
 from iosr_fast.store.changes import Change, Record
@@ -296,7 +296,7 @@ def test_a_change_that_is_written_right_is_taken(path: Path) -> None:
     for op, fields in (("add_class", NEW), ("add_examples", IMAGE)):
         after = Record(**{"classes": 3, "images": 6, **fields}).apply(op, STATE)
         assert after.version == 2
-    config = MethodConfig("gda", {"alpha": 1.0})
+    config = Config(method="gda", parameters={"alpha": 1.0})
     change = Change("retune", config=config)
     again = msgspec.msgpack.decode(change.encode(change.apply(STATE)), type=Record).apply("retune", STATE)
     assert fingerprint(again) == fingerprint(change.apply(STATE))

@@ -112,24 +112,24 @@ def test_the_choice_of_parameters_is_of_its_version_and_kept_in_bundle_and_log(
     classifier = small_classifier(engine, reducer="centre")
     assert classifier.tuned_ is None and "15 left-out support images right" in classifier.snapshot().summary()
     classifier.save(tmp_path / "before")
-    assert load_bundle(tmp_path / "before").head.config.tuned is None
-    before = classifier.snapshot().config.reducer
+    assert load_bundle(tmp_path / "before").head.config.evidence is None
+    before = classifier.snapshot().reducer
     classifier.open_log(tmp_path / "log.jsonl")
     assert classifier.retune().version == classifier.tuned_.version == 2 and classifier.tuned_.scored == 15
-    assert classifier.reducer_ == "centre" and classifier.parameters_ == classifier.tuned_.parameters
+    assert classifier.reducer_ == "centre" and set(classifier.parameters_) == {"alpha", "beta"}
     classifier.add_class("motif 6", images[6])
     assert classifier.tuned_.stale
-    tuned = classifier.tune(method="gda")
+    tuned = classifier.tune(method="gda").evidence
     assert classifier.method_ == "gda" and tuned.scored == 19 and (tuned.version, tuned.stale) == (4, False)
     assert classifier.score(images[6], ["motif 6"] * 4) == 1.0
     classifier.add_examples("motif 6", images[5, :1])
     assert classifier.tuned_.stale and classifier.tuned_.accuracy == tuned.accuracy
     classifier.save(tmp_path / "after")
-    assert repr(load_bundle(tmp_path / "after").head.config.tuned) == repr(tuned)
+    assert repr(load_bundle(tmp_path / "after").head.config.evidence) == repr(tuned)
     assert classifier.snapshot().summary() in describe(tmp_path / "after")
     classifier.close_log()
     again = small_classifier(engine, reducer="centre")
-    assert np.array_equal(again.snapshot().config.reducer.shift, before.shift)
+    assert np.array_equal(again.snapshot().reducer.shift, before.shift)
     again.open_log(tmp_path / "log.jsonl")
     assert repr(again.tuned_) == repr(classifier.tuned_) and again.tuned_.stale
     again.close_log()

@@ -8,15 +8,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from iosr_fast.evaluation.comparison import Draw, finite
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.tuned import Tuned
+from iosr_fast.methods.config import Config
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.manifest import seal
+from iosr_fast.utils.schema import facts_to_json
 
-VERSION = 3  # raise it when the protocol changes: the same facts would give another number
-TUNED = ("method", "reducer", "parameters", "accuracy", "scored", "protocol", "factor", "seconds", "shares")
+VERSION = 4  # raise it when the protocol changes: the same facts would give another number
 
 
 class FileCells:
@@ -41,9 +43,9 @@ class FileCells:
                 raise IosrFastError("its contents are not what was written")
             if cell["facts"] != self._facts(source):
                 raise IosrFastError("it is of other data or of another version")
-            tuned = {**cell["draw"]["tuned"], "accuracy": _number(cell["draw"]["tuned"]["accuracy"])}
             losses = {name: _number(cell["draw"][name]) for name in ("log_loss", "calibration_error")}
-            return Draw(**{**cell["draw"], **losses, "tuned": Tuned(**tuned)})
+            config = msgspec.convert(cell["draw"]["config"], Config)
+            return Draw(**{**cell["draw"], **losses, "config": config})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.report(f"{path} is computed again: {error}")
             return None
@@ -52,13 +54,10 @@ class FileCells:
         """The whole file or none."""
         path = self._path(source, method, shots, draw.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tuned = {name: getattr(draw.tuned, name) for name in TUNED}
-        tuned |= {"accuracy": finite(draw.tuned.accuracy), "shares": dict(draw.tuned.shares)}
         losses = {name: finite(getattr(draw, name)) for name in ("log_loss", "calibration_error")}
         with new_file(path) as temporary:
-            temporary.write_bytes(
-                seal({"facts": self._facts(source), "draw": {**vars(draw), **losses, "tuned": tuned}})
-            )
+            outcome = {**vars(draw), **losses, "config": facts_to_json(draw.config)}
+            temporary.write_bytes(seal({"facts": self._facts(source), "draw": outcome}))
 
     def _path(self, source: str, method: str, shots: int, seed: int) -> Path:
         return self.folder / source / f"{shots}-shots" / f"seed-{seed}" / f"{method}.json"

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
 from iosr_fast.head.predictions import AnyHead
-from iosr_fast.methods.tuned import wilson
+from iosr_fast.methods.config import wilson
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
@@ -108,7 +108,7 @@ def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
 def _measured(head: AnyHead) -> schemas.Measured | None:
     """By left-out images or those of calibrate_on; after a change by the search of the parameters, until a prediction
     has asked for a promise."""
-    known, tuned = head.computed("left_out_labels"), head.tuned
+    known, evidence = head.computed("left_out_labels"), head.evidence
     if known is not None and known.count:
         accuracy = known.reliability.accuracy
         return schemas.Measured(
@@ -119,15 +119,15 @@ def _measured(head: AnyHead) -> schemas.Measured | None:
             summary=head.summary(),
             stale=False,
         )
-    if tuned is None:
+    if evidence is None:
         return None
     return schemas.Measured(
-        accuracy=None if tuned.interval is None else tuned.accuracy,
-        interval=tuned.interval,
-        images=tuned.scored,
-        protocol=tuned.protocol,
-        summary=tuned.summary(),
-        stale=tuned.stale,
+        accuracy=evidence.accuracy,
+        interval=evidence.interval,
+        images=evidence.scored,
+        protocol=evidence.protocol,
+        summary=evidence.summary(),
+        stale=evidence.stale,
     )
 
 
