@@ -202,7 +202,7 @@ def evaluate_draw(task: Task, method: str, reducer: str, seed: int) -> Draw:
         accuracy, log_loss, error = score_rival(method, estimator, task.queries, task.labels)
     else:
         queries, labels = (None, None) if method == AUTO or task.validation is None else task.validation
-        config = tune(method, task.support, queries, labels, reducer)
+        config = tune(method, task.support, queries, labels, reducer).config
         started = time.perf_counter()
         plan = config.compile(task.support)
         fit_seconds = time.perf_counter() - started

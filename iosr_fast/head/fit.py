@@ -142,7 +142,7 @@ def fit_head(
         support = examples.as_support(range(len(names)), text, tau)
         fit = options.fit(support)
         head = Head.first(names, text, tau, examples, fit.config, fit.reducer, unknown_images=unknown_images)
-        return head.with_computed(support=support, plan=fit.compiled(support))
+        return head.with_computed(support=support, plan=fit.plan)
     labels, config = label_sets[examples.class_ids], options.config
     images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries, examples.groups)
     setting = None if options.searched else config.parameters

@@ -125,7 +125,7 @@ def predict_jointly(
     ...     return Embeddings(rows.astype(np.float32)), np.arange(5).repeat(n)
     >>> support = make_support_set(*draw(3), text=None, tau=100.0, n_classes=5)
     >>> folder, labels = draw(40)
-    >>> config = tune("gda", support)
+    >>> config = tune("gda", support).config
     >>> left_out = out_of_fold(METHODS["gda"], support, make_folds(support), None, config.parameters, config.factor)
     >>> joint = predict_jointly(support, config.compile(support), left_out, folder)
     >>> joint.left_out, joint.refused, bool((joint.labels == labels).mean() > 0.95)

@@ -177,7 +177,7 @@ def audit_support(
     >>> rows = Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
     >>> labels[5] = 2  # an image of class 0
     >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=3)
-    >>> config, positions = tune("gda", support), np.argsort(labels, kind="stable")
+    >>> config, positions = tune("gda", support).config, np.argsort(labels, kind="stable")
     >>> left_out = out_of_fold(METHODS["gda"], support, make_folds(support), None, config.parameters, config.factor)
     >>> audit = audit_support(support, left_out, images=positions)
     >>> [(one.image, one.label, one.suggested) for one in audit.likely_wrong]

@@ -41,16 +41,11 @@ _log = logging.getLogger("iosr_fast")
 
 
 class MethodFit(NamedTuple):
-    """What a fit makes of a support set: the config, and its reducer, fitted; the plan, where the search had it."""
+    """What a fit makes of a support set: the config, its reducer, fitted on the images, and the plan."""
 
     config: Config
     reducer: Reducer | None
-    plan: ScoringPlan | None = None
-
-    def compiled(self, support: SupportSet) -> ScoringPlan:
-        """The plan of the support set, its logits times the factor, keys in their precision."""
-        plan = self.plan
-        return self.config.compile(support, self.reducer) if plan is None else self.config.with_keys(plan)
+    plan: ScoringPlan
 
 
 @dataclass(frozen=True)
@@ -96,15 +91,16 @@ class Options:
         """
         config, images = self.config, len(support.embeddings)
         if self.searched and images:
-            found = fit_method(config.method, support, reducer=config.reducer, seconds=self.seconds)
+            best = tune(config.method, support, reducer=config.reducer, seconds=self.seconds)
             kept = {name: getattr(config, name) for name in ("key_precision", "look_alikes")}
-            return found._replace(config=replace(found.config, **kept))
+            config = replace(best.config, **kept)
+            return MethodFit(config, best.reducer, config.with_keys(best.plan))
         config = replace(config, parameters={**config.entry.parameters, **config.parameters})
         reducer = config.fit_reducer(support)
         calibrated = images and self.tune != "none" and bool(self.config.parameters)
         if calibrated and unavailable_reason(config.method, support) is None:
             config = replace(config, factor=calibrate(config.entry, support, reducer, config.parameters))
-        return MethodFit(config, reducer)
+        return MethodFit(config, reducer, config.compile(support, reducer))
 
 
 def check_options(method: str, reducer: str | None, tuning: str | None, **parameters: float | None) -> dict[str, float]:
@@ -136,7 +132,7 @@ def tune(
     labels: np.ndarray | None = None,
     reducer: str = "none",
     seconds: float = TUNE_SECONDS,
-) -> Config:
+) -> MethodFit:
     """The best parameters of `method` on a validation set, or without one by leave-one-out on the support set.
 
     "auto" is the stack, on plain and, if there are any, on adapted embeddings; without support images "zero-shot".
@@ -159,28 +155,15 @@ def tune(
     >>> rows = np.random.default_rng(0).normal(size=(16, 4)) + 4 * np.eye(2, 4)[labels]
     >>> rows = Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
     >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=2)
-    >>> config = tune("gda", support)
-    >>> config.evidence.protocol, config.evidence.scored, sorted(config.parameters)
-    ('loo', 16, ['alpha'])
-    >>> plan = config.compile(support)
+    >>> config, reducer, plan = tune("gda", support)
+    >>> config.evidence.protocol, config.evidence.scored, sorted(config.parameters), plan.linear.shape
+    ('loo', 16, ['alpha'], (2, 4))
     """
-    return fit_method(method, support, queries, labels, reducer, seconds).config
-
-
-def fit_method(
-    method: str,
-    support: SupportSet,
-    queries: Embeddings | None = None,
-    labels: np.ndarray | None = None,
-    reducer: str = "none",
-    seconds: float = TUNE_SECONDS,
-) -> MethodFit:
-    """`tune`, with what it fitted on the way."""
     started = time.perf_counter()
     if method == AUTO and not len(support.embeddings):
         if support.text is None:
             raise IosrFastError("expected support images or text embeddings, got neither")
-        return MethodFit(Config(method="zero-shot"), None)
+        return MethodFit(config := Config(method="zero-shot"), None, config.compile(support))
     if method == AUTO:
         method = "stack" if support.embeddings.adapted is None else "stack++"
     if method not in METHODS:
@@ -212,10 +195,9 @@ def fit_method(
     known = config.evidence
     assert known is not None
     _log.info("%s: %s", config.method, known.summary())
-    return MethodFit(
-        replace(config, evidence=replace(known, seconds=time.perf_counter() - started)),
-        fitted if config.method == method else None,  # a stack has no reducer
-    )
+    plan = config.compile(support, fitted)
+    config = replace(config, evidence=replace(known, seconds=time.perf_counter() - started))
+    return MethodFit(config, fitted, plan)
 
 
 def _calibrated(method: Method, held_out: HeldOut, protocol: Protocol) -> Config:

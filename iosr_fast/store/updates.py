@@ -108,7 +108,7 @@ def tune(
             raise IosrFastError("expected support images or validation images to choose parameters by, got none")
         config, name = head.config, method or head.config.method
         own = config.reducer if name == config.method else "none"
-        best = search(name, head.support, queries, truth, reducer or own, seconds)
+        best = search(name, head.support, queries, truth, reducer or own, seconds).config
         if (best.which == "adapted") != head.needs_adapted:
             log.info("%s compares %s embeddings; queries are encoded for it from now on", best.method, best.which)
             fit.clip.encoder_for(best.which == "adapted")  # opened now, so that no reader waits for it

@@ -135,7 +135,7 @@ def test_a_figure_is_that_of_the_papers_steps_written_out(root: Path) -> None:
         validation, queries = (
             embed(split, np.arange(len(splits[split])), 1, np.random.default_rng(0)) for split in ("val", "test")
         )
-        plan = tune("tip-adapter++", support, validation, splits["val"].labels).compile(support)
+        plan = tune("tip-adapter++", support, validation, splits["val"].labels).config.compile(support)
         accuracies.append(float((score(plan, queries).argmax(1) == splits["test"].labels).mean()))
     # Pictures are encoded in other batches: one on the border may fall to the other side in float32.
     assert row["accuracies"] == pytest.approx(accuracies, abs=1.001 / len(splits["test"]))

@@ -40,7 +40,7 @@ def test_sets_cover_what_they_promise_on_new_images(coverage: float) -> None:
     shares, sizes, right = [], [], []
     for seed in range(8):
         support = WORLD.support([8] * CLASSES, 100 + seed, text=False)
-        tuned = tune("stack", support)
+        tuned = tune("stack", support).config
         logits = score(tuned.compile(support), queries)
         found = out_of_fold(METHODS["stack"], support, make_folds(support), None, tuned.parameters)
         sets = of_logits(found.logits, found.labels).sets(logits, coverage)

@@ -42,7 +42,7 @@ def accuracy(tuned: Config, support: SupportSet, queries: Embeddings, labels: np
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.is_stack])
 def test_on_a_validation_set_the_accuracy_is_what_the_plan_gets(method: str) -> None:
     support, (queries, labels) = WORLD.support([4] * 7), WORLD.queries(9)
-    tuned = tune(method, support, queries, labels)
+    tuned = tune(method, support, queries, labels).config
     assert tuned.evidence.protocol == "validation" and tuned.evidence.scored == 63
     # A sample on the border may fall to the other side in float32.
     assert abs(tuned.evidence.search_accuracy - accuracy(tuned, support, queries, labels)) <= 1.001 / 63
@@ -58,7 +58,7 @@ def test_the_log_loss_is_that_of_left_out_images_at_the_parameters_it_chose(meth
     support = WORLD.support([3, 1, 4, 2, 3, 3, 2], text=text, views=True)
     if method != "auto" and METHODS[method].needs_text and not text:
         return
-    tuned = tune(method, support, reducer="none" if "stack" in method or method == "auto" else "centre")
+    tuned = tune(method, support, reducer="none" if "stack" in method or method == "auto" else "centre").config
     entry, folds = METHODS[tuned.method], make_folds(support)
     reducer = fit_method_reducer(entry, tuned.reducer, support)
     found = out_of_fold(entry, support, folds, reducer, tuned.parameters, tuned.factor)
@@ -83,7 +83,7 @@ def test_one_shot_weighs_images_by_how_wrong_texts_are() -> None:
 @pytest.mark.parametrize("method", ["tip-adapter", "tip-x", "gda", "proker", "ape", "timo"])
 def test_one_image_a_class_gets_a_rule_and_the_usual_spread(method: str) -> None:
     support, (queries, labels), entry = WORLD.support([1] * 7), WORLD.queries(20), METHODS[method]
-    tuned = tune(method, support)
+    tuned = tune(method, support).config
     assert tuned.evidence.protocol == "one-shot" and "rule of thumb" in tuned.evidence.summary()
     assert tuned.parameters == one_shot_parameters(entry, support, None)
     assert tuned.factor == usual_factor(entry, support, None, tuned.parameters)
@@ -116,7 +116,7 @@ def test_small_classes_keep_their_queries(method: str, small: int, least: float)
     for seed in range(3):
         world = Clusters(10, width=32, noise=1.2, seed=seed)
         support, (queries, labels) = world.support([small] * 5 + [16] * 5, text=False, tau=1.0), world.queries(40)
-        recalls.append(accuracy(tune(method, support), support, queries[labels < 5], labels[labels < 5]))
+        recalls.append(accuracy(tune(method, support).config, support, queries[labels < 5], labels[labels < 5]))
     assert np.mean(recalls) > least
 
 
@@ -127,7 +127,7 @@ def test_the_regression_is_left_out_beyond_its_largest_and_refused_in_words(monk
         monkeypatch.setattr(f"iosr_fast.methods.{module}.MAX_KEYS", 8)
     with pytest.raises(ValueError, match="at most 8 support images, got 9; tune the classifier again"):
         compile_method("stack", support)
-    tuned = tune("stack", support)
+    tuned = tune("stack", support).config
     assert tuned.parameters["regression"] == 0 and tuned.compile(support).keys is None
 
 
@@ -137,11 +137,11 @@ def test_the_budget_counts_operations_and_no_seconds() -> None:
     enough = 2.0 * 30**3 + 12.0 * 30**2 * 6
     for embeddings in (["plain"], ["adapted", "plain"]):  # one setting on both, or two on one
         assert len(affordable(30, 6, embeddings, 2.5 * enough / 1e10)) == 2
-    first, again = (tune("stack", support, seconds=2.5 * enough / 1e10) for _ in range(2))
+    first, again = (tune("stack", support, seconds=2.5 * enough / 1e10).config for _ in range(2))
     assert first.evidence.settings == 2 and first.parameters == again.parameters
-    tuned = tune("stack", support, seconds=0.0)
+    tuned = tune("stack", support, seconds=0.0).config
     assert tuned.parameters["regression"] == 0 and tuned.compile(support).keys is None and tuned.evidence.accuracy > 0.5
-    assert tune("stack", SMALL.support([1] * 6), seconds=0.0).parameters["regression"] == 0
+    assert tune("stack", SMALL.support([1] * 6), seconds=0.0).config.parameters["regression"] == 0
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -149,19 +149,19 @@ def test_the_budget_counts_operations_and_no_seconds() -> None:
 @pytest.mark.parametrize("method", ["stack", "stack++"])
 def test_better_than_chance_at_every_number_of_shots(method: str, shots: int, text: bool) -> None:
     support, (queries, labels) = SMALL.support([shots] * 8, text=text), SMALL.queries(20)
-    tuned = tune(method, support)
+    tuned = tune(method, support).config
     assert (score(tuned.compile(support), queries).argmax(1) == labels).mean() > 0.5
     known = tuned.evidence
     assert (known.protocol, known.scored) == (("one-shot", 0) if shots == 1 else ("loo", 8 * shots))
     assert sum(known.shares.values()) == pytest.approx(1.0) and (text or known.shares["text"] == 0)
-    assert tuned.parameters == tune(method, support).parameters
+    assert tuned.parameters == tune(method, support).config.parameters
 
 
 def test_adapted_embeddings_that_add_nothing_leave_the_plain_engine(rng: np.random.Generator) -> None:
     support = SMALL.support([6] * 6)
     useless = np.repeat(unit_rows(rng, 1, 12), 36, axis=0)
     support = replace(support, embeddings=Embeddings(support.embeddings.plain, useless))
-    tuned = tune("auto", support)
+    tuned = tune("auto", support).config
     assert (
         tuned.method == "stack"
         and "the plain engine does" in tuned.evidence.note
@@ -174,7 +174,7 @@ def test_weights_are_those_of_a_unit_of_spread() -> None:
     logits, queries = [], SMALL.queries(20)[0]
     for tau in (30.0, 300.0):
         support = SMALL.support([4] * 8, tau=tau)
-        tuned = tune("stack", support)
+        tuned = tune("stack", support).config
         logits.append(score(tuned.compile(support), queries))
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3)
 
@@ -205,15 +205,15 @@ def test_a_preference_for_classes_of_many_images_earns_no_weight() -> None:
 def test_what_has_no_effect_or_is_not_distinguished_is_in_the_note(rng: np.random.Generator) -> None:
     tight, labels = Clusters(4, width=64, noise=0.5), np.repeat(np.arange(4), 5)
     misled = replace(tight.support([5] * 4), text=unit(np.roll(tight.centres, 1, 0)))  # texts of other classes
-    assert "the texts have no effect" in tune("tip-adapter", misled).evidence.note
+    assert "the texts have no effect" in tune("tip-adapter", misled).config.evidence.note
     rows, text = Embeddings(np.tile(unit_rows(rng, 5, 64), (4, 1))), unit_rows(rng, 4, 64)
     alike = make_support_set(rows, labels, text, 100.0, queries=Embeddings(text[labels]))
-    assert "similarity to support images has no effect" in tune("tip-adapter", alike).evidence.note
-    assert tune("tip-adapter", replace(misled, text=unit(tight.centres), tau=9.0)).evidence.note == ""
+    assert "similarity to support images has no effect" in tune("tip-adapter", alike).config.evidence.note
+    assert tune("tip-adapter", replace(misled, text=unit(tight.centres), tau=9.0)).config.evidence.note == ""
     # One embedding for all queries: each fold has another winner, and in use one class takes all.
     same = Embeddings(np.repeat(unit_rows(rng, 1, 16), 20, 0))
     equal = make_support_set(Embeddings(unit_rows(rng, 20, 16)), labels, None, 30.0, 4, same)
-    assert "all 20 support images get the label of class" in tune("tip-adapter", equal).evidence.note
+    assert "all 20 support images get the label of class" in tune("tip-adapter", equal).config.evidence.note
 
 
 @pytest.mark.parametrize("method", ["tip-adapter", "gda", "proker", "ape", "stack"])
@@ -226,7 +226,7 @@ def test_random_labels_are_reported_at_chance(method: str, validation: bool) -> 
         rows = Embeddings(unit_rows(rng, 32, 16))
         support = make_support_set(rows, np.repeat(np.arange(4), 8), unit_rows(rng, 4, 16), 30.0)
         asked = (Embeddings(unit_rows(rng, 32, 16)), rng.integers(0, 4, 32)) if validation else ()
-        tuned = tune(method, support, *asked)
+        tuned = tune(method, support, *asked).config
         assert tuned.evidence.scored == 32
         reported.append(tuned.evidence.accuracy)
         best.append(tuned.evidence.search_accuracy)
@@ -243,10 +243,10 @@ def test_the_accuracy_of_series_of_pictures_is_that_of_other_series_if_they_are_
         series, labels = world.queries(8, seed=seed)
         rows = np.repeat(series.plain, 3, 0) + 0.09 * np.random.default_rng(seed).standard_normal((192, 32))
         support = make_support_set(Embeddings(unit(rows)), np.repeat(labels, 3), None, 30.0, 8)
-        grouped = tune(method, replace(support, groups=np.arange(192) // 3))
+        grouped = tune(method, replace(support, groups=np.arange(192) // 3)).config
         queries, truth = world.queries(40)
         reached = (score(grouped.compile(support), queries).argmax(1) == truth).mean()
-        found.append((tune(method, support).evidence.accuracy, grouped.evidence.accuracy, reached))
+        found.append((tune(method, support).config.evidence.accuracy, grouped.evidence.accuracy, reached))
     alone, together, reached = np.mean(found, axis=0)
     assert alone > reached + 0.15 and abs(together - reached) < 0.1
 
@@ -283,7 +283,8 @@ def test_what_a_method_needs_and_lacks_is_named() -> None:
 def test_wrong_names_and_parameters_are_named() -> None:
     support, (queries, labels) = WORLD.support([4] * 7), WORLD.queries(3)
     nothing = replace(support.only(np.zeros(28, bool)), text=None)
-    assert [tune("auto", one).method for one in (support, support.only(support.labels < 0))] == ["stack++", "zero-shot"]
+    for one, chosen in ((support, "stack++"), (support.only(support.labels < 0), "zero-shot")):
+        assert tune("auto", one).config.method == chosen
     assert check_parameters("gda", alpha=1, beta=None) == {"alpha": 1.0}
     for words, call in {
         r"expected a method of .*tip-adapter, .*got 'tipx'": lambda: compile_method("tipx", support),

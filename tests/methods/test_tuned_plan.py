@@ -94,7 +94,7 @@ def test_what_was_tuned_is_what_the_plan_does(
     takes_reducer = method != "auto" and METHODS[method].takes_reducer
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_sound(tune(method, support, reducer=reducer if takes_reducer else "none"), support)
+        assert_sound(tune(method, support, reducer=reducer if takes_reducer else "none").config, support)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, 1e9, 1e39, float("inf"), float("nan")])
