@@ -37,10 +37,8 @@ from iosr_fast.methods.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.store import updates
-from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
+from iosr_fast.store.bundle import Bundle, Saved, load, load_saved, save
 from iosr_fast.store.changes import ChangeResult
-from iosr_fast.store.description import load_saved
-from iosr_fast.store.head_bundle import SavedHead
 from iosr_fast.store.store import FittedAttribute, Store
 from iosr_fast.utils.estimator import Estimator
 from iosr_fast.utils.numbers import check_integer
@@ -566,7 +564,7 @@ class Classifier(Estimator):
         """Write everything `load` needs to `folder`; a crash leaves the earlier content or the new one. Without a text
         encoder that can be exported, classes can later be added with `text=` only. DamagedFileError, with nothing
         written, for an engine file that is not as its manifest says."""
-        save_bundle(Bundle.of(self._store.fitted()), folder)
+        save(Bundle.of(self._store.fitted()), folder)
 
     @classmethod
     def load(
@@ -587,12 +585,12 @@ class Classifier(Estimator):
         fitted method with its parameters. `fit` uses its encoders, until `set_params` names another CLIP. Raises
         DamagedFileError naming what is missing, damaged or foreign, and what open_engine raises.
         """
-        return cls._opened(load_bundle(folder, verify, threads, expected_digest), runtime, threads, runs)
+        return cls._opened(load(Bundle, folder, verify, threads, expected_digest), runtime, threads, runs)
 
     @classmethod
-    def _opened(cls, bundle: Bundle | SavedHead, runtime: str, threads: int | None, runs: int) -> Self:
-        fit = bundle.open(runtime, threads, runs)
-        classifier = cls._with_clip(fit.clip, runtime=runtime, **bundle.parameters())
+    def _opened(cls, saved: Saved, runtime: str, threads: int | None, runs: int) -> Self:
+        fit = saved.open(runtime, threads, runs)
+        classifier = cls._with_clip(fit.clip, runtime=runtime, **saved.parameters())
         classifier._store.fit = fit
         return classifier
 

@@ -34,7 +34,7 @@ from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown_images
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.validation import check_number
-from iosr_fast.store.head_bundle import SavedHead, load_head, save_head
+from iosr_fast.store.bundle import SavedHead, load, save
 from iosr_fast.utils.estimator import not_fitted
 from iosr_fast.utils.numbers import check_integer, refuse_masked
 from iosr_fast.utils.require import require
@@ -181,13 +181,13 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             if name != "text"
         }
         beside = None if indicator is None else indicator.name, None if columns is None else [*columns]
-        save_head(SavedHead(head, parameters, labels, *beside), folder)
+        save(SavedHead(head, parameters, labels, *beside), folder)
 
     @classmethod
     def load(cls, folder: str | Path, verify: bool = True, expected_digest: str | None = None) -> Self:
         """The fitted head that `save` wrote, with the same logits to the last bit; `text` is of unit length, and
         `multi_label_` None. Checks and errors are those of Classifier.load."""
-        saved = load_head(folder, verify, expected_digest)
+        saved = load(SavedHead, folder, verify, expected_digest=expected_digest)
         made = cls(**saved.estimator, text=saved.head.text)
         made._indicator_type = None if saved.indicator is None else np.dtype(saved.indicator)
         made.n_features_in_ = saved.width

@@ -99,7 +99,7 @@ def open_parts(
     from iosr_fast.encoders.engine_folder import ENGINE_KIND
     from iosr_fast.encoders.runtimes import open_engine
     from iosr_fast.images.decode import Decoder
-    from iosr_fast.store.description import folder_kind
+    from iosr_fast.store.bundle import kind_of
 
     encoder: Encoder
 
@@ -115,7 +115,7 @@ def open_parts(
 
     whole: Call = embed
     verified = "hashes, embeddings in a batch and alone"
-    if folder_kind(folder) == ENGINE_KIND:
+    if kind_of(folder) == ENGINE_KIND:
         encoder = open_engine(folder, runtime, threads=threads)
     else:
         from iosr_fast.classifier import Classifier

@@ -17,7 +17,7 @@ from iosr_fast.utils.require import require
 if TYPE_CHECKING:
     from iosr_fast.files.ray_workers import Pool
     from iosr_fast.files.run import Counts
-    from iosr_fast.store.head_bundle import SavedHead
+    from iosr_fast.store.bundle import SavedHead
 
 
 def option(text: str, *names: str, **settings: Any) -> Any:
@@ -78,16 +78,15 @@ Deadline = Annotated[int, option("Deadline of a request that names none, in mill
 def head_in(classifier: Path, **given: Any) -> SavedHead | None:
     """The head on embeddings in a folder; None for anything else. Raises IosrFastError where one is there, and options
     that need images are given."""
-    from iosr_fast.store.description import HEAD_KIND, folder_kind
-    from iosr_fast.store.head_bundle import load_head
+    from iosr_fast.store.bundle import HEAD_KIND, SavedHead, kind_of, load
 
-    if folder_kind(classifier) != HEAD_KIND:
+    if kind_of(classifier) != HEAD_KIND:
         return None
     if flags := [f"--{name}" for name, value in given.items() if value not in (None, False, "auto", "cpu")]:
         raise IosrFastError(
             f"{classifier} is a head, which takes embeddings: expected no {', '.join(flags)}, for images"
         )
-    return load_head(classifier)
+    return load(SavedHead, classifier)
 
 
 def ray_pool(ray: bool, workers: int | None, gpus: float, address: str | None) -> Pool | None:

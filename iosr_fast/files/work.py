@@ -24,9 +24,7 @@ from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, Row
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, predict_any
-from iosr_fast.store.bundle import Bundle
-from iosr_fast.store.description import load_saved
-from iosr_fast.store.head_bundle import SavedHead
+from iosr_fast.store.bundle import Saved, load_saved
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.manifest import read_manifest
 
@@ -104,7 +102,7 @@ class Classify:
     readable: ClassVar[str] = "classified"
 
     @cached_property
-    def bundle(self) -> Bundle | SavedHead:
+    def bundle(self) -> Saved:
         return load_saved(self.folder)
 
     @property

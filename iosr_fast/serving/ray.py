@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Count, NonNegative, Positive, Settings, check_fields
-from iosr_fast.store.description import folder_kind
+from iosr_fast.store.bundle import kind_of
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import open_verified
 
@@ -162,4 +162,4 @@ def from_config(args: Mapping[str, Any]) -> Any:
 
 def digest_of(bundle: str | Path) -> str:
     """The digest that `iosr-fast info` prints. Raises ValueError or OSError."""
-    return open_verified(bundle, folder_kind(Path(bundle))).digest
+    return open_verified(bundle, kind_of(bundle)).digest

@@ -1,14 +1,14 @@
-"""A fitted classifier as a folder: everything that `Classifier.load` needs, and nothing that could run code.
+"""A saved classifier as a folder: everything that opens it, and nothing that could run code.
 
-    manifest.json         schema, class names and ids, method and parameters, plan constants, preprocessing,
-                          fingerprints of CLIP and adapter, SHA-256 of every file
+    manifest.json         schema, class names and ids, method and parameters, constants of the plan, SHA-256 of every
+                          file; of a Bundle preprocessing and fingerprints of CLIP and adapter
     support.safetensors   embeddings of the support images, class names, unknown and calibration images
     plan.safetensors      what the plan has beyond them: narrow keys, values, a linear term, a reducer
     left_out.safetensors  out-of-fold logits and the score for unknown pictures, where they were used
     pictures.safetensors  thumbnails of the support images, where they are kept
     paths.safetensors     paths of the support images that were files
-    engine/               the encoder (iosr_fast.export.build)
-    text/                 the text encoder, where the CLIP's can be exported
+    engine/               of a Bundle, the encoder (iosr_fast.export.build)
+    text/                 of a Bundle, the text encoder, where the CLIP's can be exported
 
 It is written beside its place and renamed: a crash at any byte leaves the old folder or the new one. It is opened once
 and held open: what was verified is what is used and what is saved again.
@@ -16,29 +16,33 @@ and held open: what was verified is what is used and what is saved again.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import numpy as np
 
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.rows import Rows
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.fitted import Fit
+from iosr_fast.head.names import check_names
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.store.bundle_arrays import SUPPORT, TABLE
-from iosr_fast.store.bundle_schema import ClassifierManifest
+from iosr_fast.store.bundle_schema import ClassifierManifest, HeadManifest
 from iosr_fast.store.head_files import read_head, write_head
 from iosr_fast.utils.folders import new_folder
-from iosr_fast.utils.manifest import MANIFEST, write_manifest
+from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST, write_manifest
 from iosr_fast.utils.schema import check_files, facts_to_json, read_facts, refused
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
-KIND = "classifier"
+KIND, HEAD_KIND = "classifier", "head"
 ENGINE, TEXT = "engine", "text"
 
 
@@ -54,12 +58,14 @@ class Bundle:
     files: VerifiedFolder | None = None
     integer_labels: bool = False
     engine_choice: EngineChoice | None = None
+    kind: ClassVar[str] = KIND
 
     @classmethod
     def of(cls, fit: Fit) -> Bundle:
         """What is saved of a fit."""
-        clip, source, known = fit.clip, fit.clip.encoder.source, (fit.integer_labels, fit.engine_choice)
-        return cls(fit.head, fit.settings, clip.engine, clip.encoder.fingerprint, clip.text, source, *known)
+        clip, encoder = fit.clip, fit.clip.encoder
+        beside = clip.text, encoder.source, fit.integer_labels, fit.engine_choice
+        return cls(fit.head, fit.settings, clip.engine, encoder.fingerprint, *beside)
 
     def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
         """The fit of an opened bundle. "auto" is the runtime that was chosen by measuring on the same processor.
@@ -76,7 +82,7 @@ class Bundle:
         return Fit(clip, self.head, self.settings, integer_labels=self.integer_labels, engine_choice=choice)
 
     def parameters(self) -> dict[str, Any]:
-        """The parameters of Classifier that an opened bundle knows: not `pretrained`, nor the file of an adapter.
+        """The parameters of Classifier that an opened bundle has: not `pretrained`, nor the file of an adapter.
 
         Method and parameters are the fitted ones, so that another fit searches nothing; a stack weighs its parts again.
         """
@@ -96,85 +102,184 @@ class Bundle:
             **{name: value for name, value in views.items() if name != "single"},
         }
 
-
-def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
-    """Write `folder`, engine included, and return its manifest; an interrupted call leaves what was there.
-
-    Raises ValueError, with nothing written, where the engine or the text encoder is not as its manifest says, or
-    another than the one that encoded the support images.
-    """
-    engine = bundle.files or open_verified(bundle.engine, ENGINE_KIND)
-    facts = check_engine(engine)
-    _check_encoder(engine, facts, bundle.encoder_fingerprint)
-    with new_folder(folder, KIND) as temporary:
-        known = _copy_engine(engine, temporary / ENGINE)
+    def write(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+        """Write the encoders; the facts of them, and the SHA-256 of the engine's files."""
+        engine = self.files or open_verified(self.engine, ENGINE_KIND)
+        facts = check_engine(engine)
+        _check_encoder(engine, facts, self.encoder_fingerprint)
+        hashes = {}
+        for name in engine.files:  # and no others
+            path = folder / ENGINE / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            hashes[f"{ENGINE}/{name}"] = engine.copy(name, path)
+        (folder / ENGINE / MANIFEST).write_bytes(engine.content)
+        text = None
+        if self.text is not None:
+            (folder / TEXT).mkdir()
+            text = self.text.write(folder / TEXT)
+            if text is None:
+                shutil.rmtree(folder / TEXT)
         written = {
-            **write_head(bundle.head, temporary),
-            "views": asdict(bundle.settings),
+            "views": asdict(self.settings),
             "preprocessing": {**facts.geometry.facts(), "mean": facts.mean, "std": facts.std},
             "clip_fingerprint": facts.clip_fingerprint,
             "adapter_fingerprint": facts.adapter_fingerprint,
-            "encoder_fingerprint": bundle.encoder_fingerprint,
-            "text": _write_text(bundle.text, temporary / TEXT),
+            "encoder_fingerprint": self.encoder_fingerprint,
+            "text": text,
             # Left out where they say nothing, so that earlier versions read the bundle.
-            **({"integer_labels": True} if bundle.integer_labels else {}),
-            **({} if bundle.engine_choice is None else {"engine_choice": facts_to_json(bundle.engine_choice)}),
+            **({"integer_labels": True} if self.integer_labels else {}),
+            **({} if self.engine_choice is None else {"engine_choice": facts_to_json(self.engine_choice)}),
         }
-        manifest = write_manifest(temporary, KIND, written, known)
-        _read(open_verified(temporary, KIND, verify=False))  # what can't be loaded is not written
-        return manifest
+        return written, hashes
+
+    @classmethod
+    def read(cls, folder: VerifiedFolder, threads: int | None = None) -> Bundle:
+        """What was saved, after checking that the manifest, the engine's and the head agree."""
+        reducer = folder.manifest.get("reducer")
+        if isinstance(reducer, str) and reducer.startswith("isoclip"):
+            raise IosrFastError(
+                f"{folder.folder} has the reducer {reducer!r}, which iosr_fast no longer has: fit again with 'none', "
+                "'centre' or 'pca', or open it with version 0.2"
+            )
+        facts = read_facts(folder, ClassifierManifest)
+        engine = folder.inner(ENGINE, ENGINE_KIND)
+        needed = {SUPPORT, *(f"{ENGINE}/{name}" for name in (MANIFEST, *engine.files))}
+        if facts.text is not None:
+            needed |= {f"{TEXT}/{FILE}", f"{TEXT}/{TOKENIZER_FILE}"}
+        check_files(folder, needed, {*TABLE, f"{TEXT}/{WEIGHTS_FILE}"})
+        inner = check_engine(engine)
+        _check_encoder(engine, inner, facts.encoder_fingerprint)
+        repeated = {name: getattr(facts, name) for name in ("clip_fingerprint", "adapter_fingerprint")}
+        for name, value in {**facts.preprocessing, **repeated}.items():
+            if value != (expected := getattr(inner, name, None)):
+                raise refused(folder, f"manifest.json: expected the engine's {name}, {expected}, got {value}")
+        folder.check(but=(*TABLE, f"{ENGINE}/{MANIFEST}"))
+        head = read_head(facts, folder)
+        try:
+            settings = facts.support_settings()
+            _check_widths(facts, engine, head)
+        except ValueError as error:
+            raise refused(folder, str(error)) from error
+        text = None if facts.text is None else TextEncoder(folder.part(TEXT), folder.manifest["text"], threads)
+        beside = text, engine, facts.integer_labels, facts.engine_choice
+        return cls(head, settings, engine.folder, facts.encoder_fingerprint, *beside)
 
 
-def load_bundle(
+@dataclass(frozen=True, eq=False)
+class SavedHead:
+    """A head without an encoder, and what FewShotHead needs beside it.
+
+    estimator   the parameters of its constructor but `text`, as they were given
+    labels      the dtype of `classes_`, whose values are the class names: "str", "object" (texts) or one of numbers
+    indicator   the dtype of the indicators that `predict` gives, where the fit was given one
+    columns     the names that the columns of X had
+    """
+
+    head: AnyHead
+    estimator: dict[str, Any]
+    labels: str
+    indicator: str | None
+    columns: list[str] | None
+    kind: ClassVar[str] = HEAD_KIND
+
+    settings = SupportSettings()
+    encoder_fingerprint = "none"
+
+    def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
+        """A fit whose images are rows of embeddings (encoders.rows)."""
+        if runtime != "auto":
+            raise IosrFastError(f"a head has no encoder, which a runtime would execute: leave out {runtime!r}")
+        return Fit(OpenedClip(Rows(self.width, self.adapted), Path(), None, self.head.tau), self.head, self.settings)
+
+    def parameters(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def adapted(self) -> bool:
+        """Whether a row is a plain and an adapted embedding side by side."""
+        return self.head.examples.embeddings.adapted is not None
+
+    @property
+    def width(self) -> int:
+        """The numbers of a row: D, or 2 D."""
+        return self.head.examples.width * (1 + self.adapted)
+
+    @property
+    def classes(self) -> np.ndarray:
+        """`classes_`, (C,). Raises ValueError or OverflowError where a class name is no such label."""
+        names = np.array(self.head.class_names)
+        return names == "True" if self.labels == "bool" else names.astype(self.labels)
+
+    def write(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+        """As Bundle.write."""
+        return {name: value for name, value in vars(self).items() if name != "head"}, {}
+
+    @classmethod
+    def read(cls, folder: VerifiedFolder, threads: int | None = None) -> SavedHead:
+        """As Bundle.read."""
+        facts = read_facts(folder, HeadManifest)
+        check_files(folder, {SUPPORT}, {*TABLE})
+        saved = cls(read_head(facts, folder), facts.estimator, facts.labels, facts.indicator, facts.columns)
+        try:
+            if [str(label) for label in saved.classes.tolist()] != facts.class_names:
+                raise IosrFastError(f"expected class_names that are {saved.labels}, got others")
+        except (ValueError, OverflowError) as error:
+            raise refused(folder, f"manifest.json: {error}") from error
+        return saved
+
+
+Saved: TypeAlias = Bundle | SavedHead
+_Saved = TypeVar("_Saved", Bundle, SavedHead)
+
+
+def save(saved: Saved, folder: str | Path) -> None:
+    """Write `folder`; an interrupted call leaves what was there.
+
+    Raises ValueError, with nothing written, for what can't be loaded: labels and class names that JSON does not give
+    back or that no saved classifier may have; an engine or a text encoder that is not as its manifest says, or another
+    than the one that encoded the support images.
+    """
+    check_names(saved.head.class_names)
+    with new_folder(folder, saved.kind) as temporary:
+        facts, hashes = saved.write(temporary)
+        write_manifest(temporary, saved.kind, {**write_head(saved.head, temporary), **facts}, hashes)
+        saved.read(open_verified(temporary, saved.kind, verify=False))
+
+
+def load(
+    form: type[_Saved],
     folder: str | Path | VerifiedFolder,
     verify: bool = True,
     threads: int | None = None,
     expected_digest: str | None = None,
-) -> Bundle:
-    """Read what `save_bundle` wrote, a folder or a verified one. Every file is opened now and read once.
+) -> _Saved:
+    """Read what `save` wrote of this form, a folder or a verified one. Every file is opened now and read once.
 
     `threads` of the text encoder. Raises FileNotFoundError or ValueError, naming the file and what is wrong, and what
     `verified_folder.open_verified` raises for another digest than the expected one.
     """
     if not isinstance(folder, VerifiedFolder):
-        folder = open_verified(folder, KIND, verify, expected_digest)
+        folder = open_verified(folder, form.kind, verify, expected_digest)
     elif expected_digest is not None:
         folder.require(expected_digest)
-    facts, engine = _read(folder)
-    folder.check(but=(*TABLE, f"{ENGINE}/{MANIFEST}"))
-    head = read_head(facts, folder)
+    return form.read(folder, threads)
+
+
+def load_saved(folder: str | Path, threads: int | None = None, expected_digest: str | None = None) -> Saved:
+    """As `load`, of the form that the folder says it has."""
+    if kind_of(folder) == HEAD_KIND:
+        return load(SavedHead, folder, True, threads, expected_digest)
+    return load(Bundle, folder, True, threads, expected_digest)
+
+
+def kind_of(folder: str | Path) -> str:
+    """What the folder says it is, a classifier if nothing; `open_verified` says what is wrong with it."""
     try:
-        settings = facts.support_settings()
-        _check_widths(facts, engine.manifest, head)
-    except ValueError as error:
-        raise refused(folder, str(error)) from error
-    text = None
-    if facts.text is not None:
-        text = TextEncoder(folder.part(TEXT), folder.manifest["text"], threads)
-    known = facts.integer_labels, facts.engine_choice
-    return Bundle(head, settings, engine.folder, facts.encoder_fingerprint, text, engine, *known)
-
-
-def _read(folder: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:
-    """The facts of a bundle, and its engine, after checking that their manifests agree."""
-    reducer = folder.manifest.get("reducer")
-    if isinstance(reducer, str) and reducer.startswith("isoclip"):
-        raise IosrFastError(
-            f"{folder.folder} has the reducer {reducer!r}, which iosr_fast no longer has: fit again with 'none', "
-            "'centre' or 'pca', or open it with version 0.2"
-        )
-    facts = read_facts(folder, ClassifierManifest)
-    engine = folder.inner(ENGINE, ENGINE_KIND)
-    own = {f"{ENGINE}/{name}" for name in (MANIFEST, *engine.files)}
-    texts = set() if facts.text is None else {f"{TEXT}/{FILE}", f"{TEXT}/{TOKENIZER_FILE}"}
-    check_files(folder, {SUPPORT} | own | texts, {*TABLE, f"{TEXT}/{WEIGHTS_FILE}"})
-    inner = check_engine(engine)
-    _check_encoder(engine, inner, facts.encoder_fingerprint)
-    repeated = {name: getattr(facts, name) for name in ("clip_fingerprint", "adapter_fingerprint")}
-    for name, value in {**facts.preprocessing, **repeated}.items():
-        if value != (expected := getattr(inner, name, None)):
-            raise refused(folder, f"manifest.json: expected the engine's {name}, {expected}, got {value}")
-    return facts, engine
+        with Path(folder, MANIFEST).open("rb") as file:
+            kind = json.loads(file.read(LARGEST_MANIFEST))["kind"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return KIND
+    return kind if kind in (ENGINE_KIND, HEAD_KIND) else KIND
 
 
 def _check_encoder(engine: VerifiedFolder, facts: EngineManifest, expected: str) -> None:
@@ -185,10 +290,11 @@ def _check_encoder(engine: VerifiedFolder, facts: EngineManifest, expected: str)
         )
 
 
-def _check_widths(facts: ClassifierManifest, engine: Mapping[str, Any], head: AnyHead) -> None:
+def _check_widths(facts: ClassifierManifest, engine: VerifiedFolder, head: AnyHead) -> None:
     """That embeddings are such as the engine makes, and the text encoder."""
-    width, text = engine["width"], facts.text
-    adapted = engine["first_adapted_block"] is not None
+    width = engine.manifest["width"]
+    adapted = engine.manifest["first_adapted_block"] is not None
+    text = facts.text
     if head.text is None:
         raise IosrFastError(f"{SUPPORT}: expected the embeddings of class names, text, got none")
     if head.examples.width != width:
@@ -201,23 +307,3 @@ def _check_widths(facts: ClassifierManifest, engine: Mapping[str, Any], head: An
     if text is not None and (text.width, text.clip_fingerprint) != (width, facts.clip_fingerprint):
         clip = facts.clip_fingerprint[:12]
         raise IosrFastError(f"manifest.json: expected a text encoder of the engine's CLIP, {clip}")
-
-
-def _copy_engine(engine: VerifiedFolder, target: Path) -> dict[str, str]:
-    """The files that the engine's manifest names, and no others; their SHA-256 by their names in a bundle."""
-    copied = {}
-    for name in engine.files:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        copied[f"{ENGINE}/{name}"] = engine.copy(name, target / name)
-    (target / MANIFEST).write_bytes(engine.content)
-    return copied
-
-
-def _write_text(text: TextSource | None, folder: Path) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    folder.mkdir()
-    facts = text.write(folder)
-    if facts is None:
-        shutil.rmtree(folder)
-    return facts

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
+from iosr_fast.scoring.fields import ARRAYS, ArrayField
 from iosr_fast.scoring.validation import check_finite, check_unit_rows
 
 Arrays = dict[str, np.ndarray]
@@ -34,8 +35,16 @@ def _embeddings(place: str, rows: str, needed: bool = False) -> Array:
     return Array(place, "float32", f"{rows} D", needed, unit=True)
 
 
-# C classes, N support images, D channels, M unknown images, L calibration images, C1 = C + 1, D2 = 2 D, B bytes of
-# pictures, P of paths; K scores of unknown pictures, U images left out for them; V images left out for labels. Those
+def _array_of_plan(field: ArrayField) -> Array:
+    dtypes = "|".join(np.dtype(dtype).name for dtype in field.dtypes)
+    return Array(f"plan.{field.name}", dtypes, " ".join(field.shape))
+
+
+# The arrays of a ScoringPlan that are stored: text and class offsets are the support set's.
+PLAN_ARRAYS = [field for field in ARRAYS if field.name not in ("text", "class_offsets") and field.term != "reducer"]
+
+# C classes, N support images, D channels, M unknown images, L calibration images, F channels of a linear term, B bytes
+# of pictures, P of paths; K scores of unknown pictures, U images left out for them; V images left out for labels. Those
 # that come first say how many.
 TABLE: dict[str, dict[str, Array]] = {
     SUPPORT: {
@@ -53,18 +62,12 @@ TABLE: dict[str, dict[str, Array]] = {
         "calibration_plain": _embeddings("head.calibration_images.embeddings.plain", "L"),
         "calibration_adapted": _embeddings("head.calibration_images.embeddings.adapted", "L"),
         "calibration_groups": Array("head.calibration_images.groups", "int64", "L"),
-        "labels": Array("several.labels", "uint8", "N C"),  # of pictures with several, as are thresholds
-        "thresholds": Array("several.thresholds", "float32", "C"),
+        "labels": Array("multi_label.labels", "uint8", "N C"),  # of pictures with several, as are thresholds
+        "thresholds": Array("multi_label.thresholds", "float32", "C"),
     },
-    # ScoringPlan checks the norms of keys, which depend on their scales and transform.
+    # ScoringPlan checks the norms of keys and the channels of a linear term.
     PLAN: {
-        "keys": Array("plan.keys", "float32|float16|uint16|int8", "N D"),
-        "key_scales": Array("plan.key_scales", "float32", "N"),
-        "query_transform": Array("plan.query_transform", "float32", "D D"),
-        "weights": Array("plan.weights", "float32", "N"),
-        "values": Array("plan.values", "float32|float16", "N C"),
-        "linear": Array("plan.linear", "float32", "C D|C D2|C C1"),
-        "bias": Array("plan.bias", "float32", "C"),
+        **{field.name: _array_of_plan(field) for field in PLAN_ARRAYS},
         "reducer.shift": Array("head.reducer.shift", "float32", "D"),
         "reducer.projection": Array("head.reducer.projection", "float32", "D D|D"),
         "plan_reducer.shift": Array("plan.reducer.shift", "float32", "D"),

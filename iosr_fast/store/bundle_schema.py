@@ -13,8 +13,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.names import check_names
 from iosr_fast.head.support_images import SupportSettings
-from iosr_fast.methods.config import Config, NonNegative
-from iosr_fast.scoring.plan import Feature
+from iosr_fast.methods.config import Config
 from iosr_fast.utils.schema import (
     Above0,
     Entry,
@@ -28,6 +27,7 @@ from iosr_fast.utils.schema import (
 from iosr_fast.utils.text import abbreviate
 
 Template = Annotated[str, Meta(pattern=r"\{\}")]
+Dtype = Annotated[str, Meta(pattern=r"^(str|object|bool|u?int(8|16|32|64)|float(16|32|64))\Z")]
 
 
 class TextFacts(Strict, frozen=True, kw_only=True):
@@ -47,28 +47,20 @@ class TextFacts(Strict, frozen=True, kw_only=True):
     pad: Natural | None = None
 
 
-class PlanConstants(Strict, frozen=True, kw_only=True):
-    """The constants of a plan; whether its keys have classes or dense values, and whether they are stored."""
-
-    tau: Above0
-    alpha: float
-    beta: NonNegative
-    temperature: Above0
-    query: Literal["plain", "adapted"]
-    feature: Feature
-    cache: Literal["none", "dense", "classes"]
-    keys: Literal["none", "support", "stored"]
-
-
 class HeadFacts(Config, frozen=True, kw_only=True):
-    """The part of a head that is not arrays (head_files)."""
+    """The part of a head that is not arrays (head_files).
+
+    `plan` has the constants of its ScoringPlan (scoring.fields), which checks them; under "cache" whether its keys have
+    "classes" or "dense" values, and under "keys" whether they are "stored" or the embeddings of the "support" images:
+    "none" where it has no keys.
+    """
 
     class_names: Annotated[list[str], Meta(min_length=1)]
     class_numbers: list[Natural]
     version: Positive
     next: tuple[Natural, Natural]
     tau: Above0
-    plan: PlanConstants
+    plan: dict[str, float | str]
 
     @property
     def config(self) -> Config:
@@ -88,13 +80,27 @@ class HeadFacts(Config, frozen=True, kw_only=True):
         self.check(self.version)
 
 
-class ClassifierManifest(HeadFacts, frozen=True, kw_only=True):
-    """The manifest of a bundle (bundle.save_bundle)."""
+class Manifest(HeadFacts, frozen=True, kw_only=True):
+    """The manifest of a saved head (bundle.Saved), and what each manifest has."""
 
     schema: Literal[2]
     kind: str
     files: dict[str, Entry]
     checksum: Sha256
+
+
+class HeadManifest(Manifest, frozen=True, kw_only=True):
+    """The manifest of a head without an encoder; the fields are those of bundle.SavedHead."""
+
+    estimator: dict[str, bool | float | str | None]
+    labels: Dtype
+    indicator: Dtype | None
+    columns: list[str] | None
+
+
+class ClassifierManifest(Manifest, frozen=True, kw_only=True):
+    """The manifest of a head with its encoder (bundle.Bundle)."""
+
     views: dict[str, Any]
     preprocessing: dict[str, Any]  # facts of the engine
     clip_fingerprint: Fingerprint

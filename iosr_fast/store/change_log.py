@@ -23,14 +23,15 @@ from iosr_fast.head.head import Head
 from iosr_fast.store import sqlite_file
 from iosr_fast.store.changes import Change, Record
 from iosr_fast.store.head_files import fingerprint, head_from_bytes, head_to_bytes
-from iosr_fast.store.log_reader import FIX, PART, TABLES, Base, LogReader, check_ours, pages_of
-from iosr_fast.store.sqlite_file import PAGE
+from iosr_fast.store.log_reader import FIX, PART, TABLES, Base, LogReader, check_ours
 from iosr_fast.utils.files import sync_folder
 from iosr_fast.utils.outputs import check_writable
 
 # A snapshot is written after so many changes, or bytes of them.
 MOST_CHANGES = 256
 MOST_BYTES = 64 << 20
+# Before the chain in `meta.last`: the version of SQLite, which earlier versions compare with the file's header.
+_WRITER = int("{}{:03}{:03}".format(*sqlite3.sqlite_version_info)).to_bytes(4)
 _log = logging.getLogger("iosr_fast")
 
 
@@ -80,7 +81,7 @@ class ChangeLog:
         self._db.execute("PRAGMA journal_mode=TRUNCATE")
         self._db.execute("BEGIN IMMEDIATE")
         self._size = os.fstat(self._file).st_size
-        reader = LogReader(self._db, pages_of(self._file), self._size)
+        reader = LogReader(self._db)
         if reader.base.fingerprint != (own := fingerprint(state)):
             raise IosrFastError(
                 f"{self.path} is the log of another state: expected one that begins from {own[:12]}, got "
@@ -172,7 +173,7 @@ class ChangeLog:
             if self._last() != self._chain:
                 raise OSError(errno.ESTALE, f"somebody else wrote to {self.path.name} while it was in use")
             yield db
-            db.execute("UPDATE meta SET last = ?", (sqlite_file.WRITER + chain,))
+            db.execute("UPDATE meta SET last = ?", (_WRITER + chain,))
             db.execute("COMMIT")
         finally:
             if db.in_transaction:
@@ -193,7 +194,7 @@ class ChangeLog:
         try:
             with tempfile.TemporaryFile(dir=self.path.parent) as file:
                 file.seek(self._size)
-                file.write(bytes(16 * PAGE))
+                file.write(bytes(16 * sqlite_file.PAGE))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as cause:
@@ -213,7 +214,7 @@ def _begin(path: Path, state: Head) -> int:
         with closing(sqlite_file.create(new, TABLES)) as db:
             counts = {"classes": len(state.uids), "images": len(state.examples)}
             text = msgspec.json.encode(Base(format=3, fingerprint=fingerprint(state), version=state.version, **counts))
-            last = sqlite_file.WRITER + hashlib.sha256(text).digest()
+            last = _WRITER + hashlib.sha256(text).digest()
             db.execute("INSERT INTO meta VALUES(?, ?)", (text.decode(), last))
         if path.exists():
             raise sqlite_file.in_use(path)

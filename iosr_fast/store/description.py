@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -10,10 +9,8 @@ from typing import cast
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods.config import describe_shares
-from iosr_fast.store.bundle import KIND, Bundle, load_bundle
-from iosr_fast.store.head_bundle import HEAD_KIND, SavedHead, head_of, load_head
+from iosr_fast.store.bundle import HEAD_KIND, Bundle, SavedHead, kind_of
 from iosr_fast.store.log_reader import Base, LoggedChange, reading
-from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
 from iosr_fast.utils.text import abbreviate
 from iosr_fast.utils.verified_folder import open_verified
 
@@ -23,18 +20,18 @@ def describe(folder: str | Path) -> str:
 
     Raises FileNotFoundError and ValueError as `Classifier.load` does.
     """
-    verified = open_verified(folder, folder_kind(Path(folder)))
+    verified = open_verified(folder, kind_of(folder))
     size = sum(file.size for file in verified.files.values())
     lines = [f"{folder}: {verified.kind}, {len(verified.files) + 1} files, {size / 1e6:,.1f} MB"]
     if verified.kind == ENGINE_KIND:
         lines += _engine_lines(check_engine(verified))
         verified.check()
     elif verified.kind == HEAD_KIND:
-        saved = head_of(verified)
+        saved = SavedHead.read(verified)
         rows = f"{saved.width} numbers" + (", plain and adapted side by side" if saved.adapted else "")
         lines += [*_head_lines(saved.head), f"takes embeddings of {rows}; labels are {saved.labels}"]
     else:
-        lines += _classifier_lines(load_bundle(verified))
+        lines += _classifier_lines(Bundle.read(verified))
     return "\n".join([*lines, f"digest {verified.digest}"])
 
 
@@ -50,25 +47,6 @@ def describe_log(path: str | Path) -> Iterator[str]:
             images = f", images {abbreviate(last.example_ids)}" if last.example_ids else ""
             yield f"{last.time} version {last.version}: {last.op} {last.class_id}".rstrip() + name + images
     yield f"leads to version {last.version}, {last.classes:,} classes, {last.images:,} images"
-
-
-def folder_kind(folder: Path) -> str:
-    """What the folder says it is, a classifier if nothing; `open_verified` says what is wrong with it."""
-    try:
-        with (folder / MANIFEST).open("rb") as file:
-            kind = json.loads(file.read(LARGEST_MANIFEST))["kind"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return KIND
-    return kind if kind in (ENGINE_KIND, HEAD_KIND) else KIND
-
-
-def load_saved(
-    folder: str | Path, threads: int | None = None, expected_digest: str | None = None
-) -> Bundle | SavedHead:
-    """The classifier or the head in a folder. Raises as `load_bundle`."""
-    if folder_kind(Path(folder)) == HEAD_KIND:
-        return load_head(folder, expected_digest=expected_digest)
-    return load_bundle(folder, True, threads, expected_digest)
 
 
 def _head_lines(head: AnyHead) -> list[str]:

@@ -27,8 +27,9 @@ from iosr_fast.methods.config import Config
 from iosr_fast.methods.folds import MAX_FOLDS, Folds
 from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
-from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
+from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.unknown import Unknown, count_unscored
+from iosr_fast.scoring import fields
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.store.bundle_arrays import (
@@ -36,21 +37,19 @@ from iosr_fast.store.bundle_arrays import (
     PATHS,
     PICTURES,
     PLAN,
+    PLAN_ARRAYS,
     SUPPORT,
-    TABLE,
     Arrays,
     are_complete,
     arrays_of,
     naming,
     read_arrays,
 )
-from iosr_fast.store.bundle_schema import HeadFacts, PlanConstants
+from iosr_fast.store.bundle_schema import HeadFacts
 from iosr_fast.utils.schema import facts_to_json, refused
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
-# Text and class offsets of a plan are those of the support set.
-CONSTANTS = tuple(name for name in PlanConstants.__struct_fields__ if name not in ("cache", "keys"))
-ARRAYS = tuple(name for name in TABLE[PLAN] if "." not in name)
+CONSTANTS = [field.name for field in fields.CONSTANTS if field.name != "n_classes"]
 _UNKNOWN = ("weights", "bias", "left_out", "auroc", "counted")
 _FOLDS = ("fold", "scored", "distinct", "units")
 _OF_CLASSIFIER = ("method", "parameters", "reducer", "factor", "key_precision")
@@ -62,14 +61,15 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
     Keys that are the embeddings of the support images are stored once. int8 keys are stored as codes: computing them
     again takes seconds. What left-out images say is stored if it has been used.
     """
-    config, plan = head.config, head.plan
+    plan, examples = head.plan, head.examples
     computed = {name: head.computed(name) for name in ("folds", "unknown", "out_of_fold")}
-    paths = [None if path is None else path.encode() for path in head.examples.paths]
-    packed = {"pictures": _packed(head.examples.pictures), "paths": _packed(paths)}
-    files = arrays_of({**_parts(head), **computed, **packed, "plan": plan})
-    constants: dict[str, Any] = {name: getattr(plan, name) for name in CONSTANTS}
-    constants |= {"cache": _cache_of(plan), "keys": "none" if plan.keys is None else "stored"}
-    if plan.key_precision == "fp32" and head.reducer is None and plan.reducer is None:
+    pictures = _packed(examples.pictures)
+    paths = _packed([None if path is None else path.encode() for path in examples.paths])
+    files = arrays_of({**_parts(head), **computed, "pictures": pictures, "paths": paths, "plan": plan})
+    constants = {name: getattr(plan, name) for name in CONSTANTS}
+    constants["cache"] = "none" if plan.keys is None else "classes" if plan.values is None else "dense"
+    constants["keys"] = "none" if plan.keys is None else "stored"
+    if plan.key_precision == "fp32" and plan.reducer is None:
         constants["keys"] = "support"
         del files[PLAN]["keys"]
     facts = HeadFacts(
@@ -78,8 +78,8 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
         version=head.version,
         next=(head.next_class, head.next_example),
         tau=head.tau,
-        plan=PlanConstants(**constants),
-        **msgspec.structs.asdict(config),
+        plan=constants,
+        **msgspec.structs.asdict(head.config),
     )
     return facts_to_json(facts), {file: arrays for file, arrays in files.items() if arrays}
 
@@ -92,30 +92,30 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
     with naming("manifest.json"):
         facts.check_head()
     names, numbers = tuple(facts.class_names), tuple(facts.class_numbers)
-    sizes = {"C": len(names), "C1": len(names) + 1}
-    arrays = read_arrays(SUPPORT, read, sizes)
-    sizes["D2"] = 2 * sizes["D"]
-    derived, pictures, paths = (read_arrays(file, read, sizes) for file in (PLAN, PICTURES, PATHS))
+    sizes = {"C": len(names)}
+    arrays, of_plan, pictures, paths = (read_arrays(file, read, sizes) for file in (SUPPORT, PLAN, PICTURES, PATHS))
+    text = arrays.get("text")
     with naming(PICTURES):
-        shown = _unpacked(pictures, sizes["N"])
+        thumbnails = _unpacked(pictures, sizes["N"])
     with naming(PATHS):
-        known = tuple(None if path is None else path.decode() for path in _unpacked(paths, sizes["N"]))
+        places = tuple(None if path is None else path.decode() for path in _unpacked(paths, sizes["N"]))
     with naming(SUPPORT):
-        examples = _examples(arrays, numbers, facts.next[1], pictures=shown, paths=known if any(known) else ())
-        own, calibration = _of_several(arrays, names), _calibration(arrays, numbers)
-        support = examples.as_support(numbers, arrays.get("text"), facts.tau)
+        examples = _examples(arrays, numbers, facts.next[1], thumbnails, places if any(places) else ())
+        labels = _labels(arrays, names)
+        calibration = _calibration(arrays, numbers)
+        support = examples.as_support(numbers, text, facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
             raise IosrFastError(reason)
     with naming(PLAN):
-        reducer = _reducer(derived, "reducer")
+        reducer = _reducer(of_plan, "reducer")
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
-            raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
+            raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(of_plan)}")
         config = facts.config
-        plan = _plan(facts.plan, derived, support, config)
-        if not own:
-            _check_terms(plan, config, reducer, arrays.get("text"))
-    data = names, numbers, arrays.get("text"), facts.tau, examples, config, reducer, facts.version, *facts.next
-    head: AnyHead = MultiLabelHead(*data, **own) if own else Head(*data, _embeddings(arrays, "unknown_"), calibration)
+        plan = _plan(facts.plan, of_plan, support, config)
+    data = names, numbers, text, facts.tau, examples, config, reducer, facts.version, *facts.next
+    if labels:
+        return MultiLabelHead(*data, **labels).with_computed(plan=plan)
+    head = Head(*data, _embeddings(arrays, "unknown_"), calibration)
     return head.with_computed(plan=plan, **_evidence(head, read))
 
 
@@ -176,15 +176,20 @@ def fingerprint(head: AnyHead) -> str:
 
 
 def _parts(head: AnyHead) -> dict[str, Any]:
-    return {"head": head, "several": head if isinstance(head, MultiLabelHead) else None}
+    return {"head": head, "multi_label": head if isinstance(head, MultiLabelHead) else None}
 
 
 # --- support images ---
 
 
-def _examples(arrays: Arrays, numbers: tuple[int, ...], next_id: int, **others: Any) -> Examples:
-    """Raises ValueError unless the images are sorted by class, of classes that are there, with ids that differ.
-    `others` are fields of Examples."""
+def _examples(
+    arrays: Arrays,
+    numbers: tuple[int, ...],
+    next_id: int,
+    pictures: tuple[bytes | None, ...],
+    paths: tuple[str | None, ...],
+) -> Examples:
+    """Raises ValueError unless the images are sorted by class, of the classes `numbers`, with ids that differ."""
     owners, ids = arrays["owners"], arrays["ids"]
     if (owners[1:] < owners[:-1]).any():
         raise IosrFastError("expected owners that don't fall, got images that are not sorted by class")
@@ -199,9 +204,7 @@ def _examples(arrays: Arrays, numbers: tuple[int, ...], next_id: int, **others: 
             raise IosrFastError(f"expected {name}_plain where {name}_adapted is given, got it alone")
     embeddings = _embeddings(arrays, "")
     assert embeddings is not None
-    return Examples(
-        embeddings, owners, ids, queries=_embeddings(arrays, "query_"), groups=arrays.get("groups"), **others
-    )
+    return Examples(embeddings, owners, ids, pictures, _embeddings(arrays, "query_"), arrays.get("groups"), paths)
 
 
 def _calibration(arrays: Arrays, numbers: tuple[int, ...]) -> Examples | None:
@@ -218,7 +221,7 @@ def _embeddings(arrays: Arrays, name: str) -> Embeddings | None:
     return None if plain is None else Embeddings(plain, arrays.get(f"{name}adapted"))
 
 
-def _of_several(arrays: Arrays, names: tuple[str, ...]) -> dict[str, Any]:
+def _labels(arrays: Arrays, names: tuple[str, ...]) -> dict[str, Any]:
     """The fields of a MultiLabelHead alone; none where pictures have one label each. Raises ValueError for what no fit
     gives."""
     if not are_complete(arrays, ("labels", "thresholds")):
@@ -252,55 +255,30 @@ def _unpacked(arrays: Arrays, n: int) -> tuple[bytes | None, ...]:
 # --- the plan ---
 
 
-def _plan(constants: PlanConstants, arrays: Arrays, support: SupportSet, config: Config) -> ScoringPlan:
-    """Raises ValueError where constants, arrays and config say different things, and as ScoringPlan."""
-    fields: dict[str, Any] = {name: getattr(constants, name) for name in CONSTANTS}
-    fields |= {name: arrays.get(name) for name in ARRAYS}
-    if (constants.keys == "stored") != ("keys" in arrays):
-        raise IosrFastError(f"expected an array of keys if they are stored, got {constants.keys!r} in the manifest")
-    if constants.keys == "support":
-        fields["keys"] = image_rows(support.embeddings, constants.query, None)
+def _plan(constants: Mapping[str, float | str], arrays: Arrays, support: SupportSet, config: Config) -> ScoringPlan:
+    """Raises ValueError as ScoringPlan, and where it contradicts the config or its arrays are not those that the
+    constants name."""
+    if constants.keys() != {*CONSTANTS, "cache", "keys"}:
+        raise IosrFastError(f"expected a plan with {', '.join(CONSTANTS)}, cache and keys, got {sorted(constants)}")
+    if (constants["keys"] == "stored") != ("keys" in arrays):
+        raise IosrFastError(f"expected an array of keys if they are stored, got {constants['keys']!r} in the manifest")
+    values: dict[str, Any] = {name: constants[name] for name in CONSTANTS}
+    values |= {field.name: arrays.get(field.name) for field in PLAN_ARRAYS}
+    if constants["keys"] == "support":
+        rows = {"plain": support.embeddings.plain, "adapted": support.embeddings.adapted}
+        values["keys"] = rows.get(str(constants["query"]))
     plan = ScoringPlan(
         support.n_classes,
         text=support.text if config.text_weight else None,
-        class_offsets=support.class_offsets if constants.cache == "classes" else None,
+        class_offsets=support.class_offsets if constants["cache"] == "classes" else None,
         reducer=_reducer(arrays, "plan_reducer"),
-        **fields,
+        **values,
     )
-    if _cache_of(plan) != constants.cache:
-        raise IosrFastError(f"expected the cache {_cache_of(plan)!r} of these arrays, got {constants.cache!r}")
     if plan.key_precision not in (None, config.key_precision):
         raise IosrFastError(f"expected keys in {config.key_precision}, got {plan.key_precision}")
     if plan.text is not None and not math.isclose(plan.tau, config.text_weight * support.tau, rel_tol=1e-6):
         raise IosrFastError(f"expected tau {config.text_weight * support.tau:g} in the plan, got {plan.tau:g}")
     return plan
-
-
-def _check_terms(plan: ScoringPlan, config: Config, reducer: Reducer | None, text: np.ndarray | None) -> None:
-    """Raise ValueError unless the plan has the terms to which the method compiles, as a few short rows tell."""
-    rows = np.random.default_rng(0).standard_normal((3, 4, 8))
-    plain, adapted, texts = rows / np.linalg.norm(rows, axis=2, keepdims=True)
-    known = None if text is None else texts[:2]
-    sample = make_support_set(Embeddings(plain, adapted), np.array([0, 0, 1, 1]), known, 1.0, 2)
-    expected = _terms(METHODS[config.method].compile(sample, None, config.parameters))
-    expected["reducer"] |= reducer is not None
-    got = _terms(plan)
-    for name, value in expected.items():
-        if got[name] != value:
-            raise IosrFastError(f"expected {name} {value!r} in the plan of {config.method}, got {got[name]!r}")
-
-
-def _terms(plan: ScoringPlan) -> dict[str, Any]:
-    return {
-        "cache": _cache_of(plan),
-        "query": None if plan.keys is None else plan.query,
-        "feature": None if plan.linear is None else plan.feature,
-        "reducer": plan.reducer is not None,
-    }
-
-
-def _cache_of(plan: ScoringPlan) -> str:
-    return "none" if plan.keys is None else "classes" if plan.values is None else "dense"
 
 
 def _reducer(arrays: Arrays, name: str) -> Reducer | None:
@@ -311,12 +289,11 @@ def _reducer(arrays: Arrays, name: str) -> Reducer | None:
 # --- what left-out images say ---
 
 
-def _evidence(head: AnyHead, read: Callable[[str], bytes | None]) -> Mapping[str, Any]:
+def _evidence(head: Head, read: Callable[[str], bytes | None]) -> Mapping[str, Any]:
     """The cached properties of a Head that the file LEFT_OUT has. Of older versions, which left other images out
     together, it has no folds: what left-out images say is computed again."""
     if read(LEFT_OUT) is None:
         return {}
-    head = head.require_single_label(LEFT_OUT, "leave this file out")
     names = score_names(head.support, head.needs_adapted, head.unknown_images)
     arrays = read_arrays(LEFT_OUT, read, {"N": len(head.examples), "C": len(head.uids)})
     with naming(LEFT_OUT):

@@ -1,7 +1,7 @@
 """Reading a log of changes (change_log), whoever wrote it: a row is used after its hash was compared.
 
-meta      base, JSON about the state that the log begins with; last, the version of SQLite that wrote last and the
-          chain of the newest change
+meta      base, JSON about the state that the log begins with; last, four bytes that earlier versions compare (the
+          version of SQLite that wrote) and the chain of the newest change
 changes   a row a change; chain is the SHA-256 over the chain before (at first, over base) and the other fields
 snapshot  the newest state that was written whole, so that a start makes few changes again
 """
@@ -23,7 +23,6 @@ from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.store import sqlite_file
 from iosr_fast.store.changes import Record
-from iosr_fast.store.sqlite_file import PAGE, ReadPage
 from iosr_fast.utils.schema import Natural, Positive, Sha256, Strict
 
 TABLES = {
@@ -86,14 +85,15 @@ class LogRow(NamedTuple):
 
 
 class LogReader:
-    """What a file holds; `page` reads its bytes, in all `size`. All methods raise DamagedFileError."""
+    """What a file holds. All methods raise DamagedFileError."""
 
-    def __init__(self, db: sqlite3.Connection, page: ReadPage, size: int) -> None:
-        self._db, self._page, self._size = db, page, size
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
         rows = db.execute("SELECT rowid, base, last FROM meta").fetchall()
         if len(rows) != 1 or [*map(type, rows[0])] != [int, str, bytes] or rows[0][0] != 1:
             raise DamagedFileError("it does not say what it begins with")
-        text, self._last = rows[0][1].encode(), rows[0][2]
+        text = rows[0][1].encode()
+        self._last = rows[0][2][4:]
         try:
             self.base = msgspec.json.decode(text, type=Base)
         except ValueError as error:
@@ -114,7 +114,7 @@ class LogReader:
         return version, chain, state
 
     def rows(self, since: int = 0) -> Iterator[LogRow]:
-        """The changes from version `since` on, after the chain of each was compared; then the rest of the file is
+        """The changes from version `since` on, after the chain of each was compared; then the structure of the file is
         checked."""
         version, link, hashed = self.base.version, self.chain, hashlib.sha256
         for row in self._db.execute(f"SELECT {_LINKED}, chain, version, time, op FROM changes ORDER BY rowid"):
@@ -127,14 +127,13 @@ class LogReader:
         self.chain = link
         if self._db.execute(f"SELECT 1 FROM changes WHERE NOT ({_TYPES})").fetchone():
             raise DamagedFileError("a change has values of other types")
-        if self._last[4:] != self.chain:
+        if self._last != self.chain:
             raise DamagedFileError(f"it should not end with the change to version {version}")
-        sqlite_file.check_bytes(self._page, self._size, self._last[:4], 1 + len(TABLES))
         sqlite_file.check_structure(self._db, TABLES)
 
 
 def read_log(path: str | Path) -> list[LoggedChange]:
-    """The changes of a log, in their order, after checking the whole file. Raises IosrFastError for damage.
+    """The changes of a log, in their order, after checking the file. Raises IosrFastError for damage.
 
     >>> from tempfile import TemporaryDirectory
     >>> from iosr_fast import Classifier
@@ -158,13 +157,9 @@ def reading(path: str | Path) -> Iterator[LogReader]:
         check_ours(path, file.fileno())
         with closing(sqlite_file.connect(path, "ro")) as db:
             db.execute("BEGIN")
-            reader = LogReader(db, pages_of(file.fileno()), os.fstat(file.fileno()).st_size)
+            reader = LogReader(db)
             yield reader
             reader.snapshot()
-
-
-def pages_of(file: int) -> ReadPage:
-    return lambda number: os.pread(file, PAGE, (number - 1) * PAGE)
 
 
 def check_ours(path: Path, file: int) -> None:

@@ -1,8 +1,7 @@
 """A SQLite file of ours that may be damaged, in use, or made by somebody else: how it is opened and what is checked.
 
-SQLite notices damage of its own structure, not of what rows hold (the log has hashes for that) nor of bytes that it
-does not use. Our tables only grow, and a row is overwritten by one of the same length, so unused bytes are zero. The
-format: https://www.sqlite.org/fileformat2.html
+SQLite notices damage of its own structure, not of what rows hold: the log has hashes for that. Bytes that nothing reads
+may change unnoticed. The format: https://www.sqlite.org/fileformat2.html
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import errno
 import os
 import sqlite3
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,16 +19,10 @@ from iosr_fast.exceptions import DamagedFileError, IosrFastError
 PAGE = 4096
 MAGIC = b"SQLite format 3\0"
 APPLICATION_ID = 0x494F5352  # "IOSR", which tells our files from those of other programs
-# The beginning of page 1, the header, less what changes: bytes 0 to 23, and 32 to 91 (of three tables, in UTF-8).
+# Bytes 0 to 23 of a file of ours: pages of 4096 bytes, no write-ahead log, no bytes of a page reserved.
 _BEGIN = MAGIC + bytes.fromhex("1000010100402020")
-_REST = bytes(8) + b"".join(n.to_bytes(4) for n in (3, 4, 0, 0, 1, 0, 0, APPLICATION_ID)) + bytes(20)
-_LEAF, _INNER = 13, 5  # pages of a table; those on which a long row goes on begin with a 0
-_MOST, _LEAST = PAGE - 35, (PAGE - 12) * 32 // 255 - 23  # bytes of a row on its leaf
 _SAFE = ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "secure_delete=ON", "synchronous=FULL")
-_MAJOR, _MINOR, _PATCH = sqlite3.sqlite_version_info
-WRITER = (_MAJOR * 1_000_000 + _MINOR * 1_000 + _PATCH).to_bytes(4)  # as SQLite writes it into the header
 _NOT_DAMAGE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL)
-ReadPage = Callable[[int], bytes]  # by its number, from 1
 
 
 def check_place(path: Path) -> None:
@@ -97,7 +90,7 @@ def create(path: Path, tables: Mapping[str, str]) -> sqlite3.Connection:
 
 def is_ours(header: bytes) -> bool:
     """Whether the first 100 bytes may be of a file of ours, which SQLite opens without another file beside it."""
-    return header[:24] == _BEGIN and header[68:72] == _REST[36:40]
+    return header[:24] == _BEGIN and header[68:72] == APPLICATION_ID.to_bytes(4)
 
 
 @contextmanager
@@ -105,7 +98,7 @@ def naming(path: Path, fix: str) -> Iterator[None]:
     """Raises damage as a DamagedFileError, and other errors of SQLite as OSErrors, that name the file."""
     try:
         yield
-    except (DamagedFileError, IndexError, UnicodeDecodeError) as error:  # SQLite quotes a damaged schema
+    except (DamagedFileError, UnicodeDecodeError) as error:  # SQLite quotes a damaged schema
         raise DamagedFileError(f"{path} is damaged: {error}; {fix}") from error
     except sqlite3.Error as error:
         code = code_of(error)
@@ -121,65 +114,12 @@ def code_of(error: Exception) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def check_bytes(page: ReadPage, size: int, writer: bytes, roots: int) -> None:
-    """Raise DamagedFileError (or IndexError) unless a file of `size` bytes has our header with this WRITER of the last
-    transaction, and zeros where nothing is. Of inner pages only roots are checked, pages 2 to `roots`: SQLite leaves
-    old numbers on those below."""
-    first = page(1)
-    change, pages = first[24:28], (size // PAGE).to_bytes(4)
-    header = _BEGIN + change + pages + _REST + change + writer
-    if first[:100] != header or size % PAGE:
-        raise DamagedFileError("its header is not that of a log, or of a log of another length")
-    for number in range(1, size // PAGE + 1):
-        data, at = page(number), 100 if number == 1 else 0
-        kind = data[at]
-        if kind != _LEAF and (kind != _INNER or number > roots):
-            continue
-        cells = at + (8 if kind == _LEAF else 12)
-        end = cells + 2 * _number(data, at + 3)
-        if any(data[end : _number(data, at + 5)]):
-            raise DamagedFileError(f"page {number} has bytes where nothing was written")
-        for cell in range(cells, end, 2) if kind == _LEAF else ():
-            _check_tail(data, _number(data, cell), page)
-
-
 def check_structure(db: sqlite3.Connection, tables: Mapping[str, str]) -> None:
     """Raise DamagedFileError unless these tables, and nothing else, are there and sound."""
     rows = db.execute("SELECT rowid, type, name, tbl_name, rootpage, sql FROM sqlite_schema").fetchall()
     made = enumerate(tables.items(), 1)
     if rows != [(i, "table", name, name, i + 1, f"CREATE TABLE {name}({columns})") for i, (name, columns) in made]:
         raise DamagedFileError("it has other tables than a log")
-    if (found := db.execute("PRAGMA quick_check").fetchall()) != [("ok",)]:
-        raise DamagedFileError(f"SQLite finds {found[0][0]}")
-
-
-def _check_tail(leaf: bytes, cell: int, page: ReadPage) -> None:
-    """That the last page of a long row has nothing after the row."""
-    if leaf[cell] < 0x80 or (leaf[cell] < 0x9F and leaf[cell + 1] < 0x80):
-        return  # shorter than a page
-    length, cell = _varint(leaf, cell)
-    if length <= _MOST:
-        return
-    _, cell = _varint(leaf, cell)
-    here = _LEAST + (length - _LEAST) % (PAGE - 4)
-    here = here if here <= _MOST else _LEAST
-    following, rest, data = _number(leaf, cell + here, 4), length - here, b""
-    while rest > 0:
-        data = page(following)
-        following, rest = _number(data, 0, 4), rest - (PAGE - 4)
-    if following or any(data[PAGE + rest :]):
-        raise DamagedFileError("a row has bytes after its end")
-
-
-def _number(data: bytes, at: int, size: int = 2) -> int:
-    return int.from_bytes(data[at : at + size])
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of up to nine bytes, of seven bits each but for the ninth, and the place after it."""
-    value = 0
-    for place in range(at, at + 8):
-        value = value << 7 | data[place] & 0x7F
-        if data[place] < 0x80:
-            return value, place + 1
-    return value << 8 | data[at + 8], at + 9
+    ((verdict,), *_) = db.execute("PRAGMA quick_check")
+    if verdict != "ok":
+        raise DamagedFileError(f"SQLite finds {verdict}")

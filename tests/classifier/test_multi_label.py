@@ -29,7 +29,7 @@ from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.store.bundle import load_bundle
+from iosr_fast.store.bundle import Bundle, load
 from iosr_fast.store.bundle_schema import HeadFacts
 from iosr_fast.store.description import describe
 from iosr_fast.store.head_files import fingerprint, head_from_files, head_to_files
@@ -80,7 +80,7 @@ def test_answers_are_those_of_the_plan(method: str) -> None:
 def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path) -> None:
     made = fitted(engine_folder(tmp_path / "engine"), method=method, key_precision=precision, views=2)
     made.save(tmp_path / "bundle")
-    head, loaded = made.snapshot(), load_bundle(tmp_path / "bundle").head
+    head, loaded = made.snapshot(), load(Bundle, tmp_path / "bundle").head
     assert fingerprint(loaded) == fingerprint(head) and loaded.counts.tolist() == head.counts.tolist()
     rows = made.encoder.encode(several(1, 9)[0])
     np.testing.assert_array_equal(loaded.score(rows), head.score(rows))

@@ -20,7 +20,7 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.export import pretrained
 from iosr_fast.files import work
 from iosr_fast.files.embedding_files import Part, write_part
-from iosr_fast.store.bundle import Bundle, load_bundle
+from iosr_fast.store.bundle import Bundle, load
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import write_manifest
 from tests.cli.runs import done, never, refused, run
@@ -214,7 +214,7 @@ def test_descriptions_come_from_a_file(fitting: tuple[object, ...], folder: Path
     (tmp_path / "t.csv").write_text('class,text\nclass 0,"round, red"\nclass 2,\'=3\n class 1 ,small\n')
     for name in ("t.json", "t.csv"):
         done(*fitting, "--template", "none", "--descriptions", tmp_path / name, "--overwrite")
-        saved = load_bundle(tmp_path / "out")
+        saved = load(Bundle, tmp_path / "out")
         texts = [text_embedding(text) for text in ("round, red", "small", "=3")]
         np.testing.assert_allclose(saved.head.support.text, texts, atol=1e-6)
         assert saved.settings.templates == ()

@@ -10,7 +10,7 @@ import pytest
 
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
-from iosr_fast.store.head_bundle import load_head
+from iosr_fast.store.bundle import SavedHead, load
 
 CLASSES, WIDTH, SESSIONS, BURST = 12, 64, 6, 4
 
@@ -45,10 +45,10 @@ def test_bursts_are_warned_of_and_judged_as_new_ones_will_be(rng: np.random.Gene
     assert {one.distinct for one in audit.classes} == {SESSIONS} and "look-alikes: 24 images" in audit.classes[0].advice
 
     head.save(tmp_path / "head")
-    saved = load_head(tmp_path / "head").head
+    saved = load(SavedHead, tmp_path / "head").head
     assert saved.computed("folds") is not None and saved.summary() == head._answers.head.summary()
     alone.save(tmp_path / "alone")
-    assert not load_head(tmp_path / "alone").head.config.look_alikes
+    assert not load(SavedHead, tmp_path / "alone").head.config.look_alikes
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", LookAlikesWarning)

@@ -11,7 +11,6 @@ from iosr_fast.scoring.device_plan import device_plan
 from iosr_fast.scoring.fields import ARRAYS, CONSTANTS, RANGES
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
-from iosr_fast.store import head_files
 from tests.conftest import random_embeddings, random_plan, random_reducer
 from tests.scoring.numerics import CPP_PATHS, run_path
 
@@ -60,12 +59,6 @@ def test_the_plan_has_the_fields_of_the_table() -> None:
         (constant,) = [one for one in CONSTANTS if one.name == field.name] or [None]
         assert constant is None or field.default is MISSING or isinstance(field.default, constant.type)
     assert set(RANGES) == {constant.name for constant in CONSTANTS if constant.type is float}
-
-
-def test_a_plan_files_arrays_and_the_support_sets_are_all_there_are() -> None:
-    reducer = {field.name for field in ARRAYS if field.term == "reducer"}
-    assert {*head_files.ARRAYS, "text", "class_offsets", *reducer} == set(ARRAY_NAMES)
-    assert {*head_files.CONSTANTS, "n_classes"} == set(CONSTANT_NAMES)
 
 
 # The number of classes is the logits' shape.

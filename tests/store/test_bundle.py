@@ -12,7 +12,7 @@ from PIL import Image
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.methods import METHODS
-from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
+from iosr_fast.store.bundle import Bundle, load, save
 from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.verified_folder import VerifiedFolder
@@ -42,7 +42,7 @@ def test_a_loaded_bundle_equals_the_saved_head(
         made.save(tmp_path / "bundle")
         with monkeypatch.context() as patch:  # int8 codes are stored, not searched again
             patch.setattr("iosr_fast.scoring.plan.int8_keys", lambda *_: pytest.fail("codes were searched"))
-            loaded, head = load_bundle(tmp_path / "bundle"), made.snapshot()
+            loaded, head = load(Bundle, tmp_path / "bundle"), made.snapshot()
         assert fingerprint(loaded.head) == fingerprint(head) and loaded.head.version == head.version
         assert loaded.head.examples.pictures == head.examples.pictures
         embeddings = made.encoder.encode(images)
@@ -66,7 +66,7 @@ def test_bundles_and_logs_keep_paths_which_are_no_part_of_the_fingerprint(
     made.save(tmp_path / "bundle")
     again.open_log(tmp_path / "log.db")
     again.close_log()
-    heads = made.snapshot(), again.snapshot(), load_bundle(tmp_path / "bundle").head
+    heads = made.snapshot(), again.snapshot(), load(Bundle, tmp_path / "bundle").head
     for head in heads:
         named = zip(head.examples.ids.tolist(), head.examples.paths, strict=True)
         assert [pair for pair in named if pair[1]] == [(15, str(tmp_path / "caf\u00e9.png"))]
@@ -84,7 +84,7 @@ def test_groups_are_kept_and_images_that_are_added_are_groups_of_their_own(engin
     made.remove_examples(made.examples("motif 0")[:1])
     calibration = made.calibration()  # by the folds of these groups, as that of the bundle
     made.save(tmp_path / "bundle")
-    head = load_bundle(tmp_path / "bundle").head
+    head = load(Bundle, tmp_path / "bundle").head
     assert head.support.groups.tolist() == [*groups[1:12], 13, 14, *groups[12:]]
     assert fingerprint(head) == fingerprint(made.snapshot())
     assert str(head.left_out_labels.reliability) == str(calibration)
@@ -105,15 +105,15 @@ def test_every_damaged_byte_is_found_and_the_error_names_its_file(engine: Path, 
             flipped[at] ^= 1 << int(rng.integers(8))
             path.write_bytes(flipped)
             with pytest.raises(ValueError, match=name):
-                load_bundle(folder)
+                load(Bundle, folder)
         path.write_bytes(data[:-1])
         with pytest.raises(ValueError, match=name):
-            load_bundle(folder)
+            load(Bundle, folder)
         path.unlink()
         with pytest.raises(FileNotFoundError, match=name):
-            load_bundle(folder)
+            load(Bundle, folder)
         path.write_bytes(data)
-    load_bundle(folder)
+    load(Bundle, folder)
 
 
 def test_another_schema_is_refused_and_not_replaced(engine: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_another_schema_is_refused_and_not_replaced(engine: Path, tmp_path: Path
     made.save(folder)
     rewrite_manifest(folder, schema=99)
     with pytest.raises(ValueError, match="has schema 99"):
-        load_bundle(folder)
+        load(Bundle, folder)
     with pytest.raises(FileExistsError, match=r"is not replaced: it is no complete classifier .* has schema 99"):
         made.save(folder)
     rewrite_manifest(folder, schema=2, kind="engine")
@@ -142,8 +142,8 @@ def test_a_failed_save_keeps_the_old_bundle(engine: Path, tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space left"):
         made.save(tmp_path / "bundle")
     monkeypatch.undo()
-    assert fingerprint(load_bundle(tmp_path / "bundle").head) == before
+    assert fingerprint(load(Bundle, tmp_path / "bundle").head) == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    bundle = Bundle(made.snapshot(), load_bundle(tmp_path / "bundle").settings, tmp_path / "nowhere", "f" * 64, None)
+    bundle = Bundle(made.snapshot(), load(Bundle, tmp_path / "bundle").settings, tmp_path / "nowhere", "f" * 64, None)
     with pytest.raises(FileNotFoundError, match="found none at"):
-        save_bundle(bundle, tmp_path / "bundle")
+        save(bundle, tmp_path / "bundle")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.methods.config import Evidence
-from iosr_fast.store.bundle import load_bundle, save_bundle
+from iosr_fast.store.bundle import Bundle, load, save
 from iosr_fast.utils.manifest import seal, write_manifest
 from iosr_fast.utils.schema import facts_to_json
 from tests.store.live_parts import ENGINE_FACTS, saved_classifier, small_classifier
@@ -28,9 +28,9 @@ Arrays = dict[str, np.ndarray]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With all files that a bundle may have."""
-    parts = load_bundle(saved_classifier(tmp_path_factory.mktemp("saved")))
+    parts = load(Bundle, saved_classifier(tmp_path_factory.mktemp("saved")))
     assert parts.head.unknown is not None and parts.head.out_of_fold is not None  # which are saved once used
-    save_bundle(parts, folder := tmp_path_factory.mktemp("used") / "bundle")
+    save(parts, folder := tmp_path_factory.mktemp("used") / "bundle")
     return folder
 
 
@@ -58,11 +58,14 @@ FACTS: dict[str, Any] = {
     "the next image's number is taken": {"next": [5, 14]},
     "another tau than the plan's": {"tau": 21.0},
     "an unknown method": {"method": "magic"},
-    "another method": {"method": "gda++", "parameters": {"alpha": 40.0}},
     "a parameter out of range": {"parameters": {"alpha": 40.0, "beta": 5000.0}},
     "no reducer, and its arrays": {"reducer": "none"},
-    "a plan that asks with plain embeddings": part("plan", query="plain"),
-    "a plan with other keys": part("plan", keys="support"),
+    "keys of the plan that are not stored": part("plan", keys="support"),
+    "a plan of another precision": {"key_precision": "int8"},
+    "a plan without a constant": part("plan", tau="-"),
+    "a plan with another constant": part("plan", gamma=1.0),
+    "a constant that is none": part("plan", query="both"),
+    "a constant out of range": part("plan", beta=5000.0),
     "more views than a number has": part("views", views=2**70),
     "pictures of another size": part("preprocessing", image_size=16),
     "another CLIP": {"clip_fingerprint": "b" * 64},
@@ -85,7 +88,7 @@ def test_impossible_facts_are_refused(case: str, bundle: Path) -> None:
     shutil.copyfile(bundle / "support.safetensors", bundle / "engine" / "x.py")
     for verify in (True, False):
         with pytest.raises(ValueError, match="bundle") as refusal:
-            load_bundle(bundle, verify)
+            load(Bundle, bundle, verify)
         assert "again" in str(refusal.value), "the message says how to fix it"
 
 
@@ -129,7 +132,9 @@ PATHS: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
 PLAN: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "a key too few": _with("keys", lambda a: a[1:]),
     "no shift": _without("reducer.shift"),
-    "a linear term that the method has not": lambda a: {"linear": a["keys"][:5]},
+    "no keys": _without("keys"),
+    "a linear term of fewer classes": lambda a: {"linear": a["keys"][:4]},
+    "a linear term of more channels": lambda a: {"linear": np.tile(a["keys"][:5], 3)},
 }
 LEFT_OUT: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "logits with NaN": _with("out_of_fold", _nan),
@@ -154,7 +159,7 @@ def test_impossible_arrays_are_refused(case: str, bundle: Path) -> None:
         with pytest.raises(
             ValueError, match=rf"not a complete classifier: ({name}|plan\.safetensors): .*save it again"
         ):
-            load_bundle(bundle, verify)
+            load(Bundle, bundle, verify)
 
 
 @pytest.mark.parametrize("name", ["support", "plan", "pictures", "paths", "left_out"])
@@ -163,7 +168,7 @@ def test_files_that_are_no_arrays_are_refused(name: str, content: bytes, bundle:
     (bundle / f"{name}.safetensors").write_bytes(content)
     sign_again(bundle)
     with pytest.raises(ValueError, match=rf"{name}\.safetensors"):
-        load_bundle(bundle)
+        load(Bundle, bundle)
 
 
 TEXTS: dict[str, Callable[[bytes], bytes]] = {
@@ -186,7 +191,7 @@ def test_json_that_two_readers_read_differently_is_refused(case: str, bundle: Pa
     if case in ("NaN", "a number beyond every float"):
         path.write_bytes(seal(json.loads(text)))  # with the right checksum, which these can have
     with pytest.raises(ValueError, match="bundle"):
-        load_bundle(bundle)
+        load(Bundle, bundle)
 
 
 ENGINE: dict[str, dict[str, Any]] = {
@@ -202,7 +207,7 @@ ENGINE: dict[str, dict[str, Any]] = {
 def test_impossible_facts_of_an_engine_are_refused(case: str, bundle: Path) -> None:
     rewrite_manifest(bundle / "engine", **ENGINE[case])
     sign_again(bundle)
-    for opened in (lambda: load_bundle(bundle), lambda: open_engine(bundle / "engine")):
+    for opened in (lambda: load(Bundle, bundle), lambda: open_engine(bundle / "engine")):
         with pytest.raises(ValueError, match=r"engine is not a complete engine: manifest\.json.*builds it again"):
             opened()
     small = small_classifier(bundle / "engine")
@@ -215,14 +220,14 @@ def test_the_hashes_of_the_engines_own_manifest_are_compared(bundle: Path) -> No
     (bundle / "engine" / "encoder.onnx").write_bytes(b"another graph")
     sign_again(bundle)  # the outer manifest says that all is well
     with pytest.raises(ValueError, match=r"to agree on every file, got two entries for encoder\.onnx"):
-        load_bundle(bundle, verify=False)
+        load(Bundle, bundle, verify=False)
     sign_again(bundle / "engine")
     sign_again(bundle)
-    load_bundle(bundle)
+    load(Bundle, bundle)
     sign_again(bundle / "engine", fingerprint="e" * 64)
     sign_again(bundle)
     with pytest.raises(ValueError, match="of another export"):
-        load_bundle(bundle)
+        load(Bundle, bundle)
 
 
 def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
@@ -238,10 +243,10 @@ def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
     facts = {name: value for name, value in ENGINE_FACTS.items() if name not in ("files", "checksum")}
     write_manifest(bundle / "engine", "engine", facts)
     sign_again(bundle, views={"mirror": False, "templates": ["a {}"]})
-    loaded = load_bundle(bundle)
+    loaded = load(Bundle, bundle)
     assert loaded.settings == SupportSettings(mirror=False, templates=("a {}",))
     assert not any(loaded.head.computed(name) for name in ("folds", "unknown", "out_of_fold"))
     assert loaded.head.config.look_alikes and len(loaded.head.unknown.weights) == len(arrays["weights"])
     rewrite_manifest(bundle, reducer="isoclip:150,50")
     with pytest.raises(ValueError, match="has the reducer 'isoclip:150,50', which iosr_fast no longer has: fit again"):
-        load_bundle(bundle)
+        load(Bundle, bundle)
