@@ -213,7 +213,8 @@ def _calibration(arrays: Arrays, numbers: tuple[int, ...]) -> Examples | None:
         return None
     if strange := sorted(set(owners.tolist()) - set(numbers)):
         raise IosrFastError(f"expected calibration_owners among the class_numbers, got {strange[:5]}")
-    return Examples(rows, owners, np.arange(len(owners)), (None,) * len(owners))
+    alone = (None,) * len(owners)
+    return Examples(rows, owners, np.arange(len(owners)), alone, groups=arrays.get("calibration_groups"))
 
 
 def _embeddings(arrays: Arrays, name: str) -> Embeddings | None:

@@ -57,6 +57,12 @@ def test_bursts_are_warned_of_and_judged_as_new_ones_will_be(rng: np.random.Gene
     head.calibrate_on(*bursts(rng, 8, 1))
     assert "look like another" not in str(head.automation()) + head._answers.head.summary()
 
+    images, truth = bursts(rng, 8, 1)
+    alone.calibrate_on(images, truth, groups=np.arange(len(truth)) // 4)
+    alone.save(tmp_path / "calibrated")
+    groups = [one.calibration.units for one in (alone._answers.head, load(SavedHead, tmp_path / "calibrated").head)]
+    assert np.array_equal(*groups) and len(np.unique(groups[0])) < len(truth)
+
 
 def test_one_picture_a_class_promises_nothing_and_says_so(rng: np.random.Generator) -> None:
     head = FewShotHead().fit(*bursts(rng, 1, 1))
