@@ -422,7 +422,7 @@ class Classifier(Estimator):
         `accepted`, as in `predict`, and keeps all labels; it is refused with `joint`.
         """
         abstention, fit = check_abstention(unknown, unknown_label, keep, max_error), self._store.fitted()
-        return predict_folder(fit.head, self._reader(batch, skip_bad, threads, decoder), folder, joint, abstention)
+        return predict_folder(fit.head, self._reader(fit, batch, skip_bad, threads, decoder), folder, joint, abstention)
 
     def suggest(
         self,
@@ -436,8 +436,9 @@ class Classifier(Estimator):
         """The n images of a folder and below, or of a Source, to label next: each is typical of as many others, and
         those of which this classifier is uncertain count more (methods.suggest); before a fit all count the same.
         Options are those of `predict_folder`."""
-        head = None if self._fit is None else self._fit.head.require_single_label("suggest")
-        return suggest_from_folder(head, self._reader(batch, skip_bad, threads, decoder), folder, n)
+        fit = self._fit
+        head = None if fit is None else fit.head.require_single_label("suggest")
+        return suggest_from_folder(head, self._reader(fit, batch, skip_bad, threads, decoder), folder, n)
 
     def evaluate(
         self,
@@ -455,12 +456,14 @@ class Classifier(Estimator):
         calibration, mistakes, and what the promises of `predict_sets` (`coverage`) and of unknown="reject" (`keep`) are
         worth; print its `summary()`. Labels are those of `score`, `unknown_images` belong to none of the classes, other
         options are those of `predict_folder`."""
-        fit, reader = self._store.fitted(), self._reader(batch, skip_bad, threads, decoder)
+        fit = self._store.fitted()
+        reader = self._reader(fit, batch, skip_bad, threads, decoder)
         return evaluate_images(fit, reader, images, labels, unknown_images, coverage, keep, bool(self.progress))
 
-    def _reader(self, batch: int | None, skip_bad: bool, threads: int | None, decoder: str) -> Reader:
-        """Decodes and encodes queries, by the fit's encoder or, before a fit, that of the parameters."""
-        fit = self._fit
+    def _reader(
+        self, fit: Fit | None, batch: int | None, skip_bad: bool, threads: int | None, decoder: str
+    ) -> Reader:
+        """Decodes and encodes queries by the encoder of `fit`, whose head answers; None: by that of the parameters."""
         clip = self._open() if fit is None else fit.clip
         upright = self.exif_orientation if fit is None else fit.settings.exif_orientation
         return Reader.of((fit or clip).encoder, clip.engine, upright, batch, skip_bad, threads, decoder)

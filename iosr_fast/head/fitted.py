@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,8 @@ class Fit:
 
     `skipped` has the errors of unreadable images that were left out, `engine_choice` the candidates for the engine,
     where it was chosen. With `integer_labels`, the label of a class is its uid: its position in the class names of the
-    fit, which no later change moves.
+    fit, which no later change moves. `token` is the same object in all that changes make of a fit, as long as new
+    images can be encoded for any of them: another fit and another encoder have another token.
     """
 
     clip: OpenedClip
@@ -36,6 +37,7 @@ class Fit:
     skipped: tuple[BadImageError, ...] = ()
     integer_labels: bool = False
     engine_choice: EngineChoice | None = None
+    token: object = field(default_factory=object, repr=False)
 
     @property
     def encoder(self) -> Encoder:

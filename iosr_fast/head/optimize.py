@@ -41,6 +41,7 @@ def optimize(
     again, and the head is of this `version`. Classes, texts, ids, thumbnails, method and parameters stay."""
     head = fit.head.require_single_label("the choice of an engine")
     clip, choice = choose_engine(fit, images, options)
+    token = fit.token
     if clip.encoder.fingerprint != fit.clip.encoder.fingerprint:
         total, views = len(images) + len(unknown_images), replace(fit.settings, thumbnail=0)
         rows = np.searchsorted(np.array(head.uids), head.examples.class_ids)
@@ -50,7 +51,8 @@ def optimize(
         examples = replace(head.examples, embeddings=encoded.embeddings, queries=encoded.queries)
         config = head.config.fitted(examples.as_support(head.uids, head.text, head.tau))
         head = replace(head, examples=examples, config=config, version=version, unknown_images=unknown).compiled()
-    return replace(fit, clip=clip, head=head, engine_choice=choice)
+        token = object()
+    return replace(fit, clip=clip, head=head, engine_choice=choice, token=token)
 
 
 @dataclass

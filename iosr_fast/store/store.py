@@ -34,9 +34,10 @@ class Store:
 
     def fitted(self) -> Fit:
         """The fit. Raises NotFittedError before there is one."""
-        if self.fit is None:
+        fit = self.fit
+        if fit is None:
             raise not_fitted("this Classifier is not fitted yet: call fit or fit_folder first")
-        return self.fit
+        return fit
 
     def changeable(self, call: str) -> Fit:
         """The fit. Raises IosrFastError where its head takes no changes."""
@@ -53,13 +54,14 @@ class Store:
         """
         with self.lock:
             current = self.fitted()
-            if (current.clip, current.settings) != (fit.clip, fit.settings):
+            if current.token is not fit.token:
                 raise IosrFastError(
                     "the classifier was fitted again while images or texts were encoded: repeat the change"
                 )
             before = current.head.require_single_label("a change", _REFIT)
             if self.log is not None:
                 before = self.log.settle(before)
+                self.fit = current = replace(current, head=before)  # at once: this change may be refused
             change = make(before)
             head = change.apply(before).compiled()
             if self.log is not None:
