@@ -17,7 +17,6 @@ from iosr_fast.files.source import Source
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstention
 from iosr_fast.head.descriptions import read_descriptions
-from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.fit import fit, warn_of_look_alikes
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import ClassInfo
@@ -33,15 +32,13 @@ from iosr_fast.methods.conformal import COVERAGE, Reliability
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.tune import TUNE_SECONDS
-from iosr_fast.methods.tuned import Tuned
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
-from iosr_fast.store import updates
 from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
-from iosr_fast.store.changes import ChangeResult
 from iosr_fast.store.description import load_saved
 from iosr_fast.store.head_bundle import SavedHead
 from iosr_fast.store.store import FittedAttribute, Store
+from iosr_fast.store.updates import Changing
 from iosr_fast.utils.estimator import Estimator
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.verified_folder import VerifiedFolder
@@ -50,7 +47,7 @@ from iosr_fast.utils.verified_folder import VerifiedFolder
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(Estimator):
+class Classifier(Changing, Estimator):
     """A few-shot image classifier on a CLIP, and an estimator of scikit-learn. Nothing is trained.
 
     It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of
@@ -460,67 +457,11 @@ class Classifier(Estimator):
         reader = self._reader(fit, batch, skip_bad, threads, decoder)
         return evaluate_images(fit, reader, images, labels, unknown_images, coverage, keep, bool(self.progress))
 
-    def _reader(
-        self, fit: Fit | None, batch: int | None, skip_bad: bool, threads: int | None, decoder: str
-    ) -> Reader:
+    def _reader(self, fit: Fit | None, batch: int | None, skip_bad: bool, threads: int | None, decoder: str) -> Reader:
         """Decodes and encodes queries by the encoder of `fit`, whose head answers; None: by that of the parameters."""
         clip = self._open() if fit is None else fit.clip
         upright = self.exif_orientation if fit is None else fit.settings.exif_orientation
         return Reader.of((fit or clip).encoder, clip.engine, upright, batch, skip_bad, threads, decoder)
-
-    def add_class(
-        self, name: str, images: Any = (), text: np.ndarray | None = None, descriptions: Sequence[str] | None = None
-    ) -> ChangeResult:
-        """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is its text
-        embedding; None has the text encoder make it of the name and `descriptions`, as `fit` does. An iterator of
-        `images` is taken one after another, never all into memory. The first unreadable image is a BadImageError;
-        nothing is changed then."""
-        return updates.add_class(self._store, name, images, text, descriptions)
-
-    def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
-        """More support images of a class, by id or name; `images` as for `add_class`."""
-        return updates.add_examples(self._store, name_or_id, images)
-
-    def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:
-        """Take support images out. Refused where the method needs one that would go."""
-        return updates.remove_examples(self._store, example_ids)
-
-    def remove_class(self, name_or_id: str) -> ChangeResult:
-        """Take a class out, by id or name, with its images. Refused where fewer than two would be left."""
-        return updates.remove_class(self._store, name_or_id)
-
-    def rename_class(
-        self,
-        name_or_id: str,
-        name: str,
-        text: np.ndarray | None = None,
-        keep_text: bool = False,
-        descriptions: Sequence[str] | None = None,
-    ) -> ChangeResult:
-        """Another name for a class, by id or name, and so another text embedding (`text` and `descriptions` as for
-        `add_class`; earlier descriptions are not kept), unless `keep_text`; its id stays."""
-        return updates.rename_class(self._store, name_or_id, name, text, keep_text, descriptions)
-
-    def tune(
-        self, images: Any = None, labels: Any = None, method: str | None = None, reducer: str | None = None
-    ) -> Tuned:
-        """Choose the parameters again: on labelled validation images, or by leave-one-out without any. `method` and
-        `reducer` default to the fitted ones; `labels` as for `score`. Returns the choice and its reasons (`tuned_`)."""
-        return updates.tune(self._store, images, labels, method, reducer, self.tune_seconds)[0]
-
-    def retune(self) -> ChangeResult:
-        """`tune` on the current examples, as a change."""
-        return updates.tune(self._store, None, None, None, None, self.tune_seconds)[1]
-
-    def calibrate_on(self, images: Any, labels: Any, groups: Any = None) -> ChangeResult:
-        """Let promises rest on labelled pictures from production, instead of left-out support images: `predict_sets`,
-        `max_error`, unknown="reject" and `calibration`; the scale of the probabilities is fitted to them. `labels` as
-        for `score`, `groups` as for `fit`. No label changes.
-
-        Near duplicates of support images are left out; repeated pictures, and those of one group, count as one. At
-        least 9 have to be left. They are saved and kept by changes; those of a class that is removed go. Refused with
-        an open log, and where pictures may have several labels."""
-        return updates.calibrate_on(self._store, images, labels, groups, bool(self.skip_bad))
 
     def open_log(self, path: str | Path) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`. Raises
@@ -536,32 +477,6 @@ class Classifier(Estimator):
         """Why the last change could not be written to the log, and so was not made; "" where it could."""
         log = self._store.log
         return "" if log is None else log.failure
-
-    def optimize(
-        self,
-        images: Any,
-        labels: Sequence[Any] | np.ndarray,
-        objective: Objective = "latency",
-        tolerance: float = 0.5,
-        runtime: str = "auto",
-        precision: str = "auto",
-        pretrained: str | Path | None = None,
-        adapter: str | Path | None = "auto",
-        smaller_images: bool = False,
-        unknown_images: Any = None,
-    ) -> EngineChoice:
-        """Choose the fastest engine that this machine can run and that keeps the accuracy; encode the examples with it.
-
-        `images` and `labels` are those of the fit and of later changes, in any order; `unknown_images` likewise.
-        Engines are built, calibrated on them, timed, and judged by the labels of left-out examples: `tolerance` is the
-        accepted loss of accuracy in points (engine_choice.rejection_reason). The `objective` is "latency" (one image),
-        "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates, `smaller_images`
-        adds some. Some are exported from the CLIP in torch, which a loaded classifier has where `pretrained` (and
-        `adapter`) name it. Returns the table (`engine_choice_`); `version` rises if embeddings change. Refused: an
-        example or an unknown image without its picture, another CLIP than the engine's, an open log, a change
-        meanwhile."""
-        options = OptimizeOptions(objective, tolerance, runtime, precision, smaller_images, bool(self.progress))
-        return updates.optimize(self._store, images, labels, options, pretrained, adapter, unknown_images)
 
     def save(self, folder: str | Path) -> None:
         """Write everything `load` needs to `folder`; a crash leaves the earlier content or the new one. Without a text
