@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
-
-from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.files.evaluate import evaluate_images
 from iosr_fast.files.folder import FolderPredictions, predict_folder
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.source import Source
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
-from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstention
+from iosr_fast.head.abstention import UNKNOWN_LABEL, check_abstention
+from iosr_fast.head.answering import Answering, FittedAttribute
 from iosr_fast.head.descriptions import read_descriptions
 from iosr_fast.head.fit import fit, warn_of_look_alikes
 from iosr_fast.head.fitted import Fit
@@ -23,31 +22,25 @@ from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.head.predictions import AnyHead, Prediction
 from iosr_fast.head.quality import Evaluation
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.methods.automation import Automation
-from iosr_fast.methods.checks import check
-from iosr_fast.methods.conformal import COVERAGE, Reliability
-from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.methods.support_audit import SupportAudit
+from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.store.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.store.description import load_saved
 from iosr_fast.store.head_bundle import SavedHead
-from iosr_fast.store.store import FittedAttribute, Store
+from iosr_fast.store.store import Store
 from iosr_fast.store.updates import Changing
 from iosr_fast.utils.estimator import Estimator
-from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
 # The parameters that choose what is opened; the others are those of a fit.
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(Changing, Estimator):
+class Classifier(Answering[Fit], Changing, Estimator):
     """A few-shot image classifier on a CLIP, and an estimator of scikit-learn. Nothing is trained.
 
     It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of
@@ -179,16 +172,9 @@ class Classifier(Changing, Estimator):
         self.skip_bad, self.progress = skip_bad, progress
         self._given_clip: tuple[dict[str, Any], OpenedClip] | None = None
 
-    classes_ = FittedAttribute(lambda fit: fit.answers.labels)
-    plan_ = FittedAttribute(lambda fit: fit.head.plan)
     support_ = FittedAttribute(lambda fit: fit.head.support)
     multi_label_ = FittedAttribute(lambda fit: fit.head if isinstance(fit.head, MultiLabelHead) else None)
-    method_ = FittedAttribute(lambda fit: fit.head.config.method)
-    reducer_ = FittedAttribute(lambda fit: fit.head.config.reducer_name)
-    parameters_ = FittedAttribute(lambda fit: dict(fit.head.config.parameters))
     key_precision_ = FittedAttribute(lambda fit: fit.head.config.key_precision)
-    tuned_ = FittedAttribute(lambda fit: fit.head.tuned)
-    unknown_ = FittedAttribute(lambda fit: fit.answers.unknown("unknown_"))
     skipped_ = FittedAttribute(lambda fit: [error.where for error in fit.skipped])
     engine_ = FittedAttribute(lambda fit: fit.clip.engine)
     engine_choice_ = FittedAttribute(lambda fit: fit.engine_choice)
@@ -281,9 +267,11 @@ class Classifier(Changing, Estimator):
         """The image encoder of queries; before a fit, that of the parameters, opened now."""
         return self._open().encoder if self._fit is None else self._fit.encoder
 
-    def snapshot(self) -> AnyHead:
-        """The current head, which never changes: all predictions of it are of one version."""
-        return self._store.fitted().head
+    def _fitted(self) -> Fit:
+        return self._store.fitted()
+
+    def _queries(self, fitted: Fit, X: Any) -> Iterator[Embeddings]:
+        return fitted.queries(X)
 
     def classes(self) -> list[ClassInfo]:
         """The classes in their order, each with its id and the number of its examples."""
@@ -298,103 +286,13 @@ class Classifier(Changing, Estimator):
         """An example's thumbnail, WebP, by its id; None where none was stored."""
         return self.snapshot().picture(name_or_id)
 
-    def predict(
-        self,
-        images: Any,
-        unknown: Literal["reject"] | None = None,
-        unknown_label: Any = None,
-        keep: float = KEEP,
-        max_error: float | None = None,
-    ) -> np.ndarray:
-        """The labels (B,) out of `classes_`. With several labels a picture a frozenset of labels for each, (B,) of
-        dtype object, or an indicator (B, C) of int64 if the labels of `fit` were one.
-
-        unknown="reject" gives None, or `unknown_label`, for pictures that `unknown_score` says belong to none of the
-        classes: a share `keep` of those that do belong to one keeps its label. Refused where there are too few support
-        images for that promise: 0.95 takes 19 that can be left out.
-
-        `max_error` gives None for pictures at which somebody has to look: of the labels that stay at most this share is
-        wrong, with 95% confidence, for pictures like the support images (methods.automation). Refused where there are
-        too few support images for that promise: 0.01 takes 299 that can be left out, 0.05 takes 59. Of pictures of no
-        class it says nothing: `unknown` does.
-        """
-        abstention, fit = Abstention.of(unknown, unknown_label, keep, max_error), self._store.fitted()
-        return fit.answers.predict(fit.queries(images), abstention)
-
-    def decision_function(self, images: Any) -> np.ndarray:
-        """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
-        several labels."""
-        fit = self._store.fitted()
-        return fit.head.decision(fit.answers.logits(fit.queries(images)))
-
-    def predict_proba(self, images: Any) -> np.ndarray:
-        """softmax of the logits, (B, C) float32, in the order of `classes_`. With several labels a picture the
-        probability of each class by itself, 1 / (1 + exp(-logit))."""
-        fit = self._store.fitted()
-        return fit.head.probabilities(fit.answers.logits(fit.queries(images)))
-
     def score(self, images: Any, labels: Any) -> float:
         """The share of images whose predicted class is their label: a name, or an integer as at the fit (into
         `classes_` if the fit had names). With several labels a picture, given as for `fit`, the mean average precision
         over the classes that a picture has."""
         fit, listed = self._store.fitted(), as_image_list(images)
         truth = fit.read_labels(listed, labels)
-        return fit.head.quality(truth, fit.answers.logits(fit.queries(listed)))
-
-    def explain(
-        self,
-        images: Any,
-        top: int = 5,
-        nearest: int = 0,
-        unknown: Literal["reject"] | None = None,
-        keep: float = KEEP,
-        max_error: float | None = None,
-    ) -> list[Prediction]:
-        """A Prediction for each image: the `top` classes with what texts, examples and their adapted embeddings
-        contribute to each, and the `nearest` support images. With unknown="reject" and `keep` as in `predict`, its
-        `unknown` has the score, and `label` is None for a picture of none of the classes; with `max_error`, `accepted`
-        is whether `predict` gives the label."""
-        top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
-        abstention, fit = Abstention.of(unknown, None, keep, max_error), self._store.fitted()
-        return fit.answers.explain(fit.queries(images), top, nearest, abstention)
-
-    def predict_jointly(self, images: Any) -> JointPrediction:
-        """Probabilities (B, C) of images that are classified together (methods.joint), which gains most with few shots
-        and many images. Where left-out support images say that it harms, `refused` says why, and the probabilities are
-        those of `predict_proba`."""
-        fit = self._store.fitted()
-        return fit.answers.predict_jointly(fit.queries(images))
-
-    def predict_sets(self, images: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
-        """For each image the labels that it may have, most likely first, or none: a share `coverage` of the sets has
-        the image's label (methods.conformal), with `per_class` of the images of each class. Refused where support
-        images are too few for that: 0.9 takes 9 that can be left out, with `per_class` 9 of each class."""
-        fit = self._store.fitted()
-        return fit.answers.predict_sets(fit.queries(images), coverage, per_class)
-
-    def unknown_score(self, images: Any) -> np.ndarray:
-        """How unlike all classes each image is, (B,) float64: of left-out support images the mean is 0, the standard
-        deviation 1. 95% of known pictures do not exceed `unknown_.threshold(0.95)` (methods.unknown)."""
-        fit = self._store.fitted()
-        return fit.answers.unknown_score(fit.queries(images))
-
-    def automation(self) -> Automation:
-        """What may be automated, as left-out support images say; print it. For each promised error: the least
-        probability of a label that `predict` accepts, the share of images whose label is accepted, and how many of
-        these are wrong. `smallest` is the smallest error that so many images can promise."""
-        return self._store.fitted().answers.automation()
-
-    check = staticmethod(check)  # methods.checks
-
-    def calibration(self) -> Reliability:
-        """How right the probabilities of left-out support images are, by bins of the probability; print it."""
-        return self._store.fitted().answers.calibration()
-
-    def audit(self) -> SupportAudit:
-        """What is wrong with the support images, named by their ids and files, as left-out ones tell: likely wrong
-        labels, near duplicates, classes that are confused or have too few or too alike images
-        (methods.support_audit)."""
-        return self._store.fitted().answers.audit(example_id)
+        return fit.head.quality(truth, self._logits(fit, listed))
 
     def predict_folder(
         self,

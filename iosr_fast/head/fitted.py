@@ -12,7 +12,6 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.answers import Answers
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings
@@ -45,10 +44,10 @@ class Fit:
         return self.clip.encoder_for(self.head.needs_adapted)
 
     @cached_property
-    def answers(self) -> Answers:
-        """The answers of the head; the labels of its classes are their names, or their uids (int64)."""
+    def labels(self) -> np.ndarray:
+        """(C,) what answers call the classes: their names, or their uids (int64)."""
         head = self.head
-        return Answers(head, np.array(head.uids, np.int64) if self.integer_labels else np.array(head.class_names, str))
+        return np.array(head.uids, np.int64) if self.integer_labels else np.array(head.class_names, str)
 
     def read_labels(self, images: Sequence[Any], labels: Any) -> np.ndarray:
         """The classes of labelled images, as the head reads labels."""

@@ -211,7 +211,7 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
     """
     head, examples, total = fit.head, fit.head.examples, len(images)
     if len(labels) == total:
-        present = set(fit.answers.labels.tolist())
+        present = set(fit.labels.tolist())
         known = [i for i, label in enumerate(labels) if label in present]
         images, labels = [images[i] for i in known], [labels[i] for i in known]
     classes = fit.read_labels(images, labels)

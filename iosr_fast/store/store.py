@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.fitted import Fit
@@ -15,7 +14,6 @@ from iosr_fast.store.change_log import ChangeLog
 from iosr_fast.store.changes import Change, ChangeResult
 from iosr_fast.utils.estimator import not_fitted
 
-T = TypeVar("T")
 _REFIT = "fit again with all pictures and their labels"
 
 
@@ -106,13 +104,3 @@ class Store:
             if self.log is not None:
                 log, self.log = self.log, None
                 log.close()
-
-
-class FittedAttribute(Generic[T]):
-    """An attribute of Classifier that is read from its fit. Raises NotFittedError before there is one."""
-
-    def __init__(self, read: Callable[[Fit], T]) -> None:
-        self._read = read
-
-    def __get__(self, classifier: Any, owner: type | None = None) -> T:
-        return self._read(classifier._store.fitted())
