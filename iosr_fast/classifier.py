@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
-
-from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.files.evaluate import evaluate_images
 from iosr_fast.files.folder import FolderPredictions, predict_folder
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.source import Source
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
-from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstention
+from iosr_fast.head.abstention import UNKNOWN_LABEL, check_abstention
+from iosr_fast.head.answering import Answering, FittedAttribute
 from iosr_fast.head.descriptions import read_descriptions
-from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.fit import fit, warn_of_look_alikes
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.head.predictions import AnyHead, Prediction
 from iosr_fast.head.quality import Evaluation
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.methods.automation import Automation
-from iosr_fast.methods.checks import check
-from iosr_fast.methods.config import Config
-from iosr_fast.methods.conformal import COVERAGE, Reliability
-from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.methods.support_audit import SupportAudit
+from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
-from iosr_fast.store import updates
 from iosr_fast.store.bundle import Bundle, Saved, load, load_saved, save
-from iosr_fast.store.changes import ChangeResult
-from iosr_fast.store.store import FittedAttribute, Store
+from iosr_fast.store.store import Store
+from iosr_fast.store.updates import Changing
 from iosr_fast.utils.estimator import Estimator
-from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
 # The parameters that choose what is opened; the others are those of a fit.
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(Estimator):
+class Classifier(Answering[Fit], Changing, Estimator):
     """A few-shot image classifier on a CLIP, and an estimator of scikit-learn. Nothing is trained.
 
     It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of
@@ -181,16 +171,9 @@ class Classifier(Estimator):
         self.skip_bad, self.progress = skip_bad, progress
         self._given_clip: tuple[dict[str, Any], OpenedClip] | None = None
 
-    classes_ = FittedAttribute(lambda fit: fit.answers.labels)
-    plan_ = FittedAttribute(lambda fit: fit.head.plan)
     support_ = FittedAttribute(lambda fit: fit.head.support)
     multi_label_ = FittedAttribute(lambda fit: fit.head if isinstance(fit.head, MultiLabelHead) else None)
-    method_ = FittedAttribute(lambda fit: fit.head.config.method)
-    reducer_ = FittedAttribute(lambda fit: fit.head.config.reducer)
-    parameters_ = FittedAttribute(lambda fit: dict(fit.head.config.parameters))
     key_precision_ = FittedAttribute(lambda fit: fit.head.config.key_precision)
-    tuned_ = FittedAttribute(lambda fit: fit.head.evidence)
-    unknown_ = FittedAttribute(lambda fit: fit.answers.unknown("unknown_"))
     skipped_ = FittedAttribute(lambda fit: [error.where for error in fit.skipped])
     engine_ = FittedAttribute(lambda fit: fit.clip.engine)
     engine_choice_ = FittedAttribute(lambda fit: fit.engine_choice)
@@ -283,9 +266,11 @@ class Classifier(Estimator):
         """The image encoder of queries; before a fit, that of the parameters, opened now."""
         return self._open().encoder if self._fit is None else self._fit.encoder
 
-    def snapshot(self) -> AnyHead:
-        """The current head, which never changes: all predictions of it are of one version."""
-        return self._store.fitted().head
+    def _fitted(self) -> Fit:
+        return self._store.fitted()
+
+    def _queries(self, fitted: Fit, X: Any) -> Iterator[Embeddings]:
+        return fitted.queries(X)
 
     def classes(self) -> list[ClassInfo]:
         """The classes in their order, each with its id and the number of its examples."""
@@ -300,103 +285,13 @@ class Classifier(Estimator):
         """An example's thumbnail, WebP, by its id; None where none was stored."""
         return self.snapshot().picture(name_or_id)
 
-    def predict(
-        self,
-        images: Any,
-        unknown: Literal["reject"] | None = None,
-        unknown_label: Any = None,
-        keep: float = KEEP,
-        max_error: float | None = None,
-    ) -> np.ndarray:
-        """The labels (B,) out of `classes_`. With several labels a picture a frozenset of labels for each, (B,) of
-        dtype object, or an indicator (B, C) of int64 if the labels of `fit` were one.
-
-        unknown="reject" gives None, or `unknown_label`, for pictures that `unknown_score` says belong to none of the
-        classes: a share `keep` of those that do belong to one keeps its label. Refused where there are too few support
-        images for that promise: 0.95 takes 19 that can be left out.
-
-        `max_error` gives None for pictures at which somebody has to look: of the labels that stay at most this share is
-        wrong, with 95% confidence, for pictures like the support images (methods.automation). Refused where there are
-        too few support images for that promise: 0.01 takes 299 that can be left out, 0.05 takes 59. Of pictures of no
-        class it says nothing: `unknown` does.
-        """
-        abstention, fit = Abstention.of(unknown, unknown_label, keep, max_error), self._store.fitted()
-        return fit.answers.predict(fit.queries(images), abstention)
-
-    def decision_function(self, images: Any) -> np.ndarray:
-        """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
-        several labels."""
-        fit = self._store.fitted()
-        return fit.head.decision(fit.answers.logits(fit.queries(images)))
-
-    def predict_proba(self, images: Any) -> np.ndarray:
-        """softmax of the logits, (B, C) float32, in the order of `classes_`. With several labels a picture the
-        probability of each class by itself, 1 / (1 + exp(-logit))."""
-        fit = self._store.fitted()
-        return fit.head.probabilities(fit.answers.logits(fit.queries(images)))
-
     def score(self, images: Any, labels: Any) -> float:
         """The share of images whose predicted class is their label: a name, or an integer as at the fit (into
         `classes_` if the fit had names). With several labels a picture, given as for `fit`, the mean average precision
         over the classes that a picture has."""
         fit, listed = self._store.fitted(), as_image_list(images)
         truth = fit.read_labels(listed, labels)
-        return fit.head.quality(truth, fit.answers.logits(fit.queries(listed)))
-
-    def explain(
-        self,
-        images: Any,
-        top: int = 5,
-        nearest: int = 0,
-        unknown: Literal["reject"] | None = None,
-        keep: float = KEEP,
-        max_error: float | None = None,
-    ) -> list[Prediction]:
-        """A Prediction for each image: the `top` classes with what texts, examples and their adapted embeddings
-        contribute to each, and the `nearest` support images. With unknown="reject" and `keep` as in `predict`, its
-        `unknown` has the score, and `label` is None for a picture of none of the classes; with `max_error`, `accepted`
-        is whether `predict` gives the label."""
-        top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
-        abstention, fit = Abstention.of(unknown, None, keep, max_error), self._store.fitted()
-        return fit.answers.explain(fit.queries(images), top, nearest, abstention)
-
-    def predict_jointly(self, images: Any) -> JointPrediction:
-        """Probabilities (B, C) of images that are classified together (methods.joint), which gains most with few shots
-        and many images. Where left-out support images say that it harms, `refused` says why, and the probabilities are
-        those of `predict_proba`."""
-        fit = self._store.fitted()
-        return fit.answers.predict_jointly(fit.queries(images))
-
-    def predict_sets(self, images: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
-        """For each image the labels that it may have, most likely first, or none: a share `coverage` of the sets has
-        the image's label (methods.conformal), with `per_class` of the images of each class. Refused where support
-        images are too few for that: 0.9 takes 9 that can be left out, with `per_class` 9 of each class."""
-        fit = self._store.fitted()
-        return fit.answers.predict_sets(fit.queries(images), coverage, per_class)
-
-    def unknown_score(self, images: Any) -> np.ndarray:
-        """How unlike all classes each image is, (B,) float64: of left-out support images the mean is 0, the standard
-        deviation 1. 95% of known pictures do not exceed `unknown_.threshold(0.95)` (methods.unknown)."""
-        fit = self._store.fitted()
-        return fit.answers.unknown_score(fit.queries(images))
-
-    def automation(self) -> Automation:
-        """What may be automated, as left-out support images say; print it. For each promised error: the least
-        probability of a label that `predict` accepts, the share of images whose label is accepted, and how many of
-        these are wrong. `smallest` is the smallest error that so many images can promise."""
-        return self._store.fitted().answers.automation()
-
-    check = staticmethod(check)  # methods.checks
-
-    def calibration(self) -> Reliability:
-        """How right the probabilities of left-out support images are, by bins of the probability; print it."""
-        return self._store.fitted().answers.calibration()
-
-    def audit(self) -> SupportAudit:
-        """What is wrong with the support images, named by their ids and files, as left-out ones tell: likely wrong
-        labels, near duplicates, classes that are confused or have too few or too alike images
-        (methods.support_audit)."""
-        return self._store.fitted().answers.audit(example_id)
+        return fit.head.quality(truth, self._logits(fit, listed))
 
     def predict_folder(
         self,
@@ -421,7 +316,7 @@ class Classifier(Estimator):
         `accepted`, as in `predict`, and keeps all labels; it is refused with `joint`.
         """
         abstention, fit = check_abstention(unknown, unknown_label, keep, max_error), self._store.fitted()
-        return predict_folder(fit.head, self._reader(batch, skip_bad, threads, decoder), folder, joint, abstention)
+        return predict_folder(fit.head, self._reader(fit, batch, skip_bad, threads, decoder), folder, joint, abstention)
 
     def suggest(
         self,
@@ -435,8 +330,9 @@ class Classifier(Estimator):
         """The n images of a folder and below, or of a Source, to label next: each is typical of as many others, and
         those of which this classifier is uncertain count more (methods.suggest); before a fit all count the same.
         Options are those of `predict_folder`."""
-        head = None if self._fit is None else self._fit.head.require_single_label("suggest")
-        return suggest_from_folder(head, self._reader(batch, skip_bad, threads, decoder), folder, n)
+        fit = self._fit
+        head = None if fit is None else fit.head.require_single_label("suggest")
+        return suggest_from_folder(head, self._reader(fit, batch, skip_bad, threads, decoder), folder, n)
 
     def evaluate(
         self,
@@ -454,70 +350,15 @@ class Classifier(Estimator):
         calibration, mistakes, and what the promises of `predict_sets` (`coverage`) and of unknown="reject" (`keep`) are
         worth; print its `summary()`. Labels are those of `score`, `unknown_images` belong to none of the classes, other
         options are those of `predict_folder`."""
-        fit, reader = self._store.fitted(), self._reader(batch, skip_bad, threads, decoder)
+        fit = self._store.fitted()
+        reader = self._reader(fit, batch, skip_bad, threads, decoder)
         return evaluate_images(fit, reader, images, labels, unknown_images, coverage, keep, bool(self.progress))
 
-    def _reader(self, batch: int | None, skip_bad: bool, threads: int | None, decoder: str) -> Reader:
-        """Decodes and encodes queries, by the fit's encoder or, before a fit, that of the parameters."""
-        fit = self._fit
+    def _reader(self, fit: Fit | None, batch: int | None, skip_bad: bool, threads: int | None, decoder: str) -> Reader:
+        """Decodes and encodes queries by the encoder of `fit`, whose head answers; None: by that of the parameters."""
         clip = self._open() if fit is None else fit.clip
         upright = self.exif_orientation if fit is None else fit.settings.exif_orientation
         return Reader.of((fit or clip).encoder, clip.engine, upright, batch, skip_bad, threads, decoder)
-
-    def add_class(
-        self, name: str, images: Any = (), text: np.ndarray | None = None, descriptions: Sequence[str] | None = None
-    ) -> ChangeResult:
-        """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is its text
-        embedding; None has the text encoder make it of the name and `descriptions`, as `fit` does. An iterator of
-        `images` is taken one after another, never all into memory. The first unreadable image is a BadImageError;
-        nothing is changed then."""
-        return updates.add_class(self._store, name, images, text, descriptions)
-
-    def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
-        """More support images of a class, by id or name; `images` as for `add_class`."""
-        return updates.add_examples(self._store, name_or_id, images)
-
-    def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:
-        """Take support images out. Refused where the method needs one that would go."""
-        return updates.remove_examples(self._store, example_ids)
-
-    def remove_class(self, name_or_id: str) -> ChangeResult:
-        """Take a class out, by id or name, with its images. Refused where fewer than two would be left."""
-        return updates.remove_class(self._store, name_or_id)
-
-    def rename_class(
-        self,
-        name_or_id: str,
-        name: str,
-        text: np.ndarray | None = None,
-        keep_text: bool = False,
-        descriptions: Sequence[str] | None = None,
-    ) -> ChangeResult:
-        """Another name for a class, by id or name, and so another text embedding (`text` and `descriptions` as for
-        `add_class`; earlier descriptions are not kept), unless `keep_text`; its id stays."""
-        return updates.rename_class(self._store, name_or_id, name, text, keep_text, descriptions)
-
-    def tune(
-        self, images: Any = None, labels: Any = None, method: str | None = None, reducer: str | None = None
-    ) -> Config:
-        """Choose the parameters again: on labelled validation images, or by leave-one-out without any. `method` and
-        `reducer` default to the fitted ones; `labels` as for `score`. Returns the choice and its `evidence`
-        (`tuned_`)."""
-        return updates.tune(self._store, images, labels, method, reducer, self.tune_seconds)[0]
-
-    def retune(self) -> ChangeResult:
-        """`tune` on the current examples, as a change."""
-        return updates.tune(self._store, None, None, None, None, self.tune_seconds)[1]
-
-    def calibrate_on(self, images: Any, labels: Any, groups: Any = None) -> ChangeResult:
-        """Let promises rest on labelled pictures from production, instead of left-out support images: `predict_sets`,
-        `max_error`, unknown="reject" and `calibration`; the scale of the probabilities is fitted to them. `labels` as
-        for `score`, `groups` as for `fit`. No label changes.
-
-        Near duplicates of support images are left out; repeated pictures, and those of one group, count as one. At
-        least 9 have to be left. They are saved and kept by changes; those of a class that is removed go. Refused with
-        an open log, and where pictures may have several labels."""
-        return updates.calibrate_on(self._store, images, labels, groups, bool(self.skip_bad))
 
     def open_log(self, path: str | Path) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`. Raises
@@ -533,32 +374,6 @@ class Classifier(Estimator):
         """Why the last change could not be written to the log, and so was not made; "" where it could."""
         log = self._store.log
         return "" if log is None else log.failure
-
-    def optimize(
-        self,
-        images: Any,
-        labels: Sequence[Any] | np.ndarray,
-        objective: Objective = "latency",
-        tolerance: float = 0.5,
-        runtime: str = "auto",
-        precision: str = "auto",
-        pretrained: str | Path | None = None,
-        adapter: str | Path | None = "auto",
-        smaller_images: bool = False,
-        unknown_images: Any = None,
-    ) -> EngineChoice:
-        """Choose the fastest engine that this machine can run and that keeps the accuracy; encode the examples with it.
-
-        `images` and `labels` are those of the fit and of later changes, in any order; `unknown_images` likewise.
-        Engines are built, calibrated on them, timed, and judged by the labels of left-out examples: `tolerance` is the
-        accepted loss of accuracy in points (engine_choice.rejection_reason). The `objective` is "latency" (one image),
-        "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates, `smaller_images`
-        adds some. Some are exported from the CLIP in torch, which a loaded classifier has where `pretrained` (and
-        `adapter`) name it. Returns the table (`engine_choice_`); `version` rises if embeddings change. Refused: an
-        example or an unknown image without its picture, another CLIP than the engine's, an open log, a change
-        meanwhile."""
-        options = OptimizeOptions(objective, tolerance, runtime, precision, smaller_images, bool(self.progress))
-        return updates.optimize(self._store, images, labels, options, pretrained, adapter, unknown_images)
 
     def save(self, folder: str | Path) -> None:
         """Write everything `load` needs to `folder`; a crash leaves the earlier content or the new one. Without a text

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,8 +14,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.abstention import Abstention
-from iosr_fast.head.answers import Answers
+from iosr_fast.head.answering import Answering, FittedAttribute
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import check_multi_label, fit_head, warn_of_look_alikes
 from iosr_fast.head.head import Head
@@ -22,15 +22,10 @@ from iosr_fast.head.labels import are_label_sets, dense, positions, read_groups,
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.automation import Automation
-from iosr_fast.methods.checks import check
-from iosr_fast.methods.conformal import COVERAGE, Reliability
-from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
-from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tune import TUNE_SECONDS, Options
-from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown_images
+from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.validation import check_number
@@ -43,13 +38,23 @@ require("sklearn.base", "sklearn")
 
 from sklearn.base import BaseEstimator, ClassifierMixin  # noqa: E402
 from sklearn.exceptions import NotFittedError  # noqa: E402
+from sklearn.metrics import accuracy_score  # noqa: E402
 from sklearn.utils.multiclass import check_classification_targets  # noqa: E402
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data  # noqa: E402
 
 _BLOCK = 64  # rows that are scored together
 
 
-class FewShotHead(ClassifierMixin, BaseEstimator):
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """What a fit made: a head, the labels (C,) of its classes, and the dtype of y if that was an indicator."""
+
+    head: AnyHead
+    labels: np.ndarray
+    indicator: np.dtype[Any] | None
+
+
+class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
     """A few-shot classifier on embeddings, for scikit-learn's pipelines, cross-validation and searches.
 
     It is the head of a `Classifier` on embeddings that exist already: of a CLIP, or of any encoder whose cosines mean
@@ -103,9 +108,10 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     ((3, 3), 'loo', 12)
     """
 
-    classes_: np.ndarray
-    _answers: Answers
-    _indicator_type: np.dtype[Any] | None
+    _fit: _Fit | None = None
+    _unit_rows = False  # rows of zeros
+    _probability_dtype = np.float64
+    multi_label_ = FittedAttribute(lambda fit: fit.head.fit if isinstance(fit.head, MultiLabelHead) else None)
 
     def __init__(
         self,
@@ -140,28 +146,22 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         """
         options = Options.of(self.get_params(deep=False))
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
-        if several := are_label_sets(y):
+        if are_label_sets(y):
             check_multi_label(options, unknown_images)
-        X, classes, ids, sets = self._read_sets(X, y) if several else self._read_labels(X, y)
-        kept, grouped = self._usable(X, "left out of the support rows"), read_groups(groups, len(X))
-        grouped = None if grouped is None else grouped[kept]
-        examples = Examples(self._embeddings(X[kept]), ids[kept], kept, (None,) * len(kept), groups=grouped)
+        X, classes, ids, sets, indicator = self._read(X, y)
+        kept, embeddings, grouped = self._usable(X, groups, "left out of the support rows")
+        examples = Examples(embeddings, ids[kept], kept, (None,) * len(kept), groups=grouped)
         text, unknown = self._text_rows(classes, X.shape[1]), None
-        if not several:
+        if sets is None:
             if len(empty := np.setdiff1d(np.arange(len(classes)), examples.class_ids)):
                 raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
-            unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
+            if unknown_images is not None:
+                _, unknown, _ = self._usable(self._validated(unknown_images), None, "left out of the unknown rows")
+                check_unknown_images(len(unknown))
             self._check_method(examples.sorted_by_class().as_support(range(len(classes)), text, tau))
         head = fit_head(options, [str(name) for name in classes.tolist()], text, tau, examples, sets, unknown)
         warn_of_look_alikes(head)
-        return self._take(head, classes)
-
-    def _take(self, head: AnyHead, classes: np.ndarray) -> Self:
-        """Answer by this head, with labels of `classes` (C,)."""
-        self.plan_, self.tuned_, config = head.plan, head.evidence, head.config
-        self.method_, self.reducer_, self.parameters_ = config.method, config.reducer, config.parameters
-        self.multi_label_ = head.fit if isinstance(head, MultiLabelHead) else None
-        self.classes_, self._answers = classes, Answers(head, classes, check=False, fill=_BLOCK)
+        self._fit = _Fit(head, classes, indicator)
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -171,17 +171,19 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         Raises IosrFastError for labels other than text, integers, booleans and floats, and names of classes that no
         saved classifier may have (names.check_names); FileExistsError where `folder` holds anything else.
         """
-        head, dtype, columns = self._fitted().head, self.classes_.dtype, getattr(self, "feature_names_in_", None)
-        labels, indicator = "str" if dtype.kind == "U" else dtype.name, self._indicator_type
-        if dtype.kind not in "Ubiuf" and not all(isinstance(label, str) for label in self.classes_.tolist()):
+        fitted, columns = self._fitted(), getattr(self, "feature_names_in_", None)
+        dtype = fitted.labels.dtype
+        labels = "str" if dtype.kind == "U" else dtype.name
+        if dtype.kind not in "Ubiuf" and not all(isinstance(label, str) for label in fitted.labels.tolist()):
             raise IosrFastError(f"expected labels of text, integers, booleans or floats to save, got {labels}")
         parameters = {
             name: value.item() if isinstance(value, np.generic) else value  # a number of NumPy is none of JSON
             for name, value in self.get_params(deep=False).items()
             if name != "text"
         }
-        beside = None if indicator is None else indicator.name, None if columns is None else [*columns]
-        save(SavedHead(head, parameters, labels, *beside), folder)
+        indicator = None if fitted.indicator is None else fitted.indicator.name
+        columns = None if columns is None else [*columns]
+        save(SavedHead(fitted.head, parameters, labels, indicator, columns), folder)
 
     @classmethod
     def load(cls, folder: str | Path, verify: bool = True, expected_digest: str | None = None) -> Self:
@@ -189,11 +191,11 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         `multi_label_` None. Checks and errors are those of Classifier.load."""
         saved = load(SavedHead, folder, verify, expected_digest=expected_digest)
         made = cls(**saved.estimator, text=saved.head.text)
-        made._indicator_type = None if saved.indicator is None else np.dtype(saved.indicator)
+        made._fit = _Fit(saved.head, saved.classes, None if saved.indicator is None else np.dtype(saved.indicator))
         made.n_features_in_ = saved.width
         if saved.columns is not None:
             made.feature_names_in_ = np.array(saved.columns, object)
-        return made._take(saved.head, saved.classes)
+        return made
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         """As scikit-learn writes it; of an array in `text` its shape."""
@@ -205,103 +207,67 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
 
     def calibrate_on(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Let promises rest on labelled rows that are no support rows, as Classifier.calibrate_on."""
-        head, (rows, y) = self._fitted().head.require_single_label("calibrate_on"), self._validated(X, y)
-        kept = self._usable(rows, "left out of the rows to calibrate on")
-        position = positions(self.classes_.tolist(), y.tolist())
+        fitted = self._fitted()
+        head, (rows, y) = fitted.head.require_single_label("calibrate_on"), self._validated(X, y)
+        kept, embeddings, grouped = self._usable(rows, groups, "left out of the rows to calibrate on")
+        position = positions(fitted.labels.tolist(), y.tolist())
         labels = np.array([position[label] for label in y[kept].tolist()])
-        grouped = read_groups(groups, len(rows))
-        grouped = None if grouped is None else grouped[kept]
-        return self._take(head.calibrated_on(self._embeddings(rows[kept]), labels, grouped), self.classes_)
-
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's. After a fit with
-        several labels always (n, C), each class by itself."""
-        answers = self._fitted()
-        return answers.head.decision(answers.logits(self._queries(X)))
-
-    def predict(
-        self,
-        X: Any,
-        unknown: Literal["reject"] | None = None,
-        unknown_label: Any = None,
-        keep: float = KEEP,
-        max_error: float | None = None,
-    ) -> np.ndarray:
-        """The label of the largest logit, (n,); of equal ones the first. After a fit with several labels a frozenset of
-        labels for each row, (n,) of dtype object, or an indicator (n, C) of the dtype of y, as y was. Rows get no label
-        by `unknown` and `max_error` as in Classifier.predict."""
-        abstention, answers = Abstention.of(unknown, unknown_label, keep, max_error), self._fitted()
-        labels = answers.predict(self._queries(X), abstention)
-        return labels if self._indicator_type is None else labels.astype(self._indicator_type)
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """softmax of the logits, (n, C) float64, in the order of `classes_`. After a fit with several labels the
-        probability of each class by itself, 1 / (1 + exp(-logit))."""
-        answers = self._fitted()
-        return answers.head.probabilities(answers.logits(self._queries(X)).astype(np.float64))
-
-    def predict_jointly(self, X: Any) -> JointPrediction:
-        """Probabilities (n, C) float32 of rows that are classified together."""
-        return self._fitted().predict_jointly(self._queries(X))
-
-    def predict_sets(self, X: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
-        """For each row the labels that it may have, most likely first."""
-        return self._fitted().predict_sets(self._queries(X), coverage, per_class)
-
-    def unknown_score(self, X: Any) -> np.ndarray:
-        """How unlike all classes each row is, (n,) float64."""
-        return self._fitted().unknown_score(self._queries(X))
-
-    @property
-    def unknown_(self) -> Unknown:
-        return self._fitted().unknown("unknown_")
-
-    def automation(self) -> Automation:
-        """The share of rows whose label is accepted, for each promised error, as Classifier.automation; print it."""
-        return self._fitted().automation()
-
-    check = staticmethod(check)  # methods.checks
-
-    def calibration(self) -> Reliability:
-        """How right the probabilities of left-out support rows are, by bins; print it for a table."""
-        return self._fitted().calibration()
-
-    def audit(self) -> SupportAudit:
-        """What is wrong with the support rows, named by their positions in the X of `fit`."""
-        return self._fitted().audit(int)
+        self._fit = replace(fitted, head=head.calibrated_on(embeddings, labels, grouped))
+        return self
 
     def suggest(self, X: Any, n: int) -> Suggestions:
         """The n rows of X to label next: the result's `rows` are positions in X. Before the first labels exist, call
         methods.suggest.suggest."""
-        answers, n = self._fitted(), check_integer("n", n, 1)
-        head, queries = answers.head.require_single_label("suggest"), [*self._queries(X)]
-        return suggest(
-            image_rows(Embeddings.concatenate(queries), head.config.which, None), n, entropy(answers.logits(queries))
-        )
+        fitted, n = self._fitted(), check_integer("n", n, 1)
+        head, blocks = fitted.head.require_single_label("suggest"), [*self._queries(fitted, X)]
+        logits = np.concatenate([self._score(fitted, block) for block in blocks])
+        return suggest(image_rows(Embeddings.concatenate(blocks), head.config.which, None), n, entropy(logits))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The share of rows whose predicted label is theirs. After a fit with several labels the mean average precision
         over the classes that a row of y has (utils.ranking.mean_average_precision); y as for `fit`."""
-        answers = self._fitted()
-        if isinstance(answers.head, Head):
-            return float(super().score(X, y, sample_weight))
+        fitted = self._fitted()
+        logits = self._logits(fitted, X)
+        if isinstance(fitted.head, Head):
+            return float(accuracy_score(y, self._labels(fitted, logits), sample_weight=sample_weight))
         if sample_weight is not None:
             raise IosrFastError("several labels an image: expected no sample_weight, got one; leave it out")
-        truth = read_label_sets(y, len(X), self.classes_.tolist())[1]
-        return answers.head.quality(truth, answers.logits(self._queries(X)))
+        return fitted.head.quality(read_label_sets(y, len(X), fitted.labels.tolist())[1], logits)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags
 
-    def _fitted(self) -> Answers:
-        """Raises NotFittedError before a fit."""
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._fit is not None
+
+    def _fitted(self) -> _Fit:
         try:
             check_is_fitted(self)
         except NotFittedError as error:
             raise not_fitted(str(error)) from None
-        return self._answers
+        assert self._fit is not None
+        return self._fit
+
+    def _queries(self, fitted: _Fit, X: Any) -> Iterator[Embeddings]:
+        """Rows to classify, in blocks. A row of zeros stays, with a warning."""
+        rows: np.ndarray = self._validated(X)
+        self._with_direction(rows, "their cosines count as 0, and their labels mean nothing")
+        starts = range(0, len(rows), _BLOCK)
+        return (Embeddings.of_rows(rows[start : start + _BLOCK], self.adapted) for start in starts)
+
+    def _score(self, fitted: _Fit, block: Embeddings) -> np.ndarray:
+        """Logits of a block, scored as one of _BLOCK rows: those of a row have the same bits in any."""
+        filled = block[np.minimum(np.arange(_BLOCK), len(block) - 1)]
+        return super()._score(fitted, filled)[: len(block)]
+
+    def _labels(self, fitted: _Fit, logits: np.ndarray) -> np.ndarray:
+        labels = super()._labels(fitted, logits)
+        return labels if fitted.indicator is None else labels.astype(fitted.indicator)
+
+    def _name_of(self, number: int) -> int:
+        return number
 
     def _validated(self, *rows_and_labels: Any, reset: bool = False) -> Any:
         for name, values in zip(("X", "y"), rows_and_labels, strict=False):
@@ -309,22 +275,12 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         with _as_iosr_errors():
             return validate_data(self, *rows_and_labels, reset=reset, dtype=(np.float64, np.float32), order="C")
 
-    def _queries(self, X: Any) -> Iterator[Embeddings]:
-        """Rows to classify, in blocks. A row of zeros stays, with a warning."""
-        rows: np.ndarray = self._validated(X)
-        self._usable(rows, "their cosines count as 0, and their labels mean nothing")
-        return (self._embeddings(rows[first : first + _BLOCK]) for first in range(0, len(rows), _BLOCK))
+    def _usable(self, rows: np.ndarray, groups: Any, use: str) -> tuple[np.ndarray, Embeddings, np.ndarray | None]:
+        """(k,) the positions of rows that have a direction, their embeddings, and their groups."""
+        kept, grouped = self._with_direction(rows, use), read_groups(groups, len(rows))
+        return kept, Embeddings.of_rows(rows[kept], self.adapted), None if grouped is None else grouped[kept]
 
-    def _unknown_rows(self, unknown: Any) -> Embeddings:
-        rows = self._validated(unknown)
-        rows = rows[self._usable(rows, "left out of the unknown rows")]
-        check_unknown_images(len(rows))
-        return self._embeddings(rows)
-
-    def _embeddings(self, rows: np.ndarray) -> Embeddings:
-        return Embeddings.of_rows(rows, self.adapted)
-
-    def _usable(self, rows: np.ndarray, use: str) -> np.ndarray:
+    def _with_direction(self, rows: np.ndarray, use: str) -> np.ndarray:
         """(k,) the rows that have a direction; a warning names the others and says what becomes of them."""
         if self.adapted and rows.shape[1] % 2:
             raise IosrFastError(
@@ -334,11 +290,20 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         usable = are_usable(rows, self.adapted)
         if len(zero := np.flatnonzero(~usable)):
             message = f"{len(zero)} of {len(rows)} rows of X hold zeros only, the first is row {zero[0]}: {use}"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
         return np.flatnonzero(usable)
 
-    def _read_labels(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
-        """Rows, classes (C,), each row's class by its position (n,), and None."""
+    def _read(
+        self, X: Any, y: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.dtype[Any] | None]:
+        """Rows, classes (C,), and each row's class by its position (n,); of several labels the row (n,) in an indicator
+        (n, C) bool of classes, this, and the dtype of y if it is an indicator."""
+        if are_label_sets(y):
+            X = self._validated(X, reset=True)
+            names, sets = read_label_sets(y, len(X))
+            indicator = None if names is not None else dense(y).dtype
+            classes = np.arange(sets.shape[1]) if names is None else np.array(names, str)
+            return X, classes, np.arange(len(X)), sets, indicator
         X, y = self._validated(X, y, reset=True)
         with _as_iosr_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # of few shots
@@ -346,15 +311,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         classes, ids = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
-        self._indicator_type = None
-        return X, classes, ids.astype(np.int64), None
-
-    def _read_sets(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Rows, classes (C,), the rows of an indicator (n, C) bool of each row's classes, and this."""
-        X = self._validated(X, reset=True)
-        names, sets = read_label_sets(y, len(X))
-        self._indicator_type = None if names is not None else dense(y).dtype
-        return X, np.arange(sets.shape[1]) if names is None else np.array(names, str), np.arange(len(X)), sets
+        return X, classes, ids.astype(np.int64), None, None
 
     def _text_rows(self, classes: np.ndarray, width: int) -> np.ndarray | None:
         if self.text is None:

@@ -139,7 +139,7 @@ def rounded(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def one_by_one(head: FewShotHead) -> FewShotHead:
     """The same fit, of which each support image is left out alone: as look_alikes=False gives it."""
-    inner = head._answers.head
+    inner = head.snapshot()
     alone = replace(inner, config=replace(inner.config, look_alikes=False)).with_computed(plan=inner.plan)
     return copy(head)._take(alone, head.classes_)
 

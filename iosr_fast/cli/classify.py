@@ -128,7 +128,7 @@ def _stream(work: Classify, source: Source, options: ReadOptions, file: TextIO) 
     """Write CSV rows as images are classified."""
     from iosr_fast.files.classify import classify
     from iosr_fast.files.run import Counts
-    from iosr_fast.files.tables import CsvTable, Row, count, row_of
+    from iosr_fast.files.tables import CsvTable, TableRow, count, row_of
 
     reader, table, unread, rejected, accepted = work.open(options), work.table, 0, 0, 0
     assert isinstance(table, CsvTable)
@@ -138,7 +138,7 @@ def _stream(work: Classify, source: Source, options: ReadOptions, file: TextIO) 
     with bar as advance, closing(classify(work.head, reader, source.paths, work.top, work.abstention)) as batches:
         for answers in batches:
             rows = [
-                Row(key, error=one.reason) if isinstance(one, BadImageError) else row_of(key, one, table.fields)
+                TableRow(key, error=one.reason) if isinstance(one, BadImageError) else row_of(key, one, table.fields)
                 for one, key in zip(answers, keys, strict=False)
             ]
             file.write(table.group(rows))

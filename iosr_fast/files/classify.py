@@ -12,9 +12,10 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.reader import Reader
 from iosr_fast.files.stream import Errors
-from iosr_fast.files.tables import Answered, Row
+from iosr_fast.files.tables import Answered, TableRow
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
-from iosr_fast.head.predictions import AnyHead, Rejection, predict_any, predict_jointly, rejections
+from iosr_fast.head.predictions import AnyHead, predict_any, predict_jointly
+from iosr_fast.head.verdict import Rejection, judge
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.scoring.reference import softmax
 
@@ -25,7 +26,7 @@ def classify(
     head: AnyHead, reader: Reader, sources: Sequence[Any], top: int = 1, abstention: Abstention = NONE_WITHHELD
 ) -> Generator[list[Answer], None, None]:
     """For each batch of sources, in order, the Prediction (of `top` and `abstention`) or the error of each source; a
-    LabelSet in place of a Prediction where pictures may have several labels. Raises BadImageError unless `skip_bad`."""
+    MultiLabelPrediction where pictures may have several labels. Raises BadImageError unless `skip_bad`."""
 
     def use(rows: Embeddings) -> Sequence[Answered]:
         return predict_any(head, rows, top, abstention)
@@ -50,17 +51,17 @@ class Together(NamedTuple):
     probabilities: np.ndarray
     rejections: list[Rejection] | None
 
-    def rows(self, keys: Sequence[str], top: int) -> Iterator[Row]:
+    def rows(self, keys: Sequence[str], top: int) -> Iterator[TableRow]:
         """A row of `top` classes for each image."""
         names, read = self.joint.classes, 0
         for key, error in zip(keys, self.errors, strict=True):
             if error is not None:
-                yield Row(key, error=error.reason)
+                yield TableRow(key, error=error.reason)
                 continue
             probabilities = self.probabilities[read]
             best = np.argsort(-probabilities, kind="stable")[:top]
             classes = [[str(names[c]), float(probabilities[c])] for c in best]
-            yield Row(key, classes, None if self.rejections is None else self.rejections[read])
+            yield TableRow(key, classes, None if self.rejections is None else self.rejections[read])
             read += 1
 
 
@@ -80,18 +81,17 @@ def classify_jointly(
             "expected no max_error (--max-error) with joint (--joint): the promise rests on support images that are "
             "classified alone; leave one of both out"
         )
-    one = head.require_single_label("classifying together")
+    single = head.require_single_label("classifying together")
     errors, queries = reader.embed(sources, advance)
     if queries is None:
-        queries = one.examples.embeddings[:0]
-    classes = np.array(one.class_names, str)
+        queries = single.examples.embeddings[:0]
+    classes = np.array(single.class_names, str)
     if abstention.keep is None:
-        joint = predict_jointly(one, queries, classes)
+        joint = predict_jointly(single, queries, classes)
         return Together(errors, joint, joint.probabilities, None)
-    found = rejections(one, queries, abstention.keep)
-    rejected = np.array([each.rejected for each in found], bool)
-    joint = predict_jointly(one, queries[~rejected], classes)
-    probabilities = np.empty((len(queries), len(one.uids)), np.float32)
-    probabilities[~rejected] = joint.probabilities
-    probabilities[rejected] = softmax(one.score(queries[rejected]))
-    return Together(errors, joint, probabilities, found)
+    verdict = judge(single, queries, abstention)
+    assert verdict.rejected is not None
+    joint = predict_jointly(single, queries[~verdict.rejected], classes)
+    probabilities = softmax(verdict.logits)
+    probabilities[~verdict.rejected] = joint.probabilities
+    return Together(errors, joint, probabilities, verdict.rejections)

@@ -13,6 +13,7 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.reader import Reader
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.quality import MISTAKES, Evaluation, Mistake, SetCoverage, UnknownResult
+from iosr_fast.head.verdict import judge, unknown_scores
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits
@@ -35,10 +36,8 @@ def evaluate_images(
 ) -> Evaluation:
     """As Classifier.evaluate. `shown` is whether to show bars."""
     coverage, keep = check_share("coverage", coverage), check_share("keep", keep)
-    head, listed = (
-        fit.head.require_single_label("evaluate", "score gives the mean average precision"),
-        as_image_list(images),
-    )
+    head = fit.head.require_single_label("evaluate", "score gives the mean average precision")
+    listed = as_image_list(images)
     class_ids = fit.read_labels(listed, labels)
     others = [] if unknown_images is None else as_image_list(unknown_images)
     errors: list[BadImageError] = []
@@ -51,27 +50,27 @@ def evaluate_images(
         return rows, [source if isinstance(source := sources[i], str | Path) else i for i in rows.tolist()], embeddings
 
     with progress("encode", len(listed) + len(others), shown=shown) as advance:
-        rows, names, known = encoded(listed)
-        if known is None:
+        rows, names, embeddings = encoded(listed)
+        if embeddings is None:
             raise IosrFastError(f"expected images to evaluate on, got {len(listed)}, none of which can be read")
         _, other_names, unknown = encoded(others) if len(others) else (rows, [], None)
-    found = _measure_unknown(head, known, unknown, other_names, keep)
-    return _measure(head, known, class_ids[rows], names, coverage, unknown=found, errors=tuple(errors))
+    result = _measure_unknown(head, embeddings, unknown, other_names, keep)
+    return _measure(head, embeddings, class_ids[rows], names, coverage, unknown=result, errors=tuple(errors))
 
 
 def _measure(
-    head: Head, embeddings: Embeddings, labels: np.ndarray, images: Sequence[Any], coverage: float, **known: Any
+    head: Head, embeddings: Embeddings, labels: np.ndarray, images: Sequence[Any], coverage: float, **others: Any
 ) -> Evaluation:
-    """The Evaluation of B images by their embeddings (B, D), the positions of their classes (B,) and their names; its
-    other fields are `known`."""
+    """The Evaluation of B images by their embeddings (B, D), the positions of their classes (B,) and their names;
+    `others` are the fields that are measured already."""
     left_out = head.left_out_labels
     reason = _refusal(left_out.thresholds, coverage)
 
     def judged(rows: slice) -> np.ndarray:
-        logits, of_rows = head.score(embeddings[rows]), labels[rows]
-        members = np.zeros(logits.shape, bool) if reason else left_out.sets(logits, coverage)
-        one, covered = of_logits(logits, of_rows), members[np.arange(len(of_rows)), of_rows]
-        return np.stack([one.odds, one.top_odds, one.right, one.log_loss, logits.argmax(1), members.sum(1), covered])
+        verdict, of_rows = judge(head, embeddings[rows]), labels[rows]
+        members = np.zeros(verdict.logits.shape, bool) if reason else left_out.sets(verdict.logits, coverage)
+        one, covered = of_logits(verdict.logits, of_rows), members[np.arange(len(of_rows)), of_rows]
+        return np.stack([one.odds, one.top_odds, one.right, one.log_loss, verdict.labels, members.sum(1), covered])
 
     blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
     odds, top_odds, right, log_loss, predicted, sizes, covered = np.concatenate(blocks, axis=1)
@@ -95,37 +94,36 @@ def _measure(
         sets=SetCoverage(coverage, *shares, reason),
         automation=automation(left_out, outcome),
         expected_automation=automation(left_out),
-        **known,
+        **others,
     )
 
 
 def _measure_unknown(
-    head: Head, known: Embeddings, unknown: Embeddings | None, images: Sequence[Any], keep: float
+    head: Head, embeddings: Embeddings, unknown: Embeddings | None, images: Sequence[Any], keep: float
 ) -> UnknownResult:
     """What predict(unknown="reject", keep=keep) does with embeddings of the classes, and with those of none."""
     if not len(head.examples):
         return UnknownResult(keep, reason="there are no support images")
-    model = head.unknown
-    scores = model.score(known)
-    reason = _refusal(model.threshold, keep)
-    limit = math.nan if reason else model.threshold(keep)
-    kept = math.nan if reason else float((scores <= limit).mean())
+    reason = _refusal(head.unknown.threshold, keep)
+    promised = None if reason else keep
+    scores, rejected = unknown_scores(head, embeddings, promised)
+    kept = math.nan if reason else float((~rejected).mean())
     if unknown is None:
         return UnknownResult(keep, kept, reason=reason)
-    others = model.score(unknown)
-    accepted = np.argsort(others, kind="stable")[: (others <= limit).sum()][:MISTAKES]
+    others, others_rejected = unknown_scores(head, unknown, promised)
+    accepted = np.argsort(others, kind="stable")[: 0 if reason else np.count_nonzero(~others_rejected)][:MISTAKES]
     mistakes = _mistakes(head, unknown, accepted, images, [(None, 0.0)] * len(accepted))
-    rejected = math.nan if reason else float((others > limit).mean())
-    return UnknownResult(keep, kept, len(others), rejected, auroc(others, scores), mistakes, reason)
+    share = math.nan if reason else float(others_rejected.mean())
+    return UnknownResult(keep, kept, len(others), share, auroc(others, scores), mistakes, reason)
 
 
 def _mistakes(
     head: Head, embeddings: Embeddings, rows: np.ndarray, images: Sequence[Any], truths: Sequence[Truth]
 ) -> tuple[Mistake, ...]:
-    found = predict(head, embeddings[rows], 1, _NEAREST) if len(rows) else []
+    predictions = predict(head, embeddings[rows], 1, _NEAREST) if len(rows) else []
     return tuple(
         Mistake(images[row], *truth, one.top[0].label, one.top[0].probability, one.nearest)
-        for row, truth, one in zip(rows.tolist(), truths, found, strict=True)
+        for row, truth, one in zip(rows.tolist(), truths, predictions, strict=True)
     )
 
 

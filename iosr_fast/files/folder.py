@@ -14,10 +14,10 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.classify import classify, classify_jointly
 from iosr_fast.files.reader import Reader
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
-from iosr_fast.head.predictions import AnyHead, Rejection, label_columns
+from iosr_fast.head.predictions import AnyHead, label_columns
+from iosr_fast.head.verdict import Rejection, replaced
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.methods.unknown import without_rejected
 
 
 @dataclass(frozen=True)
@@ -79,31 +79,34 @@ def predict_folder(
     """As Classifier.predict_folder."""
     listing = list_images(folder)
     if joint or abstention != NONE_WITHHELD:
-        one = head.require_single_label("predict_folder with joint, unknown or max_error", "leave them out")
-        abstention.check(one)
-    together, accepted = classify_jointly(head, reader, listing.paths, abstention) if joint else None, None
-    if together is not None:
-        unread, found = together.errors, together.rejections
+        single = head.require_single_label("predict_folder with joint, unknown or max_error", "leave them out")
+        abstention.check(single)
+    together, accepted = None, None
+    if joint:
+        together = classify_jointly(head, reader, listing.paths, abstention)
+        errors, rejections = together.errors, together.rejections
         labels = together.joint.classes[together.probabilities.argmax(1)]
         probabilities = together.probabilities.max(1)
     else:
         with closing(classify(head, reader, listing.paths, 1, abstention)) as batches:
             answers = list(chain.from_iterable(batches))
-        unread = [answer if isinstance(answer, BadImageError) else None for answer in answers]
+        errors = [answer if isinstance(answer, BadImageError) else None for answer in answers]
         readable = [answer for answer in answers if not isinstance(answer, BadImageError)]
         labels, probabilities = label_columns(head, readable)
-        found = None if abstention.keep is None else [one.unknown for one in readable if one.unknown is not None]
+        rejections = None
+        if abstention.keep is not None:
+            rejections = [one.unknown for one in readable if one.unknown is not None]
         if abstention.max_error is not None:
             accepted = np.array([one.accepted for one in readable], bool)
-    if found is not None:
-        labels = without_rejected(labels, np.array([one.rejected for one in found], bool), abstention.label)
+    if rejections is not None:
+        labels = replaced(labels, np.array([one.rejected for one in rejections], bool), abstention.label)
     return FolderPredictions(
-        [Path(path) for path, error in zip(listing.paths, unread, strict=True) if error is None],
+        [Path(path) for path, error in zip(listing.paths, errors, strict=True) if error is None],
         labels,
         probabilities,
-        [error for error in unread if error is not None],
+        [error for error in errors if error is not None],
         listing.skipped,
         None if together is None else together.joint,
-        found,
+        rejections,
         accepted,
     )

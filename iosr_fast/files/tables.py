@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TextIO, TypeAlias
 
 from iosr_fast.head.labels import SEPARATOR
-from iosr_fast.head.predictions import LabelSet, Prediction, Rejection
+from iosr_fast.head.predictions import MultiLabelPrediction, Prediction
+from iosr_fast.head.verdict import Rejection
 from iosr_fast.utils.csv_text import escaped, line_writer, recovered
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
-Answered: TypeAlias = Prediction | LabelSet
+Answered: TypeAlias = Prediction | MultiLabelPrediction
 SUFFIXES = (".csv", ".parquet")
 LABELS = ("label", "probability")  # the fields of a class in a file
 SCORES = ("label", "class_id", "probability", "zero_shot", "cache", "adapter")  # and in a folder of parts
@@ -29,7 +30,7 @@ ACCEPTED = "accepted"  # the column that they have where there is a promise abou
 _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """An image's `classes`, best first, each with the values of the table's fields, or why it can't be read. Where
     pictures may have several labels, the classes are those that it has."""
 
@@ -53,17 +54,18 @@ class Labelled(NamedTuple):
     accepted: bool | None = None
 
 
-def row_of(key: str, answer: Answered, fields: Sequence[str]) -> Row:
-    if isinstance(answer, LabelSet):
-        return Row(key, answer.pairs)
+def row_of(key: str, answer: Answered, fields: Sequence[str]) -> TableRow:
+    if isinstance(answer, MultiLabelPrediction):
+        return TableRow(key, answer.pairs)
     classes = [[getattr(one, name) for name in fields] for one in answer.top]
-    return Row(key, classes, answer.unknown, accepted=answer.accepted)
+    return TableRow(key, classes, answer.unknown, accepted=answer.accepted)
 
 
-def count(rows: Iterable[Row]) -> tuple[int, int]:
+def count(rows: Iterable[TableRow]) -> tuple[int, int]:
     """How many pictures are rejected, and how many labels are accepted."""
     rows = list(rows)
-    return sum(row.unknown is not None and row.unknown.rejected for row in rows), sum(row.accepted or 0 for row in rows)
+    rejected = sum(row.unknown is not None and row.unknown.rejected for row in rows)
+    return rejected, sum(row.accepted or 0 for row in rows)
 
 
 @dataclass(frozen=True)
@@ -72,25 +74,25 @@ class CsvTable:
     `top`; unknown_score with `unknown_label`, the label of rejected pictures, whose other columns say their most likely
     classes; accepted, true or false, with `accepted`; error, why an image can't be read.
 
-    With `several` labels a picture: path, labels and probabilities of those that it has, each joined by SEPARATOR, most
+    With `multi_label`: path; labels and probabilities of those that a picture has, each joined by SEPARATOR, the most
     likely first; error. Texts are `escaped`.
     """
 
     top: int = 1
     unknown_label: str | None = None
-    several: bool = False
+    multi_label: bool = False
     accepted: bool = False
     suffix: ClassVar[str] = ".csv"
     fields: tuple[str, ...] = LABELS
 
     def header(self) -> str:
-        names = ["labels", "probabilities"] if self.several else list(LABELS)
-        if not self.several:
+        names = ["labels", "probabilities"] if self.multi_label else list(LABELS)
+        if not self.multi_label:
             names += [f"{name}_{place}" for place in range(2, self.top + 1) for name in LABELS]
         names += [UNKNOWN_SCORE] * (self.unknown_label is not None) + [ACCEPTED] * self.accepted
         return self._lines([["path", *names, "error"]])
 
-    def group(self, rows: Iterable[Row]) -> str:
+    def group(self, rows: Iterable[TableRow]) -> str:
         return self._lines(map(self._cells, rows))
 
     def save(self, path: Path, group: str) -> None:
@@ -110,11 +112,11 @@ class CsvTable:
         line_writer(text).writerows(rows)
         return text.getvalue()
 
-    def _cells(self, row: Row) -> list[str]:
+    def _cells(self, row: TableRow) -> list[str]:
         if row.error:
-            blank = 2 * (1 if self.several else self.top) + (self.unknown_label is not None) + self.accepted
+            blank = 2 * (1 if self.multi_label else self.top) + (self.unknown_label is not None) + self.accepted
             return [escaped(row.key), *[""] * blank, escaped(row.error)]
-        if self.several:
+        if self.multi_label:
             labels = SEPARATOR.join(label for label, _ in row.classes)
             cells = [escaped(labels), SEPARATOR.join(f"{probability:.4f}" for _, probability in row.classes)]
         else:
@@ -144,7 +146,7 @@ class ParquetTable:
     accepted: bool = False
     suffix: ClassVar[str] = ".parquet"
 
-    def group(self, rows: Iterable[Row]) -> Any:
+    def group(self, rows: Iterable[TableRow]) -> Any:
         pa = require("pyarrow", "parquet")
         kinds = {name: pa.string() if name in ("label", "class_id") else pa.float32() for name in self.fields}
         rows = list(rows)

@@ -20,7 +20,7 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.files import embedding_files
 from iosr_fast.files.embedding_files import Part
 from iosr_fast.files.reader import Reader
-from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, Row, count, row_of
+from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, TableRow, count, row_of
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, predict_any
@@ -68,8 +68,8 @@ class Embed:
 
     def open(self, options: ReadOptions) -> Reader:
         encoder = open_engine(self.folder, options.runtime, threads=options.threads)
-        known = options.batch, options.skip_bad, options.threads
-        return Reader.of(encoder, Path(self.folder), True, *known, self.decoder)
+        chosen = options.batch, options.skip_bad, options.threads
+        return Reader.of(encoder, Path(self.folder), True, *chosen, self.decoder)
 
     def use(self, embeddings: Embeddings) -> Embeddings:
         return embeddings.to_numpy()
@@ -113,18 +113,18 @@ class Classify:
         """Raise IosrFastError, before an image is read, for what this classifier can't do; with `single_label` for
         one of several labels a picture."""
         if single_label or self.form != "csv" or self.top > 1 or self.abstention != NONE_WITHHELD:
-            one = self.head.require_single_label(
+            single = self.head.require_single_label(
                 "a table with --joint, --reject-unknown, --max-error, --html, --top or in another format than CSV",
                 "leave these out, and give a .csv file for --out, or none",
             )
-            self.abstention.check(one)
+            self.abstention.check(single)
 
     @cached_property
     def table(self) -> CsvTable | ParquetTable:
         label, accepted = self.abstention.label, self.abstention.max_error is not None
         if self.form == "csv":
-            several = isinstance(self.head, MultiLabelHead)
-            return CsvTable(min(self.top, len(self.head.class_names)), label, several, accepted)
+            classes, multi_label = len(self.head.class_names), isinstance(self.head, MultiLabelHead)
+            return CsvTable(min(self.top, classes), label, multi_label, accepted)
         if self.form == "parquet":
             return ParquetTable(label, accepted=accepted)
         return ParquetTable(label, "key", SCORES, accepted)
@@ -151,8 +151,8 @@ class Classify:
 
     def open(self, options: ReadOptions) -> Reader:
         fit = self.bundle.open(options.runtime, options.threads, 1)
-        known = options.batch, options.skip_bad, options.threads
-        return Reader.of(fit.encoder, fit.clip.engine, fit.settings.exif_orientation, *known, self.decoder)
+        chosen = options.batch, options.skip_bad, options.threads
+        return Reader.of(fit.encoder, fit.clip.engine, fit.settings.exif_orientation, *chosen, self.decoder)
 
     def use(self, embeddings: Embeddings) -> Predictions:
         return predict_any(self.head, embeddings, self.top, self.abstention)
@@ -162,7 +162,7 @@ class Classify:
     ) -> tuple[int, int]:
         predictions = chain.from_iterable(results)
         rows = [
-            row_of(key, next(predictions), self.table.fields) if error is None else Row(key, error=error)
+            row_of(key, next(predictions), self.table.fields) if error is None else TableRow(key, error=error)
             for key, error in zip(keys, errors, strict=True)
         ]
         self.table.save(path, self.table.group(rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.answers import Answers
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings
@@ -27,7 +26,8 @@ class Fit:
 
     `skipped` has the errors of unreadable images that were left out, `engine_choice` the candidates for the engine,
     where it was chosen. With `integer_labels`, the label of a class is its uid: its position in the class names of the
-    fit, which no later change moves.
+    fit, which no later change moves. `token` is the same object in all that changes make of a fit, as long as new
+    images can be encoded for any of them: another fit and another encoder have another token.
     """
 
     clip: OpenedClip
@@ -36,6 +36,7 @@ class Fit:
     skipped: tuple[BadImageError, ...] = ()
     integer_labels: bool = False
     engine_choice: EngineChoice | None = None
+    token: object = field(default_factory=object, repr=False)
 
     @property
     def encoder(self) -> Encoder:
@@ -43,10 +44,10 @@ class Fit:
         return self.clip.encoder_for(self.head.needs_adapted)
 
     @cached_property
-    def answers(self) -> Answers:
-        """The answers of the head; the labels of its classes are their names, or their uids (int64)."""
+    def labels(self) -> np.ndarray:
+        """(C,) what answers call the classes: their names, or their uids (int64)."""
         head = self.head
-        return Answers(head, np.array(head.uids, np.int64) if self.integer_labels else np.array(head.class_names, str))
+        return np.array(head.uids, np.int64) if self.integer_labels else np.array(head.class_names, str)
 
     def read_labels(self, images: Sequence[Any], labels: Any) -> np.ndarray:
         """The classes of labelled images, as the head reads labels."""

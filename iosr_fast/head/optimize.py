@@ -41,6 +41,7 @@ def optimize(
     again, and the head is of this `version`. Classes, texts, ids, thumbnails, method and parameters stay."""
     head = fit.head.require_single_label("the choice of an engine")
     clip, choice = choose_engine(fit, images, options)
+    token = fit.token
     if clip.encoder.fingerprint != fit.clip.encoder.fingerprint:
         total, views = len(images) + len(unknown_images), replace(fit.settings, thumbnail=0)
         rows = np.searchsorted(np.array(head.uids), head.examples.class_ids)
@@ -50,7 +51,8 @@ def optimize(
         examples = replace(head.examples, embeddings=encoded.embeddings, queries=encoded.queries)
         reducer = head.config.fit_reducer(examples.as_support(head.uids, head.text, head.tau))
         head = replace(head, examples=examples, reducer=reducer, version=version, unknown_images=unknown).compiled()
-    return replace(fit, clip=clip, head=head, engine_choice=choice)
+        token = object()
+    return replace(fit, clip=clip, head=head, engine_choice=choice, token=token)
 
 
 @dataclass
@@ -209,7 +211,7 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
     """
     head, examples, total = fit.head, fit.head.examples, len(images)
     if len(labels) == total:
-        present = set(fit.answers.labels.tolist())
+        present = set(fit.labels.tolist())
         known = [i for i, label in enumerate(labels) if label in present]
         images, labels = [images[i] for i in known], [labels[i] for i in known]
     classes = fit.read_labels(images, labels)

@@ -14,6 +14,7 @@ from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.multi_label import MultiLabelHead
+from iosr_fast.head.verdict import Rejection, Verdict, judge
 from iosr_fast.methods import joint
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.scoring.arrays import add_product_blas
@@ -62,25 +63,13 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """Whether a picture belongs to none of the classes: `score` (Classifier.unknown_score) is above the threshold.
-
-    >>> Rejection(score=3.2, rejected=True).rejected
-    True
-    """
-
-    score: float
-    rejected: bool
-
-
-@dataclass(frozen=True)
 class Prediction:
     """The label of one image and the reasons for it, all of one `version` of the classifier.
 
     `top` are the classes with the largest logits, best first: top[0] is the label. `nearest` are the support images
     with the largest cosines, best first. `unknown` is None unless it was asked for; `label` and
     `class_id` are None for a picture that is rejected. `accepted` is whether a promise about errors lets the label pass
-    that nobody looks at, None unless it was asked for. The other fields are those of top[0] (ClassScore).
+    without a look, None unless it was asked for. The other fields are those of top[0] (ClassScore).
 
     >>> from iosr_fast import Classifier
     >>> from iosr_fast.clip.demo.pictures import load_pictures
@@ -121,10 +110,10 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class LabelSet:
+class MultiLabelPrediction:
     """The labels of one image that may have several, or none, and their probabilities, most likely first.
 
-    >>> LabelSet(("cat", "sofa"), (0.9, 0.7)).labels
+    >>> MultiLabelPrediction(("cat", "sofa"), (0.9, 0.7)).labels
     ('cat', 'sofa')
     """
 
@@ -141,24 +130,23 @@ class LabelSet:
 def predict(
     head: Head, embeddings: Embeddings, top: int = 1, nearest: int = 0, abstention: Abstention = NONE_WITHHELD
 ) -> list[Prediction]:
-    """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
+    """A Prediction for each query (B, D), of the Verdict by `abstention`; `top` and `nearest` as of `explained`."""
+    top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
+    return explained(head, embeddings, judge(head, embeddings, abstention), top, nearest)
+
+
+def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, nearest: int) -> list[Prediction]:
+    """A Prediction for each query of a Verdict: its `top` classes and `nearest` support images, or all if there are
+    fewer.
 
     logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (Config.text_weight), 0 without texts;
     cache is the contribution of the support images, through keys or a linear term, and `adapter` of it what adapted
     embeddings contribute (_adapter_part). Ties fall to the first class, as in argmax.
-
-    `abstention.keep` asks for `unknown`, `abstention.max_error` for `accepted`: what they rest on is computed at its
-    first use (Abstention.check). Embeddings on a GPU are scored there.
     """
-    top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
-    logits = head.score(embeddings)
-    embeddings = embeddings.to_numpy()
-    found: Sequence[Rejection | None] = [None] * len(logits)
-    accepted: Sequence[bool | None] = [None] * len(logits)
-    if abstention.keep is not None:
-        found = rejections(head, embeddings, abstention.keep)
-    if abstention.max_error is not None:
-        accepted = head.accepts(logits, abstention.max_error).tolist()
+    logits, embeddings = verdict.logits, embeddings.to_numpy()
+    unasked = [None] * len(logits)
+    rejections = verdict.rejections or unasked
+    accepted = unasked if verdict.accepted is None else verdict.accepted.tolist()
     zero_shot = np.zeros_like(logits)
     if head.text is not None:
         zero_shot = np.float32(head.config.text_weight * head.tau) * (embeddings.plain @ head.text.T)
@@ -171,9 +159,9 @@ def predict(
         columns = (part[b, classes].tolist() for part in parts)
         scores = tuple(ClassScore(names[c], ids[c], *row) for c, *row in zip(classes.tolist(), *columns, strict=True))
         fields = {**vars(scores[0]), "top": scores, "nearest": neighbours[b], "version": head.version}
-        fields |= {"unknown": found[b], "accepted": accepted[b]}
-        if (rejection := found[b]) is not None and rejection.rejected:
-            fields |= {"label": None, "class_id": None, "accepted": accepted[b] and False}
+        fields |= {"unknown": rejections[b], "accepted": accepted[b]}
+        if verdict.rejected is not None and verdict.rejected[b]:
+            fields |= {"label": None, "class_id": None}
         predictions.append(Prediction(**fields))
     return predictions
 
@@ -205,8 +193,8 @@ def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.n
 
 def predict_any(
     head: AnyHead, embeddings: Embeddings, top: int, abstention: Abstention = NONE_WITHHELD
-) -> Sequence[Prediction | LabelSet]:
-    """For each query a Prediction (predictions.predict), or by a MultiLabelHead a LabelSet."""
+) -> Sequence[Prediction | MultiLabelPrediction]:
+    """For each query a Prediction (predictions.predict), or by a MultiLabelHead a MultiLabelPrediction."""
     if isinstance(head, Head):
         return predict(head, embeddings, top, abstention=abstention)
     logits = head.score(embeddings)
@@ -214,11 +202,11 @@ def predict_any(
     for row, chosen in zip(head.probabilities(logits), head.members(logits), strict=True):
         classes = np.flatnonzero(chosen)
         classes = classes[np.argsort(-row[classes], kind="stable")]
-        sets.append(LabelSet(tuple(head.class_names[c] for c in classes), tuple(row[classes].tolist())))
+        sets.append(MultiLabelPrediction(tuple(head.class_names[c] for c in classes), tuple(row[classes].tolist())))
     return sets
 
 
-def label_columns(head: AnyHead, answers: Sequence[Prediction | LabelSet]) -> tuple[np.ndarray, np.ndarray]:
+def label_columns(head: AnyHead, answers: Sequence[Prediction | MultiLabelPrediction]) -> tuple[np.ndarray, np.ndarray]:
     """The labels (B,) of `predict_any`'s answers, of the most likely class, and their probabilities (B,) float32; by a
     MultiLabelHead frozensets of labels, and dicts of each of these and its probability, of dtype object."""
     pairs = [answer.pairs for answer in answers]
@@ -227,12 +215,6 @@ def label_columns(head: AnyHead, answers: Sequence[Prediction | LabelSet]) -> tu
     labels, probabilities = np.empty(len(pairs), object), np.empty(len(pairs), object)
     labels[:], probabilities[:] = [frozenset(dict(one)) for one in pairs], [dict(one) for one in pairs]
     return labels, probabilities
-
-
-def rejections(head: Head, embeddings: Embeddings, keep: float) -> list[Rejection]:
-    """Of each query, where a share `keep` of known pictures is not rejected. Raises as Unknown.threshold."""
-    limit = head.unknown.threshold(keep)
-    return [Rejection(score, score > limit) for score in head.unknown.score(embeddings).tolist()]
 
 
 def predict_jointly(
@@ -256,8 +238,8 @@ def _neighbours(head: Head, embeddings: Embeddings, nearest: int) -> list[tuple[
         return Neighbour(example_id(examples.ids[j]), name, class_id(uid), min(max(cosine, -1.0), 1.0))
 
     cosines = rows @ head.compared.T
-    found = zip(cosines, _largest(cosines, nearest), strict=True)
-    return [tuple(map(neighbour, best.tolist(), row[best].tolist())) for row, best in found]
+    rows_and_best = zip(cosines, _largest(cosines, nearest), strict=True)
+    return [tuple(map(neighbour, best.tolist(), row[best].tolist())) for row, best in rows_and_best]
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

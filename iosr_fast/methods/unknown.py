@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -173,19 +172,6 @@ def count_unscored(support: SupportSet, folds: Folds) -> int:
     """How many classes have support images, but none that `folds` score."""
     scored = np.bincount(support.labels[folds.rows], minlength=support.n_classes)
     return int(((support.counts > 0) & (scored == 0)).sum())
-
-
-def without_rejected(labels: np.ndarray, rejected: np.ndarray, word: Any) -> np.ndarray:
-    """Labels (B,) with `word` for rejected pictures; an array of objects unless it and the labels are strings.
-
-    >>> without_rejected(np.array(["cat", "dog"]), np.array([False, True]), None)
-    array(['cat', None], dtype=object)
-    """
-    if isinstance(word, str) and labels.dtype.kind == "U":
-        return np.where(rejected, word, labels)
-    result = labels.astype(object)
-    result[rejected] = word
-    return result
 
 
 def check_unknown_images(count: int) -> None:

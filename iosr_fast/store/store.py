@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.fitted import Fit
@@ -15,7 +14,6 @@ from iosr_fast.store.change_log import ChangeLog
 from iosr_fast.store.changes import Change, ChangeResult
 from iosr_fast.utils.estimator import not_fitted
 
-T = TypeVar("T")
 _REFIT = "fit again with all pictures and their labels"
 
 
@@ -34,9 +32,10 @@ class Store:
 
     def fitted(self) -> Fit:
         """The fit. Raises NotFittedError before there is one."""
-        if self.fit is None:
+        fit = self.fit
+        if fit is None:
             raise not_fitted("this Classifier is not fitted yet: call fit or fit_folder first")
-        return self.fit
+        return fit
 
     def changeable(self, call: str) -> Fit:
         """The fit. Raises IosrFastError where its head takes no changes."""
@@ -53,13 +52,14 @@ class Store:
         """
         with self.lock:
             current = self.fitted()
-            if (current.clip, current.settings) != (fit.clip, fit.settings):
+            if current.token is not fit.token:
                 raise IosrFastError(
                     "the classifier was fitted again while images or texts were encoded: repeat the change"
                 )
             before = current.head.require_single_label("a change", _REFIT)
             if self.log is not None:
                 before = self.log.settle(before)
+                self.fit = current = replace(current, head=before)  # at once: this change may be refused
             change = make(before)
             head = change.apply(before).compiled()
             if self.log is not None:
@@ -104,13 +104,3 @@ class Store:
             if self.log is not None:
                 log, self.log = self.log, None
                 log.close()
-
-
-class FittedAttribute(Generic[T]):
-    """An attribute of Classifier that is read from its fit. Raises NotFittedError before there is one."""
-
-    def __init__(self, read: Callable[[Fit], T]) -> None:
-        self._read = read
-
-    def __get__(self, classifier: Any, owner: type | None = None) -> T:
-        return self._read(classifier._store.fitted())

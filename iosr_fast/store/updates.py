@@ -1,7 +1,6 @@
 """Changes as callers ask for them: names and ids are checked, images encoded and texts embedded, then a Change is made.
 
 Encoding needs no lock, so that other calls go on; a Change is made under the lock of writers (store.Store).
-Arguments, results and errors are those of the Classifier's methods of the same names.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from msgspec import structs
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.descriptions import check_descriptions
-from iosr_fast.head.engine_choice import EngineChoice, OptimizeOptions
+from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head, HeadData
-from iosr_fast.head.ids import class_id
+from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.labels import read_groups
 from iosr_fast.head.names import check_new_name
-from iosr_fast.head.support_images import encode_images
+from iosr_fast.head.support_images import NONE_OF_THE_CLASSES, encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.config import Config
@@ -38,135 +37,197 @@ from iosr_fast.utils.numbers import refuse_masked
 
 log = logging.getLogger(__name__)
 
-
-def add_class(store: Store, name: str, images: Any, text: np.ndarray | None, descriptions: Any) -> ChangeResult:
-    fit = store.changeable("add_class")
-    _check_name(fit.head, name)
-    row, encoded, method = _text(fit, name, text, descriptions), _encode(fit, images), fit.head.config.method
-    if encoded is None and METHODS[method].needs_support:
-        raise IosrFastError(f"expected at least one image of {name!r}, got none: {method} compares images")
-    return store.change(fit, lambda head: Change("add_class", head.next_class, name, row, _numbered(encoded, head)))
+# The most by which the cosine of a picture with itself falls short of 1. Measured: 2.4e-7 by float32 sums, 4e-14 beside
+# them where an engine encodes it alone and among 64, in fp32, fp16 and int8; other pictures of the demo are above 1e-3.
+_SAME = 1e-6
 
 
-def add_examples(store: Store, name_or_id: str, images: Any) -> ChangeResult:
-    fit = store.changeable("add_examples")
-    fit.head.find_class(name_or_id)
-    encoded = _encode(fit, images)
-    if encoded is None:
-        raise IosrFastError(f"expected at least one image to add to {name_or_id!r}, got none")
+class Changing:
+    """The changes of a Classifier. Each is made as a whole, in its turn, or refused with nothing changed."""
 
-    def make(head: Head) -> Change:
-        uid = head.find_class(name_or_id)
-        return Change("add_examples", uid, added=_numbered(encoded, head, uid))
+    _store: Store
+    progress: bool
+    skip_bad: bool
+    tune_seconds: float
 
-    return store.change(fit, make)
+    def add_class(
+        self, name: str, images: Any = (), text: np.ndarray | None = None, descriptions: Sequence[str] | None = None
+    ) -> ChangeResult:
+        """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is its text
+        embedding; None has the text encoder make it of the name and `descriptions`, as `fit` does. An iterator of
+        `images` is taken one after another, never all into memory. The first unreadable image is a BadImageError, and a
+        picture that another class has an IosrFastError; nothing is changed then."""
+        fit = self._store.changeable("add_class")
+        _check_name(fit.head, name)
+        row = _text(fit, name, text, descriptions)
+        encoded, method = _encode(fit, images), fit.head.config.method
+        if encoded is None and METHODS[method].needs_support:
+            raise IosrFastError(f"expected at least one image of {name!r}, got none: {method} compares images")
 
+        def make(head: Head) -> Change:
+            return Change("add_class", head.next_class, name, row, _numbered(encoded, head, head.next_class))
 
-def remove_examples(store: Store, example_ids: Sequence[str]) -> ChangeResult:
-    listed = [example_ids] if isinstance(example_ids, str) else list(example_ids)
-    fit = store.changeable("remove_examples")
-    return store.change(fit, lambda head: Change("remove_examples", numbers=tuple(head.find_examples(listed))))
+        return self._store.change(fit, make)
 
+    def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
+        """More support images of a class, by id or name; `images` as for `add_class`."""
+        fit = self._store.changeable("add_examples")
+        fit.head.find_class(name_or_id)
+        encoded = _encode(fit, images)
+        if encoded is None:
+            raise IosrFastError(f"expected at least one image to add to {name_or_id!r}, got none")
 
-def remove_class(store: Store, name_or_id: str) -> ChangeResult:
-    fit = store.changeable("remove_class")
-    return store.change(fit, lambda head: Change("remove_class", head.find_class(name_or_id)))
+        def make(head: Head) -> Change:
+            uid = head.find_class(name_or_id)
+            return Change("add_examples", uid, added=_numbered(encoded, head, uid))
 
+        return self._store.change(fit, make)
 
-def rename_class(
-    store: Store, name_or_id: str, name: str, text: np.ndarray | None, keep_text: bool, descriptions: Any
-) -> ChangeResult:
-    fit = store.changeable("rename_class")
-    uid = fit.head.find_class(name_or_id)
-    _check_name(fit.head, name, uid)
-    if keep_text and (text is not None or descriptions is not None):
-        raise IosrFastError("expected keep_text, or text or descriptions for another one, got both")
-    row = None if keep_text else _text(fit, name, text, descriptions)
-    return store.change(fit, lambda head: Change("rename_class", head.find_class(class_id(uid)), name, row))
-
-
-def tune(
-    store: Store, images: Any, labels: Any, method: str | None, reducer: str | None, seconds: float
-) -> tuple[Config, ChangeResult]:
-    fit = store.changeable("tune")
-    check_options(method or fit.head.config.method, reducer, None)
-    if (images is None) != (labels is None):
-        raise IosrFastError("expected validation images and their labels together, got one without the other")
-    queries, truth = None, None
-    if images is not None:
-        listed = as_image_list(images)
-        if not listed:
-            raise IosrFastError("expected at least one validation image, got none")
-        truth, encoder = fit.read_labels(listed, labels), fit.clip.encoder_for(adapted=True)
-        queries = Embeddings.concatenate([encoder.encode(pixels) for pixels in fit.chunks(listed)])
-    chosen: list[Config] = []
-
-    def make(head: Head) -> Change:
-        if queries is not None and head.uids != fit.head.uids:
-            raise IosrFastError("the classes have changed while validation images were encoded: tune again")
-        if queries is None and not len(head.examples):
-            raise IosrFastError("expected support images or validation images to choose parameters by, got none")
-        config, name = head.config, method or head.config.method
-        own = config.reducer if name == config.method else "none"
-        best = search(name, head.support, queries, truth, reducer or own, seconds).config
-        if (best.which == "adapted") != head.needs_adapted:
-            log.info("%s compares %s embeddings; queries are encoded for it from now on", best.method, best.which)
-            fit.clip.encoder_for(best.which == "adapted")  # opened now, so that no reader waits for it
-        evidence = best.evidence and structs.replace(best.evidence, version=head.version + 1)
-        kept = {"key_precision": config.key_precision, "look_alikes": config.look_alikes}
-        chosen.append(structs.replace(best, evidence=evidence, **kept))
-        return Change("retune", config=chosen[0])
-
-    result = store.change(fit, make)
-    return chosen[0], result
-
-
-def calibrate_on(store: Store, images: Any, labels: Any, groups: Any, skip_bad: bool) -> ChangeResult:
-    fit = store.fitted()
-    head = fit.head.require_single_label("calibrate_on")
-    store.check_no_log()
-    listed, views = as_image_list(images), replace(fit.settings, views=1, single=False, thumbnail=0)
-    sources = listed, views, fit.read_labels(listed, labels), head.class_names
-    grouped = read_groups(groups, len(listed))
-    found = encode_images(fit.clip.encoder_for(adapted=True), *sources, skip_bad=skip_bad)
-    grouped = None if grouped is None else np.delete(grouped, [error.position for error in found.errors])
-    made = head.calibrated_on(found.examples.embeddings, found.examples.class_ids, grouped)
-    store.replace(replace(fit, head=made), instead_of=fit)
-    return ChangeResult(made.version)
-
-
-def optimize(
-    store: Store,
-    images: Any,
-    labels: Any,
-    options: OptimizeOptions,
-    pretrained: str | Path | None,
-    adapter: str | Path | None,
-    unknown_images: Any,
-) -> EngineChoice:
-    fit = store.fitted()
-    head = fit.head.require_single_label("optimize", "it compares single labels; build the engine that you want")
-    from iosr_fast.head.optimize import match_images, optimize
-
-    store.check_no_log()
-    listed, unknown = as_image_list(images), [] if unknown_images is None else as_image_list(unknown_images)
-    if head.unknown_images is not None and not unknown:
-        raise IosrFastError(
-            f"this classifier was fitted with {len(head.unknown_images)} unknown images: expected unknown_images, so "
-            "that the engine that is chosen can encode them, got none"
+    def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:
+        """Take support images out. Refused where the method needs one that would go."""
+        listed = [example_ids] if isinstance(example_ids, str) else list(example_ids)
+        fit = self._store.changeable("remove_examples")
+        return self._store.change(
+            fit, lambda head: Change("remove_examples", numbers=tuple(head.find_examples(listed)))
         )
-    if head.calibration_images is not None:
-        raise IosrFastError("this classifier has images of calibrate_on: fit again, optimize, and then calibrate_on")
-    loaded = fit
-    if pretrained is not None:
-        from iosr_fast.export.pretrained import with_loaded
 
-        loaded = replace(fit, clip=with_loaded(fit.clip, pretrained, adapter))
-    sources = match_images(fit, listed, labels, options.progress)
-    optimized = optimize(loaded, sources, options, head.version + 1, unknown)
-    store.replace(optimized, instead_of=fit)
-    assert optimized.engine_choice is not None
-    return optimized.engine_choice
+    def remove_class(self, name_or_id: str) -> ChangeResult:
+        """Take a class out, by id or name, with its images. Refused where fewer than two would be left."""
+        fit = self._store.changeable("remove_class")
+        return self._store.change(fit, lambda head: Change("remove_class", head.find_class(name_or_id)))
+
+    def rename_class(
+        self,
+        name_or_id: str,
+        name: str,
+        text: np.ndarray | None = None,
+        keep_text: bool = False,
+        descriptions: Sequence[str] | None = None,
+    ) -> ChangeResult:
+        """Another name for a class, by id or name, and so another text embedding (`text` and `descriptions` as for
+        `add_class`; earlier descriptions are not kept), unless `keep_text`; its id stays."""
+        fit = self._store.changeable("rename_class")
+        uid = fit.head.find_class(name_or_id)
+        _check_name(fit.head, name, uid)
+        if keep_text and (text is not None or descriptions is not None):
+            raise IosrFastError("expected keep_text, or text or descriptions for another one, got both")
+        row = None if keep_text else _text(fit, name, text, descriptions)
+        return self._store.change(fit, lambda head: Change("rename_class", head.find_class(class_id(uid)), name, row))
+
+    def tune(
+        self, images: Any = None, labels: Any = None, method: str | None = None, reducer: str | None = None
+    ) -> Config:
+        """Choose the parameters again: on labelled validation images, or by leave-one-out without any. `method` and
+        `reducer` default to the fitted ones; `labels` as for `score`. Returns the choice and its `evidence`
+        (`tuned_`)."""
+        return self._tuned(images, labels, method, reducer)[0]
+
+    def retune(self) -> ChangeResult:
+        """`tune` on the current examples, as a change."""
+        return self._tuned(None, None, None, None)[1]
+
+    def _tuned(self, images: Any, labels: Any, method: str | None, reducer: str | None) -> tuple[Config, ChangeResult]:
+        fit = self._store.changeable("tune")
+        check_options(method or fit.head.config.method, reducer, None)
+        if (images is None) != (labels is None):
+            raise IosrFastError("expected validation images and their labels together, got one without the other")
+        queries, truth = None, None
+        if images is not None:
+            listed = as_image_list(images)
+            if not listed:
+                raise IosrFastError("expected at least one validation image, got none")
+            truth, encoder = fit.read_labels(listed, labels), fit.clip.encoder_for(adapted=True)
+            queries = Embeddings.concatenate([encoder.encode(pixels) for pixels in fit.chunks(listed)])
+        chosen: list[Config] = []
+
+        def make(head: Head) -> Change:
+            if queries is not None and head.uids != fit.head.uids:
+                raise IosrFastError("the classes have changed while validation images were encoded: tune again")
+            if queries is None and not len(head.examples):
+                raise IosrFastError("expected support images or validation images to choose parameters by, got none")
+            config, name = head.config, method or head.config.method
+            fitted_reducer = config.reducer if name == config.method else "none"
+            best = search(name, head.support, queries, truth, reducer or fitted_reducer, self.tune_seconds).config
+            if (best.which == "adapted") != head.needs_adapted:
+                log.info("%s compares %s embeddings; queries are encoded for it from now on", best.method, best.which)
+                fit.clip.encoder_for(best.which == "adapted")  # opened now, so that no reader waits for it
+            evidence = best.evidence and structs.replace(best.evidence, version=head.version + 1)
+            kept = {"key_precision": config.key_precision, "look_alikes": config.look_alikes}
+            chosen.append(structs.replace(best, evidence=evidence, **kept))
+            return Change("retune", config=chosen[0])
+
+        result = self._store.change(fit, make)
+        return chosen[0], result
+
+    def calibrate_on(self, images: Any, labels: Any, groups: Any = None) -> ChangeResult:
+        """Let promises rest on labelled pictures from production, instead of left-out support images: `predict_sets`,
+        `max_error`, unknown="reject" and `calibration`; the scale of the probabilities is fitted to them. `labels` as
+        for `score`, `groups` as for `fit`. No label changes.
+
+        Near duplicates of support images are left out; repeated pictures, and those of one group, count as one. At
+        least 9 have to be left. They are saved and kept by changes; those of a class that is removed go. Refused with
+        an open log, and where pictures may have several labels."""
+        fit = self._store.fitted()
+        head = fit.head.require_single_label("calibrate_on")
+        self._store.check_no_log()
+        listed, settings = as_image_list(images), replace(fit.settings, views=1, single=False, thumbnail=0)
+        sources = listed, settings, fit.read_labels(listed, labels), head.class_names
+        grouped = read_groups(groups, len(listed))
+        encoded = encode_images(fit.clip.encoder_for(adapted=True), *sources, skip_bad=bool(self.skip_bad))
+        grouped = None if grouped is None else np.delete(grouped, [error.position for error in encoded.errors])
+        made = head.calibrated_on(encoded.examples.embeddings, encoded.examples.class_ids, grouped)
+        self._store.replace(replace(fit, head=made), instead_of=fit)
+        return ChangeResult(made.version)
+
+    def optimize(
+        self,
+        images: Any,
+        labels: Sequence[Any] | np.ndarray,
+        objective: Objective = "latency",
+        tolerance: float = 0.5,
+        runtime: str = "auto",
+        precision: str = "auto",
+        pretrained: str | Path | None = None,
+        adapter: str | Path | None = "auto",
+        smaller_images: bool = False,
+        unknown_images: Any = None,
+    ) -> EngineChoice:
+        """Choose the fastest engine that this machine can run and that keeps the accuracy; encode the examples with it.
+
+        `images` and `labels` are those of the fit and of later changes, in any order; `unknown_images` likewise.
+        Engines are built, calibrated on them, timed, and judged by the labels of left-out examples: `tolerance` is the
+        accepted loss of accuracy in points (engine_choice.rejection_reason). The `objective` is "latency" (one image),
+        "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates, `smaller_images`
+        adds some. Some are exported from the CLIP in torch, which a loaded classifier has where `pretrained` (and
+        `adapter`) name it. Returns the table (`engine_choice_`); `version` rises if embeddings change. Refused: an
+        example or an unknown image without its picture, another CLIP than the engine's, an open log, a change
+        meanwhile."""
+        options = OptimizeOptions(objective, tolerance, runtime, precision, smaller_images, bool(self.progress))
+        fit = self._store.fitted()
+        head = fit.head.require_single_label("optimize", "it compares single labels; build the engine that you want")
+        from iosr_fast.head.optimize import match_images, optimize
+
+        self._store.check_no_log()
+        listed, unknown = as_image_list(images), [] if unknown_images is None else as_image_list(unknown_images)
+        if head.unknown_images is not None and not unknown:
+            raise IosrFastError(
+                f"this classifier was fitted with {len(head.unknown_images)} unknown images: expected unknown_images, "
+                "so that the engine that is chosen can encode them, got none"
+            )
+        if head.calibration_images is not None:
+            raise IosrFastError(
+                "this classifier has images of calibrate_on: fit again, optimize, and then calibrate_on"
+            )
+        loaded = fit
+        if pretrained is not None:
+            from iosr_fast.export.pretrained import with_loaded
+
+            loaded = replace(fit, clip=with_loaded(fit.clip, pretrained, adapter))
+        sources = match_images(fit, listed, labels, options.progress)
+        optimized = optimize(loaded, sources, options, head.version + 1, unknown)
+        self._store.replace(optimized, instead_of=fit)
+        assert optimized.engine_choice is not None
+        return optimized.engine_choice
 
 
 def _encode(fit: Fit, images: Any) -> Examples | None:
@@ -178,33 +239,54 @@ def _encode(fit: Fit, images: Any) -> Examples | None:
     return examples if len(examples) else None
 
 
-def _numbered(encoded: Examples | None, head: Head, uid: int | None = None) -> Examples | None:
-    """New support images of a class, or of the next one, numbered after those of the head."""
+def _numbered(encoded: Examples | None, head: Head, uid: int) -> Examples | None:
+    """New support images of a class, numbered after those of the head. Raises IosrFastError for a picture that is a
+    support image of another class, or one of none: the same views of it have the same embedding."""
     if encoded is None:
         return None
-    classes = np.full(len(encoded), head.next_class if uid is None else uid, np.int64)
+    others = head.examples.rows(head.examples.class_ids != uid)
+    for new, other in _same_pictures(encoded.embeddings, others.embeddings):
+        owner = class_id(others.class_ids[other])
+        number = example_id(others.ids[other])
+        raise IosrFastError(
+            f"expected one label for a picture, got image number {new}, which {head.name_of(owner)!r} ({owner}) has as "
+            f"{number!r}: leave it out, or take it out there first (remove_examples)"
+        )
+    if head.unknown_images is not None:
+        for new, _ in _same_pictures(encoded.queries or encoded.embeddings, head.unknown_images):
+            raise IosrFastError(
+                f"expected one label for a picture, got image number {new}, which is an unknown image, of "
+                f"{NONE_OF_THE_CLASSES}: leave it out, or fit again without it there"
+            )
+    classes = np.full(len(encoded), uid, np.int64)
     return replace(encoded, class_ids=classes, ids=head.next_example + np.arange(len(encoded)))
 
 
-def _text(fit: Fit, name: str, given: np.ndarray | None, descriptions: Any) -> np.ndarray:
-    """A class's text embedding (D,): the given one, checked, or that of its texts by the text encoder."""
-    if given is not None:
+def _same_pictures(rows: Embeddings, others: Embeddings) -> list[list[int]]:
+    """The pairs [row, other] that are embeddings of the same picture."""
+    pairs: list[list[int]] = np.argwhere(rows.plain @ others.plain.T >= 1.0 - _SAME).tolist()
+    return pairs
+
+
+def _text(fit: Fit, name: str, text: np.ndarray | None, descriptions: Any) -> np.ndarray:
+    """A class's text embedding (D,): `text`, checked, or that of its name and descriptions by the text encoder."""
+    if text is not None:
         if descriptions is not None:
             raise IosrFastError("expected text, an embedding, or descriptions, got both")
-        refuse_masked("text", given)
-        row, width = np.ascontiguousarray(given, np.float32), fit.clip.encoder.width
+        refuse_masked("text", text)
+        row, width = np.ascontiguousarray(text, np.float32), fit.clip.encoder.width
         if row.shape != (width,):
             raise IosrFastError(f"expected a text embedding of shape {(width,)}, got {row.shape}")
         check_unit_rows("text", row[None])
-    elif fit.clip.text is None:
+        return row
+    if fit.clip.text is None:
         raise IosrFastError(
             f"this classifier has no text encoder to embed {name!r} with: give text=, the embedding of the name"
         )
-    else:
-        templates = fit.settings.templates
-        texts = check_descriptions(None if descriptions is None else {name: descriptions}, [name], templates)
-        row = fit.clip.text.embed_classes([name], templates, texts)[0]
-    return row
+    templates = fit.settings.templates
+    texts = check_descriptions(None if descriptions is None else {name: descriptions}, [name], templates)
+    embedded: np.ndarray = fit.clip.text.embed_classes([name], templates, texts)[0]
+    return embedded
 
 
 def _check_name(head: HeadData, name: str, itself: int | None = None) -> None:

@@ -118,7 +118,7 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
         assert [*found.values()] == sorted(found.values(), reverse=True)
         np.testing.assert_allclose([*found.values()], [row[NAMES.index(name)] for name in found], atol=1e-5)
     paths, head = [str(path) for path in results.paths], classifier.snapshot()
-    reader, table = Reader(classifier.encoder, Path("none"), Decoder(), 5, None, False), CsvTable(several=True)
+    reader, table = Reader(classifier.encoder, Path("none"), Decoder(), 5, None, False), CsvTable(multi_label=True)
     answered = chain.from_iterable(classify(head, reader, paths))
     rows = [row_of(path, answer, table.fields) for path, answer in zip(paths, answered, strict=True)]
     table.write(tmp_path / "out.csv", [table.group(rows)])

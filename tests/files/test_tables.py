@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from iosr_fast.files import tables
-from iosr_fast.files.tables import CsvTable, ParquetTable, Row, read_table
-from iosr_fast.head.predictions import Rejection
+from iosr_fast.files.tables import CsvTable, ParquetTable, TableRow, read_table
+from iosr_fast.head.verdict import Rejection
 from iosr_fast.utils.csv_text import recovered
 
 FORMULAS = (
@@ -22,8 +22,8 @@ HARMLESS = ("cat", "a=b", "3-1", "'s", '"quoted"', "", "  ", "caf\u00e9", "x@y",
 
 def test_no_cell_is_a_formula(tmp_path: Path) -> None:
     names, table, out = (*FORMULAS, *HARMLESS), CsvTable(top=2), tmp_path / "labels.csv"
-    rows = [Row(name, [[name, 0.5], ["plain", 0.25]]) for name in names]
-    table.write(out, [table.group([*rows, Row("photos/a.jpg", error="=error")])])
+    rows = [TableRow(name, [[name, 0.5], ["plain", 0.25]]) for name in names]
+    table.write(out, [table.group([*rows, TableRow("photos/a.jpg", error="=error")])])
     with out.open(newline="", encoding="utf-8") as file:
         _, *found, bad = csv.reader(file)
     for name, cells in zip(names, found, strict=True):
@@ -39,8 +39,8 @@ def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch:
         pytest.importorskip("pyarrow")
     monkeypatch.setattr(tables, "_ROW_GROUP", 5)
     table = (CsvTable if suffix == ".csv" else ParquetTable)(unknown_label="?", accepted=True)
-    rows = [Row(f"{i}\u00e4\n.png", [["a", i / 31]], Rejection(float(i), i > 20), "", i > 9) for i in range(23)]
-    rows[7] = Row("7.png", error="no picture")
+    rows = [TableRow(f"{i}\u00e4\n.png", [["a", i / 31]], Rejection(float(i), i > 20), "", i > 9) for i in range(23)]
+    rows[7] = TableRow("7.png", error="no picture")
     written = []
     for size in (1, 4, 23):
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -60,7 +60,7 @@ def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch:
 def test_parquet_keeps_names_as_they_are_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     table, out = ParquetTable(), tmp_path / "labels.parquet"
-    table.write(out, [table.group(Row(name, [[name, 0.5]]) for name in FORMULAS)])
+    table.write(out, [table.group(TableRow(name, [[name, 0.5]]) for name in FORMULAS)])
     assert pq.read_table(out)["label"].to_pylist() == pq.read_table(out)["path"].to_pylist() == list(FORMULAS)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -32,7 +32,7 @@ def test_bursts_are_warned_of_and_judged_as_new_ones_will_be(rng: np.random.Gene
     accuracy, alone = head.score(new, truth), FewShotHead(look_alikes=False).fit(rows, labels)
     assert alone.calibration().accuracy > accuracy + 0.2  # the siblings stay in
     assert accuracy - 0.15 < head.calibration().accuracy < accuracy + 0.05
-    first, *doubts = head._answers.head.summary().splitlines()
+    first, *doubts = head.snapshot().summary().splitlines()
     assert ", look-alikes left out together; " in first and first.endswith(
         "if new pictures come from the same sessions"
     )
@@ -46,7 +46,7 @@ def test_bursts_are_warned_of_and_judged_as_new_ones_will_be(rng: np.random.Gene
 
     head.save(tmp_path / "head")
     saved = load(SavedHead, tmp_path / "head").head
-    assert saved.computed("folds") is not None and saved.summary() == head._answers.head.summary()
+    assert saved.computed("folds") is not None and saved.summary() == head.snapshot().summary()
     alone.save(tmp_path / "alone")
     assert not load(SavedHead, tmp_path / "alone").head.config.look_alikes
 
@@ -55,19 +55,19 @@ def test_bursts_are_warned_of_and_judged_as_new_ones_will_be(rng: np.random.Gene
         FewShotHead().fit(*bursts(rng, SESSIONS * BURST, 1))  # independent pictures
         alone.fit(rows, labels)
     head.calibrate_on(*bursts(rng, 8, 1))
-    assert "look like another" not in str(head.automation()) + head._answers.head.summary()
+    assert "look like another" not in str(head.automation()) + head.snapshot().summary()
 
     images, truth = bursts(rng, 8, 1)
     alone.calibrate_on(images, truth, groups=np.arange(len(truth)) // 4)
     alone.save(tmp_path / "calibrated")
-    groups = [one.calibration.units for one in (alone._answers.head, load(SavedHead, tmp_path / "calibrated").head)]
+    groups = [one.calibration.units for one in (alone.snapshot(), load(SavedHead, tmp_path / "calibrated").head)]
     assert np.array_equal(*groups) and len(np.unique(groups[0])) < len(truth)
 
 
 def test_one_picture_a_class_promises_nothing_and_says_so(rng: np.random.Generator) -> None:
     head = FewShotHead().fit(*bursts(rng, 1, 1))
     said = "probabilities at one picture a class are not measured, and nothing is promised from them"
-    assert said in head._answers.head.summary() and said in str(head.automation())
+    assert said in head.snapshot().summary() and said in str(head.automation())
     with pytest.raises(
         IosrFastError, match=r"at most 0\.1 wrong labels needs at least 29 left-out support images, got 0"
     ):

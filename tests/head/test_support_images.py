@@ -125,9 +125,12 @@ def test_an_iterator_of_images_is_taken_one_after_another(bad: bytes | None) -> 
                 yield bad
 
     if bad is None:
-        classifier.add_class("many", one_by_one())
-        classifier.add_class("the same", images)
-        many, same = (classifier.snapshot().examples.rows(np.arange(n - 150, n)) for n in (165, 315))
+        added = []
+        for name, given in (("many", one_by_one()), ("the same", images)):
+            classifier.add_class(name, given)
+            added.append(classifier.snapshot().examples.rows(np.arange(15, 165)))
+            classifier.remove_class(name)
+        many, same = added
         np.testing.assert_array_equal(many.embeddings.plain, same.embeddings.plain)
         assert many.pictures == same.pictures
     else:

@@ -12,7 +12,7 @@ import pytest
 
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.head.predictions import Rejection
+from iosr_fast.head.verdict import Rejection
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import of_logits, sets_of_labels

@@ -87,6 +87,23 @@ def test_a_change_that_is_refused_changes_nothing(images: np.ndarray) -> None:
     assert classifier.add_class("new", new, text=unit(np.ones(WIDTH))).class_id == "~5"
 
 
+@pytest.mark.parametrize("views", [1, 4])
+def test_a_picture_that_another_class_has_is_refused_as_by_fit(views: int, images: np.ndarray) -> None:
+    support, labels = pictures(np.random.default_rng(0), 2, 3)
+    unknown = images[6]
+    classifier = unfitted(method="gda", views=views).fit(support, labels, ["cat", "dog"], unknown_images=unknown)
+    head = classifier.snapshot()
+    for message, image in ((r"'cat' \(~0\) has as 'e2'", support[2]), ("is an unknown image", unknown[3])):
+        with pytest.raises(IosrFastError, match=f"got image number 1, which {message}"):
+            classifier.add_examples("dog", [images[5, 0], image, images[5, 1]])
+        with pytest.raises(IosrFastError, match=f"got image number 0, which {message}"):
+            classifier.add_class("new", [image])
+    assert classifier.snapshot() is head
+    classifier.add_examples("cat", support[2])  # a copy within its class
+    classifier.remove_examples(["e2", "e6"])
+    assert classifier.add_examples("dog", support[2]).example_ids == ("e7",)
+
+
 def test_classes_by_name_alone(images: np.ndarray) -> None:
     classifier = small_classifier(method="zero-shot", alpha=None, beta=None)
     assert classifier.add_class("motif 9").example_ids == ()
@@ -155,7 +172,7 @@ def test_readers_see_whole_versions_while_classes_change(images: np.ndarray) -> 
     for reader in readers:
         reader.start()
     for i in range(40):
-        classifier.add_class(f"late {i}", images[5 + i % 3, :2])
+        classifier.add_class(f"late {i}", images[5 + i % 3, :2] ^ i)
         heads[classifier.version] = classifier.snapshot()
         if i % 2:
             classifier.remove_class(f"late {i - 1}")
@@ -174,8 +191,8 @@ def test_changes_from_many_threads_all_happen(images: np.ndarray) -> None:
 
     def write(thread: int) -> None:
         for i in range(5):
-            classifier.add_class(f"{thread} {i}", images[thread, :1])
-            classifier.add_examples(f"{thread} {i}", images[thread, 1:3])
+            classifier.add_class(f"{thread} {i}", images[thread, :1] ^ i)
+            classifier.add_examples(f"{thread} {i}", images[thread, 1:3] ^ i)
 
     writers = [threading.Thread(target=write, args=(thread,)) for thread in range(4)]
     for writer in writers:

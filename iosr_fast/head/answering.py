@@ -1,0 +1,215 @@
+"""Answering: the questions that a fitted classifier answers, of Classifier and FewShotHead alike."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
+from iosr_fast.head.ids import example_id
+from iosr_fast.head.predictions import AnyHead, Prediction, explained, predict_jointly
+from iosr_fast.head.verdict import Verdict, judge
+from iosr_fast.methods.automation import Automation, automation
+from iosr_fast.methods.checks import check
+from iosr_fast.methods.conformal import COVERAGE, Reliability, check_share, sets_of_labels
+from iosr_fast.methods.joint import JointPrediction
+from iosr_fast.methods.support_audit import SupportAudit
+from iosr_fast.methods.unknown import KEEP
+from iosr_fast.utils.numbers import check_integer
+
+
+class Fitted(Protocol):
+    """What a fit made, and changes make of it; immutable. `labels` (C,) are those of the head's classes: names,
+    integers, or what scikit-learn was given."""
+
+    @property
+    def head(self) -> AnyHead: ...
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+
+F = TypeVar("F", bound=Fitted)
+T = TypeVar("T")
+
+
+class FittedAttribute(Generic[T]):
+    """An attribute that is read from what is fitted. Raises NotFittedError before a fit."""
+
+    def __init__(self, read: Callable[[Any], T]) -> None:
+        self._read = read
+
+    def __get__(self, classifier: Any, owner: type | None = None) -> T:
+        return self._read(classifier._fitted())
+
+
+class Answering(Generic[F]):
+    """Questions and answers. Each reads what is fitted once, so that it is of one version whatever is fitted or changed
+    meanwhile, and refuses before X is encoded what this head, or so few support images, can't answer.
+
+    X are the queries: images (Classifier) or rows of embeddings (FewShotHead), B of them.
+    """
+
+    _probability_dtype: ClassVar[Any] = np.float32
+    _unit_rows: ClassVar[bool] = True  # whether scoring refuses queries that are not of unit length
+
+    @abstractmethod
+    def _fitted(self) -> F:
+        """What is fitted. Raises NotFittedError before a fit."""
+
+    @abstractmethod
+    def _queries(self, fitted: F, X: Any) -> Iterator[Embeddings]:
+        """The embeddings of X as `fitted` compares them, in blocks, each encoded when it is taken."""
+
+    def _score(self, fitted: F, block: Embeddings) -> np.ndarray:
+        """Logits (B, C) float32 of a block."""
+        return fitted.head.score(block, self._unit_rows)
+
+    def _labels(self, fitted: F, logits: np.ndarray) -> np.ndarray:
+        """What `predict` answers to queries with these logits, where it withholds no label."""
+        return fitted.head.answers(logits, fitted.labels)
+
+    def _name_of(self, number: int) -> Any:
+        """What `audit` calls a support image of this number."""
+        return example_id(number)
+
+    def _logits(self, fitted: F, X: Any) -> np.ndarray:
+        blocks = (self._score(fitted, block) for block in self._queries(fitted, X))
+        return np.concatenate([np.zeros((0, len(fitted.labels)), np.float32), *blocks])
+
+    def _judged(self, fitted: F, X: Any, abstention: Abstention) -> Iterator[tuple[Embeddings, Verdict]]:
+        head = fitted.head.require_single_label("a verdict")
+        for block in self._queries(fitted, X):
+            yield block, judge(head, block, abstention, self._score(fitted, block))
+
+    classes_ = FittedAttribute[np.ndarray](lambda fitted: fitted.labels)
+    plan_ = FittedAttribute(lambda fitted: fitted.head.plan)
+    method_ = FittedAttribute(lambda fitted: fitted.head.config.method)
+    reducer_ = FittedAttribute(lambda fitted: fitted.head.config.reducer)
+    parameters_ = FittedAttribute(lambda fitted: dict(fitted.head.config.parameters))
+    tuned_ = FittedAttribute(lambda fitted: fitted.head.evidence)
+    unknown_ = FittedAttribute(lambda fitted: fitted.head.require_single_label("unknown_").unknown)
+
+    def snapshot(self) -> AnyHead:
+        """The current head, which never changes: all predictions of it are of one version."""
+        return self._fitted().head
+
+    def predict(
+        self,
+        X: Any,
+        unknown: Literal["reject"] | None = None,
+        unknown_label: Any = None,
+        keep: float = KEEP,
+        max_error: float | None = None,
+    ) -> np.ndarray:
+        """The labels (B,) out of `classes_`, of the largest logit; of equal ones the first. With several labels a
+        picture a frozenset of labels for each, (B,) of dtype object, or an indicator (B, C) of integers if the labels
+        of `fit` were one (of FewShotHead of their dtype).
+
+        unknown="reject" gives None, or `unknown_label`, for pictures that `unknown_score` says belong to none of the
+        classes: a share `keep` of those that do belong to one keeps its label. Refused where there are too few support
+        images for that promise: 0.95 takes 19 that can be left out.
+
+        `max_error` gives None for pictures at which somebody has to look: of the labels that stay at most this share is
+        wrong, with 95% confidence, for pictures like the support images (methods.automation). Refused where there are
+        too few support images for that promise: 0.01 takes 299 that can be left out, 0.05 takes 59. Of pictures of no
+        class it says nothing: `unknown` does.
+        """
+        abstention = Abstention.of(unknown, unknown_label, keep, max_error)
+        fitted = self._fitted()
+        if abstention == NONE_WITHHELD:
+            return self._labels(fitted, self._logits(fitted, X))
+        abstention.check(
+            fitted.head.require_single_label("predict with unknown or max_error", "each class is judged by itself"),
+            fitted.labels.tolist(),
+        )
+        judged = self._judged(fitted, X, abstention)
+        blocks = (verdict.named(fitted.labels, abstention.label) for _, verdict in judged)
+        return np.concatenate([fitted.labels[:0], *blocks])
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
+        several labels."""
+        fitted = self._fitted()
+        return fitted.head.decision(self._logits(fitted, X))
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """softmax of the logits, (B, C), float32 of images and float64 of rows, in the order of `classes_`. With
+        several labels a picture the probability of each class by itself, 1 / (1 + exp(-logit))."""
+        fitted = self._fitted()
+        return fitted.head.probabilities(self._logits(fitted, X).astype(self._probability_dtype, copy=False))
+
+    def explain(
+        self,
+        X: Any,
+        top: int = 5,
+        nearest: int = 0,
+        unknown: Literal["reject"] | None = None,
+        keep: float = KEEP,
+        max_error: float | None = None,
+    ) -> list[Prediction]:
+        """A Prediction for each query: the `top` classes with what texts, examples and their adapted embeddings
+        contribute to each, and the `nearest` support images. With unknown="reject" and `keep` as in `predict`, its
+        `unknown` has the score, and `label` is None for a picture of none of the classes; with `max_error`, `accepted`
+        is whether `predict` gives the label."""
+        top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
+        abstention = Abstention.of(unknown, None, keep, max_error)
+        fitted = self._fitted()
+        head = fitted.head.require_single_label("explain", "predict_proba gives the probability of each class")
+        abstention.check(head)
+        judged = self._judged(fitted, X, abstention)
+        return [one for block, verdict in judged for one in explained(head, block, verdict, top, nearest)]
+
+    def predict_jointly(self, X: Any) -> JointPrediction:
+        """Probabilities (B, C) float32 of pictures that are classified together (methods.joint), which gains most with
+        few shots and many pictures. Where left-out support images say that it harms, `refused` says why, and the
+        probabilities are those of `predict_proba`."""
+        fitted = self._fitted()
+        head = fitted.head.require_single_label("predict_jointly")
+        blocks = [block.to_numpy() for block in self._queries(fitted, X)] or [head.examples.embeddings[:0]]
+        return predict_jointly(head, Embeddings.concatenate(blocks), fitted.labels, self._unit_rows)
+
+    def predict_sets(self, X: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
+        """For each query the labels that it may have, most likely first, or none: a share `coverage` of the sets has
+        the picture's label (methods.conformal), with `per_class` of the pictures of each class. Refused where support
+        images are too few for that: 0.9 takes 9 that can be left out, with `per_class` 9 of each class."""
+        fitted = self._fitted()
+        head = fitted.head.require_single_label("predict_sets")
+        coverage = check_share("coverage", coverage)
+        left_out, classes = head.left_out_labels, fitted.labels if per_class else None
+        left_out.thresholds(coverage, classes)
+        logits = self._logits(fitted, X)
+        return sets_of_labels(fitted.labels, logits, left_out.sets(logits, coverage, classes))
+
+    def unknown_score(self, X: Any) -> np.ndarray:
+        """How unlike all classes each query is, (B,) float64: of left-out support images the mean is 0, the standard
+        deviation 1. 95% of pictures of the classes do not exceed `unknown_.threshold(0.95)` (methods.unknown)."""
+        fitted = self._fitted()
+        model = fitted.head.require_single_label("unknown_score").unknown
+        return np.concatenate([np.zeros(0), *(model.score(block.to_numpy()) for block in self._queries(fitted, X))])
+
+    def automation(self) -> Automation:
+        """What may be automated, as left-out support images say; print it. For each promised error: the least
+        probability of a label that `predict` accepts, the share of images whose label is accepted, and how many of
+        these are wrong. `smallest` is the smallest error that so many images can promise."""
+        head = self._fitted().head.require_single_label("automation")
+        return automation(head.left_out_labels, notes=head.doubts)
+
+    check = staticmethod(check)  # methods.checks
+
+    def calibration(self) -> Reliability:
+        """How right the probabilities of left-out support images are, by bins of the probability; print it."""
+        return self._fitted().head.require_single_label("calibration").left_out_labels.reliability
+
+    def audit(self) -> SupportAudit:
+        """What is wrong with the support images, as left-out ones tell: likely wrong labels, near duplicates, classes
+        that are confused or have too few or too alike images (methods.support_audit). Images are named by their ids and
+        files, rows by their positions in the X of `fit`."""
+        fitted = self._fitted()
+        head = fitted.head.require_single_label("audit")
+        names = [self._name_of(number) for number in head.examples.ids.tolist()]
+        return head.audit(np.array(names), fitted.labels)
