@@ -117,7 +117,9 @@ def regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) -
     sums = np.zeros((folds.number, target.shape[1]))
     np.add.at(sums, folds.fold, target)
     others = target.sum(0) - sums[folds.fold]
-    left_out = model.without(folds, target, values)
+    left_out = np.empty(target.shape)
+    for rows, out in folds.splits:
+        left_out[rows] = model.without(rows, out, target, values)
     left_out = left_out[:, :-1] - left_out[:, -1:] * (others[:, :-1] / np.maximum(others[:, -1:], 1))
     values = values[:, :-1] - values[:, -1:] * (images.counts / count)
     return left_out, {"keys": keys, "values": values, "query": which, "beta": beta}
@@ -131,6 +133,6 @@ def _discriminant(images: MultiLabelSet, which: Which) -> LeftOut:
     left_out, of_pairs = np.zeros(images.labels.shape), np.nonzero(images.labels.T)[1]
     for rows, out in images.folds.splits:
         if images.labels[~out].any():  # else all labels are those of the images that are left out
-            left_out[rows] = model.fitted_without(out[of_pairs]).scores(queries[rows])
-    linear, bias = model.gaussians.centred
+            left_out[rows] = model.fit(model.moments_without(out[of_pairs])).scores(queries[rows])
+    linear, bias = model.fitted.centred
     return left_out - left_out.mean(1, keepdims=True), {"linear": linear, "bias": bias, "feature": which}

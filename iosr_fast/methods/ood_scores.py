@@ -124,22 +124,22 @@ class Densities(Gaussians):
 class DensityModel(GaussianModel):
     """Densities of classes."""
 
-    def _fit(self, moments: Moments) -> Gaussians:
-        return Densities(**vars(super()._fit(moments)))
+    def fit(self, moments: Moments) -> Gaussians:
+        return Densities(**vars(super().fit(moments)))
 
 
 class BackgroundModel(DensityModel):
     """-(x - m)' P0 (x - m) / 2, the density of all images as one class: (B, 1)."""
 
-    def _fit(self, moments: Moments) -> Gaussians:
-        return super()._fit(moments.joined)
+    def fit(self, moments: Moments) -> Gaussians:
+        return super().fit(moments.joined)
 
 
 class NearestKeyModel(KeyModel):
     """The largest cosine to a support image of any class, the same for all classes."""
 
-    def _sums(self, cosines: np.ndarray) -> np.ndarray:
-        return np.repeat(cosines.max(1, keepdims=True), self.support.n_classes, axis=1)
+    def _sums(self, cosines: np.ndarray, weights: np.ndarray | None, counts: np.ndarray) -> np.ndarray:
+        return np.repeat(cosines.max(1, keepdims=True), len(counts), axis=1)
 
 
 def _exact(embeddings: Embeddings, which: Which) -> np.ndarray:
