@@ -113,25 +113,6 @@ def predict_jointly(
     Time per fold and for the result, for D channels: at most 10 rounds of two products of (B, D) and (D, C). Memory:
     the result, (B, C) float32, and blocks of 16 MiB. The order of the queries changes rounding only. `check=False`
     skips the check of the queries' finiteness and norms. Raises IosrFastError for queries that don't fit the plan.
-
-    >>> import numpy as np
-    >>> from iosr_fast.methods import METHODS
-    >>> from iosr_fast.methods.folds import make_folds
-    >>> from iosr_fast.methods.out_of_fold import out_of_fold
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> from iosr_fast.methods.tune import tune
-    >>> rng = np.random.default_rng(0)
-    >>> def draw(n):  # n images of each of 5 classes
-    ...     rows = 2.0 * np.eye(5, 16).repeat(n, 0) + 0.4 * rng.standard_normal((5 * n, 16))
-    ...     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    ...     return Embeddings(rows.astype(np.float32)), np.arange(5).repeat(n)
-    >>> support = make_support_set(*draw(3), text=None, tau=100.0, n_classes=5)
-    >>> folder, labels = draw(40)
-    >>> tuned = tune("gda", support)
-    >>> left_out = out_of_fold(METHODS["gda"], support, make_folds(support), None, tuned.parameters, tuned.factor)
-    >>> joint = predict_jointly(support, tuned.compile(support), left_out, folder)
-    >>> joint.left_out, joint.refused, bool((joint.labels == labels).mean() > 0.95)
-    (15, '', True)
     """
     started = time.perf_counter()
     queries = checked_inputs(plan, queries, check).embeddings

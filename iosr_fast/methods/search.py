@@ -47,14 +47,8 @@ class _Candidate:
         return replace(self, plateau=self.intervals.only(rows).best())
 
 
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    """A candidate at an alpha, with its log-loss and (n,) bool, which of n images are right."""
-
-    candidate: _Candidate
-    alpha: float
-    log_loss: float
-    right: np.ndarray
+# A candidate at an alpha, with its log-loss and which of n images are right, (n,) bool.
+_Measured = tuple[_Candidate, float, float, np.ndarray]
 
 
 class ParameterSearch:
@@ -122,16 +116,15 @@ class ParameterSearch:
             tops = [max(candidates, key=lambda one: one.rank) for candidates in tried]
             return [(top, top.plateau.alpha) for top in tops]
         shortlists = [_near_the_best(one, int(rows.sum())) for one, rows in zip(tried, subsets, strict=True)]
-        measured = dict[tuple[int, int], list[_Measured]]()
+        measured = [dict[int, list[_Measured]]() for _ in subsets]
         for number in sorted(set().union(*shortlists)):
             base, slope = self._logits(self.tried[number].setting)
             for k, rows in enumerate(subsets):
                 if number in shortlists[k]:
-                    one = tried[k][number]
-                    measured[k, number] = list(_measure(one, base[rows], slope[rows], self.labels[rows], rows))
+                    measured[k][number] = _measure(tried[k][number], base[rows], slope[rows], self.labels[rows], rows)
         return [
-            _choice([one for number in shortlist for one in measured[k, number]])
-            for k, shortlist in enumerate(shortlists)
+            _choice([one for number in numbers for one in by_number[number]])
+            for numbers, by_number in zip(shortlists, measured, strict=True)
         ]
 
     def _notes(self, parameters: Mapping[str, float], text: float, images: float, right: np.ndarray) -> Iterator[str]:
@@ -162,19 +155,19 @@ def _near_the_best(tried: Sequence[_Candidate], n_samples: int) -> list[int]:
 
 def _measure(
     one: _Candidate, base: np.ndarray, slope: np.ndarray, labels: np.ndarray, rows: np.ndarray
-) -> Iterator[_Measured]:
+) -> list[_Measured]:
     """A candidate at its best alpha and at its alpha of least log-loss, by the logits of the images `rows`."""
-    best, (least, _, least_loss) = one.plateau.alpha, fit_alpha(base, slope, labels)
+    best = one.plateau.alpha
     _, loss = fit_factor(base + best * slope, labels, MAX_ALPHA / max(1.0, best))
-    for alpha, its_loss in ((best, loss), (least, least_loss)):
-        yield _Measured(one, alpha, its_loss, one.intervals.right_at(alpha)[rows])
+    alpha, _, least = fit_alpha(base, slope, labels)
+    return [(one, at, its_loss, one.intervals.right_at(at)[rows]) for at, its_loss in ((best, loss), (alpha, least))]
 
 
 def _choice(measured: Sequence[_Measured]) -> tuple[_Candidate, float]:
     """The least log-loss of those that are level with the most right."""
-    top = max(measured, key=lambda one: one.right.sum()).right
-    best = min((one for one in measured if is_level(one.right, top)), key=lambda one: one.log_loss)
-    return best.candidate, best.alpha
+    top = max(measured, key=lambda one: one[3].sum())[3]
+    candidate, alpha, *_ = min((one for one in measured if is_level(one[3], top)), key=lambda one: one[2])
+    return candidate, alpha
 
 
 def _between(axis: Sequence[float], value: float) -> list[float]:

@@ -161,24 +161,6 @@ def audit_support(
 
     Sources: the mixture of label_noise is a noise model with one rate, as in confident learning (Northcutt et al., JAIR
     2021), fitted by likelihood.
-
-    >>> from iosr_fast import Embeddings
-    >>> from iosr_fast.methods import METHODS
-    >>> from iosr_fast.methods.folds import make_folds
-    >>> from iosr_fast.methods.out_of_fold import out_of_fold
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> from iosr_fast.methods.tune import tune
-    >>> rng = np.random.default_rng(0)
-    >>> labels = np.arange(3).repeat(8)
-    >>> rows = 2.0 * np.eye(3, 16)[labels] + 0.3 * rng.standard_normal((24, 16))
-    >>> rows = Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
-    >>> labels[5] = 2  # an image of class 0
-    >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=3)
-    >>> tuned, positions = tune("gda", support), np.argsort(labels, kind="stable")
-    >>> left_out = out_of_fold(METHODS["gda"], support, make_folds(support), None, tuned.parameters, tuned.factor)
-    >>> audit = audit_support(support, left_out, images=positions)
-    >>> [(one.image, one.label, one.suggested) for one in audit.likely_wrong]
-    [(5, 2, 0)]
     """
     started = time.perf_counter()
     labels = support.labels

@@ -55,19 +55,16 @@ class KeyModel(Model):
     def scores_without(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         """As fitted on the other images. A search tries many betas, so that cosines are kept where those of all images
         with all keys are few."""
-        n_bytes = 4 * len(rows) * len(out)
+        few = self.memory is not None and 4 * len(out) ** 2 <= MOST // 2
 
         def compared() -> tuple[Refinement, Iterable[np.ndarray]]:
             others = self.support.only(~out)
             refinement = self._refined(others)
-            return refinement, self._cosines(self.support.as_queries[rows], others, refinement)
+            cosines = self._cosines(self.support.as_queries[rows], others, refinement)
+            return refinement, list(cosines) if few else cosines
 
-        def kept() -> tuple[Refinement, Iterable[np.ndarray]]:
-            refinement, cosines = compared()
-            return refinement, list(cosines)
-
-        few = self.memory is not None and 4 * len(out) ** 2 <= MOST // 2
-        refinement, cosines = self._once(out.tobytes(), n_bytes, kept) if few else compared()
+        name, n_bytes = (type(self), out.tobytes()), 4 * len(rows) * len(out)
+        refinement, cosines = self._once(name, n_bytes, compared) if few else compared()
         return self._term(cosines, refinement, np.bincount(self.support.labels[~out], minlength=self.support.n_classes))
 
     def _cosines(self, queries: Embeddings, support: SupportSet, refinement: Refinement) -> Iterator[np.ndarray]:
@@ -125,7 +122,7 @@ class RefinedKeyModel(KeyModel):
 
     @cached_property
     def fitted(self) -> Refinement:
-        return self._once("fitted", 8 * len(self.support.labels), lambda: self._refined(self.support))
+        return self._once("refinement", 8 * len(self.support.labels), lambda: self._refined(self.support))
 
     def _refined(self, support: SupportSet) -> Refinement:
         rows = image_rows(support.embeddings, self.which, self.reducer)

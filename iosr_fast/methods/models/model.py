@@ -79,9 +79,8 @@ class Model(ABC):
         return model
 
     def _once(self, name: Hashable, n_bytes: int, make: Callable[[], _T]) -> _T:
-        """What a model of these embeddings computes under a name, whatever its other parameters."""
-        key = type(self), self.which, self.reducer, name
-        return make() if self.memory is None else self.memory.get(key, n_bytes, make)
+        """What the models of these embeddings compute under a name, whatever their other parameters."""
+        return make() if self.memory is None else self.memory.get((self.which, self.reducer, name), n_bytes, make)
 
     @property
     def _text(self) -> np.ndarray:
