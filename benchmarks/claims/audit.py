@@ -56,8 +56,9 @@ def draws(task: Task, method: str, seed: int) -> Draws:
 def by_audit(support: Any, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float | None]:
     """How surprising each label is, whether it is called wrong, and how many are expected to be."""
     audit = fit(support.embeddings, labels, support.text, support.tau).audit()
-    order = np.argsort(audit.images)
-    return audit.surprise[order], audit.suspicion[order] > 0.5, audit.expected_wrong
+    order = np.argsort([*audit.suspicion])
+    rank, suspicion = -np.arange(len(order)), np.array([*audit.suspicion.values()])
+    return rank[order], suspicion[order] > 0.5, audit.expected_wrong
 
 
 def by_cleanlab(support: Any, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float | None]:

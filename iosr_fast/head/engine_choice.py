@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import Annotated, Literal, get_args
 
 import numpy as np
 from msgspec import Meta
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.paired_tests import lost_and_won, sign_test
 from iosr_fast.utils.machine import cpu_model
 from iosr_fast.utils.schema import Above0, Name, Natural, Share, Size, Strict, text_of
 
@@ -151,7 +151,7 @@ def rejection_reason(
     Embeddings of `smaller_images` are others, so their cosines say nothing: any loss above `tolerance` rejects
     them, and so does it if no image was left out.
     """
-    lost, won = int((reference & ~right).sum()), int((right & ~reference).sum())
+    lost, won = lost_and_won(reference, right)
     loss = 100 * (lost - won) / len(right) if len(right) else 0.0
     if smaller_images:
         if len(right) and loss <= tolerance:
@@ -168,16 +168,6 @@ def rejection_reason(
         f"accuracy falls by {loss:.1f} points ({lost} images lost, {won} won, chance {chance:.2g}; tolerance "
         f"{tolerance:g} points)"
     )
-
-
-def sign_test(lost: int, won: int) -> float:
-    """P(X >= lost) for X ~ Binomial(lost + won, 1/2).
-
-    >>> sign_test(1, 0), sign_test(3, 0), sign_test(2, 2)
-    (0.5, 0.125, 0.6875)
-    """
-    n = lost + won
-    return sum(comb(n, k) for k in range(lost, n + 1)) / 2**n
 
 
 def best_of(candidates: Sequence[EngineCandidate], objective: Objective) -> EngineCandidate:

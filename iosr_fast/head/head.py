@@ -334,7 +334,7 @@ class Head(HeadData):
         """Of a plan whose linear term reads both embeddings (methods.papers), the bias (C,) of the adapted half."""
         given, factor = self.config.parameters, self.config.factor
         model = GaussianModel(self.support, "adapted", copies=given.get("text_images", 0.0))
-        bias: np.ndarray = factor * given["discriminant_adapted"] * model.gaussians.bias
+        bias: np.ndarray = factor * given["discriminant_adapted"] * model.fitted.bias
         return bias
 
     # What a MultiLabelHead answers in its own way

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
 
 MAX_FOLDS = 16
@@ -46,17 +45,6 @@ class Folds:
         """For each fold the rows that are scored, rising, and (N,) bool, those that are left out."""
         folds = [self.fold == number for number in range(self.number)]
         return [(rows, out) for out in folds if len(rows := np.flatnonzero(out & self.scored))]
-
-    def others(self, support: SupportSet) -> list[tuple[np.ndarray, Embeddings, SupportSet]]:
-        """For each of `splits` the rows, these images as queries, and the support set without the fold: the same
-        objects at every call, so that models of other parameters share what they keep with a support set."""
-        cached: tuple[SupportSet, Any] | None = vars(self).get("_others")
-        if cached is None or cached[0] is not support:
-            queries = support.as_queries
-            cached = support, [(rows, queries[rows], support.only(~out)) for rows, out in self.splits]
-            vars(self)["_others"] = cached
-        made: list[tuple[np.ndarray, Embeddings, SupportSet]] = cached[1]
-        return made
 
     @property
     def rows(self) -> np.ndarray:

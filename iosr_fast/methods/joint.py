@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.log_loss import fit_factor
+from iosr_fast.methods.log_loss import fit_factor, log_softmax
 from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments, discriminant, shrunk_precision
-from iosr_fast.methods.out_of_fold import OutOfFold, is_level
+from iosr_fast.methods.out_of_fold import OutOfFold
+from iosr_fast.methods.paired_tests import is_level
 from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
 from iosr_fast.scoring.inputs import checked_inputs
 from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score
 
 # The exponent of an image's first probabilities, lambda of TransCLIP with support images.
@@ -111,38 +113,20 @@ def predict_jointly(
     Time per fold and for the result, for D channels: at most 10 rounds of two products of (B, D) and (D, C). Memory:
     the result, (B, C) float32, and blocks of 16 MiB. The order of the queries changes rounding only. `check=False`
     skips the check of the queries' finiteness and norms. Raises IosrFastError for queries that don't fit the plan.
-
-    >>> import numpy as np
-    >>> from iosr_fast.methods import METHODS
-    >>> from iosr_fast.methods.folds import make_folds
-    >>> from iosr_fast.methods.out_of_fold import out_of_fold
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> from iosr_fast.methods.tune import tune
-    >>> rng = np.random.default_rng(0)
-    >>> def draw(n):  # n images of each of 5 classes
-    ...     rows = 2.0 * np.eye(5, 16).repeat(n, 0) + 0.4 * rng.standard_normal((5 * n, 16))
-    ...     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    ...     return Embeddings(rows.astype(np.float32)), np.arange(5).repeat(n)
-    >>> support = make_support_set(*draw(3), text=None, tau=100.0, n_classes=5)
-    >>> folder, labels = draw(40)
-    >>> config = tune("gda", support).config
-    >>> left_out = out_of_fold(METHODS["gda"], support, make_folds(support), None, config.parameters, config.factor)
-    >>> joint = predict_jointly(support, config.compile(support), left_out, folder)
-    >>> joint.left_out, joint.refused, bool((joint.labels == labels).mean() > 0.95)
-    (15, '', True)
     """
     started = time.perf_counter()
     queries = checked_inputs(plan, queries, check).embeddings
     start = np.empty((len(queries), plan.n_classes), np.float32)
     for block in blocks(len(start), _BLOCK // plan.n_classes):
-        start[block] = _log_softmax(score(plan, queries[block], check=False))
+        start[block] = log_softmax(score(plan, queries[block], check=False))
     folder = Unlabelled(image_rows(queries, which, None), start)
-    result, factor = JointPrediction(start, np.arange(support.n_classes), _unchecked(support, alone, folder)), 1.0
+    result = JointPrediction(start, np.arange(support.n_classes), _unchecked(support, alone, folder))
+    model, factor = GaussianModel(support, which), 1.0
     if not result.refused:
-        result, factor = _checked(result, support, which, alone, folder)
+        result, factor = _checked(result, model, alone, folder)
     if result.refused:
         return replace(result, probabilities=np.exp(start, out=start), seconds=time.perf_counter() - started)
-    gaussians, rounds = estimate(GaussianModel(support, which).moments, [folder])
+    gaussians, rounds = estimate(model.moments, [folder])
     for part in folder.blocks():
         part.start[:] = _softmax(np.float32(factor) * part.logits(gaussians))
     return replace(result, rounds=rounds, seconds=time.perf_counter() - started)
@@ -198,20 +182,20 @@ def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, i
 
 
 def _checked(
-    result: JointPrediction, support: SupportSet, which: Which, alone: OutOfFold, folder: Unlabelled
+    result: JointPrediction, model: GaussianModel, alone: OutOfFold, folder: Unlabelled
 ) -> tuple[JointPrediction, float]:
     """`result` with its accuracies and, if images are classified worse together, the reason for refusal; and the factor
     of the logits."""
-    model, n_folder, joint = GaussianModel(support, which), len(folder.rows), list[np.ndarray]()
-    queries = image_rows(support.as_queries, which, None)
+    n_folder, joint = len(folder.rows), list[np.ndarray]()
+    queries = image_rows(model.support.as_queries, model.which, None)
     folds, logits = alone.folds.first(_LEFT_OUT), alone.by_image()
     for chosen, out in folds.splits:
         weight = WEIGHT * min(1.0, n_folder / len(chosen))
-        hidden = Unlabelled(queries[chosen], _log_softmax(logits[chosen]), weight)
+        hidden = Unlabelled(queries[chosen], log_softmax(logits[chosen]), weight)
         gaussians, _ = estimate(model.moments_without(out), [hidden, folder])
         joint.append(hidden.logits(gaussians))
     chosen = np.concatenate([rows for rows, _ in folds.splits])
-    both, expected = (logits[chosen], np.concatenate(joint)), support.labels[chosen]
+    both, expected = (logits[chosen], np.concatenate(joint)), model.support.labels[chosen]
     right = [one.argmax(1) == expected for one in both]
     shares = [float(one.mean()) for one in right]
     fits = [fit_factor(one, expected) for one in both]
@@ -228,12 +212,6 @@ def _checked(
     return result, fits[1][0]
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted: np.ndarray = logits - logits.max(1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
-    return shifted
-
-
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(np.maximum(logits - logits.max(1, keepdims=True), _LEAST))
-    return powers / powers.sum(1, keepdims=True)
+    """softmax, of logits that are not below the largest by more than -_LEAST."""
+    return softmax(np.maximum(logits - logits.max(1, keepdims=True), _LEAST))

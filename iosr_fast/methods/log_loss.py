@@ -248,3 +248,9 @@ def log_sum_exp(logits: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         sums: np.ndarray = top + np.log(np.exp(logits - top[:, None]).sum(1))
     return sums
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """log softmax of finite logits (B, C), of their dtype; the largest comes off first, as float32 has few digits."""
+    shifted: np.ndarray = logits - logits.max(1, keepdims=True)
+    return shifted - log_sum_exp(shifted)[:, None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.log_loss import fit_binary, sigmoid
 from iosr_fast.methods.models.model import join_terms
-from iosr_fast.methods.multi_label_set import LeftOut, MultiLabelSet, fixed_terms, regression
+from iosr_fast.methods.multi_label_set import MultiLabelSet, fixed_parts, regression
 from iosr_fast.methods.out_of_fold import Part
 from iosr_fast.methods.papers import MAX_KEYS, Method
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Setting, Stack, affordable, on_each
@@ -30,7 +29,6 @@ _ONE_SHOT_SPREAD = 0.5
 _PAIRS = 1 << 21  # of image and class that weights are fitted to; if there are more, every n-th image is used
 _FIRM = 1e6  # a shrinkage that leaves only the common bias
 _LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
-_ROUNDING = 1e-12  # a spread of a term that is nothing but rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,15 +111,15 @@ def fit_multi_label(
     if method == AUTO:
         method = "stack" if images.embeddings.adapted is None else "stack++"
     _check(entry := METHODS[method], images)
-    used, fixed = _used(entry, images), fixed_terms(images, entry)
+    used, fixed = _used(entry, images), fixed_parts(images, entry)
     fits = [_fit(images, fixed, used, one) for one in _settings(entry, images, setting, seconds)]
-    best, bias, fields = min(fits, key=lambda fit: fit[0].loss)
+    best, bias = min(fits, key=lambda fit: fit[0].loss)
     logits = best.logits + bias
     thresholds, parameters = f1_thresholds(sigmoid(logits)), best.parameters()
     name = entry.name if best.shares["adapter"] else entry.name.removesuffix("++")
     # A stack leaves out what has no weight.
-    used_terms = [(parameters[term], values) for term, values in fields.items() if parameters[term]]
-    plan = join_terms(images.n_classes, used_terms, bias=bias)
+    terms = [(parameters[term], part.model.fields()) for term, part in best.parts.items() if parameters[term]]
+    plan = join_terms(images.n_classes, terms, bias=bias)
     return MultiLabelFit(
         name,
         {key: parameters.get(key, 0.0) for key in METHODS[name].parameters},
@@ -167,7 +165,9 @@ def _check(entry: Method, images: MultiLabelSet) -> None:
         raise IosrFastError(reason)
 
 
-def _settings(entry: Method, images: MultiLabelSet, given: Mapping[str, float] | None, seconds: float) -> list[Setting]:
+def _settings(
+    entry: Method, images: MultiLabelSet, setting: Mapping[str, float] | None, seconds: float
+) -> list[Setting]:
     """The settings of the regression to try: as many as the budget allows, and at least one; one where none is judged.
     The setting is empty for a method without regression."""
     if not entry.is_stack:
@@ -175,8 +175,8 @@ def _settings(entry: Method, images: MultiLabelSet, given: Mapping[str, float] |
     if not _used(entry, images).any():
         return on_each([FEW_SHOT_SETTING], [entry.which])
     embeddings: tuple[Which, ...] = ("adapted", "plain") if entry.needs_adapter else ("plain",)
-    if given is not None:
-        values = {**entry.parameters, **given}
+    if setting is not None:
+        values = {**entry.parameters, **setting}
         return on_each([{name: values[name] for name in FEW_SHOT_SETTING}], embeddings)
     settings = affordable(len(images.labels), images.n_classes, embeddings, seconds)
     return settings or on_each(SETTINGS[:1], embeddings)
@@ -188,34 +188,31 @@ def _used(entry: Method, images: MultiLabelSet) -> np.ndarray:
 
 
 def _fit(
-    images: MultiLabelSet, fixed: Mapping[str, LeftOut], used: np.ndarray, setting: Setting
-) -> tuple[Stack, np.ndarray, dict[str, Mapping[str, Any]]]:
-    """Weights, biases (C,) and the fields of the terms at one setting of the regression."""
-    terms = dict(fixed)
+    images: MultiLabelSet, fixed: Mapping[str, Part], used: np.ndarray, setting: Setting
+) -> tuple[Stack, np.ndarray]:
+    """Weights and biases (C,) at one setting of the regression."""
+    parts = dict(fixed)
     if setting:
         keys: Which = "adapted" if setting["adapted_keys"] else "plain"
-        terms["regression"] = regression(images, keys, setting["beta"], setting["ridge"])
-    spreads = {name: spread if (spread := float(term.std())) > _ROUNDING else 1.0 for name, (term, _) in terms.items()}
-    parts = {name: Part(term, spreads[name], spreads[name]) for name, (term, _) in terms.items()}
-    scaled = {name: part.scaled for name, part in parts.items()}
+        parts["regression"] = regression(images, keys, setting["beta"], setting["ridge"])
     if used.any():
         some = slice(None, None, -(-images.labels.size // _PAIRS))
-        fit = fit_binary([part[some] for part in scaled.values()], images.labels[some], used, SHRINKAGE)
-        weights, bias, loss = dict(zip(terms, fit.weights.tolist(), strict=True)), fit.bias, fit.loss
+        fit = fit_binary([part.scaled[some] for part in parts.values()], images.labels[some], used, SHRINKAGE)
+        weights, bias, loss = dict(zip(parts, fit.weights.tolist(), strict=True)), fit.bias, fit.loss
     else:
-        weights, bias, loss = _by_rule(scaled, images.labels)
-        weights |= {name: 0.0 for name in terms if "discriminant" in name}
+        weights, bias, loss = _by_rule(parts, images.labels)
+        weights |= {name: 0.0 for name in parts if "discriminant" in name}
     if not any(weights.values()):
         weights["regression" if images.text is None else "text"] = _LEAST
-    return Stack(parts, weights, setting, loss), bias, {name: fields for name, (_, fields) in terms.items()}
+    return Stack(parts, weights, setting, loss), bias
 
 
-def _by_rule(scaled: Mapping[str, np.ndarray], labels: np.ndarray) -> tuple[dict[str, float], np.ndarray, float]:
+def _by_rule(parts: Mapping[str, Part], labels: np.ndarray) -> tuple[dict[str, float], np.ndarray, float]:
     """Weights and biases where no class has two images, so that no term of images can be judged (fit_multi_label)."""
-    texts, there = scaled.get("text"), int(labels.sum())
-    spread, common, loss = _ONE_SHOT_SPREAD, float(np.log(there / (labels.size - there))), float("inf")
-    if texts is not None:
-        fit = fit_binary([texts], labels, np.ones(labels.shape[1], bool), _FIRM)
+    labelled = int(labels.sum())
+    spread, common, loss = _ONE_SHOT_SPREAD, float(np.log(labelled / (labels.size - labelled))), float("inf")
+    if "text" in parts:
+        fit = fit_binary([parts["text"].scaled], labels, np.ones(labels.shape[1], bool), _FIRM)
         spread, common, loss = float(fit.weights[0]), fit.common, fit.loss
-    shift = sum(spread * float(part.mean()) for name, part in scaled.items() if name != "text")
-    return dict.fromkeys(scaled, spread), np.full(labels.shape[1], common - shift), loss
+    shift = sum(spread * float(part.scaled.mean()) for name, part in parts.items() if name != "text")
+    return dict.fromkeys(parts, spread), np.full(labels.shape[1], common - shift), loss

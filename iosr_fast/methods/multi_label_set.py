@@ -15,12 +15,12 @@ from iosr_fast.methods.folds import MAX_FOLDS, Folds, assign_folds
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.models.ridge import KernelRidge
+from iosr_fast.methods.out_of_fold import Part
 from iosr_fast.methods.papers import DISCRIMINANTS, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.scoring.plan import Which
 
-# A term: the logits (N, C) of left-out images as queries, each fitted without it, and its fields of a plan.
-LeftOut = tuple[np.ndarray, Mapping[str, Any]]
+_ROUNDING = 1e-12  # a spread of a term that is nothing but rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +74,13 @@ class MultiLabelSet:
     def folds(self) -> Folds:
         """Every image in one of up to MAX_FOLDS folds (folds.assign_folds). With groups `distinct` counts a class's
         folds."""
-        n_images, distinct, (rows, classes) = len(self.labels), self.counts, np.nonzero(self.labels)
-        own = np.arange(n_images) if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
-        fold = assign_folds(own, rows, classes, min(MAX_FOLDS, int(own.max(initial=0)) + 1))
+        n_images, distinct = len(self.labels), self.counts
+        rows, classes = np.nonzero(self.labels)
+        units = np.arange(n_images) if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
+        fold = assign_folds(units, rows, classes, min(MAX_FOLDS, int(units.max(initial=0)) + 1))
         if self.groups is not None:
             distinct = np.array([len(np.unique(fold[column])) for column in self.labels.T])
-        return Folds(fold, np.ones(n_images, bool), distinct, own)
+        return Folds(fold, np.ones(n_images, bool), distinct, units)
 
     @cached_property
     def pairs(self) -> SupportSet:
@@ -88,20 +89,37 @@ class MultiLabelSet:
         return make_support_set(self.embeddings[rows], classes, self.text, self.tau, self.n_classes)
 
 
-def fixed_terms(images: MultiLabelSet, method: Method) -> dict[str, LeftOut]:
-    """The terms without a setting, by the parameter that weighs each: texts, if there are any, and the discriminants of
+@dataclass(frozen=True, eq=False)
+class FittedTerm:
+    """A term in place of a Model: its fields of a plan."""
+
+    values: Mapping[str, Any]
+
+    def fields(self) -> Mapping[str, Any]:
+        return self.values
+
+
+def _part(logits: np.ndarray, fields: Mapping[str, Any]) -> Part:
+    """Of the logits (N, C) of left-out images as queries, each fitted without it; their spread is over all of these."""
+    deviation = float(logits.std())
+    spread = deviation if deviation > _ROUNDING else 1.0
+    return Part(logits, spread, spread, FittedTerm(fields))
+
+
+def fixed_parts(images: MultiLabelSet, method: Method) -> dict[str, Part]:
+    """The parts without a setting, by the parameter that weighs each: texts, if there are any, and the discriminants of
     a stack."""
-    terms = dict[str, LeftOut]()
+    parts = dict[str, Part]()
     if images.text is not None:
         texts = TextModel(images.pairs)
-        terms["text"] = texts.scores(images.as_queries), texts.fields()
+        parts["text"] = _part(texts.scores(images.as_queries), texts.fields())
     for which, name in DISCRIMINANTS.items():
         if name in method.parameters:
-            terms[name] = _discriminant(images, which)
-    return terms
+            parts[name] = _discriminant(images, which)
+    return parts
 
 
-def regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) -> LeftOut:
+def regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) -> Part:
     """Kernel ridge regression of the labels (N, C) minus the share of images that have each. Every image is left out
     by itself, with groups the fold of its group, and in the shares too: else the regression of an image's own label
     would be lower where the image is left out, as there is one such image less.
@@ -117,13 +135,15 @@ def regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) -
     sums = np.zeros((folds.number, target.shape[1]))
     np.add.at(sums, folds.fold, target)
     others = target.sum(0) - sums[folds.fold]
-    left_out = model.without(folds, target, values)
+    left_out = np.empty(target.shape)
+    for rows, out in folds.splits:
+        left_out[rows] = model.without(rows, out, target, values)
     left_out = left_out[:, :-1] - left_out[:, -1:] * (others[:, :-1] / np.maximum(others[:, -1:], 1))
     values = values[:, :-1] - values[:, -1:] * (images.counts / count)
-    return left_out, {"keys": keys, "values": values, "query": which, "beta": beta}
+    return _part(left_out, {"keys": keys, "values": values, "query": which, "beta": beta})
 
 
-def _discriminant(images: MultiLabelSet, which: Which) -> LeftOut:
+def _discriminant(images: MultiLabelSet, which: Which) -> Part:
     """G (models.gaussian) minus its mean over classes, where an image counts for each of its classes: mu_c is the mean
     of the images with label c, Sigma the covariance around these means over all pairs of image and label. The mean says
     how unlike all classes an image is, not which it has."""
@@ -131,6 +151,7 @@ def _discriminant(images: MultiLabelSet, which: Which) -> LeftOut:
     left_out, of_pairs = np.zeros(images.labels.shape), np.nonzero(images.labels.T)[1]
     for rows, out in images.folds.splits:
         if images.labels[~out].any():  # else all labels are those of the images that are left out
-            left_out[rows] = model.fitted_without(out[of_pairs]).scores(queries[rows])
-    linear, bias = model.gaussians.centred
-    return left_out - left_out.mean(1, keepdims=True), {"linear": linear, "bias": bias, "feature": which}
+            left_out[rows] = model.fit(model.moments_without(out[of_pairs])).scores(queries[rows])
+    linear, bias = model.fitted.centred
+    left_out -= left_out.mean(1, keepdims=True)
+    return _part(left_out, {"linear": linear, "bias": bias, "feature": which})

@@ -11,6 +11,7 @@ from iosr_fast.methods.conformal import log_odds_of_largest
 from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments
 from iosr_fast.methods.models.keys import KeyModel
+from iosr_fast.methods.models.memory import Memory
 from iosr_fast.methods.models.model import Model, TextModel
 from iosr_fast.methods.models.ridge import RidgeModel
 from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
@@ -31,14 +32,14 @@ _ROWS = 1024
 def score_names(support: SupportSet, adapted: bool, unknown: Embeddings | None = None) -> tuple[str, ...]:
     """The scores that `OodScores` gives for a support set, K names: those of the texts where fewer than two classes
     have an image, else those of both; and UNKNOWN_KEY if there are two `unknown` pictures or more."""
-    known_not = () if unknown is None or len(unknown) < 2 else (UNKNOWN_KEY,)
+    last = () if unknown is None or len(unknown) < 2 else (UNKNOWN_KEY,)
     if np.count_nonzero(support.counts) < 2:
-        return TEXT_SCORES + known_not
+        return TEXT_SCORES + last
     image: tuple[str, ...] = GAUSSIAN_SCORES if support.counts.max(initial=0) >= LEAST_FOR_GAUSSIANS else ()
     image += (NEAREST_KEY, REGRESSION) if len(support.embeddings) <= MAX_REGRESSION else (NEAREST_KEY,)
     text = () if support.text is None else TEXT_SCORES
     of_adapted = tuple(f"{name}, adapted" for name in image) if adapted else ()
-    return text + image + of_adapted + known_not
+    return text + image + of_adapted + last
 
 
 class OodScores:
@@ -68,12 +69,13 @@ class OodScores:
         self.unknown_which, self.unknown_keys = embeddings[-1], None
         if unknown is not None and UNKNOWN_KEY in names:
             self.unknown_keys = _exact(unknown, self.unknown_which)
-        there = support.counts > 0
-        images = support if there.all() else support.of_classes(there)
+        has_images = support.counts > 0
+        shared = Memory()  # of the moments
+        images = support if has_images.all() else support.of_classes(has_images)
         self.models: list[Model] = [] if support.text is None else [TextModel(support)]
         for which in embeddings if NEAREST_KEY in names else ():
             if GAUSSIAN_SCORES[0] in names:
-                self.models += [DensityModel(images, which), BackgroundModel(images, which)]
+                self.models += [model(images, which, memory=shared) for model in (DensityModel, BackgroundModel)]
             self.models.append(NearestKeyModel(images, which))
             if REGRESSION in names:
                 self.models.append(RidgeModel(images, which, None, BETA, RIDGE, label_weight=1.0, text_weight=0.0))
@@ -124,22 +126,22 @@ class Densities(Gaussians):
 class DensityModel(GaussianModel):
     """Densities of classes."""
 
-    def _fit(self, moments: Moments) -> Gaussians:
-        return Densities(**vars(super()._fit(moments)))
+    def fit(self, moments: Moments) -> Gaussians:
+        return Densities(**vars(super().fit(moments)))
 
 
 class BackgroundModel(DensityModel):
     """-(x - m)' P0 (x - m) / 2, the density of all images as one class: (B, 1)."""
 
-    def _fit(self, moments: Moments) -> Gaussians:
-        return super()._fit(moments.joined)
+    def fit(self, moments: Moments) -> Gaussians:
+        return super().fit(moments.joined)
 
 
 class NearestKeyModel(KeyModel):
     """The largest cosine to a support image of any class, the same for all classes."""
 
-    def _sums(self, cosines: np.ndarray) -> np.ndarray:
-        return np.repeat(cosines.max(1, keepdims=True), self.support.n_classes, axis=1)
+    def _sums(self, cosines: np.ndarray, weights: np.ndarray | None, counts: np.ndarray) -> np.ndarray:
+        return np.repeat(cosines.max(1, keepdims=True), len(counts), axis=1)
 
 
 def _exact(embeddings: Embeddings, which: Which) -> np.ndarray:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.folds import Folds
+from iosr_fast.methods.models.memory import Memory
 from iosr_fast.methods.models.model import Model, Term
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.support_set import ROUNDING, SupportSet, check_labels
 from iosr_fast.scoring.reducers import Reducer
 
-_KEPT = 1 << 24  # logits of parts that are kept for the next question: 128 MB
 _SPREAD_IMAGES = 256  # on which a spread in use is measured
 
 
@@ -26,11 +26,13 @@ class Part:
 
     spread_left_out  the spread of these logits over the classes that are not the image's own (`spread_of_others`)
     spread_full      the same of the model that is fitted with all support images, which has another spread
+    model            that one: `model.fields()` are its part of a plan, for which nothing is fitted again
     """
 
     logits: np.ndarray
     spread_left_out: float
     spread_full: float
+    model: Any = None
 
     @property
     def scaled(self) -> np.ndarray:
@@ -66,7 +68,7 @@ class HeldOut:
     queries: Embeddings
     labels: np.ndarray
     folds: Folds | None = None
-    _parts: dict[Model, Part] = field(default_factory=dict, repr=False)
+    memory: Memory = field(default_factory=Memory, repr=False)
 
     @classmethod
     def of_support(cls, support: SupportSet, folds: Folds) -> HeldOut:
@@ -92,24 +94,33 @@ class HeldOut:
         even = (np.arange(len(self.labels)) if self.folds is None else self.folds.fold[self.folds.rows]) % 2 == 0
         return (even, ~even) if even.any() and not even.all() else ()
 
-    def part(self, model: Model) -> Part:
-        """The model's logits of the held-out images."""
-        part = self._parts.pop(model, None) or self._judged(model)
-        while self._parts and (len(self._parts) + 1) * part.logits.size > _KEPT:
-            self._parts.pop(next(iter(self._parts)))
-        self._parts[model.refitted(self.support)] = part  # an equal key, which does not hold what was fitted
-        return part
+    def left_out(self, model: Model) -> np.ndarray:
+        """(V, C): the model's logits of the held-out images, without their folds at the spread that these give."""
+        model = self._with_memory(model)
 
-    def _judged(self, model: Model) -> Part:
-        logits = model.scores(self.queries) if self.folds is None else model.without(self.folds)[self.folds.rows]
-        unit = spread_of_others(logits, self.labels)
+        def judge() -> np.ndarray:
+            return model.scores(self.queries) if self.folds is None else model.without(self.folds)[self.folds.rows]
+
+        return self.memory.get(("left out", model.unfitted()), 8 * len(self.labels) * self.support.n_classes, judge)
+
+    def part(self, model: Model) -> Part:
+        """These logits with their spreads."""
+        n_bytes = 8 * len(self.support.labels) * self.support.n_classes  # of the model: its values
+        return self.memory.get(("part", model.unfitted()), n_bytes, lambda: self._part(self._with_memory(model)))
+
+    def _part(self, model: Model) -> Part:
+        logits = self.left_out(model)
+        spread, kept = spread_of_others(logits, self.labels), model.kept()
         if len(self.labels) and (self.folds is None or self.support.n_classes == 2):
-            return Part(logits, unit, unit)
+            return Part(logits, spread, spread, kept)
         rows = self.folds.rows if self.folds is not None and len(self.labels) else np.arange(len(self.support.labels))
         rows = rows[:: -(-len(rows) // _SPREAD_IMAGES) or 1]
         units = np.arange(len(self.support.labels)) if self.folds is None else self.folds.units
         in_use = spread_of_others(model.in_use(rows, units), self.support.labels[rows])
-        return Part(logits, unit if len(self.labels) else in_use, in_use)
+        return Part(logits, spread if len(self.labels) else in_use, in_use, kept)
+
+    def _with_memory(self, model: Model) -> Model:
+        return model if model.memory is self.memory else replace(model, memory=self.memory)
 
     def logits(self, terms: Sequence[Term]) -> np.ndarray:
         """(V, C): the sum of weighted terms, at the spread that they have in use, so that weights and probabilities of
@@ -131,7 +142,7 @@ def out_of_fold(
 ) -> OutOfFold:
     """The out-of-fold logits of a method with these parameters and a factor of its logits; of no image where each class
     has one."""
-    held_out = HeldOut.of_support(support, replace(folds))  # a copy, with which support sets are kept meanwhile
+    held_out = HeldOut.of_support(support, folds)
     logits = factor * held_out.logits(method.terms(support, reducer, parameters))
     return OutOfFold(folds, held_out.labels, logits.astype(np.float32))
 
@@ -145,17 +156,7 @@ def spread_of_others(logits: np.ndarray, labels: np.ndarray) -> float:
     if not len(logits):
         return 1.0
     if logits.shape[1] > 2:
-        own = np.arange(logits.shape[1])[None, :] == labels[:, None]
-        logits = logits[~own].reshape(len(logits), -1)
+        of_label = np.arange(logits.shape[1])[None, :] == labels[:, None]
+        logits = logits[~of_label].reshape(len(logits), -1)
     spread = float(np.std(logits, axis=1).mean())
     return spread if spread > max(ROUNDING * float(np.abs(logits).max()), 1e-12) else 1.0
-
-
-def is_level(right: np.ndarray, best: np.ndarray) -> bool:
-    """Whether `right` is as good as `best` within noise. Both are (V,) bool: the images that a candidate gets right.
-
-    lost - won <= 2 sqrt(lost + won), with lost the number of images that only `best` gets right and won that of images
-    that only `right` gets right; sqrt(lost + won) is the standard error of their difference.
-    """
-    lost, won = int((best & ~right).sum()), int((right & ~best).sum())
-    return lost - won <= 2.0 * float(np.sqrt(lost + won))

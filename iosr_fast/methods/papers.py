@@ -146,11 +146,12 @@ def stack_models(support: SupportSet, parameters: Mapping[str, float]) -> dict[s
         if which == "plain" or support.embeddings.adapted is not None
     }
     keys: Which = "adapted" if parameters.get("adapted_keys") else "plain"
-    regression = RidgeModel(
-        support, keys, None, parameters["beta"], parameters["ridge"], label_weight=1.0, text_weight=0.0
-    )
-    models["regression"] = regression
-    return {**models, "text_regression": regression.of(label_weight=0.0, text_weight=1.0)} if has_text else models
+    regression = RidgeModel(support, keys, None, parameters["beta"], parameters["ridge"], text_weight=0.0)
+    system = regression.factorised
+    models["regression"] = replace(regression, system=system)
+    if has_text:
+        models["text_regression"] = replace(regression, label_weight=0.0, text_weight=1.0, system=system)
+    return models
 
 
 def _stack(support: SupportSet, _: Which, __: Reducer | None, parameters: Mapping[str, float]) -> list[Term]:

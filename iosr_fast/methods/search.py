@@ -17,7 +17,8 @@ from iosr_fast.methods import Method
 from iosr_fast.methods.alpha import Intervals, Plateau, intervals
 from iosr_fast.methods.config import Config, Evidence
 from iosr_fast.methods.log_loss import MAX_ALPHA, fit_alpha, fit_factor, spread
-from iosr_fast.methods.out_of_fold import HeldOut, is_level
+from iosr_fast.methods.out_of_fold import HeldOut
+from iosr_fast.methods.paired_tests import is_level
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.score import score
 
@@ -46,6 +47,10 @@ class _Candidate:
         return replace(self, plateau=self.intervals.only(rows).best())
 
 
+# A candidate at an alpha, with its log-loss and which of n images are right, (n,) bool.
+_Measured = tuple[_Candidate, float, float, np.ndarray]
+
+
 class ParameterSearch:
     """Every setting that was tried of a method base + alpha * images, each with its best alphas: all combinations of
     the values of its axes; then, twice, finer ones around the best."""
@@ -63,24 +68,24 @@ class ParameterSearch:
     def _try(self, values: Mapping[str, Sequence[float]]) -> None:
         for point in product(*values.values()):
             setting = dict(zip(values, point, strict=True))
-            found = intervals(*self._logits(setting), self.labels)
-            self.tried.append(_Candidate(setting, found, found.best()))
+            right = intervals(*self._logits(setting), self.labels)
+            self.tried.append(_Candidate(setting, right, right.best()))
 
     def _logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
         """base, slope (V, C): the logits at alpha are base + alpha * slope. The models without a fold give them as they
         are, without the spread in use: with more images a sum over them grows, and deserves more weight."""
         terms = self.method.terms(self.held_out.support, self.reducer, {"alpha": 1.0, **setting})
-        parts = [weight * self.held_out.part(model).logits for weight, model in terms]
+        parts = [weight * self.held_out.left_out(model) for weight, model in terms]
         return np.sum(parts[:-1], axis=0), parts[-1]
 
     def result(self, reducer: str) -> Config:
         """The candidate and the alpha that all images choose; each half of them (HeldOut.halves) is judged at those
         that the other half chooses."""
-        best, alpha = self._choose(np.ones(len(self.labels), bool))
+        halves = self.held_out.halves
+        (best, alpha), *others = self._choose([np.ones(len(self.labels), bool), *(~half for half in halves)])
         judged = best.intervals.right_at(alpha)
-        for half in self.held_out.halves:
-            candidate, of_half = self._choose(~half)
-            judged[half] = candidate.intervals.right_at(of_half)[half]
+        for half, (candidate, of_other) in zip(halves, others, strict=True):
+            judged[half] = candidate.intervals.right_at(of_other)[half]
         base, slope = self._logits(best.setting)
         right = (base + alpha * slope).argmax(1) == self.labels
         parameters = {"alpha": alpha, **best.setting}
@@ -98,25 +103,25 @@ class ParameterSearch:
         )
         return Config(method=self.method.name, parameters=parameters, reducer=reducer, factor=factor, evidence=evidence)
 
-    def _choose(self, rows: np.ndarray) -> tuple[_Candidate, float]:
-        """The candidate and the alpha that the images `rows` (V,) bool choose. By leave-one-out the least log-loss
-        chooses among the candidates that are level with the best, each tried at its best alpha and at its alpha of
-        least log-loss; on a validation set the most right."""
-        tried = [candidate.on(rows) for candidate in self.tried]
+    def _choose(self, subsets: Sequence[np.ndarray]) -> list[tuple[_Candidate, float]]:
+        """The candidate and the alpha that the images of each subset (V,) bool choose. By leave-one-out the least
+        log-loss chooses among the candidates that are level with the best, each tried at its best alpha and at its
+        alpha of least log-loss; on a validation set the most right."""
+        tried = [[candidate.on(rows) for candidate in self.tried] for rows in subsets]
         if self.held_out.folds is None:
-            best = max(tried, key=lambda one: one.rank)
-            return best, best.plateau.alpha
-        measured = list[tuple[_Candidate, float, float, np.ndarray]]()  # an alpha, its log-loss, and who is right
-        for one in _near_the_best(tried, int(rows.sum())):
-            base, slope = (part[rows] for part in self._logits(one.setting))
-            given, labels = one.plateau.alpha, self.labels[rows]
-            _, loss = fit_factor(base + given * slope, labels, MAX_ALPHA / max(1.0, given))
-            fitted, _, least = fit_alpha(base, slope, labels)
-            for alpha, its_loss in ((given, loss), (fitted, least)):
-                measured.append((one, alpha, its_loss, one.intervals.right_at(alpha)[rows]))
-        top = max(measured, key=lambda one: one[3].sum())[3]
-        candidate, alpha, *_ = min((one for one in measured if is_level(one[3], top)), key=lambda one: one[2])
-        return candidate, alpha
+            tops = [max(candidates, key=lambda one: one.rank) for candidates in tried]
+            return [(top, top.plateau.alpha) for top in tops]
+        shortlists = [_near_the_best(one, int(rows.sum())) for one, rows in zip(tried, subsets, strict=True)]
+        measured = [dict[int, list[_Measured]]() for _ in subsets]
+        for number in sorted(set().union(*shortlists)):
+            base, slope = self._logits(self.tried[number].setting)
+            for k, rows in enumerate(subsets):
+                if number in shortlists[k]:
+                    measured[k][number] = _measure(tried[k][number], base[rows], slope[rows], self.labels[rows], rows)
+        return [
+            _choice([one for number in numbers for one in by_number[number]])
+            for numbers, by_number in zip(shortlists, measured, strict=True)
+        ]
 
     def _notes(self, parameters: Mapping[str, float], text: float, images: float, right: np.ndarray) -> Iterator[str]:
         """What a user has to know: a term without effect, by the spreads of texts and of images, or images that the
@@ -134,13 +139,31 @@ class ParameterSearch:
             )
 
 
-def _near_the_best(tried: Sequence[_Candidate], n_samples: int) -> list[_Candidate]:
-    """Some candidates within three standard errors of the best."""
-    best = max(c.plateau.right for c in tried) / n_samples
+def _near_the_best(tried: Sequence[_Candidate], n_samples: int) -> list[int]:
+    """The positions of some candidates within three standard errors of the best."""
+    right = np.array([one.plateau.right for one in tried])
+    best = right.max() / n_samples
     error = float(np.sqrt(best * (1 - best) / n_samples))
-    near = [c for c in tried if c.plateau.right / n_samples >= best - 3 * error]
-    near.sort(key=lambda c: -c.plateau.right)
+    order = np.argsort(-right, kind="stable")
+    near: list[int] = order[right[order] / n_samples >= best - 3 * error].tolist()
     return near[:: -(-len(near) // _SHORTLIST)]
+
+
+def _measure(
+    one: _Candidate, base: np.ndarray, slope: np.ndarray, labels: np.ndarray, rows: np.ndarray
+) -> list[_Measured]:
+    """A candidate at its best alpha and at its alpha of least log-loss, by the logits of the images `rows`."""
+    best = one.plateau.alpha
+    _, loss = fit_factor(base + best * slope, labels, MAX_ALPHA / max(1.0, best))
+    alpha, _, least = fit_alpha(base, slope, labels)
+    return [(one, at, its_loss, one.intervals.right_at(at)[rows]) for at, its_loss in ((best, loss), (alpha, least))]
+
+
+def _choice(measured: Sequence[_Measured]) -> tuple[_Candidate, float]:
+    """The least log-loss of those that are level with the most right."""
+    top = max(measured, key=lambda one: one[3].sum())[3]
+    candidate, alpha, *_ = min((one for one in measured if is_level(one[3], top)), key=lambda one: one[2])
+    return candidate, alpha
 
 
 def _between(axis: Sequence[float], value: float) -> list[float]:

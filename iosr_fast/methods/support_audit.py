@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,9 +88,8 @@ class ClassReport:
 class SupportAudit:
     """The result of `audit_support` for N images of C classes.
 
-    images           (N,) what names an image: its position, or an example's id
-    suspicion        (N,) the probability that the label is wrong; NaN for an image that can't be left out
-    surprise         (N,) -log of the label's probability: images in its falling order are the most suspicious first
+    suspicion        from what names an image, its row or an example's id, to the probability that its label is wrong;
+                     the most suspicious first, by the label's probability; NaN, last, for one that can't be left out
     suspects         labels that are doubtful (suspicion of at least 10%), the most suspicious first
     expected_wrong   how many labels are wrong by estimate, listed or not
     duplicates       the nearest pair first
@@ -101,9 +100,7 @@ class SupportAudit:
                      "nothing"
     """
 
-    images: np.ndarray
-    suspicion: np.ndarray
-    surprise: np.ndarray
+    suspicion: Mapping[Any, float]
     suspects: tuple[Suspect, ...]
     expected_wrong: float
     duplicates: tuple[Duplicate, ...]
@@ -120,7 +117,7 @@ class SupportAudit:
 
     def summary(self) -> str:
         """What was found, a line each."""
-        lines = [f"{len(self.images)} images of {len(self.classes)} classes, checked by {self.basis}"]
+        lines = [f"{len(self.suspicion)} images of {len(self.classes)} classes, checked by {self.basis}"]
         if self.basis != "nothing":
             listed = f"labels that are likely wrong: {len(self.likely_wrong)}"
             lines.append(f"{listed}; by estimate {self.expected_wrong:.1f} labels are wrong")
@@ -132,9 +129,9 @@ class SupportAudit:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the arrays of N; null for what can't be said."""
-        facts = {name: value for name, value in vars(self).items() if name not in ("images", "suspicion", "surprise")}
-        values: dict[str, Any] = json_values({"images": len(self.images), **facts})
+        """JSON-ready, with the number of images in place of `suspicion`; null for what can't be said."""
+        facts = {name: value for name, value in vars(self).items() if name != "suspicion"}
+        values: dict[str, Any] = json_values({"images": len(self.suspicion), **facts})
         return values
 
 
@@ -164,67 +161,48 @@ def audit_support(
 
     Sources: the mixture of label_noise is a noise model with one rate, as in confident learning (Northcutt et al., JAIR
     2021), fitted by likelihood.
-
-    >>> from iosr_fast import Embeddings
-    >>> from iosr_fast.methods import METHODS
-    >>> from iosr_fast.methods.folds import make_folds
-    >>> from iosr_fast.methods.out_of_fold import out_of_fold
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> from iosr_fast.methods.tune import tune
-    >>> rng = np.random.default_rng(0)
-    >>> labels = np.arange(3).repeat(8)
-    >>> rows = 2.0 * np.eye(3, 16)[labels] + 0.3 * rng.standard_normal((24, 16))
-    >>> rows = Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
-    >>> labels[5] = 2  # an image of class 0
-    >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=3)
-    >>> config, positions = tune("gda", support).config, np.argsort(labels, kind="stable")
-    >>> left_out = out_of_fold(METHODS["gda"], support, make_folds(support), None, config.parameters, config.factor)
-    >>> audit = audit_support(support, left_out, images=positions)
-    >>> [(one.image, one.label, one.suggested) for one in audit.likely_wrong]
-    [(5, 2, 0)]
     """
-    started, labels = time.perf_counter(), support.labels
-    images = np.arange(len(labels)) if images is None else images
+    started = time.perf_counter()
+    labels = support.labels
+    names = list(range(len(labels))) if images is None else images.tolist()
     files = paths or (None,) * len(labels)
     class_names = list(range(support.n_classes)) if classes is None else classes.tolist()
-    logits = left_out.by_image()
-    scored, basis = np.isfinite(logits[:, 0]), "left-out images"
-    judged, of_judged = scored, logits
+    logits, basis = left_out.by_image(), "left-out images"
+    judged = scored = np.isfinite(logits[:, 0])
     if not scored.any():
         judged, basis = np.full(len(scored), support.text is not None), "nothing"
         if support.text is not None and len(scored):
-            basis, of_judged = "class names", TextModel(support).scores(support.as_queries)
-    noise = fit_label_noise(of_judged[judged], labels[judged])
+            basis = "class names"
+            logits = TextModel(support).scores(support.as_queries)
+    noise = fit_label_noise(logits[judged], labels[judged])
     suspicion, surprise = np.full((2, len(scored)), np.nan)
-    suspicion[judged], surprise[judged] = noise.wrong, noise.surprise
-    rows, shares = image_rows(support.embeddings, which, None), softmax(of_judged.astype(np.float64))
-    pairs = near_pairs(rows, support)
-    named: list[tuple[Any, Any]] = [(name, class_names[c]) for name, c in zip(images.tolist(), labels, strict=True)]
-    by_surprise = np.argsort(-surprise, kind="stable")  # NaN last
-    doubtful: list[int] = by_surprise[suspicion[by_surprise] >= _DOUBTFUL].tolist()
-    others = [_suggested(support, rows, shares[i], i) for i in doubtful]
+    suspicion[judged] = noise.wrong
+    surprise[judged] = noise.surprise
+    rows = image_rows(support.embeddings, which, None)
+    shares = softmax(logits.astype(np.float64))
+    most_suspicious = np.argsort(-surprise, kind="stable").tolist()  # NaN last
+
+    def suspect(i: int) -> Suspect:
+        c, near = _suggested(support, rows, shares[i], i)
+        neighbours = tuple(names[j] for j in near.tolist())
+        probability = float(shares[i, c])
+        label = class_names[labels[i]]
+        return Suspect(names[i], label, float(suspicion[i]), class_names[c], probability, neighbours, files[i])
+
+    def duplicate(i: int, j: int, cosine: float) -> Duplicate:
+        label, other_label = class_names[labels[i]], class_names[labels[j]]
+        return Duplicate(names[i], label, names[j], other_label, cosine, files[i], files[j])
+
     return SupportAudit(
-        images,
-        suspicion,
-        surprise,
-        tuple(
-            Suspect(
-                *named[i],
-                float(suspicion[i]),
-                class_names[c],
-                float(shares[i, c]),
-                tuple(images[near].tolist()),
-                files[i],
-            )
-            for i, (c, near) in zip(doubtful, others, strict=True)
-        ),
-        float(noise.wrong.sum()),
-        tuple(Duplicate(*named[i], *named[j], cosine, files[i], files[j]) for i, j, cosine in pairs),
-        tuple(_confusions(support, class_names, shares, scored & ~(suspicion > LIKELY))),
-        tuple(_class_reports(support, class_names, left_out, rows)),
-        notes,
-        basis,
-        time.perf_counter() - started,
+        suspicion={names[i]: float(suspicion[i]) for i in most_suspicious},
+        suspects=tuple(suspect(i) for i in most_suspicious if suspicion[i] >= _DOUBTFUL),
+        expected_wrong=float(noise.wrong.sum()),
+        duplicates=tuple(duplicate(*pair) for pair in near_pairs(rows, support)),
+        confusions=tuple(_confusions(support, class_names, shares, scored & ~(suspicion > LIKELY))),
+        classes=tuple(_class_reports(support, class_names, left_out, rows)),
+        notes=notes,
+        basis=basis,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -239,10 +217,11 @@ def _confusions(
     support: SupportSet, classes: Sequence[Any], shares: np.ndarray, chosen: np.ndarray
 ) -> Iterator[Confusion]:
     """Pairs of classes, by the probabilities (N, C) of the left-out images `chosen` (N,) bool."""
-    labels, given, n_classes = support.labels[chosen], shares[chosen], support.n_classes
+    labels, n_classes, shares = support.labels[chosen], support.n_classes, shares[chosen]
     counts = np.bincount(labels, minlength=n_classes)
-    taken = np.bincount(labels * n_classes + given.argmax(1), minlength=n_classes**2).reshape(n_classes, n_classes)
-    both, towards = counts[:, None] + counts, np.eye(n_classes)[labels].T @ given
+    taken = np.bincount(labels * n_classes + shares.argmax(1), minlength=n_classes**2).reshape(n_classes, n_classes)
+    both = counts[:, None] + counts
+    towards = np.eye(n_classes)[labels].T @ shares
     share = np.triu((towards + towards.T) / np.maximum(both, 1), 1)
     for a, b in sorted(np.argwhere(share >= _CONFUSED).tolist(), key=lambda pair: -share[tuple(pair)]):
         mistaken = int(taken[a, b] + taken[b, a])
@@ -254,8 +233,8 @@ def _class_reports(
 ) -> Iterator[ClassReport]:
     counts, distinct = support.counts, left_out.folds.distinct
     variety = class_distances(rows, support, np.mean)
-    if len(known := variety[np.isfinite(variety)]):
-        variety /= max(np.median(known), _ROUNDING)
+    if np.isfinite(variety).any():
+        variety /= max(np.nanmedian(variety), _ROUNDING)
     usual = float(np.median(distinct[counts > 0])) if counts.any() else 0.0
     labels = left_out.labels
     right = np.bincount(labels[left_out.logits.argmax(1) == labels], minlength=len(counts))

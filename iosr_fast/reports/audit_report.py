@@ -67,14 +67,14 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
         "class names": f"Judged by the class names: by estimate {audit.expected_wrong:.1f} labels are wrong.",
         "nothing": "Each class has one image, so no label can be judged.",
     }[audit.basis]
-    counts = {"images": len(audit.images), "classes": len(audit.classes), "labels likely wrong": likely}
+    counts = {"images": len(audit.suspicion), "classes": len(audit.classes), "labels likely wrong": likely}
     return page(
         title,
         facts({**counts, "near duplicates": len(audit.duplicates)}),
         *(element("p", element("b", sentence)) for sentence in audit.notes),
         section(
             "Labels likely wrong",
-            _first(f"More likely wrong than right: {likely} of {len(audit.images)}. {judged}", likely),
+            _first(f"More likely wrong than right: {likely} of {len(audit.suspicion)}. {judged}", likely),
             note(_CORRECTED if paths else "", _WITHOUT_FILE if len(paths) < len(shown) else "") if shown else None,
             cards(map(suspect, audit.likely_wrong[:_SHOWN])),
             details(

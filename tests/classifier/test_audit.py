@@ -28,7 +28,7 @@ def test_an_audit_names_examples_and_is_right_after_a_change(clip: OpenedClip, d
     assert set(suspect.neighbours) <= set(classifier.examples(NAMES[1]))
     classifier.remove_examples([suspect.image])
     audit = classifier.audit()
-    assert not audit.likely_wrong and len(audit.images) == len(images) - 1
+    assert not audit.likely_wrong and len(audit.suspicion) == len(images) - 1
     assert [one.label for one in audit.classes] == NAMES and sum(one.images for one in audit.classes) == 29
 
 

@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods import METHODS
 from iosr_fast.methods.folds import make_folds
+from iosr_fast.methods.models import gaussian, keys, memory, ridge
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyModel
-from iosr_fast.methods.models.model import Model, TextModel
+from iosr_fast.methods.models.memory import Memory
+from iosr_fast.methods.models.model import Model, TextModel, join_terms
 from iosr_fast.methods.models.ridge import RidgeModel, kernel_matrix, lower_inverse
+from iosr_fast.methods.out_of_fold import HeldOut
+from iosr_fast.methods.papers import stack_models
 from iosr_fast.methods.support_set import SupportSet, class_weights, make_support_set
 from iosr_fast.scoring.reducers import fit_reducer
+from iosr_fast.scoring.score import score
 from tests.methods.support_sets import Clusters, unit
 
 MODELS: dict[str, Callable[[SupportSet], Model]] = {
@@ -39,36 +45,67 @@ def uneven(views: bool = False) -> SupportSet:
 
 @pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_without_a_fold_is_a_fit_on_the_others(name: str, views: bool) -> None:
+def test_without_a_fold_is_a_fit_on_the_others(name: str, views: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     support = uneven(views)
-    reducer = fit_reducer("centre", support.embeddings.plain)
+    reducer, folds = fit_reducer("centre", support.embeddings.plain), make_folds(support)
     for model in (MODELS[name](support), replace(MODELS[name](support), reducer=reducer)):
-        folds = make_folds(support)
-        found = model.without(folds)
-        assert np.isnan(found[~folds.scored]).all() and folds.scored.sum() == 29
+        scores = model.without(folds)
+        assert np.isnan(scores[~folds.scored]).all() and folds.scored.sum() == 29
         for j in folds.rows:
             kept = folds.fold != folds.fold[j]
             others = make_support_set(support.embeddings[kept], support.labels[kept], support.text, support.tau)
             expected = replace(MODELS[name](others), reducer=model.reducer).scores(support.as_queries[[j]])[0]
-            np.testing.assert_allclose(found[j], expected, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(expected).max()))
+            np.testing.assert_allclose(scores[j], expected, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(expected).max()))
+        memory = Memory()
+        for _ in range(2):  # what a memory keeps, or a block at a time gives, is the same
+            np.testing.assert_array_equal(replace(model, memory=memory).without(folds), scores)
+        monkeypatch.setattr(keys, "_TILE", 1)
+        np.testing.assert_allclose(model.without(folds), scores, rtol=1e-4, atol=1e-4)
+        monkeypatch.undo()
+
+
+def test_a_part_keeps_what_its_plan_needs_and_no_factorisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    support, queries = uneven(), Clusters(6, width=11, adapted=True).queries(3)[0]
+    parameters = {name: 0.5 + 0.1 * i for i, name in enumerate(METHODS["stack++"].parameters)}
+    expected = METHODS["stack++"].compile(support, None, parameters)
+    held_out, factorised = HeldOut.of_support(support, make_folds(support)), []
+    monkeypatch.setattr(ridge, "lower_inverse", lambda lower: factorised.append(len(lower)) or np.linalg.inv(lower))
+    parts = {name: held_out.part(model) for name, model in stack_models(support, parameters).items()}
+    assert factorised == [33], "labels and texts share one"
+    monkeypatch.setattr(gaussian, "fit_gaussians", None)
+    plan = join_terms(6, [(parameters[name], part.model.fields()) for name, part in parts.items()])
+    assert factorised == [33], "and the plan needs no other"
+    np.testing.assert_allclose(score(plan, queries), score(expected, queries), rtol=1e-6)
+    again = {name: held_out.part(model) for name, model in stack_models(support, parameters).items()}
+    assert all(again[name] is part for name, part in parts.items())
+    assert not any({"factorised", "moments"} & set(vars(part.model)) for part in parts.values())
+    assert parts["regression"].model.system is None
+
+
+def test_a_memory_forgets_what_was_asked_for_least_recently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MOST", 10)
+    kept, made = Memory(), []
+    for key, n_bytes in (("a", 4), ("b", 4), ("a", 4), ("c", 4), ("a", 4), ("b", 4), ("d", 11), ("d", 11)):
+        kept.get(key, n_bytes, lambda key=key: made.append(key))
+    assert made == ["a", "b", "c", "b", "d", "d"]
 
 
 @pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("which", ["plain", "adapted"])
 def test_a_regression_without_a_fold_keeps_the_weights_of_classes(which: str, views: bool) -> None:
     support, folds = uneven(views), make_folds(uneven())
-    model = RidgeModel(support, which, None, beta=1.3, ridge=0.2).of(label_weight=0.7, text_weight=1.6)  # type: ignore[arg-type]
-    found = model.without(folds)
-    keys, queries = (getattr(e, which) for e in (support.embeddings, support.as_queries))
+    model = RidgeModel(support, which, None, 1.3, 0.2, label_weight=0.7, text_weight=1.6)  # type: ignore[arg-type]
+    scores = model.without(folds)
+    key_rows, queries = (getattr(e, which) for e in (support.embeddings, support.as_queries))
     cosines = support.embeddings.plain.astype(np.float64) @ support.text.T
     target = 0.7 * np.eye(6)[support.labels] - 1.6 * cosines
     ridge = 0.2 / class_weights(support.counts)[support.labels]
-    assert np.isnan(found[~folds.scored]).all()
+    assert np.isnan(scores[~folds.scored]).all()
     for j in folds.rows:
         kept = folds.fold != folds.fold[j]
-        system = kernel_matrix(keys[kept], keys[kept], 1.3) + np.diag(ridge[kept])
-        expected = kernel_matrix(queries[[j]], keys[kept], 1.3) @ np.linalg.solve(system, target[kept])
-        np.testing.assert_allclose(found[j], expected[0], atol=1e-9)
+        system = kernel_matrix(key_rows[kept], key_rows[kept], 1.3) + np.diag(ridge[kept])
+        expected = kernel_matrix(queries[[j]], key_rows[kept], 1.3) @ np.linalg.solve(system, target[kept])
+        np.testing.assert_allclose(scores[j], expected[0], atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 99, 100, 101, 257])

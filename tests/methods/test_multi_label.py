@@ -13,7 +13,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.methods.log_loss import sigmoid
 from iosr_fast.methods.models.gaussian import Moments, fit_gaussians
 from iosr_fast.methods.multi_label import f1_thresholds, fit_multi_label
-from iosr_fast.methods.multi_label_set import MultiLabelSet, fixed_terms, regression
+from iosr_fast.methods.multi_label_set import MultiLabelSet, fixed_parts, regression
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.utils.ranking import mean_average_precision
@@ -54,20 +54,21 @@ def test_the_regression_is_that_of_the_formula_and_of_a_fit_without_the_image_or
     images = replace(images_of(views=views), groups=np.arange(31) // 3 if grouped else None)
     fold = images.folds.fold if grouped else np.arange(31)
     assert not grouped or (fold[:30].reshape(-1, 3) == fold[:30:3, None]).all()
-    keys, (left_out, fields) = rows_of(images.embeddings, which), regression(images, which, 2.0, 0.1)
+    keys, part = rows_of(images.embeddings, which), regression(images, which, 2.0, 0.1)
     system = np.exp(-2.0 * (1 - keys @ keys.T)) + 0.1 * np.eye(31)
     target = images.labels - images.labels.mean(0)
-    np.testing.assert_allclose(fields["values"], np.linalg.solve(system, target), atol=1e-9)
+    np.testing.assert_allclose(part.model.fields()["values"], np.linalg.solve(system, target), atol=1e-9)
     for row in range(31):
         others = fold != fold[row]
         affinity = np.exp(-2.0 * (1 - keys[others] @ rows_of(images.as_queries, which)[row]))
-        fitted = regression(only(images, others), which, 2.0, 0.1)[1]
-        np.testing.assert_allclose(left_out[row], affinity @ fitted["values"], rtol=1e-9, atol=1e-9)
+        fitted = regression(only(images, others), which, 2.0, 0.1).model.fields()
+        np.testing.assert_allclose(part.logits[row], affinity @ fitted["values"], rtol=1e-9, atol=1e-9)
 
 
 def test_a_discriminant_is_that_of_each_image_given_once_a_label() -> None:
     images = images_of(n=45)
-    left_out, fields = fixed_terms(images, METHODS["stack++"])["discriminant_adapted"]
+    part = fixed_parts(images, METHODS["stack++"])["discriminant_adapted"]
+    fields = part.model.fields()
     queries, folds = rows_of(images.embeddings, "adapted"), images.folds
     rows, classes = np.nonzero(images.labels)
     assert folds.number == 16 and np.bincount(folds.fold).max() <= 5
@@ -80,7 +81,7 @@ def test_a_discriminant_is_that_of_each_image_given_once_a_label() -> None:
     found = queries @ fields["linear"].T + fields["bias"]
     np.testing.assert_allclose(found, expected(np.ones(45, bool), queries), atol=1e-6)
     for own, out in folds.splits:
-        np.testing.assert_allclose(left_out[own], expected(~out, queries[own]), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(part.logits[own], expected(~out, queries[own]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -54,7 +54,7 @@ def test_scores_are_their_formulas(shots: int) -> None:
         keys, rows = (getattr(one, which).astype(np.float64) for one in (support.embeddings, queries))
         if shots == 3:  # with fewer there is no covariance without a fold
             model, around = GaussianModel(there, which), rows - keys.mean(0)
-            near = model.scores(queries).max(1) - np.diag(rows @ model.gaussians.precision @ rows.T) / 2
+            near = model.scores(queries).max(1) - np.diag(rows @ model.fitted.precision @ rows.T) / 2
             joined = shrunk_precision((keys - keys.mean(0)).T @ (keys - keys.mean(0)), len(keys))
             expected[f"discriminant softmax{ending}"] = log_odds(model.scores(queries))
             expected[f"mahalanobis{ending}"] = near

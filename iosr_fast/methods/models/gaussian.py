@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.models.model import Model
+from iosr_fast.methods.support_set import SupportSet
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,38 +138,37 @@ class GaussianModel(Model):
     copies: float = 0.0
     paper: bool = False
 
-    @property
+    @cached_property
     def moments(self) -> Moments:
-        return self._shared("moments", lambda: Moments.of(self._rows(self.support.embeddings), self.support.one_hot))
+        """Those of all images."""
+        n_classes, width = self.support.n_classes, self.support.embeddings.plain.shape[1]
+        n_bytes = 8 * width * (width + n_classes)
+        return self._once("moments", n_bytes, lambda: self._moments(self.support))
 
     def moments_without(self, out: np.ndarray) -> Moments:
         """Those of all images but some, `out` (N,) bool."""
-        images = self.support.only(out)
-        return self.moments - Moments.of(self._rows(images.embeddings), images.one_hot)
+        return self.moments - self._moments(self.support.only(out))
 
-    def fitted_without(self, out: np.ndarray) -> Gaussians:
-        """In closed form: the moments of the images `out` (N,) bool are taken off those of all."""
-        return self._fit(self.moments_without(out))
+    def _moments(self, images: SupportSet) -> Moments:
+        return Moments.of(self._rows(images.embeddings), images.one_hot)
 
-    @cached_property
-    def gaussians(self) -> Gaussians:
-        return self._fit(self.moments)
-
-    def _fit(self, moments: Moments) -> Gaussians:
+    def fit(self, moments: Moments) -> Gaussians:
+        """The Gaussians of these moments, with the texts."""
         text = self.support.text
         moved = text if text is None or self.reducer is None else self.reducer(text)
         return fit_gaussians(moments, moved, self.copies, self.paper)
 
-    def scores(self, queries: Embeddings) -> np.ndarray:
-        return self.gaussians.scores(self._rows(queries))
+    @cached_property
+    def fitted(self) -> Gaussians:
+        return self.fit(self.moments)
 
-    def without(self, folds: Folds) -> np.ndarray:
-        queries = self._rows(self.support.as_queries)
-        scores = np.full((len(queries), self.support.n_classes), np.nan)
-        for rows, out in folds.splits:
-            scores[rows] = self.fitted_without(out).scores(queries[rows])
-        return scores
+    def scores(self, queries: Embeddings) -> np.ndarray:
+        return self.fitted.scores(self._rows(queries))
+
+    def scores_without(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """In closed form: the moments of the images `out` are taken off those of all."""
+        return self.fit(self.moments_without(out)).scores(self._rows(self.support.as_queries[rows]))
 
     def fields(self) -> dict[str, Any]:
-        fitted = self.gaussians
-        return {"linear": fitted.linear, "bias": fitted.bias, "feature": self.which, "reducer": self.reducer}
+        linear, bias = self.fitted.linear, self.fitted.bias
+        return {"linear": linear, "bias": bias, "feature": self.which, "reducer": self.reducer}

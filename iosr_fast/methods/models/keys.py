@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.folds import Folds
+from iosr_fast.methods.models.memory import MOST
 from iosr_fast.methods.models.model import Model
-from iosr_fast.methods.support_set import ROUNDING, blocks, class_weights, image_rows
+from iosr_fast.methods.support_set import ROUNDING, SupportSet, blocks, class_weights, image_rows
 from iosr_fast.scoring.lower import text_distribution
 from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.scoring.reference import softmax
 
 CHANNEL_SHARE = 0.75  # of the channels that APE keeps
 SIMILARITY_WEIGHT = 0.7
 TEMPERATURE = 0.5  # of Tip-X's distributions over texts
 _SMALL = 1e-6  # inside APE's logarithm, as in the public code
-_KEPT = 1 << 22  # cosines of the queries of a fold that are kept: 16 MB
 _TILE = 1 << 23  # elements of a block of products: 64 MB
+
+
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """What moves keys and the queries that are compared with them, and the divergence of each key (N,) in bits."""
+
+    reducer: Reducer | None
+    divergences: np.ndarray | float = 0.0
 
 
 @dataclass(frozen=True)
@@ -32,59 +41,68 @@ class KeyModel(Model):
 
     beta: float = 5.5
 
-    @property
-    def key_reducer(self) -> Reducer | None:
-        """What moves the keys and the queries that are compared with them."""
-        return self.reducer
+    @cached_property
+    def fitted(self) -> Refinement:
+        return self._refined(self.support)
 
-    @property
-    def key_weights(self) -> np.ndarray | None:
-        """(N,), `class_weights` of each image; None for classes of one size, for which all are 1."""
-        weights = class_weights(self.support.counts)
-        return None if (weights == 1.0).all() else np.repeat(weights, self.support.counts)
-
-    def _compared(self, embeddings: Embeddings) -> np.ndarray:
-        return image_rows(embeddings, self.which, self.key_reducer)
+    def _refined(self, support: SupportSet) -> Refinement:
+        return Refinement(self.reducer)
 
     def scores(self, queries: Embeddings) -> np.ndarray:
-        keys, rows = self._compared(self.support.embeddings), self._compared(queries)
-        parts = [self._sums(rows[block] @ keys.T) for block in blocks(len(rows), _TILE // max(1, len(keys)))]
-        return np.concatenate([np.zeros((0, self.support.n_classes)), *parts])
+        cosines = self._cosines(queries, self.support, self.fitted)
+        return self._term(cosines, self.fitted, self.support.counts)
 
-    def without(self, folds: Folds) -> np.ndarray:
-        """A search tries many betas: cosines with the queries of a fold are kept where they are few."""
-        scores = np.full((len(self.support.labels), self.support.n_classes), np.nan)
-        for rows, queries, others in folds.others(self.support):
-            model = self.refitted(others)
-            if len(rows) * len(others.labels) > _KEPT:
-                scores[rows] = model.scores(queries)
-            else:
-                scores[rows] = model._sums(model._shared("cosines", partial(model._cosines, queries)))
-        return scores
+    def scores_without(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """As fitted on the other images. A search tries many betas, so that cosines are kept where those of all images
+        with all keys are few."""
+        few = self.memory is not None and 4 * len(out) ** 2 <= MOST // 2
 
-    def _cosines(self, queries: Embeddings) -> np.ndarray:
-        """(B, N) float32, as a plan computes them."""
-        return self._compared(queries) @ self._compared(self.support.embeddings).T
+        def compared() -> tuple[Refinement, Iterable[np.ndarray]]:
+            others = self.support.only(~out)
+            refinement = self._refined(others)
+            cosines = self._cosines(self.support.as_queries[rows], others, refinement)
+            return refinement, list(cosines) if few else cosines
 
-    def _sums(self, cosines: np.ndarray) -> np.ndarray:
-        """The term (B, C) of queries with these cosines (B, N) to the keys."""
-        scores, weights = np.zeros((len(cosines), self.support.n_classes)), self.key_weights
-        present = np.flatnonzero(self.support.counts)  # for an empty class reduceat gives a row, not 0
+        name, n_bytes = (type(self), out.tobytes()), 4 * len(rows) * len(out)
+        refinement, cosines = self._once(name, n_bytes, compared) if few else compared()
+        return self._term(cosines, refinement, np.bincount(self.support.labels[~out], minlength=self.support.n_classes))
+
+    def _cosines(self, queries: Embeddings, support: SupportSet, refinement: Refinement) -> Iterator[np.ndarray]:
+        """Blocks (b, N) float32 of the cosines of queries with the keys of a support set, as a plan computes them."""
+        rows, keys = (image_rows(one, self.which, refinement.reducer) for one in (queries, support.embeddings))
+        for block in blocks(len(rows), _TILE // max(1, len(keys))):
+            yield rows[block] @ keys.T
+
+    def _weights(self, refinement: Refinement, counts: np.ndarray) -> np.ndarray | None:
+        """(N,), `class_weights` of each key of classes with `counts` (C,); None for classes of one size, for which all
+        are 1."""
+        weights = class_weights(counts)
+        return None if (weights == 1.0).all() else np.repeat(weights, counts)
+
+    def _term(self, cosines: Iterable[np.ndarray], refinement: Refinement, counts: np.ndarray) -> np.ndarray:
+        """(B, C) of queries with these cosines to the keys of classes with `counts` (C,)."""
+        weights = self._weights(refinement, counts)
+        parts = [self._sums(block, weights, counts) for block in cosines]
+        return np.concatenate([np.zeros((0, len(counts))), *parts])
+
+    def _sums(self, cosines: np.ndarray, weights: np.ndarray | None, counts: np.ndarray) -> np.ndarray:
+        scores, offsets = np.zeros((len(cosines), len(counts))), np.cumsum(counts) - counts
+        present = np.flatnonzero(counts)  # for an empty class reduceat gives a row, not 0
         affinity = np.exp((cosines - np.float32(1.0)) * np.float32(self.beta))
         if weights is not None:
             affinity *= weights.astype(np.float32)
         if len(present):
-            offsets = self.support.class_offsets[present]
-            scores[:, present] = np.add.reduceat(affinity, offsets, axis=1, dtype=np.float64)
+            scores[:, present] = np.add.reduceat(affinity, offsets[present], axis=1, dtype=np.float64)
         return scores
 
     def fields(self) -> dict[str, Any]:
+        reducer = self.fitted.reducer
         return {
-            "keys": self._compared(self.support.embeddings),
+            "keys": image_rows(self.support.embeddings, self.which, reducer),
             "class_offsets": self.support.class_offsets,
-            "weights": self.key_weights,
+            "weights": self._weights(self.fitted, self.support.counts),
             "query": self.which,
-            "reducer": self.key_reducer,
+            "reducer": reducer,
             "alpha": 1.0,
             "beta": self.beta,
         }
@@ -102,29 +120,24 @@ class RefinedKeyModel(KeyModel):
 
     gamma: float = 0.1
 
-    @property
-    def channels(self) -> np.ndarray:
-        rows = image_rows(self.support.embeddings, self.which, self.reducer)
-        return self._shared("channels", lambda: choose_channels(rows, self.support.one_hot, self._text))
+    @cached_property
+    def fitted(self) -> Refinement:
+        return self._once("refinement", 8 * len(self.support.labels), lambda: self._refined(self.support))
 
-    @property
-    def key_reducer(self) -> Reducer:
-        return Reducer(projection=self.channels) if self.reducer is None else self.reducer.then(self.channels)
+    def _refined(self, support: SupportSet) -> Refinement:
+        rows = image_rows(support.embeddings, self.which, self.reducer)
+        channels = choose_channels(rows, support.one_hot, self._text)
+        only = Reducer(projection=channels)
+        cosines = (only(support.embeddings.plain) @ only(self._text).T).astype(np.float64)
+        shares = softmax(cosines)[np.arange(len(cosines)), support.labels]
+        divergences = np.log2((1 + _SMALL) / (shares + _SMALL))
+        return Refinement(only if self.reducer is None else self.reducer.then(channels), divergences)
 
-    @property
-    def key_weights(self) -> np.ndarray | None:
+    def _weights(self, refinement: Refinement, counts: np.ndarray) -> np.ndarray:
+        of_classes = super()._weights(refinement, counts)
         with np.errstate(over="ignore"):  # ScoringPlan rejects weights that are too large
-            weights = np.exp(self.gamma * self._shared("divergences", self._divergences))
-        of_classes = super().key_weights
+            weights: np.ndarray = np.exp(self.gamma * refinement.divergences)
         return weights if of_classes is None else weights * of_classes
-
-    def _divergences(self) -> np.ndarray:
-        """KL(label[j] || p[j]), (N,) in bits."""
-        only = Reducer(projection=self.channels)
-        cosines = (only(self.support.embeddings.plain) @ only(self._text).T).astype(np.float64)
-        powers = np.exp(cosines - cosines.max(1, keepdims=True))
-        own = powers[np.arange(len(powers)), self.support.labels] / powers.sum(1)
-        return np.log2((1 + _SMALL) / (own + _SMALL))
 
 
 def choose_channels(rows: np.ndarray, labels: np.ndarray, text: np.ndarray) -> np.ndarray:
@@ -162,7 +175,7 @@ class DivergenceModel(Model):
     """
 
     @cached_property
-    def term(self) -> tuple[np.ndarray, np.ndarray]:
+    def fitted(self) -> tuple[np.ndarray, np.ndarray]:
         """The linear term (C, C + 1) and its bias (C,)."""
         support = self.support
         s = self._distributions(support.embeddings)
@@ -183,11 +196,11 @@ class DivergenceModel(Model):
         return text_distribution(cosines, TEMPERATURE)
 
     def scores(self, queries: Embeddings) -> np.ndarray:
-        linear, bias = self.term
+        linear, bias = self.fitted
         return self._distributions(queries) @ linear.T + bias
 
     def fields(self) -> dict[str, Any]:
-        linear, bias = self.term
+        linear, bias = self.fitted
         return {"linear": linear, "bias": bias, "feature": "text-distribution", "temperature": TEMPERATURE}
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.folds import Folds
+from iosr_fast.methods.models.memory import Memory
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
@@ -25,11 +27,18 @@ class Model(ABC):
     which    the embeddings of images that it compares
     reducer  moves these embeddings first. It sees no label, so it is fitted on all support images, left-out ones too:
              the accuracy of these is 0.8 to 2 points too high with "pca" and two images a class, else at most 0.4
+    memory   for what models of other parameters need, too; None: nothing is kept
     """
 
     support: SupportSet
     which: Which = "plain"
     reducer: Reducer | None = None
+    memory: Memory | None = field(default=None, compare=False, repr=False, kw_only=True)
+
+    @cached_property
+    def fitted(self) -> Any:
+        """What the fit of all support images gives, for `scores` and `fields`; None if that is nothing."""
+        return None
 
     @abstractmethod
     def scores(self, queries: Embeddings) -> np.ndarray:
@@ -41,11 +50,17 @@ class Model(ABC):
 
     def without(self, folds: Folds) -> np.ndarray:
         """(N, C): the term of each support image as a query, fitted without the images of its fold; NaN for an image
-        that is not scored. Families with a closed form override this."""
+        that is not scored."""
         scores = np.full((len(self.support.labels), self.support.n_classes), np.nan)
-        for rows, queries, others in folds.others(self.support):
-            scores[rows] = self.refitted(others).scores(queries)
+        for rows, out in folds.splits:
+            scores[rows] = self.scores_without(rows, out)
         return scores
+
+    def scores_without(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """(len(rows), C): the term of some of the images `out` (N,) bool as queries, fitted without all of these.
+        Families with a closed form override this."""
+        others = replace(self.unfitted(), support=self.support.only(~out))
+        return others.scores(self.support.as_queries[rows])
 
     def in_use(self, rows: np.ndarray, units: np.ndarray) -> np.ndarray:
         """(len(rows), C): the term of these support images as the fit of all images has it for new ones; `units` (N,)
@@ -53,17 +68,19 @@ class Model(ABC):
         those of new images."""
         return self.scores(self.support.as_queries[rows])
 
-    def refitted(self, support: SupportSet) -> Self:
-        """The same model of another support set."""
-        return replace(self, support=support)
+    def unfitted(self) -> Self:
+        """An equal model that holds nothing that was computed."""
+        return replace(self, memory=None)
 
-    def _shared(self, name: str, make: Callable[[], _T]) -> _T:
-        """What models of other parameters share, kept with the support set."""
-        known: dict[Any, _T] = vars(self.support).setdefault("_shared", {})
-        key = type(self), self.which, self.reducer, name
-        if key not in known:
-            known[key] = make()
-        return known[key]
+    def kept(self) -> Self:
+        """An equal model that holds `fitted`, and nothing else that was computed."""
+        model = self.unfitted()
+        vars(model)["fitted"] = self.fitted
+        return model
+
+    def _once(self, name: Hashable, n_bytes: int, make: Callable[[], _T]) -> _T:
+        """What the models of these embeddings compute under a name, whatever their other parameters."""
+        return make() if self.memory is None else self.memory.get((self.which, self.reducer, name), n_bytes, make)
 
     @property
     def _text(self) -> np.ndarray:
@@ -87,11 +104,6 @@ class TextModel(Model):
         if self.support.text is None:
             return np.zeros((len(queries), self.support.n_classes))
         return self.support.tau * (np.asarray(queries.plain, np.float64) @ self.support.text.T)
-
-    def without(self, folds: Folds) -> np.ndarray:
-        scores = self.scores(self.support.as_queries)
-        scores[~folds.scored] = np.nan
-        return scores
 
     def fields(self) -> dict[str, Any]:
         text = self.support.text

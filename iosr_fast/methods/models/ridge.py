@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.models.model import Model
-from iosr_fast.methods.support_set import SupportSet, class_weights
+from iosr_fast.methods.support_set import class_weights
 
 
 def kernel_matrix(rows: np.ndarray, keys: np.ndarray, beta: float) -> np.ndarray:
@@ -26,47 +25,51 @@ class KernelRidge:
     """Kernel ridge regression on images with `keys` (N, D), of any targets (N, C), in float64. `ridge` is a number, or
     that of each image (N,); `queries` (N, D) are other views of the images, None: the keys.
 
-    One factorisation serves every target and every fold: kernel + diag(ridge) = L L', A = inv(L)' inv(L), and the
-    values are A target.
+    One factorisation, at the first use, serves every target and every fold: kernel + diag(ridge) = L L',
+    A = inv(L)' inv(L), and the values are A target. Without images F the values are
+
+        values - A[:, F] Z,  Z = inv(A[F, F]) values[F],
+
+    which is zero on F, and the predictions for the keys of F are target[F] - Z.
     """
 
     def __init__(self, keys: np.ndarray, queries: np.ndarray | None, beta: float, ridge: float | np.ndarray) -> None:
-        system = kernel_matrix(keys, keys, beta) + np.diag(np.broadcast_to(ridge, len(keys)))
-        self._factor = lower_inverse(np.linalg.cholesky(system))
-        self._query_kernel = None if queries is None else kernel_matrix(queries, keys, beta)
+        self.keys, self.queries, self.beta, self.ridge = keys, queries, beta, ridge
+
+    @cached_property
+    def _factor(self) -> np.ndarray:
+        """(N, N) inv(L)."""
+        system = kernel_matrix(self.keys, self.keys, self.beta) + np.diag(np.broadcast_to(self.ridge, len(self.keys)))
+        return lower_inverse(np.linalg.cholesky(system))
+
+    @cached_property
+    def _of_queries(self) -> tuple[np.ndarray, np.ndarray]:
+        """The kernel of queries and keys (N, N), and that times inv(L)'."""
+        assert self.queries is not None
+        kernel = kernel_matrix(self.queries, self.keys, self.beta)
+        return kernel, kernel @ self._factor.T
 
     def values(self, target: np.ndarray) -> np.ndarray:
         """(N, C): the prediction for a query is its kernel row times these."""
         return self._factor.T @ (self._factor @ target)
 
-    def without_unit(self, rows: np.ndarray, units: np.ndarray, target: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """(len(rows), C): the prediction for each of these keys without all keys of its unit; `units` (N,). As in
-        `without`, target[U] - inv(A[U, U]) values[U]."""
-        predicted = np.empty((len(rows), target.shape[1]))
-        for i, row in enumerate(rows.tolist()):
-            unit = np.flatnonzero(units == units[row])
-            columns = self._factor[:, unit]
-            removed = np.linalg.solve(columns.T @ columns, values[unit])
-            predicted[i] = target[row] - removed[np.searchsorted(unit, row)]
-        return predicted
+    def without(self, rows: np.ndarray, out: np.ndarray, target: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """(len(rows), C): the predictions for the queries `rows`, of the images `out` (N,) bool, without these."""
+        if self.queries is None:
+            return self.keys_without(rows, out, target, values)
+        columns, removed = self._removed(out, values)
+        kernel, across = self._of_queries
+        return kernel[rows] @ values - (across[rows] @ columns) @ removed
 
-    def without(self, folds: Folds, target: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """(N, C): query j's prediction is fitted without the images of j's fold; NaN for queries that no fold scores.
+    def keys_without(self, rows: np.ndarray, out: np.ndarray, target: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """The same for the keys of these images."""
+        _, removed = self._removed(out, values)
+        return target[rows] - removed[np.searchsorted(np.flatnonzero(out), rows)]
 
-        With Z = inv(A[F, F]) values[F], the values fitted without the fold F are values - A[:, F] Z, which is zero on
-        F. The predictions for the keys of F themselves are target[F] - Z.
-        """
-        predicted, kernel = np.full(target.shape, np.nan), self._query_kernel
-        across = None if kernel is None else kernel @ self._factor.T
-        for rows, out in folds.splits:
-            left_out = np.flatnonzero(out)
-            columns = self._factor[:, left_out]
-            removed = np.linalg.solve(columns.T @ columns, values[left_out])
-            if kernel is None or across is None:
-                predicted[rows] = target[rows] - removed[np.searchsorted(left_out, rows)]
-            else:
-                predicted[rows] = kernel[rows] @ values - (across[rows] @ columns) @ removed
-        return predicted
+    def _removed(self, out: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The columns of inv(L) of the images F = `out`, (N, F), and Z (F, C)."""
+        columns = self._factor[:, out]
+        return columns, np.linalg.solve(columns.T @ columns, values[out])
 
 
 def lower_inverse(lower: np.ndarray) -> np.ndarray:
@@ -96,52 +99,55 @@ class RidgeModel(Model):
     ridge: float = 3.0
     label_weight: float = 1.0
     text_weight: float = 1.0
-    same_kernel: RidgeModel | None = field(default=None, compare=False, repr=False)
+    system: KernelRidge | None = field(default=None, compare=False, repr=False)
 
-    def of(self, label_weight: float, text_weight: float) -> RidgeModel:
-        """The regression of another target, with the same factorisation."""
-        return replace(self, label_weight=label_weight, text_weight=text_weight, same_kernel=self.same_kernel or self)
-
-    def refitted(self, support: SupportSet) -> RidgeModel:
-        return replace(self, support=support, same_kernel=None)
+    def unfitted(self) -> Self:
+        return replace(self, memory=None, system=None)
 
     @cached_property
-    def _system(self) -> KernelRidge:
-        if self.same_kernel is not None:
-            return self.same_kernel._system
-        own, ridge = self.support.queries, self.ridge / class_weights(self.support.counts)[self.support.labels]
-        return KernelRidge(self._keys, None if own is None else self._rows(own), self.beta, ridge)
+    def factorised(self) -> KernelRidge:
+        """`system`, or a new one: regressions of other targets take it, too."""
+        if self.system is not None:
+            return self.system
+        queries, weights = self.support.queries, class_weights(self.support.counts)[self.support.labels]
+        rows = None if queries is None else self._rows(queries)
+        return KernelRidge(self._keys, rows, self.beta, self.ridge / weights)
 
     @cached_property
     def _keys(self) -> np.ndarray:
         return self._rows(self.support.embeddings)
 
     @cached_property
-    def target(self) -> np.ndarray:
+    def _target(self) -> np.ndarray:
         target: np.ndarray = self.label_weight * self.support.one_hot
         if (text := self.support.text) is not None:
             target -= self.text_weight * (np.asarray(self.support.embeddings.plain, np.float64) @ text.T)
         return target
 
     @cached_property
-    def values(self) -> np.ndarray:
-        return self._system.values(self.target)
+    def fitted(self) -> np.ndarray:
+        """(N, C) V."""
+        return self.factorised.values(self._target)
 
     def scores(self, queries: Embeddings) -> np.ndarray:
-        return kernel_matrix(self._rows(queries), self._keys, self.beta) @ self.values
+        scores: np.ndarray = kernel_matrix(self._rows(queries), self._keys, self.beta) @ self.fitted
+        return scores
 
-    def without(self, folds: Folds) -> np.ndarray:
-        return self._system.without(folds, self.target, self.values)
+    def scores_without(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        return self.factorised.without(rows, out, self._target, self.fitted)
 
     def in_use(self, rows: np.ndarray, units: np.ndarray) -> np.ndarray:
         """It interpolates, so that the scores of images that it has seen, or whose siblings it has seen, say nothing of
         new ones: each without its unit."""
-        return self._system.without_unit(rows, units, self.target, self.values)
+        scores = np.empty((len(rows), self.support.n_classes))
+        for i, row in enumerate(rows):
+            scores[i] = self.factorised.keys_without(rows[i : i + 1], units == units[row], self._target, self.fitted)
+        return scores
 
     def fields(self) -> dict[str, Any]:
         return {
             "keys": self._keys,
-            "values": self.values,
+            "values": self.fitted,
             "query": self.which,
             "reducer": self.reducer,
             "beta": self.beta,
