@@ -31,11 +31,11 @@ import numpy as np
 
 from iosr_fast.methods.config import Config, Evidence
 from iosr_fast.methods.log_loss import PENALTY, fit_weights, log_losses
-from iosr_fast.methods.models.model import TextModel
+from iosr_fast.methods.models.model import TextModel, join_terms
 from iosr_fast.methods.out_of_fold import HeldOut, Part, spread_of_others
 from iosr_fast.methods.papers import DISCRIMINANTS, MAX_KEYS, METHODS, Method, stack_models
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.scoring.plan import Which
+from iosr_fast.scoring.plan import ScoringPlan, Which
 
 Setting = Mapping[str, float]
 # Kernels and ridges of the regression, the most useful first: a budget cuts the list.
@@ -76,8 +76,18 @@ class Stack:
 
     def parameters(self) -> dict[str, float]:
         """The stack's parameters, without those of parts that are not used."""
-        values = {name: self.weights[name] / part.spread_full for name, part in self.parts.items()}
-        return {**values, **self.setting}
+        return {**self.full_weights, **self.setting}
+
+    @property
+    def full_weights(self) -> dict[str, float]:
+        """The weights of models of all support images."""
+        return {name: self.weights[name] / part.spread_full for name, part in self.parts.items()}
+
+    def plan(self, n_classes: int) -> ScoringPlan:
+        """The sum of the parts that have a weight, of the models that were fitted to judge them."""
+        weights = self.full_weights
+        terms = ((weights[name], part.model.fields()) for name, part in self.parts.items() if weights[name] > 0)
+        return join_terms(n_classes, terms)
 
     def config(self, method: Method, evidence: Evidence) -> Config:
         """The config of `method`, or of the plain one where adapted embeddings have no part."""
@@ -138,8 +148,9 @@ class Objective:
         return min(fitted, key=lambda stack: stack.loss)
 
 
-def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> Config:
-    """The best stack within a budget of `seconds` on one core; with "stack++" adapted embeddings may have a part.
+def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> tuple[Config, ScoringPlan]:
+    """The best stack within a budget of `seconds` on one core, and its plan; with "stack++" adapted embeddings may have
+    a part.
 
     Its accuracy is that of held-out images if each half (HeldOut.halves) is judged with the weights and the setting
     that the other half chooses.
@@ -168,7 +179,8 @@ def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> Config:
     for half in held_out.halves:
         right[half] = (objective.best(stacks, ~half).logits.argmax(1) == labels)[half]
     if not len(labels):
-        return best.config(method, Evidence(protocol="one-shot", settings=len(stacks)))
+        evidence = Evidence(protocol="one-shot", settings=len(stacks))
+        return best.config(method, evidence), best.plan(support.n_classes)
     best = _with_more_images(best, held_out, few)
     evidence = Evidence(
         accuracy=float(right.mean()),
@@ -178,7 +190,7 @@ def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> Config:
         log_loss=float(log_losses(best.logits, labels).mean()),
         settings=len(stacks),
     )
-    return best.config(method, evidence)
+    return best.config(method, evidence), best.plan(support.n_classes)
 
 
 def few_share(held_out: HeldOut) -> float:

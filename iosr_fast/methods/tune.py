@@ -181,8 +181,9 @@ def tune(
         held_out = HeldOut.of_support(support, make_folds(support))
     else:
         held_out = HeldOut.validation(support, queries, np.asarray(labels))
+    plan: ScoringPlan | None = None
     if entry.is_stack:
-        config = fit_stack(held_out, entry, seconds)
+        config, plan = fit_stack(held_out, entry, seconds)
     elif not len(held_out.labels):
         parameters = one_shot_parameters(entry, support, fitted)
         factor = usual_factor(entry, support, fitted, parameters)
@@ -195,7 +196,7 @@ def tune(
     known = config.evidence
     assert known is not None
     _log.info("%s: %s", config.method, known.summary())
-    plan = config.compile(support, fitted)
+    plan = plan or config.compile(support, fitted)
     config = replace(config, evidence=replace(known, seconds=time.perf_counter() - started))
     return MethodFit(config, fitted, plan)
 
