@@ -23,7 +23,7 @@ PATHS, LEFT_OUT = "paths.safetensors", "left_out.safetensors"
 class Array:
     """Where it is (`arrays_of`); its dtypes and its shapes, alternatives separated by "|". A letter of a shape stands
     for one number in all files. `needed` files have it; the rows of `unit` ones have norm 1, other floats are finite.
-    `limits` are the smallest and the largest value, numbers or letters of shapes.
+    `limits` are the smallest and the largest value, each a number or what stands for one.
     """
 
     place: str
@@ -56,7 +56,7 @@ PLAN_ARRAYS = [field for field in ARRAYS if field.name not in ("text", "class_of
 
 # C classes, N support images, D channels, M unknown images, L calibration images, F channels of a linear term, B bytes
 # of pictures, P of paths; K scores of unknown pictures, U images left out for them; V images left out for labels. Those
-# that come first say how many. "last id" is the largest number of an image that was given.
+# that come first say how many. "last id" is the number of the newest image.
 TABLE: dict[str, dict[str, Array]] = {
     SUPPORT: {
         "text": _embeddings("head.text", "C"),  # of a classifier always
@@ -73,9 +73,8 @@ TABLE: dict[str, dict[str, Array]] = {
         "calibration_plain": _embeddings("head.calibration_images.embeddings.plain", "L"),
         "calibration_adapted": _embeddings("head.calibration_images.embeddings.adapted", "L"),
         "calibration_groups": Array("head.calibration_images.groups", "int64", "L"),
-        "labels": Array(
-            "multi_label.labels", "uint8", "N C", limits=("0", "1")
-        ),  # of pictures with several, as are thresholds
+        # Of a MultiLabelHead alone.
+        "labels": Array("multi_label.labels", "uint8", "N C", limits=("0", "1")),
         "thresholds": Array("multi_label.thresholds", "float32", "C", limits=("0", "1")),
     },
     # ScoringPlan checks the norms of keys and the channels of a linear term.

@@ -196,8 +196,8 @@ def _examples(arrays: Arrays, prefix: str, numbers: tuple[int, ...], **beside: A
     owners = arrays[f"{prefix}owners"]
     if strange := sorted(set(owners.tolist()) - set(numbers)):
         raise IosrFastError(f"expected {prefix}owners among the class_numbers, got {strange[:5]}")
-    beside = {"ids": np.arange(len(owners)), "pictures": (None,) * len(owners)} | beside
-    return Examples(embeddings, owners, groups=arrays.get(f"{prefix}groups"), **beside)
+    defaults: dict[str, Any] = {"ids": np.arange(len(owners)), "pictures": (None,) * len(owners)}
+    return Examples(embeddings, owners, groups=arrays.get(f"{prefix}groups"), **(defaults | beside))
 
 
 def _embeddings(arrays: Arrays, prefix: str) -> Embeddings | None:

@@ -26,8 +26,8 @@ from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.store.log_reader import read_log
 from tests import ROOT
-from tests.store.live_parts import pictures, random_examples, small_classifier
-from tests.store.logs import base, changed, renamed, reopened, write_log
+from tests.store.live_parts import pictures, small_classifier
+from tests.store.logs import base, renamed, reopened, write_log
 
 PIXELS = pictures(np.random.default_rng(99), 8, 4)[0].reshape(8, 4, 8, 8, 3)
 
@@ -271,17 +271,3 @@ def test_a_change_that_was_cut_off_while_it_was_written_is_taken_back(path: Path
     with pytest.raises(OSError, match="a start of the classifier takes back a change that was cut off"):
         read_log(copy / path.name)
     assert reopened(copy / path.name).version == 4 and (copy / path.name).read_bytes() == full
-
-
-def test_long_changes_go_on_over_many_pages(path: Path) -> None:
-    log, state = ChangeLog.open(path, base())
-    for number in range(40):
-        state = renamed(log, state, "name " * number + "end")
-        if number % 3 == 0:
-            state = changed(log, state, added(state, 1 + number))
-    log.close()
-    assert fingerprint(reopened(path)) == fingerprint(state)
-
-
-def added(state: Any, n: int) -> Change:
-    return Change("add_examples", 1, added=random_examples(np.random.default_rng(n), [1] * n, state.next_example))
