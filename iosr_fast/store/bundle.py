@@ -192,6 +192,7 @@ class SavedHead:
         return Fit(OpenedClip(Rows(self.width, self.adapted), Path(), None, self.head.tau), self.head, self.settings)
 
     def parameters(self) -> dict[str, Any]:
+        """As Bundle.parameters: none."""
         return {}
 
     @property
@@ -243,7 +244,7 @@ def save(saved: Saved, folder: str | Path) -> None:
     with new_folder(folder, saved.kind) as temporary:
         facts, hashes = saved.write(temporary)
         write_manifest(temporary, saved.kind, {**write_head(saved.head, temporary), **facts}, hashes)
-        saved.read(open_verified(temporary, saved.kind, verify=False))
+        saved.read(open_verified(temporary, saved.kind, verify=False))  # what can't be loaded is not written
 
 
 def load(

@@ -264,9 +264,6 @@ def _reducer(arrays: Arrays, name: str) -> Reducer | None:
 def _evidence(head: Head, read: Callable[[str], bytes | None]) -> Mapping[str, Any]:
     """The cached properties of a Head that the file LEFT_OUT has. Of older versions, which left other images out
     together, it has no folds: what left-out images say is computed again."""
-    if read(LEFT_OUT) is None:
-        return {}
-    names = score_names(head.support, head.needs_adapted, head.unknown_images)
     arrays = read_arrays(LEFT_OUT, read, {"N": len(head.examples), "C": len(head.uids)})
     with naming(LEFT_OUT):
         if not are_complete(arrays, _FOLDS):
@@ -278,6 +275,7 @@ def _evidence(head: Head, read: Callable[[str], bytes | None]) -> Mapping[str, A
         evidence: dict[str, Any] = {"folds": folds}
         if are_complete(arrays, _UNKNOWN):
             weights, bias, left_out, auroc, counted = (arrays[name] for name in _UNKNOWN)
+            names = score_names(head.support, head.needs_adapted, head.unknown_images)
             if len(weights) != len(names):
                 raise IosrFastError(f"expected weights of {len(names)} scores, got {len(weights)}")
             numbers = weights, float(bias[0]), left_out, counted, float(auroc[0]) if len(auroc) else math.nan
