@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +103,6 @@ def test_a_start_makes_few_changes_again(path: Path, monkeypatch: Any) -> None:
     assert fingerprint(reopened(path)) == fingerprint(state) and len(applied) == 10
     assert len(read_log(path)) == 90
     assert path.stat().st_mode & 0o077 == 0 and os.listdir(path.parent) == [path.name]
-
-
-def test_a_clock_that_goes_back_changes_nothing(path: Path, monkeypatch: Any) -> None:
-    class Clock:
-        ticks = iter(range(100))
-
-        @classmethod
-        def now(cls, zone: Any) -> datetime:
-            return datetime(2026, 1, 1, tzinfo=UTC) - timedelta(days=next(cls.ticks))
-
-    monkeypatch.setattr(change_log, "datetime", Clock)
-    state = write_log(path)[-1]
-    times = [entry.time for entry in read_log(path)]
-    assert times == sorted(times, reverse=True) and fingerprint(reopened(path)) == fingerprint(state)
 
 
 def test_a_second_writer_is_refused(path: Path) -> None:
