@@ -192,6 +192,7 @@ class SavedHead:
         return Fit(OpenedClip(Rows(self.width, self.adapted), Path(), None, self.head.tau), self.head, self.settings)
 
     def parameters(self) -> dict[str, Any]:
+        """As Bundle.parameters: none."""
         return {}
 
     @property
@@ -212,6 +213,7 @@ class SavedHead:
 
     def write(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         """As Bundle.write."""
+        check_names(self.head.class_names)  # the others were checked at the fit
         return {name: value for name, value in vars(self).items() if name != "head"}, {}
 
     @classmethod
@@ -239,11 +241,10 @@ def save(saved: Saved, folder: str | Path) -> None:
     back or that no saved classifier may have; an engine or a text encoder that is not as its manifest says, or another
     than the one that encoded the support images.
     """
-    check_names(saved.head.class_names)
     with new_folder(folder, saved.kind) as temporary:
         facts, hashes = saved.write(temporary)
         write_manifest(temporary, saved.kind, {**write_head(saved.head, temporary), **facts}, hashes)
-        saved.read(open_verified(temporary, saved.kind, verify=False))
+        saved.read(open_verified(temporary, saved.kind, verify=False))  # what can't be loaded is not written
 
 
 def load(

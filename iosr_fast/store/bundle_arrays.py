@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
+from iosr_fast.methods.folds import MAX_FOLDS
 from iosr_fast.scoring.fields import ARRAYS, ArrayField
 from iosr_fast.scoring.validation import check_finite, check_unit_rows
 
@@ -22,6 +23,7 @@ PATHS, LEFT_OUT = "paths.safetensors", "left_out.safetensors"
 class Array:
     """Where it is (`arrays_of`); its dtypes and its shapes, alternatives separated by "|". A letter of a shape stands
     for one number in all files. `needed` files have it; the rows of `unit` ones have norm 1, other floats are finite.
+    `limits` are the smallest and the largest value, each a number or what stands for one.
     """
 
     place: str
@@ -29,10 +31,19 @@ class Array:
     shapes: str
     needed: bool = False
     unit: bool = False
+    limits: tuple[str, str] | None = None
 
 
 def _embeddings(place: str, rows: str, needed: bool = False) -> Array:
     return Array(place, "float32", f"{rows} D", needed, unit=True)
+
+
+def _packed(part: str, size: str) -> dict[str, Array]:
+    """Bytes of each image, one after the other, and where those of each end."""
+    return {
+        "data": Array(f"{part}.data", "uint8", size, needed=True),
+        "ends": Array(f"{part}.ends", "int64", "N", needed=True),
+    }
 
 
 def _array_of_plan(field: ArrayField) -> Array:
@@ -45,12 +56,12 @@ PLAN_ARRAYS = [field for field in ARRAYS if field.name not in ("text", "class_of
 
 # C classes, N support images, D channels, M unknown images, L calibration images, F channels of a linear term, B bytes
 # of pictures, P of paths; K scores of unknown pictures, U images left out for them; V images left out for labels. Those
-# that come first say how many.
+# that come first say how many. "last id" is the number of the newest image.
 TABLE: dict[str, dict[str, Array]] = {
     SUPPORT: {
         "text": _embeddings("head.text", "C"),  # of a classifier always
         "owners": Array("head.examples.class_ids", "int64", "N", needed=True),
-        "ids": Array("head.examples.ids", "int64", "N", needed=True),
+        "ids": Array("head.examples.ids", "int64", "N", needed=True, limits=("0", "last id")),
         "plain": _embeddings("head.examples.embeddings.plain", "N", needed=True),
         "adapted": _embeddings("head.examples.embeddings.adapted", "N"),
         "groups": Array("head.examples.groups", "int64", "N"),
@@ -62,8 +73,9 @@ TABLE: dict[str, dict[str, Array]] = {
         "calibration_plain": _embeddings("head.calibration_images.embeddings.plain", "L"),
         "calibration_adapted": _embeddings("head.calibration_images.embeddings.adapted", "L"),
         "calibration_groups": Array("head.calibration_images.groups", "int64", "L"),
-        "labels": Array("multi_label.labels", "uint8", "N C"),  # of pictures with several, as are thresholds
-        "thresholds": Array("multi_label.thresholds", "float32", "C"),
+        # Of a MultiLabelHead alone.
+        "labels": Array("multi_label.labels", "uint8", "N C", limits=("0", "1")),
+        "thresholds": Array("multi_label.thresholds", "float32", "C", limits=("0", "1")),
     },
     # ScoringPlan checks the norms of keys and the channels of a linear term.
     PLAN: {
@@ -73,24 +85,18 @@ TABLE: dict[str, dict[str, Array]] = {
         "plan_reducer.shift": Array("plan.reducer.shift", "float32", "D"),
         "plan_reducer.projection": Array("plan.reducer.projection", "float32", "D D|D"),
     },
-    PICTURES: {
-        "data": Array("pictures.data", "uint8", "B", needed=True),
-        "ends": Array("pictures.ends", "int64", "N", needed=True),
-    },
-    PATHS: {
-        "data": Array("paths.data", "uint8", "P", needed=True),
-        "ends": Array("paths.ends", "int64", "N", needed=True),
-    },
+    PICTURES: _packed("pictures", "B"),
+    PATHS: _packed("paths", "P"),
     LEFT_OUT: {
         "weights": Array("unknown.weights", "float64", "K"),
         "bias": Array("unknown.bias", "float64", "1"),
         "auroc": Array("unknown.auroc", "float64", "0|1"),
         "left_out": Array("unknown.left_out", "float64", "U"),
         "counted": Array("unknown.counted", "float64", "U"),
-        "fold": Array("folds.fold", "int64", "N"),
-        "scored": Array("folds.scored", "uint8", "N"),
-        "distinct": Array("folds.distinct", "int64", "C"),
-        "units": Array("folds.units", "int64", "N"),
+        "fold": Array("folds.fold", "int64", "N", limits=("-1", str(MAX_FOLDS - 1))),
+        "scored": Array("folds.scored", "uint8", "N", limits=("0", "1")),
+        "distinct": Array("folds.distinct", "int64", "C", limits=("0", "N")),
+        "units": Array("folds.units", "int64", "N", limits=("0", "N")),
         "out_of_fold": Array("out_of_fold.logits", "float32", "V C"),
         # Of version 0.2, which are not read: they follow from the logits.
         **dict.fromkeys(("odds", "confidence", "right", "log_loss", "class_odds"), Array("former", "float64", "W")),
@@ -175,6 +181,10 @@ def _check(name: str, array: np.ndarray, form: Array, sizes: dict[str, int]) -> 
     else:
         expected = " or ".join(f"({', '.join(str(sizes.get(s, s)) for s in shape)})" for shape in shapes)
         raise IosrFastError(f"expected {name} of shape {expected}, got {array.shape}")
+    if form.limits is not None and array.size:
+        least, most = (sizes[limit] if limit in sizes else int(limit) for limit in form.limits)
+        if not least <= array.min() <= array.max() <= most:
+            raise IosrFastError(f"expected {name} from {least} to {most}, got {array.min()} to {array.max()}")
     if form.unit:
         check_unit_rows(name, array)
     elif array.dtype.kind == "f":

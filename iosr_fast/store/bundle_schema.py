@@ -112,7 +112,7 @@ class ClassifierManifest(Manifest, frozen=True, kw_only=True):
 
     def support_settings(self) -> SupportSettings:
         """The views; a field that an older version had not keeps its default. Raises ValueError."""
-        known = {field.name for field in fields(SupportSettings)}
-        if unknown := sorted(set(self.views) - known):
-            raise IosrFastError(f"expected views with the fields {sorted(known)}, got {abbreviate(unknown)}")
+        names = {field.name for field in fields(SupportSettings)}
+        if others := sorted(set(self.views) - names):
+            raise IosrFastError(f"expected views with the fields {sorted(names)}, got {abbreviate(others)}")
         return msgspec.convert(self.views, SupportSettings)

@@ -46,9 +46,12 @@ class ChangeLog:
     """
 
     def __init__(self, path: Path, file: int) -> None:
-        self.path, self.failure = path, ""
-        self._file, self._db = file, sqlite_file.connect(path, "rw")
-        self._chain, self._size = b"", 0  # of the newest change, and of the file
+        self.path = path
+        self.failure = ""
+        self._file = file
+        self._db = sqlite_file.connect(path, "rw")
+        self._size = 0  # of the file
+        self._chain = b""  # of the newest change
         self._changes, self._bytes = 0, 0  # since the snapshot
         self._pending: tuple[bytes, Head] | None = None  # the chain and the head of a change that was begun
 
@@ -82,9 +85,9 @@ class ChangeLog:
         self._db.execute("BEGIN IMMEDIATE")
         self._size = os.fstat(self._file).st_size
         reader = LogReader(self._db)
-        if reader.base.fingerprint != (own := fingerprint(state)):
+        if reader.base.fingerprint != (expected := fingerprint(state)):
             raise IosrFastError(
-                f"{self.path} is the log of another state: expected one that begins from {own[:12]}, got "
+                f"{self.path} is the log of another state: expected one that begins from {expected[:12]}, got "
                 f"{reader.base.fingerprint[:12]}; load the bundle it was begun with, or begin a new log"
             )
         version, chain, snapshot = reader.snapshot()
@@ -110,7 +113,8 @@ class ChangeLog:
         """
         if self._changes >= MOST_CHANGES or self._bytes >= MOST_BYTES:
             self._write_snapshot(before)
-        record, time = change.encode(after), datetime.now(UTC).isoformat(timespec="milliseconds")
+        record = change.encode(after)
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
         chain = _link(self._chain, after.version, time, change.op, record)
         self._pending = chain, after
         try:
@@ -150,13 +154,13 @@ class ChangeLog:
         try:
             body = msgspec.msgpack.encode((state.version, self._chain, head_to_bytes(state)))
             with self._writing(self._chain) as db:
-                (there,) = db.execute("SELECT count(*) FROM snapshot").fetchone()
-                parts = max(there, -(-(len(body) + 40) // PART))
+                (rows,) = db.execute("SELECT count(*) FROM snapshot").fetchone()
+                parts = max(rows, -(-(len(body) + 40) // PART))
                 content = len(body).to_bytes(8) + body.ljust(parts * PART - 40, b"\0")
                 content = hashlib.sha256(content).digest() + content
                 for i in range(parts):
                     change = "UPDATE snapshot SET part = ? WHERE rowid = ?"
-                    change = change if i < there else "INSERT INTO snapshot(part, rowid) VALUES(?, ?)"
+                    change = change if i < rows else "INSERT INTO snapshot(part, rowid) VALUES(?, ?)"
                     db.execute(change, (content[i * PART : (i + 1) * PART], i + 1))
         except (OSError, sqlite3.Error) as error:
             _log.warning("%s: the state can't be written (%s), so that a start takes longer", self.path, error)

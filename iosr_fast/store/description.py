@@ -9,7 +9,7 @@ from typing import cast
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods.config import describe_shares
-from iosr_fast.store.bundle import HEAD_KIND, Bundle, SavedHead, kind_of
+from iosr_fast.store.bundle import ENGINE, HEAD_KIND, Bundle, SavedHead, kind_of
 from iosr_fast.store.log_reader import Base, LoggedChange, reading
 from iosr_fast.utils.text import abbreviate
 from iosr_fast.utils.verified_folder import open_verified
@@ -31,7 +31,10 @@ def describe(folder: str | Path) -> str:
         rows = f"{saved.width} numbers" + (", plain and adapted side by side" if saved.adapted else "")
         lines += [*_head_lines(saved.head), f"takes embeddings of {rows}; labels are {saved.labels}"]
     else:
-        lines += _classifier_lines(Bundle.read(verified))
+        bundle = Bundle.read(verified)
+        lines += [*_head_lines(bundle.head), *_engine_lines(check_engine(verified.inner(ENGINE, ENGINE_KIND)))]
+        lines.append(f"text encoder {'none' if bundle.text is None else 'included'}")
+        lines += [] if bundle.engine_choice is None else bundle.engine_choice.lines()
     return "\n".join([*lines, f"digest {verified.digest}"])
 
 
@@ -61,16 +64,6 @@ def _head_lines(head: AnyHead) -> list[str]:
         f"method {config.method}, reducer {config.reducer}{parameters}, keys in {config.key_precision}",
         *head.summary().split("\n"),
         *([f"shares of the logits: {describe_shares(shares)}"] if shares else []),
-    ]
-
-
-def _classifier_lines(bundle: Bundle) -> list[str]:
-    assert bundle.files is not None
-    return [
-        *_head_lines(bundle.head),
-        *_engine_lines(check_engine(bundle.files)),
-        f"text encoder {'none' if bundle.text is None else 'included'}",
-        *([] if bundle.engine_choice is None else bundle.engine_choice.lines()),
     ]
 
 

@@ -24,7 +24,7 @@ from iosr_fast.head.names import check_separable
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, conformal, unavailable_reason
 from iosr_fast.methods.config import Config
-from iosr_fast.methods.folds import MAX_FOLDS, Folds
+from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet
@@ -92,17 +92,23 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
     with naming("manifest.json"):
         facts.check_head()
     names, numbers = tuple(facts.class_names), tuple(facts.class_numbers)
-    sizes = {"C": len(names)}
+    sizes = {"C": len(names), "last id": facts.next[1] - 1}
     arrays, of_plan, pictures, paths = (read_arrays(file, read, sizes) for file in (SUPPORT, PLAN, PICTURES, PATHS))
     text = arrays.get("text")
+    beside: dict[str, Any] = {"ids": arrays["ids"], "queries": _embeddings(arrays, "query_")}
     with naming(PICTURES):
-        thumbnails = _unpacked(pictures, sizes["N"])
+        beside["pictures"] = _unpacked(pictures, sizes["N"])
     with naming(PATHS):
-        places = tuple(None if path is None else path.decode() for path in _unpacked(paths, sizes["N"]))
+        beside["paths"] = tuple(path and path.decode() for path in _unpacked(paths, sizes["N"])) if paths else ()
     with naming(SUPPORT):
-        examples = _examples(arrays, numbers, facts.next[1], thumbnails, places if any(places) else ())
-        labels = _labels(arrays, names)
-        calibration = _calibration(arrays, numbers)
+        examples = _examples(arrays, "", numbers, **beside)
+        assert examples is not None  # their arrays are needed
+        if (np.diff(examples.class_ids) < 0).any() or len(np.unique(examples.ids)) < len(examples):
+            raise IosrFastError("expected owners that don't fall and ids that differ, got others")
+        calibration = _examples(arrays, "calibration_", numbers)
+        is_multi_label = are_complete(arrays, ("labels", "thresholds"))
+        if is_multi_label:
+            check_separable(names, SEPARATOR)
         support = examples.as_support(numbers, text, facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
             raise IosrFastError(reason)
@@ -113,8 +119,8 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
         config = facts.config
         plan = _plan(facts.plan, of_plan, support, config)
     data = names, numbers, text, facts.tau, examples, config, reducer, facts.version, *facts.next
-    if labels:
-        return MultiLabelHead(*data, **labels).with_computed(plan=plan)
+    if is_multi_label:
+        return MultiLabelHead(*data, arrays["labels"].astype(bool), arrays["thresholds"]).with_computed(plan=plan)
     head = Head(*data, _embeddings(arrays, "unknown_"), calibration)
     return head.with_computed(plan=plan, **_evidence(head, read))
 
@@ -182,58 +188,22 @@ def _parts(head: AnyHead) -> dict[str, Any]:
 # --- support images ---
 
 
-def _examples(
-    arrays: Arrays,
-    numbers: tuple[int, ...],
-    next_id: int,
-    pictures: tuple[bytes | None, ...],
-    paths: tuple[str | None, ...],
-) -> Examples:
-    """Raises ValueError unless the images are sorted by class, of the classes `numbers`, with ids that differ."""
-    owners, ids = arrays["owners"], arrays["ids"]
-    if (owners[1:] < owners[:-1]).any():
-        raise IosrFastError("expected owners that don't fall, got images that are not sorted by class")
-    if strange := sorted(set(owners.tolist()) - set(numbers)):
-        raise IosrFastError(f"expected owners among the class_numbers, got {strange[:5]}")
-    if len(np.unique(ids)) < len(ids):
-        raise IosrFastError(f"expected ids to differ, got {len(ids) - len(np.unique(ids))} more than once")
-    if len(ids) and not 0 <= ids.min() <= ids.max() < next_id:
-        raise IosrFastError(f"expected ids from 0 to below next[1], {next_id}, got {ids.min()} to {ids.max()}")
-    for name in ("query", "unknown", "calibration"):
-        if f"{name}_adapted" in arrays and f"{name}_plain" not in arrays:
-            raise IosrFastError(f"expected {name}_plain where {name}_adapted is given, got it alone")
-    embeddings = _embeddings(arrays, "")
-    assert embeddings is not None
-    return Examples(embeddings, owners, ids, pictures, _embeddings(arrays, "query_"), arrays.get("groups"), paths)
-
-
-def _calibration(arrays: Arrays, numbers: tuple[int, ...]) -> Examples | None:
-    rows, owners = _embeddings(arrays, "calibration_"), arrays.get("calibration_owners")
-    if not are_complete(arrays, ("calibration_owners", "calibration_plain")) or rows is None or owners is None:
+def _examples(arrays: Arrays, prefix: str, numbers: tuple[int, ...], **beside: Any) -> Examples | None:
+    """The images whose arrays begin with `prefix`, None without them. Raises ValueError for one of no class.
+    `beside` are fields of Examples."""
+    embeddings = _embeddings(arrays, prefix)
+    if not are_complete(arrays, (f"{prefix}owners", f"{prefix}plain")) or embeddings is None:
         return None
+    owners = arrays[f"{prefix}owners"]
     if strange := sorted(set(owners.tolist()) - set(numbers)):
-        raise IosrFastError(f"expected calibration_owners among the class_numbers, got {strange[:5]}")
-    alone = (None,) * len(owners)
-    return Examples(rows, owners, np.arange(len(owners)), alone, groups=arrays.get("calibration_groups"))
+        raise IosrFastError(f"expected {prefix}owners among the class_numbers, got {strange[:5]}")
+    defaults: dict[str, Any] = {"ids": np.arange(len(owners)), "pictures": (None,) * len(owners)}
+    return Examples(embeddings, owners, groups=arrays.get(f"{prefix}groups"), **(defaults | beside))
 
 
-def _embeddings(arrays: Arrays, name: str) -> Embeddings | None:
-    plain = arrays.get(f"{name}plain")
-    return None if plain is None else Embeddings(plain, arrays.get(f"{name}adapted"))
-
-
-def _labels(arrays: Arrays, names: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of a MultiLabelHead alone; none where pictures have one label each. Raises ValueError for what no fit
-    gives."""
-    if not are_complete(arrays, ("labels", "thresholds")):
-        return {}
-    labels, thresholds = arrays["labels"], arrays["thresholds"]
-    if labels.max(initial=0) > 1:
-        raise IosrFastError(f"expected labels of 0 and 1, got {labels.max()}")
-    if not ((thresholds >= 0) & (thresholds <= 1)).all():
-        raise IosrFastError("expected thresholds from 0 to 1, got others")
-    check_separable(names, SEPARATOR)
-    return {"labels": labels.astype(bool), "thresholds": thresholds}
+def _embeddings(arrays: Arrays, prefix: str) -> Embeddings | None:
+    plain = arrays.get(f"{prefix}plain")
+    return None if plain is None else Embeddings(plain, arrays.get(f"{prefix}adapted"))
 
 
 def _packed(values: Sequence[bytes | None]) -> SimpleNamespace | None:
@@ -293,17 +263,18 @@ def _reducer(arrays: Arrays, name: str) -> Reducer | None:
 def _evidence(head: Head, read: Callable[[str], bytes | None]) -> Mapping[str, Any]:
     """The cached properties of a Head that the file LEFT_OUT has. Of older versions, which left other images out
     together, it has no folds: what left-out images say is computed again."""
-    if read(LEFT_OUT) is None:
-        return {}
-    names = score_names(head.support, head.needs_adapted, head.unknown_images)
     arrays = read_arrays(LEFT_OUT, read, {"N": len(head.examples), "C": len(head.uids)})
     with naming(LEFT_OUT):
         if not are_complete(arrays, _FOLDS):
             return {}
-        folds = _folds(arrays)
+        fold, scored, distinct, units = (arrays[name] for name in _FOLDS)
+        if (scored.astype(bool) & (fold < 0)).any():
+            raise IosrFastError("expected scored of 0 for an image of no fold, got others")
+        folds = Folds(fold, scored.astype(bool), distinct, units)
         evidence: dict[str, Any] = {"folds": folds}
         if are_complete(arrays, _UNKNOWN):
             weights, bias, left_out, auroc, counted = (arrays[name] for name in _UNKNOWN)
+            names = score_names(head.support, head.needs_adapted, head.unknown_images)
             if len(weights) != len(names):
                 raise IosrFastError(f"expected weights of {len(names)} scores, got {len(weights)}")
             numbers = weights, float(bias[0]), left_out, counted, float(auroc[0]) if len(auroc) else math.nan
@@ -316,16 +287,3 @@ def _evidence(head: Head, read: Callable[[str], bytes | None]) -> Mapping[str, A
                 raise IosrFastError(f"expected out_of_fold of {len(folds.rows)} images, got {len(logits)}")
             evidence["out_of_fold"] = OutOfFold(folds, head.support.labels[folds.rows], logits)
     return evidence
-
-
-def _folds(arrays: Arrays) -> Folds:
-    """Raises ValueError for folds that leave no image out as they say."""
-    fold, scored, distinct, units = (arrays[name] for name in _FOLDS)
-    n = len(fold)
-    if not ((fold >= -1) & (fold < MAX_FOLDS)).all() or not ((units >= 0) & (units < n)).all():
-        raise IosrFastError(f"expected folds from -1 to {MAX_FOLDS - 1} and units from 0 to {n - 1}, got others")
-    if scored.max(initial=0) > 1 or (scored.astype(bool) & (fold < 0)).any():
-        raise IosrFastError("expected scored of 0 and 1, 0 for an image of no fold, got others")
-    if not ((distinct >= 0) & (distinct <= n)).all():
-        raise IosrFastError(f"expected distinct from 0 to {n}, got others")
-    return Folds(fold, scored.astype(bool), distinct, units)

@@ -80,8 +80,9 @@ class LogRow(NamedTuple):
     def logged(self) -> LoggedChange:
         """It as callers see it. Raises ValueError for a record that is none."""
         record = msgspec.msgpack.decode(self.record, type=Record)
-        uid, numbers = "" if record.uid is None else class_id(record.uid), tuple(map(example_id, record.numbers))
-        return LoggedChange(self.version, self.time, self.op, uid, record.name, numbers, record.classes, record.images)
+        uid = "" if record.uid is None else class_id(record.uid)
+        ids = tuple(map(example_id, record.numbers))
+        return LoggedChange(self.version, self.time, self.op, uid, record.name, ids, record.classes, record.images)
 
 
 class LogReader:

@@ -122,4 +122,4 @@ def check_structure(db: sqlite3.Connection, tables: Mapping[str, str]) -> None:
         raise DamagedFileError("it has other tables than a log")
     ((verdict,), *_) = db.execute("PRAGMA quick_check")
     if verdict != "ok":
-        raise DamagedFileError(f"SQLite finds {verdict}")
+        raise DamagedFileError(f"SQLite finds {verdict.splitlines()[-1]}")

@@ -95,7 +95,7 @@ def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path)
     [
         ("thresholds", None, "labels, thresholds together"),
         ("thresholds", np.full(5, 1.5, np.float32), "thresholds from 0 to 1"),
-        ("labels", np.full((40, 5), 2, np.uint8), "labels of 0 and 1, got 2"),
+        ("labels", np.full((40, 5), 2, np.uint8), "labels from 0 to 1, got 2"),
     ],
 )
 def test_a_damaged_bundle_is_refused(name: str, value: np.ndarray | None, message: str) -> None:

@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.classifier import Classifier
 from iosr_fast.methods import METHODS
 from iosr_fast.store.bundle import Bundle, load, save
 from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.verified_folder import VerifiedFolder
 from tests.store.live_parts import engine_folder, pictures, small_classifier, unfitted
-from tests.store.manifests import rewrite_manifest
 
 
 @pytest.fixture
@@ -88,6 +86,11 @@ def test_groups_are_kept_and_images_that_are_added_are_groups_of_their_own(engin
     assert head.support.groups.tolist() == [*groups[1:12], 13, 14, *groups[12:]]
     assert fingerprint(head) == fingerprint(made.snapshot())
     assert str(head.left_out_labels.reliability) == str(calibration)
+    new, labels = pictures(np.random.default_rng(1), 4, 10)
+    made.calibrate_on(new, [f"motif {c}" for c in labels], groups=np.arange(40) // 2)
+    made.save(tmp_path / "bundle")
+    counts = [one.left_out_labels.count for one in (made.snapshot(), load(Bundle, tmp_path / "bundle").head)]
+    assert counts[0] == counts[1] < 40, "images of a group count as one in promises, of the bundle too"
 
 
 def test_every_damaged_byte_is_found_and_the_error_names_its_file(engine: Path, tmp_path: Path) -> None:
@@ -114,19 +117,6 @@ def test_every_damaged_byte_is_found_and_the_error_names_its_file(engine: Path, 
             load(Bundle, folder)
         path.write_bytes(data)
     load(Bundle, folder)
-
-
-def test_another_schema_is_refused_and_not_replaced(engine: Path, tmp_path: Path) -> None:
-    made, folder = small_classifier(engine), tmp_path / "bundle"
-    made.save(folder)
-    rewrite_manifest(folder, schema=99)
-    with pytest.raises(ValueError, match="has schema 99"):
-        load(Bundle, folder)
-    with pytest.raises(FileExistsError, match=r"is not replaced: it is no complete classifier .* has schema 99"):
-        made.save(folder)
-    rewrite_manifest(folder, schema=2, kind="engine")
-    with pytest.raises(ValueError, match=r"to hold a classifier, got an? engine"):
-        Classifier.load(folder)
 
 
 def test_a_failed_save_keeps_the_old_bundle(engine: Path, tmp_path: Path, monkeypatch) -> None:

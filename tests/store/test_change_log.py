@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.store.log_reader import read_log
 from tests import ROOT
-from tests.store.live_parts import pictures, random_examples, small_classifier
-from tests.store.logs import base, changed, renamed, reopened, write_log
+from tests.store.live_parts import pictures, small_classifier
+from tests.store.logs import base, renamed, reopened, write_log
 
 PIXELS = pictures(np.random.default_rng(99), 8, 4)[0].reshape(8, 4, 8, 8, 3)
 
@@ -105,20 +104,6 @@ def test_a_start_makes_few_changes_again(path: Path, monkeypatch: Any) -> None:
     assert fingerprint(reopened(path)) == fingerprint(state) and len(applied) == 10
     assert len(read_log(path)) == 90
     assert path.stat().st_mode & 0o077 == 0 and os.listdir(path.parent) == [path.name]
-
-
-def test_a_clock_that_goes_back_changes_nothing(path: Path, monkeypatch: Any) -> None:
-    class Clock:
-        ticks = iter(range(100))
-
-        @classmethod
-        def now(cls, zone: Any) -> datetime:
-            return datetime(2026, 1, 1, tzinfo=UTC) - timedelta(days=next(cls.ticks))
-
-    monkeypatch.setattr(change_log, "datetime", Clock)
-    state = write_log(path)[-1]
-    times = [entry.time for entry in read_log(path)]
-    assert times == sorted(times, reverse=True) and fingerprint(reopened(path)) == fingerprint(state)
 
 
 def test_a_second_writer_is_refused(path: Path) -> None:
@@ -274,17 +259,3 @@ def test_a_change_that_was_cut_off_while_it_was_written_is_taken_back(path: Path
     with pytest.raises(OSError, match="a start of the classifier takes back a change that was cut off"):
         read_log(copy / path.name)
     assert reopened(copy / path.name).version == 4 and (copy / path.name).read_bytes() == full
-
-
-def test_long_changes_go_on_over_many_pages(path: Path) -> None:
-    log, state = ChangeLog.open(path, base())
-    for number in range(40):
-        state = renamed(log, state, "name " * number + "end")
-        if number % 3 == 0:
-            state = changed(log, state, added(state, 1 + number))
-    log.close()
-    assert fingerprint(reopened(path)) == fingerprint(state)
-
-
-def added(state: Any, n: int) -> Change:
-    return Change("add_examples", 1, added=random_examples(np.random.default_rng(n), [1] * n, state.next_example))

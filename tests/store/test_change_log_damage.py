@@ -101,6 +101,13 @@ def flipped(at: int) -> Callable[[bytes], bytes]:
     return lambda data: data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :]
 
 
+@pytest.mark.parametrize("at", [35, 39, 2 * PAGE + 2, 2 * PAGE + 6])  # lists of free pages and of free bytes of a page
+def test_damage_that_only_the_next_change_would_meet_is_refused(at: int, path: Path) -> None:
+    write_log(path)
+    path.write_bytes(flipped(at)(path.read_bytes()))
+    refused(path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
