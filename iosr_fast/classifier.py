@@ -30,7 +30,7 @@ from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.store.bundle import Bundle, Saved, load, load_saved, save
 from iosr_fast.store.store import Store
-from iosr_fast.store.updates import Changing
+from iosr_fast.store.updates import Changing, calibrate
 from iosr_fast.utils.estimator import Estimator
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
@@ -215,13 +215,14 @@ class Classifier(Answering[Fit], Changing, Estimator):
         anything is encoded for a CLIP, engine, adapter or runtime that don't fit, and texts too long for the CLIP; for
         unreadable images, and one picture under two labels.
         """
-        self._fit_on(images, labels, class_names, unknown_images, groups, descriptions)
-        warn_of_look_alikes(self.snapshot())
+        fitted = self._fit_on(images, labels, class_names, unknown_images, groups, descriptions)
+        self._store.replace(fitted)
+        warn_of_look_alikes(fitted.head)
         return self
 
-    def _fit_on(self, images: Any, labels: Any, class_names: Any, *others: Any) -> None:
+    def _fit_on(self, images: Any, labels: Any, class_names: Any, *others: Any) -> Fit:
         names = self.class_names if class_names is None else class_names
-        self._store.replace(fit(self.get_params(), self._open, images, labels, names, *others))
+        return fit(self.get_params(), self._open, images, labels, names, *others)
 
     def fit_folder(
         self,
@@ -238,11 +239,12 @@ class Classifier(Answering[Fit], Changing, Estimator):
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
         texts = read_descriptions(descriptions) if isinstance(descriptions, str | Path) else descriptions
         support = labelled_images(folder, *more)
-        given = None if calibrate_on is None else calibration_images(calibrate_on, support)
-        self._fit_on(*support[:3], unknown, support.groups, texts)
-        if given is not None:
-            self.calibrate_on(given.paths, given.labels, given.groups)
-        warn_of_look_alikes(self.snapshot())
+        new = None if calibrate_on is None else calibration_images(calibrate_on, support)
+        fitted = self._fit_on(*support[:3], unknown, support.groups, texts)
+        if new is not None:
+            fitted = calibrate(fitted, new.paths, new.labels, new.groups, bool(self.skip_bad))
+        self._store.replace(fitted)
+        warn_of_look_alikes(fitted.head)
         return self
 
     def _open(self) -> OpenedClip:

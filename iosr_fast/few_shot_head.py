@@ -12,18 +12,18 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.answering import Answering, FittedAttribute
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import check_multi_label, fit_head, warn_of_look_alikes
 from iosr_fast.head.head import Head
-from iosr_fast.head.labels import are_label_sets, dense, positions, read_groups, read_label_sets
+from iosr_fast.head.labels import are_label_sets, positions, read_label_sets
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
-from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.head.support_rows import RowLabels, check_rows, read_row_labels, support_rows, text_rows, usable_rows
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
-from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.support_set import image_rows
 from iosr_fast.methods.tune import TUNE_SECONDS, Options
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
@@ -37,10 +37,9 @@ from iosr_fast.utils.require import require
 require("sklearn.base", "sklearn")
 
 from sklearn.base import BaseEstimator, ClassifierMixin  # noqa: E402
-from sklearn.exceptions import NotFittedError  # noqa: E402
 from sklearn.metrics import accuracy_score  # noqa: E402
 from sklearn.utils.multiclass import check_classification_targets  # noqa: E402
-from sklearn.utils.validation import check_array, check_is_fitted, validate_data  # noqa: E402
+from sklearn.utils.validation import check_array, validate_data  # noqa: E402
 
 _BLOCK = 64  # rows that are scored together
 
@@ -148,17 +147,16 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
         if are_label_sets(y):
             check_multi_label(options, unknown_images)
-        X, classes, ids, sets, indicator = self._read(X, y)
-        kept, embeddings, grouped = self._usable(X, groups, "left out of the support rows")
-        examples = Examples(embeddings, ids[kept], kept, (None,) * len(kept), groups=grouped)
-        text, unknown = self._text_rows(classes, X.shape[1]), None
+        X, (classes, ids, sets, indicator) = self._read(X, y)
+        kept, embeddings, group_of = support_rows(X, self.adapted, "left out of the support rows", groups)
+        examples = Examples(embeddings, ids[kept], kept, (None,) * len(kept), groups=group_of)
+        text, unknown = self._text(len(classes), embeddings), None
         if sets is None:
-            if len(empty := np.setdiff1d(np.arange(len(classes)), examples.class_ids)):
-                raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
-            if unknown_images is not None:
-                _, unknown, _ = self._usable(self._validated(unknown_images), None, "left out of the unknown rows")
-                check_unknown_images(len(unknown))
-            self._check_method(examples.sorted_by_class().as_support(range(len(classes)), text, tau))
+            check_rows(self.method, examples.sorted_by_class().as_support(range(len(classes)), text, tau), classes)
+        if unknown_images is not None:
+            rows = self._validated(unknown_images)
+            _, unknown, _ = support_rows(rows, self.adapted, "left out of the unknown rows")
+            check_unknown_images(len(unknown))
         head = fit_head(options, [str(name) for name in classes.tolist()], text, tau, examples, sets, unknown)
         warn_of_look_alikes(head)
         self._fit = _Fit(head, classes, indicator)
@@ -209,10 +207,10 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         """Let promises rest on labelled rows that are no support rows, as Classifier.calibrate_on."""
         fitted = self._fitted()
         head, (rows, y) = fitted.head.require_single_label("calibrate_on"), self._validated(X, y)
-        kept, embeddings, grouped = self._usable(rows, groups, "left out of the rows to calibrate on")
+        kept, embeddings, group_of = support_rows(rows, self.adapted, "left out of the rows to calibrate on", groups)
         position = positions(fitted.labels.tolist(), y.tolist())
         labels = np.array([position[label] for label in y[kept].tolist()])
-        self._fit = replace(fitted, head=head.calibrated_on(embeddings, labels, grouped))
+        self._fit = replace(fitted, head=head.calibrated_on(embeddings, labels, group_of))
         return self
 
     def suggest(self, X: Any, n: int) -> Suggestions:
@@ -243,17 +241,15 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         return self._fit is not None
 
     def _fitted(self) -> _Fit:
-        try:
-            check_is_fitted(self)
-        except NotFittedError as error:
-            raise not_fitted(str(error)) from None
-        assert self._fit is not None
-        return self._fit
+        fit = self._fit
+        if fit is None:
+            raise not_fitted("this FewShotHead instance is not fitted yet: call fit first")
+        return fit
 
     def _queries(self, fitted: _Fit, X: Any) -> Iterator[Embeddings]:
         """Rows to classify, in blocks. A row of zeros stays, with a warning."""
         rows: np.ndarray = self._validated(X)
-        self._with_direction(rows, "their cosines count as 0, and their labels mean nothing")
+        usable_rows(rows, self.adapted, "their cosines count as 0, and their labels mean nothing")
         starts = range(0, len(rows), _BLOCK)
         return (Embeddings.of_rows(rows[start : start + _BLOCK], self.adapted) for start in starts)
 
@@ -275,64 +271,24 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         with _as_iosr_errors():
             return validate_data(self, *rows_and_labels, reset=reset, dtype=(np.float64, np.float32), order="C")
 
-    def _usable(self, rows: np.ndarray, groups: Any, use: str) -> tuple[np.ndarray, Embeddings, np.ndarray | None]:
-        """(k,) the positions of rows that have a direction, their embeddings, and their groups."""
-        kept, grouped = self._with_direction(rows, use), read_groups(groups, len(rows))
-        return kept, Embeddings.of_rows(rows[kept], self.adapted), None if grouped is None else grouped[kept]
-
-    def _with_direction(self, rows: np.ndarray, use: str) -> np.ndarray:
-        """(k,) the rows that have a direction; a warning names the others and says what becomes of them."""
-        if self.adapted and rows.shape[1] % 2:
-            raise IosrFastError(
-                "expected plain and adapted embeddings side by side, an even number of columns, for adapted=True, "
-                f"got {rows.shape[1]}"
-            )
-        usable = are_usable(rows, self.adapted)
-        if len(zero := np.flatnonzero(~usable)):
-            message = f"{len(zero)} of {len(rows)} rows of X hold zeros only, the first is row {zero[0]}: {use}"
-            warnings.warn(message, stacklevel=4)
-        return np.flatnonzero(usable)
-
-    def _read(
-        self, X: Any, y: Any
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.dtype[Any] | None]:
-        """Rows, classes (C,), and each row's class by its position (n,); of several labels the row (n,) in an indicator
-        (n, C) bool of classes, this, and the dtype of y if it is an indicator."""
+    def _read(self, X: Any, y: Any) -> tuple[np.ndarray, RowLabels]:
+        """The rows of a fit and their labels."""
         if are_label_sets(y):
             X = self._validated(X, reset=True)
-            names, sets = read_label_sets(y, len(X))
-            indicator = None if names is not None else dense(y).dtype
-            classes = np.arange(sets.shape[1]) if names is None else np.array(names, str)
-            return X, classes, np.arange(len(X)), sets, indicator
+            return X, read_row_labels(y, len(X))
         X, y = self._validated(X, y, reset=True)
         with _as_iosr_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # of few shots
             check_classification_targets(y)
-        classes, ids = np.unique(y, return_inverse=True)
-        if len(classes) < 2:
-            raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
-        return X, classes, ids.astype(np.int64), None, None
+        return X, read_row_labels(y, len(X))
 
-    def _text_rows(self, classes: np.ndarray, width: int) -> np.ndarray | None:
+    def _text(self, classes: int, embeddings: Embeddings) -> np.ndarray | None:
         if self.text is None:
             return None
         refuse_masked("text", self.text)
         with _as_iosr_errors():
             text = check_array(self.text, dtype=np.float64, input_name="text")
-        shape = (len(classes), width // (2 if self.adapted else 1))
-        if text.shape != shape:
-            raise IosrFastError(f"expected text of shape {shape}, (classes in y, channels), got {text.shape}")
-        if not text.any(axis=1).all():
-            raise IosrFastError(f"expected text rows other than zero, got zeros in row {text.any(axis=1).argmin()}")
-        return unit(text)
-
-    def _check_method(self, support: SupportSet) -> None:
-        """Raise IosrFastError if the named method needs more than the data has; "auto" takes what there is."""
-        if self.method in METHODS and (reason := unavailable_reason(self.method, support)) is not None:
-            fix = "" if support.text is not None else "; give text=, an array (C, D)"
-            if METHODS[self.method].needs_adapter and not self.adapted:
-                fix = "; adapted embeddings: expected adapted=True and X of (n, 2 D), got adapted=False"
-            raise IosrFastError(f"{reason}{fix}")
+        return text_rows(text, (classes, embeddings.plain.shape[1]))
 
 
 class _Shown(str):

@@ -141,7 +141,9 @@ def one_by_one(head: FewShotHead) -> FewShotHead:
     """The same fit, of which each support image is left out alone: as look_alikes=False gives it."""
     inner = head.snapshot()
     alone = replace(inner, config=replace(inner.config, look_alikes=False)).with_computed(plan=inner.plan)
-    return copy(head)._take(alone, head.classes_)
+    made = copy(head)
+    made._fit = replace(head._fitted(), head=alone)
+    return made
 
 
 def of_strangers(head: FewShotHead, queries: Embeddings, is_known: np.ndarray) -> dict[str, Any]:

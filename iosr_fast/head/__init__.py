@@ -1,5 +1,6 @@
 """A fitted classifier on embeddings at one version, and what it answers.
 
-`head.Head` is the data and what is computed from it, `predictions` are its answers to embeddings, `fitted.Fit` adds the
-encoder and answers to images, `optimize` chooses the engine.
+`head.Head` is the data and what is computed from it, a `verdict.Verdict` what it decides about embeddings, which
+`predictions` explain; `fitted.Fit` adds the encoder, `answering.Answering` are the questions that callers ask, and
+`optimize` chooses the engine.
 """

@@ -57,32 +57,32 @@ def check_labels(images: Sequence[Any], labels: Any, class_names: Any) -> Labels
     `read_label_sets` and `names.check_names`."""
     named = None if class_names is None else check_names(class_names)
     if are_label_sets(labels):
-        found, indicator = read_label_sets(labels, len(images), named)
-        names = named or _names_of(found)
+        names_in_sets, indicator = read_label_sets(labels, len(images), named)
+        names = named or _names_of(names_in_sets)
         check_separable(names, SEPARATOR)
         sets, ids = np.unique(indicator, axis=0, return_inverse=True)
-        return Labels(names, ids.reshape(-1), sets, found is None)
+        return Labels(names, ids.reshape(-1), sets, names_in_sets is None)
     values = _read_labels(labels, len(images))
     are_integers = bool(values) and isinstance(values[0], int)
     names = named or _names_of(None if are_integers else sorted(set(values)))
     return Labels(names, _ids(values, names, range(len(names))), None, are_integers)
 
 
-def _names_of(found: list[Any] | None) -> list[str]:
-    """The names that labels have, None for numbers, where no class names are given."""
-    if found is None:
+def _names_of(labels: list[Any] | None) -> list[str]:
+    """The class names of distinct labels, where no others are given; None stands for numbers."""
+    if labels is None:
         raise IosrFastError(
             "integer labels have no names, nor has an indicator: pass class_names, the name of each class in order, to "
             "fit or to Classifier; cross-validation of predict_proba needs Classifier(class_names=sorted names)"
         )
-    if not found:
+    if not labels:
         raise IosrFastError("expected labelled images or class_names, got neither: without them there are no classes")
-    if missing := sorted(_MISSING_AS_TEXT.intersection(found)):
+    if missing := sorted(_MISSING_AS_TEXT.intersection(labels)):
         raise IosrFastError(
             f"expected a label for every image, got {abbreviate(missing)}, which is what a missing value becomes as "
             "text; leave those images out, or pass class_names if a class is called so"
         )
-    return check_names(found)
+    return check_names(labels)
 
 
 # --- one label an image ---
@@ -165,12 +165,12 @@ def read_groups(groups: Any, n_images: int) -> np.ndarray | None:
     numbers: dict[Any, int] = {}
     try:
         values = [groups] if isinstance(groups, str) else list(groups)
-        found = [numbers.setdefault(object() if _is_missing(one) else one, len(numbers)) for one in values]
+        group_of = [numbers.setdefault(object() if _is_missing(one) else one, len(numbers)) for one in values]
     except TypeError as error:
         raise IosrFastError(f"expected groups of numbers or texts, None for an image of its own: {error}") from error
-    if len(found) != n_images:
-        raise IosrFastError(f"expected one group for each of {n_images} images, got {len(found)}")
-    return np.array(found, np.int64) if len(numbers) < n_images else None
+    if len(group_of) != n_images:
+        raise IosrFastError(f"expected one group for each of {n_images} images, got {len(group_of)}")
+    return np.array(group_of, np.int64) if len(numbers) < n_images else None
 
 
 def _is_missing(value: Any) -> bool:

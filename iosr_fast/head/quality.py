@@ -246,8 +246,8 @@ class Evaluation:
         kept = f"{unknown.kept:.1%} of these images keep their label, {unknown.promised:.4g} promised"
         rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "
         promised = self.automation
-        found = zip(promised.max_errors, promised.shares, promised.errors, strict=True)
-        accepted = [f"{share:.1%} ({error:.1%}) for {100 * most:.3g}%" for most, share, error in found if share]
+        curve = zip(promised.max_errors, promised.shares, promised.errors, strict=True)
+        accepted = [f"{share:.1%} ({error:.1%}) for {100 * most:.3g}%" for most, share, error in curve if share]
         lines = [
             f"{self.accuracy:.1%} of {len(self.labels):,} images are right (95%: {low:.1%} to {high:.1%})",
             self.against_expected,

@@ -168,16 +168,10 @@ class Changing:
         least 9 have to be left. They are saved and kept by changes; those of a class that is removed go. Refused with
         an open log, and where pictures may have several labels."""
         fit = self._store.fitted()
-        head = fit.head.require_single_label("calibrate_on")
         self._store.check_no_log()
-        listed, settings = as_image_list(images), replace(fit.settings, views=1, single=False, thumbnail=0)
-        sources = listed, settings, fit.read_labels(listed, labels), head.class_names
-        grouped = read_groups(groups, len(listed))
-        encoded = encode_images(fit.clip.encoder_for(adapted=True), *sources, skip_bad=bool(self.skip_bad))
-        grouped = None if grouped is None else np.delete(grouped, [error.position for error in encoded.errors])
-        made = head.calibrated_on(encoded.examples.embeddings, encoded.examples.class_ids, grouped)
-        self._store.replace(replace(fit, head=made), instead_of=fit)
-        return ChangeResult(made.version)
+        calibrated = calibrate(fit, images, labels, groups, bool(self.skip_bad))
+        self._store.replace(calibrated, instead_of=fit)
+        return ChangeResult(calibrated.head.version)
 
     def optimize(
         self,
@@ -228,6 +222,18 @@ class Changing:
         self._store.replace(optimized, instead_of=fit)
         assert optimized.engine_choice is not None
         return optimized.engine_choice
+
+
+def calibrate(fit: Fit, images: Any, labels: Any, groups: Any, skip_bad: bool) -> Fit:
+    """The next version of a fit, as of Changing.calibrate_on."""
+    head = fit.head.require_single_label("calibrate_on")
+    listed, settings = as_image_list(images), replace(fit.settings, views=1, single=False, thumbnail=0)
+    class_ids, grouped = fit.read_labels(listed, labels), read_groups(groups, len(listed))
+    encoder = fit.clip.encoder_for(adapted=True)
+    encoded = encode_images(encoder, listed, settings, class_ids, head.class_names, skip_bad=skip_bad)
+    if grouped is not None:
+        grouped = np.delete(grouped, [error.position for error in encoded.errors])
+    return replace(fit, head=head.calibrated_on(encoded.examples.embeddings, encoded.examples.class_ids, grouped))
 
 
 def _encode(fit: Fit, images: Any) -> Examples | None:

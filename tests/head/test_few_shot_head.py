@@ -96,6 +96,8 @@ def test_equals_a_classifier_on_its_embeddings(rng: np.random.Generator) -> None
     expected = classifier.snapshot().score(queries)
     logits = head.decision_function(np.hstack([queries.plain, queries.adapted]))
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+    explained = head.explain(np.hstack([queries.plain, queries.adapted]), top=1, nearest=2)
+    assert [one.logit for one in explained] == logits.max(1).tolist() and len(explained[0].nearest) == 2
 
 
 @pytest.mark.parametrize("names", [["fox", "ant", "cat"], [7, -2, 40], [2.0, 0.0, 1.0], [False, True]])
@@ -181,23 +183,8 @@ def test_bad_input_is_named(rng: np.random.Generator) -> None:
                 call(rows)
     with pytest.raises(IosrFastError, match="X has 7 features, but FewShotHead is expecting 8"):
         head.fit(rows, labels).predict(rows[:, :7])
-
-
-def test_unknown_rows_are_rejected_and_sets_of_labels_given(rng: np.random.Generator) -> None:
-    X, y, centres = clusters(rng, 8, 6, 24)
-    head = FewShotHead(method="gda").fit(X, np.array(list("abcdefgh"))[y])
-    queries = np.concatenate([centres + 0.3 * rng.standard_normal((8, 24)), rng.standard_normal((40, 24))])
-    scores = head.unknown_score(queries)
-    assert scores == pytest.approx(head.unknown_.score(Embeddings(unit(queries))))
-    assert scores[8:].min() > scores[:8].max()
-    labels = head.predict(queries, unknown="reject", keep=0.9)
-    assert (labels[8:] == np.array(None)).all() and (labels[:8] != np.array(None)).mean() > 0.7
-    assert [list(one) for one in head.predict_sets(centres, coverage=0.9)] == [[label] for label in "abcdefgh"]
-    assert head.calibration().n_images == 48 and head.calibration().accuracy > 0.95
-    sharpened = FewShotHead(method="gda").fit(X, y, unknown_images=rng.standard_normal((30, 24)))
-    assert sharpened.unknown_.names[-1] == "nearest unknown key"
     with pytest.raises(IosrFastError, match="expected two or more unknown images"):
-        head.fit(X, y, unknown_images=X[:1])
+        head.fit(rows, labels, unknown_images=rows[:1])
 
 
 # --- saved and loaded ---

@@ -20,6 +20,7 @@ from tests.serving.http_client import (
     error_of,
     form,
     load,
+    queries,
     serving,
     wait_until,
 )
@@ -233,8 +234,8 @@ def test_few_changes_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(classifier) as client:
         gate.shut()
         waiting = [
-            client.start("POST", "/v1/classes", data={"name": f"new {i}"}, files=form(GREY), headers=AUTHORISED)
-            for i in range(2)
+            client.start("POST", "/v1/classes", data={"name": f"new {i}"}, files=form(image), headers=AUTHORISED)
+            for i, image in enumerate(queries()[:2])
         ]
         wait_until(lambda: client.service._waiting == 2)
         response = client.ask("POST", "/v1/retune", headers=AUTHORISED)

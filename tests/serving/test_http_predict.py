@@ -82,7 +82,8 @@ def test_unknown_images_are_rejected_as_by_the_library_also_after_a_change() -> 
             known = client.get("/v1/classifier?keep=0.5").json()["unknown"]
             assert known == {"promised": True, "keep": 0.5, "sentence": classifier.unknown_.summary(0.5)}
             assert 0 < sum(one.label is None for one in expected) < len(images)
-            added = {"data": {"name": f"new {number}"}, "files": form(*images[:3]), "headers": AUTHORISED}
+            new = form(*images[3 * number :][:3])
+            added = {"data": {"name": f"new {number}"}, "files": new, "headers": AUTHORISED}
             assert client.ask("POST", "/v1/classes", **added).status_code == 201
         assert client.predict(images[0]).json()["predictions"][0]["unknown"] is None
         refused = client.predict(images[0], query="?unknown=reject&keep=0.999")

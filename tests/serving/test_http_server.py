@@ -27,7 +27,7 @@ from iosr_fast.serving.http.settings import Settings
 from tests import ROOT
 from tests.pictures import GREY
 from tests.serving.hostile import hostile_bytes
-from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form
+from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form, queries
 from tests.serving.http_edge import read_all
 from tests.serving.http_process import Process, started
 
@@ -83,11 +83,12 @@ def test_a_signal_lets_accepted_requests_finish_and_exits_with_0(tmp_path: Path)
 
 def test_a_full_disk_stops_changes_and_nothing_else(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="limits of file sizes are POSIX's")
-    log = tmp_path / "changes.db"
+    log, images = tmp_path / "changes.db", iter(queries())
     with started("--log", str(log), "--drain", "0") as process:
 
         def add(name: str) -> Any:
-            return process.client.post("/v1/classes", data={"name": name}, files=form(GREY), headers=AUTHORISED)
+            new = form(next(images))
+            return process.client.post("/v1/classes", data={"name": name}, files=new, headers=AUTHORISED)
 
         version = 1
         while not log.exists() or log.stat().st_size < 2 * 64 * 64 * 3:  # the limit holds for shared memory, too

@@ -99,11 +99,11 @@ ENGINE_FACTS: dict[str, Any] = {
 }
 
 
-def engine_folder(folder: Path) -> Path:
-    """What a bundle needs of an engine to be saved; nothing opens it."""
+def engine_folder(folder: Path, **facts: Any) -> Path:
+    """What a bundle needs of an engine to be saved, with these facts among its own; nothing opens it."""
     folder.mkdir(parents=True)
     (folder / "encoder.onnx").write_bytes(b"no graph")
-    write_manifest(folder, "engine", ENGINE_FACTS)
+    write_manifest(folder, "engine", ENGINE_FACTS | facts)
     return folder
 
 
