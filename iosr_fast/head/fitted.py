@@ -38,7 +38,7 @@ class Fit:
     engine_choice: EngineChoice | None = None
     token: object = field(default_factory=object, repr=False)
 
-    @property
+    @cached_property
     def encoder(self) -> Encoder:
         """The encoder of queries: it gives the embeddings that the method compares, and no others where it can."""
         return self.clip.encoder_for(self.head.needs_adapted)

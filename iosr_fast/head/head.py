@@ -108,7 +108,7 @@ class HeadData:
         """The numbers of a class's support images, rising."""
         return np.sort(self.examples.ids[self.examples.class_ids == uid]).tolist()
 
-    @property
+    @cached_property
     def needs_adapted(self) -> bool:
         """Whether the method compares the adapted embeddings of queries."""
         return self.config.which == "adapted"
