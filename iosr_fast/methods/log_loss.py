@@ -46,11 +46,12 @@ def newton(
         direction, size, better = step(point, best[2]), 1.0, False
         while size > 1e-4 and not better:
             tried = project(point - size * direction)
-            found = evaluate(tried)
-            better, size = found[0] < best[0], size / 2
+            evaluated = evaluate(tried)
+            better, size = evaluated[0] < best[0], size / 2
         if not better:
             break
-        gained, point, best = best[0] - found[0], tried, found
+        gained = best[0] - evaluated[0]
+        point, best = tried, evaluated
         if gained < least_gain:
             break
     return point, best[1]
@@ -219,8 +220,8 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
     def project(point: np.ndarray) -> np.ndarray:
         return np.concatenate([np.maximum(point[:k], 0.0), point[k:]])
 
-    there = int(y.sum())
-    prevalence = float(np.log((there + 1) / (y.size - there + 1)))
+    labelled = int(y.sum())
+    prevalence = float(np.log((labelled + 1) / (y.size - labelled + 1)))
     start = np.concatenate([np.full(k, 1.0 / k), [prevalence], np.zeros(int(used.sum()))])
     point, loss = newton(start, evaluate, step, project, 1e-9 * max(y.size, 1))
     common = float(point[k] - point[:k] @ centres.ravel())
