@@ -77,7 +77,8 @@ def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: i
         if (clusters == before).all():
             break
     chosen = _choose(centred, centres, weights, clusters)
-    return Suggestions(chosen, np.bincount(_nearest(centred, centred[chosen]), minlength=n))
+    nearest = [(centred[b] @ centred[chosen].T).argmax(1) for b in blocks(len(rows), _LOGITS // n)]
+    return Suggestions(chosen, np.bincount(np.concatenate(nearest), minlength=n))
 
 
 def _first_centres(rows: np.ndarray, weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -155,8 +156,3 @@ def _ranks(rows: np.ndarray, centres: np.ndarray, weights: np.ndarray, clusters:
         light = weights[members] < weights[members].mean() * (1 - 1e-9)
         ranks[members[np.lexsort((-typical, light))]] = np.arange(len(members))
     return ranks
-
-
-def _nearest(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The centre of the largest cosine to each row, (B,) int64."""
-    return np.concatenate([(rows[b] @ centres.T).argmax(1) for b in blocks(len(rows), _LOGITS // len(centres))])
