@@ -90,9 +90,9 @@ def test_a_part_keeps_what_its_plan_needs_and_no_factorisation(monkeypatch: pyte
 def test_a_memory_forgets_what_was_asked_for_least_recently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MOST", 10)
     kept, made = Memory(), []
-    for key, n_bytes in (("a", 4), ("b", 4), ("a", 4), ("c", 4), ("a", 4), ("b", 4), ("d", 11), ("d", 11)):
-        kept.get(key, n_bytes, lambda key=key: made.append(key))
-    assert made == ["a", "b", "c", "b", "d", "d"]
+    for key, n_bytes in [*((key, 3) for key in "abccadb"), ("e", 11), ("e", 11)]:
+        kept.get(key, n_bytes, lambda key=key: made.append(key) or key)
+    assert made == [*"abcdbee"]
 
 
 @pytest.mark.parametrize("views", [False, True])
