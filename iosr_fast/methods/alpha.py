@@ -98,11 +98,11 @@ def intervals(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Interv
 
 def _bounds(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The positions where the intervals of a chunk start and stop, by the class that bounds each most."""
-    own = (np.arange(len(labels)), labels)
-    e = base - base[own][:, None]
-    own_slope = slope[own][:, None]
-    d = own_slope - slope
-    d[(np.abs(d) <= ROUNDING * (np.abs(own_slope) + np.abs(slope))) & (e != 0)] = 0.0
+    of_label = (np.arange(len(labels)), labels)
+    e = base - base[of_label][:, None]
+    label_slope = slope[of_label][:, None]
+    d = label_slope - slope
+    d[(np.abs(d) <= ROUNDING * (np.abs(label_slope) + np.abs(slope))) & (e != 0)] = 0.0
     strict = np.arange(base.shape[1]) < labels[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         bound = e / d

@@ -12,7 +12,7 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.folds import unit_weights
-from iosr_fast.methods.log_loss import log_losses, log_sum_exp, sigmoid
+from iosr_fast.methods.log_loss import log_losses, log_softmax, log_sum_exp, sigmoid
 from iosr_fast.utils.text import abbreviate
 
 ClassNames = Sequence[Any] | np.ndarray
@@ -111,8 +111,8 @@ class LeftOutLabels:
                 f"each class, got fewer of {abbreviate(few)}: "
                 "give more pictures of these classes, promise less, or leave per_class out"
             )
-        own = [self.labels == c for c in range(len(classes))]
-        return np.array([threshold(self.odds[rows], coverage, self.basis, self.counted[rows]) for rows in own])
+        by_class = [self.labels == c for c in range(len(classes))]
+        return np.array([threshold(self.odds[rows], coverage, self.basis, self.counted[rows]) for rows in by_class])
 
     def sets(self, logits: np.ndarray, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """(B, C) bool, the labels of each image's set: those whose log p / (1 - p), p = softmax(logits), reaches the
@@ -179,7 +179,7 @@ def log_odds(logits: np.ndarray) -> np.ndarray:
     exact = logits.astype(np.float64)
     if not len(exact):
         return exact
-    logs = exact - log_sum_exp(exact)[:, None]
+    logs = log_softmax(exact)
     odds = logs - np.log1p(-np.minimum(np.exp(logs), 0.5))  # that of the largest p, which may exceed 0.5, is next
     odds[np.arange(len(exact)), exact.argmax(1)] = log_odds_of_largest(exact)
     return odds

@@ -135,9 +135,9 @@ def assign_folds(units: np.ndarray, images: np.ndarray, classes: np.ndarray, num
     of_class, filled = np.zeros((number, classes.max(initial=0) + 1)), np.zeros(number)
     folds = np.zeros(len(sizes), np.int64)
     for unit in np.argsort(-sizes, kind="stable").tolist():
-        own = of_units[unit]
-        fold = folds[unit] = np.lexsort((filled, of_class[:, own].sum(1)))[0]
-        np.add.at(of_class[fold], own, 1)
+        unit_classes = of_units[unit]
+        fold = folds[unit] = np.lexsort((filled, of_class[:, unit_classes].sum(1)))[0]
+        np.add.at(of_class[fold], unit_classes, 1)
         filled[fold] += sizes[unit]
     return folds[units]
 
@@ -166,17 +166,16 @@ def group_near_duplicates(support: SupportSet) -> np.ndarray:
     """
     plain, offsets = image_rows(support.embeddings, "plain", None), support.class_offsets
     groups = np.zeros(len(plain), np.int64)
-    several = np.flatnonzero(support.counts > 1)
-    if not len(several):
+    if not (support.counts > 1).any():
         return groups
     medians = class_distances(plain, support, np.median)
-    usual = np.clip(medians[several], np.nanmedian(medians) / 2, np.nanmedian(medians))
-    for c, distance in zip(several.tolist(), usual.tolist(), strict=True):
-        own, found, count = plain[offsets[c] : offsets[c + 1]], groups[offsets[c] : offsets[c + 1]], 0
-        for rows in blocks(len(own), _BLOCK):
-            inside = _leaders(1.0 - own[rows] @ own[rows].T <= _SHARE * distance + _ROUNDING)
-            found[rows] = count + inside
-            count += int(inside.max()) + 1
+    usual = np.clip(medians, np.nanmedian(medians) / 2, np.nanmedian(medians))
+    for c in np.flatnonzero(support.counts > 1):
+        rows, count = plain[offsets[c] : offsets[c + 1]], 0
+        for block in blocks(len(rows), _BLOCK):
+            of_block = _leaders(1.0 - rows[block] @ rows[block].T <= _SHARE * usual[c] + _ROUNDING)
+            groups[offsets[c] : offsets[c + 1]][block] = count + of_block
+            count += int(of_block.max()) + 1
     return groups
 
 
@@ -212,8 +211,8 @@ def class_distances(rows: np.ndarray, support: SupportSet, of: Callable[[np.ndar
     (N, D); NaN for a class without a pair."""
     distances, offsets = np.full(support.n_classes, np.nan), support.class_offsets
     for c in np.flatnonzero(support.counts > 1):
-        own = rows[offsets[c] : offsets[c + 1]][:_BLOCK]
-        distances[c] = of((1.0 - own @ own.T)[np.triu_indices(len(own), 1)])
+        of_class = rows[offsets[c] : offsets[c + 1]][:_BLOCK]
+        distances[c] = of((1.0 - of_class @ of_class.T)[np.triu_indices(len(of_class), 1)])
     return distances
 
 

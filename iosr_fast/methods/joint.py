@@ -143,31 +143,32 @@ def _unchecked(support: SupportSet, alone: OutOfFold, folder: Unlabelled) -> str
     return ""
 
 
-def estimate(known: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, int]:
+def estimate(support: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians, int]:
     """The Gaussians of C classes, float32, and the number of rounds. Repeats, at most MAX_ROUNDS times,
 
         mu_c = (sum of class c's support rows + sum_i w_i z_ic x_i) / (n_c + sum_i w_i z_ic)
         Sigma = (sum over support rows of x x' + sum_i w_i x_i x_i' - sum_c m_c mu_c mu_c') / (sum_c m_c - 1)
         z_i = softmax over c of (log N(x_i; mu_c, Sigma) + ANCHOR * max(start_ic, FLOOR)),    first z_i = exp(start_i)
 
-    with w_i an image's weight and m_c the denominator of mu_c; Sigma is shrunk (gaussian.shrunk_precision). `known` are
-    the moments of the support images, at least one of each class. Classes have no proportions, and one that is absent
-    keeps the mean of its support images, so an image of any class is found in any folder.
+    with w_i an image's weight and m_c the denominator of mu_c; Sigma is shrunk (gaussian.shrunk_precision). `support`
+    are the moments of the support images, at least one of each class. Classes have no proportions, and one that is
+    absent keeps the mean of its support images, so an image of any class is found in any folder.
 
     Sources: TransCLIP (Zanella et al., NeurIPS 2024, arXiv 2406.01837) without its neighbours and with a full Sigma;
     support images anchor mu_c as the texts of StatA do (Zanella et al., CVPR 2025, arXiv 2501.03729).
     """
-    parts, second, gaussians = [part for one in images for part in one.blocks()], known.second.copy(), None
+    parts = [part for one in images for part in one.blocks()]
+    second, gaussians = support.second.copy(), None
     for part in parts:
         second += part.weight * (part.rows.T @ part.rows).astype(np.float64)
     labels = [np.full(len(part.rows), -1, np.int32) for part in parts]
     allowed = _SETTLED * sum(map(len, labels))
     for done in range(MAX_ROUNDS):
-        mass, sums, changed = known.counts.copy(), known.sums.copy(), 0
-        for part, given in zip(parts, labels, strict=True):
+        mass, sums, changed = support.counts.copy(), support.sums.copy(), 0
+        for part, before in zip(parts, labels, strict=True):
             shares = _softmax(part.start if gaussians is None else part.logits(gaussians))
-            changed += int((shares.argmax(1) != given).sum())
-            given[:] = shares.argmax(1)
+            changed += int((shares.argmax(1) != before).sum())
+            before[:] = shares.argmax(1)
             mass += part.weight * shares.sum(0, dtype=np.float64)
             sums += part.weight * (shares.T @ part.rows).astype(np.float64)
         if gaussians is not None and changed <= allowed:

@@ -46,11 +46,12 @@ def newton(
         direction, size, better = step(point, best[2]), 1.0, False
         while size > 1e-4 and not better:
             tried = project(point - size * direction)
-            found = evaluate(tried)
-            better, size = found[0] < best[0], size / 2
+            evaluated = evaluate(tried)
+            better, size = evaluated[0] < best[0], size / 2
         if not better:
             break
-        gained, point, best = best[0] - found[0], tried, found
+        gained = best[0] - evaluated[0]
+        point, best = tried, evaluated
         if gained < least_gain:
             break
     return point, best[1]
@@ -78,8 +79,16 @@ def fit_weights(
     offsets = 0.0 if offset is None else (offset - offset[labels][:, None]).astype(np.float32)
 
     def evaluate(weights: np.ndarray) -> Evaluated:
-        loss, of_classes = _log_loss(features, weights, offsets)
-        return loss + strength / (2 * samples) * float(((weights - centre) ** 2).sum()), loss, of_classes
+        logits = np.float32(weights[0]) * features[0] + offsets
+        for weight, part in zip(weights[1:], features[1:], strict=True):
+            logits += np.float32(weight) * part
+        top = logits.max(1, keepdims=True)
+        logits -= top
+        powers = np.exp(logits, out=logits)
+        sums = powers.sum(1, keepdims=True)
+        loss = float((np.log(sums) + top).mean(dtype=np.float64))
+        powers /= sums
+        return loss + strength / (2 * samples) * float(((weights - centre) ** 2).sum()), loss, powers
 
     def step(weights: np.ndarray, of_classes: np.ndarray) -> np.ndarray:
         means = np.stack([np.einsum("vc,vc->v", of_classes, part) for part in features]).astype(np.float64)
@@ -93,21 +102,6 @@ def fit_weights(
 
     start = np.minimum(np.maximum(centre, max(1.0 / len(parts), least)), most)
     return newton(start, evaluate, step, lambda point: np.minimum(np.maximum(point, least), most), 1e-6)
-
-
-def _log_loss(
-    features: Sequence[np.ndarray], weights: np.ndarray, offsets: np.ndarray | float
-) -> tuple[float, np.ndarray]:
-    """The mean log-loss and the softmax it is taken of. The label's own features and offset are 0."""
-    logits = np.float32(weights[0]) * features[0] + offsets
-    for weight, part in zip(weights[1:], features[1:], strict=True):
-        logits += np.float32(weight) * part
-    top = logits.max(1, keepdims=True)
-    logits -= top
-    powers = np.exp(logits, out=logits)
-    sums = powers.sum(1, keepdims=True)
-    powers /= sums
-    return float((np.log(sums) + top).mean(dtype=np.float64)), powers
 
 
 def fit_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
@@ -219,8 +213,8 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
     def project(point: np.ndarray) -> np.ndarray:
         return np.concatenate([np.maximum(point[:k], 0.0), point[k:]])
 
-    there = int(y.sum())
-    prevalence = float(np.log((there + 1) / (y.size - there + 1)))
+    labelled = int(y.sum())
+    prevalence = float(np.log((labelled + 1) / (y.size - labelled + 1)))
     start = np.concatenate([np.full(k, 1.0 / k), [prevalence], np.zeros(int(used.sum()))])
     point, loss = newton(start, evaluate, step, project, 1e-9 * max(y.size, 1))
     common = float(point[k] - point[:k] @ centres.ravel())

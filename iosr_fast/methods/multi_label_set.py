@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,21 +89,11 @@ class MultiLabelSet:
         return make_support_set(self.embeddings[rows], classes, self.text, self.tau, self.n_classes)
 
 
-@dataclass(frozen=True, eq=False)
-class FittedTerm:
-    """A term in place of a Model: its fields of a plan."""
-
-    values: Mapping[str, Any]
-
-    def fields(self) -> Mapping[str, Any]:
-        return self.values
-
-
-def _part(logits: np.ndarray, fields: Mapping[str, Any]) -> Part:
-    """Of the logits (N, C) of left-out images as queries, each fitted without it; their spread is over all of these."""
+def _part(logits: np.ndarray, **fields: Any) -> Part:
+    """Of the logits (N, C) of left-out images as queries, each fitted without it, and their term's fields of a plan."""
     deviation = float(logits.std())
     spread = deviation if deviation > _ROUNDING else 1.0
-    return Part(logits, spread, spread, FittedTerm(fields))
+    return Part(logits, spread, spread, SimpleNamespace(fields=lambda: fields))
 
 
 def fixed_parts(images: MultiLabelSet, method: Method) -> dict[str, Part]:
@@ -112,7 +102,7 @@ def fixed_parts(images: MultiLabelSet, method: Method) -> dict[str, Part]:
     parts = dict[str, Part]()
     if images.text is not None:
         texts = TextModel(images.pairs)
-        parts["text"] = _part(texts.scores(images.as_queries), texts.fields())
+        parts["text"] = _part(texts.scores(images.as_queries), **texts.fields())
     for which, name in DISCRIMINANTS.items():
         if name in method.parameters:
             parts[name] = _discriminant(images, which)
@@ -140,7 +130,7 @@ def regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) -
         left_out[rows] = model.without(rows, out, target, values)
     left_out = left_out[:, :-1] - left_out[:, -1:] * (others[:, :-1] / np.maximum(others[:, -1:], 1))
     values = values[:, :-1] - values[:, -1:] * (images.counts / count)
-    return _part(left_out, {"keys": keys, "values": values, "query": which, "beta": beta})
+    return _part(left_out, keys=keys, values=values, query=which, beta=beta)
 
 
 def _discriminant(images: MultiLabelSet, which: Which) -> Part:
@@ -153,5 +143,4 @@ def _discriminant(images: MultiLabelSet, which: Which) -> Part:
         if images.labels[~out].any():  # else all labels are those of the images that are left out
             left_out[rows] = model.fit(model.moments_without(out[of_pairs])).scores(queries[rows])
     linear, bias = model.fitted.centred
-    left_out -= left_out.mean(1, keepdims=True)
-    return _part(left_out, {"linear": linear, "bias": bias, "feature": which})
+    return _part(left_out - left_out.mean(1, keepdims=True), linear=linear, bias=bias, feature=which)

@@ -2,6 +2,7 @@
 
 "X++" compares adapted embeddings where X compares plain ones (Kravets & Namboodiri, BMVC 2024). Every method but
 "stack" and "zero-shot" has logits of the form base + alpha * images: its last term is the one that alpha multiplies.
+Each model has its source.
 """
 
 from __future__ import annotations
@@ -95,31 +96,28 @@ class Method:
 
 
 def _tip_adapter(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
-    """logits = tau <plain, text> + alpha * KeyModel, with the paper's alpha and beta for ImageNet as defaults.
-    Source: Tip-Adapter (Zhang et al., ECCV 2022, equations 4 to 6)."""
+    """tau <plain, text> + alpha * KeyModel, with the paper's alpha and beta for ImageNet as defaults."""
     return [(p["alpha"], KeyModel(support, which, reducer, p["beta"]))]
 
 
 def _tip_x(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
-    """logits = Tip-Adapter's + gamma * DivergenceModel. Source: Tip-X (Udandarao et al., ICCV 2023, equations 5 to
-    7)."""
+    """Tip-Adapter's + gamma * DivergenceModel."""
     return [(p["gamma"], DivergenceModel(support, which, reducer)), *_tip_adapter(support, which, reducer, p)]
 
 
 def _ape(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
-    """logits = tau <plain, text> + alpha * RefinedKeyModel. Source: APE (Zhu et al., ICCV 2023, equations 6 to 12)."""
+    """tau <plain, text> + alpha * RefinedKeyModel."""
     return [(p["alpha"], RefinedKeyModel(support, which, reducer, p["beta"], gamma=p["gamma"]))]
 
 
 def _gda(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
-    """logits = tau <plain, text> + alpha * GaussianModel, but for log(1 / C), which all classes share.
-    Source: GDA (Wang et al., ICLR 2024, equations 4 to 8)."""
+    """tau <plain, text> + alpha * GaussianModel, but for log(1 / C), which all classes share."""
     return [(p["alpha"], GaussianModel(support, which, reducer, p.get("gamma", 0.0), paper=True))]
 
 
 def _proker(support: SupportSet, which: Which, reducer: Reducer | None, p: Mapping[str, float]) -> list[Term]:
-    """logits = tau (<plain, text> + alpha * RidgeModel). alpha = 1 is the paper's closed form; the public code's
-    solution is `ridge` times that, which alpha can express. Source: ProKeR (Bendou et al., CVPR 2025, section 4)."""
+    """tau (<plain, text> + alpha * RidgeModel). alpha = 1 is the paper's closed form; the public code's solution is
+    `ridge` times that, which alpha can express."""
     return [(p["alpha"] * support.tau, RidgeModel(support, which, reducer, p["beta"], p["ridge"]))]
 
 

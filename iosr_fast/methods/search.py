@@ -112,16 +112,14 @@ class ParameterSearch:
             tops = [max(candidates, key=lambda one: one.rank) for candidates in tried]
             return [(top, top.plateau.alpha) for top in tops]
         shortlists = [_near_the_best(one, int(rows.sum())) for one, rows in zip(tried, subsets, strict=True)]
-        measured = [dict[int, list[_Measured]]() for _ in subsets]
+        measured = dict[tuple[int, int], list[_Measured]]()
         for number in sorted(set().union(*shortlists)):
             base, slope = self._logits(self.tried[number].setting)
             for k, rows in enumerate(subsets):
                 if number in shortlists[k]:
-                    measured[k][number] = _measure(tried[k][number], base[rows], slope[rows], self.labels[rows], rows)
-        return [
-            _choice([one for number in numbers for one in by_number[number]])
-            for numbers, by_number in zip(shortlists, measured, strict=True)
-        ]
+                    one = tried[k][number]
+                    measured[k, number] = _measure(one, base[rows], slope[rows], self.labels[rows], rows)
+        return [_choice([measured[k, number] for number in shortlist]) for k, shortlist in enumerate(shortlists)]
 
     def _notes(self, parameters: Mapping[str, float], text: float, images: float, right: np.ndarray) -> Iterator[str]:
         """What a user has to know: a term without effect, by the spreads of texts and of images, or images that the
@@ -159,8 +157,9 @@ def _measure(
     return [(one, at, its_loss, one.intervals.right_at(at)[rows]) for at, its_loss in ((best, loss), (alpha, least))]
 
 
-def _choice(measured: Sequence[_Measured]) -> tuple[_Candidate, float]:
+def _choice(of_candidates: Sequence[Sequence[_Measured]]) -> tuple[_Candidate, float]:
     """The least log-loss of those that are level with the most right."""
+    measured = [one for of_candidate in of_candidates for one in of_candidate]
     top = max(measured, key=lambda one: one[3].sum())[3]
     candidate, alpha, *_ = min((one for one in measured if is_level(one[3], top)), key=lambda one: one[2])
     return candidate, alpha

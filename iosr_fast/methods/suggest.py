@@ -77,7 +77,8 @@ def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: i
         if (clusters == before).all():
             break
     chosen = _choose(centred, centres, weights, clusters)
-    return Suggestions(chosen, np.bincount(_nearest(centred, centred[chosen]), minlength=n))
+    nearest = [(centred[b] @ centred[chosen].T).argmax(1) for b in blocks(len(rows), _LOGITS // n)]
+    return Suggestions(chosen, np.bincount(np.concatenate(nearest), minlength=n))
 
 
 def _first_centres(rows: np.ndarray, weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -121,10 +122,10 @@ def _equal_clusters(rows: np.ndarray, centres: np.ndarray, weights: np.ndarray) 
 def _move(centres: np.ndarray, rows: np.ndarray, weights: np.ndarray, clusters: np.ndarray) -> None:
     """Each centre to the weighted mean of its cluster; one without rows stays."""
     order = np.argsort(clusters, kind="stable")
-    found, first = np.unique(clusters[order], return_index=True)
+    filled, first = np.unique(clusters[order], return_index=True)
     weighted = weights[order, None].astype(np.float32) * rows[order]
     total = np.add.reduceat(weights[order], first)
-    centres[found] = np.add.reduceat(weighted, first) / total[:, None]
+    centres[filled] = np.add.reduceat(weighted, first) / total[:, None]
 
 
 def _choose(rows: np.ndarray, centres: np.ndarray, weights: np.ndarray, clusters: np.ndarray) -> np.ndarray:
@@ -146,17 +147,12 @@ def _ranks(rows: np.ndarray, centres: np.ndarray, weights: np.ndarray, clusters:
     """Each row's place in its cluster (B,) int64, 0 for the most typical one."""
     ranks = np.empty(len(rows), np.int64)
     for k in np.unique(clusters):
-        own = np.flatnonzero(clusters == k)
-        own = own[np.argsort(-(rows[own] @ centres[k]), kind="stable")]
-        ranks[own] = np.arange(len(own))
-        own = own[:_COMPARED]
-        near = min(1 + max(2, len(own) // 4), len(own))  # with the image itself
-        typical = np.sort(rows[own] @ rows[own].T, axis=1)[:, len(own) - near :].sum(1)
-        light = weights[own] < weights[own].mean() * (1 - 1e-9)
-        ranks[own[np.lexsort((-typical, light))]] = np.arange(len(own))
+        members = np.flatnonzero(clusters == k)
+        members = members[np.argsort(-(rows[members] @ centres[k]), kind="stable")]
+        ranks[members] = np.arange(len(members))
+        members = members[:_COMPARED]
+        near = min(1 + max(2, len(members) // 4), len(members))  # with the image itself
+        typical = np.sort(rows[members] @ rows[members].T, axis=1)[:, len(members) - near :].sum(1)
+        light = weights[members] < weights[members].mean() * (1 - 1e-9)
+        ranks[members[np.lexsort((-typical, light))]] = np.arange(len(members))
     return ranks
-
-
-def _nearest(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The centre of the largest cosine to each row, (B,) int64."""
-    return np.concatenate([(rows[b] @ centres.T).argmax(1) for b in blocks(len(rows), _LOGITS // len(centres))])

@@ -183,11 +183,11 @@ def audit_support(
     most_suspicious = np.argsort(-surprise, kind="stable").tolist()  # NaN last
 
     def suspect(i: int) -> Suspect:
-        c, near = _suggested(support, rows, shares[i], i)
-        neighbours = tuple(names[j] for j in near.tolist())
-        probability = float(shares[i, c])
-        label = class_names[labels[i]]
-        return Suspect(names[i], label, float(suspicion[i]), class_names[c], probability, neighbours, files[i])
+        c = int(np.where(np.arange(support.n_classes) == labels[i], -1.0, shares[i]).argmax())
+        first, last = support.class_offsets[c : c + 2]
+        nearest = first + np.argsort(-(rows[first:last] @ rows[i]), kind="stable")[:_NEIGHBOURS]
+        neighbours, label = tuple(names[j] for j in nearest.tolist()), class_names[labels[i]]
+        return Suspect(names[i], label, float(suspicion[i]), class_names[c], float(shares[i, c]), neighbours, files[i])
 
     def duplicate(i: int, j: int, cosine: float) -> Duplicate:
         label, other_label = class_names[labels[i]], class_names[labels[j]]
@@ -204,13 +204,6 @@ def audit_support(
         basis=basis,
         seconds=time.perf_counter() - started,
     )
-
-
-def _suggested(support: SupportSet, rows: np.ndarray, shares: np.ndarray, i: int) -> tuple[int, np.ndarray]:
-    """The most probable class that is not image i's own, by `shares` (C,), and its images that are nearest to i."""
-    suggested = int(np.where(np.arange(support.n_classes) == support.labels[i], -1.0, shares).argmax())
-    first, last = support.class_offsets[suggested : suggested + 2]
-    return suggested, first + np.argsort(-(rows[first:last] @ rows[i]), kind="stable")[:_NEIGHBOURS]
 
 
 def _confusions(

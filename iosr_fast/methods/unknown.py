@@ -37,9 +37,9 @@ class Unknown:
 
     support    by all images of which queries are scored
     names      of the K scores (OodScores)
-    weights    (K,) float64: known = scores @ weights + bias, in standard deviations of left-out support images
-    left_out   (V,) float64, `known` of support images, each by models without its fold, or of other images of the
-               classes, if these are the `basis` of promises (conformal.CALIBRATION)
+    weights    (K,) float64: familiarity = scores @ weights + bias, in standard deviations of left-out support images
+    left_out   (V,) float64, the familiarity of support images, each by models without its fold, or of other images of
+               the classes, if these are the `basis` of promises (conformal.CALIBRATION)
     counted    (V,) float64, what each of them counts (folds.unit_weights)
     auroc      of classes that were left out against left-out images of the others, by weights fitted on other halves
                of the classes; NaN where there are too few classes
@@ -90,8 +90,8 @@ class Unknown:
 
     def calibrated_on(self, images: Embeddings, units: np.ndarray) -> Unknown:
         """The same scores, whose promises rest on these images of the classes; `units` as of folds.Folds."""
-        known = -self.score(images)
-        return replace(self, left_out=known, counted=unit_weights(units, known), basis=CALIBRATION)
+        familiarity = -self.score(images)
+        return replace(self, left_out=familiarity, counted=unit_weights(units, familiarity), basis=CALIBRATION)
 
     def rejects(self, queries: Embeddings, keep: float = KEEP) -> np.ndarray:
         """(B,) bool, the pictures that are rejected. Raises IosrFastError as `threshold`, before anything is scored."""
@@ -133,34 +133,41 @@ def fit_unknown(support: SupportSet, folds: Folds, adapted: bool = False, unknow
     each of 16 folds and 12 halves and folds a precision of D^3. Same support set, same result.
     """
     names, all_names = score_names(support, adapted), score_names(support, adapted, unknown)
-    own, first, unscored = support.as_queries, folds.first(_MOST), count_unscored(support, folds)
+    first, unscored = folds.first(_MOST), count_unscored(support, folds)
     if not len(first.rows):
         none = np.zeros(0)
         return Unknown(support, all_names, _alone(all_names), 0.0, none, none, float("nan"), unscored, unknown)
     values = OodScores(support, names).without(first)
     groups = list(_halves(support, folds, names))
-    weights, auroc_of_halves = _weights(groups) if groups else _alone(names), _held_out_auroc(groups)
-    weights = weights / _deviations(values)
-    known = values @ weights
+    weights = (_weights(groups) if groups else _alone(names)) / _deviations(values)
+    familiarity = values @ weights
     if unknown is not None and all_names != names:
         scorer = OodScores(support, all_names, unknown)
-        weights, known = _with_unknown(scorer, weights, known, own[first.rows], unknown)
-    deviation = float(known.std()) or 1.0
-    bias = -float(known.mean()) / deviation
-    counted = unit_weights(first.units[first.rows], known)
-    judged = known / deviation + bias, counted, auroc_of_halves, unscored
-    return Unknown(support, all_names, weights / deviation, bias, *judged, unknown)
+        weights, familiarity = _with_unknown(scorer, weights, familiarity, support.as_queries[first.rows], unknown)
+    deviation = float(familiarity.std()) or 1.0
+    bias = -float(familiarity.mean()) / deviation
+    return Unknown(
+        support,
+        all_names,
+        weights / deviation,
+        bias,
+        left_out=familiarity / deviation + bias,
+        counted=unit_weights(first.units[first.rows], familiarity),
+        auroc=_held_out_auroc(groups),
+        unscored=unscored,
+        unknown_images=unknown,
+    )
 
 
 def _with_unknown(
-    scorer: OodScores, weights: np.ndarray, known: np.ndarray, left_out: Embeddings, unknown: Embeddings
+    scorer: OodScores, weights: np.ndarray, familiarity: np.ndarray, left_out: Embeddings, unknown: Embeddings
 ) -> tuple[np.ndarray, np.ndarray]:
     """The weights (K + 1,) with UNKNOWN_KEY, the last score of `scorer`, and the combined scores (V,) of left-out
-    images, from `weights` (K,) and `known` (V,) without it."""
+    images, from `weights` (K,) and `familiarity` (V,) without it."""
     assert scorer.unknown_keys is not None
     cosines = scorer.unknown_keys @ scorer.unknown_keys.T
     cosines[np.diag_indices(len(cosines))] = -np.inf
-    pairs = np.stack([known, scorer.unlike_unknown(left_out)], 1)
+    pairs = np.stack([familiarity, scorer.unlike_unknown(left_out)], 1)
     group = _standardised(pairs, np.stack([scorer(unknown)[:, :-1] @ weights, -cosines.max(1)], 1))
     both = _weights([group], UNKNOWN_RIDGE) / _deviations(pairs)
     if both.min() <= 0:
@@ -183,14 +190,15 @@ def check_unknown_images(count: int) -> None:
 def _halves(support: SupportSet, folds: Folds, names: tuple[str, ...]) -> Iterator[Group]:
     """Groups of standardised scores: left-out images of one half of the classes, and images of the other half. There
     are HALVES random halves, each followed by the other half where that has two classes."""
-    own, labels, rng = support.as_queries, support.labels, np.random.default_rng(0)
+    queries, labels = support.as_queries, support.labels
+    rng = np.random.default_rng(0)
     present = np.flatnonzero(support.counts)
     size = max(2, len(present) // 2)
     for _ in range(HALVES // 2 if len(present) > 2 else 0):
         shuffled = rng.permutation(present)
-        for known in (shuffled[:size], shuffled[size:]):
-            of_half = np.isin(np.arange(support.n_classes), known)
-            for fold in range(min(HALF_FOLDS, folds.number) if len(known) > 1 else 0):
+        for half in (shuffled[:size], shuffled[size:]):
+            of_half = np.isin(np.arange(support.n_classes), half)
+            for fold in range(min(HALF_FOLDS, folds.number) if len(half) > 1 else 0):
                 out = folds.fold == fold
                 left = of_half[labels] & out & folds.scored
                 unknown = ~of_half[labels] & (folds.fold % HALF_FOLDS == fold)
@@ -198,7 +206,7 @@ def _halves(support: SupportSet, folds: Folds, names: tuple[str, ...]) -> Iterat
                 others = support.only(~out).of_classes(of_half)
                 if left.any() and unknown.any() and np.count_nonzero(others.counts) > 1:
                     scorer = OodScores(others, names)
-                    yield _standardised(scorer(own[left]), scorer(own[unknown]))
+                    yield _standardised(scorer(queries[left]), scorer(queries[unknown]))
 
 
 def _standardised(known: np.ndarray, unknown: np.ndarray) -> Group:

@@ -68,14 +68,11 @@ def test_groups_and_near_duplicates_of_their_images_are_left_out_together(rng: n
     support = random_support(rng, [8] * 5)
     plain, groups = support.embeddings.plain.copy(), np.arange(40) // 2 + 7
     plain[3] = plain[0]  # of the second group, and of the first
-    folds = make_folds(replace(support, groups=groups, embeddings=Embeddings(plain)))
-    assert folds.units.tolist() == [0, 0, 0, 0, *(np.arange(36) // 2 + 1)] and folds.distinct.tolist() == [
-        3,
-        4,
-        4,
-        4,
-        4,
-    ]
+    grouped = replace(support, groups=groups, embeddings=Embeddings(plain))
+    folds = make_folds(grouped)
+    assert not make_folds(grouped, look_alikes=(np.arange(40) + 1) // 2).units.any(), "each joins two groups"
+    assert folds.units.tolist() == [0, 0, 0, 0, *(np.arange(36) // 2 + 1)]
+    assert folds.distinct.tolist() == [3] + [4] * 4
     assert (np.bincount(folds.fold[8:] * 5 + support.labels[8:], minlength=20).reshape(4, 5)[:, 1:] == 2).all()
     mixed = make_support_set(support.embeddings[::-1], support.labels[::-1], None, 1.0, 5, groups=groups[::-1])
     assert mixed.only(mixed.labels > 0).of_classes(np.arange(5) > 3).groups.tolist() == groups[:31:-1].tolist()

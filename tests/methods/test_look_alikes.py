@@ -86,14 +86,6 @@ def test_classes_of_two_pictures_and_of_one_session(rng: np.random.Generator) ->
     assert len(nothing.groups) == 0 and not nothing.warning
 
 
-def test_groups_and_look_alikes_are_joined(rng: np.random.Generator) -> None:
-    support = sessions(rng, [4] * 6, 3)
-    groups = np.arange(72)
-    groups[[2, 3]] = 99  # a video of the last picture of a session and of the first of the next
-    folds = make_folds(replace(support, groups=groups), find_look_alikes(support).groups)
-    assert first_images(folds.units)[:6] == [0] * 6 and folds.distinct.tolist() == [3, 4, 4, 4, 4, 4]
-
-
 def test_a_burst_counts_as_many_images_as_it_says_something_of(rng: np.random.Generator) -> None:
     units = np.repeat(np.arange(400), 4)
     for agreement, least, most in ((1.0, 399, 401), (0.0, 1350, 1600), (0.5, 550, 1100)):

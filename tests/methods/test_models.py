@@ -17,6 +17,7 @@ from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyM
 from iosr_fast.methods.models.memory import Memory
 from iosr_fast.methods.models.model import Model, TextModel, join_terms
 from iosr_fast.methods.models.ridge import RidgeModel, kernel_matrix, lower_inverse
+from iosr_fast.methods.ood_scores import BackgroundModel, DensityModel, NearestKeyModel
 from iosr_fast.methods.out_of_fold import HeldOut
 from iosr_fast.methods.papers import stack_models
 from iosr_fast.methods.support_set import SupportSet, class_weights, make_support_set
@@ -31,6 +32,9 @@ MODELS: dict[str, Callable[[SupportSet], Model]] = {
     "divergences": DivergenceModel,
     "gaussians": GaussianModel,
     "gaussians with texts": lambda support: GaussianModel(support, "adapted", copies=1.5),
+    "densities": DensityModel,
+    "background": BackgroundModel,
+    "nearest key": NearestKeyModel,
 }
 
 
@@ -55,11 +59,12 @@ def test_without_a_fold_is_a_fit_on_the_others(name: str, views: bool, monkeypat
             kept = folds.fold != folds.fold[j]
             others = make_support_set(support.embeddings[kept], support.labels[kept], support.text, support.tau)
             expected = replace(MODELS[name](others), reducer=model.reducer).scores(support.as_queries[[j]])[0]
-            np.testing.assert_allclose(scores[j], expected, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(expected).max()))
-        memory = Memory()
-        for _ in range(2):  # what a memory keeps, or a block at a time gives, is the same
-            np.testing.assert_array_equal(replace(model, memory=memory).without(folds), scores)
-        monkeypatch.setattr(keys, "_TILE", 1)
+            near = {"rtol": 1e-5, "atol": 1e-6 * max(1.0, np.abs(expected).max())}
+            np.testing.assert_allclose(scores[j], np.broadcast_to(expected, 6), **near)
+        with_memory = replace(model, memory=Memory())
+        for _ in range(2):
+            np.testing.assert_array_equal(with_memory.without(folds), scores)
+        monkeypatch.setattr(keys, "_TILE", 1)  # an image at a time
         np.testing.assert_allclose(model.without(folds), scores, rtol=1e-4, atol=1e-4)
         monkeypatch.undo()
 
@@ -85,9 +90,9 @@ def test_a_part_keeps_what_its_plan_needs_and_no_factorisation(monkeypatch: pyte
 def test_a_memory_forgets_what_was_asked_for_least_recently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MOST", 10)
     kept, made = Memory(), []
-    for key, n_bytes in (("a", 4), ("b", 4), ("a", 4), ("c", 4), ("a", 4), ("b", 4), ("d", 11), ("d", 11)):
-        kept.get(key, n_bytes, lambda key=key: made.append(key))
-    assert made == ["a", "b", "c", "b", "d", "d"]
+    for key, n_bytes in [*((key, 3) for key in "abccadb"), ("e", 11), ("e", 11)]:
+        kept.get(key, n_bytes, lambda key=key: made.append(key) or key)
+    assert made == [*"abcdbee"]
 
 
 @pytest.mark.parametrize("views", [False, True])

@@ -119,16 +119,6 @@ def test_one_image_a_class_is_judged_by_class_names_or_not_at_all() -> None:
     assert blind.basis == "nothing" and not blind.suspects and np.isnan([*blind.suspicion.values()]).all()
 
 
-def test_a_budget_of_one_a_class_finds_most_classes(rng: np.random.Generator) -> None:
-    images, labels = Clusters(20, width=32, noise=0.5).queries(40)
-    some = np.arange(len(labels)) % 40 < rng.integers(4, 40, 20)[labels]  # some classes are rare
-    rows, labels = images.plain[some], labels[some]
-    chosen = suggest(rows, 20)
-    at_random = np.mean([len(np.unique(labels[rng.permutation(len(rows))[:20]])) for _ in range(20)])
-    assert len(np.unique(labels[chosen.rows])) >= 18 > at_random
-    assert chosen.stands.sum() == len(rows) and len(set(chosen.rows)) == 20
-
-
 def test_classes_that_no_known_class_explains_come_first() -> None:
     images, labels = Clusters(10, width=32, noise=0.5).queries(20)
     known = images.plain[labels < 5][::20]

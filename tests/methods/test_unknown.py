@@ -66,18 +66,6 @@ def test_scores_are_their_formulas(shots: int) -> None:
     np.testing.assert_allclose(scorer(queries), np.stack([*expected.values()], 1), rtol=1e-5, atol=1e-6)
 
 
-def test_scores_without_a_fold_are_those_of_the_others() -> None:
-    support = WORLD.support([3, 1, 5, 2, 4], views=True, tau=20.0)
-    folds, names = make_folds(support), score_names(support, True)
-    own = support.as_queries
-    found = dict(zip(names, OodScores(support, names).without(folds).T, strict=True))
-    assert {*map(len, found.values())} == {14}
-    others = [OodScores(support.only(folds.fold != folds.fold[j]), names)(own[[j]]) for j in folds.rows]
-    for name, expected in zip(names, np.concatenate(others).T, strict=True):
-        if not name.startswith("regression"):  # which keeps the weights of classes (test_models)
-            np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(("text", "adapted", "shots"), [(True, False, 4), (False, False, 5), (True, True, 2)])
 def test_unknown_classes_are_told_apart_and_the_promise_holds(text: bool, adapted: bool, shots: int) -> None:
     fitted = fit(support_of(shots, text=text, adapted=adapted), adapted)

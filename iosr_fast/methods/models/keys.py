@@ -56,6 +56,7 @@ class KeyModel(Model):
         """As fitted on the other images. A search tries many betas, so that cosines are kept where those of all images
         with all keys are few."""
         few = self.memory is not None and 4 * len(out) ** 2 <= MOST // 2
+        counts = np.bincount(self.support.labels[~out], minlength=self.support.n_classes)
 
         def compared() -> tuple[Refinement, Iterable[np.ndarray]]:
             others = self.support.only(~out)
@@ -63,9 +64,9 @@ class KeyModel(Model):
             cosines = self._cosines(self.support.as_queries[rows], others, refinement)
             return refinement, list(cosines) if few else cosines
 
-        name, n_bytes = (type(self), out.tobytes()), 4 * len(rows) * len(out)
-        refinement, cosines = self._once(name, n_bytes, compared) if few else compared()
-        return self._term(cosines, refinement, np.bincount(self.support.labels[~out], minlength=self.support.n_classes))
+        n_bytes = 4 * (len(rows) * len(out) + self.support.embeddings.plain.shape[1] ** 2)  # with a projection
+        refinement, cosines = self._once((type(self), out.tobytes()), n_bytes, compared) if few else compared()
+        return self._term(cosines, refinement, counts)
 
     def _cosines(self, queries: Embeddings, support: SupportSet, refinement: Refinement) -> Iterator[np.ndarray]:
         """Blocks (b, N) float32 of the cosines of queries with the keys of a support set, as a plan computes them."""
@@ -119,10 +120,6 @@ class RefinedKeyModel(KeyModel):
     """
 
     gamma: float = 0.1
-
-    @cached_property
-    def fitted(self) -> Refinement:
-        return self._once("refinement", 8 * len(self.support.labels), lambda: self._refined(self.support))
 
     def _refined(self, support: SupportSet) -> Refinement:
         rows = image_rows(support.embeddings, self.which, self.reducer)
