@@ -20,6 +20,7 @@ from tests.serving.http_client import (
     error_of,
     form,
     load,
+    queries,
     serving,
     wait_until,
 )
