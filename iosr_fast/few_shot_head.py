@@ -12,18 +12,18 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.answering import Answering, FittedAttribute
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import check_multi_label, fit_head, warn_of_look_alikes
 from iosr_fast.head.head import Head
-from iosr_fast.head.labels import are_label_sets, positions, read_label_sets
+from iosr_fast.head.labels import are_label_sets, classes_of, dense, positions, read_groups, read_label_sets
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
-from iosr_fast.head.support_rows import RowLabels, check_rows, read_row_labels, support_rows, text_rows, usable_rows
+from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
-from iosr_fast.methods.support_set import image_rows
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tune import TUNE_SECONDS, Options
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
@@ -145,21 +145,24 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         """
         options = Options.of(self.get_params(deep=False))
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
-        if are_label_sets(y):
+        multi_label = are_label_sets(y)
+        if multi_label:
             check_multi_label(options, unknown_images)
-        X, (classes, ids, sets, indicator) = self._read(X, y)
-        kept, embeddings, group_of = support_rows(X, self.adapted, "left out of the support rows", groups)
+            X = self._validated(X, reset=True)
+        else:
+            X, y = self._validated(X, y, reset=True)
+        classes, ids, sets = classes_of(y, len(X))
+        kept, embeddings, group_of = self._support(X, "left out of the support rows", groups)
         examples = Examples(embeddings, ids[kept], kept, (None,) * len(kept), groups=group_of)
-        text, unknown = self._text(len(classes), embeddings), None
-        if sets is None:
-            check_rows(self.method, examples.sorted_by_class().as_support(range(len(classes)), text, tau), classes)
+        text, unknown = self._text_rows(classes, X.shape[1]), None
+        if not multi_label:
+            self._check_method(examples.sorted_by_class().as_support(range(len(classes)), text, tau), classes)
         if unknown_images is not None:
-            rows = self._validated(unknown_images)
-            _, unknown, _ = support_rows(rows, self.adapted, "left out of the unknown rows")
+            _, unknown, _ = self._support(self._validated(unknown_images), "left out of the unknown rows")
             check_unknown_images(len(unknown))
         head = fit_head(options, [str(name) for name in classes.tolist()], text, tau, examples, sets, unknown)
         warn_of_look_alikes(head)
-        self._fit = _Fit(head, classes, indicator)
+        self._fit = _Fit(head, classes, dense(y).dtype if multi_label and classes.dtype.kind == "i" else None)
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -207,7 +210,7 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         """Let promises rest on labelled rows that are no support rows, as Classifier.calibrate_on."""
         fitted = self._fitted()
         head, (rows, y) = fitted.head.require_single_label("calibrate_on"), self._validated(X, y)
-        kept, embeddings, group_of = support_rows(rows, self.adapted, "left out of the rows to calibrate on", groups)
+        kept, embeddings, group_of = self._support(rows, "left out of the rows to calibrate on", groups)
         position = positions(fitted.labels.tolist(), y.tolist())
         labels = np.array([position[label] for label in y[kept].tolist()])
         self._fit = replace(fitted, head=head.calibrated_on(embeddings, labels, group_of))
@@ -249,7 +252,7 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
     def _queries(self, fitted: _Fit, X: Any) -> Iterator[Embeddings]:
         """Rows to classify, in blocks. A row of zeros stays, with a warning."""
         rows: np.ndarray = self._validated(X)
-        usable_rows(rows, self.adapted, "their cosines count as 0, and their labels mean nothing")
+        self._usable(rows, "their cosines count as 0, and their labels mean nothing")
         starts = range(0, len(rows), _BLOCK)
         return (Embeddings.of_rows(rows[start : start + _BLOCK], self.adapted) for start in starts)
 
@@ -265,30 +268,59 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
     def _name_of(self, number: int) -> int:
         return number
 
-    def _validated(self, *rows_and_labels: Any, reset: bool = False) -> Any:
-        for name, values in zip(("X", "y"), rows_and_labels, strict=False):
+    def _validated(self, X: Any, *y: Any, reset: bool = False) -> Any:
+        """X, or X and y, as scikit-learn checks them."""
+        for name, values in zip(("X", "y"), (X, *y), strict=False):
             refuse_masked(name, values)
-        with _as_iosr_errors():
-            return validate_data(self, *rows_and_labels, reset=reset, dtype=(np.float64, np.float32), order="C")
-
-    def _read(self, X: Any, y: Any) -> tuple[np.ndarray, RowLabels]:
-        """The rows of a fit and their labels."""
-        if are_label_sets(y):
-            X = self._validated(X, reset=True)
-            return X, read_row_labels(y, len(X))
-        X, y = self._validated(X, y, reset=True)
         with _as_iosr_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # of few shots
-            check_classification_targets(y)
-        return X, read_row_labels(y, len(X))
+            if y and reset:
+                check_classification_targets(*y)
+            return validate_data(self, X, *y, reset=reset, dtype=(np.float64, np.float32), order="C")
 
-    def _text(self, classes: int, embeddings: Embeddings) -> np.ndarray | None:
+    def _support(
+        self, rows: np.ndarray, use: str, groups: Any = None
+    ) -> tuple[np.ndarray, Embeddings, np.ndarray | None]:
+        """The positions (k,) of `_usable` rows, their embeddings (k, D), and of `groups` (n,) theirs."""
+        kept, group_of = self._usable(rows, use), read_groups(groups, len(rows))
+        return kept, Embeddings.of_rows(rows[kept], self.adapted), None if group_of is None else group_of[kept]
+
+    def _usable(self, rows: np.ndarray, use: str) -> np.ndarray:
+        """(k,) the rows that have a direction; a warning names the others and says what becomes of them (`use`)."""
+        if self.adapted and rows.shape[1] % 2:
+            raise IosrFastError(
+                "expected plain and adapted embeddings side by side, an even number of columns, for adapted=True, "
+                f"got {rows.shape[1]}"
+            )
+        usable = are_usable(rows, self.adapted)
+        if len(zero := np.flatnonzero(~usable)):
+            message = f"{len(zero)} of {len(rows)} rows of X hold zeros only, the first is row {zero[0]}: {use}"
+            warnings.warn(message, stacklevel=4)
+        return np.flatnonzero(usable)
+
+    def _text_rows(self, classes: np.ndarray, width: int) -> np.ndarray | None:
         if self.text is None:
             return None
         refuse_masked("text", self.text)
         with _as_iosr_errors():
             text = check_array(self.text, dtype=np.float64, input_name="text")
-        return text_rows(text, (classes, embeddings.plain.shape[1]))
+        shape = (len(classes), width // (2 if self.adapted else 1))
+        if text.shape != shape:
+            raise IosrFastError(f"expected text of shape {shape}, (classes in y, channels), got {text.shape}")
+        if not text.any(axis=1).all():
+            raise IosrFastError(f"expected text rows other than zero, got zeros in row {text.any(axis=1).argmin()}")
+        return unit(text)
+
+    def _check_method(self, support: SupportSet, classes: np.ndarray) -> None:
+        """Raise IosrFastError for a class without a row, and a named method that needs more than the data has; "auto"
+        takes what there is."""
+        if len(empty := np.flatnonzero(support.counts == 0)):
+            raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
+        if self.method in METHODS and (reason := unavailable_reason(self.method, support)) is not None:
+            fix = "" if support.text is not None else "; give text=, an array (C, D)"
+            if METHODS[self.method].needs_adapter and not self.adapted:
+                fix = "; adapted embeddings: expected adapted=True and X of (n, 2 D), got adapted=False"
+            raise IosrFastError(f"{reason}{fix}")
 
 
 class _Shown(str):

@@ -142,7 +142,7 @@ def test_every_caller_of_a_classifier_uses_the_same_pixels(
             answers = batching.submit_many([path.read_bytes() for path in photographs])
             assert [answer.result(60).label for answer in answers] == labels
         np.testing.assert_array_equal(pixels(), expected)
-    loaded.add_class("new", [photographs[0]])
+    loaded.add_examples(names[0], [photographs[0]])
     np.testing.assert_array_equal(encoded[-1], expected[0])
 
     rewrite_manifest(tmp_path / "bundle", preprocessing={**facts, "resize_mode": "shortest"})

@@ -15,7 +15,7 @@ from iosr_fast.files.stream import Errors
 from iosr_fast.files.tables import Answered, TableRow
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.predictions import AnyHead, predict_any, predict_jointly
-from iosr_fast.head.verdict import Rejection, judge
+from iosr_fast.head.verdict import Rejection, unknown_scores
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.scoring.reference import softmax
 
@@ -89,9 +89,9 @@ def classify_jointly(
     if abstention.keep is None:
         joint = predict_jointly(single, queries, classes)
         return Together(errors, joint, joint.probabilities, None)
-    verdict = judge(single, queries, abstention)
-    assert verdict.rejected is not None
-    joint = predict_jointly(single, queries[~verdict.rejected], classes)
-    probabilities = softmax(verdict.logits)
-    probabilities[~verdict.rejected] = joint.probabilities
-    return Together(errors, joint, probabilities, verdict.rejections)
+    scores, rejected = unknown_scores(single, queries, abstention.keep)
+    joint = predict_jointly(single, queries[~rejected], classes)
+    probabilities = np.empty((len(queries), len(classes)), np.float32)
+    probabilities[~rejected] = joint.probabilities
+    probabilities[rejected] = softmax(single.score(queries[rejected]))
+    return Together(errors, joint, probabilities, list(map(Rejection, scores.tolist(), rejected.tolist())))

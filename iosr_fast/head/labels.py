@@ -157,6 +157,22 @@ def _read_labels(labels: Any, n_images: int) -> list[Any]:
     return [str.__str__(value) if isinstance(value, str) else int(value) for value in values]
 
 
+def classes_of(y: Any, n_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The classes (C,) in the labels of n rows, sorted, of their type in y; each row's class by its position (n,); and
+    None. Labels are any that can be sorted, of at least two classes.
+
+    Where rows have several labels each, the classes are names, or the columns' numbers of an indicator, and rows have
+    the positions (n,) of rows of the third, an indicator (n, C) bool. Raises IosrFastError as `read_label_sets`.
+    """
+    if are_label_sets(y):
+        names, sets = read_label_sets(y, n_rows)
+        return np.arange(sets.shape[1]) if names is None else np.array(names, str), np.arange(n_rows), sets
+    classes, ids = np.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
+    return classes, ids.astype(np.int64), None
+
+
 def read_groups(groups: Any, n_images: int) -> np.ndarray | None:
     """The group of each image (N,) int64, numbered by first images; None where each image is its own group. A missing
     value is a group of its own. Raises IosrFastError for another number than images, and a value without a hash."""

@@ -253,19 +253,17 @@ def _numbered(encoded: Examples | None, head: Head, uid: int) -> Examples | None
     others = head.examples.rows(head.examples.class_ids != uid)
     for new, other in _same_pictures(encoded.embeddings, others.embeddings):
         owner = class_id(others.class_ids[other])
-        number = example_id(others.ids[other])
-        raise IosrFastError(
-            f"expected one label for a picture, got image number {new}, which {head.name_of(owner)!r} ({owner}) has as "
-            f"{number!r}: leave it out, or take it out there first (remove_examples)"
-        )
+        raise _second_label(new, f"{head.name_of(owner)!r} ({owner}) has as {example_id(others.ids[other])!r}")
     if head.unknown_images is not None:
         for new, _ in _same_pictures(encoded.queries or encoded.embeddings, head.unknown_images):
-            raise IosrFastError(
-                f"expected one label for a picture, got image number {new}, which is an unknown image, of "
-                f"{NONE_OF_THE_CLASSES}: leave it out, or fit again without it there"
-            )
+            raise _second_label(new, f"is an unknown image, of {NONE_OF_THE_CLASSES}")
     classes = np.full(len(encoded), uid, np.int64)
     return replace(encoded, class_ids=classes, ids=head.next_example + np.arange(len(encoded)))
+
+
+def _second_label(image: int, other: str) -> IosrFastError:
+    fix = "leave it out, or take it out there first (remove_examples, or another fit)"
+    return IosrFastError(f"expected one label for a picture, got image number {image}, which {other}: {fix}")
 
 
 def _same_pictures(rows: Embeddings, others: Embeddings) -> list[list[int]]:

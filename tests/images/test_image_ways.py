@@ -106,8 +106,8 @@ def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:
     refit = unfitted(method="tip-adapter", alpha=400.0, beta=5.0, views=1)
     refit.fit(batch.permute(0, 3, 1, 2), NAMES)
     assert refit.predict(batch).tolist() == NAMES
-    refit.add_examples(NAMES[0], first)
-    assert len(refit.examples(NAMES[0])) == 2, "one picture, not three"
+    refit.add_examples(NAMES[1], first)
+    assert len(refit.examples(NAMES[1])) == 2, "one picture, not three"
 
 
 def test_a_tensor_of_anything_but_uint8_pixels_says_what_to_do() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+from PIL import Image
 
 from tools.serving_load.client import BROKEN, Answer, Client, open_loop
 
@@ -25,8 +27,8 @@ Classes = dict[str, str]  # id -> name
 
 @dataclass
 class Changes:
-    """Adds and removes classes and records the answers. The pictures of the classes are among the queries, so that
-    predictions name them."""
+    """Adds and removes classes and records the answers. The pictures of the classes are like the queries, so that
+    predictions name them, and no other class has them."""
 
     client: Client
     token: str
@@ -42,7 +44,7 @@ class Changes:
         name, images = f"load test {number}", self.client.queries.bodies
         form = aiohttp.FormData({"name": name})
         for shot in range(_SHOTS):
-            image = images[(number * _SHOTS + shot) % len(images)]
+            image = _shifted(images[(number * _SHOTS + shot) % len(images)], number)
             form.add_field("images", image, filename=str(shot), content_type=self.client.queries.content_type)
         answer = await self._change(201, self.client.request("POST", "/v1/classes", self.token, form))
         if answer is not None:
@@ -82,6 +84,16 @@ class Changes:
             self.failed.append(f"status {status}: {str(answer)[:200]}")
             return None
         return answer
+
+
+def _shifted(image: bytes, number: int) -> bytes:
+    """A picture that is moved to the side by as many pixels."""
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(image)) as opened:
+        pixels = np.asarray(opened.convert("RGB"))
+        moved = np.roll(pixels, 1 + number % (pixels.shape[1] - 1), axis=1)
+        Image.fromarray(moved).save(file, opened.format)
+    return file.getvalue()
 
 
 async def churn(
