@@ -21,9 +21,8 @@ from iosr_fast.head.head import Head
 from iosr_fast.head.labels import are_label_sets, classes_of, dense, positions, read_groups, read_label_sets
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
-from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
-from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.support_set import image_rows
 from iosr_fast.methods.tune import TUNE_SECONDS, Options
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
@@ -155,8 +154,8 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         kept, embeddings, group_of = self._support(X, "left out of the support rows", groups)
         examples = Examples(embeddings, ids[kept], kept, (None,) * len(kept), groups=group_of)
         text, unknown = self._text_rows(classes, X.shape[1]), None
-        if not multi_label:
-            self._check_method(examples.sorted_by_class().as_support(range(len(classes)), text, tau), classes)
+        if not multi_label and len(empty := np.setdiff1d(np.arange(len(classes)), examples.class_ids)):
+            raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
         if unknown_images is not None:
             _, unknown, _ = self._support(self._validated(unknown_images), "left out of the unknown rows")
             check_unknown_images(len(unknown))
@@ -310,17 +309,6 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         if not text.any(axis=1).all():
             raise IosrFastError(f"expected text rows other than zero, got zeros in row {text.any(axis=1).argmin()}")
         return unit(text)
-
-    def _check_method(self, support: SupportSet, classes: np.ndarray) -> None:
-        """Raise IosrFastError for a class without a row, and a named method that needs more than the data has; "auto"
-        takes what there is."""
-        if len(empty := np.flatnonzero(support.counts == 0)):
-            raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
-        if self.method in METHODS and (reason := unavailable_reason(self.method, support)) is not None:
-            fix = "" if support.text is not None else "; give text=, an array (C, D)"
-            if METHODS[self.method].needs_adapter and not self.adapted:
-                fix = "; adapted embeddings: expected adapted=True and X of (n, 2 D), got adapted=False"
-            raise IosrFastError(f"{reason}{fix}")
 
 
 class _Shown(str):

@@ -67,11 +67,14 @@ def reason_against(name: str, counts: np.ndarray, has_text: bool, has_adapted: b
     """As unavailable_reason, of classes with `counts` (C,) images, with texts and adapted embeddings or without."""
     method, n_images = METHODS[name], int(counts.sum())
     if method.needs_text and not has_text:
-        return f"{name} compares images with texts, and this support set has no text embeddings"
+        return f"{name} compares images with texts, and there are no text embeddings; give text=, an array (C, D)"
     if method.needs_support and n_images == 0:
         return f"{name} needs support images, got none; give a few a class, or use method='zero-shot'"
     if method.needs_adapter and not has_adapted:
-        return f"{name} needs an encoder with an adapter; this one has none: use {name.removesuffix('++')!r}"
+        return (
+            f"{name} compares adapted embeddings, and there are none: use {name.removesuffix('++')!r}, an encoder with "
+            "an adapter, or in FewShotHead adapted=True and X of (n, 2 D)"
+        )
     if method.needs_every_class and not counts.all():
         return f"{name} needs at least one image of each class, got none of {int((counts == 0).sum())} classes"
     if method.max_support is not None and n_images > method.max_support:
