@@ -291,7 +291,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         """The share of images whose predicted class is their label: a name, or an integer as at the fit (into
         `classes_` if the fit had names). With several labels a picture, given as for `fit`, the mean average precision
         over the classes that a picture has."""
-        fit, listed = self._store.fitted(), as_image_list(images)
+        fit = self._store.fitted()
+        listed = as_image_list(images)
         truth = fit.read_labels(listed, labels)
         return fit.head.quality(truth, self._logits(fit, listed))
 
@@ -317,7 +318,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         to pictures of none of the classes; with `joint` they are left out first. `max_error` says whose label is
         `accepted`, as in `predict`, and keeps all labels; it is refused with `joint`.
         """
-        abstention, fit = check_abstention(unknown, unknown_label, keep, max_error), self._store.fitted()
+        abstention = check_abstention(unknown, unknown_label, keep, max_error)
+        fit = self._store.fitted()
         return predict_folder(fit.head, self._reader(fit, batch, skip_bad, threads, decoder), folder, joint, abstention)
 
     def suggest(

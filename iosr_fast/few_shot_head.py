@@ -153,7 +153,8 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         classes, ids, sets = classes_of(y, len(X))
         kept, embeddings, group_of = self._support(X, "left out of the support rows", groups)
         examples = Examples(embeddings, ids[kept], kept, (None,) * len(kept), groups=group_of)
-        text, unknown = self._text_rows(classes, X.shape[1]), None
+        text = self._text_rows(classes, X.shape[1])
+        unknown = None
         if not multi_label and len(empty := np.setdiff1d(np.arange(len(classes)), examples.class_ids)):
             raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
         if unknown_images is not None:
@@ -171,7 +172,8 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         Raises IosrFastError for labels other than text, integers, booleans and floats, and names of classes that no
         saved classifier may have (names.check_names); FileExistsError where `folder` holds anything else.
         """
-        fitted, columns = self._fitted(), getattr(self, "feature_names_in_", None)
+        fitted = self._fitted()
+        columns = getattr(self, "feature_names_in_", None)
         dtype = fitted.labels.dtype
         labels = "str" if dtype.kind == "U" else dtype.name
         if dtype.kind not in "Ubiuf" and not all(isinstance(label, str) for label in fitted.labels.tolist()):
@@ -199,7 +201,8 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         """As scikit-learn writes it; of an array in `text` its shape."""
-        shown, shape = copy(self), getattr(self.text, "shape", None)
+        shown = copy(self)
+        shape = getattr(self.text, "shape", None)
         if shape is not None:
             shown.text = _Shown(f"array of shape {tuple(shape)}")
         text: str = BaseEstimator.__repr__(shown, N_CHAR_MAX)
@@ -208,7 +211,8 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
     def calibrate_on(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Let promises rest on labelled rows that are no support rows, as Classifier.calibrate_on."""
         fitted = self._fitted()
-        head, (rows, y) = fitted.head.require_single_label("calibrate_on"), self._validated(X, y)
+        head = fitted.head.require_single_label("calibrate_on")
+        rows, y = self._validated(X, y)
         kept, embeddings, group_of = self._support(rows, "left out of the rows to calibrate on", groups)
         position = positions(fitted.labels.tolist(), y.tolist())
         labels = np.array([position[label] for label in y[kept].tolist()])
@@ -218,8 +222,10 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
     def suggest(self, X: Any, n: int) -> Suggestions:
         """The n rows of X to label next: the result's `rows` are positions in X. Before the first labels exist, call
         methods.suggest.suggest."""
-        fitted, n = self._fitted(), check_integer("n", n, 1)
-        head, blocks = fitted.head.require_single_label("suggest"), [*self._queries(fitted, X)]
+        fitted = self._fitted()
+        n = check_integer("n", n, 1)
+        head = fitted.head.require_single_label("suggest")
+        blocks = [*self._queries(fitted, X)]
         logits = np.concatenate([self._score(fitted, block) for block in blocks])
         return suggest(image_rows(Embeddings.concatenate(blocks), head.config.which, None), n, entropy(logits))
 
@@ -281,7 +287,8 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         self, rows: np.ndarray, use: str, groups: Any = None
     ) -> tuple[np.ndarray, Embeddings, np.ndarray | None]:
         """The positions (k,) of `_usable` rows, their embeddings (k, D), and of `groups` (n,) theirs."""
-        kept, group_of = self._usable(rows, use), read_groups(groups, len(rows))
+        kept = self._usable(rows, use)
+        group_of = read_groups(groups, len(rows))
         return kept, Embeddings.of_rows(rows[kept], self.adapted), None if group_of is None else group_of[kept]
 
     def _usable(self, rows: np.ndarray, use: str) -> np.ndarray:

@@ -180,7 +180,8 @@ class Answering(Generic[F]):
         fitted = self._fitted()
         head = fitted.head.require_single_label("predict_sets")
         coverage = check_share("coverage", coverage)
-        left_out, classes = head.left_out_labels, fitted.labels if per_class else None
+        left_out = head.left_out_labels
+        classes = fitted.labels if per_class else None
         left_out.thresholds(coverage, classes)
         logits = self._logits(fitted, X)
         return sets_of_labels(fitted.labels, logits, left_out.sets(logits, coverage, classes))

@@ -32,7 +32,9 @@ def calibration_of(support: SupportSet, uids: Sequence[int], given: Examples, lo
     near = near_support(support, given.embeddings.plain)
     labels = np.searchsorted(np.array(uids), given.class_ids)
     rows = np.flatnonzero(~near)[np.argsort(labels[~near], kind="stable")]
-    images, labels, groups = given.embeddings[rows], labels[rows], None if given.groups is None else given.groups[rows]
+    images = given.embeddings[rows]
+    labels = labels[rows]
+    groups = None if given.groups is None else given.groups[rows]
     own = make_support_set(images, labels, None, support.tau, len(uids), groups=groups)
     alike = find_look_alikes(own).groups if look_alikes else None
     return Calibration(images, labels, make_folds(own, alike).units, int(near.sum()))

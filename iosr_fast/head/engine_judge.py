@@ -41,7 +41,8 @@ def sample_rows(class_ids: np.ndarray, most: int) -> np.ndarray:
 
 def time_encoders(encoders: Mapping[int, Encoder], batch: int) -> dict[int, tuple[float, float]]:
     """Median milliseconds of one picture and of a batch. The encoders take turns, in rounds, for some three seconds."""
-    rng, started = np.random.default_rng(0), time.perf_counter()
+    rng = np.random.default_rng(0)
+    started = time.perf_counter()
     sizes = {encoder.image_size for encoder in encoders.values()}
     pictures = {size: rng.integers(0, 256, (batch, size, size, 3), np.uint8) for size in sizes}
     times: dict[int, list[list[float]]] = {name: [] for name in encoders}
@@ -67,7 +68,8 @@ class Judge:
     def __init__(
         self, fit: Fit, reference: Encoder, rows: np.ndarray, pixels: Callable[[int], np.ndarray], tolerance: float
     ) -> None:
-        head, examples = fit.head.require_single_label("the choice of an engine"), fit.head.examples
+        head = fit.head.require_single_label("the choice of an engine")
+        examples = fit.head.examples
         self._head, self._pixels, self._tolerance = head, pixels, tolerance
         self._fingerprint = reference.fingerprint
         self._classes = np.searchsorted(np.array(head.uids), examples.class_ids[rows])
@@ -102,7 +104,8 @@ class Judge:
     def _left_out_labels(self, embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
         """The label (N,) of each image by the fitted method without the image's fold, keys and queries being
         `embeddings`, and the rows that have one. A method without support images labels all."""
-        head, labels = self._head, np.full(len(self._classes), -1)
+        head = self._head
+        labels = np.full(len(self._classes), -1)
         if not len(labels):
             return labels, labels
         support = make_support_set(embeddings, self._classes, head.text, head.tau, groups=self._groups)

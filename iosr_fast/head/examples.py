@@ -90,5 +90,6 @@ def _new_groups(groups: np.ndarray, count: int) -> np.ndarray:
 
 def no_examples(width: int) -> Examples:
     """The examples of a classifier that has only class names."""
-    nothing, none = np.zeros((0, width), np.float32), np.zeros(0, np.int64)
+    nothing = np.zeros((0, width), np.float32)
+    none = np.zeros(0, np.int64)
     return Examples(Embeddings(nothing, nothing), none, none, ())

@@ -54,7 +54,8 @@ def fit(
     of_images = {name: parameters[name] for name in ("views", "mirror", "templates", "seed", "exif_orientation")}
     settings = SupportSettings(**of_images, thumbnail=parameters["thumbnails"])
     listed = [] if images is None else as_image_list(images)
-    known, grouped = check_labels(listed, labels, class_names), read_groups(groups, len(listed))
+    known = check_labels(listed, labels, class_names)
+    grouped = read_groups(groups, len(listed))
     if known.sets is not None:
         check_multi_label(options, unknown_images)
         if choose_engine:
@@ -88,7 +89,8 @@ def fit(
         return fitted
     from iosr_fast.head.optimize import optimize
 
-    skipped, ids = {error.position for error in errors}, head.examples.ids.tolist()
+    skipped = {error.position for error in errors}
+    ids = head.examples.ids.tolist()
     readable = [image for i, image in enumerate([*listed, *unknown]) if i not in skipped]  # the support images first
     engines = OptimizeOptions(runtime=parameters["runtime"], progress=shown)
     return optimize(fitted, [readable[number] for number in ids], engines, head.version, readable[len(ids) :])
@@ -143,7 +145,8 @@ def fit_head(
         fit = options.fit(support)
         head = Head.first(names, text, tau, examples, fit.config, fit.reducer, unknown_images=unknown_images)
         return head.with_computed(support=support, plan=fit.plan)
-    labels, config = label_sets[examples.class_ids], options.config
+    labels = label_sets[examples.class_ids]
+    config = options.config
     images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries, examples.groups)
     setting = None if options.searched else config.parameters
     chosen = fit_multi_label(images, config.method, setting, config.key_precision, options.seconds)

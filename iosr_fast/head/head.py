@@ -86,7 +86,8 @@ class HeadData:
         **fields: Any,
     ) -> Self:
         """The head of a fit: version 1, and classes numbered from 0. `fields` are those of the class itself."""
-        n, following = len(class_names), int(examples.ids.max(initial=-1)) + 1
+        n = len(class_names)
+        following = int(examples.ids.max(initial=-1)) + 1
         return cls(tuple(class_names), tuple(range(n)), text, tau, examples, config, reducer, 1, n, following, **fields)
 
     @cached_property
@@ -250,10 +251,12 @@ class Head(HeadData):
         as of SupportSet. The factor of the logits is fitted again (log_loss.refit_factor), so that probabilities are
         those of these images; no label changes. Raises IosrFastError where too few of them are new (Calibration).
         """
-        uids, alone = np.array(self.uids)[labels], (None,) * len(labels)
+        uids = np.array(self.uids)[labels]
+        alone = (None,) * len(labels)
         given = Examples(images, uids, np.arange(len(labels)), alone, groups=groups)
         new = calibration_of(self.support, self.uids, given, self.config.look_alikes)
-        logits, version = self.score(new.embeddings), self.version + 1
+        logits = self.score(new.embeddings)
+        version = self.version + 1
         check_calibration(len(new.labels), of_logits(logits, new.labels, units=new.units).count, new.near)
         ratio = refit_factor(logits, new.labels)
         config = msgspec.structs.replace(self.config, factor=self.config.factor * ratio)
@@ -276,7 +279,8 @@ class Head(HeadData):
     @cached_property
     def unknown(self) -> Unknown:
         """How pictures of no class are recognised, by the embeddings that queries have."""
-        unknown, new = fit_unknown(self.support, self.folds, self.needs_adapted, self.unknown_images), self.calibration
+        unknown = fit_unknown(self.support, self.folds, self.needs_adapted, self.unknown_images)
+        new = self.calibration
         return unknown if new is None else unknown.calibrated_on(new.embeddings, new.units)
 
     def audit(self, images: np.ndarray, classes: np.ndarray) -> SupportAudit:

@@ -58,7 +58,8 @@ def labelled_images(folder: str | Path, *more: str | Path) -> LabelledImages:
     """
     found: dict[str, _LabelledFile] = {}  # by file, links resolved where there are several places to compare
     for place in map(Path, (folder, *more)):
-        is_table, here = place.suffix.lower() == ".csv" and not place.is_dir(), dict[str, _LabelledFile]()
+        is_table = place.suffix.lower() == ".csv" and not place.is_dir()
+        here = dict[str, _LabelledFile]()
         for path, label, group in _read_table(place) if is_table else _read_class_folders(place):
             first = here.setdefault(os.path.realpath(path) if more else str(path), (path, label, group))
             if first[1] != label:

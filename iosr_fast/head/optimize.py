@@ -43,7 +43,8 @@ def optimize(
     clip, choice = choose_engine(fit, images, options)
     token = fit.token
     if clip.encoder.fingerprint != fit.clip.encoder.fingerprint:
-        total, views = len(images) + len(unknown_images), replace(fit.settings, thumbnail=0)
+        total = len(images) + len(unknown_images)
+        views = replace(fit.settings, thumbnail=0)
         rows = np.searchsorted(np.array(head.uids), head.examples.class_ids)
         with bar("encode with the chosen engine", total, shown=options.progress) as step:
             sources = images, views, rows, head.class_names, unknown_images
@@ -79,12 +80,15 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
     with the present engine, or, if that is not in fp32 and the CLIP is at hand, with one in fp32. The present engine is
     kept if no candidate is left. A candidate that fails is a row of the table.
     """
-    started, clip, source = time.perf_counter(), fit.clip, fit.clip.encoder.source
+    started = time.perf_counter()
+    clip = fit.clip
+    source = fit.clip.encoder.source
     if source is None:
         raise IosrFastError("expected an encoder that was opened from an engine folder, got one without a folder")
     if options.smaller_images and clip.loaded is None:
         raise IosrFastError("engines for smaller images are exported from the CLIP: name it by pretrained")
-    chosen, geometry = sample_rows(fit.head.examples.class_ids, JUDGED), clip.encoder.geometry
+    chosen = sample_rows(fit.head.examples.class_ids, JUDGED)
+    geometry = clip.encoder.geometry
 
     @functools.cache
     def pixels_of(side: int) -> np.ndarray:
@@ -94,7 +98,8 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
     batch = 8 if clip.encoder.buckets is None else 32
     builder = CandidateBuilder(source, calibration, clip.loaded, clip.encoder.threads, fit.head.needs_adapted)
     try:
-        reference, note = fit.encoder, ""
+        reference = fit.encoder
+        note = ""
         if (precision := source.manifest["precision"]) != "fp32" and clip.loaded is not None:
             with bar("build the engine in fp32", None, shown=options.progress):
                 reference = builder.start_in_fp32(clip.encoder.runtime)
@@ -209,21 +214,26 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
     The views of an image depend on its pixels and the seed alone, so that the same engine gives the same key again, up
     to rounding. Images that match no example are left out with a warning; an example without an image is refused.
     """
-    head, examples, total = fit.head, fit.head.examples, len(images)
+    head = fit.head
+    examples = fit.head.examples
+    total = len(images)
     if len(labels) == total:
         present = set(fit.labels.tolist())
         known = [i for i, label in enumerate(labels) if label in present]
         images, labels = [images[i] for i in known], [labels[i] for i in known]
     classes = fit.read_labels(images, labels)
-    stored, views = examples.embeddings, replace(fit.settings, thumbnail=0)
+    stored = examples.embeddings
+    views = replace(fit.settings, thumbnail=0)
     if examples.queries is not None:  # single views, which are cheaper than those of keys
-        stored, views = examples.queries, replace(views, views=1, single=False)
+        stored = examples.queries
+        views = replace(views, views=1, single=False)
     with bar("find the support images", len(images), shown=shown) as step:
         encoder = fit.clip.encoder_for(adapted=True)
         encoded = encode_images(encoder, images, views, classes, head.class_names, step=step).examples
     found = np.full(len(examples), -1)
     for position, uid in enumerate(head.uids):
-        rows, candidates = np.flatnonzero(examples.class_ids == uid), np.flatnonzero(classes == position)
+        rows = np.flatnonzero(examples.class_ids == uid)
+        candidates = np.flatnonzero(classes == position)
         similar = stored.plain[rows] @ encoded.embeddings.plain[candidates].T
         for row, cosines in zip(rows, similar, strict=True):
             if len(candidates) and cosines[best := int(cosines.argmax())] >= _SAME:

@@ -143,7 +143,8 @@ def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, ne
     cache is the contribution of the support images, through keys or a linear term, and `adapter` of it what adapted
     embeddings contribute (_adapter_part). Ties fall to the first class, as in argmax.
     """
-    logits, embeddings = verdict.logits, embeddings.to_numpy()
+    logits = verdict.logits
+    embeddings = embeddings.to_numpy()
     unasked = [None] * len(logits)
     rejections = verdict.rejections or unasked
     accepted = unasked if verdict.accepted is None else verdict.accepted.tolist()
@@ -153,7 +154,8 @@ def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, ne
     cache = logits - zero_shot
     parts = softmax(logits), logits, zero_shot, cache, _adapter_part(head, embeddings, cache)
     neighbours = _neighbours(head, embeddings, nearest) if nearest else [()] * len(logits)
-    ids, names = [class_id(uid) for uid in head.uids], head.class_names
+    ids = [class_id(uid) for uid in head.uids]
+    names = head.class_names
     predictions = []
     for b, classes in enumerate(_largest(logits, top)):
         columns = (part[b, classes].tolist() for part in parts)
@@ -182,7 +184,8 @@ def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.n
     if read == {"adapted"} or plan.linear is None:
         return cache
     adapted_keys = plan.keys is not None and plan.query == "adapted"
-    columns, bias = slice(None), np.zeros(plan.n_classes) if plan.bias is None else plan.bias
+    columns = slice(None)
+    bias = np.zeros(plan.n_classes) if plan.bias is None else plan.bias
     if plan.feature == "both":
         columns = slice(plan.width) if adapted_keys else slice(plan.width, None)
         bias = bias - head.adapted_bias if adapted_keys else head.adapted_bias
@@ -213,7 +216,8 @@ def label_columns(head: AnyHead, answers: Sequence[Prediction | MultiLabelPredic
     if isinstance(head, Head):
         return np.array([best[0] for best, *_ in pairs], str), np.array([best[1] for best, *_ in pairs], np.float32)
     labels, probabilities = np.empty(len(pairs), object), np.empty(len(pairs), object)
-    labels[:], probabilities[:] = [frozenset(dict(one)) for one in pairs], [dict(one) for one in pairs]
+    labels[:] = [frozenset(dict(one)) for one in pairs]
+    probabilities[:] = [dict(one) for one in pairs]
     return labels, probabilities
 
 
@@ -228,7 +232,8 @@ def predict_jointly(
 
 def _neighbours(head: Head, embeddings: Embeddings, nearest: int) -> list[tuple[Neighbour, ...]]:
     """The support images with the highest cosine to each query, as the head's method compares images."""
-    rows, examples = image_rows(embeddings, head.config.which, head.reducer), head.examples
+    rows = image_rows(embeddings, head.config.which, head.reducer)
+    examples = head.examples
     if not len(examples):
         return [()] * len(rows)
 

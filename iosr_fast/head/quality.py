@@ -192,14 +192,16 @@ class Evaluation:
     @property
     def class_results(self) -> list[ClassResult]:
         """All classes, in their order."""
-        count, right = len(self.classes), self.labels[self.labels == self.predicted]
+        count = len(self.classes)
+        right = self.labels[self.labels == self.predicted]
         columns = (np.bincount(rows, minlength=count).tolist() for rows in (self.labels, right, self.predicted))
         return [ClassResult(*row) for row in zip(self.classes, *columns, strict=True)]
 
     @property
     def mixups(self) -> list[Mixup]:
         """Pairs of classes of which one was taken for the other, the most frequent first."""
-        wrong, images = self.labels != self.predicted, np.bincount(self.labels, minlength=len(self.classes))
+        wrong = self.labels != self.predicted
+        images = np.bincount(self.labels, minlength=len(self.classes))
         pairs, counts = np.unique(np.stack([self.labels, self.predicted])[:, wrong], axis=1, return_counts=True)
         order = np.argsort(-counts, kind="stable")
         return [
@@ -265,7 +267,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; null for NaN. The confusion matrix is included up to MATRIX classes."""
-        reliability, of_bins = self.reliability, ("counts", "confidence", "right")
+        reliability = self.reliability
+        of_bins = ("counts", "confidence", "right")
         facts = {
             "images": len(self.labels),
             "unreadable": len(self.errors),

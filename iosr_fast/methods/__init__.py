@@ -65,7 +65,8 @@ def unavailable_reason(name: str, support: SupportSet) -> str | None:
 
 def reason_against(name: str, counts: np.ndarray, has_text: bool, has_adapted: bool) -> str | None:
     """As unavailable_reason, of classes with `counts` (C,) images, with texts and adapted embeddings or without."""
-    method, n_images = METHODS[name], int(counts.sum())
+    method = METHODS[name]
+    n_images = int(counts.sum())
     if method.needs_text and not has_text:
         return f"{name} compares images with texts, and there are no text embeddings; give text=, an array (C, D)"
     if method.needs_support and n_images == 0:

@@ -92,7 +92,8 @@ def intervals(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Interv
     start, stop = np.zeros((2, len(labels)), np.uint64)
     for at in blocks(len(labels), _CHUNK // base.shape[1]):
         start[at], stop[at] = _bounds(base[at].astype(np.float64), slope[at].astype(np.float64), labels[at])
-    last, nowhere = _position(MAX_ALPHA, after=True), _position(np.inf, after=True)
+    last = _position(MAX_ALPHA, after=True)
+    nowhere = _position(np.inf, after=True)
     return Intervals(np.where(start > last, nowhere, start), np.where(stop > last, nowhere, stop))
 
 

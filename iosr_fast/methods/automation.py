@@ -83,7 +83,8 @@ class Automation:
 
 def automation(left_out: LeftOutLabels, images: LeftOutLabels | None = None, notes: tuple[str, ...] = ()) -> Automation:
     """The curve of `least_odds` at PROMISES; shares and errors are those of `images`, None for the left-out ones."""
-    images, count = left_out if images is None else images, left_out.count
+    images = left_out if images is None else images
+    count = left_out.count
     surest_wrong = left_out.top_odds[~left_out.right].max(initial=-math.inf)
     least = np.array([least_odds(left_out, promised) for promised in PROMISES])
     accepted = images.top_odds[None, :] >= least[:, None]
@@ -128,12 +129,14 @@ def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
         return math.inf
     order = np.argsort(-left_out.top_odds, kind="stable")
     odds, weights = left_out.top_odds[order], left_out.counted[order]
-    accepted, wrong = np.cumsum(weights), np.cumsum(weights * ~left_out.right[order])
+    accepted = np.cumsum(weights)
+    wrong = np.cumsum(weights * ~left_out.right[order])
     least = math.inf
     for count in np.unique(np.linspace(needed, accepted[-1], _STEPS + 1).round()).tolist():
         last = min(int(np.searchsorted(accepted, count - _FRACTION)), len(odds) - 1)
         last = int(np.searchsorted(-odds, -odds[last], side="right")) - 1  # images of equal odds are accepted together
-        n, k = int(accepted[last] + _FRACTION), float(wrong[last])
+        n = int(accepted[last] + _FRACTION)
+        k = float(wrong[last])
         chances = binomial_cdf(n, max_error, min(math.ceil(k), n))
         if np.interp(k, np.arange(len(chances)), chances) > 1.0 - CONFIDENCE + _ROUNDING:
             break

@@ -86,12 +86,12 @@ class LeftOutLabels:
     basis: str = LEFT_OUT
     weights: np.ndarray | None = None
 
-    @property
+    @cached_property
     def counted(self) -> np.ndarray:
         """(V,) float64: the weights."""
         return np.ones(len(self.labels)) if self.weights is None else self.weights
 
-    @property
+    @cached_property
     def count(self) -> float:
         """How many images V images count as: the sum of their weights."""
         return float(self.counted.sum())
@@ -104,7 +104,8 @@ class LeftOutLabels:
         """
         if classes is None:
             return np.array(threshold(self.odds, coverage, self.basis, self.weights))
-        counts, needed = np.bincount(self.labels, self.counted, len(classes)), images_needed(coverage)
+        counts = np.bincount(self.labels, self.counted, len(classes))
+        needed = images_needed(coverage)
         if few := [f"{name} ({n:.4g})" for name, n in zip(classes, counts.tolist(), strict=True) if n < needed - 1e-6]:
             raise IosrFastError(
                 f"a promise for {coverage:.4g} of the pictures of each class needs at least {needed} {self.basis} of "
@@ -187,7 +188,8 @@ def log_odds(logits: np.ndarray) -> np.ndarray:
 
 def log_odds_of_largest(logits: np.ndarray) -> np.ndarray:
     """log p / (1 - p) of the largest p = softmax(logits), (B,) float64; it does not saturate as p does."""
-    rows, top = np.arange(len(logits)), logits.argmax(1)
+    rows = np.arange(len(logits))
+    top = logits.argmax(1)
     others = logits.astype(np.float64)
     others[rows, top] = -np.inf
     odds: np.ndarray = logits[rows, top] - log_sum_exp(others)

@@ -103,7 +103,8 @@ def make_folds(support: SupportSet, look_alikes: np.ndarray | None = None) -> Fo
     these folds: their siblings are not in the support set. Weights are fitted without `look_alikes`, with which classes
     that look alike (variants of a product) would lose 0.4 to 1.9 points.
     """
-    labels, groups = support.labels, group_near_duplicates(support)
+    labels = support.labels
+    groups = group_near_duplicates(support)
     if joined := [more for more in (support.groups, look_alikes) if more is not None]:
         return _fold_units(support, _joined(support.class_offsets[labels] + groups, *joined))
     distinct = np.zeros(support.n_classes, np.int64)
@@ -130,9 +131,11 @@ def _fold_units(support: SupportSet, units: np.ndarray) -> Folds:
 def assign_folds(units: np.ndarray, images: np.ndarray, classes: np.ndarray, number: int) -> np.ndarray:
     """(N,) int64, of `number` folds that of each image; units (N,) from 0 stay whole. Large units come first, each into
     the fold with fewest images of its classes, then fewest at all. Image images[i] has the class classes[i]."""
-    sizes, order = np.bincount(units), np.argsort(units[images], kind="stable")
+    sizes = np.bincount(units)
+    order = np.argsort(units[images], kind="stable")
     of_units = np.split(classes[order], np.cumsum(np.bincount(units[images], minlength=len(sizes)))[:-1])
-    of_class, filled = np.zeros((number, classes.max(initial=0) + 1)), np.zeros(number)
+    of_class = np.zeros((number, classes.max(initial=0) + 1))
+    filled = np.zeros(number)
     folds = np.zeros(len(sizes), np.int64)
     for unit in np.argsort(-sizes, kind="stable").tolist():
         unit_classes = of_units[unit]
@@ -144,7 +147,8 @@ def assign_folds(units: np.ndarray, images: np.ndarray, classes: np.ndarray, num
 
 def _joined(*groupings: np.ndarray) -> np.ndarray:
     """(N,) int64 from 0, by first images: the same for images that are equal in one of them, or by way of others."""
-    joined, before = np.arange(len(groupings[0])), None
+    joined = np.arange(len(groupings[0]))
+    before = None
     while before is None or (joined != before).any():
         before = joined
         for ids in groupings:
@@ -164,14 +168,16 @@ def group_near_duplicates(support: SupportSet) -> np.ndarray:
     class of varied images no reason for wider groups. Images of a class of more than 512 are compared with those of
     their block of 512: O(N D) operations.
     """
-    plain, offsets = image_rows(support.embeddings, "plain", None), support.class_offsets
+    plain = image_rows(support.embeddings, "plain", None)
+    offsets = support.class_offsets
     groups = np.zeros(len(plain), np.int64)
     if not (support.counts > 1).any():
         return groups
     medians = class_distances(plain, support, np.median)
     usual = np.clip(medians, np.nanmedian(medians) / 2, np.nanmedian(medians))
     for c in np.flatnonzero(support.counts > 1):
-        rows, count = plain[offsets[c] : offsets[c + 1]], 0
+        rows = plain[offsets[c] : offsets[c + 1]]
+        count = 0
         for block in blocks(len(rows), _BLOCK):
             of_block = _leaders(1.0 - rows[block] @ rows[block].T <= _SHARE * usual[c] + _ROUNDING)
             groups[offsets[c] : offsets[c + 1]][block] = count + of_block
@@ -196,7 +202,8 @@ def near_support(support: SupportSet, plain: np.ndarray, more: Sequence[np.ndarr
 def near_pairs(rows: np.ndarray, support: SupportSet) -> list[tuple[int, int, float]]:
     """The pairs (first, second, cosine) of support images, of any classes, whose `rows` (N, D) are near duplicates, as
     near_support has them; the nearest pair first."""
-    limit, pairs = _limit(rows, support), list[tuple[int, int, float]]()
+    limit = _limit(rows, support)
+    pairs = list[tuple[int, int, float]]()
     for block in blocks(len(rows), _BLOCK):
         cosines = rows[block] @ rows.T
         first, second = np.nonzero(1.0 - cosines <= limit)
@@ -209,7 +216,8 @@ def near_pairs(rows: np.ndarray, support: SupportSet) -> list[tuple[int, int, fl
 def class_distances(rows: np.ndarray, support: SupportSet, of: Callable[[np.ndarray], Any]) -> np.ndarray:
     """(C,) float64: `of`, the mean or the median, over the pairs of a class of the distance 1 - cosine of their `rows`
     (N, D); NaN for a class without a pair."""
-    distances, offsets = np.full(support.n_classes, np.nan), support.class_offsets
+    distances = np.full(support.n_classes, np.nan)
+    offsets = support.class_offsets
     for c in np.flatnonzero(support.counts > 1):
         of_class = rows[offsets[c] : offsets[c + 1]][:_BLOCK]
         distances[c] = of((1.0 - of_class @ of_class.T)[np.triu_indices(len(of_class), 1)])

@@ -121,7 +121,8 @@ def predict_jointly(
         start[block] = log_softmax(score(plan, queries[block], check=False))
     folder = Unlabelled(image_rows(queries, which, None), start)
     result = JointPrediction(start, np.arange(support.n_classes), _unchecked(support, alone, folder))
-    model, factor = GaussianModel(support, which), 1.0
+    model = GaussianModel(support, which)
+    factor = 1.0
     if not result.refused:
         result, factor = _checked(result, model, alone, folder)
     if result.refused:
@@ -158,13 +159,16 @@ def estimate(support: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians,
     support images anchor mu_c as the texts of StatA do (Zanella et al., CVPR 2025, arXiv 2501.03729).
     """
     parts = [part for one in images for part in one.blocks()]
-    second, gaussians = support.second.copy(), None
+    second = support.second.copy()
+    gaussians = None
     for part in parts:
         second += part.weight * (part.rows.T @ part.rows).astype(np.float64)
     labels = [np.full(len(part.rows), -1, np.int32) for part in parts]
     allowed = _SETTLED * sum(map(len, labels))
     for done in range(MAX_ROUNDS):
-        mass, sums, changed = support.counts.copy(), support.sums.copy(), 0
+        mass = support.counts.copy()
+        sums = support.sums.copy()
+        changed = 0
         for part, before in zip(parts, labels, strict=True):
             shares = _softmax(part.start if gaussians is None else part.logits(gaussians))
             changed += int((shares.argmax(1) != before).sum())
@@ -187,16 +191,19 @@ def _checked(
 ) -> tuple[JointPrediction, float]:
     """`result` with its accuracies and, if images are classified worse together, the reason for refusal; and the factor
     of the logits."""
-    n_folder, joint = len(folder.rows), list[np.ndarray]()
+    n_folder = len(folder.rows)
+    joint = list[np.ndarray]()
     queries = image_rows(model.support.as_queries, model.which, None)
-    folds, logits = alone.folds.first(_LEFT_OUT), alone.by_image()
+    folds = alone.folds.first(_LEFT_OUT)
+    logits = alone.by_image()
     for chosen, out in folds.splits:
         weight = WEIGHT * min(1.0, n_folder / len(chosen))
         hidden = Unlabelled(queries[chosen], log_softmax(logits[chosen]), weight)
         gaussians, _ = estimate(model.moments_without(out), [hidden, folder])
         joint.append(hidden.logits(gaussians))
     chosen = np.concatenate([rows for rows, _ in folds.splits])
-    both, expected = (logits[chosen], np.concatenate(joint)), model.support.labels[chosen]
+    both = (logits[chosen], np.concatenate(joint))
+    expected = model.support.labels[chosen]
     right = [one.argmax(1) == expected for one in both]
     shares = [float(one.mean()) for one in right]
     fits = [fit_factor(one, expected) for one in both]

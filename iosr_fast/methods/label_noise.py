@@ -47,28 +47,32 @@ def fit_label_noise(logits: np.ndarray, labels: np.ndarray) -> LabelNoise:
     """
     if not len(labels):
         return LabelNoise(np.zeros(0), np.zeros(0), float("nan"), 1.0)
-    others, exact = logits.shape[1] - 1, logits.astype(np.float64)
+    others = logits.shape[1] - 1
+    exact = logits.astype(np.float64)
 
     def fit_at(log_factor: float) -> tuple[float, LabelNoise]:
         factor = float(np.exp(log_factor))
         surprise = log_losses(factor * exact, labels)
         p = np.exp(-surprise)
         share = _share(p, others)
-        right, wrong = (1 - share) * p, share * (1 - p) / others
+        right = (1 - share) * p
+        wrong = share * (1 - p) / others
         likelihood = float(np.log(right + wrong).sum() + _RIGHT * np.log(1 - share))
         return likelihood, LabelNoise(wrong / (right + wrong), surprise, share, factor)
 
     best = int(np.argmax([fit_at(value)[0] for value in _LOG_FACTORS]))
     low, high = (float(_LOG_FACTORS[k]) for k in (max(best - 1, 0), min(best + 1, len(_LOG_FACTORS) - 1)))
     for _ in range(12):  # thirds of the interval: likelihood has one maximum there; its width falls to 0.5%
-        one, two = low + (high - low) / 3, high - (high - low) / 3
+        one = low + (high - low) / 3
+        two = high - (high - low) / 3
         low, high = (low, two) if fit_at(one)[0] >= fit_at(two)[0] else (one, high)
     return fit_at((low + high) / 2)[1]
 
 
 def _share(p: np.ndarray, others: int) -> float:
     """The share of highest likelihood for the labels' probabilities p (N,), which is concave in it."""
-    low, high = 0.5 / len(p), _MOST
+    low = 0.5 / len(p)
+    high = _MOST
     gain = (1 - p) / others - p
     for _ in range(30):
         middle = (low + high) / 2

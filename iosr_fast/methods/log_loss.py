@@ -41,13 +41,17 @@ def newton(
     with these probabilities, `project` the allowed point that is nearest. A step that gains less than `least_gain`, or
     none however short, is the last.
     """
-    point, best = start, evaluate(start)
+    point = start
+    best = evaluate(start)
     for _ in range(_STEPS):
-        direction, size, better = step(point, best[2]), 1.0, False
+        direction = step(point, best[2])
+        size = 1.0
+        better = False
         while size > 1e-4 and not better:
             tried = project(point - size * direction)
             evaluated = evaluate(tried)
-            better, size = evaluated[0] < best[0], size / 2
+            better = evaluated[0] < best[0]
+            size = size / 2
         if not better:
             break
         gained = best[0] - evaluated[0]
@@ -72,7 +76,8 @@ def fit_weights(
     convex, so the minimum is unique if strength > 0. A weight of exactly 0 says that its part adds nothing. The loss
     that is returned has no penalty. The parts should be of one scale, as spread by classes. offset (C,), None: 0.
     """
-    rows, samples = np.arange(len(labels)), len(labels)
+    rows = np.arange(len(labels))
+    samples = len(labels)
     # The label's own logit is then 0, so the loss is the logarithm of a sum with a term of 1: never below 0.
     features = [(part - part[rows, labels][:, None]).astype(np.float32) for part in parts]
     centre = np.zeros(len(parts)) if prior is None else np.asarray(prior, np.float64)
@@ -111,7 +116,8 @@ def fit_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> tuple[
     A direction that is constant over classes (spread 0) is left out: alpha is 0 if s is constant, and 1 if only z is.
     """
     some = _sample(base)
-    parts, labels = [base[some].astype(np.float64), slope[some].astype(np.float64)], labels[some]
+    parts = [base[some].astype(np.float64), slope[some].astype(np.float64)]
+    labels = labels[some]
     spreads = np.array([spread(part) for part in parts])
     alpha = 1.0 if spreads[1] else 0.0
     if spreads.all():
@@ -180,7 +186,9 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
 
     Source: Platt scaling (1999) with partial pooling of the intercepts (Gelman & Hill, 2007, section 12.2).
     """
-    chosen, y, k = np.stack([np.asarray(part, np.float64)[:, used] for part in parts]), labels[:, used], len(parts)
+    chosen = np.stack([np.asarray(part, np.float64)[:, used] for part in parts])
+    y = labels[:, used]
+    k = len(parts)
     # About 0: far from it the loss is flat, Newton's steps overshoot, and weights at 0 leave the bias where it is.
     centres = chosen.mean((1, 2), keepdims=True)
     centred = chosen - centres
@@ -192,16 +200,20 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
         return loss + float(penalty) / 2, loss, sigmoid(z)
 
     def step(point: np.ndarray, shares: np.ndarray) -> np.ndarray:
-        weights, differences = point[:k], point[k + 1 :]
-        residual, curvature = shares - y, shares * (1 - shares)
-        weighted, by_class = centred * curvature, curvature.sum(0)
+        weights = point[:k]
+        differences = point[k + 1 :]
+        residual = shares - y
+        curvature = shares * (1 - shares)
+        weighted = centred * curvature
+        by_class = curvature.sum(0)
         # Weights, then the common bias; `cross` (K + 1, C) with the differences, whose own block is `diagonal` (C,).
         gradient = np.append(np.einsum("knc,nc->k", centred, residual) + PENALTY * weights, residual.sum())
         second = np.zeros((k + 1, k + 1))
         second[:k, :k] = np.einsum("knc,lnc->kl", weighted, centred) + PENALTY * np.eye(k)
         second[:k, k] = second[k, :k] = weighted.sum((1, 2))
         second[k, k] = by_class.sum() + _SMALL
-        cross, diagonal = np.vstack([weighted.sum(1), by_class]), by_class + shrinkage
+        cross = np.vstack([weighted.sum(1), by_class])
+        diagonal = by_class + shrinkage
         of_classes = residual.sum(0) + shrinkage * differences
         reduced = second - (cross / diagonal) @ cross.T
         right = gradient - cross @ (of_classes / diagonal)

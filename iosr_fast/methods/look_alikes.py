@@ -72,7 +72,8 @@ def find_look_alikes(support: SupportSet) -> LookAlikes:
     O(N D (n + D) + D^3) operations for classes of n images, and at most _BLOCK^2 cosines in memory.
     """
     plain = image_rows(support.embeddings, "plain", None)
-    groups, nearest = np.arange(len(plain)), np.zeros(len(plain), np.float32)
+    groups = np.arange(len(plain))
+    nearest = np.zeros(len(plain), np.float32)
     classes = [slice(*ends) for ends in pairwise(support.class_offsets.tolist()) if ends[1] - ends[0] > 1]
     root = _whitening([plain[rows] for rows in classes])
     for rows in classes:
@@ -91,7 +92,8 @@ def find_look_alikes(support: SupportSet) -> LookAlikes:
 def _whitening(classes: Sequence[np.ndarray]) -> np.ndarray:
     """(D, D) float32 R with R R' = inv(S + (1 / D + _RIDGE / (N - C)) tr(S) I), S the covariance of N rows (n, D) about
     the means of their C classes: with few rows it knows few directions, and the others would count too much."""
-    width, free = classes[0].shape[1] if classes else 0, sum(len(rows) - 1 for rows in classes)
+    width = classes[0].shape[1] if classes else 0
+    free = sum(len(rows) - 1 for rows in classes)
     scatter = np.zeros((width, width))
     for rows in classes:
         centred = rows - rows.mean(0)
@@ -113,7 +115,9 @@ def average_linkage(cosines: np.ndarray, least: float) -> np.ndarray:
     array([2, 1, 2])
     """
     n = len(cosines)
-    groups, sizes, chain = np.arange(n), np.ones(n), list[int]()
+    groups = np.arange(n)
+    sizes = np.ones(n)
+    chain = list[int]()
     np.fill_diagonal(cosines, -np.inf)
     waiting = dict.fromkeys(range(n))
     while waiting:

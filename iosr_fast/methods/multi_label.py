@@ -115,7 +115,8 @@ def fit_multi_label(
     fits = [_fit(images, fixed, used, one) for one in _settings(entry, images, setting, seconds)]
     best, bias = min(fits, key=lambda fit: fit[0].loss)
     logits = best.logits + bias
-    thresholds, parameters = f1_thresholds(sigmoid(logits)), best.parameters()
+    thresholds = f1_thresholds(sigmoid(logits))
+    parameters = best.parameters()
     name = entry.name if best.shares["adapter"] else entry.name.removesuffix("++")
     # A stack leaves out what has no weight.
     terms = [(parameters[term], part.model.fields()) for term, part in best.parts.items() if parameters[term]]
@@ -198,7 +199,9 @@ def _fit(
     if used.any():
         some = slice(None, None, -(-images.labels.size // _PAIRS))
         fit = fit_binary([part.scaled[some] for part in parts.values()], images.labels[some], used, SHRINKAGE)
-        weights, bias, loss = dict(zip(parts, fit.weights.tolist(), strict=True)), fit.bias, fit.loss
+        weights = dict(zip(parts, fit.weights.tolist(), strict=True))
+        bias = fit.bias
+        loss = fit.loss
     else:
         weights, bias, loss = _by_rule(parts, images.labels)
         weights |= {name: 0.0 for name in parts if "discriminant" in name}
@@ -210,9 +213,13 @@ def _fit(
 def _by_rule(parts: Mapping[str, Part], labels: np.ndarray) -> tuple[dict[str, float], np.ndarray, float]:
     """Weights and biases where no class has two images, so that no term of images can be judged (fit_multi_label)."""
     labelled = int(labels.sum())
-    spread, common, loss = _ONE_SHOT_SPREAD, float(np.log(labelled / (labels.size - labelled))), float("inf")
+    spread = _ONE_SHOT_SPREAD
+    common = float(np.log(labelled / (labels.size - labelled)))
+    loss = float("inf")
     if "text" in parts:
         fit = fit_binary([parts["text"].scaled], labels, np.ones(labels.shape[1], bool), _FIRM)
-        spread, common, loss = float(fit.weights[0]), fit.common, fit.loss
+        spread = float(fit.weights[0])
+        common = fit.common
+        loss = fit.loss
     shift = sum(spread * float(part.scaled.mean()) for name, part in parts.items() if name != "text")
     return dict.fromkeys(parts, spread), np.full(labels.shape[1], common - shift), loss

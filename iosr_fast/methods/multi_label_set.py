@@ -74,7 +74,8 @@ class MultiLabelSet:
     def folds(self) -> Folds:
         """Every image in one of up to MAX_FOLDS folds (folds.assign_folds). With groups `distinct` counts a class's
         folds."""
-        n_images, distinct = len(self.labels), self.counts
+        n_images = len(self.labels)
+        distinct = self.counts
         rows, classes = np.nonzero(self.labels)
         units = np.arange(n_images) if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
         fold = assign_folds(units, rows, classes, min(MAX_FOLDS, int(units.max(initial=0)) + 1))
@@ -116,7 +117,8 @@ def regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) -
 
     The regression is linear in the target: that of labels - share is that of the labels minus share times that of 1.
     """
-    keys, count = image_rows(images.embeddings, which, None), len(images.labels)
+    keys = image_rows(images.embeddings, which, None)
+    count = len(images.labels)
     queries = None if images.queries is None else image_rows(images.queries, which, None)
     model = KernelRidge(keys, queries, beta, ridge)
     target = np.hstack([images.labels, np.ones((count, 1))])
@@ -137,8 +139,10 @@ def _discriminant(images: MultiLabelSet, which: Which) -> Part:
     """G (models.gaussian) minus its mean over classes, where an image counts for each of its classes: mu_c is the mean
     of the images with label c, Sigma the covariance around these means over all pairs of image and label. The mean says
     how unlike all classes an image is, not which it has."""
-    model, queries = GaussianModel(images.pairs, which), image_rows(images.as_queries, which, None)
-    left_out, of_pairs = np.zeros(images.labels.shape), np.nonzero(images.labels.T)[1]
+    model = GaussianModel(images.pairs, which)
+    queries = image_rows(images.as_queries, which, None)
+    left_out = np.zeros(images.labels.shape)
+    of_pairs = np.nonzero(images.labels.T)[1]
     for rows, out in images.folds.splits:
         if images.labels[~out].any():  # else all labels are those of the images that are left out
             left_out[rows] = model.fit(model.moments_without(out[of_pairs])).scores(queries[rows])

@@ -66,7 +66,8 @@ class OodScores:
     def __init__(self, support: SupportSet, names: tuple[str, ...], unknown: Embeddings | None = None) -> None:
         self.names, self.support = names, support
         embeddings: tuple[Which, ...] = ("plain", "adapted") if any("adapted" in name for name in names) else ("plain",)
-        self.unknown_which, self.unknown_keys = embeddings[-1], None
+        self.unknown_which = embeddings[-1]
+        self.unknown_keys = None
         if unknown is not None and UNKNOWN_KEY in names:
             self.unknown_keys = _exact(unknown, self.unknown_which)
         has_images = support.counts > 0

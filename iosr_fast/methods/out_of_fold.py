@@ -110,7 +110,8 @@ class HeldOut:
 
     def _part(self, model: Model) -> Part:
         logits = self.left_out(model)
-        spread, kept = spread_of_others(logits, self.labels), model.kept()
+        spread = spread_of_others(logits, self.labels)
+        kept = model.kept()
         if len(self.labels) and (self.folds is None or self.support.n_classes == 2):
             return Part(logits, spread, spread, kept)
         rows = self.folds.rows if self.folds is not None and len(self.labels) else np.arange(len(self.support.labels))

@@ -136,7 +136,8 @@ def stack_models(support: SupportSet, parameters: Mapping[str, float]) -> dict[s
     Sources: GDA (Wang et al., ICLR 2024), with texts as TIMO takes them (Li et al., AAAI 2025), and ProKeR (Bendou et
     al., CVPR 2025); the sum is stacked generalisation (Wolpert, 1992; Breiman, 1996).
     """
-    has_text, copies = support.text is not None, parameters.get("text_images", 0.0)
+    has_text = support.text is not None
+    copies = parameters.get("text_images", 0.0)
     models: dict[str, Model] = {"text": TextModel(support)} if has_text else {}
     models |= {
         name: GaussianModel(support, which, copies=copies)

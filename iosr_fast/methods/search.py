@@ -56,7 +56,10 @@ class ParameterSearch:
     the values of its axes; then, twice, finer ones around the best."""
 
     def __init__(self, method: Method, held_out: HeldOut, reducer: Reducer | None) -> None:
-        self.method, self.held_out, self.reducer, self.labels = method, held_out, reducer, held_out.labels
+        self.method = method
+        self.held_out = held_out
+        self.reducer = reducer
+        self.labels = held_out.labels
         self.tried: list[_Candidate] = []
         values = {name: list(axis) for name, axis in method.axes.items()}
         self._try(values)
@@ -124,7 +127,8 @@ class ParameterSearch:
     def _notes(self, parameters: Mapping[str, float], text: float, images: float, right: np.ndarray) -> Iterator[str]:
         """What a user has to know: a term without effect, by the spreads of texts and of images, or images that the
         encoder does not distinguish."""
-        support, alpha = self.held_out.support, parameters["alpha"]
+        support = self.held_out.support
+        alpha = parameters["alpha"]
         if support.text is not None and text <= _NEGLIGIBLE * images:
             yield f"alpha {alpha:.3g}: the texts have no effect"
         elif images <= _NEGLIGIBLE * text:

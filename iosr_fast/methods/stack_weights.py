@@ -91,7 +91,8 @@ class Stack:
 
     def config(self, method: Method, evidence: Evidence) -> Config:
         """The config of `method`, or of the plain one where adapted embeddings have no part."""
-        shares, notes = self.shares, list[str]()
+        shares = self.shares
+        notes = list[str]()
         if shares["text"] == 0 and "text" in self.parts:
             notes.append("texts add nothing: class names do not matter here")
         if method.needs_adapter and not shares["adapter"]:
@@ -126,7 +127,8 @@ class Objective:
     @classmethod
     def of(cls, held_out: HeldOut, prior: Mapping[str, float], few: float) -> Objective:
         """That of held-out images. A validation set has the shares of new images."""
-        labels, n_classes = held_out.labels, held_out.support.n_classes
+        labels = held_out.labels
+        n_classes = held_out.support.n_classes
         numbers = np.ones(n_classes) if held_out.folds is None else np.bincount(labels, minlength=n_classes) + _NOT_NONE
         return cls(labels, np.log(numbers), prior, PENALTY + few * _PRIOR_STRENGTH)
 
@@ -155,7 +157,9 @@ def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> tuple[Config
     Its accuracy is that of held-out images if each half (HeldOut.halves) is judged with the weights and the setting
     that the other half chooses.
     """
-    support, labels, few = held_out.support, held_out.labels, few_share(held_out)
+    support = held_out.support
+    labels = held_out.labels
+    few = few_share(held_out)
     embeddings: tuple[Which, ...] = ("adapted", "plain") if method.needs_adapter else ("plain",)
     settings = affordable(len(support.embeddings), support.n_classes, embeddings, seconds, few)
     copies = 0.0 if support.text is None else _TEXT_IMAGES * text_accuracy(support)
@@ -239,7 +243,8 @@ def one_shot_weights(support: SupportSet, embeddings: Sequence[Which], regress: 
     weights = {DISCRIMINANTS[which]: images * share for which, share in zip(embeddings, shares, strict=True)}
     if support.text is None:
         return {**weights, "regression": 1.3 - 1.02 * second}
-    logits, labels = TextModel(support).scores(support.as_queries), support.labels
+    logits = TextModel(support).scores(support.as_queries)
+    labels = support.labels
     (alone,), _ = fit_weights([logits / spread_of_others(logits, labels)], labels)
     accuracy = text_accuracy(support)
     texts = {"text": 0.55 * accuracy**0.5 * float(alone), "text_regression": 0.15 * accuracy * float(alone)}

@@ -106,7 +106,8 @@ def _equal_clusters(rows: np.ndarray, centres: np.ndarray, weights: np.ndarray) 
     closeness = rows @ centres.T
     closeness -= 0.5 * np.einsum("kd,kd->k", centres, centres)
     share = weights.sum() / len(centres) * (1 + 1e-6)  # rounding never makes all centres refuse a row
-    clusters, asked = closeness.argmax(1), np.arange(len(rows))
+    clusters = closeness.argmax(1)
+    asked = np.arange(len(rows))
     while True:
         order = asked[np.lexsort((-closeness[asked, clusters[asked]], clusters[asked]))]
         nearer = np.cumsum(weights[order]) - weights[order]
@@ -135,7 +136,8 @@ def _choose(rows: np.ndarray, centres: np.ndarray, weights: np.ndarray, clusters
     worth = np.bincount(clusters, weights, n) / np.maximum(np.bincount(clusters, minlength=n), 1)
     order = np.lexsort((-worth[clusters], _ranks(rows, centres, weights, clusters)))
     limit = 1.0 - _NEAR * (1.0 - np.einsum("kd,kd->k", centres, centres).mean())
-    free, chosen = order, list[int]()
+    free = order
+    chosen = list[int]()
     while len(chosen) < n and len(free):
         chosen.append(int(free[0]))
         free = free[1:][rows[free[1:]] @ rows[free[0]] < limit]

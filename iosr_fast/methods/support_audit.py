@@ -167,10 +167,12 @@ def audit_support(
     names = list(range(len(labels))) if images is None else images.tolist()
     files = paths or (None,) * len(labels)
     class_names = list(range(support.n_classes)) if classes is None else classes.tolist()
-    logits, basis = left_out.by_image(), "left-out images"
+    logits = left_out.by_image()
+    basis = "left-out images"
     judged = scored = np.isfinite(logits[:, 0])
     if not scored.any():
-        judged, basis = np.full(len(scored), support.text is not None), "nothing"
+        judged = np.full(len(scored), support.text is not None)
+        basis = "nothing"
         if support.text is not None and len(scored):
             basis = "class names"
             logits = TextModel(support).scores(support.as_queries)
@@ -186,7 +188,8 @@ def audit_support(
         c = int(np.where(np.arange(support.n_classes) == labels[i], -1.0, shares[i]).argmax())
         first, last = support.class_offsets[c : c + 2]
         nearest = first + np.argsort(-(rows[first:last] @ rows[i]), kind="stable")[:_NEIGHBOURS]
-        neighbours, label = tuple(names[j] for j in nearest.tolist()), class_names[labels[i]]
+        neighbours = tuple(names[j] for j in nearest.tolist())
+        label = class_names[labels[i]]
         return Suspect(names[i], label, float(suspicion[i]), class_names[c], float(shares[i, c]), neighbours, files[i])
 
     def duplicate(i: int, j: int, cosine: float) -> Duplicate:
@@ -210,7 +213,9 @@ def _confusions(
     support: SupportSet, classes: Sequence[Any], shares: np.ndarray, chosen: np.ndarray
 ) -> Iterator[Confusion]:
     """Pairs of classes, by the probabilities (N, C) of the left-out images `chosen` (N,) bool."""
-    labels, n_classes, shares = support.labels[chosen], support.n_classes, shares[chosen]
+    labels = support.labels[chosen]
+    n_classes = support.n_classes
+    shares = shares[chosen]
     counts = np.bincount(labels, minlength=n_classes)
     taken = np.bincount(labels * n_classes + shares.argmax(1), minlength=n_classes**2).reshape(n_classes, n_classes)
     both = counts[:, None] + counts
@@ -224,7 +229,8 @@ def _confusions(
 def _class_reports(
     support: SupportSet, classes: Sequence[Any], left_out: OutOfFold, rows: np.ndarray
 ) -> Iterator[ClassReport]:
-    counts, distinct = support.counts, left_out.folds.distinct
+    counts = support.counts
+    distinct = left_out.folds.distinct
     variety = class_distances(rows, support, np.mean)
     if np.isfinite(variety).any():
         variety /= max(np.nanmedian(variety), _ROUNDING)

@@ -89,7 +89,8 @@ class Options:
 
         Parameters that are given keep the labels, and the factor is fitted (`calibrate`); with tune="none" nothing is.
         """
-        config, images = self.config, len(support.embeddings)
+        config = self.config
+        images = len(support.embeddings)
         if self.searched and images:
             best = tune(config.method, support, reducer=config.reducer, seconds=self.seconds)
             kept = {name: getattr(config, name) for name in ("key_precision", "look_alikes")}
@@ -261,12 +262,14 @@ def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | 
     parameters = dict(method.parameters)
     if support.text is None:
         return parameters
-    queries, least = support.as_queries, 1 / len(support.embeddings)
+    queries = support.as_queries
+    least = 1 / len(support.embeddings)
     accuracy = min(max(text_accuracy(support), least), max(1 - least, least))
     if "ridge" in parameters:
         return {**parameters, "ridge": 3.0 * accuracy**2}
     *others, images = method.terms(support, reducer, {**parameters, "alpha": 1.0})
-    base, slope = _sum(others, queries), _sum([images], queries)
+    base = _sum(others, queries)
+    slope = _sum([images], queries)
     if support.n_classes < 3 or not spread(base) or not spread(slope):
         return parameters
     spreads = [spread_of_others(part, support.labels) for part in (base, slope)]

@@ -100,7 +100,8 @@ class Unknown:
 
     def summary(self, keep: float = KEEP) -> str:
         """One sentence: what is kept, how well classes that were left out are found, or why nothing can be promised."""
-        keep, images = check_share("keep", keep), f"{len(self.left_out)} {self.basis}"
+        keep = check_share("keep", keep)
+        images = f"{len(self.left_out)} {self.basis}"
         if not self.can_promise(keep):
             return f"{images} are too few to promise that {keep:.4g} of known pictures stay"
         sentence = f"{keep:.4g} of known pictures stay, by {images}"
@@ -132,8 +133,10 @@ def fit_unknown(support: SupportSet, folds: Folds, adapted: bool = False, unknow
     stands alone, and without left-out images nothing can be promised. Time: one regression of N^3 operations, and for
     each of 16 folds and 12 halves and folds a precision of D^3. Same support set, same result.
     """
-    names, all_names = score_names(support, adapted), score_names(support, adapted, unknown)
-    first, unscored = folds.first(_MOST), count_unscored(support, folds)
+    names = score_names(support, adapted)
+    all_names = score_names(support, adapted, unknown)
+    first = folds.first(_MOST)
+    unscored = count_unscored(support, folds)
     if not len(first.rows):
         none = np.zeros(0)
         return Unknown(support, all_names, _alone(all_names), 0.0, none, none, float("nan"), unscored, unknown)
@@ -210,7 +213,8 @@ def _halves(support: SupportSet, folds: Folds, names: tuple[str, ...]) -> Iterat
 
 
 def _standardised(known: np.ndarray, unknown: np.ndarray) -> Group:
-    mean, deviations = known.mean(0), _deviations(known)
+    mean = known.mean(0)
+    deviations = _deviations(known)
     return (known - mean) / deviations, (unknown - mean) / deviations
 
 
@@ -222,7 +226,8 @@ def _deviations(scores: np.ndarray) -> np.ndarray:
 
 def _weights(groups: Sequence[Group], ridge: float = RIDGE) -> np.ndarray:
     """The linear discriminant of `fit_unknown`, (K,), in which all groups count the same."""
-    means, covariance = [], np.zeros((groups[0][0].shape[1],) * 2)
+    means = []
+    covariance = np.zeros((groups[0][0].shape[1],) * 2)
     for side in (0, 1):
         mean = np.mean([group[side].mean(0) for group in groups], axis=0)
         for group in groups:

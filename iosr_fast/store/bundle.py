@@ -63,7 +63,8 @@ class Bundle:
     @classmethod
     def of(cls, fit: Fit) -> Bundle:
         """What is saved of a fit."""
-        clip, encoder = fit.clip, fit.clip.encoder
+        clip = fit.clip
+        encoder = fit.clip.encoder
         beside = clip.text, encoder.source, fit.integer_labels, fit.engine_choice
         return cls(fit.head, fit.settings, clip.engine, encoder.fingerprint, *beside)
 
@@ -74,7 +75,8 @@ class Bundle:
         """
         from iosr_fast.encoders.runtimes import open_engine
 
-        choice, adapted = self.engine_choice, self.head.needs_adapted
+        choice = self.engine_choice
+        adapted = self.head.needs_adapted
         name = choice.runtime if runtime == "auto" and choice is not None else runtime
         files = self.files or self.engine
         encoder = open_engine(files, name, verify=False, threads=threads, runs=runs, adapted=adapted)
@@ -87,7 +89,9 @@ class Bundle:
         Method and parameters are the fitted ones, so that another fit searches nothing; a stack weighs its parts again.
         """
         assert self.files is not None
-        engine, config, views = self.files.manifest, self.head.config, asdict(self.settings)
+        engine = self.files.manifest
+        config = self.head.config
+        views = asdict(self.settings)
         return {
             "model": engine["model"],
             "adapter": None if engine["adapter"] is None else "auto",

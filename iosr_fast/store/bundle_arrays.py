@@ -132,7 +132,8 @@ def read_arrays(file: str, read: Callable[[str], bytes | None], sizes: dict[str,
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    content, forms = read(file), TABLE[file]
+    content = read(file)
+    forms = TABLE[file]
     sizes |= {"0": 0, "1": 1}
     if content is None and file != SUPPORT:
         return {}

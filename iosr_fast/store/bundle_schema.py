@@ -70,7 +70,8 @@ class HeadFacts(Config, frozen=True, kw_only=True):
     def check_head(self) -> None:
         """Raise ValueError for names and numbers of classes that no fit and no change gives, and as `check`."""
         check_names(self.class_names)
-        numbers, following = self.class_numbers, self.next[0]
+        numbers = self.class_numbers
+        following = self.next[0]
         if len(numbers) != len(self.class_names):
             raise IosrFastError(f"expected class_numbers for {len(self.class_names)} class_names, got {len(numbers)}")
         if any(later <= earlier for earlier, later in zip(numbers, [*numbers[1:], following], strict=True)):

@@ -103,7 +103,9 @@ class ChangeLog:
                 state = msgspec.msgpack.decode(row.record, type=Record).apply(row.op, state)
         except (ValueError, ArithmeticError) as error:
             raise DamagedFileError(f"the change to version {state.version + 1} can't be made ({error})") from error
-        self._chain, self._changes, self._bytes = reader.chain, len(recent), sum(len(row.record) for row in recent)
+        self._chain = reader.chain
+        self._changes = len(recent)
+        self._bytes = sum(len(row.record) for row in recent)
         return state.compiled()
 
     def append(self, change: Change, before: Head, after: Head) -> None:
@@ -127,7 +129,8 @@ class ChangeLog:
             message = f"the change was not made: it can't be logged ({self.failure})"
             raise LogWriteError(cause.errno, message, str(self.path)) from error
         self.failure = ""
-        self._changes, self._bytes = self._changes + 1, self._bytes + len(record)
+        self._changes = self._changes + 1
+        self._bytes = self._bytes + len(record)
 
     def settle(self, head: Head) -> Head:
         """The head that the file leads to: `head`, unless an interrupt came after the last change was written and

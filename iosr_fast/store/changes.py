@@ -75,7 +75,8 @@ class Change:
         at = uids.index(self.uid) if self.uid in uids else len(uids)
         if (at == len(uids)) != (self.op in ("add_class", "remove_examples", "retune")):
             raise IosrFastError(f"expected a class to {self.op}, got {class_id(self.uid)}")
-        before, after = slice(at), slice(at + 1, None)
+        before = slice(at)
+        after = slice(at + 1, None)
         match self.op:
             case "add_class" | "rename_class":
                 if self.op == "add_class" and (self.uid != head.next_class or self.text is None):
@@ -101,7 +102,8 @@ class Change:
                 if self.config is None:
                     raise IosrFastError("expected a method and its parameters, got none")
                 self.config.check(head.version + 1)
-                config, reducer = self.config, self.config.fit_reducer(head.support)
+                config = self.config
+                reducer = self.config.fit_reducer(head.support)
         made = replace(
             head,
             class_names=names,
@@ -190,13 +192,16 @@ class Record(Strict, frozen=True, kw_only=True, omit_defaults=True):
         """The head that the change leads to. Raises ValueError for a record that no change is written as."""
         if op not in get_args(Op) or set(self.arrays) - set(_ARRAYS):
             raise IosrFastError(f"expected a change of {', '.join(get_args(Op))} with known arrays, got {op!r}")
-        uid, added, numbers = -1 if self.uid is None else self.uid, None, self.numbers
+        uid = -1 if self.uid is None else self.uid
+        added = None
+        numbers = self.numbers
         rows = {n: np.frombuffer(data, "<f4").reshape(-1, head.examples.width) for n, data in self.arrays.items()}
         config = None if self.config is None else msgspec.json.decode(self.config, type=Config)
         if "plain" in rows:
             embeddings = Embeddings(rows["plain"], rows.get("adapted"))
             queries = Embeddings(rows["query_plain"], rows.get("query_adapted")) if "query_plain" in rows else None
-            ids, numbers = np.array(numbers, np.int64), ()
+            ids = np.array(numbers, np.int64)
+            numbers = ()
             owners = np.full(len(ids), uid, np.int64)
             added = Examples(embeddings, owners, ids, self.pictures, queries, paths=self.paths)
         text = rows["text"][0] if len(rows.get("text", ())) else None

@@ -42,7 +42,8 @@ def describe_log(path: str | Path) -> Iterator[str]:
     """Lines to read of a log: what it begins with, each change, and what it leads to. Raises as `read_log`, after the
     changes that can be read."""
     with reading(path) as reader:
-        base, last = reader.base, cast(Base | LoggedChange, reader.base)
+        base = reader.base
+        last = cast(Base | LoggedChange, reader.base)
         yield f"{path}: log of changes of the classifier {base.fingerprint}, version {base.version}"
         for row in reader.rows():
             last = row.logged()

@@ -173,7 +173,8 @@ def fingerprint(head: AnyHead) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=float).encode())
     digest.update(b"".join(hashlib.sha256(picture or b"").digest() for picture in head.examples.pictures))
     files = arrays_of(_parts(head))
-    support, of_reducer = files[SUPPORT], files.get(PLAN, {})
+    support = files[SUPPORT]
+    of_reducer = files.get(PLAN, {})
     text = [support.pop("text")] if head.text is not None else []
     for array in (*text, *of_reducer.values(), *support.values()):
         digest.update(f"{array.dtype}{array.shape}".encode())
@@ -217,7 +218,8 @@ def _packed(values: Sequence[bytes | None]) -> SimpleNamespace | None:
 def _unpacked(arrays: Arrays, n: int) -> tuple[bytes | None, ...]:
     if not arrays:
         return (None,) * n
-    data, edges = arrays["data"].tobytes(), [0, *arrays["ends"].tolist()]
+    data = arrays["data"].tobytes()
+    edges = [0, *arrays["ends"].tolist()]
     if edges != sorted(edges) or edges[-1] != len(data):
         raise IosrFastError(f"expected ends that rise from 0 to the {len(data)} bytes of data, got others")
     return tuple(data[start:end] or None for start, end in pairwise(edges))

@@ -117,7 +117,9 @@ class LogReader:
     def rows(self, since: int = 0) -> Iterator[LogRow]:
         """The changes from version `since` on, after the chain of each was compared; then the structure of the file is
         checked."""
-        version, link, hashed = self.base.version, self.chain, hashlib.sha256
+        version = self.base.version
+        link = self.chain
+        hashed = hashlib.sha256
         for row in self._db.execute(f"SELECT {_LINKED}, chain, version, time, op FROM changes ORDER BY rowid"):
             version += 1
             link = hashed(link + row[0] + row[1]).digest()  # _link, at half its time

@@ -96,11 +96,13 @@ class Store:
                 raise IosrFastError(f"expected no log to be open, got {self.log.path}; close_log closes it")
             fit = self.fitted()
             log, head = ChangeLog.open(path, fit.head.require_single_label("open_log", _REFIT))
-            self.log, self.fit = log, replace(fit, head=head)
+            self.log = log
+            self.fit = replace(fit, head=head)
 
     def close_log(self) -> None:
         """Close the log; later changes are not written."""
         with self.lock:
             if self.log is not None:
-                log, self.log = self.log, None
+                log = self.log
+                self.log = None
                 log.close()

@@ -60,7 +60,8 @@ class Changing:
         fit = self._store.changeable("add_class")
         _check_name(fit.head, name)
         row = _text(fit, name, text, descriptions)
-        encoded, method = _encode(fit, images), fit.head.config.method
+        encoded = _encode(fit, images)
+        method = fit.head.config.method
         if encoded is None and METHODS[method].needs_support:
             raise IosrFastError(f"expected at least one image of {name!r}, got none: {method} compares images")
 
@@ -136,7 +137,8 @@ class Changing:
             listed = as_image_list(images)
             if not listed:
                 raise IosrFastError("expected at least one validation image, got none")
-            truth, encoder = fit.read_labels(listed, labels), fit.clip.encoder_for(adapted=True)
+            truth = fit.read_labels(listed, labels)
+            encoder = fit.clip.encoder_for(adapted=True)
             queries = Embeddings.concatenate([encoder.encode(pixels) for pixels in fit.chunks(listed)])
         chosen: list[Config] = []
 
@@ -145,7 +147,8 @@ class Changing:
                 raise IosrFastError("the classes have changed while validation images were encoded: tune again")
             if queries is None and not len(head.examples):
                 raise IosrFastError("expected support images or validation images to choose parameters by, got none")
-            config, name = head.config, method or head.config.method
+            config = head.config
+            name = method or head.config.method
             fitted_reducer = config.reducer if name == config.method else "none"
             best = search(name, head.support, queries, truth, reducer or fitted_reducer, self.tune_seconds).config
             if (best.which == "adapted") != head.needs_adapted:
@@ -202,7 +205,8 @@ class Changing:
         from iosr_fast.head.optimize import match_images, optimize
 
         self._store.check_no_log()
-        listed, unknown = as_image_list(images), [] if unknown_images is None else as_image_list(unknown_images)
+        listed = as_image_list(images)
+        unknown = [] if unknown_images is None else as_image_list(unknown_images)
         if head.unknown_images is not None and not unknown:
             raise IosrFastError(
                 f"this classifier was fitted with {len(head.unknown_images)} unknown images: expected unknown_images, "
@@ -227,8 +231,10 @@ class Changing:
 def calibrate(fit: Fit, images: Any, labels: Any, groups: Any, skip_bad: bool) -> Fit:
     """The next version of a fit, as of Changing.calibrate_on."""
     head = fit.head.require_single_label("calibrate_on")
-    listed, settings = as_image_list(images), replace(fit.settings, views=1, single=False, thumbnail=0)
-    class_ids, grouped = fit.read_labels(listed, labels), read_groups(groups, len(listed))
+    listed = as_image_list(images)
+    settings = replace(fit.settings, views=1, single=False, thumbnail=0)
+    class_ids = fit.read_labels(listed, labels)
+    grouped = read_groups(groups, len(listed))
     encoder = fit.clip.encoder_for(adapted=True)
     encoded = encode_images(encoder, listed, settings, class_ids, head.class_names, skip_bad=skip_bad)
     if grouped is not None:
@@ -278,7 +284,8 @@ def _text(fit: Fit, name: str, text: np.ndarray | None, descriptions: Any) -> np
         if descriptions is not None:
             raise IosrFastError("expected text, an embedding, or descriptions, got both")
         refuse_masked("text", text)
-        row, width = np.ascontiguousarray(text, np.float32), fit.clip.encoder.width
+        row = np.ascontiguousarray(text, np.float32)
+        width = fit.clip.encoder.width
         if row.shape != (width,):
             raise IosrFastError(f"expected a text embedding of shape {(width,)}, got {row.shape}")
         check_unit_rows("text", row[None])

@@ -97,7 +97,8 @@ def fit_gaussians(
     as in Moran & Murphy (Applied Statistics 28, 1979).
     """
     joined = images if text is None or not copies else images.with_texts(np.asarray(text, np.float64), copies)
-    present, counts = images.counts > 0, images.counts
+    present = images.counts > 0
+    counts = images.counts
     n_rows = float(joined.counts.sum())
     precision = shrunk_precision(joined.scatter, n_rows)
     if paper and not np.array_equal(precision, np.eye(len(precision))):
@@ -122,7 +123,8 @@ def shrunk_precision(scatter: np.ndarray, n_rows: float) -> np.ndarray:
 
     Source: the estimator of Kubokawa & Srivastava that GDA takes.
     """
-    width, trace = len(scatter), np.trace(scatter)
+    width = len(scatter)
+    trace = np.trace(scatter)
     if trace <= n_rows * np.finfo(np.float32).eps:
         return np.eye(width)
     precision = np.linalg.inv(scatter / (n_rows - 1) + trace / (n_rows - 1) ** 2 * np.eye(width))
@@ -141,7 +143,8 @@ class GaussianModel(Model):
     @cached_property
     def moments(self) -> Moments:
         """Those of all images."""
-        n_classes, width = self.support.n_classes, self.support.embeddings.plain.shape[1]
+        n_classes = self.support.n_classes
+        width = self.support.embeddings.plain.shape[1]
         n_bytes = 8 * width * (width + n_classes)
         return self._once("moments", n_bytes, lambda: self._moments(self.support))
 

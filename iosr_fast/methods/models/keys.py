@@ -87,7 +87,8 @@ class KeyModel(Model):
         return np.concatenate([np.zeros((0, len(counts))), *parts])
 
     def _sums(self, cosines: np.ndarray, weights: np.ndarray | None, counts: np.ndarray) -> np.ndarray:
-        scores, offsets = np.zeros((len(cosines), len(counts))), np.cumsum(counts) - counts
+        scores = np.zeros((len(cosines), len(counts)))
+        offsets = np.cumsum(counts) - counts
         present = np.flatnonzero(counts)  # for an empty class reduceat gives a row, not 0
         affinity = np.exp((cosines - np.float32(1.0)) * np.float32(self.beta))
         if weights is not None:
@@ -145,7 +146,8 @@ def choose_channels(rows: np.ndarray, labels: np.ndarray, text: np.ndarray) -> n
     ((sum F)^2 - sum F^2) / ((sum m)^2 - sum m^2). A channel's variance is that of the texts.
     """
     exact = text.astype(np.float64)
-    sums, numbers = exact + labels.T @ rows, 1 + labels.sum(0)
+    sums = exact + labels.T @ rows
+    numbers = 1 + labels.sum(0)
     similarity = (sums.sum(0) ** 2 - (sums**2).sum(0)) / max(1.0, numbers.sum() ** 2 - (numbers**2).sum())
     variance = exact.var(0, ddof=1) if len(exact) > 1 else np.zeros(exact.shape[1])
     criterion = (1 - SIMILARITY_WEIGHT) * variance - SIMILARITY_WEIGHT * similarity
@@ -184,7 +186,8 @@ class DivergenceModel(Model):
         resolved = most - least > ROUNDING * float(np.abs(log_s).max(initial=0.0))
         slope = (high - low) / (most - least) if resolved else 1.0
         weights = class_weights(support.counts)
-        counts, summed = weights * support.counts, weights[:, None] * (support.one_hot.T @ log_s)
+        counts = weights * support.counts
+        summed = weights[:, None] * (support.one_hot.T @ log_s)
         return slope * np.hstack([summed, -counts[:, None]]), -(low - slope * least) * counts
 
     def _distributions(self, embeddings: Embeddings) -> np.ndarray:
@@ -208,7 +211,9 @@ def pair_range(rows: np.ndarray, others: np.ndarray, offset: np.ndarray | float 
     """
     if len(rows) < 2:
         return 0.0, 0.0
-    low, high, numbers = np.inf, -np.inf, np.arange(len(rows))
+    low = np.inf
+    high = -np.inf
+    numbers = np.arange(len(rows))
     offsets = np.broadcast_to(offset, (len(rows), 1))
     for block in blocks(len(rows), _TILE // len(rows)):
         apart = (others[block] @ rows.T + offsets[block])[numbers[block, None] != numbers]

@@ -77,7 +77,8 @@ def lower_inverse(lower: np.ndarray) -> np.ndarray:
     half = len(lower) // 2
     if half < 50:
         return np.linalg.inv(lower)
-    first, last = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
+    first = lower_inverse(lower[:half, :half])
+    last = lower_inverse(lower[half:, half:])
     inverse = np.zeros_like(lower)
     inverse[:half, :half], inverse[half:, half:] = first, last
     inverse[half:, :half] = -last @ (lower[half:, :half] @ first)
@@ -109,7 +110,8 @@ class RidgeModel(Model):
         """`system`, or a new one: regressions of other targets take it, too."""
         if self.system is not None:
             return self.system
-        queries, weights = self.support.queries, class_weights(self.support.counts)[self.support.labels]
+        queries = self.support.queries
+        weights = class_weights(self.support.counts)[self.support.labels]
         rows = None if queries is None else self._rows(queries)
         return KernelRidge(self._keys, rows, self.beta, self.ridge / weights)
 
