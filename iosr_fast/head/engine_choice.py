@@ -150,6 +150,9 @@ def rejection_reason(
 
     Embeddings of `smaller_images` are others, so their cosines say nothing: any loss above `tolerance` rejects
     them, and so does it if no image was left out.
+
+    >>> rejection_reason(np.ones(40, bool), np.arange(40) > 2, {"plain": (0.995, 0.999)}, tolerance=0.5)
+    'accuracy falls by 7.5 points (3 images lost, 0 won, chance 0.12; tolerance 0.5 points)'
     """
     lost, won = lost_and_won(reference, right)
     loss = 100 * (lost - won) / len(right) if len(right) else 0.0

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from iosr_fast.methods.judgement import PromiseResult, difference_of_shares
+from iosr_fast.methods.paired_tests import is_level, lost_and_won, sign_test
 
 
 @pytest.mark.parametrize("promised", [0.01, 0.1])
@@ -35,3 +36,11 @@ def test_equal_accuracies_differ_in_a_twentieth_of_draws(share: float, count: in
     assert 0.005 < ((ends[:, 0] > 0) | (ends[:, 1] < 0)).mean() < 0.065
     assert difference_of_shares(share - 0.4, count, share, other)[1] < 0
     assert difference_of_shares(1.0, count, 1.0, other) == pytest.approx((-0.1, 0.1), abs=0.1)
+
+
+@pytest.mark.parametrize(("lost", "won", "level"), [(4, 0, True), (5, 0, False), (0, 9, True), (12, 4, True)])
+def test_a_paired_test_is_that_of_scipy_and_level_its_normal_approximation(lost: int, won: int, level: bool) -> None:
+    best, right = np.arange(30) >= won, (np.arange(30) < won) | (np.arange(30) >= won + lost)
+    assert lost_and_won(best, right) == (lost, won) and is_level(right, best) is level
+    exact = binomtest(lost, lost + won, alternative="greater").pvalue
+    assert sign_test(lost, won) == pytest.approx(exact) and level == (exact > 0.035)
