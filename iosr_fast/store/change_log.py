@@ -142,7 +142,6 @@ class ChangeLog:
                     self._chain, head = chain, after
             except sqlite3.Error as error:
                 raise LogWriteError(errno.EIO, f"the log can't be read ({error})", str(self.path)) from error
-            self._pending = None
         return head
 
     def close(self) -> None:
