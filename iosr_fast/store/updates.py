@@ -6,7 +6,7 @@ Encoding needs no lock, so that other calls go on; a Change is made under the lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from iosr_fast.head.support_images import NONE_OF_THE_CLASSES, encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.config import Config
+from iosr_fast.methods.support_set import blocks
 from iosr_fast.methods.tune import check_options
 from iosr_fast.methods.tune import tune as search
 from iosr_fast.scoring.validation import check_unit_rows
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 # The most by which the cosine of a picture with itself falls short of 1. Measured: 2.4e-7 by float32 sums, 4e-14 beside
 # them where an engine encodes it alone and among 64, in fp32, fp16 and int8; other pictures of the demo are above 1e-3.
 _SAME = 1e-6
+_PRODUCTS = 1 << 22  # cosines in memory: 16 MB
 
 
 class Changing:
@@ -272,10 +274,11 @@ def _second_label(image: int, other: str) -> IosrFastError:
     return IosrFastError(f"expected one label for a picture, got image number {image}, which {other}: {fix}")
 
 
-def _same_pictures(rows: Embeddings, others: Embeddings) -> list[list[int]]:
-    """The pairs [row, other] that are embeddings of the same picture."""
-    pairs: list[list[int]] = np.argwhere(rows.plain @ others.plain.T >= 1.0 - _SAME).tolist()
-    return pairs
+def _same_pictures(rows: Embeddings, others: Embeddings) -> Iterator[tuple[int, int]]:
+    """The pairs (row, other) that are embeddings of the same picture."""
+    for block in blocks(len(rows), _PRODUCTS // max(1, len(others))):
+        for row, other in np.argwhere(rows.plain[block] @ others.plain.T >= 1.0 - _SAME).tolist():
+            yield block.start + row, other
 
 
 def _text(fit: Fit, name: str, text: np.ndarray | None, descriptions: Any) -> np.ndarray:
