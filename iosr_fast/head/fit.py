@@ -24,7 +24,6 @@ from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings, encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS, reason_against
-from iosr_fast.methods.config import Config
 from iosr_fast.methods.multi_label import fit_multi_label, multi_label_reason
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.tune import AUTO, Options
@@ -146,16 +145,10 @@ def fit_head(
         head = Head.first(names, text, tau, examples, fit.config, fit.reducer, unknown_images=unknown_images)
         return head.with_computed(support=support, plan=fit.plan)
     labels = label_sets[examples.class_ids]
-    config = options.config
+    asked = options.config
     images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries, examples.groups)
-    setting = None if options.searched else config.parameters
-    chosen = fit_multi_label(images, config.method, setting, config.key_precision, options.seconds)
-    config = Config(
-        method=chosen.method,
-        parameters=chosen.parameters,
-        factor=chosen.factor,
-        key_precision=config.key_precision,
-    )
+    setting = None if options.searched else asked.parameters
+    of_sets = fit_multi_label(images, asked.method, setting, asked.key_precision, options.seconds)
     examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
-    several: dict[str, Any] = {"labels": labels, "thresholds": chosen.thresholds, "fit": chosen}
-    return MultiLabelHead.first(names, text, tau, examples, config, **several).with_computed(plan=chosen.plan)
+    fields: dict[str, Any] = {"labels": labels, "thresholds": of_sets.thresholds, "fit": of_sets}
+    return MultiLabelHead.first(names, text, tau, examples, of_sets.config, **fields).with_computed(plan=of_sets.plan)

@@ -9,8 +9,8 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.log_loss import fit_binary, sigmoid
-from iosr_fast.methods.models.model import join_terms
 from iosr_fast.methods.multi_label_set import MultiLabelSet, fixed_parts, regression
 from iosr_fast.methods.out_of_fold import Part
 from iosr_fast.methods.papers import MAX_KEYS, Method
@@ -35,18 +35,15 @@ _LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
 class MultiLabelFit:
     """A plan whose logits are those of each class by itself, with the evidence of left-out support images.
 
-    method, parameters  as chosen or given; `factor` multiplies the logits, as Head's config has it
-    plan                sigmoid(logits) are the probabilities (B, C)
-    thresholds          (C,) float32: an image has the labels whose probability reaches them. Halfway between the
-                        class's own (f1_thresholds) and their mean, because left-out images of one class are few
-    average_precision   mean over classes with two images or more, of left-out support images (N); NaN without any
-    log_loss            of a pair of image and class, in nats; NaN likewise
-    scored              the number of these classes
+    plan               sigmoid(logits) are the probabilities (B, C)
+    thresholds         (C,) float32: an image has the labels whose probability reaches them. Halfway between the class's
+                       own (f1_thresholds) and their mean, because left-out images of one class are few
+    average_precision  mean over classes with two images or more, of left-out support images (N); NaN without any
+    log_loss           of a pair of image and class, in nats; NaN likewise
+    scored             the number of these classes
     """
 
-    method: str
-    parameters: dict[str, float]
-    factor: float
+    config: Config
     plan: ScoringPlan
     thresholds: np.ndarray
     average_precision: float
@@ -105,7 +102,7 @@ def fit_multi_label(
     ...     return Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)), labels
     >>> fit = fit_multi_label(MultiLabelSet(*draw(40), text=None, tau=100.0))
     >>> images, labels = draw(200)
-    >>> fit.method, bool(mean_average_precision(labels, score(fit.plan, images)) > 0.95)
+    >>> fit.config.method, bool(mean_average_precision(labels, score(fit.plan, images)) > 0.95)
     ('stack', True)
     """
     if method == AUTO:
@@ -116,16 +113,17 @@ def fit_multi_label(
     best, bias = min(fits, key=lambda fit: fit[0].loss)
     logits = best.logits + bias
     thresholds = f1_thresholds(sigmoid(logits))
-    parameters = best.parameters()
+    values = best.parameters()
     name = entry.name if best.shares["adapter"] else entry.name.removesuffix("++")
-    # A stack leaves out what has no weight.
-    terms = [(parameters[term], part.model.fields()) for term, part in best.parts.items() if parameters[term]]
-    plan = join_terms(images.n_classes, terms, bias=bias)
+    config = Config(
+        method=name,
+        parameters={key: values.get(key, 0.0) for key in METHODS[name].parameters},
+        factor=1.0 if entry.is_stack else values["text"],
+        key_precision=key_precision,
+    )
     return MultiLabelFit(
-        name,
-        {key: parameters.get(key, 0.0) for key in METHODS[name].parameters},
-        1.0 if entry.is_stack else parameters["text"],
-        plan if plan.keys is None else plan.with_key_precision(key_precision),
+        config,
+        config.with_keys(best.plan(images.n_classes, bias=bias)),
         (thresholds + thresholds.mean()) / 2,
         mean_average_precision(images.labels[:, used], logits[:, used]),
         best.loss if used.any() else float("nan"),

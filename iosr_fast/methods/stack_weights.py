@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -83,11 +84,12 @@ class Stack:
         """The weights of models of all support images."""
         return {name: self.weights[name] / part.spread_full for name, part in self.parts.items()}
 
-    def plan(self, n_classes: int) -> ScoringPlan:
-        """The sum of the parts that have a weight, of the models that were fitted to judge them."""
+    def plan(self, n_classes: int, **fields: Any) -> ScoringPlan:
+        """The sum of the parts that have a weight, of the models that were fitted to judge them; `fields` as of
+        join_terms."""
         weights = self.full_weights
         terms = ((weights[name], part.model.fields()) for name, part in self.parts.items() if weights[name] > 0)
-        return join_terms(n_classes, terms)
+        return join_terms(n_classes, terms, **fields)
 
     def config(self, method: Method, evidence: Evidence) -> Config:
         """The config of `method`, or of the plain one where adapted embeddings have no part."""

@@ -121,5 +121,5 @@ def test_one_image_a_class_takes_a_rule(text: bool) -> None:
 def test_a_setting_that_is_given_is_kept(name: str) -> None:
     fit = fit_multi_label(images_of(), name, {"beta": 2.5})
     given = METHODS[name].parameters
-    assert fit.plan.beta == fit.parameters["beta"] == 2.5 and fit.parameters["ridge"] == given["ridge"]
-    assert fit.parameters["regression"] not in (0.0, given["regression"])  # weights are fitted
+    assert fit.plan.beta == fit.config.parameters["beta"] == 2.5 and fit.config.parameters["ridge"] == given["ridge"]
+    assert fit.config.parameters["regression"] not in (0.0, given["regression"])  # weights are fitted
