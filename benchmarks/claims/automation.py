@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from PIL import Image, ImageEnhance
 from scipy.stats import binom
 
@@ -140,7 +141,8 @@ def rounded(figures: Mapping[str, Any]) -> dict[str, float]:
 def one_by_one(head: FewShotHead) -> FewShotHead:
     """The same fit, of which each support image is left out alone: as look_alikes=False gives it."""
     inner = head.snapshot()
-    alone = replace(inner, config=replace(inner.config, look_alikes=False)).with_computed(plan=inner.plan)
+    config = structs.replace(inner.config, look_alikes=False)
+    alone = replace(inner, config=config).with_computed(plan=inner.plan)
     made = copy(head)
     made._fit = replace(head._fitted(), head=alone)
     return made

@@ -200,7 +200,7 @@ def test_methods_that_the_data_does_not_allow_are_left_out_by_name(
     available = {name for name, method in METHODS.items() if not (method.needs_text or method.needs_adapter)}
     assert {row["method"] for row in rows} - {*RIVALS} == available | {"auto"}
     out = " ".join(capsys.readouterr().out.split())
-    assert "left out: tip-x compares images with texts" in out and "left out: gda++ needs an encoder" in out
+    assert "left out: tip-x compares images with texts" in out and "left out: gda++ compares adapted" in out
     assert (
         "left out: LinearDiscriminantAnalysis needs more images than classes, also" in out and "(at 1, 2 shots)" in out
     )

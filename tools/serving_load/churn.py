@@ -89,7 +89,7 @@ class Changes:
 def _shifted(image: bytes, number: int) -> bytes:
     """A picture that is moved to the side by as many pixels."""
     file = io.BytesIO()
-    with Image.open(io.BytesIO(image)) as opened:
+    with Image.open(io.BytesIO(image), formats=["JPEG", "PNG", "WEBP"]) as opened:
         pixels = np.asarray(opened.convert("RGB"))
         moved = np.roll(pixels, 1 + number % (pixels.shape[1] - 1), axis=1)
         Image.fromarray(moved).save(file, opened.format)
