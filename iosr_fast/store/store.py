@@ -57,8 +57,8 @@ class Store:
                     "the classifier was fitted again while images or texts were encoded: repeat the change"
                 )
             before = current.head.require_single_label("a change", _REFIT)
-            if self.log is not None:
-                before = self.log.settle(before)
+            if self.log is not None and (recovered := self.log.settle(before)) is not before:
+                before = recovered
                 self.fit = current = replace(current, head=before)  # at once: this change may be refused
             change = make(before)
             head = change.apply(before).compiled()
