@@ -37,8 +37,8 @@ from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.demo import torch_encoder
 from iosr_fast.evaluation.features import open_sources
-from iosr_fast.evaluation.tasks import Source, with_unequal_classes
 from iosr_fast.evaluation.tasks import Task as FewShotTask
+from iosr_fast.evaluation.tasks import TaskSource, with_unequal_classes
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.few_shot_head import FewShotHead
 from iosr_fast.methods.support_set import make_support_set
@@ -52,8 +52,8 @@ SHOTS, BURST, CONCEPTS, STYLES, ROWS, COLUMNS, SIDE = (4, 8, 16), 4, 100, 7, 4, 
 PHOTOGRAPHS = "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field moon page rocket"
 
 
-def sources(words: Sequence[str], shots: Sequence[int] | None, seeds: int | None) -> list[Source]:
-    found, counts = dict[str, Source](), (tuple(shots or SHOTS), tuple(range(seeds or 100)))
+def sources(words: Sequence[str], shots: Sequence[int] | None, seeds: int | None) -> list[TaskSource]:
+    found, counts = dict[str, TaskSource](), (tuple(shots or SHOTS), tuple(range(seeds or 100)))
     for word in words:
         if word in (made := {"drawings": drawings, "photographs": photographs}):
             found[word] = drawn(word, *made[word](), BURST, *counts)
@@ -68,7 +68,9 @@ def sources(words: Sequence[str], shots: Sequence[int] | None, seeds: int | None
     return [*found.values()]
 
 
-def drawn(name: str, images: Embeddings, labels: np.ndarray, text: Any, tau: float, variants: int, *of: Any) -> Source:
+def drawn(
+    name: str, images: Embeddings, labels: np.ndarray, text: Any, tau: float, variants: int, *of: Any
+) -> TaskSource:
     """A data set of S pictures with `labels` (S,); `images` have `variants` of each, one after another. Support images
     are bursts of variants of the same picture; the first variants of other pictures are the test."""
 
@@ -81,7 +83,7 @@ def drawn(name: str, images: Embeddings, labels: np.ndarray, text: Any, tau: flo
         support = make_support_set(images[rows], labels[groups], text, tau, labels.max() + 1, groups=given)
         return FewShotTask(support, images[variants * others], labels[others])
 
-    return Source(name, *of, draw)
+    return TaskSource(name, *of, draw)
 
 
 def drawings() -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:

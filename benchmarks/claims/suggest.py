@@ -23,8 +23,8 @@ import numpy as np
 from benchmarks.claims.claim import Claim, Draws, Task, fit, rows_of
 from iosr_fast import Embeddings
 from iosr_fast.evaluation.features import TAU, open_sources
-from iosr_fast.evaluation.tasks import Source
 from iosr_fast.evaluation.tasks import Task as FewShotTask
+from iosr_fast.evaluation.tasks import TaskSource
 from iosr_fast.methods.suggest import suggest
 from iosr_fast.methods.support_set import make_support_set
 
@@ -84,9 +84,9 @@ def made(kind: str, shots: int, seed: int) -> FewShotTask:
     return FewShotTask(support, images[q], labels[q])
 
 
-def sources(words: Sequence[str], shots: Sequence[int] | None = None, seeds: int | None = None) -> list[Source]:
+def sources(words: Sequence[str], shots: Sequence[int] | None = None, seeds: int | None = None) -> list[TaskSource]:
     drawn = tuple(range(seeds or 1))
-    own = [Source(word, tuple(shots or (1, 2)), drawn, partial(made, word)) for word in words if word in MADE]
+    own = [TaskSource(word, tuple(shots or (1, 2)), drawn, partial(made, word)) for word in words if word in MADE]
     files = [word for word in words if word not in MADE]
     return own + (open_sources(files, shots, seeds) if files else [])
 

@@ -15,7 +15,7 @@ from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.text import abbreviate
 
 if TYPE_CHECKING:
-    from iosr_fast.evaluation.tasks import Source
+    from iosr_fast.evaluation.tasks import TaskSource
 
 
 class Evaluate(Group):
@@ -186,7 +186,7 @@ def paper(
 
 
 def _compare(
-    sources: Sequence[Source],
+    sources: Sequence[TaskSource],
     methods: Sequence[str],
     reducers: Sequence[str],
     json_path: Path | None,

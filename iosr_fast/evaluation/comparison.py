@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from iosr_fast.evaluation.rivals import DEFAULT_RIVALS, RIVALS, fit_rival, rival_unavailable_reason, score_rival
-from iosr_fast.evaluation.tasks import Source, Task
+from iosr_fast.evaluation.tasks import Task, TaskSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.config import Config, Evidence
@@ -131,7 +131,7 @@ class Result:
 class Comparison:
     """The results of a source, and why methods are not among them."""
 
-    source: Source
+    source: TaskSource
     results: tuple[Result, ...]
     left_out: tuple[str, ...]
 
@@ -145,7 +145,7 @@ class Cells(Protocol):
 
 
 def compare(
-    source: Source,
+    source: TaskSource,
     pairs: Sequence[Pair],
     report: Callable[[str], None] = lambda _: None,
     cells: Cells | None = None,
@@ -184,7 +184,7 @@ def compare(
     return Comparison(source, tuple(ordered), tuple(reasons))
 
 
-def check_allowed(source: Source, pairs: Sequence[Pair]) -> None:
+def check_allowed(source: TaskSource, pairs: Sequence[Pair]) -> None:
     """Raise IosrFastError if the source allows none of the methods."""
     sample = source.draw(max(source.shots), source.seeds[0])
     reasons = {method: why_unavailable(method, sample) for method, _ in pairs}

@@ -11,7 +11,7 @@ import numpy as np
 from iosr_fast.clip.demo.pictures import POOL, Pictures, held_out
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.comparison import Result, compare
-from iosr_fast.evaluation.tasks import Encoded, Source
+from iosr_fast.evaluation.tasks import EncodedSet, TaskSource
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
@@ -46,16 +46,16 @@ def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:
     return run
 
 
-def encode(run: Encode, clip: LoadedClip, pictures: Pictures, text: np.ndarray | None = None) -> Encoded:
+def encode(run: Encode, clip: LoadedClip, pictures: Pictures, text: np.ndarray | None = None) -> EncodedSet:
     """Every picture, by `run` in batches, and the concepts' names (unless `text` is given)."""
     from iosr_fast.clip.prompts import embed_classes
 
     parts = [run(rows) for rows in np.array_split(pictures.images, -(-len(pictures.images) // BATCH))]
     text = embed_classes(clip, pictures.names) if text is None else text
-    return Encoded(Embeddings.concatenate(parts), pictures.concepts, text, clip.logit_scale)
+    return EncodedSet(Embeddings.concatenate(parts), pictures.concepts, text, clip.logit_scale)
 
 
-def open_demo(shots: Sequence[int] = SHOTS, seeds: int = SEEDS, adapter: str | Path = "auto") -> Source:
+def open_demo(shots: Sequence[int] = SHOTS, seeds: int = SEEDS, adapter: str | Path = "auto") -> TaskSource:
     """The test concepts with the shipped adapter (or a file's)."""
     from iosr_fast.clip.load import load_clip
     from iosr_fast.export.pretrained import choose_adapter
@@ -68,13 +68,13 @@ def open_demo(shots: Sequence[int] = SHOTS, seeds: int = SEEDS, adapter: str | P
     return encoded_source(encoded, shots, range(seeds))
 
 
-def encoded_source(encoded: Encoded, shots: Sequence[int], seeds: Sequence[int]) -> Source:
+def encoded_source(encoded: EncodedSet, shots: Sequence[int], seeds: Sequence[int]) -> TaskSource:
     """Support and queries from all styles, never the same picture."""
-    return Source(NAME, tuple(dict.fromkeys(shots)), tuple(seeds), encoded.task)
+    return TaskSource(NAME, tuple(dict.fromkeys(shots)), tuple(seeds), encoded.task)
 
 
 def evaluate_few_shot(
-    encoded: Encoded, method: str, reducer: str, shots: Sequence[int], seeds: Sequence[int]
+    encoded: EncodedSet, method: str, reducer: str, shots: Sequence[int], seeds: Sequence[int]
 ) -> dict[int, Result]:
     """A Result for each number of shots, parameters chosen by leave-one-out on each support set."""
     results = compare(encoded_source(encoded, shots, seeds), [(method, reducer)]).results

@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, unit
 from iosr_fast.evaluation import demo
-from iosr_fast.evaluation.tasks import Source, Task
+from iosr_fast.evaluation.tasks import Task, TaskSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.support_set import make_support_set
 
@@ -22,8 +22,8 @@ Arrays = Mapping[str, np.ndarray]
 
 def open_sources(
     words: Sequence[str], shots: Sequence[int] | None = None, seeds: int | None = None, use_text: bool = True
-) -> list[Source]:
-    """A Source for each path of a feature file; the word `demo` stands for the demo's pictures (demo.py).
+) -> list[TaskSource]:
+    """A TaskSource for each path of a feature file; the word `demo` stands for the demo's pictures (demo.py).
 
     Raises IosrFastError and OSError as read_features, and for sets of one name, which the tables can't tell apart.
     """
@@ -43,8 +43,8 @@ def open_sources(
 
 def read_features(
     path: str | Path, shots: Sequence[int] | None = None, seeds: int = 1, use_text: bool = True
-) -> Source:
-    """A Source from an .npz file, with all its numbers of shots if `shots` is None.
+) -> TaskSource:
+    """A TaskSource from an .npz file, with all its numbers of shots if `shots` is None.
 
     With one of `seeds` its support sets are those of the file. With more, each draws its images from the largest one,
     seeds 0, 1, ...; the shots are then fewer than that one has. `use_text` False leaves text out.
@@ -94,7 +94,7 @@ def read_features(
         return Task(support, embeddings["test"], labels["test"], validation)
 
     name = path.name if use_text or "text" not in arrays else f"{path.name}, without texts"
-    return Source(name, wanted, tuple(range(seeds)), draw)
+    return TaskSource(name, wanted, tuple(range(seeds)), draw)
 
 
 def _drawn(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:

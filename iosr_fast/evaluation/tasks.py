@@ -24,7 +24,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Source:
+class TaskSource:
     """A data set as tasks: `draw(shots, seed)` for each of `shots` and `seeds`. `notes` stand above its table."""
 
     name: str
@@ -34,7 +34,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def with_unequal_classes(source: Source) -> Source:
+def with_unequal_classes(source: TaskSource) -> TaskSource:
     """The source with support sets in which half of the classes, drawn for each seed, have a quarter of their images,
     at least one."""
 
@@ -51,7 +51,7 @@ def with_unequal_classes(source: Source) -> Source:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSet:
     """Pictures of C concepts: labels (N,), text (C, D) and the CLIP's logit scale."""
 
     embeddings: Embeddings

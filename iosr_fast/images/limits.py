@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from iosr_fast.images.geometry import Geometry
 
-Encoded = bytes | bytearray | memoryview
+EncodedBytes = bytes | bytearray | memoryview
 Size = tuple[int, int]  # width, height
 
 DAMAGED = "its headers are damaged, truncated or far too many"
@@ -56,7 +56,7 @@ class DecodeLimits:
         return ""
 
 
-def image_kind(data: Encoded) -> str:
+def image_kind(data: EncodedBytes) -> str:
     """ "PNG", "JPEG", "WEBP", or "" for other formats."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "PNG"
@@ -65,7 +65,7 @@ def image_kind(data: Encoded) -> str:
     return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
 
 
-def claimed_size(data: Encoded) -> Size | None:
+def claimed_size(data: EncodedBytes) -> Size | None:
     """(width, height) in the first header; None for other formats and without a size of at least 1 x 1."""
     reader = {"PNG": _png_size, "JPEG": _jpeg_size, "WEBP": _webp_size}.get(image_kind(data))
     size = None if reader is None else reader(data)
@@ -79,13 +79,13 @@ def work_pixels(size: Size, geometry: Geometry) -> int:
     return max(width * height, columns * height, width * rows, columns * rows)
 
 
-def _png_size(data: Encoded) -> Size | None:
+def _png_size(data: EncodedBytes) -> Size | None:
     if len(data) < 33 or data[12:16] != b"IHDR":
         return None
     return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
 
-def _webp_size(data: Encoded) -> Size | None:
+def _webp_size(data: EncodedBytes) -> Size | None:
     """The size in the first chunk: of the canvas (VP8X) or of the only frame."""
     kind, content = data[12:16], data[20:30]
     if len(content) < 5:
@@ -102,7 +102,7 @@ def _webp_size(data: Encoded) -> Size | None:
     return None
 
 
-def _jpeg_size(data: Encoded) -> Size | None:
+def _jpeg_size(data: EncodedBytes) -> Size | None:
     """The size in the first frame header, which precedes the first scan."""
     at, end = 2, len(data) - 9
     for _ in range(_BEFORE_FRAME):

@@ -16,7 +16,7 @@ from iosr_fast.evaluation import demo
 from iosr_fast.evaluation.comparison import compare, pairs_of
 from iosr_fast.evaluation.features import open_sources, read_features
 from iosr_fast.evaluation.rivals import RIVALS
-from iosr_fast.evaluation.tasks import Encoded, with_unequal_classes
+from iosr_fast.evaluation.tasks import EncodedSet, with_unequal_classes
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.conformal import of_logits
@@ -250,7 +250,7 @@ def test_rows_agree_with_the_tables(
 def test_the_spread_over_seeds_is_a_standard_deviation(rng: np.random.Generator) -> None:
     labels = np.repeat(np.arange(CLASSES), 7)
     centres = unit_rows(rng, CLASSES, WIDTH)
-    encoded = Encoded(Embeddings(near(rng, centres, labels, 1.3)), labels, centres, 20.0)
+    encoded = EncodedSet(Embeddings(near(rng, centres, labels, 1.3)), labels, centres, 20.0)
     (result,) = compare(demo.encoded_source(encoded, [2], [0, 1, 2]), [("tip-adapter", "centre")]).results
     row = result.row()
     assert row["se"] is None and row["std"] == result.spread == pytest.approx(np.std(row["accuracies"], ddof=1))
@@ -260,7 +260,7 @@ def test_the_spread_over_seeds_is_a_standard_deviation(rng: np.random.Generator)
 
 def test_support_and_queries_of_pictures_share_nothing(rng: np.random.Generator) -> None:
     labels, centres = np.repeat(np.arange(CLASSES), 6), unit_rows(rng, CLASSES, WIDTH)
-    encoded = Encoded(Embeddings(near(rng, centres, labels, 1.3)), labels, centres, 10.0)
+    encoded = EncodedSet(Embeddings(near(rng, centres, labels, 1.3)), labels, centres, 10.0)
     queries = []
     for shots in (1, 2, 4):
         task = encoded.task(shots, seed=3)

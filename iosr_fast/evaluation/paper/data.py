@@ -18,7 +18,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.paper.embeddings import Images, KeptEmbeddings, digest
 from iosr_fast.evaluation.sets import EvaluationSet, catalog, open_evaluation_set
-from iosr_fast.evaluation.tasks import Source, Task
+from iosr_fast.evaluation.tasks import Task, TaskSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.support_set import make_support_set
 
@@ -70,7 +70,9 @@ class PaperSet:
         drawn = [rng.permutation(rows) for rows in np.split(np.argsort(labels, kind="stable"), ends)]
         return [np.array([rows[j] for rows in drawn if len(rows) > j]) for j in range(shots)]
 
-    def as_source(self, embeddings: KeptEmbeddings, views: int, shots: Sequence[int], seeds: Sequence[int]) -> Source:
+    def as_source(
+        self, embeddings: KeptEmbeddings, views: int, shots: Sequence[int], seeds: Sequence[int]
+    ) -> TaskSource:
         """Its tasks; images are encoded where a task first needs them."""
 
         def draw(k: int, seed: int) -> Task:
@@ -87,7 +89,7 @@ class PaperSet:
             text, tau = embeddings.text(self.target), embeddings.clip.logit_scale
             return Task(make_support_set(keys, labels, text, tau, queries=single_views), *queries, validation)
 
-        return Source(self.name, tuple(shots), tuple(seeds), draw, tuple(self._notes(max(shots))))
+        return TaskSource(self.name, tuple(shots), tuple(seeds), draw, tuple(self._notes(max(shots))))
 
     def _embed(self, embeddings: KeptEmbeddings, parts: Sequence[Images]) -> tuple[Embeddings, np.ndarray]:
         """Embeddings and the target's labels, without images of classes that the target has not."""
