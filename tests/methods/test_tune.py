@@ -170,12 +170,16 @@ def test_adapted_embeddings_that_add_nothing_leave_the_plain_engine(rng: np.rand
 
 
 def test_weights_are_those_of_a_unit_of_spread() -> None:
-    """The same embeddings in another unit of tau give the same logits: weights are divided by the spread in use."""
+    """The same embeddings in another unit of tau give the same logits: weights are divided by the spread in use, at
+    which left-out images have the log-loss that was fitted. The plan is that of the config."""
     logits, queries = [], SMALL.queries(20)[0]
     for tau in (30.0, 300.0):
         support = SMALL.support([4] * 8, tau=tau)
-        tuned = tune("stack", support).config
-        logits.append(score(tuned.compile(support), queries))
+        config, _, plan = tune("stack", support)
+        left_out = out_of_fold(config.entry, support, make_folds(support), None, config.parameters)
+        assert log_loss(left_out.logits, left_out.labels) == pytest.approx(config.evidence.log_loss, rel=1e-4)
+        np.testing.assert_array_equal(score(plan, queries), score(config.compile(support), queries))
+        logits.append(score(plan, queries))
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3)
 
 

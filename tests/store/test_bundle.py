@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from PIL import Image
 
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.head.examples import Examples
+from iosr_fast.head.head import Head
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.config import Config, Evidence
 from iosr_fast.store.bundle import Bundle, load, save
 from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
@@ -137,3 +142,17 @@ def test_a_failed_save_keeps_the_old_bundle(engine: Path, tmp_path: Path, monkey
     bundle = Bundle(made.snapshot(), load(Bundle, tmp_path / "bundle").settings, tmp_path / "nowhere", "f" * 64, None)
     with pytest.raises(FileNotFoundError, match="found none at"):
         save(bundle, tmp_path / "bundle")
+
+
+def test_a_fingerprint_is_that_of_earlier_versions_and_of_no_other_config() -> None:
+    rows = np.eye(4, dtype=np.float32)
+    examples = Examples(Embeddings(rows, rows[::-1].copy()), np.array([0, 0, 1, 1]), np.arange(4), (b"a", None) * 2)
+    config = Config(method="tip-adapter", parameters={"alpha": 1.0, "beta": 5.5}, factor=0.5)
+    head = Head.first(["x", "y"], rows[:2], 20.0, examples, config)
+    assert fingerprint(head) == "eea4c2174f5dd6a38381f3fc408051ac8f29f8a98a5bab94ce653295705a2ebd"
+    evidence = Evidence(accuracy=0.5, scored=2, protocol="loo")  # how it is known, and not what it is
+    assert fingerprint(replace(head, config=structs.replace(config, evidence=evidence))) == fingerprint(head)
+    others: list[dict[str, Any]] = [{"method": "tip-adapter++"}, {"parameters": {"alpha": 1.0, "beta": 5.0}}]
+    others += [{"reducer": "centre"}, {"factor": 0.25}, {"key_precision": "fp16"}, {"look_alikes": False}]
+    made = {fingerprint(replace(head, config=structs.replace(config, **one))) for one in others}
+    assert len(made | {fingerprint(head)}) == 1 + len(others)
