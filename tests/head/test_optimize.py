@@ -211,7 +211,7 @@ def test_a_change_meanwhile_is_not_lost(fitted, images, monkeypatch) -> None:
 
 def test_views_and_unknown_images_are_encoded_again(tmp_path: Path, images, monkeypatch) -> None:
     clip, fast, unknown = clip_of(tmp_path), Rounded(0.02), images[0][:6] // 9
-    given = {"method": "tip-adapter++", "views": 3}
+    given = {"method": "tip-adapter++", "reducer": "centre", "views": 3}
     expected, classifier = (
         Classifier._with_clip(one, **given).fit(*images, unknown_images=unknown)
         for one in (replace(clip, encoder=fast), clip)
@@ -221,6 +221,7 @@ def test_views_and_unknown_images_are_encoded_again(tmp_path: Path, images, monk
     np.testing.assert_allclose(ours.examples.embeddings.plain, theirs.examples.embeddings.plain, atol=1e-6)
     np.testing.assert_allclose(ours.examples.queries.adapted, theirs.examples.queries.adapted, atol=1e-6)
     np.testing.assert_allclose(ours.unknown_images.plain, theirs.unknown_images.plain, atol=1e-6)
+    np.testing.assert_allclose(ours.reducer.shift, theirs.reducer.shift, atol=1e-6)
 
 
 # --- the rule ---
