@@ -165,6 +165,7 @@ def test_an_interrupt_leaves_log_and_state_consistent(written: bool, path: Path,
     assert classifier.version == 1
     with pytest.raises(IosrFastError, match="each once, got 'e99'"):
         classifier.remove_examples(["e99"])
+    assert ("interrupted" in classifier.classes_) is written  # the refused change has published what the log has
     classifier.rename_class("~1", "next", keep_text=True)
     assert classifier.version == (3 if written else 2) and ("interrupted" in classifier.classes_) is written
     classifier.close_log()
