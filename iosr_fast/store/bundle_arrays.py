@@ -56,7 +56,7 @@ PLAN_ARRAYS = [field for field in ARRAYS if field.name not in ("text", "class_of
 
 # C classes, N support images, D channels, M unknown images, L calibration images, F channels of a linear term, B bytes
 # of pictures, P of paths; K scores of unknown pictures, U images left out for them; V images left out for labels. Those
-# that come first say how many. "last id" is the number of the newest image.
+# that come first say how many. "last id" is the number of the newest image, "last image" the position of the last one.
 TABLE: dict[str, dict[str, Array]] = {
     SUPPORT: {
         "text": _embeddings("head.text", "C"),  # of a classifier always
@@ -96,7 +96,7 @@ TABLE: dict[str, dict[str, Array]] = {
         "fold": Array("folds.fold", "int64", "N", limits=("-1", str(MAX_FOLDS - 1))),
         "scored": Array("folds.scored", "uint8", "N", limits=("0", "1")),
         "distinct": Array("folds.distinct", "int64", "C", limits=("0", "N")),
-        "units": Array("folds.units", "int64", "N", limits=("0", "N")),
+        "units": Array("folds.units", "int64", "N", limits=("0", "last image")),
         "out_of_fold": Array("out_of_fold.logits", "float32", "V C"),
         # Of version 0.2, which are not read: they follow from the logits.
         **dict.fromkeys(("odds", "confidence", "right", "log_loss", "class_odds"), Array("former", "float64", "W")),

@@ -265,7 +265,8 @@ def _reducer(arrays: Arrays, name: str) -> Reducer | None:
 def _evidence(head: Head, read: Callable[[str], bytes | None]) -> Mapping[str, Any]:
     """The cached properties of a Head that the file LEFT_OUT has. Of older versions, which left other images out
     together, it has no folds: what left-out images say is computed again."""
-    arrays = read_arrays(LEFT_OUT, read, {"N": len(head.examples), "C": len(head.uids)})
+    sizes = {"N": len(head.examples), "last image": len(head.examples) - 1, "C": len(head.uids)}
+    arrays = read_arrays(LEFT_OUT, read, sizes)
     with naming(LEFT_OUT):
         if not are_complete(arrays, _FOLDS):
             return {}

@@ -139,6 +139,7 @@ PLAN: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
 LEFT_OUT: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "logits with NaN": _with("out_of_fold", _nan),
     "some of the arrays": _without("bias"),
+    "a unit beyond the images": _with("units", lambda a: np.full_like(a, len(a))),
 }
 CHANGES = {"support": SUPPORT, "pictures": PICTURES, "paths": PATHS, "plan": PLAN, "left_out": LEFT_OUT}
 ARRAYS = {
