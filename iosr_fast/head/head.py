@@ -200,10 +200,10 @@ class Head(HeadData):
     @property
     def evidence(self) -> Evidence | None:
         """That of the search that chose the config, `stale` if the head has changed since; None if there was none."""
-        known = self.config.evidence
-        if known is None or known.version == self.version:
-            return known
-        return msgspec.structs.replace(known, stale=True)
+        evidence = self.config.evidence
+        if evidence is None or evidence.version == self.version:
+            return evidence
+        return msgspec.structs.replace(evidence, stale=True)
 
     # What left-out support images answer, each at its first use
 
@@ -260,8 +260,8 @@ class Head(HeadData):
         check_calibration(len(new.labels), of_logits(logits, new.labels, units=new.units).count, new.near)
         ratio = refit_factor(logits, new.labels)
         config = msgspec.structs.replace(self.config, factor=self.config.factor * ratio)
-        if (known := self.evidence) is not None and not known.stale:  # it stays evidence of this fit
-            config = msgspec.structs.replace(config, evidence=msgspec.structs.replace(known, version=version))
+        if (evidence := self.evidence) is not None and not evidence.stale:  # it stays evidence of this fit
+            config = msgspec.structs.replace(config, evidence=msgspec.structs.replace(evidence, version=version))
         made = replace(self, config=config, version=version, calibration_images=given)
         return made.with_computed(plan=self.plan.scaled(ratio), folds=self.computed("folds"))
 

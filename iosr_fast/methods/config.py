@@ -135,13 +135,13 @@ class Config(Strict, frozen=True, kw_only=True):
         parameters = check_parameters(self.method, **self.parameters)
         if missing := sorted(set(METHODS[self.method].parameters) - set(parameters)):
             raise IosrFastError(f"expected the parameters {', '.join(missing)} of {self.method}, got none of that name")
-        if (known := self.evidence) is None:
+        if (evidence := self.evidence) is None:
             return
-        if known.version > version:
-            raise IosrFastError(f"expected tuned.version up to version, {version}, got {known.version}")
-        if (known.accuracy is None) != (known.scored == 0):
+        if evidence.version > version:
+            raise IosrFastError(f"expected tuned.version up to version, {version}, got {evidence.version}")
+        if (evidence.accuracy is None) != (evidence.scored == 0):
             raise IosrFastError(
-                f"expected tuned.accuracy if images were scored, got {known.accuracy} of {known.scored}"
+                f"expected tuned.accuracy if images were scored, got {evidence.accuracy} of {evidence.scored}"
             )
 
 

@@ -102,8 +102,8 @@ class Stack:
             method = METHODS[method.name.removesuffix("++")]
         values = self.parameters()
         parameters = {name: values.get(name, 0.0) for name in method.parameters}
-        known = msgspec.structs.replace(evidence, shares=shares, note="; ".join(notes))
-        return Config(method=method.name, parameters=parameters, evidence=known)
+        evidence = msgspec.structs.replace(evidence, shares=shares, note="; ".join(notes))
+        return Config(method=method.name, parameters=parameters, evidence=evidence)
 
     @property
     def shares(self) -> dict[str, float]:

@@ -29,7 +29,7 @@ from iosr_fast.scoring.reducers import Reducer, check_reducer
 from iosr_fast.scoring.validation import check_number
 
 AUTO = "auto"
-SINGLE = ("alpha", "beta", "gamma", "ridge")  # parameters of methods that an estimator has
+ESTIMATOR_PARAMETERS = ("alpha", "beta", "gamma", "ridge")  # of methods; the others are fitted
 TUNE_SECONDS = 20.0
 MAX_TUNE_SECONDS = 1e6
 # Images that are left out to calibrate: one number is fitted.
@@ -66,7 +66,7 @@ class Options:
         """From all parameters of an estimator. Raises IosrFastError for one that is unknown, out of range, given where
         it is to be chosen, or none of the method's."""
         method, reducer, tuning, look_alikes = (given[name] for name in ("method", "reducer", "tune", "look_alikes"))
-        values = check_options(method, reducer, tuning, **{name: given[name] for name in SINGLE})
+        values = check_options(method, reducer, tuning, **{name: given[name] for name in ESTIMATOR_PARAMETERS})
         if not isinstance(look_alikes, bool):
             raise IosrFastError(f"expected look_alikes to be True or False, got {look_alikes!r}")
         config = Config(
@@ -188,17 +188,17 @@ def tune(
     elif not len(held_out.labels):
         parameters = one_shot_parameters(entry, support, fitted)
         factor = usual_factor(entry, support, fitted, parameters)
-        evidence = Evidence(protocol="one-shot")
-        config = Config(method=method, parameters=parameters, reducer=reducer, factor=factor, evidence=evidence)
+        of_rule = Evidence(protocol="one-shot")
+        config = Config(method=method, parameters=parameters, reducer=reducer, factor=factor, evidence=of_rule)
     elif not entry.needs_support:
         config = _calibrated(entry, held_out, "loo" if by_itself else "validation")
     else:
         config = ParameterSearch(entry, held_out, fitted).result(reducer)
-    known = config.evidence
-    assert known is not None
-    _log.info("%s: %s", config.method, known.summary())
+    evidence = config.evidence
+    assert evidence is not None
+    _log.info("%s: %s", config.method, evidence.summary())
     plan = plan or config.compile(support, fitted)
-    config = replace(config, evidence=replace(known, seconds=time.perf_counter() - started))
+    config = replace(config, evidence=replace(evidence, seconds=time.perf_counter() - started))
     return MethodFit(config, fitted, plan)
 
 
