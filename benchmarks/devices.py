@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from iosr_fast.encoders.runtimes.gpu import record_graph
+from iosr_fast.evaluation.provenance import cpu_description
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.provenance import cpu_description
 
 FLUSH_BYTES = 2**28  # read before each timed call on a GPU: five times the L2 cache of an H100
 GPU_WARMUP = 3

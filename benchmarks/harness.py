@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.devices import Call, Device
+from iosr_fast.evaluation.provenance import write_rows
 from iosr_fast.evaluation.table import facts
 from iosr_fast.utils.machine import usable_threads
-from iosr_fast.utils.provenance import write_rows
 from tools.report import lines_of, origin
 
 # The threads of an OpenMP pool, and ONNX Runtime's, spin for a while after their last call, on cores that the next

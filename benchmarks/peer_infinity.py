@@ -20,14 +20,14 @@ import typer
 from safetensors.torch import save_file
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.cli.command import new_file, run
 from iosr_fast.clip.adapter import random_adapter, save_adapter
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.load import load_clip
+from iosr_fast.evaluation.provenance import write_rows
 from iosr_fast.evaluation.table import facts
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.images.preprocess import to_pixels
-from iosr_fast.utils.command import new_file, run
-from iosr_fast.utils.provenance import write_rows
 from tools.load_test import PACKAGES as OURS
 from tools.load_test import Contender, capacity, lone, make_rows, turns
 from tools.report import lines_of, origin

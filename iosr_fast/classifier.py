@@ -28,11 +28,11 @@ from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
+from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.store.bundle import Bundle, Saved, load, load_saved, save
 from iosr_fast.store.store import Store
 from iosr_fast.store.updates import Changing, calibrate
 from iosr_fast.utils.estimator import Estimator
-from iosr_fast.utils.verified_folder import VerifiedFolder
 
 # The parameters that choose what is opened; the others are those of a fit.
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.utils.folders import new_folder
+from iosr_fast.sealed.folders import new_folder
 from tests import ROOT
 
 VARIABLE = "IOSR_FAST_CACHE"

@@ -22,9 +22,9 @@ from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
 from iosr_fast.export.build import convert_engine, write_engine  # noqa: E402
 from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.images.preprocess import open_image, resize_and_crop  # noqa: E402
+from iosr_fast.sealed.manifest import MANIFEST  # noqa: E402
 from iosr_fast.serving.batching import BatchingClassifier  # noqa: E402
 from iosr_fast.store.description import describe  # noqa: E402
-from iosr_fast.utils.manifest import MANIFEST  # noqa: E402
 from tests.store.manifests import rewrite_manifest  # noqa: E402
 
 pytestmark = pytest.mark.slow

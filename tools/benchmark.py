@@ -19,7 +19,7 @@ import typer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `benchmarks` is found from anywhere
 import iosr_fast  # noqa: E402
-from iosr_fast.utils.command import ListCommand, command_app, new_file  # noqa: E402
+from iosr_fast.cli.command import ListCommand, command_app, new_file  # noqa: E402
 from iosr_fast.utils.machine import usable_threads  # noqa: E402
 
 # An installed package contains kernels/; a source tree has it beside iosr_fast/.

@@ -25,10 +25,10 @@ from typing import Annotated
 import typer
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.cli.command import new_file, run
+from iosr_fast.evaluation.provenance import commit, write_rows
 from iosr_fast.evaluation.table import facts
-from iosr_fast.utils.command import new_file, run
 from iosr_fast.utils.machine import usable_threads
-from iosr_fast.utils.provenance import commit, write_rows
 from tools.demo.bundle import make_demo_bundle
 from tools.report import lines_of, origin
 from tools.serving_load.churn import churn

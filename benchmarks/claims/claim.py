@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from iosr_fast import Embeddings, FewShotHead
+from iosr_fast.cli.command import new_file, one_line_errors
 from iosr_fast.evaluation.features import open_sources
+from iosr_fast.evaluation.provenance import write_rows
 from iosr_fast.evaluation.table import facts
-from iosr_fast.utils.command import new_file, one_line_errors
-from iosr_fast.utils.provenance import write_rows
 from tools.report import COLUMNS
 
 Task = Any  # iosr_fast.evaluation.tasks.Task, or one with labels (B, C)

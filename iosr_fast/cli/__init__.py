@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from iosr_fast.utils.command import Group, command_app, new_app
+from iosr_fast.cli.command import Group, command_app, new_app
 from iosr_fast.utils.progress import set_quiet
 from iosr_fast.utils.text import PrintableFormatter
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from iosr_fast.cli.command import say, write_new
 from iosr_fast.cli.options import Html, Json, SavedClassifier, echo_first, head_in
-from iosr_fast.utils.command import say, write_new
 
 
 def audit(classifier: SavedClassifier, html: Html = None, json_path: Json = None) -> None:

@@ -8,9 +8,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from iosr_fast.cli.command import ListCommand, command_app, note, say
 from iosr_fast.cli.options import Json, Runtime, argument, option
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import ListCommand, command_app, note, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +41,8 @@ def main(
     \b
     iosr-fast benchmark my-classifier --batch 1 8 32 --images photographs/
     """
+    from iosr_fast.evaluation.provenance import write_rows
     from iosr_fast.utils.progress import progress
-    from iosr_fast.utils.provenance import write_rows
 
     files, source = read_files(images, max(batch))
     parts, facts = open_parts(folder, files, runtime, threads)
@@ -148,8 +148,8 @@ def check_batches(encoder: Encoder, pixels: np.ndarray) -> None:
 
 
 def facts_of(encoder: Encoder, verified: str) -> dict[str, Any]:
+    from iosr_fast.evaluation.provenance import cpu_description
     from iosr_fast.utils.machine import package_version, this_gpu, usable_threads
-    from iosr_fast.utils.provenance import cpu_description
 
     manifest = {} if encoder.source is None else encoder.source.manifest
     gpu = None if encoder.buckets is None else this_gpu()

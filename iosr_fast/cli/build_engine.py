@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from iosr_fast.cli.command import note
 from iosr_fast.cli.options import Adapter, Model, Runtime, option
-from iosr_fast.utils.command import note
-from iosr_fast.utils.folders import check_new_folder
+from iosr_fast.sealed.folders import check_new_folder
 from iosr_fast.utils.require import require_installed
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from iosr_fast.cli import options as shared
+from iosr_fast.cli.command import note, output, write_new
 from iosr_fast.cli.options import RejectOption, argument, as_share, head_in, note_counts, option, ray_pool, resumable
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.command import note, output, write_new
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from iosr_fast.cli import options as shared
 from iosr_fast.cli.options import note_counts, option, ray_pool, resumable
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.manifest import MANIFEST
+from iosr_fast.sealed.manifest import MANIFEST
 
 
 def embed(

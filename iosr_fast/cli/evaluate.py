@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from iosr_fast.cli.command import Group, ListCommand, new_app, say, stop_message, write_new
 from iosr_fast.cli.options import Html, Json, Runtime, SavedClassifier, SkipBad, argument, echo_first, head_in, option
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import Group, ListCommand, new_app, say, stop_message, write_new
-from iosr_fast.utils.outputs import check_utf8
+from iosr_fast.sealed.outputs import check_utf8
 from iosr_fast.utils.text import abbreviate
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _compare(
     """Print the tables of every source, and write their rows."""
     from iosr_fast.evaluation import table
     from iosr_fast.evaluation.comparison import check_allowed, compare, method_names, pairs_of
-    from iosr_fast.utils.provenance import write_rows
+    from iosr_fast.evaluation.provenance import write_rows
 
     pairs, out = pairs_of(method_names(methods), reducers), table.console()
     for source in sources:

@@ -7,10 +7,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from iosr_fast.cli.command import note, stop_message
 from iosr_fast.cli.options import Adapter, Pretrained, Runtime, SkipBad, argument, option
 from iosr_fast.exceptions import BadImageError, IosrFastError, LookAlikesWarning
-from iosr_fast.utils.command import note, stop_message
-from iosr_fast.utils.folders import check_new_folder
+from iosr_fast.sealed.folders import check_new_folder
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from iosr_fast.cli.command import say
 from iosr_fast.cli.options import argument
-from iosr_fast.utils.command import say
 
 
 def info(

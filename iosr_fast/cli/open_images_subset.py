@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from iosr_fast.cli.command import new_file, note
 from iosr_fast.cli.options import Seed, option
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import new_file, note
 
 
 def open_images_subset(

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from iosr_fast.cli.command import note, stop_message
 from iosr_fast.cli.options import Adapter, Runtime, SavedClassifier, option
-from iosr_fast.utils.command import note, stop_message
-from iosr_fast.utils.folders import check_new_folder
+from iosr_fast.sealed.folders import check_new_folder
 from iosr_fast.utils.progress import progress
 
 Objective = Literal["latency", "throughput", "size"]

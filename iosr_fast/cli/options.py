@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from iosr_fast.cli.command import new_csv, new_file, new_page, note, say, stop_message
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.command import new_csv, new_file, new_page, note, say, stop_message
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:

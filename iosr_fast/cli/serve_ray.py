@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from iosr_fast.cli.command import note
 from iosr_fast.cli.options import Address, Deadline, MaxBatch, RayOption, ReplicaOption, Runtime, SavedClassifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.ray import NAME, Scale, build_app, deploy, digest_of
-from iosr_fast.utils.command import note
 from iosr_fast.utils.require import require
 
 _SETTINGS, _SCALE = Settings(), Scale()

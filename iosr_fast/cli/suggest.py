@@ -7,10 +7,10 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from iosr_fast.cli.command import note, output, write_new
 from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad, argument, head_in, option
-from iosr_fast.utils.command import note, output, write_new
+from iosr_fast.sealed.outputs import check_utf8
 from iosr_fast.utils.csv_text import escaped, line_writer
-from iosr_fast.utils.outputs import check_utf8
 
 if TYPE_CHECKING:
     from iosr_fast.files.suggest import FolderSuggestions

@@ -15,7 +15,7 @@ from typing import Any
 
 from iosr_fast.clip.load import LoadedClip
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
-from iosr_fast.utils.files import new_file
+from iosr_fast.sealed.files import new_file
 from iosr_fast.utils.require import require_installed
 
 require_installed("torch", "cpu")

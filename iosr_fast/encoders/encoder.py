@@ -13,7 +13,7 @@ from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
-    from iosr_fast.utils.verified_folder import VerifiedFolder
+    from iosr_fast.sealed.verified_folder import VerifiedFolder
 
 # A NumPy array, a torch tensor on any device, or an object with __dlpack__. The package's encoders return NumPy arrays.
 Array: TypeAlias = Any

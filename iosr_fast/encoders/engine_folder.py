@@ -21,9 +21,7 @@ from msgspec import Meta, Struct
 
 from iosr_fast.exceptions import IosrFastError, MissingPackageError, UnavailableError
 from iosr_fast.images.geometry import Geometry, Interpolation, ResizeMode
-from iosr_fast.utils import machine
-from iosr_fast.utils.require import require
-from iosr_fast.utils.schema import (
+from iosr_fast.sealed.schema import (
     Above0,
     Channels,
     Deviations,
@@ -39,7 +37,9 @@ from iosr_fast.utils.schema import (
     check_files,
     read_facts,
 )
-from iosr_fast.utils.verified_folder import VerifiedFolder
+from iosr_fast.sealed.verified_folder import VerifiedFolder
+from iosr_fast.utils import machine
+from iosr_fast.utils.require import require
 
 ENGINE_KIND = "engine"
 ONNX_FILE = "encoder.onnx"

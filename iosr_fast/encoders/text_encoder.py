@@ -15,8 +15,8 @@ import numpy as np
 from iosr_fast.clip.prompts import Descriptions, check_templates, class_texts
 from iosr_fast.clip.tokenizer import Tokenizer
 from iosr_fast.exceptions import UnavailableError
+from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.require import require
-from iosr_fast.utils.verified_folder import VerifiedFolder
 
 FILE = "text.onnx"
 WEIGHTS_FILE = "text.weights"  # only beside a graph whose weights exceed 2 GB

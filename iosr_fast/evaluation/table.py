@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from iosr_fast.evaluation.comparison import AUTO, TUNED_ON, Comparison, Result
+from iosr_fast.evaluation.provenance import commit, cpu_description
 from iosr_fast.methods.conformal import BINS
 from iosr_fast.utils.machine import package_version
-from iosr_fast.utils.provenance import commit, cpu_description
 
 WIDTH = 170
 CALIBRATION = f"log-loss in nats / expected calibration error in % ({BINS} bins of equal width); 0 is the best for both"

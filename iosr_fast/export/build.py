@@ -48,11 +48,11 @@ from iosr_fast.export.precision import (
     quantisation,
 )
 from iosr_fast.export.quantize.encoder import quantize_onnx
-from iosr_fast.utils.folders import new_folder
+from iosr_fast.sealed.folders import new_folder
+from iosr_fast.sealed.manifest import OWN_FIELDS, write_manifest
+from iosr_fast.sealed.verified_folder import VerifiedFolder, open_verified
 from iosr_fast.utils.machine import cpu_model, package_version, this_gpu
-from iosr_fast.utils.manifest import OWN_FIELDS, write_manifest
 from iosr_fast.utils.numbers import check_integer
-from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter

@@ -20,9 +20,9 @@ from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.check import MIN_PICTURES
 from iosr_fast.export.precision import QUANTISED, graph_precision, runtimes_in
 from iosr_fast.images.preprocess import to_pixels
-from iosr_fast.utils.files import in_cache, remove_own
+from iosr_fast.sealed.files import in_cache, remove_own
+from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.machine import this_gpu
-from iosr_fast.utils.verified_folder import VerifiedFolder
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter

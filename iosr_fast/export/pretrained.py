@@ -16,11 +16,11 @@ from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused, model_config
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.files import cache_folder, in_cache
-from iosr_fast.utils.manifest import MANIFEST, SCHEMA
+from iosr_fast.sealed.files import cache_folder, in_cache
+from iosr_fast.sealed.manifest import MANIFEST, SCHEMA
+from iosr_fast.sealed.verified_folder import open_verified
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.require import require_installed
-from iosr_fast.utils.verified_folder import open_verified
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter

@@ -21,11 +21,11 @@ from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import require_accuracy
 from iosr_fast.export.onnx import to_onnx
-from iosr_fast.utils.files import in_cache
-from iosr_fast.utils.folders import new_folder
-from iosr_fast.utils.manifest import MANIFEST, SCHEMA, write_manifest
+from iosr_fast.sealed.files import in_cache
+from iosr_fast.sealed.folders import new_folder
+from iosr_fast.sealed.manifest import MANIFEST, SCHEMA, write_manifest
+from iosr_fast.sealed.verified_folder import open_verified
 from iosr_fast.utils.require import require
-from iosr_fast.utils.verified_folder import open_verified
 
 TEXT_KIND = "text-encoder"
 TEXT_EXPORT = 2  # increases when export_text writes other files for the same CLIP

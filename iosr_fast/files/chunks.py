@@ -15,8 +15,8 @@ from iosr_fast.files.reader import Reader
 from iosr_fast.files.source import Chunk
 from iosr_fast.files.stream import batch_sizes, batches_of
 from iosr_fast.files.work import Work
-from iosr_fast.utils.files import new_file
-from iosr_fast.utils.manifest import sha256
+from iosr_fast.sealed.files import new_file
+from iosr_fast.sealed.manifest import sha256
 
 
 def run_chunks(

@@ -17,7 +17,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import DamagedFileError
-from iosr_fast.utils.manifest import read_manifest
+from iosr_fast.sealed.manifest import read_manifest
 
 KIND = "embeddings"  # of the manifest
 _ENTRY = "iosr_fast"

@@ -16,8 +16,8 @@ from iosr_fast.encoders.rows import KeyedRow
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.embedding_files import read_embeddings
 from iosr_fast.files.source import Source
+from iosr_fast.sealed.outputs import check_utf8
 from iosr_fast.store.bundle import SavedHead
-from iosr_fast.utils.outputs import check_utf8
 
 FORMS = "a folder of `iosr-fast embed`, .npy (N, D), or .npz with x (N, D) and perhaps keys (N,) and y (N,); no objects"
 

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 
 from iosr_fast.exceptions import IosrFastError, printable
 from iosr_fast.files.source import Chunk
-from iosr_fast.utils.files import lock_folder, remove_leftovers, unlock
+from iosr_fast.sealed.files import lock_folder, remove_leftovers, unlock
+from iosr_fast.sealed.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from iosr_fast.utils.machine import package_version
-from iosr_fast.utils.manifest import MANIFEST, read_manifest, sha256, write_manifest
 
 LOG = "log.jsonl"
 _PACKAGES = ("numpy", "pillow", "onnxruntime", "openvino", "torch", "safetensors", "pyarrow", "ray")

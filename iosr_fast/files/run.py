@@ -14,8 +14,8 @@ from iosr_fast.files.ray_workers import Pool, run_on_ray
 from iosr_fast.files.source import Source
 from iosr_fast.files.work import Classify, ReadOptions, Work
 from iosr_fast.images.pixels import VERSION
+from iosr_fast.sealed.outputs import check_new_file
 from iosr_fast.utils.numbers import check_integer
-from iosr_fast.utils.outputs import check_new_file
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.require import require
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import list_images, refuse_url
+from iosr_fast.sealed.outputs import check_utf8
 from iosr_fast.utils.csv_text import read_rows
-from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.text import abbreviate
 
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, NamedTuple, TextIO, TypeAlias
 from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.predictions import MultiLabelPrediction, Prediction
 from iosr_fast.head.verdict import Rejection
+from iosr_fast.sealed.files import new_file
 from iosr_fast.utils.csv_text import escaped, line_writer, recovered
-from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
 Answered: TypeAlias = Prediction | MultiLabelPrediction

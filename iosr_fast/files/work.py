@@ -24,9 +24,9 @@ from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, Tab
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, predict_any
+from iosr_fast.sealed.manifest import read_manifest
 from iosr_fast.store.bundle import Saved, load_saved
 from iosr_fast.store.head_files import fingerprint
-from iosr_fast.utils.manifest import read_manifest
 
 Predictions: TypeAlias = Sequence[Answered]
 

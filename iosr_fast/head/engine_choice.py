@@ -11,8 +11,8 @@ from msgspec import Meta
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.paired_tests import lost_and_won, sign_test
+from iosr_fast.sealed.schema import Above0, Name, Natural, Share, Size, Strict, text_of
 from iosr_fast.utils.machine import cpu_model
-from iosr_fast.utils.schema import Above0, Name, Natural, Share, Size, Strict, text_of
 
 Objective = Literal["latency", "throughput", "size"]
 Outcome = Literal["chosen", "accepted", "not judged", "rejected", "failed", "left out"]

@@ -24,10 +24,10 @@ from iosr_fast.head.examples import Examples, no_examples
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import ENCODED, open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
+from iosr_fast.sealed.outputs import is_utf8
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import LARGEST, check_integer
 from iosr_fast.utils.ordered import map_ordered
-from iosr_fast.utils.outputs import is_utf8
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from iosr_fast.exceptions import IosrFastError, printable
-from iosr_fast.utils.outputs import check_utf8
+from iosr_fast.sealed.outputs import check_utf8
 
 logger = logging.getLogger(__name__)
 

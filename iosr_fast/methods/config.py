@@ -17,7 +17,7 @@ from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import NAME, Reducer
-from iosr_fast.utils.schema import Above0, Natural, Positive, Share, Strict, text_of
+from iosr_fast.sealed.schema import Above0, Natural, Positive, Share, Strict, text_of
 
 Protocol = Literal["loo", "validation", "one-shot", "cross-validation", "none"]
 ReducerName = Annotated[str, Meta(pattern=rf"^({NAME})\Z")]

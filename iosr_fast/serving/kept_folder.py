@@ -11,8 +11,8 @@ from pathlib import Path
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.limits import image_kind
+from iosr_fast.sealed.files import lock_folder
 from iosr_fast.utils.csv_text import read_rows
-from iosr_fast.utils.files import lock_folder
 
 _PICTURE = re.compile(r"[0-9a-f]{32}\.(?:png|jpeg|webp|image)")
 

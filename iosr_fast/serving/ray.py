@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.sealed.verified_folder import open_verified
 from iosr_fast.serving.http.settings import Count, NonNegative, Positive, Settings, check_fields
 from iosr_fast.store.bundle import kind_of
 from iosr_fast.utils.require import require
-from iosr_fast.utils.verified_folder import open_verified
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -34,13 +34,13 @@ from iosr_fast.head.fitted import Fit
 from iosr_fast.head.names import check_names
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.sealed.folders import new_folder
+from iosr_fast.sealed.manifest import LARGEST_MANIFEST, MANIFEST, write_manifest
+from iosr_fast.sealed.schema import check_files, facts_to_json, read_facts, refused
+from iosr_fast.sealed.verified_folder import VerifiedFolder, open_verified
 from iosr_fast.store.bundle_arrays import SUPPORT, TABLE
 from iosr_fast.store.bundle_schema import ClassifierManifest, HeadManifest
 from iosr_fast.store.head_files import read_head, write_head
-from iosr_fast.utils.folders import new_folder
-from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST, write_manifest
-from iosr_fast.utils.schema import check_files, facts_to_json, read_facts, refused
-from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 KIND, HEAD_KIND = "classifier", "head"
 ENGINE, TEXT = "engine", "text"

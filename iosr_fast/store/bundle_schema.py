@@ -14,7 +14,7 @@ from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.names import check_names
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.methods.config import Config
-from iosr_fast.utils.schema import (
+from iosr_fast.sealed.schema import (
     Above0,
     Entry,
     Fingerprint,

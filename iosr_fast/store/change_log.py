@@ -20,12 +20,12 @@ import msgspec
 
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.head.head import Head
+from iosr_fast.sealed.files import sync_folder
+from iosr_fast.sealed.outputs import check_writable
 from iosr_fast.store import sqlite_file
 from iosr_fast.store.changes import Change, Record
 from iosr_fast.store.head_files import fingerprint, head_from_bytes, head_to_bytes
 from iosr_fast.store.log_reader import FIX, PART, TABLES, Base, LogReader, check_ours
-from iosr_fast.utils.files import sync_folder
-from iosr_fast.utils.outputs import check_writable
 
 # A snapshot is written after so many changes, or bytes of them.
 MOST_CHANGES = 256

@@ -22,7 +22,7 @@ from iosr_fast.head.names import check_new_name
 from iosr_fast.methods import unavailable_reason
 from iosr_fast.methods.config import Config
 from iosr_fast.scoring.validation import check_unit_rows
-from iosr_fast.utils.schema import Natural, Strict
+from iosr_fast.sealed.schema import Natural, Strict
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
 _ARRAYS = ("text", "plain", "adapted", "query_plain", "query_adapted")

@@ -9,10 +9,10 @@ from typing import cast
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods.config import describe_shares
+from iosr_fast.sealed.verified_folder import open_verified
 from iosr_fast.store.bundle import ENGINE, HEAD_KIND, Bundle, SavedHead, kind_of
 from iosr_fast.store.log_reader import Base, LoggedChange, reading
 from iosr_fast.utils.text import abbreviate
-from iosr_fast.utils.verified_folder import open_verified
 
 
 def describe(folder: str | Path) -> str:

@@ -32,6 +32,8 @@ from iosr_fast.methods.unknown import Unknown, count_unscored
 from iosr_fast.scoring import fields
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.sealed.schema import facts_to_json, refused
+from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.store.bundle_arrays import (
     LEFT_OUT,
     PATHS,
@@ -46,8 +48,6 @@ from iosr_fast.store.bundle_arrays import (
     read_arrays,
 )
 from iosr_fast.store.bundle_schema import HeadFacts
-from iosr_fast.utils.schema import facts_to_json, refused
-from iosr_fast.utils.verified_folder import VerifiedFolder
 
 CONSTANTS = [field.name for field in fields.CONSTANTS if field.name != "n_classes"]
 _UNKNOWN = ("weights", "bias", "left_out", "auroc", "counted")

@@ -21,9 +21,9 @@ import msgspec
 
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.head.ids import class_id, example_id
+from iosr_fast.sealed.schema import Natural, Positive, Sha256, Strict
 from iosr_fast.store import sqlite_file
 from iosr_fast.store.changes import Record
-from iosr_fast.utils.schema import Natural, Positive, Sha256, Strict
 
 TABLES = {
     "meta": "base TEXT NOT NULL, last BLOB NOT NULL",

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.files import remove_leftovers
-from iosr_fast.utils.folders import new_folder
-from iosr_fast.utils.manifest import read_manifest, write_manifest
+from iosr_fast.sealed.files import remove_leftovers
+from iosr_fast.sealed.folders import new_folder
+from iosr_fast.sealed.manifest import read_manifest, write_manifest
 
 KIND = "training checkpoint"
 FILE = "state.safetensors"

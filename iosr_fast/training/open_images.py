@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.sealed.files import new_file
 from iosr_fast.utils.csv_text import escaped
-from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
 SPLITS = ("train", "validation", "test")

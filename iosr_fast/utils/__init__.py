@@ -1,1 +1,1 @@
-"""Small things without a domain: files and folders, command lines, optional packages, threads, progress."""
+"""Small things without a domain: text, numbers, optional packages, threads, progress."""

@@ -18,7 +18,7 @@ pytest.importorskip("openvino")
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.head import engine_judge
-from iosr_fast.utils.files import cache_folder
+from iosr_fast.sealed.files import cache_folder
 from tests.cli.runs import refused, run
 
 pytestmark = pytest.mark.slow

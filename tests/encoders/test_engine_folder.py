@@ -16,10 +16,10 @@ from msgspec.structs import asdict
 from iosr_fast.encoders import engine_folder
 from iosr_fast.encoders.engine_folder import Target, choose_runtime, has_plain_form, target, unavailable_reason
 from iosr_fast.encoders.runtimes.plan_cache import open_plan
+from iosr_fast.sealed.folders import new_folder
+from iosr_fast.sealed.manifest import read_manifest, write_manifest
 from iosr_fast.utils import machine
-from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.machine import Gpu
-from iosr_fast.utils.manifest import read_manifest, write_manifest
 
 H100, A100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0)), Gpu("NVIDIA A100-SXM4-40GB", (8, 0))
 RTX = Gpu("NVIDIA GeForce RTX 4090", (8, 9))

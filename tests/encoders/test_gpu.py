@@ -24,7 +24,7 @@ from iosr_fast.encoders.runtimes import torch as torch_runtime  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder, build_plan, optimization_profiles  # noqa: E402
 from iosr_fast.encoders.runtimes.torch import TorchEncoder  # noqa: E402
 from iosr_fast.export.build import write_engine  # noqa: E402
-from iosr_fast.utils.manifest import read_manifest  # noqa: E402
+from iosr_fast.sealed.manifest import read_manifest  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.encoders.fake_gpu import FakeGpu, Stream  # noqa: E402
 

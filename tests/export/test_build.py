@@ -30,9 +30,9 @@ from iosr_fast.export.precision import engine_fingerprint, quantisation  # noqa:
 from iosr_fast.export.pretrained import choose_adapter  # noqa: E402
 from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.images.preprocess import to_pixels  # noqa: E402
+from iosr_fast.sealed.manifest import read_manifest  # noqa: E402
+from iosr_fast.sealed.verified_folder import open_verified  # noqa: E402
 from iosr_fast.utils.machine import Gpu  # noqa: E402
-from iosr_fast.utils.manifest import read_manifest  # noqa: E402
-from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.demo_cache import demo_engine  # noqa: E402
 from tests.export.graphs import FLOAT, FLOAT16, element_types  # noqa: E402

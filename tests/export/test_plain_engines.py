@@ -21,7 +21,7 @@ from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
 from iosr_fast.export.build import convert_engine, write_engine  # noqa: E402
 from iosr_fast.export.candidates import list_candidates, with_smaller_images  # noqa: E402
 from iosr_fast.head import engine_judge  # noqa: E402
-from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
+from iosr_fast.sealed.verified_folder import open_verified  # noqa: E402
 from tests.clip.families import randomise  # noqa: E402
 from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip  # noqa: E402
 from tests.clip.small_clip import random_pixels  # noqa: E402

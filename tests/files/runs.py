@@ -20,7 +20,7 @@ from iosr_fast.files.embedding_files import Part
 from iosr_fast.files.parts import LOG
 from iosr_fast.files.tables import SCORES
 from iosr_fast.images.preprocess import to_pixels
-from iosr_fast.utils.manifest import read_manifest
+from iosr_fast.sealed.manifest import read_manifest
 
 
 @cache

@@ -12,8 +12,8 @@ from typer.testing import Result
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.files.embedding_files import iterate_parts, read_embeddings
+from iosr_fast.sealed.manifest import read_manifest
 from iosr_fast.store.head_files import fingerprint
-from iosr_fast.utils.manifest import read_manifest
 from tests.files.runs import (
     assert_answers,
     assert_encodes,

@@ -9,7 +9,7 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.files.embedding_files import KIND, Part, iterate_parts, read_embeddings, write_part
-from iosr_fast.utils.manifest import write_manifest
+from iosr_fast.sealed.manifest import write_manifest
 
 BAD = 2
 

@@ -18,7 +18,7 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.export.candidates import Candidate
 from iosr_fast.head import optimize as module
 from iosr_fast.head.engine_choice import EngineChoice, rejection_reason
-from iosr_fast.utils.verified_folder import open_verified
+from iosr_fast.sealed.verified_folder import open_verified
 from tests.store.live_parts import PixelEncoder, engine_folder, pictures, pixel_clip, refit, unit
 
 FP32, INT8, BF16 = ("openvino", "fp32"), ("openvino", "int8"), ("openvino", "bf16")

@@ -19,7 +19,7 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.config import Config
-from iosr_fast.utils.manifest import write_manifest
+from iosr_fast.sealed.manifest import write_manifest
 
 SIZE, WIDTH = 8, 24
 

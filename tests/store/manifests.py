@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.utils.manifest import MANIFEST, seal, sha256
+from iosr_fast.sealed.manifest import MANIFEST, seal, sha256
 
 
 def rewrite_manifest(folder: Path, remove: Sequence[str] = (), **facts: Any) -> dict[str, Any]:

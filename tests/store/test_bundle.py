@@ -16,10 +16,10 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.config import Config, Evidence
+from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.store.bundle import Bundle, load, save
 from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
-from iosr_fast.utils.verified_folder import VerifiedFolder
 from tests.store.live_parts import engine_folder, pictures, small_classifier, unfitted
 
 

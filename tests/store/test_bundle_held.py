@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from iosr_fast.cli import app
+from iosr_fast.sealed.verified_folder import open_verified
 from iosr_fast.store.bundle import Bundle, load, save
 from iosr_fast.store.head_files import fingerprint
-from iosr_fast.utils.verified_folder import open_verified
 from tests import ROOT
 from tests.store.live_parts import engine_folder, saved_classifier, small_classifier
 from tests.store.manifests import rewrite_manifest

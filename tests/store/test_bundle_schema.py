@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.methods.config import Evidence
+from iosr_fast.sealed.manifest import seal, write_manifest
+from iosr_fast.sealed.schema import facts_to_json
 from iosr_fast.store.bundle import Bundle, load, save
-from iosr_fast.utils.manifest import seal, write_manifest
-from iosr_fast.utils.schema import facts_to_json
 from tests.store.live_parts import ENGINE_FACTS, saved_classifier, small_classifier
 from tests.store.manifests import rewrite_manifest, sign_again
 

@@ -12,9 +12,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from iosr_fast.cli import app
+from iosr_fast.cli.command import command_app
 from iosr_fast.clip.demo.pictures import FOLDER, held_out, load_index, load_pictures, only
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.utils.command import command_app
 
 
 def run(main: Callable[..., None], *words: str) -> Result:

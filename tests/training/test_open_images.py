@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 pytest.importorskip("pyarrow", reason="pyarrow comes with the train extra")
 
+from iosr_fast.cli.command import command_app  # noqa: E402
 from iosr_fast.cli.open_images_subset import open_images_subset  # noqa: E402
 from iosr_fast.cli.train_adapter import read_data  # noqa: E402
 from iosr_fast.training.open_images import (  # noqa: E402
@@ -20,7 +21,6 @@ from iosr_fast.training.open_images import (  # noqa: E402
     write_download_list,
     write_list,
 )
-from iosr_fast.utils.command import command_app  # noqa: E402
 
 CLASSES = {"/m/011k07": "Tortoise", "/m/0c9ph5": "Blåbär, fresh", "/m/02xwb": "Fruit", "/m/05z87": "Plantain/Banana"}
 RARE, COMMON, FRUIT, BANANA = "/m/011k07", "/m/0c9ph5", "/m/02xwb", "/m/05z87"

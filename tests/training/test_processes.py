@@ -61,8 +61,8 @@ def run_rank(rank: int, port: int, options: list[str], log: Path) -> None:
     os.setpgid(0, 0)
     torch.set_num_threads(1)
     sys.argv = ["train_adapter.py", *options]
+    from iosr_fast.cli import command
     from iosr_fast.cli.train_adapter import train_adapter
-    from iosr_fast.utils import command
 
     command.run(train_adapter)
 

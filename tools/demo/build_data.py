@@ -23,7 +23,7 @@ import resvg_py
 import typer
 from PIL import Image
 
-from iosr_fast.utils.command import run
+from iosr_fast.cli.command import run
 
 STYLES = {
     "noto": "@iconify-json/noto@1.2.9",

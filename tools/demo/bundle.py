@@ -11,10 +11,10 @@ import numpy as np
 import typer
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.cli.command import run
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import run
-from iosr_fast.utils.folders import check_new_folder
+from iosr_fast.sealed.folders import check_new_folder
 
 CLASSES, SHOTS = 100, 4
 Labelled = tuple[np.ndarray, list[str]]  # pictures and their class names

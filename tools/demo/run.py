@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.cli.command import one_line_errors, run
 from iosr_fast.clip.demo.pictures import Pictures, load_index, only
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.utils.command import one_line_errors, run
 from iosr_fast.utils.require import require_installed
 
 with one_line_errors():

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import typer
 
+from iosr_fast.cli.command import new_file, one_line_errors, run
 from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
 from iosr_fast.clip.prompts import DEMO_TEMPLATES
-from iosr_fast.utils.command import new_file, one_line_errors, run
 from iosr_fast.utils.require import require
 
 with one_line_errors():

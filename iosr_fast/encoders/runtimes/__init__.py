@@ -21,8 +21,8 @@ from iosr_fast.encoders.runtimes.onnxruntime import OnnxRuntimeEncoder
 from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
+from iosr_fast.sealed.verified_folder import VerifiedFolder, open_verified
 from iosr_fast.utils.numbers import check_integer
-from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 ENCODERS: dict[str, Any] = {"onnxruntime": OnnxRuntimeEncoder, "openvino": OpenVINOEncoder, "torch": TorchEncoder}
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from msgspec import convert
 
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLANS, WEIGHTS, Target
 from iosr_fast.exceptions import DamagedFileError, UnavailableError
-from iosr_fast.utils.files import cache_folder, new_file
-from iosr_fast.utils.manifest import sha256
+from iosr_fast.sealed.files import cache_folder, new_file
+from iosr_fast.sealed.manifest import sha256
 
 log = logging.getLogger(__name__)
 

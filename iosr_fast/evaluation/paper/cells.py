@@ -13,10 +13,10 @@ import msgspec
 from iosr_fast.evaluation.comparison import Draw, finite
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.config import Config
-from iosr_fast.utils.files import new_file
+from iosr_fast.sealed.files import new_file
+from iosr_fast.sealed.manifest import seal
+from iosr_fast.sealed.schema import facts_to_json
 from iosr_fast.utils.machine import package_version
-from iosr_fast.utils.manifest import seal
-from iosr_fast.utils.schema import facts_to_json
 
 VERSION = 4  # raise it when the protocol changes: the same facts would give another number
 

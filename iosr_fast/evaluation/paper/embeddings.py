@@ -21,7 +21,7 @@ from iosr_fast.evaluation.sets import EvaluationSet
 from iosr_fast.images import pixels
 from iosr_fast.images.preprocess import random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
-from iosr_fast.utils.files import new_file
+from iosr_fast.sealed.files import new_file
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
 from iosr_fast.utils.progress import progress

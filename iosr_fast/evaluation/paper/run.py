@@ -13,11 +13,11 @@ from iosr_fast.evaluation.paper.cells import FileCells
 from iosr_fast.evaluation.paper.data import open_paper_sets
 from iosr_fast.evaluation.paper.embeddings import KeptEmbeddings, digest
 from iosr_fast.evaluation.paper.published import figures_of
+from iosr_fast.evaluation.provenance import write_rows
 from iosr_fast.evaluation.rivals import ADAPTED
 from iosr_fast.evaluation.table import console, facts, place, print_comparison, print_means
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.files import cache_folder, remove_leftovers
-from iosr_fast.utils.provenance import write_rows
+from iosr_fast.sealed.files import cache_folder, remove_leftovers
 
 PAPER_METHODS = ("zero-shot", "tip-adapter", "tip-adapter++", "tip-x", "tip-x++")
 

@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from iosr_fast import __version__
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
+from iosr_fast.sealed.manifest import MANIFEST
 from iosr_fast.serving.collector import Collector
 from iosr_fast.serving.http.app import create_app
 from iosr_fast.serving.http.connection import protocol
@@ -29,7 +30,6 @@ from iosr_fast.serving.http.logs import log, logger, logs_to_stderr
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.utils.manifest import MANIFEST
 
 _GC_THRESHOLDS = (5_000, 20, 100)
 _FILES = 100  # open files besides connections: of the bundle, of libraries, pipes

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
-from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST, advice, mismatch, missing, parse_manifest
+from iosr_fast.sealed.manifest import LARGEST_MANIFEST, MANIFEST, advice, mismatch, missing, parse_manifest
 
 _RETRY_S = 60.0  # how long to retry while the folder is replaced faster than its files are opened
 _MOST_FILES = 256  # all open at once; a common limit of a process is 1,024

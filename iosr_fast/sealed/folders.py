@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from iosr_fast.utils.files import OLD, sync_file, sync_folder, temporary_folder
-from iosr_fast.utils.manifest import MANIFEST
-from iosr_fast.utils.outputs import check_writable
+from iosr_fast.sealed.files import OLD, sync_file, sync_folder, temporary_folder
+from iosr_fast.sealed.manifest import MANIFEST
+from iosr_fast.sealed.outputs import check_writable
+from iosr_fast.sealed.verified_folder import folder_identity, open_verified
 from iosr_fast.utils.text import abbreviate
-from iosr_fast.utils.verified_folder import folder_identity, open_verified
 
 _NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of rename when the target name exists
 _AT_FDCWD, _EXCHANGE = -100, 2  # fcntl.h and stdio.h of Linux; RENAME_SWAP is 2 on macOS, too

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.utils.files import new_file
+from iosr_fast.sealed.files import new_file
 from iosr_fast.utils.machine import cpu_model, usable_threads
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from iosr_fast.exceptions import IosrFastError, printable
-from iosr_fast.utils.outputs import check_new_file
+from iosr_fast.sealed.outputs import check_new_file
 from iosr_fast.utils.progress import is_quiet
 
 
@@ -155,7 +155,7 @@ def run(main: Callable[..., None]) -> None:
 
 def write_new(path: Path, text: str) -> None:
     """Write a file, whole or not at all, and say so on stderr."""
-    from iosr_fast.utils.files import new_file
+    from iosr_fast.sealed.files import new_file
 
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")  # csv writes its own line ends

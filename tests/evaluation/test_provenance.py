@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from iosr_fast import __version__
-from iosr_fast.utils import provenance
+from iosr_fast.evaluation import provenance
 
 
 def test_the_commit_says_when_the_tree_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.utils.folders import new_folder
-from iosr_fast.utils.manifest import read_manifest, write_manifest
-from iosr_fast.utils.verified_folder import open_verified
+from iosr_fast.sealed.folders import new_folder
+from iosr_fast.sealed.manifest import read_manifest, write_manifest
+from iosr_fast.sealed.verified_folder import open_verified
+from tests.sealed.test_files import content_of, write
 from tests.store.manifests import rewrite_manifest
-from tests.utils.test_files import content_of, write
 
 
 def test_what_is_held_is_read_whatever_becomes_of_its_names(tmp_path: Path) -> None:
@@ -96,14 +96,14 @@ def test_a_pipe_in_a_folder_keeps_nobody_waiting(name: str, tmp_path: Path) -> N
 
 def test_a_huge_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "thing", "one")
-    monkeypatch.setattr("iosr_fast.utils.manifest.LARGEST_MANIFEST", 1 << 10)
-    monkeypatch.setattr("iosr_fast.utils.verified_folder.LARGEST_MANIFEST", 1 << 10)
+    monkeypatch.setattr("iosr_fast.sealed.manifest.LARGEST_MANIFEST", 1 << 10)
+    monkeypatch.setattr("iosr_fast.sealed.verified_folder.LARGEST_MANIFEST", 1 << 10)
     rewrite_manifest(tmp_path / "thing", much="x" * 5000)
     for reading in (open_verified, read_manifest):
         with pytest.raises(ValueError, match="got a larger one"):
             reading(tmp_path / "thing", "thing")
     rewrite_manifest(tmp_path / "thing", ["much"], files={f"f{i}": {"sha256": "0" * 64, "bytes": 1} for i in range(3)})
-    monkeypatch.setattr("iosr_fast.utils.verified_folder._MOST_FILES", 2)
+    monkeypatch.setattr("iosr_fast.sealed.verified_folder._MOST_FILES", 2)
     with pytest.raises(ValueError, match="expected at most 2 files"):
         open_verified(tmp_path / "thing", "thing")
 

@@ -8,9 +8,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from iosr_fast.exceptions import DamagedFileError
-from iosr_fast.utils.manifest import advice
+from iosr_fast.sealed.manifest import advice
+from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.text import abbreviate
-from iosr_fast.utils.verified_folder import VerifiedFolder
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Fingerprint = Annotated[str, Meta(pattern=r"^[!-~]{1,128}\Z")]  # printable, without spaces

@@ -19,14 +19,14 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from iosr_fast.cli import app
+from iosr_fast.cli.command import command_app, output, say, write_new
 from iosr_fast.cli.suggest import _table
 from iosr_fast.exceptions import BadImageError, IosrFastError, printable
 from iosr_fast.files.suggest import FolderSuggestions
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.images.listing import Skipped
-from iosr_fast.utils.command import command_app, output, say, write_new
-from iosr_fast.utils.folders import check_new_folder
-from iosr_fast.utils.outputs import check_new_file
+from iosr_fast.sealed.folders import check_new_folder
+from iosr_fast.sealed.outputs import check_new_file
 from iosr_fast.utils.text import PrintableFormatter
 from tests import ROOT
 from tests.store.live_parts import engine_folder

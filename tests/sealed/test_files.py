@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.utils import folders
-from iosr_fast.utils.files import in_cache, new_file, remove_leftovers
-from iosr_fast.utils.folders import check_new_folder, new_folder
-from iosr_fast.utils.manifest import read_manifest, write_manifest
-from iosr_fast.utils.verified_folder import VerifiedFolder
+from iosr_fast.sealed import folders
+from iosr_fast.sealed.files import in_cache, new_file, remove_leftovers
+from iosr_fast.sealed.folders import check_new_folder, new_folder
+from iosr_fast.sealed.manifest import read_manifest, write_manifest
+from iosr_fast.sealed.verified_folder import VerifiedFolder
 from tests.store.manifests import rewrite_manifest
 
 KILLED = """
 import os, signal
 from pathlib import Path
-from iosr_fast.utils.folders import new_folder
+from iosr_fast.sealed.folders import new_folder
 with new_folder(Path("thing")) as made:
     (made / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -34,8 +34,8 @@ with new_folder(Path("thing")) as made:
 KILLED_ANYWHERE = """
 import os, signal, sys
 from pathlib import Path
-from iosr_fast.utils import folders
-from iosr_fast.utils.manifest import read_manifest, write_manifest
+from iosr_fast.sealed import folders
+from iosr_fast.sealed.manifest import read_manifest, write_manifest
 
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open", "os.chmod", "os.scandir", "os.listdir"}
 swap = folders.exchange

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.utils.folders import new_folder
-from iosr_fast.utils.manifest import parse_manifest, read_manifest, write_manifest
+from iosr_fast.sealed.folders import new_folder
+from iosr_fast.sealed.manifest import parse_manifest, read_manifest, write_manifest
+from tests.sealed.test_files import write
 from tests.store.manifests import rewrite_manifest
-from tests.utils.test_files import write
 
 
 def test_every_flipped_byte_of_a_manifest_is_refused(tmp_path: Path) -> None:
