@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from iosr_fast.serving.http.addresses import client_of
 from tests.serving.http_edge import BIG, Site, read_all, read_answers, site, statuses
 
 pytestmark = pytest.mark.slow
@@ -190,6 +191,33 @@ def test_connections_that_wait_for_their_clients_make_room(begun: bytes) -> None
         for _ in range(3):
             assert statuses(crowded.ask(CLOSE)) == [200]
         crowded.wait_for(lambda: len(crowded.connections) <= 20)
+
+
+def test_a_client_loses_no_connection_to_another_that_has_more() -> None:
+    with site(max_connections=20) as crowded, contextlib.ExitStack() as opened:
+        upload = opened.enter_context(crowded.connect("127.0.0.2"))
+        upload.sendall(POST + bytes(500))
+        crowded.wait_for(lambda: len(crowded.connections) == 1)
+        idle = [opened.enter_context(crowded.connect()) for _ in range(25)]
+        assert [read_all(connection) for connection in idle[:6]] == [b""] * 6  # those that have waited longest
+        upload.sendall(bytes(500))
+        assert read_answers(upload, 1)[0][0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "client"),
+    [
+        ("10.0.0.7", "10.0.0.7"),
+        ("::ffff:10.0.0.7", "10.0.0.7"),
+        ("2001:db8:0:1:2::3", "2001:db8:0:1::/64"),
+        ("2001:db8:0:1:ffff:ffff:ffff:ffff", "2001:db8:0:1::/64"),
+        ("2001:db8:0:2::3", "2001:db8:0:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("unix", "unix"),
+    ],
+)
+def test_a_client_is_an_ipv4_address_or_an_ipv6_network(host: str, client: str) -> None:
+    assert client_of((host, 1)) == client and client_of(None) == ""
 
 
 def test_the_newest_connection_gets_503_where_all_others_are_busy() -> None:
