@@ -148,11 +148,8 @@ def test_a_slow_body_is_a_408(process: Process) -> None:
 
 
 def test_another_site_reads_nothing_by_a_name_that_it_rebinds(process: Process) -> None:
-    statuses = [
-        process.client.get("/v1/examples/e0/picture", headers={"Host": host}).status_code
-        for host in (f"localhost:{process.port}", "evil.example")
-    ]
-    assert statuses == [200, 400]
+    for host, status in ((f"localhost:{process.port}", 200), ("evil.example", 400)):
+        assert process.client.get("/v1/examples/e0/picture", headers={"Host": host}).status_code == status
 
 
 def test_a_terminal_gets_the_address_of_the_page_and_plain_lines() -> None:

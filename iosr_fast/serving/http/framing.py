@@ -6,12 +6,12 @@ head first. `Body` finds the end of a body.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
-from http import HTTPStatus
 
-from iosr_fast.serving.http.errors import ApiError, error_body
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from iosr_fast.serving.http.errors import ApiError, error_response
 
 MAX_HEAD = 64 << 10  # bytes
 MAX_LINE = 8 << 10  # bytes of the request line
@@ -34,12 +34,10 @@ _BEGUN_CHUNK = re.compile(rb"\r?|\r\n[0-9A-Fa-f]{0,16}|\r\n[0-9A-Fa-f]{1,16}\r|\
 
 def last_answer(error: ApiError) -> bytes:
     """The answer to a request that no application sees; the connection is closed after it."""
-    body = json.dumps(error_body(error.code, error.detail)).encode()
-    headers = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff", **(error.headers or {})}
-    headers |= {"Content-Length": str(len(body)), "Connection": "close"}
-    lines = [f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    response = error_response({}, error)
+    response.headers.update({"X-Content-Type-Options": "nosniff", "Connection": "close"})
+    headers = [b"%s: %s\r\n" % header for header in response.raw_headers]
+    return b"".join([STATUS_LINE[error.status_code], *headers, b"\r\n", bytes(response.body)])
 
 
 def bad_request(expected: str) -> ApiError:
