@@ -15,7 +15,7 @@ from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy, error_response
 from iosr_fast.serving.http.logs import TOKEN_NAME, log, logger
 from iosr_fast.serving.http.service import Service
-from iosr_fast.serving.http.tokens import find_token
+from iosr_fast.serving.http.tokens import Token, find_token
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # polled every few seconds by machines
@@ -44,6 +44,8 @@ class RequestMiddleware:
         request_id = headers.get(b"x-request-id", b"")
         if not _ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex.encode()
+        token = find_token(self._service.settings.tokens, scope["headers"])
+        TOKEN_NAME.set(token.name if token else "")
         body = BoundedBody(scope, receive, self._service, headers.get(b"content-length", b""))
         # HEAD is answered as GET is; the connection leaves the body out.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
@@ -57,7 +59,7 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            TOKEN_NAME.set(token_name(self._service, scope))
+            check_token(self._service, scope, token)
             await self._app(inner, body.receive, answer)
         except ClientDisconnect:
             pass
@@ -87,17 +89,15 @@ class RequestMiddleware:
             )
 
 
-def token_name(service: Service, scope: Scope) -> str:
-    """The name of the token that a request has; "" for one that needs none. Raises ApiError for a request that needs
-    another one: 401 without a right token, 403 where that may only predict, or where the server takes no changes.
+def check_token(service: Service, scope: Scope, token: Token | None) -> None:
+    """Raise ApiError for a request that needs another token: 401 without a right one, 403 where it may only predict, or
+    where the server takes no changes.
 
     A change needs a token; a prediction does as soon as the server has a token that may only predict.
     """
-    tokens = service.settings.tokens
-    token = find_token(tokens, scope["headers"])
-    changes = (scope["method"], scope["path"]) != _PREDICT
+    tokens, changes = service.settings.tokens, (scope["method"], scope["path"]) != _PREDICT
     if scope["method"] in _SAFE or not (changes or any(not one.may_change for one in tokens)):
-        return token.name if token else ""
+        return
     if changes and not service.takes_changes:
         raise ApiError(403, "changes_disabled", "a head takes no changes: fit and save another one, and serve that")
     if changes and not any(one.may_change for one in tokens):
@@ -111,10 +111,7 @@ def token_name(service: Service, scope: Scope) -> str:
         message = "expected `Authorization: Bearer TOKEN` with a token of the server"
         raise ApiError(401, "unauthorized", message, {"WWW-Authenticate": "Bearer"})
     if changes and not token.may_change:
-        raise ApiError(
-            403, "predict_only", f"the token {token.name!r} may only predict; use one that may change classes"
-        )
-    return token.name
+        raise ApiError(403, "predict_only", f"the token {token.name!r} may only predict; use another one")
 
 
 class BoundedBody:
