@@ -189,7 +189,7 @@ def error_of(response: Any, status: int) -> str:
 
 def probe_soon(patch: pytest.MonkeyPatch) -> None:
     """Health checks classify an image of their own at once, and give up soon."""
-    for name, seconds in (("AFTER_S", 0.01), ("WITHIN_S", 0.3), ("STUCK_AFTER_S", 60.0)):
+    for name, seconds in (("AFTER_S", 0.01), ("WITHIN_S", 1.0), ("STUCK_AFTER_S", 60.0)):
         patch.setattr(f"iosr_fast.serving.http.health.{name}", seconds)
 
 

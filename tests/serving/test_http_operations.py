@@ -49,7 +49,7 @@ def test_health_probes_where_nothing_else_is_classified(monkeypatch: pytest.Monk
         gate.shut()
         time.sleep(0.02)
         response = client.get("/healthz")
-        assert response.status_code == 503 and "not classified within 0.3 s" in response.json()["detail"]
+        assert response.status_code == 503 and "not classified within 1 s" in response.json()["detail"]
         gate.open()
         wait_until(lambda: client.service.batching.pending == 0)
         time.sleep(0.02)
