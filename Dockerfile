@@ -1,9 +1,11 @@
 # The HTTP server of a saved classifier on CPUs, without PyTorch. hadolint has checked this file; it was never built or run.
 #
 #   docker build -t iosr-fast .
-#   docker run --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 -v "$PWD/my-classifier:/classifier:ro" iosr-fast
+#   docker run --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 -v "$PWD/my-classifier:/classifier:ro" iosr-fast \
+#       /classifier --public-host localhost
 #
-# Options of `iosr-fast serve` follow the image's name, after /classifier. EXTRAS=cpu adds PyTorch, to fit and to export.
+# Options of `iosr-fast serve` follow the image's name; this one keeps scripts of other sites out of a local port.
+# EXTRAS=cpu adds PyTorch, to fit and to export.
 FROM python:3.13-bookworm AS build
 WORKDIR /src
 COPY . .

@@ -99,7 +99,7 @@ def main(
     deadline_ms: Annotated[int, typer.Option(min=1, help="Of every request of an open loop.")] = 1000,
     changes: Annotated[bool, typer.Option("--churn", help="Also add and remove classes at 0.5 x capacity.")] = False,
     serve: Annotated[
-        str, typer.Option(help="Options of `iosr-fast serve`, in one word: '--engine-threads 1 --max-batch 8'.")
+        str, typer.Option(help="Options of `iosr-fast serve`, in one word: '--decode-threads 2 --max-batch 8'.")
     ] = "",
     rival_path: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="A checkout whose server is the rival.")

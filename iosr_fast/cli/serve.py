@@ -16,11 +16,12 @@ from iosr_fast.utils.require import require
 
 TOKEN = "IOSR_FAST_TOKEN"
 _SHARES = ("max_error", "check_share")
+_REPEATED = {"trusted_proxy": "ADDRESS", "public_host": "NAME"}
 _TokenFile = Annotated[
     Path | None,
     typer.Option(
-        help=f"File with the bearer token for class changes [default: the variable {TOKEN}; without either, changes "
-        "are off]."
+        help="File with the bearer token for class changes, or with lines `NAME TOKEN [predict]` [default: the "
+        f"variable {TOKEN}; without either, changes are off]."
     ),
 ]
 
@@ -29,7 +30,7 @@ def serve(classifier: Path, token_file: Path | None = None, **options: Any) -> N
     """Serve a saved classifier over HTTP. Clients with the token may change its classes."""
     for module in ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client", "threadpoolctl"):
         require(module, "serve")
-    options["trusted_proxy"] = tuple(options["trusted_proxy"])
+    options |= {name: tuple(options[name]) for name in _REPEATED}
     settings = Settings(token=_token(token_file), **options)
     from iosr_fast.serving.http.server import run
 
@@ -52,16 +53,15 @@ def _parameters() -> list[inspect.Parameter]:
     for name, annotation in get_type_hints(Settings, include_extras=True).items():
         for option in get_args(annotation):
             if isinstance(option, Option):
-                several = name == "trusted_proxy"
                 flag = f"--{name.removesuffix('_s').replace('_', '-')}"
                 made = typer.Option(
                     flag,
                     help=option.help,
                     rich_help_panel=option.section or None,
-                    metavar={"trusted_proxy": "ADDRESS", **dict.fromkeys(_SHARES, "SHARE")}.get(name),
+                    metavar={**_REPEATED, **dict.fromkeys(_SHARES, "SHARE")}.get(name),
                     parser=as_share if name in _SHARES else None,
                 )
-                kinds[name] = Annotated[list[str] if several else types[name], made], getattr(Settings, name)
+                kinds[name] = Annotated[list[str] if name in _REPEATED else types[name], made], getattr(Settings, name)
     return [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, (annotation, default) in kinds.items()

@@ -78,14 +78,14 @@ class Replica:
     """One process with a classifier, its batches and the application. Raises ValueError for a folder of another digest
     than `settings.expected_digest`."""
 
-    def __init__(self, bundle: str, settings: Settings) -> None:
-        from iosr_fast.serving.http.app import create_app
+    def __init__(self, bundle: str, settings: Settings, cores: int) -> None:
+        from iosr_fast.serving.http.app import create_app, make_batching, open_served, warm
         from iosr_fast.serving.http.metrics import Metrics
 
         self._settings, metrics = settings, Metrics()
-        self._batching = settings.make_batching(settings.open(bundle), observer=metrics)
-        self._batching.warm()
+        self._batching = make_batching(open_served(bundle, settings, cores), settings, observer=metrics)
         self._app = create_app(self._batching, settings, metrics)
+        warm(self._app)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -120,6 +120,8 @@ def build_app(bundle: str | Path, settings: Settings | None = None, scale: Scale
     serve = require("ray.serve", "ray")
     for module in ("fastapi", "python_multipart", "prometheus_client"):
         require(module, "serve")
+    from iosr_fast.serving.http.app import open_served
+
     settings, scale = settings or Settings(), scale or Scale()
     if settings.token is not None or settings.log is not None or settings.collect is not None:
         raise IosrFastError(
@@ -130,10 +132,9 @@ def build_app(bundle: str | Path, settings: Settings | None = None, scale: Scale
     settings = replace(
         settings,
         expected_digest=settings.expected_digest or digest_of(bundle),
-        engine_threads=settings.engine_threads or cores,
         decode_threads=settings.decode_threads or max(2, cores),  # a client leaves one to others
     )
-    settings.open(bundle)  # what no replica can serve is refused before one starts
+    open_served(bundle, settings, cores)  # what no replica can serve is refused before one starts
     deployment = serve.deployment(
         name="Classifier",
         max_ongoing_requests=2 * settings.max_queue,  # a replica itself refuses more than `max_queue` images
@@ -145,7 +146,7 @@ def build_app(bundle: str | Path, settings: Settings | None = None, scale: Scale
         graceful_shutdown_wait_loop_s=1.0,
         **scale.options(),
     )
-    return deployment(serve.ingress()(Replica)).bind(str(Path(bundle).absolute()), settings)
+    return deployment(serve.ingress()(Replica)).bind(str(Path(bundle).absolute()), settings, cores)
 
 
 def from_config(args: Mapping[str, Any]) -> Any:

@@ -109,8 +109,8 @@ REQUESTS: dict[str, tuple[str, dict[str, str]]] = {
 
 def hostile_bytes(count: int, seed: int) -> Iterator[bytes]:
     """Bytes for a bare socket that no HTTP library would send."""
-    post = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
-    hidden = b"GET /v1/classes HTTP/1.1\r\nHost: x\r\n\r\n"
+    post = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    hidden = b"GET /v1/classes HTTP/1.1\r\nHost: localhost\r\n\r\n"
     makers: list[Callable[[Rng], bytes]] = [
         lambda rng: rng.bytes(2_000),
         lambda rng: post + b"X-Long: " + b"a" * (4 * _MIB) + b"\r\n\r\n",
@@ -120,11 +120,13 @@ def hostile_bytes(count: int, seed: int) -> Iterator[bytes]:
         lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\nfffffffff\r\n" + rng.bytes(500),
         lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * (4 * _MIB),
         lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 50_000 + b"0\r\n\r\n",
-        lambda rng: b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 1_000,
-        lambda rng: b"GET /static/../../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
-        lambda rng: b"GET /%ff%fe%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        lambda rng: b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1_000,
+        lambda rng: b"GET /static/../../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        lambda rng: b"GET /%ff%fe%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
         lambda rng: post + b"Upgrade: h2c\r\nContent-Length: %d\r\n\r\n%s" % (len(hidden), hidden),
-        lambda rng: b"PATCH /v1/classes/c0 HTTP/1.1\r\nHost: x\r\nContent-Length: 31000000\r\n\r\n" + b"[" * (4 * _MIB),
+        lambda rng: (
+            b"PATCH /v1/classes/c0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 31000000\r\n\r\n" + b"[" * (4 * _MIB)
+        ),
     ]
     for i in range(count):
         yield makers[i % len(makers)](np.random.default_rng([seed, i]))

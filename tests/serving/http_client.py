@@ -37,7 +37,7 @@ fastapi = pytest.importorskip("fastapi", reason="fastapi comes with the serve ex
 httpx = pytest.importorskip("httpx", reason="httpx comes with the dev extra")
 pytest.importorskip("prometheus_client", reason="prometheus-client comes with the serve extra")
 
-from iosr_fast.serving.http.app import create_app  # noqa: E402
+from iosr_fast.serving.http.app import batch_for, create_app  # noqa: E402
 from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
 
 CLASSES, SHOTS = 8, 3
@@ -136,7 +136,7 @@ def serving(
     classifier = load() if classifier is None else classifier
     metrics = Metrics()
     made = Settings(**{"token": TOKEN, **settings})
-    options = {"max_batch": made.batch_for(classifier.encoder), "max_queue": made.max_queue}
+    options = {"max_batch": batch_for(classifier.encoder, made), "max_queue": made.max_queue}
     options |= {"max_error": made.max_error, "collect": collector and collector.offer, **(batching or {})}
     batches = BatchingClassifier(classifier, observer=metrics, **options)
     client = Client(create_app(batches, made, metrics, collector))
@@ -189,7 +189,7 @@ def error_of(response: Any, status: int) -> str:
 
 def probe_soon(patch: pytest.MonkeyPatch) -> None:
     """Health checks classify an image of their own at once, and give up soon."""
-    for name, seconds in (("AFTER_S", 0.01), ("WITHIN_S", 0.3), ("STUCK_AFTER_S", 60.0)):
+    for name, seconds in (("AFTER_S", 0.01), ("WITHIN_S", 1.0), ("STUCK_AFTER_S", 60.0)):
         patch.setattr(f"iosr_fast.serving.http.health.{name}", seconds)
 
 

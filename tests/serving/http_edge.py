@@ -38,7 +38,7 @@ class Site:
         self.seen: list[tuple[str, str, int]] = []
         self.gone = 0  # clients that left before their answer
         self.metrics = Metrics()
-        self.settings = Settings(**{"grace_s": 3, **settings})
+        self.settings = Settings(**{"grace_s": 3, "host": "0.0.0.0", **settings})  # any Host
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = listener.getsockname()[1]
         self.server = uvicorn.Server(uvicorn_config(self._app, self.settings, self.metrics))
@@ -72,8 +72,8 @@ class Site:
             assert time.monotonic() < until
             time.sleep(0.005)
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+    def connect(self, source: str = "127.0.0.1") -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
 
     def ask(self, *parts: bytes, pause_s: float = 0.0) -> bytes:
         """All that comes back for these bytes until the server closes."""

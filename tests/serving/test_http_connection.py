@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from iosr_fast.serving.http.addresses import client_of
 from tests.serving.http_edge import BIG, Site, read_all, read_answers, site, statuses
 
 pytestmark = pytest.mark.slow
@@ -52,31 +53,29 @@ def until_closed(connection: socket.socket, trickle: bytes = b"", every_s: float
     raise AssertionError(f"still open after {LONG_S} s: {answer!r}")
 
 
-def test_headers_that_trickle_get_408(shared: Site) -> None:
-    def answer_to(case: tuple[int, bytes]) -> list[int]:
-        before, begun = case
-        with shared.connect() as connection:
-            connection.sendall(GET * before)
-            read_answers(connection, before)
-            connection.sendall(begun)
-            return statuses(until_closed(connection, b"X: a\r\n" if begun.startswith(b"GET") else b"A"))
+def trickled(shared: Site, cases: list[tuple[bytes, bytes]]) -> list[list[int]]:
+    """Statuses on connections that send some bytes, with whole requests first, and then others again and again."""
 
-    cases = [(i, begun) for i in (0, 1) for begun in (b"", b"G", b"\r\n", b"GET / HTTP/1.1\r\n", GET[:-2])]
+    def last_statuses(case: tuple[bytes, bytes]) -> list[int]:
+        with shared.connect() as connection:
+            connection.sendall(case[0])
+            read_answers(connection, case[0].count(GET))
+            return statuses(until_closed(connection, case[1]))
+
     with ThreadPoolExecutor(len(cases)) as pool:
-        assert list(pool.map(answer_to, cases)) == [[408]] * len(cases)
+        return list(pool.map(last_statuses, cases))
+
+
+def test_headers_that_trickle_get_408(shared: Site) -> None:
+    begun = [(b"", b"A"), (b"G", b"A"), (b"\r\n", b"A"), (b"GET / HTTP/1.1\r\n", b"X: a\r\n"), (GET[:-2], b"X: a\r\n")]
+    cases = begun + [(GET + first, trickle) for first, trickle in begun]
+    assert trickled(shared, cases) == [[408]] * len(cases)
 
 
 def test_bytes_that_are_no_request_keep_no_connection(shared: Site) -> None:
-    def answer_to(case: tuple[bytes, bytes]) -> list[int]:
-        before, trickle = case
-        with shared.connect() as connection:
-            connection.sendall(before)
-            read_answers(connection, before.count(b"GET"))
-            return statuses(until_closed(connection, trickle))
-
-    cases = [(GET + b"\r\n", trickle) for trickle in (b"", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\0")]
-    with ThreadPoolExecutor(len(cases) + 1) as pool:
-        assert list(pool.map(answer_to, [(b"", b""), *cases])) == [[], [], *[[400]] * (len(cases) - 1)]
+    assert trickled(shared, [(b"", b""), (GET + b"\r\n", b"")]) == [[], []]
+    cases = [(GET + b"\r\n", trickle) for trickle in (b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\0")]
+    assert trickled(shared, cases) == [[400]] * len(cases)
 
 
 def test_one_blank_line_before_a_request_is_ignored(shared: Site) -> None:
@@ -192,6 +191,25 @@ def test_connections_that_wait_for_their_clients_make_room(begun: bytes) -> None
         crowded.wait_for(lambda: len(crowded.connections) <= 20)
 
 
+def test_a_client_loses_no_connection_to_another_that_has_more() -> None:
+    with site(max_connections=20) as crowded, contextlib.ExitStack() as opened:
+        upload = opened.enter_context(crowded.connect("127.0.0.2"))
+        upload.sendall(POST + bytes(500))
+        crowded.wait_for(lambda: len(crowded.connections) == 1)
+        idle = [opened.enter_context(crowded.connect()) for _ in range(25)]
+        assert [read_all(connection) for connection in idle[:6]] == [b""] * 6  # those that have waited longest
+        upload.sendall(bytes(500))
+        assert read_answers(upload, 1)[0][0] == 200
+
+
+@pytest.mark.parametrize(("host", "client"), [
+    ("10.0.0.7", "10.0.0.7"), ("::ffff:10.0.0.7", "10.0.0.7"), ("fe80::1%eth0", "fe80::/64"), ("a name", "a name"),
+    ("1:2:3:5:2::3", "1:2:3:5::/64"), ("1:2:3:5:f::", "1:2:3:5::/64"), ("1:2:3:4::", "1:2:3:4::/64"),
+])  # fmt: skip
+def test_a_client_is_an_ipv4_address_or_an_ipv6_network(host: str, client: str) -> None:
+    assert client_of((host, 1)) == client and client_of(None) == ""
+
+
 def test_the_newest_connection_gets_503_where_all_others_are_busy() -> None:
     with site(max_connections=4) as crowded, contextlib.ExitStack() as opened:
         many = [opened.enter_context(crowded.connect()) for _ in range(4)]
@@ -199,7 +217,7 @@ def test_the_newest_connection_gets_503_where_all_others_are_busy() -> None:
             connection.sendall(SLOW)
         crowded.wait_for(lambda: len(crowded.seen) == 4)
         refused = crowded.ask(GET)
-        assert statuses(refused) == [503] and b"Retry-After: 1\r\n" in refused
+        assert statuses(refused) == [503] and b"retry-after: 1\r\n" in refused
         assert [read_answers(connection, 1)[0][0] for connection in many] == [200] * 4
         assert statuses(crowded.ask(CLOSE)) == [200]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -85,9 +86,28 @@ def test_a_request_for_no_host_or_two_is_refused(shared: Site, head: bytes) -> N
     assert not shared.seen
 
 
-@pytest.mark.parametrize("host", [b"a", b"a.b-c_d:80", b"127.0.0.1:8000", b"[::1]:80", b"  a  ", b"a:"])
-def test_a_good_host_is_taken(shared: Site, host: bytes) -> None:
-    assert statuses(shared.ask(post(line=b"GET / HTTP/1.1", host=host) + LAST)) == [200, 200]
+@pytest.mark.parametrize(("settings", "good", "bad"), [
+    ({"host": "127.0.0.1"}, [b"localhost:80", b"LocalHost", b"127.9.9.9", b"[::1]:80"], [
+        b"evil.example", b"evil.example:80", b"localhost.evil.example", b"127.0.0.1.evil.example", b"x", b"[::1",
+    ]),
+    ({"host": "::1", "public_host": ("Shop.example",)}, [b"shop.example:443", b"SHOP.EXAMPLE", b"localhost"], [
+        b"evil.example", b"a.shop.example", b"shop.example.evil",
+    ]),
+    ({"host": "0.0.0.0", "public_host": ("a", "b")}, [b"b", b"10.0.0.7:80"], [b"evil.example"]),
+    ({"host": "0.0.0.0"}, [b"evil.example", b"a", b"a.b-c_d:80", b"127.0.0.1:80", b"[::1]:80", b"  a  ", b"a:"], []),
+])  # fmt: skip
+def test_a_host_that_does_not_name_this_server_gets_400(
+    settings: dict[str, Any], good: list[bytes], bad: list[bytes]
+) -> None:
+    with site(**settings) as guarded:
+        for host in good:
+            assert statuses(guarded.ask(post(b"Connection: close\r\n", line=b"GET / HTTP/1.1", host=host))) == [200]
+        for host in bad:
+            url = post(line=b"GET http://" + host + b"/ HTTP/1.1", host=b"localhost")
+            for request in (post(line=b"GET / HTTP/1.1", host=host), url):
+                answer = guarded.ask(request)
+                assert statuses(answer) == [400] and b'{"error":{"code":"' in answer, host
+        assert len(guarded.seen) == len(good)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.unknown import fit_unknown
-from iosr_fast.serving.http.logs import JsonFormatter
+from iosr_fast.serving.http.app import open_served
+from iosr_fast.serving.http.logs import Formatter
 from iosr_fast.serving.http.settings import Settings
 from tests.pictures import GREY
 from tests.serving.http_client import (
@@ -245,7 +246,7 @@ def test_an_unexpected_error_is_a_500_with_its_trace_in_the_log(caplog: pytest.L
         assert error_of(response, 500) == "internal" and "division" not in response.text
         assert response.headers["X-Request-ID"] == "abc-1"
         failed = next(record for record in caplog.records if record.exc_info)
-        assert "ZeroDivisionError" in JsonFormatter().format(failed)
+        assert "ZeroDivisionError" in Formatter(plain=False).format(failed)
 
 
 # --- a head on embeddings ---
@@ -253,7 +254,7 @@ def test_an_unexpected_error_is_a_500_with_its_trace_in_the_log(caplog: pytest.L
 
 @pytest.fixture(scope="module")
 def served_head(head_folder: Path) -> Iterator[Client]:
-    with serving(Settings().open(head_folder), max_images=3) as client:
+    with serving(open_served(head_folder, Settings()), max_images=3) as client:
         yield client
 
 

@@ -23,6 +23,7 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
+from iosr_fast.serving.http.app import batch_for
 from iosr_fast.serving.http.settings import Settings
 from tests import ROOT
 from tests.pictures import GREY
@@ -33,7 +34,7 @@ from tests.serving.http_process import Process, started
 
 pytestmark = pytest.mark.slow
 
-POST = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+POST = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 
 
 def error_from(connection: socket.socket) -> bytes:
@@ -110,8 +111,8 @@ def test_a_full_disk_stops_changes_and_nothing_else(tmp_path: Path) -> None:
         process.exit_code()
     with started("--log", str(log), "--drain", "0") as process:
         assert process.client.get("/v1/classes").json()["total"] == CLASSES + version
-        process.signal(signal.SIGINT)
-        assert process.exit_code() == 0
+        process.signal(signal.SIGHUP)  # as SIGTERM
+        assert process.exit_code() == 0 and process.lines[-1]["event"] == "stopped"
     log.write_bytes(log.read_bytes()[:-20])
     done = CliRunner().invoke(app, ["serve", str(bundle()), "--port", "0", "--log", str(log)])
     assert done.exit_code == 2 and "is damaged: " in done.output and "restore it from a copy" in done.output
@@ -146,10 +147,14 @@ def test_a_slow_body_is_a_408(process: Process) -> None:
         assert error_from(connection).startswith(b"HTTP/1.1 408")
 
 
-@pytest.mark.parametrize("options", [[], ["--log-json"]])
-def test_a_terminal_gets_the_address_of_the_page_and_plain_lines(options: list[str]) -> None:
+def test_another_site_reads_nothing_by_a_name_that_it_rebinds(process: Process) -> None:
+    for host, status in ((f"localhost:{process.port}", 200), ("evil.example", 400)):
+        assert process.client.get("/v1/examples/e0/picture", headers={"Host": host}).status_code == status
+
+
+def test_a_terminal_gets_the_address_of_the_page_and_plain_lines() -> None:
     leader, terminal = pty.openpty()
-    command = [sys.executable, "-m", "iosr_fast", "serve", str(bundle()), "--port", "0", "--drain", "0", *options]
+    command = [sys.executable, "-m", "iosr_fast", "serve", str(bundle()), "--port", "0", "--drain", "0"]
     with subprocess.Popen(command, stderr=terminal, env={**os.environ, "PYTHONPATH": str(ROOT)}) as running:
         os.close(terminal)
         text = b""
@@ -161,11 +166,8 @@ def test_a_terminal_gets_the_address_of_the_page_and_plain_lines(options: list[s
                 text += part
     os.close(leader)
     lines = text.decode().splitlines()
-    if options:
-        assert [json.loads(line)["event"] for line in lines][-1] == "stopped"
-    else:
-        assert any(line.startswith("The page is at http://127.0.0.1:") for line in lines)
-        assert " stopped seconds=" in lines[-1] and not any("{" in line for line in lines)
+    assert any(line.startswith("The page is at http://127.0.0.1:") for line in lines)
+    assert " stopped seconds=" in lines[-1] and not any("{" in line for line in lines)
 
 
 def test_an_engine_that_fails_at_once_ends_the_process(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
@@ -189,7 +191,7 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path: Path, process: P
         ([str(bundle()), "--host", "not a host"], "can't listen on"),
         ([str(bundle()), "--token-file", str(short)], "at least 16"),
         ([str(bundle()), "--token-file", str(tmp_path / "missing")], "missing"),
-        ([str(bundle()), "--max-body-mb", "200"], "lower --max-body-mb or raise --max-buffered-mb"),
+        ([str(bundle()), "--public-host", "shop.example:443"], "a name without a port"),
         ([str(tmp_path / "nothing"), "--max-connections", "1000000000"], "lower --max-connections"),
         ([str(bundle()), "--log", str(tmp_path)], "regular file"),
     ):
@@ -205,7 +207,7 @@ def test_freed_memory_is_kept_where_the_c_library_is_glibc() -> None:
 
 
 def test_batches_suit_the_engine() -> None:
-    classifier = Classifier.load(bundle(), threads=1)
-    assert Settings().batch_for(classifier.encoder) == 8 and Settings(max_batch=5).batch_for(classifier.encoder) == 5
-    classifier.encoder.buckets = (1, 32)  # as an engine on a GPU has them
-    assert Settings().batch_for(classifier.encoder) == classifier.encoder.max_batch == 32
+    encoder = Classifier.load(bundle(), threads=1).encoder
+    assert batch_for(encoder, Settings()) == 8 and batch_for(encoder, Settings(max_batch=5)) == 5
+    encoder.buckets = (1, 32)  # as an engine on a GPU has them
+    assert batch_for(encoder, Settings()) == encoder.max_batch == 32

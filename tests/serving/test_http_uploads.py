@@ -29,8 +29,10 @@ def refusal(data: bytes, side: int = 64, **settings: Any) -> ApiError | None:
 def small() -> Any:
     """A server with limits that are easy to reach."""
     limits = {"max_body_mb": 0.3, "max_image_mb": 0.1, "max_images": 4, "max_pixels": 250_000}
-    with serving(max_buffered_mb=0.6, **limits) as client:
-        yield client
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iosr_fast.serving.http.service._BODIES", 2)
+        with serving(**limits) as client:
+            yield client
 
 
 def image_code(response: Any) -> str:

@@ -15,6 +15,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.head.names import LONGEST, name_fault
 from iosr_fast.serving.http import schemas
+from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example, of_library
 from iosr_fast.serving.http.lists import CLASS_ID_PATH, EXAMPLE_ID_PATH
 from iosr_fast.serving.http.logs import log
@@ -60,7 +61,7 @@ def make_router(service: Service) -> APIRouter:
 
     def decoded(request: Request, images: list[bytes]) -> Iterator[np.ndarray]:
         """The images one after another, as 64 large ones would take gigabytes. Decoder processes decode them."""
-        client = request.client.host if request.client else ""
+        client = client_of(request.client)
         for i, image in enumerate(images):
             yield service.batching.decode_whole(image, i, deadline_s=_DECODE_S, client=client).result()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
-from functools import partial
+from collections import Counter
 from typing import Any, cast
 
 from httptools import HttpParserError, HttpParserInvalidMethodError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.framing import MAX_HEAD, TARGET, Body, bad_request, check_head, find_head, last_answer
 from iosr_fast.serving.http.metrics import Metrics
@@ -20,11 +20,6 @@ _HEAD_S = 10.0  # from its first byte to its last
 _KEEP_ALIVE_S = 65.0
 _HALF_CLOSED_S = 1.0  # until the answer begins, for a client that has closed its side and may be gone
 _LINGER_S = 5.0  # to read what a client still sends after its answer; if closed at once, it might miss the answer
-
-
-def protocol(settings: Settings, metrics: Metrics) -> Callable[..., Connection]:
-    """The `http` option of uvicorn."""
-    return partial(Connection, settings, metrics, {})
 
 
 class Connection(HttpToolsProtocol):
@@ -41,8 +36,9 @@ class Connection(HttpToolsProtocol):
     - after the client has closed its side, until the answer begins: _HALF_CLOSED_S,
     - for the rest of a body that is already answered, or the client's close: _LINGER_S and `max_body_bytes`.
 
-    Beyond `max_connections`, the connection that has waited longest for its client is closed: `waiting`, which all
-    connections of a server share, has the longest first.
+    Beyond `max_connections`, one that waits for its client is closed: of those whose client (addresses.client_of the
+    peer) has most connections, the one that has waited longest. So nobody loses a connection to a client that has more.
+    `waiting`, which all connections of a server share, has the longest first.
     """
 
     def __init__(
@@ -65,10 +61,12 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._socket = cast(asyncio.Transport, transport)  # uvloop's transport does not inherit from it
         super().connection_made(self._socket)
-        self.transport = cast(asyncio.Transport, _Writer(self, self._socket))
+        self.transport, self.write = cast(asyncio.Transport, self), self._socket.write
+        self.peer = client_of(self.client)
         self._wait(_HEAD_S)
         if len(self.connections) > self._settings.max_connections:
-            oldest = next(iter(self._waiting))
+            held = Counter(connection.peer for connection in self.connections)  # type: ignore[union-attr]
+            oldest = max(self._waiting, key=lambda connection: held[connection.peer])  # the first of equals
             if oldest is self:
                 self._refuse(busy("busy", "too many connections; try again"))
             else:
@@ -135,7 +133,7 @@ class Connection(HttpToolsProtocol):
         """llhttp has no body to parse; `_receive` knows where it ends."""
 
     def on_response_complete(self) -> None:
-        if self.finished or self._socket.is_closing() or self.flow.write_paused:  # resume_writing calls it again
+        if self.is_closing() or self.flow.write_paused:  # resume_writing calls it again
             return
         if self._has_request:
             self._next()
@@ -173,7 +171,7 @@ class Connection(HttpToolsProtocol):
             if size := find_head(buffer, self._searched):
                 head = bytes(buffer[:size])
                 del buffer[:size]
-                body, parts = Body(check_head(head)), []
+                body, parts = Body(check_head(head, self._settings.serves)), []
                 if not body.whole:
                     parts = body.read(bytes(buffer))
                     buffer.clear()
@@ -231,9 +229,12 @@ class Connection(HttpToolsProtocol):
         self._stop_waiting()
         self._socket.abort()
 
-    def finish(self) -> None:
-        """Close the sending side and drop what the client still sends, so that it can read its answer."""
-        if self.finished or self._socket.is_closing():
+    def close(self) -> None:
+        """Close the sending side and drop what the client still sends, so that it can read its answer.
+
+        uvicorn writes to this object and closes it: with `write` and `is_closing` it is the transport that uvicorn has.
+        """
+        if self.is_closing():
             return
         self.finished, self._unread = True, 0
         self._buffer.clear()
@@ -241,6 +242,9 @@ class Connection(HttpToolsProtocol):
         self.flow.resume_reading()
         if not self.flow.write_paused:
             self._wait(_LINGER_S)
+
+    def is_closing(self) -> bool:
+        return self.finished or self._socket.is_closing()
 
     def _refuse(self, error: ApiError) -> None:
         """Answer with an error and close; only close if an answer has begun."""
@@ -252,7 +256,7 @@ class Connection(HttpToolsProtocol):
         if self._body is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self.finish()
+        self.close()
 
     def _drop(self, count: int) -> None:
         self._unread += count
@@ -277,14 +281,3 @@ class Connection(HttpToolsProtocol):
             self._refuse(ApiError(408, "headers_too_slow", f"expected all headers within {_HEAD_S:g} s"))
         else:
             self.abort()
-
-
-class _Writer:
-    """The transport that uvicorn sees. To close it is to finish the connection."""
-
-    def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
-        self._connection, self._transport = connection, transport
-        self.write, self.close = transport.write, connection.finish
-
-    def is_closing(self) -> bool:
-        return self._connection.finished or self._transport.is_closing()

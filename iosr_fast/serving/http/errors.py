@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -74,20 +74,15 @@ def error_response(scope: MutableMapping[str, Any], error: HTTPException) -> Res
     return JSONResponse(error_body(code, str(error.detail)), error.status_code, error.headers)
 
 
-def install(app: FastAPI) -> None:
-    """Install handlers in `app` that answer every error in this form."""
-
-    async def refuse(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return error_response(request.scope, error)
-
-    async def refuse_parameters(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):
         message = "; ".join(_describe(detail) for detail in error.errors()[:5])
-        return error_response(request.scope, ApiError(422, "invalid_parameters", message))
+        error = ApiError(422, "invalid_parameters", message)
+    assert isinstance(error, HTTPException)
+    return error_response(request.scope, error)
 
-    app.add_exception_handler(HTTPException, refuse)
-    app.add_exception_handler(RequestValidationError, refuse_parameters)
+
+HANDLERS: dict[Any, Any] = {HTTPException: _refuse, RequestValidationError: _refuse}  # of an application
 
 
 def _describe(error: Mapping[str, Any]) -> str:

@@ -6,11 +6,12 @@ head first. `Body` finds the end of a body.
 
 from __future__ import annotations
 
-import json
 import re
-from http import HTTPStatus
+from collections.abc import Callable
 
-from iosr_fast.serving.http.errors import ApiError, error_body
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from iosr_fast.serving.http.errors import ApiError, error_response
 
 MAX_HEAD = 64 << 10  # bytes
 MAX_LINE = 8 << 10  # bytes of the request line
@@ -33,12 +34,10 @@ _BEGUN_CHUNK = re.compile(rb"\r?|\r\n[0-9A-Fa-f]{0,16}|\r\n[0-9A-Fa-f]{1,16}\r|\
 
 def last_answer(error: ApiError) -> bytes:
     """The answer to a request that no application sees; the connection is closed after it."""
-    body = json.dumps(error_body(error.code, error.detail)).encode()
-    headers = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff", **(error.headers or {})}
-    headers |= {"Content-Length": str(len(body)), "Connection": "close"}
-    lines = [f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    response = error_response({}, error)
+    response.headers.update({"X-Content-Type-Options": "nosniff", "Connection": "close"})
+    headers = [b"%s: %s\r\n" % header for header in response.raw_headers]
+    return b"".join([STATUS_LINE[error.status_code], *headers, b"\r\n", bytes(response.body)])
 
 
 def bad_request(expected: str) -> ApiError:
@@ -63,10 +62,11 @@ def find_head(data: bytearray, searched: int) -> int:
     return end if complete else 0
 
 
-def check_head(head: bytes) -> int | None:
+def check_head(head: bytes, serves: Callable[[str], bool]) -> int | None:
     """The length of the body of a complete head; None: chunked.
 
-    Raises ApiError unless the head follows the RFC's grammar, without its obsolete parts, and is unambiguous.
+    Raises ApiError unless the head follows the RFC's grammar, without its obsolete parts, is unambiguous, and `serves`
+    takes its host; HTTP/1.0 needs none, and no browser speaks it.
     """
     if head.count(b"\r\n") > MAX_HEADERS + 2:
         raise ApiError(431, "headers_too_large", f"expected at most {MAX_HEADERS} headers")
@@ -76,7 +76,8 @@ def check_head(head: bytes) -> int | None:
     method, target, version = grammar.groups()
     if version not in (b"1.1", b"1.0"):
         raise bad_request(f"HTTP/1.1 or HTTP/1.0, got HTTP/{version.decode()}")
-    if method == b"CONNECT" or not TARGET.fullmatch(target):
+    url = TARGET.fullmatch(target)
+    if method == b"CONNECT" or url is None:
         raise bad_request("a path that begins with a slash, or a URL with a host, without a fragment")
     found: dict[bytes, list[bytes]] = {b"host": [], b"content-length": [], b"transfer-encoding": []}
     for field in head[:-4].split(b"\r\n")[1:]:
@@ -86,6 +87,9 @@ def check_head(head: bytes) -> int | None:
     hosts, lengths, codings = found.values()
     if (len(hosts) != 1 and (hosts or version == b"1.1")) or any(not _AUTHORITY.fullmatch(host) for host in hosts):
         raise bad_request("one Host header, a name or address with or without a port")
+    if (host := url[1] or b"".join(hosts)) and not serves(host.decode()):
+        expected = "expected a Host that is an address, localhost, or a name given by --public-host"
+        raise ApiError(400, "wrong_host", f"{expected}, got {host.decode()[:80]!r}")
     if len(lengths) > 1 or any(not _LENGTH.fullmatch(length) for length in lengths):
         raise bad_request("at most one Content-Length with a whole number")
     if not codings:

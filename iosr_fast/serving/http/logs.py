@@ -8,6 +8,7 @@ import queue
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
 from typing import Any
@@ -15,50 +16,43 @@ from typing import Any
 from iosr_fast.exceptions import printable
 
 logger = logging.getLogger("iosr_fast.serving")
+TOKEN_NAME: ContextVar[str] = ContextVar("token_name", default="")  # of the request that is answered
 _MAX_QUEUED = 10_000  # lines for a slow reader of stderr; more are dropped, so that no request waits
 
 
 def log(event: str, *, level: int = logging.INFO, **facts: Any) -> None:
-    """Log `event` with `facts` of JSON types."""
-    logger.log(level, event, extra={"facts": facts})
+    """Log `event` with `facts` of JSON types, and the name of the request's token."""
+    token = {"token": TOKEN_NAME.get()} if TOKEN_NAME.get() else {}
+    logger.log(level, event, extra={"facts": facts | token})
 
 
-def _facts(record: logging.LogRecord) -> dict[str, Any]:
-    """Event and facts of a record of `log`, or the message of another library."""
-    facts = getattr(record, "facts", None)
-    if facts is None:
-        return {"event": "log", "logger": record.name, "message": record.getMessage()}
-    return {"event": record.msg, **facts}
+class Formatter(logging.Formatter):
+    """A line for people, `12:00:01 request method=GET path=/ status=200`, where `plain`; for programs a JSON object."""
 
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line, for programs."""
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self._plain = plain
 
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"time": time, "level": record.levelname.lower(), **_facts(record)}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-class PlainFormatter(logging.Formatter):
-    """A line for people, such as `12:00:01 request method=GET path=/ status=200`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        facts = _facts(record)
-        words = [datetime.fromtimestamp(record.created).strftime("%H:%M:%S"), facts.pop("event")]
-        words += [f"{name}={value}" for name, value in facts.items() if value not in ("", None)]
-        line = printable(" ".join(words))
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        time, facts = datetime.fromtimestamp(record.created, UTC), getattr(record, "facts", None)
+        event = record.msg
+        if facts is None:  # of another library
+            event, facts = "log", {"logger": record.name, "message": record.getMessage()}
+        error = self.formatException(record.exc_info) if record.exc_info else ""
+        if self._plain:
+            words = [f"{name}={value}" for name, value in facts.items() if value not in ("", None)]
+            line = printable(" ".join([time.astimezone().strftime("%H:%M:%S"), event, *words]))
+            return f"{line}\n{error}" if error else line
+        first = {"time": time.isoformat(timespec="milliseconds"), "level": record.levelname.lower(), "event": event}
+        return json.dumps({**first, **facts, **({"exception": error} if error else {})})
 
 
 class _Queue(QueueHandler):
-    """Passes records to a thread; drops them if the queue is full, and logs how many."""
+    """Passes records to a thread, which formats them; drops them if the queue is full, and logs how many."""
 
     dropped = 0
 
-    def emit(self, record: logging.LogRecord) -> None:  # formatted by the thread
+    def emit(self, record: logging.LogRecord) -> None:
         try:
             self.queue.put_nowait(record)
         except queue.Full:
@@ -70,12 +64,13 @@ class _Queue(QueueHandler):
 
 
 @contextmanager
-def logs_to_stderr(plain: bool = False) -> Iterator[None]:
-    """Within the block, a separate thread writes all logs of this process to stderr, as JSON or as `plain` lines."""
+def logs_to_stderr() -> Iterator[None]:
+    """Within the block, a separate thread writes all logs of this process to stderr: to a terminal lines for people,
+    to a file or pipe JSON."""
     root = logging.getLogger()
     before, quiet = root.handlers[:], {"python_multipart": logging.ERROR, "uvicorn.error": logging.WARNING}
     to_stderr = logging.StreamHandler(sys.stderr)
-    to_stderr.setFormatter(PlainFormatter() if plain else JsonFormatter())
+    to_stderr.setFormatter(Formatter(sys.stderr.isatty()))
     records: queue.Queue[Any] = queue.Queue(_MAX_QUEUED)
     listener = QueueListener(records, to_stderr)
     root.handlers[:] = [_Queue(records)]

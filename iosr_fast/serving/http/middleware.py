@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import time
@@ -12,9 +11,11 @@ import uuid
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy, error_response
-from iosr_fast.serving.http.logs import log, logger
+from iosr_fast.serving.http.logs import TOKEN_NAME, log, logger
 from iosr_fast.serving.http.service import Service
+from iosr_fast.serving.http.tokens import Token, find_token
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # polled every few seconds by machines
@@ -43,6 +44,8 @@ class RequestMiddleware:
         request_id = headers.get(b"x-request-id", b"")
         if not _ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex.encode()
+        token = find_token(self._service.settings.tokens, scope["headers"])
+        TOKEN_NAME.set(token.name if token else "")
         body = BoundedBody(scope, receive, self._service, headers.get(b"content-length", b""))
         # HEAD is answered as GET is; the connection leaves the body out.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
@@ -56,20 +59,16 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            if scope["method"] not in _SAFE and (scope["method"], scope["path"]) != _PREDICT:
-                check_token(self._service, scope)
+            check_token(self._service, scope, token)
             await self._app(inner, body.receive, answer)
         except ClientDisconnect:
             pass
-        except ApiError as error:
-            await error_response(inner, error)(inner, receive, answer)
-        except Exception:
-            logger.exception("unexpected", extra={"facts": {"request_id": request_id.decode()}})
-            response = error_response(
-                inner, ApiError(500, "internal", "the server failed at this request; see its log")
-            )
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                logger.exception("unexpected", extra={"facts": {"request_id": request_id.decode()}})
+                error = ApiError(500, "internal", "the server failed at this request; see its log")
             if not status:
-                await response(inner, receive, answer)
+                await error_response(inner, error)(inner, receive, answer)
         finally:
             self._service.bodies.give(body.client, body.size)
             seconds, status = time.perf_counter() - start, status or _DISCONNECTED
@@ -84,30 +83,35 @@ class RequestMiddleware:
                 ms=round(seconds * 1e3, 2),
                 images=inner.get("iosr_fast.images", 0),
                 bytes=body.size,
-                client=body.client,
+                client=scope["client"][0] if scope.get("client") else "",
                 request_id=request_id.decode(),
                 **({} if code is None else {"code": code}),
             )
 
 
-def check_token(service: Service, scope: Scope) -> None:
-    """Raise 403 if the server has no token or takes no changes, 401 for no token, a wrong one or two. Compares in
-    constant time."""
-    token = service.settings.token
-    if not service.takes_changes:
+def check_token(service: Service, scope: Scope, token: Token | None) -> None:
+    """Raise ApiError for a request that needs another token: 401 without a right one, 403 where it may only predict, or
+    where the server takes no changes.
+
+    A change needs a token; a prediction does as soon as the server has a token that may only predict.
+    """
+    tokens, changes = service.settings.tokens, (scope["method"], scope["path"]) != _PREDICT
+    if scope["method"] in _SAFE or not (changes or any(not one.may_change for one in tokens)):
+        return
+    if changes and not service.takes_changes:
         raise ApiError(403, "changes_disabled", "a head takes no changes: fit and save another one, and serve that")
-    if token is None:
+    if changes and not any(one.may_change for one in tokens):
         raise ApiError(
             403,
             "changes_disabled",
             "no token is set, so classes can't be changed here: `iosr-fast serve` takes one from --token-file FILE or "
             "IOSR_FAST_TOKEN, requests send it as `Authorization: Bearer TOKEN`",
         )
-    values = [value for name, value in scope["headers"] if name == b"authorization"]
-    scheme, _, credentials = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-    if scheme.lower() != b"bearer" or not hmac.compare_digest(credentials.strip(), token.encode()):
-        message = "expected `Authorization: Bearer TOKEN` with the server's token"
+    if token is None:
+        message = "expected `Authorization: Bearer TOKEN` with a token of the server"
         raise ApiError(401, "unauthorized", message, {"WWW-Authenticate": "Bearer"})
+    if changes and not token.may_change:
+        raise ApiError(403, "predict_only", f"the token {token.name!r} may only predict; use another one")
 
 
 class BoundedBody:
@@ -123,7 +127,7 @@ class BoundedBody:
         self._announced = int(content_length) if content_length.isdigit() and len(content_length) < 20 else 0
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s
         self._whole = False
-        self.client: str = scope["client"][0] if scope.get("client") else ""
+        self.client = client_of(scope.get("client"))
         self.size = 0  # bytes that are taken from the share of the client
 
     async def receive(self) -> Message:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from iosr_fast.exceptions import BadImageError, DeadlineExceededError, IosrFastError, QueueFullError
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving.http import schemas
+from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy, error_body, of_library
 from iosr_fast.serving.http.lists import KEEP_QUERY
 from iosr_fast.serving.http.service import Service
@@ -74,7 +75,7 @@ def make_router(service: Service) -> APIRouter:
         ),
     ) -> Response:
         _check_query(request)
-        client = request.client.host if request.client else ""
+        client = client_of(request.client)
         try:
             _check_room(service, client)  # before the body is read, which makes refusals cheap
             images = await service.uploads.read_images(request)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import hashlib
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits
 
@@ -24,8 +28,8 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.sealed.manifest import MANIFEST
 from iosr_fast.serving.collector import Collector
-from iosr_fast.serving.http.app import create_app
-from iosr_fast.serving.http.connection import protocol
+from iosr_fast.serving.http.app import create_app, make_batching, open_served, warm
+from iosr_fast.serving.http.connection import Connection
 from iosr_fast.serving.http.logs import log, logger, logs_to_stderr
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.service import Service
@@ -44,7 +48,8 @@ _MALLOC = {
 
 
 def run(bundle: str | Path, settings: Settings) -> None:
-    """Serve the classifier in the folder `bundle` until SIGTERM or SIGINT; return when all requests are answered.
+    """Serve the classifier in the folder `bundle` until SIGTERM, SIGINT or SIGHUP; return when all requests are
+    answered.
 
     Raises ValueError or OSError, before it listens, for an unusable bundle, log or address; RuntimeError if the engine
     fails during its warm-up.
@@ -54,24 +59,28 @@ def run(bundle: str | Path, settings: Settings) -> None:
     # NumPy's BLAS keeps a thread spinning on another core for tens of milliseconds after a small product.
     threadpool_limits(1, "blas")
     _allow_files(settings)
-    classifier = settings.open(bundle)
+    classifier = open_served(bundle, settings)
     Abstention(max_error=settings.max_error).check(classifier.snapshot().require_single_label("the HTTP API"))
-    plain = sys.stderr.isatty() and not settings.log_json
-    with logs_to_stderr(plain):
-        if settings.log is not None:
-            classifier.open_log(settings.log)
-        listener = _listen(settings)
-        metrics, collector = Metrics(), None
-        if settings.collect is not None and settings.max_error is not None:
-            digest = hashlib.sha256((Path(bundle) / MANIFEST).read_bytes()).hexdigest()
-            options = settings.collect_limit, settings.max_error, metrics.on_upload, settings.check_share, digest
-            collector = Collector(settings.collect, *options)
-        collect = None if collector is None else collector.offer
-        batching = settings.make_batching(classifier, observer=metrics, collect=collect)
-        app = create_app(batching, settings, metrics, collector)
-        service: Service = app.state.service
-        service.loading = True
-        try:
+    with logs_to_stderr():
+        with contextlib.ExitStack() as closing:
+            if settings.log is not None:
+                classifier.open_log(settings.log)
+                closing.callback(classifier.close_log)
+            listener = closing.enter_context(_listen(settings))
+            metrics, collector = Metrics(), None
+            if settings.collect is not None and settings.max_error is not None:
+                digest = hashlib.sha256((Path(bundle) / MANIFEST).read_bytes()).hexdigest()
+                options = settings.collect_limit, settings.max_error, metrics.on_upload, settings.check_share, digest
+                collector = Collector(settings.collect, *options)
+                closing.callback(collector.close)
+            collect = None if collector is None else collector.offer
+            batching = make_batching(classifier, settings, observer=metrics, collect=collect)
+            closing.callback(batching.close, settings.grace_s)
+            app = create_app(batching, settings, metrics, collector)
+            service: Service = app.state.service
+            closing.callback(service.close)
+            closing.callback(gc.unfreeze)  # else extension modules report frozen objects as leaks at exit
+            service.loading = True
             host, port = listener.getsockname()[:2]
             log(
                 "loaded",
@@ -82,34 +91,23 @@ def run(bundle: str | Path, settings: Settings) -> None:
                 method=classifier.method_,
                 seconds=round(time.perf_counter() - start, 3),
             )
-            for sentence in (
-                classifier.snapshot().require_single_label("the HTTP API").doubts
-            ):  # computed now: no reader waits
+            head = classifier.snapshot().require_single_label("the HTTP API")
+            for sentence in head.doubts:  # computed now: no reader waits
                 log("doubt", level=logging.WARNING, sentence=sentence)
-            log(
-                "listening",
-                host=host,
-                port=port,
-                pid=os.getpid(),
-                changes=settings.token is not None and service.takes_changes,
-            )
-            if plain:
+            changes = service.takes_changes and any(token.may_change for token in settings.tokens)
+            log("listening", host=host, port=port, pid=os.getpid(), changes=changes)
+            if sys.stderr.isatty():
                 print(f"The page is at http://{_LOCAL.get(host, host)}:{port}/ (Ctrl-C stops it)", file=sys.stderr)
-            server = _Server(uvicorn_config(app, settings, metrics), service)
+            server = _Server(app, settings, metrics)
+            hang_up = getattr(signal, "SIGHUP", None)  # of a terminal that closes; nohup ignores it
+            if hang_up is not None and signal.getsignal(hang_up) is signal.SIG_DFL:
+                signal.signal(hang_up, server.handle_exit)
+                closing.callback(signal.signal, hang_up, signal.SIG_DFL)
             threading.Thread(target=server.warm, name="iosr-fast-warm-up", daemon=True).start()
             server.run([listener])
-            if server.failure is not None:
-                raise RuntimeError(f"the engine failed during its warm-up: {server.failure}") from server.failure
-        finally:
-            listener.close()
-            service.close()
-            batching.close(settings.grace_s)
-            if collector is not None:
-                collector.close()
-            gc.unfreeze()  # else extension modules report frozen objects as leaks at exit
-            if settings.log is not None:
-                classifier.close_log()
-            log("stopped", seconds=round(time.perf_counter() - start, 3))
+        log("stopped", seconds=round(time.perf_counter() - start, 3))
+    if server.failure is not None:
+        raise RuntimeError(f"the engine failed during its warm-up: {server.failure}") from server.failure
 
 
 def uvicorn_config(app: ASGIApp, settings: Settings, metrics: Metrics) -> uvicorn.Config:
@@ -117,7 +115,7 @@ def uvicorn_config(app: ASGIApp, settings: Settings, metrics: Metrics) -> uvicor
     return uvicorn.Config(
         app,
         interface="asgi3",
-        http=protocol(settings, metrics),  # type: ignore[arg-type]
+        http=partial(Connection, settings, metrics, {}),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -171,15 +169,15 @@ def _listen(settings: Settings) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn's server, which drains before it stops; the exit code is 0."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service = service
+    def __init__(self, app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+        super().__init__(uvicorn_config(app, settings, metrics))
+        self._app, self._service = app, app.state.service
         self.failure: Exception | None = None  # of the engine, during its warm-up
 
     def warm(self) -> None:
-        """Run the engine once at each batch size, because first runs are slow. A failure stops the server."""
+        """Do what is slow at first. A failure stops the server."""
         try:
-            self._service.batching.warm()
+            warm(self._app)
         except Exception as error:
             self.failure, self.should_exit = error, True
             logger.exception("warm_up_failed", extra={"facts": {}})

@@ -12,7 +12,7 @@ from iosr_fast.serving.http.embeddings import EmbeddingUploads
 from iosr_fast.serving.http.errors import busy
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.recent import Recent
-from iosr_fast.serving.http.settings import MIB, Settings
+from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Uploads
 from iosr_fast.serving.shares import Shares
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 _MAX_CHANGES = 8  # that may wait
+_BODIES = 8  # of the largest size that memory holds together; of these a client alone has half (Shares)
 
 
 class Service:
@@ -39,7 +40,7 @@ class Service:
             EmbeddingUploads(settings, encoder) if isinstance(encoder, Rows) else Uploads(settings, encoder.geometry)
         )
         self.max_body = self.uploads.max_body
-        self.bodies = Shares(settings.max_buffered_mb * MIB)  # bytes of request bodies in memory
+        self.bodies = Shares(_BODIES * settings.max_body_bytes)  # bytes of request bodies in memory
         self.loading = self.draining = False
         # A single thread, so that no other change comes between the checks of a change and the change itself.
         self._changes = ThreadPoolExecutor(1, "iosr-fast-changes")

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import ipaddress
-import math
-import warnings
+import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
-from iosr_fast.utils.machine import usable_threads
-
-if TYPE_CHECKING:
-    from iosr_fast.classifier import Classifier
+from iosr_fast.images.limits import DecodeLimits
+from iosr_fast.serving.http.addresses import is_loopback, is_named
+from iosr_fast.serving.http.tokens import Token, read_tokens
 
 MIB = 1 << 20
-CPU_BATCH = 8
-_MIN_TOKEN = 16
 _MAX = 1e12  # msgspec compares with finite numbers only; this bound refuses infinity
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(ge=1e-3, le=_MAX)]
@@ -55,13 +50,17 @@ def check_fields(record: Any) -> None:
 class Settings:
     """Limits, deadlines and files of one server. Raises ValueError that names the setting and the expected value.
 
-    Changes of classes require the bearer token `token`; None disables changes. Clients are known by their addresses and
-    share the queue and the memory for bodies. Images above 16 million pixels count for `max_decoding_pixels`. A client
-    must also read an answer within `body_timeout_s`; connection.py has the other deadlines of a connection.
+    `token` is the text of a token file (tokens.py); None disables changes of classes. Clients share the queue and the
+    memory for bodies (addresses.client_of). A client must also read an answer within `body_timeout_s`; connection.py
+    has the other deadlines of a connection.
     """
 
     host: Annotated[str, Option("Address to listen on; 0.0.0.0: all.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535), Option("Port; 0: a free one, which the log names.")] = 8000
+    public_host: Annotated[
+        tuple[str, ...],
+        Option("Name that clients have for this server; may be repeated. Requests for other names get status 400."),
+    ] = ()
     token: str | None = field(default=None, repr=False)
     trusted_proxy: Annotated[
         tuple[str, ...],
@@ -80,7 +79,6 @@ class Settings:
         Option("Share of accepted pictures, like 1%, that --collect keeps, too, for somebody to check (checks.csv)."),
     ] = None
     log: Annotated[Path | None, Option("File that records class changes; they are replayed at the start.")] = None
-    log_json: Annotated[bool, Option("Write JSON lines to a terminal, too, as to a file or pipe.")] = False
     runtime: Annotated[str, Option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")] = "auto"
     expected_digest: Annotated[
         str | None, Option("Refuse a folder with another digest than this, of `iosr-fast info FOLDER`.")
@@ -91,25 +89,15 @@ class Settings:
         Count | None,
         Option("Most images of a batch [default: 8 on a CPU; on a GPU as many as the engine takes].", "Batches"),
     ] = None
-    max_wait_ms: Annotated[
-        NonNegative, Option("Longest wait of a batch for more images, in milliseconds.", "Batches")
-    ] = 2.0
     max_queue: Annotated[
         Count, Option("Most images that are accepted and not yet answered; others get status 503.", "Batches")
     ] = 512  # of which a client that is alone has half (Shares)
     decode_threads: Annotated[Count | None, Option("Images decoded in parallel [default: chosen].", "Batches")] = None
-    engine_threads: Annotated[Count | None, Option("CPU cores of the encoder [default: all].", "Batches")] = None
 
     max_images: Annotated[Count, Option("Most images of a request.", "Limits")] = 64
     max_body_mb: Annotated[Positive, Option("Largest request, in MB.", "Limits")] = 32.0
     max_image_mb: Annotated[Positive, Option("Largest image file, in MB.", "Limits")] = 8.0
-    max_buffered_mb: Annotated[
-        Positive, Option("Largest total of the requests that are being received, in MB.", "Limits")
-    ] = 256.0
     max_pixels: Annotated[Count, Option("Largest image, in pixels.", "Limits")] = 50_000_000
-    max_decoding_pixels: Annotated[
-        Count, Option("Largest total of the images above 16 million pixels that are decoded in parallel.", "Limits")
-    ] = 100_000_000
     max_connections: Annotated[Count, Option("Most open connections.", "Limits")] = 900  # many systems allow 1,024
 
     decode_timeout_s: Annotated[Positive, Option("CPU seconds to decode an image.", "Time limits")] = 4.0
@@ -127,7 +115,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.token is not None:
-            _check_token(self.token)  # first, because check_fields quotes values
+            read_tokens(self.token)  # first, because check_fields quotes values
         check_fields(self)
         if self.collect is not None and self.max_error is None:
             raise IosrFastError("expected --max-error with --collect: it says which uploads need a look")
@@ -138,81 +126,33 @@ class Settings:
                 ipaddress.ip_network(address)
             except ValueError as error:
                 raise IosrFastError(f"expected trusted_proxy to be an address, or a network: {error}") from None
-        for small, factor, large in (
-            ("max_images", 1, "max_queue"),
-            ("max_image_mb", 1, "max_body_mb"),
-            ("max_body_mb", 2, "max_buffered_mb"),  # half is the largest share of a client (Shares)
-            ("max_pixels", 1, "max_decoding_pixels"),
-            ("deadline_ms", 1, "max_deadline_ms"),
+        if wrong := [name for name in self.public_host if not _NAME.fullmatch(name)]:
+            raise IosrFastError(f"expected public_host to be a name without a port, got {wrong[0]!r:.80}")
+        for small, large in (
+            ("max_images", "max_queue"),
+            ("max_image_mb", "max_body_mb"),
+            ("deadline_ms", "max_deadline_ms"),
         ):
-            if factor * getattr(self, small) > getattr(self, large):
+            if getattr(self, small) > getattr(self, large):
                 raise IosrFastError(
-                    f"expected {small} of at most {'half of ' * (factor - 1)}{large}, got {getattr(self, small)} and "
-                    f"{getattr(self, large)}; lower --{small.replace('_', '-')} or raise --{large.replace('_', '-')}"
+                    f"expected {small} of at most {large}, got {getattr(self, small)} and {getattr(self, large)}; "
+                    f"lower --{small.replace('_', '-')} or raise --{large.replace('_', '-')}"
                 )
+
+    @cached_property
+    def tokens(self) -> tuple[Token, ...]:
+        return () if self.token is None else read_tokens(self.token)
+
+    def serves(self, authority: str) -> bool:
+        """Whether a request with this Host is for this server. Names are checked on the loopback, which only this
+        machine reaches, and elsewhere with `public_host`."""
+        checked = self.public_host or is_loopback(self.host)
+        return not checked or is_named(authority, {name.lower() for name in self.public_host})
 
     @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mb * MIB)
 
     @property
-    def engine_layout(self) -> tuple[int, int]:
-        """(runs, threads of each run) of the encoder on a CPU: about as many runs as threads, which use its cores.
-
-        Each run has batches of its own, so a core that a decoder or a request takes delays one run. One run on all
-        cores would wait at every layer for the core that is taken. One thread a run would be slow for a lone image.
-        """
-        cores = self.engine_threads or usable_threads()
-        runs = math.ceil(math.sqrt(cores))
-        return runs, cores // runs
-
-    def open(self, folder: str | Path) -> Classifier:
-        """What is served of a folder (classifier.open_saved). Raises IosrFastError for what can't be."""
-        from iosr_fast.classifier import open_saved
-
-        runs, threads = self.engine_layout
-        served = open_saved(folder, self.runtime, threads, self.expected_digest, runs)
-        if isinstance(served.encoder, Rows) and (self.log or self.collect) is not None:
-            raise IosrFastError("a head takes no changes and gets no pictures: leave out --log and --collect")
-        served.snapshot().require_single_label("the HTTP API", "serve one fitted with one label, or use predict")
-        return served
-
-    def make_batching(self, classifier: Classifier, **options: Any) -> BatchingClassifier:
-        """A BatchingClassifier with these limits, whose decoders run in processes; `options` go to its constructor."""
-        from PIL import Image
-
-        own: dict[str, Any] = {"isolated": True, "decode_threads": self.decode_threads}
-        own["max_batch"] = self.batch_for(classifier.encoder)
-        if isinstance(classifier.encoder, Rows):  # nothing to decode, and little that a large batch delays
-            own = {"decode_threads": 1, "max_batch": self.max_batch or self.max_images}
-        # Pillow refuses images of twice this: a second check, of the size that a decoder reads inside a file.
-        Image.MAX_IMAGE_PIXELS = max(1, self.max_pixels // 2)
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return BatchingClassifier(
-            classifier,
-            max_wait_ms=self.max_wait_ms,
-            max_queue=self.max_queue,
-            limits=self.decode_limits,
-            max_error=self.max_error,
-            **{**own, **options},
-        )
-
-    def batch_for(self, encoder: Encoder) -> int:
-        """`max_batch`, or the default of the engine."""
-        if self.max_batch is not None:
-            return self.max_batch
-        # Only engines on a GPU have sizes of batches that they prepare.
-        return encoder.max_batch if encoder.buckets else CPU_BATCH
-
-    @property
     def decode_limits(self) -> DecodeLimits:
-        most_bytes = int(self.max_image_mb * MIB)
-        return DecodeLimits(most_bytes, self.max_pixels, self.max_decoding_pixels, self.decode_timeout_s)
-
-
-def _check_token(token: str) -> None:
-    if len(token) < _MIN_TOKEN or not token.isascii() or any(not 32 < ord(letter) < 127 for letter in token):
-        raise IosrFastError(
-            f"expected a token of at least {_MIN_TOKEN} printable ASCII characters without spaces, got "
-            f"{len(token)} characters; `python -c 'import secrets; print(secrets.token_urlsafe(32))'` makes a good one"
-        )
+        return DecodeLimits(int(self.max_image_mb * MIB), self.max_pixels, timeout_s=self.decode_timeout_s)

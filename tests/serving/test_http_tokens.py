@@ -1,0 +1,89 @@
+"""Tokens: who may change and who may predict, near misses, and the name in the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from iosr_fast.serving.http.tokens import read_tokens
+from tests.pictures import GREY
+from tests.serving.http_client import TOKEN, Client, error_of, serving
+
+pytestmark = pytest.mark.slow
+
+ALICE, BOB, SHOP = "alices-secret-token", "bobs-secret-token-0", "shops-secret-token"
+RENAME = {"json": {"name": "renamed", "keep_text": True}}
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Client]:
+    with serving(token=f"alice {ALICE}\n\nbob\t{BOB}\nshop {SHOP} predict\n") as client:
+        yield client
+
+
+def bearer(token: str) -> dict[str, dict[str, str]]:
+    return {"headers": {"Authorization": f"Bearer {token}"}}
+
+
+@pytest.mark.parametrize("token", [ALICE, BOB, SHOP])
+def test_a_token_that_is_nearly_right_is_wrong(guarded: Client, token: str) -> None:
+    changed = [token[:at] + "_" + token[at + 1 :] for at in range(len(token))]
+    for wrong in (
+        *changed,
+        "x" * len(token),
+        token[:-1],
+        token[1:],
+        token + "x",
+        token[::-1],
+        token.upper(),
+        ALICE + BOB,
+    ):
+        for method, path in (("POST", "/v1/retune"), ("POST", "/v1/predict"), ("DELETE", "/v1/classes/~0")):
+            assert error_of(guarded.ask(method, path, **bearer(wrong)), 401) == "unauthorized", wrong
+    assert guarded.service.classifier.version == 1
+
+
+def test_a_token_that_may_only_predict_changes_nothing_and_predictions_need_one(
+    guarded: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert error_of(guarded.predict(GREY), 401) == "unauthorized"
+    for token in (SHOP, ALICE):
+        assert guarded.ask("POST", "/v1/predict", content=GREY, **bearer(token)).status_code == 200
+    assert guarded.get("/v1/classes").status_code == 200  # reading needs none
+    for method, path in (("POST", "/v1/classes"), ("PATCH", "/v1/classes/~0"), ("DELETE", "/v1/examples/e0")):
+        assert error_of(guarded.ask(method, path, **RENAME, **bearer(SHOP)), 403) == "predict_only"
+    assert guarded.service.classifier.version == 1
+    with caplog.at_level(logging.INFO, "iosr_fast.serving"):
+        assert guarded.ask("PATCH", "/v1/classes/~0", **RENAME, **bearer(BOB)).status_code == 200
+        guarded.ask("POST", "/v1/predict", content=GREY, **bearer(SHOP))
+        guarded.ask("POST", "/v1/retune", **bearer(SHOP))
+        guarded.get("/v1/classes")
+    logged = [(record.msg, record.facts.get("token")) for record in caplog.records]  # type: ignore[attr-defined]
+    assert logged == [("change", "bob"), ("request", "bob"), *[("request", "shop")] * 2, ("request", None)]
+
+
+def test_a_lone_token_is_for_changes_and_without_one_for_changes_there_are_none() -> None:
+    (lone,) = read_tokens(f"{TOKEN}\n")
+    assert lone == ("token", TOKEN, True)
+    with serving(token=f"shop {SHOP} predict") as client:
+        assert error_of(client.ask("POST", "/v1/retune", **bearer(SHOP)), 403) == "changes_disabled"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected one token, or only lines"),
+        (f"{ALICE}\n{BOB}", "expected one token, or only lines"),
+        (f"alice {ALICE}\nbob {BOB} change", "expected one token, or only lines"),
+        ("alice short", "at least 16 printable ASCII characters, got 5 characters for 'alice'"),
+        (f"alice {ALICE}ü", "printable ASCII"),
+        (f"alice {ALICE}\nalice {BOB}", "expected names that differ"),
+        (f"alice {ALICE}\nbob {ALICE} predict", "expected tokens that differ"),
+    ],
+)
+def test_a_file_in_another_form_is_refused_without_a_quote(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        read_tokens(text)
+    assert "-secret-" not in str(refused.value)
