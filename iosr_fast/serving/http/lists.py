@@ -35,10 +35,10 @@ def make_router(service: Service) -> APIRouter:
         response.headers["Cache-Control"] = "no-store"
         return _overview(service, keep)
 
-    @router.get("/v1/classes", summary="Classes, page by page")
+    @router.get("/v1/classes", response_model=schemas.ClassesAnswer, summary="Classes, page by page")
     def classes(
         limit: int = _LIMIT, after: str | None = Query(None, pattern=f"^{CLASS_ID}$", description=_NEXT)
-    ) -> schemas.ClassesAnswer:
+    ) -> Response:
         """Ids above `after`, which need not exist."""
         head = service.classifier.snapshot()
         start = -1 if after is None else uid_of(after)
@@ -46,14 +46,18 @@ def make_router(service: Service) -> APIRouter:
         page = head.classes(start, limit)
         more = bool(page) and page[-1].class_id != class_id(head.uids[-1])
         following = page[-1].class_id if more else None
-        return schemas.ClassesAnswer(version=head.version, total=len(head.uids), classes=page, next=following)
+        return schemas.long_answer(schemas.ClassesAnswer(head.version, len(head.uids), page, following))
 
-    @router.get("/v1/classes/{class_id}/examples", summary="Support images of a class, page by page")
+    @router.get(
+        "/v1/classes/{class_id}/examples",
+        response_model=schemas.ExamplesAnswer,
+        summary="Support images of a class, page by page",
+    )
     def examples(
         class_id: str = CLASS_ID_PATH,
         limit: int = _LIMIT,
         after: str | None = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT),
-    ) -> schemas.ExamplesAnswer:
+    ) -> Response:
         head = service.classifier.snapshot()
         uid = uid_of(class_id)
         if uid is None or head.name_of(class_id) is None:
@@ -62,7 +66,7 @@ def make_router(service: Service) -> APIRouter:
         start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
         page = [example_id(number) for number in numbers[start : start + limit]]
         following = page[-1] if start + limit < len(numbers) else None
-        return schemas.ExamplesAnswer(version=head.version, class_id=class_id, example_ids=page, next=following)
+        return schemas.long_answer(schemas.ExamplesAnswer(head.version, class_id, page, following))
 
     @router.get(
         "/v1/examples/{example_id}/picture",

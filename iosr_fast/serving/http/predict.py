@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -142,6 +142,8 @@ def _answer(service: Service, images: Images, results: Sequence[Prediction | Exc
             version = max(version, result.version)
             service.metrics.on_prediction(result)
             service.recent.add(result)
+            if not math.isfinite(result.probability):  # nor is any of the logits
+                raise ValueError(f"expected finite logits, got a probability {result.probability} of {result.label!r}")
             predictions.append(result)
             continue
         if isinstance(result, BadImageError):
@@ -150,14 +152,9 @@ def _answer(service: Service, images: Images, results: Sequence[Prediction | Exc
             raise _request_error(service, result)
         service.metrics.on_error(result.code)
         predictions.append(error_body(result.code, result.detail))
-    body = {
-        "version": version or service.classifier.version,
-        "latency_ms": round((time.perf_counter() - start) * 1e3, 3),
-        "predictions": predictions,
-    }
-    # `default=vars` serialises the dataclasses at a tenth of the cost of dataclasses.asdict.
-    content = json.dumps(body, separators=(",", ":"), allow_nan=False, default=vars)
-    return Response(content, 200 if version else 422, media_type="application/json")
+    latency_ms = round((time.perf_counter() - start) * 1e3, 3)
+    body = {"version": version or service.classifier.version, "latency_ms": latency_ms, "predictions": predictions}
+    return schemas.long_answer(body, 200 if version else 422)
 
 
 def _request_error(service: Service, error: Exception) -> Exception:

@@ -5,6 +5,8 @@ Nothing is written to disk. The checks read headers only and decode nothing.
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -12,16 +14,23 @@ import numpy as np
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
+from iosr_fast.clip.prompts import LONGEST, MAX_TEXTS
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DAMAGED, claimed_size, image_kind
 from iosr_fast.serving.batching.decode import grey_png
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 
-MAX_TEXT = 4096  # bytes of a text field
+_MAX_TEXT = 4 * LONGEST  # bytes of a text field in UTF-8
 _MAX_HEADERS = 4096  # bytes of the headers of a part
 _MAX_TYPE = 1024  # bytes of a Content-Type; its parser takes quadratic time
 _FORMS = "multipart/form-data with file fields `images`"
+_PARAMETERS = rb'(?:[ \t]*+;[ \t]*+(?!name=)[\w*.-]++=(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^;" \t]*+))*+'
+# With one name among other parameters. Possessive repetitions take linear time.
+_DISPOSITION = re.compile(
+    rb'form-data%b[ \t]*+;[ \t]*+name=(?:"([^"\\]++)"|([^;" \t]++))%b[ \t]*+;?' % (_PARAMETERS, _PARAMETERS),
+    re.IGNORECASE | re.DOTALL,
+)
 
 # In order: encoded images, or rows of embeddings; the error of an image that no decoder should see.
 Images: TypeAlias = "list[bytes | np.ndarray | ApiError]"
@@ -61,7 +70,8 @@ class Uploads:
         kind, options = content_type(request)
         if kind != b"multipart/form-data":
             raise wrong_type(kind, _FORMS)
-        images, fields = self._read_parts(await request.body(), options, texts, repeated)
+        # In a thread, which gives way between fields: there may be a thousand.
+        images, fields = await asyncio.to_thread(self._read_parts, await request.body(), options, texts, repeated)
         if missing := [name for name in texts if name not in fields]:
             raise ApiError(400, "missing_field", f"expected the form field {missing[0]!r}, got none")
         for i, image in enumerate(images):
@@ -90,19 +100,21 @@ class Uploads:
         for name, content in _parts(body, options.get(b"boundary", b"")):
             if name == "images":
                 if len(images) == self._max_images:
-                    expected = f"expected at most {self._max_images} images a request, got more"
-                    raise ApiError(413, "too_many_images", expected)
+                    raise ApiError(413, "too_many_images", f"expected at most {self._max_images} images, got more")
                 images.append(self.check(content) or content)
-            elif name not in repeated and (name not in texts or name in fields):
+                continue
+            values = fields.setdefault(name, [])
+            if name not in repeated and (name not in texts or values):
                 names = ", ".join([*(f"{text!r} once" for text in texts), *map(repr, ("images", *repeated))])
                 raise ApiError(400, "unexpected_field", f"expected form fields {names}, got {name[:80]!r}")
-            elif len(content) > MAX_TEXT:
-                raise ApiError(413, "too_large", f"expected a field {name!r} of at most {MAX_TEXT} bytes")
-            else:
-                try:
-                    fields.setdefault(name, []).append(content.decode())
-                except UnicodeDecodeError:
-                    raise _bad_form(f"its field {name!r} is not UTF-8") from None
+            if len(values) == MAX_TEXTS:
+                raise ApiError(413, "too_many_fields", f"expected at most {MAX_TEXTS} fields {name!r}, got more")
+            if len(content) > _MAX_TEXT:
+                raise ApiError(413, "too_large", f"expected a field {name!r} of at most {_MAX_TEXT} bytes")
+            try:
+                values.append(content.decode())
+            except UnicodeDecodeError:
+                raise _bad_form(f"its field {name!r} is not UTF-8") from None
         return images, fields
 
 
@@ -123,11 +135,10 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, bytes]]:
         before, *lines = body[start : content - 4].split(b"\r\n") if start < content <= end else [b""]
         headers = [line.partition(b":") for line in lines]
         dispositions = [value.strip() for name, _, value in headers if name.lower() == b"content-disposition"]
-        kind, options = parse_options_header(dispositions[0] if len(dispositions) == 1 else b"")
-        name = options.get(b"name", b"").decode("utf-8", "replace")
-        if before.strip() or kind != b"form-data" or not name:
+        form_data = _DISPOSITION.fullmatch(dispositions[0]) if len(dispositions) == 1 else None
+        if before.strip() or form_data is None:
             raise _bad_form("a part has no Content-Disposition: form-data with a name")
-        yield name, body[content:end]
+        yield (form_data[1] or form_data[2]).decode("utf-8", "replace"), body[content:end]
         start = end + len(delimiter)
 
 
