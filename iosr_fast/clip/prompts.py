@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Descriptions: TypeAlias = Mapping[str, Sequence[str]]  # texts of classes, by name, beside the prompts
 PHOTO_TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}.")
 MAX_TEXTS = 1000  # templates, or descriptions of a class
-LONGEST = 2000  # characters of one; the tokenizers of most CLIPs cut a text after about 300
+MAX_LENGTH = 2000  # characters of one; the tokenizers of most CLIPs cut a text after about 300
 _BATCH = 32  # texts of a run
 # The demo's CLIP was trained with these (tools/demo/train_clip.py).
 DEMO_TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}")
@@ -41,8 +41,8 @@ def text_fault(text: Any) -> str | None:
         return "which is no text"
     if not text.strip():
         return "which is blank"
-    if len(text) > LONGEST:
-        return f"which has more than {LONGEST:,} characters"
+    if len(text) > MAX_LENGTH:
+        return f"which has more than {MAX_LENGTH:,} characters"
     if any(unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r" for char in text):
         return "which has control characters or is no valid Unicode"
     return None

@@ -10,8 +10,7 @@ from fastapi.security import HTTPBearer
 from starlette.requests import Request
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.prompts import LONGEST as LONGEST_TEXT
-from iosr_fast.clip.prompts import MAX_TEXTS
+from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.head.names import LONGEST, name_fault
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 _DECODE_S = 60.0  # how long an image of a change may wait for a decoder
 _NAME = {"type": "string", "minLength": 1, "maxLength": LONGEST}
-_DESCRIPTION = {"type": "array", "items": {"type": "string", "maxLength": LONGEST_TEXT}, "maxItems": MAX_TEXTS}
+_DESCRIPTION = {"type": "array", "items": {"type": "string", "maxLength": MAX_LENGTH}, "maxItems": MAX_TEXTS}
 
 
 def make_router(service: Service) -> APIRouter:

@@ -35,15 +35,14 @@ class EmbeddingUploads(Uploads):
         content = {"schema": {"type": "object", "properties": schema, "required": ["embeddings"]}}
         self.body = {"requestBody": {"required": True, "content": {"application/json": content}}}
         self._form = f'{{"embeddings": [[...], ...]}}, at most {most} rows of {width} numbers'
-        self.description = self.sentence = f"POST {self._form}, as application/json to /v1/predict."
+        self.sentence = f"POST {self._form}, as application/json to /v1/predict."
 
     async def read_images(self, request: Request) -> Images:
         """The rows (width,) of a body. Raises ApiError."""
         kind, _ = content_type(request)
         if kind != b"application/json":
-            raise wrong_type(
-                kind, f"application/json, because this server takes embeddings and no images: {self._form}"
-            )
+            expected = f"application/json, because this server takes embeddings and no images: {self._form}"
+            raise wrong_type(kind, expected)
         body = await request.body()
         return self._decode(body) if len(body) <= _QUICK else await asyncio.to_thread(self._decode, body)
 

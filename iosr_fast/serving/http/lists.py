@@ -44,7 +44,7 @@ def make_router(service: Service) -> APIRouter:
         start = -1 if after is None else uid_of(after)
         assert start is not None
         page = head.classes(start, limit)
-        more = bool(page) and page[-1].class_id != class_id(head.uids[-1])
+        more = page and page[-1].class_id != class_id(head.uids[-1])
         following = page[-1].class_id if more else None
         return schemas.long_answer(schemas.ClassesAnswer(head.version, len(head.uids), page, following))
 
@@ -140,11 +140,4 @@ def _checked(service: Service) -> schemas.Checked | None:
         return None
     service.collector.read_labels()  # for the next answer
     result, beside = service.collector.checks.result, service.collector.checks.beside
-    return schemas.Checked(
-        checks=result.checks,
-        wrong=result.wrong,
-        e_value=result.e_value,
-        refuted=result.refuted,
-        beside=beside,
-        sentence=str(result),
-    )
+    return schemas.Checked(**vars(result), refuted=result.refuted, beside=beside, sentence=str(result))

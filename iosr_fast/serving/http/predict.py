@@ -30,6 +30,7 @@ _IMAGES = (
     "was when the classifier was fit. An image that can't be classified yields an error in its place (too_large, "
     "unsupported_type, too_many_pixels or bad_image) and does not affect the others."
 )
+_ALL_BAD = "All images are bad (see predictions), or a parameter is invalid"
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
 
@@ -41,16 +42,11 @@ def make_router(service: Service) -> APIRouter:
     @router.post(
         "/v1/predict",
         response_model=schemas.PredictAnswer,
-        responses={
-            422: {
-                "model": schemas.PredictAnswer | schemas.ErrorAnswer,
-                "description": "All images are bad (see predictions), or a parameter is invalid",
-            }
-        },
+        responses={422: {"model": schemas.PredictAnswer | schemas.ErrorAnswer, "description": _ALL_BAD}},
         openapi_extra=service.uploads.body or schemas.image_body(settings.max_images),
         summary="Classify images",
         description=(
-            f"{service.uploads.description or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
+            f"{service.uploads.sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
             "`class_id` are null if the image belongs to none of the classes. With max_error, `accepted` says whether "
             "nobody needs to look at the label: of accepted ones at most this share is wrong, with 95% confidence. 422 "
             "(no_promise) where there are too few support images for `keep` or `max_error`."
@@ -139,11 +135,11 @@ def _answer(service: Service, images: Images, results: Sequence[Prediction | Exc
     for image in images:
         result = image if isinstance(image, ApiError) else next(classified)
         if isinstance(result, Prediction):
+            if not math.isfinite(result.probability):  # a logit is not
+                raise ValueError(f"expected finite logits, got a probability {result.probability} of {result.label!r}")
             version = max(version, result.version)
             service.metrics.on_prediction(result)
             service.recent.add(result)
-            if not math.isfinite(result.probability):  # nor is any of the logits
-                raise ValueError(f"expected finite logits, got a probability {result.probability} of {result.label!r}")
             predictions.append(result)
             continue
         if isinstance(result, BadImageError):

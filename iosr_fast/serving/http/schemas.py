@@ -9,8 +9,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from iosr_fast.clip.prompts import LONGEST as LONGEST_TEXT
-from iosr_fast.clip.prompts import MAX_TEXTS
+from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.names import LONGEST
 from iosr_fast.head.predictions import Prediction
@@ -145,7 +144,7 @@ class Rename(BaseModel):
 
     name: str = Field(min_length=1, max_length=LONGEST)
     keep_text: bool = False
-    descriptions: list[Annotated[str, Field(max_length=LONGEST_TEXT)]] | None = Field(None, max_length=MAX_TEXTS)
+    descriptions: list[Annotated[str, Field(max_length=MAX_LENGTH)]] | None = Field(None, max_length=MAX_TEXTS)
 
 
 _IMAGE = {"type": "string", "format": "binary"}

@@ -14,14 +14,14 @@ import numpy as np
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from iosr_fast.clip.prompts import LONGEST, MAX_TEXTS
+from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DAMAGED, claimed_size, image_kind
 from iosr_fast.serving.batching.decode import grey_png
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 
-_MAX_TEXT = 4 * LONGEST  # bytes of a text field in UTF-8
+_MAX_TEXT = 4 * MAX_LENGTH  # bytes of a text field in UTF-8
 _MAX_HEADERS = 4096  # bytes of the headers of a part
 _MAX_TYPE = 1024  # bytes of a Content-Type; its parser takes quadratic time
 _FORMS = "multipart/form-data with file fields `images`"
@@ -40,7 +40,8 @@ class Uploads:
     """Reads the images of requests. `max_pixels` of `settings` holds for an image as it is, and for what resizing to
     `geometry` makes of it."""
 
-    description = sentence = ""  # where a request has no images: for OpenAPI and for /, and the schema of the body
+    # Where a request has no images: a sentence for / and OpenAPI, and the schema of the body.
+    sentence = ""
     body: dict[str, Any] | None = None
 
     def __init__(self, settings: Settings, geometry: Geometry) -> None:
@@ -52,7 +53,7 @@ class Uploads:
         kind, options = content_type(request)
         body = await request.body()
         if kind == b"multipart/form-data":
-            images, _ = self._read_parts(body, options, ())
+            images, _ = await asyncio.to_thread(self._read_parts, body, options)
         elif kind in (b"", b"application/octet-stream") or kind.startswith(b"image/"):
             images = [self.check(body) or body] if body else []
         else:
@@ -64,13 +65,12 @@ class Uploads:
     async def read_form(
         self, request: Request, *texts: str, repeated: tuple[str, ...] = ()
     ) -> tuple[list[bytes], dict[str, list[str]]]:
-        """Images and text fields of a form that has each of `texts` once and each of `repeated` any number of times.
+        """Images and text fields of a form that has each of `texts` once and each of `repeated` up to MAX_TEXTS times.
         400 for any other field, 422 for a refused image, because a change is made with all of its images or not at all.
         """
         kind, options = content_type(request)
         if kind != b"multipart/form-data":
             raise wrong_type(kind, _FORMS)
-        # In a thread, which gives way between fields: there may be a thousand.
         images, fields = await asyncio.to_thread(self._read_parts, await request.body(), options, texts, repeated)
         if missing := [name for name in texts if name not in fields]:
             raise ApiError(400, "missing_field", f"expected the form field {missing[0]!r}, got none")
@@ -93,8 +93,9 @@ class Uploads:
         return ApiError(422, "too_many_pixels", message) if message else None
 
     def _read_parts(
-        self, body: bytes, options: dict[bytes, bytes], texts: tuple[str, ...], repeated: tuple[str, ...] = ()
+        self, body: bytes, options: dict[bytes, bytes], texts: tuple[str, ...] = (), repeated: tuple[str, ...] = ()
     ) -> tuple[Images, dict[str, list[str]]]:
+        """For a thread, which gives way between parts: a form has up to a thousand, a JPEG hundreds of segments."""
         images: Images = []
         fields: dict[str, list[str]] = {}
         for name, content in _parts(body, options.get(b"boundary", b"")):
