@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 Descriptions: TypeAlias = Mapping[str, Sequence[str]]  # texts of classes, by name, beside the prompts
 PHOTO_TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}.")
 MAX_TEXTS = 1000  # templates, or descriptions of a class
+MAX_LENGTH = 2000  # characters of one; the tokenizers of most CLIPs cut a text after about 300
 _BATCH = 32  # texts of a run
 # The demo's CLIP was trained with these (tools/demo/train_clip.py).
 DEMO_TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}")
@@ -29,14 +31,34 @@ def default_templates(clip: LoadedClip) -> tuple[str, ...]:
     return DEMO_TEMPLATES if clip.name == "demo" else PHOTO_TEMPLATES
 
 
+def text_fault(text: Any) -> str | None:
+    """Why this can't be a template or a description, or None. Tokenizers read tabs and line ends as spaces.
+
+    >>> text_fault("a photo\\0 of a cat"), text_fault("a photo of a cat")
+    ('which has control characters or is no valid Unicode', None)
+    """
+    if not isinstance(text, str):
+        return "which is no text"
+    if not text.strip():
+        return "which is blank"
+    if len(text) > MAX_LENGTH:
+        return f"which has more than {MAX_LENGTH:,} characters"
+    if any(unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r" for char in text):
+        return "which has control characters or is no valid Unicode"
+    return None
+
+
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates as a tuple. Raises ValueError for too many, and one without a `{}` for the class name."""
+    """The templates as a tuple. Raises ValueError for too many, one that is no text (text_fault), and one without a
+    `{}` for the class name."""
     if not isinstance(templates, Sequence) or isinstance(templates, str) or len(templates) > MAX_TEXTS:
         shown = f"{len(templates):,}" if isinstance(templates, Sequence) and len(templates) > 9 else repr(templates)
-        raise IosrFastError(f"expected a list of at most {MAX_TEXTS:,} templates, got {shown}")
+        raise IosrFastError(f"expected a list of at most {MAX_TEXTS:,} templates, got {shown:.80}")
     for template in templates:
-        if not isinstance(template, str) or "{}" not in template:
-            raise IosrFastError(f"expected templates with {{}} where the class name goes, got {template!r}")
+        fault = text_fault(template)
+        if fault or "{}" not in template:
+            got = f"{template!r:.80}{', ' * bool(fault)}{fault or ''}"
+            raise IosrFastError(f"expected templates with {{}} where the class name goes, got {got}")
     return tuple(templates)
 
 
@@ -45,8 +67,8 @@ def class_texts(
 ) -> list[list[str]]:
     """The texts of each class: its name in each of the templates, then its descriptions, if it has any.
 
-    Raises ValueError for no names, and for a text that is none or that the tokenizer drops, cuts or takes for a special
-    token.
+    Raises ValueError for no names, and for a text that is none (text_fault) or that the tokenizer drops, cuts or takes
+    for a special token.
     """
     if isinstance(names, str) or not len(names):
         raise IosrFastError(f"expected a list of at least one class name, got {names!r}")
@@ -54,13 +76,15 @@ def class_texts(
     for name in names:
         own = list((descriptions or {}).get(name, ()))
         for text in (name, *own):
-            if not isinstance(text, str) or count_tokens(tokenizer, text) == empty:
-                raise IosrFastError(f"expected names and descriptions that the tokenizer does not drop, got {text!r}")
+            if fault := text_fault(text):
+                raise IosrFastError(f"expected names and descriptions that are texts, got {text!r:.80}, {fault}")
         texts.append([*(template.replace("{}", name) for template in templates), *own])
-        for text in texts[-1]:
+        for text in (name, *texts[-1]):
             if (count := count_tokens(tokenizer, text)) > most:
                 what = f"texts of at most {most} tokens, start and end included"
                 raise IosrFastError(f"this CLIP reads {what}, got {count} tokens: {text[:100]!r}; shorten it")
+            if count == empty:
+                raise IosrFastError(f"expected names and descriptions that the tokenizer does not drop, got {text!r}")
     return texts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.clip.prompts import MAX_TEXTS
+from iosr_fast.clip.prompts import MAX_TEXTS, text_fault
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.csv_text import check_columns, read_rows
 from iosr_fast.utils.text import abbreviate, did_you_mean
@@ -16,7 +16,8 @@ from iosr_fast.utils.text import abbreviate, did_you_mean
 def check_descriptions(given: Any, names: Sequence[str], templates: Sequence[str] | None) -> dict[str, list[str]]:
     """The descriptions of each class that has some, out of `given`, a mapping of `names` to lists of texts, or None.
 
-    Raises IosrFastError for anything else, a text that is blank, and a class without a text where `templates` is empty.
+    Raises IosrFastError for anything else, a text that is none (text_fault), and a class without a text where
+    `templates` is empty.
     """
     if not isinstance(given, Mapping | None):
         raise IosrFastError(f"expected descriptions as lists of texts by class name, got {type(given).__name__}")
@@ -28,8 +29,9 @@ def check_descriptions(given: Any, names: Sequence[str], templates: Sequence[str
     for name, texts in found.items():
         if not isinstance(texts, list | tuple) or not 1 <= len(texts) <= MAX_TEXTS:
             raise IosrFastError(f"expected a list of 1 to {MAX_TEXTS:,} descriptions of {name!r}, got {texts!r:.80}")
-        if wrong := [text for text in texts if not isinstance(text, str) or not text.strip()]:
-            raise IosrFastError(f"expected descriptions of {name!r} that are texts and not blank, got {wrong[0]!r}")
+        for text in texts:
+            if fault := text_fault(text):
+                raise IosrFastError(f"expected descriptions of {name!r}, got {text!r:.80}, {fault}")
     if templates is not None and not templates and (missing := [name for name in names if name not in found]):
         raise IosrFastError(f"expected descriptions of each class with templates=[], got none of {abbreviate(missing)}")
     return {name: list(texts) for name, texts in found.items()}

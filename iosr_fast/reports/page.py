@@ -30,12 +30,15 @@ class Html(str):
 
 
 def text(value: Any) -> Html:
-    """A value as markup: Html as it is, text and numbers escaped, None as nothing.
+    """A value as markup: Html as it is, text and numbers escaped, None as nothing. A browser reads a carriage return
+    that is not escaped as a line feed, so a path would name another file.
 
-    >>> text("<b>"), text(3), text(None)
-    ('&lt;b&gt;', '3', '')
+    >>> text("<b>"), text(3), text(None), text("a\\rb")
+    ('&lt;b&gt;', '3', '', 'a&#13;b')
     """
-    return value if isinstance(value, Html) else Html("" if value is None else html.escape(str(value)))
+    if isinstance(value, Html):
+        return value
+    return Html("" if value is None else html.escape(str(value)).replace("\r", "&#13;"))
 
 
 def element(tag: str, *parts: Any, **attributes: Any) -> Html:

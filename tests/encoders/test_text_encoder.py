@@ -203,6 +203,8 @@ def test_characters_of_every_kind_are_read_as_open_clip_reads_them(demo: LoadedC
         (["cat", " \n&nbsp;"], None, "that the tokenizer does not drop, got ' "),
         (["cat", 3], None, "expected names and descriptions .*, got 3"),
         (["cat"], ["a {}"] * 1001, "at most 1,000 templates, got 1,001"),
+        (["cat"], ["{}" + " " * 1999], "which has more than 2,000 characters"),
+        (["cat"], ["a\0 {}"], "which has control characters"),
         (["cat"], ["a {}", "a photo"], r"expected templates with \{\} where the class name goes, got 'a photo'"),
         (["&lt;start_of_text&gt;"], None, r"without the tokenizer's special token <start_of_text>"),
     ],

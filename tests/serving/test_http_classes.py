@@ -124,8 +124,11 @@ def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) ->
         ("POST", "", {"files": good}, 400, "missing_field"),
         ("POST", "", {"files": {"name": ("", b"new")}}, 422, "refused"),  # no images
         ("POST", "", {"data": {"name": ["new", "newer"]}, "files": good}, 400, "unexpected_field"),
-        ("POST", "", {"data": {"name": "new", "description": " "}, "files": good}, 422, "refused"),
-        ("POST", "", {"data": {"name": "new", "description": "long " * 20}, "files": good}, 422, "refused"),
+        *(
+            ("POST", "", {"data": {"name": "new", "description": text}, "files": good}, 422, "refused")
+            for text in (" ", "long " * 20, "a\0b", "a\x1b[31m", "a" + " " * 2000)
+        ),
+        ("PATCH", f"/{first}", {"json": {"name": "x", "descriptions": ["a\0b"]}}, 422, "refused"),
         ("POST", "", {"content": GREY}, 415, "unsupported_type"),
         ("POST", "", {"data": {"name": "new"}, "files": form(GREY, b"GIF89a")}, 422, "unsupported_type"),
         ("POST", f"/{first}/examples", {"files": form(GREY, GREY[:80])}, 422, "bad_image"),

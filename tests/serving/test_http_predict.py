@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,16 @@ def test_an_engine_that_fails_is_reported_and_recovers() -> None:
         assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
 
 
+def test_numbers_that_are_not_finite_are_no_answer(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    (made,) = shared.service.classifier.explain([GREY])
+
+    async def classify_many(images: Any, **options: Any) -> list[Any]:
+        return [replace(made, probability=math.nan)]
+
+    monkeypatch.setattr(shared.service.batching, "classify_many", classify_many)
+    assert error_of(shared.predict(GREY), 500) == "internal"
+
+
 def test_an_unexpected_error_is_a_500_with_its_trace_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
     with serving() as client:
         monkeypatch.setattr(type(client.service.uploads), "check", lambda *_: 1 / 0)
@@ -300,8 +312,12 @@ def test_a_saved_head_is_served_without_encoder_and_decoders(head_folder: Path) 
         (b"{}", 422, "missing required field `embeddings`"),
         (b'{"embeddings": [], "top": 1}', 422, "unknown field `top`"),
         (b'{"embeddings": []}', 422, "at most 3 rows of 384 numbers: got none"),
-        (b'{"embeddings": [["1"]]}', 422, "Expected `float`, got `str` - at `$.embeddings[0][0]`"),
+        (b'{"embeddings": [["1"]]}', 422, "Expected `float`, got `str` - at `$[0]` in row 0"),
         (b'{"embeddings": [[1e999]]}', 422, "out of range"),
+        (b'{"embeddings": [1]}', 422, "Expected `array`, got `int` in row 0"),
+        (b'{"embeddings": [' + b"[1]," * 1000, 413, "got 1000 rows"),  # before anything is read as a number
+        (b'{"embeddings": [[' + b"x," * 6800 + b"]]}", 400, "got no JSON"),
+        (b'{"embeddings": [[' + b"0," * 6800 + b"0]]}", 422, "got more than 13312 bytes in row 0"),
         ([[1] * 384, [1] * 383], 422, "got 383 numbers in row 1"),
         ([[1] * 384, [0] * 384], 422, "got zeros, which have no direction, in row 1"),
         ([[1] * 384] * 4, 413, "got 4 rows"),

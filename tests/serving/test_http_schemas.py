@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from iosr_fast.serving.http.schemas import long_answer
 from tests.serving.http_client import AUTHORISED, Client, form, queries, serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis comes with the dev extra")
@@ -72,6 +74,12 @@ def test_generated_requests_get_described_responses(served: Client, schema: Any,
         parts = (operation.path_parameters, operation.query, operation.headers, operation.body)
         if mode is GenerationMode.POSITIVE or any(parts):  # else nothing about it can be wrong
             quick(given(case=operation.as_strategy(generation_mode=mode))(ask))()
+
+
+def test_predictions_are_written_in_order_and_exactly(served: Client) -> None:
+    made = served.service.classifier.explain(queries(), top=8, nearest=3, unknown="reject", keep=0.5)
+    written = json.dumps([one.to_dict() for one in made])
+    assert json.dumps(json.loads(long_answer(made).body)) == written
 
 
 def test_responses_to_good_images_are_as_described(served: Client, schema: Any) -> None:

@@ -222,6 +222,9 @@ def part(content: bytes, header: str = 'form-data; name="images"') -> bytes:
             "bad_form",
         ),
         (part(GREY, 'form-data; name="image"') + b"--x--\r\n", "x", "unexpected_field"),
+        (part(GREY, 'form-data; name="a"; filename="b"; Name="images"') + b"--x--\r\n", "x", "bad_form"),
+        (part(GREY, 'form-data; name="images"; filename="a" b"') + b"--x--\r\n", "x", "bad_form"),
+        (part(GREY, 'form-data; name=""') + b"--x--\r\n", "x", "bad_form"),
         (part(GREY, f'form-data; name="images"; a="{"b" * 100_000}"') + b"--x--\r\n", "x", "bad_form"),
         (b"--x\r\n\r\n\r\n--x--", "x", "bad_form"),
         (b"--x\r\n: \r\n\r\n--x--", "x", "bad_form"),
@@ -240,7 +243,9 @@ def test_damaged_forms_are_named(small: Client, body: bytes, boundary: str, code
 
 def test_parts_keep_every_byte_and_need_no_filename(small: Client) -> None:
     images = queries()[:3]
-    body = b"".join(map(part, images)) + part(GREY + b"\r\n--\r\n\r\n", "form-data;name=images") + b"--x--\r\nepilogue"
+    odd = r"""Form-Data; filename*=utf-8''%e2%82%ac.png; name="images" ;filename="a\"; name=b;"; """
+    body = part(images[0], odd) + b"".join(map(part, images[1:]))
+    body += part(GREY + b"\r\n--\r\n\r\n", "form-data;name=images") + b"--x--\r\nepilogue"
     truth = small.predict(*images, GREY).json()["predictions"]
     response = small.ask(
         "POST", "/v1/predict", content=body, headers={"Content-Type": 'multipart/form-data; boundary="x"'}
@@ -248,10 +253,16 @@ def test_parts_keep_every_byte_and_need_no_filename(small: Client) -> None:
     assert [one["label"] for one in response.json()["predictions"]] == [one["label"] for one in truth]
 
 
-def test_names_of_classes_have_to_be_utf8_and_short(small: Client) -> None:
+@pytest.mark.parametrize(
+    ("fields", "status", "code"),
+    [
+        ([("name", b"\xff\xfe")], 400, "bad_form"),
+        ([("name", b"a" * 9000)], 413, "too_large"),
+        ([("name", b"a")] * 2, 400, "unexpected_field"),
+        ([("name", b"a"), *[("description", b"")] * 1001], 413, "too_many_fields"),
+    ],
+)
+def test_text_fields_are_utf8_short_and_few(small: Client, fields: Any, status: int, code: str) -> None:
     kind = {"Content-Type": "multipart/form-data; boundary=x", **AUTHORISED}
-    for name, code, status in ((b"\xff\xfe", "bad_form", 400), (b"a" * 5000, "too_large", 413)):
-        body = part(name, 'form-data; name="name"') + part(GREY) + b"--x--\r\n"
-        assert error_of(small.ask("POST", "/v1/classes", content=body, headers=kind), status) == code
-    twice = part(b"a", 'form-data; name="name"') * 2 + part(GREY) + b"--x--\r\n"
-    assert error_of(small.ask("POST", "/v1/classes", content=twice, headers=kind), 400) == "unexpected_field"
+    body = b"".join(part(text, f'form-data; name="{name}"') for name, text in fields) + part(GREY) + b"--x--\r\n"
+    assert error_of(small.ask("POST", "/v1/classes", content=body, headers=kind), status) == code

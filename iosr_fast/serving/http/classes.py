@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 from starlette.requests import Request
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.prompts import MAX_TEXTS
+from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.head.names import LONGEST, name_fault
@@ -20,7 +20,6 @@ from iosr_fast.serving.http.errors import ApiError, no_class, no_example, of_lib
 from iosr_fast.serving.http.lists import CLASS_ID_PATH, EXAMPLE_ID_PATH
 from iosr_fast.serving.http.logs import log
 from iosr_fast.serving.http.service import Service
-from iosr_fast.serving.http.uploads import MAX_TEXT
 from iosr_fast.store.change_log import LogWriteError
 from iosr_fast.store.changes import ChangeResult
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 _DECODE_S = 60.0  # how long an image of a change may wait for a decoder
 _NAME = {"type": "string", "minLength": 1, "maxLength": LONGEST}
-_DESCRIPTION = {"type": "array", "items": {"type": "string", "maxLength": MAX_TEXT}, "maxItems": MAX_TEXTS}
+_DESCRIPTION = {"type": "array", "items": {"type": "string", "maxLength": MAX_LENGTH}, "maxItems": MAX_TEXTS}
 
 
 def make_router(service: Service) -> APIRouter:

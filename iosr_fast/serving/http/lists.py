@@ -35,25 +35,29 @@ def make_router(service: Service) -> APIRouter:
         response.headers["Cache-Control"] = "no-store"
         return _overview(service, keep)
 
-    @router.get("/v1/classes", summary="Classes, page by page")
+    @router.get("/v1/classes", response_model=schemas.ClassesAnswer, summary="Classes, page by page")
     def classes(
         limit: int = _LIMIT, after: str | None = Query(None, pattern=f"^{CLASS_ID}$", description=_NEXT)
-    ) -> schemas.ClassesAnswer:
+    ) -> Response:
         """Ids above `after`, which need not exist."""
         head = service.classifier.snapshot()
         start = -1 if after is None else uid_of(after)
         assert start is not None
         page = head.classes(start, limit)
-        more = bool(page) and page[-1].class_id != class_id(head.uids[-1])
+        more = page and page[-1].class_id != class_id(head.uids[-1])
         following = page[-1].class_id if more else None
-        return schemas.ClassesAnswer(version=head.version, total=len(head.uids), classes=page, next=following)
+        return schemas.long_answer(schemas.ClassesAnswer(head.version, len(head.uids), page, following))
 
-    @router.get("/v1/classes/{class_id}/examples", summary="Support images of a class, page by page")
+    @router.get(
+        "/v1/classes/{class_id}/examples",
+        response_model=schemas.ExamplesAnswer,
+        summary="Support images of a class, page by page",
+    )
     def examples(
         class_id: str = CLASS_ID_PATH,
         limit: int = _LIMIT,
         after: str | None = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT),
-    ) -> schemas.ExamplesAnswer:
+    ) -> Response:
         head = service.classifier.snapshot()
         uid = uid_of(class_id)
         if uid is None or head.name_of(class_id) is None:
@@ -62,7 +66,7 @@ def make_router(service: Service) -> APIRouter:
         start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
         page = [example_id(number) for number in numbers[start : start + limit]]
         following = page[-1] if start + limit < len(numbers) else None
-        return schemas.ExamplesAnswer(version=head.version, class_id=class_id, example_ids=page, next=following)
+        return schemas.long_answer(schemas.ExamplesAnswer(head.version, class_id, page, following))
 
     @router.get(
         "/v1/examples/{example_id}/picture",
@@ -136,11 +140,4 @@ def _checked(service: Service) -> schemas.Checked | None:
         return None
     service.collector.read_labels()  # for the next answer
     result, beside = service.collector.checks.result, service.collector.checks.beside
-    return schemas.Checked(
-        checks=result.checks,
-        wrong=result.wrong,
-        e_value=result.e_value,
-        refuted=result.refuted,
-        beside=beside,
-        sentence=str(result),
-    )
+    return schemas.Checked(**vars(result), refuted=result.refuted, beside=beside, sentence=str(result))

@@ -1,16 +1,18 @@
-"""Models of requests and answers for OpenAPI. Predictions are serialised without them, which is cheaper."""
+"""Models of requests and answers, for OpenAPI. What may be long (predictions, pages of lists) is written by msgspec."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
 
-from iosr_fast.clip.prompts import MAX_TEXTS
+from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.names import LONGEST
 from iosr_fast.head.predictions import Prediction
-from iosr_fast.serving.http.uploads import MAX_TEXT
 
 
 class ErrorInfo(BaseModel):
@@ -102,7 +104,8 @@ class ClassifierAnswer(BaseModel):
     note: str
 
 
-class ClassesAnswer(BaseModel):
+@dataclass(frozen=True)
+class ClassesAnswer:
     """A page of the `total` classes in order of their ids; `next` is `after` of the next page, null on the last."""
 
     version: int
@@ -111,7 +114,8 @@ class ClassesAnswer(BaseModel):
     next: str | None
 
 
-class ExamplesAnswer(BaseModel):
+@dataclass(frozen=True)
+class ExamplesAnswer:
     """A page of a class's support images; `next` as for classes."""
 
     version: int
@@ -127,6 +131,11 @@ class StateAnswer(BaseModel):
     detail: str = ""
 
 
+def long_answer(answer: Any, status: int = 200) -> Response:
+    """Dataclasses and dicts as JSON, in a tenth of json's time. Numbers have to be finite: NaN would become null."""
+    return Response(msgspec.json.encode(answer), status, media_type="application/json")
+
+
 class Rename(BaseModel):
     """With `keep_text` only the displayed name changes, and the class keeps its text embedding. Otherwise it gets that
     of its new name and `descriptions`."""
@@ -135,7 +144,7 @@ class Rename(BaseModel):
 
     name: str = Field(min_length=1, max_length=LONGEST)
     keep_text: bool = False
-    descriptions: list[Annotated[str, Field(max_length=MAX_TEXT)]] | None = Field(None, max_length=MAX_TEXTS)
+    descriptions: list[Annotated[str, Field(max_length=MAX_LENGTH)]] | None = Field(None, max_length=MAX_TEXTS)
 
 
 _IMAGE = {"type": "string", "format": "binary"}

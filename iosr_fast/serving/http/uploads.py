@@ -5,6 +5,8 @@ Nothing is written to disk. The checks read headers only and decode nothing.
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -12,16 +14,23 @@ import numpy as np
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
+from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DAMAGED, claimed_size, image_kind
 from iosr_fast.serving.batching.decode import grey_png
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 
-MAX_TEXT = 4096  # bytes of a text field
+_MAX_TEXT = 4 * MAX_LENGTH  # bytes of a text field in UTF-8
 _MAX_HEADERS = 4096  # bytes of the headers of a part
 _MAX_TYPE = 1024  # bytes of a Content-Type; its parser takes quadratic time
 _FORMS = "multipart/form-data with file fields `images`"
+_PARAMETERS = rb'(?:[ \t]*+;[ \t]*+(?!name=)[\w*.-]++=(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^;" \t]*+))*+'
+# With one name among other parameters. Possessive repetitions take linear time.
+_DISPOSITION = re.compile(
+    rb'form-data%b[ \t]*+;[ \t]*+name=(?:"([^"\\]++)"|([^;" \t]++))%b[ \t]*+;?' % (_PARAMETERS, _PARAMETERS),
+    re.IGNORECASE | re.DOTALL,
+)
 
 # In order: encoded images, or rows of embeddings; the error of an image that no decoder should see.
 Images: TypeAlias = "list[bytes | np.ndarray | ApiError]"
@@ -31,7 +40,8 @@ class Uploads:
     """Reads the images of requests. `max_pixels` of `settings` holds for an image as it is, and for what resizing to
     `geometry` makes of it."""
 
-    description = sentence = ""  # where a request has no images: for OpenAPI and for /, and the schema of the body
+    # Where a request has no images: a sentence for / and OpenAPI, and the schema of the body.
+    sentence = ""
     body: dict[str, Any] | None = None
 
     def __init__(self, settings: Settings, geometry: Geometry) -> None:
@@ -43,7 +53,7 @@ class Uploads:
         kind, options = content_type(request)
         body = await request.body()
         if kind == b"multipart/form-data":
-            images, _ = self._read_parts(body, options, ())
+            images, _ = await asyncio.to_thread(self._read_parts, body, options)
         elif kind in (b"", b"application/octet-stream") or kind.startswith(b"image/"):
             images = [self.check(body) or body] if body else []
         else:
@@ -55,13 +65,13 @@ class Uploads:
     async def read_form(
         self, request: Request, *texts: str, repeated: tuple[str, ...] = ()
     ) -> tuple[list[bytes], dict[str, list[str]]]:
-        """Images and text fields of a form that has each of `texts` once and each of `repeated` any number of times.
+        """Images and text fields of a form that has each of `texts` once and each of `repeated` up to MAX_TEXTS times.
         400 for any other field, 422 for a refused image, because a change is made with all of its images or not at all.
         """
         kind, options = content_type(request)
         if kind != b"multipart/form-data":
             raise wrong_type(kind, _FORMS)
-        images, fields = self._read_parts(await request.body(), options, texts, repeated)
+        images, fields = await asyncio.to_thread(self._read_parts, await request.body(), options, texts, repeated)
         if missing := [name for name in texts if name not in fields]:
             raise ApiError(400, "missing_field", f"expected the form field {missing[0]!r}, got none")
         for i, image in enumerate(images):
@@ -83,26 +93,29 @@ class Uploads:
         return ApiError(422, "too_many_pixels", message) if message else None
 
     def _read_parts(
-        self, body: bytes, options: dict[bytes, bytes], texts: tuple[str, ...], repeated: tuple[str, ...] = ()
+        self, body: bytes, options: dict[bytes, bytes], texts: tuple[str, ...] = (), repeated: tuple[str, ...] = ()
     ) -> tuple[Images, dict[str, list[str]]]:
+        """For a thread, which gives way between parts: a form has up to a thousand, a JPEG hundreds of segments."""
         images: Images = []
         fields: dict[str, list[str]] = {}
         for name, content in _parts(body, options.get(b"boundary", b"")):
             if name == "images":
                 if len(images) == self._max_images:
-                    expected = f"expected at most {self._max_images} images a request, got more"
-                    raise ApiError(413, "too_many_images", expected)
+                    raise ApiError(413, "too_many_images", f"expected at most {self._max_images} images, got more")
                 images.append(self.check(content) or content)
-            elif name not in repeated and (name not in texts or name in fields):
+                continue
+            values = fields.setdefault(name, [])
+            if name not in repeated and (name not in texts or values):
                 names = ", ".join([*(f"{text!r} once" for text in texts), *map(repr, ("images", *repeated))])
                 raise ApiError(400, "unexpected_field", f"expected form fields {names}, got {name[:80]!r}")
-            elif len(content) > MAX_TEXT:
-                raise ApiError(413, "too_large", f"expected a field {name!r} of at most {MAX_TEXT} bytes")
-            else:
-                try:
-                    fields.setdefault(name, []).append(content.decode())
-                except UnicodeDecodeError:
-                    raise _bad_form(f"its field {name!r} is not UTF-8") from None
+            if len(values) == MAX_TEXTS:
+                raise ApiError(413, "too_many_fields", f"expected at most {MAX_TEXTS} fields {name!r}, got more")
+            if len(content) > _MAX_TEXT:
+                raise ApiError(413, "too_large", f"expected a field {name!r} of at most {_MAX_TEXT} bytes")
+            try:
+                values.append(content.decode())
+            except UnicodeDecodeError:
+                raise _bad_form(f"its field {name!r} is not UTF-8") from None
         return images, fields
 
 
@@ -123,11 +136,10 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, bytes]]:
         before, *lines = body[start : content - 4].split(b"\r\n") if start < content <= end else [b""]
         headers = [line.partition(b":") for line in lines]
         dispositions = [value.strip() for name, _, value in headers if name.lower() == b"content-disposition"]
-        kind, options = parse_options_header(dispositions[0] if len(dispositions) == 1 else b"")
-        name = options.get(b"name", b"").decode("utf-8", "replace")
-        if before.strip() or kind != b"form-data" or not name:
+        form_data = _DISPOSITION.fullmatch(dispositions[0]) if len(dispositions) == 1 else None
+        if before.strip() or form_data is None:
             raise _bad_form("a part has no Content-Disposition: form-data with a name")
-        yield name, body[content:end]
+        yield (form_data[1] or form_data[2]).decode("utf-8", "replace"), body[content:end]
         start = end + len(delimiter)
 
 

@@ -29,26 +29,15 @@ export const token = {
  * Send a request and read its JSON: {data, roundTripMs}. After a 503 with Retry-After, call `onWait(seconds)`, wait
  * that long and send it again. Other failures throw a ServerError with the message of the server.
  */
-async function call(path, { method = "GET", body, headers = {}, change = false, onWait = () => {} } = {}) {
-  const all = new Headers(headers);
-  if (change) authorise(all);
+async function call(path, { method = "GET", body, headers = new Headers(), onWait = () => {} } = {}) {
   for (let tries = 1; ; tries += 1) {
     const start = performance.now();
-    const { response, text } = await fetchText(path, { method, body, headers: all });
+    const { response, text } = await fetchText(path, { method, body, headers });
     const roundTripMs = performance.now() - start;
     const wait = response.status === 503 && tries < TRIES ? retryAfter(response) : null;
     if (wait === null) return { data: checked(response, text), roundTripMs };
     onWait(wait);
     await pause(wait * 1000);
-  }
-}
-
-function authorise(headers) {
-  if (!token.get()) return;
-  try {
-    headers.set("Authorization", `Bearer ${token.get()}`);
-  } catch {
-    throw new ServerError("The token contains invalid characters. Copy it again.", 401);
   }
 }
 
@@ -115,15 +104,18 @@ export const examples = (classId) => allPages(`${classPath(classId)}/examples`, 
 export const firstExample = async (classId) =>
   (await call(`${classPath(classId)}/examples?limit=1`)).data.example_ids[0];
 
-// Changes; each answers with the new version.
-const changing = (path, method, options, onWait) => call(path, { method, change: true, onWait, ...options });
-export const addClass = (name, pictures, onWait) =>
-  changing("v1/classes", "POST", { body: form(pictures, { name }) }, onWait);
-export const addExamples = (classId, pictures, onWait) =>
-  changing(`${classPath(classId)}/examples`, "POST", { body: form(pictures) }, onWait);
-export const renameClass = (classId, name, onWait) => {
-  const headers = { "Content-Type": "application/json" };
-  return changing(classPath(classId), "PATCH", { body: JSON.stringify({ name }), headers }, onWait);
+// Changes: each a function of `onWait` that sends it, with the token.
+const change = (method, path, body) => async (onWait) => {
+  const headers = new Headers(typeof body === "string" ? { "Content-Type": "application/json" } : {});
+  try {
+    if (token.get()) headers.set("Authorization", `Bearer ${token.get()}`);
+  } catch {
+    throw new ServerError("The token contains invalid characters. Copy it again.", 401);
+  }
+  return call(path, { method, body, headers, onWait });
 };
-export const removeClass = (classId, onWait) => changing(classPath(classId), "DELETE", {}, onWait);
-export const removeExample = (exampleId, onWait) => changing(examplePath(exampleId), "DELETE", {}, onWait);
+export const addClass = (name, pictures) => change("POST", "v1/classes", form(pictures, { name }));
+export const addExamples = (id, pictures) => change("POST", `${classPath(id)}/examples`, form(pictures));
+export const renameClass = (id, name) => change("PATCH", classPath(id), JSON.stringify({ name }));
+export const removeClass = (id) => change("DELETE", classPath(id));
+export const removeExample = (id) => change("DELETE", examplePath(id));

@@ -1,7 +1,7 @@
 // The list of classes: filter, view examples, add and remove them, rename, remove.
 
 import * as api from "./api.js";
-import { complain, count, find, make, quoted, removable } from "./dom.js";
+import { button, complain, count, find, make, quoted, removable, span } from "./dom.js";
 import { acceptChoices } from "./pictures.js";
 import { supportPicture } from "./result.js";
 import { preparedAll } from "./upright.js";
@@ -52,7 +52,7 @@ function row(info) {
     if (target.open) fill(panel, info);
     if (target.open || openId === info.class_id) openId = target.open ? info.class_id : null;
   };
-  const name = make("summary", {}, info.name, make("span", { class: "quiet" }, count(info.examples, "example")));
+  const name = make("summary", {}, info.name, span("quiet", count(info.examples, "example")));
   const open = info.class_id === openId;
   return make("li", {}, make("details", { name: "class", open, toggle }, name, panel));
 }
@@ -62,13 +62,12 @@ function fill(panel, info) {
   drawExamples(info, pictures);
   const input = make("input", { type: "file", accept: "image/*", multiple: true });
   acceptChoices(input, (files) => teach(info.name, files));
-  const button = (words, click, look = "") => make("button", { type: "button", class: `button ${look}`, click }, words);
   const actions = make(
     "div",
     { class: "row" },
     make("label", { class: "button" }, input, "Add examples"),
     button("Rename", () => rename(info)),
-    button("Remove class", () => removeClass(info), "bad"),
+    button("Remove class", () => removeClass(info), { class: "button bad" }),
   );
   panel.replaceChildren(pictures, actions);
 }
@@ -93,7 +92,7 @@ export function teach(name, files) {
   const [examples, whose] = [count(files.length, "example"), quoted(name)];
   const request = async (onWait) => {
     const pictures = await preparedAll(files);
-    return known ? api.addExamples(known.class_id, pictures, onWait) : api.addClass(name, pictures, onWait);
+    return (known ? api.addExamples(known.class_id, pictures) : api.addClass(name, pictures))(onWait);
   };
   return known
     ? change(request, `${examples} added to ${whose}.`)
@@ -103,17 +102,17 @@ export function teach(name, files) {
 function rename({ class_id: id, name: old }) {
   const name = prompt(`New name of ${quoted(old)}:`, old)?.trim();
   if (!name || name === old) return;
-  change((onWait) => api.renameClass(id, name, onWait), `${quoted(old)} renamed to ${quoted(name)}.`);
+  change(api.renameClass(id, name), `${quoted(old)} renamed to ${quoted(name)}.`);
 }
 
 function removeClass({ class_id: id, name, examples }) {
   if (!confirm(`Remove ${quoted(name)} and its ${count(examples, "example")}? This can't be undone.`)) return;
-  change((onWait) => api.removeClass(id, onWait), `Class ${quoted(name)} removed.`);
+  change(api.removeClass(id), `Class ${quoted(name)} removed.`);
 }
 
 function removeExample({ name }, exampleId, place) {
   if (!confirm(`Remove example ${place} of ${quoted(name)}? This can't be undone.`)) return;
-  change((onWait) => api.removeExample(exampleId, onWait), `Example of ${quoted(name)} removed.`);
+  change(api.removeExample(exampleId), `Example of ${quoted(name)} removed.`);
 }
 
 /** `send(request, words)` sends a change and announces it; see page.js. */

@@ -17,6 +17,9 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** A <span> of a class. */
+export const span = (look, ...children) => make("span", { class: look }, ...children);
+
 /** "1 example", "1,000 examples". */
 export const count = (number, one, many = `${one}s`) => `${COUNT.format(number)} ${number === 1 ? one : many}`;
 
@@ -36,12 +39,10 @@ export const noPreview = () => make("span", { class: "missing", "aria-hidden": "
 
 /** A picture of a strip with a button that removes it. */
 export const removable = (picture, words, remove) =>
-  make(
-    "li",
-    {},
-    picture,
-    make("button", { type: "button", class: "button drop-one", "aria-label": words, click: remove }, "×"),
-  );
+  make("li", {}, picture, button("×", remove, { class: "button drop-one", "aria-label": words }));
+
+export const button = (words, click, attributes = { class: "button" }) =>
+  make("button", { type: "button", click, ...attributes }, words);
 
 /** Say something to screen readers alone. */
 export function announce(text) {

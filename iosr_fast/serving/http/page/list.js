@@ -1,6 +1,6 @@
 // The list of pictures with their answers: one of them is selected and shown in full.
 
-import { announce, complain, count, find, make, percent } from "./dom.js";
+import { announce, complain, count, find, make, percent, span } from "./dom.js";
 import { classify, isOutdated } from "./queue.js";
 import { naming, verdict } from "./result.js";
 
@@ -44,10 +44,10 @@ export function update(changed) {
   for (const { row, name, notes, thumbnail, prediction, error } of changed) {
     row.className = prediction ? verdict(prediction) : error ? "bad" : "";
     row.replaceChildren(
-      thumbnail ?? make("span", { class: "missing" }),
-      make("span", { class: "file quiet" }, [name, ...(notes ?? [])].join(", ")),
-      make("span", { class: "name" }, prediction ? naming(prediction) : (error ?? "waiting")),
-      make("span", { class: "probability" }, prediction ? percent(prediction.probability) : ""),
+      thumbnail ?? span("missing"),
+      span("file quiet", [name, ...(notes ?? [])].join(", ")),
+      span("name", prediction ? naming(prediction) : (error ?? "waiting")),
+      span("probability", prediction ? percent(prediction.probability) : ""),
     );
   }
   const done = items.filter(({ busy }) => !busy).length;

@@ -3,16 +3,16 @@
 import * as api from "./api.js";
 import * as classes from "./classes.js";
 import * as correct from "./correct.js";
-import { complain, count, find, make, percent, refuse, say, sayNothing, scrollTo } from "./dom.js";
+import { button, complain, count, find, make, percent, refuse, say, sayNothing, scrollTo } from "./dom.js";
 import * as list from "./list.js";
 import { acceptChoices, acceptDrops } from "./pictures.js";
 import * as queue from "./queue.js";
 import { show, showPicture } from "./result.js";
 import * as teach from "./teach.js";
 
+const SAMPLES = 6;
 // {file, name, row} of list.js, with what queue.js adds; after a change also {before: the previous prediction,
 // taught: the class that got the picture}
-const SAMPLES = 6;
 let shown = null;
 let classCount = null;
 let waitWords = ""; // What was said last of a busy server.
@@ -103,7 +103,7 @@ async function showSamples(classes) {
     };
     const shown = () => (find("samples").hidden = false); // Not where no thumbnails are stored.
     const picture = make("img", { src: address, alt: `Classify an example of ${name}`, load: shown });
-    const item = make("li", {}, make("button", { type: "button", click: choose }, picture));
+    const item = make("li", {}, button(picture, choose, {}));
     picture.addEventListener("error", () => item.remove());
     find("samples-list").append(item);
   });

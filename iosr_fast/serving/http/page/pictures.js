@@ -4,19 +4,17 @@ import { complain } from "./dom.js";
 
 /** Pass files dropped on `element` to `take`; it is marked while something hovers over it. */
 export function acceptDrops(element, take) {
-  const marked = (on) => element.classList.toggle("hovered", on);
-  element.addEventListener("dragover", (event) => {
+  const over = (event) => {
     event.preventDefault();
     event.stopPropagation();
-    marked(true);
-  });
+    element.classList.toggle("hovered", event.type === "dragover");
+  };
+  element.addEventListener("dragover", over);
   element.addEventListener("dragleave", (event) => {
-    if (!element.contains(event.relatedTarget)) marked(false);
+    if (!element.contains(event.relatedTarget)) over(event);
   });
   element.addEventListener("drop", (event) => {
-    event.preventDefault();
-    event.stopPropagation();
-    marked(false);
+    over(event);
     const files = [...event.dataTransfer.files];
     if (files.length) take(files);
     else complain("No file was dropped. Save the picture first, or copy and paste it.");

@@ -1,7 +1,7 @@
 // The result of one picture: label, bars in parts, numbers, nearest examples.
 
 import { pictureAddress } from "./api.js";
-import { count, find, make, noPreview, percent, quoted, signed } from "./dom.js";
+import { count, find, make, noPreview, percent, quoted, signed, span } from "./dom.js";
 import { drawn } from "./upright.js";
 
 const UNSURE = 0.5; // A less probable label is more likely wrong than right.
@@ -49,9 +49,9 @@ export function barLengths(top) {
 
 function bar(lengths, parts) {
   const spans = parts.map(([name]) => {
-    const span = make("span", { class: name });
-    span.style.width = `${100 * lengths[name]}%`; // The page's policy allows no style attribute in markup.
-    return span;
+    const part = span(name);
+    part.style.width = `${100 * lengths[name]}%`; // The page's policy allows no style attribute in markup.
+    return part;
   });
   return make("span", { class: "bar", "aria-hidden": "true" }, ...spans);
 }
@@ -59,33 +59,24 @@ function bar(lengths, parts) {
 function bars(top, classCount) {
   const lengths = barLengths(top);
   const parts = partsOf(top);
-  const rows = top.map((score, i) => {
-    return make(
-      "li",
-      { "data-class": score.class_id },
-      make("span", { class: "name" }, score.label),
-      bar(lengths[i], parts),
-      make("span", { class: "probability" }, percent(score.probability)),
-    );
+  const rows = top.map(({ class_id, label, probability }, i) => {
+    const cells = [span("name", label), bar(lengths[i], parts), span("probability", percent(probability))];
+    return make("li", { "data-class": class_id }, ...cells);
   });
   if (classCount > top.length) {
     const rest = Math.max(0, 1 - top.reduce((sum, score) => sum + score.probability, 0));
     const name = count(classCount - top.length, "other class", "other classes");
-    const probability = make("span", { class: "probability" }, percent(rest));
-    rows.push(make("li", { class: "rest" }, make("span", { class: "name" }, name), probability));
+    rows.push(make("li", { class: "rest quiet" }, span("name", name), span("probability", percent(rest))));
   }
   return make("ol", { class: "bars", "aria-label": "Most probable classes" }, ...rows);
 }
 
 function numbers(top, { prediction, unchecked, latencyMs, roundTripMs, version }) {
   const parts = partsOf(top);
-  const row = (score) =>
-    make(
-      "tr",
-      {},
-      make("th", { scope: "row" }, score.label),
-      ...[...parts.map(([, part]) => part(score)), score.logit].map((value) => make("td", {}, signed(value))),
-    );
+  const row = (score) => {
+    const cells = [...parts.map(([, part]) => part(score)), score.logit].map((value) => make("td", {}, signed(value)));
+    return make("tr", {}, make("th", { scope: "row" }, score.label), ...cells);
+  };
   const heads = ["class", ...parts.map(([name]) => name), "sum"];
   const times = `${latencyMs.toFixed(1)} ms in the server, ${roundTripMs.toFixed(1)} ms round trip`;
   return make(
@@ -119,17 +110,12 @@ export function supportPicture(exampleId, words) {
 
 function neighbours(nearest) {
   if (!nearest.length) return [];
-  const figures = nearest.map(({ example_id, label, similarity }) =>
-    make(
-      "li",
-      {},
-      supportPicture(example_id, `example of ${label}`),
-      make("span", { class: "name" }, label),
-      make("span", { class: "quiet" }, signed(similarity)),
-    ),
-  );
+  const figures = nearest.map(({ example_id, label, similarity }) => {
+    const words = [span("name", label), span("quiet", signed(similarity))];
+    return make("li", {}, supportPicture(example_id, `example of ${label}`), ...words);
+  });
   return [
-    make("h3", {}, "Nearest examples ", make("span", { class: "quiet" }, "with their cosine similarity")),
+    make("h3", {}, "Nearest examples ", span("quiet", "with their cosine similarity")),
     make("ul", { class: "nearest" }, ...figures),
   ];
 }
@@ -140,11 +126,13 @@ const VERDICTS = {
     make("p", {}, `This picture is unlike all classes. The nearest is ${described(best)}.`),
   ],
   unsure: ({ accepted, top: [best, second] }) => [
-    make("p", { class: "label" }, accepted === false ? "Needs a look: " : "Not sure: ", best.label, "? ", make("span", {}, percent(best.probability))),
+    likely(`${accepted === false ? "Needs a look" : "Not sure"}: ${best.label}?`, best.probability),
     second && make("p", {}, `It may also be ${described(second)}.`),
   ],
-  sure: ({ label, probability }) => [make("p", { class: "label" }, label, " ", make("span", {}, percent(probability)))],
+  sure: ({ label, probability }) => [likely(label, probability)],
 };
+
+const likely = (words, probability) => make("p", { class: "label" }, words, " ", make("span", {}, percent(probability)));
 
 const described = ({ label, probability }) => `${quoted(label)}, ${percent(probability)}`;
 

@@ -19,11 +19,10 @@ export async function collect(files) {
 function draw() {
   const strip = find("new-strip");
   strip.hidden = !examples.length;
-  strip.replaceChildren(
-    ...examples.map((example) =>
-      removable(example.canvas ?? noPreview(), `Leave out ${example.file.name}`, () => leaveOut(example)),
-    ),
+  const pictures = examples.map((example) =>
+    removable(example.canvas ?? noPreview(), `Leave out ${example.file.name}`, () => leaveOut(example)),
   );
+  strip.replaceChildren(...pictures);
   const words = examples.length ? ` with ${count(examples.length, "example")}` : "";
   find("add-class").textContent = `Add the class${words}`;
 }

@@ -9,7 +9,9 @@ const SIDE = 1024; // Longer side of a redrawn picture, in pixels,
 const SHORTER = 512; // unless its shorter side would have fewer than this: no model takes more,
 const LONGEST = 8192; // as long as every browser has a canvas so large.
 const HEAD_BYTES = 256 << 10; // EXIF is near the start, in a segment of at most 64 KiB.
-const [EXIF, ORIENTATION] = [0x45786966, 0x0112];
+// A JPEG whose EXIF has another orientation (tag 0x0112, one number of 16 bits) than 1, in either order of bytes.
+const TURNED =
+  /^\xff\xd8[^]*Exif\0\0[^]*(?:\x12\x01\x03\0\x01\0\0\0[\x02-\x08]|\x01\x12\0\x03\0\0\0\x01\0[\x02-\x08])/;
 
 /**
  * The file to send: {file, notes}. The file itself if possible, or if this browser can't decode it (the server then
@@ -18,12 +20,12 @@ const [EXIF, ORIENTATION] = [0x45786966, 0x0112];
 export async function prepared(file) {
   let head;
   try {
-    head = new DataView(await file.slice(0, HEAD_BYTES).arrayBuffer());
+    head = new TextDecoder("latin1").decode(await file.slice(0, HEAD_BYTES).arrayBuffer());
   } catch {
     throw new Error("The file can't be read. Is it a folder, or was it moved?");
   }
   const notes = [];
-  if (orientation(head) !== 1) notes.push("turned upright");
+  if (TURNED.test(head)) notes.push("turned upright");
   if (file.size > MAX_BYTES) notes.push("made smaller");
   if (file.type.startsWith("image/") && !SUPPORTED.includes(file.type)) notes.push("converted");
   const redrawn = notes.length ? await redraw(file) : null;
@@ -35,29 +37,6 @@ export async function preparedAll(files) {
   const all = [];
   for (const file of files) all.push((await prepared(file)).file); // One by one: decoded photos are large.
   return all;
-}
-
-/** The EXIF orientation, 1 to 8, of a JPEG that begins with these bytes; 1 (upright) if there is none. */
-export function orientation(view) {
-  try {
-    if (view.getUint16(0) !== 0xffd8) return 1;
-    for (let at = 2; view.getUint8(at) === 0xff && view.getUint8(at + 1) !== 0xda; at += 2 + view.getUint16(at + 2)) {
-      if (view.getUint8(at + 1) === 0xe1 && view.getUint32(at + 4) === EXIF) return orientationInTiff(view, at + 10);
-    }
-  } catch (error) {
-    if (!(error instanceof RangeError)) throw error; // Not a JPEG, or truncated.
-  }
-  return 1;
-}
-
-function orientationInTiff(view, start) {
-  const little = view.getUint16(start) === 0x4949;
-  const folder = start + view.getUint32(start + 4, little);
-  const entries = view.getUint16(folder, little);
-  for (let at = folder + 2; at < folder + 2 + 12 * entries; at += 12) {
-    if (view.getUint16(at, little) === ORIENTATION) return view.getUint16(at + 8, little);
-  }
-  return 1;
 }
 
 async function redraw(file) {
