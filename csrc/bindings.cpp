@@ -96,11 +96,11 @@ void check_matrix(const py::array& array, const char* name) {
     }
 }
 
-// IOSR_FAST_THREADS, or every thread that this process may use.
+// IOSR_FAST_THREADS, or every thread that this process may use. The caller holds the GIL.
 std::size_t default_threads() {
     const char* text = std::getenv("IOSR_FAST_THREADS");
     if (text == nullptr || *text == '\0') {
-        return iosr::usable_threads();
+        return py::module_::import("iosr_fast.utils.machine").attr("usable_threads")().cast<std::size_t>();
     }
     // Not strtol: glibc 2.38 gave it a new name, and a wheel that was compiled there would need that glibc.
     long count = 0;

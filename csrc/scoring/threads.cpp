@@ -195,19 +195,6 @@ Pool& pool() {
 
 }  // namespace
 
-std::size_t usable_threads() {
-#ifdef __linux__
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    if (sched_getaffinity(0, sizeof(set), &set) == 0) {
-        const int count = CPU_COUNT(&set);
-        return count < 1 ? 1 : static_cast<std::size_t>(count);
-    }
-#endif
-    const unsigned count = std::thread::hardware_concurrency();
-    return count < 1 ? 1 : count;
-}
-
 std::size_t useful_workers(std::size_t work, std::size_t threads) {
     constexpr std::size_t kThreadWork = 1 << 18;
     return std::clamp<std::size_t>(work / kThreadWork, 1, std::max<std::size_t>(threads, 1));

@@ -7,9 +7,6 @@
 
 namespace iosr {
 
-// The number of threads that this process may use (by its affinity mask); at least 1.
-std::size_t usable_threads();
-
 // How many of `threads` threads (at least 1) so many multiply-adds justify waking.
 std::size_t useful_workers(std::size_t work, std::size_t threads);
 

@@ -95,7 +95,7 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
         return to_pixels([images[i] for i in chosen], replace(geometry, size=side), fit.settings.exif_orientation)
 
     calibration = evenly(pixels_of(geometry.size), _CALIBRATED)
-    batch = 8 if clip.encoder.buckets is None else 32
+    batch = min(8 if clip.encoder.buckets is None else 32, clip.encoder.max_batch)
     builder = CandidateBuilder(source, calibration, clip.loaded, clip.encoder.threads, fit.head.needs_adapted)
     try:
         reference = fit.encoder

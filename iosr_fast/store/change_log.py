@@ -93,6 +93,7 @@ class ChangeLog:
         version, chain, snapshot = reader.snapshot()
         recent = [*reader.rows(version)]
         self._db.execute("ROLLBACK")
+        sqlite_file.trust(self._db)
         if snapshot and (not recent or recent.pop(0).chain != chain):
             raise DamagedFileError("its snapshot is of another log")
         try:

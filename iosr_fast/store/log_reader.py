@@ -90,7 +90,8 @@ class LogReader:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
-        rows = db.execute("SELECT rowid, base, last FROM meta").fetchall()
+        sqlite_file.check_schema(db, TABLES)
+        rows = db.execute("SELECT rowid, base, last FROM meta LIMIT 2").fetchall()
         if len(rows) != 1 or [*map(type, rows[0])] != [int, str, bytes] or rows[0][0] != 1:
             raise DamagedFileError("it does not say what it begins with")
         text = rows[0][1].encode()
@@ -103,12 +104,14 @@ class LogReader:
 
     def snapshot(self) -> tuple[int, bytes, bytes]:
         """The version, the chain and the bytes of the head that was written; without one, of the base, and b""."""
-        parts = self._db.execute("SELECT rowid, part FROM snapshot ORDER BY rowid").fetchall()
-        if not parts:
+        content = bytearray()
+        for row, part in self._db.execute("SELECT rowid, part FROM snapshot ORDER BY rowid"):
+            if type(part) is not bytes or len(part) != PART or row * PART != len(content) + PART:
+                raise DamagedFileError("its snapshot was changed")
+            content += part
+        if not content:
             return self.base.version, self.chain, b""
-        whole = all(type(part) is bytes and len(part) == PART for _, part in parts)
-        content = b"".join(part for _, part in parts) if whole else b""
-        if hashlib.sha256(content[32:]).digest() != content[:32] or parts[-1][0] != len(parts) or parts[0][0] != 1:
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
             raise DamagedFileError("its snapshot was changed")
         body = memoryview(content)[40 : 40 + int.from_bytes(content[32:40])]
         version, chain, state = msgspec.msgpack.decode(body, type=tuple[int, bytes, bytes])
@@ -132,7 +135,7 @@ class LogReader:
             raise DamagedFileError("a change has values of other types")
         if self._last != self.chain:
             raise DamagedFileError(f"it should not end with the change to version {version}")
-        sqlite_file.check_structure(self._db, TABLES)
+        sqlite_file.check_structure(self._db)
 
 
 def read_log(path: str | Path) -> list[LoggedChange]:

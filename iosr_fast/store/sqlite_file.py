@@ -22,6 +22,7 @@ APPLICATION_ID = 0x494F5352  # "IOSR", which tells our files from those of other
 # Bytes 0 to 23 of a file of ours: pages of 4096 bytes, no write-ahead log, no bytes of a page reserved.
 _BEGIN = MAGIC + bytes.fromhex("1000010100402020")
 _SAFE = ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "secure_delete=ON", "synchronous=FULL")
+_STEPS = 1_000_000  # of a statement's program, besides one for each byte of the file; a log takes a fifth of that
 _NOT_DAMAGE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL)
 
 
@@ -61,12 +62,22 @@ def is_at(file: int, path: Path) -> bool:
 
 
 def connect(path: Path, mode: str) -> sqlite3.Connection:
-    """A connection that runs no code of the file and begins no transaction by itself; `mode` is "ro" or "rw"."""
+    """A connection that runs no code of the file and begins no transaction by itself; `mode` is "ro" or "rw".
+
+    A statement that takes more steps than an honest file of this size needs is interrupted: pages of a forged one can
+    be each other's children. `trust` ends that.
+    """
     if sqlite3.sqlite_version_info < (3, 31):
         raise IosrFastError(f"expected SQLite 3.31 or later, got {sqlite3.sqlite_version}: use a newer Python")
     db = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False)
+    db.set_progress_handler(lambda: True, _STEPS + path.stat().st_size)
     protect(db)
     return db
+
+
+def trust(db: sqlite3.Connection) -> None:
+    """Count no more steps, after the file was checked: SQLite adds up those of a statement that runs again."""
+    db.set_progress_handler(None, 0)
 
 
 def protect(db: sqlite3.Connection) -> None:
@@ -107,19 +118,25 @@ def naming(path: Path, fix: str) -> Iterator[None]:
         if code in _NOT_DAMAGE:
             cut = "a start of the classifier takes back a change that was cut off"
             raise OSError(errno.EIO, f"the log can't be read ({error}); {cut}", str(path)) from error
-        raise DamagedFileError(f"{path} is damaged: {error}; {fix}") from error
+        reason = "reading it never ends" if code == sqlite3.SQLITE_INTERRUPT else str(error)
+        raise DamagedFileError(f"{path} is damaged: {reason}; {fix}") from error
 
 
 def code_of(error: Exception) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def check_structure(db: sqlite3.Connection, tables: Mapping[str, str]) -> None:
-    """Raise DamagedFileError unless these tables, and nothing else, are there and sound."""
+def check_schema(db: sqlite3.Connection, tables: Mapping[str, str]) -> None:
+    """Raise DamagedFileError unless there are these tables and nothing else. Nothing else may be read before: a view
+    with the name of a table is a program of whoever made the file."""
     rows = db.execute("SELECT rowid, type, name, tbl_name, rootpage, sql FROM sqlite_schema").fetchall()
     made = enumerate(tables.items(), 1)
     if rows != [(i, "table", name, name, i + 1, f"CREATE TABLE {name}({columns})") for i, (name, columns) in made]:
         raise DamagedFileError("it has other tables than a log")
+
+
+def check_structure(db: sqlite3.Connection) -> None:
+    """Raise DamagedFileError where SQLite finds the pages damaged."""
     ((verdict,), *_) = db.execute("PRAGMA quick_check")
     if verdict != "ok":
         raise DamagedFileError(f"SQLite finds {verdict.splitlines()[-1]}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,8 +35,34 @@ def cpu_model() -> str:
 
 
 def usable_threads() -> int:
-    """Hardware threads that this process may use; a container or an affinity mask can restrict them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Hardware threads that this process may use: those of its affinity mask, at most its `cpu_quota`, rounded up."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return count if quota >= count else math.ceil(quota)
+
+
+@cache
+def cpu_quota(memberships: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """How many processors' time this process may take by its control groups, as `docker --cpus 4` limits it: the least
+    of its group and of those around it. Infinite without a limit.
+
+    `memberships` has the groups of the process, relative to their tree below `root`; a container may see its own group
+    as the top of the tree. Version 2 has one tree and `cpu.max`; version 1 has a tree for each set of controllers.
+    """
+    least = math.inf
+    for line in memberships.read_text().splitlines() if memberships.exists() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        top = root / controllers
+        group = top / name.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and all((folder / file).exists() for file in files):
+                quota, period = " ".join((folder / file).read_text() for file in files).split()
+                if quota not in ("max", "-1"):
+                    least = min(least, int(quota) / int(period))
+    return least
 
 
 @dataclass(frozen=True)

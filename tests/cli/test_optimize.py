@@ -17,6 +17,8 @@ pytest.importorskip("openvino")
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.clip.load import load_clip
+from iosr_fast.export.build import write_engine
 from iosr_fast.head import engine_judge
 from iosr_fast.sealed.files import cache_folder
 from tests.cli.runs import refused, run
@@ -93,6 +95,15 @@ def test_an_engine_of_optimize_lives_as_long_as_its_classifier(tmp_path: Path) -
     assert Classifier.load(tmp_path / "bundle").score(images, labels) == classifier.score(images, labels)
     del classifier
     assert leftovers() == before
+
+
+def test_an_engine_of_small_batches_is_timed_with_its_own(tmp_path: Path) -> None:
+    write_engine(load_clip("demo"), None, tmp_path / "engine", "onnxruntime", max_batch=3)
+    pictures = load_pictures("held-out", min_styles=5)
+    images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
+    classifier = Classifier("demo", engine=tmp_path / "engine", method="tip-adapter", alpha=3.0, beta=7.0, views=1)
+    choice = classifier.fit(images, labels).optimize(images, labels, precision="fp32")
+    assert choice.batch == 3 and {row.verdict for row in choice.candidates} <= {"chosen", "accepted", "not judged"}
 
 
 def test_optimize_later(plain: Path, support: Path, tmp_path: Path) -> None:

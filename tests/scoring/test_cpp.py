@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from iosr_fast import _C
+from iosr_fast.utils import machine
 from tests.conftest import unit_rows
 
 PATHS = [name for name, supported in _C.simd_paths() if supported]
@@ -146,6 +147,17 @@ READ_ONLY.flags.writeable = False
 def test_wrong_arrays_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _C.affinity_sums(**GOOD | change)
+
+
+def test_threads_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(machine, "usable_threads", lambda: asked.append(True) or 1)
+    _C.affinity_sums(**GOOD)
+    _C.add_product(GOOD["queries"], GOOD["keys"], 1.0, np.zeros((2, 3), np.float32))
+    assert len(asked) == 2
+    monkeypatch.setenv("IOSR_FAST_THREADS", "2")
+    _C.affinity_sums(**GOOD)
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

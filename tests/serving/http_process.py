@@ -26,6 +26,7 @@ class Process:
         environment = {**os.environ, "IOSR_FAST_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "iosr_fast", "serve", str(folder or bundle()), "--port", "0", *options]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.pid = self._process.pid
         self.lines: list[dict[str, Any]] = []
         self._fresh: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)

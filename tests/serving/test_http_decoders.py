@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, features
 
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.geometry import Geometry
+from iosr_fast.serving.batching import processes
+from iosr_fast.serving.batching.decode import Decoder
+from iosr_fast.serving.batching.processes import DecoderProcess
 from iosr_fast.serving.http.settings import Settings
 from tests.images.jpegs import COMMENT, END, jpeg, scan, segment
 from tests.pictures import GREY, encode
+from tests.serving.decoder_attacks import attacks
 from tests.serving.http_client import (
     AUTHORISED,
     Client,
@@ -118,3 +128,76 @@ def test_memory_is_back_after_a_burst_of_large_pngs(client: Client) -> None:
     while sum(map(resident_mb, everybody)) > before + 60:
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def run_in_decoders(monkeypatch: pytest.MonkeyPatch, lacks: str, main: str) -> None:
+    """New decoders run `main`, on a kernel that lacks these parts."""
+    parts = "".join(f"sandbox._{part.lower()} = lambda: False; " for part in lacks.split(" and ") if part)
+    start = "import sys; sys.path[:] = sys.argv[2:]; from iosr_fast.images.decoder_process import child, sandbox; "
+    monkeypatch.setattr(processes, "_MAIN", start + parts + main)
+
+
+ALL = {*attacks(Path(), 0, 0)}
+BY_LANDLOCK = {"truncate a file", "remove a file", "create a file", "list a folder", "read a token", "start a program"}
+BY_LANDLOCK |= {"trace a process", "read a process's memory"}
+
+
+@pytest.mark.parametrize(("lacks", "refused"), [("", ALL), ("seccomp", BY_LANDLOCK)], ids=["both", "Landlock"])
+def test_a_decoder_that_was_taken_over_can_do_nothing(
+    lacks: str, refused: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As root, too."""
+    program = tmp_path / "program"
+    for path in (tmp_path / "a", tmp_path / "b", program):
+        path.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    run_in_decoders(monkeypatch, lacks, "from tests.serving.decoder_attacks import main; main()")
+    decoder = DecoderProcess(LIMITS)
+    decoder.start()
+    if decoder.warning and not decoder.warning.endswith(f"lacks {lacks}"):
+        pytest.skip(decoder.warning)
+    opened = os.listdir(f"/proc/{decoder._process.pid}/fd")  # type: ignore[union-attr]
+    assert len(opened) == 4, "its socket, /dev/null, its standard error, and its own statm"
+    with (
+        subprocess.Popen(["sleep", "60"]) as victim,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(BadImageError) as done,
+    ):
+        try:
+            given = json.dumps([str(tmp_path), victim.pid, listener.getsockname()[1]])
+            decoder.decode(given.encode(), 0, Geometry(4), float("inf"))
+        finally:
+            decoder.close()
+            victim.kill()
+    assert refused.isdisjoint(json.loads(done.value.reason))
+
+
+def test_confined_decoders_read_what_the_library_reads() -> None:
+    picture = Image.effect_noise((90, 70), 50).convert("RGB")
+    deep = Image.fromarray(np.arange(6300, dtype=np.uint16).reshape(70, 90) * 10)
+    lab = ImageCms.profileToProfile(picture, *map(ImageCms.createProfile, ("sRGB", "LAB")), outputMode="LAB")
+    images = {kind: encode(picture, kind) for kind in ("TIFF", "GIF", "BMP", "PPM")}
+    images |= {"deep PNG": encode(deep), "deep TIFF": encode(deep, "TIFF"), "LAB": encode(lab, "TIFF")}
+    if features.check("avif"):
+        images["AVIF"] = encode(picture, "AVIF")
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        images["HEIC"] = encode(picture, "HEIF")
+    decoder = DecoderProcess(LIMITS)
+    decoder.start()
+    for name, data in images.items():
+        made, expected = (one.decode(data, 0, Geometry(64), float("inf")) for one in (decoder, Decoder(LIMITS)))
+        np.testing.assert_array_equal(made, expected, name)
+    decoder.close()
+
+
+@pytest.mark.parametrize("lacks", ["", "Landlock", "Landlock and seccomp"])
+def test_a_kernel_that_can_not_confine_is_told_of(lacks: str, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    run_in_decoders(monkeypatch, lacks, "child.main()")
+    with serving(batching={"isolated": True, "decode_threads": 2}) as client:
+        ready = client.get("/readyz")
+        assert ready.status_code == 200 and ready.json()["detail"].endswith(lacks and f"this system lacks {lacks}")
+        assert bool(ready.json()["detail"]) == bool(lacks)
+    assert caplog.text.count("are not confined") == bool(lacks)

@@ -52,6 +52,8 @@ def test_a_signal_lets_accepted_requests_finish_and_exits_with_0(tmp_path: Path)
     with started("--log", str(log), "--drain", "1.5") as process:
         added = process.client.post("/v1/classes", data={"name": "grey"}, files=form(GREY), headers=AUTHORISED)
         assert added.status_code == 201
+        environment = Path(f"/proc/{process.pid}/environ")
+        assert not environment.exists() or TOKEN.encode() not in environment.read_bytes()
         first = process.client.post("/v1/predict", content=GREY).json()
         held = process.connect()
         held.sendall(POST + f"Content-Length: {len(GREY)}\r\n\r\n".encode() + GREY[:50])
@@ -95,7 +97,7 @@ def test_a_full_disk_stops_changes_and_nothing_else(tmp_path: Path) -> None:
         while not log.exists() or log.stat().st_size < 2 * 64 * 64 * 3:  # the limit holds for shared memory, too
             version += 1
             assert add(f"class {version}").json()["version"] == version
-        pid = process._process.pid
+        pid = process.pid
         _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (log.stat().st_size, most))
         while (answer := add(f"class {version + 1}")).status_code == 201:  # into the room that the last page has

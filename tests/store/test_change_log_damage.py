@@ -7,6 +7,8 @@ import os
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from iosr_fast.store.change_log import ChangeLog
 from iosr_fast.store.changes import Change, Record
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.store.log_reader import LogReader, read_log
+from tests import ROOT
 from tests.store.live_parts import random_examples
 from tests.store.logs import base, changed, renamed, reopened, write_log
 
@@ -218,7 +221,6 @@ def test_the_log_of_another_state_is_refused(path: Path) -> None:
     "statement",
     [
         "CREATE TABLE more(x)",
-        "CREATE VIEW more AS SELECT * FROM changes",
         "CREATE INDEX more ON changes(version)",
         "CREATE TRIGGER more AFTER INSERT ON changes BEGIN DELETE FROM changes; END",
         "ALTER TABLE changes ADD COLUMN more TEXT",
@@ -240,6 +242,33 @@ def test_another_program_that_writes_is_noticed(statement: str, path: Path) -> N
         db.execute(statement)
     db.close()
     refused(path)
+
+
+ENDLESS = "WITH RECURSIVE more(base) AS (SELECT 1 UNION ALL SELECT 1 FROM more) SELECT *, 1 AS last FROM more"
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        ("reader.read_log(path)", "it has other tables than a log"),  # iosr-fast info
+        ("logs.reopened(path)", "it has other tables than a log"),  # iosr-fast serve --log
+        ("[*sqlite_file.connect(path, 'ro').execute(endless)]", "interrupted"),
+    ],
+)
+def test_a_query_of_the_file_that_never_ends_is_refused(read: str, said: str, path: Path) -> None:
+    write_log(path)
+    with sqlite3.connect(path) as db:
+        db.executescript(f"ALTER TABLE meta RENAME TO other; CREATE VIEW meta AS {ENDLESS} WHERE base = 2")
+    db.close()
+    program = f"""
+from pathlib import Path
+from iosr_fast.store import log_reader as reader, sqlite_file
+from tests.store import logs
+path, endless = Path({str(path)!r}), "{ENDLESS} WHERE base = 2"
+{read}
+"""
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=30)
+    assert said in done.stderr.splitlines()[-1]
 
 
 STATE, ROW = base(), np.eye(1, 24, dtype="<f4")

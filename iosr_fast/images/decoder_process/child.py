@@ -6,13 +6,14 @@ import importlib
 import socket
 import sys
 import warnings
+from contextlib import suppress
 
 import numpy as np
 from PIL import Image
 
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import decode_pixels
-from iosr_fast.images.decoder_process import confinement
+from iosr_fast.images.decoder_process import confinement, sandbox
 from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import open_image
@@ -20,14 +21,17 @@ from iosr_fast.images.preprocess import open_image
 
 def main() -> None:
     """Answer requests until the parent closes the socket."""
-    # Load all of Pillow's formats before memory is limited; the common ones first, because Pillow tries them in order.
+    # Import everything now: no file can be opened later. The common formats come first, as Pillow tries them in order.
     Image.preinit()
     importlib.import_module("PIL.WebPImagePlugin")
     Image.init()
+    for name in ("PIL.ImageCms", "pillow_heif"):
+        with suppress(ImportError):
+            importlib.import_module(name)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     confinement.confine(int(sys.argv[1]))
     with socket.socket(fileno=0) as parent:
-        parent.sendall(READY)
+        parent.sendall(READY.pack(b"ready", sandbox.enter().encode()))
         while True:
             request = Request(*REQUEST.unpack(_receive(parent, REQUEST.size)))
             confinement.limit(request.work_pixels, 2 * request.length, request.cpu_s)

@@ -51,6 +51,6 @@ class Answer(NamedTuple):
 
 REQUEST = struct.Struct("<IBBBQQQd?")
 ANSWER = struct.Struct("<BIII")
-READY = b"ready"  # sent once, when the process accepts requests
+READY = struct.Struct("<5s24s")  # sent once, when the process accepts requests: "ready", what its sandbox lacks
 MAX_MESSAGE = 2000
 BUFFER = 1 << 20  # bytes that a socket should hold: more than a square of 224 pixels has

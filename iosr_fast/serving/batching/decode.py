@@ -18,7 +18,10 @@ from iosr_fast.images.preprocess import ENCODED, open_image
 
 
 class Decoder:
-    """Decodes in the calling thread, which can't be stopped. DecoderProcess overrides all methods."""
+    """Decodes in the calling thread, which can't be stopped. DecoderProcess overrides all methods, and its `warning`
+    says what does not confine it."""
+
+    warning = ""
 
     def __init__(self, limits: DecodeLimits) -> None:
         self.limits = limits

@@ -262,6 +262,11 @@ class BatchingClassifier:
         return self._workers.decoders_error or self._engine.last_error
 
     @property
+    def decoders_warning(self) -> str:
+        """What the system lacks to confine the processes that decode; "" if nothing, or if none decodes."""
+        return self._workers.warning
+
+    @property
     def decoders_are_busy(self) -> bool:
         """Whether every decoder has an image, or an image waits for one."""
         return self._queue.decoders_are_busy

@@ -59,8 +59,11 @@ class DecoderProcess(Decoder):
                     for side in (self._channel, remote):
                         side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
                     self._process = _interpreter(remote, errors)
-                if self._receive(len(READY), time.monotonic() + _START_S).tobytes() != READY:
+                ready, lacks = READY.unpack(self._receive(READY.size, time.monotonic() + _START_S).tobytes())
+                if ready != b"ready":
                     raise _ProcessLost("it sent an unexpected first message")
+                if lacks := lacks.rstrip(b"\0").decode():
+                    self.warning = f"decoders are not confined as they should be: this system lacks {lacks}"
                 # A test image, so that a broken library shows here and not as bad images.
                 self._exchange(grey_png(), Geometry(2), time.monotonic() + _START_S)
             except (_ProcessLost, OSError, BadImageError) as error:

@@ -51,6 +51,8 @@ class Workers:
                 event.wait()
             if error := next((error for error in self._errors if error is not None), None):
                 raise error
+            if self.warning:
+                log.warning("%s", self.warning)
         except BaseException:  # no more threads or processes are available: stop those that run
             _alive.discard(self)
             queue.close()
@@ -61,6 +63,11 @@ class Workers:
     def decoders_error(self) -> Exception | None:
         """The error if no decoder works; None if one does."""
         return self._errors[0] if all(self._errors) else None
+
+    @property
+    def warning(self) -> str:
+        """That of the decoders; "" if they are confined as they should be, or need not be."""
+        return max(decoder.warning for decoder in self._decoders)
 
     def close(self, timeout: float | None = None) -> None:
         """As BatchingClassifier.close."""

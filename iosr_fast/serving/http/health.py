@@ -81,7 +81,7 @@ def make_router(service: Service) -> APIRouter:
             return _state("shutting down")
         if service.loading or not service.batching.healthy:
             return _state("loading" if service.loading else "failed")
-        return _state("ok", service.read_only)
+        return _state("ok", service.read_only or service.batching.decoders_warning)
 
     # Not `async`: rendering the series of thousands of classes is slow, so it runs in a thread.
     @router.get(
