@@ -43,7 +43,7 @@ class Probe:
         busy = "" if idle_s < STUCK_AFTER_S else f"no image was classified for {idle_s:.0f} s"
         try:
             async with asyncio.timeout(WITHIN_S):
-                await batching.classify(self._service.uploads.probe, top=1, deadline_s=WITHIN_S)
+                await batching.classify(self._service.uploads.probe, top=1, deadline_s=WITHIN_S, probe=True)
         except QueueFullError:
             return busy
         except ClosedError:
