@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from iosr_fast.methods.support_audit import Duplicate, SupportAudit, Suspect
+from iosr_fast.methods.support_audit import Confusion, Duplicate, SupportAudit, Suspect
 from iosr_fast.reports import page
 
 _SHOWN = 100  # of each kind; a phone shows no more
@@ -28,7 +28,7 @@ def named(image: Any, path: str | None) -> str:
 def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], title: str) -> str:
     """The HTML file; `picture_of` gives the thumbnail of an image by its name in the audit, or None."""
 
-    def pictures(*images: Any, look: str = "pictures") -> page.Html:
+    def pictures(*images: Any, look: str = "row") -> page.Html:
         return page.element("div", *(page.picture(picture_of(image), str(image)) for image in images), class_=look)
 
     def name(image: Any, path: str | None) -> page.Html:
@@ -41,7 +41,7 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
             page.element("p", page.element("b", one.label, class_="bad"), f" is rather {one.suggested}"),
             page.element("p", "wrong: ", page.bar(one.suspicion)),
             page.note(name(one.image, one.path), left_out),
-            pictures(*one.neighbours, look="small pictures"),
+            pictures(*one.neighbours, look="small row"),
             None if one.path is None else page.label_field(one.path, one.suggested),
         )
 
@@ -53,6 +53,10 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
             page.note(name(one.image, one.path), " and ", name(one.other, one.other_path)),
             page.note(f"cosine {one.cosine:.4f}"),
         )
+
+    def confusion(one: Confusion) -> dict[str, Any]:
+        words = {"class": one.label, "other class": one.other, "left-out images": one.images}
+        return words | {"taken for the other": one.mistaken, "probability there": page.bar(one.share)}
 
     likely, doubtful = len(audit.likely_wrong), audit.suspects[len(audit.likely_wrong) :]
     shown = [*audit.likely_wrong[:_SHOWN], *doubtful[:_SHOWN]]
@@ -89,11 +93,7 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
                 if audit.confusions
                 else "No pair takes a tenth of the other's probability."
             ),
-            page.table(
-                ("class", "other class", "left-out images", "taken for the other", "probability there"),
-                [(one.label, one.other, one.images, one.mistaken, page.bar(one.share)) for one in audit.confusions],
-                _SHOWN,
-            ),
+            page.table([*map(confusion, audit.confusions)], _SHOWN),
         ),
         _classes(audit),
         page.save_labels(paths, [one.label for one in audit.classes]) if paths else None,
@@ -103,23 +103,22 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
 
 
 def _classes(audit: SupportAudit) -> page.Html:
-    heads = ("class", "images", "distinct", "left-out images right", "variety", "advice")
     rows = [
-        (
-            one.label,
-            one.images,
-            one.distinct,
-            page.ratio(one.right, one.scored),
-            "" if one.variety != one.variety else f"{one.variety:.2f}",
-            page.element("p", one.advice) if one.advice else "",
-        )
+        {
+            "class": one.label,
+            "images": one.images,
+            "distinct": one.distinct,
+            "left-out images right": page.ratio(one.right, one.scored),
+            "variety": "" if one.variety != one.variety else f"{one.variety:.2f}",
+            "advice": page.element("p", one.advice) if one.advice else "",
+        }
         for one in sorted(audit.classes, key=lambda one: one.right / one.scored if one.scored else 1.0)
     ]
-    urgent = [row for row in rows if row[-1]]
+    urgent = [row for row in rows if row["advice"]]
     return page.section(
         "Classes",
         page.note("Classes that need other or more images." if urgent else "No class lacks images."),
-        page.table(heads, urgent, _SHOWN),
-        page.details("All classes, the least often right first", page.table(heads, rows)),
+        page.table(urgent, _SHOWN),
+        page.details("All classes, the least often right first", page.table(rows)),
         page.note("Variety: the mean distance of two images of the class, 1 as in the usual class."),
     )

@@ -32,14 +32,14 @@ def evaluation_page(
             page.element("p", page.bar(one.probability)),
             page.note(page.short_path(one.image), of_label),
         )
-        small = page.photo(one.image, str(one.image), exif_orientation)
-        near = [
-            page.figure(page.picture(picture_of(each.example_id), each.example_id), each.label) for each in one.nearest
-        ]
+        photo, near = page.photo(one.image, str(one.image), exif_orientation), []
+        for each in one.nearest:
+            small, caption = page.picture(picture_of(each.example_id), each.example_id), each.label
+            near.append(page.element("figure", small, page.element("figcaption", caption)))
         return page.join(
-            page.element("div", small, page.element("div", *words), class_="beside"),
+            page.element("div", photo, page.element("div", *words), class_="beside"),
             page.note("Nearest examples:" if near else ""),
-            page.element("div", *near, class_="small pictures"),
+            page.element("div", *near, class_="small row"),
         )
 
     unknown, sure = found.unknown, int((found.confidence[found.labels != found.predicted] >= _SURE).sum())
@@ -75,12 +75,15 @@ def evaluation_page(
 
 
 def _confusion(found: Evaluation) -> page.Html:
-    rows = [(one.label, one.other, page.ratio(one.mistaken, one.images)) for one in found.mixups]
+    rows = [
+        {"class": one.label, "taken for": one.other, "of its images": page.ratio(one.mistaken, one.images)}
+        for one in found.mixups
+    ]
     if not rows:
         return page.section("Confusion", page.note("No image is taken for another class."))
     pairs = page.join(
         page.note("Pairs of classes, the most frequent first."),
-        page.table(("class", "taken for", "of its images"), rows, _SHOWN),
+        page.table(rows, _SHOWN),
     )
     if len(found.classes) > MATRIX:
         return page.section("Confusion", pairs)
@@ -115,7 +118,11 @@ def _sentence(words: str) -> str:
 
 def _classes(found: Evaluation) -> page.Html:
     rows = [
-        (one.label, page.ratio(one.right, one.images, "no images"), page.ratio(one.right, one.predicted))
+        {
+            "class": one.label,
+            "recall": page.ratio(one.right, one.images, "no images"),
+            "precision": page.ratio(one.right, one.predicted),
+        }
         for one in sorted(found.class_results, key=lambda one: (math.isnan(one.recall), one.recall, one.precision))
     ]
     return page.section(
@@ -124,19 +131,19 @@ def _classes(found: Evaluation) -> page.Html:
             "The least often right first. Recall: of its images, those that are right. Precision: of images that are "
             "taken for the class, those that are right."
         ),
-        page.table(("class", "recall", "precision"), rows),
+        page.table(rows),
     )
 
 
 def _probabilities(found: Evaluation) -> page.Html:
     one, sets = found.reliability, found.sets
     rows = [
-        (
-            f"{100 * k / BINS:.0f}–{(k + 1) / BINS:.0%}",
-            int(one.counts[k]),
-            page.bar(one.confidence[k]),
-            page.bar(one.right[k]),
-        )
+        {
+            "probability": f"{100 * k / BINS:.0f}–{(k + 1) / BINS:.0%}",
+            "images": int(one.counts[k]),
+            "mean": page.bar(one.confidence[k]),
+            "right": page.bar(one.right[k]),
+        }
         for k in np.flatnonzero(one.counts).tolist()
     ]
     covered = (
@@ -149,7 +156,7 @@ def _probabilities(found: Evaluation) -> page.Html:
             "Images by their largest probability. Where probabilities are as right as they say, both bars of a row are "
             f"as long. Expected calibration error {page.percent(one.error)}."
         ),
-        page.table(("probability", "images", "mean", "right"), rows),
+        page.table(rows),
         page.note(f"Sets of labels: {sets.reason}." if sets.reason else covered),
     )
 
@@ -159,15 +166,15 @@ def _automation(found: Evaluation) -> page.Html:
     expected = found.expected_automation.shares[one.shares > 0], one.thresholds[one.shares > 0]
     points = [(row.accepted / total, row.promised, row.wrong / row.accepted) for row in found.promises]
     rows = [
-        (
-            page.percent(row.promised),
-            page.element("span", row.judgement, class_="bad" if row.judgement == "broke" else None),
-            f"{row.accepted:,} ({page.percent(share)})",
-            f"{row.wrong:,} ({page.percent(error)})",
-            f"{row.explained:,}",
-            page.percent(share_expected),
-            f"{least:.3f}",
-        )
+        {
+            "promised": page.percent(row.promised),
+            "promise": page.element("span", row.judgement, class_="bad" if row.judgement == "broke" else None),
+            "accepted": f"{row.accepted:,} ({page.percent(share)})",
+            "of these wrong": f"{row.wrong:,} ({page.percent(error)})",
+            "chance explains": f"{row.explained:,}",
+            "accepted as expected": page.percent(share_expected),
+            "least probability": f"{least:.3f}",
+        }
         for row, (share, _, error), share_expected, least in zip(found.promises, points, *expected, strict=True)
     ]
     lines = {name: [(point[0], point[k]) for point in points] for k, name in ((1, "promised"), (2, "wrong here"))}
@@ -178,18 +185,7 @@ def _automation(found: Evaluation) -> page.Html:
             f"{one.can}; 1% takes {images_needed_for(0.01)}.{'' if rows else ' No label is accepted.'}"
         ),
         page.curves(lines, "labels accepted", "of these wrong", style="max-width:35rem") if len(rows) > 1 else None,
-        page.table(
-            (
-                "promised",
-                "promise",
-                "accepted",
-                "of these wrong",
-                "chance explains",
-                "accepted as expected",
-                "least probability",
-            ),
-            rows,
-        ),
+        page.table(rows),
     )
 
 

@@ -23,7 +23,7 @@ from iosr_fast.serving import http
 
 _OPEN = 24  # rows of a table and cards that are in sight at once
 _AXIS, _LINES = "#808080", ("#808080", "#4a7fd6", "#c9762b")  # of curves, on a light page and on a dark one
-_OWN, _SITE = Path(__file__).parent, Path(http.__path__[0]) / "page"  # the server's page shares files with reports
+_OWN, _SITE = Path(__file__).parent, Path(http.__path__[0]) / "page"  # reports share files with the server's page
 
 
 class Html(str):
@@ -70,28 +70,28 @@ def short_path(image: Any) -> str:
     return "/".join(Path(str(image)).parts[-2:])
 
 
-def table(heads: Sequence[Any], rows: Sequence[Sequence[Any]], most: int | None = None) -> Html:
-    """A table that scrolls sideways where it is wider than the screen, of `most` rows; nothing without rows. The first
-    rows are in sight, the others on demand. Numbers, and text that starts with a digit or a sign, are set to the right.
-    """
-    cells = zip(heads, rows[0] if rows else heads, strict=True)
-    head = element(
-        "thead", element("tr", *(element("th", one, scope="col", class_=_look(cell)) for one, cell in cells))
-    )
+def table(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> Html:
+    """A table of `most` rows, whose columns are the names in the first one; nothing without rows. It scrolls sideways
+    where it is wider than the screen; the first rows are in sight, the others on demand. Numbers, and text that starts
+    with a digit or a sign, are set to the right."""
 
-    def part(some: Sequence[Sequence[Any]]) -> Html | None:
-        if not some:
-            return None
-        body = (element("tr", *(element("td", cell, class_=_look(cell)) for cell in row)) for row in some)
-        return element("div", element("table", head, element("tbody", *body)), class_="wide", tabindex=0)
+    def line(tag: str, row: Mapping[str, Any], **attributes: Any) -> Html:
+        cells = (element(tag, name if attributes else row[name], class_=_look(row[name]), **attributes) for name in row)
+        return element("tr", *cells)
+
+    def part(some: Sequence[Mapping[str, Any]]) -> Html:
+        head, body = line("th", rows[0], scope="col"), (line("td", row) for row in some)
+        whole = element("table", element("thead", head), element("tbody", *body))
+        return element("div", whole, class_="wide", tabindex=0)
 
     return _some(rows[:most], len(rows), _OPEN, part)
 
 
-def _some(shown: Sequence[Any], total: int, open_: int, part: Callable[[Sequence[Any]], Html | None]) -> Html:
+def _some(shown: Sequence[Any], total: int, open_: int, part: Callable[[Sequence[Any]], Html]) -> Html:
     """Things in parts: the first `open_` in sight, the others on demand; of `total`, which is said if it is more."""
     left_out = f"The first {len(shown):,} of {total:,} are shown." if len(shown) < total else ""
-    return join(note(left_out), part(shown[:open_]), details(f"{len(shown) - open_} more", part(shown[open_:])))
+    first, rest = (part(some) if some else None for some in (shown[:open_], shown[open_:]))
+    return join(note(left_out), first, details(f"{len(shown) - open_} more", rest))
 
 
 def _look(value: Any) -> str | None:
@@ -106,19 +106,14 @@ def matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Html:
     head = element("tr", element("th"), *(element("th", k, scope="col", title=names[k - 1]) for k in numbers))
     rows = []
     for k, (name, row) in enumerate(zip(names, counts, strict=True)):
-        cells = [
-            element(
-                "td",
-                count or "",
-                style=f"--share:{count / sum(row):.2f}" if count else None,
-                class_="same" if j == k else None,
-                title=f"{name} taken for {names[j]}: {count}" if count else None,
-            )
-            for j, count in enumerate(row)
-        ]
+        cells = []
+        for j, count in enumerate(row):
+            tint = f"--tint:var(--{'first' if j == k else 'bad'});--share:{count / max(1, sum(row)):.2f}"
+            title = f"{name} taken for {names[j]}: {count}" if count else None
+            cells.append(element("td", count or "", style=tint, title=title))
         rows.append(element("tr", element("th", f"{k + 1} {name}", scope="row"), *cells))
-    parts = element("thead", head), element("tbody", *rows)
-    return element("div", element("table", *parts, class_="matrix"), class_="wide", tabindex=0)
+    whole = element("table", element("thead", head), element("tbody", *rows), class_="matrix")
+    return element("div", whole, class_="wide", tabindex=0)
 
 
 def photo(image: Any, alt: str, exif_orientation: bool = True, side: int = 160) -> Html:
@@ -139,10 +134,6 @@ def picture(data: bytes | None, alt: str) -> Html:
     if data is None:
         return element("span", alt, class_="picture")
     return element("img", src=f"data:image/webp;base64,{b64encode(data).decode()}", alt=alt, class_="picture")
-
-
-def figure(content: Html, caption: str) -> Html:
-    return element("figure", content, element("figcaption", caption))
 
 
 def bar(share: float, label: str = "") -> Html:
@@ -189,8 +180,7 @@ def cards(items: Iterable[Html], total: int = 0, shown: int = _OPEN, least: floa
     """Items of `total`, if these are more, side by side, each at least `least` rem wide; those beyond the first `shown`
     on demand; nothing without items. `look` is a class of the stylesheet."""
     listed, style = [element("li", item) for item in items], f"--least:{least}rem"
-    classes = f"cards {look}".strip()
-    return _some(listed, total, shown, lambda some: element("ul", *some, class_=classes, style=style) if some else None)
+    return _some(listed, total, shown, lambda some: element("ul", *some, class_=f"cards {look}", style=style))
 
 
 def facts(values: Mapping[str, Any]) -> Html:
@@ -233,8 +223,8 @@ def section(title: str, *parts: Any) -> Html:
 
 def unreadable(errors: Sequence[Any]) -> Html:
     """The images that can't be read, the first hundred of them; nothing without one."""
-    first = note(f"The first 100 of {len(errors):,} are shown." if len(errors) > 100 else "")
-    return section("Unreadable images", first, *map(note, errors[:100]))
+    listed = _some(errors[:100], len(errors), 100, lambda some: join(*map(note, some)))
+    return section("Unreadable images", listed)
 
 
 def document(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = ()) -> str:

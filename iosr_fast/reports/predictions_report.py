@@ -41,9 +41,14 @@ def predictions_page(
     left_out = len(good) - sum(min(share, len(look)) for look in looks.values())
     promised = any(row.accepted is not None for row in good)
     without = f" {left_out:,} of {len(good):,} images are left out of this page; the table counts them."
-    heads = ("label", "images", *["need a look"] * promised, "probability on the mean", "least")
     lines = [
-        (label, len(group), *[len(looks[label])] * promised, page.bar(fmean(probabilities)), page.bar(probabilities[0]))
+        {
+            "label": label,
+            "images": len(group),
+            **({"need a look": len(looks[label])} if promised else {}),
+            "probability on the mean": page.bar(fmean(probabilities)),
+            "least": page.bar(probabilities[0]),
+        }
         for label, group in groups.items()
         if (probabilities := sorted(row.probability for row in group))
     ]
@@ -59,7 +64,7 @@ def predictions_page(
                 "unreadable": f"{unread:,}" if unread else None,
             }
         ),
-        page.section("Labels", page.table(heads, lines)),
+        page.section("Labels", page.table(lines)),
         *(_group(label, look, share, label == rejected, exif_orientation) for label, look in looks.items()),
         page.unreadable([f"{row.path}: {row.error}" for row in rows if row.error]),
         lead=f"For each label the least probable images{' that need a look' if promised else ''} first."

@@ -30,7 +30,7 @@ ATTACK = "<script>alert(1)</script>\"'&"
 
 def test_text_of_users_never_becomes_markup() -> None:
     parts = [
-        table([ATTACK], [[ATTACK]] * 25),
+        table([{ATTACK: ATTACK}] * 25),
         matrix([ATTACK, "two"], [[1, 2], [0, 0]]),
         picture(None, ATTACK),
         photo(np.zeros((3, 4, 3), np.uint8), ATTACK),
@@ -55,11 +55,15 @@ def test_a_page_names_nothing_to_load_and_allows_only_its_own_scripts() -> None:
     assert "default-src 'none'" in policy and policy.count("sha256-") == 2 and "connect" not in policy
     assert "script-src 'none'" in document("title")
     style = written.partition("<style>")[2].partition("</style>")[0]
-    assert set(re.findall(r"var\((--[\w-]+)", style)) <= set(re.findall(r"(--[\w-]+):", style)) | {"--share", "--least"}
+    assert set(re.findall(r"var\((--[\w-]+)", style)) <= set(re.findall(r"(--[\w-]+):", style)) | {
+        "--share",
+        "--tint",
+        "--least",
+    }
 
 
 def test_values() -> None:
-    assert table(["a"], [[3], ["+1.5"], ["cat"], [Html("<b>4</b>")]]).count('class="number"') == 3
-    assert table(["a"], []) == "" and cards([]) == ""
+    assert table([{"a": value} for value in (3, "+1.5", "cat", Html("<b>4</b>"))]).count('class="number"') == 3
+    assert table([]) == "" and cards([]) == ""
     assert "width:0.0%" in bar(float("nan")) and "width:100.0%" in bar(7.0)
     assert element("input", required=True, value=None) == "<input required>"
