@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Container, Set
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from iosr_fast.serving.kept_folder import KeptFolder, KeptTable, is_picture_name
 
 TABLE = "collected.csv"
 COLUMNS = ("path", "guess", "probability", "reason", "time")
-UNKNOWN, UNSURE, FOUND = "unknown", "needs a look", "found at start"
+UNKNOWN, UNSURE, FOUND = "unknown", "needs a look", "found"
 _WAITING = 64 << 20  # bytes of uploads that wait to be judged
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class Collector:
 
     Files are named by the SHA-256 of their bytes, and no others are touched (KeptFolder). The table TABLE, which only
     the server writes, has `path`, `guess` and `probability` of the best class, `reason` ("needs a look" or "unknown")
-    and `time`; `iosr-fast suggest` reads it. Pictures that no table lists are "found at start". Labels come back in
-    LABELS, a table of `path` and `label`. Near duplicates of support images, and of files that were kept since the
+    and `time`; `iosr-fast suggest` reads it. Pictures that no table lists are "found". Labels come back in LABELS, a
+    table of `path` and `label`. Near duplicates of support images, and of files that were kept since the
     start, are left out. At `limit` files the oldest one without a label goes; if all have one, no more are kept.
 
     A thread judges and writes, so that no answer waits: while 64 MiB of uploads wait for it, others are left out. If
@@ -66,7 +66,8 @@ class Collector:
         if check_share is not None:
             self.checks = CheckSample(self._folder, self._sampled, check_share, limit, max_error, digest)
         self._table = KeptTable(self._folder, TABLE, COLUMNS)
-        self._find()
+        self._table.drop(())  # what can't be written is an error now
+        self._make_room(0)
         self._thread = ThreadPoolExecutor(1, "iosr-fast-collector")
 
     def offer(self, image: Any, embeddings: Embeddings, head: Head) -> None:
@@ -93,13 +94,6 @@ class Collector:
         """Judge what waits, and end."""
         self._thread.shutdown()
         self._folder.close()
-
-    def _find(self) -> None:
-        """Make the table list what is in the folder, and no more."""
-        files = self._folder.pictures()
-        self._table.drop(self._missing(files))
-        found = sorted(files.keys() - self._table.rows.keys() - self._sampled.rows.keys(), key=files.__getitem__)
-        self._table.add(*({"path": name, "reason": FOUND, "time": time_text(files[name])} for name in found))
 
     def _run(self, image: bytes, embeddings: Embeddings, head: Head) -> None:
         outcome = self._guarded("pictures can't be kept", self._judge, image, embeddings, head)
@@ -135,33 +129,34 @@ class Collector:
             prediction = predict(head, embeddings, abstention=Abstention(KEEP, max_error=self._max_error))[0]
         if prediction.accepted:
             return ""
-        name, files = picture_name(image), self._folder.pictures().keys()
-        if name in files or near_support(head.support, embeddings.plain, self._kept)[0]:
+        name = picture_name(image)
+        if name in self._folder.pictures() or near_support(head.support, embeddings.plain, self._kept)[0]:
             return "near duplicate"
-        gone = self._room_for_one(files - self._sampled.rows.keys())
-        if gone is None:
+        if not self._make_room(1):
             return "left out"
-        gone += self._missing(files)
         self._folder.write(name, image)
         best, reason = prediction.top[0], UNKNOWN if prediction.label is None else UNSURE
         values = name, best.label, f"{best.probability:.4f}", reason, time_text()
         self._table.add(dict(zip(COLUMNS, values, strict=True)))
         self._kept = [*self._kept, embeddings.plain[0]][-self._limit :]
-        if gone:
-            self._table.drop(gone)
-            self._folder.remove(gone)
         return "kept"
 
-    def _missing(self, files: Container[str]) -> list[str]:
-        """The pictures in the table that are not among these files."""
-        return [path for path in self._table.rows if is_picture_name(path) and path not in files]
-
-    def _room_for_one(self, files: Set[str]) -> list[str] | None:
-        """The oldest pictures without a label that go when one is added to these files; None if too few can go."""
-        surplus = len(files) + 1 - self._limit
-        if surplus <= 0:
-            return []
-        labels, rows = self._folder.labels(), sorted(self._table.rows.values(), key=lambda row: row["time"])
+    def _make_room(self, more: int) -> bool:
+        """Make the table list what the folder has, and let the oldest pictures without a label go, so that `more` fit.
+        False if they don't."""
+        files = self._folder.pictures()
+        for name in self._sampled.rows:
+            files.pop(name, None)
+        if found := sorted(files.keys() - self._table.rows.keys(), key=files.__getitem__):
+            self._table.add(*({"path": name, "reason": FOUND, "time": time_text(files[name])} for name in found))
+        rows, labels = sorted(self._table.rows.values(), key=lambda row: row["time"]), self._folder.labels()
         unlabelled = [row["path"] for row in rows if row["path"] not in labels and not row.get("label")]
-        gone = [path for path in unlabelled if path in files]
-        return gone[:surplus] if len(gone) >= surplus else None
+        surplus = max(0, len(files) + more - self._limit)
+        gone = [path for path in unlabelled if path in files][:surplus]
+        fits = len(gone) == surplus
+        gone = gone if fits else []
+        missing = [path for path in self._table.rows if is_picture_name(path) and path not in files]
+        if gone or missing:
+            self._table.drop([*gone, *missing])
+            self._folder.remove(gone)
+        return fits

@@ -106,7 +106,8 @@ def test_sampled_answers_are_judged_until_the_server_says_so_across_a_restart(
         sentence = "of 11 accepted labels that you checked 10 were wrong: more than 50% are; calibrate on these"
         assert checked["refuted"] and checked["sentence"].startswith(sentence)
         assert [sentence in record.message for record in caplog.records if record.levelno == logging.WARNING] == [True]
-    Collector(tmp_path, 1_000, MAX_ERROR).close()
+    Collector(tmp_path, 1, MAX_ERROR).close()
+    assert all((tmp_path / row["path"]).is_file() for row in rows)
     assert not {row["path"] for row in rows} & {row["path"] for row in table(tmp_path, "collected.csv")}
 
 

@@ -142,7 +142,7 @@ def test_rows_that_an_editor_saves_over_come_back_and_all_files_count(tmp_path: 
         assert [row["path"] for row in send(6)] == [row["path"] for row in rows[:1] + rows[2:]] + [send()[-1]["path"]]
 
 
-def test_files_that_no_table_lists_are_found_at_the_start_and_leftovers_are_removed(tmp_path: Path) -> None:
+def test_files_that_no_table_lists_are_found_and_leftovers_are_removed(tmp_path: Path) -> None:
     with collecting(tmp_path) as (client, _, settle):
         client.predict(encode(noise()))
         settle()
@@ -154,7 +154,7 @@ def test_files_that_no_table_lists_are_found_at_the_start_and_leftovers_are_remo
         file.write(f"{2:032x}.png,pear,0.5,unknown,2026-01-01\n{torn},pe")  # gone; killed while it was written
     with collecting(tmp_path, limit=3) as (client, _, settle):
         assert [row["path"] for row in table(tmp_path)] == [listed["path"], lost, torn]
-        assert [row["reason"] for row in table(tmp_path)][1:] == ["found at start"] * 2
+        assert [row["reason"] for row in table(tmp_path)][1:] == ["found"] * 2
         assert pictures(tmp_path) == {listed["path"], lost, torn, ".notes.tmp"}
         (tmp_path / torn).unlink()
         for number in (1, 2):
