@@ -10,29 +10,9 @@ import numpy as np
 from iosr_fast.head.quality import MATRIX, Evaluation, Mistake
 from iosr_fast.methods.automation import images_needed_for
 from iosr_fast.methods.conformal import BINS
-from iosr_fast.reports.page import (
-    Html,
-    bar,
-    cards,
-    curves,
-    details,
-    element,
-    facts,
-    first_of,
-    join,
-    matrix,
-    note,
-    page,
-    percent,
-    picture,
-    section,
-    short_path,
-    table,
-    thumbnail,
-)
+from iosr_fast.reports import page
 
 _SHOWN = 100  # rows of a table
-_SIDE = 160  # of a picture, in pixels
 _SURE = 0.9  # a mistake of this probability is confidently wrong
 
 
@@ -42,204 +22,187 @@ def evaluation_page(
     """The HTML file. Images are read again for their pictures; `picture_of` gives the thumbnail of a support image by
     its id, or None."""
 
-    def card(one: Mistake) -> Html:
-        return _mistake(one, thumbnail(one.image, _SIDE, exif_orientation), picture_of)
+    def card(one: Mistake) -> page.Html:
+        label, of_label = None, ""
+        if one.label is not None:
+            label = page.join(page.element("b", one.label), " ")
+            of_label = f"; {one.label} has {page.percent(one.label_probability, 0)}"
+        words = (
+            page.element("p", label, "taken for ", page.element("b", one.predicted, class_="bad")),
+            page.element("p", page.bar(one.probability)),
+            page.note(page.short_path(one.image), of_label),
+        )
+        photo, near = page.photo(one.image, str(one.image), exif_orientation), []
+        for each in one.nearest:
+            small, caption = page.picture(picture_of(each.example_id), each.example_id), each.label
+            near.append(page.element("figure", small, page.element("figcaption", caption)))
+        return page.join(
+            page.element("div", photo, page.element("div", *words), class_="beside"),
+            page.note("Nearest examples:" if near else ""),
+            page.element("div", *near, class_="small row"),
+        )
 
     unknown, sure = found.unknown, int((found.confidence[found.labels != found.predicted] >= _SURE).sum())
     copies = f" {found.copies:,} are near duplicates of support images and say little about new ones."
     confident = f"Confidently wrong first: {sure:,} of {found.wrong:,} have a probability of {_SURE:.0%} or more."
-    return page(
+    return page.document(
         title,
         _verdicts(found),
-        facts(
+        page.facts(
             {
                 "images": f"{len(found.labels):,}",
                 "classes": len(found.classes),
                 "confidently wrong": f"{sure:,}",
                 "log-loss": f"{found.reliability.log_loss:.3f}",
-                "calibration error": percent(found.reliability.error),
-                **({"unknown rejected": percent(unknown.rejected)} if unknown.images and not unknown.reason else {}),
-                **({"unreadable": len(found.errors)} if found.errors else {}),
+                "calibration error": page.percent(found.reliability.error),
+                "unknown rejected": None if unknown.reason or not unknown.images else page.percent(unknown.rejected),
+                "unreadable": len(found.errors) or None,
             }
         ),
         _confusion(found),
-        section(
+        page.section(
             "Mistakes",
-            note(first_of(confident, len(found.mistakes), found.wrong) if found.wrong else "None."),
-            cards(map(card, found.mistakes)),
+            page.note(confident if found.wrong else "None."),
+            page.cards(map(card, found.mistakes), found.wrong),
         ),
         _classes(found),
         _probabilities(found),
         _automation(found),
         _unknown(found, card),
-        section("Unreadable images", *(note(str(error)) for error in found.errors[:_SHOWN])) if found.errors else None,
+        page.unreadable(found.errors),
         lead=f"{len(found.labels):,} labelled images.{copies if found.copies else ''}",
     )
 
 
-def _confusion(found: Evaluation) -> Html:
-    mixups = found.mixups
+def _confusion(found: Evaluation) -> page.Html:
     rows = [
-        (one.label, one.other, bar(one.mistaken / one.images, f"{one.mistaken} of {one.images}"))
-        for one in mixups[:_SHOWN]
+        {"class": one.label, "taken for": one.other, "of its images": page.ratio(one.mistaken, one.images)}
+        for one in found.mixups
     ]
-    pairs = (
-        note(first_of("Pairs of classes, the most frequent first.", len(rows), len(mixups))),
-        table(("class", "taken for", "of its images"), rows),
+    if not rows:
+        return page.section("Confusion", page.note("No image is taken for another class."))
+    pairs = page.join(
+        page.note("Pairs of classes, the most frequent first."),
+        page.table(rows, _SHOWN),
     )
-    if not mixups:
-        return section("Confusion", note("No image is taken for another class."))
     if len(found.classes) > MATRIX:
-        return section("Confusion", *pairs)
-    return section(
+        return page.section("Confusion", pairs)
+    return page.section(
         "Confusion",
-        note("A row is the label of images, a column what they are taken for. Columns have the numbers of rows."),
-        matrix(found.classes, found.confusion.tolist()),
-        details("Pairs of classes", *pairs),
+        page.note("A row is the label of images, a column what they are taken for. Columns have the numbers of rows."),
+        page.matrix(found.classes, found.confusion.tolist()),
+        page.details("Pairs of classes", pairs),
     )
 
 
-def _mistake(one: Mistake, small: bytes | None, picture_of: Callable[[str], bytes | None]) -> Html:
-    label = None if one.label is None else join(element("b", one.label), " ")
-    of_label = "" if one.label is None else f"; {one.label} has {percent(one.label_probability, 0)}"
-    words = (
-        element("p", label, "taken for ", element("span", one.predicted, class_="bad name")),
-        element("p", bar(one.probability)),
-        note(short_path(one.image), of_label),
-    )
-    near = (
-        element("figure", picture(picture_of(each.example_id), each.example_id), element("figcaption", each.label))
-        for each in one.nearest
-    )
-    return join(
-        element("div", picture(small, str(one.image)), element("div", *words), class_="beside"),
-        join(note("Nearest examples:"), element("div", *near, class_="small pictures")) if one.nearest else None,
-    )
-
-
-def _verdicts(found: Evaluation) -> Html:
+def _verdicts(found: Evaluation) -> page.Html:
     """What was expected and promised, and whether these images bear it out."""
-    (low, high), (headline, counts) = found.interval, found.promise_verdict
-    expected = f", {percent(found.expected)} expected" if found.against_expected else ""
-    broke = any(one.judgement == "broke" for one in found.promises)
-    both = (
-        (
-            f"{percent(found.accuracy)} right{expected}",
-            f"of such images {100 * low:.1f}–{percent(high)} are right, with 95% confidence. {found.against_expected}",
-            found.accuracy_judgement == "below",
-        ),
-        (headline, counts, broke),
-    )
-    boxes = (
-        element("div", element("h2", _sentence(title), class_="bad" if bad else None), element("p", _sentence(words)))
-        for title, words, bad in both
-    )
-    advice = element("p", _sentence(found.advice), class_="name") if found.advice else None
-    return element("section", element("div", *boxes, class_="verdicts"), advice)
+    low, high = found.interval
+    expected = f", {page.percent(found.expected)} expected" if found.against_expected else ""
+    right = f"{page.percent(found.accuracy)} right{expected}"
+    such = f"of such images {100 * low:.1f}–{page.percent(high)} are right, with 95% confidence. "
+    boxes = []
+    for (title, words), bad in (
+        ((right, such + found.against_expected), found.accuracy_judgement == "below"),
+        (found.promise_verdict, any(one.judgement == "broke" for one in found.promises)),
+    ):
+        head = page.element("h2", _sentence(title), class_="bad" if bad else None)
+        boxes.append(page.join(head, page.element("p", _sentence(words))))
+    advice = page.element("p", page.element("b", _sentence(found.advice))) if found.advice else None
+    return page.element("section", page.cards(boxes, least=24), advice)
 
 
 def _sentence(words: str) -> str:
     return f"{words[:1].upper()}{words[1:]}"
 
 
-def _classes(found: Evaluation) -> Html:
+def _classes(found: Evaluation) -> page.Html:
     rows = [
-        (
-            one.label,
-            bar(one.recall, f"{one.right} of {one.images}") if one.images else "no images",
-            bar(one.precision, f"{one.right} of {one.predicted}") if one.predicted else "",
-        )
+        {
+            "class": one.label,
+            "recall": page.ratio(one.right, one.images, "no images"),
+            "precision": page.ratio(one.right, one.predicted),
+        }
         for one in sorted(found.class_results, key=lambda one: (math.isnan(one.recall), one.recall, one.precision))
     ]
-    return section(
+    return page.section(
         "Classes",
-        note(
+        page.note(
             "The least often right first. Recall: of its images, those that are right. Precision: of images that are "
             "taken for the class, those that are right."
         ),
-        table(("class", "recall", "precision"), rows),
+        page.table(rows),
     )
 
 
-def _probabilities(found: Evaluation) -> Html:
+def _probabilities(found: Evaluation) -> page.Html:
     one, sets = found.reliability, found.sets
     rows = [
-        (f"{100 * k / BINS:.0f}–{(k + 1) / BINS:.0%}", int(one.counts[k]), bar(one.confidence[k]), bar(one.right[k]))
+        {
+            "probability": f"{100 * k / BINS:.0f}–{(k + 1) / BINS:.0%}",
+            "images": int(one.counts[k]),
+            "mean": page.bar(one.confidence[k]),
+            "right": page.bar(one.right[k]),
+        }
         for k in np.flatnonzero(one.counts).tolist()
     ]
     covered = (
-        f"Sets of labels for {percent(sets.promised, 0)}: {percent(sets.covered)} have the label, "
-        f"{sets.size:.2f} labels on the mean, {percent(sets.empty)} are empty."
+        f"Sets of labels for {page.percent(sets.promised, 0)}: {page.percent(sets.covered)} have the label, "
+        f"{sets.size:.2f} labels on the mean, {page.percent(sets.empty)} are empty."
     )
-    return section(
+    return page.section(
         "Probabilities",
-        note(
+        page.note(
             "Images by their largest probability. Where probabilities are as right as they say, both bars of a row are "
-            f"as long. Expected calibration error {percent(one.error)}."
+            f"as long. Expected calibration error {page.percent(one.error)}."
         ),
-        table(("probability", "images", "mean", "right"), rows),
-        note(f"Sets of labels: {sets.reason}." if sets.reason else covered),
+        page.table(rows),
+        page.note(f"Sets of labels: {sets.reason}." if sets.reason else covered),
     )
 
 
-def _automation(found: Evaluation) -> Html:
+def _automation(found: Evaluation) -> page.Html:
     one, total = found.automation, len(found.labels)
     expected = found.expected_automation.shares[one.shares > 0], one.thresholds[one.shares > 0]
     points = [(row.accepted / total, row.promised, row.wrong / row.accepted) for row in found.promises]
     rows = [
-        (
-            percent(row.promised),
-            element("span", row.judgement, class_="bad" if row.judgement == "broke" else None),
-            f"{row.accepted:,} ({percent(share)})",
-            f"{row.wrong:,} ({percent(error)})",
-            f"{row.explained:,}",
-            percent(share_expected),
-            f"{least:.3f}",
-        )
+        {
+            "promised": page.percent(row.promised),
+            "promise": page.element("span", row.judgement, class_="bad" if row.judgement == "broke" else None),
+            "accepted": f"{row.accepted:,} ({page.percent(share)})",
+            "of these wrong": f"{row.wrong:,} ({page.percent(error)})",
+            "chance explains": f"{row.explained:,}",
+            "accepted as expected": page.percent(share_expected),
+            "least probability": f"{least:.3f}",
+        }
         for row, (share, _, error), share_expected, least in zip(found.promises, points, *expected, strict=True)
     ]
     lines = {name: [(point[0], point[k]) for point in points] for k, name in ((1, "promised"), (2, "wrong here"))}
-    return section(
+    return page.section(
         "What may be automated",
-        note(
+        page.note(
             "Of labels that predict(max_error=) accepts at most the promised share is wrong, with 95% confidence. "
             f"{one.can}; 1% takes {images_needed_for(0.01)}.{'' if rows else ' No label is accepted.'}"
         ),
-        curves(lines, "labels accepted", "of these wrong", style="max-width:35rem") if len(rows) > 1 else None,
-        table(
-            (
-                "promised",
-                "promise",
-                "accepted",
-                "of these wrong",
-                "chance explains",
-                "accepted as expected",
-                "least probability",
-            ),
-            rows,
-        ),
+        page.curves(lines, "labels accepted", "of these wrong", style="max-width:35rem") if len(rows) > 1 else None,
+        page.table(rows),
     )
 
 
-def _unknown(found: Evaluation, card: Callable[[Mistake], Html]) -> Html:
+def _unknown(found: Evaluation, card: Callable[[Mistake], page.Html]) -> page.Html:
     one = found.unknown
-    kept = (
-        f"Nothing is rejected: {one.reason}."
-        if one.reason
-        else f"{percent(one.kept)} of the images above keep their label where {percent(one.promised)} are promised."
-    )
+    kept, promised, rejected = (page.percent(share) for share in (one.kept, one.promised, one.rejected))
+    sentence = f"{kept} of the images above keep their label where {promised} are promised."
+    sentence = f"Nothing is rejected: {one.reason}." if one.reason else sentence
     if not one.images:
-        return section("Unknown pictures", note(kept, " No images of other classes were given."))
-    rejected = "" if one.reason else f"{percent(one.rejected)} are rejected; "
+        return page.section("Unknown pictures", page.note(sentence, " No images of other classes were given."))
+    rejected = "" if one.reason else f"{rejected} are rejected; "
     accepted = 0 if one.reason else round(one.images * (1 - one.rejected))
     auroc = f"the score tells both apart with an AUROC of {one.auroc:.3f}."
-    return section(
+    return page.section(
         "Unknown pictures",
-        note(f"{kept} Of {one.images:,} images of no class {rejected}{auroc}"),
-        details(
-            first_of(f"{accepted:,} images of no class that keep a label.", len(one.accepted), accepted),
-            cards(map(card, one.accepted)),
-        )
-        if one.accepted
-        else None,
+        page.note(f"{sentence} Of {one.images:,} images of no class {rejected}{auroc}"),
+        page.details(
+            f"{accepted:,} images of no class that keep a label.", page.cards(map(card, one.accepted), accepted)
+        ),
     )

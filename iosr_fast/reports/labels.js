@@ -11,11 +11,6 @@ function rows() {
   return labelled.map((input) => [input.dataset.path, input.value.trim()]);
 }
 
-function restore() {
-  const labels = new Map(JSON.parse(localStorage.getItem(button.dataset.key) ?? "[]"));
-  for (const input of inputs) input.value = labels.get(input.dataset.path) ?? "";
-}
-
 function update() {
   const labels = JSON.stringify(rows());
   try {
@@ -53,7 +48,8 @@ window.addEventListener("beforeunload", (event) => {
   if (rows().length && !kept && JSON.stringify(rows()) !== saved) event.preventDefault();
 });
 try {
-  restore();
+  const labels = new Map(JSON.parse(localStorage.getItem(button.dataset.key) ?? "[]"));
+  for (const input of inputs) input.value = labels.get(input.dataset.path) ?? "";
 } catch {
   // Nothing was kept: update() says so.
 }

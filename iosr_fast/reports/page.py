@@ -10,19 +10,20 @@ import html
 import io
 import math
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.preprocess import open_image
+from iosr_fast.serving import http
 
 _OPEN = 24  # rows of a table and cards that are in sight at once
 _AXIS, _LINES = "#808080", ("#808080", "#4a7fd6", "#c9762b")  # of curves, on a light page and on a dark one
-_SITE = "../serving/http/page"  # the server's page, which shares files with reports
+_OWN, _SITE = Path(__file__).parent, Path(http.__path__[0]) / "page"  # reports share files with the server's page
 
 
 class Html(str):
@@ -63,15 +64,6 @@ def percent(share: float, digits: int = 1) -> str:
     return "" if math.isnan(share) else f"{share:.{digits}%}"
 
 
-def first_of(sentence: str, shown: int, count: int) -> str:
-    """The sentence, and how many of `count` are shown where it is not all.
-
-    >>> first_of("Pairs.", 100, 20), first_of("Pairs.", 100, 1234)
-    ('Pairs.', 'Pairs. The first 100 of 1,234 are shown.')
-    """
-    return sentence if shown >= count else f"{sentence} The first {shown:,} of {count:,} are shown."
-
-
 def short_path(image: Any) -> str:
     """An image's file and the folder that it lies in.
 
@@ -81,28 +73,33 @@ def short_path(image: Any) -> str:
     return "/".join(Path(str(image)).parts[-2:])
 
 
-def table(heads: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Html:
-    """A table that scrolls sideways where it is wider than the screen; nothing without rows. The first rows are in
-    sight, the others on demand. Numbers, and text that starts with a digit or a sign, are set to the right."""
-    if not rows:
-        return Html("")
-    columns = (element("th", head, scope="col", class_=_look(cell)) for head, cell in zip(heads, rows[0], strict=True))
-    head = element("thead", element("tr", *columns))
+def table(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> Html:
+    """A table of `most` rows, whose columns are the names in the first one; nothing without rows. It scrolls sideways
+    where it is wider than the screen; the first rows are in sight, the others on demand. Numbers, and text that starts
+    with a digit or a sign, are set to the right."""
 
-    def part(some: Sequence[Sequence[Any]]) -> Html:
-        body = (element("tr", *(element("td", cell, class_=_look(cell)) for cell in row)) for row in some)
-        return element("div", element("table", head, element("tbody", *body)), class_="wide", tabindex=0)
+    def line(tag: str, row: Mapping[str, Any], **attributes: Any) -> Html:
+        cells = (element(tag, name if attributes else row[name], class_=_look(row[name]), **attributes) for name in row)
+        return element("tr", *cells)
 
-    return join(part(rows[:_OPEN]), _more(part(rows[_OPEN:]), len(rows) - _OPEN))
+    def part(some: Sequence[Mapping[str, Any]]) -> Html:
+        head, body = line("th", rows[0], scope="col"), (line("td", row) for row in some)
+        whole = element("table", element("thead", head), element("tbody", *body))
+        return element("div", whole, class_="wide", tabindex=0)
+
+    return _some(rows[:most], len(rows), _OPEN, part)
+
+
+def _some(shown: Sequence[Any], total: int, open_: int, part: Callable[[Sequence[Any]], Html]) -> Html:
+    """Things in parts: the first `open_` in sight, the others on demand; of `total`, which is said if it is more."""
+    left_out = f"The first {len(shown):,} of {total:,} are shown." if len(shown) < total else ""
+    first, rest = (part(some) if some else None for some in (shown[:open_], shown[open_:]))
+    return join(note(left_out), first, details(f"{len(shown) - open_} more", rest))
 
 
 def _look(value: Any) -> str | None:
     numeric = not isinstance(value, Html) and str(value).lstrip("+-−")[:1].isdigit()
     return "number" if numeric else None
-
-
-def _more(parts: Html, count: int) -> Html | None:
-    return details(f"{count} more", parts) if count > 0 else None
 
 
 def matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Html:
@@ -112,37 +109,27 @@ def matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Html:
     head = element("tr", element("th"), *(element("th", k, scope="col", title=names[k - 1]) for k in numbers))
     rows = []
     for k, (name, row) in enumerate(zip(names, counts, strict=True)):
-        cells = [
-            element(
-                "td",
-                count or "",
-                style=f"--share:{count / sum(row):.2f}" if count else None,
-                class_="same" if j == k else None,
-                title=f"{name} taken for {names[j]}: {count}" if count else None,
-            )
-            for j, count in enumerate(row)
-        ]
+        cells = []
+        for j, count in enumerate(row):
+            tint = f"--tint:var(--{'first' if j == k else 'bad'});--share:{count / max(1, sum(row)):.2f}"
+            title = f"{name} taken for {names[j]}: {count}" if count else None
+            cells.append(element("td", count or "", style=tint, title=title))
         rows.append(element("tr", element("th", f"{k + 1} {name}", scope="row"), *cells))
-    parts = element("thead", head), element("tbody", *rows)
-    return element("div", element("table", *parts, class_="matrix"), class_="wide", tabindex=0)
+    whole = element("table", element("thead", head), element("tbody", *rows), class_="matrix")
+    return element("div", whole, class_="wide", tabindex=0)
 
 
-def thumbnail(image: Any, side: int, exif_orientation: bool = True) -> bytes | None:
-    """An image, as Classifier takes it, as a WebP of at most `side` pixels a side; None if it can't be read any more,
-    because a report stands at the end of long work.
-
-    >>> import numpy as np
-    >>> thumbnail(np.zeros((40, 80, 3), np.uint8), 16)[:4]
-    b'RIFF'
-    """
+def photo(image: Any, alt: str, exif_orientation: bool = True, side: int = 160) -> Html:
+    """An image, as Classifier takes it, of at most `side` pixels a side; an empty frame if it can't be read any more,
+    because a report stands at the end of long work."""
     try:
         small = open_image(image, exif_orientation=exif_orientation)
     except BadImageError:
-        return None
+        return picture(None, alt)
     small.thumbnail((side, side))
     file = io.BytesIO()
     small.save(file, "WEBP", quality=80)
-    return file.getvalue()
+    return picture(file.getvalue(), alt)
 
 
 def picture(data: bytes | None, alt: str) -> Html:
@@ -157,6 +144,11 @@ def bar(share: float, label: str = "") -> Html:
     filled = 0.0 if math.isnan(share) else 100 * min(max(share, 0.0), 1.0)
     line = element("span", element("span", style=f"width:{filled:.1f}%"), class_="bar", aria_hidden="true")
     return element("span", line, element("span", label or percent(share, 0)), class_="measure")
+
+
+def ratio(count: int, total: int, none: str = "") -> Html | str:
+    """A bar of the share, with both numbers beside it; `none` without a total."""
+    return bar(count / total, f"{count} of {total}") if total else none
 
 
 def curves(lines: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, **attributes: Any) -> Html:
@@ -187,28 +179,28 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], across: str, up: 
     return element("svg", *parts, viewBox="0 0 560 344", font_family="system-ui,sans-serif", font_size=14, **attributes)
 
 
-def cards(items: Iterable[Html], shown: int = _OPEN) -> Html:
-    """Items side by side, as many as fit; those beyond the first `shown` on demand; nothing without items."""
-    listed = iter([element("li", item) for item in items])
-    first, rest = ([*islice(listed, count)] for count in (shown, None))
-    parts = element("ul", *first, class_="cards"), _more(element("ul", *rest, class_="cards"), len(rest))
-    return join(*parts) if first else Html("")
+def cards(items: Iterable[Html], total: int = 0, shown: int = _OPEN, least: float = 16.0, look: str = "") -> Html:
+    """Items of `total`, if these are more, side by side, each at least `least` rem wide; those beyond the first `shown`
+    on demand; nothing without items. `look` is a class of the stylesheet."""
+    listed, style = [element("li", item) for item in items], f"--least:{least}rem"
+    return _some(listed, total, shown, lambda some: element("ul", *some, class_=f"cards {look}", style=style))
 
 
 def facts(values: Mapping[str, Any]) -> Html:
-    """The main numbers of a report."""
-    pairs = (element("div", element("dt", name), element("dd", value)) for name, value in values.items())
-    return element("dl", *pairs, class_="facts")
+    """The main numbers of a report, without those that are None."""
+    shown = {name: value for name, value in values.items() if value is not None}
+    pairs = (element("div", element("dt", name), element("dd", value)) for name, value in shown.items())
+    return element("dl", *pairs, class_="facts", style="--least:9rem")
 
 
 def note(*parts: Any) -> Html:
-    """An explanation in a quieter colour."""
-    return element("p", *parts, class_="quiet")
+    """An explanation in a quieter colour; nothing without text."""
+    return element("p", content, class_="quiet") if (content := join(*parts)) else content
 
 
 def details(summary: str, *parts: Any) -> Html:
-    """Parts that are shown on demand."""
-    return element("details", element("summary", summary), *parts)
+    """Parts that are shown on demand; nothing without them."""
+    return element("details", element("summary", summary), content) if (content := join(*parts)) else content
 
 
 def label_field(path: str, suggested: Any = None) -> Html:
@@ -228,13 +220,20 @@ def save_labels(paths: Iterable[str], classes: Iterable[Any]) -> Html:
 
 
 def section(title: str, *parts: Any) -> Html:
-    return element("section", element("h2", title), *parts)
+    """A part with a heading; nothing without parts."""
+    return element("section", element("h2", title), content) if (content := join(*parts)) else content
 
 
-def page(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = ()) -> str:
+def unreadable(errors: Sequence[Any]) -> Html:
+    """The images that can't be read, the first hundred of them; nothing without one."""
+    listed = _some(errors[:100], len(errors), 100, lambda some: join(*map(note, some)))
+    return section("Unreadable images", listed)
+
+
+def document(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = ()) -> str:
     """The HTML file. `scripts` are names of this folder's files, which stand at the end of the body, after the page's
     csv.js."""
-    code = [_file(name) for name in (f"{_SITE}/csv.js", *scripts)] if scripts else []
+    code = [_read(_SITE / "csv.js"), *(_read(_OWN / name) for name in scripts)] if scripts else []
     hashes = " ".join(f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in code)
     allowed = hashes or "'none'"
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
@@ -244,7 +243,7 @@ def page(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = ()) -
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Html('<meta name="color-scheme" content="light dark">'),
         element("title", title),
-        element("style", Html(_file(f"{_SITE}/theme.css") + _file("report.css"))),
+        element("style", Html(_read(_SITE / "theme.css") + _read(_OWN / "report.css"))),
     )
     header = element("header", element("h1", title), note(lead) if lead else None)
     body = element("body", header, element("main", *parts), *(element("script", Html(script)) for script in code))
@@ -252,5 +251,5 @@ def page(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = ()) -
 
 
 @cache
-def _file(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8")

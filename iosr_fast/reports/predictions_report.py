@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from statistics import fmean
 
 from iosr_fast.files.tables import Labelled
-from iosr_fast.reports.page import (
-    Html,
-    bar,
-    cards,
-    element,
-    facts,
-    first_of,
-    join,
-    note,
-    page,
-    picture,
-    section,
-    short_path,
-    table,
-    thumbnail,
-)
+from iosr_fast.reports import page
 
 _PICTURES = 300  # of all labels; a page of so many has 2 MB
 _OPEN = 12  # of them, of a label, that are in sight at once
-_ERRORS = 100
-_SIDE = 160  # of a picture, in pixels
 _UNSURE = 0.5
 
 
@@ -43,68 +27,63 @@ def predictions_page(
 
     Labels share the pictures evenly; each shows one at least.
     """
-    groups: dict[str, list[Labelled]] = {}
-    errors = []
-    for row in rows:
-        if row.error:
-            errors.append(row)
-        else:
-            groups.setdefault(row.label, []).append(row)
-    labels = sorted(groups, key=lambda label: (label != unknown_label, label))
-    for label, group in groups.items():
-        group.sort(key=lambda row: row.unknown_score if label == unknown_label else row.probability)
-    looks = {label: [row for row in groups[label] if not row.accepted] for label in labels}
-    count, share = sum(map(len, groups.values())), max(1, _PICTURES // max(1, sum(map(bool, looks.values()))))
-    unsure = sum(row.probability < _UNSURE for group in groups.values() for row in group)
-    promised = any(row.accepted is not None for group in groups.values() for row in group)
-    look, left_out = sum(map(len, looks.values())), count - sum(len(group[:share]) for group in looks.values())
+    rejected = unknown_label or ""
+
+    def order(row: Labelled) -> tuple[bool, str, float]:
+        known = row.label != rejected
+        return known, row.label, row.probability if known else row.unknown_score
+
+    rows = list(rows)
+    good = sorted((row for row in rows if not row.error), key=order)
+    groups = {label: list(group) for label, group in groupby(good, key=lambda row: row.label)}
+    looks = {label: [row for row in group if not row.accepted] for label, group in groups.items()}
+    share = max(1, _PICTURES // max(1, sum(map(bool, looks.values()))))
+    left_out = len(good) - sum(min(share, len(look)) for look in looks.values())
+    promised = any(row.accepted is not None for row in good)
+    without = f" {left_out:,} of {len(good):,} images are left out of this page; the table counts them."
     lines = [
-        (label, len(probabilities), *[len(looks[label])] * promised, bar(fmean(probabilities)), bar(min(probabilities)))
-        for label in labels
-        if (probabilities := [row.probability for row in groups[label]])
+        {
+            "label": label,
+            "images": len(group),
+            **({"need a look": len(looks[label])} if promised else {}),
+            "probability on the mean": page.bar(fmean(probabilities)),
+            "least": page.bar(probabilities[0]),
+        }
+        for label, group in groups.items()
+        if (probabilities := sorted(row.probability for row in group))
     ]
-    heads = ("label", "images", *["need a look"] * promised, "probability on the mean", "least")
-    return page(
+    return page.document(
         title,
-        facts(
+        page.facts(
             {
-                "images": f"{count:,}",
-                "labels": len(labels),
-                **({unknown_label: len(groups[unknown_label])} if unknown_label in groups else {}),
-                f"probability below {_UNSURE:.0%}": f"{unsure:,}",
-                **({"need a look": f"{look:,}"} if promised else {}),
-                **({"unreadable": f"{unread:,}"} if unread else {}),
+                "images": f"{len(good):,}",
+                "labels": len(groups),
+                rejected: len(groups.get(rejected, ())) or None,
+                f"probability below {_UNSURE:.0%}": f"{sum(row.probability < _UNSURE for row in good):,}",
+                "need a look": f"{sum(map(len, looks.values())):,}" if promised else None,
+                "unreadable": f"{unread:,}" if unread else None,
             }
         ),
-        section("Labels", table(heads, lines)),
-        *(
-            _group(label, group, share, label == unknown_label, exif_orientation)
-            for label, group in looks.items()
-            if group
-        ),
-        section(
-            "Unreadable images",
-            note(first_of("", _ERRORS, len(errors))) if len(errors) > _ERRORS else None,
-            *(note(f"{row.path}: {row.error}") for row in errors[:_ERRORS]),
-        )
-        if errors
-        else None,
+        page.section("Labels", page.table(lines)),
+        *(_group(label, look, share, label == rejected, exif_orientation) for label, look in looks.items()),
+        page.unreadable([f"{row.path}: {row.error}" for row in rows if row.error]),
         lead=f"For each label the least probable images{' that need a look' if promised else ''} first."
-        + (f" {left_out:,} of {count:,} images are left out of this page; the table counts them." if left_out else ""),
+        f"{without if left_out else ''}",
     )
 
 
-def _group(label: str, group: list[Labelled], share: int, rejected: bool, exif_orientation: bool) -> Html:
+def _group(label: str, group: list[Labelled], share: int, rejected: bool, exif_orientation: bool) -> page.Html | None:
+    if not group:
+        return None
     tiles = (
-        join(
-            picture(thumbnail(row.path, _SIDE, exif_orientation), row.path),
-            element("p", bar(row.probability)),
-            note(short_path(row.path)),
+        page.join(
+            page.photo(row.path, row.path, exif_orientation),
+            page.element("p", page.bar(row.probability)),
+            page.note(page.short_path(row.path)),
         )
         for row in group[:share]
     )
     words = f"{len(group):,} image{'' if len(group) == 1 else 's'}."
     if rejected:
         words += " Those that were nearly kept come first; the bar is the probability of the most likely class."
-    shown = element("div", cards(tiles, _OPEN), class_="tiles")
-    return section(label, note(first_of(words, min(share, len(group)), len(group))), shown)
+    return page.section(label, page.note(words), page.cards(tiles, len(group), _OPEN, 8.5, "large"))

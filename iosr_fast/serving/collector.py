@@ -6,8 +6,6 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,16 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.head import Head
-from iosr_fast.head.predictions import Prediction, predict
+from iosr_fast.head.predictions import predict
 from iosr_fast.methods.folds import near_support
 from iosr_fast.methods.unknown import KEEP
-from iosr_fast.serving.batching.decode import grey_png
-from iosr_fast.serving.check_sample import CheckSample, Promise
-from iosr_fast.serving.kept_folder import KeptFolder, is_picture_name, picture_name
-from iosr_fast.utils.csv_text import check_columns, escaped, line_writer
+from iosr_fast.serving import check_sample
+from iosr_fast.serving.check_sample import CheckSample
+from iosr_fast.serving.kept_folder import KeptFolder, KeptTable, is_picture_name, picture_name, time_text
 
 TABLE = "collected.csv"
-COLUMNS = ("path", "label", "guess", "probability", "reason", "time")
+COLUMNS = ("path", "guess", "probability", "reason", "time")
+UNKNOWN, UNSURE, FOUND = "unknown", "needs a look", "found"
 _WAITING = 64 << 20  # bytes of uploads that wait to be judged
 log = logging.getLogger(__name__)
 
@@ -33,14 +31,14 @@ log = logging.getLogger(__name__)
 class Collector:
     """Keeps uploads whose label is not accepted by the promise `max_error`, or that belong to none of the classes.
 
-    Files are named by the SHA-256 of their bytes, and no others are touched (KeptFolder). The table TABLE has `path`,
-    an empty `label` to fill in, `guess` and `probability` of the best class, `reason` ("needs a look" or "unknown") and
-    `time`; `iosr-fast fit` and `suggest` read it. Labels that somebody fills in while the server runs stay, and so do
-    rows with other paths. Near duplicates of support images, and of files that were kept since the start, are left out.
-    At `limit` files the oldest one without a label goes; if all have one, no more are kept.
+    Files are named by the SHA-256 of their bytes, and no others are touched (KeptFolder). The table TABLE, which only
+    the server writes, has `path`, `guess` and `probability` of the best class, `reason` ("needs a look" or "unknown")
+    and `time`; `iosr-fast suggest` reads it. Pictures that no table lists are "found". Labels come back in LABELS, a
+    table of `path` and `label`. Near duplicates of support images, and of files that were kept since the
+    start, are left out. At `limit` files the oldest one without a label goes; if all have one, no more are kept.
 
     A thread judges and writes, so that no answer waits: while 64 MiB of uploads wait for it, others are left out. If
-    the disk is full or the table can't be read, nothing is kept until that ends, and nothing is lost. `on_outcome` is
+    the disk is full or a table can't be read, nothing is kept until that ends, and nothing is lost. `on_outcome` is
     called with "kept", "near duplicate", "left out", "check" or "failed".
 
     With a `check_share`, `checks` keeps a random sample of the other uploads, whose labels are accepted (CheckSample);
@@ -58,21 +56,23 @@ class Collector:
         check_share: float | None = None,
         digest: str = "",
     ) -> None:
-        self._folder, self._table = KeptFolder(folder), folder / TABLE
-        self._limit, self._max_error = limit, max_error
-        self._on_outcome, self._probe = on_outcome, grey_png()
+        self._folder, self._limit, self._max_error = KeptFolder(folder), limit, max_error
+        self._on_outcome = on_outcome
         self._failures: dict[str, str] = {}  # the last ones, logged once; "" if it went well
         self._kept: list[np.ndarray] = []  # plain embeddings (D,) since the start, at most `limit`
         self._bytes, self._counting = 0, threading.Lock()
-        self._write(self._rows())  # what can't be read or written is an error now
+        self._sampled = KeptTable(self._folder, check_sample.TABLE, check_sample.COLUMNS)
         self.checks: CheckSample | None = None
         if check_share is not None:
-            self.checks = CheckSample(self._folder, check_share, limit, Promise(max_error, digest), TABLE)
+            self.checks = CheckSample(self._folder, self._sampled, check_share, limit, max_error, digest)
+        self._table = KeptTable(self._folder, TABLE, COLUMNS)
+        self._table.drop(())  # what can't be written is an error now
+        self._make_room(0)
         self._thread = ThreadPoolExecutor(1, "iosr-fast-collector")
 
     def offer(self, image: Any, embeddings: Embeddings, head: Head) -> None:
         """Judge an image that was answered, if it came as bytes. Does not wait."""
-        if not isinstance(image, bytes) or image == self._probe:
+        if not isinstance(image, bytes):
             return
         with self._counting:
             fits = self._bytes + len(image) <= _WAITING
@@ -129,41 +129,34 @@ class Collector:
             prediction = predict(head, embeddings, abstention=Abstention(KEEP, max_error=self._max_error))[0]
         if prediction.accepted:
             return ""
-        if near_support(head.support, embeddings.plain, self._kept)[0]:
+        name = picture_name(image)
+        if name in self._folder.pictures() or near_support(head.support, embeddings.plain, self._kept)[0]:
             return "near duplicate"
-        return "kept" if self._keep(image, prediction, embeddings.plain[0]) else "left out"
-
-    def _keep(self, image: bytes, prediction: Prediction, plain: np.ndarray) -> bool:
-        name, rows = picture_name(image), self._rows()
-        labelled = {row["path"] for row in rows if row["label"]}
-        if name in labelled:
-            return False
-        kept = dict.fromkeys(row["path"] for row in rows if self._folder.has(row["path"]) and row["path"] != name)
-        gone = [path for path in kept if path not in labelled][: max(0, len(kept) + 1 - self._limit)]
-        if len(kept) - len(gone) >= self._limit:
-            return False
+        if not self._make_room(1):
+            return "left out"
         self._folder.write(name, image)
-        best, time = prediction.top[0], datetime.now(UTC).isoformat(timespec="seconds")
-        reason = "unknown" if prediction.label is None else "needs a look"
-        values = name, "", best.label, f"{best.probability:.4f}", reason, time
-        left = [row for row in rows if row["path"] not in (name, *gone)]
-        self._write([*left, dict(zip(COLUMNS, values, strict=True))])
-        for path in gone:
-            if self.checks is None or path not in self.checks:
-                self._folder.remove(path)
-        self._kept = [*self._kept, plain][-self._limit :]
-        return True
+        best, reason = prediction.top[0], UNKNOWN if prediction.label is None else UNSURE
+        values = name, best.label, f"{best.probability:.4f}", reason, time_text()
+        self._table.add(dict(zip(COLUMNS, values, strict=True)))
+        self._kept = [*self._kept, embeddings.plain[0]][-self._limit :]
+        return "kept"
 
-    def _rows(self) -> list[dict[str, str]]:
-        """The rows of the table, the oldest first, without those of pictures that are gone. Rows that somebody added,
-        with other paths, stay as they are."""
-        columns, rows = self._folder.read_rows(TABLE)
-        if columns:
-            check_columns(columns, self._table, ("path", "label"), ", or remove the table")
-        return [row for row in rows if self._folder.has(row["path"]) or not is_picture_name(row["path"])]
-
-    def _write(self, rows: list[dict[str, str]]) -> None:
-        columns = list(dict.fromkeys([*(rows[0] if rows else ()), *COLUMNS]))  # those that somebody added stay
-        text = StringIO()
-        line_writer(text).writerows([columns, *([escaped(row.get(name, "")) for name in columns] for row in rows)])
-        self._folder.write(TABLE, text.getvalue().encode())
+    def _make_room(self, more: int) -> bool:
+        """Make the table list what the folder has, and let the oldest pictures without a label go, so that `more` fit.
+        False if they don't."""
+        files = self._folder.pictures()
+        for name in self._sampled.rows:
+            files.pop(name, None)
+        if found := sorted(files.keys() - self._table.rows.keys(), key=files.__getitem__):
+            self._table.add(*({"path": name, "reason": FOUND, "time": time_text(files[name])} for name in found))
+        rows, labels = sorted(self._table.rows.values(), key=lambda row: row["time"]), self._folder.labels()
+        unlabelled = [row["path"] for row in rows if row["path"] not in labels and not row.get("label")]
+        surplus = max(0, len(files) + more - self._limit)
+        gone = [path for path in unlabelled if path in files][:surplus]
+        fits = len(gone) == surplus
+        gone = gone if fits else []
+        missing = [path for path in self._table.rows if is_picture_name(path) and path not in files]
+        if gone or missing:
+            self._table.drop([*gone, *missing])
+            self._folder.remove(gone)
+        return fits

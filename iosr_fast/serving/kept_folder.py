@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from io import StringIO
+from pathlib import Path, PurePath
+from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.limits import image_kind
 from iosr_fast.sealed.files import lock_folder
-from iosr_fast.utils.csv_text import read_rows
+from iosr_fast.utils.csv_text import check_columns, escaped, line_writer, read_rows
 
+LABELS = "labels.csv"  # of other people, which the server only reads
 _PICTURE = re.compile(r"[0-9a-f]{32}\.(?:png|jpeg|webp|image)")
+_TEMPORARY = re.compile(rf"\.(?:{_PICTURE.pattern}|collected\.csv|checks\.csv)\.tmp")
 
 
 def picture_name(image: bytes) -> str:
@@ -30,76 +35,153 @@ def is_picture_name(name: str) -> bool:
     return _PICTURE.fullmatch(name) is not None
 
 
+def time_text(seconds: float | None = None) -> str:
+    """A time since 1970, or now, as tables have it."""
+    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="seconds")
+
+
 class KeptFolder:
     """The files of one server. All are opened below the folder's descriptor, never through a link, and only their owner
-    can read them. Nothing but pictures is removed: a name in a table that others may edit must have the pattern of
-    `picture_name`.
+    can read them. Nothing is removed but pictures, and what a killed server had half written.
 
-    Raises IosrFastError where another server has the folder, and OSError where it can't be made.
+    Raises IosrFastError where another server has the folder, and OSError where it can't be made or written.
     """
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(0o700, parents=True, exist_ok=True)
-        try:
-            lock = lock_folder(path)
-        except BlockingIOError as error:
-            raise IosrFastError(f"another server collects into {path}: choose another folder") from error
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) if lock is None else lock
+        self.path = path
+        with self._writing(""):
+            path.mkdir(0o700, parents=True, exist_ok=True)
+            try:
+                lock = lock_folder(path)
+            except BlockingIOError as error:
+                raise IosrFastError(f"another server collects into {path}: choose another folder") from error
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) if lock is None else lock
+            for name in filter(_TEMPORARY.fullmatch, os.listdir(self._descriptor)):
+                os.unlink(name, dir_fd=self._descriptor)
 
-    def has(self, name: str) -> bool:
-        """Whether `name` is that of a picture in the folder."""
-        with suppress(FileNotFoundError):
-            status = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False) if is_picture_name(name) else None
-            return status is not None and stat.S_ISREG(status.st_mode)
-        return False
+    def pictures(self) -> dict[str, float]:
+        """The pictures in the folder, with the times of their last change."""
+        with os.scandir(self._descriptor) as entries:
+            files = [one for one in entries if is_picture_name(one.name) and one.is_file(follow_symlinks=False)]
+            return {one.name: one.stat(follow_symlinks=False).st_mtime for one in files}
 
-    def remove(self, name: str) -> None:
-        """Remove a picture, if `name` is that of one."""
-        if self.has(name):
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove those that are pictures in the folder."""
+        for name in self.pictures().keys() & set(names):
             os.unlink(name, dir_fd=self._descriptor)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all; it replaces a file, or a link itself, of this name."""
         temporary = f".{name}.tmp"
-        try:
-            with open(temporary, "wb", opener=self._open) as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, name, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
-            os.fsync(self._descriptor)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=self._descriptor)
+        with self._writing(name):
+            try:
+                self._put(temporary, "wb", content)
+                os.replace(temporary, name, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+                os.fsync(self._descriptor)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=self._descriptor)
 
-    def append(self, name: str, lines: str, first: str = "") -> None:
-        """Add lines to the end of a file, after a line end where somebody left it out; after `first` if it is empty."""
-        with open(name, "a+b", opener=self._open) as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            before = first if not end else "" if file.read(1) == b"\n" else "\n"
-            file.write(f"{before}{lines}".encode())
-            file.flush()
-            os.fsync(file.fileno())
+    def append(self, name: str, content: bytes) -> None:
+        with self._writing(name):
+            self._put(name, "ab", content)
 
-    def read_lines(self, name: str) -> list[str]:
-        """The lines of a text; none of one that is not there."""
-        try:
-            with open(name, encoding="utf-8", opener=self._open) as file:
-                return file.readlines()
-        except FileNotFoundError:
-            return []
+    def stamp(self, name: str) -> tuple[int, int, int] | None:
+        """Changes when a file is written; None without one."""
+        with suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+            return status.st_ino, status.st_size, status.st_mtime_ns
+        return None
 
-    def read_rows(self, name: str) -> tuple[list[str], list[dict[str, str]]]:
-        """The columns and rows of a table (csv_text.read_rows); of one that is not there none."""
+    def read_rows(self, name: str, *needed: str) -> tuple[list[str], list[dict[str, str]]]:
+        """The columns and rows of a table (csv_text.read_rows), which has the columns `needed`; none without a file."""
         try:
-            return read_rows(self._path / name, opener=self._open)
+            columns, rows = read_rows(self.path / name, opener=self._open)
         except FileNotFoundError:
             return [], []
+        if columns:
+            check_columns(columns, self.path / name, needed, ", or remove the table")
+        return columns, rows
+
+    def labels(self) -> dict[str, str]:
+        """The labels in LABELS, by the last parts of its paths."""
+        rows = self.read_rows(LABELS, "path", "label")[1]
+        return {PurePath(row["path"]).name: row["label"].strip() for row in rows if row["label"].strip()}
 
     def close(self) -> None:
         os.close(self._descriptor)
 
+    def _put(self, name: str, mode: str, content: bytes) -> None:
+        with open(name, mode, opener=self._open) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
     def _open(self, path: str, flags: int) -> int:
         return os.open(Path(path).name, flags | os.O_NOFOLLOW, 0o600, dir_fd=self._descriptor)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"expected to write {self.path / name}, got {error.strerror or error}: make room, allow it, or choose "
+                "another folder"
+            ) from error
+
+
+class KeptTable:
+    """A table of pictures in a KeptFolder, which only the server writes; `rows` are by path, the oldest first.
+
+    Rows are appended; of a path the last one counts. Should somebody save another table over it, his columns and rows
+    stay, and those that are missing come back.
+    """
+
+    def __init__(self, folder: KeptFolder, name: str, columns: Sequence[str]) -> None:
+        self._folder, self._name, self._columns = folder, name, list(columns)
+        self._stamp: tuple[int, int, int] | None = None
+        self.rows: dict[str, dict[str, str]] = {}
+        self._read_changes()
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Write rows, in place of earlier ones of their paths."""
+        if self._read_changes():
+            self.drop(())
+        self._folder.append(self._name, self._lines(rows))
+        self._stamp = self._folder.stamp(self._name)
+        for row in rows:
+            self.rows.pop(row["path"], None)
+            self.rows[row["path"]] = {name: str(value) for name, value in row.items()}
+
+    def drop(self, paths: Collection[str]) -> None:
+        """Write the table anew, whole or not at all, without the rows of these paths."""
+        self._read_changes()
+        left = {path: row for path, row in self.rows.items() if path not in paths}
+        header = {name: name for name in self._columns}
+        self._folder.write(self._name, self._lines([header, *left.values()]))
+        self.rows, self._stamp = left, self._folder.stamp(self._name)
+
+    def _read_changes(self) -> bool:
+        """Read the file, unless it is as this object has written it."""
+        stamp = self._folder.stamp(self._name)
+        if stamp == self._stamp:
+            return False
+        columns, rows = self._folder.read_rows(self._name, "path")
+        self._columns = list(dict.fromkeys([*columns, *self._columns]))
+        blank, read, ours, self._stamp = dict.fromkeys(self._columns, ""), dict[str, dict[str, str]](), self.rows, stamp
+        for row in rows:
+            read.pop(row["path"], None)
+            if row.get("time") or row.get("label"):  # else it was cut off when the machine stopped
+                read[row["path"]] = row
+        self.rows = {
+            path: blank | read.get(path, {}) | {name: value for name, value in ours.get(path, {}).items() if value}
+            for path in [*ours, *read]
+        }
+        return True
+
+    def _lines(self, rows: Iterable[dict[str, Any]]) -> bytes:
+        text = StringIO()
+        line_writer(text).writerows([escaped(str(row.get(name, ""))) for name in self._columns] for row in rows)
+        return text.getvalue().encode()

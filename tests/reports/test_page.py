@@ -12,31 +12,30 @@ from iosr_fast.reports.page import (
     bar,
     cards,
     details,
+    document,
     element,
     facts,
     label_field,
     matrix,
     note,
-    page,
+    photo,
     picture,
     save_labels,
     section,
     table,
-    thumbnail,
 )
 
 ATTACK = "<script>alert(1)</script>\"'&\r"  # a browser would read the last one as a line feed
 
 
 def test_text_of_users_never_becomes_markup() -> None:
-    small = thumbnail(np.zeros((3, 4, 3), np.uint8), 4)
     parts = [
-        table([ATTACK], [[ATTACK]] * 25),
+        table([{ATTACK: ATTACK}] * 25),
         matrix([ATTACK, "two"], [[1, 2], [0, 0]]),
         picture(None, ATTACK),
-        picture(small, ATTACK),
+        photo(np.zeros((3, 4, 3), np.uint8), ATTACK),
         bar(0.5, ATTACK),
-        cards([element("p", ATTACK, title=ATTACK)] * 2, 1),
+        cards([element("p", ATTACK, title=ATTACK)] * 2, shown=1),
         facts({ATTACK: ATTACK}),
         note(ATTACK),
         details(ATTACK, ATTACK),
@@ -44,23 +43,27 @@ def test_text_of_users_never_becomes_markup() -> None:
         label_field(ATTACK, ATTACK),
         save_labels([ATTACK], [ATTACK]),
     ]
-    written = page(ATTACK, *parts, lead=ATTACK)
+    written = document(ATTACK, *parts, lead=ATTACK)
     assert "\r" not in written and "<script" not in written
     assert written.count(html.escape(ATTACK[:-1]) + "&#13;") >= 36 and written.count("<summary>1 more</summary>") == 2
 
 
 def test_a_page_names_nothing_to_load_and_allows_only_its_own_scripts() -> None:
-    written = page("title", note("text"), scripts=("labels.js",))
+    written = document("title", note("text"), scripts=("labels.js",))
     assert not re.search(r"<(link|iframe|object)|<\w[^>]* (src|href)=|url\(|@import", written)
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', written)
     assert "default-src 'none'" in policy and policy.count("sha256-") == 2 and "connect" not in policy
-    assert "script-src 'none'" in page("title")
+    assert "script-src 'none'" in document("title")
     style = written.partition("<style>")[2].partition("</style>")[0]
-    assert set(re.findall(r"var\((--[\w-]+)", style)) <= set(re.findall(r"(--[\w-]+):", style)) | {"--share"}
+    assert set(re.findall(r"var\((--[\w-]+)", style)) <= set(re.findall(r"(--[\w-]+):", style)) | {
+        "--share",
+        "--tint",
+        "--least",
+    }
 
 
 def test_values() -> None:
-    assert table(["a"], [[3], ["+1.5"], ["cat"], [Html("<b>4</b>")]]).count('class="number"') == 3
-    assert table(["a"], []) == "" and cards([]) == ""
+    assert table([{"a": value} for value in (3, "+1.5", "cat", Html("<b>4</b>"))]).count('class="number"') == 3
+    assert table([]) == "" and cards([]) == ""
     assert "width:0.0%" in bar(float("nan")) and "width:100.0%" in bar(7.0)
     assert element("input", required=True, value=None) == "<input required>"

@@ -14,12 +14,11 @@ import pytest
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving import check_sample
-from iosr_fast.serving.check_sample import LABELS, LOG, TABLE, CheckSample, Promise
-from iosr_fast.serving.collector import TABLE as COLLECTED
+from iosr_fast.serving.check_sample import COLUMNS, TABLE, CheckSample
 from iosr_fast.serving.collector import Collector
 from iosr_fast.serving.http import recent
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.kept_folder import KeptFolder
+from iosr_fast.serving.kept_folder import LABELS, KeptFolder, KeptTable
 from tests.pictures import encode
 from tests.serving.http_client import Client, queries, serving
 
@@ -38,7 +37,7 @@ def sampling(
 ) -> Iterator[CheckSample]:
     kept = KeptFolder(folder)
     try:
-        yield CheckSample(kept, share, limit, Promise(max_error, digest), COLLECTED)
+        yield CheckSample(kept, KeptTable(kept, TABLE, COLUMNS), share, limit, max_error, digest)
     finally:
         kept.close()
 
@@ -52,11 +51,9 @@ def table(folder: Path, name: str = TABLE) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write(folder: Path, rows: list[dict[str, str]], name: str = TABLE) -> None:
-    with (folder / name).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def label(folder: Path, labels: dict[str, str]) -> None:
+    text = "".join(f"{path},{label}\n" for path, label in labels.items())
+    (folder / LABELS).write_text(f"path,label\n{text}", encoding="utf-8")
 
 
 def read(sample: CheckSample) -> tuple[int, int]:
@@ -90,20 +87,18 @@ def test_sampled_answers_are_judged_until_the_server_says_so_across_a_restart(
         rows = table(tmp_path)
         accepted = [file for file, one in zip(files, answers, strict=True) if one["accepted"]]
         assert [(tmp_path / row["path"]).read_bytes() for row in rows] == accepted and len(rows) > 10
-        labels = {(tmp_path / row["path"]).read_bytes(): row["answered"] for row in rows}
-        assert all(labels.get(file, one["label"]) == one["label"] for file, one in zip(files, answers, strict=True))
-        assert {(row["label"], row["max_error"], row["version"]) for row in rows} == {("", "0.5", "1")}
-        for row in rows[:4]:
-            row["label"] = "something else"
-        write(tmp_path, rows)
+        answered = {(tmp_path / row["path"]).read_bytes(): row["answered"] for row in rows}
+        assert all(answered.get(file, one["label"]) == one["label"] for file, one in zip(files, answers, strict=True))
+        assert {tuple(row[name] for name in COLUMNS[2:6]) for row in rows} == {("0.5", "one", "1", "")}
+        labels = {row["path"]: "something else" for row in rows[:4]}
+        label(tmp_path, labels)
         found = metrics(client, collector)
         assert found["checks"] == found["checks_wrong"] == 4 and found["promise_refuted"] == 0
         assert found["accepted_share"] == pytest.approx(len(rows) / len(files)) and 0 < found["median_probability"] <= 1
     with server() as (client, collector):
         assert metrics(client, collector)["checks"] == 4
-        more = [{"path": f"kept/{row['path']}", "label": row["answered"]} for row in rows[4:5]]
-        more += [{"path": str(tmp_path / row["path"]), "label": "something else"} for row in rows[5:11]]
-        write(tmp_path, more, LABELS)
+        labels |= {f"kept/{row['path']}": row["answered"] for row in rows[4:5]}
+        label(tmp_path, labels | {str(tmp_path / row["path"]): "something else" for row in rows[5:11]})
         assert not any("accepted labels" in record.message for record in caplog.records)
         found = metrics(client, collector)
         assert (found["checks"], found["checks_wrong"], found["promise_refuted"]) == (11, 10, 1)
@@ -111,28 +106,32 @@ def test_sampled_answers_are_judged_until_the_server_says_so_across_a_restart(
         sentence = "of 11 accepted labels that you checked 10 were wrong: more than 50% are; calibrate on these"
         assert checked["refuted"] and checked["sentence"].startswith(sentence)
         assert [sentence in record.message for record in caplog.records if record.levelno == logging.WARNING] == [True]
+    Collector(tmp_path, 1, MAX_ERROR).close()
+    assert all((tmp_path / row["path"]).is_file() for row in rows)
+    assert not {row["path"] for row in rows} & {row["path"] for row in table(tmp_path, "collected.csv")}
 
 
 def test_edited_and_shortened_tables_neither_lose_nor_count_twice(tmp_path: Path) -> None:
     with sampling(tmp_path) as sample:
         assert offer(sample, *range(6), 3) == [True] * 6 + [False]
         rows = table(tmp_path)
-        rows[0]["label"], rows[1]["label"] = "pear", "fig"
-        write(tmp_path, [rows[1], rows[0], rows[0], {**rows[2], "path": "mine.png", "label": "fig"}])
+        paths = [row["path"] for row in rows]
+        label(tmp_path, {paths[1]: "fig", paths[0]: "pear", "mine.png": "fig", paths[2]: ""})
         assert read(sample) == (2, 1) and sample.beside == 1
-        assert [row["path"] for row in table(tmp_path)][4:] == [row["path"] for row in rows[2:]]  # they come back
-        rows[1]["label"] = "pear"  # another opinion, later
-        write(tmp_path, rows[:2])
+        label(tmp_path, {paths[1]: "pear"})  # another opinion, later
         assert read(sample) == (2, 1)
-        (tmp_path / rows[5]["path"]).unlink()  # nobody is to judge it
-        (tmp_path / TABLE).write_text(",".join(rows[0]), encoding="utf-8")  # without a line end
-        assert read(sample) == (2, 1) and [row["path"] for row in table(tmp_path)] == [one["path"] for one in rows[2:5]]
-    with (tmp_path / LOG).open("a") as file:
-        file.write('{"counted": {"path": "' + rows[2]["path"])  # killed while it wrote
-    (tmp_path / TABLE).unlink()
+        for edited in ("path\n" + paths[1], "", "\n".join([",".join(rows[0]), *paths])):
+            (tmp_path / TABLE).write_text(edited)
+            offer(sample, 6 + len(edited) % 97)
+            assert {row["path"] for row in table(tmp_path)} >= set(paths)
+        (tmp_path / TABLE).unlink()
+        offer(sample, 200)
+    with (tmp_path / TABLE).open("a") as file:
+        file.write(f"{paths[2]},pear,0.5,one,4,pe")  # killed while it was written
+    (tmp_path / LABELS).unlink()
     with sampling(tmp_path) as sample:
-        assert sample.result.checks == 2 and offer(sample, 0, 4, 7) == [False, False, True]
-        write(tmp_path, [{**rows[2], "label": "fig"}, {**rows[0], "label": "fig"}])
+        assert (sample.result.checks, sample.result.wrong) == (2, 1) and offer(sample, 0, 4, 2) == [False, False, True]
+        label(tmp_path, {paths[2]: "fig", paths[0]: "fig"})
         assert read(sample) == (3, 2)
     with sampling(tmp_path) as sample:
         assert (sample.result.checks, sample.result.wrong) == (3, 2)
@@ -143,7 +142,7 @@ def test_a_label_counts_when_two_readings_agree(tmp_path: Path) -> None:
         offer(sample, 0)
         (row,) = table(tmp_path)
         for text in ("pe", "pea", "pear"):
-            write(tmp_path, [{**row, "label": text}])
+            label(tmp_path, {row["path"]: text})
             sample.read_labels()
             assert sample.result.checks == 0
         assert read(sample) == (1, 0)
@@ -151,8 +150,8 @@ def test_a_label_counts_when_two_readings_agree(tmp_path: Path) -> None:
 
 def test_another_promise_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with sampling(tmp_path) as sample:
-        offer(sample, *range(10))
-        write(tmp_path, [{**row, "label": "fig"} for row in table(tmp_path)])
+        offer(sample, *range(12))
+        label(tmp_path, {row["path"]: "fig" for row in table(tmp_path)[:10]})
         assert read(sample) == (10, 10) and sample.result.refuted
     caplog.clear()
     with sampling(tmp_path) as sample:
@@ -164,7 +163,8 @@ def test_another_promise_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.
         caplog.clear()
         with sampling(tmp_path, **changed) as sample:
             assert words in caplog.text and read(sample) == (0, 0) and sample.beside == 10
-            assert offer(sample, 10, 3) == [True, True] and read(sample) == (1, 1)  # 3 has a label already
+            assert len(table(tmp_path)) in (10, 11)  # whom nobody checked is no longer of the sample
+            assert offer(sample, 12, 3) == [True, True] and read(sample) == (1, 1)  # 3 has a label already
 
 
 def test_the_sample_is_of_the_share_and_at_most_so_many_wait(tmp_path: Path) -> None:
@@ -172,19 +172,16 @@ def test_the_sample_is_of_the_share_and_at_most_so_many_wait(tmp_path: Path) -> 
         assert 70 <= sum(offer(sample, *range(1_000))) <= 130
     with sampling(tmp_path / "limit", limit=3) as sample:
         assert offer(sample, *range(5)) == [True] * 3 + [False] * 2
-        write(tmp_path / "limit", [{**row, "label": "pear"} for row in table(tmp_path / "limit")][:2])
+        label(tmp_path / "limit", {row["path"]: "pear" for row in table(tmp_path / "limit")[:1]})
         read(sample)
+        (tmp_path / "limit" / table(tmp_path / "limit")[1]["path"]).unlink()  # nobody is to judge it
         assert offer(sample, 3, 4, 5) == [True, True, False]
 
 
-def test_what_looked_wrong_is_counted_beside_and_never_fed(tmp_path: Path) -> None:
-    write(tmp_path, [{"path": f"{i:032x}.png", "label": "fig", "guess": "pear"} for i in range(50)], COLLECTED)
+def test_labels_of_pictures_that_were_not_drawn_are_counted_beside(tmp_path: Path) -> None:
     with sampling(tmp_path) as sample:
         offer(sample, 0)
-        rows = [{"path": table(tmp_path)[0]["path"], "label": "fig"}]
-        write(tmp_path, rows, COLLECTED)
-        assert read(sample) == (0, 0) and sample.beside == 0
-        write(tmp_path, [{"path": f"{i:032x}.png", "label": "fig"} for i in range(50)], COLLECTED)
+        label(tmp_path, {f"{i:032x}.png": "fig" for i in range(50)})
         assert read(sample) == (0, 0) and sample.beside == 50
 
 
@@ -192,15 +189,15 @@ def test_a_table_that_cannot_be_read_stops_neither_sampling_nor_serving(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     collector = Collector(tmp_path, 10, MAX_ERROR, check_share=0.9999)
-    (tmp_path / TABLE).write_text("name,label\nx,y\n", encoding="utf-8")
+    (tmp_path / LABELS).write_text("name,label\nx,y\n", encoding="utf-8")
     for _ in range(3):
         collector.read_labels()
     collector.settle()
     assert [record.message for record in caplog.records] == [
-        f"labels can't be read: expected the columns path and label in {TABLE}, got name, label; add path, or remove "
-        "the table"
+        f"labels can't be read: expected the columns path and label in {tmp_path / LABELS}, got name, label; add path, "
+        "or remove the table"
     ]
-    assert (tmp_path / TABLE).read_text(encoding="utf-8") == "name,label\nx,y\n"
+    assert (tmp_path / LABELS).read_text(encoding="utf-8") == "name,label\nx,y\n"
     (tmp_path / TABLE).unlink()
     (tmp_path / TABLE).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic links"):

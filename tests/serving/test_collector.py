@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import math
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,19 @@ from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.serving.batching.decode import grey_png
 from iosr_fast.serving.collector import TABLE, Collector
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.kept_folder import LABELS
 from tests.pictures import encode
-from tests.serving.http_client import AUTHORISED, Client, form, load, queries, query_labels, serving
+from tests.serving.http_client import (
+    AUTHORISED,
+    Client,
+    form,
+    load,
+    probe_soon,
+    queries,
+    query_labels,
+    serving,
+    wait_until,
+)
 
 MAX_ERROR = 0.3
 
@@ -44,6 +56,20 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def save_labels(folder: Path, labels: dict[str, str], name: str = LABELS) -> None:
+    text = "".join(f"{path},{label}\n" for path, label in labels.items())
+    (folder / name).write_text(f"path,label\n{text}", encoding="utf-8")
+
+
+def noise(seed: int = 0) -> np.ndarray:
+    """A picture of no class, which is near no other one."""
+    return np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8).repeat(32, 0).repeat(32, 1)
+
+
+def pictures(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {TABLE, LABELS}
+
+
 def test_pictures_are_served_kept_suggested_labelled_added_and_then_answered(tmp_path: Path) -> None:
     """100 pictures, of the classes and of others; labels are those that a person would type."""
     classifier, kept, pictures = load(), tmp_path / "kept", load_pictures("held-out", min_styles=5)
@@ -63,14 +89,8 @@ def test_pictures_are_served_kept_suggested_labelled_added_and_then_answered(tmp
         assert all(guesses[(kept / row["path"]).read_bytes()] == row["guess"] for row in rows)
 
         chosen = classifier.suggest(read_source([str(kept / TABLE)]), 5).paths
-        for row in rows:
-            if kept / row["path"] in chosen:
-                row["label"] = truth[(kept / row["path"]).read_bytes()]
-        with (kept / TABLE).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        paths, given, _ = labelled_images(kept / TABLE)[:3]
+        save_labels(kept, {path.name: truth[path.read_bytes()] for path in chosen})
+        paths, given, _ = labelled_images(kept / LABELS)[:3]
         assert sorted(paths) == sorted(chosen)
         for path, label in zip(paths, given, strict=True):
             ids = {one.name: one.class_id for one in classifier.classes()}
@@ -83,50 +103,107 @@ def test_pictures_are_served_kept_suggested_labelled_added_and_then_answered(tmp
         assert [one["label"] for one in again["predictions"]] == given
 
 
-def test_the_oldest_without_a_label_go_and_labels_stay(tmp_path: Path) -> None:
-    images = queries()
+def test_the_oldest_without_a_label_go_and_labelled_ones_stay(tmp_path: Path) -> None:
     with collecting(tmp_path, limit=3) as (client, outcomes, settle):
+        for number in range(3):
+            client.predict(encode(noise(number)))
+        settle()
+        first = table(tmp_path)
+        labels = {f"elsewhere/{first[0]['path']}": "apple"}
+        save_labels(tmp_path, labels)
+        for number in range(3, 5):
+            client.predict(encode(noise(number)))
+        settle()
+        rows = table(tmp_path)
+        assert len(rows) == 3 and rows[0] == first[0] and pictures(tmp_path) == {row["path"] for row in rows}
+        save_labels(tmp_path, labels | {row["path"]: "pear" for row in rows})
+        client.predict(encode(noise(5)))
+        settle()
+        assert table(tmp_path) == rows and outcomes == ["kept"] * 5 + ["left out"]
 
-        def send(number: int, until: int) -> list[dict[str, str]]:
-            for image in images[number:]:
-                client.predict(image)
-                settle()
-                if outcomes.count("kept") == until:
-                    break
+
+def test_rows_that_an_editor_saves_over_come_back_and_all_files_count(tmp_path: Path) -> None:
+    with collecting(tmp_path, limit=5) as (client, outcomes, settle):
+
+        def send(*numbers: int) -> list[dict[str, str]]:
+            for number in numbers:
+                client.predict(encode(noise(number)))
+            settle()
+            assert pictures(tmp_path) == {row["path"] for row in table(tmp_path)}
             return table(tmp_path)
 
-        first = send(0, 3)[:3]
-        text = (tmp_path / TABLE).read_text(encoding="utf-8").splitlines()
-        text[1] = text[1].replace(",,", ",apple,", 1)
-        (tmp_path / TABLE).write_text("\n".join(text) + "\n", encoding="utf-8")
-        rows = send(20, 5)
-        assert len(rows) == 3 and rows[0] == first[0] | {"label": "apple"}
-        assert {path.name for path in tmp_path.iterdir()} == {TABLE, *(row["path"] for row in rows)}
+        opened = send(0, 1)
+        send(2, 3, 4)
+        save_labels(tmp_path, {opened[0]["path"]: "", opened[1]["path"]: "-apple"}, TABLE)
+        rows = send(5)
+        assert len(rows) == 5 and outcomes.count("kept") == 6
+        assert (rows[0]["path"], rows[0]["label"]) == (opened[1]["path"], "'-apple")  # the oldest without a label went
+        (tmp_path / TABLE).unlink()
+        assert [row["path"] for row in send(6)] == [row["path"] for row in rows[:1] + rows[2:]] + [send()[-1]["path"]]
+
+
+def test_files_that_no_table_lists_are_found_and_leftovers_are_removed(tmp_path: Path) -> None:
+    with collecting(tmp_path) as (client, _, settle):
+        client.predict(encode(noise()))
+        settle()
+    (listed,) = table(tmp_path)
+    lost, torn = (f"{number:032x}.png" for number in range(2))
+    for name in (lost, torn, f".{lost}.tmp", f".{TABLE}.tmp", ".notes.tmp"):
+        (tmp_path / name).write_bytes(b"kept")
+    with (tmp_path / TABLE).open("a") as file:
+        file.write(f"{2:032x}.png,pear,0.5,unknown,2026-01-01\n{torn},pe")  # gone; killed while it was written
+    with collecting(tmp_path, limit=3) as (client, _, settle):
+        assert [row["path"] for row in table(tmp_path)] == [listed["path"], lost, torn]
+        assert [row["reason"] for row in table(tmp_path)][1:] == ["found"] * 2
+        assert pictures(tmp_path) == {listed["path"], lost, torn, ".notes.tmp"}
+        (tmp_path / torn).unlink()
+        for number in (1, 2):
+            client.predict(encode(noise(number)))
+        settle()
+        assert len(table(tmp_path)) == 3 and not (tmp_path / listed["path"]).exists()
+        assert pictures(tmp_path) == {".notes.tmp", *(row["path"] for row in table(tmp_path))}
+
+
+def test_a_probe_is_nobodys_picture_and_its_bytes_may_be_somebodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_soon(monkeypatch)
+    with collecting(tmp_path) as (client, outcomes, settle):
+        monkeypatch.setattr(client.service.uploads, "probe", encode(noise()))
+        wait_until(lambda: client.get("/healthz").status_code == 200 and "seconds_count" in client.get("/metrics").text)
+        settle()
+        assert not outcomes and not pictures(tmp_path)
+        assert "iosr_fast_predictions_total{" not in client.get("/metrics").text
+        assert math.isnan(client.service.recent.median_probability)
+        for number in range(2):
+            client.predict(encode(noise(number)) if number else grey_png())
+        settle()
+        assert outcomes == ["kept", "kept"]
 
 
 def test_equal_pictures_and_near_duplicates_are_kept_once(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)  # no class has it
-    near = np.clip(noise.astype(int) + 1, 0, 255).astype(np.uint8)
-    with collecting(tmp_path) as (client, outcomes, settle):
-        for one in (noise, noise, near):
-            client.predict(encode(one))
-        settle()
-        assert outcomes == ["kept", "near duplicate", "near duplicate"] and len(table(tmp_path)) == 1
+    near = np.clip(noise().astype(int) + 1, 0, 255).astype(np.uint8)
+    for expected in (["kept", "near duplicate", "near duplicate"], ["near duplicate"] * 2):
+        with collecting(tmp_path) as (client, outcomes, settle):
+            for one in (noise(), noise(), near)[: len(expected)]:
+                client.predict(encode(one))
+            settle()
+            assert outcomes == expected and len(table(tmp_path)) == 1
 
 
 def test_a_full_disk_stops_collecting_and_not_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with collecting(tmp_path) as (client, outcomes, settle):
         with monkeypatch.context() as patch:
             patch.setattr("iosr_fast.serving.kept_folder.os.fsync", full)
-            assert client.predict(encode(noise)).status_code == 200
+            assert client.predict(encode(noise())).status_code == 200
             settle()
             assert [path.name for path in tmp_path.iterdir()] == [TABLE]
-        assert client.predict(encode(noise)).status_code == 200
+            with pytest.raises(OSError, match=r"expected to write .*new/collected.csv, got No space .*: make room"):
+                Collector(tmp_path / "new", 10, MAX_ERROR)
+        assert client.predict(encode(noise())).status_code == 200
         settle()
         assert outcomes == ["failed", "kept"]
 
@@ -135,45 +212,41 @@ def test_what_a_table_names_is_removed_only_if_it_is_a_kept_picture(tmp_path: Pa
     """Whoever may edit the table alone, or put links into the folder, removes nothing else with it."""
     kept, outside = tmp_path / "kept", tmp_path / "outside"
     outside.mkdir()
-    name = f"{0:032x}.png"
-    for path in (outside / "changes.db", outside / name):
+    kept.mkdir()
+    picture, link, folder = (f"{number:032x}.png" for number in range(3))
+    for path in (outside / "changes.db", outside / picture, kept / "notes.txt", kept / picture):
         path.write_bytes(b"precious")
-    Collector(kept, 3, MAX_ERROR).close()
-    (kept / "notes.txt").write_bytes(b"precious")
-    (kept / f"{1:032x}.png").write_bytes(b"kept")
-    (kept / f"{2:032x}.png").symlink_to(outside / name)
+    (kept / link).symlink_to(outside / picture)
     (kept / "link").symlink_to(outside, target_is_directory=True)
-    (kept / f"{3:032x}.png").mkdir()
-    foreign = [str(outside / "changes.db"), f"../outside/{name}", "notes.txt", f"link/{name}", "", ".", "no-file.png"]
-    gone = [f"{number:032x}.png" for number in range(1, 4)]
-    with (kept / TABLE).open("a", encoding="utf-8") as file:
-        file.writelines(f"{path},,pear,0.5,needs a look,\n" for path in [*foreign, *gone])
+    (kept / folder).mkdir()
+    foreign = [str(outside / "changes.db"), f"../outside/{picture}", "notes.txt", f"link/{picture}", "", "."]
+    with (kept / TABLE).open("w", encoding="utf-8") as file:
+        file.writelines(f"{path},2026\n" for path in ["path,time", *foreign, picture, link, folder])
     with collecting(kept, limit=1) as (client, outcomes, settle):
-        client.predict(grey_png())  # as /healthz does
-        client.predict(encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)))
+        client.predict(encode(noise()))
         settle()
         assert outcomes == ["kept"]
     paths = [row["path"] for row in table(kept)]
-    assert paths[:-1] == foreign and not (kept / gone[0]).exists()
+    assert paths[:-1] == foreign and not (kept / picture).exists() and (kept / paths[-1]).is_file()
     assert {path.read_bytes() for path in (*outside.iterdir(), kept / "notes.txt")} == {b"precious"}
-    assert (kept / gone[1]).is_symlink() and (kept / gone[2]).is_dir() and (kept / paths[-1]).is_file()
+    assert (kept / link).is_symlink() and (kept / folder).is_dir()
 
 
 def test_only_the_owner_can_read_what_is_kept_and_no_link_is_written_through(tmp_path: Path) -> None:
     outside, kept = tmp_path / "outside", tmp_path / "kept"
     outside.write_bytes(b"path,label\n")
-    with collecting(kept) as (client, _, settle):
+    with collecting(kept) as (client, outcomes, settle):
         for name in (TABLE, f".{TABLE}.tmp"):
             (kept / name).unlink(missing_ok=True)
             (kept / name).symlink_to(outside)
-        client.predict(encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)))
+        client.predict(encode(noise()))
         settle()
         (kept / TABLE).unlink()
-        (kept / f".{TABLE}.tmp").unlink(missing_ok=True)
-        client.predict(queries()[0], encode(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)))
+        client.predict(queries()[0], encode(noise(1)))
         settle()
+        assert outcomes == ["failed", "failed", "kept"]
     assert outside.read_bytes() == b"path,label\n"
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir()}
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir() if not path.is_symlink()}
     assert len(modes) >= 2 and set(modes.values()) == {0o600}
 
 

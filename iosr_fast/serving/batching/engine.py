@@ -51,8 +51,8 @@ class Run:
 
 class Engine:
     """Runs batches of at most `max_batch` images. `healthy` is False while the engine fails on every image;
-    `last_error` is the error of its last failure. `collect` is called with each image that was answered, its embeddings
-    (1, D) and the head that answered."""
+    `last_error` is the error of its last failure. `collect` is called with each answered image that is no probe, its
+    embeddings (1, D) and the head that answered."""
 
     def __init__(self, classifier: Any, max_batch: int, collect: Collect | None = None) -> None:
         self.healthy = True
@@ -129,7 +129,7 @@ class Engine:
 
     def _black(self, count: int) -> None:
         """Classify black images."""
-        items = [Item(None, i, Query(top=1), 0.0) for i in range(count)]
+        items = [Item(None, i, Query(top=1, probe=True), 0.0) for i in range(count)]
         self._predict(self._classifier.snapshot(), self._classifier.encoder.blank(count), items, Run())
 
     def _predict(self, head: Any, pixels: np.ndarray, items: Sequence[Item], run: Run) -> list[Prediction]:
@@ -156,6 +156,7 @@ class Engine:
         if self._collect is not None:
             for row, item in enumerate(items):
                 own, _ = item.fitted or (head, NONE_WITHHELD)
-                self._collect(item.image, embeddings[np.array([row])], own)
+                if not item.query.probe:
+                    self._collect(item.image, embeddings[np.array([row])], own)
         run.score_s += time.perf_counter() - encoded
         return [predictions[row] for row in range(len(pixels))]

@@ -56,7 +56,8 @@ class Query:
     `top` classes and `nearest` support images in each Prediction; `deadline_s`, seconds from now until the image must
     be encoded (None: no deadline); `client`, the name of who asks: clients take turns, and each has a share of the
     queue; "" is the program itself, which may fill it. `keep` rejects pictures that belong to none of the classes,
-    `max_error` says whose label is accepted (Abstention).
+    `max_error` says whose label is accepted (Abstention). `probe` is an image of the program's own, to see whether the
+    engine works: it is not collected.
     """
 
     top: int = 5
@@ -65,6 +66,7 @@ class Query:
     client: str = ""
     keep: float | None = None
     max_error: float | None = None
+    probe: bool = False
 
     def __post_init__(self) -> None:
         check_integer("top", self.top, 1)

@@ -35,24 +35,20 @@ class Probe:
             idle_s = time.monotonic() - self._service.metrics.last_answer
             if idle_s < AFTER_S or self._service.loading or batching.closed:
                 return ""
-            return await self._probe(idle_s)
-
-    async def _probe(self, idle_s: float) -> str:
-        batching = self._service.batching
-        # A server too busy for the probe is healthy as long as it classifies images.
-        busy = "" if idle_s < STUCK_AFTER_S else f"no image was classified for {idle_s:.0f} s"
-        try:
-            async with asyncio.timeout(WITHIN_S):
-                await batching.classify(self._service.uploads.probe, top=1, deadline_s=WITHIN_S)
-        except QueueFullError:
-            return busy
-        except ClosedError:
+            # A server too busy for the probe is healthy as long as it classifies images.
+            busy = "" if idle_s < STUCK_AFTER_S else f"no image was classified for {idle_s:.0f} s"
+            try:
+                async with asyncio.timeout(WITHIN_S):
+                    await batching.classify(self._service.uploads.probe, top=1, deadline_s=WITHIN_S, probe=True)
+            except QueueFullError:
+                return busy
+            except ClosedError:
+                return ""
+            except TimeoutError:  # DeadlineExceededError is one; decoders may be busy with slow images within limits
+                return busy if batching.decoders_are_busy else f"a probe was not classified within {WITHIN_S:g} s"
+            except Exception as error:
+                return f"a probe could not be classified: {error}"
             return ""
-        except TimeoutError:  # DeadlineExceededError is one; decoders may be busy with slow images within their limits
-            return busy if batching.decoders_are_busy else f"a probe was not classified within {WITHIN_S:g} s"
-        except Exception as error:
-            return f"a probe could not be classified: {error}"
-        return ""
 
 
 def make_router(service: Service) -> APIRouter:
