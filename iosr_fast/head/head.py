@@ -22,7 +22,7 @@ from iosr_fast.head.labels import class_ids
 from iosr_fast.methods.automation import least_odds
 from iosr_fast.methods.config import Config, Evidence, wilson
 from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, log_odds_of_largest, of_logits
-from iosr_fast.methods.folds import Folds, make_folds
+from iosr_fast.methods.folds import Folds, NearSupport, make_folds
 from iosr_fast.methods.log_loss import refit_factor
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
@@ -223,6 +223,11 @@ class Head(HeadData):
     def folds(self) -> Folds:
         """Which support images are left out together in all that is promised and reported."""
         return make_folds(self.support, None if self.look_alikes is None else self.look_alikes.groups)
+
+    @cached_property
+    def near_support(self) -> NearSupport:
+        """Finds near duplicates of the support images."""
+        return NearSupport(self.support)
 
     @cached_property
     def out_of_fold(self) -> OutOfFold:

@@ -17,7 +17,6 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import Prediction, predict
-from iosr_fast.methods.folds import near_support
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.batching.decode import grey_png
 from iosr_fast.serving.check_sample import CheckSample, Promise
@@ -129,7 +128,7 @@ class Collector:
             prediction = predict(head, embeddings, abstention=Abstention(KEEP, max_error=self._max_error))[0]
         if prediction.accepted:
             return ""
-        if near_support(head.support, embeddings.plain, self._kept)[0]:
+        if head.near_support(embeddings.plain, self._kept)[0]:
             return "near duplicate"
         return "kept" if self._keep(image, prediction, embeddings.plain[0]) else "left out"
 
