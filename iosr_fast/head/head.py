@@ -129,6 +129,10 @@ class HeadData:
         self.plan  # noqa: B018
         return self
 
+    def with_promises(self) -> Self:
+        """The same head, after computing its plan and what promises rest on, if it makes any."""
+        return self.compiled()
+
     def score(self, embeddings: Embeddings, check: bool = True) -> np.ndarray:
         """Logits (B, C) float32; embeddings on a GPU are scored there. `check` is that of scoring.score."""
         return as_numpy(score(self.plan, embeddings, check=check))
@@ -205,7 +209,14 @@ class Head(HeadData):
             return evidence
         return msgspec.structs.replace(evidence, stale=True)
 
-    # What left-out support images answer, each at its first use
+    # What left-out support images answer, each at its first use, and of heads that serve before it
+
+    def with_promises(self) -> Self:
+        """The same head, after computing its plan and all that `keep` and `max_error` rest on: in seconds with
+        thousands of support images."""
+        self.doubts  # noqa: B018  # by the left-out labels
+        self.unknown.score(self.examples.embeddings[:1])  # fits the models of its scores
+        return self.compiled()
 
     @cached_property
     def look_alikes(self) -> LookAlikes | None:
