@@ -19,6 +19,7 @@ from iosr_fast.serving.batching import BatchingClassifier, front, item, queue, w
 from tests.serving.batching_fakes import (
     PATIENCE_S,
     FakeClassifier,
+    FakeEncoder,
     Gated,
     Watcher,
     labels,
@@ -122,6 +123,17 @@ def test_each_query_gets_what_it_asks_for(make, classifier: FakeClassifier) -> N
     assert [int(made.label) for made in got] == list(range(5))
     # A query pays for no other's neighbours or classes.
     assert classifier.asked[1:] == [([0, 4], 5, 0), ([1], 1, 0), ([2], 9, 0), ([3], 2, 3)]
+
+
+def test_images_of_two_encoders_get_the_embeddings_of_their_own(make, classifier: FakeClassifier) -> None:
+    batching, before = make(max_batch=8), classifier.encoder
+    with classifier.held(batching):
+        old = batching.submit_many([picture(1), picture(2)])
+        classifier.encoder = FakeEncoder()
+        new = batching.submit(picture(3))
+        before.open.set()
+        assert labels([*old, new]) == [1, 2, 3]
+    assert before.batches[1:] == [[1], [2]] and classifier.encoder.batches[-1] == [3]
 
 
 def test_an_image_that_is_late_is_not_encoded(make, classifier: FakeClassifier, clock) -> None:

@@ -128,14 +128,16 @@ class Engine:
 
     def _black(self, count: int) -> None:
         """Classify black images."""
-        head = self._classifier.snapshot()
-        items = [Item(None, i, Query(top=1), 0.0, head=head) for i in range(count)]
-        self._predict(self._classifier.encoder.blank(count), items, Run())
+        head, encoder = self._classifier.snapshot(), self._classifier.encoder
+        items = [Item(None, i, Query(top=1), 0.0, head=head, encoder=encoder) for i in range(count)]
+        self._predict(encoder.blank(count), items, Run())
 
     def _predict(self, pixels: np.ndarray, items: Sequence[Item], run: Run) -> list[Prediction]:
         """Pixels (B, S, S, 3) uint8 -> B predictions, each by the head of its item; items that ask one head for the
-        same are computed together."""
-        started, encoder = time.perf_counter(), self._classifier.encoder
+        same are computed together. Raises RuntimeError for items of several encoders, which are then tried alone."""
+        started, encoder = time.perf_counter(), items[0].encoder
+        if any(item.encoder is not encoder for item in items):
+            raise RuntimeError("expected images of one encoder, got some from before another fit and some from after")
         with self._encoding if encoder.runs == 1 else nullcontext():
             embeddings = encoder.encode_on_device(pixels)
         encoded = time.perf_counter()

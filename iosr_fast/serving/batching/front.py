@@ -140,9 +140,9 @@ class BatchingClassifier:
         query.abstention.check(head)
         if query.max_error is None:
             query = replace(query, max_error=self._max_error)
-        request, geometry = next(_requests), self.classifier.encoder.geometry
+        request, encoder = next(_requests), self.classifier.encoder
         items = [
-            Item(image, i, query, now, request, decoding_cost(image, geometry), head)
+            Item(image, i, query, now, request, decoding_cost(image, encoder.geometry), head, encoder)
             for i, image in enumerate(as_image_list(images))
         ]
         if len(items) > self._queue.max_queue:

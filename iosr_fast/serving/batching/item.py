@@ -93,6 +93,7 @@ class Item:
     request: int = 0  # number of its request; requests of a client take turns
     cost: int = 0  # of decoding, in pixels; 0 if unknown
     head: Head | None = None  # that of its submission, which answers
+    encoder: Any = None  # that of its submission, whose embeddings this head compares
     whole: bool = False  # decoded only, all of it
     deadline: float = math.inf
     work: int = 0  # of decoding that is left, in pixels that take as long
