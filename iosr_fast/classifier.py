@@ -106,8 +106,9 @@ class Classifier(Answering[Fit], Changing, Estimator):
     `fit` opens the CLIP (extra `cpu` or `gpu`), which the classifiers of a process share. After `set_params`, a fitted
     classifier predicts as before until the next `fit`. `tune` is also a method; `get_params()["tune"]` has the
     parameter. A change waits for others and compiles the method once. What left-out support images answer
-    (`unknown_score`, `predict_sets`, `calibration`, `audit`) is computed at its first use after a change. Sources: CLIP
-    (Radford et al., ICML 2021); the adapter (Kravets & Namboodiri, BMVC 2024); methods, `iosr_fast.methods`.
+    (`unknown_score`, `predict_sets`, `calibration`, `audit`) is computed at its first use after a change, or with it
+    (`serve_promises`). Sources: CLIP (Radford et al., ICML 2021); the adapter (Kravets & Namboodiri, BMVC 2024);
+    methods, `iosr_fast.methods`.
 
     Examples
     --------
@@ -363,6 +364,12 @@ class Classifier(Answering[Fit], Changing, Estimator):
         clip = self._open() if fit is None else fit.clip
         upright = self.exif_orientation if fit is None else fit.settings.exif_orientation
         return Reader.of((fit or clip).encoder, clip.engine, upright, batch, skip_bad, threads, decoder)
+
+    def serve_promises(self) -> None:
+        """Compute what `unknown` and `max_error` rest on now, and with every later fit and change before anybody sees
+        it, so that no prediction waits for it. BatchingClassifier and the server do so. With 1,600 images of 100
+        classes a change takes 5 s of one core in place of 0.4 s."""
+        self._store.serve_promises()
 
     def open_log(self, path: str | Path) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`. Raises

@@ -17,7 +17,6 @@ from iosr_fast.head.verdict import judge, unknown_scores
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits
-from iosr_fast.methods.folds import near_support
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
 
@@ -90,7 +89,7 @@ def _measure(
         expected_images=round(left_out.count),
         basis=left_out.basis,
         mistakes=_mistakes(head, embeddings, worst, images, truths),
-        copies=int(near_support(head.support, embeddings.plain).sum()),
+        copies=int(head.near_support(embeddings.plain).sum()),
         sets=SetCoverage(coverage, *shares, reason),
         automation=automation(left_out, outcome),
         expected_automation=automation(left_out),

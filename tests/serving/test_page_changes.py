@@ -160,28 +160,6 @@ def test_a_thousand_classes(visit: Visit) -> None:
     assert visit.text("#matches") == "11 of 1,000 classes" and "class 779" in visit.text("#classes li:last-child")
 
 
-def test_a_fit_that_takes_long_delays_no_answer(visit: Visit) -> None:
-    page, learnt = visit.page, []
-    facts(visit, None)
-
-    def answer(route: Any) -> None:
-        if not learnt:
-            return route.fulfill(status=504, json={"error": {"code": "deadline_exceeded", "message": "late"}})
-        body = route.fetch().json()
-        body["predictions"][0] |= {"label": None, "class_id": None, "unknown": {"score": 3.21, "rejected": True}}
-        return route.fulfill(json=body)
-
-    page.route("**/v1/predict*unknown=reject", answer)
-    visit.choose(file(visit.site.queries[0], "first.png"))
-    assert visit.text("#answer .label") != "Unknown"
-    page.locator("details.numbers summary").click()
-    assert "still being learnt" in visit.text("details.numbers")
-    learnt.append(True)
-    page.locator("#answer .label", has_text="Unknown").wait_for()
-    assert set(visit.refusals) == {504}
-    visit.refusals.clear()
-
-
 def test_where_rejection_keeps_no_promise_the_page_says_why(visit: Visit) -> None:
     facts(visit, {"promised": False, "keep": 0.95, "sentence": "the promise needs 19 images"})
     visit.choose(file(visit.site.queries[0], "first.png"))
