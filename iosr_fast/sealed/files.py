@@ -7,6 +7,7 @@ releases the lock when the process ends: an unlocked one is a leftover of a kill
 from __future__ import annotations
 
 import atexit
+import fcntl
 import logging
 import os
 import re
@@ -132,10 +133,6 @@ def remove_leftovers(folder: Path, of: str = ".+") -> None:
 
 def lock_folder(folder: Path) -> int | None:
     """A descriptor that locks `folder`; None where folders can't be locked. Raises BlockingIOError if it is locked."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,9 +158,8 @@ def sync_file(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk."""
-    if os.name == "posix":  # elsewhere a folder can't be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

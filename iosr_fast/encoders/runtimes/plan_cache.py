@@ -63,7 +63,7 @@ def open_plan(
         if (built_for := convert(facts, Target)) == target:
             return (folder / name).read_bytes(), folder / name
         others.append(f"{name} was built for {built_for}")
-    misfit = f"{'; '.join(others) or f'{folder} has no plan'}; this is {target}"
+    misfit = f"{'; '.join(others) or 'the engine has no plan'}; this is {target}"
     expected = {name: manifest["files"][name]["sha256"] for name in (ONNX_FILE, WEIGHTS) if name in manifest["files"]}
     cached = CachedFile(target, "plan", manifest["max_batch"], expected)
     if (plan := cached.read()) is not None:
