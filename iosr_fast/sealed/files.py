@@ -40,7 +40,8 @@ def cache_folder() -> Path:
 def in_cache(*names: str) -> Path:
     """The place of these names in the cache: a file or folder that is there, or one that can be made.
 
-    Where nothing can be made, the place is in a temporary folder of this process, with a warning.
+    What killed writers left beside a place that is not there is removed. Where nothing can be made, the place is in a
+    temporary folder of this process, with a warning.
     """
     place = cache_folder().joinpath(*names)
     if place.exists() and names:
@@ -48,6 +49,7 @@ def in_cache(*names: str) -> Path:
     try:
         folder = place.parent if names else place
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         with tempfile.TemporaryFile(dir=folder):
             return place
     except OSError as error:
@@ -94,7 +96,11 @@ def new_file(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` for its writer, removed at the end; those of killed writers are removed first."""
+    """An empty folder beside `target` for its writer, which removes it at the end, and not in a fork.
+
+    Those of killed writers are removed first.
+    """
+    process = os.getpid()
     remove_leftovers(target.parent, of=re.escape(target.name))
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -106,7 +112,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_own(folder, process)
         unlock(lock)
 
 
