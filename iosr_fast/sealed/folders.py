@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -58,16 +57,17 @@ def check_new_folder(out: Path, kind: str | None = None) -> None:
 
 
 def _refuse_replacing(folder: Path, kind: str | None) -> None:
+    if not os.path.lexists(folder):
+        return
     try:
         read_below(folder, lambda directory: _check_replaceable(directory, folder, kind))
+    except FileNotFoundError:  # another writer has just renamed it
         return
-    except FileNotFoundError:
-        return
-    except IosrFastError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"it can't be listed as a folder ({error.strerror})"
-    raise FileExistsError(f"{folder} exists and is not replaced: {reason}; choose another place, or remove it")
+    except (IosrFastError, OSError) as error:
+        reason = f"it can't be listed as a folder ({error.strerror})" if isinstance(error, OSError) else error
+        raise FileExistsError(
+            f"{folder} exists and is not replaced: {reason}; choose another place, or remove it"
+        ) from error
 
 
 def _check_replaceable(directory: int, folder: Path, kind: str | None) -> None:
@@ -120,17 +120,9 @@ def exchange(one: Path, other: Path) -> bool:
     Returns False, with nothing changed, where that is impossible: other systems than Linux, an old C library, a file
     system without support, a missing name.
     """
-    swap = _swap()
-    return swap is not None and swap(os.fsencode(one), os.fsencode(other)) == 0
-
-
-@functools.cache
-def _swap() -> Callable[[bytes, bytes], int] | None:
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError):
-        return None
-    return lambda one, other: renameat2(_AT_FDCWD, one, _AT_FDCWD, other, ctypes.c_uint(_EXCHANGE))
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    places = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other)
+    return renameat2 is not None and renameat2(*places, ctypes.c_uint(_EXCHANGE)) == 0
 
 
 def _sync_tree(folder: Path) -> None:

@@ -48,6 +48,6 @@ def test_learning_rate_and_weight_decay_follow_their_schedules() -> None:
 )
 def test_the_presets_first_adapted_block_is_a_share_of_the_blocks(blocks: int, fast: int, demo: int) -> None:
     for objective in ("supervised", "dino"):
-        places = [PRESETS[name, objective].first_adapted_block(blocks) for name in ("fast", "paper", "demo")]
+        places = [PRESETS[name, objective].settings(blocks).first_adapted_block for name in ("fast", "paper", "demo")]
         assert places == [fast, 0, demo]
         assert (PRESETS["fast", objective].training.dino is not None) == (objective == "dino")
