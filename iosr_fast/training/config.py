@@ -186,8 +186,9 @@ def _merged(values: dict[str, Any], changes: Mapping[str, Any], place: str) -> d
             raise msgspec.ValidationError(
                 f"{did_you_mean(name, values)}expected {', '.join(values)}, got {name!r} - at `{place}`"
             )
-        both = isinstance(values[name], dict) and isinstance(value, dict)
-        merged[name] = _merged(values[name], value, f"{place}.{name}") if both else value
+        inner = msgspec.to_builtins(DinoConfig()) if name == "dino" and values[name] is None else values[name]
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        merged[name] = _merged(inner, value, f"{place}.{name}") if both else value
     return merged
 
 

@@ -34,18 +34,11 @@ def words(tmp_path: Path) -> list[object]:
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("--bottleneck 0", {}, "expected a bottleneck of at least 1, got 0"),
-    ("--epochs 0", {}, "expected epochs of at least 1, got 0 - at `$.training`"),
     ("--batch 0", {"training": {"batch": 4}}, "expected batch of at least 1, got 0"),
     ("--accelerator abacus", {}, "abacus"),
-    ("--objective dino", {"training": {"dino": {"out_dim": 0}}}, "expected out_dim of at least 1, got 0"),
-    ("--objective dino", {"training": {"augment": True}}, "expected cached_views=0 and augment=False"),
     ("--objective dino", {"training": {"dino": None}}, "expected settings of --objective dino"),
     ("", {"training": {"dino": {}}}, "expected settings of --objective supervised"),
-    ("", {"training": {"schedule": "linear"}}, "settings.json: Invalid enum value 'linear' - at `$.training.schedule`"),
     ("", {"training": {"batch": "8"}}, "settings.json: Expected `int`, got `str` - at `$.training.batch`"),
-    ("", {"held_out": 0.6}, "settings.json: Expected `float` <= 0.5 - at `$.held_out`"),
-    ("", {"epochs": 3}, "settings.json: expected first_adapted_block, bottleneck, "),
-    ("", {"training": {"schedul": "cosine"}}, "settings.json: did you mean 'schedule'? "),
 ]
 
 

@@ -27,9 +27,6 @@ def test_what_is_held_is_read_whatever_becomes_of_its_names(tmp_path: Path) -> N
     assert content_of(held) == ("one", "one") and content_of(open_verified(target, "thing")) == ("two", "two")
     held.copy("content", tmp_path / "copy")
     assert (tmp_path / "copy").read_text() == "one"
-    assert held.open_with(lambda folder: (folder / "content").read_text()) == "one"
-    shutil.rmtree(target)
-    assert held.open_with(lambda folder: (folder / "content").read_text()) == "one"
 
 
 @pytest.mark.parametrize("when", ["before it is opened", "while it is opened"])
