@@ -6,6 +6,7 @@ replaces or removes the folder has no effect on the open files.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -225,12 +226,14 @@ def _open_file(directory: int, name: str, folder: Path, kind: str) -> _OpenFile:
     try:
         for part in PurePosixPath(name).parts:
             path = path / part
-            if stat.S_ISLNK(os.stat(part, dir_fd=file.descriptor, follow_symlinks=False).st_mode):
-                raise IosrFastError(
-                    f"{path} is a link, expected a file or folder of its own: copy it with `cp -rL` to resolve it"
-                )
             file = _OpenFile(os.open(part, _FILE, dir_fd=file.descriptor))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise IosrFastError(
+                f"{path} is a link, expected a file or folder of its own: copy it with `cp -rL` to resolve it"
+            ) from error
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise
         if name == MANIFEST:
             raise missing(folder, kind) from error
         raise FileNotFoundError(f"{name} is missing from {folder}; {advice(kind)}") from error
