@@ -15,8 +15,8 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
-    from iosr_fast.files.ray_workers import Pool
     from iosr_fast.files.run import Counts
+    from iosr_fast.ray import Pool
     from iosr_fast.store.bundle import SavedHead
 
 
@@ -99,7 +99,7 @@ def ray_pool(ray: bool, workers: int | None, gpus: float, address: str | None) -
     if workers < 1 or gpus < 0:
         raise IosrFastError(f"expected --workers of at least 1 and --gpus of at least 0, got {workers} and {gpus}")
     require("ray", "ray")
-    from iosr_fast.files.ray_workers import Pool
+    from iosr_fast.ray import Pool
 
     return Pool(workers, gpus, address)
 

@@ -1,17 +1,17 @@
-"""A run: the missing parts of its images are computed, in this process or by Ray, and make a file or a folder."""
+"""A run: the missing parts of its images are computed, in this process or by a pool, and make a file or a folder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from iosr_fast import __version__
 from iosr_fast.files import tables
 from iosr_fast.files.chunks import run_chunks
-from iosr_fast.files.parts import check_folder, open_parts, say
-from iosr_fast.files.ray_workers import Pool, run_on_ray
-from iosr_fast.files.source import Source
+from iosr_fast.files.parts import Done, check_folder, open_parts, say
+from iosr_fast.files.source import Chunk, Source
 from iosr_fast.files.work import Classify, ReadOptions, Work
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.sealed.outputs import check_new_file
@@ -19,6 +19,8 @@ from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.require import require
 
+# Computes chunks of a run elsewhere, as run_chunks does, and yields each that is done: iosr_fast.ray.Pool.
+Pool: TypeAlias = Callable[[Work, dict[str, Any], Sequence[Chunk], Path, ReadOptions], Generator[Done, None, None]]
 MAX_CHUNK = 65_536  # the keys of an embedding part are one JSON header
 _RAY_BATCH = 64  # the cluster's processors are not known here
 
@@ -59,7 +61,7 @@ def run(
 
     The parts of a table lie in `parts_of(out)` until it is written. The bytes do not depend on interruptions. They
     may depend on the number of cores, which changes the sizes of the last batches and so the last bit of an embedding.
-    A `pool` (ray_workers.Pool) computes the parts on other machines.
+    A `pool` computes the parts on other machines.
 
     Raises FileExistsError for a finished table, a folder of other files, and while another run writes; IosrFastError
     for the parts of a run with other images, options or another classifier; BadImageError for an unreadable image
@@ -93,7 +95,7 @@ def run(
         if missing:
             with progress(work.verb, images) as advance:
                 if pool is not None:
-                    results = run_on_ray(work, plan, missing, parts.folder, pool, options)
+                    results = pool(work, plan, missing, parts.folder, options)
                 else:
                     assert reader is not None
                     results = run_chunks(work, reader, missing, len(source.paths), parts.folder, advance)

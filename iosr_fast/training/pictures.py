@@ -179,7 +179,7 @@ def file_sources(
         if not skip_missing or len(missing) == len(paths):
             raise FileNotFoundError(
                 f"{len(missing)} of {len(paths)} pictures are missing, first {missing[0]}: correct the list, or leave "
-                "them out by --skip-missing"
+                "them out by skip_missing of --settings"
             )
         absent = set(missing)
         names = [name for name, path in zip(names, paths, strict=True) if path not in absent]
