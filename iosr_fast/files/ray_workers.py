@@ -1,7 +1,7 @@
 """Chunks of a run on several processes or machines: Ray Data over a pool of actors, each with the engine open.
 
-The driver distributes chunks and writes the log; actors write the parts to a folder that every machine shares. Ray
-restarts a killed actor and computes its chunk again, which gives the same file.
+The driver distributes chunks and stores their parts, in order. Ray restarts a killed actor and computes its chunk
+again, which gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import logging
 import os
 import socket
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files.chunks import run_chunks
-from iosr_fast.files.parts import LOG, Done, differences
+from iosr_fast.files.chunks import Done, run_chunks
+from iosr_fast.files.parts import differences
 from iosr_fast.files.source import Chunk
-from iosr_fast.files.work import ReadOptions, Work
+from iosr_fast.files.stream import ReadOptions
+from iosr_fast.files.work import Work
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ray_cluster import joined
 from iosr_fast.utils.require import require
@@ -40,23 +41,22 @@ class Pool(NamedTuple):
 class Worker:
     """An actor that opens the engine once. __call__ computes one row's chunk."""
 
-    def __init__(self, work: Work, plan: str, folder: str, options: ReadOptions) -> None:
-        self.work, self.plan, self.folder = work, json.loads(plan), Path(folder)
-        host = socket.gethostname()
-        if not (self.folder / LOG).is_file():
-            raise RuntimeError(f"expected {folder} to be one folder on all machines, but {host} has none there")
+    def __init__(self, work: Work, plan: str, options: ReadOptions) -> None:
+        self.work, self.plan = work, json.loads(plan)
         known = {name: self.plan[name] for name in work.facts}
         if different := differences(known, json.loads(json.dumps(work.facts))):
+            host = socket.gethostname()
             raise RuntimeError(f"expected one engine and classifier on all machines, but on {host} {different}")
         self.reader = work.open(options)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         chunk = Chunk(int(row["number"]), int(row["start"]), *json.loads(row["images"]))
         try:
-            (done,) = run_chunks(self.work, self.reader, [chunk], self.plan["images"], self.folder)
+            ((done, content),) = run_chunks(self.work, self.reader, [chunk], self.plan["images"])
         except BadImageError as error:  # as a row, so that the driver names the image without Ray's traceback
-            return {"done": "", "bad": str(error.where), "reason": error.reason, "runtime": ""}
-        return {"done": json.dumps(asdict(done)), "bad": "", "reason": "", "runtime": self.reader.encoder.runtime}
+            return {"done": "", "content": b"", "bad": str(error.where), "reason": error.reason, "runtime": ""}
+        runtime = self.reader.encoder.runtime
+        return {"done": done.to_json(), "content": content, "bad": "", "reason": "", "runtime": runtime}
 
 
 def row_of(chunk: Chunk) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def row_of(chunk: Chunk) -> dict[str, Any]:
 
 
 def run_on_ray(
-    work: Work, plan: dict[str, Any], chunks: Sequence[Chunk], folder: Path, pool: Pool, options: ReadOptions
-) -> Generator[Done, None, None]:
-    """As run_chunks, on a pool of actors, in the order in which parts are finished.
+    work: Work, plan: dict[str, Any], chunks: Sequence[Chunk], pool: Pool, options: ReadOptions
+) -> Generator[tuple[Done, bytes], None, None]:
+    """As run_chunks, on a pool of actors.
 
     Raises BadImageError for an unreadable image unless `skip_bad`; RuntimeError if the cluster is too small for one
     worker, an actor can't open the engine or has another one, a chunk keeps killing its workers, or runtimes differ.
@@ -78,14 +78,15 @@ def run_on_ray(
     with joined(pool.address, pool.workers * threads) as ray:
         workers = min(pool.workers, _room(ray.cluster_resources(), threads, pool.gpus))
         data = require("ray.data", "ray")
-        data.DataContext.get_current().enable_progress_bars = False
+        context = data.DataContext.get_current()
+        context.enable_progress_bars, context.execution_options.preserve_order = False, True
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised here
         rows = [row_of(chunk) for chunk in chunks]
         opened = replace(work, folder=str(Path(work.folder).resolve()))
         # One row per block: Ray distributes blocks, and again when an actor dies.
         dataset = data.from_items(rows, override_num_blocks=len(rows)).map(
             Worker,
-            fn_constructor_args=(opened, json.dumps(plan), str(folder.resolve()), options),
+            fn_constructor_args=(opened, json.dumps(plan), options),
             compute=data.ActorPoolStrategy(size=min(workers, len(rows)), max_tasks_in_flight_per_actor=2),
             num_cpus=threads,
             num_gpus=pool.gpus or None,
@@ -99,7 +100,7 @@ def run_on_ray(
                 runtimes.add(row["runtime"])
                 if len(runtimes) > 1:
                     raise RuntimeError(f"expected one runtime on all machines, got {runtimes}; name it by --runtime")
-                yield Done(**json.loads(row["done"]))
+                yield Done.of_json(row["done"]), row["content"]
         except ray.exceptions.RayError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise RuntimeError(
