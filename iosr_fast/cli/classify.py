@@ -49,8 +49,8 @@ def classify(
     For millions of images --out is a folder (a name without a suffix). It gets Parquet parts, which also have the
     class id and the parts of the logit: zero_shot, from the texts, cache, from the support images, and adapter, what
     of cache comes through adapted embeddings; and manifest.json when all parts exist. Keys are paths in the input, if
-    that is one folder. With --ray the machines of a cluster need this package, the images, the classifier and --out
-    at the same paths, and one version of Ray.
+    that is one folder. With --ray the machines of a cluster need this package, the images and the classifier at the
+    same paths, and one version of Ray.
     """
     from iosr_fast.head.abstention import check_abstention
 

@@ -48,7 +48,7 @@ def check_folder(folder: Path) -> None:
 
 
 class Printed:
-    """Parts are lines of a text stream; nothing is kept, so nothing resumes. `done` are the parts, by name."""
+    """Parts are lines of a text stream; nothing is kept, so nothing resumes."""
 
     def __init__(self, chunks: Sequence[Chunk], file: TextIO) -> None:
         self._chunks, self._file, self._done = chunks, file, dict[str, Done]()

@@ -60,6 +60,8 @@ def run(
     """
     if chunk is not None:
         check_integer("--chunk", chunk, 1, MAX_CHUNK)
+    if isinstance(out, Path):
+        check_out(out)
     reader = None if pool is not None else work.open(options)
     runtime, batch = options.runtime, options.batch or _RAY_BATCH
     if reader is not None:

@@ -97,7 +97,7 @@ def test_embeddings_are_those_of_the_encoder(bundle: Path, pictures: list[Path],
     part = read_embeddings(out)
     assert part.keys == [path.relative_to(tmp_path / "in").as_posix() for path in pictures]
     assert str(part.embeddings.plain.dtype) == str(part.embeddings.adapted.dtype) == dtype
-    assert_encodes(bundle, part, pictures, 1e-6 if dtype == "float32" else 1e-3)
+    assert_encodes(bundle, part, pictures, 1e-5 if dtype == "float32" else 1e-3)
     assert [len(one.keys) for one in iterate_parts(out)] == [8, 8, 8, 6]
     manifest = read_manifest(out, "embeddings")
     assert (manifest["images"], manifest["embedded"], manifest["errors"]) == (30, 30, 0)
