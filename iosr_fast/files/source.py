@@ -84,9 +84,8 @@ def read_source(places: Sequence[str], relative: bool = False, skip_bad: bool = 
 def check_files(paths: Iterable[str | Path]) -> None:
     """Raise FileNotFoundError naming the paths at which there is no regular file."""
     if missing := [str(path) for path in paths if not os.path.isfile(path)]:
-        raise FileNotFoundError(
-            f"expected files, found none at {abbreviate(missing)}: correct the paths, or skip bad ones"
-        )
+        fix = "correct the paths, or give --skip-bad"
+        raise FileNotFoundError(f"expected files, found none at {abbreviate(missing)}: {fix}")
 
 
 def _paths_of(place: Path, skip_bad: bool) -> list[str]:
