@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -124,7 +125,7 @@ def test_damage_in_an_unfinished_table_is_found(
     (paths := write_pictures(tmp_path / "in", 16))[14].write_bytes(b"no picture")
     work, source, out = Classify(str(bundle), form), read_source([str(tmp_path / "in")]), tmp_path / f"labels.{form}"
     with pytest.raises(BadImageError):
-        run(work, source, out, ReadOptions(batch=4, threads=1), chunk=4)
+        run(work, source, out, replace(OPTIONS, skip_bad=False), chunk=4)
     shutil.copy(paths[0], paths[14])
     run(work, source, tmp_path / f"whole.{form}", OPTIONS, chunk=4)
     (rows,) = parts_of(out).glob("rows*")
