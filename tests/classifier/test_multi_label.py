@@ -118,7 +118,7 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
         np.testing.assert_allclose([*found.values()], [row[NAMES.index(name)] for name in found], atol=1e-5)
     paths, head = [str(path) for path in results.paths], classifier.snapshot()
     reader, table = Reader(classifier.encoder, Path("none"), True, ReadOptions(5)), CsvTable(multi_label=True)
-    answered = chain.from_iterable(reader.read(paths, partial(predict_any, head, top=1))[1])
+    answered = chain.from_iterable(reader.read(paths, partial(predict_any, head, top=1))[2])
     rows = [row_of(path, answer, table.fields) for path, answer in zip(paths, answered, strict=True)]
     (tmp_path / "out.csv").write_bytes(table.encode(rows, first=True))
     again, labels, names, _ = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
