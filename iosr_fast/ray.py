@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 import iosr_fast
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.files.chunks import run_chunks
-from iosr_fast.files.parts import LOG, Done, differences
+from iosr_fast.files.chunks import Done, run_chunks
+from iosr_fast.files.parts import differences
 from iosr_fast.files.source import Chunk
-from iosr_fast.files.work import ReadOptions, Work
+from iosr_fast.files.stream import ReadOptions
+from iosr_fast.files.work import Work
 from iosr_fast.sealed.verified_folder import open_verified
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.store.bundle import kind_of
@@ -154,23 +155,21 @@ def digest_of(bundle: str | Path) -> str:
 class Worker:
     """An actor that opens the engine once."""
 
-    def __init__(self, work: Work, plan: dict[str, Any], folder: Path, options: ReadOptions) -> None:
-        self.work, self.images, self.folder = work, plan["images"], folder
-        host = socket.gethostname()
-        if not (folder / LOG).is_file():
-            raise RuntimeError(f"expected {folder} to be one folder on all machines, but {host} has none there")
+    def __init__(self, work: Work, plan: dict[str, Any], options: ReadOptions) -> None:
+        self.work, self.images = work, plan["images"]
         if different := differences({name: plan[name] for name in work.facts}, work.facts):
+            host = socket.gethostname()
             raise RuntimeError(f"expected one engine and classifier on all machines, but on {host} {different}")
         self.reader = work.open(options)
 
-    def compute(self, chunk: Chunk) -> tuple[str, Done | tuple[str, str]]:
-        """The runtime, and what was written, or the name of an unreadable image and why it is that: Ray would put a
-        traceback around an error."""
+    def compute(self, chunk: Chunk) -> tuple[str, tuple[Done | str, bytes | str]]:
+        """The runtime, and what run_chunks yields, or the name of an unreadable image and why it is that: Ray would put
+        a traceback around an error."""
         try:
-            (done,) = run_chunks(self.work, self.reader, [chunk], self.images, self.folder)
+            (result,) = run_chunks(self.work, self.reader, [chunk], self.images)
         except BadImageError as error:
             return self.reader.encoder.runtime, (str(error.where), error.reason)
-        return self.reader.encoder.runtime, done
+        return self.reader.encoder.runtime, result
 
 
 @dataclass(frozen=True)
@@ -182,10 +181,9 @@ class Pool:
     address: str | None = None
 
     def __call__(
-        self, work: Work, plan: dict[str, Any], chunks: Sequence[Chunk], folder: Path, options: ReadOptions
-    ) -> Generator[Done, None, None]:
-        """As run_chunks, in the order in which parts are finished, in a folder that all machines share. Ray restarts a
-        killed actor and computes its chunk again, which gives the same file.
+        self, work: Work, plan: dict[str, Any], chunks: Sequence[Chunk], options: ReadOptions
+    ) -> Generator[tuple[Done, bytes], None, None]:
+        """As run_chunks, in order. Ray restarts a killed actor and computes its chunk again: the bytes are the same.
 
         Raises BadImageError for an unreadable image unless `skip_bad`; RuntimeError if no worker has room, an actor
         can't open the engine or has another one or runtime, or a chunk keeps killing its workers.
@@ -198,16 +196,16 @@ class Pool:
             workers = min(self.workers, self.room(ray.cluster_resources(), threads), len(chunks))
             restarted = {"max_restarts": -1, "max_task_retries": _RETRIES}
             actor = ray.remote(num_cpus=threads, num_gpus=self.gpus, **restarted)(Worker)
-            actors = [actor.remote(opened, plan, folder.resolve(), options) for _ in range(workers)]
+            actors = [actor.remote(opened, plan, options) for _ in range(workers)]
             pool = require("ray.util.actor_pool", "ray").ActorPool(actors)
             first = ""
             try:
-                for runtime, done in pool.map_unordered(lambda one, chunk: one.compute.remote(chunk), absolute):
+                for runtime, (done, content) in pool.map(lambda one, chunk: one.compute.remote(chunk), absolute):
                     if not isinstance(done, Done):
-                        raise BadImageError(Path(done[0]), 0, done[1])
+                        raise BadImageError(Path(done), 0, content)
                     if runtime != (first := first or runtime):
                         raise RuntimeError(f"got parts by {first} and by {runtime}; name one runtime by --runtime")
-                    yield done
+                    yield done, content
             except ray.exceptions.RayError as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
                 raise RuntimeError(

@@ -44,6 +44,9 @@ class _Terminal:
     def flush(self) -> None:
         self._file.flush()
 
+    def isatty(self) -> bool:
+        return True
+
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.rows import RowDecoder, Rows
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import DecodedBatch, Decoder
 from iosr_fast.utils.machine import usable_threads
@@ -28,6 +29,18 @@ _MIN_BATCHES = 4  # per caller; opening another session isn't worth it for fewer
 _MIN_BATCH = 4  # images in the smaller batches at the end
 _R = TypeVar("_R")
 _several_runs: WeakKeyDictionary[Encoder, Encoder] = WeakKeyDictionary()  # an encoder -> the one opened for its folders
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How images are read: `batch` are encoded at a time (None: 16 on a CPU, up to 64 on a GPU), by an engine of this
+    `runtime`, with so many `threads` on a CPU (None: all). With `skip_bad` unreadable images are reported, else the
+    first one is raised."""
+
+    batch: int | None = None
+    runtime: str = "auto"
+    threads: int | None = None
+    skip_bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,3 +132,51 @@ def encode_batches(
             result = encode(decoded)
             del decoded  # free the pixels before the consumer runs
             yield result
+
+
+class Reader:
+    """Reads images for an encoder, whose folder is `engine`."""
+
+    def __init__(self, encoder: Encoder, engine: Path, exif_orientation: bool, options: ReadOptions) -> None:
+        self.encoder, self.engine, self.options = encoder, engine, options
+        self.decoder = RowDecoder() if isinstance(encoder, Rows) else Decoder(exif_orientation=exif_orientation)
+        self.batch = choose_batch(encoder, options.batch)
+
+    def stage(self, images: int) -> Stage:
+        """How the cores are used for a number of images."""
+        return choose_stage(self.encoder, self.engine, images, self.batch, self.options.threads)
+
+    def read_batches(
+        self, stage: Stage, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
+    ) -> Generator[tuple[Errors, _R | None], None, None]:
+        """As `encode_batches`. Raises BadImageError for the first unreadable image unless `skip_bad`."""
+        with closing(encode_batches(stage, self.decoder, batches, use)) as results:
+            for errors, result in results:
+                if not self.options.skip_bad and (unread := [error for error in errors if error is not None]):
+                    raise unread[0]
+                yield errors, result
+
+    def read(
+        self,
+        sources: Sequence[Any],
+        use: Callable[[Embeddings], _R],
+        advance: Callable[[int], None] = lambda images: None,
+    ) -> tuple[list[int], list[BadImageError], list[_R]]:
+        """The positions of the readable sources, the errors of the others, and `use` of the embeddings of each batch of
+        readable ones; as `read_batches`."""
+        stage, errors, results = self.stage(len(sources)), Errors(), list[_R]()
+        batches = batches_of(sources, batch_sizes(len(sources), self.batch, stage.callers))
+        with closing(self.read_batches(stage, batches, use)) as read:
+            for unread, result in read:
+                errors += unread
+                results += [] if result is None else [result]
+                advance(len(unread))
+        readable = [position for position, error in enumerate(errors) if error is None]
+        return readable, [error for error in errors if error is not None], results
+
+    def embed(
+        self, sources: Sequence[Any], advance: Callable[[int], None] = lambda images: None
+    ) -> tuple[list[int], list[BadImageError], Embeddings | None]:
+        """As `read`, with the embeddings of all readable sources; None if there are none."""
+        readable, errors, parts = self.read(sources, Embeddings.to_numpy, advance)
+        return readable, errors, Embeddings.concatenate(parts) if parts else None

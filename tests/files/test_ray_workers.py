@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.files.parts import open_parts
-from iosr_fast.files.work import Classify, ReadOptions
+from iosr_fast.files.stream import ReadOptions
+from iosr_fast.files.work import Classify
 from iosr_fast.ray import Pool, Worker
 from tests.files.runs import classify, done, embed, logged, part_bytes, write_pictures
 
@@ -49,6 +49,10 @@ def test_a_killed_worker_loses_nothing(bundle: Path, tmp_path: Path) -> None:
     assert len({part["pid"] for part in logged(out)}) == 3, "another worker took its place"
     assert sorted(part["part"] for part in logged(out)) == sorted(part_bytes(out)), "each part is logged once"
     assert part_bytes(out) == part_bytes(tmp_path / "local") and not list(out.glob(".*"))
+    table = tmp_path / "labels.csv"
+    process = start("classify", bundle, given, "--out", table, "--skip-bad")
+    assert process.wait(180) == 0
+    assert table.read_text() == classify(bundle, given, "--skip-bad", *OPTIONS[2:4]).stdout
 
 
 def test_an_unreadable_image_is_named_and_the_run_resumes_without_ray(bundle: Path, tmp_path: Path) -> None:
@@ -66,18 +70,12 @@ def test_an_unreadable_image_is_named_and_the_run_resumes_without_ray(bundle: Pa
     assert len(part_bytes(out)) == 4
 
 
-def test_a_worker_refuses_another_folder_or_classifier(bundle: Path, tmp_path: Path) -> None:
-    work, plan = Classify(str(bundle)), {**Classify(str(bundle)).facts, "images": 0}
-    with pytest.raises(RuntimeError, match="to be one folder on all machines"):
-        Worker(work, plan, tmp_path, ReadOptions())
+def test_a_worker_refuses_another_classifier(bundle: Path, tmp_path: Path) -> None:
     classifier = Classifier.load(bundle)
     classifier.rename_class("~0", "another name", keep_text=True)
     classifier.save(tmp_path / "other")
-    with (
-        open_parts(tmp_path / "out", plan, [], ".csv"),
-        pytest.raises(RuntimeError, match=r"one engine and classifier on all machines, but on .* classifier \(there"),
-    ):
-        Worker(Classify(str(tmp_path / "other")), plan, tmp_path / "out", ReadOptions())
+    with pytest.raises(RuntimeError, match=r"one engine and classifier on all machines, but on .* classifier \(there"):
+        Worker(Classify(str(tmp_path / "other")), Classify(str(bundle)).facts, ReadOptions())
 
 
 def test_a_cluster_without_room_for_a_worker_is_refused() -> None:

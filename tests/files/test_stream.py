@@ -15,9 +15,8 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files.reader import Reader
-from iosr_fast.files.stream import Stage, batch_sizes, batches_of, choose_batch
-from iosr_fast.images.decode import DecodedBatch, Decoder
+from iosr_fast.files.stream import Reader, ReadOptions, Stage, batch_sizes, batches_of, choose_batch
+from iosr_fast.images.decode import DecodedBatch
 from iosr_fast.utils.ordered import map_ordered
 
 SIZE = 8
@@ -57,7 +56,8 @@ def levels(embeddings: Embeddings) -> list[int]:
 
 
 def read(stage: Stage, sources: list[Any], batch: int, decoder: Any = None, use: Callable[..., Any] = levels) -> Any:
-    reader = Reader(stage.encoder, Path(), decoder or Decoder(), batch, None, skip_bad=True)
+    reader = Reader(stage.encoder, Path(), True, ReadOptions(batch, skip_bad=True))
+    reader.decoder = decoder or reader.decoder
     batches = batches_of(sources, batch_sizes(len(sources), batch, 1))
     return reader.read_batches(stage, batches, use)
 
