@@ -75,7 +75,7 @@ def test_a_worker_refuses_another_classifier(bundle: Path, tmp_path: Path) -> No
     classifier.rename_class("~0", "another name", keep_text=True)
     classifier.save(tmp_path / "other")
     with pytest.raises(RuntimeError, match=r"one engine and classifier on all machines, but on .* classifier \(there"):
-        Worker(Classify(str(tmp_path / "other")), Classify(str(bundle)).facts, ReadOptions())
+        Worker(Classify(str(tmp_path / "other")), {**Classify(str(bundle)).facts, "images": 0}, ReadOptions())
 
 
 def test_a_cluster_without_room_for_a_worker_is_refused() -> None:
