@@ -6,7 +6,7 @@ import sys
 from contextlib import closing
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import note, output, write_new
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from iosr_fast.files.work import Classify, ReadOptions
 
 UNKNOWN_LABEL, KEEP = "unknown", 0.95
-Decoder = Literal["cpu", "cpu-exact"]
 FORMS = {".csv": "csv", ".parquet": "parquet", "": "parts"}  # by the suffix of --out
 
 
@@ -30,7 +29,6 @@ def classify(
     out: Annotated[Path | None, option("File to write (.csv or .parquet), or a folder for parts.")] = None,
     top: Annotated[int | None, option("Classes of each image [default: 1; in a folder 5].", min=1)] = None,
     batch: shared.Batch = None,
-    decoder: Annotated[Decoder, option("cpu-exact decodes large JPEGs at full size, too.", metavar="NAME")] = "cpu",
     runtime: shared.Runtime = "auto",
     threads: shared.Threads = None,
     skip_bad: shared.SkipBad = False,
@@ -66,7 +64,7 @@ def classify(
     if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
     abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep, max_error)
-    head = head_in(classifier, html=html, decoder=decoder, ray=ray)
+    head = head_in(classifier, html=html, ray=ray)
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:
         raise IosrFastError(f"expected --out to end in .csv or .parquet, or a folder without a suffix, got {out}")
@@ -94,12 +92,11 @@ def classify(
                     "choose another name"
                 )
             check_out(out)
-        how: str = decoder
         if head is None:
-            source = read_source(images, form == "parts", skip_bad)
-        else:  # what the rows are is a fact of the run in the decoder's place
-            source, _, how = read_rows(images, head)
-        work = Classify(str(classifier), form, top or (5 if form == "parts" else 1), how, abstention)
+            source, embeddings = read_source(images, form == "parts", skip_bad), ""
+        else:
+            source, _, embeddings = read_rows(images, head)
+        work = Classify(str(classifier), form, top or (5 if form == "parts" else 1), abstention, embeddings)
         work.check(single_label=joint or html is not None)
         if parts is not None:
             counts = run(work, source, parts, options, chunk, pool)

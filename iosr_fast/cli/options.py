@@ -82,7 +82,7 @@ def head_in(classifier: Path, **given: Any) -> SavedHead | None:
 
     if kind_of(classifier) != HEAD_KIND:
         return None
-    if flags := [f"--{name}" for name, value in given.items() if value not in (None, False, "auto", "cpu")]:
+    if flags := [f"--{name}" for name, value in given.items() if value not in (None, False, "auto")]:
         raise IosrFastError(
             f"{classifier} is a head, which takes embeddings: expected no {', '.join(flags)}, for images"
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.rows import RowDecoder, Rows
+from iosr_fast.encoders.rows import Rows, decode_rows
 from iosr_fast.files.stream import Errors, Stage, batch_sizes, batches_of, choose_batch, choose_stage, encode_batches
-from iosr_fast.images.decode import Decoder
+from iosr_fast.images.preprocess import Decode, decode_batch
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Encoder
@@ -26,7 +27,7 @@ class Reader:
 
     encoder: Encoder
     engine: Path
-    decoder: Decoder
+    decode: Decode
     batch: int
     threads: int | None
     skip_bad: bool
@@ -40,11 +41,11 @@ class Reader:
         batch: int | None,
         skip_bad: bool,
         threads: int | None,
-        decoder: str,
     ) -> Self:
         """The reader of the arguments of Classifier.predict_folder, and its errors about them."""
-        chosen = RowDecoder() if isinstance(encoder, Rows) else Decoder(decoder, exif_orientation)
-        return cls(encoder, engine, chosen, choose_batch(encoder, batch), threads, skip_bad)
+        pictures = partial(decode_batch, exif_orientation=exif_orientation)
+        decode = decode_rows if isinstance(encoder, Rows) else pictures
+        return cls(encoder, engine, decode, choose_batch(encoder, batch), threads, skip_bad)
 
     def stage(self, images: int) -> Stage:
         """How the cores are used for a number of images."""
@@ -62,7 +63,7 @@ class Reader:
         self, stage: Stage, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
     ) -> Generator[tuple[Errors, _R | None], None, None]:
         """As `read`, of batches as `encode_batches` takes them."""
-        with closing(encode_batches(stage, self.decoder, batches, use)) as results:
+        with closing(encode_batches(stage, self.decode, batches, use)) as results:
             for errors, result in results:
                 if not self.skip_bad and (unread := [error for error in errors if error is not None]):
                     raise unread[0]

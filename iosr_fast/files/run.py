@@ -82,7 +82,6 @@ def run(
         "chunk": chunk,
         "batch": batch,
         "runtime": runtime,
-        "decoder": work.decoder,
         "pixels": VERSION,
     }
     with open_parts(parts_of(out) if out.suffix else out, plan, chunks, work.suffix) as parts:

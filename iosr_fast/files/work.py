@@ -53,7 +53,6 @@ class Embed:
 
     folder: str
     dtype: str = "float32"
-    decoder: str = "cpu-exact"
     kind: ClassVar[str] = embedding_files.KIND
     verb: ClassVar[str] = "embed"
     readable: ClassVar[str] = "embedded"
@@ -69,7 +68,7 @@ class Embed:
     def open(self, options: ReadOptions) -> Reader:
         encoder = open_engine(self.folder, options.runtime, threads=options.threads)
         chosen = options.batch, options.skip_bad, options.threads
-        return Reader.of(encoder, Path(self.folder), True, *chosen, self.decoder)
+        return Reader.of(encoder, Path(self.folder), True, *chosen)
 
     def use(self, embeddings: Embeddings) -> Embeddings:
         return embeddings.to_numpy()
@@ -90,13 +89,14 @@ class Embed:
 @dataclass(frozen=True)
 class Classify:
     """Predictions of the classifier in a folder, with the `top` classes of each image, as a table of this `form`; the
-    parts of a folder ("parts") also have the parts of the logit. Rejected pictures have the label of `abstention`."""
+    parts of a folder ("parts") also have the parts of the logit. Rejected pictures have the label of `abstention`.
+    `rows` is the SHA-256 of the embeddings of a head without an encoder."""
 
     folder: str
     form: Literal["csv", "parquet", "parts"] = "csv"
     top: int = 1
-    decoder: str = "cpu"
     abstention: Abstention = NONE_WITHHELD
+    rows: str = ""
     kind: ClassVar[str] = "classifications"
     verb: ClassVar[str] = "classify"
     readable: ClassVar[str] = "classified"
@@ -147,12 +147,13 @@ class Classify:
             "unknown_label": self.abstention.label,
             "keep": self.abstention.keep,
             "max_error": self.abstention.max_error,
+            "rows": self.rows,
         }
 
     def open(self, options: ReadOptions) -> Reader:
         fit = self.bundle.open(options.runtime, options.threads, 1)
         chosen = options.batch, options.skip_bad, options.threads
-        return Reader.of(fit.encoder, fit.clip.engine, fit.settings.exif_orientation, *chosen, self.decoder)
+        return Reader.of(fit.encoder, fit.clip.engine, fit.settings.exif_orientation, *chosen)
 
     def use(self, embeddings: Embeddings) -> Predictions:
         return predict_any(self.head, embeddings, self.top, self.abstention)

@@ -19,7 +19,7 @@ from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.methods.folds import near_support
 from iosr_fast.methods.unknown import KEEP
-from iosr_fast.serving.batching.decode import grey_png
+from iosr_fast.serving.batching.decoder import grey_png
 from iosr_fast.serving.check_sample import CheckSample, Promise
 from iosr_fast.serving.kept_folder import KeptFolder, is_picture_name, picture_name
 from iosr_fast.utils.csv_text import check_columns, escaped, line_writer

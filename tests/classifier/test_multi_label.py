@@ -24,7 +24,7 @@ from iosr_fast.files.tables import CsvTable, row_of
 from iosr_fast.files.work import Classify
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.images.decode import Decoder
+from iosr_fast.images.preprocess import decode_batch
 from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
@@ -118,7 +118,7 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
         assert [*found.values()] == sorted(found.values(), reverse=True)
         np.testing.assert_allclose([*found.values()], [row[NAMES.index(name)] for name in found], atol=1e-5)
     paths, head = [str(path) for path in results.paths], classifier.snapshot()
-    reader, table = Reader(classifier.encoder, Path("none"), Decoder(), 5, None, False), CsvTable(multi_label=True)
+    reader, table = Reader(classifier.encoder, Path("none"), decode_batch, 5, None, False), CsvTable(multi_label=True)
     answered = chain.from_iterable(classify(head, reader, paths))
     rows = [row_of(path, answer, table.fields) for path, answer in zip(paths, answered, strict=True)]
     table.write(tmp_path / "out.csv", [table.group(rows)])

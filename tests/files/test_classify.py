@@ -229,7 +229,6 @@ def test_labels_are_accepted_by_a_promise_alike_everywhere(bundle: Path, folder:
         ((*REJECT[:1], "--keep", "1"), "expected keep above 0 and below 1, like 0.95, got 1"),
         (("--keep", "0.9"), "expected --unknown-label and --keep only with --reject-unknown"),
         (("--top", "0"), "'--top': "),
-        (("--decoder", "abacus"), "'--decoder': "),
         (("--gpus", "1"), "expected --workers, --gpus and --address only with --ray"),
         (("--chunk", "0"), "expected --chunk from 1 to 65536, got 0"),
         (("--runtime", "abacus"), "expected runtime 'auto' or one of"),

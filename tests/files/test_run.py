@@ -152,7 +152,6 @@ def test_runs_of_other_images_options_and_classifiers_never_mix(
         return said
 
     assert "top (there 1, now 2)" in differs("--top", "2")
-    assert "decoder (there cpu, now cpu-exact)" in differs("--decoder", "cpu-exact")
     assert "batch (there 16, now 2)" in differs("--batch", "2")
     assert "unknown_label (there None, now unknown); keep (there None, now 0.9)" in differs(
         "--reject-unknown", "--keep", "0.9"

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DAMAGED, claimed_size, image_kind
-from iosr_fast.serving.batching.decode import grey_png
+from iosr_fast.serving.batching.decoder import grey_png
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 
