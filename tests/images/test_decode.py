@@ -68,7 +68,7 @@ def columns_then_rows(levels: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("shape", [(150, 101), (20, 13), (64, 64), (31, 250), (333, 64)])
+@pytest.mark.parametrize("shape", [(150, 101), (20, 13), (64, 64), (31, 250), (250, 70)])
 def test_columns_are_resized_before_rows_whatever_the_shape(geometry: Geometry, shape: tuple[int, int]) -> None:
     """Tall pictures are where the order of Pillow 13 changes the pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
