@@ -314,11 +314,10 @@ class Classifier(Answering[Fit], Changing, Estimator):
         """Classify all images in a folder and below, in the order of their paths: paths, labels, probabilities, errors.
 
         `batch` images (None: 16 on a CPU, 64 on a GPU) are in memory at a time, on so many CPU `threads` (None: all).
-        Large JPEGs are decoded at a fraction of their size, which changes pixels by about 1 level.
-        The first unreadable image is an error unless `skip_bad`. `joint`
-        classifies all together, as `predict_jointly`. unknown="reject" gives `unknown_label`, which no class may have,
-        to pictures of none of the classes; with `joint` they are left out first. `max_error` says whose label is
-        `accepted`, as in `predict`, and keeps all labels; it is refused with `joint`.
+        Labels are those of `predict`. The first unreadable image is an error unless `skip_bad`. `joint` classifies all
+        together, as `predict_jointly`. unknown="reject" gives `unknown_label`, which no class may have, to pictures of
+        none of the classes; with `joint` they are left out first. `max_error` says whose label is `accepted`, as in
+        `predict`, and keeps all labels; it is refused with `joint`.
         """
         abstention = check_abstention(unknown, unknown_label, keep, max_error)
         fit = self._store.fitted()

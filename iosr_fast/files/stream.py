@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.encoders.rows import RowDecoder, Rows
+from iosr_fast.encoders.rows import Rows, decode_rows
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.images.decode import DecodedBatch, Decoder
+from iosr_fast.images.preprocess import Decode, DecodedBatch, decode_batch
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ordered import map_ordered
@@ -108,7 +109,7 @@ def batches_of(sources: Sequence[Any], sizes: Iterable[int], start: int = 0) -> 
 
 
 def encode_batches(
-    stage: Stage, decoder: Decoder, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
+    stage: Stage, decode: Decode, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
 ) -> Generator[tuple[Errors, _R | None], None, None]:
     """For each batch (position of its first source, sources), in order: the sources' errors, and `use` of the
     embeddings of the readable ones (None if there are none).
@@ -117,17 +118,17 @@ def encode_batches(
     with one caller, of `decode_threads` + 2. When the generator ends, also by close(), its threads have ended.
     """
 
-    def decode(batch: tuple[int, Sequence[Any]]) -> DecodedBatch:
-        return decoder.decode(batch[1], stage.encoder.geometry, batch[0])
+    def pixels_of(batch: tuple[int, Sequence[Any]]) -> DecodedBatch:
+        return decode(batch[1], stage.encoder.geometry, batch[0])
 
     def encode(decoded: DecodedBatch) -> tuple[Errors, _R | None]:
         pixels = decoded.pixels
         return decoded.errors, None if pixels is None else use(stage.encoder.encode_on_device(pixels))
 
     if stage.callers > 1:
-        yield from map_ordered(batches, lambda batch: encode(decode(batch)), stage.callers, 2 * stage.callers)
+        yield from map_ordered(batches, lambda batch: encode(pixels_of(batch)), stage.callers, 2 * stage.callers)
         return
-    with closing(map_ordered(batches, decode, stage.decode_threads, stage.decode_threads + 2)) as pixels:
+    with closing(map_ordered(batches, pixels_of, stage.decode_threads, stage.decode_threads + 2)) as pixels:
         for decoded in pixels:
             result = encode(decoded)
             del decoded  # free the pixels before the consumer runs
@@ -139,7 +140,8 @@ class Reader:
 
     def __init__(self, encoder: Encoder, engine: Path, exif_orientation: bool, options: ReadOptions) -> None:
         self.encoder, self.engine, self.options = encoder, engine, options
-        self.decoder = RowDecoder() if isinstance(encoder, Rows) else Decoder(exif_orientation=exif_orientation)
+        pictures = partial(decode_batch, exif_orientation=exif_orientation)
+        self.decode: Decode = decode_rows if isinstance(encoder, Rows) else pictures
         self.batch = choose_batch(encoder, options.batch)
 
     def stage(self, images: int) -> Stage:
@@ -150,7 +152,7 @@ class Reader:
         self, stage: Stage, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
     ) -> Generator[tuple[Errors, _R | None], None, None]:
         """As `encode_batches`. Raises BadImageError for the first unreadable image unless `skip_bad`."""
-        with closing(encode_batches(stage, self.decoder, batches, use)) as results:
+        with closing(encode_batches(stage, self.decode, batches, use)) as results:
             for errors, result in results:
                 if not self.options.skip_bad and (unread := [error for error in errors if error is not None]):
                     raise unread[0]

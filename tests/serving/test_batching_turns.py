@@ -13,7 +13,7 @@ from iosr_fast.exceptions import QueueFullError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.serving.batching.admission import Admission
-from iosr_fast.serving.batching.decode import decoding_cost
+from iosr_fast.serving.batching.decoder import decoding_cost
 from iosr_fast.serving.batching.item import Item, Query
 from iosr_fast.serving.batching.queue import BatchQueue
 from tests.pictures import encode

@@ -15,14 +15,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import check_share
-from iosr_fast.serving.batching.decode import Decoder, decoding_cost
+from iosr_fast.serving.batching.decoder import Decoder, decoding_cost
 from iosr_fast.serving.batching.engine import Collect, Engine
 from iosr_fast.serving.batching.item import Item, Observer, Query
-from iosr_fast.serving.batching.processes import DecoderProcess
 from iosr_fast.serving.batching.queue import BatchQueue
 from iosr_fast.serving.batching.workers import Workers
 from iosr_fast.utils.machine import usable_threads
@@ -108,7 +106,7 @@ class BatchingClassifier:
         self._queue = BatchQueue(
             classifier, max_batch, max_wait_ms / 1e3, max_queue, decode_threads, limits.max_pixels_together, observer
         )
-        decoders = [DecoderProcess(limits) if isolated else Decoder(limits) for _ in range(decode_threads)]
+        decoders = [Decoder(limits, isolated) for _ in range(decode_threads)]
         self._workers = Workers(self._queue, self._engine, classifier.encoder.runs, decoders)
         # A BatchingClassifier that is garbage-collected without close() answers accepted images and ends its threads.
         # The collector may run anywhere, even under the lock of the queue, so a new thread takes that lock.
@@ -159,12 +157,12 @@ class BatchingClassifier:
     def decode_whole(
         self, image: Any, position: int = 0, *, deadline_s: float = math.inf, client: str = ""
     ) -> Future[np.ndarray]:
-        """Decode an image with the decoders and their limits: all pixels, (height, width, 3) uint8.
+        """Decode a support image with the decoders and their limits: (height, width, 3) uint8, as a fit resizes it.
 
         The future raises BadImageError, DeadlineExceededError if no decoder was free within `deadline_s` seconds, or
         ClosedError. Raises ClosedError at once after close().
         """
-        now, cost = time.monotonic(), decoding_cost(image, Geometry(1))
+        now, cost = time.monotonic(), decoding_cost(image, self.classifier.encoder.geometry)
         item = Item(image, position, Query(client=client), now, next(_requests), cost, whole=True)
         item.deadline = now + deadline_s
         self._queue.admit((item,), None)
