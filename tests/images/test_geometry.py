@@ -81,7 +81,7 @@ def test_pixels_are_open_clips(cfg: PreprocessCfg) -> None:
     geometry, transform = of(cfg), image_transform_v2(cfg, is_train=False)
     for name, data in files().items():
         expected = transform(open_image(data))
-        most = 6 if name in ("tall", "PNG") else 0.01  # Pillow 13 resizes the rows of tall ones first
+        most = 10 if name in ("tall", "PNG") else 0.01  # Pillow 13 resizes the rows of tall ones first, and clips
         assert levels_off(resize_and_crop(open_image(data), geometry), expected, cfg).max() < most, name
         assert levels_off(decode_pixels(data, geometry), expected, cfg).mean() <= 1.5, name
 

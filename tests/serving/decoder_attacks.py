@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.images.decode import decode_pixels
 from iosr_fast.images.decoder_process import child
+from iosr_fast.images.preprocess import open_image
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PTRACE_SEIZE, _NEW_NAMESPACE = 0x4206, 0x20000
@@ -57,9 +57,9 @@ def _read_memory(victim: int) -> None:
 
 
 def attack(data: bytes, *args: Any, **options: Any) -> Any:
-    """For JSON of what `attacks` takes, a BadImageError naming those that succeeded; other images are decoded."""
+    """For JSON of what `attacks` takes, a BadImageError naming those that succeeded; other images are opened."""
     if data[:1] != b"[":
-        return decode_pixels(data, *args, **options)
+        return open_image(data, *args, **options)
     folder, victim, port = json.loads(bytes(data))
     succeeded = []
     for name, act in attacks(Path(folder), victim, port).items():
@@ -72,5 +72,5 @@ def attack(data: bytes, *args: Any, **options: Any) -> Any:
 
 
 def main() -> None:
-    child.decode_pixels = attack  # type: ignore[attr-defined]
+    child.open_image = attack  # type: ignore[attr-defined]
     child.main()
