@@ -37,6 +37,7 @@ def test_a_class_is_added_and_wins_and_markup_in_names_is_text(visit: Visit) -> 
     assert re.sub(r"\s[\d.]+%$", "", before) in visit.text("#answer p:nth-child(2)")
     assert site.classifier.predict([other])[0] == name and len(site.classifier.examples(name)) == 3
     assert visit.text("#matches") == "1 of 9 classes" and name in visit.text("#classes li")
+    assert page.locator(":user-invalid").count() == 0 and page.input_value("#token") == TOKEN
     assert page.locator("main script, main b, main i, [onerror]").count() == 0
     kept = page.evaluate("[{...sessionStorage}, {...localStorage}, document.cookie]")
     assert kept == [{"iosr_fast.token": TOKEN}, {}, ""]

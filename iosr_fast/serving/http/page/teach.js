@@ -37,7 +37,8 @@ function leaveOut(example) {
 async function addClass() {
   const files = examples.map(({ file }) => file);
   if (!(await teach(find("new-name").value.trim(), files))) return;
-  find("new-name").value = "";
+  find("teach").reset();
+  find("token").value = token.get();
   examples = [];
   draw();
 }
@@ -49,6 +50,7 @@ export function offer() {
   find("taught").hidden = !taught;
   if (taught) find("taught").textContent = `Added to the examples of ${quoted(taught)}.`;
   if (busy || find("correct").contains(document.activeElement)) return;
+  find("correct").reset();
   find("truth").value = prediction?.label ?? "";
   nameButton();
 }
