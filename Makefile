@@ -43,7 +43,7 @@ $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake
 		|| echo "triton does not install here: the tests go on without its kernels"
 	$(PIP_INSTALL) tensorrt-rtx \
 		|| echo "tensorrt-rtx does not install here: the demo and the tests go on without TensorRT-RTX plans"
-	$(PIP_INSTALL) "ray[data,serve]" \
+	$(PIP_INSTALL) "ray[serve]" \
 		|| echo "Ray does not install here: the tests go on without several workers"
 	touch $@
 

@@ -32,9 +32,8 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.files.stream import batch_sizes, batches_of, choose_batch, choose_stage, encode_batches
-from iosr_fast.images.decode import DecodedBatch, Decoder
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.preprocess import open_image, resize_and_crop
+from iosr_fast.images.preprocess import Decode, DecodedBatch, decode_batch, open_image, resize_and_crop
 from iosr_fast.scoring.plan import ScoringPlan
 
 RIVALS_BATCH = 32
@@ -124,14 +123,14 @@ def by_script(embed: rivals.Embed, paths: Sequence[Path], geometry: Geometry, pl
     return np.asarray(papers_logits(plain, centred, *papers_arrays(plan)).argmax(1))
 
 
-def encode_files(classifier: Classifier, paths: Sequence[Path], threads: int, decoder: Any) -> Embeddings:
+def encode_files(classifier: Classifier, paths: Sequence[Path], threads: int, decode: Decode) -> Embeddings:
     """Decoded and encoded as predict_folder does it. Raises BadImageError for the first bad image."""
     encoder = classifier.encoder
     batch = choose_batch(encoder, None)
     stage = choose_stage(encoder, classifier.engine_, len(paths), batch, threads)
     batches = batches_of(paths, batch_sizes(len(paths), batch, stage.callers))
     parts = []
-    with closing(encode_batches(stage, decoder, batches, Embeddings.to_numpy)) as results:
+    with closing(encode_batches(stage, decode, batches, Embeddings.to_numpy)) as results:
         for errors, rows in results:
             for error in filter(None, errors):
                 raise error
@@ -140,12 +139,12 @@ def encode_files(classifier: Classifier, paths: Sequence[Path], threads: int, de
 
 
 class DecodedOnce:
-    """A decoder that keeps every batch, so that a second run over the same ones times the encoder alone."""
+    """Keeps every batch, so that a second run over the same ones times the encoder alone."""
 
     def __init__(self) -> None:
         self.batches: dict[int, DecodedBatch] = {}
 
-    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int) -> DecodedBatch:
+    def __call__(self, sources: Sequence[Any], geometry: Geometry, start: int) -> DecodedBatch:
         if start not in self.batches:
-            self.batches[start] = Decoder().decode(sources, geometry, start)
+            self.batches[start] = decode_batch(sources, geometry, start)
         return self.batches[start]

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,11 +75,13 @@ class Contender:
     options: Sequence[str] = ()
     commit: str = field(default_factory=commit)
     package: Path | None = None  # the folder of its iosr_fast; None: the one that runs here
+    command: str = "serve"  # of iosr-fast
     rounds: dict[tuple[str, float | None], list[Round]] = field(default_factory=dict)
 
     def start(self, bundle: Path, *options: str, token: str = "") -> ServerProcess:
         environment = {"IOSR_FAST_TOKEN": token}
-        return ServerProcess.of_bundle(bundle, *self.options, *options, package=self.package, environment=environment)
+        chosen: dict[str, Any] = {"command": self.command, "package": self.package, "environment": environment}
+        return ServerProcess.of_bundle(bundle, *self.options, *options, **chosen)
 
     @property
     def capacity_rps(self) -> float:
@@ -105,6 +107,7 @@ def main(
         Path | None, typer.Option(exists=True, file_okay=False, help="A checkout whose server is the rival.")
     ] = None,
     rival_serve: Annotated[str | None, typer.Option(help="Options of the rival [default: those of --serve].")] = None,
+    rival_command: Annotated[str, typer.Option(help="Its command, as serve-ray for replicas.")] = "serve",
 ) -> None:
     """Load servers of a classifier and print a table. Exit code 1 for a wrong answer, an error, a refusal below
     capacity, a torn answer, or a server that dies, which leaves a partial report."""
@@ -114,10 +117,11 @@ def main(
     del classifier
     load = Load(seconds, rounds, tuple(loads or LOADS), deadline_ms)
     contenders = [Contender("this", shlex.split(serve))]
-    if rival_path is not None or rival_serve is not None:
+    if rival_path is not None or rival_serve is not None or rival_command != "serve":
         options = shlex.split(serve if rival_serve is None else rival_serve)
         theirs = {} if rival_path is None else {"commit": commit(rival_path), "package": rival_path.resolve()}
-        contenders.append(Contender("rival", options, **theirs))
+        name = "rival" if rival_command == "serve" else rival_command
+        contenders.append(Contender(name, options, **theirs, command=rival_command))
     shared = facts(PACKAGES) | {"bundle": served, "seconds": seconds, "deadline_ms": deadline_ms}
     died = ""
     try:

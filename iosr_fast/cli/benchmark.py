@@ -94,21 +94,15 @@ def open_parts(
 ) -> tuple[dict[str, tuple[Call, Any]], dict[str, Any]]:
     """What is timed, verified, each with its items; and the facts of all rows. Raises ArithmeticError where a batch
     changes a result."""
-    import numpy as np
-
     from iosr_fast.encoders.engine_folder import ENGINE_KIND
     from iosr_fast.encoders.runtimes import open_engine
-    from iosr_fast.images.decode import Decoder
+    from iosr_fast.images.preprocess import to_pixels
     from iosr_fast.store.bundle import kind_of
 
     encoder: Encoder
 
     def decode(files: list[bytes]) -> np.ndarray:
-        decoded = Decoder().decode(files, encoder.geometry)
-        for error in decoded.errors:
-            if error is not None:
-                raise error
-        return np.asarray(decoded.pixels)
+        return to_pixels(files, encoder.geometry)
 
     def embed(files: list[bytes]) -> object:
         return encoder.encode(decode(files))

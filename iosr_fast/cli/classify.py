@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, TextIO
 
 from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import note, output, write_new
 from iosr_fast.cli.options import RejectOption, argument, as_share, head_in, note_counts, option, ray_pool, resumable
-from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.progress import progress
-
-if TYPE_CHECKING:
-    from iosr_fast.files.run import Counts
-    from iosr_fast.files.source import Source
-    from iosr_fast.files.work import Classify, ReadOptions
+from iosr_fast.exceptions import IosrFastError
 
 UNKNOWN_LABEL, KEEP = "unknown", 0.95
-Decoder = Literal["cpu", "cpu-exact"]
 FORMS = {".csv": "csv", ".parquet": "parquet", "": "parts"}  # by the suffix of --out
 
 
@@ -30,7 +22,6 @@ def classify(
     out: Annotated[Path | None, option("File to write (.csv or .parquet), or a folder for parts.")] = None,
     top: Annotated[int | None, option("Classes of each image [default: 1; in a folder 5].", min=1)] = None,
     batch: shared.Batch = None,
-    decoder: Annotated[Decoder, option("cpu-exact decodes large JPEGs at full size, too.", metavar="NAME")] = "cpu",
     runtime: shared.Runtime = "auto",
     threads: shared.Threads = None,
     skip_bad: shared.SkipBad = False,
@@ -58,15 +49,15 @@ def classify(
     For millions of images --out is a folder (a name without a suffix). It gets Parquet parts, which also have the
     class id and the parts of the logit: zero_shot, from the texts, cache, from the support images, and adapter, what
     of cache comes through adapted embeddings; and manifest.json when all parts exist. Keys are paths in the input, if
-    that is one folder. With --ray the machines of a cluster need this package, the images, the classifier and --out
-    at the same paths, and one version of Ray.
+    that is one folder. With --ray the machines of a cluster need this package, the images and the classifier at the
+    same paths, and one version of Ray.
     """
     from iosr_fast.head.abstention import check_abstention
 
     if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
     abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep, max_error)
-    head = head_in(classifier, html=html, decoder=decoder, ray=ray)
+    head = head_in(classifier, html=html, ray=ray)
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:
         raise IosrFastError(f"expected --out to end in .csv or .parquet, or a folder without a suffix, got {out}")
@@ -74,95 +65,36 @@ def classify(
     if form == "parts" and (joint or html is not None):
         given = "--joint" if joint else "--html"
         raise IosrFastError(f"expected a file for --out with {given}, got the folder {out}; use .csv or .parquet")
-    parts = None if joint else out
-    if parts is None and (ray or chunk is not None):
+    if (out is None or joint) and (ray or chunk is not None):
         raise IosrFastError("expected --out, and no --joint, with --ray and --chunk: they are for runs of parts")
-    from iosr_fast.files.embedding_rows import read_rows
-    from iosr_fast.files.run import check_out, parts_of, run
+    from iosr_fast.files.embedding_files import read_rows
+    from iosr_fast.files.run import check_out, run
     from iosr_fast.files.source import read_source
-    from iosr_fast.files.tables import read_csv, read_table
-    from iosr_fast.files.work import Classify, ReadOptions
+    from iosr_fast.files.stream import ReadOptions
+    from iosr_fast.files.tables import read_table
+    from iosr_fast.files.work import Classify
     from iosr_fast.reports.predictions_report import predictions_page
 
     text: TextIO = output(sys.stdout) if html is None else StringIO()
-    options = ReadOptions(batch, runtime, threads, skip_bad)
-    with resumable(parts):
+    with resumable(None if joint else out):
         if out is not None:
-            if joint and parts_of(out).exists():
-                raise FileExistsError(
-                    f"{parts_of(out)} holds an interrupted run without --joint: finish that run, remove the folder, or "
-                    "choose another name"
-                )
             check_out(out)
-        how: str = decoder
-        if head is None:
-            source = read_source(images, form == "parts", skip_bad)
-        else:  # what the rows are is a fact of the run in the decoder's place
-            source, _, how = read_rows(images, head)
-        work = Classify(str(classifier), form, top or (5 if form == "parts" else 1), how, abstention)
-        work.check(single_label=joint or html is not None)
-        if parts is not None:
-            counts = run(work, source, parts, options, chunk, pool)
-        elif joint:
-            counts = _jointly(work, source, options, out, text)
-        else:
-            counts = _stream(work, source, options, text)
+        source = read_source(images, form == "parts", skip_bad) if head is None else read_rows(images, head)[0]
+        work = Classify(str(classifier), form, top or (5 if form == "parts" else 1), abstention, joint)
+        work.check(single_label=html is not None)
+        counts = run(work, source, out or text, ReadOptions(batch, runtime, threads, skip_bad), chunk, pool)
     note_counts(out, counts)
-    labels = counts.images - counts.unread
+    labels = counts.images - counts.errors
     if reject_unknown:
         note(f"rejected {counts.rejected} of {labels} images as {abstention.label!r}")
     if max_error is not None:
         note(f"accepted {counts.accepted:,} of {labels:,} labels; {labels - counts.accepted:,} need a look")
     if html is not None:
         text.seek(0)
-        rows = read_csv(text) if out is None else read_table(out)
+        rows = read_table(text if out is None else out)
         names = ", ".join(Path(place).name or place for place in images[:3])
         title = f"Labels of {names}{', ...' if images[3:] else ''}"
         upright = work.bundle.settings.exif_orientation
-        write_new(html, predictions_page(rows, title, counts.unread, abstention.label, upright))
-    if counts.unread == counts.images:
+        write_new(html, predictions_page(rows, title, counts.errors, abstention.label, upright))
+    if counts.errors == counts.images:
         raise IosrFastError("none of the images could be read")
-
-
-def _stream(work: Classify, source: Source, options: ReadOptions, file: TextIO) -> Counts:
-    """Write CSV rows as images are classified."""
-    from iosr_fast.files.classify import classify
-    from iosr_fast.files.run import Counts
-    from iosr_fast.files.tables import CsvTable, TableRow, count, row_of
-
-    reader, table, unread, rejected, accepted = work.open(options), work.table, 0, 0, 0
-    assert isinstance(table, CsvTable)
-    file.write(table.header())
-    keys = iter(source.keys)
-    bar = progress("classify", len(source.keys), not file.isatty())
-    with bar as advance, closing(classify(work.head, reader, source.paths, work.top, work.abstention)) as batches:
-        for answers in batches:
-            rows = [
-                TableRow(key, error=one.reason) if isinstance(one, BadImageError) else row_of(key, one, table.fields)
-                for one, key in zip(answers, keys, strict=False)
-            ]
-            file.write(table.group(rows))
-            unread += sum(bool(row.error) for row in rows)
-            of_rows = count(rows)
-            rejected, accepted = rejected + of_rows[0], accepted + of_rows[1]
-            advance(len(rows))
-    return Counts(len(source.keys), unread, rejected, accepted)
-
-
-def _jointly(work: Classify, source: Source, options: ReadOptions, out: Path | None, file: TextIO) -> Counts:
-    """Encode all images, classify them together, and write the rows."""
-    from iosr_fast.files.classify import classify_jointly
-    from iosr_fast.files.run import Counts
-    from iosr_fast.files.tables import CsvTable
-
-    with progress("encode", len(source.keys), out is not None or not file.isatty()) as advance:
-        together = classify_jointly(work.head, work.open(options), source.paths, work.abstention, advance)
-    note(together.joint.summary())
-    group = work.table.group(together.rows(source.keys, work.top))
-    if out is not None:
-        work.table.write(out, [group])
-    else:
-        assert isinstance(work.table, CsvTable)
-        file.write(work.table.header() + group)
-    unread = len(source.keys) - len(together.probabilities)
-    return Counts(len(source.keys), unread, sum(one.rejected for one in together.rejections or ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -42,6 +43,9 @@ class _Terminal:
 
     def flush(self) -> None:
         self._file.flush()
+
+    def isatty(self) -> bool:
+        return True
 
 
 @contextmanager
@@ -118,17 +122,11 @@ class ListCommand(Command):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         repeatable = {name for option in self.params if option.multiple for name in option.opts}
         expanded: list[str] = []
-        option = None
-        for i, word in enumerate(args):
-            if word in repeatable:
-                option = word
-                if i + 1 == len(args) or args[i + 1].startswith("-"):
-                    expanded.append(word)  # the parser reports that its value is missing
-            elif word.startswith("-"):
-                option = None
-                expanded.append(word)
-            else:
-                expanded += [word] if option is None else [option, word]
+        option = ""
+        for before, word in pairwise(["", *args]):
+            if word.startswith("-"):
+                option = word if word in repeatable else ""
+            expanded += [option, word] if option not in ("", word, before) else [word]
         return super().parse_args(ctx, expanded)
 
 
@@ -162,25 +160,19 @@ def write_new(path: Path, text: str) -> None:
     note(f"wrote {path}")
 
 
-def new_file(path: Path | None) -> Path | None:
-    """Callback of options that name a file to write: checks the path before any work."""
-    return _checked(path)
+def _written(*suffixes: str) -> Callable[[Path | None], Path | None]:
+    """Callback of options that name a file to write with one of these suffixes: checks the path before any work."""
 
-
-def new_page(path: Path | None) -> Path | None:
-    """`new_file` of a page; its suffix tells it from pictures and tables, which it would replace."""
-    return _checked(path, ".html", ".htm")
-
-
-def new_csv(path: Path | None) -> Path | None:
-    """`new_file` of a table."""
-    return _checked(path, ".csv")
-
-
-def _checked(path: Path | None, *suffixes: str) -> Path | None:
-    if path is not None:
+    def check(path: Path | None) -> Path | None:
         try:
-            check_new_file(path, suffixes)
+            if path is not None:
+                check_new_file(path, suffixes)
         except (OSError, IosrFastError) as error:
             raise typer.BadParameter(str(error)) from error
-    return path
+        return path
+
+    return check
+
+
+new_file, new_csv = _written(), _written(".csv")
+new_page = _written(".html", ".htm")  # tells it from pictures and tables, which it would replace

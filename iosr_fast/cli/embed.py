@@ -32,19 +32,20 @@ def embed(
     iosr_fast.files.embedding_files reads them. A part is complete or absent, and the same options resume an
     interrupted run.
 
-    With --ray the machines of a cluster need this package, the input, the engine and OUT at the same paths, and one
-    version of Ray.
+    With --ray the machines of a cluster need this package, the input and the engine at the same paths, and one version
+    of Ray.
     """
     from iosr_fast.files.run import check_out, run
     from iosr_fast.files.source import read_source
-    from iosr_fast.files.work import Embed, ReadOptions
+    from iosr_fast.files.stream import ReadOptions
+    from iosr_fast.files.work import Embed
 
     pool = ray_pool(ray, workers, gpus, address)
     if out.suffix:
         raise IosrFastError(f"expected a folder for --out, a name without a suffix, got {out}")
     check_out(out)
     with resumable(out):
-        work, source = Embed(str(find_engine(engine)), dtype), read_source([location], relative=True)
+        work, source = Embed(str(find_engine(engine)), dtype), read_source([location], True, skip_bad)
         counts = run(work, source, out, ReadOptions(batch, runtime, threads, skip_bad), chunk, pool)
     note_counts(out, counts)
 

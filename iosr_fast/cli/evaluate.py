@@ -67,7 +67,8 @@ def saved(
     Also written without `saved`: iosr-fast evaluate CLASSIFIER IMAGES.
     """
     from iosr_fast.classifier import open_saved
-    from iosr_fast.files.embedding_rows import read_rows
+    from iosr_fast.files.embedding_files import read_rows
+    from iosr_fast.files.source import check_files
     from iosr_fast.head.labelled_images import labelled_images, unknown_folder
     from iosr_fast.reports.evaluation_report import evaluation_page
 
@@ -78,7 +79,7 @@ def saved(
         )
     paths: Sequence[Any]
     if (head := head_in(classifier, html=html)) is not None:
-        source, labels, _ = read_rows([images], head)
+        source, labels = read_rows([images], head)
         if not labels:
             raise IosrFastError(f"expected labels y beside x in {images}, an .npz file, got none")
         paths, names = source.paths, labels
@@ -86,6 +87,8 @@ def saved(
     else:
         paths, labels, names, _ = labelled_images(images)
         others = [] if unknown_images is None else unknown_folder(unknown_images)
+        if not skip_bad:
+            check_files(paths)
     check_utf8([*map(str, paths), *others])
     loaded = open_saved(classifier, runtime).set_params(progress=True)
     known = [info.name for info in loaded.classes()]

@@ -46,14 +46,9 @@ def format_table(listed: list[ModelSupport]) -> str:
     width = max(len(one.name) for one in listed)
     lines = [f"{'model':<{width}}  {'family':<12}  image  width  tags  dual  text"]
     for one in listed:
-        marks = "  ".join(f"{_mark(value):<{size}}" for value, size in ((one.dual, 4), (one.text, 4)))
-        marks += "" if one.text else "  needs transformers"
-        lines.append(
-            f"{one.name:<{width}}  {one.family:<12}  {one.image_size:>5}  {one.width:>5}  {len(one.tags):>4}  {marks}"
-        )
-    counts = ", ".join(f"{sum(getattr(one, key) for one in listed)} {key}" for key in ("dual", "text"))
-    return "\n".join([*map(str.rstrip, lines), f"{len(listed)} models: {counts}"])
-
-
-def _mark(value: bool) -> str:
-    return "yes" if value else "no"
+        dual, text = ("yes" if value else "no" for value in (one.dual, one.text))
+        numbers = f"{one.image_size:>5}  {one.width:>5}  {len(one.tags):>4}"
+        needs = "" if one.text else "  needs transformers"
+        lines.append(f"{one.name:<{width}}  {one.family:<12}  {numbers}  {dual:<4}  {text:<4}{needs}".rstrip())
+    dual, text = (sum(getattr(one, key) for one in listed) for key in ("dual", "text"))
+    return "\n".join([*lines, f"{len(listed)} models: {dual} dual, {text} text"])

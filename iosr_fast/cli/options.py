@@ -15,8 +15,8 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
-    from iosr_fast.files.ray_workers import Pool
-    from iosr_fast.files.run import Counts
+    from iosr_fast.files.work import Counts
+    from iosr_fast.ray import Pool
     from iosr_fast.store.bundle import SavedHead
 
 
@@ -82,7 +82,7 @@ def head_in(classifier: Path, **given: Any) -> SavedHead | None:
 
     if kind_of(classifier) != HEAD_KIND:
         return None
-    if flags := [f"--{name}" for name, value in given.items() if value not in (None, False, "auto", "cpu")]:
+    if flags := [f"--{name}" for name, value in given.items() if value not in (None, False)]:
         raise IosrFastError(
             f"{classifier} is a head, which takes embeddings: expected no {', '.join(flags)}, for images"
         )
@@ -99,7 +99,7 @@ def ray_pool(ray: bool, workers: int | None, gpus: float, address: str | None) -
     if workers < 1 or gpus < 0:
         raise IosrFastError(f"expected --workers of at least 1 and --gpus of at least 0, got {workers} and {gpus}")
     require("ray", "ray")
-    from iosr_fast.files.ray_workers import Pool
+    from iosr_fast.ray import Pool
 
     return Pool(workers, gpus, address)
 
@@ -122,8 +122,8 @@ def note_counts(out: Path | None, counts: Counts) -> None:
     """Say what a run over many images did."""
     if out is not None:
         note(f"wrote {out}: {counts.images} images")
-    if counts.unread:
-        note(f"could not read {counts.unread} of {counts.images} images")
+    if counts.errors:
+        note(f"could not read {counts.errors} of {counts.images} images")
 
 
 def echo_first(title: str, lines: list[str], count: int | None = None, most: int = 10) -> None:

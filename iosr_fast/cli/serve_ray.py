@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from iosr_fast.cli.command import note
-from iosr_fast.cli.options import Address, Deadline, MaxBatch, RayOption, ReplicaOption, Runtime, SavedClassifier
+from iosr_fast.cli.options import Address, Deadline, MaxBatch, ReplicaOption, Runtime, SavedClassifier
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.ray import SURGE_PERCENT, build_app, digest_of, joined
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.ray import NAME, Scale, build_app, deploy, digest_of
 from iosr_fast.utils.require import require
 
-_SETTINGS, _SCALE = Settings(), Scale()
+_SETTINGS = Settings()
 
 
 def serve_ray(
     classifier: SavedClassifier,
-    replicas: Annotated[int, ReplicaOption(help="Number of replicas.")] = _SCALE.replicas,
-    min_replicas: Annotated[int, ReplicaOption(help="With --max-replicas: the smallest number.")] = _SCALE.min_replicas,
-    max_replicas: Annotated[
-        int | None, ReplicaOption(help="Instead of --replicas: as many as the load needs, up to this number.")
-    ] = None,
-    target_ongoing_requests: Annotated[
-        float, ReplicaOption(help="With --max-replicas: concurrent requests of a replica.")
-    ] = _SCALE.target_ongoing_requests,
-    cpus: Annotated[float, ReplicaOption(help="CPU cores of a replica.")] = _SCALE.cpus,
-    gpus: Annotated[float, ReplicaOption(help="GPUs of a replica, or its share of one.")] = _SCALE.gpus,
+    replicas: Annotated[int, ReplicaOption(help="Number of replicas.")] = 1,
+    min_replicas: Annotated[int, ReplicaOption(help="With --max-replicas: the smallest number.")] = 1,
+    max_replicas: Annotated[int | None, ReplicaOption(help="As many as the load needs, up to this number.")] = None,
+    target_ongoing_requests: Annotated[float, ReplicaOption(help="Of a replica, with --max-replicas.")] = 32.0,
+    cpus: Annotated[float, ReplicaOption(help="CPU cores of a replica.")] = 1.0,
+    gpus: Annotated[float, ReplicaOption(help="GPUs of a replica, or its share of one.")] = 0.0,
     address: Address = None,
-    name: Annotated[str, RayOption(help="Name of the application in Ray Serve.")] = NAME,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = _SETTINGS.host,
     port: Annotated[int, typer.Option(help="Port.")] = _SETTINGS.port,
     runtime: Runtime = _SETTINGS.runtime,
@@ -51,11 +47,14 @@ def serve_ray(
     """
     serve = require("ray.serve", "ray")
     settings = Settings(host=host, port=port, runtime=runtime, max_batch=max_batch, deadline_ms=deadline_ms)
-    scale = Scale(replicas, min_replicas, max_replicas, target_ongoing_requests, cpus, gpus)
-    application = build_app(classifier, settings, scale)  # raises, before Ray is started, for what can't be served
-    from iosr_fast.utils.ray_cluster import joined
-
-    with joined(address, scale.most_cpus) as ray:
+    scale: dict[str, Any] = {"ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus}, "num_replicas": replicas}
+    if max_replicas is not None:
+        bounds = {"min_replicas": min_replicas, "max_replicas": max_replicas}
+        load = {"target_ongoing_requests": target_ongoing_requests}
+        scale |= {"num_replicas": None, "autoscaling_config": {**bounds, **load}}
+    application = build_app(classifier, settings, **scale)  # raises, before Ray starts, for what can't be served
+    most = max_replicas or replicas
+    with joined(address, math.ceil((most + math.ceil(most * SURGE_PERCENT / 100)) * cpus)) as ray:
         stopped = threading.Event()
         if address is None:
             for number in (signal.SIGTERM, signal.SIGINT):  # instead of Ray's handlers, which end the process at once
@@ -68,7 +67,7 @@ def serve_ray(
                 f"expected Ray's HTTP proxy to start at {host}:{port}, got: {reason}; choose a free --port; if the "
                 "machine is busy, set RAY_worker_niceness=0"
             ) from error
-        deploy(application, name)
+        serve.run(application, name="iosr_fast", route_prefix="/")
         where = f"at http://{host}:{port}/" if address is None else f"by the cluster at {address}"
         note(f"{classifier} ({digest_of(classifier)}) is served {where}", err=False)
         if address is None:

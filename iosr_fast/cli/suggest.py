@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from iosr_fast.cli.command import note, output, write_new
 from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad, argument, head_in, option
@@ -38,16 +38,12 @@ def suggest(
     fits on the old images and the labelled ones; rows without a label are left out.
     """
     from iosr_fast.classifier import open_saved
-    from iosr_fast.files.embedding_rows import read_rows
+    from iosr_fast.files.embedding_files import read_rows
     from iosr_fast.files.source import read_source
 
     head = head_in(classifier, html=html)
+    images = read_source([str(folder)], skip_bad=skip_bad) if head is None else read_rows([folder], head)[0]
     loaded = open_saved(classifier, runtime)
-    images: Any = folder
-    if head is not None:
-        images = read_rows([folder], head)[0]
-    elif not folder.is_dir():
-        images = read_source([str(folder)])
     suggestions = loaded.suggest(images, number, skip_bad=skip_bad)
     check_utf8(map(str, suggestions.paths))
     if out is not None:

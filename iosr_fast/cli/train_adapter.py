@@ -7,24 +7,18 @@ import os
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from safetensors import SafetensorError
 
-from iosr_fast.cli.options import Model, Pretrained, Seed, option
+from iosr_fast.cli.options import Model, Pretrained, option
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require_installed
 
 # DINO takes its random crops from pictures this much larger than the encoder's own size.
 DINO_MARGIN = 10 / 7
 
-OfPictures = partial(option, rich_help_panel="Pictures")
-OfAdapter = partial(option, rich_help_panel="Adapter")
-OfTraining = partial(option, rich_help_panel="Training")
-OfDino = partial(option, rich_help_panel="DINO")
-Share = tuple[float, float]
 Preset = Literal["fast", "paper", "demo"]
 Objective = Literal["supervised", "dino"]
 
@@ -33,35 +27,18 @@ def train_adapter(
     out: Annotated[Path, option("Adapter file to write (.safetensors).")],
     model: Model = "demo",
     pretrained: Pretrained = None,
-    data: Annotated[str, OfPictures("demo, a folder of class folders, or a .csv of path and label.")] = "demo",
-    skip_missing: Annotated[bool, OfPictures("Leave out images without a file.", "--skip-missing")] = False,
-    held_out: Annotated[float, OfPictures("Share of each class to measure on each epoch.", min=0, max=0.5)] = 0.02,
-    workers: Annotated[int, OfPictures("Processes that decode images.")] = 2,
-    preset: Annotated[Preset | None, OfAdapter("Place, width and training [fast; demo for --data demo].")] = None,
-    first_adapted_block: Annotated[int | None, OfAdapter("First block [last third; paper: all; demo: half].")] = None,
-    bottleneck: Annotated[int | None, OfAdapter("Width of the adapter [256; paper 64].")] = None,
-    scale: Annotated[float | None, OfAdapter("Factor of its output [0.1; paper, supervised 0.03].")] = None,
-    objective: Annotated[Objective, OfTraining("Train with labels, or without by DINO.")] = "supervised",
-    epochs: Annotated[int | None, OfTraining("Passes over the images [1; demo 32; dino 10].")] = None,
-    batch: Annotated[int | None, OfTraining("Images of a step, of all processes [128; dino 120].")] = None,
-    accumulate: Annotated[int, OfTraining("Micro-batches into which a process splits its images.")] = 1,
-    learning_rate: Annotated[float | None, OfTraining("[8e-3; dino 8e-4 for a batch of 256]")] = None,
-    schedule: Annotated[str | None, OfTraining("constant or cosine [cosine; paper constant].")] = None,
-    augment: Annotated[bool | None, OfTraining("Small affine and colour changes [no; demo yes].")] = None,
-    normalise: Annotated[bool, OfTraining("Apply CLIP's mean and deviation; the papers' code does not.")] = True,
-    cached_views: Annotated[int, OfTraining("Supervised: views whose activations are cached on disk.")] = 0,
-    precision: Annotated[str, OfTraining("32-true, bf16-mixed or 16-mixed.")] = "32-true",
-    accelerator: Annotated[str, OfTraining("auto, cpu or cuda.")] = "auto",
-    checkpoint_minutes: Annotated[float, OfTraining("Minutes between checkpoints; 0: after epochs.", min=0)] = 10,
-    tensorboard: Annotated[bool, OfTraining("Write TensorBoard events, too.", "--tensorboard")] = False,
-    dino_out: Annotated[int | None, OfDino("Prototypes of the projection head [65536; demo 2048].")] = None,
-    dino_width: Annotated[int, OfDino("Width of the vectors that are compared with prototypes.")] = 256,
-    dino_momentum: Annotated[float | None, OfDino("Momentum of the teacher [0.9998; demo 0.99].")] = None,
-    local_crops: Annotated[int, OfDino("Small crops of each image.")] = 10,
-    global_scale: Annotated[Share, OfDino("Share of the image in a global crop, from and to.")] = (0.25, 1.0),
-    local_scale: Annotated[Share, OfDino("Share of the image in a small crop, from and to.")] = (0.05, 0.25),
-    train_head: Annotated[bool, OfDino("Train the projection head, too; the papers' code freezes it.")] = True,
-    seed: Seed = 0,
+    data: Annotated[str, option("demo, a folder of class folders, or a .csv of path and label.")] = "demo",
+    objective: Annotated[Objective, option("Train with labels, or without by DINO.")] = "supervised",
+    preset: Annotated[Preset | None, option("Place, width and training [fast; demo for --data demo].")] = None,
+    first_adapted_block: Annotated[int | None, option("First block [last third; paper: all; demo: half].")] = None,
+    bottleneck: Annotated[int | None, option("Width of the adapter [256; paper 64].")] = None,
+    epochs: Annotated[int | None, option("Passes over the images [1; demo 32; dino 10].")] = None,
+    batch: Annotated[int | None, option("Images of a step, of all processes [128; dino 120].")] = None,
+    learning_rate: Annotated[float | None, option("[8e-3; dino 8e-4 for a batch of 256]")] = None,
+    workers: Annotated[int, option("Processes that decode images.")] = 2,
+    accelerator: Annotated[str, option("auto, cpu or cuda.")] = "auto",
+    settings: Annotated[Path | None, option("JSON file of all other settings, as OUT.training/settings.json.")] = None,
+    seed: Annotated[int | None, option("Seed of all random choices [0].")] = None,
 ) -> None:
     """Train the bottleneck adapter of a CLIP, with labels or by DINO.
 
@@ -76,40 +53,37 @@ def train_adapter(
         --out adapter.safetensors
     torchrun --nproc-per-node 4 -m iosr_fast train-adapter ...
     """
-    given = {**locals()}
+    training = {"epochs": epochs, "batch": batch, "learning_rate": learning_rate, "seed": seed}
+    given = {"first_adapted_block": first_adapted_block, "bottleneck": bottleneck}
     require_installed("torch", "train")
     from iosr_fast.clip.adapter import init_adapter
     from iosr_fast.clip.load import load_clip
     from iosr_fast.clip.models import check_adaptable, check_model
     from iosr_fast.clip.vision_tower import vision_tower
     from iosr_fast.training.adapted_encoder import AdaptedEncoder
-    from iosr_fast.training.config import PRESETS
+    from iosr_fast.training.config import PRESETS, read_settings
     from iosr_fast.training.objectives import local_size
     from iosr_fast.training.pictures import demo_sources, file_sources
     from iosr_fast.training.processes import make_fabric
 
     preset = preset or ("demo" if data == "demo" else "fast")
-    chosen = PRESETS[preset, objective]
     check_out(out)
     check_model(model, pretrained)
     check_adaptable(model)
+    in_file = {} if settings is None else read_settings(settings)
     paths, labels = ([], []) if data == "demo" else read_data(Path(data))
     clip = load_clip(model, pretrained)
 
-    blocks = len(vision_tower(clip.model.visual, clip.name).blocks)
-    first = chosen.first_adapted_block(blocks) if first_adapted_block is None else first_adapted_block
-    width = chosen.bottleneck if bottleneck is None else bottleneck
-    adapter = init_adapter(clip, first, width, chosen.scale if scale is None else scale, seed=seed)
-
-    names = ("epochs", "batch", "learning_rate", "schedule", "augment", "accumulate", "normalise", "cached_views")
-    config = with_given(chosen.training, **{name: given[name] for name in (*names, "precision", "seed")})
-    geometry = clip.geometry
+    used = PRESETS[preset, objective].settings(len(vision_tower(clip.model.visual, clip.name).blocks))
+    used = used.changed(in_file, str(settings)).changed({**of_given(given), "training": of_given(training)}, "options")
+    config, geometry = used.training, clip.geometry
+    if (config.dino is None) != (objective == "supervised"):
+        raise IosrFastError(
+            f"expected settings of --objective {objective}, got those of another objective: training.dino"
+        )
+    adapter = init_adapter(clip, used.first_adapted_block, used.bottleneck, used.scale, seed=config.seed)
     if config.dino is not None:
-        scales = {"global_scale": global_scale, "local_scale": local_scale, "local_crops": local_crops}
-        head = {"out_dim": dino_out, "head_bottleneck": dino_width, "momentum": dino_momentum, "train_head": train_head}
-        dino = with_given(config.dino, **scales, **head)
-        config = replace(config, dino=dino)
-        local_size(AdaptedEncoder(clip, first), dino)
+        local_size(AdaptedEncoder(clip, used.first_adapted_block), config.dino)
         if data != "demo":
             geometry = replace(geometry, size=round(clip.image_size * DINO_MARGIN))
 
@@ -117,13 +91,13 @@ def train_adapter(
     if data == "demo":
         sources = demo_sources(*geometries)
     else:
-        sources = file_sources(paths, labels, *geometries, held_out, seed, workers, skip_missing)
-    run(out, clip, adapter, config, sources, make_fabric(precision, accelerator), checkpoint_minutes, tensorboard)
+        sources = file_sources(paths, labels, *geometries, used.held_out, config.seed, workers, used.skip_missing)
+    run(out, clip, adapter, used, sources, make_fabric(config.precision, accelerator))
 
 
-def with_given(config: Any, **options: Any) -> Any:
-    """`config` with the options that are not None: 0 and False are passed on, to be refused where they are invalid."""
-    return replace(config, **{name: value for name, value in options.items() if value is not None})
+def of_given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not None: 0 is passed on, to be refused where it is invalid."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def read_data(data: Path) -> tuple[list[Path], list[str]]:
@@ -159,15 +133,16 @@ def training_folder(out: Path) -> Path:
     return out.with_name(out.name + ".training")
 
 
-def run(
-    out: Path, clip: Any, adapter: Any, config: Any, sources: Any, fabric: Any, minutes: float, tensorboard: bool
-) -> None:
-    """Train, with the bar, and write `out`. `minutes` lie between checkpoints."""
+def run(out: Path, clip: Any, adapter: Any, settings: Any, sources: Any, fabric: Any) -> None:
+    """Train, with the bar, and write the settings and `out`."""
+    import msgspec
+
     from iosr_fast.clip.adapter import save_adapter
+    from iosr_fast.sealed.files import new_file
     from iosr_fast.training import train as training
     from iosr_fast.training.progress import TrainingBar
 
-    folder, train = training_folder(out), sources.train
+    folder, train, config = training_folder(out), sources.train, settings.training
     bar = TrainingBar(config, len(train.labels), shown=fabric.is_global_zero)
     bar.say(
         f"{len(train.labels)} pictures of {len(train.class_names)} classes, {config.epochs} epochs, "
@@ -175,7 +150,10 @@ def run(
     )
     for note in sources.notes + ((f"{out} exists and is replaced when this training ends",) if out.exists() else ()):
         bar.say(note)
-    options = {"checkpoint_minutes": minutes, "tensorboard": tensorboard, "fabric": fabric}
+    if fabric.is_global_zero:
+        with new_file(folder / "settings.json") as temporary:
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(settings)) + b"\n")
+    options = {"checkpoint_minutes": settings.checkpoint_minutes, "tensorboard": settings.tensorboard, "fabric": fabric}
     measured = {"held_out": sources.held_out, "report_epoch": bar.epoch}
     try:
         with bar:

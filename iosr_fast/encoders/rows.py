@@ -10,8 +10,8 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.images.decode import DecodedBatch, Decoder
 from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.preprocess import DecodedBatch
 
 
 class Rows(Encoder):
@@ -45,12 +45,8 @@ class KeyedRow(str):
         return row
 
 
-class RowDecoder(Decoder):
-    """Takes the numbers of KeyedRows; those of the same width."""
-
-    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> DecodedBatch:
-        errors = [
-            BadImageError(Path(row), start + i, row.reason) if row.reason else None for i, row in enumerate(sources)
-        ]
-        rows = [row.numbers for row in sources if not row.reason]
-        return DecodedBatch(list(errors), np.stack(rows) if rows else None)
+def decode_rows(sources: Sequence[Any], geometry: Geometry, start: int = 0) -> DecodedBatch:
+    """As preprocess.decode_batch, the numbers of KeyedRows of one width."""
+    errors = [BadImageError(Path(row), start + i, row.reason) if row.reason else None for i, row in enumerate(sources)]
+    rows = [row.numbers for row in sources if not row.reason]
+    return DecodedBatch(list(errors), np.stack(rows) if rows else None)

@@ -25,6 +25,8 @@ from iosr_fast.training.pictures import digest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from iosr_fast.images.geometry import Geometry
+
 PHOTO = "a photo of a {}."
 
 
@@ -44,9 +46,9 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def image(self, row: int) -> Image:
-        """The image, decoded as RGB. Raises BadImageError with its path if it can't be read."""
-        return open_image(self.folder / self.keys[row], row)
+    def image(self, row: int, geometry: Geometry | None = None) -> Image:
+        """The image as `open_image` reads it. Raises BadImageError with its path if it can't be read."""
+        return open_image(self.folder / self.keys[row], row, geometry=geometry)
 
 
 @dataclass(frozen=True)

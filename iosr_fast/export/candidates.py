@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +19,7 @@ from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.check import MIN_PICTURES
 from iosr_fast.export.precision import QUANTISED, graph_precision, runtimes_in
 from iosr_fast.images.preprocess import to_pixels
-from iosr_fast.sealed.files import in_cache, remove_own
+from iosr_fast.sealed.files import in_cache, temporary_folder
 from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.machine import this_gpu
 
@@ -127,7 +126,8 @@ class CandidateBuilder:
     ) -> None:
         self.engine, self._pictures, self._loaded = engine, pictures if len(pictures) else None, loaded
         self._options: dict[str, Any] = {"threads": threads, "adapted": adapted}
-        self._folder = Path(tempfile.mkdtemp(prefix=f"optimize-{os.getpid()}-", dir=in_cache()))
+        self._building = ExitStack()
+        self._folder = self._building.enter_context(temporary_folder(in_cache("optimize")))
         self._errors: dict[str, Exception | None] = {}  # of each folder that was built, or tried
 
     def start_in_fp32(self, runtime: str) -> Encoder:
@@ -164,12 +164,12 @@ class CandidateBuilder:
         for other in self._folder.iterdir():
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-        weakref.finalize(encoder, remove_own, self._folder, os.getpid())
+        weakref.finalize(encoder, self._building.close)
         return folder
 
     def close(self) -> None:
         """Remove what was built."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._building.close()
 
     def _build(self, folder: Path, one: Candidate) -> None:
         if not _is_exported(one, self.engine):

@@ -1,22 +1,40 @@
-"""Compute chunks of images in this process, and write each as a part file."""
+"""Compute chunks of images in this process: the bytes of each part, and what they hold."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import socket
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
-from iosr_fast.files.parts import Done, part_name
-from iosr_fast.files.reader import Reader
 from iosr_fast.files.source import Chunk
-from iosr_fast.files.stream import batch_sizes, batches_of
-from iosr_fast.files.work import Work
-from iosr_fast.sealed.files import new_file
-from iosr_fast.sealed.manifest import sha256
+from iosr_fast.files.stream import Reader, batch_sizes, batches_of
+from iosr_fast.files.work import Counts, Work
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished part: the SHA-256 of its `size` bytes, the digest of its images before they were read, what they are,
+    and the process that made it."""
+
+    part: str
+    sha256: str
+    size: int
+    chunk: str
+    counts: Counts
+    pid: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of_json(cls, line: str | bytes) -> Self:
+        """Raises ValueError, TypeError or KeyError for anything else than `to_json` gave."""
+        fields = json.loads(line)
+        return cls(**{**fields, "counts": Counts(*fields["counts"])})
 
 
 def run_chunks(
@@ -24,11 +42,10 @@ def run_chunks(
     reader: Reader,
     chunks: Sequence[Chunk],
     images: int,
-    folder: Path,
     advance: Callable[[int], None] = lambda images: None,
-) -> Generator[Done, None, None]:
-    """Compute the parts of some chunks of a run of so many `images`, in order in this process; yield each one when its
-    file is written. Raises BadImageError for the first unreadable image unless the reader skips it.
+) -> Generator[tuple[Done, bytes], None, None]:
+    """Compute the parts of some chunks of a run of so many `images`, in order in this process. Raises BadImageError
+    for the first unreadable image unless the reader skips it.
 
     Batches end where a chunk does, so a part depends on its chunk alone.
     """
@@ -44,17 +61,14 @@ def run_chunks(
 
     with closing(reader.read_batches(stage, batches(), work.use)) as read:
         for chunk in chunks:
-            started, results, reasons = time.perf_counter(), list[Any](), list[str | None]()
+            results, reasons = list[Any](), list[str | None]()
             while len(reasons) < len(chunk.paths):
                 errors, result = next(read)
                 reasons += [None if error is None else error.reason for error in errors]
                 if result is not None:
                     results.append(result)
                 advance(len(errors))
-            path = folder / part_name(chunk.number, work.suffix)
-            with new_file(path) as temporary:
-                rejected, accepted = work.write(temporary, chunk.keys, results, reasons)
-            unread = sum(reason is not None for reason in reasons)
-            seconds = round(time.perf_counter() - started, 3)
-            counted, writer = (len(reasons), unread, rejected, seconds), (os.getpid(), socket.gethostname())
-            yield Done(path.name, sha256(path), digests.pop(chunk.number), *counted, *writer, accepted)
+            content, *of_labels = work.encode(chunk.keys, results, reasons, chunk.number == 0)
+            counts = Counts(len(reasons), sum(reason is not None for reason in reasons), *of_labels)
+            of_content = hashlib.sha256(content).hexdigest(), len(content)
+            yield Done(chunk.part(work.suffix), *of_content, digests.pop(chunk.number), counts, os.getpid()), content

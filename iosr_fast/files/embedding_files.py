@@ -1,4 +1,4 @@
-"""Embeddings on disk: the folder of parts that `iosr-fast embed` writes.
+"""Embeddings on disk: the folder of parts that `iosr-fast embed` writes; and files of embeddings for a saved head.
 
 A part is one file, `part-00000.safetensors`: tensors "plain" and, with an adapter, "adapted", both (n, D) float32 or
 float16. Keys and errors are JSON in the metadata entry "iosr_fast" (a single entry, because safetensors does not order
@@ -9,18 +9,26 @@ reason, its embeddings are NaN. manifest.json has the SHA-256 of every part.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import DamagedFileError
+from iosr_fast.encoders.encoder import Embeddings, are_usable
+from iosr_fast.encoders.rows import KeyedRow
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
+from iosr_fast.files.source import Source
 from iosr_fast.sealed.manifest import read_manifest
+from iosr_fast.sealed.outputs import check_utf8
+from iosr_fast.store.bundle import SavedHead
 
 KIND = "embeddings"  # of the manifest
 _ENTRY = "iosr_fast"
+FORMS = "a folder of `iosr-fast embed`, .npy (N, D), or .npz with x (N, D) and perhaps keys (N,) and y (N,); no objects"
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,13 @@ class Part:
     errors: list[str | None]
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Write a part; the same part gives the same bytes."""
-    from safetensors.numpy import save_file
+def encode_part(part: Part) -> bytes:
+    """The file of a part; the same part gives the same bytes."""
+    from safetensors.numpy import save
 
     arrays = {"plain": part.embeddings.plain, "adapted": part.embeddings.adapted}
     tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
-    save_file(tensors, path, metadata={_ENTRY: json.dumps({"keys": part.keys, "errors": part.errors})})
+    return save(tensors, metadata={_ENTRY: json.dumps({"keys": part.keys, "errors": part.errors})})
 
 
 def iterate_parts(folder: str | Path, verify: bool = True) -> Iterator[Part]:
@@ -106,3 +114,47 @@ def _read_part(path: Path) -> Part:
         return Part(entry["keys"], Embeddings(arrays["plain"], arrays.get("adapted")), entry["errors"])
     except Exception as error:  # the error of a damaged file depends on the damaged bytes
         raise DamagedFileError(f"{path} is damaged or not a part of iosr_fast ({error}); compute it again") from error
+
+
+def read_rows(places: Sequence[str | Path], head: SavedHead) -> tuple[Source, list[str]]:
+    """The rows of all files in order, and their labels (none where a file has no y).
+
+    Rows without keys are named by their positions. One that is not finite, or holds zeros, is as an image that can't be
+    read. Raises FileNotFoundError, and IosrFastError for another form or width.
+    """
+    rows, labels = list[KeyedRow](), list[str]()
+    for place in map(Path, places):
+        numbers, keys, reasons, y = _read(place, head)
+        if numbers.dtype.kind not in "fiu" or numbers.ndim != 2 or numbers.shape[1] != head.width:
+            got = f"{numbers.dtype} of shape {numbers.shape}"
+            raise IosrFastError(f"expected rows of {head.width} numbers in {place}, as the head takes them, got {got}")
+        finite, usable = np.isfinite(numbers).all(axis=1), are_usable(numbers, head.adapted)
+        faults = np.where(finite, np.where(usable, "", "it holds zeros"), "it holds other numbers than finite ones")
+        said = [reason or fault for reason, fault in zip(reasons or [""] * len(numbers), faults.tolist(), strict=True)]
+        named = [str(i) for i in range(len(numbers))] if keys is None else [str(key) for key in keys]
+        if len(named) != len(numbers) or (y is not None and len(y) != len(numbers)):
+            raise IosrFastError(f"expected keys and y for each of the {len(numbers)} rows of {place}, got others")
+        rows += map(KeyedRow.of, named, numbers, said)
+        labels += [] if y is None else [str(label) for label in y]
+    if not rows:
+        raise IosrFastError(f"expected embeddings, found none: {FORMS}")
+    check_utf8(rows)
+    return Source([*rows], [*rows]), labels if len(labels) == len(rows) else []
+
+
+def _read(place: Path, head: SavedHead) -> tuple[np.ndarray, Any, Any, Any]:
+    """Numbers, keys or None, reasons or None, labels or None."""
+    if place.is_dir():
+        part = read_embeddings(place)
+        plain, adapted = part.embeddings.plain, part.embeddings.adapted
+        both = np.hstack([plain, adapted]) if head.adapted and adapted is not None else plain
+        return both, part.keys, part.errors, None
+    try:
+        loaded = np.load(place, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded, None, None, None
+        with loaded as file:
+            keys, y = (file[name].ravel().tolist() if name in file else None for name in ("keys", "y"))
+            return file["x"], keys, None, y
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise IosrFastError(f"{place} is damaged, or of another form than expected: {FORMS}") from error

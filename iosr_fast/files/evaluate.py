@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.files.reader import Reader
+from iosr_fast.files.stream import Reader
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.quality import MISTAKES, Evaluation, Mistake, SetCoverage, UnknownResult
 from iosr_fast.head.verdict import judge, unknown_scores
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits
-from iosr_fast.methods.folds import near_support
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
 
@@ -42,18 +41,17 @@ def evaluate_images(
     others = [] if unknown_images is None else as_image_list(unknown_images)
     errors: list[BadImageError] = []
 
-    def encoded(sources: Sequence[Any]) -> tuple[np.ndarray, list[Any], Embeddings | None]:
+    def encoded(sources: Sequence[Any]) -> tuple[list[int], list[Any], Embeddings | None]:
         """Positions and names of the readable images, and their embeddings."""
-        unread, embeddings = reader.embed(sources, advance)
-        errors.extend(error for error in unread if error is not None)
-        rows = np.flatnonzero([error is None for error in unread])
-        return rows, [source if isinstance(source := sources[i], str | Path) else i for i in rows.tolist()], embeddings
+        rows, unread, embeddings = reader.embed(sources, advance)
+        errors.extend(unread)
+        return rows, [source if isinstance(source := sources[i], str | Path) else i for i in rows], embeddings
 
     with progress("encode", len(listed) + len(others), shown=shown) as advance:
         rows, names, embeddings = encoded(listed)
         if embeddings is None:
             raise IosrFastError(f"expected images to evaluate on, got {len(listed)}, none of which can be read")
-        _, other_names, unknown = encoded(others) if len(others) else (rows, [], None)
+        _, other_names, unknown = encoded(others) if len(others) else ([], [], None)
     result = _measure_unknown(head, embeddings, unknown, other_names, keep)
     return _measure(head, embeddings, class_ids[rows], names, coverage, unknown=result, errors=tuple(errors))
 
@@ -90,7 +88,7 @@ def _measure(
         expected_images=round(left_out.count),
         basis=left_out.basis,
         mistakes=_mistakes(head, embeddings, worst, images, truths),
-        copies=int(near_support(head.support, embeddings.plain).sum()),
+        copies=int(head.near_support(embeddings.plain).sum()),
         sets=SetCoverage(coverage, *shares, reason),
         automation=automation(left_out, outcome),
         expected_automation=automation(left_out),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files.classify import classify, classify_jointly
-from iosr_fast.files.reader import Reader
+from iosr_fast.files.joint import check_joint, classify_jointly
+from iosr_fast.files.stream import Reader
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
-from iosr_fast.head.predictions import AnyHead, label_columns
+from iosr_fast.head.predictions import AnyHead, label_columns, predict_any
 from iosr_fast.head.verdict import Rejection, replaced
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
@@ -80,31 +79,28 @@ def predict_folder(
     listing = list_images(folder)
     if joint or abstention != NONE_WITHHELD:
         single = head.require_single_label("predict_folder with joint, unknown or max_error", "leave them out")
-        abstention.check(single)
-    together, accepted = None, None
+        check_joint(single, abstention, joint)
+    together, rejections, accepted = None, None, None
     if joint:
-        together = classify_jointly(head, reader, listing.paths, abstention)
-        errors, rejections = together.errors, together.rejections
-        labels = together.joint.classes[together.probabilities.argmax(1)]
-        probabilities = together.probabilities.max(1)
+        readable, errors, queries = reader.embed(listing.paths)
+        together = classify_jointly(single, queries, abstention)
+        labels, probabilities = together.joint.classes[together.probabilities.argmax(1)], together.probabilities.max(1)
+        rejections = together.rejections
     else:
-        with closing(classify(head, reader, listing.paths, 1, abstention)) as batches:
-            answers = list(chain.from_iterable(batches))
-        errors = [answer if isinstance(answer, BadImageError) else None for answer in answers]
-        readable = [answer for answer in answers if not isinstance(answer, BadImageError)]
-        labels, probabilities = label_columns(head, readable)
-        rejections = None
+        readable, errors, batches = reader.read(listing.paths, lambda rows: predict_any(head, rows, 1, abstention))
+        answers = list(chain.from_iterable(batches))
+        labels, probabilities = label_columns(head, answers)
         if abstention.keep is not None:
-            rejections = [one.unknown for one in readable if one.unknown is not None]
+            rejections = [one.unknown for one in answers if one.unknown is not None]
         if abstention.max_error is not None:
-            accepted = np.array([one.accepted for one in readable], bool)
+            accepted = np.array([one.accepted for one in answers], bool)
     if rejections is not None:
         labels = replaced(labels, np.array([one.rejected for one in rejections], bool), abstention.label)
     return FolderPredictions(
-        [Path(path) for path, error in zip(listing.paths, errors, strict=True) if error is None],
+        [Path(listing.paths[position]) for position in readable],
         labels,
         probabilities,
-        [error for error in errors if error is not None],
+        errors,
         listing.skipped,
         None if together is None else together.joint,
         rejections,

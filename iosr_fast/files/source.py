@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from iosr_fast.encoders.rows import KeyedRow
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import list_images, refuse_url
 from iosr_fast.sealed.outputs import check_utf8
-from iosr_fast.utils.csv_text import read_rows
+from iosr_fast.utils.csv_text import check_columns, read_rows
 from iosr_fast.utils.text import abbreviate
 
 
@@ -25,6 +26,10 @@ class Chunk:
     start: int
     keys: list[str]
     paths: list[str]
+
+    def part(self, suffix: str) -> str:
+        """The name of its part."""
+        return f"part-{self.number:05d}{suffix}"
 
     def digest(self) -> str:
         """SHA-256 over the keys, sizes and times of change of the files: another one where an image was replaced."""
@@ -58,44 +63,51 @@ def read_source(places: Sequence[str], relative: bool = False, skip_bad: bool = 
     Keys are paths; with `relative` those of a single folder are relative to it, so that they stay when it is moved.
 
     Raises IosrFastError for URLs, names that are not UTF-8, CSV files without a column `path`, and where there is no
-    image; FileNotFoundError naming all places that are missing, unless `skip_bad`.
+    image; FileNotFoundError for files that are missing, unless `skip_bad` and a place is there.
     """
     for place in places:
         refuse_url(place)
-    missing = [place for place in places if not os.path.exists(place)]
-    if missing and not skip_bad:
-        raise FileNotFoundError(f"no such file or folder: {abbreviate(missing)}")
+    if not skip_bad or not any(map(os.path.exists, places)):
+        check_files([place for place in places if not os.path.isdir(place)])
     if relative and len(places) == 1 and os.path.isdir(places[0]):
         folder = Path(places[0]).resolve()
         paths = list_images(folder).paths
         keys = [Path(path).relative_to(folder).as_posix() for path in paths]
     else:
-        keys = paths = [path for place in places for path in _paths_of(Path(place))]
+        keys = paths = [path for place in places for path in _paths_of(Path(place), skip_bad)]
     if not paths:
         raise IosrFastError(f"expected images, found none in {abbreviate(places)}")
     check_utf8(keys)
     return Source(keys, paths)
 
 
-def _paths_of(place: Path) -> list[str]:
+def check_files(paths: Iterable[str | Path]) -> None:
+    """Raise FileNotFoundError naming the paths at which there is no regular file."""
+    if missing := [str(path) for path in paths if not os.path.isfile(path)]:
+        fix = "correct the paths, or give --skip-bad"
+        raise FileNotFoundError(f"expected files, found none at {abbreviate(missing)}: {fix}")
+
+
+def _paths_of(place: Path, skip_bad: bool) -> list[str]:
     if place.is_dir():
         return list_images(place).paths
-    return _listed(place) if place.suffix.lower() == ".csv" and place.is_file() else [str(place)]
-
-
-def _listed(file: Path) -> list[str]:
-    """The paths that a CSV file lists, relative to its folder."""
-    columns, rows = read_rows(file)
-    if "path" not in columns:
-        raise IosrFastError(f"expected a column path in {file}, got {', '.join(columns) or 'no line'}")
-    found = [row["path"] for row in rows if row["path"]]
-    for path in found:
+    if place.suffix.lower() != ".csv" or not place.is_file():
+        return [str(place)]
+    columns, rows = read_rows(place)
+    check_columns(columns, place, ("path",), "")
+    listed = [row["path"] for row in rows if row["path"]]
+    for path in listed:
         refuse_url(path)
-    return [str(file.parent / path) for path in found]
+    paths = [str(place.parent / path) for path in listed]
+    if not skip_bad:
+        check_files(paths)
+    return paths
 
 
 def _stamp(path: str) -> str:
-    """Size in bytes and time of change in nanoseconds of a file; "none" without one."""
+    """Size in bytes and time of change in nanoseconds of a file, "none" without one; the SHA-256 of a KeyedRow."""
+    if isinstance(path, KeyedRow):
+        return hashlib.sha256(path.numbers.tobytes()).hexdigest()
     try:
         status = os.stat(path)
     except OSError:

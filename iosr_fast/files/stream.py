@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.rows import Rows, decode_rows
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.images.decode import DecodedBatch, Decoder
+from iosr_fast.images.preprocess import Decode, DecodedBatch, decode_batch
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ordered import map_ordered
@@ -28,6 +30,18 @@ _MIN_BATCHES = 4  # per caller; opening another session isn't worth it for fewer
 _MIN_BATCH = 4  # images in the smaller batches at the end
 _R = TypeVar("_R")
 _several_runs: WeakKeyDictionary[Encoder, Encoder] = WeakKeyDictionary()  # an encoder -> the one opened for its folders
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How images are read: `batch` are encoded at a time (None: 16 on a CPU, up to 64 on a GPU), by an engine of this
+    `runtime`, with so many `threads` on a CPU (None: all). With `skip_bad` unreadable images are reported, else the
+    first one is raised."""
+
+    batch: int | None = None
+    runtime: str = "auto"
+    threads: int | None = None
+    skip_bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ def batches_of(sources: Sequence[Any], sizes: Iterable[int], start: int = 0) -> 
 
 
 def encode_batches(
-    stage: Stage, decoder: Decoder, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
+    stage: Stage, decode: Decode, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
 ) -> Generator[tuple[Errors, _R | None], None, None]:
     """For each batch (position of its first source, sources), in order: the sources' errors, and `use` of the
     embeddings of the readable ones (None if there are none).
@@ -104,18 +118,67 @@ def encode_batches(
     with one caller, of `decode_threads` + 2. When the generator ends, also by close(), its threads have ended.
     """
 
-    def decode(batch: tuple[int, Sequence[Any]]) -> DecodedBatch:
-        return decoder.decode(batch[1], stage.encoder.geometry, batch[0])
+    def pixels_of(batch: tuple[int, Sequence[Any]]) -> DecodedBatch:
+        return decode(batch[1], stage.encoder.geometry, batch[0])
 
     def encode(decoded: DecodedBatch) -> tuple[Errors, _R | None]:
         pixels = decoded.pixels
         return decoded.errors, None if pixels is None else use(stage.encoder.encode_on_device(pixels))
 
     if stage.callers > 1:
-        yield from map_ordered(batches, lambda batch: encode(decode(batch)), stage.callers, 2 * stage.callers)
+        yield from map_ordered(batches, lambda batch: encode(pixels_of(batch)), stage.callers, 2 * stage.callers)
         return
-    with closing(map_ordered(batches, decode, stage.decode_threads, stage.decode_threads + 2)) as pixels:
+    with closing(map_ordered(batches, pixels_of, stage.decode_threads, stage.decode_threads + 2)) as pixels:
         for decoded in pixels:
             result = encode(decoded)
             del decoded  # free the pixels before the consumer runs
             yield result
+
+
+class Reader:
+    """Reads images for an encoder, whose folder is `engine`."""
+
+    def __init__(self, encoder: Encoder, engine: Path, exif_orientation: bool, options: ReadOptions) -> None:
+        self.encoder, self.engine, self.options = encoder, engine, options
+        pictures = partial(decode_batch, exif_orientation=exif_orientation)
+        self.decode: Decode = decode_rows if isinstance(encoder, Rows) else pictures
+        self.batch = choose_batch(encoder, options.batch)
+
+    def stage(self, images: int) -> Stage:
+        """How the cores are used for a number of images."""
+        return choose_stage(self.encoder, self.engine, images, self.batch, self.options.threads)
+
+    def read_batches(
+        self, stage: Stage, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
+    ) -> Generator[tuple[Errors, _R | None], None, None]:
+        """As `encode_batches`. Raises BadImageError for the first unreadable image unless `skip_bad`."""
+        with closing(encode_batches(stage, self.decode, batches, use)) as results:
+            for errors, result in results:
+                if not self.options.skip_bad and (unread := [error for error in errors if error is not None]):
+                    raise unread[0]
+                yield errors, result
+
+    def read(
+        self,
+        sources: Sequence[Any],
+        use: Callable[[Embeddings], _R],
+        advance: Callable[[int], None] = lambda images: None,
+    ) -> tuple[list[int], list[BadImageError], list[_R]]:
+        """The positions of the readable sources, the errors of the others, and `use` of the embeddings of each batch of
+        readable ones; as `read_batches`."""
+        stage, errors, results = self.stage(len(sources)), Errors(), list[_R]()
+        batches = batches_of(sources, batch_sizes(len(sources), self.batch, stage.callers))
+        with closing(self.read_batches(stage, batches, use)) as read:
+            for unread, result in read:
+                errors += unread
+                results += [] if result is None else [result]
+                advance(len(unread))
+        readable = [position for position, error in enumerate(errors) if error is None]
+        return readable, [error for error in errors if error is not None], results
+
+    def embed(
+        self, sources: Sequence[Any], advance: Callable[[int], None] = lambda images: None
+    ) -> tuple[list[int], list[BadImageError], Embeddings | None]:
+        """As `read`, with the embeddings of all readable sources; None if there are none."""
+        readable, errors, parts = self.read(sources, Embeddings.to_numpy, advance)
+        return readable, errors, Embeddings.concatenate(parts) if parts else None

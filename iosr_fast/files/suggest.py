@@ -11,8 +11,8 @@ import numpy as np
 
 from iosr_fast.encoders.rows import KeyedRow
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.files.reader import Reader
 from iosr_fast.files.source import Source
+from iosr_fast.files.stream import Reader
 from iosr_fast.images.listing import Listing, Skipped, list_images
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import image_rows
@@ -70,10 +70,9 @@ def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path | 
     """As Classifier.suggest; `head` is None before a fit. Embeddings are named by their keys."""
     n = check_integer("n", n, 1)
     listing = Listing(folder.paths, Skipped()) if isinstance(folder, Source) else list_images(folder)
-    unread, queries = reader.embed(listing.paths)
+    readable, errors, queries = reader.embed(listing.paths)
     if queries is None:
         raise IosrFastError("expected images to choose from, found none that can be read")
-    readable = [path for path, error in zip(listing.paths, unread, strict=True) if error is None]
     logits = None if head is None else head.score(queries)
     rows = image_rows(queries, "plain" if head is None else head.config.which, None)
     best = suggest(rows, n, None if logits is None else entropy(logits))
@@ -81,6 +80,6 @@ def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path | 
     if head is not None and logits is not None:
         p = softmax(logits[best.rows])
         labels, probabilities = np.array(head.class_names, dtype=str)[p.argmax(1)], p.max(1)
-    chosen, errors = [readable[row] for row in best.rows], [error for error in unread if error is not None]
+    chosen = [listing.paths[readable[row]] for row in best.rows]
     paths: Any = [path if isinstance(path, KeyedRow) else Path(path) for path in chosen]
     return FolderSuggestions(paths, best.stands, labels, probabilities, len(readable), errors, listing.skipped)

@@ -1,23 +1,25 @@
-"""Tables of predictions as CSV or Parquet, in groups of rows: a part of a run holds a group, a file the groups of all.
+"""Tables of predictions as CSV or Parquet, in groups of rows: a part of a folder is a group, a file is made of groups.
 
-`group` gives rows the form of the file (text, or a pyarrow.Table), `save` and `load` a part, and `write` the whole file
-atomically. Memory is bounded by a group; the same rows give the same bytes, in whatever groups they come.
+`encode` gives the bytes of a group. Those of a file are appended to one another, and `finish` makes the file of them.
+Memory is bounded by a group; the same rows give the same bytes, in whatever groups they come.
 """
 
 from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TextIO, TypeAlias
 
 from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.predictions import MultiLabelPrediction, Prediction
 from iosr_fast.head.verdict import Rejection
-from iosr_fast.sealed.files import new_file
+from iosr_fast.sealed.files import new_file, sync_file, sync_folder
 from iosr_fast.utils.csv_text import escaped, line_writer, recovered
 from iosr_fast.utils.require import require
 
@@ -27,6 +29,7 @@ LABELS = ("label", "probability")  # the fields of a class in a file
 SCORES = ("label", "class_id", "probability", "zero_shot", "cache", "adapter")  # and in a folder of parts
 UNKNOWN_SCORE = "unknown_score"  # the column that tables have where unknown pictures are rejected
 ACCEPTED = "accepted"  # the column that they have where there is a promise about errors
+_ACCEPTED = {"true": True, "false": False, True: True, False: False}  # in CSV and in Parquet
 _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 
 
@@ -39,6 +42,15 @@ class TableRow(NamedTuple):
     unknown: Rejection | None = None
     error: str = ""
     accepted: bool | None = None
+
+    def values(self, key: str, unknown_label: str | None) -> dict[str, Any]:
+        """Those of the columns that are not of classes, and of those that a rejected picture changes."""
+        values: dict[str, Any] = {key: self.key, ACCEPTED: self.accepted, "error": self.error or None}
+        if self.unknown is not None:
+            values[UNKNOWN_SCORE] = self.unknown.score
+            if self.unknown.rejected:
+                values |= {"label": unknown_label, "class_id": None}
+        return values
 
 
 class Labelled(NamedTuple):
@@ -61,13 +73,6 @@ def row_of(key: str, answer: Answered, fields: Sequence[str]) -> TableRow:
     return TableRow(key, classes, answer.unknown, accepted=answer.accepted)
 
 
-def count(rows: Iterable[TableRow]) -> tuple[int, int]:
-    """How many pictures are rejected, and how many labels are accepted."""
-    rows = list(rows)
-    rejected = sum(row.unknown is not None and row.unknown.rejected for row in rows)
-    return rejected, sum(row.accepted or 0 for row in rows)
-
-
 @dataclass(frozen=True)
 class CsvTable:
     """Columns: path; label and probability (4 digits) of the best class, then label_2, probability_2 and so on to
@@ -85,49 +90,29 @@ class CsvTable:
     suffix: ClassVar[str] = ".csv"
     fields: tuple[str, ...] = LABELS
 
-    def header(self) -> str:
-        names = ["labels", "probabilities"] if self.multi_label else list(LABELS)
-        if not self.multi_label:
-            names += [f"{name}_{place}" for place in range(2, self.top + 1) for name in LABELS]
-        names += [UNKNOWN_SCORE] * (self.unknown_label is not None) + [ACCEPTED] * self.accepted
-        return self._lines([["path", *names, "error"]])
-
-    def group(self, rows: Iterable[TableRow]) -> str:
-        return self._lines(map(self._cells, rows))
-
-    def save(self, path: Path, group: str) -> None:
-        path.write_text(group, encoding="utf-8", newline="")
-
-    def load(self, path: Path) -> str:
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-
-    def write(self, out: Path, groups: Iterable[str]) -> None:
-        with new_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(self.header())
-            file.writelines(groups)
-
-    def _lines(self, rows: Iterable[Sequence[str]]) -> str:
-        text = StringIO()
-        line_writer(text).writerows(rows)
-        return text.getvalue()
-
-    def _cells(self, row: TableRow) -> list[str]:
-        if row.error:
-            blank = 2 * (1 if self.multi_label else self.top) + (self.unknown_label is not None) + self.accepted
-            return [escaped(row.key), *[""] * blank, escaped(row.error)]
+    def encode(self, rows: Iterable[TableRow], first: bool) -> bytes:
+        """Lines of text in UTF-8; the `first` group begins with the names of the columns."""
+        of_classes = [f"{name}_{place}" if place > 1 else name for place in range(1, self.top + 1) for name in LABELS]
         if self.multi_label:
-            labels = SEPARATOR.join(label for label, _ in row.classes)
-            cells = [escaped(labels), SEPARATOR.join(f"{probability:.4f}" for _, probability in row.classes)]
-        else:
-            cells = [cell for label, probability in row.classes for cell in (escaped(label), f"{probability:.4f}")]
-        if self.unknown_label is not None and row.unknown is not None:
-            cells.append(f"{row.unknown.score:.4f}")
-            if row.unknown.rejected:
-                cells[0] = escaped(self.unknown_label)
-        if self.accepted:
-            cells.append("true" if row.accepted else "false")
-        return [escaped(row.key), *cells, ""]
+            of_classes = ["labels", "probabilities"]
+        names = ["path", *of_classes, *[UNKNOWN_SCORE] * (self.unknown_label is not None), *[ACCEPTED] * self.accepted]
+        writer = line_writer(text := StringIO())
+        if first:
+            writer.writerow([*names, "error"])
+        for row in rows:
+            classes: Iterable[Any] = chain.from_iterable(row.classes)
+            if self.multi_label:
+                labels, probabilities = zip(*row.classes, strict=True) if row.classes else ((), ())
+                classes = SEPARATOR.join(labels), SEPARATOR.join(map(_text, probabilities))
+            values = dict(zip(of_classes, classes, strict=False)) | row.values("path", self.unknown_label)
+            writer.writerow([_text(values.get(name)) for name in (*names, "error")])
+        return text.getvalue().encode()
+
+    def finish(self, groups: Path, sizes: Iterable[int], out: Path) -> None:
+        """The file is what the groups are, one after another: it gets its name."""
+        sync_file(groups)
+        os.replace(groups, out)
+        sync_folder(out.parent)
 
 
 @dataclass(frozen=True)
@@ -146,71 +131,68 @@ class ParquetTable:
     accepted: bool = False
     suffix: ClassVar[str] = ".parquet"
 
-    def group(self, rows: Iterable[TableRow]) -> Any:
-        pa = require("pyarrow", "parquet")
-        kinds = {name: pa.string() if name in ("label", "class_id") else pa.float32() for name in self.fields}
-        rows = list(rows)
-        best: dict[str, list[Any]] = {name: [] for name in self.fields}
-        for row in rows:
-            values = dict(zip(self.fields, row.classes[0], strict=True)) if row.classes else {}
-            if row.unknown is not None and row.unknown.rejected:
-                values |= {"label": self.unknown_label, "class_id": None}
-            for name, column in best.items():
-                column.append(values.get(name))
-        tops = [
-            [dict(zip(self.fields, values, strict=True)) for values in row.classes] if row.classes else None
-            for row in rows
-        ]
-        columns = {self.key: pa.array([row.key for row in rows], pa.string())}
-        columns |= {name: pa.array(best[name], kind) for name, kind in kinds.items()}
-        columns["top"] = pa.array(tops, pa.list_(pa.struct(list(kinds.items()))))
-        if self.unknown_label is not None:
-            scores = [None if row.unknown is None else row.unknown.score for row in rows]
-            columns[UNKNOWN_SCORE] = pa.array(scores, pa.float32())
-        if self.accepted:
-            columns[ACCEPTED] = pa.array([row.accepted for row in rows], pa.bool_())
-        return pa.table({**columns, "error": pa.array([row.error or None for row in rows], pa.string())})
+    def encode(self, rows: Sequence[TableRow], first: bool) -> bytes:
+        """A Parquet file of one row group."""
+        sink = require("pyarrow", "parquet").BufferOutputStream()
+        require("pyarrow.parquet", "parquet").write_table(self._arrow(rows), sink, write_page_checksum=True)
+        return bytes(sink.getvalue())
 
-    def save(self, path: Path, group: Any) -> None:
-        require("pyarrow.parquet", "parquet").write_table(group, path, write_page_checksum=True)
-
-    def load(self, path: Path) -> Any:
-        with require("pyarrow.parquet", "parquet").ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read()
-
-    def write(self, out: Path, groups: Iterable[Any]) -> None:
+    def finish(self, groups: Path, sizes: Iterable[int], out: Path) -> None:
+        """The file of all groups, in row groups of their own size."""
         pa, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
-        empty = self.group([])
-        waiting = [empty]
-        with new_file(out) as temporary, pq.ParquetWriter(temporary, empty.schema, write_page_checksum=True) as writer:
-            for group in groups:
-                waiting.append(group)
+        waiting = [self._arrow([])]
+        with (
+            groups.open("rb") as file,
+            new_file(out) as temporary,
+            pq.ParquetWriter(temporary, waiting[0].schema, write_page_checksum=True) as writer,
+        ):
+            for size in sizes:
+                group = pq.ParquetFile(pa.BufferReader(file.read(size)), page_checksum_verification=True)
+                waiting.append(group.read())
                 while sum(map(len, waiting)) >= _ROW_GROUP:
                     joined = pa.concat_tables(waiting)
                     writer.write_table(joined.slice(0, _ROW_GROUP))
                     waiting = [joined.slice(_ROW_GROUP)]
             writer.write_table(pa.concat_tables(waiting))
+        groups.unlink()
+
+    def _arrow(self, rows: Sequence[TableRow]) -> Any:
+        pa = require("pyarrow", "parquet")
+        kinds = [(name, pa.string() if name in ("label", "class_id") else pa.float32()) for name in self.fields]
+        columns = [(self.key, pa.string()), *kinds, ("top", pa.list_(pa.struct(kinds)))]
+        columns += [(UNKNOWN_SCORE, pa.float32())] * (self.unknown_label is not None)
+        columns += [(ACCEPTED, pa.bool_())] * self.accepted
+        return pa.Table.from_pylist([*map(self._record, rows)], schema=pa.schema([*columns, ("error", pa.string())]))
+
+    def _record(self, row: TableRow) -> dict[str, Any]:
+        """The values of the columns; those that are left out are null."""
+        top = [dict(zip(self.fields, values, strict=True)) for values in row.classes]
+        return {**(top[0] if top else {}), "top": top or None, **row.values(self.key, self.unknown_label)}
 
 
-def read_csv(file: TextIO) -> Iterator[Labelled]:
-    """The rows of a CsvTable."""
-    for row in csv.DictReader(file):
-        path, label, error = (recovered(row.get(name) or "") for name in ("path", "label", "error"))
-        probability, score = (float(row.get(name) or "nan") for name in ("probability", UNKNOWN_SCORE))
-        accepted = {"true": True, "false": False}.get((row.get(ACCEPTED) or "").lower())
-        yield Labelled(path, label, probability, score, error, accepted)
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:.4f}" if isinstance(value, float) else escaped(value or "")
 
 
-def read_table(out: Path) -> Iterator[Labelled]:
-    """The rows of a file, numbers with the 4 digits of CSV."""
-    if out.suffix == ".csv":
-        with out.open(encoding="utf-8", newline="") as file:
-            yield from read_csv(file)
-        return
-    with require("pyarrow.parquet", "parquet").ParquetFile(out) as table:
-        wanted = ("path", "label", "probability", UNKNOWN_SCORE, "error", ACCEPTED)
-        names = [name for name in wanted if name in table.schema_arrow.names]
-        for row in (row for batch in table.iter_batches(columns=names) for row in batch.to_pylist()):
-            numbers = (row.get(name) for name in ("probability", UNKNOWN_SCORE))
-            probability, score = (math.nan if number is None else round(number, 4) for number in numbers)
-            yield Labelled(row["path"], row["label"] or "", probability, score, row["error"] or "", row.get(ACCEPTED))
+def read_table(source: Path | TextIO) -> Iterator[Labelled]:
+    """The rows of a file, or of CSV text; numbers with the 4 digits of CSV."""
+    for row in _read(source):
+        path, label, error = (row.get(name) or "" for name in ("path", "label", "error"))
+        numbers = (row.get(name) for name in ("probability", UNKNOWN_SCORE))
+        probability, score = (math.nan if number in (None, "") else round(float(number), 4) for number in numbers)
+        yield Labelled(path, label, probability, score, error, _ACCEPTED.get(row.get(ACCEPTED)))
+
+
+def _read(source: Path | TextIO) -> Iterator[dict[str, Any]]:
+    if not isinstance(source, Path):
+        for row in csv.DictReader(source):
+            yield {name: recovered(text or "") for name, text in row.items()}
+    elif source.suffix == ".csv":
+        with source.open(encoding="utf-8", newline="") as file:
+            yield from _read(file)
+    else:
+        with require("pyarrow.parquet", "parquet").ParquetFile(source) as table:
+            for batch in table.iter_batches():
+                yield from batch.drop_columns(["top"]).to_pylist()

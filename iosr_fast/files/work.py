@@ -8,37 +8,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.engine_folder import ENGINE_KIND
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.files import embedding_files
-from iosr_fast.files.embedding_files import Part
-from iosr_fast.files.reader import Reader
-from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, TableRow, count, row_of
+from iosr_fast.files.embedding_files import KIND, Part, encode_part
+from iosr_fast.files.joint import check_joint, classify_jointly
+from iosr_fast.files.stream import Reader, ReadOptions
+from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, TableRow, row_of
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, predict_any
 from iosr_fast.sealed.manifest import read_manifest
 from iosr_fast.store.bundle import Saved, load_saved
 from iosr_fast.store.head_files import fingerprint
+from iosr_fast.utils.progress import say
 
-Predictions: TypeAlias = Sequence[Answered]
 
+class Counts(NamedTuple):
+    """How many `images` there are, how many of them are unreadable, how many belong to none of the classes, and how
+    many labels are accepted."""
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How images are read; None leaves the choice to Reader.of."""
-
-    batch: int | None = None
-    runtime: str = "auto"
-    threads: int | None = None
-    skip_bad: bool = False
+    images: int
+    errors: int = 0
+    rejected: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,13 @@ class Embed:
 
     Of each work `kind` is the manifest's, `verb` names it in a bar, and `readable` is its word for readable images.
     `facts` (JSON values) determine the parts beside the images. `use` gives the result of a batch, in several threads
-    at once; `write` makes a part of the results of its batches, where `errors` say why an image can't be read, and
-    returns how many images are rejected and how many labels accepted.
+    at once; `encode` gives the bytes of a part by the results of its batches, and how many images are rejected and how
+    many labels accepted: `errors` say why an image can't be read, `first` is whether it is the first part.
     """
 
     folder: str
     dtype: str = "float32"
-    decoder: str = "cpu-exact"
-    kind: ClassVar[str] = embedding_files.KIND
+    kind: ClassVar[str] = KIND
     verb: ClassVar[str] = "embed"
     readable: ClassVar[str] = "embedded"
     suffix: ClassVar[str] = ".safetensors"
@@ -68,35 +66,34 @@ class Embed:
 
     def open(self, options: ReadOptions) -> Reader:
         encoder = open_engine(self.folder, options.runtime, threads=options.threads)
-        chosen = options.batch, options.skip_bad, options.threads
-        return Reader.of(encoder, Path(self.folder), True, *chosen, self.decoder)
+        return Reader(encoder, Path(self.folder), True, options)
 
     def use(self, embeddings: Embeddings) -> Embeddings:
         return embeddings.to_numpy()
 
-    def write(
-        self, path: Path, keys: list[str], results: list[Embeddings], errors: list[str | None]
-    ) -> tuple[int, int]:
+    def encode(
+        self, keys: list[str], results: list[Embeddings], errors: list[str | None], first: bool
+    ) -> tuple[bytes, int, int]:
         readable = np.flatnonzero([error is None for error in errors])
         rows = {}
         for name in ("plain", "adapted")[: 1 + self.facts["adapted"]]:
             rows[name] = np.full((len(keys), self.facts["width"]), np.nan, self.dtype)
             if results:
                 rows[name][readable] = np.concatenate([getattr(result, name) for result in results])
-        embedding_files.write_part(path, Part(keys, Embeddings(rows["plain"], rows.get("adapted")), errors))
-        return 0, 0
+        return encode_part(Part(keys, Embeddings(rows["plain"], rows.get("adapted")), errors)), 0, 0
 
 
 @dataclass(frozen=True)
 class Classify:
     """Predictions of the classifier in a folder, with the `top` classes of each image, as a table of this `form`; the
-    parts of a folder ("parts") also have the parts of the logit. Rejected pictures have the label of `abstention`."""
+    parts of a folder ("parts") also have the parts of the logit. Rejected pictures have the label of `abstention`.
+    `joint` classifies all images together, in one part."""
 
     folder: str
     form: Literal["csv", "parquet", "parts"] = "csv"
     top: int = 1
-    decoder: str = "cpu"
     abstention: Abstention = NONE_WITHHELD
+    joint: bool = False
     kind: ClassVar[str] = "classifications"
     verb: ClassVar[str] = "classify"
     readable: ClassVar[str] = "classified"
@@ -112,12 +109,12 @@ class Classify:
     def check(self, single_label: bool = False) -> None:
         """Raise IosrFastError, before an image is read, for what this classifier can't do; with `single_label` for
         one of several labels a picture."""
-        if single_label or self.form != "csv" or self.top > 1 or self.abstention != NONE_WITHHELD:
+        if single_label or self.joint or self.form != "csv" or self.top > 1 or self.abstention != NONE_WITHHELD:
             single = self.head.require_single_label(
                 "a table with --joint, --reject-unknown, --max-error, --html, --top or in another format than CSV",
                 "leave these out, and give a .csv file for --out, or none",
             )
-            self.abstention.check(single)
+            check_joint(single, self.abstention, self.joint)
 
     @cached_property
     def table(self) -> CsvTable | ParquetTable:
@@ -147,26 +144,30 @@ class Classify:
             "unknown_label": self.abstention.label,
             "keep": self.abstention.keep,
             "max_error": self.abstention.max_error,
+            "joint": self.joint,
         }
 
     def open(self, options: ReadOptions) -> Reader:
         fit = self.bundle.open(options.runtime, options.threads, 1)
-        chosen = options.batch, options.skip_bad, options.threads
-        return Reader.of(fit.encoder, fit.clip.engine, fit.settings.exif_orientation, *chosen, self.decoder)
+        return Reader(fit.encoder, fit.clip.engine, fit.settings.exif_orientation, options)
 
-    def use(self, embeddings: Embeddings) -> Predictions:
-        return predict_any(self.head, embeddings, self.top, self.abstention)
+    def use(self, embeddings: Embeddings) -> Embeddings | Sequence[Answered]:
+        return embeddings.to_numpy() if self.joint else predict_any(self.head, embeddings, self.top, self.abstention)
 
-    def write(
-        self, path: Path, keys: list[str], results: list[Predictions], errors: list[str | None]
-    ) -> tuple[int, int]:
-        predictions = chain.from_iterable(results)
-        rows = [
-            row_of(key, next(predictions), self.table.fields) if error is None else TableRow(key, error=error)
-            for key, error in zip(keys, errors, strict=True)
-        ]
-        self.table.save(path, self.table.group(rows))
-        return count(rows)
+    def encode(
+        self, keys: list[str], results: list[Any], errors: list[str | None], first: bool
+    ) -> tuple[bytes, int, int]:
+        readable = [key for key, error in zip(keys, errors, strict=True) if error is None]
+        if self.joint:
+            queries = Embeddings.concatenate(results) if results else None
+            together = classify_jointly(self.head.require_single_label("joint"), queries, self.abstention)
+            say(together.joint.summary())
+            made = together.rows(readable, self.top)
+        else:
+            made = map(row_of, readable, chain.from_iterable(results), repeat(self.table.fields))
+        rows = [TableRow(key, error=error) if error else next(made) for key, error in zip(keys, errors, strict=True)]
+        rejected = sum(row.unknown is not None and row.unknown.rejected for row in rows)
+        return self.table.encode(rows, first), rejected, sum(bool(row.accepted) for row in rows)
 
 
 Work: TypeAlias = Embed | Classify

@@ -11,7 +11,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.methods.conformal import CALIBRATION, COVERAGE, counted_as, images_needed
-from iosr_fast.methods.folds import make_folds, near_support
+from iosr_fast.methods.folds import NearSupport, make_folds
 from iosr_fast.methods.look_alikes import find_look_alikes
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 
@@ -29,7 +29,7 @@ class Calibration(NamedTuple):
 def calibration_of(support: SupportSet, uids: Sequence[int], given: Examples, look_alikes: bool) -> Calibration:
     """What of the images `given` is new to a support set of the classes `uids`. Repeated images, those of one group
     and, with `look_alikes`, those that look alike are a unit, as in folds.make_folds."""
-    near = near_support(support, given.embeddings.plain)
+    near = NearSupport(support)(given.embeddings.plain)
     labels = np.searchsorted(np.array(uids), given.class_ids)
     rows = np.flatnonzero(~near)[np.argsort(labels[~near], kind="stable")]
     images = given.embeddings[rows]

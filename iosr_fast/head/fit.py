@@ -141,6 +141,8 @@ def fit_head(
     if label_sets is None:
         examples = examples.sorted_by_class()
         support = examples.as_support(range(len(names)), text, tau)
+        if options.tune != "none":
+            support.check_memory()
         fit = options.fit(support)
         head = Head.first(names, text, tau, examples, fit.config, fit.reducer, unknown_images=unknown_images)
         return head.with_computed(support=support, plan=fit.plan)

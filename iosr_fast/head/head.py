@@ -22,7 +22,7 @@ from iosr_fast.head.labels import class_ids
 from iosr_fast.methods.automation import least_odds
 from iosr_fast.methods.config import Config, Evidence, wilson
 from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, log_odds_of_largest, of_logits
-from iosr_fast.methods.folds import Folds, make_folds
+from iosr_fast.methods.folds import Folds, NearSupport, make_folds
 from iosr_fast.methods.log_loss import refit_factor
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
@@ -129,6 +129,10 @@ class HeadData:
         self.plan  # noqa: B018
         return self
 
+    def with_promises(self) -> Self:
+        """The same head, after computing its plan and what promises rest on, if it makes any."""
+        return self.compiled()
+
     def score(self, embeddings: Embeddings, check: bool = True) -> np.ndarray:
         """Logits (B, C) float32; embeddings on a GPU are scored there. `check` is that of scoring.score."""
         return as_numpy(score(self.plan, embeddings, check=check))
@@ -205,7 +209,14 @@ class Head(HeadData):
             return evidence
         return msgspec.structs.replace(evidence, stale=True)
 
-    # What left-out support images answer, each at its first use
+    # What left-out support images answer, each at its first use, and of heads that serve before it
+
+    def with_promises(self) -> Self:
+        """The same head, after computing its plan and all that `keep` and `max_error` rest on: in seconds with
+        thousands of support images."""
+        self.doubts  # noqa: B018  # by the left-out labels
+        self.unknown.score(self.examples.embeddings[:1])  # fits the models of its scores
+        return self.compiled()
 
     @cached_property
     def look_alikes(self) -> LookAlikes | None:
@@ -223,6 +234,11 @@ class Head(HeadData):
     def folds(self) -> Folds:
         """Which support images are left out together in all that is promised and reported."""
         return make_folds(self.support, None if self.look_alikes is None else self.look_alikes.groups)
+
+    @cached_property
+    def near_support(self) -> NearSupport:
+        """Finds near duplicates of the support images."""
+        return NearSupport(self.support)
 
     @cached_property
     def out_of_fold(self) -> OutOfFold:

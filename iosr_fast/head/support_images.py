@@ -51,7 +51,7 @@ class SupportSettings:
     seed       the views of an image are drawn from a hash of its pixels and this seed
     single     whether a single view is kept beside the mean of several: the query of leave-one-out
     templates  prompts for class names; None: the CLIP's own; (): none, classes have descriptions
-    thumbnail  longer side in pixels of the stored picture; 0 stores none
+    thumbnail  longer side in pixels of the stored picture, at most; 0 stores none
     exif_orientation  whether images are turned upright by EXIF, queries too. False is the default of bundles without
                this field; a fit sets it.
     """
@@ -196,7 +196,7 @@ def _prepare_all(
         place = _place_of(i, source)
         try:
             with pil if hasattr(source, "getbands") else nullcontext():
-                image = open_image(source, i, views.exif_orientation)
+                image = open_image(source, i, views.exif_orientation, geometry)
         except BadImageError as error:
             return place, error
         digest = hashlib.sha256(image.tobytes()).digest()

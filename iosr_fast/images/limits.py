@@ -20,6 +20,7 @@ DAMAGED = "its headers are damaged, truncated or far too many"
 # Markers of JPEG frame headers, which hold the size: C0 to CF without DHT, JPG and DAC.
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
+_RESIZED = 100_000_000
 _BEFORE_FRAME = 400  # segments and fill bytes; files of cameras have up to a hundred segments
 
 
@@ -28,7 +29,8 @@ class DecodeLimits:
     """Bounds of one image; None: no limit.
 
     max_bytes            encoded
-    max_pixels           of the image, and of what resizing makes of it
+    max_pixels           of the image, and of what resizing makes of it; without a limit resizing may make 100 million,
+                         or as many as the image has
     max_pixels_together  of all images above 16 million pixels that are decoded at the same time
     timeout_s            CPU seconds for decoding one, or twice as long by the clock; enforced in a process only
     """
@@ -47,13 +49,15 @@ class DecodeLimits:
     def size_error(self, size: Size, geometry: Geometry) -> str:
         """Why an image of `size`, which becomes pixels by `geometry`, is refused; "" if it is not."""
         width, height = size
-        if self.max_pixels is None:
-            return ""
-        if width * height > self.max_pixels:
-            return f"expected at most {self.max_pixels} pixels, got {width} x {height}; send a smaller one"
-        if min(size) > 0 and work_pixels(size, geometry) > self.max_pixels:
+        most = max(_RESIZED, width * height) if self.max_pixels is None else self.max_pixels
+        if width * height > most:
+            return f"expected at most {most} pixels, got {width} x {height}; send a smaller one"
+        if min(size) > 0 and work_pixels(size, geometry) > most:
             return f"aspect ratio too extreme ({width} x {height}); crop the image"
         return ""
+
+
+UNLIMITED = DecodeLimits(max_pixels=None)  # for images of the caller's own
 
 
 def image_kind(data: EncodedBytes) -> str:
@@ -73,8 +77,8 @@ def claimed_size(data: EncodedBytes) -> Size | None:
 
 
 def work_pixels(size: Size, geometry: Geometry) -> int:
-    """Pixels of the largest picture on the way from `size` to the geometry's: the image itself, the image resized in
-    one direction (Pillow resizes rows first, and EXIF may have turned it), or the resized one."""
+    """A bound of the pixels of each picture on the way from `size` to the geometry's: the image, what is resized in one
+    direction (EXIF may turn it), and in both."""
     (width, height), (columns, rows) = size, geometry.resized(*size)
     return max(width * height, columns * height, width * rows, columns * rows)
 

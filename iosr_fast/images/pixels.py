@@ -4,9 +4,9 @@ formats       FORMATS, AVIF, and HEIC if pillow-heif is installed; Pillow's othe
               suffix of a file
 frames        the first one
 orientation   EXIF's, unless the caller asks for pixels as stored; an unreadable EXIF block is ignored
-16-bit grey   value / 257: the whole range of the type, so that 65,535 is white; value / (2^n - 1) * 255 where the file
-              says that n bits are used (deep_grey.py)
-16-bit colour the high byte, which is all that Pillow gives; files that say they use 12 bits or fewer are refused
+16-bit grey   value / 257, so that 65,535 is white; value / (2^n - 1) * 255 where the file says that it uses n bits; a
+              file that says nothing and fits in 12 bits is refused (deep_grey.py)
+16-bit colour the high byte, which is all that Pillow gives; what lies in the low 12 bits is refused
 integers      of 32 bits: from 0 to 65,535 as 16-bit ones; other ranges are refused
 floats        in [0, 1]: times 255; larger ones up to 255: as levels; other ranges and infinite values are refused
 transparency  composited on white: alpha channels, transparent palette entries and colours
@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError, MissingPackageError
-from iosr_fast.images.deep_grey import check_deep_colour, grey_levels, png_significant_bits
+from iosr_fast.images.deep_grey import check_deep_colour, grey_levels, png_bits
 from iosr_fast.utils.numbers import refuse_masked
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VERSION = 3  # increases when the pixels of a file change; caches of derived data depend on it
+VERSION = 4  # increases when the pixels of a file change; caches of derived data depend on it
 # JPEG includes phones' files with a second picture (MPO); PPM includes PGM, PBM and PNM.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # The first box of an ISO base media file has its brands: https://mp4ra.org/registered-types/brands
@@ -42,6 +42,8 @@ _HEAD = 64  # bytes; enough for a first box with a dozen brands
 _DEEP = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})  # modes with more than 8 bits
 _ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _ORIENTATION = 0x0112  # a tag of EXIF
+# What turns pictures with the orientations 2 to 8 upright.
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 _CHANNELS = (1, 3, 4)
 
 
@@ -57,12 +59,10 @@ def opened(source: Path | bytes | bytearray | memoryview) -> Iterator[Image]:
             _register_heif()
         elif kind == "AVIF" and not features.check("avif"):
             raise MissingPackageError("this Pillow can't read AVIF; install one that can: pip install 'pillow>=11.3'")
-        bits = png_significant_bits(file)
+        bits = png_bits(file)
         file.seek(0)
         with Image.open(file, formats=FORMATS if kind is None else (kind,)) as image:
-            if isinstance(source, Path):
-                image.filename = str(source)  # named in warnings
-            image.significant_bits = bits  # type: ignore[attr-defined]
+            image.png_bits = bits  # type: ignore[attr-defined]
             yield image
 
 
@@ -92,33 +92,14 @@ def orientation_of(image: Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def turn(image: Image, orientation: int) -> Image:
-    """Turn an image stored with this EXIF orientation upright."""
-    from PIL.Image import Transpose
-
-    methods = (
-        Transpose.FLIP_LEFT_RIGHT,
-        Transpose.ROTATE_180,
-        Transpose.FLIP_TOP_BOTTOM,
-        Transpose.TRANSPOSE,
-        Transpose.ROTATE_270,
-        Transpose.TRANSVERSE,
-        Transpose.ROTATE_90,
-    )
-    return image if orientation == 1 else image.transpose(methods[orientation - 2])
-
-
 def upright_rgb(image: Image, exif_orientation: bool = True) -> Image:
     """A PIL image as RGB, loaded, and turned upright unless `exif_orientation` is False. Raises ValueError for values
     outside the known ranges."""
+    from PIL.Image import Transpose
+
     image.load()
-    return turn(to_rgb(image), orientation_of(image) if exif_orientation else 1)
-
-
-def is_plain(image: Image) -> bool:
-    """Whether an image is 8-bit RGB or grey without transparency."""
-    deep = getattr(image, "significant_bits", None) is not None
-    return image.mode in ("RGB", "L") and not deep and "transparency" not in image.info
+    rgb, orientation = to_rgb(image), orientation_of(image) if exif_orientation else 1
+    return rgb if orientation == 1 else rgb.transpose(Transpose[_TURNS[orientation - 2]])
 
 
 def to_rgb(image: Image) -> Image:

@@ -185,23 +185,26 @@ def group_near_duplicates(support: SupportSet) -> np.ndarray:
     return groups
 
 
-def near_support(support: SupportSet, plain: np.ndarray, more: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """(B,) bool: the plain embeddings (B, D) of images that are near duplicates of a support image of any class, or of
-    one of `more` embeddings (D,), and so say little about new images. The usual distance is that of the median class;
-    without a class of two images, only equal rows are near.
-    """
-    rows = image_rows(support.embeddings, "plain", None)
-    keys = np.concatenate([rows, *(row[None] for row in more)])
-    if not len(keys):
-        return np.zeros(len(plain), bool)
-    nearest = [(plain[block] @ keys.T).max(1) for block in blocks(len(plain), _BLOCK)]
-    near: np.ndarray = 1.0 - np.concatenate([np.zeros(0), *nearest]) <= _limit(rows, support)
-    return near
+class NearSupport:
+    """Finds near duplicates of support images of any class, which say little about new images. The usual distance is
+    that of the median class; without a class of two images, only equal rows are near."""
+
+    def __init__(self, support: SupportSet) -> None:
+        self._rows = image_rows(support.embeddings, "plain", None)
+        self._limit = _limit(self._rows, support)
+
+    def __call__(self, plain: np.ndarray, more: Sequence[np.ndarray] = ()) -> np.ndarray:
+        """(B,) bool: which plain embeddings (B, D) are near a support image, or one of `more` embeddings (D,)."""
+        near = np.zeros(len(plain), bool)
+        for keys in (self._rows, np.array(more)):
+            for block in blocks(len(plain), _BLOCK) if len(keys) else ():
+                near[block] |= 1.0 - (plain[block] @ keys.T).max(1).astype(float) <= self._limit
+        return near
 
 
 def near_pairs(rows: np.ndarray, support: SupportSet) -> list[tuple[int, int, float]]:
     """The pairs (first, second, cosine) of support images, of any classes, whose `rows` (N, D) are near duplicates, as
-    near_support has them; the nearest pair first."""
+    NearSupport has them; the nearest pair first."""
     limit = _limit(rows, support)
     pairs = list[tuple[int, int, float]]()
     for block in blocks(len(rows), _BLOCK):

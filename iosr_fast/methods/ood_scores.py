@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -80,6 +81,12 @@ class OodScores:
             self.models.append(NearestKeyModel(images, which))
             if REGRESSION in names:
                 self.models.append(RidgeModel(images, which, None, BETA, RIDGE, label_weight=1.0, text_weight=0.0))
+
+    def kept(self) -> OodScores:
+        """The same scores, fitted, by models that hold nothing but what queries need."""
+        made = copy.copy(self)
+        made.models = [model.kept() for model in self.models]
+        return made
 
     def __call__(self, queries: Embeddings) -> np.ndarray:
         parts = [self._of_block(queries[block]) for block in blocks(len(queries), _ROWS)]

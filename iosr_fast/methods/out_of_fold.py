@@ -127,7 +127,7 @@ class HeldOut:
         """(V, C): the sum of weighted terms, at the spread that they have in use, so that weights and probabilities of
         the classifier in use fit them."""
         total = np.zeros((len(self.labels), self.support.n_classes))
-        for weight, model in terms:
+        for weight, model in terms if len(total) else ():
             part = self.part(model)
             total += weight * (part.logits * (part.spread_full / part.spread_left_out))
         return total

@@ -11,6 +11,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.utils.machine import usable_memory
 
 # Logits are float32 sums: a difference of at most this share of them may be mere rounding.
 ROUNDING = 64 * float(np.finfo(np.float32).eps)
@@ -59,7 +60,18 @@ class SupportSet:
     @property
     def one_hot(self) -> np.ndarray:
         """(N, C) float64, the labels as an indicator."""
+        self.check_memory()
         return np.eye(self.n_classes)[self.labels]
+
+    def check_memory(self) -> None:
+        """Raise IosrFastError where (N, C) numbers, as the logits of all images are, take more memory than there is."""
+        images, needed = len(self.embeddings), 8 * len(self.embeddings) * self.n_classes
+        if needed > (usable := usable_memory()):
+            raise IosrFastError(
+                f"expected support images whose logits, float64, fit into {usable / 2**30:.1f} GiB of memory, got "
+                f"{images:,} images of {self.n_classes:,} classes, whose logits take {needed / 2**30:.1f} GiB: give "
+                "fewer, or name a method that needs none with tune='none', like method='tip-adapter'"
+            )
 
     @property
     def as_queries(self) -> Embeddings:

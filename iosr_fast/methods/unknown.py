@@ -91,7 +91,13 @@ class Unknown:
     def calibrated_on(self, images: Embeddings, units: np.ndarray) -> Unknown:
         """The same scores, whose promises rest on these images of the classes; `units` as of folds.Folds."""
         familiarity = -self.score(images)
-        return replace(self, left_out=familiarity, counted=unit_weights(units, familiarity), basis=CALIBRATION)
+        made = replace(self, left_out=familiarity, counted=unit_weights(units, familiarity), basis=CALIBRATION)
+        return made._scored_by(self.scorer)
+
+    def _scored_by(self, scorer: OodScores) -> Unknown:
+        """The same, with a scorer that is fitted already."""
+        vars(self)["scorer"] = scorer
+        return self
 
     def rejects(self, queries: Embeddings, keep: float = KEEP) -> np.ndarray:
         """(B,) bool, the pictures that are rejected. Raises IosrFastError as `threshold`, before anything is scored."""
@@ -140,16 +146,16 @@ def fit_unknown(support: SupportSet, folds: Folds, adapted: bool = False, unknow
     if not len(first.rows):
         none = np.zeros(0)
         return Unknown(support, all_names, _alone(all_names), 0.0, none, none, float("nan"), unscored, unknown)
-    values = OodScores(support, names).without(first)
+    scorer = OodScores(support, all_names, unknown)
+    values = scorer.without(first)
     groups = list(_halves(support, folds, names))
     weights = (_weights(groups) if groups else _alone(names)) / _deviations(values)
     familiarity = values @ weights
     if unknown is not None and all_names != names:
-        scorer = OodScores(support, all_names, unknown)
         weights, familiarity = _with_unknown(scorer, weights, familiarity, support.as_queries[first.rows], unknown)
     deviation = float(familiarity.std()) or 1.0
     bias = -float(familiarity.mean()) / deviation
-    return Unknown(
+    made = Unknown(
         support,
         all_names,
         weights / deviation,
@@ -160,6 +166,7 @@ def fit_unknown(support: SupportSet, folds: Folds, adapted: bool = False, unknow
         unscored=unscored,
         unknown_images=unknown,
     )
+    return made._scored_by(scorer.kept())
 
 
 def _with_unknown(

@@ -7,6 +7,7 @@ releases the lock when the process ends: an unlocked one is a leftover of a kill
 from __future__ import annotations
 
 import atexit
+import fcntl
 import logging
 import os
 import re
@@ -39,7 +40,8 @@ def cache_folder() -> Path:
 def in_cache(*names: str) -> Path:
     """The place of these names in the cache: a file or folder that is there, or one that can be made.
 
-    Where nothing can be made, the place is in a temporary folder of this process, with a warning.
+    What killed writers left beside a place that is not there is removed. Where nothing can be made, the place is in a
+    temporary folder of this process, with a warning.
     """
     place = cache_folder().joinpath(*names)
     if place.exists() and names:
@@ -47,6 +49,7 @@ def in_cache(*names: str) -> Path:
     try:
         folder = place.parent if names else place
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         with tempfile.TemporaryFile(dir=folder):
             return place
     except OSError as error:
@@ -93,7 +96,11 @@ def new_file(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` for its writer, removed at the end; those of killed writers are removed first."""
+    """An empty folder beside `target` for its writer, which removes it at the end, and not in a fork.
+
+    Those of killed writers are removed first.
+    """
+    process = os.getpid()
     remove_leftovers(target.parent, of=re.escape(target.name))
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -105,7 +112,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_own(folder, process)
         unlock(lock)
 
 
@@ -132,10 +139,6 @@ def remove_leftovers(folder: Path, of: str = ".+") -> None:
 
 def lock_folder(folder: Path) -> int | None:
     """A descriptor that locks `folder`; None where folders can't be locked. Raises BlockingIOError if it is locked."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,9 +164,8 @@ def sync_file(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk."""
-    if os.name == "posix":  # elsewhere a folder can't be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PurePosixPath
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.sealed.files import OLD, sync_file, sync_folder, temporary_folder
 from iosr_fast.sealed.manifest import MANIFEST
 from iosr_fast.sealed.outputs import check_writable
-from iosr_fast.sealed.verified_folder import folder_identity, open_verified
+from iosr_fast.sealed.verified_folder import open_below, read_below
 from iosr_fast.utils.text import abbreviate
 
 _NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of rename when the target name exists
-_AT_FDCWD, _EXCHANGE = -100, 2  # fcntl.h and stdio.h of Linux; RENAME_SWAP is 2 on macOS, too
+_AT_FDCWD, _EXCHANGE = -100, 2  # fcntl.h and stdio.h
 
 
 @contextmanager
@@ -57,37 +57,38 @@ def check_new_folder(out: Path, kind: str | None = None) -> None:
 
 
 def _refuse_replacing(folder: Path, kind: str | None) -> None:
-    while (before := folder_identity(folder, follow_symlinks=False)) is not None:
-        reason = _in_the_way(folder, kind)
-        if reason is None:
-            return
-        if folder_identity(folder, follow_symlinks=False) == before:
-            raise FileExistsError(f"{folder} exists and is not replaced: {reason}; choose another place, or remove it")
-        # Another writer replaced it meanwhile.
-
-
-def _in_the_way(folder: Path, kind: str | None) -> str | None:
-    """What in a folder must not be deleted, in words; None if nothing is."""
+    if not os.path.lexists(folder):
+        return
     try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        return f"it can't be listed as a folder ({error.strerror})"
-    if not names:
-        return None
+        read_below(folder, lambda directory: _check_replaceable(directory, folder, kind))
+    except FileNotFoundError:  # another writer has just renamed it
+        return
+    except (IosrFastError, OSError) as error:
+        reason = f"it can't be listed as a folder ({error.strerror})" if isinstance(error, OSError) else error
+        raise FileExistsError(
+            f"{folder} exists and is not replaced: {reason}; choose another place, or remove it"
+        ) from error
+
+
+def _check_replaceable(directory: int, folder: Path, kind: str | None) -> None:
+    """Raise IosrFastError for what must not be deleted in the folder with this descriptor."""
+    if not (names := sorted(os.listdir(directory))):
+        return
     if kind is None:
-        return f"it is not empty but holds {abbreviate(names)}"
+        raise IosrFastError(f"it is not empty but holds {abbreviate(names)}")
     if MANIFEST not in names:
-        return f"it holds files that iosr_fast did not write, {abbreviate(names)}"
+        raise IosrFastError(f"it holds files that iosr_fast did not write, {abbreviate(names)}")
     try:
-        held = open_verified(folder, kind)
+        held = open_below(directory, folder, kind)
         held.check()
-        present = list(folder.rglob("*"))
     except (ValueError, OSError) as error:
-        return f"it is no complete {kind} of iosr_fast ({error})"
-    ours = {folder / name for name in (MANIFEST, *held.files)}
+        raise IosrFastError(f"it is no complete {kind} of iosr_fast ({error})") from error
+    ours = {PurePosixPath(name) for name in (MANIFEST, *held.files)}
     ours |= {parent for path in ours for parent in path.parents}
-    others = sorted(str(path.relative_to(folder)) for path in present if path not in ours)
-    return f"it holds other files than those of the {kind}, {abbreviate(others)}" if others else None
+    walked = os.fwalk(dir_fd=directory)
+    present = {PurePosixPath(top, name) for top, *names, _ in walked for name in chain(*names)}
+    if others := sorted(map(str, present - ours)):
+        raise IosrFastError(f"it holds other files than those of the {kind}, {abbreviate(others)}")
 
 
 def _rename(made: Path, target: Path, kind: str | None) -> None:
@@ -116,23 +117,12 @@ def _rename(made: Path, target: Path, kind: str | None) -> None:
 def exchange(one: Path, other: Path) -> bool:
     """Swap two names of one file system atomically.
 
-    Returns False, with nothing changed, where that is impossible: other systems than Linux and macOS, an old C library,
-    a file system without support, a missing name.
+    Returns False, with nothing changed, where that is impossible: other systems than Linux, an old C library, a file
+    system without support, a missing name.
     """
-    swap = _swap()
-    return swap is not None and swap(os.fsencode(one), os.fsencode(other)) == 0
-
-
-@functools.cache
-def _swap() -> Callable[[bytes, bytes], int] | None:
-    try:
-        library = ctypes.CDLL(None)
-        if sys.platform == "darwin":
-            return lambda one, other: library.renamex_np(one, other, ctypes.c_uint(_EXCHANGE))
-        renameat2 = library.renameat2
-    except (OSError, TypeError, AttributeError):
-        return None
-    return lambda one, other: renameat2(_AT_FDCWD, one, _AT_FDCWD, other, ctypes.c_uint(_EXCHANGE))
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    places = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other)
+    return renameat2 is not None and renameat2(*places, ctypes.c_uint(_EXCHANGE)) == 0
 
 
 def _sync_tree(folder: Path) -> None:

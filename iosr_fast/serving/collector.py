@@ -15,7 +15,6 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import predict
-from iosr_fast.methods.folds import near_support
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving import check_sample
 from iosr_fast.serving.check_sample import CheckSample
@@ -130,7 +129,7 @@ class Collector:
         if prediction.accepted:
             return ""
         name = picture_name(image)
-        if name in self._folder.pictures() or near_support(head.support, embeddings.plain, self._kept)[0]:
+        if name in self._folder.pictures() or head.near_support(embeddings.plain, self._kept)[0]:
             return "near duplicate"
         if not self._make_room(1):
             return "left out"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 
 class Shares:
     """How much each client holds of `limit`, and whether it may take more. For one thread.
@@ -19,10 +17,6 @@ class Shares:
     def held(self, client: str) -> float:
         return self._held.get(client, 0.0)
 
-    def holders(self) -> Iterable[tuple[str, float]]:
-        """Each client that holds something, and how much."""
-        return self._held.items()
-
     def fits(self, client: str, amount: float) -> bool:
         """Whether the client would hold no more than is left free after it takes `amount`."""
         return self.held(client) + amount <= self.limit - self.used - amount
@@ -35,14 +29,12 @@ class Shares:
         return fits
 
     def add(self, client: str, amount: float) -> None:
-        """Take `amount`, whether it fits or not."""
+        """Take `amount`, whether it fits or not; a negative one is returned."""
         self.used += amount
-        if amount:
-            self._held[client] = self.held(client) + amount
+        held = self._held.pop(client, 0.0) + amount
+        if held > 0:
+            self._held[client] = held
 
     def give(self, client: str, amount: float) -> None:
         """Return `amount` that the client holds."""
-        self.used -= amount
-        left = self._held.pop(client, 0.0) - amount
-        if left > 0:
-            self._held[client] = left
+        self.add(client, -amount)

@@ -1,8 +1,8 @@
 """Six changes of a Head as data: each makes the next head of one, and is a record of the log.
 
 A change is checked where it is applied, so that one that is read from a file is checked as one that a caller makes.
-None encodes an image or compiles a plan: the writer compiles before it publishes the head (store.Store), so that a log
-of many changes is replayed at the cost of one.
+None encodes an image or compiles a plan: the writer does before it publishes the head (store.Store), so that a log of
+many changes is replayed at the cost of one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.sealed.schema import Natural, Strict
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
+# What is computed of a head and knows no names of classes.
+NAMELESS = ("support", "plan", "look_alikes", "folds", "out_of_fold", "left_out_labels", "calibration", "unknown")
 _ARRAYS = ("text", "plain", "adapted", "query_plain", "query_adapted")
 
 
@@ -63,7 +65,7 @@ class Change:
     config: Config | None = None
 
     def apply(self, head: Head) -> Head:
-        """The next version of the head, its plan not compiled yet; another name without another text keeps the plan.
+        """The next version of the head, its plan not compiled yet; another name without another text keeps NAMELESS.
 
         Raises ValueError for a change that does not fit the head: an unknown class or image, a name that is none or
         taken, embeddings of another form, fewer than two classes, a method that would lack what it needs.
@@ -119,8 +121,9 @@ class Change:
         )
         if (reason := unavailable_reason(config.method, made.support)) is not None:
             raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
-        keeps_plan = self.op == "rename_class" and self.text is None
-        return made.with_computed(plan=head.computed("plan")) if keeps_plan else made
+        if self.op != "rename_class" or self.text is not None:
+            return made
+        return made.with_computed(**{name: head.computed(name) for name in NAMELESS})
 
     def _examples(self, head: Head) -> Examples:
         """The images of the head and the added ones. Raises ValueError unless these are numbered after those, of the

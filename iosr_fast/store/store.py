@@ -10,6 +10,7 @@ from pathlib import Path
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head
+from iosr_fast.head.predictions import AnyHead
 from iosr_fast.store.change_log import ChangeLog
 from iosr_fast.store.changes import Change, ChangeResult
 from iosr_fast.utils.estimator import not_fitted
@@ -22,13 +23,14 @@ class Store:
 
     `fit` is immutable and replaced in one step: whoever reads it once has a head and the encoder that belongs to it.
     Readers take no lock. Writers wait for one another (`change`); with a log, a change is on the disk before any
-    reader sees it.
+    reader sees it. What readers need of a head is computed by the writer, before it is published (`_ready`).
     """
 
     def __init__(self) -> None:
         self.fit: Fit | None = None
         self.log: ChangeLog | None = None
         self.lock = threading.Lock()
+        self._serves = False
 
     def fitted(self) -> Fit:
         """The fit. Raises NotFittedError before there is one."""
@@ -37,6 +39,16 @@ class Store:
             raise not_fitted("this Classifier is not fitted yet: call fit or fit_folder first")
         return fit
 
+    def serve_promises(self) -> None:
+        """As Classifier.serve_promises."""
+        with self.lock:
+            self._serves = True
+            self._ready(self.fitted().head)
+
+    def _ready(self, head: AnyHead) -> AnyHead:
+        """The head, with its plan, and where promises are served with what these rest on."""
+        return head.with_promises() if self._serves else head.compiled()
+
     def changeable(self, call: str) -> Fit:
         """The fit. Raises IosrFastError where its head takes no changes."""
         fit = self.fitted()
@@ -44,8 +56,8 @@ class Store:
         return fit
 
     def change(self, fit: Fit, make: Callable[[Head], Change]) -> ChangeResult:
-        """Apply a change to the newest version of `fit`, with which something was encoded before: compile the plan of
-        the new head, log the change, and publish the head. `make` makes the change for that version.
+        """Apply a change to the newest version of `fit`, with which something was encoded before: make the new head
+        ready, log the change, and publish the head. `make` makes the change for that version.
 
         Raises IosrFastError where another fit has taken its place, LogWriteError where the change can't be logged;
         then, as with any other error, it was not made.
@@ -61,7 +73,8 @@ class Store:
                 before = recovered
                 self.fit = current = replace(current, head=before)  # at once: this change may be refused
             change = make(before)
-            head = change.apply(before).compiled()
+            head = change.apply(before)
+            self._ready(head)
             if self.log is not None:
                 self.log.append(change, before, head)
             self.fit = replace(current, head=head)
@@ -76,6 +89,7 @@ class Store:
             self.check_no_log()
             if instead_of is not None and self.fit is not instead_of:
                 raise IosrFastError("the classifier has changed while images were encoded: repeat the call")
+            self._ready(fit.head)
             self.fit = fit
 
     def check_no_log(self) -> None:
@@ -97,7 +111,7 @@ class Store:
             fit = self.fitted()
             log, head = ChangeLog.open(path, fit.head.require_single_label("open_log", _REFIT))
             self.log = log
-            self.fit = replace(fit, head=head)
+            self.fit = replace(fit, head=self._ready(head))
 
     def close_log(self) -> None:
         """Close the log; later changes are not written."""

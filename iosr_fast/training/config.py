@@ -1,12 +1,18 @@
-"""Hyper-parameters of an adapter's training, its schedules, and the presets of `iosr-fast train-adapter`."""
+"""Hyper-parameters of an adapter's training, its schedules, and settings and presets of `iosr-fast train-adapter`."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.utils.text import did_you_mean
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -144,6 +150,57 @@ def _half_cosine(start: float, end: float, share: float) -> float:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What `iosr-fast train-adapter` trains; its option --settings is a JSON file of these fields.
+
+    The blocks from `first_adapted_block` on get an adapter of width `bottleneck`, whose output has the factor `scale`.
+    `held_out`: the share of each class that is measured after each epoch. `skip_missing` leaves out pictures without a
+    file. `checkpoint_minutes` lie between checkpoints; 0: after epochs only. `tensorboard` writes its events, too.
+    """
+
+    first_adapted_block: int
+    bottleneck: int
+    scale: float
+    held_out: Annotated[float, Meta(ge=0, le=0.5)] = 0.02
+    skip_missing: bool = False
+    checkpoint_minutes: Annotated[float, Meta(ge=0)] = 10.0
+    tensorboard: bool = False
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+    def changed(self, changes: Mapping[str, Any], source: str) -> Settings:
+        """These settings with some others, as JSON has them. Raises IosrFastError that names `source` and the field.
+
+        >>> Settings(8, 256, 0.1).changed({"training": {"epochs": 3}}, "a.json").training.epochs
+        3
+        """
+        try:
+            return msgspec.convert(_merged(msgspec.to_builtins(self), changes, "$"), Settings)
+        except msgspec.ValidationError as error:
+            raise IosrFastError(f"{source}: {error}") from error
+
+
+def _merged(values: dict[str, Any], changes: Mapping[str, Any], place: str) -> dict[str, Any]:
+    merged = dict(values)
+    for name, value in changes.items():
+        if name not in values:
+            raise msgspec.ValidationError(
+                f"{did_you_mean(name, values)}expected {', '.join(values)}, got {name!r} - at `{place}`"
+            )
+        inner = msgspec.to_builtins(DinoConfig()) if name == "dino" and values[name] is None else values[name]
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        merged[name] = _merged(inner, value, f"{place}.{name}") if both else value
+    return merged
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings in a file, to be given to `Settings.changed`. Raises IosrFastError for anything but JSON of some."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise IosrFastError(f"expected {file} to hold settings as a JSON object, got: {error}") from error
+
+
+@dataclass(frozen=True)
 class Preset:
     """The last `1 / part` of the blocks, rounded up to whole blocks, have an adapter."""
 
@@ -152,12 +209,13 @@ class Preset:
     scale: float
     training: TrainConfig
 
-    def first_adapted_block(self, blocks: int) -> int:
+    def settings(self, blocks: int) -> Settings:
         """
-        >>> PRESETS["fast", "supervised"].first_adapted_block(12)
+        >>> PRESETS["fast", "supervised"].settings(12).first_adapted_block
         8
         """
-        return blocks - -(-blocks // self.part)
+        first = blocks - -(-blocks // self.part)
+        return Settings(first, self.bottleneck, self.scale, training=self.training)
 
 
 # By name and objective. `fast` costs about one pass of the encoder, `paper` two; `demo` made the shipped adapter.

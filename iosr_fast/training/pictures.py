@@ -17,7 +17,7 @@ import torch
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.pixels import VERSION
-from iosr_fast.images.preprocess import open_image, resize_and_crop, to_pixels
+from iosr_fast.images.preprocess import decode_pixels, to_pixels
 from iosr_fast.utils.csv_text import recovered
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class _Decoded:
     def __getitem__(self, row: int) -> torch.Tensor | _Bad:
         path = Path(self.paths[row])
         try:
-            pixels = np.array(resize_and_crop(open_image(path, row), self.geometry))
+            pixels = np.array(decode_pixels(path, self.geometry, row))
         except BadImageError as error:
             return path, row, error.reason
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -179,7 +179,7 @@ def file_sources(
         if not skip_missing or len(missing) == len(paths):
             raise FileNotFoundError(
                 f"{len(missing)} of {len(paths)} pictures are missing, first {missing[0]}: correct the list, or leave "
-                "them out by --skip-missing"
+                "them out by skip_missing of --settings"
             )
         absent = set(missing)
         names = [name for name, path in zip(names, paths, strict=True) if path not in absent]

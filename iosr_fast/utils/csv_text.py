@@ -50,9 +50,8 @@ def check_columns(columns: Sequence[str], file: Path, needed: Sequence[str], hin
     """Raise IosrFastError for missing columns, and two of one name, of which csv.DictReader reads the last alone."""
     if missing := [name for name in needed if name not in columns]:
         wanted, add = (" and ".join(names) for names in (needed, missing))
-        raise IosrFastError(
-            f"expected the columns {wanted} in {file}, got {', '.join(columns) or 'no line'}; add {add}{hint}"
-        )
+        named = f"column{'s' * (len(needed) > 1)} {wanted}"
+        raise IosrFastError(f"expected the {named} in {file}, got {', '.join(columns) or 'no line'}; add {add}{hint}")
     if twice := [name for name, times in Counter(columns).items() if name and times > 1]:
         raise IosrFastError(f"expected columns of different names in {file}, got {abbreviate(twice)} more than once")
 

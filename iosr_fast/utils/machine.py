@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -63,6 +64,14 @@ def cpu_quota(memberships: Path = Path("/proc/self/cgroup"), root: Path = Path("
                 if quota not in ("max", "-1"):
                     least = min(least, int(quota) / int(period))
     return least
+
+
+def usable_memory() -> int:
+    """Bytes of memory of this machine, or of its container (a cgroup) where that may use less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return memory if text == "max" else min(memory, int(text))
 
 
 @dataclass(frozen=True)

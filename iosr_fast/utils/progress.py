@@ -1,10 +1,12 @@
-"""What a running command shows beside its results: a progress bar, unless `iosr-fast --quiet` is given."""
+"""What a running command shows beside its results: notes and a progress bar, unless `iosr-fast --quiet` is given."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from iosr_fast.exceptions import printable
 
 _quiet = False
 
@@ -18,6 +20,12 @@ def set_quiet(quiet: bool) -> None:
 def is_quiet() -> bool:
     """Whether `set_quiet` has turned notes, warnings and bars off."""
     return _quiet
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, `printable`, unless the process is quiet."""
+    if not _quiet:
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager

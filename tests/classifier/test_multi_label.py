@@ -18,13 +18,12 @@ from sklearn.metrics import average_precision_score
 from iosr_fast import score
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.files.classify import classify
-from iosr_fast.files.reader import Reader
+from iosr_fast.files.stream import Reader, ReadOptions
 from iosr_fast.files.tables import CsvTable, row_of
 from iosr_fast.files.work import Classify
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.images.decode import Decoder
+from iosr_fast.head.predictions import predict_any
 from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
@@ -118,10 +117,10 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
         assert [*found.values()] == sorted(found.values(), reverse=True)
         np.testing.assert_allclose([*found.values()], [row[NAMES.index(name)] for name in found], atol=1e-5)
     paths, head = [str(path) for path in results.paths], classifier.snapshot()
-    reader, table = Reader(classifier.encoder, Path("none"), Decoder(), 5, None, False), CsvTable(multi_label=True)
-    answered = chain.from_iterable(classify(head, reader, paths))
+    reader, table = Reader(classifier.encoder, Path("none"), True, ReadOptions(5)), CsvTable(multi_label=True)
+    answered = chain.from_iterable(reader.read(paths, partial(predict_any, head, top=1))[2])
     rows = [row_of(path, answer, table.fields) for path, answer in zip(paths, answered, strict=True)]
-    table.write(tmp_path / "out.csv", [table.group(rows)])
+    (tmp_path / "out.csv").write_bytes(table.encode(rows, first=True))
     again, labels, names, _ = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
     assert labels == answers.tolist() and [str(path) for path in again] == paths
     assert names == sorted(set().union(*answers))

@@ -166,7 +166,7 @@ def test_no_name_steers_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         ("classify", "nowhere", "a\x1b[2J.png"),
         ("fit", "a\x1b[2J", "--model", "demo", "--out", "out"),
         ("info", "a\x1b[2J"),
-        ("suggest", "a\x1b[2J", "nowhere", "-n", "1"),
+        ("suggest", "nowhere", "a\x1b[2J", "-n", "1"),
         ("a\x1b[2J",),
         ("--a\x1b[2J",),
         ("fit", "--a\x1b[2J"),

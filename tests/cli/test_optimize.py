@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.load import load_clip
 from iosr_fast.export.build import write_engine
 from iosr_fast.head import engine_judge
-from iosr_fast.sealed.files import cache_folder
 from tests.cli.runs import refused, run
 
 pytestmark = pytest.mark.slow
@@ -59,11 +57,6 @@ def plain(support: Path, demo_cache: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def leftovers() -> list[Path]:
-    """Of this process: other tests build in the same cache."""
-    return list(cache_folder().glob(f"optimize-{os.getpid()}-*"))
-
-
 def test_fit_chooses_an_engine(support: Path, tmp_path: Path) -> None:
     done = run("fit", support, "--model", "demo", "--out", tmp_path / "bundle", *GIVEN, "--views", 1)
     assert done.exit_code == 0 and ", chosen for latency on " in done.output, done.output
@@ -81,12 +74,12 @@ def test_fit_chooses_an_engine(support: Path, tmp_path: Path) -> None:
 def test_an_engine_of_optimize_lives_as_long_as_its_classifier(tmp_path: Path) -> None:
     pictures = load_pictures("held-out", min_styles=5)
     images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
-    before = leftovers()
     options = {"method": "tip-adapter++", "alpha": 3.0, "beta": 7.0, "views": 1}
     exact, classifier = (Classifier("demo", **options).fit(images, labels) for _ in range(2))
     choice = classifier.optimize(images, labels, objective="size")
     assert exact.engine_choice_ is None and choice.chosen.precision == "int8"
-    assert classifier.engine_.parent.name.startswith("optimize-") and leftovers() != before
+    built = classifier.engine_.parent
+    assert built.name.startswith(".optimize.") and built.is_dir()
     cosines = (classifier.support_.embeddings.plain * exact.support_.embeddings.plain).sum(1)
     assert 0.99 < cosines.min() < 1.0
     Image.fromarray(images[0]).save(tmp_path / "a.png")
@@ -94,7 +87,7 @@ def test_an_engine_of_optimize_lives_as_long_as_its_classifier(tmp_path: Path) -
     classifier.save(tmp_path / "bundle")
     assert Classifier.load(tmp_path / "bundle").score(images, labels) == classifier.score(images, labels)
     del classifier
-    assert leftovers() == before
+    assert not built.exists()
 
 
 def test_an_engine_of_small_batches_is_timed_with_its_own(tmp_path: Path) -> None:
@@ -115,7 +108,6 @@ def test_optimize_later(plain: Path, support: Path, tmp_path: Path) -> None:
     assert new.picture("e0") == old.picture("e0") is not None
     assert 0.99 < (old.support_.embeddings.adapted * new.support_.embeddings.adapted).sum(1).min() < 1.0
     assert new.parameters_ == old.parameters_ and old.engine_choice_ is None
-    assert leftovers() == []
     # An engine in int8 keeps its precision, unless the CLIP is named.
     done = run("optimize", tmp_path / "small", "--images", support)
     assert done.exit_code == 0 and "an engine in int8 can't be made more exact" in done.output, done.output

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,41 +32,59 @@ def words(tmp_path: Path) -> list[object]:
     return ["train-adapter", *given, "--first-adapted-block", "5"]
 
 
-REFUSED: list[tuple[Sequence[str], str]] = [
-    (["--bottleneck", "0"], "expected a bottleneck of at least 1, got 0"),
-    (["--epochs", "0"], "expected epochs of at least 1, got 0"),
-    (["--batch", "0"], "expected batch of at least 1, got 0"),
-    (["--objective", "dino", "--dino-out", "0"], "expected out_dim of at least 1, got 0"),
-    (["--objective", "dino", "--augment"], "expected cached_views=0 and augment=False"),
-    (["--accelerator", "abacus"], "abacus"),
-    (["--schedule", "linear"], "expected schedule constant or cosine, got 'linear'"),
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("--bottleneck 0", {}, "expected a bottleneck of at least 1, got 0"),
+    ("--batch 0", {"training": {"batch": 4}}, "expected batch of at least 1, got 0"),
+    ("--accelerator abacus", {}, "abacus"),
+    ("--objective dino", {"training": {"dino": None}}, "expected settings of --objective dino"),
+    ("", {"training": {"dino": {}}}, "expected settings of --objective supervised"),
+    ("", {"training": {"batch": "8"}}, "settings.json: Expected `int`, got `str` - at `$.training.batch`"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "expected"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
-def test_invalid_options_are_refused_and_never_replaced_by_a_default(
-    words: list[object], tmp_path: Path, options: Sequence[str], expected: str
+@pytest.mark.parametrize(("options", "settings", "expected"), REFUSED)
+def test_invalid_settings_are_refused_and_never_replaced_by_a_default(
+    words: list[object], tmp_path: Path, options: str, settings: dict[str, Any], expected: str
 ) -> None:
-    assert expected in runs.refused(*words, *options) and not list(tmp_path.rglob("*.csv"))
+    file = written(tmp_path, settings)
+    assert expected in runs.refused(*words, "--settings", file, *options.split())
+    assert not list(tmp_path.rglob("*.csv"))
+    file.write_text("[training]")
+    assert "settings.json to hold settings as a JSON object" in runs.refused(*words, "--settings", file)
+
+
+def written(folder: Path, settings: dict[str, Any]) -> Path:
+    file = folder / "settings.json"
+    file.write_text(json.dumps(settings))
+    return file
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "place"),
+    ("options", "settings", "place"),
     [
-        ([], (4, 256, 0.1)),
-        (["--preset", "paper", "--bottleneck", "8"], (0, 8, 0.03)),
-        (["--preset", "demo", "--epochs", "1"], (3, 256, 0.1)),
-        (["--preset", "paper", "--objective", "dino", "--epochs", "1", "--dino-out", "8"], (0, 64, 0.1)),
+        ("", {}, (4, 256, 0.1)),
+        ("--preset paper --bottleneck 8", {"bottleneck": 9}, (0, 8, 0.03)),
+        ("--preset demo", {"scale": 0.2, "training": {"epochs": 1}}, (3, 256, 0.2)),
+        (
+            "--preset paper --objective dino --epochs 1",
+            {"training": {"dino": {"out_dim": 8, "local_crops": 1}}},
+            (0, 64, 0.1),
+        ),
     ],
     ids=["default", "paper", "demo", "dino"],
 )
-def test_a_preset_gives_the_defaults(words: list[object], options: list[str], place: tuple[int, int, float]) -> None:
-    runs.done(*words[:-2], "--local-crops", "1", *options)
+def test_options_go_before_settings_and_these_before_the_preset(
+    words: list[object], tmp_path: Path, options: str, settings: dict[str, Any], place: tuple[int, int, float]
+) -> None:
+    runs.done(*words[:-2], "--settings", written(tmp_path, settings), *options.split())
     config = load_adapter(words[4]).config  # type: ignore[arg-type]
     assert (config.first_adapted_block, config.bottleneck, config.scale) == place
     assert config.training["epochs"] == 1
+    used = json.loads((tmp_path / "out" / "a.safetensors.training" / "settings.json").read_bytes())
+    assert (used["first_adapted_block"], used["bottleneck"], used["scale"]) == place
+    assert used["training"] == {name: config.training[name] for name in used["training"]}
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ OUTPUT = ("", "text", "bibtex")  # no code: what something prints, or a citation
 SHELL = ("sh", "bash", "console")
 # Lines that tests can't run, and why. The options of iosr-fast's commands are parsed all the same.
 NOT_RUN = {
-    r"serve-ray|--ray": "starts Ray; tests/serving and tests/files do",
+    r"serve-ray|--ray": "starts Ray; tests/test_ray.py and tests/files do",
     r"--runtime tensorrt|--gpu|--device cuda": "needs an NVIDIA GPU",
     r"torchrun": "trains in several processes; tests/training does",
     r"open-images": "needs Open Images; tests/training makes a small one",

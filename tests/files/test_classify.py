@@ -21,7 +21,7 @@ from tests.files.runs import (
     done,
     embed,
     load_images,
-    part_bytes,
+    logged,
     read_parts,
     read_rows,
     refused,
@@ -97,7 +97,7 @@ def test_embeddings_are_those_of_the_encoder(bundle: Path, pictures: list[Path],
     part = read_embeddings(out)
     assert part.keys == [path.relative_to(tmp_path / "in").as_posix() for path in pictures]
     assert str(part.embeddings.plain.dtype) == str(part.embeddings.adapted.dtype) == dtype
-    assert_encodes(bundle, part, pictures, 1e-6 if dtype == "float32" else 1e-3)
+    assert_encodes(bundle, part, pictures, 1e-5 if dtype == "float32" else 1e-3)
     assert [len(one.keys) for one in iterate_parts(out)] == [8, 8, 8, 6]
     manifest = read_manifest(out, "embeddings")
     assert (manifest["images"], manifest["embedded"], manifest["errors"]) == (30, 30, 0)
@@ -120,7 +120,7 @@ def test_an_unreadable_image_stops_a_run_or_is_a_row_with_its_error(
     for _ in range(2):
         said = refused(start())
         assert f"can't read image {pictures[17]}: " in said and "the finished parts are kept" in said
-        assert len(part_bytes(parts)) == 3 and not (out / "manifest.json").exists()
+        assert len(logged(parts)) == 3 and not (out / "manifest.json").exists()
     said = done(start("--skip-bad"))
     assert "15 of 30 images are done already" in said and "could not read 1 of 30 images" in said
     if command == "embed":
@@ -229,7 +229,6 @@ def test_labels_are_accepted_by_a_promise_alike_everywhere(bundle: Path, folder:
         ((*REJECT[:1], "--keep", "1"), "expected keep above 0 and below 1, like 0.95, got 1"),
         (("--keep", "0.9"), "expected --unknown-label and --keep only with --reject-unknown"),
         (("--top", "0"), "'--top': "),
-        (("--decoder", "abacus"), "'--decoder': "),
         (("--gpus", "1"), "expected --workers, --gpus and --address only with --ray"),
         (("--chunk", "0"), "expected --chunk from 1 to 65536, got 0"),
         (("--runtime", "abacus"), "expected runtime 'auto' or one of"),

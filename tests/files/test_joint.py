@@ -12,7 +12,6 @@ from PIL import Image
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files.run import parts_of
 from iosr_fast.methods import joint
 from tests.files.runs import classify, done, load_images, read_rows, refused
 
@@ -95,6 +94,7 @@ def test_parts_promises_and_interrupted_runs_are_refused(bundle: Path, folder: P
     assert "expected a file for --out with --joint, got the folder" in parts
     promised = refused(classify(bundle, folder, "--joint", "--max-error", "20%"))
     assert "the promise rests on support images that are classified alone" in re.sub(r"\s+", " ", promised)
-    parts_of(tmp_path / "b.csv").mkdir()
-    said = refused(classify(bundle, folder, "--joint", "--out", tmp_path / "b.csv"))
-    assert "holds an interrupted run without --joint" in said and not (tmp_path / "b.csv").exists()
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    refused(classify(bundle, folder, tmp_path / "bad.png", "--out", tmp_path / "b.csv"))
+    said = refused(classify(bundle, folder, tmp_path / "bad.png", "--joint", "--out", tmp_path / "b.csv"))
+    assert "another run, which differs in joint (there False, now True)" in said and not (tmp_path / "b.csv").exists()

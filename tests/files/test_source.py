@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -42,23 +43,39 @@ def test_a_folder_has_keys_that_stay_when_it_is_moved(tmp_path: Path) -> None:
 def test_files_folders_and_csv_files_are_listed_in_their_order(tmp_path: Path) -> None:
     paths = [str(path) for path in write_pictures(tmp_path / "in", 5)]
     (tmp_path / "list.csv").write_text("path,label\nin/c0/0003.png,x\n'=a.png,\n,y\n")
+    (tmp_path / "=a.png").touch()
     source = read_source([paths[4], str(tmp_path / "in"), str(tmp_path / "list.csv")])
     assert source.paths == [paths[4], *paths, str(tmp_path / "in/c0/0003.png"), str(tmp_path / "=a.png")]
     assert source.keys == source.paths
 
 
-def test_places_without_images_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "other.csv").write_text("name\na.png\n")
-    with pytest.raises(FileNotFoundError, match=r"no such file or folder: '.*nowhere\.png', '.*gone'"):
-        read_source([str(tmp_path / "nowhere.png"), str(tmp_path / "empty"), str(tmp_path / "gone")])
-    assert len(read_source([str(tmp_path / "nowhere.png")], skip_bad=True).paths) == 1, "its row says why"
-    with pytest.raises(ValueError, match=r"expected images, found none in .*empty"):
-        read_source([str(tmp_path / "empty")])
-    with pytest.raises(ValueError, match=r"expected a column path in .*other\.csv, got name"):
-        read_source([str(tmp_path / "other.csv")])
-    with pytest.raises(ValueError, match=r"got the URL https://a\.org/b\.jpg: download it first"):
-        read_source(["https://a.org/b.jpg"])
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (["nowhere.png", "empty", "gone"], "expected files, found none at 'nowhere.png', 'gone': correct the paths"),
+        (["list.csv"], "expected files, found none at 'gone.png', 'empty': "),
+        (["empty"], "expected images, found none in 'empty'"),
+        (["other.csv"], "expected the column path in other.csv, got name; add path"),
+        (["https://a.org/b.jpg"], "got the URL https://a.org/b.jpg: download it first"),
+    ],
+)
+def test_places_without_images_are_refused(
+    places: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("other.csv").write_text("name\na.png\n")
+    Path("list.csv").write_text("path\nlist.csv\ngone.png\nempty\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        read_source(places)
+
+
+def test_missing_files_are_rows_where_bad_ones_are_left_out(tmp_path: Path) -> None:
+    (listed := tmp_path / "list.csv").write_text("path\ngone.png\n")
+    gone, nowhere = str(tmp_path / "gone.png"), str(tmp_path / "nowhere")
+    assert read_source([str(listed), nowhere], skip_bad=True).paths == [gone, nowhere]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_source([nowhere], skip_bad=True)
 
 
 def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files.reader import Reader
-from iosr_fast.files.stream import Stage, batch_sizes, batches_of, choose_batch
-from iosr_fast.images.decode import DecodedBatch, Decoder
+from iosr_fast.files.stream import Reader, ReadOptions, Stage, batch_sizes, batches_of, choose_batch
+from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.preprocess import Decode, DecodedBatch
 from iosr_fast.utils.ordered import map_ordered
 
 SIZE = 8
@@ -56,8 +56,11 @@ def levels(embeddings: Embeddings) -> list[int]:
     return [int(level) for level in embeddings.plain[:, 0]]
 
 
-def read(stage: Stage, sources: list[Any], batch: int, decoder: Any = None, use: Callable[..., Any] = levels) -> Any:
-    reader = Reader(stage.encoder, Path(), decoder or Decoder(), batch, None, skip_bad=True)
+def read(
+    stage: Stage, sources: list[Any], batch: int, decode: Decode | None = None, use: Callable[..., Any] = levels
+) -> Any:
+    reader = Reader(stage.encoder, Path(), True, ReadOptions(batch, skip_bad=True))
+    reader.decode = decode or reader.decode
     batches = batches_of(sources, batch_sizes(len(sources), batch, 1))
     return reader.read_batches(stage, batches, use)
 
@@ -124,15 +127,14 @@ def test_pixels_of_few_batches_are_in_memory(callers: int, decode_threads: int) 
         def __del__(self) -> None:
             held.discard(id(self))
 
-    class Decoder:
-        def decode(self, sources: Any, size: int, start: int = 0) -> DecodedBatch:
-            pixels = np.stack(sources).view(Tracked)
-            held.add(id(pixels))
-            most.append(len(held))
-            return DecodedBatch([None] * len(sources), pixels)
+    def tracked(sources: Any, geometry: Geometry, start: int) -> DecodedBatch:
+        pixels = np.stack(sources).view(Tracked)
+        held.add(id(pixels))
+        most.append(len(held))
+        return DecodedBatch([None] * len(sources), pixels)
 
     stage = Stage(CountingEncoder(0.003), callers, decode_threads)
-    with closing(read(stage, [grey(i % 250) for i in range(400)], 4, Decoder())) as answers:
+    with closing(read(stage, [grey(i % 250) for i in range(400)], 4, tracked)) as answers:
         for _ in answers:
             time.sleep(0.001)
     assert len(most) == 100 and max(most) <= (callers if callers > 1 else decode_threads + 2)

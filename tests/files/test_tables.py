@@ -23,7 +23,7 @@ HARMLESS = ("cat", "a=b", "3-1", "'s", '"quoted"', "", "  ", "caf\u00e9", "x@y",
 def test_no_cell_is_a_formula(tmp_path: Path) -> None:
     names, table, out = (*FORMULAS, *HARMLESS), CsvTable(top=2), tmp_path / "labels.csv"
     rows = [TableRow(name, [[name, 0.5], ["plain", 0.25]]) for name in names]
-    table.write(out, [table.group([*rows, TableRow("photos/a.jpg", error="=error")])])
+    out.write_bytes(table.encode([*rows, TableRow("photos/a.jpg", error="=error")], first=True))
     with out.open(newline="", encoding="utf-8") as file:
         _, *found, bad = csv.reader(file)
     for name, cells in zip(names, found, strict=True):
@@ -44,10 +44,10 @@ def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch:
     written = []
     for size in (1, 4, 23):
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-        parts = [tmp_path / f"part-{number}" for number in range(len(groups))]
-        for path, group in zip(parts, groups, strict=True):
-            table.save(path, table.group(group))
-        table.write(out := tmp_path / f"{size}{suffix}", map(table.load, parts))
+        encoded = [table.encode(group, first=group is groups[0]) for group in groups]
+        (tmp_path / "groups").write_bytes(b"".join(encoded))
+        table.finish(tmp_path / "groups", map(len, encoded), out := tmp_path / f"{size}{suffix}")
+        assert not (tmp_path / "groups").exists()
         written.append(out.read_bytes())
     assert written[0] == written[1] == written[2]
     found = list(read_table(out))
@@ -60,9 +60,10 @@ def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch:
 def test_parquet_keeps_names_as_they_are_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     table, out = ParquetTable(), tmp_path / "labels.parquet"
-    table.write(out, [table.group(TableRow(name, [[name, 0.5]]) for name in FORMULAS)])
+    out.write_bytes(table.encode([TableRow(name, [[name, 0.5]]) for name in FORMULAS], first=True))
     assert pq.read_table(out)["label"].to_pylist() == pq.read_table(out)["path"].to_pylist() == list(FORMULAS)
+    assert [row.label for row in read_table(out)] == list(FORMULAS)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install 'iosr_fast\[parquet\]' brings it"):
-        table.write(tmp_path / "again.parquet", [])
+        table.encode([], first=True)

@@ -111,6 +111,16 @@ def test_labels_come_back_as_they_were_given(rng: np.random.Generator, names: li
         assert head.score(rows, y) == 1.0 and head.n_features_in_ == 12
 
 
+@pytest.mark.parametrize("options", [{}, {"method": "gda", "tune": "none"}, {"method": "tip-adapter", "alpha": 1.0}])
+def test_the_memory_of_too_many_logits_is_named_before_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("iosr_fast.methods.support_set.usable_memory", lambda: 8 << 30)
+    rows, labels = np.random.default_rng(0).standard_normal((100_000, 2)), np.arange(100_000)
+    with pytest.raises(IosrFastError, match=r"8\.0 GiB of memory, got 100,000 images of 100,000 .* take 74\.5 GiB"):
+        FewShotHead(**options).fit(rows, labels)
+
+
 def test_rows_of_zeros_are_left_out_with_a_warning(rng: np.random.Generator) -> None:
     rows, labels, _ = clusters(rng, 3, 4, 8)
     more, others = np.vstack([np.zeros((1, 8)), rows]), np.append(2, labels)

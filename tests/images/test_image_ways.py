@@ -60,8 +60,7 @@ def test_a_bundle_keeps_the_orientation_it_was_fit_with(tmp_path: Path) -> None:
         loaded._fit = Fit(pixel_clip(bundle.engine), bundle.head, bundle.settings)
         assert loaded.exif_orientation_ is chosen
         assert loaded.predict([data]).tolist() == [expected]
-        for decoder in ("cpu", "cpu-exact"):
-            assert loaded.predict_folder(tmp_path / "in", decoder=decoder).labels.tolist() == [expected]
+        assert loaded.predict_folder(tmp_path / "in").labels.tolist() == [expected]
         with BatchingClassifier(loaded) as batching:
             assert batching.submit(data).result(PATIENCE_S).label == expected
         speckled = oriented("PNG", np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8), 6)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.folds import group_near_duplicates, make_folds, near_pairs, near_support
+from iosr_fast.methods.folds import NearSupport, class_distances, group_near_duplicates, make_folds, near_pairs
 from iosr_fast.methods.out_of_fold import HeldOut
 from iosr_fast.methods.support_set import SupportSet, make_support_set, mean_of_views
 from tests.conftest import random_embeddings, unit_rows
 from tests.methods.support_sets import Clusters, unit
+from tests.store.live_parts import random_head
 
 
 def random_support(rng: np.random.Generator, counts: list[int], width: int = 16) -> SupportSet:
@@ -108,10 +109,18 @@ def test_near_images_and_pairs_are_those_of_all_distances(rng: np.random.Generat
     assert [pair[:2] for pair in pairs] == [(13, 14), (2, 9)] and (distances[np.triu_indices(17, 1)] < limit).sum() == 2
     assert [pair[2] for pair in pairs] == pytest.approx([1.0, 1 - distances[2, 9]], abs=1e-6)
     asked = np.vstack([unit(plain[:3] + 0.02 * unit_rows(rng, 3, 24)), unit_rows(rng, 3, 24)])
-    np.testing.assert_array_equal(near_support(support, asked), (1.0 - asked @ plain.T).min(1) < limit)
-    assert near_support(support.only(np.zeros(17, bool)), asked).tolist() == [False] * 6
+    np.testing.assert_array_equal(NearSupport(support)(asked), (1.0 - asked @ plain.T).min(1) < limit)
+    assert NearSupport(support.only(np.zeros(17, bool)))(asked).tolist() == [False] * 6
     single = support.only(np.arange(17) == 5)
-    assert near_support(single, np.vstack([plain[5:6], asked])).tolist() == [True] + [False] * 6
+    assert NearSupport(single)(np.vstack([plain[5:6], asked])).tolist() == [True] + [False] * 6
+
+
+def test_the_distance_of_near_duplicates_is_computed_once_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, measured = random_head(np.random.default_rng(0), 4, 5, "gda"), []
+    monkeypatch.setattr(
+        "iosr_fast.methods.folds.class_distances", lambda *given: measured.append(1) or class_distances(*given)
+    )
+    assert all(head.near_support(head.examples.embeddings.plain[:2]).all() for _ in range(3)) and measured == [1]
 
 
 def test_a_support_set_is_sorted_stably(rng: np.random.Generator) -> None:

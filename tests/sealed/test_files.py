@@ -237,6 +237,16 @@ def test_leftovers_of_a_kill_are_removed_for_their_target_only(tmp_path: Path) -
     remove_leftovers(tmp_path / "nowhere")
 
 
+def test_leftovers_of_a_kill_leave_the_cache_with_the_next_file_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path))
+    place = in_cache("engines", "next")
+    assert subprocess.run([sys.executable, "-c", KILLED], cwd=place.parent).returncode == -9
+    assert os.listdir(place.parent) != []
+    assert in_cache("engines", "next") == place and os.listdir(place.parent) == []
+
+
 def test_hidden_files_of_users_and_only_copies_stay(tmp_path: Path) -> None:
     for name in (".gitignore", "thing.json", ".x.json.abcdefgh.more", ".x.abcdefgh", ".file.abcdefgh.tmp"):
         (tmp_path / name).write_text("")

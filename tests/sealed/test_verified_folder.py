@@ -7,10 +7,12 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from iosr_fast.sealed.folders import new_folder
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.sealed.folders import exchange, new_folder
 from iosr_fast.sealed.manifest import read_manifest, write_manifest
 from iosr_fast.sealed.verified_folder import open_verified
 from tests.sealed.test_files import content_of, write
@@ -25,13 +27,11 @@ def test_what_is_held_is_read_whatever_becomes_of_its_names(tmp_path: Path) -> N
     assert content_of(held) == ("one", "one") and content_of(open_verified(target, "thing")) == ("two", "two")
     held.copy("content", tmp_path / "copy")
     assert (tmp_path / "copy").read_text() == "one"
-    assert held.open_with(lambda folder: (folder / "content").read_text()) == "one"
-    shutil.rmtree(target)
-    assert held.open_with(lambda folder: (folder / "content").read_text()) == "one"
 
 
-@pytest.mark.parametrize("how", ["replaced", "renamed and back", "rewritten", "rewritten while it is opened"])
-def test_a_file_that_changes_after_it_was_verified_is_not_opened(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before it is opened", "while it is opened"])
+@pytest.mark.parametrize("how", ["replaced", "removed", "rewritten"])
+def test_a_file_that_changes_after_it_was_verified_is_not_opened(how: str, when: str, tmp_path: Path) -> None:
     target = tmp_path / "thing"
     write(target, "one")
     held = open_verified(target, "thing")
@@ -39,31 +39,68 @@ def test_a_file_that_changes_after_it_was_verified_is_not_opened(how: str, tmp_p
     file, seen = target / "content", []
 
     def change() -> None:
-        if how.startswith("rewritten"):
-            facts = file.stat()
+        facts = file.stat()
+        if how != "rewritten":
+            file.unlink()
+        if how != "removed":
             file.write_text("two")
             os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-        else:
-            file.rename(tmp_path / "verified")
-            file.write_text("two")
 
     def opener(folder: Path) -> str:
-        if how == "rewritten while it is opened" and not seen:
+        if when == "while it is opened" and not seen:
             change()
         seen.append((folder / "content").read_text())
-        if how == "renamed and back" and len(seen) == 1:
-            file.unlink()
-            (tmp_path / "verified").rename(file)
         return seen[-1]
 
     time.sleep(0.02)  # clocks of file systems tick
-    if how != "rewritten while it is opened":
+    if when == "before it is opened":
         change()
-    if how.startswith("rewritten"):
+    if how == "rewritten":
         with pytest.raises(ValueError, match=r"content in .* does not match its manifest"):
             held.open_with(opener)
     else:
-        assert held.open_with(opener) == "one"
+        assert held.open_with(opener) == "one" and set(seen) == {"one"}
+
+
+def test_libraries_get_the_open_files_without_a_copy(tmp_path: Path) -> None:
+    write(tmp_path / "thing", "one")
+    held = open_verified(tmp_path / "thing", "thing")
+    before, file = os.stat(tmp_path / "thing" / "content"), held.files["content"]
+    shutil.rmtree(tmp_path / "thing")
+    assert held.open_with(lambda folder: os.path.samestat(os.stat(folder / "content"), before))
+    assert os.path.samestat(os.fstat(file.descriptor), before)
+
+    def fails(folder: Path) -> None:
+        raise IosrFastError(f"can't load {folder / 'content'}")
+
+    with pytest.raises(IosrFastError, match=rf"^can't load {tmp_path}/thing/content$"):
+        held.open_with(fails)
+
+
+@pytest.mark.parametrize("moment", ["manifest.json", "inner", "content"])
+def test_a_folder_that_is_exchanged_while_it_is_opened_is_one_folder(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without hashes, too, no file of one folder is read beside those of another."""
+    for name, content in (("thing", "one"), ("other", "two")):
+        with new_folder(tmp_path / name) as made:
+            (made / "inner").mkdir()
+            for path in (made / "content", made / "inner" / "content"):
+                path.write_text(content)
+            write_manifest(made, "thing", {"content": content})
+    exchanged = []
+    opening = os.open
+
+    def open_and_exchange(path: object, *words: Any, **options: Any) -> int:
+        descriptor = opening(path, *words, **options)  # type: ignore[arg-type]
+        if Path(str(path)).name == moment and not exchanged:
+            exchanged.append(exchange(tmp_path / "thing", tmp_path / "other"))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_exchange)
+    held = open_verified(tmp_path / "thing", "thing", verify=False)
+    assert exchanged == [True]
+    assert {held.manifest["content"]} == {held.read(name).decode() for name in held.files}
 
 
 @pytest.mark.parametrize("name", ["content", "inner", "inner/content", "manifest.json"])

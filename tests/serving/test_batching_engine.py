@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier
+from iosr_fast.head import head as head_module
+from iosr_fast.head.predictions import predict
 from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.batching.item import Query
 from tests.demo_cache import demo_bundle
 from tests.pictures import encode
 from tools.demo.bundle import held_out_queries
@@ -54,32 +57,65 @@ def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) ->
             assert prediction.version == classifier.version
 
 
-def test_a_change_after_the_submission_does_not_make_a_batch_wait_for_a_fit(
-    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("query", [{}, {"keep": 0.7}, {"max_error": 0.4}])
+def test_each_request_is_answered_by_the_head_of_its_submission(
+    query: dict[str, float],
 ) -> None:
     images, _labels = held_out_queries(CLASSES, SHOTS)
-    expected = classifier.explain(images[:2], unknown="reject", keep=0.7)
+    classifier = Classifier.load(demo_bundle(CLASSES, SHOTS))
     encode, begun, go = classifier.encoder.encode_on_device, Event(), Event()
-    name = classifier.classes()[0].name
 
     def held(pixels: np.ndarray) -> object:
         begun.set()
         assert go.wait(PATIENCE_S)
         return encode(pixels)
 
-    with BatchingClassifier(classifier, max_batch=8) as batching:
-        monkeypatch.setattr(classifier.encoder, "encode_on_device", held)
-        futures = batching.submit_many(images[:2], keep=0.7)
+    heads, waiting = [], []
+    with BatchingClassifier(classifier, max_batch=8) as batching, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier.encoder, "encode_on_device", held)
+        batching.submit(images[0])
         assert begun.wait(PATIENCE_S)
-        later = batching.submit(images[0])
-        classifier.rename_class("~0", "renamed", keep_text=True)
-        monkeypatch.setattr("iosr_fast.head.head.fit_unknown", lambda *_: pytest.fail("fitted by a batch"))
+        for uid in ("~0", "~1"):
+            heads.append(classifier.snapshot())
+            waiting.append(batching.submit_many(images[:20], **query))
+            classifier.remove_class(uid)
         go.set()
-        found = [future.result(PATIENCE_S) for future in futures]
-        assert [one.version for one in found] == [one.version for one in expected]
-        assert [(one.label, one.unknown.rejected) for one in found] == [
-            (one.label, one.unknown.rejected) for one in expected
-        ]
-        plain = later.result(PATIENCE_S)
-        assert plain.version == found[0].version + 1 and plain.unknown is None
-    classifier.rename_class("~0", name, keep_text=True)
+        found = [[future.result(PATIENCE_S) for future in futures] for futures in waiting]
+    embeddings = encode(images[:20])
+    expected = [predict(head, embeddings, 5, 0, Query(**query).abstention) for head in heads]
+    decided = [
+        [(one.version, one.label, one.accepted, one.unknown and one.unknown.rejected) for part in parts for one in part]
+        for parts in (found, expected)
+    ]
+    assert decided[0] == decided[1] and {version for version, *_ in decided[0]} == {1, 2}
+
+
+def test_what_promises_rest_on_is_computed_by_changes_and_by_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = Classifier.load(demo_bundle(CLASSES, SHOTS))
+    images, _labels = held_out_queries(CLASSES, SHOTS)
+    fits = list[str]()
+
+    def counted(name: str) -> None:
+        compute = getattr(head_module, name)
+        monkeypatch.setattr(head_module, name, lambda *given: fits.append(f"{name} {version()}") or compute(*given))
+
+    def version() -> int:
+        return classifier.version
+
+    for name in ("fit_unknown", "out_of_fold"):
+        counted(name)
+    classifier.predict(images[:2])
+    classifier.rename_class("~0", "plain", keep_text=True)
+    assert not fits, "who asks for no promise pays for none"
+    with BatchingClassifier(classifier) as batching:
+        assert sorted(fits) == ["fit_unknown 2", "out_of_fold 2"]
+        for change in (lambda: classifier.add_class("new", images[:2]), lambda: classifier.remove_class("~0")):
+            before = classifier.version
+            change()
+            assert sorted(fits[-2:]) == [f"fit_unknown {before}", f"out_of_fold {before}"], "before it is published"
+            expected = len(fits)
+            batching.submit(images[5], keep=0.7, max_error=0.4).result(PATIENCE_S)
+            assert len(fits) == expected
+        classifier.rename_class("~1", "another", keep_text=True)
+        batching.submit(images[5], keep=0.7, max_error=0.4).result(PATIENCE_S)
+        assert len(fits) == expected, "a name alone changes no promise"

@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.images import decode
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
-from iosr_fast.serving.batching import decode as batch_decode
+from iosr_fast.serving.batching import decoder as batch_decoder
 from iosr_fast.serving.batching import workers as batch_workers
 from tests.pictures import encode
 from tests.serving.batching_fakes import (
@@ -75,10 +74,10 @@ def test_a_bad_image_fails_alone(batching, classifier: FakeClassifier, watcher: 
             raise MemoryError("no room for it")
         if data == b"exit":
             raise SystemExit(3)
-        return decode_pixels(source, *given, **options)
+        return open_image(source, *given, **options)
 
-    decode_pixels = batch_decode.decode_pixels
-    monkeypatch.setattr(batch_decode, "decode_pixels", opened)
+    open_image = batch_decoder.open_image
+    monkeypatch.setattr(batch_decoder, "open_image", opened)
     images = [picture(1), b"no image", b"memory", "missing.png", picture(2, 9), b"exit", picture(3).astype(float), 17]
     futures = batching.submit_many(images)
     bad, memory, ended = "BadImageError", "MemoryError", "RuntimeError"
@@ -95,8 +94,10 @@ def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatc
     limits = DecodeLimits(max_bytes=500, max_pixels=1000)
     noise = encode(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8))
     opened: list[Any] = []
-    resize_and_crop = decode.resize_and_crop
-    monkeypatch.setattr(decode, "resize_and_crop", lambda *given: opened.append(given) or resize_and_crop(*given))
+    resize_and_crop = batch_decoder.resize_and_crop
+    monkeypatch.setattr(
+        batch_decoder, "resize_and_crop", lambda *given: opened.append(given) or resize_and_crop(*given)
+    )
     with BatchingClassifier(classifier, limits=limits) as batching:
         good = [encode(picture(7, 30)), Image.new("L", (30, 30), 7), picture(7, 30)]
         assert outcomes(batching.submit_many(good)) == [7] * 3 and len(opened) == 3

@@ -19,9 +19,10 @@ from PIL import Image
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits, processes
-from iosr_fast.serving.batching.decode import Decoder
-from iosr_fast.serving.batching.processes import DecoderProcess
+from iosr_fast.images.preprocess import open_image
+from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
+from iosr_fast.serving.batching import decoder as processes
+from iosr_fast.serving.batching.decoder import Decoder
 from tests import ROOT
 from tests.images.jpegs import jpeg, scan
 from tests.pictures import encode
@@ -41,20 +42,20 @@ DC, AC = scan(1, 2, 3, band=(0, 0, 0)), scan(1, band=(1, 63, 0))
 
 
 @pytest.fixture
-def decoder() -> Iterator[DecoderProcess]:
-    made = DecoderProcess(LIMITS)
+def decoder() -> Iterator[Decoder]:
+    made = Decoder(LIMITS, True)
     made.start()
     yield made
     made.close()
 
 
-def slow_decoder(timeout_s: float) -> DecoderProcess:
-    made = DecoderProcess(DecodeLimits(max_pixels=50_000_000, timeout_s=timeout_s))
+def slow_decoder(timeout_s: float) -> Decoder:
+    made = Decoder(DecodeLimits(max_pixels=50_000_000, timeout_s=timeout_s), True)
     made.start()
     return made
 
 
-def pid_of(decoder: DecoderProcess) -> int:
+def pid_of(decoder: Decoder) -> int:
     assert decoder._process is not None
     return decoder._process.pid
 
@@ -63,7 +64,7 @@ def decoders_of(batching: BatchingClassifier) -> Any:
     return batching._workers._decoders
 
 
-def works(decoder: DecoderProcess) -> bool:
+def works(decoder: Decoder) -> bool:
     return decoder.decode(GREY, 0, Geometry(4), FOREVER).tolist() == picture(7).tolist()
 
 
@@ -80,12 +81,14 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def test_pixels_are_those_of_a_thread_to_the_last_bit(decoder: DecoderProcess, tmp_path: Path) -> None:
-    pid, thread = pid_of(decoder), Decoder(LIMITS)
+def test_pixels_are_those_of_a_thread_to_the_last_bit(decoder: Decoder, tmp_path: Path) -> None:
+    pid, thread = pid_of(decoder), Decoder(LIMITS, False)
     for number, (name, made) in enumerate(FAIR.items()):
         data = made(np.random.default_rng(number))
-        for kind, geometry in ((bytes, Geometry(32)), (bytearray, Geometry(224)), (memoryview, None), (bytes, None)):
-            found, expected = (one.decode(kind(data), 0, geometry, FOREVER) for one in (decoder, thread))
+        for kind, size, whole in ((bytes, 32, False), (bytearray, 224, False), (memoryview, 32, True)):
+            found, expected = (
+                one.decode(kind(data), 0, Geometry(size), FOREVER, whole=whole) for one in (decoder, thread)
+            )
             np.testing.assert_array_equal(found, expected, name)
     assert pid_of(decoder) == pid
     (tmp_path / "a.png").write_bytes(GREY)
@@ -93,19 +96,19 @@ def test_pixels_are_those_of_a_thread_to_the_last_bit(decoder: DecoderProcess, t
         assert decoder.decode(trusted, 0, Geometry(SIZE), FOREVER).tolist() == picture(7).tolist()
 
 
-def test_bad_images_are_named_and_cost_no_process(decoder: DecoderProcess) -> None:
+def test_bad_images_are_named_and_cost_no_process(decoder: Decoder) -> None:
     pid = pid_of(decoder)
     for name, made in IMAGES.items():
         data = made(np.random.default_rng(1))
-        for geometry in (Geometry(64), None):
+        for whole in (False, True):
             try:
-                decoder.decode(data, 5, geometry, FOREVER)
+                decoder.decode(data, 5, Geometry(64), FOREVER, whole=whole)
             except BadImageError as error:
                 assert error.position == 5 and error.reason, name
     assert pid_of(decoder) == pid and works(decoder)
 
 
-def test_a_process_has_few_rights(decoder: DecoderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_has_few_rights(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOSR_FAST_TOKEN", "secret")
     decoder.close()
     decoder.start()
@@ -134,9 +137,9 @@ def test_an_image_that_takes_too_long_is_stopped_alone(data: bytes) -> None:
     decoder = slow_decoder(0.05)
     try:
         pid = pid_of(decoder)
-        for geometry in (Geometry(64), None):
+        for whole in (False, True):
             with pytest.raises(BadImageError, match=r"number 3: it takes more than 0.05 s"):
-                decoder.decode(data, 3, geometry, FOREVER)
+                decoder.decode(data, 3, Geometry(64), FOREVER, whole=whole)
         assert is_gone(pid) and works(decoder)
     finally:
         decoder.close()
@@ -154,7 +157,7 @@ def test_a_decoder_that_never_answers_is_killed() -> None:
 
 
 def test_an_image_may_not_take_more_memory_than_its_header_claims(
-    decoder: DecoderProcess, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = pid_of(decoder)
     monkeypatch.setattr(processes, "work_pixels", lambda size, geometry: 0)  # as if its header claimed nothing
@@ -165,7 +168,7 @@ def test_an_image_may_not_take_more_memory_than_its_header_claims(
 
 
 @pytest.mark.parametrize(("number", "message"), [(signal.SIGSEGV, "crashed"), (signal.SIGXCPU, "takes more than 4 s")])
-def test_an_image_that_crashes_its_decoder_fails_alone(decoder: DecoderProcess, number: int, message: str) -> None:
+def test_an_image_that_crashes_its_decoder_fails_alone(decoder: Decoder, number: int, message: str) -> None:
     pid = pid_of(decoder)
     threading.Timer(0.1, os.kill, (pid, number)).start()
     with pytest.raises(BadImageError, match=message):
@@ -174,7 +177,7 @@ def test_an_image_that_crashes_its_decoder_fails_alone(decoder: DecoderProcess, 
 
 
 def test_a_decoder_that_dies_idle_or_while_it_starts_fails_at_most_one_image(
-    decoder: DecoderProcess, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.kill(pid_of(decoder), signal.SIGKILL)
     until(lambda: decoder._process.poll() is not None)  # type: ignore[union-attr]
@@ -208,7 +211,7 @@ def test_a_decoder_that_dies_idle_or_while_it_starts_fails_at_most_one_image(
         b"abc",
     ],
 )
-def test_invalid_answers_are_no_pixels(decoder: DecoderProcess, answer: bytes) -> None:
+def test_invalid_answers_are_no_pixels(decoder: Decoder, answer: bytes) -> None:
     assert decoder._channel is not None
     pid = pid_of(decoder)
     decoder._channel.close()
@@ -241,9 +244,10 @@ def test_decoders_that_do_not_restart_are_unhealthy_and_retried(monkeypatch: pyt
 
 
 def test_whole_images_come_from_the_decoders() -> None:
-    photo = encode(Image.effect_noise((40, 30), 60).convert("RGB"), "JPEG")
+    photo = encode(Image.effect_noise((400, 300), 60).convert("RGB"), "JPEG")
     batching = BatchingClassifier(FakeClassifier(), decode_threads=1, isolated=True)
-    expected = Decoder(LIMITS).decode(photo, 0, None, FOREVER)
+    expected = np.asarray(open_image(photo, geometry=batching.classifier.encoder.geometry))
+    assert expected.shape == (38, 50, 3), "as a fit decodes it"
     np.testing.assert_array_equal(batching.decode_whole(photo, client="a").result(PATIENCE_S), expected)
     assert isinstance(batching.decode_whole(b"abc", 4).exception(PATIENCE_S), BadImageError)
     assert isinstance(batching.decode_whole(photo, deadline_s=-1).exception(PATIENCE_S), DeadlineExceededError)

@@ -13,7 +13,7 @@ from iosr_fast.exceptions import QueueFullError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.serving.batching.admission import Admission
-from iosr_fast.serving.batching.decode import decoding_cost
+from iosr_fast.serving.batching.decoder import decoding_cost
 from iosr_fast.serving.batching.item import Item, Query
 from iosr_fast.serving.batching.queue import BatchQueue
 from tests.pictures import encode
@@ -140,7 +140,7 @@ def test_a_client_fills_half_of_the_queue_and_two_a_third_each() -> None:
     submit(admission, items("newcomer", 64))
     submit(Admission(256, 2, 1), items("c", 256))  # an empty queue admits any request
     with pytest.raises(QueueFullError, match=r"the queue is full: \d+ images wait, 99 more came, max_queue is 256"):
-        admission.check_room("other", images=99)
+        admission.check_room("other", items("other", 99))
 
 
 def test_the_program_itself_may_fill_the_queue(classifier: FakeClassifier) -> None:
@@ -174,7 +174,7 @@ def test_places_and_work_are_given_back() -> None:
         admission.drop_work(made[0])
         for item in made:
             admission.remove(item)
-    assert not [*admission._places.holders()] and not admission._work[True].used
+    assert not admission.images and not admission._requests and not any(one._held for one in admission._shares)
 
 
 # --- estimates ---
@@ -184,8 +184,8 @@ def measured(decoders: int = 2, encode_s: float = 0.03, **decode_s: float) -> Ad
     admission = Admission(256, decoders, 2)
     admission.measure_batch(encode_s, 1)
     for client, seconds in decode_s.items():
-        for _ in range(30):
-            admission.measure_decoding(client, seconds)
+        for item in items(client) * 30 + items(client, cost=LARGE) * 30:
+            admission.measure_decoding(item, seconds)
     return admission
 
 
@@ -208,12 +208,31 @@ def test_no_flood_of_one_client_refuses_another_clients_lone_image(decoders: int
         submit(admission, items("newcomer", 1, LARGE), 10.0)
 
 
+@pytest.mark.parametrize("decoders", [1, 2, 8])
+def test_a_form_of_large_images_refuses_no_other_request_of_its_client(decoders: int) -> None:
+    """Requests of a client take turns: a small one waits for one image of the form, not for 64."""
+    admission = measured(decoders)
+    for large in items("a", 30, LARGE):
+        admission.measure_decoding(large, 0.6)
+    form = submit(admission, items("a", 64, 50_000_000))
+    (small,) = submit(admission, items("a", 1, 3_000_000, request=1), USUAL)
+    assert small.deadline == USUAL and (small.work, form[0].work) == (3_000_000, 60_000_000)
+    if decoders > 1:
+        submit(admission, items("a", 1, LARGE, request=2), USUAL)
+        with pytest.raises(QueueFullError, match="within 2 s"):
+            submit(admission, items("a", 20, LARGE, request=3), 2.0)
+    admission.remove(form[0])
+    submit(admission, items("a", 1, 3_000_000, request=4), USUAL)
+    if decoders > 2:  # one is left for images that are not large
+        submit(admission, items("a", 20, 3_000_000, request=5), 2.0)
+
+
 def test_a_deadline_that_can_not_be_met_is_refused() -> None:
     admission = measured(encode_s=2.0)
     submit(admission, items("a"), 0.1)  # an empty queue admits
     with pytest.raises(QueueFullError, match="within 1 s, but it would take about 3 s with 1 images ahead") as refused:
         submit(admission, items("a"), 1.0)
-    assert refused.value.retry_after_s == pytest.approx(2.0) and admission._places.used == 1
+    assert refused.value.retry_after_s == pytest.approx(2.0) and admission.images == 1
     submit(admission, items("a"), 3.5)
 
 
@@ -227,7 +246,7 @@ def test_deadlines_are_bounded_by_the_estimate() -> None:
 
 def test_one_slow_image_does_not_refuse_the_next_ones() -> None:
     admission = measured(a=0.01)
-    admission.measure_decoding("a", 4.0)
+    admission.measure_decoding(items("a")[0], 4.0)
     admission.measure_batch(4.0, 1)
     submit(admission, items("a", 40), USUAL)
     submit(admission, items("a", 40), USUAL)

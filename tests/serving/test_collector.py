@@ -18,7 +18,7 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.source import read_source
 from iosr_fast.head.labelled_images import labelled_images
-from iosr_fast.serving.batching.decode import grey_png
+from iosr_fast.serving.batching.decoder import grey_png
 from iosr_fast.serving.collector import TABLE, Collector
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.kept_folder import LABELS

@@ -53,8 +53,8 @@ def test_a_hundred_thousand_classes_are_listed_page_by_page() -> None:
     count = 100_000
     names = (*head.class_names, *(f"class {number}" for number in range(CLASSES, count)))
     uids = (*head.uids, *range(2 * CLASSES, 2 * count, 2))[:count]  # as after removals
-    classifier._fit = replace(classifier._fit, head=replace(head, class_names=names, uids=uids))
     with serving(classifier) as client:
+        classifier._fit = replace(classifier._fit, head=replace(head, class_names=names, uids=uids))
         body = client.get("/v1/classes").json()
         seen = list(body["classes"])
         assert len(seen) == 1_000 and body["total"] == count and body["next"] == seen[-1]["class_id"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.serving.http.app import open_served
 from iosr_fast.serving.http.logs import Formatter
 from iosr_fast.serving.http.settings import Settings
@@ -74,7 +72,6 @@ def test_unknown_images_are_rejected_as_by_the_library_also_after_a_change() -> 
     classifier, images = load(), queries()
     with serving(classifier) as client:
         for number in range(2):
-            assert client.get("/v1/classifier").json()["unknown"] is None
             body = client.predict(*images, query="?unknown=reject&keep=0.5").json()
             made, expected = body["predictions"], classifier.explain(images, unknown="reject", keep=0.5)
             assert body["version"] == classifier.version == number + 1
@@ -114,25 +111,6 @@ def test_labels_are_accepted_by_a_promise_that_the_request_or_the_server_names()
             classifier.remove_class(name)
         classifier.remove_examples([one for c in classifier.classes() for one in classifier.examples(c.class_id)[2:]])
         assert not any(one["accepted"] for one in client.predict(*images).json()["predictions"])
-
-
-def test_others_do_not_wait_while_rejection_is_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    go, fits = threading.Event(), []
-
-    def slow_fit(*args: Any) -> Any:
-        fits.append(args)
-        assert go.wait(20)
-        return fit_unknown(*args)
-
-    monkeypatch.setattr("iosr_fast.head.head.fit_unknown", slow_fit)
-    query = "unknown=reject&keep=0.9"
-    with serving() as client:
-        asked = [client.start("POST", f"/v1/predict?{query}&deadline_ms=60000", content=GREY) for _ in range(3)]
-        wait_until(lambda: fits)
-        assert client.predict(GREY, query="?deadline_ms=60000").status_code == 200
-        assert error_of(client.predict(GREY, query=f"?{query}&deadline_ms=50"), 504) == "deadline_exceeded"
-        go.set()
-        assert [one.result(20).status_code for one in asked] == [200] * 3 and len(fits) == 1
 
 
 def test_the_classifier_is_described(shared: Client) -> None:

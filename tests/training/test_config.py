@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("torch", reason="torch comes with the cpu extra")
 
-from iosr_fast.training.config import PRESETS, DinoConfig, TrainConfig, dino_config
+from iosr_fast.training.config import PRESETS, DinoConfig, Settings, TrainConfig, dino_config, read_settings
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,35 @@ def test_learning_rate_and_weight_decay_follow_their_schedules() -> None:
 )
 def test_the_presets_first_adapted_block_is_a_share_of_the_blocks(blocks: int, fast: int, demo: int) -> None:
     for objective in ("supervised", "dino"):
-        places = [PRESETS[name, objective].first_adapted_block(blocks) for name in ("fast", "paper", "demo")]
+        places = [PRESETS[name, objective].settings(blocks).first_adapted_block for name in ("fast", "paper", "demo")]
         assert places == [fast, 0, demo]
         assert (PRESETS["fast", objective].training.dino is not None) == (objective == "dino")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 3}, r"expected first_adapted_block, bottleneck, .*, got 'epochs' - at `\$`"),
+        ({"training": {"schedul": "cosine"}}, r"did you mean 'schedule'\? expected epochs, .* - at `\$\.training`"),
+        (
+            {"training": {"dino": {"outdim": 8}}},
+            r"did you mean 'out_dim'\? expected out_dim, .* - at `\$\.training\.dino`",
+        ),
+        ({"training": {"schedule": "linear"}}, r"Invalid enum value 'linear' - at `\$\.training\.schedule`"),
+        ({"training": {"epochs": 0}}, r"expected epochs of at least 1, got 0 - at `\$\.training`"),
+        ({"training": {"epochs": True}}, r"Expected `int`, got `bool` - at `\$\.training\.epochs`"),
+        ({"training": 3}, r"Expected `object`, got `int` - at `\$\.training`"),
+        ({"held_out": 0.6}, r"Expected `float` <= 0\.5 - at `\$\.held_out`"),
+    ],
+)
+def test_settings_of_a_file_are_checked_by_name_type_and_range(changes: dict[str, Any], message: str) -> None:
+    for preset in PRESETS.values():
+        with pytest.raises(ValueError, match=rf"a\.json: {message}"):
+            preset.settings(12).changed(changes, "a.json")
+
+
+def test_what_is_written_of_settings_is_what_is_read(tmp_path: Path) -> None:
+    for preset in PRESETS.values():
+        settings = preset.settings(12).changed({"training": {"learning_rate": 0.5}}, "a.json")
+        (tmp_path / "a.json").write_bytes(msgspec.json.encode(settings))
+        assert Settings(0, 1, 1.0).changed(read_settings(tmp_path / "a.json"), "a.json") == settings

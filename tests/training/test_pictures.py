@@ -81,7 +81,7 @@ def test_a_list_is_relative_to_its_folder_and_may_have_no_labels(folder: Path) -
 
 def test_missing_pictures_are_refused_or_left_out_and_reported(folder: Path) -> None:
     listed = write_list(folder, "path,label", "c/0.png,b", "no.png,c", "blue sky/1.png,a")
-    with pytest.raises(FileNotFoundError, match=r"1 of 3 pictures are missing, first .*no\.png.*--skip-missing"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 pictures are missing, first .*no\.png.*skip_missing"):
         opened(listed)
     sources = opened(listed, skip=True)
     assert sources.train.class_names == ["a", "b"] and "skipped 1 pictures" in sources.notes[0]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -27,9 +28,12 @@ from iosr_fast.training.processes import check_same, in_first_process  # noqa: E
 from tests.cli import runs  # noqa: E402
 from tests.training.small import logged, write_folder  # noqa: E402
 
-OPTIONS = {
-    "supervised": "--epochs 4 --batch 16 --accumulate 2 --cached-views 1 --held-out 0.2",
-    "dino": "--objective dino --epochs 1 --batch 8 --accumulate 2 --dino-out 64 --local-crops 1 --held-out 0",
+SETTINGS: dict[str, Any] = {
+    "supervised": {"held_out": 0.2, "training": {"epochs": 4, "batch": 16, "accumulate": 2, "cached_views": 1}},
+    "dino": {
+        "held_out": 0,
+        "training": {"epochs": 1, "batch": 8, "accumulate": 2, "dino": {"out_dim": 64, "local_crops": 1}},
+    },
 }
 
 SPAWN = multiprocessing.get_context("forkserver")
@@ -46,8 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(folder: Path, out: Path, objective: str, workers: int = 0) -> list[str]:
-    options = ["--data", str(folder), "--out", str(out), "--first-adapted-block", "5", "--checkpoint-minutes", "1e-9"]
-    return [*options, "--workers", str(workers), "--accelerator", "cpu", *shlex.split(OPTIONS[objective])]
+    settings = out.with_suffix(".json")
+    settings.write_text(json.dumps({"first_adapted_block": 5, "checkpoint_minutes": 1e-9, **SETTINGS[objective]}))
+    options = ["--data", str(folder), "--out", str(out), "--objective", objective, "--settings", str(settings)]
+    return [*options, "--workers", str(workers), "--accelerator", "cpu"]
 
 
 def run_rank(rank: int, port: int, options: list[str], log: Path) -> None:

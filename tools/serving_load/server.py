@@ -52,12 +52,17 @@ class ServerProcess:
 
     @classmethod
     def of_bundle(
-        cls, bundle: Path, *options: str, package: Path | None = None, environment: Mapping[str, str] | None = None
+        cls,
+        bundle: Path,
+        *options: str,
+        command: str = "serve",
+        package: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> ServerProcess:
         """`iosr-fast serve`; `package` is the folder that has the package to run, such as another checkout."""
-        command = [sys.executable, "-m", "iosr_fast", "serve", str(bundle), *options]
+        words = [sys.executable, "-m", "iosr_fast", command, str(bundle), *options]
         path = {} if package is None else {"PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
-        return cls(command, "/readyz", {**path, **(environment or {})})
+        return cls(words, "/readyz", {**path, **(environment or {})})
 
     def check(self) -> None:
         """Raise ServerDied if the process has ended."""

@@ -60,7 +60,7 @@ class OpenVINOEncoder(BatchedEncoder):
         core = openvino_core()
         bf16 = manifest["precision"] == "bf16"
         if bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            log.warning("this processor has no bf16 instructions: the engine in %s computes in fp32", folder)
+            log.warning("this processor has no bf16 instructions: the engine computes in fp32")
             bf16 = False
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
         options["NUM_STREAMS"] = str(runs)

@@ -13,7 +13,7 @@ from msgspec import convert
 
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLANS, WEIGHTS, Target
 from iosr_fast.exceptions import DamagedFileError, UnavailableError
-from iosr_fast.sealed.files import cache_folder, new_file
+from iosr_fast.sealed.files import cache_folder, new_file, remove_leftovers
 from iosr_fast.sealed.manifest import sha256
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class CachedFile:
         """Replace the content. A failure costs time at the next start, and is logged."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path.parent)  # of other plans, too, which nobody may write again
             with new_file(self.path) as temporary:
                 temporary.write_bytes(hashlib.sha256(content).digest() + content)
         except OSError as error:
@@ -63,7 +64,7 @@ def open_plan(
         if (built_for := convert(facts, Target)) == target:
             return (folder / name).read_bytes(), folder / name
         others.append(f"{name} was built for {built_for}")
-    misfit = f"{'; '.join(others) or f'{folder} has no plan'}; this is {target}"
+    misfit = f"{'; '.join(others) or 'the engine has no plan'}; this is {target}"
     expected = {name: manifest["files"][name]["sha256"] for name in (ONNX_FILE, WEIGHTS) if name in manifest["files"]}
     cached = CachedFile(target, "plan", manifest["max_batch"], expected)
     if (plan := cached.read()) is not None:

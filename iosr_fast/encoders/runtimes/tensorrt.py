@@ -79,7 +79,7 @@ class TensorRTEncoder(BatchedEncoder):
         self._trt_runtime = trt.Runtime(self._logger)
         self._engine = self._trt_runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"{here} can't load {path}: {'; '.join(self._logger.errors)}; remove that file if it is in the cache, "
                 "else build the engine again on this machine, or open it with runtime='onnxruntime'"
             )

@@ -109,7 +109,7 @@ class KeptEmbeddings:
         geometry, threads = self.clip.geometry, max(2, usable_threads())
 
         def decode(row: int) -> Any:
-            image = part.data.splits[part.split].image(row)
+            image = part.data.splits[part.split].image(row, geometry)
             return resize_and_crop(image, geometry) if part.views == 1 else image
 
         rng, parts = part.generator(), []

@@ -12,11 +12,10 @@ import numpy as np
 from PIL import Image
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.images.decode import decode_pixels
 from iosr_fast.images.decoder_process import confinement, sandbox
 from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status
 from iosr_fast.images.limits import DecodeLimits
-from iosr_fast.images.preprocess import open_image
+from iosr_fast.images.preprocess import open_image, resize_and_crop
 
 
 def main() -> None:
@@ -68,8 +67,6 @@ def _answer(parent: socket.socket, request: Request, data: bytearray) -> None:
 
 def _decode(request: Request, data: bytearray) -> np.ndarray:
     """C-contiguous pixels."""
-    geometry, upright = request.geometry, request.exif_orientation
-    if geometry is None:
-        return np.ascontiguousarray(open_image(data, exif_orientation=upright))
     limits = DecodeLimits(max_pixels=request.max_pixels)
-    return decode_pixels(data, geometry, limits=limits, exact=True, exif_orientation=upright)
+    image = open_image(data, 0, request.exif_orientation, request.geometry, limits)
+    return np.ascontiguousarray(image) if request.whole else resize_and_crop(image, request.geometry)

@@ -16,7 +16,8 @@ class Status(IntEnum):
 
 class Request(NamedTuple):
     """`length` bytes of an encoded image follow. `work_pixels`: of the largest picture during decoding, by the header.
-    The geometry is sent as `size` (0: all pixels, not resized), the positions of its modes, and `fill`."""
+    Of the geometry come `size`, the positions of its modes, and `fill`; `whole` asks for the picture before it is
+    resized."""
 
     size: int
     resize_mode: int
@@ -27,19 +28,16 @@ class Request(NamedTuple):
     work_pixels: int
     cpu_s: float
     exif_orientation: bool
+    whole: bool
 
     @classmethod
-    def of(cls, geometry: Geometry | None, *rest: float) -> Request:
-        if geometry is None:
-            return cls(0, 0, 0, 0, *rest)  # type: ignore[arg-type]
+    def of(cls, geometry: Geometry, *rest: float) -> Request:
         mode, interpolation = RESIZE_MODES.index(geometry.resize_mode), INTERPOLATIONS.index(geometry.interpolation)
         return cls(geometry.size, mode, interpolation, geometry.fill, *rest)  # type: ignore[arg-type]
 
     @property
-    def geometry(self) -> Geometry | None:
-        """None: all pixels."""
-        modes = RESIZE_MODES[self.resize_mode], INTERPOLATIONS[self.interpolation]
-        return Geometry(self.size, *modes, self.fill) if self.size else None
+    def geometry(self) -> Geometry:
+        return Geometry(self.size, RESIZE_MODES[self.resize_mode], INTERPOLATIONS[self.interpolation], self.fill)
 
 
 class Answer(NamedTuple):
@@ -49,7 +47,7 @@ class Answer(NamedTuple):
     length: int
 
 
-REQUEST = struct.Struct("<IBBBQQQd?")
+REQUEST = struct.Struct("<IBBBQQQd??")
 ANSWER = struct.Struct("<BIII")
 READY = struct.Struct("<5s24s")  # sent once, when the process accepts requests: "ready", what its sandbox lacks
 MAX_MESSAGE = 2000

@@ -4,9 +4,10 @@ Shares are those of the places in the queue and of the work of decoding, which i
 or as many as usually take as long as the images of its client took. A client that has nothing in the queue may take
 all that is free.
 
-Clients take turns. So the estimate of a client's waiting time counts, of each other client, at most as many images as
-the client has itself. It is the slower one of two stages: encoding, and decoding of images of the same kind (large or
-not). No client has all decoders (queue.py), so the other client with the most work to decode does not delay it.
+Clients take turns, and so do the requests of a client. So the estimate of a request's waiting time counts, of each
+other request of its client, at most as many images as it has itself, and of each other client at most as many as come
+before of its own. It is the slower one of two stages: encoding, and decoding of images of the same kind (large or not).
+No client has all decoders (queue.py), so the other client with the most work to decode does not delay it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from iosr_fast.exceptions import QueueFullError
 from iosr_fast.serving.batching.item import Item
@@ -29,37 +33,43 @@ _MAX_CLIENTS = 1000  # whose decoding times are remembered
 
 
 class Admission:
-    """Counts and estimates, without a lock or a clock. `runs` batches are encoded at once."""
+    """Counts and estimates, without a lock or a clock. `runs` batches are encoded at once.
+
+    What is counted are loads (3,): images, and the work of decoding those that are not large and those that are.
+    """
 
     def __init__(self, max_queue: int, decoders: int, runs: int) -> None:
         self.runs, self._decoders = runs, decoders
-        self._places = Shares(max_queue)
         backlog = _BACKLOG_S * PIXELS_PER_S * decoders
-        self._work = {False: Shares(backlog), True: Shares(backlog)}  # by whether images are large
+        self._shares = Shares(max_queue), Shares(backlog), Shares(backlog)
+        self._requests: dict[str, dict[int, np.ndarray]] = {}  # the load of each request, by its client
         self._encode_s = 0.0  # of an image in a batch
-        self._decode_s: OrderedDict[str, float] = OrderedDict()  # of an image of each client, the newest client last
+        # Of an image, by its client and whether it is large, the newest last.
+        self._decode_s: OrderedDict[tuple[str, bool], float] = OrderedDict()
 
-    def check_room(self, client: str, items: Sequence[Item] = (), images: int = 1) -> None:
-        """Raise QueueFullError if `items`, or so many images, would exceed the queue or the share of their client."""
-        images, places = len(items) or images, self._places
-        if places.used + images > places.limit:
-            raise self._full(
-                None,
-                f"the queue is full: {places.used:.0f} images wait, {images} more came, max_queue is {places.limit}",
-            )
-        wanted = [("images", places, images)]
-        wanted += [("pixels to decode", work, _work(items, large)) for large, work in self._work.items()]
-        for kind, shares, more in wanted:
+    @property
+    def images(self) -> int:
+        """How many are accepted and not answered."""
+        return int(self._shares[0].used)
+
+    def check_room(self, client: str, items: Sequence[Item] = ()) -> None:
+        """Raise QueueFullError if `items`, or one image, would exceed the queue or the share of their client."""
+        load = sum(map(_load, items), np.zeros(3)) if items else np.array([1.0, 0.0, 0.0])
+        places = self._shares[0]
+        if places.used + load[0] > places.limit:
+            waiting = f"{self.images} images wait, {load[0]:.0f} more came, max_queue is {places.limit}"
+            raise self._full(None, f"the queue is full: {waiting}")
+        for kind, shares, more in zip(("images", *["pixels to decode"] * 2), self._shares, load.tolist(), strict=True):
             if client and more and places.held(client) and not shares.fits(client, more):
-                held = f"{shares.held(client):.0f} {kind} wait, {more} more came"
+                held = f"{shares.held(client):.0f} {kind} wait, {more:.0f} more came"
                 raise self._full(client, f"this client's share of the queue is full: {held}")
 
     def accept(self, items: Sequence[Item], deadline_s: float | None) -> None:
         """Count the items of one request and bound their deadlines. Raises QueueFullError for one that can't be met."""
-        ahead = self._places.used
+        ahead = self.images
         for item in items:
             self.add(item)
-        estimate_s = _MARGIN * self._estimate_s(items[0].client) if items else 0.0
+        estimate_s = _MARGIN * self._estimate_s(items[0].client, items[0].request) if items else 0.0
         # Always admit when the queue is empty, so that one slow batch does not block admission forever.
         if deadline_s is not None and estimate_s > deadline_s and ahead:
             for item in items:
@@ -67,7 +77,7 @@ class Admission:
             retry_s = max(_LEAST_RETRY_S, estimate_s - deadline_s)
             raise QueueFullError(
                 f"expected an answer within {deadline_s:.3g} s, but it would take about {estimate_s:.3g} s with "
-                f"{ahead:.0f} images ahead; try again in {retry_s:.2g} s",
+                f"{ahead} images ahead; try again in {retry_s:.2g} s",
                 retry_s,
             )
         if deadline_s is not None:  # an image that waits for much longer than estimated would keep its place in vain
@@ -77,26 +87,26 @@ class Admission:
 
     def judge(self, item: Item) -> None:
         """Set the work of an item, by its header and its client's last images."""
-        item.work = max(item.cost, int(PIXELS_PER_S * self._decode_s.get(item.client, 0.0)))
+        item.work = max(item.cost, int(PIXELS_PER_S * self._decode_s.get((item.client, item.large), 0.0)))
 
     def add(self, item: Item) -> None:
-        self._places.add(item.client, 1)
-        self._work[item.large].add(item.client, item.work)
+        self._count(item, _load(item))
 
     def drop_work(self, item: Item) -> None:
         """Take back the work of an item that needs no decoder any more."""
-        self._work[item.large].give(item.client, item.work)
+        self._count(item, _load(item) * (0, -1, -1))
         item.work = 0
 
     def remove(self, item: Item) -> None:
         """Take back an item that leaves the queue."""
-        self.drop_work(item)
-        self._places.give(item.client, 1)
+        self._count(item, -_load(item))
+        item.work = 0
 
-    def measure_decoding(self, client: str, seconds: float) -> None:
-        """Record how long an image of `client` took."""
-        self._decode_s[client] = _towards(self._decode_s.get(client, 0.0), seconds)
-        self._decode_s.move_to_end(client)
+    def measure_decoding(self, item: Item, seconds: float) -> None:
+        """Record how long an image took."""
+        key = item.client, item.large
+        self._decode_s[key] = _towards(self._decode_s.get(key, 0.0), seconds)
+        self._decode_s.move_to_end(key)
         if len(self._decode_s) > _MAX_CLIENTS:
             self._decode_s.popitem(last=False)
 
@@ -104,33 +114,49 @@ class Admission:
         """Record how long a batch took."""
         self._encode_s = _towards(self._encode_s, seconds / images)
 
+    def _count(self, item: Item, load: np.ndarray) -> None:
+        for shares, amount in zip(self._shares, load.tolist(), strict=True):
+            shares.add(item.client, amount)
+        requests = self._requests.setdefault(item.client, {})
+        requests[item.request] = requests.get(item.request, 0.0) + load
+        if not requests[item.request][0]:
+            del requests[item.request]
+        if not requests:
+            del self._requests[item.client]
+
     def _full(self, client: str | None, message: str) -> QueueFullError:
         retry_s = max(_LEAST_RETRY_S, self._estimate_s(client))
         return QueueFullError(f"{message}; try again in {retry_s:.2g} s", retry_s)
 
-    def _estimate_s(self, client: str | None) -> float:
-        """Seconds until all that a client holds is answered, if clients take turns; None: of all clients."""
-        own = math.inf if client is None else self._places.held(client)
-        images, pixels, most = 0.0, {False: 0.0, True: 0.0}, {False: 0.0, True: 0.0}
-        for other, held in self._places.holders():
-            part = min(1.0, own / held)
-            images += part * held
-            for large, work in self._work.items():
-                pixels[large] += part * work.held(other)
-                if client not in (None, other):
-                    most[large] = max(most[large], part * work.held(other))
-        encoding_s = images * self._encode_s / self.runs
+    def _estimate_s(self, client: str | None, request: int | None = None) -> float:
+        """Seconds until a request is answered, by turns; None: all that its client holds, or of client None, all."""
+        requests = {} if client is None else self._requests.get(client, {})
+        asked = sum(requests.values(), np.zeros(3)) if request is None else requests[request]
+        own = _by_turns([*requests.values()], asked[0]).sum(0)
+        clients = [other for other in self._requests if other != client]
+        held = [[shares.held(other) for shares in self._shares] for other in clients]
+        parts = _by_turns(held, math.inf if client is None else own[0])
+        others = parts.sum(0)
+        encoding_s = (own + others)[0] * self._encode_s / self.runs
         if self._decoders == 1:
-            return max(encoding_s, sum(pixels.values()) / PIXELS_PER_S)
-        pixels[False] -= most[False]
-        pixels[True] -= most[True] if self._decoders > 2 else 0.0
-        if client is None or not self._work[True].held(client):
-            pixels[True] = 0.0
-        return max(encoding_s, max(pixels.values()) / PIXELS_PER_S / (self._decoders - 1))
+            return float(max(encoding_s, (own + others)[1:].sum() / PIXELS_PER_S))
+        if client is not None:
+            others -= parts.max(0, initial=0.0) * (0, 1, self._decoders > 2)
+        if not asked[2]:  # it waits for no large image, but with two decoders for one of its client in its turn
+            own[2] *= self._decoders == 2
+            others[2] = 0.0
+        return float(max(encoding_s, (own + others)[1:].max() / PIXELS_PER_S / (self._decoders - 1)))
 
 
-def _work(items: Sequence[Item], large: bool) -> int:
-    return sum(item.work for item in items if item.large is large)
+def _by_turns(loads: Sequence[Any], images: float) -> np.ndarray:
+    """(n, 3): what of n loads comes before the last of so many images, if one image of each has its turn."""
+    held = np.reshape(loads, (-1, 3))
+    part: np.ndarray = held * np.minimum(1.0, images / held[:, :1])
+    return part
+
+
+def _load(item: Item) -> np.ndarray:
+    return np.array([1, 0, item.work] if item.large else [1, item.work, 0], float)
 
 
 def _towards(estimate: float, measured: float) -> float:

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.serving.batching.item import Item, Query
 
@@ -76,15 +75,15 @@ class Engine:
         After an error each image is tried alone, so that only those that fail twice get it. If a black image fails
         too, the engine fails on every image, and the rest gets the error at once.
         """
-        run, head = Run(), self._classifier.snapshot()
-        error = self._try(head, items, run)
+        run = Run()
+        error = self._try(items, run)
         if error is None:
             return run
         for item in items:
             if error is not None and not self._works():
                 run.down = error
                 break
-            error = self._try(head, [item], run)
+            error = self._try([item], run)
         for item in items:
             item.outcome = item.outcome or run.down
         return run
@@ -104,11 +103,11 @@ class Engine:
             log.info("the engine works again")
         self.healthy = down is None
 
-    def _try(self, head: Any, items: Sequence[Item], run: Run) -> Exception | None:
+    def _try(self, items: Sequence[Item], run: Run) -> Exception | None:
         """Set the outcomes of items; returns the error, which is also the outcome of a single one."""
         try:
             pixels = np.stack([item.pixels for item in items])  # type: ignore[misc]
-            for item, prediction in zip(items, self._predict(head, pixels, items, run), strict=True):
+            for item, prediction in zip(items, self._predict(pixels, items, run), strict=True):
                 item.outcome = prediction
         except Exception as error:
             if self.healthy and run.clean:
@@ -129,34 +128,33 @@ class Engine:
 
     def _black(self, count: int) -> None:
         """Classify black images."""
-        items = [Item(None, i, Query(top=1, probe=True), 0.0) for i in range(count)]
-        self._predict(self._classifier.snapshot(), self._classifier.encoder.blank(count), items, Run())
+        head, encoder = self._classifier.snapshot(), self._classifier.encoder
+        items = [Item(None, i, Query(top=1, probe=True), 0.0, head=head, encoder=encoder) for i in range(count)]
+        self._predict(encoder.blank(count), items, Run())
 
-    def _predict(self, head: Any, pixels: np.ndarray, items: Sequence[Item], run: Run) -> list[Prediction]:
-        """Pixels (B, S, S, 3) uint8 -> B predictions; items that ask for the same are computed together.
-
-        `head` answers all but items whose label may be withheld: these have the head of their submission, because a
-        later one may have to be fitted first.
-        """
-        started, encoder = time.perf_counter(), self._classifier.encoder
+    def _predict(self, pixels: np.ndarray, items: Sequence[Item], run: Run) -> list[Prediction]:
+        """Pixels (B, S, S, 3) uint8 -> B predictions, each by the head of its item; items that ask one head for the
+        same are computed together. Raises RuntimeError for items of several encoders, which are then tried alone."""
+        started, encoder = time.perf_counter(), items[0].encoder
+        if any(item.encoder is not encoder for item in items):
+            raise RuntimeError("expected images of one encoder, got some from before another fit and some from after")
         with self._encoding if encoder.runs == 1 else nullcontext():
             embeddings = encoder.encode_on_device(pixels)
         encoded = time.perf_counter()
         run.encode_s += encoded - started
         if len(embeddings) != len(pixels):
             raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
-        groups: dict[tuple[Any, int, int, Abstention], list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         for row, item in enumerate(items):
-            own, abstention = item.fitted or (head, NONE_WITHHELD)
-            groups.setdefault((own, item.query.top, item.query.nearest, abstention), []).append(row)
+            query = item.query
+            groups.setdefault((item.head, query.top, query.nearest, query.abstention), []).append(row)
         predictions: dict[int, Prediction] = {}
-        for (own, top, nearest, abstention), rows in groups.items():
+        for (head, *asked), rows in groups.items():
             part = embeddings if len(groups) == 1 else embeddings[np.array(rows)]
-            predictions.update(zip(rows, predict(own, part, top, nearest, abstention), strict=True))
+            predictions.update(zip(rows, predict(head, part, *asked), strict=True))
         if self._collect is not None:
             for row, item in enumerate(items):
-                own, _ = item.fitted or (head, NONE_WITHHELD)
                 if not item.query.probe:
-                    self._collect(item.image, embeddings[np.array([row])], own)
+                    self._collect(item.image, embeddings[np.array([row])], item.head)
         run.score_s += time.perf_counter() - encoded
         return [predictions[row] for row in range(len(pixels))]

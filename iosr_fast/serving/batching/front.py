@@ -6,24 +6,21 @@ import _thread
 import asyncio
 import itertools
 import math
-import threading
 import time
 import weakref
 from collections.abc import Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
-from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import check_share
-from iosr_fast.serving.batching.decode import Decoder, decoding_cost
+from iosr_fast.serving.batching.decoder import Decoder, decoding_cost
 from iosr_fast.serving.batching.engine import Collect, Engine
 from iosr_fast.serving.batching.item import Item, Observer, Query
-from iosr_fast.serving.batching.processes import DecoderProcess
 from iosr_fast.serving.batching.queue import BatchQueue
 from iosr_fast.serving.batching.workers import Workers
 from iosr_fast.utils.machine import usable_threads
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from iosr_fast.classifier import Classifier
-    from iosr_fast.head.head import Head
     from iosr_fast.head.predictions import Prediction
 
 _MAX_DECODERS = 8
@@ -47,9 +43,9 @@ class BatchingClassifier:
     `decode_threads` threads decode images while the previous batch is encoded. A batch of at most `max_batch` images
     starts when the engine is idle and the batch is full, its first image has been ready for `max_wait_ms`, or no other
     image is being decoded: a single image starts at once. If the encoder has several `runs`, as many batches are
-    encoded at once, and an idle run starts at once with its share of the images that are ready. Each batch sees exactly
-    one version of the classifier. With `keep` or `max_error`, an image is answered by the head at its submission. What
-    these rest on is computed at the first request after a change: in the caller's thread, or apart from the event loop.
+    encoded at once, and an idle run starts at once with its share of the images that are ready. All images of a request
+    are answered by the version of the classifier at its submission. What `keep` and `max_error` rest on is computed
+    here, and by later changes (Classifier.serve_promises): no request waits for it.
 
     At most `max_queue` images are accepted and not yet answered; more are refused at once. `limits`, a DecodeLimits,
     bounds decoding. `observer` gets callbacks for metrics (Observer).
@@ -103,13 +99,14 @@ class BatchingClassifier:
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         classifier.snapshot().require_single_label("BatchingClassifier", "use predict")  # raises if it is not fitted
-        self._engine, self._fitting = Engine(classifier, max_batch, collect), threading.Lock()
+        classifier.serve_promises()
+        self._engine = Engine(classifier, max_batch, collect)
         self._max_error = None if max_error is None else check_share("max_error", max_error, like=0.01)
         limits = DecodeLimits() if limits is None else limits
         self._queue = BatchQueue(
             classifier, max_batch, max_wait_ms / 1e3, max_queue, decode_threads, limits.max_pixels_together, observer
         )
-        decoders = [DecoderProcess(limits) if isolated else Decoder(limits) for _ in range(decode_threads)]
+        decoders = [Decoder(limits, isolated) for _ in range(decode_threads)]
         self._workers = Workers(self._queue, self._engine, classifier.encoder.runs, decoders)
         # A BatchingClassifier that is garbage-collected without close() answers accepted images and ends its threads.
         # The collector may run anywhere, even under the lock of the queue, so a new thread takes that lock.
@@ -137,14 +134,13 @@ class BatchingClassifier:
         than `max_queue` images, which can never be accepted.
         """
         query, now = Query(**options), time.monotonic()
-        return self._submit(images, query, now, self._fit(query))
-
-    def _submit(
-        self, images: Iterable[Any], query: Query, now: float, fitted: tuple[Head, Abstention] | None
-    ) -> list[Future[Prediction]]:
-        request, geometry = next(_requests), self.classifier.encoder.geometry
+        head = self.classifier.snapshot().require_single_label("BatchingClassifier", "use predict")
+        query.abstention.check(head)
+        if query.max_error is None:
+            query = replace(query, max_error=self._max_error)
+        request, encoder = next(_requests), self.classifier.encoder
         items = [
-            Item(image, i, query, now, request, decoding_cost(image, geometry), fitted)
+            Item(image, i, query, now, request, decoding_cost(image, encoder.geometry), head, encoder)
             for i, image in enumerate(as_image_list(images))
         ]
         if len(items) > self._queue.max_queue:
@@ -154,26 +150,6 @@ class BatchingClassifier:
         self._queue.admit(items, query.deadline_s)
         return [item.future for item in items]
 
-    def _fit(self, query: Query) -> tuple[Head, Abstention] | None:
-        """The current head with what an abstention rests on, which is computed once for each head and takes seconds
-        with thousands of support images; None without one. Raises IosrFastError where they are too few for a promise
-        that the query asks for."""
-        abstention = self._abstention(query)
-        if abstention == NONE_WITHHELD:
-            return None
-        head = self.classifier.snapshot().require_single_label("keep or max_error", "leave it out")
-        with self._fitting:
-            Abstention(query.keep, max_error=query.max_error).check(head)
-            # Computed here, not by the first batch.
-            if abstention.keep is not None:
-                head.unknown.scorer  # noqa: B018
-            if abstention.max_error is not None:
-                head.left_out_labels  # noqa: B018
-        return head, abstention
-
-    def _abstention(self, query: Query) -> Abstention:
-        return Abstention(query.keep, max_error=query.max_error or self._max_error)
-
     def check_room(self, client: str = "") -> None:
         """Raise QueueFullError or ClosedError if not one more image of `client` would be accepted now."""
         self._queue.check_room(client)
@@ -181,12 +157,12 @@ class BatchingClassifier:
     def decode_whole(
         self, image: Any, position: int = 0, *, deadline_s: float = math.inf, client: str = ""
     ) -> Future[np.ndarray]:
-        """Decode an image with the decoders and their limits: all pixels, (height, width, 3) uint8.
+        """Decode a support image with the decoders and their limits: (height, width, 3) uint8, as a fit resizes it.
 
         The future raises BadImageError, DeadlineExceededError if no decoder was free within `deadline_s` seconds, or
         ClosedError. Raises ClosedError at once after close().
         """
-        now, cost = time.monotonic(), decoding_cost(image, Geometry(1))
+        now, cost = time.monotonic(), decoding_cost(image, self.classifier.encoder.geometry)
         item = Item(image, position, Query(client=client), now, next(_requests), cost, whole=True)
         item.deadline = now + deadline_s
         self._queue.admit((item,), None)
@@ -201,11 +177,7 @@ class BatchingClassifier:
 
     async def classify_many(self, images: Iterable[Any], **options: Any) -> list[Prediction | Exception]:
         """`submit_many` for asyncio: in order, the Prediction of each image or the exception of its future."""
-        query, now = Query(**options), time.monotonic()
-        # In a thread, because it may take seconds.
-        withheld = self._abstention(query) != NONE_WITHHELD
-        fitted = await asyncio.to_thread(self._fit, query) if withheld else None
-        futures = self._submit(images, query, now, fitted)
+        futures = self.submit_many(images, **options)
         try:
             results: list[Any] = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
             return results
@@ -237,7 +209,7 @@ class BatchingClassifier:
 
     @property
     def classifier(self) -> Classifier:
-        """The classifier that answers, each batch with its newest head."""
+        """The classifier that answers."""
         return self._queue.classifier
 
     @property

@@ -78,6 +78,10 @@ class Query:
         if self.max_error is not None:
             check_share("max_error", self.max_error, like=0.01)
 
+    @property
+    def abstention(self) -> Abstention:
+        return Abstention(self.keep, max_error=self.max_error)
+
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Item:
@@ -90,7 +94,8 @@ class Item:
     submitted: float
     request: int = 0  # number of its request; requests of a client take turns
     cost: int = 0  # of decoding, in pixels; 0 if unknown
-    fitted: tuple[Head, Abstention] | None = None  # where a label may be withheld: a head that has what this rests on
+    head: Head | None = None  # that of its submission, which answers
+    encoder: Any = None  # that of its submission, whose embeddings this head compares
     whole: bool = False  # decoded only, all of it
     deadline: float = math.inf
     work: int = 0  # of decoding that is left, in pixels that take as long

@@ -76,8 +76,7 @@ class BatchQueue:
     def check_room(self, client: str) -> None:
         """Raise QueueFullError or ClosedError if no image of `client` would be accepted now."""
         with self._changed:
-            if self.closed:
-                raise _closed()
+            self._check_open()
             self._admission.check_room(client)
 
     def admit(self, items: Sequence[Item], deadline_s: float | None) -> None:
@@ -91,8 +90,7 @@ class BatchQueue:
         reason = "closed"
         try:
             with self._changed:
-                if self.closed:
-                    raise _closed()
+                self._check_open()
                 for item in items:
                     if not self._has_pixels(item):
                         self._admission.judge(item)
@@ -134,7 +132,7 @@ class BatchQueue:
             self._in_decoders.discard(item)
             self._decoder_free.notify_all()  # another one of its client may start
             if seconds:
-                self._admission.measure_decoding(item.client, seconds)
+                self._admission.measure_decoding(item, seconds)
             answered = item.whole or isinstance(result, Exception)
             if answered:
                 answered = self._claim(item)
@@ -215,6 +213,10 @@ class BatchQueue:
 
     # --- all below is called under the lock ---
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("this BatchingClassifier is closed and accepts no more images; create a new one")
+
     def _has_pixels(self, item: Item) -> bool:
         return not item.whole and self.classifier.encoder.accepts(item.image)
 
@@ -281,10 +283,6 @@ class BatchQueue:
             if self._claim(item):
                 (late if item.deadline < now else items).append(item)
         return items, late
-
-
-def _closed() -> ClosedError:
-    return ClosedError("this BatchingClassifier is closed and accepts no more images; create a new one")
 
 
 def _drop_cancelled(queue: weakref.ref[BatchQueue], item: weakref.ref[Item], future: Future[Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from iosr_fast.exceptions import ClosedError
-from iosr_fast.serving.batching.decode import Decoder
+from iosr_fast.serving.batching.decoder import Decoder
 from iosr_fast.serving.batching.engine import Engine
 from iosr_fast.serving.batching.item import Item, notify, ordinary
 from iosr_fast.serving.batching.queue import BatchQueue
@@ -136,11 +136,11 @@ class Workers:
             item = queue.next_to_decode()
             if item is None:
                 break
-            classifier, started = queue.classifier, time.monotonic()
-            geometry, upright = None if item.whole else classifier.encoder.geometry, classifier.exif_orientation_
+            started, geometry = time.monotonic(), queue.classifier.encoder.geometry
+            upright = queue.classifier.exif_orientation_
             result: np.ndarray | Exception
             try:
-                result = decoder.decode(item.image, item.position, geometry, item.deadline, upright)
+                result = decoder.decode(item.image, item.position, geometry, item.deadline, upright, item.whole)
             except BaseException as error:  # even MemoryError concerns this image only
                 result = ordinary(error)
             queue.decoded(item, result, time.monotonic() - started)

@@ -10,8 +10,8 @@ from bisect import bisect_right
 from fastapi import APIRouter, Path, Query
 from starlette.responses import Response
 
+from iosr_fast.head.head import Head
 from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
-from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods.config import wilson
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
@@ -87,10 +87,9 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
-    """What would have to be fitted first is None."""
     classifier = service.classifier
-    head, source = classifier.snapshot(), classifier.encoder.source
-    unknown = head.computed("unknown")
+    head, source = classifier.snapshot().require_single_label("the HTTP API"), classifier.encoder.source
+    unknown = head.unknown
     return schemas.ClassifierAnswer(
         version=head.version,
         model=None if source is None else source.manifest["model"],
@@ -98,10 +97,8 @@ def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
         classes=len(head.uids),
         examples=int(head.counts.sum()),
         measured=_measured(head),
-        doubts=list(head.computed("doubts") or ()),
-        unknown=None
-        if unknown is None
-        else schemas.Promise(promised=unknown.can_promise(keep), keep=keep, sentence=unknown.summary(keep)),
+        doubts=list(head.doubts),
+        unknown=schemas.Promise(promised=unknown.can_promise(keep), keep=keep, sentence=unknown.summary(keep)),
         max_error=service.settings.max_error,
         collects=service.settings.collect is not None,
         checked=_checked(service),
@@ -109,11 +106,10 @@ def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
     )
 
 
-def _measured(head: AnyHead) -> schemas.Measured | None:
-    """By left-out images or those of calibrate_on; after a change by the search of the parameters, until a prediction
-    has asked for a promise."""
-    known, evidence = head.computed("left_out_labels"), head.evidence
-    if known is not None and known.count:
+def _measured(head: Head) -> schemas.Measured | None:
+    """By left-out images or those of calibrate_on; without any, by the search of the parameters."""
+    known, evidence = head.left_out_labels, head.evidence
+    if known.count:
         accuracy = known.reliability.accuracy
         return schemas.Measured(
             accuracy=accuracy,

@@ -49,7 +49,7 @@ class Recent:
         return sum(judged) / len(judged) if judged else math.nan
 
     def _limit(self, version: int) -> float:
-        head = self._classifier.snapshot()
-        if self._strange[0] != version == head.version and (left_out := head.computed("left_out_labels")) is not None:
-            self._strange = version, strange_odds(left_out)
+        head = self._classifier.snapshot().require_single_label("the HTTP API")
+        if self._strange[0] != version == head.version:
+            self._strange = version, strange_odds(head.left_out_labels)
         return self._strange[1]

@@ -83,8 +83,7 @@ class Checked(BaseModel):
 
 
 class ClassifierAnswer(BaseModel):
-    """`model` is the CLIP. `measured` is null where nothing was. `doubts` say what speaks against promises. `unknown`
-    is null after the start and after each change, until a prediction has asked for it: to fit it may take seconds.
+    """`model` is the CLIP. `measured` is null where nothing was. `doubts` say what speaks against promises.
     `max_error` is the share of wrong labels that accepted ones may have, where a request names none; null if labels are
     then not judged. `collects` is whether uploads that need a look are kept on the server, for labelling. `checked` is
     null unless it keeps a sample of accepted ones, too. `note` says when pictures have become stranger than the
@@ -97,7 +96,7 @@ class ClassifierAnswer(BaseModel):
     examples: int
     measured: Measured | None
     doubts: list[str]
-    unknown: Promise | None
+    unknown: Promise
     max_error: float | None
     collects: bool
     checked: Checked | None

@@ -92,7 +92,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
                 seconds=round(time.perf_counter() - start, 3),
             )
             head = classifier.snapshot().require_single_label("the HTTP API")
-            for sentence in head.doubts:  # computed now: no reader waits
+            for sentence in head.doubts:
                 log("doubt", level=logging.WARNING, sentence=sentence)
             changes = service.takes_changes and any(token.may_change for token in settings.tokens)
             log("listening", host=host, port=port, pid=os.getpid(), changes=changes)

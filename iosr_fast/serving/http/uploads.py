@@ -17,7 +17,7 @@ from starlette.requests import Request
 from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DAMAGED, claimed_size, image_kind
-from iosr_fast.serving.batching.decode import grey_png
+from iosr_fast.serving.batching.decoder import grey_png
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 

@@ -1,6 +1,6 @@
 // The HTTP API. URLs are relative, so the page also works under a path of a reverse proxy.
 
-import { complain, count, find, pause, say, sayNothing } from "./dom.js";
+import { complain, count, find, say, sayNothing } from "./dom.js";
 
 const LONGEST_WAIT_S = 60;
 const TRIES = 10; // Of a request that the server is too busy for.
@@ -31,7 +31,7 @@ async function call(path, { method = "GET", body } = {}) {
     const again = response.status === 503 && tries < TRIES && wait <= LONGEST_WAIT_S;
     if (!again) return { data: checked(response, text), roundTripMs };
     const words = say(`The server is busy. The page tries again in ${count(Math.ceil(wait), "second")}.`);
-    await pause(wait * 1000);
+    await new Promise((done) => setTimeout(done, wait * 1000));
     if (words.isConnected) sayNothing();
   }
 }

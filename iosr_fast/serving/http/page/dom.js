@@ -53,8 +53,6 @@ export const complain = (problem) => say(problem, "bad");
 
 export const sayNothing = () => find("notice").replaceChildren();
 
-export const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
-
 /** Call `send` when a form is submitted; not while it is running. A disabled button would lose the focus. */
 export function onSubmit(form, send) {
   const button = form.querySelector("button:not([type])");

@@ -1,19 +1,15 @@
 // Classifies pictures: sends those that wait, in requests that the server takes, at most two at a time.
 
 import * as api from "./api.js";
-import { pause } from "./dom.js";
 import { prepared, preview } from "./pictures.js";
 
 const ANSWER = { top: 5, nearest: 6 };
 const REQUESTS = 2; // While the server answers one, the pictures of the other are prepared.
 const PICTURES = 8; // Of a request, which then has at most 16 MiB. A server that takes less says so (413).
-const LEARN_MS = 700; // An answer waits so long for what is being learnt.
-const LEARNING = "that is still being learnt from the examples";
 
 export let version = null; // The newest that the page knows.
-let rejection = null; // A promise of why that version can't reject pictures, or "".
+let unpromised = ""; // Why that version can't reject pictures, or "".
 let waiting = [];
-let unchecked = []; // Answered without rejection, because it was still being learnt.
 let running = 0;
 let size = 1; // Pictures of the next request: one, for a first answer soon, then twice as many, up to `most`.
 let most = PICTURES;
@@ -24,10 +20,10 @@ export function setUp(callbacks) {
   page = callbacks;
 }
 
-/** The server's newest version, and what it says of rejection there; null if that would have to be fitted first. */
+/** The server's newest version, and what it says of rejection there, if that came. */
 export function renew(newest, unknown) {
   version = newest;
-  rejection = unknown ? Promise.resolve(unknown.promised ? "" : unknown.sentence) : null;
+  unpromised = unknown?.promised === false ? unknown.sentence : "";
 }
 
 /**
@@ -47,7 +43,6 @@ export const isOutdated = (item) => item.failed || (item.prediction && item.vers
 
 export function clear() {
   waiting = [];
-  unchecked = [];
 }
 
 async function work() {
@@ -93,39 +88,17 @@ async function send(batch) {
 /** Predictions that may reject pictures, or some that can't, with the reason in `unchecked`. */
 async function predict(items, files) {
   const known = version;
-  rejection ??= learn(files[0]);
-  let reason = await Promise.race([rejection, pause(LEARN_MS).then(() => LEARNING)]);
-  const ask = () => api.predict(files, { ...ANSWER, reject: !reason });
+  let unchecked = unpromised;
+  const ask = () => api.predict(files, { ...ANSWER, reject: !unchecked });
   const { data, roundTripMs } = await ask().catch((error) => {
-    if (reason || !["no_promise", "deadline_exceeded"].includes(error.code)) throw error;
-    [reason, rejection] = [LEARNING, null]; // Somebody else changed the classes.
+    if (unchecked || error.code !== "no_promise") throw error;
+    unchecked = error.message; // Somebody else changed the classes.
     return ask();
   });
-  const facts = { latencyMs: data.latency_ms, roundTripMs, version: data.version, unchecked: reason };
+  const facts = { latencyMs: data.latency_ms, roundTripMs, version: data.version, unchecked };
   items.forEach((item, i) => {
     const prediction = data.predictions[i];
     settle(item, prediction.error ? { error: prediction.error.message } : { prediction, ...facts });
   });
   if (![known, version].includes(data.version)) page.refresh();
-  if (reason === LEARNING) {
-    unchecked.push(...items.filter(({ prediction }) => prediction));
-    rejection ??= learn(files[0]);
-    rejection.then(() => classify(unchecked.splice(0)));
-  }
-}
-
-/**
- * Ask for the rejection of any picture until the server can do it: "", or why it can't. To learn it takes the server up
- * to a minute after a change, with thousands of examples.
- */
-async function learn(picture) {
-  for (const of = version; of === version; await pause(LEARN_MS)) {
-    try {
-      await api.predict([picture], { top: 1, nearest: 0, reject: true });
-      return "";
-    } catch (error) {
-      if (error.code !== "deadline_exceeded") return error.message;
-    }
-  }
-  return LEARNING;
 }

@@ -1,4 +1,4 @@
-"""iosr_fast.serving.ray on Ray: what is answered while replicas die and while another bundle is rolled out."""
+"""Replicas on Ray: what is answered while replicas die and while another bundle is rolled out."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ import ray
 from ray.exceptions import ActorDiedError
 
 from iosr_fast.cli import app
+from iosr_fast.ray import build_app, digest_of, from_config
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.ray import Scale, build_app, digest_of, from_config
 from tests.pictures import GREY
 from tests.serving.http_client import bundle, error_of, httpx, load, queries
 
@@ -39,29 +39,39 @@ THREADS = 6
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("options", "wrong"),
     [
-        ({"replicas": 0}, "expected replicas to be `int` >= 1, got 0"),
-        ({"cpus": -1}, "expected cpus to be `float` >= 0.0, got -1"),
-        ({"min_replicas": 3, "max_replicas": 2}, "expected max_replicas of at least min_replicas, got 2 and 3"),
+        (("--replicas", "0"), "num_replicas"),
+        (("--cpus", "-1"), "num_cpus"),
+        (("--min-replicas", "3", "--max-replicas", "2"), "max_replicas"),
     ],
 )
-def test_an_impossible_scale_is_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Scale(**fields)
+def test_an_impossible_scale_is_refused(options: tuple[str, ...], wrong: str) -> None:
+    refused = CliRunner().invoke(app, ["serve-ray", str(bundle()), *options])
+    assert refused.exit_code == 2 and wrong in refused.output and "Traceback" not in refused.output
 
 
-def test_replicas_scale_by_their_requests() -> None:
-    options = Scale(max_replicas=4, target_ongoing_requests=8, cpus=0.5, gpus=0.25).options()
-    assert options == {
-        "autoscaling_config": {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 8},
-        "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 0.25},
-    }
-    assert Scale(replicas=2, cpus=0.5).most_cpus == 2 and Scale(max_replicas=8, cpus=2).most_cpus == 20
+def test_replicas_scale_by_their_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    started: list[int] = []
+
+    def joined(_: str, cores: int) -> nullcontext[Any]:
+        started.append(cores)
+        return nullcontext(ray)
+
+    monkeypatch.setattr("iosr_fast.cli.serve_ray.joined", joined)
+    monkeypatch.setattr("ray.serve.start", lambda **_: None)
+    monkeypatch.setattr("ray.serve.run", lambda application, **_: made.append(application))
+    words = ("--address", "auto", "--max-replicas", "4", "--target-ongoing-requests", "8", "--cpus", "0.5")
+    assert CliRunner().invoke(app, ["serve-ray", str(bundle()), *words]).exit_code == 0
+    deployment = made[0]._bound_deployment
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 8)
+    assert deployment.ray_actor_options["num_cpus"] == 0.5 and started == [3], "five replicas during an update"
 
 
 def test_what_no_replica_can_serve_is_refused_before_one_starts(tmp_path: Path) -> None:
-    made = from_config({"bundle": str(bundle()), "settings": {"max_batch": 8}, "scale": {"max_replicas": 4}})
+    made = from_config({"bundle": str(bundle()), "settings": {"max_batch": 8}})
     assert type(made).__name__ == "Application"
     with pytest.raises(ValueError, match="expected args with bundle"):
         from_config({"bundel": "x"})
@@ -79,7 +89,7 @@ def test_a_proxy_that_does_not_start_is_an_error_in_words(monkeypatch: pytest.Mo
     def start(**_: object) -> None:
         raise ActorDiedError()
 
-    monkeypatch.setattr("iosr_fast.utils.ray_cluster.joined", lambda *_: nullcontext(ray))
+    monkeypatch.setattr("iosr_fast.cli.serve_ray.joined", lambda *_: nullcontext(ray))
     monkeypatch.setattr("ray.serve.start", start)
     refused = CliRunner().invoke(app, ["serve-ray", str(bundle()), "--address", "auto", "--port", "80"])
     assert refused.exit_code == 2 and "start at 127.0.0.1:80" in refused.output and "--port" in refused.output

@@ -1,7 +1,8 @@
-"""A decoder in its own process, which is killed if an image takes too long or too much memory, or crashes it."""
+"""Decoding for BatchingClassifier, within limits: untrusted images in a process of their own, which may be killed."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,8 @@ import iosr_fast
 from iosr_fast.exceptions import BadImageError, DeadlineExceededError
 from iosr_fast.images.decoder_process.wire import ANSWER, BUFFER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.limits import DecodeLimits, claimed_size, work_pixels
-from iosr_fast.images.preprocess import ENCODED
-from iosr_fast.serving.batching.decode import Decoder, grey_png
+from iosr_fast.images.limits import DecodeLimits, Size, claimed_size, work_pixels
+from iosr_fast.images.preprocess import ENCODED, open_image, resize_and_crop
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +40,25 @@ class _ProcessLost(Exception):
     """The process has ended, or sent an invalid message."""
 
 
-class DecoderProcess(Decoder):
-    """A Decoder for one thread (`kill` for any). Call `start` before the first image and after one that killed it."""
+class Decoder:
+    """Decodes for one thread (`kill` for any). `start` comes before each image, and after one that killed the process.
 
-    def __init__(self, limits: DecodeLimits) -> None:
-        super().__init__(limits)
+    Only encoded bytes are untrusted: with `isolated` they are decoded in a process that is killed if an image takes too
+    long or too much memory, or crashes it. Other images are decoded in the calling thread, which can't be stopped.
+    `warning` says what does not confine the process.
+    """
+
+    warning = ""
+
+    def __init__(self, limits: DecodeLimits, isolated: bool) -> None:
+        self.limits, self.isolated = limits, isolated
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
 
     def start(self) -> None:
-        """Start the process unless it runs. Raises RuntimeError, with its output, if it can't decode."""
-        if self._process is not None and self._process.poll() is None:
+        """Start the process unless it runs or none is needed. Raises RuntimeError, with its output, if it can't
+        decode."""
+        if not self.isolated or (self._process is not None and self._process.poll() is None):
             return
         self.close()
         self._channel, remote = socket.socketpair()
@@ -65,7 +74,7 @@ class DecoderProcess(Decoder):
                 if lacks := lacks.rstrip(b"\0").decode():
                     self.warning = f"decoders are not confined as they should be: this system lacks {lacks}"
                 # A test image, so that a broken library shows here and not as bad images.
-                self._exchange(grey_png(), Geometry(2), time.monotonic() + _START_S)
+                self._exchange(grey_png(), (64, 64), Geometry(2), time.monotonic() + _START_S)
             except (_ProcessLost, OSError, BadImageError) as error:
                 self.kill()
                 errors.seek(0)
@@ -73,16 +82,26 @@ class DecoderProcess(Decoder):
                 raise RuntimeError(f"the process that decodes images does not start: {output or error}") from error
 
     def decode(
-        self, image: Any, position: int, geometry: Geometry | None, deadline: float, exif_orientation: bool = True
+        self,
+        image: Any,
+        position: int,
+        geometry: Geometry,
+        deadline: float,
+        exif_orientation: bool = True,
+        whole: bool = False,
     ) -> np.ndarray:
-        """As Decoder.decode. Only encoded bytes are untrusted; other images are decoded in this process.
+        """An image as open_image takes it -> pixels (size, size, 3) uint8; `whole`: before they are resized, (height,
+        width, 3).
 
-        Raises DeadlineExceededError if the deadline came first.
+        `deadline` is on time.monotonic's clock. Raises BadImageError for an image that can't be read or is beyond the
+        limits, and DeadlineExceededError where the process had to be killed for the deadline.
         """
-        if not isinstance(image, ENCODED):
-            return super().decode(image, position, geometry, deadline, exif_orientation)
-        self.check_bytes(image, position)
-        if geometry is None and claimed_size(image) is None:
+        self._check_bytes(image, position)
+        if not self.isolated or not isinstance(image, ENCODED):
+            opened = open_image(image, position, exif_orientation, geometry, self.limits)
+            return np.asarray(opened) if whole else resize_and_crop(opened, geometry)
+        claimed = claimed_size(image)
+        if whole and claimed is None:  # how large an answer may be
             raise BadImageError(None, position, "expected a JPEG, PNG or WebP image with an intact header")
         try:
             self.start()  # it may have been killed while idle, which is not the fault of this image
@@ -91,7 +110,8 @@ class DecoderProcess(Decoder):
         left_s = max(_MIN_S, deadline - time.monotonic())
         limit_s = _CLOCK_PER_CPU * self.limits.timeout_s
         try:
-            return self._exchange(image, geometry, time.monotonic() + min(left_s, limit_s), position, exif_orientation)
+            until = time.monotonic() + min(left_s, limit_s)
+            return self._exchange(image, claimed, geometry, until, position, exif_orientation, whole)
         except TimeoutError:
             self.kill()
             if left_s < limit_s:
@@ -126,23 +146,39 @@ class DecoderProcess(Decoder):
         reason = f"it takes more than {self.limits.timeout_s:g} s to decode; send a smaller or simpler one"
         return BadImageError(None, position, reason)
 
+    def _check_bytes(self, image: Any, position: int) -> None:
+        """Raise BadImageError for more encoded bytes than the limits allow."""
+        count, path = 0, Path(image) if isinstance(image, str | Path) else None
+        if isinstance(image, ENCODED):
+            count = memoryview(image).nbytes
+        elif path is not None and path.is_file():
+            count = path.stat().st_size
+        if error := self.limits.bytes_error(count):
+            raise BadImageError(path, position, error)
+
     def _exchange(
-        self, image: Any, geometry: Geometry | None, until: float, position: int = 0, exif_orientation: bool = True
+        self,
+        image: Any,
+        claimed: Size | None,
+        geometry: Geometry,
+        until: float,
+        position: int = 0,
+        exif_orientation: bool = True,
+        whole: bool = False,
     ) -> np.ndarray:
         """Pixels (height, width, 3) of encoded bytes. Raises BadImageError, TimeoutError, _ProcessLost."""
         assert self._channel is not None
-        data = memoryview(image).cast("B")
-        claimed, max_pixels = claimed_size(data), self.limits.max_pixels or _NO_LIMIT
-        work = max_pixels if claimed is None else work_pixels(claimed, geometry or Geometry(1))
-        request = Request.of(geometry, len(data), max_pixels, work, self.limits.timeout_s, exif_orientation)
+        data, max_pixels = memoryview(image).cast("B"), self.limits.max_pixels or _NO_LIMIT
+        work = max_pixels if claimed is None else work_pixels(claimed, geometry)
+        request = Request.of(geometry, len(data), max_pixels, work, self.limits.timeout_s, exif_orientation, whole)
         self._channel.settimeout(max(1e-3, until - time.monotonic()))
         self._channel.sendall(REQUEST.pack(*request))
         self._channel.sendall(data)
         answer = Answer(*ANSWER.unpack(self._receive(ANSWER.size, until).tobytes()))
         if answer.status == Status.OK:
             sides = answer.height, answer.width
-            most = geometry.size**2 if geometry else claimed[0] * claimed[1] if claimed else 0
-            if sides[0] * sides[1] > most or (geometry and sides != (geometry.size, geometry.size)):
+            fits = claimed is not None and answer.height * answer.width <= claimed[0] * claimed[1]
+            if not (fits if whole else sides == (geometry.size, geometry.size)):
                 raise _ProcessLost(f"it sent an invalid answer: {answer}")
             return self._receive(sides[0] * sides[1] * 3, until).reshape(*sides, 3)
         if answer.status > max(Status) or answer.length > MAX_MESSAGE:
@@ -178,3 +214,19 @@ def _interpreter(channel: socket.socket, errors: Any) -> subprocess.Popen[bytes]
         env=environment,
         start_new_session=True,
     )
+
+
+def decoding_cost(image: Any, geometry: Geometry) -> int:
+    """Pixels of the largest intermediate image, by the header of encoded bytes; 0 if unknown."""
+    claimed = claimed_size(image) if isinstance(image, ENCODED) else None
+    return 0 if claimed is None else work_pixels(claimed, geometry)
+
+
+@cache
+def grey_png() -> bytes:
+    """An image that every decoder can decode, 64 x 64."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(file, "PNG")
+    return file.getvalue()
