@@ -71,7 +71,7 @@ class Visit:
     def choose(self, *files: Any) -> Visit:
         """Choose pictures to classify and wait for all answers; the first of them is shown."""
         self.page.set_input_files("#choose", list(files))
-        self.page.locator("[aria-selected=true]", has_text=files[0]["name"]).wait_for()
+        self.page.locator("label:has(:checked)", has_text=files[0]["name"]).wait_for()
         self.page.locator("#progress").wait_for(state="hidden")
         return self
 
@@ -90,16 +90,13 @@ class Visit:
         return list(self.page.locator(selector).all_inner_texts())
 
     def notice(self, words: str) -> None:
-        """Wait for the notice to say these words, on the screen and to screen readers."""
-        self.page.locator("#notice-text", has_text=words).wait_for()
-        assert words in self.text("#notice-live")
+        """Wait for the notice, which screen readers announce, to say these words."""
+        self.page.locator("#notice[role=status] p", has_text=words).wait_for()
 
     def refused(self, field: str, words: str) -> None:
-        """Wait for these words at the field, which is marked and has the focus."""
-        self.page.locator(f"#{field}-error", has_text=words).wait_for()
-        assert self.page.evaluate("document.activeElement.id") == field
-        assert self.page.get_attribute(f"#{field}", "aria-invalid") == "true"
-        assert f"{field}-error" in self.page.get_attribute(f"#{field}", "aria-describedby").split()
+        """Wait until the focus is on the field; the browser says these words there."""
+        self.page.locator(f"#{field}:focus:user-invalid").wait_for()
+        assert words in self.page.locator(f"#{field}").evaluate("field => field.validationMessage")
 
     def was_refused(self, *statuses: int) -> None:
         """The server refused exactly this since the last call; any other refusal fails the test."""

@@ -1,61 +1,51 @@
 // The HTTP API. URLs are relative, so the page also works under a path of a reverse proxy.
 
-import { pause } from "./dom.js";
+import { complain, count, find, say, sayNothing } from "./dom.js";
 
 const LONGEST_WAIT_S = 60;
 const TRIES = 10; // Of a request that the server is too busy for.
 const TOKEN = "iosr_fast.token";
 // Instead of messages for programs.
 const WORDS = {
-  unauthorized: "Wrong token.",
   changes_disabled: "This server takes no changes. Its operator enables them with IOSR_FAST_TOKEN or --token-file.",
   name_taken: "Another class has this name.",
 };
 
-/** An error of the server or the network; `status` is 0 and `code` null without an answer. */
-export class ServerError extends Error {
-  constructor(message, status = 0, code = null) {
-    super(message);
-    Object.assign(this, { status, code });
-  }
-}
-
 export const token = {
   get: () => sessionStorage.getItem(TOKEN) ?? "",
-  set: (value) => sessionStorage.setItem(TOKEN, value),
+  set: (value) => sessionStorage.setItem(TOKEN, value.replace(/[^!-~]/g, "")), // A header takes no other characters.
 };
 
 /**
- * Send a request and read its JSON: {data, roundTripMs}. After a 503 with Retry-After, call `onWait(seconds)`, wait
- * that long and send it again. Other failures throw a ServerError with the message of the server.
+ * Send a request, with the token if it is no GET, and read its JSON: {data, roundTripMs}. After a 503 with Retry-After,
+ * say so, wait that long and send it again. Other failures throw an Error with `status` and `code` of the server, if it
+ * answered; a 401 moves the focus to the token.
  */
-async function call(path, { method = "GET", body, headers = new Headers(), onWait = () => {} } = {}) {
+async function call(path, { method = "GET", body } = {}) {
+  const headers = method !== "GET" && token.get() ? { Authorization: `Bearer ${token.get()}` } : {};
   for (let tries = 1; ; tries += 1) {
     const start = performance.now();
-    const { response, text } = await fetchText(path, { method, body, headers });
+    const { response, text } = await fetchText(path, { method, body, headers, cache: "no-store" });
     const roundTripMs = performance.now() - start;
-    const wait = response.status === 503 && tries < TRIES ? retryAfter(response) : null;
-    if (wait === null) return { data: checked(response, text), roundTripMs };
-    onWait(wait);
-    await pause(wait * 1000);
+    const wait = Number.parseFloat(response.headers.get("Retry-After"));
+    const again = response.status === 503 && tries < TRIES && wait <= LONGEST_WAIT_S;
+    if (!again) return { data: checked(response, text), roundTripMs };
+    const words = say(`The server is busy. The page tries again in ${count(Math.ceil(wait), "second")}.`);
+    await new Promise((done) => setTimeout(done, wait * 1000));
+    if (words.isConnected) sayNothing();
   }
 }
 
 async function fetchText(path, options) {
   try {
-    const response = await fetch(path, { ...options, cache: "no-store", credentials: "same-origin" });
+    const response = await fetch(path, options);
     return { response, text: await response.text() };
   } catch {
-    throw new ServerError("The server can't be reached. Is it still running?");
+    throw new Error("The server can't be reached. Is it still running?");
   }
 }
 
-function retryAfter(response) {
-  const seconds = Number.parseFloat(response.headers.get("Retry-After") ?? "");
-  return seconds >= 0 && seconds <= LONGEST_WAIT_S ? seconds : null;
-}
-
-function checked(response, text) {
+function checked({ ok, status, statusText }, text) {
   let data = null;
   try {
     data = JSON.parse(text);
@@ -63,10 +53,15 @@ function checked(response, text) {
     // Reported below: a proxy may answer with its own page.
   }
   // If all pictures are bad, the answer is a 422 with an error for each.
-  if (data !== null && (response.ok || data.predictions)) return data;
-  const words = data?.error?.message ?? `The server answered ${response.status} ${response.statusText}`.trim() + ".";
-  const code = data?.error?.code ?? null;
-  throw new ServerError(WORDS[code] ?? words, response.status, code);
+  if (data !== null && (ok || data.predictions)) return data;
+  const { code, message = `The server answered ${status} ${statusText}`.trim() + "." } = data?.error ?? {};
+  const error = Object.assign(new Error(WORDS[code] ?? message), { status, code });
+  if (status === 401) {
+    error.message = token.get() ? "Wrong token." : "Enter the token.";
+    complain(error.message);
+    find("token").focus();
+  }
+  throw error;
 }
 
 function form(pictures, fields = {}) {
@@ -82,20 +77,20 @@ const examplePath = (id) => `v1/examples/${encodeURIComponent(id)}`;
 export const pictureAddress = (exampleId) => `${examplePath(exampleId)}/picture`;
 
 /** Answers to pictures, in their order. */
-export function predict(pictures, { top, nearest, reject, onWait }) {
+export function predict(pictures, { top, nearest, reject }) {
   const path = `v1/predict?top=${top}&nearest=${nearest}${reject ? "&unknown=reject" : ""}`;
-  return call(path, { method: "POST", body: form(pictures), onWait });
+  return call(path, { method: "POST", body: form(pictures) });
 }
 
 /** All pages of a list, joined in `field` of the first. A change in between shows in the version of a later answer. */
 async function allPages(path, field) {
-  const first = await call(path);
-  for (let { next } = first.data; next; ) {
+  const { data: all } = await call(path);
+  for (let { next } = all; next; ) {
     const { data } = await call(`${path}?after=${encodeURIComponent(next)}`);
-    first.data[field].push(...data[field]);
+    all[field].push(...data[field]);
     next = data.next;
   }
-  return first;
+  return all;
 }
 
 export const classifier = async () => (await call("v1/classifier")).data;
@@ -104,18 +99,10 @@ export const examples = (classId) => allPages(`${classPath(classId)}/examples`, 
 export const firstExample = async (classId) =>
   (await call(`${classPath(classId)}/examples?limit=1`)).data.example_ids[0];
 
-// Changes: each a function of `onWait` that sends it, with the token.
-const change = (method, path, body) => async (onWait) => {
-  const headers = new Headers(typeof body === "string" ? { "Content-Type": "application/json" } : {});
-  try {
-    if (token.get()) headers.set("Authorization", `Bearer ${token.get()}`);
-  } catch {
-    throw new ServerError("The token contains invalid characters. Copy it again.", 401);
-  }
-  return call(path, { method, body, headers, onWait });
-};
-export const addClass = (name, pictures) => change("POST", "v1/classes", form(pictures, { name }));
-export const addExamples = (id, pictures) => change("POST", `${classPath(id)}/examples`, form(pictures));
-export const renameClass = (id, name) => change("PATCH", classPath(id), JSON.stringify({ name }));
-export const removeClass = (id) => change("DELETE", classPath(id));
-export const removeExample = (id) => change("DELETE", examplePath(id));
+export const addClass = (name, pictures) => call("v1/classes", { method: "POST", body: form(pictures, { name }) });
+export const addExamples = (id, pictures) =>
+  call(`${classPath(id)}/examples`, { method: "POST", body: form(pictures) });
+export const renameClass = (id, name) =>
+  call(classPath(id), { method: "PATCH", body: new Blob([JSON.stringify({ name })], { type: "application/json" }) });
+export const removeClass = (id) => call(classPath(id), { method: "DELETE" });
+export const removeExample = (id) => call(examplePath(id), { method: "DELETE" });

@@ -1,48 +1,45 @@
-// The list of pictures with their answers: one of them is selected and shown in full.
+// The list of pictures with their answers: radio buttons, of which one is selected and shown in full.
 
-import { announce, complain, count, find, make, percent, span } from "./dom.js";
+import { complain, count, find, make, percent, span } from "./dom.js";
 import { classify, isOutdated } from "./queue.js";
 import { naming, verdict } from "./result.js";
 
 const MOST = 2000; // Rows and thumbnails that a browser holds with ease.
-const STEPS = { ArrowUp: -1, ArrowDown: 1, PageUp: -10, PageDown: 10, Home: -Infinity, End: Infinity };
 const COLUMNS = ["file", "label", "confidence", "alternatives", "error"];
 let items = [];
-let [selected, lastId] = [null, 0];
-let [show, forget] = [null, null];
+let page = null;
+
+// The selected item: {file, name, row} with what queue.js adds; after a change also {before: the previous prediction,
+// taught: the class that got the picture}.
+export let shown = null;
 
 /** Put files on the list and select the first of them: their items, for queue.js. */
 export function add(files) {
   const added = files.slice(0, MOST - items.length).map((file) => {
-    const row = make("li", { role: "option", id: `item-${(lastId += 1)}`, "aria-selected": "false" });
-    const item = { file, name: file.name || "pasted picture", row, busy: true };
-    row.addEventListener("click", () => select(item));
+    const item = { file, name: file.name || "pasted picture", row: span("row"), busy: true };
+    const change = () => {
+      shown = item;
+      page.selected();
+    };
+    item.choice = make("input", { type: "radio", name: "shown", class: "cover", change });
     return item;
   });
   const left = files.length - added.length;
   if (left) complain(`The list holds ${count(MOST, "picture")}: ${count(left, "picture")} left out. Clear it first.`);
   items.push(...added);
-  find("items").append(...added.map(({ row }) => row));
+  find("items").append(...added.map(({ choice, row }) => make("label", {}, choice, row)));
   update(added);
-  if (added.length) select(added[0]);
+  if (added.length) {
+    added[0].choice.click();
+    find("items").scrollTop = added[0].choice.labels[0].offsetTop;
+  }
   return added;
-}
-
-function select(item) {
-  selected?.row.setAttribute("aria-selected", "false");
-  selected = item;
-  item.row.setAttribute("aria-selected", "true");
-  const box = find("items");
-  box.setAttribute("aria-activedescendant", item.row.id);
-  const { offsetTop: top, offsetHeight: height } = item.row;
-  box.scrollTop = Math.min(top, Math.max(box.scrollTop, top + height - box.clientHeight));
-  show(item);
 }
 
 /** Write the rows of items anew, and what there is to do with the list. */
 export function update(changed) {
   for (const { row, name, notes, thumbnail, prediction, error } of changed) {
-    row.className = prediction ? verdict(prediction) : error ? "bad" : "";
+    row.classList.toggle("bad", Boolean(error));
     row.replaceChildren(
       thumbnail ?? span("missing"),
       span("file quiet", [name, ...(notes ?? [])].join(", ")),
@@ -55,7 +52,7 @@ export function update(changed) {
   const working = done < items.length;
   find("list").hidden = !items.length;
   find("list-title").textContent = (working ? `${done} of ` : "") + count(items.length, "picture");
-  if (!working && !find("progress").hidden && find("notice").hidden) announce(`${count(done, "picture")} classified.`);
+  if (!working && !find("progress").hidden) find("classified").textContent = `${count(done, "picture")} classified.`;
   find("progress").hidden = !working;
   Object.assign(find("progress"), { max: items.length, value: done });
   find("again").hidden = !again || working;
@@ -66,7 +63,7 @@ function classifyAgain() {
   const old = items.filter(isOutdated);
   classify(old);
   update(old);
-  find("items").focus();
+  shown.choice.focus();
 }
 
 function line({ name, prediction, error }) {
@@ -79,21 +76,15 @@ function line({ name, prediction, error }) {
 
 function clear() {
   if (!confirm(`Remove ${count(items.length, "picture")} from the list?`)) return;
-  [items, selected] = [[], null];
+  [items, shown] = [[], null];
   find("items").replaceChildren();
   update([]);
-  forget();
+  page.cleared();
 }
 
-/** `onSelect(item)` is called when another item is selected, `onClear()` when the list was cleared. */
-export function setUp(onSelect, onClear) {
-  [show, forget] = [onSelect, onClear];
-  find("items").addEventListener("keydown", (event) => {
-    if (!(event.key in STEPS)) return;
-    event.preventDefault();
-    const place = items.indexOf(selected) + STEPS[event.key];
-    select(items[Math.min(Math.max(place, 0), items.length - 1)]);
-  });
+/** `callbacks.selected()` is called when another item is shown, `callbacks.cleared()` when the list was cleared. */
+export function setUp(callbacks) {
+  page = callbacks;
   find("again").addEventListener("click", classifyAgain);
   find("save").addEventListener("click", () => saveCsv("classified.csv", [COLUMNS, ...items.map(line)]));
   find("clear").addEventListener("click", clear);

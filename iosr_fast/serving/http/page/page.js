@@ -2,81 +2,67 @@
 
 import * as api from "./api.js";
 import * as classes from "./classes.js";
-import * as correct from "./correct.js";
-import { button, complain, count, find, make, percent, refuse, say, sayNothing, scrollTo } from "./dom.js";
+import { button, complain, count, find, make, percent, say, sayNothing } from "./dom.js";
 import * as list from "./list.js";
-import { acceptChoices, acceptDrops } from "./pictures.js";
+import { acceptChoices, acceptDrops, preview } from "./pictures.js";
 import * as queue from "./queue.js";
-import { show, showPicture } from "./result.js";
+import { show } from "./result.js";
 import * as teach from "./teach.js";
 
 const SAMPLES = 6;
-// {file, name, row} of list.js, with what queue.js adds; after a change also {before: the previous prediction,
-// taught: the class that got the picture}
-let shown = null;
-let classCount = null;
-let waitWords = ""; // What was said last of a busy server.
+const SIDE = 640; // Of the shown picture, in pixels.
 
 function add(files) {
   sayNothing();
-  document.body.classList.add("has-picture");
   queue.classify(list.add(files));
 }
 
-function select(item) {
-  shown = item;
-  showPicture(item, () => item === shown);
-  view();
+function view() {
+  show(list.shown, classes.all.length);
+  teach.offer();
 }
 
-function view() {
-  show(shown, classCount);
-  correct.show(shown);
+async function selected() {
+  const item = list.shown;
+  view();
+  const picture = await preview(item.file, SIDE);
+  if (item === list.shown) find("picture").replaceChildren(picture);
 }
 
 function answered(items) {
-  if (find("notice-text").textContent === waitWords) sayNothing();
   list.update(items);
-  if (items.includes(shown)) view();
+  if (items.includes(list.shown)) view();
 }
 
-function announceWait(seconds) {
-  waitWords = `The server is busy. The page tries again in ${count(Math.ceil(seconds), "second")}.`;
-  say(waitWords);
-}
-
-function forget() {
+function cleared() {
   queue.clear();
-  shown = null;
-  document.body.classList.remove("has-picture");
   find("choose").focus();
 }
 
+/** Read classes and facts of the server's newest version, and show them. */
 async function refresh() {
-  const data = await classes.refresh();
-  if (!data) return;
-  if (classCount === null) showSamples(data.classes);
-  classCount = data.classes.length;
-  find("promise").textContent = `Each picture gets one of the ${count(classCount, "class", "classes")} below, or none.`;
-  const facts = await showFacts();
-  find("collects").hidden = !facts?.collects;
-  queue.renew(data.version, facts?.unknown);
-  list.update([]);
+  const first = queue.version === null;
+  try {
+    const [listed, facts] = await Promise.all([api.classes(), api.classifier()]);
+    classes.show(listed.classes);
+    const total = count(classes.all.length, "class", "classes");
+    find("promise").textContent = `Each picture gets one of the ${total} below, or none.`;
+    find("collects").hidden = !facts.collects;
+    showFacts(facts);
+    queue.renew(listed.version, facts.unknown);
+    list.update([]);
+    if (first) await showSamples();
+  } catch (error) {
+    complain(error.message);
+  }
 }
 
-/** Show model, method and measured accuracy in the headline: the server's answer, or undefined after an error. */
-async function showFacts() {
-  try {
-    const data = await api.classifier();
-    const { model, method, measured, checked, note, doubts } = data;
-    find("facts").textContent = [model, method, accuracy(measured)].filter((words) => words).join(" \u00b7 ");
-    const alarms = [checked?.refuted && checked.sentence, note, ...doubts].filter((words) => words);
-    find("alarm").textContent = alarms.map((words) => `${words[0].toUpperCase()}${words.slice(1)}.`).join(" ");
-    find("facts").title = measured?.summary ?? ""; // With what was not judged.
-    return data;
-  } catch (error) {
-    return complain(error.message);
-  }
+/** Show model, method and measured accuracy in the headline, and what speaks against them. */
+function showFacts({ model, method, measured, checked, note, doubts }) {
+  find("facts").textContent = [model, method, accuracy(measured)].filter((words) => words).join(" \u00b7 ");
+  find("facts").title = measured?.summary ?? ""; // With what was not judged.
+  const alarms = [checked?.refuted && checked.sentence, note, ...doubts].filter((words) => words);
+  find("alarm").textContent = alarms.map((words) => `${words[0].toUpperCase()}${words.slice(1)}.`).join(" ");
 }
 
 function accuracy(measured) {
@@ -88,48 +74,50 @@ function accuracy(measured) {
 }
 
 /** Offer stored pictures of some classes to somebody who has none at hand. */
-async function showSamples(classes) {
-  const taught = classes.filter(({ examples }) => examples);
+async function showSamples() {
+  const taught = classes.all.filter(({ examples }) => examples);
   const step = Math.max(1, Math.floor(taught.length / SAMPLES));
   const chosen = taught.filter((info, i) => i % step === 0).slice(0, SAMPLES);
-  const asked = Promise.all(chosen.map((info) => api.firstExample(info.class_id)));
-  const ids = await asked.catch((error) => complain(error.message) ?? []);
-  ids.forEach((id, i) => {
-    const [address, { name }] = [api.pictureAddress(id), chosen[i]];
-    const choose = async () => {
-      const blob = await (await fetch(address)).blob();
-      find("choose").focus({ preventScroll: true }); // The samples are about to disappear.
-      add([new File([blob], `example of ${name}`, { type: blob.type })]);
-    };
-    const shown = () => (find("samples").hidden = false); // Not where no thumbnails are stored.
-    const picture = make("img", { src: address, alt: `Classify an example of ${name}`, load: shown });
-    const item = make("li", {}, button(picture, choose, {}));
-    picture.addEventListener("error", () => item.remove());
-    find("samples-list").append(item);
-  });
+  for (const { class_id, name } of chosen) showSample(name, api.pictureAddress(await api.firstExample(class_id)));
+}
+
+async function showSample(name, src) {
+  const picture = make("img", { src, alt: `Classify an example of ${name}` });
+  const choose = async () => {
+    const blob = await (await fetch(src)).blob();
+    find("choose").focus({ preventScroll: true }); // The samples are about to disappear.
+    add([new File([blob], `example of ${name}`, { type: blob.type })]);
+  };
+  try {
+    await picture.decode();
+  } catch {
+    return; // No picture is stored.
+  }
+  find("samples-list").append(make("li", {}, button(picture, choose)));
+  find("samples").hidden = false;
 }
 
 /**
- * Send a change, announce it in `words`, and classify the shown picture again. `name` is that of a new class. True if it
- * succeeded.
+ * Wait for the request of a change, announce it in `words`, and classify the shown picture again. `name` is that of a
+ * new class. True if it succeeded.
  */
 async function change(request, words, name = "") {
   try {
-    await request(announceWait);
+    await request;
   } catch (error) {
-    if (error.status === 401) refuse(find("token"), api.token.get() ? error.message : "Enter the token.");
-    else complain(error.message);
+    complain(error.message);
     return false;
   }
   say(words);
   if (name) find("filter").value = name; // So that the new class is in sight.
   await refresh();
+  const { shown } = list;
   if (shown) {
     shown.before = shown.prediction;
     queue.classify([shown], true);
     find("result").setAttribute("aria-busy", "true"); // Its nearest examples may be gone: not drawn again.
   }
-  scrollTo(find(shown ? "answer" : "classes"));
+  find(shown ? "answer" : "classes").scrollIntoView({ block: "nearest" });
   return true;
 }
 
@@ -148,10 +136,8 @@ acceptChoices(find("choose"), add);
 acceptChoices(find("camera"), add);
 acceptDrops(document.documentElement, add); // Also pictures dropped outside of the stage.
 document.addEventListener("paste", paste);
-find("notice-close").addEventListener("click", sayNothing);
-queue.setUp({ answered, announceWait, refresh });
-list.setUp(select, forget);
+queue.setUp({ answered, refresh });
+list.setUp({ selected, cleared });
 classes.setUp(change);
 teach.setUp();
-correct.setUp(() => shown);
 refresh();

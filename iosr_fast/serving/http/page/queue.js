@@ -1,12 +1,11 @@
 // Classifies pictures: sends those that wait, in requests that the server takes, at most two at a time.
 
 import * as api from "./api.js";
-import { drawn, prepared } from "./upright.js";
+import { prepared, preview } from "./pictures.js";
 
 const ANSWER = { top: 5, nearest: 6 };
 const REQUESTS = 2; // While the server answers one, the pictures of the other are prepared.
-const PICTURES = 8; // Of a request, which then has at most 16 MiB (upright.js). A server that takes less says so (413).
-const THUMBNAIL = 96;
+const PICTURES = 8; // Of a request, which then has at most 16 MiB. A server that takes less says so (413).
 
 export let version = null; // The newest that the page knows.
 let unpromised = ""; // Why that version can't reject pictures, or "".
@@ -16,10 +15,7 @@ let size = 1; // Pictures of the next request: one, for a first answer soon, the
 let most = PICTURES;
 let page = null;
 
-/**
- * `page.answered(items)` is called after each request, `page.announceWait(seconds)` when the server is busy, and
- * `page.refresh()` when its classes were changed elsewhere.
- */
+/** `page.answered(items)` is called after each request, `page.refresh()` when classes were changed elsewhere. */
 export function setUp(callbacks) {
   page = callbacks;
 }
@@ -33,7 +29,7 @@ export function renew(newest, unknown) {
 /**
  * Classify items {file}, `first` before those that wait. An item is `busy` until it has `prediction`, `latencyMs`,
  * `roundTripMs`, `version` and `unchecked` (why it may belong to none of the classes), or an `error`, with `failed` if
- * another try may help. `notes` say how its file was changed for the server, `thumbnail` is a canvas or null.
+ * another try may help. `notes` say how its file was changed for the server, `thumbnail` is an element.
  */
 export function classify(items, first = false) {
   for (const item of items) item.busy = true;
@@ -71,7 +67,7 @@ async function send(batch) {
       const { file, notes } = await prepared(item.file); // One by one: decoded photos are large.
       files.set(item, file);
       item.notes = notes;
-      item.thumbnail ??= await drawn(file, THUMBNAIL);
+      item.thumbnail ??= await preview(file);
     } catch (error) {
       settle(item, { error: error.message });
     }
@@ -93,7 +89,7 @@ async function send(batch) {
 async function predict(items, files) {
   const known = version;
   let unchecked = unpromised;
-  const ask = () => api.predict(files, { ...ANSWER, reject: !unchecked, onWait: page.announceWait });
+  const ask = () => api.predict(files, { ...ANSWER, reject: !unchecked });
   const { data, roundTripMs } = await ask().catch((error) => {
     if (unchecked || error.code !== "no_promise") throw error;
     unchecked = error.message; // Somebody else changed the classes.

@@ -1,18 +1,16 @@
-// The form that adds a class: name, examples, token.
+// The forms that teach a class: "Add a class", from examples; under an answer "It is", which confirms or corrects it.
 
-import * as api from "./api.js";
+import { token } from "./api.js";
 import { named, teach } from "./classes.js";
-import { accept, count, find, noPreview, onSubmit, refuse, removable } from "./dom.js";
-import { acceptChoices, acceptDrops } from "./pictures.js";
-import { drawn } from "./upright.js";
+import { count, find, onSubmit, quoted, removable } from "./dom.js";
+import { shown } from "./list.js";
+import { acceptChoices, acceptDrops, preview } from "./pictures.js";
 
-const THUMBNAIL = 96;
 let examples = [];
 
-/** Add examples to the form. */
+/** Add examples to the form of a new class. */
 export async function collect(files) {
-  for (const file of files) examples.push({ file, canvas: await drawn(file, THUMBNAIL) });
-  accept(find("new-examples"));
+  for (const file of files) examples.push({ file, picture: await preview(file) });
   draw();
 }
 
@@ -20,37 +18,68 @@ function draw() {
   const strip = find("new-strip");
   strip.hidden = !examples.length;
   const pictures = examples.map((example) =>
-    removable(example.canvas ?? noPreview(), `Leave out ${example.file.name}`, () => leaveOut(example)),
+    removable(example.picture, `Leave out ${example.file.name}`, () => leaveOut(example)),
   );
   strip.replaceChildren(...pictures);
   const words = examples.length ? ` with ${count(examples.length, "example")}` : "";
   find("add-class").textContent = `Add the class${words}`;
+  find("new-examples").setCustomValidity(words ? "" : "The class needs at least one example.");
 }
 
 function leaveOut(example) {
   const place = examples.indexOf(example);
-  examples = examples.filter((other) => other !== example);
+  examples.splice(place, 1);
   draw();
   const buttons = find("new-strip").querySelectorAll("button");
   (buttons[Math.min(place, buttons.length - 1)] ?? find("new-examples")).focus();
 }
 
-async function send() {
-  const field = find("new-name");
-  const name = field.value.trim();
-  if (!name) return refuse(field, "The class needs a name.");
-  if (named(name)) return refuse(field, "Another class has this name.");
-  if (!examples.length) return refuse(find("new-examples"), "The class needs at least one example.");
-  if (!(await teach(name, examples.map((example) => example.file)))) return;
-  field.value = "";
+async function addClass() {
+  const files = examples.map(({ file }) => file);
+  if (!(await teach(find("new-name").value.trim(), files))) return;
+  find("teach").reset();
+  find("token").value = token.get();
   examples = [];
   draw();
 }
 
+/** Offer the label of the shown answer, or say where its picture went. */
+export function offer() {
+  const { prediction, busy, taught } = shown;
+  find("correct").hidden = !prediction || Boolean(taught);
+  find("taught").hidden = !taught;
+  if (taught) find("taught").textContent = `Added to the examples of ${quoted(taught)}.`;
+  if (busy || find("correct").contains(document.activeElement)) return;
+  find("correct").reset();
+  find("truth").value = prediction?.label ?? "";
+  nameButton();
+}
+
+function nameButton() {
+  const name = find("truth").value.trim();
+  find("correct-button").textContent = name && !named(name) ? "Add as a new class" : "Confirm";
+}
+
+async function correct() {
+  const [item, name] = [shown, find("truth").value.trim()];
+  if (!(await teach(name, [item.file]))) return;
+  item.taught = name;
+  if (item !== shown) return; // Another one was selected meanwhile.
+  offer();
+  find("taught").focus();
+}
+
 export function setUp() {
-  find("token").value = api.token.get();
-  find("token").addEventListener("input", (event) => api.token.set(event.target.value.trim()));
+  find("token").value = token.get();
+  find("token").addEventListener("input", ({ target }) => token.set(target.value));
+  find("new-name").addEventListener("input", ({ target }) =>
+    target.setCustomValidity(named(target.value.trim()) ? "Another class has this name." : ""),
+  );
   acceptChoices(find("new-examples"), collect);
   acceptDrops(find("teach-stage"), collect);
-  onSubmit(find("teach"), send);
+  draw();
+  onSubmit(find("teach"), addClass);
+  find("truth").addEventListener("focus", ({ target }) => target.select());
+  find("truth").addEventListener("input", nameButton);
+  onSubmit(find("correct"), correct);
 }
