@@ -147,6 +147,7 @@ def test_labels_of_no_class_are_refused_before_an_image_is_read(
     place: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Classifier, "evaluate", never)
+    (labelled.parent / "6.png").touch()
     labelled.write_text(labelled.read_text() + "6.png,six\n")
     words = refused("evaluate", place / "classifier", labelled)
     assert "among the 5 classes" in words and "got 'six': rename these or leave them out" in words
