@@ -140,8 +140,10 @@ def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) ->
             ("PATCH", f"/{first}", {"json": body}, 422, "invalid_parameters")
             for body in ({"name": 3}, {}, {"name": "x", "more": 1}, [])
         ),
+        ("PATCH", f"/{first}", {"content": b"\xff", "headers": {"Content-Type": "application/json"}}, 400, "bad_request"),
     ):
-        response = shared.ask(method, f"/v1/classes{path}", headers=AUTHORISED, **options)
+        asked = {**options, "headers": {**AUTHORISED, **options.get("headers", {})}}
+        response = shared.ask(method, f"/v1/classes{path}", **asked)
         assert error_of(response, status) == code, (method, path, options)
         if len(options.get("files", ())) == 2:
             assert "number 1" in response.json()["error"]["message"]
