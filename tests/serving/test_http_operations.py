@@ -144,7 +144,7 @@ def test_a_request_is_one_line_without_image_or_token(shared: Client, caplog: py
     lines = [Formatter(plain=False).format(record) for record in records]
     first, second, third = (json.loads(line) for line in lines)
     assert first["event"] == "request" and first["images"] == 2 and first["request_id"] == "id.1"
-    assert (first["method"], first["path"], first["status"]) == ("POST", "/v1/predict", 200) and first["ms"] > 0
+    assert (first["method"], first["path"], first["status"]) == ("POST", "/v1/predict", 200) and 0 < first["ms"] < 1e5
     assert first["client"] == "127.0.0.1" and (second["status"], second["code"]) == (401, "unauthorized")
     assert third["request_id"] == odd.headers["X-Request-ID"] and len(third["request_id"]) == 32
     plain = [Formatter(plain=True).format(record) for record in records]

@@ -221,6 +221,7 @@ def test_a_client_that_disconnects_frees_its_places() -> None:
             client.app({**scope, "http_version": "1.1", "scheme": "http", "server": ("test", 80)}, receive, send)
         )
         wait_until(lambda: client.service.batching.pending == 1)
+        assert 'route="/v1/predict",status="499"} 1.0' in client.get("/metrics").text
         gate.open()
         assert held.result(20).status_code == 200
 
@@ -324,7 +325,10 @@ def test_a_saved_head_is_served_without_encoder_and_decoders(head_folder: Path) 
         (b" " * 50_000, 413, "a body of at most"),
     ],
 )
-def test_wrong_embeddings_are_refused(served_head: Client, body: Any, status: int, told: str) -> None:
+def test_wrong_embeddings_are_refused(
+    served_head: Client, body: Any, status: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iosr_fast.serving.http.embeddings._QUICK", 1000)  # longer bodies are read in a thread
     content = body if isinstance(body, bytes) else json.dumps({"embeddings": body}).encode()
     answer = served_head.ask("POST", "/v1/predict", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == status and told in answer.json()["error"]["message"], answer.text

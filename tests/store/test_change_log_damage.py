@@ -234,9 +234,12 @@ def test_the_log_of_another_state_is_refused(path: Path) -> None:
         "UPDATE changes SET rowid = 9 WHERE version = 4",
         "INSERT INTO changes SELECT 5, time, op, record, chain FROM changes WHERE version = 4",
         "INSERT INTO snapshot(part) VALUES(zeroblob(65536))",
+        "UPDATE snapshot SET rowid = 9",
+        "UPDATE snapshot SET part = 7",
     ],
 )
-def test_another_program_that_writes_is_noticed(statement: str, path: Path) -> None:
+def test_another_program_that_writes_is_noticed(statement: str, path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(change_log, "MOST_CHANGES", 1)  # with a snapshot
     write_log(path)
     with sqlite3.connect(path) as db:
         db.execute(statement)
