@@ -278,6 +278,7 @@ def test_a_log_that_cannot_be_written_makes_the_server_read_only(tmp_path: Any) 
         def rename(name: str) -> Any:
             return client.ask("PATCH", "/v1/classes/~0", json={"name": name, "keep_text": True}, headers=AUTHORISED)
 
+        assert client.get("/readyz").json() == {"status": "ok", "detail": ""}
         assert rename("one").status_code == 200
         most = database.execute("PRAGMA max_page_count").fetchone()[0]
         database.execute("PRAGMA max_page_count=1")  # no more pages than there are, as on a full disk
