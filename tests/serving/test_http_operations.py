@@ -64,7 +64,8 @@ def test_readiness_has_a_reason() -> None:
         assert response.status_code == 503 and response.json()["status"] == "loading"
         client.service.loading, client.service.draining = False, True
         assert client.get("/readyz").json()["status"] == "shutting down"
-        assert client.get("/healthz").status_code == 200  # no reason to restart it
+        healthy = client.get("/healthz")  # no reason to restart it
+        assert healthy.status_code == 200 and healthy.headers["Connection"] == "close"
         client.service.batching.close()
         response = client.predict(GREY)
         assert error_of(response, 503) == "closed" and int(response.headers["Retry-After"]) >= 1

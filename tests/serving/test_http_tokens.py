@@ -68,6 +68,7 @@ def test_a_lone_token_is_for_changes_and_without_one_for_changes_there_are_none(
     for token in (TOKEN, "!" * 16, "~" * 16):
         assert read_tokens(f"{token}\n") == (("token", token, True),)
     with serving(token=f"shop {SHOP} predict") as client:
+        assert client.ask("POST", "/v1/predict", content=GREY, **bearer(SHOP)).status_code == 200
         assert error_of(client.ask("POST", "/v1/retune", **bearer(SHOP)), 403) == "changes_disabled"
 
 

@@ -21,14 +21,14 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
-from iosr_fast.store import change_log
+from iosr_fast.store import change_log, sqlite_file
 from iosr_fast.store.change_log import ChangeLog, LogWriteError
 from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.store.log_reader import read_log, reading
 from tests import ROOT
-from tests.store.live_parts import pictures, small_classifier
-from tests.store.logs import base, renamed, reopened, write_log
+from tests.store.live_parts import pictures, random_examples, small_classifier
+from tests.store.logs import base, changed, renamed, reopened, write_log
 
 PIXELS = pictures(np.random.default_rng(99), 8, 4)[0].reshape(8, 4, 8, 8, 3)
 
@@ -115,6 +115,30 @@ def test_a_start_makes_few_changes_again(limit: str, most: int, path: Path, monk
     assert path.read_bytes()[68:72] == b"IOSR"  # as in logs of earlier versions
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT DISTINCT length(part) FROM snapshot").fetchall() == [(65_536,)]
+
+
+def test_a_snapshot_may_be_smaller_than_the_one_before(path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(change_log, "MOST_CHANGES", 1)
+    log, state = ChangeLog.open(path, base())
+    added = random_examples(np.random.default_rng(1), [1] * 400, state.next_example)
+    for change in (Change("add_examples", 1, added=added), Change("remove_examples", numbers=(*added.ids.tolist(),))):
+        state = renamed(log, changed(log, state, change), f"after {change.op}")
+    log.close()
+    assert fingerprint(reopened(path)) == fingerprint(state)
+
+
+def test_a_log_that_another_process_has_begun_meanwhile_is_kept(path: Path, monkeypatch: Any) -> None:
+    real = sqlite_file.lock
+
+    def late(*values: Any) -> int:
+        monkeypatch.undo()
+        write_log(path)
+        return real(*values)
+
+    monkeypatch.setattr(sqlite_file, "lock", late)
+    with pytest.raises(BlockingIOError, match="another process writes this log"):
+        ChangeLog.open(path, base())
+    assert len(read_log(path)) == 3 and os.listdir(path.parent) == [path.name]
 
 
 def test_a_second_writer_is_refused(path: Path) -> None:
@@ -249,6 +273,8 @@ def test_a_file_that_changes_while_it_is_in_use_takes_no_change(path: Path) -> N
         with pytest.raises(LogWriteError, match="while it was in use"):
             renamed(log, state, "never")
         assert log.failure
+        if damage is by_another_program:
+            damage()  # the refusal has left no lock
         log.close()
     path.write_bytes(kept)
     assert reopened(path).version == 4
