@@ -56,8 +56,8 @@ def test_health_probes_where_nothing_else_is_classified(monkeypatch: pytest.Monk
         assert client.get("/healthz").status_code == 200
 
 
-def test_readiness_has_a_reason() -> None:
-    with serving() as client:
+def test_readiness_has_a_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as client, caplog.at_level(logging.INFO, "iosr_fast.serving"):
         assert client.get("/readyz").json() == {"status": "ok", "detail": ""}
         client.service.loading = True
         response = client.get("/readyz")
@@ -69,6 +69,8 @@ def test_readiness_has_a_reason() -> None:
         client.service.batching.close()
         response = client.predict(GREY)
         assert error_of(response, 503) == "closed" and int(response.headers["Retry-After"]) >= 1
+    logged = [record.facts["status"] for record in caplog.records if record.msg == "request"]  # type: ignore[attr-defined]
+    assert logged == [503] * 3, "polls are logged where they fail"
 
 
 def test_a_full_queue_says_how_long_it_will_take(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:

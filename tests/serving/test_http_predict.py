@@ -173,11 +173,11 @@ def test_wrong_parameters_are_named(shared: Client, query: str, told: str) -> No
 def test_a_deadline_that_passes_is_a_504() -> None:
     classifier = load()
     gate = Gate(classifier)
-    with serving(classifier, max_batch=1) as client:
+    with serving(classifier, max_batch=1, body_timeout_s=0.3) as client:  # which ends with the body
         gate.shut()
         first = client.start("POST", "/v1/predict?deadline_ms=60000", content=GREY)
         assert gate.entered.wait(20), "else the second one may be encoded before it"
-        assert error_of(client.predict(GREY, query="?deadline_ms=30"), 504) == "deadline_exceeded"
+        assert error_of(client.predict(GREY, query="?deadline_ms=300"), 504) == "deadline_exceeded"
         wait_until(lambda: client.service.batching.pending == 1)  # an image that was given up gives its place back
         gate.open()
         assert first.result(20).status_code == 200
