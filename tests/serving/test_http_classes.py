@@ -109,6 +109,7 @@ def test_descriptions_make_the_text_of_a_class() -> None:
         path, body = f"/v1/classes/{made.json()['class_id']}", {"name": "pink", "descriptions": texts[:1]}
         assert client.ask("PATCH", path, json=body, headers=AUTHORISED).json()["version"] == 3
         np.testing.assert_array_equal(classifier.support_.text[-1:], embed(["pink"], None, {"pink": texts[:1]}))
+        assert client.ask("PATCH", path, json=body, headers=AUTHORISED).json()["version"] == 4  # its own name is free
 
 
 def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) -> None:
