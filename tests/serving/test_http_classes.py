@@ -37,7 +37,7 @@ def test_classes_and_examples_are_listed(shared: Client) -> None:
     examples = shared.get(f"/v1/classes/{class_id}/examples").json()
     ids = classifier.examples(class_id)
     assert examples["class_id"] == class_id and examples["example_ids"] == ids and examples["next"] is None
-    for query, expected, following in (("limit=2", ids[:2], ids[1]), (f"limit=2&after={ids[1]}", ids[2:], None)):
+    for query, expected, following in (("limit=2", ids[:2], ids[1]), (f"limit=1&after={ids[1]}", ids[2:], None)):
         page = shared.get(f"/v1/classes/{class_id}/examples?{query}").json()
         assert (page["example_ids"], page["next"]) == (expected, following)
     picture = shared.get(f"/v1/examples/{ids[0]}/picture")
@@ -117,6 +117,7 @@ def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) ->
     name, (first, second) = str(classifier.classes_[0]), (info.class_id for info in classifier.classes()[:2])
     alike = name.replace("a", "\u0430").replace("e", "\u0435").replace("o", "\u043e")  # letters of Cyrillic
     good, no_text = form(GREY), {"content": b"\xff", "headers": {"Content-Type": "application/json"}}
+    no_images = {"content": b"--x--\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
     for method, path, options, status, code in (
         ("POST", "", {"data": {"name": name}, "files": good}, 409, "name_taken"),
         ("PATCH", f"/{second}", {"json": {"name": name}}, 409, "name_taken"),
@@ -142,6 +143,7 @@ def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) ->
             for body in ({"name": 3}, {}, {"name": "x", "more": 1}, [])
         ),
         ("PATCH", f"/{first}", no_text, 400, "bad_request"),
+        ("POST", f"/{first}/examples", no_images, 400, "no_image"),
     ):
         asked = {**options, "headers": {**AUTHORISED, **options.get("headers", {})}}
         response = shared.ask(method, f"/v1/classes{path}", **asked)

@@ -350,6 +350,7 @@ def test_a_served_head_says_what_it_takes(served_head: Client, shared: Client, m
         assert error_of(refused, 403) == "changes_disabled" and "a head takes no changes" in refused.text
     overview = served_head.get("/v1/classifier").json()
     assert (overview["classes"], overview["examples"], overview["model"]) == (4, 40, None)
+    assert error_of(served_head.get("/v1/examples/e0/picture"), 404) == "no_picture"
     assert served_head.get("/v1/classes").json()["total"] == 4 and served_head.get("/readyz").status_code == 200
     assert b"iosr_fast_classes 4.0" in served_head.get("/metrics").content
     paths = served_head.get("/openapi.json").json()["paths"]

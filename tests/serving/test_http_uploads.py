@@ -214,6 +214,7 @@ def part(content: bytes, header: str = 'form-data; name="images"') -> bytes:
         (part(GREY) + b"--x-\r\n", "x", "bad_form"),
         (part(GREY) + b"--xy\r\n\r\n--x--", "x", "bad_form"),
         (b"--xy" + part(GREY)[3:] + b"--x--\r\n", "x", "bad_form"),
+        (b"--x\r\nX: a\r\n" + part(GREY) + b"--x--\r\n", "x", "bad_form"),
         (part(GREY).replace(b"\r\n\r\n", b"\r\n", 1) + b"--x--\r\n", "x", "bad_form"),
         (part(GREY, "form-data") + b"--x--\r\n", "x", "bad_form"),
         (part(GREY, 'attachment; name="images"') + b"--x--\r\n", "x", "bad_form"),
