@@ -48,6 +48,9 @@ def test_health_probes_where_nothing_else_is_classified(monkeypatch: pytest.Monk
         assert "iosr_fast_predictions_total{" not in client.get("/metrics").text  # a probe is nobody's image
         gate.shut()
         time.sleep(0.02)
+        client.service.loading = True
+        assert client.get("/healthz").status_code == 200  # the engine has not run yet
+        client.service.loading = False
         response = client.get("/healthz")
         assert response.status_code == 503 and "not classified within 1 s" in response.json()["detail"]
         gate.open()
@@ -102,7 +105,8 @@ def test_metrics_count_and_forget_classes_that_are_gone() -> None:
         image = queries()[0]
         label = client.predict(image).json()["predictions"][0]["label"]
         client.predict(image, b"zip")
-        client.get("/nowhere")
+        for path in ("/nowhere", "/healthz"):  # which needs no picture of its own now
+            client.get(path)
         text = client.get("/metrics").text
         class_id = next(info.class_id for info in client.service.classifier.classes() if info.name == label)
         for line in (
