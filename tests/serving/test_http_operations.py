@@ -57,6 +57,9 @@ def test_health_probes_where_nothing_else_is_classified(monkeypatch: pytest.Monk
         wait_until(lambda: client.service.batching.pending == 0)
         time.sleep(0.02)
         assert client.get("/healthz").status_code == 200
+        monkeypatch.setattr(BatchingClassifier, "classify", Mock(side_effect=QueueFullError("it is full", 1.0)))
+        time.sleep(0.02)
+        assert client.get("/healthz").status_code == 200  # too busy for a probe
 
 
 def test_readiness_has_a_reason(caplog: pytest.LogCaptureFixture) -> None:

@@ -118,6 +118,7 @@ SUPPORT: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "embeddings with NaN": _with("plain", _nan),
     "embeddings of norm 2": _with("plain", lambda a: 2 * a),
     "no adapted embeddings": _without("adapted"),
+    "an unknown array": lambda a: {"more": a["plain"]},
     "labels of several without thresholds": lambda a: {"labels": np.ones((15, 5), np.uint8)},
     "a calibration image that is of no class": lambda a: {"calibration_owners": a["owners"] + 1, **_calibration(a)},
     "calibration images without owners": lambda a: _calibration(a),

@@ -303,6 +303,8 @@ FORGED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "numbers without images": ("add_examples", {"uid": 1, "numbers": (6,), "images": 7}),
     "fewer pictures": ("add_examples", {**IMAGE, "pictures": ()}),
+    "more paths": ("add_examples", {**IMAGE, "paths": ("a", "b")}),
+    "more adapted embeddings": ("add_examples", {**IMAGE, "arrays": {**BOTH, "adapted": 2 * UNIT}}),
     "no such image": ("remove_examples", {"numbers": (9,), "images": 5}),
     "an image twice": ("remove_examples", {"numbers": (1, 1), "images": 5}),
     "other counts": ("rename_class", {"uid": 1, "name": "new", "classes": 9}),
