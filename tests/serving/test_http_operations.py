@@ -165,7 +165,7 @@ def test_a_request_is_one_line_without_image_or_token(shared: Client, caplog: py
 
 def test_the_page_comes_with_headers_that_let_nothing_else_in(shared: Client) -> None:
     page, script = shared.get("/"), shared.get("/static/page.js")
-    assert page.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert (page.headers["Content-Type"], page.headers["Cache-Control"]) == ("text/html; charset=utf-8", "no-cache")
     assert script.headers["Content-Type"].startswith("text/javascript")
     for policy in ("default-src 'self'", "require-trusted-types-for 'script'"):
         assert policy in page.headers["Content-Security-Policy"]

@@ -114,6 +114,7 @@ SUPPORT: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "shuffled owners": _with("owners", lambda a: a[::-1]),
     "an owner that is no class": _with("owners", lambda a: np.where(a == 4, 9, a)),
     "an id twice": _with("ids", lambda a: np.where(a == 3, 4, a)),
+    "an id below 0": _with("ids", lambda a: np.where(a == 0, -1, a)),
     "an id that the next image gets": _with("ids", lambda a: a + 1),
     "embeddings with NaN": _with("plain", _nan),
     "embeddings of norm 2": _with("plain", lambda a: 2 * a),
