@@ -9,7 +9,7 @@ import pytest
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.conformal import LeftOutLabels, images_needed, log_odds, of_logits, threshold
+from iosr_fast.methods.conformal import LeftOutLabels, check_share, images_needed, log_odds, of_logits, threshold
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import SupportSet
@@ -62,7 +62,9 @@ def test_per_class_sets_cover_each_class(rng: np.random.Generator) -> None:
     logits, labels = draw(2000)
     shares = {False: np.zeros(4), True: np.zeros(4)}
     for _ in range(10):
-        left = of_logits(*draw(50))
+        known, truth = draw(50)
+        left = of_logits(known, truth)
+        assert left.sets(known, 0.9)[np.arange(200), truth].sum() == 200 - 20 + 1  # an image reaches its own threshold
         for per_class, share in shares.items():
             sets = left.sets(logits, 0.9, classes=range(4) if per_class else None)
             share += np.bincount(labels, sets[np.arange(8000), labels]) / 2000 / 10
@@ -84,8 +86,10 @@ def test_per_class_thresholds_are_those_of_their_own_images_and_need_enough_of_t
         assert threshold(np.arange(n, 0.0, -1), share) == 1.0
         with pytest.raises(IosrFastError, match=f"at least {n} "):
             threshold(np.arange(n - 1.0), share)
+    ranks = [(7 * (n + 1) // 10, n) for n in range(1, 20)]
+    assert [(threshold(np.arange(1.0, n + 1), 0.3), n) for _, n in ranks] == ranks
     none = left_out(WORLD.support([1] * CLASSES))
-    assert none.reliability.n_images == 0 and math.isnan(none.reliability.accuracy)
+    assert math.isnan(none.reliability.accuracy) and "there are no left-out" in str(none.reliability)
     with pytest.raises(IosrFastError, match=r"0\.9 of the pictures needs at least 9 .* got 0"):
         none.sets(np.zeros((2, CLASSES)), 0.9)
 
@@ -99,3 +103,9 @@ def test_reliability_is_what_its_bins_say() -> None:
     assert table.error == pytest.approx((2 * 0.425 + 2 * 0.075 + 0) / 5)
     assert (table.accuracy, table.log_loss, table.n_images) == (0.6, 3.0, 5)
     assert "5 left-out support images" in str(table) and "0.5 to 0.6        2  57.5%  50.0%" in str(table)
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5, math.nan, "0.9", None])
+def test_a_share_is_a_number_between_0_and_1(share: object) -> None:
+    with pytest.raises(IosrFastError, match=f"expected keep above 0 and below 1, like 0.95, got {share!r}"):
+        check_share("keep", share)  # type: ignore[arg-type]

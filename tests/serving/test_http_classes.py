@@ -37,7 +37,7 @@ def test_classes_and_examples_are_listed(shared: Client) -> None:
     examples = shared.get(f"/v1/classes/{class_id}/examples").json()
     ids = classifier.examples(class_id)
     assert examples["class_id"] == class_id and examples["example_ids"] == ids and examples["next"] is None
-    for query, expected, following in (("limit=2", ids[:2], ids[1]), (f"limit=2&after={ids[1]}", ids[2:], None)):
+    for query, expected, following in (("limit=2", ids[:2], ids[1]), (f"limit=1&after={ids[1]}", ids[2:], None)):
         page = shared.get(f"/v1/classes/{class_id}/examples?{query}").json()
         assert (page["example_ids"], page["next"]) == (expected, following)
     picture = shared.get(f"/v1/examples/{ids[0]}/picture")
@@ -109,13 +109,15 @@ def test_descriptions_make_the_text_of_a_class() -> None:
         path, body = f"/v1/classes/{made.json()['class_id']}", {"name": "pink", "descriptions": texts[:1]}
         assert client.ask("PATCH", path, json=body, headers=AUTHORISED).json()["version"] == 3
         np.testing.assert_array_equal(classifier.support_.text[-1:], embed(["pink"], None, {"pink": texts[:1]}))
+        assert client.ask("PATCH", path, json=body, headers=AUTHORISED).json()["version"] == 4  # its own name is free
 
 
 def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) -> None:
     classifier = shared.service.classifier
     name, (first, second) = str(classifier.classes_[0]), (info.class_id for info in classifier.classes()[:2])
     alike = name.replace("a", "\u0430").replace("e", "\u0435").replace("o", "\u043e")  # letters of Cyrillic
-    good = form(GREY)
+    good, no_text = form(GREY), {"content": b"\xff", "headers": {"Content-Type": "application/json"}}
+    no_images = {"content": b"--x--\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
     for method, path, options, status, code in (
         ("POST", "", {"data": {"name": name}, "files": good}, 409, "name_taken"),
         ("PATCH", f"/{second}", {"json": {"name": name}}, 409, "name_taken"),
@@ -140,8 +142,11 @@ def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) ->
             ("PATCH", f"/{first}", {"json": body}, 422, "invalid_parameters")
             for body in ({"name": 3}, {}, {"name": "x", "more": 1}, [])
         ),
+        ("PATCH", f"/{first}", no_text, 400, "bad_request"),
+        ("POST", f"/{first}/examples", no_images, 400, "no_image"),
     ):
-        response = shared.ask(method, f"/v1/classes{path}", headers=AUTHORISED, **options)
+        asked = {**options, "headers": {**AUTHORISED, **options.get("headers", {})}}
+        response = shared.ask(method, f"/v1/classes{path}", **asked)
         assert error_of(response, status) == code, (method, path, options)
         if len(options.get("files", ())) == 2:
             assert "number 1" in response.json()["error"]["message"]
@@ -276,6 +281,7 @@ def test_a_log_that_cannot_be_written_makes_the_server_read_only(tmp_path: Any) 
         def rename(name: str) -> Any:
             return client.ask("PATCH", "/v1/classes/~0", json={"name": name, "keep_text": True}, headers=AUTHORISED)
 
+        assert client.get("/readyz").json() == {"status": "ok", "detail": ""}
         assert rename("one").status_code == 200
         most = database.execute("PRAGMA max_page_count").fetchone()[0]
         database.execute("PRAGMA max_page_count=1")  # no more pages than there are, as on a full disk

@@ -90,6 +90,7 @@ def test_a_request_for_no_host_or_two_is_refused(shared: Site, head: bytes) -> N
     ({"host": "127.0.0.1"}, [b"localhost:80", b"LocalHost", b"127.9.9.9", b"[::1]:80"], [
         b"evil.example", b"evil.example:80", b"localhost.evil.example", b"127.0.0.1.evil.example", b"x", b"[::1",
     ]),
+    ({"host": "localhost"}, [b"localhost"], [b"evil.example"]),
     ({"host": "::1", "public_host": ("Shop.example",)}, [b"shop.example:443", b"SHOP.EXAMPLE", b"localhost"], [
         b"evil.example", b"a.shop.example", b"shop.example.evil",
     ]),

@@ -151,11 +151,11 @@ def test_wrong_parameters_are_named(shared: Client, query: str, told: str) -> No
 def test_a_deadline_that_passes_is_a_504() -> None:
     classifier = load()
     gate = Gate(classifier)
-    with serving(classifier, max_batch=1) as client:
+    with serving(classifier, max_batch=1, body_timeout_s=0.3) as client:  # which ends with the body
         gate.shut()
         first = client.start("POST", "/v1/predict?deadline_ms=60000", content=GREY)
         assert gate.entered.wait(20), "else the second one may be encoded before it"
-        assert error_of(client.predict(GREY, query="?deadline_ms=30"), 504) == "deadline_exceeded"
+        assert error_of(client.predict(GREY, query="?deadline_ms=300"), 504) == "deadline_exceeded"
         wait_until(lambda: client.service.batching.pending == 1)  # an image that was given up gives its place back
         gate.open()
         assert first.result(20).status_code == 200
@@ -199,6 +199,7 @@ def test_a_client_that_disconnects_frees_its_places() -> None:
             client.app({**scope, "http_version": "1.1", "scheme": "http", "server": ("test", 80)}, receive, send)
         )
         wait_until(lambda: client.service.batching.pending == 1)
+        assert 'route="/v1/predict",status="499"} 1.0' in client.get("/metrics").text
         gate.open()
         assert held.result(20).status_code == 200
 
@@ -302,7 +303,10 @@ def test_a_saved_head_is_served_without_encoder_and_decoders(head_folder: Path) 
         (b" " * 50_000, 413, "a body of at most"),
     ],
 )
-def test_wrong_embeddings_are_refused(served_head: Client, body: Any, status: int, told: str) -> None:
+def test_wrong_embeddings_are_refused(
+    served_head: Client, body: Any, status: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iosr_fast.serving.http.embeddings._QUICK", 1000)  # longer bodies are read in a thread
     content = body if isinstance(body, bytes) else json.dumps({"embeddings": body}).encode()
     answer = served_head.ask("POST", "/v1/predict", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == status and told in answer.json()["error"]["message"], answer.text
@@ -324,6 +328,7 @@ def test_a_served_head_says_what_it_takes(served_head: Client, shared: Client, m
         assert error_of(refused, 403) == "changes_disabled" and "a head takes no changes" in refused.text
     overview = served_head.get("/v1/classifier").json()
     assert (overview["classes"], overview["examples"], overview["model"]) == (4, 40, None)
+    assert error_of(served_head.get("/v1/examples/e0/picture"), 404) == "no_picture"
     assert served_head.get("/v1/classes").json()["total"] == 4 and served_head.get("/readyz").status_code == 200
     assert b"iosr_fast_classes 4.0" in served_head.get("/metrics").content
     paths = served_head.get("/openapi.json").json()["paths"]

@@ -65,9 +65,10 @@ def test_a_token_that_may_only_predict_changes_nothing_and_predictions_need_one(
 
 
 def test_a_lone_token_is_for_changes_and_without_one_for_changes_there_are_none() -> None:
-    (lone,) = read_tokens(f"{TOKEN}\n")
-    assert lone == ("token", TOKEN, True)
+    for token in (TOKEN, "!" * 16, "~" * 16):
+        assert read_tokens(f"{token}\n") == (("token", token, True),)
     with serving(token=f"shop {SHOP} predict") as client:
+        assert client.ask("POST", "/v1/predict", content=GREY, **bearer(SHOP)).status_code == 200
         assert error_of(client.ask("POST", "/v1/retune", **bearer(SHOP)), 403) == "changes_disabled"
 
 
@@ -77,7 +78,8 @@ def test_a_lone_token_is_for_changes_and_without_one_for_changes_there_are_none(
         ("", "expected one token, or only lines"),
         (f"{ALICE}\n{BOB}", "expected one token, or only lines"),
         (f"alice {ALICE}\nbob {BOB} change", "expected one token, or only lines"),
-        ("alice short", "at least 16 printable ASCII characters, got 5 characters for 'alice'"),
+        (f"alice {ALICE[:15]}", "at least 16 printable ASCII characters, got 15 characters for 'alice'"),
+        (f"alice {ALICE}\x7f", "printable ASCII"),
         (f"alice {ALICE}ü", "printable ASCII"),
         (f"alice {ALICE}\nalice {BOB}", "expected names that differ"),
         (f"alice {ALICE}\nbob {ALICE} predict", "expected tokens that differ"),

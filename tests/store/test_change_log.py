@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
-from iosr_fast.store import change_log
+from iosr_fast.store import change_log, sqlite_file
 from iosr_fast.store.change_log import ChangeLog, LogWriteError
 from iosr_fast.store.changes import Change
 from iosr_fast.store.head_files import fingerprint
-from iosr_fast.store.log_reader import read_log
+from iosr_fast.store.log_reader import read_log, reading
 from tests import ROOT
-from tests.store.live_parts import pictures, small_classifier
-from tests.store.logs import base, renamed, reopened, write_log
+from tests.store.live_parts import pictures, random_examples, small_classifier
+from tests.store.logs import base, changed, renamed, reopened, write_log
 
 PIXELS = pictures(np.random.default_rng(99), 8, 4)[0].reshape(8, 4, 8, 8, 3)
 
@@ -88,6 +89,8 @@ def test_history_is_read_and_printed_while_the_log_is_in_use(path: Path) -> None
     assert shown.exit_code == 0, shown.output
     assert "version 9, 6 classes" in shown.stdout and "add_examples ~2, images 'e18', 'e19'" in shown.stdout
     assert fingerprint(small_classifier().snapshot()) in shown.stdout
+    with reading(path), closing(sqlite3.connect(path, timeout=0)) as other, pytest.raises(sqlite3.Error, match="lock"):
+        other.execute("BEGIN EXCLUSIVE")  # a writer waits until all was read
     classifier.close_log()
     path.write_bytes(path.read_bytes().replace(b"first", b"f\x1b[2J"))
     shown = CliRunner().invoke(app, ["info", str(path)])
@@ -95,15 +98,47 @@ def test_history_is_read_and_printed_while_the_log_is_in_use(path: Path) -> None
     assert "the change to version 4 is missing or was changed" in shown.output
 
 
-def test_a_start_makes_few_changes_again(path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(change_log, "MOST_CHANGES", 20)
-    state = write_log(path, changes=90)[-1]
+@pytest.mark.parametrize(("limit", "most"), [("MOST_CHANGES", 20), ("MOST_BYTES", 700)])
+def test_a_start_makes_few_changes_again(limit: str, most: int, path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(change_log, limit, most)
+    path.parent.mkdir()
+    (left := path.with_name(".changes.db.new")).write_bytes(b"of a process that was killed while it began the log")
+    left.chmod(0o600)
+    for _ in range(6):
+        state = write_log(path, changes=15)[-1]
     applied: list[str] = []
     real = Change.apply
     monkeypatch.setattr(Change, "apply", lambda *values: applied.append("") or real(*values))
-    assert fingerprint(reopened(path)) == fingerprint(state) and len(applied) == 10
+    assert fingerprint(reopened(path)) == fingerprint(state) and 0 < len(applied) <= 20
     assert len(read_log(path)) == 90
     assert path.stat().st_mode & 0o077 == 0 and os.listdir(path.parent) == [path.name]
+    assert path.read_bytes()[68:72] == b"IOSR"  # as in logs of earlier versions
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT DISTINCT length(part) FROM snapshot").fetchall() == [(65_536,)]
+
+
+def test_a_snapshot_may_be_smaller_than_the_one_before(path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(change_log, "MOST_CHANGES", 1)
+    log, state = ChangeLog.open(path, base())
+    added = random_examples(np.random.default_rng(1), [1] * 400, state.next_example)
+    for change in (Change("add_examples", 1, added=added), Change("remove_examples", numbers=(*added.ids.tolist(),))):
+        state = renamed(log, changed(log, state, change), f"after {change.op}")
+    log.close()
+    assert fingerprint(reopened(path)) == fingerprint(state)
+
+
+def test_a_log_that_another_process_has_begun_meanwhile_is_kept(path: Path, monkeypatch: Any) -> None:
+    real = sqlite_file.lock
+
+    def late(*values: Any) -> int:
+        monkeypatch.undo()
+        write_log(path)
+        return real(*values)
+
+    monkeypatch.setattr(sqlite_file, "lock", late)
+    with pytest.raises(BlockingIOError, match="another process writes this log"):
+        ChangeLog.open(path, base())
+    assert len(read_log(path)) == 3 and os.listdir(path.parent) == [path.name]
 
 
 def test_a_second_writer_is_refused(path: Path) -> None:
@@ -238,6 +273,8 @@ def test_a_file_that_changes_while_it_is_in_use_takes_no_change(path: Path) -> N
         with pytest.raises(LogWriteError, match="while it was in use"):
             renamed(log, state, "never")
         assert log.failure
+        if damage is by_another_program:
+            damage()  # the refusal has left no lock
         log.close()
     path.write_bytes(kept)
     assert reopened(path).version == 4

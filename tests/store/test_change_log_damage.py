@@ -214,7 +214,7 @@ def test_the_log_of_another_state_is_refused(path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(ValueError, match="is the log of another state: expected one that begins from"):
         ChangeLog.open(path, base(1))
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and reopened(path).version == 4  # the refusal has left no lock
 
 
 @pytest.mark.parametrize(
@@ -234,9 +234,12 @@ def test_the_log_of_another_state_is_refused(path: Path) -> None:
         "UPDATE changes SET rowid = 9 WHERE version = 4",
         "INSERT INTO changes SELECT 5, time, op, record, chain FROM changes WHERE version = 4",
         "INSERT INTO snapshot(part) VALUES(zeroblob(65536))",
+        "UPDATE snapshot SET rowid = 9",
+        "UPDATE snapshot SET part = 7",
     ],
 )
-def test_another_program_that_writes_is_noticed(statement: str, path: Path) -> None:
+def test_another_program_that_writes_is_noticed(statement: str, path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(change_log, "MOST_CHANGES", 1)  # with a snapshot
     write_log(path)
     with sqlite3.connect(path) as db:
         db.execute(statement)
@@ -300,6 +303,8 @@ FORGED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "numbers without images": ("add_examples", {"uid": 1, "numbers": (6,), "images": 7}),
     "fewer pictures": ("add_examples", {**IMAGE, "pictures": ()}),
+    "more paths": ("add_examples", {**IMAGE, "paths": ("a", "b")}),
+    "more adapted embeddings": ("add_examples", {**IMAGE, "arrays": {**BOTH, "adapted": 2 * UNIT}}),
     "no such image": ("remove_examples", {"numbers": (9,), "images": 5}),
     "an image twice": ("remove_examples", {"numbers": (1, 1), "images": 5}),
     "other counts": ("rename_class", {"uid": 1, "name": "new", "classes": 9}),

@@ -16,8 +16,8 @@ from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededErr
 from iosr_fast.store.change_log import LogWriteError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Codes of errors that the framework itself raises, mostly in routing.
-_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_type"}
+# Codes of errors that the framework itself raises, in routing and where JSON is read.
+_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 
 
 class ApiError(HTTPException):

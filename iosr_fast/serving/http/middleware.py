@@ -124,7 +124,7 @@ class BoundedBody:
     def __init__(self, scope: Scope, receive: Receive, service: Service, content_length: bytes) -> None:
         self._receive, self._shares, self._timeout_s = receive, service.bodies, service.settings.body_timeout_s
         self._limit = service.max_body if scope["method"] == "POST" else min(service.max_body, _MAX_OTHER)
-        self._announced = int(content_length) if content_length.isdigit() and len(content_length) < 20 else 0
+        self._announced = int(content_length or b"0")  # framing.check_head has checked it
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s
         self._whole = False
         self.client = client_of(scope.get("client"))
