@@ -77,6 +77,7 @@ class Replica:
     def __init__(self, bundle: str, settings: Settings) -> None:
         from iosr_fast.serving.http.app import create_app, make_batching, open_served, warm
         from iosr_fast.serving.http.metrics import Metrics
+        from iosr_fast.serving.http.service import Service
 
         given = require("ray", "ray").get_runtime_context().get_assigned_resources()
         cores = math.ceil(given.get("CPU", 0)) or 1
@@ -84,8 +85,9 @@ class Replica:
         settings, metrics = replace(settings, decode_threads=decoders), Metrics()
         self._grace_s = settings.grace_s
         self._batching = make_batching(open_served(bundle, settings, cores), settings, observer=metrics)
-        self._app = create_app(self._batching, settings, metrics)
-        warm(self._app)
+        self._service = Service(self._batching, settings, metrics)
+        self._app = create_app(self._service)
+        warm(self._app, self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -98,7 +100,7 @@ class Replica:
     def __del__(self) -> None:
         """Ray Serve calls this after the last request, or after its timeout for that."""
         if hasattr(self, "_app"):
-            self._app.state.service.close()
+            self._service.close()
             self._batching.close(self._grace_s)
 
 

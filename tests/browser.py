@@ -45,10 +45,12 @@ def served(classifier: Classifier, token: str) -> Iterator[str]:
 
     from iosr_fast.serving.batching import BatchingClassifier
     from iosr_fast.serving.http.app import create_app
+    from iosr_fast.serving.http.metrics import Metrics
+    from iosr_fast.serving.http.service import Service
     from iosr_fast.serving.http.settings import Settings
 
     with BatchingClassifier(classifier) as batching:
-        app = create_app(batching, Settings(token=token))
+        app = create_app(Service(batching, Settings(token=token), Metrics()))
         server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", ws="none", log_config=None))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

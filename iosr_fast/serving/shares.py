@@ -34,7 +34,3 @@ class Shares:
         held = self._held.pop(client, 0.0) + amount
         if held > 0:
             self._held[client] = held
-
-    def give(self, client: str, amount: float) -> None:
-        """Return `amount` that the client holds."""
-        self.add(client, -amount)

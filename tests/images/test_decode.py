@@ -21,8 +21,7 @@ from iosr_fast.serving.batching.decoder import Decoder
 from tests.images.geometries import GEOMETRIES
 from tests.images.test_formats import stored
 from tests.pictures import encode
-
-FOREVER = float("inf")
+from tests.serving.batching_fakes import to_decode
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +119,9 @@ def test_every_caller_has_the_same_pixels(pictures: np.ndarray, tmp_path: Path) 
     for isolated in (False, True):
         decoder = Decoder(DecodeLimits(), isolated)
         decoder.start()
-        whole = [decoder.decode(data, 0, geometry, FOREVER, whole=True) for data in files]
+        whole = [decoder.decode(to_decode(data, geometry, whole=True)) for data in files]
         found[f"support, {isolated}"] = to_pixels(whole, geometry)
-        found[f"queries, {isolated}"] = np.stack([decoder.decode(data, 0, geometry, FOREVER) for data in files])
+        found[f"queries, {isolated}"] = np.stack([decoder.decode(to_decode(data, geometry)) for data in files])
         decoder.close()
     for way, pixels in found.items():
         np.testing.assert_array_equal(pixels, expected, way)

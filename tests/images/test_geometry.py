@@ -24,10 +24,10 @@ from iosr_fast.images.preprocess import decode_pixels, open_image, random_view, 
 from iosr_fast.serving.batching.decoder import Decoder  # noqa: E402
 from tests.images.geometries import GEOMETRIES  # noqa: E402
 from tests.pictures import encode  # noqa: E402
+from tests.serving.batching_fakes import to_decode  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-FOREVER = float("inf")
 SHAPES = {"wide": (900, 200), "tall": (120, 700), "tiny": (20, 13), "even": (640, 480), "huge": (3000, 2000)}
 
 
@@ -98,7 +98,7 @@ def process() -> Iterator[Decoder]:
 def test_the_decoder_process_has_the_geometry(cfg: PreprocessCfg, process: Decoder) -> None:
     for name, data in files().items():
         expected = decode_pixels(data, of(cfg))
-        np.testing.assert_array_equal(process.decode(data, 0, of(cfg), FOREVER), expected, name)
+        np.testing.assert_array_equal(process.decode(to_decode(data, of(cfg))), expected, name)
 
 
 def test_padding_is_even_and_of_the_fill() -> None:

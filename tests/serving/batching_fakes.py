@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.head.predictions import ClassScore, Neighbour, Prediction, predict
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching import BatchingClassifier, engine
+from iosr_fast.serving.batching.item import Item, Query
 
 SIZE = 4
 PATIENCE_S = 20.0  # how long a test waits before it fails; none is meant to
@@ -25,6 +28,10 @@ PATIENCE_S = 20.0  # how long a test waits before it fails; none is meant to
 def picture(number: int, size: int = SIZE) -> np.ndarray:
     """One of the encoder's size needs no decoder."""
     return np.full((size, size, 3), number, np.uint8)
+
+
+def to_decode(image: Any, geometry: Geometry, position: int = 0, whole: bool = False) -> Item:
+    return Item(image, position, Query(), 0.0, encoder=SimpleNamespace(geometry=geometry), whole=whole)
 
 
 def until(true: Callable[[], bool]) -> None:

@@ -39,6 +39,7 @@ pytest.importorskip("prometheus_client", reason="prometheus-client comes with th
 
 from iosr_fast.serving.http.app import batch_for, create_app  # noqa: E402
 from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
+from iosr_fast.serving.http.service import Service  # noqa: E402
 
 CLASSES, SHOTS = 8, 3
 TOKEN = "a-token-for-tests-only"
@@ -91,14 +92,13 @@ def form(*images: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
 class Client:
     """Requests from any thread to an application in this process, which has its own event loop."""
 
-    def __init__(self, app: fastapi.FastAPI) -> None:
-        self.app = app
-        self.service = app.state.service
+    def __init__(self, service: Service) -> None:
+        self.app, self.service = create_app(service), service
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         # Errors must be answers; an exception that leaves the application fails the test.
-        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test")
 
     def run(self, coroutine: Any, timeout: float = 30.0) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
@@ -139,7 +139,7 @@ def serving(
     options = {"max_batch": batch_for(classifier.encoder, made), "max_queue": made.max_queue}
     options |= {"max_error": made.max_error, "collect": collector and collector.offer, **(batching or {})}
     batches = BatchingClassifier(classifier, observer=metrics, **options)
-    client = Client(create_app(batches, made, metrics, collector))
+    client = Client(Service(batches, made, metrics, collector))
     try:
         yield client
     finally:

@@ -98,8 +98,8 @@ def test_futures_keep_neither_images_nor_classifiers_alive() -> None:
         slow.gate.set()
     assert labels(futures[:2]) == [1, 2] and isinstance(futures[2].exception(PATIENCE_S), ValueError)
     assert labels(futures[-1:]) == [6] and batching.pending == 0
-    futures.pop(2)  # the traceback of its error has the frame that holds the image
     until(lambda: all(ref() is None for ref in watched))
+    futures.pop(2)  # the traceback of its error has a frame that holds the queue
     batching.close()
     made = [weakref.ref(classifier), weakref.ref(batching), weakref.ref(batching._queue)]
     del classifier, batching

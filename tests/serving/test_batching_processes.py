@@ -26,7 +26,7 @@ from iosr_fast.serving.batching.decoder import Decoder
 from tests import ROOT
 from tests.images.jpegs import jpeg, scan
 from tests.pictures import encode
-from tests.serving.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, labels, picture, until
+from tests.serving.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, labels, picture, to_decode, until
 from tests.serving.hostile_images import FAIR, IMAGES
 
 pytestmark = [
@@ -35,7 +35,6 @@ pytestmark = [
 ]
 
 LIMITS = DecodeLimits(8 << 20, 50_000_000)
-FOREVER = float("inf")
 GREY = encode(np.full((9, 9, 3), 7, np.uint8))
 SLOW = encode(Image.new("RGB", (7000, 7000)))  # far longer than a tenth of a second
 DC, AC = scan(1, 2, 3, band=(0, 0, 0)), scan(1, band=(1, 63, 0))
@@ -65,7 +64,7 @@ def decoders_of(batching: BatchingClassifier) -> Any:
 
 
 def works(decoder: Decoder) -> bool:
-    return decoder.decode(GREY, 0, Geometry(4), FOREVER).tolist() == picture(7).tolist()
+    return decoder.decode(to_decode(GREY, Geometry(4))).tolist() == picture(7).tolist()
 
 
 def status(pid: int, name: str) -> str:
@@ -87,13 +86,13 @@ def test_pixels_are_those_of_a_thread_to_the_last_bit(decoder: Decoder, tmp_path
         data = made(np.random.default_rng(number))
         for kind, size, whole in ((bytes, 32, False), (bytearray, 224, False), (memoryview, 32, True)):
             found, expected = (
-                one.decode(kind(data), 0, Geometry(size), FOREVER, whole=whole) for one in (decoder, thread)
+                one.decode(to_decode(kind(data), Geometry(size), whole=whole)) for one in (decoder, thread)
             )
             np.testing.assert_array_equal(found, expected, name)
     assert pid_of(decoder) == pid
     (tmp_path / "a.png").write_bytes(GREY)
     for trusted in (tmp_path / "a.png", Image.new("RGB", (9, 9), (7, 7, 7)), picture(7, 9), picture(7)):
-        assert decoder.decode(trusted, 0, Geometry(SIZE), FOREVER).tolist() == picture(7).tolist()
+        assert decoder.decode(to_decode(trusted, Geometry(SIZE))).tolist() == picture(7).tolist()
 
 
 def test_bad_images_are_named_and_cost_no_process(decoder: Decoder) -> None:
@@ -102,7 +101,7 @@ def test_bad_images_are_named_and_cost_no_process(decoder: Decoder) -> None:
         data = made(np.random.default_rng(1))
         for whole in (False, True):
             try:
-                decoder.decode(data, 5, Geometry(64), FOREVER, whole=whole)
+                decoder.decode(to_decode(data, Geometry(64), 5, whole=whole))
             except BadImageError as error:
                 assert error.position == 5 and error.reason, name
     assert pid_of(decoder) == pid and works(decoder)
@@ -139,7 +138,7 @@ def test_an_image_that_takes_too_long_is_stopped_alone(data: bytes) -> None:
         pid = pid_of(decoder)
         for whole in (False, True):
             with pytest.raises(BadImageError, match=r"number 3: it takes more than 0.05 s"):
-                decoder.decode(data, 3, Geometry(64), FOREVER, whole=whole)
+                decoder.decode(to_decode(data, Geometry(64), 3, whole=whole))
         assert is_gone(pid) and works(decoder)
     finally:
         decoder.close()
@@ -150,20 +149,19 @@ def test_a_decoder_that_never_answers_is_killed() -> None:
     try:
         os.kill(pid_of(decoder), signal.SIGSTOP)
         with pytest.raises(BadImageError, match="takes more than"):
-            decoder.decode(GREY, 0, Geometry(4), FOREVER)
+            decoder.decode(to_decode(GREY, Geometry(4)))
         assert works(decoder)
     finally:
         decoder.close()
 
 
-def test_an_image_may_not_take_more_memory_than_its_header_claims(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_may_not_take_more_memory_than_its_header_claims(decoder: Decoder) -> None:
     pid = pid_of(decoder)
-    monkeypatch.setattr(processes, "work_pixels", lambda size, geometry: 0)  # as if its header claimed nothing
+    item = to_decode(SLOW, Geometry(4))
+    item.cost = 0  # as if its header claimed nothing
     for _ in range(2):
         with pytest.raises(BadImageError, match="more memory"):
-            decoder.decode(SLOW, 0, Geometry(4), FOREVER)
+            decoder.decode(item)
     assert pid_of(decoder) == pid and works(decoder)
 
 
@@ -172,7 +170,7 @@ def test_an_image_that_crashes_its_decoder_fails_alone(decoder: Decoder, number:
     pid = pid_of(decoder)
     threading.Timer(0.1, os.kill, (pid, number)).start()
     with pytest.raises(BadImageError, match=message):
-        decoder.decode(SLOW, 0, Geometry(4), FOREVER)
+        decoder.decode(to_decode(SLOW, Geometry(4)))
     assert works(decoder) and is_gone(pid)
 
 
@@ -219,7 +217,7 @@ def test_invalid_answers_are_no_pixels(decoder: Decoder, answer: bytes) -> None:
     other.sendall(answer)
     other.shutdown(socket.SHUT_WR)
     with pytest.raises(BadImageError, match="crashed"):
-        decoder.decode(GREY, 0, Geometry(4), FOREVER)
+        decoder.decode(to_decode(GREY, Geometry(4)))
     other.close()
     assert is_gone(pid) and works(decoder)
 

@@ -13,11 +13,10 @@ from iosr_fast.exceptions import QueueFullError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.serving.batching.admission import Admission
-from iosr_fast.serving.batching.decoder import decoding_cost
 from iosr_fast.serving.batching.item import Item, Query
 from iosr_fast.serving.batching.queue import BatchQueue
 from tests.pictures import encode
-from tests.serving.batching_fakes import FakeClassifier, Watcher, labels, picture, until
+from tests.serving.batching_fakes import FakeClassifier, Watcher, labels, picture, to_decode, until
 from tests.serving.hostile_images import png
 
 LARGE = 49_000_000
@@ -27,7 +26,7 @@ MINUTE, USUAL = 60.0, 5.0  # deadlines
 
 def items(client: str, count: int = 1, cost: int = 0, request: int = 0, name: str = "") -> list[Item]:
     query = Query(client=client)
-    return [Item(name or client, i, query, 0.0, request, cost) for i in range(count)]
+    return [Item(name or client, i, query, 0.0, request, cost=cost) for i in range(count)]
 
 
 def submit(admission: Admission, made: list[Item], deadline_s: float | None = MINUTE) -> list[Item]:
@@ -275,6 +274,6 @@ def test_a_flood_of_large_images_does_not_deny_service(decoders: int, kind: str)
 
 
 def test_cost_is_the_largest_picture_that_decoding_makes() -> None:
-    assert decoding_cost(encode(Image.new("L", (640, 480))), Geometry(64)) == 640 * 480
-    assert decoding_cost(png(1, 900), Geometry(224)) == 224 * 224 * 900  # its shorter side is resized to 224
-    assert [decoding_cost(image, Geometry(64)) for image in (b"", b"abc", picture(1), "a.png")] == [0] * 4
+    assert to_decode(encode(Image.new("L", (640, 480))), Geometry(64)).cost == 640 * 480
+    assert to_decode(png(1, 900), Geometry(224)).cost == 224 * 224 * 900  # its shorter side is resized to 224
+    assert [to_decode(image, Geometry(64)).cost for image in (b"", b"abc", picture(1), "a.png")] == [0] * 4

@@ -24,6 +24,7 @@ from iosr_fast.serving.batching.decoder import Decoder
 from iosr_fast.serving.http.settings import Settings
 from tests.images.jpegs import COMMENT, END, jpeg, scan, segment
 from tests.pictures import GREY, encode
+from tests.serving.batching_fakes import to_decode
 from tests.serving.decoder_attacks import attacks
 from tests.serving.http_client import (
     AUTHORISED,
@@ -165,7 +166,7 @@ def test_a_decoder_that_was_taken_over_can_do_nothing(
     ):
         try:
             given = json.dumps([str(tmp_path), victim.pid, listener.getsockname()[1]])
-            decoder.decode(given.encode(), 0, Geometry(4), float("inf"))
+            decoder.decode(to_decode(given.encode(), Geometry(4)))
         finally:
             decoder.close()
             victim.kill()
@@ -188,7 +189,7 @@ def test_confined_decoders_read_what_the_library_reads() -> None:
     decoder = Decoder(LIMITS, isolated=True)
     decoder.start()
     for name, data in images.items():
-        made = decoder.decode(data, 0, Geometry(64), float("inf"))
+        made = decoder.decode(to_decode(data, Geometry(64)))
         np.testing.assert_array_equal(made, decode_pixels(data, Geometry(64)), name)
     decoder.close()
 

@@ -98,7 +98,7 @@ def test_all_shares_of_an_ipv6_network_are_one(shared: Client, monkeypatch: pyte
 
 
 def test_a_warm_server_has_described_its_api(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    warm(shared.app)
+    warm(shared.app, shared.service)
     monkeypatch.setattr("fastapi.applications.get_openapi", Mock(side_effect=AssertionError))
     assert "/v1/predict" in shared.get("/openapi.json").json()["paths"]
 

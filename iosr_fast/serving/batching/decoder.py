@@ -13,6 +13,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ import iosr_fast
 from iosr_fast.exceptions import BadImageError, DeadlineExceededError
 from iosr_fast.images.decoder_process.wire import ANSWER, BUFFER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.limits import DecodeLimits, Size, claimed_size, work_pixels
+from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import ENCODED, open_image, resize_and_crop
+from iosr_fast.serving.batching.item import Item, Query
 
 log = logging.getLogger(__name__)
 
@@ -74,44 +76,37 @@ class Decoder:
                 if lacks := lacks.rstrip(b"\0").decode():
                     self.warning = f"decoders are not confined as they should be: this system lacks {lacks}"
                 # A test image, so that a broken library shows here and not as bad images.
-                self._exchange(grey_png(), (64, 64), Geometry(2), time.monotonic() + _START_S)
+                test = Item(grey_png(), 0, Query(), 0.0, encoder=SimpleNamespace(geometry=Geometry(2)))
+                self._exchange(test, time.monotonic() + _START_S)
             except (_ProcessLost, OSError, BadImageError) as error:
                 self.kill()
                 errors.seek(0)
                 output = errors.read().decode("utf-8", "replace").strip()[-2000:]
                 raise RuntimeError(f"the process that decodes images does not start: {output or error}") from error
 
-    def decode(
-        self,
-        image: Any,
-        position: int,
-        geometry: Geometry,
-        deadline: float,
-        exif_orientation: bool = True,
-        whole: bool = False,
-    ) -> np.ndarray:
-        """An image as open_image takes it -> pixels (size, size, 3) uint8; `whole`: before they are resized, (height,
-        width, 3).
+    def decode(self, item: Item, exif_orientation: bool = True) -> np.ndarray:
+        """An image as open_image takes it -> pixels (size, size, 3) uint8; of a `whole` item before they are resized,
+        (height, width, 3).
 
-        `deadline` is on time.monotonic's clock. Raises BadImageError for an image that can't be read or is beyond the
-        limits, and DeadlineExceededError where the process had to be killed for the deadline.
+        Raises BadImageError for an image that can't be read or is beyond the limits, and DeadlineExceededError where
+        the process had to be killed for the deadline.
         """
+        image, position, geometry = item.image, item.position, item.encoder.geometry
         self._check_bytes(image, position)
         if not self.isolated or not isinstance(image, ENCODED):
             opened = open_image(image, position, exif_orientation, geometry, self.limits)
-            return np.asarray(opened) if whole else resize_and_crop(opened, geometry)
-        claimed = claimed_size(image)
-        if whole and claimed is None:  # how large an answer may be
+            return np.asarray(opened) if item.whole else resize_and_crop(opened, geometry)
+        if item.whole and item.claimed is None:  # how large an answer may be
             raise BadImageError(None, position, "expected a JPEG, PNG or WebP image with an intact header")
         try:
             self.start()  # it may have been killed while idle, which is not the fault of this image
         except RuntimeError as error:
             raise BadImageError(None, position, f"{error}; send it again") from error
-        left_s = max(_MIN_S, deadline - time.monotonic())
+        left_s = max(_MIN_S, item.deadline - time.monotonic())
         limit_s = _CLOCK_PER_CPU * self.limits.timeout_s
         try:
             until = time.monotonic() + min(left_s, limit_s)
-            return self._exchange(image, claimed, geometry, until, position, exif_orientation, whole)
+            return self._exchange(item, until, exif_orientation)
         except TimeoutError:
             self.kill()
             if left_s < limit_s:
@@ -156,34 +151,26 @@ class Decoder:
         if error := self.limits.bytes_error(count):
             raise BadImageError(path, position, error)
 
-    def _exchange(
-        self,
-        image: Any,
-        claimed: Size | None,
-        geometry: Geometry,
-        until: float,
-        position: int = 0,
-        exif_orientation: bool = True,
-        whole: bool = False,
-    ) -> np.ndarray:
+    def _exchange(self, item: Item, until: float, exif_orientation: bool = True) -> np.ndarray:
         """Pixels (height, width, 3) of encoded bytes. Raises BadImageError, TimeoutError, _ProcessLost."""
         assert self._channel is not None
-        data, max_pixels = memoryview(image).cast("B"), self.limits.max_pixels or _NO_LIMIT
-        work = max_pixels if claimed is None else work_pixels(claimed, geometry)
-        request = Request.of(geometry, len(data), max_pixels, work, self.limits.timeout_s, exif_orientation, whole)
+        data, max_pixels = memoryview(item.image).cast("B"), self.limits.max_pixels or _NO_LIMIT
+        geometry, work = item.encoder.geometry, max_pixels if item.claimed is None else item.cost
+        request = Request.of(geometry, len(data), max_pixels, work, self.limits.timeout_s, exif_orientation, item.whole)
         self._channel.settimeout(max(1e-3, until - time.monotonic()))
         self._channel.sendall(REQUEST.pack(*request))
         self._channel.sendall(data)
         answer = Answer(*ANSWER.unpack(self._receive(ANSWER.size, until).tobytes()))
         if answer.status == Status.OK:
             sides = answer.height, answer.width
-            fits = claimed is not None and answer.height * answer.width <= claimed[0] * claimed[1]
-            if not (fits if whole else sides == (geometry.size, geometry.size)):
+            fits = item.claimed is not None and answer.height * answer.width <= item.claimed[0] * item.claimed[1]
+            if not (fits if item.whole else sides == (geometry.size, geometry.size)):
                 raise _ProcessLost(f"it sent an invalid answer: {answer}")
             return self._receive(sides[0] * sides[1] * 3, until).reshape(*sides, 3)
         if answer.status > max(Status) or answer.length > MAX_MESSAGE:
             raise _ProcessLost(f"it sent an invalid answer: {answer}")
-        raise BadImageError(None, position, self._receive(answer.length, until).tobytes().decode("utf-8", "replace"))
+        reason = self._receive(answer.length, until).tobytes().decode("utf-8", "replace")
+        raise BadImageError(None, item.position, reason)
 
     def _receive(self, count: int, until: float) -> np.ndarray:
         """The next bytes."""
@@ -214,12 +201,6 @@ def _interpreter(channel: socket.socket, errors: Any) -> subprocess.Popen[bytes]
         env=environment,
         start_new_session=True,
     )
-
-
-def decoding_cost(image: Any, geometry: Geometry) -> int:
-    """Pixels of the largest intermediate image, by the header of encoded bytes; 0 if unknown."""
-    claimed = claimed_size(image) if isinstance(image, ENCODED) else None
-    return 0 if claimed is None else work_pixels(claimed, geometry)
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.serving.batching.item import Item, Query
 
@@ -21,31 +21,13 @@ Collect: TypeAlias = Callable[[Any, Embeddings, Any], None]
 log = logging.getLogger(__name__)
 
 
-def bucket_sizes(max_batch: int) -> list[int]:
-    """1, 2, 4, ... and max_batch itself."""
-    return [*(1 << k for k in range((max_batch - 1).bit_length())), max_batch]
-
-
-def warm_encoder(encoder: Encoder, max_batch: int) -> None:
-    """Execute batches of bucket_sizes once, in all runs at the same time; on a CPU also of 3, a usual size there."""
-    sizes = {*bucket_sizes(min(max_batch, encoder.max_batch)), *([] if encoder.buckets or max_batch < 3 else [3])}
-    if encoder.runs == 1:
-        encoder.warm(sorted(sizes))
-        return
-    with ThreadPoolExecutor(encoder.runs) as pool:
-        for size in sorted(sizes):
-            list(pool.map(encoder.warm, [[size]] * encoder.runs))
-
-
 @dataclass
 class Run:
-    """What a batch took, in seconds. `down` is the error if the engine fails on every image; `clean` is False after
-    any error."""
+    """What a batch took, in seconds; `clean` is False after any error."""
 
     encode_s: float = 0.0
     score_s: float = 0.0
     clean: bool = True
-    down: Exception | None = None
 
 
 class Engine:
@@ -61,12 +43,17 @@ class Engine:
         self._encoding = threading.Lock()  # of an encoder with one run, which may not be thread-safe
 
     def warm(self) -> None:
-        """Run each bucket size once, because first runs are slow: of the encoder, and on a GPU of scoring, too, whose
-        kernels are compiled for a batch's size. Raises what the engine raises."""
+        """Run batches of 1, 2, 4, ... and the most images once, because first runs are slow: of the encoder, in all
+        runs at the same time, and on a GPU of scoring, too, whose kernels are compiled for a batch's size. On a CPU
+        also 3, a usual size there. Raises what the engine raises."""
         encoder = self._classifier.encoder
-        with self._encoding if encoder.runs == 1 else nullcontext():
-            warm_encoder(encoder, self._max_batch)
-        for size in bucket_sizes(min(self._max_batch, encoder.max_batch)) if encoder.buckets else [1]:
+        most = min(self._max_batch, encoder.max_batch)
+        sizes = {*(1 << k for k in range((most - 1).bit_length())), most}
+        encoded = sizes if encoder.buckets or most < 3 else sizes | {3}
+        with self._encoding if encoder.runs == 1 else nullcontext(), ThreadPoolExecutor(encoder.runs) as pool:
+            for size in sorted(encoded):
+                list(pool.map(encoder.warm, [[size]] * encoder.runs))
+        for size in sorted(sizes) if encoder.buckets else [1]:
             self._black(size)
 
     def run(self, items: Sequence[Item]) -> Run:
@@ -75,25 +62,24 @@ class Engine:
         After an error each image is tried alone, so that only those that fail twice get it. If a black image fails
         too, the engine fails on every image, and the rest gets the error at once.
         """
-        run = Run()
+        run, down = Run(), None
         error = self._try(items, run)
-        if error is None:
-            return run
-        for item in items:
+        for item in items if error else ():
             if error is not None and not self._works():
-                run.down = error
+                down = error
                 break
             error = self._try([item], run)
         for item in items:
-            item.outcome = item.outcome or run.down
+            item.outcome = item.outcome or down
+        self._judge(down)
         return run
 
     def probe(self) -> None:
         """Check whether a failed engine works again."""
         if self._works():
-            self.judge(None)
+            self._judge(None)
 
-    def judge(self, down: Exception | None) -> None:
+    def _judge(self, down: Exception | None) -> None:
         """Update the health after a batch; `down` is the error if the engine fails on every image."""
         if down is not None:
             self.last_error = down

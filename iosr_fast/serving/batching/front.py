@@ -18,7 +18,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import check_share
-from iosr_fast.serving.batching.decoder import Decoder, decoding_cost
+from iosr_fast.serving.batching.decoder import Decoder
 from iosr_fast.serving.batching.engine import Collect, Engine
 from iosr_fast.serving.batching.item import Item, Observer, Query
 from iosr_fast.serving.batching.queue import BatchQueue
@@ -139,10 +139,7 @@ class BatchingClassifier:
         if query.max_error is None:
             query = replace(query, max_error=self._max_error)
         request, encoder = next(_requests), self.classifier.encoder
-        items = [
-            Item(image, i, query, now, request, decoding_cost(image, encoder.geometry), head, encoder)
-            for i, image in enumerate(as_image_list(images))
-        ]
+        items = [Item(one, i, query, now, request, head, encoder) for i, one in enumerate(as_image_list(images))]
         if len(items) > self._queue.max_queue:
             raise IosrFastError(
                 f"expected at most {self._queue.max_queue} images at once (max_queue), got {len(items)}; submit fewer"
@@ -162,9 +159,8 @@ class BatchingClassifier:
         The future raises BadImageError, DeadlineExceededError if no decoder was free within `deadline_s` seconds, or
         ClosedError. Raises ClosedError at once after close().
         """
-        now, cost = time.monotonic(), decoding_cost(image, self.classifier.encoder.geometry)
-        item = Item(image, position, Query(client=client), now, next(_requests), cost, whole=True)
-        item.deadline = now + deadline_s
+        query, now, encoder = Query(client=client), time.monotonic(), self.classifier.encoder
+        item = Item(image, position, query, now, next(_requests), None, encoder, whole=True, deadline=now + deadline_s)
         self._queue.admit((item,), None)
         return item.future
 

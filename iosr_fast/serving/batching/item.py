@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
 from iosr_fast.head.abstention import Abstention
+from iosr_fast.images.limits import Size, claimed_size, work_pixels
+from iosr_fast.images.preprocess import ENCODED
 from iosr_fast.methods.conformal import check_share
 from iosr_fast.utils.numbers import check_integer
 
@@ -37,7 +39,8 @@ class Observer(Protocol):
         None if it was rejected), "bad_image", "error", "deadline", "closed" or "cancelled"."""
 
     def on_refused(self, reason: str) -> None:
-        """An image was refused at submit: "full" (the queue, or the client's share), "deadline" or "closed"."""
+        """An image was refused at submit: "full" (the queue, or the client's share), "deadline" or "closed"; or, by
+        check_room, "full_before_body"."""
 
 
 def notify(observer: Observer | None, event: str, *values: Any) -> None:
@@ -83,25 +86,43 @@ class Query:
         return Abstention(self.keep, max_error=self.max_error)
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An encoded image whose header was read before: `claimed` is its claimed_size."""
+
+    data: bytes
+    claimed: Size
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Item:
     """`deadline` and `submitted` are on time.monotonic's clock, in seconds. The future is resolved with a Prediction,
-    or of a `whole` image with its pixels (height, width, 3)."""
+    or of a `whole` image with its pixels (height, width, 3). The header of encoded bytes is read here alone, unless the
+    image comes as Encoded."""
 
     image: Any
     position: int  # in its request, for BadImageError
     query: Query
     submitted: float
     request: int = 0  # number of its request; requests of a client take turns
-    cost: int = 0  # of decoding, in pixels; 0 if unknown
     head: Head | None = None  # that of its submission, which answers
-    encoder: Any = None  # that of its submission, whose embeddings this head compares
+    encoder: Any = None  # that of its submission: its geometry decodes, this head compares its embeddings
     whole: bool = False  # decoded only, all of it
     deadline: float = math.inf
     work: int = 0  # of decoding that is left, in pixels that take as long
     future: Future[Any] = field(default_factory=Future)
     pixels: np.ndarray | None = None  # (S, S, 3) uint8, when they are decoded
     outcome: Any = None
+    claimed: Size | None = None  # of encoded bytes, by their header
+    cost: int = 0  # of decoding, in pixels; 0 if unknown
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image, Encoded):
+            self.image, self.claimed = self.image.data, self.image.claimed
+        elif isinstance(self.image, ENCODED):
+            self.claimed = claimed_size(self.image)
+        if self.claimed is not None:
+            self.cost = work_pixels(self.claimed, self.encoder.geometry)
 
     @property
     def client(self) -> str:

@@ -75,9 +75,13 @@ class BatchQueue:
 
     def check_room(self, client: str) -> None:
         """Raise QueueFullError or ClosedError if no image of `client` would be accepted now."""
-        with self._changed:
-            self._check_open()
-            self._admission.check_room(client)
+        try:
+            with self._changed:
+                self._check_open()
+                self._admission.check_room(client)
+        except QueueFullError:
+            notify(self.observer, "on_refused", "full_before_body")
+            raise
 
     def admit(self, items: Sequence[Item], deadline_s: float | None) -> None:
         """Accept all items of one request or none. Raises QueueFullError, but not for whole images, or ClosedError."""
@@ -92,7 +96,9 @@ class BatchQueue:
             with self._changed:
                 self._check_open()
                 for item in items:
-                    if not self._has_pixels(item):
+                    if not item.whole and item.encoder.accepts(item.image):
+                        item.pixels = item.image
+                    else:
                         self._admission.judge(item)
                 if items and not items[0].whole:
                     reason = "full"
@@ -103,7 +109,12 @@ class BatchQueue:
                     if item.whole:
                         self._admission.add(item)
                     self._accepted.add(item)
-                    self._send(item)
+                    if item.pixels is None:
+                        self._waiting[item.large].put(item)
+                        self._decoder_free.notify()
+                    else:
+                        self._make_ready(item)
+                        self._changed.notify()
         except (ClosedError, QueueFullError):
             for _ in items:
                 notify(self.observer, "on_refused", reason)
@@ -133,12 +144,13 @@ class BatchQueue:
             self._decoder_free.notify_all()  # another one of its client may start
             if seconds:
                 self._admission.measure_decoding(item, seconds)
-            answered = item.whole or isinstance(result, Exception)
-            if answered:
+            answered = False
+            if item.whole or isinstance(result, Exception):
                 answered = self._claim(item)
                 self._forget((item,))
             elif item in self._accepted:
-                self._make_ready(item, result)
+                item.pixels = result
+                self._make_ready(item)
             self._changed.notify()
         if answered:
             item.answer(result, self.observer)
@@ -217,22 +229,9 @@ class BatchQueue:
         if self.closed:
             raise ClosedError("this BatchingClassifier is closed and accepts no more images; create a new one")
 
-    def _has_pixels(self, item: Item) -> bool:
-        return not item.whole and self.classifier.encoder.accepts(item.image)
-
-    def _send(self, item: Item) -> None:
-        """Queue an item for decoding, or make it ready if it has pixels."""
-        if self._has_pixels(item):
-            self._make_ready(item, item.image)
-            self._changed.notify()
-        else:
-            self._waiting[item.large].put(item)
-            self._decoder_free.notify()
-
-    def _make_ready(self, item: Item, pixels: Any) -> None:
+    def _make_ready(self, item: Item) -> None:
         if not self._ready:
             self._ready_since = time.monotonic()
-        item.pixels = pixels
         self._ready.put(item)
         self._admission.drop_work(item)
 

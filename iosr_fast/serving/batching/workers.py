@@ -8,6 +8,7 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 
 import numpy as np
@@ -105,7 +106,6 @@ class Workers:
             if items:
                 started = time.monotonic()
                 run = engine.run(items)
-                engine.judge(run.down)
                 seconds = time.monotonic() - started if run.clean else 0.0
                 notify(queue.observer, "on_batch", len(items), others, run.encode_s, run.score_s)
             else:
@@ -118,8 +118,8 @@ class Workers:
         return True
 
     def _decode(self, place: int) -> None:
-        # The traceback of an error refers to its frames and through them to this one. So this frame must not keep an
-        # item: its future would keep itself, and the whole image, alive.
+        # The traceback of an error refers to its frames and through them to this one. So no frame may keep an item: its
+        # future would keep itself, and the whole image, alive.
         queue, decoder, pause_s = self._queue, self._decoders[place], 0.0
         while not queue.ended.wait(pause_s):
             try:
@@ -136,13 +136,16 @@ class Workers:
             item = queue.next_to_decode()
             if item is None:
                 break
-            started, geometry = time.monotonic(), queue.classifier.encoder.geometry
-            upright = queue.classifier.exif_orientation_
+            started = time.monotonic()
             result: np.ndarray | Exception
             try:
-                result = decoder.decode(item.image, item.position, geometry, item.deadline, upright, item.whole)
+                result = decoder.decode(item, queue.classifier.exif_orientation_)
             except BaseException as error:  # even MemoryError concerns this image only
                 result = ordinary(error)
+                chained: BaseException | None = error
+                while chained is not None:
+                    traceback.clear_frames(chained.__traceback__)
+                    chained = chained.__context__
             queue.decoded(item, result, time.monotonic() - started)
             del item, result
         decoder.close()

@@ -15,7 +15,6 @@ from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import classes, errors, health, lists, predict, schemas, static
-from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.middleware import RequestMiddleware
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
@@ -23,7 +22,6 @@ from iosr_fast.utils.machine import usable_threads
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
-    from iosr_fast.serving.collector import Collector
 
 _CPU_BATCH = 8
 
@@ -67,19 +65,8 @@ def batch_for(encoder: Encoder, settings: Settings) -> int:
     return settings.max_batch or (encoder.max_batch if encoder.buckets else _CPU_BATCH)
 
 
-def create_app(
-    batching: BatchingClassifier,
-    settings: Settings,
-    metrics: Metrics | None = None,
-    collector: Collector | None = None,
-) -> FastAPI:
-    """The application; `app.state.service` is its service.Service. Without `settings.token` it is read-only.
-
-    `metrics` should be the observer of `batching`; None makes a new one, which counts requests but no batches.
-    `collector` is what `batching` collects with. The caller closes both. May be called several times in a process.
-    """
-    service = Service(batching, settings, metrics or Metrics(), collector)
-    service.metrics.watch(service)
+def create_app(service: Service) -> FastAPI:
+    """The application. Without a token in the settings it is read-only. May be called several times in a process."""
     # FastAPI's documentation pages load scripts from another site.
     app = FastAPI(
         title="iosr_fast",
@@ -91,7 +78,6 @@ def create_app(
         responses=schemas.ERRORS,
         exception_handlers=errors.HANDLERS,
     )
-    app.state.service = service
     app.add_middleware(RequestMiddleware, service=service)
     for module in (predict, lists, health, *([classes] if service.takes_changes else [])):
         app.include_router(module.make_router(service))
@@ -99,8 +85,8 @@ def create_app(
     return app
 
 
-def warm(app: FastAPI) -> None:
+def warm(app: FastAPI, service: Service) -> None:
     """Do what is slow the first time: run the engine at each batch size, and describe the API (/openapi.json), for
     which the event loop would stand still. Raises what the engine raises."""
-    app.state.service.batching.warm()
+    service.batching.warm()
     app.openapi()

@@ -14,6 +14,7 @@ from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.head.names import LONGEST, name_fault
+from iosr_fast.serving.batching.item import Encoded
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example, of_library
@@ -58,7 +59,7 @@ def make_router(service: Service) -> APIRouter:
         log("change", change=name, version=made.version, class_id=made.class_id, examples=len(made.example_ids))
         return made
 
-    def decoded(request: Request, images: list[bytes]) -> Iterator[np.ndarray]:
+    def decoded(request: Request, images: list[Encoded]) -> Iterator[np.ndarray]:
         """The images one after another, as 64 large ones would take gigabytes. Decoder processes decode them."""
         client = client_of(request.client)
         for i, image in enumerate(images):

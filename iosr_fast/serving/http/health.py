@@ -6,11 +6,11 @@ import asyncio
 import time
 
 from fastapi import APIRouter
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from starlette.responses import JSONResponse, Response
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.http import schemas
-from iosr_fast.serving.http.metrics import CONTENT_TYPE
 from iosr_fast.serving.http.service import Service
 
 AFTER_S = 30.0  # without a classified image, /healthz classifies one

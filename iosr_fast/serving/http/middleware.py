@@ -70,7 +70,7 @@ class RequestMiddleware:
             if not status:
                 await error_response(inner, error)(inner, receive, answer)
         finally:
-            self._service.bodies.give(body.client, body.size)
+            self._service.bodies.add(body.client, -body.size)
             seconds, status = time.perf_counter() - start, status or _DISCONNECTED
             route, code = getattr(inner.get("route"), "path", "other"), inner.get("iosr_fast.code")
             self._service.metrics.on_request(route, scope["method"], status, seconds, code)
@@ -123,7 +123,8 @@ class BoundedBody:
 
     def __init__(self, scope: Scope, receive: Receive, service: Service, content_length: bytes) -> None:
         self._receive, self._shares, self._timeout_s = receive, service.bodies, service.settings.body_timeout_s
-        self._limit = service.max_body if scope["method"] == "POST" else min(service.max_body, _MAX_OTHER)
+        most = service.uploads.max_body
+        self._limit = most if scope["method"] == "POST" else min(most, _MAX_OTHER)
         self._announced = int(content_length or b"0")  # framing.check_head has checked it
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s
         self._whole = False

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from iosr_fast.exceptions import BadImageError, DeadlineExceededError, IosrFastError, QueueFullError
+from iosr_fast.exceptions import BadImageError, DeadlineExceededError, IosrFastError
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.addresses import client_of
@@ -73,7 +73,7 @@ def make_router(service: Service) -> APIRouter:
         _check_query(request)
         client = client_of(request.client)
         try:
-            _check_room(service, client)  # before the body is read, which makes refusals cheap
+            service.batching.check_room(client)  # before the body is read, which makes refusals cheap
             images = await service.uploads.read_images(request)
             start = time.perf_counter()
             request.scope["iosr_fast.images"] = len(images)
@@ -86,14 +86,6 @@ def make_router(service: Service) -> APIRouter:
         return _answer(service, images, results, start)
 
     return router
-
-
-def _check_room(service: Service, client: str) -> None:
-    try:
-        service.batching.check_room(client)
-    except QueueFullError:
-        service.metrics.on_refused("full_before_body")
-        raise
 
 
 def _check_query(request: Request) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
 from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits
 
@@ -76,8 +75,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
             collect = None if collector is None else collector.offer
             batching = make_batching(classifier, settings, observer=metrics, collect=collect)
             closing.callback(batching.close, settings.grace_s)
-            app = create_app(batching, settings, metrics, collector)
-            service: Service = app.state.service
+            service = Service(batching, settings, metrics, collector)
             closing.callback(service.close)
             closing.callback(gc.unfreeze)  # else extension modules report frozen objects as leaks at exit
             service.loading = True
@@ -98,7 +96,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
             log("listening", host=host, port=port, pid=os.getpid(), changes=changes)
             if sys.stderr.isatty():
                 print(f"The page is at http://{_LOCAL.get(host, host)}:{port}/ (Ctrl-C stops it)", file=sys.stderr)
-            server = _Server(app, settings, metrics)
+            server = _Server(service)
             hang_up = getattr(signal, "SIGHUP", None)  # of a terminal that closes; nohup ignores it
             if hang_up is not None and signal.getsignal(hang_up) is signal.SIG_DFL:
                 signal.signal(hang_up, server.handle_exit)
@@ -169,15 +167,15 @@ def _listen(settings: Settings) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn's server, which drains before it stops; the exit code is 0."""
 
-    def __init__(self, app: FastAPI, settings: Settings, metrics: Metrics) -> None:
-        super().__init__(uvicorn_config(app, settings, metrics))
-        self._app, self._service = app, app.state.service
+    def __init__(self, service: Service) -> None:
+        self._app, self._service = create_app(service), service
+        super().__init__(uvicorn_config(self._app, service.settings, service.metrics))
         self.failure: Exception | None = None  # of the engine, during its warm-up
 
     def warm(self) -> None:
         """Do what is slow at first. A failure stops the server."""
         try:
-            warm(self._app)
+            warm(self._app, self._service)
         except Exception as error:
             self.failure, self.should_exit = error, True
             logger.exception("warm_up_failed", extra={"facts": {}})

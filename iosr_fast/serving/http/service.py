@@ -27,7 +27,10 @@ _BODIES = 8  # of the largest size that memory holds together; of these a client
 
 
 class Service:
-    """The shared state, for one event loop. /readyz fails while the server sets `loading` or `draining`."""
+    """The shared state, for one event loop. /readyz fails while the server sets `loading` or `draining`.
+
+    `metrics` should be the observer of `batching`, and `collector` what it collects with. The caller closes both.
+    """
 
     def __init__(
         self, batching: BatchingClassifier, settings: Settings, metrics: Metrics, collector: Collector | None = None
@@ -39,12 +42,12 @@ class Service:
         self.uploads = (
             EmbeddingUploads(settings, encoder) if isinstance(encoder, Rows) else Uploads(settings, encoder.geometry)
         )
-        self.max_body = self.uploads.max_body
         self.bodies = Shares(_BODIES * settings.max_body_bytes)  # bytes of request bodies in memory
         self.loading = self.draining = False
         # A single thread, so that no other change comes between the checks of a change and the change itself.
         self._changes = ThreadPoolExecutor(1, "iosr-fast-changes")
         self._waiting = 0
+        metrics.watch(self)
 
     @property
     def classifier(self) -> Classifier:

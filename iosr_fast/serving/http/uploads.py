@@ -18,6 +18,7 @@ from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DAMAGED, claimed_size, image_kind
 from iosr_fast.serving.batching.decoder import grey_png
+from iosr_fast.serving.batching.item import Encoded
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 
@@ -33,7 +34,7 @@ _DISPOSITION = re.compile(
 )
 
 # In order: encoded images, or rows of embeddings; the error of an image that no decoder should see.
-Images: TypeAlias = "list[bytes | np.ndarray | ApiError]"
+Images: TypeAlias = "list[Encoded | np.ndarray | ApiError]"
 
 
 class Uploads:
@@ -55,7 +56,7 @@ class Uploads:
         if kind == b"multipart/form-data":
             images, _ = await asyncio.to_thread(self._read_parts, body, options)
         elif kind in (b"", b"application/octet-stream") or kind.startswith(b"image/"):
-            images = [self.check(body) or body] if body else []
+            images = [self.check(body)] if body else []
         else:
             raise wrong_type(kind, f"an image (image/* or application/octet-stream) or {_FORMS}")
         if not images:
@@ -64,7 +65,7 @@ class Uploads:
 
     async def read_form(
         self, request: Request, *texts: str, repeated: tuple[str, ...] = ()
-    ) -> tuple[list[bytes], dict[str, list[str]]]:
+    ) -> tuple[list[Encoded], dict[str, list[str]]]:
         """Images and text fields of a form that has each of `texts` once and each of `repeated` up to MAX_TEXTS times.
         400 for any other field, 422 for a refused image, because a change is made with all of its images or not at all.
         """
@@ -77,10 +78,10 @@ class Uploads:
         for i, image in enumerate(images):
             if isinstance(image, ApiError):
                 raise ApiError(422, image.code, f"image number {i}: {image.detail}")
-        return [image for image in images if isinstance(image, bytes)], fields
+        return [image for image in images if isinstance(image, Encoded)], fields
 
-    def check(self, data: bytes) -> ApiError | None:
-        """Why `data` must not reach a decoder. A decoder may still find damage."""
+    def check(self, data: bytes) -> Encoded | ApiError:
+        """An image, or why `data` must not reach a decoder. A decoder may still find damage."""
         if message := self._limits.bytes_error(len(data)):
             return ApiError(422, "too_large", message)
         if not image_kind(data):
@@ -90,7 +91,7 @@ class Uploads:
         if size is None:
             return ApiError(422, "bad_image", DAMAGED)
         message = self._limits.size_error(size, self._geometry)
-        return ApiError(422, "too_many_pixels", message) if message else None
+        return ApiError(422, "too_many_pixels", message) if message else Encoded(data, size)
 
     def _read_parts(
         self, body: bytes, options: dict[bytes, bytes], texts: tuple[str, ...] = (), repeated: tuple[str, ...] = ()
@@ -102,7 +103,7 @@ class Uploads:
             if name == "images":
                 if len(images) == self._max_images:
                     raise ApiError(413, "too_many_images", f"expected at most {self._max_images} images, got more")
-                images.append(self.check(content) or content)
+                images.append(self.check(content))
                 continue
             values = fields.setdefault(name, [])
             if name not in repeated and (name not in texts or values):
