@@ -46,7 +46,6 @@ from tests.cli.runs import main, refused
 CLASSES = 5
 WORDS = {"--model": ["demo"], "--shots": ["1", "2"], "--seeds": ["2"], "--views": ["3"]}
 TIMES = ("tune_seconds", "fit_seconds")
-pictures = lru_cache(load_pictures)  # decoding the demo's sheets takes long
 loaded = lru_cache(load.load_clip)
 
 
@@ -61,7 +60,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def put_set(place: Path, file: str, folder: str, first: int, validation: bool) -> None:
     """CoOp's layout: three pictures a class to train, one to validate, the others to test. As bitmaps of one size."""
-    found = pictures("held-out", min_styles=6)
+    found = load_pictures("held-out", min_styles=6)
     parts: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
     for c in range(CLASSES):
         for i, row in enumerate(np.flatnonzero(found.concepts == first + c)):

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import importlib.util
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -191,10 +190,3 @@ def probe_soon(patch: pytest.MonkeyPatch) -> None:
     """Health checks classify an image of their own at once, and give up soon."""
     for name, seconds in (("AFTER_S", 0.01), ("WITHIN_S", 1.0), ("STUCK_AFTER_S", 60.0)):
         patch.setattr(f"iosr_fast.serving.http.health.{name}", seconds)
-
-
-def wait_until(condition: Any) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)

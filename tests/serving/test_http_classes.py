@@ -22,8 +22,8 @@ from tests.serving.http_client import (
     load,
     queries,
     serving,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -31,8 +31,8 @@ from tests.serving.http_client import (
     probe_soon,
     queries,
     serving,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -34,9 +34,9 @@ from tests.serving.http_client import (
     queries,
     query_labels,
     serving,
-    wait_until,
 )
 from tests.serving.http_process import started
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 

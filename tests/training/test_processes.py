@@ -10,8 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +24,7 @@ from iosr_fast.clip.adapter import load_adapter  # noqa: E402
 from iosr_fast.training.processes import check_same, in_first_process  # noqa: E402
 from tests.cli import runs  # noqa: E402
 from tests.training.small import logged, write_folder  # noqa: E402
+from tests.waiting import wait_until  # noqa: E402
 
 OPTIONS = {
     "supervised": "--epochs 4 --batch 16 --accumulate 2 --cached-views 1 --held-out 0.2",
@@ -67,6 +66,14 @@ def run_rank(rank: int, port: int, options: list[str], log: Path) -> None:
     command.run(train_adapter)
 
 
+def group_lives(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class Pair:
     """Two processes of one training, forked from a server that has imported torch once."""
 
@@ -81,11 +88,14 @@ class Pair:
 
     def wait_for(self, out: Path, steps: int) -> None:
         """Until so many steps are logged."""
-        deadline = time.monotonic() + 120
-        while sum(path.read_bytes().count(b"\n") - 1 for path in folder_of(out).glob("log/*/metrics.csv")) < steps:
-            assert all(process.is_alive() for process in self.ranks), self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.005)
+        logs = folder_of(out).glob
+
+        def has_steps() -> bool:
+            enough = sum(path.read_bytes().count(b"\n") - 1 for path in logs("log/*/metrics.csv")) >= steps
+            assert enough or all(process.is_alive() for process in self.ranks), self.log.read_text()[-3000:]
+            return enough
+
+        wait_until(has_steps, 120, self.log)
 
     def signal(self, number: signal.Signals) -> None:
         for process in self.ranks:
@@ -93,13 +103,8 @@ class Pair:
             os.kill(process.pid, number)
 
     def wait_until_groups_are_gone(self) -> None:
-        deadline = time.monotonic() + 20
         for process in self.ranks:
-            with suppress(ProcessLookupError):
-                while process.pid:
-                    os.killpg(process.pid, 0)
-                    assert time.monotonic() < deadline, "a process outlives the training"
-                    time.sleep(0.05)
+            wait_until(lambda pid=process.pid: not group_lives(pid), 20, "no process outlives the training")
 
     def exit_codes(self) -> list[int | None]:
         for process in self.ranks:
