@@ -25,8 +25,6 @@ from tests.serving.http_client import (
 )
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.slow
-
 
 def test_classes_and_examples_are_listed(shared: Client) -> None:
     classifier = shared.service.classifier

@@ -14,8 +14,6 @@ from iosr_fast.serving.http.addresses import client_of
 from tests.serving.http_edge import BIG, Site, read_all, read_answers, site, statuses
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.slow
-
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 SLOW, LARGE = GET.replace(b"/", b"/slow", 1), GET.replace(b"/", b"/big", 1)
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"

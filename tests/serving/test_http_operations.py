@@ -34,8 +34,6 @@ from tests.serving.http_client import (
 )
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.slow
-
 
 def test_health_probes_where_nothing_else_is_classified(monkeypatch: pytest.MonkeyPatch) -> None:
     probe_soon(monkeypatch)

@@ -38,8 +38,6 @@ from tests.serving.http_client import (
 from tests.serving.http_process import started
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.slow
-
 
 def test_images_are_classified_in_order_as_the_library_does(shared: Client) -> None:
     classifier, images = shared.service.classifier, queries()

@@ -31,6 +31,7 @@ from tests.serving.hostile import hostile_bytes
 from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form, queries
 from tests.serving.http_edge import read_all
 from tests.serving.http_process import Process, started
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -59,10 +60,8 @@ def test_a_signal_lets_accepted_requests_finish_and_exits_with_0(tmp_path: Path)
         held.sendall(POST + f"Content-Length: {len(GREY)}\r\n\r\n".encode() + GREY[:50])
         assert process.client.get("/readyz").status_code == 200
         process.signal(signal.SIGTERM)
-        until = time.monotonic() + 1
-        while (ready := process.client.get("/readyz")).status_code == 200:
-            assert time.monotonic() < until
-        assert ready.json()["status"] == "shutting down"
+        wait_until(lambda: process.client.get("/readyz").status_code != 200, seconds=1)
+        assert process.client.get("/readyz").json()["status"] == "shutting down"
         late = process.client.post("/v1/predict", content=GREY)  # accepted while it drains
         assert late.status_code == 200 and late.headers["Connection"] == "close"
         process.wait_for("stopping")
