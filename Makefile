@@ -141,7 +141,7 @@ ENCODER_OPTIONS ?= --model ViT-B-16
 gpu-check:
 	mkdir -p $(OUT)
 	failed=0; \
-	timeout $(LIMIT) $(PYTHON) -m pytest -m gpu -q >$(OUT)/gpu-tests.log 2>&1 || { tail -5 $(OUT)/gpu-tests.log; failed=1; }; \
+	timeout $(LIMIT) $(PYTHON) -m pytest -m gpu -q $$(grep -rl "mark.gpu" tests) >$(OUT)/gpu-tests.log 2>&1 || { tail -5 $(OUT)/gpu-tests.log; failed=1; }; \
 	timeout $(LIMIT) $(PYTHON) tools/benchmark.py score --device $(DEVICE) $(SCORE_OPTIONS) \
 		--json $(OUT)/gpu-score.json || failed=1; \
 	timeout $(LIMIT) $(PYTHON) tools/benchmark.py encoder --device $(DEVICE) $(ENCODER_OPTIONS) \

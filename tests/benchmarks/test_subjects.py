@@ -11,22 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-torch = pytest.importorskip("torch")
-for _package in ("onnxruntime", "onnxscript", "open_clip", "sklearn"):
-    pytest.importorskip(_package)
-
-from benchmarks import ceilings, encoder, harness, photographs, pipeline, score  # noqa: E402
-from benchmarks.devices import Device  # noqa: E402
-from benchmarks.encoder_rivals import in_torch  # noqa: E402
-from benchmarks.harness import Run  # noqa: E402
-from benchmarks.score_rivals import torch_rivals  # noqa: E402
-from iosr_fast import _C  # noqa: E402
-from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
-from iosr_fast.scoring.reference import score_reference  # noqa: E402
-from tests import ROOT, demo_cache  # noqa: E402
-from tests.clip.small_clip import small_clip  # noqa: E402
+from benchmarks import ceilings, encoder, harness, photographs, pipeline, score
+from benchmarks.devices import Device
+from benchmarks.encoder_rivals import in_torch
+from benchmarks.harness import Run
+from benchmarks.score_rivals import torch_rivals
+from iosr_fast import _C
+from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.scoring.reference import score_reference
+from tests import ROOT, demo_cache
+from tests.clip.small_clip import small_clip
 
 pytestmark = pytest.mark.slow
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn import exceptions as sklearn_exceptions
+from sklearn.base import clone
+from sklearn.utils.validation import check_is_fitted
 
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.encoders.opened_clip import OpenedClip
@@ -27,11 +30,6 @@ from tests.store.live_parts import (
     unfitted,
     unit,
 )
-
-sklearn = pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
-from sklearn import exceptions as sklearn_exceptions  # noqa: E402
-from sklearn.base import clone  # noqa: E402
-from sklearn.utils.validation import check_is_fitted  # noqa: E402
 
 
 def test_parameters_are_stored_as_they_are_and_nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("openvino")
-
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.load import load_clip

@@ -10,26 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
+import open_clip
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("timm", reason="timm comes with the cpu extra")
-onnx = pytest.importorskip("onnx", reason="onnx comes with the cpu extra")
-ort = pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
-pytest.importorskip("onnxscript", reason="onnxscript comes with the cpu extra")
-
-from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
-from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
-from iosr_fast.clip.two_pass import two_passes  # noqa: E402
-from iosr_fast.clip.vision_tower import resize_clip, vision_tower  # noqa: E402
-from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE  # noqa: E402
-from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
-from iosr_fast.export.onnx import export_onnx, write_plain_graph  # noqa: E402
-from iosr_fast.export.quantize import encoder as quantize  # noqa: E402
-from iosr_fast.export.quantize.encoder import quantize_onnx  # noqa: E402
-from tests.clip.families import FAMILIES, family_clip  # noqa: E402
-from tests.clip.small_clip import random_adapter, random_pixels, run, small_clip  # noqa: E402
+from iosr_fast.clip.dual_encoder import DualEncoder
+from iosr_fast.clip.fuse import build_dual_encoder
+from iosr_fast.clip.two_pass import two_passes
+from iosr_fast.clip.vision_tower import resize_clip, vision_tower
+from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE
+from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.export.onnx import export_onnx, write_plain_graph
+from iosr_fast.export.quantize import encoder as quantize
+from iosr_fast.export.quantize.encoder import quantize_onnx
+from tests.clip.families import FAMILIES, family_clip
+from tests.clip.small_clip import random_adapter, random_pixels, run, small_clip
 
 ANY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

@@ -91,7 +91,8 @@ def users_place(folder: Path) -> Iterator[Path]:
     (commands / "iosr-fast").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m iosr_fast "$@"\n')
     (commands / "iosr-fast").chmod(0o755)
     (folder / ".curlrc").write_text("silent\nshow-error\nfail\n")
-    open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
+    import open_clip
+
     with pytest.MonkeyPatch.context() as patch:
         use_demo_weights(patch, open_clip)
         patch.setattr(build, "export_onnx", export_once)

@@ -15,29 +15,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
+import open_clip
 import pytest
+import torch
 
+from iosr_fast.classifier import Classifier
+from iosr_fast.clip.demo.pictures import load_index
+from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer
+from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, embed_classes
+from iosr_fast.clip.text_tower import encode_tokens, end_token
+from iosr_fast.clip.tokenizer import count_tokens
+from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder
+from iosr_fast.export import text as module
+from iosr_fast.export.text import HARD_TEXTS, ClipText, export_text
 from tests import ROOT
-
-torch = pytest.importorskip("torch")
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-open_clip = pytest.importorskip("open_clip")
-pytest.importorskip("onnxscript")
-pytest.importorskip("tokenizers")
-
-from iosr_fast.classifier import Classifier  # noqa: E402
-from iosr_fast.clip.demo.pictures import load_index  # noqa: E402
-from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer  # noqa: E402
-from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, embed_classes  # noqa: E402
-from iosr_fast.clip.text_tower import encode_tokens, end_token  # noqa: E402
-from iosr_fast.clip.tokenizer import count_tokens  # noqa: E402
-from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder  # noqa: E402
-from iosr_fast.export import text as module  # noqa: E402
-from iosr_fast.export.text import HARD_TEXTS, ClipText, export_text  # noqa: E402
-from tests.clip import tokenizer_files  # noqa: E402
-from tests.demo_cache import demo_bundle, shared_cache  # noqa: E402
+from tests.clip import tokenizer_files
+from tests.demo_cache import demo_bundle, shared_cache
 
 pytestmark = pytest.mark.slow
 

@@ -19,9 +19,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("torch", reason="torch comes with the cpu extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-
 from iosr_fast.clip import load
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.prompts import embed_classes

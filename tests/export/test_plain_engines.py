@@ -7,25 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import open_clip
 import pytest
+import torch
 
-for package in ("torch", "open_clip", "timm", "onnxruntime", "openvino", "onnxscript"):
-    pytest.importorskip(package)
-
-import onnx  # noqa: E402
-import open_clip  # noqa: E402
-import torch  # noqa: E402
-
-from iosr_fast import Classifier  # noqa: E402
-from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
-from iosr_fast.export.build import convert_engine, write_engine  # noqa: E402
-from iosr_fast.export.candidates import list_candidates, with_smaller_images  # noqa: E402
-from iosr_fast.head import engine_judge  # noqa: E402
-from iosr_fast.sealed.verified_folder import open_verified  # noqa: E402
-from tests.clip.families import randomise  # noqa: E402
-from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip  # noqa: E402
-from tests.clip.small_clip import random_pixels  # noqa: E402
-from tests.export.graphs import BOOL, FLOAT, FLOAT16, INT64, UINT8, element_types  # noqa: E402
+from iosr_fast import Classifier
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.candidates import list_candidates, with_smaller_images
+from iosr_fast.head import engine_judge
+from iosr_fast.sealed.verified_folder import open_verified
+from tests.clip.families import randomise
+from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip
+from tests.clip.small_clip import random_pixels
+from tests.export.graphs import BOOL, FLOAT, FLOAT16, INT64, UINT8, element_types
 
 
 @pytest.fixture(scope="module", params=PLAIN_CLIPS)

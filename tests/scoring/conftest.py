@@ -10,7 +10,8 @@ import pytest
 @pytest.fixture(scope="module")
 def one_torch_thread() -> Iterator[None]:
     """Thousands of tiny products: PyTorch's threads would spend their time on waiting for each other."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

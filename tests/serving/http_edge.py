@@ -13,18 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
+import uvicorn
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn comes with the serve extra")
-pytest.importorskip("prometheus_client", reason="prometheus-client comes with the serve extra")
-
-from starlette.requests import ClientDisconnect, Request  # noqa: E402
-from starlette.responses import JSONResponse, Response, StreamingResponse  # noqa: E402
-
-from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
-from iosr_fast.serving.http.server import uvicorn_config  # noqa: E402
-from iosr_fast.serving.http.settings import Settings  # noqa: E402
-from tests.waiting import wait_until  # noqa: E402
+from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.server import uvicorn_config
+from iosr_fast.serving.http.settings import Settings
+from tests.waiting import wait_until
 
 BIG = 8 << 20  # bytes of /big, more than a kernel holds
 

@@ -107,7 +107,6 @@ def test_a_start_makes_few_changes_again(path: Path, monkeypatch: Any) -> None:
 
 
 def test_a_second_writer_is_refused(path: Path) -> None:
-    pytest.importorskip("fcntl", reason="locks of files are POSIX's")
     log, state = ChangeLog.open(path, base())
     code = f"from tests.store.logs import *\ntry: reopened(Path({str(path)!r}))\nexcept BlockingIOError as e: print(e)"
     for _ in range(2):

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch", reason="torch comes with the cpu extra")
-
 from iosr_fast.training.config import PRESETS, DinoConfig, TrainConfig, dino_config
 
 

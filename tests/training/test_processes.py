@@ -14,17 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from iosr_fast.clip.adapter import load_adapter
+from iosr_fast.training.processes import check_same, in_first_process
 from tests import ROOT
-
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
-
-from iosr_fast.clip.adapter import load_adapter  # noqa: E402
-from iosr_fast.training.processes import check_same, in_first_process  # noqa: E402
-from tests.cli import runs  # noqa: E402
-from tests.training.small import logged, write_folder  # noqa: E402
-from tests.waiting import wait_until  # noqa: E402
+from tests.cli import runs
+from tests.training.small import logged, write_folder
+from tests.waiting import wait_until
 
 OPTIONS = {
     "supervised": "--epochs 4 --batch 16 --accumulate 2 --cached-views 1 --held-out 0.2",
