@@ -73,7 +73,7 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
         "by name, got '0'; the classes are 'motif 0', ": {0: ["a"]},
         "1 to 1,000 descriptions of 'motif 1', got 'a'": {"motif 1": "a"},
         r"1 to 1,000 descriptions of 'motif 1', got \[\]": {"motif 1": []},
-        "texts and not blank, got ' '": {"motif 1": ["a", " "]},
+        "got ' ', which is blank": {"motif 1": ["a", " "]},
     }.items():
         with pytest.raises(IosrFastError, match=message):
             Classifier("demo").fit(images, labels, NAMES, descriptions=texts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ from iosr_fast.clip.adapter import load_adapter
 from iosr_fast.training.processes import check_same, in_first_process
 from tests import ROOT
 from tests.cli import runs
+from tests.forked import FORKED
 from tests.training.small import logged, write_folder
 from tests.waiting import wait_until
 
@@ -27,11 +27,6 @@ OPTIONS = {
     "supervised": "--epochs 4 --batch 16 --accumulate 2 --cached-views 1 --held-out 0.2",
     "dino": "--objective dino --epochs 1 --batch 8 --accumulate 2 --dino-out 64 --local-crops 1 --held-out 0",
 }
-
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(
-    ["iosr_fast.training.train", "torch.distributed", "torchvision.transforms.v2", "open_clip"]
-)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +74,7 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.ranks = [SPAWN.Process(target=run_rank, args=(rank, port, options, log)) for rank in range(2)]
+        self.ranks = [FORKED.Process(target=run_rank, args=(rank, port, options, log)) for rank in range(2)]
         for process in self.ranks:
             process.start()
 
