@@ -22,7 +22,8 @@ from iosr_fast.scoring.backends import cuda
 from iosr_fast.scoring.device_plan import device_plan
 from iosr_fast.scoring.key_precision import PRECISIONS
 from tests import ROOT
-from tests.scoring.build_cache import CSRC, build_once, cpp_compiler, version_of
+from tests.demo_cache import build_once
+from tests.scoring.compilers import CSRC, cpp_compiler, version_of
 from tests.scoring.numerics import needs_gpu
 from tests.scoring.sums import KINDS, SHAPES, assert_right, make_plan, random_queries
 
