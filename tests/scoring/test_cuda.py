@@ -68,6 +68,7 @@ def on_host(host_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keys", PRECISIONS)
 def test_odd_shapes(keys: str, kind: str, on_host: None, rng: np.random.Generator) -> None:
