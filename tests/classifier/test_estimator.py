@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from iosr_fast.exceptions import NotFittedError
 from iosr_fast.export import pretrained
 from tests.classifier.conftest import GIVEN, NAMES
 from tests.cli.runs import never
+from tests.interpreter import printed
 from tests.store.live_parts import (
     PixelEncoder,
     engine_folder,
@@ -158,8 +157,7 @@ def test_predictions_import_no_scikit_learn() -> None:
         "try: unfitted().predict('a.jpg')\n"
         "except AttributeError as error: print(type(error).__name__, 'sklearn' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "NotFittedError False", done.stderr
+    assert printed(program) == "NotFittedError False"
 
 
 def test_a_copy_shares_the_encoder_and_changes_alone(data: Any, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from iosr_fast.serving.http import server
 from iosr_fast.serving.http.app import batch_for
 from iosr_fast.serving.http.settings import Settings
 from tests import ROOT
+from tests.interpreter import printed
 from tests.pictures import GREY
 from tests.serving.hostile import hostile_bytes
 from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form, queries
@@ -203,8 +204,7 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path: Path, process: P
 
 def test_freed_memory_is_kept_where_the_c_library_is_glibc() -> None:
     program = "from iosr_fast.serving.http.server import keep_freed_memory as keep; print(keep())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
+    assert printed(program) == str(platform.libc_ver()[0] == "glibc")
 
 
 def test_batches_suit_the_engine() -> None:
