@@ -129,6 +129,17 @@ def exports_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "export_onnx", shared.export_once)
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Thousands of tiny products: PyTorch's threads would spend their time on waiting for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _free_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No backend is forced from outside, and none is remembered from another test."""

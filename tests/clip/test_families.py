@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,8 @@ from iosr_fast.export.quantize.encoder import quantize_onnx
 from tests.clip.families import FAMILIES, family_clip
 from tests.clip.small_clip import random_adapter, random_pixels, run, small_clip
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 ANY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small lose more to waking threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def equal(got: Any, expected: Any, atol: float = 1e-5) -> None:
