@@ -115,7 +115,7 @@ def test_the_whole_demo_briefly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(build, "export_onnx", export_once)
     generic, (test, validation) = demo.demo_pictures(Geometry(64)), held_out()
-    some = TensorPictures(generic.images[::10], generic.labels[::10], generic.class_names)
+    some = TensorPictures(generic.images[::20], generic.labels[::20], generic.class_names)
     few = only(test, np.arange(len(test.names)) % 8 == 0)
     monkeypatch.setattr(demo, "demo_pictures", lambda geometry: some)
     monkeypatch.setattr(demo, "held_out", lambda: (few, validation))
