@@ -21,11 +21,12 @@ from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.clip.vision_tower import resize_clip, vision_tower
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.export.onnx import export_onnx, write_plain_graph
+from iosr_fast.export.onnx import write_plain_graph
 from iosr_fast.export.quantize import encoder as quantize
 from iosr_fast.export.quantize.encoder import quantize_onnx
 from tests.clip.families import FAMILIES, family_clip
 from tests.clip.small_clip import random_adapter, random_pixels, run, small_clip
+from tests.demo_cache import export_once
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 ANY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -154,7 +155,7 @@ def test_an_engine_has_both_streams_and_the_plain_form(
     """The ONNX graph in both runtimes, the plain graph beside it, and all products in 8 bits."""
     clip = family_clip(family)
     adapter = random_adapter(clip, 1)
-    export_onnx(build_dual_encoder(clip, adapter), tmp_path / ONNX_FILE)
+    export_once(build_dual_encoder(clip, adapter), tmp_path / ONNX_FILE)
     assert write_plain_graph(tmp_path)
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / ONNX_FILE, load_external_data=False).graph.node)
     # One Shape, of the batch: the prefix tokens are repeated for each picture.
