@@ -67,17 +67,17 @@ lint-ci:
 	build/lint-ci/bin/hadolint Dockerfile Dockerfile.gpu
 	build/lint-ci/bin/actionlint
 
-# One worker more than cores, as tests wait for the processes that they start about a fifth of the time. One thread a
-# worker: more would wait for one another. Long tests are evened out between workers; short ones gain more where a file,
-# and so its fixtures, stays with one worker.
-WORKERS := $$(($$(nproc 2>/dev/null || sysctl -n hw.ncpu) + 1))
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
+# One worker more than cores where tests wait for the processes that they start, a fifth of the time. One thread a worker:
+# more would wait for one another. Long tests are evened out between workers; short ones gain more where a file, and so its
+# fixtures, stays with one worker.
+CORES := $$(nproc 2>/dev/null || sysctl -n hw.ncpu)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --maxprocesses 8 --numprocesses
 
 test: lint
-	$(PYTEST) --dist worksteal
+	$(PYTEST) $$(($(CORES) + 1)) --dist worksteal
 
 test-fast: lint
-	$(PYTEST) --dist loadfile -m "not slow"
+	$(PYTEST) $(CORES) --dist loadfile -m "not slow"
 
 # EPYC-Rome has AVX2 and nothing wider. One process: those that it starts would run on the machine's own processor.
 test-avx2: $(STAMP)
@@ -141,7 +141,7 @@ ENCODER_OPTIONS ?= --model ViT-B-16
 gpu-check:
 	mkdir -p $(OUT)
 	failed=0; \
-	timeout $(LIMIT) $(PYTHON) -m pytest -m gpu -q >$(OUT)/gpu-tests.log 2>&1 || { tail -5 $(OUT)/gpu-tests.log; failed=1; }; \
+	timeout $(LIMIT) $(PYTHON) -m pytest -m gpu -q $$(grep -rl "mark.gpu" tests) >$(OUT)/gpu-tests.log 2>&1 || { tail -5 $(OUT)/gpu-tests.log; failed=1; }; \
 	timeout $(LIMIT) $(PYTHON) tools/benchmark.py score --device $(DEVICE) $(SCORE_OPTIONS) \
 		--json $(OUT)/gpu-score.json || failed=1; \
 	timeout $(LIMIT) $(PYTHON) tools/benchmark.py encoder --device $(DEVICE) $(ENCODER_OPTIONS) \

@@ -1,17 +1,12 @@
-"""Chromium for the tests of pages, and the application on a free port."""
+"""Chromium for the tests of pages."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-from iosr_fast import Classifier
 
 CHROMIUM = "/usr/bin/chromium"
 # No background requests, no GPU; runs as root in a container.
@@ -36,30 +31,3 @@ def browser() -> Iterator[Any]:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield chromium
         chromium.close()
-
-
-@contextlib.contextmanager
-def served(classifier: Classifier, token: str) -> Iterator[str]:
-    """The address of the application around `classifier`, served by a thread on a free port."""
-    import uvicorn  # of the serve extra, which the tests of reports don't need
-
-    from iosr_fast.serving.batching import BatchingClassifier
-    from iosr_fast.serving.http.app import create_app
-    from iosr_fast.serving.http.metrics import Metrics
-    from iosr_fast.serving.http.service import Service
-    from iosr_fast.serving.http.settings import Settings
-
-    with BatchingClassifier(classifier) as batching:
-        app = create_app(Service(batching, Settings(token=token), Metrics()))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", ws="none", log_config=None))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        try:
-            while not server.started:
-                if not thread.is_alive():
-                    raise RuntimeError("the server did not start")
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join(20)

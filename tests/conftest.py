@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import iosr_fast
+from iosr_fast.clip.demo import pictures
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.key_precision import Precision
@@ -22,6 +24,8 @@ from tests import demo_cache as shared
 
 # An installed package contains kernels/; a source tree has it beside iosr_fast/.
 iosr_fast.__path__.append(str(ROOT))
+# Decoding the demo's sheets takes a second, and every fifth file asks for them.
+pictures.load_pictures = functools.cache(pictures.load_pictures)
 
 TERMS = ("text", "cache", "linear")
 REDUCERS = ("centre", "projection", "diagonal")
@@ -123,6 +127,17 @@ def exports_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from iosr_fast.export import build
 
     monkeypatch.setattr(build, "export_onnx", shared.export_once)
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Thousands of tiny products: PyTorch's threads would spend their time on waiting for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -7,21 +7,21 @@ import functools
 import hashlib
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.sealed.folders import new_folder
 from tests import ROOT
 
 VARIABLE = "IOSR_FAST_CACHE"
 CACHES = ROOT / "build" / "test-cache"
 UNUSED_S = 24 * 3600
 # The code that computes an engine, a text encoder and a saved classifier.
-SOURCES = ("clip", "encoders", "export", "head", "images", "methods", "scoring", "store", "utils")
+SOURCES = ("clip", "encoders", "export", "head", "images", "methods", "scoring", "sealed", "store", "utils")
 
 
 @functools.cache
@@ -72,24 +72,38 @@ def demo_engine() -> Path:
     return demo_bundle() / "engine"
 
 
+def build_once(name: str, sources: Iterable[Path], facts: Sequence[str], build: Callable[[Path], None]) -> Path:
+    """The folder that build(folder) has filled, once for these sources (files or folders) and facts (flags, versions).
+
+    A build that raises leaves nothing; test workers wait for one another.
+    """
+    digest = hashlib.sha256("\0".join([name, *facts]).encode())
+    files = [file for path in sources for file in ([path] if path.is_file() else path.rglob("*"))]
+    for file in sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts):
+        digest.update(f"{file.relative_to(ROOT)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    CACHES.mkdir(parents=True, exist_ok=True)
+    folder = CACHES / f"{name}-{digest.hexdigest()[:16]}"
+    with _locked(folder):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=CACHES, ignore_cleanup_errors=True) as unfinished:
+                build(Path(unfinished))
+                Path(unfinished).rename(folder)
+    os.utime(folder)  # demo_cache removes what has not been used for a day
+    return folder
+
+
 def export_once(encoder: Any, path: Path) -> None:
-    """`export_onnx` to `path`, encoder.onnx in some folder: it takes seconds, and runs once for each dual encoder."""
-    from iosr_fast.clip.dual_encoder import DualEncoder
+    """`export_onnx` to `path`, encoder.onnx in some folder: it takes seconds, and runs once for each encoder."""
     from iosr_fast.export.onnx import export_onnx
 
-    if not isinstance(encoder, DualEncoder):  # others don't have all that they compute in their `config`
-        export_onnx(encoder, path)
-        return
-    packages = [version(name) for name in ("torch", "onnx", "onnxscript")]
-    digest = hashlib.sha256(f"{encoder.config} {packages}".encode())
+    weights = hashlib.sha256()
     for value in encoder.state_dict().values():
-        digest.update(value.numpy().tobytes())
-    cached = demo_cache() / "exports" / digest.hexdigest()[:16]
-    cached.parent.mkdir(exist_ok=True)
-    with _locked(cached):
-        if not (cached / "encoder.onnx").is_file():
-            with new_folder(cached) as temporary:
-                export_onnx(encoder, temporary / "encoder.onnx")
+        weights.update(value.numpy().tobytes())
+    packages = ("torch", "onnx", "onnxscript", "open_clip_torch", "timm")
+    facts = [str(getattr(encoder, "config", encoder)), weights.hexdigest(), *map(version, packages)]
+    rooms = ("iosr_fast/clip", "iosr_fast/export", "tests/clip")  # whose helpers choose what a plain encoder computes
+    code = [file for room in rooms for file in (ROOT / room).rglob("*.py") if not file.name.startswith("test_")]
+    cached = build_once("export", code, facts, lambda folder: export_onnx(encoder, folder / "encoder.onnx"))
     assert path.name == "encoder.onnx", "the graph names the weights file, encoder.weights"
     for file in cached.iterdir():
         shutil.copyfile(file, path.with_name(file.name))

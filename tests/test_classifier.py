@@ -19,8 +19,6 @@ from tests.store.live_parts import refit
 
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
 
 ROOT = str(Path(__file__).parents[1])
 CLASSES = 12

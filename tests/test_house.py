@@ -14,6 +14,7 @@ import pytest
 
 import iosr_fast
 from tests import ROOT
+from tests.interpreter import printed
 from tests.unsafe_code import runs_what_it_reads
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -23,8 +24,7 @@ def modules_after(statement: str, cwd: Path) -> set[str]:
     """Top-level modules that are loaded after `statement` in a fresh interpreter."""
     loaded = "{name.split('.')[0] for name, module in sys.modules.items() if module is not None}"
     code = f"{statement}; import json, sys; print(json.dumps(sorted({loaded})))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd)
-    return set(json.loads(out.stdout.splitlines()[-1]))
+    return set(json.loads(printed(code, cwd=cwd).splitlines()[-1]))
 
 
 def third_party(modules: set[str]) -> set[str]:

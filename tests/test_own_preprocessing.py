@@ -7,25 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+from open_clip import pretrained
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
-from open_clip import pretrained  # noqa: E402
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # noqa: E402
-
-from benchmarks.photographs import photograph  # noqa: E402
-from iosr_fast import Classifier  # noqa: E402
-from iosr_fast.clip.demo.pictures import FOLDER, load_pictures  # noqa: E402
-from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
-from iosr_fast.export.build import convert_engine, write_engine  # noqa: E402
-from iosr_fast.images.geometry import Geometry  # noqa: E402
-from iosr_fast.images.preprocess import decode_pixels  # noqa: E402
-from iosr_fast.sealed.manifest import MANIFEST  # noqa: E402
-from iosr_fast.serving.batching import BatchingClassifier  # noqa: E402
-from iosr_fast.store.description import describe  # noqa: E402
-from tests.store.manifests import rewrite_manifest  # noqa: E402
+from benchmarks.photographs import photograph
+from iosr_fast import Classifier
+from iosr_fast.clip.demo.pictures import FOLDER, load_pictures
+from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.preprocess import decode_pixels
+from iosr_fast.sealed.manifest import MANIFEST
+from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.store.description import describe
+from tests.store.manifests import rewrite_manifest
 
 pytestmark = pytest.mark.slow
 

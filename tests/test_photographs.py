@@ -8,22 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image, features
 
-pytest.importorskip("torch")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("open_clip")
-pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif comes with the heic extra")
-
-from iosr_fast.classifier import Classifier  # noqa: E402
-from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
-from iosr_fast.images.preprocess import open_image  # noqa: E402
-from iosr_fast.serving.batching import BatchingClassifier  # noqa: E402
-from tests.demo_cache import shared_cache  # noqa: E402
-from tests.images.test_pixels import png  # noqa: E402
-from tests.pictures import encode, turned  # noqa: E402
-from tests.serving.http_client import serving  # noqa: E402
+from iosr_fast.classifier import Classifier
+from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.images.preprocess import open_image
+from iosr_fast.serving.batching import BatchingClassifier
+from tests.demo_cache import shared_cache
+from tests.images.test_pixels import png
+from tests.pictures import encode, turned
+from tests.serving.http_client import serving
 
 pytestmark = pytest.mark.slow
 SHOTS = 3

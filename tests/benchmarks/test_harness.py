@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import harness
+from benchmarks import ceilings, harness
 from benchmarks.devices import Device
 from benchmarks.harness import Candidate, Run
 from iosr_fast.exceptions import IosrFastError
@@ -118,7 +119,6 @@ def test_a_case_ends_after_its_seconds() -> None:
 
 
 def test_ceilings_are_verified_and_have_rates_that_a_machine_can_have() -> None:
-    torch, ceilings = pytest.importorskip("torch"), pytest.importorskip("benchmarks.ceilings")
     run = Run("subject", threads=1, repeats=1)
     run.case("case", {ceilings.GEMM: ceilings.gemm(Device(), 1, size=128)})
     [row] = run.rows
@@ -130,7 +130,6 @@ def test_ceilings_are_verified_and_have_rates_that_a_machine_can_have() -> None:
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         with pytest.raises(IosrFastError, match="PyTorch sees none; use --device cpu"):
             Device("cuda")

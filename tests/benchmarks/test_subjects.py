@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-torch = pytest.importorskip("torch")
-for _package in ("onnxruntime", "onnxscript", "open_clip", "sklearn"):
-    pytest.importorskip(_package)
-
-from benchmarks import ceilings, encoder, harness, photographs, pipeline, score  # noqa: E402
-from benchmarks.devices import Device  # noqa: E402
-from benchmarks.encoder_rivals import in_torch  # noqa: E402
-from benchmarks.harness import Run  # noqa: E402
-from benchmarks.score_rivals import torch_rivals  # noqa: E402
-from iosr_fast import _C  # noqa: E402
-from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
-from iosr_fast.scoring.reference import score_reference  # noqa: E402
-from tests import ROOT, demo_cache  # noqa: E402
-from tests.clip.small_clip import small_clip  # noqa: E402
+from benchmarks import ceilings, encoder, harness, photographs, pipeline, score
+from benchmarks.devices import Device
+from benchmarks.encoder_rivals import in_torch
+from benchmarks.harness import Run
+from benchmarks.score_rivals import torch_rivals
+from iosr_fast import _C
+from iosr_fast.cli.command import ListCommand, command_app
+from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.scoring.reference import score_reference
+from tests import ROOT, demo_cache
+from tests.clip.small_clip import small_clip
+from tools.benchmark import main
 
 pytestmark = pytest.mark.slow
 
@@ -170,5 +170,5 @@ def test_the_script_prints_rows_and_writes_them(tmp_path: Path) -> None:
         (["pipeline", "--device", "cuda"], "expected --device cpu with pipeline"),
         (["score", "--case", "q0-k1-d1-c1"], "expected a case like"),
     ):
-        done = subprocess.run([*command, *wrong, "--json", "rows.json"], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+        refused = CliRunner().invoke(command_app(main, ListCommand), [*wrong, "--json", str(tmp_path / "other.json")])
+        assert refused.exit_code == 2 and said in refused.stderr and "Traceback" not in refused.stderr

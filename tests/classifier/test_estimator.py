@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sklearn import exceptions as sklearn_exceptions
+from sklearn.base import clone
+from sklearn.utils.validation import check_is_fitted
 
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.encoders.opened_clip import OpenedClip
@@ -18,6 +19,7 @@ from iosr_fast.exceptions import NotFittedError
 from iosr_fast.export import pretrained
 from tests.classifier.conftest import GIVEN, NAMES
 from tests.cli.runs import never
+from tests.interpreter import printed
 from tests.store.live_parts import (
     PixelEncoder,
     engine_folder,
@@ -27,11 +29,6 @@ from tests.store.live_parts import (
     unfitted,
     unit,
 )
-
-sklearn = pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
-from sklearn import exceptions as sklearn_exceptions  # noqa: E402
-from sklearn.base import clone  # noqa: E402
-from sklearn.utils.validation import check_is_fitted  # noqa: E402
 
 
 def test_parameters_are_stored_as_they_are_and_nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +72,7 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
         "by name, got '0'; the classes are 'motif 0', ": {0: ["a"]},
         "1 to 1,000 descriptions of 'motif 1', got 'a'": {"motif 1": "a"},
         r"1 to 1,000 descriptions of 'motif 1', got \[\]": {"motif 1": []},
-        "texts and not blank, got ' '": {"motif 1": ["a", " "]},
+        "got ' ', which is blank": {"motif 1": ["a", " "]},
     }.items():
         with pytest.raises(IosrFastError, match=message):
             Classifier("demo").fit(images, labels, NAMES, descriptions=texts)
@@ -160,8 +157,7 @@ def test_predictions_import_no_scikit_learn() -> None:
         "try: unfitted().predict('a.jpg')\n"
         "except AttributeError as error: print(type(error).__name__, 'sklearn' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "NotFittedError False", done.stderr
+    assert printed(program) == "NotFittedError False"
 
 
 def test_a_copy_shares_the_encoder_and_changes_alone(data: Any, tmp_path: Path) -> None:

@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
+from sklearn.base import is_classifier
+from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import check_estimator
 
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.export import pretrained
 from tests.classifier.conftest import GIVEN, NAMES
 from tests.store.live_parts import pixel_clip, small_classifier
-
-sklearn = pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
-pandas = pytest.importorskip("pandas", reason="pandas comes with the dev extra")
-from sklearn.base import is_classifier  # noqa: E402
-from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score  # noqa: E402
-from sklearn.pipeline import make_pipeline  # noqa: E402
-from sklearn.utils.estimator_checks import check_estimator  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,7 @@ from iosr_fast.store.store import Store
 from tests.classifier.conftest import GIVEN
 from tests.store.live_parts import LetterText, PixelEncoder, engine_folder
 
-SECONDS = float(os.environ.get("IOSR_FAST_RACE_S", "20"))
+SECONDS = float(os.environ.get("IOSR_FAST_RACE_S", "5"))
 REFUSALS = "fitted again while", "no class", "ids of examples"
 
 

@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("onnxruntime")
-pytest.importorskip("torch")
-
 from iosr_fast.cli import benchmark
 from iosr_fast.encoders.encoder import Embeddings
 from tests.cli.runs import done, refused

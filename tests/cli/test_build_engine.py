@@ -8,10 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("open_clip")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.export import build
 from tests.cli.runs import done, refused

@@ -59,7 +59,8 @@ def test_the_demo_that_nobody_named_is_warned_of_once(
 def test_what_does_not_fit_is_refused_before_a_clip_is_made(
     options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_clip = pytest.importorskip("open_clip")
+    import open_clip
+
     from iosr_fast.export.pretrained import DEMO_ADAPTER, DEMO_FOLDER
 
     for name in ("create_model", "create_model_and_transforms", "get_tokenizer", "load_openai_model"):
@@ -74,8 +75,9 @@ def test_what_does_not_fit_is_refused_before_a_clip_is_made(
 
 def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """fused_family against fuse's look at the encoder itself, made of shapes alone, for every model of open_clip."""
-    torch, open_clip = pytest.importorskip("torch"), pytest.importorskip("open_clip")
-    timm = pytest.importorskip("timm")
+    import open_clip
+    import timm
+    import torch
     from open_clip.model import _build_vision_tower
 
     from iosr_fast.clip.architecture import check_architecture, fused_family
@@ -119,7 +121,7 @@ def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.Monk
 def test_a_download_that_fails_is_one_line_that_names_the_model(
     failure: Exception, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_clip = pytest.importorskip("open_clip")
+    import open_clip
 
     def fails(*_: object, **__: object) -> Any:
         raise failure

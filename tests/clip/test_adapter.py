@@ -5,14 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests import ROOT
-
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("timm", reason="timm comes with the cpu extra")
-
-from iosr_fast.clip.adapter import (  # noqa: E402
+from iosr_fast.clip.adapter import (
     adapted_pass,
     check_belongs,
     init_adapter,
@@ -20,10 +15,11 @@ from iosr_fast.clip.adapter import (  # noqa: E402
     random_adapter,
     save_adapter,
 )
-from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
-from tests.clip import small_clip  # noqa: E402
-from tests.clip.families import FAMILIES, family_clip  # noqa: E402
+from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
+from tests import ROOT
+from tests.clip import small_clip
+from tests.clip.families import FAMILIES, family_clip
 
 ANY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

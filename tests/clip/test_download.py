@@ -7,9 +7,6 @@ import socket
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("huggingface_hub", reason="needs huggingface_hub")
-
 from huggingface_hub import constants, hf_hub_download
 
 from iosr_fast.clip import download

@@ -5,42 +5,31 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
+import open_clip
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("timm", reason="timm comes with the cpu extra")
-onnx = pytest.importorskip("onnx", reason="onnx comes with the cpu extra")
-ort = pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
-pytest.importorskip("onnxscript", reason="onnxscript comes with the cpu extra")
+from iosr_fast.clip.dual_encoder import DualEncoder
+from iosr_fast.clip.fuse import build_dual_encoder
+from iosr_fast.clip.two_pass import two_passes
+from iosr_fast.clip.vision_tower import resize_clip, vision_tower
+from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE
+from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.export.onnx import write_plain_graph
+from iosr_fast.export.quantize import encoder as quantize
+from iosr_fast.export.quantize.encoder import quantize_onnx
+from tests.clip.families import FAMILIES, family_clip
+from tests.clip.small_clip import random_adapter, random_pixels, run, small_clip
+from tests.demo_cache import export_once
 
-from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
-from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
-from iosr_fast.clip.two_pass import two_passes  # noqa: E402
-from iosr_fast.clip.vision_tower import resize_clip, vision_tower  # noqa: E402
-from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE  # noqa: E402
-from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
-from iosr_fast.export.onnx import export_onnx, write_plain_graph  # noqa: E402
-from iosr_fast.export.quantize import encoder as quantize  # noqa: E402
-from iosr_fast.export.quantize.encoder import quantize_onnx  # noqa: E402
-from tests.clip.families import FAMILIES, family_clip  # noqa: E402
-from tests.clip.small_clip import random_adapter, random_pixels, run, small_clip  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 ANY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small lose more to waking threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def equal(got: Any, expected: Any, atol: float = 1e-5) -> None:
@@ -166,7 +155,7 @@ def test_an_engine_has_both_streams_and_the_plain_form(
     """The ONNX graph in both runtimes, the plain graph beside it, and all products in 8 bits."""
     clip = family_clip(family)
     adapter = random_adapter(clip, 1)
-    export_onnx(build_dual_encoder(clip, adapter), tmp_path / ONNX_FILE)
+    export_once(build_dual_encoder(clip, adapter), tmp_path / ONNX_FILE)
     assert write_plain_graph(tmp_path)
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / ONNX_FILE, load_external_data=False).graph.node)
     # One Shape, of the batch: the prefix tokens are repeated for each picture.

@@ -8,14 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
+import safetensors.torch as safetensors_torch
+import torch
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors comes with the cpu extra")
-
-from iosr_fast.clip.load import load_clip  # noqa: E402
-from iosr_fast.clip.models import (  # noqa: E402
+from iosr_fast.clip.load import load_clip
+from iosr_fast.clip.models import (
     DEMO_FOLDER,
     check_adaptable,
     check_model,
@@ -24,8 +23,8 @@ from iosr_fast.clip.models import (  # noqa: E402
     list_models,
     model_config,
 )
-from iosr_fast.exceptions import MissingPackageError  # noqa: E402
-from tests.cli.runs import never, refused, run  # noqa: E402
+from iosr_fast.exceptions import MissingPackageError
+from tests.cli.runs import never, refused, run
 
 pytestmark = pytest.mark.slow
 

@@ -10,18 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
+import tokenizers
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-tokenizers = pytest.importorskip("tokenizers", reason="tokenizers comes with the serve extra")
-
-from iosr_fast.clip.load import load_clip  # noqa: E402
-from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer, load_tokenizer  # noqa: E402
-from iosr_fast.clip.prompts import embed_classes  # noqa: E402
-from iosr_fast.clip.tokenizer import clean_text, count_tokens  # noqa: E402
-from iosr_fast.export.text import HARD_TEXTS  # noqa: E402
-from tests.clip import tokenizer_files  # noqa: E402
+from iosr_fast.clip.load import load_clip
+from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer, load_tokenizer
+from iosr_fast.clip.prompts import embed_classes
+from iosr_fast.clip.tokenizer import clean_text, count_tokens
+from iosr_fast.export.text import HARD_TEXTS
+from tests.clip import tokenizer_files
 
 Make = Callable[[Path], Path]
 # How to make the files, the context, open_clip's options; tokens before and behind a text, and the padding.

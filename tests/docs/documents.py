@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-import socket
+import shutil
 import subprocess
-import time
 import tomllib
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from typer.core import TyperGroup
 
 from tests import ROOT
+from tests.cli.runs import done
 
 OUTPUT = ("", "text", "bibtex")  # no code: what something prints, or a citation
 SHELL = ("sh", "bash", "console")
@@ -35,22 +34,24 @@ NOT_RUN = {
     r"git clone|cd iosr_fast": "needs the repository's address",
     r"python3? -m venv|\.venv/bin/activate": "the tests run in an environment already",
 }
-START_S = 60
+_fitted: dict[str, Path] = {}
+SHELL_SYNTAX = r"[$`|&;<>*?(){}]"
 
 
 class Document:
-    """A document's blocks, run in their order in one folder, one Python namespace and one shell environment."""
+    """A document's blocks, run in their order in one folder, one Python namespace and one shell environment.
+
+    A line of iosr-fast runs in this process, where PyTorch is imported already; servers are processes of their own.
+    """
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.folder = folder
         self.blocks = blocks(path)
-        self.port = _free_port()
-        self._server: subprocess.Popen[bytes] | None = None
+        self._server: Any = None
         (folder / ".environment").touch()
 
     def run(self, block: Example) -> None:
-        text = block.parsed.replace(":8000", f":{self.port}")
-        kind = block.region.lexemes["language"]
+        text, kind = block.parsed, block.region.lexemes["language"]
         if kind == "python":
             exec(compile("\n" * block.line + text, block.path, "exec"), block.namespace)
         elif kind in SHELL:
@@ -69,30 +70,37 @@ class Document:
         elif any(re.search(pattern, line) for pattern in NOT_RUN):
             check_options(words)
         elif re.search(r"\biosr-fast serve ", line):
-            self._serve(f"{line.rstrip('& ')} --port {self.port}")
+            self._serve(line.rstrip("& "))
+        elif words[0] == "iosr-fast" and not re.search(SHELL_SYNTAX, line):
+            self._command(line, words)
         else:
+            if self._server is not None:
+                line = line.replace(":8000", f":{self._server.port}")
             script = f"set -euo pipefail\nsource .environment\n{line}\nexport -p > .environment"
-            done = subprocess.run(["bash", "-c", script], cwd=self.folder, capture_output=True, text=True)
-            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+            ended = subprocess.run(["bash", "-c", script], cwd=self.folder, capture_output=True, text=True)
+            assert ended.returncode == 0, f"{line}\n{ended.stdout}{ended.stderr}"
+
+    def _command(self, line: str, words: list[str]) -> None:
+        """Run a line of iosr-fast. A fit that an earlier line has asked for, but for the folder's name, is copied."""
+        out = words[words.index("--out") + 1] if words[1] == "fit" else ""
+        fit = line.replace(f"--out {out}", "")
+        if fit in _fitted and not Path(out).exists():
+            shutil.copytree(_fitted[fit], out)
+            return
+        done(*words[1:])
+        if out:
+            _fitted[fit] = Path(shutil.copytree(out, self.folder / f".{out}", dirs_exist_ok=True))
 
     def _serve(self, line: str) -> None:
         """Start a server in place of the one of an earlier line, and wait until it is ready."""
+        from tests.serving.http_process import Process
+
         self.close()
-        script = f"set -a; source .environment; {line}"
-        log = self.folder / "server.log"
-        with log.open("wb") as file:
-            self._server = subprocess.Popen(["bash", "-c", script], cwd=self.folder, stdout=file, stderr=file)
-        until = time.monotonic() + START_S
-        while not _is_ready(self.port):
-            started = self._server.poll() is None and time.monotonic() < until
-            assert started, f"{line} has not started:\n{log.read_text()}"
-            time.sleep(0.1)
+        self._server = Process(command=["bash", "-c", f"set -a; source .environment; exec {line} --port 0"])
 
     def close(self) -> None:
         if self._server is not None:
-            self._server.terminate()
-            self._server.wait(30)
-            self._server = None
+            self._server.kill()
 
 
 def blocks(path: Path) -> list[Example]:
@@ -146,17 +154,3 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
         command = command.get_command(typer.Context(command), name)
         assert command is not None, f"iosr-fast has no command {name}"
     return command, words
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _is_ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME
 from iosr_fast.export import build, pretrained
 from iosr_fast.head import engine_judge
 from tests import ROOT
-from tests.demo_cache import demo_cache
+from tests.demo_cache import demo_cache, export_once
 from tests.docs import triton_python_backend_utils
-from tests.docs.demo_weights import REPLACED, save_time, use_demo_weights
+from tests.pictures import encode
 
 CLASSES = (
     *("banana", "carrot", "green apple", "lemon", "melon"),
@@ -28,57 +30,76 @@ CLASSES = (
 NEW_CLASS = "pear"
 
 
-def make_files(folder: Path) -> None:
+@functools.cache
+def users_files() -> dict[str, bytes]:
     """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ has others; others/ of no class; a.jpg to
     e.jpg, labels.csv, several.csv."""
     pictures = load_pictures("held-out", min_styles=5)
-    (folder / "others").mkdir(parents=True)
+    rows_of = {name: np.flatnonzero(pictures.concepts == i) for i, name in enumerate(pictures.names)}
+    files = {"adapter.safetensors": pretrained.DEMO_ADAPTER.read_bytes()}
     for name in [name for name in pictures.names if name not in (*CLASSES, NEW_CLASS)][:6]:
-        row = int(np.flatnonzero(pictures.concepts == pictures.names.index(name))[0])
-        Image.fromarray(pictures.images[row]).save(folder / "others" / f"{row}.png")
+        files[f"others/{rows_of[name][0]}.png"] = encode(pictures.images[rows_of[name][0]])
     for name in (*CLASSES, NEW_CLASS):
-        rows = np.flatnonzero(pictures.concepts == pictures.names.index(name))
         under = name.replace(" ", "_")
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows_of[name]):
             if name == NEW_CLASS:
-                path = folder / f"{'de'[i]}.jpg" if i < 2 else folder / "pears" / f"{i}.jpg"
-            elif i < 4:
-                path = folder / "support" / under / f"{i}.jpg"
-            elif i == 4:
-                path = folder / "validation" / under / f"{i}.jpg"
+                path = f"{'de'[i]}.jpg" if i < 2 else f"pears/{i}.jpg"
             else:
-                path = folder / "photos" / f"{under}-{i}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pictures.images[row]).resize((160, 160)).save(path, quality=95)
-    (folder / "labels.csv").write_text("path,label\nd.jpg,pear\ne.jpg,\n")
-    rows = ("a.jpg,banana; fruit", "b.jpg,melon; fruit", "c.jpg,", "d.jpg,banana", "e.jpg,melon")
-    (folder / "several.csv").write_text("\n".join(["path,labels", *rows]) + "\n")
-    shutil.copy(pretrained.DEMO_ADAPTER, folder / "adapter.safetensors")
+                path = f"support/{under}/{i}.jpg" if i < 4 else f"photos/{under}-{i}.jpg"
+            if i == 4 and name != NEW_CLASS:
+                path = f"validation/{under}/{i}.jpg"
+            large = Image.fromarray(pictures.images[row]).resize((160, 160))
+            files[path] = encode(large, "JPEG", quality=95)
     for letter, name in zip("abc", ("banana", "melon", "tomato"), strict=True):
-        shutil.copy(folder / "validation" / name / "4.jpg", folder / f"{letter}.jpg")
+        files[f"{letter}.jpg"] = files[f"validation/{name}/4.jpg"]
+    files["labels.csv"] = b"path,label\nd.jpg,pear\ne.jpg,\n"
+    rows = ("a.jpg,banana; fruit", "b.jpg,melon; fruit", "c.jpg,", "d.jpg,banana", "e.jpg,melon")
+    files["several.csv"] = "\n".join(["path,labels", *rows, ""]).encode()
+    return files
+
+
+def use_demo_weights(patch: pytest.MonkeyPatch, open_clip: Any) -> None:
+    """open_clip with the demo's architecture and weights under the name of every pretrained ViT.
+
+    The documents name real CLIPs, whose weights tests can't download. What is replaced is open_clip's download alone:
+    names and tags are still checked against open_clip's own list, and everything in iosr_fast runs as it is.
+    """
+    create, config, tokenizer = open_clip.create_model, open_clip.get_model_config, open_clip.get_tokenizer
+    open_clip.add_model_config(DEMO_FOLDER / f"{DEMO_NAME}.json")
+
+    def demo_name(name: str) -> str:
+        return DEMO_NAME if name.startswith("ViT-") else name
+
+    def create_model(name: str, pretrained: str | None = None, **options: Any) -> Any:
+        if pretrained not in open_clip.list_pretrained_tags_by_model(name):
+            return create(demo_name(name), pretrained=pretrained, **options)
+        return create(demo_name(name), pretrained=str(DEMO_FOLDER / "clip.safetensors"))  # and no QuickGELU
+
+    patch.setattr(open_clip, "create_model", create_model)
+    patch.setattr(open_clip, "get_model_config", lambda name: config(demo_name(name)))
+    patch.setattr(open_clip, "get_tokenizer", lambda name: tokenizer(demo_name(name)))
 
 
 @contextmanager
 def users_place(folder: Path) -> Iterator[Path]:
     """Work in `folder`, a new one with the files. Commands are found by name; a pretrained CLIP is the demo's."""
-    make_files(folder)
+    for name, data in users_files().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
     commands = folder / ".bin"
     commands.mkdir()
-    for name, module in {"iosr-fast": "-m iosr_fast", "python": ""}.items():
-        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
-        (commands / name).chmod(0o755)
+    (commands / "iosr-fast").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m iosr_fast "$@"\n')
+    (commands / "iosr-fast").chmod(0o755)
     (folder / ".curlrc").write_text("silent\nshow-error\nfail\n")
-    open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
+    import open_clip
+
     with pytest.MonkeyPatch.context() as patch:
-        for name in REPLACED:
-            patch.setattr(open_clip, name, getattr(open_clip, name))  # put back at the end
-        for module in (build, engine_judge):
-            save_time(patch.setattr, module)
-        patch.setattr(pretrained, "_latest", None)  # no other test shares what is opened here
-        use_demo_weights(open_clip)
+        use_demo_weights(patch, open_clip)
+        patch.setattr(build, "export_onnx", export_once)
+        patch.setattr(engine_judge, "_TIMING_S", 0.1)
         patch.setitem(sys.modules, "triton_python_backend_utils", triton_python_backend_utils)
         patch.setenv("PATH", str(commands), prepend=os.pathsep)
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, Path(__file__).parent / "site"))))
+        patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("CURL_HOME", str(folder))
         patch.setenv("IOSR_FAST_CACHE", str(demo_cache()))
         patch.chdir(folder)

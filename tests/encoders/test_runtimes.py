@@ -11,26 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-pytest.importorskip("open_clip")
-
-from iosr_fast.clip.adapter import random_adapter  # noqa: E402
-from iosr_fast.clip.two_pass import two_passes  # noqa: E402
-from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES  # noqa: E402
-from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
-from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
-from iosr_fast.export import build, pretrained  # noqa: E402
-from iosr_fast.export.build import write_engine  # noqa: E402
-from iosr_fast.utils import machine  # noqa: E402
-from tests import ROOT  # noqa: E402
-from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
-from tests.demo_cache import export_once  # noqa: E402
-from tests.store.manifests import rewrite_manifest  # noqa: E402
+from iosr_fast.clip.adapter import random_adapter
+from iosr_fast.clip.two_pass import two_passes
+from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.export import build, pretrained
+from iosr_fast.export.build import write_engine
+from iosr_fast.utils import machine
+from tests import ROOT
+from tests.clip.small_clip import random_pixels, small_clip
+from tests.demo_cache import export_once
+from tests.interpreter import printed
+from tests.store.manifests import rewrite_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +80,6 @@ def test_any_batch_has_the_embeddings_of_two_passes_or_the_plain_one_alone(
 def test_bf16_is_computed_where_it_was_built_for_and_the_processor_has_it(
     engines: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("openvino")
     pixels = random_pixels(5, 32)
     expected, _ = two_passes(small_clip(), random_adapter(small_clip(), 1), pixels)
     has_bf16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -172,8 +168,7 @@ def test_engines_open_without_the_packages_that_built_them(
         "from iosr_fast.encoders.runtimes import open_engine; "
         f"print(open_engine({str(engines[engine])!r}).encode(np.zeros((1, 32, 32, 3), np.uint8)).plain.shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(1, 24)"
+    assert printed(code) == "(1, 24)"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU builds and refuses")
@@ -255,5 +250,4 @@ for thread in threads:
 
 def test_threads_read_the_results_of_openvino_at_once() -> None:
     """Without the tensor that openvino_core reads, every third run of eight threads hangs."""
-    pytest.importorskip("openvino")
     subprocess.run([sys.executable, "-c", OPENVINO_IN_THREADS], cwd=ROOT, check=True, timeout=60)

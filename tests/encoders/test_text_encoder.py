@@ -4,8 +4,6 @@ models at tiny widths, and a clear refusal where it can't have them."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -15,29 +13,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
+import open_clip
 import pytest
+import torch
 
-from tests import ROOT
-
-torch = pytest.importorskip("torch")
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-open_clip = pytest.importorskip("open_clip")
-pytest.importorskip("onnxscript")
-pytest.importorskip("tokenizers")
-
-from iosr_fast.classifier import Classifier  # noqa: E402
-from iosr_fast.clip.demo.pictures import load_index  # noqa: E402
-from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer  # noqa: E402
-from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, embed_classes  # noqa: E402
-from iosr_fast.clip.text_tower import encode_tokens, end_token  # noqa: E402
-from iosr_fast.clip.tokenizer import count_tokens  # noqa: E402
-from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder  # noqa: E402
-from iosr_fast.export import text as module  # noqa: E402
-from iosr_fast.export.text import HARD_TEXTS, ClipText, export_text  # noqa: E402
-from tests.clip import tokenizer_files  # noqa: E402
-from tests.demo_cache import demo_bundle, shared_cache  # noqa: E402
+from iosr_fast.classifier import Classifier
+from iosr_fast.clip.demo.pictures import load_index
+from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer
+from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, embed_classes
+from iosr_fast.clip.text_tower import encode_tokens, end_token
+from iosr_fast.clip.tokenizer import count_tokens
+from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder
+from iosr_fast.export import text as module
+from iosr_fast.export.text import HARD_TEXTS, ClipText, export_text
+from tests.clip import tokenizer_files
+from tests.demo_cache import demo_bundle, shared_cache
+from tests.interpreter import printed
 
 pytestmark = pytest.mark.slow
 
@@ -262,10 +256,8 @@ def test_a_saved_classifier_embeds_names_without_torch(
         "classifier = Classifier.load(sys.argv[1])\n"
         "print(json.dumps(classifier._fit.clip.text.embed_classes(*json.loads(sys.argv[2])).tolist()))"
     )
-    command = [sys.executable, "-c", program, str(tmp_path / "saved"), json.dumps(given)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    np.testing.assert_allclose(json.loads(run.stdout), embed_classes(clip, *given), atol=1e-5)
+    found = json.loads(printed(program, str(tmp_path / "saved"), json.dumps(given)))
+    np.testing.assert_allclose(found, embed_classes(clip, *given), atol=1e-5)
 
 
 def test_cached_exports_are_of_weights_and_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

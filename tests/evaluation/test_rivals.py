@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
-
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 

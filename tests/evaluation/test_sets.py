@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("torchvision", reason="torchvision comes with the train extra")
-pytest.importorskip("scipy", reason="scipy comes with the train extra")
-
 from iosr_fast.evaluation.readers import Content
 from iosr_fast.evaluation.sets import PHOTO, _finish, catalog, open_evaluation_set
 from iosr_fast.exceptions import BadImageError, IosrFastError

@@ -8,35 +8,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-for package in ("onnxscript", "open_clip", "openvino"):
-    pytest.importorskip(package)
-
-from iosr_fast.clip.adapter import random_adapter  # noqa: E402
-from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
-from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
-from iosr_fast.clip.load import load_clip  # noqa: E402
-from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
-from iosr_fast.exceptions import IosrFastError  # noqa: E402
-from iosr_fast.export import candidates  # noqa: E402
-from iosr_fast.export.build import convert_engine, write_engine  # noqa: E402
-from iosr_fast.export.candidates import Candidate, with_smaller_images  # noqa: E402
-from iosr_fast.export.onnx import export_onnx  # noqa: E402
-from iosr_fast.export.precision import engine_fingerprint, quantisation  # noqa: E402
-from iosr_fast.export.pretrained import choose_adapter  # noqa: E402
-from iosr_fast.images.geometry import Geometry  # noqa: E402
-from iosr_fast.images.preprocess import to_pixels  # noqa: E402
-from iosr_fast.sealed.manifest import read_manifest  # noqa: E402
-from iosr_fast.sealed.verified_folder import open_verified  # noqa: E402
-from iosr_fast.utils.machine import Gpu  # noqa: E402
-from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
-from tests.demo_cache import demo_engine  # noqa: E402
-from tests.export.graphs import FLOAT, FLOAT16, element_types  # noqa: E402
-from tests.store.manifests import rewrite_manifest  # noqa: E402
+from iosr_fast.clip.adapter import random_adapter
+from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.clip.fuse import build_dual_encoder
+from iosr_fast.clip.load import load_clip
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export import candidates
+from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.candidates import Candidate, with_smaller_images
+from iosr_fast.export.onnx import export_onnx
+from iosr_fast.export.precision import engine_fingerprint, quantisation
+from iosr_fast.export.pretrained import choose_adapter
+from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.preprocess import to_pixels
+from iosr_fast.sealed.manifest import read_manifest
+from iosr_fast.sealed.verified_folder import open_verified
+from iosr_fast.utils.machine import Gpu
+from tests.clip.small_clip import random_pixels, small_clip
+from tests.demo_cache import demo_engine
+from tests.export.graphs import FLOAT, FLOAT16, element_types
+from tests.store.manifests import rewrite_manifest
 
 pytestmark = [pytest.mark.usefixtures("exports_once"), pytest.mark.slow]
 
@@ -51,7 +47,6 @@ def test_fp16_graphs_keep_softmax_and_layer_norm_in_fp32(
     family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Squares and exponentials overflow in fp16. The families have each form of attention and each pool."""
-    pytest.importorskip("timm")
     from tests.clip.families import family_clip
 
     clip, path = family_clip(family), tmp_path / "encoder.onnx"

@@ -8,27 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 
-torch = pytest.importorskip("torch")
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-for package in ("open_clip", "openvino", "tensorrt_rtx"):
-    pytest.importorskip(package)
-
-from iosr_fast.clip.adapter import random_adapter  # noqa: E402
-from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
-from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
-from iosr_fast.encoders.engine_folder import ONNX_FILE as FILE  # noqa: E402
-from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
-from iosr_fast.encoders.runtimes.tensorrt import build_plan  # noqa: E402
-from iosr_fast.export.check import evenly  # noqa: E402
-from iosr_fast.export.quantize import encoder as quantize  # noqa: E402
-from iosr_fast.export.quantize.encoder import quantize_onnx  # noqa: E402
-from iosr_fast.export.quantize.graph import EncoderGraph  # noqa: E402
-from iosr_fast.export.quantize.sensitivity import LEAST_VARIANCE, choose_float  # noqa: E402
-from iosr_fast.export.quantize.values import (  # noqa: E402
+from iosr_fast.clip.adapter import random_adapter
+from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.clip.fuse import build_dual_encoder
+from iosr_fast.encoders.engine_folder import ONNX_FILE as FILE
+from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.encoders.runtimes.tensorrt import build_plan
+from iosr_fast.export.check import evenly
+from iosr_fast.export.quantize import encoder as quantize
+from iosr_fast.export.quantize.encoder import quantize_onnx
+from iosr_fast.export.quantize.graph import EncoderGraph
+from iosr_fast.export.quantize.sensitivity import LEAST_VARIANCE, choose_float
+from iosr_fast.export.quantize.values import (
     Quantised,
     QuantisedGroup,
     activation_scale,
@@ -36,8 +31,8 @@ from iosr_fast.export.quantize.values import (  # noqa: E402
     quantise_matrix,
     rounded,
 )
-from tests.clip.small_clip import small_clip  # noqa: E402
-from tests.demo_cache import demo_engine, export_once  # noqa: E402
+from tests.clip.small_clip import small_clip
+from tests.demo_cache import demo_engine, export_once
 
 pytestmark = pytest.mark.slow
 FORMS = [("fp32", "u8s8"), ("fp16", "s8s8"), ("fp16", "fp8")]  # on a CPU, and for TensorRT
@@ -135,6 +130,7 @@ def test_embeddings_of_other_pictures_in_batches_and_runtimes(
     assert all(output.dtype == np.float32 for output in got)
     assert off(got, expected) <= (0.1 if form == "fp8" else 0.01)
     if form != "u8s8":
+        pytest.importorskip("tensorrt_rtx")
         assert build_plan(path, "tensorrt_rtx", 3)
     else:
         found = in_openvino(path, pixels)

@@ -27,7 +27,8 @@ def ids_of(labels: Any, names: list[str] | None = None) -> tuple[list[str], list
 )
 def test_a_missing_label_is_refused_by_position(missing: Any) -> None:
     if missing == "pandas":
-        pd = pytest.importorskip("pandas", reason="pandas is not installed")
+        import pandas as pd
+
         labels = [pd.Series(["a", pd.NA, "b"], dtype="string"), pd.Series([0, None, 1], dtype="Int64"), [0, pd.NaT, 1]]
     else:
         labels = [["a", missing, "b"], np.array(["a", missing, "b"], dtype=object), np.array([0.0, NAN, 1.0])]
@@ -72,7 +73,8 @@ def test_groups_are_numbered_and_a_missing_one_is_its_own() -> None:
 
 
 def test_valid_labels_of_every_type_are_read() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     for numbers in ([1, 0, 1], np.array([1, 0, 1], np.uint8), (np.int64(1), 0, 1), torch.tensor([1, 0, 1])):
         assert ids_of(numbers, ["a", "b"]) == (["a", "b"], [1, 0, 1])
     for names in (["b", "a", "b"], np.array(["b", "a", "b"]), np.array(["b", "a", "b"], dtype=object)):

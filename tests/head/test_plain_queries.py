@@ -14,8 +14,6 @@ from iosr_fast.serving.batching import BatchingClassifier
 
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
 
 GIVEN = {"alpha": 3.0, "beta": 7.0, "views": 1}
 

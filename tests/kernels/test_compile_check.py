@@ -17,7 +17,7 @@ import pytest
 
 from iosr_fast.kernels import compile_check
 from tests import ROOT
-from tests.scoring.build_cache import build_once
+from tests.demo_cache import build_once
 
 pytestmark = [
     pytest.mark.slow,

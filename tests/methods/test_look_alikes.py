@@ -22,7 +22,8 @@ def first_images(groups: np.ndarray) -> list[int]:
 @pytest.mark.parametrize(("n", "groups"), [(2, 1), (17, 4), (40, 9), (75, 75)])
 @pytest.mark.parametrize("levels", [None, 5])
 def test_groups_are_those_of_average_linkage(n: int, groups: int, levels: int | None) -> None:
-    hierarchy = pytest.importorskip("scipy.cluster.hierarchy")
+    import scipy.cluster.hierarchy as hierarchy
+
     rng = np.random.default_rng(n)
     rows = unit(rng.standard_normal((groups, 8))[rng.integers(groups, size=n)] + 0.6 * rng.standard_normal((n, 8)))
     cosines = rows @ rows.T

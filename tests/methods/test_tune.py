@@ -220,6 +220,7 @@ def test_what_has_no_effect_or_is_not_distinguished_is_in_the_note(rng: np.rando
     assert "all 20 support images get the label of class" in tune("tip-adapter", equal).config.evidence.note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tip-adapter", "gda", "proker", "ape", "stack"])
 @pytest.mark.parametrize("validation", [False, True])
 def test_random_labels_are_reported_at_chance(method: str, validation: bool) -> None:

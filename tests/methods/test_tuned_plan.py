@@ -74,6 +74,7 @@ def assert_sound(tuned: Config, support: SupportSet) -> None:
         assert abs(tuned.evidence.search_accuracy * tuned.evidence.scored - right) <= ties + 1e-6
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     method=st.sampled_from([*METHODS, "auto"]),

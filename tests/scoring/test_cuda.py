@@ -22,7 +22,9 @@ from iosr_fast.scoring.backends import cuda
 from iosr_fast.scoring.device_plan import device_plan
 from iosr_fast.scoring.key_precision import PRECISIONS
 from tests import ROOT
-from tests.scoring.build_cache import CSRC, build_once, cpp_compiler, version_of
+from tests.demo_cache import build_once
+from tests.interpreter import printed
+from tests.scoring.compilers import CSRC, cpp_compiler, version_of
 from tests.scoring.numerics import needs_gpu
 from tests.scoring.sums import KINDS, SHAPES, assert_right, make_plan, random_queries
 
@@ -67,6 +69,7 @@ def on_host(host_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keys", PRECISIONS)
 def test_odd_shapes(keys: str, kind: str, on_host: None, rng: np.random.Generator) -> None:
@@ -223,4 +226,4 @@ def test_a_second_gpu_leaves_the_first_alone() -> None:
         "score(plan, Embeddings(torch.eye(8, device='cuda:1')), 'cuda', check=False); torch.cuda.synchronize(1); "
         "raise SystemExit(torch._C._cuda_hasPrimaryContext(0))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    printed(code)

@@ -29,7 +29,8 @@ def plan_of(keys: np.ndarray) -> ScoringPlan:
 def test_bfloat16_rounds_to_nearest_and_ties_to_even() -> None:
     bits = np.random.default_rng(0).integers(0, 1 << 32, 100_000, dtype=np.uint64).astype(np.uint32)
     values = np.concatenate([bits.view(np.float32), np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40], np.float32)])
-    torch = pytest.importorskip("torch")
+    import torch
+
     expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(from_bfloat16(to_bfloat16(values)), expected)
 

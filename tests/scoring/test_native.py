@@ -13,7 +13,8 @@ import pytest
 
 from iosr_fast import _C
 from tests import ROOT
-from tests.scoring.build_cache import CSRC, build_once, cpp_compiler, version_of
+from tests.demo_cache import build_once
+from tests.scoring.compilers import CSRC, cpp_compiler, version_of
 
 pytestmark = pytest.mark.slow
 SANITIZERS = os.environ.get("SANITIZERS", "address,undefined")  # as for -fsanitize

@@ -22,7 +22,7 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 from tests.conftest import EXTENDED, random_embeddings, random_plan, unit_rows
 from tests.memory import extra_memory_mb
-from tests.scoring.numerics import PATHS, needs_gpu, run_path, tensors
+from tests.scoring.numerics import PATHS, needs_gpu, tensors
 
 WIDTH = 40
 SPOILED = {
@@ -220,8 +220,3 @@ def test_embeddings_on_a_gpu_are_scored_there(batch: int, parts: dict[str, Any],
         recorded = score(plan, on_gpu, check=False)
     graph.replay()
     torch.testing.assert_close(recorded, logits, rtol=0, atol=0)
-
-
-def test_a_forced_instruction_set_runs(rng: np.random.Generator) -> None:
-    for path in PATHS:
-        run_path(path, random_plan(rng, [2, 1], 8), random_embeddings(rng, 3, 8))

@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib.util
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.http.app import batch_for, create_app
+from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
 from tests.demo_cache import demo_cache, shared_cache
 from tests.pictures import encode
-
-# Modules that import this one are skipped if a package is missing. open_clip, which takes seconds, is not imported: the
-# classifier is usually built already.
-if importlib.util.find_spec("open_clip") is None:
-    pytest.skip("open_clip comes with the cpu extra", allow_module_level=True)
-for _module, _extra in {
-    "onnxruntime": "cpu",
-    "uvicorn": "serve",
-    "python_multipart": "serve",
-}.items():
-    pytest.importorskip(_module, reason=f"{_module} comes with the {_extra} extra")
-fastapi = pytest.importorskip("fastapi", reason="fastapi comes with the serve extra")
-httpx = pytest.importorskip("httpx", reason="httpx comes with the dev extra")
-pytest.importorskip("prometheus_client", reason="prometheus-client comes with the serve extra")
-
-from iosr_fast.serving.http.app import batch_for, create_app  # noqa: E402
-from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
-from iosr_fast.serving.http.service import Service  # noqa: E402
 
 CLASSES, SHOTS = 8, 3
 TOKEN = "a-token-for-tests-only"
@@ -191,10 +175,3 @@ def probe_soon(patch: pytest.MonkeyPatch) -> None:
     """Health checks classify an image of their own at once, and give up soon."""
     for name, seconds in (("AFTER_S", 0.01), ("WITHIN_S", 1.0), ("STUCK_AFTER_S", 60.0)):
         patch.setattr(f"iosr_fast.serving.http.health.{name}", seconds)
-
-
-def wait_until(condition: Any) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)

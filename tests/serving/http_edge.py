@@ -1,4 +1,4 @@
-"""The server's HTTP edge around a tiny application, in a thread, and bare sockets to talk to it."""
+"""The server's HTTP edge around an application, in a thread, and bare sockets to talk to it."""
 
 from __future__ import annotations
 
@@ -13,39 +13,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
+import uvicorn
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn comes with the serve extra")
-pytest.importorskip("prometheus_client", reason="prometheus-client comes with the serve extra")
-
-from starlette.requests import ClientDisconnect, Request  # noqa: E402
-from starlette.responses import JSONResponse, Response, StreamingResponse  # noqa: E402
-
-from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
-from iosr_fast.serving.http.server import uvicorn_config  # noqa: E402
-from iosr_fast.serving.http.settings import Settings  # noqa: E402
+from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.server import uvicorn_config
+from iosr_fast.serving.http.settings import Settings
+from tests.waiting import wait_until
 
 BIG = 8 << 20  # bytes of /big, more than a kernel holds
 
 
 class Site:
-    """A server that runs; `seen` are (method, path, bytes of the body) of the requests that reached the application.
+    """A server that runs `app`, or else a small application that notes in `seen` the (method, path, bytes of the body)
+    of the requests that reach it.
 
     /unread answers without reading the body, /slow after half a second, /big with BIG bytes in parts, /whole at once.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, app: Any = None, **settings: Any) -> None:
         self.seen: list[tuple[str, str, int]] = []
         self.gone = 0  # clients that left before their answer
         self.metrics = Metrics()
         self.settings = Settings(**{"grace_s": 3, "host": "0.0.0.0", **settings})  # any Host
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = listener.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn_config(self._app, self.settings, self.metrics))
+        self.server = uvicorn.Server(uvicorn_config(app or self._app, self.settings, self.metrics))
         self.connections = self.server.server_state.connections
         self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
         self.thread.start()
-        self.wait_for(lambda: self.server.started)
+        wait_until(lambda: self.server.started)
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
@@ -65,12 +63,6 @@ class Site:
             elif path == "/whole":
                 response = Response(bytes(BIG))
             await response(scope, receive, send)
-
-    def wait_for(self, condition: Any) -> None:
-        until = time.monotonic() + 10
-        while not condition():
-            assert time.monotonic() < until
-            time.sleep(0.005)
 
     def connect(self, source: str = "127.0.0.1") -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
@@ -121,8 +113,8 @@ def statuses(answer: bytes) -> list[int]:
 
 
 @contextmanager
-def site(**settings: Any) -> Iterator[Site]:
-    made = Site(**settings)
+def site(app: Any = None, **settings: Any) -> Iterator[Site]:
+    made = Site(app, **settings)
     try:
         yield made
     finally:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from tests.serving.http_client import TOKEN, bundle, httpx
 
 
 class Process:
-    """`iosr-fast serve` with its log."""
+    """`iosr-fast serve` with its log; `command` is another way to start it."""
 
-    def __init__(self, *options: str, folder: Path | None = None) -> None:
+    def __init__(self, *options: str, folder: Path | None = None, command: Sequence[str] = ()) -> None:
         environment = {**os.environ, "IOSR_FAST_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "iosr_fast", "serve", str(folder or bundle()), "--port", "0", *options]
+        if not command:
+            command = [sys.executable, "-m", "iosr_fast", "serve", str(folder or bundle()), "--port", "0", *options]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.pid = self._process.pid
         self.lines: list[dict[str, Any]] = []

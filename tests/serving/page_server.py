@@ -15,7 +15,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.methods.config import Config
 from iosr_fast.store.changes import Change
 from tests import browser as chromium
-from tests.serving import http_client
+from tests.serving import http_client, http_edge
 from tests.serving.http_client import TOKEN
 
 NEWCOMER = "santa claus"
@@ -114,8 +114,8 @@ def site() -> Iterator[Site]:
     queries = dict(zip(http_client.query_labels(), http_client.queries(), strict=True))
     pictures = load_pictures("held-out")
     newcomer = list(pictures.images[pictures.concepts == pictures.names.index(NEWCOMER)])
-    with chromium.served(classifier, TOKEN) as address:
-        yield Site(address, classifier, list(queries.values()), newcomer)
+    with http_client.serving(classifier) as client, http_edge.site(client.app) as edge:
+        yield Site(f"http://127.0.0.1:{edge.port}/", classifier, list(queries.values()), newcomer)
 
 
 @pytest.fixture

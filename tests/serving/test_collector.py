@@ -32,8 +32,8 @@ from tests.serving.http_client import (
     queries,
     query_labels,
     serving,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 MAX_ERROR = 0.3
 

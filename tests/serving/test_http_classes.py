@@ -22,10 +22,8 @@ from tests.serving.http_client import (
     load,
     queries,
     serving,
-    wait_until,
 )
-
-pytestmark = pytest.mark.slow
+from tests.waiting import wait_until
 
 
 def test_classes_and_examples_are_listed(shared: Client) -> None:

@@ -12,8 +12,7 @@ import pytest
 
 from iosr_fast.serving.http.addresses import client_of
 from tests.serving.http_edge import BIG, Site, read_all, read_answers, site, statuses
-
-pytestmark = pytest.mark.slow
+from tests.waiting import wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 SLOW, LARGE = GET.replace(b"/", b"/slow", 1), GET.replace(b"/", b"/big", 1)
@@ -102,7 +101,7 @@ def test_a_client_that_reads_its_response_slowly_is_cut_off(shared: Site, takes:
         connection.connect(("127.0.0.1", shared.port))
         connection.settimeout(LONG_S)
         connection.sendall(request_)
-        shared.wait_for(lambda: len(shared.connections) == 1)
+        wait_until(lambda: len(shared.connections) == 1)
         until = time.monotonic() + LONG_S
         while shared.connections:
             assert time.monotonic() < until
@@ -119,7 +118,7 @@ def test_a_half_closed_connection_ends_after_its_complete_requests(shared: Site,
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
         assert statuses(read_all(connection)) == [200] * (sent.count(GET) + sent.count(LARGE))  # SLOW takes too long
-    shared.wait_for(lambda: not shared.connections and not shared.server.server_state.tasks)
+    wait_until(lambda: not shared.connections and not shared.server.server_state.tasks)
 
 
 def test_the_application_hears_of_a_client_that_is_gone(shared: Site) -> None:
@@ -128,7 +127,7 @@ def test_the_application_hears_of_a_client_that_is_gone(shared: Site) -> None:
         with shared.connect() as connection:
             connection.sendall(request)
             time.sleep(0.05)
-    shared.wait_for(lambda: shared.gone == before + 2)
+    wait_until(lambda: shared.gone == before + 2)
     with shared.connect() as connection:
         connection.sendall(request + GET)
         assert [one["path"] for _, one in read_answers(connection, 2)] == ["/slow", "/"]
@@ -188,14 +187,14 @@ def test_connections_that_wait_for_their_clients_make_room(begun: bytes) -> None
                 connection.sendall(begun)
         for _ in range(3):
             assert statuses(crowded.ask(CLOSE)) == [200]
-        crowded.wait_for(lambda: len(crowded.connections) <= 20)
+        wait_until(lambda: len(crowded.connections) <= 20)
 
 
 def test_a_client_loses_no_connection_to_another_that_has_more() -> None:
     with site(max_connections=20) as crowded, contextlib.ExitStack() as opened:
         upload = opened.enter_context(crowded.connect("127.0.0.2"))
         upload.sendall(POST + bytes(500))
-        crowded.wait_for(lambda: len(crowded.connections) == 1)
+        wait_until(lambda: len(crowded.connections) == 1)
         idle = [opened.enter_context(crowded.connect()) for _ in range(25)]
         assert [read_all(connection) for connection in idle[:6]] == [b""] * 6  # those that have waited longest
         upload.sendall(bytes(500))
@@ -215,7 +214,7 @@ def test_the_newest_connection_gets_503_where_all_others_are_busy() -> None:
         many = [opened.enter_context(crowded.connect()) for _ in range(4)]
         for connection in many:
             connection.sendall(SLOW)
-        crowded.wait_for(lambda: len(crowded.seen) == 4)
+        wait_until(lambda: len(crowded.seen) == 4)
         refused = crowded.ask(GET)
         assert statuses(refused) == [503] and b"retry-after: 1\r\n" in refused
         assert [read_answers(connection, 1)[0][0] for connection in many] == [200] * 4
@@ -230,7 +229,7 @@ def test_a_stop_answers_accepted_requests_and_closes_the_rest() -> None:
         partial.sendall(b"GET / HT")
         busy.sendall(SLOW + GET)
         body.sendall(POST)
-        running.wait_for(lambda: ("GET", "/slow", 0) in running.seen)
+        wait_until(lambda: ("GET", "/slow", 0) in running.seen)
         running.server.should_exit = True
         assert read_all(idle) == b"" and read_all(partial) == b""
         body.sendall(bytes(1000))

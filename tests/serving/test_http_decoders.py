@@ -36,8 +36,8 @@ from tests.serving.http_client import (
     queries,
     query_labels,
     serving,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,

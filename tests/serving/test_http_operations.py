@@ -31,10 +31,8 @@ from tests.serving.http_client import (
     probe_soon,
     queries,
     serving,
-    wait_until,
 )
-
-pytestmark = pytest.mark.slow
+from tests.waiting import wait_until
 
 
 def test_health_probes_where_nothing_else_is_classified(monkeypatch: pytest.MonkeyPatch) -> None:

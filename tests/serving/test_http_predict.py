@@ -32,11 +32,9 @@ from tests.serving.http_client import (
     queries,
     query_labels,
     serving,
-    wait_until,
 )
 from tests.serving.http_process import started
-
-pytestmark = pytest.mark.slow
+from tests.waiting import wait_until
 
 
 def test_images_are_classified_in_order_as_the_library_does(shared: Client) -> None:

@@ -6,19 +6,17 @@ import json
 from typing import Any
 
 import pytest
-
-from iosr_fast.serving.http.schemas import long_answer
-from tests.serving.http_client import AUTHORISED, Client, form, queries, serving
-
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis comes with the dev extra")
-
-from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
-from schemathesis import GenerationMode, checks  # noqa: E402
-from schemathesis.specs.openapi.checks import (  # noqa: E402
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode, checks
+from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
     status_code_conformance,
 )
+
+from iosr_fast.serving.http.schemas import long_answer
+from tests.serving.http_client import AUTHORISED, Client, form, queries, serving
 
 pytestmark = pytest.mark.slow
 

@@ -26,11 +26,13 @@ from iosr_fast.serving.http import server
 from iosr_fast.serving.http.app import batch_for
 from iosr_fast.serving.http.settings import Settings
 from tests import ROOT
+from tests.interpreter import printed
 from tests.pictures import GREY
 from tests.serving.hostile import hostile_bytes
 from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form, queries
 from tests.serving.http_edge import read_all
 from tests.serving.http_process import Process, started
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -59,10 +61,8 @@ def test_a_signal_lets_accepted_requests_finish_and_exits_with_0(tmp_path: Path)
         held.sendall(POST + f"Content-Length: {len(GREY)}\r\n\r\n".encode() + GREY[:50])
         assert process.client.get("/readyz").status_code == 200
         process.signal(signal.SIGTERM)
-        until = time.monotonic() + 1
-        while (ready := process.client.get("/readyz")).status_code == 200:
-            assert time.monotonic() < until
-        assert ready.json()["status"] == "shutting down"
+        wait_until(lambda: process.client.get("/readyz").status_code != 200, seconds=1)
+        assert process.client.get("/readyz").json()["status"] == "shutting down"
         late = process.client.post("/v1/predict", content=GREY)  # accepted while it drains
         assert late.status_code == 200 and late.headers["Connection"] == "close"
         process.wait_for("stopping")
@@ -204,8 +204,7 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path: Path, process: P
 
 def test_freed_memory_is_kept_where_the_c_library_is_glibc() -> None:
     program = "from iosr_fast.serving.http.server import keep_freed_memory as keep; print(keep())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
+    assert printed(program) == str(platform.libc_ver()[0] == "glibc")
 
 
 def test_batches_suit_the_engine() -> None:

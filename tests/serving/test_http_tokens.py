@@ -11,8 +11,6 @@ from iosr_fast.serving.http.tokens import read_tokens
 from tests.pictures import GREY
 from tests.serving.http_client import TOKEN, Client, error_of, serving
 
-pytestmark = pytest.mark.slow
-
 ALICE, BOB, SHOP = "alices-secret-token", "bobs-secret-token-0", "shops-secret-token"
 RENAME = {"json": {"name": "renamed", "keep_text": True}}
 

@@ -20,8 +20,6 @@ from tests.pictures import GREY, encode
 from tests.serving.hostile_images import FAIR, IMAGES, png, webp
 from tests.serving.http_client import AUTHORISED, Client, error_of, form, httpx, queries, serving
 
-pytestmark = pytest.mark.slow
-
 
 def refusal(data: bytes, side: int = 64, **settings: Any) -> ApiError | None:
     found = Uploads(Settings(**settings), Geometry(side)).check(data)

@@ -142,7 +142,6 @@ def test_a_log_that_another_process_has_begun_meanwhile_is_kept(path: Path, monk
 
 
 def test_a_second_writer_is_refused(path: Path) -> None:
-    pytest.importorskip("fcntl", reason="locks of files are POSIX's")
     log, state = ChangeLog.open(path, base())
     code = f"from tests.store.logs import *\ntry: reopened(Path({str(path)!r}))\nexcept BlockingIOError as e: print(e)"
     for _ in range(2):

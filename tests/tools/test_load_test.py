@@ -16,16 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from aiohttp import web
 from PIL import Image
 from typer.testing import CliRunner
 
-aiohttp = pytest.importorskip("aiohttp", reason="aiohttp comes with the dev extra")
-from aiohttp import web  # noqa: E402
-
-from tests.serving.http_client import bundle, load  # noqa: E402
-from tools import load_test  # noqa: E402
-from tools.serving_load import churn, rows  # noqa: E402
-from tools.serving_load.client import (  # noqa: E402
+from tests.serving.http_client import bundle, load
+from tools import load_test
+from tools.serving_load import churn, rows
+from tools.serving_load.client import (
     Answer,
     Client,
     Queries,
@@ -35,7 +33,7 @@ from tools.serving_load.client import (  # noqa: E402
     open_loop,
     steady_rps,
 )
-from tools.serving_load.server import ServerDied, ServerProcess  # noqa: E402
+from tools.serving_load.server import ServerDied, ServerProcess
 
 SECONDS = 1
 

@@ -6,10 +6,6 @@ import base64
 import json
 
 import numpy as np
-import pytest
-
-pytest.importorskip("aiohttp", reason="aiohttp comes with the dev extra")
-pytest.importorskip("torch", reason="torch comes with the cpu extra")
 
 from benchmarks.peer_infinity import infinity_queries
 

@@ -9,8 +9,6 @@ from tests.training.small import colours
 
 @pytest.fixture(scope="session")
 def clip():
-    pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-    pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
     from iosr_fast.clip.load import load_clip
 
     return load_clip("demo")

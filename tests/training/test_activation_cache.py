@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from iosr_fast.training import activation_cache  # noqa: E402
-from iosr_fast.training.activation_cache import ActivationCache  # noqa: E402
-from tests.training.small import largest_file  # noqa: E402
+from iosr_fast.training import activation_cache
+from iosr_fast.training.activation_cache import ActivationCache
+from tests.training.small import largest_file
 
 KEY = {"clip": "c" * 64, "pictures": "p" * 64, "first": 3, "augment": True, "seed": 0}
 COUNT, VIEWS, SHAPE = 10, 3, (2, 5, 8)

@@ -8,8 +8,6 @@ from typing import Any
 import msgspec
 import pytest
 
-pytest.importorskip("torch", reason="torch comes with the cpu extra")
-
 from iosr_fast.training.config import PRESETS, DinoConfig, Settings, TrainConfig, dino_config, read_settings
 
 

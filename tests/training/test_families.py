@@ -6,24 +6,19 @@ import copy
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("timm", reason="timm comes with the cpu extra")
-pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
-
-import torch.nn.functional as F  # noqa: E402
-
-from iosr_fast.clip.adapter import Adapter, adapted_pass  # noqa: E402
-from iosr_fast.clip.load import LoadedClip  # noqa: E402
-from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
-from iosr_fast.training.config import DinoConfig, TrainConfig  # noqa: E402
-from iosr_fast.training.objectives import Supervised  # noqa: E402
-from iosr_fast.training.pictures import TensorPictures  # noqa: E402
-from iosr_fast.training.train import train_adapter  # noqa: E402
-from tests.clip.families import FAMILIES, family_clip  # noqa: E402
-from tests.clip.small_clip import random_adapter  # noqa: E402
-from tests.training.small import weights  # noqa: E402
+from iosr_fast.clip.adapter import Adapter, adapted_pass
+from iosr_fast.clip.load import LoadedClip
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
+from iosr_fast.training.config import DinoConfig, TrainConfig
+from iosr_fast.training.objectives import Supervised
+from iosr_fast.training.pictures import TensorPictures
+from iosr_fast.training.train import train_adapter
+from tests.clip.families import FAMILIES, family_clip
+from tests.clip.small_clip import random_adapter
+from tests.training.small import weights
 
 pytestmark = pytest.mark.slow
 STEP = TrainConfig(epochs=1, batch=6)

@@ -7,17 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-
-from iosr_fast.clip.adapter import adapted_pass, init_adapter  # noqa: E402
-from iosr_fast.clip.load import LoadedClip  # noqa: E402
-from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
-from iosr_fast.training.config import DinoConfig, dino_config  # noqa: E402
-from iosr_fast.training.objectives import Dino, local_size  # noqa: E402
-from iosr_fast.training.pictures import TensorPictures  # noqa: E402
-from iosr_fast.training.train import train_adapter  # noqa: E402
+from iosr_fast.clip.adapter import adapted_pass, init_adapter
+from iosr_fast.clip.load import LoadedClip
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
+from iosr_fast.training.config import DinoConfig, dino_config
+from iosr_fast.training.objectives import Dino, local_size
+from iosr_fast.training.pictures import TensorPictures
+from iosr_fast.training.train import train_adapter
 
 SMALL = DinoConfig(out_dim=24, hidden=16, head_bottleneck=8, local_crops=3)
 

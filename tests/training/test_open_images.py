@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-pytest.importorskip("pyarrow", reason="pyarrow comes with the train extra")
-
-from iosr_fast.cli.command import command_app  # noqa: E402
-from iosr_fast.cli.open_images_subset import open_images_subset  # noqa: E402
-from iosr_fast.cli.train_adapter import read_data  # noqa: E402
-from iosr_fast.training.open_images import (  # noqa: E402
+from iosr_fast.cli.command import command_app
+from iosr_fast.cli.open_images_subset import open_images_subset
+from iosr_fast.cli.train_adapter import read_data
+from iosr_fast.training.open_images import (
     balanced_subset,
     read_class_descriptions,
     write_download_list,

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-
-from iosr_fast.cli.train_adapter import read_data  # noqa: E402
-from iosr_fast.exceptions import BadImageError  # noqa: E402
-from iosr_fast.images.geometry import Geometry  # noqa: E402
-from iosr_fast.images.preprocess import to_pixels  # noqa: E402
-from iosr_fast.training.pictures import (  # noqa: E402
+from iosr_fast.cli.train_adapter import read_data
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.preprocess import to_pixels
+from iosr_fast.training.pictures import (
     FilePictures,
     PictureSource,
     Sources,

@@ -8,11 +8,6 @@ import numpy as np
 import pytest
 
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
-
-pytest.importorskip("torch")
-
-pytest.importorskip("sklearn")
-
 from iosr_fast.training.probe import Probe, probe, probed_rows
 
 pytestmark = pytest.mark.slow

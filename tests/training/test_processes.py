@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from iosr_fast.clip.adapter import load_adapter
+from iosr_fast.training.processes import check_same, in_first_process
 from tests import ROOT
-
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
-
-from iosr_fast.clip.adapter import load_adapter  # noqa: E402
-from iosr_fast.training.processes import check_same, in_first_process  # noqa: E402
-from tests.cli import runs  # noqa: E402
-from tests.training.small import logged, write_folder  # noqa: E402
+from tests.cli import runs
+from tests.forked import FORKED
+from tests.training.small import logged, write_folder
+from tests.waiting import wait_until
 
 SETTINGS: dict[str, Any] = {
     "supervised": {"held_out": 0.2, "training": {"epochs": 4, "batch": 16, "accumulate": 2, "cached_views": 1}},
@@ -35,11 +31,6 @@ SETTINGS: dict[str, Any] = {
         "training": {"epochs": 1, "batch": 8, "accumulate": 2, "dino": {"out_dim": 64, "local_crops": 1}},
     },
 }
-
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(
-    ["iosr_fast.training.train", "torch.distributed", "torchvision.transforms.v2", "open_clip"]
-)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +64,14 @@ def run_rank(rank: int, port: int, options: list[str], log: Path) -> None:
     command.run(train_adapter)
 
 
+def group_lives(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class Pair:
     """Two processes of one training, forked from a server that has imported torch once."""
 
@@ -81,17 +80,20 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.ranks = [SPAWN.Process(target=run_rank, args=(rank, port, options, log)) for rank in range(2)]
+        self.ranks = [FORKED.Process(target=run_rank, args=(rank, port, options, log)) for rank in range(2)]
         for process in self.ranks:
             process.start()
 
     def wait_for(self, out: Path, steps: int) -> None:
         """Until so many steps are logged."""
-        deadline = time.monotonic() + 120
-        while sum(path.read_bytes().count(b"\n") - 1 for path in folder_of(out).glob("log/*/metrics.csv")) < steps:
-            assert all(process.is_alive() for process in self.ranks), self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.005)
+        logs = folder_of(out).glob
+
+        def has_steps() -> bool:
+            enough = sum(path.read_bytes().count(b"\n") - 1 for path in logs("log/*/metrics.csv")) >= steps
+            assert enough or all(process.is_alive() for process in self.ranks), self.log.read_text()[-3000:]
+            return enough
+
+        wait_until(has_steps, 120, self.log)
 
     def signal(self, number: signal.Signals) -> None:
         for process in self.ranks:
@@ -99,13 +101,8 @@ class Pair:
             os.kill(process.pid, number)
 
     def wait_until_groups_are_gone(self) -> None:
-        deadline = time.monotonic() + 20
         for process in self.ranks:
-            with suppress(ProcessLookupError):
-                while process.pid:
-                    os.killpg(process.pid, 0)
-                    assert time.monotonic() < deadline, "a process outlives the training"
-                    time.sleep(0.05)
+            wait_until(lambda pid=process.pid: not group_lives(pid), 20, "no process outlives the training")
 
     def exit_codes(self) -> list[int | None]:
         for process in self.ranks:

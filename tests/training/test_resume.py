@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
-
-from iosr_fast.cli.train_adapter import read_data  # noqa: E402
-from iosr_fast.clip.load import LoadedClip  # noqa: E402
-from iosr_fast.training.config import DinoConfig, TrainConfig, dino_config  # noqa: E402
-from iosr_fast.training.pictures import TensorPictures, file_sources  # noqa: E402
-from iosr_fast.training.train import Progress, train_adapter  # noqa: E402
-from tests.training.small import fresh, largest_file, logged, weights, write_folder  # noqa: E402
+from iosr_fast.cli.train_adapter import read_data
+from iosr_fast.clip.load import LoadedClip
+from iosr_fast.training.config import DinoConfig, TrainConfig, dino_config
+from iosr_fast.training.pictures import TensorPictures, file_sources
+from iosr_fast.training.train import Progress, train_adapter
+from tests.training.small import fresh, largest_file, logged, weights, write_folder
 
 pytestmark = pytest.mark.slow
 

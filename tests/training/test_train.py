@@ -6,21 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
-
-from iosr_fast.clip.adapter import init_adapter  # noqa: E402
-from iosr_fast.clip.load import LoadedClip  # noqa: E402
-from iosr_fast.images.geometry import Geometry  # noqa: E402
-from iosr_fast.training import probe as probe_module  # noqa: E402
-from iosr_fast.training.augment import augment_batch, draw_augmentation  # noqa: E402
-from iosr_fast.training.batches import split_steps  # noqa: E402
-from iosr_fast.training.config import TrainConfig  # noqa: E402
-from iosr_fast.training.pictures import SubsetPictures, TensorPictures, demo_sources  # noqa: E402
-from iosr_fast.training.train import train_adapter  # noqa: E402
-from tests.training.small import fresh, logged, weights  # noqa: E402
+from iosr_fast.clip.adapter import init_adapter
+from iosr_fast.clip.load import LoadedClip
+from iosr_fast.images.geometry import Geometry
+from iosr_fast.training import probe as probe_module
+from iosr_fast.training.augment import augment_batch, draw_augmentation
+from iosr_fast.training.batches import split_steps
+from iosr_fast.training.config import TrainConfig
+from iosr_fast.training.pictures import SubsetPictures, TensorPictures, demo_sources
+from iosr_fast.training.train import train_adapter
+from tests.training.small import fresh, logged, weights
 
 
 def validation_pictures(count: int) -> SubsetPictures:

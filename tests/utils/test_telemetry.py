@@ -14,8 +14,6 @@ from tests import ROOT
 from tests.demo_cache import demo_bundle
 
 pytestmark = pytest.mark.slow  # each works in a process of its own
-pytest.importorskip("onnxruntime")
-pytest.importorskip("open_clip", reason="the demo's bundle is made by open_clip")
 
 
 # Users and CI may set these, and each would hide what happens without.
