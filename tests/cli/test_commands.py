@@ -191,7 +191,6 @@ def test_mistakes_are_refused_before_a_clip_is_loaded(
     ],
 )
 def test_options_of_serve_are_called_by_name(words: tuple[str, ...], said: str) -> None:
-    pytest.importorskip("fastapi", reason="fastapi comes with the serve extra")
     assert said in refused("serve", "bundle", *words)
 
 

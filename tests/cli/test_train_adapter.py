@@ -9,16 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
-pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
-
-from PIL import Image  # noqa: E402
-
-from iosr_fast.clip.adapter import load_adapter  # noqa: E402
-from tests.cli import runs  # noqa: E402
-from tests.training.small import logged  # noqa: E402
+from iosr_fast.clip.adapter import load_adapter
+from tests.cli import runs
+from tests.training.small import logged
 
 
 @pytest.fixture

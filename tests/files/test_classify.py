@@ -54,7 +54,8 @@ def test_csv_has_the_labels_of_the_classifier(bundle: Path, pictures: list[Path]
 
 
 def test_parquet_has_the_same_labels(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
-    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow.parquet as pq
+
     pictures[17].write_bytes(b"no picture")
     out = tmp_path / "labels.parquet"
     assert "could not read 1 of 30 images" in done(
@@ -75,7 +76,6 @@ def test_parquet_has_the_same_labels(bundle: Path, pictures: list[Path], tmp_pat
 
 
 def test_a_folder_of_parts_has_ids_and_parts_of_logits(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     out = tmp_path / "out"
     done(classify(bundle, tmp_path / "in", "--out", out, "--chunk", "8", "--batch", "3", "--top", "4"))
     table = read_parts(out)
@@ -113,7 +113,6 @@ def test_an_unreadable_image_stops_a_run_or_is_a_row_with_its_error(
             return embed(bundle, tmp_path / "in", out, "--chunk", "5", *words)
         return classify(bundle, tmp_path / "in", "--out", out, "--chunk", "5", *words)
 
-    pytest.importorskip("pyarrow")
     out, good = tmp_path / command, pictures[17].read_bytes()
     parts = tmp_path / "labels.csv.parts" if command == "labels.csv" else out
     pictures[17].write_bytes(good[:40])
@@ -163,7 +162,8 @@ REJECT = ("--reject-unknown", "--unknown-label", "?", "--keep", "0.9", "--skip-b
 
 
 def test_unknown_pictures_are_rejected_alike_everywhere(bundle: Path, folder: Path, tmp_path: Path) -> None:
-    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow.parquet as pq
+
     classifier = Classifier.load(bundle, threads=1)
     paths = sorted(folder.glob("[0-8]*.png"))
     labels = classifier.predict(paths, unknown="reject", unknown_label="?", keep=0.9).tolist()
@@ -195,7 +195,8 @@ def test_unknown_pictures_are_rejected_alike_everywhere(bundle: Path, folder: Pa
 
 
 def test_labels_are_accepted_by_a_promise_alike_everywhere(bundle: Path, folder: Path, tmp_path: Path) -> None:
-    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow.parquet as pq
+
     classifier, reject = Classifier.load(bundle, threads=1), {"unknown": "reject", "keep": 0.9}
     found = classifier.predict_folder(folder, skip_bad=True, unknown_label="?", max_error=0.5, **reject)
     accepted = [one.accepted for one in classifier.explain(found.paths, max_error=0.5, **reject)]

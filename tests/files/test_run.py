@@ -65,7 +65,6 @@ def left_by_kills(work: Callable[[], object], folder: Path, states: Path) -> lis
 
 @pytest.mark.parametrize("name", ["labels.csv", "labels.parquet", "labels", "embeddings"])
 def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(name: str, bundle: Path, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     write_pictures(tmp_path / "in", 12)[7].write_bytes(b"no picture")
     source = read_source([str(tmp_path / "in")], relative=True)
     forms = {"labels.csv": "csv", "labels.parquet": "parquet", "labels": "parts"}
@@ -121,7 +120,6 @@ def test_ctrl_c_says_that_the_same_command_resumes(bundle: Path, tmp_path: Path)
 def test_damage_in_an_unfinished_table_is_found(
     form: Any, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("pyarrow")
     (paths := write_pictures(tmp_path / "in", 16))[14].write_bytes(b"no picture")
     work, source, out = Classify(str(bundle), form), read_source([str(tmp_path / "in")]), tmp_path / f"labels.{form}"
     with pytest.raises(BadImageError):

@@ -35,8 +35,6 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if suffix == ".parquet":
-        pytest.importorskip("pyarrow")
     monkeypatch.setattr(tables, "_ROW_GROUP", 5)
     table = (CsvTable if suffix == ".csv" else ParquetTable)(unknown_label="?", accepted=True)
     rows = [TableRow(f"{i}\u00e4\n.png", [["a", i / 31]], Rejection(float(i), i > 20), "", i > 9) for i in range(23)]
@@ -58,7 +56,8 @@ def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch:
 
 
 def test_parquet_keeps_names_as_they_are_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow.parquet as pq
+
     table, out = ParquetTable(), tmp_path / "labels.parquet"
     out.write_bytes(table.encode([TableRow(name, [[name, 0.5]]) for name in FORMULAS], first=True))
     assert pq.read_table(out)["label"].to_pylist() == pq.read_table(out)["path"].to_pylist() == list(FORMULAS)

@@ -7,24 +7,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
+import torch
+from open_clip import pretrained
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-torch = pytest.importorskip("torch")
-open_clip = pytest.importorskip("open_clip")
-from open_clip import pretrained  # noqa: E402
-from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402
-
-from benchmarks.photographs import photograph  # noqa: E402
-from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
-from iosr_fast.exceptions import BadImageError  # noqa: E402
-from iosr_fast.images.geometry import Geometry  # noqa: E402
-from iosr_fast.images.limits import DecodeLimits, work_pixels  # noqa: E402
-from iosr_fast.images.preprocess import decode_pixels, open_image, random_view, resize_and_crop  # noqa: E402
-from iosr_fast.serving.batching.decoder import Decoder  # noqa: E402
-from tests.images.geometries import GEOMETRIES  # noqa: E402
-from tests.pictures import encode  # noqa: E402
-from tests.serving.batching_fakes import to_decode  # noqa: E402
+from benchmarks.photographs import photograph
+from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.limits import DecodeLimits, work_pixels
+from iosr_fast.images.preprocess import decode_pixels, open_image, random_view, resize_and_crop
+from iosr_fast.serving.batching.decoder import Decoder
+from tests.images.geometries import GEOMETRIES
+from tests.pictures import encode
+from tests.serving.batching_fakes import to_decode
 
 pytestmark = pytest.mark.slow
 

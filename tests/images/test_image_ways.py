@@ -79,7 +79,8 @@ def test_a_bundle_of_before_takes_pictures_as_they_are_stored(tmp_path: Path) ->
 
 
 def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     classifier = fitted()
     last = torch.from_numpy(np.ascontiguousarray(arrow(1)))  # (H, W, C)
     first = last.permute(2, 0, 1)
@@ -110,7 +111,8 @@ def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:
 
 
 def test_a_tensor_of_anything_but_uint8_pixels_says_what_to_do() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     classifier = fitted()
     for tensor, said in (
         (torch.rand(3, 8, 8), r"tensor of torch\.float32; .*\(tensor \* 255\)\.round\(\)\.to\(torch\.uint8\)"),
@@ -128,7 +130,8 @@ def test_a_tensor_of_anything_but_uint8_pixels_says_what_to_do() -> None:
 
 
 def test_cached_activations_depend_on_the_rules_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     from iosr_fast.training import pictures
 
     (tmp_path / "a.png").write_bytes(encode(arrow(0)))

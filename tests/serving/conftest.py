@@ -7,17 +7,22 @@ from typing import Any
 
 import pytest
 
-from iosr_fast.serving.batching import BatchingClassifier
-from tests.serving.batching_fakes import FakeClassifier, running
+from iosr_fast.serving.batching import BatchingClassifier, engine
+from tests.serving.batching_fakes import FakeClassifier, answer, running
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Any]:
     """A client of a served classifier, for tests that change nothing."""
-    from tests.serving.http_client import serving  # skips where the serve extra is missing
+    from tests.serving.http_client import serving
 
     with serving() as client:
         yield client
+
+
+@pytest.fixture(autouse=True)
+def _fake_heads_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "predict", answer)
 
 
 @pytest.fixture

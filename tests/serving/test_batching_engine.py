@@ -24,7 +24,6 @@ pytestmark = pytest.mark.slow
 
 if find_spec("open_clip") is None:
     pytest.skip("open_clip comes with the cpu extra", allow_module_level=True)
-pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
 
 CLASSES, SHOTS = 12, 3
 PATIENCE_S = 60.0
