@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,8 +36,8 @@ from iosr_fast.methods import METHODS
 from iosr_fast.methods.support_set import make_support_set, mean_of_views
 from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score
+from tests import ROOT
 from tests.cli.runs import main, refused
-from tests.forked import FORKED
 
 CLASSES = 5
 WORDS = {"--model": ["demo"], "--shots": ["1", "2"], "--seeds": ["2"], "--views": ["3"]}
@@ -163,14 +165,14 @@ def test_a_killed_run_resumes_and_ends_with_the_same_figures(root: Path) -> None
     words = ("--methods", "tip-adapter", "gda++", "--data", "dtd", "eurosat")
     whole = run(root, *words, out="whole")
     out = root.parent / "killed"
+    arguments = [sys.executable, "-m", "iosr_fast", *command(root, *words, out="killed")]
     kept: dict[Path, int] = {}
     for pattern, enough in (("embeddings/*.npz", 3), ("cells/*/*/*/*.json", 3)):
-        process = FORKED.Process(target=main, args=command(root, *words, out="killed"))
-        process.start()
-        while process.is_alive() and len(files(out, pattern)) < enough:
+        process = subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(files(out, pattern)) < enough:
             time.sleep(0.005)
         process.kill()
-        process.join()
+        process.wait()
         assert kept.items() <= files(out, "**/*.*").items()
         kept = files(out, "embeddings/*.npz") | files(out, "cells/*/*/*/*.json")
         assert kept

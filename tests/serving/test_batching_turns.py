@@ -16,7 +16,7 @@ from iosr_fast.serving.batching.admission import Admission
 from iosr_fast.serving.batching.item import Item, Query
 from iosr_fast.serving.batching.queue import BatchQueue
 from tests.pictures import encode
-from tests.serving.batching_fakes import FakeClassifier, Watcher, labels, picture, to_decode, until
+from tests.serving.batching_fakes import FakeClassifier, FakeEncoder, Watcher, labels, picture, to_decode, until
 from tests.serving.hostile_images import png
 
 LARGE = 49_000_000
@@ -25,8 +25,8 @@ MINUTE, USUAL = 60.0, 5.0  # deadlines
 
 
 def items(client: str, count: int = 1, cost: int = 0, request: int = 0, name: str = "") -> list[Item]:
-    query = Query(client=client)
-    return [Item(name or client, i, query, 0.0, request, cost=cost) for i in range(count)]
+    query, encoder = Query(client=client), FakeEncoder()
+    return [Item(name or client, i, query, 0.0, request, cost=cost, encoder=encoder) for i in range(count)]
 
 
 def submit(admission: Admission, made: list[Item], deadline_s: float | None = MINUTE) -> list[Item]:
@@ -153,7 +153,7 @@ def test_the_program_itself_may_fill_the_queue(classifier: FakeClassifier) -> No
             kept.append(batching.submit(picture(3)))
             with pytest.raises(QueueFullError):
                 batching.check_room("any")
-        assert labels(kept) == [1, 2, 3] and watcher.refused == ["full"] * 2
+        assert labels(kept) == [1, 2, 3] and watcher.refused == ["full"] * 2 + ["full_before_body"]
         until(lambda: batching.pending == 0)
         assert labels(batching.submit_many([picture(5)] * 4)) == [5] * 4
 

@@ -53,6 +53,7 @@ def test_a_token_that_may_only_predict_changes_nothing_and_predictions_need_one(
     for method, path in (("POST", "/v1/classes"), ("PATCH", "/v1/classes/~0"), ("DELETE", "/v1/examples/e0")):
         assert error_of(guarded.ask(method, path, **RENAME, **bearer(SHOP)), 403) == "predict_only"
     assert guarded.service.classifier.version == 1
+    caplog.clear()
     with caplog.at_level(logging.INFO, "iosr_fast.serving"):
         assert guarded.ask("PATCH", "/v1/classes/~0", **RENAME, **bearer(BOB)).status_code == 200
         guarded.ask("POST", "/v1/predict", content=GREY, **bearer(SHOP))

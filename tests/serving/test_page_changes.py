@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests import browser as chromium
-from tests.serving import page_server
+from tests.serving import http_client, http_edge, page_server
 from tests.serving.http_client import TOKEN
 from tests.serving.page_server import NEWCOMER, Visit, file
 
@@ -73,7 +72,8 @@ def test_what_is_refused_is_said_and_nothing_is_lost(visit: Visit) -> None:
 
 def test_a_prediction_that_needs_a_token_asks_for_it(visit: Visit) -> None:
     shop, classifier, queries = "shops-secret-token", visit.site.classifier, visit.site.queries
-    with chromium.served(classifier, f"shop {shop} predict") as address:
+    with http_client.serving(classifier, token=f"shop {shop} predict") as client, http_edge.site(client.app) as edge:
+        address = f"http://127.0.0.1:{edge.port}/"
         guarded = Visit(visit.page.context.new_page(), replace(visit.site, address=address)).open()
         guarded.choose(file(queries[0], "first.png"), file(queries[1], "second.png"))
         guarded.notice("Enter the token.")
