@@ -1,1 +1,1 @@
-"""Serve a classifier to many callers: batching/ (threads and event loops), http/, ray/ and triton/."""
+"""Serve a classifier to many callers: batching/ (threads and event loops), http/, and what is kept of uploads."""

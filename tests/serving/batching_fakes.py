@@ -129,6 +129,9 @@ class FakeClassifier:
             self._head = FakeHead(self.version, self.asked)
         return self._head
 
+    def _fitted(self) -> Any:
+        return SimpleNamespace(head=self.snapshot(), encoder=self.encoder)
+
     @contextmanager
     def held(self, batching: Any, number: int = 0) -> Iterator[Any]:
         """Hold one picture in the engine, so that later ones wait; yields its future."""

@@ -21,8 +21,10 @@ def shared() -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def _fake_heads_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "predict", answer)
+def _fake_heads_answer() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "predict", answer)
+        yield
 
 
 @pytest.fixture

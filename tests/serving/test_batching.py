@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -261,3 +262,21 @@ def test_every_image_that_many_threads_submit_before_a_close_gets_its_own_label(
     assert len(everything) > 700 and all(future.done() for _, future in everything)
     assert batching.pending == 0 and threads() <= before
     assert all(future.cancelled() or future.result().label == str(number) for number, future in everything)
+
+
+def test_a_submission_reads_the_fit_once(
+    classifier: FakeClassifier, batching: BatchingClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another fit, with an encoder of its own, comes right after each reading."""
+    first, second = classifier.encoder, FakeEncoder()
+    fit = SimpleNamespace(head=classifier.snapshot(), encoder=first)
+
+    def then_refit(read: Callable[[], Any]) -> Any:
+        found = read()
+        classifier.encoder = second
+        return found
+
+    for name, read in (("_fitted", lambda: fit), ("snapshot", classifier.snapshot)):
+        monkeypatch.setattr(classifier, name, partial(then_refit, read))
+    assert labels([batching.submit(picture(5))]) == [5]
+    assert first.batches == [[5]] and second.batches == []

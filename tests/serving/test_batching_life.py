@@ -127,8 +127,9 @@ def test_an_interpreter_that_ends_without_close_does_not_hang(engine: str) -> No
     program = f"""
 import threading
 from iosr_fast.serving.batching import workers as batch_workers
-from iosr_fast.serving.batching import BatchingClassifier
-from tests.serving.batching_fakes import FakeClassifier, picture
+from iosr_fast.serving.batching import BatchingClassifier, engine
+from tests.serving.batching_fakes import FakeClassifier, answer, picture
+engine.predict = answer
 classifier = FakeClassifier()
 batching = BatchingClassifier(classifier)
 if {engine == "hangs"}:

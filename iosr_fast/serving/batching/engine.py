@@ -114,7 +114,8 @@ class Engine:
 
     def _black(self, count: int) -> None:
         """Classify black images."""
-        head, encoder = self._classifier.snapshot(), self._classifier.encoder
+        fit = self._classifier._fitted()
+        head, encoder = fit.head, fit.encoder
         items = [Item(None, i, Query(top=1, probe=True), 0.0, head=head, encoder=encoder) for i in range(count)]
         self._predict(encoder.blank(count), items, Run())
 

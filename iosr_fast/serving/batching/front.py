@@ -134,11 +134,12 @@ class BatchingClassifier:
         than `max_queue` images, which can never be accepted.
         """
         query, now = Query(**options), time.monotonic()
-        head = self.classifier.snapshot().require_single_label("BatchingClassifier", "use predict")
+        fit = self.classifier._fitted()  # read once: head and encoder of two fits don't belong together
+        head, encoder = fit.head.require_single_label("BatchingClassifier", "use predict"), fit.encoder
         query.abstention.check(head)
         if query.max_error is None:
             query = replace(query, max_error=self._max_error)
-        request, encoder = next(_requests), self.classifier.encoder
+        request = next(_requests)
         items = [Item(one, i, query, now, request, head, encoder) for i, one in enumerate(as_image_list(images))]
         if len(items) > self._queue.max_queue:
             raise IosrFastError(
