@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from iosr_fast.exceptions import QueueFullError
 from iosr_fast.serving.batching.item import Item
@@ -28,21 +26,24 @@ _BACKLOG_S = 60  # of decoding that may wait for each decoder
 _NEWEST, _MAX_SLOWDOWN = 0.25, 4.0  # weight of the newest measurement; its largest ratio to the estimate
 _MARGIN = 1.5  # an image whose estimate only just meets its deadline is refused
 _LEAST_RETRY_S = 0.01
+_NOTHING = (0.0, 0.0, 0.0)
 _PATIENCE, _PATIENCE_S = 4.0, 10.0  # longest deadlines: this multiple of the estimate, and at least these seconds
 _MAX_CLIENTS = 1000  # whose decoding times are remembered
+
+Load: TypeAlias = tuple[float, float, float]  # no array: three numbers are counted several times for each image
 
 
 class Admission:
     """Counts and estimates, without a lock or a clock. `runs` batches are encoded at once.
 
-    What is counted are loads (3,): images, and the work of decoding those that are not large and those that are.
+    What is counted are loads: images, and the work of decoding those that are not large and those that are.
     """
 
     def __init__(self, max_queue: int, decoders: int, runs: int) -> None:
         self.runs, self._decoders = runs, decoders
         backlog = _BACKLOG_S * PIXELS_PER_S * decoders
         self._shares = Shares(max_queue), Shares(backlog), Shares(backlog)
-        self._requests: dict[str, dict[int, np.ndarray]] = {}  # the load of each request, by its client
+        self._requests: dict[str, dict[int, Load]] = {}  # the load of each request, by its client
         self._encode_s = 0.0  # of an image in a batch
         # Of an image, by its client and whether it is large, the newest last.
         self._decode_s: OrderedDict[tuple[str, bool], float] = OrderedDict()
@@ -54,12 +55,12 @@ class Admission:
 
     def check_room(self, client: str, items: Sequence[Item] = ()) -> None:
         """Raise QueueFullError if `items`, or one image, would exceed the queue or the share of their client."""
-        load = sum(map(_load, items), np.zeros(3)) if items else np.array([1.0, 0.0, 0.0])
+        load = _sum(map(_load, items)) if items else (1.0, 0.0, 0.0)
         places = self._shares[0]
         if places.used + load[0] > places.limit:
             waiting = f"{self.images} images wait, {load[0]:.0f} more came, max_queue is {places.limit}"
             raise self._full(None, f"the queue is full: {waiting}")
-        for kind, shares, more in zip(("images", *["pixels to decode"] * 2), self._shares, load.tolist(), strict=True):
+        for kind, shares, more in zip(("images", *["pixels to decode"] * 2), self._shares, load, strict=True):
             if client and more and places.held(client) and not shares.fits(client, more):
                 held = f"{shares.held(client):.0f} {kind} wait, {more:.0f} more came"
                 raise self._full(client, f"this client's share of the queue is full: {held}")
@@ -94,12 +95,14 @@ class Admission:
 
     def drop_work(self, item: Item) -> None:
         """Take back the work of an item that needs no decoder any more."""
-        self._count(item, _load(item) * (0, -1, -1))
+        _, ordinary, large = _load(item)
+        self._count(item, (0.0, -ordinary, -large))
         item.work = 0
 
     def remove(self, item: Item) -> None:
         """Take back an item that leaves the queue."""
-        self._count(item, -_load(item))
+        images, ordinary, large = _load(item)
+        self._count(item, (-images, -ordinary, -large))
         item.work = 0
 
     def measure_decoding(self, item: Item, seconds: float) -> None:
@@ -114,11 +117,11 @@ class Admission:
         """Record how long a batch took."""
         self._encode_s = _towards(self._encode_s, seconds / images)
 
-    def _count(self, item: Item, load: np.ndarray) -> None:
-        for shares, amount in zip(self._shares, load.tolist(), strict=True):
+    def _count(self, item: Item, load: Load) -> None:
+        for shares, amount in zip(self._shares, load, strict=True):
             shares.add(item.client, amount)
         requests = self._requests.setdefault(item.client, {})
-        requests[item.request] = requests.get(item.request, 0.0) + load
+        requests[item.request] = _sum((requests.get(item.request, _NOTHING), load))
         if not requests[item.request][0]:
             del requests[item.request]
         if not requests:
@@ -131,32 +134,40 @@ class Admission:
     def _estimate_s(self, client: str | None, request: int | None = None) -> float:
         """Seconds until a request is answered, by turns; None: all that its client holds, or of client None, all."""
         requests = {} if client is None else self._requests.get(client, {})
-        asked = sum(requests.values(), np.zeros(3)) if request is None else requests[request]
-        own = _by_turns([*requests.values()], asked[0]).sum(0)
-        clients = [other for other in self._requests if other != client]
-        held = [[shares.held(other) for shares in self._shares] for other in clients]
-        parts = _by_turns(held, math.inf if client is None else own[0])
-        others = parts.sum(0)
-        encoding_s = (own + others)[0] * self._encode_s / self.runs
+        asked = _sum((_NOTHING, *requests.values())) if request is None else requests[request]
+        own = _sum((_NOTHING, *_by_turns(requests.values(), asked[0])))
+        others = [_held(other, self._shares) for other in self._requests if other != client]
+        parts = _by_turns(others, math.inf if client is None else own[0])
+        images, ordinary, large = _sum((own, *parts))
+        encoding_s = images * self._encode_s / self.runs
         if self._decoders == 1:
-            return float(max(encoding_s, (own + others)[1:].sum() / PIXELS_PER_S))
+            return max(encoding_s, (ordinary + large) / PIXELS_PER_S)
         if client is not None:
-            others -= parts.max(0, initial=0.0) * (0, 1, self._decoders > 2)
+            ordinary -= max((part[1] for part in parts), default=0.0)
+            large -= max((part[2] for part in parts), default=0.0) if self._decoders > 2 else 0.0
         if not asked[2]:  # it waits for no large image, but with two decoders for one of its client in its turn
-            own[2] *= self._decoders == 2
-            others[2] = 0.0
-        return float(max(encoding_s, (own + others)[1:].max() / PIXELS_PER_S / (self._decoders - 1)))
+            large = own[2] if self._decoders == 2 else 0.0
+        return max(encoding_s, max(ordinary, large) / PIXELS_PER_S / (self._decoders - 1))
 
 
-def _by_turns(loads: Sequence[Any], images: float) -> np.ndarray:
-    """(n, 3): what of n loads comes before the last of so many images, if one image of each has its turn."""
-    held = np.reshape(loads, (-1, 3))
-    part: np.ndarray = held * np.minimum(1.0, images / held[:, :1])
-    return part
+def _held(client: str, shares: tuple[Shares, Shares, Shares]) -> Load:
+    images, ordinary, large = (one.held(client) for one in shares)
+    return images, ordinary, large
 
 
-def _load(item: Item) -> np.ndarray:
-    return np.array([1, 0, item.work] if item.large else [1, item.work, 0], float)
+def _by_turns(loads: Iterable[Load], images: float) -> list[Load]:
+    """What of each load comes before the last of so many images, if one image of each has its turn."""
+    parts = ((min(1.0, images / load[0]), load) for load in loads)
+    return [(part * load[0], part * load[1], part * load[2]) for part, load in parts]
+
+
+def _load(item: Item) -> Load:
+    return (1.0, 0.0, float(item.work)) if item.large else (1.0, float(item.work), 0.0)
+
+
+def _sum(loads: Iterable[Load]) -> Load:
+    images, ordinary, large = map(sum, zip(*loads, strict=True))
+    return images, ordinary, large
 
 
 def _towards(estimate: float, measured: float) -> float:

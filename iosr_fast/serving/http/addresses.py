@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Collection
+from functools import lru_cache
 
 _PORT = re.compile(r":\d*$")
 
@@ -34,6 +35,7 @@ def is_named(authority: str, names: Collection[str]) -> bool:
     return host in ("localhost", *names) or _parsed(host.removeprefix("[").removesuffix("]")) is not None
 
 
+@lru_cache(4096)  # it would take 5 microseconds, three times a request
 def _parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         return ipaddress.ip_address(host)
