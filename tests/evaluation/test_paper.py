@@ -85,7 +85,10 @@ def run(root: Path, *words: str, out: str = "out") -> list[dict[str, Any]]:
 
 
 def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    """All but the times, to six places: PyTorch's last bit depends on what else its process has run."""
+    kept = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    rounded: list[dict[str, Any]] = json.loads(json.dumps(kept), parse_float=lambda number: round(float(number), 6))
+    return rounded
 
 
 def files(out: Path, pattern: str) -> dict[Path, int]:

@@ -269,8 +269,9 @@ def test_close_ends_all_processes() -> None:
 def test_nothing_is_left_of_a_server_that_is_killed() -> None:
     program = f"""
 import time
-from iosr_fast.serving.batching import BatchingClassifier
-from tests.serving.batching_fakes import FakeClassifier
+from iosr_fast.serving.batching import BatchingClassifier, engine
+from tests.serving.batching_fakes import FakeClassifier, answer
+engine.predict = answer
 batching = BatchingClassifier(FakeClassifier(), decode_threads=2, isolated=True)
 batching.submit({GREY!r}).result()
 print(*[decoder._process.pid for decoder in batching._workers._decoders], flush=True)
