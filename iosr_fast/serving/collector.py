@@ -33,8 +33,8 @@ class Collector:
     Files are named by the SHA-256 of their bytes, and no others are touched (KeptFolder). The table TABLE, which only
     the server writes, has `path`, `guess` and `probability` of the best class, `reason` ("needs a look" or "unknown")
     and `time`; `iosr-fast suggest` reads it. Pictures that no table lists are "found". Labels come back in LABELS, a
-    table of `path` and `label`. Near duplicates of support images, and of files that were kept since the
-    start, are left out. At `limit` files the oldest one without a label goes; if all have one, no more are kept.
+    table of `path` and `label`. Near duplicates of support images, and of files that were kept since the start, are
+    left out. At `limit` files the oldest one without a label goes; if all have one, no more are kept.
 
     A thread judges and writes, so that no answer waits: while 64 MiB of uploads wait for it, others are left out. If
     the disk is full or a table can't be read, nothing is kept until that ends, and nothing is lost. `on_outcome` is
@@ -120,7 +120,7 @@ class Collector:
     def _judge(self, image: bytes, embeddings: Embeddings, head: Head) -> str:
         """Keep an image with embeddings (1, D) that `head` answered, if it needs a look; what became of it, "" if
         nobody needs to look at it."""
-        # Whether a picture is of an unknown class takes the longer fit: first whether its label is accepted.
+        # The sample is of labels that `max_error` accepts, whether or not a picture may be of an unknown class.
         prediction = predict(head, embeddings, abstention=Abstention(max_error=self._max_error))[0]
         if prediction.accepted and self.checks is not None and self.checks.offer(image, prediction):
             return "check"

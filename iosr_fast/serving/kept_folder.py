@@ -135,8 +135,8 @@ class KeptFolder:
 class KeptTable:
     """A table of pictures in a KeptFolder, which only the server writes; `rows` are by path, the oldest first.
 
-    Rows are appended; of a path the last one counts. Should somebody save another table over it, his columns and rows
-    stay, and those that are missing come back.
+    Rows are appended; of a path the last one counts. Should somebody save another table over it, their columns and
+    rows stay, and those that are missing come back.
     """
 
     def __init__(self, folder: KeptFolder, name: str, columns: Sequence[str]) -> None:

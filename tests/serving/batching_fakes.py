@@ -113,8 +113,6 @@ def answer(head: Any, embeddings: Embeddings, *asked: Any) -> list[Prediction]:
 class FakeClassifier:
     """`asked`: (numbers, top, nearest) of each call of predict. `version` is that of the head."""
 
-    exif_orientation_ = True
-
     def __init__(self, size: int = SIZE) -> None:
         self.encoder: Any = FakeEncoder(size)
         self.asked: list[tuple[list[int], int, int]] = []
@@ -130,7 +128,8 @@ class FakeClassifier:
         return self._head
 
     def _fitted(self) -> Any:
-        return SimpleNamespace(head=self.snapshot(), encoder=self.encoder)
+        settings = SimpleNamespace(exif_orientation=True)
+        return SimpleNamespace(head=self.snapshot(), encoder=self.encoder, settings=settings)
 
     @contextmanager
     def held(self, batching: Any, number: int = 0) -> Iterator[Any]:

@@ -14,11 +14,14 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from iosr_fast.exceptions import ClosedError, DeadlineExceededError, NotFittedError, QueueFullError
 from iosr_fast.serving.batching import BatchingClassifier, front, item, queue, workers
+from tests.pictures import encode
 from tests.serving.batching_fakes import (
     PATIENCE_S,
+    SIZE,
     FakeClassifier,
     FakeEncoder,
     Gated,
@@ -269,7 +272,8 @@ def test_a_submission_reads_the_fit_once(
 ) -> None:
     """Another fit, with an encoder of its own, comes right after each reading."""
     first, second = classifier.encoder, FakeEncoder()
-    fit = SimpleNamespace(head=classifier.snapshot(), encoder=first)
+    as_stored = SimpleNamespace(exif_orientation=False)
+    fit = SimpleNamespace(head=classifier.snapshot(), encoder=first, settings=as_stored)
 
     def then_refit(read: Callable[[], Any]) -> Any:
         found = read()
@@ -278,5 +282,10 @@ def test_a_submission_reads_the_fit_once(
 
     for name, read in (("_fitted", lambda: fit), ("snapshot", classifier.snapshot)):
         monkeypatch.setattr(classifier, name, partial(then_refit, read))
-    assert labels([batching.submit(picture(5))]) == [5]
+    exif = Image.Exif()
+    exif[274] = 3  # turned by 180 degrees
+    turned = encode(
+        Image.fromarray(np.repeat([5, 6], SIZE * SIZE * 3 // 2).astype(np.uint8).reshape(SIZE, SIZE, 3)), exif=exif
+    )
+    assert labels([batching.submit(turned)]) == [5]
     assert first.batches == [[5]] and second.batches == []

@@ -163,7 +163,7 @@ def test_another_promise_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.
         caplog.clear()
         with sampling(tmp_path, **changed) as sample:
             assert words in caplog.text and read(sample) == (0, 0) and sample.beside == 10
-            assert len(table(tmp_path)) in (10, 11)  # whom nobody checked is no longer of the sample
+            assert len(table(tmp_path)) in (10, 11)  # unchecked pictures leave the sample
             assert offer(sample, 12, 3) == [True, True] and read(sample) == (1, 1)  # 3 has a label already
 
 
@@ -174,7 +174,7 @@ def test_the_sample_is_of_the_share_and_at_most_so_many_wait(tmp_path: Path) -> 
         assert offer(sample, *range(5)) == [True] * 3 + [False] * 2
         label(tmp_path / "limit", {row["path"]: "pear" for row in table(tmp_path / "limit")[:1]})
         read(sample)
-        (tmp_path / "limit" / table(tmp_path / "limit")[1]["path"]).unlink()  # nobody is to judge it
+        (tmp_path / "limit" / table(tmp_path / "limit")[1]["path"]).unlink()  # it waits no longer
         assert offer(sample, 3, 4, 5) == [True, True, False]
 
 

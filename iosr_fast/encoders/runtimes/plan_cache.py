@@ -43,7 +43,7 @@ class CachedFile:
         """Replace the content. A failure costs time at the next start, and is logged."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.path.parent)  # of other plans, too, which nobody may write again
+            remove_leftovers(self.path.parent)  # of all plans: those of another version have no next writer
             with new_file(self.path) as temporary:
                 temporary.write_bytes(hashlib.sha256(content).digest() + content)
         except OSError as error:

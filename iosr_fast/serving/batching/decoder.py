@@ -84,7 +84,7 @@ class Decoder:
                 output = errors.read().decode("utf-8", "replace").strip()[-2000:]
                 raise RuntimeError(f"the process that decodes images does not start: {output or error}") from error
 
-    def decode(self, item: Item, exif_orientation: bool = True) -> np.ndarray:
+    def decode(self, item: Item) -> np.ndarray:
         """An image as open_image takes it -> pixels (size, size, 3) uint8; of a `whole` item before they are resized,
         (height, width, 3).
 
@@ -94,7 +94,7 @@ class Decoder:
         image, position, geometry = item.image, item.position, item.encoder.geometry
         self._check_bytes(image, position)
         if not self.isolated or not isinstance(image, ENCODED):
-            opened = open_image(image, position, exif_orientation, geometry, self.limits)
+            opened = open_image(image, position, item.upright, geometry, self.limits)
             return np.asarray(opened) if item.whole else resize_and_crop(opened, geometry)
         if item.whole and item.claimed is None:  # how large an answer may be
             raise BadImageError(None, position, "expected a JPEG, PNG or WebP image with an intact header")
@@ -106,7 +106,7 @@ class Decoder:
         limit_s = _CLOCK_PER_CPU * self.limits.timeout_s
         try:
             until = time.monotonic() + min(left_s, limit_s)
-            return self._exchange(item, until, exif_orientation)
+            return self._exchange(item, until)
         except TimeoutError:
             self.kill()
             if left_s < limit_s:
@@ -151,12 +151,12 @@ class Decoder:
         if error := self.limits.bytes_error(count):
             raise BadImageError(path, position, error)
 
-    def _exchange(self, item: Item, until: float, exif_orientation: bool = True) -> np.ndarray:
+    def _exchange(self, item: Item, until: float) -> np.ndarray:
         """Pixels (height, width, 3) of encoded bytes. Raises BadImageError, TimeoutError, _ProcessLost."""
         assert self._channel is not None
         data, max_pixels = memoryview(item.image).cast("B"), self.limits.max_pixels or _NO_LIMIT
         geometry, work = item.encoder.geometry, max_pixels if item.claimed is None else item.cost
-        request = Request.of(geometry, len(data), max_pixels, work, self.limits.timeout_s, exif_orientation, item.whole)
+        request = Request.of(geometry, len(data), max_pixels, work, self.limits.timeout_s, item.upright, item.whole)
         self._channel.settimeout(max(1e-3, until - time.monotonic()))
         self._channel.sendall(REQUEST.pack(*request))
         self._channel.sendall(data)

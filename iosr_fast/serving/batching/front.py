@@ -135,12 +135,12 @@ class BatchingClassifier:
         """
         query, now = Query(**options), time.monotonic()
         fit = self.classifier._fitted()  # read once: head and encoder of two fits don't belong together
-        head, encoder = fit.head.require_single_label("BatchingClassifier", "use predict"), fit.encoder
+        head = fit.head.require_single_label("BatchingClassifier", "use predict")
         query.abstention.check(head)
         if query.max_error is None:
             query = replace(query, max_error=self._max_error)
-        request = next(_requests)
-        items = [Item(one, i, query, now, request, head, encoder) for i, one in enumerate(as_image_list(images))]
+        of_fit = next(_requests), head, fit.encoder, fit.settings.exif_orientation
+        items = [Item(one, i, query, now, *of_fit) for i, one in enumerate(as_image_list(images))]
         if len(items) > self._queue.max_queue:
             raise IosrFastError(
                 f"expected at most {self._queue.max_queue} images at once (max_queue), got {len(items)}; submit fewer"
@@ -160,8 +160,9 @@ class BatchingClassifier:
         The future raises BadImageError, DeadlineExceededError if no decoder was free within `deadline_s` seconds, or
         ClosedError. Raises ClosedError at once after close().
         """
-        query, now, encoder = Query(client=client), time.monotonic(), self.classifier.encoder
-        item = Item(image, position, query, now, next(_requests), None, encoder, whole=True, deadline=now + deadline_s)
+        fit, now = self.classifier._fitted(), time.monotonic()
+        of_fit = next(_requests), None, fit.encoder, fit.settings.exif_orientation
+        item = Item(image, position, Query(client=client), now, *of_fit, whole=True, deadline=now + deadline_s)
         self._queue.admit((item,), None)
         return item.future
 

@@ -107,6 +107,7 @@ class Item:
     request: int = 0  # number of its request; requests of a client take turns
     head: Head | None = None  # that of its submission, which answers
     encoder: Any = None  # that of its submission: its geometry decodes, this head compares its embeddings
+    upright: bool = True  # whether EXIF orientation is applied, as in the fit of its submission
     whole: bool = False  # decoded only, all of it
     deadline: float = math.inf
     work: int = 0  # of decoding that is left, in pixels that take as long

@@ -139,7 +139,7 @@ class Workers:
             started = time.monotonic()
             result: np.ndarray | Exception
             try:
-                result = decoder.decode(item, queue.classifier.exif_orientation_)
+                result = decoder.decode(item)
             except BaseException as error:  # even MemoryError concerns this image only
                 result = ordinary(error)
                 chained: BaseException | None = error
