@@ -2,6 +2,9 @@
 
     onnxruntime, openvino, torch   ours: the dual encoder in three runtimes (on a GPU torch alone, in float16)
     ...-int8, openvino-bf16        ours in fewer bits; OpenVINO rounds to bf16 where the processor has it
+    torch-compile                  ours by torch.compile
+    torch-fp32                     ours on a GPU in float32
+    torch-engine, tensorrt-engine  ours as users open it: pictures are in the host's memory, and a GPU's upload counts
     ...-two-pass, ...-one-pass     encoder_rivals; a one-pass has the plain embedding alone
 
 Everything is checked against two literal passes before it is timed; share_of_ceiling counts the fused encoder's FLOP.
@@ -27,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import encoder_rivals as rivals
 from benchmarks.ceilings import GEMM, gemm
+from benchmarks.devices import Call
 from benchmarks.encoder_rivals import Embed
 from benchmarks.harness import Candidate, Run
 from benchmarks.photographs import photograph
@@ -36,7 +40,10 @@ from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.clip.vision_tower import vision_tower
+from iosr_fast.encoders.engine_folder import EXTRAS, unavailable_reason
+from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.export.build import write_engine
 from iosr_fast.export.check import calibration_pictures, evenly, require_accuracy
 from iosr_fast.export.onnx import export_onnx
 from iosr_fast.export.pretrained import choose_adapter
@@ -44,7 +51,7 @@ from iosr_fast.export.quantize.encoder import quantize_onnx
 from iosr_fast.images.preprocess import resize_and_crop
 
 CALIBRATED, DIFFERENT = 32, 24  # pictures to calibrate on, of a CLIP without its own, and in a batch at most
-DEFAULT_BATCHES = {"cpu": (1, 8), "cuda": (1, 256)}
+DEFAULT_BATCHES = {"cpu": (1, 8), "cuda": (1, 32, 128)}
 PACKAGES = ("onnxruntime", "openvino", "torch", "open_clip_torch")
 
 
@@ -55,8 +62,9 @@ def run(
     clip, adapter = open_model(model, first_adapted_block)
     first = adapter.config.first_adapted_block
     with tempfile.TemporaryDirectory() as folder:
-        made = Encoders(clip, adapter, run, Path(folder))
-        for size in batch or DEFAULT_BATCHES[run.device.name]:
+        sizes = batch or DEFAULT_BATCHES[run.device.name]
+        made = Encoders(clip, adapter, run, Path(folder), max(sizes))
+        for size in sizes:
             run.case(f"{model.lower()}-b{size}-s{first}", made.candidates(size), packages=PACKAGES)
 
 
@@ -84,10 +92,11 @@ def pictures_of(clip: LoadedClip) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Encoders:
-    """The candidates of one CLIP and adapter. What they share, exported files and the truth, is made once."""
+    """The candidates of one CLIP and adapter. What they share, exported files, engines for up to `max_batch` pictures
+    and the truth, is made once."""
 
-    def __init__(self, clip: LoadedClip, adapter: Adapter, run: Run, folder: Path) -> None:
-        self.clip, self.adapter, self.run, self.folder = clip, adapter, run, folder
+    def __init__(self, clip: LoadedClip, adapter: Adapter, run: Run, folder: Path, max_batch: int) -> None:
+        self.clip, self.adapter, self.run, self.folder, self.max_batch = clip, adapter, run, folder, max_batch
         self.calibration, self.pictures = pictures_of(clip)
         self.truth = two_passes(clip, adapter, self.pictures)
         fused = build_dual_encoder(clip, adapter)
@@ -97,6 +106,7 @@ class Encoders:
         self.gflop = counter.get_total_flops() / 1e9  # a picture
         self.precision = "fp16" if run.device.is_gpu else "fp32"
         self.fused = build_dual_encoder(clip, adapter, "fp16") if run.device.is_gpu else fused
+        self.fused_fp32, self.built = fused, dict[str, dict[str, Any]]()  # engines, by runtime: their manifests
 
     def candidates(self, batch: int) -> dict[str, Candidate]:
         """By name: the ceiling, ours, then the rivals."""
@@ -129,12 +139,45 @@ class Encoders:
             made[f"{runtime}-two-pass"] = rival(partial(self.opened, runtime, "plain", "adapted"))
             made[f"{runtime}-one-pass"] = rival(partial(self.opened, runtime, "plain"))
         made["torch"] = ours(lambda: rivals.in_torch(self.fused, device))
+        if device.is_gpu:
+            made["torch-fp32"] = ours(lambda: rivals.in_torch(self.fused_fp32, device), "fp32")
         made["eager-two-pass"] = rival(partial(self.literal, self.adapter))
+        for runtime in ("torch", *EXTRAS):
+            if (reason := unavailable_reason(runtime)) is not None:
+                self.run.say(f"left out: {runtime}-engine: {reason}")
+                continue
+            made[f"{runtime}-engine"] = self.engine(runtime, self.pictures[rows], partial(check, self.precision))
         # Last, because compiling takes longest.
+        made["torch-compile"] = ours(lambda: rivals.in_torch(self.fused, device, compiled=True))
         made["torch-compile-two-pass"] = rival(partial(self.literal, self.adapter, compiled=True))
         if device.is_gpu:
             made["torch-compile-one-pass"] = rival(partial(self.literal, None, compiled=True))
         return made
+
+    def engine(self, runtime: str, pixels: np.ndarray, check: Callable[[Any], dict[str, Any]]) -> Candidate:
+        """An engine folder, built when it is first asked for, by open_engine; its row has the seconds of the build."""
+        folder = self.folder / f"{runtime}-engine"
+
+        def prepare() -> Call:
+            if runtime not in self.built:
+                self.run.say(f"building an engine for {runtime}")
+                facts = write_engine(self.clip, self.adapter, folder, runtime, self.precision, self.max_batch)
+                self.built[runtime] = facts
+            encoder = open_engine(folder, runtime, threads=self.run.threads)
+            encoder.warm([len(pixels)])
+
+            def embed() -> tuple[Any, ...]:
+                self.run.device.synchronize()  # its stream would not wait for what is read before a turn
+                embeddings = encoder.encode_on_device(pixels)
+                return embeddings.plain, embeddings.adapted
+
+            return embed
+
+        def checked(result: Any) -> dict[str, Any]:
+            return check(result) | {"build_seconds": self.built[runtime]["build_seconds"]}
+
+        work = len(pixels) * self.gflop
+        return Candidate(prepare, checked, work, self.precision, GEMM, recorded=False)
 
     def literal(self, adapter: Adapter | None, compiled: bool = False) -> Embed:
         return rivals.in_torch(rivals.literal_passes(self.clip, adapter, self.precision), self.run.device, compiled)
