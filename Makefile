@@ -126,8 +126,8 @@ gpu-bundle: $(STAMP)
 		--dest build/gpu-bundle $(GPU_PACKAGES)
 	ls -l build/gpu-bundle
 
-# On the GPU machine, by its own Python and without pip's index: the bundle and this tree into a folder of their own, and
-# the compiled modules beside the checkout's sources, which the tests and the benchmark import.
+# On the GPU machine, in a checkout with build/gpu-bundle, by its own Python and without pip's index: the bundle and this
+# tree into a folder of their own, and the compiled modules beside the sources, which the tests and the benchmark import.
 GPU_SITE := build/gpu-site
 CUDA_ARCHITECTURES ?= 80;90
 
