@@ -30,7 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import encoder_rivals as rivals
 from benchmarks.ceilings import GEMM, gemm
-from benchmarks.devices import Call
 from benchmarks.encoder_rivals import Embed
 from benchmarks.harness import Candidate, Run
 from benchmarks.photographs import photograph
@@ -106,7 +105,7 @@ class Encoders:
         self.gflop = counter.get_total_flops() / 1e9  # a picture
         self.precision = "fp16" if run.device.is_gpu else "fp32"
         self.fused = build_dual_encoder(clip, adapter, "fp16") if run.device.is_gpu else fused
-        self.fused_fp32, self.built = fused, dict[str, dict[str, Any]]()  # engines, by runtime: their manifests
+        self.fused_fp32, self.built = fused, dict[str, dict[str, float]]()  # engines, by runtime: facts for rows
 
     def candidates(self, batch: int) -> dict[str, Candidate]:
         """By name: the ceiling, ours, then the rivals."""
@@ -116,11 +115,11 @@ class Encoders:
         if device.is_gpu:
             pixels = torch.from_numpy(pixels).to(device.name)
 
-        def check(precision: str, result: Sequence[Any]) -> dict[str, Any]:
+        def check(precision: str, result: Sequence[Any], engine: str = "") -> dict[str, Any]:
             got = [torch.as_tensor(each).float().cpu().numpy() for each in result]
-            return compare(precision, got, [each[rows] for each in self.truth])
+            return compare(precision, got, [each[rows] for each in self.truth]) | self.built.get(engine, {})
 
-        def ours(open_it: Callable[[], Embed], precision: str = self.precision) -> Candidate:
+        def ours(open_it: Callable[[], Embed], precision: str = self.precision, pixels: Any = pixels) -> Candidate:
             work = batch * self.gflop
             return Candidate(lambda: partial(open_it(), pixels), partial(check, precision), work, precision, GEMM)
 
@@ -146,7 +145,9 @@ class Encoders:
             if (reason := unavailable_reason(runtime)) is not None:
                 self.run.say(f"left out: {runtime}-engine: {reason}")
                 continue
-            made[f"{runtime}-engine"] = self.engine(runtime, self.pictures[rows], partial(check, self.precision))
+            engine = ours(partial(self.engine, runtime, batch), pixels=self.pictures[rows])
+            facts = partial(check, self.precision, engine=runtime)
+            made[f"{runtime}-engine"] = replace(engine, check=facts, recorded=False)
         # Last, because compiling takes longest.
         made["torch-compile"] = ours(lambda: rivals.in_torch(self.fused, device, compiled=True))
         made["torch-compile-two-pass"] = rival(partial(self.literal, self.adapter, compiled=True))
@@ -154,30 +155,22 @@ class Encoders:
             made["torch-compile-one-pass"] = rival(partial(self.literal, None, compiled=True))
         return made
 
-    def engine(self, runtime: str, pixels: np.ndarray, check: Callable[[Any], dict[str, Any]]) -> Candidate:
-        """An engine folder, built when it is first asked for, by open_engine; its row has the seconds of the build."""
+    def engine(self, runtime: str, batch: int) -> Embed:
+        """By open_engine, of a folder that is built when it is first asked for; pictures are in the host's memory."""
         folder = self.folder / f"{runtime}-engine"
+        if runtime not in self.built:
+            self.run.say(f"building an engine for {runtime}")
+            made = write_engine(self.clip, self.adapter, folder, runtime, self.precision, self.max_batch)
+            self.built[runtime] = {"build_seconds": made["build_seconds"]}
+        encoder = open_engine(folder, runtime, threads=self.run.threads)
+        encoder.warm([batch])
 
-        def prepare() -> Call:
-            if runtime not in self.built:
-                self.run.say(f"building an engine for {runtime}")
-                facts = write_engine(self.clip, self.adapter, folder, runtime, self.precision, self.max_batch)
-                self.built[runtime] = facts
-            encoder = open_engine(folder, runtime, threads=self.run.threads)
-            encoder.warm([len(pixels)])
+        def embed(pixels: np.ndarray) -> tuple[Any, ...]:
+            self.run.device.synchronize()  # its stream would not wait for what is read before a turn
+            embeddings = encoder.encode_on_device(pixels)
+            return embeddings.plain, embeddings.adapted
 
-            def embed() -> tuple[Any, ...]:
-                self.run.device.synchronize()  # its stream would not wait for what is read before a turn
-                embeddings = encoder.encode_on_device(pixels)
-                return embeddings.plain, embeddings.adapted
-
-            return embed
-
-        def checked(result: Any) -> dict[str, Any]:
-            return check(result) | {"build_seconds": self.built[runtime]["build_seconds"]}
-
-        work = len(pixels) * self.gflop
-        return Candidate(prepare, checked, work, self.precision, GEMM, recorded=False)
+        return embed
 
     def literal(self, adapter: Adapter | None, compiled: bool = False) -> Embed:
         return rivals.in_torch(rivals.literal_passes(self.clip, adapter, self.precision), self.run.device, compiled)
