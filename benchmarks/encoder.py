@@ -2,6 +2,9 @@
 
     onnxruntime, openvino, torch   ours: the dual encoder in three runtimes (on a GPU torch alone, in float16)
     ...-int8, openvino-bf16        ours in fewer bits; OpenVINO rounds to bf16 where the processor has it
+    torch-compile                  ours by torch.compile
+    torch-fp32                     ours on a GPU in float32
+    torch-engine, tensorrt-engine  ours as users open it: pictures are in the host's memory, and a GPU's upload counts
     ...-two-pass, ...-one-pass     encoder_rivals; a one-pass has the plain embedding alone
 
 Everything is checked against two literal passes before it is timed; share_of_ceiling counts the fused encoder's FLOP.
@@ -36,7 +39,10 @@ from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.clip.vision_tower import vision_tower
+from iosr_fast.encoders.engine_folder import EXTRAS, unavailable_reason
+from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.export.build import write_engine
 from iosr_fast.export.check import calibration_pictures, evenly, require_accuracy
 from iosr_fast.export.onnx import export_onnx
 from iosr_fast.export.pretrained import choose_adapter
@@ -44,7 +50,7 @@ from iosr_fast.export.quantize.encoder import quantize_onnx
 from iosr_fast.images.preprocess import resize_and_crop
 
 CALIBRATED, DIFFERENT = 32, 24  # pictures to calibrate on, of a CLIP without its own, and in a batch at most
-DEFAULT_BATCHES = {"cpu": (1, 8), "cuda": (1, 256)}
+DEFAULT_BATCHES = {"cpu": (1, 8), "cuda": (1, 32, 128)}
 PACKAGES = ("onnxruntime", "openvino", "torch", "open_clip_torch")
 
 
@@ -55,8 +61,9 @@ def run(
     clip, adapter = open_model(model, first_adapted_block)
     first = adapter.config.first_adapted_block
     with tempfile.TemporaryDirectory() as folder:
-        made = Encoders(clip, adapter, run, Path(folder))
-        for size in batch or DEFAULT_BATCHES[run.device.name]:
+        sizes = batch or DEFAULT_BATCHES[run.device.name]
+        made = Encoders(clip, adapter, run, Path(folder), max(sizes))
+        for size in sizes:
             run.case(f"{model.lower()}-b{size}-s{first}", made.candidates(size), packages=PACKAGES)
 
 
@@ -84,10 +91,11 @@ def pictures_of(clip: LoadedClip) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Encoders:
-    """The candidates of one CLIP and adapter. What they share, exported files and the truth, is made once."""
+    """The candidates of one CLIP and adapter. What they share, exported files, engines for up to `max_batch` pictures
+    and the truth, is made once."""
 
-    def __init__(self, clip: LoadedClip, adapter: Adapter, run: Run, folder: Path) -> None:
-        self.clip, self.adapter, self.run, self.folder = clip, adapter, run, folder
+    def __init__(self, clip: LoadedClip, adapter: Adapter, run: Run, folder: Path, max_batch: int) -> None:
+        self.clip, self.adapter, self.run, self.folder, self.max_batch = clip, adapter, run, folder, max_batch
         self.calibration, self.pictures = pictures_of(clip)
         self.truth = two_passes(clip, adapter, self.pictures)
         fused = build_dual_encoder(clip, adapter)
@@ -97,6 +105,7 @@ class Encoders:
         self.gflop = counter.get_total_flops() / 1e9  # a picture
         self.precision = "fp16" if run.device.is_gpu else "fp32"
         self.fused = build_dual_encoder(clip, adapter, "fp16") if run.device.is_gpu else fused
+        self.fused_fp32, self.built = fused, dict[str, dict[str, float]]()  # engines, by runtime: facts for rows
 
     def candidates(self, batch: int) -> dict[str, Candidate]:
         """By name: the ceiling, ours, then the rivals."""
@@ -106,11 +115,11 @@ class Encoders:
         if device.is_gpu:
             pixels = torch.from_numpy(pixels).to(device.name)
 
-        def check(precision: str, result: Sequence[Any]) -> dict[str, Any]:
+        def check(precision: str, result: Sequence[Any], engine: str = "") -> dict[str, Any]:
             got = [torch.as_tensor(each).float().cpu().numpy() for each in result]
-            return compare(precision, got, [each[rows] for each in self.truth])
+            return compare(precision, got, [each[rows] for each in self.truth]) | self.built.get(engine, {})
 
-        def ours(open_it: Callable[[], Embed], precision: str = self.precision) -> Candidate:
+        def ours(open_it: Callable[[], Embed], precision: str = self.precision, pixels: Any = pixels) -> Candidate:
             work = batch * self.gflop
             return Candidate(lambda: partial(open_it(), pixels), partial(check, precision), work, precision, GEMM)
 
@@ -129,12 +138,39 @@ class Encoders:
             made[f"{runtime}-two-pass"] = rival(partial(self.opened, runtime, "plain", "adapted"))
             made[f"{runtime}-one-pass"] = rival(partial(self.opened, runtime, "plain"))
         made["torch"] = ours(lambda: rivals.in_torch(self.fused, device))
+        if device.is_gpu:
+            made["torch-fp32"] = ours(lambda: rivals.in_torch(self.fused_fp32, device), "fp32")
         made["eager-two-pass"] = rival(partial(self.literal, self.adapter))
+        for runtime in ("torch", *EXTRAS):
+            if (reason := unavailable_reason(runtime)) is not None:
+                self.run.say(f"left out: {runtime}-engine: {reason}")
+                continue
+            engine = ours(partial(self.engine, runtime, batch), pixels=self.pictures[rows])
+            facts = partial(check, self.precision, engine=runtime)
+            made[f"{runtime}-engine"] = replace(engine, check=facts, recorded=False)
         # Last, because compiling takes longest.
+        made["torch-compile"] = ours(lambda: rivals.in_torch(self.fused, device, compiled=True))
         made["torch-compile-two-pass"] = rival(partial(self.literal, self.adapter, compiled=True))
         if device.is_gpu:
             made["torch-compile-one-pass"] = rival(partial(self.literal, None, compiled=True))
         return made
+
+    def engine(self, runtime: str, batch: int) -> Embed:
+        """By open_engine, of a folder that is built when it is first asked for; pictures are in the host's memory."""
+        folder = self.folder / f"{runtime}-engine"
+        if runtime not in self.built:
+            self.run.say(f"building an engine for {runtime}")
+            made = write_engine(self.clip, self.adapter, folder, runtime, self.precision, self.max_batch)
+            self.built[runtime] = {"build_seconds": made["build_seconds"]}
+        encoder = open_engine(folder, runtime, threads=self.run.threads)
+        encoder.warm([batch])
+
+        def embed(pixels: np.ndarray) -> tuple[Any, ...]:
+            self.run.device.synchronize()  # its stream would not wait for what is read before a turn
+            embeddings = encoder.encode_on_device(pixels)
+            return embeddings.plain, embeddings.adapted
+
+        return embed
 
     def literal(self, adapter: Adapter | None, compiled: bool = False) -> Embed:
         return rivals.in_torch(rivals.literal_passes(self.clip, adapter, self.precision), self.run.device, compiled)

@@ -44,6 +44,7 @@ class Candidate:
     work      of one call, in the unit of the case: GFLOP, GB or images; None where it is unknown
     ceiling   the candidate whose best rate is the ceiling of this one's rate
     rival     the rows of the others have its time over theirs; where it can't run, it is left out with a line
+    recorded  whether a GPU replays the call as a CUDA graph; an engine waits for its upload and has its own graphs
     """
 
     prepare: Callable[[], Call]
@@ -52,6 +53,7 @@ class Candidate:
     precision: str = "fp32"
     ceiling: str | None = None
     rival: bool = False
+    recorded: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Verified:
 
 @dataclass
 class Run:
-    """The rows of one subject on one machine: printed as cases end, in the file `out` after every round.
+    """The rows of one subject on one machine: printed as cases end, in the file `out` after every turn.
 
     A case is timed in `repeats` rounds, or in FEWEST where it has taken `seconds` by then.
     """
@@ -93,36 +95,44 @@ class Run:
         packages: Sequence[str] = ("numpy",),
         bursts: bool = True,
     ) -> None:
-        """Verify the candidates and time them in turn, so that a slow spell of the machine meets all alike.
+        """Verify each candidate and time it once, then all in turn: a slow spell of the machine meets all alike.
+        A process that is killed keeps the row of each candidate that was timed.
 
-        What is wrong isn't timed and stands in `failed`. Before each turn the process sleeps for PAUSE_S. A turn is one
-        call; where that is shorter than BURST_S, one untimed call and the mean of as many as fill it. Without `bursts`,
-        for calls of seconds, nothing is called untimed but the call that is verified.
+        What is wrong isn't timed and stands in `failed`. Before each turn on a CPU the process sleeps for PAUSE_S. A
+        turn is one call; where that is shorter than BURST_S, one untimed call and the mean of as many as fill it.
+        Without `bursts`, for calls of seconds, nothing is called untimed but the call that is verified.
         """
         timed: dict[str, Verified] = {}
-        for name, candidate in candidates.items():
-            if (verified := self._verify(f"{case}: {name}", candidate, bursts)) is not None:
-                timed[name] = verified
-        before, shared = len(self.rows), {"threads": self.threads, **facts(packages), "device": self.device.description}
-        started = time.perf_counter()
-        for turn in range(self.repeats if timed else 0):
-            if turn >= FEWEST and time.perf_counter() - started > self.seconds:
-                break
-            for one in timed.values():
+        before, named = len(self.rows), {"bench": self.subject, "case": case}
+        shared = {"threads": self.threads, **facts(packages), "device": self.device.description}
+
+        def turn(one: Verified) -> None:
+            if not self.device.is_gpu:
                 time.sleep(PAUSE_S)
-                one.times.append(self.device.time_ms(one.call, one.burst))
-            named = {"bench": self.subject, "case": case}
+            one.times.append(self.device.time_ms(one.call, one.burst))
             self.rows[before:] = [
                 {**named, **row_of(name, timed, unit), **shared, **timed[name].facts} for name in timed
             ]
             self.write()
+
+        for name, candidate in candidates.items():
+            if (verified := self._verify(f"{case}: {name}", candidate, bursts)) is not None:
+                timed[name] = verified
+                turn(verified)
+        started = time.perf_counter()
+        for count in range(1, self.repeats):
+            if count >= FEWEST and time.perf_counter() - started > self.seconds:
+                break
+            for one in timed.values():
+                turn(one)
         if made := self.rows[before:]:
             print("\n".join([*lines_of(made), "", origin(self.subject, made), ""]), flush=True)
 
     def _verify(self, label: str, candidate: Candidate, bursts: bool) -> Verified | None:
         """Prepare, call and check a candidate; None, with a line, if it fails."""
         try:
-            call = self.device.record(candidate.prepare())
+            prepared = candidate.prepare()
+            call = self.device.record(prepared) if candidate.recorded else prepared
             start = time.perf_counter()
             result = call()
             self.device.synchronize()
@@ -143,7 +153,7 @@ class Run:
         return None
 
     def write(self) -> None:
-        """Write all rows to `out`: a process that is killed loses no round that has ended."""
+        """Write all rows to `out`: a process that is killed loses no turn that has ended."""
         if self.out is not None:
             write_rows(self.out, self.rows)
 

@@ -159,7 +159,7 @@ def ours(
 ) -> Iterator[tuple[str, ScoringPlan, str, Call]]:
     """Every backend that runs natively on `device`, at every precision of the keys, or on the CPU at those that it has
     code for: path, plan, precision, call."""
-    batch = embeddings
+    batch, plans = embeddings, {"fp32": plan}
     if device.is_gpu:
         arrays = (embeddings.plain, embeddings.adapted)
         batch = Embeddings(*(torch.from_numpy(np.array(array)).to(device.name) for array in arrays))
@@ -172,8 +172,10 @@ def ours(
             continue
         # PyTorch widens narrow keys tile by tile on the CPU, which is not meant to be fast.
         for precision in PRECISIONS if device.is_gpu or not backend.tensors else PRECISIONS[:1]:
-            narrow = plan if precision == "fp32" else plan.with_key_precision(precision)
-            path = score_with_path(narrow, batch[:1], backend.name)[1]
+            if precision not in plans:
+                plans[precision] = plan.with_key_precision(precision)
+            narrow = plans[precision]
+            path = score_with_path(narrow, batch, backend.name)[1]  # of this size: another one would compile more
             name = path + ("" if precision == "fp32" else f":{precision}")
             yield name, narrow, precision, partial(score, narrow, batch, backend.name, check=not device.is_gpu)
 

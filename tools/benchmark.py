@@ -55,6 +55,8 @@ def main(
     threads = threads or usable_threads()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "IOSR_FAST_THREADS"):
         os.environ[name] = str(threads)
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # PyTorch's engines take a GPU where there is one
     module: Any = importlib.import_module(f"benchmarks.{subject}")
     from benchmarks.devices import Device
     from benchmarks.harness import Run

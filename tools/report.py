@@ -45,6 +45,24 @@ SUBJECTS = {
     "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
 }
 SUBJECTS |= {f"gpu-{name}": f"On a GPU. {SUBJECTS[name]}" for name in ("encoder", "score")}
+# What the rows of `make gpu-check` decide, and nothing before: an open question, its rows, the figure.
+OPEN = (
+    ("fp16 as the default on a GPU", "encoder: `torch`, `torch-fp32`; score: `:fp16`", "time, smallest cosine"),
+    ("`max_batch` of 128", "encoder: `torch-engine`, `tensorrt-engine` at b32 and b128", "images a second"),
+    (
+        "one batch in flight (`files/stream.py`)",
+        "encoder: `torch-engine` over `torch` at b32",
+        "share of upload, launch",
+    ),
+    ("CUDA uint8 tensors for `encode_on_device`", "encoder: `torch-engine` minus `torch` at b128", "ms of upload"),
+    ("the fused encoder by torch.compile", "encoder: `torch-compile` over `torch`", "time; first call's seconds"),
+    ("a timing cache for plans", "encoder: `tensorrt-engine`", "`build_seconds`"),
+    (
+        "above 256 classes, two products through an fp16 (B, N) chunk in L2",
+        "score, c1000-values: `eager-best`, the same through memory, over `triton/values:fp16`",
+        "time",
+    ),
+)
 # Of benches whose rows are lines: the first columns, where a row has them, and the others, with their formats.
 FIRST = {"case": "", "impl": "", "ms": "", "server": "", "load": ".0%", "method": "", "of": "", "shots": ""}
 LATENCIES = {"p50_ms": ".1f", "p99_ms": ".1f", "lone_ms": ".1f"}
@@ -90,6 +108,8 @@ def page(folder: Path = RESULTS) -> str:
                 groups.setdefault(tuple(str(row.get(key)) for key in KEYS), []).append(row)
         for rows in groups.values():
             lines += ["", *lines_of(rows), "", origin(name, rows)]
+    lines += ["", "## gpu-check", "", "What the first rows of `make gpu-check` decide:", ""]
+    lines += table(["open", "rows", "figure"], OPEN)
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_candidates_are_verified_first_and_then_timed_in_turn() -> None:
 
     run = Run("subject", repeats=2)
     run.case("case", {"a": Candidate(calling(calls, "a", 7), check), "b": Candidate(calling(calls, "b"))}, bursts=False)
-    assert calls == ["a", "check", "b", "a", "b", "a", "b"]
+    assert calls == ["a", "check", "a", "b", "b", "a", "b"]
     assert [row["answer"] for row in run.rows if row["impl"] == "a"] == [7] and run.failed == []
     calls.clear()
     run.case("case", {"short": Candidate(calling(calls, "short"))})
@@ -95,12 +96,14 @@ def test_rows_are_complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "|  | case |" in printed and "| ours | 2 (1.2 to 2.8) |" in printed and ours["commit"] in printed
 
 
-def test_a_process_that_is_stopped_keeps_the_rounds_that_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("calls_of_b", "kept"), [(0, [1]), (2, [2, 1]), (3, [3, 2])])
+def test_a_process_that_is_stopped_keeps_the_turns_that_ended(calls_of_b: int, kept: list[int], tmp_path: Path) -> None:
+    """Also those of a candidate whose successor has not been prepared, which may take minutes of compiling."""
     calls: list[str] = []
 
     def stop() -> None:
         calls.append("")
-        if len(calls) == 4:  # one is verified
+        if len(calls) > calls_of_b:  # the first is verified
             raise KeyboardInterrupt
 
     run = Run("subject", repeats=5, out=tmp_path / "rows.json")
@@ -108,8 +111,22 @@ def test_a_process_that_is_stopped_keeps_the_rounds_that_ended(tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         run.case("second", {"a": Candidate(calling([], "")), "b": Candidate(lambda: stop)}, bursts=False)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["case"], row["repeats"]) for row in rows] == [("first", 5), ("second", 2), ("second", 2)]
+    assert [(row["case"], row["repeats"]) for row in rows] == [("first", 5), *(("second", count) for count in kept)]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_a_gpu_is_timed_without_pauses_and_records_what_has_no_graph_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[str] = []
+    gpu: Any = SimpleNamespace(is_gpu=True, description="a GPU", synchronize=lambda: None)
+    gpu.record = lambda call: recorded.append(call()) or call
+    gpu.calls_in, gpu.time_ms = lambda seconds, call: 1, lambda call, calls: 2.0
+    monkeypatch.setattr(harness.time, "sleep", lambda seconds: pytest.fail("a pause"))
+    run = Run("subject", gpu, repeats=2)
+    names = {"kernel": True, "engine": False}
+    run.case("case", {name: Candidate(calling([], "", name), recorded=graph) for name, graph in names.items()})
+    assert recorded == ["kernel"] and [row["runtime_ms"] for row in run.rows] == [2.0, 2.0]
 
 
 def test_a_case_ends_after_its_seconds() -> None:

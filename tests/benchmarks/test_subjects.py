@@ -46,7 +46,7 @@ def by_name(run: Run) -> dict[str, dict[str, Any]]:
     return {row["impl"]: row for row in run.rows}
 
 
-def test_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A tiny CLIP on real pictures, and torch.compile without its compiler, which takes seconds."""
     pictures = np.ascontiguousarray(load_pictures("generic").images[:60, ::2, ::2])
     monkeypatch.setattr(encoder, "pictures_of", lambda clip: (pictures[:40], pictures[40:]))
@@ -61,12 +61,15 @@ def test_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
         "torch-compile-two-pass",
         *(f"{name}-{k}-pass" for name in RUNTIMES for k in ("one", "two")),
     }
-    ours = {"torch", *RUNTIMES, *(f"{name}-int8" for name in RUNTIMES)}
+    ours = {"torch", "torch-engine", "torch-compile", *RUNTIMES, *(f"{name}-int8" for name in RUNTIMES)}
     assert set(rows) - {"openvino-bf16"} == {ceilings.GEMM} | rivals | ours
     for name in ours:
         assert set(rows[name]["ratios"]) == rivals and rows[name]["share_of_ceiling"] > 0
         assert rows[name]["case"] == "small-b3-s1" and rows[name]["precision"] == ("int8" if "int8" in name else "fp32")
         assert rows[name]["min_cosine"] >= 0.99 and rows[name]["pictures"] == 3
+    assert rows["torch-engine"]["build_seconds"] > 0
+    if not torch.cuda.is_available():
+        assert "left out: tensorrt-engine: tensorrt" in capsys.readouterr().err
 
 
 def test_what_stays_eager_is_not_taken_for_compiled() -> None:

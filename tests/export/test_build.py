@@ -17,10 +17,12 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import load_clip
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import candidates
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.candidates import Candidate, with_smaller_images
+from iosr_fast.export.check import check
 from iosr_fast.export.onnx import export_onnx
 from iosr_fast.export.precision import engine_fingerprint, quantisation
 from iosr_fast.export.pretrained import choose_adapter
@@ -130,6 +132,19 @@ def test_wrong_numbers_are_not_written(generic: np.ndarray, tmp_path: Path, monk
     with pytest.raises(ArithmeticError, match=r"in int8 are wrong: expected cosine >= 0\.99"):
         convert_engine(source, tmp_path / "engine", "onnxruntime", "int8", np.zeros_like(generic[:8]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_picture_alone_is_checked_like_a_batch() -> None:
+    """A plan of TensorRT has a profile of its own for it."""
+    right = np.eye(3, dtype=np.float32)
+
+    class WrongAlone(BatchedEncoder):
+        def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+            return (right if len(pixels) == 3 else right[1:2],)
+
+    facts = {"image_size": 32, "width": 3, "fingerprint": "", "max_batch": 4, "first_adapted_block": None}
+    with pytest.raises(ArithmeticError, match="plain embeddings of random pictures by onnxruntime in fp32 are wrong"):
+        check(WrongAlone(facts, "onnxruntime"), {"random": (random_pixels(3, 32), (right,))}, "fp32")
 
 
 @pytest.mark.parametrize(

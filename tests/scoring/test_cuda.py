@@ -173,16 +173,11 @@ def test_the_module_imports_without_a_gpu_and_errors_have_cudas_words(built: Pat
     assert "RuntimeError: CUDA device 4096: " in done.stderr
 
 
-def gpu_module() -> Any:
-    return pytest.importorskip("iosr_fast._C_cuda")
-
-
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keys", PRECISIONS)
 def test_shapes_on_a_gpu(keys: str, kind: str, rng: np.random.Generator) -> None:
-    gpu_module()
     large = ([16] * 100, [3, 40000, 0, 7000], [8] * 1030)
     for counts, width in itertools.product((*(counts for counts, _, _ in SHAPES), *large), (1, 33, 512)):
         plan = make_plan(rng, counts, width, keys, kind)
@@ -195,7 +190,6 @@ def test_shapes_on_a_gpu(keys: str, kind: str, rng: np.random.Generator) -> None
 @needs_gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_graphs_and_streams_at_once_give_the_bits_of_one_call(kind: str, rng: np.random.Generator) -> None:
-    gpu_module()
     parts = device_plan(make_plan(rng, [4000] * 40, 256, "fp16", kind), "cuda")
     queries = random_queries(rng, 16, 256).cuda()
     expected, recorded = torch.zeros(16, 40, device="cuda"), torch.zeros(16, 40, device="cuda")
@@ -217,7 +211,6 @@ def test_graphs_and_streams_at_once_give_the_bits_of_one_call(kind: str, rng: np
 @pytest.mark.gpu
 @needs_gpu
 def test_a_second_gpu_leaves_the_first_alone() -> None:
-    gpu_module()
     if torch.cuda.device_count() < 2:
         pytest.skip("a second GPU is needed")
     code = (
