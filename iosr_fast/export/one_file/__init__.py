@@ -1,0 +1,1 @@
+"""A fitted classifier as one ONNX graph: `graph` joins `pixels`, the encoder of an engine, `logits` and `unknown`."""
