@@ -17,6 +17,7 @@ pytest.importorskip("open_clip")
 pytest.importorskip("onnxscript")
 
 from iosr_fast import Classifier  # noqa: E402
+from iosr_fast.cli import benchmark  # noqa: E402
 from iosr_fast.clip.adapter import random_adapter  # noqa: E402
 from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.encoders.engine_folder import Target, unavailable_reason  # noqa: E402
@@ -322,3 +323,5 @@ def test_a_classifiers_plan_answers_as_the_classifier_on_a_gpu(
     Classifier("demo", method="tip-adapter++", runtime=name).fit(images, labels).save(tmp_path / "saved")
     words = ("build-engine", "--classifier", tmp_path / "saved", "--out", tmp_path / "plan", "--runtime", name)
     assert "so does the plan, on the GPU here" in done(*words)
+    parts, _ = benchmark.open_parts(tmp_path / "saved", benchmark.read_files(None, 9)[0], name, None)
+    assert "one plan" in parts, "it is verified"
