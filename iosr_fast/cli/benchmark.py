@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from iosr_fast.cli.command import ListCommand, command_app, note, say
@@ -15,6 +16,7 @@ from iosr_fast.exceptions import IosrFastError
 if TYPE_CHECKING:
     import numpy as np
 
+    from iosr_fast.classifier import Classifier
     from iosr_fast.encoders.encoder import Encoder
 
 SECONDS, FEWEST, MOST = 4.0, 10, 300  # of one row: its time, and its calls at least and at most
@@ -34,9 +36,11 @@ def main(
 ) -> None:
     """Time a saved classifier or an engine on this machine: latency percentiles and images a second.
 
-    engine: decoded pixels to embeddings. whole path: encoded files to labels (of an engine to embeddings), called by
-    one caller. First the folder's files are compared with their hashes, and every image's embedding in a batch with
-    its embedding alone (of a classifier also the labels).
+    engine: decoded pixels to embeddings. engine, then kernels: to probabilities, by this package. one file (TensorRT:
+    one plan): the same by the graph of `iosr-fast export --pixels`. whole path: encoded files to labels (of an engine
+    to embeddings). There is one caller. First the folder's files are compared with their hashes, every image's
+    embedding in a batch with its embedding alone (of a classifier also the labels), and answers of the one file with
+    the classifier's.
 
     \b
     iosr-fast benchmark my-classifier --batch 1 8 32 --images photographs/
@@ -49,7 +53,7 @@ def main(
     facts |= {"images": source, "folder": str(folder)}
     say(f"{folder}: {facts['runtime']} {facts['precision']}, {facts['threads']} threads; {facts['device']}")
     say(f"{len(files)} images: {source}; verified: {facts['verified']}")
-    say(f"{'part':12}{'batch':>6}{'calls':>7}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'images/s':>10}")
+    say(f"{'part':21}{'batch':>6}{'calls':>7}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'images/s':>10}")
     rows: list[dict[str, Any]] = []
     with progress("benchmark", len(parts) * len(batch)) as advance:
         for part, (run, items) in parts.items():
@@ -57,7 +61,7 @@ def main(
                 row = {"part": part, "batch": size, **time_calls(run, items[:size]), **facts}
                 rows.append(row)
                 milliseconds = "".join(f"{row[f'p{q}_ms']:10.2f}" for q in (50, 90, 99))
-                say(f"{part:12}{size:6}{row['calls']:7}{milliseconds}{row['images_per_s']:10.1f}")
+                say(f"{part:21}{size:6}{row['calls']:7}{milliseconds}{row['images_per_s']:10.1f}")
                 if json_path is not None:
                     write_rows(json_path, rows)
                 advance(1)
@@ -94,8 +98,9 @@ def open_parts(
 ) -> tuple[dict[str, tuple[Call, Any]], dict[str, Any]]:
     """What is timed, verified, each with its items; and the facts of all rows. Raises ArithmeticError where a batch
     changes a result."""
-    from iosr_fast.encoders.engine_folder import ENGINE_KIND
+    from iosr_fast.encoders.engine_folder import ENGINE_KIND, EXTRAS
     from iosr_fast.encoders.runtimes import open_engine
+    from iosr_fast.head.one_file import TOLERANCE
     from iosr_fast.images.preprocess import to_pixels
     from iosr_fast.store.bundle import kind_of
 
@@ -108,7 +113,7 @@ def open_parts(
         return encoder.encode(decode(files))
 
     whole: Call = embed
-    verified = "hashes, embeddings in a batch and alone"
+    verified, more = "hashes, embeddings in a batch and alone", dict[str, Call]()
     if kind_of(folder) == ENGINE_KIND:
         encoder = open_engine(folder, runtime, threads=threads)
     else:
@@ -120,9 +125,37 @@ def open_parts(
         few = files[:8]
         if classifier.predict(few).tolist() != [classifier.predict([file]).tolist()[0] for file in few]:
             raise ArithmeticError("expected the same labels in a batch and alone, got others; nothing is timed")
+        more["engine, then kernels"] = classifier.predict_proba
+        try:
+            name = "one plan" if encoder.runtime in EXTRAS else "one file"
+            more[name] = open_one_file(classifier, decode(few))
+            verified += f"; {name}: labels, probabilities to {TOLERANCE}"
+        except IosrFastError as error:
+            note(f"not timed as {name}: {error}")
     pixels = decode(files)
     check_batches(encoder, pixels[:8])
-    return {"engine": (encoder.encode, pixels), "whole path": (whole, files)}, facts_of(encoder, verified)
+    on_pixels = {"engine": encoder.encode, **more}
+    parts = {name: (run, pixels) for name, run in on_pixels.items()} | {"whole path": (whole, files)}
+    return parts, facts_of(encoder, verified)
+
+
+def open_one_file(classifier: Classifier, pixels: np.ndarray) -> Call:
+    """Pixels to probabilities and labels by one graph, in the runtime of the classifier's encoder. Raises IosrFastError
+    where the classifier can't be exported, ArithmeticError where the graph answers `pixels`, or one of them alone,
+    otherwise than the classifier."""
+    from iosr_fast.encoders.runtimes.graph import open_graph
+    from iosr_fast.head.abstention import NONE_WITHHELD
+    from iosr_fast.head.one_file import check_answers, one_file
+
+    fit = classifier._fitted()
+    model = one_file(fit, NONE_WITHHELD, "pixels")
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "classifier.onnx")
+        file.write_bytes(model.SerializeToString())
+        run = open_graph(file, [output.name for output in model.graph.output], fit.encoder)
+    for few in (pixels, pixels[:1]):
+        check_answers(run(few), fit, fit.encoder, few, NONE_WITHHELD)
+    return run
 
 
 def check_batches(encoder: Encoder, pixels: np.ndarray) -> None:

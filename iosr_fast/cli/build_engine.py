@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import note
 from iosr_fast.cli.options import Adapter, Model, Runtime, option
 from iosr_fast.sealed.folders import check_new_folder
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def build_engine(
-    out: Annotated[Path, option("Folder to write. An engine that is there is replaced.")],
+    out: Annotated[Path, option("Folder to write. An engine, or plan, that is there is replaced.")],
     model: Model = "demo",
     pretrained: Annotated[str | None, option("Tag of open_clip's weights, a file, or none: random.")] = None,
     adapter: Adapter = "auto",
@@ -28,6 +29,11 @@ def build_engine(
     precision: Annotated[str, option("fp32, fp16 (GPUs), bf16 (openvino), int8, or fp8 (TensorRT).")] = "fp32",
     calibration: Annotated[Path | None, option("For int8 and fp8: images like yours [default: the demo's].")] = None,
     max_batch: Annotated[int, option("Images of one run at most; larger batches are split.")] = 32,
+    classifier: Annotated[
+        Path | None, option("A saved classifier, in place of a CLIP: a TensorRT plan from pixels to probabilities.")
+    ] = None,
+    max_error: shared.PromisedError = None,
+    reject_unknown: shared.RejectUnknown = False,
 ) -> None:
     """Fuse a CLIP and its adapter into one encoder, compile it, and check it against PyTorch.
 
@@ -35,10 +41,26 @@ def build_engine(
     transformer (ConvNeXt, ResNet) and can't have one: `iosr-fast models` lists them. The runtime auto is TensorRT or
     TensorRT-RTX on a GPU, PyTorch on a GPU without them, OpenVINO on an x86-64 CPU, and ONNX Runtime on others.
 
+    --classifier compiles a saved classifier instead, encoder and head in one plan, for programs of TensorRT or Triton
+    Inference Server: uint8 images of the encoder's size in, probabilities and labels out.
+
     \b
     iosr-fast build-engine --model ViT-B-16 --pretrained openai \\
         --adapter adapter.safetensors --out engine
+    iosr-fast build-engine --classifier my-classifier \\
+        --runtime tensorrt --out plan
     """
+    if classifier is not None:
+        of_clip = (model, pretrained, adapter, first_adapted_block, precision, calibration)
+        if of_clip != ("demo", None, "auto", None, "fp32", None):
+            raise typer.BadParameter(
+                "expected no --model, --pretrained, --adapter, --first-adapted-block, --precision and --calibration "
+                "with --classifier, which has an engine"
+            )
+        build_plan(classifier, out, runtime, max_batch, max_error, reject_unknown)
+        return
+    if max_error is not None or reject_unknown:
+        raise typer.BadParameter("expected --max-error and --reject-unknown only with --classifier")
     require_installed("torch", "cpu")
     from iosr_fast.clip.adapter import random_adapter
     from iosr_fast.clip.load import load_clip
@@ -64,6 +86,32 @@ def build_engine(
     quantised = precision in QUANTISED
     pictures = calibration_pictures(clip, calibration) if quantised else demo_pictures(clip.geometry)
     describe(write_engine(clip, fused, out, runtime, precision, max_batch, pictures), out)
+
+
+def build_plan(
+    classifier: Path, out: Path, runtime: str, max_batch: int, max_error: float | None, reject_unknown: bool
+) -> None:
+    """Write a saved classifier's plan, and print what was checked."""
+    from iosr_fast.encoders.engine_folder import Target
+    from iosr_fast.head.abstention import Abstention
+    from iosr_fast.head.one_plan import PLAN_KIND, plan_runtime, write_plan
+    from iosr_fast.methods.unknown import KEEP
+    from iosr_fast.store.bundle import load_saved
+
+    check_new_folder(out, PLAN_KIND)
+    runtime = plan_runtime(runtime)
+    abstention = Abstention.of("reject" if reject_unknown else None, None, KEEP, max_error)
+    fit = load_saved(classifier).open("auto", None, 1)
+    manifest = write_plan(fit, out, runtime, max_batch, abstention)
+    ran = "so does the plan, on the GPU here" if manifest["was_run"] else "the plan was not run: no GPU for it here"
+    note(
+        f"{len(manifest['class_names'])} classes: pixels to {', '.join(manifest['outputs'])}",
+        f"  the graph in ONNX Runtime answers as the classifier; {ran}",
+        f"built for batches of up to {max_batch}:",
+        *(f"  {out / name}  {entry['bytes'] / 1e6:.1f} MB" for name, entry in manifest["files"].items()),
+        f"  {out / 'manifest.json'}, for {Target(**manifest['target'])}",
+        err=False,
+    )
 
 
 def demo_pictures(geometry: Geometry) -> np.ndarray:

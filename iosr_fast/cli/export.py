@@ -7,23 +7,14 @@ from typing import Annotated
 
 from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import note
-from iosr_fast.cli.options import RejectOption, argument, as_share, option
+from iosr_fast.cli.options import argument, option
 
 
 def export(
     classifier: shared.SavedClassifier,
     file: Annotated[Path, argument("FILE", "ONNX file to write.")],
-    max_error: Annotated[
-        float | None,
-        option(
-            "Answer whether a label is accepted: at most this share, like 1%, is wrong.",
-            metavar="SHARE",
-            parser=as_share,
-        ),
-    ] = None,
-    reject_unknown: Annotated[
-        bool, RejectOption("Answer whether it is one, with a score.", "--reject-unknown")
-    ] = False,
+    max_error: shared.PromisedError = None,
+    reject_unknown: shared.RejectUnknown = False,
     pixels: Annotated[bool, option("Take images of the encoder's size only, without a resize.", "--pixels")] = False,
 ) -> None:
     """Write a saved classifier as one ONNX file: images of any size in, probabilities and labels out.

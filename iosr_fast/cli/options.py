@@ -58,6 +58,14 @@ def as_share(text: str) -> float:
     return share
 
 
+# Of a classifier that is exported.
+PromisedError = Annotated[
+    float | None,
+    option(
+        "Answer whether a label is accepted: at most this share, like 1%, is wrong.", metavar="SHARE", parser=as_share
+    ),
+]
+RejectUnknown = Annotated[bool, RejectOption("Answer whether it is one, with a score.", "--reject-unknown")]
 # Files to write.
 Html = Annotated[Path | None, option("Write a page with the pictures here, one file.", callback=new_page)]
 Json = Annotated[Path | None, option("Write the figures here, as JSON.", "--json", callback=new_file)]

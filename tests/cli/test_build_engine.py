@@ -8,10 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from iosr_fast.encoders.engine_folder import Target, unavailable_reason
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.encoders.runtimes.graph import Graph, open_graph
 from iosr_fast.export import build
+from iosr_fast.head import one_plan
+from iosr_fast.sealed.manifest import read_manifest
+from iosr_fast.store.bundle import load_saved
 from tests.cli.runs import done, refused
-from tests.demo_cache import export_once
+from tests.demo_cache import demo_bundle, export_once
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +49,72 @@ def test_an_engine_without_an_adapter_has_plain_embeddings(tmp_path: Path) -> No
     assert json.loads((tmp_path / "engine" / "manifest.json").read_text())["first_adapted_block"] is None
 
 
+def test_a_classifiers_plan_comes_with_class_names_and_says_that_it_was_not_run(tmp_path: Path) -> None:
+    version = pytest.importorskip("tensorrt_rtx").__version__
+    if unavailable_reason("tensorrt_rtx") is None:
+        pytest.skip("shows what a machine without a GPU builds")
+    words = ("build-engine", "--classifier", demo_bundle(), "--out", tmp_path / "plan", "--runtime", "tensorrt_rtx")
+    shown = done(*words, "--max-batch", "4", "--max-error", "30%", "--reject-unknown")
+    assert "not run: no GPU" in shown and f"for any GPU with tensorrt_rtx {version}" in shown
+    manifest = read_manifest(tmp_path / "plan", "plan")
+    fit, facts = load_saved(demo_bundle()).open("onnxruntime", None, 1), manifest["iosr_fast"]
+    assert manifest["class_names"] == list(fit.head.class_names) and list(manifest["files"]) == ["1/model.plan"]
+    assert set(manifest["outputs"]) == {"probabilities", "label", "accepted", "unknown", "rejected"}
+    assert (manifest["was_run"], manifest["max_batch"]) == (False, 4)
+    assert manifest["target"]["gpu"] is None and manifest["target"]["version"] == version
+    assert facts["encoder_fingerprint"] == fit.encoder.fingerprint and facts["max_error"] == 0.3 and facts["promise"]
+
+
+@pytest.mark.parametrize(("max_batch", "profiles"), [(1, '"0"'), (4, '"0", "1"')])
+def test_a_plan_is_written_for_triton_after_it_answered_as_the_classifier_does(
+    max_batch: int, profiles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime executes in place of TensorRT."""
+    fit = load_saved(demo_bundle()).open("onnxruntime", 1, 1)
+    here = Target(runtime="tensorrt", version="10.1", gpu="NVIDIA H100", compute_capability="9.0")
+    monkeypatch.setattr(one_plan, "target", lambda runtime: here)
+    monkeypatch.setattr(one_plan, "unavailable_reason", lambda runtime: None)
+    monkeypatch.setattr(one_plan, "build_plan", lambda file, runtime, max_batch: b"a plan")
+    sizes: list[int] = []
+    wrong: set[int] = set()  # sizes of batches
+
+    def opened(file: Path, plan: bytes, runtime: str, outputs: list[str], shape: tuple[int, ...]) -> Graph:
+        execute = open_graph(file, outputs, fit.encoder)
+        assert shape == (max_batch, 64, 64, 3)
+
+        def run(pixels: np.ndarray) -> dict[str, np.ndarray]:
+            sizes.append(len(pixels))
+            got = execute(pixels)
+            return got | {"label": (got["label"] + (len(pixels) in wrong)) % 12}
+
+        return run
+
+    monkeypatch.setattr(one_plan, "graph_of_plan", opened)
+    for size in (1, min(max_batch, 3)):  # of each profile
+        wrong |= {size}
+        with pytest.raises(ArithmeticError, match="output label"):
+            one_plan.write_plan(fit, tmp_path / "plan", "tensorrt", max_batch)
+        wrong.clear()
+    assert list(tmp_path.iterdir()) == []
+    assert one_plan.write_plan(fit, tmp_path / "plan", "tensorrt", max_batch)["was_run"]
+    assert set(sizes) == {1, min(max_batch, 3)}
+    config = (tmp_path / "plan" / "config.pbtxt").read_text()
+    assert config == f'backend: "tensorrt"\ninstance_group [ {{ kind: KIND_GPU profile: [ {profiles} ] }} ]\n'
+    assert (tmp_path / "plan" / "1" / "model.plan").read_bytes() == b"a plan"
+
+
+def test_a_classifier_of_several_labels_has_no_plan(of_several_labels: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    words = ("build-engine", "--classifier", of_several_labels, "--runtime", "tensorrt_rtx")
+    assert "fitted with several" in refused(*words, "--out", tmp_path / "plan")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--classifier", "c", "--model", "ViT-B-32", "--precision", "fp16"], "with --classifier, which has an engine"),
+        (["--classifier", "c", "--runtime", "openvino"], "got openvino; `iosr-fast export` writes one ONNX file"),
+        (["--max-error", "1%"], "expected --max-error and --reject-unknown only with --classifier"),
         (["--adapter", "a.safetensors", "--first-adapted-block", "3"], "knows its own blocks"),
         (["--adapter", "a.safetensors"], "no adapter at a.safetensors"),
         (["--model", "ViT-B-17"], "ViT-B-17"),

@@ -102,5 +102,5 @@ class FakeGpu:
             graph_pool_handle=lambda: None,
         )
         device = lambda kind, index: (kind, index)  # noqa: E731
-        names = {name: getattr(torch, name) for name in ("uint8", "no_grad", "__version__")}
+        names = {name: getattr(torch, name) for name in ("uint8", "int64", "bool", "float32", "no_grad", "__version__")}
         return SimpleNamespace(**names, cuda=cuda, device=device, zeros=on_cpu(torch.zeros), empty=on_cpu(torch.zeros))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,17 +16,22 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("open_clip")
 pytest.importorskip("onnxscript")
 
+from iosr_fast import Classifier  # noqa: E402
+from iosr_fast.cli import benchmark  # noqa: E402
 from iosr_fast.clip.adapter import random_adapter  # noqa: E402
 from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.encoders.engine_folder import Target, unavailable_reason  # noqa: E402
-from iosr_fast.encoders.runtimes import gpu, open_engine, tensorrt  # noqa: E402
+from iosr_fast.encoders.runtimes import gpu, graph, open_engine, tensorrt  # noqa: E402
 from iosr_fast.encoders.runtimes import torch as torch_runtime  # noqa: E402
+from iosr_fast.encoders.runtimes.graph import graph_of_plan  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder, build_plan, optimization_profiles  # noqa: E402
 from iosr_fast.encoders.runtimes.torch import TorchEncoder  # noqa: E402
 from iosr_fast.export.build import write_engine  # noqa: E402
 from iosr_fast.sealed.manifest import read_manifest  # noqa: E402
+from tests.cli.runs import done  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.encoders.fake_gpu import FakeGpu, Stream  # noqa: E402
+from tests.store.live_parts import pictures  # noqa: E402
 
 FACTS = {"image_size": 4, "width": 3, "fingerprint": "f" * 64, "max_batch": 6, "first_adapted_block": 1}
 
@@ -120,6 +125,8 @@ class Context:
 class TensorRT:
     """The modules tensorrt and tensorrt_rtx, with a plan that has `profiles`, and what was asked of them."""
 
+    nptype = staticmethod(np.dtype)
+    outputs: ClassVar = {"plain": ("float32", (-1, 3)), "adapted": ("float32", (-1, 3))}  # of the plan
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="managed")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
@@ -140,6 +147,8 @@ class TensorRT:
             num_optimization_profiles=profiles,
             create_runtime_config=lambda: self.config,
             create_execution_context=self.create_context,
+            get_tensor_dtype=lambda name: self.outputs[name][0],
+            get_tensor_shape=lambda name: self.outputs[name][1],
         )
 
     def Runtime(self, logger: Any) -> Any:
@@ -191,6 +200,28 @@ def test_each_batch_size_of_a_plan_has_one_context_with_its_profile_and_one_grap
         assert all(call[name] == calls[0][name] for call in calls), "all contexts share the buffers"
 
 
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt_rtx"])
+def test_a_plan_of_other_outputs_runs_as_an_encoders(
+    runtime: str, fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt, file = TensorRT(), tmp_path / "classifier.onnx"
+    trt.outputs = {"label": ("int64", (-1,)), "probabilities": ("float32", (-1, 5)), "accepted": ("bool", (-1,))}
+    file.write_bytes(b"a graph")
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
+    here = Target(runtime=runtime, version="10.1", gpu="RTX 4090", compute_capability="8.9")
+    monkeypatch.setattr(graph, "target", lambda runtime: here)
+    monkeypatch.setattr(tensorrt, "require", lambda module, extra: fake_gpu.torch if module == "torch" else trt)
+    run = graph_of_plan(file, b"a plan", runtime, tuple(trt.outputs), (6, 4, 4, 3))
+    for batch in (1, 14, 3):
+        forms = {name: (got.dtype.name, got.shape) for name, got in run(random_pixels(batch, 4)).items()}
+        assert forms == {name: (dtype, (batch, *shape[1:])) for name, (dtype, shape) in trt.outputs.items()}
+    assert [context.calls["set_input_shape"][0][1][0] for context in trt.contexts] == [1, 6, 2, 4]
+    assert all(
+        [name for name, _ in context.calls["set_tensor_address"]] == ["pixels", *trt.outputs]
+        for context in trt.contexts
+    )
+
+
 def test_compiled_kernels_are_kept_in_the_cache_and_never_in_the_engine(
     open_plan_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,6 +249,7 @@ def test_the_called_names_of_tensorrt_rtx_exist() -> None:
     assert set(vars(fake.engine)) <= set(dir(trt.ICudaEngine))
     assert {*vars(fake.config), "dynamic_shapes_kernel_specialization_strategy"} <= set(dir(trt.IRuntimeConfig))
     assert {"serialize", "deserialize"} <= set(dir(trt.IRuntimeCache))
+    assert trt.nptype(trt.DataType.INT64) is np.int64
     assert trt.DynamicShapesKernelSpecializationStrategy.EAGER and trt.ExecutionContextAllocationStrategy.USER_MANAGED
     assert [int(getattr(trt.ILogger.Severity, name)) for name in ("INTERNAL_ERROR", "VERBOSE")] == [0, 4]
 
@@ -277,3 +309,19 @@ def test_graphs_and_eager_runs_on_a_gpu(name: str, tmp_path: Path, monkeypatch: 
                 np.testing.assert_allclose(got, right, atol=1e-4 if name == "torch" else 5e-3)
     assert len(list((tmp_path / "cache").rglob("*.kernels"))) == (name == "tensorrt_rtx")
     assert sorted((tmp_path / "engine").rglob("*")) == files, "running an engine leaves its folder as it is"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+def test_a_classifiers_plan_answers_as_the_classifier_on_a_gpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (reason := unavailable_reason(name)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
+    images, labels = pictures(np.random.default_rng(0), 3, 3)
+    Classifier("demo", method="tip-adapter++", runtime=name).fit(images, labels).save(tmp_path / "saved")
+    words = ("build-engine", "--classifier", tmp_path / "saved", "--out", tmp_path / "plan", "--runtime", name)
+    assert "so does the plan, on the GPU here" in done(*words)
+    parts, _ = benchmark.open_parts(tmp_path / "saved", benchmark.read_files(None, 9)[0], name, None)
+    assert "one plan" in parts, "it is verified"

@@ -23,19 +23,23 @@ class OnnxRuntimeEncoder(BatchedEncoder):
         self, folder: Path, manifest: dict[str, Any], threads: int | None = None, runs: int = 1, adapted: bool = True
     ) -> None:
         super().__init__(manifest, "onnxruntime", adapted)
-        file = ONNX_FILE if adapted else PLAIN_FILE
         self.threads, self.runs = threads, runs
-        ort = require("onnxruntime", "cpu")
-        options = ort.SessionOptions()
-        # Each run adds its calling thread to the session's, and ONNX Runtime counts one caller.
-        options.intra_op_num_threads = 0 if threads is None else runs * (threads - 1) + 1
-        options.log_severity_level = 3
-        try:
-            self._session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise UnavailableError(
-                f"ONNX Runtime can't load {file} in {folder}: {error}; build the engine again"
-            ) from error
+        self._session = open_session(folder / (ONNX_FILE if adapted else PLAIN_FILE), threads, runs)
 
     def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         return tuple(self._session.run(list(self.outputs), {"pixels": pixels}))
+
+
+def open_session(file: Path, threads: int | None = None, runs: int = 1) -> Any:
+    """The InferenceSession of an ONNX file on the CPU, for `runs` calls at once, each by `threads`."""
+    ort = require("onnxruntime", "cpu")
+    options = ort.SessionOptions()
+    # Each run adds its calling thread to the session's, and ONNX Runtime counts one caller.
+    options.intra_op_num_threads = 0 if threads is None else runs * (threads - 1) + 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        raise UnavailableError(
+            f"ONNX Runtime can't load {file.name} in {file.parent}: {error}; build the engine again"
+        ) from error

@@ -56,26 +56,12 @@ class OpenVINOEncoder(BatchedEncoder):
         self, folder: Path, manifest: dict[str, Any], threads: int | None = None, runs: int = 1, adapted: bool = True
     ) -> None:
         super().__init__(manifest, "openvino", adapted)
-        file = ONNX_FILE if adapted else PLAIN_FILE
-        core = openvino_core()
-        bf16 = manifest["precision"] == "bf16"
-        if bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            log.warning("this processor has no bf16 instructions: the engine computes in fp32")
-            bf16 = False
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
-        options["NUM_STREAMS"] = str(runs)
-        if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = str(threads * runs)
-        try:
-            self._compiled = core.compile_model(str(folder / file), "CPU", options)
-            self._idle: SimpleQueue[Any] = SimpleQueue()  # one request a stream
-            for _ in range(runs):
-                self._idle.put(self._compiled.create_infer_request())
-        except RuntimeError as error:
-            raise UnavailableError(
-                f"OpenVINO can't load {file} in {folder}: {error}; build the engine again"
-            ) from error
         self.threads, self.runs = threads, runs
+        file = folder / (ONNX_FILE if adapted else PLAIN_FILE)
+        self._compiled = compile_graph(file, threads, runs, manifest["precision"] == "bf16")
+        self._idle: SimpleQueue[Any] = SimpleQueue()  # one request a stream
+        for _ in range(runs):
+            self._idle.put(self._compiled.create_infer_request())
 
     def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         request = self._idle.get()
@@ -84,3 +70,21 @@ class OpenVINOEncoder(BatchedEncoder):
             return tuple(np.array(outputs[name]) for name in self.outputs)  # copies: the request reuses its memory
         finally:
             self._idle.put(request)
+
+
+def compile_graph(file: Path, threads: int | None = None, runs: int = 1, bf16: bool = False) -> Any:
+    """The CompiledModel of an ONNX file on the CPU with `runs` streams, each of `threads`; `bf16` where it can."""
+    core = openvino_core()
+    if bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        log.warning("this processor has no bf16 instructions: the engine computes in fp32")
+        bf16 = False
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
+    options["NUM_STREAMS"] = str(runs)
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = str(threads * runs)
+    try:
+        return core.compile_model(str(file), "CPU", options)
+    except RuntimeError as error:
+        raise UnavailableError(
+            f"OpenVINO can't load {file.name} in {file.parent}: {error}; build the engine again"
+        ) from error

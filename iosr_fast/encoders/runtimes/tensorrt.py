@@ -7,9 +7,12 @@ one path.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from iosr_fast.encoders.engine_folder import EXTRAS, Target, target, unavailable_reason
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
@@ -59,45 +62,47 @@ def optimization_profiles(builder: Any, picture: tuple[int, ...], max_batch: int
     return profiles
 
 
-class TensorRTEncoder(BatchedEncoder):
-    """Executes the plan that fits this machine on the current CUDA device, with PyTorch's tensors as buffers.
+class LoadedPlan:
+    """Executes a plan with the input "pixels" on the current CUDA device, with PyTorch's tensors as buffers.
 
-    If the engine has no such plan, one is built from its encoder.onnx in the user's cache (plan_cache). Each batch size
-    has an execution context, whose shape and profile never change, because a CUDA graph depends on them. Contexts share
-    their working memory; GpuRuns runs one at a time.
+    Each batch size has an execution context, whose shape and profile never change, because a CUDA graph depends on
+    them. Contexts share their working memory; GpuRuns runs one at a time.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], runtime: str) -> None:
-        super().__init__(manifest, runtime)
+    def __init__(
+        self, plan: bytes, file: Path, here: Target, outputs: Sequence[str], max_batch: int, fingerprint: str
+    ) -> None:
+        """`plan` is the content of `file`, `fingerprint` that of what the plan computes."""
         self._torch = torch = require("torch", "gpu")
+        self._runtime = runtime = here.runtime
+        self._outputs = tuple(outputs)
         trt: Any = require(runtime, EXTRAS[runtime])
-        if (reason := unavailable_reason(runtime)) is not None:
-            raise UnavailableError(f"{runtime} can't run here: {reason}; open the engine with runtime='onnxruntime'")
-        here = target(runtime)
-        plan, path = open_plan(folder, manifest, here, partial(build_plan, runtime=runtime, max_batch=self.max_batch))
         self._logger = _logger(trt)
         self._trt_runtime = trt.Runtime(self._logger)
         self._engine = self._trt_runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise UnavailableError(
-                f"{here} can't load {path}: {'; '.join(self._logger.errors)}; remove that file if it is in the cache, "
+                f"{here} can't load {file}: {'; '.join(self._logger.errors)}; remove that file if it is in the cache, "
                 "else build the engine again on this machine, or open it with runtime='onnxruntime'"
             )
-        self._kernels = KernelCache(trt, self._engine, here, self.fingerprint) if runtime == "tensorrt_rtx" else None
+        self._kernels = KernelCache(trt, self._engine, here, fingerprint) if runtime == "tensorrt_rtx" else None
         managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._options = managed if self._kernels is None else self._kernels.options
-        self._results = [torch.empty((self.max_batch, self.width), device="cuda") for _ in self.outputs]
+        self._results = []
+        for name in self._outputs:
+            dtype = getattr(torch, np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))).name)
+            shape = (max_batch, *tuple(self._engine.get_tensor_shape(name))[1:])
+            self._results.append(torch.empty(shape, dtype=dtype, device="cuda"))
         self._memory = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device="cuda")
         self._contexts: dict[int, Any] = {}
-        self.use_gpu(self._launch)
 
-    def _launch(self, pixels: Any) -> list[Any]:
+    def launch(self, pixels: Any) -> list[Any]:
         """Launch on the current stream; the first launch of a size creates its context and compiles RTX's kernels."""
         size, stream = len(pixels), self._torch.cuda.current_stream().cuda_stream
         if first := size not in self._contexts:
             self._contexts[size] = self._new_context(pixels, stream)
         if not self._contexts[size].execute_async_v3(stream):
-            raise RuntimeError(f"{self.runtime} failed on {size} pictures: {'; '.join(self._logger.errors)}")
+            raise RuntimeError(f"{self._runtime} failed on {size} pictures: {'; '.join(self._logger.errors)}")
         if first and self._kernels is not None:
             self._kernels.save()
         return self._results
@@ -105,16 +110,29 @@ class TensorRTEncoder(BatchedEncoder):
     def _new_context(self, pixels: Any, stream: int) -> Any:
         context = self._engine.create_execution_context(self._options)
         if context is None:
-            raise RuntimeError(f"{self.runtime} can't prepare the plan: {'; '.join(self._logger.errors)}")
+            raise RuntimeError(f"{self._runtime} can't prepare the plan: {'; '.join(self._logger.errors)}")
         context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
         # The first profile is for one picture, if there is a second; plans of version 0.2 have one for all.
         profile = min(len(pixels), self._engine.num_optimization_profiles) - 1
         accepted = context.set_optimization_profile_async(profile, stream)
-        for name, buffer in zip(("pixels", *self.outputs), (pixels, *self._results), strict=True):
+        for name, buffer in zip(("pixels", *self._outputs), (pixels, *self._results), strict=True):
             accepted = accepted and context.set_tensor_address(name, buffer.data_ptr())
         if not (accepted and context.set_input_shape("pixels", tuple(pixels.shape))):
-            raise RuntimeError(f"{self.runtime} refuses batches of {len(pixels)}: {'; '.join(self._logger.errors)}")
+            raise RuntimeError(f"{self._runtime} refuses batches of {len(pixels)}: {'; '.join(self._logger.errors)}")
         return context
+
+
+class TensorRTEncoder(BatchedEncoder):
+    """Executes the plan of an engine that fits this machine; if there is none, one is built from its encoder.onnx in
+    the user's cache (plan_cache)."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], runtime: str) -> None:
+        super().__init__(manifest, runtime)
+        if (reason := unavailable_reason(runtime)) is not None:
+            raise UnavailableError(f"{runtime} can't run here: {reason}; open the engine with runtime='onnxruntime'")
+        here = target(runtime)
+        plan, file = open_plan(folder, manifest, here, partial(build_plan, runtime=runtime, max_batch=self.max_batch))
+        self.use_gpu(LoadedPlan(plan, file, here, self.outputs, self.max_batch, self.fingerprint).launch)
 
 
 class KernelCache:
