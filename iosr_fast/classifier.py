@@ -409,9 +409,9 @@ class Classifier(Answering[Fit], Changing, Estimator):
         (B,), the `unknown_score`, and "rejected" (B,), as `predict` decides with these options.
 
         The resize is that of this package, exact and slow for large pictures: shrink those first. In fp32 labels are
-        the same in any runtime, in int8 on the same kernels only. IosrFastError for several labels, embeddings, an
-        engine without an ONNX graph or in bf16, fp16 or fp8, more than 2 GB, and too few support images for a promise;
-        ArithmeticError, with nothing written, where ONNX Runtime answers otherwise than the classifier."""
+        the same in any runtime, in fp16 and int8 on the same kernels only. IosrFastError for several labels,
+        embeddings, an engine without an ONNX graph or in bf16 or fp8, more than 2 GB, and too few support images for a
+        promise; ArithmeticError, with nothing written, where ONNX Runtime answers otherwise than the classifier."""
         write_one_file(self._store.fitted(), path, Abstention.of(unknown, None, keep, max_error), source)
 
     @classmethod

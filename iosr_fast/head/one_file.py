@@ -67,11 +67,12 @@ def write_one_file(fit: Fit, path: str | Path, abstention: Abstention, source: S
     check_file(fit, content, abstention, source)
     with new_file(path) as temporary:
         temporary.write_bytes(content)
-    if _exportable(fit)[1].manifest["precision"] == "int8":
+    if (precision := _exportable(fit)[1].manifest["precision"]) != "fp32":
         log.warning(
-            "%s is in int8, which processors and runtimes round differently: elsewhere a few of 100 labels may be "
+            "%s is in %s, which processors and runtimes round differently: elsewhere a few of 100 labels may be "
             "others; a file in fp32 answers alike everywhere",
             path,
+            precision,
         )
 
 

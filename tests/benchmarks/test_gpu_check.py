@@ -12,7 +12,7 @@ import pytest
 from tests import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
-SKIPPED = 3  # on a machine with one GPU and without TensorRT: the two TensorRTs, and a second GPU
+SKIPPED = 5  # two tests for each TensorRT, and one for a second GPU
 
 
 def named() -> list[str]:

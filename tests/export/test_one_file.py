@@ -16,12 +16,15 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier, Embeddings, FewShotHead
+from iosr_fast.clip.adapter import load_adapter
+from iosr_fast.clip.load import load_clip
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.export.build import convert_engine
+from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.one_file import graph
 from iosr_fast.export.one_file.graph import Answers, add_answers
 from iosr_fast.export.one_file.pixels import resized_pixels
 from iosr_fast.export.one_file.value import Value
+from iosr_fast.export.pretrained import DEMO_ADAPTER
 from iosr_fast.head import one_file
 from iosr_fast.images.geometry import INTERPOLATIONS, RESIZE_MODES, Geometry
 from iosr_fast.images.pixels import VERSION
@@ -166,17 +169,27 @@ def test_a_file_answers_as_the_classifier(
     assert adapted == (method == "tip-adapter++")
 
 
-def test_int8_answers_alike_on_the_same_kernels_and_says_so(
-    pictures: list[np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_fewer_bits_answer_alike_on_the_same_kernels_and_say_so(
+    precision: str, pictures: list[np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     images, labels = held_out_queries(12, 3)
-    convert_engine(open_verified(demo_engine(), "engine"), tmp_path / "int8", "onnxruntime", "int8", images)
+    if precision == "int8":
+        convert_engine(open_verified(demo_engine(), "engine"), tmp_path / "engine", "onnxruntime", "int8", images)
+    else:
+        pytest.importorskip("tensorrt_rtx")
+        write_engine(load_clip("demo"), load_adapter(DEMO_ADAPTER), tmp_path / "engine", "tensorrt_rtx", "fp16")
     classifier = Classifier(
-        "demo", engine=tmp_path / "int8", precision="int8", method="tip-adapter++", look_alikes=False
+        "demo",
+        engine=tmp_path / "engine",
+        runtime="onnxruntime",
+        precision=precision,
+        method="tip-adapter++",
+        look_alikes=False,
     )
     classifier.fit(images, labels).save(tmp_path / "saved")
     done("export", tmp_path / "saved", tmp_path / "demo.onnx", "--pixels")
-    assert "is in int8, which processors and runtimes round differently" in caplog.text
+    assert f"is in {precision}, which processors and runtimes round differently" in caplog.text
     pixels = to_pixels(pictures, Geometry(64))
     got = opened(tmp_path / "demo.onnx")({"pixels": pixels})
     expected = Classifier.load(tmp_path / "saved", runtime="onnxruntime")
@@ -252,7 +265,7 @@ def test_what_has_no_graph_to_export_is_refused_before_any_work(
     engine = open_verified(demo_engine(), "engine")
     for change, message in (
         ({"files": {}}, "expected an engine with an ONNX graph, got one for onnxruntime: build it with runtime="),
-        ({"manifest": {**engine.manifest, "precision": "bf16"}}, "expected an engine in fp32 or int8, got bf16"),
+        ({"manifest": {**engine.manifest, "precision": "bf16"}}, "expected an engine in fp32, fp16, int8, got bf16"),
     ):
         with pytest.raises(ValueError, match=message):
             graph.check_engine_graph(replace(engine, **change))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 Source = Literal["picture", "pixels"]
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")
 MOST_BYTES = 2_000_000_000  # protobuf's limit is 2 GiB
 
 
@@ -60,7 +60,7 @@ def check_engine_graph(engine: VerifiedFolder | None) -> VerifiedFolder:
             "runtime='onnxruntime'"
         )
     if (precision := engine.manifest["precision"]) not in PRECISIONS:
-        raise IosrFastError(f"expected an engine in {' or '.join(PRECISIONS)}, got {precision}: fit in one of these")
+        raise IosrFastError(f"expected an engine in {', '.join(PRECISIONS)}, got {precision}: fit in one of these")
     _check_size(sum(engine.manifest["files"][name]["bytes"] for name in (ONNX_FILE, WEIGHTS) if name in engine.files))
     return engine
 
