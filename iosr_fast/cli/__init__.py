@@ -22,6 +22,7 @@ COMMANDS = {
         "evaluate": "Measure a saved classifier on labelled images, or compare methods.",
         "audit": "Find mistakes in a saved classifier's images.",
         "suggest": "Choose the images of a folder to label next.",
+        "export": "Write a saved classifier as one ONNX file for any runtime.",
         "info": "Describe this machine, or verify and describe a saved folder.",
     },
     "Serve": {

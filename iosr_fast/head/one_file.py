@@ -1,0 +1,125 @@
+"""A fit as one ONNX file, for any runtime: pictures in, what a Verdict says out, checked before it is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export.one_file.graph import Answers, Source, check_engine_graph, make_graph
+from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.fitted import Fit
+from iosr_fast.head.head import Head
+from iosr_fast.head.verdict import judge
+from iosr_fast.images.pixels import VERSION
+from iosr_fast.images.preprocess import to_pixels
+from iosr_fast.methods.automation import automation, least_odds
+from iosr_fast.sealed.files import new_file
+from iosr_fast.sealed.outputs import check_new_file
+from iosr_fast.sealed.verified_folder import VerifiedFolder
+from iosr_fast.utils.json_values import json_values
+from iosr_fast.utils.machine import package_version
+from iosr_fast.utils.require import require
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+# The most by which a probability of the file may differ from the library's, and other numbers in proportion.
+TOLERANCE = 1e-3
+# Of the shapes that are checked, in parts of the encoder's: smaller and larger, tall and wide, two pictures at a time.
+_SHAPES = ((1.0, 1.0), (0.6, 1.7), (2.3, 1.1))
+_LICENCES = {"demo": "MIT"}  # of weights
+log = logging.getLogger(__name__)
+
+
+def one_file(fit: Fit, abstention: Abstention, source: Source = "picture") -> ModelProto:
+    """The onnx.ModelProto of Classifier.export. Raises IosrFastError for what one file can't hold or promise."""
+    if source not in get_args(Source):
+        raise IosrFastError(f"expected source to be 'picture' or 'pixels', got {source!r}")
+    head, engine = _exportable(fit)
+    onnx = require("onnx", "cpu")
+    abstention.check(head)
+    least = unknown = None
+    threshold = np.inf
+    if abstention.max_error is not None:
+        least = least_odds(head.left_out_labels, abstention.max_error)
+    if abstention.keep is not None:
+        unknown, threshold = head.unknown, head.unknown.threshold(abstention.keep)
+    model = make_graph(engine, Answers(head.plan, head.needs_adapted, least, unknown, threshold), source)
+    texts = {"class_names": head.class_names, "iosr_fast": json_values(_facts(fit, abstention))}
+    onnx.helper.set_model_props(model, {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()})
+    return model
+
+
+def write_one_file(fit: Fit, path: str | Path, abstention: Abstention, source: Source = "picture") -> None:
+    """Write `one_file`, whole or not at all, after ONNX Runtime answered a few pictures with it as the library does.
+    Raises ArithmeticError where it did not."""
+    check_new_file(Path(path), (".onnx",))
+    require("onnxruntime", "cpu")
+    content = one_file(fit, abstention, source).SerializeToString()
+    _check_answers(fit, content, abstention, source)
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+    if _exportable(fit)[1].manifest["precision"] == "int8":
+        log.warning(
+            "%s is in int8, which processors and runtimes round differently: elsewhere a few of 100 labels may be "
+            "others; a file in fp32 answers alike everywhere",
+            path,
+        )
+
+
+def _exportable(fit: Fit) -> tuple[Head, VerifiedFolder]:
+    """The head and the engine. Raises IosrFastError for those that no file can have."""
+    return fit.head.require_single_label("export"), check_engine_graph(fit.clip.encoder.source)
+
+
+def _facts(fit: Fit, abstention: Abstention) -> dict[str, Any]:
+    """What the metadata say of a file."""
+    head, engine = _exportable(fit)
+    promise = None if abstention.max_error is None else automation(head.left_out_labels, notes=head.doubts)
+    return {
+        "max_error": abstention.max_error,
+        "keep": abstention.keep,
+        "promise": promise,
+        "head_version": head.version,
+        "encoder_fingerprint": engine.manifest["fingerprint"],
+        "model": engine.manifest["model"],
+        "precision": engine.manifest["precision"],
+        "weights_licence": _LICENCES.get(engine.manifest["model"]),
+        "geometry": fit.clip.encoder.geometry.facts(),
+        "pixels": VERSION,
+        "versions": {name: package_version(name) for name in ("iosr_fast", "onnx")},
+    }
+
+
+def _check_answers(fit: Fit, content: bytes, abstention: Abstention, source: Source) -> None:
+    """Raise ArithmeticError unless ONNX Runtime answers noise of several shapes as the library does on that runtime."""
+    head, engine = _exportable(fit)
+    encoder = open_engine(engine, "onnxruntime", verify=False, adapted=head.needs_adapted)
+    session = require("onnxruntime", "cpu").InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    rng = np.random.default_rng(0)
+    for shape in _SHAPES if source == "picture" else _SHAPES[:1]:
+        height, width = (round(part * encoder.image_size) for part in shape)
+        pictures = rng.integers(0, 256, (2, height, width, 3), np.uint8)
+        got = dict(zip(names, session.run(None, {source: pictures}), strict=True))
+        verdict = judge(head, encoder.encode(to_pixels(pictures, encoder.geometry)), abstention)
+        expected = head.probabilities(verdict.logits)
+        right = np.abs(got["probabilities"] - expected).max() <= TOLERANCE
+        right &= (
+            np.take_along_axis(expected, got["label"][:, None], 1) >= expected.max(1, keepdims=True) - TOLERANCE
+        ).all()  # ties
+        for name in ("accepted", "rejected"):
+            right &= name not in got or np.array_equal(got[name], getattr(verdict, name))
+        if verdict.unknown_score is not None:
+            right &= np.allclose(got["unknown"], verdict.unknown_score, TOLERANCE, TOLERANCE)
+        if not right:
+            raise ArithmeticError(
+                f"expected the file to answer pictures of {height} x {width} as the classifier does, got "
+                f"{got}, not {verdict}; nothing was written"
+            )
