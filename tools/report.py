@@ -20,6 +20,7 @@ SUBJECTS = {
     "precision": "Times of the encoder in fewer bits; the cosine to fp32 is the smallest of all pictures.",
     "score": "Times of scoring: queries (q), keys (k), width (d), classes (c); keys with values or classes.",
     "pipeline": "Times of folders of JPEG files to labels.",
+    "one-file": "A classifier as one ONNX file beside the library; |dp|: of a probability; times of a decoded picture.",
     "cold-start": "Times from the start of a process to its first label.",
     "classifier": "Times of pictures in memory to labels of 100 classes.",
     "fit": "Times of fitting a classifier on pictures.",
@@ -54,6 +55,10 @@ OF_PROMISE = "{{labelled_{0}:.1%}}/{{wrong_{0}:.1%}}/{{broken_{0}:.0%}}"
 COLUMNS: dict[str, dict[str, str]] = {
     "precision": {"min_cosine": ".4f", "file_mb": ".0f", "accuracy": ".1%"},
     "pipeline": {"images_per_s": ".1f", "memory_mb": ".0f"},
+    "one-file": {
+        **{"images": ",", "labels_equal": ".1%", "accepted_equal": ".1%"},
+        **{"max_dp": ".0e", "run_ms": ".1f", "file_mb": ".1f"},
+    },
     "cold-start": {"peak_memory_mb": ".0f"},
     "serving": {"ok": ",", "refused": ",", "ok_rps": ".0f", **LATENCIES, **RATIOS},
     "serving-peer": {"pictures_per_s": ".1f", "ok_rps": ".1f", **LATENCIES, **RATIOS},

@@ -16,7 +16,7 @@ from iosr_fast.sealed.files import new_file
 from iosr_fast.utils.require import require
 
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # in onnxruntime-web/dist
-_MISSING = f"""The page needs onnxruntime-web beside it. In its folder:
+NEEDED = f"""The page needs onnxruntime-web beside it. In its folder:
 
 npm install --ignore-scripts onnxruntime-web
 cp node_modules/onnxruntime-web/dist/{{{",".join(RUNTIME)}}} .
@@ -58,4 +58,4 @@ def _facts(model: Path) -> dict[str, Any]:
         wrong = f"at most {100 * most:.4g}% are wrong"
         promise = f"Of the labels that it is sure of, {wrong}, for pictures like its examples."
     names = json.loads(properties["class_names"])
-    return {"class_names": names, "geometry": facts["geometry"], "promise": promise, "missing": _MISSING}
+    return {"class_names": names, "geometry": facts["geometry"], "promise": promise, "missing": NEEDED}

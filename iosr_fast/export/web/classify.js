@@ -8,7 +8,7 @@ const SHOWN = 5; // bars of a picture
 const MARGIN = 3; // A large JPEG is shrunk while this many times the model's pixels are left, as iosr_fast does.
 const facts = JSON.parse(find("facts").textContent);
 const ort = await import(RUNTIME).catch(() => null);
-const model = ort?.InferenceSession.create("model.onnx", { executionProviders: ["wasm"] });
+export const model = ort?.InferenceSession.create("model.onnx", { executionProviders: ["wasm"] });
 let queue = Promise.resolve();
 let waiting = 0;
 
@@ -19,12 +19,12 @@ function drawn(source, width, height) {
   context.imageSmoothingQuality = "high";
   context.fillStyle = "#fff";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(source, 0, 0, canvas.width, canvas.height);
+  context.drawImage(source, 0, 0, width, height);
   return canvas;
 }
 
 /** A file's picture: upright, on white, its colours as stored. */
-async function opened(file) {
+export async function opened(file) {
   const asStored = { colorSpaceConversion: "none", premultiplyAlpha: "none", imageOrientation: "from-image" };
   const bitmap = await createImageBitmap(file, asStored);
   const { width, height } = bitmap;
@@ -37,7 +37,7 @@ async function opened(file) {
 }
 
 /** The model's input: uint8 (1, height, width, 3). */
-function tensor(canvas) {
+export function tensor(canvas) {
   const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
   const rgb = new Uint8Array(width * height * 3);
   for (let from = 0, to = 0; to < rgb.length; from += 4, to += 3) {

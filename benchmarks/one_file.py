@@ -1,0 +1,116 @@
+"""A classifier that is one ONNX file in other runtimes, beside the library: labels, probabilities, time of a picture.
+
+Pictures are photographs.py's, of 20 to 2,200 pixels a side, JPEG and PNG in turn. JPEGs that the library decodes at a
+fraction of their size are a case of their own, as not every runtime can. Times are medians of pictures in memory, one
+after another.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.harness import Run
+from benchmarks.photographs import photograph
+from benchmarks.runtimes import Answers, compile_recipe, install, runtimes
+from iosr_fast.classifier import Classifier
+from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.evaluation.table import facts
+from iosr_fast.images.preprocess import open_image
+from tools.demo.bundle import make_demo_bundle
+from tools.report import lines_of
+
+CLASSES, SHOTS, MAX_ERROR = 100, 4, 0.5
+SMALLEST, LARGEST = 20, 2200  # pixels of a side
+
+
+def run(run: Run, pictures: int = 330) -> None:
+    """Compare the runtimes that are here. One that decodes as the library does must give the same labels."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, model = Path(name), Path(name) / "pets.onnx"
+        classifier = Classifier.load(make_demo_bundle(folder / "bundle", CLASSES, SHOTS))
+        classifier.export(model, max_error=MAX_ERROR)
+        paths = write_pictures(folder / "pictures", pictures)
+        truth, drafted = in_library(classifier, paths, MAX_ERROR), are_drafted(classifier, paths)
+        for build in (install, compile_recipe):
+            with left_out(run, build.__name__):
+                build(folder)
+        for impl, answer in runtimes(folder).items():
+            with left_out(run, impl):
+                answers = answer(model, paths)
+                for case, rows in (
+                    ("decoded whole", np.flatnonzero(~drafted)),
+                    ("large jpegs", np.flatnonzero(drafted)),
+                ):
+                    made = compared([answers[i] for i in rows], [truth[i] for i in rows])
+                    shared = {"bench": "one-file", "case": case, "impl": impl, "file_mb": model.stat().st_size / 1e6}
+                    run.rows.append(
+                        {
+                            **shared,
+                            **made,
+                            **facts(("onnxruntime", "openvino", "onnx", "pillow")),
+                            "device": run.device.description,
+                        }
+                    )
+                    if case == "decoded whole" and made["labels_equal"] < 1:
+                        run.failed.append(f"{impl}: {made['labels_equal']:.1%} of the labels are equal")
+                run.write()
+        print("\n".join(lines_of(run.rows)), flush=True)
+
+
+@contextmanager
+def left_out(run: Run, name: str) -> Iterator[None]:
+    """A runtime that is not here is left out with a line."""
+    try:
+        yield
+    except (OSError, ImportError, subprocess.CalledProcessError) as error:
+        run.say(f"left out: {name}: {error}")
+
+
+def write_pictures(folder: Path, count: int) -> list[Path]:
+    """JPEG and PNG files of the demo's held-out pictures, their sides drawn evenly by their logarithm."""
+    folder.mkdir()
+    rng, pictures, paths = np.random.default_rng(0), load_pictures("held-out").images, []
+    for i, chosen in enumerate(rng.permutation(len(pictures))[:count].tolist()):
+        width, height = np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST), 2)).astype(int).tolist()
+        paths.append(folder / f"{i:04d}.{'jpg' if i % 2 else 'png'}")
+        photograph(pictures[chosen], width, height, i).save(paths[-1], quality=88)
+    return paths
+
+
+def are_drafted(classifier: Classifier, paths: Sequence[Path]) -> np.ndarray:
+    """(N,) bool: which files the library decodes at a fraction of their size."""
+    geometry = classifier.encoder.geometry
+    return np.array([open_image(path, geometry=geometry).size != Image.open(path).size for path in paths])
+
+
+def in_library(classifier: Classifier, paths: Sequence[Path], max_error: float) -> Answers:
+    labels, sure = classifier.predict(paths), classifier.predict(paths, max_error=max_error)
+    names = classifier.classes_.tolist()
+    rows = zip(labels, sure, classifier.predict_proba(paths), strict=True)
+    return [
+        {"label": names.index(label), "accepted": accepted is not None, "probabilities": probabilities}
+        for label, accepted, probabilities in rows
+    ]
+
+
+def compared(answers: Answers, truth: Answers) -> dict[str, Any]:
+    """A row's figures: shares of equal answers, the largest difference of a probability, and the median time."""
+    pairs = list(zip(answers, truth, strict=True))
+    equal = {name: float(np.mean([one[name] == other[name] for one, other in pairs])) for name in ("label", "accepted")}
+    differences = [np.abs(np.subtract(one["probabilities"], other["probabilities"])).max() for one, other in pairs]
+    return {
+        "images": len(pairs),
+        "labels_equal": round(equal["label"], 4),
+        "accepted_equal": round(equal["accepted"], 4),
+        "max_dp": float(f"{max(differences):.2g}"),
+        "run_ms": round(statistics.median(one["ms"] for one in answers), 2),
+    }
