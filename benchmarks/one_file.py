@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.harness import Run
 from benchmarks.photographs import photograph
-from benchmarks.runtimes import Answers, compile_recipe, install, runtimes
+from benchmarks.runtimes import Answer, compile_recipe, install, runtimes
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.evaluation.table import facts
@@ -29,6 +29,7 @@ from tools.demo.bundle import make_demo_bundle
 from tools.report import lines_of
 
 CLASSES, SHOTS, MAX_ERROR = 100, 4, 0.5
+PACKAGES = ("onnxruntime", "openvino", "onnx", "pillow")
 SMALLEST, LARGEST = 20, 2200  # pixels of a side
 
 
@@ -43,25 +44,16 @@ def run(run: Run, pictures: int = 330) -> None:
         for build in (install, compile_recipe):
             with left_out(run, build.__name__):
                 build(folder)
+        shared = {**facts(PACKAGES), "device": run.device.description, "file_mb": model.stat().st_size / 1e6}
         for impl, answer in runtimes(folder).items():
             with left_out(run, impl):
-                answers = answer(model, paths)
-                for case, rows in (
-                    ("decoded whole", np.flatnonzero(~drafted)),
-                    ("large jpegs", np.flatnonzero(drafted)),
-                ):
-                    made = compared([answers[i] for i in rows], [truth[i] for i in rows])
-                    shared = {"bench": "one-file", "case": case, "impl": impl, "file_mb": model.stat().st_size / 1e6}
-                    run.rows.append(
-                        {
-                            **shared,
-                            **made,
-                            **facts(("onnxruntime", "openvino", "onnx", "pillow")),
-                            "device": run.device.description,
-                        }
-                    )
-                    if case == "decoded whole" and made["labels_equal"] < 1:
-                        run.failed.append(f"{impl}: {made['labels_equal']:.1%} of the labels are equal")
+                pairs = np.array(list(zip(answer(model, paths), truth, strict=True)))
+                for case, chosen in (("decoded whole", pairs[~drafted]), ("large jpegs", pairs[drafted])):
+                    if len(chosen):
+                        row = {"bench": "one-file", "case": case, "impl": impl, **compared(*chosen.T)}
+                        run.rows.append(row | shared)
+                        if case == "decoded whole" and row["labels_equal"] < 1:
+                            run.failed.append(f"{impl}: {row['labels_equal']:.1%} of the labels are equal")
                 run.write()
         print("\n".join(lines_of(run.rows)), flush=True)
 
@@ -92,7 +84,7 @@ def are_drafted(classifier: Classifier, paths: Sequence[Path]) -> np.ndarray:
     return np.array([open_image(path, geometry=geometry).size != Image.open(path).size for path in paths])
 
 
-def in_library(classifier: Classifier, paths: Sequence[Path], max_error: float) -> Answers:
+def in_library(classifier: Classifier, paths: Sequence[Path], max_error: float) -> list[Answer]:
     labels, sure = classifier.predict(paths), classifier.predict(paths, max_error=max_error)
     names = classifier.classes_.tolist()
     rows = zip(labels, sure, classifier.predict_proba(paths), strict=True)
@@ -102,7 +94,7 @@ def in_library(classifier: Classifier, paths: Sequence[Path], max_error: float) 
     ]
 
 
-def compared(answers: Answers, truth: Answers) -> dict[str, Any]:
+def compared(answers: Sequence[Answer], truth: Sequence[Answer]) -> dict[str, Any]:
     """A row's figures: shares of equal answers, the largest difference of a probability, and the median time."""
     pairs = list(zip(answers, truth, strict=True))
     equal = {name: float(np.mean([one[name] == other[name] for one, other in pairs])) for name in ("label", "accepted")}

@@ -32,7 +32,7 @@ from iosr_fast.export.web import RUNTIME, write_page
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NPM = ("onnxruntime-node@1.30", "onnxruntime-web@1.30", "sharp@0.35")
 CHROMIUM = "/usr/bin/chromium"
-Answers = list[dict[str, Any]]  # of each picture: label, accepted, probabilities, ms
+Answer = dict[str, Any]  # of a picture: label, accepted, probabilities, ms
 _IN_PAGE = """async (names) => {
   const { model, opened, tensor } = await import("./classify.js");
   const [session, answers] = [await model, []];
@@ -48,7 +48,7 @@ _IN_PAGE = """async (names) => {
 }"""
 
 
-def runtimes(folder: Path) -> dict[str, Callable[[Path, Sequence[Path]], Answers]]:
+def runtimes(folder: Path) -> dict[str, Callable[[Path, Sequence[Path]], list[Answer]]]:
     """All by name; each takes the model and pictures. `folder` has what `install` and `compile_recipe` made."""
     return {
         "python": in_python,
@@ -60,12 +60,12 @@ def runtimes(folder: Path) -> dict[str, Callable[[Path, Sequence[Path]], Answers
     }
 
 
-def in_python(model: Path, paths: Sequence[Path]) -> Answers:
+def in_python(model: Path, paths: Sequence[Path]) -> list[Answer]:
     names = _recipe(model)
     return _timed(lambda picture: names["session"].run(None, {"picture": picture}), names["picture"], paths)
 
 
-def in_openvino(model: Path, paths: Sequence[Path]) -> Answers:
+def in_openvino(model: Path, paths: Sequence[Path]) -> list[Answer]:
     import openvino
 
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -84,7 +84,7 @@ def _recipe(model: Path) -> dict[str, Any]:
 
 def _timed(
     run: Callable[[np.ndarray], Sequence[Any]], picture: Callable[[Path], Any], paths: Sequence[Path]
-) -> Answers:
+) -> list[Answer]:
     answers = []
     for path in paths:
         pixels, start = picture(path), time.perf_counter()
@@ -114,13 +114,13 @@ def compile_recipe(folder: Path) -> None:
     subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True)
 
 
-def _lines_from(command: Sequence[Any], model: Path, paths: Sequence[Path]) -> Answers:
+def _lines_from(command: Sequence[Any], model: Path, paths: Sequence[Path]) -> list[Answer]:
     """What a recipe prints: a line of JSON for each picture."""
     done = subprocess.run([*command, model, *paths], check=True, capture_output=True, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def in_chromium(folder: Path, model: Path, paths: Sequence[Path]) -> Answers:
+def in_chromium(folder: Path, model: Path, paths: Sequence[Path]) -> list[Answer]:
     from playwright.sync_api import sync_playwright
 
     with site(folder, model) as (root, address), sync_playwright() as driver:
@@ -128,7 +128,7 @@ def in_chromium(folder: Path, model: Path, paths: Sequence[Path]) -> Answers:
             (root / path.name).symlink_to(path)
         page = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]).new_page()
         page.goto(address)
-        answers: Answers = page.evaluate(_IN_PAGE, [path.name for path in paths])
+        answers: list[Answer] = page.evaluate(_IN_PAGE, [path.name for path in paths])
         return answers
 
 

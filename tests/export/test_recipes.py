@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.one_file import compared, in_library
 from benchmarks.photographs import photograph
-from benchmarks.runtimes import Answers, runtimes
+from benchmarks.runtimes import Answer, runtimes
 from iosr_fast import Classifier
 from tests.demo_cache import demo_bundle
 from tests.export.recipes import TOOLS
@@ -52,7 +52,7 @@ def kinds_of_pictures() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], Answers]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], list[Answer]]:
     """The exported file, pictures, and the library's answers."""
     folder = tmp_path_factory.mktemp("recipes")
     classifier = Classifier.load(demo_bundle(12, 5))
@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], A
 
 
 @pytest.mark.parametrize("runtime", sorted(runtimes(Path())))
-def test_a_recipe_gives_the_labels_of_the_library(runtime: str, place: tuple[Path, list[Path], Answers]) -> None:
+def test_a_recipe_gives_the_labels_of_the_library(runtime: str, place: tuple[Path, list[Path], list[Answer]]) -> None:
     model, paths, truth = place
     inexact = INEXACT.get(runtime, {})
     read = [i for i, path in enumerate(paths) if inexact.get(path.name, 0) is not None]
