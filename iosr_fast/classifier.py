@@ -401,16 +401,17 @@ class Classifier(Answering[Fit], Changing, Estimator):
         source: Literal["picture", "pixels"] = "picture",
         keep: float = KEEP,
     ) -> None:
-        """Write the classifier as one ONNX file, which any runtime executes without this package.
+        """Write the classifier as one ONNX file, for any runtime; needs no torch.
 
-        Its input is "picture", uint8 (B, H, W, 3) of upright RGB pictures of any one size, or with `source` "pixels"
-        those of `Encoder.encode`. Its outputs are "probabilities" (B, C), "label" (B,), a position in the metadata's
-        "class_names", and with the options of `predict` "accepted" (B,) bool, or "unknown" (B,), the score, and
-        "rejected" (B,) bool. The resize is that of this package to the last bit, in float64: shrink pictures of many
-        megapixels first. Answers are the same in any runtime in fp32; in int8 a few of 100 differ on other processors.
-        Refused for several labels, engines without an ONNX graph, bf16, fp16 and fp8, and above 2 GB. ArithmeticError,
-        with nothing written, where ONNX Runtime answers otherwise than the classifier.
-        """
+        The input is "picture", uint8 (B, H, W, 3), upright RGB pictures of any one size, or with source="pixels"
+        "pixels" (B, S, S, 3), as `Encoder.encode` takes them. Outputs are "probabilities" (B, C), "label" (B,), a
+        position in the metadata's "class_names"; with `max_error` "accepted" (B,), and with unknown="reject" "unknown"
+        (B,), the `unknown_score`, and "rejected" (B,), as `predict` decides with these options.
+
+        The resize is that of this package, exact and slow for large pictures: shrink those first. In fp32 labels are
+        the same in any runtime, in int8 on the same kernels only. IosrFastError for several labels, embeddings, an
+        engine without an ONNX graph or in bf16, fp16 or fp8, more than 2 GB, and too few support images for a promise;
+        ArithmeticError, with nothing written, where ONNX Runtime answers otherwise than the classifier."""
         write_one_file(self._store.fitted(), path, Abstention.of(unknown, None, keep, max_error), source)
 
     @classmethod

@@ -26,6 +26,8 @@ from iosr_fast.utils.require import require_installed
 
 with one_line_errors():
     require_installed("torch", "cpu")
+    from onnxruntime import InferenceSession
+
     from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
     from iosr_fast.clip.demo.pictures import held_out
     from iosr_fast.clip.load import LoadedClip, load_clip
@@ -85,7 +87,8 @@ def ten_classes(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> d
     labels = np.array(few.names)[few.concepts]
     classifier = Classifier("demo", adapter=adapter, engine=engine, views=1)
     classifier.fit(few.images[support], labels[support])
-    right = int((classifier.predict(few.images[queries]) == labels[queries]).sum())
+    predicted = classifier.predict(few.images[queries])
+    right = int((predicted == labels[queries]).sum())
     console.print(f"  {', '.join(few.names)}", soft_wrap=True)
     console.print(
         f"  {right} of {len(queries)} other pictures right ({right / len(queries):.1%}; chance {1 / len(names):.0%})"
@@ -100,7 +103,12 @@ def ten_classes(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> d
         mark = "right" if best == labels[row] else "wrong"
         console.print(f"  {path.name}: {best}, {probabilities.max():.0%} ({mark})")
     classifier.save(out / "classifier")
-    return {"classes": few.names, "right": right, "queries": len(queries)}
+    classifier.export(out / "classifier.onnx")
+    session = InferenceSession(out / "classifier.onnx", providers=["CPUExecutionProvider"])
+    (positions,) = session.run(["label"], {"picture": few.images[queries]})
+    alike = int((classifier.classes_[positions] == predicted).sum())
+    console.print(f"  classifier.onnx, in ONNX Runtime alone: {alike} of {len(queries)} labels are the classifier's")
+    return {"classes": few.names, "right": right, "queries": len(queries), "alike": alike}
 
 
 def main(
@@ -152,7 +160,7 @@ def main(
     report |= {"train_seconds": seconds, "total_seconds": time.perf_counter() - started}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.rule(f"done in {report['total_seconds']:.0f} s", align="left")
-    files = ("report.json", "adapter.safetensors", "engine", "classifier", "pictures")
+    files = ("report.json", "adapter.safetensors", "engine", "classifier", "classifier.onnx", "pictures")
     console.print(f"  in {out}: {', '.join(files)}", soft_wrap=True)  # a wrapped path can't be copied
     command = os.path.relpath(Path(sys.executable).with_name("iosr-fast"))
     console.print(f"try it: {command} classify {out / 'classifier'} {out / 'pictures'}", soft_wrap=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE, WEIGHTS
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.one_file.logits import add_logits, odds_of_largest
-from iosr_fast.export.one_file.nodes import Nodes
-from iosr_fast.export.one_file.pixels import add_pixels
-from iosr_fast.export.one_file.unknown import add_unknown
+from iosr_fast.export.one_file.logits import logits_of, odds_of_largest
+from iosr_fast.export.one_file.pixels import resized_pixels
+from iosr_fast.export.one_file.unknown import unknown_score
+from iosr_fast.export.one_file.value import Value
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.methods.unknown import Unknown
+from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.require import require
@@ -81,42 +82,30 @@ def make_graph(engine: VerifiedFolder, answers: Answers, source: Source) -> Mode
     encoder = list(graph.node)
     for field in (graph.node, graph.input, graph.output, graph.value_info):
         del field[:]
-    nodes = Nodes(graph)
-    if source == "picture":
-        graph.input.append(nodes.declare("picture", np.uint8, "batch", "height", "width", 3))
-        pixels = add_pixels(nodes, "picture", geometry)
-        for node in encoder:
-            node.input[:] = [pixels if name == "pixels" else name for name in node.input]
+    pictures = Value(graph, source, np.uint8)
+    if source == "pixels":
+        graph.input.append(pictures.info(geometry.size, geometry.size, 3))
     else:
-        graph.input.append(nodes.declare("pixels", np.uint8, "batch", geometry.size, geometry.size, 3))
+        graph.input.append(pictures.info("height", "width", 3))
+        resized_pixels(pictures, geometry).op("Identity", name="pixels")
     graph.node.extend(encoder)
-    add_answers(nodes, answers, {"plain": "plain", "adapted": "adapted"})
-    graph.name = "iosr_fast"
+    add_answers(answers, {name: Value(graph, name, np.float32) for name in EMBEDDINGS})
     _check_size(sum(len(tensor.raw_data) for tensor in graph.initializer))
     return model
 
 
-def add_answers(nodes: Nodes, answers: Answers, embeddings: Mapping[str, str]) -> None:
-    """The outputs of the graph, computed from `embeddings`, which are names of "plain" and "adapted"."""
+def add_answers(answers: Answers, embeddings: Mapping[str, Value]) -> None:
+    """Add the outputs of the graph, by "plain" and "adapted" `embeddings` (B, D), as far as they are needed."""
     n_classes = answers.plan.n_classes
-    logits = add_logits(nodes, answers.plan, embeddings)
-    nodes.add("Softmax", logits, axis=1, output="probabilities")
-    nodes.add("ArgMax", logits, axis=1, keepdims=0, output="label")
-    outputs: dict[str, Any] = {
-        "probabilities": (np.float32, "batch", n_classes),
-        "label": (np.int64, "batch"),
-    }
-    accepted = None
-    if answers.least_odds is not None:
-        odds = odds_of_largest(nodes, logits, n_classes)
-        accepted = nodes.add("GreaterOrEqual", odds, answers.least_odds)
-        outputs["accepted"] = (np.bool_, "batch")
+    logits = logits_of(answers.plan, embeddings)
+    outputs = [logits.op("Softmax", axis=1, name="probabilities").info(n_classes)]
+    outputs.append(logits.op("ArgMax", axis=1, keepdims=0, name="label").info())
+    accepted = None if answers.least_odds is None else odds_of_largest(logits, n_classes) >= answers.least_odds
     if answers.unknown is not None:
-        nodes.add("Identity", add_unknown(nodes, answers.unknown, embeddings), output="unknown")
-        nodes.add("Greater", "unknown", answers.threshold, output="rejected")
-        if accepted is not None:
-            accepted = nodes.add("And", accepted, nodes.add("Not", "rejected"))
-        outputs |= {"unknown": (np.float32, "batch"), "rejected": (np.bool_, "batch")}
+        score = unknown_score(answers.unknown, embeddings).op("Identity", name="unknown")
+        rejected = score.op("Greater", answers.threshold, name="rejected")
+        outputs += [score.info(), rejected.info()]
+        accepted = None if accepted is None else accepted & rejected.op("Not")
     if accepted is not None:
-        nodes.add("Identity", accepted, output="accepted")
-    nodes.graph.output.extend(nodes.declare(name, *form) for name, form in outputs.items())
+        outputs.append(accepted.op("Identity", name="accepted").info())
+    logits.graph.output.extend(outputs)

@@ -1,4 +1,4 @@
-"""The resize and crop of images.preprocess as nodes, equal to the last bit where a runtime has float64.
+"""The resize and crop of images.preprocess in a graph, equal to the last bit where a runtime has float64.
 
 Each pass is a product with the weights of Pillow's filter, integers of 22 bits (libImaging/Resample.c), which the graph
 computes from the sizes; float64 holds every sum exactly. OpenVINO computes in float32: there up to 2% of the pixels
@@ -9,94 +9,59 @@ from __future__ import annotations
 
 import numpy as np
 
-from iosr_fast.export.one_file.nodes import Nodes, axes
-from iosr_fast.images.geometry import Geometry, Interpolation
+from iosr_fast.export.one_file.value import Value
+from iosr_fast.images.geometry import Geometry
 
-_UNIT = float(1 << 22)  # the weight 1 as an integer
-_NUMBER = np.float64
+_UNIT = 1 << 22  # the weight 1 as an integer
 
 
-def add_pixels(nodes: Nodes, picture: str, geometry: Geometry) -> str:
+def resized_pixels(picture: Value, geometry: Geometry) -> Value:
     """uint8 pictures (B, H, W, 3) of any size to uint8 pixels (B, S, S, 3), as `resize_and_crop` makes them."""
-    size = geometry.size
-    sides = nodes.add("Shape", picture, start=1, end=3)  # (H, W)
-    resized = _resized(nodes, sides, geometry)
-    shown = resized if geometry.resize_mode == "longest" else axes(size, size)
-    cropped = nodes.cast(nodes.add("Sub", resized, shown), np.float32)
-    begin = nodes.cast(nodes.add("Round", nodes.add("Mul", cropped, 0.5)), np.int64)  # halves to even, as Python's
-    end = nodes.add("Add", begin, shown)
-    values = nodes.cast(nodes.add("Transpose", picture, perm=[0, 3, 1, 2]), np.float64)
-    for side in (1, 0):  # columns first: ONNX Runtime has no product of a transposed matrix in float64, so turn results
-        before, after, first, last = (
-            nodes.add("Gather", each, np.int64(side)) for each in (sides, resized, begin, end)
-        )
-        weights = _weights(nodes, before, after, first, last, geometry.interpolation)
-        sums = nodes.add("MatMul", values, weights)
-        values = _levels(nodes, nodes.add("Transpose", sums, perm=[0, 1, 3, 2]))
-    pixels = nodes.add("Transpose", nodes.cast(values, np.uint8), perm=[0, 2, 3, 1])
+    sides = picture.op("Shape", start=1, end=3)  # (H, W)
+    resized = _resized(sides, geometry)
+    shown = resized.op("Min", geometry.size)
+    begin = ((resized - shown).cast(np.float32) * 0.5).op("Round").cast(np.int64)  # halves to even, as Python's
+    values = picture.op("Transpose", perm=[0, 3, 1, 2]).cast(np.float64)
+    for axis in (1, 0):  # columns first
+        ends = (one.op("Gather", axis) for one in (sides, resized, begin, begin + shown))
+        sums = values @ _weights(geometry.interpolation == "bicubic", *ends)
+        # ONNX Runtime 1.21 has no product of a transposed matrix in float64, so the sums are transposed.
+        levels = ((sums.op("Transpose", perm=[0, 1, 3, 2]) + _UNIT / 2) * (1 / _UNIT)).op("Floor")  # halves up
+        values = levels.op("Clip", 0, 255)
+    pixels = values.cast(np.uint8).op("Transpose", perm=[0, 2, 3, 1])
     if geometry.resize_mode != "longest":
         return pixels
-    free = nodes.add("Sub", axes(size, size), resized)
-    before = nodes.add("Div", free, axes(2))
-    after = nodes.add("Sub", free, before)  # an odd pixel more at the end
-    none = axes(0)
-    margins = nodes.add("Concat", none, before, none, none, after, none, axis=0)
-    return nodes.add("Pad", pixels, margins, np.uint8(geometry.fill))
+    free = resized.op("Neg") + geometry.size
+    before = free / 2
+    return pixels.op("Pad", before.op("Concat", free - before, axis=0), geometry.fill, [1, 2])
 
 
-def _resized(nodes: Nodes, sides: str, geometry: Geometry) -> str:
+def _resized(sides: Value, geometry: Geometry) -> Value:
     """Geometry.resized: (H, W) after the resize, int64."""
-    size = geometry.size
     if geometry.resize_mode == "squash":
-        return nodes.constant(axes(size, size))
+        return sides.constant(np.array([geometry.size] * 2))
     if geometry.resize_mode == "shortest":
-        shortest = nodes.add("ReduceMin", sides, axes(0), keepdims=1)
-        return nodes.add("Div", nodes.add("Mul", sides, axes(size)), shortest)
-    longest = nodes.cast(nodes.add("ReduceMax", sides, axes(0), keepdims=1), np.float64)
-    exact = nodes.add("Div", nodes.cast(sides, np.float64), nodes.add("Div", longest, _NUMBER(size)))
-    return nodes.add("Max", nodes.cast(nodes.add("Round", exact), np.int64), axes(1))
+        return sides * geometry.size / sides.op("ReduceMin", [0])
+    exact = sides.cast(np.float64)
+    return (exact / (exact.op("ReduceMax", [0]) / geometry.size)).op("Round").cast(np.int64).op("Max", 1)
 
 
-def _weights(nodes: Nodes, side: str, new_side: str, begin: str, end: str, interpolation: Interpolation) -> str:
+def _weights(bicubic: bool, side: Value, new_side: Value, begin: Value, end: Value) -> Value:
     """(side, end - begin) float64: what each row of a picture weighs in the rows `begin` to `end` of the resized one.
     Operations and their order are those of Pillow's precompute_coeffs."""
-    add = nodes.add
-    half = _NUMBER(0.5)
-    old = add("Unsqueeze", nodes.cast(add("Range", np.int64(0), side, np.int64(1)), np.float64), axes(1))
-    new = nodes.cast(add("Range", begin, end, np.int64(1)), np.float64)
-    scale = add("Div", nodes.cast(side, np.float64), nodes.cast(new_side, np.float64))
-    wide = add("Max", scale, _NUMBER(1))
-    support = add("Mul", wide, _NUMBER(2 if interpolation == "bicubic" else 1))
-    centre = add("Mul", add("Add", new, half), scale)
-    low = add("Floor", add("Add", add("Sub", centre, support), half))
-    high = add("Floor", add("Add", add("Add", centre, support), half))
-    inside = add("And", add("GreaterOrEqual", old, low), add("Less", old, high))
-    distance = add("Abs", add("Mul", add("Add", add("Sub", old, centre), half), add("Reciprocal", wide)))
-    weights = _filter(nodes, distance, interpolation)
-    weights = add("Where", inside, weights, _NUMBER(0))
-    weights = add("Div", weights, add("ReduceSum", weights, axes(0), keepdims=1))
-    rounded = add("Floor", add("Add", add("Abs", add("Mul", weights, _NUMBER(_UNIT))), half))
-    return add("Mul", add("Sign", weights), rounded)  # halves away from zero
-
-
-def _filter(nodes: Nodes, x: str, interpolation: Interpolation) -> str:
-    """Pillow's filter at the distances x >= 0, float64."""
-    if interpolation == "bilinear":
-        return nodes.add("Max", nodes.add("Sub", _NUMBER(1), x), _NUMBER(0))
-
-    def plus(value: str, constant: float) -> str:
-        return nodes.add("Add", value, _NUMBER(constant))
-
-    def times(value: str, other: str | float) -> str:
-        return nodes.add("Mul", value, other if isinstance(other, str) else _NUMBER(other))
-
-    near = plus(times(times(plus(times(x, 1.5), -2.5), x), x), 1.0)
-    far = times(plus(times(plus(times(plus(x, -5.0), x), 8.0), x), -4.0), -0.5)
-    beyond_1 = nodes.add("Where", nodes.add("Less", x, _NUMBER(2)), far, _NUMBER(0))
-    return nodes.add("Where", nodes.add("Less", x, _NUMBER(1)), near, beyond_1)
-
-
-def _levels(nodes: Nodes, sums: str) -> str:
-    """Sums of levels times integer weights to levels 0 .. 255, halves up, float64."""
-    scaled = nodes.add("Mul", nodes.add("Add", sums, _NUMBER(_UNIT / 2)), _NUMBER(1 / _UNIT))
-    return nodes.add("Clip", nodes.add("Floor", scaled), _NUMBER(0), _NUMBER(255))
+    old = side.constant(np.array(0)).op("Range", side, 1).cast(np.float64).op("Unsqueeze", [1])
+    scale = side.cast(np.float64) / new_side.cast(np.float64)
+    wide = scale.op("Max", 1)
+    support = wide * (2 if bicubic else 1)
+    centre = (begin.op("Range", end, 1).cast(np.float64) + 0.5) * scale
+    inside = (old >= (centre - support + 0.5).op("Floor")) & (old < (centre + support + 0.5).op("Floor"))
+    x = ((old - centre + 0.5) * wide.op("Reciprocal")).op("Abs")
+    if bicubic:
+        near = (x * 1.5 - 2.5) * x * x + 1
+        far = (((x - 5) * x + 8) * x - 4) * -0.5
+        weights = (x < 1).op("Where", near, (x < 2).op("Where", far, 0))
+    else:
+        weights = (x.op("Neg") + 1).op("Max", 0)
+    weights = inside.op("Where", weights, 0)
+    weights = weights / weights.op("ReduceSum", [0])
+    return weights.op("Sign") * ((weights * _UNIT).op("Abs") + 0.5).op("Floor")  # halves away from zero

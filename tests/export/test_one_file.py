@@ -1,0 +1,261 @@
+"""A classifier as one ONNX file: the answers are the library's, in every part and as a whole."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+
+from iosr_fast import Classifier, Embeddings, FewShotHead
+from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.export.build import convert_engine
+from iosr_fast.export.one_file import graph
+from iosr_fast.export.one_file.graph import Answers, add_answers
+from iosr_fast.export.one_file.pixels import resized_pixels
+from iosr_fast.export.one_file.value import Value
+from iosr_fast.head import one_file
+from iosr_fast.images.geometry import INTERPOLATIONS, RESIZE_MODES, Geometry
+from iosr_fast.images.pixels import VERSION
+from iosr_fast.images.preprocess import to_pixels
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.automation import least_odds
+from iosr_fast.scoring.key_precision import PRECISIONS
+from iosr_fast.scoring.reference import score_reference, softmax
+from iosr_fast.sealed.verified_folder import open_verified
+from tests.cli.runs import done, never, refused
+from tests.conftest import EXTENDED, random_embeddings, random_plan
+from tests.demo_cache import demo_bundle, demo_engine
+from tests.interpreter import printed
+from tests.methods.support_sets import Clusters
+from tools.demo.bundle import held_out_queries
+
+Outputs = dict[str, np.ndarray]
+PROMISES: dict[str, Any] = {"max_error": 0.4, "unknown": "reject", "keep": 0.7}
+
+
+def opened(model: Path | onnx.ModelProto, runtime: str = "onnxruntime") -> Callable[[Outputs], Outputs]:
+    """What a runtime answers to named inputs, of which it takes those that it has."""
+    model = onnx.load(model) if isinstance(model, Path) else model
+    onnx.checker.check_model(model, full_check=True)
+    names = [output.name for output in model.graph.output]
+    content = model.SerializeToString()
+    if runtime == "openvino":
+        core = openvino_core()
+        execute = core.compile_model(core.read_model(content, b""), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    else:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        execute = lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))  # noqa: E731
+
+    def run(inputs: Outputs) -> Outputs:
+        values = execute({value.name: inputs[value.name] for value in model.graph.input})
+        return {name: values[name] for name in names}
+
+    return run
+
+
+def as_model(made: Any) -> onnx.ModelProto:
+    return onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+
+
+def answers_of(embeddings: Embeddings, answers: Answers) -> Outputs:
+    """What the head's part of a file answers to embeddings."""
+    made = onnx.GraphProto(name="head")
+    inputs = {name: Value(made, name, np.float32) for name in ("plain", "adapted")}
+    made.input.extend(value.info(embeddings.plain.shape[1]) for value in inputs.values())
+    add_answers(answers, inputs)
+    return opened(as_model(made))(vars(embeddings))
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("mode", RESIZE_MODES)
+def test_the_resize_is_the_librarys_to_the_last_bit(mode: Any, interpolation: Any) -> None:
+    """OpenVINO, which has no float64, is at most two levels off in a few pixels."""
+    size = 37 if mode == "squash" else 32
+    geometry = Geometry(size, mode, interpolation, fill=128 if mode == "longest" else 0)
+    made = onnx.GraphProto(name="pixels")
+    picture = Value(made, "picture", np.uint8)
+    made.input.append(picture.info("height", "width", 3))
+    made.output.append(resized_pixels(picture, geometry).op("Identity", name="pixels").info(size, size, 3))
+    exact, single = (opened(as_model(made), runtime) for runtime in ("onnxruntime", "openvino"))
+    rng = np.random.default_rng(0)
+    shapes = ((size, size), (1, 1), (1, 90), (90, 1), (3, 2), (41, 37), (300, 31), (97, 613), (400, 300))
+    for height, width in shapes:
+        pictures = rng.integers(0, 256, (2, height, width, 3), np.uint8)
+        pictures[1] = 255 * (pictures[1] > 127)
+        expected = to_pixels(list(pictures), geometry)
+        np.testing.assert_array_equal(exact({"picture": pictures})["pixels"], expected, f"{height} x {width}")
+        off = np.abs(single({"picture": pictures})["pixels"].astype(int) - expected)
+        assert off.max() <= 2 and (off > 0).mean() < 0.05, (height, width)
+
+
+@pytest.mark.parametrize("kind", EXTENDED)
+def test_logits_of_every_term_are_the_references(rng: np.random.Generator, kind: str) -> None:
+    for precision in PRECISIONS if "cache" in EXTENDED[kind].get("terms", ("cache",)) else ("fp32",):
+        plan = random_plan(rng, [3, 0, 5, 1], 24, precision=precision, **EXTENDED[kind])
+        queries = random_embeddings(rng, 17, 24)
+        expected = score_reference(plan, queries)
+        got = answers_of(queries, Answers(plan, adapted=True))
+        np.testing.assert_array_equal(got["label"], expected.argmax(1))
+        np.testing.assert_allclose(got["probabilities"], softmax(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["stack", "stack++", *METHODS])
+def test_every_method_answers_as_the_library(method: str) -> None:
+    """With promises and the score for unknown pictures, by texts and by pictures of no class, or without."""
+    clusters = Clusters(8, noise=1.0, adapted=True)
+    support, (queries, _) = clusters.support([4, 5, 3, 4, 1, 2]), clusters.queries(9)
+    X, rows = (np.hstack([one.plain, one.adapted]) for one in (support.embeddings, queries))
+    for k, reducer in enumerate(("none", "centre", "pca")):
+        options = {} if method.startswith(("stack", "zero-shot")) else {"reducer": reducer}
+        text = support.text if k != 1 or method not in ("stack", "tip-adapter", "gda", "proker") else None
+        head = FewShotHead(method, tune="none", text=text, adapted=True, key_precision=PRECISIONS[k], **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            head.fit(X, support.labels, unknown_images=rows[-9:] if k else None)
+        assert isinstance(head, FewShotHead)
+        promised = least_odds(head.snapshot().left_out_labels, 0.4)
+        unknown = head.unknown_
+        answers = Answers(head.plan_, head.snapshot().needs_adapted, promised, unknown, unknown.threshold(0.7))
+        got = answers_of(queries, answers)
+        expected = head.explain(rows, **PROMISES)
+        np.testing.assert_allclose(got["probabilities"], head.predict_proba(rows), atol=2e-5)
+        np.testing.assert_array_equal(got["label"], head.predict(rows))
+        np.testing.assert_array_equal(got["accepted"], [one.accepted for one in expected])
+        np.testing.assert_array_equal(got["rejected"], [one.unknown.rejected for one in expected])
+        np.testing.assert_allclose(got["unknown"], head.unknown_score(rows), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    """Of the demo, from 20 to 300 pixels, tall and wide."""
+    rng = np.random.default_rng(0)
+    sides = [(64, 64), *rng.integers(20, 300, (11, 2)).tolist()]
+    images = held_out_queries(12, 3)[0]
+    return [np.asarray(Image.fromarray(image).resize(side)) for image, side in zip(images, sides, strict=False)]
+
+
+@pytest.mark.parametrize("method", ["tip-adapter++", "gda"])
+@pytest.mark.parametrize("promises", [{}, PROMISES])
+def test_a_file_answers_as_the_classifier(
+    method: str, promises: dict[str, Any], pictures: list[np.ndarray], tmp_path: Path
+) -> None:
+    """With the adapted embeddings that it compares, or the plain graph; pictures of any size, one or several."""
+    classifier, file = Classifier.load(demo_bundle(12, 3, method)), tmp_path / "demo.onnx"
+    classifier.export(file, **promises)
+    expected = classifier.explain(pictures, top=1, **promises)
+    for runtime in ("onnxruntime", "openvino"):
+        execute = opened(file, runtime)
+        for picture, one in zip(pictures, expected, strict=True):
+            got = execute({"picture": np.stack([picture, picture])})
+            assert classifier.classes_[got["label"][1]] == classifier.predict(picture)[0]
+            np.testing.assert_allclose(got["probabilities"][1], classifier.predict_proba(picture)[0], atol=5e-3)
+            if promises:
+                assert got["accepted"][0] == one.accepted and got["rejected"][0] == one.unknown.rejected
+                np.testing.assert_allclose(got["unknown"][0], one.unknown.score, atol=5e-3)
+        assert got.keys() == {"probabilities", "label", *(("accepted", "unknown", "rejected") if promises else ())}
+    adapted = "adapted" in {name for node in onnx.load(file).graph.node for name in node.output}
+    assert adapted == (method == "tip-adapter++")
+
+
+def test_int8_answers_alike_on_the_same_kernels_and_says_so(
+    pictures: list[np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, labels = held_out_queries(12, 3)
+    convert_engine(open_verified(demo_engine(), "engine"), tmp_path / "int8", "onnxruntime", "int8", images)
+    classifier = Classifier(
+        "demo", engine=tmp_path / "int8", precision="int8", method="tip-adapter++", look_alikes=False
+    )
+    classifier.fit(images, labels).save(tmp_path / "saved")
+    done("export", tmp_path / "saved", tmp_path / "demo.onnx", "--pixels")
+    assert "is in int8, which processors and runtimes round differently" in caplog.text
+    pixels = to_pixels(pictures, Geometry(64))
+    got = opened(tmp_path / "demo.onnx")({"pixels": pixels})
+    expected = Classifier.load(tmp_path / "saved", runtime="onnxruntime")
+    np.testing.assert_array_equal(expected.classes_[got["label"]], expected.predict(pixels))
+    np.testing.assert_allclose(got["probabilities"], expected.predict_proba(pixels), atol=1e-3)
+
+
+def test_the_metadata_say_what_the_answers_are_and_no_torch_is_needed(tmp_path: Path) -> None:
+    bundle, file = demo_bundle(), tmp_path / "demo.onnx"
+    code = """if True:
+        import sys
+        from iosr_fast.cli import app
+        app(sys.argv[1:], standalone_mode=False)
+        print("torch" in sys.modules)"""
+    options = ("--max-error", "40%", "--reject-unknown")
+    assert printed(code, "export", str(bundle), str(file), *options) == "False"
+    texts = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
+    classifier, facts = Classifier.load(bundle), texts["iosr_fast"]
+    assert texts["class_names"] == classifier.classes_.tolist()
+    assert facts["max_error"] == 0.4 and facts["keep"] == 0.95
+    assert facts["promise"]["max_errors"] == classifier.automation().max_errors.tolist()
+    assert facts["encoder_fingerprint"] == classifier.encoder.fingerprint and facts["head_version"] == 1
+    assert facts["geometry"] == {"image_size": 64, "interpolation": "bicubic"} and facts["pixels"] == VERSION
+    assert (facts["model"], facts["precision"], facts["weights_licence"]) == ("demo", "fp32", "MIT")
+    assert set(facts["versions"]) == {"iosr_fast", "onnx"}
+
+
+def test_a_file_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is one where the disk is full: the earlier file stays, and nothing beside it."""
+    file, classifier = tmp_path / "demo.onnx", Classifier.load(demo_bundle())
+    file.write_bytes(b"earlier")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            graph, "resized_pixels", lambda picture, geometry: resized_pixels(picture, Geometry(64, "squash"))
+        )
+        with pytest.raises(ArithmeticError, match=r"output probabilities of pictures of 38 x 109 .* nothing was"):
+            classifier.export(file)
+    monkeypatch.setattr(Path, "write_bytes", never)
+    with pytest.raises(AssertionError):
+        classifier.export(file)
+    assert file.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "image"}, "expected source to be 'picture' or 'pixels', got 'image'"),
+        ({"max_error": 0.01}, "needs at least 299 left-out support images, got 36"),
+        ({"unknown": "reject", "keep": 0.999}, "needs at least 999 left-out support images, got 36"),
+        ({"keep": 0.9}, "expected keep only with unknown='reject'"),
+        ({"path": "demo.bin"}, "expected the name of the file to end in .onnx"),
+    ],
+)
+def test_what_one_file_cannot_answer_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    classifier = Classifier.load(demo_bundle())
+    with pytest.raises(ValueError, match=message):
+        classifier.export(tmp_path / options.pop("path", "demo.onnx"), **options)
+
+
+def test_what_has_no_graph_to_export_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_file, "make_graph", never)
+    X, file = np.eye(6), tmp_path / "head.onnx"
+    with pytest.raises(ValueError, match="not fitted"):
+        Classifier("demo").export(file)
+    for name, y, message in (
+        ("one", list("aabbcc"), "on an encoder of an"),
+        ("several", [{"a"}, {"a", "b"}] * 3, "several"),
+    ):
+        FewShotHead(look_alikes=False).fit(X, y).save(tmp_path / name)
+        assert message in refused("export", tmp_path / name, file)
+    engine = open_verified(demo_engine(), "engine")
+    for change, message in (
+        ({"files": {}}, "expected an engine with an ONNX graph, got one for onnxruntime: build it with runtime="),
+        ({"manifest": {**engine.manifest, "precision": "bf16"}}, "expected an engine in fp32 or int8, got bf16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            graph.check_engine_graph(replace(engine, **change))
+    monkeypatch.setattr(graph, "MOST_BYTES", 1_000_000)
+    with pytest.raises(ValueError, match=r"expected a model of at most 0\.0 GB, .* take a smaller CLIP"):
+        Classifier.load(demo_bundle()).export(file)
