@@ -50,5 +50,4 @@ def export(
     note(f"wrote {file}: {file.stat().st_size / 1e6:.1f} MB")
     if web is not None:
         write_page(file, web)
-        for line in (f"wrote {web / 'index.html'}", *NEEDED.splitlines()):
-            note(line)
+        note(f"wrote {web / 'index.html'}; {NEEDED}")

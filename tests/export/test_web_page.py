@@ -72,7 +72,7 @@ def test_pictures_get_the_labels_of_the_library(page: Any, classifier: Classifie
     assert {words.split(":")[0].split(";")[0] for words in expected} >= {"Needs a look", "None of the classes", HOSTILE}
     assert page.locator(".bars").first.locator("li").count() == 5
     assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0
-    assert page.locator(".card .bad").inner_text().startswith("a.jpg: ")
+    assert page.locator("#results .bad").inner_text().startswith("a.jpg: ")
 
 
 def test_a_dropped_picture_is_classified(page: Any) -> None:

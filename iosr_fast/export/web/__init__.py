@@ -16,15 +16,14 @@ from iosr_fast.sealed.files import new_file
 from iosr_fast.utils.require import require
 
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # in onnxruntime-web/dist
-NEEDED = f"""The page needs onnxruntime-web beside it. In its folder:
-
-npm install --ignore-scripts onnxruntime-web
-cp node_modules/onnxruntime-web/dist/{{{",".join(RUNTIME)}}} .
-python -m http.server"""
+NEEDED = (
+    "the page needs onnxruntime-web in its folder: npm install --ignore-scripts onnxruntime-web && "
+    f"cp node_modules/onnxruntime-web/dist/{{{','.join(RUNTIME)}}} . && python -m http.server"
+)
 # What the page shares with the server's, and its own files.
 _FILES = {
     "serving/http/page": ("icon.svg", "theme.css", "page.css", "dom.js", "pictures.js"),
-    "export/web": ("classify.css", "classify.js"),
+    "export/web": ("classify.js",),
 }
 
 

@@ -61,9 +61,11 @@ async function card(file) {
   if (rejected?.data[0]) [look, words] = ["unknown", `None of the classes; the nearest is ${name}`];
   const ranked = [...probabilities.data].map((probability, i) => [facts.class_names[i], probability]);
   const top = ranked.sort((one, other) => other[1] - one[1]).slice(0, SHOWN);
-  const heading = make("div", {}, make("p", { class: "label" }, words), make("p", { class: "quiet" }, file.name));
-  const small = drawn(canvas, 96, (96 * canvas.height) / canvas.width);
-  return make("li", { class: `card answer ${look}` }, small, heading, make("ol", { class: "bars" }, ...top.map(bar)));
+  const small = drawn(canvas, 224, (224 * canvas.height) / canvas.width);
+  const source = make("div", { class: "flow picture" }, small, make("p", { class: "quiet" }, file.name));
+  const result = make("p", { class: "label" }, words);
+  const answer = make("div", { class: "flow" }, result, make("ol", { class: "bars" }, ...top.map(bar)));
+  return make("li", { class: `columns answer ${look}` }, source, answer);
 }
 
 function classify(files) {
@@ -73,7 +75,7 @@ function classify(files) {
 
 async function next(file) {
   find("status").textContent = `${waiting} to go…`;
-  const failed = ({ message }) => make("li", { class: "card" }, make("p", { class: "bad" }, `${file.name}: ${message}`));
+  const failed = ({ message }) => make("li", { class: "columns bad" }, `${file.name}: ${message}`);
   find("results").append(await card(file).catch(failed));
   waiting -= 1;
   find("status").textContent = waiting ? "" : "Done.";
