@@ -97,8 +97,8 @@ def _timed(
 
 def install(folder: Path) -> None:
     """npm's packages in `folder`, with the recipe for Node as node.mjs and as wasm.mjs."""
-    skip = {"ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
-    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent", *NPM]
+    skip = {"ONNXRUNTIME_NODE_INSTALL_CUDA": "skip", "npm_config_fetch_retries": "0"}
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error", *NPM]
     subprocess.run(command, cwd=folder, env=os.environ | skip, check=True, capture_output=True, text=True)
     program = (DOCS / "recipes" / "classify.mjs").read_text("utf-8")
     (folder / "node.mjs").write_text(program, "utf-8")
@@ -142,8 +142,10 @@ def site(folder: Path, model: Path) -> Iterator[tuple[Path, str]]:
             shutil.copyfile(folder / "node_modules" / "onnxruntime-web" / "dist" / file, root / file)
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=name))
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield root, f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+        try:
+            yield root, f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -24,7 +24,7 @@ def npm() -> Path:
     try:
         return build_once("npm", [RECIPES / "classify.mjs"], runtimes.NPM, runtimes.install)
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"npm can't install {', '.join(runtimes.NPM)}: {error.stderr.strip()[-200:]}")
+        pytest.skip(f"npm can't install {', '.join(runtimes.NPM)}: {error.stderr.strip()[:200]}")
 
 
 def page() -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from benchmarks.one_file import compared, in_library
 from benchmarks.photographs import photograph
@@ -35,12 +35,16 @@ def kinds_of_pictures() -> dict[str, bytes]:
     transparent.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 320).astype(np.uint8), (240, 1))))
     palette = photograph(images[2], 200, 200, 2).quantize(32)
     deep = np.asarray(tall.convert("L")).astype(np.uint16) * 257
+    # A profile with red and blue exchanged, which nobody may apply.
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace(b"rXYZ", b"tmp_").replace(b"bXYZ", b"rXYZ").replace(b"tmp_", b"bXYZ")
     return {
         "plain.jpg": encode(wide, "JPEG", quality=90),
+        "profile.jpg": encode(wide, "JPEG", quality=90, icc_profile=profile),
         "grey.jpg": encode(tall.convert("L"), "JPEG"),
         "cmyk.jpg": encode(tall.convert("CMYK"), "JPEG"),
         **{f"turned-{turn}.jpg": turned(wide, turn) for turn in (3, 6, 8)},
-        "large.jpg": encode(photograph(images[3], 1601, 1203, 3), "JPEG"),
+        "large.jpg": encode(photograph(images[8], 443, 389, 8), "JPEG"),
         "turned.png": turned(tall, 6, "PNG"),
         "alpha.png": encode(transparent),
         "alpha.webp": encode(transparent, "WEBP", lossless=True),

@@ -5,6 +5,7 @@ import { acceptChoices, acceptDrops } from "./pictures.js";
 
 const RUNTIME = "./ort.wasm.bundle.min.mjs";
 const SHOWN = 5; // bars of a picture
+const PREVIEW = 224; // Longer side of a shown picture, in pixels.
 const MARGIN = 3; // A large JPEG is shrunk while this many times the model's pixels are left, as iosr_fast does.
 const facts = JSON.parse(find("facts").textContent);
 const ort = await import(RUNTIME).catch(() => null);
@@ -61,7 +62,8 @@ async function card(file) {
   if (rejected?.data[0]) [look, words] = ["unknown", `None of the classes; the nearest is ${name}`];
   const ranked = [...probabilities.data].map((probability, i) => [facts.class_names[i], probability]);
   const top = ranked.sort((one, other) => other[1] - one[1]).slice(0, SHOWN);
-  const small = drawn(canvas, 224, (224 * canvas.height) / canvas.width);
+  const part = PREVIEW / Math.max(canvas.width, canvas.height);
+  const small = drawn(canvas, part * canvas.width, part * canvas.height);
   const source = make("div", { class: "flow picture" }, small, make("p", { class: "quiet" }, file.name));
   const result = make("p", { class: "label" }, words);
   const answer = make("div", { class: "flow" }, result, make("ol", { class: "bars" }, ...top.map(bar)));
