@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.one_file.graph import Answers, Source, check_engine_graph, make_graph
@@ -62,7 +64,7 @@ def write_one_file(fit: Fit, path: str | Path, abstention: Abstention, source: S
     check_new_file(Path(path), (".onnx",))
     require("onnxruntime", "cpu")
     content = one_file(fit, abstention, source).SerializeToString()
-    _check_answers(fit, content, abstention, source)
+    check_file(fit, content, abstention, source)
     with new_file(path) as temporary:
         temporary.write_bytes(content)
     if _exportable(fit)[1].manifest["precision"] == "int8":
@@ -97,7 +99,7 @@ def _facts(fit: Fit, abstention: Abstention) -> dict[str, Any]:
     }
 
 
-def _check_answers(fit: Fit, content: bytes, abstention: Abstention, source: Source) -> None:
+def check_file(fit: Fit, content: bytes, abstention: Abstention, source: Source) -> None:
     """Raise ArithmeticError unless ONNX Runtime answers noise of several shapes as the library does on that runtime."""
     head, engine = _exportable(fit)
     encoder = open_engine(engine, "onnxruntime", verify=False, adapted=head.needs_adapted)
@@ -108,21 +110,31 @@ def _check_answers(fit: Fit, content: bytes, abstention: Abstention, source: Sou
         height, width = (round(part * encoder.image_size) for part in shape)
         pictures = rng.integers(0, 256, (2, height, width, 3), np.uint8)
         got = dict(zip(names, session.run(None, {source: pictures}), strict=True))
-        verdict = judge(head, encoder.encode(to_pixels(pictures, encoder.geometry)), abstention)
-        expected = head.probabilities(verdict.logits)
-        of_labels = np.take_along_axis(expected, got["label"][:, None], 1)
-        differences = {
-            "probabilities": got["probabilities"] - expected,
-            "label": expected.max(1, keepdims=True) - of_labels,
-        }
-        if verdict.accepted is not None:
-            differences["accepted"] = got["accepted"] ^ verdict.accepted
-        if verdict.unknown_score is not None:
-            differences["rejected"] = got["rejected"] ^ verdict.rejected
-            differences["unknown"] = (got["unknown"] - verdict.unknown_score) / (1 + np.abs(verdict.unknown_score))
-        for name, difference in differences.items():
-            if not (largest := np.abs(difference).max()) <= TOLERANCE:
-                raise ArithmeticError(
-                    f"expected the output {name} of pictures of {height} x {width} to be the classifier's, got a "
-                    f"difference of {largest:.2g}, where {TOLERANCE:g} is allowed; nothing was written"
-                )
+        check_answers(got, fit, encoder, pictures, abstention)
+
+
+def check_answers(
+    got: Mapping[str, np.ndarray], fit: Fit, encoder: Encoder, pictures: np.ndarray, abstention: Abstention
+) -> None:
+    """Raise ArithmeticError unless these outputs of a file or plan are what the library answers on `pictures` uint8
+    (B, H, W, 3): labels and what is accepted or rejected the same, but for ties, numbers up to TOLERANCE."""
+    head, _ = _exportable(fit)
+    verdict = judge(head, encoder.encode(to_pixels(pictures, encoder.geometry)), abstention)
+    expected = head.probabilities(verdict.logits)
+    of_labels = np.take_along_axis(expected, got["label"][:, None], 1)
+    differences = {
+        "probabilities": got["probabilities"] - expected,
+        "label": expected.max(1, keepdims=True) - of_labels,
+    }
+    if verdict.accepted is not None:
+        differences["accepted"] = got["accepted"] ^ verdict.accepted
+    if verdict.unknown_score is not None:
+        differences["rejected"] = got["rejected"] ^ verdict.rejected
+        differences["unknown"] = (got["unknown"] - verdict.unknown_score) / (1 + np.abs(verdict.unknown_score))
+    height, width = pictures.shape[1:3]
+    for name, difference in differences.items():
+        if not (largest := np.abs(difference).max()) <= TOLERANCE:
+            raise ArithmeticError(
+                f"expected the output {name} of pictures of {height} x {width} to be the classifier's, got a "
+                f"difference of {largest:.2g}, where {TOLERANCE:g} is allowed; nothing was written or timed"
+            )
