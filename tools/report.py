@@ -56,7 +56,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "precision": {"min_cosine": ".4f", "file_mb": ".0f", "accuracy": ".1%"},
     "pipeline": {"images_per_s": ".1f", "memory_mb": ".0f"},
     "one-file": {
-        **{"images": ",", "labels_equal": ".1%", "accepted_equal": ".1%"},
+        **{"images": ",", "accepted": ".0%", "labels_equal": ".1%", "accepted_equal": ".1%"},
         **{"max_dp": ".0e", "run_ms": ".1f", "file_mb": ".1f"},
     },
     "cold-start": {"peak_memory_mb": ".0f"},
