@@ -142,6 +142,7 @@ def test_pipeline(exports_once: None) -> None:
 def test_one_file(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Runtimes whose programs are missing are left out with a line."""
     monkeypatch.setattr(one_file, "make_demo_bundle", lambda *_: demo_cache.demo_bundle(12, 5))
+    monkeypatch.setattr(one_file, "CLASSIFIERS", ((12, 5),))
     monkeypatch.setattr(one_file, "LARGEST", 300)
     monkeypatch.setenv("PATH", "")
     run = Run("one-file", threads=1, repeats=1)
