@@ -20,7 +20,7 @@ SUBJECTS = {
     "precision": "Times of the encoder in fewer bits; the cosine to fp32 is the smallest of all pictures.",
     "score": "Times of scoring: queries (q), keys (k), width (d), classes (c); keys with values or classes.",
     "pipeline": "Times of folders of JPEG files to labels.",
-    "one-file": "A classifier as one ONNX file beside the library; dp: of a probability; times of a decoded picture, busy machine.",
+    "one-file": "A classifier as one ONNX file beside the library; dp: of probabilities; times on a busy machine.",
     "cold-start": "Times from the start of a process to its first label.",
     "classifier": "Times of pictures in memory to labels of 100 classes.",
     "fit": "Times of fitting a classifier on pictures.",
