@@ -49,7 +49,8 @@ def run(run: Run, pictures: int = 330) -> None:
 
 def compare(run: Run, classifier: Classifier, case: str, paths: Sequence[Path], folder: Path) -> None:
     """The rows of one classifier, with the programs in `folder`."""
-    model = folder / f"{case}.onnx"
+    model = folder / case / "pets.onnx"
+    model.parent.mkdir()
     classifier.export(model, max_error=MAX_ERROR)
     truth, drafted = in_library(classifier, paths, MAX_ERROR), are_drafted(classifier, paths)
     shared = {**facts(PACKAGES), "device": run.device.description, "file_mb": model.stat().st_size / 1e6}
