@@ -110,12 +110,15 @@ Picture read_png(FILE* file) {
 }
 
 int main(int count, char** words) {
+    if (count < 3) return std::fprintf(stderr, "expected MODEL.onnx PICTURE...\n"), 2;
     Ort::Env env;
     Ort::Session session(env, words[1], Ort::SessionOptions());
     Ort::AllocatorWithDefaultOptions allocator;
     const auto facts = session.GetModelMetadata().LookupCustomMetadataMapAllocated("iosr_fast", allocator);
     const int model_size = std::atoi(std::strstr(facts.get(), "\"image_size\":") + 13);
-    const bool promises = session.GetOutputCount() > 2;
+    bool promises = false;
+    for (size_t i = 0; i < session.GetOutputCount(); ++i)
+        promises |= std::strcmp(session.GetOutputNameAllocated(i, allocator).get(), "accepted") == 0;
     const char *inputs[] = {"picture"}, *outputs[] = {"probabilities", "label", "accepted"};
     const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
     for (int i = 2; i < count; ++i) {
