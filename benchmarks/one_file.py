@@ -43,7 +43,7 @@ def run(run: Run, pictures: int = 330) -> None:
                 build(folder)
         for classes, shots in CLASSIFIERS:
             classifier = Classifier.load(make_demo_bundle(folder / f"{classes}", classes, shots))
-            compare(run, classifier, f"{classes} classes", paths, folder)
+            compare(run, classifier, f"{classes}-classes", paths, folder)
         print("\n".join(lines_of(run.rows)), flush=True)
 
 
@@ -57,10 +57,11 @@ def compare(run: Run, classifier: Classifier, case: str, paths: Sequence[Path], 
     for impl, answer in runtimes(folder).items():
         with left_out(run, impl):
             pairs = np.array(list(zip(answer(model, paths), truth, strict=True)))
-            for kind, chosen in (("", pairs[~drafted]), (", large JPEGs", pairs[drafted])):
+            for kind, chosen in (("", pairs[~drafted]), ("-large-jpegs", pairs[drafted])):
                 if len(chosen):
                     row = {"bench": "one-file", "case": case + kind, "impl": impl, **compared(*chosen.T)}
                     run.rows.append(row | shared)
+                    run.say(f"{row['case']}: {impl}: {row['labels_equal']:.1%} of the labels are equal")
                     if not kind and row["labels_equal"] < 1:
                         run.failed.append(f"{impl}: {row['labels_equal']:.1%} of the labels are equal")
             run.write()
@@ -113,5 +114,5 @@ def compared(answers: Sequence[Answer], truth: Sequence[Answer]) -> dict[str, An
         "labels_equal": round(equal["label"], 4),
         "accepted_equal": round(equal["accepted"], 4),
         "max_dp": float(f"{max(differences):.2g}"),
-        "run_ms": round(statistics.median(one["ms"] for one in answers), 2),
+        "runtime_ms": round(statistics.median(one["ms"] for one in answers), 2),
     }
