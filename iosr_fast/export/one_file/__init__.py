@@ -1,1 +1,1 @@
-"""A fitted classifier as one ONNX graph: pixels.py, the encoder of an engine, answers.py and unknown.py."""
+"""A fitted classifier as one ONNX graph: `graph` joins `pixels`, the encoder of an engine, `logits` and `unknown`."""
