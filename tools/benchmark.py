@@ -3,6 +3,7 @@
 python tools/benchmark.py encoder      both embeddings of a batch: fused, in fewer bits, and in two passes by others
 python tools/benchmark.py score        embeddings to logits: our kernels, the papers' formula, PyTorch
 python tools/benchmark.py pipeline     JPEG files to labels
+python tools/benchmark.py one-file     a classifier as one ONNX file in other runtimes, beside the library
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ iosr_fast.__path__.append(str(ROOT))
 
 def main(
     subject: Annotated[
-        Literal["encoder", "score", "pipeline"],
-        typer.Argument(metavar="SUBJECT", help="encoder, score or pipeline."),
+        Literal["encoder", "score", "pipeline", "one-file"],
+        typer.Argument(metavar="SUBJECT", help="encoder, score, pipeline or one-file."),
     ],
     model: Annotated[str | None, typer.Option(help="open_clip ViT, or demo. Not for score.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images of a call, several for encoder.")] = None,
@@ -39,7 +40,7 @@ def main(
     case: Annotated[
         list[str] | None, typer.Option(help="For score: queries, keys, channels, classes: q256-k16000-d512-c1000.")
     ] = None,
-    pictures: Annotated[int | None, typer.Option(min=2, help="JPEG files, for pipeline.")] = None,
+    pictures: Annotated[int | None, typer.Option(min=2, help="Files, for pipeline and one-file.")] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda for encoder and score.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of NumPy and PyTorch [default: all].")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at most; a case ends after 45 s and three rounds.")] = 7,
@@ -57,7 +58,7 @@ def main(
         os.environ[name] = str(threads)
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # PyTorch's engines take a GPU where there is one
-    module: Any = importlib.import_module(f"benchmarks.{subject}")
+    module: Any = importlib.import_module(f"benchmarks.{subject.replace('-', '_')}")
     from benchmarks.devices import Device
     from benchmarks.harness import Run
     from iosr_fast.exceptions import IosrFastError
@@ -66,7 +67,7 @@ def main(
     options = {name: value for name, value in given.items() if value is not None}
     if wrong := [f"--{name.replace('_', '-')}" for name in options if name not in taken]:
         raise IosrFastError(f"expected no {', '.join(wrong)} with {subject}")
-    if device != "cpu" and subject == "pipeline":
+    if device != "cpu" and subject in ("pipeline", "one-file"):
         raise IosrFastError(f"expected --device cpu with {subject}, got {device}")
     out = json_path or ROOT / "build" / "bench" / f"{'cpu' if device == 'cpu' else 'gpu'}-{subject}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,11 @@ Row = Mapping[str, Any]
 # Files in the order of the page, and what their figures are. Times are medians in ms (10th to 90th percentile).
 SUBJECTS = {
     "encoder": "Times of both embeddings of a batch (b). `-sN`: adapters from block N on.",
-    "precision": "Times of the encoder in fewer bits; the cosine to fp32 is the smallest of all pictures.",
+    "precision": "Times of the encoder in fewer bits; the smallest cosine to fp32.",
     "score": "Times of scoring: queries (q), keys (k), width (d), classes (c); keys with values or classes.",
     "pipeline": "Times of folders of JPEG files to labels.",
-    "cold-start": "Times from the start of a process to its first label.",
+    "one-file": "Times of a decoded picture by one ONNX file; busy machine.",
+    "cold-start": "Times from a process's start to its first label.",
     "classifier": "Times of pictures in memory to labels of 100 classes.",
     "fit": "Times of fitting a classifier on pictures.",
     "search": "Times of choosing parameters. The public grid is extrapolated from 40 of its points.",
@@ -28,9 +29,9 @@ SUBJECTS = {
     "updates": "Times of changes of a running classifier.",
     "serving": "The server under load, as shares of its capacity.",
     "serving-peer": "The server beside infinity-emb.",
-    "ray": "One process, and two of Ray, on one machine, busy with other work.",
+    "ray": "One process and two of Ray; busy machine.",
     "texts": "What class names are worth, beside scikit-learn; deviation over draws.",
-    "descriptions": "Accuracy on the demo's held-out concepts by what their texts are made of.",
+    "descriptions": "Accuracy on the demo's held-out concepts by what texts are made of.",
     "accuracy-caltech70": "Accuracy in %; ±: standard error of one draw.",
     "accuracy-embeddings": "Accuracy in % beside scikit-learn, with and without texts.",
     "accuracy-demo": "Accuracy in % on the demo's held-out concepts; ±: deviation over seeds.",
@@ -98,7 +99,7 @@ def page(folder: Path = RESULTS) -> str:
     lines = [
         "# Benchmarks\n",
         "Made from the rows in `results` by `tools/report.py`. Candidates were checked against a reference, then",
-        "timed in turn in one run. Compare within a table: machines differ. No GPU was measured.",
+        "timed in turn. Compare within a table: machines differ. No GPU was measured.",
     ]
     for name in filter(files.get, SUBJECTS):
         lines += ["", f"## {name}", "", SUBJECTS[name]]

@@ -8,6 +8,7 @@ from typing import Annotated
 from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import note
 from iosr_fast.cli.options import argument, option
+from iosr_fast.exceptions import IosrFastError
 
 
 def export(
@@ -16,6 +17,10 @@ def export(
     max_error: shared.PromisedError = None,
     reject_unknown: shared.RejectUnknown = False,
     pixels: Annotated[bool, option("Take images of the encoder's size only, without a resize.", "--pixels")] = False,
+    web: Annotated[
+        Path | None,
+        option("Also write a page that classifies images in the browser, beside a copy of the file.", metavar="FOLDER"),
+    ] = None,
 ) -> None:
     """Write a saved classifier as one ONNX file: images of any size in, probabilities and labels out.
 
@@ -27,7 +32,13 @@ def export(
     iosr-fast export my-classifier pets.onnx --max-error 1%
     """
     from iosr_fast.classifier import open_saved
+    from iosr_fast.export.web import NEEDED, write_page
 
+    if web is not None and pixels:
+        raise IosrFastError("expected no --pixels with --web: its page takes images of any size")
     opened = open_saved(classifier)
     opened.export(file, max_error, "reject" if reject_unknown else None, "pixels" if pixels else "picture")
     note(f"wrote {file}: {file.stat().st_size / 1e6:.1f} MB")
+    if web is not None:
+        write_page(file, web)
+        note(f"wrote {web / 'index.html'}; {NEEDED}")

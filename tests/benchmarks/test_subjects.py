@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import ceilings, encoder, harness, photographs, pipeline, score
+from benchmarks import ceilings, encoder, harness, one_file, photographs, pipeline, score
 from benchmarks.devices import Device
 from benchmarks.encoder_rivals import in_torch
 from benchmarks.harness import Run
@@ -140,6 +140,21 @@ def test_pipeline(exports_once: None) -> None:
         assert rows[name]["precision"] == ("int8" if "int8" in name else "fp32")
         assert set(rows[name]["ratios"]) == {"obvious-script", "two-pass"} and rows[name]["rate_unit"] == "images/s"
     assert rows["predict-folder"]["images"] == 8 and rows["predict-folder"]["labels_equal"] == 1
+
+
+def test_one_file(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Runtimes whose programs are missing are left out with a line."""
+    monkeypatch.setattr(one_file, "make_demo_bundle", lambda *_: demo_cache.demo_bundle(12, 5))
+    monkeypatch.setattr(one_file, "CLASSIFIERS", ((12, 5),))
+    monkeypatch.setattr(one_file, "LARGEST", 300)
+    monkeypatch.setenv("PATH", "")
+    run = Run("one-file", threads=1, repeats=1)
+    one_file.run(run, pictures=4)
+    rows = by_name(run)
+    assert set(rows) == {"python", *RUNTIMES} - {"onnxruntime"}
+    assert all(row["images"] == 4 and row["labels_equal"] == row["accepted_equal"] == 1 for row in rows.values())
+    said = capfd.readouterr().err
+    assert all(f"left out: {name}: " in said for name in ("node", "wasm", "chromium", "c++"))
 
 
 def test_other_labels_are_not_timed() -> None:

@@ -1,0 +1,101 @@
+"""The page of an exported file, in a real browser, served as `python -m http.server` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.runtimes import site
+from iosr_fast import Classifier
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export.web import NEEDED, RUNTIME, write_page
+from tests import browser as chromium
+from tests.cli.runs import done, refused
+from tests.demo_cache import demo_bundle
+from tests.export.recipes import npm
+from tests.pictures import encode
+from tools.demo.bundle import held_out_queries
+
+pytestmark = pytest.mark.slow
+browser = chromium.browser  # pytest finds the fixture by this name
+HOSTILE = '</script><script>hacked = 1</script><img src=x onerror="hacked = 1">'
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    """Its first class has a hostile name."""
+    classifier = Classifier.load(demo_bundle(12, 5))
+    classifier.rename_class(classifier.classes_[0], HOSTILE, keep_text=True)
+    return classifier
+
+
+@pytest.fixture(scope="module")
+def model(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "pets.onnx"
+    classifier.export(path, max_error=0.4, unknown="reject")
+    return path
+
+
+@pytest.fixture
+def page(browser: Any, model: Path) -> Iterator[Any]:
+    """A tab with the page, in which nothing goes wrong and no request goes elsewhere; `page.files` is its folder."""
+    with site(npm(), model) as (folder, address):
+        tab = browser.new_page()
+        tab.set_default_timeout(20_000)
+        tab.files, problems = folder, []
+        tab.on("console", lambda it: problems.append(it.text) if it.type in ("error", "warning") else None)
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("request", lambda it: it.url.startswith((address, f"blob:{address}")) or problems.append(it.url))
+        tab.goto(address)
+        yield tab
+        missing = [text for text in problems if "404" in text]  # only where a test took a file away
+        tab.close()
+        assert problems == missing and bool(missing) == (not (folder / RUNTIME[0]).exists())
+
+
+def test_pictures_get_the_labels_of_the_library(page: Any, classifier: Classifier) -> None:
+    images = list(held_out_queries(12, 5)[0])
+    files = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": encode(image)} for i, image in enumerate(images)]
+    page.locator("#stage").wait_for()
+    assert "at most 40% are wrong" in page.locator("#promise").inner_text()
+    page.set_input_files("#choose", [*files, {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": b"no picture"}])
+    page.locator("#status", has_text="Done.").wait_for()
+    labels, sure = classifier.predict(images), classifier.predict(images, max_error=0.4)
+    expected = []
+    for label, accepted, known in zip(labels, sure, classifier.predict(images, unknown="reject"), strict=True):
+        words = label if accepted else f"Needs a look: {label}?"
+        expected.append(words if known == label else f"None of the classes; the nearest is {label}")
+    assert page.locator("#results .label").all_inner_texts() == expected
+    assert {words.split(":")[0].split(";")[0] for words in expected} >= {"Needs a look", "None of the classes", HOSTILE}
+    assert page.locator(".bars").first.locator("li").count() == 5
+    assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0
+    assert page.locator("#results .bad").inner_text().startswith("a.jpg: ")
+
+
+def test_a_dropped_picture_is_classified(page: Any) -> None:
+    page.locator("#stage").wait_for()
+    data = list(encode(held_out_queries(12, 5)[0][0]))
+    drop = "data => { const drop = new DataTransfer(); drop.items.add(new File([new Uint8Array(data)], 'a.png', "
+    dropped = page.evaluate_handle(drop + "{ type: 'image/png' })); return drop; }", data)
+    page.dispatch_event("body", "drop", {"dataTransfer": dropped})
+    page.locator("#results .label").wait_for()
+
+
+def test_without_its_runtime_it_says_the_commands(page: Any) -> None:
+    (page.files / RUNTIME[0]).unlink()
+    page.reload()
+    page.locator("#status", has_text="npm install").wait_for()
+    assert page.locator("#status").inner_text() == NEEDED and not page.locator("#stage").is_visible()
+
+
+def test_the_command_writes_it_for_pictures_only(tmp_path: Path) -> None:
+    bundle, web = demo_bundle(12, 5), tmp_path / "web"
+    assert "no --pixels with --web" in refused("export", bundle, tmp_path / "a.onnx", "--pixels", "--web", web)
+    done("export", bundle, tmp_path / "a.onnx", "--web", web)
+    assert (web / "model.onnx").read_bytes() == (tmp_path / "a.onnx").read_bytes() and (web / "index.html").is_file()
+    done("export", bundle, tmp_path / "b.onnx", "--pixels")
+    with pytest.raises(IosrFastError, match="exported for pictures"):
+        write_page(tmp_path / "b.onnx", web)
