@@ -95,6 +95,7 @@ def _facts(fit: Fit, abstention: Abstention) -> dict[str, Any]:
         "precision": engine.manifest["precision"],
         "weights_licence": _LICENCES.get(engine.manifest["model"]),
         "geometry": fit.clip.encoder.geometry.facts(),
+        "exif_orientation": fit.settings.exif_orientation,
         "pixels": VERSION,
         "versions": {name: package_version(name) for name in ("iosr_fast", "onnx")},
     }

@@ -209,7 +209,7 @@ def test_the_metadata_say_what_the_answers_are_and_no_torch_is_needed(tmp_path: 
     texts = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
     classifier, facts = Classifier.load(bundle), texts["iosr_fast"]
     assert texts["class_names"] == classifier.classes_.tolist()
-    assert facts["max_error"] == 0.4 and facts["keep"] == 0.95
+    assert facts["max_error"] == 0.4 and facts["keep"] == 0.95 and facts["exif_orientation"]
     assert facts["promise"]["max_errors"] == classifier.automation().max_errors.tolist()
     assert facts["encoder_fingerprint"] == classifier.encoder.fingerprint and facts["head_version"] == 1
     assert facts["geometry"] == {"image_size": 64, "interpolation": "bicubic"} and facts["pixels"] == VERSION

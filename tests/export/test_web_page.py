@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks.runtimes import site
 from iosr_fast import Classifier
@@ -16,7 +18,7 @@ from tests import browser as chromium
 from tests.cli.runs import done, refused
 from tests.demo_cache import demo_bundle
 from tests.export.recipes import npm
-from tests.pictures import encode
+from tests.pictures import encode, turned
 from tools.demo.bundle import held_out_queries
 
 pytestmark = pytest.mark.slow
@@ -82,6 +84,19 @@ def test_a_dropped_picture_is_classified(page: Any) -> None:
     dropped = page.evaluate_handle(drop + "{ type: 'image/png' })); return drop; }", data)
     page.dispatch_event("body", "drop", {"dataTransfer": dropped})
     page.locator("#results .label").wait_for()
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_orientation_is_taken_as_by_the_classifier(upright: bool, page: Any) -> None:
+    index = page.files / "index.html"
+    text = index.read_text()
+    index.write_text(text.replace('"exif_orientation": true', f'"exif_orientation": {json.dumps(upright)}'))
+    page.goto(f"{page.url}?{upright}")  # a reload may take the older page of the same second
+    page.locator("#stage").wait_for()
+    photograph = turned(Image.new("RGB", (64, 96)), 6)
+    page.set_input_files("#choose", [{"name": "a.jpg", "mimeType": "image/jpeg", "buffer": photograph}])
+    is_tall = page.locator("#results canvas").evaluate("canvas => canvas.height > canvas.width")
+    assert is_tall == upright
 
 
 def test_without_its_runtime_it_says_the_commands(page: Any) -> None:

@@ -56,5 +56,5 @@ def _facts(model: Path) -> dict[str, Any]:
     if (most := facts["max_error"]) is not None:
         wrong = f"at most {100 * most:.4g}% are wrong"
         promise = f"Of the labels that it is sure of, {wrong}, for pictures like its examples."
-    names = json.loads(properties["class_names"])
-    return {"class_names": names, "geometry": facts["geometry"], "promise": promise, "missing": NEEDED}
+    shown = {name: facts[name] for name in ("geometry", "exif_orientation")}
+    return {"class_names": json.loads(properties["class_names"]), "promise": promise, "missing": NEEDED} | shown
