@@ -1,5 +1,5 @@
-"""The CUDA kernel against the float64 reference: on a GPU, and on the CPU through csrc/tests/host.h, which runs the same
-source with a fiber for each of a GPU's threads."""
+"""The CUDA kernel against the float64 reference: on a GPU, and on the CPU through csrc/tests/host.h, which runs the
+same source with a fiber for each of a GPU's threads."""
 
 from __future__ import annotations
 
