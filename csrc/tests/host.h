@@ -46,11 +46,7 @@ inline Block* block;
 inline ucontext_t scheduler;
 inline std::function<void()> kernel;
 inline std::vector<char> shared;
-// Bytes that a launch of the function may have, 48 KB where none is set.
-inline std::size_t& shared_limit(void* function) {
-    static std::map<void*, std::size_t> limits;
-    return limits.try_emplace(function, 48 << 10).first->second;
-}
+inline std::map<void*, std::size_t> shared_limits;  // bytes by function
 inline bool moved;  // whether a thread has got further
 
 inline void pause() { swapcontext(&block->threads[threadIdx.x], &scheduler); }
@@ -112,7 +108,7 @@ inline int cudaSetDevice(int) { return cudaSuccess; }
 inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 2, cudaSuccess; }
 template <class Function>
 int cudaFuncSetAttribute(Function* function, int, int bytes) {
-    return host::shared_limit(reinterpret_cast<void*>(function)) = bytes, cudaSuccess;
+    return host::shared_limits[reinterpret_cast<void*>(function)] = bytes, cudaSuccess;
 }
 template <class... Others>
 int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Others...) {
@@ -121,7 +117,7 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Others...) {
 template <class Plan, class Call, class Stream>
 int cudaLaunchCooperativeKernel(void (*kernel)(Plan, Call), dim3 grid, dim3, void** arguments, std::size_t shared_bytes,
                                 Stream) {
-    if (shared_bytes > host::shared_limit(reinterpret_cast<void*>(kernel))) {
+    if (shared_bytes > host::shared_limits[reinterpret_cast<void*>(kernel)]) {
         return cudaErrorInvalidValue;
     }
     host::kernel = [=] { kernel(*static_cast<Plan*>(arguments[0]), *static_cast<Call*>(arguments[1])); };
