@@ -87,6 +87,7 @@ def affinity_sums_kernel(  # type: ignore[no-untyped-def]
     first_key = tl.load(items + 4 * item)
     end_key = tl.load(items + 4 * item + 1)
     columns = tl.multiple_of(tl.load(items + 4 * item + 2), BLOCK_C) + tl.arange(0, BLOCK_C)
+    piece = tl.load(items + 4 * item + 3).to(tl.int64)
     n_columns = n_groups * GROUP
     inside = columns < n_columns
     if values is None:
@@ -132,7 +133,6 @@ def affinity_sums_kernel(  # type: ignore[no-untyped-def]
                 total = tl.dot(operand(part), member, total)
     if weights is not None:
         alpha *= tl.load(largest_weight)
-    piece = tl.load(items + 4 * item + 3).to(tl.int64)  # not before the loop, whose registers are few
     at = sums + (piece * n_queries + rows[:, None]) * n_columns + columns[None, :]
     tl.store(at, alpha * total, mask=(rows < n_queries)[:, None] & inside[None, :])
 
@@ -183,8 +183,10 @@ def tile_of(
         block_n = 128 if tall and wide and block_c == 128 else 64
     block_b = min(128 if tall else 64, max(16, triton.next_power_of_2(batch)))
     block_c = max(16, triton.next_power_of_2(min(block_c, n_columns)))
+    # 128 bytes of a key, but of int8 keys 64, where a tile of more queries has no registers for their conversion.
+    block_d = 32 if single else 128 if keys == torch.int8 and block_b == 16 else 64
     few = block_b == 16 or (capability // 10 == 9 and block_b <= 64 and block_n == 32)
-    return Tile(block_b, block_n, 32 if single else 64, block_c, 4 if few else 8)
+    return Tile(block_b, block_n, block_d, block_c, 4 if few else 8)
 
 
 @functools.cache
