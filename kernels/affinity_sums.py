@@ -126,7 +126,8 @@ def affinity_sums_kernel(  # type: ignore[no-untyped-def]
         else:
             member = (slots[:, None] >= begins[None, :]) & (slots[:, None] < ends[None, :])
             member = operand(tl.where(member, 1.0, 0.0).to(tl.bfloat16))
-            for _ in range(3):  # three bfloat16 parts hold the 24 bits of a float32
+            # Three bfloat16 parts hold the 24 bits of a float32. Stages of this loop would only cost registers.
+            for _ in tl.range(3, num_stages=1):
                 part = affinity.to(tl.bfloat16)
                 affinity -= part.to(tl.float32)
                 total = tl.dot(operand(part), member, total)
@@ -162,7 +163,8 @@ def tile_of(
 
     Registers are the bound: a thread holds block_b * (block_n + block_c) / 256 sums, and where tensor cores read
     registers (all but 9.0 and 10.x) the factors too, those of float32 in several parts. So more columns mean fewer keys
-    or queries. More columns than block_c compute the affinities again.
+    or queries. More columns than block_c compute the affinities again. Two warp groups of 9.0 would split 32 keys, and
+    multiply by 16 at a time.
     """
     wide = capability // 10 in (9, 10)
     single, precise = keys == torch.float32, torch.float32 in (keys, values)
@@ -171,19 +173,20 @@ def tile_of(
     block_n, block_c = 64, 128
     if values is None:
         tall &= wide or not single
-        block_n = 128 if tall and not single and n_keys >= 4 * n_columns else 64
         block_c = min(block_n, block_n * n_columns // n_keys)  # fewer than a tile's keys would leave rows empty
     elif precise:
-        block_c = 256 if n_columns > 128 and wide and single else 128
-        tall &= wide and block_c == 128
-        block_n = 64 if tall and values == torch.float16 else 32
+        tall &= wide
+        block_n = 32
     else:
         block_c = 256 if n_columns > 128 else 128
         tall &= wide or block_c == 128
         block_n = 128 if tall and wide and block_c == 128 else 64
     block_b = min(128 if tall else 64, max(16, triton.next_power_of_2(batch)))
     block_c = max(16, triton.next_power_of_2(min(block_c, n_columns)))
-    return Tile(block_b, block_n, 32 if single else 64, block_c, 4 if block_b == 16 else 8)
+    # 128 bytes of a key, but of int8 keys 64, where a tile of more queries has no registers for their conversion.
+    block_d = 32 if single else 128 if keys == torch.int8 and block_b == 16 else 64
+    few = block_b == 16 or (capability // 10 == 9 and block_b <= 64 and block_n == 32)
+    return Tile(block_b, block_n, block_d, block_c, 4 if few else 8)
 
 
 @functools.cache
@@ -246,12 +249,17 @@ def _add_sums(plan: DevicePlan, queries: Tensor, logits: Tensor) -> None:
     most_pieces = max(1, PARTIAL_BYTES // (4 * logits.numel()))
     stretch = tile.block_n * max(triton.cdiv(n_tiles * n_chunks * blocks, programs), triton.cdiv(n_tiles, most_pieces))
 
+    # Queries whose address 16 doesn't divide, such as a slice, have a kernel of their own.
+    rows = queries.to(torch.float16 if keys.dtype == torch.int8 else keys.dtype)
+    is_aligned = rows.data_ptr() % 16 == 0
+
     def items() -> tuple[Tensor, int]:
         _refuse_recording(plan.device)
         table = cut_items(plan.offsets, n_keys, n_columns, tile.block_c, stretch)
         return torch.from_numpy(table).to(plan.device), int(table[:, 3].max()) + 1
 
-    table, n_pieces = plan.cached(f"triton/items/{tile.block_c}/{stretch}", items)
+    # By all that the kernel is compiled for, so that the first call that needs a compiler is refused in a recording.
+    table, n_pieces = plan.cached(f"triton/{tile}/{stretch}/{is_aligned}", items)
     shares, largest = plan.cached("triton/weights", lambda: _weights(plan))
     # Classes without keys, and those with fewer pieces than others, have sums of zero that no program writes.
     allocate = torch.zeros if values is None else torch.empty
@@ -260,7 +268,7 @@ def _add_sums(plan: DevicePlan, queries: Tensor, logits: Tensor) -> None:
     scale = plan.beta * math.log2(math.e)
     group = math.gcd(n_columns, 16)
     affinity_sums_kernel[blocks * len(table),](
-        queries.to(torch.float16 if keys.dtype == torch.int8 else keys.dtype),
+        rows,
         keys,
         plan.key_scales,
         shares,
@@ -296,9 +304,14 @@ def _weights(plan: DevicePlan) -> tuple[Tensor | None, Tensor | None]:
     return shares, largest
 
 
+def is_recorded(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is launched on the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _refuse_recording(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_recorded(device):
         raise RuntimeError(
             "expected a batch of this size to be scored with Triton once before a CUDA graph records it, because the "
-            "first scoring uploads a table; score it once outside of the recording"
+            "first scoring compiles a kernel and uploads a table; score it once outside of the recording"
         )

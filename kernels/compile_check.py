@@ -34,6 +34,7 @@ KERNELS = {
     "classes/many": (1024, 16_000, 1000, ""),
     "classes/one key each": (1024, 8192, 8192, ""),
     "values/few": (16, 1600, 100, "fp32"),
+    "values/some": (64, 8192, 1000, "fp32"),
     "values/many": (1024, 8192, 100, "fp32"),
     "values/wide": (1024, 8192, 1000, "fp32"),
     "half values/few": (16, 1600, 100, "fp16"),

@@ -5,7 +5,7 @@
 #include "few_queries.h"
 
 #ifdef IOSR_FAST_HOST
-#include "host.h"
+#include "tests/host.h"
 #else
 #include <cooperative_groups.h>
 #include <cuda_fp16.h>
@@ -400,7 +400,8 @@ BoundPlan::BoundPlan(int device, Format format, const Plan& plan) : device_(devi
         launch.stage = std::min(plan.key_vectors, (kShared - buffers) / vector);
         launch.shared_bytes = launch.stage * vector + buffers;
         int resident = 0;
-        check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes),
+        // The limit belongs to the function, whose other plans may need more.
+        check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
               "shared memory of few_queries");
         check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, launch.kernel, kThreads, launch.shared_bytes),
               "blocks of few_queries");

@@ -145,7 +145,14 @@ def _triton_unavailable_reason() -> str | None:
 
 def _cuda_unavailable_reason() -> str | None:
     # The build before the GPU, which imports PyTorch.
-    return _driver_unavailable_reason() or _cuda_build_unavailable_reason() or _gpu_unavailable_reason()
+    reason = _driver_unavailable_reason() or _cuda_build_unavailable_reason() or _gpu_unavailable_reason()
+    if reason is not None:
+        return reason
+    try:  # the driver may be older than the extension's CUDA
+        importlib.import_module("iosr_fast._C_cuda").tile_keys(0, 1)
+    except RuntimeError as error:
+        return f"iosr_fast._C_cuda can't call CUDA ({error}); update the driver, or with an older CUDA {_BUILD_CUDA}"
+    return None
 
 
 # PyTorch is never chosen for NumPy arrays: importing it takes seconds.

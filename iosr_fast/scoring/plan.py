@@ -155,8 +155,8 @@ class ScoringPlan(PlanTerms):
         """The same plan with its keys stored in `precision`: "fp32", "fp16", "bf16" or "int8".
 
         Keys that were rounded before are normalised first. int8 keys get a query_transform
-        (key_precision.int8_keys), and values are stored in float16 (half_values), divided by their largest magnitude,
-        which alpha is multiplied by. Raises IosrFastError without keys or for an unknown precision.
+        (key_precision.int8_keys). Values of fp16 and int8 keys are stored in float16 (half_values), divided by their
+        largest magnitude, which alpha is multiplied by. Raises IosrFastError without keys or for an unknown precision.
         """
         if self.keys is None:
             raise IosrFastError(f"expected a plan with keys to store in {precision}, got one without a cache term")
@@ -166,12 +166,14 @@ class ScoringPlan(PlanTerms):
         if self.key_precision != "fp32" or self.query_transform is not None:
             keys = self.dequantize()
             keys = keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        if precision != "int8":
-            return replace(self, keys=convert_keys(keys, precision), key_scales=None, query_transform=None)
-        codes, scales, rotation = int8_keys(keys)
-        narrow = replace(self, keys=codes, key_scales=scales, query_transform=rotation)
-        if self.values is None or not (largest := float(np.abs(self.values).max())):
+        if precision == "int8":
+            codes, scales, rotation = int8_keys(keys)
+            narrow = replace(self, keys=codes, key_scales=scales, query_transform=rotation)
+        else:
+            narrow = replace(self, keys=convert_keys(keys, precision), key_scales=None, query_transform=None)
+        if self.values is None or precision not in ("fp16", "int8"):
             return narrow
+        largest = float(np.abs(self.values).max()) or 1.0
         return replace(narrow, values=half_values(self.values / np.float32(largest)), alpha=self.alpha * largest)
 
     def scaled(self, factor: float) -> ScoringPlan:

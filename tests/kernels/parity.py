@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from iosr_fast.kernels import affinity_sums as kernels
+from iosr_fast.scoring.device_plan import device_plan
 from iosr_fast.scoring.key_precision import PRECISIONS
 from iosr_fast.scoring.plan import ScoringPlan
 from tests.conftest import EXTENDED, random_embeddings, random_plan
@@ -76,6 +77,20 @@ def test_equal_calls_give_equal_bits_whatever_type_queries_have(kind: str, rng: 
         queries = random_queries(rng, 7, 32, dtype)
         first, again, wide = (assert_triton(plan, rows) for rows in (queries, queries, queries.float()))
         assert torch.equal(first, again) and torch.equal(first, wide)
+
+
+def test_a_recording_takes_only_what_was_scored_before(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables of these batches are alike; their tile or the address of the queries is not, which compiles a kernel."""
+    parts = device_plan(make_plan(rng, [3, 0, 5], 33, "fp16", "classes"), "cpu")
+    rows, logits = random_queries(rng, 40, 33, torch.float16), torch.zeros(40, 3)
+    kernels.affinity_sums(parts, rows[:3], logits[:3])
+    monkeypatch.setattr(kernels, "is_recorded", lambda device: True)
+    kernels.affinity_sums(parts, rows[:4], logits[:4])
+    for batch in (rows, rows[1:4]):
+        with pytest.raises(RuntimeError, match="scored with Triton once before"):
+            kernels.affinity_sums(parts, batch, logits[: len(batch)])
 
 
 @pytest.mark.parametrize("counts", [counts for counts, *_ in SHAPES], ids=str)

@@ -1,5 +1,5 @@
-"""The CUDA kernel against the float64 reference: on a GPU, and on the CPU through csrc/cuda/host.h, which runs the same
-source with a fiber for each of a GPU's threads."""
+"""The CUDA kernel against the float64 reference: on a GPU, and on the CPU through csrc/tests/host.h, which runs the
+same source with a fiber for each of a GPU's threads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def host_module() -> Any:
     pybind11 = pytest.importorskip("pybind11")
     compiler, name = cpp_compiler(), f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-DIOSR_FAST_HOST", "-Wno-unknown-pragmas"]
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
     def build(folder: Path) -> None:
         sources = [CSRC / "cuda" / "few_queries.cu", CSRC / "cuda" / "bindings.cpp"]
@@ -55,7 +55,7 @@ def host_module() -> Any:
         subprocess.run(command, check=True)
 
     facts = [*flags, version_of(compiler), pybind11.__version__]
-    binary = build_once("cuda-host", [CSRC / "cuda"], facts, build) / name
+    binary = build_once("cuda-host", [CSRC / "cuda", CSRC / "tests"], facts, build) / name
     spec = importlib.util.spec_from_file_location("_C_cuda", binary)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -90,6 +90,13 @@ def test_more_classes_than_a_block_sums_at_once_and_large_classes(
 def test_queries_larger_than_shared_memory(on_host: None, rng: np.random.Generator) -> None:
     plan = make_plan(rng, [2, 7], 1501, "fp16", "classes")
     assert_right(cuda.affinity_sums, PATH, plan, random_queries(rng, 16, 1501))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_a_second_plan_leaves_the_first_its_shared_memory(batch: int, on_host: None, rng: np.random.Generator) -> None:
+    wide, narrow = (make_plan(rng, [2, 7], width, "fp32", "classes") for width in (13_000, 8))
+    for plan in (wide, narrow, wide):
+        assert_right(cuda.affinity_sums, PATH, plan, random_queries(rng, batch, plan.width))
 
 
 def test_equal_calls_give_equal_bits_whatever_the_workspace_held(

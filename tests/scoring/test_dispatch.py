@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from iosr_fast import _C, info
+from iosr_fast import _C, __version__, info
 from iosr_fast.exceptions import UnavailableError
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.score import score_with_path
@@ -204,8 +205,17 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
-def test_the_gpu_decides_for_triton_and_cuda(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_cuda_build_unavailable_reason", lambda: None)
+@pytest.fixture
+def cuda_build(driver: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """And with a CUDA extension, whose calls succeed."""
+    build = SimpleNamespace(version=__version__, BoundPlan=None, tile_keys=lambda device, n_keys: 1)
+    monkeypatch.setitem(sys.modules, "iosr_fast._C_cuda", build)
+    dispatch._cuda_build_unavailable_reason.cache_clear()
+    yield build
+    dispatch._cuda_build_unavailable_reason.cache_clear()
+
+
+def test_the_gpu_decides_for_triton_and_cuda(cuda_build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = (dispatch._triton_unavailable_reason, dispatch._cuda_unavailable_reason)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -216,6 +226,21 @@ def test_the_gpu_decides_for_triton_and_cuda(driver: None, monkeypatch: pytest.M
     assert all("8.0 or newer is needed, got Old GPU (7.5)" in str(reason()) for reason in reasons)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     assert [reason() for reason in reasons] == [None, None]
+
+
+def test_a_driver_older_than_the_extension_leaves_scoring_to_triton(
+    cuda_build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def tile_keys(device: int, n_keys: int) -> int:
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(dispatch, "_gpu_unavailable_reason", lambda: None)
+    assert dispatch.choose("auto", "cuda", 1).name == "cuda"
+    cuda_build.tile_keys = tile_keys
+    dispatch._best.cache_clear()
+    with caplog.at_level(logging.INFO, logger="iosr_fast"):
+        assert dispatch.choose("auto", "cuda", 1).name == "triton"
+    assert "(unavailable: cuda: iosr_fast._C_cuda can't call CUDA (CUDA driver version is" in caplog.text
 
 
 def test_a_missing_or_stale_cuda_build_is_answered_with_how_to_build(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from iosr_fast.scoring import key_precision
 from iosr_fast.scoring.key_precision import PRECISIONS, from_bfloat16, int8_keys, to_bfloat16
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
-from tests.conftest import unit_rows
+from tests.conftest import random_embeddings, random_plan, unit_rows
+from tests.scoring.numerics import PATHS, assert_close_to_truth
 
 
 def uneven_rows(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
@@ -73,18 +75,26 @@ def test_a_rotation_beats_codes_of_the_keys_own_channels(rng: np.random.Generato
     assert errors[0] < 0.5 * errors[1]
 
 
-def test_int8_keys_have_values_in_float16(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_keys_of_few_bits_have_values_in_float16(precision: key_precision.Precision, rng: np.random.Generator) -> None:
     keys, values = unit_rows(rng, 60, 48), 1e6 * rng.standard_normal((60, 7))
     plan = ScoringPlan(7, keys=keys, values=values, beta=3.0)
-    narrow = plan.with_key_precision("int8")
+    narrow = plan.with_key_precision(precision)
     assert narrow.values.dtype == np.float16 and narrow.alpha == pytest.approx(np.abs(values).max())
     embeddings = Embeddings(unit_rows(rng, 9, 48))
     truth, rounded = score_reference(plan, embeddings), score_reference(narrow, embeddings)
     assert np.abs(rounded - truth).max() < 0.02 * np.abs(truth).max()
     error = narrow.alpha * narrow.values.astype(np.float64) - values
     assert (np.abs(error.sum(0)) <= 2.0**-11 * np.abs(values).max()).all()  # of the whole column
-    assert plan.with_key_precision("fp16").values is plan.values
-    assert ScoringPlan(7, keys=keys, values=0 * values).with_key_precision("int8").alpha == 1.0
+    assert narrow.with_key_precision("fp16").alpha == narrow.alpha
+    assert plan.with_key_precision("bf16").values is plan.values
+    assert ScoringPlan(7, keys=keys, values=0 * values).with_key_precision(precision).alpha == 1.0
+
+
+def test_fp16_keys_with_values_in_float32_score_as_before(rng: np.random.Generator) -> None:
+    """Classifiers that were saved before have them."""
+    plan, embeddings = random_plan(rng, [40, 0, 29], 33, dense=True, precision="fp16"), random_embeddings(rng, 17, 33)
+    assert_close_to_truth(PATHS, replace(plan, values=plan.values.astype(np.float32)), embeddings)
 
 
 def test_a_conversion_needs_little_memory_beside_its_result(rng: np.random.Generator) -> None:

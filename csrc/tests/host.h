@@ -1,7 +1,8 @@
 // Just enough of CUDA to run few_queries.cu on a CPU, for tests (IOSR_FAST_HOST). A GPU's threads are fibers that wait
 // for one another at barriers and shuffles. A warp runs as far as it gets before the next one, and blocks one after
 // another up to the grid's barrier; shared memory holds NaNs at first. So wrong arithmetic and indices, numbers that no
-// thread wrote and most missing barriers of a block give wrong logits.
+// thread wrote and most missing barriers of a block give wrong logits. A function's launches may have as much shared
+// memory as was last set for it.
 #pragma once
 
 #include <ucontext.h>
@@ -10,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -44,6 +46,7 @@ inline Block* block;
 inline ucontext_t scheduler;
 inline std::function<void()> kernel;
 inline std::vector<char> shared;
+inline std::map<void*, std::size_t> shared_limits;  // bytes by function
 inline bool moved;  // whether a thread has got further
 
 inline void pause() { swapcontext(&block->threads[threadIdx.x], &scheduler); }
@@ -98,11 +101,15 @@ inline _Float16 __ushort_as_half(uint16_t bits) { return __builtin_bit_cast(_Flo
 inline float __half2float(_Float16 value) { return static_cast<float>(value); }
 
 using cudaError_t = int;
-constexpr int cudaSuccess = 0, cudaDevAttrMultiProcessorCount = 0, cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
-inline const char* cudaGetErrorString(int) { return ""; }
+constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1;
+constexpr int cudaDevAttrMultiProcessorCount = 0, cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
+inline const char* cudaGetErrorString(int) { return "invalid argument"; }
 inline int cudaSetDevice(int) { return cudaSuccess; }
 inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 2, cudaSuccess; }
-inline int cudaFuncSetAttribute(...) { return cudaSuccess; }
+template <class Function>
+int cudaFuncSetAttribute(Function* function, int, int bytes) {
+    return host::shared_limits[reinterpret_cast<void*>(function)] = bytes, cudaSuccess;
+}
 template <class... Others>
 int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Others...) {
     return *blocks = 2, cudaSuccess;
@@ -110,6 +117,9 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Others...) {
 template <class Plan, class Call, class Stream>
 int cudaLaunchCooperativeKernel(void (*kernel)(Plan, Call), dim3 grid, dim3, void** arguments, std::size_t shared_bytes,
                                 Stream) {
+    if (shared_bytes > host::shared_limits[reinterpret_cast<void*>(kernel)]) {
+        return cudaErrorInvalidValue;
+    }
     host::kernel = [=] { kernel(*static_cast<Plan*>(arguments[0]), *static_cast<Call*>(arguments[1])); };
     gridDim = grid;
     std::vector<host::Block> blocks(grid.x);
