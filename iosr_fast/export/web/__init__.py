@@ -27,11 +27,19 @@ _FILES = {
 }
 
 
+def check_folder(folder: Path) -> None:
+    """Raise IosrFastError for a folder with another page, which would be lost."""
+    if (folder / "index.html").exists() and not (folder / "classify.js").exists():
+        raise IosrFastError(f"expected a folder without a page, or with an earlier one of export, got {folder}")
+
+
 def write_page(model: Path, folder: Path) -> None:
     """Write FOLDER/model.onnx, a copy of `model`, and FOLDER/index.html with its scripts, in place of older ones.
 
-    `model` is a classifier that was exported with source="picture". Raises IosrFastError for another file.
+    `model` is a classifier that was exported with source="picture" and turns pictures upright. Raises IosrFastError for
+    another one, and for a folder with another page.
     """
+    check_folder(folder)
     facts = json.dumps(_facts(model)).replace("<", "\\u003c")  # no class name ends the element that it stands in
     home = files("iosr_fast")
     contents = {name: (home / room / name).read_bytes() for room, names in _FILES.items() for name in names}
@@ -53,8 +61,12 @@ def _facts(model: Path) -> dict[str, Any]:
     if inputs != ["picture"] or "iosr_fast" not in properties:
         raise IosrFastError(f"expected a classifier exported for pictures, got {model} of {', '.join(inputs)}")
     facts, promise = json.loads(properties["iosr_fast"]), ""
+    if not facts["exif_orientation"]:
+        raise IosrFastError(
+            "expected a classifier that turns pictures upright, as browsers always do, got one that doesn't"
+        )
     if (most := facts["max_error"]) is not None:
         wrong = f"at most {100 * most:.4g}% are wrong"
         promise = f"Of the labels that it is sure of, {wrong}, for pictures like its examples."
-    shown = {name: facts[name] for name in ("geometry", "exif_orientation")}
-    return {"class_names": json.loads(properties["class_names"]), "promise": promise, "missing": NEEDED} | shown
+    names = json.loads(properties["class_names"])
+    return {"class_names": names, "geometry": facts["geometry"], "promise": promise, "missing": NEEDED}

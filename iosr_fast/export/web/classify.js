@@ -24,10 +24,9 @@ function drawn(source, width, height) {
   return canvas;
 }
 
-/** A file's picture: upright where the classifier takes it so, on white, its colours as stored. */
+/** A file's picture: upright, on white, its colours as stored. */
 export async function opened(file) {
-  const imageOrientation = facts.exif_orientation ? "from-image" : "none";
-  const asStored = { colorSpaceConversion: "none", premultiplyAlpha: "none", imageOrientation };
+  const asStored = { colorSpaceConversion: "none", premultiplyAlpha: "none", imageOrientation: "from-image" };
   const bitmap = await createImageBitmap(file, asStored);
   const { width, height } = bitmap;
   const { image_size: size, resize_mode: mode } = facts.geometry;
