@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
 from benchmarks.runtimes import site
@@ -95,16 +94,32 @@ def test_without_its_runtime_it_says_the_commands(page: Any) -> None:
 def test_the_command_writes_it_for_pictures_only(tmp_path: Path) -> None:
     bundle, web = demo_bundle(12, 5), tmp_path / "web"
     assert "no --pixels with --web" in refused("export", bundle, tmp_path / "a.onnx", "--pixels", "--web", web)
-    (tmp_path / "index.html").write_text("another page")
-    assert "expected a folder without a page" in refused("export", bundle, tmp_path / "a.onnx", "--web", tmp_path)
     for _ in range(2):  # the second replaces the first
         done("export", bundle, tmp_path / "a.onnx", "--web", web)
     assert (web / "model.onnx").read_bytes() == (tmp_path / "a.onnx").read_bytes() and (web / "index.html").is_file()
     done("export", bundle, tmp_path / "b.onnx", "--pixels")
-    as_stored = onnx.load(tmp_path / "a.onnx")
-    facts = next(entry for entry in as_stored.metadata_props if entry.key == "iosr_fast")
-    facts.value = facts.value.replace('"exif_orientation": true', '"exif_orientation": false')
-    onnx.save(as_stored, tmp_path / "c.onnx")
-    for file, message in (("b.onnx", "exported for pictures"), ("c.onnx", "browsers always do")):
-        with pytest.raises(IosrFastError, match=message):
-            write_page(tmp_path / file, web)
+    with pytest.raises(IosrFastError, match="exported for pictures"):
+        write_page(tmp_path / "b.onnx", web)
+    web = tmp_path / "in-place"
+    web.mkdir()
+    done("export", bundle, web / "model.onnx", "--web", web)
+
+
+@pytest.mark.parametrize("name", ["index.html", "model.onnx", "page.css", ""])
+def test_what_the_page_would_replace_is_found_before_the_export(name: str, tmp_path: Path) -> None:
+    """A file of another page, and a file in place of the folder."""
+    web = tmp_path / "web"
+    if name:
+        web.mkdir()
+    (web / name).write_text("another")
+    message = "expected a folder without a page" if name else "expected a folder to write"
+    assert message in refused("export", demo_bundle(12, 5), tmp_path / "a.onnx", "--web", web)
+    assert (web / name).read_text() == "another" and not (tmp_path / "a.onnx").exists()
+
+
+def test_a_classifier_of_pictures_as_stored_gets_no_page(tmp_path: Path) -> None:
+    images, labels = held_out_queries(12, 5)
+    classifier = Classifier("demo", runtime="onnxruntime", method="gda", views=1, exif_orientation=False)
+    classifier.fit(images, labels).save(tmp_path / "saved")
+    answer = refused("export", tmp_path / "saved", tmp_path / "a.onnx", "--web", tmp_path / "web")
+    assert "browsers always do" in answer and [path.name for path in tmp_path.iterdir()] == ["saved"]
