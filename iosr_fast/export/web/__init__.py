@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from base64 import b64encode
+from hashlib import sha256
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
@@ -65,7 +67,8 @@ def write_page(model: Path, folder: Path) -> None:
 
 def _facts(model: Path) -> dict[str, Any]:
     """What the page shows: a browser's runtime gives it no metadata."""
-    graph = require("onnx", "cpu").load(model)
+    content = model.read_bytes()
+    graph = require("onnx", "cpu").load_from_string(content)
     properties = {each.key: each.value for each in graph.metadata_props}
     inputs = [each.name for each in graph.graph.input]
     if inputs != ["picture"] or "iosr_fast" not in properties:
@@ -75,5 +78,11 @@ def _facts(model: Path) -> dict[str, Any]:
         wrong = f"at most {100 * most:.4g}% are wrong"
         promise = f"Of the labels that it is sure of, {wrong}, for pictures like its examples."
     names = json.loads(properties["class_names"])
-    shown = {"class_names": names, "geometry": facts["geometry"], "promise": promise, "missing": NEEDED}
-    return shown | {"upright": facts["exif_orientation"]}
+    return {
+        "class_names": names,
+        "geometry": facts["geometry"],
+        "promise": promise,
+        "missing": NEEDED,
+        "integrity": "sha256-" + b64encode(sha256(content).digest()).decode(),
+        "upright": facts["exif_orientation"],
+    }
