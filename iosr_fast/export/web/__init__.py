@@ -42,7 +42,9 @@ def check_page(model: Path, folder: Path, upright: bool) -> None:
     written = [folder / name for name in (*chain.from_iterable(_FILES.values()), MODEL)]
     others = [path for path in written if path.exists() and path.resolve() != model.resolve()]
     if others and written[0] not in others:
-        raise IosrFastError(f"expected a folder without a page, or with an earlier one of export, got {others[0]}")
+        raise IosrFastError(
+            f"expected a folder without a page, or with an earlier one of export, got {others[0]}, which would be lost"
+        )
     check_writable(next(place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
 
 
