@@ -103,12 +103,6 @@ def test_a_plan_is_written_for_triton_after_it_answered_as_the_classifier_does(
     assert (tmp_path / "plan" / "1" / "model.plan").read_bytes() == b"a plan"
 
 
-def test_a_classifier_of_several_labels_has_no_plan(of_several_labels: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    words = ("build-engine", "--classifier", of_several_labels, "--runtime", "tensorrt_rtx")
-    assert "fitted with several" in refused(*words, "--out", tmp_path / "plan")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
