@@ -143,14 +143,23 @@ def test_pipeline(exports_once: None) -> None:
 
 
 def test_one_file(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Runtimes whose programs are missing are left out with a line."""
+    """Runtimes whose programs are missing are left out with a line; one that gives other labels fails."""
+    known = one_file.runtimes
+
+    def wrong(model: Path, paths: list[Path]) -> list[one_file.Answer]:
+        return [one | {"label": one["label"] + 1} for one in known(Path())["python"](model, paths)]
+
+    monkeypatch.setattr(one_file, "runtimes", lambda folder: known(folder) | {"wrong": wrong})
     monkeypatch.setattr(one_file, "make_demo_bundle", lambda *_: demo_cache.demo_bundle(12, 5))
     monkeypatch.setattr(one_file, "CLASSIFIERS", ((12, 5),))
     monkeypatch.setattr(one_file, "LARGEST", 300)
     monkeypatch.setenv("PATH", "")
     run = Run("one-file", threads=1, repeats=1)
     one_file.run(run, pictures=4)
+    assert run.failed == ["12-classes: wrong: 0.0% of the labels are equal"]
+    run.failed.clear()
     rows = by_name(run)
+    assert rows.pop("wrong")["labels_equal"] == 0
     assert set(rows) == {"python", *RUNTIMES} - {"onnxruntime"}
     assert all(row["images"] == 4 and row["labels_equal"] == row["accepted_equal"] == 1 for row in rows.values())
     said = capfd.readouterr().err
