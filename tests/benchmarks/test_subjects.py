@@ -23,6 +23,7 @@ from benchmarks.score_rivals import torch_rivals
 from iosr_fast import _C
 from iosr_fast.cli.command import ListCommand, command_app
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.scoring.key_precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
 from tests import ROOT, demo_cache
 from tests.clip.small_clip import small_clip
@@ -122,8 +123,12 @@ def test_wrong_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("values", [False, True])
-def test_a_few_classes_stand_for_all_in_the_verification(values: bool) -> None:
-    plan, embeddings = score.Case(3, 40, 16, 9, values).build()
+def test_a_few_classes_stand_for_all_in_the_verification_and_bytes_are_those_of_keys_and_values(values: bool) -> None:
+    case = score.Case(3, 40, 16, 9, values)
+    plan, embeddings = case.build()
+    for precision in PRECISIONS:
+        narrow = plan.with_key_precision(precision)
+        assert case.gigabytes(precision) == (narrow.keys.nbytes + (narrow.values.nbytes if values else 0)) / 1e9
     chosen = np.array([0, 4, 8])
     few = score_reference(score.only_classes(plan.with_key_precision("int8"), chosen), embeddings)
     whole = score_reference(plan.with_key_precision("int8"), embeddings)
