@@ -60,7 +60,7 @@ def test_a_classifiers_plan_comes_with_class_names_and_says_that_it_was_not_run(
     manifest = read_manifest(tmp_path / "plan", "plan")
     fit, facts = load_saved(demo_bundle()).open("onnxruntime", None, 1), manifest["iosr_fast"]
     assert manifest["class_names"] == list(fit.head.class_names) and list(manifest["files"]) == ["1/model.plan"]
-    assert set(manifest["outputs"]) == {"probabilities", "label", "accepted", "unknown", "rejected"}
+    assert manifest["outputs"] == ["probabilities", "label", "accepted", "unknown", "rejected"]
     assert (manifest["was_run"], manifest["max_batch"]) == (False, 4)
     assert manifest["target"]["gpu"] is None and manifest["target"]["version"] == version
     assert facts["encoder_fingerprint"] == fit.encoder.fingerprint and facts["max_error"] == 0.3 and facts["promise"]

@@ -22,6 +22,7 @@ from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.one_file import graph
 from iosr_fast.export.one_file.graph import Answers, add_answers
+from iosr_fast.export.one_file.logits import odds_of_largest
 from iosr_fast.export.one_file.pixels import resized_pixels
 from iosr_fast.export.one_file.value import Value
 from iosr_fast.export.pretrained import DEMO_ADAPTER
@@ -31,6 +32,7 @@ from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import least_odds
+from iosr_fast.methods.conformal import log_odds_of_largest
 from iosr_fast.scoring.key_precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference, softmax
 from iosr_fast.sealed.verified_folder import open_verified
@@ -137,6 +139,26 @@ def test_every_method_answers_as_the_library(method: str) -> None:
         np.testing.assert_allclose(got["unknown"], head.unknown_score(rows), atol=1e-4)
 
 
+def test_odds_of_large_logits_are_finite_where_a_runtime_sums_exponentials_as_they_are() -> None:
+    """As TensorRT 10 and OpenVINO 2025 do: the logarithm of ReduceSum(Exp(x)) stands for ReduceLogSumExp here."""
+    made = onnx.GraphProto(name="odds")
+    logits = Value(made, "logits", np.float32)
+    made.input.append(logits.info(4))
+    made.output.append(odds_of_largest(logits, 4).op("Identity", name="odds").info())
+    nodes = list(made.node)
+    del made.node[:]
+    for node in nodes:
+        parts = [node]
+        if node.op_type == "ReduceLogSumExp":
+            exponentials = onnx.helper.make_node("Exp", node.input[:1], ["exponentials"])
+            sums = onnx.helper.make_node("ReduceSum", ["exponentials", node.input[1]], ["sums"], keepdims=0)
+            parts = [exponentials, sums, onnx.helper.make_node("Log", ["sums"], node.output)]
+        made.node.extend(parts)
+    rows = np.random.default_rng(0).normal(0, 3, (20, 4)) + np.repeat([-300, -90, 0, 90, 300], 4)[:, None]
+    got = opened(as_model(made))({"logits": rows.astype(np.float32)})["odds"]
+    np.testing.assert_allclose(got, log_odds_of_largest(rows), atol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
     """Of the demo, from 20 to 300 pixels, tall and wide."""
@@ -164,7 +186,7 @@ def test_a_file_answers_as_the_classifier(
             if promises:
                 assert got["accepted"][0] == one.accepted and got["rejected"][0] == one.unknown.rejected
                 np.testing.assert_allclose(got["unknown"][0], one.unknown.score, atol=5e-3)
-        assert got.keys() == {"probabilities", "label", *(("accepted", "unknown", "rejected") if promises else ())}
+        assert list(got) == ["probabilities", "label", *(("accepted", "unknown", "rejected") if promises else ())]
     adapted = "adapted" in {name for node in onnx.load(file).graph.node for name in node.output}
     assert adapted == (method == "tip-adapter++")
 

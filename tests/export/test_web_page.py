@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
 from benchmarks.runtimes import site
@@ -42,19 +41,19 @@ def model(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def page(browser: Any, model: Path) -> Iterator[Any]:
-    """A tab with the page, in which nothing goes wrong and no request goes elsewhere; `page.files` is its folder."""
+    """A tab with the page, in which nothing goes wrong but `page.refused`, and no request goes elsewhere; `page.files`
+    is its folder."""
     with site(npm(), model) as (folder, address):
         tab = browser.new_page()
         tab.set_default_timeout(20_000)
-        tab.files, problems = folder, []
+        tab.files, tab.refused, problems = folder, "", []
         tab.on("console", lambda it: problems.append(it.text) if it.type in ("error", "warning") else None)
         tab.on("pageerror", lambda error: problems.append(str(error)))
         tab.on("request", lambda it: it.url.startswith((address, f"blob:{address}")) or problems.append(it.url))
         tab.goto(address)
         yield tab
-        missing = [text for text in problems if "404" in text]  # only where a test took a file away
         tab.close()
-        assert problems == missing and bool(missing) == (not (folder / RUNTIME[0]).exists())
+        assert bool(problems) == bool(tab.refused) and all(tab.refused in text for text in problems), problems
 
 
 def test_pictures_get_the_labels_of_the_library(page: Any, classifier: Classifier) -> None:
@@ -86,25 +85,52 @@ def test_a_dropped_picture_is_classified(page: Any) -> None:
 
 
 def test_without_its_runtime_it_says_the_commands(page: Any) -> None:
+    page.refused = "404"
     (page.files / RUNTIME[0]).unlink()
     page.reload()
     page.locator("#status", has_text="npm install").wait_for()
     assert page.locator("#status").inner_text() == NEEDED and not page.locator("#stage").is_visible()
 
 
+def test_another_model_than_the_pages_is_refused(page: Any) -> None:
+    """Its classes have other names; a browser may keep an older model."""
+    page.refused = "integrity"
+    with (page.files / "model.onnx").open("ab") as file:
+        file.write(b" ")
+    page.reload()
+    page.locator("#status", has_text="of another export").wait_for()
+    assert not page.locator("#stage").is_visible()
+
+
 def test_the_command_writes_it_for_pictures_only(tmp_path: Path) -> None:
     bundle, web = demo_bundle(12, 5), tmp_path / "web"
     assert "no --pixels with --web" in refused("export", bundle, tmp_path / "a.onnx", "--pixels", "--web", web)
-    (tmp_path / "index.html").write_text("another page")
-    assert "expected a folder without a page" in refused("export", bundle, tmp_path / "a.onnx", "--web", tmp_path)
     for _ in range(2):  # the second replaces the first
         done("export", bundle, tmp_path / "a.onnx", "--web", web)
     assert (web / "model.onnx").read_bytes() == (tmp_path / "a.onnx").read_bytes() and (web / "index.html").is_file()
     done("export", bundle, tmp_path / "b.onnx", "--pixels")
-    as_stored = onnx.load(tmp_path / "a.onnx")
-    facts = next(entry for entry in as_stored.metadata_props if entry.key == "iosr_fast")
-    facts.value = facts.value.replace('"exif_orientation": true', '"exif_orientation": false')
-    onnx.save(as_stored, tmp_path / "c.onnx")
-    for file, message in (("b.onnx", "exported for pictures"), ("c.onnx", "browsers always do")):
-        with pytest.raises(IosrFastError, match=message):
-            write_page(tmp_path / file, web)
+    with pytest.raises(IosrFastError, match="exported for pictures"):
+        write_page(tmp_path / "b.onnx", web)
+    web = tmp_path / "in-place"
+    web.mkdir()
+    done("export", bundle, web / "model.onnx", "--web", web)
+
+
+@pytest.mark.parametrize("name", ["index.html", "model.onnx", "page.css", ""])
+def test_what_the_page_would_replace_is_found_before_the_export(name: str, tmp_path: Path) -> None:
+    """A file of another page, and a file in place of the folder."""
+    web = tmp_path / "web"
+    if name:
+        web.mkdir()
+    (web / name).write_text("another")
+    message = "expected a folder without a page" if name else "expected a folder to write"
+    assert message in refused("export", demo_bundle(12, 5), tmp_path / "a.onnx", "--web", web)
+    assert (web / name).read_text() == "another" and not (tmp_path / "a.onnx").exists()
+
+
+def test_a_classifier_of_pictures_as_stored_gets_no_page(tmp_path: Path) -> None:
+    images, labels = held_out_queries(12, 5)
+    classifier = Classifier("demo", runtime="onnxruntime", method="gda", views=1, exif_orientation=False)
+    classifier.fit(images, labels).save(tmp_path / "saved")
+    answer = refused("export", tmp_path / "saved", tmp_path / "a.onnx", "--web", tmp_path / "web")
+    assert "browsers always do" in answer and [path.name for path in tmp_path.iterdir()] == ["saved"]

@@ -107,5 +107,5 @@ def add_answers(answers: Answers, embeddings: Mapping[str, Value]) -> None:
         outputs += [score.info(), rejected.info()]
         accepted = None if accepted is None else accepted & rejected.op("Not")
     if accepted is not None:
-        outputs.append(accepted.op("Identity", name="accepted").info())
+        outputs.insert(2, accepted.op("Identity", name="accepted").info())  # third, with unknown pictures or without
     logits.graph.output.extend(outputs)

@@ -9,9 +9,17 @@ const PREVIEW = 224; // Longer side of a shown picture, in pixels.
 const MARGIN = 3; // A large JPEG is shrunk while this many times the model's pixels are left, as iosr_fast does.
 const facts = JSON.parse(find("facts").textContent);
 const ort = await import(RUNTIME).catch(() => null);
-export const model = ort?.InferenceSession.create("model.onnx", { executionProviders: ["wasm"] });
+export const model = ort && loaded();
 let queue = Promise.resolve();
 let waiting = 0;
+
+/** The model that this page was written with, whose classes it names; a browser may have kept an older one. */
+async function loaded() {
+  const response = await fetch("model.onnx", { cache: "no-cache", integrity: facts.integrity }).catch(() => {
+    throw new Error("The model can't be loaded, or is of another export than this page. Reload the page.");
+  });
+  return ort.InferenceSession.create(await response.arrayBuffer(), { executionProviders: ["wasm"] });
+}
 
 /** `source` on an opaque white canvas. */
 function drawn(source, width, height) {
