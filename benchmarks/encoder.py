@@ -43,7 +43,7 @@ from iosr_fast.encoders.engine_folder import EXTRAS, unavailable_reason
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.build import write_engine
-from iosr_fast.export.check import calibration_pictures, evenly, require_accuracy
+from iosr_fast.export.check import calibration_pictures, check_rows, evenly
 from iosr_fast.export.onnx import export_onnx
 from iosr_fast.export.pretrained import choose_adapter
 from iosr_fast.export.quantize.encoder import quantize_onnx
@@ -195,14 +195,8 @@ class Encoders:
 
 
 def compare(precision: str, got: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The cosines of (plain, adapted), or (plain,), with `truth`.
-
-    Raises ArithmeticError for an error above 1e-4 in fp32, or a cosine below 0.999 in fp16 and bf16, 0.99 in int8.
-    """
-    facts: dict[str, Any] = {"pictures": len(got[0])}
-    for kind, rows, expected in zip(("plain", "adapted"), got, truth, strict=False):
-        cosines = (rows * expected).sum(1) / np.linalg.norm(rows, axis=1)
-        error, least = float(np.abs(rows - expected).max()), float(cosines.min())
-        require_accuracy(f"{kind} embeddings", error, least, precision)
-        facts |= {f"min_cosine_{kind}": round(least, 7), f"mean_cosine_{kind}": round(float(cosines.mean()), 7)}
-    return facts | {"min_cosine": min(value for name, value in facts.items() if name.startswith("min"))}
+    """The smallest cosines of (plain, adapted), or (plain,), with `truth`. Raises as export.check.check_rows."""
+    kinds = ("plain", "adapted")[: len(got)]
+    found = [check_rows(f"{kind} embeddings", *rows, precision) for kind, *rows in zip(kinds, got, truth, strict=False)]
+    least = {f"min_cosine_{kind}": round(one["min_cosine"], 7) for kind, one in zip(kinds, found, strict=True)}
+    return {"pictures": len(got[0]), **least, "min_cosine": min(least.values())}

@@ -7,7 +7,6 @@ after another.
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -58,12 +57,13 @@ def compare(run: Run, classifier: Classifier, case: str, paths: Sequence[Path], 
         with left_out(run, impl):
             pairs = np.array(list(zip(answer(model, paths), truth, strict=True)))
             for kind, chosen in (("", pairs[~drafted]), ("-large-jpegs", pairs[drafted])):
-                if len(chosen):
-                    row = {"bench": "one-file", "case": case + kind, "impl": impl, **compared(*chosen.T)}
-                    run.rows.append(row | shared)
-                    run.say(f"{row['case']}: {impl}: {row['labels_equal']:.1%} of the labels are equal")
-                    if not kind and row["labels_equal"] < 1:
-                        run.failed.append(f"{impl}: {row['labels_equal']:.1%} of the labels are equal")
+                if not len(chosen):
+                    continue
+                row = {"bench": "one-file", "case": case + kind, "impl": impl, **compared(*chosen.T)}
+                run.rows.append(row | shared)
+                run.say(found := f"{row['case']}: {impl}: {row['labels_equal']:.1%} of the labels are equal")
+                if not kind and row["labels_equal"] < 1:
+                    run.failed.append(found)
             run.write()
 
 
@@ -94,25 +94,19 @@ def are_drafted(classifier: Classifier, paths: Sequence[Path]) -> np.ndarray:
 
 
 def in_library(classifier: Classifier, paths: Sequence[Path], max_error: float) -> list[Answer]:
-    labels, sure = classifier.predict(paths), classifier.predict(paths, max_error=max_error)
-    names = classifier.classes_.tolist()
-    rows = zip(labels, sure, classifier.predict_proba(paths), strict=True)
-    return [
-        {"label": names.index(label), "accepted": accepted is not None, "probabilities": probabilities}
-        for label, accepted, probabilities in rows
-    ]
+    rows = zip(classifier.predict_proba(paths), classifier.predict(paths, max_error=max_error), strict=True)
+    return [{"label": row.argmax(), "accepted": label is not None, "probabilities": row} for row, label in rows]
 
 
 def compared(answers: Sequence[Answer], truth: Sequence[Answer]) -> dict[str, Any]:
     """A row's figures: shares of equal answers, the largest difference of a probability, and the median time."""
-    pairs = list(zip(answers, truth, strict=True))
-    equal = {name: float(np.mean([one[name] == other[name] for one, other in pairs])) for name in ("label", "accepted")}
-    differences = [np.abs(np.subtract(one["probabilities"], other["probabilities"])).max() for one, other in pairs]
+    got, expected = ({name: np.array([one[name] for one in each]) for name in each[0]} for each in (answers, truth))
+    equal = {name: round(float((got[name] == expected[name]).mean()), 4) for name in ("label", "accepted")}
     return {
-        "images": len(pairs),
-        "accepted": round(float(np.mean([one["accepted"] for one in truth])), 4),
-        "labels_equal": round(equal["label"], 4),
-        "accepted_equal": round(equal["accepted"], 4),
-        "max_dp": float(f"{max(differences):.2g}"),
-        "runtime_ms": round(statistics.median(one["ms"] for one in answers), 2),
+        "images": len(truth),
+        "accepted": round(float(expected["accepted"].mean()), 4),
+        "labels_equal": equal["label"],
+        "accepted_equal": equal["accepted"],
+        "max_dp": float(f"{np.abs(got['probabilities'] - expected['probabilities']).max():.2g}"),
+        "runtime_ms": round(float(np.median(got["ms"])), 2),
     }

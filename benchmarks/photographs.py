@@ -42,7 +42,7 @@ def photograph(
     return Image.fromarray(np.clip(0.8 * large + 25 + deviation * grain[:, :, None], 0, 255).astype(np.uint8))
 
 
-def write_photographs(folder: Path, count: int, width: int = WIDTH, height: int = HEIGHT) -> list[Path]:
+def write_photographs(folder: Path, count: int) -> list[Path]:
     """`count` JPEGs of different pictures in `folder`, at most 1,000 a sub-folder; their paths, sorted."""
     pictures = load_pictures("held-out").images
     if count > len(pictures):
@@ -51,6 +51,6 @@ def write_photographs(folder: Path, count: int, width: int = WIDTH, height: int 
     for i, chosen in enumerate(np.random.default_rng(0).permutation(len(pictures))[:count].tolist()):
         path = folder / f"{i // 1000:03d}" / f"{i:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        photograph(pictures[chosen], width, height, i).save(path, quality=QUALITY)
+        photograph(pictures[chosen], seed=i).save(path, quality=QUALITY)
         paths.append(path)
     return paths

@@ -24,9 +24,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
+from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.web import RUNTIME, write_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -41,7 +41,7 @@ _IN_PAGE = """async (names) => {
     const start = performance.now();
     const { label, accepted, probabilities } = await session.run({ picture });
     const ms = performance.now() - start;
-    const [which, sure] = [Number(label.data[0]), Boolean(accepted?.data[0])];
+    const [which, sure] = [Number(label.data[0]), Boolean(accepted.data[0])];
     answers.push({ label: which, accepted: sure, probabilities: [...probabilities.data], ms });
   }
   return answers;
@@ -51,44 +51,30 @@ _IN_PAGE = """async (names) => {
 def runtimes(folder: Path) -> dict[str, Callable[[Path, Sequence[Path]], list[Answer]]]:
     """All by name; each takes the model and pictures. `folder` has what `install` and `compile_recipe` made."""
     return {
-        "python": in_python,
-        "openvino": in_openvino,
-        "node": partial(_lines_from, ["node", folder / "node.mjs"]),
-        "wasm": partial(_lines_from, ["node", folder / "wasm.mjs"]),
+        "python": partial(in_python, "onnxruntime"),
+        "openvino": partial(in_python, "openvino"),
+        "node": partial(lines_from, ["node", folder / "node.mjs"]),
+        "wasm": partial(lines_from, ["node", folder / "wasm.mjs"]),
         "chromium": partial(in_chromium, folder),
-        "c++": partial(_lines_from, [folder / "classify"]),
+        "c++": partial(lines_from, [folder / "classify"]),
     }
 
 
-def in_python(model: Path, paths: Sequence[Path]) -> list[Answer]:
-    names = _recipe(model)
-    return _timed(lambda picture: names["session"].run(None, {"picture": picture}), names["picture"], paths)
-
-
-def in_openvino(model: Path, paths: Sequence[Path]) -> list[Answer]:
-    import openvino
-
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return _timed(lambda picture: list(compiled(picture).values()), _recipe(model)["picture"], paths)
-
-
-def _recipe(model: Path) -> dict[str, Any]:
-    """What the Python block of docs/export.md defines, run where its model and its picture are."""
+def in_python(runtime: str, model: Path, paths: Sequence[Path]) -> list[Answer]:
+    """By the Python block of docs/export.md, run where its model and its picture are; in OpenVINO the same pictures."""
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "export.md").read_text("utf-8"), re.DOTALL)
-    names: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
     Image.new("RGB", (64, 64)).save(model.with_name("a.jpg"))
     with chdir(model.parent):
-        exec(compile(block, "export.md", "exec"), names)
-    return names
-
-
-def _timed(
-    run: Callable[[np.ndarray], Sequence[Any]], picture: Callable[[Path], Any], paths: Sequence[Path]
-) -> list[Answer]:
+        exec(compile(block, "export.md", "exec"), recipe)
+    execute = partial(recipe["session"].run, None)
+    if runtime == "openvino":
+        compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        execute = lambda inputs: list(compiled(inputs).values())  # noqa: E731
     answers = []
     for path in paths:
-        pixels, start = picture(path), time.perf_counter()
-        probabilities, label, accepted = run(pixels)
+        inputs, start = {"picture": recipe["picture"](path)}, time.perf_counter()
+        probabilities, label, accepted = execute(inputs)
         ms = 1e3 * (time.perf_counter() - start)
         one = {"label": int(label[0]), "accepted": bool(accepted[0]), "probabilities": probabilities[0], "ms": ms}
         answers.append(one)
@@ -114,7 +100,7 @@ def compile_recipe(folder: Path) -> None:
     subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True)
 
 
-def _lines_from(command: Sequence[Any], model: Path, paths: Sequence[Path]) -> list[Answer]:
+def lines_from(command: Sequence[Any], model: Path, paths: Sequence[Path]) -> list[Answer]:
     """What a recipe prints: a line of JSON for each picture."""
     done = subprocess.run([*command, model, *paths], check=True, capture_output=True, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -77,7 +77,7 @@ class Case:
 
     def gigabytes(self, precision: str) -> float:
         """Of the keys and values that are read."""
-        value_bytes = self.classes * (2 if precision == "int8" else 4) if self.values else 0
+        value_bytes = self.classes * (2 if precision in ("fp16", "int8") else 4) if self.values else 0
         return self.keys * (KEY_BYTES[precision] * self.width + value_bytes) / 1e9
 
     def build(self, alpha: float = 1.0) -> tuple[ScoringPlan, Embeddings]:

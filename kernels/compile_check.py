@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -167,16 +166,6 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([_tools() / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def compile_many(
-    jobs: Sequence[tuple[int, Sequence[str], Sequence[str]]], workers: int | None = None
-) -> Iterator[dict[str, Any]]:
-    """compile_ahead() of each (arch, kernels, precisions), in a process per core; rows in order."""
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_ahead, *job) for job in jobs]
-        for future in futures:
-            yield from future.result()
-
-
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """The table as Markdown."""
     names = ("kernel", "precision", "arch", "tile", "registers", "spills", "shared_bytes", "tensor_core_instruction")
@@ -194,7 +183,9 @@ def main(
     precision: list[str] = typer.Option(list(PRECISIONS), help="Key precision; repeat for several."),
 ) -> None:
     """Compile the kernel for each architecture and print registers, spills, shared memory and tensor-core use."""
-    rows = list(compile_many([(one, [kernel], precision) for one in arch for kernel in KERNELS]))
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_ahead, one, [kernel], precision) for one in arch for kernel in KERNELS]
+        rows = [row for job in jobs for row in job.result()]
     print(format_rows(rows))
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

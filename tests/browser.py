@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-CHROMIUM = "/usr/bin/chromium"
+from benchmarks.runtimes import CHROMIUM
+
 # No background requests, no GPU; runs as root in a container.
 ARGUMENTS = [
     "--no-sandbox",
@@ -21,13 +22,17 @@ ARGUMENTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium; tests that ask for it are skipped without one. A module finds it by the name `browser`."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
+def playwright() -> Any:
+    """Playwright, where it finds Chromium; without, the test is skipped."""
     if not os.access(CHROMIUM, os.X_OK):
         pytest.skip(f"no browser: {CHROMIUM} is missing (Debian's package chromium)")
-    with playwright.sync_playwright() as driver:
+    return pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium. A module finds it by the name `browser`."""
+    with playwright().sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield chromium
         chromium.close()

@@ -46,24 +46,17 @@ SUBJECTS = {
     "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
 }
 SUBJECTS |= {f"gpu-{name}": f"On a GPU. {SUBJECTS[name]}" for name in ("encoder", "score")}
-# What the rows of `make gpu-check` decide, and nothing before: an open question, its rows, the figure.
-OPEN = (
-    ("fp16 as the default on a GPU", "encoder: `torch`, `torch-fp32`; score: `:fp16`", "time, smallest cosine"),
-    ("`max_batch` of 128", "encoder: `torch-engine`, `tensorrt-engine` at b32 and b128", "images a second"),
-    (
-        "one batch in flight (`files/stream.py`)",
-        "encoder: `torch-engine` over `torch` at b32",
-        "share of upload, launch",
-    ),
-    ("CUDA uint8 tensors for `encode_on_device`", "encoder: `torch-engine` minus `torch` at b128", "ms of upload"),
-    ("the fused encoder by torch.compile", "encoder: `torch-compile` over `torch`", "time; first call's seconds"),
-    ("a timing cache for plans", "encoder: `tensorrt-engine`", "`build_seconds`"),
-    (
-        "above 256 classes, two products through an fp16 (B, N) chunk in L2",
-        "score, c1000-values: `eager-best`, the same through memory, over `triton/values:fp16`",
-        "time",
-    ),
-)
+# What the rows of `make gpu-check` decide, and nothing before: an open question, and its rows.
+OPEN = {
+    "fp16 as the default on a GPU": "encoder: `torch`, `torch-fp32`; score: `:fp16`",
+    "`max_batch` of 128": "encoder: `torch-engine`, `tensorrt-engine` at b32 and b128",
+    "one batch in flight (`files/stream.py`)": "encoder: `torch-engine` over `torch` at b32",
+    "CUDA uint8 tensors for `encode_on_device`": "encoder: `torch-engine` minus `torch` at b128",
+    "the fused encoder by torch.compile": "encoder: `torch-compile` over `torch`; the seconds of its first call",
+    "a timing cache for plans": "encoder: `build_seconds` of `tensorrt-engine`",
+    "above 256 classes, two products through an fp16 (B, N) chunk in L2": "score, c1000-values: `eager-best`, the same "
+    "through memory, over `triton/values:fp16`",
+}
 # Of benches whose rows are lines: the first columns, where a row has them, and the others, with their formats.
 FIRST = {"case": "", "impl": "", "ms": "", "server": "", "load": ".0%", "method": "", "of": "", "shots": ""}
 LATENCIES = {"p50_ms": ".1f", "p99_ms": ".1f", "lone_ms": ".1f"}
@@ -110,7 +103,7 @@ def page(folder: Path = RESULTS) -> str:
         for rows in groups.values():
             lines += ["", *lines_of(rows), "", origin(name, rows)]
     lines += ["", "## gpu-check", "", "What the first rows of `make gpu-check` decide:", ""]
-    lines += table(["open", "rows", "figure"], OPEN)
+    lines += table(["open", "rows"], OPEN.items())
     return "\n".join(lines) + "\n"
 
 

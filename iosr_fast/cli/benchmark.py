@@ -113,9 +113,10 @@ def open_parts(
         return encoder.encode(decode(files))
 
     whole: Call = embed
-    verified, more = "hashes, embeddings in a batch and alone", dict[str, Call]()
+    verified = "hashes, embeddings in a batch and alone"
     if kind_of(folder) == ENGINE_KIND:
         encoder = open_engine(folder, runtime, threads=threads)
+        on_pixels: dict[str, Call] = {"engine": encoder.encode}
     else:
         from iosr_fast.classifier import Classifier
 
@@ -125,16 +126,15 @@ def open_parts(
         few = files[:8]
         if classifier.predict(few).tolist() != [classifier.predict([file]).tolist()[0] for file in few]:
             raise ArithmeticError("expected the same labels in a batch and alone, got others; nothing is timed")
-        more["engine, then kernels"] = classifier.predict_proba
+        on_pixels = {"engine": encoder.encode, "engine, then kernels": classifier.predict_proba}
+        name = "one plan" if encoder.runtime in EXTRAS else "one file"
         try:
-            name = "one plan" if encoder.runtime in EXTRAS else "one file"
-            more[name] = open_one_file(classifier, decode(few))
+            on_pixels[name] = open_one_file(classifier, decode(few))
             verified += f"; {name}: labels, probabilities to {TOLERANCE}"
         except IosrFastError as error:
             note(f"not timed as {name}: {error}")
     pixels = decode(files)
     check_batches(encoder, pixels[:8])
-    on_pixels = {"engine": encoder.encode, **more}
     parts = {name: (run, pixels) for name, run in on_pixels.items()} | {"whole path": (whole, files)}
     return parts, facts_of(encoder, verified)
 

@@ -57,7 +57,7 @@ def build_engine(
                 "expected no --model, --pretrained, --adapter, --first-adapted-block, --precision and --calibration "
                 "with --classifier, which has an engine"
             )
-        build_plan(classifier, out, runtime, max_batch, max_error, reject_unknown)
+        build_classifier(classifier, out, runtime, max_batch, max_error, reject_unknown)
         return
     if max_error is not None or reject_unknown:
         raise typer.BadParameter("expected --max-error and --reject-unknown only with --classifier")
@@ -88,7 +88,7 @@ def build_engine(
     describe(write_engine(clip, fused, out, runtime, precision, max_batch, pictures), out)
 
 
-def build_plan(
+def build_classifier(
     classifier: Path, out: Path, runtime: str, max_batch: int, max_error: float | None, reject_unknown: bool
 ) -> None:
     """Write a saved classifier's plan, and print what was checked."""

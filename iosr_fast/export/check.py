@@ -94,20 +94,20 @@ def check(encoder: BatchedEncoder, truth: Truth, precision: str) -> dict[str, An
         embeddings = Embeddings.concatenate([encoder.encode(part) for part in (pixels, pixels[:1])])
         results[kind] = {"pictures": len(pixels)}
         for name, expected in zip(encoder.outputs, rows[: len(encoder.outputs)], strict=True):  # plain alone, or both
+            what = f"{name} embeddings of {kind} pictures by {encoder.runtime}"
             got, expected = getattr(embeddings, name), np.concatenate([expected, expected[:1]])
-            error = float(np.abs(got - expected).max())
-            norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
-            cosine = float(((got * expected).sum(1) / norms).min())
-            results[kind][name] = {"max_abs_error": error, "min_cosine": cosine}
-            require_accuracy(f"{name} embeddings of {kind} pictures by {encoder.runtime}", error, cosine, precision)
+            results[kind][name] = check_rows(what, got, expected, precision)
     return results
 
 
-def require_accuracy(what: str, error: float, cosine: float, precision: str) -> None:
-    """Raise ArithmeticError if `error` is too large (fp32) or `cosine` too small (other precisions), or NaN."""
-    least = MIN_COSINES.get(precision)
+def check_rows(what: str, got: np.ndarray, expected: np.ndarray, precision: str) -> dict[str, float]:
+    """The largest error and the smallest cosine of embeddings (N, D). Raises ArithmeticError where the error is too
+    large (fp32) or the cosine too small (other precisions), or NaN."""
+    error, least = float(np.abs(got - expected).max()), MIN_COSINES.get(precision)
+    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
+    cosine = float(((got * expected).sum(1) / norms).min())
     if error <= FP32_MAX_ERROR if least is None else cosine >= least:
-        return
+        return {"max_abs_error": error, "min_cosine": cosine}
     allowed = f"error <= {FP32_MAX_ERROR}" if least is None else f"cosine >= {least}"
     raise ArithmeticError(
         f"{what} in {precision} are wrong: expected {allowed}, got an error of {error:.2g} and a cosine of "

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE, WEIGHTS_SUFFIX
+from iosr_fast.encoders.runtimes.onnxruntime import open_session
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
@@ -123,16 +124,13 @@ def save_onnx(model: Any, path: Path) -> None:
         weights.chmod(0o644)  # onnx makes it readable for its owner only
 
 
-def open_session(model: Any, folder: Path) -> Any:
+def session_of(model: Any, folder: Path) -> Any:
     """An ONNX Runtime session of a ModelProto on the CPU; `folder` has the file of its weights. New large constants are
     moved out of the model, because protobuf's limit is 2 GB."""
-    ort = require("onnxruntime", "cpu")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
     path = folder / f"{uuid.uuid4().hex}.onnx"  # beside the weights, which the graph names by a relative path
     try:
         save_onnx(model, path)
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return open_session(path)
     finally:
         for file in (path, path.with_suffix(WEIGHTS_SUFFIX)):
             file.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from benchmarks.score_rivals import torch_rivals
 from iosr_fast import _C
 from iosr_fast.cli.command import ListCommand, command_app
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.scoring.key_precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
 from tests import ROOT, demo_cache
 from tests.clip.small_clip import small_clip
@@ -122,8 +123,12 @@ def test_wrong_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("values", [False, True])
-def test_a_few_classes_stand_for_all_in_the_verification(values: bool) -> None:
-    plan, embeddings = score.Case(3, 40, 16, 9, values).build()
+def test_a_few_classes_stand_for_all_in_the_verification_and_bytes_are_those_of_keys_and_values(values: bool) -> None:
+    case = score.Case(3, 40, 16, 9, values)
+    plan, embeddings = case.build()
+    for precision in PRECISIONS:
+        narrow = plan.with_key_precision(precision)
+        assert case.gigabytes(precision) == (narrow.keys.nbytes + (narrow.values.nbytes if values else 0)) / 1e9
     chosen = np.array([0, 4, 8])
     few = score_reference(score.only_classes(plan.with_key_precision("int8"), chosen), embeddings)
     whole = score_reference(plan.with_key_precision("int8"), embeddings)
@@ -143,14 +148,23 @@ def test_pipeline(exports_once: None) -> None:
 
 
 def test_one_file(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Runtimes whose programs are missing are left out with a line."""
+    """Runtimes whose programs are missing are left out with a line; one that gives other labels fails."""
+    known = one_file.runtimes
+
+    def wrong(model: Path, paths: list[Path]) -> list[one_file.Answer]:
+        return [one | {"label": one["label"] + 1} for one in known(Path())["python"](model, paths)]
+
+    monkeypatch.setattr(one_file, "runtimes", lambda folder: known(folder) | {"wrong": wrong})
     monkeypatch.setattr(one_file, "make_demo_bundle", lambda *_: demo_cache.demo_bundle(12, 5))
     monkeypatch.setattr(one_file, "CLASSIFIERS", ((12, 5),))
     monkeypatch.setattr(one_file, "LARGEST", 300)
     monkeypatch.setenv("PATH", "")
     run = Run("one-file", threads=1, repeats=1)
     one_file.run(run, pictures=4)
+    assert run.failed == ["12-classes: wrong: 0.0% of the labels are equal"]
+    run.failed.clear()
     rows = by_name(run)
+    assert rows.pop("wrong")["labels_equal"] == 0
     assert set(rows) == {"python", *RUNTIMES} - {"onnxruntime"}
     assert all(row["images"] == 4 and row["labels_equal"] == row["accepted_equal"] == 1 for row in rows.values())
     said = capfd.readouterr().err

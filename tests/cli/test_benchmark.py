@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast import Classifier
 from iosr_fast.cli import benchmark
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.runtimes import graph
 from iosr_fast.encoders.runtimes.graph import Graph, open_graph
 from tests.cli.runs import done, refused, run
 from tests.demo_cache import demo_bundle
+from tools.demo.bundle import held_out_queries
 
 
 @pytest.fixture
@@ -50,6 +52,15 @@ def test_each_part_and_batch_has_a_row(kind: str, of_several_labels: Path, tmp_p
         assert ("one file: labels, probabilities to 0.001" in row["verified"]) is ("one file" in parts)
     if kind == "engine":
         assert "the demo's pictures as JPEGs of 500 x 375" in done(*words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_one_file_takes_more_images_than_a_batch(runtime: str) -> None:
+    pytest.importorskip(runtime)
+    classifier, pixels = Classifier.load(demo_bundle(), runtime=runtime, threads=1), held_out_queries(12, 3)[0]
+    assert len(pixels) > classifier.encoder.max_batch
+    assert benchmark.open_one_file(classifier, pixels)(pixels)["label"].shape == (len(pixels),)
 
 
 @pytest.mark.slow

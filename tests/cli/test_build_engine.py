@@ -13,6 +13,7 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.graph import Graph, open_graph
 from iosr_fast.export import build
 from iosr_fast.head import one_plan
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.sealed.manifest import read_manifest
 from iosr_fast.store.bundle import load_saved
 from tests.cli.runs import done, refused
@@ -76,7 +77,7 @@ def test_a_plan_is_written_for_triton_after_it_answered_as_the_classifier_does(
     monkeypatch.setattr(one_plan, "unavailable_reason", lambda runtime: None)
     monkeypatch.setattr(one_plan, "build_plan", lambda file, runtime, max_batch: b"a plan")
     sizes: list[int] = []
-    wrong: set[int] = set()  # sizes of batches
+    wrong: list[tuple[str, int]] = []  # outputs, and sizes of batches
 
     def opened(file: Path, plan: bytes, runtime: str, outputs: list[str], shape: tuple[int, ...]) -> Graph:
         execute = open_graph(file, outputs, fit.encoder)
@@ -85,28 +86,24 @@ def test_a_plan_is_written_for_triton_after_it_answered_as_the_classifier_does(
         def run(pixels: np.ndarray) -> dict[str, np.ndarray]:
             sizes.append(len(pixels))
             got = execute(pixels)
-            return got | {"label": (got["label"] + (len(pixels) in wrong)) % 12}
+            spoilt = [name for name, size in wrong if size == len(pixels)]
+            return got | {name: ~got[name] if got[name].dtype == bool else (got[name] + 1) % 12 for name in spoilt}
 
         return run
 
     monkeypatch.setattr(one_plan, "graph_of_plan", opened)
-    for size in (1, min(max_batch, 3)):  # of each profile
-        wrong |= {size}
-        with pytest.raises(ArithmeticError, match="output label"):
-            one_plan.write_plan(fit, tmp_path / "plan", "tensorrt", max_batch)
-        wrong.clear()
+    several = min(max_batch, 3)  # the other profile
+    for name, size in (("label", 1), ("label", several), ("accepted", 1), ("rejected", 1), ("unknown", 1)):
+        wrong[:] = [(name, size)]
+        with pytest.raises(ArithmeticError, match=f"output {name}"):
+            one_plan.write_plan(fit, tmp_path / "plan", "tensorrt", max_batch, Abstention(0.9, None, 0.3))
     assert list(tmp_path.iterdir()) == []
+    wrong.clear()
     assert one_plan.write_plan(fit, tmp_path / "plan", "tensorrt", max_batch)["was_run"]
-    assert set(sizes) == {1, min(max_batch, 3)}
+    assert set(sizes) == {1, several}
     config = (tmp_path / "plan" / "config.pbtxt").read_text()
     assert config == f'backend: "tensorrt"\ninstance_group [ {{ kind: KIND_GPU profile: [ {profiles} ] }} ]\n'
     assert (tmp_path / "plan" / "1" / "model.plan").read_bytes() == b"a plan"
-
-
-def test_a_classifier_of_several_labels_has_no_plan(of_several_labels: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    words = ("build-engine", "--classifier", of_several_labels, "--runtime", "tensorrt_rtx")
-    assert "fitted with several" in refused(*words, "--out", tmp_path / "plan")
 
 
 @pytest.mark.parametrize(

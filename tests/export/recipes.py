@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import runtimes
+from tests.browser import playwright
 from tests.demo_cache import build_once
 
 RECIPES = runtimes.DOCS / "recipes"
@@ -29,9 +29,7 @@ def npm() -> Path:
 
 def page() -> Path:
     """npm's folder, where there is a browser, too."""
-    pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
-    if not os.access(runtimes.CHROMIUM, os.X_OK):
-        pytest.skip(f"no browser: {runtimes.CHROMIUM} is missing (Debian's package chromium)")
+    playwright()
     return npm()
 
 

@@ -208,10 +208,13 @@ def test_fewer_bits_answer_alike_on_the_same_kernels_and_say_so(
         precision=precision,
         method="tip-adapter++",
         look_alikes=False,
+        exif_orientation=False,
     )
     classifier.fit(images, labels).save(tmp_path / "saved")
     done("export", tmp_path / "saved", tmp_path / "demo.onnx", "--pixels")
     assert f"is in {precision}, which processors and runtimes round differently" in caplog.text
+    facts = {entry.key: json.loads(entry.value) for entry in onnx.load(tmp_path / "demo.onnx").metadata_props}
+    assert (facts["iosr_fast"]["precision"], facts["iosr_fast"]["exif_orientation"]) == (precision, False)
     pixels = to_pixels(pictures, Geometry(64))
     got = opened(tmp_path / "demo.onnx")({"pixels": pixels})
     expected = Classifier.load(tmp_path / "saved", runtime="onnxruntime")

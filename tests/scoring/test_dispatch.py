@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,27 @@ from tests.interpreter import printed
 
 CPP = f"cpp/{next(name for name, supported in _C.simd_paths() if supported)}"
 NAMES = ["cpp", "cuda", "triton", "torch", "reference"]
+CUDA_MODULE = "iosr_fast._C_cuda"
+
+
+FOUND_ONCE: tuple[Any, ...] = (
+    dispatch.cpp_unavailable_reason,
+    dispatch._package_unavailable_reason,
+    dispatch._cuda_build_unavailable_reason,
+    dispatch._best,
+)
+
+
+def forget() -> None:
+    for found in FOUND_ONCE:
+        found.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    forget()
+    yield
+    forget()
 
 
 def path_taken(rng: np.random.Generator, impl: str = "auto") -> str:
@@ -36,7 +58,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *names: str, reason: str | None = "n
         for backend in dispatch.BACKENDS
     ]
     monkeypatch.setattr(dispatch, "BACKENDS", tuple(backends))
-    dispatch._best.cache_clear()
+    forget()
 
 
 def test_each_name_takes_its_path(rng: np.random.Generator) -> None:
@@ -143,15 +165,11 @@ def test_scoring_arrays_on_auto_never_loads_torch() -> None:
 
 def test_an_extension_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_C, "version", "0.0.1")
-    dispatch.cpp_unavailable_reason.cache_clear()
-    try:
-        assert "was built for version 0.0.1" in (dispatch.cpp_unavailable_reason() or "")
-        monkeypatch.undo()
-        monkeypatch.delattr(_C, "affinity_sums")
-        dispatch.cpp_unavailable_reason.cache_clear()
-        assert "was built from older sources" in (dispatch.cpp_unavailable_reason() or "")
-    finally:
-        dispatch.cpp_unavailable_reason.cache_clear()
+    assert "was built for version 0.0.1" in (dispatch.cpp_unavailable_reason() or "")
+    monkeypatch.undo()
+    forget()
+    monkeypatch.delattr(_C, "affinity_sums")
+    assert "was built from older sources" in (dispatch.cpp_unavailable_reason() or "")
 
 
 @pytest.mark.parametrize(
@@ -170,12 +188,8 @@ def test_a_missing_or_old_package_is_answered_with_what_brings_it(
         return found
 
     monkeypatch.setattr(dispatch, "version", version)
-    dispatch._package_unavailable_reason.cache_clear()
-    try:
-        with pytest.raises(UnavailableError, match=f"impl='triton' can't run here: {message}"):
-            path_taken(rng, "triton")
-    finally:
-        dispatch._package_unavailable_reason.cache_clear()
+    with pytest.raises(UnavailableError, match=f"impl='triton' can't run here: {message}"):
+        path_taken(rng, "triton")
 
 
 def test_without_the_extension_scoring_says_how_to_build_it(
@@ -183,12 +197,8 @@ def test_without_the_extension_scoring_says_how_to_build_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "iosr_fast._C", None)
     monkeypatch.delattr("iosr_fast._C")
-    dispatch.cpp_unavailable_reason.cache_clear()
-    try:
-        with pytest.raises(UnavailableError, match=r"can't be imported .*`pip install .` builds it"):
-            path_taken(rng)
-    finally:
-        dispatch.cpp_unavailable_reason.cache_clear()
+    with pytest.raises(UnavailableError, match=r"can't be imported .*`pip install .` builds it"):
+        path_taken(rng)
 
 
 def test_a_backend_for_few_queries_refuses_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,13 +216,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cuda_build(driver: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def cuda_build(driver: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """And with a CUDA extension, whose calls succeed."""
     build = SimpleNamespace(version=__version__, BoundPlan=None, tile_keys=lambda device, n_keys: 1)
-    monkeypatch.setitem(sys.modules, "iosr_fast._C_cuda", build)
-    dispatch._cuda_build_unavailable_reason.cache_clear()
-    yield build
-    dispatch._cuda_build_unavailable_reason.cache_clear()
+    monkeypatch.setitem(sys.modules, CUDA_MODULE, build)
+    return build
 
 
 def test_the_gpu_decides_for_triton_and_cuda(cuda_build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +245,7 @@ def test_a_driver_older_than_the_extension_leaves_scoring_to_triton(
     monkeypatch.setattr(dispatch, "_gpu_unavailable_reason", lambda: None)
     assert dispatch.choose("auto", "cuda", 1).name == "cuda"
     cuda_build.tile_keys = tile_keys
-    dispatch._best.cache_clear()
+    forget()
     with caplog.at_level(logging.INFO, logger="iosr_fast"):
         assert dispatch.choose("auto", "cuda", 1).name == "triton"
     assert "(unavailable: cuda: iosr_fast._C_cuda can't call CUDA (CUDA driver version is" in caplog.text
@@ -246,16 +254,11 @@ def test_a_driver_older_than_the_extension_leaves_scoring_to_triton(
 def test_a_missing_or_stale_cuda_build_is_answered_with_how_to_build(
     driver: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dispatch._cuda_build_unavailable_reason.cache_clear()
-    monkeypatch.setitem(sys.modules, "iosr_fast._C_cuda", None)
-    try:
-        assert "IOSR_FAST_CUDA=1 pip install ." in str(dispatch._cuda_unavailable_reason())
-        dispatch._cuda_build_unavailable_reason.cache_clear()
-        monkeypatch.setitem(sys.modules, "iosr_fast._C_cuda", SimpleNamespace(version="0.0.0"))
+    for build, message in ((None, ""), (SimpleNamespace(version="0.0.0"), "built for version 0.0.0")):
+        monkeypatch.setitem(sys.modules, CUDA_MODULE, build)
+        forget()
         reason = str(dispatch._cuda_unavailable_reason())
-        assert "built for version 0.0.0" in reason and "IOSR_FAST_CUDA=1 pip install ." in reason
-    finally:
-        dispatch._cuda_build_unavailable_reason.cache_clear()
+        assert message in reason and "IOSR_FAST_CUDA=1 pip install ." in reason
 
 
 def test_info_answers_without_importing_what_it_lists() -> None:

@@ -32,7 +32,7 @@ def open_graph(file: Path, outputs: Sequence[str], encoder: Encoder) -> Graph:
 
         def infer(pixels: np.ndarray) -> list[np.ndarray]:
             results = request.infer({"pixels": pixels})
-            return [np.array(results[name]) for name in outputs]  # copies: the request reuses its memory
+            return [results[name] for name in outputs]  # copies, as infer() makes them
 
         return _by_name(infer, outputs, most)
     session = open_session(file, threads)

@@ -67,7 +67,7 @@ class OpenVINOEncoder(BatchedEncoder):
         request = self._idle.get()
         try:
             outputs = request.infer({"pixels": pixels})
-            return tuple(np.array(outputs[name]) for name in self.outputs)  # copies: the request reuses its memory
+            return tuple(outputs[name] for name in self.outputs)  # copies, as infer() makes them
         finally:
             self._idle.put(request)
 

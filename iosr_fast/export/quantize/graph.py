@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.export.onnx import open_session
+from iosr_fast.export.onnx import session_of
 from iosr_fast.export.quantize.values import Quantised, QuantisedGroup
 from iosr_fast.utils.require import require
 
@@ -129,7 +129,7 @@ class EncoderGraph:
         known = {output.name for output in probe.graph.output}
         added = [name for name in tensors if name not in known]
         probe.graph.output.extend(map(self._onnx.helper.make_empty_tensor_value_info, added))
-        session, batch = open_session(probe, self.folder), max(1, PIXELS // (pictures.shape[1] * pictures.shape[2]))
+        session, batch = session_of(probe, self.folder), max(1, PIXELS // (pictures.shape[1] * pictures.shape[2]))
         for start in range(0, len(pictures), batch):
             yield session.run(tensors, {"pixels": np.ascontiguousarray(pictures[start : start + batch])})
 
