@@ -7,6 +7,7 @@ after another.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,8 @@ def compare(run: Run, classifier: Classifier, case: str, paths: Sequence[Path], 
     classifier.export(model, max_error=MAX_ERROR)
     truth, drafted = in_library(classifier, paths, MAX_ERROR), are_drafted(classifier, paths)
     shared = {**facts(PACKAGES), "device": run.device.description, "file_mb": model.stat().st_size / 1e6}
+    for package in (folder / "node_modules").glob("onnxruntime-*/package.json"):
+        shared["versions"][package.parent.name] = json.loads(package.read_text())["version"]
     for impl, answer in runtimes(folder).items():
         with left_out(run, impl):
             pairs = np.array(list(zip(answer(model, paths), truth, strict=True)))
