@@ -26,7 +26,9 @@ def playwright() -> Any:
     """Playwright, where it finds Chromium; without, the test is skipped."""
     if not os.access(CHROMIUM, os.X_OK):
         pytest.skip(f"no browser: {CHROMIUM} is missing (Debian's package chromium)")
-    return pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
+    from playwright import sync_api
+
+    return sync_api
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "ray": {"ok_rps": ".0f", "images_per_s": ".1f"},
     "texts": {"accuracy": ".1%", "std": ".1%"},
     "descriptions": {"accuracy": ".1%", "std": ".1%"},
-    "key-precision": {"changed": ".2%", "accuracy": ".2%", "int8": ".2%"},
+    "key-precision": {"changed": ".2%", "accuracy": ".2%", "narrow": ".2%"},
     "joint": {"alone": ".1%", "joint": ".1%", "refused": ".0%"},
     "labels": {"map": ".1%", "std": ".1%", "expected": ".1%", "f1": ".1%", "predicted": ".2f"},
     "audit": {"auroc": ".4f", "precision": ".1%", "wrong": ".0f", "listed": ".1f", "found": ".1f"},

@@ -25,7 +25,7 @@ def export(
     """Write a saved classifier as one ONNX file: images of any size in, probabilities and labels out.
 
     ONNX Runtime, OpenVINO, a browser or C++ executes it without this package and answers alike. The resize in it is
-    exact and slow for large images, 0.3 s for 12 megapixels: shrink these first. fp16 and int8 answer alike on the
+    exact and slow for large images, 0.4 s for 12 megapixels: shrink these first. fp16 and int8 answer alike on the
     same processors and runtimes only; fp32 everywhere.
 
     \b

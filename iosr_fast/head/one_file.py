@@ -120,7 +120,7 @@ def check_answers(
 ) -> None:
     """Raise ArithmeticError unless these outputs of a file or plan are what the library answers on `pictures` uint8
     (B, H, W, 3): labels and what is accepted or rejected the same, but for ties, numbers up to TOLERANCE."""
-    head, _ = _exportable(fit)
+    head = fit.head.require_single_label("export")
     verdict = judge(head, encoder.encode(to_pixels(pictures, encoder.geometry)), abstention)
     expected = head.probabilities(verdict.logits)
     of_labels = np.take_along_axis(expected, got["label"][:, None], 1)

@@ -37,7 +37,7 @@ def kinds_of_pictures() -> dict[str, bytes]:
     palette = photograph(images[2], 200, 200, 2).quantize(32)
     deep = np.minimum(np.asarray(tall.convert("L")) * np.uint32(257) + 200, 65535).astype(np.uint16)  # rounded up
     inks = Image.merge("CMYK", [*tall.convert("CMYK").split()[:3], Image.linear_gradient("L").resize(tall.size)])
-    # A profile with red and blue exchanged, which nobody may apply.
+    # A profile with red and blue exchanged; the library ignores profiles.
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     profile = profile.replace(b"rXYZ", b"tmp_").replace(b"bXYZ", b"rXYZ").replace(b"tmp_", b"bXYZ")
     return {
