@@ -119,7 +119,7 @@ def check_answers(
     got: Mapping[str, np.ndarray], fit: Fit, encoder: Encoder, pictures: np.ndarray, abstention: Abstention
 ) -> None:
     """Raise ArithmeticError unless these outputs of a file or plan are what the library answers on `pictures` uint8
-    (B, H, W, 3): labels and what is accepted or rejected the same, but for ties, numbers up to TOLERANCE."""
+    (B, H, W, 3): labels the same, but for ties, what is accepted or rejected the same, numbers up to TOLERANCE."""
     head = fit.head.require_single_label("export")
     verdict = judge(head, encoder.encode(to_pixels(pictures, encoder.geometry)), abstention)
     expected = head.probabilities(verdict.logits)
