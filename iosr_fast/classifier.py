@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.evaluate import evaluate_images
 from iosr_fast.files.folder import FolderPredictions, predict_folder
 from iosr_fast.files.source import Source, check_files
@@ -15,6 +16,7 @@ from iosr_fast.files.stream import Reader, ReadOptions
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstention
 from iosr_fast.head.answering import Answering, FittedAttribute
+from iosr_fast.head.class_tree import Parents, read_parents
 from iosr_fast.head.descriptions import read_descriptions
 from iosr_fast.head.fit import fit, warn_of_look_alikes
 from iosr_fast.head.fitted import Fit
@@ -24,6 +26,7 @@ from iosr_fast.head.labelled_images import calibration_images, labelled_images, 
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.one_file import write_one_file
 from iosr_fast.head.quality import Evaluation
+from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.tune import TUNE_SECONDS
@@ -44,10 +47,10 @@ class Classifier(Answering[Fit], Changing, Estimator):
 
     It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of
     threads may classify meanwhile, and each call sees exactly one version. Images are paths, encoded bytes, PIL images,
-    uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a sequence, a pandas Series or an array of them
-    (rules: iosr_fast.images.pixels). Methods raise BadImageError for an unreadable image, NotFittedError before a fit,
-    FileNotFoundError for a missing folder, and IosrFastError, a ValueError, for other wrong arguments, before an image
-    is read.
+    uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3), or parts of these (images.crop): one, a sequence, a
+    pandas Series or an array of them (rules: iosr_fast.images.pixels). Methods raise BadImageError for an unreadable
+    image, NotFittedError before a fit, FileNotFoundError for a missing folder, and IosrFastError, a ValueError, for
+    other wrong arguments, before an image is read.
 
     Parameters
     ----------
@@ -80,6 +83,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         labels index, where `fit` is given none, as in scikit-learn's `cross_val_predict` of "predict_proba".
     thumbnails : int
         Longer side in pixels of the stored picture of a support image. 0 stores none.
+    margin : float
+        How much of a box's sides is taken beside it on each side, of parts of pictures (images.crop), queries too.
     exif_orientation, skip_bad, progress : bool
         Whether images are turned upright by their EXIF data; whether `fit` leaves unreadable ones out (`skipped_`)
         instead of refusing them; whether to show bars on stderr if that is a terminal.
@@ -160,6 +165,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         look_alikes: bool = True,
         thumbnails: int = 96,
         exif_orientation: bool = True,
+        margin: float = 0.0,
         skip_bad: bool = False,
         progress: bool = False,
     ) -> None:
@@ -171,7 +177,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         self.views, self.mirror, self.templates, self.seed = views, mirror, templates, seed
         self.class_names, self.look_alikes = class_names, look_alikes
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
-        self.skip_bad, self.progress = skip_bad, progress
+        self.margin, self.skip_bad, self.progress = margin, skip_bad, progress
         self._given_clip: tuple[dict[str, Any], OpenedClip] | None = None
 
     support_ = FittedAttribute(lambda fit: fit.head.support)
@@ -200,6 +206,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         unknown_images: Any = None,
         groups: Any = None,
         descriptions: Mapping[str, Sequence[str]] | None = None,
+        tree: Parents | None = None,
     ) -> Self:
         """Encode the support images and class names, and compile the method.
 
@@ -212,13 +219,15 @@ class Classifier(Answering[Fit], Changing, Estimator):
         images of a group are left out together in all that left-out images say. None or NaN is a group of its own, and
         so are images that are added later. `descriptions` are lists of texts by class name: a class's text embedding is
         the normalised mean of the unit embeddings of its prompts and its descriptions, of the latter alone with
-        templates=[].
+        templates=[]. `tree` names the node above each class, and above each node unless that is the root, as
+        {"siamese": "cat", "pug": "dog", "cat": "animal", "dog": "animal"}: predict(max_error=...) then answers with a
+        node where the class is not sure enough.
 
-        Raises IosrFastError before a CLIP is opened for wrong parameters, labels, names and descriptions; before
+        Raises IosrFastError before a CLIP is opened for wrong parameters, labels, names, descriptions and tree; before
         anything is encoded for a CLIP, engine, adapter or runtime that don't fit, and texts too long for the CLIP; for
         unreadable images, and one picture under two labels.
         """
-        fitted = self._fit_on(images, labels, class_names, unknown_images, groups, descriptions)
+        fitted = self._fit_on(images, labels, class_names, unknown_images, groups, descriptions, tree)
         self._store.replace(fitted)
         warn_of_look_alikes(fitted.head)
         return self
@@ -234,20 +243,28 @@ class Classifier(Answering[Fit], Changing, Estimator):
         unknown_images: str | Path | None = None,
         descriptions: Mapping[str, Sequence[str]] | str | Path | None = None,
         calibrate_on: str | Path | None = None,
+        tree: Parents | str | Path | None = None,
+        nested: bool = False,
+        root: str | Path | None = None,
     ) -> Self:
-        """`fit` on folders with a sub-folder of images for each class, or CSV files of path and label
-        (labelled_images). All images in the folder `unknown_images` and below belong to none of the classes.
-        `descriptions` may be a file: JSON, or CSV of class and text (head.descriptions). `calibrate_on` is a folder or
-        CSV file of labelled images, on which promises then rest."""
+        """`fit` on folders with a sub-folder of images for each class, CSV files of path and label, or detector files,
+        whose pictures are below `root` (labelled_images). All images in the folder `unknown_images` and below belong to
+        none of the classes. `descriptions` may be a file: JSON, or CSV of class and text (head.descriptions).
+        `calibrate_on` is a place of labelled images, on which promises then rest. `tree` may be a CSV file of class and
+        parent; `nested` makes one of folders in folders, in which each folder of images is a class."""
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
         texts = read_descriptions(descriptions) if isinstance(descriptions, str | Path) else descriptions
-        support = labelled_images(folder, *more)
-        new = None if calibrate_on is None else calibration_images(calibrate_on, support)
-        if not self.skip_bad:
+        if nested and tree is not None:
+            raise IosrFastError("expected a tree of nested folders (nested, --nested) or of tree (--tree), got both")
+        skip_bad = bool(self.skip_bad)
+        parents = read_parents(tree) if isinstance(tree, str | Path) else tree
+        support = labelled_images(folder, *more, nested=nested, skip_bad=skip_bad, root=root)
+        new = None if calibrate_on is None else calibration_images(calibrate_on, support, nested, skip_bad, root)
+        if not skip_bad:
             check_files([*support.paths, *([] if new is None else new.paths)])
-        fitted = self._fit_on(*support[:3], unknown, support.groups, texts)
+        fitted = self._fit_on(*support[:3], unknown, support.groups, texts, support.tree if nested else parents)
         if new is not None:
-            fitted = calibrate(fitted, new.paths, new.labels, new.groups, bool(self.skip_bad))
+            fitted = calibrate(fitted, new.paths, new.labels, new.groups, skip_bad)
         self._store.replace(fitted)
         warn_of_look_alikes(fitted.head)
         return self
@@ -280,7 +297,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         return fitted.queries(X)
 
     def classes(self) -> list[ClassInfo]:
-        """The classes in their order, each with its id and the number of its examples."""
+        """The classes in their order, each with its id, the number of its examples and, in a tree, its path."""
         return self.snapshot().classes()
 
     def examples(self, name_or_id: str) -> list[str]:
@@ -362,9 +379,9 @@ class Classifier(Answering[Fit], Changing, Estimator):
     def _reader(self, fit: Fit | None, batch: int | None, skip_bad: bool, threads: int | None) -> Reader:
         """Decodes and encodes queries by the encoder of `fit`, whose head answers; None: by that of the parameters."""
         clip = self._open() if fit is None else fit.clip
-        upright = self.exif_orientation if fit is None else fit.settings.exif_orientation
+        queries = SupportSettings(exif_orientation=self.exif_orientation, margin=self.margin)
         options = ReadOptions(batch, threads=threads, skip_bad=skip_bad)
-        return Reader((fit or clip).encoder, clip.engine, upright, options)
+        return Reader((fit or clip).encoder, clip.engine, queries if fit is None else fit.settings, options)
 
     def serve_promises(self) -> None:
         """Compute what `unknown` and `max_error` rest on now, and with every later fit and change before anybody sees
@@ -405,8 +422,9 @@ class Classifier(Answering[Fit], Changing, Estimator):
 
         The input is "picture", uint8 (B, H, W, 3), upright RGB pictures of any one size, or with source="pixels"
         "pixels" (B, S, S, 3), as `Encoder.encode` takes them. Outputs are "probabilities" (B, C), "label" (B,), a
-        position in the metadata's "class_names"; with `max_error` "accepted" (B,), and with unknown="reject" "unknown"
-        (B,), the `unknown_score`, and "rejected" (B,), as `predict` decides with these options.
+        position in the metadata's "class_names"; with `max_error` "accepted" (B,), and the label may be a node of the
+        tree, whose names follow those of the classes; with unknown="reject" "unknown" (B,), the `unknown_score`, and
+        "rejected" (B,), as `predict` decides with these options.
 
         The resize is that of this package, exact and slow for large pictures: shrink those first. In fp32 labels are
         the same in any runtime, in fp16 and int8 on the same kernels only. IosrFastError for several labels,

@@ -15,6 +15,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.answering import Answering, FittedAttribute
+from iosr_fast.head.class_tree import paths_of
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import check_multi_label, fit_head, warn_of_look_alikes
 from iosr_fast.head.head import Head
@@ -133,24 +134,27 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         self.text, self.tau, self.adapted = text, tau, adapted
         self.key_precision, self.look_alikes = key_precision, look_alikes
 
-    def fit(self, X: Any, y: Any, unknown_images: Any = None, groups: Any = None) -> FewShotHead:
+    def fit(self, X: Any, y: Any, unknown_images: Any = None, groups: Any = None, *, tree: Any = None) -> Self:
         """Compile the method on support rows X, (n, D) or (n, 2 D), of any length and real dtype, and their labels y,
         (n,): any that scikit-learn accepts.
 
         For rows with any number of labels y are sets (or lists, or tuples) of names, of which some may be empty, or an
         indicator (n, C) of 0 and 1, whose classes are their numbers; `predict` answers in the form of y
         (methods.multi_label). `unknown_images` are rows of pictures that belong to none of the classes, if you have
-        any: they sharpen `unknown_score` alone. `groups` (n,) as in Classifier.fit.
+        any: they sharpen `unknown_score` alone. `groups` (n,) and `tree` as in Classifier.fit; labels stand in `tree`
+        as they are, or as text.
         """
         options = Options.of(self.get_params(deep=False))
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
         multi_label = are_label_sets(y)
         if multi_label:
-            check_multi_label(options, unknown_images)
+            check_multi_label(options, unknown_images, tree)
             X = self._validated(X, reset=True)
         else:
             X, y = self._validated(X, y, reset=True)
         classes, ids, sets = classes_of(y, len(X))
+        names = [str(name) for name in classes.tolist()]
+        paths = paths_of(tree, names, classes.tolist())
         kept, embeddings, group_of = self._support(X, "left out of the support rows", groups)
         examples = Examples(embeddings, ids[kept], kept, (None,) * len(kept), groups=group_of)
         text = self._text_rows(classes, X.shape[1])
@@ -160,7 +164,7 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         if unknown_images is not None:
             _, unknown, _ = self._support(self._validated(unknown_images), "left out of the unknown rows")
             check_unknown_images(len(unknown))
-        head = fit_head(options, [str(name) for name in classes.tolist()], text, tau, examples, sets, unknown)
+        head = fit_head(options, names, text, tau, examples, sets, unknown, paths)
         warn_of_look_alikes(head)
         self._fit = _Fit(head, classes, dense(y).dtype if multi_label and classes.dtype.kind == "i" else None)
         return self

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
-import subprocess
-import sys
 import tomllib
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 import iosr_fast
 from tests import ROOT
-from tests.docs.documents import find_command
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
@@ -45,34 +40,6 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     folders = "iosr_fast|kernels|csrc|tools|tests|benchmarks|docs"
     for path in re.findall(rf"[`\s]((?:{folders})/[\w./*-]+\.\w+)", text):
         assert list(ROOT.glob(path)), f"{page.name}: {path}"
-
-
-@cache
-def options_of_script(script: str) -> set[str]:
-    run = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(re.findall(r"--[\w-]+", run.stdout))
-
-
-def options_of(words: list[str]) -> set[str]:
-    """All options of the command that a shell line calls: of iosr-fast, or of a script in tools/."""
-    if words[0] not in ("iosr-fast", "iosr_fast"):
-        return options_of_script(words[0])
-    command, _ = find_command(words[1:])
-    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-
-
-@pytest.mark.slow
-def test_every_shell_line_names_commands_and_options_that_exist() -> None:
-    checked = 0
-    for page in PAGES:
-        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                for command in re.findall(r"(?:iosr-fast|(?<=-m )iosr_fast|tools/\w+\.py)\b[^&|;>]*", line):
-                    words = shlex.split(command, comments=True)
-                    unknown = {word for word in words if word.startswith("--")} - {*options_of(words), "--help"}
-                    assert not unknown, f"{page.name}: no {unknown} in {command}"
-                    checked += 1
-    assert checked > 20
 
 
 def test_the_page_of_commands_lists_all_of_them() -> None:

@@ -9,8 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from iosr_fast.ray import build_app, digest_of, from_config
 from iosr_fast.serving.http.settings import Settings
 from tests.pictures import GREY
 from tests.serving.http_client import bundle, error_of, httpx, load, queries
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -111,13 +111,6 @@ def renamed(folder: Path, prefix: str) -> Path:
     return folder
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"expected {what} within {seconds} s"
-        time.sleep(0.05)
-
-
 def descendants(pid: int) -> set[int]:
     """The processes that a process has started, and theirs."""
     parents: dict[int, int] = {}
@@ -152,7 +145,7 @@ class Service:
         self.started: set[int] = set()
 
     def wait(self) -> None:
-        wait_for(lambda: self.process.poll() is not None or "join with" in self.output, 300, "replicas")
+        wait_until(lambda: self.process.poll() is not None or "join with" in self.output, 300, "replicas")
         assert self.process.poll() is None, self.output
 
     @property
@@ -215,7 +208,7 @@ class Load:
 
     def wait_for_more(self, count: int) -> None:
         goal = len(self.answers) + count
-        wait_for(lambda: len(self.answers) >= goal, 90, f"{count} more answers")
+        wait_until(lambda: len(self.answers) >= goal, 90, f"{count} more answers")
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +220,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         made.started |= descendants(made.process.pid)
         made.process.send_signal(signal.SIGTERM)
         assert made.process.wait(timeout=90) == 0, made.output
-        wait_for(lambda: not alive(made.started), 60, "no process of Ray to be left")
+        wait_until(lambda: not alive(made.started), 60, "no process of Ray to be left")
     finally:
         made.kill()
 
@@ -259,7 +252,7 @@ def test_a_killed_replica_costs_only_the_requests_that_it_had(service: Service, 
         killed = min(service.replicas)
         os.kill(killed, signal.SIGKILL)
         under.wait_for_more(30)
-        wait_for(lambda: len(service.replicas - {killed}) == 2, 90, "another replica")
+        wait_until(lambda: len(service.replicas - {killed}) == 2, 90, "another replica")
         before = len(under.answers)
         under.wait_for_more(60)
     failed = [(status, label) for _, status, label in under.answers if status != 200]
@@ -275,7 +268,7 @@ def test_another_bundle_is_rolled_out_and_no_request_fails(service: Service, tru
         under.wait_for_more(20)
         updated = service.update(new)
         assert updated.returncode == 0 and digest_of(new) in updated.stdout, updated.stderr
-        wait_for(lambda: not service.replicas & before, 60, "the old replicas to stop")
+        wait_until(lambda: not service.replicas & before, 60, "the old replicas to stop")
         done = len(under.answers)
         under.wait_for_more(60)
         refused = service.update(broken(tmp_path / "broken"))

@@ -42,6 +42,8 @@ SUBJECTS = {
     "audit": "Wrong labels in the support set.",
     "suggest": "Accuracy after a budget of labels, suggested and at random (mean of ten, its error).",
     "automation": "By promised error: labels accepted, of these wrong, draws with more of them beyond chance.",
+    "tree": "The same with a tree, and flat: answered (classes alone)/wrong/broken; of made-up logits, too.",
+    "parts": "Accuracy on scenes by what of them is looked at; deviation over seeds.",
     "adapter-place": "Accuracy in % by the adapter's place in the demo's CLIP.",
     "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
 }
@@ -63,6 +65,7 @@ LATENCIES = {"p50_ms": ".1f", "p99_ms": ".1f", "lone_ms": ".1f"}
 RATIOS = {"p99_of_lone": ".1f", "change_p50_ms": ".1f"}
 RATIOS |= {f"{name}_of_rival": ".2f" for name in ("rps", "p50", "p99", "change")}
 OF_PROMISE = "{{labelled_{0}:.1%}}/{{wrong_{0}:.1%}}/{{broken_{0}:.0%}}"
+OF_LEVELS = "{{labelled_{0}:.1%}}({{level0_{0}:.1%}})/{{wrong_{0}:.2%}}/{{broken_{0}:.1%}}"
 COLUMNS: dict[str, dict[str, str]] = {
     "precision": {"min_cosine": ".4f", "file_mb": ".0f", "accuracy": ".1%"},
     "pipeline": {"images_per_s": ".1f", "memory_mb": ".0f"},
@@ -82,6 +85,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         **{promise: OF_PROMISE.format(promise) for promise in ("1%", "2%", "5%", "10%")},
         **dict.fromkeys(("auroc", "kept", "rejected"), ".1%"),
     },
+    "parts": {"accuracy": ".1%", "std": ".1%"},
+    "tree": {promise: OF_LEVELS.format(promise) for promise in ("1%", "2%", "5%", "10%")},
 }
 
 
@@ -114,6 +119,7 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
         timed = [{**row, "ms": milliseconds(row)} if "runtime_ms" in row else row for row in rows]
         flat = [{**row, **part} for row in timed for part in row.get("servers") or row.get("runs") or [row]]
         formats = {**FIRST, **COLUMNS[bench]}
+        formats = {name: form for name, form in formats.items() if name not in said_once(rows)}
         shown = [name for name in formats if any(cell(row, name, formats[name]) for row in flat)]
         return table(shown, [[cell(row, name, formats[name]) for name in shown] for row in flat])
     if "runtime_ms" in rows[0]:
@@ -123,6 +129,12 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
     heads = list(dict.fromkeys(head for _, head in cells))
     names = dict.fromkeys(name for name, _ in cells)
     return table(["", *heads], [[name, *(cells.get((name, head), "") for head in heads)] for name in names])
+
+
+def said_once(rows: Sequence[Row]) -> dict[str, Any]:
+    """What all rows of a claim have in common, which stands below their table."""
+    names = ("method", "shots") if rows[0]["bench"] in COLUMNS and len(rows) > 1 else ()
+    return {name: rows[0][name] for name in names if name in rows[0] and len({row[name] for row in rows}) == 1}
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -156,11 +168,13 @@ def method(row: Row) -> str:
 
 
 def origin(name: str, rows: Sequence[Row]) -> str:
-    """Of a table: file, data, numbers of test images and draws, machine and commits; the rows have the versions."""
+    """Of a table: file, data, numbers of test images and draws, what its rows have in common, machine and commits; the
+    rows have the versions."""
     parts = [f"[{name}.json](results/{name}.json)"]
     if "data" in rows[0]:
         counts = " or ".join(map(str, sorted({n for row in rows for n in np.ravel(row["test_images"])})))
         parts += [rows[0]["data"], f"test images: {counts}", f"draws: {np.size(rows[0]['seeds'])}"]
+    parts += [f"{name}: {value}" for name, value in said_once(rows).items()]
     return "; ".join([*parts, rows[0]["device"], ", ".join(sorted({row["commit"] for row in rows}))])
 
 

@@ -58,14 +58,25 @@ def sources(words: Sequence[str], shots: Sequence[int] | None, seeds: int | None
         if word in (made := {"drawings": drawings, "photographs": photographs}):
             found[word] = drawn(word, *made[word](), BURST, *counts)
             continue
-        for source in (*open_sources([word]), *(() if word == "demo" else open_sources([word], use_text=False))):
-            task = source.draw(max(source.shots), 0)
-            images, labels = zip((task.queries, task.labels), *filter(None, [task.validation]), strict=True)
-            of_images = Embeddings.concatenate(images), np.concatenate(labels), task.support.text, task.support.tau
-            one = drawn(source.name, *of_images, 1, *counts)
+        for source in with_and_without_texts(word):
+            one = redrawn(source, *counts)
             unequal = with_unequal_classes(replace(one, shots=one.shots[-1:]))
             found |= {one.name: one, unequal.name: unequal}
     return [*found.values()]
+
+
+def with_and_without_texts(word: str) -> list[TaskSource]:
+    """A feature file, and if it has texts, the same without; or the demo."""
+    alone = [] if word == "demo" else open_sources([word], use_text=False)
+    return [*{source.name: source for source in (*open_sources([word]), *alone)}.values()]
+
+
+def redrawn(source: TaskSource, *of: Any) -> TaskSource:
+    """The data set, of which support and test are drawn from validation and test images together."""
+    task = source.draw(max(source.shots), 0)
+    images, labels = zip((task.queries, task.labels), *filter(None, [task.validation]), strict=True)
+    of_images = Embeddings.concatenate(images), np.concatenate(labels), task.support.text, task.support.tau
+    return drawn(source.name, *of_images, 1, *of)
 
 
 def drawn(

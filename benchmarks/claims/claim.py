@@ -14,7 +14,7 @@ from iosr_fast.cli.command import new_file, one_line_errors
 from iosr_fast.evaluation.features import open_sources
 from iosr_fast.evaluation.provenance import write_rows
 from iosr_fast.evaluation.table import facts
-from tools.report import COLUMNS
+from tools.report import COLUMNS, cell
 
 Task = Any  # iosr_fast.evaluation.tasks.Task, or one with labels (B, C)
 Draws = Iterator[Mapping[str, Any]]
@@ -24,13 +24,15 @@ Draws = Iterator[Mapping[str, Any]]
 class Claim:
     """What `draws` measures of a task, a method and a seed: figures, shares in 0..1. A row has their means over all
     draws, and the standard deviation of the first; draws that differ in `of` have a row each. What the page of the
-    results has of them is printed. `sources` opens data sets by name, shots and number of seeds."""
+    results has of them is printed. `sources` opens data sets by name, shots and number of seeds. Rows of many draws are
+    without them, by `keeps_draws`."""
 
     name: str
     about: str
     draws: Callable[[Task, str, int], Draws]
     methods: Sequence[str] = ("auto",)
     sources: Callable[..., Sequence[Any]] = open_sources
+    keeps_draws: bool = True
 
     def main(self, words: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser = argparse.ArgumentParser(description=self.about, formatter_class=argparse.RawTextHelpFormatter)
@@ -45,10 +47,8 @@ class Claim:
             rows = []
             for source in self.sources(options.data, options.shots, options.seeds):
                 for row in self.rows(source):
-                    columns = COLUMNS[self.name].items()
-                    figures = ", ".join(
-                        f"{name} {row[name]:{form}}" for name, form in columns if row.get(name) is not None
-                    )
+                    cells = {name: cell(row, name, form) for name, form in COLUMNS[self.name].items()}
+                    figures = ", ".join(f"{name} {text}" for name, text in cells.items() if text)
                     print(f"{row['data']}, {row['shots']} shots, {row['method']} {row['of']}: {figures}", flush=True)
                     rows.append({**row, **facts(["scikit-learn"])})
             write_rows(options.json, rows)
@@ -64,13 +64,17 @@ class Claim:
                     for draw in self.draws(task, method, seed):
                         groups.setdefault(draw.get("of", ""), []).append(draw)
                 for of, draws in groups.items():
-                    figures = {name: [draw[name] for draw in draws] for name in draws[0] if name != "of"}
+                    figures = {
+                        name: [draw[name] for draw in draws] for name in draws[0] if name not in ("of", "method")
+                    }
                     first = next(iter(figures.values()))
                     yield {
-                        **{"bench": self.name, "data": source.name, "method": method, "of": of, "shots": shots},
+                        **{"bench": self.name, "data": source.name, "method": draws[0].get("method", method)},
+                        **{"of": of, "shots": shots},
                         **{name: None if None in v else float(np.mean(v)) for name, v in figures.items()},
                         "std": float(np.std(first, ddof=1)) if len(first) > 1 else None,
-                        **{"test_images": len(task.labels), "seeds": list(source.seeds), "draws": draws},
+                        **{"test_images": len(task.labels), "seeds": list(source.seeds)},
+                        **({"draws": draws} if self.keeps_draws else {}),
                     }
 
 

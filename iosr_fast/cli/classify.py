@@ -11,15 +11,16 @@ from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import note, output, write_new
 from iosr_fast.cli.options import RejectOption, argument, as_share, head_in, note_counts, option, ray_pool, resumable
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.detector_files import Selection, is_detector_file
 
 UNKNOWN_LABEL, KEEP = "unknown", 0.95
-FORMS = {".csv": "csv", ".parquet": "parquet", "": "parts"}  # by the suffix of --out
+FORMS = {".csv": "csv", ".parquet": "parquet", ".json": "json", "": "parts"}  # by the suffix of --out
 
 
 def classify(
     classifier: shared.SavedClassifier,
-    images: Annotated[list[str], argument("IMAGES", "Images, folders, or CSV files with a column path.")],
-    out: Annotated[Path | None, option("File to write (.csv or .parquet), or a folder for parts.")] = None,
+    images: Annotated[list[str], argument("IMAGES", "Images, folders, CSV files with a column path, detector files.")],
+    out: Annotated[Path | None, option("File to write (.csv, .parquet, .json), or a folder for parts.")] = None,
     top: Annotated[int | None, option("Classes of each image [default: 1; in a folder 5].", min=1)] = None,
     batch: shared.Batch = None,
     runtime: shared.Runtime = "auto",
@@ -34,6 +35,9 @@ def classify(
         float | None,
         option("Accept labels of which at most this share, like 1%, is wrong.", metavar="SHARE", parser=as_share),
     ] = None,
+    root: shared.Root = None,
+    min_confidence: shared.MinConfidence = None,
+    category: shared.Category = None,
     chunk: shared.Chunk = None,
     ray: shared.Ray = False,
     workers: shared.Workers = None,
@@ -44,7 +48,13 @@ def classify(
 
     Writes rows of path, label, probability and error (why an image can't be read) as CSV to standard output, or to a
     file, where an interrupted run resumes; with --html alone a page instead of the rows. --max-error adds the column
-    accepted, and the page shows the images whose label is not accepted.
+    accepted, and the page shows the images whose label is not accepted. Where the classifier has a tree it also adds
+    level, 0 for a class, 1 for the deepest nodes, and label_path, and the label may be such a node.
+
+    A detector file (JSON of MegaDetector, COCO or Label Studio) stands for its boxes. With --out of .json it is written
+    with a class for each: MegaDetector's get classifications, the --top best; COCO's the category_id and score (the
+    detector's own become detection_category_id and detection_score); Label Studio's tasks a prediction. A box that is
+    rejected, or whose label is not accepted, gets none, nor keeps that of an earlier run; all else stays.
 
     For millions of images --out is a folder (a name without a suffix). It gets Parquet parts, which also have the
     class id and the parts of the logit: zero_shot, from the texts, cache, from the support images, and adapter, what
@@ -60,13 +70,23 @@ def classify(
     head = head_in(classifier, html=html, ray=ray)
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:
-        raise IosrFastError(f"expected --out to end in .csv or .parquet, or a folder without a suffix, got {out}")
+        raise IosrFastError(
+            f"expected --out to end in .csv, .parquet or .json, or a folder without a suffix, got {out}"
+        )
     form: Any = "csv" if out is None else FORMS[out.suffix]
     if form == "parts" and (joint or html is not None):
         given = "--joint" if joint else "--html"
         raise IosrFastError(f"expected a file for --out with {given}, got the folder {out}; use .csv or .parquet")
+    boxes = Selection(root, min_confidence, tuple(category or ()))
+    is_one = len(images) == 1 and is_detector_file(images[0])
+    if form == "json" and (head or html or unknown_label != UNKNOWN_LABEL or not is_one):
+        raise IosrFastError(
+            f"expected a classifier of images and one detector file (.json) with --out {out}, and neither --html nor "
+            "--unknown-label; use .csv or .parquet"
+        )
     if (out is None or joint) and (ray or chunk is not None):
         raise IosrFastError("expected --out, and no --joint, with --ray and --chunk: they are for runs of parts")
+    from iosr_fast.files.detections import DetectionsTable
     from iosr_fast.files.embedding_files import read_rows
     from iosr_fast.files.run import check_out, run
     from iosr_fast.files.source import read_source
@@ -79,14 +99,17 @@ def classify(
     with resumable(None if joint else out):
         if out is not None:
             check_out(out)
-        source = read_source(images, form == "parts", skip_bad) if head is None else read_rows(images, head)[0]
-        work = Classify(str(classifier), form, top or (5 if form == "parts" else 1), abstention, joint)
+        source = read_source(images, form == "parts", skip_bad, boxes) if head is None else read_rows(images, head)[0]
+        top = top or (5 if form == "parts" else 1)
+        detections = DetectionsTable.of(images[0], boxes, top) if form == "json" else None
+        work = Classify(str(classifier), form, top, abstention, joint, detections)
         work.check(single_label=html is not None)
         counts = run(work, source, out or text, ReadOptions(batch, runtime, threads, skip_bad), chunk, pool)
-    note_counts(out, counts)
+    kind = "boxes" if all(map(is_detector_file, images)) else "images"
+    note_counts(out, counts, kind)
     labels = counts.images - counts.errors
     if reject_unknown:
-        note(f"rejected {counts.rejected} of {labels} images as {abstention.label!r}")
+        note(f"rejected {counts.rejected} of {labels} {kind}{'' if detections else f' as {abstention.label!r}'}")
     if max_error is not None:
         note(f"accepted {counts.accepted:,} of {labels:,} labels; {labels - counts.accepted:,} need a look")
     if html is not None:

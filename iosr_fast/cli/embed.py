@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from iosr_fast.cli import options as shared
 from iosr_fast.cli.options import note_counts, option, ray_pool, resumable
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.detector_files import Selection, is_detector_file
 from iosr_fast.sealed.manifest import MANIFEST
 
 
 def embed(
     engine: Annotated[str, option("Folder of `iosr-fast build-engine`, a saved classifier, or demo.")],
-    location: Annotated[str, option("Folder of images, or a CSV file with a column path.", "--input")],
+    location: Annotated[str, option("Folder of images, CSV file of path (and a box), or detector file.", "--input")],
     out: Annotated[Path, option("Folder to write. An interrupted run resumes.")],
     dtype: Annotated[Literal["float32", "float16"], option("Type of the embeddings.")] = "float32",
+    margin: shared.Margin = 0.0,
     batch: shared.Batch = None,
     runtime: shared.Runtime = "auto",
     threads: shared.Threads = None,
     skip_bad: shared.SkipBad = False,
+    root: shared.Root = None,
+    min_confidence: shared.MinConfidence = None,
+    category: shared.Category = None,
     chunk: shared.Chunk = None,
     ray: shared.Ray = False,
     workers: shared.Workers = None,
@@ -38,16 +44,18 @@ def embed(
     from iosr_fast.files.run import check_out, run
     from iosr_fast.files.source import read_source
     from iosr_fast.files.stream import ReadOptions
-    from iosr_fast.files.work import Embed
+    from iosr_fast.files.work import UPRIGHT, Embed
 
     pool = ray_pool(ray, workers, gpus, address)
     if out.suffix:
         raise IosrFastError(f"expected a folder for --out, a name without a suffix, got {out}")
     check_out(out)
     with resumable(out):
-        work, source = Embed(str(find_engine(engine)), dtype), read_source([location], True, skip_bad)
+        work = Embed(str(find_engine(engine)), dtype, replace(UPRIGHT, margin=margin))
+        boxes = Selection(root, min_confidence, tuple(category or ()))
+        source = read_source([location], True, skip_bad, boxes)
         counts = run(work, source, out, ReadOptions(batch, runtime, threads, skip_bad), chunk, pool)
-    note_counts(out, counts)
+    note_counts(out, counts, "boxes" if is_detector_file(location) else "images")
 
 
 def find_engine(engine: str) -> Path:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import Group, ListCommand, new_app, say, stop_message, write_new
 from iosr_fast.cli.options import Html, Json, Runtime, SavedClassifier, SkipBad, argument, echo_first, head_in, option
 from iosr_fast.exceptions import IosrFastError
@@ -49,12 +50,16 @@ report = partial(say, err=True)
 @evaluate.command()
 def saved(
     classifier: SavedClassifier,
-    images: Annotated[Path, argument("IMAGES", "Folder with one sub-folder a class, or a CSV file of path and label.")],
+    images: Annotated[
+        Path, argument("IMAGES", "Folder with class folders, CSV file of path and label, or detector file.")
+    ],
+    nested: shared.Nested = False,
     html: Html = None,
     json_path: Json = None,
     unknown_images: Annotated[Path | None, option("Images of no class.", "--unknown-images", "--unknown")] = None,
     keep: Annotated[float, option("Share of known images that a rejection of unknown ones keeps.")] = 0.95,
     coverage: Annotated[float, option("Share of label sets that have the label.")] = 0.9,
+    root: shared.Root = None,
     runtime: Runtime = "auto",
     skip_bad: SkipBad = False,
 ) -> None:
@@ -69,7 +74,7 @@ def saved(
     from iosr_fast.classifier import open_saved
     from iosr_fast.files.embedding_files import read_rows
     from iosr_fast.files.source import check_files
-    from iosr_fast.head.labelled_images import labelled_images, unknown_folder
+    from iosr_fast.head.labelled_images import called_as, labelled_images, unknown_folder
     from iosr_fast.reports.evaluation_report import evaluation_page
 
     if not classifier.is_dir():
@@ -78,24 +83,28 @@ def saved(
             f"folder {classifier}"
         )
     paths: Sequence[Any]
-    if (head := head_in(classifier, html=html)) is not None:
+    if (head := head_in(classifier, html=html, nested=nested)) is not None:
         source, labels = read_rows([images], head)
         if not labels:
             raise IosrFastError(f"expected labels y beside x in {images}, an .npz file, got none")
         paths, names = source.paths, labels
         others = [] if unknown_images is None else read_rows([unknown_images], head)[0].paths
     else:
-        paths, labels, names, _ = labelled_images(images)
+        given = labelled_images(images, nested=nested, skip_bad=skip_bad, root=root)
+        paths, labels, names, *_ = given
         others = [] if unknown_images is None else unknown_folder(unknown_images)
         if not skip_bad:
             check_files(paths)
     check_utf8([*map(str, paths), *others])
     loaded = open_saved(classifier, runtime).set_params(progress=True)
     known = [info.name for info in loaded.classes()]
+    if nested and head is None:
+        paths, labels, names, *_ = called_as(given, known, loaded.snapshot().paths)
     if foreign := sorted(set(names) - set(known)):
+        folders = "" if nested or loaded.snapshot().paths is None else "read nested folders of a tree by --nested, "
         raise IosrFastError(
             f"expected labels among the {len(known)} classes of {classifier} ({abbreviate(known)}), got "
-            f"{abbreviate(foreign)}: rename these or leave them out; images of no class go to --unknown-images"
+            f"{abbreviate(foreign)}: {folders}rename these or leave them out; images of no class go to --unknown-images"
         )
     found = loaded.evaluate(paths, labels, others, coverage=coverage, keep=keep, skip_bad=skip_bad)
     say(*found.summary().split("\n"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from iosr_fast.cli.command import note, stop_message
-from iosr_fast.cli.options import Adapter, Pretrained, Runtime, SkipBad, argument, option
+from iosr_fast.cli.options import Adapter, Margin, Nested, Pretrained, Root, Runtime, SkipBad, argument, option
 from iosr_fast.exceptions import BadImageError, IosrFastError, LookAlikesWarning
 from iosr_fast.sealed.folders import check_new_folder
 from iosr_fast.utils.progress import progress
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def fit(
-    folder: Annotated[list[Path], argument("FOLDER ...", "Folders of class folders, or .csv files.")],
+    folder: Annotated[list[Path], argument("FOLDER ...", "Folders of class folders, .csv or detector files.")],
     out: Annotated[Path, option("Folder to write the classifier to.")],
     model: Annotated[str | None, option("A model of open_clip (iosr-fast models). Required.")] = None,
     pretrained: Pretrained = None,
@@ -35,12 +35,16 @@ def fit(
     tune_seconds: Annotated[float, option("Budget of the search of auto and stack on one core, in seconds.")] = 20.0,
     template: Annotated[list[str] | None, option("Prompt with {}, or none. Repeatable [default: the CLIP's].")] = None,
     descriptions: Annotated[Path | None, option("More texts of classes: JSON of lists, or CSV of class, text.")] = None,
+    tree: Annotated[Path | None, option("CSV of class, parent: with --max-error a node may be the answer.")] = None,
+    nested: Nested = False,
     views: Annotated[int, option("Random views averaged into each key; 1: the image as it is.")] = 1,
     mirror: Annotated[bool, option("Mirror half of the views.")] = True,
+    margin: Margin = 0.0,
     unknown_images: Annotated[Path | None, option("Folder of pictures of none of the classes.")] = None,
     calibrate_on: Annotated[
         Path | None, option("Labelled pictures from production, as FOLDER, on which promises rest (predict_sets, ...).")
     ] = None,
+    root: Root = None,
     runtime: Runtime = "auto",
     precision: Annotated[
         str, option("fp32, bf16 (openvino), fp16 (GPUs), or auto: the fastest accurate one.")
@@ -56,8 +60,9 @@ def fit(
 
     FOLDER has one sub-folder of images for each class, or is a .csv file of path and label (or of path and labels,
     joined by ;, where pictures may have several); several of both are joined, and a file that is listed again has the
-    later label. A column group names pictures of one video or object, which are left out together. --model is required:
-    demo is near chance on photographs.
+    later label. Columns x, y, width and height make a row a part of its picture; a detector file (.json) stands for its
+    labelled boxes. A column group names pictures of one video or object, which are left out together. --model is
+    required: demo is near chance on photographs.
 
     \b
     iosr-fast fit support/ --model ViT-B-32 --pretrained laion2b_s34b_b79k \\
@@ -70,7 +75,9 @@ def fit(
             "expected --model, got none: for photographs try --model ViT-B-32 --pretrained laion2b_s34b_b79k, which is "
             "downloaded once; `iosr-fast models` lists all; --model demo is a toy to try the commands"
         )
-    for name in ("folder", "out", "template", "descriptions", "unknown_images", "calibrate_on", "overwrite"):
+    beside = ("unknown_images", "descriptions", "calibrate_on", "tree", "nested", "root")
+    data = {name: parameters.pop(name) for name in beside}
+    for name in ("folder", "out", "template", "overwrite"):
         del parameters[name]  # the others are parameters of Classifier
     from iosr_fast.classifier import Classifier
 
@@ -83,9 +90,7 @@ def fit(
             raise FileExistsError(f"{out} is a classifier already: --overwrite replaces it, or choose another folder")
         try:
             with warnings.catch_warnings(category=LookAlikesWarning, action="ignore"):  # the summary says it
-                classifier.fit_folder(
-                    *folder, unknown_images=unknown_images, descriptions=descriptions, calibrate_on=calibrate_on
-                )
+                classifier.fit_folder(*folder, **data)
         except BadImageError as error:
             raise IosrFastError(f"{error}; repair or remove it, or leave such images out by --skip-bad") from error
         with progress("save", None):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from iosr_fast.cli.command import note, stop_message
-from iosr_fast.cli.options import Adapter, Runtime, SavedClassifier, option
+from iosr_fast.cli.options import Adapter, Nested, Runtime, SavedClassifier, option
 from iosr_fast.sealed.folders import check_new_folder
 from iosr_fast.utils.progress import progress
 
@@ -18,6 +18,7 @@ Objective = Literal["latency", "throughput", "size"]
 def optimize(
     folder: SavedClassifier,
     images: Annotated[Path, option("The images that it was fitted on: one sub-folder for each class.")],
+    nested: Nested = False,
     unknown_images: Annotated[Path | None, option("Pictures of no class, if it was fitted with some.")] = None,
     objective: Annotated[Objective, option("latency, throughput, or size in bytes.", metavar="NAME")] = "latency",
     tolerance: Annotated[float, option("Loss of accuracy that is accepted, in points.")] = 0.5,
@@ -51,7 +52,7 @@ def optimize(
     with stop_message("stopped; nothing was written"):
         if out is not None:
             check_new_folder(out, "classifier")
-        paths, labels, *_ = labelled_images(images)
+        paths, labels, *_ = labelled_images(images, nested=nested)
         classifier = Classifier.load(folder)
         classifier.progress = True
         others = None if unknown_images is None else unknown_folder(unknown_images)

@@ -32,6 +32,7 @@ def argument(name: str, text: str) -> Any:
 
 # Options in sections of their own in the help.
 RejectOption = partial(option, rich_help_panel="Images of none of the classes")
+BoxOption = partial(option, rich_help_panel="Boxes of a detector file (.json)")
 RayOption = partial(typer.Option, rich_help_panel="Ray")
 ReplicaOption = partial(typer.Option, rich_help_panel="Replicas")
 
@@ -42,6 +43,7 @@ Model = Annotated[str, option("demo, a model of open_clip (iosr-fast models), hf
 Pretrained = Annotated[str | None, option("Tag of the weights of open_clip's model, which are downloaded, or a file.")]
 Adapter = Annotated[str, option("File of `iosr-fast train-adapter`, none, or auto: the demo's for the demo.")]
 Runtime = Annotated[str, option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")]
+Nested = Annotated[bool, option("Each folder of images is a class, and the folders above it are a tree.", "--nested")]
 SkipBad = Annotated[bool, option("Leave out images that can't be read, and report them.", "--skip-bad")]
 Seed = Annotated[int, option("Seed of all random choices.")]
 
@@ -66,6 +68,7 @@ PromisedError = Annotated[
     ),
 ]
 RejectUnknown = Annotated[bool, RejectOption("Answer whether it is one, with a score.", "--reject-unknown")]
+Margin = Annotated[float, option("Share of a box's sides to take beside it, of parts of pictures.", metavar="SHARE")]
 # Files to write.
 Html = Annotated[Path | None, option("Write a page with the pictures here, one file.", callback=new_page)]
 Json = Annotated[Path | None, option("Write the figures here, as JSON.", "--json", callback=new_file)]
@@ -78,6 +81,10 @@ Ray = Annotated[bool, RayOption("--ray", help="Spread the parts over Ray workers
 Workers = Annotated[int | None, RayOption(help="Number of workers [default: 2].")]
 Gpus = Annotated[float, RayOption(help="GPUs of each worker, or its share of one.")]
 Address = Annotated[str | None, RayOption(help="Address of a running cluster; auto: the one on this machine.")]
+# Of boxes of detector files.
+Root = Annotated[Path | None, BoxOption("Folder of the pictures [default: the file's].")]
+MinConfidence = Annotated[float | None, BoxOption("Leave out boxes of less confidence.", min=0, max=1)]
+Category = Annotated[list[str] | None, BoxOption("Take boxes of this category of the detector. Repeatable.")]
 # Of replicas of the server.
 MaxBatch = Annotated[int | None, option("Most images of a batch [default: 8 on a CPU; all that a GPU's engine takes].")]
 Deadline = Annotated[int, option("Deadline of a request that names none, in milliseconds.")]
@@ -126,12 +133,12 @@ def resumable(out: Path | None) -> Iterator[None]:
             ) from error
 
 
-def note_counts(out: Path | None, counts: Counts) -> None:
-    """Say what a run over many images did."""
+def note_counts(out: Path | None, counts: Counts, kind: str) -> None:
+    """Say what a run over many images, or boxes, did."""
     if out is not None:
-        note(f"wrote {out}: {counts.images} images")
+        note(f"wrote {out}: {counts.images} {kind}")
     if counts.errors:
-        note(f"could not read {counts.errors} of {counts.images} images")
+        note(f"could not read {counts.errors} of {counts.images} {kind}")
 
 
 def echo_first(title: str, lines: list[str], count: int | None = None, most: int = 10) -> None:

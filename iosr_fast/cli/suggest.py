@@ -7,8 +7,10 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import note, output, write_new
 from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad, argument, head_in, option
+from iosr_fast.images.detector_files import Selection
 from iosr_fast.sealed.outputs import check_utf8
 from iosr_fast.utils.csv_text import escaped, line_writer
 
@@ -19,13 +21,17 @@ if TYPE_CHECKING:
 def suggest(
     classifier: SavedClassifier,
     folder: Annotated[
-        Path, argument("FOLDER", "Unlabelled images, also in folders below; or a CSV file with a column path.")
+        Path,
+        argument("FOLDER", "Folder of unlabelled images, CSV file with a column path, or detector file."),
     ],
     number: Annotated[int, option("Most images to suggest.", "--number", "-n", min=1)] = 20,
     out: Csv = None,
     html: Html = None,
     runtime: Runtime = "auto",
     skip_bad: SkipBad = False,
+    root: shared.Root = None,
+    min_confidence: shared.MinConfidence = None,
+    category: shared.Category = None,
 ) -> None:
     """Choose the images of a folder that are worth labelling next.
 
@@ -42,7 +48,8 @@ def suggest(
     from iosr_fast.files.source import read_source
 
     head = head_in(classifier, html=html)
-    images = read_source([str(folder)], skip_bad=skip_bad) if head is None else read_rows([folder], head)[0]
+    boxes = Selection(root, min_confidence, tuple(category or ()))
+    images = read_source([str(folder)], False, skip_bad, boxes) if head is None else read_rows([folder], head)[0]
     loaded = open_saved(classifier, runtime)
     suggestions = loaded.suggest(images, number, skip_bad=skip_bad)
     check_utf8(map(str, suggestions.paths))

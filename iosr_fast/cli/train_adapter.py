@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from safetensors import SafetensorError
 
-from iosr_fast.cli.options import Model, Pretrained, option
+from iosr_fast.cli.options import Model, Nested, Pretrained, option
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require_installed
 
@@ -28,6 +28,7 @@ def train_adapter(
     model: Model = "demo",
     pretrained: Pretrained = None,
     data: Annotated[str, option("demo, a folder of class folders, or a .csv of path and label.")] = "demo",
+    nested: Nested = False,
     objective: Annotated[Objective, option("Train with labels, or without by DINO.")] = "supervised",
     preset: Annotated[Preset | None, option("Place, width and training [fast; demo for --data demo].")] = None,
     first_adapted_block: Annotated[int | None, option("First block [last third; paper: all; demo: half].")] = None,
@@ -71,7 +72,7 @@ def train_adapter(
     check_model(model, pretrained)
     check_adaptable(model)
     in_file = {} if settings is None else read_settings(settings)
-    paths, labels = ([], []) if data == "demo" else read_data(Path(data))
+    paths, labels = ([], []) if data == "demo" else read_data(Path(data), nested)
     clip = load_clip(model, pretrained)
 
     used = PRESETS[preset, objective].settings(len(vision_tower(clip.model.visual, clip.name).blocks))
@@ -100,14 +101,14 @@ def of_given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def read_data(data: Path) -> tuple[list[Path], list[str]]:
+def read_data(data: Path, nested: bool = False) -> tuple[list[Path], list[str]]:
     """The pictures and class names of a folder of class folders, or of a CSV of path and label (or of path alone)."""
     from iosr_fast.head.labelled_images import labelled_images
     from iosr_fast.training.pictures import unlabelled_list
 
     if data.suffix.lower() == ".csv" and data.is_file() and (listed := unlabelled_list(data)) is not None:
         return listed, ["unlabelled"] * len(listed)
-    paths, names, *_ = labelled_images(data)
+    paths, names, *_ = labelled_images(data, nested=nested)
     if any(isinstance(name, frozenset) for name in names):
         raise IosrFastError(f"expected one label a picture in {data}, got the column labels; add a column label")
     return paths, names

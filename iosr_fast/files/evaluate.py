@@ -14,6 +14,7 @@ from iosr_fast.files.stream import Reader
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.quality import MISTAKES, Evaluation, Mistake, SetCoverage, UnknownResult
 from iosr_fast.head.verdict import judge, unknown_scores
+from iosr_fast.images.crop import path_of
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits
@@ -45,7 +46,8 @@ def evaluate_images(
         """Positions and names of the readable images, and their embeddings."""
         rows, unread, embeddings = reader.embed(sources, advance)
         errors.extend(unread)
-        return rows, [source if isinstance(source := sources[i], str | Path) else i for i in rows], embeddings
+        shown = [source if isinstance(source := sources[i], str | Path) else path_of(source) or i for i in rows]
+        return rows, shown, embeddings
 
     with progress("encode", len(listed) + len(others), shown=shown) as advance:
         rows, names, embeddings = encoded(listed)
@@ -67,14 +69,16 @@ def _measure(
     def judged(rows: slice) -> np.ndarray:
         verdict, of_rows = judge(head, embeddings[rows]), labels[rows]
         members = np.zeros(verdict.logits.shape, bool) if reason else left_out.sets(verdict.logits, coverage)
-        one, covered = of_logits(verdict.logits, of_rows), members[np.arange(len(of_rows)), of_rows]
-        return np.stack([one.odds, one.top_odds, one.right, one.log_loss, verdict.labels, members.sum(1), covered])
+        one, covered = of_logits(verdict.logits, of_rows, tree=head.tree), members[np.arange(len(of_rows)), of_rows]
+        columns = [one.odds, one.log_loss, verdict.labels, members.sum(1), covered]
+        return np.concatenate([columns, one.level_odds.T, one.level_right.T])
 
     blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
-    odds, top_odds, right, log_loss, predicted, sizes, covered = np.concatenate(blocks, axis=1)
-    outcome = LeftOutLabels(odds, top_odds, right > 0, log_loss, labels)
+    odds, log_loss, predicted, sizes, covered, *levels = np.concatenate(blocks, axis=1)
+    level_odds, level_right = np.split(np.stack(levels, 1), 2, axis=1)
+    outcome = LeftOutLabels(odds, level_odds, level_right > 0, log_loss, labels)
     wrong = np.flatnonzero(~outcome.right)
-    worst = wrong[np.argsort(-top_odds[wrong], kind="stable")][:MISTAKES]
+    worst = wrong[np.argsort(-outcome.top_odds[wrong], kind="stable")][:MISTAKES]
     truths = [(head.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]
     shares = (math.nan,) * 3 if reason else (float(covered.mean()), float(sizes.mean()), float((sizes == 0).mean()))
     return Evaluation(

@@ -24,8 +24,9 @@ class FolderPredictions:
     """The images of a folder, in the order of their paths, with their labels.
 
     paths          of the B readable images
-    labels         (B,) class names; the label of unknown pictures for those that are rejected
-    probabilities  (B,) float32, of the most likely class
+    labels         (B,) class names, or with `max_error` those of nodes of a tree; the label of unknown pictures for
+                   those that are rejected
+    probabilities  (B,) float32, of the label, if rejected of the most likely class
     errors         a BadImageError for each unreadable image, in order, with its path and the reason
     skipped        counts by reason of other files: not images, hidden, linked twice, ...
     joint          of images that are classified together, which are all that are not rejected, the JointPrediction

@@ -34,7 +34,7 @@ def check_out(out: Path) -> None:
     if not out.suffix:
         check_folder(out)
         return
-    check_new_file(out, tables.SUFFIXES)
+    check_new_file(out, (*tables.SUFFIXES, ".json"))
     if out.suffix == ".parquet":
         require("pyarrow.parquet", "parquet")
     check_folder(parts_of(out))

@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.rows import Rows, decode_rows
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.images.crop import Sharing
 from iosr_fast.images.preprocess import Decode, DecodedBatch, decode_batch
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import check_integer
@@ -136,11 +138,11 @@ def encode_batches(
 
 
 class Reader:
-    """Reads images for an encoder, whose folder is `engine`."""
+    """Reads images for an encoder, whose folder is `engine`, by the orientation and the margin of `settings`."""
 
-    def __init__(self, encoder: Encoder, engine: Path, exif_orientation: bool, options: ReadOptions) -> None:
-        self.encoder, self.engine, self.options = encoder, engine, options
-        pictures = partial(decode_batch, exif_orientation=exif_orientation)
+    def __init__(self, encoder: Encoder, engine: Path, settings: SupportSettings, options: ReadOptions) -> None:
+        self.encoder, self.engine, self.settings, self.options = encoder, engine, settings, options
+        pictures = partial(decode_batch, exif_orientation=settings.exif_orientation)
         self.decode: Decode = decode_rows if isinstance(encoder, Rows) else pictures
         self.batch = choose_batch(encoder, options.batch)
 
@@ -151,7 +153,11 @@ class Reader:
     def read_batches(
         self, stage: Stage, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
     ) -> Generator[tuple[Errors, _R | None], None, None]:
-        """As `encode_batches`. Raises BadImageError for the first unreadable image unless `skip_bad`."""
+        """As `encode_batches`; parts share their picture across batches. Raises BadImageError for the first unreadable
+        image unless `skip_bad`."""
+        if not isinstance(self.encoder, Rows):
+            share = Sharing(self.settings.margin)
+            batches = ((start, [*share(sources)]) for start, sources in batches)
         with closing(encode_batches(stage, self.decode, batches, use)) as results:
             for errors, result in results:
                 if not self.options.skip_bad and (unread := [error for error in errors if error is not None]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from itertools import chain
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TextIO, TypeAlias
 
 from iosr_fast.head.labels import SEPARATOR
-from iosr_fast.head.predictions import MultiLabelPrediction, Prediction
+from iosr_fast.head.predictions import MultiLabelPrediction, Prediction, TreePrediction
 from iosr_fast.head.verdict import Rejection
 from iosr_fast.sealed.files import new_file, sync_file, sync_folder
 from iosr_fast.utils.csv_text import escaped, line_writer, recovered
@@ -28,24 +28,29 @@ SUFFIXES = (".csv", ".parquet")
 LABELS = ("label", "probability")  # the fields of a class in a file
 SCORES = ("label", "class_id", "probability", "zero_shot", "cache", "adapter")  # and in a folder of parts
 UNKNOWN_SCORE = "unknown_score"  # the column that tables have where unknown pictures are rejected
-ACCEPTED = "accepted"  # the column that they have where there is a promise about errors
+ACCEPTED = "accepted"
+PROMISE = (ACCEPTED,)  # the columns that they have where there is a promise about errors
+TREE_PROMISE = (ACCEPTED, "level", "label_path")  # and by a classifier with a tree
 _ACCEPTED = {"true": True, "false": False, True: True, False: False}  # in CSV and in Parquet
 _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 
 
 class TableRow(NamedTuple):
     """An image's `classes`, best first, each with the values of the table's fields, or why it can't be read. Where
-    pictures may have several labels, the classes are those that it has."""
+    pictures may have several labels, the classes are those that it has. `node` has the columns of the best class that
+    a node of a tree changes, and those of its own."""
 
     key: str
     classes: Sequence[Sequence[Any]] = ()
     unknown: Rejection | None = None
     error: str = ""
     accepted: bool | None = None
+    node: Mapping[str, Any] | None = None
 
     def values(self, key: str, unknown_label: str | None) -> dict[str, Any]:
         """Those of the columns that are not of classes, and of those that a rejected picture changes."""
         values: dict[str, Any] = {key: self.key, ACCEPTED: self.accepted, "error": self.error or None}
+        values |= self.node or {}
         if self.unknown is not None:
             values[UNKNOWN_SCORE] = self.unknown.score
             if self.unknown.rejected:
@@ -70,14 +75,22 @@ def row_of(key: str, answer: Answered, fields: Sequence[str]) -> TableRow:
     if isinstance(answer, MultiLabelPrediction):
         return TableRow(key, answer.pairs)
     classes = [[getattr(one, name) for name in fields] for one in answer.top]
-    return TableRow(key, classes, answer.unknown, accepted=answer.accepted)
+    node: dict[str, Any] | None = None
+    if isinstance(answer, TreePrediction) and answer.label is not None:
+        node = {"label": answer.label, "class_id": answer.class_id, "probability": answer.probability}
+        node |= {"level": answer.level, "label_path": " > ".join((*answer.path, answer.label))}
+    return TableRow(key, classes, answer.unknown, accepted=answer.accepted, node=node)
 
 
 @dataclass(frozen=True)
 class CsvTable:
     """Columns: path; label and probability (4 digits) of the best class, then label_2, probability_2 and so on to
     `top`; unknown_score with `unknown_label`, the label of rejected pictures, whose other columns say their most likely
-    classes; accepted, true or false, with `accepted`; error, why an image can't be read.
+    classes; the columns `promise`; error, why an image can't be read.
+
+    Those of a promise are accepted, true or false, and with a tree level, 0 of a class, 1 of the deepest nodes,
+    and label_path, the names from the root down to the label, joined by " > "; both are blank of rejected pictures.
+    Label and probability are those of an accepted node, and label_2 stays the second class.
 
     With `multi_label`: path; labels and probabilities of those that a picture has, each joined by SEPARATOR, the most
     likely first; error. Texts are `escaped`.
@@ -86,7 +99,7 @@ class CsvTable:
     top: int = 1
     unknown_label: str | None = None
     multi_label: bool = False
-    accepted: bool = False
+    promise: tuple[str, ...] = ()
     suffix: ClassVar[str] = ".csv"
     fields: tuple[str, ...] = LABELS
 
@@ -95,7 +108,7 @@ class CsvTable:
         of_classes = [f"{name}_{place}" if place > 1 else name for place in range(1, self.top + 1) for name in LABELS]
         if self.multi_label:
             of_classes = ["labels", "probabilities"]
-        names = ["path", *of_classes, *[UNKNOWN_SCORE] * (self.unknown_label is not None), *[ACCEPTED] * self.accepted]
+        names = ["path", *of_classes, *[UNKNOWN_SCORE] * (self.unknown_label is not None), *self.promise]
         writer = line_writer(text := StringIO())
         if first:
             writer.writerow([*names, "error"])
@@ -118,17 +131,18 @@ class CsvTable:
 @dataclass(frozen=True)
 class ParquetTable:
     """Columns: the `key`; each of the `fields` of the best class, texts as they are, numbers float32; top, a list of
-    structs of the same fields of all classes, best first; unknown_score, float32, with `unknown_label`; accepted, bool,
-    with `accepted`; error.
+    structs of the same fields of all classes, best first; unknown_score, float32, with `unknown_label`; the columns
+    `promise`, as of CsvTable: accepted, bool, level, int32, and label_path; error.
 
-    An unreadable image has its error, the rest is null; other errors are null. A rejected picture has the label
-    `unknown_label`, no class_id, and the scores of its most likely class, top[0].
+    An accepted node above classes has no class_id; zero_shot, cache and adapter stay those of the most likely class,
+    top[0]. An unreadable image has its error, the rest is null; other errors are null. A rejected picture has the label
+    `unknown_label`, no class_id, and the scores of its most likely class.
     """
 
     unknown_label: str | None = None
     key: str = "path"
     fields: tuple[str, ...] = LABELS
-    accepted: bool = False
+    promise: tuple[str, ...] = ()
     suffix: ClassVar[str] = ".parquet"
 
     def encode(self, rows: Sequence[TableRow], first: bool) -> bytes:
@@ -161,7 +175,7 @@ class ParquetTable:
         kinds = [(name, pa.string() if name in ("label", "class_id") else pa.float32()) for name in self.fields]
         columns = [(self.key, pa.string()), *kinds, ("top", pa.list_(pa.struct(kinds)))]
         columns += [(UNKNOWN_SCORE, pa.float32())] * (self.unknown_label is not None)
-        columns += [(ACCEPTED, pa.bool_())] * self.accepted
+        columns += [(name, {ACCEPTED: pa.bool_(), "level": pa.int32()}.get(name, pa.string())) for name in self.promise]
         return pa.Table.from_pylist([*map(self._record, rows)], schema=pa.schema([*columns, ("error", pa.string())]))
 
     def _record(self, row: TableRow) -> dict[str, Any]:
@@ -173,7 +187,7 @@ class ParquetTable:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f"{value:.4f}" if isinstance(value, float) else escaped(value or "")
+    return f"{value:.4f}" if isinstance(value, float) else escaped("" if value is None else str(value))
 
 
 def read_table(source: Path | TextIO) -> Iterator[Labelled]:

@@ -6,7 +6,7 @@ Plain values, which another machine can open for itself; `facts` tell whether it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, repeat
 from pathlib import Path
@@ -14,20 +14,26 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from iosr_fast import __version__
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.engine_folder import ENGINE_KIND
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.files.detections import DetectionsTable
 from iosr_fast.files.embedding_files import KIND, Part, encode_part
 from iosr_fast.files.joint import check_joint, classify_jointly
 from iosr_fast.files.stream import Reader, ReadOptions
-from iosr_fast.files.tables import SCORES, Answered, CsvTable, ParquetTable, TableRow, row_of
+from iosr_fast.files.tables import PROMISE, SCORES, TREE_PROMISE, Answered, CsvTable, ParquetTable, TableRow, row_of
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, predict_any
+from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.images.detector_files import OURS
 from iosr_fast.sealed.manifest import read_manifest
 from iosr_fast.store.bundle import Saved, load_saved
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.progress import say
+
+UPRIGHT = SupportSettings(exif_orientation=True)
 
 
 class Counts(NamedTuple):
@@ -42,7 +48,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Embed:
-    """Embeddings of the engine in a folder, float32 or float16.
+    """Embeddings of the engine in a folder, float32 or float16, of images read by `settings`.
 
     Of each work `kind` is the manifest's, `verb` names it in a bar, and `readable` is its word for readable images.
     `facts` (JSON values) determine the parts beside the images. `use` gives the result of a batch, in several threads
@@ -52,6 +58,7 @@ class Embed:
 
     folder: str
     dtype: str = "float32"
+    settings: SupportSettings = UPRIGHT
     kind: ClassVar[str] = KIND
     verb: ClassVar[str] = "embed"
     readable: ClassVar[str] = "embedded"
@@ -62,11 +69,12 @@ class Embed:
         manifest = read_manifest(self.folder, ENGINE_KIND, verify=False)
         names = {"engine": "fingerprint", "image_size": "image_size", "width": "width"}
         adapted = manifest["first_adapted_block"] is not None
-        return {**{name: manifest[key] for name, key in names.items()}, "adapted": adapted, "dtype": self.dtype}
+        facts = {**{name: manifest[key] for name, key in names.items()}, "adapted": adapted, "dtype": self.dtype}
+        return facts | ({"margin": margin} if (margin := self.settings.margin) else {})
 
     def open(self, options: ReadOptions) -> Reader:
         encoder = open_engine(self.folder, options.runtime, threads=options.threads)
-        return Reader(encoder, Path(self.folder), True, options)
+        return Reader(encoder, Path(self.folder), self.settings, options)
 
     def use(self, embeddings: Embeddings) -> Embeddings:
         return embeddings.to_numpy()
@@ -87,13 +95,14 @@ class Embed:
 class Classify:
     """Predictions of the classifier in a folder, with the `top` classes of each image, as a table of this `form`; the
     parts of a folder ("parts") also have the parts of the logit. Rejected pictures have the label of `abstention`.
-    `joint` classifies all images together, in one part."""
+    `joint` classifies all images together, in one part. The classes of `detections` are written into their file."""
 
     folder: str
-    form: Literal["csv", "parquet", "parts"] = "csv"
+    form: Literal["csv", "parquet", "parts", "json"] = "csv"
     top: int = 1
     abstention: Abstention = NONE_WITHHELD
     joint: bool = False
+    detections: DetectionsTable | None = None
     kind: ClassVar[str] = "classifications"
     verb: ClassVar[str] = "classify"
     readable: ClassVar[str] = "classified"
@@ -117,14 +126,19 @@ class Classify:
             check_joint(single, self.abstention, self.joint)
 
     @cached_property
-    def table(self) -> CsvTable | ParquetTable:
-        label, accepted = self.abstention.label, self.abstention.max_error is not None
+    def table(self) -> CsvTable | ParquetTable | DetectionsTable:
+        if self.detections is not None:
+            name = f"{OURS}{__version__} classifier {fingerprint(self.head)[:12]}"
+            return replace(self.detections, classifier=name)
+        label, promise = self.abstention.label, tuple[str, ...]()
+        if self.abstention.max_error is not None:
+            promise = PROMISE if self.head.paths is None else TREE_PROMISE
         if self.form == "csv":
             classes, multi_label = len(self.head.class_names), isinstance(self.head, MultiLabelHead)
-            return CsvTable(min(self.top, classes), label, multi_label, accepted)
+            return CsvTable(min(self.top, classes), label, multi_label, promise)
         if self.form == "parquet":
-            return ParquetTable(label, accepted=accepted)
-        return ParquetTable(label, "key", SCORES, accepted)
+            return ParquetTable(label, promise=promise)
+        return ParquetTable(label, "key", SCORES, promise)
 
     @property
     def suffix(self) -> str:
@@ -145,11 +159,13 @@ class Classify:
             "keep": self.abstention.keep,
             "max_error": self.abstention.max_error,
             "joint": self.joint,
+            **({"margin": margin} if (margin := self.bundle.settings.margin) else {}),
+            **({} if self.detections is None else {"document": self.detections.sha256}),
         }
 
     def open(self, options: ReadOptions) -> Reader:
         fit = self.bundle.open(options.runtime, options.threads, 1)
-        return Reader(fit.encoder, fit.clip.engine, fit.settings.exif_orientation, options)
+        return Reader(fit.encoder, fit.clip.engine, fit.settings, options)
 
     def use(self, embeddings: Embeddings) -> Embeddings | Sequence[Answered]:
         return embeddings.to_numpy() if self.joint else predict_any(self.head, embeddings, self.top, self.abstention)

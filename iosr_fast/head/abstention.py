@@ -50,11 +50,11 @@ class Abstention:
         return cls(max_error=max_error)
 
     def check(self, head: Head, labels: Iterable[Any] | None = None) -> None:
-        """Raise IosrFastError, before any image is read, where a class has the label of rejected pictures (one of
+        """Raise IosrFastError, before any image is read, where a node has the label of rejected pictures (one of
         `labels`, or the names), or where there are too few support images for a promise (Unknown.threshold,
         automation.check_promise). What the promises rest on is computed now."""
         if self.keep is not None:
-            check_unknown_label(self.label, head.class_names if labels is None else labels)
+            check_unknown_label(self.label, head.node_names if labels is None else labels)
             head.unknown.threshold(self.keep)
         if self.max_error is not None:
             check_promise(head.left_out_labels, self.max_error)

@@ -12,9 +12,9 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.predictions import AnyHead, Prediction, explained, predict_jointly
-from iosr_fast.head.verdict import Verdict, judge
+from iosr_fast.head.verdict import Verdict, judge, node_labels, nodes_above
 from iosr_fast.methods.automation import Automation, automation
-from iosr_fast.methods.checks import check
+from iosr_fast.methods.checks import CheckedPromise, check
 from iosr_fast.methods.conformal import COVERAGE, Reliability, check_share, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
@@ -115,21 +115,20 @@ class Answering(Generic[F]):
         images for that promise: 0.95 takes 19 that can be left out.
 
         `max_error` gives None for pictures at which somebody has to look: of the labels that stay at most this share is
-        wrong, with 95% confidence, for pictures like the support images (methods.automation). Refused where there are
-        too few support images for that promise: 0.01 takes 299 that can be left out, 0.05 takes 59. Of pictures of no
-        class it says nothing: `unknown` does.
+        wrong, with 95% confidence, for pictures like the support images (methods.automation). With a tree a label is
+        the deepest node that is sure enough, a class or the name of a node above it: wrong is one above another class.
+        Refused where there are too few support images for that promise: 0.01 takes 299 that can be left out, 0.05 takes
+        59. Of pictures of no class it says nothing: `unknown` does.
         """
         abstention = Abstention.of(unknown, unknown_label, keep, max_error)
         fitted = self._fitted()
         if abstention == NONE_WITHHELD:
             return self._labels(fitted, self._logits(fitted, X))
-        abstention.check(
-            fitted.head.require_single_label("predict with unknown or max_error", "each class is judged by itself"),
-            fitted.labels.tolist(),
-        )
-        judged = self._judged(fitted, X, abstention)
-        blocks = (verdict.named(fitted.labels, abstention.label) for _, verdict in judged)
-        return np.concatenate([fitted.labels[:0], *blocks])
+        head = fitted.head.require_single_label("predict with unknown or max_error", "each class is judged by itself")
+        nodes = node_labels(head, fitted.labels)
+        abstention.check(head, nodes.tolist())
+        blocks = (verdict.named(nodes, abstention.label) for _, verdict in self._judged(fitted, X, abstention))
+        return np.concatenate([nodes[:0], *blocks])
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
@@ -200,7 +199,11 @@ class Answering(Generic[F]):
         head = self._fitted().head.require_single_label("automation")
         return automation(head.left_out_labels, notes=head.doubts)
 
-    check = staticmethod(check)  # methods.checks
+    def check(self, answers: Any, labels: Any, max_error: float) -> CheckedPromise:
+        """As checks.check, by the tree of this classifier."""
+        fitted = self._fitted()
+        head = fitted.head.require_single_label("check")
+        return check(answers, labels, max_error, nodes_above(head, fitted.labels))
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support images are, by bins of the probability; print it."""

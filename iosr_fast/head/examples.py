@@ -71,7 +71,7 @@ class Examples:
             np.append(self.ids, added.ids),
             self.pictures + added.pictures,
             Embeddings.concatenate(queries) if len(queries) == 2 else None,
-            None if self.groups is None else np.append(self.groups, _new_groups(self.groups, len(added))),
+            _joined_groups(self, added),
             tuple(paths) if any(paths) else (),
         ).sorted_by_class()
 
@@ -83,9 +83,12 @@ class Examples:
         return SupportSet(self.embeddings, offsets, rows, tau, self.queries, self.groups)
 
 
-def _new_groups(groups: np.ndarray, count: int) -> np.ndarray:
-    """Groups of `count` added images, each its own."""
-    return np.arange(count) + groups.max(initial=-1) + 1
+def _joined_groups(first: Examples, added: Examples) -> np.ndarray | None:
+    """The groups of both; none has images of both."""
+    if first.groups is None and added.groups is None:
+        return None
+    before, new = (np.arange(len(one)) if one.groups is None else one.groups for one in (first, added))
+    return np.append(before, new + before.max(initial=-1) + 1)
 
 
 def no_examples(width: int) -> Examples:

@@ -13,6 +13,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
+from iosr_fast.head.class_tree import paths_of
 from iosr_fast.head.descriptions import check_descriptions
 from iosr_fast.head.engine_choice import OptimizeOptions
 from iosr_fast.head.examples import Examples
@@ -26,6 +27,7 @@ from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS, reason_against
 from iosr_fast.methods.multi_label import fit_multi_label, multi_label_reason
 from iosr_fast.methods.multi_label_set import MultiLabelSet
+from iosr_fast.methods.tree import Path
 from iosr_fast.methods.tune import AUTO, Options
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
@@ -45,21 +47,23 @@ def fit(
     unknown_images: Any,
     groups: Any,
     descriptions: Any,
+    tree: Any = None,
 ) -> Fit:
     """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before the CLIP is opened:
     parameters, labels, class names, descriptions, and that each class has an image if the method needs one."""
     options = Options.of(parameters)
     choose_engine = parameters["precision"] == "auto"
-    of_images = {name: parameters[name] for name in ("views", "mirror", "templates", "seed", "exif_orientation")}
-    settings = SupportSettings(**of_images, thumbnail=parameters["thumbnails"])
+    names = ("views", "mirror", "templates", "seed", "exif_orientation", "margin")
+    settings = SupportSettings(**{name: parameters[name] for name in names}, thumbnail=parameters["thumbnails"])
     listed = [] if images is None else as_image_list(images)
     known = check_labels(listed, labels, class_names)
-    grouped = read_groups(groups, len(listed))
+    grouped = read_groups(groups, len(listed), listed, known.ids)
     if known.sets is not None:
-        check_multi_label(options, unknown_images)
+        check_multi_label(options, unknown_images, tree)
         if choose_engine:
             log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
             choose_engine = False
+    paths = paths_of(tree, known.names, range(len(known.names)) if known.are_integers else ())
     texts = check_descriptions(descriptions, known.names, settings.templates)
     unknown = [] if unknown_images is None else as_image_list(unknown_images)
     check_unknown_images(len(unknown))
@@ -81,7 +85,7 @@ def fit(
     if errors:
         _check_counts(options.config.method, known, examples.class_ids)
     with bar("tune", None, shown=shown and scored and bool(len(examples))):
-        head = fit_head(options, known.names, text, clip.tau, examples, known.sets, unknown_rows).compiled()
+        head = fit_head(options, known.names, text, clip.tau, examples, known.sets, unknown_rows, paths).compiled()
     settings = replace(settings, single=examples.queries is not None)
     fitted = Fit(clip, head, settings, tuple(errors), known.are_integers)
     if not choose_engine:
@@ -101,12 +105,15 @@ def warn_of_look_alikes(head: AnyHead) -> None:
         warnings.warn("; ".join(head.look_alike_warning), LookAlikesWarning, stacklevel=3)
 
 
-def check_multi_label(options: Options, unknown_images: Any) -> None:
-    """Raise IosrFastError where the method, a reducer or unknown images don't go with several labels a picture."""
+def check_multi_label(options: Options, unknown_images: Any, tree: Any) -> None:
+    """Raise IosrFastError for what does not go with several labels a picture: some methods, a reducer, unknown images
+    and a tree."""
     if (reason := multi_label_reason(options.config.method, options.config.reducer)) is not None:
         raise IosrFastError(reason)
     if unknown_images is not None:
         raise IosrFastError("several labels a picture take no unknown_images: give them as pictures of no label")
+    if tree is not None:
+        raise IosrFastError("several labels a picture take no tree: a node above a class can be another label of it")
 
 
 def _check_counts(method: str, labels: Labels, ids: np.ndarray) -> None:
@@ -136,15 +143,18 @@ def fit_head(
     examples: Examples,
     label_sets: np.ndarray | None,
     unknown_images: Embeddings | None,
+    paths: tuple[Path, ...] | None = None,
 ) -> AnyHead:
-    """The head of support images whose class ids are positions in `names` (C), or in `label_sets` (P, C) bool."""
+    """The head of support images whose class ids are positions in `names` (C), or in `label_sets` (P, C) bool; `paths`
+    as of Head."""
     if label_sets is None:
         examples = examples.sorted_by_class()
         support = examples.as_support(range(len(names)), text, tau)
         if options.tune != "none":
             support.check_memory()
         fit = options.fit(support)
-        head = Head.first(names, text, tau, examples, fit.config, fit.reducer, unknown_images=unknown_images)
+        fields: dict[str, Any] = {"unknown_images": unknown_images, "paths": paths}
+        head = Head.first(names, text, tau, examples, fit.config, fit.reducer, **fields)
         return head.with_computed(support=support, plan=fit.plan)
     labels = label_sets[examples.class_ids]
     asked = options.config
@@ -152,5 +162,5 @@ def fit_head(
     setting = None if options.searched else asked.parameters
     of_sets = fit_multi_label(images, asked.method, setting, asked.key_precision, options.seconds)
     examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
-    fields: dict[str, Any] = {"labels": labels, "thresholds": of_sets.thresholds, "fit": of_sets}
+    fields = {"labels": labels, "thresholds": of_sets.thresholds, "fit": of_sets}
     return MultiLabelHead.first(names, text, tau, examples, of_sets.config, **fields).with_computed(plan=of_sets.plan)

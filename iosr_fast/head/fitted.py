@@ -15,6 +15,7 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.images.crop import Sharing
 from iosr_fast.images.preprocess import as_array, as_image_list, to_pixels
 
 _CHUNK = 256  # images whose pixels are in memory
@@ -61,7 +62,9 @@ class Fit:
         """Pixels (B, S, S, 3) of images in their order, a few hundred at a time."""
         # A batch array stays one: pixels of the right size reach the encoder without a copy.
         array = as_array(images)
-        listed = array if array is not None and array.ndim == 4 else as_image_list(images)
+        listed: Any = array
+        if array is None or array.ndim != 4:
+            listed = list(Sharing(self.settings.margin)(as_image_list(images)))
         for start in range(0, len(listed), _CHUNK):
             try:
                 yield to_pixels(

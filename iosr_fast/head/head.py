@@ -21,7 +21,7 @@ from iosr_fast.head.ids import class_id, example_number, uid_of
 from iosr_fast.head.labels import class_ids
 from iosr_fast.methods.automation import least_odds
 from iosr_fast.methods.config import Config, Evidence, wilson
-from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, log_odds_of_largest, of_logits
+from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, of_logits
 from iosr_fast.methods.folds import Folds, NearSupport, make_folds
 from iosr_fast.methods.log_loss import refit_factor
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
@@ -30,6 +30,7 @@ from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.tree import Path, Tree
 from iosr_fast.methods.unknown import Unknown, fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
@@ -47,6 +48,17 @@ class ClassInfo:
     class_id: str
     name: str
     examples: int
+
+
+@dataclass(frozen=True)
+class TreeClassInfo(ClassInfo):
+    """The same in a tree: `path` has the names of the nodes above the class, from the root down.
+
+    >>> TreeClassInfo("~1", "siamese", 8, path=("animal", "cat")).path
+    ('animal', 'cat')
+    """
+
+    path: Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,15 +198,35 @@ class Head(HeadData):
 
     unknown_images      embeddings of pictures of none of the classes, by which these are recognised, or None
     calibration_images  labelled images, no support images, on which promises rest instead of left-out ones, or None
+    paths               of each class the names of the nodes above it in a tree (tree.Tree); None without a tree
     """
 
     unknown_images: Embeddings | None = None
     calibration_images: Examples | None = None
+    paths: tuple[Path, ...] | None = None
 
     @cached_property
     def support(self) -> SupportSet:
         """The support images as methods take them."""
         return self.examples.as_support(self.uids, self.text, self.tau)
+
+    @cached_property
+    def tree(self) -> Tree:
+        """The nodes that a promise may answer with; without a tree the classes alone."""
+        return Tree(self.paths or ((),) * len(self.uids))
+
+    @cached_property
+    def node_names(self) -> tuple[str, ...]:
+        """The names of the tree's nodes, those of the classes first."""
+        return self.class_names + tuple(node[-1] for node in self.tree.inner)
+
+    def classes(self, after: int = -1, limit: int | None = None) -> list[ClassInfo]:
+        """As HeadData.classes; with a tree each is a TreeClassInfo."""
+        infos = super().classes(after, limit)
+        if self.paths is None:
+            return infos
+        paths = self.paths[bisect_right(self.uids, after) :]
+        return [TreeClassInfo(**vars(info), path=path) for info, path in zip(infos, paths, strict=False)]
 
     @cached_property
     def plan(self) -> ScoringPlan:
@@ -253,8 +285,8 @@ class Head(HeadData):
         new = self.calibration
         if new is None:
             found, folds = self.out_of_fold, self.folds
-            return of_logits(found.logits, found.labels, units=folds.units[folds.rows])
-        return of_logits(self.score(new.embeddings), new.labels, CALIBRATION, new.units)
+            return of_logits(found.logits, found.labels, units=folds.units[folds.rows], tree=self.tree)
+        return of_logits(self.score(new.embeddings), new.labels, CALIBRATION, new.units, self.tree)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -287,10 +319,14 @@ class Head(HeadData):
         judged = np.bincount(self.left_out_labels.labels, minlength=len(self.uids)) > 0
         return tuple(name for name, one in zip(self.class_names, judged.tolist(), strict=True) if not one)
 
-    def accepts(self, logits: np.ndarray, max_error: float) -> np.ndarray:
-        """(B,) bool: whose label is accepted, of queries with these logits (B, C), by automation.least_odds."""
-        accepted: np.ndarray = log_odds_of_largest(logits) >= least_odds(self.left_out_labels, max_error)
-        return accepted
+    def promised(
+        self, logits: np.ndarray, max_error: float, rejected: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of queries with these logits (B, C) the node of the label, and whether it is accepted by
+        automation.least_odds, each (B,): the finest node that is, or the class with the largest logit, as of a query
+        that is `rejected` (B,)."""
+        least = least_odds(self.left_out_labels, max_error)
+        return self.tree.of_logits(logits).answer(least if rejected is None else np.where(rejected, np.inf, least))
 
     @cached_property
     def unknown(self) -> Unknown:
@@ -328,7 +364,7 @@ class Head(HeadData):
 
     def summary(self) -> str:
         """What is known of the accuracy, a line each: the accuracy; what speaks against it and what to do; what the
-        search of parameters noted."""
+        search of parameters noted; the size of the tree."""
         known, evidence = self.left_out_labels, self.evidence
         found = known.reliability
         if known.count:
@@ -342,7 +378,8 @@ class Head(HeadData):
             why = "one picture of each class leaves none" if len(self.examples) else "there are no support images"
             text = f"accuracy not measured: {why} to judge by"
         note = "" if evidence is None else evidence.note
-        return "\n".join(filter(None, [text, *self.doubts, note]))
+        tree = "" if self.paths is None else str(self.tree)
+        return "\n".join(filter(None, [text, *self.doubts, note, tree]))
 
     @cached_property
     def compared(self) -> np.ndarray:

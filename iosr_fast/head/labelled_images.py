@@ -4,46 +4,72 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.calibration import check_calibration
+from iosr_fast.head.class_tree import paths_of
 from iosr_fast.head.labels import SEPARATOR, class_ids
-from iosr_fast.images.listing import list_folder, list_images, refuse_url
+from iosr_fast.images.crop import listed_paths, picture_of
+from iosr_fast.images.detector_files import Selection, is_detector_file, read_boxes
+from iosr_fast.images.listing import list_folder, list_images
+from iosr_fast.methods.tree import Path as Nodes
 from iosr_fast.utils.csv_text import check_columns, read_rows
+from iosr_fast.utils.text import abbreviate
 
 _LabelledFile = tuple[Path, str | frozenset[str], str | None]
 log = logging.getLogger(__name__)
 
 
 class LabelledImages(NamedTuple):
-    """`paths`, `labels` and `groups` of N images, and the names of all classes (labelled_images)."""
+    """`paths`, `labels` and `groups` of N images, the names of all classes, and of nested folders the parent of each
+    class and node below another (labelled_images)."""
 
     paths: list[Path]
     labels: list[Any]
     class_names: list[str]
     groups: list[str | None]
+    tree: dict[str, str]
 
 
-def labelled_images(folder: str | Path, *more: str | Path) -> LabelledImages:
-    """The images of a folder with one sub-folder for each class, or those that a CSV file lists, or of several of both.
+def labelled_images(
+    folder: str | Path,
+    *more: str | Path,
+    nested: bool = False,
+    skip_bad: bool = False,
+    root: str | Path | None = None,
+) -> LabelledImages:
+    """The images of a folder with one sub-folder for each class, those that a CSV file lists, the labelled boxes of a
+    detector file (.json, whose pictures are below `root`; images.detector_files), or of several of these.
 
     Returns the paths, sorted within a class; the label of each; all class names, sorted: the names of the sub-folders,
-    with blanks for underscores; and the group of each image, or None. Files that are no images are left out with a
-    warning (images.listing).
+    with blanks for underscores; the group of each image, or None; and a tree. Files that are no images are left out
+    with a warning (images.listing).
+
+    With `nested` each folder that holds images itself, however deep, is a class, and the folders above it are nodes of
+    the tree, of which the root is none. Folders of one name are called by their path, as far up as they differ, with a
+    warning: "apple/other", "pear/other". A class that only a CSV file has is below the root.
 
     A CSV file has the columns `path`, relative to its folder, and `label`, as `iosr-fast suggest` and `classify` write
     them; rows without a label are ignored. A column `group` names images that have more in common than their class, as
     those of one video. With `labels` in place of `label` pictures may have several, joined by ";", or none: labels are
     then frozensets, those of a folder of a class too.
 
-    An image (a file, links resolved) that a later place lists again has the later label, and a warning counts these: a
-    CSV file of corrected labels, as the page of `iosr-fast audit` saves it, follows the folder. Each counts once.
+    With the columns x, y, width and height, in pixels or (neither side exceeds 1) in shares of the picture's sides, a
+    row is a part of the upright picture, the whole one where they are empty. Its path has the box as a fragment
+    ("photo.jpg#xywh=10,20,100,50"), which a CSV file may have, too. With `skip_bad` a path with a wrong box is returned
+    as well, and can't be read later.
+
+    An image (a file, links resolved, or a box in one) that a later place lists again has the later label, and a warning
+    counts these: a CSV file of corrected labels, as the page of `iosr-fast audit` saves it, follows the folder. Each
+    counts once.
 
     Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
     without images, a folder of splits (train/, test/), a path under two labels in one place, and a CSV file without
-    these columns or without a label.
+    these columns, without a label, or with a wrong box; with `nested` for a folder that holds images and class folders.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -52,16 +78,20 @@ def labelled_images(folder: str | Path, *more: str | Path) -> LabelledImages:
     ...         Path(folder, name).mkdir()
     ...         Path(folder, name, "1.jpg").touch()
     ...     _ = Path(folder, "more.csv").write_text("path,label\\nnew/2.jpg,lime\\n")
-    ...     paths, labels, class_names, groups = labelled_images(folder, Path(folder, "more.csv"))
+    ...     paths, labels, class_names, groups, tree = labelled_images(folder, Path(folder, "more.csv"))
     >>> labels, class_names
     (['green apple', 'lemon', 'lime'], ['green apple', 'lemon', 'lime'])
     """
-    found: dict[str, _LabelledFile] = {}  # by file, links resolved where there are several places to compare
-    for place in map(Path, (folder, *more)):
-        is_table = place.suffix.lower() == ".csv" and not place.is_dir()
+    Selection(root).check((folder, *more))
+    places = [*map(Path, (folder, *more))]
+    of_folders = {place: _read_class_folders(place, nested) for place in places if not _is_file(place)}
+    called = _names_of({parts for listed in of_folders.values() for _, parts in listed})
+    found: dict[str, _LabelledFile] = {}  # by file and box, links resolved where there are several places to compare
+    for place in places:
         here = dict[str, _LabelledFile]()
-        for path, label, group in _read_table(place) if is_table else _read_class_folders(place):
-            first = here.setdefault(os.path.realpath(path) if more else str(path), (path, label, group))
+        in_folder: list[_LabelledFile] = [(path, called[parts], None) for path, parts in of_folders.get(place, ())]
+        for path, label, group in in_folder or _read_file(place, skip_bad, root):
+            first = here.setdefault(_resolved(path) if more else str(path), (path, label, group))
             if first[1] != label:
                 two = f"{first[1]!r} and {label!r}"
                 raise IosrFastError(f"expected one label for a file of {place}, got {two} for {path}: remove a row")
@@ -74,21 +104,58 @@ def labelled_images(folder: str | Path, *more: str | Path) -> LabelledImages:
     sets = [frozenset({label}) if isinstance(label, str) else label for _, label, _ in rows]
     labels = sets if several else [label for _, label, _ in rows]
     names = sorted(frozenset().union(*sets))
-    return LabelledImages([path for path, _, _ in rows], labels, names, [group for _, _, group in rows])
+    used = [parts for parts, name in called.items() if name in names]
+    tree = {called[parts[:n]]: called[parts[: n - 1]] for parts in used for n in range(2, len(parts) + 1)}
+    return LabelledImages([path for path, _, _ in rows], labels, names, [group for _, _, group in rows], tree)
 
 
-def _read_class_folders(folder: Path) -> list[_LabelledFile]:
-    return [(path, name.replace("_", " ").strip(), None) for path, name in zip(*list_folder(folder)[:2], strict=True)]
+def _is_file(place: Path) -> bool:
+    return not place.is_dir() and (place.suffix.lower() == ".csv" or is_detector_file(place))
 
 
-def _read_table(file: Path) -> list[_LabelledFile]:
+def _read_file(place: Path, skip_bad: bool, root: str | Path | None) -> list[_LabelledFile]:
+    if is_detector_file(place):
+        return [(Path(path), name, None) for name, path in read_boxes(place, Selection(root), labelled=True)]
+    return _read_table(place, skip_bad)
+
+
+def _read_class_folders(folder: Path, nested: bool) -> list[tuple[Path, tuple[str, ...]]]:
+    """Each image, and the names of its class's folder and of those above it, with blanks for underscores."""
+    listed = list_folder(folder, nested)
+    return [(path, tuple(part.replace("_", " ").strip() for part in name.split("/"))) for path, name in listed]
+
+
+def _names_of(folders: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """What nested folders and those above them are called: by their last name, where several have one by as much of
+    their paths as differs."""
+    alike: dict[str, list[tuple[str, ...]]] = {}
+    for node in sorted({parts[:n] for parts in folders for n in range(1, len(parts) + 1)}):
+        alike.setdefault(node[-1], []).append(node)
+    called: dict[tuple[str, ...], str] = {}
+    for group in alike.values():
+        least = next(n for n in count(1) if len({parts[-n:] for parts in group}) == len(group))
+        called |= {parts: "/".join(parts[-least:]) for parts in group}
+    if longer := [name for parts, name in called.items() if name != parts[-1]]:
+        log.warning("folders of one name are called by their paths: %s", abbreviate(longer))
+    return called
+
+
+def _resolved(path: Path) -> str:
+    """What tells whether two paths name one picture, or one part of it."""
+    file = str(picture_of(path))
+    return os.path.realpath(file) + str(path)[len(file) :]
+
+
+def _read_table(file: Path, skip_bad: bool) -> list[_LabelledFile]:
     if not file.is_file():
         raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
     columns, rows = read_rows(file)
     several = "labels" in columns and "label" not in columns
     name = "labels" if several else "label"
     check_columns(columns, file, ("path", name), " (labels in place of label where pictures may have several)")
-    named = [(row["path"], row[name].strip(), row.get("group", "").strip() or None) for row in rows]
+    paths = listed_paths(file, columns, rows, skip_bad)
+    others = ((row[name].strip(), row.get("group", "").strip() or None) for row in rows)
+    named = [(path, *other) for path, other in zip(paths, others, strict=True)]
     if not any(label for _, label, _ in named):
         raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column {name}")
     labelled = list[_LabelledFile]()
@@ -97,15 +164,38 @@ def _read_table(file: Path) -> list[_LabelledFile]:
             continue
         if not path:
             raise IosrFastError(f"expected a path in each row of {file}, got none for the label {label!r}")
-        refuse_url(path)
         parts = frozenset(part.strip() for part in label.split(SEPARATOR) if part.strip())
-        labelled.append((file.parent / path, parts if several else label, group))
+        labelled.append((Path(path), parts if several else label, group))
     return labelled
 
 
-def calibration_images(place: str | Path, support: LabelledImages) -> LabelledImages:
-    """The images of a folder or CSV file, for `calibrate_on` after a fit on `support`. What can be refused now is."""
-    given = labelled_images(place)
+def called_as(given: LabelledImages, names: Sequence[str], paths: Sequence[Nodes] | None) -> LabelledImages:
+    """Images of nested folders, each with the name of the class (`names`, `paths`) that has the same folders, if one
+    has: beside other folders one is called otherwise, "other" for "apple/other"."""
+    classes = dict(zip(_folders(names, paths), names, strict=True))
+    folders = _folders(given.class_names, paths_of(given.tree, given.class_names))
+    called = {name: classes.get(parts, name) for name, parts in zip(given.class_names, folders, strict=True)}
+    labels = [called.get(label, label) for label in given.labels]
+    return given._replace(labels=labels, class_names=sorted(frozenset(called.values())))
+
+
+def _folders(names: Sequence[str], paths: Sequence[Nodes] | None) -> list[Nodes]:
+    """The names of the nested folders of these classes (_names_of), from the first down; of others their own names."""
+    folders = list[Nodes]()
+    for name, path in zip(names, [()] * len(names) if paths is None else paths, strict=True):
+        parts = tuple(one.rpartition("/")[2] for one in (*path, name))
+        folders.append(parts if "/".join(parts).endswith(name) else (name,))
+    return folders
+
+
+def calibration_images(
+    place: str | Path, support: LabelledImages, nested: bool, skip_bad: bool, root: str | Path | None
+) -> LabelledImages:
+    """The images of a place, for `calibrate_on` after a fit on `support`. What can be refused now is."""
+    root = root if is_detector_file(place) else None
+    given = labelled_images(place, nested=nested, skip_bad=skip_bad, root=root)
+    if nested:
+        given = called_as(given, support.class_names, paths_of(support.tree, support.class_names))
     for one in (support, given):
         class_ids(one.paths, one.labels, support.class_names)
     check_calibration(len(given.paths), len(given.paths))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from numbers import Number
+from operator import is_not
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.names import check_names, check_separable
+from iosr_fast.images.crop import picture_of
 from iosr_fast.utils.numbers import refuse_masked
 from iosr_fast.utils.text import abbreviate
 
@@ -173,19 +176,28 @@ def classes_of(y: Any, n_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray 
     return classes, ids.astype(np.int64), None
 
 
-def read_groups(groups: Any, n_images: int) -> np.ndarray | None:
-    """The group of each image (N,) int64, numbered by first images; None where each image is its own group. A missing
-    value is a group of its own. Raises IosrFastError for another number than images, and a value without a hash."""
-    if groups is None:
-        return None
+def read_groups(
+    groups: Any, n_images: int, images: Sequence[Any] = (), ids: Sequence[Any] | np.ndarray = ()
+) -> np.ndarray | None:
+    """The group of each image (N,) int64, numbered by first images; None where each image is its own group. An image
+    without a group, or with a missing value, is its own; where `images` are given, with the `ids` of their classes,
+    parts of one picture and class are a group, as they show one session. Parts of other classes are not: by way of
+    look-alikes they would join all pictures, and none could be left out. Raises IosrFastError for another number than
+    images, and a value without a hash."""
+    alone: Iterable[Any] = range(n_images)
+    pictures = list(map(picture_of, images))
+    if any(map(is_not, pictures, images)):
+        names = (str(one) if isinstance(one, str | Path) else id(one) for one in pictures)
+        alone = zip(names, map(int, ids), strict=True)
     numbers: dict[Any, int] = {}
     try:
-        values = [groups] if isinstance(groups, str) else list(groups)
-        group_of = [numbers.setdefault(object() if _is_missing(one) else one, len(numbers)) for one in values]
+        values = [groups] if isinstance(groups, str) else [None] * n_images if groups is None else list(groups)
+        if len(values) != n_images:
+            raise IosrFastError(f"expected one group for each of {n_images} images, got {len(values)}")
+        keys = [("picture", own) if _is_missing(one) else one for one, own in zip(values, alone, strict=True)]
+        group_of = [numbers.setdefault(key, len(numbers)) for key in keys]
     except TypeError as error:
         raise IosrFastError(f"expected groups of numbers or texts, None for an image of its own: {error}") from error
-    if len(group_of) != n_images:
-        raise IosrFastError(f"expected one group for each of {n_images} images, got {len(group_of)}")
     return np.array(group_of, np.int64) if len(numbers) < n_images else None
 
 

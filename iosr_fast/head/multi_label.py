@@ -51,6 +51,7 @@ class MultiLabelHead(HeadData):
     evidence = None  # weights are fitted, not searched
     unknown_images = None  # pictures of no class are support images without a label
     calibration_images = None
+    paths = None
 
     def summary(self) -> str:
         """How it was fitted, in a line."""

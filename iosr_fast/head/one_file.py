@@ -46,14 +46,15 @@ def one_file(fit: Fit, abstention: Abstention, source: Source = "picture") -> Mo
     head, engine = _exportable(fit)
     onnx = require("onnx", "cpu")
     abstention.check(head)
-    least = unknown = None
+    least = unknown = tree = None
     threshold = np.inf
     if abstention.max_error is not None:
-        least = least_odds(head.left_out_labels, abstention.max_error)
+        least, tree = least_odds(head.left_out_labels, abstention.max_error), head.tree if head.tree.inner else None
     if abstention.keep is not None:
         unknown, threshold = head.unknown, head.unknown.threshold(abstention.keep)
-    model = make_graph(engine, Answers(head.plan, head.needs_adapted, least, unknown, threshold), source)
-    texts = {"class_names": head.class_names, "iosr_fast": json_values(_facts(fit, abstention))}
+    model = make_graph(engine, Answers(head.plan, head.needs_adapted, least, unknown, threshold, tree), source)
+    names = head.class_names if tree is None else head.node_names
+    texts = {"class_names": names, "iosr_fast": json_values(_facts(fit, abstention))}
     onnx.helper.set_model_props(model, {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()})
     return model
 
@@ -123,10 +124,11 @@ def check_answers(
     head = fit.head.require_single_label("export")
     verdict = judge(head, encoder.encode(to_pixels(pictures, encoder.geometry)), abstention)
     expected = head.probabilities(verdict.logits)
-    of_labels = np.take_along_axis(expected, got["label"][:, None], 1)
+    labels, classes = np.stack([verdict.labels, got["label"]], 1), np.arange(expected.shape[1])
+    masses = (expected[:, None] * head.tree.holds(labels[:, :, None], classes)).sum(2)
     differences = {
         "probabilities": got["probabilities"] - expected,
-        "label": expected.max(1, keepdims=True) - of_labels,
+        "label": np.append(np.diff(masses), np.diff(head.tree.level_of[labels])),
     }
     if verdict.accepted is not None:
         differences["accepted"] = got["accepted"] ^ verdict.accepted

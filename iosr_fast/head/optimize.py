@@ -22,6 +22,7 @@ from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, O
 from iosr_fast.head.engine_judge import JUDGED, Judge, sample_rows, time_encoders
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.support_images import encode_images
+from iosr_fast.images.crop import Sharing
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.machine import cpu_model
 from iosr_fast.utils.progress import progress as bar
@@ -92,7 +93,8 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
 
     @functools.cache
     def pixels_of(side: int) -> np.ndarray:
-        return to_pixels([images[i] for i in chosen], replace(geometry, size=side), fit.settings.exif_orientation)
+        listed = [*Sharing(fit.settings.margin)(images[i] for i in chosen)]
+        return to_pixels(listed, replace(geometry, size=side), fit.settings.exif_orientation)
 
     calibration = evenly(pixels_of(geometry.size), _CALIBRATED)
     batch = min(8 if clip.encoder.buckets is None else 32, clip.encoder.max_batch)

@@ -101,12 +101,38 @@ class Prediction:
         """(label, probability) of each class of `top`."""
         return [(one.label, one.probability) for one in self.top]
 
+    @property
+    def answer(self) -> tuple[str, float]:
+        """(label, probability) of the answer that is accepted, else of the most likely class."""
+        return (self.label, self.probability) if self.label is not None and self.accepted else self.pairs[0]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         top, nearest = ([dict(vars(one)) for one in group] for group in (self.top, self.nearest))
         unknown = None if self.unknown is None else dict(vars(self.unknown))
         # A tenth of the time of dataclasses.asdict.
         return {**vars(self), "top": top, "nearest": nearest, "unknown": unknown}
+
+
+@dataclass(frozen=True)
+class TreePrediction(Prediction):
+    """The same by a classifier with a tree. The label is a node where a promise accepts one: `level` is 0 for a class,
+    1 for the deepest nodes, and so on; `path` has the names of the nodes above the label, from the root down.
+    `probability` is that of the node, the sum over its classes; a node above classes has no class_id. What is
+    contributed (zero_shot, cache, adapter) is to the logit of top[0], the most likely class.
+
+    >>> import numpy as np
+    >>> from iosr_fast import FewShotHead
+    >>> y = np.repeat(["siamese", "bengal", "pug"], 40)  # the first two look alike
+    >>> X = np.repeat(np.eye(2, 8)[[0, 0, 1]], 40, axis=0) + 0.2 * np.random.default_rng(0).normal(size=(120, 8))
+    >>> head = FewShotHead(look_alikes=False).fit(X, y, tree={"siamese": "cat", "bengal": "cat"})
+    >>> [answer] = head.explain(X[:1], max_error=0.1)
+    >>> answer.label, answer.level, answer.path, answer.top[0].label in ("siamese", "bengal")
+    ('cat', 1, (), True)
+    """
+
+    level: int = 0
+    path: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,8 +190,20 @@ def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, ne
         fields |= {"unknown": rejections[b], "accepted": accepted[b]}
         if verdict.rejected is not None and verdict.rejected[b]:
             fields |= {"label": None, "class_id": None}
-        predictions.append(Prediction(**fields))
+        elif head.paths is not None:
+            fields |= _node_fields(head, int(verdict.labels[b]), parts[0][b])
+        predictions.append(Prediction(**fields) if head.paths is None else TreePrediction(**fields))
     return predictions
+
+
+def _node_fields(head: Head, node: int, probabilities: np.ndarray) -> dict[str, Any]:
+    """The fields of a TreePrediction that say which node the label is; `probabilities` (C,) are those of classes."""
+    tree = head.tree
+    fields: dict[str, Any] = {"level": int(tree.level_of[node]), "path": tree.path_of(node)}
+    if node >= len(head.uids):
+        mass = float(probabilities[tree.holds(np.array(node), np.arange(len(head.uids)))].sum())
+        fields |= {"label": head.node_names[node], "class_id": None, "probability": min(mass, 1.0)}
+    return fields
 
 
 def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.ndarray:
@@ -210,11 +248,13 @@ def predict_any(
 
 
 def label_columns(head: AnyHead, answers: Sequence[Prediction | MultiLabelPrediction]) -> tuple[np.ndarray, np.ndarray]:
-    """The labels (B,) of `predict_any`'s answers, of the most likely class, and their probabilities (B,) float32; by a
-    MultiLabelHead frozensets of labels, and dicts of each of these and its probability, of dtype object."""
+    """The labels (B,) of `predict_any`'s answers, the node that is accepted or else the most likely class, and their
+    probabilities (B,) float32; by a MultiLabelHead frozensets of labels, and dicts of each of these and its
+    probability, of dtype object."""
     pairs = [answer.pairs for answer in answers]
     if isinstance(head, Head):
-        return np.array([best[0] for best, *_ in pairs], str), np.array([best[1] for best, *_ in pairs], np.float32)
+        best = [one.answer for one in answers if isinstance(one, Prediction)]
+        return np.array([label for label, _ in best], str), np.array([share for _, share in best], np.float32)
     labels, probabilities = np.empty(len(pairs), object), np.empty(len(pairs), object)
     labels[:] = [frozenset(dict(one)) for one in pairs]
     probabilities[:] = [dict(one) for one in pairs]

@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.predictions import Neighbour
-from iosr_fast.methods.automation import Automation
+from iosr_fast.methods.automation import Automation, TreeAutomation
 from iosr_fast.methods.config import wilson
 from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability
 from iosr_fast.methods.judgement import PromiseResult, difference_of_shares
@@ -110,7 +110,8 @@ class Evaluation:
     copies            how many of the images are near duplicates of support images, and say little about new ones
     sets, unknown     what promises are worth on these images
     automation        what promises of predict(max_error=) are worth: the curve of promises with the shares and errors
-                      of these images; expected_automation has those of left-out support images
+                      of these images, with a tree by level, too (TreeAutomation); expected_automation has those of
+                      left-out support images
     errors            a BadImageError for each unreadable image, which counts nowhere
 
     >>> from iosr_fast import Classifier
@@ -177,6 +178,16 @@ class Evaluation:
         wrong = np.round(np.nan_to_num(one.errors) * accepted).astype(int)
         columns = one.max_errors.tolist(), accepted.tolist(), wrong.tolist()
         return [PromiseResult.of(*row) for row in zip(*columns, strict=True) if row[1]]
+
+    @property
+    def by_level(self) -> list[list[tuple[float, float]]]:
+        """Of each of `promises` the share of images that each level answers, and of these the share that is wrong;
+        empty without a tree."""
+        one = self.automation
+        if not isinstance(one, TreeAutomation):
+            return []
+        pairs = np.stack([one.level_shares, one.level_errors], 2)[one.shares > 0]
+        return [[(share, wrong) for share, wrong in row] for row in pairs.tolist()]
 
     @property
     def wrong(self) -> int:
@@ -250,6 +261,8 @@ class Evaluation:
         promised = self.automation
         curve = zip(promised.max_errors, promised.shares, promised.errors, strict=True)
         accepted = [f"{share:.1%} ({error:.1%}) for {100 * most:.3g}%" for most, share, error in curve if share]
+        levels = [" + ".join(f"{part:.1%} ({bad:.1%})" if part else "0%" for part, bad in row) for row in self.by_level]
+        levels = [f"{words} for {100 * one.promised:.3g}%" for words, one in zip(levels, self.promises, strict=False)]
         lines = [
             f"{self.accuracy:.1%} of {len(self.labels):,} images are right (95%: {low:.1%} to {high:.1%})",
             self.against_expected,
@@ -259,6 +272,7 @@ class Evaluation:
             self.copies and f"near duplicates of support images, which say little about new ones: {self.copies:,}",
             self.errors and f"unreadable and left out: {len(self.errors)}",
             f"sets of labels: {sets.reason}" if sets.reason else f"sets of labels for {sets.promised:.4g}: {covered}",
+            levels and f"accepted at level 0 + 1 + ... (of them wrong): {', '.join(levels[:4])}",
             accepted and f"accepted labels (of them wrong): {', '.join(accepted[:4])}",
             f"unknown: {unknown.reason or kept}",
             unknown.images and f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}",

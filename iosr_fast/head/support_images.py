@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -21,9 +21,11 @@ from iosr_fast.clip.prompts import check_templates
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError, IosrFastError, printable
 from iosr_fast.head.examples import Examples, no_examples
+from iosr_fast.images.crop import MAX_MARGIN, Sharing, path_of, picture_of
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import ENCODED, open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
+from iosr_fast.scoring.validation import check_number
 from iosr_fast.sealed.outputs import is_utf8
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import LARGEST, check_integer
@@ -54,6 +56,7 @@ class SupportSettings:
     thumbnail  longer side in pixels of the stored picture, at most; 0 stores none
     exif_orientation  whether images are turned upright by EXIF, queries too. False is the default of bundles without
                this field; a fit sets it.
+    margin     how much of a box's sides is taken beside it, of parts of pictures, queries too
     """
 
     views: int = 1
@@ -63,6 +66,7 @@ class SupportSettings:
     templates: tuple[str, ...] | None = None
     thumbnail: int = 96
     exif_orientation: bool = False
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least, most in (("views", 1, MAX_VIEWS), ("seed", 0, LARGEST), ("thumbnail", 0, 1024)):
@@ -70,8 +74,13 @@ class SupportSettings:
             object.__setattr__(self, name, check_integer(shown, getattr(self, name), least, most))
         for name in ("mirror", "exif_orientation"):
             object.__setattr__(self, name, bool(getattr(self, name)))
+        object.__setattr__(self, "margin", check_number("margin", self.margin, 0.0, MAX_MARGIN))
         if self.templates is not None:
             object.__setattr__(self, "templates", check_templates(self.templates))
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of a manifest. `margin` is left out where it is 0, so that earlier versions read it."""
+        return {name: value for name, value in asdict(self).items() if name != "margin" or value}
 
     @property
     def forms(self) -> int:
@@ -193,29 +202,24 @@ def _prepare_all(
 
     def prepare(item: tuple[int, Any]) -> tuple[str, _Prepared | BadImageError]:
         i, source = item
-        place = _place_of(i, source)
+        place, path = _place_of(i, source), path_of(source)
         try:
-            with pil if hasattr(source, "getbands") else nullcontext():
+            with pil if hasattr(picture_of(source), "getbands") else nullcontext():
                 image = open_image(source, i, views.exif_orientation, geometry)
         except BadImageError as error:
             return place, error
         digest = hashlib.sha256(image.tobytes()).digest()
         identity = image.size, digest
-        return place, _Prepared(_path_of(source), identity, *views.prepare(image, geometry, digest))
+        # The absolute path of an image that is a file, or a part of one; None where a CSV file can't hold it, too.
+        kept = None if path is None or not is_utf8(str(path.absolute())) else str(path.absolute())
+        return place, _Prepared(kept, identity, *views.prepare(image, geometry, digest))
 
-    return map_ordered(enumerate(images), prepare, usable_threads(), ahead)
+    return map_ordered(enumerate(Sharing(views.margin)(images)), prepare, usable_threads(), ahead)
 
 
 def _place_of(i: int, source: Any) -> str:
-    return printable(str(source)) if isinstance(source, str | Path) else f"number {i}"
-
-
-def _path_of(source: Any) -> str | None:
-    """The absolute path of an image that is a file; None for others, and where a CSV file can't hold it."""
-    if not isinstance(source, str | Path):
-        return None
-    path = str(Path(source).absolute())
-    return path if is_utf8(path) else None
+    path = path_of(source)
+    return f"number {i}" if path is None else printable(str(path))
 
 
 def _encode(

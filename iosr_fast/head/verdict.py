@@ -10,6 +10,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.head import Head
+from iosr_fast.methods.tree import Path
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Verdict:
     """What is decided about B queries.
 
     logits         (B, C) float32
-    labels         (B,) int64, the class with the largest logit, of equal ones the first, by its position
+    labels         (B,) int64, the class with the largest logit, of equal ones the first, by its position; where a
+                   promise accepts a node of the tree, that node
     accepted       (B,) bool, whether nobody needs to look at the label; None where no promise was asked for
     unknown_score  (B,) float64, how unlike all classes the query is; None where nothing is rejected
     rejected       (B,) bool, whether it belongs to none of them, and its label, if any, is not accepted; None likewise
@@ -48,10 +50,10 @@ class Verdict:
             return None
         return list(map(Rejection, self.unknown_score.tolist(), self.rejected.tolist()))
 
-    def named(self, classes: np.ndarray, word: Any) -> np.ndarray:
-        """The label (B,) of each query out of `classes` (C,): None where it is not accepted, `word` where the query is
-        rejected."""
-        labels = classes[self.labels]
+    def named(self, nodes: np.ndarray, word: Any) -> np.ndarray:
+        """The label (B,) of each query out of the `nodes` (C + M,): None where it is not accepted, `word` where the
+        query is rejected."""
+        labels = nodes[self.labels]
         if self.accepted is not None:
             labels = replaced(labels, ~self.accepted, None)
         return labels if self.rejected is None else replaced(labels, self.rejected, word)
@@ -63,13 +65,24 @@ def judge(
     """The Verdict of embeddings (B, D), which are scored where they are, on a GPU too; `logits` of queries that are
     scored already. What promises rest on is computed at its first use; raises as Abstention.check."""
     logits = head.score(queries) if logits is None else logits
-    accepted, scores, rejected = None, None, None
-    if abstention.max_error is not None:
-        accepted = head.accepts(logits, abstention.max_error)
+    labels, accepted, scores, rejected = logits.argmax(1), None, None, None
     if abstention.keep is not None:
         scores, rejected = unknown_scores(head, queries.to_numpy(), abstention.keep)
-        accepted = None if accepted is None else accepted & ~rejected
-    return Verdict(logits, logits.argmax(1), accepted, scores, rejected)
+    if abstention.max_error is not None:
+        labels, accepted = head.promised(logits, abstention.max_error, rejected)
+    return Verdict(logits, labels, accepted, scores, rejected)
+
+
+def node_labels(head: Head, labels: np.ndarray) -> np.ndarray:
+    """(C + M,) what answers call the nodes of the tree: the `labels` (C,) of classes, then the names of inner nodes."""
+    names = head.node_names[len(labels) :]
+    both = np.array([*labels.tolist(), *names], None if labels.dtype.kind == "U" else object)
+    return both if names else labels
+
+
+def nodes_above(head: Head, labels: np.ndarray) -> dict[Any, Path]:
+    """The names of the nodes above each of the `node_labels`, from the root down."""
+    return {label: head.tree.path_of(node) for node, label in enumerate(node_labels(head, labels).tolist())}
 
 
 def unknown_scores(head: Head, queries: Embeddings, keep: float | None) -> tuple[np.ndarray, np.ndarray]:

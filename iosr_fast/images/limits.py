@@ -46,13 +46,14 @@ class DecodeLimits:
             return ""
         return f"expected at most {self.max_bytes} encoded bytes, got {count}; send a smaller image"
 
-    def size_error(self, size: Size, geometry: Geometry) -> str:
-        """Why an image of `size`, which becomes pixels by `geometry`, is refused; "" if it is not."""
+    def size_error(self, size: Size, geometry: Geometry | None) -> str:
+        """Why an image of `size`, which becomes pixels by `geometry` (None: is not resized), is refused; "" if it is
+        not."""
         width, height = size
         most = max(_RESIZED, width * height) if self.max_pixels is None else self.max_pixels
         if width * height > most:
             return f"expected at most {most} pixels, got {width} x {height}; send a smaller one"
-        if min(size) > 0 and work_pixels(size, geometry) > most:
+        if geometry is not None and min(size) > 0 and work_pixels(size, geometry) > most:
             return f"aspect ratio too extreme ({width} x {height}); crop the image"
         return ""
 

@@ -95,31 +95,34 @@ def list_images(folder: str | Path) -> Listing:
     return Listing(paths, skipped)
 
 
-def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
-    """Images of a folder with one sub-folder a class: paths, the class name of each, and all class names, sorted.
+def list_folder(folder: str | Path, nested: bool = False) -> list[tuple[Path, str]]:
+    """Images of a folder with one sub-folder a class: the path and the class name of each, sorted.
+
+    `nested` takes each folder below that has no folder in it as a class, by its path, as "fruit/apple"; otherwise
+    images of all folders below a sub-folder are of its class, and a warning says so where these may be classes.
 
     Raises FileNotFoundError without the folder, PermissionError naming a folder that can't be read, ValueError for
-    fewer than two classes, a class without images, names that are not UTF-8, and sub-folders that are splits with class
-    folders inside, such as train/ and test/.
+    fewer than two classes, a class without images, names that are not UTF-8, sub-folders that are splits with class
+    folders inside, such as train/ and test/, and `nested` images beside class folders.
     """
     refuse_url(folder)
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder with one sub-folder of images a class, found no folder {folder}")
     skipped = Skipped()
-    classes = class_folders(folder, skipped)
-    paths: dict[str, list[Path]] = {}
+    tops = class_folders(folder, skipped)
+    classes = [leaf for top in tops for leaf in _leaf_folders(folder, top, skipped)] if nested else tops
+    listed: list[tuple[Path, str]] = []
     empty: dict[str, str] = {}
     for name in classes:
         own = Skipped()
         images = sorted(map(Path, walk(folder / name, own)))
-        if images:
-            paths[name] = images
-        else:
+        listed += [(path, name) for path in images]
+        if not images:
             empty[name] = own.summary() or "it is empty"
         skipped.reasons += own.reasons
         skipped.suffixes += own.suffixes
-    _refuse_splits(folder, classes, paths)
+    _check_below(folder, tops, [path.relative_to(folder).parts for path, _ in listed], nested)
     if not classes and (loose := skipped.reasons["not in a class folder"]):
         raise IosrFastError(
             f"expected one sub-folder of images a class in {folder}, found {loose} images in it and no sub-folder: "
@@ -129,9 +132,8 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
         raise IosrFastError(f"expected at least two class folders in {folder}, found {len(classes)}: {classes}")
     for name, reason in empty.items():
         raise IosrFastError(f"expected images in the class folder {folder / name}, found none ({reason})")
-    listed = [path for name in classes for path in paths[name]]
     skipped.warn(folder, len(listed))
-    return listed, [name for name in classes for _ in paths[name]], classes
+    return listed
 
 
 def class_folders(folder: str | Path, skipped: Skipped | None = None) -> list[str]:
@@ -146,6 +148,27 @@ def class_folders(folder: str | Path, skipped: Skipped | None = None) -> list[st
             check_utf8([entry.name])
             names.append(entry.name)
     return names
+
+
+def _leaf_folders(folder: Path, name: str, skipped: Skipped) -> list[str]:
+    """The paths in `folder` of the folders below its sub-folder `name`, or of this, that hold no folder."""
+    beside = Skipped()
+    inner = class_folders(folder / name, beside)
+    if not inner:
+        return [name]
+    if images := beside.reasons["not in a class folder"]:
+        raise IosrFastError(
+            f"expected images or class folders in {folder / name}, found both, {images} images and the folders "
+            f"{', '.join(inner[:3])}: move these images into a folder of their own, or leave out --nested (nested=True)"
+        )
+    if len(inner) > 1 and all(map(_is_split, inner)):
+        raise IosrFastError(
+            f"expected class folders in {folder / name}, got the splits {', '.join(inner)}: give a folder of one "
+            "split, or leave out --nested (nested=True)"
+        )
+    skipped.reasons += beside.reasons
+    skipped.suffixes += beside.suffixes
+    return [leaf for one in inner for leaf in _leaf_folders(folder, f"{name}/{one}", skipped)]
 
 
 def walk(folder: str | Path, skipped: Skipped) -> Iterator[str]:
@@ -244,24 +267,35 @@ def _is_above(link: str, status: os.stat_result) -> bool:
     return any(os.path.samestat(os.stat(place), status) for place in above)
 
 
-def _refuse_splits(folder: Path, classes: list[str], paths: dict[str, list[Path]]) -> None:
-    """Raise ValueError if the sub-folders are splits (train, test, ...) that hold class folders themselves."""
-    inner = {
-        name: {path.relative_to(folder / name).parts[0] for path in images}
-        for name, images in paths.items()
-        if all(path.parent != folder / name for path in images)  # a class may have sub-folders too
-    }
-    named = [name for name in classes if _SPLITS & set(re.split(r"[^a-z]+", name.lower()))]
+def _is_split(name: str) -> bool:
+    return not _SPLITS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+
+
+def _check_below(folder: Path, tops: list[str], parts: list[tuple[str, ...]], nested: bool) -> None:
+    """Raise ValueError if the sub-folders are splits (train, test, ...) that hold class folders themselves; warn of
+    others that may hold some, unless these are listed. `parts` are the images' paths in `folder`."""
+    direct = {names[0] for names in parts if len(names) == 2}  # a class may have sub-folders too
+    inner = dict[str, set[str]]()
+    for first, second, *_ in parts:
+        if first not in direct:
+            inner.setdefault(first, set()).add(second)
+    named = [name for name in tops if _is_split(name)]
     shaped = [name for name in named if name in inner]
     alike = any(inner[a] & inner[b] for a in shaped for b in shaped if a < b)
-    if shaped and (alike or len(named) == len(classes)):
+    if shaped and (alike or len(named) == len(tops)):
         chosen = next((name for name in shaped if "train" in name.lower()), shaped[0])
         raise IosrFastError(
             f"expected class folders in {folder}, got {', '.join(shaped)}, which hold class folders themselves "
             f"({', '.join(sorted(inner[chosen])[:3])}, ...): give {folder / chosen}"
         )
-    if len(classes) == 1 and len(inner.get(classes[0], ())) > 1:
+    if nested:
+        return
+    if len(tops) == 1 and len(inner.get(tops[0], ())) > 1:
         raise IosrFastError(
-            f"expected at least two class folders in {folder}, found 1: {classes}; it holds "
-            f"{len(inner[classes[0]])} folders of images itself: give {folder / classes[0]}"
+            f"expected at least two class folders in {folder}, found 1: {tops}; it holds "
+            f"{len(inner[tops[0]])} folders of images itself: give {folder / tops[0]}"
         )
+    below = {names[:-1] for names in parts if len(names) > 2}
+    if max(Counter(names[0] for names in below).values(), default=0) > 1:
+        text = "%s: %d classes, the folders in it; %d folders of images below these are not told apart: --nested "
+        logger.warning(text + "(nested=True) makes each a class", printable(str(folder)), len(tops), len(below))

@@ -6,14 +6,16 @@ so pixels stay uint8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.images.crop import Crop, Whole, path_of
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import UNLIMITED, DecodeLimits
 from iosr_fast.images.listing import refuse_url
@@ -40,35 +42,48 @@ def open_image(
 ) -> Image:
     """One image as upright 8-bit RGB, by the rules of `iosr_fast.images.pixels`.
 
-    `source`: path, bytes of an encoded image, PIL image, uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a
-    uint8 tensor of PyTorch (H, W), (C, H, W) or (H, W, C). `exif_orientation=False` takes pixels as stored. With a
-    `geometry` it is what resize_and_crop takes: a large JPEG in a path or bytes is decoded at a fraction of its size,
-    and one beyond the `limits` is refused before that. Raises BadImageError.
+    `source`: path, bytes of an encoded image, PIL image, uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8
+    tensor of PyTorch (H, W), (C, H, W) or (H, W, C); or a part of one of these, a Crop or a path with its fragment, of
+    the upright picture. `exif_orientation=False` takes pixels as stored. With a `geometry` it is what resize_and_crop
+    takes: a large JPEG in a path or bytes is decoded at a fraction of its size, unless for a part. One beyond the
+    `limits` is refused before that. Raises BadImageError.
     """
+    with naming(path_of(source), position):
+        crop = Crop.of(source)
+        if crop is None:
+            return _open_whole(source, position, exif_orientation, geometry, limits)
+        part = crop.opened(lambda whole: _open_whole(whole, position, exif_orientation, None, limits))
+        _check_size(part, geometry, limits)
+        return part
+
+
+def _open_whole(
+    source: Any, position: int, exif_orientation: bool, geometry: Geometry | None, limits: DecodeLimits
+) -> Image:
+    """As `open_image`, of a picture that is no part of another; raises what the decoder raises."""
     from PIL import Image
 
-    def check(width: int, height: int) -> None:
-        if geometry is not None and (reason := limits.size_error((width, height), geometry)):
-            raise IosrFastError(reason)
+    if isinstance(source, (str, Path, *ENCODED)):
+        with opened(check_path(Path(source)) if isinstance(source, str | Path) else source) as image:
+            _check_size(image, geometry, limits)
+            if geometry is not None:
+                _draft(image, geometry)
+            return upright_rgb(image, exif_orientation)
+    if isinstance(source, Image.Image):
+        _check_size(source, geometry, limits)
+        return upright_rgb(source, exif_orientation)
+    array = as_array(source, position)
+    if array is None or array.ndim == 0:
+        expected = "expected a path, bytes, a PIL image, a uint8 array or a uint8 tensor"
+        raise IosrFastError(f"{expected}, got {type(source).__name__}")
+    image = from_array(array)
+    _check_size(image, geometry, limits)
+    return image
 
-    path = Path(source) if isinstance(source, str | Path) else None
-    with naming(path, position):
-        if path is not None or isinstance(source, ENCODED):
-            with opened(source if path is None else check_path(path)) as image:
-                check(*image.size)
-                if geometry is not None:
-                    _draft(image, geometry)
-                return upright_rgb(image, exif_orientation)
-        if isinstance(source, Image.Image):
-            check(*source.size)
-            return upright_rgb(source, exif_orientation)
-        array = as_array(source, position)
-        if array is None or array.ndim == 0:
-            expected = "expected a path, bytes, a PIL image, a uint8 array or a uint8 tensor"
-            raise IosrFastError(f"{expected}, got {type(source).__name__}")
-        image = from_array(array)
-        check(*image.size)
-        return image
+
+def _check_size(image: Image, geometry: Geometry | None, limits: DecodeLimits) -> None:
+    if reason := limits.size_error(image.size, geometry):
+        raise IosrFastError(reason)
 
 
 def _draft(image: Image, geometry: Geometry) -> None:
@@ -171,7 +186,7 @@ def as_image_list(images: Any) -> Sequence[Any]:
     A path, bytes, a PIL image, an array (H, W[, C]) or a tensor (H, W), (C, H, W) or (H, W, C) is one image; an array
     (B, H, W, C), a tensor (B, C, H, W) or (B, H, W, C), and any other iterable are many.
     """
-    if isinstance(images, (str, Path, *ENCODED)) or hasattr(images, "getbands"):
+    if isinstance(images, (str, Path, Crop, *ENCODED)) or hasattr(images, "getbands"):
         return [images]
     array = as_array(images)
     if array is not None:
@@ -190,6 +205,23 @@ def as_image_list(images: Any) -> Sequence[Any]:
 def decode_pixels(source: Any, geometry: Geometry, position: int = 0, exif_orientation: bool = True) -> np.ndarray:
     """One image, as `open_image` takes it -> (size, size, 3) uint8. Raises BadImageError."""
     return resize_and_crop(open_image(source, position, exif_orientation, geometry), geometry)
+
+
+def decode_parts(
+    source: Any, parts: Mapping[int, Crop | None], upright: bool, geometry: Geometry, limits: DecodeLimits, whole: bool
+) -> Iterator[np.ndarray | Exception]:
+    """The pixels (size, size, 3), uint8 and C-contiguous, of each of the `parts` of a picture, by their positions, None
+    being all of it, or the error in its place; or those of a `whole` picture (height, width, 3), before it is resized.
+    The picture is decoded once.
+    """
+    shared = Whole()
+    for position, part in parts.items():
+        image = source if part is None else replace(part, source=source, whole=shared)
+        try:
+            opened = open_image(image, position, upright, geometry, limits)
+            yield np.ascontiguousarray(opened) if whole else resize_and_crop(opened, geometry)
+        except (BadImageError, MemoryError) as error:
+            yield error
 
 
 def to_pixels(images: Any, geometry: Geometry, exif_orientation: bool = True) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.conformal import LEFT_OUT, LeftOutLabels, counted_as
 from iosr_fast.methods.log_loss import sigmoid
+from iosr_fast.methods.tree import finest
 
 CONFIDENCE = 0.95
 PROMISES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
@@ -37,7 +38,7 @@ class Automation:
     >>> rng = np.random.default_rng(0)
     >>> odds = rng.normal(3.0, 2.0, 500)
     >>> right = rng.random(500) < sigmoid(odds)
-    >>> left_out = LeftOutLabels(odds, odds, right, np.zeros(500), np.zeros(500, int))
+    >>> left_out = LeftOutLabels(odds, odds[:, None], right[:, None], np.zeros(500), np.zeros(500, int))
     >>> print(automation(left_out))
     500 left-out support images can promise errors of 1.8% and more with 95% confidence (0.6% if all were right)
     promised errors  least probability  accepted  wrong
@@ -72,30 +73,79 @@ class Automation:
         if_right = f" ({self.smallest:.1%} if all were right)" if self.smallest < self.least_error else ""
         return f"{counted_as(self.images, self.count, self.basis)} can promise {promised}{if_right}"
 
+    @property
+    def columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The shares and errors (P,) that the table has, by their title."""
+        return {"accepted": (self.shares, self.errors)}
+
     def __str__(self) -> str:
-        lines = [self.can, "promised errors  least probability  accepted  wrong"]
-        columns = self.max_errors, self.thresholds, self.shares, self.errors
-        for promised, least, share, wrong in zip(*(column.tolist() for column in columns), strict=True):
-            numbers = ("-", "-") if math.isnan(wrong) else (f"{least:.3f}", f"{wrong:.1%}")
-            lines.append(f"{promised:15.1%}  {numbers[0]:>17}  {share:8.1%}  {numbers[1]:>5}")
+        titles = "".join(f"  {title:>8}  wrong" for title in self.columns)
+        lines = [self.can, f"promised errors  least probability{titles}"]
+        for row, promised in enumerate(self.max_errors.tolist()):
+            least = "-" if math.isnan(self.errors[row]) else f"{self.thresholds[row]:.3f}"
+            cells = [f"  {shares[row]:8.1%}  {_percent(errors[row]):>5}" for shares, errors in self.columns.values()]
+            lines.append(f"{promised:15.1%}  {least:>17}{''.join(cells)}")
         return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True, eq=False)
+class TreeAutomation(Automation):
+    """The same by a classifier with a tree: `shares` and `errors` are of all answers together.
+
+    level_shares, level_errors  (P, L) of the answers of each level, 0 for classes, 1 for the deepest nodes, and so on
+
+    >>> from iosr_fast.methods.conformal import of_logits
+    >>> from iosr_fast.methods.tree import Tree
+    >>> logits = np.repeat([[4.0, 3.5, 0.0], [0.0, 0.0, 9.0]], 50, axis=0)  # sure of a cat, not of which
+    >>> labels = np.repeat([0, 1, 2], [25, 25, 50])
+    >>> found = automation(of_logits(logits, labels, tree=Tree((("cat",), ("cat",), ()))))
+    >>> found.level_shares[6].tolist(), found.level_errors[6].tolist()  # where 10% are promised
+    ([0.5, 0.5], [0.0, 0.0])
+    """
+
+    level_shares: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    level_errors: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+    @property
+    def columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Those of each level, then of all answers."""
+        of_levels = enumerate(zip(self.level_shares.T, self.level_errors.T, strict=True))
+        return {f"level {level}": pair for level, pair in of_levels} | super().columns
 
 
 def automation(left_out: LeftOutLabels, images: LeftOutLabels | None = None, notes: tuple[str, ...] = ()) -> Automation:
     """The curve of `least_odds` at PROMISES; shares and errors are those of `images`, None for the left-out ones."""
     images = left_out if images is None else images
     count = left_out.count
-    surest_wrong = left_out.top_odds[~left_out.right].max(initial=-math.inf)
+    odds, right = left_out.level_odds, left_out.level_right
+    surest_wrong = odds[~right].max(initial=-math.inf)
     least = np.array([least_odds(left_out, promised) for promised in PROMISES])
-    accepted = images.top_odds[None, :] >= least[:, None]
+    counts = np.array([_counts(images, threshold) for threshold in least.tolist()])
+    n_accepted, n_wrong = counts.sum(1).T
     with np.errstate(invalid="ignore"):
-        errors = (accepted & ~images.right).sum(1) / accepted.sum(1)
-    shares = accepted.sum(1) / max(len(images.labels), 1)
+        level_errors, errors = counts[:, :, 1] / counts[:, :, 0], n_wrong / n_accepted
+    n_images = max(len(images.labels), 1)
     thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
-    surer = float(left_out.counted[left_out.top_odds > surest_wrong].sum())
+    surer = float(left_out.counted[odds[:, -1] > surest_wrong].sum())
     smallest, least_error = _promised_by(count), _promised_by(surer)
-    promises = np.array(PROMISES), thresholds, shares, errors
-    return Automation(len(left_out.labels), count, smallest, least_error, *promises, left_out.basis, notes)
+    promises = np.array(PROMISES), thresholds, n_accepted / n_images, errors
+    made = len(left_out.labels), count, smallest, least_error, *promises, left_out.basis, notes
+    if odds.shape[1] == 1:
+        return Automation(*made)
+    return TreeAutomation(*made, counts[:, :, 0] / n_images, level_errors)
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"
+
+
+def _counts(images: LeftOutLabels, least: float) -> np.ndarray:
+    """(L, 2) float64: of each level how many images it answers, and how many of these answers are wrong."""
+    odds, right = images.level_odds, images.level_right
+    level, answered = finest(odds, least)
+    wrong = ~right[np.arange(len(level)), level]
+    columns = [np.bincount(level[rows], minlength=odds.shape[1]) for rows in (answered, answered & wrong)]
+    return np.stack(columns, 1).astype(np.float64)
 
 
 def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
@@ -112,12 +162,15 @@ def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
 def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
     """The least log p / (1 - p) of a label that is accepted, p being the largest probability of its picture: of new
     pictures whose label is accepted, at most a share `max_error` is wrong, with 95% confidence over the draw of the V
-    images, if new ones are exchangeable with them. Infinite if none is accepted, as by too few images.
+    images, if new ones are exchangeable with them. Infinite if none is accepted, as by too few images. With a tree it
+    is one number for all levels (tree.finest), and of all answers together at most `max_error` are wrong: the picture's
+    class is not below the node.
 
     Thresholds are tried in a fixed order from the strictest that V images could let pass, at which n images are
-    accepted, to all of them, in 40 steps; each is taken while k wrong labels or fewer, of n that are accepted, have a
-    chance P(K <= k) of at most 5% under K ~ Binomial(n, max_error), which is where the Clopper-Pearson bound of the
-    error is at most `max_error`. As the first that fails ends the test, no correction for many thresholds is needed.
+    accepted, to all of them, in 40 steps of what the coarsest level accepts, and of what each finer one does; each is
+    taken while k wrong labels or fewer, of n that are accepted, have a chance P(K <= k) of at most 5% under
+    K ~ Binomial(n, max_error), which is where the Clopper-Pearson bound of the error is at most `max_error`. As the
+    first that fails ends the test, no correction for many thresholds is needed; a threshold for each level would.
 
     Images of a burst count as fewer (LeftOutLabels.weights): n and k are sums of weights (Korn & Graubard, Survey
     Methodology 1998). n is rounded down, and the chance of a k between two whole numbers is interpolated.
@@ -127,21 +180,30 @@ def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
     needed = images_needed_for(max_error)
     if not _are_enough(left_out, max_error):
         return math.inf
-    order = np.argsort(-left_out.top_odds, kind="stable")
-    odds, weights = left_out.top_odds[order], left_out.counted[order]
-    accepted = np.cumsum(weights)
-    wrong = np.cumsum(weights * ~left_out.right[order])
-    least = math.inf
-    for count in np.unique(np.linspace(needed, accepted[-1], _STEPS + 1).round()).tolist():
-        last = min(int(np.searchsorted(accepted, count - _FRACTION)), len(odds) - 1)
-        last = int(np.searchsorted(-odds, -odds[last], side="right")) - 1  # images of equal odds are accepted together
-        n = int(accepted[last] + _FRACTION)
-        k = float(wrong[last])
+    odds, right = left_out.level_odds, left_out.level_right
+    tried = [_odds_of_counts(column, left_out.counted, 1) for column in odds.T[:-1]]
+    tried.append(_odds_of_counts(odds[:, -1], left_out.counted, needed))
+    least, rows = math.inf, np.arange(len(odds))
+    for threshold in np.unique(np.concatenate(tried))[::-1].tolist():
+        level, answered = finest(odds, threshold)
+        n = int(left_out.counted[answered].sum() + _FRACTION)
+        if n < needed:
+            continue
+        k = float(left_out.counted[answered & ~right[rows, level]].sum())
         chances = binomial_cdf(n, max_error, min(math.ceil(k), n))
         if np.interp(k, np.arange(len(chances)), chances) > 1.0 - CONFIDENCE + _ROUNDING:
             break
-        least = float(odds[last])
+        least = threshold
     return least
+
+
+def _odds_of_counts(odds: np.ndarray, weights: np.ndarray, first: int) -> np.ndarray:
+    """The odds (V,) that images of `first`, ... to all in 40 equal steps reach, as many as their `weights` (V,) say."""
+    order = np.argsort(-odds, kind="stable")
+    reaching = np.cumsum(weights[order])
+    counts = np.unique(np.linspace(first, reaching[-1], _STEPS + 1).round())
+    last = np.minimum(np.searchsorted(reaching, counts - _FRACTION), len(odds) - 1)
+    return odds[order][last]
 
 
 def _are_enough(left_out: LeftOutLabels, max_error: float) -> bool:

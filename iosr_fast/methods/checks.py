@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,16 @@ class CheckedPromise:
         return f"{counts}: no sign that {promised}"
 
 
-def check(answers: Sequence[Any] | np.ndarray, labels: Sequence[Any] | np.ndarray, max_error: float) -> CheckedPromise:
+def check(
+    answers: Sequence[Any] | np.ndarray,
+    labels: Sequence[Any] | np.ndarray,
+    max_error: float,
+    above: Mapping[Any, Sequence[str]] | None = None,
+) -> CheckedPromise:
     """What right `labels` (B,) of pictures say of `answers` (B,), which `predict(pictures, max_error=max_error)` gave:
     whether more than a share `max_error` of the labels that it accepted is wrong. Pictures without an answer (None) say
-    nothing.
+    nothing. An answer that is a node of a tree above the label is right; `above` has the names of the nodes above each
+    label.
 
     Give a random sample of what was accepted, each picture once, in the order in which they were checked, with all that
     were checked before: one may look after each check, and stop whenever one likes. What somebody corrects because it
@@ -70,11 +76,14 @@ def check(answers: Sequence[Any] | np.ndarray, labels: Sequence[Any] | np.ndarra
     >>> answers, labels = ["cat"] * 42 + [None], ["cat"] * 30 + ["dog"] * 13
     >>> print(check(answers, labels, 0.05))
     of 42 accepted labels that you checked 12 were wrong: more than 5% are; calibrate on these (calibrate_on)
+    >>> check(["cat"], ["siamese"], 0.05, {"siamese": ("animal", "cat")}).wrong
+    0
     """
     if len(answers) != len(labels):
         raise IosrFastError(f"expected a label for each answer, got {len(labels)} labels and {len(answers)} answers")
-    pairs = zip(answers, labels, strict=True)
-    return checked([answer != label for answer, label in pairs if answer is not None], max_error)
+    nodes = above or {}
+    pairs = [(answer, label) for answer, label in zip(answers, labels, strict=True) if answer is not None]
+    return checked([answer != label and answer not in nodes.get(label, ()) for answer, label in pairs], max_error)
 
 
 def checked(wrong: Sequence[bool], max_error: float) -> CheckedPromise:

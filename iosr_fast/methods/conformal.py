@@ -12,7 +12,8 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.folds import unit_weights
-from iosr_fast.methods.log_loss import log_losses, log_softmax, log_sum_exp, sigmoid
+from iosr_fast.methods.log_loss import log_losses, log_odds_of_largest, log_softmax, sigmoid
+from iosr_fast.methods.tree import Tree
 from iosr_fast.utils.text import abbreviate
 
 ClassNames = Sequence[Any] | np.ndarray
@@ -32,7 +33,7 @@ class Reliability:
 
     >>> right, log_loss = np.array([True, False]), np.array([0.09, 3.0])
     >>> odds = np.log([0.91 / 0.09, 0.95 / 0.05])
-    >>> one = LeftOutLabels(np.zeros(2), odds, right, log_loss, np.array([0, 1]))
+    >>> one = LeftOutLabels(np.zeros(2), odds[:, None], right[:, None], log_loss, np.array([0, 1]))
     >>> print(one.reliability)
     2 left-out support images: expected calibration error 43.0%, log-loss 1.545
     probability  images  mean   right
@@ -69,8 +70,8 @@ class LeftOutLabels:
     """What a classifier says of V labelled images that it has not seen (`of_logits`).
 
     odds      (V,) log p / (1 - p) of the label
-    top_odds  (V,) log p / (1 - p) of the largest probability
-    right     (V,) bool, whether that is the label's
+    level_odds, level_right  (V, L) of the nodes of a tree (tree.Levels), the finest level first, that of the classes:
+              the odds, and bool, whether the label's class is below the node
     log_loss  (V,) -log p of the label, in nats
     labels    (V,) int64, the position of the label's class
     basis     what these images are, as of Reliability
@@ -79,12 +80,22 @@ class LeftOutLabels:
     """
 
     odds: np.ndarray
-    top_odds: np.ndarray
-    right: np.ndarray
+    level_odds: np.ndarray
+    level_right: np.ndarray
     log_loss: np.ndarray
     labels: np.ndarray
     basis: str = LEFT_OUT
     weights: np.ndarray | None = None
+
+    @property
+    def top_odds(self) -> np.ndarray:
+        """(V,) log p / (1 - p) of the largest probability."""
+        return self.level_odds[:, 0]
+
+    @property
+    def right(self) -> np.ndarray:
+        """(V,) bool, whether that is the label's."""
+        return self.level_right[:, 0]
 
     @cached_property
     def counted(self) -> np.ndarray:
@@ -146,18 +157,24 @@ class LeftOutLabels:
 
 
 def of_logits(
-    logits: np.ndarray, labels: np.ndarray, basis: str = LEFT_OUT, units: np.ndarray | None = None
+    logits: np.ndarray,
+    labels: np.ndarray,
+    basis: str = LEFT_OUT,
+    units: np.ndarray | None = None,
+    tree: Tree | None = None,
 ) -> LeftOutLabels:
     """Labelled images (V,), by the logits (V, C) of a classifier that has not seen them: the out-of-fold logits of
     support images (out_of_fold.OutOfFold), or those of other images, as in split conformal prediction. `units` (V,) as
     of folds.Folds.
     """
     labels, exact = np.asarray(labels, np.int64), np.asarray(logits, np.float64)
-    right = exact.argmax(1) == labels
+    tree = tree or Tree(((),) * exact.shape[1])
+    levels = tree.of_logits(exact)
+    right = levels.nodes == tree.levels[:, labels].T
     return LeftOutLabels(
         odds=log_odds(exact)[np.arange(len(labels)), labels],
-        top_odds=log_odds_of_largest(exact),
-        right=right,
+        level_odds=levels.odds,
+        level_right=right,
         log_loss=log_losses(exact, labels),
         labels=labels,
         basis=basis,
@@ -183,16 +200,6 @@ def log_odds(logits: np.ndarray) -> np.ndarray:
     logs = log_softmax(exact)
     odds = logs - np.log1p(-np.minimum(np.exp(logs), 0.5))  # that of the largest p, which may exceed 0.5, is next
     odds[np.arange(len(exact)), exact.argmax(1)] = log_odds_of_largest(exact)
-    return odds
-
-
-def log_odds_of_largest(logits: np.ndarray) -> np.ndarray:
-    """log p / (1 - p) of the largest p = softmax(logits), (B,) float64; it does not saturate as p does."""
-    rows = np.arange(len(logits))
-    top = logits.argmax(1)
-    others = logits.astype(np.float64)
-    others[rows, top] = -np.inf
-    odds: np.ndarray = logits[rows, top] - log_sum_exp(others)
     return odds
 
 

@@ -68,22 +68,23 @@ def unit_weights(units: np.ndarray, values: np.ndarray) -> np.ndarray:
 
         r = (B - W) / (B + (m0 - 1) W),  m0 = (V - sum of m^2 / V) / (units - 1)
 
-    and 1 where they say nothing: copies of one image count once.
+    and 1 where they say nothing: copies of one image count once. Of values (V, L) at several levels of a tree, r is the
+    largest of those that say something.
 
     >>> unit_weights(np.array([0, 0, 1, 1, 2]), np.array([True, True, False, False, True]))
     array([0.5, 0.5, 0.5, 0.5, 1. ])
     """
     of_unit, sizes = np.unique(units, return_inverse=True, return_counts=True)[1:]
     n, k = len(units), len(sizes)
-    correlation = 1.0
-    if 1 < k < n:
-        means = np.bincount(of_unit, values) / sizes
-        between = float((sizes * (means - np.mean(values)) ** 2).sum()) / (k - 1)
-        within = float(((values - means[of_unit]) ** 2).sum()) / (n - k)
+    correlations = []
+    for column in values.reshape(n, -1).T if 1 < k < n else ():
+        means = np.bincount(of_unit, column) / sizes
+        between = float((sizes * (means - np.mean(column)) ** 2).sum()) / (k - 1)
+        within = float(((column - means[of_unit]) ** 2).sum()) / (n - k)
         usual = (n - float((sizes**2).sum()) / n) / (k - 1)
         if (total := between + (usual - 1.0) * within) > 1e-12:
-            correlation = min(max((between - within) / total, 0.0), 1.0)
-    weights: np.ndarray = 1.0 / (1.0 + (sizes[of_unit] - 1) * correlation)
+            correlations.append(min(max((between - within) / total, 0.0), 1.0))
+    weights: np.ndarray = 1.0 / (1.0 + (sizes[of_unit] - 1) * max(correlations, default=1.0))
     return weights
 
 

@@ -256,6 +256,16 @@ def log_sum_exp(logits: np.ndarray) -> np.ndarray:
     return sums
 
 
+def log_odds_of_largest(logits: np.ndarray) -> np.ndarray:
+    """log p / (1 - p) of the largest p = softmax(logits), (B,) float64; it does not saturate as p does."""
+    rows = np.arange(len(logits))
+    top = logits.argmax(1)
+    others = logits.astype(np.float64)
+    others[rows, top] = -np.inf
+    odds: np.ndarray = logits[rows, top] - log_sum_exp(others)
+    return odds
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """log softmax of finite logits (B, C), of their dtype; the largest comes off first, as float32 has few digits."""
     shifted: np.ndarray = logits - logits.max(1, keepdims=True)

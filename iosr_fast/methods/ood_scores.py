@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.conformal import log_odds_of_largest
 from iosr_fast.methods.folds import Folds
+from iosr_fast.methods.log_loss import log_odds_of_largest
 from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments
 from iosr_fast.methods.models.keys import KeyModel
 from iosr_fast.methods.models.memory import Memory

@@ -35,12 +35,12 @@ def entropy(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: int = 0) -> Suggestions:
+def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None) -> Suggestions:
     """n images of B to label next: the most typical image of each of n clusters of equal weight.
 
     `rows` (B, D) are embeddings of unit length, centred here and scaled again. `weights` (B,) >= 0, without unit: how
     much an image's label is worth, `entropy` of a classifier's logits; None: all are worth the same, for a start
-    without labels. Greedy k-means++ draws n centres from a generator of `seed`; at most 20 rounds of
+    without labels. Greedy k-means++ draws n centres, the same each time; at most 20 rounds of
 
         clusters   = the nearest centre that has room: one of total weight sum(weights) / n
         centre[k]  = mean of the rows of cluster k, by weights
@@ -68,7 +68,7 @@ def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: i
     centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
     weights = np.ones(len(rows)) if weights is None else np.asarray(weights, np.float64)
     weights = weights / weights.max() + 1e-9 if weights.max() > 0 else np.ones(len(rows))
-    centres = _first_centres(centred, weights, n, np.random.default_rng(seed))
+    centres = _first_centres(centred, weights, n, np.random.default_rng(0))
     clusters = _equal_clusters(centred, centres, weights)
     for _ in range(_ROUNDS):
         _move(centres, centred, weights, clusters)

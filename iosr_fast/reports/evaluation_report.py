@@ -165,17 +165,21 @@ def _automation(found: Evaluation) -> page.Html:
     one, total = found.automation, len(found.labels)
     expected = found.expected_automation.shares[one.shares > 0], one.thresholds[one.shares > 0]
     points = [(row.accepted / total, row.promised, row.wrong / row.accepted) for row in found.promises]
+    by_level = found.by_level or [[] for _ in points]
     rows = [
         {
             "promised": page.percent(row.promised),
             "promise": page.element("span", row.judgement, class_="bad" if row.judgement == "broke" else None),
+            **{f"level {k}": f"{page.percent(part)} ({bad:.1%} wrong)" if part else "" for k, (part, bad) in of_levels},
             "accepted": f"{row.accepted:,} ({page.percent(share)})",
             "of these wrong": f"{row.wrong:,} ({page.percent(error)})",
             "chance explains": f"{row.explained:,}",
             "accepted as expected": page.percent(share_expected),
             "least probability": f"{least:.3f}",
         }
-        for row, (share, _, error), share_expected, least in zip(found.promises, points, *expected, strict=True)
+        for row, (share, _, error), of_levels, share_expected, least in zip(
+            found.promises, points, map(enumerate, by_level), *expected, strict=True
+        )
     ]
     lines = {name: [(point[0], point[k]) for point in points] for k, name in ((1, "promised"), (2, "wrong here"))}
     return page.section(
@@ -183,6 +187,7 @@ def _automation(found: Evaluation) -> page.Html:
         page.note(
             "Of labels that predict(max_error=) accepts at most the promised share is wrong, with 95% confidence. "
             f"{one.can}; 1% takes {images_needed_for(0.01)}.{'' if rows else ' No label is accepted.'}"
+            f"{' Level 0 is of classes, 1 of the deepest nodes.' if found.by_level else ''}"
         ),
         page.curves(lines, "labels accepted", "of these wrong", style="max-width:35rem") if len(rows) > 1 else None,
         page.table(rows),

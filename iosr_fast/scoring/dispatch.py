@@ -52,17 +52,12 @@ class Backend:
         return self.largest is None or batch <= self.largest
 
 
-@functools.cache
 def cpp_unavailable_reason() -> str | None:
     """Why the C++ extension can't be used, or None."""
     return _build_unavailable_reason("_C", "`pip install .` builds it")
 
 
 @functools.cache
-def _cuda_build_unavailable_reason() -> str | None:
-    return _build_unavailable_reason("_C_cuda", _BUILD_CUDA)
-
-
 def _build_unavailable_reason(name: str, fix: str) -> str | None:
     from iosr_fast import __version__
 
@@ -145,7 +140,8 @@ def _triton_unavailable_reason() -> str | None:
 
 def _cuda_unavailable_reason() -> str | None:
     # The build before the GPU, which imports PyTorch.
-    reason = _driver_unavailable_reason() or _cuda_build_unavailable_reason() or _gpu_unavailable_reason()
+    reason = _driver_unavailable_reason() or _build_unavailable_reason("_C_cuda", _BUILD_CUDA)
+    reason = reason or _gpu_unavailable_reason()
     if reason is not None:
         return reason
     try:  # the driver may be older than the extension's CUDA

@@ -6,7 +6,11 @@ import hashlib
 import logging
 import time
 
+import numpy as np
+
+from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import Prediction
+from iosr_fast.head.verdict import nodes_above
 from iosr_fast.methods.checks import checked
 from iosr_fast.serving.kept_folder import KeptFolder, KeptTable, picture_name, time_text
 
@@ -21,7 +25,8 @@ class CheckSample:
 
     `table`, TABLE, lists them: the row of a picture that is drawn has no `checked` label yet, and a later one has the
     label that counts. Labels come from the folder's LABELS. A picture counts once, by its first label that two readings
-    agree on, so that none is read while it is written; every text but the answer is another label. Answers count that
+    agree on, so that none is read while it is written. It is `checked` as the answer where that is a node above it, by
+    the tree of that time; every other text is another label. Answers count that
     were promised as now, by `max_error` and the `digest` of the classifier's folder; others that nobody checked are no
     longer of the sample. At most `limit` pictures wait for a label; meanwhile none is drawn.
 
@@ -60,8 +65,8 @@ class CheckSample:
         self._table.add({"path": name, **self._promise, **answer})
         return True
 
-    def read_labels(self) -> None:
-        """Count new labels, unless the last reading was just now."""
+    def read_labels(self, head: Head) -> None:
+        """Count new labels, by the tree of `head`, unless the last reading was just now."""
         if time.monotonic() < self._next_reading:
             return
         self._next_reading = time.monotonic() + _READ_S
@@ -71,7 +76,11 @@ class CheckSample:
         self._labels = labels
         new = [row for name, row in drawn.items() if name in agreed and not row["checked"]]
         if new:
-            self._table.add(*(row | {"checked": agreed[row["path"]], "time": time_text()} for row in new))
+            above = nodes_above(head, np.array(head.class_names))
+            for row in new:
+                label, answered = agreed[row["path"]], row["answered"]
+                label = answered if answered in above.get(label, ()) else label
+                self._table.add(row | {"checked": label, "time": time_text()})
             self._judge()
 
     def _drawn(self) -> dict[str, dict[str, str]]:

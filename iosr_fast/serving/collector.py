@@ -81,9 +81,9 @@ class Collector:
         else:
             self._on_outcome("left out")
 
-    def read_labels(self) -> None:
+    def read_labels(self, head: Head) -> None:
         """Let the checks count new labels. Does not wait."""
-        self._thread.submit(self._count_labels)
+        self._thread.submit(self._count_labels, head)
 
     def settle(self) -> None:
         """Wait until all images that were offered are judged."""
@@ -100,11 +100,11 @@ class Collector:
             self._on_outcome(outcome)
         with self._counting:
             self._bytes -= len(image)
-        self._count_labels()
+        self._count_labels(head)
 
-    def _count_labels(self) -> None:
+    def _count_labels(self, head: Head) -> None:
         if self.checks is not None:
-            self._guarded("labels can't be read", self.checks.read_labels)
+            self._guarded("labels can't be read", self.checks.read_labels, head)
 
     def _guarded(self, what: str, act: Callable[..., str | None], *values: Any) -> str | None:
         """What `act` returns; "failed" if it raises, logged as `what`: serving goes on, whatever it is."""

@@ -124,7 +124,7 @@ class Bundle:
             if text is None:
                 shutil.rmtree(folder / TEXT)
         written = {
-            "views": asdict(self.settings),
+            "views": self.settings.facts(),
             "preprocessing": {**facts.geometry.facts(), "mean": facts.mean, "std": facts.std},
             "clip_fingerprint": facts.clip_fingerprint,
             "adapter_fingerprint": facts.adapter_fingerprint,

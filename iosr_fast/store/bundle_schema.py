@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from iosr_fast.clip.tokenizer import Clean
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.class_tree import check_nodes
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.names import check_names
 from iosr_fast.head.support_images import SupportSettings
@@ -61,6 +62,7 @@ class HeadFacts(Config, frozen=True, kw_only=True):
     next: tuple[Natural, Natural]
     tau: Above0
     plan: dict[str, float | str]
+    paths: list[list[str]] | None = None  # as of Head
 
     @property
     def config(self) -> Config:
@@ -68,12 +70,15 @@ class HeadFacts(Config, frozen=True, kw_only=True):
         return Config(**{name: getattr(self, name) for name in Config.__struct_fields__})
 
     def check_head(self) -> None:
-        """Raise ValueError for names and numbers of classes that no fit and no change gives, and as `check`."""
+        """Raise ValueError for names, numbers and paths of classes that no fit and no change gives, and as `check`."""
         check_names(self.class_names)
         numbers = self.class_numbers
         following = self.next[0]
-        if len(numbers) != len(self.class_names):
-            raise IosrFastError(f"expected class_numbers for {len(self.class_names)} class_names, got {len(numbers)}")
+        paths = [()] * len(numbers) if self.paths is None else self.paths
+        if not len(numbers) == len(paths) == len(self.class_names):
+            counts = f"{len(numbers)} and {len(paths)}"
+            raise IosrFastError(f"expected class_numbers and paths for {len(self.class_names)} classes, got {counts}")
+        check_nodes(paths, self.class_names)
         if any(later <= earlier for earlier, later in zip(numbers, [*numbers[1:], following], strict=True)):
             raise IosrFastError(
                 f"expected class_numbers that rise and are below next[0], {following}, got {numbers[:5]}..."

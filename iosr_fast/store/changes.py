@@ -1,4 +1,4 @@
-"""Six changes of a Head as data: each makes the next head of one, and is a record of the log.
+"""Seven changes of a Head as data: each makes the next head of one, and is a record of the log.
 
 A change is checked where it is applied, so that one that is read from a file is checked as one that a caller makes.
 None encodes an image or compiles a plan: the writer does before it publishes the head (store.Store), so that a log of
@@ -15,18 +15,21 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.class_tree import check_nodes
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.names import check_new_name
 from iosr_fast.methods import unavailable_reason
 from iosr_fast.methods.config import Config
+from iosr_fast.methods.tree import Path
 from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.sealed.schema import Natural, Strict
 
-Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
-# What is computed of a head and knows no names of classes.
-NAMELESS = ("support", "plan", "look_alikes", "folds", "out_of_fold", "left_out_labels", "calibration", "unknown")
+Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "move_class", "retune"]
+# What is computed of a head and knows no tree, then what knows no names of classes.
+TREELESS = ("support", "plan", "look_alikes", "folds", "out_of_fold", "calibration", "unknown")
+NAMELESS = (*TREELESS, "left_out_labels")
 _ARRAYS = ("text", "plain", "adapted", "query_plain", "query_adapted")
 
 
@@ -54,6 +57,7 @@ class Change:
     added    add_class and add_examples: the support images, numbered
     numbers  remove_examples: the numbers of the images
     config   retune: the method, its parameters, the reducer's name and the search
+    path     add_class and move_class: the names of the nodes above the class, from the root's child down
     """
 
     op: Op
@@ -63,12 +67,14 @@ class Change:
     added: Examples | None = None
     numbers: tuple[int, ...] = ()
     config: Config | None = None
+    path: Path = ()
 
     def apply(self, head: Head) -> Head:
-        """The next version of the head, its plan not compiled yet; another name without another text keeps NAMELESS.
+        """The next version of the head, its plan not compiled yet; another name without another text keeps NAMELESS,
+        another place in the tree TREELESS.
 
-        Raises ValueError for a change that does not fit the head: an unknown class or image, a name that is none or
-        taken, embeddings of another form, fewer than two classes, a method that would lack what it needs.
+        Raises ValueError for a change that does not fit the head: an unknown class or image, a name or node that is
+        none or taken, embeddings of another form, fewer than two classes, a method that would lack what it needs.
         """
         names, uids, texts, added = head.class_names, head.uids, head.text, self.added
         config, reducer = head.config, head.reducer
@@ -79,6 +85,9 @@ class Change:
             raise IosrFastError(f"expected a class to {self.op}, got {class_id(self.uid)}")
         before = slice(at)
         after = slice(at + 1, None)
+        above = head.tree.paths
+        place = (self.path,) if self.op in ("add_class", "move_class") else above[at : at + 1]
+        above = above[before] + (() if self.op == "remove_class" else place) + above[after]
         match self.op:
             case "add_class" | "rename_class":
                 if self.op == "add_class" and (self.uid != head.next_class or self.text is None):
@@ -106,6 +115,7 @@ class Change:
                 self.config.check(head.version + 1)
                 config = self.config
                 reducer = self.config.fit_reducer(head.support)
+        check_nodes(above, names)
         made = replace(
             head,
             class_names=names,
@@ -118,12 +128,12 @@ class Change:
             next_class=head.next_class + (self.op == "add_class"),
             next_example=head.next_example + (0 if added is None else len(added)),
             calibration_images=calibration,
+            paths=above if any(above) else None,
         )
         if (reason := unavailable_reason(config.method, made.support)) is not None:
             raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
-        if self.op != "rename_class" or self.text is not None:
-            return made
-        return made.with_computed(**{name: head.computed(name) for name in NAMELESS})
+        kept = {"rename_class": NAMELESS if self.text is None else (), "move_class": TREELESS}.get(self.op, ())
+        return made.with_computed(**{name: head.computed(name) for name in kept})
 
     def _examples(self, head: Head) -> Examples:
         """The images of the head and the added ones. Raises ValueError unless these are numbered after those, of the
@@ -143,6 +153,8 @@ class Change:
         if len(added.pictures) != n or len(added.paths) not in (0, n):
             counts = len(added.pictures), len(added.paths)
             raise IosrFastError(f"expected {n} pictures and paths, or None in their place, got {counts}")
+        if added.groups is not None and len(added.groups) != n:
+            raise IosrFastError(f"expected a group for each of {n} images, or none, got {len(added.groups)}")
         if len(old) and (old.embeddings.adapted is None) != (added.embeddings.adapted is None):
             raise IosrFastError("expected adapted embeddings where the other images have them, and nowhere else")
         return old.joined(added)
@@ -171,8 +183,10 @@ class Change:
             numbers=self.numbers if added is None else tuple(added.ids.tolist()),
             pictures=() if added is None else added.pictures,
             paths=() if added is None else added.paths,
+            groups=() if added is None or added.groups is None else tuple(added.groups.tolist()),
             arrays={name: np.ascontiguousarray(rows, "<f4").tobytes() for name, rows in self._arrays().items()},
             config=None if config is None else msgspec.json.encode(config, enc_hook=float),
+            path=self.path,
         )
         return msgspec.msgpack.encode(record)
 
@@ -188,8 +202,10 @@ class Record(Strict, frozen=True, kw_only=True, omit_defaults=True):
     numbers: tuple[Natural, ...] = ()
     pictures: tuple[bytes | None, ...] = ()
     paths: tuple[str | None, ...] = ()
+    groups: tuple[Natural, ...] = ()
     arrays: dict[str, bytes] = msgspec.field(default_factory=dict)
     config: bytes | None = None
+    path: Path = ()
 
     def apply(self, op: str, head: Head) -> Head:
         """The head that the change leads to. Raises ValueError for a record that no change is written as."""
@@ -206,9 +222,10 @@ class Record(Strict, frozen=True, kw_only=True, omit_defaults=True):
             ids = np.array(numbers, np.int64)
             numbers = ()
             owners = np.full(len(ids), uid, np.int64)
-            added = Examples(embeddings, owners, ids, self.pictures, queries, paths=self.paths)
+            groups = np.array(self.groups, np.int64) if self.groups else None
+            added = Examples(embeddings, owners, ids, self.pictures, queries, groups, self.paths)
         text = rows["text"][0] if len(rows.get("text", ())) else None
-        change = Change(cast(Op, op), uid, self.name, text, added, numbers, config)
+        change = Change(cast(Op, op), uid, self.name, text, added, numbers, config, self.path)
         made = change.apply(head)
         counts = len(made.uids), len(made.examples)
         if counts != (self.classes, self.images) or change._arrays().keys() != self.arrays.keys():

@@ -34,6 +34,7 @@ def describe(folder: str | Path) -> str:
         bundle = Bundle.read(verified)
         lines += [*_head_lines(bundle.head), *_engine_lines(check_engine(verified.inner(ENGINE, ENGINE_KIND)))]
         lines.append(f"text encoder {'none' if bundle.text is None else 'included'}")
+        lines += [f"margin {margin:g} of boxes"] if (margin := bundle.settings.margin) else []
         lines += [] if bundle.engine_choice is None else bundle.engine_choice.lines()
     return "\n".join([*lines, f"digest {verified.digest}"])
 
@@ -48,8 +49,9 @@ def describe_log(path: str | Path) -> Iterator[str]:
         for row in reader.rows():
             last = row.logged()
             name = f" {last.name!r}" if last.name else ""
+            below = f" below {' > '.join(last.path)!r}" if last.path else ""
             images = f", images {abbreviate(last.example_ids)}" if last.example_ids else ""
-            yield f"{last.time} version {last.version}: {last.op} {last.class_id}".rstrip() + name + images
+            yield f"{last.time} version {last.version}: {last.op} {last.class_id}".rstrip() + name + below + images
     yield f"leads to version {last.version}, {last.classes:,} classes, {last.images:,} images"
 
 

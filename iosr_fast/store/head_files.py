@@ -79,9 +79,13 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
         next=(head.next_class, head.next_example),
         tau=head.tau,
         plan=constants,
+        paths=None if head.paths is None else [list(path) for path in head.paths],
         **msgspec.structs.asdict(head.config),
     )
-    return facts_to_json(facts), {file: arrays for file, arrays in files.items() if arrays}
+    written = facts_to_json(facts)
+    if head.paths is None:
+        del written["paths"]  # so that earlier versions read it
+    return written, {file: arrays for file, arrays in files.items() if arrays}
 
 
 def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> AnyHead:
@@ -109,6 +113,8 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
         is_multi_label = are_complete(arrays, ("labels", "thresholds"))
         if is_multi_label:
             check_separable(names, SEPARATOR)
+            if facts.paths is not None:
+                raise IosrFastError("expected no paths of nodes where pictures may have several labels, got some")
         support = examples.as_support(numbers, text, facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
             raise IosrFastError(reason)
@@ -121,7 +127,8 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
     data = names, numbers, text, facts.tau, examples, config, reducer, facts.version, *facts.next
     if is_multi_label:
         return MultiLabelHead(*data, arrays["labels"].astype(bool), arrays["thresholds"]).with_computed(plan=plan)
-    head = Head(*data, _embeddings(arrays, "unknown_"), calibration)
+    above = tuple(map(tuple, facts.paths)) if facts.paths is not None and any(facts.paths) else None
+    head = Head(*data, _embeddings(arrays, "unknown_"), calibration, above)
     return head.with_computed(plan=plan, **_evidence(head, read))
 
 
@@ -158,8 +165,8 @@ def head_from_bytes(data: bytes) -> AnyHead:
 
 
 def fingerprint(head: AnyHead) -> str:
-    """SHA-256, in hex, over classes, support images and their pictures, method, parameters and reducer. Not over paths:
-    it is the same classifier wherever its files lie, and a log that begins with it is its own."""
+    """SHA-256, in hex, over classes and their tree, support images and their pictures, method, parameters and reducer.
+    Not over paths of files: it is the same classifier wherever these lie, and a log that begins with it is its own."""
     config = {name: getattr(head.config, name) for name in _OF_CLASSIFIER}
     if not head.config.look_alikes:  # logs of before this setting have the fingerprint without it
         config["look_alikes"] = False
@@ -169,6 +176,7 @@ def fingerprint(head: AnyHead) -> str:
         "tau": head.tau,
         "numbers": [head.next_class, head.next_example],
         "config": config,
+        **({} if head.paths is None else {"paths": head.paths}),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=float).encode())
     digest.update(b"".join(hashlib.sha256(picture or b"").digest() for picture in head.examples.pictures))

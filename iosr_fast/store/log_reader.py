@@ -51,8 +51,8 @@ class Base(Strict, frozen=True, kw_only=True):
 @dataclass(frozen=True)
 class LoggedChange:
     """A change of a log: the version that it made and when, what it did (`op`), the id of its class ("" for none) and
-    the name that it gave it, the ids of the images that it added or removed, and how many classes and images there are
-    after it.
+    the name that it gave it, the ids of the images that it added or removed, how many classes and images there are
+    after it, and the nodes above the class where it was added or moved below some.
 
     >>> LoggedChange(2, "2026-11-29T12:00:00.000+00:00", "rename_class", "~1", "apple", (), classes=2, images=0).op
     'rename_class'
@@ -66,6 +66,7 @@ class LoggedChange:
     example_ids: tuple[str, ...]
     classes: int
     images: int
+    path: tuple[str, ...] = ()
 
 
 class LogRow(NamedTuple):
@@ -82,7 +83,8 @@ class LogRow(NamedTuple):
         record = msgspec.msgpack.decode(self.record, type=Record)
         uid = "" if record.uid is None else class_id(record.uid)
         ids = tuple(map(example_id, record.numbers))
-        return LoggedChange(self.version, self.time, self.op, uid, record.name, ids, record.classes, record.images)
+        after = record.classes, record.images, record.path
+        return LoggedChange(self.version, self.time, self.op, uid, record.name, ids, *after)
 
 
 class LogReader:

@@ -16,14 +16,16 @@ from msgspec import structs
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.class_tree import Parent, check_nodes, path_below
 from iosr_fast.head.descriptions import check_descriptions
 from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fitted import Fit
-from iosr_fast.head.head import Head, HeadData
+from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.labels import read_groups
 from iosr_fast.head.names import check_new_name
+from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import NONE_OF_THE_CLASSES, encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
@@ -53,14 +55,19 @@ class Changing:
     tune_seconds: float
 
     def add_class(
-        self, name: str, images: Any = (), text: np.ndarray | None = None, descriptions: Sequence[str] | None = None
+        self,
+        name: str,
+        images: Any = (),
+        text: np.ndarray | None = None,
+        descriptions: Sequence[str] | None = None,
+        parent: Parent = None,
     ) -> ChangeResult:
         """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is its text
         embedding; None has the text encoder make it of the name and `descriptions`, as `fit` does. An iterator of
-        `images` is taken one after another, never all into memory. The first unreadable image is a BadImageError, and a
-        picture that another class has an IosrFastError; nothing is changed then."""
+        `images` is taken one after another, never all into memory. `parent` as for `move_class`. The first unreadable
+        image is a BadImageError, and a picture that another class has an IosrFastError; nothing is changed then."""
         fit = self._store.changeable("add_class")
-        _check_name(fit.head, name)
+        _check_name(fit.head, name, path_below(parent, fit.head.paths))
         row = _text(fit, name, text, descriptions)
         encoded = _encode(fit, images)
         method = fit.head.config.method
@@ -68,7 +75,8 @@ class Changing:
             raise IosrFastError(f"expected at least one image of {name!r}, got none: {method} compares images")
 
         def make(head: Head) -> Change:
-            return Change("add_class", head.next_class, name, row, _numbered(encoded, head, head.next_class))
+            uid, path = head.next_class, path_below(parent, head.paths)
+            return Change("add_class", uid, name, row, _numbered(encoded, head, uid), path=path)
 
         return self._store.change(fit, make)
 
@@ -111,11 +119,20 @@ class Changing:
         `add_class`; earlier descriptions are not kept), unless `keep_text`; its id stays."""
         fit = self._store.changeable("rename_class")
         uid = fit.head.find_class(name_or_id)
-        _check_name(fit.head, name, uid)
+        _check_name(fit.head, name, itself=uid)
         if keep_text and (text is not None or descriptions is not None):
             raise IosrFastError("expected keep_text, or text or descriptions for another one, got both")
         row = None if keep_text else _text(fit, name, text, descriptions)
         return self._store.change(fit, lambda head: Change("rename_class", head.find_class(class_id(uid)), name, row))
+
+    def move_class(self, name_or_id: str, parent: Parent) -> ChangeResult:
+        """Another place in the tree for a class, by id or name. `parent` is a node by its name, or the path of nodes
+        from the root's child down, a sequence of names, which may be new; None or () is the root. A node goes with the
+        last class below it. What `max_error` promises is computed again."""
+        fit = self._store.changeable("move_class")
+        return self._store.change(
+            fit, lambda head: Change("move_class", head.find_class(name_or_id), path=path_below(parent, head.paths))
+        )
 
     def tune(
         self, images: Any = None, labels: Any = None, method: str | None = None, reducer: str | None = None
@@ -236,7 +253,7 @@ def calibrate(fit: Fit, images: Any, labels: Any, groups: Any, skip_bad: bool) -
     listed = as_image_list(images)
     settings = replace(fit.settings, views=1, single=False, thumbnail=0)
     class_ids = fit.read_labels(listed, labels)
-    grouped = read_groups(groups, len(listed))
+    grouped = read_groups(groups, len(listed), listed, class_ids)
     encoder = fit.clip.encoder_for(adapted=True)
     encoded = encode_images(encoder, listed, settings, class_ids, head.class_names, skip_bad=skip_bad)
     if grouped is not None:
@@ -246,11 +263,12 @@ def calibrate(fit: Fit, images: Any, labels: Any, groups: Any, skip_bad: bool) -
 
 def _encode(fit: Fit, images: Any) -> Examples | None:
     """The images as examples without class and numbers yet; None for no images. An iterable without a length is taken
-    once, image by image."""
+    once, image by image, and its parts of pictures make no groups."""
     lazy = isinstance(images, Iterable) and not isinstance(images, Sized)
-    one_by_one = iter(images if lazy else as_image_list(images))
-    examples = encode_images(fit.clip.encoder_for(adapted=True), one_by_one, fit.settings).examples
-    return examples if len(examples) else None
+    listed = images if lazy else as_image_list(images)
+    examples = encode_images(fit.clip.encoder_for(adapted=True), iter(listed), fit.settings).examples
+    groups = None if lazy else read_groups(None, len(listed), listed, [0] * len(listed))  # all are of one class
+    return replace(examples, groups=groups) if len(examples) else None
 
 
 def _numbered(encoded: Examples | None, head: Head, uid: int) -> Examples | None:
@@ -303,5 +321,8 @@ def _text(fit: Fit, name: str, text: np.ndarray | None, descriptions: Any) -> np
     return embedded
 
 
-def _check_name(head: HeadData, name: str, itself: int | None = None) -> None:
-    check_new_name(name, [other for uid, other in zip(head.uids, head.class_names, strict=True) if uid != itself])
+def _check_name(head: AnyHead, name: str, path: tuple[str, ...] = (), itself: int | None = None) -> None:
+    """The name of a new class below the nodes of `path`, or another one of the class with the uid `itself`."""
+    others = [other for uid, other in zip(head.uids, head.class_names, strict=True) if uid != itself]
+    check_new_name(name, others)
+    check_nodes([*(head.paths or ()), path], [*others, name])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -15,7 +15,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.text import did_you_mean
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,8 @@ class DinoConfig:
     weight_decay_end: float = 0.4
 
     def __post_init__(self) -> None:
-        for name in ("out_dim", "hidden", "head_bottleneck"):
-            if getattr(self, name) < 1:
-                raise IosrFastError(f"expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("local_crops", "teacher_warmup_epochs", "weight_decay_end"):
-            if not getattr(self, name) >= 0:
-                raise IosrFastError(f"expected {name} of at least 0, got {getattr(self, name)}")
+        _check_least(self, 1, "out_dim", "hidden", "head_bottleneck")
+        _check_least(self, 0, "local_crops", "teacher_warmup_epochs", "weight_decay_end")
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
@@ -94,12 +90,8 @@ class TrainConfig:
     dino: DinoConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise IosrFastError(f"expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("cached_views", "warmup_epochs", "clip_grad", "min_learning_rate", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise IosrFastError(f"expected {name} of at least 0, got {getattr(self, name)}")
+        _check_least(self, 1, "epochs", "batch", "accumulate")
+        _check_least(self, 0, "cached_views", "warmup_epochs", "clip_grad", "min_learning_rate", "weight_decay")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise IosrFastError(f"expected a learning rate above 0, got {self.learning_rate}")
         if self.precision not in PRECISIONS:
@@ -143,6 +135,12 @@ def dino_config(**changes: Any) -> TrainConfig:
         "dino": DinoConfig(),
     }
     return TrainConfig(**{**paper, **changes})
+
+
+def _check_least(config: DinoConfig | TrainConfig, least: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise IosrFastError(f"expected {name} of at least {least}, got {getattr(config, name)}")
 
 
 def _half_cosine(start: float, end: float, share: float) -> float:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.ranking import auroc
-
-__all__ = ["auroc", "feature_variance", "overlap_area", "pair_cosines"]
 
 BINS = 200
 
@@ -36,18 +33,3 @@ def overlap_area(paired: np.ndarray, unpaired: np.ndarray) -> float:
     p, _ = np.histogram(np.clip(paired, -1, 1), bins=BINS, range=(-1, 1))
     q, _ = np.histogram(np.clip(unpaired, -1, 1), bins=BINS, range=(-1, 1))
     return float(np.minimum(p / p.sum(), q / q.sum()).sum())
-
-
-def feature_variance(embeddings: np.ndarray) -> float:
-    """The scatter of unit rows x[i] about their mean m, in [0, N / (N - 1)]: the trace of their covariance,
-
-        sum_i |x[i] - m|^2 / (N - 1) = N / (N - 1) * (1 - |m|^2)
-
-    `embeddings` (N, D), L2-normalised, N >= 2. Near 0 if all rows share a direction, N / (N - 1) if their mean is zero.
-    Divided by D it is the mean of the channels' variances. Raises ValueError for fewer than two rows.
-    """
-    n_rows = len(embeddings)
-    if n_rows < 2:
-        raise IosrFastError(f"expected at least two embeddings, got {n_rows}")
-    exact = np.asarray(embeddings, np.float64)
-    return float(((exact - exact.mean(0)) ** 2).sum() / (n_rows - 1))

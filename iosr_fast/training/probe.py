@@ -21,8 +21,9 @@ from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.batches import Normalise, open_cache, read_stems
 from iosr_fast.training.config import TrainConfig
 from iosr_fast.training.objectives import Stem
-from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
+from iosr_fast.training.overlap import overlap_area, pair_cosines
 from iosr_fast.training.pictures import PictureSource, SubsetPictures
+from iosr_fast.utils.ranking import auroc
 from iosr_fast.utils.require import require, require_installed
 
 if TYPE_CHECKING:
@@ -53,12 +54,12 @@ class Probe:
         return {f"{kind}_{name}": getattr(self, name) for name in ("overlap_area", "auroc", "linear_probe")}
 
 
-def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
+def probe(embeddings: np.ndarray, labels: np.ndarray) -> Probe:
     """Overlap, AUROC and linear-probe accuracy of `embeddings` (N, D) with integer `labels` (N,).
 
     Rows are L2-normalised first. Classes with a single picture are left out. At most 2,000 pictures, about equally many
-    of each class, and at most 1,000 classes are used. The choice depends on `labels` and `seed` only, so encoders are
-    compared on the same pictures. The linear probe is fitted on half of each class (the larger half of an odd number)
+    of each class, and at most 1,000 classes are used. The choice depends on `labels` only, so encoders are compared on
+    the same pictures. The linear probe is fitted on half of each class (the larger half of an odd number)
     and tested on the rest: multinomial logistic regression, at the minimum of
 
         mean over i of -log softmax(rows[i] @ weight + bias)[labels[i]]  +  ridge / 2 * sum of weight^2
@@ -68,7 +69,7 @@ def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
     Raises ValueError for embeddings that are zero or not finite, or fewer than two classes of two pictures.
     """
     units = _normalised(embeddings)
-    rows = _choose(labels, seed)
+    rows = _choose(labels)
     names, sizes = np.unique(labels[rows], return_counts=True)
     if len(names) < 2:
         raise IosrFastError(
@@ -93,9 +94,9 @@ def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
     )
 
 
-def probed_rows(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+def probed_rows(labels: np.ndarray) -> np.ndarray:
     """The rows that `probe` uses, ascending: only these must be encoded. A probe of these rows uses all of them."""
-    return np.sort(_choose(labels, seed))
+    return np.sort(_choose(labels))
 
 
 def _normalised(embeddings: np.ndarray) -> np.ndarray:
@@ -107,9 +108,9 @@ def _normalised(embeddings: np.ndarray) -> np.ndarray:
     return unit(embeddings)
 
 
-def _choose(labels: np.ndarray, seed: int) -> np.ndarray:
+def _choose(labels: np.ndarray) -> np.ndarray:
     """The rows to use, class by class, in random order within each."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     order = np.lexsort((rng.random(len(labels)), labels))
     sizes = np.unique(labels, return_counts=True)[1]
     shares = np.where(sizes < 2, 0, sizes)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score
 
-from benchmarks.claims import audit, automation, descriptions, joint, key_precision, labels, suggest, texts
+from benchmarks.claims import audit, automation, descriptions, joint, key_precision, labels, parts, suggest, texts, tree
 from benchmarks.claims.claim import Claim, fit, rows_of
 from iosr_fast import Embeddings
 from iosr_fast.evaluation.features import read_features
+from iosr_fast.methods.tree import Tree
 from tests.conftest import unit_rows
 
 pytestmark = pytest.mark.slow
@@ -121,6 +122,43 @@ def test_promises_hold_or_are_broken_beyond_chance(file: Path) -> None:
     assert (file.name, 4, "half known") not in rows and rows[file.name, 13, "half known"]["auroc"] > 0.9
     svg = ElementTree.fromstring(automation.plot([*rows.values()]))
     assert [*svg.itertext()][:2] == ["of these wrong", "labels accepted, features"]
+
+
+def test_promises_on_a_tree_are_measured_by_level_beside_classes_alone(file: Path) -> None:
+    found = tree.CLAIM.main([str(file), "--shots", "8", "--seeds", "2", "--json", f"{file}.json"])
+    rows = {row["of"]: row for row in found if row["data"] == file.name}
+    assert set(rows) == {"flat", "tree", "flat, not tuned", "tree, not tuned"} and len(found) == 8
+    for row in rows.values():
+        levels = [row.get(f"level{level}_10%", 0) for level in range(3)]
+        assert sum(levels) == pytest.approx(row["labelled_10%"], abs=1e-4) and "draws" not in row
+    assert rows["tree"]["labelled_10%"] >= rows["flat"]["labelled_10%"] > 0.5 > rows["flat"]["labelled_2%"] == 0
+
+
+def test_trees_have_nodes_above_classes(file: Path) -> None:
+    for paths in (tree.paths_of_demo(), tree.paths_of_file(str(file)), tuple(tree.paths_by_hand().values())):
+        inner = Tree(paths).inner
+        assert len({node[-1] for node in inner}) == len(inner) > 1 and max(map(len, inner)) == 2
+
+
+@pytest.mark.parametrize(("name", "copies"), [("even", 1), ("bursts 1", 4)])
+def test_promises_hold_of_a_known_population(name: str, copies: int) -> None:
+    population = tree.MADE[name]
+    samples = [population.draw(name, tree.IMAGES, seed) for seed in range(20)]
+    assert samples[0].judged.count == pytest.approx(tree.IMAGES / copies)
+    rows = [row for sample in samples for row in tree.draws(sample, "", 0)]
+    assert np.mean([row["labelled_10%"] for row in rows]) > 0.8
+    assert sum(row["broken_10%"] for row in rows) <= 3 and all(row["wrong_10%"] > 0 for row in rows)
+
+
+def test_a_scene_has_its_picture_in_the_box(rng: np.random.Generator) -> None:
+    white = np.full((1, 64, 64, 3), 255, np.uint8)
+    picture = white[0].copy()
+    picture[10:40, 20:30] = 0
+    scene, box = parts.scene(picture, white, None, rng)
+    y, x = np.nonzero((scene < parts.INK).any(2))
+    assert box.within((parts.SCENE, parts.SCENE)) == (x.min(), y.min(), x.max() + 1, y.max() + 1)
+    looks = dict(parts.looks(scene, box, rng))
+    assert looks["box, 0"].box == box and looks["square"].box.width == box.height and looks["whole scene"] is scene
 
 
 def test_a_burst_has_variants_of_one_picture_and_the_test_others(rng: np.random.Generator) -> None:

@@ -24,6 +24,7 @@ from iosr_fast.files.work import Classify
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import predict_any
+from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
@@ -117,11 +118,12 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
         assert [*found.values()] == sorted(found.values(), reverse=True)
         np.testing.assert_allclose([*found.values()], [row[NAMES.index(name)] for name in found], atol=1e-5)
     paths, head = [str(path) for path in results.paths], classifier.snapshot()
-    reader, table = Reader(classifier.encoder, Path("none"), True, ReadOptions(5)), CsvTable(multi_label=True)
+    table = CsvTable(multi_label=True)
+    reader = Reader(classifier.encoder, Path("none"), SupportSettings(), ReadOptions(5))
     answered = chain.from_iterable(reader.read(paths, partial(predict_any, head, top=1))[2])
     rows = [row_of(path, answer, table.fields) for path, answer in zip(paths, answered, strict=True)]
     (tmp_path / "out.csv").write_bytes(table.encode(rows, first=True))
-    again, labels, names, _ = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
+    again, labels, names, *_ = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
     assert labels == answers.tolist() and [str(path) for path in again] == paths
     assert names == sorted(set().union(*answers))
 

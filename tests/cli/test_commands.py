@@ -92,7 +92,7 @@ def test_a_place_that_can_not_be_written_is_refused_before_the_work(
     }.items():
         assert said in refused("fit", folder, "--model", "demo", "--out", tmp_path / place)
     for place, said in {
-        "labels.txt": "to end in .csv or .parquet",
+        "labels.txt": "to end in .csv, .parquet or .json",
         "nowhere/labels.csv": "expected a folder to write",
         "file/labels.csv": "expected a folder to write",
         "mine": "holds other files than a run's parts",

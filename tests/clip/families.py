@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -45,10 +45,10 @@ def timm_clip(create: Callable[..., Any], size: int = 32, **vision: Any) -> Load
     return replace(small_clip(), model=model.eval().requires_grad_(False), geometry=Geometry(size))
 
 
-def named(name: str, **changes: Any) -> Callable[..., Any]:
-    """timm.create_model of `name` in small; what open_clip names is left out."""
+def named(name: str, sizes: Mapping[str, Any] = SMALL, **changes: Any) -> Callable[..., Any]:
+    """timm.create_model of `name` in these sizes; what open_clip names is left out."""
     create = timm.create_model
-    return lambda _small, **options: create(name, **{**SMALL, **changes, **options})
+    return lambda _small, **options: create(name, **{**sizes, **changes, **options})
 
 
 def mobileclip(_small: str, pretrained: bool = False, **options: Any) -> Any:

@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import open_clip
-import timm
 import torch
 from timm.models.vitamin import GeGluMlp, VitCfg, VitConvCfg, _create_vitamin
 
 from iosr_fast.clip.load import LoadedClip
-from tests.clip.families import randomise, timm_clip
+from tests.clip.families import named, randomise, timm_clip
 from tests.clip.small_clip import TEXT, small_clip
 
 
@@ -29,12 +28,6 @@ def vitamin(_small: str, pretrained: bool = False, **options: Any) -> Any:
     return _create_vitamin(
         "vitamin_small_224", pretrained, stages, class_token=False, global_pool="avg", **sizes, **options
     )
-
-
-def named(name: str, **changes: Any) -> Callable[..., Any]:
-    """timm.create_model of `name`, which timm_clip replaces."""
-    create = timm.create_model
-    return lambda _small, **options: create(name, **changes, **options)
 
 
 def resnet() -> LoadedClip:
@@ -67,9 +60,9 @@ def coca() -> LoadedClip:
 FASTVIT = {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64)}
 PLAIN_CLIPS: dict[str, Callable[[], LoadedClip]] = {
     "resnet": resnet,
-    "convnext": lambda: timm_clip(named("test_convnext"), 64, timm_pool="", timm_proj="linear"),
-    "convnext-mlp": lambda: timm_clip(named("test_convnext"), 64, timm_pool="", timm_proj="mlp"),
-    "mobileclip-s": lambda: timm_clip(named("fastvit_mci0", **FASTVIT), 64, timm_pool="avg"),
+    "convnext": lambda: timm_clip(named("test_convnext", {}), 64, timm_pool="", timm_proj="linear"),
+    "convnext-mlp": lambda: timm_clip(named("test_convnext", {}), 64, timm_pool="", timm_proj="mlp"),
+    "mobileclip-s": lambda: timm_clip(named("fastvit_mci0", FASTVIT), 64, timm_pool="avg"),
     "vitamin": lambda: timm_clip(vitamin, 64, timm_pool="", timm_proj="linear"),
     "coca": coca,
 }

@@ -137,9 +137,9 @@ def check_requirements(words: list[str]) -> None:
 
 def check_options(words: list[str]) -> None:
     """A command line of iosr-fast has the options and values that the command takes; other commands are not checked."""
-    if "iosr-fast" in words:
-        command, options = find_command(words[words.index("iosr-fast") + 1 :])
-        command.make_context("iosr-fast", options)
+    for name in {"iosr-fast", "iosr_fast"} & {*words}:
+        command, options = find_command(words[words.index(name) + 1 :])
+        command.make_context(name, options)
 
 
 def find_command(words: list[str]) -> tuple[Any, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,8 @@ NEW_CLASS = "pear"
 @functools.cache
 def users_files() -> dict[str, bytes]:
     """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ has others; others/ of no class; a.jpg to
-    e.jpg, labels.csv, several.csv."""
+    e.jpg, labels.csv, several.csv; tree.csv, and nested/ with two pictures of a few classes; boxes.csv and
+    detections.json."""
     pictures = load_pictures("held-out", min_styles=5)
     rows_of = {name: np.flatnonzero(pictures.concepts == i) for i, name in enumerate(pictures.names)}
     files = {"adapter.safetensors": pretrained.DEMO_ADAPTER.read_bytes()}
@@ -53,6 +55,13 @@ def users_files() -> dict[str, bytes]:
     for letter, name in zip("abc", ("banana", "melon", "tomato"), strict=True):
         files[f"{letter}.jpg"] = files[f"validation/{name}/4.jpg"]
     files["labels.csv"] = b"path,label\nd.jpg,pear\ne.jpg,\n"
+    files["tree.csv"] = b"class,parent\nlemon,citrus\ntangerine,citrus\ncitrus,fruit\nbanana,fruit\n"
+    for name in ("fruit/citrus/lemon", "fruit/citrus/tangerine", "fruit/banana", "carrot"):
+        files |= {f"nested/{name}/{i}.jpg": files[f"support/{name.split('/')[-1]}/{i}.jpg"] for i in range(2)}
+    files["boxes.csv"] = b"path,x,y,width,height\na.jpg,10,20,100,90\na.jpg,0.5,0,0.5,1\nb.jpg,,,,\n"
+    boxes = [{"category": "1", "conf": 0.9, "bbox": [0.1, 0.1, 0.8, 0.8]}]
+    found = {"images": [{"file": "a.jpg", "detections": boxes}], "detection_categories": {"1": "animal"}, "info": {}}
+    files["detections.json"] = json.dumps(found).encode()
     rows = ("a.jpg,banana; fruit", "b.jpg,melon; fruit", "c.jpg,", "d.jpg,banana", "e.jpg,melon")
     files["several.csv"] = "\n".join(["path,labels", *rows, ""]).encode()
     return files

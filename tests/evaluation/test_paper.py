@@ -21,6 +21,7 @@ from PIL import Image
 from iosr_fast.clip import load
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.prompts import embed_classes
+from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation import comparison
 from iosr_fast.evaluation.demo import torch_encoder
@@ -38,6 +39,8 @@ from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score
 from tests import ROOT
 from tests.cli.runs import main, refused
+from tests.clip.plain_clips import plain_clip
+from tests.clip.small_clip import random_pixels
 
 CLASSES = 5
 WORDS = {"--model": ["demo"], "--shots": ["1", "2"], "--seeds": ["2"], "--views": ["3"]}
@@ -358,13 +361,7 @@ def test_without_an_adapter_its_methods_are_left_out_and_a_named_one_is_refused(
 
 @pytest.mark.slow
 def test_a_resnet_is_encoded_by_open_clips_own_encoder() -> None:
-    import torch
-
-    clip = load.load_clip("RN50", "none")
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    clip, pixels = plain_clip("resnet"), random_pixels(2, 64)
     found = torch_encoder(clip, None)(pixels)
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
-    with torch.inference_mode():
-        rows = clip.model.encode_image((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std).numpy()
-    np.testing.assert_allclose(found.plain, rows / np.linalg.norm(rows, axis=1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(found.plain, two_passes(clip, None, pixels)[0], atol=1e-5)
     assert found.adapted is None

@@ -32,7 +32,8 @@ from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import least_odds
-from iosr_fast.methods.conformal import log_odds_of_largest
+from iosr_fast.methods.log_loss import log_odds_of_largest
+from iosr_fast.methods.tree import Tree
 from iosr_fast.scoring.key_precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference, softmax
 from iosr_fast.sealed.verified_folder import open_verified
@@ -41,6 +42,7 @@ from tests.conftest import EXTENDED, random_embeddings, random_plan
 from tests.demo_cache import demo_bundle, demo_engine
 from tests.interpreter import printed
 from tests.methods.support_sets import Clusters
+from tests.store.live_parts import with_tree
 from tools.demo.bundle import held_out_queries
 
 Outputs = dict[str, np.ndarray]
@@ -159,6 +161,24 @@ def test_odds_of_large_logits_are_finite_where_a_runtime_sums_exponentials_as_th
     np.testing.assert_allclose(got, log_odds_of_largest(rows), atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [0.1, 9.0])
+def test_answers_with_nodes_are_those_of_the_tree(rng: np.random.Generator, scale: float) -> None:
+    """Where probabilities are exactly 0 in float32, too."""
+    tree = Tree(tuple((f"a{c // 8}", f"b{c // 4}")[: c % 3] for c in range(24)))
+    plan, rows = random_plan(rng, [2] * 24, 24).scaled(scale), random_embeddings(rng, 300, 24)
+    logits = score_reference(plan, rows)
+    assert (softmax(logits.astype(np.float32)) == 0).any() == (scale > 1)
+    levels, given = tree.of_logits(logits), set[int]()
+    for share in np.linspace(0.05, 0.95, 7):
+        least = float(np.quantile(levels.odds[:, -1], share)) + 1e-3
+        labels, accepted = levels.answer(least)
+        got = answers_of(rows, Answers(plan, adapted=True, least_odds=least, tree=tree))
+        np.testing.assert_array_equal(got["label"], labels)
+        np.testing.assert_array_equal(got["accepted"], accepted)
+        given |= {*tree.level_of[labels[accepted]].tolist()}
+    assert given >= {0, 2}
+
+
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
     """Of the demo, from 20 to 300 pixels, tall and wide."""
@@ -173,15 +193,20 @@ def pictures() -> list[np.ndarray]:
 def test_a_file_answers_as_the_classifier(
     method: str, promises: dict[str, Any], pictures: list[np.ndarray], tmp_path: Path
 ) -> None:
-    """With the adapted embeddings that it compares, or the plain graph; pictures of any size, one or several."""
+    """With the adapted embeddings that it compares, or the plain graph; pictures of any size, one or several; nodes of
+    a tree, if it has one."""
     classifier, file = Classifier.load(demo_bundle(12, 3, method)), tmp_path / "demo.onnx"
+    if method == "gda":
+        with_tree(classifier, [("left", f"pair {c // 2}") if c < 6 else () for c in range(12)])
     classifier.export(file, **promises)
+    names = json.loads(onnx.load(file).metadata_props[0].value)
+    assert len(names) == (16 if method == "gda" and promises else 12)
     expected = classifier.explain(pictures, top=1, **promises)
     for runtime in ("onnxruntime", "openvino"):
         execute = opened(file, runtime)
         for picture, one in zip(pictures, expected, strict=True):
             got = execute({"picture": np.stack([picture, picture])})
-            assert classifier.classes_[got["label"][1]] == classifier.predict(picture)[0]
+            assert names[got["label"][1]] == (one.label or one.top[0].label)
             np.testing.assert_allclose(got["probabilities"][1], classifier.predict_proba(picture)[0], atol=5e-3)
             if promises:
                 assert got["accepted"][0] == one.accepted and got["rejected"][0] == one.unknown.rejected

@@ -17,6 +17,7 @@ from tests.cli.runs import done, refused
 from tests.demo_cache import demo_bundle
 from tests.export.recipes import npm
 from tests.pictures import encode
+from tests.store.live_parts import with_tree
 from tools.demo.bundle import held_out_queries
 
 pytestmark = pytest.mark.slow
@@ -26,8 +27,8 @@ HOSTILE = '</script><script>hacked = 1</script><img src=x onerror="hacked = 1">'
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    """Its first class has a hostile name."""
-    classifier = Classifier.load(demo_bundle(12, 5))
+    """Its first class has a hostile name, and it has a tree."""
+    classifier = with_tree(Classifier.load(demo_bundle(12, 5)), [(f"node {c // 6}",) for c in range(12)])
     classifier.rename_class(classifier.classes_[0], HOSTILE, keep_text=True)
     return classifier
 
@@ -66,10 +67,11 @@ def test_pictures_get_the_labels_of_the_library(page: Any, classifier: Classifie
     labels, sure = classifier.predict(images), classifier.predict(images, max_error=0.4)
     expected = []
     for label, accepted, known in zip(labels, sure, classifier.predict(images, unknown="reject"), strict=True):
-        words = label if accepted else f"Needs a look: {label}?"
+        words = accepted or f"Needs a look: {label}?"
         expected.append(words if known == label else f"None of the classes; the nearest is {label}")
     assert page.locator("#results .label").all_inner_texts() == expected
     assert {words.split(":")[0].split(";")[0] for words in expected} >= {"Needs a look", "None of the classes", HOSTILE}
+    assert any(words.startswith("node") for words in expected)
     assert page.locator(".bars").first.locator("li").count() == 5
     assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0
     assert page.locator("#results .bad").inner_text().startswith("a.jpg: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.files.runs import (
     read_rows,
     refused,
 )
+from tests.store.live_parts import with_tree
 from tools.demo.bundle import held_out_queries
 
 pytestmark = pytest.mark.slow
@@ -194,31 +196,55 @@ def test_unknown_pictures_are_rejected_alike_everywhere(bundle: Path, folder: Pa
     assert read_manifest(tmp_path / "parts", "classifications")["rejected"] == labels.count("?")
 
 
-def test_labels_are_accepted_by_a_promise_alike_everywhere(bundle: Path, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tree", [False, True])
+def test_labels_are_accepted_by_a_promise_alike_everywhere(
+    tree: bool, bundle: Path, folder: Path, tmp_path: Path
+) -> None:
+    """By a classifier with a tree their nodes, with level and path."""
     import pyarrow.parquet as pq
 
     classifier, reject = Classifier.load(bundle, threads=1), {"unknown": "reject", "keep": 0.9}
+    if tree:
+        with_tree(classifier, [(f"<{c // 4}>", f"pair {c // 2}") for c in range(8)]).save(bundle := tmp_path / "saved")
+    columns = ["accepted", *["level", "label_path"] * tree, "error"]
     found = classifier.predict_folder(folder, skip_bad=True, unknown_label="?", max_error=0.5, **reject)
-    accepted = [one.accepted for one in classifier.explain(found.paths, max_error=0.5, **reject)]
+    expected = classifier.explain(found.paths, max_error=0.5, **reject)
+    accepted = [one.accepted for one in expected]
     assert 2 <= sum(accepted) <= len(accepted) - 2 and found.accepted.tolist() == accepted
+    assert found.labels.tolist() == [one.label or "?" for one in expected]
+    np.testing.assert_allclose(found.probabilities, [one.probability for one in expected], atol=1e-5)
     alone = classifier.predict_folder(folder, skip_bad=True, max_error=0.5)
     assert (alone.accepted & (found.labels != "?")).tolist() == accepted and alone.rejections is None
 
     words = (*REJECT, "--max-error", "50%", "--out")
-    said = done(classify(bundle, folder, *words, tmp_path / "labels.csv"))
+    said = done(classify(bundle, folder, *words, tmp_path / "labels.csv", "--html", tmp_path / "page.html"))
     assert f"accepted {sum(accepted)} of {len(accepted)} labels; {len(accepted) - sum(accepted)} need a look" in said
     *rows, bad = read_rows(tmp_path / "labels.csv")
     assert [row["accepted"] for row in rows] == [str(one).lower() for one in accepted] and bad["accepted"] == ""
-    assert [row["label"] for row in rows] == found.labels.tolist() and list(bad)[-2:] == ["accepted", "error"]
+    assert [row["label"] for row in rows] == found.labels.tolist() and list(bad)[-len(columns) :] == columns
+    assert all(f">{escape(label)}</td>" in (tmp_path / "page.html").read_text() for label in found.labels)
     assert classify(bundle, folder, *words[:-1]).stdout == (tmp_path / "labels.csv").read_text()
     for name in ("labels.parquet", "parts"):
         done(classify(bundle, folder, *words, tmp_path / name))
         table = pq.read_table(tmp_path / name) if name.endswith("parquet") else read_parts(tmp_path / name)
         assert table["accepted"].to_pylist() == [*accepted, None] and str(table["accepted"].type) == "bool"
+        assert table["label"].to_pylist() == [*found.labels, None] and table.column_names[-len(columns) :] == columns
     manifest = read_manifest(tmp_path / "parts", "classifications")
     assert (manifest["max_error"], manifest["accepted"]) == (0.5, sum(accepted))
     other = refused(classify(bundle, folder, *REJECT, "--max-error", "0.55", "--out", tmp_path / "parts"))
     assert "differs in max_error (there 0.5, now 0.55)" in other
+    if tree:
+        levels = [None if one.label is None else one.level for one in expected]
+        above = [None if one.label is None else " > ".join([*one.path, one.label]) for one in expected]
+        assert {*levels} == {0, 1, 2, None} and not any(one.level for one in expected if not one.accepted)
+        texts = [("", "") if path is None else (str(level), path) for level, path in zip(levels, above, strict=True)]
+        assert [(row["level"], row["label_path"]) for row in rows] == texts
+        assert table["level"].to_pylist() == [*levels, None] and table["label_path"].to_pylist() == [*above, None]
+        nodes = [one.class_id is None for one in expected]
+        assert [row is None for row in table["class_id"].to_pylist()] == [*nodes, True] and bad["level"] == ""
+        classifier.move_class("~0", ())
+        classifier.save(tmp_path / "moved")
+        assert "differs in classifier" in refused(classify(tmp_path / "moved", folder, *words, tmp_path / "parts"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.source import Source, read_source
+from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.preprocess import decode_batch
 from tests.files.runs import write_pictures
 
 
@@ -87,3 +90,35 @@ def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
         read_source([str(tmp_path)])
     os.rename(os.fsencode(tmp_path) + b"/caf\xe9.png", tmp_path / "caf\u00e9.png")
     assert read_source([str(tmp_path)], relative=True).keys == ["caf\u00e9.png"]
+
+
+def test_boxes_are_columns_or_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (9, 9)).save("a.png")
+    listed, columns = Path("list.csv"), "path,x,y,width,height\na.png,,,,\n"
+    listed.write_text(columns + 'a.png,1,2,3,4\na.png,0.5,0,.5,1\n"a.png#xywh=1,1,2,2",,,,\n')
+    texts = ["a.png", "a.png#xywh=1,2,3,4", "a.png#xywh=percent:50,0,50,100", "a.png#xywh=1,1,2,2"]
+    source = read_source(["list.csv", texts[1]])
+    assert source.keys == source.paths == [*texts, texts[1]]
+    (chunk,) = read_source([texts[1]]).cut(9)
+    before = chunk.digest()
+    Image.new("RGB", (9, 19)).save("a.png")
+    assert chunk.digest() != before
+    with pytest.raises(FileNotFoundError, match=r"found none at 'b\.png': "):  # once
+        read_source(["b.png#xywh=1,2,3,4", "b.png#xywh=5,2,3,4"])
+    listed.write_text("path,width,height\na.png,9,9\n")  # of the picture
+    assert read_source(["list.csv"]).paths == ["a.png"]
+    listed.write_text("path,x,y,width\na.png,1,2,3\n")
+    with pytest.raises(IosrFastError, match=r"columns x, y, width and height of boxes in list\.csv, got no height"):
+        read_source(["list.csv"])
+    for row, message in {
+        "a.png,1,2,3,nan": "expected a box x, y, width, height",
+        "a.png,1,,3,4": "expected a box x, y, width, height",
+        '"a.png#xywh=1,2,3,4",1,2,3,4': "expected a box in columns or in the path, got both",
+        '"a.png#xywh=1,2,3",,,,': "expected #xywh=x,y,width,height of numbers",
+    }.items():
+        listed.write_text(columns + row)
+        with pytest.raises(IosrFastError, match=rf"row 3 of list\.csv: {message}"):
+            read_source(["list.csv"])
+        paths = read_source(["list.csv"], skip_bad=True).paths
+        assert [error is None for error in decode_batch(paths, Geometry(4)).errors] == [True, False]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.stream import Reader, ReadOptions, Stage, batch_sizes, batches_of, choose_batch
+from iosr_fast.head.support_images import SupportSettings, encode_images
+from iosr_fast.images import preprocess
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import Decode, DecodedBatch
 from iosr_fast.utils.ordered import map_ordered
@@ -59,7 +64,7 @@ def levels(embeddings: Embeddings) -> list[int]:
 def read(
     stage: Stage, sources: list[Any], batch: int, decode: Decode | None = None, use: Callable[..., Any] = levels
 ) -> Any:
-    reader = Reader(stage.encoder, Path(), True, ReadOptions(batch, skip_bad=True))
+    reader = Reader(stage.encoder, Path(), SupportSettings(), ReadOptions(batch, skip_bad=True))
     reader.decode = decode or reader.decode
     batches = batches_of(sources, batch_sizes(len(sources), batch, 1))
     return reader.read_batches(stage, batches, use)
@@ -182,3 +187,39 @@ def test_the_batch_fits_the_machine() -> None:
     assert choose_batch(encoder, None) == 64
     with pytest.raises(ValueError, match="expected batch of at least 1, got 0"):
         choose_batch(encoder, 0)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("way", ["one caller", "callers", "support"])
+def test_the_parts_of_a_file_share_one_decoding(
+    batch: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, whole, most = Counter[Path](), list[weakref.ref[Image.Image]](), list[int]()
+    upright, opened = preprocess.upright_rgb, preprocess.opened
+
+    def counted(image: Image.Image, *options: Any) -> Image.Image:
+        whole.append(weakref.ref(made := upright(image, *options)))
+        most.append(sum(one() is not None for one in whole))
+        return made
+
+    monkeypatch.setattr(preprocess, "opened", lambda path: reads.update([path]) or opened(path))
+    monkeypatch.setattr(preprocess, "upright_rgb", counted)
+    files = [tmp_path / f"{i}.png" for i in range(12)]
+    for i, file in enumerate(files):
+        columns = np.repeat(np.arange(10, dtype=np.uint8)[None] + 10 * i + 1, 4, axis=0)
+        Image.fromarray(columns).resize((80, 32), Image.Resampling.NEAREST).save(file)
+    files[5].write_bytes(b"no image")
+    sources = [f"{file}#xywh={8 * i},0,8,32" for file in files for i in range(10)]
+    expected = [level + 1 for level in range(120) if level // 10 != 5]
+    if way == "support":
+        encoded = encode_images(CountingEncoder(), sources, SupportSettings(thumbnail=0), skip_bad=True)
+        found, errors = expected[: len(encoded.examples)], encoded.errors
+        assert encoded.examples.paths == tuple(one for one in sources if "/5.png" not in one)
+    else:
+        stage = Stage(CountingEncoder(), *((1, 2) if way == "one caller" else (3, 0)))
+        results = list(read(stage, sources, batch))
+        found = [level for _, some in results for level in some or ()]
+        errors = [error for some, _ in results for error in some if error is not None]
+    assert found == expected and reads == dict.fromkeys(files, 1)
+    assert [(error.position, str(error.path)) for error in errors] == list(enumerate(sources))[50:60]
+    assert max(most) <= 5 and not any(one() is not None for one in whole)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from iosr_fast.files import tables
-from iosr_fast.files.tables import CsvTable, ParquetTable, TableRow, read_table
+from iosr_fast.files.tables import PROMISE, CsvTable, ParquetTable, TableRow, read_table
 from iosr_fast.head.verdict import Rejection
 from iosr_fast.utils.csv_text import recovered
 
@@ -36,7 +36,7 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "_ROW_GROUP", 5)
-    table = (CsvTable if suffix == ".csv" else ParquetTable)(unknown_label="?", accepted=True)
+    table = (CsvTable if suffix == ".csv" else ParquetTable)(unknown_label="?", promise=PROMISE)
     rows = [TableRow(f"{i}\u00e4\n.png", [["a", i / 31]], Rejection(float(i), i > 20), "", i > 9) for i in range(23)]
     rows[7] = TableRow("7.png", error="no picture")
     written = []
@@ -53,6 +53,12 @@ def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch:
     assert [row.label for row in found if not row.error] == ["a"] * 20 + ["?"] * 2
     assert [row.accepted for row in found] == [*[False] * 7, None, *[False] * 2, *[True] * 13]
     assert found[22].probability == round(22 / 31, 4) and found[22].unknown_score == 22
+
+
+def test_a_table_of_a_promise_without_a_tree_has_the_bytes_of_earlier_versions() -> None:
+    rows = [TableRow("a.png", [["cat", 0.75]], Rejection(-0.5, False), "", True), TableRow("b.png", error="bad")]
+    text = b"path,label,probability,unknown_score,accepted,error\na.png,cat,0.7500,-0.5000,true,\nb.png,,,,,bad\n"
+    assert CsvTable(unknown_label="?", promise=PROMISE).encode(rows, first=True) == text
 
 
 def test_parquet_keeps_names_as_they_are_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

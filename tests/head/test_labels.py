@@ -13,6 +13,7 @@ import pytest
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.labels import check_labels, class_ids, read_groups
 from iosr_fast.head.names import check_names
+from iosr_fast.images.crop import Crop
 
 NAN = float("nan")
 
@@ -55,6 +56,15 @@ def test_invalid_labels_are_refused_by_position(labels: Any, message: str) -> No
         class_ids([None] * 3, labels, ["a", "b"])
     with pytest.raises(ValueError, match=r"got set .* fitted with one label an image takes one"):
         class_ids([None], [{"a"}], ["a", "b"])
+
+
+def test_parts_of_a_picture_and_class_are_a_group() -> None:
+    array, box = np.zeros((8, 8, 3), np.uint8), (0, 0, 4, 4)
+    images = ["a.jpg#xywh=0,0,4,4", Path("b.jpg"), Crop("a.jpg", box), Path("a.jpg"), Crop(array, box), array]
+    assert read_groups(None, 6, images, np.zeros(6, int)).tolist() == [0, 1, 0, 0, 2, 2]
+    assert read_groups(None, 6, images, [0, 0, 1, 0, 0, 1]).tolist() == [0, 1, 2, 0, 3, 4]
+    assert read_groups(["v", "v", *[None] * 4], 6, images, [0] * 6).tolist() == [0, 0, 1, 1, 2, 2]
+    assert read_groups(None, 2, ["a.jpg", "a.jpg"]) is None  # whole pictures are not grouped by their files
 
 
 def test_groups_are_numbered_and_a_missing_one_is_its_own() -> None:
@@ -116,7 +126,7 @@ def test_tables_of_labels_join_folders(tmp_path: Path) -> None:
         (tmp_path / name / "1.png").touch()
     table = tmp_path / "more.csv"
     table.write_text("path,labels\na.png,pear; lime\nb.png,\nc.png,lime;\n")
-    _, labels, names, _ = labelled_images(tmp_path, table)
+    _, labels, names, *_ = labelled_images(tmp_path, table)
     assert labels == [{"lemon"}, {"pear"}, {"pear", "lime"}, set(), {"lime"}] and names == ["lemon", "lime", "pear"]
     table.write_text("path,label,,\na.png,cat,,\nb.png,dog,,\n")  # as spreadsheets write
     assert labelled_images(table)[1] == ["cat", "dog"]
@@ -141,7 +151,7 @@ def test_a_later_place_corrects_labels(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "link").symlink_to("support")
     table = tmp_path / "labels.csv"
     table.write_text(f"path,label\nlink/lemon/2.png,lime\n{tmp_path}/support/pear/1.png,plum\nnew.png,pear\n")
-    paths, labels, names, _ = labelled_images(tmp_path / "support", table)
+    paths, labels, names, *_ = labelled_images(tmp_path / "support", table)
     assert labels == ["lemon", "lime", "plum", "pear"] and names == ["lemon", "lime", "pear", "plum"]
     assert paths[1] == tmp_path / "support/lemon/2.png" and "labels replace those of 2 images" in caplog.text
     table.write_text("path,label\nnew.png,pear\nnew.png,plum\n")

@@ -19,7 +19,8 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.files import evaluate
 from iosr_fast.head.quality import Evaluation
 from iosr_fast.methods.automation import Automation
-from tests.store.live_parts import PixelEncoder, pictures, small_classifier
+from iosr_fast.reports.evaluation_report import evaluation_page
+from tests.store.live_parts import PixelEncoder, pictures, small_classifier, with_tree
 
 COVERAGE, KEEP = 0.8, 0.85
 
@@ -78,6 +79,31 @@ def test_promises_are_checked_as_the_classifier_keeps_them(measured: Any) -> Non
     assert judged == {most: both for most, both in counts.items() if both[0]} and len(judged) > 1
     accepted = [row for row in np.argsort(scores[:20]).tolist() if others_kept[row]]
     assert [one.image for one in found.unknown.accepted] == accepted
+
+
+def test_answers_with_nodes_of_a_tree_are_judged_together_and_shown_by_level(measured: Any) -> None:
+    """A node is right above the label; mistakes stay those of classes."""
+    _, images, names, _, flat = measured
+    paths = [("low",), ("low",), ("high", "odd"), ("high", "odd"), ("high",)]
+    in_tree = with_tree(small_classifier(shots=6, alpha=4.0, look_alikes=False), paths)
+    found, above = in_tree.evaluate(images, names), dict(zip(in_tree.classes_, paths, strict=True))
+    assert (found.wrong, len(found.mistakes)) == (flat.wrong, flat.wrong) and found.by_level and not flat.by_level
+    for one, levels in zip(found.promises, found.by_level, strict=True):
+        answers = in_tree.predict(images, max_error=one.promised)
+        level = [{"odd": 1, "low": 2, "high": 2}.get(answer, 0) for answer in answers]
+        right = [answer == name or answer in above[name] for answer, name in zip(answers, names, strict=True)]
+        given = [(np.array(level) == k) & (answers != np.array(None)) for k in range(3)]
+        assert (one.accepted, one.wrong) == (sum(map(sum, given)), sum((~np.array(right))[sum(given) > 0]))
+        assert [share for share, _ in levels] == [mask.mean() for mask in given] and min(map(sum, given)) > 0
+        assert [wrong for _, wrong in levels] == [1 - np.array(right)[mask].mean() for mask in given]
+        checked = in_tree.check(answers, names, 0.2)
+        assert (checked.checks, checked.wrong) == (one.accepted, one.wrong)
+    assert found.to_dict()["automation"]["level_shares"] == found.automation.level_shares.tolist()
+    shares = " + ".join(f"{share:.1%} ({wrong:.1%})" for share, wrong in found.by_level[0])
+    assert f"accepted at level 0 + 1 + ... (of them wrong): {shares} for 15%" in found.summary()
+    page = evaluation_page(found, lambda _: None, "title")
+    assert all(f">{100 * share:.1f}% ({wrong:.1%} wrong)</td>" in page for share, wrong in found.by_level[0])
+    assert "level 0" in page and "level 0" not in evaluation_page(flat, lambda _: None, "title") + flat.summary()
 
 
 @pytest.mark.parametrize(

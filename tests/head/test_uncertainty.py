@@ -61,7 +61,7 @@ def test_labels_that_need_a_look_are_withheld_by_a_promise(queries: Any, tmp_pat
     curve = classifier.automation()
     assert curve.images == 10 * CLASSES and str(round(100 * curve.smallest, 1)) in str(curve)
     sure = classifier.predict_proba(images).max(1) >= curve.thresholds[curve.max_errors == 0.1] * (1 - 1e-6)
-    assert 0.2 < sure.mean() < 0.9 and (head.accepts(logits, 0.1) == sure).all()
+    assert 0.2 < sure.mean() < 0.9 and (head.promised(logits, 0.1)[1] == sure).all()
     plain, answers = classifier.predict(images), classifier.predict(images, max_error=0.1)
     assert answers.tolist() == [name if one else None for name, one in zip(plain.tolist(), sure, strict=True)]
     assert [one.accepted for one in classifier.explain(images, max_error=0.1)] == sure.tolist()

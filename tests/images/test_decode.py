@@ -119,9 +119,9 @@ def test_every_caller_has_the_same_pixels(pictures: np.ndarray, tmp_path: Path) 
     for isolated in (False, True):
         decoder = Decoder(DecodeLimits(), isolated)
         decoder.start()
-        whole = [decoder.decode(to_decode(data, geometry, whole=True)) for data in files]
+        whole = [decoder.decode(to_decode(data, geometry, whole=True))[0] for data in files]
         found[f"support, {isolated}"] = to_pixels(whole, geometry)
-        found[f"queries, {isolated}"] = np.stack([decoder.decode(to_decode(data, geometry)) for data in files])
+        found[f"queries, {isolated}"] = np.stack([decoder.decode(to_decode(data, geometry))[0] for data in files])
         decoder.close()
     for way, pixels in found.items():
         np.testing.assert_array_equal(pixels, expected, way)

@@ -20,7 +20,7 @@ from iosr_fast.methods.conformal import LeftOutLabels, of_logits
 
 
 def left_out(odds: np.ndarray, right: np.ndarray) -> LeftOutLabels:
-    return LeftOutLabels(odds, odds, right, np.zeros(len(odds)), np.zeros(len(odds), int))
+    return LeftOutLabels(odds, odds[:, None], right[:, None], np.zeros(len(odds)), np.zeros(len(odds), int))
 
 
 def labelled(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +61,13 @@ def test_of_accepted_labels_of_new_images_no_more_are_wrong_than_promised(max_er
         broken += bool(accepted.any()) and float((~new.right[accepted]).mean()) > max_error
         shares.append(accepted.mean())
     assert broken <= 5 and np.mean(shares) > 0.2, (broken, np.mean(shares))
+
+
+def test_an_answer_is_wrong_where_its_node_is() -> None:
+    odds, none = np.stack([np.zeros(400), np.linspace(3, 5, 400)], 1), np.zeros(400, int)  # of classes, and of nodes
+    right = np.stack([np.arange(400) % 2 > 0, np.ones(400, bool)], 1)
+    assert least_odds(LeftOutLabels(odds[:, 0], odds, right, odds[:, 0], none), 0.01) == 3.0
+    assert least_odds(LeftOutLabels(odds[:, 0], odds, right[:, ::-1], odds[:, 0], none), 0.01) == np.inf
 
 
 def test_too_few_images_promise_nothing_and_say_how_many_are_needed() -> None:

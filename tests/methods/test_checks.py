@@ -90,7 +90,7 @@ def test_a_note_ends_and_few_pictures_make_none() -> None:
 
 def test_a_tenth_of_left_out_images_is_strange() -> None:
     odds = np.random.default_rng(0).normal(size=1_000)
-    left_out = LeftOutLabels(odds, odds, odds > 0, np.zeros(1_000), np.zeros(1_000, int))
+    left_out = LeftOutLabels(odds, odds[:, None], odds[:, None] > 0, np.zeros(1_000), np.zeros(1_000, int))
     assert (odds <= strange_odds(left_out)).mean() == pytest.approx(0.1)
-    nothing = LeftOutLabels(odds[:0], odds[:0], odds[:0] > 0, odds[:0], np.zeros(0, int))
+    nothing = LeftOutLabels(odds[:0], odds[:0, None], odds[:0, None] > 0, odds[:0], np.zeros(0, int))
     assert strange_odds(nothing) == -np.inf

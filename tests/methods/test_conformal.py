@@ -97,7 +97,7 @@ def test_per_class_thresholds_are_those_of_their_own_images_and_need_enough_of_t
 def test_reliability_is_what_its_bins_say() -> None:
     confidence, right = np.array([0.05, 0.1, 0.55, 0.6, 1.0]), np.array([False, True, True, False, True])
     odds = np.log(confidence / (1 - confidence + 1e-12))
-    table = LeftOutLabels(np.zeros(5), odds, right, np.arange(1.0, 6.0), np.zeros(5, int)).reliability
+    table = LeftOutLabels(np.zeros(5), odds[:, None], right[:, None], np.arange(1.0, 6.0), np.zeros(5, int)).reliability
     assert table.counts.tolist() == [2, 0, 0, 0, 0, 2, 0, 0, 0, 1]
     assert table.confidence[5] == pytest.approx(0.575) and table.right[5] == 0.5 and np.isnan(table.right[1])
     assert table.error == pytest.approx((2 * 0.425 + 2 * 0.075 + 0) / 5)

@@ -98,3 +98,5 @@ def test_a_burst_counts_as_many_images_as_it_says_something_of(rng: np.random.Ge
     assert unit_weights(units, np.ones(1600)).sum() == pytest.approx(400)  # all are right: it can't be estimated
     assert unit_weights(np.arange(5), np.arange(5) < 3).tolist() == [1.0] * 5
     assert len(unit_weights(units[:0], units[:0])) == 0
+    levels = np.stack([np.ones(1600), units % 7 > 0, np.arange(1600) % 7 > 0], 1)  # the second is alike in a unit
+    assert unit_weights(units, levels).sum() == unit_weights(units, levels[:, 1]).sum() == pytest.approx(400)

@@ -27,7 +27,7 @@ from iosr_fast.reports.predictions_report import predictions_page
 from iosr_fast.store.bundle import Bundle
 from tests import browser as chromium
 from tests.cli.runs import never, refused, run
-from tests.store.live_parts import engine_folder, pictures, pixel_clip
+from tests.store.live_parts import engine_folder, pictures, pixel_clip, with_tree
 
 pytestmark = pytest.mark.slow
 browser = chromium.browser  # pytest finds the fixture by this name
@@ -154,6 +154,19 @@ def test_labels_of_no_class_are_refused_before_an_image_is_read(
     words = refused("evaluate", place / "classifier", labelled, "--unknown", place / "engine")
     assert "expected pictures of none of the classes" in words
     assert "found no folder" in refused("evaluate", place, place / "none")
+
+
+def test_nested_folders_of_a_tree_are_evaluated_by_their_leaves(place: Path) -> None:
+    with_tree(Classifier.load(""), [(), ("odd",), ("odd",), (), ()])
+    images, labels = pictures(np.random.default_rng(5), 5, 2)
+    for i, (image, c) in enumerate(zip(images, labels, strict=True)):
+        if c:  # the name of the first is none of a folder
+            (folder := place / "test" / ("odd" if c < 3 else "") / NAMES[c]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i}.png")
+    words = refused("evaluate", place / "classifier", place / "test")
+    assert "got 'odd': read nested folders of a tree by --nested" in words
+    done = run("evaluate", place / "classifier", place / "test", "--nested")
+    assert done.exit_code == 0 and "of 8 images are right" in done.output, done.output
 
 
 def test_a_page_of_many_mistakes_says_what_is_left_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,8 @@ CUDA_MODULE = "iosr_fast._C_cuda"
 
 
 FOUND_ONCE: tuple[Any, ...] = (
-    dispatch.cpp_unavailable_reason,
+    dispatch._build_unavailable_reason,
     dispatch._package_unavailable_reason,
-    dispatch._cuda_build_unavailable_reason,
     dispatch._best,
 )
 

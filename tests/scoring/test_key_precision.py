@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from iosr_fast.scoring import key_precision
 from iosr_fast.scoring.key_precision import PRECISIONS, from_bfloat16, int8_keys, to_bfloat16
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
-from tests.conftest import random_embeddings, random_plan, unit_rows
-from tests.scoring.numerics import PATHS, assert_close_to_truth
+from tests.conftest import unit_rows
 
 
 def uneven_rows(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
@@ -89,12 +87,6 @@ def test_keys_of_few_bits_have_values_in_float16(precision: key_precision.Precis
     assert narrow.with_key_precision("fp16").alpha == narrow.alpha
     assert plan.with_key_precision("bf16").values is plan.values
     assert ScoringPlan(7, keys=keys, values=0 * values).with_key_precision(precision).alpha == 1.0
-
-
-def test_fp16_keys_with_values_in_float32_score_as_before(rng: np.random.Generator) -> None:
-    """Classifiers that were saved before have them."""
-    plan, embeddings = random_plan(rng, [40, 0, 29], 33, dense=True, precision="fp16"), random_embeddings(rng, 17, 33)
-    assert_close_to_truth(PATHS, replace(plan, values=plan.values.astype(np.float32)), embeddings)
 
 
 def test_a_conversion_needs_little_memory_beside_its_result(rng: np.random.Generator) -> None:

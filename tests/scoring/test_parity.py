@@ -18,7 +18,7 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score_with_path
-from tests.conftest import EXTENDED, TERMS, random_embeddings, random_plan, random_reducer, unit_rows
+from tests.conftest import EXTENDED, TERMS, random_embeddings, random_plan, unit_rows
 from tests.scoring.numerics import (
     PATHS,
     allowed_error,
@@ -129,22 +129,6 @@ def test_any_shape_and_layout(
     rng = np.random.default_rng(seed)
     plan = random_plan(rng, counts, width, **{**parts, "beta": beta, "precision": precision})
     assert_close_to_truth(PATHS, plan, random_embeddings(rng, batch, width))
-
-
-@each_path
-def test_one_hot_values_are_classes(path: str, rng: np.random.Generator) -> None:
-    plan, embeddings = random_plan(rng, [3, 0, 4], 24), random_embeddings(rng, 5, 24)
-    dense = replace(plan, class_offsets=None, values=np.eye(3)[np.repeat(np.arange(3), [3, 0, 4])])
-    np.testing.assert_allclose(run_path(path, dense, embeddings), run_path(path, plan, embeddings), atol=2e-5)
-
-
-@each_path
-def test_a_reducer_leaves_what_meets_text_alone(path: str, rng: np.random.Generator) -> None:
-    plan, embeddings = random_plan(rng, [3, 4], 24, ("text",)), random_embeddings(rng, 5, 24)
-    spread = replace(plan, linear=rng.standard_normal((2, 3)), feature="text-distribution")
-    for one in (plan, spread):
-        reduced = replace(one, reducer=random_reducer(rng, "projection", 24))
-        np.testing.assert_array_equal(run_path(path, reduced, embeddings), run_path(path, one, embeddings))
 
 
 def test_the_reference_is_the_formula_by_hand() -> None:

@@ -17,7 +17,6 @@ import torch
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 from tests.conftest import EXTENDED, random_embeddings, random_plan, unit_rows
@@ -110,21 +109,6 @@ def test_tensors_give_tensors_and_dlpack_an_array(impl: str, rng: np.random.Gene
     assert isinstance(half, torch.Tensor) and half.dtype == torch.float32
     with pytest.raises(IosrFastError, match="of one kind in one place"):
         score(plan, Embeddings(torch.from_numpy(embeddings.plain), embeddings.adapted), impl)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("parts", [{}, EXTENDED["both and values"]], ids=["classes", "values"])
-@pytest.mark.parametrize("batch", [1, 4, 16, 33])
-def test_threads_change_no_bit(
-    batch: int, parts: dict[str, Any], precision: Precision, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = random_plan(rng, [1, 1700, 0, 300, 99], 128, **parts, precision=precision)
-    embeddings = random_embeddings(rng, batch, 128)
-    monkeypatch.setenv("IOSR_FAST_THREADS", "1")
-    alone = score(plan, embeddings, "cpp")
-    for threads in ("2", "3", "7"):
-        monkeypatch.setenv("IOSR_FAST_THREADS", threads)
-        np.testing.assert_array_equal(score(plan, embeddings, "cpp"), alone)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -117,6 +117,7 @@ class FakeClassifier:
         self.encoder: Any = FakeEncoder(size)
         self.asked: list[tuple[list[int], int, int]] = []
         self.version = 1
+        self.margin = 0.0
         self._head = FakeHead(1, self.asked)
 
     def serve_promises(self) -> None:
@@ -128,7 +129,7 @@ class FakeClassifier:
         return self._head
 
     def _fitted(self) -> Any:
-        settings = SimpleNamespace(exif_orientation=True)
+        settings = SimpleNamespace(exif_orientation=True, margin=self.margin)
         return SimpleNamespace(head=self.snapshot(), encoder=self.encoder, settings=settings)
 
     @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.images import preprocess
 from iosr_fast.images.decoder_process import child
 from iosr_fast.images.preprocess import open_image
 
@@ -72,5 +73,5 @@ def attack(data: bytes, *args: Any, **options: Any) -> Any:
 
 
 def main() -> None:
-    child.open_image = attack  # type: ignore[attr-defined]
+    preprocess.open_image = attack  # type: ignore[attr-defined]
     child.main()

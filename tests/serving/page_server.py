@@ -17,8 +17,10 @@ from iosr_fast.store.changes import Change
 from tests import browser as chromium
 from tests.serving import http_client, http_edge
 from tests.serving.http_client import TOKEN
+from tests.store.live_parts import with_tree
 
 NEWCOMER = "santa claus"
+PLACE = ("<i>left", "near")  # in the tree
 WIDE, PHONE = {"viewport": {"width": 1280, "height": 900}}, {"viewport": {"width": 390, "height": 844}}
 PHONE |= {"has_touch": True, "is_mobile": True}
 browser = chromium.browser
@@ -106,7 +108,8 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    classifier = http_client.load()
+    """Its first two classes are in a tree."""
+    classifier = with_tree(http_client.load(), [PLACE, PLACE, *[()] * 6])
     # Texts, plain and adapted embeddings.
     every_part = Config(method="stack++", parameters=dict(METHODS["stack++"].parameters))
     classifier._store.change(classifier._fit, lambda _: Change("retune", config=every_part))

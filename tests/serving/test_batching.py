@@ -272,7 +272,7 @@ def test_a_submission_reads_the_fit_once(
 ) -> None:
     """Another fit, with an encoder of its own, comes right after each reading."""
     first, second = classifier.encoder, FakeEncoder()
-    as_stored = SimpleNamespace(exif_orientation=False)
+    as_stored = SimpleNamespace(exif_orientation=False, margin=0.0)
     fit = SimpleNamespace(head=classifier.snapshot(), encoder=first, settings=as_stored)
 
     def then_refit(read: Callable[[], Any]) -> Any:

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.images import preprocess
+from iosr_fast.images.crop import Box, Crop
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
-from iosr_fast.serving.batching import decoder as batch_decoder
 from iosr_fast.serving.batching import workers as batch_workers
 from tests.pictures import encode
 from tests.serving.batching_fakes import (
@@ -76,8 +77,8 @@ def test_a_bad_image_fails_alone(batching, classifier: FakeClassifier, watcher: 
             raise SystemExit(3)
         return open_image(source, *given, **options)
 
-    open_image = batch_decoder.open_image
-    monkeypatch.setattr(batch_decoder, "open_image", opened)
+    open_image = preprocess.open_image
+    monkeypatch.setattr(preprocess, "open_image", opened)
     images = [picture(1), b"no image", b"memory", "missing.png", picture(2, 9), b"exit", picture(3).astype(float), 17]
     futures = batching.submit_many(images)
     bad, memory, ended = "BadImageError", "MemoryError", "RuntimeError"
@@ -90,21 +91,33 @@ def test_a_bad_image_fails_alone(batching, classifier: FakeClassifier, watcher: 
     assert counts == {"ok": 2, "bad_image": 4, "error": 2}
 
 
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize(("margin", "expected"), [(0.0, 2), (0.5, 1)])
+def test_parts_have_the_margin_of_the_fit(classifier: FakeClassifier, margin: float, expected: int, isolated) -> None:
+    scene = picture(1, 16)
+    scene[4:12, 4:12] = 2
+    classifier.margin = margin
+    with BatchingClassifier(classifier, isolated=isolated, decode_threads=1) as batching:
+        for source in (encode(scene), Image.fromarray(scene)):
+            inside, outside = (Crop(source, Box(x, 4, 8, 8)) for x in (4, 18))
+            assert outcomes(batching.submit_many([inside, inside, outside])) == [expected, expected, "BadImageError"]
+
+
 def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatch) -> None:
     limits = DecodeLimits(max_bytes=500, max_pixels=1000)
     noise = encode(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8))
     opened: list[Any] = []
-    resize_and_crop = batch_decoder.resize_and_crop
-    monkeypatch.setattr(
-        batch_decoder, "resize_and_crop", lambda *given: opened.append(given) or resize_and_crop(*given)
-    )
+    resize_and_crop = preprocess.resize_and_crop
+    monkeypatch.setattr(preprocess, "resize_and_crop", lambda *given: opened.append(given) or resize_and_crop(*given))
     with BatchingClassifier(classifier, limits=limits) as batching:
         good = [encode(picture(7, 30)), Image.new("L", (30, 30), 7), picture(7, 30)]
         assert outcomes(batching.submit_many(good)) == [7] * 3 and len(opened) == 3
         for said, image in {
             "expected at most 1000 pixels, got 40 x 40": encode(picture(7, 40)),
             "got 32 x 33": np.zeros((33, 32), np.uint8),
+            "got 40 x 41": Crop(encode(np.full((41, 40, 3), 7, np.uint8)), Box(0, 0, 9, 9)),
             r"at most 500 encoded bytes, got \d+": noise,
+            r"at most 500 encoded bytes, got \d\d": Crop(noise, Box(0, 0, 9, 9)),
         }.items():
             with pytest.raises(BadImageError, match=said):
                 batching.submit(image).result(PATIENCE_S)

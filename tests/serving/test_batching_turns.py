@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.exceptions import QueueFullError
+from iosr_fast.exceptions import BadImageError, QueueFullError
+from iosr_fast.images.crop import Box, Crop, Sharing
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.serving.batching.admission import Admission
@@ -29,6 +30,13 @@ def items(client: str, count: int = 1, cost: int = 0, request: int = 0, name: st
     return [Item(name or client, i, query, 0.0, request, cost=cost, encoder=encoder) for i in range(count)]
 
 
+def parts_of(client: str, data: bytes, count: int, request: int = 0) -> list[Item]:
+    """Parts of one picture."""
+    query, encoder = Query(client=client), FakeEncoder()
+    parts = Sharing()([Crop(data, Box(0, 0, 9, 9))] * count)
+    return [Item(part, i, query, 0.0, request, encoder=encoder) for i, part in enumerate(parts)]
+
+
 def submit(admission: Admission, made: list[Item], deadline_s: float | None = MINUTE) -> list[Item]:
     for item in made:
         admission.judge(item)
@@ -46,7 +54,7 @@ def waiting(decoders: int, *requests: list[Item], room: int = 100 * LARGE) -> Ba
 
 
 def taken(queue: BatchQueue, count: int) -> list[Any]:
-    return [queue.next_to_decode() for _ in range(count)]
+    return [queue.next_to_decode()[0] for _ in range(count)]
 
 
 def names(jobs: list[Any]) -> str:
@@ -55,7 +63,7 @@ def names(jobs: list[Any]) -> str:
 
 def done(queue: BatchQueue, *jobs: Item) -> None:
     for job in jobs:
-        queue.decoded(job, ValueError())
+        queue.decoded([job], [ValueError()])
 
 
 # --- turns ---
@@ -67,6 +75,21 @@ def test_clients_and_their_requests_take_turns_at_decoding() -> None:
     queue.admit(items("three", name="d"), None)
     jobs += taken(queue, 4)
     assert names(jobs) == "acbcadb"
+
+
+def test_parts_of_a_picture_have_a_place_each_and_one_turn_together() -> None:
+    data = png(6000, 4000)
+    parts = parts_of("one", data, 4)
+    queue = waiting(99, parts, parts_of("one", data, 1, request=1), items("two", name="c"))
+    assert queue.pending == 6 and [part.work for part in parts] == [24_000_000, 0, 0, 0]
+    assert parts[0].future.cancel() and queue.pending == 5
+    jobs = [queue.next_to_decode() for _ in range(3)]
+    assert sorted(map(len, jobs)) == [1, 1, 3] and parts[1:] in jobs, "the other request has its own turn"
+    assert parts[2].future.cancel()
+    queue.decoded(parts[1:], [picture(1), picture(2), BadImageError(None, 3, "outside")])
+    assert isinstance(parts[3].future.exception(0), BadImageError) and queue.pending == 3
+    (ready, others) = queue.next_batch()  # type: ignore[misc]
+    assert ready == [parts[1]] and others == 2
 
 
 @pytest.mark.parametrize("decoders", [2, 3, 8])

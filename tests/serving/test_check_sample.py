@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving import check_sample
 from iosr_fast.serving.check_sample import COLUMNS, TABLE, CheckSample
@@ -21,6 +24,7 @@ from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.kept_folder import LABELS, KeptFolder, KeptTable
 from tests.pictures import encode
 from tests.serving.http_client import Client, queries, serving
+from tests.store.live_parts import small_classifier, with_tree
 
 MAX_ERROR = 0.5
 ANSWER = Prediction("pear", "~1", 0.9, 1.0, 1.0, 0.0, 0.0, (), (), version=4, accepted=True)
@@ -56,10 +60,15 @@ def label(folder: Path, labels: dict[str, str]) -> None:
     (folder / LABELS).write_text(f"path,label\n{text}", encoding="utf-8")
 
 
-def read(sample: CheckSample) -> tuple[int, int]:
+@functools.cache
+def head(*paths: tuple[str, ...]) -> Head:
+    return with_tree(small_classifier(), paths or [()] * 5).snapshot()  # type: ignore[return-value]
+
+
+def read(sample: CheckSample, *paths: tuple[str, ...]) -> tuple[int, int]:
     """Checks and wrong ones after two readings."""
-    sample.read_labels()
-    sample.read_labels()
+    sample.read_labels(head(*paths))
+    sample.read_labels(head(*paths))
     return sample.result.checks, sample.result.wrong
 
 
@@ -143,9 +152,24 @@ def test_a_label_counts_when_two_readings_agree(tmp_path: Path) -> None:
         (row,) = table(tmp_path)
         for text in ("pe", "pea", "pear"):
             label(tmp_path, {row["path"]: text})
-            sample.read_labels()
+            sample.read_labels(head())
             assert sample.result.checks == 0
         assert read(sample) == (1, 0)
+
+
+def test_an_answer_above_the_label_is_right_wherever_its_class_moves_later(tmp_path: Path) -> None:
+    """And is wrong for another node, or for no class; a name between is right, too."""
+    before = ("fruit", "apple"), ("fruit",), ("fruit", "apple"), (), ()
+    given = {0: "motif 0", 1: "motif 1", 2: "motif 3", 3: "apple", 4: "nonsense"}
+    with sampling(tmp_path) as sample:
+        assert all(sample.offer(b"%d" % i, replace(ANSWER, label="fruit", class_id=None)) for i in given)
+        paths = [row["path"] for row in table(tmp_path)]
+        label(tmp_path, {path: given[i] for i, path in enumerate(paths)})
+        assert read(sample, *before) == (5, 2)
+    with sampling(tmp_path) as sample:
+        assert offer(sample, 5) and read(sample, (), (), (), ("fruit",), ()) == (5, 2)
+    rows = {row["path"]: (row["answered"], row["checked"]) for row in table(tmp_path)}
+    assert [rows[path] for path in paths[:3]] == [("fruit", "fruit"), ("fruit", "fruit"), ("fruit", "motif 3")]
 
 
 def test_another_promise_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -191,7 +215,7 @@ def test_a_table_that_cannot_be_read_stops_neither_sampling_nor_serving(
     collector = Collector(tmp_path, 10, MAX_ERROR, check_share=0.9999)
     (tmp_path / LABELS).write_text("name,label\nx,y\n", encoding="utf-8")
     for _ in range(3):
-        collector.read_labels()
+        collector.read_labels(head())
     collector.settle()
     assert [record.message for record in caplog.records] == [
         f"labels can't be read: expected the columns path and label in {tmp_path / LABELS}, got name, label; add path, "

@@ -257,7 +257,7 @@ def test_collecting_is_off_unless_asked_for_and_then_said(tmp_path: Path) -> Non
     for settings in ({}, {"collect": tmp_path, "max_error": MAX_ERROR}):
         with serving(**settings) as client:
             words = client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]["description"]
-            said[client.get("/v1/classifier").json()["collects"]] = "keeps uploads that need a look" in words
+            said[client.get("/v1/classifier").json()["collects"]] = "keeps whole uploads that need a look" in words
     assert said == {False: False, True: True}
     collector = Collector(tmp_path / "one", 10, MAX_ERROR)
     with pytest.raises(IosrFastError, match="another server collects into"):

@@ -96,6 +96,32 @@ def test_classes_change_while_it_serves() -> None:
         assert len(client.get("/v1/classes").json()["classes"]) == CLASSES
 
 
+def test_classes_are_added_and_moved_with_their_parents() -> None:
+    with serving() as client:
+        classifier, image = client.service.classifier, form(encode(np.full((64, 64, 3), (250, 10, 250), np.uint8)))
+        first, path = str(classifier.classes_[0]), lambda: client.get("/v1/classes").json()["classes"][-1].get("path")
+
+        def add(name: str, *parent: str) -> Any:
+            data = {"name": name, "parent": [*parent]}
+            return client.ask("POST", "/v1/classes", data=data, files=image, headers=AUTHORISED)
+
+        def move(body: Any, class_id: str = "~8") -> Any:
+            return client.ask("PATCH", f"/v1/classes/{class_id}", json=body, headers=AUTHORISED)
+
+        assert add("magenta", "colour", "red").status_code == 201 and path() == ["colour", "red"]
+        assert error_of(add("pink", "green"), 422) == "refused" and error_of(add("pink", first), 422) == "refused"
+        for parent, expected in (("colour", ["colour"]), (["a", "b", "c"], ["a", "b", "c"]), ("b", ["a", "b"])):
+            assert move({"parent": parent}).status_code == 200 and path() == expected
+        version = classifier.version
+        for body in ({"parent": None}, {"parent": ["a"], "name": "x"}, {"parent": ["a"], "keep_text": True}):
+            assert error_of(move(body), 422) == "invalid_parameters"
+        for bad in (["a"] * 101, "x" * 10_000, [""], [3], {"a": 1}):
+            assert error_of(move({"parent": bad}), 422) == "invalid_parameters"
+        assert error_of(move({"parent": ["a", first]}), 422) == "refused"  # the name of a class
+        assert error_of(move({"parent": "a"}, "nobody"), 404) == "no_class" and classifier.version == version
+        assert move({"parent": []}).status_code == 200 and path() is None  # without a tree
+
+
 def test_descriptions_make_the_text_of_a_class() -> None:
     with serving() as client:
         classifier, image = client.service.classifier, form(encode(np.full((64, 64, 3), (250, 10, 250), np.uint8)))

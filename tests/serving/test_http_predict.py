@@ -15,6 +15,7 @@ import pytest
 
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.serving.http import recent
 from iosr_fast.serving.http.app import open_served
 from iosr_fast.serving.http.logs import Formatter
 from iosr_fast.serving.http.settings import Settings
@@ -34,6 +35,7 @@ from tests.serving.http_client import (
     serving,
 )
 from tests.serving.http_process import started
+from tests.store.live_parts import with_tree
 from tests.waiting import wait_until
 
 
@@ -111,6 +113,39 @@ def test_labels_are_accepted_by_a_promise_that_the_request_or_the_server_names()
         assert not any(one["accepted"] for one in client.predict(*images).json()["predictions"])
 
 
+def test_a_tree_gives_nodes_their_places_and_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = queries()
+    paths = [(), (), ("left",), ("left", "near"), ("left", "near"), (), (), ()]
+    classifier = with_tree(load(), paths)
+    expected = [one.to_dict() for one in classifier.explain(images, max_error=0.4)]
+    nodes = [one for one in expected if one["level"]]
+    assert {(one["label"], *one["path"]) for one in nodes} == {("near", "left"), ("left",)}
+    assert all(one["accepted"] and one["class_id"] is None for one in nodes)
+    limit = max(one["top"][0]["probability"] for one in nodes) + 1e-3
+    monkeypatch.setattr(recent, "strange_odds", lambda left_out: math.log(limit / (1 - limit)))
+    with serving(classifier) as client:
+        made = client.predict(*images, query="?max_error=0.4").json()["predictions"]
+        for one, other in zip(made, expected, strict=True):
+            assert one["path"] == [*other["path"]] and one.keys() == other.keys()
+            assert all(one[name] == other[name] for name in ("label", "class_id", "level", "accepted"))
+            assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+        assert [*client.service.recent.strangers.last] == [one["top"][0]["probability"] <= limit for one in made]
+        rejected = client.predict(*images, query="?max_error=0.4&unknown=reject&keep=0.05").json()["predictions"]
+        unknown = [one for one in rejected if one["label"] is None]
+        assert unknown and all(
+            one["level"] == 0 and one["probability"] == one["top"][0]["probability"] for one in unknown
+        )
+        assert client.predict(images[0]).json()["predictions"][0]["level"] == 0
+        assert [one["path"] for one in client.get("/v1/classes").json()["classes"]] == [list(path) for path in paths]
+        of_node = 'iosr_fast_predictions_total{class_id="",name="near"}'
+        assert of_node in client.get("/metrics").text and "unknown_total 0" not in client.get("/metrics").text
+        for class_id in ("~3", "~4"):
+            client.ask("PATCH", f"/v1/classes/{class_id}", json={"parent": "left"}, headers=AUTHORISED)
+        assert of_node not in client.get("/metrics").text and 'name="left"' in client.get("/metrics").text
+        answers = client.get("/openapi.json").json()["components"]["schemas"]
+        assert {"level", "path"} <= answers["TreePrediction"]["properties"].keys() - answers["Prediction"]["properties"]
+
+
 def test_the_classifier_is_described(shared: Client) -> None:
     classifier = shared.service.classifier
     known = classifier.calibration()
@@ -133,10 +168,7 @@ def test_the_classifier_is_described(shared: Client) -> None:
         ("max_error=0", "max_error"),
         ("keep=0.9", "keep only with unknown=reject"),
         *(
-            (
-                wrong,
-                "expected the query parameters top, nearest, unknown, keep, max_error, deadline_ms, each at most once",
-            )
+            (wrong, "expected the query parameters top, nearest, unknown, keep, max_error, deadline_ms, boxes, each")
             for wrong in ("unknwon=reject", "unknown=reject&keep=0.9&keep=0.5", "top=1&Top=1", "%FF")
         ),
     ],
@@ -319,6 +351,8 @@ def test_a_served_head_says_what_it_takes(served_head: Client, shared: Client, m
     )
     image = served_head.predict(queries()[0])
     assert error_of(image, 415) == "unsupported_type" and "takes embeddings and no images" in image.text
+    boxes = served_head.ask("POST", "/v1/predict?boxes=[[0,0,1,1]]", json={"embeddings": [[1.0]]})
+    assert error_of(boxes, 422) == "invalid_parameters" and "expected no boxes" in boxes.text
     rows = shared.ask("POST", "/v1/predict", json={"embeddings": [[1.0]]})
     assert error_of(rows, 415) == "unsupported_type" and "expected a Content-Type of an image" in rows.text
     for method, path in (("POST", "/v1/classes"), ("DELETE", "/v1/classes/~0"), ("POST", "/v1/retune")):

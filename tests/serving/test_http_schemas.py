@@ -87,6 +87,7 @@ def test_responses_to_good_images_are_as_described(served: Client, schema: Any) 
         ("/v1/predict?top=3&nearest=2", {"files": form(image, b"zip")}),
         ("/v1/predict", {"content": image, "headers": {"Content-Type": "image/png"}}),
         ("/v1/predict", {"files": form(b"zip", b"")}),
+        ("/v1/predict", {"files": form(image), "data": {"boxes": "[[0, 0, 9, 9], [99, 99, 1, 2]]"}}),
         ("/v1/predict?unknown=reject&keep=0.5", {"files": form(image)}),
         ("/v1/classes", {"data": {"name": "a new one"}, "files": form(image), "headers": AUTHORISED}),
     ):

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.images.crop import Box, Crop
 from iosr_fast.utils.csv_text import escaped
 from tests import ROOT
-from tests.pictures import turned
+from tests.pictures import encode, turned
 from tests.serving import page_server
-from tests.serving.page_server import PHONE, WIDE, Visit, file
+from tests.serving.page_server import PHONE, PLACE, WIDE, Visit, file
 
 pytestmark = pytest.mark.slow
 site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
@@ -112,6 +113,27 @@ def test_answers_that_are_not_sure_differ_in_words_and_shape(visit: Visit) -> No
     look = f"Needs a look: {best}?", "dotted", best
     assert looks == [sure, unsure, sure, look, ("Unknown", "double", "")]
     assert visit.texts("#items .name") == [best, f"? {best}", best, f"? {best}", "unknown"]
+
+
+def test_a_node_is_shown_with_its_place_and_taught_as_a_class(visit: Visit) -> None:
+    page, (first, second, third, *_) = visit.page, visit.site.classifier.classes_
+    node = {"label": "near", "class_id": None, "probability": 0.99, "accepted": True, "level": 1, "path": PLACE[:1]}
+
+    def changed(route: Any) -> None:
+        body = route.fetch().json()
+        body["predictions"][0] |= node
+        route.fulfill(json=body)
+
+    visit.choose(file(visit.site.queries[0], "class.png"))
+    assert visit.texts("#answer p")[1] == f"<i>left > near > {first}"
+    page.route("**/v1/predict*", changed)
+    visit.choose(file(visit.site.queries[0], "node.png"))
+    assert visit.texts("#answer p") == ["near 99.0%", "<i>left > near"] and page.input_value("#truth") == first
+    assert visit.texts("#items .name")[-1] == "near" and visit.texts(".bars .name")[0] == first
+    rows = visit.texts("#classes summary")
+    assert [" > ".join(PLACE) in row for row in rows] == [True, True, *[False] * 6] and third in rows[2]
+    page.fill("#filter", "LEFT > n")
+    assert [first in row or second in row for row in visit.texts("#classes summary")] == [True, True]
 
 
 # --- the list ---
@@ -253,3 +275,72 @@ def test_a_turned_photo_gets_the_label_of_the_upright_one(visit: Visit) -> None:
     visit.choose(file(turned(upright, 8, quality=95), "photo.jpg", "image/jpeg"))
     assert visit.text("#answer .label").startswith(visit.site.classifier.predict([upright])[0])
     assert visit.text("#items .file") == "photo.jpg"
+
+
+# --- boxes ---
+
+
+def scene(visit: Visit) -> bytes:
+    """Two queries, one beside the other on white."""
+    made = Image.new("RGB", (1200, 800), "white")
+    for i, query in enumerate(visit.site.queries[:2]):
+        made.paste(Image.open(io.BytesIO(query)).resize((300, 300)), (100 + 600 * i, 200))
+    return encode(made, "JPEG", quality=95)
+
+
+def drag(visit: Visit, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw with the mouse, or with a finger where the page is touched; points are in pixels of the scene."""
+    frame, page = visit.page.locator("#frame"), visit.page
+    frame.scroll_into_view_if_needed()
+    box = frame.bounding_box()
+    points = [(box["x"] + x * box["width"] / 1200, box["y"] + y * box["height"] / 800) for x, y in (start, end)]
+    if page.evaluate("navigator.maxTouchPoints"):
+        finger = page.context.new_cdp_session(page)
+        for kind, point in (("touchStart", points[0]), ("touchMove", points[1]), ("touchEnd", None)):
+            touches = [] if point is None else [{"x": point[0], "y": point[1]}]
+            finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+    else:
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        page.mouse.move(*points[1], steps=3)
+        page.mouse.up()
+    page.locator("#progress").wait_for(state="hidden")
+
+
+@pytest.mark.parametrize("visit", [WIDE, PHONE], indirect=True, ids=["mouse", "touch"])
+def test_boxes_are_drawn_answered_selected_saved_and_removed(visit: Visit, tmp_path: Path) -> None:
+    page, data, sent = visit.page, scene(visit), list[Any]()
+    page.route("**/v1/predict*", lambda it: (sent.append(it.request.post_data_buffer), it.continue_()))
+    visit.choose(file(data, "scene.jpg", "image/jpeg"), file(visit.site.queries[2], "other.png"))
+    page.locator("#frame.drawable canvas").wait_for()
+    drag(visit, (100, 200), (400, 500))
+    drag(visit, (1000, 500), (700, 200))  # from the other corner
+    page.locator(".tag", has_text=re.compile("^2 .")).wait_for()
+    crops = [Crop(data, Box(x, 0.25, 0.25, 0.375, relative=True)) for x in (1 / 12, 7 / 12)]
+    labels = [one.label for one in visit.site.classifier.explain(crops)]
+    assert [text.removeprefix("? ") for text in visit.texts("#items .name")][1:3] == labels
+    assert [text.replace("? ", "") for text in visit.texts(".tag")] == [f"1 {labels[0]}", f"2 {labels[1]}"]
+    names = ["scene.jpg", "scene.jpg, box 1", "scene.jpg, box 2", "other.png"]
+    assert visit.texts("#items .file") == names
+    assert data in sent[-1] and b'name="boxes"' in sent[-1], "the picture is sent whole and as it is"
+    assert labels[1] in visit.text("#answer .label") and not page.locator("#correct").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+
+    drag(visit, (250, 350), (251, 351))  # a click selects
+    page.locator("label:has(:checked)", has_text="box 1").wait_for()
+    drag(visit, (600, 700), (601, 701))
+    page.locator("label:has(:checked)", has_not_text="box").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save as CSV").click()
+    download.value.save_as(tmp_path / "classified.csv")
+    with (tmp_path / "classified.csv").open(newline="", encoding="utf-8") as opened:
+        parts = [row["file"] for row in csv.DictReader(opened)][1:3]
+    boxes = [Crop.of(part).box for part in parts]  # type: ignore[union-attr]
+    np.testing.assert_allclose([box[:4] for box in boxes], [crop.box[:4] for crop in crops], atol=0.01)
+
+    page.locator("#items :checked").focus()
+    page.keyboard.press("ArrowDown")
+    page.get_by_role("button", name="Remove this box").press("Enter")
+    assert visit.texts("#items .file") == [names[0], *names[2:]] and page.locator(".box").count() == 1
+    page.keyboard.press("ArrowUp")  # to the other picture
+    page.locator(".box").wait_for(state="detached")

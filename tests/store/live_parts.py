@@ -133,6 +133,14 @@ def small_classifier(
     return unfitted(engine, **options).fit(images, [names[c] for c in labels], class_names=names)
 
 
+def with_tree(classifier: Classifier, paths: Sequence[tuple[str, ...]]) -> Classifier:
+    """The classifier, its classes below the nodes of these paths."""
+    fit = classifier._fit
+    assert fit is not None and isinstance(fit.head, Head)
+    classifier._store.fit = replace(fit, head=replace(fit.head, paths=tuple(paths) if any(paths) else None))
+    return classifier
+
+
 TEXT_FACTS: dict[str, Any] = {
     "context_length": 16,
     "width": WIDTH,

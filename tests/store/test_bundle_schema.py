@@ -71,6 +71,12 @@ FACTS: dict[str, Any] = {
     "another CLIP": {"clip_fingerprint": "b" * 64},
     "a text encoder of another CLIP": part("text", clip_fingerprint="b" * 64),
     "files of a text encoder that is not there": {"text": None},
+    "paths for other classes": {"paths": [["a"]]},
+    "a node at two places": {"paths": [["a"], ["b", "a"], [], [], []]},
+    "a node that is called as a class": {"paths": [["motif 1"], [], [], [], []]},
+    "a node with an escape": {"paths": [["a\x1b[31mb"], [], [], [], []]},
+    "a path without an end": {"paths": [["a"] * 10**5, [], [], [], []]},
+    "a node that is no text": {"paths": [[3], [], [], [], []]},
     "evidence of a later version": {"tuned": {**TUNED, "version": 99}},
     "a note that steers a terminal": {"tuned": {**TUNED, "note": "\x1b[2J"}},
     "a file that nothing reads": lambda manifest: {

@@ -56,7 +56,8 @@ def test_the_shipped_adapter_belongs_to_the_shipped_clip_and_reduces_overlap() -
     from iosr_fast.clip.fuse import build_dual_encoder
     from iosr_fast.clip.load import load_clip
     from iosr_fast.export.pretrained import choose_adapter
-    from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
+    from iosr_fast.training.overlap import overlap_area, pair_cosines
+    from iosr_fast.utils.ranking import auroc
 
     clip = load_clip("demo")
     adapter = choose_adapter(clip, "auto")

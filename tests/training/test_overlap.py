@@ -1,25 +1,13 @@
-"""Overlap of cosines: pairs, areas, AUROC and the variance of features."""
+"""Overlap of cosines: pairs, areas, AUROC."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from iosr_fast.training.overlap import auroc, feature_variance, overlap_area, pair_cosines
+from iosr_fast.training.overlap import overlap_area, pair_cosines
+from iosr_fast.utils.ranking import auroc
 from tests.conftest import unit_rows
-
-
-def test_feature_variance_is_the_trace_of_the_covariance(rng: np.random.Generator) -> None:
-    rows = unit_rows(rng, 40, 9) + np.float32(0.4)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    exact = rows.astype(np.float64)
-    assert feature_variance(rows) == pytest.approx(np.trace(np.cov(exact.T)))
-    assert feature_variance(rows) == pytest.approx(9 * exact.var(0, ddof=1).mean())
-    assert feature_variance(rows) == pytest.approx(40 / 39 * (1 - np.linalg.norm(exact.mean(0)) ** 2), rel=1e-5)
-    assert feature_variance(np.repeat(rows[:1], 5, axis=0)) == pytest.approx(0, abs=1e-12)
-    assert feature_variance(np.array([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(2.0)
-    with pytest.raises(ValueError, match="at least two embeddings, got 1"):
-        feature_variance(rows[:1])
 
 
 def test_pairs_equal_brute_force(rng: np.random.Generator) -> None:

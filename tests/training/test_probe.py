@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
+from iosr_fast.training.overlap import overlap_area, pair_cosines
 from iosr_fast.training.probe import Probe, probe, probed_rows
+from iosr_fast.utils.ranking import auroc
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +50,6 @@ def test_encoders_are_compared_on_the_same_pictures(rng: np.random.Generator) ->
     assert probe(4 * rows, labels + 50) == measured, "lengths and names of classes change nothing"
     moved = (rows + 1e-3 * rng.standard_normal(rows.shape)).astype(np.float32)
     assert abs(probe(moved, labels).linear_probe - measured.linear_probe) < 0.005
-    assert probe(rows, labels, seed=1) != measured, "other halves"
     chosen = probed_rows(labels)
     assert len(chosen) == measured.pictures == 2000 and (np.diff(chosen) > 0).all()
     assert probe(rows[chosen], labels[chosen]).overlap_area == measured.overlap_area

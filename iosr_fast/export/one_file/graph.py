@@ -12,10 +12,12 @@ import numpy as np
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE, WEIGHTS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.one_file.logits import logits_of, odds_of_largest
+from iosr_fast.export.one_file.nodes import answer
 from iosr_fast.export.one_file.pixels import resized_pixels
 from iosr_fast.export.one_file.unknown import unknown_score
 from iosr_fast.export.one_file.value import Value
 from iosr_fast.images.geometry import Geometry
+from iosr_fast.methods.tree import Tree
 from iosr_fast.methods.unknown import Unknown
 from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.plan import ScoringPlan
@@ -37,6 +39,7 @@ class Answers:
     plan        whose logits give probabilities and labels
     adapted     whether adapted embeddings are needed
     least_odds  the least log p / (1 - p) of an accepted label; None where no promise was asked for
+    tree        whose nodes an accepted label may be; None for the classes alone
     unknown     with the `threshold` above which a picture is rejected; None where none is
     """
 
@@ -45,6 +48,7 @@ class Answers:
     least_odds: float | None = None
     unknown: Unknown | None = None
     threshold: float = np.inf
+    tree: Tree | None = None
 
 
 def check_engine_graph(engine: VerifiedFolder | None) -> VerifiedFolder:
@@ -98,14 +102,19 @@ def add_answers(answers: Answers, embeddings: Mapping[str, Value]) -> None:
     """Add the outputs of the graph, by "plain" and "adapted" `embeddings` (B, D), as far as they are needed."""
     n_classes = answers.plan.n_classes
     logits = logits_of(answers.plan, embeddings)
-    outputs = [logits.op("Softmax", axis=1, name="probabilities").info(n_classes)]
-    outputs.append(logits.op("ArgMax", axis=1, keepdims=0, name="label").info())
-    accepted = None if answers.least_odds is None else odds_of_largest(logits, n_classes) >= answers.least_odds
+    probabilities = logits.op("Softmax", axis=1, name="probabilities")
+    label = logits.op("ArgMax", axis=1, keepdims=0, name="label" if answers.tree is None else None)
+    outputs, accepted, node = [], None, label
+    if answers.least_odds is not None and answers.tree is not None:
+        node, accepted = answer(logits, probabilities, label, answers.tree, answers.least_odds)
+    elif answers.least_odds is not None:
+        accepted = odds_of_largest(logits, n_classes) >= answers.least_odds
     if answers.unknown is not None:
         score = unknown_score(answers.unknown, embeddings).op("Identity", name="unknown")
         rejected = score.op("Greater", answers.threshold, name="rejected")
         outputs += [score.info(), rejected.info()]
         accepted = None if accepted is None else accepted & rejected.op("Not")
     if accepted is not None:
-        outputs.insert(2, accepted.op("Identity", name="accepted").info())  # third, with unknown pictures or without
-    logits.graph.output.extend(outputs)
+        outputs.insert(0, accepted.op("Identity", name="accepted").info())  # third, with unknown pictures or without
+        label = label if answers.tree is None else accepted.op("Where", node, label, name="label")
+    logits.graph.output.extend([probabilities.info(n_classes), label.info(), *outputs])

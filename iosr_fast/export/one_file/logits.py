@@ -73,7 +73,7 @@ def largest(scores: Value) -> Value:
 
 
 def odds_of_largest(logits: Value, n_classes: int) -> Value:
-    """conformal.log_odds_of_largest of logits (B, C): (B,). The second largest is subtracted first: TensorRT 10 and
+    """log_loss.log_odds_of_largest of logits (B, C): (B,). The second largest is subtracted first: TensorRT 10 and
     OpenVINO before 2026 compute ReduceLogSumExp as its name says, which overflows from 89 on."""
     is_top = logits.op("ArgMax", axis=1).op("Equal", np.arange(n_classes))
     others = is_top.op("Where", -1e30, logits)

@@ -11,7 +11,7 @@ from iosr_fast.utils.require import require
 
 Operand: TypeAlias = "Value | float | list[int] | np.ndarray"
 _TYPES: dict[str, Any] = {"Shape": np.int64, "ArgMax": np.int64}
-_TYPES |= dict.fromkeys(("Less", "GreaterOrEqual", "Greater", "Equal", "And", "Not"), np.bool_)
+_TYPES |= dict.fromkeys(("Less", "GreaterOrEqual", "Greater", "Equal", "And", "Or", "Not"), np.bool_)
 
 
 class Value:

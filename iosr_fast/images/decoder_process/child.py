@@ -6,16 +6,16 @@ import importlib
 import socket
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 
-import numpy as np
 from PIL import Image
 
-from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.crop import Box, Crop
 from iosr_fast.images.decoder_process import confinement, sandbox
-from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status
+from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, PART, READY, REQUEST, Answer, Request, Status
 from iosr_fast.images.limits import DecodeLimits
-from iosr_fast.images.preprocess import open_image, resize_and_crop
+from iosr_fast.images.preprocess import decode_parts
 
 
 def main() -> None:
@@ -34,7 +34,9 @@ def main() -> None:
         while True:
             request = Request(*REQUEST.unpack(_receive(parent, REQUEST.size)))
             confinement.limit(request.work_pixels, 2 * request.length, request.cpu_s)
-            _answer(parent, request, _receive(parent, request.length))
+            boxes = PART.iter_unpack(_receive(parent, request.parts * PART.size))
+            parts = {i: Crop(None, Box(*box), margin) for i, (*box, margin) in enumerate(boxes)}
+            _answer(parent, request, parts or {0: None}, _receive(parent, request.length))
             confinement.give_back(request.work_pixels)
 
 
@@ -49,24 +51,17 @@ def _receive(parent: socket.socket, count: int) -> bytearray:
     return data
 
 
-def _answer(parent: socket.socket, request: Request, data: bytearray) -> None:
+def _answer(parent: socket.socket, request: Request, parts: Mapping[int, Crop | None], data: bytearray) -> None:
     # Pillow refuses more than twice this: a second check, of the size its decoder finds.
     Image.MAX_IMAGE_PIXELS = max(1, request.max_pixels // 2)
-    try:
-        pixels = _decode(request, data)
-    except (MemoryError, BadImageError) as error:
-        reason = str(getattr(error, "reason", ""))
-        if MemoryError in (type(error), type(error.__cause__)):
+    limits = DecodeLimits(max_pixels=request.max_pixels)
+    for result in decode_parts(data, parts, request.exif_orientation, request.geometry, limits, request.whole):
+        if not isinstance(result, Exception):
+            parent.sendall(ANSWER.pack(*Answer(Status.OK, result.shape[0], result.shape[1], 0)))
+            parent.sendall(result.data)
+            continue
+        reason = str(getattr(result, "reason", ""))
+        if MemoryError in (type(result), type(result.__cause__)):
             reason = "it needs more memory to decode than its size allows"
         message = reason.encode("utf-8", "replace")[:MAX_MESSAGE]
         parent.sendall(ANSWER.pack(*Answer(Status.BAD_IMAGE, 0, 0, len(message))) + message)
-    else:
-        parent.sendall(ANSWER.pack(*Answer(Status.OK, pixels.shape[0], pixels.shape[1], 0)))
-        parent.sendall(pixels.data)
-
-
-def _decode(request: Request, data: bytearray) -> np.ndarray:
-    """C-contiguous pixels."""
-    limits = DecodeLimits(max_pixels=request.max_pixels)
-    image = open_image(data, 0, request.exif_orientation, request.geometry, limits)
-    return np.ascontiguousarray(image) if request.whole else resize_and_crop(image, request.geometry)

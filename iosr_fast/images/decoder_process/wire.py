@@ -15,14 +15,15 @@ class Status(IntEnum):
 
 
 class Request(NamedTuple):
-    """`length` bytes of an encoded image follow. `work_pixels`: of the largest picture during decoding, by the header.
-    Of the geometry come `size`, the positions of its modes, and `fill`; `whole` asks for the picture before it is
-    resized."""
+    """So many `parts` and `length` bytes of an encoded image follow. Each part gets an answer, or without parts the
+    image. `work_pixels`: of the largest picture during decoding, by the header. Of the geometry come `size`, the
+    positions of its modes, and `fill`; `whole` asks for the picture before it is resized."""
 
     size: int
     resize_mode: int
     interpolation: int
     fill: int
+    parts: int
     length: int
     max_pixels: int
     work_pixels: int
@@ -47,7 +48,8 @@ class Answer(NamedTuple):
     length: int
 
 
-REQUEST = struct.Struct("<IBBBQQQd??")
+REQUEST = struct.Struct("<IBBBIQQQd??")
+PART = struct.Struct("<dddd?d")  # the box and the margin of a Crop
 ANSWER = struct.Struct("<BIII")
 READY = struct.Struct("<5s24s")  # sent once, when the process accepts requests: "ready", what its sandbox lacks
 MAX_MESSAGE = 2000

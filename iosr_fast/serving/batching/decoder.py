@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,10 @@ import numpy as np
 
 import iosr_fast
 from iosr_fast.exceptions import BadImageError, DeadlineExceededError
-from iosr_fast.images.decoder_process.wire import ANSWER, BUFFER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status
+from iosr_fast.images.decoder_process import wire
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits
-from iosr_fast.images.preprocess import ENCODED, open_image, resize_and_crop
+from iosr_fast.images.preprocess import ENCODED, decode_parts
 from iosr_fast.serving.batching.item import Item, Query
 
 log = logging.getLogger(__name__)
@@ -68,34 +69,37 @@ class Decoder:
             try:
                 with remote:
                     for side in (self._channel, remote):
-                        side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+                        side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.BUFFER)
                     self._process = _interpreter(remote, errors)
-                ready, lacks = READY.unpack(self._receive(READY.size, time.monotonic() + _START_S).tobytes())
+                ready, lacks = wire.READY.unpack(self._receive(wire.READY.size, time.monotonic() + _START_S).tobytes())
                 if ready != b"ready":
                     raise _ProcessLost("it sent an unexpected first message")
                 if lacks := lacks.rstrip(b"\0").decode():
                     self.warning = f"decoders are not confined as they should be: this system lacks {lacks}"
                 # A test image, so that a broken library shows here and not as bad images.
                 test = Item(grey_png(), 0, Query(), 0.0, encoder=SimpleNamespace(geometry=Geometry(2)))
-                self._exchange(test, time.monotonic() + _START_S)
+                (made,) = self._exchange((test,), time.monotonic() + _START_S)
+                if isinstance(made, Exception):
+                    raise made
             except (_ProcessLost, OSError, BadImageError) as error:
                 self.kill()
                 errors.seek(0)
                 output = errors.read().decode("utf-8", "replace").strip()[-2000:]
                 raise RuntimeError(f"the process that decodes images does not start: {output or error}") from error
 
-    def decode(self, item: Item) -> np.ndarray:
-        """An image as open_image takes it -> pixels (size, size, 3) uint8; of a `whole` item before they are resized,
-        (height, width, 3).
+    def decode(self, *items: Item) -> list[np.ndarray | Exception]:
+        """The pixels of an item whose image is as open_image takes it, or of items that are parts of one picture, or
+        their errors (decode_parts).
 
-        Raises BadImageError for an image that can't be read or is beyond the limits, and DeadlineExceededError where
-        the process had to be killed for the deadline.
+        Raises BadImageError for an image beyond the limits or that costs the process, DeadlineExceededError where this
+        had to be killed for the deadline.
         """
-        image, position, geometry = item.image, item.position, item.encoder.geometry
+        item = items[0]
+        image, position = item.image, item.position
         self._check_bytes(image, position)
         if not self.isolated or not isinstance(image, ENCODED):
-            opened = open_image(image, position, item.upright, geometry, self.limits)
-            return np.asarray(opened) if item.whole else resize_and_crop(opened, geometry)
+            parts = {one.position: one.crop for one in items}
+            return list(decode_parts(image, parts, item.upright, item.encoder.geometry, self.limits, item.whole))
         if item.whole and item.claimed is None:  # how large an answer may be
             raise BadImageError(None, position, "expected a JPEG, PNG or WebP image with an intact header")
         try:
@@ -106,7 +110,7 @@ class Decoder:
         limit_s = _CLOCK_PER_CPU * self.limits.timeout_s
         try:
             until = time.monotonic() + min(left_s, limit_s)
-            return self._exchange(item, until)
+            return self._exchange(items, until)
         except TimeoutError:
             self.kill()
             if left_s < limit_s:
@@ -115,8 +119,6 @@ class Decoder:
                 ) from None
             raise self._too_slow(position) from None
         except (_ProcessLost, OSError, ValueError) as error:
-            if isinstance(error, BadImageError):
-                raise
             self.kill()
             if self._process is not None and self._process.returncode == -signal.SIGXCPU:
                 raise self._too_slow(position) from None
@@ -138,7 +140,7 @@ class Decoder:
         self._process = self._channel = None
 
     def _too_slow(self, position: int) -> BadImageError:
-        reason = f"it takes more than {self.limits.timeout_s:g} s to decode; send a smaller or simpler one"
+        reason = f"it takes more than {self.limits.timeout_s:g} s to decode; send a smaller one, or fewer boxes"
         return BadImageError(None, position, reason)
 
     def _check_bytes(self, image: Any, position: int) -> None:
@@ -151,26 +153,33 @@ class Decoder:
         if error := self.limits.bytes_error(count):
             raise BadImageError(path, position, error)
 
-    def _exchange(self, item: Item, until: float) -> np.ndarray:
-        """Pixels (height, width, 3) of encoded bytes. Raises BadImageError, TimeoutError, _ProcessLost."""
+    def _exchange(self, items: Sequence[Item], until: float) -> list[np.ndarray | Exception]:
+        """As `decode`, of encoded bytes. Raises TimeoutError, _ProcessLost."""
         assert self._channel is not None
+        item, crops = items[0], [part.crop for part in items if part.crop is not None]
         data, max_pixels = memoryview(item.image).cast("B"), self.limits.max_pixels or _NO_LIMIT
         geometry, work = item.encoder.geometry, max_pixels if item.claimed is None else item.cost
-        request = Request.of(geometry, len(data), max_pixels, work, self.limits.timeout_s, item.upright, item.whole)
+        limits = max_pixels, work, self.limits.timeout_s
+        request = wire.Request.of(geometry, len(crops), len(data), *limits, item.upright, item.whole)
         self._channel.settimeout(max(1e-3, until - time.monotonic()))
-        self._channel.sendall(REQUEST.pack(*request))
+        self._channel.sendall(wire.REQUEST.pack(*request))
+        self._channel.sendall(b"".join(wire.PART.pack(*crop.box, crop.margin) for crop in crops))
         self._channel.sendall(data)
-        answer = Answer(*ANSWER.unpack(self._receive(ANSWER.size, until).tobytes()))
-        if answer.status == Status.OK:
-            sides = answer.height, answer.width
+        return [self._result(one, until) for one in items]
+
+    def _result(self, item: Item, until: float) -> np.ndarray | Exception:
+        """The next answer: pixels (height, width, 3), or an error."""
+        answer = wire.Answer(*wire.ANSWER.unpack(self._receive(wire.ANSWER.size, until).tobytes()))
+        if answer.status == wire.Status.OK:
+            sides, size = (answer.height, answer.width), item.encoder.geometry.size
             fits = item.claimed is not None and answer.height * answer.width <= item.claimed[0] * item.claimed[1]
-            if not (fits if item.whole else sides == (geometry.size, geometry.size)):
+            if not (fits if item.whole else sides == (size, size)):
                 raise _ProcessLost(f"it sent an invalid answer: {answer}")
             return self._receive(sides[0] * sides[1] * 3, until).reshape(*sides, 3)
-        if answer.status > max(Status) or answer.length > MAX_MESSAGE:
+        if answer.status > max(wire.Status) or answer.length > wire.MAX_MESSAGE:
             raise _ProcessLost(f"it sent an invalid answer: {answer}")
         reason = self._receive(answer.length, until).tobytes().decode("utf-8", "replace")
-        raise BadImageError(None, item.position, reason)
+        return BadImageError(None, item.position, reason)
 
     def _receive(self, count: int, until: float) -> np.ndarray:
         """The next bytes."""

@@ -32,8 +32,8 @@ class Run:
 
 class Engine:
     """Runs batches of at most `max_batch` images. `healthy` is False while the engine fails on every image;
-    `last_error` is the error of its last failure. `collect` is called with each answered image that is no probe, its
-    embeddings (1, D) and the head that answered."""
+    `last_error` is the error of its last failure. `collect` is called with each answered image that is whole and no
+    probe, its embeddings (1, D) and the head that answered."""
 
     def __init__(self, classifier: Any, max_batch: int, collect: Collect | None = None) -> None:
         self.healthy = True
@@ -141,7 +141,7 @@ class Engine:
             predictions.update(zip(rows, predict(head, part, *asked), strict=True))
         if self._collect is not None:
             for row, item in enumerate(items):
-                if not item.query.probe:
+                if item.crop is None and not item.query.probe:
                     self._collect(item.image, embeddings[np.array([row])], item.head)
         run.score_s += time.perf_counter() - encoded
         return [predictions[row] for row in range(len(pixels))]

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.crop import Sharing
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import check_share
@@ -128,7 +129,8 @@ class BatchingClassifier:
     def submit_many(self, images: Iterable[Any], **options: Any) -> list[Future[Prediction]]:
         """Classify the images of one request; returns a future for each, in order. All are accepted, or none.
 
-        Decoders take one image of each `client` in turn, and of each of its requests.
+        Decoders take one image of each `client` in turn, and of each of its requests. Parts of one picture that follow
+        one another are decoded together, once; `collect` gets none of them.
 
         BadImageError names an image without a path by its position. Raises as `submit` does, and ValueError for more
         than `max_queue` images, which can never be accepted.
@@ -140,7 +142,8 @@ class BatchingClassifier:
         if query.max_error is None:
             query = replace(query, max_error=self._max_error)
         of_fit = next(_requests), head, fit.encoder, fit.settings.exif_orientation
-        items = [Item(one, i, query, now, *of_fit) for i, one in enumerate(as_image_list(images))]
+        listed = Sharing(fit.settings.margin)(as_image_list(images))
+        items = [Item(one, i, query, now, *of_fit) for i, one in enumerate(listed)]
         if len(items) > self._queue.max_queue:
             raise IosrFastError(
                 f"expected at most {self._queue.max_queue} images at once (max_queue), got {len(items)}; submit fewer"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
 from iosr_fast.head.abstention import Abstention
+from iosr_fast.images.crop import Crop
 from iosr_fast.images.limits import Size, claimed_size, work_pixels
 from iosr_fast.images.preprocess import ENCODED
 from iosr_fast.methods.conformal import check_share
@@ -98,7 +99,7 @@ class Encoded:
 class Item:
     """`deadline` and `submitted` are on time.monotonic's clock, in seconds. The future is resolved with a Prediction,
     or of a `whole` image with its pixels (height, width, 3). The header of encoded bytes is read here alone, unless the
-    image comes as Encoded."""
+    image comes as Encoded. Of a `crop` by Sharing the image is its source."""
 
     image: Any
     position: int  # in its request, for BadImageError
@@ -116,8 +117,12 @@ class Item:
     outcome: Any = None
     claimed: Size | None = None  # of encoded bytes, by their header
     cost: int = 0  # of decoding, in pixels; 0 if unknown
+    crop: Crop | None = None  # None: the image is classified whole
+    picture: object = field(default_factory=object)  # the same of parts that are decoded together
 
     def __post_init__(self) -> None:
+        if isinstance(self.image, Crop):
+            self.crop, self.picture, self.image = self.image, self.image.whole, self.image.source
         if isinstance(self.image, Encoded):
             self.image, self.claimed = self.image.data, self.image.claimed
         elif isinstance(self.image, ENCODED):

@@ -95,10 +95,10 @@ class BatchQueue:
         try:
             with self._changed:
                 self._check_open()
-                for item in items:
-                    if not item.whole and item.encoder.accepts(item.image):
+                for before, item in zip((None, *items), items, strict=False):
+                    if not item.whole and item.crop is None and item.encoder.accepts(item.image):
                         item.pixels = item.image
-                    else:
+                    elif before is None or before.picture is not item.picture:  # else it costs nothing more
                         self._admission.judge(item)
                 if items and not items[0].whole:
                     reason = "full"
@@ -120,39 +120,42 @@ class BatchQueue:
                 notify(self.observer, "on_refused", reason)
             raise
 
-    def next_to_decode(self) -> Item | None:
-        """Wait for the next image to decode; the caller must call `decoded` for it. None: no more."""
+    def next_to_decode(self) -> list[Item]:
+        """Wait for the next image to decode: its item, or those of all its parts. The caller must call `decoded` for
+        them. Empty: no more."""
         while True:
             with self._decoder_free:
                 while (item := self._decodable()) is None and not self.ended.is_set():
                     self._decoder_free.wait()
                 if item is None or self.ended.is_set():
-                    return None
-                self._waiting[item.large].take(item)
+                    return []
+                items = self._waiting[item.large].take_picture(item)
                 self._large_was_last = item.large
                 self._in_decoders.add(item)
             now = time.monotonic()
             if item.deadline >= now:
-                return item
-            self.decoded(item, item.late(now))
-            del item  # the frame would keep it until the next one comes
+                return items
+            self.decoded(items, [item.late(now)] * len(items))
+            del item, items  # the frame would keep them until the next ones come
 
-    def decoded(self, item: Item, result: np.ndarray | Exception, seconds: float = 0.0) -> None:
-        """Set the pixels of an item, or answer its error."""
+    def decoded(self, items: Sequence[Item], results: Sequence[np.ndarray | Exception], seconds: float = 0.0) -> None:
+        """Set the pixels of items that were decoded together, or answer their errors."""
+        answered = []
         with self._changed:
-            self._in_decoders.discard(item)
+            self._in_decoders.discard(items[0])
             self._decoder_free.notify_all()  # another one of its client may start
             if seconds:
-                self._admission.measure_decoding(item, seconds)
-            answered = False
-            if item.whole or isinstance(result, Exception):
-                answered = self._claim(item)
-                self._forget((item,))
-            elif item in self._accepted:
-                item.pixels = result
-                self._make_ready(item)
+                self._admission.measure_decoding(items[0], seconds)
+            for item, result in zip(items, results, strict=True):
+                if item.whole or isinstance(result, Exception):
+                    if self._claim(item):
+                        answered.append((item, result))
+                    self._forget((item,))
+                elif item in self._accepted:
+                    item.pixels = result
+                    self._make_ready(item)
             self._changed.notify()
-        if answered:
+        for item, result in answered:
             item.answer(result, self.observer)
 
     def next_batch(self, idle_s: float = math.inf) -> tuple[list[Item], int] | None:

@@ -31,6 +31,14 @@ class Turns:
         for key in sorted(own, key=lambda key: key[1] == item.request):  # its request becomes the last one
             self._items.move_to_end(key)
 
+    def take_picture(self, item: Item) -> list[Item]:
+        """Take an item with the other parts of its picture, in one turn; returns all."""
+        parts = [one for one in self._items[item.client, item.request] if one.picture is item.picture]
+        self.take(item)
+        for part in parts:
+            self.discard(part)
+        return parts
+
     def discard(self, item: Item) -> None:
         """Remove an item, if it is here."""
         key = item.client, item.request

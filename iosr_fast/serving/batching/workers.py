@@ -133,21 +133,22 @@ class Workers:
             finally:
                 self._attempted[place].set()
             self._errors[place], pause_s = None, 0.0
-            item = queue.next_to_decode()
-            if item is None:
+            items = queue.next_to_decode()
+            if not items:
                 break
             started = time.monotonic()
-            result: np.ndarray | Exception
+            results: list[np.ndarray | Exception]
             try:
-                result = decoder.decode(item)
+                results = decoder.decode(*items)
             except BaseException as error:  # even MemoryError concerns this image only
-                result = ordinary(error)
-                chained: BaseException | None = error
+                results = [ordinary(error)] * len(items)
+            for result in results:
+                chained: BaseException | None = result if isinstance(result, Exception) else None
                 while chained is not None:
                     traceback.clear_frames(chained.__traceback__)
                     chained = chained.__context__
-            queue.decoded(item, result, time.monotonic() - started)
-            del item, result
+            queue.decoded(items, results, time.monotonic() - started)
+            del items, results, result
         decoder.close()
 
 

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.class_tree import DEEPEST
 from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.head.names import LONGEST, name_fault
 from iosr_fast.serving.batching.item import Encoded
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _DECODE_S = 60.0  # how long an image of a change may wait for a decoder
 _NAME = {"type": "string", "minLength": 1, "maxLength": LONGEST}
+_NODE = "one: a node by its name; several: names from the root down, which may be new"
+_PARENT = {"type": "array", "items": _NAME, "maxItems": DEEPEST, "description": _NODE}
 _DESCRIPTION = {"type": "array", "items": {"type": "string", "maxLength": MAX_LENGTH}, "maxItems": MAX_TEXTS}
 
 
@@ -69,16 +72,22 @@ def make_router(service: Service) -> APIRouter:
         "/v1/classes",
         summary="Add a class from a few images",
         status_code=201,
-        openapi_extra=schemas.form_body({"name": _NAME, "description": _DESCRIPTION}, 0, max_images),
+        openapi_extra=schemas.form_body({"name": _NAME, "description": _DESCRIPTION, "parent": _PARENT}, 0, max_images),
     )
     async def add_class(request: Request) -> ChangeResult:
-        images, texts = await service.uploads.read_form(request, "name", repeated=("description",))
-        name, own = _check_name(texts["name"][0]), texts.get("description")
-        added = lambda it: it.add_class(name, decoded(request, images), None, own)  # noqa: E731
+        images, texts = await service.uploads.read_form(request, "name", repeated=("description", "parent"))
+        name, own, above = _check_name(texts["name"][0]), texts.get("description"), texts.get("parent", [])
+        parent = above[0] if len(above) == 1 else above
+        added = lambda it: it.add_class(name, decoded(request, images), None, own, parent)  # noqa: E731
         return await change("add_class", added, new_name=name)
 
-    @router.patch("/v1/classes/{class_id}", summary="Rename a class")
+    @router.patch("/v1/classes/{class_id}", summary="Rename a class, or move it in the tree")
     async def rename_class(body: schemas.Rename, class_id: str = CLASS_ID_PATH) -> ChangeResult:
+        parent = body.parent
+        if (body.name is None) == (parent is None) or (parent is not None and body.model_fields_set != {"parent"}):
+            raise ApiError(422, "invalid_parameters", "expected a new name, or a parent alone: one change a request")
+        if body.name is None:
+            return await change("move_class", lambda it: it.move_class(class_id, parent), class_id)
         name, keep, own = _check_name(body.name), body.keep_text, body.descriptions
         return await change("rename_class", lambda it: it.rename_class(class_id, name, None, keep, own), class_id, name)
 

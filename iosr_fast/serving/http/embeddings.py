@@ -37,8 +37,10 @@ class EmbeddingUploads(Uploads):
         self._form = f'{{"embeddings": [[...], ...]}}, at most {most} rows of {width} numbers'
         self.sentence = f"POST {self._form}, as application/json to /v1/predict."
 
-    async def read_images(self, request: Request) -> Images:
+    async def read_images(self, request: Request, boxes: str | None = None) -> Images:
         """The rows (width,) of a body. Raises ApiError."""
+        if boxes is not None:
+            raise ApiError(422, "invalid_parameters", "expected no boxes: this server takes embeddings and no images")
         kind, _ = content_type(request)
         if kind != b"application/json":
             expected = f"application/json, because this server takes embeddings and no images: {self._form}"

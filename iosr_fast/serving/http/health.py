@@ -88,7 +88,7 @@ def make_router(service: Service) -> APIRouter:
     )
     def scrape() -> Response:
         if service.collector is not None:
-            service.collector.read_labels()  # for the next scrape
+            service.collector.read_labels(service.head)  # for the next scrape
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return router

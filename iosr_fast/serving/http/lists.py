@@ -87,8 +87,7 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
-    classifier = service.classifier
-    head, source = classifier.snapshot().require_single_label("the HTTP API"), classifier.encoder.source
+    head, source = service.head, service.classifier.encoder.source
     unknown = head.unknown
     return schemas.ClassifierAnswer(
         version=head.version,
@@ -101,7 +100,7 @@ def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
         unknown=schemas.Promise(promised=unknown.can_promise(keep), keep=keep, sentence=unknown.summary(keep)),
         max_error=service.settings.max_error,
         collects=service.settings.collect is not None,
-        checked=_checked(service),
+        checked=_checked(service, head),
         note=service.recent.strangers.note,
     )
 
@@ -131,9 +130,9 @@ def _measured(head: Head) -> schemas.Measured | None:
     )
 
 
-def _checked(service: Service) -> schemas.Checked | None:
+def _checked(service: Service, head: Head) -> schemas.Checked | None:
     if service.collector is None or service.collector.checks is None:
         return None
-    service.collector.read_labels()  # for the next answer
+    service.collector.read_labels(head)  # for the next answer
     result, beside = service.collector.checks.result, service.collector.checks.beside
     return schemas.Checked(**vars(result), refuted=result.refuted, beside=beside, sentence=str(result))

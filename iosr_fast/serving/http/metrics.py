@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from iosr_fast.head.predictions import Prediction
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MAX_CLASSES = 10_000  # with their own series; more would slow down every scrape
+_OTHERS = "", "all others"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS"})
 
 
@@ -40,7 +41,7 @@ class Metrics:
         self._score = histogram("score_seconds", "Time to score a batch")
         self._errors = counter("errors", "Errors in answers, of requests and of their images", ("code",))
         self._refusals = counter("refusals", "Images refused before queueing", ("reason",))
-        self._predictions = counter("predictions", "Images by predicted class", ("class_id", "name"))
+        self._predictions = counter("predictions", "Images by predicted class or node", ("class_id", "name"))
         self._unknown = counter("unknown", "Images rejected because they belong to none of the classes")
         self._uploads = counter("uploads", "Uploads that need a look, with --collect", ("outcome",))
         self._series: set[tuple[str, str]] = set()
@@ -104,18 +105,20 @@ class Metrics:
         self._errors.labels(code).inc()
 
     def on_prediction(self, prediction: Prediction) -> None:
-        if prediction.class_id is None or prediction.label is None:  # rejected
+        if prediction.label is None:  # rejected
             self._unknown.inc()
             return
-        key = (prediction.class_id, prediction.label)
+        key = (prediction.class_id or "", prediction.label)  # a node has no id
         if key not in self._series and len(self._series) >= _MAX_CLASSES:
-            key = ("", "all others")
+            key = _OTHERS
         self._series.add(key)
         self._predictions.labels(*key).inc()
 
-    def drop_removed(self, name_of: Callable[[str], str | None]) -> None:
-        """Remove the series of classes that were removed or renamed; `name_of` gives the current name of an id."""
-        removed = {key for key in self._series.copy() if key[0] and name_of(key[0]) != key[1]}
+    def drop_removed(self, name_of: Callable[[str], str | None], nodes: Collection[str] = ()) -> None:
+        """Remove the series of classes that were removed or renamed, whose id has another name by `name_of`, and of
+        nodes that are gone."""
+        series = self._series - {_OTHERS}
+        removed = {key for key in series if (name_of(key[0]) != key[1] if key[0] else key[1] not in nodes)}
         for key in removed:
             self._predictions.remove(*key)
         self._series -= removed

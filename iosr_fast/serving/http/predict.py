@@ -23,13 +23,17 @@ from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.uploads import Images
 from iosr_fast.utils.text import abbreviate
 
-_QUERY = ("top", "nearest", "unknown", "keep", "max_error", "deadline_ms")
-COLLECTS = " This server keeps uploads that need a look, for labelling."
+_QUERY = ("top", "nearest", "unknown", "keep", "max_error", "deadline_ms", "boxes")
 _IMAGES = (
     "Send one image as the body, or several as the file fields `images` of a form. Formats are JPEG, PNG and WebP, "
     "recognised by the first bytes; only the first frame of an animation is used. EXIF orientation is applied if it "
     "was when the classifier was fit. An image that can't be classified yields an error in its place (too_large, "
-    "unsupported_type, too_many_pixels or bad_image) and does not affect the others."
+    "unsupported_type, too_many_pixels or bad_image) and does not affect the others. With `boxes` one image is "
+    "sent, and each box gets a prediction or an error: of the part in it alone."
+)
+_BOXES = (
+    "JSON, [[x, y, width, height], ...]: parts of the only image, upright; in pixels, or as shares of its sides "
+    "where neither width nor height exceeds 1; in a form, a field"
 )
 _ALL_BAD = "All images are bad (see predictions), or a parameter is invalid"
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
@@ -51,7 +55,7 @@ def make_router(service: Service) -> APIRouter:
             "`class_id` are null if the image belongs to none of the classes. With max_error, `accepted` says whether "
             "nobody needs to look at the label: of accepted ones at most this share is wrong, with 95% confidence. 422 "
             "(no_promise) where there are too few support images for `keep` or `max_error`."
-            + (COLLECTS if settings.collect is not None else "")
+            + (" This server keeps whole uploads that need a look, for labelling." if settings.collect else "")
         ),
     )
     async def predict(
@@ -69,12 +73,13 @@ def make_router(service: Service) -> APIRouter:
             le=settings.max_deadline_ms,
             description="time allowed for the answer, from the request's last byte",
         ),
+        boxes: str | None = Query(None, description=_BOXES, include_in_schema=service.takes_changes),
     ) -> Response:
         _check_query(request)
         client = client_of(request.client)
         try:
             service.batching.check_room(client)  # before the body is read, which makes refusals cheap
-            images = await service.uploads.read_images(request)
+            images = await service.uploads.read_images(request, boxes)
             start = time.perf_counter()
             request.scope["iosr_fast.images"] = len(images)
             good = [image for image in images if not isinstance(image, ApiError)]

@@ -31,7 +31,7 @@ class Recent:
         self._last.append(prediction)
         if prediction.accepted is None:
             return
-        before, p = self.strangers.noted, prediction.probability
+        before, p = self.strangers.noted, prediction.top[0].probability
         odds = math.log(p / (1.0 - p)) if 0.0 < p < 1.0 else math.copysign(math.inf, p - 0.5)
         self.strangers.add(odds <= self._limit(prediction.version))
         if self.strangers.noted != before:

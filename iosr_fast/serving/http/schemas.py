@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
-from iosr_fast.head.head import ClassInfo
+from iosr_fast.head.class_tree import DEEPEST
+from iosr_fast.head.head import ClassInfo, TreeClassInfo
 from iosr_fast.head.names import LONGEST
-from iosr_fast.head.predictions import Prediction
+from iosr_fast.head.predictions import Prediction, TreePrediction
 
 
 class ErrorInfo(BaseModel):
@@ -47,7 +48,7 @@ class PredictAnswer(BaseModel):
 
     version: int
     latency_ms: float
-    predictions: list[Prediction | ErrorAnswer]
+    predictions: list[Prediction | TreePrediction | ErrorAnswer]
 
 
 class Measured(BaseModel):
@@ -109,7 +110,7 @@ class ClassesAnswer:
 
     version: int
     total: int
-    classes: list[ClassInfo]
+    classes: list[ClassInfo | TreeClassInfo]
     next: str | None
 
 
@@ -135,13 +136,18 @@ def long_answer(answer: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(answer), status, media_type="application/json")
 
 
+NodeName: TypeAlias = Annotated[str, Field(min_length=1, max_length=LONGEST)]
+
+
 class Rename(BaseModel):
     """With `keep_text` only the displayed name changes, and the class keeps its text embedding. Otherwise it gets that
-    of its new name and `descriptions`."""
+    of its new name and `descriptions`. Or, without a name, `parent`: another place in the tree, below a node by its
+    name, or below a path of names from the root down, which may be new; [] is directly below the root."""
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(min_length=1, max_length=LONGEST)
+    name: str | None = Field(None, min_length=1, max_length=LONGEST)
+    parent: NodeName | Annotated[list[NodeName], Field(max_length=DEEPEST)] | None = None
     keep_text: bool = False
     descriptions: list[Annotated[str, Field(max_length=MAX_LENGTH)]] | None = Field(None, max_length=MAX_TEXTS)
 
@@ -150,16 +156,16 @@ _IMAGE = {"type": "string", "format": "binary"}
 
 
 def form_body(texts: dict[str, dict[str, Any]], min_images: int, max_images: int) -> dict[str, Any]:
-    """openapi_extra of a route that takes a multipart form with `images` and text fields, of which arrays may lack."""
+    """openapi_extra of a route that takes a multipart form with `images` and text fields, of which `name` must be."""
     images = {"type": "array", "items": _IMAGE, "minItems": min_images, "maxItems": max_images}
-    required = [*(name for name in texts if texts[name]["type"] != "array"), *(["images"] if min_images else [])]
+    required = [*(name for name in texts if name == "name"), *(["images"] if min_images else [])]
     form = {"schema": {"type": "object", "properties": {**texts, "images": images}, "required": required}}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}
 
 
 def image_body(max_images: int) -> dict[str, Any]:
     """openapi_extra of a route that takes one image as the body, or a form with several."""
-    body = form_body({}, 1, max_images)
+    body = form_body({"boxes": {"type": "string", "contentMediaType": "application/json"}}, 1, max_images)
     for kind in ("image/jpeg", "image/png", "image/webp", "application/octet-stream"):
         body["requestBody"]["content"][kind] = {"schema": _IMAGE}
     return body

@@ -18,6 +18,7 @@ from iosr_fast.serving.shares import Shares
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
+    from iosr_fast.head.head import Head
     from iosr_fast.serving.batching import BatchingClassifier
     from iosr_fast.serving.collector import Collector
 
@@ -55,6 +56,11 @@ class Service:
         return self.batching.classifier
 
     @property
+    def head(self) -> Head:
+        """The newest one."""
+        return self.classifier.snapshot().require_single_label("the HTTP API")
+
+    @property
     def read_only(self) -> str:
         """Why classes can't be changed: the last change could not be logged. Empty if they can."""
         failure = self.classifier.log_failure
@@ -74,7 +80,8 @@ class Service:
 
     def _act(self, act: Callable[[Classifier], Answer]) -> Answer:
         answer = act(self.classifier)
-        self.metrics.drop_removed(self.classifier.snapshot().name_of)
+        head = self.head
+        self.metrics.drop_removed(head.name_of, head.node_names[len(head.uids) :])
         return answer
 
     def close(self) -> None:

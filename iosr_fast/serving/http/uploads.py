@@ -10,11 +10,14 @@ import re
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.crop import Box, Crop
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DAMAGED, claimed_size, image_kind
 from iosr_fast.serving.batching.decoder import grey_png
@@ -23,6 +26,7 @@ from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 
 _MAX_TEXT = 4 * MAX_LENGTH  # bytes of a text field in UTF-8
+_BOX_TEXT = 128  # bytes of a box in JSON
 _MAX_HEADERS = 4096  # bytes of the headers of a part
 _MAX_TYPE = 1024  # bytes of a Content-Type; its parser takes quadratic time
 _FORMS = "multipart/form-data with file fields `images`"
@@ -33,8 +37,8 @@ _DISPOSITION = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
-# In order: encoded images, or rows of embeddings; the error of an image that no decoder should see.
-Images: TypeAlias = "list[Encoded | np.ndarray | ApiError]"
+# In order: encoded images, parts of one, or rows of embeddings; the error of an image that no decoder should see.
+Images: TypeAlias = "list[Encoded | Crop | np.ndarray | ApiError]"
 
 
 class Uploads:
@@ -49,19 +53,27 @@ class Uploads:
         self.max_body, self.probe = settings.max_body_bytes, grey_png()
         self._max_images, self._limits, self._geometry = settings.max_images, settings.decode_limits, geometry
 
-    async def read_images(self, request: Request) -> Images:
-        """Images to classify: one as the body (image/*, application/octet-stream, or no type), or a form."""
+    async def read_images(self, request: Request, boxes: str | None = None) -> Images:
+        """Images to classify: one as the body (image/*, application/octet-stream, or no type), or a form. With `boxes`,
+        of the query or a field of the form, the parts of the only image instead, or its error for each."""
+        given = [] if boxes is None else [boxes]
         kind, options = content_type(request)
         body = await request.body()
         if kind == b"multipart/form-data":
-            images, _ = await asyncio.to_thread(self._read_parts, body, options)
+            images, texts = await asyncio.to_thread(self._read_parts, body, options, ("boxes",))
+            given += texts.get("boxes", [])
         elif kind in (b"", b"application/octet-stream") or kind.startswith(b"image/"):
             images = [self.check(body)] if body else []
         else:
             raise wrong_type(kind, f"an image (image/* or application/octet-stream) or {_FORMS}")
         if not images:
             raise ApiError(400, "no_image", f"expected an image as the body, or {_FORMS}; got none")
-        return images
+        if not given:
+            return images
+        if len(given) > 1 or len(images) > 1:
+            raise _bad_boxes(f"once, in the query or the form, and of one image; got {len(images)} images")
+        (image,) = images
+        return [image if isinstance(image, ApiError) else Crop(image, box) for box in self._read_boxes(given[0])]
 
     async def read_form(
         self, request: Request, *texts: str, repeated: tuple[str, ...] = ()
@@ -111,13 +123,23 @@ class Uploads:
                 raise ApiError(400, "unexpected_field", f"expected form fields {names}, got {name[:80]!r}")
             if len(values) == MAX_TEXTS:
                 raise ApiError(413, "too_many_fields", f"expected at most {MAX_TEXTS} fields {name!r}, got more")
-            if len(content) > _MAX_TEXT:
-                raise ApiError(413, "too_large", f"expected a field {name!r} of at most {_MAX_TEXT} bytes")
+            if len(content) > (most := _BOX_TEXT * self._max_images if name == "boxes" else _MAX_TEXT):
+                raise ApiError(413, "too_large", f"expected a field {name!r} of at most {most} bytes")
             try:
                 values.append(content.decode())
             except UnicodeDecodeError:
                 raise _bad_form(f"its field {name!r} is not UTF-8") from None
         return images, fields
+
+    def _read_boxes(self, text: str) -> list[Box]:
+        """Raises ApiError, which says where the first box is that is none, or what it is."""
+        try:
+            boxes = [Box.of(values) for values in msgspec.json.decode(text, type=list[list[float]])]
+        except (msgspec.DecodeError, IosrFastError) as error:
+            raise _bad_boxes(f"got another text: {error}") from None
+        if not 1 <= len(boxes) <= self._max_images:
+            raise _bad_boxes(f"from 1 to {self._max_images}, got {len(boxes)}")
+        return boxes
 
 
 def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, bytes]]:
@@ -142,6 +164,10 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, bytes]]:
             raise _bad_form("a part has no Content-Disposition: form-data with a name")
         yield (form_data[1] or form_data[2]).decode("utf-8", "replace"), body[content:end]
         start = end + len(delimiter)
+
+
+def _bad_boxes(reason: str) -> ApiError:
+    return ApiError(422, "invalid_parameters", f"expected boxes as JSON, [[x, y, width, height], ...]: {reason}")
 
 
 def _bad_form(reason: str) -> ApiError:

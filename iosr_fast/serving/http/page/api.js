@@ -76,10 +76,10 @@ const examplePath = (id) => `v1/examples/${encodeURIComponent(id)}`;
 
 export const pictureAddress = (exampleId) => `${examplePath(exampleId)}/picture`;
 
-/** Answers to pictures, in their order. */
-export function predict(pictures, { top, nearest, reject }) {
+/** Answers to pictures, in their order, or to the parts of one in boxes. */
+export function predict(pictures, { top, nearest, reject }, boxes) {
   const path = `v1/predict?top=${top}&nearest=${nearest}${reject ? "&unknown=reject" : ""}`;
-  return call(path, { method: "POST", body: form(pictures) });
+  return call(path, { method: "POST", body: form(pictures, boxes.length ? { boxes: JSON.stringify(boxes) } : {}) });
 }
 
 /** All pages of a list, joined in `field` of the first. A change in between shows in the version of a later answer. */

@@ -24,7 +24,7 @@ function draw() {
   const focused = find("classes").contains(document.activeElement);
   const openId = find("classes").querySelector("[open]")?.dataset.id;
   const words = find("filter").value.trim().toLocaleLowerCase();
-  const matches = all.filter(({ name }) => name.toLocaleLowerCase().includes(words));
+  const matches = all.filter(({ name, path = [] }) => [...path, name].join(" > ").toLocaleLowerCase().includes(words));
   const total = count(all.length, "class", "classes");
   find("matches").textContent =
     (matches.length < all.length ? `${matches.length} of ${total}` : total) +
@@ -37,7 +37,8 @@ function draw() {
 function row(info, open) {
   const panel = make("div", { class: "panel" });
   const toggle = ({ target }) => target.open && fill(panel, info);
-  const name = make("summary", {}, info.name, span("quiet", count(info.examples, "example")));
+  const facts = [...(info.path?.length ? [info.path.join(" > ")] : []), count(info.examples, "example")];
+  const name = make("summary", {}, info.name, span("quiet", facts.join(", ")));
   return make("li", {}, make("details", { name: "class", "data-id": info.class_id, open, toggle }, name, panel));
 }
 

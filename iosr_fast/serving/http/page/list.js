@@ -9,31 +9,58 @@ const COLUMNS = ["file", "label", "confidence", "alternatives", "error"];
 let items = [];
 let page = null;
 
-// The selected item: {file, name, row} with what queue.js adds; after a change also {before: the previous prediction,
-// taught: the class that got the picture}.
+// The selected item: {file, name, line, row} with what queue.js adds; of a part also {box: [x, y, width, height] in
+// shares of the picture's sides, number}; after a change also {before: the previous prediction, taught: the class that
+// got the picture}.
 export let shown = null;
 
 /** Put files on the list and select the first of them: their items, for queue.js. */
-export function add(files) {
-  const added = files.slice(0, MOST - items.length).map((file) => {
-    const item = { file, name: file.name || "pasted picture", row: span("row"), busy: true };
+export const add = (files) => put(files.map((file) => ({ file, name: file.name || "pasted picture" })));
+
+/** Put the part of the shown picture in a box on the list, after the others, and select it: its item, for queue.js. */
+export function addPart(box) {
+  const { file, name } = wholeOf(shown.file);
+  const number = 1 + (partsOf(file).at(-1)?.number ?? 0);
+  const last = items.findLastIndex((item) => item.file === file);
+  return put([{ file, name: `${name}, box ${number}`, box, number }], last + 1);
+}
+
+export const wholeOf = (file) => items.find((item) => item.file === file);
+export const partsOf = (file) => items.filter((item) => item.file === file && item.box);
+
+/** Remove the shown part, and select what is before it. */
+export function removePart() {
+  const place = items.indexOf(shown);
+  items.splice(place, 1)[0].line.remove();
+  update([]);
+  select(items[place - 1]);
+  shown.choice.focus();
+}
+
+function put(wanted, place = items.length) {
+  const added = wanted.slice(0, MOST - items.length);
+  const left = wanted.length - added.length;
+  if (left) complain(`The list holds ${count(MOST, "picture")}: ${count(left, "picture")} left out. Clear it first.`);
+  for (const item of added) {
     const change = () => {
       shown = item;
       page.selected();
     };
     item.choice = make("input", { type: "radio", name: "shown", class: "cover", change });
-    return item;
-  });
-  const left = files.length - added.length;
-  if (left) complain(`The list holds ${count(MOST, "picture")}: ${count(left, "picture")} left out. Clear it first.`);
-  items.push(...added);
-  find("items").append(...added.map(({ choice, row }) => make("label", {}, choice, row)));
-  update(added);
-  if (added.length) {
-    added[0].choice.click();
-    find("items").scrollTop = added[0].choice.labels[0].offsetTop;
+    item.row = span("row");
+    item.line = make("label", {}, item.choice, item.row);
+    item.busy = true;
+    find("items").insertBefore(item.line, items[place]?.line ?? null);
   }
+  items.splice(place, 0, ...added);
+  update(added);
+  if (added.length) select(added[0]);
   return added;
+}
+
+export function select(item) {
+  item.choice.click();
+  find("items").scrollTop = item.line.offsetTop;
 }
 
 /** Write the rows of items anew, and what there is to do with the list. */
@@ -66,7 +93,9 @@ function classifyAgain() {
   shown.choice.focus();
 }
 
-function line({ name, prediction, error }) {
+/** A part is named by a media fragment, which the command line takes for a path. */
+function csvRow({ file, name: shownName, box, prediction, error }) {
+  const name = box ? `${wholeOf(file).name}#xywh=percent:${box.map((share) => +(100 * share).toFixed(2))}` : shownName;
   if (!prediction) return [name, "", "", "", error ?? "not classified yet"];
   const unknown = verdict(prediction) === "unknown";
   const described = prediction.top.map(({ label, probability }) => `${label} ${probability.toFixed(4)}`);
@@ -86,6 +115,6 @@ function clear() {
 export function setUp(callbacks) {
   page = callbacks;
   find("again").addEventListener("click", classifyAgain);
-  find("save").addEventListener("click", () => saveCsv("classified.csv", [COLUMNS, ...items.map(line)]));
+  find("save").addEventListener("click", () => saveCsv("classified.csv", [COLUMNS, ...items.map(csvRow)]));
   find("clear").addEventListener("click", clear);
 }

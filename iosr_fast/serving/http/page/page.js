@@ -1,16 +1,16 @@
 // The page: shows the answer of the selected picture, and classifies it again after a change.
 
 import * as api from "./api.js";
+import * as boxes from "./boxes.js";
 import * as classes from "./classes.js";
 import { button, complain, count, find, make, percent, say, sayNothing } from "./dom.js";
 import * as list from "./list.js";
-import { acceptChoices, acceptDrops, preview } from "./pictures.js";
+import { acceptChoices, acceptDrops } from "./pictures.js";
 import * as queue from "./queue.js";
 import { show } from "./result.js";
 import * as teach from "./teach.js";
 
 const SAMPLES = 6;
-const SIDE = 640; // Of the shown picture, in pixels.
 
 function add(files) {
   sayNothing();
@@ -22,16 +22,15 @@ function view() {
   teach.offer();
 }
 
-async function selected() {
-  const item = list.shown;
+function selected() {
   view();
-  const picture = await preview(item.file, SIDE);
-  if (item === list.shown) find("picture").replaceChildren(picture);
+  boxes.show();
 }
 
 function answered(items) {
   list.update(items);
   if (items.includes(list.shown)) view();
+  boxes.draw();
 }
 
 function cleared() {
@@ -137,6 +136,7 @@ acceptChoices(find("camera"), add);
 acceptDrops(document.documentElement, add); // Also pictures dropped outside of the stage.
 document.addEventListener("paste", paste);
 queue.setUp({ answered, refresh });
+boxes.setUp();
 list.setUp({ selected, cleared });
 classes.setUp(change);
 teach.setUp();

@@ -48,12 +48,19 @@ export function clear() {
 async function work() {
   running += 1;
   while (waiting.length) {
-    const batch = waiting.splice(0, size);
+    const batch = waiting.splice(0, Math.min(size, together()));
     size = Math.min(2 * size, most);
     await send(batch);
     page.answered(batch);
   }
   running -= 1;
+}
+
+/** How many of the first that wait a request may have: whole pictures, or parts of one. */
+function together() {
+  const [{ file, box }] = waiting;
+  const other = waiting.findIndex((item) => (box ? !item.box || item.file !== file : item.box));
+  return other < 0 ? waiting.length : other;
 }
 
 function settle(item, outcome) {
@@ -64,10 +71,10 @@ async function send(batch) {
   const files = new Map();
   for (const item of batch) {
     try {
-      const { file, notes } = await prepared(item.file); // One by one: decoded photos are large.
+      const { file, notes } = await prepared(item.file, item.box); // One by one: decoded photos are large.
       files.set(item, file);
       item.notes = notes;
-      item.thumbnail ??= await preview(file);
+      item.thumbnail ??= await preview(file, item.box);
     } catch (error) {
       settle(item, { error: error.message });
     }
@@ -89,7 +96,9 @@ async function send(batch) {
 async function predict(items, files) {
   const known = version;
   let unchecked = unpromised;
-  const ask = () => api.predict(files, { ...ANSWER, reject: !unchecked });
+  const boxes = items.flatMap(({ box }) => (box ? [box] : []));
+  const sent = boxes.length ? files.slice(0, 1) : files;
+  const ask = () => api.predict(sent, { ...ANSWER, reject: !unchecked }, boxes);
   const { data, roundTripMs } = await ask().catch((error) => {
     if (unchecked || error.code !== "no_promise") throw error;
     unchecked = error.message; // Somebody else changed the classes.

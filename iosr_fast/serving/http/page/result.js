@@ -88,12 +88,16 @@ const VERDICTS = {
     make("p", { class: "label" }, "Unknown"),
     make("p", {}, `This picture is unlike all classes. The nearest is ${described(best)}.`),
   ],
-  unsure: ({ accepted, top: [best, ...others] }) => [
+  unsure: ({ accepted, path, top: [best, ...others] }) => [
     likely(`${accepted === false ? "Needs a look" : "Not sure"}: ${best.label}?`, best.probability),
+    ...place(best.label, path),
     ...others.slice(0, 1).map((second) => make("p", {}, `It may also be ${described(second)}.`)),
   ],
-  sure: ({ label, probability }) => [likely(label, probability)],
+  sure: ({ label, probability, path }) => [likely(label, probability), ...place(label, path)],
 };
+
+/** Where a label is in the classifier's tree, from the root down, if that is not directly below the root. */
+const place = (label, path) => (path?.length ? [make("p", { class: "quiet" }, [...path, label].join(" > "))] : []);
 
 const likely = (words, probability) => make("p", { class: "label" }, `${words} `, make("span", {}, percent(probability)));
 

@@ -45,13 +45,13 @@ async function addClass() {
 
 /** Offer the label of the shown answer, or say where its picture went. */
 export function offer() {
-  const { prediction, busy, taught } = shown;
-  find("correct").hidden = !prediction || Boolean(taught);
+  const { prediction, busy, taught, box } = shown;
+  find("correct").hidden = !prediction || Boolean(taught || box); // Examples are whole pictures.
   find("taught").hidden = !taught;
   if (taught) find("taught").textContent = `Added to the examples of ${quoted(taught)}.`;
   if (busy || find("correct").contains(document.activeElement)) return;
   find("correct").reset();
-  find("truth").value = prediction?.label ?? "";
+  find("truth").value = prediction?.label ? prediction.top[0].label : ""; // A label may be above classes.
   nameButton();
 }
 
