@@ -36,7 +36,7 @@ from benchmarks.photographs import photograph
 from iosr_fast.clip.adapter import Adapter, random_adapter
 from iosr_fast.clip.demo.pictures import held_out, load_pictures
 from iosr_fast.clip.fuse import build_dual_encoder
-from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.load import LoadedModel, load_clip
 from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.clip.vision_tower import vision_tower
 from iosr_fast.encoders.engine_folder import EXTRAS, unavailable_reason
@@ -67,7 +67,7 @@ def run(
             run.case(f"{model.lower()}-b{size}-s{first}", made.candidates(size), packages=PACKAGES)
 
 
-def open_model(model: str, first_adapted_block: int | None) -> tuple[LoadedClip, Adapter]:
+def open_model(model: str, first_adapted_block: int | None) -> tuple[LoadedModel, Adapter]:
     """The demo with its own adapter, or a CLIP and an adapter of random weights, from the last third of blocks on."""
     clip = load_clip(model, None if model == "demo" else "none")
     if first_adapted_block is None:
@@ -77,7 +77,7 @@ def open_model(model: str, first_adapted_block: int | None) -> tuple[LoadedClip,
     return clip, random_adapter(clip, first_adapted_block)
 
 
-def pictures_of(clip: LoadedClip) -> tuple[np.ndarray, np.ndarray]:
+def pictures_of(clip: LoadedModel) -> tuple[np.ndarray, np.ndarray]:
     """Pictures to calibrate on and to time, uint8 (N, S, S, 3): of generic concepts and of test concepts."""
     tested = evenly(held_out()[0].images, DIFFERENT)
     if clip.name == "demo":
@@ -94,7 +94,7 @@ class Encoders:
     """The candidates of one CLIP and adapter. What they share, exported files, engines for up to `max_batch` pictures
     and the truth, is made once."""
 
-    def __init__(self, clip: LoadedClip, adapter: Adapter, run: Run, folder: Path, max_batch: int) -> None:
+    def __init__(self, clip: LoadedModel, adapter: Adapter, run: Run, folder: Path, max_batch: int) -> None:
         self.clip, self.adapter, self.run, self.folder, self.max_batch = clip, adapter, run, folder, max_batch
         self.calibration, self.pictures = pictures_of(clip)
         self.truth = two_passes(clip, adapter, self.pictures)

@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.devices import Device
 from iosr_fast.clip.adapter import Adapter, adapted_pass
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.clip.plain_encoder import PlainEncoder
 from iosr_fast.clip.two_pass import TwoPasses
 from iosr_fast.encoders.runtimes.openvino import openvino_core
@@ -34,7 +34,7 @@ class AdaptedPass(PlainEncoder):
 
     outputs = ("adapted",)
 
-    def __init__(self, clip: LoadedClip, adapter: Adapter) -> None:
+    def __init__(self, clip: LoadedModel, adapter: Adapter) -> None:
         super().__init__(clip)
         self.adapter = adapter
 
@@ -43,11 +43,11 @@ class AdaptedPass(PlainEncoder):
         return (nn.functional.normalize(adapted_pass(self.visual, self.adapter, x), dim=-1),)
 
 
-def export_pass(clip: LoadedClip, adapter: Adapter | None, path: Path) -> None:
+def export_pass(clip: LoadedModel, adapter: Adapter | None, path: Path) -> None:
     export_onnx(PlainEncoder(clip) if adapter is None else AdaptedPass(clip, adapter), path)
 
 
-def literal_passes(clip: LoadedClip, adapter: Adapter | None, precision: str) -> nn.Module:
+def literal_passes(clip: LoadedModel, adapter: Adapter | None, precision: str) -> nn.Module:
     """open_clip's own forward, and with an adapter a second one with it; in fp16 a copy, mean and std in float32."""
     module = TwoPasses(clip, adapter).eval()
     if precision == "fp16":

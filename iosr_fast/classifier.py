@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.evaluate import evaluate_images
 from iosr_fast.files.folder import FolderPredictions, predict_folder
@@ -178,7 +178,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         self.class_names, self.look_alikes = class_names, look_alikes
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
         self.margin, self.skip_bad, self.progress = margin, skip_bad, progress
-        self._given_clip: tuple[dict[str, Any], OpenedClip] | None = None
+        self._given_clip: tuple[dict[str, Any], OpenedModel] | None = None
 
     support_ = FittedAttribute(lambda fit: fit.head.support)
     multi_label_ = FittedAttribute(lambda fit: fit.head if isinstance(fit.head, MultiLabelHead) else None)
@@ -269,7 +269,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         warn_of_look_alikes(fitted.head)
         return self
 
-    def _open(self) -> OpenedClip:
+    def _open(self) -> OpenedModel:
         """The CLIP that the parameters name; a loaded classifier's own, until `set_params` names another."""
         named = {name: getattr(self, name) for name in OPENING}
         if self._given_clip is not None and self._given_clip[0] == named:
@@ -279,7 +279,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         return open_shared(**named, shown=bool(self.progress))
 
     @classmethod
-    def _with_clip(cls, clip: OpenedClip, **parameters: Any) -> Self:
+    def _with_clip(cls, clip: OpenedModel, **parameters: Any) -> Self:
         """A classifier on an opened CLIP, whatever `parameters` name."""
         classifier = cls(**parameters)
         classifier._given_clip = {name: getattr(classifier, name) for name in OPENING}, clip

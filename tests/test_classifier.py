@@ -13,7 +13,7 @@ from PIL import Image
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.methods import METHODS
 from tests.store.live_parts import refit
 
@@ -26,14 +26,14 @@ GIVEN = {"method": "tip-adapter++", "alpha": 3.0, "beta": 7.0, "views": 1}  # wh
 
 
 @pytest.fixture(scope="module")
-def clip(demo_cache: Path) -> OpenedClip:
+def clip(demo_cache: Path) -> OpenedModel:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IOSR_FAST_CACHE", str(demo_cache))
         return Classifier("demo", runtime="onnxruntime")._open()
 
 
 @pytest.fixture
-def fresh(clip: OpenedClip, demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
+def fresh(clip: OpenedModel, demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
     """Unfitted, on an engine and a CLIP that are opened once."""
     monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
     return Classifier._with_clip(clip)
@@ -106,7 +106,7 @@ def test_a_folder_is_fitted_saved_and_loaded_without_torch(fresh: Classifier, fo
     assert done.stdout.strip().split("|") == Classifier.load(folder.parent / "saved").predict(queries[:3]).tolist()
 
 
-def test_engine_or_adapter_of_another_clip_is_refused(clip: OpenedClip, demo_cache: Path, monkeypatch) -> None:
+def test_engine_or_adapter_of_another_clip_is_refused(clip: OpenedModel, demo_cache: Path, monkeypatch) -> None:
     monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
     from iosr_fast.export.pretrained import DEMO_ADAPTER
 

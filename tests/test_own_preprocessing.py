@@ -15,7 +15,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from benchmarks.photographs import photograph
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import FOLDER, load_pictures
-from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.load import LoadedModel, load_clip
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.images.geometry import Geometry
@@ -55,12 +55,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def clip() -> LoadedClip:
+def clip() -> LoadedModel:
     return load_clip("iosr-squash", "none")
 
 
 @pytest.fixture(scope="module")
-def engine(clip: LoadedClip, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(clip: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines") / "squash"
     write_engine(clip, None, folder, "onnxruntime")
     return folder

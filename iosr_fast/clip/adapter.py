@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.sealed.files import new_file
 from iosr_fast.utils.require import require_installed
@@ -91,7 +91,7 @@ class Adapter(nn.Module):
 
 
 def init_adapter(
-    clip: LoadedClip,
+    clip: LoadedModel,
     first_adapted_block: int = 0,
     bottleneck: int = 64,
     scale: float = 0.03,
@@ -115,7 +115,7 @@ def init_adapter(
         return Adapter(config)
 
 
-def random_adapter(clip: LoadedClip, first_adapted_block: int, bottleneck: int = 64) -> Adapter:
+def random_adapter(clip: LoadedModel, first_adapted_block: int, bottleneck: int = 64) -> Adapter:
     """An adapter with random weights, marked as such, to measure speed: it is as fast as a trained one."""
     adapter = init_adapter(clip, first_adapted_block, bottleneck, training={"random": True})
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ def random_adapter(clip: LoadedClip, first_adapted_block: int, bottleneck: int =
     return adapter.eval().requires_grad_(False)
 
 
-def check_belongs(adapter: Adapter, clip: LoadedClip) -> None:
+def check_belongs(adapter: Adapter, clip: LoadedModel) -> None:
     """Raise ValueError unless `adapter` was trained for this CLIP's weights."""
     expected, got = adapter.config.clip_fingerprint, clip.fingerprint
     if expected != got:

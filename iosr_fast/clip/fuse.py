@@ -21,12 +21,12 @@ from iosr_fast.clip.tower import Affine, AttentionPoolParts, BlockParts, MlpPart
 from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.load import LoadedModel
 
 State = dict[str, torch.Tensor]
 
 
-def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32") -> DualEncoder:
+def build_dual_encoder(clip: LoadedModel, adapter: Adapter | None = None, precision: Precision = "fp32") -> DualEncoder:
     """Fuse a vision transformer of open_clip or timm (`architecture.fused_family`) and its adapter; on the CPU.
 
     Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
@@ -45,7 +45,7 @@ def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precisi
     return encoder
 
 
-def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision) -> DualEncoderConfig:
+def infer_config(clip: LoadedModel, adapter: Adapter | None, precision: Precision) -> DualEncoderConfig:
     """The shapes of the dual encoder for this CLIP. Raises ValueError for an image encoder that can't be fused."""
     tower = vision_tower(clip.model.visual, clip.name)
     refuse_fusing(clip.name, tower.refusals())
@@ -90,7 +90,7 @@ def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision
     )
 
 
-def unfusible_reason(clip: LoadedClip) -> str | None:
+def unfusible_reason(clip: LoadedModel) -> str | None:
     """Why this CLIP's image encoder can't be fused, or None."""
     try:
         infer_config(clip, None, "fp32")
@@ -125,7 +125,7 @@ def _eps(name: str, parts: TowerParts) -> float:
     return float(eps.pop())
 
 
-def fused_state_dict(clip: LoadedClip, adapter: Adapter | None, config: DualEncoderConfig) -> State:
+def fused_state_dict(clip: LoadedModel, adapter: Adapter | None, config: DualEncoderConfig) -> State:
     """The dual encoder's state dict in fp32: preprocessing, scales and biases are folded in float64."""
     parts = vision_tower(clip.model.visual, clip.name).parts()
     state: State = {}
@@ -174,7 +174,7 @@ def _doubles(layer: Affine) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
 
 
-def _put_embedding(state: State, parts: TowerParts, clip: LoadedClip) -> None:
+def _put_embedding(state: State, parts: TowerParts, clip: LoadedModel) -> None:
     """The stem's convolutions as products with flattened windows, the last one's bias with the positions."""
     bias = torch.zeros(())
     for i, layer in enumerate(parts.stem):

@@ -20,25 +20,26 @@ from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    import torch
 
 log = logging.getLogger(__name__)
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's archives, not weights
 
 
 @dataclass(frozen=True)
-class LoadedClip:
-    """An open_clip model on the CPU in fp32 and evaluation mode, with its preprocessing.
+class LoadedModel:
+    """A model on the CPU in fp32 and evaluation mode, whose `visual` encodes images, with its preprocessing: a CLIP of
+    open_clip, or an image encoder without texts, which has no tokenizer.
 
     `geometry` is how a picture becomes pixels; `mean` and `std` are per channel for pixels in [0, 1]; `logit_scale` is
-    exp of the trained parameter (100 for CLIP); `fingerprint` is a SHA-256 over the configuration and every weight.
+    exp of the trained parameter (100 for CLIP; nothing uses it without texts); `fingerprint` is a SHA-256 over the
+    configuration and every weight.
     SigLIP's logit bias is left out: it shifts all classes alike, and so changes neither labels nor probabilities.
     """
 
     model: Any
-    tokenizer: Callable[..., torch.Tensor]
+    tokenizer: Any  # of texts to torch.Tensor; None: the model reads no texts
     name: str
     geometry: Geometry
     mean: tuple[float, float, float]
@@ -52,7 +53,7 @@ class LoadedClip:
         return self.geometry.size
 
 
-def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
+def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedModel:
     """Load a CLIP by name.
 
     `load_clip("demo")` is the small CLIP that ships with the package. "hf-hub:OWNER/REPOSITORY" and "local-dir:FOLDER"
@@ -94,7 +95,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
     geometry = Geometry.from_open_clip(preprocess)
     mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
     facts = {"image_size": geometry.size, "mean": mean, "std": std, "gelu": _activation(model), **geometry.changes()}
-    return LoadedClip(
+    return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         name="demo" if name == DEMO_NAME else name,

@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: E402
 from iosr_fast.clip.tower import shallow_copy  # noqa: E402
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.load import LoadedModel
 
 
 class PlainEncoder(nn.Module):
@@ -37,7 +37,7 @@ class PlainEncoder(nn.Module):
     std: torch.Tensor
     outputs = ("plain",)
 
-    def __init__(self, clip: LoadedClip) -> None:
+    def __init__(self, clip: LoadedModel) -> None:
         super().__init__()
         self.image_size = clip.image_size
         self.visual = _exportable(clip.model.visual)

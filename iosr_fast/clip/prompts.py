@@ -12,7 +12,7 @@ from iosr_fast.clip.tokenizer import count_tokens
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.load import LoadedModel
 
 Descriptions: TypeAlias = Mapping[str, Sequence[str]]  # texts of classes, by name, beside the prompts
 PHOTO_TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}.")
@@ -23,7 +23,7 @@ _BATCH = 32  # texts of a run
 DEMO_TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}")
 
 
-def default_templates(clip: LoadedClip) -> tuple[str, ...]:
+def default_templates(clip: LoadedModel) -> tuple[str, ...]:
     """The templates that the demo's CLIP was trained with, or PHOTO_TEMPLATES for every other CLIP.
 
     SigLIP's authors evaluate it with CLIP's prompts, too (big_vision, discriminative_classifier.py, "clip_paper").
@@ -89,7 +89,7 @@ def class_texts(
 
 
 def embed_classes(
-    clip: LoadedClip,
+    clip: LoadedModel,
     class_names: Sequence[str],
     templates: Sequence[str] | None = None,
     descriptions: Descriptions | None = None,

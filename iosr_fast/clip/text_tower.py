@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.load import LoadedModel
 
 POOLS = ("argmax", "eos", "first", "last")
 
@@ -80,7 +80,7 @@ def has_class_token(text: Any) -> bool:
     return getattr(text, "cls_emb", None) is not None
 
 
-def end_token(clip: LoadedClip) -> int | None:
+def end_token(clip: LoadedModel) -> int | None:
     """The token behind which a batch may be cut, exactly; None if the whole context is needed.
 
     A text may be cut where its embedding is the output at its end token and attention is causal: no token then sees
@@ -101,7 +101,7 @@ def end_token(clip: LoadedClip) -> int | None:
     return end if pool == "argmax" and end is not None and end == tokenizer.vocab_size - 1 else None
 
 
-def encode_tokens(clip: LoadedClip, tokens: torch.Tensor) -> torch.Tensor:
+def encode_tokens(clip: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Embeddings (T, D), L2-normalised, of tokens (T, context length); padding is left out where that is exact."""
     end = end_token(clip)
     if end is None:

@@ -13,7 +13,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from iosr_fast.clip.adapter import Adapter, adapted_pass  # noqa: E402
-from iosr_fast.clip.load import LoadedClip  # noqa: E402
+from iosr_fast.clip.load import LoadedModel  # noqa: E402
 
 
 class TwoPasses(nn.Module):
@@ -26,7 +26,7 @@ class TwoPasses(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, clip: LoadedClip, adapter: Adapter | None = None) -> None:
+    def __init__(self, clip: LoadedModel, adapter: Adapter | None = None) -> None:
         super().__init__()
         self.visual, self.adapter = clip.model.visual, adapter
         for name in ("mean", "std"):
@@ -44,7 +44,7 @@ class TwoPasses(nn.Module):
 
 
 @torch.inference_mode()
-def two_passes(clip: LoadedClip, adapter: Adapter | None, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+def two_passes(clip: LoadedModel, adapter: Adapter | None, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
     """`TwoPasses` on a NumPy array of uint8 pixels, on the CPU."""
     outputs = TwoPasses(clip, adapter)(torch.from_numpy(pixels.copy()))
     return tuple(output.numpy() for output in outputs)

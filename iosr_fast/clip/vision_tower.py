@@ -12,7 +12,7 @@ from iosr_fast.clip.tower_timm import TimmTower
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.load import LoadedModel
 
 
 def vision_tower(visual: Any, name: str = "this CLIP") -> VisionTower:
@@ -25,7 +25,7 @@ def vision_tower(visual: Any, name: str = "this CLIP") -> VisionTower:
     raise not_a_vision_transformer(name, type(visual if trunk is None else trunk).__name__)
 
 
-def resize_clip(clip: LoadedClip, image_size: int) -> LoadedClip:
+def resize_clip(clip: LoadedModel, image_size: int) -> LoadedModel:
     """The CLIP for pictures of `image_size` pixels; it shares all other weights with `clip`.
 
     Positions of patches are interpolated bicubically with antialiasing, as open_clip and timm do when a model takes

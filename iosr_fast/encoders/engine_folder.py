@@ -92,7 +92,7 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     mean: Channels
     std: Deviations
     interpolation: Interpolation
-    logit_scale: Above0
+    logit_scale: Above0 | None  # None: an image encoder without texts
     clip_fingerprint: Fingerprint
     adapter: Literal["trained", "random"] | None
     adapter_fingerprint: Fingerprint | None

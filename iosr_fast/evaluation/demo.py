@@ -15,7 +15,7 @@ from iosr_fast.evaluation.tasks import EncodedSet, TaskSource
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.load import LoadedModel
 
 NAME = "demo"
 BATCH = 64
@@ -24,7 +24,7 @@ SEEDS = 3
 Encode = Callable[[np.ndarray], Embeddings]
 
 
-def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:
+def torch_encoder(clip: LoadedModel, adapter: Any) -> Encode:
     """The image encoder in PyTorch without an export, uint8 pixels (B, S, S, 3) -> embeddings.
 
     On a GPU if there is one. A CLIP that can't have an adapter (a ResNet) gives the plain embedding.
@@ -46,7 +46,7 @@ def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:
     return run
 
 
-def encode(run: Encode, clip: LoadedClip, pictures: Pictures, text: np.ndarray | None = None) -> EncodedSet:
+def encode(run: Encode, clip: LoadedModel, pictures: Pictures, text: np.ndarray | None = None) -> EncodedSet:
     """Every picture, by `run` in batches, and the concepts' names (unless `text` is given)."""
     from iosr_fast.clip.prompts import embed_classes
 

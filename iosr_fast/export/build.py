@@ -56,13 +56,13 @@ from iosr_fast.utils.numbers import check_integer
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.load import LoadedModel
 
 LAYOUT = 4  # increases when an engine with the same embeddings has other files
 
 
 def write_engine(
-    clip: LoadedClip,
+    clip: LoadedModel,
     adapter: Adapter | None,
     out: str | Path,
     runtime: str = "auto",
@@ -123,7 +123,7 @@ def write_engine(
         "width": next(iter(truth.values()))[1][0].shape[1],
         "mean": list(clip.mean),
         "std": list(clip.std),
-        "logit_scale": clip.logit_scale,
+        "logit_scale": None if clip.tokenizer is None else clip.logit_scale,
         "clip_fingerprint": clip.fingerprint,
         "adapter": None if adapted is None else "random" if adapted.training.get("random") else "trained",
         "adapter_fingerprint": adapter_fingerprint,

@@ -25,7 +25,7 @@ from iosr_fast.utils.machine import this_gpu
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.load import LoadedModel
 
 ON_CPU, ON_GPU = ("fp32", "bf16", "int8"), ("fp32", "fp16", "int8", "fp8")
 Tokens = dict[str, int]  # of an engine for smaller images: {"image_size": 192}
@@ -120,7 +120,7 @@ class CandidateBuilder:
         self,
         engine: VerifiedFolder,
         pictures: np.ndarray,
-        loaded: tuple[LoadedClip, Adapter | None] | None = None,
+        loaded: tuple[LoadedModel, Adapter | None] | None = None,
         threads: int | None = None,
         adapted: bool = True,
     ) -> None:

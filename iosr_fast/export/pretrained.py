@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.load import LoadedModel, load_clip
 from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused, model_config
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.sealed.files import cache_folder, in_cache
 from iosr_fast.sealed.manifest import MANIFEST, SCHEMA
@@ -32,8 +32,8 @@ DEMO_ADAPTER = DEMO_FOLDER / "adapter.safetensors"
 log = logging.getLogger(__name__)
 
 _opening = threading.Lock()
-_in_use: WeakValueDictionary[tuple[Any, ...], OpenedClip] = WeakValueDictionary()
-_latest: OpenedClip | None = None
+_in_use: WeakValueDictionary[tuple[Any, ...], OpenedModel] = WeakValueDictionary()
+_latest: OpenedModel | None = None
 
 
 def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
@@ -62,7 +62,7 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
     return loaded
 
 
-def choose_adapter(clip: LoadedClip, adapter: str | Path | None) -> Adapter | None:
+def choose_adapter(clip: LoadedModel, adapter: str | Path | None) -> Adapter | None:
     """`read_adapter` for a loaded CLIP. Raises ValueError for an adapter that was trained with other weights."""
     from iosr_fast.clip.adapter import check_belongs
 
@@ -80,7 +80,7 @@ def open_pretrained(
     precision: str,
     engine: str | Path | None,
     shown: bool = False,
-) -> OpenedClip:
+) -> OpenedModel:
     """Load the CLIP and open its engine; without `engine` one is built, once, in the user's cache.
 
     Names, files and the architecture are checked before the CLIP is loaded or downloaded. `shown`: show a progress bar.
@@ -127,10 +127,11 @@ def open_pretrained(
         encoder = open_engine(folder, runtime, verify=False) if cached is None else cached
     assert encoder.source is not None
     same = encoder.source.manifest["adapter_fingerprint"] == adapted_by
-    return OpenedClip(encoder, folder, ClipText(clip), clip.logit_scale, (clip, chosen) if same else None)
+    text = None if clip.tokenizer is None else ClipText(clip)
+    return OpenedModel(encoder, folder, text, clip.logit_scale, (clip, chosen) if same else None, text is not None)
 
 
-def with_loaded(opened: OpenedClip, pretrained: str | Path, adapter: str | Path | None) -> OpenedClip:
+def with_loaded(opened: OpenedModel, pretrained: str | Path, adapter: str | Path | None) -> OpenedModel:
     """A saved classifier's CLIP with the one in torch that its engine was exported from.
 
     `pretrained` and `adapter` as for Classifier ("demo" for the demo's weights). Raises ValueError for another CLIP or
@@ -162,7 +163,7 @@ def open_shared(
     precision: str,
     engine: str | Path | None,
     shown: bool = False,
-) -> OpenedClip:
+) -> OpenedModel:
     """`open_pretrained`, shared in this process by all who name the same files: each fold of a cross-validation finds
     the CLIP open.
 

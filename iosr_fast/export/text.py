@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from iosr_fast.clip.demo.pictures import load_index
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, Descriptions, default_templates, embed_classes
 from iosr_fast.clip.text_tower import POOLS, TextTower, end_token, pooling, text_transformer
 from iosr_fast.clip.tokenizer import SPECIAL_TOKENS, Clean, Tokenizer
@@ -67,7 +67,7 @@ HARD_TEXTS = (
 class ClipText:
     """A TextSource over a loaded CLIP. Exporting takes seconds, so exports are cached."""
 
-    clip: LoadedClip
+    clip: LoadedModel
 
     def embed_classes(
         self, names: Sequence[str], templates: Sequence[str] | None = None, descriptions: Descriptions | None = None
@@ -98,7 +98,7 @@ class ClipText:
         return f"{self.clip.fingerprint[:16]}{tokens}-v{SCHEMA}.{TEXT_EXPORT}"
 
 
-def export_text(clip: LoadedClip, folder: Path) -> dict[str, Any]:
+def export_text(clip: LoadedModel, folder: Path) -> dict[str, Any]:
     """Write text.onnx and tokenizer.json into an existing `folder`; returns the facts for `TextEncoder`.
 
     Weights over 2 GB, the limit of one ONNX file, go to text.weights beside it.
@@ -142,7 +142,7 @@ def export_text(clip: LoadedClip, folder: Path) -> dict[str, Any]:
     return facts | check_rows(f"text embeddings by {FILE}", got, expected, "fp32")
 
 
-def _check_exportable(clip: LoadedClip) -> None:
+def _check_exportable(clip: LoadedModel) -> None:
     """Raise ValueError for a text encoder or a tokenizer that can't be written."""
     open_clip = require("open_clip", "cpu")
     tokenizer: Any = clip.tokenizer
@@ -216,7 +216,7 @@ def _character_ranges(kind: str) -> str:
     return "".join(f"\\x{{{ord(span[0]):x}}}-\\x{{{ord(span[-1]):x}}}" for span in spans)
 
 
-def _check_tokens(clip: LoadedClip, encoder: TextEncoder) -> int:
+def _check_tokens(clip: LoadedModel, encoder: TextEncoder) -> int:
     """The number of compared texts. Raises ValueError with the first that differs.
 
     Other tokenizers than its SimpleTokenizer are open_clip's where transformers is installed, which it needs for them.

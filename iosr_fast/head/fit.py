@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
 from iosr_fast.head.class_tree import paths_of
 from iosr_fast.head.descriptions import check_descriptions
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 def fit(
     parameters: Mapping[str, Any],
-    open_clip: Callable[[], OpenedClip],
+    open_clip: Callable[[], OpenedModel],
     images: Any,
     labels: Any,
     class_names: Any,
@@ -69,13 +69,12 @@ def fit(
     check_unknown_images(len(unknown))
     _check_counts(options.config.method, known, known.ids)
     clip = open_clip()
-    _check_clip(options.config.method, known.counts(known.ids), clip)
-    assert clip.text is not None
+    _check_model(options.config.method, known.counts(known.ids), clip, settings.templates, texts)
     shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])
     # Later queries are single views, so that is what leave-one-out has to score.
     scored = options.searched or known.sets is not None
     settings = replace(settings, single=scored and settings.views > 1)
-    text = clip.text.embed_classes(known.names, settings.templates, texts)
+    text = None if clip.text is None else clip.text.embed_classes(known.names, settings.templates, texts)
     with bar("encode", len(listed) + len(unknown), shown=shown) as step:
         given = listed, settings, known.ids, known.shown, unknown, skip_bad, step
         examples, unknown_rows, errors = encode_images(clip.encoder_for(adapted=True), *given)
@@ -123,12 +122,18 @@ def _check_counts(method: str, labels: Labels, ids: np.ndarray) -> None:
         raise IosrFastError(f"{method} needs at least one image of each class, got none of {abbreviate(empty)}")
 
 
-def _check_clip(method: str, counts: np.ndarray, clip: OpenedClip) -> None:
-    """Raise IosrFastError for a method that the CLIP can't serve, with classes of `counts` (C,) images."""
+def _check_model(method: str, counts: np.ndarray, clip: OpenedModel, templates: Any, descriptions: Any) -> None:
+    """Raise IosrFastError for a method that the model can't serve, with classes of `counts` (C,) images, and for texts
+    of a model that reads none."""
     check_number("tau, the CLIP's logit scale,", clip.tau, *RANGES["tau"])
-    if method != AUTO and (reason := reason_against(method, counts, True, clip.has_adapter)) is not None:
+    if method != AUTO and (reason := reason_against(method, counts, clip.reads_text, clip.has_adapter)) is not None:
         raise IosrFastError(reason)
-    if clip.text is None:
+    if not clip.reads_text and (templates is not None or descriptions):
+        raise IosrFastError(
+            "expected no templates and no descriptions: this model has no text encoder, so classes are known by their "
+            "images alone; a CLIP reads texts (`iosr-fast models`)"
+        )
+    if clip.reads_text and clip.text is None:
         raise IosrFastError(
             "this classifier was loaded and has no text encoder to fit with: a Classifier with the model and the "
             "pretrained weights of its CLIP has one"

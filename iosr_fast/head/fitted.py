@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.predictions import AnyHead
@@ -31,7 +31,7 @@ class Fit:
     images can be encoded for any of them: another fit and another encoder have another token.
     """
 
-    clip: OpenedClip
+    clip: OpenedModel
     head: AnyHead
     settings: SupportSettings
     skipped: tuple[BadImageError, ...] = ()

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import replace as changed
 
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.candidates import Candidate, CandidateBuilder, list_candidates, with_smaller_images
 from iosr_fast.export.check import evenly
@@ -73,7 +73,7 @@ class _Trial:
         self.encoder = None
 
 
-def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> tuple[OpenedClip, EngineChoice]:
+def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> tuple[OpenedModel, EngineChoice]:
     """The best engine by the objective that is not rejected (engine_choice.rejection_reason), and the table of all.
 
     Every candidate is built, calibrated on the images and timed, in the form that the method needs: with adapted

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
@@ -71,7 +71,7 @@ class Bundle:
     def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
         """The fit of an opened bundle. "auto" is the runtime that was chosen by measuring on the same processor.
 
-        The encoder is opened in the form that queries need; OpenedClip opens that of support images when some come.
+        The encoder is opened in the form that queries need; OpenedModel opens that of support images when some come.
         """
         from iosr_fast.encoders.runtimes import open_engine
 
@@ -80,7 +80,7 @@ class Bundle:
         name = choice.runtime if runtime == "auto" and choice is not None else runtime
         files = self.files or self.engine
         encoder = open_engine(files, name, verify=False, threads=threads, runs=runs, adapted=adapted)
-        clip = OpenedClip(encoder, self.engine, self.text, self.head.tau)
+        clip = OpenedModel(encoder, self.engine, self.text, self.head.tau, reads_text=self.head.text is not None)
         return Fit(clip, self.head, self.settings, integer_labels=self.integer_labels, engine_choice=choice)
 
     def parameters(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class SavedHead:
         """A fit whose images are rows of embeddings (encoders.rows)."""
         if runtime != "auto":
             raise IosrFastError(f"a head has no encoder, which a runtime would execute: leave out {runtime!r}")
-        return Fit(OpenedClip(Rows(self.width, self.adapted), Path(), None, self.head.tau), self.head, self.settings)
+        return Fit(OpenedModel(Rows(self.width, self.adapted), Path(), None, self.head.tau), self.head, self.settings)
 
     def parameters(self) -> dict[str, Any]:
         """As Bundle.parameters: none."""
@@ -300,8 +300,9 @@ def _check_widths(facts: ClassifierManifest, engine: VerifiedFolder, head: AnyHe
     width = engine.manifest["width"]
     adapted = engine.manifest["first_adapted_block"] is not None
     text = facts.text
-    if head.text is None:
-        raise IosrFastError(f"{SUPPORT}: expected the embeddings of class names, text, got none")
+    reads_text = engine.manifest["logit_scale"] is not None
+    if (head.text is None) == reads_text:
+        raise IosrFastError(f"{SUPPORT}: expected embeddings of class names, text, of a CLIP and of no other model")
     if head.examples.width != width:
         raise IosrFastError(f"{SUPPORT}: expected embeddings of {width} channels, got {head.examples.width}")
     calibration = None if head.calibration_images is None else head.calibration_images.embeddings

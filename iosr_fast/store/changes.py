@@ -53,7 +53,7 @@ class Change:
     op       its kind
     uid      its class (add_class: the new one)
     name     add_class and rename_class
-    text     (D,) float32, the class's text embedding: add_class, and rename_class where it changes
+    text     (D,) float32, the embedding of its name, where classes have one: add_class, rename_class where it changes
     added    add_class and add_examples: the support images, numbered
     numbers  remove_examples: the numbers of the images
     config   retune: the method, its parameters, the reducer's name and the search
@@ -90,8 +90,9 @@ class Change:
         above = above[before] + (() if self.op == "remove_class" else place) + above[after]
         match self.op:
             case "add_class" | "rename_class":
-                if self.op == "add_class" and (self.uid != head.next_class or self.text is None):
-                    raise IosrFastError(f"expected a new class {class_id(head.next_class)} with a text embedding")
+                if self.op == "add_class" and (self.uid != head.next_class or (self.text is None) != (texts is None)):
+                    beside = "no text embedding" if texts is None else "a text embedding"
+                    raise IosrFastError(f"expected a new class {class_id(head.next_class)} with {beside}")
                 check_new_name(self.name, names[before] + names[after])
                 names, uids = (*names[before], self.name, *names[after]), (*uids[before], self.uid, *uids[after])
                 if self.text is not None and texts is not None:

@@ -299,8 +299,13 @@ def _same_pictures(rows: Embeddings, others: Embeddings) -> Iterator[tuple[int, 
             yield block.start + row, other
 
 
-def _text(fit: Fit, name: str, text: np.ndarray | None, descriptions: Any) -> np.ndarray:
-    """A class's text embedding (D,): `text`, checked, or that of its name and descriptions by the text encoder."""
+def _text(fit: Fit, name: str, text: np.ndarray | None, descriptions: Any) -> np.ndarray | None:
+    """A class's text embedding (D,): `text`, checked, or that of its name and descriptions by the text encoder; None
+    where classes have none."""
+    if fit.head.text is None:
+        if text is not None or descriptions is not None:
+            raise IosrFastError("expected no text and no descriptions: this classifier's model has no text encoder")
+        return None
     if text is not None:
         if descriptions is not None:
             raise IosrFastError("expected text, an embedding, or descriptions, got both")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from iosr_fast.clip.adapter import Adapter
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.clip.vision_tower import vision_tower
 
 
@@ -20,7 +20,7 @@ class AdaptedEncoder:
     Raises ValueError for an encoder that is no vision transformer of open_clip or timm.
     """
 
-    def __init__(self, clip: LoadedClip, first_adapted_block: int) -> None:
+    def __init__(self, clip: LoadedModel, first_adapted_block: int) -> None:
         self.tower = vision_tower(clip.model.visual, clip.name)
         self.first, self.last = first_adapted_block, len(self.tower.blocks) - 1
         self.image_size, self.patch_size = clip.image_size, self.tower.patch_size

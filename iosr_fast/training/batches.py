@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.activation_cache import ActivationCache
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
@@ -74,7 +74,7 @@ class Batches:
 
     def __init__(
         self,
-        clip: LoadedClip,
+        clip: LoadedModel,
         encoder: AdaptedEncoder,
         source: PictureSource,
         config: TrainConfig,
@@ -149,7 +149,7 @@ def read_pixels(source: PictureSource, parts: Sequence[torch.Tensor]) -> Iterato
 
 
 def open_cache(
-    folder: Path, clip: LoadedClip, encoder: AdaptedEncoder, source: PictureSource, config: TrainConfig, views: int
+    folder: Path, clip: LoadedModel, encoder: AdaptedEncoder, source: PictureSource, config: TrainConfig, views: int
 ) -> ActivationCache:
     """The cache of the stem's outputs for the pictures of a source, by all that these depend on."""
     key = {
@@ -166,7 +166,7 @@ def open_cache(
 class Normalise:
     """(x - mean) / std for each channel, or x unless `enabled`."""
 
-    def __init__(self, clip: LoadedClip, enabled: bool, device: torch.device) -> None:
+    def __init__(self, clip: LoadedModel, enabled: bool, device: torch.device) -> None:
         mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (clip.mean, clip.std))
         self.mean, self.std = (mean, std) if enabled else (torch.zeros_like(mean), torch.ones_like(std))
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from iosr_fast.clip.adapter import Adapter
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.encoders.encoder import unit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
@@ -137,7 +137,7 @@ class HeldOutEvaluator:
 
     def __init__(
         self,
-        clip: LoadedClip,
+        clip: LoadedModel,
         encoder: AdaptedEncoder,
         source: PictureSource,
         config: TrainConfig,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
@@ -80,7 +80,7 @@ def in_first_process(fabric: Fabric, call: Callable[[], T]) -> T:
 
 
 @contextmanager
-def on_device(device: torch.device, clip: LoadedClip) -> Iterator[None]:
+def on_device(device: torch.device, clip: LoadedModel) -> Iterator[None]:
     """Move the image encoder to `device` for a with block, then back to the CPU."""
     clip.model.visual.to(device)
     try:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iosr_fast.clip.adapter import Adapter, check_belongs
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.batches import Batches, MicroBatch, hash_seed, part_size
@@ -62,7 +62,7 @@ class Progress:
 
 
 def train_adapter(
-    clip: LoadedClip,
+    clip: LoadedModel,
     adapter: Adapter,
     source: PictureSource,
     config: TrainConfig,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.export import pretrained
 from tests.store.live_parts import pictures, pixel_clip
 
@@ -18,7 +18,7 @@ GIVEN: dict[str, Any] = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0, 
 
 
 @pytest.fixture
-def clip(monkeypatch: pytest.MonkeyPatch) -> OpenedClip:
+def clip(monkeypatch: pytest.MonkeyPatch) -> OpenedModel:
     """The CLIP that every classifier opens; it embeds pixels of 8x8."""
     opened = pixel_clip()
     monkeypatch.setattr(pretrained, "open_shared", lambda **_: opened)

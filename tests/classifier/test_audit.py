@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier, FewShotHead
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.methods.suggest import entropy, suggest
 from tests.classifier.conftest import NAMES
 from tests.methods.support_sets import Clusters
 
 
-def test_an_audit_names_examples_and_is_right_after_a_change(clip: OpenedClip, data: Any) -> None:
+def test_an_audit_names_examples_and_is_right_after_a_change(clip: OpenedModel, data: Any) -> None:
     images, labels = data
     names = [NAMES[c] for c in labels]
     wrong = names.index(NAMES[1])
@@ -33,7 +33,7 @@ def test_an_audit_names_examples_and_is_right_after_a_change(clip: OpenedClip, d
 
 
 def test_labels_corrected_by_an_audit_of_files_are_those_of_the_next_fit(
-    clip: OpenedClip, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: OpenedModel, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, labels = data
     monkeypatch.chdir(tmp_path)
@@ -54,7 +54,7 @@ def test_labels_corrected_by_an_audit_of_files_are_those_of_the_next_fit(
     assert {int(Path(path or "").stem): c for path, c in given.items()} == dict(enumerate(labels))
 
 
-def test_suggestions_of_a_folder_with_and_without_labels(clip: OpenedClip, data: Any, paths: list[str]) -> None:
+def test_suggestions_of_a_folder_with_and_without_labels(clip: OpenedModel, data: Any, paths: list[str]) -> None:
     images, labels = data
     folder = Path(paths[0]).parent
     start = Classifier("any").suggest(folder, 5)

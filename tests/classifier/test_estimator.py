@@ -14,7 +14,7 @@ from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
 from iosr_fast import Classifier, IosrFastError
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import NotFittedError
 from iosr_fast.export import pretrained
 from tests.classifier.conftest import GIVEN, NAMES
@@ -179,7 +179,7 @@ def test_pickles_have_parameters_alone() -> None:
         pickle.dumps(small_classifier())
 
 
-def test_integer_labels_come_back_as_integers(clip: OpenedClip, data: Any) -> None:
+def test_integer_labels_come_back_as_integers(clip: OpenedModel, data: Any) -> None:
     images, labels = data
     names = [NAMES[c] for c in labels]
     for given in (labels.tolist(), labels.astype(np.uint32), labels.astype(object)):

@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
 from iosr_fast import Classifier, IosrFastError
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.export import pretrained
 from tests.classifier.conftest import GIVEN, NAMES
 from tests.store.live_parts import pixel_clip, small_classifier
@@ -22,7 +22,7 @@ from tests.store.live_parts import pixel_clip, small_classifier
 pytestmark = pytest.mark.slow
 
 
-def test_cross_validation_takes_images_in_every_form(clip: OpenedClip, data: Any, paths: list[str]) -> None:
+def test_cross_validation_takes_images_in_every_form(clip: OpenedModel, data: Any, paths: list[str]) -> None:
     images, labels = data
     classifier, names = Classifier("demo", **GIVEN), [NAMES[c] for c in labels]
     expected = cross_val_score(classifier, images, names, cv=3).tolist()
@@ -40,7 +40,7 @@ def test_cross_validation_takes_images_in_every_form(clip: OpenedClip, data: Any
         Classifier("demo").fit(table, table["label"])
 
 
-def test_out_of_fold_probabilities_of_named_classes(clip: OpenedClip, data: Any, paths: list[str]) -> None:
+def test_out_of_fold_probabilities_of_named_classes(clip: OpenedModel, data: Any, paths: list[str]) -> None:
     """scikit-learn encodes string labels as integers there; the parameter class_names gives them their names back."""
     names = [NAMES[c] for c in data[1]]
     classifier = Classifier("demo", class_names=sorted(set(names)), **GIVEN)

@@ -17,7 +17,7 @@ import pytest
 
 from iosr_fast import IosrFastError
 from iosr_fast.classifier import Classifier
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.export import pretrained
 from iosr_fast.head.fitted import Fit
 from iosr_fast.store.store import Store
@@ -42,12 +42,12 @@ class Race:
         self.classifier = Classifier(**GIVEN, thumbnails=0)
         self.refit()
 
-    def clip(self, k: int) -> OpenedClip:
+    def clip(self, k: int) -> OpenedModel:
         encoder = PixelEncoder()
         encoder.fingerprint = str(k) * 64
         encoder.projections = np.random.default_rng(k).standard_normal(encoder.projections.shape).astype(np.float32)
         engine = engine_folder(self.folder / f"engine {k}", fingerprint=encoder.fingerprint)
-        return OpenedClip(encoder, engine, LetterText(), 20.0)
+        return OpenedModel(encoder, engine, LetterText(), 20.0)
 
     def of_one_fit(self, answer: Any, truth: Any = None) -> None:
         """The labels of an answer are those of one fit, and right: of all images, or of the classes `truth`."""

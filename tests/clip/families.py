@@ -13,7 +13,7 @@ import timm
 import torch
 from timm.models.vision_transformer_hybrid import ConvStem, _create_vision_transformer_hybrid
 
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.images.geometry import Geometry
 from tests.clip.small_clip import TEXT, small_clip
 
@@ -34,7 +34,7 @@ def randomise(visual: torch.nn.Module) -> None:
             value.data = torch.randn(value.shape) * 0.5
 
 
-def timm_clip(create: Callable[..., Any], size: int = 32, **vision: Any) -> LoadedClip:
+def timm_clip(create: Callable[..., Any], size: int = 32, **vision: Any) -> LoadedModel:
     """A CLIP with open_clip's TimmModel around the model of `create`, which replaces timm.create_model."""
     config = {"image_size": size, "timm_model_name": "small", "timm_proj": None, **vision}
     with torch.random.fork_rng(devices=[]), mock.patch("timm.create_model", create):
@@ -60,7 +60,7 @@ def mobileclip(_small: str, pretrained: bool = False, **options: Any) -> Any:
 
 
 ROTARY = {"ref_feat_shape": (5, 5)}  # unlike the grid of 4 x 4 patches, so that the tables are scaled
-FAMILIES: dict[str, Callable[[], LoadedClip]] = {
+FAMILIES: dict[str, Callable[[], LoadedModel]] = {
     "vit": small_clip,
     "clipa": lambda: small_clip(
         pool_type="avg", final_ln_after_pool=True, no_ln_pre=True, pos_embed_type="sin_cos_2d", patch_dropout=0.5
@@ -90,6 +90,6 @@ FAMILIES: dict[str, Callable[[], LoadedClip]] = {
 
 
 @functools.cache
-def family_clip(name: str) -> LoadedClip:
+def family_clip(name: str) -> LoadedModel:
     """The small CLIP of a family; don't change it."""
     return FAMILIES[name]()

@@ -11,7 +11,7 @@ import open_clip
 import torch
 from timm.models.vitamin import GeGluMlp, VitCfg, VitConvCfg, _create_vitamin
 
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from tests.clip.families import named, randomise, timm_clip
 from tests.clip.small_clip import TEXT, small_clip
 
@@ -30,7 +30,7 @@ def vitamin(_small: str, pretrained: bool = False, **options: Any) -> Any:
     )
 
 
-def resnet() -> LoadedClip:
+def resnet() -> LoadedModel:
     clip = small_clip(layers=[1, 2, 1, 1], width=16, image_size=64, patch_size=None, head_width=32)
     visual = clip.model.visual
     with torch.random.fork_rng(devices=[]):
@@ -45,7 +45,7 @@ def resnet() -> LoadedClip:
     return clip
 
 
-def coca() -> LoadedClip:
+def coca() -> LoadedModel:
     vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8}
     vision |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
     text = {**TEXT, "embed_cls": True, "output_tokens": True}
@@ -58,7 +58,7 @@ def coca() -> LoadedClip:
 
 
 FASTVIT = {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64)}
-PLAIN_CLIPS: dict[str, Callable[[], LoadedClip]] = {
+PLAIN_CLIPS: dict[str, Callable[[], LoadedModel]] = {
     "resnet": resnet,
     "convnext": lambda: timm_clip(named("test_convnext", {}), 64, timm_pool="", timm_proj="linear"),
     "convnext-mlp": lambda: timm_clip(named("test_convnext", {}), 64, timm_pool="", timm_proj="mlp"),
@@ -69,6 +69,6 @@ PLAIN_CLIPS: dict[str, Callable[[], LoadedClip]] = {
 
 
 @functools.cache
-def plain_clip(name: str) -> LoadedClip:
+def plain_clip(name: str) -> LoadedModel:
     """The small CLIP of a family; don't change it."""
     return PLAIN_CLIPS[name]()

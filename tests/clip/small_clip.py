@@ -9,13 +9,13 @@ import open_clip
 import torch
 
 from iosr_fast.clip.adapter import init_adapter
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.images.geometry import Geometry
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 
 
-def small_clip(quick_gelu: bool = False, fingerprint: str = "small", **vision: Any) -> LoadedClip:
+def small_clip(quick_gelu: bool = False, fingerprint: str = "small", **vision: Any) -> LoadedModel:
     """Random weights with nothing left at its trivial start: biases, LayerNorms and LayerScales are drawn too."""
     config = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16} | vision
     with torch.random.fork_rng(devices=[]):
@@ -26,7 +26,7 @@ def small_clip(quick_gelu: bool = False, fingerprint: str = "small", **vision: A
                 torch.nn.init.normal_(value, mean=float(name.endswith(("weight", "gamma"))), std=0.2)
     model = model.eval().requires_grad_(False)
     size = config["image_size"]
-    return LoadedClip(
+    return LoadedModel(
         model=model,
         tokenizer=lambda texts: texts,
         name="small",
@@ -38,7 +38,7 @@ def small_clip(quick_gelu: bool = False, fingerprint: str = "small", **vision: A
     )
 
 
-def random_adapter(clip: LoadedClip, first: int, bottleneck: int = 7) -> Any:
+def random_adapter(clip: LoadedModel, first: int, bottleneck: int = 7) -> Any:
     adapter = init_adapter(clip, first, bottleneck, scale=0.3, seed=first)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from iosr_fast.clip.adapter import (
     random_adapter,
     save_adapter,
 )
-from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.load import LoadedModel, load_clip
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from tests import ROOT
 from tests.clip import small_clip
@@ -25,11 +25,11 @@ ANY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module")
-def clip() -> LoadedClip:
+def clip() -> LoadedModel:
     return load_clip("demo")
 
 
-def test_the_formula(clip: LoadedClip) -> None:
+def test_the_formula(clip: LoadedModel) -> None:
     """A new adapter changes nothing, a random one does; a block adds scale * up_proj(relu(down_proj(x)))."""
     pixels, visual, x = torch.randn(3, 3, 64, 64), clip.model.visual, torch.randn(2, 7, 128)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_the_formula(clip: LoadedClip) -> None:
     torch.testing.assert_close(block(x), 0.03 * (down @ block.up_proj.weight.T + block.up_proj.bias))
 
 
-def test_file_round_trip(clip: LoadedClip, tmp_path: Path) -> None:
+def test_file_round_trip(clip: LoadedModel, tmp_path: Path) -> None:
     adapter = random_adapter(clip, 4)
     save_adapter(adapter, tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
@@ -51,7 +51,7 @@ def test_file_round_trip(clip: LoadedClip, tmp_path: Path) -> None:
     check_belongs(loaded, clip)
 
 
-def test_bad_adapters_are_named(clip: LoadedClip, tmp_path: Path) -> None:
+def test_bad_adapters_are_named(clip: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no adapter at .*a\.safetensors"):
         load_adapter(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes(b"not a safetensors file")

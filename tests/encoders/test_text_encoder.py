@@ -21,7 +21,7 @@ import torch
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import load_index
-from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.load import LoadedModel, load_clip
 from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, embed_classes
 from iosr_fast.clip.text_tower import encode_tokens, end_token
@@ -66,12 +66,12 @@ def bundle() -> Path:
 
 
 @pytest.fixture(scope="module")
-def demo() -> LoadedClip:
+def demo() -> LoadedModel:
     return load_clip("demo")
 
 
 @pytest.fixture(scope="module")
-def exported(demo: LoadedClip, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(demo: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("text")
     with shared_cache():
         facts = ClipText(demo).write(folder)
@@ -94,7 +94,7 @@ def _tidy(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factory, "_MODEL_CONFIGS", deepcopy(factory._MODEL_CONFIGS))
 
 
-def family(name: str, folder: Path) -> LoadedClip:
+def family(name: str, folder: Path) -> LoadedModel:
     """A CLIP of this family with random weights, none of which is at its trivial start, so that everything counts."""
     text, others, make, _ = FAMILIES[name]
     files = {"hf_tokenizer_name": str(make(folder / "tokenizer"))} if make else {}
@@ -137,7 +137,7 @@ def test_tokens_and_embeddings_of_each_family_are_open_clips(name: str, tmp_path
     assert np.quantile(expected @ expected.T - np.eye(len(texts)), 0.5) < 0.99, "the texts differ"
 
 
-def test_classes_get_the_embeddings_that_torch_gives(demo: LoadedClip, encoder: TextEncoder) -> None:
+def test_classes_get_the_embeddings_that_torch_gives(demo: LoadedModel, encoder: TextEncoder) -> None:
     names = [concept["name"] for concept in load_index()["concepts"][::7]]
     names += ["Zürich's Grossmünster"]
     got = encoder.embed_classes(names)
@@ -152,7 +152,7 @@ def test_classes_get_the_embeddings_that_torch_gives(demo: LoadedClip, encoder: 
 
 @pytest.mark.parametrize("templates", [["{}", "a {}"], []])
 def test_a_text_embedding_is_the_mean_over_prompts_and_descriptions(
-    templates: list[str], demo: LoadedClip, encoder: TextEncoder
+    templates: list[str], demo: LoadedModel, encoder: TextEncoder
 ) -> None:
     own = {"tench": ["a large fish", "olive-green &amp; slimy"], "pike": ["a fish"]}
     given = [*own, "eel"] if templates else list(own), templates, own
@@ -163,7 +163,7 @@ def test_a_text_embedding_is_the_mean_over_prompts_and_descriptions(
     np.testing.assert_allclose(embed_classes(demo, *given), expected, atol=1e-5)
 
 
-def test_texts_that_a_clip_would_cut_are_refused_with_their_length(demo: LoadedClip, encoder: TextEncoder) -> None:
+def test_texts_that_a_clip_would_cut_are_refused_with_their_length(demo: LoadedModel, encoder: TextEncoder) -> None:
     for embed, tokenizer in (
         (encoder.embed_classes, encoder._load()[0]),
         (partial(embed_classes, demo), demo.tokenizer),
@@ -182,7 +182,7 @@ def test_texts_that_a_clip_would_cut_are_refused_with_their_length(demo: LoadedC
             embed(["cat"], None, {"cat": ["a <END_of_text>"]})
 
 
-def test_characters_of_every_kind_are_read_as_open_clip_reads_them(demo: LoadedClip, encoder: TextEncoder) -> None:
+def test_characters_of_every_kind_are_read_as_open_clip_reads_them(demo: LoadedModel, encoder: TextEncoder) -> None:
     """Alone, between letters and twice: shows whether both take a character for a letter, a number, a space or else."""
     sample = [*range(0x600), *range(0x600, 0x33480, 31), *range(0x33480, 0x110000, 997)]
     texts = ["x{0}y {0} {0}{0}1{0}".format(chr(code)) for code in sample]
@@ -272,7 +272,7 @@ def test_cached_exports_are_of_weights_and_tokenizer(tmp_path: Path, monkeypatch
 
 
 def test_wrong_tokens_and_wrong_embeddings_are_refused(
-    demo: LoadedClip, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: LoadedModel, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, right = onnx.load(exported[0] / FILE), module._character_ranges
     monkeypatch.setattr(module, "to_onnx", lambda *_: model)

@@ -14,7 +14,7 @@ import pytest
 
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.export.candidates import Candidate
 from iosr_fast.head import optimize as module
 from iosr_fast.head.engine_choice import EngineChoice, rejection_reason
@@ -49,7 +49,7 @@ def images() -> tuple[np.ndarray, list[str]]:
     return pixels, [f"motif {label}" for label in labels]
 
 
-def clip_of(folder: Path) -> OpenedClip:
+def clip_of(folder: Path) -> OpenedModel:
     clip = pixel_clip(engine_folder(folder / "engine"))
     clip.encoder.source = open_verified(clip.engine, "engine")
     clip.encoder.runtime = "openvino"  # type: ignore[misc]

@@ -13,7 +13,7 @@ import numpy as np
 from iosr_fast.classifier import OPENING, Classifier
 from iosr_fast.clip.prompts import Descriptions
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.text_encoder import TextSource
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
@@ -107,8 +107,8 @@ def engine_folder(folder: Path, **facts: Any) -> Path:
     return folder
 
 
-def pixel_clip(engine: Path = Path("none"), text: TextSource | None = None) -> OpenedClip:
-    return OpenedClip(PixelEncoder(), engine, text or LetterText(), 20.0)
+def pixel_clip(engine: Path = Path("none"), text: TextSource | None = None) -> OpenedModel:
+    return OpenedModel(PixelEncoder(), engine, text or LetterText(), 20.0)
 
 
 def unfitted(engine: Path = Path("none"), **parameters: Any) -> Classifier:

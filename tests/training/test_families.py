@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from iosr_fast.clip.adapter import Adapter, adapted_pass
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.config import DinoConfig, TrainConfig
 from iosr_fast.training.objectives import Supervised
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.slow
 STEP = TrainConfig(epochs=1, batch=6)
 
 
-def pictures(clip: LoadedClip) -> TensorPictures:
+def pictures(clip: LoadedModel) -> TensorPictures:
     generator = torch.Generator().manual_seed(0)
     shape = (6, 3, clip.image_size, clip.image_size)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return TensorPictures(images, torch.arange(6) % 3, ["a", "b", "c"])
 
 
-def adapter_without_dropout(clip: LoadedClip) -> Adapter:
+def adapter_without_dropout(clip: LoadedModel) -> Adapter:
     adapter = random_adapter(clip, 1)
     for block in adapter.blocks.values():
         block.dropout.p = 0.0
@@ -42,7 +42,7 @@ def gradient(adapter: Adapter) -> torch.Tensor:
     return torch.cat([value.grad.flatten().double() for value in adapter.parameters() if value.grad is not None])
 
 
-def literal_gradient(clip: LoadedClip) -> torch.Tensor:
+def literal_gradient(clip: LoadedModel) -> torch.Tensor:
     """The gradient of one whole pass of open_clip's and timm's modules with the adapter, in float64."""
     adapter, exact = adapter_without_dropout(clip).double(), copy.deepcopy(clip)
     exact.model.visual.double()

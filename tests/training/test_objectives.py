@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from iosr_fast.clip.adapter import adapted_pass, init_adapter
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.config import DinoConfig, dino_config
 from iosr_fast.training.objectives import Dino, local_size
@@ -20,7 +20,7 @@ from iosr_fast.training.train import train_adapter
 SMALL = DinoConfig(out_dim=24, hidden=16, head_bottleneck=8, local_crops=3)
 
 
-def build(clip: LoadedClip, config: DinoConfig = SMALL, epochs: int = 5) -> Dino:
+def build(clip: LoadedModel, config: DinoConfig = SMALL, epochs: int = 5) -> Dino:
     torch.manual_seed(0)
     adapter = init_adapter(clip, 4, bottleneck=8, scale=0.5)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(-1, keepdims=True)
 
 
-def test_loss_and_centre_equal_their_formulas(clip: LoadedClip) -> None:
+def test_loss_and_centre_equal_their_formulas(clip: LoadedModel) -> None:
     dino = build(clip)
     with torch.no_grad():
         dino.center.copy_(torch.randn(24) * 0.1)
@@ -61,7 +61,7 @@ def test_loss_and_centre_equal_their_formulas(clip: LoadedClip) -> None:
     np.testing.assert_allclose(dino.center.numpy(), 0.9 * centre + 0.1 * teacher.mean(0), rtol=1e-4, atol=1e-6)
 
 
-def test_pictures_of_weight_zero_count_for_nothing(clip: LoadedClip) -> None:
+def test_pictures_of_weight_zero_count_for_nothing(clip: LoadedModel) -> None:
     dino = build(clip)
     stems = [dino.encoder.stem(torch.randn(2 * n, 3, size, size)) for n, size in ((2, 64), (3, 32))]
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_pictures_of_weight_zero_count_for_nothing(clip: LoadedClip) -> None:
     assert loss.item() == agreement.item() == 0 and not dino._outputs.any()
 
 
-def test_the_teacher_is_a_moving_average_whose_momentum_rises_to_one(clip: LoadedClip) -> None:
+def test_the_teacher_is_a_moving_average_whose_momentum_rises_to_one(clip: LoadedModel) -> None:
     dino = build(clip, replace(SMALL, momentum=0.9))
     for share, moved in ((0.0, 0.1), (1.0, 0.0)):  # of all steps; of the difference to the student
         before = copy.deepcopy(dino.teacher)
@@ -82,7 +82,7 @@ def test_the_teacher_is_a_moving_average_whose_momentum_rises_to_one(clip: Loade
             torch.testing.assert_close(new, old + moved)
 
 
-def test_the_teachers_temperature_rises_over_its_warm_up(clip: LoadedClip) -> None:
+def test_the_teachers_temperature_rises_over_its_warm_up(clip: LoadedModel) -> None:
     dino, temperatures = build(clip), []
     for epoch in range(5):
         dino.begin_epoch(epoch)
@@ -90,7 +90,7 @@ def test_the_teachers_temperature_rises_over_its_warm_up(clip: LoadedClip) -> No
     np.testing.assert_allclose(temperatures, [0.04, 0.055, 0.07, 0.07, 0.07])
 
 
-def test_crops_have_their_sizes_and_repeat_with_the_seed(clip: LoadedClip) -> None:
+def test_crops_have_their_sizes_and_repeat_with_the_seed(clip: LoadedModel) -> None:
     dino = build(clip)
     images = torch.rand(4, 3, 64, 64)
     drawn = []
@@ -105,7 +105,7 @@ def test_crops_have_their_sizes_and_repeat_with_the_seed(clip: LoadedClip) -> No
     assert tuple(build(clip, DinoConfig(out_dim=8, local_crops=0)).views(images, None)[0].shape) == (8, 3, 64, 64)
 
 
-def test_local_crops_go_by_patches(clip: LoadedClip) -> None:
+def test_local_crops_go_by_patches(clip: LoadedModel) -> None:
     encoder = AdaptedEncoder(clip, 4)
     assert local_size(encoder, SMALL) == 32
     for wrong in (30, 72, 4):
@@ -114,7 +114,7 @@ def test_local_crops_go_by_patches(clip: LoadedClip) -> None:
 
 
 @pytest.mark.slow
-def test_the_teachers_adapter_comes_out_and_the_clip_stays(clip: LoadedClip) -> None:
+def test_the_teachers_adapter_comes_out_and_the_clip_stays(clip: LoadedModel) -> None:
     pictures = TensorPictures(
         torch.randint(0, 256, (12, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
         torch.zeros(12, dtype=torch.int64),
@@ -135,7 +135,7 @@ def test_the_teachers_adapter_comes_out_and_the_clip_stays(clip: LoadedClip) -> 
 
 
 @pytest.mark.parametrize("train_head", [True, False])
-def test_the_public_codes_frozen_head_is_an_option(clip: LoadedClip, train_head: bool) -> None:
+def test_the_public_codes_frozen_head_is_an_option(clip: LoadedModel, train_head: bool) -> None:
     dino = build(clip, replace(SMALL, train_head=train_head))
     trained = {id(p) for group in dino.parameter_groups() for p in group["params"]}
     assert any(id(p) in trained for p in dino.student_head.parameters()) is train_head

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from iosr_fast.cli.train_adapter import read_data
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.training.config import DinoConfig, TrainConfig, dino_config
 from iosr_fast.training.pictures import TensorPictures, file_sources
 from iosr_fast.training.train import Progress, train_adapter
@@ -38,7 +38,7 @@ Train = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def train(clip: LoadedClip, pictures: TensorPictures) -> Train:
+def train(clip: LoadedModel, pictures: TensorPictures) -> Train:
     """The weights of a training of a fresh adapter."""
 
     def train(folder: Path | None = None, report: Any = None, config: TrainConfig = SUPERVISED, **more: Any) -> Any:
@@ -112,7 +112,7 @@ def test_a_signal_ends_the_training_after_the_step_and_saves_it(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_to_all_processes_of_the_group_leaves_those_that_decode(
-    clip: LoadedClip, train: Train, tmp_path: Path, number: signal.Signals
+    clip: LoadedModel, train: Train, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Ctrl-C in a terminal, torchrun and batch systems signal the group; the step needs its pictures all the same."""
     write_folder(tmp_path / "in", 20)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from iosr_fast.clip.adapter import init_adapter
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedModel
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.training import probe as probe_module
 from iosr_fast.training.augment import augment_batch, draw_augmentation
@@ -28,7 +28,7 @@ def validation_pictures(count: int) -> SubsetPictures:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cached_views", [0, 2])
-def test_training_learns(clip: LoadedClip, pictures: TensorPictures, cached_views: int) -> None:
+def test_training_learns(clip: LoadedModel, pictures: TensorPictures, cached_views: int) -> None:
     losses: list[float] = []
     adapter = init_adapter(clip, 4, bottleneck=16, scale=0.1)
     before = weights(adapter).clone()
@@ -42,7 +42,7 @@ def test_training_learns(clip: LoadedClip, pictures: TensorPictures, cached_view
 
 
 @pytest.mark.slow
-def test_accumulation_does_not_change_the_gradient(clip: LoadedClip, pictures: TensorPictures) -> None:
+def test_accumulation_does_not_change_the_gradient(clip: LoadedModel, pictures: TensorPictures) -> None:
     config = TrainConfig(epochs=2, batch=12)  # the last step has 6
     results = [
         weights(train_adapter(clip, init_adapter(clip, 4, 8, dropout=0.0), pictures, replace(config, accumulate=parts)))
@@ -78,7 +78,7 @@ def test_a_batch_that_processes_cannot_share_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_held_out_pictures_are_measured_each_epoch(clip: LoadedClip, pictures: TensorPictures, tmp_path: Path) -> None:
+def test_held_out_pictures_are_measured_each_epoch(clip: LoadedModel, pictures: TensorPictures, tmp_path: Path) -> None:
     reports = []
     held_out = validation_pictures(60)
     for cached_views in (0, 1):
@@ -105,7 +105,7 @@ def test_held_out_pictures_are_measured_each_epoch(clip: LoadedClip, pictures: T
 
 @pytest.mark.slow
 def test_only_what_is_measured_is_encoded_with_the_encoders_own_pixels(
-    clip: LoadedClip, pictures: TensorPictures, monkeypatch: pytest.MonkeyPatch
+    clip: LoadedModel, pictures: TensorPictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held_out = validation_pictures(120)
     monkeypatch.setattr(probe_module, "MOST_PICTURES", 60)
@@ -124,7 +124,7 @@ def test_only_what_is_measured_is_encoded_with_the_encoders_own_pixels(
 
 
 def test_impossible_training_is_refused_before_it_starts(
-    clip: LoadedClip, pictures: TensorPictures, tmp_path: Path
+    clip: LoadedModel, pictures: TensorPictures, tmp_path: Path
 ) -> None:
     one = TensorPictures(pictures.images, torch.zeros(30, dtype=torch.int64), ["all"])
     with pytest.raises(ValueError, match="at least two classes"):

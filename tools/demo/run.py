@@ -30,7 +30,7 @@ with one_line_errors():
 
     from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
     from iosr_fast.clip.demo.pictures import held_out
-    from iosr_fast.clip.load import LoadedClip, load_clip
+    from iosr_fast.clip.load import LoadedModel, load_clip
     from iosr_fast.evaluation.comparison import Result
     from iosr_fast.evaluation.demo import encode, evaluate_few_shot
     from iosr_fast.export.build import write_engine
@@ -47,7 +47,7 @@ CLASSES, PICTURES, SHOWN = 10, 3, 5  # of the last step: classes, pictures of ea
 console = Console(highlight=False)
 
 
-def train(clip: LoadedClip, path: Path, epochs: int, views: int) -> tuple[Adapter, float]:
+def train(clip: LoadedModel, path: Path, epochs: int, views: int) -> tuple[Adapter, float]:
     """Train an adapter on the generic concepts and save it. Returns it and the seconds."""
     adapter = init_adapter(clip, FIRST_ADAPTED_BLOCK, BOTTLENECK, SCALE)
     config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=views)

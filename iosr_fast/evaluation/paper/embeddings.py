@@ -27,7 +27,7 @@ from iosr_fast.utils.ordered import map_ordered
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.load import LoadedModel
 
 PART = 1024  # images of a file at most
 Arrays = dict[str, np.ndarray]
@@ -64,7 +64,7 @@ class KeptEmbeddings:
     """
 
     folder: Path
-    clip: LoadedClip
+    clip: LoadedModel
     encode: Encode
     facts: dict[str, Any]
     report: Callable[[str], None]

@@ -1,4 +1,4 @@
-"""An opened CLIP: what a classifier encodes images and class names with."""
+"""An opened model: what a classifier encodes images with, and class names where the model is a CLIP."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from iosr_fast.encoders.text_encoder import TextSource
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.load import LoadedModel
 
 
 @dataclass(frozen=True, eq=False)
-class OpenedClip:
-    """`encoder` for images, opened from the folder `engine`; `text` for class names, None if a saved classifier has
-    none; `tau`, the CLIP's logit scale; `loaded`, the CLIP in torch and its adapter, None for a saved classifier.
+class OpenedModel:
+    """`encoder` for images, opened from the folder `engine`; `text` for class names, None if the model has no texts
+    (`reads_text`) or a saved classifier no text encoder; `tau`, its logit scale; `loaded`, the model in torch
+    and its adapter, None for a saved classifier.
 
     `encoder` gives both embeddings or, if it was opened so, the plain one alone. `encoder_for` opens the other form of
     the same engine at its first use, and keeps it: support images need both embeddings, queries those that their method
@@ -30,13 +31,14 @@ class OpenedClip:
     engine: Path
     text: TextSource | None
     tau: float
-    loaded: tuple[LoadedClip, Adapter | None] | None = None
+    loaded: tuple[LoadedModel, Adapter | None] | None = None
+    reads_text: bool = True
     _other: list[Encoder] = field(default_factory=list, init=False, repr=False)
     _opening: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the CLIP has an adapter, whichever form of its engine is open."""
+        """Whether the model has an adapter, whichever form of its engine is open."""
         source = self.encoder.source
         return self.encoder.adapted or (source is not None and source.manifest["first_adapted_block"] is not None)
 
