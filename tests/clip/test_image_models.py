@@ -117,6 +117,7 @@ def test_photographs_recognises_a_photograph(picture: str, classes: set[int]) ->
     x = clip.model.visual[0]((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - clip.mean[0]) / clip.std[0])
     evaluated = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     torch.testing.assert_close(x[0], evaluated(Image.open(path)), msg="as timm evaluates it, without the edges")
+    assert clip.mean == clip.std == (0.5, 0.5, 0.5)
     with torch.inference_mode():
         assert int(model(x).argmax()) in classes
 
