@@ -107,6 +107,8 @@ def write_engine(
         if adapter is not None or tokens is not None:
             raise IosrFastError(f"expected no adapter and no image_size for {clip.name}, whose graph is complete")
     else:
+        from torch.nn import Linear
+
         from iosr_fast.clip.fuse import unfusible_reason
         from iosr_fast.clip.vision_tower import resize_clip
 
@@ -115,7 +117,7 @@ def write_engine(
             raise IosrFastError(reason)
         fused = reason is None
         clip = resize_clip(clip, clip.image_size if image_size is None else image_size)
-        quantisable = sum(weight.ndim == 2 for weight in clip.model.visual.parameters()) > 1
+        quantisable = sum(isinstance(layer, Linear) for layer in clip.model.visual.modules()) > 1
     runtime = choose_builder(runtime, precision, fused)
     if precision in QUANTISED and not quantisable:
         raise IosrFastError(f"expected fp32 or bf16 for {clip.name}, got {precision}: {NO_PRODUCTS}")
