@@ -103,12 +103,10 @@ def write_engine(
     max_batch = check_integer("max_batch", max_batch, 1, 1 << 16)
     tokens = None if image_size is None or image_size == clip.image_size else {"image_size": image_size}
     if isinstance(clip, OnnxModel):
-        fused, quantisable = False, has_products(clip.graph)
+        fused = False
         if adapter is not None or tokens is not None:
             raise IosrFastError(f"expected no adapter and no image_size for {clip.name}, whose graph is complete")
     else:
-        from torch.nn import Linear
-
         from iosr_fast.clip.fuse import unfusible_reason
         from iosr_fast.clip.vision_tower import resize_clip
 
@@ -117,10 +115,8 @@ def write_engine(
             raise IosrFastError(reason)
         fused = reason is None
         clip = resize_clip(clip, clip.image_size if image_size is None else image_size)
-        quantisable = sum(isinstance(layer, Linear) for layer in clip.model.visual.modules()) > 1
     runtime = choose_builder(runtime, precision, fused)
-    if precision in QUANTISED and not quantisable:
-        raise IosrFastError(f"expected fp32 or bf16 for {clip.name}, got {precision}: {NO_PRODUCTS}")
+    check_products(clip, precision)
     quantised = quantisation(clip.image_size, runtime, precision, pictures)
     if runtime in EXTRAS:
         target(runtime)  # raises, before any work, if no plan can be built
@@ -163,6 +159,20 @@ def write_engine(
         else:
             export_onnx(encoder, exported / ONNX_FILE)
         return _finish(folder, exported, facts, quantised, pictures, truth, started)
+
+
+def check_products(model: LoadedModel | OnnxModel, precision: str) -> None:
+    """Raise ValueError for 8 bits where there is nothing to compute in them, before any work."""
+    if precision not in QUANTISED:
+        return
+    if isinstance(model, OnnxModel):
+        found = has_products(model.graph)
+    else:
+        from torch.nn import Linear
+
+        found = sum(isinstance(layer, Linear) for layer in model.model.visual.modules()) > 1
+    if not found:
+        raise IosrFastError(f"expected fp32 or bf16 for {model.name}, got {precision}: {NO_PRODUCTS}")
 
 
 def _encoder(

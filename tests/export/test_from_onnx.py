@@ -11,7 +11,9 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
+from PIL import Image
 
+from iosr_fast import Classifier
 from iosr_fast.encoders.encoder import unit
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
@@ -19,8 +21,10 @@ from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.candidates import list_candidates
 from iosr_fast.export.from_onnx import read_onnx
 from iosr_fast.sealed.verified_folder import open_verified
+from tests.cli.runs import done, refused
 from tests.clip.small_clip import random_pixels
 from tests.export.onnx_files import FACTS, LAYERS, SHAPE, SIZE, WIDTH, encoder_model, write_encoder
+from tests.interpreter import printed
 
 CONVOLUTIONS = LAYERS[:4]
 BESIDE = {"save_as_external_data": True, "location": "encoder.bin", "size_threshold": 0}
@@ -194,3 +198,65 @@ def test_8_bits_are_for_encoders_with_products(tmp_path: Path) -> None:
     assert reasons["products"] == ""
     manifest = convert_engine(tmp_path / "products", tmp_path / "int8", "openvino", "int8", pictures)
     assert manifest["quantised"]["products"] == 1
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An encoder with products in a file, and the engines' cache beside it."""
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    return write_encoder(tmp_path / "model" / "encoder.onnx", **BESIDE)
+
+
+PICTURES = [picture // (1 + 3 * (i % 2)) for i, picture in enumerate(random_pixels(16, SIZE))]
+KINDS = ["bright", "dark"] * 8
+
+
+def test_a_classifier_on_a_file_needs_no_torch(cached: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "timm", "open_clip")))
+import numpy as np
+from iosr_fast import Classifier
+pictures = np.load(sys.argv[1])
+classifier = Classifier(sys.argv[2], precision="auto").fit(pictures, ["bright", "dark"] * 8)
+print(classifier.get_params()["model"] == sys.argv[2], classifier.engine_choice_ is not None)
+classifier.save(sys.argv[3])
+loaded = Classifier.load(sys.argv[3])
+loaded.add_class("grey", [np.full((20, 30, 3), 99, np.uint8)])
+print(*loaded.predict(pictures[:4]), *loaded.predict(np.full((20, 30, 3), 99, np.uint8)))
+"""
+    np.save(tmp_path / "pictures.npy", PICTURES)
+    printed_lines = printed(code, str(tmp_path / "pictures.npy"), str(cached), str(tmp_path / "saved")).splitlines()
+    assert printed_lines == ["True True", "bright dark bright dark grey"]
+
+
+def test_a_classifier_opens_a_file_again_when_it_or_its_facts_change(cached: Path) -> None:
+    first = Classifier(cached).encoder
+    assert Classifier(str(cached), runtime="auto").encoder is first
+    write_encoder(cached, facts={**FACTS, "std": [0.5, 0.5, 0.5]}, **BESIDE)
+    second = Classifier(cached).encoder
+    assert second.fingerprint != first.fingerprint
+    for options, told in (
+        ({"pretrained": "openai"}, r"encoder\.onnx has weights of its own: expected no pretrained"),
+        ({"adapter": "adapter.safetensors"}, "expected a CLIP for an adapter, got .*encoder.onnx"),
+        ({"precision": "fp16"}, "expected fp32, bf16 or int8"),
+        ({"precision": "int8"}, "--calibration DIR"),
+        ({"method": "zero-shot"}, "zero-shot"),
+        ({"templates": ["a {}"]}, "no text encoder"),
+        ({"engine": second.source.folder, "model": write_encoder(cached)}, "that the engine was built from"),
+    ):
+        with pytest.raises(IosrFastError, match=told):
+            Classifier(**{"model": cached, **options}).fit(PICTURES, KINDS)
+
+
+def test_build_engine_makes_an_int8_engine_of_a_file(cached: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(PICTURES):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png")
+    words = ("build-engine", "--model", cached, "--calibration", tmp_path / "pictures", "--precision", "int8")
+    assert "encoder.onnx int8 for onnxruntime" in done(*words, "--runtime", "onnxruntime", "--out", tmp_path / "engine")
+    classifier = Classifier(cached, engine=tmp_path / "engine", method="tip-adapter").fit(PICTURES, KINDS)
+    assert classifier.predict(PICTURES).tolist() == KINDS
+    write_encoder(cached, encoder_model(CONVOLUTIONS))
+    assert "convolutions alone" in refused(*words, "--out", tmp_path / "other")
