@@ -40,7 +40,7 @@ class ImageModel:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     width: int
-    has_products: bool  # with constant matrices, which 8 bits are for
+    has_products: bool  # with constant matrices, which 8 bits are for, beside the last, which stays in float
 
 
 def is_image_model(name: str) -> bool:
@@ -87,7 +87,7 @@ def image_model(name: str) -> ImageModel:
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         width=shape[1],
-        has_products=any(isinstance(module, torch.nn.Linear) for module in model.modules()),
+        has_products=sum(isinstance(module, torch.nn.Linear) for module in model.modules()) > 1,
     )
 
 

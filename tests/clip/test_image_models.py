@@ -113,6 +113,7 @@ def test_photographs_has_the_packages_weights_by_their_names() -> None:
 def test_photographs_recognises_a_photograph(picture: str, classes: set[int]) -> None:
     """Classes of ImageNet: domestic cats; mugs, espressos and cups."""
     known = image_model("photographs")
+    assert known.mean == known.std == (0.5, 0.5, 0.5)
     pixels = to_pixels([PHOTOGRAPHS / f"{picture}.jpg"], known.geometry)
     x = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - known.mean[0]) / known.std[0]
     with torch.inference_mode():
