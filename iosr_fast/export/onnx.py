@@ -26,6 +26,7 @@ import numpy as np
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE, WEIGHTS_SUFFIX
 from iosr_fast.encoders.runtimes.onnxruntime import open_session
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from iosr_fast.clip.dual_encoder import DualEncoder
     from iosr_fast.clip.plain_encoder import PlainEncoder
 
-OPSET = 20  # the first with Gelu as one operator
+OPSET, IR = 20, 10  # the first opset with Gelu as one operator, and the version of files that exporters write for it
 EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, for shape inference and constant folding
 
 
@@ -124,6 +125,11 @@ def save_onnx(model: Any, path: Path) -> None:
         weights.chmod(0o644)  # onnx makes it readable for its owner only
 
 
+def engine_graph(engine: VerifiedFolder) -> Any:
+    """The onnx.ModelProto of an engine's encoder.onnx without its large weights."""
+    return require("onnx", "cpu").load_from_string(engine.read(ONNX_FILE))
+
+
 def session_of(model: Any, folder: Path) -> Any:
     """An ONNX Runtime session of a ModelProto on the CPU; `folder` has the file of its weights. New large constants are
     moved out of the model, because protobuf's limit is 2 GB."""
@@ -175,15 +181,10 @@ def plain_graph(model: Any) -> Any:
         raise IosrFastError(
             f"expected an encoder of export_onnx with two streams, got a graph that joins {joins} and splits {halves}"
         )
-    read = {"plain"}
-    nodes = []
-    for node in reversed(graph.node):
-        if read.intersection(node.output):
-            read.update(node.input)
-            nodes.append(node)
+    nodes, read = leading_to(graph.node, "plain")
     outputs = [output for output in graph.output if output.name == "plain"]
     for field, values in (
-        (graph.node, nodes[::-1]),
+        (graph.node, nodes),
         (graph.initializer, [tensor for name, tensor in constants.items() if name in read]),
         (graph.output, outputs),
         (graph.value_info, []),  # the shapes of both streams
@@ -191,3 +192,14 @@ def plain_graph(model: Any) -> Any:
         del field[:]
         field.extend(values)
     return model
+
+
+def leading_to(nodes: Sequence[Any], output: str) -> tuple[list[Any], set[str]]:
+    """Those of a graph's nodes that `output` depends on, in their order, and all names that they read."""
+    read = {output}
+    chosen = []
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            read.update(node.input)
+            chosen.append(node)
+    return chosen[::-1], read
