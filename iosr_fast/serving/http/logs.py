@@ -17,13 +17,14 @@ from iosr_fast.exceptions import printable
 
 logger = logging.getLogger("iosr_fast.serving")
 TOKEN_NAME: ContextVar[str] = ContextVar("token_name", default="")  # of the request that is answered
+CLASSIFIER: ContextVar[str] = ContextVar("classifier", default="")  # of several, the one that lines are about
 _MAX_QUEUED = 10_000  # lines for a slow reader of stderr; more are dropped, so that no request waits
 
 
 def log(event: str, *, level: int = logging.INFO, **facts: Any) -> None:
-    """Log `event` with `facts` of JSON types, and the name of the request's token."""
-    token = {"token": TOKEN_NAME.get()} if TOKEN_NAME.get() else {}
-    logger.log(level, event, extra={"facts": facts | token})
+    """Log `event` with `facts` of JSON types, and the names of the classifier and of the request's token."""
+    names = {"classifier": CLASSIFIER.get(), "token": TOKEN_NAME.get()}
+    logger.log(level, event, extra={"facts": facts | {kind: name for kind, name in names.items() if name}})
 
 
 class Formatter(logging.Formatter):

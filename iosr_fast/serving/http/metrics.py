@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import Metric
 
 from iosr_fast.head.predictions import Prediction
 
@@ -15,6 +17,14 @@ _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MAX_CLASSES = 10_000  # with their own series; more would slow down every scrape
 _OTHERS = "", "all others"
+_OF_REQUESTS = frozenset({"iosr_fast_request_seconds", "iosr_fast_errors"})
+_OF_ENGINE = frozenset(
+    f"iosr_fast_{name}"
+    for name in (
+        *("image_seconds", "batch_images", "encode_seconds", "score_seconds", "refusals"),
+        *("queue_images", "queue_limit_images", "healthy"),
+    )
+)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS"})
 
 
@@ -46,20 +56,22 @@ class Metrics:
         self._uploads = counter("uploads", "Uploads that need a look, with --collect", ("outcome",))
         self._series: set[tuple[str, str]] = set()
 
+    def gauge(self, name: str, description: str, read: Callable[[], float]) -> None:
+        """A series that is read at each scrape."""
+        Gauge(name, description, **self._options).set_function(read)
+
     def watch(self, service: Any) -> None:
         """Read the state of a service.Service at each scrape: queue, bodies, version, classes."""
         from iosr_fast import __version__
 
-        def gauge(name: str, description: str, read: Any) -> None:
-            Gauge(name, description, **self._options).set_function(read)
-
+        gauge = self.gauge
         gauge("queue_images", "Images accepted and not yet answered", lambda: service.batching.pending)
         gauge("queue_limit_images", "Limit of iosr_fast_queue_images", lambda: service.settings.max_queue)
-        gauge("body_bytes", "Bytes of request bodies in memory", lambda: service.bodies.used)
+        self.watch_bodies(service)
         gauge("healthy", "1 while the engine works", lambda: float(service.batching.healthy))
         gauge("model_version", "Version of the classes; each change increases it", lambda: service.classifier.version)
         gauge("classes", "Classes", lambda: len(service.classifier.snapshot().uids))
-        gauge("read_only", "1 while changes can't be logged", lambda: float(bool(service.read_only)))
+        gauge("read_only", "1 while changes can't be logged", lambda: float(bool(service.note)))
         recent = service.recent
         gauge("accepted_share", "Accepted labels, of the last 400 that a promise judged", lambda: recent.accepted_share)
         gauge("median_probability", "Of the last 400 labels", lambda: recent.median_probability)
@@ -75,6 +87,10 @@ class Metrics:
         labels = {"version": __version__, "method": service.classifier.method_}
         labels["encoder"] = service.classifier.encoder.fingerprint[:12]
         Gauge("info", "Version, method, encoder", tuple(labels), **self._options).labels(**labels).set(1)
+
+    def watch_bodies(self, served: Any) -> None:
+        """Read the memory of a service.Served at each scrape."""
+        self.gauge("body_bytes", "Bytes of request bodies in memory", lambda: served.bodies.used)
 
     # --- called by BatchingClassifier ---
 
@@ -126,3 +142,25 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
+
+    def text_with(self, classifiers: Mapping[str, Metrics], engines: Collection[str]) -> bytes:
+        """As `text`, with the metrics of classifiers, whose series have the label `classifier`. `engines` names those
+        of them whose metrics are observers: what an engine counts has the name as the label `engine`."""
+        families: dict[str, Metric] = {}
+        for name, one in [("", self), *classifiers.items()]:
+            for family in one._registry.collect():
+                label = _label_of(family.name)
+                of_classifier = bool(name) or family.name in _OF_REQUESTS
+                if {"": not name, "engine": name in engines, "classifier": of_classifier}[label]:
+                    whole = Metric(family.name, family.documentation, family.type)
+                    added = {label: name} if name else {}
+                    samples = [sample._replace(labels=sample.labels | added) for sample in family.samples]
+                    families.setdefault(family.name, whole).samples.extend(samples)
+        return generate_latest(SimpleNamespace(collect=families.values))  # type: ignore[arg-type]
+
+
+def _label_of(family: str) -> str:
+    """The label by which the series of several classifiers differ; "" for what a process has once."""
+    if not family.startswith("iosr_fast_") or family == "iosr_fast_body_bytes":
+        return ""
+    return "engine" if family in _OF_ENGINE else "classifier"

@@ -39,19 +39,23 @@ _ALL_BAD = "All images are bad (see predictions), or a parameter is invalid"
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
 
-def make_router(service: Service) -> APIRouter:
-    """The route /v1/predict."""
-    settings = service.settings
+def make_router(served: Served) -> APIRouter:
+    """The route /v1/predict, of a classifier, or of several, which a request names."""
+    settings, several = served.settings, not isinstance(served, Service)
+    model: Any = schemas.AllAnswers if several else schemas.PredictAnswer
+    body, sentence, takes_images = None, "", True
+    if isinstance(served, Service):
+        body, sentence, takes_images = served.uploads.body, served.uploads.sentence, served.takes_changes
     router = APIRouter(tags=["predict"])
 
     @router.post(
         "/v1/predict",
-        response_model=schemas.PredictAnswer,
-        responses={422: {"model": schemas.PredictAnswer | schemas.ErrorAnswer, "description": _ALL_BAD}},
-        openapi_extra=service.uploads.body or schemas.image_body(settings.max_images),
+        response_model=model,
+        responses={422: {"model": model | schemas.ErrorAnswer, "description": _ALL_BAD}},
+        openapi_extra=body or schemas.image_body(settings.max_images),
         summary="Classify images",
         description=(
-            f"{service.uploads.sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
+            f"{sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
             "`class_id` are null if the image belongs to none of the classes. With max_error, `accepted` says whether "
             "nobody needs to look at the label: of accepted ones at most this share is wrong, with 95% confidence. 422 "
             "(no_promise) where there are too few support images for `keep` or `max_error`."
@@ -60,6 +64,7 @@ def make_router(service: Service) -> APIRouter:
     )
     async def predict(
         request: Request,
+        classifier: list[str] = Query(... if several else [], description=_NAMES, include_in_schema=several),
         top: int = Query(5, ge=1, le=100, description="classes to return, best first"),
         nearest: int = Query(0, ge=0, le=100, description="nearest support images to return"),
         unknown: Literal["reject"] | None = Query(None, description="reject images of none of the classes"),
@@ -73,54 +78,84 @@ def make_router(service: Service) -> APIRouter:
             le=settings.max_deadline_ms,
             description="time allowed for the answer, from the request's last byte",
         ),
-        boxes: str | None = Query(None, description=_BOXES, include_in_schema=service.takes_changes),
+        boxes: str | None = Query(None, description=_BOXES, include_in_schema=takes_images),
     ) -> Response:
-        _check_query(request)
-        client = client_of(request.client)
+        _check_query(request, several)
+        asked = {"top": top, "nearest": nearest, "client": client_of(request.client), "max_error": max_error}
+        asked |= {"keep": None if unknown is None else keep, "deadline_s": deadline_ms / 1e3}
+        if isinstance(served, Front):
+            return await _ask_each(served, classifier, request, boxes, asked)
+        assert isinstance(served, Service)
         try:
-            service.batching.check_room(client)  # before the body is read, which makes refusals cheap
-            images = await service.uploads.read_images(request, boxes)
+            served.batching.check_room(asked["client"])  # before the body is read, which makes refusals cheap
+            images = await served.uploads.read_images(request, boxes)
             start = time.perf_counter()
-            request.scope["iosr_fast.images"] = len(images)
-            good = [image for image in images if not isinstance(image, ApiError)]
-            asked = {"top": top, "nearest": nearest, "client": client, "max_error": max_error}
-            asked["keep"] = None if unknown is None else keep
-            results = await _classify(service, request, good, deadline_ms / 1e3, asked)
+            results = await _classify([served], request, images, asked)
         except IosrFastError as error:
-            raise _request_error(service, error) from None
-        return _answer(service, images, results, start)
+            raise _request_error(served, error) from None
+        version, predictions = _answer(served, images, results)
+        latency_ms = round((time.perf_counter() - start) * 1e3, 3)
+        answer = {"version": version or served.classifier.version, "latency_ms": latency_ms, "predictions": predictions}
+        return schemas.long_answer(answer, 200 if version else 422)
 
     return router
 
 
-def _check_query(request: Request) -> None:
-    """Refuse a misspelt, repeated or useless parameter: images of no class would keep a label without a word."""
-    counts = Counter(name for name, _ in request.query_params.multi_items())
-    if wrong := [name for name, count in counts.items() if count > 1 or name not in _QUERY]:
-        message = f"expected the query parameters {', '.join(_QUERY)}, each at most once, got {abbreviate(wrong)}"
-        raise ApiError(422, "invalid_parameters", message)
-    if "keep" in counts and "unknown" not in counts:
-        raise ApiError(422, "invalid_parameters", "expected the query parameter keep only with unknown=reject")
+async def _ask_each(
+    front: Front, names: list[str], request: Request, boxes: str | None, asked: dict[str, Any]
+) -> Response:
+    """The answers of several classifiers. Those of one engine are asked together, so that it encodes an image once; one
+    that fails leaves the others' answers whole."""
+    if len(set(names)) < len(names):
+        raise ApiError(422, "invalid_parameters", f"expected each classifier once, got {abbreviate(names)}")
+    outcomes: dict[str, Any] = dict.fromkeys(names)  # a version and predictions, or an error
+    engines: dict[Any, list[Service]] = {}
+    for name in names:
+        if name in front.refused:
+            outcomes[name] = front.refusal(name)
+            continue
+        service = front.find(name)
+        try:
+            Abstention(asked["keep"], max_error=asked["max_error"]).check(service.head)
+            service.batching.check_room(asked["client"])
+            engines.setdefault(service.batching, []).append(service)
+        except IosrFastError as error:
+            outcomes[name] = error
+    if engines:
+        await request.body()  # once
+    start, reading = time.perf_counter(), dict[tuple[Service, ...], Images]()
+    for services in engines.values():
+        try:
+            reading[*services] = await services[0].uploads.read_images(request, boxes)
+        except ApiError as error:
+            outcomes |= dict.fromkeys((one.name for one in services), error)
+    classifying = [_classify(services, request, images, asked) for services, images in reading.items()]
+    results = await asyncio.gather(*classifying, return_exceptions=True)
+    for (services, images), result in zip(reading.items(), results, strict=True):
+        for i, service in enumerate(services):
+            try:
+                if isinstance(result, BaseException):
+                    raise result
+                own = [one[i] if isinstance(one, tuple) else one for one in result]
+                outcomes[service.name] = _answer(service, images, own)
+            except ClientDisconnect:
+                raise
+            except Exception as error:
+                outcomes[service.name] = error
+    ...
 
 
 async def _classify(
-    service: Service, request: Request, images: Sequence[Any], deadline_s: float, options: dict[str, Any]
-) -> Sequence[Prediction | Exception]:
-    """A prediction or an error of each image. A client that disconnects gives up its places in the queue."""
-    if not images:
+    services: Sequence[Service], request: Request, images: Images, asked: dict[str, Any]
+) -> Sequence[Any]:
+    """Of each image a prediction or an error; of several services, which share an engine, a tuple of these or an error.
+    A client that disconnects gives up its places in the queue."""
+    request.scope["iosr_fast.images"] = len(images)
+    good = [image for image in images if not isinstance(image, ApiError)]
+    if not good:
         return []
-    task = asyncio.ensure_future(service.batching.classify_many(images, deadline_s=deadline_s, **options))
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, timeout=deadline_s + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect if gone.done() else DeadlineExceededError("no answer in time")
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
+    names, deadline_s = tuple(one.name for one in services), asked["deadline_s"]
+    ...
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
