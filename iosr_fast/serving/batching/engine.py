@@ -1,52 +1,62 @@
-"""Runs a batch through encoder and scoring; after an error, finds the images that cause it."""
+"""Runs a batch through encoder and scoring; after an error, finds the images or the classifiers that cause it."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.predictions import Prediction, predict
-from iosr_fast.serving.batching.item import Item, Query
+from iosr_fast.head.predictions import predict
+from iosr_fast.serving.batching.classifiers import Classifiers
+from iosr_fast.serving.batching.item import Item
 
 Collect: TypeAlias = Callable[[Any, Embeddings, Any], None]
+_T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """What a batch took, in seconds; `clean` is False after any error."""
+    """What a batch took, in seconds; `clean` is False after any error. `heads`: for each classifier that was asked the
+    error if it fails on every image, else None. `black`: an encoder, and its embeddings of black images."""
 
     encode_s: float = 0.0
     score_s: float = 0.0
     clean: bool = True
+    heads: dict[str, Exception | None] = field(default_factory=dict)
+    black: tuple[Any, Embeddings] | None = None
 
 
 class Engine:
-    """Runs batches of at most `max_batch` images. `healthy` is False while the engine fails on every image;
-    `last_error` is the error of its last failure. `collect` is called with each answered image that is whole and no
+    """Runs batches of at most `max_batch` images. `healthy` is False while encoding, or scoring by every classifier,
+    fails on every image; `last_error` is the error of its last failure. `failures` has the errors of classifiers that
+    fail on every image. `collect` has, by classifier, what is called with each answered image that is whole and no
     probe, its embeddings (1, D) and the head that answered."""
 
-    def __init__(self, classifier: Any, max_batch: int, collect: Collect | None = None) -> None:
+    def __init__(
+        self, classifiers: Classifiers, max_batch: int, collect: Mapping[str, Collect | None] | None = None
+    ) -> None:
         self.healthy = True
-        self._classifier, self._collect = classifier, collect
+        self.failures: dict[str, Exception] = {}
         self.last_error: Exception | None = None
+        self._classifiers, self._collect = classifiers, collect or {}
         self._max_batch = max_batch
         self._encoding = threading.Lock()  # of an encoder with one run, which may not be thread-safe
 
     def warm(self) -> None:
         """Run batches of 1, 2, 4, ... and the most images once, because first runs are slow: of the encoder, in all
         runs at the same time, and on a GPU of scoring, too, whose kernels are compiled for a batch's size. On a CPU
-        also 3, a usual size there. Raises what the engine raises."""
-        encoder = self._classifier.encoder
+        also 3, a usual size there. Raises what encoding raises, and what scoring raises if no classifier works."""
+        encoder, errors = self._classifiers.ask(()).encoder, dict[str, Exception | None]()
         most = min(self._max_batch, encoder.max_batch)
         sizes = {*(1 << k for k in range((most - 1).bit_length())), most}
         encoded = sizes if encoder.buckets or most < 3 else sizes | {3}
@@ -54,33 +64,49 @@ class Engine:
             for size in sorted(encoded):
                 list(pool.map(encoder.warm, [[size]] * encoder.runs))
         for size in sorted(sizes) if encoder.buckets else [1]:
-            self._black(size)
+            run = Run(black=self._black(size))
+            for name in self._classifiers.named:
+                errors[name] = errors.get(name) or self._black_error(name, run)
+        failed = [error for error in errors.values() if error is not None]
+        if len(failed) == len(errors):
+            raise failed[0]
+        self._judge(None, errors)
 
     def run(self, items: Sequence[Item]) -> Run:
-        """Set the outcome of every item: a Prediction or an exception.
+        """Set the outcome of every item: a Prediction, a tuple with one or an exception for each classifier, or an
+        exception.
 
         After an error each image is tried alone, so that only those that fail twice get it. If a black image fails
-        too, the engine fails on every image, and the rest gets the error at once.
+        too, the engine fails on every image, and the rest gets the error at once. Likewise for each classifier, whose
+        errors concern no other one.
         """
-        run, down = Run(), None
-        error = self._try(items, run)
-        for item in items if error else ():
-            if error is not None and not self._works():
-                down = error
-                break
-            error = self._try([item], run)
+        run = Run()
+        down = _try_alone(items, lambda part: self._try(part, run), lambda: self._encodes_black(run))
         for item in items:
             item.outcome = item.outcome or down
-        self._judge(down)
+        self._judge(down, run.heads)
         return run
 
     def probe(self) -> None:
-        """Check whether a failed engine works again."""
-        if self._works():
-            self._judge(None)
+        """Check whether what failed works again."""
+        run = Run()
+        if self._encodes_black(run):
+            working = [name for name in self._classifiers.named if self._scores_black(name, run)]
+            if working:
+                self._judge(None, dict.fromkeys(working))
 
-    def _judge(self, down: Exception | None) -> None:
-        """Update the health after a batch; `down` is the error if the engine fails on every image."""
+    def _judge(self, down: Exception | None, heads: Mapping[str, Exception | None]) -> None:
+        """Update the health after a batch; `down` is the error if encoding fails on every image, `heads` as of Run."""
+        for name, error in heads.items():
+            known = self.failures.pop(name, None)
+            if error is not None:
+                self.failures[name] = error
+            if name and error is not None and known is None:
+                log.error("the classifier %r fails on every image: %r", name, error)
+            elif name and error is None and known is not None:
+                log.info("the classifier %r works again", name)
+        if down is None and len(self.failures) == len(self._classifiers.named):
+            down = list(self.failures.values())[-1]  # the newest
         if down is not None:
             self.last_error = down
             if self.healthy:
@@ -90,58 +116,130 @@ class Engine:
         self.healthy = down is None
 
     def _try(self, items: Sequence[Item], run: Run) -> Exception | None:
-        """Set the outcomes of items; returns the error, which is also the outcome of a single one."""
+        """Encode items and set their outcomes; returns the error of encoding, which is also the outcome of a single
+        one."""
+        started, encoder = time.perf_counter(), items[0].encoder
         try:
-            pixels = np.stack([item.pixels for item in items])  # type: ignore[misc]
-            for item, prediction in zip(items, self._predict(pixels, items, run), strict=True):
-                item.outcome = prediction
+            if any(item.encoder is not encoder for item in items):
+                raise RuntimeError(
+                    "expected images of one encoder, got some from before another fit and some from after"
+                )
+            embeddings = self._encode(encoder, np.stack([item.pixels for item in items]))  # type: ignore[misc]
         except Exception as error:
-            if self.healthy and run.clean:
-                log.warning("a batch failed; its images are tried one by one", exc_info=error)
-            run.clean = False
-            error.__traceback__ = None  # its frames would keep all images of the batch alive
+            self._failed(error, run)
             if len(items) == 1:
                 items[0].outcome = error
             return error
+        encoded = time.perf_counter()
+        run.encode_s += encoded - started
+        self._score(items, embeddings, run)
+        run.score_s += time.perf_counter() - encoded
         return None
 
-    def _works(self) -> bool:
+    def _encode(self, encoder: Any, pixels: np.ndarray) -> Embeddings:
+        with self._encoding if encoder.runs == 1 else nullcontext():
+            embeddings: Embeddings = encoder.encode_on_device(pixels)
+        if len(embeddings) != len(pixels):
+            raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
+        return embeddings
+
+    def _score(self, items: Sequence[Item], embeddings: Embeddings, run: Run) -> None:
+        """Set the outcomes of items with embeddings (B, D). Those that ask one head for the same are scored
+        together."""
+        groups: dict[Any, list[int]] = {}
+        for row, item in enumerate(items):
+            asked = item.query.top, item.query.nearest, item.query.abstention
+            for named in item.heads.items():
+                groups.setdefault((named, asked), []).append(row)
+        answers: list[dict[str, Any]] = [{} for _ in items]
+        for ((name, head), asked), rows in groups.items():
+            attempt = partial(self._score_rows, items, embeddings, answers, run, name, head, asked)
+            works = partial(self._scores_black, name, run)
+            run.heads[name] = down = run.heads.get(name) or _try_alone(rows, attempt, works)
+            for row in rows:
+                answers[row].setdefault(name, down)
+        for item, own in zip(items, answers, strict=True):
+            item.outcome = item.outcome_of(own)
+
+    def _score_rows(
+        self,
+        items: Sequence[Item],
+        embeddings: Embeddings,
+        answers: Sequence[dict[str, Any]],
+        run: Run,
+        name: str,
+        head: Any,
+        asked: tuple[Any, ...],
+        rows: Sequence[int],
+    ) -> Exception | None:
+        """Set the answers of one classifier to these rows, and collect them; returns the error, which is also the
+        answer to a single one."""
         try:
-            self._black(1)
+            part = embeddings if len(rows) == len(embeddings) else embeddings[np.array(rows)]
+            for row, prediction in zip(rows, predict(head, part, *asked), strict=True):
+                answers[row][name] = prediction
+            if collect := self._collect.get(name):
+                for row in rows:
+                    if items[row].crop is None and not items[row].query.probe:
+                        collect(items[row].image, embeddings[np.array([row])], head)
+        except Exception as error:
+            self._failed(error, run)
+            if len(rows) == 1:
+                answers[rows[0]][name] = error
+            return error
+        return None
+
+    def _failed(self, error: Exception, run: Run) -> None:
+        if self.healthy and run.clean:
+            log.warning("a batch failed; its images are tried one by one", exc_info=error)
+        run.clean = False
+        _forget_frames(error)
+
+    def _black(self, count: int = 1) -> tuple[Any, Embeddings]:
+        """The encoder, and its embeddings of black images."""
+        encoder = self._classifiers.ask(()).encoder
+        return encoder, self._encode(encoder, encoder.blank(count))
+
+    def _encodes_black(self, run: Run) -> bool:
+        """Whether a black image can be encoded, now."""
+        try:
+            run.black = self._black()
         except Exception:
             return False
         return True
 
-    def _black(self, count: int) -> None:
-        """Classify black images."""
-        fit = self._classifier._fitted()
-        head, encoder = fit.head, fit.encoder
-        items = [Item(None, i, Query(top=1, probe=True), 0.0, head=head, encoder=encoder) for i in range(count)]
-        self._predict(encoder.blank(count), items, Run())
+    def _scores_black(self, name: str, run: Run) -> bool:
+        """Whether the newest head of a classifier scores a black image."""
+        return self._black_error(name, run) is None
 
-    def _predict(self, pixels: np.ndarray, items: Sequence[Item], run: Run) -> list[Prediction]:
-        """Pixels (B, S, S, 3) uint8 -> B predictions, each by the head of its item; items that ask one head for the
-        same are computed together. Raises RuntimeError for items of several encoders, which are then tried alone."""
-        started, encoder = time.perf_counter(), items[0].encoder
-        if any(item.encoder is not encoder for item in items):
-            raise RuntimeError("expected images of one encoder, got some from before another fit and some from after")
-        with self._encoding if encoder.runs == 1 else nullcontext():
-            embeddings = encoder.encode_on_device(pixels)
-        encoded = time.perf_counter()
-        run.encode_s += encoded - started
-        if len(embeddings) != len(pixels):
-            raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
-        groups: dict[Any, list[int]] = {}
-        for row, item in enumerate(items):
-            query = item.query
-            groups.setdefault((item.head, query.top, query.nearest, query.abstention), []).append(row)
-        predictions: dict[int, Prediction] = {}
-        for (head, *asked), rows in groups.items():
-            part = embeddings if len(groups) == 1 else embeddings[np.array(rows)]
-            predictions.update(zip(rows, predict(head, part, *asked), strict=True))
-        if self._collect is not None:
-            for row, item in enumerate(items):
-                if item.crop is None and not item.query.probe:
-                    self._collect(item.image, embeddings[np.array([row])], item.head)
-        run.score_s += time.perf_counter() - encoded
-        return [predictions[row] for row in range(len(pixels))]
+    def _black_error(self, name: str, run: Run) -> Exception | None:
+        """The error with which the newest head of a classifier scores `run.black`, which is encoded if it is not."""
+        try:
+            asked = self._classifiers.ask(name)
+            if run.black is None or run.black[0] is not asked.encoder:
+                run.black = self._black()
+            predict(asked.heads[name], run.black[1], 1)
+        except Exception as error:
+            _forget_frames(error)
+            return error
+        return None
+
+
+def _try_alone(
+    things: Sequence[_T], attempt: Callable[[Sequence[_T]], Exception | None], works: Callable[[], bool]
+) -> Exception | None:
+    """Attempt all things together and, after an error, one by one. Returns the error, without trying the rest, where
+    after one nothing `works`."""
+    error = attempt(things)
+    for thing in things if error is not None else ():
+        if error is not None and not works():
+            return error
+        error = attempt([thing])
+    return None
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error and of those behind it: their frames would keep all images of a batch alive."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
