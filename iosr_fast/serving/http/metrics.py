@@ -156,7 +156,7 @@ class Metrics:
                     added = {label: name} if name else {}
                     samples = [sample._replace(labels=sample.labels | added) for sample in family.samples]
                     families.setdefault(family.name, whole).samples.extend(samples)
-        return generate_latest(SimpleNamespace(collect=families.values))  # type: ignore[arg-type]
+        return generate_latest(SimpleNamespace(collect=families.values))
 
 
 def _label_of(family: str) -> str:

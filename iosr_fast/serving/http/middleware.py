@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from iosr_fast.serving.http.addresses import client_of
-from iosr_fast.serving.http.errors import ApiError, busy, error_response
+from iosr_fast.serving.http.errors import ApiError, busy, error_response, internal_error
 from iosr_fast.serving.http.logs import CLASSIFIER, TOKEN_NAME, log, logger
 from iosr_fast.serving.http.service import Served
 from iosr_fast.serving.http.tokens import Token, find_token
@@ -72,7 +72,7 @@ class RequestMiddleware:
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.exception("unexpected", extra={"facts": {"request_id": request_id.decode()}})
-                error = ApiError(500, "internal", "the server failed at this request; see its log")
+                error = internal_error()
             if not status:
                 await error_response(inner, error)(inner, receive, answer)
         finally:

@@ -7,21 +7,26 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Query
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from iosr_fast.exceptions import BadImageError, DeadlineExceededError, IosrFastError
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.addresses import client_of
-from iosr_fast.serving.http.errors import ApiError, busy, error_body, of_library
+from iosr_fast.serving.http.errors import ApiError, busy, error_body, internal_error, of_library
 from iosr_fast.serving.http.lists import KEEP_QUERY
-from iosr_fast.serving.http.service import Service
+from iosr_fast.serving.http.logs import CLASSIFIER, logger
+from iosr_fast.serving.http.service import Front, Served, Service
 from iosr_fast.serving.http.uploads import Images
 from iosr_fast.utils.text import abbreviate
+
+if TYPE_CHECKING:
+    from iosr_fast.serving.batching import BatchingClassifier
 
 _QUERY = ("top", "nearest", "unknown", "keep", "max_error", "deadline_ms", "boxes")
 _IMAGES = (
@@ -35,6 +40,7 @@ _BOXES = (
     "JSON, [[x, y, width, height], ...]: parts of the only image, upright; in pixels, or as shares of its sides "
     "where neither width nor height exceeds 1; in a form, a field"
 )
+_NAMES = "classifier of /v1/classifiers to ask; may be repeated: the images are encoded once, and each one answers"
 _ALL_BAD = "All images are bad (see predictions), or a parameter is invalid"
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
@@ -46,6 +52,7 @@ def make_router(served: Served) -> APIRouter:
     body, sentence, takes_images = None, "", True
     if isinstance(served, Service):
         body, sentence, takes_images = served.uploads.body, served.uploads.sentence, served.takes_changes
+    names: Any = Query(... if several else [], description=_NAMES, include_in_schema=several)
     router = APIRouter(tags=["predict"])
 
     @router.post(
@@ -64,7 +71,7 @@ def make_router(served: Served) -> APIRouter:
     )
     async def predict(
         request: Request,
-        classifier: list[str] = Query(... if several else [], description=_NAMES, include_in_schema=several),
+        classifier: list[str] = names,
         top: int = Query(5, ge=1, le=100, description="classes to return, best first"),
         nearest: int = Query(0, ge=0, le=100, description="nearest support images to return"),
         unknown: Literal["reject"] | None = Query(None, description="reject images of none of the classes"),
@@ -81,87 +88,74 @@ def make_router(served: Served) -> APIRouter:
         boxes: str | None = Query(None, description=_BOXES, include_in_schema=takes_images),
     ) -> Response:
         _check_query(request, several)
-        asked = {"top": top, "nearest": nearest, "client": client_of(request.client), "max_error": max_error}
+        asked: dict[str, Any] = {
+            "top": top,
+            "nearest": nearest,
+            "client": client_of(request.client),
+            "max_error": max_error,
+        }
         asked |= {"keep": None if unknown is None else keep, "deadline_s": deadline_ms / 1e3}
         if isinstance(served, Front):
-            return await _ask_each(served, classifier, request, boxes, asked)
+            return await _ask_several(served, classifier, request, boxes, asked)
         assert isinstance(served, Service)
         try:
             served.batching.check_room(asked["client"])  # before the body is read, which makes refusals cheap
             images = await served.uploads.read_images(request, boxes)
             start = time.perf_counter()
-            results = await _classify([served], request, images, asked)
+            results = await _classify(served.batching, served.name, request, images, asked)
         except IosrFastError as error:
             raise _request_error(served, error) from None
         version, predictions = _answer(served, images, results)
-        latency_ms = round((time.perf_counter() - start) * 1e3, 3)
-        answer = {"version": version or served.classifier.version, "latency_ms": latency_ms, "predictions": predictions}
-        return schemas.long_answer(answer, 200 if version else 422)
+        answer = {"version": version, "latency_ms": _ms_since(start), "predictions": predictions}
+        return schemas.long_answer(answer, _status(predictions))
 
     return router
 
 
-async def _ask_each(
-    front: Front, names: list[str], request: Request, boxes: str | None, asked: dict[str, Any]
-) -> Response:
-    """The answers of several classifiers. Those of one engine are asked together, so that it encodes an image once; one
-    that fails leaves the others' answers whole."""
-    if len(set(names)) < len(names):
-        raise ApiError(422, "invalid_parameters", f"expected each classifier once, got {abbreviate(names)}")
-    outcomes: dict[str, Any] = dict.fromkeys(names)  # a version and predictions, or an error
-    engines: dict[Any, list[Service]] = {}
-    for name in names:
-        if name in front.refused:
-            outcomes[name] = front.refusal(name)
-            continue
-        service = front.find(name)
-        try:
-            Abstention(asked["keep"], max_error=asked["max_error"]).check(service.head)
-            service.batching.check_room(asked["client"])
-            engines.setdefault(service.batching, []).append(service)
-        except IosrFastError as error:
-            outcomes[name] = error
-    if engines:
-        await request.body()  # once
-    start, reading = time.perf_counter(), dict[tuple[Service, ...], Images]()
-    for services in engines.values():
-        try:
-            reading[*services] = await services[0].uploads.read_images(request, boxes)
-        except ApiError as error:
-            outcomes |= dict.fromkeys((one.name for one in services), error)
-    classifying = [_classify(services, request, images, asked) for services, images in reading.items()]
-    results = await asyncio.gather(*classifying, return_exceptions=True)
-    for (services, images), result in zip(reading.items(), results, strict=True):
-        for i, service in enumerate(services):
-            try:
-                if isinstance(result, BaseException):
-                    raise result
-                own = [one[i] if isinstance(one, tuple) else one for one in result]
-                outcomes[service.name] = _answer(service, images, own)
-            except ClientDisconnect:
-                raise
-            except Exception as error:
-                outcomes[service.name] = error
-    ...
+def _check_query(request: Request, several: bool) -> None:
+    """Refuse a misspelt, repeated or useless parameter: images of no class would keep a label without a word."""
+    counts = Counter(name for name, _ in request.query_params.multi_items())
+    if several:
+        del counts["classifier"]
+    if wrong := [name for name, count in counts.items() if count > 1 or name not in _QUERY]:
+        message = f"expected the query parameters {', '.join(_QUERY)}, each at most once, got {abbreviate(wrong)}"
+        raise ApiError(422, "invalid_parameters", message)
+    if "keep" in counts and "unknown" not in counts:
+        raise ApiError(422, "invalid_parameters", "expected the query parameter keep only with unknown=reject")
 
 
 async def _classify(
-    services: Sequence[Service], request: Request, images: Images, asked: dict[str, Any]
+    batching: BatchingClassifier,
+    classifier: str | tuple[str, ...],
+    request: Request,
+    images: Images,
+    asked: dict[str, Any],
 ) -> Sequence[Any]:
-    """Of each image a prediction or an error; of several services, which share an engine, a tuple of these or an error.
-    A client that disconnects gives up its places in the queue."""
+    """What `batching` gives for each image that is no error. A client that disconnects gives up its places in the
+    queue."""
     request.scope["iosr_fast.images"] = len(images)
     good = [image for image in images if not isinstance(image, ApiError)]
     if not good:
         return []
-    names, deadline_s = tuple(one.name for one in services), asked["deadline_s"]
-    ...
+    task = asyncio.ensure_future(batching.classify_many(good, classifier=classifier, **asked))
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, timeout=asked["deadline_s"] + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect if gone.done() else DeadlineExceededError("no answer in time")
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _answer(service: Service, images: Images, results: Sequence[Prediction | Exception], start: float) -> Response:
+def _answer(service: Service, images: Images, results: Sequence[Any]) -> tuple[int, list[Any]]:
+    """The version, and for each image a prediction or the object of an error."""
     predictions: list[Prediction | dict[str, Any]] = []
     version = 0
     classified = iter(results)
@@ -181,14 +175,90 @@ def _answer(service: Service, images: Images, results: Sequence[Prediction | Exc
             raise _request_error(service, result)
         service.metrics.on_error(result.code)
         predictions.append(error_body(result.code, result.detail))
-    latency_ms = round((time.perf_counter() - start) * 1e3, 3)
-    body = {"version": version or service.classifier.version, "latency_ms": latency_ms, "predictions": predictions}
-    return schemas.long_answer(body, 200 if version else 422)
+    return version or service.classifier.version, predictions
+
+
+def _status(predictions: Sequence[Any]) -> int:
+    return 200 if any(isinstance(one, Prediction) for one in predictions) else 422
+
+
+def _ms_since(start: float) -> float:
+    return round((time.perf_counter() - start) * 1e3, 3)
 
 
 def _request_error(service: Service, error: Exception) -> Exception:
     """The error of the whole request, for one of the queue or of an image that did not cause it."""
     known = of_library(error, "no_promise")
-    if known is error and not service.batching.healthy:
+    if known is error and service.failure:
         return busy("engine_failed", "the engine fails at present; try again, or use another server", 5)
+    return known
+
+
+async def _ask_several(
+    front: Front, names: list[str], request: Request, boxes: str | None, asked: dict[str, Any]
+) -> Response:
+    """The answers of several classifiers. Those of one engine are asked together, which encodes an image once; one that
+    fails has an error as its answer."""
+    if len(set(names)) < len(names):
+        raise ApiError(422, "invalid_parameters", f"expected each classifier once, got {abbreviate(names)}")
+    answers: dict[str, Any] = dict.fromkeys(names)  # a version and predictions, or an ApiError
+    engines: dict[BatchingClassifier, list[Service]] = {}
+    for name in names:
+        if name in front.refused:
+            answers[name] = front.refusal(name)
+            continue
+        service = front.find(name)
+        try:
+            Abstention(asked["keep"], max_error=asked["max_error"]).check(service.head)
+            service.batching.check_room(asked["client"])
+            engines.setdefault(service.batching, []).append(service)
+        except IosrFastError as error:
+            answers[name] = _failed(service, error)
+    if engines:
+        await request.body()  # here, because an error in it is one of the request
+    start = time.perf_counter()
+    for part in await asyncio.gather(*(_ask_engine(one, request, boxes, asked) for one in engines.values())):
+        answers |= part
+    errors = [answer for answer in answers.values() if isinstance(answer, ApiError)]
+    if len(errors) == len(answers):
+        raise errors[0]
+    bodies, statuses = dict[str, Any](), set[int]()
+    for name, answer in answers.items():
+        if isinstance(answer, ApiError):
+            bodies[name] = error_body(answer.code, answer.detail)
+        else:
+            bodies[name] = {"version": answer[0], "predictions": answer[1]}
+            statuses.add(_status(answer[1]))
+    return schemas.long_answer({"latency_ms": _ms_since(start), "classifiers": bodies}, min(statuses))
+
+
+async def _ask_engine(
+    services: Sequence[Service], request: Request, boxes: str | None, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """The answers of classifiers that share an engine."""
+    answers: dict[str, Any] = {}
+    try:
+        images = await services[0].uploads.read_images(request, boxes)
+        names = tuple(service.name for service in services)
+        results = await _classify(services[0].batching, names, request, images, asked)
+    except ClientDisconnect:
+        raise
+    except Exception as error:
+        return {service.name: _failed(service, error) for service in services}
+    for i, service in enumerate(services):
+        CLASSIFIER.set(service.name)
+        try:
+            answers[service.name] = _answer(service, images, [it[i] if isinstance(it, tuple) else it for it in results])
+        except Exception as error:
+            answers[service.name] = _failed(service, error)
+    return answers
+
+
+def _failed(service: Service, error: Exception) -> ApiError:
+    """The answer of one of several classifiers that fails."""
+    known = error if isinstance(error, ApiError) else _request_error(service, error)
+    if not isinstance(known, ApiError):
+        logger.error("unexpected", exc_info=error, extra={"facts": {"classifier": service.name}})
+        known = internal_error()
+    service.metrics.on_error(known.code)
     return known

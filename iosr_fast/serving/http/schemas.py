@@ -77,7 +77,7 @@ class Listed(BaseModel):
     error: str | None = None
 
 
-class ListAnswer(BaseModel):
+class ClassifiersAnswer(BaseModel):
     """All classifiers of the server."""
 
     classifiers: list[Listed]

@@ -144,12 +144,15 @@ class Front(Served):
     def find(self, name: str) -> Service:
         """The service of a classifier. Raises ApiError where there is none."""
         if name in self.refused:
-            raise ApiError(503, "not_served", f"the classifier {name!r} can't be served: {self.refused[name]}")
+            raise self.refusal(name)
         if name not in self.services:
             close = did_you_mean(name[:80], [*self.services, *self.refused])
             message = f"no classifier is named {name[:80]!r}; {close}/v1/classifiers lists all classifiers"
             raise ApiError(404, "no_classifier", message)
         return self.services[name]
+
+    def refusal(self, name: str) -> ApiError:
+        return ApiError(503, "not_served", f"the classifier {name!r} can't be served: {self.refused[name]}")
 
     @property
     def note(self) -> str:  # type: ignore[override]

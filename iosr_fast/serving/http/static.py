@@ -18,7 +18,7 @@ _POLICY = (
 )
 
 
-def make_router(sentence: str = "", page_at_root: Callable[[], str] | None = None) -> APIRouter:
+def make_router(sentence: str = "", root: Callable[[], str] | None = None) -> APIRouter:
     """Serves the files that are in the folder now, or a sentence in their place, and at / perhaps another page. A
     requested name is a key of a dict, never a path."""
     paths = [path for path in _FOLDER.iterdir() if path.suffix in _TYPES]
@@ -28,8 +28,8 @@ def make_router(sentence: str = "", page_at_root: Callable[[], str] | None = Non
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
-    async def root() -> Response:
-        return await file("index.html") if page_at_root is None else _response(page_at_root(), "text/html")
+    async def page() -> Response:
+        return await file("index.html") if root is None else _response(root(), "text/html")
 
     @router.get("/static/{name}")
     async def file(name: str) -> Response:
