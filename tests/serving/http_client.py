@@ -20,8 +20,7 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http.app import batch_for
 from iosr_fast.serving.http.metrics import Metrics
-from iosr_fast.serving.http.opening import named_folders, open_groups
-from iosr_fast.serving.http.server import start_services
+from iosr_fast.serving.http.opening import Opening, named_folders
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.several import app_of
@@ -144,10 +143,9 @@ def serving(
 @contextmanager
 def serving_several(*folders: Path, **settings: Any) -> Iterator[Client]:
     """A client of the application of several saved classifiers, opened as `iosr-fast serve` does."""
-    named, made, refused = named_folders(folders), Settings(**{"token": TOKEN, **settings}), dict[str, str]()
+    opening = Opening(named_folders(folders), Settings(**{"token": TOKEN, **settings}))
     with ExitStack() as closing:
-        groups = open_groups(named, made, refused)
-        client = Client(start_services(groups, named, made, refused, closing))
+        client = Client(opening.start(opening.open(), closing))
         closing.callback(client.close)
         yield client
 

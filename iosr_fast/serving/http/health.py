@@ -41,10 +41,10 @@ class Probe:
             busy = "" if idle_s < STUCK_AFTER_S else f"no image was classified for {idle_s:.0f} s"
             try:
                 async with asyncio.timeout(WITHIN_S):
-                    asked = {"classifier": names if len(names) > 1 else names[0], "deadline_s": WITHIN_S}
-                    answer: Any = await batching.classify(self._service.uploads.probe, top=1, probe=True, **asked)
-                if isinstance(answer, tuple) and all(isinstance(one, Exception) for one in answer):
-                    raise answer[0]
+                    asked: dict[str, Any] = {"top": 1, "deadline_s": WITHIN_S, "probe": True, "classifier": names}
+                    answers = await batching.classify(self._service.uploads.probe, **asked)
+                if all(isinstance(answer, Exception) for answer in answers):
+                    raise answers[0]
             except QueueFullError:
                 return busy
             except ClosedError:
@@ -96,7 +96,9 @@ def make_router(served: Served) -> APIRouter:
         for service in services:
             if service.collector is not None:
                 service.collector.read_labels(service.head)  # for the next scrape
-        return Response(served.metrics_text(), headers={"Content-Type": CONTENT_TYPE})
+        several = {service.name: service.metrics for service in services if service.name}
+        text = served.metrics.text(several, [service.name for service in served.engines])
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     return router
 

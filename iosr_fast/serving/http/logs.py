@@ -39,6 +39,7 @@ class Formatter(logging.Formatter):
         event = record.msg
         if facts is None:  # of another library
             event, facts = "log", {"logger": record.name, "message": record.getMessage()}
+            facts |= {"classifier": name} if (name := getattr(record, "classifier", "")) else {}
         error = self.formatException(record.exc_info) if record.exc_info else ""
         if self._plain:
             words = [f"{name}={value}" for name, value in facts.items() if value not in ("", None)]
@@ -54,6 +55,7 @@ class _Queue(QueueHandler):
     dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        record.classifier = CLASSIFIER.get()  # in the thread that logs
         try:
             self.queue.put_nowait(record)
         except queue.Full:

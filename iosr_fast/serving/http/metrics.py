@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -12,19 +13,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import Metric
 
 from iosr_fast.head.predictions import Prediction
+from iosr_fast.serving.shares import Shares
 
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MAX_CLASSES = 10_000  # with their own series; more would slow down every scrape
 _OTHERS = "", "all others"
-_OF_REQUESTS = frozenset({"iosr_fast_request_seconds", "iosr_fast_errors"})
-_OF_ENGINE = frozenset(
-    f"iosr_fast_{name}"
-    for name in (
-        *("image_seconds", "batch_images", "encode_seconds", "score_seconds", "refusals"),
-        *("queue_images", "queue_limit_images", "healthy"),
-    )
-)
+_OF_ENGINE = re.compile("iosr_fast_(image_seconds|batch|encode|score|refusals|queue|healthy)")
+_OF_SERVER = re.compile("process_|iosr_fast_body")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS"})
 
 
@@ -56,18 +52,16 @@ class Metrics:
         self._uploads = counter("uploads", "Uploads that need a look, with --collect", ("outcome",))
         self._series: set[tuple[str, str]] = set()
 
-    def gauge(self, name: str, description: str, read: Callable[[], float]) -> None:
-        """A series that is read at each scrape."""
-        Gauge(name, description, **self._options).set_function(read)
-
     def watch(self, service: Any) -> None:
         """Read the state of a service.Service at each scrape: queue, bodies, version, classes."""
         from iosr_fast import __version__
 
-        gauge = self.gauge
+        def gauge(name: str, description: str, read: Any) -> None:
+            Gauge(name, description, **self._options).set_function(read)
+
         gauge("queue_images", "Images accepted and not yet answered", lambda: service.batching.pending)
         gauge("queue_limit_images", "Limit of iosr_fast_queue_images", lambda: service.settings.max_queue)
-        self.watch_bodies(service)
+        self.watch_bodies(service.bodies)
         gauge("healthy", "1 while the engine works", lambda: float(service.batching.healthy))
         gauge("model_version", "Version of the classes; each change increases it", lambda: service.classifier.version)
         gauge("classes", "Classes", lambda: len(service.classifier.snapshot().uids))
@@ -88,9 +82,9 @@ class Metrics:
         labels["encoder"] = service.classifier.encoder.fingerprint[:12]
         Gauge("info", "Version, method, encoder", tuple(labels), **self._options).labels(**labels).set(1)
 
-    def watch_bodies(self, served: Any) -> None:
-        """Read the memory of a service.Served at each scrape."""
-        self.gauge("body_bytes", "Bytes of request bodies in memory", lambda: served.bodies.used)
+    def watch_bodies(self, bodies: Shares) -> None:
+        made = Gauge("body_bytes", "Bytes of request bodies in memory", **self._options)
+        made.set_function(lambda: bodies.used)
 
     # --- called by BatchingClassifier ---
 
@@ -139,28 +133,18 @@ class Metrics:
             self._predictions.remove(*key)
         self._series -= removed
 
-    def text(self) -> bytes:
-        """All metrics in Prometheus's text format."""
-        return generate_latest(self._registry)
-
-    def text_with(self, classifiers: Mapping[str, Metrics], engines: Collection[str]) -> bytes:
-        """As `text`, with the metrics of classifiers, whose series have the label `classifier`. `engines` names those
-        of them whose metrics are observers: what an engine counts has the name as the label `engine`."""
+    def text(self, classifiers: Mapping[str, Metrics] | None = None, engines: Collection[str] = ("",)) -> bytes:
+        """All metrics in Prometheus's text format, with those of several classifiers, whose series have the label
+        `classifier`. What an engine counts is in the metrics of one of them, of `engines`, and has the label `engine`.
+        """
         families: dict[str, Metric] = {}
-        for name, one in [("", self), *classifiers.items()]:
+        for name, one in {"": self, **(classifiers or {})}.items():
             for family in one._registry.collect():
-                label = _label_of(family.name)
-                of_classifier = bool(name) or family.name in _OF_REQUESTS
-                if {"": not name, "engine": name in engines, "classifier": of_classifier}[label]:
-                    whole = Metric(family.name, family.documentation, family.type)
-                    added = {label: name} if name else {}
-                    samples = [sample._replace(labels=sample.labels | added) for sample in family.samples]
-                    families.setdefault(family.name, whole).samples.extend(samples)
+                of_engine = _OF_ENGINE.match(family.name)
+                if name not in engines if of_engine else name and _OF_SERVER.match(family.name):
+                    continue
+                label = {("engine" if of_engine else "classifier"): name} if name else {}
+                whole = Metric(family.name, family.documentation, family.type)
+                samples = [sample._replace(labels=sample.labels | label) for sample in family.samples]
+                families.setdefault(family.name, whole).samples.extend(samples)
         return generate_latest(SimpleNamespace(collect=families.values))
-
-
-def _label_of(family: str) -> str:
-    """The label by which the series of several classifiers differ; "" for what a process has once."""
-    if not family.startswith("iosr_fast_") or family == "iosr_fast_body_bytes":
-        return ""
-    return "engine" if family in _OF_ENGINE else "classifier"

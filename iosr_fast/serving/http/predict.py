@@ -48,10 +48,7 @@ _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 def make_router(served: Served) -> APIRouter:
     """The route /v1/predict, of a classifier, or of several, which a request names."""
     settings, several = served.settings, not isinstance(served, Service)
-    model: Any = schemas.AllAnswers if several else schemas.PredictAnswer
-    body, sentence, takes_images = None, "", True
-    if isinstance(served, Service):
-        body, sentence, takes_images = served.uploads.body, served.uploads.sentence, served.takes_changes
+    model: Any = schemas.PredictAnswers if several else schemas.PredictAnswer
     names: Any = Query(... if several else [], description=_NAMES, include_in_schema=several)
     router = APIRouter(tags=["predict"])
 
@@ -59,10 +56,10 @@ def make_router(served: Served) -> APIRouter:
         "/v1/predict",
         response_model=model,
         responses={422: {"model": model | schemas.ErrorAnswer, "description": _ALL_BAD}},
-        openapi_extra=body or schemas.image_body(settings.max_images),
+        openapi_extra=served.uploads.body or schemas.image_body(settings.max_images),
         summary="Classify images",
         description=(
-            f"{sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
+            f"{served.uploads.sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
             "`class_id` are null if the image belongs to none of the classes. With max_error, `accepted` says whether "
             "nobody needs to look at the label: of accepted ones at most this share is wrong, with 95% confidence. 422 "
             "(no_promise) where there are too few support images for `keep` or `max_error`."
@@ -85,16 +82,12 @@ def make_router(served: Served) -> APIRouter:
             le=settings.max_deadline_ms,
             description="time allowed for the answer, from the request's last byte",
         ),
-        boxes: str | None = Query(None, description=_BOXES, include_in_schema=takes_images),
+        boxes: str | None = Query(None, description=_BOXES, include_in_schema=served.takes_changes),
     ) -> Response:
         _check_query(request, several)
-        asked: dict[str, Any] = {
-            "top": top,
-            "nearest": nearest,
-            "client": client_of(request.client),
-            "max_error": max_error,
-        }
-        asked |= {"keep": None if unknown is None else keep, "deadline_s": deadline_ms / 1e3}
+        asked: dict[str, Any] = {"top": top, "nearest": nearest, "max_error": max_error}
+        asked |= {"client": client_of(request.client), "deadline_s": deadline_ms / 1e3}
+        asked["keep"] = None if unknown is None else keep
         if isinstance(served, Front):
             return await _ask_several(served, classifier, request, boxes, asked)
         assert isinstance(served, Service)
@@ -105,9 +98,8 @@ def make_router(served: Served) -> APIRouter:
             results = await _classify(served.batching, served.name, request, images, asked)
         except IosrFastError as error:
             raise _request_error(served, error) from None
-        version, predictions = _answer(served, images, results)
-        answer = {"version": version, "latency_ms": _ms_since(start), "predictions": predictions}
-        return schemas.long_answer(answer, _status(predictions))
+        answer, status = _answer(served, images, results, start)
+        return schemas.long_answer(answer, status)
 
     return router
 
@@ -154,8 +146,8 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _answer(service: Service, images: Images, results: Sequence[Any]) -> tuple[int, list[Any]]:
-    """The version, and for each image a prediction or the object of an error."""
+def _answer(service: Service, images: Images, results: Sequence[Any], start: float) -> tuple[dict[str, Any], int]:
+    """A PredictAnswer, and its status."""
     predictions: list[Prediction | dict[str, Any]] = []
     version = 0
     classified = iter(results)
@@ -175,15 +167,9 @@ def _answer(service: Service, images: Images, results: Sequence[Any]) -> tuple[i
             raise _request_error(service, result)
         service.metrics.on_error(result.code)
         predictions.append(error_body(result.code, result.detail))
-    return version or service.classifier.version, predictions
-
-
-def _status(predictions: Sequence[Any]) -> int:
-    return 200 if any(isinstance(one, Prediction) for one in predictions) else 422
-
-
-def _ms_since(start: float) -> float:
-    return round((time.perf_counter() - start) * 1e3, 3)
+    latency_ms = round((time.perf_counter() - start) * 1e3, 3)
+    body = {"version": version or service.classifier.version, "latency_ms": latency_ms, "predictions": predictions}
+    return body, 200 if version else 422
 
 
 def _request_error(service: Service, error: Exception) -> Exception:
@@ -197,49 +183,46 @@ def _request_error(service: Service, error: Exception) -> Exception:
 async def _ask_several(
     front: Front, names: list[str], request: Request, boxes: str | None, asked: dict[str, Any]
 ) -> Response:
-    """The answers of several classifiers. Those of one engine are asked together, which encodes an image once; one that
-    fails has an error as its answer."""
+    """The answer of each classifier, or its error. Those of one engine are asked together."""
     if len(set(names)) < len(names):
         raise ApiError(422, "invalid_parameters", f"expected each classifier once, got {abbreviate(names)}")
-    answers: dict[str, Any] = dict.fromkeys(names)  # a version and predictions, or an ApiError
+    answers: dict[str, Any] = {name: front.find(name) for name in names}
     engines: dict[BatchingClassifier, list[Service]] = {}
-    for name in names:
-        if name in front.refused:
-            answers[name] = front.refusal(name)
-            continue
-        service = front.find(name)
-        try:
-            Abstention(asked["keep"], max_error=asked["max_error"]).check(service.head)
-            service.batching.check_room(asked["client"])
-            engines.setdefault(service.batching, []).append(service)
-        except IosrFastError as error:
-            answers[name] = _failed(service, error)
+    for name, found in answers.items():
+        if isinstance(found, ApiError) and found.status_code == 404:
+            raise found
+        if isinstance(found, Service):
+            try:
+                Abstention(asked["keep"], max_error=asked["max_error"]).check(found.head)
+                engines.setdefault(found.batching, []).append(found)
+            except IosrFastError as error:
+                answers[name] = _failed(found, error)
+    try:
+        for batching in engines:
+            batching.check_room(asked["client"])
+    except IosrFastError as error:
+        raise of_library(error, "refused") from None
     if engines:
         await request.body()  # here, because an error in it is one of the request
-    start = time.perf_counter()
-    for part in await asyncio.gather(*(_ask_engine(one, request, boxes, asked) for one in engines.values())):
+    for part in await asyncio.gather(*(_ask_engine(services, request, boxes, asked) for services in engines.values())):
         answers |= part
-    errors = [answer for answer in answers.values() if isinstance(answer, ApiError)]
-    if len(errors) == len(answers):
-        raise errors[0]
-    bodies, statuses = dict[str, Any](), set[int]()
-    for name, answer in answers.items():
-        if isinstance(answer, ApiError):
-            bodies[name] = error_body(answer.code, answer.detail)
-        else:
-            bodies[name] = {"version": answer[0], "predictions": answer[1]}
-            statuses.add(_status(answer[1]))
-    return schemas.long_answer({"latency_ms": _ms_since(start), "classifiers": bodies}, min(statuses))
+    statuses = [answer[1] for answer in answers.values() if not isinstance(answer, ApiError)]
+    if not statuses:
+        raise answers[names[0]]
+    bodies = {
+        name: error_body(answer.code, answer.detail) if isinstance(answer, ApiError) else answer[0]
+        for name, answer in answers.items()
+    }
+    return schemas.long_answer({"classifiers": bodies}, min(statuses))
 
 
 async def _ask_engine(
     services: Sequence[Service], request: Request, boxes: str | None, asked: dict[str, Any]
 ) -> dict[str, Any]:
-    """The answers of classifiers that share an engine."""
-    answers: dict[str, Any] = {}
+    """The _answer of each, or an ApiError."""
+    start, names, answers = time.perf_counter(), tuple(service.name for service in services), dict[str, Any]()
     try:
         images = await services[0].uploads.read_images(request, boxes)
-        names = tuple(service.name for service in services)
         results = await _classify(services[0].batching, names, request, images, asked)
     except ClientDisconnect:
         raise
@@ -247,8 +230,9 @@ async def _ask_engine(
         return {service.name: _failed(service, error) for service in services}
     for i, service in enumerate(services):
         CLASSIFIER.set(service.name)
+        own = [result[i] if isinstance(result, tuple) else result for result in results]
         try:
-            answers[service.name] = _answer(service, images, [it[i] if isinstance(it, tuple) else it for it in results])
+            answers[service.name] = _answer(service, images, own, start)
         except Exception as error:
             answers[service.name] = _failed(service, error)
     return answers

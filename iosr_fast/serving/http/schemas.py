@@ -51,33 +51,27 @@ class PredictAnswer(BaseModel):
     predictions: list[Prediction | TreePrediction | ErrorAnswer]
 
 
-class OneAnswer(BaseModel):
-    """As PredictAnswer, of one classifier of several."""
-
-    version: int
-    predictions: list[Prediction | TreePrediction | ErrorAnswer]
-
-
-class AllAnswers(BaseModel):
+class PredictAnswers(BaseModel):
     """For each classifier that was asked, in this order, its answer, or the error with which it failed."""
 
-    latency_ms: float
-    classifiers: dict[str, OneAnswer | ErrorAnswer]
+    classifiers: dict[str, PredictAnswer | ErrorAnswer]
 
 
-class Listed(BaseModel):
+@dataclass(frozen=True)
+class Listed:
     """A classifier of several. `error` is why it does not answer, null if it does; of one that could not be opened
     nothing else is known. `model` is null of a head, which takes embeddings."""
 
     name: str
+    error: str | None
     classes: int | None = None
     version: int | None = None
     model: str | None = None
     method: str | None = None
-    error: str | None = None
 
 
-class ClassifiersAnswer(BaseModel):
+@dataclass(frozen=True)
+class ClassifiersAnswer:
     """All classifiers of the server."""
 
     classifiers: list[Listed]

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ctypes
 import gc
-import hashlib
 import logging
 import os
 import signal
@@ -14,33 +13,25 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits
 
 from iosr_fast import __version__
-from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.abstention import Abstention
-from iosr_fast.sealed.manifest import MANIFEST
-from iosr_fast.serving.collector import Collector
-from iosr_fast.serving.http.app import make_batching, warm
+from iosr_fast.serving.http.app import warm
 from iosr_fast.serving.http.connection import Connection
 from iosr_fast.serving.http.logs import CLASSIFIER, log, logger, logs_to_stderr
 from iosr_fast.serving.http.metrics import Metrics
-from iosr_fast.serving.http.opening import alone, named_folders, open_groups, open_served
+from iosr_fast.serving.http.opening import Opening, named_folders
 from iosr_fast.serving.http.service import Front, Service
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.several import app_of
-
-if TYPE_CHECKING:
-    from iosr_fast.classifier import Classifier
 
 _GC_THRESHOLDS = (5_000, 20, 100)
 _FILES = 100  # open files besides connections: of the bundle, of libraries, pipes
@@ -66,29 +57,32 @@ def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
     # NumPy's BLAS keeps a thread spinning on another core for tens of milliseconds after a small product.
     threadpool_limits(1, "blas")
     _allow_files(settings)
-    folders = named_folders([bundles] if isinstance(bundles, str | Path) else bundles)
-    refused: dict[str, str] = {}
-    if "" in folders:
-        groups = [{"": open_served(folders[""], settings)}]
-    else:
-        settings.check_several()
-        if settings.log is not None:
-            settings.log.mkdir(parents=True, exist_ok=True)
-        groups = open_groups(folders, settings, refused)
+    opening = Opening(named_folders([bundles] if isinstance(bundles, str | Path) else bundles), settings)
+    groups = opening.open()
     with logs_to_stderr():
         with contextlib.ExitStack() as closing:
             listener = closing.enter_context(_listen(settings))
-            served = start_services(groups, folders, settings, refused, closing)
-            services = served.services.values()
+            served = opening.start(groups, closing)
             closing.callback(gc.unfreeze)  # else extension modules report frozen objects as leaks at exit
             served.loading = True
             host, port = listener.getsockname()[:2]
+            services = served.services.values()
             for service in services:
                 CLASSIFIER.set(service.name)
-                _log_loaded(service, folders[service.name], start)
+                log(
+                    "loaded",
+                    version=__version__,
+                    bundle=str(opening.folders[service.name]),
+                    classes=len(service.classifier.classes_),
+                    model_version=service.classifier.version,
+                    method=service.classifier.method_,
+                    seconds=round(time.perf_counter() - start, 3),
+                )
+                for sentence in service.head.doubts:
+                    log("doubt", level=logging.WARNING, sentence=sentence)
             CLASSIFIER.set("")
-            for name, why in refused.items():
-                log("refused", level=logging.ERROR, classifier=name, bundle=str(folders[name]), error=why)
+            for name, why in opening.refused.items():
+                log("refused", level=logging.ERROR, classifier=name, bundle=str(opening.folders[name]), error=why)
             may_change = any(token.may_change for token in settings.tokens)
             changes = may_change and any(service.takes_changes for service in services)
             log("listening", host=host, port=port, pid=os.getpid(), changes=changes)
@@ -104,77 +98,6 @@ def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
         log("stopped", seconds=round(time.perf_counter() - start, 3))
     if server.failure is not None:
         raise RuntimeError(f"the engine failed during its warm-up: {server.failure}") from server.failure
-
-
-def start_services(
-    groups: Sequence[Mapping[str, Classifier]],
-    folders: Mapping[str, Path],
-    settings: Settings,
-    refused: dict[str, str],
-    closing: contextlib.ExitStack,
-) -> Service | Front:
-    """What answers for opened classifiers (opening.open_groups), until `closing`. Raises IosrFastError if all are
-    `refused`."""
-    front = None if "" in folders else Front(settings, Metrics(), refused)
-    services: list[Service] = []
-    for group in groups:
-        with alone(group, folders, refused):
-            services += _start_together(group, folders, settings, refused, front, closing)
-    if not services:
-        raise IosrFastError("; ".join(f"{name} can't be served: {why}" for name, why in refused.items()))
-    return front or services[0]
-
-
-def _start_together(
-    group: Mapping[str, Classifier],
-    folders: Mapping[str, Path],
-    settings: Settings,
-    refused: dict[str, str],
-    front: Front | None,
-    closing: contextlib.ExitStack,
-) -> list[Service]:
-    """The services of classifiers that share an encoder, after their logged changes were made again."""
-    parts: dict[str, tuple[Settings, Metrics, Collector | None]] = {}
-    for name, classifier in group.items():
-        with alone([name], folders, refused):
-            Abstention(max_error=settings.max_error).check(classifier.snapshot().require_single_label("the HTTP API"))
-            own = settings.of(name, takes_changes=not isinstance(classifier.encoder, Rows)) if name else settings
-            if own.log is not None:
-                classifier.open_log(own.log)
-                closing.callback(classifier.close_log)
-            metrics, collector = Metrics(), None
-            if own.collect is not None and own.max_error is not None:
-                digest = hashlib.sha256((folders[name] / MANIFEST).read_bytes()).hexdigest()
-                options = own.collect_limit, own.max_error, metrics.on_upload, own.check_share, digest
-                collector = Collector(own.collect, *options)
-                closing.callback(collector.close)
-            parts[name] = own, metrics, collector
-    if not parts:
-        return []
-    observer = next(iter(parts.values()))[1]
-    collect = {name: collector.offer for name, (_, _, collector) in parts.items() if collector is not None}
-    served = {name: group[name] for name in parts}
-    batching = make_batching(served, settings, observer=observer, collect=collect)
-    closing.callback(batching.close, settings.grace_s)
-    services = [Service(batching, *part, name, front) for name, part in parts.items()]
-    for service in services:
-        closing.callback(service.close)
-    return services
-
-
-def _log_loaded(service: Service, folder: Path, start: float) -> None:
-    classifier = service.classifier
-    log(
-        "loaded",
-        version=__version__,
-        bundle=str(folder),
-        classes=len(classifier.classes_),
-        model_version=classifier.version,
-        method=classifier.method_,
-        seconds=round(time.perf_counter() - start, 3),
-    )
-    for sentence in service.head.doubts:
-        log("doubt", level=logging.WARNING, sentence=sentence)
 
 
 def uvicorn_config(app: ASGIApp, settings: Settings, metrics: Metrics) -> uvicorn.Config:

@@ -29,12 +29,13 @@ _BODIES = 8  # of the largest size that memory holds together; of these a client
 
 
 class Served:
-    """What one classifier (Service) or several (Front) are served by, for one event loop. /readyz fails while
-    the server sets `loading` or `draining`."""
+    """What one classifier (Service) or several (Front) are served by, for one event loop. /readyz fails while the
+    server sets `loading` or `draining`."""
 
     server: Served  # whose bodies and state count
     name = ""
     takes_changes = True
+    uploads: Uploads | type[Uploads] = Uploads  # which knows what requests have
     max_body: int  # bytes of a request
     note: str  # what /readyz says of a server that is ready
 
@@ -50,10 +51,6 @@ class Served:
         """Of each BatchingClassifier the first service, whose metrics are its observer."""
         return [*{one.batching: one for one in reversed(self.services.values())}.values()][::-1]
 
-    def metrics_text(self) -> bytes:
-        """As Metrics.text."""
-        return self.metrics.text()
-
 
 class Service(Served):
     """One classifier, with the name "", or one of several, which adds itself to `front`.
@@ -61,6 +58,8 @@ class Service(Served):
     `metrics` should be the observer of `batching`, if it is the first one there, and `collector` what it collects with.
     The caller closes both.
     """
+
+    uploads: Uploads
 
     def __init__(
         self,
@@ -139,20 +138,17 @@ class Front(Served):
     def __init__(self, settings: Settings, metrics: Metrics, refused: Mapping[str, str]) -> None:
         super().__init__(settings, metrics)
         self.refused, self.max_body = refused, settings.max_body_bytes
-        metrics.watch_bodies(self)
+        metrics.watch_bodies(self.bodies)
 
-    def find(self, name: str) -> Service:
-        """The service of a classifier. Raises ApiError where there is none."""
+    def find(self, name: str) -> Service | ApiError:
+        """The service of a classifier, or the answer where there is none."""
         if name in self.refused:
-            raise self.refusal(name)
-        if name not in self.services:
-            close = did_you_mean(name[:80], [*self.services, *self.refused])
-            message = f"no classifier is named {name[:80]!r}; {close}/v1/classifiers lists all classifiers"
-            raise ApiError(404, "no_classifier", message)
-        return self.services[name]
-
-    def refusal(self, name: str) -> ApiError:
-        return ApiError(503, "not_served", f"the classifier {name!r} can't be served: {self.refused[name]}")
+            return ApiError(503, "not_served", f"the classifier {name!r} can't be served: {self.refused[name]}")
+        if name in self.services:
+            return self.services[name]
+        close = did_you_mean(name[:80], [*self.services, *self.refused])
+        message = f"no classifier is named {name[:80]!r}; {close}/v1/classifiers lists all classifiers"
+        return ApiError(404, "no_classifier", message)
 
     @property
     def note(self) -> str:  # type: ignore[override]
@@ -161,7 +157,3 @@ class Front(Served):
         for name, one in self.services.items():
             wrong[name] = one.failure or one.note
         return "; ".join(f"{name}: {why}" for name, why in wrong.items() if why)
-
-    def metrics_text(self) -> bytes:
-        classifiers = {name: one.metrics for name, one in self.services.items()}
-        return self.metrics.text_with(classifiers, {one.name for one in self.engines})

@@ -147,15 +147,21 @@ class Settings:
                 )
 
     def check_several(self) -> None:
-        """Raise IosrFastError for what is of a single classifier."""
+        """Raise IosrFastError for what only a single classifier can have; make the folder of the logs."""
         if self.expected_digest is not None:
             raise IosrFastError("expected --expected-digest with one folder alone, whose digest it is, got several")
         for option, path in (("--log", self.log), ("--collect", self.collect)):
             if path is not None and path.exists() and not path.is_dir():
                 raise IosrFastError(f"expected {option} to be a folder for all classifiers, got a file, {path}")
+        if self.log is not None:
+            self.log.mkdir(parents=True, exist_ok=True)
 
     def of(self, name: str, takes_changes: bool) -> Settings:
-        """Those of one of several classifiers: its own log and its own folder of uploads; a head has neither."""
+        """Those of a classifier: of several its own log and its own folder of uploads; a head has neither."""
+        if not name and not takes_changes and (self.log or self.collect) is not None:
+            raise IosrFastError("a head takes no changes and gets no pictures: leave out --log and --collect")
+        if not name:
+            return self
         if not takes_changes:
             return replace(self, log=None, collect=None, check_share=None)
         log, collect = self.log and self.log / f"{name}.db", self.collect and self.collect / name

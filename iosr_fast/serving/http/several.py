@@ -59,12 +59,10 @@ class SeveralApp(FastAPI):
         inner = {**scope, WHOLE_PATH: scope["path"], "path": f"/v1/{rest}"}
         if rest in ("", "openapi.json") or rest.startswith("static/"):
             inner["path"] = f"/{rest}"
-        try:
-            self._front.find(name)
-        except ApiError as error:
-            inner[REFUSAL] = error
-        one = REFUSAL not in inner and rest != "openapi.json"
-        await (self._apps[name] if one else super().__call__)(inner, receive, send)
+        app: Any = super().__call__ if rest == "openapi.json" else self._apps.get(name)
+        if isinstance(refusal := self._front.find(name), ApiError):
+            app, inner[REFUSAL] = super().__call__, refusal
+        await app(inner, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         """Its own routes, and those of a classifier, with its name as a parameter: of one that takes images, if any."""
@@ -93,25 +91,18 @@ def _make_router(front: Front) -> APIRouter:
     @router.get(_ROOT, summary="All classifiers")
     def classifiers(response: Response) -> schemas.ClassifiersAnswer:
         response.headers["Cache-Control"] = "no-store"
-        return schemas.ClassifiersAnswer(classifiers=_listed(front))
+        return schemas.ClassifiersAnswer(_listed(front))
 
     return router
 
 
 def _listed(front: Front) -> list[schemas.Listed]:
-    listed = [schemas.Listed(name=name, error=error) for name, error in front.refused.items()]
-    for name, service in front.services.items():
-        head, source = service.head, service.classifier.encoder.source
-        listed.append(
-            schemas.Listed(
-                name=name,
-                classes=len(head.uids),
-                version=head.version,
-                model=None if source is None else source.manifest["model"],
-                method=head.config.method,
-                error=service.failure or None,
-            )
-        )
+    listed = [schemas.Listed(name, error) for name, error in front.refused.items()]
+    for name, one in front.services.items():
+        head, source = one.head, one.classifier.encoder.source
+        model = None if source is None else source.manifest["model"]
+        facts = len(head.uids), head.version, model, head.config.method
+        listed.append(schemas.Listed(name, one.failure or None, *facts))
     return sorted(listed, key=lambda one: one.name)
 
 
