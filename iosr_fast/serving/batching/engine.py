@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 @dataclass
 class Run:
     """What a batch took, in seconds; `clean` is False after any error. `heads`: for each classifier that was asked the
-    error if it fails on every image, else None. `black`: an encoder, and its embeddings of black images."""
+    error if it fails on every image, else None. `black`: the embeddings of black images."""
 
     encode_s: float = 0.0
     score_s: float = 0.0
     clean: bool = True
     heads: dict[str, Exception | None] = field(default_factory=dict)
-    black: tuple[Any, Embeddings] | None = None
+    black: Embeddings | None = None
 
 
 class Engine:
@@ -65,8 +65,7 @@ class Engine:
                 list(pool.map(encoder.warm, [[size]] * encoder.runs))
         for size in sorted(sizes) if encoder.buckets else [1]:
             run = Run(black=self._black(size))
-            for name in self._classifiers.named:
-                errors[name] = errors.get(name) or self._black_error(name, run)
+            errors = {name: errors.get(name) or self._score_black(run, name) for name in self._classifiers.named}
         failed = [error for error in errors.values() if error is not None]
         if len(failed) == len(errors):
             raise failed[0]
@@ -81,7 +80,7 @@ class Engine:
         errors concern no other one.
         """
         run = Run()
-        down = _try_alone(items, lambda part: self._try(part, run), lambda: self._encodes_black(run))
+        down = _try_alone(items, partial(self._try, run), partial(self._encode_black, run))
         for item in items:
             item.outcome = item.outcome or down
         self._judge(down, run.heads)
@@ -90,8 +89,8 @@ class Engine:
     def probe(self) -> None:
         """Check whether what failed works again."""
         run = Run()
-        if self._encodes_black(run):
-            working = [name for name in self._classifiers.named if self._scores_black(name, run)]
+        if self._encode_black(run) is None:
+            working = [name for name in self._classifiers.named if self._score_black(run, name) is None]
             if working:
                 self._judge(None, dict.fromkeys(working))
 
@@ -115,7 +114,7 @@ class Engine:
             log.info("the engine works again")
         self.healthy = down is None
 
-    def _try(self, items: Sequence[Item], run: Run) -> Exception | None:
+    def _try(self, run: Run, items: Sequence[Item]) -> Exception | None:
         """Encode items and set their outcomes; returns the error of encoding, which is also the outcome of a single
         one."""
         started, encoder = time.perf_counter(), items[0].encoder
@@ -126,13 +125,13 @@ class Engine:
                 )
             embeddings = self._encode(encoder, np.stack([item.pixels for item in items]))  # type: ignore[misc]
         except Exception as error:
-            self._failed(error, run)
+            self._failed(run, error)
             if len(items) == 1:
                 items[0].outcome = error
             return error
         encoded = time.perf_counter()
         run.encode_s += encoded - started
-        self._score(items, embeddings, run)
+        self._score(run, items, embeddings)
         run.score_s += time.perf_counter() - encoded
         return None
 
@@ -143,30 +142,31 @@ class Engine:
             raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
         return embeddings
 
-    def _score(self, items: Sequence[Item], embeddings: Embeddings, run: Run) -> None:
+    def _score(self, run: Run, items: Sequence[Item], embeddings: Embeddings) -> None:
         """Set the outcomes of items with embeddings (B, D). Those that ask one head for the same are scored
         together."""
         groups: dict[Any, list[int]] = {}
         for row, item in enumerate(items):
             asked = item.query.top, item.query.nearest, item.query.abstention
             for named in item.heads.items():
-                groups.setdefault((named, asked), []).append(row)
+                groups.setdefault((*named, asked), []).append(row)
         answers: list[dict[str, Any]] = [{} for _ in items]
-        for ((name, head), asked), rows in groups.items():
-            attempt = partial(self._score_rows, items, embeddings, answers, run, name, head, asked)
-            works = partial(self._scores_black, name, run)
-            run.heads[name] = down = run.heads.get(name) or _try_alone(rows, attempt, works)
+        for (name, head, asked), rows in groups.items():
+            attempt = partial(self._score_rows, run, items, embeddings, answers, name, head, asked)
+            if run.heads.get(name) is None:
+                run.heads[name] = _try_alone(rows, attempt, partial(self._score_black, run, name))
             for row in rows:
-                answers[row].setdefault(name, down)
+                answers[row].setdefault(name, run.heads[name])
         for item, own in zip(items, answers, strict=True):
-            item.outcome = item.outcome_of(own)
+            names = item.query.classifier
+            item.outcome = next(iter(own.values())) if isinstance(names, str) else tuple(own[name] for name in names)
 
     def _score_rows(
         self,
+        run: Run,
         items: Sequence[Item],
         embeddings: Embeddings,
         answers: Sequence[dict[str, Any]],
-        run: Run,
         name: str,
         head: Any,
         asked: tuple[Any, ...],
@@ -183,63 +183,58 @@ class Engine:
                     if items[row].crop is None and not items[row].query.probe:
                         collect(items[row].image, embeddings[np.array([row])], head)
         except Exception as error:
-            self._failed(error, run)
+            self._failed(run, error)
             if len(rows) == 1:
                 answers[rows[0]][name] = error
             return error
         return None
 
-    def _failed(self, error: Exception, run: Run) -> None:
+    def _failed(self, run: Run, error: Exception) -> None:
         if self.healthy and run.clean:
             log.warning("a batch failed; its images are tried one by one", exc_info=error)
         run.clean = False
         _forget_frames(error)
 
-    def _black(self, count: int = 1) -> tuple[Any, Embeddings]:
-        """The encoder, and its embeddings of black images."""
+    def _black(self, count: int = 1) -> Embeddings:
         encoder = self._classifiers.ask(()).encoder
-        return encoder, self._encode(encoder, encoder.blank(count))
+        return self._encode(encoder, encoder.blank(count))
 
-    def _encodes_black(self, run: Run) -> bool:
-        """Whether a black image can be encoded, now."""
+    def _encode_black(self, run: Run) -> Exception | None:
+        """Encode a black image now; returns the error."""
         try:
             run.black = self._black()
-        except Exception:
-            return False
-        return True
-
-    def _scores_black(self, name: str, run: Run) -> bool:
-        """Whether the newest head of a classifier scores a black image."""
-        return self._black_error(name, run) is None
-
-    def _black_error(self, name: str, run: Run) -> Exception | None:
-        """The error with which the newest head of a classifier scores `run.black`, which is encoded if it is not."""
-        try:
-            asked = self._classifiers.ask(name)
-            if run.black is None or run.black[0] is not asked.encoder:
-                run.black = self._black()
-            predict(asked.heads[name], run.black[1], 1)
         except Exception as error:
-            _forget_frames(error)
-            return error
+            return _forget_frames(error)
+        return None
+
+    def _score_black(self, run: Run, name: str) -> Exception | None:
+        """Score the black image by the newest head of a classifier; returns the error."""
+        try:
+            if run.black is None:
+                run.black = self._black()
+            predict(self._classifiers.ask(name).heads[name], run.black, 1)
+        except Exception as error:
+            return _forget_frames(error)
         return None
 
 
 def _try_alone(
-    things: Sequence[_T], attempt: Callable[[Sequence[_T]], Exception | None], works: Callable[[], bool]
+    things: Sequence[_T], attempt: Callable[[Sequence[_T]], Exception | None], black: Callable[[], Exception | None]
 ) -> Exception | None:
-    """Attempt all things together and, after an error, one by one. Returns the error, without trying the rest, where
-    after one nothing `works`."""
+    """Attempt all things together and, after an error, one by one; returns the error, and leaves the rest, once a black
+    image fails as well."""
     error = attempt(things)
     for thing in things if error is not None else ():
-        if error is not None and not works():
+        if error is not None and black() is not None:
             return error
         error = attempt([thing])
     return None
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Drop the tracebacks of an error and of those behind it: their frames would keep all images of a batch alive."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__context__
+def _forget_frames(error: Exception) -> Exception:
+    """The error without tracebacks, nor those of what it comes from: their frames keep all images of a batch alive."""
+    chained: BaseException | None = error
+    while chained is not None:
+        chained.__traceback__ = None
+        chained = chained.__context__
+    return error
