@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -80,7 +80,8 @@ class Engine:
         errors concern no other one.
         """
         run = Run()
-        down = _try_alone(items, partial(self._try, run), partial(self._encode_black, run))
+        black = partial(self._encode_black, run)
+        down = _try_alone(items, lambda: self._try(run, items), lambda item: self._try(run, [item]), black)
         for item in items:
             item.outcome = item.outcome or down
         self._judge(down, run.heads)
@@ -90,9 +91,9 @@ class Engine:
         """Check whether what failed works again."""
         run = Run()
         if self._encode_black(run) is None:
-            working = [name for name in self._classifiers.named if self._score_black(run, name) is None]
-            if working:
-                self._judge(None, dict.fromkeys(working))
+            errors = {name: self._score_black(run, name) for name in self._classifiers.named}
+            if self.healthy or not all(errors.values()):
+                self._judge(None, errors)
 
     def _judge(self, down: Exception | None, heads: Mapping[str, Exception | None]) -> None:
         """Update the health after a batch; `down` is the error if encoding fails on every image, `heads` as of Run."""
@@ -125,10 +126,9 @@ class Engine:
                 )
             embeddings = self._encode(encoder, np.stack([item.pixels for item in items]))  # type: ignore[misc]
         except Exception as error:
-            self._failed(run, error)
             if len(items) == 1:
                 items[0].outcome = error
-            return error
+            return self._failed(run, error)
         encoded = time.perf_counter()
         run.encode_s += encoded - started
         self._score(run, items, embeddings)
@@ -151,49 +151,58 @@ class Engine:
             for named in item.heads.items():
                 groups.setdefault((*named, asked), []).append(row)
         answers: list[dict[str, Any]] = [{} for _ in items]
-        for (name, head, asked), rows in groups.items():
-            attempt = partial(self._score_rows, run, items, embeddings, answers, name, head, asked)
-            if run.heads.get(name) is None:
-                run.heads[name] = _try_alone(rows, attempt, partial(self._score_black, run, name))
-            for row in rows:
-                answers[row].setdefault(name, run.heads[name])
+        again = cache(lambda row: self._encode(items[row].encoder, items[row].pixels[None]))  # type: ignore[index]
+        for group, rows in groups.items():
+            for row, answer in self._answers(run, items, group, rows, embeddings, again).items():
+                answers[row][group[0]] = answer
         for item, own in zip(items, answers, strict=True):
             names = item.query.classifier
             item.outcome = next(iter(own.values())) if isinstance(names, str) else tuple(own[name] for name in names)
 
-    def _score_rows(
+    def _answers(
         self,
         run: Run,
         items: Sequence[Item],
-        embeddings: Embeddings,
-        answers: Sequence[dict[str, Any]],
-        name: str,
-        head: Any,
-        asked: tuple[Any, ...],
+        group: tuple[str, Any, tuple[Any, ...]],
         rows: Sequence[int],
-    ) -> Exception | None:
-        """Set the answers of one classifier to these rows, and collect them; returns the error, which is also the
-        answer to a single one."""
-        try:
-            part = embeddings if len(rows) == len(embeddings) else embeddings[np.array(rows)]
-            for row, prediction in zip(rows, predict(head, part, *asked), strict=True):
-                answers[row][name] = prediction
-            if collect := self._collect.get(name):
-                for row in rows:
-                    if items[row].crop is None and not items[row].query.probe:
-                        collect(items[row].image, embeddings[np.array([row])], head)
-        except Exception as error:
-            self._failed(run, error)
-            if len(rows) == 1:
-                answers[rows[0]][name] = error
-            return error
-        return None
+        embeddings: Embeddings,
+        again: Callable[[int], Embeddings],
+    ) -> dict[int, Any]:
+        """What one head says to these rows: Predictions or errors. A row that is tried alone is encoded `again`: the
+        embeddings may be what is wrong."""
+        name, head, asked = group
+        answers: dict[int, Any] = {}
 
-    def _failed(self, run: Run, error: Exception) -> None:
-        if self.healthy and run.clean:
+        def score(rows: Sequence[int], embedded: Callable[[], Embeddings]) -> Exception | None:
+            try:
+                part = embedded()
+                answers.update(dict(zip(rows, predict(head, part, *asked), strict=True)))
+                if collect := self._collect.get(name):
+                    for place, row in enumerate(rows):
+                        if items[row].crop is None and not items[row].query.probe:
+                            collect(items[row].image, part[np.array([place])], head)
+            except Exception as error:
+                if len(rows) == 1:
+                    answers[rows[0]] = error
+                return self._failed(run, error, name)
+            return None
+
+        if run.heads.get(name) is None:
+            whole = len(rows) == len(items)
+            run.heads[name] = _try_alone(
+                rows,
+                lambda: score(rows, lambda: embeddings if whole else embeddings[np.array(rows)]),
+                lambda row: score([row], lambda: again(row)),
+                partial(self._score_black, run, name),
+            )
+        return {row: answers.get(row, run.heads[name]) for row in rows}
+
+    def _failed(self, run: Run, error: Exception, name: str = "") -> Exception:
+        """Note an error, of scoring by a classifier with its name; returns it."""
+        if self.healthy and run.clean and name not in self.failures:
             log.warning("a batch failed; its images are tried one by one", exc_info=error)
         run.clean = False
-        _forget_frames(error)
+        return _forget_frames(error)
 
     def _black(self, count: int = 1) -> Embeddings:
         encoder = self._classifiers.ask(()).encoder
@@ -219,15 +228,18 @@ class Engine:
 
 
 def _try_alone(
-    things: Sequence[_T], attempt: Callable[[Sequence[_T]], Exception | None], black: Callable[[], Exception | None]
+    things: Sequence[_T],
+    together: Callable[[], Exception | None],
+    alone: Callable[[_T], Exception | None],
+    black: Callable[[], Exception | None],
 ) -> Exception | None:
-    """Attempt all things together and, after an error, one by one; returns the error, and leaves the rest, once a black
+    """Try all things together and, after an error, one by one; returns the error, and leaves the rest, once a black
     image fails as well."""
-    error = attempt(things)
+    error = together()
     for thing in things if error is not None else ():
         if error is not None and black() is not None:
             return error
-        error = attempt([thing])
+        error = alone(thing)
     return None
 
 

@@ -217,7 +217,7 @@ class BatchingClassifier:
 
     def warm(self) -> None:
         """Run the engine at the usual batch sizes once, because first runs are slow: 1, 2, 4, ..., max_batch, on a CPU
-        also 3. Raises what it raises."""
+        also 3. Raises what it raises; of several classifiers one that fails is in `failures` instead."""
         self._engine.warm()
 
     def close(self, timeout: float | None = None) -> None:
