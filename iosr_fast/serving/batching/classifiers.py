@@ -1,4 +1,4 @@
-"""The classifiers of a BatchingClassifier: their names, and the encoder that they have in common."""
+"""The classifiers of a BatchingClassifier: their names, their newest heads, and the encoder that they share."""
 
 from __future__ import annotations
 
@@ -14,36 +14,8 @@ if TYPE_CHECKING:
     from iosr_fast.head.fitted import Fit
     from iosr_fast.head.head import Head
     from iosr_fast.head.support_images import SupportSettings
-    from iosr_fast.images.geometry import Geometry
 
 _CALL = "BatchingClassifier", "use predict"
-
-
-class Embedding(NamedTuple):
-    """How a classifier makes embeddings of pictures. Those with equal ones can share an encoder and its batches."""
-
-    fingerprint: str
-    width: int
-    rows: str  # what a head without an encoder takes: "plain" or "adapted" embeddings; else ""
-    geometry: Geometry
-    exif_orientation: bool
-    margin: float
-
-    @classmethod
-    def of(cls, fit: Fit) -> Embedding:
-        encoder, settings = fit.clip.encoder, fit.settings
-        rows = "" if encoder.fingerprint != "none" else "adapted" if encoder.adapted else "plain"
-        model = encoder.fingerprint, encoder.width, rows
-        return cls(*model, encoder.geometry, settings.exif_orientation, settings.margin)
-
-    def check(self, other: Embedding, name: str, first: str) -> None:
-        """Raise IosrFastError where the classifier `name` embeds otherwise than `first`."""
-        for field, expected, got in zip(self._fields, self, other, strict=True):
-            if expected != got:
-                raise IosrFastError(
-                    f"expected classifiers on one encoder, got {name!r} with {field} {got}, and {first!r} with "
-                    f"{expected}: give each of them its own BatchingClassifier"
-                )
 
 
 class Asked(NamedTuple):
@@ -54,8 +26,16 @@ class Asked(NamedTuple):
     settings: SupportSettings
 
 
+def embedding(fit: Fit) -> dict[str, Any]:
+    """How a classifier embeds pictures. Those that do it alike can share an encoder and its batches."""
+    encoder, settings = fit.clip.encoder, fit.settings
+    rows = {"adapted": encoder.adapted} if encoder.fingerprint == "none" else {}  # of a head without an encoder
+    model = {"fingerprint": encoder.fingerprint, "width": encoder.width, "geometry": encoder.geometry}
+    return {**model, **rows, "exif_orientation": settings.exif_orientation, "margin": settings.margin}
+
+
 class Classifiers:
-    """One classifier, with the name "", or several by their names.
+    """One classifier with the name "", or several by their names.
 
     The encoder is that of the first one whose head compares adapted embeddings, else of the first one, whichever is
     asked, so that the images of a batch share it. A single one may be fitted again on any encoder; of several, one that
@@ -70,12 +50,16 @@ class Classifiers:
         for name, one in self.named.items():
             with naming(name):
                 one.snapshot().require_single_label(*_CALL)  # raises if it is not fitted
-        self._common: Embedding | None = None  # of several
-        if len(self.named) > 1:
-            first = next(iter(self.named))
-            self._common = Embedding.of(self.named[first]._fitted())
-            for name, one in self.named.items():
-                self._common.check(Embedding.of(one._fitted()), name, first)
+        self._first = next(iter(self.named))
+        self._alike: dict[str, Any] = {}  # of several
+        for name, one in self.named.items() if len(self.named) > 1 else ():
+            own = embedding(one._fitted())
+            self._alike = self._alike or own
+            if differs := next((key for key in own if own[key] != self._alike.get(key)), None):
+                raise IosrFastError(
+                    f"expected classifiers on one encoder, got {name!r} with {differs} {own[differs]}, and "
+                    f"{self._first!r} with {self._alike.get(differs)}: give it a BatchingClassifier of its own"
+                )
         self._last: tuple[tuple[Fit, ...], dict[str, Fit], Fit] | None = None
         for one in self.named.values():
             one.serve_promises()
@@ -83,43 +67,28 @@ class Classifiers:
     def ask(self, names: str | Iterable[str]) -> Asked:
         """The newest heads of these classifiers; "" is the only one. Raises IosrFastError for unknown names, and for
         one that was fitted again on another encoder."""
-        fits, encoding = self._read()
         if names == "" and len(self.named) == 1:
-            names = tuple(self.named)
+            names = self._first
+        fits, encoding = self._read()
         heads = {}
         for name in (names,) if isinstance(names, str) else names:
             if name not in self.named:
-                named = ", ".join(map(repr, self.named))
-                raise IosrFastError(f"expected the name of a classifier ({named}), or a tuple of names, got {name!r}")
+                raise IosrFastError(f"expected classifiers of {', '.join(map(repr, self.named))}, got {name!r}")
             if name not in fits:
-                raise IosrFastError(
-                    f"the classifier {name!r} was fitted again on another encoder: create a new BatchingClassifier"
-                )
+                again = "create a new BatchingClassifier"
+                raise IosrFastError(f"the classifier {name!r} was fitted again on another encoder: {again}")
             heads[name] = fits[name].head.require_single_label(*_CALL)
         return Asked(heads, encoding.encoder, encoding.settings)
 
-    def only(self) -> Classifier:
-        """The only classifier."""
-        if len(self.named) > 1:
-            raise IosrFastError(f"expected a BatchingClassifier of one classifier, got {len(self.named)}: name one")
-        return next(iter(self.named.values()))
-
-    def by_name(self, what: str, given: Any) -> dict[str, Any]:
-        """A setting of each classifier: what is given by name, else that of all. IosrFastError for other names."""
-        if not isinstance(given, Mapping):
-            return dict.fromkeys(self.named, given)
-        if unknown := given.keys() - self.named.keys():
-            raise IosrFastError(f"expected {what} for {', '.join(map(repr, self.named))}, got {sorted(unknown)}")
-        return dict(given)
-
     def _read(self) -> tuple[dict[str, Fit], Fit]:
-        """The fits that share the encoder, by name, and the one whose encoder it is."""
-        every = tuple(one._fitted() for one in self.named.values())
-        if self._common is None:
-            return dict(zip(self.named, every, strict=True)), every[0]
+        """The fits that embed alike, by name, and the one whose encoder all share."""
+        if len(self.named) == 1:
+            fit = self.named[self._first]._fitted()
+            return {self._first: fit}, fit
+        every = tuple([one._fitted() for one in self.named.values()])
         last = self._last
         if last is None or last[0] != every:  # fits are equal only to themselves
-            fits = {name: fit for name, fit in zip(self.named, every, strict=True) if Embedding.of(fit) == self._common}
+            fits = {name: fit for name, fit in zip(self.named, every, strict=True) if embedding(fit) == self._alike}
             adapted = (fit for fit in fits.values() if fit.head.needs_adapted)
             self._last = last = every, fits, next(adapted, next(iter(fits.values()), every[0]))
         return last[1:]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 @dataclass
 class Run:
     """What a batch took, in seconds; `clean` is False after any error. `heads`: for each classifier that was asked the
-    error if it fails on every image, else None. `black`: an encoder, and its embeddings of black images."""
+    error if it fails on every image, else None. `black`: the embeddings of black images."""
 
     encode_s: float = 0.0
     score_s: float = 0.0
     clean: bool = True
     heads: dict[str, Exception | None] = field(default_factory=dict)
-    black: tuple[Any, Embeddings] | None = None
+    black: Embeddings | None = None
 
 
 class Engine:
@@ -65,8 +65,7 @@ class Engine:
                 list(pool.map(encoder.warm, [[size]] * encoder.runs))
         for size in sorted(sizes) if encoder.buckets else [1]:
             run = Run(black=self._black(size))
-            for name in self._classifiers.named:
-                errors[name] = errors.get(name) or self._black_error(name, run)
+            errors = {name: errors.get(name) or self._score_black(run, name) for name in self._classifiers.named}
         failed = [error for error in errors.values() if error is not None]
         if len(failed) == len(errors):
             raise failed[0]
@@ -81,7 +80,8 @@ class Engine:
         errors concern no other one.
         """
         run = Run()
-        down = _try_alone(items, lambda part: self._try(part, run), lambda: self._encodes_black(run))
+        black = partial(self._encode_black, run)
+        down = _try_alone(items, lambda: self._try(run, items), lambda item: self._try(run, [item]), black)
         for item in items:
             item.outcome = item.outcome or down
         self._judge(down, run.heads)
@@ -90,10 +90,10 @@ class Engine:
     def probe(self) -> None:
         """Check whether what failed works again."""
         run = Run()
-        if self._encodes_black(run):
-            working = [name for name in self._classifiers.named if self._scores_black(name, run)]
-            if working:
-                self._judge(None, dict.fromkeys(working))
+        if self._encode_black(run) is None:
+            errors = {name: self._score_black(run, name) for name in self._classifiers.named}
+            if self.healthy or not all(errors.values()):
+                self._judge(None, errors)
 
     def _judge(self, down: Exception | None, heads: Mapping[str, Exception | None]) -> None:
         """Update the health after a batch; `down` is the error if encoding fails on every image, `heads` as of Run."""
@@ -115,7 +115,7 @@ class Engine:
             log.info("the engine works again")
         self.healthy = down is None
 
-    def _try(self, items: Sequence[Item], run: Run) -> Exception | None:
+    def _try(self, run: Run, items: Sequence[Item]) -> Exception | None:
         """Encode items and set their outcomes; returns the error of encoding, which is also the outcome of a single
         one."""
         started, encoder = time.perf_counter(), items[0].encoder
@@ -126,13 +126,12 @@ class Engine:
                 )
             embeddings = self._encode(encoder, np.stack([item.pixels for item in items]))  # type: ignore[misc]
         except Exception as error:
-            self._failed(error, run)
             if len(items) == 1:
                 items[0].outcome = error
-            return error
+            return self._failed(run, error)
         encoded = time.perf_counter()
         run.encode_s += encoded - started
-        self._score(items, embeddings, run)
+        self._score(run, items, embeddings)
         run.score_s += time.perf_counter() - encoded
         return None
 
@@ -143,103 +142,111 @@ class Engine:
             raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
         return embeddings
 
-    def _score(self, items: Sequence[Item], embeddings: Embeddings, run: Run) -> None:
+    def _score(self, run: Run, items: Sequence[Item], embeddings: Embeddings) -> None:
         """Set the outcomes of items with embeddings (B, D). Those that ask one head for the same are scored
         together."""
         groups: dict[Any, list[int]] = {}
         for row, item in enumerate(items):
             asked = item.query.top, item.query.nearest, item.query.abstention
             for named in item.heads.items():
-                groups.setdefault((named, asked), []).append(row)
+                groups.setdefault((*named, asked), []).append(row)
         answers: list[dict[str, Any]] = [{} for _ in items]
-        for ((name, head), asked), rows in groups.items():
-            attempt = partial(self._score_rows, items, embeddings, answers, run, name, head, asked)
-            works = partial(self._scores_black, name, run)
-            run.heads[name] = down = run.heads.get(name) or _try_alone(rows, attempt, works)
-            for row in rows:
-                answers[row].setdefault(name, down)
+        again = cache(lambda row: self._encode(items[row].encoder, items[row].pixels[None]))  # type: ignore[index]
+        for group, rows in groups.items():
+            for row, answer in self._answers(run, items, group, rows, embeddings, again).items():
+                answers[row][group[0]] = answer
         for item, own in zip(items, answers, strict=True):
-            item.outcome = item.outcome_of(own)
+            names = item.query.classifier
+            item.outcome = next(iter(own.values())) if isinstance(names, str) else tuple(own[name] for name in names)
 
-    def _score_rows(
+    def _answers(
         self,
-        items: Sequence[Item],
-        embeddings: Embeddings,
-        answers: Sequence[dict[str, Any]],
         run: Run,
-        name: str,
-        head: Any,
-        asked: tuple[Any, ...],
+        items: Sequence[Item],
+        group: tuple[str, Any, tuple[Any, ...]],
         rows: Sequence[int],
-    ) -> Exception | None:
-        """Set the answers of one classifier to these rows, and collect them; returns the error, which is also the
-        answer to a single one."""
-        try:
-            part = embeddings if len(rows) == len(embeddings) else embeddings[np.array(rows)]
-            for row, prediction in zip(rows, predict(head, part, *asked), strict=True):
-                answers[row][name] = prediction
-            if collect := self._collect.get(name):
-                for row in rows:
-                    if items[row].crop is None and not items[row].query.probe:
-                        collect(items[row].image, embeddings[np.array([row])], head)
-        except Exception as error:
-            self._failed(error, run)
-            if len(rows) == 1:
-                answers[rows[0]][name] = error
-            return error
-        return None
+        embeddings: Embeddings,
+        again: Callable[[int], Embeddings],
+    ) -> dict[int, Any]:
+        """What one head says to these rows: Predictions or errors. A row that is tried alone is encoded `again`: the
+        embeddings may be what is wrong."""
+        name, head, asked = group
+        answers: dict[int, Any] = {}
 
-    def _failed(self, error: Exception, run: Run) -> None:
-        if self.healthy and run.clean:
+        def score(rows: Sequence[int], embedded: Callable[[], Embeddings]) -> Exception | None:
+            try:
+                part = embedded()
+                answers.update(dict(zip(rows, predict(head, part, *asked), strict=True)))
+                if collect := self._collect.get(name):
+                    for place, row in enumerate(rows):
+                        if items[row].crop is None and not items[row].query.probe:
+                            collect(items[row].image, part[np.array([place])], head)
+            except Exception as error:
+                if len(rows) == 1:
+                    answers[rows[0]] = error
+                return self._failed(run, error, name)
+            return None
+
+        if run.heads.get(name) is None:
+            whole = len(rows) == len(items)
+            run.heads[name] = _try_alone(
+                rows,
+                lambda: score(rows, lambda: embeddings if whole else embeddings[np.array(rows)]),
+                lambda row: score([row], lambda: again(row)),
+                partial(self._score_black, run, name),
+            )
+        return {row: answers.get(row, run.heads[name]) for row in rows}
+
+    def _failed(self, run: Run, error: Exception, name: str = "") -> Exception:
+        """Note an error, of scoring by a classifier with its name; returns it."""
+        if self.healthy and run.clean and name not in self.failures:
             log.warning("a batch failed; its images are tried one by one", exc_info=error)
         run.clean = False
-        _forget_frames(error)
+        return _forget_frames(error)
 
-    def _black(self, count: int = 1) -> tuple[Any, Embeddings]:
-        """The encoder, and its embeddings of black images."""
+    def _black(self, count: int = 1) -> Embeddings:
         encoder = self._classifiers.ask(()).encoder
-        return encoder, self._encode(encoder, encoder.blank(count))
+        return self._encode(encoder, encoder.blank(count))
 
-    def _encodes_black(self, run: Run) -> bool:
-        """Whether a black image can be encoded, now."""
+    def _encode_black(self, run: Run) -> Exception | None:
+        """Encode a black image now; returns the error."""
         try:
             run.black = self._black()
-        except Exception:
-            return False
-        return True
-
-    def _scores_black(self, name: str, run: Run) -> bool:
-        """Whether the newest head of a classifier scores a black image."""
-        return self._black_error(name, run) is None
-
-    def _black_error(self, name: str, run: Run) -> Exception | None:
-        """The error with which the newest head of a classifier scores `run.black`, which is encoded if it is not."""
-        try:
-            asked = self._classifiers.ask(name)
-            if run.black is None or run.black[0] is not asked.encoder:
-                run.black = self._black()
-            predict(asked.heads[name], run.black[1], 1)
         except Exception as error:
-            _forget_frames(error)
-            return error
+            return _forget_frames(error)
+        return None
+
+    def _score_black(self, run: Run, name: str) -> Exception | None:
+        """Score the black image by the newest head of a classifier; returns the error."""
+        try:
+            if run.black is None:
+                run.black = self._black()
+            predict(self._classifiers.ask(name).heads[name], run.black, 1)
+        except Exception as error:
+            return _forget_frames(error)
         return None
 
 
 def _try_alone(
-    things: Sequence[_T], attempt: Callable[[Sequence[_T]], Exception | None], works: Callable[[], bool]
+    things: Sequence[_T],
+    together: Callable[[], Exception | None],
+    alone: Callable[[_T], Exception | None],
+    black: Callable[[], Exception | None],
 ) -> Exception | None:
-    """Attempt all things together and, after an error, one by one. Returns the error, without trying the rest, where
-    after one nothing `works`."""
-    error = attempt(things)
+    """Try all things together and, after an error, one by one; returns the error, and leaves the rest, once a black
+    image fails as well."""
+    error = together()
     for thing in things if error is not None else ():
-        if error is not None and not works():
+        if error is not None and black() is not None:
             return error
-        error = attempt([thing])
+        error = alone(thing)
     return None
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Drop the tracebacks of an error and of those behind it: their frames would keep all images of a batch alive."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__context__
+def _forget_frames(error: Exception) -> Exception:
+    """The error without tracebacks, nor those of what it comes from: their frames keep all images of a batch alive."""
+    chained: BaseException | None = error
+    while chained is not None:
+        chained.__traceback__ = None
+        chained = chained.__context__
+    return error

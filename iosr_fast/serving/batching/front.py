@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.abstention import NONE_WITHHELD
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
@@ -116,7 +117,10 @@ class BatchingClassifier:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         self._classifiers = Classifiers(classifiers)
         runs = self._classifiers.ask(()).encoder.runs
-        self._engine = Engine(self._classifiers, max_batch, self._classifiers.by_name("collect", collect))
+        collectors = collect if isinstance(collect, Mapping) else dict.fromkeys(self.classifiers, collect)
+        if unknown := collectors.keys() - self.classifiers.keys():
+            raise IosrFastError(f"expected collect for {list(self.classifiers)} or some of them, got {sorted(unknown)}")
+        self._engine = Engine(self._classifiers, max_batch, collectors)
         self._max_error = None if max_error is None else check_share("max_error", max_error, like=0.01)
         limits = DecodeLimits() if limits is None else limits
         self._queue = BatchQueue(
@@ -153,10 +157,10 @@ class BatchingClassifier:
         than `max_queue` images, which can never be accepted.
         """
         query, now = Query(**options), time.monotonic()
-        asked = self._classifiers.ask(query.classifier)
-        for name, head in asked.heads.items():
+        asked, abstention = self._classifiers.ask(query.classifier), query.abstention
+        for name, head in asked.heads.items() if abstention != NONE_WITHHELD else ():
             with naming("" if isinstance(query.classifier, str) else name):
-                query.abstention.check(head)
+                abstention.check(head)
         if query.max_error is None:
             query = replace(query, max_error=self._max_error)
         of_fit = next(_requests), asked.heads, asked.encoder, asked.settings.exif_orientation
@@ -213,7 +217,7 @@ class BatchingClassifier:
 
     def warm(self) -> None:
         """Run the engine at the usual batch sizes once, because first runs are slow: 1, 2, 4, ..., max_batch, on a CPU
-        also 3. Raises what it raises."""
+        also 3. Raises what it raises; of several classifiers one that fails is in `failures` instead."""
         self._engine.warm()
 
     def close(self, timeout: float | None = None) -> None:
@@ -236,7 +240,9 @@ class BatchingClassifier:
     @property
     def classifier(self) -> Classifier:
         """The only classifier. Raises IosrFastError where there are several."""
-        return self._classifiers.only()
+        if len(self.classifiers) > 1:
+            raise IosrFastError(f"expected a BatchingClassifier of one classifier, got {len(self.classifiers)}")
+        return next(iter(self.classifiers.values()))
 
     @property
     def classifiers(self) -> Mapping[str, Classifier]:

@@ -85,8 +85,7 @@ class Query:
             check_share("keep", self.keep)
         if self.max_error is not None:
             check_share("max_error", self.max_error, like=0.01)
-        names = (self.classifier,) if isinstance(self.classifier, str) else self.classifier
-        if not isinstance(names, tuple) or not names or not all(isinstance(name, str) for name in names):
+        if not isinstance(self.classifier, str) and (not isinstance(self.classifier, tuple) or not self.classifier):
             raise IosrFastError(f"expected classifier to be a name, or a tuple of names, got {self.classifier!r}")
 
     @property
@@ -150,11 +149,6 @@ class Item:
             f"the deadline of {self.deadline - self.submitted:.3g} s passed {now - self.deadline:.3g} s before the "
             "image could be encoded; allow more time, or submit fewer images at a time"
         )
-
-    def outcome_of(self, answers: Mapping[str, Any]) -> Any:
-        """The outcome, of the answers by classifier: that of the only one, or a tuple as the query names them."""
-        names = self.query.classifier
-        return next(iter(answers.values())) if isinstance(names, str) else tuple(answers[name] for name in names)
 
     def answer(self, outcome: Any, observer: Observer | None) -> None:
         """Resolve the future. Called after the item has left the queue, so that its callbacks can submit again."""
