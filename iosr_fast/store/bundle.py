@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -68,20 +69,32 @@ class Bundle:
         beside = clip.text, encoder.source, fit.integer_labels, fit.engine_choice
         return cls(fit.head, fit.settings, clip.engine, encoder.fingerprint, *beside)
 
-    def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
-        """The fit of an opened bundle. "auto" is the runtime that was chosen by measuring on the same processor.
+    @property
+    def shares(self) -> object:
+        """Equal in bundles whose fits can share an encoder and its batches."""
+        assert self.files is not None
+        settings = self.settings
+        return self.encoder_fingerprint, check_engine(self.files).geometry, settings.exif_orientation, settings.margin
+
+    def open_model(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Saved] = ()) -> OpenedModel:
+        """The model of this bundle, and of others that share it. "auto" is the runtime that was chosen by measuring on
+        the same processor.
 
         The encoder is opened in the form that queries need; OpenedModel opens that of support images when some come.
         """
         from iosr_fast.encoders.runtimes import open_engine
 
         choice = self.engine_choice
-        adapted = self.head.needs_adapted
+        forms = {self.head.needs_adapted, *(one.head.needs_adapted for one in beside)}
         name = choice.runtime if runtime == "auto" and choice is not None else runtime
         files = self.files or self.engine
-        encoder = open_engine(files, name, verify=False, threads=threads, runs=runs, adapted=adapted)
-        clip = OpenedModel(encoder, self.engine, self.text, self.head.tau, reads_text=self.head.text is not None)
-        return Fit(clip, self.head, self.settings, integer_labels=self.integer_labels, engine_choice=choice)
+        encoder = open_engine(files, name, verify=False, threads=threads, runs=runs, adapted=True in forms)
+        reads_text = self.head.text is not None
+        return OpenedModel(encoder, self.engine, self.text, self.head.tau, None, reads_text, one_form=len(forms) == 2)
+
+    def fit_on(self, clip: OpenedModel) -> Fit:
+        """The fit of an opened bundle."""
+        return Fit(clip, self.head, self.settings, (), self.integer_labels, self.engine_choice)
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of Classifier that an opened bundle has: not `pretrained`, nor the file of an adapter.
@@ -189,11 +202,20 @@ class SavedHead:
     settings = SupportSettings()
     encoder_fingerprint = "none"
 
-    def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
-        """A fit whose images are rows of embeddings (encoders.rows)."""
+    @property
+    def shares(self) -> object:
+        """As Bundle.shares: nothing says that two heads are of one encoder."""
+        return object()
+
+    def open_model(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Saved] = ()) -> OpenedModel:
+        """A model whose images are rows of embeddings (encoders.rows)."""
         if runtime != "auto":
             raise IosrFastError(f"a head has no encoder, which a runtime would execute: leave out {runtime!r}")
-        return Fit(OpenedModel(Rows(self.width, self.adapted), Path(), None, self.head.tau), self.head, self.settings)
+        return OpenedModel(Rows(self.width, self.adapted), Path(), None, self.head.tau)
+
+    def fit_on(self, clip: OpenedModel) -> Fit:
+        """As Bundle.fit_on."""
+        return Fit(clip, self.head, self.settings)
 
     def parameters(self) -> dict[str, Any]:
         """As Bundle.parameters: none."""
