@@ -158,9 +158,9 @@ class Settings:
 
     def of(self, name: str, takes_changes: bool) -> Settings:
         """Those of a classifier: of several its own log and its own folder of uploads; a head has neither."""
-        if not name and not takes_changes and (self.log or self.collect) is not None:
-            raise IosrFastError("a head takes no changes and gets no pictures: leave out --log and --collect")
         if not name:
+            if not takes_changes and (self.log or self.collect) is not None:
+                raise IosrFastError("a head takes no changes and gets no pictures: leave out --log and --collect")
             return self
         if not takes_changes:
             return replace(self, log=None, collect=None, check_share=None)
