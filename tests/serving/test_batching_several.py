@@ -214,9 +214,8 @@ def test_failed_heads_are_tried_while_nobody_asks_them(several: Several, monkeyp
 def test_an_encoder_that_fails_fails_for_all(several: Several, monkeypatch) -> None:
     monkeypatch.setattr(batch_workers, "_PROBE_S", 0.001)
     several.encoder.raises = fail_on(3)
-    assert (
-        several.together((1, ALL), (3, ALL), (4, "a")) == [[10, 20, 30], "HeadError", 10] and several.batching.healthy
-    )
+    assert several.together((1, ALL), (3, ALL), (4, "a")) == [[10, 20, 30], "HeadError", 10]
+    assert several.batching.healthy
     several.encoder.raises, several.b.raises = fail_on(), fail_on()
     assert several.ask() == "HeadError" and not several.batching.healthy and not several.batching.failures
     several.encoder.raises = fail_on(99)

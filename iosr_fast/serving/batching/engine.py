@@ -95,15 +95,17 @@ class Engine:
     def _judge(self, down: Exception | None, heads: Mapping[str, Exception | None]) -> None:
         """Update the health after a batch; `down` is the error if encoding fails on every image, `heads` as of Run."""
         for name, error in heads.items():
-            known = self.failures.pop(name, None)
+            known = name in self.failures
             if error is not None:
                 self.failures[name] = error
-            if name and error is not None and known is None:
-                log.error("the classifier %r fails on every image: %r", name, error)
-            elif name and error is None and known is not None:
-                log.info("the classifier %r works again", name)
+                if name and not known:
+                    log.error("the classifier %r fails on every image: %r", name, error)
+            elif known:
+                self.failures.pop(name, None)
+                if name:
+                    log.info("the classifier %r works again", name)
         if down is None and len(self.failures) == len(self._classifiers.named):
-            down = list(self.failures.values())[-1]  # the newest
+            down = next(filter(None, heads.values()), self.last_error)
         if down is not None:
             self.last_error = down
             if self.healthy:
