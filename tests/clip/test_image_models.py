@@ -27,6 +27,7 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import DamagedFileError, IosrFastError, MissingPackageError
 from iosr_fast.export import build, pretrained
 from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.pretrained import with_loaded
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import to_pixels
 from tests import ROOT
@@ -135,6 +136,8 @@ def test_without_a_model_a_fit_knows_photographs(tmp_path: Path, caplog: pytest.
     assert "so this is 'photographs'" in caplog.text and "a CLIP, like 'ViT-B-32'" in caplog.text
     classifier = Classifier.load(tmp_path / "out")
     assert classifier.get_params()["model"] == "photographs"
+    opened = with_loaded(classifier._store.fitted().clip, "photographs", "auto")  # as `optimize` does
+    assert opened.loaded is not None and opened.loaded[0].name == "photographs"
     classifier.add_class("sky", [np.full((50, 80, 3), (90, 150, 250), np.uint8)])
     assert list(classifier.predict(pictures)) == [path.stem for path in pictures]
 
