@@ -43,7 +43,7 @@ OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
 class Classifier(Answering[Fit], Changing, Estimator):
-    """A few-shot image classifier on a CLIP, and an estimator of scikit-learn. Nothing is trained.
+    """A few-shot image classifier on a CLIP or any image encoder, an estimator of scikit-learn. Nothing is trained.
 
     It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of
     threads may classify meanwhile, and each call sees exactly one version. Images are paths, encoded bytes, PIL images,
@@ -55,16 +55,20 @@ class Classifier(Answering[Fit], Changing, Estimator):
     Parameters
     ----------
     model, pretrained, adapter : str or Path
-        The encoder: a model of open_clip, like "ViT-B-32", with a tag ("laion2b_s34b_b79k", downloaded once), a weights
-        file or "none" for random weights; or "demo", a toy CLIP, which None is, too, with a warning. An adapter is a
-        file of `iosr-fast train-adapter`; None for none, "auto" for the shipped one, which only the demo has.
+        The encoder. A CLIP, which reads class names: a model of open_clip, like "ViT-B-32", with a tag
+        ("laion2b_s34b_b79k", downloaded once), a weights file or "none" for random weights; or "demo", a toy. Or an
+        image encoder without texts: "photographs", small weights that the extras bring, which None is, too, with a
+        line that a CLIP is better; "timm/NAME" with its published weights, a file or "none"; a file "encoder.onnx" with
+        "encoder.json" beside it. An adapter is a file of `iosr-fast train-adapter`; None for none, "auto" for the
+        shipped one, which only the demo has.
     runtime, precision, engine : str, str, str or Path
         How it runs: by "onnxruntime", "openvino", "torch", "tensorrt", "tensorrt_rtx" or the best there is ("auto"); in
         "fp32", "fp16", "bf16", "int8", "fp8", or by `optimize` after the fit ("auto"), which costs seconds and a second
         encoding; from a folder of `iosr-fast build-engine`, or from one that is built once and kept (None).
     method, reducer : str
         A name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" is the stack, with weights by
-        leave-one-out. "none", "centre", "pca" or "pca:64" is applied before images are compared, not by the stack.
+        leave-one-out. "zero-shot", "tip-x", "timo" and "ape" need texts. "none", "centre", "pca" or "pca:64" is applied
+        before images are compared, not by the stack.
     tune, tune_seconds : str, float
         "loo" searches the method's parameters, "none" takes its defaults; None is "loo" unless a parameter is given.
         Seconds on one core are counted in operations, so that the same images give the same choice everywhere.
@@ -79,8 +83,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         The key of a support image is the mean embedding of so many random views, half of them mirrored (False where
         left and right matter), which depend on its pixels and the seed; with 1, of the image as it is.
     templates, class_names : sequence of str
-        Prompts with {} for the class name (None: those of the CLIP; [] for descriptions alone); the names that integer
-        labels index, where `fit` is given none, as in scikit-learn's `cross_val_predict` of "predict_proba".
+        Prompts with {} for the class name, of CLIPs alone (None: its own; [] for descriptions alone); the names that
+        integer labels index, where `fit` is given none, as in scikit-learn's `cross_val_predict` of "predict_proba".
     thumbnails : int
         Longer side in pixels of the stored picture of a support image. 0 stores none.
     margin : float
@@ -109,7 +113,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
 
     Notes
     -----
-    `fit` opens the CLIP (extra `cpu` or `gpu`), which the classifiers of a process share. After `set_params`, a fitted
+    `fit` opens the model (extra `cpu` or `gpu`), which the classifiers of a process share. After `set_params`, a fitted
     classifier predicts as before until the next `fit`. `tune` is also a method; `get_params()["tune"]` has the
     parameter. A change waits for others and compiles the method once. What left-out support images answer
     (`unknown_score`, `predict_sets`, `calibration`, `audit`) is computed at its first use after a change, or with it
@@ -223,9 +227,9 @@ class Classifier(Answering[Fit], Changing, Estimator):
         {"siamese": "cat", "pug": "dog", "cat": "animal", "dog": "animal"}: predict(max_error=...) then answers with a
         node where the class is not sure enough.
 
-        Raises IosrFastError before a CLIP is opened for wrong parameters, labels, names, descriptions and tree; before
-        anything is encoded for a CLIP, engine, adapter or runtime that don't fit, and texts too long for the CLIP; for
-        unreadable images, and one picture under two labels.
+        Raises IosrFastError before an encoder is opened for wrong parameters, labels, names, descriptions and tree;
+        before anything is encoded for a model, engine, adapter or runtime that don't fit, and texts that the model
+        can't read or that are too long; for unreadable images, and one picture under two labels.
         """
         fitted = self._fit_on(images, labels, class_names, unknown_images, groups, descriptions, tree)
         self._store.replace(fitted)
@@ -270,7 +274,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         return self
 
     def _open(self) -> OpenedModel:
-        """The CLIP that the parameters name; a loaded classifier's own, until `set_params` names another."""
+        """The model that the parameters name; a loaded classifier's own, until `set_params` names another."""
         named = {name: getattr(self, name) for name in OPENING}
         if self._given_clip is not None and self._given_clip[0] == named:
             return self._given_clip[1]
@@ -280,7 +284,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
 
     @classmethod
     def _with_clip(cls, clip: OpenedModel, **parameters: Any) -> Self:
-        """A classifier on an opened CLIP, whatever `parameters` name."""
+        """A classifier on an opened model, whatever `parameters` name."""
         classifier = cls(**parameters)
         classifier._given_clip = {name: getattr(classifier, name) for name in OPENING}, clip
         return classifier
@@ -448,7 +452,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content. The `runtime` "auto" is the one that was
         chosen by measuring where this is the same processor. `threads` of the encoders on a CPU (None: one a core);
         `runs` threads may encode at once. The parameters are those that the bundle knows: not `pretrained`, and the
-        fitted method with its parameters. `fit` uses its encoders, until `set_params` names another CLIP. Raises
+        fitted method with its parameters. `fit` uses its encoders, until `set_params` names another model. Raises
         DamagedFileError naming what is missing, damaged or foreign, and what open_engine raises.
         """
         saved = load(Bundle, folder, verify, threads, expected_digest)

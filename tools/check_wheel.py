@@ -38,6 +38,7 @@ def main() -> None:
     probabilities = classifier.predict_proba(pictures.images[queries])
     accuracy = classifier.score(pictures.images[queries], names[queries])
     assert accuracy > 0.5, f"expected far more than {1 / len(rows):.0%}, got {accuracy:.0%}"
+    assert iosr_fast.Classifier("photographs").encoder.width == 1280, "expected its weights with the extra cpu"
     with tempfile.TemporaryDirectory() as folder:
         classifier.save(Path(folder) / "saved")
         loaded = iosr_fast.Classifier.load(Path(folder) / "saved")

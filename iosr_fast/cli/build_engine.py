@@ -37,8 +37,8 @@ def build_engine(
 ) -> None:
     """Fuse a CLIP and its adapter into one encoder, compile it, and check it against PyTorch.
 
-    Without an adapter the engine returns the plain embeddings only, as it does for an image encoder that is no vision
-    transformer (ConvNeXt, ResNet) and can't have one: `iosr-fast models` lists them. The runtime auto is TensorRT or
+    Without an adapter the engine returns the plain embeddings only, as it does for an image encoder that can't have
+    one: a convolutional network, or a model without texts (`iosr-fast models`). The runtime auto is TensorRT or
     TensorRT-RTX on a GPU, PyTorch on a GPU without them, OpenVINO on an x86-64 CPU, and ONNX Runtime on others.
 
     --classifier compiles a saved classifier instead, encoder and head in one plan, for programs of TensorRT or Triton
@@ -63,7 +63,7 @@ def build_engine(
         raise typer.BadParameter("expected --max-error and --reject-unknown only with --classifier")
     require_installed("torch", "cpu")
     from iosr_fast.clip.adapter import random_adapter
-    from iosr_fast.clip.load import load_clip
+    from iosr_fast.clip.load import load_model
     from iosr_fast.clip.models import check_adaptable, check_model, is_fused
     from iosr_fast.export.build import write_engine
     from iosr_fast.export.check import calibration_pictures
@@ -75,13 +75,13 @@ def build_engine(
     if calibration is not None and precision not in QUANTISED:
         raise typer.BadParameter(f"--calibration is for {' and '.join(QUANTISED)}, got --precision {precision}")
     check_new_folder(out, "engine")
-    check_model(model, pretrained)
+    check_model(model, pretrained, precision)
     choose_builder(runtime, precision, is_fused(model))
     if first_adapted_block is not None:
         check_adaptable(model)
     file = None if adapter == "none" or first_adapted_block is not None else adapter
     read_adapter(model, file)  # checks it before the CLIP is loaded
-    clip = load_clip(model, pretrained)
+    clip = load_model(model, pretrained)
     fused = choose_adapter(clip, file) if first_adapted_block is None else random_adapter(clip, first_adapted_block)
     quantised = precision in QUANTISED
     pictures = calibration_pictures(clip, calibration) if quantised else demo_pictures(clip.geometry)

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def fit(
     folder: Annotated[list[Path], argument("FOLDER ...", "Folders of class folders, .csv or detector files.")],
     out: Annotated[Path, option("Folder to write the classifier to.")],
-    model: Annotated[str | None, option("A model of open_clip (iosr-fast models). Required.")] = None,
+    model: Annotated[str | None, option("A model (iosr-fast models) [default: photographs].")] = None,
     pretrained: Pretrained = None,
     adapter: Adapter = "auto",
     method: Annotated[str, option("A method of `iosr-fast info`, or auto: the best on FOLDER.")] = "auto",
@@ -61,20 +61,17 @@ def fit(
     FOLDER has one sub-folder of images for each class, or is a .csv file of path and label (or of path and labels,
     joined by ;, where pictures may have several); several of both are joined, and a file that is listed again has the
     later label. Columns x, y, width and height make a row a part of its picture; a detector file (.json) stands for its
-    labelled boxes. A column group names pictures of one video or object, which are left out together. --model is
-    required: demo is near chance on photographs.
+    labelled boxes. A column group names pictures of one video or object, which are left out together.
+
+    Without --model it is photographs, a small network that needs no download; a CLIP is better and reads class names.
 
     \b
+    iosr-fast fit support/ --out my-classifier
     iosr-fast fit support/ --model ViT-B-32 --pretrained laion2b_s34b_b79k \\
         --out my-classifier
     iosr-fast classify my-classifier photos/
     """
     parameters: dict[str, Any] = {**locals()}
-    if model is None:
-        raise IosrFastError(
-            "expected --model, got none: for photographs try --model ViT-B-32 --pretrained laion2b_s34b_b79k, which is "
-            "downloaded once; `iosr-fast models` lists all; --model demo is a toy to try the commands"
-        )
     beside = ("unknown_images", "descriptions", "calibrate_on", "tree", "nested", "root")
     data = {name: parameters.pop(name) for name in beside}
     for name in ("folder", "out", "template", "overwrite"):

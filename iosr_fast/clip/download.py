@@ -36,7 +36,7 @@ def downloading(name: str, what: str, advice: str = _COPY_WEIGHTS) -> Iterator[N
         raise
     except Exception as error:
         reason = unreachable or str(error).strip().partition("\n")[0] or type(error).__name__
-        fix = f"without a network, {advice}"
+        fix = f"without a network, {advice}, or take the model 'photographs', which needs none"
         if (place := _unwritable(error)) is not None:
             reason, fix = place, "set HF_HOME to a folder that can be written"
         raise OSError(f"{what} of {name} can't be downloaded or read: {reason}; {fix}") from error

@@ -1,4 +1,4 @@
-"""Loading a CLIP: the embedded demo, one of open_clip's models by tag, or a weights file."""
+"""Loading a model: an image encoder without texts, or a CLIP: the embedded demo, one of open_clip's by tag, a file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.clip.download import downloading
+from iosr_fast.clip.image_models import image_model, is_image_model, load_encoder
 from iosr_fast.clip.load_tokenizer import load_tokenizer
 from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, HUB, LOCAL, check_model, find_weights, is_torchscript
 from iosr_fast.exceptions import IosrFastError
@@ -53,6 +54,30 @@ class LoadedModel:
         return self.geometry.size
 
 
+def load_model(name: str, pretrained: str | Path | None = None) -> LoadedModel:
+    """Load a model by name: a CLIP as `load_clip`, or an image encoder without texts as clip.image_models.
+
+    Raises what `check_model`, `load_clip` and `load_encoder` raise.
+    """
+    if not is_image_model(name):
+        return load_clip(name, pretrained)
+    check_model(name, pretrained)
+    known = image_model(name)
+    modules = require("torch.nn", "cpu").ModuleDict({"visual": load_encoder(name, pretrained)})
+    model = modules.float().eval().requires_grad_(False)
+    facts = {"architecture": known.architecture.partition(".")[0], "geometry": known.geometry.facts()}
+    return LoadedModel(
+        model=model,
+        tokenizer=None,
+        name=name,
+        geometry=known.geometry,
+        mean=known.mean,
+        std=known.std,
+        logit_scale=100.0,
+        fingerprint=_fingerprint(model, facts | {"mean": known.mean, "std": known.std}),
+    )
+
+
 def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedModel:
     """Load a CLIP by name.
 
@@ -70,6 +95,8 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedModel:
     Raises ValueError for an unknown model or tag and for a file with anything but its weights, FileNotFoundError for a
     missing file, OSError for a failed download; what the configuration can say, before a model is made (check_model).
     """
+    if is_image_model(name):
+        raise IosrFastError(f"expected a CLIP, which reads texts, got {name}: `iosr-fast models` lists CLIPs")
     open_clip = require("open_clip", "cpu")
     if name == "demo":
         name, pretrained = DEMO_NAME, pretrained or DEMO_FOLDER / "clip.safetensors"

@@ -1,8 +1,8 @@
-"""What a configuration of open_clip says of a model before one is made: whether it exists, what it has, what it can.
+"""What a configuration says of a model before one is made: whether it exists, what it has, what it can.
 
-Models have the names that open_clip takes: one of its own ("ViT-B-16"), "hf-hub:OWNER/REPOSITORY" of the Hugging Face
-hub, and "local-dir:FOLDER", a folder with open_clip_config.json and a file of weights. Nothing is loaded here; only the
-configuration of a model of the hub is downloaded.
+CLIPs have the names that open_clip takes: one of its own ("ViT-B-16"), "hf-hub:OWNER/REPOSITORY" of the Hugging Face
+hub, and "local-dir:FOLDER", a folder with open_clip_config.json and a file of weights. Image encoders without texts are
+those of clip.image_models. Nothing is loaded here; only the configuration of a model of the hub is downloaded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from iosr_fast.clip.architecture import check_architecture, fused_family
 from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
 from iosr_fast.clip.download import downloading
+from iosr_fast.clip.image_models import TIMM, check_image_model, image_model, is_image_model
 from iosr_fast.clip.load_tokenizer import require_transformers
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.utils.require import require, require_installed
@@ -41,11 +42,11 @@ _PLAIN_FAMILIES = {"convnext": "convnext", "fastvit": "mobileclip-s", "vitamin":
 
 @dataclass(frozen=True)
 class ModelSupport:
-    """What is supported of a model with published weights.
+    """What is supported of a model.
 
     dual  its image encoder is fused with an adapter (clip.dual_encoder); without one, every model has an engine
-    text  its text encoder is exported, so that a saved classifier adds classes without PyTorch; else it is one of
-          Hugging Face's and runs in transformers
+    text  its text encoder is exported, so that a saved classifier adds classes without PyTorch; False: it is one of
+          Hugging Face's and runs in transformers; None: the model reads no texts
     """
 
     name: str
@@ -54,7 +55,7 @@ class ModelSupport:
     image_size: int
     width: int
     dual: bool
-    text: bool
+    text: bool | None
 
 
 def list_models() -> list[ModelSupport]:
@@ -65,7 +66,10 @@ def list_models() -> list[ModelSupport]:
 
 
 def describe_model(name: str) -> ModelSupport:
-    """What is supported of one model; `name` as for `model_config`, which raises for an unknown one."""
+    """What is supported of one model. Raises for an unknown one as `model_config` and `image_model` do."""
+    if is_image_model(name):
+        known = image_model(name)
+        return ModelSupport(name, known.tags, known.family, known.geometry.size, known.width, dual=False, text=None)
     config = model_config(name)
     vision, text = config["vision_cfg"], config["text_cfg"]
     size, fused = vision.get("image_size", 224), fused_family(vision)
@@ -94,7 +98,7 @@ def _plain_family(config: dict[str, Any]) -> str:
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """open_clip's configuration of a model: embed_dim, vision_cfg, text_cfg and more.
+    """open_clip's configuration of a CLIP: embed_dim, vision_cfg, text_cfg and more.
 
     Raises ValueError for an unknown model and for a configuration that is none, FileNotFoundError for a missing folder
     or file, OSError for a failed download.
@@ -114,13 +118,24 @@ def model_config(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def check_model(name: str, pretrained: str | Path | None) -> dict[str, Any]:
-    """Refuse what `load_clip` could not load, from the configuration and the names of files alone; returns the
-    configuration.
+def check_model(name: str, pretrained: str | Path | None, precision: str = "fp32") -> dict[str, Any]:
+    """Refuse what `load_model` could not load and write_engine not quantise to a `precision`, from configurations and
+    the names of files alone; returns open_clip's configuration of a CLIP.
 
-    Raises ValueError for an unknown model or tag, and for a model without weights or with two; FileNotFoundError for
-    missing files; ImportError for a model that needs a package that is missing.
+    Raises ValueError for an unknown model or tag, for a model without weights or with two, and for 8 bits where there
+    is nothing to compute in them; FileNotFoundError for missing files; ImportError for a model that needs a package
+    that is missing.
     """
+    if is_image_model(name):
+        check_image_model(name, pretrained)
+        if pretrained is not None and str(pretrained) != "none":
+            refuse_programs(Path(pretrained))
+        if precision in ("int8", "fp8") and not image_model(name).has_products:
+            raise IosrFastError(
+                f"expected fp32 or bf16 for {name}, got {precision}: 8 bits are for products with constant matrices, "
+                "and its encoder has convolutions alone"
+            )
+        return {}
     if name.startswith((HUB, LOCAL)) and pretrained is not None and str(pretrained) != "none":
         raise IosrFastError(
             f"{name} names its weights itself, so expected no pretrained beside it (or 'none', random weights, to "
@@ -156,11 +171,13 @@ def check_model(name: str, pretrained: str | Path | None) -> dict[str, Any]:
 
 def is_fused(name: str) -> bool:
     """Whether a model's image encoder is fused, with or without an adapter; others give the plain embedding only."""
-    return fused_family(model_config(name)["vision_cfg"]) is not None
+    return not is_image_model(name) and fused_family(model_config(name)["vision_cfg"]) is not None
 
 
 def check_adaptable(name: str) -> None:
     """Raise ValueError for a model whose image encoder can't have an adapter."""
+    if is_image_model(name):
+        raise IosrFastError(f"expected a CLIP for an adapter, got {name}, which gives the plain embedding only")
     try:
         check_architecture(name, model_config(name)["vision_cfg"])
     except IosrFastError as error:
@@ -205,7 +222,8 @@ def _own_name(name: str) -> str:
 
 def _unknown(name: str, names: list[str]) -> IosrFastError:
     return IosrFastError(
-        f"expected 'demo', {HUB}OWNER/REPOSITORY, {LOCAL}FOLDER or one of open_clip's models, got {name!r}: "
+        f"expected 'photographs', {TIMM}NAME, {HUB}OWNER/REPOSITORY, {LOCAL}FOLDER, 'demo' or one of open_clip's "
+        f"models, got {name!r}: "
         f"{did_you_mean(_own_name(name), names, 3)}`iosr-fast models` lists all"
     )
 

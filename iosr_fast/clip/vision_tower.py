@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def vision_tower(visual: Any, name: str = "this CLIP") -> VisionTower:
     """The tower of `clip.model.visual`. Raises ValueError, which names the CLIP, for an encoder that is none."""
+    if type(visual).__module__.startswith("timm."):  # clip.image_models
+        raise IosrFastError(f"expected a CLIP, whose image encoder can be fused and have an adapter, got {name}")
     if type(visual).__name__ == "VisionTransformer":
         return OpenClipTower(visual)
     trunk = getattr(visual, "trunk", None)

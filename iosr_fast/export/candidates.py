@@ -91,7 +91,7 @@ def _left_out(one: Candidate, engine: VerifiedFolder, pictures: int, with_clip: 
     if one.precision in QUANTISED and pictures < MIN_PICTURES:
         return f"{MIN_PICTURES} pictures are needed to calibrate, got {pictures}"
     if _is_exported(one, engine) and not with_clip:
-        return "it is exported from the CLIP, which was not named"
+        return "it is exported from the model's weights, which were not named"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""From a CLIP's name to an opened engine and a text encoder, for `Classifier`."""
+"""From a model's name to an opened engine and, for a CLIP, a text encoder, for `Classifier`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from iosr_fast.clip.load import LoadedModel, load_clip
+from iosr_fast.clip.image_models import PHOTOGRAPHS
+from iosr_fast.clip.load import LoadedModel, load_model
 from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused, model_config
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
@@ -81,9 +82,9 @@ def open_pretrained(
     engine: str | Path | None,
     shown: bool = False,
 ) -> OpenedModel:
-    """Load the CLIP and open its engine; without `engine` one is built, once, in the user's cache.
+    """Load the model and open its engine; without `engine` one is built, once, in the user's cache.
 
-    Names, files and the architecture are checked before the CLIP is loaded or downloaded. `shown`: show a progress bar.
+    Names, files and the architecture are checked before the model is loaded or downloaded. `shown`: a progress bar.
     """
     from iosr_fast.clip.adapter import check_belongs
     from iosr_fast.encoders.engine_folder import ENGINE_KIND, ONNX_RUNTIMES, check_engine, choose_runtime, runtimes_of
@@ -93,7 +94,7 @@ def open_pretrained(
     from iosr_fast.export.precision import QUANTISED, choose_builder, engine_fingerprint, quantisation
     from iosr_fast.export.text import ClipText
 
-    check_model(model, pretrained)
+    check_model(model, pretrained, precision)
     chosen = read_adapter(model, adapter)
     adapted_by = None if chosen is None else chosen.fingerprint()
     source = None if engine is None else open_verified(engine, ENGINE_KIND)
@@ -105,7 +106,7 @@ def open_pretrained(
             _check_source(source.manifest, adapter=adapted_by)
         runtime = choose_runtime(runtime, runtimes_of(source.manifest))
     with progress(f"load {model}", None, shown=shown):
-        clip = load_clip(model, pretrained)
+        clip = load_model(model, pretrained)
     if source is not None:
         folder = source.folder
         _check_source(source.manifest, CLIP=clip.fingerprint)
@@ -132,14 +133,14 @@ def open_pretrained(
 
 
 def with_loaded(opened: OpenedModel, pretrained: str | Path, adapter: str | Path | None) -> OpenedModel:
-    """A saved classifier's CLIP with the one in torch that its engine was exported from.
+    """A saved classifier's model with the one in torch that its engine was exported from.
 
-    `pretrained` and `adapter` as for Classifier ("demo" for the demo's weights). Raises ValueError for another CLIP or
-    adapter than the engine's.
+    `pretrained` and `adapter` as for Classifier; the model's own name ("demo", "timm/NAME") stands for weights that no
+    `pretrained` names. Raises ValueError for another model or adapter than the engine's.
     """
     assert opened.encoder.source is not None
     manifest = opened.encoder.source.manifest
-    clip = load_clip(manifest["model"], None if manifest["model"] == "demo" else pretrained)
+    clip = load_model(manifest["model"], None if str(pretrained) == manifest["model"] else pretrained)
     chosen = choose_adapter(clip, adapter)
     _check_source(manifest, CLIP=clip.fingerprint, adapter=None if chosen is None else chosen.fingerprint())
     return replace(opened, loaded=(clip, chosen))
@@ -168,13 +169,13 @@ def open_shared(
     the CLIP open.
 
     A CLIP stays in memory while a classifier holds it; of the others only the one opened last does, until another is
-    opened. A file that changed since is opened again. Without a `model` it is the demo's, with a warning. The precision
-    "auto" opens the engine in fp32, from which the others are made.
+    opened. A file that changed since is opened again. Without a `model` it is "photographs", with a line that a CLIP is
+    better. The precision "auto" opens the engine in fp32, from which the others are made.
     """
     global _latest
     if model is None:
-        _warn_of_the_demo()
-    named = (model or "demo", pretrained, adapter, runtime, "fp32" if precision == "auto" else precision, engine)
+        _recommend_a_clip()
+    named = (model or PHOTOGRAPHS, pretrained, adapter, runtime, "fp32" if precision == "auto" else precision, engine)
     key = (str(cache_folder()), *map(_identity, named))
     with _opening:
         clip = _in_use.get(key)
@@ -199,12 +200,12 @@ def _identity(value: Any) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _warn_of_the_demo() -> None:
+def _recommend_a_clip() -> None:
     """Once a process."""
     log.warning(
-        "no model was named, so this is the demo's CLIP: a toy that was trained on emoji of 64x64 pixels and is near "
-        "chance on photographs. For photographs take a real one, like Classifier('ViT-B-32', 'laion2b_s34b_b79k') or "
-        "Classifier('ViT-B-16', 'openai'); Classifier('demo') silences this"
+        "no model was named, so this is 'photographs', a small network trained on ImageNet: a CLIP, like 'ViT-B-32' "
+        "with the pretrained weights 'laion2b_s34b_b79k', is better and reads class names; naming 'photographs' "
+        "silences this"
     )
 
 

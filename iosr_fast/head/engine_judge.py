@@ -108,7 +108,7 @@ class Judge:
         labels = np.full(len(self._classes), -1)
         if not len(labels):
             return labels, labels
-        support = make_support_set(embeddings, self._classes, head.text, head.tau, groups=self._groups)
+        support = make_support_set(embeddings, self._classes, head.text, head.tau, len(head.uids), groups=self._groups)
         method = head.config.entry
         if not method.needs_support:
             return score(head.config.compile(support), embeddings).argmax(1), np.arange(len(labels))

@@ -49,7 +49,7 @@ def fit(
     descriptions: Any,
     tree: Any = None,
 ) -> Fit:
-    """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before the CLIP is opened:
+    """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before it is opened:
     parameters, labels, class names, descriptions, and that each class has an image if the method needs one."""
     options = Options.of(parameters)
     choose_engine = parameters["precision"] == "auto"

@@ -66,7 +66,7 @@ class HeadData:
     """A fitted classifier on embeddings at one version: data that never changes, and what is computed from it once.
 
     class_names, uids  of the C classes, in order; uids rise and are never reused
-    text               (C, D) float32, unit rows; None without class names
+    text               (C, D) float32, unit rows; None where the model reads no texts
     tau                the CLIP's logit scale
     examples           the support images (N), sorted by class
     config             the method and its parameters

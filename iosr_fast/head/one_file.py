@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3
 # Of the shapes that are checked, in parts of the encoder's: smaller and larger, tall and wide, two pictures at a time.
 _SHAPES = ((1.0, 1.0), (0.6, 1.7), (2.3, 1.1))
-_LICENCES = {"demo": "MIT"}  # of weights
+_LICENCES = {"demo": "MIT", "photographs": "Apache-2.0"}  # of weights
 log = logging.getLogger(__name__)
 
 

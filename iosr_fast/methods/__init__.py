@@ -68,7 +68,10 @@ def reason_against(name: str, counts: np.ndarray, has_text: bool, has_adapted: b
     method = METHODS[name]
     n_images = int(counts.sum())
     if method.needs_text and not has_text:
-        return f"{name} compares images with texts, and there are no text embeddings; give text=, an array (C, D)"
+        return (
+            f"{name} compares images with texts, and there are no text embeddings: take a CLIP, or in FewShotHead give "
+            "text=, an array (C, D)"
+        )
     if method.needs_support and n_images == 0:
         return f"{name} needs support images, got none; give a few a class, or use method='zero-shot'"
     if method.needs_adapter and not has_adapted:

@@ -324,8 +324,8 @@ def _check_widths(facts: ClassifierManifest, engine: VerifiedFolder, head: AnyHe
     adapted = engine.manifest["first_adapted_block"] is not None
     text = facts.text
     reads_text = engine.manifest["logit_scale"] is not None
-    if (head.text is None) == reads_text:
-        raise IosrFastError(f"{SUPPORT}: expected embeddings of class names, text, of a CLIP and of no other model")
+    if (head.text is None) == reads_text or (text is not None and not reads_text):
+        raise IosrFastError("expected texts of classes and a text encoder of a CLIP alone, which reads them")
     if head.examples.width != width:
         raise IosrFastError(f"{SUPPORT}: expected embeddings of {width} channels, got {head.examples.width}")
     calibration = None if head.calibration_images is None else head.calibration_images.embeddings

@@ -59,7 +59,7 @@ PLAN_ARRAYS = [field for field in ARRAYS if field.name not in ("text", "class_of
 # that come first say how many. "last id" is the number of the newest image, "last image" the position of the last one.
 TABLE: dict[str, dict[str, Array]] = {
     SUPPORT: {
-        "text": _embeddings("head.text", "C"),  # of a classifier always
+        "text": _embeddings("head.text", "C"),  # where the model reads texts
         "owners": Array("head.examples.class_ids", "int64", "N", needed=True),
         "ids": Array("head.examples.ids", "int64", "N", needed=True, limits=("0", "last id")),
         "plain": _embeddings("head.examples.embeddings.plain", "N", needed=True),

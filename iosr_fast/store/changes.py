@@ -80,6 +80,8 @@ class Change:
         config, reducer = head.config, head.reducer
         calibration = head.calibration_images
         examples = self._examples(head)
+        if self.text is not None and (texts is None or self.op not in ("add_class", "rename_class")):
+            raise IosrFastError(f"expected no text embedding to {self.op}, got one")
         at = uids.index(self.uid) if self.uid in uids else len(uids)
         if (at == len(uids)) != (self.op in ("add_class", "remove_examples", "retune")):
             raise IosrFastError(f"expected a class to {self.op}, got {class_id(self.uid)}")
@@ -90,9 +92,10 @@ class Change:
         above = above[before] + (() if self.op == "remove_class" else place) + above[after]
         match self.op:
             case "add_class" | "rename_class":
-                if self.op == "add_class" and (self.uid != head.next_class or (self.text is None) != (texts is None)):
-                    beside = "no text embedding" if texts is None else "a text embedding"
-                    raise IosrFastError(f"expected a new class {class_id(head.next_class)} with {beside}")
+                if self.op == "add_class" and self.uid != head.next_class:
+                    raise IosrFastError(f"expected a new class {class_id(head.next_class)}, got {class_id(self.uid)}")
+                if self.op == "add_class" and self.text is None and texts is not None:
+                    raise IosrFastError("expected the text embedding of a new class, got none")
                 check_new_name(self.name, names[before] + names[after])
                 names, uids = (*names[before], self.name, *names[after]), (*uids[before], self.uid, *uids[after])
                 if self.text is not None and texts is not None:

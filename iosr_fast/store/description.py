@@ -33,7 +33,8 @@ def describe(folder: str | Path) -> str:
     else:
         bundle = Bundle.read(verified)
         lines += [*_head_lines(bundle.head), *_engine_lines(check_engine(verified.inner(ENGINE, ENGINE_KIND)))]
-        lines.append(f"text encoder {'none' if bundle.text is None else 'included'}")
+        without = "none" if bundle.head.text is not None else "none: this model reads no texts"
+        lines.append(f"text encoder {without if bundle.text is None else 'included'}")
         lines += [f"margin {margin:g} of boxes"] if (margin := bundle.settings.margin) else []
         lines += [] if bundle.engine_choice is None else bundle.engine_choice.lines()
     return "\n".join([*lines, f"digest {verified.digest}"])
@@ -75,8 +76,9 @@ def _engine_lines(engine: EngineManifest) -> list[str]:
     changes = engine.geometry.changes()
     resized = f" ({', '.join(f'{name} {value}' for name, value in changes.items())})" if changes else ""
     adapter = "none" if engine.adapter is None else f"{engine.adapter} {(engine.adapter_fingerprint or '')[:12]}"
+    model = "image encoder" if engine.logit_scale is None else "CLIP"
     return [
         f"engine {engine.model}, {engine.image_size} pixels{resized}, {engine.width} channels, {engine.precision}, "
         f"built for {engine.runtime}{plans}",
-        f"CLIP {engine.clip_fingerprint[:12]}, adapter {adapter}, engine {engine.fingerprint[:12]}",
+        f"{model} {engine.clip_fingerprint[:12]}, adapter {adapter}, engine {engine.fingerprint[:12]}",
     ]

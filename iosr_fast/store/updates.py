@@ -63,9 +63,10 @@ class Changing:
         parent: Parent = None,
     ) -> ChangeResult:
         """A new class from a few images (none where the method is "zero-shot"). `text` (D,), L2-normalised, is its text
-        embedding; None has the text encoder make it of the name and `descriptions`, as `fit` does. An iterator of
-        `images` is taken one after another, never all into memory. `parent` as for `move_class`. The first unreadable
-        image is a BadImageError, and a picture that another class has an IosrFastError; nothing is changed then."""
+        embedding; None has the text encoder make it of the name and `descriptions`, as `fit` does; both are refused
+        where the model reads no texts. An iterator of `images` is taken one after another, never all into memory.
+        `parent` as for `move_class`. The first unreadable image is a BadImageError, and a picture that another class
+        has an IosrFastError; nothing is changed then."""
         fit = self._store.changeable("add_class")
         _check_name(fit.head, name, path_below(parent, fit.head.paths))
         row = _text(fit, name, text, descriptions)
@@ -95,12 +96,24 @@ class Changing:
         return self._store.change(fit, make)
 
     def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:
-        """Take support images out. Refused where the method needs one that would go."""
+        """Take support images out. Refused where the method needs one that would go, and for the last image of a class
+        that has no text."""
         listed = [example_ids] if isinstance(example_ids, str) else list(example_ids)
         fit = self._store.changeable("remove_examples")
-        return self._store.change(
-            fit, lambda head: Change("remove_examples", numbers=tuple(head.find_examples(listed)))
-        )
+
+        def make(head: Head) -> Change:
+            numbers = head.find_examples(listed)
+            owners = head.examples.class_ids
+            left = owners[~np.isin(head.examples.ids, numbers)]
+            if head.text is None and len(empty := np.setdiff1d(owners, left)):
+                name = head.name_of(class_id(empty[0]))
+                raise IosrFastError(
+                    f"expected an image of {name!r} to stay: this classifier knows classes by their images alone; add "
+                    "others first, or take the class out (remove_class)"
+                )
+            return Change("remove_examples", numbers=tuple(numbers))
+
+        return self._store.change(fit, make)
 
     def remove_class(self, name_or_id: str) -> ChangeResult:
         """Take a class out, by id or name, with its images. Refused where fewer than two would be left."""
@@ -115,8 +128,8 @@ class Changing:
         keep_text: bool = False,
         descriptions: Sequence[str] | None = None,
     ) -> ChangeResult:
-        """Another name for a class, by id or name, and so another text embedding (`text` and `descriptions` as for
-        `add_class`; earlier descriptions are not kept), unless `keep_text`; its id stays."""
+        """Another name for a class, by id or name, and so another text embedding if classes have one (`text` and
+        `descriptions` as for `add_class`; earlier descriptions are not kept), unless `keep_text`; its id stays."""
         fit = self._store.changeable("rename_class")
         uid = fit.head.find_class(name_or_id)
         _check_name(fit.head, name, itself=uid)
@@ -214,9 +227,9 @@ class Changing:
         Engines are built, calibrated on them, timed, and judged by the labels of left-out examples: `tolerance` is the
         accepted loss of accuracy in points (engine_choice.rejection_reason). The `objective` is "latency" (one image),
         "throughput" (a batch) or "size" (bytes). `runtime` and `precision` restrict the candidates, `smaller_images`
-        adds some. Some are exported from the CLIP in torch, which a loaded classifier has where `pretrained` (and
+        adds some. Some are exported from the model in torch, which a loaded classifier has where `pretrained` (and
         `adapter`) name it. Returns the table (`engine_choice_`); `version` rises if embeddings change. Refused: an
-        example or an unknown image without its picture, another CLIP than the engine's, an open log, a change
+        example or an unknown image without its picture, another model than the engine's, an open log, a change
         meanwhile."""
         options = OptimizeOptions(objective, tolerance, runtime, precision, smaller_images, bool(self.progress))
         fit = self._store.fitted()
@@ -224,6 +237,12 @@ class Changing:
         from iosr_fast.head.optimize import match_images, optimize
 
         self._store.check_no_log()
+        engine = fit.clip.encoder.source
+        if smaller_images and engine is not None and engine.manifest["dual_encoder"] is None:
+            raise IosrFastError(
+                "expected a CLIP whose image encoder is a vision transformer for smaller_images, got "
+                f"{engine.manifest['model']}, which takes images of one size"
+            )
         listed = as_image_list(images)
         unknown = [] if unknown_images is None else as_image_list(unknown_images)
         if head.unknown_images is not None and not unknown:
@@ -304,7 +323,9 @@ def _text(fit: Fit, name: str, text: np.ndarray | None, descriptions: Any) -> np
     where classes have none."""
     if fit.head.text is None:
         if text is not None or descriptions is not None:
-            raise IosrFastError("expected no text and no descriptions: this classifier's model has no text encoder")
+            raise IosrFastError(
+                "expected no text and no descriptions, got some: this classifier knows classes by their images alone"
+            )
         return None
     if text is not None:
         if descriptions is not None:

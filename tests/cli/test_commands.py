@@ -70,7 +70,7 @@ def test_help_has_sections_and_a_short_name() -> None:
     sections = dict(re.findall(r"^(\w[\w ]*):\n(.*?)(?=^\w|\Z)", shown, re.MULTILINE | re.DOTALL))
     assert re.findall(r"^  (--[\w-]+)", sections["Ray"], re.MULTILINE) == ["--ray", "--workers", "--gpus", "--address"]
     assert "--skip-bad" in sections["Options"] and "--help" in sections["Options"] and "IMAGES" in sections["Arguments"]
-    assert "near chance on photographs" in re.sub(r"\s+", " ", done("fit", "--help"))
+    assert "Without --model it is photographs" in re.sub(r"\s+", " ", done("fit", "--help"))
 
 
 def test_a_place_that_can_not_be_written_is_refused_before_the_work(
@@ -118,7 +118,6 @@ def test_fit_replaces_a_classifier_only_with_overwrite(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("fit", "in"), "for photographs try --model ViT-B-32 --pretrained laion2b_s34b_b79k"),
         (("fit", "nowhere", "--model", "demo"), "found no folder"),
         (("fit", "in/class_0/0.png", "--model", "demo"), "found no folder"),
         (("fit", "in", "--model", "demo", "--unknown-images", "empty"), "expected pictures of none of the classes in"),

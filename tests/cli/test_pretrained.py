@@ -18,20 +18,20 @@ from tests.store.live_parts import pixel_clip
 pytestmark = pytest.mark.slow
 
 
-def test_the_demo_that_nobody_named_is_warned_of_once(
+def test_without_a_model_it_is_photographs_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clip = pixel_clip()
-    monkeypatch.setattr(pretrained, "open_pretrained", lambda model, *_: clip if model == "demo" else never())
+    monkeypatch.setattr(pretrained, "open_pretrained", lambda model, *_: clip if model == "photographs" else never())
     monkeypatch.setattr(pretrained, "_in_use", {})
     monkeypatch.setattr(pretrained, "_latest", None)
-    pretrained._warn_of_the_demo.cache_clear()
+    pretrained._recommend_a_clip.cache_clear()
     with caplog.at_level(logging.WARNING, "iosr_fast"):
-        assert Classifier("demo").encoder is clip.encoder
+        assert Classifier("photographs").encoder is clip.encoder
         assert not caplog.records
         assert Classifier().encoder is Classifier().encoder is clip.encoder
     assert len(caplog.records) == 1
-    for words in ("64x64", "emoji", "near chance on photographs", "'ViT-B-32', 'laion2b_s34b_b79k'"):
+    for words in ("'photographs'", "a CLIP, like 'ViT-B-32'", "reads class names"):
         assert words in caplog.text
 
 
@@ -130,6 +130,7 @@ def test_a_download_that_fails_is_one_line_that_names_the_model(
     words = ("--model", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k")
     said = refused("fit", folder, "--out", tmp_path / "out", *words)
     assert "the weights 'laion2b_s34b_b79k' of ViT-B-32 can't be downloaded" in said and "--pretrained FILE" in said
+    assert "take the model 'photographs', which needs none" in said
     assert len(said.strip().splitlines()) == 1
     with pytest.raises(OSError, match="of ViT-B-32 can't be downloaded"):
         Classifier("ViT-B-32", "laion2b_s34b_b79k").fit(["a.jpg", "b.jpg"], ["a", "b"])

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch as safetensors_torch
 import torch
 
+from iosr_fast.cli.models import KINDS
 from iosr_fast.clip.load import load_clip
 from iosr_fast.clip.models import (
     DEMO_FOLDER,
@@ -24,7 +25,7 @@ from iosr_fast.clip.models import (
     model_config,
 )
 from iosr_fast.exceptions import MissingPackageError
-from tests.cli.runs import never, refused, run
+from tests.cli.runs import done, never, refused, run
 
 pytestmark = pytest.mark.slow
 
@@ -58,12 +59,16 @@ def test_the_command_lists_all_and_makes_no_model(monkeypatch: pytest.MonkeyPatc
     assert all((one.family in PLAIN) != one.dual for one in listed)
     rows = json.loads(run("models", "--json").output)
     assert len(rows) == len(NAMES) and list(rows[0]) == ["name", "tags", "family", "dual", "text"]
-    table = run("models").output.splitlines()
+    kinds, table = (part.splitlines() for part in run("models").output.split("\n\n"))
+    assert [line.split()[0] for line in kinds] == list(KINDS)
     assert len(table) == len(NAMES) + 2 and table[-1].startswith(f"{len(NAMES)} models: ")
     assert any(line.split()[:3] == ["convnext_base", "convnext", "224"] for line in table)
     one = run("models", "ViT-B-16-SigLIP2").output
     assert one.splitlines()[1].split() == ["ViT-B-16-SigLIP2", "siglip", "224", "768", "1", "yes", "yes"]
     assert one.endswith("tags  webli\n")
+    row = done("models", "photographs").splitlines()[1]
+    assert row.split() == ["photographs", "EfficientNet", "224", "1280", "0", "no", "no"]
+    assert json.loads(done("models", "timm/vit_small_patch16_dinov3", "--json"))["tags"] == ["lvd1689m"]
     assert "did you mean 'ViT-B-16-SigLIP2'" in refused("models", "ViT-B16-SigLip2")
 
 

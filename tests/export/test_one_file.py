@@ -320,5 +320,5 @@ def test_what_has_no_graph_to_export_is_refused_before_any_work(
         with pytest.raises(ValueError, match=message):
             graph.check_engine_graph(replace(engine, **change))
     monkeypatch.setattr(graph, "MOST_BYTES", 1_000_000)
-    with pytest.raises(ValueError, match=r"expected a model of at most 0\.0 GB, .* take a smaller CLIP"):
+    with pytest.raises(ValueError, match=r"expected a model of at most 0\.0 GB, .* take a smaller model"):
         Classifier.load(demo_bundle()).export(file)

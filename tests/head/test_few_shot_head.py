@@ -171,7 +171,7 @@ def test_bad_input_is_named(rng: np.random.Generator) -> None:
     rows, labels, _ = clusters(rng, 3, 3, 8)
     for message, options, X, y in [
         ("at least two classes, got one class: .*0", {}, rows, labels * 0),
-        ("no text embeddings; give text=", {"method": "tip-x"}, rows, labels),
+        ("no text embeddings: take a CLIP, or in FewShotHead give text=", {"method": "tip-x"}, rows, labels),
         (r"in FewShotHead adapted=True and X of \(n, 2 D\)", {"method": "tip-adapter++"}, rows, labels),
         ("an even number of columns, for adapted=True, got 7", {"adapted": True}, rows[:, :7], labels),
         (r"expected text of shape \(3, 8\).*got \(2, 8\)", {"text": np.ones((2, 8))}, rows, labels),

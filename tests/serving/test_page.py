@@ -92,6 +92,23 @@ def test_a_chosen_picture_is_explained(visit: Visit) -> None:
     np.testing.assert_allclose(numbers, [*parts[0], expected.logit], atol=0.006)
 
 
+def test_a_part_that_contributes_nothing_is_not_shown(visit: Visit) -> None:
+    """As of a model that reads no texts."""
+
+    def changed(route: Any) -> None:
+        body = route.fetch().json()
+        for score in body["predictions"][0]["top"]:
+            score |= {"zero_shot": 0.0, "adapter": 0.0}
+        route.fulfill(json=body)
+
+    visit.page.route("**/v1/predict*", changed)
+    visit.choose(file(visit.site.queries[0], "chosen.png"))
+    visit.page.locator("summary", has_text="The numbers").click()
+    assert visit.texts("#numbers thead th") == ["class", "examples", "sum"]
+    shown = "The score of a class is the sum of what its labelled pictures contribute (examples)."
+    assert visit.texts("#scores p")[0] == shown
+
+
 def test_answers_that_are_not_sure_differ_in_words_and_shape(visit: Visit) -> None:
     page, best = visit.page, visit.site.classifier.predict([visit.site.queries[0]])[0]
     unknown = {"label": None, "class_id": None, "unknown": {"score": 3.21, "rejected": True}}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,7 @@ FORGED: dict[str, tuple[str, dict[str, Any]]] = {
     "NaN": ("add_examples", {**IMAGE, "arrays": {**BOTH, "adapted": (ROW * np.nan).tobytes()}}),
     "no adapted embeddings": ("add_examples", {**IMAGE, "arrays": {"plain": UNIT}}),
     "adapted queries alone": ("add_examples", {**IMAGE, "arrays": {**BOTH, "query_adapted": UNIT}}),
+    "a text of an image": ("add_examples", {**IMAGE, "arrays": {**BOTH, "text": UNIT}}),
     "an unknown array": ("add_examples", {**IMAGE, "arrays": {**BOTH, "more": UNIT}}),
     "the number of another image": ("add_examples", {**IMAGE, "numbers": (5,)}),
     "a number twice": (
@@ -352,3 +354,11 @@ def test_a_change_that_is_written_right_is_taken(path: Path) -> None:
     change = Change("retune", config=config)
     again = msgspec.msgpack.decode(change.encode(change.apply(STATE)), type=Record).apply("retune", STATE)
     assert fingerprint(again) == fingerprint(change.apply(STATE))
+
+
+@pytest.mark.parametrize(("op", "fields"), [("add_class", NEW), ("rename_class", {**NEW, "uid": 1, "classes": 3})])
+def test_a_head_without_texts_takes_records_without(op: str, fields: dict[str, Any]) -> None:
+    head, record = replace(STATE, text=None), Record(**{"images": 6, **fields})
+    with pytest.raises(ValueError, match=f"expected no text embedding to {op}, got one"):
+        record.apply(op, head)
+    assert msgspec.structs.replace(record, arrays={}).apply(op, head).class_names.count("new") == 1

@@ -56,7 +56,7 @@ def check_engine_graph(engine: VerifiedFolder | None) -> VerifiedFolder:
     if engine is None:
         raise IosrFastError(
             "expected a classifier on an encoder of an engine folder, got one without, as of FewShotHead: an encoder "
-            "of your own, or embeddings, can't be exported; fit a Classifier on a CLIP"
+            "of your own, or embeddings, can't be exported; fit a Classifier on images"
         )
     if ONNX_FILE not in engine.files:
         raise IosrFastError(
@@ -73,7 +73,7 @@ def _check_size(n_bytes: int) -> None:
     if n_bytes > MOST_BYTES:
         raise IosrFastError(
             f"expected a model of at most {MOST_BYTES / 1e9:.1f} GB, which one ONNX file holds, got one of "
-            f"{n_bytes / 1e9:.1f} GB: take a smaller CLIP, or precision='int8'"
+            f"{n_bytes / 1e9:.1f} GB: take a smaller model, or precision='int8'"
         )
 
 

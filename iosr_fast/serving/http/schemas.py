@@ -110,7 +110,7 @@ class Checked(BaseModel):
 
 
 class ClassifierAnswer(BaseModel):
-    """`model` is the CLIP. `measured` is null where nothing was. `doubts` say what speaks against promises.
+    """`model` is the encoder. `measured` is null where nothing was. `doubts` say what speaks against promises.
     `max_error` is the share of wrong labels that accepted ones may have, where a request names none; null if labels are
     then not judged. `collects` is whether uploads that need a look are kept on the server, for labelling. `checked` is
     null unless it keeps a sample of accepted ones, too. `note` says when pictures have become stranger than the
@@ -167,8 +167,9 @@ NodeName: TypeAlias = Annotated[str, Field(min_length=1, max_length=LONGEST)]
 
 class Rename(BaseModel):
     """With `keep_text` only the displayed name changes, and the class keeps its text embedding. Otherwise it gets that
-    of its new name and `descriptions`. Or, without a name, `parent`: another place in the tree, below a node by its
-    name, or below a path of names from the root down, which may be new; [] is directly below the root."""
+    of its new name and `descriptions`, if classes have one. Or, without a name, `parent`: another place in the tree,
+    below a node by its name, or below a path of names from the root down, which may be new; [] is directly below the
+    root."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -125,9 +125,9 @@ export function show(item, classCount) {
   find("scores").hidden = !prediction;
   if (!prediction) return;
   const { top, nearest, unknown } = prediction;
-  const adapted = top.some((score) => score.adapter !== 0);
-  const parts = Object.entries(PARTS).filter(([name]) => name !== "adapter" || adapted);
-  find("through-adapter").hidden = !adapted;
+  const isUsed = (name) => name === "examples" || top.some((score) => PARTS[name](score) !== 0);
+  const parts = Object.entries(PARTS).filter(([name]) => isUsed(name));
+  for (const name of ["texts", "adapter"]) find(`through-${name}`).hidden = !isUsed(name);
   find("bars").replaceChildren(...bars(top, parts, classCount));
   find("numbers").replaceChildren(...numbers(top, parts));
   find("unlikeness").textContent = unknown
