@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"depth": 3},
     "vit_small_patch14_reg4_dinov2": {"img_size": 56, **SMALL},
     "vit_small_patch16_dinov3": {"img_size": 64, **SMALL},
+    "hiera_tiny_224": {"img_size": 224, "embed_dim": 16, "stages": (1, 1, 1, 1)},
     "test_convnext": {},
     "test_efficientnet": {},
 }
