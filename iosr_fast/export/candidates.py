@@ -6,6 +6,7 @@ import shutil
 import weakref
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,9 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.check import MIN_PICTURES
-from iosr_fast.export.precision import QUANTISED, graph_precision, runtimes_in
+from iosr_fast.export.onnx import engine_graph
+from iosr_fast.export.precision import NO_PRODUCTS, QUANTISED, graph_precision, runtimes_in
+from iosr_fast.export.quantize.graph import has_products
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.sealed.files import in_cache, temporary_folder
 from iosr_fast.sealed.verified_folder import VerifiedFolder
@@ -88,11 +91,20 @@ def _left_out(one: Candidate, engine: VerifiedFolder, pictures: int, with_clip: 
         return f"{gpu.name} has no fp8 instructions"
     if _is_there(one, engine):
         return ""
+    if one.precision in QUANTISED and not _has_products(engine):
+        return NO_PRODUCTS
     if one.precision in QUANTISED and pictures < MIN_PICTURES:
         return f"{MIN_PICTURES} pictures are needed to calibrate, got {pictures}"
     if _is_exported(one, engine) and not with_clip:
         return "it is exported from the model's weights, which were not named"
     return ""
+
+
+def _has_products(engine: VerifiedFolder) -> bool:
+    """Whether 8 bits make something faster. Fused encoders have products; of another the graph says it."""
+    if engine.manifest["dual_encoder"] is not None or find_spec("onnx") is None:  # without onnx, building says it
+        return True
+    return has_products(engine_graph(engine))
 
 
 def _is_there(one: Candidate, engine: VerifiedFolder) -> bool:

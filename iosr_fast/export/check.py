@@ -16,6 +16,7 @@ from iosr_fast.images.preprocess import to_pixels
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.export.from_onnx import OnnxModel
 
 FP32_MAX_ERROR = 1e-4
 MIN_COSINES = {"fp16": 0.999, "bf16": 0.999, "int8": 0.99, "fp8": 0.99}
@@ -25,7 +26,7 @@ CALIBRATION_PICTURES, MIN_PICTURES = 256, 8
 Truth = Mapping[str, tuple[np.ndarray, tuple[np.ndarray, ...]]]
 
 
-def calibration_pictures(clip: LoadedModel, folder: str | Path | None = None) -> np.ndarray:
+def calibration_pictures(clip: LoadedModel | OnnxModel, folder: str | Path | None = None) -> np.ndarray:
     """At most 256 pictures, evenly spaced in `folder` (with sub-folders), as uint8 (N, S, S, 3).
 
     Without a folder, the demo's CLIP takes its generic pictures, which show none of the held-out concepts. Raises

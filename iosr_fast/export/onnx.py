@@ -25,7 +25,8 @@ import numpy as np
 
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE, WEIGHTS_SUFFIX
 from iosr_fast.encoders.runtimes.onnxruntime import open_session
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import IosrFastError, UnavailableError
+from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from iosr_fast.clip.dual_encoder import DualEncoder
     from iosr_fast.clip.plain_encoder import PlainEncoder
 
-OPSET = 20  # the first with Gelu as one operator
+OPSET, IR = 20, 10  # the first opset with Gelu as one operator, and the version of files that exporters write for it
 EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, for shape inference and constant folding
 
 
@@ -64,22 +65,29 @@ def to_onnx(
 
     `example` is an input; `name` the input's name; `dynamic` has the torch.export.Dim of each dynamic axis. Tensors
     above 1 KiB are written to the file `weights`, one after the other, so that the model may exceed 2 GB; None leaves
-    them in the model. Raises RuntimeError if one of these axes, or the first axis of an output, was exported with a
-    fixed size.
+    them in the model. Raises UnavailableError for a module that PyTorch can't export, RuntimeError if one of these
+    axes, or the first axis of an output, was exported with a fixed size.
     """
     torch = require("torch", "cpu")
     require("onnxscript", "cpu")
-    with _quiet_exporter():
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=[name],
-            output_names=list(outputs),
-            dynamic_shapes=(dict(dynamic),),
-        )
+    try:
+        with _quiet_exporter():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=[name],
+                output_names=list(outputs),
+                dynamic_shapes=(dict(dynamic),),
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise UnavailableError(
+            f"PyTorch {torch.__version__} can't export this model as ONNX: {reason}; an image encoder that another "
+            "exporter writes can be the model: FILE.onnx"
+        ) from error
     if weights is None:
         model = program.model_proto
     else:
@@ -122,6 +130,11 @@ def save_onnx(model: Any, path: Path) -> None:
     onnx.save_model(model, str(path), save_as_external_data=True, location=weights.name, size_threshold=EXTERNAL)
     if weights.exists():  # a graph may have no large tensor
         weights.chmod(0o644)  # onnx makes it readable for its owner only
+
+
+def engine_graph(engine: VerifiedFolder) -> Any:
+    """The onnx.ModelProto of an engine's encoder.onnx without its large weights."""
+    return require("onnx", "cpu").load_from_string(engine.read(ONNX_FILE))
 
 
 def session_of(model: Any, folder: Path) -> Any:
@@ -175,15 +188,10 @@ def plain_graph(model: Any) -> Any:
         raise IosrFastError(
             f"expected an encoder of export_onnx with two streams, got a graph that joins {joins} and splits {halves}"
         )
-    read = {"plain"}
-    nodes = []
-    for node in reversed(graph.node):
-        if read.intersection(node.output):
-            read.update(node.input)
-            nodes.append(node)
+    nodes, read = leading_to(graph.node, "plain")
     outputs = [output for output in graph.output if output.name == "plain"]
     for field, values in (
-        (graph.node, nodes[::-1]),
+        (graph.node, nodes),
         (graph.initializer, [tensor for name, tensor in constants.items() if name in read]),
         (graph.output, outputs),
         (graph.value_info, []),  # the shapes of both streams
@@ -191,3 +199,14 @@ def plain_graph(model: Any) -> Any:
         del field[:]
         field.extend(values)
     return model
+
+
+def leading_to(nodes: Sequence[Any], output: str) -> tuple[list[Any], set[str]]:
+    """Those of a graph's nodes that `output` depends on, in their order, and all names that they read."""
+    read = {output}
+    chosen = []
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            read.update(node.input)
+            chosen.append(node)
+    return chosen[::-1], read

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from iosr_fast.clip.image_models import PHOTOGRAPHS
+from iosr_fast.clip.image_models import ONNX, PHOTOGRAPHS
 from iosr_fast.clip.load import LoadedModel, load_model
 from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused, model_config
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export.from_onnx import OnnxModel, read_onnx
 from iosr_fast.sealed.files import cache_folder, in_cache
 from iosr_fast.sealed.manifest import MANIFEST, SCHEMA
 from iosr_fast.sealed.verified_folder import open_verified
@@ -26,8 +27,6 @@ from iosr_fast.utils.require import require_installed
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
     from iosr_fast.encoders.encoder import Encoder
-
-require_installed("torch", "cpu")
 
 DEMO_ADAPTER = DEMO_FOLDER / "adapter.safetensors"
 log = logging.getLogger(__name__)
@@ -44,13 +43,13 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
     model that can't have one.
     `choose_adapter` also compares the CLIP's weights.
     """
-    from iosr_fast.clip.adapter import load_adapter
-
     if adapter == "auto":
         adapter = DEMO_ADAPTER if model in ("demo", DEMO_NAME) else None
     if adapter is None:
         return None
     check_adaptable(model)
+    from iosr_fast.clip.adapter import load_adapter
+
     loaded = load_adapter(adapter)
     vision = model_config(model)["vision_cfg"]
     if "layers" in vision:  # timm's models are known by their weights only (check_belongs)
@@ -73,6 +72,15 @@ def choose_adapter(clip: LoadedModel, adapter: str | Path | None) -> Adapter | N
     return loaded
 
 
+def load(model: str, pretrained: str | Path | None, precision: str) -> LoadedModel | OnnxModel:
+    """`load_model`, or the encoder in an ONNX file, which needs no torch; for an engine in this `precision`."""
+    from iosr_fast.export.build import check_products
+
+    loaded = read_onnx(model) if model.endswith(ONNX) else load_model(model, pretrained)
+    check_products(loaded, precision)
+    return loaded
+
+
 def open_pretrained(
     model: str,
     pretrained: str | Path | None,
@@ -86,14 +94,14 @@ def open_pretrained(
 
     Names, files and the architecture are checked before the model is loaded or downloaded. `shown`: a progress bar.
     """
-    from iosr_fast.clip.adapter import check_belongs
     from iosr_fast.encoders.engine_folder import ENGINE_KIND, ONNX_RUNTIMES, check_engine, choose_runtime, runtimes_of
     from iosr_fast.encoders.runtimes import open_engine
     from iosr_fast.export.build import LAYOUT, write_engine
     from iosr_fast.export.check import calibration_pictures
     from iosr_fast.export.precision import QUANTISED, choose_builder, engine_fingerprint, quantisation
-    from iosr_fast.export.text import ClipText
 
+    if not model.endswith(ONNX):
+        require_installed("torch", "cpu")
     check_model(model, pretrained, precision)
     chosen = read_adapter(model, adapter)
     adapted_by = None if chosen is None else chosen.fingerprint()
@@ -106,14 +114,16 @@ def open_pretrained(
             _check_source(source.manifest, adapter=adapted_by)
         runtime = choose_runtime(runtime, runtimes_of(source.manifest))
     with progress(f"load {model}", None, shown=shown):
-        clip = load_model(model, pretrained)
+        clip = load(model, pretrained, precision)
     if source is not None:
         folder = source.folder
         _check_source(source.manifest, CLIP=clip.fingerprint)
         source.check()
         encoder = open_engine(source, runtime)
     else:
-        if chosen is not None:
+        if chosen is not None and isinstance(clip, LoadedModel):
+            from iosr_fast.clip.adapter import check_belongs
+
             check_belongs(chosen, clip)
         pictures = calibration_pictures(clip) if precision in QUANTISED else None
         quantised = quantisation(clip.image_size, runtime, precision, pictures)
@@ -127,6 +137,10 @@ def open_pretrained(
                 write_engine(clip, chosen, folder, runtime, precision, pictures=pictures)
         encoder = open_engine(folder, runtime, verify=False) if cached is None else cached
     assert encoder.source is not None
+    if isinstance(clip, OnnxModel):
+        return OpenedModel(encoder, folder, None, clip.logit_scale, reads_text=False)
+    from iosr_fast.export.text import ClipText
+
     same = encoder.source.manifest["adapter_fingerprint"] == adapted_by
     text = None if clip.tokenizer is None else ClipText(clip)
     return OpenedModel(encoder, folder, text, clip.logit_scale, (clip, chosen) if same else None, text is not None)
@@ -157,7 +171,7 @@ def _check_source(manifest: dict[str, Any], **fingerprints: str | None) -> None:
 
 
 def open_shared(
-    model: str | None,
+    model: str | Path | None,
     pretrained: str | Path | None,
     adapter: str | Path | None,
     runtime: str,
@@ -175,7 +189,8 @@ def open_shared(
     global _latest
     if model is None:
         _recommend_a_clip()
-    named = (model or PHOTOGRAPHS, pretrained, adapter, runtime, "fp32" if precision == "auto" else precision, engine)
+    model, precision = str(model or PHOTOGRAPHS), "fp32" if precision == "auto" else precision
+    named = (model, pretrained, adapter, runtime, precision, engine)
     key = (str(cache_folder()), *map(_identity, named))
     with _opening:
         clip = _in_use.get(key)
@@ -193,10 +208,13 @@ def _identity(value: Any) -> tuple[Any, ...]:
         return name
     path = Path(str(value).removeprefix(LOCAL))
     try:
-        facts = (path / MANIFEST if (path / MANIFEST).is_file() else path).stat()
+        files = [path / MANIFEST if (path / MANIFEST).is_file() else path]
+        if path.suffix == ONNX:
+            files += sorted(path.parent.iterdir())  # its facts, and weights of any name
+        facts = [file.stat() for file in files]
     except (OSError, ValueError):
         return name  # the name of a model or a tag, or a missing file, which open_pretrained reports
-    return *name, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+    return *name, *((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in facts)
 
 
 @functools.cache

@@ -13,12 +13,19 @@ import pytest
 import torch
 
 from iosr_fast import Classifier
+from iosr_fast.clip.load import load_model
+from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.export import build
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.candidates import list_candidates, with_smaller_images
+from iosr_fast.export.onnx import export_onnx
+from iosr_fast.export.precision import NO_PRODUCTS
 from iosr_fast.head import engine_judge
 from iosr_fast.sealed.verified_folder import open_verified
+from tests.cli.runs import never
 from tests.clip.families import randomise
 from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip
 from tests.clip.small_clip import random_pixels
@@ -81,6 +88,62 @@ def test_tensorrt_takes_the_graph_which_is_fp32(built: tuple[str, Path, Any]) ->
     assert build_plan(path, "tensorrt_rtx", 3)
 
 
+ENCODERS = ("test_vit", "test_convnext", "test_efficientnet")  # of timm; the last one has convolutions alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_of_timm_in_every_precision_and_as_a_plan(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(build, "export_onnx", export_once)
+    clip = load_model(f"timm/{name}", "none")
+    pixels = random_pixels(24, 160) // (1 + np.arange(24, dtype=np.uint8) % 5)[:, None, None, None]
+    if name != "test_efficientnet":  # its statistics are of its own weights
+        randomise(clip.model.visual)
+    manifest = write_engine(clip, None, tmp_path / "engine", "tensorrt_rtx", max_batch=3)
+    assert list(manifest["check"]) == ["onnxruntime", "tensorrt_rtx"] and len(manifest["plans"]) == 1
+    (expected,) = two_passes(clip, None, pixels[16:])
+    assert expected.std(0).max() > 1e-3  # pictures differ
+    for runtime in ("onnxruntime", "openvino"):
+        np.testing.assert_allclose(
+            open_engine(tmp_path / "engine", runtime).encode(pixels[16:]).plain, expected, atol=1e-4
+        )
+    left_out = {
+        one.precision: one.left_out for one in list_candidates(open_verified(tmp_path / "engine", "engine"), 16)
+    }
+    has_bf16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert left_out == {
+        "fp32": "",
+        "bf16": "" if has_bf16 else "this processor has no bf16 instructions",
+        "int8": NO_PRODUCTS if name == "test_efficientnet" else "",
+    }
+    for precision in ("bf16", "int8"):
+        if left_out[precision] == NO_PRODUCTS:
+            monkeypatch.setattr(build, "export_onnx", never)
+            with pytest.raises(IosrFastError, match=f"expected fp32 or bf16 for timm/{name}, got int8"):
+                write_engine(clip, None, tmp_path / "int8", "openvino", "int8", pictures=pixels[:16])
+            continue
+        convert_engine(tmp_path / "engine", tmp_path / precision, "openvino", precision, pixels[:16])
+        got = open_engine(tmp_path / precision, "openvino").encode(pixels[16:]).plain
+        assert (got * expected).sum(1).min() >= (0.99 if precision == "int8" else 0.999)
+        assert np.abs(got - expected).max() > 1e-5 or left_out[precision]
+
+
+@pytest.mark.slow
+def test_a_convolutional_encoder_is_optimized_without_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(engine_judge, "_TIMING_S", 0.1)
+    images = [pixels // (1 + 3 * (i % 2)) for i, pixels in enumerate(random_pixels(16, 160))]
+    labels = ["bright", "dark"] * 8
+    classifier = Classifier("timm/test_efficientnet", "none", precision="auto", method="tip-adapter")
+    choice = classifier.fit(images, labels).engine_choice_
+    assert choice is not None and list(classifier.predict(images)) == labels
+    assert {one.reason for one in choice.candidates if one.precision == "int8"} == {NO_PRODUCTS}
+    assert "failed" not in {one.verdict for one in choice.candidates}
+
+
 @pytest.mark.slow
 def test_a_folder_with_a_resnet_becomes_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a folder that open_clip loads to a saved classifier with the fastest engine."""
@@ -108,3 +171,16 @@ def test_a_folder_with_a_resnet_becomes_a_classifier(tmp_path: Path, monkeypatch
     assert list(loaded.predict(images)) == list(classifier.predict(images)) == labels
     with pytest.raises(ValueError, match=r"has a ResNet image encoder.* every method without"):
         Classifier(name, adapter=folder / "open_clip_model.safetensors").fit(images, labels)
+
+
+@pytest.mark.slow
+def test_what_pytorch_can_not_export_is_said_in_words(tmp_path: Path) -> None:
+    class FiveAxes(torch.nn.Module):
+        image_size, outputs = 8, ("plain",)
+
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            x = pixels.float()[:, None]
+            return (torch.nn.functional.scaled_dot_product_attention(x, x, x).flatten(1),)
+
+    with pytest.raises(UnavailableError, match=r"can't export this model as ONNX: Error .*attention.*FILE\.onnx"):
+        export_onnx(FiveAxes(), tmp_path / "encoder.onnx")  # type: ignore[arg-type]

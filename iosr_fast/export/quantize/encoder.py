@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import evenly
 from iosr_fast.export.onnx import save_onnx
+from iosr_fast.export.precision import NO_PRODUCTS
 from iosr_fast.export.quantize.graph import Activation, EncoderGraph, Group
 from iosr_fast.export.quantize.sensitivity import EmbeddingError, choose_float
 from iosr_fast.export.quantize.values import (
@@ -60,7 +62,8 @@ def quantize_onnx(source: Path, target: Path, pictures: np.ndarray, form: Form =
     Returns JSON values: form, calibration_pictures, products (number quantised) of total_products, smoothed (number of
     activations), embedding_error (share of the variance) and kept (the products in float: {name: reason}).
 
-    Raises FileNotFoundError for a missing file, and ArithmeticError if no product is accurate enough.
+    Raises FileNotFoundError for a missing file, IosrFastError for a graph without products to quantise, and
+    ArithmeticError if no product is accurate enough.
     """
     graph = EncoderGraph(source)
     groups, kept = graph.groups()
@@ -69,6 +72,8 @@ def quantize_onnx(source: Path, target: Path, pictures: np.ndarray, form: Form =
     if form != "u8s8":
         reasons[0] = "the patch projection"
     tried = [i for i in range(len(groups)) if i not in reasons]
+    if not tried:
+        raise IosrFastError(f"expected products to quantise, got none in {source.name}: {NO_PRODUCTS}")
     activations = graph.activations(
         [groups[i].tensor for i in tried], evenly(pictures, RANGE_PIXELS // pictures[0, :, :, 0].size)
     )
