@@ -460,12 +460,12 @@ class Classifier(Answering[Fit], Changing, Estimator):
         DamagedFileError naming what is missing, damaged or foreign, and what open_engine raises.
         """
         saved = load(Bundle, folder, verify, threads, expected_digest)
-        return cls._opened(saved, saved.open_model(runtime, threads, runs), runtime)
+        return cls._opened(saved, saved.open(runtime, threads, runs), runtime)
 
     @classmethod
-    def _opened(cls, saved: Saved, clip: OpenedModel, runtime: str) -> Self:
-        classifier = cls._with_clip(clip, runtime=runtime, **saved.parameters())
-        classifier._store.fit = saved.fit_on(clip)
+    def _opened(cls, saved: Saved, fit: Fit, runtime: str) -> Self:
+        classifier = cls._with_clip(fit.clip, runtime=runtime, **saved.parameters())
+        classifier._store.fit = fit
         return classifier
 
 
@@ -485,5 +485,5 @@ def open_together(
     saved: Sequence[Saved], runtime: str = "auto", threads: int | None = None, runs: int = 1
 ) -> list[Classifier]:
     """Classifiers that share a model, which is opened once: all `saved` have equal `shares`."""
-    clip = saved[0].open_model(runtime, threads, runs, saved[1:])
-    return [Classifier._opened(one, clip, runtime) for one in saved]
+    clip = saved[0].open(runtime, threads, runs, saved[1:]).clip
+    return [Classifier._opened(one, one.on(clip), runtime) for one in saved]

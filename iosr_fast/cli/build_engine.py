@@ -105,8 +105,7 @@ def build_classifier(
     check_new_folder(out, PLAN_KIND)
     runtime = plan_runtime(runtime)
     abstention = Abstention.of("reject" if reject_unknown else None, None, KEEP, max_error)
-    saved = load_saved(classifier)
-    fit = saved.fit_on(saved.open_model("auto", None, 1))
+    fit = load_saved(classifier).open("auto", None, 1)
     manifest = write_plan(fit, out, runtime, max_batch, abstention)
     ran = "so does the plan, on the GPU here" if manifest["was_run"] else "the plan was not run: no GPU for it here"
     note(

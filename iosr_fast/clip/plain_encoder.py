@@ -1,10 +1,11 @@
-"""The image encoder of any model of open_clip as one module from uint8 pixels to the plain embedding.
+"""The image encoder of any model of open_clip or timm as one module from uint8 pixels to the plain embedding.
 
-For encoders that `fuse` can't fuse: ConvNeXt, ResNet, MobileCLIP-S, ViTamin, CoCa. The layers are the model's own, with
-two changes, both exact up to rounding:
+For encoders that `fuse` can't fuse: ConvNeXt, ResNet, MobileCLIP-S, ViTamin, CoCa, and timm's. The layers are the
+model's own, with these changes, all exact up to rounding:
 
     attention      nn.MultiheadAttention and the ResNet's attention pool become `Attention` and `AttentionPool`, because
-                   the exporter writes the batch size of the example into their reshapes
+                   the exporter writes the batch size of the example into their reshapes; attention by windows (Hiera,
+                   NesT), which has five axes, becomes products, because the exporter takes fused attention of four
     branches       parallel convolutions that only training needs (MobileCLIP-S) are summed into one
 """
 
@@ -25,6 +26,8 @@ from iosr_fast.clip.tower import shallow_copy  # noqa: E402
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedModel
+
+_BY_WINDOWS = ("timm.models.hiera", "timm.models.nest")
 
 
 class PlainEncoder(nn.Module):
@@ -119,8 +122,11 @@ def _exportable(module: Any) -> Any:
         module.reparameterize()
         return module
     children = {name: _exportable(child) for name, child in module.named_children()}
-    if all(child is module._modules[name] for name, child in children.items()):
+    by_windows = hasattr(module, "fused_attn") and type(module).__module__ in _BY_WINDOWS
+    if not by_windows and all(child is module._modules[name] for name, child in children.items()):
         return module
     clone = shallow_copy(module)
     clone._modules |= children
+    if by_windows:
+        clone.fused_attn = False
     return clone

@@ -25,7 +25,7 @@ import numpy as np
 
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE, WEIGHTS_SUFFIX
 from iosr_fast.encoders.runtimes.onnxruntime import open_session
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.require import require
 
@@ -65,22 +65,29 @@ def to_onnx(
 
     `example` is an input; `name` the input's name; `dynamic` has the torch.export.Dim of each dynamic axis. Tensors
     above 1 KiB are written to the file `weights`, one after the other, so that the model may exceed 2 GB; None leaves
-    them in the model. Raises RuntimeError if one of these axes, or the first axis of an output, was exported with a
-    fixed size.
+    them in the model. Raises UnavailableError for a module that PyTorch can't export, RuntimeError if one of these
+    axes, or the first axis of an output, was exported with a fixed size.
     """
     torch = require("torch", "cpu")
     require("onnxscript", "cpu")
-    with _quiet_exporter():
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=[name],
-            output_names=list(outputs),
-            dynamic_shapes=(dict(dynamic),),
-        )
+    try:
+        with _quiet_exporter():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=[name],
+                output_names=list(outputs),
+                dynamic_shapes=(dict(dynamic),),
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise UnavailableError(
+            f"PyTorch {torch.__version__} can't export this model as ONNX: {reason}; an image encoder that another "
+            "exporter writes can be the model: FILE.onnx"
+        ) from error
     if weights is None:
         model = program.model_proto
     else:

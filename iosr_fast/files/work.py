@@ -164,7 +164,7 @@ class Classify:
         }
 
     def open(self, options: ReadOptions) -> Reader:
-        fit = self.bundle.fit_on(self.bundle.open_model(options.runtime, options.threads, 1))
+        fit = self.bundle.open(options.runtime, options.threads, 1)
         return Reader(fit.encoder, fit.clip.engine, fit.settings, options)
 
     def use(self, embeddings: Embeddings) -> Embeddings | Sequence[Answered]:

@@ -76,11 +76,11 @@ class Bundle:
         settings = self.settings
         return self.encoder_fingerprint, check_engine(self.files).geometry, settings.exif_orientation, settings.margin
 
-    def open_model(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Saved] = ()) -> OpenedModel:
-        """The model of this bundle, and of others that share it. "auto" is the runtime that was chosen by measuring on
-        the same processor.
+    def open(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Saved] = ()) -> Fit:
+        """The fit of an opened bundle. "auto" is the runtime that was chosen by measuring on the same processor.
 
-        The encoder is opened in the form that queries need; OpenedModel opens that of support images when some come.
+        The encoder is opened in the form that queries need, those of bundles `beside` it, too, whose fits will be
+        `on` the model of this one; OpenedModel opens that of support images when some come.
         """
         from iosr_fast.encoders.runtimes import open_engine
 
@@ -90,10 +90,11 @@ class Bundle:
         files = self.files or self.engine
         encoder = open_engine(files, name, verify=False, threads=threads, runs=runs, adapted=True in forms)
         reads_text = self.head.text is not None
-        return OpenedModel(encoder, self.engine, self.text, self.head.tau, None, reads_text, one_form=len(forms) == 2)
+        model = self.engine, self.text, self.head.tau, None, reads_text
+        return self.on(OpenedModel(encoder, *model, one_form=len(forms) == 2))
 
-    def fit_on(self, clip: OpenedModel) -> Fit:
-        """The fit of an opened bundle."""
+    def on(self, clip: OpenedModel) -> Fit:
+        """The fit on an opened model."""
         return Fit(clip, self.head, self.settings, (), self.integer_labels, self.engine_choice)
 
     def parameters(self) -> dict[str, Any]:
@@ -207,14 +208,14 @@ class SavedHead:
         """As Bundle.shares: nothing says that two heads are of one encoder."""
         return object()
 
-    def open_model(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Saved] = ()) -> OpenedModel:
-        """A model whose images are rows of embeddings (encoders.rows)."""
+    def open(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Saved] = ()) -> Fit:
+        """A fit whose images are rows of embeddings (encoders.rows)."""
         if runtime != "auto":
             raise IosrFastError(f"a head has no encoder, which a runtime would execute: leave out {runtime!r}")
-        return OpenedModel(Rows(self.width, self.adapted), Path(), None, self.head.tau)
+        return self.on(OpenedModel(Rows(self.width, self.adapted), Path(), None, self.head.tau))
 
-    def fit_on(self, clip: OpenedModel) -> Fit:
-        """As Bundle.fit_on."""
+    def on(self, clip: OpenedModel) -> Fit:
+        """As Bundle.on."""
         return Fit(clip, self.head, self.settings)
 
     def parameters(self) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from iosr_fast.clip.load import load_model
 from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.export import build
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.candidates import list_candidates, with_smaller_images
+from iosr_fast.export.onnx import export_onnx
 from iosr_fast.export.precision import NO_PRODUCTS
 from iosr_fast.head import engine_judge
 from iosr_fast.sealed.verified_folder import open_verified
@@ -170,3 +171,16 @@ def test_a_folder_with_a_resnet_becomes_a_classifier(tmp_path: Path, monkeypatch
     assert list(loaded.predict(images)) == list(classifier.predict(images)) == labels
     with pytest.raises(ValueError, match=r"has a ResNet image encoder.* every method without"):
         Classifier(name, adapter=folder / "open_clip_model.safetensors").fit(images, labels)
+
+
+@pytest.mark.slow
+def test_what_pytorch_can_not_export_is_said_in_words(tmp_path: Path) -> None:
+    class FiveAxes(torch.nn.Module):
+        image_size, outputs = 8, ("plain",)
+
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            x = pixels.float()[:, None]
+            return (torch.nn.functional.scaled_dot_product_attention(x, x, x).flatten(1),)
+
+    with pytest.raises(UnavailableError, match=r"can't export this model as ONNX: Error .*attention.*FILE\.onnx"):
+        export_onnx(FiveAxes(), tmp_path / "encoder.onnx")  # type: ignore[arg-type]

@@ -123,10 +123,11 @@ class FakeClassifier:
         self.raises: Callable[[list[int]], None] = lambda numbers: None
         self.version, self.adapted = version, adapted
         self.margin = 0.0
+        self.promises = False
         self._head = FakeHead(self)
 
     def serve_promises(self) -> None:
-        pass
+        self.promises = True
 
     def snapshot(self) -> FakeHead:
         if self._head.version != self.version:

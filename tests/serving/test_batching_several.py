@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import Mock
@@ -31,8 +32,10 @@ def fail_on(*numbers: int) -> Callable[[list[int]], None]:
     """What a head or an encoder raises on these pictures; without any, on every one."""
 
     def raises(given: list[int]) -> None:
-        if not numbers or set(numbers) & set(given):
-            raise HeadError
+        try:
+            assert numbers and not set(numbers) & set(given)
+        except AssertionError:
+            raise HeadError from None
 
     return raises
 
@@ -42,6 +45,10 @@ def said(future: Any) -> Any:
     found = future.exception(PATIENCE_S) or future.result()
     each = [getattr(one, "version", type(one).__name__) for one in (found if isinstance(found, tuple) else (found,))]
     return each if isinstance(found, tuple) else each[0]
+
+
+class Kept(np.ndarray):
+    """An array that can be watched."""
 
 
 class Several:
@@ -64,9 +71,9 @@ class Several:
         return said(self.batching.submit(picture(number), classifier=names))
 
     def together(self, *asked: tuple[int, Names]) -> list[Any]:
-        """What is said of pictures that come in one batch."""
+        """What is said of pictures that come in one batch; of those from 100 on more classes are asked."""
         with self.a.held(self.batching, HOLD, classifier="a"):
-            futures = [self.batching.submit(picture(number), classifier=names) for number, names in asked]
+            futures = [self.batching.submit(picture(i), classifier=names, top=1 + i // 100) for i, names in asked]
         return [said(future) for future in futures]
 
 
@@ -85,7 +92,7 @@ def test_a_picture_is_encoded_once_and_scored_by_each_that_it_asks(several: Seve
     scored = [[numbers for numbers, *_ in one.asked] for one in (several.a, several.b, several.c)]
     assert scored == [[[HOLD], [1, 2, 4]], [[3, 4, 5]], [[2, 4]]], "in one call of each head"
     assert several.watcher.done[1:] == [("ok", label) for label in ("1", None, "3", None, "5")]
-    assert several.collected == [(20, 3), (20, 4), (20, 5)]
+    assert several.collected == [(20, 3), (20, 4), (20, 5)] and all(one.promises for one in several.named.values())
 
 
 @pytest.mark.parametrize("isolated", [False, True])
@@ -122,11 +129,11 @@ def test_queries_and_classifiers_that_do_not_fit_are_refused(several: Several, m
     assert several.batching.pending == 0 and several.encoder.batches == [[1], [1]]
 
 
-@pytest.mark.parametrize(("field", "value"), [("fingerprint", "other"), ("image_size", 8), ("margin", 0.1)])
+@pytest.mark.parametrize(("field", "value"), [("fingerprint", "x"), ("image_size", 8), ("width", 2), ("margin", 0.1)])
 def test_classifiers_share_an_encoder_or_are_refused(several: Several, field: str, value: Any) -> None:
     other = FakeClassifier()
     setattr(other if field == "margin" else other.encoder, field, value)
-    with pytest.raises(IosrFastError, match=r"'z' with (fingerprint|geometry|margin) .*, and 'a' with"):
+    with pytest.raises(IosrFastError, match=r"'z' with (fingerprint|geometry|width|margin) .*, and others with"):
         BatchingClassifier({**several.named, "z": other})
     unfitted = Mock(snapshot=Mock(side_effect=NotFittedError("not fitted yet")))
     with pytest.raises(NotFittedError, match="classifier 'z': not fitted"):
@@ -152,10 +159,10 @@ def test_all_share_the_encoder_of_the_first_that_compares_adapted_embeddings(ada
 
 @pytest.mark.parametrize("guilty", [2, 3])
 def test_a_head_that_fails_on_one_picture_fails_for_it_alone(several: Several, guilty: int, caplog) -> None:
-    several.b.raises = fail_on(guilty)
+    several.a.raises = several.b.raises = fail_on(guilty)
     found = several.together((1, ALL), (2, ALL), (3, "b"), (4, ("b",)), (5, "c"))
     bad = "HeadError"
-    assert found[:2] == [[10, 20, 30], [10, bad if guilty == 2 else 20, 30]]
+    assert found[:2] == [[10, 20, 30], [bad, bad, 30] if guilty == 2 else [10, 20, 30]]
     assert found[2:] == [bad if guilty == 3 else 20, [20], 30]
     assert several.batching.healthy and not several.batching.failures and several.batching.last_error is None
     tried = sorted(several.encoder.batches[2:])
@@ -168,11 +175,17 @@ def test_a_head_that_fails_on_one_picture_fails_for_it_alone(several: Several, g
 def test_a_head_that_fails_on_every_picture_fails_alone(several: Several, monkeypatch, caplog) -> None:
     monkeypatch.setattr(batch_workers, "_PROBE_S", 3600.0)
     several.b.raises = fail_on()
-    found = several.together((1, ALL), (2, "b"), (3, ("b", "c")))
-    assert found == [[10, "HeadError", 30], "HeadError", ["HeadError", 30]]
-    assert [numbers for numbers, *_ in several.b.asked][:2] == [[1, 2, 3], [BLACK]], "no picture is tried alone"
+    found = several.together((1, ALL), (2, "b"), (3, ("b", "c")), (101, "b"))
+    assert found == [[10, "HeadError", 30], "HeadError", ["HeadError", 30], "HeadError"]
+    asked = [numbers for numbers, *_ in several.b.asked if numbers != [BLACK]]
+    assert asked == [[1, 2, 3]], "no picture is tried alone"
     assert several.batching.healthy and several.batching.failures.keys() == {"b"}
-    assert [outcome for outcome, _ in several.watcher.done] == ["ok", "ok", "error", "ok"]
+    assert [outcome for outcome, _ in several.watcher.done] == ["ok", "ok", "error", "ok", "error"]
+    kept = picture(1).view(Kept)
+    watched, futures = weakref.ref(kept), several.batching.submit_many([kept], classifier=ALL)
+    del kept
+    assert said(futures[0])[1] == "HeadError"
+    until(lambda: watched() is None)
     assert several.ask(names=("b", "a")) == ["HeadError", 10] and caplog.text.count("tried one by one") == 1
     several.a.raises = several.c.raises = fail_on()
     assert several.ask() == ["HeadError"] * 3 and several.watcher.done[-1] == ("error", None)
@@ -193,14 +206,16 @@ def test_failed_heads_are_tried_while_nobody_asks_them(several: Several, monkeyp
     assert several.batching.failures.keys() == {"b"}
     several.b.raises = fail_on(99)
     until(lambda: ask() == 10 and not several.batching.failures)
+    several.b.raises = several.a.raises = several.c.raises = fail_on()
+    assert several.ask(names="b") == "HeadError"
+    until(lambda: not several.batching.healthy)  # the others are tried, too
 
 
 def test_an_encoder_that_fails_fails_for_all(several: Several, monkeypatch) -> None:
     monkeypatch.setattr(batch_workers, "_PROBE_S", 0.001)
     several.encoder.raises = fail_on(3)
-    assert (
-        several.together((1, ALL), (3, ALL), (4, "a")) == [[10, 20, 30], "HeadError", 10] and several.batching.healthy
-    )
+    assert several.together((1, ALL), (3, ALL), (4, "a")) == [[10, 20, 30], "HeadError", 10]
+    assert several.batching.healthy
     several.encoder.raises, several.b.raises = fail_on(), fail_on()
     assert several.ask() == "HeadError" and not several.batching.healthy and not several.batching.failures
     several.encoder.raises = fail_on(99)

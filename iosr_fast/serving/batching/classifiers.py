@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
-    from iosr_fast.encoders.encoder import Encoder
     from iosr_fast.head.fitted import Fit
     from iosr_fast.head.head import Head
-    from iosr_fast.head.support_images import SupportSettings
 
 _CALL = "BatchingClassifier", "use predict"
-
-
-class Asked(NamedTuple):
-    """Read at once: the heads that a request asks, by name, and the encoder and settings of all classifiers."""
-
-    heads: dict[str, Head]
-    encoder: Encoder
-    settings: SupportSettings
 
 
 def embedding(fit: Fit) -> dict[str, Any]:
@@ -50,25 +40,24 @@ class Classifiers:
         for name, one in self.named.items():
             with naming(name):
                 one.snapshot().require_single_label(*_CALL)  # raises if it is not fitted
-        self._first = next(iter(self.named))
         self._alike: dict[str, Any] = {}  # of several
         for name, one in self.named.items() if len(self.named) > 1 else ():
             own = embedding(one._fitted())
             self._alike = self._alike or own
             if differs := next((key for key in own if own[key] != self._alike.get(key)), None):
                 raise IosrFastError(
-                    f"expected classifiers on one encoder, got {name!r} with {differs} {own[differs]}, and "
-                    f"{self._first!r} with {self._alike.get(differs)}: give it a BatchingClassifier of its own"
+                    f"expected classifiers on one encoder, got {name!r} with {differs} {own[differs]}, and others with "
+                    f"{self._alike.get(differs)}: give it a BatchingClassifier of its own"
                 )
         self._last: tuple[tuple[Fit, ...], dict[str, Fit], Fit] | None = None
         for one in self.named.values():
             one.serve_promises()
 
-    def ask(self, names: str | Iterable[str]) -> Asked:
-        """The newest heads of these classifiers; "" is the only one. Raises IosrFastError for unknown names, and for
-        one that was fitted again on another encoder."""
+    def ask(self, names: str | Iterable[str]) -> tuple[dict[str, Head], Fit]:
+        """The newest heads of these classifiers ("" is the only one), and the fit whose encoder all share, read at
+        once. Raises IosrFastError for unknown names, and for one that was fitted again on another encoder."""
         if names == "" and len(self.named) == 1:
-            names = self._first
+            names = next(iter(self.named))
         fits, encoding = self._read()
         heads = {}
         for name in (names,) if isinstance(names, str) else names:
@@ -78,13 +67,14 @@ class Classifiers:
                 again = "create a new BatchingClassifier"
                 raise IosrFastError(f"the classifier {name!r} was fitted again on another encoder: {again}")
             heads[name] = fits[name].head.require_single_label(*_CALL)
-        return Asked(heads, encoding.encoder, encoding.settings)
+        return heads, encoding
 
     def _read(self) -> tuple[dict[str, Fit], Fit]:
         """The fits that embed alike, by name, and the one whose encoder all share."""
         if len(self.named) == 1:
-            fit = self.named[self._first]._fitted()
-            return {self._first: fit}, fit
+            ((name, one),) = self.named.items()
+            fit = one._fitted()
+            return {name: fit}, fit
         every = tuple([one._fitted() for one in self.named.values()])
         last = self._last
         if last is None or last[0] != every:  # fits are equal only to themselves

@@ -42,13 +42,11 @@ class Engine:
     fail on every image. `collect` has, by classifier, what is called with each answered image that is whole and no
     probe, its embeddings (1, D) and the head that answered."""
 
-    def __init__(
-        self, classifiers: Classifiers, max_batch: int, collect: Mapping[str, Collect | None] | None = None
-    ) -> None:
+    def __init__(self, classifiers: Classifiers, max_batch: int, collect: Mapping[str, Collect]) -> None:
         self.healthy = True
         self.failures: dict[str, Exception] = {}
         self.last_error: Exception | None = None
-        self._classifiers, self._collect = classifiers, collect or {}
+        self._classifiers, self._collect = classifiers, collect
         self._max_batch = max_batch
         self._encoding = threading.Lock()  # of an encoder with one run, which may not be thread-safe
 
@@ -56,7 +54,7 @@ class Engine:
         """Run batches of 1, 2, 4, ... and the most images once, because first runs are slow: of the encoder, in all
         runs at the same time, and on a GPU of scoring, too, whose kernels are compiled for a batch's size. On a CPU
         also 3, a usual size there. Raises what encoding raises, and what scoring raises if no classifier works."""
-        encoder, errors = self._classifiers.ask(()).encoder, dict[str, Exception | None]()
+        encoder, errors = self._classifiers.ask(())[1].encoder, dict[str, Exception | None]()
         most = min(self._max_batch, encoder.max_batch)
         sizes = {*(1 << k for k in range((most - 1).bit_length())), most}
         encoded = sizes if encoder.buckets or most < 3 else sizes | {3}
@@ -80,8 +78,7 @@ class Engine:
         errors concern no other one.
         """
         run = Run()
-        black = partial(self._encode_black, run)
-        down = _try_alone(items, lambda: self._try(run, items), lambda item: self._try(run, [item]), black)
+        down = _try_alone(items, lambda part, _: self._try(run, part), partial(self._encode_black, run))
         for item in items:
             item.outcome = item.outcome or down
         self._judge(down, run.heads)
@@ -98,15 +95,17 @@ class Engine:
     def _judge(self, down: Exception | None, heads: Mapping[str, Exception | None]) -> None:
         """Update the health after a batch; `down` is the error if encoding fails on every image, `heads` as of Run."""
         for name, error in heads.items():
-            known = self.failures.pop(name, None)
+            known = name in self.failures
             if error is not None:
                 self.failures[name] = error
-            if name and error is not None and known is None:
-                log.error("the classifier %r fails on every image: %r", name, error)
-            elif name and error is None and known is not None:
-                log.info("the classifier %r works again", name)
+                if name and not known:
+                    log.error("the classifier %r fails on every image: %r", name, error)
+            elif known:
+                self.failures.pop(name, None)
+                if name:
+                    log.info("the classifier %r works again", name)
         if down is None and len(self.failures) == len(self._classifiers.named):
-            down = list(self.failures.values())[-1]  # the newest
+            down = next(filter(None, heads.values()), self.last_error)
         if down is not None:
             self.last_error = down
             if self.healthy:
@@ -152,50 +151,34 @@ class Engine:
                 groups.setdefault((*named, asked), []).append(row)
         answers: list[dict[str, Any]] = [{} for _ in items]
         again = cache(lambda row: self._encode(items[row].encoder, items[row].pixels[None]))  # type: ignore[index]
-        for group, rows in groups.items():
-            for row, answer in self._answers(run, items, group, rows, embeddings, again).items():
-                answers[row][group[0]] = answer
-        for item, own in zip(items, answers, strict=True):
-            names = item.query.classifier
-            item.outcome = next(iter(own.values())) if isinstance(names, str) else tuple(own[name] for name in names)
 
-    def _answers(
-        self,
-        run: Run,
-        items: Sequence[Item],
-        group: tuple[str, Any, tuple[Any, ...]],
-        rows: Sequence[int],
-        embeddings: Embeddings,
-        again: Callable[[int], Embeddings],
-    ) -> dict[int, Any]:
-        """What one head says to these rows: Predictions or errors. A row that is tried alone is encoded `again`: the
-        embeddings may be what is wrong."""
-        name, head, asked = group
-        answers: dict[int, Any] = {}
-
-        def score(rows: Sequence[int], embedded: Callable[[], Embeddings]) -> Exception | None:
+        def score(name: str, head: Any, asked: tuple[Any, ...], rows: Sequence[int], alone: bool) -> Exception | None:
+            """Answers of one head to rows. One that is tried alone is encoded again: its embedding may be wrong."""
             try:
-                part = embedded()
-                answers.update(dict(zip(rows, predict(head, part, *asked), strict=True)))
-                if collect := self._collect.get(name):
-                    for place, row in enumerate(rows):
-                        if items[row].crop is None and not items[row].query.probe:
-                            collect(items[row].image, part[np.array([place])], head)
+                if alone:
+                    part = again(rows[0])
+                else:
+                    part = embeddings if len(rows) == len(items) else embeddings[np.array(rows)]
+                for row, prediction in zip(rows, predict(head, part, *asked), strict=True):
+                    answers[row][name] = prediction
+                for place, row in enumerate(rows) if name in self._collect else ():
+                    if items[row].crop is None and not items[row].query.probe:
+                        self._collect[name](items[row].image, part[np.array([place])], head)
             except Exception as error:
                 if len(rows) == 1:
-                    answers[rows[0]] = error
+                    answers[rows[0]][name] = error
                 return self._failed(run, error, name)
             return None
 
-        if run.heads.get(name) is None:
-            whole = len(rows) == len(items)
-            run.heads[name] = _try_alone(
-                rows,
-                lambda: score(rows, lambda: embeddings if whole else embeddings[np.array(rows)]),
-                lambda row: score([row], lambda: again(row)),
-                partial(self._score_black, run, name),
-            )
-        return {row: answers.get(row, run.heads[name]) for row in rows}
+        for group, rows in groups.items():
+            name = group[0]
+            if run.heads.get(name) is None:
+                run.heads[name] = _try_alone(rows, partial(score, *group), partial(self._score_black, run, name))
+            for row in rows:
+                answers[row].setdefault(name, run.heads[name])
+        for item, own in zip(items, answers, strict=True):
+            names = item.query.classifier
+            item.outcome = next(iter(own.values())) if isinstance(names, str) else tuple(own[name] for name in names)
 
     def _failed(self, run: Run, error: Exception, name: str = "") -> Exception:
         """Note an error, of scoring by a classifier with its name; returns it."""
@@ -205,7 +188,7 @@ class Engine:
         return _forget_frames(error)
 
     def _black(self, count: int = 1) -> Embeddings:
-        encoder = self._classifiers.ask(()).encoder
+        encoder = self._classifiers.ask(())[1].encoder
         return self._encode(encoder, encoder.blank(count))
 
     def _encode_black(self, run: Run) -> Exception | None:
@@ -221,7 +204,7 @@ class Engine:
         try:
             if run.black is None:
                 run.black = self._black()
-            predict(self._classifiers.ask(name).heads[name], run.black, 1)
+            predict(self._classifiers.ask(name)[0][name], run.black, 1)
         except Exception as error:
             return _forget_frames(error)
         return None
@@ -229,17 +212,16 @@ class Engine:
 
 def _try_alone(
     things: Sequence[_T],
-    together: Callable[[], Exception | None],
-    alone: Callable[[_T], Exception | None],
+    attempt: Callable[[Sequence[_T], bool], Exception | None],
     black: Callable[[], Exception | None],
 ) -> Exception | None:
-    """Try all things together and, after an error, one by one; returns the error, and leaves the rest, once a black
-    image fails as well."""
-    error = together()
+    """Attempt all things together and, after an error, each alone (True); returns the error, and leaves the rest, once
+    a black image fails as well."""
+    error = attempt(things, False)
     for thing in things if error is not None else ():
         if error is not None and black() is not None:
             return error
-        error = alone(thing)
+        error = attempt([thing], True)
     return None
 
 

@@ -116,8 +116,8 @@ class BatchingClassifier:
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         self._classifiers = Classifiers(classifiers)
-        runs = self._classifiers.ask(()).encoder.runs
-        collectors = collect if isinstance(collect, Mapping) else dict.fromkeys(self.classifiers, collect)
+        runs = self._classifiers.ask(())[1].encoder.runs
+        collectors = dict.fromkeys(self.classifiers, collect) if callable(collect) else collect or {}
         if unknown := collectors.keys() - self.classifiers.keys():
             raise IosrFastError(f"expected collect for {list(self.classifiers)} or some of them, got {sorted(unknown)}")
         self._engine = Engine(self._classifiers, max_batch, collectors)
@@ -157,14 +157,15 @@ class BatchingClassifier:
         than `max_queue` images, which can never be accepted.
         """
         query, now = Query(**options), time.monotonic()
-        asked, abstention = self._classifiers.ask(query.classifier), query.abstention
-        for name, head in asked.heads.items() if abstention != NONE_WITHHELD else ():
+        heads, fit = self._classifiers.ask(query.classifier)
+        abstention = query.abstention
+        for name, head in heads.items() if abstention != NONE_WITHHELD else ():
             with naming("" if isinstance(query.classifier, str) else name):
                 abstention.check(head)
         if query.max_error is None:
             query = replace(query, max_error=self._max_error)
-        of_fit = next(_requests), asked.heads, asked.encoder, asked.settings.exif_orientation
-        listed = Sharing(asked.settings.margin)(as_image_list(images))
+        of_fit = next(_requests), heads, fit.encoder, fit.settings.exif_orientation
+        listed = Sharing(fit.settings.margin)(as_image_list(images))
         items = [Item(one, i, query, now, *of_fit) for i, one in enumerate(listed)]
         if len(items) > self._queue.max_queue:
             raise IosrFastError(
@@ -192,8 +193,8 @@ class BatchingClassifier:
         The future raises BadImageError, DeadlineExceededError if no decoder was free within `deadline_s` seconds, or
         ClosedError. Raises ClosedError at once after close().
         """
-        asked, now = self._classifiers.ask(classifier), time.monotonic()
-        of_fit = next(_requests), asked.heads, asked.encoder, asked.settings.exif_orientation
+        (heads, fit), now = self._classifiers.ask(classifier), time.monotonic()
+        of_fit = next(_requests), heads, fit.encoder, fit.settings.exif_orientation
         item = Item(image, position, Query(client=client), now, *of_fit, whole=True, deadline=now + deadline_s)
         self._queue.admit((item,), None)
         return item.future

@@ -152,5 +152,4 @@ class Opening:
 
 def open_served(folder: str | Path, settings: Settings, cores: int | None = None) -> Classifier:
     """What is served of a folder, on so many cores; None: all. Raises IosrFastError for what can't be."""
-    ((_, served),) = Opening({"": Path(folder)}, settings).open(cores)[0].items()
-    return served
+    return Opening({"": Path(folder)}, settings).open(cores)[0][""]

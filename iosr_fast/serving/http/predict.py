@@ -95,11 +95,10 @@ def make_router(served: Served) -> APIRouter:
             served.batching.check_room(asked["client"])  # before the body is read, which makes refusals cheap
             images = await served.uploads.read_images(request, boxes)
             start = time.perf_counter()
-            results = await _classify(served.batching, served.name, request, images, asked)
+            results = await _classify(served, request, images, {"classifier": served.name, **asked})
         except IosrFastError as error:
             raise _request_error(served, error) from None
-        answer, status = _answer(served, images, results, start)
-        return schemas.long_answer(answer, status)
+        return schemas.long_answer(*_answer(served, images, results, start))
 
     return router
 
@@ -116,20 +115,14 @@ def _check_query(request: Request, several: bool) -> None:
         raise ApiError(422, "invalid_parameters", "expected the query parameter keep only with unknown=reject")
 
 
-async def _classify(
-    batching: BatchingClassifier,
-    classifier: str | tuple[str, ...],
-    request: Request,
-    images: Images,
-    asked: dict[str, Any],
-) -> Sequence[Any]:
-    """What `batching` gives for each image that is no error. A client that disconnects gives up its places in the
-    queue."""
+async def _classify(service: Service, request: Request, images: Images, asked: dict[str, Any]) -> Sequence[Any]:
+    """What BatchingClassifier gives for each image that is no error. A client that disconnects gives up its places in
+    the queue."""
     request.scope["iosr_fast.images"] = len(images)
     good = [image for image in images if not isinstance(image, ApiError)]
     if not good:
         return []
-    task = asyncio.ensure_future(batching.classify_many(good, classifier=classifier, **asked))
+    task = asyncio.ensure_future(service.batching.classify_many(good, **asked))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, timeout=asked["deadline_s"] + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
@@ -220,10 +213,11 @@ async def _ask_engine(
     services: Sequence[Service], request: Request, boxes: str | None, asked: dict[str, Any]
 ) -> dict[str, Any]:
     """The _answer of each, or an ApiError."""
-    start, names, answers = time.perf_counter(), tuple(service.name for service in services), dict[str, Any]()
+    start, answers = time.perf_counter(), dict[str, Any]()
     try:
         images = await services[0].uploads.read_images(request, boxes)
-        results = await _classify(services[0].batching, names, request, images, asked)
+        names = tuple(service.name for service in services)
+        results = await _classify(services[0], request, images, {"classifier": names, **asked})
     except ClientDisconnect:
         raise
     except Exception as error:

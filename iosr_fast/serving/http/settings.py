@@ -71,21 +71,14 @@ class Settings:
         Option("Share of wrong labels that accepted ones may have, like 1%, where a request names none."),
     ] = None
     collect: Annotated[
-        Path | None,
-        Option(
-            "Folder that keeps uploads that need a look, by --max-error, and collected.csv; of several classifiers, in "
-            "a folder each."
-        ),
+        Path | None, Option("Folder that keeps uploads that need a look, by --max-error, and collected.csv.")
     ] = None
     collect_limit: Annotated[Count, Option("Most uploads in it; the oldest without a label go.")] = 1_000
     check_share: Annotated[
         BetweenZeroAndOne | None,
         Option("Share of accepted pictures, like 1%, that --collect keeps, too, for somebody to check (checks.csv)."),
     ] = None
-    log: Annotated[
-        Path | None,
-        Option("File that records class changes; they are replayed at the start. Of several classifiers: a folder."),
-    ] = None
+    log: Annotated[Path | None, Option("File that records class changes, to replay; of several, a folder.")] = None
     runtime: Annotated[str, Option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")] = "auto"
     expected_digest: Annotated[
         str | None, Option("Refuse a folder with another digest than this, of `iosr-fast info FOLDER`.")
@@ -158,9 +151,9 @@ class Settings:
 
     def of(self, name: str, takes_changes: bool) -> Settings:
         """Those of a classifier: of several its own log and its own folder of uploads; a head has neither."""
-        if not name and not takes_changes and (self.log or self.collect) is not None:
-            raise IosrFastError("a head takes no changes and gets no pictures: leave out --log and --collect")
         if not name:
+            if not takes_changes and (self.log or self.collect) is not None:
+                raise IosrFastError("a head takes no changes and gets no pictures: leave out --log and --collect")
             return self
         if not takes_changes:
             return replace(self, log=None, collect=None, check_share=None)

@@ -6,8 +6,7 @@ import re
 from html import escape
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
-from starlette.responses import Response
+from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from iosr_fast.serving.http import health, predict, schemas, static
@@ -46,9 +45,9 @@ class SeveralApp(FastAPI):
         self._front = front
         self._apps = {name: create_app(service) for name, service in front.services.items()}
         self.add_middleware(RequestMiddleware, service=front)
-        for router in (predict.make_router(front), _make_router(front), health.make_router(front)):
+        for router in (predict.make_router(front), health.make_router(front), static.make_router(root=self._page)):
             self.include_router(router)
-        self.include_router(static.make_router(root=lambda: _page(front)))
+        self.get(_ROOT, tags=["classes"], summary="All classifiers")(self._list)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         named = _PATH.fullmatch(scope["path"]) if scope["type"] == "http" else None
@@ -66,8 +65,8 @@ class SeveralApp(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         """Its own routes, and those of a classifier, with its name as a parameter: of one that takes images, if any."""
-        if self.openapi_schema is None:
-            described = super().openapi()
+        fresh, described = self.openapi_schema is None, super().openapi()
+        if fresh:
             first = max(self._apps, key=lambda name: self._front.services[name].takes_changes)
             of_one = self._apps[first].openapi()
             for path, operations in of_one["paths"].items():
@@ -76,41 +75,27 @@ class SeveralApp(FastAPI):
                     described["paths"][whole] = {"parameters": [_NAME], **operations}
             for kind, parts in of_one["components"].items():
                 described["components"].setdefault(kind, {}).update(parts)
-        assert self.openapi_schema is not None
-        return self.openapi_schema
+        return described
+
+    def _list(self) -> schemas.ClassifiersAnswer:
+        listed = [schemas.Listed(name, error) for name, error in self._front.refused.items()]
+        for name, one in self._front.services.items():
+            head, source = one.head, one.classifier.encoder.source
+            model = None if source is None else source.manifest["model"]
+            facts = len(head.uids), head.version, model, head.config.method
+            listed.append(schemas.Listed(name, one.failure or None, *facts))
+        return schemas.ClassifiersAnswer(sorted(listed, key=lambda one: one.name))
+
+    def _page(self) -> str:
+        lines = []
+        for one in self._list().classifiers:
+            name, link = escape(one.name), f'<a href="{_ROOT[1:]}/{escape(one.name)}/">{escape(one.name)}</a>'
+            facts = "" if one.classes is None else f"{one.classes} classes, version {one.version}"
+            words = f'<span class="quiet">{facts}</span> <span class="bad">{escape(one.error or "")}</span>'
+            lines.append(f"<li>{link if facts else name} {words}</li>")
+        return _PAGE.format("".join(lines))
 
 
 def app_of(served: Service | Front) -> FastAPI:
     """The application of a server."""
     return SeveralApp(served) if isinstance(served, Front) else create_app(served)
-
-
-def _make_router(front: Front) -> APIRouter:
-    router = APIRouter(tags=["classes"])
-
-    @router.get(_ROOT, summary="All classifiers")
-    def classifiers(response: Response) -> schemas.ClassifiersAnswer:
-        response.headers["Cache-Control"] = "no-store"
-        return schemas.ClassifiersAnswer(_listed(front))
-
-    return router
-
-
-def _listed(front: Front) -> list[schemas.Listed]:
-    listed = [schemas.Listed(name, error) for name, error in front.refused.items()]
-    for name, one in front.services.items():
-        head, source = one.head, one.classifier.encoder.source
-        model = None if source is None else source.manifest["model"]
-        facts = len(head.uids), head.version, model, head.config.method
-        listed.append(schemas.Listed(name, one.failure or None, *facts))
-    return sorted(listed, key=lambda one: one.name)
-
-
-def _page(front: Front) -> str:
-    lines = []
-    for one in _listed(front):
-        name, link = escape(one.name), f'<a href="{_ROOT[1:]}/{escape(one.name)}/">{escape(one.name)}</a>'
-        facts = "" if one.classes is None else f"{one.classes} classes, version {one.version}"
-        words = f'<span class="quiet">{facts}</span> <span class="bad">{escape(one.error or "")}</span>'
-        lines.append(f"<li>{link if facts else name} {words}</li>")
-    return _PAGE.format("".join(lines))
