@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,9 +183,10 @@ def test_one_of_several_outputs_is_an_engine_of_what_it_needs(tmp_path: Path) ->
 
 def test_8_bits_are_for_encoders_with_products(tmp_path: Path) -> None:
     """Convolutions alone are refused before any work, and left out of the candidates."""
-    pictures, reasons = random_pixels(16, SIZE), {}
+    reasons, models = {}, {}
     for name, layers in (("products", LAYERS), ("convolutions", CONVOLUTIONS), ("one product", LAYERS[:5])):
-        model, folder = read_onnx(write_encoder(tmp_path / f"{name}.onnx", encoder_model(layers))), tmp_path / name
+        model = models[name] = read_onnx(write_encoder(tmp_path / f"{name}.onnx", encoder_model(layers)))
+        folder = tmp_path / name
         write_engine(model, None, folder, "onnxruntime")
         listed = list_candidates(open_verified(folder, "engine"), 16, "onnxruntime")
         (reasons[name],) = [one.left_out for one in listed if one.precision == "int8"]
@@ -196,8 +198,11 @@ def test_8_bits_are_for_encoders_with_products(tmp_path: Path) -> None:
                 convert_engine(folder, tmp_path / "int8", "onnxruntime", "int8")
     assert "convolutions alone" in reasons["convolutions"] and reasons["one product"] == reasons["convolutions"]
     assert reasons["products"] == ""
-    manifest = convert_engine(tmp_path / "products", tmp_path / "int8", "openvino", "int8", pictures)
-    assert manifest["quantised"]["products"] == 1
+    given = tmp_path / "int8", "openvino", "int8"
+    manifest = write_engine(models["products"], None, *given, pictures=random_pixels(16, SIZE))
+    assert manifest["quantised"]["products"] == 2
+    converted = convert_engine(tmp_path / "products", *given, random_pixels(16, SIZE))
+    assert converted["fingerprint"] == manifest["fingerprint"]
 
 
 @pytest.fixture
@@ -234,7 +239,7 @@ print(*loaded.predict(pictures[:4]), *loaded.predict(np.full((20, 30, 3), 99, np
 def test_a_classifier_opens_a_file_again_when_it_or_its_facts_change(cached: Path) -> None:
     first = Classifier(cached).encoder
     assert Classifier(str(cached), runtime="auto").encoder is first
-    write_encoder(cached, facts={**FACTS, "std": [0.5, 0.5, 0.5]}, **BESIDE)
+    cached.with_suffix(".json").write_text(json.dumps({**FACTS, "std": [0.5, 0.5, 0.5]}))
     second = Classifier(cached).encoder
     assert second.fingerprint != first.fingerprint
     for options, told in (
@@ -254,9 +259,9 @@ def test_build_engine_makes_an_int8_engine_of_a_file(cached: Path, tmp_path: Pat
     (tmp_path / "pictures").mkdir()
     for i, picture in enumerate(PICTURES):
         Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png")
-    words = ("build-engine", "--model", cached, "--calibration", tmp_path / "pictures", "--precision", "int8")
-    assert "encoder.onnx int8 for onnxruntime" in done(*words, "--runtime", "onnxruntime", "--out", tmp_path / "engine")
+    words = ("build-engine", "--model", cached, "--out", tmp_path / "engine", "--precision", "int8", "--calibration")
+    assert "encoder.onnx int8 for" in done(*words, tmp_path / "pictures")
     classifier = Classifier(cached, engine=tmp_path / "engine", method="tip-adapter").fit(PICTURES, KINDS)
     assert classifier.predict(PICTURES).tolist() == KINDS
     write_encoder(cached, encoder_model(CONVOLUTIONS))
-    assert "convolutions alone" in refused(*words, "--out", tmp_path / "other")
+    assert "convolutions alone" in refused(*words, tmp_path / "none")  # before pictures are read
