@@ -455,11 +455,11 @@ class Classifier(Answering[Fit], Changing, Estimator):
         fitted method with its parameters. `fit` uses its encoders, until `set_params` names another model. Raises
         DamagedFileError naming what is missing, damaged or foreign, and what open_engine raises.
         """
-        return cls._opened(load(Bundle, folder, verify, threads, expected_digest), runtime, threads, runs)
+        saved = load(Bundle, folder, verify, threads, expected_digest)
+        return cls._opened(saved, saved.open(runtime, threads, runs), runtime)
 
     @classmethod
-    def _opened(cls, saved: Saved, runtime: str, threads: int | None, runs: int) -> Self:
-        fit = saved.open(runtime, threads, runs)
+    def _opened(cls, saved: Saved, fit: Fit, runtime: str) -> Self:
         classifier = cls._with_clip(fit.clip, runtime=runtime, **saved.parameters())
         classifier._store.fit = fit
         return classifier
@@ -474,4 +474,12 @@ def open_saved(
 ) -> Classifier:
     """Classifier.load, for the commands and the server. Of a head that FewShotHead.save wrote a Classifier, too, whose
     images are rows of embeddings."""
-    return Classifier._opened(load_saved(folder, threads, expected_digest), runtime, threads, runs)
+    return open_together([load_saved(folder, threads, expected_digest)], runtime, threads, runs)[0]
+
+
+def open_together(
+    saved: Sequence[Saved], runtime: str = "auto", threads: int | None = None, runs: int = 1
+) -> list[Classifier]:
+    """Classifiers that share a model, which is opened once: all `saved` have equal `shares`."""
+    clip = saved[0].open(runtime, threads, runs, saved[1:]).clip
+    return [Classifier._opened(one, one.on(clip), runtime) for one in saved]

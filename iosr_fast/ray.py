@@ -75,8 +75,9 @@ class Replica:
     for a folder of another digest than `settings.expected_digest`."""
 
     def __init__(self, bundle: str, settings: Settings) -> None:
-        from iosr_fast.serving.http.app import create_app, make_batching, open_served, warm
+        from iosr_fast.serving.http.app import create_app, make_batching, warm
         from iosr_fast.serving.http.metrics import Metrics
+        from iosr_fast.serving.http.opening import open_served
         from iosr_fast.serving.http.service import Service
 
         given = require("ray", "ray").get_runtime_context().get_assigned_resources()
@@ -112,7 +113,7 @@ def build_app(bundle: str | Path, settings: Settings | None = None, **options: A
     serve = require("ray.serve", "ray")
     for module in ("fastapi", "python_multipart", "prometheus_client"):
         require(module, "serve")
-    from iosr_fast.serving.http.app import open_served
+    from iosr_fast.serving.http.opening import open_served
 
     settings = settings or Settings()
     if settings.token is not None or settings.log is not None or settings.collect is not None:

@@ -25,7 +25,7 @@ def optimize(
     out: Annotated[Path | None, option("Folder to write [default: the classifier's own].")] = None,
     runtime: Runtime = "auto",
     precision: Annotated[str, option("Only this precision: fp32, bf16, fp16, int8 or fp8.")] = "auto",
-    pretrained: Annotated[str | None, option("Tag of the CLIP's weights, or a file; demo for the demo.")] = None,
+    pretrained: Annotated[str | None, option("Tag of the weights, a file, or the model's name: its own.")] = None,
     adapter: Adapter = "auto",
     smaller_images: Annotated[bool, option("Try smaller images; needs --pretrained.", "--smaller-images")] = False,
 ) -> None:

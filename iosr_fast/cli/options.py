@@ -39,7 +39,7 @@ ReplicaOption = partial(typer.Option, rich_help_panel="Replicas")
 SavedClassifier = Annotated[
     Path, argument("CLASSIFIER", "Folder that `iosr-fast fit`, Classifier.save or FewShotHead.save wrote.")
 ]
-Model = Annotated[str, option("A CLIP or another image encoder: `iosr-fast models` lists the kinds.")]
+Model = Annotated[str, option("A model: `iosr-fast models` lists the kinds.")]
 Pretrained = Annotated[str | None, option("Tag of the weights of open_clip's model, which are downloaded, or a file.")]
 Adapter = Annotated[str, option("File of `iosr-fast train-adapter`, none, or auto: the demo's for the demo.")]
 Runtime = Annotated[str, option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")]

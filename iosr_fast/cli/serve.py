@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from iosr_fast.cli.options import SavedClassifier, as_share
+from iosr_fast.cli.options import argument, as_share
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Option, Settings
 from iosr_fast.utils.require import require
@@ -18,6 +18,10 @@ from iosr_fast.utils.require import require
 TOKEN = "IOSR_FAST_TOKEN"
 _SHARES = ("max_error", "check_share")
 _REPEATED = {"trusted_proxy": "ADDRESS", "public_host": "NAME"}
+_Folders = Annotated[
+    list[Path],
+    argument("CLASSIFIER", "Folder of `iosr-fast fit`, Classifier.save or FewShotHead.save, or a folder of several."),
+]
 _TokenFile = Annotated[
     Path | None,
     typer.Option(
@@ -27,15 +31,15 @@ _TokenFile = Annotated[
 ]
 
 
-def serve(classifier: Path, token_file: Path | None = None, **options: Any) -> None:
-    """Serve a saved classifier over HTTP. Clients with the token may change its classes."""
+def serve(classifiers: list[Path], token_file: Path | None = None, **options: Any) -> None:
+    """Serve saved classifiers over HTTP. Clients with the token may change their classes."""
     for module in ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client", "threadpoolctl"):
         require(module, "serve")
     options |= {name: tuple(options[name]) for name in _REPEATED}
     settings = Settings(token=_token(token_file), **options)
     from iosr_fast.serving.http.server import run
 
-    run(classifier, settings)
+    run(classifiers, settings)
 
 
 def _token(file: Path | None) -> str | None:
@@ -62,8 +66,8 @@ def _take_variable(name: str) -> str | None:
 
 
 def _parameters() -> list[inspect.Parameter]:
-    """What typer reads: the classifier, --token-file, and an option for each field of Settings."""
-    kinds: dict[str, tuple[Any, Any]] = {"classifier": (SavedClassifier, ...), "token_file": (_TokenFile, None)}
+    """What typer reads: the classifiers, --token-file, and an option for each field of Settings."""
+    kinds: dict[str, tuple[Any, Any]] = {"classifiers": (_Folders, ...), "token_file": (_TokenFile, None)}
     types = get_type_hints(Settings)
     for name, annotation in get_type_hints(Settings, include_extras=True).items():
         for option in get_args(annotation):

@@ -24,7 +24,7 @@ class OpenedModel:
 
     `encoder` gives both embeddings or, if it was opened so, the plain one alone. `encoder_for` opens the other form of
     the same engine at its first use, and keeps it: support images need both embeddings, queries those that their method
-    compares.
+    compares. With `one_form` the open one serves for both, as classifiers that share it compare both.
     """
 
     encoder: Encoder
@@ -33,6 +33,7 @@ class OpenedModel:
     tau: float
     loaded: tuple[LoadedModel, Adapter | None] | None = None
     reads_text: bool = True
+    one_form: bool = False
     _other: list[Encoder] = field(default_factory=list, init=False, repr=False)
     _opening: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -50,7 +51,9 @@ class OpenedModel:
         from iosr_fast.encoders.runtimes import open_engine
 
         first, source = self.encoder, self.encoder.source
-        if adapted == first.adapted or source is None or not has_plain_form(source.manifest, first.runtime):
+        if adapted == first.adapted or (first.adapted and self.one_form):
+            return first
+        if source is None or not has_plain_form(source.manifest, first.runtime):
             return first
         with self._opening:
             if not self._other:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Collector:
         self._table.drop(())  # what can't be written is an error now
         self._make_room(0)
         self._thread = ThreadPoolExecutor(1, "iosr-fast-collector")
+        self._context = copy_context()  # logs say which classifier it is of, as here
 
     def offer(self, image: Any, embeddings: Embeddings, head: Head) -> None:
         """Judge an image that was answered, if it came as bytes. Does not wait."""
@@ -77,13 +79,13 @@ class Collector:
             fits = self._bytes + len(image) <= _WAITING
             self._bytes += len(image) if fits else 0
         if fits:
-            self._thread.submit(self._run, image, embeddings.to_numpy(), head)
+            self._thread.submit(self._context.run, self._run, image, embeddings.to_numpy(), head)
         else:
             self._on_outcome("left out")
 
     def read_labels(self, head: Head) -> None:
         """Let the checks count new labels. Does not wait."""
-        self._thread.submit(self._count_labels, head)
+        self._thread.submit(self._context.run, self._count_labels, head)
 
     def settle(self) -> None:
         """Wait until all images that were offered are judged."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -68,20 +69,33 @@ class Bundle:
         beside = clip.text, encoder.source, fit.integer_labels, fit.engine_choice
         return cls(fit.head, fit.settings, clip.engine, encoder.fingerprint, *beside)
 
-    def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
+    @property
+    def shares(self) -> object:
+        """Equal in bundles whose fits can share an encoder and its batches."""
+        assert self.files is not None
+        settings = self.settings
+        return self.encoder_fingerprint, check_engine(self.files).geometry, settings.exif_orientation, settings.margin
+
+    def open(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Saved] = ()) -> Fit:
         """The fit of an opened bundle. "auto" is the runtime that was chosen by measuring on the same processor.
 
-        The encoder is opened in the form that queries need; OpenedModel opens that of support images when some come.
+        The encoder is opened in the form that queries need, those of bundles `beside` it, too, whose fits will be
+        `on` the model of this one; OpenedModel opens that of support images when some come.
         """
         from iosr_fast.encoders.runtimes import open_engine
 
         choice = self.engine_choice
-        adapted = self.head.needs_adapted
+        forms = {self.head.needs_adapted, *(one.head.needs_adapted for one in beside)}
         name = choice.runtime if runtime == "auto" and choice is not None else runtime
         files = self.files or self.engine
-        encoder = open_engine(files, name, verify=False, threads=threads, runs=runs, adapted=adapted)
-        clip = OpenedModel(encoder, self.engine, self.text, self.head.tau, reads_text=self.head.text is not None)
-        return Fit(clip, self.head, self.settings, integer_labels=self.integer_labels, engine_choice=choice)
+        encoder = open_engine(files, name, verify=False, threads=threads, runs=runs, adapted=True in forms)
+        reads_text = self.head.text is not None
+        model = self.engine, self.text, self.head.tau, None, reads_text
+        return self.on(OpenedModel(encoder, *model, one_form=len(forms) == 2))
+
+    def on(self, clip: OpenedModel) -> Fit:
+        """The fit on an opened model."""
+        return Fit(clip, self.head, self.settings, (), self.integer_labels, self.engine_choice)
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of Classifier that an opened bundle has: not `pretrained`, nor the file of an adapter.
@@ -189,11 +203,20 @@ class SavedHead:
     settings = SupportSettings()
     encoder_fingerprint = "none"
 
-    def open(self, runtime: str, threads: int | None, runs: int) -> Fit:
+    @property
+    def shares(self) -> object:
+        """As Bundle.shares: nothing says that two heads are of one encoder."""
+        return object()
+
+    def open(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Saved] = ()) -> Fit:
         """A fit whose images are rows of embeddings (encoders.rows)."""
         if runtime != "auto":
             raise IosrFastError(f"a head has no encoder, which a runtime would execute: leave out {runtime!r}")
-        return Fit(OpenedModel(Rows(self.width, self.adapted), Path(), None, self.head.tau), self.head, self.settings)
+        return self.on(OpenedModel(Rows(self.width, self.adapted), Path(), None, self.head.tau))
+
+    def on(self, clip: OpenedModel) -> Fit:
+        """As Bundle.on."""
+        return Fit(clip, self.head, self.settings)
 
     def parameters(self) -> dict[str, Any]:
         """As Bundle.parameters: none."""

@@ -25,8 +25,9 @@ from iosr_fast.clip.load import load_clip, load_model
 from iosr_fast.clip.models import check_model
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import DamagedFileError, IosrFastError, MissingPackageError
-from iosr_fast.export import build, pretrained
+from iosr_fast.export import build
 from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.pretrained import with_loaded
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import to_pixels
 from tests import ROOT
@@ -121,7 +122,7 @@ def test_photographs_recognises_a_photograph(picture: str, classes: set[int]) ->
         assert int(photographs_classifier().eval()(x).argmax()) in classes
 
 
-def test_without_a_model_a_fit_knows_photographs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_model_a_fit_knows_photographs(tmp_path: Path) -> None:
     """From the command line to a saved classifier. A class needs no name."""
     pictures = sorted(PHOTOGRAPHS.glob("*.jpg"))
     for path in pictures:
@@ -129,13 +130,13 @@ def test_without_a_model_a_fit_knows_photographs(tmp_path: Path, caplog: pytest.
         for turn in range(3):
             with Image.open(path) as image:
                 image.rotate(5 * turn).save(tmp_path / "in" / path.stem / f"{turn}.png")
-    pretrained._recommend_a_clip.cache_clear()
     with shared_cache():
         words = ("--out", tmp_path / "out", "--precision", "fp32", "--method", "tip-adapter", "--tune", "none")
         done("fit", tmp_path / "in", *words)
-    assert "so this is 'photographs'" in caplog.text and "a CLIP, like 'ViT-B-32'" in caplog.text
     classifier = Classifier.load(tmp_path / "out")
     assert classifier.get_params()["model"] == "photographs"
+    opened = with_loaded(classifier._store.fitted().clip, "photographs", "auto")  # as `optimize` does
+    assert opened.loaded is not None and opened.loaded[0].name == "photographs"
     classifier.add_class("sky", [np.full((50, 80, 3), (90, 150, 250), np.uint8)])
     assert list(classifier.predict(pictures)) == [path.stem for path in pictures]
 

@@ -67,6 +67,8 @@ class Gated:
 class FakeEncoder(Encoder):
     """`batches`: the numbers it was given; `raises`: called with them, may raise; `open`: cleared, it holds batches."""
 
+    fingerprint, width = "fake", 1
+
     def __init__(self, size: int = SIZE) -> None:
         self.image_size = size
         self.batches: list[list[int]] = []
@@ -86,8 +88,8 @@ class FakeEncoder(Encoder):
 
 
 class FakeHead:
-    def __init__(self, version: int, asked: list[tuple[list[int], int, int]]) -> None:
-        self.version, self._asked = version, asked
+    def __init__(self, classifier: FakeClassifier) -> None:
+        self.version, self.needs_adapted, self._classifier = classifier.version, classifier.adapted, classifier
 
     def require_single_label(self, call: str, instead: str) -> FakeHead:
         return self
@@ -96,7 +98,8 @@ class FakeHead:
         self, embeddings: Embeddings, top: int = 5, nearest: int = 0, abstention: Any = None
     ) -> list[Prediction]:
         numbers = [int(number) for number in embeddings.plain[:, 0]]
-        self._asked.append((numbers, top, nearest))
+        self._classifier.asked.append((numbers, top, nearest))
+        self._classifier.raises(numbers)
         return [self._say(number, top, nearest) for number in numbers]
 
     def _say(self, number: int, top: int, nearest: int) -> Prediction:
@@ -111,32 +114,36 @@ def answer(head: Any, embeddings: Embeddings, *asked: Any) -> list[Prediction]:
 
 
 class FakeClassifier:
-    """`asked`: (numbers, top, nearest) of each call of predict. `version` is that of the head."""
+    """`asked`: (numbers, top, nearest) of each call of predict, which `raises` may break. `version` is that of the
+    head, which compares `adapted` embeddings or plain ones."""
 
-    def __init__(self, size: int = SIZE) -> None:
-        self.encoder: Any = FakeEncoder(size)
+    def __init__(self, size: int = SIZE, version: int = 1, encoder: Any = None, adapted: bool = False) -> None:
+        self.encoder = encoder or FakeEncoder(size)
         self.asked: list[tuple[list[int], int, int]] = []
-        self.version = 1
+        self.raises: Callable[[list[int]], None] = lambda numbers: None
+        self.version, self.adapted = version, adapted
         self.margin = 0.0
-        self._head = FakeHead(1, self.asked)
+        self.promises = False
+        self._head = FakeHead(self)
 
     def serve_promises(self) -> None:
-        pass
+        self.promises = True
 
     def snapshot(self) -> FakeHead:
         if self._head.version != self.version:
-            self._head = FakeHead(self.version, self.asked)
+            self._head = FakeHead(self)
         return self._head
 
     def _fitted(self) -> Any:
         settings = SimpleNamespace(exif_orientation=True, margin=self.margin)
-        return SimpleNamespace(head=self.snapshot(), encoder=self.encoder, settings=settings)
+        clip = SimpleNamespace(encoder=self.encoder)
+        return SimpleNamespace(head=self.snapshot(), encoder=self.encoder, settings=settings, clip=clip)
 
     @contextmanager
-    def held(self, batching: Any, number: int = 0) -> Iterator[Any]:
+    def held(self, batching: Any, number: int = 0, **options: Any) -> Iterator[Any]:
         """Hold one picture in the engine, so that later ones wait; yields its future."""
         self.encoder.open.clear()
-        future = batching.submit(picture(number))
+        future = batching.submit(picture(number), **options)
         while self.encoder.began.get(timeout=PATIENCE_S) != [number]:
             pass
         try:

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ import pytest
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.serving.http.app import batch_for, create_app
+from iosr_fast.serving.http.app import batch_for
 from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.opening import Opening, named_folders
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.http.several import app_of
 from tests.demo_cache import demo_cache, shared_cache
 from tests.pictures import encode
 
@@ -59,6 +61,12 @@ def load() -> Classifier:
     return Classifier.load(bundle(), verify=False)
 
 
+def support() -> tuple[np.ndarray, list[str]]:
+    """Its support images and their labels."""
+    images, labels, _, _, names = _drawn()
+    return images, [names[label] for label in labels]
+
+
 def queries() -> list[bytes]:
     """Pictures outside of the support set, as PNG."""
     return [encode(image) for image in _drawn()[2]]
@@ -76,8 +84,8 @@ def form(*images: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
 class Client:
     """Requests from any thread to an application in this process, which has its own event loop."""
 
-    def __init__(self, service: Service) -> None:
-        self.app, self.service = create_app(service), service
+    def __init__(self, service: Any) -> None:
+        self.app, self.service = app_of(service), service
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -130,6 +138,16 @@ def serving(
         client.close()
         client.service.close()
         batches.close()
+
+
+@contextmanager
+def serving_several(*folders: Path, **settings: Any) -> Iterator[Client]:
+    """A client of the application of several saved classifiers, opened as `iosr-fast serve` does."""
+    opening = Opening(named_folders(folders), Settings(**{"token": TOKEN, **settings}))
+    with ExitStack() as closing:
+        client = Client(opening.start(opening.open(), closing))
+        closing.callback(client.close)
+        yield client
 
 
 class Gate:

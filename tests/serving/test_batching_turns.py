@@ -47,7 +47,7 @@ def submit(admission: Admission, made: list[Item], deadline_s: float | None = MI
 
 def waiting(decoders: int, *requests: list[Item], room: int = 100 * LARGE) -> BatchQueue:
     """A queue without threads."""
-    queue = BatchQueue(FakeClassifier(), 8, 0.0, 256, decoders, room, None)
+    queue = BatchQueue(1, 8, 0.0, 256, decoders, room, None)
     for made in requests:
         queue.admit(made, None)
     return queue

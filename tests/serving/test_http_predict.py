@@ -16,8 +16,8 @@ import pytest
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http import recent
-from iosr_fast.serving.http.app import open_served
 from iosr_fast.serving.http.logs import Formatter
+from iosr_fast.serving.http.opening import open_served
 from iosr_fast.serving.http.settings import Settings
 from tests.pictures import GREY
 from tests.serving.http_client import (

@@ -21,6 +21,14 @@ from tests.serving.http_client import AUTHORISED, Client, form, queries, serving
 pytestmark = pytest.mark.slow
 
 CHECKS = [checks.not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+QUICK = settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +68,10 @@ def test_generated_requests_get_described_responses(served: Client, schema: Any,
         response = case.call(headers={**AUTHORISED, **dict(case.headers or {})})
         case.validate_response(response, checks=CHECKS)
 
-    quick = settings(
-        max_examples=5,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
     for operation in [found.ok() for found in schema.get_all_operations()]:
         parts = (operation.path_parameters, operation.query, operation.headers, operation.body)
         if mode is GenerationMode.POSITIVE or any(parts):  # else nothing about it can be wrong
-            quick(given(case=operation.as_strategy(generation_mode=mode))(ask))()
+            QUICK(given(case=operation.as_strategy(generation_mode=mode))(ask))()
 
 
 def test_predictions_are_written_in_order_and_exactly(served: Client) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.pictures import GREY
 from tests.serving import http_client, http_edge, page_server
 from tests.serving.http_client import TOKEN
-from tests.serving.page_server import NEWCOMER, Visit, file
+from tests.serving.page_server import NEWCOMER, Site, Visit, file
 
 pytestmark = pytest.mark.slow
 site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
@@ -194,3 +197,20 @@ def test_the_headline_and_the_samples(visit: Visit) -> None:
     page.locator("#samples-list button").nth(1).press("Enter")
     page.locator("#answer .label", has_text=name).wait_for()
     assert visit.text("#items .file") == f"example of {name}" and not page.locator("#samples").is_visible()
+
+
+def test_the_page_of_one_of_several_is_below_its_name(browser: Any, tmp_path: Path) -> None:
+    shutil.copytree(http_client.bundle(), tmp_path / "kind")
+    with http_client.serving_several(tmp_path) as client, http_edge.site(client.app) as edge:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{edge.port}/")
+        page.click("text=kind")
+        picture, classifier = http_client.queries()[0], client.service.services["kind"].classifier
+        visit = Visit(page, Site(page.url, classifier, [], [])).open()
+        assert page.url.endswith("/v1/classifiers/kind/") and visit.text("#facts").startswith("kind · demo · ")
+        visit.choose(file(picture, "chosen.png"))
+        assert classifier.predict([picture])[0] in visit.text("#answer .label")
+        visit.fill_in("grey", [file(GREY)]).page.click("#add-class")
+        visit.notice("Class “grey” added with 1 example.")
+        page.close()
+    assert visit.problems == [] and visit.refusals == [] and "grey" in classifier.classes_

@@ -1,52 +1,60 @@
-"""Runs a batch through encoder and scoring; after an error, finds the images that cause it."""
+"""Runs a batch through encoder and scoring; after an error, finds the images or the classifiers that cause it."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.predictions import Prediction, predict
-from iosr_fast.serving.batching.item import Item, Query
+from iosr_fast.head.predictions import predict
+from iosr_fast.serving.batching.classifiers import Classifiers
+from iosr_fast.serving.batching.item import Item
 
 Collect: TypeAlias = Callable[[Any, Embeddings, Any], None]
+_T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """What a batch took, in seconds; `clean` is False after any error."""
+    """What a batch took, in seconds; `clean` is False after any error. `heads`: for each classifier that was asked the
+    error if it fails on every image, else None. `black`: the embeddings of black images."""
 
     encode_s: float = 0.0
     score_s: float = 0.0
     clean: bool = True
+    heads: dict[str, Exception | None] = field(default_factory=dict)
+    black: Embeddings | None = None
 
 
 class Engine:
-    """Runs batches of at most `max_batch` images. `healthy` is False while the engine fails on every image;
-    `last_error` is the error of its last failure. `collect` is called with each answered image that is whole and no
+    """Runs batches of at most `max_batch` images. `healthy` is False while encoding, or scoring by every classifier,
+    fails on every image; `last_error` is the error of its last failure. `failures` has the errors of classifiers that
+    fail on every image. `collect` has, by classifier, what is called with each answered image that is whole and no
     probe, its embeddings (1, D) and the head that answered."""
 
-    def __init__(self, classifier: Any, max_batch: int, collect: Collect | None = None) -> None:
+    def __init__(self, classifiers: Classifiers, max_batch: int, collect: Mapping[str, Collect]) -> None:
         self.healthy = True
-        self._classifier, self._collect = classifier, collect
+        self.failures: dict[str, Exception] = {}
         self.last_error: Exception | None = None
+        self._classifiers, self._collect = classifiers, collect
         self._max_batch = max_batch
         self._encoding = threading.Lock()  # of an encoder with one run, which may not be thread-safe
 
     def warm(self) -> None:
         """Run batches of 1, 2, 4, ... and the most images once, because first runs are slow: of the encoder, in all
         runs at the same time, and on a GPU of scoring, too, whose kernels are compiled for a batch's size. On a CPU
-        also 3, a usual size there. Raises what the engine raises."""
-        encoder = self._classifier.encoder
+        also 3, a usual size there. Raises what encoding raises, and what scoring raises if no classifier works."""
+        encoder, errors = self._classifiers.ask(())[1].encoder, dict[str, Exception | None]()
         most = min(self._max_batch, encoder.max_batch)
         sizes = {*(1 << k for k in range((most - 1).bit_length())), most}
         encoded = sizes if encoder.buckets or most < 3 else sizes | {3}
@@ -54,33 +62,50 @@ class Engine:
             for size in sorted(encoded):
                 list(pool.map(encoder.warm, [[size]] * encoder.runs))
         for size in sorted(sizes) if encoder.buckets else [1]:
-            self._black(size)
+            run = Run(black=self._black(size))
+            errors = {name: errors.get(name) or self._score_black(run, name) for name in self._classifiers.named}
+        failed = [error for error in errors.values() if error is not None]
+        if len(failed) == len(errors):
+            raise failed[0]
+        self._judge(None, errors)
 
     def run(self, items: Sequence[Item]) -> Run:
-        """Set the outcome of every item: a Prediction or an exception.
+        """Set the outcome of every item: a Prediction, a tuple with one or an exception for each classifier, or an
+        exception.
 
         After an error each image is tried alone, so that only those that fail twice get it. If a black image fails
-        too, the engine fails on every image, and the rest gets the error at once.
+        too, the engine fails on every image, and the rest gets the error at once. Likewise for each classifier, whose
+        errors concern no other one.
         """
-        run, down = Run(), None
-        error = self._try(items, run)
-        for item in items if error else ():
-            if error is not None and not self._works():
-                down = error
-                break
-            error = self._try([item], run)
+        run = Run()
+        down = _try_alone(items, lambda part, _: self._try(run, part), partial(self._encode_black, run))
         for item in items:
             item.outcome = item.outcome or down
-        self._judge(down)
+        self._judge(down, run.heads)
         return run
 
     def probe(self) -> None:
-        """Check whether a failed engine works again."""
-        if self._works():
-            self._judge(None)
+        """Check whether what failed works again."""
+        run = Run()
+        if self._encode_black(run) is None:
+            errors = {name: self._score_black(run, name) for name in self._classifiers.named}
+            if self.healthy or not all(errors.values()):
+                self._judge(None, errors)
 
-    def _judge(self, down: Exception | None) -> None:
-        """Update the health after a batch; `down` is the error if the engine fails on every image."""
+    def _judge(self, down: Exception | None, heads: Mapping[str, Exception | None]) -> None:
+        """Update the health after a batch; `down` is the error if encoding fails on every image, `heads` as of Run."""
+        for name, error in heads.items():
+            known = name in self.failures
+            if error is not None:
+                self.failures[name] = error
+                if name and not known:
+                    log.error("the classifier %r fails on every image: %r", name, error)
+            elif known:
+                self.failures.pop(name, None)
+                if name:
+                    log.info("the classifier %r works again", name)
+        if down is None and len(self.failures) == len(self._classifiers.named):
+            down = next(filter(None, heads.values()), self.last_error)
         if down is not None:
             self.last_error = down
             if self.healthy:
@@ -89,59 +114,121 @@ class Engine:
             log.info("the engine works again")
         self.healthy = down is None
 
-    def _try(self, items: Sequence[Item], run: Run) -> Exception | None:
-        """Set the outcomes of items; returns the error, which is also the outcome of a single one."""
+    def _try(self, run: Run, items: Sequence[Item]) -> Exception | None:
+        """Encode items and set their outcomes; returns the error of encoding, which is also the outcome of a single
+        one."""
+        started, encoder = time.perf_counter(), items[0].encoder
         try:
-            pixels = np.stack([item.pixels for item in items])  # type: ignore[misc]
-            for item, prediction in zip(items, self._predict(pixels, items, run), strict=True):
-                item.outcome = prediction
+            if any(item.encoder is not encoder for item in items):
+                raise RuntimeError(
+                    "expected images of one encoder, got some from before another fit and some from after"
+                )
+            embeddings = self._encode(encoder, np.stack([item.pixels for item in items]))  # type: ignore[misc]
         except Exception as error:
-            if self.healthy and run.clean:
-                log.warning("a batch failed; its images are tried one by one", exc_info=error)
-            run.clean = False
-            error.__traceback__ = None  # its frames would keep all images of the batch alive
             if len(items) == 1:
                 items[0].outcome = error
-            return error
-        return None
-
-    def _works(self) -> bool:
-        try:
-            self._black(1)
-        except Exception:
-            return False
-        return True
-
-    def _black(self, count: int) -> None:
-        """Classify black images."""
-        fit = self._classifier._fitted()
-        head, encoder = fit.head, fit.encoder
-        items = [Item(None, i, Query(top=1, probe=True), 0.0, head=head, encoder=encoder) for i in range(count)]
-        self._predict(encoder.blank(count), items, Run())
-
-    def _predict(self, pixels: np.ndarray, items: Sequence[Item], run: Run) -> list[Prediction]:
-        """Pixels (B, S, S, 3) uint8 -> B predictions, each by the head of its item; items that ask one head for the
-        same are computed together. Raises RuntimeError for items of several encoders, which are then tried alone."""
-        started, encoder = time.perf_counter(), items[0].encoder
-        if any(item.encoder is not encoder for item in items):
-            raise RuntimeError("expected images of one encoder, got some from before another fit and some from after")
-        with self._encoding if encoder.runs == 1 else nullcontext():
-            embeddings = encoder.encode_on_device(pixels)
+            return self._failed(run, error)
         encoded = time.perf_counter()
         run.encode_s += encoded - started
+        self._score(run, items, embeddings)
+        run.score_s += time.perf_counter() - encoded
+        return None
+
+    def _encode(self, encoder: Any, pixels: np.ndarray) -> Embeddings:
+        with self._encoding if encoder.runs == 1 else nullcontext():
+            embeddings: Embeddings = encoder.encode_on_device(pixels)
         if len(embeddings) != len(pixels):
             raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
+        return embeddings
+
+    def _score(self, run: Run, items: Sequence[Item], embeddings: Embeddings) -> None:
+        """Set the outcomes of items with embeddings (B, D). Those that ask one head for the same are scored
+        together."""
         groups: dict[Any, list[int]] = {}
         for row, item in enumerate(items):
-            query = item.query
-            groups.setdefault((item.head, query.top, query.nearest, query.abstention), []).append(row)
-        predictions: dict[int, Prediction] = {}
-        for (head, *asked), rows in groups.items():
-            part = embeddings if len(groups) == 1 else embeddings[np.array(rows)]
-            predictions.update(zip(rows, predict(head, part, *asked), strict=True))
-        if self._collect is not None:
-            for row, item in enumerate(items):
-                if item.crop is None and not item.query.probe:
-                    self._collect(item.image, embeddings[np.array([row])], item.head)
-        run.score_s += time.perf_counter() - encoded
-        return [predictions[row] for row in range(len(pixels))]
+            asked = item.query.top, item.query.nearest, item.query.abstention
+            for named in item.heads.items():
+                groups.setdefault((*named, asked), []).append(row)
+        answers: list[dict[str, Any]] = [{} for _ in items]
+        again = cache(lambda row: self._encode(items[row].encoder, items[row].pixels[None]))  # type: ignore[index]
+
+        def score(name: str, head: Any, asked: tuple[Any, ...], rows: Sequence[int], alone: bool) -> Exception | None:
+            """Answers of one head to rows. One that is tried alone is encoded again: its embedding may be wrong."""
+            try:
+                if alone:
+                    part = again(rows[0])
+                else:
+                    part = embeddings if len(rows) == len(items) else embeddings[np.array(rows)]
+                for row, prediction in zip(rows, predict(head, part, *asked), strict=True):
+                    answers[row][name] = prediction
+                for place, row in enumerate(rows) if name in self._collect else ():
+                    if items[row].crop is None and not items[row].query.probe:
+                        self._collect[name](items[row].image, part[np.array([place])], head)
+            except Exception as error:
+                if len(rows) == 1:
+                    answers[rows[0]][name] = error
+                return self._failed(run, error, name)
+            return None
+
+        for group, rows in groups.items():
+            name = group[0]
+            if run.heads.get(name) is None:
+                run.heads[name] = _try_alone(rows, partial(score, *group), partial(self._score_black, run, name))
+            for row in rows:
+                answers[row].setdefault(name, run.heads[name])
+        for item, own in zip(items, answers, strict=True):
+            names = item.query.classifier
+            item.outcome = next(iter(own.values())) if isinstance(names, str) else tuple(own[name] for name in names)
+
+    def _failed(self, run: Run, error: Exception, name: str = "") -> Exception:
+        """Note an error, of scoring by a classifier with its name; returns it."""
+        if self.healthy and run.clean and name not in self.failures:
+            log.warning("a batch failed; its images are tried one by one", exc_info=error)
+        run.clean = False
+        return _forget_frames(error)
+
+    def _black(self, count: int = 1) -> Embeddings:
+        encoder = self._classifiers.ask(())[1].encoder
+        return self._encode(encoder, encoder.blank(count))
+
+    def _encode_black(self, run: Run) -> Exception | None:
+        """Encode a black image now; returns the error."""
+        try:
+            run.black = self._black()
+        except Exception as error:
+            return _forget_frames(error)
+        return None
+
+    def _score_black(self, run: Run, name: str) -> Exception | None:
+        """Score the black image by the newest head of a classifier; returns the error."""
+        try:
+            if run.black is None:
+                run.black = self._black()
+            predict(self._classifiers.ask(name)[0][name], run.black, 1)
+        except Exception as error:
+            return _forget_frames(error)
+        return None
+
+
+def _try_alone(
+    things: Sequence[_T],
+    attempt: Callable[[Sequence[_T], bool], Exception | None],
+    black: Callable[[], Exception | None],
+) -> Exception | None:
+    """Attempt all things together and, after an error, each alone (True); returns the error, and leaves the rest, once
+    a black image fails as well."""
+    error = attempt(things, False)
+    for thing in things if error is not None else ():
+        if error is not None and black() is not None:
+            return error
+        error = attempt([thing], True)
+    return None
+
+
+def _forget_frames(error: Exception) -> Exception:
+    """The error without tracebacks, nor those of what it comes from: their frames keep all images of a batch alive."""
+    chained: BaseException | None = error
+    while chained is not None:
+        chained.__traceback__ = None
+        chained = chained.__context__
+    return error

@@ -8,17 +8,19 @@ import itertools
 import math
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.abstention import NONE_WITHHELD
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import check_share
+from iosr_fast.serving.batching.classifiers import Classifiers, naming
 from iosr_fast.serving.batching.decoder import Decoder
 from iosr_fast.serving.batching.engine import Collect, Engine
 from iosr_fast.serving.batching.item import Item, Observer, Query
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from iosr_fast.classifier import Classifier
-    from iosr_fast.head.predictions import Prediction
 
 _MAX_DECODERS = 8
 _requests = itertools.count()
@@ -39,6 +40,11 @@ _requests = itertools.count()
 
 class BatchingClassifier:
     """Classifies images that arrive one at a time, from any number of threads or an event loop, in batches.
+
+    `classifiers` is a Classifier, or several on one encoder by their names: they need the same fingerprint of the
+    encoder, geometry, exif_orientation and margin. They share the encoder of the first one that compares adapted
+    embeddings, else of the first one, its queue and its batches: an image is decoded and encoded once, however many of
+    them are asked. Of several, one that is fitted again on another encoder can't be asked any more.
 
     Images are those that Classifier.predict takes; do not modify them before they are answered.
     `decode_threads` threads decode images while the previous batch is encoded. A batch of at most `max_batch` images
@@ -57,14 +63,16 @@ class BatchingClassifier:
     shortened to four times the estimated waiting time where that is less.
 
     `max_error` is that of queries which name none (Query). Where support images are too few for it, no label is
-    accepted. `collect(image, embeddings, head)` is called in the thread of a batch for each image that it answers.
+    accepted. `collect(image, embeddings, head)` is called in the thread of a batch for each image that it answers; it
+    may be a mapping by names.
 
     `isolated` decodes encoded bytes in a separate process for each decoding thread, because they may be untrusted. An
     image that takes longer than limits.timeout_s there, takes more memory than its header allows, or crashes the
     process is a BadImageError; the process is replaced.
 
     An image that can't be read or encoded fails alone. If the engine fails on every image, all get its error and
-    `healthy` is False until the engine works again; while idle, it is tried every second.
+    `healthy` is False until the engine works again; while idle, it is tried every second. So does a classifier that
+    fails on every image: it is in `failures` meanwhile, and the answers of the others are whole.
 
     Callbacks of futures run on the threads that answer: keep them short, and don't wait in them for another image.
     Raises NotFittedError for a classifier that is not fitted, and IosrFastError for invalid settings.
@@ -78,11 +86,19 @@ class BatchingClassifier:
     ...     futures = [batching.submit(image, top=1) for image in images[:3]]
     ...     [future.result().label for future in futures] == labels[:3]
     True
+
+    Two questions on a picture are two classifiers:
+
+    >>> letters = Classifier("demo", method="tip-adapter").fit(images, [label[0] for label in labels])
+    >>> with BatchingClassifier({"name": classifier, "letter": letters}, decode_threads=1) as batching:
+    ...     name, letter = batching.submit(images[0], classifier=("name", "letter")).result()
+    ...     name.label[0] == letter.label, batching.submit(images[0], classifier="name").result().label == name.label
+    (True, True)
     """
 
     def __init__(
         self,
-        classifier: Classifier,
+        classifiers: Classifier | Mapping[str, Classifier],
         max_batch: int = 32,
         max_wait_ms: float = 2.0,
         max_queue: int = 256,
@@ -91,7 +107,7 @@ class BatchingClassifier:
         limits: DecodeLimits | None = None,
         isolated: bool = False,
         max_error: float | None = None,
-        collect: Collect | None = None,
+        collect: Collect | Mapping[str, Collect] | None = None,
     ) -> None:
         if decode_threads is None:
             decode_threads = min(_MAX_DECODERS, max(2, usable_threads()))  # a client leaves one to others
@@ -99,34 +115,39 @@ class BatchingClassifier:
             check_integer(name, value, 1)
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
-        classifier.snapshot().require_single_label("BatchingClassifier", "use predict")  # raises if it is not fitted
-        classifier.serve_promises()
-        self._engine = Engine(classifier, max_batch, collect)
+        self._classifiers = Classifiers(classifiers)
+        runs = self._classifiers.ask(())[1].encoder.runs
+        collectors = dict.fromkeys(self.classifiers, collect) if callable(collect) else collect or {}
+        if unknown := collectors.keys() - self.classifiers.keys():
+            raise IosrFastError(f"expected collect for {list(self.classifiers)} or some of them, got {sorted(unknown)}")
+        self._engine = Engine(self._classifiers, max_batch, collectors)
         self._max_error = None if max_error is None else check_share("max_error", max_error, like=0.01)
         limits = DecodeLimits() if limits is None else limits
         self._queue = BatchQueue(
-            classifier, max_batch, max_wait_ms / 1e3, max_queue, decode_threads, limits.max_pixels_together, observer
+            runs, max_batch, max_wait_ms / 1e3, max_queue, decode_threads, limits.max_pixels_together, observer
         )
         decoders = [Decoder(limits, isolated) for _ in range(decode_threads)]
-        self._workers = Workers(self._queue, self._engine, classifier.encoder.runs, decoders)
+        self._workers = Workers(self._queue, self._engine, runs, decoders)
         # A BatchingClassifier that is garbage-collected without close() answers accepted images and ends its threads.
         # The collector may run anywhere, even under the lock of the queue, so a new thread takes that lock.
         self._dropped = weakref.finalize(self, _thread.start_new_thread, self._queue.close, ())
         self._dropped.atexit = False
 
-    def submit(self, image: Any, **options: Any) -> Future[Prediction]:
-        """Classify one image; returns a Future of its Prediction. `options` are the fields of Query.
+    def submit(self, image: Any, **options: Any) -> Future[Any]:
+        """Classify one image; returns a Future of its Prediction. `options` are the fields of Query. With a tuple of
+        names as `classifier` it is a Future of a tuple: the Prediction of each, or the exception with which it failed.
 
         The future raises BadImageError for an image that can't be read, DeadlineExceededError for one that was not
         encoded within `deadline_s` seconds, or the error of the engine. Cancelling it before its batch starts frees its
         place.
 
         Raises at once: QueueFullError if the queue is full or the deadline can't be met, ClosedError after close(),
-        ValueError for an option out of range, and where there are too few support images for `keep` or `max_error`.
+        ValueError for an option out of range, where there are too few support images for `keep` or `max_error`, and for
+        a classifier that isn't here, or "" where there are several.
         """
         return self.submit_many((image,), **options)[0]
 
-    def submit_many(self, images: Iterable[Any], **options: Any) -> list[Future[Prediction]]:
+    def submit_many(self, images: Iterable[Any], **options: Any) -> list[Future[Any]]:
         """Classify the images of one request; returns a future for each, in order. All are accepted, or none.
 
         Decoders take one image of each `client` in turn, and of each of its requests. Parts of one picture that follow
@@ -136,12 +157,14 @@ class BatchingClassifier:
         than `max_queue` images, which can never be accepted.
         """
         query, now = Query(**options), time.monotonic()
-        fit = self.classifier._fitted()  # read once: head and encoder of two fits don't belong together
-        head = fit.head.require_single_label("BatchingClassifier", "use predict")
-        query.abstention.check(head)
+        heads, fit = self._classifiers.ask(query.classifier)
+        abstention = query.abstention
+        for name, head in heads.items() if abstention != NONE_WITHHELD else ():
+            with naming("" if isinstance(query.classifier, str) else name):
+                abstention.check(head)
         if query.max_error is None:
             query = replace(query, max_error=self._max_error)
-        of_fit = next(_requests), head, fit.encoder, fit.settings.exif_orientation
+        of_fit = next(_requests), heads, fit.encoder, fit.settings.exif_orientation
         listed = Sharing(fit.settings.margin)(as_image_list(images))
         items = [Item(one, i, query, now, *of_fit) for i, one in enumerate(listed)]
         if len(items) > self._queue.max_queue:
@@ -156,28 +179,35 @@ class BatchingClassifier:
         self._queue.check_room(client)
 
     def decode_whole(
-        self, image: Any, position: int = 0, *, deadline_s: float = math.inf, client: str = ""
+        self,
+        image: Any,
+        position: int = 0,
+        *,
+        classifier: str = "",
+        deadline_s: float = math.inf,
+        client: str = "",
     ) -> Future[np.ndarray]:
-        """Decode a support image with the decoders and their limits: (height, width, 3) uint8, as a fit resizes it.
+        """Decode a support image of a classifier with the decoders and their limits: (height, width, 3) uint8, as a fit
+        resizes it.
 
         The future raises BadImageError, DeadlineExceededError if no decoder was free within `deadline_s` seconds, or
         ClosedError. Raises ClosedError at once after close().
         """
-        fit, now = self.classifier._fitted(), time.monotonic()
-        of_fit = next(_requests), None, fit.encoder, fit.settings.exif_orientation
+        (heads, fit), now = self._classifiers.ask(classifier), time.monotonic()
+        of_fit = next(_requests), heads, fit.encoder, fit.settings.exif_orientation
         item = Item(image, position, Query(client=client), now, *of_fit, whole=True, deadline=now + deadline_s)
         self._queue.admit((item,), None)
         return item.future
 
-    async def classify(self, image: Any, **options: Any) -> Prediction:
+    async def classify(self, image: Any, **options: Any) -> Any:
         """`submit` for asyncio. Cancelling the awaiting task cancels the image."""
         (result,) = await self.classify_many((image,), **options)
         if isinstance(result, Exception):
             raise result
         return result
 
-    async def classify_many(self, images: Iterable[Any], **options: Any) -> list[Prediction | Exception]:
-        """`submit_many` for asyncio: in order, the Prediction of each image or the exception of its future."""
+    async def classify_many(self, images: Iterable[Any], **options: Any) -> list[Any]:
+        """`submit_many` for asyncio: in order, the result of each image or the exception of its future."""
         futures = self.submit_many(images, **options)
         try:
             results: list[Any] = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
@@ -188,7 +218,7 @@ class BatchingClassifier:
 
     def warm(self) -> None:
         """Run the engine at the usual batch sizes once, because first runs are slow: 1, 2, 4, ..., max_batch, on a CPU
-        also 3. Raises what it raises."""
+        also 3. Raises what it raises; of several classifiers one that fails is in `failures` instead."""
         self._engine.warm()
 
     def close(self, timeout: float | None = None) -> None:
@@ -210,8 +240,20 @@ class BatchingClassifier:
 
     @property
     def classifier(self) -> Classifier:
-        """The classifier that answers."""
-        return self._queue.classifier
+        """The only classifier. Raises IosrFastError where there are several."""
+        if len(self.classifiers) > 1:
+            raise IosrFastError(f"expected a BatchingClassifier of one classifier, got {len(self.classifiers)}")
+        return next(iter(self.classifiers.values()))
+
+    @property
+    def classifiers(self) -> Mapping[str, Classifier]:
+        """The classifiers by their names; a single one that came without has the name ""."""
+        return self._classifiers.named
+
+    @property
+    def failures(self) -> dict[str, Exception]:
+        """The errors of classifiers that fail on every image, until they work again."""
+        return dict(self._engine.failures)
 
     @property
     def pending(self) -> int:
@@ -225,7 +267,7 @@ class BatchingClassifier:
 
     @property
     def healthy(self) -> bool:
-        """False while the engine fails on every image, or no decoder works."""
+        """False while the engine, or every classifier, fails on every image, or no decoder works."""
         return self._engine.healthy and self._workers.decoders_error is None
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,8 +37,9 @@ class Observer(Protocol):
         """A batch has run. `queue_depth`: accepted images that were not in it."""
 
     def on_done(self, latency_s: float, outcome: str, label: str | None) -> None:
-        """An accepted image is about to be answered, `latency_s` after submit. `outcome` is "ok" (with a `label`,
-        None if it was rejected), "bad_image", "error", "deadline", "closed" or "cancelled"."""
+        """An accepted image is about to be answered, `latency_s` after submit. `outcome` is "ok" (with the `label`
+        of the only classifier asked, None if it was rejected, or of several), "bad_image", "error" (of several: by all
+        of them), "deadline", "closed" or "cancelled"."""
 
     def on_refused(self, reason: str) -> None:
         """An image was refused at submit: "full" (the queue, or the client's share), "deadline" or "closed"; or, by
@@ -61,7 +63,8 @@ class Query:
     be encoded (None: no deadline); `client`, the name of who asks: clients take turns, and each has a share of the
     queue; "" is the program itself, which may fill it. `keep` rejects pictures that belong to none of the classes,
     `max_error` says whose label is accepted (Abstention). `probe` is an image of the program's own, to see whether the
-    engine works: it is not collected.
+    engine works: it is not collected. `classifier` names the one that is asked, or several by a tuple, which answer
+    from the same embeddings; "" is the only one.
     """
 
     top: int = 5
@@ -71,6 +74,7 @@ class Query:
     keep: float | None = None
     max_error: float | None = None
     probe: bool = False
+    classifier: str | tuple[str, ...] = ""
 
     def __post_init__(self) -> None:
         check_integer("top", self.top, 1)
@@ -81,6 +85,8 @@ class Query:
             check_share("keep", self.keep)
         if self.max_error is not None:
             check_share("max_error", self.max_error, like=0.01)
+        if not isinstance(self.classifier, str) and (not isinstance(self.classifier, tuple) or not self.classifier):
+            raise IosrFastError(f"expected classifier to be a name, or a tuple of names, got {self.classifier!r}")
 
     @property
     def abstention(self) -> Abstention:
@@ -98,16 +104,16 @@ class Encoded:
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Item:
     """`deadline` and `submitted` are on time.monotonic's clock, in seconds. The future is resolved with a Prediction,
-    or of a `whole` image with its pixels (height, width, 3). The header of encoded bytes is read here alone, unless the
-    image comes as Encoded. Of a `crop` by Sharing the image is its source."""
+    a tuple of them or their errors, or of a `whole` image with its pixels (height, width, 3). The header of encoded
+    bytes is read here alone, unless the image comes as Encoded. Of a `crop` by Sharing the image is its source."""
 
     image: Any
     position: int  # in its request, for BadImageError
     query: Query
     submitted: float
     request: int = 0  # number of its request; requests of a client take turns
-    head: Head | None = None  # that of its submission, which answers
-    encoder: Any = None  # that of its submission: its geometry decodes, this head compares its embeddings
+    heads: Mapping[str, Head] = field(default_factory=dict)  # those of its submission, which answer, by classifier
+    encoder: Any = None  # that of its submission: its geometry decodes, these heads compare its embeddings
     upright: bool = True  # whether EXIF orientation is applied, as in the fit of its submission
     whole: bool = False  # decoded only, all of it
     deadline: float = math.inf
@@ -147,13 +153,15 @@ class Item:
     def answer(self, outcome: Any, observer: Observer | None) -> None:
         """Resolve the future. Called after the item has left the queue, so that its callbacks can submit again."""
         latency_s = time.monotonic() - self.submitted
+        answers = outcome if isinstance(outcome, tuple) else (outcome,)
+        failed = all(isinstance(one, Exception) for one in answers)
         try:
+            if failed or not self.whole:
+                label = getattr(answers[0], "label", None) if len(answers) == 1 else None
+                notify(observer, "on_done", latency_s, _outcome_name(answers[0]) if failed else "ok", label)
             if isinstance(outcome, Exception):
-                notify(observer, "on_done", latency_s, _outcome_name(outcome), None)
                 self.future.set_exception(outcome)
             else:
-                if not self.whole:
-                    notify(observer, "on_done", latency_s, "ok", outcome.label)
                 self.future.set_result(outcome)
         except InvalidStateError:
             log.debug("an image was answered after close() had abandoned it")

@@ -36,7 +36,7 @@ class BatchQueue:
 
     def __init__(
         self,
-        classifier: Any,
+        runs: int,
         max_batch: int,
         max_wait_s: float,
         max_queue: int,
@@ -44,7 +44,6 @@ class BatchQueue:
         max_pixels_together: int,
         observer: Observer | None,
     ) -> None:
-        self.classifier = classifier
         self.max_queue, self.observer = max_queue, observer
         self.closed = False
         self.ended = threading.Event()  # no further image is decoded
@@ -53,7 +52,7 @@ class BatchQueue:
         lock = threading.RLock()
         self._changed = threading.Condition(lock)  # batch threads wait for it
         self._decoder_free = threading.Condition(lock)
-        self._admission = Admission(max_queue, decoders, classifier.encoder.runs)
+        self._admission = Admission(max_queue, decoders, runs)
         self._accepted: set[Item] = set()
         self._waiting = {False: Turns(), True: Turns()}  # for a decoder, by whether they are large
         self._in_decoders: set[Item] = set()

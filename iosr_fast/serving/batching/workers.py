@@ -34,6 +34,7 @@ class Workers:
         """Returns when every decoder has started. Raises the error of a decoder that did not."""
         self._queue, self._engine, self._decoders = queue, engine, decoders
         self._process = os.getpid()
+        self._probe_at = 0.0
         self._errors: list[Exception | None] = [None] * len(decoders)  # of decoders that do not work
         self._attempted = [threading.Event() for _ in decoders]
         self._threads = [
@@ -99,7 +100,9 @@ class Workers:
         queue, engine = self._queue, self._engine
         items, seconds = list[Item](), 0.0
         try:
-            taken = queue.next_batch(math.inf if engine.healthy else _PROBE_S)
+            if engine.failures and engine.healthy and time.monotonic() >= self._probe_at:
+                self._probe()  # others may keep it busy, and nobody ask those that failed
+            taken = queue.next_batch(_PROBE_S if engine.failures or not engine.healthy else math.inf)
             if taken is None:
                 return False
             items, others = taken
@@ -109,13 +112,17 @@ class Workers:
                 seconds = time.monotonic() - started if run.clean else 0.0
                 notify(queue.observer, "on_batch", len(items), others, run.encode_s, run.score_s)
             else:
-                engine.probe()
+                self._probe()
         except BaseException as error:
             log.exception("a batch could not be run; its images get the error, and the next batch runs")
             for item in items:
                 item.outcome = item.outcome or ordinary(error)
         queue.finish(items, seconds)
         return True
+
+    def _probe(self) -> None:
+        self._probe_at = time.monotonic() + _PROBE_S
+        self._engine.probe()
 
     def _decode(self, place: int) -> None:
         # The traceback of an error refers to its frames and through them to this one. So no frame may keep an item: its

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Depends
@@ -66,7 +67,8 @@ def make_router(service: Service) -> APIRouter:
         """The images one after another, as 64 large ones would take gigabytes. Decoder processes decode them."""
         client = client_of(request.client)
         for i, image in enumerate(images):
-            yield service.batching.decode_whole(image, i, deadline_s=_DECODE_S, client=client).result()
+            decode = partial(service.batching.decode_whole, classifier=service.name, client=client)
+            yield decode(image, i, deadline_s=_DECODE_S).result()
 
     @router.post(
         "/v1/classes",

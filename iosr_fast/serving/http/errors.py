@@ -33,6 +33,10 @@ def busy(code: str, message: str, retry_after_s: float = 1.0) -> ApiError:
     return ApiError(503, code, message, {"Retry-After": str(max(1, math.ceil(retry_after_s)))})
 
 
+def internal_error() -> ApiError:
+    return ApiError(500, "internal", "the server failed at this request; see its log")
+
+
 def of_library(error: Exception, refused: str) -> Exception:
     """The ApiError for an exception of the library, with the code `refused` for what it refuses; others unchanged."""
     match error:

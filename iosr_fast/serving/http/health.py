@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from fastapi import APIRouter
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
@@ -11,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.http import schemas
-from iosr_fast.serving.http.service import Service
+from iosr_fast.serving.http.service import Served, Service
 
 AFTER_S = 30.0  # without a classified image, /healthz classifies one
 WITHIN_S = 2.0  # expects an answer
@@ -33,13 +34,17 @@ class Probe:
             return f"the engine failed: {batching.last_error}"
         async with self._lock:
             idle_s = time.monotonic() - self._service.metrics.last_answer
-            if idle_s < AFTER_S or self._service.loading or batching.closed:
+            if idle_s < AFTER_S or self._service.server.loading or batching.closed:
                 return ""
+            names = tuple(batching.classifiers)
             # A server too busy for the probe is healthy as long as it classifies images.
             busy = "" if idle_s < STUCK_AFTER_S else f"no image was classified for {idle_s:.0f} s"
             try:
                 async with asyncio.timeout(WITHIN_S):
-                    await batching.classify(self._service.uploads.probe, top=1, deadline_s=WITHIN_S, probe=True)
+                    asked: dict[str, Any] = {"top": 1, "deadline_s": WITHIN_S, "probe": True, "classifier": names}
+                    answers = await batching.classify(self._service.uploads.probe, **asked)
+                if all(isinstance(answer, Exception) for answer in answers):
+                    raise answers[0]
             except QueueFullError:
                 return busy
             except ClosedError:
@@ -51,10 +56,11 @@ class Probe:
             return ""
 
 
-def make_router(service: Service) -> APIRouter:
+def make_router(served: Served) -> APIRouter:
     """/healthz, /readyz and /metrics."""
     router = APIRouter(tags=["operations"])
-    probe = Probe(service)
+    probes = [Probe(service) for service in served.engines]
+    services = [*served.services.values()]
 
     @router.get(
         "/healthz",
@@ -63,8 +69,8 @@ def make_router(service: Service) -> APIRouter:
         summary="Does the engine work?",
     )
     async def healthz() -> Response:
-        failure = await probe.failure()
-        return _state("failed" if failure else "ok", failure)
+        failures = await asyncio.gather(*(probe.failure() for probe in probes))
+        return _state("failed" if all(failures) else "ok", "; ".join(filter(None, failures)))
 
     @router.get(
         "/readyz",
@@ -73,11 +79,11 @@ def make_router(service: Service) -> APIRouter:
         summary="Is the server ready for requests?",
     )
     async def readyz() -> Response:
-        if service.draining or service.batching.closed:
+        if served.draining or all(service.batching.closed for service in services):
             return _state("shutting down")
-        if service.loading or not service.batching.healthy:
-            return _state("loading" if service.loading else "failed")
-        return _state("ok", service.read_only or service.batching.decoders_warning)
+        if served.loading or all(service.failure for service in services):
+            return _state("loading" if served.loading else "failed")
+        return _state("ok", served.note or services[0].batching.decoders_warning)
 
     # Not `async`: rendering the series of thousands of classes is slow, so it runs in a thread.
     @router.get(
@@ -87,9 +93,12 @@ def make_router(service: Service) -> APIRouter:
         summary="Metrics in Prometheus's text format",
     )
     def scrape() -> Response:
-        if service.collector is not None:
-            service.collector.read_labels(service.head)  # for the next scrape
-        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        for service in services:
+            if service.collector is not None:
+                service.collector.read_labels(service.head)  # for the next scrape
+        several = {service.name: service.metrics for service in services if service.name}
+        text = served.metrics.text(several, [service.name for service in served.engines])
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     return router
 

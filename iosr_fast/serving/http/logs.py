@@ -17,13 +17,14 @@ from iosr_fast.exceptions import printable
 
 logger = logging.getLogger("iosr_fast.serving")
 TOKEN_NAME: ContextVar[str] = ContextVar("token_name", default="")  # of the request that is answered
+CLASSIFIER: ContextVar[str] = ContextVar("classifier", default="")  # of several, the one that lines are about
 _MAX_QUEUED = 10_000  # lines for a slow reader of stderr; more are dropped, so that no request waits
 
 
 def log(event: str, *, level: int = logging.INFO, **facts: Any) -> None:
-    """Log `event` with `facts` of JSON types, and the name of the request's token."""
-    token = {"token": TOKEN_NAME.get()} if TOKEN_NAME.get() else {}
-    logger.log(level, event, extra={"facts": facts | token})
+    """Log `event` with `facts` of JSON types, and the names of the classifier and of the request's token."""
+    names = {"classifier": CLASSIFIER.get(), "token": TOKEN_NAME.get()}
+    logger.log(level, event, extra={"facts": facts | {kind: name for kind, name in names.items() if name}})
 
 
 class Formatter(logging.Formatter):
@@ -38,6 +39,7 @@ class Formatter(logging.Formatter):
         event = record.msg
         if facts is None:  # of another library
             event, facts = "log", {"logger": record.name, "message": record.getMessage()}
+            facts |= {"classifier": name} if (name := getattr(record, "classifier", "")) else {}
         error = self.formatException(record.exc_info) if record.exc_info else ""
         if self._plain:
             words = [f"{name}={value}" for name, value in facts.items() if value not in ("", None)]
@@ -53,6 +55,7 @@ class _Queue(QueueHandler):
     dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        record.classifier = CLASSIFIER.get()  # in the thread that logs
         try:
             self.queue.put_nowait(record)
         except queue.Full:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import Metric
 
 from iosr_fast.head.predictions import Prediction
+from iosr_fast.serving.shares import Shares
 
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MAX_CLASSES = 10_000  # with their own series; more would slow down every scrape
 _OTHERS = "", "all others"
+_OF_ENGINE = re.compile("iosr_fast_(image_seconds|batch|encode|score|refusals|queue|healthy)")
+_OF_SERVER = re.compile("process_|iosr_fast_body")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS"})
 
 
@@ -55,11 +61,11 @@ class Metrics:
 
         gauge("queue_images", "Images accepted and not yet answered", lambda: service.batching.pending)
         gauge("queue_limit_images", "Limit of iosr_fast_queue_images", lambda: service.settings.max_queue)
-        gauge("body_bytes", "Bytes of request bodies in memory", lambda: service.bodies.used)
+        self.watch_bodies(service.bodies)
         gauge("healthy", "1 while the engine works", lambda: float(service.batching.healthy))
         gauge("model_version", "Version of the classes; each change increases it", lambda: service.classifier.version)
         gauge("classes", "Classes", lambda: len(service.classifier.snapshot().uids))
-        gauge("read_only", "1 while changes can't be logged", lambda: float(bool(service.read_only)))
+        gauge("read_only", "1 while changes can't be logged", lambda: float(bool(service.note)))
         recent = service.recent
         gauge("accepted_share", "Accepted labels, of the last 400 that a promise judged", lambda: recent.accepted_share)
         gauge("median_probability", "Of the last 400 labels", lambda: recent.median_probability)
@@ -75,6 +81,10 @@ class Metrics:
         labels = {"version": __version__, "method": service.classifier.method_}
         labels["encoder"] = service.classifier.encoder.fingerprint[:12]
         Gauge("info", "Version, method, encoder", tuple(labels), **self._options).labels(**labels).set(1)
+
+    def watch_bodies(self, bodies: Shares) -> None:
+        made = Gauge("body_bytes", "Bytes of request bodies in memory", **self._options)
+        made.set_function(lambda: bodies.used)
 
     # --- called by BatchingClassifier ---
 
@@ -123,6 +133,18 @@ class Metrics:
             self._predictions.remove(*key)
         self._series -= removed
 
-    def text(self) -> bytes:
-        """All metrics in Prometheus's text format."""
-        return generate_latest(self._registry)
+    def text(self, classifiers: Mapping[str, Metrics] | None = None, engines: Collection[str] = ("",)) -> bytes:
+        """All metrics in Prometheus's text format, with those of several classifiers, whose series have the label
+        `classifier`. What an engine counts is in the metrics of one of them, of `engines`, and has the label `engine`.
+        """
+        families: dict[str, Metric] = {}
+        for name, one in {"": self, **(classifiers or {})}.items():
+            for family in one._registry.collect():
+                of_engine = _OF_ENGINE.match(family.name)
+                if name not in engines if of_engine else name and _OF_SERVER.match(family.name):
+                    continue
+                label = {("engine" if of_engine else "classifier"): name} if name else {}
+                whole = Metric(family.name, family.documentation, family.type)
+                samples = [sample._replace(labels=sample.labels | label) for sample in family.samples]
+                families.setdefault(family.name, whole).samples.extend(samples)
+        return generate_latest(SimpleNamespace(collect=families.values))

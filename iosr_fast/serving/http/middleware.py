@@ -12,9 +12,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from iosr_fast.serving.http.addresses import client_of
-from iosr_fast.serving.http.errors import ApiError, busy, error_response
-from iosr_fast.serving.http.logs import TOKEN_NAME, log, logger
-from iosr_fast.serving.http.service import Service
+from iosr_fast.serving.http.errors import ApiError, busy, error_response, internal_error
+from iosr_fast.serving.http.logs import CLASSIFIER, TOKEN_NAME, log, logger
+from iosr_fast.serving.http.service import Served
 from iosr_fast.serving.http.tokens import Token, find_token
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
@@ -23,16 +23,19 @@ _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-r
 _DISCONNECTED = 499  # as in nginx: the client closed the connection before the answer
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
 _PREDICT = ("POST", "/v1/predict")
+# Keys of a scope.
+WHOLE_PATH, REFUSAL = "iosr_fast.path", "iosr_fast.refusal"
 _MAX_OTHER = 16 << 10  # bytes of a body without images, such as a name in JSON; only POST takes images
 
 
 class RequestMiddleware:
     """Requires the token of every request that could change something, on any path, before its body is read.
 
-    An unexpected exception is logged with its traceback and answered with 500.
+    An unexpected exception is logged with its traceback and answered with 500. A server of several classifiers hands
+    over requests with their whole path and, of one that it refuses, the error (several.SeveralApp).
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Served) -> None:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,6 +49,7 @@ class RequestMiddleware:
             request_id = uuid.uuid4().hex.encode()
         token = find_token(self._service.settings.tokens, scope["headers"])
         TOKEN_NAME.set(token.name if token else "")
+        CLASSIFIER.set(self._service.name)
         body = BoundedBody(scope, receive, self._service, headers.get(b"content-length", b""))
         # HEAD is answered as GET is; the connection leaves the body out.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
@@ -54,11 +58,13 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                closing = [(b"connection", b"close")] if self._service.draining else []
+                closing = [(b"connection", b"close")] if self._service.server.draining else []
                 message["headers"] = [*message["headers"], *_HEADERS, (b"x-request-id", request_id), *closing]
             await send(message)
 
         try:
+            if isinstance(refusal := scope.get(REFUSAL), ApiError):
+                raise refusal
             check_token(self._service, scope, token)
             await self._app(inner, body.receive, answer)
         except ClientDisconnect:
@@ -66,11 +72,11 @@ class RequestMiddleware:
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.exception("unexpected", extra={"facts": {"request_id": request_id.decode()}})
-                error = ApiError(500, "internal", "the server failed at this request; see its log")
+                error = internal_error()
             if not status:
                 await error_response(inner, error)(inner, receive, answer)
         finally:
-            self._service.bodies.add(body.client, -body.size)
+            self._service.server.bodies.add(body.client, -body.size)
             seconds, status = time.perf_counter() - start, status or _DISCONNECTED
             route, code = getattr(inner.get("route"), "path", "other"), inner.get("iosr_fast.code")
             self._service.metrics.on_request(route, scope["method"], status, seconds, code)
@@ -78,7 +84,7 @@ class RequestMiddleware:
                 "request",
                 level=logging.DEBUG if route in _QUIET and status == 200 else logging.INFO,
                 method=scope["method"][:20],
-                path=scope["path"][:200],
+                path=scope.get(WHOLE_PATH, scope["path"])[:200],
                 status=status,
                 ms=round(seconds * 1e3, 2),
                 images=inner.get("iosr_fast.images", 0),
@@ -89,7 +95,7 @@ class RequestMiddleware:
             )
 
 
-def check_token(service: Service, scope: Scope, token: Token | None) -> None:
+def check_token(service: Served, scope: Scope, token: Token | None) -> None:
     """Raise ApiError for a request that needs another token: 401 without a right one, 403 where it may only predict, or
     where the server takes no changes.
 
@@ -121,9 +127,9 @@ class BoundedBody:
     It bounds every reader, the framework included, and counts received bytes, whatever Content-Length says.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, service: Service, content_length: bytes) -> None:
-        self._receive, self._shares, self._timeout_s = receive, service.bodies, service.settings.body_timeout_s
-        most = service.uploads.max_body
+    def __init__(self, scope: Scope, receive: Receive, service: Served, content_length: bytes) -> None:
+        self._receive, self._shares, self._timeout_s = receive, service.server.bodies, service.settings.body_timeout_s
+        most = service.max_body
         self._limit = most if scope["method"] == "POST" else min(most, _MAX_OTHER)
         self._announced = int(content_length or b"0")  # framing.check_head has checked it
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s

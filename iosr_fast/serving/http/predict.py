@@ -7,21 +7,26 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Query
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from iosr_fast.exceptions import BadImageError, DeadlineExceededError, IosrFastError
+from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.addresses import client_of
-from iosr_fast.serving.http.errors import ApiError, busy, error_body, of_library
+from iosr_fast.serving.http.errors import ApiError, busy, error_body, internal_error, of_library
 from iosr_fast.serving.http.lists import KEEP_QUERY
-from iosr_fast.serving.http.service import Service
+from iosr_fast.serving.http.logs import CLASSIFIER, logger
+from iosr_fast.serving.http.service import Front, Served, Service
 from iosr_fast.serving.http.uploads import Images
 from iosr_fast.utils.text import abbreviate
+
+if TYPE_CHECKING:
+    from iosr_fast.serving.batching import BatchingClassifier
 
 _QUERY = ("top", "nearest", "unknown", "keep", "max_error", "deadline_ms", "boxes")
 _IMAGES = (
@@ -35,23 +40,26 @@ _BOXES = (
     "JSON, [[x, y, width, height], ...]: parts of the only image, upright; in pixels, or as shares of its sides "
     "where neither width nor height exceeds 1; in a form, a field"
 )
+_NAMES = "classifier of /v1/classifiers to ask; may be repeated: the images are encoded once, and each one answers"
 _ALL_BAD = "All images are bad (see predictions), or a parameter is invalid"
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
 
-def make_router(service: Service) -> APIRouter:
-    """The route /v1/predict."""
-    settings = service.settings
+def make_router(served: Served) -> APIRouter:
+    """The route /v1/predict, of a classifier, or of several, which a request names."""
+    settings, several = served.settings, not isinstance(served, Service)
+    model: Any = schemas.PredictAnswers if several else schemas.PredictAnswer
+    names: Any = Query(... if several else [], description=_NAMES, include_in_schema=several)
     router = APIRouter(tags=["predict"])
 
     @router.post(
         "/v1/predict",
-        response_model=schemas.PredictAnswer,
-        responses={422: {"model": schemas.PredictAnswer | schemas.ErrorAnswer, "description": _ALL_BAD}},
-        openapi_extra=service.uploads.body or schemas.image_body(settings.max_images),
+        response_model=model,
+        responses={422: {"model": model | schemas.ErrorAnswer, "description": _ALL_BAD}},
+        openapi_extra=served.uploads.body or schemas.image_body(settings.max_images),
         summary="Classify images",
         description=(
-            f"{service.uploads.sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
+            f"{served.uploads.sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
             "`class_id` are null if the image belongs to none of the classes. With max_error, `accepted` says whether "
             "nobody needs to look at the label: of accepted ones at most this share is wrong, with 95% confidence. 422 "
             "(no_promise) where there are too few support images for `keep` or `max_error`."
@@ -60,6 +68,7 @@ def make_router(service: Service) -> APIRouter:
     )
     async def predict(
         request: Request,
+        classifier: list[str] = names,
         top: int = Query(5, ge=1, le=100, description="classes to return, best first"),
         nearest: int = Query(0, ge=0, le=100, description="nearest support images to return"),
         unknown: Literal["reject"] | None = Query(None, description="reject images of none of the classes"),
@@ -73,29 +82,32 @@ def make_router(service: Service) -> APIRouter:
             le=settings.max_deadline_ms,
             description="time allowed for the answer, from the request's last byte",
         ),
-        boxes: str | None = Query(None, description=_BOXES, include_in_schema=service.takes_changes),
+        boxes: str | None = Query(None, description=_BOXES, include_in_schema=served.takes_changes),
     ) -> Response:
-        _check_query(request)
-        client = client_of(request.client)
+        _check_query(request, several)
+        asked: dict[str, Any] = {"top": top, "nearest": nearest, "max_error": max_error}
+        asked |= {"client": client_of(request.client), "deadline_s": deadline_ms / 1e3}
+        asked["keep"] = None if unknown is None else keep
+        if isinstance(served, Front):
+            return await _ask_several(served, classifier, request, boxes, asked)
+        assert isinstance(served, Service)
         try:
-            service.batching.check_room(client)  # before the body is read, which makes refusals cheap
-            images = await service.uploads.read_images(request, boxes)
+            served.batching.check_room(asked["client"])  # before the body is read, which makes refusals cheap
+            images = await served.uploads.read_images(request, boxes)
             start = time.perf_counter()
-            request.scope["iosr_fast.images"] = len(images)
-            good = [image for image in images if not isinstance(image, ApiError)]
-            asked = {"top": top, "nearest": nearest, "client": client, "max_error": max_error}
-            asked["keep"] = None if unknown is None else keep
-            results = await _classify(service, request, good, deadline_ms / 1e3, asked)
+            results = await _classify(served, request, images, {"classifier": served.name, **asked})
         except IosrFastError as error:
-            raise _request_error(service, error) from None
-        return _answer(service, images, results, start)
+            raise _request_error(served, error) from None
+        return schemas.long_answer(*_answer(served, images, results, start))
 
     return router
 
 
-def _check_query(request: Request) -> None:
+def _check_query(request: Request, several: bool) -> None:
     """Refuse a misspelt, repeated or useless parameter: images of no class would keep a label without a word."""
     counts = Counter(name for name, _ in request.query_params.multi_items())
+    if several:
+        del counts["classifier"]
     if wrong := [name for name, count in counts.items() if count > 1 or name not in _QUERY]:
         message = f"expected the query parameters {', '.join(_QUERY)}, each at most once, got {abbreviate(wrong)}"
         raise ApiError(422, "invalid_parameters", message)
@@ -103,16 +115,17 @@ def _check_query(request: Request) -> None:
         raise ApiError(422, "invalid_parameters", "expected the query parameter keep only with unknown=reject")
 
 
-async def _classify(
-    service: Service, request: Request, images: Sequence[Any], deadline_s: float, options: dict[str, Any]
-) -> Sequence[Prediction | Exception]:
-    """A prediction or an error of each image. A client that disconnects gives up its places in the queue."""
-    if not images:
+async def _classify(service: Service, request: Request, images: Images, asked: dict[str, Any]) -> Sequence[Any]:
+    """What BatchingClassifier gives for each image that is no error. A client that disconnects gives up its places in
+    the queue."""
+    request.scope["iosr_fast.images"] = len(images)
+    good = [image for image in images if not isinstance(image, ApiError)]
+    if not good:
         return []
-    task = asyncio.ensure_future(service.batching.classify_many(images, deadline_s=deadline_s, **options))
+    task = asyncio.ensure_future(service.batching.classify_many(good, **asked))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, timeout=deadline_s + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone}, timeout=asked["deadline_s"] + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientDisconnect if gone.done() else DeadlineExceededError("no answer in time")
@@ -126,7 +139,8 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _answer(service: Service, images: Images, results: Sequence[Prediction | Exception], start: float) -> Response:
+def _answer(service: Service, images: Images, results: Sequence[Any], start: float) -> tuple[dict[str, Any], int]:
+    """A PredictAnswer, and its status."""
     predictions: list[Prediction | dict[str, Any]] = []
     version = 0
     classified = iter(results)
@@ -148,12 +162,81 @@ def _answer(service: Service, images: Images, results: Sequence[Prediction | Exc
         predictions.append(error_body(result.code, result.detail))
     latency_ms = round((time.perf_counter() - start) * 1e3, 3)
     body = {"version": version or service.classifier.version, "latency_ms": latency_ms, "predictions": predictions}
-    return schemas.long_answer(body, 200 if version else 422)
+    return body, 200 if version else 422
 
 
 def _request_error(service: Service, error: Exception) -> Exception:
     """The error of the whole request, for one of the queue or of an image that did not cause it."""
     known = of_library(error, "no_promise")
-    if known is error and not service.batching.healthy:
+    if known is error and service.failure:
         return busy("engine_failed", "the engine fails at present; try again, or use another server", 5)
+    return known
+
+
+async def _ask_several(
+    front: Front, names: list[str], request: Request, boxes: str | None, asked: dict[str, Any]
+) -> Response:
+    """The answer of each classifier, or its error. Those of one engine are asked together."""
+    if len(set(names)) < len(names):
+        raise ApiError(422, "invalid_parameters", f"expected each classifier once, got {abbreviate(names)}")
+    answers: dict[str, Any] = {name: front.find(name) for name in names}
+    engines: dict[BatchingClassifier, list[Service]] = {}
+    for name, found in answers.items():
+        if isinstance(found, ApiError) and found.status_code == 404:
+            raise found
+        if isinstance(found, Service):
+            try:
+                Abstention(asked["keep"], max_error=asked["max_error"]).check(found.head)
+                engines.setdefault(found.batching, []).append(found)
+            except IosrFastError as error:
+                answers[name] = _failed(found, error)
+    try:
+        for batching in engines:
+            batching.check_room(asked["client"])
+    except IosrFastError as error:
+        raise of_library(error, "refused") from None
+    if engines:
+        await request.body()  # here, because an error in it is one of the request
+    for part in await asyncio.gather(*(_ask_engine(services, request, boxes, asked) for services in engines.values())):
+        answers |= part
+    statuses = [answer[1] for answer in answers.values() if not isinstance(answer, ApiError)]
+    if not statuses:
+        raise answers[names[0]]
+    bodies = {
+        name: error_body(answer.code, answer.detail) if isinstance(answer, ApiError) else answer[0]
+        for name, answer in answers.items()
+    }
+    return schemas.long_answer({"classifiers": bodies}, min(statuses))
+
+
+async def _ask_engine(
+    services: Sequence[Service], request: Request, boxes: str | None, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """The _answer of each, or an ApiError."""
+    start, answers = time.perf_counter(), dict[str, Any]()
+    try:
+        images = await services[0].uploads.read_images(request, boxes)
+        names = tuple(service.name for service in services)
+        results = await _classify(services[0], request, images, {"classifier": names, **asked})
+    except ClientDisconnect:
+        raise
+    except Exception as error:
+        return {service.name: _failed(service, error) for service in services}
+    for i, service in enumerate(services):
+        CLASSIFIER.set(service.name)
+        own = [result[i] if isinstance(result, tuple) else result for result in results]
+        try:
+            answers[service.name] = _answer(service, images, own, start)
+        except Exception as error:
+            answers[service.name] = _failed(service, error)
+    return answers
+
+
+def _failed(service: Service, error: Exception) -> ApiError:
+    """The answer of one of several classifiers that fails."""
+    known = error if isinstance(error, ApiError) else _request_error(service, error)
+    if not isinstance(known, ApiError):
+        logger.error("unexpected", exc_info=error, extra={"facts": {"classifier": service.name}})
+        known = internal_error()
+    service.metrics.on_error(known.code)
     return known

@@ -51,6 +51,32 @@ class PredictAnswer(BaseModel):
     predictions: list[Prediction | TreePrediction | ErrorAnswer]
 
 
+class PredictAnswers(BaseModel):
+    """For each classifier that was asked, in this order, its answer, or the error with which it failed."""
+
+    classifiers: dict[str, PredictAnswer | ErrorAnswer]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A classifier of several. `error` is why it does not answer, null if it does; of one that could not be opened
+    nothing else is known. `model` is null of a head, which takes embeddings."""
+
+    name: str
+    error: str | None
+    classes: int | None = None
+    version: int | None = None
+    model: str | None = None
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class ClassifiersAnswer:
+    """All classifiers of the server."""
+
+    classifiers: list[Listed]
+
+
 class Measured(BaseModel):
     """How many left-out images are right: `accuracy` of `images`, with its 95% `interval` (null if none could be left
     out); `summary` in words; `stale` if the classes have changed since."""

@@ -1,4 +1,4 @@
-"""One process that serves one classifier: it loads, listens, and on a signal answers accepted requests and exits."""
+"""One process that serves classifiers: it loads, listens, and on a signal answers accepted requests and exits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ctypes
 import gc
-import hashlib
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -24,15 +24,14 @@ from threadpoolctl import threadpool_limits
 
 from iosr_fast import __version__
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.abstention import Abstention
-from iosr_fast.sealed.manifest import MANIFEST
-from iosr_fast.serving.collector import Collector
-from iosr_fast.serving.http.app import create_app, make_batching, open_served, warm
+from iosr_fast.serving.http.app import warm
 from iosr_fast.serving.http.connection import Connection
-from iosr_fast.serving.http.logs import log, logger, logs_to_stderr
+from iosr_fast.serving.http.logs import CLASSIFIER, log, logger, logs_to_stderr
 from iosr_fast.serving.http.metrics import Metrics
-from iosr_fast.serving.http.service import Service
+from iosr_fast.serving.http.opening import Opening, named_folders
+from iosr_fast.serving.http.service import Front, Service
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.http.several import app_of
 
 _GC_THRESHOLDS = (5_000, 20, 100)
 _FILES = 100  # open files besides connections: of the bundle, of libraries, pipes
@@ -46,57 +45,50 @@ _MALLOC = {
 }
 
 
-def run(bundle: str | Path, settings: Settings) -> None:
-    """Serve the classifier in the folder `bundle` until SIGTERM, SIGINT or SIGHUP; return when all requests are
-    answered.
+def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
+    """Serve the classifier in the folder `bundles`, or several (opening.named_folders), until SIGTERM, SIGINT or
+    SIGHUP; return when all requests are answered.
 
-    Raises ValueError or OSError, before it listens, for an unusable bundle, log or address; RuntimeError if the engine
-    fails during its warm-up.
+    Raises ValueError or OSError, before a request is answered, for an unusable bundle, log or address, where there are
+    several bundles if none is usable; RuntimeError if the engine fails during its warm-up.
     """
     start = time.perf_counter()
     keep_freed_memory()
     # NumPy's BLAS keeps a thread spinning on another core for tens of milliseconds after a small product.
     threadpool_limits(1, "blas")
     _allow_files(settings)
-    classifier = open_served(bundle, settings)
-    Abstention(max_error=settings.max_error).check(classifier.snapshot().require_single_label("the HTTP API"))
+    opening = Opening(named_folders([bundles] if isinstance(bundles, str | Path) else bundles), settings)
+    groups = opening.open()
     with logs_to_stderr():
         with contextlib.ExitStack() as closing:
-            if settings.log is not None:
-                classifier.open_log(settings.log)
-                closing.callback(classifier.close_log)
             listener = closing.enter_context(_listen(settings))
-            metrics, collector = Metrics(), None
-            if settings.collect is not None and settings.max_error is not None:
-                digest = hashlib.sha256((Path(bundle) / MANIFEST).read_bytes()).hexdigest()
-                options = settings.collect_limit, settings.max_error, metrics.on_upload, settings.check_share, digest
-                collector = Collector(settings.collect, *options)
-                closing.callback(collector.close)
-            collect = None if collector is None else collector.offer
-            batching = make_batching(classifier, settings, observer=metrics, collect=collect)
-            closing.callback(batching.close, settings.grace_s)
-            service = Service(batching, settings, metrics, collector)
-            closing.callback(service.close)
+            served = opening.start(groups, closing)
             closing.callback(gc.unfreeze)  # else extension modules report frozen objects as leaks at exit
-            service.loading = True
+            served.loading = True
             host, port = listener.getsockname()[:2]
-            log(
-                "loaded",
-                version=__version__,
-                bundle=str(bundle),
-                classes=len(classifier.classes_),
-                model_version=classifier.version,
-                method=classifier.method_,
-                seconds=round(time.perf_counter() - start, 3),
-            )
-            head = classifier.snapshot().require_single_label("the HTTP API")
-            for sentence in head.doubts:
-                log("doubt", level=logging.WARNING, sentence=sentence)
-            changes = service.takes_changes and any(token.may_change for token in settings.tokens)
+            services = served.services.values()
+            for service in services:
+                CLASSIFIER.set(service.name)
+                log(
+                    "loaded",
+                    version=__version__,
+                    bundle=str(opening.folders[service.name]),
+                    classes=len(service.classifier.classes_),
+                    model_version=service.classifier.version,
+                    method=service.classifier.method_,
+                    seconds=round(time.perf_counter() - start, 3),
+                )
+                for sentence in service.head.doubts:
+                    log("doubt", level=logging.WARNING, sentence=sentence)
+            CLASSIFIER.set("")
+            for name, why in opening.refused.items():
+                log("refused", level=logging.ERROR, classifier=name, bundle=str(opening.folders[name]), error=why)
+            may_change = any(token.may_change for token in settings.tokens)
+            changes = may_change and any(service.takes_changes for service in services)
             log("listening", host=host, port=port, pid=os.getpid(), changes=changes)
             if sys.stderr.isatty():
                 print(f"The page is at http://{_LOCAL.get(host, host)}:{port}/ (Ctrl-C stops it)", file=sys.stderr)
-            server = _Server(service)
+            server = _Server(served)
             hang_up = getattr(signal, "SIGHUP", None)  # of a terminal that closes; nohup ignores it
             if hang_up is not None and signal.getsignal(hang_up) is signal.SIG_DFL:
                 signal.signal(hang_up, server.handle_exit)
@@ -167,15 +159,15 @@ def _listen(settings: Settings) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn's server, which drains before it stops; the exit code is 0."""
 
-    def __init__(self, service: Service) -> None:
-        self._app, self._service = create_app(service), service
-        super().__init__(uvicorn_config(self._app, service.settings, service.metrics))
+    def __init__(self, served: Service | Front) -> None:
+        self._app, self._served = app_of(served), served
+        super().__init__(uvicorn_config(self._app, served.settings, served.metrics))
         self.failure: Exception | None = None  # of the engine, during its warm-up
 
     def warm(self) -> None:
         """Do what is slow at first. A failure stops the server."""
         try:
-            warm(self._app, self._service)
+            warm(self._app, self._served)
         except Exception as error:
             self.failure, self.should_exit = error, True
             logger.exception("warm_up_failed", extra={"facts": {}})
@@ -185,19 +177,19 @@ class _Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
-        self._service.loading = False
+        self._served.loading = False
         log("ready")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal starts draining, a second one ends the server at once."""
         # Sets fields only: the main thread may be anywhere, even inside the lock of a log handler.
         self.force_exit = self.should_exit
-        self.should_exit = self._service.draining = True
+        self.should_exit = self._served.draining = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept requests for another `drain_s`; then answer those that were accepted."""
-        until = time.monotonic() + self._service.settings.drain_s
+        until = time.monotonic() + self._served.settings.drain_s
         while time.monotonic() < until and not self.force_exit and self.failure is None:
             await asyncio.sleep(0.05)
-        log("stopping", waiting=self._service.batching.pending)
+        log("stopping", waiting=sum(service.batching.pending for service in self._served.engines))
         await super().shutdown(sockets)

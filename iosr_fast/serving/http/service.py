@@ -1,20 +1,21 @@
-"""State that the routes of one application share: classifier, settings, metrics, bodies in memory, queue of changes."""
+"""State that routes share: classifiers, settings, metrics, bodies in memory, queues of changes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.serving.http.embeddings import EmbeddingUploads
-from iosr_fast.serving.http.errors import busy
+from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.recent import Recent
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Uploads
 from iosr_fast.serving.shares import Shares
+from iosr_fast.utils.text import did_you_mean
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
@@ -27,24 +28,59 @@ _MAX_CHANGES = 8  # that may wait
 _BODIES = 8  # of the largest size that memory holds together; of these a client alone has half (Shares)
 
 
-class Service:
-    """The shared state, for one event loop. /readyz fails while the server sets `loading` or `draining`.
+class Served:
+    """What one classifier (Service) or several (Front) are served by, for one event loop. /readyz fails while the
+    server sets `loading` or `draining`."""
 
-    `metrics` should be the observer of `batching`, and `collector` what it collects with. The caller closes both.
+    server: Served  # whose bodies and state count
+    name = ""
+    takes_changes = True
+    uploads: Uploads | type[Uploads] = Uploads  # which knows what requests have
+    max_body: int  # bytes of a request
+    note: str  # what /readyz says of a server that is ready
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings, self.metrics = settings, metrics
+        self.bodies = Shares(_BODIES * settings.max_body_bytes)  # bytes of request bodies in memory
+        self.loading = self.draining = False
+        self.services: dict[str, Service] = {}  # by the names of the classifiers
+        self.server = self
+
+    @property
+    def engines(self) -> list[Service]:
+        """Of each BatchingClassifier the first service, whose metrics are its observer."""
+        return [*{one.batching: one for one in reversed(self.services.values())}.values()][::-1]
+
+
+class Service(Served):
+    """One classifier, with the name "", or one of several, which adds itself to `front`.
+
+    `metrics` should be the observer of `batching`, if it is the first one there, and `collector` what it collects with.
+    The caller closes both.
     """
 
+    uploads: Uploads
+
     def __init__(
-        self, batching: BatchingClassifier, settings: Settings, metrics: Metrics, collector: Collector | None = None
+        self,
+        batching: BatchingClassifier,
+        settings: Settings,
+        metrics: Metrics,
+        collector: Collector | None = None,
+        name: str = "",
+        front: Served | None = None,
     ) -> None:
-        self.batching, self.settings, self.metrics = batching, settings, metrics
-        self.collector, self.recent = collector, Recent(batching.classifier)
-        encoder = batching.classifier.encoder
+        super().__init__(settings, metrics)
+        self.batching, self.name = batching, name
+        self.collector, self.recent = collector, Recent(self.classifier)
+        self.server = front or self
+        self.server.services[name] = self
+        encoder = self.classifier.encoder
         self.takes_changes = not isinstance(encoder, Rows)
         self.uploads = (
             EmbeddingUploads(settings, encoder) if isinstance(encoder, Rows) else Uploads(settings, encoder.geometry)
         )
-        self.bodies = Shares(_BODIES * settings.max_body_bytes)  # bytes of request bodies in memory
-        self.loading = self.draining = False
+        self.max_body = self.uploads.max_body
         # A single thread, so that no other change comes between the checks of a change and the change itself.
         self._changes = ThreadPoolExecutor(1, "iosr-fast-changes")
         self._waiting = 0
@@ -53,7 +89,7 @@ class Service:
     @property
     def classifier(self) -> Classifier:
         """What answers, and what changes act on."""
-        return self.batching.classifier
+        return self.batching.classifiers[self.name]
 
     @property
     def head(self) -> Head:
@@ -61,12 +97,19 @@ class Service:
         return self.classifier.snapshot().require_single_label("the HTTP API")
 
     @property
-    def read_only(self) -> str:
+    def note(self) -> str:  # type: ignore[override]
         """Why classes can't be changed: the last change could not be logged. Empty if they can."""
         failure = self.classifier.log_failure
         return (
             f"read-only: the last change could not be logged ({failure}); the next one tries again" if failure else ""
         )
+
+    @property
+    def failure(self) -> str:
+        """Why no image can be classified; "" if it can."""
+        if not self.batching.healthy:
+            return str(self.batching.last_error)
+        return str(self.batching.failures.get(self.name, ""))
 
     async def change(self, act: Callable[[Classifier], Answer]) -> Answer:
         """Run `act` in the thread of changes, one at a time; 503 if too many changes wait."""
@@ -87,3 +130,30 @@ class Service:
     def close(self) -> None:
         """Wait for the running change and drop the waiting ones."""
         self._changes.shutdown(cancel_futures=True)
+
+
+class Front(Served):
+    """Several classifiers, by their names; `refused` says why others are not served."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, refused: Mapping[str, str]) -> None:
+        super().__init__(settings, metrics)
+        self.refused, self.max_body = refused, settings.max_body_bytes
+        metrics.watch_bodies(self.bodies)
+
+    def find(self, name: str) -> Service | ApiError:
+        """The service of a classifier, or the answer where there is none."""
+        if name in self.refused:
+            return ApiError(503, "not_served", f"the classifier {name!r} can't be served: {self.refused[name]}")
+        if name in self.services:
+            return self.services[name]
+        close = did_you_mean(name[:80], [*self.services, *self.refused])
+        message = f"no classifier is named {name[:80]!r}; {close}/v1/classifiers lists all classifiers"
+        return ApiError(404, "no_classifier", message)
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        """What is wrong with classifiers."""
+        wrong = dict(self.refused)
+        for name, one in self.services.items():
+            wrong[name] = one.failure or one.note
+        return "; ".join(f"{name}: {why}" for name, why in wrong.items() if why)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -78,7 +78,7 @@ class Settings:
         BetweenZeroAndOne | None,
         Option("Share of accepted pictures, like 1%, that --collect keeps, too, for somebody to check (checks.csv)."),
     ] = None
-    log: Annotated[Path | None, Option("File that records class changes; they are replayed at the start.")] = None
+    log: Annotated[Path | None, Option("File that records class changes, to replay; of several, a folder.")] = None
     runtime: Annotated[str, Option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")] = "auto"
     expected_digest: Annotated[
         str | None, Option("Refuse a folder with another digest than this, of `iosr-fast info FOLDER`.")
@@ -138,6 +138,27 @@ class Settings:
                     f"expected {small} of at most {large}, got {getattr(self, small)} and {getattr(self, large)}; "
                     f"lower --{small.replace('_', '-')} or raise --{large.replace('_', '-')}"
                 )
+
+    def check_several(self) -> None:
+        """Raise IosrFastError for what only a single classifier can have; make the folder of the logs."""
+        if self.expected_digest is not None:
+            raise IosrFastError("expected --expected-digest with one folder alone, whose digest it is, got several")
+        for option, path in (("--log", self.log), ("--collect", self.collect)):
+            if path is not None and path.exists() and not path.is_dir():
+                raise IosrFastError(f"expected {option} to be a folder for all classifiers, got a file, {path}")
+        if self.log is not None:
+            self.log.mkdir(parents=True, exist_ok=True)
+
+    def of(self, name: str, takes_changes: bool) -> Settings:
+        """Those of a classifier: of several its own log and its own folder of uploads; a head has neither."""
+        if not name:
+            if not takes_changes and (self.log or self.collect) is not None:
+                raise IosrFastError("a head takes no changes and gets no pictures: leave out --log and --collect")
+            return self
+        if not takes_changes:
+            return replace(self, log=None, collect=None, check_share=None)
+        log, collect = self.log and self.log / f"{name}.db", self.collect and self.collect / name
+        return replace(self, log=log, collect=collect)
 
     @cached_property
     def tokens(self) -> tuple[Token, ...]:

@@ -2,6 +2,9 @@
 
 import { complain, count, find, say, sayNothing } from "./dom.js";
 
+/** Of several classifiers the name of this page's, below whose path its API is; "" of a single one. */
+export const name = /\/v1\/classifiers\/([^/]+)\/$/.exec(location.pathname)?.[1] ?? "";
+const V1 = name ? "" : "v1/";
 const LONGEST_WAIT_S = 60;
 const TRIES = 10; // Of a request that the server is too busy for.
 const TOKEN = "iosr_fast.token";
@@ -71,14 +74,14 @@ function form(pictures, fields = {}) {
   return body;
 }
 
-const classPath = (id) => `v1/classes/${encodeURIComponent(id)}`;
-const examplePath = (id) => `v1/examples/${encodeURIComponent(id)}`;
+const classPath = (id) => `${V1}classes/${encodeURIComponent(id)}`;
+const examplePath = (id) => `${V1}examples/${encodeURIComponent(id)}`;
 
 export const pictureAddress = (exampleId) => `${examplePath(exampleId)}/picture`;
 
 /** Answers to pictures, in their order, or to the parts of one in boxes. */
 export function predict(pictures, { top, nearest, reject }, boxes) {
-  const path = `v1/predict?top=${top}&nearest=${nearest}${reject ? "&unknown=reject" : ""}`;
+  const path = `${V1}predict?top=${top}&nearest=${nearest}${reject ? "&unknown=reject" : ""}`;
   return call(path, { method: "POST", body: form(pictures, boxes.length ? { boxes: JSON.stringify(boxes) } : {}) });
 }
 
@@ -93,13 +96,13 @@ async function allPages(path, field) {
   return all;
 }
 
-export const classifier = async () => (await call("v1/classifier")).data;
-export const classes = () => allPages("v1/classes", "classes");
+export const classifier = async () => (await call(`${V1}classifier`)).data;
+export const classes = () => allPages(`${V1}classes`, "classes");
 export const examples = (classId) => allPages(`${classPath(classId)}/examples`, "example_ids");
 export const firstExample = async (classId) =>
   (await call(`${classPath(classId)}/examples?limit=1`)).data.example_ids[0];
 
-export const addClass = (name, pictures) => call("v1/classes", { method: "POST", body: form(pictures, { name }) });
+export const addClass = (name, pictures) => call(`${V1}classes`, { method: "POST", body: form(pictures, { name }) });
 export const addExamples = (id, pictures) =>
   call(`${classPath(id)}/examples`, { method: "POST", body: form(pictures) });
 export const renameClass = (id, name) =>

@@ -58,7 +58,7 @@ async function refresh() {
 
 /** Show model, method and measured accuracy in the headline, and what speaks against them. */
 function showFacts({ model, method, measured, checked, note, doubts }) {
-  find("facts").textContent = [model, method, accuracy(measured)].filter((words) => words).join(" \u00b7 ");
+  find("facts").textContent = [api.name, model, method, accuracy(measured)].filter((words) => words).join(" \u00b7 ");
   find("facts").title = measured?.summary ?? ""; // With what was not judged.
   const alarms = [checked?.refuted && checked.sentence, note, ...doubts].filter((words) => words);
   find("alarm").textContent = alarms.map((words) => `${words[0].toUpperCase()}${words.slice(1)}.`).join(" ");

@@ -1,0 +1,95 @@
+"""The classifiers of a BatchingClassifier: their names, their newest heads, and the encoder that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from iosr_fast.exceptions import IosrFastError
+
+if TYPE_CHECKING:
+    from iosr_fast.classifier import Classifier
+    from iosr_fast.head.fitted import Fit
+    from iosr_fast.head.head import Head
+
+_CALL = "BatchingClassifier", "use predict"
+
+
+def embedding(fit: Fit) -> dict[str, Any]:
+    """How a classifier embeds pictures. Those that do it alike can share an encoder and its batches."""
+    encoder, settings = fit.clip.encoder, fit.settings
+    rows = {"adapted": encoder.adapted} if encoder.fingerprint == "none" else {}  # of a head without an encoder
+    model = {"fingerprint": encoder.fingerprint, "width": encoder.width, "geometry": encoder.geometry}
+    return {**model, **rows, "exif_orientation": settings.exif_orientation, "margin": settings.margin}
+
+
+class Classifiers:
+    """One classifier with the name "", or several by their names.
+
+    The encoder is that of the first one whose head compares adapted embeddings, else of the first one, whichever is
+    asked, so that the images of a batch share it. A single one may be fitted again on any encoder; of several, one that
+    is fitted again on another encoder can't be asked any more.
+    """
+
+    def __init__(self, given: Classifier | Mapping[str, Classifier]) -> None:
+        """Raises NotFittedError, and IosrFastError for classifiers that can't share an encoder."""
+        self.named: Mapping[str, Classifier] = dict(given) if isinstance(given, Mapping) else {"": given}
+        if not self.named or not all(isinstance(name, str) for name in self.named):
+            raise IosrFastError(f"expected a classifier, or classifiers by their names, got {given!r}")
+        for name, one in self.named.items():
+            with naming(name):
+                one.snapshot().require_single_label(*_CALL)  # raises if it is not fitted
+        self._alike: dict[str, Any] = {}  # of several
+        for name, one in self.named.items() if len(self.named) > 1 else ():
+            own = embedding(one._fitted())
+            self._alike = self._alike or own
+            if differs := next((key for key in own if own[key] != self._alike.get(key)), None):
+                raise IosrFastError(
+                    f"expected classifiers on one encoder, got {name!r} with {differs} {own[differs]}, and others with "
+                    f"{self._alike.get(differs)}: give it a BatchingClassifier of its own"
+                )
+        self._last: tuple[tuple[Fit, ...], dict[str, Fit], Fit] | None = None
+        for one in self.named.values():
+            one.serve_promises()
+
+    def ask(self, names: str | Iterable[str]) -> tuple[dict[str, Head], Fit]:
+        """The newest heads of these classifiers ("" is the only one), and the fit whose encoder all share, read at
+        once. Raises IosrFastError for unknown names, and for one that was fitted again on another encoder."""
+        if names == "" and len(self.named) == 1:
+            names = next(iter(self.named))
+        fits, encoding = self._read()
+        heads = {}
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in self.named:
+                raise IosrFastError(f"expected classifiers of {', '.join(map(repr, self.named))}, got {name!r}")
+            if name not in fits:
+                again = "create a new BatchingClassifier"
+                raise IosrFastError(f"the classifier {name!r} was fitted again on another encoder: {again}")
+            heads[name] = fits[name].head.require_single_label(*_CALL)
+        return heads, encoding
+
+    def _read(self) -> tuple[dict[str, Fit], Fit]:
+        """The fits that embed alike, by name, and the one whose encoder all share."""
+        if len(self.named) == 1:
+            ((name, one),) = self.named.items()
+            fit = one._fitted()
+            return {name: fit}, fit
+        every = tuple([one._fitted() for one in self.named.values()])
+        last = self._last
+        if last is None or last[0] != every:  # fits are equal only to themselves
+            fits = {name: fit for name, fit in zip(self.named, every, strict=True) if embedding(fit) == self._alike}
+            adapted = (fit for fit in fits.values() if fit.head.needs_adapted)
+            self._last = last = every, fits, next(adapted, next(iter(fits.values()), every[0]))
+        return last[1:]
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Begin the message of an IosrFastError with the name of a classifier, if it has one."""
+    try:
+        yield
+    except IosrFastError as error:
+        if not name:
+            raise
+        raise type(error)(f"classifier {name!r}: {error}") from error

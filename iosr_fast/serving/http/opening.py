@@ -1,0 +1,155 @@
+"""From saved folders to what answers: classifiers are opened, together where they can share an encoder, and started."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iosr_fast.encoders.engine_folder import ENGINE_KIND
+from iosr_fast.encoders.rows import Rows
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.abstention import Abstention
+from iosr_fast.sealed.manifest import MANIFEST
+from iosr_fast.serving.collector import Collector
+from iosr_fast.serving.http.app import make_batching
+from iosr_fast.serving.http.logs import CLASSIFIER
+from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.service import Front, Service
+from iosr_fast.serving.http.settings import Settings
+from iosr_fast.store.bundle import Saved, SavedHead, kind_of, load_saved
+from iosr_fast.utils.machine import usable_threads
+
+if TYPE_CHECKING:
+    from iosr_fast.classifier import Classifier
+
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def named_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """The folders to serve by their names; of one classifier the name is "". A folder that is none, with classifiers
+    in it, stands for these. Raises IosrFastError for names that no path can have, or of two."""
+    folders = [folder for path in map(Path, paths) for folder in _inside(path) or [path]]
+    if len(paths) == 1 and folders == [Path(paths[0])]:
+        return {"": folders[0]}
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    for name, count in Counter(names).items():
+        if count > 1 or not _NAME.fullmatch(name):
+            got = f"{name!r} of {count} folders" if count > 1 else repr(name)
+            expected = "folders with different names of letters, digits, '.', '_' and '-', which name the classifiers"
+            raise IosrFastError(f"expected {expected}, got {got}; rename it")
+    return dict(zip(names, folders, strict=True))
+
+
+def _inside(path: Path) -> list[Path]:
+    """The classifiers in a folder; none where the folder is one. What a writer has not finished is hidden."""
+    if (path / MANIFEST).exists():
+        return []
+    found = sorted(manifest.parent for manifest in path.glob(f"*/{MANIFEST}"))
+    return [one for one in found if not one.name.startswith(".") and kind_of(one) != ENGINE_KIND]
+
+
+class Opening:
+    """Opens the classifiers in `folders` and starts what answers for them.
+
+    An error is why one of several is `refused`, in words without the path of its folder, which is not for clients; that
+    of a single one, with the name "", is raised.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], settings: Settings) -> None:
+        self.folders, self.settings, self.refused = folders, settings, dict[str, str]()
+        if "" not in folders:
+            settings.check_several()
+
+    @contextmanager
+    def _alone(self, names: Collection[str]) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if "" in names:
+                raise
+            why = str(error)
+            for name in names:
+                why = why.replace(str(self.folders[name]), name)
+            self.refused.update(dict.fromkeys(names, why))
+
+    def open(self, cores: int | None = None) -> list[dict[str, Classifier]]:
+        """Classifiers on so many cores; None: all. Those in one mapping share an encoder, which is opened once.
+
+        On a CPU the encoder has about as many runs as threads. Each run has batches of its own, so a core that a
+        decoder or a request takes delays one run. One run on all cores would wait at every layer for the core that is
+        taken. One thread a run would be slow for a lone image.
+        """
+        from iosr_fast.classifier import open_together
+
+        cores = cores or usable_threads()
+        runs = math.ceil(math.sqrt(cores))
+        groups: dict[object, dict[str, Saved]] = {}
+        for name, folder in self.folders.items():
+            with self._alone([name]):
+                saved = load_saved(folder, cores // runs, self.settings.expected_digest)
+                saved.head.require_single_label("the HTTP API", "serve one fitted with one label, or use predict")
+                groups.setdefault(saved.shares, {})[name] = saved
+        opened = []
+        for group in groups.values():
+            with self._alone(group):
+                no_runtime = "" not in group and isinstance(next(iter(group.values())), SavedHead)
+                runtime = "auto" if no_runtime else self.settings.runtime
+                classifiers = open_together([*group.values()], runtime, cores // runs, runs)
+                opened.append(dict(zip(group, classifiers, strict=True)))
+        return opened
+
+    def start(self, groups: Sequence[Mapping[str, Classifier]], closing: ExitStack) -> Service | Front:
+        """What answers for opened classifiers, until `closing`. Raises IosrFastError if all are refused."""
+        front = None if "" in self.folders else Front(self.settings, Metrics(), self.refused)
+        services: list[Service] = []
+        for group in groups:
+            with self._alone(group):
+                services += self._start(group, front, closing)
+        if not services:
+            raise IosrFastError("; ".join(f"{name} can't be served: {why}" for name, why in self.refused.items()))
+        return front or services[0]
+
+    def _start(self, group: Mapping[str, Classifier], front: Front | None, closing: ExitStack) -> list[Service]:
+        """The services of classifiers that share an encoder, after their logged changes were made again."""
+        ready: dict[str, Classifier] = {}
+        parts: list[tuple[Settings, Metrics, Collector | None, str]] = []
+        collect = {}
+        for name, classifier in group.items():
+            CLASSIFIER.set(name)
+            with self._alone([name]):
+                head = classifier.snapshot().require_single_label("the HTTP API")
+                own = self.settings.of(name, takes_changes=not isinstance(classifier.encoder, Rows))
+                Abstention(max_error=own.max_error).check(head)
+                if own.log is not None:
+                    classifier.open_log(own.log)
+                    closing.callback(classifier.close_log)
+                metrics, collector = Metrics(), None
+                if own.collect is not None and own.max_error is not None:
+                    digest = hashlib.sha256((self.folders[name] / MANIFEST).read_bytes()).hexdigest()
+                    options = own.collect_limit, own.max_error, metrics.on_upload, own.check_share, digest
+                    collector = Collector(own.collect, *options)
+                    closing.callback(collector.close)
+                    collect[name] = collector.offer
+                ready[name] = classifier
+                parts.append((own, metrics, collector, name))
+        CLASSIFIER.set("")
+        if not ready:
+            return []
+        batching = make_batching(ready, self.settings, observer=parts[0][1], collect=collect)
+        closing.callback(batching.close, self.settings.grace_s)
+        services = [Service(batching, *part, front) for part in parts]
+        for service in services:
+            closing.callback(service.close)
+        return services
+
+
+def open_served(folder: str | Path, settings: Settings, cores: int | None = None) -> Classifier:
+    """What is served of a folder, on so many cores; None: all. Raises IosrFastError for what can't be."""
+    return Opening({"": Path(folder)}, settings).open(cores)[0][""]

@@ -1,0 +1,262 @@
+"""Several classifiers in one server: what they share, what each has alone, and what one can't do to the others."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import given
+from typer.testing import CliRunner
+
+from iosr_fast import FewShotHead
+from iosr_fast.classifier import Classifier
+from iosr_fast.cli import app
+from iosr_fast.serving.batching import engine
+from iosr_fast.serving.http.opening import named_folders
+from tests.pictures import GREY
+from tests.serving.http_client import (
+    AUTHORISED,
+    CLASSES,
+    TOKEN,
+    Client,
+    bundle,
+    error_of,
+    form,
+    probe_soon,
+    queries,
+    serving_several,
+    support,
+)
+from tests.serving.http_process import started
+from tests.serving.test_http_schemas import CHECKS, QUICK
+
+pytestmark = pytest.mark.slow
+SERVED = ["kind", "letter", "rows", "turned"]  # turned: without EXIF orientation, so with an encoder of its own
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of saved classifiers: SERVED, and one that is damaged."""
+    folder = tmp_path_factory.mktemp("shelf")
+    images, labels = support()
+    letters = [label[0] for label in labels]
+    letter = Classifier("demo", runtime="onnxruntime", method="tip-adapter")
+    letter.fit(images[:12], letters[:12]).save(folder / "letter")
+    turned = Classifier("demo", runtime="onnxruntime", method="tip-adapter++", exif_orientation=False)
+    turned.fit(images, letters).save(folder / "turned")
+    rng = np.random.default_rng(0)
+    FewShotHead().fit(rng.standard_normal((20, 16)), ["ant", "bee"] * 10).save(folder / "rows")
+    for name in ("kind", "broken"):
+        shutil.copytree(bundle(), folder / name)
+    damaged = folder / "broken" / "support.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def several(shelf: Path) -> Iterator[Client]:
+    """For tests that change nothing."""
+    with serving_several(shelf, decode_threads=2) as client:
+        yield client
+
+
+def ask(client: Client, *names: str, images: list[bytes] | None = None, query: Any = None, **options: Any) -> Any:
+    """The answer of /v1/predict of these classifiers."""
+    params = {"classifier": list(names), "top": 2, "nearest": 1, **(query or {})}
+    return client.ask("POST", "/v1/predict", params=params, files=form(*(images or [GREY])), **options)
+
+
+def answers_of(client: Client, *names: str, **options: Any) -> dict[str, Any]:
+    """What each of them answers, by name, but for the time that it took."""
+    answers = ask(client, *names, **options).json()["classifiers"]
+    return {name: {key: answer[key] for key in answer if key != "latency_ms"} for name, answer in answers.items()}
+
+
+def test_answers_for_several_are_those_of_each(several: Client, shelf: Path) -> None:
+    *images, damaged = *queries()[:3], b"zip"
+    answers = ask(several, "turned", "letter", "kind", images=[*images, damaged]).json()["classifiers"]
+    assert list(answers) == ["turned", "letter", "kind"]
+    for name, answer in answers.items():
+        path = f"/v1/classifiers/{name}/predict?top=2&nearest=1"
+        own = several.ask("POST", path, files=form(*images, damaged)).json()
+        alone = Classifier.load(shelf / name).explain(images)
+        assert own.keys() == answer.keys() and own["version"] == answer["version"] == 1
+        assert answer["predictions"].pop() == own["predictions"].pop() and len(own["predictions"]) == 3
+        for one, other, expected in zip(answer["predictions"], own["predictions"], alone, strict=True):
+            assert one["label"] == other["label"] == expected.label and one.keys() == other.keys()
+            assert [one["logit"], other["logit"]] == pytest.approx([expected.logit] * 2, abs=1e-3)
+    kind, letter = (several.service.services[name] for name in ("kind", "letter"))
+    assert kind.batching is letter.batching and kind.classifier.encoder is letter.classifier.encoder
+    assert len(several.service.engines) == 3
+
+
+def test_one_that_has_no_answer_has_an_error_in_its_place(several: Client) -> None:
+    answers = ask(several, "rows", "broken", "kind")
+    assert answers.status_code == 200
+    codes = [answer.get("error", {}).get("code") for answer in answers.json()["classifiers"].values()]
+    assert codes == ["unsupported_type", "not_served", None]
+    promised = answers_of(several, "kind", "letter", query={"max_error": 0.2})  # needs 14 support images
+    assert promised["letter"]["error"]["code"] == "no_promise" and "predictions" in promised["kind"]
+    assert error_of(ask(several, "rows"), 415) == "unsupported_type"
+    all_bad = ask(several, "kind", "letter", images=[b"zip"])
+    assert all_bad.status_code == 422 and set(all_bad.json()["classifiers"]) == {"kind", "letter"}
+    for names, status, code in ((["kinds"], 404, "no_classifier"), (["kind", "kind"], 422, "invalid_parameters")):
+        assert error_of(ask(several, *names), status) == code
+    assert "did you mean 'kind'? " in ask(several, "kinds").text
+    assert error_of(several.ask("POST", "/v1/predict", content=GREY), 422) == "invalid_parameters"
+
+
+def test_a_path_is_that_of_one_classifier_alone(several: Client) -> None:
+    for name, total in (("kind", CLASSES), ("rows", 2)):
+        root = f"/v1/classifiers/{name}"
+        assert several.get(f"{root}/classes").json()["total"] == total
+        assert several.get(f"{root}/").headers["Content-Type"].startswith("text/")
+    rows = several.ask("POST", "/v1/classifiers/rows/predict", json={"embeddings": [[1.0] * 16]})
+    assert rows.json()["predictions"][0]["label"] in ("ant", "bee")
+    assert several.get("/v1/classifiers/kind/static/page.js").status_code == 200
+    assert several.get("/v1/classifiers/kind/openapi.json").json() == several.get("/openapi.json").json()
+    assert error_of(several.ask("POST", "/v1/classifiers/kinds/predict", content=GREY), 404) == "no_classifier"
+    for path in (
+        "/v1/classifiers/kind",
+        "/v1/classifiers/kind/v1/classes",
+        "/v1/classes",
+        "/v1/classifiers/kind/healthz",
+    ):
+        assert error_of(several.get(path), 404) == "not_found"
+
+
+def test_a_damaged_one_is_refused_alone(several: Client, shelf: Path) -> None:
+    listed = {one.pop("name"): one for one in several.get("/v1/classifiers").json()["classifiers"]}
+    assert list(listed) == sorted([*SERVED, "broken"])
+    assert listed["kind"] | {"model": "demo", "error": None, "version": 1, "classes": CLASSES} == listed["kind"]
+    assert "support.safetensors" in listed["broken"]["error"] and str(shelf) not in listed["broken"]["error"]
+    for method, path in (("GET", "classes"), ("POST", "predict"), ("GET", "")):
+        assert error_of(several.ask(method, f"/v1/classifiers/broken/{path}"), 503) == "not_served"
+    ready = several.get("/readyz")
+    assert ready.status_code == 200 and ready.json()["detail"].startswith("broken: ")
+    page = several.get("/")
+    assert "Content-Security-Policy" in page.headers and 'href="v1/classifiers/broken/"' not in page.text
+    assert f'href="v1/classifiers/kind/">kind</a> <span class="quiet">{CLASSES} classes, version 1<' in page.text
+
+
+def test_changes_are_of_one_and_replayed_by_name(shelf: Path, tmp_path: Path) -> None:
+    made = {"log": tmp_path / "logs", "decode_threads": 2, "token": f"all {TOKEN}\nshop shops-secret-token predict"}
+    shop = {"Authorization": "Bearer shops-secret-token"}
+    made["log"].mkdir()
+    with serving_several(shelf, **made) as client:
+        before = answers_of(client, "letter", "turned", headers=shop)
+        path = "/v1/classifiers/kind/classes"
+        for headers, status, code in ((shop, 403, "predict_only"), ({}, 401, "unauthorized")):
+            refused = client.ask("POST", path, data={"name": "grey"}, files=form(GREY), headers=headers)
+            assert error_of(refused, status) == code
+        assert error_of(ask(client, "kind"), 401) == error_of(client.ask("POST", "/v1/classifiers/kind/predict"), 401)
+        added = client.ask("POST", path, data={"name": "grey"}, files=form(GREY), headers=AUTHORISED)
+        assert added.status_code == 201, added.text
+        after = answers_of(client, "kind", "letter", "turned", headers=shop)
+        assert after.pop("kind")["predictions"][0]["label"] == "grey" and json.dumps(after) == json.dumps(before)
+    assert sorted(path.name for path in made["log"].glob("*.db")) == ["kind.db", "letter.db", "turned.db"]
+    with serving_several(shelf, **made) as client:
+        versions = [one["version"] for one in client.get("/v1/classifiers").json()["classifiers"]]
+        assert versions == [None, 2, 1, 1, 1]
+
+
+def test_metrics_name_classifier_and_engine(several: Client) -> None:
+    ask(several, "kind", "letter")
+    several.get("/v1/classifiers/turned/classes")
+    text = several.get("/metrics").text
+    for series in (
+        r'iosr_fast_predictions_total{class_id="~\d",classifier="kind",name=".*"}',
+        r'iosr_fast_classes{classifier="kind"} 8.0',
+        r'iosr_fast_image_seconds_count{engine="kind",outcome="ok"}',
+        r'iosr_fast_request_seconds_count{method="POST",route="/v1/predict",status="200"}',
+        r'iosr_fast_request_seconds_count{classifier="turned",method="GET",route="/v1/classes",status="200"}',
+        r"iosr_fast_body_bytes 0.0",
+    ):
+        assert re.search(rf"^{series}", text, re.MULTILINE), series
+    lines = [line.rpartition(" ")[0] for line in text.splitlines()]
+    assert len(set(lines)) == len(lines) and 'engine="letter"' not in text and text.count("TYPE process_cpu") == 1
+
+
+def test_one_that_fails_leaves_the_others_whole(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict = engine.predict
+    probe_soon(monkeypatch)
+    with serving_several(shelf, decode_threads=2) as client:
+        before = answers_of(client, "kind", "letter")
+
+        def fail(head: Any, *rest: Any) -> Any:
+            if head.uids == client.service.services["letter"].head.uids and len(head.uids) < CLASSES:
+                raise RuntimeError("no kernel image")
+            return predict(head, *rest)
+
+        monkeypatch.setattr(engine, "predict", fail)
+        after = answers_of(client, "kind", "letter")
+        assert after["letter"]["error"]["code"] == "engine_failed" and after["kind"] == before["kind"]
+        assert error_of(client.ask("POST", "/v1/classifiers/letter/predict", content=GREY), 503) == "engine_failed"
+        assert "letter: no kernel image" in client.get("/readyz").json()["detail"]
+        assert client.get("/healthz").json()["status"] == "ok"
+        client.service.draining = True
+        assert client.get("/v1/classifiers/kind/classes").headers["Connection"] == "close"
+
+
+def test_what_can_not_be_served_together_is_refused_at_once(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf / "rows", tmp_path / "kind")
+    shutil.copytree(shelf / "rows", tmp_path / "two words")
+    (tmp_path / "file").touch()
+    for options, told in (
+        ([shelf, tmp_path / "kind"], "'kind' of 2 folders; rename it"),
+        ([shelf, tmp_path / "two words"], "'two words'; rename it"),
+        ([shelf, "--expected-digest", "sha256:00"], "with one folder alone"),
+        ([shelf, "--log", tmp_path / "file"], "--log to be a folder"),
+        ([shelf / "broken", tmp_path / "nothing"], "broken can't be served: "),
+    ):
+        done = CliRunner().invoke(app, ["serve", *map(str, options), "--port", "0"])
+        assert done.exit_code == 2 and told in done.output, done.output
+    assert named_folders([shelf / "kind"]) == {"": shelf / "kind"}
+    assert list(named_folders([shelf / "kind", shelf / "rows"])) == ["kind", "rows"]
+
+
+def test_a_process_serves_a_folder_of_classifiers(shelf: Path, tmp_path: Path) -> None:
+    options = ("--collect", str(tmp_path / "kept"), "--max-error", "50%", "--log", str(tmp_path / "logs"))
+    with started(*options, folder=shelf) as process:
+        events = [(line["event"], line.get("classifier")) for line in process.lines]
+        assert [name for event, name in events if event == "loaded"] == SERVED
+        assert ("refused", "broken") in events and ("listening", None) in events
+        both = process.client.post("/v1/predict?classifier=kind&classifier=letter", content=queries()[0])
+        assert both.status_code == 200
+        assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["kind", "letter", "turned"]
+        shutil.rmtree(tmp_path / "kept" / "turned")
+        process.client.post("/v1/predict?classifier=turned", files=form(*queries()[1:], GREY))
+        while (line := process.wait_for("log"))["logger"] != "iosr_fast.serving.collector":
+            pass
+        assert line["classifier"] == "turned"
+        path = "/v1/classifiers/letter/classes"
+        added = process.client.post(path, data={"name": "grey"}, files=form(GREY), headers=AUTHORISED)
+        assert added.status_code == 201
+        line = process.wait_for("change")
+        assert line["classifier"] == "letter" and process.wait_for("request")["path"] == path
+
+
+def test_openapi_describes_the_front_and_each_classifier(several: Client) -> None:
+    schema = schemathesis.openapi.from_asgi("/openapi.json", several.app)
+    schema.validate()
+    paths = schema.raw_schema["paths"]
+    assert {"/v1/predict", "/v1/classifiers", "/v1/classifiers/{classifier}/classes/{class_id}"} < set(paths)
+
+    def ask(case: Any) -> None:
+        for parameters in (case.path_parameters, case.query):
+            if "classifier" in (parameters or {}):
+                parameters["classifier"] = "kind"
+        case.validate_response(case.call(), checks=CHECKS)
+
+    for operation in [found.ok() for found in schema.get_all_operations()]:
+        QUICK(given(case=operation.as_strategy())(ask))()
+    answer = several.ask("POST", "/v1/predict?classifier=kind&classifier=broken", files=form(GREY))
+    answer.request.read()
+    schema["/v1/predict"]["POST"].validate_response(answer)
