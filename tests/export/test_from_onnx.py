@@ -79,8 +79,8 @@ def test_the_fingerprint_is_of_graph_weights_and_facts(tmp_path: Path) -> None:
         ({**FACTS, "mean": [123.7, 116.3, 103.5]}, r"<= 1\.0 - at `\$\.mean"),
         ({**FACTS, "interpolation": "nearest"}, "Invalid enum value 'nearest'"),
         ({**FACTS, "fill": 3}, "a fill only with resize_mode longest"),
-        ({**FACTS, "image_size": 32}, rf"\(B, 3, 32, 32\), for the image_size of encoder\.json.*\['B', 3, {SIZE}"),
-        ({**FACTS, "output": "features"}, r"'features', which encoder\.json names.*\['plain'\]"),
+        ({**FACTS, "image_size": 32}, rf"of shape \(B, 3, 32, 32\).* got \['B', 3, {SIZE}, {SIZE}\]"),
+        ({**FACTS, "output": "features"}, r"expected features, in .* got the outputs \['plain'\]"),
     ],
 )
 def test_facts_that_do_not_fit_are_refused(facts: Any, told: str, tmp_path: Path) -> None:
@@ -124,11 +124,11 @@ def declares(*shape: Any) -> Callable[[Any], None]:
     [
         (encoder_model(), two_outputs, r"one output, or its name as output in encoder\.json.*\['plain', 'Flatten3'\]"),
         (encoder_model(), two_inputs, r"one input.*\['pixels', 'mask'\]; export the image encoder alone"),
-        (encoder_model(), of_a_runtime, r"operators of ai\.onnx alone.*com\.microsoft\.QuickGelu"),
+        (encoder_model(), of_a_runtime, r"operators of ai\.onnx, which every.*com\.microsoft\.QuickGelu"),
         (encoder_model(), with_a_condition, "without conditions"),
-        (encoder_model(), in_float64, "the input 'pixels' in float32"),
-        (encoder_model(), declares("B", WIDTH, 1, 1), r"of shape \(B, D\).*add a Flatten"),
-        (encoder_model(shape=[1, *SHAPE[1:]]), None, r"a dynamic batch.*\[1, 3, 16, 16\]; export it with a dynamic"),
+        (encoder_model(), in_float64, "the input 'pixels' in float32.* in type 11"),
+        (encoder_model(), declares("B", WIDTH, 1, 1), rf"a Flatten.* got \['B', {WIDTH}, 1, 1\]"),
+        (encoder_model(shape=[1, *SHAPE[1:]]), None, r"for batches of any size B.* got \[1, 3, 16, 16\]"),
         (encoder_model(shape=["B", SIZE, SIZE, 3]), None, r"shape \(B, 3, 16, 16\)"),
     ],
 )
