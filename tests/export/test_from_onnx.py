@@ -155,8 +155,9 @@ def test_what_a_graph_does_not_declare_is_found_by_a_run(tmp_path: Path) -> None
     assert not out.exists()
 
 
+@pytest.mark.parametrize("of_a_node", [False, True])
 @pytest.mark.parametrize("place", ["../secret", "{secret}", "link", "folder/weights", "..", "", "missing"])
-def test_no_weights_are_read_from_elsewhere(place: str, tmp_path: Path) -> None:
+def test_no_weights_are_read_from_elsewhere(place: str, of_a_node: bool, tmp_path: Path) -> None:
     folder, secret = tmp_path / "model", tmp_path / "secret"
     (folder / "folder").mkdir(parents=True)
     secret.write_bytes(bytes(10_000))
@@ -167,6 +168,9 @@ def test_no_weights_are_read_from_elsewhere(place: str, tmp_path: Path) -> None:
     for entry in model.graph.initializer[0].external_data:
         if entry.key == "location":
             entry.value = place.format(secret=secret)
+    if of_a_node:
+        weight = model.graph.initializer.pop(0)
+        model.graph.node.insert(0, helper.make_node("Constant", [], [weight.name], value=weight))
     path.write_bytes(model.SerializeToString())
     with pytest.raises(IosrFastError, match="weights in files of the same folder, which are no links"):
         read_onnx(path)
@@ -217,6 +221,7 @@ PICTURES = [picture // (1 + 3 * (i % 2)) for i, picture in enumerate(random_pixe
 KINDS = ["bright", "dark"] * 8
 
 
+@pytest.mark.slow
 def test_a_classifier_on_a_file_needs_no_torch(cached: Path, tmp_path: Path) -> None:
     code = """
 import sys
@@ -227,6 +232,7 @@ pictures = np.load(sys.argv[1])
 classifier = Classifier(sys.argv[2], precision="auto").fit(pictures, ["bright", "dark"] * 8)
 print(classifier.get_params()["model"] == sys.argv[2], classifier.engine_choice_ is not None)
 classifier.save(sys.argv[3])
+classifier.export(sys.argv[3] + ".onnx")
 loaded = Classifier.load(sys.argv[3])
 loaded.add_class("grey", [np.full((20, 30, 3), 99, np.uint8)])
 print(*loaded.predict(pictures[:4]), *loaded.predict(np.full((20, 30, 3), 99, np.uint8)))
@@ -255,6 +261,7 @@ def test_a_classifier_opens_a_file_again_when_it_or_its_facts_change(cached: Pat
             Classifier(**{"model": cached, **options}).fit(PICTURES, KINDS)
 
 
+@pytest.mark.slow
 def test_build_engine_makes_an_int8_engine_of_a_file(cached: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for i, picture in enumerate(PICTURES):
