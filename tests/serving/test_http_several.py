@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from iosr_fast import FewShotHead
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.serving.batching import engine
+from iosr_fast.serving.http.app import warm
 from iosr_fast.serving.http.opening import named_folders
 from tests.pictures import GREY
 from tests.serving.http_client import (
@@ -201,6 +203,10 @@ def test_one_that_fails_leaves_the_others_whole(shelf: Path, monkeypatch: pytest
         assert error_of(client.ask("POST", "/v1/classifiers/letter/predict", content=GREY), 503) == "engine_failed"
         assert "letter: no kernel image" in client.get("/readyz").json()["detail"]
         assert client.get("/healthz").json()["status"] == "ok"
+        monkeypatch.setattr(
+            client.service.services["turned"].batching, "warm", Mock(side_effect=RuntimeError("no GPU"))
+        )
+        warm(client.app, client.service)  # the others are ready
         client.service.draining = True
         assert client.get("/v1/classifiers/kind/classes").headers["Connection"] == "close"
 
