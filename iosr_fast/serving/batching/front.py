@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.abstention import NONE_WITHHELD
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
@@ -159,7 +158,7 @@ class BatchingClassifier:
         query, now = Query(**options), time.monotonic()
         heads, fit = self._classifiers.ask(query.classifier)
         abstention = query.abstention
-        for name, head in heads.items() if abstention != NONE_WITHHELD else ():
+        for name, head in heads.items():
             with naming("" if isinstance(query.classifier, str) else name):
                 abstention.check(head)
         if query.max_error is None:
@@ -179,13 +178,7 @@ class BatchingClassifier:
         self._queue.check_room(client)
 
     def decode_whole(
-        self,
-        image: Any,
-        position: int = 0,
-        *,
-        classifier: str = "",
-        deadline_s: float = math.inf,
-        client: str = "",
+        self, image: Any, position: int = 0, *, classifier: str = "", deadline_s: float = math.inf, client: str = ""
     ) -> Future[np.ndarray]:
         """Decode a support image of a classifier with the decoders and their limits: (height, width, 3) uint8, as a fit
         resizes it.
