@@ -10,6 +10,7 @@ from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
+    from iosr_fast.encoders.encoder import Encoder
     from iosr_fast.head.fitted import Fit
     from iosr_fast.head.head import Head
 
@@ -68,6 +69,11 @@ class Classifiers:
                 raise IosrFastError(f"the classifier {name!r} was fitted again on another encoder: {again}")
             heads[name] = fits[name].head.require_single_label(*_CALL)
         return heads, encoding
+
+    @property
+    def encoder(self) -> Encoder:
+        """The one that all share now."""
+        return self._read()[1].encoder
 
     def _read(self) -> tuple[dict[str, Fit], Fit]:
         """The fits that embed alike, by name, and the one whose encoder all share."""

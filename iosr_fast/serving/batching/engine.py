@@ -52,7 +52,7 @@ class Engine:
         """Run batches of 1, 2, 4, ... and the most images once, because first runs are slow: of the encoder, in all
         runs at the same time, and on a GPU of scoring, too, whose kernels are compiled for a batch's size. On a CPU
         also 3, a usual size there. Raises what encoding raises, and what scoring raises if no classifier works."""
-        encoder, errors = self._classifiers.ask(())[1].encoder, dict[str, Exception | None]()
+        encoder, errors = self._classifiers.encoder, dict[str, Exception | None]()
         most = min(self._max_batch, encoder.max_batch)
         sizes = {*(1 << k for k in range((most - 1).bit_length())), most}
         encoded = sizes if encoder.buckets or most < 3 else sizes | {3}
@@ -190,7 +190,7 @@ class Engine:
         return _forget_frames(error)
 
     def _black(self, count: int = 1) -> Embeddings:
-        encoder = self._classifiers.ask(())[1].encoder
+        encoder = self._classifiers.encoder
         return self._encode(encoder, encoder.blank(count))
 
     def _encode_black(self, run: Run) -> Exception | None:

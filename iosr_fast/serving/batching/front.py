@@ -115,7 +115,7 @@ class BatchingClassifier:
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         self._classifiers = Classifiers(classifiers)
-        runs = self._classifiers.ask(())[1].encoder.runs
+        runs = self._classifiers.encoder.runs
         collectors = dict.fromkeys(self.classifiers, collect) if callable(collect) else collect or {}
         if unknown := collectors.keys() - self.classifiers.keys():
             raise IosrFastError(f"expected collect for {list(self.classifiers)} or some of them, got {sorted(unknown)}")
