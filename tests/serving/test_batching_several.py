@@ -17,7 +17,7 @@ from iosr_fast.images.crop import Box, Crop
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching import workers as batch_workers
 from tests.pictures import encode
-from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, FakeEncoder, Watcher, picture, until
+from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, FakeEncoder, Kept, Watcher, picture, until
 
 BLACK, HOLD = 0, 250
 ALL = ("a", "b", "c")
@@ -45,10 +45,6 @@ def said(future: Any) -> Any:
     found = future.exception(PATIENCE_S) or future.result()
     each = [getattr(one, "version", type(one).__name__) for one in (found if isinstance(found, tuple) else (found,))]
     return each if isinstance(found, tuple) else each[0]
-
-
-class Kept(np.ndarray):
-    """An array that can be watched."""
 
 
 class Several:
@@ -215,6 +211,9 @@ def test_an_encoder_that_fails_fails_for_all(several: Several, monkeypatch) -> N
     monkeypatch.setattr(batch_workers, "_PROBE_S", 0.001)
     several.encoder.raises = fail_on(3)
     assert several.together((1, ALL), (3, ALL), (4, "a")) == [[10, 20, 30], "HeadError", 10]
+    several.encoder.raises = lambda numbers: fail_on()(numbers) if numbers == [2] else None  # when it is tried again
+    several.b.raises = fail_on(2)
+    assert several.together((1, ALL), (2, ALL)) == [[10, 20, 30], [10, "HeadError", 30]]
     assert several.batching.healthy
     several.encoder.raises, several.b.raises = fail_on(), fail_on()
     assert several.ask() == "HeadError" and not several.batching.healthy and not several.batching.failures

@@ -242,7 +242,7 @@ def test_a_process_serves_a_folder_of_classifiers(shelf: Path, tmp_path: Path) -
         with ExitStack() as closing:
             opening = Opening(named_folders([shelf]), logs)
             opening.start(opening.open(), closing)
-        assert opening.refused["kind"].endswith("another process writes this log: 'kind.db'"), "no path"
+        assert opening.refused["kind"].endswith("another process writes this log: 'logs/kind.db'"), "no path"
         assert ("refused", "broken") in events and ("listening", None) in events
         both = process.client.post("/v1/predict?classifier=kind&classifier=letter", content=queries()[0])
         assert both.status_code == 200

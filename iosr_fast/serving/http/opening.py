@@ -76,8 +76,8 @@ class Opening:
             if "" in names:
                 raise
             why = str(error)
-            for place in (self.settings.log, self.settings.collect, *(self.folders[name].parent for name in names)):
-                why = why.replace(f"{place}{os.sep}", "")
+            for place in filter(None, [self.settings.log, self.settings.collect, *map(self.folders.get, names)]):
+                why = why.replace(f"{place.parent}{os.sep}", "")
             self.refused.update(dict.fromkeys(names, why))
 
     def open(self, cores: int | None = None) -> list[dict[str, Classifier]]:
