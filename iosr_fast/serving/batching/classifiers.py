@@ -26,12 +26,8 @@ def embedding(fit: Fit) -> dict[str, Any]:
 
 
 class Classifiers:
-    """One classifier with the name "", or several by their names.
-
-    The encoder is that of the first one whose head compares adapted embeddings, else of the first one, whichever is
-    asked, so that the images of a batch share it. A single one may be fitted again on any encoder; of several, one that
-    is fitted again on another encoder can't be asked any more.
-    """
+    """One classifier with the name "", or several by their names, whose encoder is the same whichever is asked, so that
+    the images of a batch share it (BatchingClassifier). A single one may be fitted again on any encoder."""
 
     def __init__(self, given: Classifier | Mapping[str, Classifier]) -> None:
         """Raises NotFittedError, and IosrFastError for classifiers that can't share an encoder."""

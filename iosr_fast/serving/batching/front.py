@@ -40,10 +40,10 @@ _requests = itertools.count()
 class BatchingClassifier:
     """Classifies images that arrive one at a time, from any number of threads or an event loop, in batches.
 
-    `classifiers` is a Classifier, or several on one encoder by their names: they need the same fingerprint of the
-    encoder, geometry, exif_orientation and margin. They share the encoder of the first one that compares adapted
-    embeddings, else of the first one, its queue and its batches: an image is decoded and encoded once, however many of
-    them are asked. Of several, one that is fitted again on another encoder can't be asked any more.
+    `classifiers` is a Classifier, or several by their names, with the same fingerprint of the encoder, geometry,
+    exif_orientation and margin. An image is decoded and encoded once, however many of them are asked: by the encoder of
+    the first one that compares adapted embeddings, else of the first one. One that is fitted again on another encoder
+    can't be asked any more.
 
     Images are those that Classifier.predict takes; do not modify them before they are answered.
     `decode_threads` threads decode images while the previous batch is encoded. A batch of at most `max_batch` images
