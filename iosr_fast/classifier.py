@@ -250,20 +250,24 @@ class Classifier(Answering[Fit], Changing, Estimator):
         tree: Parents | str | Path | None = None,
         nested: bool = False,
         root: str | Path | None = None,
+        label_column: str | None = None,
     ) -> Self:
         """`fit` on folders with a sub-folder of images for each class, CSV files of path and label, or detector files,
-        whose pictures are below `root` (labelled_images). All images in the folder `unknown_images` and below belong to
-        none of the classes. `descriptions` may be a file: JSON, or CSV of class and text (head.descriptions).
-        `calibrate_on` is a place of labelled images, on which promises then rest. `tree` may be a CSV file of class and
-        parent; `nested` makes one of folders in folders, in which each folder of images is a class."""
+        whose pictures are below `root` (labelled_images). `label_column` names the column of labels of CSV files, if it
+        is another than `label`. All images in the folder `unknown_images` and below belong to none of the classes.
+        `descriptions` may be a file: JSON, or CSV of class and text (head.descriptions). `calibrate_on` is a place of
+        labelled images, on which promises then rest. `tree` may be a CSV file of class and parent; `nested` makes one
+        of folders in folders, in which each folder of images is a class."""
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
         texts = read_descriptions(descriptions) if isinstance(descriptions, str | Path) else descriptions
         if nested and tree is not None:
             raise IosrFastError("expected a tree of nested folders (nested, --nested) or of tree (--tree), got both")
         skip_bad = bool(self.skip_bad)
         parents = read_parents(tree) if isinstance(tree, str | Path) else tree
-        support = labelled_images(folder, *more, nested=nested, skip_bad=skip_bad, root=root)
-        new = None if calibrate_on is None else calibration_images(calibrate_on, support, nested, skip_bad, root)
+        support = labelled_images(folder, *more, nested=nested, skip_bad=skip_bad, root=root, label_column=label_column)
+        new = None
+        if calibrate_on is not None:
+            new = calibration_images(calibrate_on, support, nested, skip_bad, root, label_column)
         if not skip_bad:
             check_files([*support.paths, *([] if new is None else new.paths)])
         fitted = self._fit_on(*support[:3], unknown, support.groups, texts, support.tree if nested else parents)

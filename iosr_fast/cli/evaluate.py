@@ -54,6 +54,7 @@ def saved(
         Path, argument("IMAGES", "Folder with class folders, CSV file of path and label, or detector file.")
     ],
     nested: shared.Nested = False,
+    label_column: shared.LabelColumn = None,
     html: Html = None,
     json_path: Json = None,
     unknown_images: Annotated[Path | None, option("Images of no class.", "--unknown-images", "--unknown")] = None,
@@ -83,14 +84,14 @@ def saved(
             f"folder {classifier}"
         )
     paths: Sequence[Any]
-    if (head := head_in(classifier, html=html, nested=nested)) is not None:
+    if (head := head_in(classifier, html=html, nested=nested, label_column=label_column)) is not None:
         source, labels = read_rows([images], head)
         if not labels:
             raise IosrFastError(f"expected labels y beside x in {images}, an .npz file, got none")
         paths, names = source.paths, labels
         others = [] if unknown_images is None else read_rows([unknown_images], head)[0].paths
     else:
-        given = labelled_images(images, nested=nested, skip_bad=skip_bad, root=root)
+        given = labelled_images(images, nested=nested, skip_bad=skip_bad, root=root, label_column=label_column)
         paths, labels, names, *_ = given
         others = [] if unknown_images is None else unknown_folder(unknown_images)
         if not skip_bad:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import note, stop_message
 from iosr_fast.cli.options import Adapter, Margin, Nested, Pretrained, Root, Runtime, SkipBad, argument, option
 from iosr_fast.exceptions import BadImageError, IosrFastError, LookAlikesWarning
@@ -37,6 +38,7 @@ def fit(
     descriptions: Annotated[Path | None, option("More texts of classes: JSON of lists, or CSV of class, text.")] = None,
     tree: Annotated[Path | None, option("CSV of class, parent: with --max-error a node may be the answer.")] = None,
     nested: Nested = False,
+    label_column: shared.LabelColumn = None,
     views: Annotated[int, option("Random views averaged into each key; 1: the image as it is.")] = 1,
     mirror: Annotated[bool, option("Mirror half of the views.")] = True,
     margin: Margin = 0.0,
@@ -61,7 +63,8 @@ def fit(
     FOLDER has one sub-folder of images for each class, or is a .csv file of path and label (or of path and labels,
     joined by ;, where pictures may have several); several of both are joined, and a file that is listed again has the
     later label. Columns x, y, width and height make a row a part of its picture; a detector file (.json) stands for its
-    labelled boxes. A column group names pictures of one video or object, which are left out together.
+    labelled boxes. A column group names pictures of one video or object, which are left out together; a table with
+    columns of several questions is fitted once for each, by --label-column.
 
     Without --model it is photographs, a small network that needs no download; a CLIP is better and reads class names.
 
@@ -72,7 +75,7 @@ def fit(
     iosr-fast classify my-classifier photos/
     """
     parameters: dict[str, Any] = {**locals()}
-    beside = ("unknown_images", "descriptions", "calibrate_on", "tree", "nested", "root")
+    beside = ("unknown_images", "descriptions", "calibrate_on", "tree", "nested", "root", "label_column")
     data = {name: parameters.pop(name) for name in beside}
     for name in ("folder", "out", "template", "overwrite"):
         del parameters[name]  # the others are parameters of Classifier

@@ -44,6 +44,7 @@ Pretrained = Annotated[str | None, option("Tag of the weights of open_clip's mod
 Adapter = Annotated[str, option("File of `iosr-fast train-adapter`, none, or auto: the demo's for the demo.")]
 Runtime = Annotated[str, option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")]
 Nested = Annotated[bool, option("Each folder of images is a class, and the folders above it are a tree.", "--nested")]
+LabelColumn = Annotated[str | None, option("Column of labels in CSV files [default: label, or labels].")]
 SkipBad = Annotated[bool, option("Leave out images that can't be read, and report them.", "--skip-bad")]
 Seed = Annotated[int, option("Seed of all random choices.")]
 
@@ -97,7 +98,7 @@ def head_in(classifier: Path, **given: Any) -> SavedHead | None:
 
     if kind_of(classifier) != HEAD_KIND:
         return None
-    if flags := [f"--{name}" for name, value in given.items() if value not in (None, False)]:
+    if flags := [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, False)]:
         raise IosrFastError(
             f"{classifier} is a head, which takes embeddings: expected no {', '.join(flags)}, for images"
         )

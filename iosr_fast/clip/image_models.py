@@ -40,13 +40,14 @@ def has_products(module: Any) -> bool:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """What is known of an image encoder without its weights. It sees the whole centre square of a picture: the share at
-    the edges that timm's evaluation cuts off (crop_pct) is kept."""
+    """What is known of an image encoder without its weights. As in timm's evaluation (crop_pct), it takes the `centre`
+    pixels of a larger square, `geometry`."""
 
     architecture: str  # timm's name, with a tag if one was named
     tags: tuple[str, ...]  # of published weights
     family: str
     geometry: Geometry
+    centre: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     width: int
@@ -83,10 +84,11 @@ def image_model(name: str) -> ImageModel:
     with torch.device("meta"), torch.inference_mode():
         model = timm.create_model(architecture, num_classes=0).eval()
         config = timm.data.resolve_model_data_config(model)
-        size, mode = config["input_size"][1:], _RESIZE_MODES[config["crop_mode"]]
+        centre, mode = config["input_size"][1:], _RESIZE_MODES[config["crop_mode"]]
+        size = [int(side / config["crop_pct"]) for side in centre]
         fill = round(255 * config["mean"][0])
         geometry = Geometry.from_open_clip({**config, "size": size, "resize_mode": mode, "fill_color": fill})
-        shape = tuple(model(torch.zeros(2, 3, *size)).shape)
+        shape = tuple(model(torch.zeros(2, 3, *centre)).shape)
     if len(shape) != 2:
         raise IosrFastError(f"expected an encoder that gives one embedding a picture, got {name}, which gives {shape}")
     return ImageModel(
@@ -94,6 +96,7 @@ def image_model(name: str) -> ImageModel:
         tags=() if name == PHOTOGRAPHS else tags,
         family=type(model).__name__,
         geometry=geometry,
+        centre=centre[0],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         width=shape[1],

@@ -63,7 +63,8 @@ def load_model(name: str, pretrained: str | Path | None = None) -> LoadedModel:
         return load_clip(name, pretrained)
     check_model(name, pretrained)
     known = image_model(name)
-    modules = require("torch.nn", "cpu").ModuleDict({"visual": load_encoder(name, pretrained)})
+    nn, crop = require("torch.nn", "cpu"), require("torchvision.transforms", "cpu").CenterCrop(known.centre)
+    modules = nn.ModuleDict({"visual": nn.Sequential(crop, load_encoder(name, pretrained))})
     model = modules.float().eval().requires_grad_(False)
     facts = {"architecture": known.architecture.partition(".")[0], "geometry": known.geometry.facts()}
     return LoadedModel(
@@ -74,7 +75,7 @@ def load_model(name: str, pretrained: str | Path | None = None) -> LoadedModel:
         mean=known.mean,
         std=known.std,
         logit_scale=100.0,
-        fingerprint=_fingerprint(model, facts | {"mean": known.mean, "std": known.std}),
+        fingerprint=_fingerprint(model, facts | {"centre": known.centre, "mean": known.mean, "std": known.std}),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.clip.architecture import not_a_vision_transformer
+from iosr_fast.clip.image_models import is_image_model
 from iosr_fast.clip.tower import VisionTower, shallow_copy
 from iosr_fast.clip.tower_open_clip import OpenClipTower
 from iosr_fast.clip.tower_timm import TimmTower
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def vision_tower(visual: Any, name: str = "this CLIP") -> VisionTower:
     """The tower of `clip.model.visual`. Raises ValueError, which names the CLIP, for an encoder that is none."""
-    if type(visual).__module__.startswith("timm."):  # clip.image_models
+    if is_image_model(name):
         raise IosrFastError(f"expected a CLIP, whose image encoder can be fused and have an adapter, got {name}")
     if type(visual).__name__ == "VisionTransformer":
         return OpenClipTower(visual)

@@ -41,6 +41,7 @@ def labelled_images(
     nested: bool = False,
     skip_bad: bool = False,
     root: str | Path | None = None,
+    label_column: str | None = None,
 ) -> LabelledImages:
     """The images of a folder with one sub-folder for each class, those that a CSV file lists, the labelled boxes of a
     detector file (.json, whose pictures are below `root`; images.detector_files), or of several of these.
@@ -54,9 +55,10 @@ def labelled_images(
     warning: "apple/other", "pear/other". A class that only a CSV file has is below the root.
 
     A CSV file has the columns `path`, relative to its folder, and `label`, as `iosr-fast suggest` and `classify` write
-    them; rows without a label are ignored. A column `group` names images that have more in common than their class, as
-    those of one video. With `labels` in place of `label` pictures may have several, joined by ";", or none: labels are
-    then frozensets, those of a folder of a class too.
+    them; rows without a label are left out. `label_column` names the column of labels in a table that has several of
+    them, and a warning counts its rows without a label. A column `group` names images that have more in common than
+    their class, as those of one video. With `labels` in place of `label` pictures may have several, joined by ";", or
+    none: labels are then frozensets, those of a folder of a class too.
 
     With the columns x, y, width and height, in pixels or (neither side exceeds 1) in shares of the picture's sides, a
     row is a part of the upright picture, the whole one where they are empty. Its path has the box as a fragment
@@ -69,7 +71,8 @@ def labelled_images(
 
     Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
     without images, a folder of splits (train/, test/), a path under two labels in one place, and a CSV file without
-    these columns, without a label, or with a wrong box; with `nested` for a folder that holds images and class folders.
+    these columns, without a label, or with a wrong box; with `nested` for a folder that holds images and class folders;
+    with `label_column` for anything but CSV files.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -84,13 +87,18 @@ def labelled_images(
     """
     Selection(root).check((folder, *more))
     places = [*map(Path, (folder, *more))]
+    if label_column is not None and (other := [place for place in places if not is_table(place)]):
+        raise IosrFastError(
+            f"expected CSV files alone with label_column={label_column!r} (--label-column), got {other[0]}, which has "
+            "no columns"
+        )
     of_folders = {place: _read_class_folders(place, nested) for place in places if not _is_file(place)}
     called = _names_of({parts for listed in of_folders.values() for _, parts in listed})
     found: dict[str, _LabelledFile] = {}  # by file and box, links resolved where there are several places to compare
     for place in places:
         here = dict[str, _LabelledFile]()
         in_folder: list[_LabelledFile] = [(path, called[parts], None) for path, parts in of_folders.get(place, ())]
-        for path, label, group in in_folder or _read_file(place, skip_bad, root):
+        for path, label, group in in_folder or _read_file(place, skip_bad, root, label_column):
             first = here.setdefault(_resolved(path) if more else str(path), (path, label, group))
             if first[1] != label:
                 two = f"{first[1]!r} and {label!r}"
@@ -109,14 +117,19 @@ def labelled_images(
     return LabelledImages([path for path, _, _ in rows], labels, names, [group for _, _, group in rows], tree)
 
 
+def is_table(place: str | Path) -> bool:
+    """Whether it is a CSV file, by its name."""
+    return Path(place).suffix.lower() == ".csv" and not Path(place).is_dir()
+
+
 def _is_file(place: Path) -> bool:
-    return not place.is_dir() and (place.suffix.lower() == ".csv" or is_detector_file(place))
+    return is_table(place) or (not place.is_dir() and is_detector_file(place))
 
 
-def _read_file(place: Path, skip_bad: bool, root: str | Path | None) -> list[_LabelledFile]:
+def _read_file(place: Path, skip_bad: bool, root: str | Path | None, label_column: str | None) -> list[_LabelledFile]:
     if is_detector_file(place):
         return [(Path(path), name, None) for name, path in read_boxes(place, Selection(root), labelled=True)]
-    return _read_table(place, skip_bad)
+    return _read_table(place, skip_bad, label_column)
 
 
 def _read_class_folders(folder: Path, nested: bool) -> list[tuple[Path, tuple[str, ...]]]:
@@ -146,18 +159,21 @@ def _resolved(path: Path) -> str:
     return os.path.realpath(file) + str(path)[len(file) :]
 
 
-def _read_table(file: Path, skip_bad: bool) -> list[_LabelledFile]:
+def _read_table(file: Path, skip_bad: bool, label_column: str | None) -> list[_LabelledFile]:
     if not file.is_file():
         raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
     columns, rows = read_rows(file)
-    several = "labels" in columns and "label" not in columns
-    name = "labels" if several else "label"
-    check_columns(columns, file, ("path", name), " (labels in place of label where pictures may have several)")
+    name = label_column or ("labels" if "labels" in columns and "label" not in columns else "label")
+    several = name == "labels"
+    hint = "" if label_column else " (labels in place of label where pictures may have several)"
+    check_columns(columns, file, ("path", name), hint)
     paths = listed_paths(file, columns, rows, skip_bad)
     others = ((row[name].strip(), row.get("group", "").strip() or None) for row in rows)
     named = [(path, *other) for path, other in zip(paths, others, strict=True)]
     if not any(label for _, label, _ in named):
         raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column {name}")
+    if label_column and (lacking := sum(not label for _, label, _ in named)) and not several:
+        log.warning("%s: left out %d of %d rows, which have no %s", file, lacking, len(rows), name)
     labelled = list[_LabelledFile]()
     for path, label, group in named:
         if not (label or several):
@@ -189,11 +205,17 @@ def _folders(names: Sequence[str], paths: Sequence[Nodes] | None) -> list[Nodes]
 
 
 def calibration_images(
-    place: str | Path, support: LabelledImages, nested: bool, skip_bad: bool, root: str | Path | None
+    place: str | Path,
+    support: LabelledImages,
+    nested: bool,
+    skip_bad: bool,
+    root: str | Path | None,
+    label_column: str | None,
 ) -> LabelledImages:
     """The images of a place, for `calibrate_on` after a fit on `support`. What can be refused now is."""
     root = root if is_detector_file(place) else None
-    given = labelled_images(place, nested=nested, skip_bad=skip_bad, root=root)
+    column = label_column if is_table(place) else None
+    given = labelled_images(place, nested=nested, skip_bad=skip_bad, root=root, label_column=column)
     if nested:
         given = called_as(given, support.class_names, paths_of(support.tree, support.class_names))
     for one in (support, given):

@@ -12,12 +12,27 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score
 
-from benchmarks.claims import audit, automation, descriptions, joint, key_precision, labels, parts, suggest, texts, tree
+from benchmarks.claims import (
+    audit,
+    automation,
+    descriptions,
+    joint,
+    key_precision,
+    labels,
+    parts,
+    photographs,
+    suggest,
+    texts,
+    tree,
+)
 from benchmarks.claims.claim import Claim, fit, rows_of
 from iosr_fast import Embeddings
+from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.evaluation.features import read_features
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.tree import Tree
 from tests.conftest import unit_rows
+from tests.pictures import encode
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +83,29 @@ def test_texts_help_where_they_fit_the_images(file: Path) -> None:
     accuracies = {method: row["accuracy"] for (method, _), row in rows.items()}
     assert accuracies["auto"] > accuracies["auto, no texts"] + 0.05
     assert accuracies["LogisticRegression"] > 0.5 and "LinearDiscriminantAnalysis" not in accuracies  # of one shot
+
+
+def test_photographs_are_drawn_from_train_and_judged_on_all_of_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photographs, "MODEL", "demo")
+    pictures = load_pictures("held-out", min_styles=5)
+    for c, name in enumerate(("fruit/apple", "fruit/red pear", "hat")):
+        for i, row in enumerate(np.flatnonzero(pictures.concepts == c)[:5]):
+            path = tmp_path / ("test" if i > 2 else "train") / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(pictures.images[row]))
+    rows = photographs.CLAIM.main([f"own={tmp_path}", "--shots", "1", "3", "--json", str(tmp_path / "rows.json")])
+    assert [(row["data"], row["method"], row["shots"]) for row in rows] == [
+        ("own", method, shots) for method in ("auto", "LogisticRegression") for shots in (1, 3)
+    ]
+    assert all(row["test_images"] == 6 and row["seeds"] == [0, 1, 2] for row in rows)
+    three, again = (photographs.draw(tmp_path, 3, seed).support.embeddings.plain for seed in (0, 1))
+    assert sorted(three.tolist()) == sorted(again.tolist()), "all three of train, in another order"
+    (source,) = photographs.sources([f"groceries={tmp_path}"], None, None)
+    assert "MIT" in source.name and source.shots == (1, 2, 4, 8, 16)
+    with pytest.raises(IosrFastError, match="expected NAME=FOLDER with train/ and test/"):
+        photographs.sources([str(tmp_path)], None, None)
 
 
 def test_descriptions_are_keywords_that_a_name_has_not() -> None:

@@ -160,6 +160,8 @@ def test_fit_replaces_a_classifier_only_with_overwrite(tmp_path: Path) -> None:
                 ("suggest", "bundle", "gone.csv"),
             )
         ),
+        (("fit", "in", "--label-column", "kind", "--model", "demo"), "CSV files alone with label_column='kind'"),
+        (("evaluate", "in", "few.csv", "--label-column", "kind"), "expected the columns path and kind in few.csv"),
         (("classify", "bundle", "empty"), "found none in"),
         (("classify", "bundle", "https://a.org/b.jpg"), "expected a path, got the URL https://a.org/b.jpg"),
         (("train_adapter",), "Did you mean 'train-adapter'?"),

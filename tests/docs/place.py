@@ -34,8 +34,8 @@ NEW_CLASS = "pear"
 @functools.cache
 def users_files() -> dict[str, bytes]:
     """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ has others; others/ of no class; a.jpg to
-    e.jpg, labels.csv, several.csv; tree.csv, and nested/ with two pictures of a few classes; boxes.csv and
-    detections.json."""
+    e.jpg, labels.csv, several.csv; table.csv of several questions; tree.csv, and nested/ with two pictures of a few
+    classes; boxes.csv and detections.json."""
     pictures = load_pictures("held-out", min_styles=5)
     rows_of = {name: np.flatnonzero(pictures.concepts == i) for i, name in enumerate(pictures.names)}
     files = {"adapter.safetensors": pretrained.DEMO_ADAPTER.read_bytes()}
@@ -55,6 +55,13 @@ def users_files() -> dict[str, bytes]:
     for letter, name in zip("abc", ("banana", "melon", "tomato"), strict=True):
         files[f"{letter}.jpg"] = files[f"validation/{name}/4.jpg"]
     files["labels.csv"] = b"path,label\nd.jpg,pear\ne.jpg,\n"
+    colours = ("yellow", "red", "green", "yellow", "green", *["red"] * 5)
+    rows = [
+        f"support/{name.replace(' ', '_')}/{i}.jpg,{name},{colour},{'yes' if i % 2 else 'no'}"
+        for name, colour in zip(CLASSES, colours, strict=True)
+        for i in range(4)
+    ]
+    files["table.csv"] = "\n".join(["path,kind,colour,damaged", *rows, ""]).encode()
     files["tree.csv"] = b"class,parent\nlemon,citrus\ntangerine,citrus\ncitrus,fruit\nbanana,fruit\n"
     for name in ("fruit/citrus/lemon", "fruit/citrus/tangerine", "fruit/banana", "carrot"):
         files |= {f"nested/{name}/{i}.jpg": files[f"support/{name.split('/')[-1]}/{i}.jpg"] for i in range(2)}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.labels import check_labels, class_ids, read_groups
 from iosr_fast.head.names import check_names
@@ -142,6 +143,23 @@ def test_tables_of_labels_join_folders(tmp_path: Path) -> None:
         table.write_text(text, "latin-1")
         with pytest.raises(ValueError, match=message):
             labelled_images(table)
+
+
+def test_a_table_may_hold_the_labels_of_several_questions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table, folder = tmp_path / "fruit.csv", tmp_path / "pear"
+    folder.mkdir()
+    table.write_text(
+        "path,kind,colour,labels,group\na.png,lemon,yellow,ripe;clean,v1\nb.png,pear,,ripe,\nc.png,,red,,v1\n"
+    )
+    paths, labels, names, groups, _ = labelled_images(table, label_column="kind")
+    assert [path.name for path in paths] == ["a.png", "b.png"] and labels == names == ["lemon", "pear"]
+    assert groups == ["v1", None] and caplog.messages == [f"{table}: left out 1 of 3 rows, which have no kind"]
+    assert labelled_images(table, label_column="labels").labels == [{"ripe", "clean"}, {"ripe"}, set()]
+    with pytest.raises(IosrFastError, match=r"path and taste in .*, got path, kind, colour, labels, group; add"):
+        labelled_images(table, label_column="taste")
+    for other in (folder, tmp_path / "boxes.json"):
+        with pytest.raises(IosrFastError, match=f"CSV files alone with label_column='kind' .*, got {other}"):
+            labelled_images(table, other, label_column="kind")
 
 
 def test_a_later_place_corrects_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

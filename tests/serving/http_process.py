@@ -44,7 +44,7 @@ class Process:
             self._fresh.put(made)
 
     def wait_for(self, event: str) -> dict[str, Any]:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while True:
             line = self._fresh.get(timeout=max(0.01, until - time.monotonic()))
             if line["event"] == event:

@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.serving.http_client import bundle, load
-from tools import load_test
+from tools import load_classifiers, load_test
 from tools.serving_load import churn, rows
 from tools.serving_load.client import (
     Answer,
@@ -68,6 +68,23 @@ def test_two_servers_are_loaded_in_turns_and_every_answer_is_counted(quick: None
         assert row["server_options"] == (["--decode-threads", "1"] if row["server"] == "rival" else [])
         assert ("p50_of_rival" in row) is (row["server"] == "this")
     assert made[-2]["sent"] == made[-1]["sent"], "both get the same load"
+
+
+@pytest.mark.slow
+def test_one_server_of_two_classifiers_is_loaded_beside_two_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_classifiers, "LONE", 6)
+    monkeypatch.setattr(load_classifiers, "_WARMUP_S", 0.2)
+    load_classifiers.main(tmp_path / "rows.json", [2], model="demo", seconds=SECONDS, rounds=1)
+    made = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["server"], row["case"]) for row in made] == [
+        *(("one", case) for case in ("lone", "capacity", "all")),
+        *(("each", case) for case in ("lone", "capacity")),
+    ]
+    for row in made:
+        assert row["classifiers"] == 2 and row["ok"] == row["sent"] > 0 and row["wrong"] == 0
+    assert 0.2 < made[2]["of_one"] < 5 and made[3]["memory_mb"] > 1.2 * made[0]["memory_mb"]
 
 
 @pytest.mark.slow

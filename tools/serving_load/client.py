@@ -90,11 +90,12 @@ class Answer:
 
 
 class Client:
-    """Requests over any number of kept-alive connections. An async context manager."""
+    """Requests over any number of kept-alive connections, to each of `urls` in turn. An async context manager."""
 
-    def __init__(self, url: str, queries: Queries, deadline_ms: int) -> None:
+    def __init__(self, urls: str | Sequence[str], queries: Queries, deadline_ms: int) -> None:
         self.queries, self.deadline_s = queries, deadline_ms / 1e3
-        self._url, self._predict = url, f"{queries.path}?deadline_ms={deadline_ms}"
+        self._urls = [urls] if isinstance(urls, str) else urls
+        self._predict = f"{queries.path}?deadline_ms={deadline_ms}"
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
@@ -117,7 +118,7 @@ class Client:
         answer = Answer(sent if due is None else due, sent, sent, 0)
         try:
             async with self._session.post(
-                URL(self._url + self._predict + query, encoded=True),
+                URL(self._urls[number % len(self._urls)] + self._predict + query, encoded=True),
                 data=self.queries.bodies[number],
                 headers={"Content-Type": self.queries.content_type},
             ) as response:
@@ -144,7 +145,7 @@ class Client:
     async def request(self, method: str, path: str, token: str = "", form: Any = None) -> tuple[int, Any]:
         """(status, body) of any request; a body that is not JSON is text. Raises one of BROKEN."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        async with self._session.request(method, self._url + path, data=form, headers=headers) as response:
+        async with self._session.request(method, self._urls[0] + path, data=form, headers=headers) as response:
             content = await response.read()
         try:
             return response.status, json.loads(content)

@@ -78,6 +78,16 @@ class ServerProcess:
             return None
         return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 2)
 
+    def pss_mb(self) -> float:
+        """Memory of it and all processes below it in MB, each shared page once (proportional set size)."""
+        pids, kilobytes = [self.pid], 0
+        for pid in pids:
+            for line in Path("/proc", str(pid), "smaps_rollup").read_text().splitlines():
+                kilobytes += int(line.split()[1]) if line.startswith("Pss:") else 0
+            for children in Path("/proc", str(pid), "task").glob("*/children"):
+                pids += map(int, children.read_text().split())
+        return round(kilobytes * 1.024 / 1e3, 1)
+
     def stop(self) -> None:
         """SIGTERM; waits for the server to answer what it accepted. Raises ServerDied for an exit code other than 0."""
         self.check()
