@@ -16,7 +16,7 @@ from typing import Any
 from iosr_fast.clip.architecture import check_architecture, fused_family
 from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
 from iosr_fast.clip.download import downloading
-from iosr_fast.clip.image_models import ONNX, TIMM, check_image_model, image_model, is_image_model
+from iosr_fast.clip.image_models import NO_PRODUCTS, ONNX, TIMM, check_image_model, image_model, is_image_model
 from iosr_fast.clip.load_tokenizer import require_transformers
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.utils.require import require, require_installed
@@ -131,10 +131,7 @@ def check_model(name: str, pretrained: str | Path | None, precision: str = "fp32
         if pretrained is not None and str(pretrained) != "none":
             refuse_programs(Path(pretrained))
         if precision in ("int8", "fp8") and not name.endswith(ONNX) and not image_model(name).has_products:
-            raise IosrFastError(
-                f"expected fp32 or bf16 for {name}, got {precision}: 8 bits are for products with constant matrices, "
-                "and its encoder has convolutions alone"
-            )
+            raise IosrFastError(f"expected fp32 or bf16 for {name}, got {precision}: {NO_PRODUCTS}")
         return {}
     if name.startswith((HUB, LOCAL)) and pretrained is not None and str(pretrained) != "none":
         raise IosrFastError(

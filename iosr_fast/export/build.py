@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec.structs import asdict
 
+from iosr_fast.clip.image_models import NO_PRODUCTS, has_products
 from iosr_fast.encoders.engine_folder import (
     ENGINE_KIND,
     EXTRAS,
@@ -44,7 +45,6 @@ from iosr_fast.export.from_onnx import OnnxModel
 from iosr_fast.export.onnx import OPSET, engine_graph, export_onnx, write_plain_graph
 from iosr_fast.export.precision import (
     EXPORT_VERSION,
-    NO_PRODUCTS,
     QUANTISED,
     choose_builder,
     engine_fingerprint,
@@ -52,7 +52,7 @@ from iosr_fast.export.precision import (
     quantisation,
 )
 from iosr_fast.export.quantize.encoder import quantize_onnx
-from iosr_fast.export.quantize.graph import has_products
+from iosr_fast.export.quantize.graph import graph_has_products
 from iosr_fast.sealed.folders import new_folder
 from iosr_fast.sealed.manifest import OWN_FIELDS, write_manifest
 from iosr_fast.sealed.verified_folder import VerifiedFolder, open_verified
@@ -165,13 +165,7 @@ def check_products(model: LoadedModel | OnnxModel, precision: str) -> None:
     """Raise ValueError for 8 bits where there is nothing to compute in them, before any work."""
     if precision not in QUANTISED:
         return
-    if isinstance(model, OnnxModel):
-        found = has_products(model.graph)
-    else:
-        from torch.nn import Linear
-
-        found = sum(isinstance(layer, Linear) for layer in model.model.visual.modules()) > 1
-    if not found:
+    if not (graph_has_products(model.graph) if isinstance(model, OnnxModel) else has_products(model.model.visual)):
         raise IosrFastError(f"expected fp32 or bf16 for {model.name}, got {precision}: {NO_PRODUCTS}")
 
 
@@ -219,7 +213,7 @@ def convert_engine(
             f"expected a precision whose graph is that of fp32, got {precision} for {runtime}, which is exported from "
             f"the CLIP: iosr-fast build-engine --precision {precision} --runtime {runtime}"
         )
-    if precision in QUANTISED and not has_products(engine_graph(verified)):
+    if precision in QUANTISED and not graph_has_products(engine_graph(verified)):
         raise IosrFastError(f"expected fp32 or bf16 for {engine.model}, got {precision}: {NO_PRODUCTS}")
     quantised = quantisation(engine.image_size, runtime, precision, pictures)
     prints = engine.clip_fingerprint, engine.adapter_fingerprint

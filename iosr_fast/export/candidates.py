@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from iosr_fast.clip.image_models import NO_PRODUCTS
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.engine_folder import ONNX_FILE, ONNX_RUNTIMES, runtimes_of, unavailable_reason
 from iosr_fast.encoders.runtimes import open_engine
@@ -19,8 +20,8 @@ from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.check import MIN_PICTURES
 from iosr_fast.export.onnx import engine_graph
-from iosr_fast.export.precision import NO_PRODUCTS, QUANTISED, graph_precision, runtimes_in
-from iosr_fast.export.quantize.graph import has_products
+from iosr_fast.export.precision import QUANTISED, graph_precision, runtimes_in
+from iosr_fast.export.quantize.graph import graph_has_products
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.sealed.files import in_cache, temporary_folder
 from iosr_fast.sealed.verified_folder import VerifiedFolder
@@ -104,7 +105,7 @@ def _has_products(engine: VerifiedFolder) -> bool:
     """Whether 8 bits make something faster. Fused encoders have products; of another the graph says it."""
     if engine.manifest["dual_encoder"] is not None or find_spec("onnx") is None:  # without onnx, building says it
         return True
-    return has_products(engine_graph(engine))
+    return graph_has_products(engine_graph(engine))
 
 
 def _is_there(one: Candidate, engine: VerifiedFolder) -> bool:

@@ -11,7 +11,6 @@ trusted: no tensor is read from outside its folder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -23,6 +22,7 @@ from msgspec import Meta
 from iosr_fast.encoders.encoder import unit
 from iosr_fast.encoders.runtimes.onnxruntime import open_session
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
+from iosr_fast.export.one_file.value import Value
 from iosr_fast.export.onnx import IR, OPSET, leading_to, save_onnx
 from iosr_fast.images.geometry import Geometry, Interpolation, ResizeMode
 from iosr_fast.sealed.schema import Deviations, Level, Share, Size, Strict
@@ -30,10 +30,12 @@ from iosr_fast.utils.require import require
 from iosr_fast.utils.text import abbreviate
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
+    from onnx import ModelProto, TensorProto, ValueInfoProto
 
 LARGEST_FILE = (1 << 31) - 1  # protobuf's limit; weights beside the file have none
-_OURS = "file/"  # before every name of the file's graph, so that none is one of ours
+_FILE = "file/"  # before every name of the file's graph, so that none is one of ours
+_DOMAINS = ("", "ai.onnx")
+_FLOAT = 1  # of onnx.TensorProto
 
 
 class PictureFacts(Strict, frozen=True, kw_only=True):
@@ -115,29 +117,32 @@ def read_onnx(file: str | Path) -> OnnxModel:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"expected an ONNX file at {path}, found none")
-    onnx, facts = require("onnx", "cpu"), _read_facts(path)
-    if path.stat().st_size > LARGEST_FILE:
-        raise _refused(path, "at most 2 GB, with larger weights in a file beside it", f"{path.stat().st_size} bytes")
+    onnx = require("onnx", "cpu")
+    facts = _read_facts(path)
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise _refused(path, "at most 2 GB, with larger weights in a file beside it", f"{size} bytes")
     content = path.read_bytes()
     try:
         model = onnx.load_from_string(content)
     except Exception as error:  # protobuf's errors differ between its versions
         raise DamagedFileError(f"expected an ONNX model in {path}, got another or a damaged file: {error}") from error
     source, output = _check_graph(model, facts, path)
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), 1)
     if opset < OPSET:
         try:
             model = require("onnx.version_converter", "cpu").convert_version(model, OPSET)
         except Exception as error:  # the converter's errors share no base class
             raise _refused(path, f"opset {OPSET}", f"{opset}, which onnx can't convert: {error}") from error
-    digest = hashlib.sha256(msgspec.json.encode(facts) + content)
     wrapped = _wrapped(model, source, output, facts)
-    for tensor in _tensors(wrapped.graph):
+    digest = hashlib.sha256(msgspec.json.encode(facts) + content)
+    attributes = [each for node in wrapped.graph.node for each in node.attribute]
+    for tensor in [*wrapped.graph.initializer, *(one for each in attributes for one in (each.t, *each.tensors))]:
         if tensor.data_location == tensor.EXTERNAL:
             _load(tensor, path)
             digest.update(tensor.raw_data)
     geometry = Geometry(facts.image_size, facts.resize_mode, facts.interpolation, facts.fill)
-    return OnnxModel(path, source, output, wrapped, geometry, tuple(facts.mean), tuple(facts.std), digest.hexdigest())
+    mean, std = tuple(facts.mean), tuple(facts.std)
+    return OnnxModel(path, source, output, wrapped, geometry, mean, std, digest.hexdigest())
 
 
 def _read_facts(path: Path) -> PictureFacts:
@@ -151,112 +156,80 @@ def _read_facts(path: Path) -> PictureFacts:
     try:
         return msgspec.json.decode(beside.read_bytes(), type=PictureFacts)
     except (ValueError, RecursionError) as error:  # msgspec's own errors are ValueErrors
-        raise IosrFastError(
-            f"{beside}: {error}; image_size, mean and std (for pixels from 0 to 1) are required, resize_mode, "
-            "interpolation, fill and output may be there"
-        ) from error
+        names = ", ".join(PictureFacts.__struct_fields__)
+        raise IosrFastError(f"{beside}: {error}; it has {names}, mean and std for pixels from 0 to 1") from error
 
 
 def _check_graph(model: ModelProto, facts: PictureFacts, path: Path) -> tuple[str, str]:
     """The names of the input and of the output. Raises IosrFastError for a graph that can't become an engine."""
     graph = model.graph
-    foreign = {f"{node.domain}.{node.op_type}" for node in graph.node if node.domain not in ("", "ai.onnx")}
-    if model.functions or foreign:
-        names = sorted(foreign | {f"{each.domain}.{each.name}" for each in model.functions})
+    foreign = {f"{node.domain}.{node.op_type}" for node in graph.node if node.domain not in _DOMAINS}
+    if foreign or model.functions:
         raise _refused(
-            path,
-            "operators of ai.onnx alone, which every runtime has",
-            f"{abbreviate(names)}; export it without a runtime's own optimisations",
+            path, "operators of ai.onnx, which every runtime has", abbreviate(sorted(foreign)) or "functions"
         )
     attributes = [attribute for node in graph.node for attribute in node.attribute]
     if graph.sparse_initializer or any(each.HasField("g") or each.graphs for each in attributes):
-        raise _refused(
-            path, "a graph without conditions, loops and sparse constants", "some; export it with fixed sizes"
-        )
+        raise _refused(path, "a graph without conditions, loops and sparse constants", "one with some")
     constants = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in constants]
     if len(inputs) != 1:
         names = [value.name for value in inputs]
         raise _refused(path, "one input, of pixels", f"{names}; export the image encoder alone")
     outputs = {value.name: value for value in graph.output}
-    if facts.output is None and len(outputs) != 1:
-        raise _refused(path, f"one output, or its name as output in {path.stem}.json", f"the outputs {list(outputs)}")
-    name = next(iter(outputs)) if facts.output is None else facts.output
-    if name not in outputs:
-        raise _refused(path, f"the output {name!r}, which {path.stem}.json names", f"the outputs {list(outputs)}")
-    size = facts.image_size
-    _check_shape(inputs[0], (3, size, size), path, f"the input {inputs[0].name!r}")
-    _check_shape(outputs[name], (None,), path, f"the output {name!r}")
-    return inputs[0].name, name
+    name = facts.output or next(iter(outputs), "")
+    if name not in outputs or (facts.output is None and len(outputs) > 1):
+        expected = facts.output or f"one output, or its name as output in {path.stem}.json"
+        raise _refused(path, expected, f"the outputs {list(outputs)}")
+    size, source = facts.image_size, inputs[0].name
+    what = f"the input {source!r} in float32 of shape (B, 3, {size}, {size}), for batches of any size B"
+    _check_declared(inputs[0], ("B", 3, size, size), what, path)
+    what = f"the output {name!r} in float32 of shape (B, D), which a Flatten makes of (B, D, 1, 1)"
+    _check_declared(outputs[name], (None, None), what, path)
+    return source, name
 
 
-def _check_shape(value: ValueInfoProto, expected: tuple[int | None, ...], path: Path, what: str) -> None:
-    """Refuse another type than float32, a fixed batch, and other sides than `expected` (None: any), as declared."""
+def _check_declared(value: ValueInfoProto, sides: tuple[int | str | None, ...], what: str, path: Path) -> None:
+    """Refuse another type or shape than float32 and `sides`: None is any size. What is not declared, a run shows."""
     tensor = value.type.tensor_type
-    if tensor.elem_type != 1:  # TensorProto.FLOAT
-        raise _refused(path, f"{what} in float32", "another type")
-    if not tensor.HasField("shape"):
-        return  # a run will show it
-    sides = [side.dim_value if side.HasField("dim_value") else side.dim_param or "?" for side in tensor.shape.dim]
-    shown = f"({', '.join(map(str, ['B', *('D' if side is None else side for side in expected)]))})"
-    if len(sides) != 1 + len(expected):
-        flat = "; add a Flatten" if sides[2:] == [1, 1] else ""
-        raise _refused(path, f"{what} of shape {shown}", f"{sides}{flat}")
-    if isinstance(sides[0], int) and len(expected) > 1:  # exporters are careless about outputs
-        raise _refused(path, f"{what} with a dynamic batch", f"{sides}; export it with a dynamic first axis")
-    if any(isinstance(got, int) and side not in (None, got) for got, side in zip(sides[1:], expected, strict=True)):
-        raise _refused(path, f"{what} of shape {shown}, for the image_size of {path.stem}.json", f"{sides}")
+    declared = [side.dim_value or side.dim_param or "?" for side in tensor.shape.dim]
+    fits = len(declared) == len(sides) and all(
+        isinstance(got, str) or side in (got, None) for got, side in zip(declared, sides, strict=True)
+    )
+    if tensor.elem_type != _FLOAT or (tensor.HasField("shape") and not fits):
+        raise _refused(path, what, f"{declared} in type {tensor.elem_type}")
 
 
 def _wrapped(model: ModelProto, source: str, output: str, facts: PictureFacts) -> ModelProto:
     """The engine's graph around the file's: "pixels" uint8 (batch, S, S, 3) -> "plain" float32 (batch, D)."""
-    helper, numpy_helper = require("onnx.helper", "cpu"), require("onnx.numpy_helper", "cpu")
+    helper = require("onnx.helper", "cpu")
     nodes, read = leading_to(model.graph.node, output)
     for number, node in enumerate(nodes):
-        node.name = f"{_OURS}{number}_{node.name or node.op_type}"  # the quantiser needs names, each once
-        node.input[:] = [name and _OURS + name for name in node.input]
-        node.output[:] = [name and _OURS + name for name in node.output]
+        node.name = f"{_FILE}{number}_{node.name or node.op_type}"  # the quantiser needs names, each once
+        node.input[:] = [name and _FILE + name for name in node.input]
+        node.output[:] = [name and _FILE + name for name in node.output]
         node.ClearField("metadata_props")  # exporters leave local paths there
         node.ClearField("doc_string")
     constants = [tensor for tensor in model.graph.initializer if tensor.name in read]
     for tensor in constants:
-        tensor.name = _OURS + tensor.name
-    numbers = {
-        "mean": np.array(facts.mean, np.float32).reshape(1, 3, 1, 1) * 255,
-        "std": np.array(facts.std, np.float32).reshape(1, 3, 1, 1) * 255,
-        "channels": np.array([1]),
-        "least": np.array(1e-12, np.float32),
-    }
-    constants += [numpy_helper.from_array(value, name) for name, value in numbers.items()]
-    size = facts.image_size
-    graph = helper.make_graph(
-        [
-            helper.make_node("Cast", ["pixels"], ["values"], "values", to=1),  # TensorRT can't transpose uint8
-            helper.make_node("Transpose", ["values"], ["planes"], "planes", perm=[0, 3, 1, 2]),
-            helper.make_node("Sub", ["planes", "mean"], ["centred"], "centred"),
-            helper.make_node("Div", ["centred", "std"], [_OURS + source], "normalised"),
-            *nodes,
-            helper.make_node("ReduceL2", [_OURS + output, "channels"], ["length"], "length"),
-            helper.make_node("Max", ["length", "least"], ["divisor"], "divisor"),
-            helper.make_node("Div", [_OURS + output, "divisor"], ["plain"], "plain"),
-        ],
-        "encoder",
-        [helper.make_tensor_value_info("pixels", 2, ["batch", size, size, 3])],  # TensorProto.UINT8
-        [helper.make_tensor_value_info("plain", 1, ["batch", "width"])],
-        constants,
-    )
-    opsets = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+        tensor.name = _FILE + tensor.name
+    graph = helper.make_graph([], "encoder", [], [], constants)
+    pixels = _Value(graph, "pixels", np.uint8)
+    planes = pixels.cast(np.float32).op("Transpose", perm=[0, 3, 1, 2])  # TensorRT can't transpose uint8
+    mean, std = (255 * np.array(values).reshape(1, 3, 1, 1) for values in (facts.mean, facts.std))
+    ((planes - mean) / std).op("Identity", name=_FILE + source)
+    graph.node.extend(nodes)
+    features = _Value(graph, _FILE + output, np.float32)
+    plain = (features / features.op("ReduceL2", [1]).op("Max", 1e-12)).op("Identity", name="plain")
+    graph.input.append(pixels.info(facts.image_size, facts.image_size, 3))
+    graph.output.append(plain.info("width"))
+    opsets = [entry for entry in model.opset_import if entry.domain in _DOMAINS]
     wrapped: ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=max(IR, model.ir_version))
     return wrapped
 
 
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """All tensors of a graph without inner graphs."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield attribute.t
-            yield from attribute.tensors
+class _Value(Value):
+    prefix = "engine/"
 
 
 def _load(tensor: TensorProto, path: Path) -> None:

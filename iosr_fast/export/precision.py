@@ -25,7 +25,6 @@ RUNTIMES_OF = {
 }
 QUANTISED = ("int8", "fp8")
 EXPORT_VERSION = 1  # increases when the same weights give other embeddings
-NO_PRODUCTS = "8 bits are for products with constant matrices, and its encoder has convolutions alone"
 QUANTISER_VERSION = 3  # increases when the same weights and pictures give other embeddings
 
 

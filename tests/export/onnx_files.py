@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 SIZE, WIDTH = 16, 12
 FACTS: dict[str, Any] = {"image_size": SIZE, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 SHAPE = ["B", 3, SIZE, SIZE]
-LAYERS = ("Conv", "Relu", "GlobalAveragePool", "Flatten", "MatMul", "Relu", "MatMul")
+LAYERS = ("Conv", "Relu", "GlobalAveragePool", "Flatten", "MatMul", "Relu", "MatMul", "Relu", "MatMul")
 
 
 def encoder_model(layers: tuple[str, ...] = LAYERS, shape: Any = SHAPE, opset: int = 20) -> Any:

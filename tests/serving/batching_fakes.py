@@ -30,6 +30,10 @@ def picture(number: int, size: int = SIZE) -> np.ndarray:
     return np.full((size, size, 3), number, np.uint8)
 
 
+class Kept(np.ndarray):
+    """An array that can be watched."""
+
+
 def to_decode(image: Any, geometry: Geometry, position: int = 0, whole: bool = False) -> Item:
     return Item(image, position, Query(), 0.0, encoder=SimpleNamespace(geometry=geometry), whole=whole)
 

@@ -11,7 +11,6 @@ import weakref
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
 import pytest
 
 from iosr_fast.exceptions import ClosedError
@@ -21,6 +20,7 @@ from tests.serving.batching_fakes import (
     PATIENCE_S,
     FakeClassifier,
     Gated,
+    Kept,
     Watcher,
     labels,
     picture,
@@ -79,10 +79,6 @@ def test_close_in_a_callback_does_not_wait_for_itself(batching, classifier: Fake
     assert closed.wait(PATIENCE_S) and labels([first, *rest]) == list(range(9))
     with pytest.raises(ClosedError):
         batching.submit(picture(1))
-
-
-class Kept(np.ndarray):
-    """An array that can be watched."""
 
 
 def test_futures_keep_neither_images_nor_classifiers_alive() -> None:

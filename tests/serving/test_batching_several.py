@@ -17,7 +17,7 @@ from iosr_fast.images.crop import Box, Crop
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching import workers as batch_workers
 from tests.pictures import encode
-from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, FakeEncoder, Watcher, picture, until
+from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, FakeEncoder, Kept, Watcher, picture, until
 
 BLACK, HOLD = 0, 250
 ALL = ("a", "b", "c")
@@ -45,10 +45,6 @@ def said(future: Any) -> Any:
     found = future.exception(PATIENCE_S) or future.result()
     each = [getattr(one, "version", type(one).__name__) for one in (found if isinstance(found, tuple) else (found,))]
     return each if isinstance(found, tuple) else each[0]
-
-
-class Kept(np.ndarray):
-    """An array that can be watched."""
 
 
 class Several:
@@ -178,7 +174,7 @@ def test_a_head_that_fails_on_every_picture_fails_alone(several: Several, monkey
     found = several.together((1, ALL), (2, "b"), (3, ("b", "c")), (101, "b"))
     assert found == [[10, "HeadError", 30], "HeadError", ["HeadError", 30], "HeadError"]
     asked = [numbers for numbers, *_ in several.b.asked if numbers != [BLACK]]
-    assert asked == [[1, 2, 3]], "no picture is tried alone"
+    assert asked == [[1, 2, 3]] and [1] not in several.encoder.batches, "no picture is tried alone"
     assert several.batching.healthy and several.batching.failures.keys() == {"b"}
     assert [outcome for outcome, _ in several.watcher.done] == ["ok", "ok", "error", "ok", "error"]
     kept = picture(1).view(Kept)
@@ -215,6 +211,9 @@ def test_an_encoder_that_fails_fails_for_all(several: Several, monkeypatch) -> N
     monkeypatch.setattr(batch_workers, "_PROBE_S", 0.001)
     several.encoder.raises = fail_on(3)
     assert several.together((1, ALL), (3, ALL), (4, "a")) == [[10, 20, 30], "HeadError", 10]
+    several.encoder.raises = lambda numbers: fail_on()(numbers) if numbers == [2] else None  # when it is tried again
+    several.b.raises = fail_on(2)
+    assert several.together((1, ALL), (2, ALL)) == [[10, 20, 30], [10, "HeadError", 30]]
     assert several.batching.healthy
     several.encoder.raises, several.b.raises = fail_on(), fail_on()
     assert several.ask() == "HeadError" and not several.batching.healthy and not several.batching.failures

@@ -234,15 +234,16 @@ def test_a_client_that_disconnects_frees_its_places() -> None:
         assert held.result(20).status_code == 200
 
 
-def test_an_engine_that_fails_is_reported_and_recovers() -> None:
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of luck"), MemoryError()])
+def test_an_engine_that_fails_is_reported_and_recovers(error: Exception) -> None:
     classifier = load()
     gate = Gate(classifier)
     with serving(classifier) as client:
-        gate.error = RuntimeError("CUDA error: out of luck")
+        gate.error = error
         response = client.predict(GREY)
         assert error_of(response, 503) == "engine_failed" and "luck" not in response.text
         response = client.get("/healthz")
-        assert response.status_code == 503 and "out of luck" in response.json()["detail"]
+        assert response.status_code == 503 and str(error) in response.json()["detail"]
         assert client.get("/readyz").status_code == 503
         gate.error = None
         assert client.predict(GREY).status_code == 200

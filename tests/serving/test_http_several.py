@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,7 +22,8 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.serving.batching import engine
 from iosr_fast.serving.http.app import warm
-from iosr_fast.serving.http.opening import named_folders
+from iosr_fast.serving.http.opening import Opening, named_folders
+from iosr_fast.serving.http.settings import Settings
 from tests.pictures import GREY
 from tests.serving.http_client import (
     AUTHORISED,
@@ -211,7 +213,7 @@ def test_one_that_fails_leaves_the_others_whole(shelf: Path, monkeypatch: pytest
         assert client.get("/v1/classifiers/kind/classes").headers["Connection"] == "close"
 
 
-def test_what_can_not_be_served_together_is_refused_at_once(shelf: Path, tmp_path: Path) -> None:
+def test_what_can_not_be_served_together_is_refused_at_once(shelf: Path, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(shelf / "rows", tmp_path / "kind")
     shutil.copytree(shelf / "rows", tmp_path / "two words")
     (tmp_path / "file").touch()
@@ -224,6 +226,9 @@ def test_what_can_not_be_served_together_is_refused_at_once(shelf: Path, tmp_pat
     ):
         done = CliRunner().invoke(app, ["serve", *map(str, options), "--port", "0"])
         assert done.exit_code == 2 and told in done.output, done.output
+    monkeypatch.chdir(shelf / "broken")
+    refused = CliRunner().invoke(app, ["serve", ".", "../broken/absent"])
+    assert "broken can't be served: broken is not a complete classifier: support.safetensors" in refused.output
     assert named_folders([shelf / "kind"]) == {"": shelf / "kind"}
     assert list(named_folders([shelf / "kind", shelf / "rows"])) == ["kind", "rows"]
 
@@ -233,6 +238,11 @@ def test_a_process_serves_a_folder_of_classifiers(shelf: Path, tmp_path: Path) -
     with started(*options, folder=shelf) as process:
         events = [(line["event"], line.get("classifier")) for line in process.lines]
         assert [name for event, name in events if event == "loaded"] == SERVED
+        logs = Settings(log=tmp_path / "logs")
+        with ExitStack() as closing:
+            opening = Opening(named_folders([shelf]), logs)
+            opening.start(opening.open(), closing)
+        assert opening.refused["kind"].endswith("another process writes this log: 'logs/kind.db'"), "no path"
         assert ("refused", "broken") in events and ("listening", None) in events
         both = process.client.post("/v1/predict?classifier=kind&classifier=letter", content=queries()[0])
         assert both.status_code == 200

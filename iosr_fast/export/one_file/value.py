@@ -18,6 +18,8 @@ class Value:
     """A value by its name and dtype in `graph`, an onnx.GraphProto. Anything else in an operation becomes a constant:
     lists and arrays of integers in int64, numbers and other arrays in the dtype of the values beside them."""
 
+    prefix = "one_file/"  # of the names of nodes and constants
+
     def __init__(self, graph: Any, name: str, dtype: Any) -> None:
         self.graph, self.name, self.dtype = graph, name, np.dtype(dtype)
 
@@ -26,10 +28,10 @@ class Value:
         values = [self, *(other for other in others if isinstance(other, Value))]
         dtype = next((value.dtype for value in values if value.dtype != np.bool_), self.dtype)
         inputs = [self.name, *(self._operand(other, dtype).name for other in others)]
-        name = name or f"one_file/{operator}_{len(self.graph.node)}"
+        name = name or f"{self.prefix}{operator}_{len(self.graph.node)}"
         node = require("onnx", "cpu").helper.make_node(operator, inputs, [name], name=name, **attributes)
         self.graph.node.append(node)
-        return Value(self.graph, name, _TYPES.get(operator, dtype))
+        return type(self)(self.graph, name, _TYPES.get(operator, dtype))
 
     __add__ = partialmethod(op, "Add")
     __sub__ = partialmethod(op, "Sub")
@@ -53,9 +55,9 @@ class Value:
 
     def constant(self, array: np.ndarray) -> Value:
         """A constant of the same graph."""
-        name = f"one_file/constant_{len(self.graph.initializer)}"
+        name = f"{self.prefix}constant_{len(self.graph.initializer)}"
         self.graph.initializer.append(require("onnx", "cpu").numpy_helper.from_array(array, name))
-        return Value(self.graph, name, array.dtype)
+        return type(self)(self.graph, name, array.dtype)
 
     def info(self, *shape: int | str) -> Any:
         """A batch of such tensors, as an input or output of the graph."""

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.clip.image_models import NO_PRODUCTS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import evenly
 from iosr_fast.export.onnx import save_onnx
-from iosr_fast.export.precision import NO_PRODUCTS
 from iosr_fast.export.quantize.graph import Activation, EncoderGraph, Group
 from iosr_fast.export.quantize.sensitivity import EmbeddingError, choose_float
 from iosr_fast.export.quantize.values import (

@@ -18,7 +18,7 @@ SAMPLED_ROWS = 512
 PIXELS = 2**16  # of a run, one picture of 224: all activations are kept while they are measured
 
 
-def has_products(model: Any) -> bool:
+def graph_has_products(model: Any) -> bool:
     """Whether the graph of an onnx.ModelProto has products with constant matrices beside its last projection, which
     stays in float: one of convolutions alone has none."""
     matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}

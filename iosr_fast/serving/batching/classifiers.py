@@ -10,6 +10,7 @@ from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
+    from iosr_fast.encoders.encoder import Encoder
     from iosr_fast.head.fitted import Fit
     from iosr_fast.head.head import Head
 
@@ -25,12 +26,8 @@ def embedding(fit: Fit) -> dict[str, Any]:
 
 
 class Classifiers:
-    """One classifier with the name "", or several by their names.
-
-    The encoder is that of the first one whose head compares adapted embeddings, else of the first one, whichever is
-    asked, so that the images of a batch share it. A single one may be fitted again on any encoder; of several, one that
-    is fitted again on another encoder can't be asked any more.
-    """
+    """One classifier with the name "", or several by their names, whose encoder is the same whichever is asked, so that
+    the images of a batch share it (BatchingClassifier). A single one may be fitted again on any encoder."""
 
     def __init__(self, given: Classifier | Mapping[str, Classifier]) -> None:
         """Raises NotFittedError, and IosrFastError for classifiers that can't share an encoder."""
@@ -68,6 +65,11 @@ class Classifiers:
                 raise IosrFastError(f"the classifier {name!r} was fitted again on another encoder: {again}")
             heads[name] = fits[name].head.require_single_label(*_CALL)
         return heads, encoding
+
+    @property
+    def encoder(self) -> Encoder:
+        """The one that all share now."""
+        return self._read()[1].encoder
 
     def _read(self) -> tuple[dict[str, Fit], Fit]:
         """The fits that embed alike, by name, and the one whose encoder all share."""

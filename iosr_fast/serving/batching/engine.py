@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from iosr_fast.serving.batching.classifiers import Classifiers
 from iosr_fast.serving.batching.item import Item
 
 Collect: TypeAlias = Callable[[Any, Embeddings, Any], None]
-_T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +52,7 @@ class Engine:
         """Run batches of 1, 2, 4, ... and the most images once, because first runs are slow: of the encoder, in all
         runs at the same time, and on a GPU of scoring, too, whose kernels are compiled for a batch's size. On a CPU
         also 3, a usual size there. Raises what encoding raises, and what scoring raises if no classifier works."""
-        encoder, errors = self._classifiers.ask(())[1].encoder, dict[str, Exception | None]()
+        encoder, errors = self._classifiers.encoder, dict[str, Exception | None]()
         most = min(self._max_batch, encoder.max_batch)
         sizes = {*(1 << k for k in range((most - 1).bit_length())), most}
         encoded = sizes if encoder.buckets or most < 3 else sizes | {3}
@@ -78,9 +76,19 @@ class Engine:
         errors concern no other one.
         """
         run = Run()
-        down = _try_alone(items, lambda part, _: self._try(run, part), partial(self._encode_black, run))
-        for item in items:
-            item.outcome = item.outcome or down
+        answers: list[dict[str, Any]] = [{} for _ in items]  # by classifier
+        down = self._try(run, items, answers) and self._encode_black(run)
+        for item, own in zip(items, answers, strict=True):
+            if down is None and len(own) < len(item.heads):
+                down = self._try(run, [item], [own]) and self._encode_black(run)
+        for item, own in zip(items, answers, strict=True):
+            names, error = item.query.classifier, item.outcome or down
+            if not own:
+                item.outcome = error
+            elif isinstance(names, str):
+                item.outcome = next(iter(own.values()))
+            else:
+                item.outcome = tuple(own.get(name, error) for name in names)
         self._judge(down, run.heads)
         return run
 
@@ -114,9 +122,9 @@ class Engine:
             log.info("the engine works again")
         self.healthy = down is None
 
-    def _try(self, run: Run, items: Sequence[Item]) -> Exception | None:
-        """Encode items and set their outcomes; returns the error of encoding, which is also the outcome of a single
-        one."""
+    def _try(self, run: Run, items: Sequence[Item], answers: Sequence[dict[str, Any]]) -> Exception | None:
+        """Encode items, and add the missing answers of classifiers; returns the error of encoding, which is also the
+        outcome of a single item."""
         started, encoder = time.perf_counter(), items[0].encoder
         try:
             if any(item.encoder is not encoder for item in items):
@@ -130,7 +138,7 @@ class Engine:
             return self._failed(run, error)
         encoded = time.perf_counter()
         run.encode_s += encoded - started
-        self._score(run, items, embeddings)
+        self._score(run, items, embeddings, answers)
         run.score_s += time.perf_counter() - encoded
         return None
 
@@ -141,44 +149,38 @@ class Engine:
             raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
         return embeddings
 
-    def _score(self, run: Run, items: Sequence[Item], embeddings: Embeddings) -> None:
-        """Set the outcomes of items with embeddings (B, D). Those that ask one head for the same are scored
-        together."""
+    def _score(
+        self, run: Run, items: Sequence[Item], embeddings: Embeddings, answers: Sequence[dict[str, Any]]
+    ) -> None:
+        """Add missing answers from embeddings (B, D): items that ask one head for the same are scored together. Of
+        several items that fail together none gets an answer, unless the classifier fails on every image."""
         groups: dict[Any, list[int]] = {}
         for row, item in enumerate(items):
-            asked = item.query.top, item.query.nearest, item.query.abstention
-            for named in item.heads.items():
-                groups.setdefault((*named, asked), []).append(row)
-        answers: list[dict[str, Any]] = [{} for _ in items]
-        again = cache(lambda row: self._encode(items[row].encoder, items[row].pixels[None]))  # type: ignore[index]
-
-        def score(name: str, head: Any, asked: tuple[Any, ...], rows: Sequence[int], alone: bool) -> Exception | None:
-            """Answers of one head to rows. One that is tried alone is encoded again: its embedding may be wrong."""
-            try:
-                if alone:
-                    part = again(rows[0])
-                else:
+            query = item.query
+            for name, head in item.heads.items():
+                if name not in answers[row]:
+                    groups.setdefault((name, head, query.top, query.nearest, query.abstention), []).append(row)
+        for (name, head, *asked), rows in groups.items():
+            error = run.heads.get(name)
+            if error is None:
+                try:
                     part = embeddings if len(rows) == len(items) else embeddings[np.array(rows)]
-                for row, prediction in zip(rows, predict(head, part, *asked), strict=True):
-                    answers[row][name] = prediction
-                for place, row in enumerate(rows) if name in self._collect else ():
-                    if items[row].crop is None and not items[row].query.probe:
-                        self._collect[name](items[row].image, part[np.array([place])], head)
-            except Exception as error:
-                if len(rows) == 1:
-                    answers[rows[0]][name] = error
-                return self._failed(run, error, name)
-            return None
+                    predictions = dict(zip(rows, predict(head, part, *asked), strict=True))
+                    self._offer(name, head, [items[row] for row in rows], part)
+                    for row in rows:
+                        answers[row][name] = predictions[row]
+                except Exception as raised:
+                    error = self._failed(run, raised, name)
+                run.heads[name] = None if error is None else self._score_black(run, name)
+            if run.heads[name] is not None or len(items) == 1:
+                for row in rows:
+                    answers[row].setdefault(name, error)
 
-        for group, rows in groups.items():
-            name = group[0]
-            if run.heads.get(name) is None:
-                run.heads[name] = _try_alone(rows, partial(score, *group), partial(self._score_black, run, name))
-            for row in rows:
-                answers[row].setdefault(name, run.heads[name])
-        for item, own in zip(items, answers, strict=True):
-            names = item.query.classifier
-            item.outcome = next(iter(own.values())) if isinstance(names, str) else tuple(own[name] for name in names)
+    def _offer(self, name: str, head: Any, items: Sequence[Item], embeddings: Embeddings) -> None:
+        """Give whole images to the collector of a classifier."""
+        for row, item in enumerate(items) if name in self._collect else ():
+            if item.crop is None and not item.query.probe:
+                self._collect[name](item.image, embeddings[np.array([row])], head)
 
     def _failed(self, run: Run, error: Exception, name: str = "") -> Exception:
         """Note an error, of scoring by a classifier with its name; returns it."""
@@ -188,7 +190,7 @@ class Engine:
         return _forget_frames(error)
 
     def _black(self, count: int = 1) -> Embeddings:
-        encoder = self._classifiers.ask(())[1].encoder
+        encoder = self._classifiers.encoder
         return self._encode(encoder, encoder.blank(count))
 
     def _encode_black(self, run: Run) -> Exception | None:
@@ -208,21 +210,6 @@ class Engine:
         except Exception as error:
             return _forget_frames(error)
         return None
-
-
-def _try_alone(
-    things: Sequence[_T],
-    attempt: Callable[[Sequence[_T], bool], Exception | None],
-    black: Callable[[], Exception | None],
-) -> Exception | None:
-    """Attempt all things together and, after an error, each alone (True); returns the error, and leaves the rest, once
-    a black image fails as well."""
-    error = attempt(things, False)
-    for thing in things if error is not None else ():
-        if error is not None and black() is not None:
-            return error
-        error = attempt([thing], True)
-    return None
 
 
 def _forget_frames(error: Exception) -> Exception:

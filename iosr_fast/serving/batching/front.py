@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.abstention import NONE_WITHHELD
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
@@ -41,10 +40,10 @@ _requests = itertools.count()
 class BatchingClassifier:
     """Classifies images that arrive one at a time, from any number of threads or an event loop, in batches.
 
-    `classifiers` is a Classifier, or several on one encoder by their names: they need the same fingerprint of the
-    encoder, geometry, exif_orientation and margin. They share the encoder of the first one that compares adapted
-    embeddings, else of the first one, its queue and its batches: an image is decoded and encoded once, however many of
-    them are asked. Of several, one that is fitted again on another encoder can't be asked any more.
+    `classifiers` is a Classifier, or several by their names, with the same fingerprint of the encoder, geometry,
+    exif_orientation and margin. An image is decoded and encoded once, however many of them are asked: by the encoder of
+    the first one that compares adapted embeddings, else of the first one. One that is fitted again on another encoder
+    can't be asked any more.
 
     Images are those that Classifier.predict takes; do not modify them before they are answered.
     `decode_threads` threads decode images while the previous batch is encoded. A batch of at most `max_batch` images
@@ -116,7 +115,7 @@ class BatchingClassifier:
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         self._classifiers = Classifiers(classifiers)
-        runs = self._classifiers.ask(())[1].encoder.runs
+        runs = self._classifiers.encoder.runs
         collectors = dict.fromkeys(self.classifiers, collect) if callable(collect) else collect or {}
         if unknown := collectors.keys() - self.classifiers.keys():
             raise IosrFastError(f"expected collect for {list(self.classifiers)} or some of them, got {sorted(unknown)}")
@@ -159,7 +158,7 @@ class BatchingClassifier:
         query, now = Query(**options), time.monotonic()
         heads, fit = self._classifiers.ask(query.classifier)
         abstention = query.abstention
-        for name, head in heads.items() if abstention != NONE_WITHHELD else ():
+        for name, head in heads.items():
             with naming("" if isinstance(query.classifier, str) else name):
                 abstention.check(head)
         if query.max_error is None:
@@ -179,13 +178,7 @@ class BatchingClassifier:
         self._queue.check_room(client)
 
     def decode_whole(
-        self,
-        image: Any,
-        position: int = 0,
-        *,
-        classifier: str = "",
-        deadline_s: float = math.inf,
-        client: str = "",
+        self, image: Any, position: int = 0, *, classifier: str = "", deadline_s: float = math.inf, client: str = ""
     ) -> Future[np.ndarray]:
         """Decode a support image of a classifier with the decoders and their limits: (height, width, 3) uint8, as a fit
         resizes it.

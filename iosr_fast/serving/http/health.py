@@ -83,7 +83,7 @@ def make_router(served: Served) -> APIRouter:
             return _state("shutting down")
         if served.loading or all(service.failure for service in services):
             return _state("loading" if served.loading else "failed")
-        return _state("ok", served.note or services[0].batching.decoders_warning)
+        return _state("ok", served.note or max(service.batching.decoders_warning for service in services))
 
     # Not `async`: rendering the series of thousands of classes is slow, so it runs in a thread.
     @router.get(

@@ -22,9 +22,9 @@ _MAX_QUEUED = 10_000  # lines for a slow reader of stderr; more are dropped, so 
 
 
 def log(event: str, *, level: int = logging.INFO, **facts: Any) -> None:
-    """Log `event` with `facts` of JSON types, and the names of the classifier and of the request's token."""
-    names = {"classifier": CLASSIFIER.get(), "token": TOKEN_NAME.get()}
-    logger.log(level, event, extra={"facts": facts | {kind: name for kind, name in names.items() if name}})
+    """Log `event` with `facts` of JSON types, and the name of the request's token."""
+    token = {"token": TOKEN_NAME.get()} if TOKEN_NAME.get() else {}
+    logger.log(level, event, extra={"facts": facts | token})
 
 
 class Formatter(logging.Formatter):
@@ -39,7 +39,8 @@ class Formatter(logging.Formatter):
         event = record.msg
         if facts is None:  # of another library
             event, facts = "log", {"logger": record.name, "message": record.getMessage()}
-            facts |= {"classifier": name} if (name := getattr(record, "classifier", "")) else {}
+        if name := getattr(record, "classifier", ""):
+            facts = {**facts, "classifier": name}
         error = self.formatException(record.exc_info) if record.exc_info else ""
         if self._plain:
             words = [f"{name}={value}" for name, value in facts.items() if value not in ("", None)]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iosr_fast.encoders.engine_folder import ENGINE_KIND
-from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.sealed.manifest import MANIFEST
@@ -38,7 +37,8 @@ def named_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
     folders = [folder for path in map(Path, paths) for folder in _inside(path) or [path]]
     if len(paths) == 1 and folders == [Path(paths[0])]:
         return {"": folders[0]}
-    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    folders = [Path(os.path.abspath(folder)) for folder in folders]  # "." has a name, too
+    names = [folder.name for folder in folders]
     for name, count in Counter(names).items():
         if count > 1 or not _NAME.fullmatch(name):
             got = f"{name!r} of {count} folders" if count > 1 else repr(name)
@@ -58,12 +58,13 @@ def _inside(path: Path) -> list[Path]:
 class Opening:
     """Opens the classifiers in `folders` and starts what answers for them.
 
-    An error is why one of several is `refused`, in words without the path of its folder, which is not for clients; that
-    of a single one, with the name "", is raised.
+    An error is why one of several is `refused`, in words for clients, without the place of its files; that of a single
+    one, with the name "", is raised.
     """
 
     def __init__(self, folders: Mapping[str, Path], settings: Settings) -> None:
         self.folders, self.settings, self.refused = folders, settings, dict[str, str]()
+        self._own: dict[str, Settings] = {}  # by the names of the classifiers
         if "" not in folders:
             settings.check_several()
 
@@ -75,8 +76,8 @@ class Opening:
             if "" in names:
                 raise
             why = str(error)
-            for name in names:
-                why = why.replace(str(self.folders[name]), name)
+            for place in filter(None, [self.settings.log, self.settings.collect, *map(self.folders.get, names)]):
+                why = why.replace(f"{place.parent}{os.sep}", "")
             self.refused.update(dict.fromkeys(names, why))
 
     def open(self, cores: int | None = None) -> list[dict[str, Classifier]]:
@@ -95,12 +96,12 @@ class Opening:
             with self._alone([name]):
                 saved = load_saved(folder, cores // runs, self.settings.expected_digest)
                 saved.head.require_single_label("the HTTP API", "serve one fitted with one label, or use predict")
+                self._own[name] = self.settings.of(name, isinstance(saved, SavedHead))
                 groups.setdefault(saved.shares, {})[name] = saved
         opened = []
         for group in groups.values():
             with self._alone(group):
-                no_runtime = "" not in group and isinstance(next(iter(group.values())), SavedHead)
-                runtime = "auto" if no_runtime else self.settings.runtime
+                runtime = self._own[next(iter(group))].runtime
                 classifiers = open_together([*group.values()], runtime, cores // runs, runs)
                 opened.append(dict(zip(group, classifiers, strict=True)))
         return opened
@@ -117,37 +118,39 @@ class Opening:
         return front or services[0]
 
     def _start(self, group: Mapping[str, Classifier], front: Front | None, closing: ExitStack) -> list[Service]:
-        """The services of classifiers that share an encoder, after their logged changes were made again."""
-        ready: dict[str, Classifier] = {}
-        parts: list[tuple[Settings, Metrics, Collector | None, str]] = []
-        collect = {}
+        """The services of classifiers that share an encoder."""
+        metrics = {name: Metrics() for name in group}
+        collectors: dict[str, Collector | None] = {}
         for name, classifier in group.items():
             CLASSIFIER.set(name)
             with self._alone([name]):
-                head = classifier.snapshot().require_single_label("the HTTP API")
-                own = self.settings.of(name, takes_changes=not isinstance(classifier.encoder, Rows))
-                Abstention(max_error=own.max_error).check(head)
-                if own.log is not None:
-                    classifier.open_log(own.log)
-                    closing.callback(classifier.close_log)
-                metrics, collector = Metrics(), None
-                if own.collect is not None and own.max_error is not None:
-                    digest = hashlib.sha256((self.folders[name] / MANIFEST).read_bytes()).hexdigest()
-                    options = own.collect_limit, own.max_error, metrics.on_upload, own.check_share, digest
-                    collector = Collector(own.collect, *options)
-                    closing.callback(collector.close)
-                    collect[name] = collector.offer
-                ready[name] = classifier
-                parts.append((own, metrics, collector, name))
+                collectors[name] = self._prepare(name, classifier, metrics[name], closing)
         CLASSIFIER.set("")
+        ready = {name: group[name] for name in collectors}
         if not ready:
             return []
-        batching = make_batching(ready, self.settings, observer=parts[0][1], collect=collect)
+        collect = {name: one.offer for name, one in collectors.items() if one is not None}
+        batching = make_batching(ready, self.settings, observer=metrics[next(iter(ready))], collect=collect)
         closing.callback(batching.close, self.settings.grace_s)
-        services = [Service(batching, *part, front) for part in parts]
+        services = [Service(batching, self._own[name], metrics[name], collectors[name], name, front) for name in ready]
         for service in services:
             closing.callback(service.close)
         return services
+
+    def _prepare(self, name: str, classifier: Classifier, metrics: Metrics, closing: ExitStack) -> Collector | None:
+        """Check the promise, make logged changes again, and open what collects."""
+        own = self._own[name]
+        Abstention(max_error=own.max_error).check(classifier.snapshot().require_single_label("the HTTP API"))
+        if own.log is not None:
+            classifier.open_log(own.log)
+            closing.callback(classifier.close_log)
+        if own.collect is None or own.max_error is None:
+            return None
+        digest = hashlib.sha256((self.folders[name] / MANIFEST).read_bytes()).hexdigest()
+        options = own.collect_limit, own.max_error, metrics.on_upload, own.check_share, digest
+        collector = Collector(own.collect, *options)
+        closing.callback(collector.close)
+        return collector
 
 
 def open_served(folder: str | Path, settings: Settings, cores: int | None = None) -> Classifier:

@@ -88,10 +88,10 @@ def make_router(served: Served) -> APIRouter:
         asked: dict[str, Any] = {"top": top, "nearest": nearest, "max_error": max_error}
         asked |= {"client": client_of(request.client), "deadline_s": deadline_ms / 1e3}
         asked["keep"] = None if unknown is None else keep
-        if isinstance(served, Front):
-            return await _ask_several(served, classifier, request, boxes, asked)
-        assert isinstance(served, Service)
         try:
+            if isinstance(served, Front):
+                return schemas.long_answer(*await _ask_several(served, classifier, request, boxes, asked))
+            assert isinstance(served, Service)
             served.batching.check_room(asked["client"])  # before the body is read, which makes refusals cheap
             images = await served.uploads.read_images(request, boxes)
             start = time.perf_counter()
@@ -165,18 +165,19 @@ def _answer(service: Service, images: Images, results: Sequence[Any], start: flo
     return body, 200 if version else 422
 
 
-def _request_error(service: Service, error: Exception) -> Exception:
+def _request_error(service: Served, error: Exception) -> Exception:
     """The error of the whole request, for one of the queue or of an image that did not cause it."""
     known = of_library(error, "no_promise")
-    if known is error and service.failure:
+    if known is error and isinstance(service, Service) and service.failure:
         return busy("engine_failed", "the engine fails at present; try again, or use another server", 5)
     return known
 
 
 async def _ask_several(
     front: Front, names: list[str], request: Request, boxes: str | None, asked: dict[str, Any]
-) -> Response:
-    """The answer of each classifier, or its error. Those of one engine are asked together."""
+) -> tuple[dict[str, Any], int]:
+    """A PredictAnswers, with an error in the place of a classifier that has no answer, and its status. Those of one
+    engine are asked together. Raises the error of the first one where none has an answer."""
     if len(set(names)) < len(names):
         raise ApiError(422, "invalid_parameters", f"expected each classifier once, got {abbreviate(names)}")
     answers: dict[str, Any] = {name: front.find(name) for name in names}
@@ -190,11 +191,8 @@ async def _ask_several(
                 engines.setdefault(found.batching, []).append(found)
             except IosrFastError as error:
                 answers[name] = _failed(found, error)
-    try:
-        for batching in engines:
-            batching.check_room(asked["client"])
-    except IosrFastError as error:
-        raise of_library(error, "refused") from None
+    for batching in engines:
+        batching.check_room(asked["client"])
     if engines:
         await request.body()  # here, because an error in it is one of the request
     for part in await asyncio.gather(*(_ask_engine(services, request, boxes, asked) for services in engines.values())):
@@ -206,7 +204,7 @@ async def _ask_several(
         name: error_body(answer.code, answer.detail) if isinstance(answer, ApiError) else answer[0]
         for name, answer in answers.items()
     }
-    return schemas.long_answer({"classifiers": bodies}, min(statuses))
+    return {"classifiers": bodies}, min(statuses)
 
 
 async def _ask_engine(

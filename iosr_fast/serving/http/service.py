@@ -49,7 +49,10 @@ class Served:
     @property
     def engines(self) -> list[Service]:
         """Of each BatchingClassifier the first service, whose metrics are its observer."""
-        return [*{one.batching: one for one in reversed(self.services.values())}.values()][::-1]
+        first: dict[BatchingClassifier, Service] = {}
+        for service in self.services.values():
+            first.setdefault(service.batching, service)
+        return [*first.values()]
 
 
 class Service(Served):
@@ -107,9 +110,8 @@ class Service(Served):
     @property
     def failure(self) -> str:
         """Why no image can be classified; "" if it can."""
-        if not self.batching.healthy:
-            return str(self.batching.last_error)
-        return str(self.batching.failures.get(self.name, ""))
+        error = self.batching.failures.get(self.name) if self.batching.healthy else self.batching.last_error
+        return "" if error is None else str(error) or repr(error)
 
     async def change(self, act: Callable[[Classifier], Answer]) -> Answer:
         """Run `act` in the thread of changes, one at a time; 503 if too many changes wait."""

@@ -149,14 +149,14 @@ class Settings:
         if self.log is not None:
             self.log.mkdir(parents=True, exist_ok=True)
 
-    def of(self, name: str, takes_changes: bool) -> Settings:
+    def of(self, name: str, is_head: bool) -> Settings:
         """Those of a classifier: of several its own log and its own folder of uploads; a head has neither."""
         if not name:
-            if not takes_changes and (self.log or self.collect) is not None:
+            if is_head and (self.log or self.collect) is not None:
                 raise IosrFastError("a head takes no changes and gets no pictures: leave out --log and --collect")
             return self
-        if not takes_changes:
-            return replace(self, log=None, collect=None, check_share=None)
+        if is_head:
+            return replace(self, log=None, collect=None, check_share=None, runtime="auto")
         log, collect = self.log and self.log / f"{name}.db", self.collect and self.collect / name
         return replace(self, log=log, collect=collect)
 

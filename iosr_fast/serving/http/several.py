@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from iosr_fast.serving.http import health, predict, schemas, static
@@ -45,9 +46,11 @@ class SeveralApp(FastAPI):
         self._front = front
         self._apps = {name: create_app(service) for name, service in front.services.items()}
         self.add_middleware(RequestMiddleware, service=front)
-        for router in (predict.make_router(front), health.make_router(front), static.make_router(root=self._page)):
+        for router in (predict.make_router(front), health.make_router(front)):
             self.include_router(router)
         self.get(_ROOT, tags=["classes"], summary="All classifiers")(self._list)
+        self.get("/", include_in_schema=False)(self._page)
+        self.include_router(static.make_router())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         named = _PATH.fullmatch(scope["path"]) if scope["type"] == "http" else None
@@ -86,14 +89,14 @@ class SeveralApp(FastAPI):
             listed.append(schemas.Listed(name, one.failure or None, *facts))
         return schemas.ClassifiersAnswer(sorted(listed, key=lambda one: one.name))
 
-    def _page(self) -> str:
+    def _page(self) -> Response:
         lines = []
         for one in self._list().classifiers:
             name, link = escape(one.name), f'<a href="{_ROOT[1:]}/{escape(one.name)}/">{escape(one.name)}</a>'
             facts = "" if one.classes is None else f"{one.classes} classes, version {one.version}"
             words = f'<span class="quiet">{facts}</span> <span class="bad">{escape(one.error or "")}</span>'
             lines.append(f"<li>{link if facts else name} {words}</li>")
-        return _PAGE.format("".join(lines))
+        return static.respond(_PAGE.format("".join(lines)), "text/html")
 
 
 def app_of(served: Service | Front) -> FastAPI:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -18,9 +17,9 @@ _POLICY = (
 )
 
 
-def make_router(sentence: str = "", root: Callable[[], str] | None = None) -> APIRouter:
-    """Serves the files that are in the folder now, or a sentence in their place, and at / perhaps another page. A
-    requested name is a key of a dict, never a path."""
+def make_router(sentence: str = "") -> APIRouter:
+    """Serves the files that are in the folder now, or a sentence in their place. A requested name is a key of a dict,
+    never a path."""
     paths = [path for path in _FOLDER.iterdir() if path.suffix in _TYPES]
     files = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in paths}
     if sentence:
@@ -28,18 +27,15 @@ def make_router(sentence: str = "", root: Callable[[], str] | None = None) -> AP
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
-    async def page() -> Response:
-        return await file("index.html") if root is None else _response(root(), "text/html")
-
     @router.get("/static/{name}")
-    async def file(name: str) -> Response:
+    async def page(name: str = "index.html") -> Response:
         if name not in files:
             raise ApiError(404, "not_found", f"there is no file {name[:80]!r}")
-        return _response(*files[name])
+        return respond(*files[name])
 
     return router
 
 
-def _response(content: bytes | str, kind: str) -> Response:
+def respond(content: bytes | str, kind: str) -> Response:
     headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
     return Response(content, headers=headers, media_type=kind)
