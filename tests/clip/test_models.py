@@ -67,7 +67,7 @@ def test_the_command_lists_all_and_makes_no_model(monkeypatch: pytest.MonkeyPatc
     assert one.splitlines()[1].split() == ["ViT-B-16-SigLIP2", "siglip", "224", "768", "1", "yes", "yes"]
     assert one.endswith("tags  webli\n")
     row = done("models", "photographs").splitlines()[1]
-    assert row.split() == ["photographs", "EfficientNet", "224", "1280", "0", "no", "no"]
+    assert row.split() == ["photographs", "EfficientNet", "256", "1280", "0", "no", "no"]
     assert json.loads(done("models", "timm/vit_small_patch16_dinov3", "--json"))["tags"] == ["lvd1689m"]
     assert "did you mean 'ViT-B-16-SigLIP2'" in refused("models", "ViT-B16-SigLip2")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from iosr_fast import Classifier
+from iosr_fast.clip.image_models import NO_PRODUCTS
 from iosr_fast.clip.load import load_model
 from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.encoders.runtimes import open_engine
@@ -22,7 +23,6 @@ from iosr_fast.export import build
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.candidates import list_candidates, with_smaller_images
 from iosr_fast.export.onnx import export_onnx
-from iosr_fast.export.precision import NO_PRODUCTS
 from iosr_fast.head import engine_judge
 from iosr_fast.sealed.verified_folder import open_verified
 from tests.cli.runs import never
@@ -99,7 +99,7 @@ def test_encoders_of_timm_in_every_precision_and_as_a_plan(
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(build, "export_onnx", export_once)
     clip = load_model(f"timm/{name}", "none")
-    pixels = random_pixels(24, 160) // (1 + np.arange(24, dtype=np.uint8) % 5)[:, None, None, None]
+    pixels = random_pixels(24, clip.image_size) // (1 + np.arange(24, dtype=np.uint8) % 5)[:, None, None, None]
     if name != "test_efficientnet":  # its statistics are of its own weights
         randomise(clip.model.visual)
     manifest = write_engine(clip, None, tmp_path / "engine", "tensorrt_rtx", max_batch=3)
