@@ -314,7 +314,7 @@ def test_what_has_no_graph_to_export_is_refused_before_any_work(
         assert message in refused("export", tmp_path / name, file)
     engine = open_verified(demo_engine(), "engine")
     for change, message in (
-        ({"files": {}}, "expected an engine with an ONNX graph, got one for onnxruntime: build it with runtime="),
+        ({"files": {}}, f"an ONNX graph, got one for {engine.manifest['runtime']}: build it with runtime="),
         ({"manifest": {**engine.manifest, "precision": "bf16"}}, "expected an engine in fp32, fp16, int8, got bf16"),
     ):
         with pytest.raises(ValueError, match=message):
