@@ -28,7 +28,7 @@ SUBJECTS = {
     "train": "Times of an epoch of an adapter's training.",
     "updates": "Times of changes of a running classifier.",
     "serving": "The server under load, as shares of its capacity.",
-    "classifiers": "One server of many classifiers (one) beside as many servers (each); busy machine.",
+    "classifiers": "One server of many classifiers (one) beside as many servers (each).",
     "serving-peer": "The server beside infinity-emb.",
     "ray": "One process and two of Ray; busy machine.",
     "texts": "What class names are worth, beside scikit-learn; deviation over draws.",
