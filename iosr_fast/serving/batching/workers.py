@@ -101,7 +101,7 @@ class Workers:
         items, seconds = list[Item](), 0.0
         try:
             if engine.failures and engine.healthy and time.monotonic() >= self._probe_at:
-                self._probe()  # others may keep it busy, and nobody ask those that failed
+                self._probe()  # a busy engine is never idle, and those that failed may get no request
             taken = queue.next_batch(_PROBE_S if engine.failures or not engine.healthy else math.inf)
             if taken is None:
                 return False
