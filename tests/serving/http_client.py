@@ -81,6 +81,12 @@ def form(*images: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
     return [("images", (f"{i}.png", image, "image/png")) for i, image in enumerate(images)]
 
 
+def fields(**texts: str | list[str]) -> list[tuple[str, tuple[None, str]]]:
+    """A form without images."""
+    values = {name: [text] if isinstance(text, str) else text for name, text in texts.items()}
+    return [(name, (None, text)) for name in values for text in values[name]]
+
+
 class Client:
     """Requests from any thread to an application in this process, which has its own event loop."""
 

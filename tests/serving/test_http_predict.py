@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head import head as head_module
 from iosr_fast.serving.http import recent
 from iosr_fast.serving.http.logs import Formatter
 from iosr_fast.serving.http.opening import open_served
@@ -27,6 +29,7 @@ from tests.serving.http_client import (
     Client,
     Gate,
     error_of,
+    fields,
     form,
     load,
     probe_soon,
@@ -140,7 +143,7 @@ def test_a_tree_gives_nodes_their_places_and_metrics(monkeypatch: pytest.MonkeyP
         of_node = 'iosr_fast_predictions_total{class_id="",name="near"}'
         assert of_node in client.get("/metrics").text and "unknown_total 0" not in client.get("/metrics").text
         for class_id in ("~3", "~4"):
-            client.ask("PATCH", f"/v1/classes/{class_id}", json={"parent": "left"}, headers=AUTHORISED)
+            client.ask("PATCH", f"/v1/classes/{class_id}", files=fields(parent="left"), headers=AUTHORISED)
         assert of_node not in client.get("/metrics").text and 'name="left"' in client.get("/metrics").text
         answers = client.get("/openapi.json").json()["components"]["schemas"]
         assert {"level", "path"} <= answers["TreePrediction"]["properties"].keys() - answers["Prediction"]["properties"]
@@ -341,6 +344,16 @@ def test_wrong_embeddings_are_refused(
     content = body if isinstance(body, bytes) else json.dumps({"embeddings": body}).encode()
     answer = served_head.ask("POST", "/v1/predict", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == status and told in answer.json()["error"]["message"], answer.text
+
+
+def test_a_served_head_has_its_promises_before_the_first_request(
+    served_head: Client, head_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fit_unknown", "out_of_fold"):
+        monkeypatch.setattr(head_module, name, Mock(side_effect=AssertionError("fitted by a request")))
+    rows = {"embeddings": rows_of(head_folder)[:2].tolist()}
+    answer = served_head.ask("POST", "/v1/predict?max_error=0.1&unknown=reject", json=rows)
+    assert [one["accepted"] for one in answer.json()["predictions"]] == [True, True]
 
 
 def test_a_served_head_says_what_it_takes(served_head: Client, shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:

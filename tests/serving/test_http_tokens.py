@@ -9,10 +9,10 @@ import pytest
 
 from iosr_fast.serving.http.tokens import read_tokens
 from tests.pictures import GREY
-from tests.serving.http_client import TOKEN, Client, error_of, serving
+from tests.serving.http_client import TOKEN, Client, error_of, fields, serving
 
 ALICE, BOB, SHOP = "alices-secret-token", "bobs-secret-token-0", "shops-secret-token"
-RENAME = {"json": {"name": "renamed", "keep_text": True}}
+RENAME = {"files": fields(name="renamed", keep_text="true")}
 
 
 @pytest.fixture(scope="module")

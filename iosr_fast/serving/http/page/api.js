@@ -105,7 +105,6 @@ export const firstExample = async (classId) =>
 export const addClass = (name, pictures) => call(`${V1}classes`, { method: "POST", body: form(pictures, { name }) });
 export const addExamples = (id, pictures) =>
   call(`${classPath(id)}/examples`, { method: "POST", body: form(pictures) });
-export const renameClass = (id, name) =>
-  call(classPath(id), { method: "PATCH", body: new Blob([JSON.stringify({ name })], { type: "application/json" }) });
+export const renameClass = (id, name) => call(classPath(id), { method: "PATCH", body: form([], { name }) });
 export const removeClass = (id) => call(classPath(id), { method: "DELETE" });
 export const removeExample = (id) => call(examplePath(id), { method: "DELETE" });
