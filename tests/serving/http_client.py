@@ -83,8 +83,7 @@ def form(*images: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
 
 def fields(**texts: str | list[str]) -> list[tuple[str, tuple[None, str]]]:
     """A form without images."""
-    values = {name: [text] if isinstance(text, str) else text for name, text in texts.items()}
-    return [(name, (None, text)) for name in values for text in values[name]]
+    return [(name, (None, one)) for name, text in texts.items() for one in ([text] if isinstance(text, str) else text)]
 
 
 class Client:

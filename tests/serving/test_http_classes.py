@@ -192,16 +192,6 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path"), CHANGES)
-def test_changes_need_the_token(shared: Client, method: str, path: str) -> None:
-    for given in ("", TOKEN, "Bearer", f"Basic {TOKEN}", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Bearer ü"):
-        headers = {"Authorization": given.encode()} if given else {}
-        response = shared.ask(method, path, headers=headers)
-        assert error_of(response, 401) == "unauthorized" and response.headers["WWW-Authenticate"] == "Bearer"
-        assert TOKEN not in response.text
-    assert shared.service.classifier.version == 1
-
-
 async def answer_unread(app: Any, method: str, path: str, headers: list[tuple[bytes, bytes]]) -> int:
     """The status that `app` answers with where asking for the body fails the test."""
     statuses = []
@@ -224,7 +214,8 @@ def test_no_byte_of_a_body_is_read_before_the_token(shared: Client) -> None:
     long = [("PATCH", "/v1/classes/" + "x" * 5_000), ("PATCH", "/v1/classes/\N{ARABIC-INDIC DIGIT THREE}")]
     kinds = [b"application/json", b"multipart/form-data; boundary=x", b"multipart/form-data", b"\xff", b""]
     right = b"Bearer " + TOKEN.encode()
-    for given in ([], [b"Bearer wrong"], [right, right], [right, b"Bearer wrong"], [b""]):
+    odd_forms = (b"", right[7:], b"Bearer", b"Basic " + right[7:], right + b"x", right[:-1], "Bearer ü".encode())
+    for given in ([], [b"Bearer wrong"], [right, right], [right, b"Bearer wrong"], *([one] for one in odd_forms)):
         tokens = [(b"authorization", value) for value in given]
         for method, path in (*CHANGES, *more, *odd, *long):
             for kind in kinds:
@@ -236,18 +227,16 @@ def test_no_byte_of_a_body_is_read_before_the_token(shared: Client) -> None:
 
 def test_a_body_without_images_is_small_even_with_the_token(shared: Client) -> None:
     path = f"/v1/classes/{shared.service.classifier.classes()[0].class_id}"
-    padded = b"-" * 17_000
 
     async def parts() -> Any:
-        for i in range(0, len(padded), 1000):
-            yield padded[i : i + 1000]
+        for _ in range(17):
+            yield bytes(1000)
 
-    for body in (padded, parts()):
+    for body in (bytes(17_000), parts()):
         headers = {**AUTHORISED, "Content-Type": "multipart/form-data; boundary=x"}
         assert error_of(shared.ask("PATCH", path, content=body, headers=headers), 413) == "too_large"
-    kind = (b"content-type", b"multipart/form-data; boundary=x")
-    headers = [(b"authorization", b"Bearer " + TOKEN.encode()), kind, (b"content-length", b"31000000")]
-    assert shared.run(answer_unread(shared.app, "PATCH", path, headers)) == 413
+    asked = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    assert shared.run(answer_unread(shared.app, "PATCH", path, [*asked, (b"content-length", b"31000000")])) == 413
     assert shared.service.classifier.version == 1
 
 

@@ -22,7 +22,6 @@ from iosr_fast import FewShotHead
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.serving.batching import engine
-from iosr_fast.serving.http import server
 from iosr_fast.serving.http.app import warm
 from iosr_fast.serving.http.opening import Opening, named_folders
 from iosr_fast.serving.http.settings import Settings
@@ -216,7 +215,7 @@ def test_one_that_fails_leaves_the_others_whole(shelf: Path, monkeypatch: pytest
 
 
 def test_what_can_not_be_served_together_is_refused_at_once(shelf: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(server._Server, "run", Mock(side_effect=AssertionError("it serves, until a signal")))
+    monkeypatch.setattr("iosr_fast.serving.http.server._Server.run", Mock(side_effect=AssertionError("it serves")))
     shutil.copytree(shelf / "rows", tmp_path / "kind")
     shutil.copytree(shelf / "rows", tmp_path / "two words")
     (tmp_path / "file").touch()

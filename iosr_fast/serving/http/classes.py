@@ -30,18 +30,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 _DECODE_S = 60.0  # how long an image of a change may wait for a decoder
-_NAME = {"type": "string", "minLength": 1, "maxLength": LONGEST}
+_ANY_NAME = {"type": "string", "maxLength": LONGEST}
+_NAME = {**_ANY_NAME, "minLength": 1}
 _NODE = "one: a node by its name; several: names from the root down, which may be new; the first may be empty, the root"
-_TEXTS = {  # of a class, in a form
-    "name": _NAME,
-    "description": {"type": "array", "items": {"type": "string", "maxLength": MAX_LENGTH}, "maxItems": MAX_TEXTS},
-    "parent": {
-        "type": "array",
-        "items": {"type": "string", "maxLength": LONGEST},
-        "maxItems": DEEPEST,
-        "description": _NODE,
-    },
-}
+_PARENT = {"type": "array", "items": _ANY_NAME, "maxItems": DEEPEST, "description": _NODE}
+_DESCRIPTION = {"type": "array", "items": {"type": "string", "maxLength": MAX_LENGTH}, "maxItems": MAX_TEXTS}
+_TEXTS = {"name": _NAME, "description": _DESCRIPTION, "parent": _PARENT}
 _KEEP_TEXT = {"type": "boolean", "description": "true: only the displayed name changes, not the text embedding"}
 
 
