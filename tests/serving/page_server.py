@@ -117,7 +117,7 @@ def site() -> Iterator[Site]:
     """Its first two classes are in a tree."""
     classifier = with_tree(http_client.load(), [PLACE, PLACE, *[()] * 6])
     # Texts, plain and adapted embeddings.
-    classifier.rename_class("~2", "one_long_word_that_is_wider_than_the_screen_of_a_phone", keep_text=True)
+    classifier.rename_class("~2", "longwordthatiswiderthanthescreenofaphone", keep_text=True)
     every_part = Config(method="stack++", parameters=dict(METHODS["stack++"].parameters))
     classifier._store.change(classifier._fit, lambda _: Change("retune", config=every_part))
     assert classifier.unknown_.summary(0.95).startswith("0.95")  # learnt before the page asks
