@@ -212,6 +212,10 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         text: str = BaseEstimator.__repr__(shown, N_CHAR_MAX)
         return text
 
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """For notebooks, in place of scikit-learn's diagram."""
+        return {"text/plain": repr(self), "text/html": self._repr_html_()}
+
     def calibrate_on(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Let promises rest on labelled rows that are no support rows, as Classifier.calibrate_on."""
         fitted = self._fitted()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import NotFittedError
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.predictions import AnyHead, Prediction, explained, predict_jointly
@@ -19,6 +20,7 @@ from iosr_fast.methods.conformal import COVERAGE, Reliability, check_share, sets
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.unknown import KEEP
+from iosr_fast.utils.html import Html, element, overview
 from iosr_fast.utils.numbers import check_integer
 
 
@@ -85,6 +87,19 @@ class Answering(Generic[F]):
         head = fitted.head.require_single_label("a verdict")
         for block in self._queries(fitted, X):
             yield block, judge(head, block, abstention, self._score(fitted, block))
+
+    def _repr_html_(self) -> Html:
+        """What a notebook shows: the method, the accuracy and the classes; before a fit the parameters."""
+        try:
+            head = self._fitted().head
+        except NotFittedError:
+            return element("pre", repr(self))
+        known = f"{type(self).__name__}: {len(head.uids):,} classes, {len(head.examples):,} images, {self._words()}"
+        return overview(f"{known}\n{head.summary()}", {"class": head.class_names, "images": head.counts})
+
+    def _words(self) -> str:
+        """The method and, of images, the encoder."""
+        return f"method {self.method_}"
 
     classes_ = FittedAttribute[np.ndarray](lambda fitted: fitted.labels)
     plan_ = FittedAttribute(lambda fitted: fitted.head.plan)

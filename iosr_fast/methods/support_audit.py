@@ -16,6 +16,7 @@ from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reference import softmax
+from iosr_fast.utils.html import Result
 from iosr_fast.utils.json_values import json_values
 
 LIKELY = 0.5  # more likely wrong than right
@@ -85,8 +86,8 @@ class ClassReport:
 
 
 @dataclass(frozen=True, eq=False)
-class SupportAudit:
-    """The result of `audit_support` for N images of C classes.
+class SupportAudit(Result):
+    """The result of `audit_support` for N images of C classes; `to_frame` has the suspects.
 
     suspicion        from what names an image, its row or an example's id, to the probability that its label is wrong;
                      the most suspicious first, by the label's probability; NaN, last, for one that can't be left out
@@ -127,6 +128,10 @@ class SupportAudit:
         lines.append(f"confused classes: {len(self.confusions)} pairs")
         lines.append(f"classes that need other or more images: {sum(bool(one.advice) for one in self.classes)}")
         return "\n".join(lines)
+
+    def _columns(self) -> dict[str, list[Any]]:
+        names = "image", "path", "label", "suspicion", "suggested", "probability"
+        return {name: [getattr(one, name) for one in self.suspects] for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the number of images in place of `suspicion`; null for what can't be said."""
