@@ -304,12 +304,6 @@ class Classifier(Answering[Fit], Changing, Estimator):
     def _queries(self, fitted: Fit, X: Any) -> Iterator[Embeddings]:
         return fitted.queries(X)
 
-    def _words(self) -> str:
-        encoder = self.encoder
-        facts = {} if encoder.source is None else encoder.source.manifest
-        model = f"model {facts.get('model')}, {facts.get('precision')}" if facts else "given embeddings"
-        return f"{super()._words()}, {model} by {encoder.runtime}"
-
     def classes(self) -> list[ClassInfo]:
         """The classes in their order, each with its id, the number of its examples and, in a tree, its path."""
         return self.snapshot().classes()

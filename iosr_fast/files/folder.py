@@ -56,8 +56,6 @@ class FolderPredictions(Result):
     ...     results = classifier.predict_folder(folder)
     >>> [(path.name, label == labels[0]) for path, label, probability in results], results.errors
     ([('a.png', True)], [])
-    >>> results.to_frame().columns.tolist()  # with unknown_score and accepted where these were asked for
-    ['path', 'label', 'probability']
     """
 
     paths: list[Path]

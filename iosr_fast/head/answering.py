@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import NotFittedError
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.predictions import AnyHead, Prediction, explained, predict_jointly
@@ -90,16 +89,11 @@ class Answering(Generic[F]):
 
     def _repr_html_(self) -> Html:
         """What a notebook shows: the method, the accuracy and the classes; before a fit the parameters."""
-        try:
-            head = self._fitted().head
-        except NotFittedError:
+        if not self.__sklearn_is_fitted__():  # type: ignore[attr-defined]
             return element("pre", repr(self))
-        known = f"{type(self).__name__}: {len(head.uids):,} classes, {len(head.examples):,} images, {self._words()}"
+        head = self._fitted().head
+        known = f"{self!r}\n{len(head.uids):,} classes, {len(head.examples):,} images, method {head.config.method}"
         return overview(f"{known}\n{head.summary()}", {"class": head.class_names, "images": head.counts})
-
-    def _words(self) -> str:
-        """The method and, of images, the encoder."""
-        return f"method {self.method_}"
 
     classes_ = FittedAttribute[np.ndarray](lambda fitted: fitted.labels)
     plan_ = FittedAttribute(lambda fitted: fitted.head.plan)

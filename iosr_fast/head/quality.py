@@ -97,8 +97,7 @@ class UnknownResult:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(Result):
-    """The result of `evaluate` for B images, by a classifier of C classes. `to_frame` has a row for each image, the
-    most probable mistakes first.
+    """The result of `evaluate` for B images and C classes; the most probable mistakes come first in `to_frame`.
 
     images            (B,) what names an image: its path or its position
     classes           the C class names

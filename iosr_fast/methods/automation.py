@@ -52,8 +52,6 @@ class Automation(Result):
               10.0%              0.695     85.8%   7.5%
               15.0%              0.291     97.6%  10.2%
               20.0%              0.008    100.0%  12.4%
-    >>> automation(left_out).to_frame().columns.tolist()
-    ['max_error', 'threshold', 'accepted', 'wrong of accepted']
     """
 
     images: int

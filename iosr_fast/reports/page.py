@@ -6,7 +6,6 @@ stylesheet and scripts stand in the file, and a Content-Security-Policy keeps it
 
 from __future__ import annotations
 
-import io
 import math
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.images.preprocess import open_image
+from iosr_fast.images.preprocess import open_image, thumbnail
 from iosr_fast.serving import http
-from iosr_fast.utils.html import Html, as_table, element, join
+from iosr_fast.utils.html import Html, as_table, element, join, text
 
 _OPEN = 24  # rows of a table and cards that are in sight at once
 _AXIS, _LINES = "#808080", ("#808080", "#4a7fd6", "#c9762b")  # of curves, on a light page and on a dark one
@@ -38,6 +37,11 @@ def short_path(image: Any) -> str:
     ('lemon/4.jpg', '4')
     """
     return "/".join(Path(str(image)).parts[-2:])
+
+
+def breaking(path: Any) -> Html:
+    """A path that a line breaks at a slash."""
+    return Html(text(path).replace("/", "/<wbr>"))
 
 
 def table(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> Html:
@@ -81,10 +85,12 @@ def photo(image: Any, alt: str, exif_orientation: bool = True, side: int = 160) 
         small = open_image(image, exif_orientation=exif_orientation)
     except BadImageError:
         return picture(None, alt)
-    small.thumbnail((side, side))
-    file = io.BytesIO()
-    small.save(file, "WEBP", quality=80)
-    return picture(file.getvalue(), alt)
+    return picture(thumbnail(small, side), alt)
+
+
+def large_photo(path: str, exif_orientation: bool) -> Html:
+    """An image that opens larger than the page shows it (pictures.js)."""
+    return element("button", photo(path, path, exif_orientation, 360), type="button", class_="larger")
 
 
 def picture(data: bytes | None, alt: str) -> Html:
@@ -181,7 +187,7 @@ def section(title: str, *parts: Any) -> Html:
 
 def unreadable(errors: Sequence[Any]) -> Html:
     """The images that can't be read, the first hundred of them; nothing without one."""
-    listed = _some(errors[:100], len(errors), 100, lambda some: join(*map(note, some)))
+    listed = _some(errors[:100], len(errors), 100, lambda some: join(*map(note, map(breaking, some))))
     return section("Unreadable images", listed)
 
 

@@ -238,9 +238,8 @@ def test_a_loaded_head_answers_as_the_saved_one(
 def test_a_notebook_shows_parameters_then_accuracy_and_classes() -> None:
     head = FewShotHead("gda")
     assert head._repr_mimebundle_()["text/html"] == "<pre>FewShotHead(method=&#x27;gda&#x27;)</pre>"
-    head.fit(np.random.default_rng(0).standard_normal((12, 8)), np.repeat(["a", "b"], 6))
-    shown = head._repr_mimebundle_(include=None)["text/html"]
-    assert "<p>FewShotHead: 2 classes, 12 images, method gda</p>" in shown and "12 left-out support images" in shown
+    shown = head.fit(np.eye(12), ["a", "b"] * 6)._repr_mimebundle_(include=None)["text/html"]
+    assert "<p>2 classes, 12 images, method gda</p>" in shown and "12 left-out support images right" in shown
     assert '<td>b</td><td class="number">6</td>' in shown
 
 
