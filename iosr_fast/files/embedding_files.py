@@ -141,7 +141,7 @@ def read_rows(places: Sequence[str | Path], head: SavedHead, pictures: bool = Fa
         raise IosrFastError(f"expected embeddings, found none: {FORMS}")
     check_utf8(rows)
     if pictures:
-        check_files(rows, "--html shows pictures: give embeddings whose keys are their paths, or leave it out")
+        check_files(rows, "--html shows pictures: give embeddings whose keys are paths from here, or leave it out")
     return Source([*rows], [*rows]), labels if len(labels) == len(rows) else []
 
 

@@ -96,5 +96,5 @@ def predictions_page(
         page.save_labels(paths, classes) if paths else None,
         scripts=("labels.js", "pictures.js") if paths else (),
         lead=f"For each label the least probable images{' that need a look' if promised else ''} first. "
-        f"Type or take the right ones and save labels.csv, which iosr-fast fit reads.{without if left_out else ''}",
+        f"{'Type or take labels and save labels.csv for iosr-fast fit.' if paths else ''}{without if left_out else ''}",
     )
