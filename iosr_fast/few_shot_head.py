@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from iosr_fast.head.head import Head
 from iosr_fast.head.labels import are_label_sets, classes_of, dense, positions, read_groups, read_label_sets
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead
+from iosr_fast.images.preprocess import open_image, thumbnail
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.methods.tune import TUNE_SECONDS, Options
@@ -134,7 +136,9 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         self.text, self.tau, self.adapted = text, tau, adapted
         self.key_precision, self.look_alikes = key_precision, look_alikes
 
-    def fit(self, X: Any, y: Any, unknown_images: Any = None, groups: Any = None, *, tree: Any = None) -> Self:
+    def fit(
+        self, X: Any, y: Any, unknown_images: Any = None, groups: Any = None, *, tree: Any = None, paths: Any = None
+    ) -> Self:
         """Compile the method on support rows X, (n, D) or (n, 2 D), of any length and real dtype, and their labels y,
         (n,): any that scikit-learn accepts.
 
@@ -142,7 +146,7 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         indicator (n, C) of 0 and 1, whose classes are their numbers; `predict` answers in the form of y
         (methods.multi_label). `unknown_images` are rows of pictures that belong to none of the classes, if you have
         any: they sharpen `unknown_score` alone. `groups` (n,) and `tree` as in Classifier.fit; labels stand in `tree`
-        as they are, or as text.
+        as they are, or as text. `paths` (n,) are the rows' picture files, which `audit` names and pages show.
         """
         options = Options.of(self.get_params(deep=False))
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
@@ -154,9 +158,13 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
             X, y = self._validated(X, y, reset=True)
         classes, ids, sets = classes_of(y, len(X))
         names = [str(name) for name in classes.tolist()]
-        paths = paths_of(tree, names, classes.tolist())
+        nodes = paths_of(tree, names, classes.tolist())
+        if paths is not None and len(paths) != len(X):
+            raise IosrFastError(f"expected a path for each of the {len(X)} rows of X, got {len(paths)}")
         kept, embeddings, group_of = self._support(X, "left out of the support rows", groups)
-        examples = Examples(embeddings, ids[kept], kept, (None,) * len(kept), groups=group_of)
+        files = () if paths is None else tuple(os.path.abspath(paths[i]) for i in kept.tolist())
+        pictures = tuple(thumbnail(open_image(file), 96) for file in files) or (None,) * len(kept)
+        examples = Examples(embeddings, ids[kept], kept, pictures, groups=group_of, paths=files)
         text = self._text_rows(classes, X.shape[1])
         unknown = None
         if not multi_label and len(empty := np.setdiff1d(np.arange(len(classes)), examples.class_ids)):
@@ -164,7 +172,7 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         if unknown_images is not None:
             _, unknown, _ = self._support(self._validated(unknown_images), "left out of the unknown rows")
             check_unknown_images(len(unknown))
-        head = fit_head(options, names, text, tau, examples, sets, unknown, paths)
+        head = fit_head(options, names, text, tau, examples, sets, unknown, nodes)
         warn_of_look_alikes(head)
         self._fit = _Fit(head, classes, dense(y).dtype if multi_label and classes.dtype.kind == "i" else None)
         return self
@@ -211,6 +219,10 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
             shown.text = _Shown(f"array of shape {tuple(shape)}")
         text: str = BaseEstimator.__repr__(shown, N_CHAR_MAX)
         return text
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """For notebooks, in place of scikit-learn's diagram."""
+        return {"text/plain": repr(self), "text/html": self._repr_html_()}
 
     def calibrate_on(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Let promises rest on labelled rows that are no support rows, as Classifier.calibrate_on."""

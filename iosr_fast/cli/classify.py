@@ -67,7 +67,7 @@ def classify(
     if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
     abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep, max_error)
-    head = head_in(classifier, html=html, ray=ray)
+    head = head_in(classifier, ray=ray)
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:
         raise IosrFastError(
@@ -99,7 +99,8 @@ def classify(
     with resumable(None if joint else out):
         if out is not None:
             check_out(out)
-        source = read_source(images, form == "parts", skip_bad, boxes) if head is None else read_rows(images, head)[0]
+        embedded = None if head is None else read_rows(images, head, html is not None)[0]
+        source = embedded or read_source(images, form == "parts", skip_bad, boxes)
         top = top or (5 if form == "parts" else 1)
         detections = DetectionsTable.of(images[0], boxes, top) if form == "json" else None
         work = Classify(str(classifier), form, top, abstention, joint, detections)
@@ -117,7 +118,7 @@ def classify(
         rows = read_table(text if out is None else out)
         names = ", ".join(Path(place).name or place for place in images[:3])
         title = f"Labels of {names}{', ...' if images[3:] else ''}"
-        upright = work.bundle.settings.exif_orientation
-        write_new(html, predictions_page(rows, title, counts.errors, abstention.label, upright))
+        upright, classes = work.bundle.settings.exif_orientation, work.bundle.head.class_names
+        write_new(html, predictions_page(rows, title, counts.errors, abstention.label, upright, classes))
     if counts.errors == counts.images:
         raise IosrFastError("none of the images could be read")

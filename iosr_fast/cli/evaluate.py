@@ -84,12 +84,12 @@ def saved(
             f"folder {classifier}"
         )
     paths: Sequence[Any]
-    if (head := head_in(classifier, html=html, nested=nested, label_column=label_column)) is not None:
-        source, labels = read_rows([images], head)
+    if (head := head_in(classifier, nested=nested, label_column=label_column)) is not None:
+        source, labels = read_rows([images], head, html is not None)
         if not labels:
             raise IosrFastError(f"expected labels y beside x in {images}, an .npz file, got none")
         paths, names = source.paths, labels
-        others = [] if unknown_images is None else read_rows([unknown_images], head)[0].paths
+        others = [] if unknown_images is None else read_rows([unknown_images], head, html is not None)[0].paths
     else:
         given = labelled_images(images, nested=nested, skip_bad=skip_bad, root=root, label_column=label_column)
         paths, labels, names, *_ = given
@@ -109,13 +109,14 @@ def saved(
         )
     found = loaded.evaluate(paths, labels, others, coverage=coverage, keep=keep, skip_bad=skip_bad)
     say(*found.summary().split("\n"))
+    first = partial(echo_first, by="--html or --json" if head is None else "--json")
     worst = sorted((one for one in found.class_results if one.right < one.images), key=lambda one: one.recall)
-    echo_first("least often right:", [f"{one.label}: {one.right} of {one.images}" for one in worst])
+    first("least often right:", [f"{one.label}: {one.right} of {one.images}" for one in worst])
     mixups = [f"{one.label} taken for {one.other}: {one.mistaken} of {one.images}" for one in found.mixups]
-    echo_first("most confused:", mixups)
+    first("most confused:", mixups)
     wrong = [f"{one.image}: {one.label} taken for {one.predicted} ({one.probability:.0%})" for one in found.mistakes]
-    echo_first("most probable mistakes:", wrong, found.wrong)
-    echo_first("unreadable:", [str(error) for error in found.errors])
+    first("most probable mistakes:", wrong, found.wrong)
+    first("unreadable:", [str(error) for error in found.errors], most=len(found.errors))
     if html is not None:
         title = f"Evaluation of {classifier.name} on {images.name}"
         write_new(html, evaluation_page(found, loaded.picture, title, loaded.exif_orientation_))

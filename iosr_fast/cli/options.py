@@ -142,9 +142,9 @@ def note_counts(out: Path | None, counts: Counts, kind: str) -> None:
         note(f"could not read {counts.errors} of {counts.images} {kind}")
 
 
-def echo_first(title: str, lines: list[str], count: int | None = None, most: int = 10) -> None:
-    """The first lines below a title, and how many more there are of `count` in all."""
+def echo_first(title: str, lines: list[str], count: int = 0, most: int = 10, by: str = "--html or --json") -> None:
+    """The first lines below a title, how many more there are, of `count` if that is more, and what lists all lines."""
     if lines:
         say(title, *(f"  {line}" for line in lines[:most]))
-    if (more := (len(lines) if count is None else count) - most) > 0:
-        say(f"  and {more} more; --html or --json lists them")
+    if (more := max(count, len(lines)) - most) > 0:
+        say(f"  and {more} more; {by} lists {'them' if count <= len(lines) else f'the first {len(lines)}'}")

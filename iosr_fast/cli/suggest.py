@@ -47,9 +47,10 @@ def suggest(
     from iosr_fast.files.embedding_files import read_rows
     from iosr_fast.files.source import read_source
 
-    head = head_in(classifier, html=html)
+    head = head_in(classifier)
     boxes = Selection(root, min_confidence, tuple(category or ()))
-    images = read_source([str(folder)], False, skip_bad, boxes) if head is None else read_rows([folder], head)[0]
+    given = None if head is None else read_rows([folder], head, html is not None)[0]
+    images = given or read_source([str(folder)], False, skip_bad, boxes)
     loaded = open_saved(classifier, runtime)
     suggestions = loaded.suggest(images, number, skip_bad=skip_bad)
     check_utf8(map(str, suggestions.paths))

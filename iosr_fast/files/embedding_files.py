@@ -21,7 +21,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings, are_usable
 from iosr_fast.encoders.rows import KeyedRow
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
-from iosr_fast.files.source import Source
+from iosr_fast.files.source import Source, check_files
 from iosr_fast.sealed.manifest import read_manifest
 from iosr_fast.sealed.outputs import check_utf8
 from iosr_fast.store.bundle import SavedHead
@@ -116,11 +116,12 @@ def _read_part(path: Path) -> Part:
         raise DamagedFileError(f"{path} is damaged or not a part of iosr_fast ({error}); compute it again") from error
 
 
-def read_rows(places: Sequence[str | Path], head: SavedHead) -> tuple[Source, list[str]]:
+def read_rows(places: Sequence[str | Path], head: SavedHead, pictures: bool = False) -> tuple[Source, list[str]]:
     """The rows of all files in order, and their labels (none where a file has no y).
 
     Rows without keys are named by their positions. One that is not finite, or holds zeros, is as an image that can't be
-    read. Raises FileNotFoundError, and IosrFastError for another form or width.
+    read. Raises FileNotFoundError, with `pictures` also for keys that are no files, and IosrFastError for another form
+    or width.
     """
     rows, labels = list[KeyedRow](), list[str]()
     for place in map(Path, places):
@@ -139,6 +140,8 @@ def read_rows(places: Sequence[str | Path], head: SavedHead) -> tuple[Source, li
     if not rows:
         raise IosrFastError(f"expected embeddings, found none: {FORMS}")
     check_utf8(rows)
+    if pictures:
+        check_files(rows, "--html shows pictures: give embeddings whose keys are paths from here, or leave it out")
     return Source([*rows], [*rows]), labels if len(labels) == len(rows) else []
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,11 @@ from iosr_fast.head.predictions import AnyHead, label_columns, predict_any
 from iosr_fast.head.verdict import Rejection, replaced
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
+from iosr_fast.utils.html import Result
 
 
 @dataclass(frozen=True)
-class FolderPredictions:
+class FolderPredictions(Result):
     """The images of a folder, in the order of their paths, with their labels.
 
     paths          of the B readable images
@@ -71,6 +73,11 @@ class FolderPredictions:
     def __iter__(self) -> Iterator[tuple[Path, str, float]]:
         """(path, label, probability) of each image."""
         return zip(self.paths, self.labels.tolist(), self.probabilities.tolist(), strict=True)
+
+    def _columns(self) -> dict[str, Any]:
+        columns = {"path": [*map(str, self.paths)], "label": self.labels, "probability": self.probabilities}
+        columns |= {} if self.rejections is None else {"unknown_score": [one.score for one in self.rejections]}
+        return columns | ({} if self.accepted is None else {"accepted": self.accepted})
 
 
 def predict_folder(

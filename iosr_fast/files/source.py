@@ -90,11 +90,10 @@ def read_source(
     return Source(keys, paths)
 
 
-def check_files(paths: Iterable[str | Path]) -> None:
+def check_files(paths: Iterable[str | Path], fix: str = "correct the paths, or give --skip-bad") -> None:
     """Raise FileNotFoundError naming the files that paths, those of parts too, name and that are no regular ones."""
     files = dict.fromkeys(str(picture_of(path)) for path in paths)
     if missing := [file for file in files if not os.path.isfile(file)]:
-        fix = "correct the paths, or give --skip-bad"
         raise FileNotFoundError(f"expected files, found none at {abbreviate(missing)}: {fix}")
 
 

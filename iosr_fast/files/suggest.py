@@ -17,6 +17,7 @@ from iosr_fast.images.listing import Listing, Skipped, list_images
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.scoring.reference import softmax
+from iosr_fast.utils.html import Result
 from iosr_fast.utils.numbers import check_integer
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FolderSuggestions:
+class FolderSuggestions(Result):
     """The n images of a folder to label next, the most useful first.
 
     paths          of the n images
@@ -64,6 +65,10 @@ class FolderSuggestions:
 
     def __iter__(self) -> Iterator[tuple[Path, str, float]]:
         return zip(self.paths, self.labels.tolist(), self.probabilities.tolist(), strict=True)
+
+    def _columns(self) -> dict[str, Any]:
+        paths = [*map(str, self.paths)]
+        return {"path": paths, "guess": self.labels, "probability": self.probabilities, "stands_for": self.stands}
 
 
 def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path | Source, n: int) -> FolderSuggestions:

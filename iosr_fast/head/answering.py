@@ -19,6 +19,7 @@ from iosr_fast.methods.conformal import COVERAGE, Reliability, check_share, sets
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.unknown import KEEP
+from iosr_fast.utils.html import Html, element, overview
 from iosr_fast.utils.numbers import check_integer
 
 
@@ -85,6 +86,14 @@ class Answering(Generic[F]):
         head = fitted.head.require_single_label("a verdict")
         for block in self._queries(fitted, X):
             yield block, judge(head, block, abstention, self._score(fitted, block))
+
+    def _repr_html_(self) -> Html:
+        """What a notebook shows: the method, the accuracy and the classes; before a fit the parameters."""
+        if not self.__sklearn_is_fitted__():  # type: ignore[attr-defined]
+            return element("pre", repr(self))
+        head = self._fitted().head
+        known = f"{self!r}\n{len(head.uids):,} classes, {len(head.examples):,} images, method {head.config.method}"
+        return overview(f"{known}\n{head.summary()}", {"class": head.class_names, "images": head.counts})
 
     classes_ = FittedAttribute[np.ndarray](lambda fitted: fitted.labels)
     plan_ = FittedAttribute(lambda fitted: fitted.head.plan)

@@ -15,6 +15,7 @@ from iosr_fast.methods.automation import Automation, TreeAutomation
 from iosr_fast.methods.config import wilson
 from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability
 from iosr_fast.methods.judgement import PromiseResult, difference_of_shares
+from iosr_fast.utils.html import Result
 from iosr_fast.utils.json_values import json_values
 
 MISTAKES = 100  # that are explained; the arrays of an Evaluation have all
@@ -95,8 +96,8 @@ class UnknownResult:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
-    """The result of `evaluate` for B images, by a classifier of C classes.
+class Evaluation(Result):
+    """The result of `evaluate` for B images and C classes; the most probable mistakes come first in `to_frame`.
 
     images            (B,) what names an image: its path or its position
     classes           the C class names
@@ -124,6 +125,8 @@ class Evaluation:
     True
     >>> len(evaluation.mistakes) == evaluation.wrong, int(evaluation.confusion.sum()), len(evaluation.class_results)
     (True, 9, 3)
+    >>> evaluation.to_frame().columns.tolist()
+    ['image', 'label', 'predicted', 'probability', 'right']
     """
 
     images: Sequence[Any]
@@ -278,6 +281,13 @@ class Evaluation:
             unknown.images and f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}",
         ]
         return "\n".join(str(line) for line in lines if line)
+
+    def _columns(self) -> dict[str, Any]:
+        right, names = self.labels == self.predicted, np.array(self.classes, object)
+        order = np.lexsort([-self.confidence, right])
+        images = [one if isinstance(one := self.images[i], int) else str(one) for i in order.tolist()]
+        columns = {"label": names[self.labels], "predicted": names[self.predicted], "probability": self.confidence}
+        return {"image": images} | {name: values[order] for name, values in (columns | {"right": right}).items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; null for NaN. The confusion matrix is included up to MATRIX classes."""

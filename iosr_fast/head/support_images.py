@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import stat
@@ -23,7 +22,7 @@ from iosr_fast.exceptions import BadImageError, IosrFastError, printable
 from iosr_fast.head.examples import Examples, no_examples
 from iosr_fast.images.crop import MAX_MARGIN, Sharing, path_of, picture_of
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.preprocess import ENCODED, open_image, random_view, resize_and_crop
+from iosr_fast.images.preprocess import ENCODED, open_image, random_view, resize_and_crop, thumbnail
 from iosr_fast.methods.support_set import mean_of_views
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.sealed.outputs import is_utf8
@@ -38,7 +37,6 @@ NONE_OF_THE_CLASSES = "none of the classes"
 MAX_VIEWS = 1000  # of a support image
 _BATCH = 64  # views that are encoded together
 _WHOLE = 4  # images of an iterator in memory, whole: 50 megapixels are 150 MB
-_QUALITY = 80  # of a thumbnail's WebP: at 96 pixels, 2 to 4 KB
 _SHOWN = 5
 _Identity = tuple[tuple[int, int], bytes]  # the size of a decoded image and the SHA-256 of its pixels
 logger = logging.getLogger(__name__)
@@ -97,14 +95,7 @@ class SupportSettings:
         views = [random_view(image, geometry, rng, self.mirror) for _ in range(self.views if self.views > 1 else 0)]
         if self.views == 1 or self.single:
             views.append(resize_and_crop(image, geometry))
-        if not self.thumbnail:
-            return views, None
-        from PIL import Image
-
-        image.thumbnail((self.thumbnail, self.thumbnail), Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        image.save(file, "WEBP", quality=_QUALITY)
-        return views, file.getvalue()
+        return views, thumbnail(image, self.thumbnail) if self.thumbnail else None
 
 
 class EncodedImages(NamedTuple):

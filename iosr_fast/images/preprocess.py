@@ -6,6 +6,7 @@ so pixels stay uint8.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,6 +56,14 @@ def open_image(
         part = crop.opened(lambda whole: _open_whole(whole, position, exif_orientation, None, limits))
         _check_size(part, geometry, limits)
         return part
+
+
+def thumbnail(image: Image, side: int) -> bytes:
+    """An image of at most `side` pixels a side as WebP. Shrinks the image itself."""
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=75, method=1)  # as small as by method 4 at 80, in a third of the time
+    return file.getvalue()
 
 
 def _open_whole(

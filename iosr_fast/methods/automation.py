@@ -12,6 +12,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.conformal import LEFT_OUT, LeftOutLabels, counted_as
 from iosr_fast.methods.log_loss import sigmoid
 from iosr_fast.methods.tree import finest
+from iosr_fast.utils.html import Result
 
 CONFIDENCE = 0.95
 PROMISES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
@@ -21,7 +22,7 @@ _FRACTION = 1e-6  # by which a sum of weights may miss a whole number
 
 
 @dataclass(frozen=True, eq=False)
-class Automation:
+class Automation(Result):
     """What may be automated, by V labelled images that the classifier has not seen.
 
     images      V
@@ -77,6 +78,16 @@ class Automation:
     def columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The shares and errors (P,) that the table has, by their title."""
         return {"accepted": (self.shares, self.errors)}
+
+    def summary(self) -> str:
+        """What V images can promise, and what speaks against promises, a line each."""
+        return "\n".join([self.can, *self.notes])
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        columns = {"max_error": self.max_errors, "threshold": self.thresholds}
+        for title, (shares, errors) in self.columns.items():
+            columns |= {title: shares, f"wrong of {title}": errors}
+        return columns
 
     def __str__(self) -> str:
         titles = "".join(f"  {title:>8}  wrong" for title in self.columns)

@@ -16,6 +16,7 @@ from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reference import softmax
+from iosr_fast.utils.html import Result
 from iosr_fast.utils.json_values import json_values
 
 LIKELY = 0.5  # more likely wrong than right
@@ -61,13 +62,14 @@ class Duplicate:
 @dataclass(frozen=True)
 class Confusion:
     """Two classes: of their `images`, left out, `mistaken` were taken for the other; `share` of the probability went
-    there."""
+    there, the most of the `examples`, one of each."""
 
     label: Any
     other: Any
     images: int
     mistaken: int
     share: float
+    examples: tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class ClassReport:
 
 
 @dataclass(frozen=True, eq=False)
-class SupportAudit:
-    """The result of `audit_support` for N images of C classes.
+class SupportAudit(Result):
+    """The result of `audit_support` for N images of C classes; `to_frame` has the suspects.
 
     suspicion        from what names an image, its row or an example's id, to the probability that its label is wrong;
                      the most suspicious first, by the label's probability; NaN, last, for one that can't be left out
@@ -127,6 +129,10 @@ class SupportAudit:
         lines.append(f"confused classes: {len(self.confusions)} pairs")
         lines.append(f"classes that need other or more images: {sum(bool(one.advice) for one in self.classes)}")
         return "\n".join(lines)
+
+    def _columns(self) -> dict[str, list[Any]]:
+        names = "image", "path", "label", "suspicion", "suggested", "probability"
+        return {name: [getattr(one, name) for one in self.suspects] for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the number of images in place of `suspicion`; null for what can't be said."""
@@ -201,7 +207,7 @@ def audit_support(
         suspects=tuple(suspect(i) for i in most_suspicious if suspicion[i] >= _DOUBTFUL),
         expected_wrong=float(noise.wrong.sum()),
         duplicates=tuple(duplicate(*pair) for pair in near_pairs(rows, support)),
-        confusions=tuple(_confusions(support, class_names, shares, scored & ~(suspicion > LIKELY))),
+        confusions=tuple(_confusions(support, names, class_names, shares, scored & ~(suspicion > LIKELY))),
         classes=tuple(_class_reports(support, class_names, left_out, rows)),
         notes=notes,
         basis=basis,
@@ -210,9 +216,10 @@ def audit_support(
 
 
 def _confusions(
-    support: SupportSet, classes: Sequence[Any], shares: np.ndarray, chosen: np.ndarray
+    support: SupportSet, names: Sequence[Any], classes: Sequence[Any], shares: np.ndarray, chosen: np.ndarray
 ) -> Iterator[Confusion]:
-    """Pairs of classes, by the probabilities (N, C) of the left-out images `chosen` (N,) bool."""
+    """Pairs of classes, by the probabilities (N, C) of the left-out images `chosen` (N,) bool; `names` (N)."""
+    towards_others = np.where(chosen[:, None], shares, 0.0)
     labels = support.labels[chosen]
     n_classes = support.n_classes
     shares = shares[chosen]
@@ -223,7 +230,9 @@ def _confusions(
     share = np.triu((towards + towards.T) / np.maximum(both, 1), 1)
     for a, b in sorted(np.argwhere(share >= _CONFUSED).tolist(), key=lambda pair: -share[tuple(pair)]):
         mistaken = int(taken[a, b] + taken[b, a])
-        yield Confusion(classes[a], classes[b], int(both[a, b]), mistaken, float(share[a, b]))
+        rows = [np.where(support.labels == c, towards_others[:, d], -1).argmax() for c, d in ((a, b), (b, a))]
+        examples = names[int(rows[0])], names[int(rows[1])]
+        yield Confusion(classes[a], classes[b], int(both[a, b]), mistaken, float(share[a, b]), examples)
 
 
 def _class_reports(

@@ -32,7 +32,7 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
         return page.element("div", *(page.picture(picture_of(image), str(image)) for image in images), class_=look)
 
     def name(image: Any, path: str | None) -> page.Html:
-        return page.element("span", named(image, path), title=path)
+        return page.element("span", page.breaking(named(image, path)), title=path)
 
     def suspect(one: Suspect) -> page.Html:
         left_out = f"; left out, it is {one.suggested} at {page.percent(one.probability, 0)}. Nearest of these:"
@@ -54,9 +54,13 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
             page.note(f"cosine {one.cosine:.4f}"),
         )
 
-    def confusion(one: Confusion) -> dict[str, Any]:
-        words = {"class": one.label, "other class": one.other, "left-out images": one.images}
-        return words | {"taken for the other": one.mistaken, "probability there": page.bar(one.share)}
+    def confusion(one: Confusion) -> page.Html:
+        return page.join(
+            pictures(*one.examples),
+            page.element("p", page.element("b", one.label), " and ", page.element("b", one.other)),
+            page.element("p", page.bar(one.share, f"{one.share:.0%} of the probability")),
+            page.note(f"{one.mistaken} of {one.images} left-out images are taken for the other class."),
+        )
 
     likely, doubtful = len(audit.likely_wrong), audit.suspects[len(audit.likely_wrong) :]
     shown = [*audit.likely_wrong[:_SHOWN], *doubtful[:_SHOWN]]
@@ -89,11 +93,11 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
         page.section(
             "Confused classes",
             page.note(
-                "Pairs that take at least a tenth of each other's probability."
+                "Pairs that take at least a tenth of each other's probability. The images are those that do so most."
                 if audit.confusions
                 else "No pair takes a tenth of the other's probability."
             ),
-            page.table([*map(confusion, audit.confusions)], _SHOWN),
+            page.cards(map(confusion, audit.confusions[:_SHOWN]), len(audit.confusions)),
         ),
         _classes(audit),
         page.save_labels(paths, [one.label for one in audit.classes]) if paths else None,

@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from iosr_fast.head.quality import MATRIX, Evaluation, Mistake
+from iosr_fast.head.quality import MATRIX, Evaluation, Mistake, Mixup
 from iosr_fast.methods.automation import images_needed_for
 from iosr_fast.methods.conformal import BINS
 from iosr_fast.reports import page
 
-_SHOWN = 100  # rows of a table
 _SURE = 0.9  # a mistake of this probability is confidently wrong
 
 
@@ -22,6 +21,19 @@ def evaluation_page(
     """The HTML file. Images are read again for their pictures; `picture_of` gives the thumbnail of a support image by
     its id, or None."""
 
+    def photo(one: Mistake) -> page.Html:
+        return page.photo(one.image, str(one.image), exif_orientation)
+
+    def pair(one: Mixup) -> page.Html:
+        same = [each for each in found.mistakes if (each.label, each.predicted) == (one.label, one.other)]
+        near = [each.example_id for mistake in same for each in mistake.nearest if each.label == one.other]
+        sides = *map(photo, same[:1]), *(page.picture(picture_of(name), name) for name in near[:1])
+        return page.join(
+            page.element("div", *sides, class_="row"),
+            page.element("p", page.element("b", one.label), " taken for ", page.element("b", one.other, class_="bad")),
+            page.element("p", page.ratio(one.mistaken, one.images)),
+        )
+
     def card(one: Mistake) -> page.Html:
         label, of_label = None, ""
         if one.label is not None:
@@ -30,14 +42,14 @@ def evaluation_page(
         words = (
             page.element("p", label, "taken for ", page.element("b", one.predicted, class_="bad")),
             page.element("p", page.bar(one.probability)),
-            page.note(page.short_path(one.image), of_label),
+            page.note(page.breaking(page.short_path(one.image)), of_label),
         )
-        photo, near = page.photo(one.image, str(one.image), exif_orientation), []
+        near = []
         for each in one.nearest:
             small, caption = page.picture(picture_of(each.example_id), each.example_id), each.label
             near.append(page.element("figure", small, page.element("figcaption", caption)))
         return page.join(
-            page.element("div", photo, page.element("div", *words), class_="beside"),
+            page.element("div", photo(one), page.element("div", *words), class_="beside"),
             page.note("Nearest examples:" if near else ""),
             page.element("div", *near, class_="small row"),
         )
@@ -59,7 +71,7 @@ def evaluation_page(
                 "unreadable": len(found.errors) or None,
             }
         ),
-        _confusion(found),
+        _confusion(found, pair),
         page.section(
             "Mistakes",
             page.note(confident if found.wrong else "None."),
@@ -74,25 +86,18 @@ def evaluation_page(
     )
 
 
-def _confusion(found: Evaluation) -> page.Html:
-    rows = [
-        {"class": one.label, "taken for": one.other, "of its images": page.ratio(one.mistaken, one.images)}
-        for one in found.mixups
-    ]
-    if not rows:
+def _confusion(found: Evaluation, pair: Callable[[Mixup], page.Html]) -> page.Html:
+    mixups = found.mixups
+    if not mixups:
         return page.section("Confusion", page.note("No image is taken for another class."))
-    pairs = page.join(
-        page.note("Pairs of classes, the most frequent first."),
-        page.table(rows, _SHOWN),
-    )
-    if len(found.classes) > MATRIX:
-        return page.section("Confusion", pairs)
-    return page.section(
-        "Confusion",
-        page.note("A row is the label of images, a column what they are taken for. Columns have the numbers of rows."),
-        page.matrix(found.classes, found.confusion.tolist()),
-        page.details("Pairs of classes", pairs),
-    )
+    pairs = page.cards(map(pair, mixups), shown=4, least=11)
+    words, matrix = "Pairs of classes, the most frequent first.", None
+    if len(found.classes) <= MATRIX:
+        words = f"A row is the label of images, a column, by the number of a row, what they are taken for. {words}"
+        matrix = page.matrix(found.classes, found.confusion.tolist())
+    pairs = page.element("div", pairs, style="flex:1 1 24rem")
+    sides = page.element("div", matrix, pairs, class_="row", style="align-items:start;gap:1.5rem")
+    return page.section("Confusion", page.note(words), sides)
 
 
 def _verdicts(found: Evaluation) -> page.Html:

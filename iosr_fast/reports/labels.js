@@ -40,7 +40,7 @@ document.addEventListener("keydown", (event) => {
   const place = inputs.indexOf(event.target);
   if (event.key === "Enter" && place >= 0) {
     event.preventDefault();
-    const next = inputs.slice(place + 1).find((input) => !input.closest("details:not([open])"));
+    const next = inputs.slice(place + 1).find((input) => input.checkVisibility());
     (next ?? button).focus();
   }
 });

@@ -6,8 +6,6 @@ stylesheet and scripts stand in the file, and a Content-Security-Policy keeps it
 
 from __future__ import annotations
 
-import html
-import io
 import math
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,45 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.images.preprocess import open_image
+from iosr_fast.images.preprocess import open_image, thumbnail
 from iosr_fast.serving import http
+from iosr_fast.utils.html import Html, as_table, element, join, text
 
 _OPEN = 24  # rows of a table and cards that are in sight at once
 _AXIS, _LINES = "#808080", ("#808080", "#4a7fd6", "#c9762b")  # of curves, on a light page and on a dark one
 _OWN, _SITE = Path(__file__).parent, Path(http.__path__[0]) / "page"  # reports share files with the server's page
-
-
-class Html(str):
-    """Markup that is shown as it is."""
-
-
-def text(value: Any) -> Html:
-    """A value as markup: Html as it is, text and numbers escaped, None as nothing. A browser reads a carriage return
-    that is not escaped as a line feed, so a path would name another file.
-
-    >>> text("<b>"), text(3), text(None), text("a\\rb")
-    ('&lt;b&gt;', '3', '', 'a&#13;b')
-    """
-    if isinstance(value, Html):
-        return value
-    return Html("" if value is None else html.escape(str(value)).replace("\r", "&#13;"))
-
-
-def element(tag: str, *parts: Any, **attributes: Any) -> Html:
-    """`<tag attributes>parts</tag>`. class_ is class, an underscore else a hyphen; an attribute None is left out, True
-    has no value.
-
-    >>> element("p", "1 < 2", class_="quiet", data_n=3)
-    '<p class="quiet" data-n="3">1 &lt; 2</p>'
-    """
-    names = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value is not None}
-    written = "".join(f" {name}" if value is True else f' {name}="{text(value)}"' for name, value in names.items())
-    return Html(f"<{tag}{written}>{join(*parts)}</{tag}>" if tag not in ("img", "input") else f"<{tag}{written}>")
-
-
-def join(*parts: Any) -> Html:
-    """The parts one after another."""
-    return Html("".join(map(text, parts)))
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -73,19 +39,17 @@ def short_path(image: Any) -> str:
     return "/".join(Path(str(image)).parts[-2:])
 
 
+def breaking(path: Any) -> Html:
+    """A path that a line breaks at a slash."""
+    return Html(text(path).replace("/", "/<wbr>"))
+
+
 def table(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> Html:
     """A table of `most` rows, whose columns are the names in the first one; nothing without rows. It scrolls sideways
-    where it is wider than the screen; the first rows are in sight, the others on demand. Numbers, and text that starts
-    with a digit or a sign, are set to the right."""
-
-    def line(tag: str, row: Mapping[str, Any], **attributes: Any) -> Html:
-        cells = (element(tag, name if attributes else row[name], class_=_look(row[name]), **attributes) for name in row)
-        return element("tr", *cells)
+    where it is wider than the screen; the first rows are in sight, the others on demand."""
 
     def part(some: Sequence[Mapping[str, Any]]) -> Html:
-        head, body = line("th", rows[0], scope="col"), (line("td", row) for row in some)
-        whole = element("table", element("thead", head), element("tbody", *body))
-        return element("div", whole, class_="wide", tabindex=0)
+        return element("div", as_table(some), class_="wide", tabindex=0)
 
     return _some(rows[:most], len(rows), _OPEN, part)
 
@@ -95,11 +59,6 @@ def _some(shown: Sequence[Any], total: int, open_: int, part: Callable[[Sequence
     left_out = f"The first {len(shown):,} of {total:,} are shown." if len(shown) < total else ""
     first, rest = (part(some) if some else None for some in (shown[:open_], shown[open_:]))
     return join(note(left_out), first, details(f"{len(shown) - open_} more", rest))
-
-
-def _look(value: Any) -> str | None:
-    numeric = not isinstance(value, Html) and str(value).lstrip("+-−")[:1].isdigit()
-    return "number" if numeric else None
 
 
 def matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Html:
@@ -126,10 +85,12 @@ def photo(image: Any, alt: str, exif_orientation: bool = True, side: int = 160) 
         small = open_image(image, exif_orientation=exif_orientation)
     except BadImageError:
         return picture(None, alt)
-    small.thumbnail((side, side))
-    file = io.BytesIO()
-    small.save(file, "WEBP", quality=80)
-    return picture(file.getvalue(), alt)
+    return picture(thumbnail(small, side), alt)
+
+
+def large_photo(path: str, exif_orientation: bool) -> Html:
+    """An image that opens larger than the page shows it (pictures.js)."""
+    return element("button", photo(path, path, exif_orientation, 360), type="button", class_="larger")
 
 
 def picture(data: bytes | None, alt: str) -> Html:
@@ -226,7 +187,7 @@ def section(title: str, *parts: Any) -> Html:
 
 def unreadable(errors: Sequence[Any]) -> Html:
     """The images that can't be read, the first hundred of them; nothing without one."""
-    listed = _some(errors[:100], len(errors), 100, lambda some: join(*map(note, some)))
+    listed = _some(errors[:100], len(errors), 100, lambda some: join(*map(note, map(breaking, some))))
     return section("Unreadable images", listed)
 
 

@@ -27,8 +27,8 @@ def require_installed(module: str, extra: str) -> None:
         raise _missing(module, extra)
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or raise an ImportError that names the extra of iosr_fast that installs it."""
+def require(module: str, extra: str = "") -> ModuleType:
+    """Import `module`, or raise an ImportError that names the extra of iosr_fast that installs it, if one does."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -38,6 +38,5 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def _missing(module: str, extra: str) -> MissingPackageError:
-    return MissingPackageError(
-        f"{module} is needed here and is not installed: pip install 'iosr_fast[{extra}]' brings it"
-    )
+    package = f"'iosr_fast[{extra}]'" if extra else module
+    return MissingPackageError(f"{module} is needed here and is not installed: pip install {package} brings it")

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from iosr_fast.cli import app
 from iosr_fast.cli.command import command_app, output, say, write_new
+from iosr_fast.cli.options import echo_first
 from iosr_fast.cli.suggest import _table
 from iosr_fast.exceptions import BadImageError, IosrFastError, printable
 from iosr_fast.files.suggest import FolderSuggestions
@@ -186,3 +187,10 @@ def test_a_table_is_exact_in_a_file_and_printable_on_a_terminal() -> None:
     for target in (file, terminal):
         output(target).write("a\x1b[2J.png,cat\n")
     assert file.getvalue() == "a\x1b[2J.png,cat\n" and terminal.getvalue() == "a\\x1b[2J.png,cat\n"
+
+
+def test_the_line_below_a_list_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+    echo_first("title", [*"abc"], most=1)
+    echo_first("title", [*"abc"], 9, most=1, by="--json")
+    ends = [line for line in capsys.readouterr().out.split("\n") if "more" in line]
+    assert ends == ["  and 2 more; --html or --json lists them", "  and 8 more; --json lists the first 3"]

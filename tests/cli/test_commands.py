@@ -347,10 +347,11 @@ def test_what_a_head_can_not_read_is_refused(tmp_path: Path, monkeypatch: pytest
         ),
         (
             ("classify", "head", "rows.npy", "--html", "page.html"),
-            "head is a head, which takes embeddings: expected no --html",
+            "expected files, found none at '0', '1', '2', '3', '4' and 1 more: --html shows pictures",
         ),
+        (("suggest", "head", "rows.npy", "--html", "page.html"), "give embeddings whose keys are paths from here"),
         (("classify", "head", "rows.npy", "--runtime", "torch"), "a head has no encoder"),
-        (("audit", "head", "--html", "page.html"), "expected no --html"),
+        (("audit", "head", "--html", "page.html"), "head has none: give `paths` to FewShotHead.fit"),
         (("evaluate", "head", "rows.npy"), "expected labels y beside x in rows.npy"),
         (
             ("evaluate", "head", "other.npz"),

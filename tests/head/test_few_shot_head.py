@@ -235,6 +235,14 @@ def test_a_loaded_head_answers_as_the_saved_one(
         FewShotHead.load(tmp_path / "head", expected_digest=f"sha256:{'0' * 64}")
 
 
+def test_a_notebook_shows_parameters_then_accuracy_and_classes() -> None:
+    head = FewShotHead("gda")
+    assert head._repr_mimebundle_()["text/html"] == "<pre>FewShotHead(method=&#x27;gda&#x27;)</pre>"
+    shown = head.fit(np.eye(12), ["a", "b"] * 6)._repr_mimebundle_(include=None)["text/html"]
+    assert "<p>2 classes, 12 images, method gda</p>" in shown and "12 left-out support images right" in shown
+    assert '<td>b</td><td class="number">6</td>' in shown
+
+
 def test_a_repr_has_the_shape_of_text_alone() -> None:
     assert repr(FewShotHead("gda", text=np.eye(3, 384))) == "FewShotHead(method='gda', text=array of shape (3, 384))"
 

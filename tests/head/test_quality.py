@@ -56,6 +56,11 @@ def test_figures_are_those_of_scikit_learn(measured: Any) -> None:
     off_diagonal = found.confusion - np.diag(np.diag(found.confusion))
     assert sum(one.mistaken for one in found.mixups) == off_diagonal.sum() == found.wrong
     assert found.mixups[0].mistaken == off_diagonal.max() and found.mixups[0].images == 12
+    frame = found.to_frame()
+    assert frame.image[: found.wrong].tolist() == [one.image for one in found.mistakes]
+    ordered = frame.sort_values("image")
+    assert ordered.label.tolist() == names.tolist() and ordered.predicted.tolist() == predicted.tolist()
+    assert np.allclose(ordered.probability, proba.max(axis=1)) and frame.right.sum() == 60 - found.wrong
 
 
 def test_promises_are_checked_as_the_classifier_keeps_them(measured: Any) -> None:

@@ -93,6 +93,7 @@ def test_confused_classes_are_those_that_lie_together(rng: np.random.Generator) 
     rows[labels == 7] = unit((rows[labels == 3] + 0.02 * rng.standard_normal((12, 32)))[rng.permutation(12)])
     (confusion,) = audit_of(rows, labels).confusions
     assert (confusion.label, confusion.other) == (3, 7) and confusion.images <= 24 and 0.2 < confusion.share < 0.8
+    assert [labels[image] for image in confusion.examples] == [3, 7]
 
 
 def test_advice_on_few_and_alike_images() -> None:

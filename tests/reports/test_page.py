@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import html
+import math
 import re
+import sys
+from typing import Any
 
 import numpy as np
+import pytest
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.reports.page import (
     Html,
     bar,
@@ -24,6 +29,7 @@ from iosr_fast.reports.page import (
     section,
     table,
 )
+from iosr_fast.utils.html import Result
 
 ATTACK = "<script>alert(1)</script>\"'&\r"  # a browser would read the last one as a line feed
 
@@ -46,6 +52,20 @@ def test_text_of_users_never_becomes_markup() -> None:
     written = document(ATTACK, *parts, lead=ATTACK)
     assert "\r" not in written and "<script" not in written
     assert written.count(html.escape(ATTACK[:-1]) + "&#13;") >= 36 and written.count("<summary>1 more</summary>") == 2
+
+
+def test_a_notebook_shows_the_first_rows_and_pandas_has_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found(Result):
+        def _columns(self) -> dict[str, Any]:
+            return {ATTACK: [ATTACK, math.nan, *range(20)], "share": np.full(22, 0.123456, np.float32)}
+
+    shown = Found()._repr_html_()
+    assert "<script" not in shown and shown.count(html.escape(ATTACK[:-1])) == 2 and "style" not in shown
+    assert shown.count("<tr>") == 21 and shown.count(">0.1235<") == 20 and "<td></td>" in shown
+    assert shown.endswith("</table><p>and 2 more</p></div>") and Found().to_frame().shape == (22, 2)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(IosrFastError, match="pip install pandas brings it"):
+        Found().to_frame()
 
 
 def test_a_page_names_nothing_to_load_and_allows_only_its_own_scripts() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast import Classifier, labelled_images
+from iosr_fast import Classifier, FewShotHead, labelled_images
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import pretrained
 from iosr_fast.files import evaluate, work
@@ -138,6 +138,8 @@ def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path
         titles = ["80.0% right, 96.7% expected", "No label is accepted", "Confusion", "Mistakes", "Classes"]
         assert page.locator("h2").all_inner_texts()[:5] == titles
         assert page.locator(".matrix td").count() == 25
+        confused = page.locator("section").nth(1).locator("li")
+        assert confused.locator("img").count() == 4 and "two taken for <b>one</b>" in confused.all_inner_texts()[1]
         probabilities = page.locator("section").nth(2).locator(".measure").all_inner_texts()
         assert probabilities == sorted(probabilities, reverse=True) and len(probabilities) == 2
         assert page.evaluate("Math.max(...[...document.images].map((image) => image.naturalWidth))") == 160
@@ -235,9 +237,16 @@ def test_labels_typed_on_the_page_are_kept_and_saved_as_that_csv(place: Path, br
     page = opened(browser, place / "s.html")
     fields, status = page.get_by_label("Label"), page.get_by_role("status")
     assert fields.count() == 4 and page.locator("datalist option").count() == 5
+    page.get_by_role("button", name="Take").first.click()
+    assert fields.nth(0).input_value() in NAMES
     fields.nth(0).fill("two")
     fields.nth(0).press("Enter")
     assert fields.nth(1).evaluate("(field) => field === document.activeElement")
+    picture = page.locator("li").nth(1).locator("button").first
+    picture.press("Enter")
+    assert page.locator("dialog img").evaluate("(image) => image.complete && image.alt").endswith(".png")
+    page.keyboard.press("Escape")
+    assert not page.locator("dialog").is_visible() and picture.evaluate("(it) => it === document.activeElement")
     fields.nth(2).fill('=a "new", one')
     page.reload()
     assert [fields.nth(k).input_value() for k in range(4)] == ["two", "", '=a "new", one', ""]
@@ -293,6 +302,48 @@ def test_classify_writes_a_page_of_pictures_by_label(place: Path) -> None:
     assert "expected a file for --out with --html" in refused(*words, place / "n.html", "--out", place / "parts")
 
 
+def test_a_page_of_labels_is_filtered_and_takes_labels(place: Path, browser: Any) -> None:
+    images = sorted((place / "unlabelled").iterdir())
+    rows = [Labelled(str(images[k]), "one" if k < 9 else "two", 0.9, math.nan, "") for k in range(18)]
+    (place / "p.html").write_text(predictions_page(rows, "Labels", classes=NAMES))
+    page = opened(browser, place / "p.html", 1280)
+    words, label = page.get_by_label("Path or label"), page.locator("select")
+    sections, cards = page.locator("section:has(li):visible h2"), page.locator("li:visible")
+    for text, chosen, count, names in (("5.PNG", "", 2, ["one", "two"]), ("", "two", 9, ["two"])):
+        words.fill(text)
+        label.select_option(chosen)
+        assert cards.count() == count and sections.all_inner_texts() == names
+    words.fill("/3.png")
+    cards.get_by_role("button", name="Take two").click()
+    cards.get_by_label("Label").press("Enter")
+    assert page.evaluate("document.activeElement.id") == "save", "fields that are filtered out are left out"
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    download.value.save_as(place / "labels.csv")
+    paths, labels, *_ = labelled_images(place / "labels.csv")
+    assert (paths, labels) == ([place / "unlabelled" / "3.png"], ["two"])
+
+
+def test_heads_have_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, browser: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, labels = pictures(np.random.default_rng(3), 5, 6)
+    names, keys = [NAMES[c] for c in (*labels[:7], 3, *labels[8:])], [f"<i>{i}.png" for i in range(30)]
+    for key, image in zip(keys, images, strict=True):
+        Image.fromarray(image).save(key)
+    x = images.reshape(30, -1) / 255.0
+    with pytest.raises(IosrFastError, match="expected a path for each of the 30 rows of X, got 29"):
+        FewShotHead("gda").fit(x, names, paths=keys[1:])
+    FewShotHead("gda").fit(x, names, paths=keys).save("head")
+    np.savez("x.npz", x=x + 0.2, y=names[1:] + names[:1], keys=keys)
+    for command, *words in (("audit",), ("evaluate", "x.npz"), ("classify", "x.npz"), ("suggest", "x.npz", "-n", 9)):
+        done = run(command, "head", *words, "--html", f"{command}.html")
+        assert done.exit_code == 0, done.output
+        page = opened(browser, tmp_path / f"{command}.html")
+        assert page.locator("img").count() >= 4 and page.locator("span.picture").count() == 0
+        if command != "evaluate":
+            assert Path(page.locator("input[data-path]").first.get_attribute("data-path")).is_file()
+
+
 def test_a_page_with_a_promise_shows_the_labels_that_need_a_look(place: Path) -> None:
     images = sorted((place / "unlabelled").iterdir())
     rows = [Labelled(str(images[k]), "aab"[k % 3], 0.9 - k / 20, math.nan, "", k < 4 or k == 5) for k in range(9)]
@@ -306,7 +357,7 @@ def test_a_page_with_a_promise_shows_the_labels_that_need_a_look(place: Path) ->
 def test_a_page_of_labels_shows_the_unsure_first_and_says_what_it_leaves_out(
     place: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predictions_report, "_PICTURES", 12)
+    monkeypatch.setattr(predictions_report, "_PICTURES", 9)
     monkeypatch.setattr(predictions_report, "_OPEN", 2)
     images = sorted((place / "unlabelled").iterdir())
     rows = [Labelled(str(images[k]), "abbbb<bbb"[k], 0.9 - k / 20, math.nan, "") for k in range(9)]
@@ -315,8 +366,9 @@ def test_a_page_of_labels_shows_the_unsure_first_and_says_what_it_leaves_out(
     for width in (390, 1280):
         page = opened(browser, place / "p.html", width)
         assert page.locator("h2").all_inner_texts() == ["Labels", "<", "a", "b"]
-        assert "3 of 10 images are left out" in page.locator("header").inner_text()
+        assert "4 of 10 images are left out" in page.locator("header").inner_text()
         section = page.locator("section").nth(3)
-        assert section.locator("p").all_inner_texts()[:2] == ["7 images.", "The first 4 of 7 are shown."]
-        assert section.locator("li .measure").all_inner_texts() == ["50%", "55%", "60%", "70%"]
+        assert section.locator("p").all_inner_texts()[:2] == ["7 images.", "The first 3 of 7 are shown."]
+        assert section.locator("li .measure").all_inner_texts() == ["50%", "55%", "60%"]
+        assert page.locator(".wide").evaluate("(table) => table.scrollWidth <= table.clientWidth")
         assert page.locator("span.picture").all_inner_texts() == ["gone.png"]
