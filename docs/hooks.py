@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/*/*.png", "benchmarks/*/*.json"]
+OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/*/*.png", "benchmarks/*/*.json", "examples/*/README.md"]
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
