@@ -34,7 +34,7 @@ help:
 
 develop: $(STAMP)
 
-# Not everything installs on every machine.
+# Not everything installs on every machine. openapi-python-client needs another typer, so an environment of its own.
 $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 	@echo "installing into $(VENV), which takes a few minutes and prints nothing if all is well"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake
 		|| echo "tensorrt-rtx does not install here: the demo and the tests go on without TensorRT-RTX plans"
 	$(PIP_INSTALL) "ray[serve]" \
 		|| echo "Ray does not install here: the tests go on without several workers"
+	test -x build/client/bin/openapi-python-client || { $(PYTHON) -m venv build/client \
+		&& build/client/bin/pip install --quiet openapi-python-client==0.29.1; } \
+		|| echo "openapi-python-client does not install here: the tests go on without a generated client"
 	touch $@
 
 demo: $(STAMP)

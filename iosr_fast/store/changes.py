@@ -35,7 +35,8 @@ _ARRAYS = ("text", "plain", "adapted", "query_plain", "query_adapted")
 
 @dataclass(frozen=True)
 class ChangeResult:
-    """What a change did: the version that it made, its class ("" for none), the examples that it added or removed.
+    """What a change did: the version that it made, its class, "" for none or several, and the examples that it added or
+    removed.
 
     >>> ChangeResult(version=2, class_id="~3", example_ids=("~12", "~13")).version
     2
@@ -170,11 +171,12 @@ class Change:
             parts += [None, None] if rows is None else [rows.plain, rows.adapted]
         return {name: rows for name, rows in zip(_ARRAYS, parts, strict=False) if rows is not None}
 
-    @property
-    def result_ids(self) -> tuple[str, tuple[str, ...]]:
-        """The class id, "" for none, and the ids of the images that it adds or removes."""
+    def result_ids(self, before: Head) -> tuple[str, tuple[str, ...]]:
+        """The class id, "" for none or several, and the ids of the images that it adds to or removes from `before`."""
         numbers = self.numbers if self.added is None else self.added.ids.tolist()
-        return class_id(self.uid) if self.uid >= 0 else "", tuple(map(example_id, numbers))
+        owners = before.examples.class_ids[np.isin(before.examples.ids, self.numbers)]
+        uids = {self.uid} if self.uid >= 0 else {*owners.tolist()}
+        return class_id(*uids) if len(uids) == 1 else "", tuple(map(example_id, numbers))
 
     def encode(self, made: Head) -> bytes:
         """The change as a Record, in MessagePack; `made` is the head that it makes."""

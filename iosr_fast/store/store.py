@@ -78,7 +78,7 @@ class Store:
             if self.log is not None:
                 self.log.append(change, before, head)
             self.fit = replace(current, head=head)
-            return ChangeResult(head.version, *change.result_ids)
+            return ChangeResult(head.version, *change.result_ids(before))
 
     def replace(self, fit: Fit, instead_of: Fit | None = None) -> None:
         """Take over the result of a fit, or what was made of the fit `instead_of`.

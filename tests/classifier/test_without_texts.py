@@ -18,7 +18,7 @@ from iosr_fast.store.bundle import Bundle, save
 from iosr_fast.store.description import describe
 from tests.clip.image_model import IMAGE_WIDTH, open_image_model
 from tests.pictures import encode
-from tests.serving.http_client import AUTHORISED, error_of, form, serving
+from tests.serving.http_client import AUTHORISED, error_of, fields, form, serving
 from tests.store.live_parts import WrittenText, engine_folder, pictures, small_classifier, unit
 
 pytestmark = pytest.mark.slow
@@ -122,7 +122,8 @@ def test_changes_take_no_texts_and_are_logged(fitted: Classifier, bundle: Path, 
     assert fitted.predict(NEW[2]).tolist() == ["new"]
     fitted.rename_class("new", "newer")
     fitted.rename_class("motif 1", "first", keep_text=True)
-    fitted.remove_examples(fitted.examples("newer")[:1])
+    two = [fitted.examples(name)[0] for name in ("newer", "first")]
+    assert fitted.remove_examples(two).class_id == "", "of several classes"
     fitted.retune()
     fitted.close_log()
     again = load(bundle)
@@ -138,8 +139,8 @@ def test_changes_over_http(bundle: Path) -> None:
         answer = client.ask("POST", "/v1/classes", data={"name": "new", "description": "striped"}, **new)
         assert error_of(answer, 422) == "refused" and BY_IMAGES in answer.text
         assert client.ask("POST", "/v1/classes", data={"name": "new"}, **new).json()["class_id"] == "~5"
-        for body, status in (({"descriptions": ["striped"]}, 422), ({}, 200)):
-            answer = client.ask("PATCH", "/v1/classes/~5", json={"name": "newer", **body}, headers=AUTHORISED)
+        for texts, status in (({"description": "striped"}, 422), ({}, 200)):
+            answer = client.ask("PATCH", "/v1/classes/~5", files=fields(name="newer", **texts), headers=AUTHORISED)
             assert answer.status_code == status and (BY_IMAGES in answer.text) == (status == 422)
         assert client.predict(encode(NEW[2])).json()["predictions"][0]["label"] == "newer"
         assert client.get("/v1/classifier").json()["model"] == "small-images"

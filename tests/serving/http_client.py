@@ -81,6 +81,11 @@ def form(*images: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
     return [("images", (f"{i}.png", image, "image/png")) for i, image in enumerate(images)]
 
 
+def fields(**texts: str | list[str]) -> list[tuple[str, tuple[None, str]]]:
+    """A form without images."""
+    return [(name, (None, one)) for name, text in texts.items() for one in ([text] if isinstance(text, str) else text)]
+
+
 class Client:
     """Requests from any thread to an application in this process, which has its own event loop."""
 

@@ -26,6 +26,7 @@ from tests.serving.http_client import (
     Client,
     Gate,
     error_of,
+    fields,
     httpx,
     load,
     probe_soon,
@@ -125,7 +126,7 @@ def test_metrics_count_and_forget_classes_that_are_gone() -> None:
             "iosr_fast_batch_images_sum 2.0",
         ):
             assert line in text, line
-        client.ask("PATCH", f"/v1/classes/{class_id}", json={"name": "other"}, headers=AUTHORISED)
+        client.ask("PATCH", f"/v1/classes/{class_id}", files=fields(name="other"), headers=AUTHORISED)
         text = client.get("/metrics").text
         assert label not in text and "iosr_fast_model_version 2.0" in text
 

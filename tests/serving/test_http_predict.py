@@ -27,6 +27,7 @@ from tests.serving.http_client import (
     Client,
     Gate,
     error_of,
+    fields,
     form,
     load,
     probe_soon,
@@ -140,7 +141,7 @@ def test_a_tree_gives_nodes_their_places_and_metrics(monkeypatch: pytest.MonkeyP
         of_node = 'iosr_fast_predictions_total{class_id="",name="near"}'
         assert of_node in client.get("/metrics").text and "unknown_total 0" not in client.get("/metrics").text
         for class_id in ("~3", "~4"):
-            client.ask("PATCH", f"/v1/classes/{class_id}", json={"parent": "left"}, headers=AUTHORISED)
+            client.ask("PATCH", f"/v1/classes/{class_id}", files=fields(parent="left"), headers=AUTHORISED)
         assert of_node not in client.get("/metrics").text and 'name="left"' in client.get("/metrics").text
         answers = client.get("/openapi.json").json()["components"]["schemas"]
         assert {"level", "path"} <= answers["TreePrediction"]["properties"].keys() - answers["Prediction"]["properties"]
@@ -344,6 +345,10 @@ def test_wrong_embeddings_are_refused(
 
 
 def test_a_served_head_says_what_it_takes(served_head: Client, shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fit_unknown", "out_of_fold"):
+        monkeypatch.setattr(f"iosr_fast.head.head.{name}", None)  # called at the start, and by no request
+    path, rows = "/v1/predict?max_error=0.1&unknown=reject", {"embeddings": [[1.0] * 384]}
+    assert served_head.ask("POST", path, json=rows).json()["predictions"][0]["accepted"] in (True, False)
     probe_soon(monkeypatch)  # by a row of its own
     assert served_head.get("/healthz").json() == {"status": "ok", "detail": ""}
     assert (

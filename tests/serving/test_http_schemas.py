@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import openapi_spec_validator
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -44,12 +45,13 @@ def schema(served: Client) -> Any:
 
 def test_everything_is_described(served: Client) -> None:
     described = served.get("/openapi.json").json()
+    openapi_spec_validator.validate(described)
     operations = [(path, method) for path, methods in described["paths"].items() for method in methods]
     assert len(operations) == 14
     for path, method in operations:
         told = described["paths"][path][method]
         assert told["summary"] and {"200", "201"} & set(told["responses"]), (method, path)
-        assert told["responses"]["default"]["content"]["application/json"], "errors"
+        assert all(told["responses"][errors]["content"]["application/json"] for errors in ("4XX", "5XX"))
         protected = method != "get" and path != "/v1/predict"
         assert ("security" in told) == protected, (method, path)
     body = described["paths"]["/v1/predict"]["post"]["requestBody"]["content"]

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import openapi_spec_validator
 import pytest
 import schemathesis
 from hypothesis import given
@@ -214,6 +215,7 @@ def test_one_that_fails_leaves_the_others_whole(shelf: Path, monkeypatch: pytest
 
 
 def test_what_can_not_be_served_together_is_refused_at_once(shelf: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("iosr_fast.serving.http.server._Server.run", Mock(side_effect=AssertionError("it serves")))
     shutil.copytree(shelf / "rows", tmp_path / "kind")
     shutil.copytree(shelf / "rows", tmp_path / "two words")
     (tmp_path / "file").touch()
@@ -261,7 +263,7 @@ def test_a_process_serves_a_folder_of_classifiers(shelf: Path, tmp_path: Path) -
 
 def test_openapi_describes_the_front_and_each_classifier(several: Client) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", several.app)
-    schema.validate()
+    openapi_spec_validator.validate(schema.raw_schema)
     paths = schema.raw_schema["paths"]
     assert {"/v1/predict", "/v1/classifiers", "/v1/classifiers/{classifier}/classes/{class_id}"} < set(paths)
 

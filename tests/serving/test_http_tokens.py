@@ -9,10 +9,10 @@ import pytest
 
 from iosr_fast.serving.http.tokens import read_tokens
 from tests.pictures import GREY
-from tests.serving.http_client import TOKEN, Client, error_of, serving
+from tests.serving.http_client import TOKEN, Client, error_of, fields, serving
 
 ALICE, BOB, SHOP = "alices-secret-token", "bobs-secret-token-0", "shops-secret-token"
-RENAME = {"json": {"name": "renamed", "keep_text": True}}
+RENAME = {"files": fields(name="renamed", keep_text="true")}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,8 @@ def test_a_token_that_is_nearly_right_is_wrong(guarded: Client, token: str) -> N
         ALICE + BOB,
     ):
         for method, path in (("POST", "/v1/retune"), ("POST", "/v1/predict"), ("DELETE", "/v1/classes/~0")):
-            assert error_of(guarded.ask(method, path, **bearer(wrong)), 401) == "unauthorized", wrong
+            refused = guarded.ask(method, path, **bearer(wrong))
+            assert (error_of(refused, 401), refused.headers["WWW-Authenticate"]) == ("unauthorized", "Bearer"), wrong
     assert guarded.service.classifier.version == 1
 
 

@@ -173,9 +173,11 @@ def test_all_pictures_are_listed_selected_saved_and_cleared(visit: Visit, tmp_pa
     assert visit.text("#classified[role=status]") == "20 pictures classified."
     assert page.locator("#items canvas").count() == 19 and labels[0] in visit.text("#answer .label")
     width = page.viewport_size["width"]
+    page.locator("summary", has_text="The numbers").click()
     page.locator("#classes summary").first.click()
     page.locator(".panel img").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("#items .file wbr").count() > 20, "names break behind dots"
 
     page.locator("#items :checked").focus()
     page.keyboard.press("ArrowDown")

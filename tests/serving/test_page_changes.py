@@ -13,7 +13,7 @@ import pytest
 from tests.pictures import GREY
 from tests.serving import http_client, http_edge, page_server
 from tests.serving.http_client import TOKEN
-from tests.serving.page_server import NEWCOMER, Site, Visit, file
+from tests.serving.page_server import NEWCOMER, PHONE, Site, Visit, file
 
 pytestmark = pytest.mark.slow
 site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
@@ -33,13 +33,13 @@ def test_a_class_is_added_and_wins_and_markup_in_names_is_text(visit: Visit) -> 
     *support, other = site.newcomer[:4]
     visit.choose(file(other, f"{name}.png".replace("/", "")), file(site.queries[0], "same.png"))
     before = visit.text("#answer .label")
-    visit.fill_in(name, [file(image, f"<i>{i}.png") for i, image in enumerate(support)]).page.click("#add-class")
+    visit.add_class(name, [file(image, f"<i>{i}.png") for i, image in enumerate(support)])
     visit.notice(f"Class “{name}” added with 3 examples")
     page.locator("#answer .label", has_text=name).wait_for()  # without a second request
     assert re.sub(r"\s[\d.]+%$", "", before) in visit.text("#answer p:nth-child(2)")
     assert site.classifier.predict([other])[0] == name and len(site.classifier.examples(name)) == 3
     assert visit.text("#matches") == "1 of 9 classes" and name in visit.text("#classes li")
-    assert page.locator(":user-invalid").count() == 0 and page.input_value("#token") == TOKEN
+    assert page.locator(":user-invalid").count() == 0
     assert page.locator("main script, main b, main i, [onerror]").count() == 0
     kept = page.evaluate("[{...sessionStorage}, {...localStorage}, document.cookie]")
     assert kept == [{"iosr_fast.token": TOKEN}, {}, ""]
@@ -59,35 +59,39 @@ def test_what_is_refused_is_said_and_nothing_is_lost(visit: Visit) -> None:
     page.click("#add-class")
     visit.refused("new-examples", "The class needs at least one example.")
     page.set_input_files("#new-examples", [file(site.newcomer[0])])
-    for token, words in (("", "Enter the token."), ("wrong\u2028", "Wrong token.")):
-        page.fill("#token", token)
-        page.click("#add-class")
-        visit.notice(words)
-        page.locator("#token:focus").wait_for()
-    page.fill("#token", TOKEN)
+    page.click("#add-class")
+    visit.enter("wrong\u2028")
+    page.locator("#ask", has_text="Wrong token.").press("Escape")
+    visit.was_refused(401)
     page.locator("#classes summary").nth(1).click()
     page.once("dialog", lambda dialog: dialog.accept(taken))
     page.get_by_role("button", name="Rename").click()
+    visit.enter(TOKEN, "Wrong token.")
     visit.notice("Another class has this name.")
-    visit.was_refused(401, 401, 409)
+    visit.was_refused(409)
     assert page.locator("#new-strip li").count() == 1 and len(site.classifier.classes_) == 8
 
 
 def test_a_prediction_that_needs_a_token_asks_for_it(visit: Visit) -> None:
     shop, classifier, queries = "shops-secret-token", visit.site.classifier, visit.site.queries
-    with http_client.serving(classifier, token=f"shop {shop} predict") as client, http_edge.site(client.app) as edge:
+    tokens = f"shop {shop} predict\nall {TOKEN}"
+    with http_client.serving(classifier, token=tokens) as client, http_edge.site(client.app) as edge:
         address = f"http://127.0.0.1:{edge.port}/"
         guarded = Visit(visit.page.context.new_page(), replace(visit.site, address=address)).open()
-        guarded.choose(file(queries[0], "first.png"), file(queries[1], "second.png"))
-        guarded.notice("Enter the token.")
-        assert "first.png: Enter the token." in guarded.text("#answer")
-        guarded.page.locator("#token:focus").fill(shop)
+        guarded.page.set_input_files("#choose", [file(queries[0], "first.png"), file(queries[1], "second.png")])
+        guarded.page.locator("#token:focus").press("Escape")
+        guarded.page.locator("#answer", has_text="first.png: Enter the token.").wait_for()
+        guarded.was_refused(401)
         guarded.page.get_by_role("button", name="Classify 2 again").click()
+        guarded.enter(shop)
         guarded.page.locator("#answer .label", has_text=classifier.predict([queries[0]])[0]).wait_for()
-        guarded.was_refused(401, 401)
+        guarded.page.get_by_role("button", name="Confirm").click()
+        guarded.page.locator("#ask", has_text="the token 'shop' may only predict").wait_for()
+        guarded.was_refused(403)
     assert guarded.problems == []
 
 
+@pytest.mark.parametrize("visit", [PHONE], indirect=True)
 def test_an_answer_is_confirmed_or_corrected(visit: Visit) -> None:
     page, classifier = visit.page, visit.site.classifier
     right = str(classifier.classes_[3])
@@ -101,8 +105,13 @@ def test_an_answer_is_confirmed_or_corrected(visit: Visit) -> None:
     assert visit.text("#correct-button") == "Add as a new class"
     page.fill("#truth", right)
     assert visit.text("#correct-button") == "Confirm"
-    page.fill("#token", TOKEN)
+    place = page.locator("#correct-button").bounding_box()
     page.click("#correct-button")
+    page.locator("#token:focus").press("Escape")
+    assert page.locator("#correct-button:focus").bounding_box() == place and page.input_value("#truth") == right
+    visit.was_refused(401)
+    page.click("#correct-button")
+    visit.enter(TOKEN)
     visit.notice(f"1 example added to “{right}”")
     page.locator("#taught:focus", has_text=f"Added to the examples of “{right}”.").wait_for()
     page.locator("#answer", has_text="Before the change").wait_for()
@@ -143,9 +152,8 @@ def test_all_of_it_by_keyboard(visit: Visit) -> None:
     choose("#new-examples", *newcomer[:3])
     page.locator("#new-strip li").nth(2).wait_for()
     press("#new-strip li:last-child button")  # leaves one of the three out
-    press("#token", "Home")
-    keys.type(TOKEN)
-    keys.press("Enter")
+    press("#add-class")
+    visit.enter(TOKEN)
     page.locator("#classes summary", has_text="2 examples").wait_for()
     press("#classes summary")
     page.locator(".panel img").nth(1).wait_for()
@@ -210,7 +218,7 @@ def test_the_page_of_one_of_several_is_below_its_name(browser: Any, tmp_path: Pa
         assert page.url.endswith("/v1/classifiers/kind/") and visit.text("#facts").startswith("kind · demo · ")
         visit.choose(file(picture, "chosen.png"))
         assert classifier.predict([picture])[0] in visit.text("#answer .label")
-        visit.fill_in("grey", [file(GREY)]).page.click("#add-class")
+        visit.add_class("grey", [file(GREY)])
         visit.notice("Class “grey” added with 1 example.")
         page.close()
     assert visit.problems == [] and visit.refusals == [] and "grey" in classifier.classes_

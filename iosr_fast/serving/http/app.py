@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {  # of an application
     "redoc_url": None,
     "redirect_slashes": False,
     "responses": schemas.ERRORS,
+    "generate_unique_id_function": lambda route: route.name,  # names of functions in generated clients
     "exception_handlers": errors.HANDLERS,
 }
 

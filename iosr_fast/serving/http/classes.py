@@ -13,7 +13,7 @@ from starlette.requests import Request
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.class_tree import DEEPEST
+from iosr_fast.head.class_tree import DEEPEST, Parent
 from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.head.names import LONGEST, name_fault
 from iosr_fast.serving.batching.item import Encoded
@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 _DECODE_S = 60.0  # how long an image of a change may wait for a decoder
-_NAME = {"type": "string", "minLength": 1, "maxLength": LONGEST}
-_NODE = "one: a node by its name; several: names from the root down, which may be new"
-_PARENT = {"type": "array", "items": _NAME, "maxItems": DEEPEST, "description": _NODE}
+_ANY_NAME = {"type": "string", "maxLength": LONGEST}
+_NAME = {**_ANY_NAME, "minLength": 1}
+_NODE = "one: a node by its name; several: names from the root down, which may be new; the first may be empty, the root"
+_PARENT = {"type": "array", "items": _ANY_NAME, "maxItems": DEEPEST, "description": _NODE}
 _DESCRIPTION = {"type": "array", "items": {"type": "string", "maxLength": MAX_LENGTH}, "maxItems": MAX_TEXTS}
+_TEXTS = {"name": _NAME, "description": _DESCRIPTION, "parent": _PARENT}
+_KEEP_TEXT = {"type": "boolean", "description": "true: only the displayed name changes, not the text embedding"}
 
 
 def make_router(service: Service) -> APIRouter:
@@ -42,6 +45,9 @@ def make_router(service: Service) -> APIRouter:
     bearer = HTTPBearer(auto_error=False, description="the token that the server was started with")
     router = APIRouter(tags=["changes"], dependencies=[Depends(bearer)])
     max_images = service.settings.max_images
+
+    async def read_texts(request: Request, *more: str) -> tuple[list[Encoded], dict[str, list[str]]]:
+        return await service.uploads.read_form(request, "name", *more, repeated=("description", "parent"))
 
     async def change(
         name: str, act: Callable[[Classifier], ChangeResult], class_id: str = "", new_name: str = ""
@@ -74,23 +80,33 @@ def make_router(service: Service) -> APIRouter:
         "/v1/classes",
         summary="Add a class from a few images",
         status_code=201,
-        openapi_extra=schemas.form_body({"name": _NAME, "description": _DESCRIPTION, "parent": _PARENT}, 0, max_images),
+        openapi_extra=schemas.form_body(_TEXTS | schemas.images_field(0, max_images), "name"),
     )
     async def add_class(request: Request) -> ChangeResult:
-        images, texts = await service.uploads.read_form(request, "name", repeated=("description", "parent"))
-        name, own, above = _check_name(texts["name"][0]), texts.get("description"), texts.get("parent", [])
-        parent = above[0] if len(above) == 1 else above
+        images, texts = await read_texts(request)
+        if "name" not in texts:
+            raise ApiError(400, "missing_field", "expected the form field 'name', got none")
+        name, own, parent = _check_name(texts["name"][0]), texts.get("description"), _parent(texts.get("parent", []))
         added = lambda it: it.add_class(name, decoded(request, images), None, own, parent)  # noqa: E731
         return await change("add_class", added, new_name=name)
 
-    @router.patch("/v1/classes/{class_id}", summary="Rename a class, or move it in the tree")
-    async def rename_class(body: schemas.Rename, class_id: str = CLASS_ID_PATH) -> ChangeResult:
-        parent = body.parent
-        if (body.name is None) == (parent is None) or (parent is not None and body.model_fields_set != {"parent"}):
-            raise ApiError(422, "invalid_parameters", "expected a new name, or a parent alone: one change a request")
-        if body.name is None:
+    @router.patch(
+        "/v1/classes/{class_id}",
+        summary="Rename a class, or move it in the tree",
+        description="A new `name`, from which and from `description` follows the text embedding; or a `parent` alone.",
+        openapi_extra=schemas.form_body({**_TEXTS, "keep_text": _KEEP_TEXT}),
+    )
+    async def rename_class(request: Request, class_id: str = CLASS_ID_PATH) -> ChangeResult:
+        images, texts = await read_texts(request, "keep_text")
+        if images:
+            raise ApiError(400, "unexpected_field", "expected no images: /v1/classes/{class_id}/examples takes them")
+        if texts.keys() == {"parent"}:
+            parent = _parent(texts["parent"])
             return await change("move_class", lambda it: it.move_class(class_id, parent), class_id)
-        name, keep, own = _check_name(body.name), body.keep_text, body.descriptions
+        if "name" not in texts or "parent" in texts:
+            raise ApiError(422, "invalid_parameters", "expected a new name, or a parent alone: one change a request")
+        name, own = _check_name(texts["name"][0]), texts.get("description")
+        keep = _flag(texts.get("keep_text", ["false"])[0])
         return await change("rename_class", lambda it: it.rename_class(class_id, name, None, keep, own), class_id, name)
 
     @router.delete("/v1/classes/{class_id}", summary="Remove a class and its support images")
@@ -104,7 +120,7 @@ def make_router(service: Service) -> APIRouter:
     @router.post(
         "/v1/classes/{class_id}/examples",
         summary="Add support images to a class",
-        openapi_extra=schemas.form_body({}, 1, max_images),
+        openapi_extra=schemas.form_body(schemas.images_field(1, max_images), "images"),
     )
     async def add_examples(request: Request, class_id: str = CLASS_ID_PATH) -> ChangeResult:
         images, _ = await service.uploads.read_form(request)
@@ -131,3 +147,17 @@ def _check_name(text: str) -> str:
     if fault := name_fault(name):
         raise ApiError(422, "bad_name", f"expected a class name, got {text[:80]!a}, {fault}")
     return name
+
+
+def _parent(names: list[str]) -> Parent:
+    """The place in the tree that fields `parent` name, as _NODE says."""
+    if len(names) == 1 and names[0]:
+        return names[0]
+    return names[1:] if names[:1] == [""] else names
+
+
+def _flag(text: str) -> bool:
+    """A truth value: Python's clients write True, others true."""
+    if text.lower() not in ("true", "false"):
+        raise ApiError(422, "invalid_parameters", f"expected keep_text to be true or false, got {text[:80]!r}")
+    return text.lower() == "true"

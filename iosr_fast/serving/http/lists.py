@@ -23,7 +23,9 @@ _NEXT = "`next` of the previous page; omit it for the first page"
 _LIMIT = Query(PAGE, ge=1, le=PAGE, description="maximum number of entries")
 CLASS_ID_PATH = Path(max_length=40, description="id of a class, from /v1/classes")
 EXAMPLE_ID_PATH = Path(max_length=40, description="id of a support image, from /v1/classes/{class_id}/examples")
-KEEP_QUERY = Query(KEEP, gt=0, lt=1, description="with unknown=reject: the share of known pictures that stay")
+# Without a default in OpenAPI, which generated clients would send: /v1/predict refuses it without unknown=reject.
+_SHARE = f"with unknown=reject: the share of known pictures that stay [default: {KEEP}]"
+KEEP_QUERY = Query(None, gt=0, lt=1, description=_SHARE)
 
 
 def make_router(service: Service) -> APIRouter:
@@ -31,9 +33,9 @@ def make_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["classes"])
 
     @router.get("/v1/classifier", summary="Model, method and measured accuracy")
-    def classifier(response: Response, keep: float = KEEP_QUERY) -> schemas.ClassifierAnswer:
+    def classifier(response: Response, keep: float | None = KEEP_QUERY) -> schemas.ClassifierAnswer:
         response.headers["Cache-Control"] = "no-store"
-        return _overview(service, keep)
+        return _overview(service, keep or KEEP)
 
     @router.get("/v1/classes", response_model=schemas.ClassesAnswer, summary="Classes, page by page")
     def classes(

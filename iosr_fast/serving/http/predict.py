@@ -16,6 +16,7 @@ from starlette.responses import Response
 from iosr_fast.exceptions import BadImageError, DeadlineExceededError, IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.predictions import Prediction
+from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy, error_body, internal_error, of_library
@@ -57,6 +58,7 @@ def make_router(served: Served) -> APIRouter:
         response_model=model,
         responses={422: {"model": model | schemas.ErrorAnswer, "description": _ALL_BAD}},
         openapi_extra=served.uploads.body or schemas.image_body(settings.max_images),
+        name="predict_by_several" if several else "predict",
         summary="Classify images",
         description=(
             f"{served.uploads.sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
@@ -72,7 +74,7 @@ def make_router(served: Served) -> APIRouter:
         top: int = Query(5, ge=1, le=100, description="classes to return, best first"),
         nearest: int = Query(0, ge=0, le=100, description="nearest support images to return"),
         unknown: Literal["reject"] | None = Query(None, description="reject images of none of the classes"),
-        keep: float = KEEP_QUERY,
+        keep: float | None = KEEP_QUERY,
         max_error: float | None = Query(
             None, gt=0, lt=1, description="share of wrong labels that accepted ones may have [default: the server's]"
         ),
@@ -87,7 +89,7 @@ def make_router(served: Served) -> APIRouter:
         _check_query(request, several)
         asked: dict[str, Any] = {"top": top, "nearest": nearest, "max_error": max_error}
         asked |= {"client": client_of(request.client), "deadline_s": deadline_ms / 1e3}
-        asked["keep"] = None if unknown is None else keep
+        asked["keep"] = None if unknown is None else keep or KEEP
         try:
             if isinstance(served, Front):
                 return schemas.long_answer(*await _ask_several(served, classifier, request, boxes, asked))

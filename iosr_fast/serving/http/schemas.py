@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from starlette.responses import Response
 
-from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
-from iosr_fast.head.class_tree import DEEPEST
 from iosr_fast.head.head import ClassInfo, TreeClassInfo
-from iosr_fast.head.names import LONGEST
 from iosr_fast.head.predictions import Prediction, TreePrediction
 
 
@@ -29,16 +26,17 @@ class ErrorAnswer(BaseModel):
     error: ErrorInfo
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {  # `responses` of all routes
-    "default": {
+# `responses` of all routes. No "default": a generated client would read a picture, whose type it does not know, as one.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "An error of the request. 401 and 403: no or a wrong token."},
+    "5XX": {
         "model": ErrorAnswer,
         "description": (
-            "An error: 4xx of the request, 5xx of the server. 401 and 403: no or a wrong token. 503: overloaded, "
-            "loading or shutting down, try again after Retry-After seconds. 504: the deadline passed. 507: a change "
-            "was not made because it can't be logged; predictions continue."
+            "An error of the server. 503: overloaded, loading or shutting down, try again after Retry-After seconds. "
+            "504: the deadline passed. 507: a change was not made because it can't be logged; predictions continue."
         ),
         "headers": {"Retry-After": {"description": "of a 503", "schema": {"type": "integer", "minimum": 1}}},
-    }
+    },
 }
 
 
@@ -162,37 +160,25 @@ def long_answer(answer: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(answer), status, media_type="application/json")
 
 
-NodeName: TypeAlias = Annotated[str, Field(min_length=1, max_length=LONGEST)]
-
-
-class Rename(BaseModel):
-    """With `keep_text` only the displayed name changes, and the class keeps its text embedding. Otherwise it gets that
-    of its new name and `descriptions`, if classes have one. Or, without a name, `parent`: another place in the tree,
-    below a node by its name, or below a path of names from the root down, which may be new; [] is directly below the
-    root."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str | None = Field(None, min_length=1, max_length=LONGEST)
-    parent: NodeName | Annotated[list[NodeName], Field(max_length=DEEPEST)] | None = None
-    keep_text: bool = False
-    descriptions: list[Annotated[str, Field(max_length=MAX_LENGTH)]] | None = Field(None, max_length=MAX_TEXTS)
-
-
 _IMAGE = {"type": "string", "format": "binary"}
 
 
-def form_body(texts: dict[str, dict[str, Any]], min_images: int, max_images: int) -> dict[str, Any]:
-    """openapi_extra of a route that takes a multipart form with `images` and text fields, of which `name` must be."""
-    images = {"type": "array", "items": _IMAGE, "minItems": min_images, "maxItems": max_images}
-    required = [*(name for name in texts if name == "name"), *(["images"] if min_images else [])]
-    form = {"schema": {"type": "object", "properties": {**texts, "images": images}, "required": required}}
+def images_field(least: int, most: int) -> dict[str, Any]:
+    """The field `images` of a form_body."""
+    return {"images": {"type": "array", "items": _IMAGE, "minItems": least, "maxItems": most}}
+
+
+def form_body(fields: dict[str, dict[str, Any]], *required: str) -> dict[str, Any]:
+    """openapi_extra of a route that takes a multipart form."""
+    schema = {"type": "object", "properties": fields, "additionalProperties": False}
+    form = {"schema": {**schema, "required": required} if required else schema}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}
 
 
 def image_body(max_images: int) -> dict[str, Any]:
     """openapi_extra of a route that takes one image as the body, or a form with several."""
-    body = form_body({"boxes": {"type": "string", "contentMediaType": "application/json"}}, 1, max_images)
+    boxes = {"boxes": {"type": "string", "contentMediaType": "application/json"}}
+    body = form_body(boxes | images_field(1, max_images), "images")
     for kind in ("image/jpeg", "image/png", "image/webp", "application/octet-stream"):
         body["requestBody"]["content"][kind] = {"schema": _IMAGE}
     return body

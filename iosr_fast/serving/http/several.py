@@ -48,7 +48,7 @@ class SeveralApp(FastAPI):
         self.add_middleware(RequestMiddleware, service=front)
         for router in (predict.make_router(front), health.make_router(front)):
             self.include_router(router)
-        self.get(_ROOT, tags=["classes"], summary="All classifiers")(self._list)
+        self.get(_ROOT, tags=["classes"], name="classifiers", summary="All classifiers")(self._list)
         self.get("/", include_in_schema=False)(self._page)
         self.include_router(static.make_router())
 

@@ -78,15 +78,13 @@ class Uploads:
     async def read_form(
         self, request: Request, *texts: str, repeated: tuple[str, ...] = ()
     ) -> tuple[list[Encoded], dict[str, list[str]]]:
-        """Images and text fields of a form that has each of `texts` once and each of `repeated` up to MAX_TEXTS times.
-        400 for any other field, 422 for a refused image, because a change is made with all of its images or not at all.
-        """
+        """Images and text fields of a form that has each of `texts` at most once, each of `repeated` up to MAX_TEXTS
+        times. 400 for any other field, 422 for a refused image, because a change is made with all of its images or not
+        at all."""
         kind, options = content_type(request)
         if kind != b"multipart/form-data":
-            raise wrong_type(kind, _FORMS)
+            raise wrong_type(kind, "multipart/form-data")
         images, fields = await asyncio.to_thread(self._read_parts, await request.body(), options, texts, repeated)
-        if missing := [name for name in texts if name not in fields]:
-            raise ApiError(400, "missing_field", f"expected the form field {missing[0]!r}, got none")
         for i, image in enumerate(images):
             if isinstance(image, ApiError):
                 raise ApiError(422, image.code, f"image number {i}: {image.detail}")

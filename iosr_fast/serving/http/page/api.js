@@ -1,6 +1,6 @@
 // The HTTP API. URLs are relative, so the page also works under a path of a reverse proxy.
 
-import { complain, count, find, say, sayNothing } from "./dom.js";
+import { count, find, say, sayNothing } from "./dom.js";
 
 /** Of several classifiers the name of this page's, below whose path its API is; "" of a single one. */
 export const name = /\/v1\/classifiers\/([^/]+)\/$/.exec(location.pathname)?.[1] ?? "";
@@ -14,25 +14,49 @@ const WORDS = {
   name_taken: "Another class has this name.",
 };
 
-export const token = {
-  get: () => sessionStorage.getItem(TOKEN) ?? "",
-  set: (value) => sessionStorage.setItem(TOKEN, value.replace(/[^!-~]/g, "")), // A header takes no other characters.
-};
+const token = () => sessionStorage.getItem(TOKEN) ?? "";
+let asked = null; // Of the token, if its dialog is open: whether it was entered.
+
+/** Ask for the token, above all that is on the page: requests that need it wait together. */
+function askToken(words) {
+  asked ??= new Promise((done) => {
+    const close = () => {
+      const entered = find("ask").returnValue === "send";
+      if (entered) sessionStorage.setItem(TOKEN, find("token").value.replace(/[^!-~]/g, "")); // As a header takes it.
+      asked = null;
+      done(entered);
+    };
+    find("ask-words").textContent = words;
+    find("ask").returnValue = "";
+    find("ask").addEventListener("close", close, { once: true });
+    find("ask").showModal();
+  });
+  return asked;
+}
 
 /**
  * Send a request, with the token if it is no GET, and read its JSON: {data, roundTripMs}. After a 503 with Retry-After,
- * say so, wait that long and send it again. Other failures throw an Error with `status` and `code` of the server, if it
- * answered; a 401 moves the focus to the token.
+ * say so, wait that long and send it again; where another token is needed, ask for it and send it again. Other failures
+ * throw an Error with `status` and `code` of the server, if it answered.
  */
 async function call(path, { method = "GET", body } = {}) {
-  const headers = method !== "GET" && token.get() ? { Authorization: `Bearer ${token.get()}` } : {};
   for (let tries = 1; ; tries += 1) {
+    const sent = method === "GET" ? "" : token();
+    const headers = sent ? { Authorization: `Bearer ${sent}` } : {};
     const start = performance.now();
     const { response, text } = await fetchText(path, { method, body, headers, cache: "no-store" });
     const roundTripMs = performance.now() - start;
     const wait = Number.parseFloat(response.headers.get("Retry-After"));
     const again = response.status === 503 && tries < TRIES && wait <= LONGEST_WAIT_S;
-    if (!again) return { data: checked(response, text), roundTripMs };
+    try {
+      if (!again) return { data: checked(response, text), roundTripMs };
+    } catch (error) {
+      if (error.code === "unauthorized") error.message = sent ? "Wrong token." : "Enter the token.";
+      else if (error.code !== "predict_only") throw error;
+      // Another request may have got the token meanwhile.
+      if (sent === token() && !(await askToken(error.message))) throw error;
+      continue;
+    }
     const words = say(`The server is busy. The page tries again in ${count(Math.ceil(wait), "second")}.`);
     await new Promise((done) => setTimeout(done, wait * 1000));
     if (words.isConnected) sayNothing();
@@ -58,13 +82,7 @@ function checked({ ok, status, statusText }, text) {
   // If all pictures are bad, the answer is a 422 with an error for each.
   if (data !== null && (ok || data.predictions)) return data;
   const { code, message = `The server answered ${status} ${statusText}`.trim() + "." } = data?.error ?? {};
-  const error = Object.assign(new Error(WORDS[code] ?? message), { status, code });
-  if (status === 401) {
-    error.message = token.get() ? "Wrong token." : "Enter the token.";
-    complain(error.message);
-    find("token").focus();
-  }
-  throw error;
+  throw Object.assign(new Error(WORDS[code] ?? message), { status, code });
 }
 
 function form(pictures, fields = {}) {
@@ -105,7 +123,6 @@ export const firstExample = async (classId) =>
 export const addClass = (name, pictures) => call(`${V1}classes`, { method: "POST", body: form(pictures, { name }) });
 export const addExamples = (id, pictures) =>
   call(`${classPath(id)}/examples`, { method: "POST", body: form(pictures) });
-export const renameClass = (id, name) =>
-  call(classPath(id), { method: "PATCH", body: new Blob([JSON.stringify({ name })], { type: "application/json" }) });
+export const renameClass = (id, name) => call(classPath(id), { method: "PATCH", body: form([], { name }) });
 export const removeClass = (id) => call(classPath(id), { method: "DELETE" });
 export const removeExample = (id) => call(examplePath(id), { method: "DELETE" });

@@ -19,6 +19,9 @@ export function make(tag, attributes = {}, ...children) {
 /** A <span> of a class. */
 export const span = (look, ...children) => make("span", { class: look }, ...children);
 
+/** A text as the children of an element: file names in it may break behind slashes, dots and the like. */
+export const breakable = (text) => text.split(/(?<=[/\\._-])(?=\S)/).flatMap((part) => [part, make("wbr")]);
+
 export const button = (words, click, attributes = { class: "button" }) =>
   make("button", { type: "button", click, ...attributes }, words);
 

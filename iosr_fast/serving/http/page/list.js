@@ -1,6 +1,6 @@
 // The list of pictures with their answers: radio buttons, of which one is selected and shown in full.
 
-import { complain, count, find, make, percent, span } from "./dom.js";
+import { breakable, complain, count, find, make, percent, span } from "./dom.js";
 import { classify, isOutdated } from "./queue.js";
 import { naming, verdict } from "./result.js";
 
@@ -69,8 +69,8 @@ export function update(changed) {
     row.classList.toggle("bad", Boolean(error));
     row.replaceChildren(
       thumbnail ?? span("missing"),
-      span("file quiet", [name, ...(notes ?? [])].join(", ")),
-      span("name", prediction ? naming(prediction) : (error ?? "waiting")),
+      span("file quiet", ...breakable([name, ...(notes ?? [])].join(", "))),
+      span("name", ...breakable(prediction ? naming(prediction) : (error ?? "waiting"))),
       span("probability", prediction ? percent(prediction.probability) : ""),
     );
   }

@@ -87,7 +87,9 @@ async function send(batch) {
       most = size = items.length >> 1; // Too large, or too slow.
       waiting.unshift(...items);
     } else {
-      for (const item of items) settle(item, { error: error.message, failed: true });
+      const others = error.status === 401 ? waiting.splice(0) : []; // The user has no token: it is asked for once.
+      batch.push(...others);
+      for (const item of [...items, ...others]) settle(item, { error: error.message, failed: true });
     }
   }
 }

@@ -1,7 +1,7 @@
 // The result of one picture: label, bars in parts, numbers, nearest examples.
 
 import { pictureAddress } from "./api.js";
-import { count, find, make, percent, quoted, signed, span } from "./dom.js";
+import { breakable, count, find, make, percent, quoted, signed, span } from "./dom.js";
 
 const UNSURE = 0.5; // A less probable label is more likely wrong than right.
 const START = 0.1; // Length of the shortest part of a bar, as a share of the range of that part.
@@ -50,7 +50,7 @@ function bar(lengths, parts) {
 function bars(top, parts, classCount) {
   const lengths = barLengths(top, parts);
   const rows = top.map(({ label, probability }, i) =>
-    make("li", {}, span("name", label), bar(lengths[i], parts), span("probability", percent(probability))),
+    make("li", {}, span("name", ...breakable(label)), bar(lengths[i], parts), span("probability", percent(probability))),
   );
   if (classCount > top.length) {
     const rest = Math.max(0, 1 - top.reduce((sum, score) => sum + score.probability, 0));
@@ -66,7 +66,7 @@ function numbers(top, parts) {
   const rows = top.map((score) => {
     const values = [...parts.map(([, part]) => part(score)), score.logit];
     const cells = values.map((value) => make("td", { class: "number" }, signed(value)));
-    return make("tr", {}, make("th", { scope: "row" }, score.label), ...cells);
+    return make("tr", {}, make("th", { scope: "row" }, ...breakable(score.label)), ...cells);
   });
   return [make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)];
 }
@@ -105,7 +105,7 @@ const described = ({ label, probability }) => `${quoted(label)}, ${percent(proba
 
 function heading({ name, prediction, error, busy, before }) {
   if (error) {
-    return [make("p", { class: "label bad" }, "Not classified"), make("p", { class: "bad" }, `${name}: ${error}`)];
+    return [make("p", { class: "label bad" }, "Not classified"), make("p", { class: "bad" }, ...breakable(`${name}: ${error}`))];
   }
   if (!prediction) return [make("p", { class: "label quiet" }, "Classifying\u2026")];
   const lines = VERDICTS[verdict(prediction)](prediction);

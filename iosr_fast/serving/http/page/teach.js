@@ -1,6 +1,5 @@
 // The forms that teach a class: "Add a class", from examples; under an answer "It is", which confirms or corrects it.
 
-import { token } from "./api.js";
 import { named, teach } from "./classes.js";
 import { count, find, onSubmit, quoted, removable } from "./dom.js";
 import { shown } from "./list.js";
@@ -38,7 +37,6 @@ async function addClass() {
   const files = examples.map(({ file }) => file);
   if (!(await teach(find("new-name").value.trim(), files))) return;
   find("teach").reset();
-  find("token").value = token.get();
   examples = [];
   draw();
 }
@@ -70,8 +68,6 @@ async function correct() {
 }
 
 export function setUp() {
-  find("token").value = token.get();
-  find("token").addEventListener("input", ({ target }) => token.set(target.value));
   find("new-name").addEventListener("input", ({ target }) =>
     target.setCustomValidity(named(target.value.trim()) ? "Another class has this name." : ""),
   );
