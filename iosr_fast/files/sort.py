@@ -28,9 +28,7 @@ def check_sort(folder: Path, places: Sequence[str], paths: Iterable[str]) -> Non
     check_writable(folder if folder.exists() else folder.absolute().parent, folder)
     within = any(folder.resolve().is_relative_to(Path(place).resolve()) for place in places)
     if within or any(picture_of(path) != path for path in paths):
-        raise IosrFastError(
-            f"expected whole images, no boxes, and with --sort a folder outside of theirs, got {folder}"
-        )
+        raise IosrFastError(f"expected whole images, no boxes, and a --sort outside of their folders, got {folder}")
 
 
 def class_folders(head: Head) -> dict[str, str]:
@@ -63,9 +61,7 @@ def sort_images(rows: Iterable[Labelled], folder: Path, places: Sequence[str], h
         target = folder / (folders[row.label] if row.accepted else LOOK) / os.path.relpath(path, base)
         twice = targets.setdefault(target, path) != path
         if twice or (os.path.lexists(target) and not filecmp.cmp(path, target, shallow=False)):
-            raise IosrFastError(
-                f"expected no other image at {target}, got one; nothing was sorted: take another folder"
-            )
+            raise IosrFastError(f"expected no other image at {target}, got one, and sorted none: take another folder")
     new = {target: path for target, path in targets.items() if not os.path.lexists(target)}
     for target in (folder / LIST, *new):
         target.parent.mkdir(parents=True, exist_ok=True)

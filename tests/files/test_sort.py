@@ -68,7 +68,7 @@ def test_accepted_images_are_in_class_folders_and_a_list_undoes_it(
     [
         (["in", "--sort", "sorted"], "expected --max-error, and .csv or .parquet"),
         (["in", *PROMISE, "sorted", "--out", "parts"], "expected --max-error, and .csv or .parquet"),
-        (["in", *PROMISE, "in/sorted"], "a folder outside of theirs"),
+        (["in", *PROMISE, "in/sorted"], "a --sort outside of their folders"),
         (["boxes.csv", *PROMISE, "sorted"], "expected whole images, no boxes"),
         (["in", *PROMISE, "none/sorted"], "expected a folder to write"),
     ],
