@@ -136,5 +136,5 @@ def test_other_pictures_interfaces_hosts_and_users_are_refused(project: Project)
         assert project.client.post("/predict", json=body).status_code == 422, place
     assert "expected a labelling interface" in project.client.post("/setup", json={"schema": "<View/>"}).text
     assert project.client.get("/health", headers={"host": "evil.example"}).status_code == 400
-    closed = TestClient(make_app(project.backend, "user:word"), base_url="http://backend")
+    closed = TestClient(make_app(project.backend, "Basic dXNlcjp3b3Jk"), base_url="http://backend")
     assert [closed.get("/health", auth=("user", word)).status_code for word in ("", "other", "word")] == [401, 401, 200]

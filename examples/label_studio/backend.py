@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import sqlite3
-from base64 import b64encode
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -37,7 +36,8 @@ class Backend:
     """
 
     def __init__(self, bundle: Path, root: Path, model: str | None = None, max_error: float = 0.05) -> None:
-        self.bundle, self.root, self.max_error, self.lock = bundle, root.resolve(), max_error, Lock()
+        self.bundle, self.root, self.max_error = bundle, root.resolve(), max_error
+        self.lock = Lock()
         self.db = sqlite3.connect(f"{bundle}.labels.db", isolation_level=None, check_same_thread=False)
         self.db.row_factory = lambda _, row: row[0] if len(row) == 1 else row
         self.db.execute("CREATE TABLE IF NOT EXISTS annotations(id UNIQUE, picture, label)")
@@ -56,7 +56,8 @@ class Backend:
         name, image, key, _ = _choices(body["label_config"])
         version = self.setup({"schema": body["label_config"]})
         least = self.classifier.automation().smallest if self.bundle.exists() else 1.0
-        promise, results = self.max_error if least <= self.max_error else None, list[Json]()
+        promise = self.max_error if least <= self.max_error else None
+        results = list[Json]()
         for path in [self.root / self._picture(task, key) for task in body["tasks"]]:
             results.append({**version, "score": 0.0, "result": []})  # of what can't be read, and before the first fit
             try:
@@ -97,9 +98,10 @@ class Backend:
             delete = "DELETE FROM annotations WHERE id = ? RETURNING picture"
             return [picture for one in event["annotations"] for picture in self.db.execute(delete, [one["id"]])]
         name, _, key, _ = _choices(event["project"]["label_config"])
-        tasks, given = event["task"], event["annotation"]
-        pictures = {task["id"]: self._picture(task, key) for task in (tasks if isinstance(tasks, list) else [tasks])}
-        for one in given if isinstance(given, list) else [given]:
+        several = isinstance(event["task"], list)
+        tasks = event["task"] if several else [event["task"]]
+        pictures = {task["id"]: self._picture(task, key) for task in tasks}
+        for one in event["annotation"] if several else [event["annotation"]]:
             regions = [region["value"] for region in one["result"] if region["from_name"] == name]
             labels = [] if one["was_cancelled"] else [label for value in regions for label in value["choices"]]
             if len(labels) > 1:
@@ -146,12 +148,12 @@ def _choices(config: str) -> tuple[str, str, str, set[str]]:
     raise IosrFastError("expected a labelling interface with <Choices> for an <Image>, got another one")
 
 
-def make_app(backend: Backend, secret: str = "") -> FastAPI:
-    """The protocol of label-studio-ml-backend; with a `secret`, USER:PASSWORD, for more than this machine."""
+def make_app(backend: Backend, authorization: str = "") -> FastAPI:
+    """The protocol of label-studio-ml-backend, for this machine, or for all that send this header."""
 
     def check(request: Request) -> Any:
-        given = request.headers.get("authorization", "").removeprefix("Basic ")
-        if secret and not secrets.compare_digest(given.encode(), b64encode(secret.encode())):
+        given = request.headers.get("authorization", "")
+        if authorization and not secrets.compare_digest(given.encode(), authorization.encode()):
             raise HTTPException(401, headers={"WWW-Authenticate": "Basic"})
         try:
             yield
@@ -160,7 +162,7 @@ def make_app(backend: Backend, secret: str = "") -> FastAPI:
             raise HTTPException(422, str(error)) from error
 
     app = FastAPI(dependencies=[Depends(check)], openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if secret else LOOPBACK)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if authorization else LOOPBACK)
     app.get("/health")(lambda: {"status": "UP", "model_class": "iosr_fast"})
     app.get("/suggest")(backend.suggest)
     for route in (backend.setup, backend.predict, backend.webhook):
@@ -170,11 +172,10 @@ def make_app(backend: Backend, secret: str = "") -> FastAPI:
 
 def main(bundle: Path, root: Path, model: str = "", max_error: float = 0.05, port: int = 9090) -> None:
     """Serve BUNDLE, or a classifier of --model that is fitted to the first annotations, for pictures below ROOT: on the
-    loopback, or with BASIC_AUTH_USER and BASIC_AUTH_PASS in the environment on all addresses."""
-    user, password = os.environ.get("BASIC_AUTH_USER"), os.environ.get("BASIC_AUTH_PASS")
-    secret = f"{user}:{password}" if user and password else ""
-    app = make_app(Backend(bundle, root, model or None, max_error), secret)
-    uvicorn.run(app, host="0.0.0.0" if secret else LOOPBACK[0], port=port)
+    loopback, or on all addresses for requests with the header AUTHORIZATION of the environment."""
+    authorization = os.environ.get("AUTHORIZATION", "")
+    app = make_app(Backend(bundle, root, model or None, max_error), authorization)
+    uvicorn.run(app, host="0.0.0.0" if authorization else LOOPBACK[0], port=port)
 
 
 if __name__ == "__main__":

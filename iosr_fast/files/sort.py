@@ -19,7 +19,8 @@ from iosr_fast.sealed.files import new_file
 from iosr_fast.sealed.outputs import check_writable
 from iosr_fast.utils.csv_text import line_writer
 
-LOOK, LIST = "look", "sorted.csv"
+LOOK = "look"
+LIST = "sorted.csv"
 _UNSAFE = re.compile(r'[%/\\:*?"<>|]|^[.=+@-]|[. ]\Z')  # on some system, or first in a cell of a spreadsheet
 
 
@@ -35,7 +36,8 @@ def class_folders(head: Head) -> dict[str, str]:
     """The folder of each class and node, below those above it: its name, percent-encoded where no folder can have it or
     another one differs in case alone. urllib.parse.unquote gives the name."""
     paths = [(*head.tree.path_of(node), name) for node, name in enumerate(head.node_names)]
-    folders, taken = dict[str, str](), {LOOK, LIST}
+    folders = dict[str, str]()
+    taken = {LOOK, LIST}
     for name in dict.fromkeys(chain.from_iterable(paths)):
         folder = _encoded(_UNSAFE, name)
         if folder.casefold() in taken:
