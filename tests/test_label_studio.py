@@ -14,7 +14,6 @@ from examples.label_studio.backend import LOCAL, Backend, make_app
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 
-sdk = pytest.importorskip("label_studio_sdk.label_interface", reason="label-studio-sdk is not installed")
 CLASSES, EACH = 20, 5
 CONFIG = '<View><Image name="img" value="$photo"/><Choices name="kind" toName="img">{}</Choices></View>'
 
@@ -23,6 +22,7 @@ class Project:
     """100 tasks of a project with pictures of the demo; `truth` has their labels."""
 
     def __init__(self, folder: Path) -> None:
+        sdk = pytest.importorskip("label_studio_sdk.label_interface", reason="label-studio-sdk is not installed")
         pictures = load_pictures("held-out", min_styles=EACH + 1)
         chosen = np.linspace(0, len(pictures.names) - 1, CLASSES).astype(int)
         rows = np.concatenate([np.flatnonzero(pictures.concepts == concept)[:EACH] for concept in chosen])
@@ -62,14 +62,16 @@ class Project:
             body = {"annotations": [{"id": 1000 + i}]}
         self.post("/webhook", action=action, project={"id": 1, "label_config": self.config}, **body)
 
-    def predict(self, tasks: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Which predictions are right, and the scores."""
-        results = self.post("/predict", tasks=[*map(self.task, tasks)], label_config=self.config, project="1.1")[
-            "results"
-        ]
+    def predict(self, tasks: list[int]) -> list[Any]:
+        body = {"tasks": [*map(self.task, tasks)], "label_config": self.config, "project": "1.1"}
+        results = self.post("/predict", **body)["results"]
         assert [self.interface.validate_prediction(one, return_errors=True) for one in results] == [[]] * len(tasks)
-        labels = [one["result"][0]["value"]["choices"][0] for one in results]
-        return np.array([self.truth[i] for i in tasks]) == labels, np.array([one["score"] for one in results])
+        return results
+
+    def right(self, tasks: list[int]) -> int:
+        """How many predictions are."""
+        results = zip(tasks, self.predict(tasks), strict=True)
+        return sum(one["result"][0]["value"]["choices"] == [self.truth[i]] for i, one in results)
 
     def examples(self) -> dict[str, int]:
         return {one.name: one.examples for one in self.backend.classifier.classes()}
@@ -89,21 +91,22 @@ def test_corrected_tasks_make_the_labels_of_others_better(project: Project) -> N
     classifier.save(project.folder / "bundle")
     project.start()
     assert project.post("/setup", project="1.1", schema=project.config) == {"model_version": "bundle 1"}
-    right, scores = project.predict(rest)
-    unsure = np.argsort(scores)[:20].tolist()  # as uncertainty sampling shows them
-    for i in (rest[place] for place in unsure):
+    scores = {i: one["score"] for i, one in zip(rest, project.predict(rest), strict=True)}
+    unsure = sorted(rest, key=scores.__getitem__)[:20]  # as uncertainty sampling shows them
+    others = sorted({*rest} - {*unsure})
+    before = project.right(others)
+    for i in unsure:
         project.event("ANNOTATION_CREATED", i)
         project.event("ANNOTATION_CREATED", i)  # by another webhook
     assert project.backend.classifier.version == 21
-    after, _ = project.predict(np.delete(rest, unsure).tolist())
-    assert after.sum() >= np.delete(right, unsure).sum() + 3
+    assert project.right(others) >= before + 3
 
 
 @pytest.mark.slow
 def test_a_project_is_followed_from_its_first_annotations(project: Project) -> None:
     a, b, c = project.truth[: 3 * EACH : EACH]
     project.start()
-    assert project.post("/predict", tasks=[project.task(0)], label_config=project.config)["results"][0]["result"] == []
+    assert [one["result"] for one in project.predict([0])] == [[]]
     for i in (0, 1, 2, EACH):
         project.event("ANNOTATION_CREATED", i)
     project.event("ANNOTATIONS_CREATED", 2 * EACH)
@@ -123,6 +126,14 @@ def test_a_project_is_followed_from_its_first_annotations(project: Project) -> N
     before = project.backend.classifier.version
     project.post("/webhook", action="START_TRAINING", project={"id": 1, "label_config": project.config})
     assert project.backend.classifier.version == before + 1
+
+    for i in range(50):
+        project.event("ANNOTATION_CREATED", i)
+    project.backend.max_error = 0.5
+    answers = project.backend.classifier.explain([project.photos / f"{i}.png" for i in range(100)], max_error=0.5)
+    words = [["accepted"] if one.accepted else ["needs a look"] for one in answers]
+    assert 0 < words.count(["accepted"]) < 100
+    assert [one["result"][0]["meta"]["text"] for one in project.predict([*range(100)])] == words
 
 
 def test_other_pictures_interfaces_hosts_and_users_are_refused(project: Project) -> None:

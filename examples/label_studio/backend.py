@@ -111,20 +111,23 @@ class Backend:
         return [*pictures.values()]
 
     def _follow(self, pictures: list[str]) -> None:
-        """Make pictures support images of their class, or of none; the first fit is when two classes are annotated."""
+        """Make pictures support images of their class, or of none; a warning says why not."""
         with self.lock:
             labels = dict(self.db.execute("SELECT picture, label FROM annotations ORDER BY rowid"))  # the last counts
             known = {self.root / picture: label for picture, label in labels.items() if label}
-            if not self.bundle.exists() and len(set(known.values())) > 1:
-                self.classifier.fit([*known], [*known.values()]).save(self.bundle)
-                self.classifier.open_log(f"{self.bundle}.changes.db")
-            for path in [self.root / picture for picture in pictures if self.bundle.exists()]:
+            for path in [self.root / picture for picture in pictures]:
                 try:
-                    self._move(path, known.get(path))
+                    self._move(path, known) if self.bundle.exists() else self._fit(known)
                 except (ValueError, OSError) as error:  # a restart tries again
                     log.warning("%s: %s", path, error)
 
-    def _move(self, path: Path, label: str | None) -> None:
+    def _fit(self, known: dict[Path, str]) -> None:
+        if len(set(known.values())) > 1:
+            self.classifier.fit([*known], [*known.values()]).save(self.bundle)
+            self.classifier.open_log(f"{self.bundle}.changes.db")
+
+    def _move(self, path: Path, known: dict[Path, str]) -> None:
+        label = known.get(path)
         [answer] = self.classifier.explain([path], 1, nearest=1)
         held = {one.label: one.example_id for one in answer.nearest if one.similarity > SAME}
         for other in held.keys() - {label}:
@@ -133,8 +136,8 @@ class Backend:
             else:
                 self.classifier.remove_class(other)
         if label and label not in held:
-            known = label in [one.name for one in self.classifier.classes()]
-            (self.classifier.add_examples if known else self.classifier.add_class)(label, [path])
+            classes = [one.name for one in self.classifier.classes()]
+            (self.classifier.add_examples if label in classes else self.classifier.add_class)(label, [path])
 
 
 def _choices(config: str) -> tuple[str, str, str, set[str]]:
@@ -171,8 +174,7 @@ def make_app(backend: Backend, authorization: str = "") -> FastAPI:
 
 
 def main(bundle: Path, root: Path, model: str = "", max_error: float = 0.05, port: int = 9090) -> None:
-    """Serve BUNDLE, or a classifier of --model that is fitted to the first annotations, for pictures below ROOT: on the
-    loopback, or on all addresses for requests with the header AUTHORIZATION of the environment."""
+    """Serve BUNDLE, or a classifier of --model that is fitted to the first annotations, for pictures below ROOT."""
     authorization = os.environ.get("AUTHORIZATION", "")
     app = make_app(Backend(bundle, root, model or None, max_error), authorization)
     uvicorn.run(app, host="0.0.0.0" if authorization else LOOPBACK[0], port=port)
