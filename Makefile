@@ -60,7 +60,7 @@ serve: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy iosr_fast
+	$(BIN)/mypy iosr_fast examples
 	$(BIN)/lint-imports --no-logo
 
 # Containers and workflows cannot run everywhere; their linters can, in an environment of their own.

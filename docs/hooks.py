@@ -14,7 +14,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/*/*.png", "benchmarks/*/*.json"]
+PAGES = ["CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/*/README.md"]
+OUTSIDE = [*PAGES, "benchmarks/*/*.png", "benchmarks/*/*.json"]
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:

@@ -35,6 +35,10 @@ def classify(
         float | None,
         option("Accept labels of which at most this share, like 1%, is wrong.", metavar="SHARE", parser=as_share),
     ] = None,
+    sort: Annotated[
+        Path | None,
+        option("Link accepted images below class folders of this folder, the others below look/.", metavar="FOLDER"),
+    ] = None,
     root: shared.Root = None,
     min_confidence: shared.MinConfidence = None,
     category: shared.Category = None,
@@ -50,6 +54,10 @@ def classify(
     file, where an interrupted run resumes; with --html alone a page instead of the rows. --max-error adds the column
     accepted, and the page shows the images whose label is not accepted. Where the classifier has a tree it also adds
     level, 0 for a class, 1 for the deepest nodes, and label_path, and the label may be such a node.
+
+    With --sort the images are also hard links, or copies on another file system, in FOLDER: those with an accepted
+    label below CLASS/, the others below look/, each with its path in the input. Nothing is moved or replaced, and
+    sorted.csv there lists what was made. The rows are printed only with --out.
 
     A detector file (JSON of MegaDetector, COCO or Label Studio) stands for its boxes. With --out of .json it is written
     with a class for each: MegaDetector's get classifications, the --top best; COCO's the category_id and score (the
@@ -67,7 +75,7 @@ def classify(
     if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
     abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep, max_error)
-    head = head_in(classifier, ray=ray)
+    head = head_in(classifier, ray=ray, sort=sort)
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:
         raise IosrFastError(
@@ -77,6 +85,8 @@ def classify(
     if form == "parts" and (joint or html is not None):
         given = "--joint" if joint else "--html"
         raise IosrFastError(f"expected a file for --out with {given}, got the folder {out}; use .csv or .parquet")
+    if sort is not None and (max_error is None or form not in ("csv", "parquet")):
+        raise IosrFastError("expected --max-error, and .csv or .parquet if --out is given, with --sort")
     boxes = Selection(root, min_confidence, tuple(category or ()))
     is_one = len(images) == 1 and is_detector_file(images[0])
     if form == "json" and (head or html or unknown_label != UNKNOWN_LABEL or not is_one):
@@ -89,13 +99,14 @@ def classify(
     from iosr_fast.files.detections import DetectionsTable
     from iosr_fast.files.embedding_files import read_rows
     from iosr_fast.files.run import check_out, run
+    from iosr_fast.files.sort import check_sort, sort_images
     from iosr_fast.files.source import read_source
     from iosr_fast.files.stream import ReadOptions
     from iosr_fast.files.tables import read_table
     from iosr_fast.files.work import Classify
     from iosr_fast.reports.predictions_report import predictions_page
 
-    text: TextIO = output(sys.stdout) if html is None else StringIO()
+    text: TextIO = output(sys.stdout) if html is None and sort is None else StringIO()
     with resumable(None if joint else out):
         if out is not None:
             check_out(out)
@@ -105,6 +116,8 @@ def classify(
         detections = DetectionsTable.of(images[0], boxes, top) if form == "json" else None
         work = Classify(str(classifier), form, top, abstention, joint, detections)
         work.check(single_label=html is not None)
+        if sort is not None:
+            check_sort(sort, images, source.paths)
         counts = run(work, source, out or text, ReadOptions(batch, runtime, threads, skip_bad), chunk, pool)
     kind = "boxes" if all(map(is_detector_file, images)) else "images"
     note_counts(out, counts, kind)
@@ -122,3 +135,7 @@ def classify(
         write_new(html, predictions_page(rows, title, counts.errors, abstention.label, upright, classes))
     if counts.errors == counts.images:
         raise IosrFastError("none of the images could be read")
+    if sort is not None:
+        text.seek(0)
+        rows = read_table(text if out is None else out)
+        note(sort_images(rows, sort, images, work.head.require_single_label("--sort")))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from configparser import RawConfigParser
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 from packaging.requirements import Requirement
 from sybil import Document as Parsed
 from sybil import Example, Region
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from typer.core import TyperGroup
 
+from iosr_fast.serving.http import metrics
 from tests import ROOT
 from tests.cli.runs import done
 
@@ -57,6 +62,8 @@ class Document:
         elif kind in SHELL:
             for line in shell_lines(text, kind):
                 self._shell(line)
+        elif kind in ("ini", "yaml"):
+            check_configuration(text, kind)
         else:
             assert kind in OUTPUT, f"line {block.line}: expected python or one of {SHELL + OUTPUT}, got {kind!r}"
 
@@ -133,6 +140,16 @@ def check_requirements(words: list[str]) -> None:
         path, _, extras = word.partition("[")
         if path in (".", "iosr_fast", "dist/*.whl") and extras:
             assert Requirement(f"iosr_fast[{extras}").extras <= known, f"{word}: expected extras of {sorted(known)}"
+
+
+def check_configuration(text: str, kind: str) -> None:
+    """A unit or YAML parses, and names options of `iosr-fast serve` and metrics of the server that exist."""
+    parse: Any = yaml.safe_load if kind == "yaml" else RawConfigParser().read_string
+    parse(text)
+    options = chain(*re.findall(r"(--[\w-]+)[ ,]+([^\s,\]]+)", text))
+    check_options(["iosr-fast", "serve", "my-classifier", *options])
+    for name in re.findall(r"iosr_fast_(\w+?)(?:_total|_count|_bucket)?\b", text):
+        assert f'"{name}"' in inspect.getsource(metrics), f"expected a metric of the server, got iosr_fast_{name}"
 
 
 def check_options(words: list[str]) -> None:

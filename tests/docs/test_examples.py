@@ -55,7 +55,10 @@ def test_a_page_names_clips_that_can_be_downloaded(path: Path) -> None:
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ("```yaml\na: 1\n```", "expected python or one of"),
+        ("```rust\na: 1\n```", "expected python or one of"),
+        ("```yaml\na: [\n```", "expected the node content"),
+        ("```yaml\nexpr: iosr_fast_nothing_total > 1\n```", "got iosr_fast_nothing"),
+        ("```ini\n[Service]\nExecStart=iosr-fast serve x --copies 2\n```", "No such option: --copies"),
         ("```python\nassert 1 == 2, 'unequal'\n```", "unequal"),
         ("```sh\nfalse\n```", "false"),
         ("```sh\npip install '.[nothing]'\n```", "expected extras of"),

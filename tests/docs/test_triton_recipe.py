@@ -1,4 +1,4 @@
-"""The recipe for Triton Inference Server on the page about production, against a stand-in of its Python backend."""
+"""The recipe for Triton Inference Server on the page of recipes, against a stand-in of its Python backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tests import ROOT
 from tests.docs.documents import blocks
 from tests.docs.place import users_place
 from tests.docs.triton_python_backend_utils import InferenceRequest, InferenceResponse, Tensor
-from tests.interpreter import printed
 
 pytestmark = pytest.mark.slow
 
@@ -27,14 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="module")
-def recipe() -> str:
-    (found,) = [block.parsed for block in blocks(ROOT / "docs/production.md") if "TritonPythonModel" in block.parsed]
-    return str(found)
-
-
 @pytest.fixture
-def model(folder: Path, recipe: str) -> Any:
+def model(folder: Path) -> Any:
+    (recipe,) = [block.parsed for block in blocks(ROOT / "docs/recipes.md") if "TritonPythonModel" in block.parsed]
     names: dict[str, Any] = {}
     exec(recipe, names)
     model = names["TritonPythonModel"]()
@@ -68,17 +62,3 @@ def test_an_unreadable_image_fails_its_own_request_alone(folder: Path, model: An
     first, bad, last = model.execute([request(good), request(b"no picture"), request(good)])
     assert "image" in bad.error.message()
     assert outputs(first)["LABEL"].tolist() == outputs(last)["LABEL"].tolist()
-
-
-def test_the_model_needs_no_pytorch(folder: Path, recipe: str) -> None:
-    parameters = json.dumps({"parameters": {"classifier": {"string_value": str(folder / "my-classifier")}}})
-    code = (
-        "import sys\nfrom tests.docs import triton_python_backend_utils as stub\n"
-        f"sys.modules.update(torch=None, triton_python_backend_utils=stub)\n{recipe}\n"
-        f"TritonPythonModel().initialize({{'model_config': {parameters!r}}})"
-    )
-    printed(code)
-
-
-def test_the_recipe_is_short(recipe: str) -> None:
-    assert len(recipe.splitlines()) <= 30

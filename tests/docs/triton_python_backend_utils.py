@@ -1,4 +1,4 @@
-"""What Triton Inference Server's Python backend gives to a model.py, as far as the recipe of production.md uses it."""
+"""What Triton Inference Server's Python backend gives to a model.py, as far as the recipe of recipes.md uses it."""
 
 from __future__ import annotations
 

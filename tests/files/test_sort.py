@@ -1,0 +1,82 @@
+"""iosr-fast classify --sort: what stands in which folder, and that nothing else changes."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from iosr_fast import Classifier
+from iosr_fast.files.sort import class_folders
+from tests.files.runs import classify, done, refused
+from tests.store.live_parts import with_tree
+
+PROMISE = ("--max-error", "50%", "--sort")
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_class_has_a_folder_whose_name_gives_the_class() -> None:
+    names = ["a/b", "..", ".hidden", "look", "Look", "sorted.csv", "cat", "Cat", "CAT", "x.", "=1", "C:", "%41", "Ä 2"]
+    folders = class_folders(Classifier("demo", method="zero-shot").fit(class_names=names).snapshot())
+    assert [unquote(folder) for folder in folders.values()] == [*folders] == names
+    assert len({folder.casefold() for folder in folders.values()} | {"look", "sorted.csv"}) == len(names) + 2
+    assert {folder for folder in folders.values() if Path("a", folder).resolve().parent != Path("a").resolve()} == set()
+    assert [folders[name] for name in ("cat", "Ä 2", "Cat", "a/b")] == ["cat", "Ä 2", "%43%61%74", "a%2Fb"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["linked", "copied", "tree"])
+def test_accepted_images_are_in_class_folders_and_a_list_undoes_it(
+    way: str, bundle: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, folder, before = Classifier.load(bundle, threads=1), tmp_path / "sorted", held(tmp_path / "in")
+    if way == "tree":
+        with_tree(classifier, [(f"<{c // 4}>", f"pair {c // 2}") for c in range(8)]).save(bundle := tmp_path / "saved")
+    if way == "copied":
+        monkeypatch.setattr(os, "link", lambda *_: os.readlink("/"))  # an OSError
+    expected = {}
+    for path, answer in zip(pictures, classifier.explain(pictures, max_error=0.5), strict=True):
+        names = (*answer.path, answer.label) if way == "tree" else (answer.label,)
+        place = "/".join(names).replace("<", "%3C").replace(">", "%3E") if answer.accepted else "look"
+        expected[f"{place}/{path.relative_to(tmp_path / 'in')}"] = path
+    assert "sorted 30 images into" in done(classify(bundle, tmp_path / "in", *PROMISE, folder))
+    once = held(folder)
+    assert once == {target: path.read_bytes() for target, path in expected.items()} | {"sorted.csv": once["sorted.csv"]}
+    assert [os.path.samefile(folder / target, path) for target, path in expected.items()] == [way != "copied"] * 30
+    said = done(classify(bundle, tmp_path / "in", *PROMISE, folder, "--out", tmp_path / "labels.parquet"))
+    assert "sorted 0 images" in said and "30 were there" in said and held(folder) == once
+
+    with (folder / "sorted.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["target"], Path(row["source"])) for row in rows] == [*expected.items()]
+    for row in rows:
+        (folder / row["target"]).unlink()
+    assert [*held(folder)] == ["sorted.csv"] and held(tmp_path / "in") == before
+    (mine := folder / rows[-1]["target"]).write_bytes(b"mine")
+    assert f"expected no other image at {mine}" in refused(classify(bundle, tmp_path / "in", *PROMISE, folder))
+    assert held(folder) == {"sorted.csv": once["sorted.csv"], rows[-1]["target"]: b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["in", "--sort", "sorted"], "expected --max-error, and .csv or .parquet"),
+        (["in", *PROMISE, "sorted", "--out", "parts"], "expected --max-error, and .csv or .parquet"),
+        (["in", *PROMISE, "in/sorted"], "a --sort outside of their folders"),
+        (["boxes.csv", *PROMISE, "sorted"], "expected whole images, no boxes"),
+        (["in", *PROMISE, "none/sorted"], "expected a folder to write"),
+    ],
+)
+def test_wrong_options_are_refused_before_an_image_is_read(
+    words: list[str], message: str, bundle: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("boxes.csv").write_text("path,x,y,width,height\nin/c0/0000.png,0,0,8,8\n")
+    before = held(tmp_path)
+    assert message in refused(classify(bundle, *words)) and held(tmp_path) == before
