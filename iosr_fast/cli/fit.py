@@ -108,6 +108,6 @@ def _summary(classifier: Classifier, out: Path) -> list[str]:
     log.info("%s", ", ".join([f"reducer {classifier.reducer_}", *parameters]))
     counts = f"{len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images"
     lines = [*classifier.snapshot().summary().split("\n"), f"{out}: {counts}, {classifier.method_}"]
-    if (tuned := classifier.tuned_) is not None and tuned.shares:
+    if (tuned := classifier.tuned_) is not None and max(tuned.shares.values(), default=1.0) < 1.0:
         lines.append(f"shares of the logits: {describe_shares(tuned.shares)}")
     return lines + (classifier.engine_choice_.lines() if classifier.engine_choice_ is not None else [])
