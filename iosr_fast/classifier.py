@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.engine_folder import EnginePrecision, Runtime
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.evaluate import evaluate_images
@@ -18,6 +19,7 @@ from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstentio
 from iosr_fast.head.answering import Answering, FittedAttribute
 from iosr_fast.head.class_tree import Parents, read_parents
 from iosr_fast.head.descriptions import read_descriptions
+from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.fit import fit, warn_of_look_alikes
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import ClassInfo
@@ -29,7 +31,9 @@ from iosr_fast.head.quality import Evaluation
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE
-from iosr_fast.methods.tune import TUNE_SECONDS
+from iosr_fast.methods.multi_label_set import MultiLabelSet
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tune import TUNE_SECONDS, Options
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.sealed.verified_folder import VerifiedFolder
@@ -149,8 +153,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         pretrained: str | Path | None = None,
         adapter: str | Path | None = "auto",
         *,
-        runtime: str = "auto",
-        precision: str = "fp32",
+        runtime: Literal["auto"] | Runtime = "auto",
+        precision: Literal["auto"] | EnginePrecision = "fp32",
         engine: str | Path | None = None,
         method: str = "auto",
         reducer: str | None = None,
@@ -183,15 +187,16 @@ class Classifier(Answering[Fit], Changing, Estimator):
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
         self.margin, self.skip_bad, self.progress = margin, skip_bad, progress
         self._given_clip: tuple[dict[str, Any], OpenedModel] | None = None
+        Options.of(self.get_params())  # refuses what no fit takes
 
-    support_ = FittedAttribute(lambda fit: fit.head.support)
+    support_ = FittedAttribute[SupportSet | MultiLabelSet](lambda fit: fit.head.support)
     multi_label_ = FittedAttribute(lambda fit: fit.head if isinstance(fit.head, MultiLabelHead) else None)
-    key_precision_ = FittedAttribute(lambda fit: fit.head.config.key_precision)
-    skipped_ = FittedAttribute(lambda fit: [error.where for error in fit.skipped])
-    engine_ = FittedAttribute(lambda fit: fit.clip.engine)
-    engine_choice_ = FittedAttribute(lambda fit: fit.engine_choice)
-    exif_orientation_ = FittedAttribute(lambda fit: fit.settings.exif_orientation)
-    version = FittedAttribute(lambda fit: fit.head.version)
+    key_precision_ = FittedAttribute[Precision](lambda fit: fit.head.config.key_precision)
+    skipped_ = FittedAttribute[list[str]](lambda fit: [error.where for error in fit.skipped])
+    engine_ = FittedAttribute[Path](lambda fit: fit.clip.engine)
+    engine_choice_ = FittedAttribute[EngineChoice | None](lambda fit: fit.engine_choice)
+    exif_orientation_ = FittedAttribute[bool](lambda fit: fit.settings.exif_orientation)
+    version = FittedAttribute[int](lambda fit: fit.head.version)
 
     @property
     def _fit(self) -> Fit | None:  # which a copy shares (Estimator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,11 @@ def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -
     accuracy = fresh.score(queries, truth)
     assert accuracy > (0.4 if METHODS[method].needs_support else 1.5 / CLASSES)
     assert accuracy == np.mean(fresh.predict(queries) == np.array(names)[truth])
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_script_that_type_checkers_read_runs(folder: Path) -> None:
+    runpy.run_path(f"{ROOT}/examples/tour.py")["main"](folder, next(folder.iterdir()), folder.parent)
 
 
 def test_many_images_are_encoded_in_chunks(fresh: Classifier, pictures) -> None:

@@ -41,9 +41,7 @@ def load_tokenizer(name: str, config: Mapping[str, Any]) -> Any:
     options = dict(text.get("tokenizer_kwargs") or {})
     length, source, mode = text.get("context_length", 77), text.get("hf_tokenizer_name"), text.get("tokenizer_mode")
     if not source:
-        if name.startswith(("hf-hub:", "local-dir:")):
-            return open_clip.SimpleTokenizer(context_length=length, **options)
-        return open_clip.get_tokenizer(name)
+        return open_clip.SimpleTokenizer(context_length=length, **options)
     if name.startswith("local-dir:"):
         source = name.removeprefix("local-dir:")
     model = text.get("hf_model_name")

@@ -82,7 +82,8 @@ def class_texts(
         for text in (name, *texts[-1]):
             if (count := count_tokens(tokenizer, text)) > most:
                 what = f"texts of at most {most} tokens, start and end included"
-                raise IosrFastError(f"this CLIP reads {what}, got {count} tokens: {text[:100]!r}; shorten it")
+                fix = "description" if text in own else 'name, or the prompts (templates=["{}"], --template "{}")'
+                raise IosrFastError(f"this CLIP reads {what}, got {count} tokens: {text[:100]!r}; shorten the {fix}")
             if count == empty:
                 raise IosrFastError(f"expected names and descriptions that the tokenizer does not drop, got {text!r}")
     return texts

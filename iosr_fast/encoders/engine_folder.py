@@ -15,7 +15,7 @@ import platform
 import re
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct
 
@@ -50,7 +50,10 @@ TORCH_FILE = "encoder.safetensors"
 PLANS = "plans"
 _OLD_FILES = ("projections.safetensors",)  # of version 0.2, which nothing reads
 
-RUNTIMES = ("tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "torch")
+Runtime = Literal["tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "torch"]
+EnginePrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]  # the more exact ones first
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+PRECISIONS: tuple[EnginePrecision, ...] = get_args(EnginePrecision)
 ONNX_RUNTIMES = ("openvino", "onnxruntime")  # execute encoder.onnx on a CPU: an engine of one is an engine of the other
 EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "tensorrt-rtx"}  # runtimes with plans, and the extras that install them
 log = logging.getLogger(__name__)
@@ -98,8 +101,8 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     adapter_fingerprint: Fingerprint | None
     first_adapted_block: Natural | None
     bottleneck: Positive | None
-    runtime: Literal["tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch"]
-    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+    runtime: Runtime
+    precision: EnginePrecision
     max_batch: Size
     fingerprint: Fingerprint
     export_version: Positive

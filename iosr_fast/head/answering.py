@@ -15,10 +15,12 @@ from iosr_fast.head.predictions import AnyHead, Prediction, explained, predict_j
 from iosr_fast.head.verdict import Verdict, judge, node_labels, nodes_above
 from iosr_fast.methods.automation import Automation, automation
 from iosr_fast.methods.checks import CheckedPromise, check
+from iosr_fast.methods.config import Evidence
 from iosr_fast.methods.conformal import COVERAGE, Reliability, check_share, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit
-from iosr_fast.methods.unknown import KEEP
+from iosr_fast.methods.unknown import KEEP, Unknown
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.utils.html import Html, element, overview
 from iosr_fast.utils.numbers import check_integer
 
@@ -96,12 +98,12 @@ class Answering(Generic[F]):
         return overview(f"{known}\n{head.summary()}", {"class": head.class_names, "images": head.counts})
 
     classes_ = FittedAttribute[np.ndarray](lambda fitted: fitted.labels)
-    plan_ = FittedAttribute(lambda fitted: fitted.head.plan)
-    method_ = FittedAttribute(lambda fitted: fitted.head.config.method)
-    reducer_ = FittedAttribute(lambda fitted: fitted.head.config.reducer)
-    parameters_ = FittedAttribute(lambda fitted: dict(fitted.head.config.parameters))
-    tuned_ = FittedAttribute(lambda fitted: fitted.head.evidence)
-    unknown_ = FittedAttribute(lambda fitted: fitted.head.require_single_label("unknown_").unknown)
+    plan_ = FittedAttribute[ScoringPlan](lambda fitted: fitted.head.plan)
+    method_ = FittedAttribute[str](lambda fitted: fitted.head.config.method)
+    reducer_ = FittedAttribute[str](lambda fitted: fitted.head.config.reducer)
+    parameters_ = FittedAttribute[dict[str, float]](lambda fitted: dict(fitted.head.config.parameters))
+    tuned_ = FittedAttribute[Evidence | None](lambda fitted: fitted.head.evidence)
+    unknown_ = FittedAttribute[Unknown](lambda fitted: fitted.head.require_single_label("unknown_").unknown)
 
     def snapshot(self) -> AnyHead:
         """The current head, which never changes: all predictions of it are of one version."""

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 import numpy as np
 from msgspec import Meta
 
+from iosr_fast.encoders.engine_folder import PRECISIONS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.paired_tests import lost_and_won, sign_test
 from iosr_fast.sealed.schema import Above0, Name, Natural, Share, Size, Strict, text_of
@@ -16,7 +17,6 @@ from iosr_fast.utils.machine import cpu_model
 
 Objective = Literal["latency", "throughput", "size"]
 Outcome = Literal["chosen", "accepted", "not judged", "rejected", "failed", "left out"]
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # the more exact ones first
 LEAST_COSINE = 0.99
 SIGNIFICANT = 0.15
 LEVEL = 0.05  # candidates whose times differ by at most this share are equally fast

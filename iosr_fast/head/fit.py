@@ -68,6 +68,8 @@ def fit(
     unknown = [] if unknown_images is None else as_image_list(unknown_images)
     check_unknown_images(len(unknown))
     _check_counts(options.config.method, known, known.ids)
+    if str(parameters["pretrained"]) == "none":
+        log.warning("pretrained='none': the weights are random, to measure speed, and the answers mean nothing")
     clip = open_clip()
     _check_model(options.config.method, known.counts(known.ids), clip, settings.templates, texts)
     shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])

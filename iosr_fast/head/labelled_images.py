@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from itertools import count
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.calibration import check_calibration
 from iosr_fast.head.class_tree import paths_of
 from iosr_fast.head.labels import SEPARATOR, class_ids
+from iosr_fast.head.names import spellings
 from iosr_fast.images.crop import listed_paths, picture_of
 from iosr_fast.images.detector_files import Selection, is_detector_file, read_boxes
 from iosr_fast.images.listing import list_folder, list_images
@@ -110,11 +112,27 @@ def labelled_images(
     rows = list(found.values())
     several = any(isinstance(label, frozenset) for _, label, _ in rows)
     sets = [frozenset({label}) if isinstance(label, str) else label for _, label, _ in rows]
+    files = ", ".join(place.name for place in places if place not in of_folders)
+    _ask_about_typos(Counter(chain.from_iterable(sets)), frozenset(called.values()), files)
     labels = sets if several else [label for _, label, _ in rows]
     names = sorted(frozenset().union(*sets))
     used = [parts for parts, name in called.items() if name in names]
     tree = {called[parts[:n]]: called[parts[: n - 1]] for parts in used for n in range(2, len(parts) + 1)}
     return LabelledImages([path for path, _, _ in rows], labels, names, [group for _, _, group in rows], tree)
+
+
+def _ask_about_typos(counts: Mapping[str, int], in_folders: Collection[str], files: str) -> None:
+    """Ask about classes that `files` alone name and that are close to another one: a folder's, or one of four pictures
+    or more where these are at most two. `counts` are the pictures of each class."""
+    alike: dict[str, set[str]] = {}
+    for name in counts:
+        for spelling in spellings(name):
+            alike.setdefault(spelling, set()).add(name)
+    for name in sorted(counts.keys() - in_folders):
+        for other in sorted(set().union(*(alike[one] for one in spellings(name))) - {name}):
+            if other in in_folders or (counts[name] <= 2 and counts[other] >= 4):
+                text = "%r (%d in %s) is close to the class %r (%d): did you mean that? Then correct the label there"
+                log.warning(text, name, counts[name], files, other, counts[other])
 
 
 def is_table(place: str | Path) -> bool:

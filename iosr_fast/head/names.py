@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,15 +22,16 @@ _LOOKALIKES = str.maketrans(
     "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7\u03bf\u0131",
     "aeopcyxsijdhqwABEKMHOPCTYXSIJYABEZHIKMNOPTYXoi",
 )
+_INNER = re.compile(r"(?<=L{3})\D(?=L)|(?<=L)\D(?=L{3})".replace("L", r"[^\W\d_]"))
 logger = logging.getLogger(__name__)
 
 
-def check_names(class_names: Any) -> list[str]:
+def check_names(class_names: Any, saved: bool = False) -> list[str]:
     """Class names of a fit or a bundle as a list of str.
 
     Raises IosrFastError unless they are a list of two texts or more, all of them names (`name_fault`), of which none
-    looks like another one (`as_seen`). Warns of names that differ in case or typography alone, which CLIP's tokenizers
-    read as one.
+    looks like another one (`as_seen`) or differs from it in case or typography alone, which CLIP's tokenizers read as
+    one. `saved` names may, with a warning: earlier versions took them.
     """
     if isinstance(class_names, str | bytes | set | frozenset | dict) or not isinstance(class_names, Iterable):
         raise IosrFastError(f"expected class_names to be a list of names, in order, got {type(class_names).__name__}")
@@ -41,19 +43,19 @@ def check_names(class_names: Any) -> list[str]:
         names.append(str.__str__(name))
     if len(names) < 2:
         raise IosrFastError(f"expected at least two classes to tell apart, got {len(names)}: {names}")
-    _check_distinct(names)
+    _check_distinct(names, saved)
     return names
 
 
-def check_new_name(name: Any, others: Sequence[str]) -> None:
+def check_new_name(name: Any, others: Sequence[str], saved: bool = False) -> None:
     """`check_names` for one more name, or another name of a class, beside the `others`."""
     if not isinstance(name, str):
         raise IosrFastError(f"expected a class name, got {name!r}, which is no text")
     read = as_seen(name), _as_read(name)
-    _check_distinct([*(other for other in others if as_seen(other) == read[0] or _as_read(other) == read[1]), name])
+    _check_distinct([*(one for one in others if as_seen(one) == read[0] or _as_read(one) == read[1]), name], saved)
 
 
-def _check_distinct(names: Sequence[str]) -> None:
+def _check_distinct(names: Sequence[str], saved: bool) -> None:
     for name in names:
         if fault := name_fault(name):
             raise IosrFastError(f"expected class names, got {name!a}, {fault}")
@@ -67,7 +69,10 @@ def _check_distinct(names: Sequence[str]) -> None:
             "normalisation, invisible characters, blanks, or letters of another script alone)"
         )
     for one, other in _twins(names, _as_read):
-        logger.warning("the classes %r and %r differ in case or typography alone: is one class meant?", one, other)
+        alike = f"{one!r} and {other!r}, which differ in case or typography alone"
+        if not saved:
+            raise IosrFastError(f"expected class names to differ, got {alike}: write one as the other, or rename it")
+        logger.warning("the classes include %s: is one class meant?", alike)
 
 
 def check_separable(names: Sequence[str], separator: str) -> None:
@@ -121,6 +126,20 @@ def check_unknown_label(label: Any, classes: Iterable[Any]) -> None:
 def _as_read(name: str) -> str:
     """Names of one spelling, whatever their case and typography, have this in common."""
     return unicodedata.normalize("NFKC", as_seen(name)).casefold()
+
+
+def spellings(name: str) -> set[str]:
+    """What a name has in common with those that may be it mistyped: its letters, whatever their case, blanks and
+    underscores, and, of six characters or more, these without one inside a word of five or more. Digits and the first
+    and last letter of a word count as meant. The pages of reports do the same (labels.js).
+
+    >>> close = lambda one, other: not spellings(one).isdisjoint(spellings(other))
+    >>> close("Yoggi yogurt", "Yoghi_Yogurt"), close("class 1", "class 2"), close("banana", "bananas")
+    (True, False, False)
+    """
+    read = _as_read(name).replace("_", " ")
+    inner = _INNER.finditer(read) if len(read) > 5 else ()
+    return {read, *(read[: letter.start()] + read[letter.end() :] for letter in inner)}
 
 
 def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.html import Result
 from iosr_fast.utils.json_values import json_values
 
+Label: TypeAlias = str | int | float  # as in classes_; images are named by ids of examples, or positions of rows
 LIKELY = 0.5  # more likely wrong than right
 _DOUBTFUL = 0.1  # listed
 _CONFUSED = 0.1  # of the probability of both classes' images goes to the other class
@@ -36,12 +37,12 @@ class Suspect:
     path         of its file, where it is known
     """
 
-    image: Any
-    label: Any
+    image: str | int
+    label: Label
     suspicion: float
-    suggested: Any
+    suggested: Label
     probability: float
-    neighbours: tuple[Any, ...]
+    neighbours: tuple[str | int, ...]
     path: str | None = None
 
 
@@ -50,10 +51,10 @@ class Duplicate:
     """Two images as good as equal for the encoder; of two classes, one of the labels is wrong or both are meant. With
     the paths of their files, where these are known."""
 
-    image: Any
-    label: Any
-    other: Any
-    other_label: Any
+    image: str | int
+    label: Label
+    other: str | int
+    other_label: Label
     cosine: float
     path: str | None = None
     other_path: str | None = None
@@ -64,8 +65,8 @@ class Confusion:
     """Two classes: of their `images`, left out, `mistaken` were taken for the other; `share` of the probability went
     there, the most of the `examples`, one of each."""
 
-    label: Any
-    other: Any
+    label: Label
+    other: Label
     images: int
     mistaken: int
     share: float
@@ -77,7 +78,7 @@ class ClassReport:
     """A class: its `images`, how many of them are `distinct` (Folds.distinct), how many were left out (`scored`) and
     then `right`, how varied they are (1: as usual), and what to do in `advice`, or ""."""
 
-    label: Any
+    label: Label
     images: int
     distinct: int
     scored: int
@@ -102,7 +103,7 @@ class SupportAudit(Result):
                      "nothing"
     """
 
-    suspicion: Mapping[Any, float]
+    suspicion: Mapping[str | int, float]
     suspects: tuple[Suspect, ...]
     expected_wrong: float
     duplicates: tuple[Duplicate, ...]

@@ -3,6 +3,8 @@
 // keeps them between visits, by a hash of the pictures' paths.
 const inputs = [...document.querySelectorAll("input[data-path]")];
 const [status, button] = [document.querySelector("#status"), document.querySelector("#save")];
+const names = [...document.querySelectorAll("#classes option")].map((option) => option.value);
+const classes = new Map(names.flatMap((name) => spellings(name).map((spelling) => [spelling, name])));
 let saved = "";
 let kept = false;
 
@@ -12,6 +14,7 @@ function rows() {
 }
 
 function update() {
+  inputs.forEach(ask);
   const labels = JSON.stringify(rows());
   try {
     localStorage.setItem(button.dataset.key, labels);
@@ -21,6 +24,24 @@ function update() {
   }
   const state = labels === saved ? "; saved" : kept ? "; kept in this browser" : "; not kept, save them";
   status.textContent = `${rows().length} of ${inputs.length} images labelled${rows().length ? state : ""}`;
+}
+
+// What a name has in common with those that may be it mistyped, as head/names.py has it.
+function spellings(name) {
+  const read = name.normalize("NFKC").toLowerCase().replace(/[\s_]+/g, " ");
+  const inner = read.length > 5 ? [...read.matchAll(/(?<=\p{L}{3})\D(?=\p{L})|(?<=\p{L})\D(?=\p{L}{3})/gu)] : [];
+  return [read, ...inner.map(({ 0: letter, index }) => read.slice(0, index) + read.slice(index + letter.length))];
+}
+
+// A label that is close to a class is asked about; the button takes that.
+function ask(input) {
+  input.closest("li").querySelector(".meant")?.remove();
+  const meant = spellings(input.value.trim()).map((spelling) => classes.get(spelling)).find(Boolean);
+  if (!meant || names.includes(input.value.trim())) return;
+  const take = document.createElement("button");
+  Object.assign(take, { type: "button", className: "button meant", textContent: `Did you mean ${meant}?` });
+  take.dataset.label = meant;
+  input.closest("label").after(take);
 }
 
 document.addEventListener("input", update);

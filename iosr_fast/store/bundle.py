@@ -240,7 +240,7 @@ class SavedHead:
 
     def write(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         """As Bundle.write."""
-        check_names(self.head.class_names)  # the others were checked at the fit
+        check_names(self.head.class_names, saved=True)  # the others were checked at the fit
         return {name: value for name, value in vars(self).items() if name != "head"}, {}
 
     @classmethod

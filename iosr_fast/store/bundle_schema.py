@@ -71,7 +71,7 @@ class HeadFacts(Config, frozen=True, kw_only=True):
 
     def check_head(self) -> None:
         """Raise ValueError for names, numbers and paths of classes that no fit and no change gives, and as `check`."""
-        check_names(self.class_names)
+        check_names(self.class_names, saved=True)
         numbers = self.class_numbers
         following = self.next[0]
         paths = [()] * len(numbers) if self.paths is None else self.paths

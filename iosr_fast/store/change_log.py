@@ -32,6 +32,7 @@ MOST_CHANGES = 256
 MOST_BYTES = 64 << 20
 # Before the chain in `meta.last`: the version of SQLite, which earlier versions compare with the file's header.
 _WRITER = int("{}{:03}{:03}".format(*sqlite3.sqlite_version_info)).to_bytes(4)
+_open = set[int]()  # descriptors of the logs that this process has open
 _log = logging.getLogger("iosr_fast")
 
 
@@ -65,6 +66,9 @@ class ChangeLog:
         """
         path = Path(os.path.abspath(path))
         sqlite_file.check_place(path)
+        if any(sqlite_file.is_at(file, path) for file in [*_open]):
+            fix = "this process has this log open: use the classifier that has it, or close its log first (close_log)"
+            raise BlockingIOError(errno.EWOULDBLOCK, fix, str(path))
         with sqlite_file.naming(path, FIX), ExitStack() as stack:
             if path.exists():
                 check_writable(path.parent, path)  # where SQLite needs a file while it writes
@@ -75,6 +79,7 @@ class ChangeLog:
             stack.callback(log._db.close)
             state = log._replay(state)
             stack.pop_all()
+            _open.add(file)
             return log, state
 
     def _replay(self, state: Head) -> Head:
@@ -147,6 +152,7 @@ class ChangeLog:
 
     def close(self) -> None:
         """Close the file."""
+        _open.discard(self._file)
         with suppress(sqlite3.Error):  # then an empty journal stays
             self._db.execute("PRAGMA journal_mode=DELETE")
         self._db.close()

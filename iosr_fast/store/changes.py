@@ -97,7 +97,7 @@ class Change:
                     raise IosrFastError(f"expected a new class {class_id(head.next_class)}, got {class_id(self.uid)}")
                 if self.op == "add_class" and self.text is None and texts is not None:
                     raise IosrFastError("expected the text embedding of a new class, got none")
-                check_new_name(self.name, names[before] + names[after])
+                check_new_name(self.name, names[before] + names[after], saved=True)  # of a log, too
                 names, uids = (*names[before], self.name, *names[after]), (*uids[before], self.uid, *uids[after])
                 if self.text is not None and texts is not None:
                     texts = np.concatenate([texts[before], self.text[None], texts[after]])

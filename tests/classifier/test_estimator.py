@@ -34,7 +34,7 @@ from tests.store.live_parts import (
 def test_parameters_are_stored_as_they_are_and_nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "open_shared", never)
     values = {name: object() for name in Classifier().get_params()}
-    odd = Classifier(**values)
+    odd = Classifier().set_params(**values)
     assert odd.get_params() == values
     assert all(getattr(odd, name) is value for name, value in values.items() if name != "tune")
     assert callable(odd.tune), "the method stays, and get_params has the parameter of its name"
@@ -42,7 +42,10 @@ def test_parameters_are_stored_as_they_are_and_nothing_is_opened(monkeypatch: py
     with pytest.raises(IosrFastError, match="Classifier has no parameter 'shots'; it has model, pretrained, adapter, "):
         odd.set_params(views=7, shots=2)
     assert odd.views == 1, "all or nothing"
-    assert repr(Classifier("demo", tune="none", alpha=0.5)) == "Classifier(model='demo', tune='none', alpha=0.5)"
+    with pytest.raises(IosrFastError, match=r"expected precision 'auto' or one of .*, got 'int9'"):
+        Classifier("demo", precision="int9")
+    given = {"method": "gda", "tune": "none", "alpha": 0.5}
+    assert repr(Classifier("demo", **given)) == "Classifier(model='demo', method='gda', tune='none', alpha=0.5)"
 
 
 def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
@@ -50,6 +53,7 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
     images, labels = data
     for message, parameters in {
         "expected a method of": {"method": "magic"},
+        "expected runtime 'auto' or one of .*, got 'x'": {"runtime": "x"},
         "method 'auto' chooses by leave-one-out: leave alpha out": {"alpha": 1.0},
         "expected parameters or tune='loo', got both; leave alpha out": {"method": "gda", "alpha": 1.0, "tune": "loo"},
         "expected thumbnails from 0 to 1024, got 5000": {"thumbnails": 5000},
@@ -57,7 +61,7 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
         "expected a key precision of fp32, fp16, bf16, int8, got 'fp8'": {"key_precision": "fp8"},
     }.items():
         with pytest.raises(IosrFastError, match=message):
-            Classifier("demo", **parameters).fit(images, labels, NAMES)
+            Classifier("demo").set_params(**parameters).fit(images, labels, NAMES)
     for message, given in {
         "got 29 labels": (images, labels[1:], NAMES),
         "integer labels have no names.*: pass class_names": (images, labels, None),

@@ -241,6 +241,12 @@ def test_descriptions_come_from_a_file(fitting: tuple[object, ...], folder: Path
         assert saved.settings.templates == ()
 
 
+@pytest.mark.usefixtures("folder")
+def test_fit_warns_of_random_weights(fitting: tuple[object, ...], caplog: pytest.LogCaptureFixture) -> None:
+    done(*fitting, "--pretrained", "none")
+    assert caplog.text.count("the weights are random") == 1
+
+
 def test_fit_shows_bars_on_a_terminal_and_its_result(
     fitting: tuple[object, ...], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ def test_without_a_model_it_is_photographs_and_says_so_once(
         ({"adapter": "demo"}, "expected demo with 6 blocks of width 128, got ViT-B-32 with 12 of width 768"),
         ({"engine": "nowhere"}, "expected a folder with a manifest.json"),
         ({"runtime": "abacus"}, "expected runtime 'auto' or one of"),
-        ({"precision": "fp7"}, "expected a precision of"),
+        ({"precision": "fp7"}, "expected precision 'auto' or one of"),
         ({"precision": "bf16", "runtime": "torch"}, "which compute in bf16"),
         ({"pretrained": "no-such-tag"}, "has no pretrained tag 'no-such-tag'"),
         ({"pretrained": None}, "expected weights for"),

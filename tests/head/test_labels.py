@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -104,6 +103,8 @@ def test_valid_labels_of_every_type_are_read() -> None:
         (["a", "a"], "got 'a' more than once"),
         (["caf\u00e9", "cafe\u0301"], "look alike: .*u0301"),
         (["cat", "c\u0430t"], "look alike: 'cat' and 'c.u0430t'"),
+        (["Apple", "apple", "pear"], "got 'Apple' and 'apple', which differ in case or typography alone"),
+        (["H\u2082O", "h2o"], "differ in case or typography alone"),
         (["a", NAN], r"text, got nan \(float\) at position 1"),
         ("ab", "a list of names, in order, got str"),
         (["a"], "at least two classes"),
@@ -114,10 +115,9 @@ def test_invalid_class_names_are_refused(names: Any, message: str) -> None:
         check_labels([], [], names)
 
 
-def test_classes_that_differ_in_case_alone_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "iosr_fast.head.names"):
-        assert check_names(["Apple", "apple", "pear"]) == ["Apple", "apple", "pear"]
-    assert "'Apple' and 'apple' differ in case" in caplog.text and len(caplog.records) == 1
+def test_saved_classes_that_differ_in_case_alone_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert check_names(["Apple", "apple", "pear"], saved=True) == ["Apple", "apple", "pear"]
+    assert "'Apple' and 'apple', which differ in case" in caplog.text and len(caplog.records) == 1
     assert check_names(["\U0001f468\u200d\U0001f33e farmer", "p\u00eache"])  # joined emoji are names
 
 
@@ -160,6 +160,22 @@ def test_a_table_may_hold_the_labels_of_several_questions(tmp_path: Path, caplog
     for other in (folder, tmp_path / "boxes.json"):
         with pytest.raises(IosrFastError, match=f"CSV files alone with label_column='kind' .*, got {other}"):
             labelled_images(table, other, label_column="kind")
+
+
+def test_mistyped_labels_are_asked_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    close = {"Yoggi yogurt": "Yoghi yogurt", "bananna": "Banana", "green_apple": "green apple", "icecream": "ice cream"}
+    pairs = {"cat": "car", "horse": "house", "lemons": "lemon", "unripe fig": "ripe fig", "class 1": "class 2"} | close
+    table, folder = tmp_path / "labels.csv", tmp_path / "in"
+    for few, many, places in ((2, 4, [table]), (2, 3, [table]), (3, 4, [folder, table])):
+        names = [name for typed, meant in pairs.items() for name in [typed] * few + [meant] * (many - len(places) + 1)]
+        table.write_text("\n".join(["path,label", *(f"{i}.png,{name}" for i, name in enumerate(names))]))
+        caplog.clear()
+        labelled_images(*places)
+        text = f"%r ({few} in labels.csv) is close to the class %r ({many}): did you mean that? Then correct the label"
+        assert caplog.messages == [f"{text} there" % pair for pair in sorted(close.items()) if many == 4]
+        for name in pairs.values():  # now a class of a folder, whatever the counts
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / "1.png").touch()
 
 
 def test_a_later_place_corrects_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

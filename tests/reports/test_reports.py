@@ -232,6 +232,7 @@ def test_suggest_writes_a_csv_that_fit_reads_once_labels_are_in(place: Path) -> 
 
 
 def test_labels_typed_on_the_page_are_kept_and_saved_as_that_csv(place: Path, browser: Any) -> None:
+    Classifier.load("").rename_class("three", "strawberry")
     done = run("suggest", place / "classifier", place / "unlabelled", "-n", 4, "--html", place / "s.html")
     assert done.exit_code == 0 and not done.stdout, done.output
     page = opened(browser, place / "s.html")
@@ -248,6 +249,14 @@ def test_labels_typed_on_the_page_are_kept_and_saved_as_that_csv(place: Path, br
     page.keyboard.press("Escape")
     assert not page.locator("dialog").is_visible() and picture.evaluate("(it) => it === document.activeElement")
     fields.nth(2).fill('=a "new", one')
+    asked = page.get_by_role("button", name="Did you mean")
+    for typed, meant in {"Two": "two", "strawbery": "strawberry", "strawberries": "", "fve": ""}.items():
+        fields.nth(3).fill(typed)
+        assert asked.all_inner_texts() == [f"Did you mean {meant}?"] * bool(meant)
+        if meant:
+            asked.click()
+            assert fields.nth(3).input_value() == meant and not asked.count()
+    fields.nth(3).fill("")
     page.reload()
     assert [fields.nth(k).input_value() for k in range(4)] == ["two", "", '=a "new", one', ""]
     assert status.inner_text() == "2 of 4 images labelled; kept in this browser"

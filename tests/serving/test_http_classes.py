@@ -148,7 +148,8 @@ def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) ->
         ("POST", "", {"data": {"name": name}, "files": good}, 409, "name_taken"),
         ("PATCH", f"/{second}", {"files": fields(name=name)}, 409, "name_taken"),
         *(("POST", "", {"data": {"name": bad}, "files": good}, 422, "bad_name") for bad in ("  ", "a\u202eb", "~3")),
-        ("POST", "", {"data": {"name": alike}, "files": good}, 422, "refused"),
+        *(("POST", "", {"data": {"name": bad}, "files": good}, 422, "refused") for bad in (alike, name.upper())),
+        ("PATCH", f"/{second}", {"files": fields(name=name.upper())}, 422, "refused"),
         ("POST", "", {"files": good}, 400, "missing_field"),
         ("POST", "", {"files": {"name": ("", b"new")}}, 422, "refused"),  # no images
         ("POST", "", {"data": {"name": ["new", "newer"]}, "files": good}, 400, "unexpected_field"),

@@ -66,6 +66,8 @@ def test_a_change_that_is_refused_changes_nothing(images: np.ndarray) -> None:
         "each once, got 'e77', 'x'": lambda: classifier.remove_examples(["e1", "e77", "x"]),
         "each once, got 'e1', 'e1'": lambda: classifier.remove_examples(["e1", "e1"]),
         "each once, got 'e99'": lambda: classifier.picture("e99"),
+        "got 'motif 2' and 'Motif 2', which differ in case": lambda: classifier.rename_class("~1", "Motif 2"),
+        "got 'motif 1' and 'MOTIF 1', which differ in case": lambda: classifier.add_class("MOTIF 1", new),
         "got 'motif 2' more than once": lambda: classifier.rename_class("~1", "motif 2"),
         "got 'a.u202eb', which has invisible": lambda: classifier.rename_class("~1", "a\u202eb"),
         "keep_text, or text or descriptions .* got both": lambda: classifier.rename_class(
