@@ -59,7 +59,7 @@ def brings(extra: str) -> set[str]:
 
 
 def calls_of_require() -> Iterator[tuple[str, str, str]]:
-    """(file and line, module, extra) of every call of `require` and `require_installed`."""
+    """(file and line, module, extra or "") of every call of `require` and `require_installed`."""
     for path in SOURCES:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         loops = {
@@ -74,7 +74,7 @@ def calls_of_require() -> Iterator[tuple[str, str, str]]:
             if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("require", "require_installed"):
                 continue
             where = f"{path.relative_to(ROOT)}:{node.lineno}"
-            module, extra = node.args
+            module, extra = node.args if len(node.args) == 2 else (*node.args, ast.Constant(""))
             if ast.unparse(extra) == "EXTRAS[runtime]":  # the two TensorRTs
                 yield from ((where, *row) for row in engine_folder.EXTRAS.items())
                 continue
