@@ -160,13 +160,13 @@ class Watcher:
     """An observer that remembers."""
 
     def __init__(self) -> None:
-        self.batches: list[tuple[int, int]] = []
+        self.batches: list[int] = []
         self.done: list[tuple[str, str | None]] = []
         self.refused: list[str] = []
 
-    def on_batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
+    def on_batch(self, size: int, encode_s: float, score_s: float) -> None:
         assert encode_s >= 0 and score_s >= 0
-        self.batches.append((size, queue_depth))
+        self.batches.append(size)
 
     def on_done(self, latency_s: float, outcome: str, label: str | None) -> None:
         assert latency_s >= 0
