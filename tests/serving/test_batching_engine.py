@@ -56,18 +56,6 @@ def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) ->
             assert prediction.version == classifier.version
 
 
-def test_several_classifiers_on_an_encoder_equal_each_alone(classifier: Classifier) -> None:
-    images, labels = held_out_queries(CLASSES, SHOTS)
-    plain = Classifier("demo", method="tip-adapter").fit(images[:60], labels[:60])
-    alone = {"adapted": classifier.explain(images[60:80]), "plain": plain.explain(images[60:80])}
-    with BatchingClassifier({"plain": plain, "adapted": classifier}, max_batch=7, decode_threads=2) as batching:
-        both = [batching.submit(image, classifier=("adapted", "plain")) for image in images[60:80]]
-        for future, *expected in zip(both, alone["adapted"], alone["plain"], strict=True):
-            for got, own in zip(future.result(PATIENCE_S), expected, strict=True):
-                assert (got.label, got.version) == (own.label, own.version)
-                np.testing.assert_allclose([one.logit for one in got.top], [one.logit for one in own.top], atol=1e-3)
-
-
 @pytest.mark.parametrize("query", [{}, {"keep": 0.7}, {"max_error": 0.4}])
 def test_each_request_is_answered_by_the_head_of_its_submission(
     query: dict[str, float],

@@ -23,16 +23,7 @@ from iosr_fast.serving.collector import TABLE, Collector
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.kept_folder import LABELS
 from tests.pictures import encode
-from tests.serving.http_client import (
-    AUTHORISED,
-    Client,
-    form,
-    load,
-    probe_soon,
-    queries,
-    query_labels,
-    serving,
-)
+from tests.serving.http_client import AUTHORISED, Client, form, load, probe_soon, queries, query_labels, serving
 from tests.waiting import wait_until
 
 MAX_ERROR = 0.3
@@ -51,8 +42,8 @@ def collecting(
     collector.close()
 
 
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / TABLE).open(encoding="utf-8", newline="") as file:
+def table(folder: Path, name: str = TABLE) -> list[dict[str, str]]:
+    with (folder / name).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
