@@ -85,7 +85,7 @@ class Workers:
             for item in abandoned:
                 item.answer(ClosedError("closed before the image could be classified"), self._queue.observer)
             for decoder in self._decoders:
-                decoder.kill()
+                decoder.close()
 
     def _run_batches(self) -> None:
         try:
