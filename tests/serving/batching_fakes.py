@@ -18,7 +18,6 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.head.predictions import ClassScore, Neighbour, Prediction, predict
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching.item import Item, Query
 
 SIZE = 4
@@ -174,13 +173,3 @@ class Watcher:
 
     def on_refused(self, reason: str) -> None:
         self.refused.append(reason)
-
-
-@contextmanager
-def running(classifier: FakeClassifier) -> Iterator[BatchingClassifier]:
-    """A BatchingClassifier with small batches, which leaves nothing behind."""
-    before = threads()
-    with BatchingClassifier(classifier, max_batch=4, max_queue=64, decode_threads=2) as made:
-        yield made
-        classifier.encoder.open.set()
-    assert made.pending == 0 and made.closed and threads() <= before

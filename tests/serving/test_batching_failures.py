@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,19 +25,6 @@ FIRST = 200
 
 class EngineError(Exception):
     pass
-
-
-@pytest.fixture
-def watcher() -> Watcher:
-    return Watcher()
-
-
-@pytest.fixture
-def batching(classifier: FakeClassifier, watcher: Watcher) -> Iterator[BatchingClassifier]:
-    with BatchingClassifier(classifier, max_batch=8, max_queue=16, decode_threads=2, observer=watcher) as made:
-        yield made
-        classifier.encoder.open.set()
-    assert made.pending == 0
 
 
 def together(batching: BatchingClassifier, classifier: FakeClassifier, numbers: list[int]) -> list[Any]:

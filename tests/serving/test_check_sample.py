@@ -194,13 +194,6 @@ def test_the_sample_is_of_the_share_and_at_most_so_many_wait(tmp_path: Path) -> 
         assert offer(sample, 3, 4, 5) == [True, True, False]
 
 
-def test_labels_of_pictures_that_were_not_drawn_are_counted_beside(tmp_path: Path) -> None:
-    with sampling(tmp_path) as sample:
-        offer(sample, 0)
-        save_labels(tmp_path, {f"{i:032x}.png": "fig" for i in range(50)})
-        assert read(sample) == (0, 0) and sample.beside == 50
-
-
 def test_a_table_that_cannot_be_read_stops_neither_sampling_nor_serving(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
