@@ -13,7 +13,6 @@ from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Uploads
-from iosr_fast.serving.shares import Shares
 from tests.pictures import GREY, encode
 from tests.serving.hostile_images import IMAGES, png, webp
 from tests.serving.http_client import AUTHORISED, Client, error_of, form, httpx, queries, serving
@@ -113,18 +112,6 @@ def test_an_image_that_is_too_large_fails_alone(small: Client) -> None:
 def test_too_many_images_are_a_413(small: Client) -> None:
     assert len(small.predict(*[GREY] * 4).json()["predictions"]) == 4
     assert error_of(small.predict(*[GREY] * 5), 413) == "too_many_images"
-
-
-def test_a_client_holds_at_most_what_is_left_free() -> None:
-    shares = Shares(60)
-    assert shares.take("a", 30) and not shares.take("a", 1)  # alone: half
-    assert shares.take("b", 15) and not shares.take("b", 1)  # half of the rest
-    assert shares.take("c", 7) and not shares.take("a", 1)
-    shares.add("a", -30)
-    assert shares.take("b", 11) and not shares.take("b", 1)
-    for client, amount in (("b", 26), ("c", 7)):
-        shares.add(client, -amount)
-    assert shares.used == 0 and shares.fits("b", 30)
 
 
 def test_one_client_with_many_held_bodies_keeps_no_other_out(small: Client) -> None:
