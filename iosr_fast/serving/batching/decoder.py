@@ -177,7 +177,6 @@ class Decoder:
         return BadImageError(None, item.position, reason)
 
     def _receive(self, count: int, until: float) -> np.ndarray:
-        """The next bytes."""
         assert self._channel is not None
         data = np.empty(count, np.uint8)
         left = data.data

@@ -64,7 +64,6 @@ class BatchQueue:
 
     @property
     def pending(self) -> int:
-        """Number of accepted items that are not finished."""
         return len(self._accepted)
 
     @property
@@ -103,10 +102,8 @@ class BatchQueue:
                     reason = "full"
                     self._admission.check_room(items[0].client, items)
                     reason = "deadline"
-                    self._admission.accept(items, deadline_s)
+                self._admission.accept(items, deadline_s)
                 for item in items:
-                    if item.whole:
-                        self._admission.add(item)
                     self._accepted.add(item)
                     if item.pixels is None:
                         self._waiting[item.large].put(item)
