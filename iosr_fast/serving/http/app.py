@@ -156,9 +156,10 @@ class SeveralApp(FastAPI):
     def _page(self) -> Response:
         lines = []
         for one in self._list().classifiers:
-            name, link = escape(one.name), f'<a href="{_ROOT[1:]}/{escape(one.name)}/">{escape(one.name)}</a>'
+            name = escape(one.name)
             facts = "" if one.classes is None else f"{one.classes} classes, version {one.version}"
             words = f'<span class="quiet">{facts}</span> <span class="bad">{escape(one.error or "")}</span>'
-            lines.append(f"<li>{link if facts else name} {words}</li>")
+            link = f'<a href="{_ROOT[1:]}/{name}/">{name}</a>' if facts else name
+            lines.append(f"<li>{link} {words}</li>")
         head = (static.FOLDER / "index.html").read_text(encoding="utf-8").partition("    <script")[0]
         return static.respond(head + _BODY.format("".join(lines)), "text/html")
