@@ -76,9 +76,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "classifiers": {"classifiers": "", "ok_rps": ".1f", **LATENCIES, "of_one": ".2f", "memory_mb": ".0f"},
     "serving-peer": {"pictures_per_s": ".1f", "ok_rps": ".1f", **LATENCIES, **RATIOS},
     "ray": {"ok_rps": ".0f", "images_per_s": ".1f"},
-    "texts": {"accuracy": ".1%", "std": ".1%"},
-    "photographs": {"accuracy": ".1%", "std": ".1%"},
-    "descriptions": {"accuracy": ".1%", "std": ".1%"},
+    **{name: {"accuracy": ".1%", "std": ".1%"} for name in ("texts", "photographs", "descriptions", "parts")},
     "key-precision": {"changed": ".2%", "accuracy": ".2%", "narrow": ".2%"},
     "joint": {"alone": ".1%", "joint": ".1%", "refused": ".0%"},
     "labels": {"map": ".1%", "std": ".1%", "expected": ".1%", "f1": ".1%", "predicted": ".2f"},
@@ -89,7 +87,6 @@ COLUMNS: dict[str, dict[str, str]] = {
         **{promise: OF_PROMISE.format(promise) for promise in ("1%", "2%", "5%", "10%")},
         **dict.fromkeys(("auroc", "kept", "rejected"), ".1%"),
     },
-    "parts": {"accuracy": ".1%", "std": ".1%"},
     "tree": {promise: OF_LEVELS.format(promise) for promise in ("1%", "2%", "5%", "10%")},
 }
 

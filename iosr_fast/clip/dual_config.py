@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
+import torch
+
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.require import require_installed
-
-require_installed("torch", "cpu")
-
-import torch  # noqa: E402
 
 Precision = Literal["fp32", "fp16"]
 

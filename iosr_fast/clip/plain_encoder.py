@@ -14,15 +14,11 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.utils.require import require_installed
+import torch
+from torch import nn
+from torch.nn import functional as F
 
-require_installed("torch", "cpu")
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-
-from iosr_fast.clip.tower import shallow_copy  # noqa: E402
+from iosr_fast.clip.tower import shallow_copy
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedModel

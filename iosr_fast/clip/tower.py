@@ -21,13 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from iosr_fast.utils.require import require_installed
-
-require_installed("torch", "cpu")
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 Pool = Literal["cls", "avg", "map"]
 

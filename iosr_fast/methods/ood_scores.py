@@ -12,8 +12,7 @@ from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.log_loss import log_odds_of_largest
 from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments
 from iosr_fast.methods.models.keys import KeyModel
-from iosr_fast.methods.models.memory import Memory
-from iosr_fast.methods.models.model import Model, TextModel
+from iosr_fast.methods.models.model import Memory, Model, TextModel
 from iosr_fast.methods.models.ridge import RidgeModel
 from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
 from iosr_fast.scoring.plan import Which

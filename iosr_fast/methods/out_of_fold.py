@@ -11,8 +11,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.folds import Folds
-from iosr_fast.methods.models.memory import Memory
-from iosr_fast.methods.models.model import Model, Term
+from iosr_fast.methods.models.model import Memory, Model, Term
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.support_set import ROUNDING, SupportSet, check_labels
 from iosr_fast.scoring.reducers import Reducer

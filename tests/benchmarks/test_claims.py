@@ -15,7 +15,6 @@ from sklearn.metrics import average_precision_score, f1_score
 from benchmarks.claims import (
     audit,
     automation,
-    descriptions,
     joint,
     key_precision,
     labels,
@@ -25,12 +24,10 @@ from benchmarks.claims import (
     texts,
     tree,
 )
-from benchmarks.claims.claim import Claim, fit, rows_of
+from benchmarks.claims.claim import Claim, fit
 from iosr_fast import Embeddings
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.evaluation.features import read_features
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.tree import Tree
 from tests.conftest import unit_rows
 from tests.pictures import encode
 
@@ -78,13 +75,6 @@ def test_a_row_has_the_means_of_its_draws_and_is_printed(
             assert row[figure] is None or row[figure] == pytest.approx(np.mean(values)), figure
 
 
-def test_texts_help_where_they_fit_the_images(file: Path) -> None:
-    rows = rows_by_place(texts.CLAIM, file, "--shots", "1")
-    accuracies = {method: row["accuracy"] for (method, _), row in rows.items()}
-    assert accuracies["auto"] > accuracies["auto, no texts"] + 0.05
-    assert accuracies["LogisticRegression"] > 0.5 and "LinearDiscriminantAnalysis" not in accuracies  # of one shot
-
-
 def test_photographs_are_drawn_from_train_and_judged_on_all_of_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,12 +96,6 @@ def test_photographs_are_drawn_from_train_and_judged_on_all_of_test(
     assert "MIT" in source.name and source.shots == (1, 2, 4, 8, 16)
     with pytest.raises(IosrFastError, match="expected NAME=FOLDER with train/ and test/"):
         photographs.sources([str(tmp_path)], None, None)
-
-
-def test_descriptions_are_keywords_that_a_name_has_not() -> None:
-    concept = {"name": "Pouting cat", "keywords": ["animal", "cat", "face", "pouting"], "subgroup": "cat face"}
-    assert descriptions.descriptions(concept) == ["a picture of animal", "a picture of face"]
-    assert descriptions.descriptions(concept | {"keywords": ["cat"]}) == ["a picture of cat face"]
 
 
 def test_the_audit_is_level_with_cleanlab_on_labels_exchanged_between_classes(file: Path) -> None:
@@ -172,22 +156,6 @@ def test_promises_on_a_tree_are_measured_by_level_beside_classes_alone(file: Pat
     assert rows["tree"]["labelled_10%"] >= rows["flat"]["labelled_10%"] > 0.5 > rows["flat"]["labelled_2%"] == 0
 
 
-def test_trees_have_nodes_above_classes(file: Path) -> None:
-    for paths in (tree.paths_of_demo(), tree.paths_of_file(str(file)), tuple(tree.paths_by_hand().values())):
-        inner = Tree(paths).inner
-        assert len({node[-1] for node in inner}) == len(inner) > 1 and max(map(len, inner)) == 2
-
-
-@pytest.mark.parametrize(("name", "copies"), [("even", 1), ("bursts 1", 4)])
-def test_promises_hold_of_a_known_population(name: str, copies: int) -> None:
-    population = tree.MADE[name]
-    samples = [population.draw(name, tree.IMAGES, seed) for seed in range(20)]
-    assert samples[0].judged.count == pytest.approx(tree.IMAGES / copies)
-    rows = [row for sample in samples for row in tree.draws(sample, "", 0)]
-    assert np.mean([row["labelled_10%"] for row in rows]) > 0.8
-    assert sum(row["broken_10%"] for row in rows) <= 3 and all(row["wrong_10%"] > 0 for row in rows)
-
-
 def test_a_scene_has_its_picture_in_the_box(rng: np.random.Generator) -> None:
     white = np.full((1, 64, 64, 3), 255, np.uint8)
     picture = white[0].copy()
@@ -212,30 +180,6 @@ def test_a_burst_has_variants_of_one_picture_and_the_test_others(rng: np.random.
         used = [(images.plain @ one.plain.T).argmax(0) // variants for one in (task.support.embeddings, task.queries)]
         np.testing.assert_array_equal(used[0], task.support.groups)
         assert not set(used[0]) & set(used[1]) and len(set(used[1])) == len(task.labels)
-
-
-def test_suggested_labels_are_worth_more_than_random_ones(file: Path) -> None:
-    rows = rows_by_place(suggest.CLAIM, file, "--shots", "1")
-    assert rows["gda", "from nothing"]["suggested"] > rows["gda", "from nothing"]["random"]
-    assert [row["budget"] for row in rows.values()] == [CLASSES] * 3
-
-
-@pytest.mark.parametrize("kind", suggest.MADE)
-def test_a_made_up_set_has_fifty_classes_and_other_images_at_each_seed(kind: str) -> None:
-    (source,) = suggest.sources([kind], [2], 2)
-    first, second = (source.draw(2, seed) for seed in source.seeds)
-    assert (first.support.counts == 2).all() and len(np.unique(first.labels)) == 50
-    assert not np.isclose(first.queries.plain, second.queries.plain).all(1).any()
-
-
-def test_a_folder_is_judged_jointly_and_by_images_alone(file: Path) -> None:
-    rows = rows_by_place(joint.CLAIM, file, "--shots", "4")
-    task = read_features(file, [4]).draw(4, 0)
-    head = fit(task.support.embeddings, task.support.labels, task.support.text, task.support.tau)
-    assert rows["auto", "all classes"]["alone"] == head.score(rows_of(task.queries), task.labels)
-    together = head.predict_jointly(rows_of(task.queries))
-    assert rows["auto", "all classes"]["joint"] == (together.labels == task.labels).mean()
-    assert rows["auto", "a tenth of the classes"]["images"] == 2 * EACH
 
 
 def test_each_concept_is_in_as_many_images_beside_another() -> None:

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from benchmarks import ceilings, encoder, harness, one_file, photographs, pipeline, score
 from benchmarks.devices import Device
-from benchmarks.encoder_rivals import in_torch
 from benchmarks.harness import Run
 from benchmarks.score_rivals import torch_rivals
 from iosr_fast import _C
@@ -71,16 +70,6 @@ def test_encoder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert rows["torch-engine"]["build_seconds"] > 0
     if not torch.cuda.is_available():
         assert "left out: tensorrt-engine: tensorrt" in capsys.readouterr().err
-
-
-def test_what_stays_eager_is_not_taken_for_compiled() -> None:
-    class Broken(torch.nn.Module):
-        def forward(self, pixels: Any) -> tuple[Any, ...]:
-            torch._dynamo.graph_break()
-            return (pixels.float(),)
-
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        in_torch(Broken(), Device(), compiled=True)(np.zeros((1, 4, 4, 3), np.uint8))
 
 
 def test_an_embedding_that_is_off_is_refused() -> None:

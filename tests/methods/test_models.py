@@ -11,11 +11,10 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.folds import make_folds
-from iosr_fast.methods.models import gaussian, keys, memory, ridge
+from iosr_fast.methods.models import gaussian, keys, ridge
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyModel
-from iosr_fast.methods.models.memory import Memory
-from iosr_fast.methods.models.model import Model, TextModel, join_terms
+from iosr_fast.methods.models.model import Memory, Model, TextModel, join_terms
 from iosr_fast.methods.models.ridge import RidgeModel, kernel_matrix, lower_inverse
 from iosr_fast.methods.ood_scores import BackgroundModel, DensityModel, NearestKeyModel
 from iosr_fast.methods.out_of_fold import HeldOut
@@ -88,7 +87,7 @@ def test_a_part_keeps_what_its_plan_needs_and_no_factorisation(monkeypatch: pyte
 
 
 def test_a_memory_forgets_what_was_asked_for_least_recently(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "MOST", 10)
+    monkeypatch.setattr("iosr_fast.methods.models.model.MOST", 10)
     kept, made = Memory(), []
     for key, n_bytes in [*((key, 3) for key in "abccadb"), ("e", 11), ("e", 11)]:
         kept.get(key, n_bytes, lambda key=key: made.append(key) or key)

@@ -11,8 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE, WEIGHTS
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.one_file.logits import logits_of, odds_of_largest
-from iosr_fast.export.one_file.nodes import answer
+from iosr_fast.export.one_file.logits import answer, logits_of, odds_of_largest
 from iosr_fast.export.one_file.pixels import resized_pixels
 from iosr_fast.export.one_file.unknown import unknown_score
 from iosr_fast.export.one_file.value import Value

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.models.memory import MOST
-from iosr_fast.methods.models.model import Model
+from iosr_fast.methods.models.model import MOST, Model
 from iosr_fast.methods.support_set import ROUNDING, SupportSet, blocks, class_weights, image_rows
 from iosr_fast.scoring.lower import text_distribution
 from iosr_fast.scoring.reducers import Reducer
