@@ -236,14 +236,12 @@ class Classifier(Answering[Fit], Changing, Estimator):
         before anything is encoded for a model, engine, adapter or runtime that don't fit, and texts that the model
         can't read or that are too long; for unreadable images, and one picture under two labels.
         """
-        fitted = self._fit_on(images, labels, class_names, unknown_images, groups, descriptions, tree)
+        names = self.class_names if class_names is None else class_names
+        others = unknown_images, groups, descriptions, tree
+        fitted = fit(self.get_params(), self._open, images, labels, names, *others)
         self._store.replace(fitted)
         warn_of_look_alikes(fitted.head)
         return self
-
-    def _fit_on(self, images: Any, labels: Any, class_names: Any, *others: Any) -> Fit:
-        names = self.class_names if class_names is None else class_names
-        return fit(self.get_params(), self._open, images, labels, names, *others)
 
     def fit_folder(
         self,
@@ -275,7 +273,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
             new = calibration_images(calibrate_on, support, nested, skip_bad, root, label_column)
         if not skip_bad:
             check_files([*support.paths, *([] if new is None else new.paths)])
-        fitted = self._fit_on(*support[:3], unknown, support.groups, texts, support.tree if nested else parents)
+        others = unknown, support.groups, texts, support.tree if nested else parents
+        fitted = fit(self.get_params(), self._open, *support[:3], *others)
         if new is not None:
             fitted = calibrate(fitted, new.paths, new.labels, new.groups, skip_bad)
         self._store.replace(fitted)

@@ -313,12 +313,6 @@ class Head(HeadData):
         made = replace(self, config=config, version=version, calibration_images=given)
         return made.with_computed(plan=self.plan.scaled(ratio), folds=self.computed("folds"))
 
-    @property
-    def not_judged(self) -> tuple[str, ...]:
-        """The classes of which no left-out image, or no image of calibrate_on, judges: no promise is about them."""
-        judged = np.bincount(self.left_out_labels.labels, minlength=len(self.uids)) > 0
-        return tuple(name for name, one in zip(self.class_names, judged.tolist(), strict=True) if not one)
-
     def promised(
         self, logits: np.ndarray, max_error: float, rejected: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -341,11 +335,6 @@ class Head(HeadData):
         names |= {"notes": self.look_alike_warning}
         return audit_support(self.support, self.out_of_fold, which=self.config.which, **names)
 
-    @property
-    def left_out_accuracy(self) -> float:
-        """The share of left-out support images that are right; of calibration images, if there are any. NaN without."""
-        return self.left_out_labels.reliability.accuracy
-
     @cached_property
     def doubts(self) -> tuple[str, ...]:
         """What speaks against promises, and what to do, a sentence each."""
@@ -357,7 +346,8 @@ class Head(HeadData):
         sentences = [*self.look_alike_warning]
         if new is not None and new.near:
             sentences.append(f"{new.near:,} images of calibrate_on are near duplicates of support images and left out")
-        if names := self.not_judged:
+        judges = np.bincount(known.labels, minlength=len(self.uids))  # images of each class
+        if names := [name for name, images in zip(self.class_names, judges.tolist(), strict=True) if not images]:
             nothing = f"nothing is promised of {abbreviate(names)}"
             sentences.append(f"{len(names):,} of {len(self.uids):,} classes have none of the {known.basis}: {nothing}")
         return tuple(sentences)

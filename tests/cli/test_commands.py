@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier, cli
-from iosr_fast.cli.embed import find_engine
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.export import pretrained
@@ -202,12 +201,6 @@ def test_a_folder_that_is_no_classifier_is_refused_in_a_line(command: str, folde
     for wrong in ("nowhere", "in/class_0/0.png", "empty", "an-engine"):
         said = refused(command, tmp_path / wrong, *((folder,) if command == "classify" else ()))
         assert said.startswith("iosr-fast: ") and len(said.strip().splitlines()) == 1, said
-
-
-def test_embed_takes_the_engine_of_a_classifier(tmp_path: Path) -> None:
-    small_classifier(engine_folder(tmp_path / "engine")).save(tmp_path / "saved")
-    assert find_engine(str(tmp_path / "saved")) == tmp_path / "saved" / "engine"
-    assert find_engine(str(tmp_path / "engine")) == tmp_path / "engine"
 
 
 def test_a_folder_given_to_predict_is_called_a_folder(folder: Path) -> None:

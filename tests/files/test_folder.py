@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.photographs import write_photographs
@@ -14,29 +13,8 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.stream import Reader, ReadOptions, Stage
 from iosr_fast.head.support_images import SupportSettings
-from iosr_fast.images.listing import list_images
 
 pytestmark = pytest.mark.slow
-
-COUNT = 100
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs")
-    write_photographs(folder, COUNT)
-    return folder
-
-
-def test_labels_are_those_of_predict(bundle: Path, photographs: Path) -> None:
-    classifier = Classifier.load(bundle, threads=1)
-    found = classifier.predict_folder(photographs, batch=16, threads=3)
-    assert [str(path) for path in found.paths] == list_images(photographs).paths and len(found) == COUNT
-    expected = classifier.predict_proba(found.paths)
-    assert (found.labels == classifier.classes_[expected.argmax(1)]).mean() >= 0.999
-    assert found.probabilities.dtype == np.float32
-    np.testing.assert_allclose(found.probabilities, expected.max(1), atol=0.01)
-    assert not found.errors and list(found)[7] == (found.paths[7], found.labels[7], found.probabilities[7])
 
 
 def test_unreadable_images_are_raised_or_told(bundle: Path, tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from iosr_fast.head.support_images import SupportSettings, encode_images
 from iosr_fast.images import preprocess
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import Decode, DecodedBatch
-from iosr_fast.utils.ordered import map_ordered
 
 SIZE = 8
 TWO_WAYS = pytest.mark.parametrize(("callers", "decode_threads"), [(1, 2), (3, 0)])
@@ -71,24 +70,6 @@ def read(
 
 def grey(level: int) -> np.ndarray:
     return np.full((SIZE, SIZE, 3), level, np.uint8)
-
-
-def test_work_ahead_comes_in_order_and_is_bounded() -> None:
-    taken: list[int] = []
-
-    def items() -> Iterator[int]:
-        for i in range(50):
-            taken.append(i)
-            yield i
-
-    def slow_first(i: int) -> int:
-        time.sleep(0.02 if i % 7 == 0 else 0)
-        return i
-
-    with closing(map_ordered(items(), slow_first, threads=3, ahead=5)) as made:
-        assert next(made) == 0 and len(taken) == 5
-        assert [next(made) for _ in range(10)] == list(range(1, 11)) and len(taken) == 15
-        assert list(made) == list(range(11, 50))
 
 
 @TWO_WAYS

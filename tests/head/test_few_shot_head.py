@@ -158,15 +158,6 @@ def test_groups_of_any_classes_leave_every_answer_finite(rng: np.random.Generato
         assert len(head.audit().classes) == 4
 
 
-def test_the_row_with_the_wrong_label_has_the_largest_suspicion(rng: np.random.Generator) -> None:
-    rows, labels, _ = clusters(rng, 4, 6, 16)
-    wrong = int(np.flatnonzero(labels == 1)[2])
-    labels[wrong] = 3
-    suspicion = FewShotHead("gda").fit(rows, labels).audit().suspicion
-    assert max(suspicion, key=suspicion.__getitem__) == wrong == next(iter(suspicion)) and suspicion[wrong] > 0.5
-    assert sorted(suspicion) == list(range(24)) and wrong != np.flatnonzero(np.sort(labels) == 3)[2]
-
-
 def test_bad_input_is_named(rng: np.random.Generator) -> None:
     rows, labels, _ = clusters(rng, 3, 3, 8)
     for message, options, X, y in [
