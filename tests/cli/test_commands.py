@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast import Classifier, cli
+from iosr_fast import Classifier, FewShotHead, cli
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.export import pretrained
@@ -22,13 +22,8 @@ from iosr_fast.files.embedding_files import Part, encode_part
 from iosr_fast.sealed.folders import new_folder
 from iosr_fast.sealed.manifest import write_manifest
 from iosr_fast.store.bundle import Bundle, load
-from tests.cli.runs import done, main, never, refused, run
+from tests.cli.runs import Terminal, done, main, never, refused, run
 from tests.store.live_parts import engine_folder, pixel_clip, small_classifier, text_embedding
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture
@@ -281,7 +276,6 @@ def test_quiet_shows_results_and_errors_alone(
 
 
 def test_a_head_classifies_files_of_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FewShotHead = pytest.importorskip("iosr_fast.few_shot_head", reason="scikit-learn is missing").FewShotHead
     monkeypatch.chdir(tmp_path)
     rng, names = np.random.default_rng(0), np.array(["ant", "bee", "cat"])
     centres = rng.standard_normal((3, 384))
@@ -322,7 +316,6 @@ def test_a_head_classifies_files_of_embeddings(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_a_head_can_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FewShotHead = pytest.importorskip("iosr_fast.few_shot_head", reason="scikit-learn is missing").FewShotHead
     monkeypatch.chdir(tmp_path)
     FewShotHead("gda").fit(np.eye(6), [0, 0, 0, 1, 1, 1]).save("head")
     np.save("rows.npy", np.eye(6))
