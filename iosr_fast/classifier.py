@@ -473,16 +473,10 @@ class Classifier(Answering[Fit], Changing, Estimator):
         return classifier
 
 
-def open_saved(
-    folder: str | Path,
-    runtime: str = "auto",
-    threads: int | None = None,
-    expected_digest: str | None = None,
-    runs: int = 1,
-) -> Classifier:
-    """Classifier.load, for the commands and the server. Of a head that FewShotHead.save wrote a Classifier, too, whose
-    images are rows of embeddings."""
-    return open_together([load_saved(folder, threads, expected_digest)], runtime, threads, runs)[0]
+def open_saved(folder: str | Path, runtime: str = "auto") -> Classifier:
+    """Classifier.load, for the commands. Of a head that FewShotHead.save wrote a Classifier, too, whose images are rows
+    of embeddings."""
+    return open_together([load_saved(folder)], runtime)[0]
 
 
 def open_together(

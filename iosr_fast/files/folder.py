@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,7 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.joint import check_joint, classify_jointly
 from iosr_fast.files.stream import Reader
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
-from iosr_fast.head.predictions import AnyHead, label_columns, predict_any
+from iosr_fast.head.predictions import AnyHead, MultiLabelPrediction, Prediction, label_columns, predict_any
 from iosr_fast.head.verdict import Rejection, replaced
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
@@ -89,20 +89,18 @@ def predict_folder(
         single = head.require_single_label("predict_folder with joint, unknown or max_error", "leave them out")
         check_joint(single, abstention, joint)
     together, rejections, accepted = None, None, None
+    answers: Sequence[Prediction | MultiLabelPrediction]
     if joint:
         readable, errors, queries = reader.embed(listing.paths)
-        together = classify_jointly(single, queries, abstention)
-        labels, probabilities = together.joint.classes[together.probabilities.argmax(1)], together.probabilities.max(1)
-        rejections = together.rejections
+        together, answers = classify_jointly(single, queries, abstention)
     else:
         readable, errors, batches = reader.read(listing.paths, lambda rows: predict_any(head, rows, 1, abstention))
         answers = list(chain.from_iterable(batches))
-        labels, probabilities = label_columns(head, answers)
-        if abstention.keep is not None:
-            rejections = [one.unknown for one in answers if one.unknown is not None]
-        if abstention.max_error is not None:
-            accepted = np.array([one.accepted for one in answers], bool)
-    if rejections is not None:
+    labels, probabilities = label_columns(head, answers)
+    if abstention.max_error is not None:
+        accepted = np.array([one.accepted for one in answers], bool)
+    if abstention.keep is not None:
+        rejections = [one.unknown for one in answers if one.unknown is not None]
         labels = replaced(labels, np.array([one.rejected for one in rejections], bool), abstention.label)
     return FolderPredictions(
         [Path(listing.paths[position]) for position in readable],
@@ -110,7 +108,7 @@ def predict_folder(
         probabilities,
         errors,
         listing.skipped,
-        None if together is None else together.joint,
+        together,
         rejections,
         accepted,
     )

@@ -176,11 +176,12 @@ class Classify:
         readable = [key for key, error in zip(keys, errors, strict=True) if error is None]
         if self.joint:
             queries = Embeddings.concatenate(results) if results else None
-            together = classify_jointly(self.head.require_single_label("joint"), queries, self.abstention)
-            say(together.joint.summary())
-            made = together.rows(readable, self.top)
+            head = self.head.require_single_label("joint")
+            together, answers = classify_jointly(head, queries, self.abstention, self.top)
+            say(together.summary())
         else:
-            made = map(row_of, readable, chain.from_iterable(results), repeat(self.table.fields))
+            answers = list(chain.from_iterable(results))
+        made = map(row_of, readable, answers, repeat(self.table.fields))
         rows = [TableRow(key, error=error) if error else next(made) for key, error in zip(keys, errors, strict=True)]
         rejected = sum(row.unknown is not None and row.unknown.rejected for row in rows)
         return self.table.encode(rows, first), rejected, sum(bool(row.accepted) for row in rows)
