@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files.joint import check_joint, classify_jointly
+from iosr_fast.files.joint import classify_jointly
 from iosr_fast.files.stream import Reader
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.predictions import AnyHead, MultiLabelPrediction, Prediction, label_columns, predict_any
@@ -87,7 +87,7 @@ def predict_folder(
     listing = list_images(folder)
     if joint or abstention != NONE_WITHHELD:
         single = head.require_single_label("predict_folder with joint, unknown or max_error", "leave them out")
-        check_joint(single, abstention, joint)
+        abstention.check(single, joint=joint)
     together, rejections, accepted = None, None, None
     answers: Sequence[Prediction | MultiLabelPrediction]
     if joint:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id
@@ -18,16 +17,6 @@ from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.scoring.reference import softmax
 
 _NOT_EXPLAINED = (math.nan,) * 4  # logit, and the parts of it
-
-
-def check_joint(head: Head, abstention: Abstention, joint: bool) -> None:
-    """`Abstention.check`, before an image is read. Raises IosrFastError for a promise about pictures together, too."""
-    if joint and abstention.max_error is not None:
-        raise IosrFastError(
-            "expected no max_error (--max-error) with joint (--joint): the promise rests on support images that are "
-            "classified alone; leave one of both out"
-        )
-    abstention.check(head)
 
 
 def classify_jointly(

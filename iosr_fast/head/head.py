@@ -28,7 +28,6 @@ from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
-from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tree import Path, Tree
 from iosr_fast.methods.unknown import Unknown, fit_unknown
@@ -328,12 +327,6 @@ class Head(HeadData):
         unknown = fit_unknown(self.support, self.folds, self.needs_adapted, self.unknown_images)
         new = self.calibration
         return unknown if new is None else unknown.calibrated_on(new.embeddings, new.units)
-
-    def audit(self, images: np.ndarray, classes: np.ndarray) -> SupportAudit:
-        """What is wrong with the support images; `images` (N,) and `classes` (C,) are their names in the result."""
-        names: dict[str, Any] = {"images": images, "classes": classes, "paths": self.examples.paths}
-        names |= {"notes": self.look_alike_warning}
-        return audit_support(self.support, self.out_of_fold, which=self.config.which, **names)
 
     @cached_property
     def doubts(self) -> tuple[str, ...]:
