@@ -38,18 +38,15 @@ class FolderSuggestions(Result):
 
     Iterating gives (path, label, probability) of each image.
 
-    >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
     >>> from PIL import Image
     >>> from iosr_fast import Classifier
-    >>> from iosr_fast.clip.demo.pictures import load_pictures
-    >>> pictures = load_pictures("held-out", min_styles=5)
     >>> with TemporaryDirectory() as folder:
-    ...     for i, image in enumerate(pictures.images[:8]):
-    ...         Image.fromarray(image).save(Path(folder, f"{i}.png"))
-    ...     suggestions = Classifier("demo").suggest(folder, 3)
+    ...     for colour in ("red", "green", "blue", "white"):
+    ...         Image.new("RGB", (64, 64), colour).save(f"{folder}/{colour}.png")
+    ...     suggestions = Classifier("demo").suggest(folder, 2)
     >>> len(suggestions), suggestions.images, int(suggestions.stands.sum())
-    (3, 8, 8)
+    (2, 4, 4)
     """
 
     paths: list[Path]
