@@ -43,15 +43,11 @@ class FolderPredictions(Result):
 
     Iterating gives (path, label, probability) of each readable image.
 
-    >>> from tempfile import TemporaryDirectory
-    >>> from PIL import Image
     >>> from iosr_fast import Classifier
-    >>> classifier = Classifier("demo", method="zero-shot").fit(class_names=["lemon", "pear"])
-    >>> with TemporaryDirectory() as folder:
-    ...     Image.new("RGB", (64, 64), "yellow").save(f"{folder}/a.png")
-    ...     results = classifier.predict_folder(folder)
-    >>> [(path.name, label in classifier.classes_) for path, label, probability in results], results.errors
-    ([('a.png', True)], [])
+    >>> classifier = Classifier("demo").fit_folder("support")  # a sub-folder of images for each class
+    >>> results = classifier.predict_folder("photos")
+    >>> [(path.name, label) for path, label, probability in results][2], len(results.errors)
+    (('carrot-5.jpg', 'carrot'), 0)
     """
 
     paths: list[Path]
