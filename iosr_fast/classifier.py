@@ -127,21 +127,16 @@ class Classifier(Answering[Fit], Changing, Estimator):
     Examples
     --------
     >>> from iosr_fast import Classifier
-    >>> from iosr_fast.clip.demo.pictures import load_pictures
-    >>> pictures = load_pictures("held-out", min_styles=5)
-    >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
-    >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
-    >>> classifier, classifier.predict(images[:1]).tolist() == labels[:1]
-    (Classifier(model='demo', method='tip-adapter++', alpha=100, beta=20), True)
-    >>> change = classifier.add_class("night", [images[0] // 9])
-    >>> change.version, change.class_id, classifier.predict(images[0] // 9).tolist()
-    (2, '~3', ['night'])
-    >>> import tempfile
-    >>> folder = tempfile.mkdtemp() + "/classifier"
-    >>> classifier.save(folder)
-    >>> Classifier.load(folder).score(images, labels) == classifier.score(images, labels)
+    >>> classifier = Classifier("demo", method="tip-adapter++").fit_folder("support")
+    >>> classifier, classifier.predict(["a.jpg", "b.jpg"]).tolist()
+    (Classifier(model='demo', method='tip-adapter++'), ['banana', 'melon'])
+    >>> change = classifier.add_class("pear", ["d.jpg", "e.jpg"])
+    >>> change.version, change.class_id, classifier.predict("e.jpg").tolist()
+    (2, '~10', ['pear'])
+    >>> classifier.save("my-classifier")
+    >>> Classifier.load("my-classifier").classes_.tolist() == classifier.classes_.tolist()
     True
-    >>> classifier.export(f"{folder}.onnx")  # pictures of any size in, probabilities and labels out, in any runtime
+    >>> classifier.export("fruit.onnx")  # pictures of any size in, probabilities and labels out, in any runtime
     """
 
     _stored_as: ClassVar[dict[str, str]] = {"tune": "_tune"}

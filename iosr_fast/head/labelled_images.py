@@ -76,16 +76,9 @@ def labelled_images(
     these columns, without a label, or with a wrong box; with `nested` for a folder that holds images and class folders;
     with `label_column` for anything but CSV files.
 
-    >>> from pathlib import Path
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     for name in ("lemon", "green_apple"):
-    ...         Path(folder, name).mkdir()
-    ...         Path(folder, name, "1.jpg").touch()
-    ...     _ = Path(folder, "more.csv").write_text("path,label\\nnew/2.jpg,lime\\n")
-    ...     paths, labels, class_names, groups, tree = labelled_images(folder, Path(folder, "more.csv"))
-    >>> labels, class_names
-    (['green apple', 'lemon', 'lime'], ['green apple', 'lemon', 'lime'])
+    >>> paths, labels, class_names, groups, tree = labelled_images("support", "labels.csv")
+    >>> paths[8].as_posix(), labels[8], labels[-1]
+    ('support/green_apple/0.jpg', 'green apple', 'pear')
     """
     Selection(root).check((folder, *more))
     places = [*map(Path, (folder, *more))]
