@@ -140,13 +140,9 @@ def test_images_to_calibrate_on_count_if_they_are_new(queries: Any) -> None:
     images, names = queries[0][:30], [f"motif {c}" for c in queries[1][:30]]
     support, motifs = pictures(np.random.default_rng(0), CLASSES, 4)
     classifier, own = small_classifier(**GDA), [f"motif {c}" for c in motifs]
-    with pytest.raises(
-        IosrFastError, match="has not seen, got 0 beside 24 near duplicates of support images: give more"
-    ):
+    with pytest.raises(IosrFastError, match="got 0 beside 24 near duplicates of support images: give more"):
         classifier.calibrate_on(support, own)
-    with pytest.raises(
-        IosrFastError, match=r"has not seen, got 100 \(worth 1, as look-alikes say the same\): give more"
-    ):
+    with pytest.raises(IosrFastError, match=r"got 100 \(worth 1, as look-alikes say the same\): give more"):
         classifier.calibrate_on(np.repeat(images[:1], 100, 0), names[:1] * 100)
     with pytest.raises(IosrFastError, match=r"got 30 \(worth \d,"):
         classifier.calibrate_on(images, names, groups=np.arange(30) // 10)
