@@ -303,10 +303,8 @@ def test_answers_have_the_form_of_the_labels(rng: np.random.Generator, tmp_path:
         head.save(tmp_path / str(number))
         loaded = FewShotHead.load(tmp_path / str(number))
         np.testing.assert_array_equal(loaded.predict(X), head.predict(X))
-        assert (
-            loaded.predict(X).dtype == head.predict(X).dtype
-            and loaded.score(X, sets if head is by_sets else indicator) == expected
-        )
+        assert loaded.predict(X).dtype == head.predict(X).dtype
+        assert loaded.score(X, sets if head is by_sets else indicator) == expected
     with pytest.raises(IosrFastError, match="not among the 5 class names"):
         by_sets.score(X, [{"eel"}] * len(X))
     for name, call in {

@@ -79,10 +79,8 @@ def test_sets_and_calibration_are_those_of_left_out_images(queries: Any, per_cla
     classifier, images = small_classifier(**{**GDA, "shots": 10, "look_alikes": False}), queries[0]
     head, classes = classifier.snapshot(), classifier.classes_ if per_class else None
     left = out_of_fold(METHODS["gda"], head.support, head.folds, None, head.config.parameters, head.config.factor)
-    left_out, logits = (
-        of_logits(left.logits, left.labels, units=head.folds.units[head.folds.rows]),
-        head.score(PixelEncoder().encode(images)),
-    )
+    left_out = of_logits(left.logits, left.labels, units=head.folds.units[head.folds.rows])
+    logits = head.score(PixelEncoder().encode(images))
     sets = classifier.predict_sets(images, 0.6, per_class)
     expected = sets_of_labels(classifier.classes_, logits, left_out.sets(logits, 0.6, classes))
     assert [one.tolist() for one in sets] == [one.tolist() for one in expected]
