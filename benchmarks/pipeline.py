@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,8 @@ from benchmarks.photographs import write_photographs
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.export.build import convert_engine, write_engine
-from iosr_fast.files.stream import batch_sizes, batches_of, choose_batch, choose_stage, encode_batches
+from iosr_fast.files.stream import Reader, ReadOptions
+from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import Decode, DecodedBatch, decode_batch, open_image, resize_and_crop
 from iosr_fast.scoring.plan import ScoringPlan
@@ -125,17 +125,11 @@ def by_script(embed: rivals.Embed, paths: Sequence[Path], geometry: Geometry, pl
 
 def encode_files(classifier: Classifier, paths: Sequence[Path], threads: int, decode: Decode) -> Embeddings:
     """Decoded and encoded as predict_folder does it. Raises BadImageError for the first bad image."""
-    encoder = classifier.encoder
-    batch = choose_batch(encoder, None)
-    stage = choose_stage(encoder, classifier.engine_, len(paths), batch, threads)
-    batches = batches_of(paths, batch_sizes(len(paths), batch, stage.callers))
-    parts = []
-    with closing(encode_batches(stage, decode, batches, Embeddings.to_numpy)) as results:
-        for errors, rows in results:
-            for error in filter(None, errors):
-                raise error
-            parts.append(rows)
-    return Embeddings.concatenate(parts)
+    reader = Reader(classifier.encoder, classifier.engine_, SupportSettings(), ReadOptions(threads=threads))
+    reader.decode = decode
+    embeddings = reader.embed(paths)[2]
+    assert embeddings is not None
+    return embeddings
 
 
 class DecodedOnce:

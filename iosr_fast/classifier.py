@@ -127,21 +127,16 @@ class Classifier(Answering[Fit], Changing, Estimator):
     Examples
     --------
     >>> from iosr_fast import Classifier
-    >>> from iosr_fast.clip.demo.pictures import load_pictures
-    >>> pictures = load_pictures("held-out", min_styles=5)
-    >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
-    >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
-    >>> classifier, classifier.predict(images[:1]).tolist() == labels[:1]
-    (Classifier(model='demo', method='tip-adapter++', alpha=100, beta=20), True)
-    >>> change = classifier.add_class("night", [images[0] // 9])
-    >>> change.version, change.class_id, classifier.predict(images[0] // 9).tolist()
-    (2, '~3', ['night'])
-    >>> import tempfile
-    >>> folder = tempfile.mkdtemp() + "/classifier"
-    >>> classifier.save(folder)
-    >>> Classifier.load(folder).score(images, labels) == classifier.score(images, labels)
+    >>> classifier = Classifier("demo", method="tip-adapter++").fit_folder("support")
+    >>> classifier, classifier.predict(["a.jpg", "b.jpg"]).tolist()
+    (Classifier(model='demo', method='tip-adapter++'), ['banana', 'melon'])
+    >>> change = classifier.add_class("pear", ["d.jpg", "e.jpg"])
+    >>> change.version, change.class_id, classifier.predict("e.jpg").tolist()
+    (2, '~10', ['pear'])
+    >>> classifier.save("my-classifier")
+    >>> Classifier.load("my-classifier").classes_.tolist() == classifier.classes_.tolist()
     True
-    >>> classifier.export(f"{folder}.onnx")  # pictures of any size in, probabilities and labels out, in any runtime
+    >>> classifier.export("fruit.onnx")  # pictures of any size in, probabilities and labels out, in any runtime
     """
 
     _stored_as: ClassVar[dict[str, str]] = {"tune": "_tune"}
@@ -236,14 +231,12 @@ class Classifier(Answering[Fit], Changing, Estimator):
         before anything is encoded for a model, engine, adapter or runtime that don't fit, and texts that the model
         can't read or that are too long; for unreadable images, and one picture under two labels.
         """
-        fitted = self._fit_on(images, labels, class_names, unknown_images, groups, descriptions, tree)
+        names = self.class_names if class_names is None else class_names
+        others = unknown_images, groups, descriptions, tree
+        fitted = fit(self.get_params(), self._open, images, labels, names, *others)
         self._store.replace(fitted)
         warn_of_look_alikes(fitted.head)
         return self
-
-    def _fit_on(self, images: Any, labels: Any, class_names: Any, *others: Any) -> Fit:
-        names = self.class_names if class_names is None else class_names
-        return fit(self.get_params(), self._open, images, labels, names, *others)
 
     def fit_folder(
         self,
@@ -275,7 +268,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
             new = calibration_images(calibrate_on, support, nested, skip_bad, root, label_column)
         if not skip_bad:
             check_files([*support.paths, *([] if new is None else new.paths)])
-        fitted = self._fit_on(*support[:3], unknown, support.groups, texts, support.tree if nested else parents)
+        others = unknown, support.groups, texts, support.tree if nested else parents
+        fitted = fit(self.get_params(), self._open, *support[:3], *others)
         if new is not None:
             fitted = calibrate(fitted, new.paths, new.labels, new.groups, skip_bad)
         self._store.replace(fitted)
@@ -474,16 +468,10 @@ class Classifier(Answering[Fit], Changing, Estimator):
         return classifier
 
 
-def open_saved(
-    folder: str | Path,
-    runtime: str = "auto",
-    threads: int | None = None,
-    expected_digest: str | None = None,
-    runs: int = 1,
-) -> Classifier:
-    """Classifier.load, for the commands and the server. Of a head that FewShotHead.save wrote a Classifier, too, whose
-    images are rows of embeddings."""
-    return open_together([load_saved(folder, threads, expected_digest)], runtime, threads, runs)[0]
+def open_saved(folder: str | Path, runtime: str = "auto") -> Classifier:
+    """Classifier.load, for the commands. Of a head that FewShotHead.save wrote a Classifier, too, whose images are rows
+    of embeddings."""
+    return open_together([load_saved(folder)], runtime)[0]
 
 
 def open_together(

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from iosr_fast.files.source import Chunk
-from iosr_fast.files.stream import Reader, batch_sizes, batches_of
+from iosr_fast.files.stream import Reader, batches_of
 from iosr_fast.files.work import Counts, Work
 
 
@@ -55,9 +55,8 @@ def run_chunks(
     def batches() -> Iterator[tuple[int, Sequence[Any]]]:
         for chunk in chunks:
             digests[chunk.number] = chunk.digest()  # before an image of it is read
-            count = len(chunk.paths)
-            sizes = batch_sizes(count, reader.batch, stage.callers, images - chunk.start - count)
-            yield from batches_of(chunk.paths, sizes, chunk.start)
+            later = images - chunk.start - len(chunk.paths)
+            yield from batches_of(chunk.paths, reader.batch, stage.callers, chunk.start, later)
 
     with closing(reader.read_batches(stage, batches(), work.use)) as read:
         for chunk in chunks:

@@ -66,15 +66,10 @@ def iterate_parts(folder: str | Path, verify: bool = True) -> Iterator[Part]:
     Raises FileNotFoundError without the folder or its manifest, and DamagedFileError for one that is unfinished,
     damaged or of another kind.
 
-    >>> from tempfile import TemporaryDirectory
-    >>> from PIL import Image
     >>> from iosr_fast.cli.embed import embed
-    >>> with TemporaryDirectory() as folder:
-    ...     Path(folder, "in").mkdir()
-    ...     Image.new("RGB", (80, 60)).save(Path(folder, "in", "a.png"))
-    ...     embed("demo", str(Path(folder, "in")), Path(folder, "out"), threads=1)  # iosr-fast embed --engine demo ...
-    ...     [part.keys for part in iterate_parts(Path(folder, "out"))]
-    [['a.png']]
+    >>> embed("demo", "others", Path("out"))  # iosr-fast embed --engine demo --input others --out out
+    >>> [part.embeddings.plain.shape for part in iterate_parts("out")]
+    [(6, 128)]
     """
     folder = Path(folder)
     for name in read_manifest(folder, KIND, verify)["parts"]:
@@ -86,15 +81,10 @@ def read_embeddings(folder: str | Path, verify: bool = True) -> Part:
 
     Raises as iterate_parts does.
 
-    >>> from tempfile import TemporaryDirectory
-    >>> from PIL import Image
     >>> from iosr_fast.cli.embed import embed
-    >>> with TemporaryDirectory() as folder:
-    ...     Path(folder, "in").mkdir()
-    ...     Image.new("RGB", (80, 60)).save(Path(folder, "in", "a.png"))
-    ...     embed("demo", str(Path(folder, "in")), Path(folder, "out"), threads=1)  # iosr-fast embed --engine demo ...
-    ...     read_embeddings(Path(folder, "out")).embeddings.plain.shape
-    (1, 128)
+    >>> embed("demo", "others", Path("out"))  # iosr-fast embed --engine demo --input others --out out
+    >>> read_embeddings("out").embeddings.plain.shape
+    (6, 128)
     """
     parts = list(iterate_parts(folder, verify))
     return Part(

@@ -88,7 +88,7 @@ def _measure(
         predicted=predicted.astype(np.int64),
         confidence=outcome.confidence,
         reliability=outcome.reliability,
-        expected=head.left_out_accuracy,
+        expected=left_out.reliability.accuracy,
         expected_images=round(left_out.count),
         basis=left_out.basis,
         mistakes=_mistakes(head, embeddings, worst, images, truths),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files.joint import check_joint, classify_jointly
+from iosr_fast.files.joint import classify_jointly
 from iosr_fast.files.stream import Reader
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
-from iosr_fast.head.predictions import AnyHead, label_columns, predict_any
+from iosr_fast.head.predictions import AnyHead, MultiLabelPrediction, Prediction, label_columns, predict_any
 from iosr_fast.head.verdict import Rejection, replaced
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
@@ -43,19 +43,11 @@ class FolderPredictions(Result):
 
     Iterating gives (path, label, probability) of each readable image.
 
-    >>> from pathlib import Path
-    >>> from tempfile import TemporaryDirectory
-    >>> from PIL import Image
     >>> from iosr_fast import Classifier
-    >>> from iosr_fast.clip.demo.pictures import load_pictures
-    >>> pictures = load_pictures("held-out", min_styles=5)
-    >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
-    >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
-    >>> with TemporaryDirectory() as folder:
-    ...     Image.fromarray(images[0]).save(Path(folder, "a.png"))
-    ...     results = classifier.predict_folder(folder)
-    >>> [(path.name, label == labels[0]) for path, label, probability in results], results.errors
-    ([('a.png', True)], [])
+    >>> classifier = Classifier("demo").fit_folder("support")  # a sub-folder of images for each class
+    >>> results = classifier.predict_folder("photos")
+    >>> [(path.name, label) for path, label, probability in results][2], len(results.errors)
+    (('carrot-5.jpg', 'carrot'), 0)
     """
 
     paths: list[Path]
@@ -87,22 +79,20 @@ def predict_folder(
     listing = list_images(folder)
     if joint or abstention != NONE_WITHHELD:
         single = head.require_single_label("predict_folder with joint, unknown or max_error", "leave them out")
-        check_joint(single, abstention, joint)
+        abstention.check(single, joint=joint)
     together, rejections, accepted = None, None, None
+    answers: Sequence[Prediction | MultiLabelPrediction]
     if joint:
         readable, errors, queries = reader.embed(listing.paths)
-        together = classify_jointly(single, queries, abstention)
-        labels, probabilities = together.joint.classes[together.probabilities.argmax(1)], together.probabilities.max(1)
-        rejections = together.rejections
+        together, answers = classify_jointly(single, queries, abstention)
     else:
         readable, errors, batches = reader.read(listing.paths, lambda rows: predict_any(head, rows, 1, abstention))
         answers = list(chain.from_iterable(batches))
-        labels, probabilities = label_columns(head, answers)
-        if abstention.keep is not None:
-            rejections = [one.unknown for one in answers if one.unknown is not None]
-        if abstention.max_error is not None:
-            accepted = np.array([one.accepted for one in answers], bool)
-    if rejections is not None:
+    labels, probabilities = label_columns(head, answers)
+    if abstention.max_error is not None:
+        accepted = np.array([one.accepted for one in answers], bool)
+    if abstention.keep is not None:
+        rejections = [one.unknown for one in answers if one.unknown is not None]
         labels = replaced(labels, np.array([one.rejected for one in rejections], bool), abstention.label)
     return FolderPredictions(
         [Path(listing.paths[position]) for position in readable],
@@ -110,7 +100,7 @@ def predict_folder(
         probabilities,
         errors,
         listing.skipped,
-        None if together is None else together.joint,
+        together,
         rejections,
         accepted,
     )

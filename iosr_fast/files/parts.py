@@ -193,11 +193,10 @@ class Appended(Folder):
 def open_parts(out: Path, plan: Mapping[str, Any], chunks: Sequence[Chunk], work: Work) -> Iterator[Folder]:
     """Begin or resume a run that writes `out`, a file if it has a suffix; other runs can't enter meanwhile.
 
-    Raises FileExistsError while another run writes, and for a file that is there; IosrFastError for the parts of
+    `check_folder` has been called. Raises FileExistsError while another run writes, IosrFastError for the parts of
     another plan.
     """
     folder = parts_of(out) if out.suffix else out
-    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = lock_folder(folder.resolve())

@@ -55,86 +55,21 @@ class Stage:
     decode_threads: int
 
 
-def choose_stage(encoder: Encoder, engine: str | Path, images: int, batch: int, threads: int | None) -> Stage:
-    """How to use `threads` cores (None: all) for a number of images.
-
-    For many batches it opens the engine again for several runs at once with few threads each, unless `encoder` is so,
-    and keeps it for the next call as long as `encoder` is in use. Raises ValueError for threads below 1.
-    """
-    from iosr_fast.encoders.runtimes import open_engine
-
-    threads = usable_threads() if threads is None else check_integer("threads", threads, 1)
-    callers = min(threads, _MAX_CALLERS)
-    if encoder.parallel and callers > 1 and images >= _MIN_BATCHES * callers * batch:
-        few = threads // callers
-        if (encoder.threads, encoder.runs) != (few, callers):
-            several = _several_runs.get(encoder)
-            if several is None or (several.threads, several.runs) != (few, callers):
-                # The folder may have been replaced since the encoder was opened from it.
-                source, name, adapted = encoder.source or engine, encoder.runtime, encoder.adapted
-                several = open_engine(source, name, verify=False, threads=few, runs=callers, adapted=adapted)
-                _several_runs[encoder] = several
-            encoder = several
-        return Stage(encoder, callers, 0)
-    if encoder.buckets is None:  # on a CPU, where the encoder needs most cores
-        threads = max(1, threads // 4)
-    return Stage(encoder, 1, threads)
-
-
-def choose_batch(encoder: Encoder, batch: int | None) -> int:
-    """`batch`, or by default 16 on a CPU and up to 64 on a GPU. Raises ValueError below 1."""
-    if batch is None:
-        return 16 if encoder.buckets is None else min(64, encoder.max_batch)
-    return check_integer("batch", batch, 1)
-
-
-def batch_sizes(images: int, batch: int, callers: int, later: int = 0) -> Iterator[int]:
-    """Sizes of the batches of `images`, behind which a run has `later` ones: `batch`, and near the end of the run half
-    of a caller's even share of the rest, so that several callers finish together (guided self-scheduling:
-    Polychronopoulos and Kuck, 1987).
+def batches_of(
+    sources: Sequence[Any], batch: int, callers: int, start: int = 0, later: int = 0
+) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Runs of `sources`, behind which a run has `later` ones, each with the position of its first one, counted from
+    `start`: `batch` of them, and near the end of the run half of a caller's even share of the rest, so that several
+    callers finish together (guided self-scheduling: Polychronopoulos and Kuck, 1987).
 
     A size depends only on what remains, so a resumed run has the same remaining batches.
     """
-    while images:
-        share = batch if callers == 1 else max(_MIN_BATCH, ceil((images + later) / (2 * callers)))
-        size = min(batch, share, images)
-        yield size
-        images -= size
-
-
-def batches_of(sources: Sequence[Any], sizes: Iterable[int], start: int = 0) -> Iterator[tuple[int, Sequence[Any]]]:
-    """Runs of `sources`, each with the position of its first one, counted from `start`."""
     done = 0
-    for size in sizes:
+    while left := len(sources) - done:
+        share = batch if callers == 1 else max(_MIN_BATCH, ceil((left + later) / (2 * callers)))
+        size = min(batch, share, left)
         yield start + done, sources[done : done + size]
         done += size
-
-
-def encode_batches(
-    stage: Stage, decode: Decode, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
-) -> Generator[tuple[Errors, _R | None], None, None]:
-    """For each batch (position of its first source, sources), in order: the sources' errors, and `use` of the
-    embeddings of the readable ones (None if there are none).
-
-    A batch is encoded together, without its unreadable images. Pixels of at most `callers` batches are in memory or,
-    with one caller, of `decode_threads` + 2. When the generator ends, also by close(), its threads have ended.
-    """
-
-    def pixels_of(batch: tuple[int, Sequence[Any]]) -> DecodedBatch:
-        return decode(batch[1], stage.encoder.geometry, batch[0])
-
-    def encode(decoded: DecodedBatch) -> tuple[Errors, _R | None]:
-        pixels = decoded.pixels
-        return decoded.errors, None if pixels is None else use(stage.encoder.encode_on_device(pixels))
-
-    if stage.callers > 1:
-        yield from map_ordered(batches, lambda batch: encode(pixels_of(batch)), stage.callers, 2 * stage.callers)
-        return
-    with closing(map_ordered(batches, pixels_of, stage.decode_threads, stage.decode_threads + 2)) as pixels:
-        for decoded in pixels:
-            result = encode(decoded)
-            del decoded  # free the pixels before the consumer runs
-            yield result
 
 
 class Reader:
@@ -144,22 +79,64 @@ class Reader:
         self.encoder, self.engine, self.settings, self.options = encoder, engine, settings, options
         pictures = partial(decode_batch, exif_orientation=settings.exif_orientation)
         self.decode: Decode = decode_rows if isinstance(encoder, Rows) else pictures
-        self.batch = choose_batch(encoder, options.batch)
+        most = 16 if encoder.buckets is None else min(64, encoder.max_batch)
+        self.batch = most if options.batch is None else check_integer("batch", options.batch, 1)
 
     def stage(self, images: int) -> Stage:
-        """How the cores are used for a number of images."""
-        return choose_stage(self.encoder, self.engine, images, self.batch, self.options.threads)
+        """How the cores are used for a number of images.
+
+        For many batches it opens the engine again for several runs at once with few threads each, unless the encoder is
+        so, and keeps it for the next call as long as the encoder is in use. Raises ValueError for threads below 1.
+        """
+        from iosr_fast.encoders.runtimes import open_engine
+
+        encoder, threads = self.encoder, self.options.threads
+        threads = usable_threads() if threads is None else check_integer("threads", threads, 1)
+        callers = min(threads, _MAX_CALLERS)
+        if encoder.parallel and callers > 1 and images >= _MIN_BATCHES * callers * self.batch:
+            few = threads // callers
+            if (encoder.threads, encoder.runs) != (few, callers):
+                several = _several_runs.get(encoder)
+                if several is None or (several.threads, several.runs) != (few, callers):
+                    # The folder may have been replaced since the encoder was opened from it.
+                    source, name, adapted = encoder.source or self.engine, encoder.runtime, encoder.adapted
+                    several = open_engine(source, name, verify=False, threads=few, runs=callers, adapted=adapted)
+                    _several_runs[encoder] = several
+                encoder = several
+            return Stage(encoder, callers, 0)
+        if encoder.buckets is None:  # on a CPU, where the encoder needs most cores
+            threads = max(1, threads // 4)
+        return Stage(encoder, 1, threads)
 
     def read_batches(
         self, stage: Stage, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
     ) -> Generator[tuple[Errors, _R | None], None, None]:
-        """As `encode_batches`; parts share their picture across batches. Raises BadImageError for the first unreadable
-        image unless `skip_bad`."""
+        """For each batch (position of its first source, sources), in order: the sources' errors, and `use` of the
+        embeddings of the readable ones (None if there are none). Raises BadImageError for the first unreadable image
+        unless `skip_bad`.
+
+        A batch is encoded together, without its unreadable images; parts share their picture across batches. Pixels of
+        at most `callers` batches are in memory or, with one caller, of `decode_threads` + 2. When the generator ends,
+        also by close(), its threads have ended.
+        """
         if not isinstance(self.encoder, Rows):
             share = Sharing(self.settings.margin)
             batches = ((start, [*share(sources)]) for start, sources in batches)
-        with closing(encode_batches(stage, self.decode, batches, use)) as results:
-            for errors, result in results:
+
+        def pixels_of(batch: tuple[int, Sequence[Any]]) -> DecodedBatch:
+            return self.decode(batch[1], stage.encoder.geometry, batch[0])
+
+        def encode(decoded: DecodedBatch) -> tuple[Errors, _R | None]:
+            pixels = decoded.pixels
+            return decoded.errors, None if pixels is None else use(stage.encoder.encode_on_device(pixels))
+
+        if stage.callers > 1:
+            ahead: Any = map_ordered(batches, lambda one: encode(pixels_of(one)), stage.callers, 2 * stage.callers)
+        else:
+            ahead = map_ordered(batches, pixels_of, stage.decode_threads, stage.decode_threads + 2)
+        with closing(ahead):
+            # `map` frees the pixels before the consumer runs.
+            for errors, result in ahead if stage.callers > 1 else map(encode, ahead):
                 if not self.options.skip_bad and (unread := [error for error in errors if error is not None]):
                     raise unread[0]
                 yield errors, result
@@ -173,7 +150,7 @@ class Reader:
         """The positions of the readable sources, the errors of the others, and `use` of the embeddings of each batch of
         readable ones; as `read_batches`."""
         stage, errors, results = self.stage(len(sources)), Errors(), list[_R]()
-        batches = batches_of(sources, batch_sizes(len(sources), self.batch, stage.callers))
+        batches = batches_of(sources, self.batch, stage.callers)
         with closing(self.read_batches(stage, batches, use)) as read:
             for unread, result in read:
                 errors += unread

@@ -20,7 +20,7 @@ from iosr_fast.encoders.engine_folder import ENGINE_KIND
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.files.detections import DetectionsTable
 from iosr_fast.files.embedding_files import KIND, Part, encode_part
-from iosr_fast.files.joint import check_joint, classify_jointly
+from iosr_fast.files.joint import classify_jointly
 from iosr_fast.files.stream import Reader, ReadOptions
 from iosr_fast.files.tables import PROMISE, SCORES, TREE_PROMISE, Answered, CsvTable, ParquetTable, TableRow, row_of
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
@@ -123,7 +123,7 @@ class Classify:
                 "a table with --joint, --reject-unknown, --max-error, --html, --top or in another format than CSV",
                 "leave these out, and give a .csv file for --out, or none",
             )
-            check_joint(single, self.abstention, self.joint)
+            self.abstention.check(single, joint=self.joint)
 
     @cached_property
     def table(self) -> CsvTable | ParquetTable | DetectionsTable:
@@ -176,11 +176,12 @@ class Classify:
         readable = [key for key, error in zip(keys, errors, strict=True) if error is None]
         if self.joint:
             queries = Embeddings.concatenate(results) if results else None
-            together = classify_jointly(self.head.require_single_label("joint"), queries, self.abstention)
-            say(together.joint.summary())
-            made = together.rows(readable, self.top)
+            head = self.head.require_single_label("joint")
+            together, answers = classify_jointly(head, queries, self.abstention, self.top)
+            say(together.summary())
         else:
-            made = map(row_of, readable, chain.from_iterable(results), repeat(self.table.fields))
+            answers = list(chain.from_iterable(results))
+        made = map(row_of, readable, answers, repeat(self.table.fields))
         rows = [TableRow(key, error=error) if error else next(made) for key, error in zip(keys, errors, strict=True)]
         rejected = sum(row.unknown is not None and row.unknown.rejected for row in rows)
         return self.table.encode(rows, first), rejected, sum(bool(row.accepted) for row in rows)

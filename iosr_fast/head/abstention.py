@@ -49,10 +49,16 @@ class Abstention:
             raise IosrFastError(f"expected keep only with unknown='reject', got {keep} without it")
         return cls(max_error=max_error)
 
-    def check(self, head: Head, labels: Iterable[Any] | None = None) -> None:
+    def check(self, head: Head, labels: Iterable[Any] | None = None, joint: bool = False) -> None:
         """Raise IosrFastError, before any image is read, where a node has the label of rejected pictures (one of
-        `labels`, or the names), or where there are too few support images for a promise (Unknown.threshold,
-        automation.check_promise). What the promises rest on is computed now."""
+        `labels`, or the names), where there are too few support images for a promise (Unknown.threshold,
+        automation.check_promise), and for a promise about errors of pictures that are classified together (`joint`).
+        What the promises rest on is computed now."""
+        if joint and self.max_error is not None:
+            raise IosrFastError(
+                "expected no max_error (--max-error) with joint (--joint): the promise rests on support images that "
+                "are classified alone; leave one of both out"
+            )
         if self.keep is not None:
             check_unknown_label(self.label, head.node_names if labels is None else labels)
             head.unknown.threshold(self.keep)

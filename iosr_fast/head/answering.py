@@ -18,7 +18,7 @@ from iosr_fast.methods.checks import CheckedPromise, check
 from iosr_fast.methods.config import Evidence
 from iosr_fast.methods.conformal import COVERAGE, Reliability, check_share, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.methods.support_audit import SupportAudit
+from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.unknown import KEEP, Unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.utils.html import Html, element, overview
@@ -226,5 +226,7 @@ class Answering(Generic[F]):
         files, rows by their positions in the X of `fit`."""
         fitted = self._fitted()
         head = fitted.head.require_single_label("audit")
-        names = [self._name_of(number) for number in head.examples.ids.tolist()]
-        return head.audit(np.array(names), fitted.labels)
+        images = np.array([self._name_of(number) for number in head.examples.ids.tolist()])
+        names: dict[str, Any] = {"images": images, "classes": fitted.labels, "paths": head.examples.paths}
+        names |= {"notes": head.look_alike_warning}
+        return audit_support(head.support, head.out_of_fold, which=head.config.which, **names)

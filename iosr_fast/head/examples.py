@@ -89,10 +89,3 @@ def _joined_groups(first: Examples, added: Examples) -> np.ndarray | None:
         return None
     before, new = (np.arange(len(one)) if one.groups is None else one.groups for one in (first, added))
     return np.append(before, new + before.max(initial=-1) + 1)
-
-
-def no_examples(width: int) -> Examples:
-    """The examples of a classifier that has only class names."""
-    nothing = np.zeros((0, width), np.float32)
-    none = np.zeros(0, np.int64)
-    return Examples(Embeddings(nothing, nothing), none, none, ())

@@ -28,7 +28,6 @@ from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
-from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tree import Path, Tree
 from iosr_fast.methods.unknown import Unknown, fit_unknown
@@ -313,12 +312,6 @@ class Head(HeadData):
         made = replace(self, config=config, version=version, calibration_images=given)
         return made.with_computed(plan=self.plan.scaled(ratio), folds=self.computed("folds"))
 
-    @property
-    def not_judged(self) -> tuple[str, ...]:
-        """The classes of which no left-out image, or no image of calibrate_on, judges: no promise is about them."""
-        judged = np.bincount(self.left_out_labels.labels, minlength=len(self.uids)) > 0
-        return tuple(name for name, one in zip(self.class_names, judged.tolist(), strict=True) if not one)
-
     def promised(
         self, logits: np.ndarray, max_error: float, rejected: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -335,17 +328,6 @@ class Head(HeadData):
         new = self.calibration
         return unknown if new is None else unknown.calibrated_on(new.embeddings, new.units)
 
-    def audit(self, images: np.ndarray, classes: np.ndarray) -> SupportAudit:
-        """What is wrong with the support images; `images` (N,) and `classes` (C,) are their names in the result."""
-        names: dict[str, Any] = {"images": images, "classes": classes, "paths": self.examples.paths}
-        names |= {"notes": self.look_alike_warning}
-        return audit_support(self.support, self.out_of_fold, which=self.config.which, **names)
-
-    @property
-    def left_out_accuracy(self) -> float:
-        """The share of left-out support images that are right; of calibration images, if there are any. NaN without."""
-        return self.left_out_labels.reliability.accuracy
-
     @cached_property
     def doubts(self) -> tuple[str, ...]:
         """What speaks against promises, and what to do, a sentence each."""
@@ -357,7 +339,8 @@ class Head(HeadData):
         sentences = [*self.look_alike_warning]
         if new is not None and new.near:
             sentences.append(f"{new.near:,} images of calibrate_on are near duplicates of support images and left out")
-        if names := self.not_judged:
+        judges = np.bincount(known.labels, minlength=len(self.uids))  # images of each class
+        if names := [name for name, images in zip(self.class_names, judges.tolist(), strict=True) if not images]:
             nothing = f"nothing is promised of {abbreviate(names)}"
             sentences.append(f"{len(names):,} of {len(self.uids):,} classes have none of the {known.basis}: {nothing}")
         return tuple(sentences)

@@ -76,16 +76,9 @@ def labelled_images(
     these columns, without a label, or with a wrong box; with `nested` for a folder that holds images and class folders;
     with `label_column` for anything but CSV files.
 
-    >>> from pathlib import Path
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     for name in ("lemon", "green_apple"):
-    ...         Path(folder, name).mkdir()
-    ...         Path(folder, name, "1.jpg").touch()
-    ...     _ = Path(folder, "more.csv").write_text("path,label\\nnew/2.jpg,lime\\n")
-    ...     paths, labels, class_names, groups, tree = labelled_images(folder, Path(folder, "more.csv"))
-    >>> labels, class_names
-    (['green apple', 'lemon', 'lime'], ['green apple', 'lemon', 'lime'])
+    >>> paths, labels, class_names, groups, tree = labelled_images("support", "labels.csv")
+    >>> paths[8].as_posix(), labels[8], labels[-1]
+    ('support/green_apple/0.jpg', 'green apple', 'pear')
     """
     Selection(root).check((folder, *more))
     places = [*map(Path, (folder, *more))]
@@ -94,13 +87,20 @@ def labelled_images(
             f"expected CSV files alone with label_column={label_column!r} (--label-column), got {other[0]}, which has "
             "no columns"
         )
-    of_folders = {place: _read_class_folders(place, nested) for place in places if not _is_file(place)}
+    files = [place for place in places if is_table(place) or (not place.is_dir() and is_detector_file(place))]
+    of_folders = {place: _read_class_folders(place, nested) for place in places if place not in files}
     called = _names_of({parts for listed in of_folders.values() for _, parts in listed})
     found: dict[str, _LabelledFile] = {}  # by file and box, links resolved where there are several places to compare
     for place in places:
         here = dict[str, _LabelledFile]()
-        in_folder: list[_LabelledFile] = [(path, called[parts], None) for path, parts in of_folders.get(place, ())]
-        for path, label, group in in_folder or _read_file(place, skip_bad, root, label_column):
+        if place in of_folders:
+            listed: list[_LabelledFile] = [(path, called[parts], None) for path, parts in of_folders[place]]
+        elif is_detector_file(place):
+            boxes = read_boxes(place, Selection(root), labelled=True)
+            listed = [(Path(path), name, None) for name, path in boxes]
+        else:
+            listed = _read_table(place, skip_bad, label_column)
+        for path, label, group in listed:
             first = here.setdefault(_resolved(path) if more else str(path), (path, label, group))
             if first[1] != label:
                 two = f"{first[1]!r} and {label!r}"
@@ -112,8 +112,8 @@ def labelled_images(
     rows = list(found.values())
     several = any(isinstance(label, frozenset) for _, label, _ in rows)
     sets = [frozenset({label}) if isinstance(label, str) else label for _, label, _ in rows]
-    files = ", ".join(place.name for place in places if place not in of_folders)
-    _ask_about_typos(Counter(chain.from_iterable(sets)), frozenset(called.values()), files)
+    named = ", ".join(file.name for file in files)
+    _ask_about_typos(Counter(chain.from_iterable(sets)), frozenset(called.values()), named)
     labels = sets if several else [label for _, label, _ in rows]
     names = sorted(frozenset().union(*sets))
     used = [parts for parts, name in called.items() if name in names]
@@ -138,16 +138,6 @@ def _ask_about_typos(counts: Mapping[str, int], in_folders: Collection[str], fil
 def is_table(place: str | Path) -> bool:
     """Whether it is a CSV file, by its name."""
     return Path(place).suffix.lower() == ".csv" and not Path(place).is_dir()
-
-
-def _is_file(place: Path) -> bool:
-    return is_table(place) or (not place.is_dir() and is_detector_file(place))
-
-
-def _read_file(place: Path, skip_bad: bool, root: str | Path | None, label_column: str | None) -> list[_LabelledFile]:
-    if is_detector_file(place):
-        return [(Path(path), name, None) for name, path in read_boxes(place, Selection(root), labelled=True)]
-    return _read_table(place, skip_bad, label_column)
 
 
 def _read_class_folders(folder: Path, nested: bool) -> list[tuple[Path, tuple[str, ...]]]:

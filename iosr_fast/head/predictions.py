@@ -72,14 +72,11 @@ class Prediction:
     without a look, None unless it was asked for. The other fields are those of top[0] (ClassScore).
 
     >>> from iosr_fast import Classifier
-    >>> from iosr_fast.clip.demo.pictures import load_pictures
-    >>> pictures = load_pictures("held-out", min_styles=5)
-    >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
-    >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
-    >>> [prediction] = classifier.explain(images[0], top=2, nearest=1)
-    >>> prediction.label == labels[0], len(prediction.top), len(prediction.nearest)
-    (True, 2, 1)
-    >>> round(prediction.nearest[0].similarity, 3)  # the image is one of the support images
+    >>> classifier = Classifier("demo", method="tip-adapter++").fit_folder("support")
+    >>> [prediction] = classifier.explain("support/lemon/0.jpg", top=2, nearest=1)
+    >>> prediction.label, len(prediction.top), prediction.nearest[0].label
+    ('lemon', 2, 'lemon')
+    >>> round(prediction.nearest[0].similarity, 3)  # it is one of the support images
     1.0
     """
 

@@ -115,16 +115,14 @@ class Evaluation(Result):
                       left-out support images
     errors            a BadImageError for each unreadable image, which counts nowhere
 
-    >>> from iosr_fast import Classifier
-    >>> from iosr_fast.clip.demo.pictures import load_pictures
-    >>> pictures = load_pictures("held-out", min_styles=5)
-    >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
-    >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images[::2], labels[::2])
-    >>> evaluation = classifier.evaluate(images[1::2], labels[1::2])
-    >>> evaluation.accuracy == classifier.score(images[1::2], labels[1::2])
+    >>> from iosr_fast import Classifier, labelled_images
+    >>> classifier = Classifier("demo").fit_folder("support")
+    >>> images, labels, *_ = labelled_images("validation")
+    >>> evaluation = classifier.evaluate(images, labels)
+    >>> evaluation.accuracy == classifier.score(images, labels)
     True
     >>> len(evaluation.mistakes) == evaluation.wrong, int(evaluation.confusion.sum()), len(evaluation.class_results)
-    (True, 9, 3)
+    (True, 10, 10)
     >>> evaluation.to_frame().columns.tolist()
     ['image', 'label', 'predicted', 'probability', 'right']
     """

@@ -19,7 +19,7 @@ import numpy as np
 from iosr_fast.clip.prompts import check_templates
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError, IosrFastError, printable
-from iosr_fast.head.examples import Examples, no_examples
+from iosr_fast.head.examples import Examples
 from iosr_fast.images.crop import MAX_MARGIN, Sharing, path_of, picture_of
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import ENCODED, open_image, random_view, resize_and_crop, thumbnail
@@ -226,7 +226,8 @@ def _encode(
         if views.single:
             queries.append(mean_of_views(rows[single], 1) if single.any() else keys[-1])
     if not keys:
-        return no_examples(encoder.width).embeddings, None
+        nothing = np.zeros((0, encoder.width), np.float32)
+        return Embeddings(nothing, nothing), None
     return Embeddings.concatenate(keys), Embeddings.concatenate(queries) if queries else None
 
 

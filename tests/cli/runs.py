@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 from typer.testing import CliRunner, Result
 
 from iosr_fast.cli import app
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def run(*words: object) -> Result:

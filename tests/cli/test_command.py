@@ -30,7 +30,7 @@ from iosr_fast.sealed.folders import check_new_folder
 from iosr_fast.sealed.outputs import check_new_file
 from iosr_fast.utils.text import PrintableFormatter
 from tests import ROOT
-from tests.store.live_parts import engine_folder
+from tests.cli.runs import Terminal
 
 TOOLS = ("benchmark", "load_test", "load_classifiers", "demo.bundle", "demo.run", "demo.train_clip")
 
@@ -66,21 +66,11 @@ def test_help_shows_what_stands_in_brackets() -> None:
     assert checked > 25
 
 
-def test_places_that_can_be_written_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine_folder(tmp_path / "engine")
-    (tmp_path / "empty").mkdir()
-    for place in ("new", "deep/er/new", "empty"):
-        check_new_folder(tmp_path / place, "classifier")
-    check_new_folder(tmp_path / "engine", "engine")
-    check_new_file(tmp_path / "new.csv", (".csv",))
-    monkeypatch.chdir(tmp_path)
-    check_new_file(Path("new.csv"))
-    check_new_folder(Path("new"))
+@pytest.mark.parametrize("check", [check_new_file, check_new_folder])
+def test_a_place_that_can_not_be_written_to_is_refused(check: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(PermissionError, match="can't be written to"):
-        check_new_file(tmp_path / "new.csv")
-    with pytest.raises(PermissionError, match="can't be written to"):
-        check_new_folder(tmp_path / "new")
+        check(tmp_path / "new")
 
 
 @pytest.mark.slow
@@ -179,10 +169,6 @@ def test_errors_show_names_with_escapes(words: tuple[str, ...]) -> None:
 
 
 def test_a_table_is_exact_in_a_file_and_printable_on_a_terminal() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     file, terminal = io.StringIO(), Terminal()
     for target in (file, terminal):
         output(target).write("a\x1b[2J.png,cat\n")

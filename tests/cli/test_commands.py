@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast import Classifier, cli
-from iosr_fast.cli.embed import find_engine
+from iosr_fast import Classifier, FewShotHead, cli
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.export import pretrained
@@ -23,13 +22,8 @@ from iosr_fast.files.embedding_files import Part, encode_part
 from iosr_fast.sealed.folders import new_folder
 from iosr_fast.sealed.manifest import write_manifest
 from iosr_fast.store.bundle import Bundle, load
-from tests.cli.runs import done, main, never, refused, run
+from tests.cli.runs import Terminal, done, main, never, refused, run
 from tests.store.live_parts import engine_folder, pixel_clip, small_classifier, text_embedding
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture
@@ -118,49 +112,37 @@ def test_fit_replaces_a_classifier_only_with_overwrite(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("fit", "nowhere", "--model", "demo"), "found no folder"),
-        (("fit", "in/class_0/0.png", "--model", "demo"), "found no folder"),
-        (("fit", "in", "--model", "demo", "--unknown-images", "empty"), "expected pictures of none of the classes in"),
-        (
-            ("fit", "in", "--model", "demo", "--calibrate-on", "few.csv"),
-            "at least 9 images of calibrate_on that the classifier has not seen, got 1",
-        ),
-        (("fit", "in", "--model", "demo", "--calibrate-on", "urls.csv"), "got the URL"),
-        (("fit", "few.csv", "--model", "demo", "--calibrate-on", "in"), "'class 1', 'class 2' are not among the"),
-        (("fit", "in/class_0", "--model", "demo"), "found 3 images in it and no sub-folder: move each"),
-        (("fit", "in", "--model", "demo", "--method", "tip-adaptr"), "did you mean 'tip-adapter'?"),
-        (("fit", "in", "--model", "demo", "--alpha", "1"), "leave alpha out"),
-        (("fit", "in", "--model", "demo", "--views", "-1"), "views from 1 to 1000, got -1"),
-        (("fit", "in", "--model", "demo", "--key-precision", "fp8"), "key precision of fp32"),
-        (("fit", "in", "--model", "demo", "--template", "a photo"), "expected templates with {}"),
-        (
-            ("fit", "in", "--model", "demo", "--descriptions", "texts.csv"),
-            "got 'class_9'; did you mean 'class ",
-        ),
-        (
-            ("fit", "in", "--model", "demo", "--descriptions", "urls.csv"),
-            "expected the columns class and text in urls.csv",
-        ),
-        (("fit", "in", "--model", "demo", "--descriptions", "twice.json"), "a name is there twice among 'a', 'a'"),
-        (
-            ("fit", "in", "--model", "demo", "--template", "none"),
-            "expected descriptions of each class with templates=[]",
-        ),
-        (("fit", "https://a.org/b.jpg", "--model", "demo"), "expected a path, got the URL https://a.org/b.jpg"),
-        (("fit", "urls.csv", "--model", "demo"), "expected a path, got the URL https://a.org/b.jpg: download it first"),
+        (("fit", "nowhere"), "found no folder"),
+        (("fit", "in/class_0/0.png"), "found no folder"),
+        (("fit", "in", "--unknown-images", "empty"), "expected pictures of none of the classes in"),
+        (("fit", "in", "--calibrate-on", "few.csv"), "has not seen, got 1"),
+        (("fit", "in", "--calibrate-on", "urls.csv"), "got the URL"),
+        (("fit", "few.csv", "--calibrate-on", "in"), "'class 1', 'class 2' are not among the"),
+        (("fit", "in/class_0"), "found 3 images in it and no sub-folder: move each"),
+        (("fit", "in", "--method", "tip-adaptr"), "did you mean 'tip-adapter'?"),
+        (("fit", "in", "--alpha", "1"), "leave alpha out"),
+        (("fit", "in", "--views", "-1"), "views from 1 to 1000, got -1"),
+        (("fit", "in", "--key-precision", "fp8"), "key precision of fp32"),
+        (("fit", "in", "--template", "a photo"), "expected templates with {}"),
+        (("fit", "in", "--descriptions", "texts.csv"), "got 'class_9'; did you mean 'class "),
+        (("fit", "in", "--descriptions", "urls.csv"), "expected the columns class and text in urls.csv"),
+        (("fit", "in", "--descriptions", "twice.json"), "a name is there twice among 'a', 'a'"),
+        (("fit", "in", "--template", "none"), "expected descriptions of each class with templates=[]"),
+        (("fit", "https://a.org/b.jpg"), "expected a path, got the URL https://a.org/b.jpg"),
+        (("fit", "urls.csv"), "expected a path, got the URL https://a.org/b.jpg: download it first"),
         (("classify", "bundle", "in", "nowhere.png", "gone"), "expected files, found none at 'nowhere.png', 'gone'"),
         *(
             (words, "expected files, found none at 'gone.png'")
             for words in (
-                ("fit", "gone.csv", "--model", "demo"),
-                ("fit", "in", "--model", "demo", "--calibrate-on", "gone.csv"),
+                ("fit", "gone.csv"),
+                ("fit", "in", "--calibrate-on", "gone.csv"),
                 ("classify", "bundle", "gone.csv"),
                 ("embed", "--engine", "bundle", "--input", "gone.csv", "--out", "out"),
                 ("evaluate", "in", "gone.csv"),
                 ("suggest", "bundle", "gone.csv"),
             )
         ),
-        (("fit", "in", "--label-column", "kind", "--model", "demo"), "CSV files alone with label_column='kind'"),
+        (("fit", "in", "--label-column", "kind"), "CSV files alone with label_column='kind'"),
         (("evaluate", "in", "few.csv", "--label-column", "kind"), "expected the columns path and kind in few.csv"),
         (("classify", "bundle", "empty"), "found none in"),
         (("classify", "bundle", "https://a.org/b.jpg"), "expected a path, got the URL https://a.org/b.jpg"),
@@ -178,7 +160,7 @@ def test_mistakes_are_refused_before_a_clip_is_loaded(
     Path("urls.csv").write_text("path,label\nhttps://a.org/b.jpg,x\nc.jpg,y\n")
     Path("texts.csv").write_text("class,text\nclass_9,round\n")
     Path("twice.json").write_text('{"a": ["round"], "a": ["red"]}')
-    assert said in refused(*words, "--out", "out") if words[0] == "fit" else said in refused(*words)
+    assert said in refused(*words, *(("--model", "demo", "--out", "out") if words[0] == "fit" else ()))
     assert not Path("out").exists()
 
 
@@ -202,12 +184,6 @@ def test_a_folder_that_is_no_classifier_is_refused_in_a_line(command: str, folde
     for wrong in ("nowhere", "in/class_0/0.png", "empty", "an-engine"):
         said = refused(command, tmp_path / wrong, *((folder,) if command == "classify" else ()))
         assert said.startswith("iosr-fast: ") and len(said.strip().splitlines()) == 1, said
-
-
-def test_embed_takes_the_engine_of_a_classifier(tmp_path: Path) -> None:
-    small_classifier(engine_folder(tmp_path / "engine")).save(tmp_path / "saved")
-    assert find_engine(str(tmp_path / "saved")) == tmp_path / "saved" / "engine"
-    assert find_engine(str(tmp_path / "engine")) == tmp_path / "engine"
 
 
 def test_a_folder_given_to_predict_is_called_a_folder(folder: Path) -> None:
@@ -288,7 +264,6 @@ def test_quiet_shows_results_and_errors_alone(
 
 
 def test_a_head_classifies_files_of_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FewShotHead = pytest.importorskip("iosr_fast.few_shot_head", reason="scikit-learn is missing").FewShotHead
     monkeypatch.chdir(tmp_path)
     rng, names = np.random.default_rng(0), np.array(["ant", "bee", "cat"])
     centres = rng.standard_normal((3, 384))
@@ -329,7 +304,6 @@ def test_a_head_classifies_files_of_embeddings(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_a_head_can_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FewShotHead = pytest.importorskip("iosr_fast.few_shot_head", reason="scikit-learn is missing").FewShotHead
     monkeypatch.chdir(tmp_path)
     FewShotHead("gda").fit(np.eye(6), [0, 0, 0, 1, 1, 1]).save("head")
     np.save("rows.npy", np.eye(6))
@@ -340,29 +314,17 @@ def test_what_a_head_can_not_read_is_refused(tmp_path: Path, monkeypatch: pytest
     Path("junk.npz").write_bytes(b"PK no zip")
     Path("rows.txt").write_text("1 2 3")
     for words, said in (
-        (
-            ("classify", "head", "wide.npy"),
-            "expected rows of 6 numbers in wide.npy, as the head takes them, got float64",
-        ),
+        (("classify", "head", "wide.npy"), "expected rows of 6 numbers in wide.npy, as the head takes"),
         (("classify", "head", "objects.npy"), "objects.npy is damaged, or of another form"),
         (("classify", "head", "junk.npz"), "junk.npz is damaged"),
         (("classify", "head", "short.npz"), "expected keys and y for each of the 6 rows"),
-        (
-            ("classify", "head", "rows.txt"),
-            "rows.txt is damaged, or of another form than expected: a folder of `iosr-fast embed`",
-        ),
-        (
-            ("classify", "head", "rows.npy", "--html", "page.html"),
-            "expected files, found none at '0', '1', '2', '3', '4' and 1 more: --html shows pictures",
-        ),
+        (("classify", "head", "rows.txt"), "expected: a folder of `iosr-fast embed`"),
+        (("classify", "head", "rows.npy", "--html", "page.html"), "'4' and 1 more: --html shows pictures"),
         (("suggest", "head", "rows.npy", "--html", "page.html"), "give embeddings whose keys are paths from here"),
         (("classify", "head", "rows.npy", "--runtime", "torch"), "a head has no encoder"),
         (("audit", "head", "--html", "page.html"), "head has none: give `paths` to FewShotHead.fit"),
         (("evaluate", "head", "rows.npy"), "expected labels y beside x in rows.npy"),
-        (
-            ("evaluate", "head", "other.npz"),
-            "expected labels among the 2 classes of head ('0', '1'), got '2', '3', '4'",
-        ),
+        (("evaluate", "head", "other.npz"), "the 2 classes of head ('0', '1'), got '2', '3', '4'"),
         (("serve", "head", "--log", "log.db"), "a head takes no changes"),
     ):
         assert said in refused(*words)

@@ -123,17 +123,3 @@ def test_support_images_and_queries_have_one_margin(scenes: Any) -> None:
     for margin in (-0.1, 6, float("nan"), "wide"):
         with pytest.raises(ValueError, match="expected margin "):
             Classifier("demo", margin=margin).fit(pictures, texts)
-
-
-def test_an_interrupted_run_over_boxes_resumes(scenes: Any, bundle: Path) -> None:
-    rows, texts, _ = scenes
-    write_table("new.csv", rows)
-    done(classify(bundle, "new.csv", "--out", "whole.csv", "--chunk", 4))
-    good = Path("3.png").read_bytes()
-    Path("3.png").write_bytes(good[:200])
-    run = ("new.csv", "--out", "out.csv", "--chunk", 4)
-    said = refused(classify(bundle, *run))
-    assert f"can't read image {texts[9]}: " in said and "the finished parts are kept" in said
-    Path("3.png").write_bytes(good)
-    assert "8 of 18 images are done already" in done(classify(bundle, *run))
-    assert Path("out.csv").read_bytes() == Path("whole.csv").read_bytes()

@@ -5,36 +5,16 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.photographs import write_photographs
 from iosr_fast.classifier import Classifier
+from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files import stream
-from iosr_fast.images.listing import list_images
+from iosr_fast.files.stream import Reader, ReadOptions, Stage
+from iosr_fast.head.support_images import SupportSettings
 
 pytestmark = pytest.mark.slow
-
-COUNT = 100
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs")
-    write_photographs(folder, COUNT)
-    return folder
-
-
-def test_labels_are_those_of_predict(bundle: Path, photographs: Path) -> None:
-    classifier = Classifier.load(bundle, threads=1)
-    found = classifier.predict_folder(photographs, batch=16, threads=3)
-    assert [str(path) for path in found.paths] == list_images(photographs).paths and len(found) == COUNT
-    expected = classifier.predict_proba(found.paths)
-    assert (found.labels == classifier.classes_[expected.argmax(1)]).mean() >= 0.999
-    assert found.probabilities.dtype == np.float32
-    np.testing.assert_allclose(found.probabilities, expected.max(1), atol=0.01)
-    assert not found.errors and list(found)[7] == (found.paths[7], found.labels[7], found.probabilities[7])
 
 
 def test_unreadable_images_are_raised_or_told(bundle: Path, tmp_path: Path) -> None:
@@ -55,14 +35,17 @@ def test_unreadable_images_are_raised_or_told(bundle: Path, tmp_path: Path) -> N
 def test_many_images_on_several_cores_are_encoded_side_by_side(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = Classifier.load(bundle, threads=2)
     encoder, engine = classifier.encoder, classifier.engine_
-    side_by_side = stream.choose_stage(encoder, engine, 1024, 32, 8)
+
+    def stage(encoder: Encoder, images: int) -> Stage:
+        return Reader(encoder, engine, SupportSettings(), ReadOptions(32, threads=8)).stage(images)
+
+    side_by_side = stage(encoder, 1024)
     assert side_by_side.callers == 8 and side_by_side.encoder is not encoder
     for opened_before in (side_by_side.encoder, encoder):
-        assert stream.choose_stage(opened_before, engine, 1024, 32, 8).encoder is side_by_side.encoder
-    few = stream.choose_stage(encoder, engine, 1000, 32, 8)
-    assert few == stream.Stage(encoder, 1, 2)
+        assert stage(opened_before, 1024).encoder is side_by_side.encoder
+    assert stage(encoder, 1000) == Stage(encoder, 1, 2)
     monkeypatch.setattr(encoder, "parallel", False)
-    assert stream.choose_stage(encoder, engine, 10_000, 32, 8) == few
+    assert stage(encoder, 10_000) == Stage(encoder, 1, 2)
 
 
 def test_wrong_options_are_refused_and_an_empty_folder_has_no_labels(bundle: Path, tmp_path: Path) -> None:
@@ -70,6 +53,7 @@ def test_wrong_options_are_refused_and_an_empty_folder_has_no_labels(bundle: Pat
     name = str(classifier.classes_[0])
     for options, message in (
         ({"threads": 0}, "expected threads of at least 1, got 0"),
+        ({"batch": 0}, "expected batch of at least 1, got 0"),
         ({"unknown": "yes"}, "expected unknown to be 'reject' or None, got 'yes'"),
         ({"max_error": 0.01}, "at most 0.01 wrong labels needs at least 299 left-out support images"),
         ({"max_error": 0.3, "joint": True}, "expected no max_error .* with joint"),

@@ -111,9 +111,8 @@ def test_ctrl_c_says_that_the_same_command_resumes(bundle: Path, tmp_path: Path)
     assert process.returncode == 130 and f"the same command resumes {out}" in said and "Traceback" not in said
     kept = {part["part"] for part in logged(parts_of(out))}
     assert 2 <= len(kept) < 30 and not out.exists()
-    assert f"{5 * len(kept)} of 150 images are done already" in done(
-        classify(bundle, tmp_path / "in", "--out", out, "--chunk", "5")
-    )
+    said = done(classify(bundle, tmp_path / "in", "--out", out, "--chunk", "5"))
+    assert f"{5 * len(kept)} of 150 images are done already" in said
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
@@ -196,9 +195,8 @@ def test_runs_of_other_images_options_and_classifiers_never_mix(
 def test_two_runs_never_write_to_one_folder(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
     with open_parts(tmp_path / "out", {"a": 1}, [], Classify(str(bundle))):
         assert "another run is writing to" in refused(embed(bundle, tmp_path / "in", tmp_path / "out"))
-    assert "holds parts of another run, which differs in a (there 1" in refused(
-        embed(bundle, tmp_path / "in", tmp_path / "out")
-    )
+    said = refused(embed(bundle, tmp_path / "in", tmp_path / "out"))
+    assert "holds parts of another run, which differs in a (there 1" in said
 
 
 def test_a_log_survives_a_kill_at_each_byte_and_is_never_taken_from_others(tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import os
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 from iosr_fast import Classifier
 from iosr_fast.files.sort import class_folders
 from tests.files.runs import classify, done, refused
-from tests.store.live_parts import with_tree
+from tests.store.live_parts import random_head, with_tree
 
 PROMISE = ("--max-error", "50%", "--sort")
 
@@ -23,7 +25,8 @@ def held(folder: Path) -> dict[str, bytes]:
 
 def test_a_class_has_a_folder_whose_name_gives_the_class() -> None:
     names = ["a/b", "..", ".hidden", "look", "Look", "sorted.csv", "cat", "Cat", "CAT", "x.", "=1", "C:", "%41", "Ä 2"]
-    folders = class_folders(Classifier("demo", method="zero-shot").fit(class_names=names).snapshot())
+    head = random_head(np.random.default_rng(0), len(names), 1)  # earlier versions took names that differ in case
+    folders = class_folders(replace(head, class_names=tuple(names)))
     assert [unquote(folder) for folder in folders.values()] == [*folders] == names
     assert len({folder.casefold() for folder in folders.values()} | {"look", "sorted.csv"}) == len(names) + 2
     assert {folder for folder in folders.values() if Path("a", folder).resolve().parent != Path("a").resolve()} == set()

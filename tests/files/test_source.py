@@ -10,37 +10,10 @@ import pytest
 from PIL import Image
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.files.source import Source, read_source
+from iosr_fast.files.source import read_source
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import decode_batch
 from tests.files.runs import write_pictures
-
-
-@pytest.mark.parametrize("size", [1, 3, 10, 100])
-def test_every_image_is_in_one_chunk(size: int) -> None:
-    source = Source([str(i) for i in range(10)], [f"in/{i}" for i in range(10)])
-    chunks = source.cut(size)
-    assert [key for chunk in chunks for key in chunk.keys] == source.keys
-    assert [path for chunk in chunks for path in chunk.paths] == source.paths
-    assert [chunk.start for chunk in chunks] == list(range(0, 10, size))
-    assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
-
-
-def test_the_digest_of_a_chunk_changes_with_its_images(tmp_path: Path) -> None:
-    paths = write_pictures(tmp_path / "in", 2)
-    (chunk,) = read_source([str(tmp_path / "in")], relative=True).cut(2)
-    before = chunk.digest()
-    assert before == chunk.digest()
-    Image.new("RGB", (9, 9)).save(paths[1])
-    assert chunk.digest() != before
-
-
-def test_a_folder_has_keys_that_stay_when_it_is_moved(tmp_path: Path) -> None:
-    paths = write_pictures(tmp_path / "in", 5)
-    source = read_source([str(tmp_path / "in")], relative=True)
-    assert source.keys == [path.relative_to(tmp_path / "in").as_posix() for path in paths]
-    (tmp_path / "in").rename(tmp_path / "moved")
-    assert read_source([str(tmp_path / "moved")], relative=True).keys == source.keys
 
 
 def test_files_folders_and_csv_files_are_listed_in_their_order(tmp_path: Path) -> None:

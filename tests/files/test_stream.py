@@ -18,12 +18,11 @@ from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.files.stream import Reader, ReadOptions, Stage, batch_sizes, batches_of, choose_batch
+from iosr_fast.files.stream import Reader, ReadOptions, Stage, batches_of
 from iosr_fast.head.support_images import SupportSettings, encode_images
 from iosr_fast.images import preprocess
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import Decode, DecodedBatch
-from iosr_fast.utils.ordered import map_ordered
 
 SIZE = 8
 TWO_WAYS = pytest.mark.parametrize(("callers", "decode_threads"), [(1, 2), (3, 0)])
@@ -66,30 +65,11 @@ def read(
 ) -> Any:
     reader = Reader(stage.encoder, Path(), SupportSettings(), ReadOptions(batch, skip_bad=True))
     reader.decode = decode or reader.decode
-    batches = batches_of(sources, batch_sizes(len(sources), batch, 1))
-    return reader.read_batches(stage, batches, use)
+    return reader.read_batches(stage, batches_of(sources, batch, 1), use)
 
 
 def grey(level: int) -> np.ndarray:
     return np.full((SIZE, SIZE, 3), level, np.uint8)
-
-
-def test_work_ahead_comes_in_order_and_is_bounded() -> None:
-    taken: list[int] = []
-
-    def items() -> Iterator[int]:
-        for i in range(50):
-            taken.append(i)
-            yield i
-
-    def slow_first(i: int) -> int:
-        time.sleep(0.02 if i % 7 == 0 else 0)
-        return i
-
-    with closing(map_ordered(items(), slow_first, threads=3, ahead=5)) as made:
-        assert next(made) == 0 and len(taken) == 5
-        assert [next(made) for _ in range(10)] == list(range(1, 11)) and len(taken) == 15
-        assert list(made) == list(range(11, 50))
 
 
 @TWO_WAYS
@@ -113,14 +93,17 @@ def test_results_come_in_order_with_the_unreadable_in_their_places(callers: int,
     ("images", "batch", "callers"), [(500, 16, 2), (61, 7, 3), (5, 16, 2), (100, 3, 8), (0, 16, 2)]
 )
 def test_the_last_batches_are_smaller_so_that_callers_end_together(images: int, batch: int, callers: int) -> None:
-    sizes = list(batch_sizes(images, batch, callers))
+    def sizes_of(images: int, callers: int, later: int = 0) -> list[int]:
+        return [len(sources) for _, sources in batches_of(range(images), batch, callers, later=later)]
+
+    sizes = sizes_of(images, callers)
     assert sum(sizes) == images and all(0 < size <= batch for size in sizes)
-    assert list(batch_sizes(images, batch, 1)) == [batch] * (images // batch) + [images % batch] * (images % batch > 0)
+    assert sizes_of(images, 1) == [batch] * (images // batch) + [images % batch] * (images % batch > 0)
     for done in range(len(sizes)):
         left = images - sum(sizes[:done])
         assert sizes[done] <= max(4, -(-left // (2 * callers)))
-        assert list(batch_sizes(left, batch, callers)) == sizes[done:], "a run that resumes has the same batches"
-    assert set(batch_sizes(2 * batch, batch, callers, later=1000)) == {batch}, "only the last ones of the whole run"
+        assert sizes_of(left, callers) == sizes[done:], "a run that resumes has the same batches"
+    assert set(sizes_of(2 * batch, callers, later=1000)) == {batch}, "only the last ones of the whole run"
 
 
 @TWO_WAYS
@@ -176,17 +159,6 @@ def test_no_thread_is_left_by_a_consumer_or_encoder_that_fails(callers: int, dec
 
     with pytest.raises(RuntimeError, match="out of memory"):
         list(read(stage, sources, 4, use=fails))
-
-
-def test_the_batch_fits_the_machine() -> None:
-    encoder: Any = CountingEncoder()
-    assert choose_batch(encoder, None) == 16 and choose_batch(encoder, 5) == 5
-    encoder.buckets, encoder.max_batch = (1, 2, 32), 32
-    assert choose_batch(encoder, None) == 32
-    encoder.max_batch = 256
-    assert choose_batch(encoder, None) == 64
-    with pytest.raises(ValueError, match="expected batch of at least 1, got 0"):
-        choose_batch(encoder, 0)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])

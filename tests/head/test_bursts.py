@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -25,22 +26,17 @@ def bursts(rng: np.random.Generator, sessions: int, burst: int) -> tuple[np.ndar
 
 def test_bursts_are_warned_of_and_judged_as_new_ones_will_be(rng: np.random.Generator, tmp_path: Path) -> None:
     (rows, labels), (new, truth) = bursts(rng, SESSIONS, BURST), bursts(rng, 60, 1)
-    with pytest.warns(
-        LookAlikesWarning, match="288 of 288 pictures look like another one of their class, as in bursts"
-    ):
+    with pytest.warns(LookAlikesWarning, match="288 of 288 pictures look like another one of their class, as in"):
         head = FewShotHead().fit(rows, labels)
     accuracy, alone = head.score(new, truth), FewShotHead(look_alikes=False).fit(rows, labels)
     assert alone.calibration().accuracy > accuracy + 0.2  # the siblings stay in
     assert accuracy - 0.15 < head.calibration().accuracy < accuracy + 0.05
     first, *doubts = head.snapshot().summary().splitlines()
-    assert ", look-alikes left out together; " in first and first.endswith(
-        "if new pictures come from the same sessions"
-    )
+    assert re.search(", look-alikes left out together; .* if new pictures come from the same sessions$", first)
     assert doubts[1].startswith("let promises rest on labelled pictures from production (calibrate_on")
     curve, audit = head.automation(), head.audit()
-    assert (
-        curve.images == 288 and 72 <= curve.count < 200 and f"(worth {curve.count:,.0f}, as look-alikes" in str(curve)
-    )
+    assert curve.images == 288 and 72 <= curve.count < 200
+    assert f"(worth {curve.count:,.0f}, as look-alikes" in str(curve)
     assert all(doubt in text for doubt in doubts for text in (str(curve), audit.summary()))
     assert {one.distinct for one in audit.classes} == {SESSIONS} and "look-alikes: 24 images" in audit.classes[0].advice
 
@@ -68,9 +64,7 @@ def test_one_picture_a_class_promises_nothing_and_says_so(rng: np.random.Generat
     head = FewShotHead().fit(*bursts(rng, 1, 1))
     said = "probabilities at one picture a class are not measured, and nothing is promised from them"
     assert said in head.snapshot().summary() and said in str(head.automation())
-    with pytest.raises(
-        IosrFastError, match=r"at most 0\.1 wrong labels needs at least 29 left-out support images, got 0"
-    ):
+    with pytest.raises(IosrFastError, match=r"0\.1 wrong labels needs at least 29 left-out support images, got 0"):
         head.predict(np.ones((1, WIDTH)), max_error=0.1)
 
 

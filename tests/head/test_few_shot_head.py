@@ -158,15 +158,6 @@ def test_groups_of_any_classes_leave_every_answer_finite(rng: np.random.Generato
         assert len(head.audit().classes) == 4
 
 
-def test_the_row_with_the_wrong_label_has_the_largest_suspicion(rng: np.random.Generator) -> None:
-    rows, labels, _ = clusters(rng, 4, 6, 16)
-    wrong = int(np.flatnonzero(labels == 1)[2])
-    labels[wrong] = 3
-    suspicion = FewShotHead("gda").fit(rows, labels).audit().suspicion
-    assert max(suspicion, key=suspicion.__getitem__) == wrong == next(iter(suspicion)) and suspicion[wrong] > 0.5
-    assert sorted(suspicion) == list(range(24)) and wrong != np.flatnonzero(np.sort(labels) == 3)[2]
-
-
 def test_bad_input_is_named(rng: np.random.Generator) -> None:
     rows, labels, _ = clusters(rng, 3, 3, 8)
     for message, options, X, y in [
@@ -261,17 +252,10 @@ def test_what_can_not_be_loaded_is_not_saved(rng: np.random.Generator, tmp_path:
     assert not (tmp_path / "head").exists()
 
 
-def test_damage_and_other_folders_are_named(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_impossible_facts_and_other_folders_are_named(rng: np.random.Generator, tmp_path: Path) -> None:
     X, y, _ = clusters(rng, 3, 3, 8)
     folder, classifier = tmp_path / "head", saved_classifier(tmp_path / "classifier")
     FewShotHead("gda").fit(X, y).save(folder)
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        for broken in (data[:-1], data[:40] + bytes([data[40] ^ 1]) + data[41:]):
-            path.write_bytes(broken)
-            with pytest.raises(DamagedFileError, match=path.name):
-                FewShotHead.load(folder)
-        path.write_bytes(data)
     for fact, message in (
         ({"labels": "int8"}, "300"),
         ({"labels": "complex64"}, "labels"),
@@ -319,10 +303,8 @@ def test_answers_have_the_form_of_the_labels(rng: np.random.Generator, tmp_path:
         head.save(tmp_path / str(number))
         loaded = FewShotHead.load(tmp_path / str(number))
         np.testing.assert_array_equal(loaded.predict(X), head.predict(X))
-        assert (
-            loaded.predict(X).dtype == head.predict(X).dtype
-            and loaded.score(X, sets if head is by_sets else indicator) == expected
-        )
+        assert loaded.predict(X).dtype == head.predict(X).dtype
+        assert loaded.score(X, sets if head is by_sets else indicator) == expected
     with pytest.raises(IosrFastError, match="not among the 5 class names"):
         by_sets.score(X, [{"eel"}] * len(X))
     for name, call in {

@@ -171,11 +171,9 @@ def test_refusals(fitted, images, tmp_path: Path, monkeypatch) -> None:
     pixels, labels = images
     keep = [i for i in range(len(pixels)) if i not in (0, 5, 16)]
     wrong = ["motif 1" if label == "motif 0" else label for label in labels]
+    kept = pixels[keep], [labels[i] for i in keep]
     for message, given in {
-        r"found none for 3 of them: 'motif 0 \(2 of 8\)', 'motif 2 \(1 of 8\)'": (
-            pixels[keep],
-            [labels[i] for i in keep],
-        ),
+        r"found none for 3 of them: 'motif 0 \(2 of 8\)', 'motif 2 \(1 of 8\)'": kept,
         "found none for 8 of them": (pixels, wrong),  # an image under another label
         "labels": (pixels, labels[:3]),
     }.items():
@@ -252,9 +250,8 @@ def test_accuracy(n: int, lost: int, won: int, tolerance: float, rejected: bool)
 def test_cosines_reject_whatever_the_accuracy_unless_images_are_smaller() -> None:
     same, far = flips(40, 0, 0), {"plain": (0.8, 0.9)}
     assert rejection_reason(*same, {"plain": (0.9901, 0.999)}, 100) == ""
-    assert (
-        rejection_reason(*same, GOOD | {"adapted": (0.97, 0.999)}, 100) == "cosine of adapted embeddings 0.970 < 0.99"
-    )
+    reason = rejection_reason(*same, GOOD | {"adapted": (0.97, 0.999)}, 100)
+    assert reason == "cosine of adapted embeddings 0.970 < 0.99"
     assert rejection_reason(*same, {"plain": (float("nan"), 1.0)}, 100) == "cosine of plain embeddings nan < 0.99"
     assert rejection_reason(*flips(400, 2, 0), far, 0.5, smaller_images=True) == ""
     assert "with smaller images any loss above 0.5 points" in rejection_reason(

@@ -40,10 +40,8 @@ def test_a_plain_method_encodes_queries_by_the_plain_form(
     assert not opened.encoder.adapted and not opened._other and opened.has_adapter
     np.testing.assert_allclose(loaded.decision_function(queries), plain.decision_function(queries), atol=1e-4)
     loaded.add_examples(labels[0], [queries[0]])
-    with pytest.raises(
-        IosrFastError, match="has as 'e0': leave it out"
-    ):  # which was encoded among others then, alone now
-        loaded.add_examples(labels[-1], [of.images[support[0]]])
+    with pytest.raises(IosrFastError, match="has as 'e0': leave it out"):
+        loaded.add_examples(labels[-1], [of.images[support[0]]])  # which was encoded among others then, alone now
     assert opened._other[0].adapted and not loaded.encoder.adapted
     added = loaded.support_.embeddings
     row = int(np.argmax(added.plain @ both.plain[0]))
