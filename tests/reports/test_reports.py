@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -342,7 +343,9 @@ def test_heads_have_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brows
     x = images.reshape(30, -1) / 255.0
     with pytest.raises(IosrFastError, match="expected a path for each of the 30 rows of X, got 29"):
         FewShotHead("gda").fit(x, names, paths=keys[1:])
-    FewShotHead("gda").fit(x, names, paths=keys).save("head")
+    column = pd.Series(keys, range(29, -1, -1))  # whose index is no position
+    FewShotHead("gda").fit(x, names, paths=column).save("head")
+    assert FewShotHead.load("head").snapshot().examples.paths[0] == str(tmp_path / keys[names.index(min(names))])
     np.savez("x.npz", x=x + 0.2, y=names[1:] + names[:1], keys=keys)
     for command, *words in (("audit",), ("evaluate", "x.npz"), ("classify", "x.npz"), ("suggest", "x.npz", "-n", 9)):
         done = run(command, "head", *words, "--html", f"{command}.html")
