@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
 from iosr_fast import Classifier
-from iosr_fast.files.sort import class_folders
+from iosr_fast.files.sort import class_folders, sort_images
+from iosr_fast.files.tables import Labelled
 from tests.files.runs import classify, done, refused
 from tests.store.live_parts import with_tree
 
@@ -23,7 +27,9 @@ def held(folder: Path) -> dict[str, bytes]:
 
 def test_a_class_has_a_folder_whose_name_gives_the_class() -> None:
     names = ["a/b", "..", ".hidden", "look", "Look", "sorted.csv", "cat", "Cat", "CAT", "x.", "=1", "C:", "%41", "Ä 2"]
-    folders = class_folders(Classifier("demo", method="zero-shot").fit(class_names=names).snapshot())
+    numbers = map(str, range(len(names)))  # a fit takes no names that differ in case alone, as earlier versions did
+    head = Classifier("demo", method="zero-shot").fit(class_names=[*numbers]).snapshot()
+    folders = class_folders(replace(head, class_names=tuple(names)))
     assert [unquote(folder) for folder in folders.values()] == [*folders] == names
     assert len({folder.casefold() for folder in folders.values()} | {"look", "sorted.csv"}) == len(names) + 2
     assert {folder for folder in folders.values() if Path("a", folder).resolve().parent != Path("a").resolve()} == set()
@@ -63,6 +69,19 @@ def test_accepted_images_are_in_class_folders_and_a_list_undoes_it(
     assert held(folder) == {"sorted.csv": once["sorted.csv"], rows[-1]["target"]: b"mine"}
 
 
+def test_a_killed_run_has_listed_what_it_made(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, link = Classifier("demo", method="zero-shot").fit(class_names=["a", "b"]).snapshot(), os.link
+    rows = [Labelled(str(path), "a", 1.0, math.nan, "", accepted=True) for path in pictures]
+    monkeypatch.setattr(os, "link", lambda *paths: link(*paths) or sys.exit())
+    with pytest.raises(SystemExit):
+        sort_images(rows, tmp_path / "sorted", [str(tmp_path / "in")], head)
+    made = f"a/{pictures[0].relative_to(tmp_path / 'in')}"
+    assert held(tmp_path / "sorted").keys() == {"sorted.csv", made}
+    assert made in (tmp_path / "sorted/sorted.csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -71,12 +90,15 @@ def test_accepted_images_are_in_class_folders_and_a_list_undoes_it(
         (["in", *PROMISE, "in/sorted"], "a --sort outside of their folders"),
         (["boxes.csv", *PROMISE, "sorted"], "expected whole images, no boxes"),
         (["in", *PROMISE, "none/sorted"], "expected a folder to write"),
+        (["in", *PROMISE, "mine"], "expected nothing or the list of --sort at mine/sorted.csv"),
     ],
 )
 def test_wrong_options_are_refused_before_an_image_is_read(
     words: list[str], message: str, bundle: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/sorted.csv").write_text("path,label\n")
     Path("boxes.csv").write_text("path,x,y,width,height\nin/c0/0000.png,0,0,8,8\n")
     before = held(tmp_path)
     assert message in refused(classify(bundle, *words)) and held(tmp_path) == before
