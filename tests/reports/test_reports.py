@@ -384,3 +384,5 @@ def test_a_page_of_labels_shows_the_unsure_first_and_says_what_it_leaves_out(
         assert section.locator("li .measure").all_inner_texts() == ["50%", "55%", "60%"]
         assert page.locator(".wide").evaluate("(table) => table.scrollWidth <= table.clientWidth")
         assert page.locator("span.picture").all_inner_texts() == ["gone.png"]
+    (place / "p.html").write_text(predictions_page([rows[0]._replace(label="w" * 512)], "Labels"))
+    opened(browser, place / "p.html")
