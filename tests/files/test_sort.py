@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from urllib.parse import unquote
 import pytest
 
 from iosr_fast import Classifier
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.sort import class_folders, sort_images
 from iosr_fast.files.tables import Labelled
 from tests.files.runs import classify, done, refused
@@ -80,6 +82,17 @@ def test_a_killed_run_has_listed_what_it_made(
     made = f"a/{pictures[0].relative_to(tmp_path / 'in')}"
     assert held(tmp_path / "sorted").keys() == {"sorted.csv", made}
     assert made in (tmp_path / "sorted/sorted.csv").read_text()
+
+
+def test_two_images_for_one_place_are_refused(pictures: list[Path], tmp_path: Path) -> None:
+    tree = {"c0": "a", "b": "a", "c": "d"}
+    head = Classifier("demo", method="zero-shot").fit(class_names=[*tree], tree=tree).snapshot()
+    shutil.copy(pictures[0], tmp_path / "in" / pictures[0].name)
+    below = [(pictures[0], "a"), (tmp_path / "in" / pictures[0].name, "c0")]  # both at a/c0/0000.png
+    rows = [Labelled(str(path), label, 1.0, math.nan, "", accepted=True) for path, label in below]
+    with pytest.raises(IosrFastError, match="expected no other image at .*a/c0/0000.png, got one, and sorted none"):
+        sort_images(rows, tmp_path / "sorted", [str(tmp_path / "in")], head)
+    assert not (tmp_path / "sorted").exists()
 
 
 @pytest.mark.parametrize(

@@ -327,11 +327,8 @@ def test_a_page_of_labels_is_filtered_and_takes_labels(place: Path, browser: Any
     cards.get_by_role("button", name="Take two").click()
     cards.get_by_label("Label").press("Enter")
     assert page.evaluate("document.activeElement.id") == "save", "fields that are filtered out are left out"
-    with page.expect_download() as download:
-        page.keyboard.press("Enter")
-    download.value.save_as(place / "labels.csv")
-    paths, labels, *_ = labelled_images(place / "labels.csv")
-    assert (paths, labels) == ([place / "unlabelled" / "3.png"], ["two"])
+    assert cards.get_by_label("Label").input_value() == "two"
+    assert page.locator("#status").inner_text().startswith("1 of 18 images labelled")
 
 
 def test_heads_have_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, browser: Any) -> None:
