@@ -90,7 +90,7 @@ def test_two_images_for_one_place_are_refused(pictures: list[Path], tmp_path: Pa
     shutil.copy(pictures[0], tmp_path / "in" / pictures[0].name)
     below = [(pictures[0], "a"), (tmp_path / "in" / pictures[0].name, "c0")]  # both at a/c0/0000.png
     rows = [Labelled(str(path), label, 1.0, math.nan, "", accepted=True) for path, label in below]
-    with pytest.raises(IosrFastError, match="expected no other image at .*a/c0/0000.png, got one, and sorted none"):
+    with pytest.raises(IosrFastError, match=r"expected no other image at .*a/c0/0000\.png"):
         sort_images(rows, tmp_path / "sorted", [str(tmp_path / "in")], head)
     assert not (tmp_path / "sorted").exists()
 
