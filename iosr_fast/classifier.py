@@ -282,14 +282,14 @@ class Classifier(Answering[Fit], Changing, Estimator):
         warn_of_look_alikes(fitted.head)
         return self
 
-    def _open(self) -> OpenedModel:
+    def _open(self, texts: Any = None) -> OpenedModel:
         """The model that the parameters name; a loaded classifier's own, until `set_params` names another."""
         named = {name: getattr(self, name) for name in OPENING}
         if self._given_clip is not None and self._given_clip[0] == named:
             return self._given_clip[1]
         from iosr_fast.export.pretrained import open_shared
 
-        return open_shared(**named, shown=bool(self.progress))
+        return open_shared(**named, shown=bool(self.progress), texts=texts)
 
     @classmethod
     def _with_clip(cls, clip: OpenedModel, **parameters: Any) -> Self:

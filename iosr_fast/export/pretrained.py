@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from iosr_fast.clip.image_models import ONNX, PHOTOGRAPHS
+from iosr_fast.clip.image_models import ONNX, PHOTOGRAPHS, is_image_model
 from iosr_fast.clip.load import LoadedModel, load_model
 from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused, model_config
+from iosr_fast.clip.prompts import check_texts
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.from_onnx import OnnxModel, read_onnx
@@ -89,6 +90,7 @@ def open_pretrained(
     precision: str,
     engine: str | Path | None,
     shown: bool = False,
+    texts: tuple[Any, Any, Any] | None = None,
 ) -> OpenedModel:
     """Load the model and open its engine; without `engine` one is built, once, in the user's cache.
 
@@ -113,6 +115,8 @@ def open_pretrained(
         if adapter not in ("auto", None):
             _check_source(source.manifest, adapter=adapted_by)
         runtime = choose_runtime(runtime, runtimes_of(source.manifest))
+    if texts is not None and model not in ("demo", DEMO_NAME) and not is_image_model(model):
+        check_texts(model, *texts)
     with progress(f"load {model}", None, shown=shown):
         clip = load(model, pretrained, precision)
     if source is not None:
@@ -178,13 +182,14 @@ def open_shared(
     precision: str,
     engine: str | Path | None,
     shown: bool = False,
+    texts: tuple[Any, Any, Any] | None = None,
 ) -> OpenedModel:
     """`open_pretrained`, shared in this process by all who name the same files: each fold of a cross-validation finds
     the CLIP open.
 
     A CLIP stays in memory while a classifier holds it; of the others only the one opened last does, until another is
     opened. A file that changed since is opened again. Without a `model` it is "photographs", with a line that a CLIP is
-    better. The precision "auto" opens the engine in fp32, from which the others are made.
+    better. The precision "auto" opens the engine in fp32, from which the others are made. `texts`: as of check_texts.
     """
     global _latest
     if model is None:
@@ -196,7 +201,7 @@ def open_shared(
         clip = _in_use.get(key)
         if clip is None:
             _latest = None  # frees its memory, unless it is in use
-            clip = _in_use[key] = open_pretrained(*named, shown)
+            clip = _in_use[key] = open_pretrained(*named, shown, texts)
         _latest = clip
         return clip
 

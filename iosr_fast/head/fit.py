@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 def fit(
     parameters: Mapping[str, Any],
-    open_clip: Callable[[], OpenedModel],
+    open_clip: Callable[[Any], OpenedModel],
     images: Any,
     labels: Any,
     class_names: Any,
@@ -70,7 +70,7 @@ def fit(
     _check_counts(options.config.method, known, known.ids)
     if str(parameters["pretrained"]) == "none":
         log.warning("pretrained='none': the weights are random, to measure speed, and the answers mean nothing")
-    clip = open_clip()
+    clip = open_clip((known.names, settings.templates, texts))
     _check_model(options.config.method, known.counts(known.ids), clip, settings.templates, texts)
     shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])
     # Later queries are single views, so that is what leave-one-out has to score.

@@ -79,6 +79,11 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
     }.items():
         with pytest.raises(IosrFastError, match=message):
             Classifier("demo").fit(images, labels, NAMES, descriptions=texts)
+    monkeypatch.undo()
+    monkeypatch.setattr(pretrained, "load", never)
+    for long in ({"templates": ["x " * 90 + "{}"]}, {"model": "ViT-B-16-quickgelu", "templates": ["{} x" * 70]}):
+        with pytest.raises(IosrFastError, match=r"at most 77 tokens, .* shorten the name, or the prompts \(templates="):
+            Classifier(**{"model": "ViT-B-32", "pretrained": "openai"} | long).fit(images, labels, NAMES)
     with pytest.raises(IosrFastError, match=r"each class with templates=\[\], got none of 'motif 0', 'motif 2', "):
         Classifier("demo", templates=[]).fit(images, labels, NAMES, descriptions={"motif 1": ["a"]})
 

@@ -1,7 +1,7 @@
 # pyright: strict
 """A tour of the calls, on the demo's toy model, in types that mypy and pyright accept in their strict modes:
 
-python examples/tour.py SUPPORT PHOTOS OUT    (folders: of class folders, of pictures, to write to)
+python -m tests.typed_script SUPPORT PHOTOS OUT    (folders: of class folders, of pictures, to write to)
 """
 
 import sys
