@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 from iosr_fast import Classifier
@@ -18,7 +19,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.sort import class_folders, sort_images
 from iosr_fast.files.tables import Labelled
 from tests.files.runs import classify, done, refused
-from tests.store.live_parts import with_tree
+from tests.store.live_parts import random_head, with_tree
 
 PROMISE = ("--max-error", "50%", "--sort")
 
@@ -29,8 +30,7 @@ def held(folder: Path) -> dict[str, bytes]:
 
 def test_a_class_has_a_folder_whose_name_gives_the_class() -> None:
     names = ["a/b", "..", ".hidden", "look", "Look", "sorted.csv", "cat", "Cat", "CAT", "x.", "=1", "C:", "%41", "Ä 2"]
-    numbers = map(str, range(len(names)))  # a fit takes no names that differ in case alone, as earlier versions did
-    head = Classifier("demo", method="zero-shot").fit(class_names=[*numbers]).snapshot()
+    head = random_head(np.random.default_rng(0), len(names), 1)  # earlier versions took names that differ in case
     folders = class_folders(replace(head, class_names=tuple(names)))
     assert [unquote(folder) for folder in folders.values()] == [*folders] == names
     assert len({folder.casefold() for folder in folders.values()} | {"look", "sorted.csv"}) == len(names) + 2
@@ -71,28 +71,25 @@ def test_accepted_images_are_in_class_folders_and_a_list_undoes_it(
     assert held(folder) == {"sorted.csv": once["sorted.csv"], rows[-1]["target"]: b"mine"}
 
 
-def test_a_killed_run_has_listed_what_it_made(
+def test_a_place_is_for_one_image_and_a_killed_run_has_listed_what_it_made(
     pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head, link = Classifier("demo", method="zero-shot").fit(class_names=["a", "b"]).snapshot(), os.link
-    rows = [Labelled(str(path), "a", 1.0, math.nan, "", accepted=True) for path in pictures]
+    head, folder, link = random_head(np.random.default_rng(0), 3, 1), tmp_path / "sorted", os.link
+    head = replace(head, class_names=("c0", "b", "c"), paths=(("a",), ("a",), ("d",)))
+
+    def sort(labels: dict[Path, str]) -> None:
+        rows = [Labelled(str(path), label, 1.0, math.nan, "", accepted=True) for path, label in labels.items()]
+        sort_images(rows, folder, [str(tmp_path / "in")], head)
+
+    other = shutil.copy(pictures[0], tmp_path / "in")
+    with pytest.raises(IosrFastError, match=r"expected no other image at .*a/c0/0000\.png"):
+        sort({pictures[0]: "a", other: "c0"})
+    assert not folder.exists()
     monkeypatch.setattr(os, "link", lambda *paths: link(*paths) or sys.exit())
     with pytest.raises(SystemExit):
-        sort_images(rows, tmp_path / "sorted", [str(tmp_path / "in")], head)
-    made = f"a/{pictures[0].relative_to(tmp_path / 'in')}"
-    assert held(tmp_path / "sorted").keys() == {"sorted.csv", made}
-    assert made in (tmp_path / "sorted/sorted.csv").read_text()
-
-
-def test_two_images_for_one_place_are_refused(pictures: list[Path], tmp_path: Path) -> None:
-    tree = {"c0": "a", "b": "a", "c": "d"}
-    head = Classifier("demo", method="zero-shot").fit(class_names=[*tree], tree=tree).snapshot()
-    shutil.copy(pictures[0], tmp_path / "in" / pictures[0].name)
-    below = [(pictures[0], "a"), (tmp_path / "in" / pictures[0].name, "c0")]  # both at a/c0/0000.png
-    rows = [Labelled(str(path), label, 1.0, math.nan, "", accepted=True) for path, label in below]
-    with pytest.raises(IosrFastError, match=r"expected no other image at .*a/c0/0000\.png"):
-        sort_images(rows, tmp_path / "sorted", [str(tmp_path / "in")], head)
-    assert not (tmp_path / "sorted").exists()
+        sort(dict.fromkeys(pictures, "b"))
+    made = f"a/b/{pictures[0].relative_to(tmp_path / 'in')}"
+    assert held(folder).keys() == {"sorted.csv", made} and made in (folder / "sorted.csv").read_text()
 
 
 @pytest.mark.parametrize(
