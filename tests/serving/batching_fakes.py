@@ -18,7 +18,6 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.head.predictions import ClassScore, Neighbour, Prediction, predict
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching.item import Item, Query
 
 SIZE = 4
@@ -160,13 +159,13 @@ class Watcher:
     """An observer that remembers."""
 
     def __init__(self) -> None:
-        self.batches: list[tuple[int, int]] = []
+        self.batches: list[int] = []
         self.done: list[tuple[str, str | None]] = []
         self.refused: list[str] = []
 
-    def on_batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
+    def on_batch(self, size: int, encode_s: float, score_s: float) -> None:
         assert encode_s >= 0 and score_s >= 0
-        self.batches.append((size, queue_depth))
+        self.batches.append(size)
 
     def on_done(self, latency_s: float, outcome: str, label: str | None) -> None:
         assert latency_s >= 0
@@ -174,13 +173,3 @@ class Watcher:
 
     def on_refused(self, reason: str) -> None:
         self.refused.append(reason)
-
-
-@contextmanager
-def running(classifier: FakeClassifier) -> Iterator[BatchingClassifier]:
-    """A BatchingClassifier with small batches, which leaves nothing behind."""
-    before = threads()
-    with BatchingClassifier(classifier, max_batch=4, max_queue=64, decode_threads=2) as made:
-        yield made
-        classifier.encoder.open.set()
-    assert made.pending == 0 and made.closed and threads() <= before

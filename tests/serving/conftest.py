@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from iosr_fast.serving.batching import BatchingClassifier, engine
-from tests.serving.batching_fakes import FakeClassifier, answer, running
+from tests.serving.batching_fakes import FakeClassifier, Watcher, answer, threads
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,15 @@ def classifier() -> FakeClassifier:
 
 
 @pytest.fixture
-def batching(classifier: FakeClassifier) -> Iterator[BatchingClassifier]:
-    with running(classifier) as started:
-        yield started
+def watcher() -> Watcher:
+    return Watcher()
+
+
+@pytest.fixture
+def batching(classifier: FakeClassifier, watcher: Watcher) -> Iterator[BatchingClassifier]:
+    """With small batches; it leaves nothing behind."""
+    before = threads()
+    with BatchingClassifier(classifier, max_batch=8, max_queue=64, decode_threads=2, observer=watcher) as made:
+        yield made
+        classifier.encoder.open.set()
+    assert made.pending == 0 and made.closed and threads() <= before

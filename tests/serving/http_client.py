@@ -18,12 +18,11 @@ import pytest
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.serving.http.app import batch_for
+from iosr_fast.serving.http.app import batch_for, create_app
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.opening import Opening, named_folders
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.http.several import app_of
 from tests.demo_cache import demo_cache, shared_cache
 from tests.pictures import encode
 
@@ -90,7 +89,7 @@ class Client:
     """Requests from any thread to an application in this process, which has its own event loop."""
 
     def __init__(self, service: Any) -> None:
-        self.app, self.service = app_of(service), service
+        self.app, self.service = create_app(service), service
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()

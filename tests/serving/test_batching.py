@@ -72,7 +72,7 @@ def test_batches_fill_up_while_the_engine_is_busy(make, classifier: FakeClassifi
     assert labels([first, *rest]) == list(range(10))
     assert classifier.encoder.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
     assert [future.result().version for future in [first, *rest]] == [1] * 7 + [2] * 3, "that of its submission"
-    assert watcher.batches == [(1, 0), (4, 5), (4, 1), (1, 0)]
+    assert watcher.batches == [1, 4, 4, 1]
     assert watcher.done == [("ok", str(i)) for i in range(10)]
 
 

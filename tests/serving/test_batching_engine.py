@@ -1,15 +1,12 @@
-"""BatchingClassifier on the demo's CLIP in ONNX Runtime: batches, splits and threads change no answer."""
+"""BatchingClassifier on the demo's CLIP in ONNX Runtime: which head answers, and what it waits for."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 from threading import Event
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from iosr_fast import Classifier
 from iosr_fast.head import head as head_module
@@ -17,7 +14,6 @@ from iosr_fast.head.predictions import predict
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching.item import Query
 from tests.demo_cache import demo_bundle
-from tests.pictures import encode
 from tools.demo.bundle import held_out_queries
 
 pytestmark = pytest.mark.slow
@@ -27,45 +23,6 @@ if find_spec("open_clip") is None:
 
 CLASSES, SHOTS = 12, 3
 PATIENCE_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def classifier() -> Classifier:
-    return Classifier.load(demo_bundle(CLASSES, SHOTS))
-
-
-def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) -> None:
-    images, _labels = held_out_queries(CLASSES, SHOTS)
-    images = images[:40]
-    wide = [np.asarray(Image.fromarray(image).resize((90, 70))) for image in images]
-    names = classifier.classes_.tolist()
-    for forms, expected in (
-        (list(images), classifier.predict_proba(images)),
-        ([encode(image) for image in wide], classifier.predict_proba(wide)),
-    ):
-        with (
-            BatchingClassifier(classifier, max_batch=7, decode_threads=2) as batching,
-            ThreadPoolExecutor(4) as callers,
-        ):
-            ask = lambda form, made=batching: made.submit(form, top=CLASSES, nearest=2).result(PATIENCE_S)  # noqa: E731
-            found = list(callers.map(ask, forms))
-        for prediction, row in zip(found, expected, strict=True):
-            got = {score.label: score.probability for score in prediction.top}
-            np.testing.assert_allclose([got[name] for name in names], row, atol=1e-5)
-            assert prediction.label == names[row.argmax()] and len(prediction.nearest) == 2
-            assert prediction.version == classifier.version
-
-
-def test_several_classifiers_on_an_encoder_equal_each_alone(classifier: Classifier) -> None:
-    images, labels = held_out_queries(CLASSES, SHOTS)
-    plain = Classifier("demo", method="tip-adapter").fit(images[:60], labels[:60])
-    alone = {"adapted": classifier.explain(images[60:80]), "plain": plain.explain(images[60:80])}
-    with BatchingClassifier({"plain": plain, "adapted": classifier}, max_batch=7, decode_threads=2) as batching:
-        both = [batching.submit(image, classifier=("adapted", "plain")) for image in images[60:80]]
-        for future, *expected in zip(both, alone["adapted"], alone["plain"], strict=True):
-            for got, own in zip(future.result(PATIENCE_S), expected, strict=True):
-                assert (got.label, got.version) == (own.label, own.version)
-                np.testing.assert_allclose([one.logit for one in got.top], [one.logit for one in own.top], atol=1e-3)
 
 
 @pytest.mark.parametrize("query", [{}, {"keep": 0.7}, {"max_error": 0.4}])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,7 @@ from iosr_fast.images.crop import Box, Crop
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.serving.batching import workers as batch_workers
 from tests.pictures import encode
-from tests.serving.batching_fakes import (
-    PATIENCE_S,
-    FakeClassifier,
-    Watcher,
-    picture,
-    until,
-)
+from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, Watcher, picture
 
 BLACK = 0  # a failed engine is tried with a black picture
 FIRST = 200
@@ -31,19 +25,6 @@ FIRST = 200
 
 class EngineError(Exception):
     pass
-
-
-@pytest.fixture
-def watcher() -> Watcher:
-    return Watcher()
-
-
-@pytest.fixture
-def batching(classifier: FakeClassifier, watcher: Watcher) -> Iterator[BatchingClassifier]:
-    with BatchingClassifier(classifier, max_batch=8, max_queue=16, decode_threads=2, observer=watcher) as made:
-        yield made
-        classifier.encoder.open.set()
-    assert made.pending == 0
 
 
 def together(batching: BatchingClassifier, classifier: FakeClassifier, numbers: list[int]) -> list[Any]:
@@ -149,16 +130,6 @@ def test_engine_down_and_up_again(batching, classifier: FakeClassifier, watcher:
     assert [outcome for outcome, _ in watcher.done].count("error") == 6
 
 
-def test_an_idle_engine_that_failed_is_probed(batching, classifier: FakeClassifier, monkeypatch) -> None:
-    monkeypatch.setattr(batch_workers, "_PROBE_S", 0.001)
-    classifier.encoder.raises = raising(EngineError, lambda numbers: True)
-    assert outcomes([batching.submit(picture(1))]) == ["EngineError"] and not batching.healthy
-    until(lambda: len(classifier.encoder.batches) > 6)
-    assert not batching.healthy
-    classifier.encoder.raises = lambda numbers: None
-    until(lambda: batching.healthy)
-
-
 def test_an_observer_that_raises_affects_no_answer(classifier: FakeClassifier, caplog) -> None:
     class Broken:
         def on_batch(self, *_: Any) -> None:
@@ -206,11 +177,6 @@ def test_warming_runs_every_bucket_before_serving(classifier: FakeClassifier) ->
         batching.warm()
         assert classifier.encoder.batches == [[0] * n for n in (1, 2, 3, 4, 6, 1)]
         assert len(classifier.asked) == 1, "scoring is warmed as well"
-    on_gpu = FakeClassifier()
-    on_gpu.encoder.buckets, on_gpu.encoder.max_batch = (1, 2, 4), 4
-    with BatchingClassifier(on_gpu, max_batch=6) as batching:
-        batching.warm()
-        assert [len(numbers) for numbers, *_ in on_gpu.asked] == [1, 2, 4], "kernels are compiled for a batch's size"
     classifier.encoder.raises = raising(EngineError, lambda numbers: True)
     with BatchingClassifier(classifier) as batching, pytest.raises(EngineError):
         batching.warm()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -151,26 +152,20 @@ def test_a_process_has_few_rights(decoder: Decoder, monkeypatch: pytest.MonkeyPa
     ids=["large", "progressive scans", "baseline scans"],
 )
 def test_an_image_that_takes_too_long_is_stopped_alone(data: bytes) -> None:
-    decoder = slow_decoder(0.05)
-    try:
+    with closing(slow_decoder(0.05)) as decoder:
         pid = pid_of(decoder)
         for whole in (False, True):
             with pytest.raises(BadImageError, match=r"number 3: it takes more than 0.05 s"):
                 decoder.decode(to_decode(data, Geometry(64), 3, whole=whole))
         assert is_gone(pid) and works(decoder)
-    finally:
-        decoder.close()
 
 
 def test_a_decoder_that_never_answers_is_killed() -> None:
-    decoder = slow_decoder(0.1)
-    try:
+    with closing(slow_decoder(0.1)) as decoder:
         os.kill(pid_of(decoder), signal.SIGSTOP)
         with pytest.raises(BadImageError, match="takes more than"):
             decoder.decode(to_decode(GREY, Geometry(4)))
         assert works(decoder)
-    finally:
-        decoder.close()
 
 
 def test_an_image_may_not_take_more_memory_than_its_header_claims(decoder: Decoder) -> None:

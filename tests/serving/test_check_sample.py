@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import logging
 from collections.abc import Iterator
@@ -24,9 +23,12 @@ from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.kept_folder import LABELS, KeptFolder, KeptTable
 from tests.pictures import encode
 from tests.serving.http_client import Client, queries, serving
+from tests.serving.test_collector import save_labels
+from tests.serving.test_collector import table as kept_table
 from tests.store.live_parts import small_classifier, with_tree
 
 MAX_ERROR = 0.5
+table = functools.partial(kept_table, name=TABLE)
 ANSWER = Prediction("pear", "~1", 0.9, 1.0, 1.0, 0.0, 0.0, (), (), version=4, accepted=True)
 
 
@@ -48,16 +50,6 @@ def sampling(
 
 def offer(sample: CheckSample, *pictures: int) -> list[bool]:
     return [sample.offer(b"%d" % number, ANSWER) for number in pictures]
-
-
-def table(folder: Path, name: str = TABLE) -> list[dict[str, str]]:
-    with (folder / name).open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def label(folder: Path, labels: dict[str, str]) -> None:
-    text = "".join(f"{path},{label}\n" for path, label in labels.items())
-    (folder / LABELS).write_text(f"path,label\n{text}", encoding="utf-8")
 
 
 @functools.cache
@@ -100,14 +92,14 @@ def test_sampled_answers_are_judged_until_the_server_says_so_across_a_restart(
         assert all(answered.get(file, one["label"]) == one["label"] for file, one in zip(files, answers, strict=True))
         assert {tuple(row[name] for name in COLUMNS[2:6]) for row in rows} == {("0.5", "one", "1", "")}
         labels = {row["path"]: "something else" for row in rows[:4]}
-        label(tmp_path, labels)
+        save_labels(tmp_path, labels)
         found = metrics(client, collector)
         assert found["checks"] == found["checks_wrong"] == 4 and found["promise_refuted"] == 0
         assert found["accepted_share"] == pytest.approx(len(rows) / len(files)) and 0 < found["median_probability"] <= 1
     with server() as (client, collector):
         assert metrics(client, collector)["checks"] == 4
         labels |= {f"kept/{row['path']}": row["answered"] for row in rows[4:5]}
-        label(tmp_path, labels | {str(tmp_path / row["path"]): "something else" for row in rows[5:11]})
+        save_labels(tmp_path, labels | {str(tmp_path / row["path"]): "something else" for row in rows[5:11]})
         assert not any("accepted labels" in record.message for record in caplog.records)
         found = metrics(client, collector)
         assert (found["checks"], found["checks_wrong"], found["promise_refuted"]) == (11, 10, 1)
@@ -117,7 +109,7 @@ def test_sampled_answers_are_judged_until_the_server_says_so_across_a_restart(
         assert [sentence in record.message for record in caplog.records if record.levelno == logging.WARNING] == [True]
     Collector(tmp_path, 1, MAX_ERROR).close()
     assert all((tmp_path / row["path"]).is_file() for row in rows)
-    assert not {row["path"] for row in rows} & {row["path"] for row in table(tmp_path, "collected.csv")}
+    assert not {row["path"] for row in rows} & {row["path"] for row in kept_table(tmp_path)}
 
 
 def test_edited_and_shortened_tables_neither_lose_nor_count_twice(tmp_path: Path) -> None:
@@ -125,9 +117,9 @@ def test_edited_and_shortened_tables_neither_lose_nor_count_twice(tmp_path: Path
         assert offer(sample, *range(6), 3) == [True] * 6 + [False]
         rows = table(tmp_path)
         paths = [row["path"] for row in rows]
-        label(tmp_path, {paths[1]: "fig", paths[0]: "pear", "mine.png": "fig", paths[2]: ""})
+        save_labels(tmp_path, {paths[1]: "fig", paths[0]: "pear", "mine.png": "fig", paths[2]: ""})
         assert read(sample) == (2, 1) and sample.beside == 1
-        label(tmp_path, {paths[1]: "pear"})  # another opinion, later
+        save_labels(tmp_path, {paths[1]: "pear"})  # another opinion, later
         assert read(sample) == (2, 1)
         for edited in ("path\n" + paths[1], "", "\n".join([",".join(rows[0]), *paths])):
             (tmp_path / TABLE).write_text(edited)
@@ -140,7 +132,7 @@ def test_edited_and_shortened_tables_neither_lose_nor_count_twice(tmp_path: Path
     (tmp_path / LABELS).unlink()
     with sampling(tmp_path) as sample:
         assert (sample.result.checks, sample.result.wrong) == (2, 1) and offer(sample, 0, 4, 2) == [False, False, True]
-        label(tmp_path, {paths[2]: "fig", paths[0]: "fig"})
+        save_labels(tmp_path, {paths[2]: "fig", paths[0]: "fig"})
         assert read(sample) == (3, 2)
     with sampling(tmp_path) as sample:
         assert (sample.result.checks, sample.result.wrong) == (3, 2)
@@ -151,7 +143,7 @@ def test_a_label_counts_when_two_readings_agree(tmp_path: Path) -> None:
         offer(sample, 0)
         (row,) = table(tmp_path)
         for text in ("pe", "pea", "pear"):
-            label(tmp_path, {row["path"]: text})
+            save_labels(tmp_path, {row["path"]: text})
             sample.read_labels(head())
             assert sample.result.checks == 0
         assert read(sample) == (1, 0)
@@ -164,7 +156,7 @@ def test_an_answer_above_the_label_is_right_wherever_its_class_moves_later(tmp_p
     with sampling(tmp_path) as sample:
         assert all(sample.offer(b"%d" % i, replace(ANSWER, label="fruit", class_id=None)) for i in given)
         paths = [row["path"] for row in table(tmp_path)]
-        label(tmp_path, {path: given[i] for i, path in enumerate(paths)})
+        save_labels(tmp_path, {path: given[i] for i, path in enumerate(paths)})
         assert read(sample, *before) == (5, 2)
     with sampling(tmp_path) as sample:
         assert offer(sample, 5) and read(sample, (), (), (), ("fruit",), ()) == (5, 2)
@@ -175,7 +167,7 @@ def test_an_answer_above_the_label_is_right_wherever_its_class_moves_later(tmp_p
 def test_another_promise_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with sampling(tmp_path) as sample:
         offer(sample, *range(12))
-        label(tmp_path, {row["path"]: "fig" for row in table(tmp_path)[:10]})
+        save_labels(tmp_path, {row["path"]: "fig" for row in table(tmp_path)[:10]})
         assert read(sample) == (10, 10) and sample.result.refuted
     caplog.clear()
     with sampling(tmp_path) as sample:
@@ -196,17 +188,10 @@ def test_the_sample_is_of_the_share_and_at_most_so_many_wait(tmp_path: Path) -> 
         assert 70 <= sum(offer(sample, *range(1_000))) <= 130
     with sampling(tmp_path / "limit", limit=3) as sample:
         assert offer(sample, *range(5)) == [True] * 3 + [False] * 2
-        label(tmp_path / "limit", {row["path"]: "pear" for row in table(tmp_path / "limit")[:1]})
+        save_labels(tmp_path / "limit", {row["path"]: "pear" for row in table(tmp_path / "limit")[:1]})
         read(sample)
         (tmp_path / "limit" / table(tmp_path / "limit")[1]["path"]).unlink()  # it waits no longer
         assert offer(sample, 3, 4, 5) == [True, True, False]
-
-
-def test_labels_of_pictures_that_were_not_drawn_are_counted_beside(tmp_path: Path) -> None:
-    with sampling(tmp_path) as sample:
-        offer(sample, 0)
-        label(tmp_path, {f"{i:032x}.png": "fig" for i in range(50)})
-        assert read(sample) == (0, 0) and sample.beside == 50
 
 
 def test_a_table_that_cannot_be_read_stops_neither_sampling_nor_serving(

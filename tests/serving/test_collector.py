@@ -23,16 +23,7 @@ from iosr_fast.serving.collector import TABLE, Collector
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.kept_folder import LABELS
 from tests.pictures import encode
-from tests.serving.http_client import (
-    AUTHORISED,
-    Client,
-    form,
-    load,
-    probe_soon,
-    queries,
-    query_labels,
-    serving,
-)
+from tests.serving.http_client import AUTHORISED, Client, form, load, probe_soon, queries, query_labels, serving
 from tests.waiting import wait_until
 
 MAX_ERROR = 0.3
@@ -41,18 +32,26 @@ MAX_ERROR = 0.3
 @contextmanager
 def collecting(
     folder: Path, limit: int = 1_000, classifier: Any = None
-) -> Iterator[tuple[Client, list[str], Callable[[], None]]]:
-    """A client of a server that collects, what became of its uploads that need a look, and a wait for all."""
+) -> Iterator[tuple[Client, list[str], Callable[..., None]]]:
+    """A client of a server that collects, what became of its uploads that need a look, and what sends it pictures."""
     outcomes: list[str] = []
     collector = Collector(folder, limit, MAX_ERROR, outcomes.append)
     settings: dict[str, Any] = {"max_error": MAX_ERROR, "collect": folder, "collect_limit": limit}
     with serving(classifier, collector=collector, **settings) as client:
-        yield client, outcomes, collector.settle
+
+        def send(*images: bytes | int) -> None:
+            """Pictures one by one, of `noise` by their seeds; returns when they are judged."""
+            for image in images:
+                data = image if isinstance(image, bytes) else encode(noise(image))
+                assert client.predict(data).status_code == 200
+            collector.settle()
+
+        yield client, outcomes, send
     collector.close()
 
 
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / TABLE).open(encoding="utf-8", newline="") as file:
+def table(folder: Path, name: str = TABLE) -> list[dict[str, str]]:
+    with (folder / name).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -78,10 +77,10 @@ def test_pictures_are_served_kept_suggested_labelled_added_and_then_answered(tmp
     pairs = [*zip(queries(), query_labels(), strict=True), *others][:100]
     files, truth = [file for file, _ in pairs], dict(pairs)
     assert len(files) == 100
-    with collecting(kept, classifier=classifier) as (client, outcomes, settle):
+    with collecting(kept, classifier=classifier) as (client, outcomes, send):
         answers = [one for i in range(0, 100, 20) for one in client.predict(*files[i : i + 20]).json()["predictions"]]
         doubtful = [i for i, one in enumerate(answers) if not one["accepted"]]
-        settle()
+        send()
         rows = table(kept)
         assert rows and {(kept / row["path"]).read_bytes() for row in rows} <= {files[i] for i in doubtful}
         assert outcomes.count("kept") == len(rows) and {row["reason"] for row in rows} <= {"needs a look", "unknown"}
@@ -104,62 +103,52 @@ def test_pictures_are_served_kept_suggested_labelled_added_and_then_answered(tmp
 
 
 def test_the_oldest_without_a_label_go_and_labelled_ones_stay(tmp_path: Path) -> None:
-    with collecting(tmp_path, limit=3) as (client, outcomes, settle):
-        for number in range(3):
-            client.predict(encode(noise(number)))
-        settle()
+    with collecting(tmp_path, limit=3) as (_, outcomes, send):
+        send(0, 1, 2)
         first = table(tmp_path)
         labels = {f"elsewhere/{first[0]['path']}": "apple"}
         save_labels(tmp_path, labels)
-        for number in range(3, 5):
-            client.predict(encode(noise(number)))
-        settle()
+        send(3, 4)
         rows = table(tmp_path)
         assert len(rows) == 3 and rows[0] == first[0] and pictures(tmp_path) == {row["path"] for row in rows}
         save_labels(tmp_path, labels | {row["path"]: "pear" for row in rows})
-        client.predict(encode(noise(5)))
-        settle()
+        send(5)
         assert table(tmp_path) == rows and outcomes == ["kept"] * 5 + ["left out"]
 
 
 def test_rows_that_an_editor_saves_over_come_back_and_all_files_count(tmp_path: Path) -> None:
-    with collecting(tmp_path, limit=5) as (client, outcomes, settle):
+    with collecting(tmp_path, limit=5) as (_, outcomes, send):
 
-        def send(*numbers: int) -> list[dict[str, str]]:
-            for number in numbers:
-                client.predict(encode(noise(number)))
-            settle()
+        def after(*numbers: int) -> list[dict[str, str]]:
+            send(*numbers)
             assert pictures(tmp_path) == {row["path"] for row in table(tmp_path)}
             return table(tmp_path)
 
-        opened = send(0, 1)
-        send(2, 3, 4)
+        opened = after(0, 1)
+        after(2, 3, 4)
         save_labels(tmp_path, {opened[0]["path"]: "", opened[1]["path"]: "-apple"}, TABLE)
-        rows = send(5)
+        rows = after(5)
         assert len(rows) == 5 and outcomes.count("kept") == 6
         assert (rows[0]["path"], rows[0]["label"]) == (opened[1]["path"], "'-apple")  # the oldest without a label went
         (tmp_path / TABLE).unlink()
-        assert [row["path"] for row in send(6)] == [row["path"] for row in rows[:1] + rows[2:]] + [send()[-1]["path"]]
+        assert [row["path"] for row in after(6)] == [row["path"] for row in rows[:1] + rows[2:]] + [after()[-1]["path"]]
 
 
 def test_files_that_no_table_lists_are_found_and_leftovers_are_removed(tmp_path: Path) -> None:
-    with collecting(tmp_path) as (client, _, settle):
-        client.predict(encode(noise()))
-        settle()
+    with collecting(tmp_path) as (_, _, send):
+        send(0)
     (listed,) = table(tmp_path)
     lost, torn = (f"{number:032x}.png" for number in range(2))
     for name in (lost, torn, f".{lost}.tmp", f".{TABLE}.tmp", ".notes.tmp"):
         (tmp_path / name).write_bytes(b"kept")
     with (tmp_path / TABLE).open("a") as file:
         file.write(f"{2:032x}.png,pear,0.5,unknown,2026-01-01\n{torn},pe")  # gone; killed while it was written
-    with collecting(tmp_path, limit=3) as (client, _, settle):
+    with collecting(tmp_path, limit=3) as (_, _, send):
         assert [row["path"] for row in table(tmp_path)] == [listed["path"], lost, torn]
         assert [row["reason"] for row in table(tmp_path)][1:] == ["found"] * 2
         assert pictures(tmp_path) == {listed["path"], lost, torn, ".notes.tmp"}
         (tmp_path / torn).unlink()
-        for number in (1, 2):
-            client.predict(encode(noise(number)))
-        settle()
+        send(1, 2)
         assert len(table(tmp_path)) == 3 and not (tmp_path / listed["path"]).exists()
         assert pictures(tmp_path) == {".notes.tmp", *(row["path"] for row in table(tmp_path))}
 
@@ -168,26 +157,22 @@ def test_a_probe_is_nobodys_picture_and_its_bytes_may_be_somebodys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe_soon(monkeypatch)
-    with collecting(tmp_path) as (client, outcomes, settle):
+    with collecting(tmp_path) as (client, outcomes, send):
         monkeypatch.setattr(client.service.uploads, "probe", encode(noise()))
         wait_until(lambda: client.get("/healthz").status_code == 200 and "seconds_count" in client.get("/metrics").text)
-        settle()
+        send()
         assert not outcomes and not pictures(tmp_path)
         assert "iosr_fast_predictions_total{" not in client.get("/metrics").text
         assert math.isnan(client.service.recent.median_probability)
-        for number in range(2):
-            client.predict(encode(noise(number)) if number else grey_png())
-        settle()
+        send(grey_png(), 1)
         assert outcomes == ["kept", "kept"]
 
 
 def test_equal_pictures_and_near_duplicates_are_kept_once(tmp_path: Path) -> None:
     near = np.clip(noise().astype(int) + 1, 0, 255).astype(np.uint8)
     for expected in (["kept", "near duplicate", "near duplicate"], ["near duplicate"] * 2):
-        with collecting(tmp_path) as (client, outcomes, settle):
-            for one in (noise(), noise(), near)[: len(expected)]:
-                client.predict(encode(one))
-            settle()
+        with collecting(tmp_path) as (_, outcomes, send):
+            send(*(0, 0, encode(near))[: len(expected)])
             assert outcomes == expected and len(table(tmp_path)) == 1
 
 
@@ -195,16 +180,14 @@ def test_a_full_disk_stops_collecting_and_not_serving(tmp_path: Path, monkeypatc
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with collecting(tmp_path) as (client, outcomes, settle):
+    with collecting(tmp_path) as (_, outcomes, send):
         with monkeypatch.context() as patch:
             patch.setattr("iosr_fast.serving.kept_folder.os.fsync", full)
-            assert client.predict(encode(noise())).status_code == 200
-            settle()
+            send(0)
             assert [path.name for path in tmp_path.iterdir()] == [TABLE]
             with pytest.raises(OSError, match=r"expected to write .*new/collected.csv, got No space .*: make room"):
                 Collector(tmp_path / "new", 10, MAX_ERROR)
-        assert client.predict(encode(noise())).status_code == 200
-        settle()
+        send(0)
         assert outcomes == ["failed", "kept"]
 
 
@@ -222,9 +205,8 @@ def test_what_a_table_names_is_removed_only_if_it_is_a_kept_picture(tmp_path: Pa
     foreign = [str(outside / "changes.db"), f"../outside/{picture}", "notes.txt", f"link/{picture}", "", "."]
     with (kept / TABLE).open("w", encoding="utf-8") as file:
         file.writelines(f"{path},2026\n" for path in ["path,time", *foreign, picture, link, folder])
-    with collecting(kept, limit=1) as (client, outcomes, settle):
-        client.predict(encode(noise()))
-        settle()
+    with collecting(kept, limit=1) as (_, outcomes, send):
+        send(0)
         assert outcomes == ["kept"]
     paths = [row["path"] for row in table(kept)]
     assert paths[:-1] == foreign and not (kept / picture).exists() and (kept / paths[-1]).is_file()
@@ -235,15 +217,13 @@ def test_what_a_table_names_is_removed_only_if_it_is_a_kept_picture(tmp_path: Pa
 def test_only_the_owner_can_read_what_is_kept_and_no_link_is_written_through(tmp_path: Path) -> None:
     outside, kept = tmp_path / "outside", tmp_path / "kept"
     outside.write_bytes(b"path,label\n")
-    with collecting(kept) as (client, outcomes, settle):
+    with collecting(kept) as (_, outcomes, send):
         for name in (TABLE, f".{TABLE}.tmp"):
             (kept / name).unlink(missing_ok=True)
             (kept / name).symlink_to(outside)
-        client.predict(encode(noise()))
-        settle()
+        send(0)
         (kept / TABLE).unlink()
-        client.predict(queries()[0], encode(noise(1)))
-        settle()
+        send(queries()[0], 1)
         assert outcomes == ["failed", "failed", "kept"]
     assert outside.read_bytes() == b"path,label\n"
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir() if not path.is_symlink()}

@@ -274,6 +274,8 @@ def test_an_unexpected_error_is_a_500_with_its_trace_in_the_log(caplog: pytest.L
 
 # --- a head on embeddings ---
 
+CENTRES = np.random.default_rng(0).standard_normal((4, 384))
+
 
 @pytest.fixture(scope="module")
 def served_head(head_folder: Path) -> Iterator[Client]:
@@ -283,21 +285,15 @@ def served_head(head_folder: Path) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def head_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FewShotHead on embeddings of 384 channels, saved, and rows of its classes."""
-    folder, rng = tmp_path_factory.mktemp("head") / "head", np.random.default_rng(0)
-    centres = rng.standard_normal((4, 384))
-    support = np.repeat(centres, 10, axis=0) + 0.8 * rng.standard_normal((40, 384))
+    """A FewShotHead on embeddings of 384 channels, saved."""
+    folder = tmp_path_factory.mktemp("head") / "head"
+    support = np.repeat(CENTRES, 10, axis=0) + 0.8 * np.random.default_rng(1).standard_normal((40, 384))
     FewShotHead().fit(support, np.repeat(["ant", "bee", "cat", "dog"], 10)).save(folder)
-    np.save(folder.parent / "rows.npy", 3.0 * centres)
     return folder
 
 
-def rows_of(folder: Path) -> np.ndarray:
-    return np.load(folder.parent / "rows.npy")
-
-
 def test_a_saved_head_is_served_without_encoder_and_decoders(head_folder: Path) -> None:
-    rows = rows_of(head_folder)
+    rows = 3.0 * CENTRES
     with started(folder=head_folder) as server:
         query = {"top": 4, "nearest": 1, "unknown": "reject", "keep": 0.9}
         answer = server.client.post("/v1/predict", params=query, json={"embeddings": rows.tolist()}).json()

@@ -1,23 +1,20 @@
-"""What a request may bring: bytes, pixels, images and seconds have limits, forms may be damaged, odd images good."""
+"""What a request may bring: bytes, pixels, images and seconds have limits, and forms may be damaged."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.images import limits
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Uploads
-from iosr_fast.serving.shares import Shares
 from tests.pictures import GREY, encode
-from tests.serving.hostile_images import FAIR, IMAGES, png, webp
+from tests.serving.hostile_images import IMAGES, png, webp
 from tests.serving.http_client import AUTHORISED, Client, error_of, form, httpx, queries, serving
 
 
@@ -92,19 +89,6 @@ def test_a_file_that_is_no_image_gets_a_code(data: bytes, code: str) -> None:
     assert refused is not None and refused.code == code
 
 
-# --- images that are odd but good ---
-
-
-@pytest.mark.parametrize("name", sorted(FAIR))
-def test_odd_images_are_classified_as_the_library_does(shared: Client, name: str) -> None:
-    image = FAIR[name](np.random.default_rng(7))
-    response = shared.predict(image, query="?top=8")
-    assert response.status_code == 200, response.text
-    classifier = shared.service.classifier
-    told = {one["label"]: one["probability"] for one in response.json()["predictions"][0]["top"]}
-    np.testing.assert_allclose([told[n] for n in classifier.classes_], classifier.predict_proba([image])[0], atol=1e-5)
-
-
 # --- how much, how many, how long ---
 
 
@@ -128,18 +112,6 @@ def test_an_image_that_is_too_large_fails_alone(small: Client) -> None:
 def test_too_many_images_are_a_413(small: Client) -> None:
     assert len(small.predict(*[GREY] * 4).json()["predictions"]) == 4
     assert error_of(small.predict(*[GREY] * 5), 413) == "too_many_images"
-
-
-def test_a_client_holds_at_most_what_is_left_free() -> None:
-    shares = Shares(60)
-    assert shares.take("a", 30) and not shares.take("a", 1)  # alone: half
-    assert shares.take("b", 15) and not shares.take("b", 1)  # half of the rest
-    assert shares.take("c", 7) and not shares.take("a", 1)
-    shares.add("a", -30)
-    assert shares.take("b", 11) and not shares.take("b", 1)
-    for client, amount in (("b", 26), ("c", 7)):
-        shares.add(client, -amount)
-    assert shares.used == 0 and shares.fits("b", 30)
 
 
 def test_one_client_with_many_held_bodies_keeps_no_other_out(small: Client) -> None:
@@ -267,17 +239,3 @@ def test_text_fields_are_utf8_short_and_few(small: Client, fields: Any, status: 
     kind = {"Content-Type": "multipart/form-data; boundary=x", **AUTHORISED}
     body = b"".join(part(text, f'form-data; name="{name}"') for name, text in fields) + part(GREY) + b"--x--\r\n"
     assert error_of(small.ask("POST", "/v1/classes", content=body, headers=kind), status) == code
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_claimed_size_of_an_image_is_read_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = encode(Image.new("RGB", (9, 9)), "JPEG")
-    with serving(batching={"isolated": True, "decode_threads": 1}) as client:
-        read = Mock(side_effect=limits._jpeg_size)
-        monkeypatch.setattr(limits, "_jpeg_size", read)
-        assert client.predict(*[image] * count).status_code == 200
-        assert read.call_count == count
-        added = client.ask(
-            "POST", "/v1/classes", data={"name": "new"}, files=form(*[image] * count), headers=AUTHORISED
-        )
-        assert added.status_code == 201 and read.call_count == 2 * count

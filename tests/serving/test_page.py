@@ -39,6 +39,27 @@ def counted(visit: Visit, largest: int = 8) -> list[int]:
     return sent
 
 
+def change(visit: Visit, *changes: dict[str, Any]) -> None:
+    """Change the predictions of the next answers, which have one each."""
+    left = list(changes)
+
+    def changed(route: Any) -> None:
+        body = route.fetch().json()
+        body["predictions"][0] |= left.pop(0)
+        route.fulfill(json=body)
+
+    visit.page.route("**/v1/predict*", changed)
+
+
+def saved_rows(visit: Visit, path: Path) -> list[dict[str, str]]:
+    """The list as CSV."""
+    with visit.page.expect_download() as download:
+        visit.page.get_by_role("button", name="Save as CSV").click()
+    download.value.save_as(path)
+    with path.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
 def test_comes_whole_from_its_own_server(visit: Visit) -> None:
     with urllib.request.urlopen(visit.site.address) as answer:
         policy, markup = answer.headers["Content-Security-Policy"], answer.read().decode()
@@ -48,24 +69,6 @@ def test_comes_whole_from_its_own_server(visit: Visit) -> None:
         assert urllib.request.urlopen(f"{visit.site.address}static/{path.name}").read() == path.read_bytes()
     forbidden = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|https?://")
     assert [path.name for path in PAGE.glob("*.js") if forbidden.search(path.read_text(encoding="utf-8"))] == []
-
-
-def test_a_broken_promise_is_said_first(visit: Visit) -> None:
-    page, words = visit.page, "of 8 accepted labels that you checked 7 were wrong: more than 5% are"
-    checked: dict[str, object] = {"refuted": False, "sentence": words}
-
-    def answer(route: Any) -> None:
-        facts = route.fetch().json()
-        assert facts["checked"] is None and facts["note"] == ""
-        note = "40% of the last 50 pictures are strange"
-        route.fulfill(json={**facts, "checked": checked, "note": note, "doubts": []})
-
-    page.route("**/v1/classifier*", answer)
-    for refuted, alarm in ((False, ""), (True, "Of" + words[2:] + ". ")):
-        checked["refuted"] = refuted
-        page.reload()
-        page.locator("#alarm", has_text="strange").wait_for()
-        assert visit.text("#alarm") == f"{alarm}40% of the last 50 pictures are strange."
 
 
 def test_a_chosen_picture_is_explained(visit: Visit) -> None:
@@ -94,14 +97,8 @@ def test_a_chosen_picture_is_explained(visit: Visit) -> None:
 
 def test_a_part_that_contributes_nothing_is_not_shown(visit: Visit) -> None:
     """As of a model that reads no texts."""
-
-    def changed(route: Any) -> None:
-        body = route.fetch().json()
-        for score in body["predictions"][0]["top"]:
-            score |= {"zero_shot": 0.0, "adapter": 0.0}
-        route.fulfill(json=body)
-
-    visit.page.route("**/v1/predict*", changed)
+    (answer,) = visit.site.classifier.explain([visit.site.queries[0]], top=5)
+    change(visit, {"top": [score | {"zero_shot": 0.0, "adapter": 0.0} for score in answer.to_dict()["top"]]})
     visit.choose(file(visit.site.queries[0], "chosen.png"))
     visit.page.locator("summary", has_text="The numbers").click()
     assert visit.texts("#numbers thead th") == ["class", "examples", "sum"]
@@ -113,14 +110,8 @@ def test_answers_that_are_not_sure_differ_in_words_and_shape(visit: Visit) -> No
     page, best = visit.page, visit.site.classifier.predict([visit.site.queries[0]])[0]
     unknown = {"label": None, "class_id": None, "unknown": {"score": 3.21, "rejected": True}}
     doubtful = {"accepted": False, "probability": 0.9}
-    changes = [{"probability": 0.5}, {"probability": 0.499}, {"accepted": True, "probability": 0.4}, doubtful, unknown]
-
-    def changed(route: Any) -> None:
-        body = route.fetch().json()
-        body["predictions"][0] |= changes.pop(0)
-        route.fulfill(json=body)
-
-    page.route("**/v1/predict*", changed)
+    accepted = {"accepted": True, "probability": 0.4}
+    change(visit, {"probability": 0.5}, {"probability": 0.499}, accepted, doubtful, unknown)
     looks = []
     for name in ("sure.png", "unsure.png", "accepted.png", "doubtful.png", "unknown.png"):
         visit.choose(file(visit.site.queries[0], name))
@@ -135,15 +126,9 @@ def test_answers_that_are_not_sure_differ_in_words_and_shape(visit: Visit) -> No
 def test_a_node_is_shown_with_its_place_and_taught_as_a_class(visit: Visit) -> None:
     page, (first, second, third, *_) = visit.page, visit.site.classifier.classes_
     node = {"label": "near", "class_id": None, "probability": 0.99, "accepted": True, "level": 1, "path": PLACE[:1]}
-
-    def changed(route: Any) -> None:
-        body = route.fetch().json()
-        body["predictions"][0] |= node
-        route.fulfill(json=body)
-
     visit.choose(file(visit.site.queries[0], "class.png"))
     assert visit.texts("#answer p")[1] == f"<i>left > near > {first}"
-    page.route("**/v1/predict*", changed)
+    change(visit, node)
     visit.choose(file(visit.site.queries[0], "node.png"))
     assert visit.texts("#answer p") == ["near 99.0%", "<i>left > near"] and page.input_value("#truth") == first
     assert visit.texts("#items .name")[-1] == "near" and visit.texts(".bars .name")[0] == first
@@ -191,11 +176,7 @@ def test_all_pictures_are_listed_selected_saved_and_cleared(visit: Visit, tmp_pa
     box, row = page.locator("#items").bounding_box(), last.bounding_box()
     assert row["y"] + row["height"] <= box["y"] + box["height"] + 1, "it is scrolled into sight"
 
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Save as CSV").click()
-    download.value.save_as(tmp_path / "classified.csv")
-    with (tmp_path / "classified.csv").open(newline="", encoding="utf-8") as opened:
-        rows = list(csv.DictReader(opened))
+    rows = saved_rows(visit, tmp_path / "classified.csv")
     assert list(rows[0]) == ["file", "label", "confidence", "alternatives", "error"]
     assert [row["file"] for row in rows] == list(map(escaped, names)) and rows[0]["file"].startswith("'=")
     assert rows[1] == dict.fromkeys(rows[0], "") | {"file": names[1], "error": reason}
@@ -349,11 +330,7 @@ def test_boxes_are_drawn_answered_selected_saved_and_removed(visit: Visit, tmp_p
     page.locator("label:has(:checked)", has_text="box 1").wait_for()
     drag(visit, (600, 700), (601, 701))
     page.locator("label:has(:checked)", has_not_text="box").wait_for()
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Save as CSV").click()
-    download.value.save_as(tmp_path / "classified.csv")
-    with (tmp_path / "classified.csv").open(newline="", encoding="utf-8") as opened:
-        parts = [row["file"] for row in csv.DictReader(opened)][1:3]
+    parts = [row["file"] for row in saved_rows(visit, tmp_path / "classified.csv")][1:3]
     boxes = [Crop.of(part).box for part in parts]  # type: ignore[union-attr]
     np.testing.assert_allclose([box[:4] for box in boxes], [crop.box[:4] for crop in crops], atol=0.01)
 

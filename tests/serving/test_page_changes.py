@@ -19,11 +19,10 @@ pytestmark = pytest.mark.slow
 site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
 
 
-def facts(visit: Visit, unknown: dict[str, Any] | None, measured: dict[str, Any] | None = None) -> None:
+def facts(visit: Visit, **told: Any) -> None:
     """Load the page anew, with these facts about the classifier."""
-    body = {"version": visit.site.classifier.version, "model": "demo", "method": "stack", "measured": measured}
-    body["doubts"] = ["promises may break"]
-    visit.page.route("**/v1/classifier", lambda route: route.fulfill(json={**body, "unknown": unknown}), times=1)
+    body = {"version": visit.site.classifier.version, "model": "demo", "method": "stack", "doubts": [], **told}
+    visit.page.route("**/v1/classifier", lambda route: route.fulfill(json=body), times=1)
     visit.page.reload()
     visit.page.locator("#facts", has_text="demo").wait_for()
 
@@ -189,16 +188,24 @@ def test_a_thousand_classes(visit: Visit) -> None:
 
 
 def test_where_rejection_keeps_no_promise_the_page_says_why(visit: Visit) -> None:
-    facts(visit, {"promised": False, "keep": 0.95, "sentence": "the promise needs 19 images"})
+    facts(visit, unknown={"promised": False, "keep": 0.95, "sentence": "the promise needs 19 images"})
     visit.choose(file(visit.site.queries[0], "first.png"))
     visit.page.locator("summary", has_text="The numbers").click()
     assert visit.text("#unlikeness") == "Not checked for “unknown”: the promise needs 19 images."
 
 
+def test_a_broken_promise_is_said_first(visit: Visit) -> None:
+    words, note = "of 8 accepted labels that you checked 7 were wrong", "40% of the last 50 pictures are strange"
+    for refuted, alarm in ((False, ""), (True, "Of" + words[2:] + ". ")):
+        facts(visit, checked={"refuted": refuted, "sentence": words}, note=note)
+        visit.page.locator("#alarm", has_text="strange").wait_for()
+        assert visit.text("#alarm") == f"{alarm}{note}."
+
+
 def test_the_headline_and_the_samples(visit: Visit) -> None:
     page, name = visit.page, str(visit.site.classifier.classes_[1])
     measured = {"accuracy": 0.725, "interval": [0.65, 0.79], "images": 40, "protocol": "loo", "stale": True}
-    facts(visit, None, measured | {"summary": "72.5% right"})
+    facts(visit, measured=measured | {"summary": "72.5% right"}, doubts=["promises may break"])
     right = "72.5% of 40 left-out pictures right (95%: 65.0% to 79.0%); measured before the last changes"
     page.locator("#facts", has_text=f"demo · stack · {right}").wait_for()
     assert visit.text("#alarm") == "Promises may break."

@@ -101,12 +101,10 @@ class Admission:
 
     def remove(self, item: Item) -> None:
         """Take back an item that leaves the queue."""
-        images, ordinary, large = _load(item)
-        self._count(item, (-images, -ordinary, -large))
-        item.work = 0
+        self.drop_work(item)
+        self._count(item, (-1.0, 0.0, 0.0))
 
     def measure_decoding(self, item: Item, seconds: float) -> None:
-        """Record how long an image took."""
         key = item.client, item.large
         self._decode_s[key] = _towards(self._decode_s.get(key, 0.0), seconds)
         self._decode_s.move_to_end(key)
@@ -114,7 +112,6 @@ class Admission:
             self._decode_s.popitem(last=False)
 
     def measure_batch(self, seconds: float, images: int) -> None:
-        """Record how long a batch took."""
         self._encode_s = _towards(self._encode_s, seconds / images)
 
     def _count(self, item: Item, load: Load) -> None:

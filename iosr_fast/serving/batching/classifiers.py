@@ -46,7 +46,6 @@ class Classifiers:
                     f"expected classifiers on one encoder, got {name!r} with {differs} {own[differs]}, and others with "
                     f"{self._alike.get(differs)}: give it a BatchingClassifier of its own"
                 )
-        self._last: tuple[tuple[Fit, ...], dict[str, Fit], Fit] | None = None
         for one in self.named.values():
             one.serve_promises()
 
@@ -73,17 +72,10 @@ class Classifiers:
 
     def _read(self) -> tuple[dict[str, Fit], Fit]:
         """The fits that embed alike, by name, and the one whose encoder all share."""
-        if len(self.named) == 1:
-            ((name, one),) = self.named.items()
-            fit = one._fitted()
-            return {name: fit}, fit
-        every = tuple([one._fitted() for one in self.named.values()])
-        last = self._last
-        if last is None or last[0] != every:  # fits are equal only to themselves
-            fits = {name: fit for name, fit in zip(self.named, every, strict=True) if embedding(fit) == self._alike}
-            adapted = (fit for fit in fits.values() if fit.head.needs_adapted)
-            self._last = last = every, fits, next(adapted, next(iter(fits.values()), every[0]))
-        return last[1:]
+        every = {name: one._fitted() for name, one in self.named.items()}
+        fits = {name: fit for name, fit in every.items() if len(every) == 1 or embedding(fit) == self._alike}
+        adapted = (fit for fit in fits.values() if fit.head.needs_adapted)
+        return fits, next(adapted, next(iter((fits or every).values())))
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class _ProcessLost(Exception):
 
 
 class Decoder:
-    """Decodes for one thread (`kill` for any). `start` comes before each image, and after one that killed the process.
+    """Decodes for one thread (`close` for any). `start` comes before each image, and after one that killed the process.
 
     Only encoded bytes are untrusted: with `isolated` they are decoded in a process that is killed if an image takes too
     long or too much memory, or crashes it. Other images are decoded in the calling thread, which can't be stopped.
@@ -82,7 +82,7 @@ class Decoder:
                 if isinstance(made, Exception):
                     raise made
             except (_ProcessLost, OSError, BadImageError) as error:
-                self.kill()
+                self.close()
                 errors.seek(0)
                 output = errors.read().decode("utf-8", "replace").strip()[-2000:]
                 raise RuntimeError(f"the process that decodes images does not start: {output or error}") from error
@@ -112,32 +112,27 @@ class Decoder:
             until = time.monotonic() + min(left_s, limit_s)
             return self._exchange(items, until)
         except TimeoutError:
-            self.kill()
+            self.close()
             if left_s < limit_s:
                 raise DeadlineExceededError(
                     "the deadline passed while the image was decoded; allow more time, or send a smaller one"
                 ) from None
             raise self._too_slow(position) from None
         except (_ProcessLost, OSError, ValueError) as error:
-            self.kill()
+            self.close()
             if self._process is not None and self._process.returncode == -signal.SIGXCPU:
                 raise self._too_slow(position) from None
             log.warning("a decoder ended while it decoded an image: %s", error)
             raise BadImageError(None, position, "the decoder crashed on it, or was killed by the system") from error
 
-    def kill(self) -> None:
-        """End the process at once. May be called from any thread."""
+    def close(self) -> None:
+        """End the process at once. May be called from any thread, and repeatedly."""
         process, channel = self._process, self._channel
         if process is not None:
             process.kill()
             process.wait()
         if channel is not None:
             channel.close()
-
-    def close(self) -> None:
-        """End the idle process."""
-        self.kill()
-        self._process = self._channel = None
 
     def _too_slow(self, position: int) -> BadImageError:
         reason = f"it takes more than {self.limits.timeout_s:g} s to decode; send a smaller one, or fewer boxes"
@@ -182,7 +177,6 @@ class Decoder:
         return BadImageError(None, item.position, reason)
 
     def _receive(self, count: int, until: float) -> np.ndarray:
-        """The next bytes."""
         assert self._channel is not None
         data = np.empty(count, np.uint8)
         left = data.data

@@ -33,8 +33,8 @@ class Observer(Protocol):
     Exceptions are logged and otherwise ignored.
     """
 
-    def on_batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
-        """A batch has run. `queue_depth`: accepted images that were not in it."""
+    def on_batch(self, size: int, encode_s: float, score_s: float) -> None:
+        """A batch has run."""
 
     def on_done(self, latency_s: float, outcome: str, label: str | None) -> None:
         """An accepted image is about to be answered, `latency_s` after submit. `outcome` is "ok" (with the `label`

@@ -64,7 +64,6 @@ class BatchQueue:
 
     @property
     def pending(self) -> int:
-        """Number of accepted items that are not finished."""
         return len(self._accepted)
 
     @property
@@ -103,10 +102,8 @@ class BatchQueue:
                     reason = "full"
                     self._admission.check_room(items[0].client, items)
                     reason = "deadline"
-                    self._admission.accept(items, deadline_s)
+                self._admission.accept(items, deadline_s)
                 for item in items:
-                    if item.whole:
-                        self._admission.add(item)
                     self._accepted.add(item)
                     if item.pixels is None:
                         self._waiting[item.large].put(item)
@@ -157,9 +154,8 @@ class BatchQueue:
         for item, result in answered:
             item.answer(result, self.observer)
 
-    def next_batch(self, idle_s: float = math.inf) -> tuple[list[Item], int] | None:
-        """Wait for the next batch, and how many other items are in the queue; it is empty after `idle_s` idle seconds.
-        None: closed, and all are answered."""
+    def next_batch(self, idle_s: float = math.inf) -> list[Item] | None:
+        """Wait for the next batch, which is empty after `idle_s` idle seconds. None: closed, and all are answered."""
         while True:
             with self._changed:
                 if self.closed and not self._accepted:
@@ -169,17 +165,16 @@ class BatchQueue:
                 if due_s > 0:
                     wait_s = min(due_s, idle_s)
                     if not self._changed.wait(wait_s if wait_s < math.inf else None) and idle_s < due_s:
-                        return [], 0
+                        return []
                     continue
                 now = time.monotonic()
                 items, late = self._take(now)
                 self._forget(late)
                 self._changed.notify()  # another thread for what is left
-                others = len(self._accepted) - len(items)
             for item in late:
                 item.answer(item.late(now), self.observer)
             if items:
-                return items, others
+                return items
             del items, late
 
     def finish(self, items: Sequence[Item], seconds: float) -> None:

@@ -49,5 +49,4 @@ class Turns:
                 del self._items[key]
 
     def clear(self) -> None:
-        """Remove all items."""
         self._items.clear()

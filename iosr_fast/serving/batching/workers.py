@@ -85,7 +85,7 @@ class Workers:
             for item in abandoned:
                 item.answer(ClosedError("closed before the image could be classified"), self._queue.observer)
             for decoder in self._decoders:
-                decoder.kill()
+                decoder.close()
 
     def _run_batches(self) -> None:
         try:
@@ -102,15 +102,15 @@ class Workers:
         try:
             if engine.failures and engine.healthy and time.monotonic() >= self._probe_at:
                 self._probe()  # a busy engine is never idle, and those that failed may get no request
-            taken = queue.next_batch(_PROBE_S if engine.failures or not engine.healthy else math.inf)
-            if taken is None:
+            waited_for = queue.next_batch(_PROBE_S if engine.failures or not engine.healthy else math.inf)
+            if waited_for is None:
                 return False
-            items, others = taken
+            items = waited_for
             if items:
                 started = time.monotonic()
                 run = engine.run(items)
                 seconds = time.monotonic() - started if run.clean else 0.0
-                notify(queue.observer, "on_batch", len(items), others, run.encode_s, run.score_s)
+                notify(queue.observer, "on_batch", len(items), run.encode_s, run.score_s)
             else:
                 self._probe()
         except BaseException as error:

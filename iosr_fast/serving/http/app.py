@@ -1,28 +1,43 @@
-"""From a classifier to the ASGI application: its batches, and the routes around them."""
+"""From one classifier, or several, to the ASGI application: their batches, and the routes around them."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from iosr_fast import __version__
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import classes, errors, health, lists, predict, schemas, static
+from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.logs import logger
-from iosr_fast.serving.http.middleware import RequestMiddleware
-from iosr_fast.serving.http.service import Served, Service
+from iosr_fast.serving.http.middleware import REFUSAL, WHOLE_PATH, RequestMiddleware
+from iosr_fast.serving.http.service import Front, Served, Service
 from iosr_fast.serving.http.settings import Settings
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
 
 _CPU_BATCH = 8
-OPTIONS: dict[str, Any] = {  # of an application
+_ROOT = "/v1/classifiers"
+_PATH = re.compile(rf"{_ROOT}/([^/]*)/(.*)", re.DOTALL)
+_NAME = {"name": "classifier", "in": "path", "required": True, "schema": {"type": "string"}, "description": "its name"}
+_BODY = """  </head>
+  <body>
+    <header class="row"><h1>iosr_fast</h1><a href="openapi.json" class="quiet">API</a></header>
+    <main class="flow"><h2>Classifiers</h2><ul class="flow">{}</ul></main>
+  </body>
+</html>
+"""
+_OPTIONS: dict[str, Any] = {  # of an application
     "title": "iosr_fast",
     "version": __version__,
     "summary": "Few-shot image classification",
@@ -58,13 +73,15 @@ def batch_for(encoder: Encoder, settings: Settings) -> int:
     return settings.max_batch or (encoder.max_batch if encoder.buckets else _CPU_BATCH)
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(served: Service | Front) -> FastAPI:
     """The application. Without a token in the settings it is read-only. May be called several times in a process."""
-    app = FastAPI(**OPTIONS)
-    app.add_middleware(RequestMiddleware, service=service)
-    for module in (predict, lists, health, *([classes] if service.takes_changes else [])):
-        app.include_router(module.make_router(service))
-    app.include_router(static.make_router(service.uploads.sentence))
+    if isinstance(served, Front):
+        return SeveralApp(served)
+    app = FastAPI(**_OPTIONS)
+    app.add_middleware(RequestMiddleware, service=served)
+    for module in (predict, lists, health, *([classes] if served.takes_changes else [])):
+        app.include_router(module.make_router(served))
+    app.include_router(static.make_router(served.uploads.sentence))
     return app
 
 
@@ -82,3 +99,67 @@ def warm(app: FastAPI, served: Served) -> None:
     for name, failure in failures.items():
         logger.error("warm_up_failed", exc_info=failure, extra={"facts": {"classifier": name}})
     app.openapi()
+
+
+class SeveralApp(FastAPI):
+    """Hands each request below /v1/classifiers/NAME/ to the application of that classifier, which gets it as the server
+    of one gets it: REST as /v1/REST, and the page and its files as they are. Answers the others itself."""
+
+    def __init__(self, front: Front) -> None:
+        super().__init__(**_OPTIONS)
+        self._front = front
+        self._apps = {name: create_app(service) for name, service in front.services.items()}
+        self.add_middleware(RequestMiddleware, service=front)
+        for router in (predict.make_router(front), health.make_router(front)):
+            self.include_router(router)
+        self.get(_ROOT, tags=["classes"], name="classifiers", summary="All classifiers")(self._list)
+        self.get("/", include_in_schema=False)(self._page)
+        self.include_router(static.make_router())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        named = _PATH.fullmatch(scope["path"]) if scope["type"] == "http" else None
+        if named is None:
+            await super().__call__(scope, receive, send)
+            return
+        name, rest = named.groups()
+        inner = {**scope, WHOLE_PATH: scope["path"], "path": f"/v1/{rest}"}
+        if rest in ("", "openapi.json") or rest.startswith("static/"):
+            inner["path"] = f"/{rest}"
+        app: Any = super().__call__ if rest == "openapi.json" else self._apps.get(name)
+        if isinstance(refusal := self._front.find(name), ApiError):
+            app, inner[REFUSAL] = super().__call__, refusal
+        await app(inner, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """Its own routes, and those of a classifier, with its name as a parameter: of one that takes images, if any."""
+        fresh, described = self.openapi_schema is None, super().openapi()
+        if fresh:
+            first = max(self._apps, key=lambda name: self._front.services[name].takes_changes)
+            of_one = self._apps[first].openapi()
+            for path, operations in of_one["paths"].items():
+                if path.startswith("/v1/"):
+                    whole = f"{_ROOT}/{{classifier}}/{path.removeprefix('/v1/')}"
+                    described["paths"][whole] = {"parameters": [_NAME], **operations}
+            for kind, parts in of_one["components"].items():
+                described["components"].setdefault(kind, {}).update(parts)
+        return described
+
+    def _list(self) -> schemas.ClassifiersAnswer:
+        listed = [schemas.Listed(name, error) for name, error in self._front.refused.items()]
+        for name, one in self._front.services.items():
+            head, source = one.head, one.classifier.encoder.source
+            model = None if source is None else source.manifest["model"]
+            facts = len(head.uids), head.version, model, head.config.method
+            listed.append(schemas.Listed(name, one.failure or None, *facts))
+        return schemas.ClassifiersAnswer(sorted(listed, key=lambda one: one.name))
+
+    def _page(self) -> Response:
+        lines = []
+        for one in self._list().classifiers:
+            name = escape(one.name)
+            facts = "" if one.classes is None else f"{one.classes} classes, version {one.version}"
+            words = f'<span class="quiet">{facts}</span> <span class="bad">{escape(one.error or "")}</span>'
+            link = f'<a href="{_ROOT[1:]}/{name}/">{name}</a>' if facts else name
+            lines.append(f"<li>{link} {words}</li>")
+        head = (static.FOLDER / "index.html").read_text(encoding="utf-8").partition("    <script")[0]
+        return static.respond(head + _BODY.format("".join(lines)), "text/html")

@@ -67,7 +67,6 @@ def no_example(example_id: str) -> ApiError:
 
 
 def error_body(code: str, message: str) -> dict[str, Any]:
-    """The JSON object of an error."""
     return {"error": {"code": code, "message": message}}
 
 

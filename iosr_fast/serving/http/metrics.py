@@ -88,7 +88,7 @@ class Metrics:
 
     # --- called by BatchingClassifier ---
 
-    def on_batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
+    def on_batch(self, size: int, encode_s: float, score_s: float) -> None:
         self._batches.observe(size)
         self._encode.observe(encode_s)
         self._score.observe(score_s)

@@ -32,7 +32,7 @@ class RequestMiddleware:
     """Requires the token of every request that could change something, on any path, before its body is read.
 
     An unexpected exception is logged with its traceback and answered with 500. A server of several classifiers hands
-    over requests with their whole path and, of one that it refuses, the error (several.SeveralApp).
+    over requests with their whole path and, of one that it refuses, the error (app.SeveralApp).
     """
 
     def __init__(self, app: ASGIApp, service: Served) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,14 +20,12 @@ from iosr_fast.serving.http.app import make_batching
 from iosr_fast.serving.http.logs import CLASSIFIER
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.service import Front, Service
-from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.http.settings import NAME, Settings
 from iosr_fast.store.bundle import Saved, SavedHead, kind_of, load_saved
 from iosr_fast.utils.machine import usable_threads
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
-
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def named_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
@@ -40,7 +37,7 @@ def named_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
     folders = [Path(os.path.abspath(folder)) for folder in folders]  # "." has a name, too
     names = [folder.name for folder in folders]
     for name, count in Counter(names).items():
-        if count > 1 or not _NAME.fullmatch(name):
+        if count > 1 or not NAME.fullmatch(name):
             got = f"{name!r} of {count} folders" if count > 1 else repr(name)
             expected = "folders with different names of letters, digits, '.', '_' and '-', which name the classifiers"
             raise IosrFastError(f"expected {expected}, got {got}; rename it")

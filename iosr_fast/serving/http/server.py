@@ -24,14 +24,13 @@ from threadpoolctl import threadpool_limits
 
 from iosr_fast import __version__
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.serving.http.app import warm
+from iosr_fast.serving.http.app import create_app, warm
 from iosr_fast.serving.http.connection import Connection
 from iosr_fast.serving.http.logs import CLASSIFIER, log, logger, logs_to_stderr
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.opening import Opening, named_folders
 from iosr_fast.serving.http.service import Front, Service
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.http.several import app_of
 
 _GC_THRESHOLDS = (5_000, 20, 100)
 _FILES = 100  # open files besides connections: of the bundle, of libraries, pipes
@@ -160,7 +159,7 @@ class _Server(uvicorn.Server):
     """uvicorn's server, which drains before it stops; the exit code is 0."""
 
     def __init__(self, served: Service | Front) -> None:
-        self._app, self._served = app_of(served), served
+        self._app, self._served = create_app(served), served
         super().__init__(uvicorn_config(self._app, served.settings, served.metrics))
         self.failure: Exception | None = None  # of the engine, during its warm-up
 

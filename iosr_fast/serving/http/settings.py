@@ -19,7 +19,7 @@ from iosr_fast.serving.http.tokens import Token, read_tokens
 
 MIB = 1 << 20
 _MAX = 1e12  # msgspec compares with finite numbers only; this bound refuses infinity
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
+NAME = re.compile(r"[A-Za-z0-9._-]+")  # of a host, and of a classifier in a path
 
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(ge=1e-3, le=_MAX)]
@@ -126,7 +126,7 @@ class Settings:
                 ipaddress.ip_network(address)
             except ValueError as error:
                 raise IosrFastError(f"expected trusted_proxy to be an address, or a network: {error}") from None
-        if wrong := [name for name in self.public_host if not _NAME.fullmatch(name)]:
+        if wrong := [name for name in self.public_host if not NAME.fullmatch(name)]:
             raise IosrFastError(f"expected public_host to be a name without a port, got {wrong[0]!r:.80}")
         for small, large in (
             ("max_images", "max_queue"),

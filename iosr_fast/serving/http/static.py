@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from iosr_fast.serving.http.errors import ApiError
 
-_FOLDER = Path(__file__).parent / "page"
+FOLDER = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _POLICY = (
     "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
@@ -20,7 +20,7 @@ _POLICY = (
 def make_router(sentence: str = "") -> APIRouter:
     """Serves the files that are in the folder now, or a sentence in their place. A requested name is a key of a dict,
     never a path."""
-    paths = [path for path in _FOLDER.iterdir() if path.suffix in _TYPES]
+    paths = [path for path in FOLDER.iterdir() if path.suffix in _TYPES]
     files = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in paths}
     if sentence:
         files = {"index.html": (sentence.encode(), "text/plain")}
