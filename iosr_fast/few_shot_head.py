@@ -159,10 +159,11 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         classes, ids, sets = classes_of(y, len(X))
         names = [str(name) for name in classes.tolist()]
         nodes = paths_of(tree, names, classes.tolist())
-        if paths is not None and len(paths) != len(X):
-            raise IosrFastError(f"expected a path for each of the {len(X)} rows of X, got {len(paths)}")
+        listed = [] if paths is None else [*paths]  # by position: a column of pandas is read by its index
+        if paths is not None and len(listed) != len(X):
+            raise IosrFastError(f"expected a path for each of the {len(X)} rows of X, got {len(listed)}")
         kept, embeddings, group_of = self._support(X, "left out of the support rows", groups)
-        files = () if paths is None else tuple(os.path.abspath(paths[i]) for i in kept.tolist())
+        files = tuple(os.path.abspath(listed[i]) for i in kept.tolist()) if listed else ()
         pictures = tuple(thumbnail(open_image(file), 96) for file in files) or (None,) * len(kept)
         examples = Examples(embeddings, ids[kept], kept, pictures, groups=group_of, paths=files)
         text = self._text_rows(classes, X.shape[1])

@@ -47,12 +47,8 @@ class Project:
         return {"id": i, "data": {"photo": f"{LOCAL}my%20photos/{i}.png"}, "project": 1}
 
     def event(self, action: str, i: int, label: str = "", skipped: bool = False) -> None:
-        region = {
-            "from_name": "kind",
-            "to_name": "img",
-            "type": "choices",
-            "value": {"choices": [label or self.truth[i]]},
-        }
+        value = {"choices": [label or self.truth[i]]}
+        region = {"from_name": "kind", "to_name": "img", "type": "choices", "value": value}
         annotation = {"id": 1000 + i, "result": [region], "was_cancelled": skipped, "task": i, "project": 1}
         assert self.interface.validate_annotation(annotation) and self.interface.validate_task(self.task(i))
         body = {"annotation": annotation, "task": self.task(i)}
@@ -119,10 +115,11 @@ def test_a_project_is_followed_from_its_first_annotations(project: Project) -> N
 
     project.backend._follow = lambda pictures: None  # type: ignore[method-assign]  # a crash before the change
     project.event("ANNOTATION_CREATED", 3)
+    project.event("ANNOTATIONS_DELETED", 0)
     for _ in range(2):
         project.backend.classifier.close_log()
         project.start()
-        assert project.examples() == {a: 2, b: 2}
+        assert project.examples() == {a: 1, b: 2}
     before = project.backend.classifier.version
     project.post("/webhook", action="START_TRAINING", project={"id": 1, "label_config": project.config})
     assert project.backend.classifier.version == before + 1
@@ -138,14 +135,12 @@ def test_a_project_is_followed_from_its_first_annotations(project: Project) -> N
 
 def test_other_pictures_interfaces_hosts_and_users_are_refused(project: Project) -> None:
     project.start()
-    for place in (
-        "/data/upload/1/a.png",
-        "https://a.b/c.png",
-        *(LOCAL + path for path in ("../bundle", "/etc/passwd", "%00")),
-    ):
+    for place in ("/data/upload/1/a.png", "https://a.b/c", *(f"{LOCAL}{path}" for path in ("../a", "/etc/a", "%00"))):
         body = {"tasks": [{"id": 1, "data": {"photo": place}}], "label_config": project.config}
         assert project.client.post("/predict", json=body).status_code == 422, place
     assert "expected a labelling interface" in project.client.post("/setup", json={"schema": "<View/>"}).text
+    for shape in ({}, {"schema": 5}, {"schema": "<View"}):
+        assert project.client.post("/setup", json=shape).status_code == 422
     assert project.client.get("/health", headers={"host": "evil.example"}).status_code == 400
     closed = TestClient(make_app(project.backend, "Basic dXNlcjp3b3Jk"), base_url="http://backend")
     assert [closed.get("/health", auth=("user", word)).status_code for word in ("", "other", "word")] == [401, 401, 200]

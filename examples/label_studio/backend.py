@@ -23,6 +23,7 @@ from iosr_fast import Classifier, IosrFastError
 LOCAL = "/data/local-files/?d="  # before the path of a picture below Label Studio's document root
 SAME = 1 - 1e-6  # the least similarity of a picture with itself
 PICTURES = "SELECT picture FROM annotations"
+LABELS = "SELECT picture, label FROM annotations ORDER BY id NOT NULL, rowid"  # the last one of a picture counts
 LOOPBACK = ["127.0.0.1", "localhost"]
 Json = dict[str, Any]
 log = logging.getLogger("uvicorn.error")
@@ -95,14 +96,15 @@ class Backend:
     def _note(self, event: Json) -> list[str]:
         """Write the annotations of an event down; returns their pictures."""
         if event["action"].endswith("DELETED"):
-            delete = "DELETE FROM annotations WHERE id = ? RETURNING picture"
-            return [picture for one in event["annotations"] for picture in self.db.execute(delete, [one["id"]])]
+            # A start compares their pictures, too.
+            forget = "UPDATE annotations SET id = NULL, label = NULL WHERE id = ? RETURNING picture"
+            return [picture for one in event["annotations"] for picture in self.db.execute(forget, [one["id"]])]
         name, _, key, _ = _choices(event["project"]["label_config"])
         several = isinstance(event["task"], list)
         tasks = event["task"] if several else [event["task"]]
         pictures = {task["id"]: self._picture(task, key) for task in tasks}
         for one in event["annotation"] if several else [event["annotation"]]:
-            regions = [region["value"] for region in one["result"] if region["from_name"] == name]
+            regions = [region["value"] for region in one["result"] if region.get("from_name") == name]
             labels = [] if one["was_cancelled"] else [label for value in regions for label in value["choices"]]
             if len(labels) > 1:
                 raise IosrFastError(f"expected one choice for a picture, got {labels}")
@@ -113,9 +115,10 @@ class Backend:
     def _follow(self, pictures: list[str]) -> None:
         """Make pictures support images of their class, or of none; a warning says why not."""
         with self.lock:
-            labels = dict(self.db.execute("SELECT picture, label FROM annotations ORDER BY rowid"))  # the last counts
+            labels = dict(self.db.execute(LABELS))
             known = {self.root / picture: label for picture, label in labels.items() if label}
-            for path in [self.root / picture for picture in pictures]:
+            paths = [self.root / picture for picture in pictures]
+            for path in sorted(paths, key=lambda path: path not in known):  # a class gets pictures before it loses some
                 try:
                     self._move(path, known) if self.bundle.exists() else self._fit(known)
                 except (ValueError, OSError) as error:  # a restart tries again
@@ -160,7 +163,7 @@ def make_app(backend: Backend, authorization: str = "") -> FastAPI:
             raise HTTPException(401, headers={"WWW-Authenticate": "Basic"})
         try:
             yield
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ElementTree.ParseError) as error:
             log.warning("%s: %r", request.url.path, error)
             raise HTTPException(422, str(error)) from error
 

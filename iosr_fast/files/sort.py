@@ -1,5 +1,5 @@
 """Sorting the images of a run: accepted ones below folders of their classes, the rest below LOOK. They are hard links,
-or copies on another file system; nothing is moved or replaced, and LIST names each file that was made."""
+or copies on another file system; nothing is moved or replaced, and LIST names each file before it is made."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ _UNSAFE = re.compile(r'[%/\\:*?"<>|]|^[.=+@-]|[. ]\Z')  # on some system, or fir
 def check_sort(folder: Path, places: Sequence[str], paths: Iterable[str]) -> None:
     """Raise OSError or IosrFastError, before any work, where the images of `places` can't be sorted into the folder."""
     check_writable(folder if folder.exists() else folder.absolute().parent, folder)
+    listed = folder / LIST
+    if os.path.lexists(listed):
+        with listed.open("rb") as file:
+            if file.readline() not in (b"", b"source,target\n"):
+                raise IosrFastError(f"expected nothing or the list of --sort at {listed}: take another folder")
     within = any(folder.resolve().is_relative_to(Path(place).resolve()) for place in places)
     if within or any(picture_of(path) != path for path in paths):
         raise IosrFastError(f"expected whole images, no boxes, and a --sort outside of their folders, got {folder}")
@@ -72,6 +77,8 @@ def sort_images(rows: Iterable[Labelled], folder: Path, places: Sequence[str], h
         if not file.tell():
             writer.writerow(["source", "target"])
         for target, path in new.items():
+            writer.writerow([path, target.relative_to(folder)])
+            file.flush()
             try:
                 os.link(os.path.realpath(path), target)
             except OSError as error:  # another file system, one without links, or a file of somebody else
@@ -79,6 +86,4 @@ def sort_images(rows: Iterable[Labelled], folder: Path, places: Sequence[str], h
                     raise
                 with new_file(target) as copy:
                     shutil.copyfile(path, copy)
-            writer.writerow([path, target.relative_to(folder)])
-            file.flush()
     return f"sorted {len(new):,} images into {folder}; {len(targets) - len(new):,} were there; {LIST} lists them"

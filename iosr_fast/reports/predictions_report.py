@@ -73,7 +73,7 @@ def predictions_page(
             label, page.note(note), page.cards(map(card, look[:share]), len(look), _OPEN, 10.5, "large")
         )
 
-    choices = [page.element("option", "all", value=""), *(page.element("option", label) for label in looks)]
+    choices = [page.element("option", label or "all", value=label) for label in ("", *looks)]
     choose = page.element("select", *choices, class_="button", style="display:block")
     words = page.element("input", type="search")
     fields = [page.element("label", *each, class_="quiet") for each in (("Path or label", words), ("Label", choose))]

@@ -53,7 +53,6 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
     images, labels = data
     for message, parameters in {
         "expected a method of": {"method": "magic"},
-        "expected runtime 'auto' or one of .*, got 'x'": {"runtime": "x"},
         "method 'auto' chooses by leave-one-out: leave alpha out": {"alpha": 1.0},
         "expected parameters or tune='loo', got both; leave alpha out": {"method": "gda", "alpha": 1.0, "tune": "loo"},
         "expected thumbnails from 0 to 1024, got 5000": {"thumbnails": 5000},

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
@@ -12,7 +15,9 @@ import numpy as np
 import pytest
 
 from iosr_fast import Classifier
-from iosr_fast.files.sort import class_folders
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.files.sort import class_folders, sort_images
+from iosr_fast.files.tables import Labelled
 from tests.files.runs import classify, done, refused
 from tests.store.live_parts import random_head, with_tree
 
@@ -66,6 +71,27 @@ def test_accepted_images_are_in_class_folders_and_a_list_undoes_it(
     assert held(folder) == {"sorted.csv": once["sorted.csv"], rows[-1]["target"]: b"mine"}
 
 
+def test_a_place_is_for_one_image_and_a_killed_run_has_listed_what_it_made(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, folder, link = random_head(np.random.default_rng(0), 3, 1), tmp_path / "sorted", os.link
+    head = replace(head, class_names=("c0", "b", "c"), paths=(("a",), ("a",), ("d",)))
+
+    def sort(labels: dict[Path, str]) -> None:
+        rows = [Labelled(str(path), label, 1.0, math.nan, "", accepted=True) for path, label in labels.items()]
+        sort_images(rows, folder, [str(tmp_path / "in")], head)
+
+    other = shutil.copy(pictures[0], tmp_path / "in")
+    with pytest.raises(IosrFastError, match=r"expected no other image at .*a/c0/0000\.png"):
+        sort({pictures[0]: "a", other: "c0"})
+    assert not folder.exists()
+    monkeypatch.setattr(os, "link", lambda *paths: link(*paths) or sys.exit())
+    with pytest.raises(SystemExit):
+        sort(dict.fromkeys(pictures, "b"))
+    made = f"a/b/{pictures[0].relative_to(tmp_path / 'in')}"
+    assert held(folder).keys() == {"sorted.csv", made} and made in (folder / "sorted.csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -74,12 +100,15 @@ def test_accepted_images_are_in_class_folders_and_a_list_undoes_it(
         (["in", *PROMISE, "in/sorted"], "a --sort outside of their folders"),
         (["boxes.csv", *PROMISE, "sorted"], "expected whole images, no boxes"),
         (["in", *PROMISE, "none/sorted"], "expected a folder to write"),
+        (["in", *PROMISE, "mine"], "expected nothing or the list of --sort at mine/sorted.csv"),
     ],
 )
 def test_wrong_options_are_refused_before_an_image_is_read(
     words: list[str], message: str, bundle: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/sorted.csv").write_text("path,label\n")
     Path("boxes.csv").write_text("path,x,y,width,height\nin/c0/0000.png,0,0,8,8\n")
     before = held(tmp_path)
     assert message in refused(classify(bundle, *words)) and held(tmp_path) == before

@@ -54,6 +54,8 @@ def test_everything_is_described(served: Client) -> None:
         assert all(told["responses"][errors]["content"]["application/json"] for errors in ("4XX", "5XX"))
         protected = method != "get" and path != "/v1/predict"
         assert ("security" in told) == protected, (method, path)
+        keep = [one["schema"] for one in told.get("parameters", ()) if one["name"] == "keep"]
+        assert not any("default" in one for one in keep), "clients send defaults, and it is refused without unknown"
     body = described["paths"]["/v1/predict"]["post"]["requestBody"]["content"]
     assert {"multipart/form-data", "application/octet-stream", "image/png"} <= set(body)
 
