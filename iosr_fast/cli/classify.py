@@ -126,6 +126,7 @@ def classify(
         note(f"rejected {counts.rejected} of {labels} {kind}{'' if detections else f' as {abstention.label!r}'}")
     if max_error is not None:
         note(f"accepted {counts.accepted:,} of {labels:,} labels; {labels - counts.accepted:,} need a look")
+        note(*(f"{classifier}: {doubt}" for doubt in work.head.require_single_label("--max-error").doubts))
     if html is not None:
         text.seek(0)
         rows = read_table(text if out is None else out)
