@@ -112,12 +112,12 @@ def classify(
             check_out(out)
         embedded = None if head is None else read_rows(images, head, html is not None)[0]
         source = embedded or read_source(images, form == "parts", skip_bad, boxes)
+        if sort is not None:
+            check_sort(sort, images, source.paths)
         top = top or (5 if form == "parts" else 1)
         detections = DetectionsTable.of(images[0], boxes, top) if form == "json" else None
         work = Classify(str(classifier), form, top, abstention, joint, detections)
         work.check(single_label=html is not None)
-        if sort is not None:
-            check_sort(sort, images, source.paths)
         counts = run(work, source, out or text, ReadOptions(batch, runtime, threads, skip_bad), chunk, pool)
     kind = "boxes" if all(map(is_detector_file, images)) else "images"
     note_counts(out, counts, kind)
@@ -126,6 +126,7 @@ def classify(
         note(f"rejected {counts.rejected} of {labels} {kind}{'' if detections else f' as {abstention.label!r}'}")
     if max_error is not None:
         note(f"accepted {counts.accepted:,} of {labels:,} labels; {labels - counts.accepted:,} need a look")
+        note(*(f"{classifier}: {doubt}" for doubt in work.head.require_single_label("--max-error").doubts))
     if html is not None:
         text.seek(0)
         rows = read_table(text if out is None else out)

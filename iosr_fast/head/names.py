@@ -129,15 +129,15 @@ def _as_read(name: str) -> str:
 
 
 def spellings(name: str) -> set[str]:
-    """What a name has in common with those that may be it mistyped: its letters, whatever their case, blanks and
-    underscores, and, of six characters or more, these without one inside a word of five or more. Digits and the first
-    and last letter of a word count as meant. The pages of reports do the same (labels.js).
+    """What a name has in common with those that may be it mistyped: its letters, whatever their case, blanks,
+    underscores and hyphens, and, of six characters or more, these without one inside a word of five or more. Digits and
+    the first and last letter of a word count as meant. The pages of reports do the same (labels.js).
 
     >>> close = lambda one, other: not spellings(one).isdisjoint(spellings(other))
-    >>> close("Yoggi yogurt", "Yoghi_Yogurt"), close("class 1", "class 2"), close("banana", "bananas")
+    >>> close("Yoggi yogurt", "Yoggi-Yoghurt"), close("class 1", "class 2"), close("banana", "bananas")
     (True, False, False)
     """
-    read = _as_read(name).replace("_", " ")
+    read = _as_read(re.sub("[_-]", " ", name))
     inner = _INNER.finditer(read) if len(read) > 5 else ()
     return {read, *(read[: letter.start()] + read[letter.end() :] for letter in inner)}
 

@@ -250,7 +250,7 @@ class Evaluation(Result):
             return ""
         return (
             f"these pictures differ from the {self.basis} (bursts, other places): give groups and more varied pictures "
-            "to the fit, or pictures from production to calibrate_on"
+            "to the fit, or pictures from production to calibrate_on (iosr-fast fit --calibrate-on)"
         )
 
     def summary(self) -> str:

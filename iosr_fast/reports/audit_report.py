@@ -81,8 +81,9 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
             page.note(_CORRECTED if paths else "", _WITHOUT_FILE if len(paths) < len(shown) else ""),
             page.cards(map(suspect, audit.likely_wrong[:_SHOWN]), likely),
             page.details(
-                f"{len(doubtful)} doubtful labels, more likely right than wrong",
+                f"Doubtful labels, more likely right than wrong: {len(doubtful)}",
                 page.cards(map(suspect, doubtful[:_SHOWN]), len(doubtful)),
+                unfolded=not likely,  # of few images the exchanged ones may be here
             ),
         ),
         page.section(

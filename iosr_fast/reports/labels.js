@@ -28,7 +28,7 @@ function update() {
 
 // What a name has in common with those that may be it mistyped, as head/names.py has it.
 function spellings(name) {
-  const read = name.normalize("NFKC").toLowerCase().replace(/[\s_]+/g, " ");
+  const read = name.normalize("NFKC").toLowerCase().replace(/[\s_-]+/g, " ");
   const inner = read.length > 5 ? [...read.matchAll(/(?<=\p{L}{3})\D(?=\p{L})|(?<=\p{L})\D(?=\p{L}{3})/gu)] : [];
   return [read, ...inner.map(({ 0: letter, index }) => read.slice(0, index) + read.slice(index + letter.length))];
 }

@@ -159,9 +159,10 @@ def note(*parts: Any) -> Html:
     return element("p", content, class_="quiet") if (content := join(*parts)) else content
 
 
-def details(summary: str, *parts: Any) -> Html:
-    """Parts that are shown on demand; nothing without them."""
-    return element("details", element("summary", summary), content) if (content := join(*parts)) else content
+def details(summary: str, *parts: Any, unfolded: bool = False) -> Html:
+    """Parts that are shown on demand, or `unfolded` at first; nothing without them."""
+    content = join(*parts)
+    return element("details", element("summary", summary), content, open=unfolded or None) if content else content
 
 
 def label_field(path: str, suggested: Any = None) -> Html:

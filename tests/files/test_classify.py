@@ -196,6 +196,7 @@ def test_labels_are_accepted_by_a_promise_alike_everywhere(
     words = (*REJECT, "--max-error", "50%", "--out")
     said = done(classify(bundle, folder, *words, tmp_path / "labels.csv", "--html", tmp_path / "page.html"))
     assert f"accepted {sum(accepted)} of {len(accepted)} labels; {len(accepted) - sum(accepted)} need a look" in said
+    assert all(f"{bundle}: {doubt}" in said for doubt in classifier.snapshot().doubts)
     *rows, bad = read_rows(tmp_path / "labels.csv")
     assert [row["accepted"] for row in rows] == [str(one).lower() for one in accepted] and bad["accepted"] == ""
     assert [row["label"] for row in rows] == found.labels.tolist() and list(bad)[-len(columns) :] == columns

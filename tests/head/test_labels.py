@@ -164,6 +164,7 @@ def test_a_table_may_hold_the_labels_of_several_questions(tmp_path: Path, caplog
 
 def test_mistyped_labels_are_asked_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     close = {"Yoggi yogurt": "Yoghi yogurt", "bananna": "Banana", "green_apple": "green apple", "icecream": "ice cream"}
+    close |= {"Oat Milk": "Oat-Milk"}
     pairs = {"cat": "car", "horse": "house", "lemons": "lemon", "unripe fig": "ripe fig", "class 1": "class 2"} | close
     table, folder = tmp_path / "labels.csv", tmp_path / "in"
     for few, many, places in ((2, 4, [table]), (2, 3, [table]), (3, 4, [folder, table])):

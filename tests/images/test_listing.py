@@ -177,6 +177,7 @@ def test_a_class_without_images_says_what_it_holds(tmp_path: Path) -> None:
         ["train2017/cat/a.png", "valid/cat/b.png", "test/1.png"],
         ["train/cat/a.png", "train/dog/b.png", "test/1.png", "test/2.png"],
         ["train/cat/a.png", "train/dog/b.png"],
+        ["support/cat/a.png", "support/dog/b.png", "photos/1.png", "validation/cat/c.png"],  # as the README calls them
     ],
 )
 def test_a_root_of_train_and_test_is_not_two_classes(tmp_path: Path, given: list[str]) -> None:

@@ -23,7 +23,9 @@ from iosr_fast.export import pretrained
 from iosr_fast.files import evaluate, work
 from iosr_fast.files.tables import Labelled
 from iosr_fast.methods.automation import PROMISES, Automation
+from iosr_fast.methods.support_audit import Suspect
 from iosr_fast.reports import evaluation_report, predictions_report
+from iosr_fast.reports.audit_report import audit_page
 from iosr_fast.reports.predictions_report import predictions_page
 from iosr_fast.store.bundle import Bundle
 from tests import browser as chromium
@@ -98,6 +100,15 @@ def test_audit_prints_and_writes_what_it_found(place: Path, browser: Any) -> Non
         page = opened(browser, place / "a.html", width)
         assert page.locator("h2").all_inner_texts()[0] == "Labels likely wrong"
         assert page.locator("img").count() >= 4  # the picture and three neighbours
+
+
+@pytest.mark.parametrize("suspicion", [0.3, 0.7])
+def test_doubtful_labels_are_unfolded_where_none_is_likely_wrong(suspicion: float, rng: np.random.Generator) -> None:
+    audit = FewShotHead(look_alikes=False).fit(rng.standard_normal((24, 16)), np.repeat(["a", "b"], 12)).audit()
+    pair = tuple(Suspect(i, "a", chance, "b", 0.9, ()) for i, chance in enumerate((suspicion, 0.2)))
+    assert ("<details open><summary>Doubtful" in audit_page(replace(audit, suspects=pair), lambda _: None, "A")) == (
+        suspicion < 0.5
+    )
 
 
 def test_the_page_of_an_audit_takes_labels_of_files(place: Path, browser: Any) -> None:
@@ -251,7 +262,8 @@ def test_labels_typed_on_the_page_are_kept_and_saved_as_that_csv(place: Path, br
     assert not page.locator("dialog").is_visible() and picture.evaluate("(it) => it === document.activeElement")
     fields.nth(2).fill('=a "new", one')
     asked = page.get_by_role("button", name="Did you mean")
-    for typed, meant in {"Two": "two", "strawbery": "strawberry", "strawberries": "", "fve": ""}.items():
+    close = {"Two": "two", "straw-berry": "strawberry", "strawbery": "strawberry"}
+    for typed, meant in (close | {"strawberries": "", "fve": ""}).items():
         fields.nth(3).fill(typed)
         assert asked.all_inner_texts() == [f"Did you mean {meant}?"] * bool(meant)
         if meant:
