@@ -25,7 +25,7 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
 _PREDICT = ("POST", "/v1/predict")
 # Keys of a scope.
 WHOLE_PATH, REFUSAL = "iosr_fast.path", "iosr_fast.refusal"
-_MAX_OTHER = 16 << 10  # bytes of a body without images, such as a name in JSON; only POST takes images
+_MAX_OTHER = 64 << 10  # bytes of a body without images, such as a name with descriptions; only POST takes images
 
 
 class RequestMiddleware:
