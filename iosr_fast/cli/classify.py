@@ -99,7 +99,7 @@ def classify(
     from iosr_fast.files.detections import DetectionsTable
     from iosr_fast.files.embedding_files import read_rows
     from iosr_fast.files.run import check_out, run
-    from iosr_fast.files.sort import check_sort, sort_images
+    from iosr_fast.files.sort import check_sort, class_folders, sort_images
     from iosr_fast.files.source import read_source
     from iosr_fast.files.stream import ReadOptions
     from iosr_fast.files.tables import read_table
@@ -118,6 +118,7 @@ def classify(
         detections = DetectionsTable.of(images[0], boxes, top) if form == "json" else None
         work = Classify(str(classifier), form, top, abstention, joint, detections)
         work.check(single_label=html is not None)
+        folders = {} if sort is None else class_folders(work.head.require_single_label("--sort"))
         counts = run(work, source, out or text, ReadOptions(batch, runtime, threads, skip_bad), chunk, pool)
     kind = "boxes" if all(map(is_detector_file, images)) else "images"
     note_counts(out, counts, kind)
@@ -139,4 +140,4 @@ def classify(
     if sort is not None:
         text.seek(0)
         rows = read_table(text if out is None else out)
-        note(sort_images(rows, sort, images, work.head.require_single_label("--sort")))
+        note(sort_images(rows, sort, images, folders))

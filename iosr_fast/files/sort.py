@@ -7,7 +7,7 @@ import filecmp
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from iosr_fast.utils.csv_text import line_writer
 
 LOOK = "look"
 LIST = "sorted.csv"
+_LONGEST = 255  # bytes of a file's name
 _UNSAFE = re.compile(r'[%/\\:*?"<>|]|^[.=+@-]|[. ]\Z')  # on some system, or first in a cell of a spreadsheet
 
 
@@ -39,7 +40,7 @@ def check_sort(folder: Path, places: Sequence[str], paths: Iterable[str]) -> Non
 
 def class_folders(head: Head) -> dict[str, str]:
     """The folder of each class and node, below those above it: its name, percent-encoded where no folder can have it or
-    another one differs in case alone. urllib.parse.unquote gives the name."""
+    another one differs in case alone. urllib.parse.unquote gives the name. Raises IosrFastError for one too long."""
     paths = [(*head.tree.path_of(node), name) for node, name in enumerate(head.node_names)]
     folders = dict[str, str]()
     taken = {LOOK, LIST}
@@ -47,6 +48,8 @@ def class_folders(head: Head) -> dict[str, str]:
         folder = _encoded(_UNSAFE, name)
         if folder.casefold() in taken:
             folder = _encoded(".", name)
+        if len(folder.encode()) > _LONGEST:
+            raise IosrFastError(f"expected class names that make folders of at most {_LONGEST} bytes, got {name!r:.80}")
         folders[name] = folder
         taken.add(folder.casefold())
     return {path[-1]: os.path.join(*map(folders.__getitem__, path)) for path in paths}
@@ -56,10 +59,10 @@ def _encoded(characters: str | re.Pattern[str], text: str) -> str:
     return re.sub(characters, lambda one: "".join(f"%{byte:02X}" for byte in one[0].encode()), text)
 
 
-def sort_images(rows: Iterable[Labelled], folder: Path, places: Sequence[str], head: Head) -> str:
-    """Sort the images of a head's table, each at its path below the one folder of `places` or below what all have in
-    common; returns what was done. Raises IosrFastError, with nothing made, where another file has the place of one."""
-    folders = class_folders(head)
+def sort_images(rows: Iterable[Labelled], folder: Path, places: Sequence[str], folders: Mapping[str, str]) -> str:
+    """Sort the images of a table into `class_folders`, each at its path below the one folder of `places` or below what
+    all have in common; returns what was done. Raises IosrFastError, with nothing made, where another file has the place
+    of one."""
     images = {os.path.abspath(row.path): row for row in rows if os.path.isfile(row.path)}
     one = len(places) == 1 and os.path.isdir(places[0])
     base = os.path.abspath(places[0]) if one else os.path.commonpath([*map(os.path.dirname, images)])

@@ -36,6 +36,8 @@ def test_a_class_has_a_folder_whose_name_gives_the_class() -> None:
     assert len({folder.casefold() for folder in folders.values()} | {"look", "sorted.csv"}) == len(names) + 2
     assert {folder for folder in folders.values() if Path("a", folder).resolve().parent != Path("a").resolve()} == set()
     assert [folders[name] for name in ("cat", "Ä 2", "Cat", "a/b")] == ["cat", "Ä 2", "%43%61%74", "a%2Fb"]
+    with pytest.raises(IosrFastError, match="folders of at most 255 bytes, got '////"):
+        class_folders(replace(head, class_names=("/" * 86, *names[1:])))
 
 
 @pytest.mark.slow
@@ -79,7 +81,7 @@ def test_a_place_is_for_one_image_and_a_killed_run_has_listed_what_it_made(
 
     def sort(labels: dict[Path, str]) -> None:
         rows = [Labelled(str(path), label, 1.0, math.nan, "", accepted=True) for path, label in labels.items()]
-        sort_images(rows, folder, [str(tmp_path / "in")], head)
+        sort_images(rows, folder, [str(tmp_path / "in")], class_folders(head))
 
     other = shutil.copy(pictures[0], tmp_path / "in")
     with pytest.raises(IosrFastError, match=r"expected no other image at .*a/c0/0000\.png"):
