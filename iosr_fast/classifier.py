@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.encoders.engine_folder import EnginePrecision, Runtime
+from iosr_fast.encoders.engine_folder import EnginePrecision, Runtime, check_engine_choice
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.evaluate import evaluate_images
@@ -182,6 +182,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
         self.margin, self.skip_bad, self.progress = margin, skip_bad, progress
         self._given_clip: tuple[dict[str, Any], OpenedModel] | None = None
+        check_engine_choice(runtime, precision)
         Options.of(self.get_params())  # refuses what no fit takes
 
     support_ = FittedAttribute[SupportSet | MultiLabelSet](lambda fit: fit.head.support)

@@ -148,6 +148,13 @@ def has_plain_form(manifest: Mapping[str, Any], runtime: str) -> bool:
     return runtime == "torch" or (runtime in ONNX_RUNTIMES and PLAIN_FILE in manifest["files"])
 
 
+def check_engine_choice(runtime: str = "auto", precision: str = "auto") -> None:
+    """Raise IosrFastError for a runtime or a precision that no engine has."""
+    for name, value, known in (("runtime", runtime, RUNTIMES), ("precision", precision, PRECISIONS)):
+        if value not in ("auto", *known):
+            raise IosrFastError(f"expected {name} 'auto' or one of {list(known)}, got {value!r}")
+
+
 def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = None) -> str:
     """Resolve "auto" to a runtime that works here (in the order of `open_engine`); any other name is returned.
 
@@ -155,8 +162,7 @@ def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = No
     name and for one that is not in `built_for`, ImportError for a runtime of the CPU whose package is missing,
     RuntimeError if "auto" finds none.
     """
-    if runtime not in ("auto", *RUNTIMES):
-        raise IosrFastError(f"expected runtime 'auto' or one of {list(RUNTIMES)}, got {runtime!r}")
+    check_engine_choice(runtime)
     if runtime != "auto":
         if built_for is not None and runtime not in built_for:
             raise IosrFastError(

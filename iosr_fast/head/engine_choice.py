@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 import numpy as np
 from msgspec import Meta
 
-from iosr_fast.encoders.engine_folder import PRECISIONS
+from iosr_fast.encoders.engine_folder import PRECISIONS, EnginePrecision
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.paired_tests import lost_and_won, sign_test
 from iosr_fast.sealed.schema import Above0, Name, Natural, Share, Size, Strict, text_of
@@ -54,7 +54,7 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
     """
 
     runtime: Name
-    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+    precision: EnginePrecision
     verdict: Outcome
     reason: Annotated[str, text_of(512)] = ""
     tokens: dict[str, Size] | None = None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.engine_folder import check_engine_choice
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
 from iosr_fast.head.class_tree import paths_of
@@ -51,6 +52,7 @@ def fit(
 ) -> Fit:
     """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before it is opened:
     parameters, labels, class names, descriptions, and that each class has an image if the method needs one."""
+    check_engine_choice(parameters["runtime"], parameters["precision"])
     options = Options.of(parameters)
     choose_engine = parameters["precision"] == "auto"
     names = ("views", "mirror", "templates", "seed", "exif_orientation", "margin")

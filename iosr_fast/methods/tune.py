@@ -13,7 +13,6 @@ import numpy as np
 from msgspec.structs import replace
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.engine_folder import PRECISIONS, RUNTIMES
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, Method, check_parameters, fit_method_reducer, unavailable_reason, unknown_method
 from iosr_fast.methods.config import Config, Evidence, Protocol
@@ -66,9 +65,6 @@ class Options:
     def of(cls, given: Mapping[str, Any]) -> Options:
         """From all parameters of an estimator. Raises IosrFastError for one that is unknown, out of range, given where
         it is to be chosen, or none of the method's."""
-        for name, known in (("runtime", RUNTIMES), ("precision", PRECISIONS)):  # of a Classifier
-            if given.get(name, "auto") not in ("auto", *known):
-                raise IosrFastError(f"expected {name} 'auto' or one of {list(known)}, got {given[name]!r}")
         method, reducer, tuning, look_alikes = (given[name] for name in ("method", "reducer", "tune", "look_alikes"))
         values = check_options(method, reducer, tuning, **{name: given[name] for name in ESTIMATOR_PARAMETERS})
         if not isinstance(look_alikes, bool):
