@@ -163,6 +163,8 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         if paths is not None and len(listed) != len(X):
             raise IosrFastError(f"expected a path for each of the {len(X)} rows of X, got {len(listed)}")
         kept, embeddings, group_of = self._support(X, "left out of the support rows", groups)
+        if other := [path for path in listed if not isinstance(path, str | os.PathLike)]:
+            raise IosrFastError(f"expected the paths of picture files, got {other[0]!r:.80}")
         files = tuple(os.path.abspath(listed[i]) for i in kept.tolist()) if listed else ()
         pictures = tuple(thumbnail(open_image(file), 96) for file in files) or (None,) * len(kept)
         examples = Examples(embeddings, ids[kept], kept, pictures, groups=group_of, paths=files)

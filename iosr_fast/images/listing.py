@@ -33,8 +33,8 @@ _SYSTEM = (
     | frozenset({"@eadir", "lost+found"})
 )
 _BROKEN = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
-_SPLITS = frozenset({"train", "training", "support", "test", "testing"}) | frozenset(
-    {"val", "valid", "validation", "eval", "evaluation", "dev"}
+_SPLITS = frozenset(
+    {"train", "training", "support", "test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"}
 )
 # pathlib makes one slash of two.
 _URL = re.compile(r"(?:https?|s3|gs|hdfs|ftp|file):/", re.IGNORECASE)

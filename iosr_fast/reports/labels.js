@@ -14,7 +14,6 @@ function rows() {
 }
 
 function update() {
-  inputs.forEach(ask);
   const labels = JSON.stringify(rows());
   try {
     localStorage.setItem(button.dataset.key, labels);
@@ -44,7 +43,10 @@ function ask(input) {
   input.closest("label").after(take);
 }
 
-document.addEventListener("input", update);
+document.addEventListener("input", ({ target }) => {
+  if (inputs.includes(target)) ask(target);
+  update();
+});
 button.addEventListener("click", () => {
   saveCsv("labels.csv", [["path", "label"], ...rows()]);
   saved = JSON.stringify(rows());
@@ -53,7 +55,9 @@ button.addEventListener("click", () => {
 // A button takes the label that it names.
 document.addEventListener("click", ({ target }) => {
   if (target.dataset.label === undefined) return;
-  target.closest("li").querySelector("input").value = target.dataset.label;
+  const input = target.closest("li").querySelector("input");
+  input.value = target.dataset.label;
+  ask(input);
   update();
 });
 // Enter goes to the next image in sight.
@@ -70,7 +74,10 @@ window.addEventListener("beforeunload", (event) => {
 });
 try {
   const labels = new Map(JSON.parse(localStorage.getItem(button.dataset.key) ?? "[]"));
-  for (const input of inputs) input.value = labels.get(input.dataset.path) ?? "";
+  for (const input of inputs) {
+    input.value = labels.get(input.dataset.path) ?? "";
+    if (input.value) ask(input);
+  }
 } catch {
   // Nothing was kept: update() says so.
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,11 @@ from iosr_fast.utils.require import require
 _SHOWN = 20  # rows in a notebook
 
 
-class Result:
+class Result(ABC):
     """A result that pandas and notebooks show: its columns, lists and arrays of one length, and a summary."""
 
-    def _columns(self) -> Mapping[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _columns(self) -> Mapping[str, Any]: ...
 
     def summary(self) -> str:
         """What was found, a line each."""

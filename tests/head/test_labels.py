@@ -167,7 +167,8 @@ def test_mistyped_labels_are_asked_about(tmp_path: Path, caplog: pytest.LogCaptu
     close |= {"Oat Milk": "Oat-Milk"}
     pairs = {"cat": "car", "horse": "house", "lemons": "lemon", "unripe fig": "ripe fig", "class 1": "class 2"} | close
     table, folder = tmp_path / "labels.csv", tmp_path / "in"
-    for few, many, places in ((2, 4, [table]), (2, 3, [table]), (3, 4, [folder, table])):
+    cases = ((1, 4, [table]), (2, 4, [table]), (2, 3, [table]), (3, 5, [table]), (3, 4, [folder, table]))
+    for few, many, places in cases:
         names = [name for typed, meant in pairs.items() for name in [typed] * few + [meant] * (many - len(places) + 1)]
         table.write_text("\n".join(["path,label", *(f"{i}.png,{name}" for i, name in enumerate(names))]))
         caplog.clear()

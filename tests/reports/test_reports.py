@@ -352,6 +352,8 @@ def test_heads_have_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brows
     x = images.reshape(30, -1) / 255.0
     with pytest.raises(IosrFastError, match="expected a path for each of the 30 rows of X, got 29"):
         FewShotHead("gda").fit(x, names, paths=keys[1:])
+    with pytest.raises(IosrFastError, match="expected the paths of picture files, got nan"):
+        FewShotHead("gda").fit(x, names, paths=[*keys[1:], math.nan])
     column = pd.Series(keys, range(29, -1, -1))  # whose index is no position
     FewShotHead("gda").fit(x, names, paths=column).save("head")
     assert FewShotHead.load("head").snapshot().examples.paths[0] == str(tmp_path / keys[names.index(min(names))])
