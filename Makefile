@@ -37,18 +37,18 @@ develop: $(STAMP)
 # Not everything installs on every machine. openapi-python-client needs another typer, so an environment of its own.
 $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 	@echo "installing into $(VENV), which takes a few minutes and prints nothing if all is well"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e ".[train,docs,dev]"
-	$(PIP_INSTALL) triton \
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) -e ".[train,docs,dev]"
+	@$(PIP_INSTALL) triton \
 		|| echo "triton does not install here: the tests go on without its kernels"
-	$(PIP_INSTALL) tensorrt-rtx \
+	@$(PIP_INSTALL) tensorrt-rtx \
 		|| echo "tensorrt-rtx does not install here: the demo and the tests go on without TensorRT-RTX plans"
-	$(PIP_INSTALL) "ray[serve]" \
+	@$(PIP_INSTALL) "ray[serve]" \
 		|| echo "Ray does not install here: the tests go on without several workers"
-	test -x build/client/bin/openapi-python-client || { $(PYTHON) -m venv build/client \
+	@test -x build/client/bin/openapi-python-client || { $(PYTHON) -m venv build/client \
 		&& build/client/bin/pip install --quiet openapi-python-client==0.29.1; } \
 		|| echo "openapi-python-client does not install here: the tests go on without a generated client"
-	touch $@
+	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo/run.py --out build/demo
