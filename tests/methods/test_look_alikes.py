@@ -1,4 +1,4 @@
-"""Pictures that look alike: average linkage, bursts by any encoder, and what left-out ones of a burst count."""
+"""Pictures that look alike: average linkage, bursts by any encoder of enough directions, siblings, effective counts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.folds import make_folds, unit_weights
-from iosr_fast.methods.look_alikes import LookAlikes, average_linkage, find_look_alikes
+from iosr_fast.methods.look_alikes import LookAlikes, average_linkage, find_look_alikes, independent_directions
 from iosr_fast.methods.support_set import SupportSet, make_support_set
+from tests.methods.made_up import Population
 from tests.methods.support_sets import unit
 
 
@@ -73,6 +74,78 @@ def test_many_are_two_standard_errors_more_than_usual(alike: int, many: bool) ->
     assert LookAlikes(np.arange(1000), nearest, 100.0).many is many
 
 
+def made_up_support(population: Population, rng: np.random.Generator, per_class: int, burst: int) -> SupportSet:
+    """Images of a class in bursts of `burst`."""
+    images = population.images(rng, population.sessions(rng, per_class // burst), burst)
+    return make_support_set(*images, None, 1.0, population.classes)
+
+
+@pytest.mark.parametrize(("dimensions", "draws"), [(16, 50), (64, 50), (128, 50), (512, 10), (1280, 2)])
+def test_independent_images_are_not_warned_of(dimensions: int, draws: int, rng: np.random.Generator) -> None:
+    """At most 2% of draws are. With the same cosine for any encoder it was all of them in 16 and 64 dimensions."""
+    population = Population(20, dimensions)
+    for per_class in (4, 16):
+        found = [find_look_alikes(made_up_support(population, rng, per_class, 1)) for _ in range(draws)]
+        assert sum(one.many for one in found) <= 0.02 * draws
+
+
+@pytest.mark.parametrize(("per_class", "burst"), [(4, 2), (8, 2), (8, 4), (16, 2), (16, 4)])
+def test_bursts_are_found_in_512_dimensions(per_class: int, burst: int, rng: np.random.Generator) -> None:
+    population = Population(10, 512)
+    for _ in range(5):
+        found = find_look_alikes(made_up_support(population, rng, per_class, burst))
+        sessions = np.arange(10 * per_class) // burst * burst
+        assert found.told and found.many and "in bursts" in found.warning[0]
+        assert np.mean(first_images(found.groups) == sessions) > 0.9
+
+
+def test_few_directions_do_not_tell_bursts(rng: np.random.Generator) -> None:
+    """Independent images are as much alike. Near duplicates are still left out together, and clear bursts warned of."""
+    found = find_look_alikes(made_up_support(Population(10, 16), rng, 8, 4))
+    assert not found.told and found.many and found.warning and not found.doubt
+    support = made_up_support(Population(10, 16), rng, 8, 1)
+    found = find_look_alikes(support)
+    assert not found.told and found.directions < 16 and not found.many and not found.warning
+    assert "independent directions do not tell bursts from other pictures" in found.doubt[0]
+    assert found.groups.tolist() == list(range(80)) and found.siblings == 0
+    assert make_folds(support, found.groups).distinct.tolist() == make_folds(support).distinct.tolist()
+
+
+@pytest.mark.parametrize(("classes", "per_class"), [(1, 32), (10, 4), (40, 40)])
+@pytest.mark.parametrize("burst", [1, 2])
+def test_independent_directions_are_those_of_the_covariance(
+    classes: int, per_class: int, burst: int, rng: np.random.Generator
+) -> None:
+    """Whatever the number of images and classes, with and without bursts."""
+    deviations = np.repeat([1.0, 0.5], [100, 200])
+    directions = (deviations**2).sum() ** 2 / (deviations**4).sum()
+    shared = np.repeat(rng.standard_normal((classes, per_class // burst, 300)), burst, axis=1)
+    rows = deviations * (shared + 0.5 * rng.standard_normal(shared.shape))
+    centred = unit(rows - rows.mean(1, keepdims=True)).reshape(-1, 300)
+    support = make_support_set(Embeddings(centred), np.repeat(np.arange(classes), per_class), None, 1.0, classes)
+    assert independent_directions(centred, support) == pytest.approx(directions, rel=0.25)
+
+
+@pytest.mark.parametrize(("per_class", "burst"), [(4, 2), (8, 4), (16, 4), (8, 1)])
+def test_siblings_of_other_images_are_many_and_images_of_new_sessions_are_not(
+    per_class: int, burst: int, rng: np.random.Generator
+) -> None:
+    population = Population(10, 512)
+    for _ in range(3):
+        sessions = population.sessions(rng, per_class // burst)
+        support, labels = population.images(rng, sessions, burst)
+        new, new_labels = population.images(rng, population.sessions(rng, 10), 1)
+        for siblings in (0, 10):
+            repeated = np.repeat(sessions, -(-siblings // sessions.shape[1]), 1)[:, :siblings]
+            more, more_labels = population.images(rng, repeated, 1)
+            all_labels = np.concatenate([labels, new_labels, more_labels])
+            beside = np.arange(len(all_labels)) >= len(labels)
+            joint = make_support_set(Embeddings.concatenate([support, new, more]), all_labels, None, 1.0, 10)
+            found = find_look_alikes(joint, beside[np.argsort(all_labels, kind="stable")])
+            assert found.many == (siblings > 0)
+            assert found.usual == pytest.approx(0.045 * 10 * (10 + siblings) * np.log2(1 + per_class))
+
+
 def test_classes_of_two_pictures_and_of_one_session(rng: np.random.Generator) -> None:
     """Centred cosines say nothing of them; near duplicates are joined all the same, and then nothing is scored."""
     support = sessions(rng, [2, 2, 8, 8, 8], 1)
@@ -87,16 +160,8 @@ def test_classes_of_two_pictures_and_of_one_session(rng: np.random.Generator) ->
     assert len(nothing.groups) == 0 and not nothing.warning
 
 
-def test_a_burst_counts_as_many_images_as_it_says_something_of(rng: np.random.Generator) -> None:
-    units = np.repeat(np.arange(400), 4)
-    for agreement, least, most in ((1.0, 399, 401), (0.0, 1350, 1600), (0.5, 550, 1100)):
-        shared, own = np.repeat(rng.random(400) < 0.1, 4), rng.random(1600) < 0.1
-        values = np.where(rng.random(1600) < agreement, shared, own)
-        assert least <= unit_weights(units, values).sum() <= most, agreement
-    copies = np.concatenate([np.zeros(100, int), np.arange(1, 21)])  # one right picture a hundred times
-    assert unit_weights(copies, np.arange(120) != 119).sum() == pytest.approx(21)
-    assert unit_weights(units, np.ones(1600)).sum() == pytest.approx(400)  # all are right: it can't be estimated
-    assert unit_weights(np.arange(5), np.arange(5) < 3).tolist() == [1.0] * 5
-    assert len(unit_weights(units[:0], units[:0])) == 0
-    levels = np.stack([np.ones(1600), units % 7 > 0, np.arange(1600) % 7 > 0], 1)  # the second is alike in a unit
-    assert unit_weights(units, levels).sum() == unit_weights(units, levels[:, 1]).sum() == pytest.approx(400)
+def test_a_unit_counts_once() -> None:
+    units = np.concatenate([np.repeat(np.arange(400), 4), np.full(100, 400), 401 + np.arange(5)])
+    weights = unit_weights(units)
+    assert np.bincount(units, weights) == pytest.approx(np.ones(406))
+    assert len(unit_weights(units[:0])) == 0
