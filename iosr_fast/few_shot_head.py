@@ -236,6 +236,7 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         position = positions(fitted.labels.tolist(), y.tolist())
         labels = np.array([position[label] for label in y[kept].tolist()])
         self._fit = replace(fitted, head=head.calibrated_on(embeddings, labels, group_of))
+        warn_of_look_alikes(self._fit.head)
         return self
 
     def suggest(self, X: Any, n: int) -> Suggestions:
@@ -246,7 +247,9 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         head = fitted.head.require_single_label("suggest")
         blocks = [*self._queries(fitted, X)]
         logits = np.concatenate([self._score(fitted, block) for block in blocks])
-        return suggest(image_rows(Embeddings.concatenate(blocks), head.config.which, None), n, entropy(logits))
+        return suggest(
+            image_rows(Embeddings.concatenate(blocks), head.config.which, None), n, entropy(head.calibrated(logits))
+        )
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The share of rows whose predicted label is theirs. After a fit with several labels the mean average precision

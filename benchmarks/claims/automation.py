@@ -49,14 +49,15 @@ PLOT = Path(__file__).resolve().parents[2] / "docs" / "automation.svg"
 PROMISES, COVERAGE, KEPT = {f"{percent}%": percent / 100 for percent in (1, 2, 5, 10)}, 0.9, 0.95
 HALVES, ENOUGH = 5, 100  # draws of which half of the classes are known, too, of more support images than that
 SHOTS, BURST, CONCEPTS, STYLES, ROWS, COLUMNS, SIDE = (4, 8, 16), 4, 100, 7, 4, 6, 64
+SIBLINGS, OTHERS, RECENT = "siblings", "others", 250  # what a classifier is calibrated on (`drawn`)
 PHOTOGRAPHS = "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field moon page rocket"
 
 
 def sources(words: Sequence[str], shots: Sequence[int] | None, seeds: int | None) -> list[TaskSource]:
     found, counts = dict[str, TaskSource](), (tuple(shots or SHOTS), tuple(range(seeds or 100)))
     for word in words:
-        if word in (made := {"drawings": drawings, "photographs": photographs}):
-            found[word] = drawn(word, *made[word](), BURST, *counts)
+        if word in PICTURES:
+            found[word] = drawn(word, *PICTURES[word](), BURST, *counts)
             continue
         for source in with_and_without_texts(word):
             one = redrawn(source, *counts)
@@ -73,53 +74,80 @@ def with_and_without_texts(word: str) -> list[TaskSource]:
 
 def redrawn(source: TaskSource, *of: Any) -> TaskSource:
     """The data set, of which support and test are drawn from validation and test images together."""
+    return drawn(source.name, *pooled(source), 1, *of)
+
+
+def pooled(source: TaskSource) -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:
+    """The validation and test images of a data set, with its texts."""
     task = source.draw(max(source.shots), 0)
     images, labels = zip((task.queries, task.labels), *filter(None, [task.validation]), strict=True)
-    of_images = Embeddings.concatenate(images), np.concatenate(labels), task.support.text, task.support.tau
-    return drawn(source.name, *of_images, 1, *of)
+    return Embeddings.concatenate(images), np.concatenate(labels), task.support.text, task.support.tau
 
 
 def drawn(
-    name: str, images: Embeddings, labels: np.ndarray, text: Any, tau: float, variants: int, *of: Any
+    name: str,
+    images: Embeddings,
+    labels: np.ndarray,
+    text: Any,
+    tau: float,
+    variants: int,
+    *of: Any,
+    calibration: str = "",
 ) -> TaskSource:
     """A data set of S pictures with `labels` (S,); `images` have `variants` of each, one after another. Support images
-    are bursts of variants of the same picture; the first variants of other pictures are the test."""
+    are bursts of variants of the same picture; the first variants of other pictures are the test.
+
+    Validation images are, by `calibration`, none, SIBLINGS, as many further variants of the support's pictures, or
+    OTHERS, bursts of RECENT of the other pictures, at most half of them, which are not in the test then.
+    """
 
     def draw(k: int, seed: int) -> FewShotTask:
-        order, burst = np.random.default_rng(seed).permutation(len(labels)), min(variants, max(k // 2, 1))
+        rng = np.random.default_rng(seed)
+        order, burst = rng.permutation(len(labels)), min(BURST, variants, max(k // 2, 1))
         chosen = np.concatenate([order[labels[order] == c][: k // burst] for c in range(labels.max() + 1)])
-        others, groups = np.setdiff1d(order, chosen), np.repeat(chosen, burst)
-        rows = (variants * chosen[:, None] + np.arange(burst)).ravel()
-        given = None if burst == 1 else groups
-        support = make_support_set(images[rows], labels[groups], text, tau, labels.max() + 1, groups=given)
-        return FewShotTask(support, images[variants * others], labels[others])
+        others = np.setdiff1d(order, chosen)
+
+        def taken(pictures: np.ndarray, first: int, count: int) -> tuple[Embeddings, np.ndarray]:
+            rows = (variants * pictures[:, None] + first + np.arange(count)).ravel()
+            return images[rows], np.repeat(labels[pictures], count)
+
+        validation = taken(chosen, burst, burst) if calibration == SIBLINGS else None
+        if calibration == OTHERS:
+            recent, others = np.split(rng.permutation(others), [min(RECENT, len(others) // 2)])
+            validation = taken(recent, 0, burst)
+        given = None if burst == 1 else np.repeat(chosen, burst)
+        support = make_support_set(*taken(chosen, 0, burst), text, tau, labels.max() + 1, groups=given)
+        return FewShotTask(support, *taken(others, 0, 1), validation)
 
     return TaskSource(name, *of, draw)
 
 
-def drawings() -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:
+def drawings(variants: int = BURST) -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:
     """Variants of concepts that are drawn in all styles."""
     pictures = held_out()[0]
     whole = np.flatnonzero(np.bincount(pictures.concepts) == STYLES)[:CONCEPTS]
     pictures = only(pictures, np.isin(np.arange(len(pictures.names)), whole))
     clip = load_clip("demo")
-    return bursts(pictures.images), pictures.concepts, embed_classes(clip, pictures.names), clip.logit_scale
+    return bursts(pictures.images, variants), pictures.concepts, embed_classes(clip, pictures.names), clip.logit_scale
 
 
-def photographs() -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:
+def photographs(variants: int = BURST) -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:
     """Variants of the tiles of photographs; each photograph is a class."""
     from skimage import data
 
     named = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOGRAPHS.split()]
     rows = np.stack([np.asarray(one.resize((COLUMNS * SIDE, ROWS * SIDE))) for one in named])
     tiles = rows.reshape(-1, ROWS, SIDE, COLUMNS, SIDE, 3).swapaxes(2, 3).reshape(-1, SIDE, SIDE, 3)
-    return bursts(tiles), np.repeat(np.arange(len(named)), ROWS * COLUMNS), None, 100.0
+    return bursts(tiles, variants), np.repeat(np.arange(len(named)), ROWS * COLUMNS), None, 100.0
 
 
-def bursts(pictures: np.ndarray) -> Embeddings:
-    """Plain embeddings of BURST variants of each picture, one after another."""
+PICTURES = {"drawings": drawings, "photographs": photographs}
+
+
+def bursts(pictures: np.ndarray, variants: int) -> Embeddings:
+    """Plain embeddings of `variants` of each picture, one after another."""
     rng, run = np.random.default_rng(0), torch_encoder(load_clip("demo"), None)
-    images = np.stack([variant(picture, rng) for picture in pictures for _ in range(BURST)])
+    images = np.stack([variant(picture, rng) for picture in pictures for _ in range(variants)])
     return Embeddings(np.concatenate([run(part).plain for part in np.array_split(images, len(images) // 100)]))
 
 
@@ -178,10 +206,16 @@ def of_labels(head: FewShotHead, task: Task) -> dict[str, Any]:
     right, sets = head.predict(rows) == labels, head.predict_sets(rows, COVERAGE)
     found: dict[str, Any] = {"own": head.calibration().accuracy, "true": right.mean()}
     found["covered"] = np.mean([label in one for label, one in zip(labels, sets, strict=True)])
+    return found | of_promises(head, rows, right)
+
+
+def of_promises(head: FewShotHead, rows: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    """What each promise accepts of rows whose label is `right` (B,) bool."""
+    found: dict[str, Any] = {}
     for name, promised in PROMISES.items():
         sure = are_accepted(head, rows, promised)
         n, wrong = int(sure.sum()), int((sure & ~right).sum())
-        found |= {f"labelled_{name}": n / len(labels), f"wrong_{name}": wrong / max(n, 1)}
+        found |= {f"labelled_{name}": n / len(right), f"wrong_{name}": wrong / max(n, 1)}
         found[f"broken_{name}"] = wrong > 0 and binom.sf(wrong - 1, n, promised) < 0.05
     return found
 

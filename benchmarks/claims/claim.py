@@ -51,7 +51,7 @@ class Claim:
                     figures = ", ".join(f"{name} {text}" for name, text in cells.items() if text)
                     print(f"{row['data']}, {row['shots']} shots, {row['method']} {row['of']}: {figures}", flush=True)
                     rows.append({**row, **facts(["scikit-learn"])})
-            write_rows(options.json, rows)
+                write_rows(options.json, rows)  # of each data set, as a run may be ended
             return rows
 
     def rows(self, source: Any) -> Iterator[dict[str, Any]]:

@@ -16,8 +16,11 @@ from iosr_fast.head.quality import MISTAKES, Evaluation, Mistake, SetCoverage, U
 from iosr_fast.head.verdict import judge, unknown_scores
 from iosr_fast.images.crop import path_of
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.methods.automation import automation
+from iosr_fast.methods.automation import PROMISES, automation, least_odds
 from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits
+from iosr_fast.methods.folds import unit_weights
+from iosr_fast.methods.judgement import PromiseResult, accuracy_at, judge_promises
+from iosr_fast.methods.tree import finest
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
 
@@ -68,15 +71,18 @@ def _measure(
 
     def judged(rows: slice) -> np.ndarray:
         verdict, of_rows = judge(head, embeddings[rows]), labels[rows]
-        members = np.zeros(verdict.logits.shape, bool) if reason else left_out.sets(verdict.logits, coverage)
-        one, covered = of_logits(verdict.logits, of_rows, tree=head.tree), members[np.arange(len(of_rows)), of_rows]
+        logits = head.calibrated(verdict.logits)
+        members = np.zeros(logits.shape, bool) if reason else left_out.sets(logits, coverage)
+        one, covered = of_logits(logits, of_rows, tree=head.tree), members[np.arange(len(of_rows)), of_rows]
         columns = [one.odds, one.log_loss, verdict.labels, members.sum(1), covered]
         return np.concatenate([columns, one.level_odds.T, one.level_right.T])
 
     blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
     odds, log_loss, predicted, sizes, covered, *levels = np.concatenate(blocks, axis=1)
     level_odds, level_right = np.split(np.stack(levels, 1), 2, axis=1)
-    outcome = LeftOutLabels(odds, level_odds, level_right > 0, log_loss, labels)
+    beside = head.compared_with_support(embeddings, labels)
+    weights = unit_weights(beside.units)
+    outcome = LeftOutLabels(odds, level_odds, level_right > 0, log_loss, labels, weights=weights)
     wrong = np.flatnonzero(~outcome.right)
     worst = wrong[np.argsort(-outcome.top_odds[wrong], kind="stable")][:MISTAKES]
     truths = [(head.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]
@@ -87,17 +93,31 @@ def _measure(
         labels=labels,
         predicted=predicted.astype(np.int64),
         confidence=outcome.confidence,
+        count=outcome.count,
         reliability=outcome.reliability,
         expected=left_out.reliability.accuracy,
         expected_images=round(left_out.count),
+        expected_at_sizes=accuracy_at(left_out, np.bincount(labels, weights, len(head.class_names))),
         basis=left_out.basis,
         mistakes=_mistakes(head, embeddings, worst, images, truths),
-        copies=int(head.near_support(embeddings.plain).sum()),
+        copies=int(beside.near.sum()),
+        siblings=int(beside.siblings.sum()),
+        warnings=beside.warning,
         sets=SetCoverage(coverage, *shares, reason),
+        promises=_judge_promises(left_out, outcome),
         automation=automation(left_out, outcome),
         expected_automation=automation(left_out),
         **others,
     )
+
+
+def _judge_promises(left_out: LeftOutLabels, images: LeftOutLabels) -> tuple[PromiseResult, ...]:
+    """What these images say of automation.PROMISES that rest on left-out ones."""
+    chosen = []
+    for promised in PROMISES:
+        level, accepted = finest(images.level_odds, least_odds(left_out, promised))
+        chosen.append([accepted, accepted & ~images.level_right[np.arange(len(level)), level]])
+    return judge_promises(PROMISES, np.sum(chosen, axis=2), np.array(chosen) @ images.counted)
 
 
 def _measure_unknown(

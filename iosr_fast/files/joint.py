@@ -14,7 +14,6 @@ from iosr_fast.head.ids import class_id
 from iosr_fast.head.predictions import ClassScore, Prediction, predict_jointly
 from iosr_fast.head.verdict import Rejection, unknown_scores
 from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.scoring.reference import softmax
 
 _NOT_EXPLAINED = (math.nan,) * 4  # logit, and the parts of it
 
@@ -38,7 +37,7 @@ def classify_jointly(
     joint = predict_jointly(head, queries[~rejected], np.array(head.class_names, str))
     probabilities = np.empty((len(queries), len(head.uids)), np.float32)
     probabilities[~rejected] = joint.probabilities
-    probabilities[rejected] = softmax(head.score(queries[rejected]))
+    probabilities[rejected] = head.probabilities(head.score(queries[rejected]))
     ids = [class_id(uid) for uid in head.uids]
     answers = []
     for row, rejection in zip(probabilities, rejections, strict=True):

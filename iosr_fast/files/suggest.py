@@ -70,7 +70,7 @@ def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path | 
     readable, errors, queries = reader.embed(listing.paths)
     if queries is None:
         raise IosrFastError("expected images to choose from, found none that can be read")
-    logits = None if head is None else head.score(queries)
+    logits = None if head is None else head.calibrated(head.score(queries))
     rows = image_rows(queries, "plain" if head is None else head.config.which, None)
     best = suggest(rows, n, None if logits is None else entropy(logits))
     labels, probabilities = np.full(len(best.rows), ""), np.zeros(len(best.rows), np.float32)

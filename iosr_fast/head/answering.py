@@ -148,8 +148,9 @@ class Answering(Generic[F]):
         return fitted.head.decision(self._logits(fitted, X))
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """softmax of the logits, (B, C), float32 of images and float64 of rows, in the order of `classes_`. With
-        several labels a picture the probability of each class by itself, 1 / (1 + exp(-logit))."""
+        """softmax of the logits over their temperature (Head.temperature), (B, C), float32 of images and float64 of
+        rows, in the order of `classes_`. With several labels a picture the probability of each class by itself,
+        1 / (1 + exp(-logit))."""
         fitted = self._fitted()
         return fitted.head.probabilities(self._logits(fitted, X).astype(self._probability_dtype, copy=False))
 
@@ -193,7 +194,7 @@ class Answering(Generic[F]):
         left_out = head.left_out_labels
         classes = fitted.labels if per_class else None
         left_out.thresholds(coverage, classes)
-        logits = self._logits(fitted, X)
+        logits = head.calibrated(self._logits(fitted, X))
         return sets_of_labels(fitted.labels, logits, left_out.sets(logits, coverage, classes))
 
     def unknown_score(self, X: Any) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +16,15 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, as_numpy
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.calibration import Calibration, calibration_of, check_calibration
+from iosr_fast.head.calibration import Beside, Calibration, calibration_of, check_calibration, compare_with_support
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.ids import class_id, example_number, uid_of
 from iosr_fast.head.labels import class_ids
 from iosr_fast.methods.automation import least_odds
 from iosr_fast.methods.config import Config, Evidence, wilson
 from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, of_logits
-from iosr_fast.methods.folds import Folds, NearSupport, make_folds
-from iosr_fast.methods.log_loss import refit_factor
+from iosr_fast.methods.folds import Folds, NearSupport, make_folds, unit_weights
+from iosr_fast.methods.log_loss import fit_temperature
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.multi_label_set import MultiLabelSet
@@ -38,6 +39,8 @@ from iosr_fast.scoring.score import score
 from iosr_fast.utils.text import abbreviate
 
 log = logging.getLogger(__name__)
+_ROUNDING = 1e-9  # of a share
+_FEW = 0.7  # of a class's images: where left-out ones are judged by less, the accuracy is said to be too low
 
 
 @dataclass(frozen=True)
@@ -256,10 +259,11 @@ class Head(HeadData):
 
     @property
     def look_alike_warning(self) -> tuple[str, ...]:
-        """What is wrong where left-out images are too much like the others, and what to do; none where they are not, or
-        promises do not rest on them."""
-        alike = self.look_alikes if self.calibration_images is None else None
-        return () if alike is None else alike.warning
+        """What is wrong where the images on which promises rest are too much like the support's, and what to do; none
+        where they are not. Left-out images are so in bursts; of images of calibrate_on that are so, both is said."""
+        siblings = () if self.calibration is None else self.calibration.beside.warning
+        alike = self.look_alikes if siblings or self.calibration is None else None
+        return siblings if alike is None else siblings + alike.warning
 
     @cached_property
     def folds(self) -> Folds:
@@ -283,9 +287,27 @@ class Head(HeadData):
         """What the method says of support images that are left out, or of the calibration images."""
         new = self.calibration
         if new is None:
-            found, folds = self.out_of_fold, self.folds
-            return of_logits(found.logits, found.labels, units=folds.units[folds.rows], tree=self.tree)
-        return of_logits(self.score(new.embeddings), new.labels, CALIBRATION, new.units, self.tree)
+            found = self.out_of_fold
+            return of_logits(self.calibrated(found.logits), found.labels, units=found.units, tree=self.tree)
+        logits = self.calibrated(self.score(new.embeddings))
+        return of_logits(logits, new.labels, CALIBRATION, new.units, self.tree)
+
+    @cached_property
+    def temperature(self) -> float:
+        """What divides the logits in probabilities, softmax(logits / temperature), and so in all that is promised:
+        that of log_loss.fit_temperature for the images on which promises rest, look-alikes left out together. The
+        search of weights leaves them in, finds a fit of bursts right everywhere, and would be far too sure. It changes
+        no label.
+        """
+        new = self.calibration
+        if new is None:
+            found = self.out_of_fold
+            return fit_temperature(found.logits, found.labels, unit_weights(found.units))
+        return fit_temperature(self.score(new.embeddings), new.labels, unit_weights(new.units))
+
+    def calibrated(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (B, C) over the temperature, of their dtype: their softmax has the probabilities."""
+        return logits / logits.dtype.type(self.temperature)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -295,22 +317,26 @@ class Head(HeadData):
 
     def calibrated_on(self, images: Embeddings, labels: np.ndarray, groups: np.ndarray | None = None) -> Head:
         """The next version, whose promises rest on these images; `labels` (L,) are positions of classes, `groups` (L,)
-        as of SupportSet. The factor of the logits is fitted again (log_loss.refit_factor), so that probabilities are
-        those of these images; no label changes. Raises IosrFastError where too few of them are new (Calibration).
+        as of SupportSet. No logit and no label changes. Raises IosrFastError where too few of them are new
+        (Calibration).
         """
         uids = np.array(self.uids)[labels]
         alone = (None,) * len(labels)
         given = Examples(images, uids, np.arange(len(labels)), alone, groups=groups)
-        new = calibration_of(self.support, self.uids, given, self.config.look_alikes)
-        logits = self.score(new.embeddings)
-        version = self.version + 1
-        check_calibration(len(new.labels), of_logits(logits, new.labels, units=new.units).count, new.near)
-        ratio = refit_factor(logits, new.labels)
-        config = msgspec.structs.replace(self.config, factor=self.config.factor * ratio)
+        config, version = self.config, self.version + 1
         if (evidence := self.evidence) is not None and not evidence.stale:  # it stays evidence of this fit
             config = msgspec.structs.replace(config, evidence=msgspec.structs.replace(evidence, version=version))
         made = replace(self, config=config, version=version, calibration_images=given)
-        return made.with_computed(plan=self.plan.scaled(ratio), folds=self.computed("folds"))
+        kept = {name: self.computed(name) for name in ("support", "plan", "look_alikes", "folds", "out_of_fold")}
+        made = made.with_computed(**kept)
+        new = made.calibration
+        assert new is not None
+        check_calibration(len(new.labels), made.left_out_labels.count, new.left_out)
+        return made
+
+    def compared_with_support(self, images: Embeddings, labels: np.ndarray, groups: np.ndarray | None = None) -> Beside:
+        """How labelled images relate to the support set (calibration.compare_with_support)."""
+        return compare_with_support(self.support, images, labels, groups, self.config.look_alikes)
 
     def promised(
         self, logits: np.ndarray, max_error: float, rejected: np.ndarray | None = None
@@ -318,8 +344,10 @@ class Head(HeadData):
         """Of queries with these logits (B, C) the node of the label, and whether it is accepted by
         automation.least_odds, each (B,): the finest node that is, or the class with the largest logit, as of a query
         that is `rejected` (B,)."""
-        least = least_odds(self.left_out_labels, max_error)
-        return self.tree.of_logits(logits).answer(least if rejected is None else np.where(rejected, np.inf, least))
+        least: float | np.ndarray = least_odds(self.left_out_labels, max_error)
+        if rejected is not None:
+            least = np.where(rejected, np.inf, least)
+        return self.tree.of_logits(self.calibrated(logits)).answer(least)
 
     @cached_property
     def unknown(self) -> Unknown:
@@ -337,8 +365,10 @@ class Head(HeadData):
         if not known.count:
             return ("probabilities at one picture a class are not measured, and nothing is promised from them",)
         sentences = [*self.look_alike_warning]
-        if new is not None and new.near:
-            sentences.append(f"{new.near:,} images of calibrate_on are near duplicates of support images and left out")
+        if self.look_alikes is not None and self.examples.groups is None:
+            sentences += self.look_alikes.doubt
+        if new is not None and new.left_out:
+            sentences.append(f"{new.left_out} are left out of calibrate_on")
         judges = np.bincount(known.labels, minlength=len(self.uids))  # images of each class
         if names := [name for name, images in zip(self.class_names, judges.tolist(), strict=True) if not images]:
             nothing = f"nothing is promised of {abbreviate(names)}"
@@ -349,20 +379,55 @@ class Head(HeadData):
         """What is known of the accuracy, a line each: the accuracy; what speaks against it and what to do; what the
         search of parameters noted; the size of the tree."""
         known, evidence = self.left_out_labels, self.evidence
-        found = known.reliability
         if known.count:
-            low, high = wilson(found.accuracy, known.count)
-            text = f"{found.accuracy:.1%} of {found.n_images:,} {known.basis} right (95%: {low:.0%} to {high:.0%})"
-            if self.look_alike_warning:
-                text += ", look-alikes left out together"
-                if evidence is not None and evidence.accuracy is not None and not evidence.stale:
-                    text += f"; {evidence.accuracy:.1%} if new pictures come from the same sessions"
+            accuracy, (low, high), one = known.reliability.accuracy, self.accuracy_range, self._one_by_one
+            images, interval = f"{len(known.labels):,} {known.basis}", f"(95%: {low:.0%} to {high:.0%})"
+            text = f"{accuracy:.1%} of {images} right {interval}"
+            if one > wilson(accuracy, known.count)[1] + _ROUNDING:
+                text = (
+                    f"{accuracy:.0%} to {one:.0%} of {images} right {interval}: {accuracy:.1%} if new pictures are of "
+                    f"other sessions (look-alikes left out together), {one:.1%} if they are of these"
+                )
+            if self._kept_share < _FEW:
+                text += f"; each was judged by {self._kept_share:.0%} of its class, so more may be right"
         else:
             why = "one picture of each class leaves none" if len(self.examples) else "there are no support images"
             text = f"accuracy not measured: {why} to judge by"
         note = "" if evidence is None else evidence.note
         tree = "" if self.paths is None else str(self.tree)
         return "\n".join(filter(None, [text, *self.doubts, note, tree]))
+
+    @property
+    def accuracy_range(self) -> tuple[float, float]:
+        """Where the accuracy on new pictures lies, (low, high): from the lower end of the 95% interval (config.wilson)
+        of left-out images, look-alikes left out together, as of pictures of other sessions, to the upper end of that of
+        images left out one by one, as of pictures of these. The latter are judged by a fit with a share s of the images
+        of their class, which makes more errors; as errors fall no faster than in proportion to the number of images,
+        of all of them at most 1 - s (1 - accuracy) are right. (0, 1) where nothing is left out."""
+        known = self.left_out_labels
+        if not known.count:
+            return 0.0, 1.0
+        accuracy = known.reliability.accuracy
+        best = 1.0 - self._kept_share * (1.0 - float(np.fmax(accuracy, self._one_by_one)))
+        return wilson(accuracy, known.count)[0], wilson(best, known.count)[1]
+
+    @property
+    def _one_by_one(self) -> float:
+        """The share that is right of support images left out one by one, near duplicates together; NaN where that is
+        not known of this version, or promises rest on other images."""
+        evidence = self.evidence if self.calibration is None else None
+        if evidence is None or evidence.accuracy is None or evidence.protocol != "loo" or evidence.stale:
+            return math.nan
+        return evidence.accuracy
+
+    @property
+    def _kept_share(self) -> float:
+        """The mean over images that are judged of the share of their class's images by which they are; 1 for images of
+        calibrate_on."""
+        if self.calibration is not None:
+            return 1.0
+        units = np.minimum(self.folds.distinct, self.folds.number)[self.left_out_labels.labels]
+        return float(np.mean(1.0 - 1.0 / units))
 
     @cached_property
     def compared(self) -> np.ndarray:
@@ -392,8 +457,8 @@ class Head(HeadData):
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """softmax of the logits, (B, C)."""
-        return softmax(logits)
+        """softmax of the calibrated logits, (B, C)."""
+        return softmax(self.calibrated(logits))
 
     def answers(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The label (B,) of each query's largest logit, of equal ones the first; `labels` (C,) are the classes'."""

@@ -52,7 +52,8 @@ def one_file(fit: Fit, abstention: Abstention, source: Source = "picture") -> Mo
         least, tree = least_odds(head.left_out_labels, abstention.max_error), head.tree if head.tree.inner else None
     if abstention.keep is not None:
         unknown, threshold = head.unknown, head.unknown.threshold(abstention.keep)
-    model = make_graph(engine, Answers(head.plan, head.needs_adapted, least, unknown, threshold, tree), source)
+    plan = head.plan.scaled(1.0 / head.temperature)
+    model = make_graph(engine, Answers(plan, head.needs_adapted, least, unknown, threshold, tree), source)
     names = head.class_names if tree is None else head.node_names
     texts = {"class_names": names, "iosr_fast": json_values(_facts(fit, abstention))}
     onnx.helper.set_model_props(model, {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()})

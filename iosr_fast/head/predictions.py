@@ -20,7 +20,6 @@ from iosr_fast.methods.support_set import image_rows
 from iosr_fast.scoring.arrays import add_product_blas
 from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.lower import feature_rows
-from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
 
 AnyHead: TypeAlias = Head | MultiLabelHead
@@ -32,7 +31,7 @@ class ClassScore:
 
     `zero_shot` is the contribution of the class name, `cache` that of the support images, and `adapter` the part of it
     that comes through adapted embeddings. `probability` is the softmax over the logits of all classes, those that are
-    not shown included. `class_id` stays when a class is renamed.
+    not shown included, divided by the temperature (Head.temperature). `class_id` stays when a class is renamed.
 
     >>> score = ClassScore("pear", "~1", probability=0.9, logit=25.0, zero_shot=22.0, cache=3.0, adapter=1.0)
     >>> score.cache - score.adapter  # through plain embeddings of pictures
@@ -175,7 +174,7 @@ def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, ne
     if head.text is not None:
         zero_shot = np.float32(head.config.text_weight * head.tau) * (embeddings.plain @ head.text.T)
     cache = logits - zero_shot
-    parts = softmax(logits), logits, zero_shot, cache, _adapter_part(head, embeddings, cache)
+    parts = head.probabilities(logits), logits, zero_shot, cache, _adapter_part(head, embeddings, cache)
     neighbours = _neighbours(head, embeddings, nearest) if nearest else [()] * len(logits)
     ids = [class_id(uid) for uid in head.uids]
     names = head.class_names
@@ -263,7 +262,9 @@ def predict_jointly(
 ) -> joint.JointPrediction:
     """Queries (B, D) of the head's encoder, classified together (methods.joint), with labels of `classes` (C,).
     `check=False` takes rows that are not of unit norm."""
-    prediction = joint.predict_jointly(head.support, head.plan, head.out_of_fold, embeddings, head.config.which, check)
+    alone = replace(head.out_of_fold, logits=head.calibrated(head.out_of_fold.logits))
+    plan = head.plan.scaled(1.0 / head.temperature)
+    prediction = joint.predict_jointly(head.support, plan, alone, embeddings, head.config.which, check)
     return replace(prediction, classes=classes)
 
 

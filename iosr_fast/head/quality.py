@@ -13,8 +13,8 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.predictions import Neighbour
 from iosr_fast.methods.automation import Automation, TreeAutomation
 from iosr_fast.methods.config import wilson
-from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability
-from iosr_fast.methods.judgement import PromiseResult, difference_of_shares
+from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability, counted_as
+from iosr_fast.methods.judgement import PromiseResult, difference_of_shares, once
 from iosr_fast.utils.html import Result
 from iosr_fast.utils.json_values import json_values
 
@@ -103,13 +103,17 @@ class Evaluation(Result):
     classes           the C class names
     labels, predicted (B,) int64, positions of classes
     confidence        (B,) float64, the probability of `predicted`
-    reliability       accuracy, log-loss and calibration of the B images (conformal.Reliability)
-    expected          the accuracy that left-out support images had let expect, or other images if these are the `basis`
-                      of promises (conformal.CALIBRATION); NaN without any
+    count             what the images count as: a burst counts once (conformal.LeftOutLabels.count)
+    reliability       accuracy, log-loss and calibration of the images as they count (conformal.Reliability)
+    expected          the accuracy of left-out support images, or of other images if these are the `basis` of promises
+                      (conformal.CALIBRATION); NaN without any
     expected_images   how many these are
+    expected_at_sizes judgement.accuracy_at for the class sizes of the B images: with it their accuracy is compared
     mistakes          the most probable wrong images first, at most MISTAKES
-    copies            how many of the images are near duplicates of support images, and say little about new ones
+    copies, siblings  how many images are near duplicates or siblings of support images (calibration.Beside), and say
+                      little about new ones; `warnings` has a sentence where siblings are too many
     sets, unknown     what promises are worth on these images
+    promises          a PromiseResult for each promise by which labels of these images are accepted, the strictest first
     automation        what promises of predict(max_error=) are worth: the curve of promises with the shares and errors
                       of these images, with a tree by level, too (TreeAutomation); expected_automation has those of
                       left-out support images
@@ -132,13 +136,18 @@ class Evaluation(Result):
     labels: np.ndarray
     predicted: np.ndarray
     confidence: np.ndarray
+    count: float
     reliability: Reliability
     expected: float
     expected_images: int
+    expected_at_sizes: tuple[float, float]
     mistakes: tuple[Mistake, ...]
     copies: int
+    siblings: int
+    warnings: tuple[str, ...]
     sets: SetCoverage
     unknown: UnknownResult
+    promises: tuple[PromiseResult, ...]
     automation: Automation
     expected_automation: Automation
     errors: tuple[BadImageError, ...] = ()
@@ -146,19 +155,22 @@ class Evaluation(Result):
 
     @property
     def accuracy(self) -> float:
-        return self.reliability.accuracy
+        """The share of the B images that is right; that of images as they count is `reliability.accuracy`."""
+        return float((self.labels == self.predicted).mean())
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% interval of the accuracy (config.wilson)."""
-        return wilson(self.accuracy, len(self.labels))
+        """The 95% interval of the accuracy of images as they count (config.wilson)."""
+        return wilson(self.reliability.accuracy, self.count)
 
     @property
     def difference(self) -> tuple[float, float]:
-        """The 95% interval of accuracy - expected (`difference_of_shares`); NaN where nothing is expected."""
-        if math.isnan(self.expected):
+        """The 95% interval of accuracy - expected, of images as they count and at their class sizes
+        (`difference_of_shares`); NaN where nothing is expected."""
+        expected, images = self.expected_at_sizes
+        if math.isnan(expected):
             return math.nan, math.nan
-        return difference_of_shares(self.accuracy, len(self.labels), self.expected, self.expected_images)
+        return difference_of_shares(self.reliability.accuracy, self.count, expected, images)
 
     @property
     def accuracy_judgement(self) -> str:
@@ -170,15 +182,6 @@ class Evaluation(Result):
         if low <= 0 <= high:
             return "as expected"
         return "below" if high < 0 else "above"
-
-    @property
-    def promises(self) -> list[PromiseResult]:
-        """The promises by which labels of these images are accepted, the strictest first."""
-        one = self.automation
-        accepted = np.round(one.shares * len(self.labels)).astype(int)
-        wrong = np.round(np.nan_to_num(one.errors) * accepted).astype(int)
-        columns = one.max_errors.tolist(), accepted.tolist(), wrong.tolist()
-        return [PromiseResult.of(*row) for row in zip(*columns, strict=True) if row[1]]
 
     @property
     def by_level(self) -> list[list[tuple[float, float]]]:
@@ -223,20 +226,25 @@ class Evaluation(Result):
 
     @property
     def against_expected(self) -> str:
-        """The accuracy that was expected, and whether it differs from `accuracy` beyond chance; "" without any."""
-        points = f"{100 * abs(self.accuracy - self.expected):.1f} points"
+        """The accuracy that was expected, and whether these images differ from it beyond chance; "" without any."""
+        at_sizes, _ = self.expected_at_sizes
+        points = f"{100 * abs(self.reliability.accuracy - at_sizes):.1f} points"
         judged = {
             "below": f"{points} more than are right, beyond chance",
             "above": f"{points} less than are right, beyond chance",
             "as expected": "chance explains the difference",
         }
         expected = f"{self.expected:.1%} were expected from {self.expected_images:,} {self.basis}"
+        if at_sizes != self.expected:
+            expected += f", {at_sizes:.1%} at the class sizes of these pictures"
         return f"{expected}: {judged[judgement]}" if (judgement := self.accuracy_judgement) else ""
 
     @property
     def promise_verdict(self) -> tuple[str, str]:
-        """What promises are worth here, and by which counts: those of the strictest that broke, or else that held."""
-        for judgement, verb in (("broke", "broke"), ("held", "held"), ("too few", "cannot be judged")):
+        """What promises are worth here, and by which counts: those of the strictest that broke, or else is not refuted,
+        or else held."""
+        verbs = {"broke": "broke", "not refuted": "is not refuted", "held": "held", "too few": "cannot be judged"}
+        for judgement, verb in verbs.items():
             if rows := [one for one in self.promises if one.judgement == judgement]:
                 first, *others = (f"{100 * one.promised:.3g}%" for one in rows)
                 also = f"; also {', '.join(others)}" if others else ""
@@ -259,16 +267,18 @@ class Evaluation(Result):
         covered = f"{sets.covered:.1%} have the label, {sets.size:.2f} labels on the mean, {sets.empty:.1%} empty"
         kept = f"{unknown.kept:.1%} of these images keep their label, {unknown.promised:.4g} promised"
         rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "
-        promised = self.automation
-        curve = zip(promised.max_errors, promised.shares, promised.errors, strict=True)
-        accepted = [f"{share:.1%} ({error:.1%}) for {100 * most:.3g}%" for most, share, error in curve if share]
+        shares = [(one.promised, one.accepted / len(self.labels), one.share) for one in self.promises]
+        accepted = [f"{share:.1%} ({error:.1%}) for {100 * most:.3g}%" for most, share, error in shares]
         levels = [" + ".join(f"{part:.1%} ({bad:.1%})" if part else "0%" for part, bad in row) for row in self.by_level]
         levels = [f"{words} for {100 * one.promised:.3g}%" for words, one in zip(levels, self.promises, strict=False)]
+        images, counting = counted_as(len(self.labels), self.count, "images"), once(len(self.labels), self.count)
+        as_counted = counting and f", {self.reliability.accuracy:.1%}{counting}"
         lines = [
-            f"{self.accuracy:.1%} of {len(self.labels):,} images are right (95%: {low:.1%} to {high:.1%})",
+            f"{self.accuracy:.1%} of {images} are right{as_counted} (95%: {low:.1%} to {high:.1%})",
             self.against_expected,
             ": ".join(self.promise_verdict),
             self.advice,
+            *self.warnings,
             f"log-loss {self.reliability.log_loss:.3f}, expected calibration error {self.reliability.error:.1%}",
             self.copies and f"near duplicates of support images, which say little about new ones: {self.copies:,}",
             self.errors and f"unreadable and left out: {len(self.errors)}",
@@ -295,10 +305,14 @@ class Evaluation(Result):
             "images": len(self.labels),
             "unreadable": len(self.errors),
             "copies": self.copies,
+            "siblings": self.siblings,
+            "warnings": self.warnings,
             "accuracy": self.accuracy,
+            "effective_images": self.count,
             "accuracy_interval": self.interval,
             "expected_accuracy": self.expected,
             "expected_images": self.expected_images,
+            "expected_accuracy_at_class_sizes": self.expected_at_sizes[0],
             "accuracy_difference": self.difference,
             "accuracy_judgement": self.accuracy_judgement,
             "promises": self.promises,

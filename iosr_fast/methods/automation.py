@@ -31,7 +31,8 @@ class Automation(Result):
     least_error the same with their errors: 1 - 0.05^(1 / m), where m images are surer than the surest wrong one
     max_errors  (P,) the promises: of the pictures whose label is accepted at most this share is wrong
     thresholds  (P,) the least probability of a label that is accepted; NaN where no promise can be kept
-    shares      (P,) the share of images whose label is accepted: of the V images, or of others (`automation`)
+    shares      (P,) the share of images whose label is accepted: of the V images, or of others (`automation`), as they
+                count
     errors      (P,) the share of these whose label is wrong; NaN if none is accepted
     basis       what the V images are, as of conformal.Reliability
     notes       what speaks against promises, and what to do, a sentence each
@@ -135,7 +136,7 @@ def automation(left_out: LeftOutLabels, images: LeftOutLabels | None = None, not
     n_accepted, n_wrong = counts.sum(1).T
     with np.errstate(invalid="ignore"):
         level_errors, errors = counts[:, :, 1] / counts[:, :, 0], n_wrong / n_accepted
-    n_images = max(len(images.labels), 1)
+    n_images = images.count or 1.0
     thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
     surer = float(left_out.counted[odds[:, -1] > surest_wrong].sum())
     smallest, least_error = _promised_by(count), _promised_by(surer)
@@ -151,12 +152,13 @@ def _percent(share: float) -> str:
 
 
 def _counts(images: LeftOutLabels, least: float) -> np.ndarray:
-    """(L, 2) float64: of each level how many images it answers, and how many of these answers are wrong."""
+    """(L, 2) float64: of each level how many images it answers, and how many of these answers are wrong, as they
+    count."""
     odds, right = images.level_odds, images.level_right
     level, answered = finest(odds, least)
     wrong = ~right[np.arange(len(level)), level]
-    columns = [np.bincount(level[rows], minlength=odds.shape[1]) for rows in (answered, answered & wrong)]
-    return np.stack(columns, 1).astype(np.float64)
+    chosen = answered, answered & wrong
+    return np.stack([np.bincount(level[rows], images.counted[rows], odds.shape[1]) for rows in chosen], 1)
 
 
 def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
@@ -183,8 +185,9 @@ def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
     K ~ Binomial(n, max_error), which is where the Clopper-Pearson bound of the error is at most `max_error`. As the
     first that fails ends the test, no correction for many thresholds is needed; a threshold for each level would.
 
-    Images of a burst count as fewer (LeftOutLabels.weights): n and k are sums of weights (Korn & Graubard, Survey
-    Methodology 1998). n is rounded down, and the chance of a k between two whole numbers is interpolated.
+    A burst counts once (LeftOutLabels.weights): n and k are sums of weights (Korn & Graubard, Survey Methodology 1998).
+    n is rounded down, and the chance of a k between two whole numbers is interpolated. Weights do not depend on what is
+    right, so each chance rises with every answer that is wrong instead of right: no promise is loosened by one.
 
     Source: fixed-sequence testing in Learn then Test (Angelopoulos et al., arXiv 2110.01052).
     """
@@ -236,14 +239,14 @@ def _promised_by(right: float) -> float:
     return 1.0 - (1.0 - CONFIDENCE) ** (1.0 / right) if right else 1.0
 
 
-def explained_by_chance(images: int, max_error: float) -> int:
-    """The most wrong labels of `images` that chance explains where a share `max_error` is wrong: the least k with
-    P(K <= k) >= 95% under K ~ Binomial(images, max_error). More are wrong in at most 5% of draws: a one-sided test.
+def explained_by_chance(images: int, max_error: float, level: float = 1.0 - CONFIDENCE) -> int:
+    """The most wrong labels of `images` that are compatible with a share `max_error` of wrong ones, by a one-sided test
+    at `level`: the least k with P(K > k) <= level under K ~ Binomial(images, max_error).
 
-    >>> explained_by_chance(596, 0.01)
-    10
+    >>> explained_by_chance(596, 0.01), explained_by_chance(596, 0.01, level=0.05 / 9)
+    (10, 13)
     """
-    return int(np.searchsorted(binomial_cdf(images, max_error, images), CONFIDENCE - _ROUNDING))
+    return int(np.searchsorted(binomial_cdf(images, max_error, images), 1.0 - level - _ROUNDING))
 
 
 def binomial_cdf(n: int, p: float, most: int) -> np.ndarray:

@@ -29,9 +29,9 @@ class Evidence(Strict, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """How right a chosen config is on held-out images. Fields that only earlier versions wrote are ignored.
 
     accuracy         the share of `scored` held-out images that are right if one half of them is judged with what the
-                     other half chooses, parameters or weights, both ways: not the best of many tries. A stack at one
-                     or two images a class is judged as fitted without an image of each, so at one less. None where
-                     nothing was scored
+                     other half chooses, parameters or weights, both ways: not the best of many tries. Images are left
+                     out one by one, so look-alikes of one stay in: Head.summary has the accuracy of pictures of other
+                     sessions. None where nothing was scored
     search_accuracy  the share that the parameters get right which all of these images chose: optimistic
     alpha_range      the widest plateau of best alphas for these other parameters; by leave-one-out alpha may lie beside
                      it
@@ -45,7 +45,7 @@ class Evidence(Strict, frozen=True, kw_only=True, forbid_unknown_fields=False):
     version, stale   the version of the classifier that was tuned, and whether the classifier has changed since
 
     >>> Evidence(accuracy=0.9, scored=40, protocol="loo").summary()
-    '90.0% of 40 left-out images right (95%: 77% to 96%)'
+    'chosen by 40 left-out images'
     """
 
     accuracy: Share | None = None
@@ -67,13 +67,15 @@ class Evidence(Strict, frozen=True, kw_only=True, forbid_unknown_fields=False):
         return None if self.accuracy is None else wilson(self.accuracy, self.scored)
 
     def summary(self) -> str:
-        """The evidence in one line."""
+        """The evidence in one line. Of left-out images the accuracy is that of Head.summary, which leaves look-alikes
+        out together."""
         if self.accuracy is None:
             text = "a rule of thumb: nothing could be left out to judge it"
+        elif self.protocol == "loo":
+            text = f"chosen by {self.scored} left-out images"
         else:
             low, high = wilson(self.accuracy, self.scored)
-            kind = "validation" if self.protocol == "validation" else "left-out"
-            text = f"{self.accuracy:.1%} of {self.scored} {kind} images right (95%: {low:.0%} to {high:.0%})"
+            text = f"{self.accuracy:.1%} of {self.scored} validation images right (95%: {low:.0%} to {high:.0%})"
         stale = f"as of version {self.version}; the classifier has changed since" if self.stale else ""
         return "; ".join(filter(None, (text, self.note, stale)))
 

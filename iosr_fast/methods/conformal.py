@@ -28,8 +28,9 @@ class Reliability:
     """Of V images in bins ((m - 1) / BINS, m / BINS] of the largest probability: how many are in a bin, their mean
     probability and the share that is right (NaN in an empty bin), each (BINS,).
 
-    `error` is the expected calibration error, sum over bins of count / V * |right - confidence| (Guo et al., ICML 2017,
-    equation 3). `accuracy` and `log_loss` are those of the V images, which are `basis`: LEFT_OUT or CALIBRATION.
+    `error` is the expected calibration error, sum over bins of share * |right - confidence| (Guo et al., ICML 2017,
+    equation 3). `accuracy` and `log_loss` are means over the V images, which are `basis`: LEFT_OUT or CALIBRATION.
+    All means and shares are of images as they count (LeftOutLabels.counted): a burst counts once.
 
     >>> right, log_loss = np.array([True, False]), np.array([0.09, 3.0])
     >>> odds = np.log([0.91 / 0.09, 0.95 / 0.05])
@@ -75,7 +76,7 @@ class LeftOutLabels:
     log_loss  (V,) -log p of the label, in nats
     labels    (V,) int64, the position of the label's class
     basis     what these images are, as of Reliability
-    weights   (V,) float64, what each image counts in a promise, as images of a burst are right or wrong together
+    weights   (V,) float64, what each image counts, as images of a burst may be right or wrong together
               (folds.unit_weights); None: each counts 1
     """
 
@@ -146,14 +147,14 @@ class LeftOutLabels:
     @cached_property
     def reliability(self) -> Reliability:
         bins = np.ceil(self.confidence * BINS).astype(int).clip(1, BINS) - 1
-        counts = np.bincount(bins, minlength=BINS)
-        sums, right = np.bincount(bins, self.confidence, BINS), np.bincount(bins, self.right, BINS)
+        counted, total = self.counted, self.count or math.nan
+        of_bins = np.bincount(bins, counted, BINS)
+        sums, right = (np.bincount(bins, counted * part, BINS) for part in (self.confidence, self.right))
         with np.errstate(invalid="ignore"):
-            means, shares = sums / counts, right / counts
-        n_images = max(len(bins), 1)
-        accuracy, loss = (float(part.mean()) if len(bins) else float("nan") for part in (self.right, self.log_loss))
-        error = float(np.abs(right - sums).sum() / n_images)
-        return Reliability(counts, means, shares, error, accuracy, loss, self.basis)
+            means, shares = sums / of_bins, right / of_bins
+        accuracy, loss = (float(counted @ part) / total for part in (self.right, self.log_loss))
+        error = float(np.abs(right - sums).sum()) / total
+        return Reliability(np.bincount(bins, minlength=BINS), means, shares, error, accuracy, loss, self.basis)
 
 
 def of_logits(
@@ -178,7 +179,7 @@ def of_logits(
         log_loss=log_losses(exact, labels),
         labels=labels,
         basis=basis,
-        weights=None if units is None else unit_weights(units, right),
+        weights=None if units is None else unit_weights(units),
     )
 
 
@@ -226,9 +227,9 @@ def counted_as(images: int, count: float, basis: str = "") -> str:
     """A number of images of a `basis` in words, and what they count as, if that is less.
 
     >>> counted_as(1616, 1616.0, LEFT_OUT), counted_as(1616, 545.3)
-    ('1,616 left-out support images', '1,616 (worth 545, as look-alikes say the same)')
+    ('1,616 left-out support images', '1,616 (effective sample size 545: look-alikes are not independent)')
     """
-    fewer = f" (worth {count:,.0f}, as look-alikes say the same)" if count < images - 0.5 else ""
+    fewer = f" (effective sample size {count:,.0f}: look-alikes are not independent)" if count < images - 0.5 else ""
     return f"{images:,}" + (f" {basis}" if basis else "") + fewer
 
 

@@ -59,32 +59,18 @@ class Folds:
         return replace(self, fold=np.where(chosen, self.fold, -1), scored=self.scored & chosen)
 
 
-def unit_weights(units: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(V,) float64: what each of V images counts whose `values` (V,), as whether they are right, are alike in a unit.
+def unit_weights(units: np.ndarray) -> np.ndarray:
+    """(V,) float64: what each of V images counts in a promise: a unit counts once, so each of its m images 1 / m.
 
-    An image of a unit of m images counts 1 / (1 + (m - 1) r): m images with the intraclass correlation r say as much
-    as m / (1 + (m - 1) r) independent ones (Kish, 1965; of wrong labels: Rao & Scott, Biometrics 1992). r, from 0 to 1,
-    is estimated by the mean squares between and within units (Ridout et al., Biometrics 1999):
+    The sum of the weights is the effective number of images, and weighted sums stand for counts (Korn & Graubard,
+    Survey Methodology 1998). Images of a unit may be right or wrong together; units are independent. The weights do not
+    depend on what is right, so a wrong answer in place of a right one never loosens a promise.
 
-        r = (B - W) / (B + (m0 - 1) W),  m0 = (V - sum of m^2 / V) / (units - 1)
-
-    and 1 where they say nothing: copies of one image count once. Of values (V, L) at several levels of a tree, r is the
-    largest of those that say something.
-
-    >>> unit_weights(np.array([0, 0, 1, 1, 2]), np.array([True, True, False, False, True]))
+    >>> unit_weights(np.array([0, 0, 1, 1, 2]))
     array([0.5, 0.5, 0.5, 0.5, 1. ])
     """
     of_unit, sizes = np.unique(units, return_inverse=True, return_counts=True)[1:]
-    n, k = len(units), len(sizes)
-    correlations = []
-    for column in values.reshape(n, -1).T if 1 < k < n else ():
-        means = np.bincount(of_unit, column) / sizes
-        between = float((sizes * (means - np.mean(column)) ** 2).sum()) / (k - 1)
-        within = float(((column - means[of_unit]) ** 2).sum()) / (n - k)
-        usual = (n - float((sizes**2).sum()) / n) / (k - 1)
-        if (total := between + (usual - 1.0) * within) > 1e-12:
-            correlations.append(min(max((between - within) / total, 0.0), 1.0))
-    weights: np.ndarray = 1.0 / (1.0 + (sizes[of_unit] - 1) * max(correlations, default=1.0))
+    weights: np.ndarray = 1.0 / sizes[of_unit]
     return weights
 
 
@@ -105,9 +91,9 @@ def make_folds(support: SupportSet, look_alikes: np.ndarray | None = None) -> Fo
     that look alike (variants of a product) would lose 0.4 to 1.9 points.
     """
     labels = support.labels
+    if look_alikes is not None or support.groups is not None:
+        return _fold_units(support, join_units(support, look_alikes))
     groups = group_near_duplicates(support)
-    if joined := [more for more in (support.groups, look_alikes) if more is not None]:
-        return _fold_units(support, _joined(support.class_offsets[labels] + groups, *joined))
     distinct = np.zeros(support.n_classes, np.int64)
     np.maximum.at(distinct, labels, groups + 1)
     number = min(MAX_FOLDS, int(distinct.max(initial=1)))
@@ -144,6 +130,14 @@ def assign_folds(units: np.ndarray, images: np.ndarray, classes: np.ndarray, num
         np.add.at(of_class[fold], unit_classes, 1)
         filled[fold] += sizes[unit]
     return folds[units]
+
+
+def join_units(support: SupportSet, look_alikes: np.ndarray | None = None) -> np.ndarray:
+    """(N,) int64 from 0: the unit of each image, with all that it shares a near duplicate, a group of the support set
+    or one of `look_alikes` (N,) with."""
+    near_duplicates = support.class_offsets[support.labels] + group_near_duplicates(support)
+    others = [ids for ids in (support.groups, look_alikes) if ids is not None]
+    return _joined(near_duplicates, *others)
 
 
 def _joined(*groupings: np.ndarray) -> np.ndarray:

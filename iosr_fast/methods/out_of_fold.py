@@ -48,6 +48,11 @@ class OutOfFold:
     labels: np.ndarray
     logits: np.ndarray
 
+    @property
+    def units(self) -> np.ndarray:
+        """(V,) int64, as of Folds."""
+        return self.folds.units[self.folds.rows]
+
     def by_image(self) -> np.ndarray:
         """(N, C): the logits of every support image; NaN for one that is never left out."""
         logits = np.full((len(self.folds.fold), self.logits.shape[1]), np.nan, np.float32)

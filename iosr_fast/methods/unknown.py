@@ -91,7 +91,7 @@ class Unknown:
     def calibrated_on(self, images: Embeddings, units: np.ndarray) -> Unknown:
         """The same scores, whose promises rest on these images of the classes; `units` as of folds.Folds."""
         familiarity = -self.score(images)
-        made = replace(self, left_out=familiarity, counted=unit_weights(units, familiarity), basis=CALIBRATION)
+        made = replace(self, left_out=familiarity, counted=unit_weights(units), basis=CALIBRATION)
         return made._scored_by(self.scorer)
 
     def _scored_by(self, scorer: OodScores) -> Unknown:
@@ -161,7 +161,7 @@ def fit_unknown(support: SupportSet, folds: Folds, adapted: bool = False, unknow
         weights / deviation,
         bias,
         left_out=familiarity / deviation + bias,
-        counted=unit_weights(first.units[first.rows], familiarity),
+        counted=unit_weights(first.units[first.rows]),
         auroc=_held_out_auroc(groups),
         unscored=unscored,
         unknown_images=unknown,

@@ -10,6 +10,7 @@ import numpy as np
 from iosr_fast.head.quality import MATRIX, Evaluation, Mistake, Mixup
 from iosr_fast.methods.automation import images_needed_for
 from iosr_fast.methods.conformal import BINS
+from iosr_fast.methods.judgement import once
 from iosr_fast.reports import page
 
 _SURE = 0.9  # a mistake of this probability is confidently wrong
@@ -55,7 +56,9 @@ def evaluation_page(
         )
 
     unknown, sure = found.unknown, int((found.confidence[found.labels != found.predicted] >= _SURE).sum())
-    copies = f" {found.copies:,} are near duplicates of support images and say little about new ones."
+    parts = (found.copies, "near duplicates of support images"), (found.siblings, "siblings of support images")
+    alike = " and ".join(f"{number:,} are {what}" for number, what in parts if number)
+    alike = alike and f" {alike}: these say little about new pictures."
     confident = f"Confidently wrong first: {sure:,} of {found.wrong:,} have a probability of {_SURE:.0%} or more."
     return page.document(
         title,
@@ -82,7 +85,7 @@ def evaluation_page(
         _automation(found),
         _unknown(found, card),
         page.unreadable(found.errors),
-        lead=f"{len(found.labels):,} labelled images.{copies if found.copies else ''}",
+        lead=f"{len(found.labels):,} labelled images.{alike}",
     )
 
 
@@ -103,9 +106,11 @@ def _confusion(found: Evaluation, pair: Callable[[Mixup], page.Html]) -> page.Ht
 def _verdicts(found: Evaluation) -> page.Html:
     """What was expected and promised, and whether these images bear it out."""
     low, high = found.interval
-    expected = f", {page.percent(found.expected)} expected" if found.against_expected else ""
+    expected = f", {page.percent(found.expected_at_sizes[0])} expected" if found.against_expected else ""
     right = f"{page.percent(found.accuracy)} right{expected}"
-    such = f"of such images {100 * low:.1f}–{page.percent(high)} are right, with 95% confidence. "
+    counting = once(len(found.labels), found.count)
+    such = f"{page.percent(found.reliability.accuracy)}{counting}; " if counting else ""
+    such += f"of such images {100 * low:.1f}–{page.percent(high)} are right, with 95% confidence. "
     boxes = []
     for (title, words), bad in (
         ((right, such + found.against_expected), found.accuracy_judgement == "below"),
@@ -113,8 +118,8 @@ def _verdicts(found: Evaluation) -> page.Html:
     ):
         head = page.element("h2", _sentence(title), class_="bad" if bad else None)
         boxes.append(page.join(head, page.element("p", _sentence(words))))
-    advice = page.element("p", page.element("b", _sentence(found.advice))) if found.advice else None
-    return page.element("section", page.cards(boxes, least=24), advice)
+    advice = [page.element("p", page.element("b", _sentence(one))) for one in (found.advice, *found.warnings) if one]
+    return page.element("section", page.cards(boxes, least=24), *advice)
 
 
 def _sentence(words: str) -> str:
@@ -169,7 +174,7 @@ def _probabilities(found: Evaluation) -> page.Html:
 def _automation(found: Evaluation) -> page.Html:
     one, total = found.automation, len(found.labels)
     expected = found.expected_automation.shares[one.shares > 0], one.thresholds[one.shares > 0]
-    points = [(row.accepted / total, row.promised, row.wrong / row.accepted) for row in found.promises]
+    points = [(row.accepted / total, row.promised, row.share) for row in found.promises]
     by_level = found.by_level or [[] for _ in points]
     rows = [
         {
@@ -178,7 +183,7 @@ def _automation(found: Evaluation) -> page.Html:
             **{f"level {k}": f"{page.percent(part)} ({bad:.1%} wrong)" if part else "" for k, (part, bad) in of_levels},
             "accepted": f"{row.accepted:,} ({page.percent(share)})",
             "of these wrong": f"{row.wrong:,} ({page.percent(error)})",
-            "chance explains": f"{row.explained:,}",
+            "compatible": f"up to {row.explained:,}",
             "accepted as expected": page.percent(share_expected),
             "least probability": f"{least:.3f}",
         }

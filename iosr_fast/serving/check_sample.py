@@ -17,6 +17,7 @@ from iosr_fast.serving.kept_folder import KeptFolder, KeptTable, picture_name, t
 TABLE = "checks.csv"
 COLUMNS = ("path", "answered", "max_error", "classifier", "version", "checked", "time")
 _READ_S = 5.0  # between two readings of the labels
+_RULE = "rule 2"  # by which thresholds are computed: rises where those of the same classifier change
 log = logging.getLogger(__name__)
 
 
@@ -26,9 +27,9 @@ class CheckSample:
     `table`, TABLE, lists them: the row of a picture that is drawn has no `checked` label yet, and a later one has the
     label that counts. Labels come from the folder's LABELS. A picture counts once, by its first label that two readings
     agree on, so that none is read while it is written. It is `checked` as the answer where that is a node above it, by
-    the tree of that time; every other text is another label. Answers count that
-    were promised as now, by `max_error` and the `digest` of the classifier's folder; others that nobody checked are no
-    longer of the sample. At most `limit` pictures wait for a label; meanwhile none is drawn.
+    the tree of that time; every other text is another label. Answers count that were promised as now, by `max_error`,
+    the `digest` of the classifier's folder and _RULE; others that nobody checked are no longer of the sample. At most
+    `limit` pictures wait for a label; meanwhile none is drawn.
 
     For one thread; `result` and `beside` may be read in any. `beside` counts labels of pictures that were not drawn: as
     somebody chose them, they say nothing of the promise. Raises OSError where the folder can't be read or written,
@@ -39,14 +40,17 @@ class CheckSample:
         self, folder: KeptFolder, table: KeptTable, share: float, limit: int, max_error: float, digest: str
     ) -> None:
         self._folder, self._table, self._share, self._limit, self._max_error = folder, table, share, limit, max_error
-        self._promise = {"max_error": str(max_error), "classifier": digest}
+        self._promise = {"max_error": str(max_error), "classifier": f"{digest} {_RULE}"}
         self._labels: dict[str, str] = {}  # of the last reading
         self._next_reading, self.beside = 0.0, 0
         rows, drawn = [*table.rows.values()], self._drawn()
         table.drop([row["path"] for row in rows if row["path"] not in drawn and not row["checked"]])
         if rows and not drawn:
-            before = f"errors of at most {max_error} are promised in place of {rows[-1]['max_error']}"
-            changed = "another classifier is served" if rows[-1]["max_error"] == str(max_error) else before
+            last, changed = rows[-1], "another classifier is served"
+            if last["max_error"] != str(max_error):
+                changed = f"errors of at most {max_error} are promised in place of {last['max_error']}"
+            elif last["classifier"].split()[:1] == [digest]:
+                changed = "this version computes promises in another way, so other labels are accepted"
             log.warning("checks of accepted labels start anew: %s", changed)
         self.result = checked([], max_error)
         self._judge()

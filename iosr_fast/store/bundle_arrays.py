@@ -98,6 +98,7 @@ TABLE: dict[str, dict[str, Array]] = {
         "distinct": Array("folds.distinct", "int64", "C", limits=("0", "N")),
         "units": Array("folds.units", "int64", "N", limits=("0", "last image")),
         "out_of_fold": Array("out_of_fold.logits", "float32", "V C"),
+        "temperature": Array("temperature", "float64", "1"),
         # Of version 0.2, which are not read: they follow from the logits.
         **dict.fromkeys(("odds", "confidence", "right", "log_loss", "class_odds"), Array("former", "float64", "W")),
         "labels": Array("former", "int64", "W"),

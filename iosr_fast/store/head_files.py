@@ -59,10 +59,13 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
     """The facts (bundle_schema.HeadFacts), JSON-ready, and the arrays of each file (bundle_arrays.TABLE).
 
     Keys that are the embeddings of the support images are stored once. int8 keys are stored as codes: computing them
-    again takes seconds. What left-out images say is stored if it has been used.
+    again takes seconds. What left-out images say is stored: the temperature, so that no probability waits for it, and
+    what has been used.
     """
     plan, examples = head.plan, head.examples
-    computed = {name: head.computed(name) for name in ("folds", "unknown", "out_of_fold")}
+    if isinstance(head, Head):
+        head.folds, head.temperature  # noqa: B018
+    computed = {name: head.computed(name) for name in ("folds", "temperature", "unknown", "out_of_fold")}
     pictures = _packed(examples.pictures)
     paths = _packed([None if path is None else path.encode() for path in examples.paths])
     files = arrays_of({**_parts(head), **computed, "pictures": pictures, "paths": paths, "plan": plan})
@@ -271,18 +274,20 @@ def _reducer(arrays: Arrays, name: str) -> Reducer | None:
 
 
 def _evidence(head: Head, read: Callable[[str], bytes | None]) -> Mapping[str, Any]:
-    """The cached properties of a Head that the file LEFT_OUT has. Of older versions, which left other images out
-    together, it has no folds: what left-out images say is computed again."""
+    """The cached properties of a Head that the file LEFT_OUT has. Of older versions, which counted other images
+    together, it has no temperature: what left-out images say is computed again."""
     sizes = {"N": len(head.examples), "last image": len(head.examples) - 1, "C": len(head.uids)}
     arrays = read_arrays(LEFT_OUT, read, sizes)
     with naming(LEFT_OUT):
-        if not are_complete(arrays, _FOLDS):
+        if not are_complete(arrays, _FOLDS) or "temperature" not in arrays:
             return {}
         fold, scored, distinct, units = (arrays[name] for name in _FOLDS)
         if (scored.astype(bool) & (fold < 0)).any():
             raise IosrFastError("expected scored of 0 for an image of no fold, got others")
         folds = Folds(fold, scored.astype(bool), distinct, units)
-        evidence: dict[str, Any] = {"folds": folds}
+        if not 0.0 < (temperature := float(arrays["temperature"][0])) < math.inf:
+            raise IosrFastError(f"expected a temperature above 0, got {temperature}")
+        evidence: dict[str, Any] = {"folds": folds, "temperature": temperature}
         if are_complete(arrays, _UNKNOWN):
             weights, bias, left_out, auroc, counted = (arrays[name] for name in _UNKNOWN)
             names = score_names(head.support, head.needs_adapted, head.unknown_images)

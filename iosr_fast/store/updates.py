@@ -20,6 +20,7 @@ from iosr_fast.head.class_tree import Parent, check_nodes, path_below
 from iosr_fast.head.descriptions import check_descriptions
 from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.examples import Examples
+from iosr_fast.head.fit import warn_of_look_alikes
 from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
@@ -199,13 +200,16 @@ class Changing:
         `max_error`, unknown="reject" and `calibration`; the scale of the probabilities is fitted to them. `labels` as
         for `score`, `groups` as for `fit`. No label changes.
 
-        Near duplicates of support images are left out; repeated pictures, and those of one group, count as one. At
-        least 9 have to be left. They are saved and kept by changes; those of a class that is removed go. Refused with
-        an open log, and where pictures may have several labels."""
+        Near duplicates of support images, and pictures that look like one of their class (siblings, as of one session),
+        are left out; repeated pictures, look-alikes and those of one group count as one. At least 9 have to be left.
+        Where more are siblings than independent pictures show, a LookAlikesWarning says so: take them from other
+        sessions than the support. They are saved and kept by changes; those of a class that is removed go. Refused
+        with an open log, and where pictures may have several labels."""
         fit = self._store.fitted()
         self._store.check_no_log()
         calibrated = calibrate(fit, images, labels, groups, bool(self.skip_bad))
         self._store.replace(calibrated, instead_of=fit)
+        warn_of_look_alikes(calibrated.head)
         return ChangeResult(calibrated.head.version)
 
     def optimize(

@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import average_precision_score, f1_score, log_loss
 
 from benchmarks.claims import (
     audit,
     automation,
+    honesty,
     joint,
     key_precision,
     labels,
@@ -24,9 +25,11 @@ from benchmarks.claims import (
     texts,
     tree,
 )
+from benchmarks.claims.automation import PROMISES
 from benchmarks.claims.claim import Claim, fit
 from iosr_fast import Embeddings
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.encoders.encoder import unit
 from iosr_fast.exceptions import IosrFastError
 from tests.conftest import unit_rows
 from tests.pictures import encode
@@ -146,6 +149,52 @@ def test_promises_hold_or_are_broken_beyond_chance(file: Path) -> None:
     assert [*svg.itertext()][:2] == ["of these wrong", "labels accepted, features"]
 
 
+def test_a_cell_has_what_is_said_beside_what_is_true(file: Path) -> None:
+    found = honesty.CLAIM.main([str(file), "--shots", "4", "8", "--seeds", "2", "--json", f"{file}.json"])
+    assert [(row["shots"], row["of"], row["test_images"]) for row in found] == [(4, "", 88), (8, "", 56)]
+    for row in found:
+        assert "draws" not in row and row["low"] < row["own"] < row["high"] and row["warned"] == row["refused"] == 0
+        made = sum(2 * row[f"made_{name}"] for name in PROMISES)
+        assert row["made"] == made and 0 <= row["breaks"] <= made
+    all_broken = {f"{name}_{one}": 1.0 for name in ("made", "broken") for one in PROMISES}
+    counted = {"made": 8, "breaks": 8, "p": pytest.approx(honesty.CHANCE**8)}
+    assert honesty.breaks({**found[0], **all_broken}) == counted
+    notes = [cell.notes for cell in honesty.sources([str(file)], None, None)]
+    assert notes[3:] == [(note,) for note in ("calibrated on others", *(f"{d} dimensions" for d in (32, 64, 128)))]
+
+
+def test_what_is_true_is_measured_as_elsewhere(file: Path) -> None:
+    with np.load(file) as arrays:
+        head = fit(Embeddings(arrays["support4_x"]), arrays["support4_y"], None, 100.0)
+        rows, labels = arrays["test_x"], arrays["test_y"]
+    found = honesty.figures(head, rows, labels)
+    proba = head.predict_proba(rows)
+    assert found["loss"] == pytest.approx(log_loss(labels, proba))
+    top, right = proba.max(1), head.predict(rows) == labels
+    bins = [(top > low / 10) & (top <= (low + 1) / 10) for low in range(10)]
+    error = sum(abs(right[one].mean() - top[one].mean()) * one.mean() for one in bins if one.any())
+    assert found["error"] == pytest.approx(error) and found["true"] == right.mean()
+
+
+def test_a_calibration_is_of_the_other_half_or_of_the_tests_images(file: Path, tmp_path: Path) -> None:
+    with np.load(file) as arrays:
+        x, y = (np.concatenate([arrays[f"{part}_{name}"] for part in ("support8", "test")]) for name in "xy")
+    split = np.repeat(["train", "test"], [8 * CLASSES, EACH * CLASSES])
+    np.savez(tmp_path / "shops.npz", x=x, y=y, split=split)
+    cells = honesty.sources([str(tmp_path / "shops.npz")], None, 1)
+    for cell, of_train, tests in zip(cells, (None, True, False), (EACH, EACH, EACH / 2), strict=True):
+        task = cell.draw(16, 0)
+        assert (task.support.counts == 4).all() and len(task.labels) == tests * CLASSES
+        given = () if task.validation is None else task.validation[0].plain
+        rows = np.concatenate([*filter(len, (task.support.embeddings.plain, task.queries.plain, given))])
+        assert len(np.unique(rows, axis=0)) == len(rows)
+        if of_train is not None:
+            near = (given @ unit(x).T).argmax(1) < 8 * CLASSES
+            assert (near == of_train).all()
+    rows = honesty.CLAIM.main([str(tmp_path / "shops.npz"), "--seeds", "1", "--json", str(tmp_path / "rows.json")])
+    assert [row["of"] for row in rows] == ["", "calibrated on siblings", "calibrated on others"]
+
+
 def test_promises_on_a_tree_are_measured_by_level_beside_classes_alone(file: Path) -> None:
     found = tree.CLAIM.main([str(file), "--shots", "8", "--seeds", "2", "--json", f"{file}.json"])
     rows = {row["of"]: row for row in found if row["data"] == file.name}
@@ -180,6 +229,22 @@ def test_a_burst_has_variants_of_one_picture_and_the_test_others(rng: np.random.
         used = [(images.plain @ one.plain.T).argmax(0) // variants for one in (task.support.embeddings, task.queries)]
         np.testing.assert_array_equal(used[0], task.support.groups)
         assert not set(used[0]) & set(used[1]) and len(set(used[1])) == len(task.labels)
+
+
+def test_a_calibration_is_of_further_variants_or_of_other_pictures() -> None:
+    labels, variants = np.repeat(np.arange(3), 6), 2 * automation.BURST
+    numbers = np.arange(len(labels) * variants)
+    images = Embeddings(np.stack([np.cos(numbers), np.sin(numbers)], axis=1).astype(np.float32))
+    for calibration, of_support in ((automation.SIBLINGS, True), (automation.OTHERS, False)):
+        source = automation.drawn("made", images, labels, None, 100.0, variants, (16,), (0,), calibration=calibration)
+        task = source.draw(16, 0)
+        assert task.validation is not None
+        parts = task.support.embeddings, task.validation[0], task.queries
+        support, given, test = ((images.plain @ one.plain.T).argmax(0) for one in parts)
+        np.testing.assert_array_equal(labels[given // variants], task.validation[1])
+        assert not set(support) & set(given) and not set(given // variants) & set(test // variants)
+        assert (set(given // variants) == set(support // variants)) == of_support
+        assert len(given) == (len(support) if of_support else automation.BURST * 3), "half of six other pictures"
 
 
 def test_each_concept_is_in_as_many_images_beside_another() -> None:

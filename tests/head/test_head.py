@@ -86,7 +86,7 @@ def test_predictions_add_up(method: str, classes: int) -> None:
     rng = np.random.default_rng(2)
     head, queries = random_head(rng, classes, 2, method), random_queries(rng, 9)
     logits = head.score(queries)
-    probabilities = softmax(logits.astype(np.float64))
+    probabilities = softmax(logits.astype(np.float64) / head.temperature)
     zero_shot = 0.7 * 20.0 * queries.plain.astype(np.float64) @ head.text.T
     for b, made in enumerate(predict(head, queries, top=4)):
         order = np.argsort(-logits[b], kind="stable")[: min(4, classes)]

@@ -26,7 +26,7 @@ def pictures(
 def promises(burst: int, draws: int, look_alikes: bool = True) -> tuple[int, float]:
     """Draws in which more than the promised share of accepted labels is wrong, of new pictures, each of a burst of its
     own; and the share of pictures whose label is accepted."""
-    broken, shares, spread = 0, [], 1.8 if burst > 1 else 1.4
+    broken, shares, spread = 0, [], 1.7 if burst > 1 else 1.4
     for seed in range(draws):
         rng = np.random.default_rng(seed)
         means = unit_rows(rng, CLASSES, WIDTH)
@@ -43,7 +43,7 @@ def promises(burst: int, draws: int, look_alikes: bool = True) -> tuple[int, flo
 @pytest.mark.parametrize("burst", [1, BURST])
 def test_a_promise_is_broken_in_no_more_draws_than_its_confidence_allows(burst: int) -> None:
     broken, share = promises(burst, DRAWS)
-    assert broken <= binom.ppf(0.95, DRAWS, 0.05) and share > 0.1, (broken, share)
+    assert broken <= binom.ppf(0.95, DRAWS, 0.05) and share > 0.05, (broken, share)
 
 
 def test_bursts_break_promises_that_rest_on_single_pictures() -> None:

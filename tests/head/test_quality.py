@@ -17,8 +17,11 @@ from sklearn import metrics
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files import evaluate
+from iosr_fast.head.calibration import Beside
+from iosr_fast.head.head import Head
 from iosr_fast.head.quality import Evaluation
 from iosr_fast.methods.automation import Automation
+from iosr_fast.methods.judgement import difference_of_shares, judge_promises
 from iosr_fast.reports.evaluation_report import evaluation_page
 from tests.store.live_parts import PixelEncoder, pictures, small_classifier, with_tree
 
@@ -117,12 +120,20 @@ def test_answers_with_nodes_of_a_tree_are_judged_together_and_shown_by_level(mea
         (
             (30, 60, 60),
             (6, 12, 13),
-            "the promise of 5% broke: 6 of 30 accepted labels are wrong (20.0%; chance explains 4); also 10%",
+            "the promise of 5% broke: 6 of 30 accepted labels are wrong (20.0%; up to 4 are compatible with 5%); "
+            "also 10%",
         ),
         (
             (10, 60, 60),
             (0, 4, 4),
-            "the promise of 10% held: 4 of 60 accepted labels are wrong (6.7%; chance explains 10); also 20%",
+            "the promise of 10% held: 4 of 60 accepted labels are wrong (6.7%; up to 11 are compatible with 10%); "
+            "also 20%",
+        ),
+        (
+            (60, 60, 60),
+            (4, 4, 5),
+            "the promise of 5% is not refuted: 4 of 60 accepted labels are wrong (6.7%; up to 7 are compatible with "
+            "5%)",
         ),
         (
             (0, 10, 12),
@@ -138,19 +149,75 @@ def test_answers_with_nodes_of_a_tree_are_judged_together_and_shown_by_level(mea
     ],
 )
 def test_the_strictest_promise_that_broke_is_named(measured: Any, accepted: Any, wrong: Any, said: str) -> None:
-    counts, of_these = np.array(accepted), np.array(wrong)
+    counts, of_these, promised = np.array(accepted), np.array(wrong), np.array([0.05, 0.1, 0.2])
     errors = np.where(counts > 0, of_these / np.maximum(counts, 1), np.nan)
-    curve = Automation(500, 500.0, 0.006, 0.072, np.array([0.05, 0.1, 0.2]), np.full(3, 0.5), counts / 60, errors)
-    found = replace(measured[-1], automation=curve, expected=measured[-1].accuracy)
+    curve = Automation(500, 500.0, 0.006, 0.072, promised, np.full(3, 0.5), counts / 60, errors)
+    both = np.stack([counts, of_these], 1)
+    promises, accuracy = judge_promises(promised.tolist(), both, both.astype(float)), measured[-1].accuracy
+    found = replace(measured[-1], automation=curve, promises=promises, expected_at_sizes=(accuracy, 30.0))
     assert said in found.summary() and "chance explains the difference" in found.summary().splitlines()[1]
     assert bool(found.advice) == ("broke" in said) == ("give groups" in found.summary())
 
 
 def test_an_accuracy_below_the_expected_one_says_what_to_do(measured: Any) -> None:
-    below, above = (replace(measured[-1], expected=share, expected_images=500) for share in (0.9, 0.1))
+    measures = {"expected_images": 500}
+    below, above = (
+        replace(measured[-1], expected=share, expected_at_sizes=(share, 500.0), **measures) for share in (0.9, 0.1)
+    )
     assert (below.accuracy_judgement, above.accuracy_judgement) == ("below", "above")
     assert "90.0% were expected from 500 left-out support images: 36.7 points more than are right" in below.summary()
     assert "calibrate_on" in below.advice and "43.3 points less than are right" in above.summary()
+
+
+def test_an_accuracy_is_compared_with_the_one_expected_at_its_class_sizes(measured: Any) -> None:
+    """Three quarters of these images are of the class that is hardest; nothing else differs."""
+    classifier, images, names, _, _ = measured
+    classes, left_out = classifier.classes_, classifier.snapshot().left_out_labels
+    recall = [left_out.right[left_out.labels == c].mean() for c in range(5)]
+    hardest = classes[int(np.argmin(recall))]
+    of_hardest = names == hardest
+    rows = np.concatenate([np.flatnonzero(of_hardest), np.flatnonzero(~of_hardest)[::12]])
+    found = classifier.evaluate(images[rows], names[rows])
+    shares = np.array([np.mean(names[rows] == name) for name in classes])
+    expected, count = found.expected_at_sizes
+    assert expected == pytest.approx(shares @ recall) and expected < found.expected - 0.005
+    assert count == pytest.approx(1 / (shares**2 / 6).sum()) and count < found.expected_images == 30
+    said = f"{found.expected:.1%} were expected from 30 left-out support images, {expected:.1%} at the class sizes of"
+    assert said in found.summary() and found.to_dict()["expected_accuracy_at_class_sizes"] == expected
+    assert found.difference == difference_of_shares(found.accuracy, len(rows), expected, count)
+    assert "at the class sizes" not in measured[-1].summary()  # 12 images of each class, as of the support
+
+
+def test_pictures_of_a_burst_count_once_in_intervals_and_judgements(measured: Any) -> None:
+    """Counts of pictures stay: users count them."""
+    classifier, images, names, _, once = measured
+    found = classifier.evaluate(np.repeat(images, 4, axis=0), np.repeat(names, 4))
+    assert found.accuracy == once.accuracy and found.wrong == 4 * once.wrong and found.count == once.count == 60
+    assert (found.confusion == 4 * once.confusion).all()
+    assert found.interval == pytest.approx(once.interval) and found.difference == pytest.approx(once.difference)
+    for four, one in zip(found.promises, once.promises, strict=True):
+        assert (four.accepted, four.wrong, four.explained) == (4 * one.accepted, 4 * one.wrong, 4 * one.explained)
+        assert four.judgement == one.judgement and four.share == pytest.approx(one.share)
+    said = f"{once.accuracy:.1%} of 240 images (effective sample size 60: look-alikes are not independent) are right, "
+    assert found.summary().startswith(f"{said}{once.accuracy:.1%} if a burst counts once (95%: ")
+    assert found.to_dict()["effective_images"] == 60
+    page = evaluation_page(found, lambda _: None, "title")
+    assert f"{once.accuracy:.1%} if a burst counts once; of such images" in page
+    uneven = classifier.evaluate([*images, *[images[0]] * 90], [*names, *[names[0]] * 90])
+    assert uneven.accuracy != pytest.approx(once.accuracy, abs=0.1) and uneven.interval == pytest.approx(once.interval)
+
+
+def test_siblings_of_support_images_are_counted_and_warned_of(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, images, names, _, plain = measured
+    found = Beside(np.arange(60) < 3, np.arange(60) >= 20, np.arange(60) // 2)
+    monkeypatch.setattr(Head, "compared_with_support", lambda *_: found)
+    siblings = classifier.evaluate(images, names)
+    assert (siblings.copies, siblings.siblings, siblings.count) == (3, 40, 30) and plain.siblings == 0
+    assert siblings.warnings == found.warning and "40 of 60 labelled pictures are siblings" in siblings.summary()
+    written, page = siblings.to_dict(), evaluation_page(siblings, lambda _: None, "title")
+    assert written["siblings"] == 40 and written["warnings"] == list(found.warning)
+    assert "3 are near duplicates of support images and 40 are siblings of support images: these say little" in page
+    assert f"<b>{found.warning[0]}" in page
 
 
 def test_mistakes_are_explained_the_most_probable_first(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:

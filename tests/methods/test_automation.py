@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import beta, binom
 
 from iosr_fast.exceptions import IosrFastError
@@ -17,6 +21,7 @@ from iosr_fast.methods.automation import (
     least_odds,
 )
 from iosr_fast.methods.conformal import LeftOutLabels, of_logits
+from iosr_fast.methods.folds import unit_weights
 
 
 def left_out(odds: np.ndarray, right: np.ndarray) -> LeftOutLabels:
@@ -49,6 +54,18 @@ def test_thresholds_pass_while_the_clopper_pearson_bound_is_below_the_promise(im
     if accepted.any():
         assert curve.errors[at] == (~one.right[accepted]).mean()
         assert curve.thresholds[at] == pytest.approx(one.confidence[accepted].min())
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 4]), st.floats(0.0, 0.2))
+@settings(max_examples=150, deadline=None)
+def test_a_wrong_answer_in_place_of_a_right_one_never_loosens_a_promise(seed: int, burst: int, wrong: float) -> None:
+    rng = np.random.default_rng(seed)
+    units = np.arange(400) // burst
+    odds, right = rng.normal(3.0, 2.0, 400), (rng.random(400) < 1 - wrong) & (rng.random(100)[units % 100] < 1 - wrong)
+    worse = right & (rng.random(400) < rng.choice([0.005, 0.1]))
+    before, after = (replace(left_out(odds, one), weights=unit_weights(units)) for one in (right, right & ~worse))
+    assert all(least_odds(before, promised) <= least_odds(after, promised) for promised in PROMISES)
+    assert automation(before).least_error <= automation(after).least_error
 
 
 @pytest.mark.parametrize("max_error", [0.02, 0.05, 0.1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.checks import CheckedPromise, Strangers, check, checked, strange_odds
@@ -88,9 +89,43 @@ def test_a_note_ends_and_few_pictures_make_none() -> None:
     assert strangers.share == 0.0 and len(strangers.last) == 400
 
 
-def test_a_tenth_of_left_out_images_is_strange() -> None:
-    odds = np.random.default_rng(0).normal(size=1_000)
-    left_out = LeftOutLabels(odds, odds[:, None], odds[:, None] > 0, np.zeros(1_000), np.zeros(1_000, int))
-    assert (odds <= strange_odds(left_out)).mean() == pytest.approx(0.1)
-    nothing = LeftOutLabels(odds[:0], odds[:0, None], odds[:0, None] > 0, odds[:0], np.zeros(0, int))
-    assert strange_odds(nothing) == -np.inf
+def left_out_images(odds: np.ndarray, weights: np.ndarray | None = None) -> LeftOutLabels:
+    zeros = np.zeros(len(odds))
+    return LeftOutLabels(odds, odds[:, None], odds[:, None] > 0, zeros, zeros.astype(int), weights=weights)
+
+
+@pytest.mark.parametrize("images", [29, 50, 300])
+def test_the_odds_of_a_strange_picture_are_a_lower_bound_of_the_quantile(images: int) -> None:
+    """At most a tenth of new pictures are as strange, in 95% of draws of the left-out images; a burst counts once."""
+    odds = np.random.default_rng(0).normal(size=images)
+    rank = int((odds <= strange_odds(left_out_images(odds))).sum())
+    assert rank >= 1 and binom.cdf(rank - 1, images, 0.1) <= 0.05 < binom.cdf(rank, images, 0.1)
+    bursts = left_out_images(np.repeat(odds, 3), np.full(3 * images, 1 / 3))
+    assert strange_odds(bursts) == strange_odds(left_out_images(odds))
+
+
+@pytest.mark.parametrize("images", [0, 12, 28])
+def test_with_few_left_out_images_no_picture_is_strange(images: int) -> None:
+    assert strange_odds(left_out_images(np.arange(1.0, images + 1))) == -np.inf
+
+
+def noted_after(images: int, strangers: float, seed: int, pictures: int) -> int | None:
+    """After how many pictures there is a note, where a share of `strangers` is stranger than all left-out `images`."""
+    rng, counter = np.random.default_rng([images, seed]), Strangers()
+    limit = strange_odds(left_out_images(rng.normal(size=images)))
+    odds = rng.normal(size=pictures) - 10.0 * (rng.random(pictures) < strangers)
+    for i, strange in enumerate((odds <= limit).tolist()):
+        counter.add(strange)
+        if counter.note:
+            return i + 1
+    return None
+
+
+@pytest.mark.parametrize("images", [12, 30, 50, 100])
+def test_pictures_like_the_left_out_ones_are_not_noted(images: int) -> None:
+    assert sum(noted_after(images, 0.0, seed, 1_000) is not None for seed in range(100)) <= 1
+
+
+def test_strangers_are_noted_after_few_pictures() -> None:
+    found = [noted_after(100, 0.5, seed, 60) for seed in range(40)]
+    assert all(found) and np.median([one for one in found if one]) == 40  # the fewest that may be noted

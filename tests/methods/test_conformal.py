@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,11 +98,15 @@ def test_per_class_thresholds_are_those_of_their_own_images_and_need_enough_of_t
 def test_reliability_is_what_its_bins_say() -> None:
     confidence, right = np.array([0.05, 0.1, 0.55, 0.6, 1.0]), np.array([False, True, True, False, True])
     odds = np.log(confidence / (1 - confidence + 1e-12))
-    table = LeftOutLabels(np.zeros(5), odds[:, None], right[:, None], np.arange(1.0, 6.0), np.zeros(5, int)).reliability
+    one = LeftOutLabels(np.zeros(5), odds[:, None], right[:, None], np.arange(1.0, 6.0), np.zeros(5, int))
+    table = one.reliability
     assert table.counts.tolist() == [2, 0, 0, 0, 0, 2, 0, 0, 0, 1]
     assert table.confidence[5] == pytest.approx(0.575) and table.right[5] == 0.5 and np.isnan(table.right[1])
     assert table.error == pytest.approx((2 * 0.425 + 2 * 0.075 + 0) / 5)
     assert (table.accuracy, table.log_loss, table.n_images) == (0.6, 3.0, 5)
+    burst = replace(one, weights=np.array([1.0, 1.0, 0.5, 0.5, 1.0])).reliability  # the third and fourth are one
+    assert burst.accuracy == pytest.approx(2.5 / 4) and burst.log_loss == pytest.approx(11.5 / 4)
+    assert burst.error == pytest.approx((2 * 0.425 + 0.075 + 0) / 4) and burst.n_images == 5
     assert "5 left-out support images" in str(table) and "0.5 to 0.6        2  57.5%  50.0%" in str(table)
 
 

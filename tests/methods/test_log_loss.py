@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from iosr_fast.methods.log_loss import MAX_ALPHA, PENALTY, fit_alpha, fit_binary, fit_factor, fit_weights, spread
+from iosr_fast.methods.log_loss import (
+    MAX_ALPHA,
+    PENALTY,
+    fit_alpha,
+    fit_binary,
+    fit_factor,
+    fit_temperature,
+    fit_weights,
+    log_softmax,
+    spread,
+)
 from iosr_fast.methods.multi_label import SHRINKAGE
 
 EPS = np.finfo(np.float32).eps
@@ -50,6 +60,29 @@ def test_alpha_and_factor_are_the_minimum_of_a_fine_grid(rng: np.random.Generato
     assert least <= min(loss(factor * f, alpha * a) for f in around for a in around) + 1e-3
     given, its_loss = fit_factor(base + 3 * alpha * slope, labels)
     assert least < its_loss <= min(loss(given * f, 3 * alpha) for f in around) + 1e-3
+
+
+@pytest.mark.parametrize("right", [0.0, 0.6, 1.0])
+def test_a_temperature_is_the_minimum_of_its_loss_and_is_finite(right: float, rng: np.random.Generator) -> None:
+    labels, weights = rng.integers(0, 5, 60), rng.uniform(0.2, 1.0, 60)
+    logits = 3.0 * rng.standard_normal((60, 5)) + 40.0 * np.eye(5)[np.where(rng.random(60) < right, labels, labels - 1)]
+    smoothing = 0.5 / (weights.sum() + 1.0)
+    targets = np.where(np.arange(5) == labels[:, None], 1 - smoothing, smoothing / 4)
+
+    def loss(temperature: float) -> float:
+        return float(-(weights @ (targets * log_softmax(logits / temperature)).sum(1)))
+
+    temperature = fit_temperature(logits, labels, weights)
+    assert loss(temperature) <= min(map(loss, np.geomspace(0.01, 9_000, 400))) + 1e-9
+    assert fit_temperature(7.0 * logits, labels, weights) == pytest.approx(7.0 * temperature, rel=1e-4)
+    twice = [np.repeat(part, 2, 0) for part in (logits, labels, weights / 2)]  # a burst of two counts once
+    assert fit_temperature(*twice) == pytest.approx(temperature, rel=1e-5)
+
+
+def test_without_images_and_of_constant_logits_the_temperature_is_1() -> None:
+    zeros = np.zeros(0, int)
+    assert fit_temperature(np.zeros((0, 3)), zeros, np.zeros(0)) == 1.0
+    assert fit_temperature(np.full((4, 3), 0.1, np.float32), np.arange(4) % 3, np.ones(4)) == 1.0
 
 
 @pytest.mark.parametrize("size", [1e-3, 1 / 3, 4.0, 1e6])

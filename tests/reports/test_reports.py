@@ -20,6 +20,7 @@ from iosr_fast import Classifier, FewShotHead, labelled_images
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files import evaluate
 from iosr_fast.methods.automation import PROMISES, Automation
+from iosr_fast.methods.judgement import judge_promises
 from iosr_fast.methods.support_audit import Suspect
 from iosr_fast.reports import evaluation_report
 from iosr_fast.reports.audit_report import audit_page
@@ -142,7 +143,9 @@ def test_a_page_draws_what_promises_about_errors_were_worth(place: Path, browser
     promised = Automation(500, 500.0, 0.006, 0.006, np.array(PROMISES), np.full(9, 0.5), shares, errors)
     found = Classifier.load("").evaluate(images, NAMES)
     assert "No label is accepted" in evaluation_report.evaluation_page(found, lambda _: None, "title")
-    found = replace(found, automation=promised, expected_automation=promised)
+    counts = np.stack([accepted, accepted == 5], 1)
+    promises = judge_promises(PROMISES, counts, counts.astype(float))
+    found = replace(found, automation=promised, expected_automation=promised, promises=promises)
     (place / "e.html").write_text(evaluation_report.evaluation_page(found, lambda _: None, "title"))
     page = opened(browser, place / "e.html")
     section = page.locator("section", has_text="What may be automated")
@@ -153,7 +156,7 @@ def test_a_page_draws_what_promises_about_errors_were_worth(place: Path, browser
         "too few",
         "1 (20.0%)",
         "0 (0.0%)",
-        "0",
+        "up to 1",
         "20.0%",
         "0.500",
     ]
@@ -163,12 +166,15 @@ def test_a_page_says_first_what_broke(place: Path, browser: Any) -> None:
     images, accepted = sorted((place / "unlabelled").iterdir())[:5], np.arange(9) > 3
     found = Classifier.load("").evaluate(images, NAMES)
     promised = replace(found.automation, shares=1.0 * accepted, errors=np.where(accepted, 0.8, np.nan))
-    found = replace(found, automation=promised, expected=0.95, expected_images=200)
+    counts = np.outer(accepted, [5, 4])
+    promises = judge_promises(PROMISES, counts, counts.astype(float))
+    expected = {"expected": 0.95, "expected_images": 200, "expected_at_sizes": (0.95, 200.0)}
+    found = replace(found, automation=promised, promises=promises, **expected)
     (place / "e.html").write_text(evaluation_report.evaluation_page(found, lambda _: None, "title"))
     page = opened(browser, place / "e.html")
     first = page.locator("section").first
     assert first.locator("h2.bad").all_inner_texts()[-1] == "The promise of 5% broke"
-    assert "4 of 5 accepted labels are wrong (80.0%; chance explains 1); also 7%" in first.inner_text()
+    assert "4 of 5 accepted labels are wrong (80.0%; up to 1 are compatible with 5%); also 7%" in first.inner_text()
     assert "These pictures differ from the left-out support images" in first.inner_text()
     assert first.locator("p").count() == 3 and first.locator(".quiet").count() == 0
 

@@ -164,7 +164,9 @@ def test_an_answer_above_the_label_is_right_wherever_its_class_moves_later(tmp_p
     assert [rows[path] for path in paths[:3]] == [("fruit", "fruit"), ("fruit", "fruit"), ("fruit", "motif 3")]
 
 
-def test_another_promise_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_promise_starts_anew_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with sampling(tmp_path) as sample:
         offer(sample, *range(12))
         save_labels(tmp_path, {row["path"]: "fig" for row in table(tmp_path)[:10]})
@@ -181,6 +183,10 @@ def test_another_promise_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.
             assert words in caplog.text and read(sample) == (0, 0) and sample.beside == 10
             assert len(table(tmp_path)) in (10, 11)  # unchecked pictures leave the sample
             assert offer(sample, 12, 3) == [True, True] and read(sample) == (1, 1)  # 3 has a label already
+    caplog.clear()
+    monkeypatch.setattr("iosr_fast.serving.check_sample._RULE", "rule 3")
+    with sampling(tmp_path, **changed) as sample:
+        assert "this version computes promises in another way" in caplog.text and read(sample) == (0, 0)
 
 
 def test_the_sample_is_of_the_share_and_at_most_so_many_wait(tmp_path: Path) -> None:
@@ -220,7 +226,7 @@ def test_a_table_that_cannot_be_read_stops_neither_sampling_nor_serving(
 def test_pictures_stranger_than_the_examples_are_noted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A tenth of so few left-out images is no measure of anything: the log odds of pictures like these.
+    # With 24 left-out images no picture is strange; these log odds tell pictures like these.
     monkeypatch.setattr(recent, "strange_odds", lambda left_out: -1.2 if len(left_out.labels) == 24 else None)
     rng = np.random.default_rng(0)
     noise = [encode(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(60)]

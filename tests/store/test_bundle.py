@@ -103,7 +103,7 @@ def test_every_damaged_byte_is_found_and_the_error_names_its_file(engine: Path, 
     small_classifier(engine, reducer="centre").save(folder)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     assert {*files} == {
-        *("manifest.json", "support.safetensors", "plan.safetensors", "pictures.safetensors"),
+        *("manifest.json", "support.safetensors", "plan.safetensors", "pictures.safetensors", "left_out.safetensors"),
         *("engine/manifest.json", "engine/encoder.onnx"),
     }
     for name, path in files.items():

@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
-from iosr_fast.methods.config import wilson
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
@@ -111,10 +110,9 @@ def _measured(head: Head) -> schemas.Measured | None:
     """By left-out images or those of calibrate_on; without any, by the search of the parameters."""
     known, evidence = head.left_out_labels, head.evidence
     if known.count:
-        accuracy = known.reliability.accuracy
         return schemas.Measured(
-            accuracy=accuracy,
-            interval=wilson(accuracy, known.count),
+            accuracy=known.reliability.accuracy,
+            interval=head.accuracy_range,
             images=len(known.labels),
             protocol="loo" if head.calibration_images is None else "validation",
             summary=head.summary(),
