@@ -59,7 +59,8 @@ def fit(
     settings = SupportSettings(**{name: parameters[name] for name in names}, thumbnail=parameters["thumbnails"])
     listed = [] if images is None else as_image_list(images)
     known = check_labels(listed, labels, class_names)
-    grouped = read_groups(groups, len(listed), listed, known.ids)
+    # Parts of one picture are one session, whatever sets of labels they have.
+    grouped = read_groups(groups, len(listed), listed, known.ids if known.sets is None else 0 * known.ids)
     if known.sets is not None:
         check_multi_label(options, unknown_images, tree)
         if choose_engine:

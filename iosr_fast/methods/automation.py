@@ -175,9 +175,11 @@ def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
 def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
     """The least log p / (1 - p) of a label that is accepted, p being the largest probability of its picture: of new
     pictures whose label is accepted, at most a share `max_error` is wrong, with 95% confidence over the draw of the V
-    images, if new ones are exchangeable with them. Infinite if none is accepted, as by too few images. With a tree it
-    is one number for all levels (tree.finest), and of all answers together at most `max_error` are wrong: the picture's
-    class is not below the node.
+    images. This is exact for independent images of calibrate_on, drawn as new ones are; of left-out images it holds to
+    first order, as each is judged by a classifier without its fold; of bursts it is measured
+    (benchmarks/claims/automation.py). Infinite if none is accepted, as by too few images. With a tree it is one number
+    for all levels (tree.finest), and of all answers together at most `max_error` are wrong: the picture's class is not
+    below the node.
 
     Thresholds are tried in a fixed order from the strictest that V images could let pass, at which n images are
     accepted, to all of them, in 40 steps of what the coarsest level accepts, and of what each finer one does; each is

@@ -129,8 +129,10 @@ class LeftOutLabels:
 
     def sets(self, logits: np.ndarray, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """(B, C) bool, the labels of each image's set: those whose log p / (1 - p), p = softmax(logits), reaches the
-        threshold of `coverage`. At least that share of new images has its label in its set, if they are exchangeable
-        with the V images, and hardly more: where more images than that are right, sets of unsure images are empty.
+        threshold of `coverage`. At least that share of new images has its label in its set, and hardly more: where more
+        images than that are right, sets of unsure images are empty. It is exact where the V images and new ones are
+        exchangeable, as those of calibrate_on can be; left-out images are judged by classifiers without their folds,
+        for which it holds to first order.
         With the names of the `classes` (C,) this holds for the images of each class (class-conditional or Mondrian
         conformal prediction), whatever the mix of classes among new images.
 

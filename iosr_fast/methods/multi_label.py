@@ -82,7 +82,7 @@ def fit_multi_label(
     plain and adapted embeddings. The weights w >= 0 and the biases, shrunk to a common one, minimise the log-loss of
     left-out images (log_loss.fit_binary); beta and ridge are those with the least log-loss, unless `setting` gives
     them. Every image is left out by itself, in closed form; of discriminants those of a fold together, and so
-    everywhere where there are groups.
+    everywhere where images share units (MultiLabelSet.units).
 
     A class with a single image has no other to learn a bias from, and takes the common one. Where all classes have but
     one image, the weight of texts is fitted, and that of images is a rule: a spread of the texts' logits, or of 0.5.

@@ -11,7 +11,8 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.folds import MAX_FOLDS, Folds, assign_folds
+from iosr_fast.methods.folds import MAX_FOLDS, Folds, assign_folds, join_units
+from iosr_fast.methods.look_alikes import find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.models.ridge import KernelRidge
@@ -72,16 +73,33 @@ class MultiLabelSet:
 
     @cached_property
     def folds(self) -> Folds:
-        """Every image in one of up to MAX_FOLDS folds (folds.assign_folds). With groups `distinct` counts a class's
-        folds."""
-        n_images = len(self.labels)
-        distinct = self.counts
+        """Every image in one of up to MAX_FOLDS folds (folds.assign_folds), those of a unit in one. Where images share
+        units `distinct` counts a class's folds."""
         rows, classes = np.nonzero(self.labels)
-        units = np.arange(n_images) if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
-        fold = assign_folds(units, rows, classes, min(MAX_FOLDS, int(units.max(initial=0)) + 1))
-        if self.groups is not None:
-            distinct = np.array([len(np.unique(fold[column])) for column in self.labels.T])
-        return Folds(fold, np.ones(n_images, bool), distinct, units)
+        fold = assign_folds(self.units, rows, classes, min(MAX_FOLDS, int(self.units.max(initial=0)) + 1))
+        folds_of_class = np.array([len(np.unique(fold[column])) for column in self.labels.T])
+        distinct = self.counts if self.are_alone else folds_of_class
+        return Folds(fold, np.ones(len(self.labels), bool), distinct, self.units)
+
+    @cached_property
+    def units(self) -> np.ndarray:
+        """(N,) int64 from 0: the same for images of a group, near duplicates that share a label, or have none, and
+        images that look alike, where more do than of independent ones (look_alikes.find_look_alikes)."""
+        n_images = len(self.labels)
+        group_of = np.arange(n_images) if self.groups is None else self.groups
+        with_none = np.hstack([self.labels, ~self.labels.any(1, keepdims=True)])  # "no label" is the last class
+        classes, rows = np.nonzero(with_none.T)
+        plain, n_classes = Embeddings(self.embeddings.plain[rows]), self.n_classes + 1
+        pairs = make_support_set(plain, classes, None, self.tau, n_classes, groups=group_of[rows])
+        alike = find_look_alikes(pairs)
+        units = np.empty(n_images, np.int64)
+        units[rows] = join_units(pairs, alike.groups if alike.many else None)
+        return units
+
+    @property
+    def are_alone(self) -> bool:
+        """Whether each image is a unit of its own."""
+        return int(self.units.max(initial=-1)) + 1 == len(self.labels)
 
     @cached_property
     def pairs(self) -> SupportSet:
@@ -123,7 +141,7 @@ def regression(images: MultiLabelSet, which: Which, beta: float, ridge: float) -
     model = KernelRidge(keys, queries, beta, ridge)
     target = np.hstack([images.labels, np.ones((count, 1))])
     values = model.values(target)
-    folds = images.folds if images.groups is not None else replace(images.folds, fold=np.arange(count))
+    folds = replace(images.folds, fold=np.arange(count)) if images.are_alone else images.folds
     sums = np.zeros((folds.number, target.shape[1]))
     np.add.at(sums, folds.fold, target)
     others = target.sum(0) - sums[folds.fold]

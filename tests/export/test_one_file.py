@@ -130,8 +130,8 @@ def test_every_method_answers_as_the_library(method: str) -> None:
             head.fit(X, support.labels, unknown_images=rows[-9:] if k else None)
         assert isinstance(head, FewShotHead)
         promised = least_odds(head.snapshot().left_out_labels, 0.4)
-        unknown = head.unknown_
-        answers = Answers(head.plan_, head.snapshot().needs_adapted, promised, unknown, unknown.threshold(0.7))
+        unknown, plan = head.unknown_, head.plan_.scaled(1.0 / head.snapshot().temperature)
+        answers = Answers(plan, head.snapshot().needs_adapted, promised, unknown, unknown.threshold(0.7))
         got = answers_of(queries, answers)
         expected = head.explain(rows, **PROMISES)
         np.testing.assert_allclose(got["probabilities"], head.predict_proba(rows), atol=2e-5)

@@ -123,3 +123,18 @@ def test_a_setting_that_is_given_is_kept(name: str) -> None:
     given = METHODS[name].parameters
     assert fit.plan.beta == fit.config.parameters["beta"] == 2.5 and fit.config.parameters["ridge"] == given["ridge"]
     assert fit.config.parameters["regression"] not in (0.0, given["regression"])  # weights are fitted
+
+
+def test_repeated_images_are_left_out_together_whatever_their_labels(rng: np.random.Generator) -> None:
+    """A copy that stays would vouch for the image; it did where images had several labels."""
+    rows = unit(rng.standard_normal((40, 24)))
+    labels = rng.random((40, 3)) < 0.4
+    labels[:4] = False  # images of no label, too
+    alone = MultiLabelSet(Embeddings(rows), labels, None, 1.0)
+    twice = Embeddings(unit(np.repeat(rows, 2, 0) + 1e-4 * rng.standard_normal((80, 24))))
+    copies = MultiLabelSet(twice, np.repeat(labels, 2, 0), None, 1.0)
+    assert alone.are_alone and not copies.are_alone
+    assert (copies.folds.fold[::2] == copies.folds.fold[1::2]).all() and (copies.units[::2] == copies.units[1::2]).all()
+    assert 30 <= len(np.unique(copies.units)) <= 40
+    losses = [fit_multi_label(one).log_loss for one in (alone, copies)]
+    assert losses[1] > 0.9 * losses[0], "random labels stay hard to tell"

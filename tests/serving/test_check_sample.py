@@ -90,7 +90,7 @@ def test_sampled_answers_are_judged_until_the_server_says_so_across_a_restart(
         assert [(tmp_path / row["path"]).read_bytes() for row in rows] == accepted and len(rows) > 10
         answered = {(tmp_path / row["path"]).read_bytes(): row["answered"] for row in rows}
         assert all(answered.get(file, one["label"]) == one["label"] for file, one in zip(files, answers, strict=True))
-        assert {tuple(row[name] for name in COLUMNS[2:6]) for row in rows} == {("0.5", "one", "1", "")}
+        assert {tuple(row[name] for name in COLUMNS[2:6]) for row in rows} == {("0.5", "one rule 2", "1", "")}
         labels = {row["path"]: "something else" for row in rows[:4]}
         save_labels(tmp_path, labels)
         found = metrics(client, collector)

@@ -90,6 +90,8 @@ def ten_classes(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> d
     predicted = classifier.predict(few.images[queries])
     right = int((predicted == labels[queries]).sum())
     console.print(f"  {', '.join(few.names)}", soft_wrap=True)
+    for line in classifier.snapshot().summary().splitlines():  # what the classifier expects, before what is true
+        console.print(f"  {line}", soft_wrap=True)
     console.print(
         f"  {right} of {len(queries)} other pictures right ({right / len(queries):.1%}; chance {1 / len(names):.0%})"
     )
