@@ -43,8 +43,7 @@ SUBJECTS = {
     "labels": "Several labels a picture: mean average precision and more.",
     "audit": "Wrong labels in the support set.",
     "suggest": "Accuracy after a budget of labels, suggested and at random (mean of ten, its error).",
-    "automation": "By promised error: labels accepted, of these wrong, draws with more of them beyond chance.",
-    "honesty": "What classifiers say of themselves, beside what is true; promises as above.",
+    "automation": "What is said, and what is true; by promise: labels accepted, of these wrong, draws that break it.",
     "tree": "The same with a tree, and flat: answered (classes alone)/wrong/broken; of made-up logits, too.",
     "parts": "Accuracy on scenes by what of them is looked at; deviation over seeds.",
     "adapter-place": "Accuracy in % by the adapter's place in the demo's CLIP.",
@@ -84,15 +83,11 @@ COLUMNS: dict[str, dict[str, str]] = {
     "audit": {"auroc": ".4f", "precision": ".1%", "wrong": ".0f", "listed": ".1f", "found": ".1f"},
     "suggest": {"suggested": ".1%", "random": ".1%", "random_se": ".1%"},
     "automation": {
-        **dict.fromkeys(("own", "true", "covered"), ".1%"),
-        **{promise: OF_PROMISE.format(promise) for promise in ("1%", "2%", "5%", "10%")},
-        **dict.fromkeys(("auroc", "kept", "rejected"), ".1%"),
-    },
-    "honesty": {
-        **dict.fromkeys(("own", "true", "alike", "in_range"), ".1%"),
-        **{"own_loss": ".3f", "loss": ".3f", "error": ".1%", "warned": ".0%", "refused": ".0%"},
+        **{"own": ".1%", "true": ".1%", "alike": ".1%", "in_range": ".0%", "own_loss": ".3f", "loss": ".3f"},
+        **{"error": ".1%", "covered": ".1%", "warned": ".0%", "untold": ".0%", "refused": ".0%"},
         **{promise: OF_PROMISE.format(promise) for promise in ("1%", "2%", "5%", "10%")},
         **{"breaks": "{breaks} of {made}", "p": ".2g"},
+        **dict.fromkeys(("auroc", "kept", "rejected", "strangers", "both"), ".1%"),
     },
     "tree": {promise: OF_LEVELS.format(promise) for promise in ("1%", "2%", "5%", "10%")},
 }

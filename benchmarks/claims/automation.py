@@ -1,153 +1,206 @@
-"""Do promises hold, of independent pictures and of bursts? Look-alikes are left out together, or, "one by one", each
-support image alone; bursts also "as groups".
+"""Is what a classifier says of itself true? Its accuracy, log-loss, sets of labels and promises beside those of test
+images: of independent pictures, of bursts, in few dimensions, and of other shops than the test's.
 
-own, true      right labels of left-out support images, and of test images
-covered        test images whose set of labels, promised for 90%, has the label
-labelled       for each promise the test images whose label is accepted
-wrong          of these, those whose label is wrong
-broken         draws with more of them than promised beyond chance (a one-sided binomial test at 5%)
+own, true       right labels of the images that judge, left-out support images or those of a calibration, and of test
+                images
+alike           of test images with the class sizes of those that judge
+in_range        draws whose accuracy `alike` is in the 95% range that the classifier gives
+own_loss, loss  log-loss in nats of the images that judge, and of test images
+error           expected calibration error of test images
+covered         test images whose set of labels, promised for 90%, has the label
+warned          draws that warn of look-alikes: in the fit, or, with a calibration, in this
+untold          draws that say that bursts cannot be told from other pictures
+refused         draws whose calibration is refused; these are judged as fitted
+labelled        for each promise the test images whose label is accepted
+wrong           of these, those whose label is wrong; worst: in the worst draw
+broken          draws with more of them than promised beyond chance (a one-sided binomial test at 5%)
+breaks, p       broken promises of all draws, out of `made` that accept anything; and the probability of as many by
+                chance (an exact binomial test of 5%, as if promises and draws were independent)
 
-With half of the classes known, the others' test images being pictures of unknown classes:
+With half of the classes known, the others' test images being pictures of unknown classes, in the first draws:
 
-auroc, best    of `unknown_score`, and the highest of the scores of which it is made
-kept, rejected with keep=0.95 the known test images that are kept, and the unknown ones that are rejected
-strangers      unknown test images whose label is accepted at 2%
+auroc, best     of `unknown_score`, and the highest of the scores of which it is made
+kept, rejected  with keep=0.95 the known test images that are kept, and the unknown ones that are rejected
+strangers       unknown test images whose label is accepted at 2%; both: those that are kept and accepted at 5%
 
-Of feature files validation and test images are drawn together, some as support and the others as test, with and without
-texts, and once with a quarter of the images for half of the classes. `drawings` are turns, crops and lights of the
-demo's pictures, `photographs` of tiles of those of scikit-image (pip install scikit-image): four of each picture are a
-burst, two at four images a class, and other pictures of the concept, or tiles of the photograph, are the test.
+`drawings` are turns, crops and lights of the demo's pictures, `photographs` of tiles of those of scikit-image (pip
+install scikit-image), in bursts; "one by one", each support image is left out alone. Of feature files validation and
+test images are drawn together, with and without texts, some as support and the others as test. A file with arrays
+x (N, D), y (N,) and split (N,), "train" or "test", has half of the training images of each class as support: of the
+Grocery Store Dataset 16 a class on the mean.
 """
 
 from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from msgspec import structs
 from PIL import Image, ImageEnhance
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 
-from benchmarks.claims.claim import Claim, Draws, Task, fit, rows_of
-from iosr_fast.clip.demo.pictures import held_out, only
+from benchmarks.claims.claim import Claim, Draws, fit, rows_of
+from iosr_fast.clip.demo.pictures import load_pictures, only
 from iosr_fast.clip.load import load_clip
 from iosr_fast.clip.prompts import embed_classes
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, unit
 from iosr_fast.evaluation.demo import torch_encoder
-from iosr_fast.evaluation.features import open_sources
-from iosr_fast.evaluation.tasks import Task as FewShotTask
-from iosr_fast.evaluation.tasks import TaskSource, with_unequal_classes
+from iosr_fast.evaluation.features import TAU, open_sources
+from iosr_fast.evaluation.tasks import Task, TaskSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.few_shot_head import FewShotHead
+from iosr_fast.methods.automation import least_odds
+from iosr_fast.methods.conformal import LeftOutLabels, of_logits
 from iosr_fast.methods.support_set import make_support_set
+from iosr_fast.methods.tree import finest
 from iosr_fast.reports.page import curves, element
 from iosr_fast.utils.ranking import auroc
 
 PLOT = Path(__file__).resolve().parents[2] / "docs" / "automation.svg"
-PROMISES, COVERAGE, KEPT = {f"{percent}%": percent / 100 for percent in (1, 2, 5, 10)}, 0.9, 0.95
+PROMISES, COVERAGE, KEPT, CHANCE = {f"{percent}%": percent / 100 for percent in (1, 2, 5, 10)}, 0.9, 0.95, 0.05
+SHOTS, SEEDS, WIDTHS = (4, 8, 16), 20, (32, 64, 128)
 HALVES, ENOUGH = 5, 100  # draws of which half of the classes are known, too, of more support images than that
-SHOTS, BURST, CONCEPTS, STYLES, ROWS, COLUMNS, SIDE = (4, 8, 16), 4, 100, 7, 4, 6, 64
-SIBLINGS, OTHERS, RECENT = "siblings", "others", 250  # what a classifier is calibrated on (`drawn`)
+BURST, RECENT = 4, 250  # variants of a picture in a burst, at four images a class two; pictures of a calibration
+ONE_BY_ONE, SIBLINGS, OTHERS = "one by one", "calibrated on siblings", "calibrated on others"
+SECONDS = 600.0  # for the search of parameters, which then tries the same on a busy machine
+CONCEPTS, STYLES, ROWS, COLUMNS, SIDE = 100, 7, 4, 6, 64
 PHOTOGRAPHS = "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field moon page rocket"
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """S pictures with labels (S,); `images` have `variants` of each, one after another. `train` (S,) bool are those of
+    which support may be; None: any."""
+
+    name: str
+    images: Embeddings
+    labels: np.ndarray
+    text: np.ndarray | None = None
+    tau: float = TAU
+    variants: int = 1
+    train: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Cell(Task):
+    """A task, and what its row is of: ONE_BY_ONE, SIBLINGS, OTHERS, a number of dimensions, or none of these."""
+
+    of: str = ""
+
+
 def sources(words: Sequence[str], shots: Sequence[int] | None, seeds: int | None) -> list[TaskSource]:
-    found, counts = dict[str, TaskSource](), (tuple(shots or SHOTS), tuple(range(seeds or 100)))
+    counts, numbers = sorted(shots or SHOTS), range(seeds or SEEDS)
+    found = []
     for word in words:
-        if word in PICTURES:
-            found[word] = drawn(word, *PICTURES[word](), BURST, *counts)
-            continue
-        for source in with_and_without_texts(word):
-            one = redrawn(source, *counts)
-            unequal = with_unequal_classes(replace(one, shots=one.shots[-1:]))
-            found |= {one.name: one, unequal.name: unequal}
-    return [*found.values()]
+        data_sets = opened(word)
+        first = data_sets[0]
+        found += [drawn(data, counts if first.train is None else counts[-1:], numbers) for data in data_sets]
+        found += [drawn(data, counts[-1:], numbers, of) for of, data in others_of(first).items()]
+    return found
 
 
-def with_and_without_texts(word: str) -> list[TaskSource]:
-    """A feature file, and if it has texts, the same without; or the demo."""
+def opened(word: str) -> list[DataSet]:
+    """Bursts of pictures, a file as it is split, a feature file, and if it has texts, the same without, or the demo."""
+    if word in PICTURES:
+        return [PICTURES[word]()]
+    if Path(word).is_file():
+        with np.load(word, allow_pickle=False) as file:
+            if "split" in file.files:
+                images, name = Embeddings(unit(file["x"])), f"{Path(word).name}, as split"
+                return [DataSet(name, images, file["y"], train=file["split"] == "train")]
     alone = [] if word == "demo" else open_sources([word], use_text=False)
-    return [*{source.name: source for source in (*open_sources([word]), *alone)}.values()]
+    both = {source.name: source for source in (*open_sources([word]), *alone)}
+    return [pooled(source) for source in both.values()]
 
 
-def redrawn(source: TaskSource, *of: Any) -> TaskSource:
-    """The data set, of which support and test are drawn from validation and test images together."""
-    return drawn(source.name, *pooled(source), 1, *of)
+def others_of(data: DataSet) -> dict[str, DataSet]:
+    """What else is measured of a data set, with the most images a class."""
+    if data.variants > 1:
+        return dict.fromkeys((ONE_BY_ONE, SIBLINGS, OTHERS), data)
+    if data.train is not None:
+        return dict.fromkeys((SIBLINGS, OTHERS), data)
+    calibrated, widths = ({}, WIDTHS[1:2]) if data.text is None else ({OTHERS: data}, WIDTHS)
+    return calibrated | {f"{width} dimensions": projected(data, width) for width in widths}
 
 
-def pooled(source: TaskSource) -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:
+def pooled(source: TaskSource) -> DataSet:
     """The validation and test images of a data set, with its texts."""
     task = source.draw(max(source.shots), 0)
     images, labels = zip((task.queries, task.labels), *filter(None, [task.validation]), strict=True)
-    return Embeddings.concatenate(images), np.concatenate(labels), task.support.text, task.support.tau
+    texts = task.support.text, task.support.tau
+    return DataSet(source.name, Embeddings.concatenate(images), np.concatenate(labels), *texts)
 
 
-def drawn(
-    name: str,
-    images: Embeddings,
-    labels: np.ndarray,
-    text: Any,
-    tau: float,
-    variants: int,
-    *of: Any,
-    calibration: str = "",
-) -> TaskSource:
-    """A data set of S pictures with `labels` (S,); `images` have `variants` of each, one after another. Support images
-    are bursts of variants of the same picture; the first variants of other pictures are the test.
+def projected(data: DataSet, width: int) -> DataSet:
+    """The same by a random Gaussian projection of images and texts, at unit length."""
+    matrix = np.random.default_rng(0).standard_normal((data.images.plain.shape[1], width)).astype(np.float32)
+    text = None if data.text is None else unit(data.text @ matrix)
+    return replace(data, images=Embeddings(unit(data.images.plain @ matrix)), text=text)
 
-    Validation images are, by `calibration`, none, SIBLINGS, as many further variants of the support's pictures, or
-    OTHERS, bursts of RECENT of the other pictures, at most half of them, which are not in the test then.
+
+def drawn(data: DataSet, shots: Sequence[int], seeds: Sequence[int], of: str = "") -> TaskSource:
+    """Support images are bursts of variants of the same picture; the first variants of other pictures are the test. Of
+    a data set as it is split, support is half of the training images, and the test all others.
+
+    Validation images are, by `of`, none, SIBLINGS, as many further variants of the support's pictures, or the other
+    half of the training images, or OTHERS, bursts of RECENT of the other pictures, at most half of them, which are not
+    in the test then.
     """
+    labels, classes = data.labels, range(data.labels.max() + 1)
 
-    def draw(k: int, seed: int) -> FewShotTask:
+    def taken(pictures: np.ndarray, first: int, count: int) -> tuple[Embeddings, np.ndarray]:
+        rows = (data.variants * pictures[:, None] + first + np.arange(count)).ravel()
+        return data.images[rows], np.repeat(labels[pictures], count)
+
+    def draw(k: int, seed: int) -> Cell:
         rng = np.random.default_rng(seed)
-        order, burst = rng.permutation(len(labels)), min(BURST, variants, max(k // 2, 1))
-        chosen = np.concatenate([order[labels[order] == c][: k // burst] for c in range(labels.max() + 1)])
-        others = np.setdiff1d(order, chosen)
-
-        def taken(pictures: np.ndarray, first: int, count: int) -> tuple[Embeddings, np.ndarray]:
-            rows = (variants * pictures[:, None] + first + np.arange(count)).ravel()
-            return images[rows], np.repeat(labels[pictures], count)
-
-        validation = taken(chosen, burst, burst) if calibration == SIBLINGS else None
-        if calibration == OTHERS:
+        order, burst = rng.permutation(len(labels)), min(BURST, data.variants, max(k // 2, 1))
+        if data.train is None:
+            chosen = np.concatenate([order[labels[order] == c][: k // burst] for c in classes])
+            siblings, others = (chosen, burst, burst), np.setdiff1d(order, chosen)
+        else:
+            train, others = order[data.train[order]], order[~data.train[order]]
+            of_class = [train[labels[train] == c] for c in classes]
+            chosen, rest = (np.concatenate([pictures[half::2] for pictures in of_class]) for half in (0, 1))
+            siblings = rest, 0, 1
+        validation = taken(*siblings) if of == SIBLINGS else None
+        if of == OTHERS:
             recent, others = np.split(rng.permutation(others), [min(RECENT, len(others) // 2)])
             validation = taken(recent, 0, burst)
-        given = None if burst == 1 else np.repeat(chosen, burst)
-        support = make_support_set(*taken(chosen, 0, burst), text, tau, labels.max() + 1, groups=given)
-        return FewShotTask(support, *taken(others, 0, 1), validation)
+        support = make_support_set(*taken(chosen, 0, burst), data.text, data.tau, len(classes))
+        return Cell(support, *taken(others, 0, 1), validation, of)
 
-    return TaskSource(name, *of, draw)
+    return TaskSource(data.name, tuple(shots), tuple(seeds), draw)
 
 
-def drawings(variants: int = BURST) -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:
+def drawings() -> DataSet:
     """Variants of concepts that are drawn in all styles."""
-    pictures = held_out()[0]
-    whole = np.flatnonzero(np.bincount(pictures.concepts) == STYLES)[:CONCEPTS]
-    pictures = only(pictures, np.isin(np.arange(len(pictures.names)), whole))
+    pictures = load_pictures("held-out", min_styles=STYLES)
+    pictures = only(pictures, np.arange(len(pictures.names)) < CONCEPTS)
     clip = load_clip("demo")
-    return bursts(pictures.images, variants), pictures.concepts, embed_classes(clip, pictures.names), clip.logit_scale
+    texts = embed_classes(clip, pictures.names), clip.logit_scale
+    return DataSet("drawings", bursts(pictures.images), pictures.concepts, *texts, 2 * BURST)
 
 
-def photographs(variants: int = BURST) -> tuple[Embeddings, np.ndarray, np.ndarray | None, float]:
+def photographs() -> DataSet:
     """Variants of the tiles of photographs; each photograph is a class."""
     from skimage import data
 
     named = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOGRAPHS.split()]
     rows = np.stack([np.asarray(one.resize((COLUMNS * SIDE, ROWS * SIDE))) for one in named])
     tiles = rows.reshape(-1, ROWS, SIDE, COLUMNS, SIDE, 3).swapaxes(2, 3).reshape(-1, SIDE, SIDE, 3)
-    return bursts(tiles, variants), np.repeat(np.arange(len(named)), ROWS * COLUMNS), None, 100.0
+    labels = np.repeat(np.arange(len(named)), ROWS * COLUMNS)
+    return DataSet("photographs", bursts(tiles), labels, variants=2 * BURST)
 
 
 PICTURES = {"drawings": drawings, "photographs": photographs}
 
 
-def bursts(pictures: np.ndarray, variants: int) -> Embeddings:
-    """Plain embeddings of `variants` of each picture, one after another."""
+def bursts(pictures: np.ndarray) -> Embeddings:
+    """Plain embeddings of 2 * BURST variants of each picture, one after another."""
     rng, run = np.random.default_rng(0), torch_encoder(load_clip("demo"), None)
-    images = np.stack([variant(picture, rng) for picture in pictures for _ in range(variants)])
+    images = np.stack([variant(picture, rng) for picture in pictures for _ in range(2 * BURST)])
     return Embeddings(np.concatenate([run(part).plain for part in np.array_split(images, len(images) // 100)]))
 
 
@@ -160,75 +213,86 @@ def variant(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(ImageEnhance.Brightness(crop).enhance(rng.uniform(0.67, 1.33)))
 
 
-def draws(task: Task, method: str, seed: int) -> Draws:
-    support = task.support
-    data = support.embeddings, support.labels, support.text, support.tau, method
-    heads = {"": (head := fit(*data)), "one by one": one_by_one(head)}
-    if support.groups is not None:
-        heads["as groups"] = one_by_one(fit(*data, groups=support.groups))
-    for of, head in heads.items():
-        yield {"of": of, **rounded(of_labels(head, task))}
-    if seed < HALVES and len(support.labels) > ENOUGH:
+def draws(task: Cell, method: str, seed: int) -> Draws:
+    support, options = task.support, {"tune_seconds": SECONDS, "look_alikes": task.of != ONE_BY_ONE}
+    head = fit(support.embeddings, support.labels, support.text, support.tau, method, **options)
+    if task.validation is not None:
+        with suppress(IosrFastError):  # refused
+            head.calibrate_on(rows_of(task.validation[0]), task.validation[1])
+    refused = task.validation is not None and head.snapshot().calibration is None
+    yield {"of": task.of, **of_labels(head, task.queries, task.labels), "refused": refused}
+    if not task.of and seed < HALVES and len(support.labels) > ENOUGH:
         known = np.sort(np.random.default_rng(seed).permutation(support.n_classes)[::2])
         inside, text = np.isin(support.labels, known), None if support.text is None else support.text[known]
-        head = fit(support.embeddings[inside], support.labels[inside], text, support.tau, method)
-        yield {"of": "half known", **rounded(of_strangers(head, task.queries, np.isin(task.labels, known)))}
+        head = fit(support.embeddings[inside], support.labels[inside], text, support.tau, method, **options)
+        yield {"of": "half known", **of_strangers(head, task.queries, np.isin(task.labels, known))}
 
 
-def rounded(figures: Mapping[str, Any]) -> dict[str, float]:
-    return {name: round(float(figure), 5) for name, figure in figures.items()}
+def of_labels(head: FewShotHead, queries: Embeddings, labels: np.ndarray) -> dict[str, Any]:
+    """What the classifier says of itself, and what is true of queries with labels (B,)."""
+    inner: Any = head.snapshot()
+    judged, (low, high) = inner.left_out_labels, inner.accuracy_range
+    test = of_logits(inner.calibrated(inner.score(queries)), labels)
+    said, true = judged.reliability, test.reliability
+    sizes = np.bincount(judged.labels, minlength=len(head.classes_))
+    alike = np.average(test.right, weights=sizes[labels] / np.bincount(labels)[labels])
+    covered = None
+    with suppress(IosrFastError):  # too few images judge
+        covered = (test.odds >= judged.thresholds(COVERAGE)).mean()
+    return {
+        **{"own": said.accuracy, "true": true.accuracy, "alike": alike},
+        **{"low": low, "high": high, "in_range": low <= alike <= high},
+        **{"own_loss": said.log_loss, "loss": true.log_loss, "error": true.error},
+        **{"covered": covered, "warned": bool(inner.look_alike_warning)},
+        "untold": bool(inner.look_alikes and inner.look_alikes.doubt),
+        **of_promises(judged, test),
+    }
 
 
-def one_by_one(head: FewShotHead) -> FewShotHead:
-    """The same fit, of which each support image is left out alone: as look_alikes=False gives it."""
-    inner = head.snapshot()
-    config = structs.replace(inner.config, look_alikes=False)
-    alone = replace(inner, config=config).with_computed(plan=inner.plan)
-    made = copy(head)
-    made._fit = replace(head._fitted(), head=alone)
-    return made
+def of_promises(judged: LeftOutLabels, test: LeftOutLabels) -> dict[str, Any]:
+    """What holds on test images of what is promised by images that were judged."""
+    found: dict[str, Any] = {}
+    for name, promised in PROMISES.items():
+        _, answered, wrong = answers(judged, test, promised)
+        n, k = int(answered.sum()), int(wrong.sum())
+        found |= {f"labelled_{name}": answered.mean(), f"wrong_{name}": k / max(n, 1)}
+        found[f"broken_{name}"] = k > 0 and binom.sf(k - 1, n, promised) < CHANCE
+    return found
+
+
+def answers(judged: LeftOutLabels, test: LeftOutLabels, promised: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The level of the node that is answered, whether one is, and whether it is wrong, each (B,), of test images."""
+    level, answered = finest(test.level_odds, least_odds(judged, promised))
+    return level, answered, answered & ~test.level_right[np.arange(len(level)), level]
 
 
 def of_strangers(head: FewShotHead, queries: Embeddings, is_known: np.ndarray) -> dict[str, Any]:
-    score, rows = head.unknown_.score(queries), rows_of(queries)
-    singles = head.unknown_.scorer(queries).T
-    kept = head.predict(rows, "reject", keep=KEPT) != np.array(None)
+    inner: Any = head.snapshot()
+    score, singles = inner.unknown.score(queries), inner.unknown.scorer(queries).T
+    kept = head.predict(rows_of(queries), "reject", keep=KEPT) != np.array(None)
+    logits = inner.score(queries)
+    accepted, at_5 = (inner.promised(logits, promised)[1] for promised in (0.02, 0.05))
     return {
         "auroc": auroc(score[~is_known], score[is_known]),
         "best": max(auroc(one[is_known], one[~is_known]) for one in singles),
         **{"kept": kept[is_known].mean(), "rejected": 1.0 - kept[~is_known].mean()},
-        "strangers": are_accepted(head, rows[~is_known], 0.02).mean(),
+        "strangers": accepted[~is_known].mean(),
+        "both": (at_5 & kept)[~is_known].mean(),
     }
 
 
-def of_labels(head: FewShotHead, task: Task) -> dict[str, Any]:
-    rows, labels = rows_of(task.queries), task.labels
-    right, sets = head.predict(rows) == labels, head.predict_sets(rows, COVERAGE)
-    found: dict[str, Any] = {"own": head.calibration().accuracy, "true": right.mean()}
-    found["covered"] = np.mean([label in one for label, one in zip(labels, sets, strict=True)])
-    return found | of_promises(head, rows, right)
+def of_draws(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The broken promises of all draws, and the share of wrong labels in the worst of them."""
+    if "own" not in draws[0]:
+        return {}
+    made = sum(bool(draw[f"labelled_{name}"]) for draw in draws for name in PROMISES)
+    breaks = sum(bool(draw[f"broken_{name}"]) for draw in draws for name in PROMISES)
+    p = binomtest(breaks, made, CHANCE, alternative="greater").pvalue if made else None
+    worst = {f"worst_{name}": max(draw[f"wrong_{name}"] for draw in draws) for name in PROMISES}
+    return {"made": made, "breaks": breaks, "p": p, **worst}
 
 
-def of_promises(head: FewShotHead, rows: np.ndarray, right: np.ndarray) -> dict[str, Any]:
-    """What each promise accepts of rows whose label is `right` (B,) bool."""
-    found: dict[str, Any] = {}
-    for name, promised in PROMISES.items():
-        sure = are_accepted(head, rows, promised)
-        n, wrong = int(sure.sum()), int((sure & ~right).sum())
-        found |= {f"labelled_{name}": n / len(right), f"wrong_{name}": wrong / max(n, 1)}
-        found[f"broken_{name}"] = wrong > 0 and binom.sf(wrong - 1, n, promised) < 0.05
-    return found
-
-
-def are_accepted(head: FewShotHead, rows: np.ndarray, promised: float) -> np.ndarray:
-    """(B,) bool; none where there are too few images for this promise."""
-    try:
-        return np.array(head.predict(rows, max_error=promised) != np.array(None))
-    except IosrFastError:
-        return np.zeros(len(rows), bool)
-
-
-CLAIM = Claim("automation", __doc__, draws, sources=sources)
+CLAIM = Claim("automation", __doc__, draws, sources=sources, pool=of_draws)
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -237,12 +301,10 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> str:
     most = max(row["shots"] for row in rows)
     for row in rows:
         if row["data"].endswith(".npz") and (row["of"], row["shots"]) == ("", most):
-            at, draws = [(row[f"labelled_{name}"], name) for name in PROMISES], row["draws"]
+            at = [(row[f"labelled_{name}"], name) for name in PROMISES]
             lines = {
                 "promised": [(x, PROMISES[name]) for x, name in at],
-                f"in the worst of {len(draws)} draws": [
-                    (x, max(one[f"wrong_{name}"] for one in draws)) for x, name in at
-                ],
+                f"in the worst of {len(row['seeds'])} draws": [(x, row[f"worst_{name}"]) for x, name in at],
                 "on the mean": [(x, row[f"wrong_{name}"]) for x, name in at],
             }
             place = {"x": 580 * len(panels), "width": 560, "height": 344}

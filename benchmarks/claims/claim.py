@@ -24,15 +24,15 @@ Draws = Iterator[Mapping[str, Any]]
 class Claim:
     """What `draws` measures of a task, a method and a seed: figures, shares in 0..1. A row has their means over all
     draws, and the standard deviation of the first; draws that differ in `of` have a row each. What the page of the
-    results has of them is printed. `sources` opens data sets by name, shots and number of seeds. Rows of many draws are
-    without them, by `keeps_draws`."""
+    results has of them is printed. `sources` opens data sets by name, shots and number of seeds. `pool` makes what a
+    row has of all its draws together: the draws, or less where they are many."""
 
     name: str
     about: str
     draws: Callable[[Task, str, int], Draws]
     methods: Sequence[str] = ("auto",)
     sources: Callable[..., Sequence[Any]] = open_sources
-    keeps_draws: bool = True
+    pool: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] = lambda draws: {"draws": draws}
 
     def main(self, words: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser = argparse.ArgumentParser(description=self.about, formatter_class=argparse.RawTextHelpFormatter)
@@ -74,7 +74,7 @@ class Claim:
                         **{name: None if None in v else float(np.mean(v)) for name, v in figures.items()},
                         "std": float(np.std(first, ddof=1)) if len(first) > 1 else None,
                         **{"test_images": len(task.labels), "seeds": list(source.seeds)},
-                        **({"draws": draws} if self.keeps_draws else {}),
+                        **self.pool(draws),
                     }
 
 

@@ -21,16 +21,14 @@ from typing import Any
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, ward
-from scipy.stats import binom
 
-from benchmarks.claims.automation import PROMISES, redrawn, rounded, with_and_without_texts
+from benchmarks.claims.automation import PROMISES, answers, drawn, of_promises, opened
 from benchmarks.claims.claim import Claim, Draws, fit
 from iosr_fast.clip.demo.pictures import held_out, load_index
 from iosr_fast.evaluation.features import open_sources
 from iosr_fast.evaluation.tasks import TaskSource
-from iosr_fast.methods.automation import least_odds
 from iosr_fast.methods.conformal import LeftOutLabels, of_logits
-from iosr_fast.methods.tree import Path, finest
+from iosr_fast.methods.tree import Path
 
 CALTECH = """
 animal > mammal: beaver cougar_body dalmatian elephant kangaroo leopard llama panda platypus rhino dolphin
@@ -60,7 +58,7 @@ def sources(words: Sequence[str], shots: Sequence[int] | None, seeds: int | None
             found.append(in_tree(*open_sources([word], shots or [4], seeds or 100), paths_of_demo()))
         else:
             paths, counts = paths_of_file(word), (tuple(shots or (16,)), tuple(range(seeds or 100)))
-            found += [in_tree(redrawn(source, *counts), paths) for source in with_and_without_texts(word)]
+            found += [in_tree(drawn(data, *counts), paths) for data in opened(word)]
     return found
 
 
@@ -110,27 +108,22 @@ def draws(task: Any, method: str, _: int) -> Draws:
         logits = head.score(task.queries)
         for of, paths in {"flat": None, "tree": task.paths}.items():
             one = replace(head, paths=paths).with_computed(**computed)
-            test = of_logits(logits, task.labels, tree=one.tree)
+            test = of_logits(one.calibrated(logits), task.labels, tree=one.tree)
             yield {"of": of + how, **figures(one.left_out_labels, test)}
 
 
 def figures(judged: LeftOutLabels, test: LeftOutLabels) -> dict[str, float]:
-    """What holds on the test of what is promised by images that were judged."""
-    odds, right = test.level_odds, test.level_right
-    found: dict[str, float] = {}
+    """Those of promises, and by level."""
+    found = of_promises(judged, test)
     for name, promised in PROMISES.items():
-        level, answered = finest(odds, least_odds(judged, promised))
-        wrong = answered & ~right[np.arange(len(level)), level]
-        n, k = int(answered.sum()), int(wrong.sum())
-        broken = k > 0 and binom.sf(k - 1, n, promised) < 0.05
-        found |= {f"labelled_{name}": n / len(level), f"wrong_{name}": k / max(n, 1), f"broken_{name}": float(broken)}
-        for number in range(odds.shape[1]):
+        level, answered, wrong = answers(judged, test, promised)
+        for number in range(test.level_odds.shape[1]):
             at = level == number
             found |= {f"level{number}_{name}": (answered & at).mean(), f"error{number}_{name}": (wrong & at).mean()}
-    return rounded(found)
+    return found
 
 
-CLAIM = Claim("tree", __doc__, draws, sources=sources, keeps_draws=False)
+CLAIM = Claim("tree", __doc__, draws, sources=sources, pool=lambda _: {})
 
 
 if __name__ == "__main__":

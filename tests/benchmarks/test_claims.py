@@ -15,7 +15,6 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 from benchmarks.claims import (
     audit,
     automation,
-    honesty,
     joint,
     key_precision,
     labels,
@@ -25,7 +24,7 @@ from benchmarks.claims import (
     texts,
     tree,
 )
-from benchmarks.claims.automation import PROMISES
+from benchmarks.claims.automation import BURST, CHANCE, ONE_BY_ONE, OTHERS, PROMISES, SIBLINGS, DataSet
 from benchmarks.claims.claim import Claim, fit
 from iosr_fast import Embeddings
 from iosr_fast.clip.demo.pictures import load_pictures
@@ -116,17 +115,16 @@ def test_promises_are_measured_on_draws_of_validation_and_test_images(file: Path
     arrays = dict(np.load(file))
     arrays |= {"val_x": -arrays["support8_x"], "val_y": arrays["support8_y"]}  # rows that tell where they are from
     np.savez(file, **arrays)
-    one, unequal, *without_texts = automation.sources([str(file)], [8], 2)
-    assert [source.name for source in (unequal, *without_texts)] == [
-        f"{file.name}{end}" for end in (", unequal classes", ", without texts", ", without texts, unequal classes")
-    ]
+    one, without_texts, *others = automation.sources([str(file)], [8], 2)
+    assert (one.name, without_texts.name) == (file.name, f"{file.name}, without texts")
+    assert without_texts.draw(8, 0).support.text is None
+    assert [cell.draw(8, 0).of for cell in others] == [OTHERS, "32 dimensions", "64 dimensions", "128 dimensions"]
     first, second = (one.draw(8, seed) for seed in one.seeds)
     for task in (first, second):
         images = np.concatenate([task.support.embeddings.plain, task.queries.plain])
         assert len(np.unique(images, axis=0)) == len(images) == (8 + EACH) * CLASSES
         assert (task.support.counts == 8).all() and 0.2 < of_validation(task.support.embeddings, arrays) < 0.8
     assert (first.support.embeddings.plain != second.support.embeddings.plain).any()
-    assert sorted(unequal.draw(8, 0).support.counts) == [2] * 4 + [8] * 4
 
 
 def of_validation(images: Embeddings, arrays: dict[str, np.ndarray]) -> float:
@@ -135,45 +133,51 @@ def of_validation(images: Embeddings, arrays: dict[str, np.ndarray]) -> float:
     return float((nearest[0] > nearest[1]).mean())
 
 
-def test_promises_hold_or_are_broken_beyond_chance(file: Path) -> None:
-    rows = {
-        (row["data"], row["shots"], row["of"]): row
-        for row in automation.CLAIM.main([str(file), "--shots", "4", "13", "--seeds", "2", "--json", f"{file}.json"])
-    }
+def test_a_row_has_what_is_said_beside_what_is_true(file: Path) -> None:
+    found = automation.CLAIM.main([str(file), "--shots", "4", "13", "--seeds", "2", "--json", f"{file}.json"])
+    rows = {(row["data"], row["shots"], row["of"]): row for row in found}
     one = rows[file.name, 13, ""]
     assert one["own"] > 0.9 and one["true"] > 0.9 and one["covered"] > 0.7 and one["labelled_10%"] > 0.8
     assert one["labelled_1%"] == one["wrong_1%"] == 0, "104 images can promise no 1%"
-    assert {of for _, _, of in rows} == {"", "one by one", "half known"}
+    cells = {"", "half known", OTHERS, *(f"{width} dimensions" for width in (32, 64, 128))}
+    assert {of for data, shots, of in rows if (data, shots) == (file.name, 13)} == cells
     assert (file.name, 4, "half known") not in rows and rows[file.name, 13, "half known"]["auroc"] > 0.9
-    svg = ElementTree.fromstring(automation.plot([*rows.values()]))
+    for row in found:
+        assert "draws" not in row
+        if row["of"] != "half known":
+            assert row["low"] < row["own"] < row["high"] and 0 <= row["breaks"] <= row["made"] <= 2 * len(PROMISES)
+            assert all(row[f"wrong_{name}"] <= row[f"worst_{name}"] for name in PROMISES)
+    svg = ElementTree.fromstring(automation.plot(found))
     assert [*svg.itertext()][:2] == ["of these wrong", "labels accepted, features"]
 
 
-def test_a_cell_has_what_is_said_beside_what_is_true(file: Path) -> None:
-    found = honesty.CLAIM.main([str(file), "--shots", "4", "8", "--seeds", "2", "--json", f"{file}.json"])
-    assert [(row["shots"], row["of"], row["test_images"]) for row in found] == [(4, "", 88), (8, "", 56)]
-    for row in found:
-        assert "draws" not in row and row["low"] < row["own"] < row["high"] and row["warned"] == row["refused"] == 0
-        made = sum(2 * row[f"made_{name}"] for name in PROMISES)
-        assert row["made"] == made and 0 <= row["breaks"] <= made
-    all_broken = {f"{name}_{one}": 1.0 for name in ("made", "broken") for one in PROMISES}
-    counted = {"made": 8, "breaks": 8, "p": pytest.approx(honesty.CHANCE**8)}
-    assert honesty.breaks({**found[0], **all_broken}) == counted
-    notes = [cell.notes for cell in honesty.sources([str(file)], None, None)]
-    assert notes[3:] == [(note,) for note in ("calibrated on others", *(f"{d} dimensions" for d in (32, 64, 128)))]
+def test_broken_promises_are_counted_over_all_draws() -> None:
+    draw = {"own": 1.0}
+    for labelled, broken, name in zip((0.0, 0.1, 0.2, 0.3), (0, 1, 1, 1), PROMISES, strict=True):
+        draw |= {f"labelled_{name}": labelled, f"broken_{name}": broken, f"wrong_{name}": labelled / 2}
+    found = automation.of_draws([draw, draw | {"wrong_5%": 0.4}])
+    assert (found["made"], found["breaks"], found["worst_5%"], found["worst_10%"]) == (6, 6, 0.4, 0.15)
+    assert found["p"] == pytest.approx(CHANCE**6)
 
 
 def test_what_is_true_is_measured_as_elsewhere(file: Path) -> None:
     with np.load(file) as arrays:
-        head = fit(Embeddings(arrays["support4_x"]), arrays["support4_y"], None, 100.0)
-        rows, labels = arrays["test_x"], arrays["test_y"]
-    found = honesty.figures(head, rows, labels)
-    proba = head.predict_proba(rows)
-    assert found["loss"] == pytest.approx(log_loss(labels, proba))
+        head = fit(Embeddings(arrays["support8_x"]), arrays["support8_y"], None, 100.0)
+        rows, labels = unit(arrays["test_x"])[:-7], arrays["test_y"][:-7]
+    found = automation.of_labels(head, Embeddings(rows), labels)
+    proba, sets = head.predict_proba(rows), head.predict_sets(rows, 0.9)
     top, right = proba.max(1), head.predict(rows) == labels
     bins = [(top > low / 10) & (top <= (low + 1) / 10) for low in range(10)]
-    error = sum(abs(right[one].mean() - top[one].mean()) * one.mean() for one in bins if one.any())
-    assert found["error"] == pytest.approx(error) and found["true"] == right.mean()
+    expected = {
+        "true": right.mean(),
+        "alike": np.mean([right[labels == c].mean() for c in range(CLASSES)]),
+        "loss": log_loss(labels, proba),
+        "error": sum(abs(right[one].mean() - top[one].mean()) * one.mean() for one in bins if one.any()),
+        "covered": np.mean([label in one for label, one in zip(labels, sets, strict=True)]),
+        "labelled_10%": np.mean(head.predict(rows, max_error=0.1) != np.array(None)),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert found["alike"] != found["true"] and found["labelled_10%"] > 0
 
 
 def test_a_calibration_is_of_the_other_half_or_of_the_tests_images(file: Path, tmp_path: Path) -> None:
@@ -181,7 +185,7 @@ def test_a_calibration_is_of_the_other_half_or_of_the_tests_images(file: Path, t
         x, y = (np.concatenate([arrays[f"{part}_{name}"] for part in ("support8", "test")]) for name in "xy")
     split = np.repeat(["train", "test"], [8 * CLASSES, EACH * CLASSES])
     np.savez(tmp_path / "shops.npz", x=x, y=y, split=split)
-    cells = honesty.sources([str(tmp_path / "shops.npz")], None, 1)
+    cells = automation.sources([str(tmp_path / "shops.npz")], None, 1)
     for cell, of_train, tests in zip(cells, (None, True, False), (EACH, EACH, EACH / 2), strict=True):
         task = cell.draw(16, 0)
         assert (task.support.counts == 4).all() and len(task.labels) == tests * CLASSES
@@ -191,8 +195,8 @@ def test_a_calibration_is_of_the_other_half_or_of_the_tests_images(file: Path, t
         if of_train is not None:
             near = (given @ unit(x).T).argmax(1) < 8 * CLASSES
             assert (near == of_train).all()
-    rows = honesty.CLAIM.main([str(tmp_path / "shops.npz"), "--seeds", "1", "--json", str(tmp_path / "rows.json")])
-    assert [row["of"] for row in rows] == ["", "calibrated on siblings", "calibrated on others"]
+    rows = automation.CLAIM.main([str(tmp_path / "shops.npz"), "--seeds", "1", "--json", str(tmp_path / "rows.json")])
+    assert [row["of"] for row in rows] == ["", SIBLINGS, OTHERS] and rows[0]["data"] == "shops.npz, as split"
 
 
 def test_promises_on_a_tree_are_measured_by_level_beside_classes_alone(file: Path) -> None:
@@ -216,35 +220,50 @@ def test_a_scene_has_its_picture_in_the_box(rng: np.random.Generator) -> None:
     assert looks["box, 0"].box == box and looks["square"].box.width == box.height and looks["whole scene"] is scene
 
 
-def test_a_burst_has_variants_of_one_picture_and_the_test_others(rng: np.random.Generator) -> None:
-    labels, variants = np.repeat(np.arange(3), 6), automation.BURST
-    numbers = np.arange(len(labels) * variants)
-    images = Embeddings(np.stack([np.cos(numbers), np.sin(numbers)], axis=1).astype(np.float32))
-    source = automation.drawn("made", images, labels, None, 100.0, variants, (4, 16), (0,))
+def test_a_burst_has_variants_of_one_picture_and_the_test_others() -> None:
+    data = in_bursts(BURST)
+    source = automation.drawn(data, (4, 16), (0,))
     for shots, burst in ((4, 2), (16, 4)):
         task = source.draw(shots, 0)
-        assert (task.support.counts == shots).all() and (
-            np.unique(task.support.groups, return_counts=True)[1] == burst
-        ).all()
-        used = [(images.plain @ one.plain.T).argmax(0) // variants for one in (task.support.embeddings, task.queries)]
-        np.testing.assert_array_equal(used[0], task.support.groups)
-        assert not set(used[0]) & set(used[1]) and len(set(used[1])) == len(task.labels)
+        support, test = (pictures_of(data, one) for one in (task.support.embeddings, task.queries))
+        assert (task.support.counts == shots).all() and (np.unique(support, return_counts=True)[1] == burst).all()
+        assert not set(support) & set(test) and len(set(test)) == len(task.labels)
+
+
+def in_bursts(variants: int) -> DataSet:
+    """Six pictures of each of three classes."""
+    numbers = np.arange(18 * variants)
+    images = Embeddings(np.stack([np.cos(numbers), np.sin(numbers)], axis=1).astype(np.float32))
+    return DataSet("made", images, np.repeat(np.arange(3), 6), variants=variants)
+
+
+def pictures_of(data: DataSet, images: Embeddings) -> np.ndarray:
+    return (data.images.plain @ images.plain.T).argmax(0) // data.variants
 
 
 def test_a_calibration_is_of_further_variants_or_of_other_pictures() -> None:
-    labels, variants = np.repeat(np.arange(3), 6), 2 * automation.BURST
-    numbers = np.arange(len(labels) * variants)
-    images = Embeddings(np.stack([np.cos(numbers), np.sin(numbers)], axis=1).astype(np.float32))
-    for calibration, of_support in ((automation.SIBLINGS, True), (automation.OTHERS, False)):
-        source = automation.drawn("made", images, labels, None, 100.0, variants, (16,), (0,), calibration=calibration)
-        task = source.draw(16, 0)
+    data = in_bursts(2 * BURST)
+    assert automation.others_of(data) == {ONE_BY_ONE: data, SIBLINGS: data, OTHERS: data}
+    for calibration, of_support in ((SIBLINGS, True), (OTHERS, False)):
+        task = automation.drawn(data, (16,), (0,), calibration).draw(16, 0)
         assert task.validation is not None
         parts = task.support.embeddings, task.validation[0], task.queries
-        support, given, test = ((images.plain @ one.plain.T).argmax(0) for one in parts)
-        np.testing.assert_array_equal(labels[given // variants], task.validation[1])
-        assert not set(support) & set(given) and not set(given // variants) & set(test // variants)
-        assert (set(given // variants) == set(support // variants)) == of_support
-        assert len(given) == (len(support) if of_support else automation.BURST * 3), "half of six other pictures"
+        support, given, test = (pictures_of(data, one) for one in parts)
+        np.testing.assert_array_equal(data.labels[given], task.validation[1])
+        assert len(np.unique(np.concatenate([part.plain for part in parts]), axis=0)) == sum(map(len, parts))
+        assert not set(given) & set(test) and (set(given) == set(support)) == of_support
+        assert len(given) == (len(support) if of_support else BURST * 3), "half of six other pictures"
+
+
+@pytest.mark.filterwarnings("ignore::iosr_fast.exceptions.LookAlikesWarning")
+def test_bursts_are_left_out_together_and_one_by_one(rng: np.random.Generator) -> None:
+    """Of pictures without a class, of which a burst gives the label away."""
+    pictures = np.repeat(unit_rows(rng, 18, 4 * WIDTH), BURST, axis=0)
+    images = Embeddings(unit(pictures + 0.06 * rng.standard_normal(pictures.shape)))
+    data = DataSet("made", images, np.repeat(np.arange(3), 6), variants=BURST)
+    tasks = [automation.drawn(data, (16,), (0,), of).draw(16, 0) for of in ("", ONE_BY_ONE)]
+    together, alone = (next(automation.draws(task, "gda", automation.HALVES)) for task in tasks)
+    assert (together["of"], alone["of"]) == ("", ONE_BY_ONE) and alone["own"] > 0.9 > 0.6 > together["own"]
 
 
 def test_each_concept_is_in_as_many_images_beside_another() -> None:
