@@ -83,11 +83,12 @@ COLUMNS: dict[str, dict[str, str]] = {
     "audit": {"auroc": ".4f", "precision": ".1%", "wrong": ".0f", "listed": ".1f", "found": ".1f"},
     "suggest": {"suggested": ".1%", "random": ".1%", "random_se": ".1%"},
     "automation": {
-        **{"own": ".1%", "true": ".1%", "alike": ".1%", "in_range": ".0%", "own_loss": ".3f", "loss": ".3f"},
-        **{"error": ".1%", "covered": ".1%", "warned": ".0%", "untold": ".0%", "refused": ".0%"},
+        "own/true/alike": "{own:.1%}/{true:.1%}/{alike:.1%}",
+        **{"in_range": ".0%", "own/true_loss": "{own_loss:.3f}/{loss:.3f}", "error": ".1%", "covered": ".1%"},
+        "warned/untold/refused": "{warned:.0%}/{untold:.0%}/{refused:.0%}",
         **{promise: OF_PROMISE.format(promise) for promise in ("1%", "2%", "5%", "10%")},
-        **{"breaks": "{breaks} of {made}", "p": ".2g"},
-        **dict.fromkeys(("auroc", "kept", "rejected", "strangers", "both"), ".1%"),
+        **{"breaks/made": "{breaks}/{made}", "p": ".2g", "auroc": ".1%"},
+        **{"kept/rejected": "{kept:.1%}/{rejected:.1%}", "strangers/both": "{strangers:.1%}/{both:.1%}"},
     },
     "tree": {promise: OF_LEVELS.format(promise) for promise in ("1%", "2%", "5%", "10%")},
 }
