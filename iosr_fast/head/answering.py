@@ -230,4 +230,4 @@ class Answering(Generic[F]):
         images = np.array([self._name_of(number) for number in head.examples.ids.tolist()])
         names: dict[str, Any] = {"images": images, "classes": fitted.labels, "paths": head.examples.paths}
         names |= {"notes": head.look_alike_warning}
-        return audit_support(head.support, head.out_of_fold, which=head.config.which, **names)
+        return audit_support(head.support, head.calibrated_out_of_fold, which=head.config.which, **names)

@@ -287,8 +287,8 @@ class Head(HeadData):
         """What the method says of support images that are left out, or of the calibration images."""
         new = self.calibration
         if new is None:
-            found = self.out_of_fold
-            return of_logits(self.calibrated(found.logits), found.labels, units=found.units, tree=self.tree)
+            found = self.calibrated_out_of_fold
+            return of_logits(found.logits, found.labels, units=found.units, tree=self.tree)
         logits = self.calibrated(self.score(new.embeddings))
         return of_logits(logits, new.labels, CALIBRATION, new.units, self.tree)
 
@@ -308,6 +308,11 @@ class Head(HeadData):
     def calibrated(self, logits: np.ndarray) -> np.ndarray:
         """Logits (B, C) over the temperature, of their dtype: their softmax has the probabilities."""
         return logits / logits.dtype.type(self.temperature)
+
+    @property
+    def calibrated_out_of_fold(self) -> OutOfFold:
+        """`out_of_fold`, its logits over the temperature."""
+        return replace(self.out_of_fold, logits=self.calibrated(self.out_of_fold.logits))
 
     @cached_property
     def calibration(self) -> Calibration | None:

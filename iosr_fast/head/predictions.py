@@ -262,8 +262,7 @@ def predict_jointly(
 ) -> joint.JointPrediction:
     """Queries (B, D) of the head's encoder, classified together (methods.joint), with labels of `classes` (C,).
     `check=False` takes rows that are not of unit norm."""
-    alone = replace(head.out_of_fold, logits=head.calibrated(head.out_of_fold.logits))
-    plan = head.plan.scaled(1.0 / head.temperature)
+    plan, alone = head.plan.scaled(1.0 / head.temperature), head.calibrated_out_of_fold
     prediction = joint.predict_jointly(head.support, plan, alone, embeddings, head.config.which, check)
     return replace(prediction, classes=classes)
 

@@ -17,8 +17,6 @@ _RIDGE = 3.0
 # do from 0.43 on at d = 358, 0.49 at 224, 0.56 at 113, 0.63 at 55, 0.73 at 27 and 0.86 at 14.
 _ALIKE = 0.5
 _DIRECTIONS = 220.0
-# From this cosine on nearly no images of a burst look alike: with fewer than 18 directions bursts are not told.
-_TOLD = 0.935
 # The mean cosine of two groups from which on they are one, as a share of that of look-alikes; where these are many, of
 # _ALIKE, so that no burst is torn. In CLIP ViT-B/32 12 / 21 / 32% of the images of Caltech-101 and Flowers are in a
 # group with others at 4 / 8 / 16 a class.
@@ -28,9 +26,10 @@ _JOINED = 0.6
 # be of any size: of Caltech-101 as it is 0.041, of images of one shop visit or session 0.08.
 _USUAL = 0.03
 _USUAL_BESIDE = 0.045
-# With fewer than 30 directions up to this share of all images does: of the demo's drawings, whose fonts copy from one
-# another, it is 0.08 to 0.20; of bursts of them 0.24 to 0.38.
-_USUAL_SHARE, _FEW_DIRECTIONS = 0.2, 30.0
+# With fewer directions than these up to this share of all images does: of the demo's drawings, whose fonts copy from
+# one another, it is 0.08 to 0.20. Of bursts of them it is 0.24 to 0.38, but of bursts of photographs 0.07 to 0.17.
+_FEW_DIRECTIONS = 30.0
+_USUAL_SHARE = 0.2
 # Standard errors of their usual number that look-alikes must exceed it by.
 _ERRORS = 2.0
 # Images, evenly spread over the classes, whose pairs tell the independent directions.
@@ -56,9 +55,10 @@ class LookAlikes:
 
     @property
     def told(self) -> bool:
-        """Whether bursts can be told from independent images. If not, each image is its own group; only near duplicates
-        (folds.group_near_duplicates) are left out together."""
-        return self.alike < _TOLD
+        """Whether bursts can be told from independent images: of few directions only where look-alikes are `many`. If
+        not, each image is its own group, and near duplicates alone (folds.group_near_duplicates) are left out
+        together."""
+        return self.directions >= _FEW_DIRECTIONS or self.many
 
     @property
     def alike(self) -> float:
@@ -90,7 +90,7 @@ class LookAlikes:
     @property
     def doubt(self) -> tuple[str, ...]:
         """What is not known where bursts can't be told, and what to do, in a sentence."""
-        if self.told or self.many or not len(self.groups):
+        if self.told or not len(self.groups):
             return ()
         return (
             f"embeddings of {self.directions:.0f} independent directions do not tell bursts from other pictures: if "
@@ -132,7 +132,7 @@ def find_look_alikes(support: SupportSet, beside: np.ndarray | None = None) -> L
         most_similar = cosines[:, others[block]].max(1, initial=0.0)
         nearest[block] = np.where(compared[block], most_similar, 0.0)
     least = _JOINED * (_ALIKE if found.many else found.alike)
-    for block, cosines in _cosines(centred, classes) if found.told or found.many else ():
+    for block, cosines in _cosines(centred, classes) if found.told else ():
         groups[block] = block.start + average_linkage(cosines, least)
     return found
 
