@@ -6,12 +6,17 @@ import re
 import warnings
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
 
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
 from iosr_fast.store.bundle import SavedHead, load
+from iosr_fast.store.bundle_arrays import LEFT_OUT
+from iosr_fast.store.head_files import head_from_bytes, head_to_bytes
 from tests.methods.made_up import Population
 
 CLASSES, WIDTH, SESSIONS, BURST = 12, 64, 6, 4
@@ -108,6 +113,21 @@ def test_probabilities_of_bursts_do_not_run_away(seed: int, tmp_path: Path) -> N
     assert f"{head.calibration().accuracy:.1%}" in first and "right" not in head.tuned_.summary(), "one accuracy"
     head.save(tmp_path / "head")
     assert load(SavedHead, tmp_path / "head").head.computed("temperature") == inner.temperature
+
+
+def test_a_bundle_without_a_temperature_computes_all_that_left_out_images_say(rng: np.random.Generator) -> None:
+    """As those of earlier versions: they counted bursts otherwise."""
+    head = FewShotHead().fit(*bursts(rng, 4, 1)).snapshot()
+    facts, files = msgspec.msgpack.decode(head_to_bytes(head))
+    arrays = load_arrays(files[LEFT_OUT])
+    assert arrays["temperature"].tolist() == [head.temperature] != [1.0]
+    files[LEFT_OUT] = save_arrays({name: array for name, array in arrays.items() if name != "temperature"})
+    former = head_from_bytes(msgspec.msgpack.encode((facts, files)))
+    assert former.computed("folds") is None and former.temperature == head.temperature
+    assert former.summary() == head.summary()
+    files[LEFT_OUT] = save_arrays({**arrays, "temperature": np.array([-1.0])})
+    with pytest.raises(ValueError, match="expected a temperature above 0"):
+        head_from_bytes(msgspec.msgpack.encode((facts, files)))
 
 
 def test_where_bursts_cannot_be_told_it_is_said_unless_groups_name_them(rng: np.random.Generator) -> None:
