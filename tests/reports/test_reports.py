@@ -91,7 +91,8 @@ def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path
     assert "&lt;b&gt;one&lt;/b&gt;" in written and "<b>one" not in written and "<i>" not in written
     for width in (390, 1280):
         page = opened(browser, place / "e.html", width)
-        titles = ["80.0% right, 96.6% expected", "No label is accepted", "Confusion", "Mistakes", "Classes"]
+        expected = found["expected_accuracy_at_class_sizes"]
+        titles = [f"80.0% right, {expected:.1%} expected", "No label is accepted", "Confusion", "Mistakes", "Classes"]
         assert page.locator("h2").all_inner_texts()[:5] == titles
         assert page.locator(".matrix td").count() == 25
         confused = page.locator("section").nth(1).locator("li")
