@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import json
+import operator
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +15,12 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from examples.label_studio.backend import LOCAL, Backend, make_app
-from iosr_fast import Classifier
+from examples.label_studio import backend as module
+from examples.label_studio.backend import LOCAL, MAX_BODY, Backend, Picture, make_app
+from iosr_fast import Classifier, IosrFastError
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.images.limits import DecodeLimits
+from tests.pictures import encode
 
 CLASSES, EACH = 20, 5
 CONFIG = '<View><Image name="img" value="$photo"/><Choices name="kind" toName="img">{}</Choices></View>'
@@ -47,6 +55,9 @@ class Project:
         return {"id": i, "data": {"photo": f"{LOCAL}my%20photos/{i}.png"}, "project": 1}
 
     def event(self, action: str, i: int, label: str = "", skipped: bool = False) -> None:
+        self.post("/webhook", **self.body(action, i, label, skipped))
+
+    def body(self, action: str, i: int, label: str = "", skipped: bool = False) -> Any:
         value = {"choices": [label or self.truth[i]]}
         region = {"from_name": "kind", "to_name": "img", "type": "choices", "value": value}
         annotation = {"id": 1000 + i, "result": [region], "was_cancelled": skipped, "task": i, "project": 1}
@@ -56,7 +67,7 @@ class Project:
             body = {name: [value] for name, value in body.items()}
         if action == "ANNOTATIONS_DELETED":
             body = {"annotations": [{"id": 1000 + i}]}
-        self.post("/webhook", action=action, project={"id": 1, "label_config": self.config}, **body)
+        return {"action": action, "project": {"id": 1, "label_config": self.config}, **body}
 
     def predict(self, tasks: list[int]) -> list[Any]:
         body = {"tasks": [*map(self.task, tasks)], "label_config": self.config, "project": "1.1"}
@@ -139,8 +150,121 @@ def test_other_pictures_interfaces_hosts_and_users_are_refused(project: Project)
         body = {"tasks": [{"id": 1, "data": {"photo": place}}], "label_config": project.config}
         assert project.client.post("/predict", json=body).status_code == 422, place
     assert "expected a labelling interface" in project.client.post("/setup", json={"schema": "<View/>"}).text
-    for shape in ({}, {"schema": 5}, {"schema": "<View"}):
-        assert project.client.post("/setup", json=shape).status_code == 422
     assert project.client.get("/health", headers={"host": "evil.example"}).status_code == 400
     closed = TestClient(make_app(project.backend, "Basic dXNlcjp3b3Jk"), base_url="http://backend")
     assert [closed.get("/health", auth=("user", word)).status_code for word in ("", "other", "word")] == [401, 401, 200]
+
+
+def test_a_picture_that_takes_for_ever_delays_no_event_and_no_start(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DecodeLimits", functools.partial(DecodeLimits, timeout_s=0.5))
+    slow = encode(Image.new("RGB", (1000, 1000)), "JPEG", progressive=True)
+    slow = slow[:-2] + slow[slow.rindex(b"\xff\xda") : -2] * 10_000 + slow[-2:]
+    annotated, (a, b) = (0, 1, 2, EACH, 50), project.truth[1 : 2 * EACH : EACH]
+    for i in (0, 50):
+        (project.photos / f"{i}.png").write_bytes(slow)
+    project.start()
+    for i in annotated:
+        project.event("ANNOTATION_CREATED", i)
+    assert project.examples() == {a: 2, b: 1}
+    project.backend.classifier.close_log()
+    project.start()
+    assert project.examples() == {a: 2, b: 1}
+    assert [len(one["result"]) for one in project.predict([0, 1])] == [0, 1]
+    suggested = {task["data"]["photo"] for task in project.client.get("/suggest?n=1000&key=photo").json()}
+    assert suggested == {project.task(i)["data"]["photo"] for i in range(100) if i not in annotated}
+
+
+def test_only_regular_files_below_the_root_are_read(project: Project) -> None:
+    project.start()
+    Image.new("RGB", (9, 9)).save(project.folder / "outside.png")
+    os.mkfifo(project.photos / "fifo.png")
+    (project.photos / "folder.png").mkdir()
+    (project.photos / "link.png").symlink_to(project.folder / "outside.png")
+    (project.photos / "circle.png").symlink_to("circle.png")
+    for name in ("fifo", "folder", "link", "circle"):
+        with pytest.raises(IosrFastError, match="expected a regular file"):
+            np.asarray(Picture(project.backend.decoders, project.photos / f"{name}.png"))
+    circle = {"data": {"photo": f"{LOCAL}my%20photos/circle.png"}}
+    assert project.post("/predict", tasks=[circle], label_config=project.config)["results"][0]["result"] == []
+
+
+def test_odd_requests_are_refused_and_change_nothing(project: Project) -> None:
+    project.start()
+    client = TestClient(project.client.app, base_url="http://localhost", raise_server_exceptions=False)
+
+    def status(route: str, body: Any, kind: str = "application/json") -> int:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return client.post(route, content=data, headers={"content-type": kind}).status_code
+
+    long = "a" * 600
+    odd_values = [
+        None,
+        True,
+        -1,
+        1.5,
+        2**63,
+        10**30,
+        "",
+        long,
+        "\0",
+        "\ud800",
+        float("nan"),
+        [],
+        [[]],
+        ["a", 1],
+        {},
+        {"a": 1},
+    ]
+    regions = "annotation result", "annotation result 0", "annotation result 0 value choices"
+    fine = {"action": ["", long, "\0"], regions[0]: [[]], regions[1]: [{}, {"a": 1}], regions[2]: [[]]}
+    places = "action,project,project label_config,task,task id,task data,task data photo,annotation,annotation id"
+    for place in (*places.split(","), "annotation task", *regions, f"{regions[1]} value", f"{regions[2]} 0"):
+        for odd in odd_values:
+            body = project.body("ANNOTATION_CREATED", 2)
+            *steps, last = [int(step) if step.isdigit() else step for step in place.split()]
+            functools.reduce(operator.getitem, steps, body)[last] = odd
+            assert status("/webhook", body) == (200 if odd in fine.get(place, []) else 422), (place, odd)
+    for odd in odd_values:
+        expected = 200 if odd == [] else 422
+        assert status("/predict", {"tasks": odd, "label_config": project.config}) == expected, odd
+        assert status("/webhook", {"action": "ANNOTATIONS_DELETED", "annotations": odd}) == expected, odd
+        assert status("/webhook", {"action": "ANNOTATIONS_DELETED", "annotations": [{"id": odd}]}) == 422, odd
+        assert status("/setup", {"schema": odd}) == 422, odd
+    deep = b"[" * 100_000 + b"]" * 100_000
+    for data in (
+        b"",
+        b"null",
+        b"[NaN]",
+        b'"\\ud800"',
+        b"\xff",
+        deep,
+        b'{"schema": %b}' % deep,
+        b'{"action": %b}' % deep,
+    ):
+        assert {status(route, data) for route in ("/setup", "/predict", "/webhook")} == {422}, data[:50]
+    assert status("/webhook", {"action": "START_TRAINING"}, "text/plain") == 415  # a page of another site can send it
+    for n in ("0", "-1", "1001", "1.5", "", "a", "9" * 5000):
+        assert client.get("/suggest", params={"n": n}).status_code == 422, n
+    assert set(project.backend.db.execute("SELECT label FROM annotations")) <= {None}
+
+
+def test_no_more_of_a_body_is_read_than_the_limit(project: Project) -> None:
+    project.start()
+    chunk, taken, sent = bytes(1 << 20), 0, list[Any]()
+
+    async def receive() -> Any:  # a body of unknown length
+        nonlocal taken
+        taken += len(chunk)
+        return {"type": "http.request", "body": chunk, "more_body": taken < 8 * MAX_BODY}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "query_string": b"", "headers": headers}
+    for path in ("/setup", "/predict", "/webhook"):
+        taken = 0
+        asyncio.run(make_app(project.backend)(scope | {"path": path}, receive, send))
+        assert sent[-2]["status"] == 413 and taken <= MAX_BODY + len(chunk)

@@ -8,25 +8,65 @@ import secrets
 import sqlite3
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote, unquote
 from xml.etree import ElementTree
 
+import msgspec
+import numpy as np
 import typer
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from iosr_fast import Classifier, IosrFastError
+from iosr_fast import Classifier
+from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.files.source import Source
+from iosr_fast.head.names import check_new_name
+from iosr_fast.images.listing import list_images
+from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 
 LOCAL = "/data/local-files/?d="  # before the path of a picture below Label Studio's document root
 SAME = 1 - 1e-6  # the least similarity of a picture with itself
 PICTURES = "SELECT picture FROM annotations"
 LABELS = "SELECT picture, label FROM annotations ORDER BY id NOT NULL, rowid"  # the last one of a picture counts
 LOOPBACK = ["127.0.0.1", "localhost"]
+MAX_BODY, MAX_FILE, MAX_CONFIG = 8 << 20, 32 << 20, 1 << 18  # bytes; characters, which entities multiply by up to 100
 Json = dict[str, Any]
+Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # as SQLite keeps numbers
 log = logging.getLogger("uvicorn.error")
+
+
+class Picture:
+    """A file that the library takes as an array, which a process of the decoders makes each time it is read."""
+
+    def __init__(self, decoders: BatchingClassifier, path: Path) -> None:
+        self.decoders, self.path = decoders, path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        if not self.path.is_file() or self.path != self.path.resolve():  # a link may lead anywhere
+            raise IosrFastError(f"expected a regular file, and no link, got {self.path}")
+        try:
+            with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # it may be a FIFO by now
+                return self.decoders.decode_whole(file.read(MAX_FILE + 1)).result()
+        except BadImageError as error:
+            raise IosrFastError(f"{self.path}: {error.reason}") from error
+
+
+async def read(request: Request) -> Json:
+    """The JSON object of a body, of a type that pages of other sites can't send."""
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        raise HTTPException(415, "expected a body of the type application/json")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise HTTPException(413, f"expected a body of at most {MAX_BODY} bytes", {"connection": "close"})
+    return msgspec.json.decode(body, type=Json)
 
 
 class Backend:
@@ -45,26 +85,29 @@ class Backend:
         self.classifier = Classifier.load(bundle) if bundle.exists() else Classifier(model, skip_bad=True)
         if bundle.exists():
             self.classifier.open_log(f"{bundle}.changes.db")
+        greys = [np.full((9, 9, 3), grey, np.uint8) for grey in (0, 255)]  # decoders need a classifier on the model
+        fitted = self.classifier if bundle.exists() else Classifier(model).fit(greys, ["black", "white"])
+        self.decoders = BatchingClassifier(fitted, limits=DecodeLimits(MAX_FILE), isolated=True)
         self._follow(self.db.execute(PICTURES).fetchall())
 
-    def setup(self, body: Json) -> Json:
+    def setup(self, body: Annotated[Json, Depends(read)]) -> Json:
         classes = [one.name for one in self.classifier.classes()] if self.bundle.exists() else []
         if others := set(classes) - _choices(body["schema"])[3]:
             raise IosrFastError(f"expected a choice for each class, got none for {sorted(others)}: add or rename it")
-        return {"model_version": f"{self.bundle.name} {getattr(self.classifier, 'version', 0)}"}
+        return {"model_version": f"{self.bundle.name} {self.classifier.version if classes else 0}"}
 
-    def predict(self, body: Json) -> Json:
+    def predict(self, body: Annotated[Json, Depends(read)]) -> Json:
         name, image, key, _ = _choices(body["label_config"])
         version = self.setup({"schema": body["label_config"]})
         least = self.classifier.automation().smallest if self.bundle.exists() else 1.0
         promise = self.max_error if least <= self.max_error else None
         results = list[Json]()
-        for path in [self.root / self._picture(task, key) for task in body["tasks"]]:
+        for picture in [self._picture(task, key) for task in msgspec.convert(body["tasks"], list[Json])]:
             results.append({**version, "score": 0.0, "result": []})  # of what can't be read, and before the first fit
             try:
-                [answer] = self.classifier.explain([path], 1, max_error=promise)
+                [answer] = self.classifier.explain([Picture(self.decoders, self.root / picture)], 1, max_error=promise)
             except (ValueError, OSError) as error:
-                log.warning("%s: %s", path, error)
+                log.warning("%s: %s", picture, error)
                 continue
             words = "accepted" if answer.accepted and answer.label == answer.top[0].label else "needs a look"
             region = {"from_name": name, "to_name": image, "type": "choices", "meta": {"text": [words]}}
@@ -72,23 +115,24 @@ class Backend:
             results[-1] |= {"score": answer.top[0].probability, "result": [region]}
         return {"results": results}
 
-    async def webhook(self, body: Json) -> Json:
+    async def webhook(self, body: Annotated[Json, Depends(read)]) -> Json:
         noted = self._note(body) if body["action"].startswith("ANNOTATION") else []  # in the order of events
         await run_in_threadpool(self._follow, noted)
         if body["action"] == "START_TRAINING":
             await run_in_threadpool(self.classifier.retune)
         return {"status": "ok"}
 
-    def suggest(self, n: int = 20, key: str = "image") -> list[Json]:
+    def suggest(self, n: Annotated[int, Query(ge=1, le=1000)] = 20, key: str = "image") -> list[Json]:
         """Tasks of n pictures below the root to annotate next."""
         done = self.db.execute(PICTURES).fetchall()
-        found = self.classifier.suggest(self.root, n + len(done), skip_bad=True).paths
+        files: Any = [Picture(self.decoders, Path(file)) for file in list_images(self.root).paths]
+        found = self.classifier.suggest(Source(files, files), n + len(done), skip_bad=True).paths
         pictures = [path.relative_to(self.root).as_posix() for path in found]
-        return [{"data": {key: LOCAL + quote(picture)}} for picture in pictures if picture not in done][:n]
+        return [{"data": {key: LOCAL + quote(os.fsencode(picture))}} for picture in pictures if picture not in done][:n]
 
     def _picture(self, task: Json, key: str) -> str:
-        url = str(task["data"].get(key) or task["data"].get("$undefined$"))
-        path = (self.root / unquote(url.partition(LOCAL)[2])).resolve()
+        url = msgspec.convert(task["data"].get(key) or task["data"].get("$undefined$"), str)
+        path = Path(os.path.realpath(self.root / unquote(url.partition(LOCAL)[2])))  # of links in a circle, too
         if LOCAL not in url or not path.is_relative_to(self.root):
             raise IosrFastError(f"expected a picture of local files, {LOCAL}PATH, below {self.root}, got {url:.200}")
         return path.relative_to(self.root).as_posix()
@@ -98,54 +142,55 @@ class Backend:
         if event["action"].endswith("DELETED"):
             # A start compares their pictures, too.
             forget = "UPDATE annotations SET id = NULL, label = NULL WHERE id = ? RETURNING picture"
-            return [picture for one in event["annotations"] for picture in self.db.execute(forget, [one["id"]])]
+            ids = [msgspec.convert(one["id"], Id) for one in msgspec.convert(event["annotations"], list[Json])]
+            return [picture for one in ids for picture in self.db.execute(forget, [one])]
         name, _, key, _ = _choices(event["project"]["label_config"])
         several = isinstance(event["task"], list)
         tasks = event["task"] if several else [event["task"]]
         pictures = {task["id"]: self._picture(task, key) for task in tasks}
         for one in event["annotation"] if several else [event["annotation"]]:
-            regions = [region["value"] for region in one["result"] if region.get("from_name") == name]
-            labels = [] if one["was_cancelled"] else [label for value in regions for label in value["choices"]]
+            regions = [] if one["was_cancelled"] else msgspec.convert(one["result"], list[Json])
+            values = [region["value"] for region in regions if region.get("from_name") == name]
+            labels: list[Any] = [label for value in values for label in msgspec.convert(value["choices"], list[str])]
             if len(labels) > 1:
-                raise IosrFastError(f"expected one choice for a picture, got {labels}")
-            row = one["id"], pictures[one["task"]], *(labels or [None])
+                raise IosrFastError(f"expected one choice for a picture, got {labels!s:.200}")
+            for label in labels:
+                check_new_name(label, ())
+            row = [msgspec.convert(one["id"], Id), pictures[one["task"]], *(labels or [None])]
             self.db.execute("REPLACE INTO annotations VALUES(?, ?, ?)", row)
         return [*pictures.values()]
 
     def _follow(self, pictures: list[str]) -> None:
         """Make pictures support images of their class, or of none; a warning says why not."""
         with self.lock:
-            labels = dict(self.db.execute(LABELS))
-            known = {self.root / picture: label for picture, label in labels.items() if label}
-            paths = [self.root / picture for picture in pictures]
-            for path in sorted(paths, key=lambda path: path not in known):  # a class gets pictures before it loses some
+            known = {picture: label for picture, label in dict(self.db.execute(LABELS)).items() if label}
+            for picture in sorted(pictures, key=lambda one: one not in known):  # a class gets some before it loses some
                 try:
-                    self._move(path, known) if self.bundle.exists() else self._fit(known)
+                    self._move(picture, known) if self.bundle.exists() else self._fit(known)
                 except (ValueError, OSError) as error:  # a restart tries again
-                    log.warning("%s: %s", path, error)
+                    log.warning("%s: %s", picture, error)
 
-    def _fit(self, known: dict[Path, str]) -> None:
+    def _fit(self, known: dict[str, str]) -> None:
         if len(set(known.values())) > 1:
-            self.classifier.fit([*known], [*known.values()]).save(self.bundle)
+            pictures = [Picture(self.decoders, self.root / picture) for picture in known]
+            self.classifier.fit(pictures, [*known.values()]).save(self.bundle)
             self.classifier.open_log(f"{self.bundle}.changes.db")
 
-    def _move(self, path: Path, known: dict[Path, str]) -> None:
-        label = known.get(path)
-        [answer] = self.classifier.explain([path], 1, nearest=1)
+    def _move(self, picture: str, known: dict[str, str]) -> None:
+        label, image = known.get(picture), Picture(self.decoders, self.root / picture)
+        [answer] = self.classifier.explain([image], 1, nearest=1)
         held = {one.label: one.example_id for one in answer.nearest if one.similarity > SAME}
         for other in held.keys() - {label}:
-            if len(self.classifier.examples(other)) > 1:
-                self.classifier.remove_examples([held[other]])
-            else:
-                self.classifier.remove_class(other)
+            alone = len(self.classifier.examples(other)) == 1
+            self.classifier.remove_class(other) if alone else self.classifier.remove_examples([held[other]])
         if label and label not in held:
             classes = [one.name for one in self.classifier.classes()]
-            (self.classifier.add_examples if label in classes else self.classifier.add_class)(label, [path])
+            (self.classifier.add_examples if label in classes else self.classifier.add_class)(label, [image])
 
 
 def _choices(config: str) -> tuple[str, str, str, set[str]]:
     """Of the choices for an image: their name, the image's, the key of its task data, and the labels."""
-    root = ElementTree.fromstring(config)
+    root = ElementTree.fromstring(msgspec.convert(config, Annotated[str, msgspec.Meta(max_length=MAX_CONFIG)]))
     keys = {tag.get("name"): tag.get("value", "").removeprefix("$") for tag in root.iter("Image")}
     for tag in root.iter("Choices"):
         if (image := tag.get("toName", "")) in keys:
@@ -163,7 +208,7 @@ def make_app(backend: Backend, authorization: str = "") -> FastAPI:
             raise HTTPException(401, headers={"WWW-Authenticate": "Basic"})
         try:
             yield
-        except (ValueError, LookupError, TypeError, AttributeError, ElementTree.ParseError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ElementTree.ParseError) as error:
             log.warning("%s: %r", request.url.path, error)
             raise HTTPException(422, str(error)) from error
 

@@ -17,7 +17,7 @@ from iosr_fast.utils.require import require
 
 TOKEN = "IOSR_FAST_TOKEN"
 _SHARES = ("max_error", "check_share")
-_REPEATED = {"trusted_proxy": "ADDRESS", "public_host": "NAME"}
+_REPEATED = {"trusted_proxy": "ADDRESS", "public_host": "NAME", "allow_origin": "URL"}
 _Folders = Annotated[
     list[Path],
     argument("CLASSIFIER", "Folder of `iosr-fast fit`, Classifier.save or FewShotHead.save, or a folder of several."),

@@ -22,7 +22,7 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.preprocess import Decode, DecodedBatch, decode_batch
-from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.machine import split_cores, usable_threads
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ordered import map_ordered
 
@@ -92,9 +92,9 @@ class Reader:
 
         encoder, threads = self.encoder, self.options.threads
         threads = usable_threads() if threads is None else check_integer("threads", threads, 1)
-        callers = min(threads, _MAX_CALLERS)
+        most = min(threads, _MAX_CALLERS)
+        callers, few = split_cores(threads, most, most)
         if encoder.parallel and callers > 1 and images >= _MIN_BATCHES * callers * self.batch:
-            few = threads // callers
             if (encoder.threads, encoder.runs) != (few, callers):
                 several = _several_runs.get(encoder)
                 if several is None or (several.threads, several.runs) != (few, callers):

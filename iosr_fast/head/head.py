@@ -21,6 +21,7 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.ids import class_id, example_number, uid_of
 from iosr_fast.head.labels import class_ids
 from iosr_fast.methods.automation import least_odds
+from iosr_fast.methods.checks import strange_odds
 from iosr_fast.methods.config import Config, Evidence, wilson
 from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, of_logits
 from iosr_fast.methods.folds import Folds, NearSupport, make_folds, unit_weights
@@ -250,6 +251,7 @@ class Head(HeadData):
         thousands of support images."""
         self.doubts  # noqa: B018  # by the left-out labels
         self.unknown.score(self.examples.embeddings[:1])  # fits the models of its scores
+        self.strange_odds  # noqa: B018
         return self.compiled()
 
     @cached_property
@@ -291,6 +293,11 @@ class Head(HeadData):
             return of_logits(found.logits, found.labels, units=found.units, tree=self.tree)
         logits = self.calibrated(self.score(new.embeddings))
         return of_logits(logits, new.labels, CALIBRATION, new.units, self.tree)
+
+    @cached_property
+    def strange_odds(self) -> float:
+        """checks.strange_odds: the odds of its label at which a picture is strange."""
+        return strange_odds(self.left_out_labels)
 
     @cached_property
     def temperature(self) -> float:

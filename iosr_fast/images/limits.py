@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from iosr_fast.images.geometry import Geometry
 
 EncodedBytes = bytes | bytearray | memoryview
@@ -21,6 +23,7 @@ DAMAGED = "its headers are damaged, truncated or far too many"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
 _RESIZED = 100_000_000
+_USUAL_SCANS = 10  # of a progressive JPEG in colour
 _BEFORE_FRAME = 400  # segments and fill bytes; files of cameras have up to a hundred segments
 
 
@@ -82,6 +85,15 @@ def work_pixels(size: Size, geometry: Geometry) -> int:
     direction (EXIF may turn it), and in both."""
     (width, height), (columns, rows) = size, geometry.resized(*size)
     return max(width * height, columns * height, width * rows, columns * rows)
+
+
+def scans_factor(data: EncodedBytes) -> float:
+    """How many times as long as a usual one a JPEG may take for its scans; each goes over all pixels. 1 for others."""
+    if image_kind(data) != "JPEG":
+        return 1.0
+    values = np.frombuffer(data, np.uint8)  # bytes.count takes three times as long, and holds the GIL
+    # The marker of a scan; compressed data has none, because 0 follows 0xFF there.
+    return max(1.0, np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)) / _USUAL_SCANS)
 
 
 def _png_size(data: EncodedBytes) -> Size | None:

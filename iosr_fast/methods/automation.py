@@ -19,6 +19,7 @@ PROMISES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
 _STEPS = 40
 _ROUNDING = 1e-12  # of a chance
 _FRACTION = 1e-6  # by which a sum of weights may miss a whole number
+_LEAST_ERROR = 1e-15  # of a promise: no number of images is enough for a smaller one
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +234,7 @@ def images_needed_for(max_error: float) -> int:
     >>> images_needed_for(0.01), images_needed_for(0.1)
     (299, 29)
     """
-    return math.ceil(math.log(1.0 - CONFIDENCE) / math.log1p(-max_error) - 1e-9)
+    return math.ceil(math.log(1.0 - CONFIDENCE) / math.log1p(-max(max_error, _LEAST_ERROR)) - 1e-9)
 
 
 def _promised_by(right: float) -> float:

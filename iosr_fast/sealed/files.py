@@ -12,17 +12,31 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from iosr_fast.exceptions import IosrFastError
+
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")  # tempfile's 8 characters
 _OLD_S = 3600.0  # age of a leftover on systems that can't lock folders
 OLD = "old"  # in a temporary folder: what `folders.new_folder` replaces where names can't be exchanged
 _temporary_caches: dict[str, Path] = {}  # by the cache folder that each one replaces in this process
 log = logging.getLogger(__name__)
+
+
+def open_regular(path: str, flags: int, directory: int | None = None) -> int:
+    """An opener (`open`) of regular files alone: to open a pipe would wait for its other end. Only their owner can read
+    new ones. With `directory`, the descriptor of its folder, the file is opened below that. Raises IosrFastError."""
+    name = path if directory is None else os.path.basename(path)
+    descriptor = os.open(name, flags | os.O_NONBLOCK, 0o600, dir_fd=directory)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IosrFastError(f"expected a regular file at {path}, got a folder, a pipe or a device: remove it")
+    return descriptor
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
+from iosr_fast.sealed.files import open_regular
 from iosr_fast.sealed.manifest import LARGEST_MANIFEST, MANIFEST, advice, mismatch, missing, parse_manifest
 
 _MOST_FILES = 256  # all open at once; a common limit of a process is 1,024
 _CHUNK = 1 << 20
-# Without O_NONBLOCK, opening a pipe in the place of a file would wait for its writer.
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW
+_FOLDER = _FLAGS | os.O_NONBLOCK  # else a pipe in its place would wait for its writer
 _DESCRIPTORS = Path("/proc/self/fd")  # of Linux: links to this process's open files, also to removed ones
 _WEIGHTS = ".weights"  # of a graph above 2 GB. ONNX Runtime and OpenVINO refuse a link to them.
 _DIGEST = re.compile("sha256:[0-9a-f]{64}")
@@ -224,9 +224,11 @@ def _open_file(directory: int, name: str, folder: Path, kind: str) -> _OpenFile:
     """Open a file below `directory`, which is the descriptor of `folder`, part by part."""
     file, path = _OpenFile(os.dup(directory)), folder
     try:
-        for part in PurePosixPath(name).parts:
+        for part in PurePosixPath(name).parent.parts:
             path = path / part
-            file = _OpenFile(os.open(part, _FILE, dir_fd=file.descriptor))
+            file = _OpenFile(os.open(part, _FOLDER, dir_fd=file.descriptor))
+        path = folder / name
+        return _OpenFile(open_regular(str(path), _FLAGS, file.descriptor))
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise IosrFastError(
@@ -237,6 +239,3 @@ def _open_file(directory: int, name: str, folder: Path, kind: str) -> _OpenFile:
         if name == MANIFEST:
             raise missing(folder, kind) from error
         raise FileNotFoundError(f"{name} is missing from {folder}; {advice(kind)}") from error
-    if not stat.S_ISREG(os.fstat(file.descriptor).st_mode):
-        raise FileNotFoundError(f"{name} in {folder} is not a regular file; {advice(kind)}")
-    return file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 
@@ -13,23 +12,24 @@ from iosr_fast.head.predictions import Prediction
 from iosr_fast.head.verdict import nodes_above
 from iosr_fast.methods.checks import checked
 from iosr_fast.serving.kept_folder import KeptFolder, KeptTable, picture_name, time_text
+from iosr_fast.serving.shares import Shares
 
 TABLE = "checks.csv"
-COLUMNS = ("path", "answered", "max_error", "classifier", "version", "checked", "time")
+COLUMNS = ("path", "answered", "max_error", "classifier", "version", "checked", "time", "client")
 _READ_S = 5.0  # between two readings of the labels
 _RULE = "rule 2"  # by which thresholds are computed: rises where those of the same classifier change
 log = logging.getLogger(__name__)
 
 
 class CheckSample:
-    """Keeps a share of accepted pictures, drawn by the SHA-256 of their bytes, and counts the labels that they get.
+    """Keeps a share of accepted pictures, which no client can choose, and counts the labels that they get.
 
     `table`, TABLE, lists them: the row of a picture that is drawn has no `checked` label yet, and a later one has the
     label that counts. Labels come from the folder's LABELS. A picture counts once, by its first label that two readings
     agree on, so that none is read while it is written. It is `checked` as the answer where that is a node above it, by
     the tree of that time; every other text is another label. Answers count that were promised as now, by `max_error`,
     the `digest` of the classifier's folder and _RULE; others that nobody checked are no longer of the sample. At most
-    `limit` pictures wait for a label; meanwhile none is drawn.
+    `limit` pictures wait for a label, of a client its share (Shares); meanwhile none is drawn.
 
     For one thread; `result` and `beside` may be read in any. `beside` counts labels of pictures that were not drawn: as
     somebody chose them, they say nothing of the promise. Raises OSError where the folder can't be read or written,
@@ -55,18 +55,21 @@ class CheckSample:
         self.result = checked([], max_error)
         self._judge()
 
-    def offer(self, image: bytes, prediction: Prediction) -> bool:
-        """Keep a picture whose label was accepted, if it is drawn, for the first time."""
-        name, digest = picture_name(image), hashlib.sha256(image).digest()
-        if int.from_bytes(digest[-8:], "big") >= self._share * 2.0**64:
+    def offer(self, image: bytes, prediction: Prediction, client: str) -> bool:
+        """Keep a picture whose label was accepted, if it is drawn, for the first time; `client` has its key."""
+        name = picture_name(image)
+        if int(self._folder.keyed(name)[:16], 16) >= self._share * 2.0**64:
             return False
-        drawn, files = self._drawn(), self._folder.pictures()
-        waiting = [path for path, row in drawn.items() if not row["checked"] and path in files]
-        if name in drawn or len(waiting) >= self._limit:
+        drawn, files, waiting = self._drawn(), self._folder.pictures(), Shares(self._limit)
+        for path, row in drawn.items():
+            if not row["checked"] and path in files:
+                waiting.add(row.get("client", ""), 1)
+        fits = waiting.fits(client, 1) if client else waiting.used < self._limit
+        if name in drawn or not fits:
             return False
         self._folder.write(name, image)
         answer = {"answered": prediction.label, "version": prediction.version, "checked": "", "time": time_text()}
-        self._table.add({"path": name, **self._promise, **answer})
+        self._table.add({"path": name, "client": client, **self._promise, **answer})
         return True
 
     def read_labels(self, head: Head) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving import check_sample
 from iosr_fast.serving.check_sample import CheckSample
 from iosr_fast.serving.kept_folder import KeptFolder, KeptTable, is_picture_name, picture_name, time_text
+from iosr_fast.serving.shares import Shares
 
 TABLE = "collected.csv"
-COLUMNS = ("path", "guess", "probability", "reason", "time")
+COLUMNS = ("path", "guess", "probability", "reason", "time", "client")
 UNKNOWN, UNSURE, FOUND = "unknown", "needs a look", "found"
 _WAITING = 64 << 20  # bytes of uploads that wait to be judged
 log = logging.getLogger(__name__)
@@ -32,14 +34,15 @@ class Collector:
     """Keeps uploads whose label is not accepted by the promise `max_error`, or that belong to none of the classes.
 
     Files are named by the SHA-256 of their bytes, and no others are touched (KeptFolder). The table TABLE, which only
-    the server writes, has `path`, `guess` and `probability` of the best class, `reason` ("needs a look" or "unknown")
-    and `time`; `iosr-fast suggest` reads it. Pictures that no table lists are "found". Labels come back in LABELS, a
-    table of `path` and `label`. Near duplicates of support images, and of files that were kept since the start, are
-    left out. At `limit` files the oldest one without a label goes; if all have one, no more are kept.
+    the server writes, has `path`, `guess` and `probability` of the best class, `reason` ("needs a look" or "unknown"),
+    `time` and the key of a `client`; `iosr-fast suggest` reads it. Pictures that no table lists are "found". Labels
+    come back in LABELS, a table of `path` and `label`. Near duplicates of support images, and of files that were kept
+    since the start, are left out. At `limit` files the client with most of those without a label loses its oldest one,
+    so that nobody loses one to a client that has more; if all have a label, no more are kept.
 
-    A thread judges and writes, so that no answer waits: while 64 MiB of uploads wait for it, others are left out. If
-    the disk is full or a table can't be read, nothing is kept until that ends, and nothing is lost. `on_outcome` is
-    called with "kept", "near duplicate", "left out", "check" or "failed".
+    A thread judges and writes, so that no answer waits: of 64 MiB of uploads that wait for it each client has a share
+    (Shares), and others are left out. If the disk is full or a table can't be read, nothing is kept until that ends,
+    and nothing is lost. `on_outcome` is called with "kept", "near duplicate", "left out", "check" or "failed".
 
     With a `check_share`, `checks` keeps a random sample of the other uploads, whose labels are accepted (CheckSample);
     `digest` is that of the classifier that promises `max_error`.
@@ -60,7 +63,8 @@ class Collector:
         self._on_outcome = on_outcome
         self._failures: dict[str, str] = {}  # the last ones, logged once; "" if it went well
         self._kept: list[np.ndarray] = []  # plain embeddings (D,) since the start, at most `limit`
-        self._bytes, self._counting = 0, threading.Lock()
+        self._waiting, self._counting = Shares(_WAITING), threading.Lock()
+        self._reading: Future[None] | None = None  # of labels, the last one
         self._sampled = KeptTable(self._folder, check_sample.TABLE, check_sample.COLUMNS)
         self.checks: CheckSample | None = None
         if check_share is not None:
@@ -71,21 +75,24 @@ class Collector:
         self._thread = ThreadPoolExecutor(1, "iosr-fast-collector")
         self._context = copy_context()  # logs say which classifier it is of, as here
 
-    def offer(self, image: Any, embeddings: Embeddings, head: Head) -> None:
+    def offer(self, image: Any, embeddings: Embeddings, head: Head, client: str) -> None:
         """Judge an image that was answered, if it came as bytes. Does not wait."""
         if not isinstance(image, bytes):
             return
+        size = len(image)
         with self._counting:
-            fits = self._bytes + len(image) <= _WAITING
-            self._bytes += len(image) if fits else 0
+            fits = self._waiting.fits(client, size) if client else self._waiting.used + size <= _WAITING
+            self._waiting.add(client, size if fits else 0)
         if fits:
-            self._thread.submit(self._context.run, self._run, image, embeddings.to_numpy(), head)
+            self._thread.submit(self._context.run, self._run, image, embeddings.to_numpy(), head, client)
         else:
             self._on_outcome("left out")
 
     def read_labels(self, head: Head) -> None:
-        """Let the checks count new labels. Does not wait."""
-        self._thread.submit(self._context.run, self._count_labels, head)
+        """Let the checks count new labels, unless they are about to. Does not wait."""
+        with self._counting:
+            if self._reading is None or self._reading.done():
+                self._reading = self._thread.submit(self._context.run, self._count_labels, head)
 
     def settle(self) -> None:
         """Wait until all images that were offered are judged."""
@@ -96,12 +103,12 @@ class Collector:
         self._thread.shutdown()
         self._folder.close()
 
-    def _run(self, image: bytes, embeddings: Embeddings, head: Head) -> None:
-        outcome = self._guarded("pictures can't be kept", self._judge, image, embeddings, head)
+    def _run(self, image: bytes, embeddings: Embeddings, head: Head, client: str) -> None:
+        outcome = self._guarded("pictures can't be kept", self._judge, image, embeddings, head, client)
         if outcome:
             self._on_outcome(outcome)
         with self._counting:
-            self._bytes -= len(image)
+            self._waiting.add(client, -len(image))
         self._count_labels(head)
 
     def _count_labels(self, head: Head) -> None:
@@ -119,12 +126,13 @@ class Collector:
                 log.error("%s: %s", what, error)
         return outcome
 
-    def _judge(self, image: bytes, embeddings: Embeddings, head: Head) -> str:
+    def _judge(self, image: bytes, embeddings: Embeddings, head: Head, client: str) -> str:
         """Keep an image with embeddings (1, D) that `head` answered, if it needs a look; what became of it, "" if
         nobody needs to look at it."""
+        client = client and self._folder.keyed(client)[:16]  # tables tell clients apart, and don't name them
         # The sample is of labels that `max_error` accepts, whether or not a picture may be of an unknown class.
         prediction = predict(head, embeddings, abstention=Abstention(max_error=self._max_error))[0]
-        if prediction.accepted and self.checks is not None and self.checks.offer(image, prediction):
+        if prediction.accepted and self.checks is not None and self.checks.offer(image, prediction, client):
             return "check"
         if prediction.accepted and head.unknown.can_promise(KEEP):
             prediction = predict(head, embeddings, abstention=Abstention(KEEP, max_error=self._max_error))[0]
@@ -133,27 +141,31 @@ class Collector:
         name = picture_name(image)
         if name in self._folder.pictures() or head.near_support(embeddings.plain, self._kept)[0]:
             return "near duplicate"
-        if not self._make_room(1):
+        if not self._make_room(1, client):
             return "left out"
         self._folder.write(name, image)
         best, reason = prediction.top[0], UNKNOWN if prediction.label is None else UNSURE
-        values = name, best.label, f"{best.probability:.4f}", reason, time_text()
+        values = name, best.label, f"{best.probability:.4f}", reason, time_text(), client
         self._table.add(dict(zip(COLUMNS, values, strict=True)))
         self._kept = [*self._kept, embeddings.plain[0]][-self._limit :]
         return "kept"
 
-    def _make_room(self, more: int) -> bool:
-        """Make the table list what the folder has, and let the oldest pictures without a label go, so that `more` fit.
-        False if they don't."""
+    def _make_room(self, more: int, client: str = "") -> bool:
+        """Make the table list what the folder has, and let pictures without a label go, so that `more` of the client
+        fit. False if they don't."""
         files = self._folder.pictures()
         for name in self._sampled.rows:
             files.pop(name, None)
         if found := sorted(files.keys() - self._table.rows.keys(), key=files.__getitem__):
             self._table.add(*({"path": name, "reason": FOUND, "time": time_text(files[name])} for name in found))
         rows, labels = sorted(self._table.rows.values(), key=lambda row: row["time"]), self._folder.labels()
-        unlabelled = [row["path"] for row in rows if row["path"] not in labels and not row.get("label")]
+        held, ranks = Counter({client: more}), dict[str, int]()  # each client's newest picture has rank 1
+        for row in reversed(rows):
+            if (path := row["path"]) in files and path not in labels and not row.get("label"):
+                held[row.get("client", "")] += 1
+                ranks[path] = held[row.get("client", "")]
         surplus = max(0, len(files) + more - self._limit)
-        gone = [path for path in unlabelled if path in files][:surplus]
+        gone = sorted(reversed(ranks), key=ranks.__getitem__, reverse=True)[:surplus]  # of equal ranks the oldest
         fits = len(gone) == surplus
         gone = gone if fits else []
         missing = [path for path in self._table.rows if is_picture_name(path) and path not in files]

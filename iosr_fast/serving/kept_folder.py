@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import re
+import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -14,12 +16,14 @@ from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.limits import image_kind
-from iosr_fast.sealed.files import lock_folder
+from iosr_fast.sealed.files import lock_folder, open_regular
 from iosr_fast.utils.csv_text import check_columns, escaped, line_writer, read_rows
 
 LABELS = "labels.csv"  # of other people, which the server only reads
+SECRET = "secret"  # random bytes, by which pictures are drawn and clients named
+_SECRET_BYTES = 32
 _PICTURE = re.compile(r"[0-9a-f]{32}\.(?:png|jpeg|webp|image)")
-_TEMPORARY = re.compile(rf"\.(?:{_PICTURE.pattern}|collected\.csv|checks\.csv)\.tmp")
+_TEMPORARY = re.compile(rf"\.(?:{_PICTURE.pattern}|collected\.csv|checks\.csv|{SECRET})\.tmp")
 
 
 def picture_name(image: bytes) -> str:
@@ -45,7 +49,7 @@ class KeptFolder:
     """The files of one server. All are opened below the folder's descriptor, never through a link, and only their owner
     can read them. Nothing is removed but pictures, and what a killed server had half written.
 
-    Raises IosrFastError where another server has the folder, and OSError where it can't be made or written.
+    Raises IosrFastError where another server has the folder or SECRET is damaged, and OSError if it can't be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,6 +63,19 @@ class KeptFolder:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) if lock is None else lock
             for name in filter(_TEMPORARY.fullmatch, os.listdir(self._descriptor)):
                 os.unlink(name, dir_fd=self._descriptor)
+        try:
+            with open(path / SECRET, "rb", opener=self._open) as file:
+                self._secret = file.read()
+        except FileNotFoundError:
+            self._secret = secrets.token_bytes(_SECRET_BYTES)
+            self.write(SECRET, self._secret)
+        if (size := len(self._secret)) != _SECRET_BYTES:
+            raise IosrFastError(f"expected {_SECRET_BYTES} bytes in {path / SECRET}, got {size}: restore or remove it")
+
+    def keyed(self, text: str) -> str:
+        """The HMAC-SHA256 of a text by SECRET, in hexadecimal digits: the same after a restart, and nobody without it
+        can foresee them, or tell the text from them."""
+        return hmac.digest(self._secret, text.encode(), "sha256").hex()
 
     def pictures(self) -> dict[str, float]:
         """The pictures in the folder, with the times of their last change."""
@@ -113,13 +130,13 @@ class KeptFolder:
         os.close(self._descriptor)
 
     def _put(self, name: str, mode: str, content: bytes) -> None:
-        with open(name, mode, opener=self._open) as file:
+        with open(self.path / name, mode, opener=self._open) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
     def _open(self, path: str, flags: int) -> int:
-        return os.open(Path(path).name, flags | os.O_NOFOLLOW, 0o600, dir_fd=self._descriptor)
+        return open_regular(path, flags | os.O_NOFOLLOW, self._descriptor)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:

@@ -35,6 +35,7 @@ from iosr_fast.head.fitted import Fit
 from iosr_fast.head.names import check_names
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.sealed.files import open_regular
 from iosr_fast.sealed.folders import new_folder
 from iosr_fast.sealed.manifest import LARGEST_MANIFEST, MANIFEST, write_manifest
 from iosr_fast.sealed.schema import check_files, facts_to_json, read_facts, refused
@@ -303,7 +304,7 @@ def load_saved(folder: str | Path, threads: int | None = None, expected_digest: 
 def kind_of(folder: str | Path) -> str:
     """What the folder says it is, a classifier if nothing; `open_verified` says what is wrong with it."""
     try:
-        with Path(folder, MANIFEST).open("rb") as file:
+        with open(Path(folder, MANIFEST), "rb", opener=open_regular) as file:
             kind = json.loads(file.read(LARGEST_MANIFEST))["kind"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return KIND

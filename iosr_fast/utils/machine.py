@@ -42,6 +42,13 @@ def usable_threads() -> int:
     return count if quota >= count else math.ceil(quota)
 
 
+def split_cores(cores: int, wanted: int, most: int) -> tuple[int, int]:
+    """How many runs of an engine at once, and with how many threads each, leave fewest of `cores` idle: about `wanted`
+    runs, more than half as many and at most `most`."""
+    runs = min(range(most, wanted // 2, -1), key=lambda runs: (cores % runs, abs(runs - wanted)))
+    return runs, cores // runs
+
+
 @cache
 def cpu_quota(memberships: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
     """How many processors' time this process may take by its control groups, as `docker --cpus 4` limits it: the least

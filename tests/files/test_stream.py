@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from iosr_fast.head.support_images import SupportSettings, encode_images
 from iosr_fast.images import preprocess
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import Decode, DecodedBatch
+from iosr_fast.serving.http.opening import open_served
+from iosr_fast.serving.http.settings import Settings
 
 SIZE = 8
 TWO_WAYS = pytest.mark.parametrize(("callers", "decode_threads"), [(1, 2), (3, 0)])
@@ -126,6 +129,23 @@ def test_pixels_of_few_batches_are_in_memory(callers: int, decode_threads: int) 
         for _ in answers:
             time.sleep(0.001)
     assert len(most) == 100 and max(most) <= (callers if callers > 1 else decode_threads + 2)
+
+
+def test_nearly_no_core_idles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where many images are encoded, and where a classifier is served."""
+    monkeypatch.setattr("iosr_fast.encoders.runtimes.open_engine", lambda *_, **options: Mock(parallel=True, **options))
+    monkeypatch.setattr("iosr_fast.serving.http.opening.load_saved", Mock())
+    opened = Mock(side_effect=lambda saved, *_: saved)
+    monkeypatch.setattr("iosr_fast.classifier.open_together", opened)
+    for cores in range(1, 65):
+        reader = Reader(Mock(parallel=True, buckets=None), Path(), SupportSettings(), ReadOptions(4, threads=cores))
+        encoder = reader.stage(10_000).encoder if cores > 1 else Mock(runs=1, threads=1)
+        assert min(cores, 8) / 2 < encoder.runs <= 8
+        open_served(Path(), Settings(), cores)
+        threads, runs = opened.call_args.args[2:]
+        assert runs < 2.2 * cores**0.5 and threads < 2.2 * cores**0.5 and (threads > 1 or cores < 4)
+        for idle in (cores - encoder.runs * encoder.threads, cores - runs * threads):
+            assert 0 <= idle <= max(1, cores / 11), cores
 
 
 def test_callers_encode_side_by_side_and_one_caller_alone() -> None:

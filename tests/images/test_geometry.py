@@ -18,10 +18,11 @@ from benchmarks.photographs import photograph
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.limits import DecodeLimits, work_pixels
+from iosr_fast.images.limits import DecodeLimits, scans_factor, work_pixels
 from iosr_fast.images.preprocess import decode_pixels, open_image, random_view, resize_and_crop
 from iosr_fast.serving.batching.decoder import Decoder
 from tests.images.geometries import GEOMETRIES
+from tests.images.jpegs import jpeg, scan
 from tests.pictures import encode
 from tests.serving.batching_fakes import to_decode
 
@@ -122,6 +123,14 @@ def test_limits_follow_from_what_resizing_makes() -> None:
     for source in (encode(Image.new("L", (1, 2500))), Image.new("L", (2500, 1)), np.zeros((2500, 1), np.uint8)):
         with pytest.raises(BadImageError, match="aspect ratio too extreme"):
             decode_pixels(source, Geometry(224))  # a hundred million pixels, whatever the caller
+
+
+@pytest.mark.parametrize("scans", [1, 10, 100, 1000])
+def test_a_jpeg_is_as_much_work_as_its_scans(scans: int) -> None:
+    data = jpeg(0xC2, 64, 64, scan(1, 2, 3, band=(0, 0, 0)), *[scan(1, band=(1, 63, 0))] * (scans - 1))
+    assert scans_factor(data) == max(1, scans / 10)
+    assert scans_factor(encode(Image.effect_noise((90, 70), 50).convert("RGB"), "JPEG", progressive=True)) == 1
+    assert scans_factor(encode(Image.new("L", (9, 9))) + data) == 1  # no JPEG
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

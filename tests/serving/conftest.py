@@ -27,6 +27,11 @@ def _fake_heads_answer() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _metrics_are_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iosr_fast.serving.http.health.SCRAPE_S", 0.0)
+
+
 @pytest.fixture
 def classifier() -> FakeClassifier:
     return FakeClassifier()

@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from iosr_fast.serving.http.metrics import Metrics
-from iosr_fast.serving.http.server import uvicorn_config
+from iosr_fast.serving.http.server import Edge
 from iosr_fast.serving.http.settings import Settings
 from tests.waiting import wait_until
 
@@ -30,6 +29,7 @@ class Site:
     of the requests that reach it.
 
     /unread answers without reading the body, /slow after half a second, /big with BIG bytes in parts, /whole at once.
+    /block stops the event loop for half a second.
     """
 
     def __init__(self, app: Any = None, **settings: Any) -> None:
@@ -39,7 +39,7 @@ class Site:
         self.settings = Settings(**{"grace_s": 3, "host": "0.0.0.0", **settings})  # any Host
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = listener.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn_config(app or self._app, self.settings, self.metrics))
+        self.server = Edge(app or self._app, self.settings, self.metrics)
         self.connections = self.server.server_state.connections
         self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
         self.thread.start()
@@ -51,6 +51,8 @@ class Site:
         with contextlib.suppress(ClientDisconnect):
             body = b"" if path == "/unread" else await request.body()
             self.seen.append((scope["method"], path, len(body)))
+            if path == "/block":
+                time.sleep(0.5)
             if path == "/slow":
                 watch = asyncio.ensure_future(receive())
                 await asyncio.wait({watch}, timeout=0.5)

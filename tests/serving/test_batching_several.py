@@ -60,7 +60,7 @@ class Several:
         self.batching = BatchingClassifier(self.named, decode_threads=2, observer=self.watcher, **options)
         return self.batching
 
-    def collect(self, image: Any, rows: Any, head: Any) -> None:
+    def collect(self, image: Any, rows: Any, head: Any, client: str) -> None:
         self.collected.append((head.version, int(rows.plain[0, 0])))
 
     def ask(self, number: int = 1, names: Names = ALL) -> Any:

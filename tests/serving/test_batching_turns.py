@@ -14,32 +14,46 @@ from iosr_fast.images.crop import Box, Crop, Sharing
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.serving.batching.admission import Admission
-from iosr_fast.serving.batching.item import Item, Query
+from iosr_fast.serving.batching.item import LARGE_PIXELS, Item, Query
 from iosr_fast.serving.batching.queue import BatchQueue
+from tests.images.jpegs import jpeg, scan
 from tests.pictures import encode
-from tests.serving.batching_fakes import FakeClassifier, FakeEncoder, Watcher, labels, picture, to_decode, until
+from tests.serving.batching_fakes import (
+    PATIENCE_S,
+    FakeClassifier,
+    FakeEncoder,
+    Watcher,
+    labels,
+    picture,
+    to_decode,
+    until,
+)
 from tests.serving.hostile_images import png
 
 LARGE = 49_000_000
+NINE = Box(0, 0, 9, 9)
 SMALL = encode(np.full((9, 9, 3), 7, np.uint8))
 MINUTE, USUAL = 60.0, 5.0  # deadlines
 
 
 def items(client: str, count: int = 1, cost: int = 0, request: int = 0, name: str = "") -> list[Item]:
     query, encoder = Query(client=client), FakeEncoder()
-    return [Item(name or client, i, query, 0.0, request, cost=cost, encoder=encoder) for i in range(count)]
+    made = [Item(name or client, i, query, 0.0, request, cost=cost, encoder=encoder) for i in range(count)]
+    for item in made:
+        item.large = cost > LARGE_PIXELS
+    return made
 
 
-def parts_of(client: str, data: bytes, count: int, request: int = 0) -> list[Item]:
+def parts_of(client: str, data: bytes, count: int, request: int = 0, box: Box = NINE) -> list[Item]:
     """Parts of one picture."""
     query, encoder = Query(client=client), FakeEncoder()
-    parts = Sharing()([Crop(data, Box(0, 0, 9, 9))] * count)
+    parts = Sharing()([Crop(data, box)] * count)
     return [Item(part, i, query, 0.0, request, encoder=encoder) for i, part in enumerate(parts)]
 
 
 def submit(admission: Admission, made: list[Item], deadline_s: float | None = MINUTE) -> list[Item]:
     for item in made:
-        admission.judge(item)
+        admission.judge([item], item.cost)
     admission.check_room(made[0].client, made)
     admission.accept(made, deadline_s)
     return made
@@ -61,9 +75,9 @@ def names(jobs: list[Any]) -> str:
     return "".join(job.image for job in jobs)
 
 
-def done(queue: BatchQueue, *jobs: Item) -> None:
+def done(queue: BatchQueue, *jobs: Item, seconds: float = 0.0) -> None:
     for job in jobs:
-        queue.decoded([job], [ValueError()])
+        queue.decoded([job], [ValueError()], seconds)
 
 
 # --- turns ---
@@ -81,7 +95,7 @@ def test_parts_of_a_picture_have_a_place_each_and_one_turn_together() -> None:
     data = png(6000, 4000)
     parts = parts_of("one", data, 4)
     queue = waiting(99, parts, parts_of("one", data, 1, request=1), items("two", name="c"))
-    assert queue.pending == 6 and [part.work for part in parts] == [24_000_000, 0, 0, 0]
+    assert queue.pending == 6
     assert parts[0].future.cancel() and queue.pending == 5
     jobs = [queue.next_to_decode() for _ in range(3)]
     assert sorted(map(len, jobs)) == [1, 1, 3] and parts[1:] in jobs, "the other request has its own turn"
@@ -102,6 +116,36 @@ def test_large_images_leave_a_decoder_to_the_others(decoders: int) -> None:
         done(queue, small)
     done(queue, large[0])
     assert names(taken(queue, 1)) == "L"
+
+
+def test_clients_whose_images_take_long_leave_a_decoder_to_the_others() -> None:
+    """Whatever their headers say, and those that wait already, too."""
+    queue = waiting(2, *[items(client, 3, name=client) for client in "ab"])
+    done(queue, *taken(queue, 2), seconds=4.0)
+    queue.admit(items("a", request=1), None)
+    (slow,) = taken(queue, 1)
+    assert slow.large and queue._decodable() is None
+    queue.admit(items("honest"), None)
+    assert names(taken(queue, 1)) == "honest"
+
+
+@pytest.mark.parametrize(
+    ("box", "count", "work"),
+    [
+        (NINE, 64, 6_000_000 + 63 * 9 * 9),
+        (Box(0, 0, 3000, 2000), 64, 384_000_000),
+        (Box(0, 0, 3000, 2000), 128, 400_000_000),  # decoding goes on for no more than 4 s
+        (Box(0, 0, 1000, 1e9), 5, 6_000_000 + 4 * 3_000_000),  # as it would be in a picture that EXIF turns
+        (Box(0.1, 0.1, 0.5, 0.5, relative=True), 6, 6_000_000 + 5 * 1500 * 1500),
+        (Box(0, 0, 1, 2000), 4, 6_000_000 + 3 * 4 * 8000),  # its shorter side is resized to 4
+    ],
+)
+def test_each_part_of_a_picture_is_work(box: Box, count: int, work: int) -> None:
+    parts = parts_of("a", png(3000, 2000), count, box=box)
+    waiting(2, parts)
+    assert sum(part.work for part in parts) == pytest.approx(work, abs=count)
+    assert {part.large for part in parts} == {work > LARGE_PIXELS}
+    assert {part.cost for part in parts} == {6_000_000}, "which its memory follows from"
 
 
 @pytest.mark.parametrize(("decoders", "cost", "most"), [(1, 0, 1), (2, 0, 1), (3, 0, 2), (3, LARGE, 1), (8, LARGE, 6)])
@@ -206,7 +250,7 @@ def measured(decoders: int = 2, encode_s: float = 0.03, **decode_s: float) -> Ad
     admission.measure_batch(encode_s, 1)
     for client, seconds in decode_s.items():
         for item in items(client) * 30 + items(client, cost=LARGE) * 30:
-            admission.measure_decoding(item, seconds)
+            admission.measure_decoding(item, seconds, 0.0)
     return admission
 
 
@@ -234,7 +278,7 @@ def test_a_form_of_large_images_refuses_no_other_request_of_its_client(decoders:
     """Requests of a client take turns: a small one waits for one image of the form, not for 64."""
     admission = measured(decoders)
     for large in items("a", 30, LARGE):
-        admission.measure_decoding(large, 0.6)
+        admission.measure_decoding(large, 0.6, 0.0)
     form = submit(admission, items("a", 64, 50_000_000))
     (small,) = submit(admission, items("a", 1, 3_000_000, request=1), USUAL)
     assert small.deadline == USUAL and (small.work, form[0].work) == (3_000_000, 60_000_000)
@@ -267,13 +311,32 @@ def test_deadlines_are_bounded_by_the_estimate() -> None:
 
 def test_one_slow_image_does_not_refuse_the_next_ones() -> None:
     admission = measured(a=0.01)
-    admission.measure_decoding(items("a")[0], 4.0)
+    admission.measure_decoding(items("a")[0], 4.0, 0.0)
     admission.measure_batch(4.0, 1)
     submit(admission, items("a", 40), USUAL)
     submit(admission, items("a", 40), USUAL)
 
 
+def test_a_client_is_slow_for_a_while() -> None:
+    admission, late = Admission(256, 2, 1), items("a", 2)
+    assert admission.measure_decoding(items("a")[0], 4.0, 10.0)
+    late[0].submitted, late[1].submitted = 249.0, 251.0
+    submit(admission, late)
+    assert [item.large for item in late] == [True, False]
+
+
 # --- with decoders ---
+
+
+def test_a_flood_of_jpegs_of_many_scans_leaves_a_decoder_to_others() -> None:
+    """Each takes many seconds for its 60,000 scans, without more pixels than others have."""
+    flood = jpeg(0xC2, 2000, 2000, scan(1, 2, 3, band=(0, 0, 0)), *[scan(1, band=(1, 63, 0))] * 60_000)
+    limits = DecodeLimits(timeout_s=PATIENCE_S)
+    batching = BatchingClassifier(FakeClassifier(), decode_threads=2, isolated=True, limits=limits)
+    floods = [batching.submit(flood, client=f"attacker {i % 4}") for i in range(8)]
+    assert labels([batching.submit(SMALL, deadline_s=USUAL, client="lone")]) == [7]
+    assert not any(one.done() for one in floods)
+    batching.close(0.1)
 
 
 @pytest.mark.parametrize("decoders", [1, 2])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,9 +20,8 @@ from iosr_fast.head.predictions import Prediction
 from iosr_fast.serving import check_sample
 from iosr_fast.serving.check_sample import COLUMNS, TABLE, CheckSample
 from iosr_fast.serving.collector import Collector
-from iosr_fast.serving.http import recent
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.kept_folder import LABELS, KeptFolder, KeptTable
+from iosr_fast.serving.kept_folder import LABELS, SECRET, KeptFolder, KeptTable
 from tests.pictures import encode
 from tests.serving.http_client import Client, queries, serving
 from tests.serving.test_collector import save_labels
@@ -48,8 +49,8 @@ def sampling(
         kept.close()
 
 
-def offer(sample: CheckSample, *pictures: int) -> list[bool]:
-    return [sample.offer(b"%d" % number, ANSWER) for number in pictures]
+def offer(sample: CheckSample, *pictures: int, client: str = "") -> list[bool]:
+    return [sample.offer(b"%d" % number, ANSWER, client) for number in pictures]
 
 
 @functools.cache
@@ -154,7 +155,7 @@ def test_an_answer_above_the_label_is_right_wherever_its_class_moves_later(tmp_p
     before = ("fruit", "apple"), ("fruit",), ("fruit", "apple"), (), ()
     given = {0: "motif 0", 1: "motif 1", 2: "motif 3", 3: "apple", 4: "nonsense"}
     with sampling(tmp_path) as sample:
-        assert all(sample.offer(b"%d" % i, replace(ANSWER, label="fruit", class_id=None)) for i in given)
+        assert all(sample.offer(b"%d" % i, replace(ANSWER, label="fruit", class_id=None), "") for i in given)
         paths = [row["path"] for row in table(tmp_path)]
         save_labels(tmp_path, {path: given[i] for i, path in enumerate(paths)})
         assert read(sample, *before) == (5, 2)
@@ -189,6 +190,34 @@ def test_another_promise_starts_anew_and_says_so(
         assert "this version computes promises in another way" in caplog.text and read(sample) == (0, 0)
 
 
+def test_a_secret_of_the_folder_draws_so_that_no_client_can_choose(tmp_path: Path) -> None:
+    """Pictures of which a bare SHA-256 would draw all are drawn like others."""
+    bare = [i for i in range(4_000) if int.from_bytes(hashlib.sha256(b"%d" % i).digest()[-8:], "big") < 0.1 * 2.0**64]
+    drawn = []
+    for folder in ("one", "one", "another"):
+        (tmp_path / folder / TABLE).unlink(missing_ok=True)
+        with sampling(tmp_path / folder, share=0.1) as sample:
+            drawn.append(offer(sample, *bare))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(bare) > 300 and all(0.02 < np.mean(of_folder) < 0.25 for of_folder in drawn)
+    secret = tmp_path / "one" / SECRET
+    assert len(secret.read_bytes()) == 32 and stat.S_IMODE(secret.stat().st_mode) == 0o600
+    secret.write_bytes(bytes(31))
+    with pytest.raises(IosrFastError, match=r"expected 32 bytes in .*one/secret, got 31: restore or remove it"):
+        KeptFolder(tmp_path / "one")
+
+
+def test_no_client_fills_the_places_of_the_sample(tmp_path: Path) -> None:
+    with sampling(tmp_path, limit=8) as sample:
+        assert offer(sample, *range(6), client="a") == [True] * 4 + [False] * 2
+    with sampling(tmp_path, limit=8) as sample:
+        assert offer(sample, 6, client="a") == [False] and offer(sample, 7, 8, 9, client="b") == [True, True, False]
+        assert offer(sample, 10, 11, 12) == [True, True, False], "the program may fill it"
+        save_labels(tmp_path, {row["path"]: "pear" for row in table(tmp_path)[:4]})
+        read(sample)
+        assert offer(sample, 13, client="a") == [True]
+
+
 def test_the_sample_is_of_the_share_and_at_most_so_many_wait(tmp_path: Path) -> None:
     with sampling(tmp_path / "share", share=0.1) as sample:
         assert 70 <= sum(offer(sample, *range(1_000))) <= 130
@@ -216,7 +245,7 @@ def test_a_table_that_cannot_be_read_stops_neither_sampling_nor_serving(
     (tmp_path / TABLE).unlink()
     (tmp_path / TABLE).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic links"):
-        collector.checks.offer(b"1", ANSWER)  # type: ignore[union-attr]
+        collector.checks.offer(b"1", ANSWER, "")  # type: ignore[union-attr]
     assert not (tmp_path / "elsewhere").exists()
     collector.close()
     with pytest.raises(IosrFastError, match="expected --collect with --check-share"):
@@ -227,7 +256,9 @@ def test_pictures_stranger_than_the_examples_are_noted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # With 24 left-out images no picture is strange; these log odds tell pictures like these.
-    monkeypatch.setattr(recent, "strange_odds", lambda left_out: -1.2 if len(left_out.labels) == 24 else None)
+    monkeypatch.setattr(
+        "iosr_fast.head.head.strange_odds", lambda left_out: -1.2 if len(left_out.labels) == 24 else None
+    )
     rng = np.random.default_rng(0)
     noise = [encode(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(60)]
     with serving(max_error=MAX_ERROR) as client:

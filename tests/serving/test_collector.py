@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import errno
 import math
+import os
+import signal
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +18,15 @@ import numpy as np
 import pytest
 
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.source import read_source
 from iosr_fast.head.labelled_images import labelled_images
+from iosr_fast.serving import check_sample, collector
 from iosr_fast.serving.batching.decoder import grey_png
 from iosr_fast.serving.collector import TABLE, Collector
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.kept_folder import LABELS
+from iosr_fast.serving.kept_folder import LABELS, SECRET
 from tests.pictures import encode
 from tests.serving.http_client import AUTHORISED, Client, form, load, probe_soon, queries, query_labels, serving
 from tests.waiting import wait_until
@@ -39,11 +44,11 @@ def collecting(
     settings: dict[str, Any] = {"max_error": MAX_ERROR, "collect": folder, "collect_limit": limit}
     with serving(classifier, collector=collector, **settings) as client:
 
-        def send(*images: bytes | int) -> None:
-            """Pictures one by one, of `noise` by their seeds; returns when they are judged."""
+        def send(*images: bytes | int, by: str = "192.0.2.9") -> None:
+            """Pictures one by one, of `noise` by their seeds, of a client; returns when they are judged."""
             for image in images:
                 data = image if isinstance(image, bytes) else encode(noise(image))
-                assert client.predict(data).status_code == 200
+                client.service.batching.submit(data, client=by).result(20)
             collector.settle()
 
         yield client, outcomes, send
@@ -66,7 +71,7 @@ def noise(seed: int = 0) -> np.ndarray:
 
 
 def pictures(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {TABLE, LABELS}
+    return {path.name for path in folder.iterdir()} - {TABLE, LABELS, SECRET}
 
 
 def test_pictures_are_served_kept_suggested_labelled_added_and_then_answered(tmp_path: Path) -> None:
@@ -114,6 +119,73 @@ def test_the_oldest_without_a_label_go_and_labelled_ones_stay(tmp_path: Path) ->
         save_labels(tmp_path, labels | {row["path"]: "pear" for row in rows})
         send(5)
         assert table(tmp_path) == rows and outcomes == ["kept"] * 5 + ["left out"]
+
+
+def test_a_client_with_most_pictures_loses_its_own_oldest(tmp_path: Path) -> None:
+    """Across a restart, too; rows of a table without the column are those of one client."""
+    with collecting(tmp_path, limit=4) as (_, _, send):
+        send(0, by="192.0.2.1")
+        send(1, 2, 3, 4, by="192.0.2.2")
+        rows = table(tmp_path)
+        assert [(tmp_path / row["path"]).read_bytes() for row in rows] == [encode(noise(i)) for i in (0, 2, 3, 4)]
+    with collecting(tmp_path, limit=4) as (_, _, send):
+        send(5, by="192.0.2.3")
+        send(6, 7, by="192.0.2.2")
+        kept = table(tmp_path)
+        assert kept[0] == rows[0] and [row["client"] for row in kept[1:]].count(rows[1]["client"]) == 2
+        assert [len({row["client"] for row in kept}), len(kept)] == [3, 4]
+        assert "192.0.2" not in (tmp_path / TABLE).read_text()
+    lines = [",".join(row[name] for name in collector.COLUMNS[:-1]) for row in kept]
+    (tmp_path / TABLE).write_text("\n".join([",".join(collector.COLUMNS[:-1]), *lines, ""]))
+    with collecting(tmp_path, limit=4) as (_, _, send):
+        send(8, 9, 10, by="192.0.2.1")
+        assert [row["path"] for row in table(tmp_path)[:2]] == [row["path"] for row in kept[2:]]
+    assert len(read_source([str(tmp_path / TABLE)]).paths) == 4
+
+
+def test_what_waits_to_be_judged_is_shared_and_one_reading_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collector, "_WAITING", 100)
+    judge, outcomes, read = threading.Event(), [], []
+
+    def on_outcome(outcome: str) -> None:
+        outcomes.append(outcome)
+        assert outcome == "left out" or judge.wait(20)
+
+    made = Collector(tmp_path, 10, MAX_ERROR, on_outcome, check_share=0.5)
+    monkeypatch.setattr(made.checks, "read_labels", read.append)
+    embeddings, head = Embeddings(np.zeros((1, 8), np.float32), None), None
+    made.offer(bytes(30), embeddings, head, "a")  # type: ignore[arg-type]
+    wait_until(lambda: outcomes == ["failed"])  # without a head; the thread waits
+    for client, size, left_out in (("a", 21, 1), ("a", 20, 1), ("a", 1, 2), ("b", 25, 2), ("b", 1, 3), ("", 25, 3)):
+        made.offer(bytes(size), embeddings, head, client)  # type: ignore[arg-type]
+        assert outcomes.count("left out") == left_out, (client, size)
+    for _ in range(9):
+        made.read_labels(head)  # type: ignore[arg-type]
+    judge.set()
+    made.settle()
+    assert len(read) == 1 + outcomes.count("failed") == 5
+    made.offer(bytes(50), embeddings, head, "b")  # type: ignore[arg-type]
+    made.close()
+    assert outcomes.count("failed") == 5
+
+
+@pytest.mark.parametrize("name", [TABLE, LABELS, check_sample.TABLE, SECRET])
+def test_a_pipe_in_the_folder_is_an_error_and_keeps_nobody_waiting(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+
+    def waited(*_: Any) -> None:
+        raise TimeoutError("it waits for the pipe's writer")
+
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(10)
+    try:
+        with pytest.raises(IosrFastError, match=f"expected a regular file at .*{name}"):
+            Collector(tmp_path, 10, MAX_ERROR, check_share=0.5)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_rows_that_an_editor_saves_over_come_back_and_all_files_count(tmp_path: Path) -> None:
@@ -184,8 +256,8 @@ def test_a_full_disk_stops_collecting_and_not_serving(tmp_path: Path, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr("iosr_fast.serving.kept_folder.os.fsync", full)
             send(0)
-            assert [path.name for path in tmp_path.iterdir()] == [TABLE]
-            with pytest.raises(OSError, match=r"expected to write .*new/collected.csv, got No space .*: make room"):
+            assert not pictures(tmp_path)
+            with pytest.raises(OSError, match=r"expected to write .*new/secret, got No space .*: make room"):
                 Collector(tmp_path / "new", 10, MAX_ERROR)
         send(0)
         assert outcomes == ["failed", "kept"]

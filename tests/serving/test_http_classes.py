@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import CancelledError
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 
+from iosr_fast.serving.http.errors import ApiError
+from iosr_fast.serving.http.opening import Opening
+from iosr_fast.serving.http.settings import Settings
+from iosr_fast.store.store import Store
 from tests.pictures import GREY, encode
 from tests.serving.http_client import (
     AUTHORISED,
@@ -17,6 +27,7 @@ from tests.serving.http_client import (
     TOKEN,
     Client,
     Gate,
+    bundle,
     error_of,
     fields,
     form,
@@ -210,8 +221,8 @@ async def answer_unread(app: Any, method: str, path: str, headers: list[tuple[by
 
 
 def test_no_byte_of_a_body_is_read_before_the_token(shared: Client) -> None:
-    more = [(method, path) for method in ("PUT", "PATCH", "TRACE", "post", "X") for path in ("/", "/v1/predict", "/no")]
-    odd = [("POST", path) for path in ("/v1/predict/", "//v1/predict", "/v1/retune/", "/V1/PREDICT", "*", "")]
+    more = [(method, path) for method in ("PUT", "PATCH", "TRACE", "post", "X") for path in ("/", "/v1/predict")]
+    odd = [("POST", path) for path in ("/v1/predict/", "//v1/predict", "/v1/retune/", "/V1/PREDICT", "/no", "*", "")]
     long = [("PATCH", "/v1/classes/" + "x" * 5_000), ("PATCH", "/v1/classes/\N{ARABIC-INDIC DIGIT THREE}")]
     kinds = [b"application/json", b"multipart/form-data; boundary=x", b"multipart/form-data", b"\xff", b""]
     right = b"Bearer " + TOKEN.encode()
@@ -223,7 +234,28 @@ def test_no_byte_of_a_body_is_read_before_the_token(shared: Client) -> None:
                 for sized in ([(b"content-length", b"31000000")], [(b"transfer-encoding", b"chunked")], []):
                     headers = [(b"content-type", kind), (b"content-encoding", b"gzip"), *sized, *tokens]
                     told = shared.run(answer_unread(shared.app, method, path, headers))
-                    assert told == 401, (method, path, kind, sized)
+                    expected = 405 if (method, path) in more else 404 if (method, path) in odd else 401
+                    assert told == expected, (method, path, kind, sized)
+
+
+def test_every_spelling_of_a_change_needs_the_token(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = shared.get("/openapi.json").json()["paths"]
+    described = [(method.upper(), path) for path, told in paths.items() for method in told if method != "get"]
+    assert len(described) == len(CHANGES) + 1, "a new route is in CHANGES, or changes nothing as /v1/predict"
+    monkeypatch.setattr(type(shared.service), "change", Mock(side_effect=ApiError(409, "reached", "a change is made")))
+    right, reached = TOKEN.encode(), set()
+    for method, path in CHANGES:
+        odd = ("/" + path, path + "/", path + "/.", path.upper(), path.replace("1", "%31"), path + "?x", path + "\0")
+        ids = [path.replace(one, other) for one in ("~0", "e0") for other in ("", "..", "a b", "é", "\n", "x" * 999)]
+        for spelled in (path, *odd, *ids, *(one + "\n" for one in (path, *ids))):
+            for verb in (method, method.lower(), "PUT", "QUERY"):
+                ask = partial(answer_unread, shared.app, verb, spelled)
+                told = shared.run(ask([(b"authorization", b"Bearer " + right)]))
+                reached |= {spelled} if told not in (404, 405) else set()
+                for wrong in ([], [b"Bearer " + right[:-1] + b"x"], [b"Bearer x" + right[1:]], [b"Basic " + right]):
+                    refused = shared.run(ask([(b"authorization", value) for value in wrong]))
+                    assert refused == (told if told in (404, 405) else 401), (verb, spelled)
+    assert {path for _, path in CHANGES} | {"/v1/retune\n"} <= reached and shared.service.classifier.version == 1
 
 
 def test_a_body_without_images_is_small_even_with_the_token(shared: Client) -> None:
@@ -246,10 +278,29 @@ def test_without_a_token_nobody_changes_anything() -> None:
         for method, path in CHANGES:
             response = client.ask(method, path, headers=AUTHORISED)
             assert error_of(response, 403) == "changes_disabled" and "--token-file" in response.text
+        assert error_of(client.ask("POST", "/predict", content=GREY), 404) == "not_found", "no such route"
         assert client.predict(GREY).status_code == 200
 
 
 # --- many, slow and failing changes ---
+
+
+def test_closing_waits_no_longer_for_a_change_than_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opening, go_on = Opening({"": bundle()}, Settings(token=TOKEN, log=tmp_path / "changes.db")), threading.Event()
+    (group,) = opening.open()
+    with ExitStack() as closing:
+        client = Client(opening.start([group], closing))
+        monkeypatch.setattr(Store, "_ready", lambda self, head: go_on.wait(20) and head)
+        changes = [client.start("DELETE", f"/v1/classes/~{number}", headers=AUTHORISED) for number in range(2)]
+        wait_until(group[""]._store.lock.locked)
+    assert client.service.unfinished and "change_abandoned" in caplog.text, "it still runs, and has the log"
+    go_on.set()
+    assert changes[0].result(20).status_code == 200 and client.service.close(20) and not client.service.unfinished
+    with pytest.raises(CancelledError):
+        changes[1].result(20)
+    client.close()
 
 
 def test_few_changes_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +313,7 @@ def test_few_changes_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
             client.start("POST", "/v1/classes", data={"name": f"new {i}"}, files=form(image), headers=AUTHORISED)
             for i, image in enumerate(queries()[:2])
         ]
-        wait_until(lambda: client.service._waiting == 2)
+        wait_until(lambda: len(client.service.unfinished) == 2)
         response = client.ask("POST", "/v1/retune", headers=AUTHORISED)
         assert error_of(response, 503) == "busy" and int(response.headers["Retry-After"]) >= 1
         gate.open()

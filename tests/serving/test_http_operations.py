@@ -96,10 +96,18 @@ def test_all_shares_of_an_ipv6_network_are_one(shared: Client, monkeypatch: pyte
     assert {call.args[0] for call in (*shares.mock_calls, *room.mock_calls)} == {"2001:db8::/64"}
 
 
-def test_a_warm_server_has_described_its_api(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_that_do_not_change_are_made_once(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     warm(shared.app, shared.service)
     monkeypatch.setattr("fastapi.applications.get_openapi", Mock(side_effect=AssertionError))
     assert "/v1/predict" in shared.get("/openapi.json").json()["paths"]
+    monkeypatch.setattr(shared.app, "openapi", Mock(side_effect=AssertionError))
+    assert "/v1/predict" in shared.get("/openapi.json").json()["paths"]
+    rendered = Mock(side_effect=shared.service.metrics.text)
+    monkeypatch.setattr(shared.service.metrics, "text", rendered)
+    monkeypatch.setattr("iosr_fast.serving.http.health.SCRAPE_S", 60.0)
+    shared.get("/metrics")
+    asked = [shared.start("GET", "/metrics") for _ in range(20)]
+    assert len({one.result(30).content for one in asked}) == 1 and rendered.call_count <= 1
 
 
 def test_metrics_count_and_forget_classes_that_are_gone() -> None:
@@ -173,7 +181,6 @@ def test_the_page_comes_with_headers_that_let_nothing_else_in(shared: Client) ->
         assert response.headers["Referrer-Policy"] == "no-referrer"
     for path in ("/static/", "/static/..%2fapp.py", "/static/app.py", "/docs"):
         assert error_of(shared.get(path), 404) == "not_found"
-    assert error_of(shared.ask("PUT", "/v1/classes", headers=AUTHORISED), 405) == "method_not_allowed"
 
 
 def test_head_is_answered_as_get_is(shared: Client) -> None:
@@ -182,6 +189,43 @@ def test_head_is_answered_as_get_is(shared: Client) -> None:
         assert (head.status_code, head.content) == (full.status_code, b"")
         assert head.headers["Content-Length"] == str(len(full.content))
     assert shared.ask("HEAD", "/v1/predict").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/healthz", "GET, HEAD"),
+        ("DELETE", "/v1/predict", "POST"),
+        ("PUT", "/v1/classes", "GET, HEAD, POST"),
+        ("GET", "/v1/classes/~0", "PATCH, DELETE"),
+        ("PATCH", "/v1/classes/~0/examples", "GET, HEAD, POST"),
+    ],
+)
+def test_another_method_is_told_all_that_the_path_has(shared: Client, method: str, path: str, allowed: str) -> None:
+    refused = shared.ask(method, path)
+    assert (error_of(refused, 405), refused.headers["Allow"]) == ("method_not_allowed", allowed)
+
+
+def test_pages_of_an_allowed_origin_may_call_it(shared: Client) -> None:
+    asked = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "authorization, content-type"}
+    with serving(allow_origin=("https://shop.example", "http://localhost:3000"), public_host=("test",)) as client:
+        for origin, allowed in (("https://shop.example", True), ("https://shop.example.evil", False), ("null", False)):
+            headers, expected = {"Origin": origin}, origin if allowed else None
+            preflight = client.ask("OPTIONS", "/v1/classes/~0", headers={**headers, **asked})
+            answers = [client.get("/v1/classes", headers=headers), client.ask("POST", "/v1/retune", headers=headers)]
+            assert [answer.status_code for answer in (preflight, *answers)] == [200 if allowed else 400, 200, 401]
+            for answer in (preflight, *answers):
+                assert answer.headers.get("Access-Control-Allow-Origin") == expected
+                assert "Access-Control-Allow-Credentials" not in answer.headers
+        assert not client.service.settings.serves("shop.example"), "DNS rebinding: it is no name of this server"
+        assert "Access-Control-Allow-Origin" not in client.get("/").headers
+    with serving(allow_origin=("*",)) as client:
+        client.service.batching.close()
+        refused = client.predict(GREY, headers={"Origin": "null"})
+        assert refused.status_code == 503 and refused.headers["Access-Control-Allow-Origin"] == "*"
+    for method in ("GET", "OPTIONS"):  # by default there are none
+        answer = shared.ask(method, "/v1/classes", headers={"Origin": "https://shop.example", **asked})
+        assert not {"vary", "access-control-allow-origin", "access-control-allow-methods"} & {*answer.headers}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +240,10 @@ def test_head_is_answered_as_get_is(shared: Client) -> None:
         ({"max_images": 600}, "max_images of at most max_queue"),
         ({"max_image_mb": 100}, "lower --max-image-mb or raise --max-body-mb"),
         ({"public_host": ("a b",)}, "public_host to be a name without a port"),
+        *(
+            ({"allow_origin": ("*", origin)}, "allow_origin to be scheme://host or .* as browsers send it")
+            for origin in ("", "shop.example", "https://shop.example/", "https://Shop.example", "https://a.example:443")
+        ),
         ({"deadline_ms": 90_000}, "max_deadline_ms"),
         ({"trusted_proxy": ("proxy.example",)}, "trusted_proxy to be an address, or a network"),
         ({"token": "short"}, "at least 16"),

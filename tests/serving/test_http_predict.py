@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.serving.http import recent
+from iosr_fast.head import head
 from iosr_fast.serving.http.logs import Formatter
 from iosr_fast.serving.http.opening import open_served
 from iosr_fast.serving.http.settings import Settings
@@ -104,6 +106,7 @@ def test_labels_are_accepted_by_a_promise_that_the_request_or_the_server_names()
         assert client.predict(images[0]).json()["predictions"][0]["accepted"] is None
         refused = client.predict(images[0], query="?max_error=0.001")
         assert error_of(refused, 422) == "no_promise" and "needs at least 2995" in refused.json()["error"]["message"]
+        assert error_of(client.predict(images[0], query="?max_error=5e-324"), 422) == "no_promise"
     with serving(classifier, max_error=0.4) as client:
         again = client.predict(*images).json()["predictions"]
         assert [one["accepted"] for one in again] == [one["accepted"] for one in made]
@@ -111,6 +114,7 @@ def test_labels_are_accepted_by_a_promise_that_the_request_or_the_server_names()
         for name in classifier.classes_[:-2].tolist():  # then left-out images are too few, and no label is accepted
             classifier.remove_class(name)
         classifier.remove_examples([one for c in classifier.classes() for one in classifier.examples(c.class_id)[2:]])
+        assert classifier.snapshot().computed("strange_odds") is not None, "before an answer needs it"
         assert not any(one["accepted"] for one in client.predict(*images).json()["predictions"])
 
 
@@ -123,7 +127,7 @@ def test_a_tree_gives_nodes_their_places_and_metrics(monkeypatch: pytest.MonkeyP
     assert {(one["label"], *one["path"]) for one in nodes} == {("near", "left"), ("left",)}
     assert all(one["accepted"] and one["class_id"] is None for one in nodes)
     limit = max(one["top"][0]["probability"] for one in nodes) + 1e-3
-    monkeypatch.setattr(recent, "strange_odds", lambda left_out: math.log(limit / (1 - limit)))
+    monkeypatch.setattr(head, "strange_odds", lambda left_out: math.log(limit / (1 - limit)))
     with serving(classifier) as client:
         made = client.predict(*images, query="?max_error=0.4").json()["predictions"]
         for one, other in zip(made, expected, strict=True):
@@ -190,6 +194,20 @@ def test_a_deadline_that_passes_is_a_504() -> None:
         wait_until(lambda: client.service.batching.pending == 1)  # an image that was given up gives its place back
         gate.open()
         assert first.result(20).status_code == 200
+
+
+def test_time_counts_from_the_last_byte(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = shared.service.uploads.check
+
+    async def slow() -> Any:
+        yield GREY[:9]
+        await asyncio.sleep(1.1)
+        yield GREY[9:]
+
+    assert shared.ask("POST", "/v1/predict?deadline_ms=1000", content=slow()).status_code == 200
+    monkeypatch.setattr(shared.service.uploads, "check", lambda data: time.sleep(0.3) or check(data))
+    assert error_of(shared.predict(GREY, query="?deadline_ms=299"), 504) == "deadline_exceeded"
+    assert shared.predict(GREY).json()["latency_ms"] >= 300, "what reads the body is part of the answer"
 
 
 def test_a_full_queue_is_refused_before_the_body_is_read() -> None:
@@ -316,6 +334,8 @@ def test_a_saved_head_is_served_without_encoder_and_decoders(head_folder: Path) 
     [
         (b"", 400, "got no JSON"),
         (b'{"embeddings": [[NaN]]}', 400, "got no JSON"),
+        (b'{"\xff": [[1]]}', 400, "got no JSON"),  # a key that is no UTF-8
+        (b'{"embeddings": [' + b'{"a":' * 7000, 400, "got no JSON"),
         (b"{}", 422, "missing required field `embeddings`"),
         (b'{"embeddings": [], "top": 1}', 422, "unknown field `top`"),
         (b'{"embeddings": []}', 422, "at most 3 rows of 384 numbers: got none"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typer.testing import CliRunner
 from iosr_fast import FewShotHead
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
+from iosr_fast.exceptions import QueueFullError
 from iosr_fast.serving.batching import engine
 from iosr_fast.serving.http.app import warm
 from iosr_fast.serving.http.opening import Opening, named_folders
@@ -118,6 +121,47 @@ def test_one_that_has_no_answer_has_an_error_in_its_place(several: Client) -> No
     assert error_of(several.ask("POST", "/v1/predict", content=GREY), 422) == "invalid_parameters"
 
 
+def test_a_full_queue_is_an_error_in_its_place(several: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Mock(side_effect=QueueFullError("it is full", 7.0))
+
+    async def unread() -> Any:
+        pytest.fail("the body is read")
+        yield
+
+    for name, before in (("turned", ["kind"]), ("kind", [])):
+        monkeypatch.setattr(several.service.services[name].batching, "check_room", full)
+        if before:
+            answers = ask(several, "turned", "kind").json()["classifiers"]
+            assert answers["turned"]["error"]["code"] == "queue_full" and "predictions" in answers["kind"]
+    refused = several.ask("POST", "/v1/predict?classifier=turned&classifier=kind", content=unread())
+    assert error_of(refused, 503) == "queue_full" and refused.headers["Retry-After"] == "7"
+
+
+def test_an_error_is_counted_once(several: Client) -> None:
+    def errors() -> int:
+        texts = [one.metrics.text().decode() for one in (several.service, *several.service.services.values())]
+        counts = re.findall(r"^iosr_fast_errors_total{.*} (.*)$", "\n".join(texts), re.MULTILINE)
+        return sum(int(float(count)) for count in counts)
+
+    for names, images, more in (
+        (["rows"], [GREY], 1),  # of the whole request
+        (["rows", "broken"], [GREY], 1),
+        (["rows", "broken", "kind"], [GREY], 2),  # each in its place
+        (["kind", "turned"], [GREY, b"zip"], 2),
+        (["kinds"], [GREY], 1),
+    ):
+        before = errors()
+        ask(several, *names, images=images)
+        assert errors() - before == more, names
+
+
+def test_an_allowed_origin_is_named_once(shelf: Path) -> None:
+    with serving_several(shelf / "rows", shelf / "kind", allow_origin=("https://shop.example",)) as client:
+        for path in ("/", "/v1/classifiers", "/v1/classifiers/kind/classes", "/v1/classifiers/no/classes", "/readyz"):
+            answer = client.get(path, headers={"Origin": "https://shop.example"})
+            assert answer.headers.get_list("Access-Control-Allow-Origin") == ["https://shop.example"], path
+
+
 def test_a_path_is_that_of_one_classifier_alone(several: Client) -> None:
     for name, total in (("kind", CLASSES), ("rows", 2)):
         root = f"/v1/classifiers/{name}"
@@ -149,6 +193,22 @@ def test_a_damaged_one_is_refused_alone(several: Client, shelf: Path) -> None:
     page = several.get("/")
     assert "Content-Security-Policy" in page.headers and 'href="v1/classifiers/broken/"' not in page.text
     assert f'href="v1/classifiers/kind/">kind</a> <span class="quiet">{CLASSES} classes, version 1<' in page.text
+
+
+def test_a_pipe_in_the_place_of_a_manifest_is_refused_alone(shelf: Path, tmp_path: Path) -> None:
+    for name in ("kind", "piped"):
+        shutil.copytree(shelf / "kind", tmp_path / name)
+    manifest = tmp_path / "piped" / "manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with ThreadPoolExecutor(1) as pool:
+        opening = Opening({name: tmp_path / name for name in ("kind", "piped")}, Settings())
+        opened = pool.submit(opening.open)
+        try:
+            assert [[*group] for group in opened.result(60)] == [["kind"]]
+        finally:
+            opened.done() or os.close(os.open(manifest, os.O_RDWR))  # ends a thread that waits for a writer
+    assert "expected a regular file at piped/manifest.json" in opening.refused["piped"]
 
 
 def test_changes_are_of_one_and_replayed_by_name(shelf: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Which images the queue accepts: of each client up to its share (shares.py), and none whose deadline can't be met.
 
-Shares are those of the places in the queue and of the work of decoding, which is counted in pixels: those of the image,
-or as many as usually take as long as the images of its client took. A client that has nothing in the queue may take
-all that is free.
+Shares are those of the places in the queue and of the work of decoding, which is counted in pixels: by header, scans
+and boxes, or as many as usually take as long as the images of its client took. An image of more than LARGE_PIXELS of
+work is large, and so is each of a slow client, one of whose images took as long without being large. A client that has
+nothing in the queue may take all that is free.
 
 Clients take turns, and so do the requests of a client. So the estimate of a request's waiting time counts, of each
 other request of its client, at most as many images as it has itself, and of each other client at most as many as come
@@ -18,10 +19,14 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from iosr_fast.exceptions import QueueFullError
-from iosr_fast.serving.batching.item import Item
+from iosr_fast.images.limits import DecodeLimits
+from iosr_fast.serving.batching.item import LARGE_PIXELS, Item
 from iosr_fast.serving.shares import Shares
 
 PIXELS_PER_S = 100_000_000  # that a decoder decodes; a first estimate
+_MOST_WORK = int(DecodeLimits.timeout_s * PIXELS_PER_S)  # an estimate: by default no decoding goes on for longer
+# An image that takes as long (LARGE_PIXELS of WebP do) makes its client slow, for so many times as long as it took.
+_SLOW_S, _SLOW_TIMES = 0.5, 60
 _BACKLOG_S = 60  # of decoding that may wait for each decoder
 _NEWEST, _MAX_SLOWDOWN = 0.25, 4.0  # weight of the newest measurement; its largest ratio to the estimate
 _MARGIN = 1.5  # an image whose estimate only just meets its deadline is refused
@@ -30,11 +35,11 @@ _NOTHING = (0.0, 0.0, 0.0)
 _PATIENCE, _PATIENCE_S = 4.0, 10.0  # longest deadlines: this multiple of the estimate, and at least these seconds
 _MAX_CLIENTS = 1000  # whose decoding times are remembered
 
-Load: TypeAlias = tuple[float, float, float]  # no array: three numbers are counted several times for each image
+Load: TypeAlias = tuple[float, ...]  # no array: three numbers are counted several times for each image
 
 
 class Admission:
-    """Counts and estimates, without a lock or a clock. `runs` batches are encoded at once.
+    """Counts and estimates, without a lock or a clock: times are those of Item. `runs` batches are encoded at once.
 
     What is counted are loads: images, and the work of decoding those that are not large and those that are.
     """
@@ -45,6 +50,7 @@ class Admission:
         self._shares = Shares(max_queue), Shares(backlog), Shares(backlog)
         self._requests: dict[str, dict[int, Load]] = {}  # the load of each request, by its client
         self._encode_s = 0.0  # of an image in a batch
+        self._slow_until: dict[str, float] = {}  # of slow clients
         # Of an image, by its client and whether it is large, the newest last.
         self._decode_s: OrderedDict[tuple[str, bool], float] = OrderedDict()
 
@@ -86,9 +92,17 @@ class Admission:
             for item in items:
                 item.deadline = item.submitted + min(deadline_s, longest_s)
 
-    def judge(self, item: Item) -> None:
-        """Set the work of an item, by its header and its client's last images."""
-        item.work = max(item.cost, int(PIXELS_PER_S * self._decode_s.get((item.client, item.large), 0.0)))
+    def judge(self, parts: Sequence[Item], work: int) -> None:
+        """Share their decoding_work, or what their client's last images took, among the parts of a picture."""
+        client = parts[0].client
+        large = work > LARGE_PIXELS or parts[0].submitted < self._slow_until.get(client, 0.0)
+        usual = int(PIXELS_PER_S * self._decode_s.get((client, large), 0.0))
+        for part in parts:
+            part.work, part.large = max(min(work, _MOST_WORK), usual) // len(parts), large
+
+    def make_large(self, item: Item) -> None:
+        self._count(item, (0.0, -float(item.work), float(item.work)))
+        item.large = True
 
     def add(self, item: Item) -> None:
         self._count(item, _load(item))
@@ -104,12 +118,18 @@ class Admission:
         self.drop_work(item)
         self._count(item, (-1.0, 0.0, 0.0))
 
-    def measure_decoding(self, item: Item, seconds: float) -> None:
+    def measure_decoding(self, item: Item, seconds: float, now: float) -> bool:
+        """Note what a picture took, by its first item. Returns whether this makes its client slow."""
         key = item.client, item.large
         self._decode_s[key] = _towards(self._decode_s.get(key, 0.0), seconds)
         self._decode_s.move_to_end(key)
         if len(self._decode_s) > _MAX_CLIENTS:
             self._decode_s.popitem(last=False)
+        slow = bool(item.client) and not item.large and seconds >= _SLOW_S
+        if slow:
+            self._slow_until = {client: until for client, until in self._slow_until.items() if until > now}
+            self._slow_until[item.client] = now + _SLOW_TIMES * seconds
+        return slow
 
     def measure_batch(self, seconds: float, images: int) -> None:
         self._encode_s = _towards(self._encode_s, seconds / images)
@@ -133,7 +153,7 @@ class Admission:
         requests = {} if client is None else self._requests.get(client, {})
         asked = _sum((_NOTHING, *requests.values())) if request is None else requests[request]
         own = _sum((_NOTHING, *_by_turns(requests.values(), asked[0])))
-        others = [_held(other, self._shares) for other in self._requests if other != client]
+        others = [tuple(one.held(other) for one in self._shares) for other in self._requests if other != client]
         parts = _by_turns(others, math.inf if client is None else own[0])
         images, ordinary, large = _sum((own, *parts))
         encoding_s = images * self._encode_s / self.runs
@@ -147,11 +167,6 @@ class Admission:
         return max(encoding_s, max(ordinary, large) / PIXELS_PER_S / (self._decoders - 1))
 
 
-def _held(client: str, shares: tuple[Shares, Shares, Shares]) -> Load:
-    images, ordinary, large = (one.held(client) for one in shares)
-    return images, ordinary, large
-
-
 def _by_turns(loads: Iterable[Load], images: float) -> list[Load]:
     """What of each load comes before the last of so many images, if one image of each has its turn."""
     parts = ((min(1.0, images / load[0]), load) for load in loads)
@@ -163,8 +178,7 @@ def _load(item: Item) -> Load:
 
 
 def _sum(loads: Iterable[Load]) -> Load:
-    images, ordinary, large = map(sum, zip(*loads, strict=True))
-    return images, ordinary, large
+    return tuple(map(sum, zip(*loads, strict=True)))
 
 
 def _towards(estimate: float, measured: float) -> float:

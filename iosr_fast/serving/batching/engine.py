@@ -18,7 +18,7 @@ from iosr_fast.head.predictions import predict
 from iosr_fast.serving.batching.classifiers import Classifiers
 from iosr_fast.serving.batching.item import Item
 
-Collect: TypeAlias = Callable[[Any, Embeddings, Any], None]
+Collect: TypeAlias = Callable[[Any, Embeddings, Any, str], None]
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +38,7 @@ class Engine:
     """Runs batches of at most `max_batch` images. `healthy` is False while encoding, or scoring by every classifier,
     fails on every image; `last_error` is the error of its last failure. `failures` has the errors of classifiers that
     fail on every image. `collect` has, by classifier, what is called with each answered image that is whole and no
-    probe, its embeddings (1, D) and the head that answered."""
+    probe, its embeddings (1, D), the head that answered and the client."""
 
     def __init__(self, classifiers: Classifiers, max_batch: int, collect: Mapping[str, Collect]) -> None:
         self.healthy = True
@@ -180,7 +180,7 @@ class Engine:
         """Give whole images to the collector of a classifier."""
         for row, item in enumerate(items) if name in self._collect else ():
             if item.crop is None and not item.query.probe:
-                self._collect[name](item.image, embeddings[np.array([row])], head)
+                self._collect[name](item.image, embeddings[np.array([row])], head, item.client)
 
     def _failed(self, run: Run, error: Exception, name: str = "") -> Exception:
         """Note an error, of scoring by a classifier with its name; returns it."""

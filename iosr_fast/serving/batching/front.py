@@ -62,8 +62,8 @@ class BatchingClassifier:
     shortened to four times the estimated waiting time where that is less.
 
     `max_error` is that of queries which name none (Query). Where support images are too few for it, no label is
-    accepted. `collect(image, embeddings, head)` is called in the thread of a batch for each image that it answers; it
-    may be a mapping by names.
+    accepted. `collect(image, embeddings, head, client)` is called in the thread of a batch for each image that it
+    answers; it may be a mapping by names.
 
     `isolated` decodes encoded bytes in a separate process for each decoding thread, because they may be untrusted. An
     image that takes longer than limits.timeout_s there, takes more memory than its header allows, or crashes the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.images.crop import Crop
-from iosr_fast.images.limits import Size, claimed_size, work_pixels
+from iosr_fast.images.limits import Size, claimed_size, scans_factor, work_pixels
 from iosr_fast.images.preprocess import ENCODED
 from iosr_fast.methods.conformal import check_share
 from iosr_fast.utils.numbers import check_integer
@@ -118,11 +118,12 @@ class Item:
     whole: bool = False  # decoded only, all of it
     deadline: float = math.inf
     work: int = 0  # of decoding that is left, in pixels that take as long
+    large: bool = False  # whether its picture takes as long as one of more than LARGE_PIXELS
     future: Future[Any] = field(default_factory=Future)
     pixels: np.ndarray | None = None  # (S, S, 3) uint8, when they are decoded
     outcome: Any = None
     claimed: Size | None = None  # of encoded bytes, by their header
-    cost: int = 0  # of decoding, in pixels; 0 if unknown
+    cost: int = 0  # pixels of the largest picture that decoding makes; 0 if unknown
     crop: Crop | None = None  # None: the image is classified whole
     picture: object = field(default_factory=object)  # the same of parts that are decoded together
 
@@ -139,10 +140,6 @@ class Item:
     @property
     def client(self) -> str:
         return self.query.client
-
-    @property
-    def large(self) -> bool:
-        return self.cost > LARGE_PIXELS
 
     def late(self, now: float) -> DeadlineExceededError:
         return DeadlineExceededError(
@@ -165,6 +162,20 @@ class Item:
                 self.future.set_result(outcome)
         except InvalidStateError:
             log.debug("an image was answered after close() had abandoned it")
+
+
+def decoding_work(parts: Sequence[Item]) -> int:
+    """To decode a picture once and to resize its parts, in pixels that take as long; 0 if unknown."""
+    first = parts[0]
+    if first.claimed is None:
+        return first.cost
+    work, longest = int(first.cost * scans_factor(first.image)), max(first.claimed)
+    for crop in (part.crop for part in parts[1:] if part.crop is not None):  # the first one is in its picture's cost
+        box = crop.box.grown(crop.margin)
+        scale = longest if box.relative else 1  # EXIF may turn the picture
+        width, height = (min(longest, math.ceil(side * scale)) for side in (box.width, box.height))
+        work += work_pixels((width, height), first.encoder.geometry)
+    return work
 
 
 def ordinary(error: BaseException) -> Exception:

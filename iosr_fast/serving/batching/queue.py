@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.batching.admission import Admission
-from iosr_fast.serving.batching.item import Item, Observer, notify
+from iosr_fast.serving.batching.item import Item, Observer, decoding_work, notify
 from iosr_fast.serving.batching.turns import Turns
 
 
@@ -89,15 +90,17 @@ class BatchQueue:
             )
         for item in items:
             item.future.add_done_callback(partial(_drop_cancelled, self._weak_self, weakref.ref(item)))
+            if not item.whole and item.crop is None and item.encoder.accepts(item.image):
+                item.pixels = item.image
+        to_decode = (item for item in items if item.pixels is None)
+        pictures = [list(parts) for _, parts in groupby(to_decode, lambda item: id(item.picture))]
+        works = list(map(decoding_work, pictures))
         reason = "closed"
         try:
             with self._changed:
                 self._check_open()
-                for before, item in zip((None, *items), items, strict=False):
-                    if not item.whole and item.crop is None and item.encoder.accepts(item.image):
-                        item.pixels = item.image
-                    elif before is None or before.picture is not item.picture:  # else it costs nothing more
-                        self._admission.judge(item)
+                for parts, work in zip(pictures, works, strict=True):
+                    self._admission.judge(parts, work)
                 if items and not items[0].whole:
                     reason = "full"
                     self._admission.check_room(items[0].client, items)
@@ -140,8 +143,10 @@ class BatchQueue:
         with self._changed:
             self._in_decoders.discard(items[0])
             self._decoder_free.notify_all()  # another one of its client may start
-            if seconds:
-                self._admission.measure_decoding(items[0], seconds)
+            if seconds and self._admission.measure_decoding(items[0], seconds, time.monotonic()):
+                for item in self._waiting[False].leave(items[0].client):  # judged before this was known
+                    self._admission.make_large(item)
+                    self._waiting[True].put(item)
             for item, result in zip(items, results, strict=True):
                 if item.whole or isinstance(result, Exception):
                     if self._claim(item):

@@ -39,6 +39,11 @@ class Turns:
             self.discard(part)
         return parts
 
+    def leave(self, client: str) -> list[Item]:
+        """Remove all items of a client; returns them."""
+        keys = [key for key in self._items if key[0] == client]
+        return [item for key in keys for item in self._items.pop(key)]
+
     def discard(self, item: Item) -> None:
         """Remove an item, if it is here."""
         key = item.client, item.request

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -41,6 +44,7 @@ _OPTIONS: dict[str, Any] = {  # of an application
     "title": "iosr_fast",
     "version": __version__,
     "summary": "Few-shot image classification",
+    "openapi_url": None,  # FastAPI would encode the description for each request
     "docs_url": None,  # FastAPI's documentation pages load scripts from another site
     "redoc_url": None,
     "redirect_slashes": False,
@@ -78,11 +82,33 @@ def create_app(served: Service | Front) -> FastAPI:
     if isinstance(served, Front):
         return SeveralApp(served)
     app = FastAPI(**_OPTIONS)
-    app.add_middleware(RequestMiddleware, service=served)
-    for module in (predict, lists, health, *([classes] if served.takes_changes else [])):
+    _add_middleware(app, served)
+    for module in (predict, lists, health, classes):
         app.include_router(module.make_router(served))
     app.include_router(static.make_router(served.uploads.sentence))
+    _describe(app)
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Answer /openapi.json by the same bytes each time."""
+    described = cache(lambda: msgspec.json.encode(app.openapi()))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(described(), media_type="application/json")
+
+
+def _add_middleware(app: FastAPI, served: Served) -> None:
+    app.add_middleware(RequestMiddleware, service=served)
+    if served.settings.allow_origin:  # around it, because a browser hides errors, too, if they lack its headers
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=served.settings.allow_origin,
+            allow_methods=("GET", "POST", "PATCH", "DELETE"),
+            allow_headers=("Authorization", "Content-Type"),
+            expose_headers=("Retry-After", "X-Request-ID"),
+        )
 
 
 def warm(app: FastAPI, served: Served) -> None:
@@ -109,12 +135,13 @@ class SeveralApp(FastAPI):
         super().__init__(**_OPTIONS)
         self._front = front
         self._apps = {name: create_app(service) for name, service in front.services.items()}
-        self.add_middleware(RequestMiddleware, service=front)
+        _add_middleware(self, front)
         for router in (predict.make_router(front), health.make_router(front)):
             self.include_router(router)
         self.get(_ROOT, tags=["classes"], name="classifiers", summary="All classifiers")(self._list)
         self.get("/", include_in_schema=False)(self._page)
         self.include_router(static.make_router())
+        _describe(self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         named = _PATH.fullmatch(scope["path"]) if scope["type"] == "http" else None

@@ -40,10 +40,11 @@ _KEEP_TEXT = {"type": "boolean", "description": "true: only the displayed name c
 
 
 def make_router(service: Service) -> APIRouter:
-    """Routes that add, rename and remove classes, add and remove support images, and retune."""
+    """Routes that add, rename and remove classes, add and remove support images, and retune. A server that takes no
+    changes has them, too, so that it refuses in words (middleware.check_token)."""
     # HTTPBearer only documents the scheme; the middleware checks the token before a body is read.
     bearer = HTTPBearer(auto_error=False, description="the token that the server was started with")
-    router = APIRouter(tags=["changes"], dependencies=[Depends(bearer)])
+    router = APIRouter(tags=["changes"], dependencies=[Depends(bearer)], include_in_schema=service.takes_changes)
     max_images = service.settings.max_images
 
     async def read_texts(request: Request, *more: str) -> tuple[list[Encoded], dict[str, list[str]]]:

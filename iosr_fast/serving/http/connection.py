@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from typing import Any, cast
 
 from httptools import HttpParserError, HttpParserInvalidMethodError, HttpParserUpgrade, HttpRequestParser
@@ -15,6 +14,7 @@ from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.framing import MAX_HEAD, TARGET, Body, bad_request, check_head, find_head, last_answer
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.http.turns import Peers
 
 _HEAD_S = 10.0  # from its first byte to its last
 _KEEP_ALIVE_S = 65.0
@@ -23,11 +23,12 @@ _LINGER_S = 5.0  # to read what a client still sends after its answer; if closed
 
 
 class Connection(HttpToolsProtocol):
-    """Handles one request after another; pipelined requests wait for their turn.
+    """Handles one request after another. A request whose head is whole begins in the turn of its client (Peers).
 
     Each head is checked by check_head and then parsed by llhttp, which sees nothing but this head: so it never
-    upgrades, and the next request begins where Body says. The connection waits for its client in five states. Each has
-    a timeout that no received byte extends:
+    upgrades, and the next request begins where Body says. During a request at most MAX_HEAD bytes of further ones are
+    kept; with more the connection is closed. The connection waits for its client in five states. Each has a timeout
+    that no received byte extends:
 
     - for a head: _HEAD_S for the first one, _KEEP_ALIVE_S until a later one begins, and then _HEAD_S from its first
       byte (408),
@@ -36,18 +37,17 @@ class Connection(HttpToolsProtocol):
     - after the client has closed its side, until the answer begins: _HALF_CLOSED_S,
     - for the rest of a body that is already answered, or the client's close: _LINGER_S and `max_body_bytes`.
 
-    Beyond `max_connections`, one that waits for its client is closed: of those whose client (addresses.client_of the
-    peer) has most connections, the one that has waited longest. So nobody loses a connection to a client that has more.
-    `waiting`, which all connections of a server share, has the longest first.
+    One that is `surplus` (Listener) gets 503. All connections of a server share `peers`.
     """
 
     def __init__(
-        self, settings: Settings, metrics: Metrics, waiting: dict[Connection, None], *args: Any, **options: Any
+        self, settings: Settings, metrics: Metrics, peers: Peers, *args: Any, surplus: bool, **options: Any
     ) -> None:
         super().__init__(*args, **options)
-        self._settings, self._metrics, self._waiting = settings, metrics, waiting
+        self._settings, self._metrics, self._peers, self._surplus = settings, metrics, peers, surplus
         self._buffer = bytearray()  # bytes of the next heads
         self._searched = 0  # bytes of the buffer; 0 until a head has begun
+        self._head = 0  # bytes of a whole head, whose request waits for its turn
         self._blank = False  # whether a blank line was skipped
         self._body: Body | None = None  # of the current request, until both the body and the answer are complete
         self._has_request = False  # whether the body is complete and the answer is not
@@ -63,37 +63,32 @@ class Connection(HttpToolsProtocol):
         super().connection_made(self._socket)
         self.transport, self.write = cast(asyncio.Transport, self), self._socket.write
         self.peer = client_of(self.client)
+        self._waiting = self._peers.add(self).waiting
         self._wait(_HEAD_S)
-        if len(self.connections) > self._settings.max_connections:
-            held = Counter(connection.peer for connection in self.connections)  # type: ignore[union-attr]
-            oldest = max(self._waiting, key=lambda connection: held[connection.peer])  # the first of equals
-            if oldest is self:
-                self._refuse(busy("busy", "too many connections; try again"))
-            else:
-                self._metrics.on_error("connection_dropped")
-                oldest.abort()
+        if self._surplus:
+            self._refuse(busy("busy", "too many connections; try again"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._peers.remove(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self.finished:
             self._drop(len(data))
-        elif not self._has_request:
+        elif not (self._has_request or self._head):
             self._read(data)
         else:
             self._buffer += data
-            if len(self._buffer) > MAX_HEAD:
-                self.flow.pause_reading()
+        self._bound_buffer()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client closed its side. Answer a complete request soon, drop an incomplete one."""
-        if self.finished or not self._has_request:
+        if self.finished or not (self._has_request or self._head):
             self._wait(_LINGER_S)  # for the client to read what is written
             return False
         self._half_closed = True
-        if not self.cycle.response_started:
+        if self._has_request and not self.cycle.response_started:
             self._wait(_HALF_CLOSED_S)
         return True
 
@@ -114,6 +109,8 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close after the current answer."""
+        if self._head:
+            self.begin()
         if self._body is not None and not self.cycle.response_complete:
             self._keep_alive = self.cycle.keep_alive = False
         elif not self.finished:
@@ -147,13 +144,18 @@ class Connection(HttpToolsProtocol):
     def _next(self) -> None:
         """Wait for the next head, or take the one in the buffer."""
         self._body, self._has_request = None, False
+        self._peers.answered(self)
         self._searched, self._blank = 0, False
         self._wait(_KEEP_ALIVE_S)
         self.flow.resume_reading()
         self._read(b"")
-        if self._half_closed and not self._has_request:
-            self._wait(_LINGER_S)
-            self._socket.close()
+        if self._half_closed and not self._head:
+            self._close_half()
+
+    def _close_half(self) -> None:
+        """Close for a client that has closed its side before a whole request."""
+        self._wait(_LINGER_S)
+        self._socket.close()
 
     def _read(self, data: bytes) -> None:
         """Take bytes of a body or of a head."""
@@ -169,19 +171,43 @@ class Connection(HttpToolsProtocol):
             if not buffer or (buffer == b"\r" and not self._blank):
                 return
             if size := find_head(buffer, self._searched):
-                head = bytes(buffer[:size])
-                del buffer[:size]
-                body, parts = Body(check_head(head, self._settings.serves)), []
-                if not body.whole:
-                    parts = body.read(bytes(buffer))
-                    buffer.clear()
-                self._start(head, body, parts)
+                self._head = size
+                self._stop_waiting()
+                self._peers.put(self, self.loop)
                 return
-            if not self._searched:
+            if not self._searched and self.cycle is not None:
                 self._wait(_HEAD_S)
             self._searched = len(buffer)
         except ApiError as error:
             self._refuse(error)
+
+    def _bound_buffer(self) -> None:
+        """Beyond MAX_HEAD bytes: read no more until the turn of a request, close during a request."""
+        if len(self._buffer) <= MAX_HEAD:
+            return
+        if self._head:
+            self.flow.pause_reading()
+        else:
+            self._metrics.on_error("connection_dropped")
+            self.abort()
+
+    def begin(self) -> None:
+        """Start the request whose turn has come."""
+        head = bytes(self._buffer[: self._head])
+        del self._buffer[: self._head]
+        self._head = 0
+        self.flow.resume_reading()
+        try:
+            body, parts = Body(check_head(head, self._settings.serves)), []
+            if not body.whole:
+                parts = body.read(bytes(self._buffer))
+                self._buffer.clear()
+            self._start(head, body, parts)
+        except ApiError as error:
+            self._refuse(error)
+        if self._half_closed and not self._has_request:
+            self._close_half()
+        self._bound_buffer()
 
     def _start(self, head: bytes, body: Body, parts: list[bytes]) -> None:
         """Start the application. Raises ApiError."""
@@ -208,6 +234,7 @@ class Connection(HttpToolsProtocol):
         if self._body.whole:
             self._buffer += self._body.rest
             self._has_request = True
+            self._peers.runs(self)
             super().on_message_complete()
             if not self.cycle.response_started:
                 self.cycle.keep_alive = self._keep_alive
@@ -227,6 +254,7 @@ class Connection(HttpToolsProtocol):
     def abort(self) -> None:
         """Close at once and drop unsent bytes; the application gets http.disconnect."""
         self._stop_waiting()
+        self._peers.remove(self)
         self._socket.abort()
 
     def close(self) -> None:
@@ -237,6 +265,7 @@ class Connection(HttpToolsProtocol):
         if self.is_closing():
             return
         self.finished, self._unread = True, 0
+        self._peers.answered(self)
         self._buffer.clear()
         self._socket.write_eof()
         self.flow.resume_reading()

@@ -65,7 +65,7 @@ class EmbeddingUploads(Uploads):
                 rows.append(np.array(numbers))
         except msgspec.ValidationError as error:
             raise self._refused(f"{error}{where}") from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # of a key, of deep nesting
             raise ApiError(400, "bad_json", f"expected {self._form}, got no JSON: {error}") from None
         if not rows:
             raise self._refused("got none")

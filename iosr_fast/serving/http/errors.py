@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
 from iosr_fast.store.change_log import LogWriteError
@@ -77,11 +78,19 @@ def error_response(scope: MutableMapping[str, Any], error: HTTPException) -> Res
     return JSONResponse(error_body(code, str(error.detail)), error.status_code, error.headers)
 
 
+def is_routed(scope: MutableMapping[str, Any], method: str) -> bool:
+    """Whether the application of a request has a route for its path and this method."""
+    return any(route.matches({**scope, "method": method})[0] is Match.FULL for route in scope["app"].routes)
+
+
 async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         message = "; ".join(_describe(detail) for detail in error.errors()[:5])
         error = ApiError(422, "invalid_parameters", message)
     assert isinstance(error, HTTPException)
+    if error.status_code == 405:  # the framework names the methods of one route
+        allowed = [method for method in ("GET", "POST", "PUT", "PATCH", "DELETE") if is_routed(request.scope, method)]
+        error.headers = {"Allow": ", ".join(allowed).replace("GET", "GET, HEAD")}
     return error_response(request.scope, error)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from types import SimpleNamespace
 from typing import Any
 
 from fastapi import APIRouter
@@ -16,6 +18,7 @@ from iosr_fast.serving.http.service import Served, Service
 
 AFTER_S = 30.0  # without a classified image, /healthz classifies one
 WITHIN_S = 2.0  # expects an answer
+SCRAPE_S = 1.0  # for which the text of /metrics is kept
 STUCK_AFTER_S = 120.0  # without an answer, a server that is too busy for the probe is unhealthy
 
 
@@ -60,6 +63,7 @@ def make_router(served: Served) -> APIRouter:
     """/healthz, /readyz and /metrics."""
     router = APIRouter(tags=["operations"])
     probes = [Probe(service) for service in served.engines]
+    rendering, rendered = asyncio.Lock(), SimpleNamespace(text=b"", at=-math.inf)
     services = [*served.services.values()]
 
     @router.get(
@@ -85,20 +89,25 @@ def make_router(served: Served) -> APIRouter:
             return _state("loading" if served.loading else "failed")
         return _state("ok", served.note or max(service.batching.decoders_warning for service in services))
 
-    # Not `async`: rendering the series of thousands of classes is slow, so it runs in a thread.
     @router.get(
         "/metrics",
         response_class=Response,
         responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}},
         summary="Metrics in Prometheus's text format",
     )
-    def scrape() -> Response:
+    async def scrape() -> Response:
+        async with rendering:
+            if time.monotonic() - rendered.at >= SCRAPE_S:
+                rendered.text = await asyncio.to_thread(render)  # the series of thousands of classes
+                rendered.at = time.monotonic()
+        return Response(rendered.text, headers={"Content-Type": CONTENT_TYPE})
+
+    def render() -> bytes:
         for service in services:
             if service.collector is not None:
                 service.collector.read_labels(service.head)  # for the next scrape
         several = {service.name: service.metrics for service in services if service.name}
-        text = served.metrics.text(several, [service.name for service in served.engines])
-        return Response(text, headers={"Content-Type": CONTENT_TYPE})
+        return served.metrics.text(several, [service.name for service in served.engines])
 
     return router
 

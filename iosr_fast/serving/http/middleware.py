@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from iosr_fast.serving.http.addresses import client_of
-from iosr_fast.serving.http.errors import ApiError, busy, error_response, internal_error
+from iosr_fast.serving.http.errors import ApiError, busy, error_response, internal_error, is_routed
 from iosr_fast.serving.http.logs import CLASSIFIER, TOKEN_NAME, log, logger
 from iosr_fast.serving.http.service import Served
 from iosr_fast.serving.http.tokens import Token, find_token
@@ -24,12 +24,12 @@ _DISCONNECTED = 499  # as in nginx: the client closed the connection before the 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
 _PREDICT = ("POST", "/v1/predict")
 # Keys of a scope.
-WHOLE_PATH, REFUSAL = "iosr_fast.path", "iosr_fast.refusal"
+WHOLE_PATH, REFUSAL, BODY = "iosr_fast.path", "iosr_fast.refusal", "iosr_fast.body"
 _MAX_OTHER = 64 << 10  # bytes of a body without images, such as a name with descriptions; only POST takes images
 
 
 class RequestMiddleware:
-    """Requires the token of every request that could change something, on any path, before its body is read.
+    """Requires the token of every request that reaches a route which may change something, before its body is read.
 
     An unexpected exception is logged with its traceback and answered with 500. A server of several classifiers hands
     over requests with their whole path and, of one that it refuses, the error (app.SeveralApp).
@@ -50,7 +50,7 @@ class RequestMiddleware:
         token = find_token(self._service.settings.tokens, scope["headers"])
         TOKEN_NAME.set(token.name if token else "")
         CLASSIFIER.set(self._service.name)
-        body = BoundedBody(scope, receive, self._service, headers.get(b"content-length", b""))
+        scope[BODY] = body = BoundedBody(scope, receive, self._service, headers.get(b"content-length", b""))
         # HEAD is answered as GET is; the connection leaves the body out.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
@@ -99,11 +99,14 @@ def check_token(service: Served, scope: Scope, token: Token | None) -> None:
     """Raise ApiError for a request that needs another token: 401 without a right one, 403 where it may only predict, or
     where the server takes no changes.
 
-    A change needs a token; a prediction does as soon as the server has a token that may only predict.
+    What reaches a route by a method that is not _SAFE is a change, which needs a token, or a prediction, which does as
+    soon as the server has a token that may only predict.
     """
     tokens, changes = service.settings.tokens, (scope["method"], scope["path"]) != _PREDICT
     if scope["method"] in _SAFE or not (changes or any(not one.may_change for one in tokens)):
         return
+    if changes and not is_routed(scope, scope["method"]):
+        return  # to 404 or 405
     if changes and not service.takes_changes:
         raise ApiError(403, "changes_disabled", "a head takes no changes: fit and save another one, and serve that")
     if changes and not any(one.may_change for one in tokens):
@@ -133,13 +136,13 @@ class BoundedBody:
         self._limit = most if scope["method"] == "POST" else min(most, _MAX_OTHER)
         self._announced = int(content_length or b"0")  # framing.check_head has checked it
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s
-        self._whole = False
+        self.whole_at = 0.0  # on time.perf_counter's clock; 0 before the last byte
         self.client = client_of(scope.get("client"))
         self.size = 0  # bytes that are taken from the share of the client
 
     async def receive(self) -> Message:
         """The next ASGI message. Raises ApiError."""
-        if self._whole:
+        if self.whole_at:
             return await self._receive()
         self._check_size(self._announced)
         try:
@@ -154,7 +157,7 @@ class BoundedBody:
             if not self._shares.take(self.client, count):
                 raise busy("busy", "the request bodies of this client fill its share of the memory; try again")
             self.size += count
-            self._whole = not message.get("more_body", False)
+            self.whole_at = 0.0 if message.get("more_body", False) else time.perf_counter()
         return message
 
     def _check_size(self, size: int) -> None:

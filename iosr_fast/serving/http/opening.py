@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from iosr_fast.encoders.engine_folder import ENGINE_KIND
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import Abstention
+from iosr_fast.sealed.files import open_regular
 from iosr_fast.sealed.manifest import MANIFEST
 from iosr_fast.serving.collector import Collector
 from iosr_fast.serving.http.app import make_batching
@@ -22,7 +23,7 @@ from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.service import Front, Service
 from iosr_fast.serving.http.settings import NAME, Settings
 from iosr_fast.store.bundle import Saved, SavedHead, kind_of, load_saved
-from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.machine import split_cores, usable_threads
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
@@ -82,16 +83,17 @@ class Opening:
 
         On a CPU the encoder has about as many runs as threads. Each run has batches of its own, so a core that a
         decoder or a request takes delays one run. One run on all cores would wait at every layer for the core that is
-        taken. One thread a run would be slow for a lone image.
+        taken. One thread a run would be slow for a lone image, so there are two or more on four cores.
         """
         from iosr_fast.classifier import open_together
 
         cores = cores or usable_threads()
-        runs = math.ceil(math.sqrt(cores))
+        root = math.ceil(math.sqrt(cores))
+        runs, threads = split_cores(cores, root, min(2 * root - 1, cores // 2 if cores > 3 else cores))
         groups: dict[object, dict[str, Saved]] = {}
         for name, folder in self.folders.items():
             with self._alone([name]):
-                saved = load_saved(folder, cores // runs, self.settings.expected_digest)
+                saved = load_saved(folder, threads, self.settings.expected_digest)
                 saved.head.require_single_label("the HTTP API", "serve one fitted with one label, or use predict")
                 self._own[name] = self.settings.of(name, isinstance(saved, SavedHead))
                 groups.setdefault(saved.shares, {})[name] = saved
@@ -99,7 +101,7 @@ class Opening:
         for group in groups.values():
             with self._alone(group):
                 runtime = self._own[next(iter(group))].runtime
-                classifiers = open_together([*group.values()], runtime, cores // runs, runs)
+                classifiers = open_together([*group.values()], runtime, threads, runs)
                 opened.append(dict(zip(group, classifiers, strict=True)))
         return opened
 
@@ -131,7 +133,7 @@ class Opening:
         closing.callback(batching.close, self.settings.grace_s)
         services = [Service(batching, self._own[name], metrics[name], collectors[name], name, front) for name in ready]
         for service in services:
-            closing.callback(service.close)
+            closing.callback(service.close, 0.0)  # a change that still runs had `grace_s` seconds, as its request had
         return services
 
     def _prepare(self, name: str, classifier: Classifier, metrics: Metrics, closing: ExitStack) -> Collector | None:
@@ -140,10 +142,10 @@ class Opening:
         Abstention(max_error=own.max_error).check(classifier.snapshot().require_single_label("the HTTP API"))
         if own.log is not None:
             classifier.open_log(own.log)
-            closing.callback(classifier.close_log)
         if own.collect is None or own.max_error is None:
             return None
-        digest = hashlib.sha256((self.folders[name] / MANIFEST).read_bytes()).hexdigest()
+        with open(self.folders[name] / MANIFEST, "rb", opener=open_regular) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         options = own.collect_limit, own.max_error, metrics.on_upload, own.check_share, digest
         collector = Collector(own.collect, *options)
         closing.callback(collector.close)

@@ -22,6 +22,7 @@ from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy, error_body, internal_error, of_library
 from iosr_fast.serving.http.lists import KEEP_QUERY
 from iosr_fast.serving.http.logs import CLASSIFIER, logger
+from iosr_fast.serving.http.middleware import BODY
 from iosr_fast.serving.http.service import Front, Served, Service
 from iosr_fast.serving.http.uploads import Images
 from iosr_fast.utils.text import abbreviate
@@ -96,11 +97,10 @@ def make_router(served: Served) -> APIRouter:
             assert isinstance(served, Service)
             served.batching.check_room(asked["client"])  # before the body is read, which makes refusals cheap
             images = await served.uploads.read_images(request, boxes)
-            start = time.perf_counter()
             results = await _classify(served, request, images, {"classifier": served.name, **asked})
         except IosrFastError as error:
             raise _request_error(served, error) from None
-        return schemas.long_answer(*_answer(served, images, results, start))
+        return schemas.long_answer(*_answer(served, request, images, results))
 
     return router
 
@@ -124,6 +124,9 @@ async def _classify(service: Service, request: Request, images: Images, asked: d
     good = [image for image in images if not isinstance(image, ApiError)]
     if not good:
         return []
+    asked["deadline_s"] -= _since_body(request)
+    if asked["deadline_s"] <= 0:
+        raise DeadlineExceededError("no answer in time")
     task = asyncio.ensure_future(service.batching.classify_many(good, **asked))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -141,30 +144,39 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _answer(service: Service, images: Images, results: Sequence[Any], start: float) -> tuple[dict[str, Any], int]:
-    """A PredictAnswer, and its status."""
-    predictions: list[Prediction | dict[str, Any]] = []
-    version = 0
-    classified = iter(results)
+def _since_body(request: Request) -> float:
+    """Seconds since the last byte of a request."""
+    return time.perf_counter() - float(request.scope[BODY].whole_at)
+
+
+def _answer(service: Service, request: Request, images: Images, results: Sequence[Any]) -> tuple[dict[str, Any], int]:
+    """A PredictAnswer, and its status. Where it raises, nothing is counted."""
+    classified, answers = iter(results), list[Prediction | ApiError]()
     for image in images:
         result = image if isinstance(image, ApiError) else next(classified)
-        if isinstance(result, Prediction):
-            if not math.isfinite(result.probability):  # a logit is not
-                raise ValueError(f"expected finite logits, got a probability {result.probability} of {result.label!r}")
-            version = max(version, result.version)
-            service.metrics.on_prediction(result)
-            service.recent.add(result)
-            predictions.append(result)
-            continue
         if isinstance(result, BadImageError):
             result = ApiError(422, "bad_image", result.reason)
-        if not isinstance(result, ApiError):
+        if not isinstance(result, Prediction | ApiError):
             raise _request_error(service, result)
-        service.metrics.on_error(result.code)
-        predictions.append(error_body(result.code, result.detail))
-    latency_ms = round((time.perf_counter() - start) * 1e3, 3)
-    body = {"version": version or service.classifier.version, "latency_ms": latency_ms, "predictions": predictions}
-    return body, 200 if version else 422
+        if isinstance(result, Prediction) and not math.isfinite(result.probability):  # a logit is not
+            raise ValueError(f"expected finite logits, got a probability {result.probability} of {result.label!r}")
+        answers.append(result)
+    good = [one for one in answers if isinstance(one, Prediction)]
+    for one in good:
+        service.metrics.on_prediction(one)
+        service.recent.add(one)
+    body = {
+        "version": max((one.version for one in good), default=service.classifier.version),
+        "latency_ms": round(_since_body(request) * 1e3, 3),
+        "predictions": [_in_place(service, one) if isinstance(one, ApiError) else one for one in answers],
+    }
+    return body, 200 if good else 422
+
+
+def _in_place(served: Served, error: ApiError) -> dict[str, Any]:
+    """An error in the place of an answer, which is counted."""
+    served.metrics.on_error(error.code)
+    return error_body(error.code, error.detail)
 
 
 def _request_error(service: Served, error: Exception) -> Exception:
@@ -190,11 +202,10 @@ async def _ask_several(
         if isinstance(found, Service):
             try:
                 Abstention(asked["keep"], max_error=asked["max_error"]).check(found.head)
+                found.batching.check_room(asked["client"])
                 engines.setdefault(found.batching, []).append(found)
             except IosrFastError as error:
                 answers[name] = _failed(found, error)
-    for batching in engines:
-        batching.check_room(asked["client"])
     if engines:
         await request.body()  # here, because an error in it is one of the request
     for part in await asyncio.gather(*(_ask_engine(services, request, boxes, asked) for services in engines.values())):
@@ -203,7 +214,7 @@ async def _ask_several(
     if not statuses:
         raise answers[names[0]]
     bodies = {
-        name: error_body(answer.code, answer.detail) if isinstance(answer, ApiError) else answer[0]
+        name: _in_place(front.services.get(name, front), answer) if isinstance(answer, ApiError) else answer[0]
         for name, answer in answers.items()
     }
     return {"classifiers": bodies}, min(statuses)
@@ -213,7 +224,7 @@ async def _ask_engine(
     services: Sequence[Service], request: Request, boxes: str | None, asked: dict[str, Any]
 ) -> dict[str, Any]:
     """The _answer of each, or an ApiError."""
-    start, answers = time.perf_counter(), dict[str, Any]()
+    answers = dict[str, Any]()
     try:
         images = await services[0].uploads.read_images(request, boxes)
         names = tuple(service.name for service in services)
@@ -226,7 +237,7 @@ async def _ask_engine(
         CLASSIFIER.set(service.name)
         own = [result[i] if isinstance(result, tuple) else result for result in results]
         try:
-            answers[service.name] = _answer(service, images, own, start)
+            answers[service.name] = _answer(service, request, images, own)
         except Exception as error:
             answers[service.name] = _failed(service, error)
     return answers
@@ -238,5 +249,4 @@ def _failed(service: Service, error: Exception) -> ApiError:
     if not isinstance(known, ApiError):
         logger.error("unexpected", exc_info=error, extra={"facts": {"classifier": service.name}})
         known = internal_error()
-    service.metrics.on_error(known.code)
     return known

@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from iosr_fast.head.predictions import Prediction
-from iosr_fast.methods.checks import WINDOW, Strangers, strange_odds
+from iosr_fast.methods.checks import WINDOW, Strangers
 from iosr_fast.serving.http.logs import log
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ class Recent:
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier
         self._last: deque[Prediction] = deque(maxlen=WINDOW)
-        self._strange = 0, -math.inf  # a version, and its strange_odds
         self.strangers = Strangers()
 
     def add(self, prediction: Prediction) -> None:
@@ -33,7 +32,7 @@ class Recent:
             return
         before, p = self.strangers.noted, prediction.top[0].probability
         odds = math.log(p / (1.0 - p)) if 0.0 < p < 1.0 else math.copysign(math.inf, p - 0.5)
-        self.strangers.add(odds <= self._limit(prediction.version))
+        self.strangers.add(odds <= self._classifier.snapshot().require_single_label("the HTTP API").strange_odds)
         if self.strangers.noted != before:
             log("strangers", level=logging.WARNING if self.strangers.noted else logging.INFO, note=self.strangers.note)
 
@@ -47,9 +46,3 @@ class Recent:
         """Of the answers that were judged by a promise; NaN before the first."""
         judged = [one.accepted for one in list(self._last) if one.accepted is not None]
         return sum(judged) / len(judged) if judged else math.nan
-
-    def _limit(self, version: int) -> float:
-        head = self._classifier.snapshot().require_single_label("the HTTP API")
-        if self._strange[0] != version == head.version:
-            self._strange = version, strange_odds(head.left_out_labels)
-        return self._strange[1]

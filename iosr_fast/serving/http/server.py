@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -26,15 +27,16 @@ from iosr_fast import __version__
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.app import create_app, warm
 from iosr_fast.serving.http.connection import Connection
+from iosr_fast.serving.http.listener import BACKLOG, Listener
 from iosr_fast.serving.http.logs import CLASSIFIER, log, logger, logs_to_stderr
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.opening import Opening, named_folders
 from iosr_fast.serving.http.service import Front, Service
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.http.turns import Peers
 
 _GC_THRESHOLDS = (5_000, 20, 100)
 _FILES = 100  # open files besides connections: of the bundle, of libraries, pipes
-_BACKLOG = 2048  # connections that wait in the kernel
 _LOCAL = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}  # how a browser here names an address
 # Parameters of mallopt in glibc's malloc.h, with values.
 _MALLOC = {
@@ -95,25 +97,10 @@ def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
             threading.Thread(target=server.warm, name="iosr-fast-warm-up", daemon=True).start()
             server.run([listener])
         log("stopped", seconds=round(time.perf_counter() - start, 3))
+    if any(service.unfinished for service in services):
+        os._exit(0)  # the interpreter would wait for the thread of an abandoned change
     if server.failure is not None:
         raise RuntimeError(f"the engine failed during its warm-up: {server.failure}") from server.failure
-
-
-def uvicorn_config(app: ASGIApp, settings: Settings, metrics: Metrics) -> uvicorn.Config:
-    """An application behind connections of connection.py."""
-    return uvicorn.Config(
-        app,
-        interface="asgi3",
-        http=partial(Connection, settings, metrics, {}),  # type: ignore[arg-type]
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=bool(settings.trusted_proxy),
-        forwarded_allow_ips=list(settings.trusted_proxy),
-        timeout_graceful_shutdown=settings.grace_s,
-    )
 
 
 def keep_freed_memory() -> bool:
@@ -150,17 +137,46 @@ def _listen(settings: Settings) -> socket.socket:
     host, port = settings.host, settings.port
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         raise OSError(f"can't listen on {host!r} port {port}: {error}; choose another --port or --host") from error
 
 
-class _Server(uvicorn.Server):
+class Edge(uvicorn.Server):
+    """An application behind connections of connection.py, which listener.py accepts."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self._peers, self._settings, self._metrics = Peers(), settings, metrics
+        super().__init__(
+            uvicorn.Config(
+                app,
+                interface="asgi3",
+                http=partial(Connection, settings, metrics, self._peers),  # type: ignore[arg-type]
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=bool(settings.trusted_proxy),
+                forwarded_allow_ips=list(settings.trusted_proxy),
+                timeout_graceful_shutdown=settings.grace_s,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])
+        shared: dict[str, Any] = {"config": self.config, "server_state": self.server_state, "app_state": {}}
+        make, limit = partial(self.config.http_protocol_class, **shared), self._settings.max_connections
+        listeners: Any = [Listener(one, make, self._peers, limit, self._metrics) for one in sockets or ()]
+        self.servers = listeners
+
+
+class _Server(Edge):
     """uvicorn's server, which drains before it stops; the exit code is 0."""
 
     def __init__(self, served: Service | Front) -> None:
         self._app, self._served = create_app(served), served
-        super().__init__(uvicorn_config(self._app, served.settings, served.metrics))
+        super().__init__(self._app, served.settings, served.metrics)
         self.failure: Exception | None = None  # of the engine, during its warm-up
 
     def warm(self) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.serving.http.embeddings import EmbeddingUploads
 from iosr_fast.serving.http.errors import ApiError, busy
+from iosr_fast.serving.http.logs import log
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.recent import Recent
 from iosr_fast.serving.http.settings import Settings
@@ -59,7 +61,7 @@ class Service(Served):
     """One classifier, with the name "", or one of several, which adds itself to `front`.
 
     `metrics` should be the observer of `batching`, if it is the first one there, and `collector` what it collects with.
-    The caller closes both.
+    The caller closes both; `close` closes the log of the classifier.
     """
 
     uploads: Uploads
@@ -86,7 +88,7 @@ class Service(Served):
         self.max_body = self.uploads.max_body
         # A single thread, so that no other change comes between the checks of a change and the change itself.
         self._changes = ThreadPoolExecutor(1, "iosr-fast-changes")
-        self._waiting = 0
+        self.unfinished: set[Future[Any]] = set()  # the running change, and those that wait
         metrics.watch(self)
 
     @property
@@ -115,13 +117,12 @@ class Service(Served):
 
     async def change(self, act: Callable[[Classifier], Answer]) -> Answer:
         """Run `act` in the thread of changes, one at a time; 503 if too many changes wait."""
-        if self._waiting >= _MAX_CHANGES:
-            raise busy("busy", f"{self._waiting} changes are waiting already; try again", 5)
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._changes, self._act, act)
-        finally:
-            self._waiting -= 1
+        if (waiting := len(self.unfinished)) >= _MAX_CHANGES:
+            raise busy("busy", f"{waiting} changes are waiting already; try again", 5)
+        change = self._changes.submit(self._act, act)
+        self.unfinished.add(change)
+        change.add_done_callback(self.unfinished.discard)
+        return await asyncio.wrap_future(change)
 
     def _act(self, act: Callable[[Classifier], Answer]) -> Answer:
         answer = act(self.classifier)
@@ -129,9 +130,17 @@ class Service(Served):
         self.metrics.drop_removed(head.name_of, head.node_names[len(head.uids) :])
         return answer
 
-    def close(self) -> None:
-        """Wait for the running change and drop the waiting ones."""
-        self._changes.shutdown(cancel_futures=True)
+    def close(self, timeout: float | None = None) -> bool:
+        """Drop the waiting changes, wait for the running one, at most `timeout` seconds (None: no limit), and close the
+        log. Returns whether it has ended; if not, the log stays open. The process may end then: a change is logged
+        whole or not at all."""
+        self._changes.shutdown(wait=False, cancel_futures=True)
+        ended = not wait(self.unfinished, timeout).not_done
+        if ended:
+            self.classifier.close_log()
+        else:
+            log("change_abandoned", level=logging.WARNING, classifier=self.name)
+        return ended
 
 
 class Front(Served):

@@ -20,6 +20,7 @@ from iosr_fast.serving.http.tokens import Token, read_tokens
 MIB = 1 << 20
 _MAX = 1e12  # msgspec compares with finite numbers only; this bound refuses infinity
 NAME = re.compile(r"[A-Za-z0-9._-]+")  # of a host, and of a classifier in a path
+_ORIGIN = re.compile(r"\*|(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+])(:\d+)?")
 
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(ge=1e-3, le=_MAX)]
@@ -60,6 +61,10 @@ class Settings:
     public_host: Annotated[
         tuple[str, ...],
         Option("Name that clients have for this server; may be repeated. Requests for other names get status 400."),
+    ] = ()
+    allow_origin: Annotated[
+        tuple[str, ...],
+        Option("Origin of other pages that may call the API, like https://shop.example, or *; may be repeated."),
     ] = ()
     token: str | None = field(default=None, repr=False)
     trusted_proxy: Annotated[
@@ -128,6 +133,9 @@ class Settings:
                 raise IosrFastError(f"expected trusted_proxy to be an address, or a network: {error}") from None
         if wrong := [name for name in self.public_host if not NAME.fullmatch(name)]:
             raise IosrFastError(f"expected public_host to be a name without a port, got {wrong[0]!r:.80}")
+        if wrong := [origin for origin in self.allow_origin if not _ORIGIN.fullmatch(origin)]:
+            expected = "scheme://host or scheme://host:port as browsers send it (small letters, no path, no usual port)"
+            raise IosrFastError(f"expected allow_origin to be {expected}, or *, got {wrong[0]!r:.80}")
         for small, large in (
             ("max_images", "max_queue"),
             ("max_image_mb", "max_body_mb"),
