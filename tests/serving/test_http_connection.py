@@ -228,6 +228,7 @@ def test_connections_that_wait_for_their_clients_make_room(begun: bytes) -> None
         for connection in many:
             with contextlib.suppress(ConnectionError):
                 connection.sendall(begun)
+        wait_until(lambda: statuses(crowded.ask(CLOSE)) == [200])  # 503 while all are busy
         for _ in range(3):
             assert statuses(crowded.ask(CLOSE)) == [200]
         wait_until(lambda: len(crowded.connections) <= 20)
