@@ -58,8 +58,9 @@ class BatchingClassifier:
 
     A `client` with a name may hold at most as many images as it leaves places free, and likewise pixels to decode, so
     that no client keeps others out. Clients and their requests take turns, one image each, at decoding and in batches,
-    and each client leaves a decoder to others, two with images above 16 million pixels. A deadline above 10 s is
-    shortened to four times the estimated waiting time where that is less.
+    and each client leaves a decoder to others, two with large images. These have above 16 million pixels, or are as
+    much work by a JPEG's scans or by crops, or come from a client one of whose images just took 0.5 s. A deadline above
+    10 s is shortened to four times the estimated waiting time where that is less.
 
     `max_error` is that of queries which name none (Query). Where support images are too few for it, no label is
     accepted. `collect(image, embeddings, head, client)` is called in the thread of a batch for each image that it

@@ -78,7 +78,7 @@ class Settings:
     collect: Annotated[
         Path | None, Option("Folder that keeps uploads that need a look, by --max-error, and collected.csv.")
     ] = None
-    collect_limit: Annotated[Count, Option("Most uploads in it; the oldest without a label go.")] = 1_000
+    collect_limit: Annotated[Count, Option("Most uploads in it; the client with most loses unlabelled ones.")] = 1_000
     check_share: Annotated[
         BetweenZeroAndOne | None,
         Option("Share of accepted pictures, like 1%, that --collect keeps, too, for somebody to check (checks.csv)."),
