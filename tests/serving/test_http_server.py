@@ -91,6 +91,28 @@ def test_a_killed_server_comes_back_with_its_changes_unless_their_log_is_damaged
     assert done.exit_code == 2 and "is damaged: " in done.output and "restore it from a copy" in done.output
 
 
+def test_a_change_that_goes_on_delays_no_end_beyond_the_grace_time() -> None:
+    program = """
+import sys, time
+from iosr_fast.classifier import Classifier
+from iosr_fast.cli import app
+Classifier.retune = lambda self: print('{"event": "begun"}', file=sys.stderr, flush=True) or time.sleep(300)
+app()
+"""
+    options = ["serve", str(bundle()), "--port", "0", "--drain", "0", "--grace", "1"]
+    process = Process(command=[sys.executable, "-c", program, *options])
+    try:
+        with process.connect() as connection:
+            head = f"POST /v1/retune HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+            connection.sendall(head.encode())
+            process.wait_for("begun")
+            process.signal(signal.SIGTERM)
+            assert process.exit_code() == 0
+        assert [line["event"] for line in process.lines][-2:] == ["change_abandoned", "stopped"]
+    finally:
+        process.kill()
+
+
 @pytest.fixture(scope="module")
 def process() -> Any:
     with started("--max-body-mb", "1", "--max-image-mb", "1", "--body-timeout", "2") as running:
