@@ -7,11 +7,14 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.framing import MAX_HEAD
+from iosr_fast.serving.http.listener import Newcomer
+from iosr_fast.serving.http.turns import Peers
 from tests.serving.http_edge import BIG, Site, read_all, read_answers, site, statuses
 from tests.waiting import wait_until
 
@@ -291,6 +294,25 @@ def test_a_stop_answers_accepted_requests_and_closes_the_rest() -> None:
             answer = read_all(connection)
             assert statuses(answer) == [200] and b'"size":%d' % size in answer
             assert b"connection: close" in answer.lower()
+    running.stop()
+
+
+def test_a_stop_answers_a_request_whose_turn_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    put, late = Peers.put, list[object]()
+
+    def put_later(peers: Peers, one: Any, loop: Any) -> None:
+        if isinstance(one, Newcomer):
+            put(peers, one, loop)
+        else:
+            late.append(loop.call_later(0.4, put, peers, one, loop))
+
+    monkeypatch.setattr(Peers, "put", put_later)
+    running = Site()
+    with running.connect() as connection:
+        connection.sendall(SLOW)
+        wait_until(lambda: late)
+        running.server.should_exit = True
+        assert statuses(read_all(connection)) == [200]
     running.stop()
 
 

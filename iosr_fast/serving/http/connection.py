@@ -192,7 +192,9 @@ class Connection(HttpToolsProtocol):
             self.abort()
 
     def begin(self) -> None:
-        """Start the request whose turn has come."""
+        """Start the request whose turn has come, unless `shutdown` did before."""
+        if not self._head:
+            return
         head = bytes(self._buffer[: self._head])
         del self._buffer[: self._head]
         self._head = 0
