@@ -294,7 +294,7 @@ def test_closing_waits_no_longer_for_a_change_than_it_is_told(
         client = Client(opening.start([group], closing))
         monkeypatch.setattr(Store, "_ready", lambda self, head: go_on.wait(20) and head)
         changes = [client.start("DELETE", f"/v1/classes/~{number}", headers=AUTHORISED) for number in range(2)]
-        wait_until(group[""]._store.lock.locked)
+        wait_until(lambda: group[""]._store.lock.locked() and len(client.service.unfinished) == 2)
     assert client.service.unfinished and "change_abandoned" in caplog.text, "it still runs, and has the log"
     go_on.set()
     assert changes[0].result(20).status_code == 200 and client.service.close(20) and not client.service.unfinished
