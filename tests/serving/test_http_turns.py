@@ -73,6 +73,8 @@ class Schedule:
     def __get__(self, peers: Any, _: Any) -> Any:
         def schedule(loop: asyncio.AbstractEventLoop, wait_s: float) -> None:
             self.waits.append(wait_s)
+            if peers._handle is not None:
+                peers._handle.cancel()
             peers._handle = loop.call_soon(peers._begin_next, loop)
 
         return schedule

@@ -78,7 +78,7 @@ class Listener:
             newcomer = Newcomer(self, accepted, client_of(address))
             self._peers.add(newcomer).waiting[newcomer] = None
             self._peers.put(newcomer, self._loop)
-            if self._peers.count > self._limit:
+            while self._peers.count > self._limit and not newcomer.surplus:  # one, and those made since, if any
                 oldest = self._peers.oldest_of_largest()
                 newcomer.surplus = oldest is newcomer
                 if not newcomer.surplus:

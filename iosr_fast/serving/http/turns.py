@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+_ALONE = 8  # requests of a client that is alone that begin together: those that come together share a batch
 _BUSY = 0.5  # of the event loop's time that several clients may take together, whatever their shares
 _NEWEST = 0.1  # weight of the newest measurement of what a request costs
 _BURST_S = 0.005  # by which requests may begin too early: timers of an event loop count whole milliseconds
@@ -36,7 +37,7 @@ class Peer:
 
 
 class Peers:
-    """Clients take turns: each pass of the event loop begins one request, of the next client.
+    """Clients take turns: each pass of the event loop begins one request, of the next client, or _ALONE of a lone one.
 
     Turns alone are not enough: each step of a request waits for a pass of the loop, and other threads for Python's
     lock. So while requests of n clients run or may begin, a request begins when its client has taken at most 1 / n of
@@ -110,7 +111,9 @@ class Peers:
             alone = self._running.keys() <= {name}
             waits_s.append(0.0 if alone else max(0.0, min(self._peers[name].due, self._due) - now))
             if not waits_s[-1]:
-                self._begin(name, now)
+                for _ in range(_ALONE if alone and len(self._turns) == 1 else 1):
+                    if name in self._turns:
+                        self._begin(name, now)
                 break
         if self._turns:
             self._schedule(loop, min(waits_s))
