@@ -10,7 +10,14 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.log_loss import fit_factor, log_softmax
-from iosr_fast.methods.models.gaussian import GaussianModel, Gaussians, Moments, discriminant, shrunk_precision
+from iosr_fast.methods.models.gaussian import (
+    CHANNELS,
+    GaussianModel,
+    Gaussians,
+    Moments,
+    discriminant,
+    shrunk_precision,
+)
 from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.paired_tests import is_level
 from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
@@ -121,7 +128,7 @@ def predict_jointly(
         start[block] = log_softmax(score(plan, queries[block], check=False))
     folder = Unlabelled(image_rows(queries, which, None), start)
     result = JointPrediction(start, np.arange(support.n_classes), _unchecked(support, alone, folder))
-    model = GaussianModel(support, which)
+    model = ChannelModel(support, which)
     factor = 1.0
     if not result.refused:
         result, factor = _checked(result, model, alone, folder)
@@ -131,6 +138,12 @@ def predict_jointly(
     for part in folder.blocks():
         part.start[:] = _softmax(np.float32(factor) * part.logits(gaussians))
     return replace(result, rounds=rounds, seconds=time.perf_counter() - started)
+
+
+class ChannelModel(GaussianModel):
+    """Its moments are those of channels: images of the folder, outside the span of the support images, add to them."""
+
+    span = CHANNELS
 
 
 def _unchecked(support: SupportSet, alone: OutOfFold, folder: Unlabelled) -> str:
@@ -187,7 +200,7 @@ def estimate(support: Moments, images: Sequence[Unlabelled]) -> tuple[Gaussians,
 
 
 def _checked(
-    result: JointPrediction, model: GaussianModel, alone: OutOfFold, folder: Unlabelled
+    result: JointPrediction, model: ChannelModel, alone: OutOfFold, folder: Unlabelled
 ) -> tuple[JointPrediction, float]:
     """`result` with its accuracies and, if images are classified worse together, the reason for refusal; and the factor
     of the logits."""

@@ -127,7 +127,8 @@ class Densities(Gaussians):
     """log N(x; mu_c, Sigma) but for a constant: G minus x' P x / 2."""
 
     def scores(self, rows: np.ndarray) -> np.ndarray:
-        return super().scores(rows) - np.einsum("bd,bd->b", rows @ self.precision, rows)[:, None] / 2
+        inside = self.span(rows)
+        return super().scores(rows) - np.einsum("bd,bd->b", inside @ self.precision, inside)[:, None] / 2
 
 
 class DensityModel(GaussianModel):

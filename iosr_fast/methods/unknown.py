@@ -137,7 +137,7 @@ def fit_unknown(support: SupportSet, folds: Folds, adapted: bool = False, unknow
 
     Where each class has one image or there are two classes, no weights can be fitted: the regression's score
     stands alone, and without left-out images nothing can be promised. Time: one regression of N^3 operations, and for
-    each of 16 folds and 12 halves and folds a precision of D^3. Same support set, same result.
+    each of 16 folds and 12 halves and folds a precision of min(N, D)^3. Same support set, same result.
     """
     names = score_names(support, adapted)
     all_names = score_names(support, adapted, unknown)

@@ -116,3 +116,21 @@ def test_a_regression_without_a_fold_keeps_the_weights_of_classes(which: str, vi
 def test_the_inverse_of_a_triangle_is_that_of_numpy(size: int, rng: np.random.Generator) -> None:
     lower = np.tril(rng.standard_normal((size, size))) / size + np.eye(size)
     np.testing.assert_allclose(lower_inverse(lower), np.linalg.inv(lower), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gaussians", "gaussians with texts", "densities", "background", "paper"])
+def test_few_rows_of_many_channels_are_compared_in_their_span(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with queries outside of it, and support images that are as far from it as queries (`views`)."""
+    make = MODELS.get(name, lambda support: GaussianModel(support, copies=2.0, paper=True))
+    world = Clusters(6, width=90, adapted=True)
+    model, queries = make(world.support([3, 1, 20, 2, 4, 3], views=True)), world.queries(4)[0]
+    folds = make_folds(model.support)
+    scores, without, fields = model.scores(queries), model.without(folds), model.fields()
+    assert isinstance(model, GaussianModel) and len(model.moments.second) < 50
+    monkeypatch.setattr(gaussian.Span, "of", lambda rows: gaussian.CHANNELS)
+    model = replace(model)
+    assert len(model.moments.second) == 90
+    near = {"rtol": 1e-6, "atol": 1e-6 * np.abs(scores).min()}
+    np.testing.assert_allclose(scores, model.scores(queries), **near)
+    np.testing.assert_allclose(without, model.without(folds), **near)
+    np.testing.assert_allclose(fields["linear"], model.fields()["linear"], rtol=1e-6, atol=1e-9)

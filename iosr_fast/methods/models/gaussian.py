@@ -58,17 +58,49 @@ class Moments:
 
 
 @dataclass(frozen=True, eq=False)
+class Span:
+    """Coordinates (B, r + 1) of rows x (B, D): [x Q, |x - x Q Q'|], Q (D, r) an orthonormal basis of the span of some
+    rows, and the length of what is outside of it. For a row of the span the last one is 0, so that its products with
+    all rows, and their distances to it, are those of D channels. Without `basis` coordinates are channels.
+
+    The covariance of N < D rows then takes N^3 operations to invert, in place of D^3.
+    """
+
+    basis: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> Span:
+        """Of rows (N, D) float64; without a basis unless they are fewer than their channels."""
+        return cls(np.linalg.qr(rows.T)[0] if len(rows) + 1 < rows.shape[1] else None)
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        if self.basis is None:
+            return rows
+        inside = rows @ self.basis
+        outside = np.einsum("bd,bd->b", rows, rows) - np.einsum("bd,bd->b", inside, inside)
+        return np.column_stack([inside, np.sqrt(np.maximum(outside, 0.0))])
+
+    def channels(self, inside: np.ndarray) -> np.ndarray:
+        """(C, D) of the coordinates (C, r + 1) of vectors of the span."""
+        return inside if self.basis is None else inside[:, :-1] @ self.basis.T
+
+
+CHANNELS = Span()
+
+
+@dataclass(frozen=True, eq=False)
 class Gaussians:
     """G(x, c) = <x, linear[c]> + bias[c]: log N(x; mu_c, Sigma) but for what all classes share.
 
     linear     (C, D) P mu_c
     bias       (C,) -(mu_c' P mu_c - e_c) / 2
-    precision  (D, D) P (`shrunk_precision`)
+    precision  P (`shrunk_precision`) in coordinates of `span`
     """
 
     linear: np.ndarray
     bias: np.ndarray
     precision: np.ndarray
+    span: Span = CHANNELS
 
     @property
     def centred(self) -> tuple[np.ndarray, np.ndarray]:
@@ -81,9 +113,14 @@ class Gaussians:
 
 
 def fit_gaussians(
-    images: Moments, text: np.ndarray | None = None, copies: float = 0.0, paper: bool = False
+    images: Moments,
+    text: np.ndarray | None = None,
+    copies: float = 0.0,
+    paper: bool = False,
+    span: Span = CHANNELS,
 ) -> Gaussians:
-    """The Gaussians of images, with `copies` of each class's text among them (Moments.with_texts).
+    """The Gaussians of images, with `copies` of each class's text among them (Moments.with_texts); moments and texts in
+    coordinates of `span`.
 
     mu_c is a class's mean and P = inv(Sigma + tr(Sigma) / (n - 1) I) the shrunk precision of all n rows about their
     means; I where Sigma is 0, as with one image a class. The noise of a mean of few images adds to mu_c' P mu_c, so
@@ -102,20 +139,26 @@ def fit_gaussians(
     n_rows = float(joined.counts.sum())
     precision = shrunk_precision(joined.scatter, n_rows)
     if paper and not np.array_equal(precision, np.eye(len(precision))):
-        precision *= len(precision) / (n_rows - 1)
+        precision *= (len(precision) if span.basis is None else len(span.basis)) / (n_rows - 1)
     free = counts.sum() - present.sum()
     noise = float(np.sum(precision * images.scatter)) / free if free > 1e-9 else 0.0
     shares = counts / np.maximum(joined.counts, 1e-9) ** 2
     excess = noise * (shares - shares[counts.argmax()])
-    fitted = discriminant(joined.means, precision, excess)
+    fitted = discriminant(joined.means, precision, excess, span)
     fitted.linear[~present], fitted.bias[~present] = fitted.linear[present].mean(0), fitted.bias[present].mean()
     return fitted
 
 
-def discriminant(means: np.ndarray, precision: np.ndarray, excess: np.ndarray | float = 0.0) -> Gaussians:
-    """From means (C, D), P (D, D) and e (C,)."""
+def discriminant(
+    means: np.ndarray,
+    precision: np.ndarray,
+    excess: np.ndarray | float = 0.0,
+    span: Span = CHANNELS,
+) -> Gaussians:
+    """From means (C, d), P (d, d) and e (C,), in d coordinates of `span`."""
     linear = means @ precision
-    return Gaussians(linear, -0.5 * (np.einsum("cd,cd->c", linear, means) - excess), precision)
+    bias = -0.5 * (np.einsum("cd,cd->c", linear, means) - excess)
+    return Gaussians(span.channels(linear), bias, precision, span)
 
 
 def shrunk_precision(scatter: np.ndarray, n_rows: float) -> np.ndarray:
@@ -141,25 +184,40 @@ class GaussianModel(Model):
     paper: bool = False
 
     @cached_property
+    def _text_rows(self) -> np.ndarray | None:
+        """(C, D) float64, the texts that are among the images."""
+        text = self.support.text if self.copies else None
+        return text if text is None else np.asarray(text if self.reducer is None else self.reducer(text), np.float64)
+
+    @cached_property
+    def span(self) -> Span:
+        """Of all images and of the texts among them."""
+        n_bytes = 8 * self.support.embeddings.plain.size
+        return self._once(("span", self.copies > 0), n_bytes, self._span)
+
+    def _span(self) -> Span:
+        rows = self._rows(self.support.embeddings)
+        return Span.of(rows if self._text_rows is None else np.concatenate([rows, self._text_rows]))
+
+    @cached_property
     def moments(self) -> Moments:
-        """Those of all images."""
+        """Those of all images, in coordinates of `span`."""
         n_classes = self.support.n_classes
         width = self.support.embeddings.plain.shape[1]
         n_bytes = 8 * width * (width + n_classes)
-        return self._once("moments", n_bytes, lambda: self._moments(self.support))
+        return self._once(("moments", self.copies > 0), n_bytes, lambda: self._moments(self.support))
 
     def moments_without(self, out: np.ndarray) -> Moments:
         """Those of all images but some, `out` (N,) bool."""
         return self.moments - self._moments(self.support.only(out))
 
     def _moments(self, images: SupportSet) -> Moments:
-        return Moments.of(self._rows(images.embeddings), images.one_hot)
+        return Moments.of(self.span(self._rows(images.embeddings)), images.one_hot)
 
     def fit(self, moments: Moments) -> Gaussians:
         """The Gaussians of these moments, with the texts."""
-        text = self.support.text
-        moved = text if text is None or self.reducer is None else self.reducer(text)
-        return fit_gaussians(moments, moved, self.copies, self.paper)
+        text = None if self._text_rows is None else self.span(self._text_rows)
+        return fit_gaussians(moments, text, self.copies, self.paper, self.span)
 
     @cached_property
     def fitted(self) -> Gaussians:
