@@ -9,6 +9,7 @@
 FROM python:3.13-bookworm AS build
 WORKDIR /src
 COPY . .
+ENV IOSR_FAST_EXTENSION=required
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.13-slim-bookworm

@@ -8,6 +8,8 @@ CONSTRAINTS ?= constraints.txt
 # Python compiles what it imports, as all 20,000 files would take a minute. It stores the bytecode even if the environment
 # forbids that: otherwise each process that the tests start compiles PyTorch again, which takes 2 to 6 seconds.
 export PYTHONDONTWRITEBYTECODE :=
+# What is built here has the C++ kernels, or is an error.
+export IOSR_FAST_EXTENSION := required
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip

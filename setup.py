@@ -12,21 +12,27 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 # The CUDA module is an add-on: `IOSR_FAST_CUDA=1 pip install .` builds it, which takes nvcc but no GPU.
 CUDA = os.environ.get("IOSR_FAST_CUDA", "0") not in ("", "0")
+# Without a compiler the package installs without its C++ kernels, unless make or CI builds it, or CUDA is asked for.
+OPTIONAL = not CUDA and os.environ.get("IOSR_FAST_EXTENSION") != "required"
 
 
 class CMakeExtension(Extension):
     """An extension whose sources and flags are CMakeLists.txt's business."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, sources=[])
+        super().__init__(name, sources=[], optional=OPTIONAL)
 
 
 class CMakeBuild(build_ext):
-    """Configure and build with CMake; CMAKE_ARGS from the environment come last and so win."""
+    """Configure and build with CMake; CMAKE_ARGS from the environment come last and so win.
+
+    A missing compiler is a CompileError, which an optional extension may have; a build that fails is an error always.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -49,7 +55,14 @@ class CMakeBuild(build_ext):
         if shutil.which("ninja"):
             configure.append("-GNinja")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        subprocess.run(configure, check=True)
+        configured = subprocess.run(configure, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if "CMAKE_CXX_COMPILER not set" in configured.stdout:  # no compiler, or no make
+            raise CompileError(
+                "no C++ compiler and make were found: install them (Debian: apt-get install build-essential; Fedora: "
+                "dnf install gcc-c++ make) and run pip again; without them scoring takes PyTorch or NumPy, and longer"
+            )
+        print(configured.stdout, flush=True)
+        configured.check_returncode()
         target = ["--target", ext.name.rpartition(".")[2]]
         subprocess.run([*cmake, "--build", str(build), *target, "--config", "Release", "--parallel"], check=True)
 

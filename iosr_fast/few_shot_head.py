@@ -235,8 +235,9 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         kept, embeddings, group_of = self._support(rows, "left out of the rows to calibrate on", groups)
         position = positions(fitted.labels.tolist(), y.tolist())
         labels = np.array([position[label] for label in y[kept].tolist()])
-        self._fit = replace(fitted, head=head.calibrated_on(embeddings, labels, group_of))
-        warn_of_look_alikes(self._fit.head)
+        calibrated = head.calibrated_on(embeddings, labels, group_of)
+        warn_of_look_alikes(calibrated)
+        self._fit = replace(fitted, head=calibrated)
         return self
 
     def suggest(self, X: Any, n: int) -> Suggestions:

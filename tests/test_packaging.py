@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, requires
+from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
@@ -156,6 +162,28 @@ def test_every_data_file_is_packaged() -> None:
     packaged = {path for name, home in homes.items() for pattern in patterns[name] for path in home.glob(pattern)}
     files = {path for room in ("iosr_fast", "kernels") for path in (ROOT / room).rglob("*") if path.is_file()}
     assert {path for path in files if path.suffix not in (".py", ".pyc", ".so", ".pyd")} == packaged
+
+
+@pytest.mark.slow
+def test_without_a_compiler_all_but_the_extension_is_built(tmp_path: Path) -> None:
+    """Unless it is required. A compiler that fails is an error always."""
+    path, out = tmp_path / "bin", tmp_path / "out"
+    path.mkdir()
+    if cmake := shutil.which("cmake"):
+        (path / "cmake").symlink_to(cmake)
+
+    def build(**variables: str) -> tuple[int, str]:
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", out, "--build-temp", out]
+        environment = os.environ | {"IOSR_FAST_EXTENSION": "", "CMAKE_ARGS": ""} | variables
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return done.returncode, (done.stdout + done.stderr).strip()
+
+    for required, status in (("", 0), ("required", 1)):
+        returned, said = build(PATH=str(path), IOSR_FAST_EXTENSION=required)
+        assert returned == status and "\n" not in said, said
+        assert "no C++ compiler and make were found: install them (Debian: apt-get install build-essential" in said
+    assert build(CXX=shutil.which("false") or "")[0] == 1
+    assert not [*tmp_path.rglob("*.so")]
 
 
 def test_the_command_prints_its_version() -> None:

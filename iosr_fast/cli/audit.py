@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from iosr_fast.cli.command import say, write_new
+from iosr_fast.cli.command import say, write_figures, write_new
 from iosr_fast.cli.options import Html, Json, SavedClassifier, echo_first, head_in
 from iosr_fast.exceptions import IosrFastError
 
@@ -31,4 +29,4 @@ def audit(classifier: SavedClassifier, html: Html = None, json_path: Json = None
     if html is not None:
         write_new(html, audit_page(found, loaded.picture, f"Audit of {classifier.name}"))
     if json_path is not None:
-        write_new(json_path, json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        write_figures(json_path, found.to_dict())

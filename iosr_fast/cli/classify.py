@@ -12,6 +12,7 @@ from iosr_fast.cli.command import note, output, write_new
 from iosr_fast.cli.options import RejectOption, argument, as_share, head_in, note_counts, option, ray_pool, resumable
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.detector_files import Selection, is_detector_file
+from iosr_fast.utils.require import require
 
 UNKNOWN_LABEL, KEEP = "unknown", 0.95
 FORMS = {".csv": "csv", ".parquet": "parquet", ".json": "json", "": "parts"}  # by the suffix of --out
@@ -56,8 +57,9 @@ def classify(
     level, 0 for a class, 1 for the deepest nodes, and label_path, and the label may be such a node.
 
     With --sort the images are also hard links, or copies on another file system, in FOLDER: those with an accepted
-    label below CLASS/, the others below look/, each with its path in the input. Nothing is moved or replaced, and
-    sorted.csv there lists what was made. The rows are printed only with --out.
+    label below CLASS/, of a node of a tree NODE/(group)/, the others below look/, each with its path in the input.
+    Nothing is moved or replaced, an image has one place, and sorted.csv there lists what was made. The rows are printed
+    only with --out.
 
     A detector file (JSON of MegaDetector, COCO or Label Studio) stands for its boxes. With --out of .json it is written
     with a class for each: MegaDetector's get classifications, the --top best; COCO's the category_id and score (the
@@ -82,6 +84,8 @@ def classify(
             f"expected --out to end in .csv, .parquet or .json, or a folder without a suffix, got {out}"
         )
     form: Any = "csv" if out is None else FORMS[out.suffix]
+    if form in ("parquet", "parts"):
+        require("pyarrow.parquet", "parquet")
     if form == "parts" and (joint or html is not None):
         given = "--joint" if joint else "--html"
         raise IosrFastError(f"expected a file for --out with {given}, got the folder {out}; use .csv or .parquet")

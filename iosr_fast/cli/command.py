@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -160,6 +161,13 @@ def write_new(path: Path, text: str) -> None:
     note(f"wrote {path}")
 
 
+def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
+    """`write_new` of JSON, which says that iosr_fast wrote it (sealed.outputs)."""
+    from iosr_fast import __version__
+
+    write_new(path, json.dumps({"iosr_fast": __version__, **figures}, indent=1, ensure_ascii=False) + "\n")
+
+
 def _written(*suffixes: str) -> Callable[[Path | None], Path | None]:
     """Callback of options that name a file to write with one of these suffixes: checks the path before any work."""
 
@@ -175,4 +183,4 @@ def _written(*suffixes: str) -> Callable[[Path | None], Path | None]:
 
 
 new_file, new_csv = _written(), _written(".csv")
-new_page = _written(".html", ".htm")  # tells it from pictures and tables, which it would replace
+new_page = _written(".html", ".htm")  # tells it from pictures and tables

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from iosr_fast.cli import options as shared
-from iosr_fast.cli.command import Group, ListCommand, new_app, say, stop_message, write_new
+from iosr_fast.cli.command import Group, ListCommand, new_app, say, stop_message, write_figures, write_new
 from iosr_fast.cli.options import Html, Json, Runtime, SavedClassifier, SkipBad, argument, echo_first, head_in, option
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.sealed.outputs import check_utf8
@@ -121,7 +120,7 @@ def saved(
         title = f"Evaluation of {classifier.name} on {images.name}"
         write_new(html, evaluation_page(found, loaded.picture, title, loaded.exif_orientation_))
     if json_path is not None:
-        write_new(json_path, json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        write_figures(json_path, found.to_dict())
 
 
 @evaluate.command(cls=ListCommand)

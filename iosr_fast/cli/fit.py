@@ -39,6 +39,7 @@ def fit(
     tree: Annotated[Path | None, option("CSV of class, parent: with --max-error a node may be the answer.")] = None,
     nested: Nested = False,
     label_column: shared.LabelColumn = None,
+    similar_names: Annotated[bool, option("Names that are a letter apart are meant.", "--similar-names")] = False,
     views: Annotated[int, option("Random views averaged into each key; 1: the image as it is.")] = 1,
     mirror: Annotated[bool, option("Mirror half of the views.")] = True,
     margin: Margin = 0.0,
@@ -76,7 +77,7 @@ def fit(
     """
     parameters: dict[str, Any] = {**locals()}
     beside = ("unknown_images", "descriptions", "calibrate_on", "tree", "nested", "root", "label_column")
-    data = {name: parameters.pop(name) for name in beside}
+    data = {name: parameters.pop(name) for name in (*beside, "similar_names")}
     for name in ("folder", "out", "template", "overwrite"):
         del parameters[name]  # the others are parameters of Classifier
     from iosr_fast.classifier import Classifier

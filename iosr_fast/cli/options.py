@@ -83,7 +83,7 @@ Workers = Annotated[int | None, RayOption(help="Number of workers [default: 2]."
 Gpus = Annotated[float, RayOption(help="GPUs of each worker, or its share of one.")]
 Address = Annotated[str | None, RayOption(help="Address of a running cluster; auto: the one on this machine.")]
 # Of boxes of detector files.
-Root = Annotated[Path | None, BoxOption("Folder of the pictures [default: the file's].")]
+Root = Annotated[Path | None, BoxOption("Folder that all pictures are below [default: the file's].")]
 MinConfidence = Annotated[float | None, BoxOption("Leave out boxes of less confidence.", min=0, max=1)]
 Category = Annotated[list[str] | None, BoxOption("Take boxes of this category of the detector. Repeatable.")]
 # Of replicas of the server.

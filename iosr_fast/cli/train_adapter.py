@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +16,7 @@ from safetensors import SafetensorError
 
 from iosr_fast.cli.options import Model, Nested, Pretrained, option
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.sealed.outputs import check_writable
 from iosr_fast.utils.require import require_installed
 
 # DINO takes its random crops from pictures this much larger than the encoder's own size.
@@ -125,21 +128,43 @@ def check_out(out: Path) -> None:
             load_adapter(out)
         except Exception as error:
             raise IosrFastError(f"{out} exists and is no adapter; choose another name") from error
-    if training_folder(out).is_file():
-        raise FileExistsError(f"expected room for the folder {training_folder(out)}, got a file of that name; move it")
-    training_folder(out).mkdir(parents=True, exist_ok=True)
+    folder = Path(os.path.realpath(training_folder(out)))
+    if folder.is_file():
+        raise FileExistsError(f"expected room for the folder {folder}, got a file of that name; move it")
+    check_writable(next(each for each in (folder, *folder.parents) if each.exists()), out)
 
 
 def training_folder(out: Path) -> Path:
     return out.with_name(out.name + ".training")
 
 
-def run(out: Path, clip: Any, adapter: Any, settings: Any, sources: Any, fabric: Any) -> None:
-    """Train, with the bar, and write the settings and `out`."""
+@contextmanager
+def begun_training(folder: Path, settings: Any) -> Iterator[None]:
+    """The training's folder with its settings. An error before the first checkpoint removes a folder that is new."""
     import msgspec
 
-    from iosr_fast.clip.adapter import save_adapter
     from iosr_fast.sealed.files import new_file
+
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = folder / "checkpoints"
+    try:
+        if not checkpoints.exists():  # else the settings are those of the checkpoints, which may be of another training
+            with new_file(folder / "settings.json") as temporary:
+                temporary.write_bytes(msgspec.json.format(msgspec.json.encode(settings)) + b"\n")
+        yield
+    except Exception:
+        if missing and not checkpoints.exists():
+            shutil.rmtree(folder)
+            with suppress(OSError):  # other files have come to its parents
+                for parent in missing[1:]:
+                    parent.rmdir()
+        raise
+
+
+def run(out: Path, clip: Any, adapter: Any, settings: Any, sources: Any, fabric: Any) -> None:
+    """Train, with the bar, and write the settings and `out`."""
+    from iosr_fast.clip.adapter import save_adapter
     from iosr_fast.training import train as training
     from iosr_fast.training.progress import TrainingBar
 
@@ -151,13 +176,10 @@ def run(out: Path, clip: Any, adapter: Any, settings: Any, sources: Any, fabric:
     )
     for note in sources.notes + ((f"{out} exists and is replaced when this training ends",) if out.exists() else ()):
         bar.say(note)
-    if fabric.is_global_zero:
-        with new_file(folder / "settings.json") as temporary:
-            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(settings)) + b"\n")
     options = {"checkpoint_minutes": settings.checkpoint_minutes, "tensorboard": settings.tensorboard, "fabric": fabric}
     measured = {"held_out": sources.held_out, "report_epoch": bar.epoch}
     try:
-        with bar:
+        with begun_training(folder, settings) if fabric.is_global_zero else nullcontext(), bar:
             trained = training.train_adapter(clip, adapter, train, config, folder, bar.step, **measured, **options)
     except KeyboardInterrupt as stopped:
         message = f"{stopped}: the same command resumes from there"

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+_loading = ContextVar("_loading", default=False)  # in this thread
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's archives, not weights
 
 
@@ -260,13 +262,17 @@ def _fingerprint(model: Any, config: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not (_loading.get() and Path(record.pathname).parent.name == "open_clip")
+
+
 @contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    """Suppress open_clip's lines about random weights, GELU mismatches and failed downloads, which `load_clip`
-    handles."""
-    level = logging.root.level
-    logging.root.setLevel(logging.CRITICAL)
+    """Suppress what open_clip logs in this thread about random weights, GELU mismatches and failed downloads, which
+    `load_clip` handles."""
+    logging.root.addFilter(_is_shown)  # open_clip's logger; added once, it stays, as other threads may be loading
+    token = _loading.set(True)
     try:
         yield
     finally:
-        logging.root.setLevel(level)
+        _loading.reset(token)

@@ -52,6 +52,7 @@ _OLD_FILES = ("projections.safetensors",)  # of version 0.2, which nothing reads
 
 Runtime = Literal["tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "torch"]
 EnginePrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]  # the more exact ones first
+Side = Annotated[int, Meta(ge=1, le=4096)]  # of the encoder's pictures; one of 65,536 would be 12 GB
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 PRECISIONS: tuple[EnginePrecision, ...] = get_args(EnginePrecision)
 ONNX_RUNTIMES = ("openvino", "onnxruntime")  # execute encoder.onnx on a CPU: an engine of one is an engine of the other
@@ -90,7 +91,7 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     files: dict[str, Entry]
     checksum: Sha256
     model: Name
-    image_size: Size
+    image_size: Side
     width: Size
     mean: Channels
     std: Deviations

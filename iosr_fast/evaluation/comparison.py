@@ -25,7 +25,7 @@ GROUPS = {"all": (*METHODS, AUTO, *DEFAULT_RIVALS), "scikit-learn": tuple(RIVALS
 TUNED_ON = {
     "validation": "validation images",
     "loo": "leave-one-out on the support set",
-    "one-shot": "nothing: one image a class, a rule of thumb",
+    "one-shot": "no image where a class has one (a rule of thumb)",
     "cross-validation": "cross-validation on the support set (scikit-learn's)",
     "none": "nothing to choose",
 }
@@ -229,7 +229,7 @@ def method_names(words: Sequence[str], groups: dict[str, tuple[str, ...]] = GROU
 
 
 def pairs_of(methods: Iterable[str], reducers: Sequence[str]) -> list[Pair]:
-    """(method, reducer) of every row: auto chooses its reducer, a method without support images has none. Raises
+    """(method, reducer) of every row: auto (AUTO) and a method without support images ("none") take no reducer. Raises
     IosrFastError for an unknown reducer."""
     for reducer in reducers:
         check_reducer(reducer)

@@ -55,9 +55,9 @@ def print_comparison(out: Console, comparison: Comparison, published: Cells | No
     auto = [result for result in results if result.method == AUTO]
     if auto:
         seconds = ", ".join(
-            f"{np.mean([draw.evidence.seconds for draw in result.draws]):.2f} at {result.shots}" for result in auto
+            f"{np.mean([draw.evidence.seconds for draw in result.draws]):.2f} s at {result.shots}" for result in auto
         )
-        out.print(f"  auto chose in seconds: {seconds} shots", soft_wrap=True)
+        out.print(f"  auto took {seconds} shots to choose", soft_wrap=True)
     for reason in comparison.left_out:
         out.print(f"  left out: {reason}", soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import weakref
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedModel
 
 ON_CPU, ON_GPU = ("fp32", "bf16", "int8"), ("fp32", "fp16", "int8", "fp8")
+log = logging.getLogger(__name__)
 Tokens = dict[str, int]  # of an engine for smaller images: {"image_size": 192}
 
 
@@ -151,7 +153,8 @@ class CandidateBuilder:
         return encoder
 
     def open(self, one: Candidate) -> Encoder:
-        """The candidate's encoder. Raises what building raises, and ArithmeticError for embeddings that are off."""
+        """The candidate's encoder. Raises what building raises; for embeddings that are off an ArithmeticError in words
+        for those who never asked for this engine. The numbers are logged."""
         if _is_there(one, self.engine):
             return open_engine(self.engine, one.runtime, **self._options)
         runtime = "cpu" if one.runtime in ONNX_RUNTIMES else one.runtime  # which execute the same file
@@ -160,6 +163,10 @@ class CandidateBuilder:
             self._errors[name] = None
             try:
                 self._build(self._folder / name, one)
+            except ArithmeticError as error:
+                log.info("%s %s is not taken: %s", one.runtime, one.precision, error)
+                what = f"{one.runtime} {one.precision} changes embeddings too much on this processor"
+                self._errors[name] = ArithmeticError(what)
             except Exception as error:
                 self._errors[name] = error
         if (failed := self._errors[name]) is not None:

@@ -10,7 +10,11 @@ trusted: no tensor is read from outside its folder.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -20,18 +24,21 @@ import numpy as np
 from msgspec import Meta
 
 from iosr_fast.encoders.encoder import unit
+from iosr_fast.encoders.engine_folder import Side
 from iosr_fast.encoders.runtimes.onnxruntime import open_session
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.export.one_file.value import Value
 from iosr_fast.export.onnx import IR, OPSET, leading_to, save_onnx
 from iosr_fast.images.geometry import Geometry, Interpolation, ResizeMode
-from iosr_fast.sealed.schema import Deviations, Level, Share, Size, Strict
+from iosr_fast.sealed.schema import Deviations, Level, Share, Strict
 from iosr_fast.utils.require import require
 from iosr_fast.utils.text import abbreviate
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto, ValueInfoProto
 
+FP32_MAX_ERROR = 1e-4  # of embeddings that are equal, but for rounding in another runtime or at another place
+LARGEST_WIDTH = 1 << 16  # of an EngineManifest
 LARGEST_FILE = (1 << 31) - 1  # protobuf's limit; weights beside the file have none
 _FILE = "file/"  # before every name of the file's graph, so that none is one of ours
 _DOMAINS = ("", "ai.onnx")
@@ -42,7 +49,7 @@ class PictureFacts(Strict, frozen=True, kw_only=True):
     """How a picture becomes the input of an ONNX file (images.geometry), with mean and deviation of each channel for
     pixels from 0 to 1; and which `output` has the features, where there are several."""
 
-    image_size: Size
+    image_size: Side
     mean: Annotated[list[Share], Meta(min_length=3, max_length=3)]
     std: Deviations
     resize_mode: ResizeMode = "shortest"
@@ -86,20 +93,29 @@ class OnnxModel:
     def embed(self, pixels: np.ndarray) -> tuple[np.ndarray]:
         """The embeddings (B, D) of uint8 pixels (B, S, S, 3) by the file itself in ONNX Runtime.
 
-        Raises IosrFastError for a graph that does not run, or gives something else than a row of numbers a picture.
+        Raises IosrFastError for a graph that does not run, or does not give each picture a row of numbers that is the
+        same alone and at every place of a batch.
         """
         planes = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255
         mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
+        planes, places = (planes - mean) / std, np.arange(len(pixels))
+        batches = [places, np.tile(places[::-1], 2), *places[:, None]]
         try:
-            (features,) = open_session(self.path).run([self.output], {self.input: (planes - mean) / std})
+            session = open_session(self.path)
+            parts = [session.run([self.output], {self.input: planes[batch]})[0] for batch in batches]
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise IosrFastError(
                 f"expected a graph in {self.path} that takes batches of any size, but ONNX Runtime can't run it on "
                 f"{len(pixels)} pictures: {error.__cause__ or error}"
             ) from error
-        if features.ndim != 2 or len(features) != len(pixels):
-            raise _refused(self.path, f"an output of shape (B, D), {len(pixels)} rows here", f"{features.shape}")
-        return (unit(features),)
+        for part, batch in zip(parts, batches, strict=True):
+            shape = len(batch), *parts[0].shape[1:]
+            if part.shape != shape or len(shape) != 2 or not 1 <= shape[1] <= LARGEST_WIDTH:
+                expected = f"an output of shape (B, D), {len(batch)} rows here, D from 1 to {LARGEST_WIDTH:,}"
+                raise _refused(self.path, expected, f"{part.shape}")
+            if fault := _fault(part, parts[0][batch]):
+                raise _refused(self.path, "a row for each picture that is its own at every place of a batch", fault)
+        return (unit(parts[0]),)
 
     def export(self, path: Path) -> None:
         """Write the engine's graph, and its weights beside it, as export_onnx does."""
@@ -117,15 +133,8 @@ def read_onnx(file: str | Path) -> OnnxModel:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"expected an ONNX file at {path}, found none")
-    onnx = require("onnx", "cpu")
     facts = _read_facts(path)
-    if (size := path.stat().st_size) > LARGEST_FILE:
-        raise _refused(path, "at most 2 GB, with larger weights in a file beside it", f"{size} bytes")
-    content = path.read_bytes()
-    try:
-        model = onnx.load_from_string(content)
-    except Exception as error:  # protobuf's errors differ between its versions
-        raise DamagedFileError(f"expected an ONNX model in {path}, got another or a damaged file: {error}") from error
+    model, content = _read_graph(path)
     source, output = _check_graph(model, facts, path)
     opset = next((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), 1)
     if opset < OPSET:
@@ -135,14 +144,37 @@ def read_onnx(file: str | Path) -> OnnxModel:
             raise _refused(path, f"opset {OPSET}", f"{opset}, which onnx can't convert: {error}") from error
     wrapped = _wrapped(model, source, output, facts)
     digest = hashlib.sha256(msgspec.json.encode(facts) + content)
-    attributes = [each for node in wrapped.graph.node for each in node.attribute]
-    for tensor in [*wrapped.graph.initializer, *(one for each in attributes for one in (each.t, *each.tensors))]:
-        if tensor.data_location == tensor.EXTERNAL:
-            _load(tensor, path)
-            digest.update(tensor.raw_data)
+    for tensor in _external_tensors(wrapped):
+        _load(tensor, path)
+        digest.update(tensor.raw_data)
     geometry = Geometry(facts.image_size, facts.resize_mode, facts.interpolation, facts.fill)
     mean, std = tuple(facts.mean), tuple(facts.std)
     return OnnxModel(path, source, output, wrapped, geometry, mean, std, digest.hexdigest())
+
+
+@functools.lru_cache(maxsize=16)
+def weight_files(path: Path, version: tuple[int, ...]) -> tuple[Path, ...]:
+    """The files of weights that an ONNX file names, one that is missing, too; `version` changes with the file."""
+    return tuple(sorted({_weight_file(tensor, path) for tensor in _external_tensors(_read_graph(path)[0])}))
+
+
+def _read_graph(path: Path) -> tuple[ModelProto, bytes]:
+    """The graph in a file, without the weights beside it, and the file's bytes."""
+    onnx = require("onnx", "cpu")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise _refused(path, "at most 2 GB, with larger weights in a file beside it", f"{size} bytes")
+    content = path.read_bytes()
+    try:
+        return onnx.load_from_string(content), content
+    except Exception as error:  # protobuf's errors differ between its versions
+        raise DamagedFileError(f"expected an ONNX model in {path}, got another or a damaged file: {error}") from error
+
+
+def _external_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    attributes = [attribute for node in model.graph.node for attribute in node.attribute]
+    for tensor in [*model.graph.initializer, *(one for each in attributes for one in (each.t, *each.tensors))]:
+        if tensor.data_location == tensor.EXTERNAL:
+            yield tensor
 
 
 def _read_facts(path: Path) -> PictureFacts:
@@ -153,11 +185,14 @@ def _read_facts(path: Path) -> PictureFacts:
             f"expected {beside.name} beside {path}, which says how pictures become its input, found none; for example "
             '{"image_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}, for pixels from 0 to 1'
         )
+    content = beside.read_bytes()
     try:
-        return msgspec.json.decode(beside.read_bytes(), type=PictureFacts)
+        facts = msgspec.json.decode(content, type=PictureFacts)
     except (ValueError, RecursionError) as error:  # msgspec's own errors are ValueErrors
         names = ", ".join(PictureFacts.__struct_fields__)
         raise IosrFastError(f"{beside}: {error}; it has {names}, mean and std for pixels from 0 to 1") from error
+    json.loads(content, object_pairs_hook=lambda pairs: _check_once([name for name, _ in pairs], "fields", beside))
+    return facts
 
 
 def _check_graph(model: ModelProto, facts: PictureFacts, path: Path) -> tuple[str, str]:
@@ -171,6 +206,10 @@ def _check_graph(model: ModelProto, facts: PictureFacts, path: Path) -> tuple[st
     attributes = [attribute for node in graph.node for attribute in node.attribute]
     if graph.sparse_initializer or any(each.HasField("g") or each.graphs for each in attributes):
         raise _refused(path, "a graph without conditions, loops and sparse constants", "one with some")
+    results = [name for node in graph.node for name in node.output if name]
+    _check_once([*(tensor.name for tensor in graph.initializer), *results], "constants and results", path)
+    _check_once([value.name for value in graph.output], "outputs", path)
+    _check_once([entry.domain or _DOMAINS[1] for entry in model.opset_import], "domains of operators", path)
     constants = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in constants]
     if len(inputs) != 1:
@@ -190,11 +229,12 @@ def _check_graph(model: ModelProto, facts: PictureFacts, path: Path) -> tuple[st
 
 
 def _check_declared(value: ValueInfoProto, sides: tuple[int | str | None, ...], what: str, path: Path) -> None:
-    """Refuse another type or shape than float32 and `sides`: None is any size. What is not declared, a run shows."""
+    """Refuse another type or shape than float32 and `sides`: None is any from 1. What is not declared, a run shows."""
     tensor = value.type.tensor_type
-    declared = [side.dim_value or side.dim_param or "?" for side in tensor.shape.dim]
+    declared = [side.dim_value if side.HasField("dim_value") else side.dim_param or "?" for side in tensor.shape.dim]
     fits = len(declared) == len(sides) and all(
-        isinstance(got, str) or side in (got, None) for got, side in zip(declared, sides, strict=True)
+        isinstance(got, str) or (got > 0 if side is None else got == side)
+        for got, side in zip(declared, sides, strict=True)
     )
     if tensor.elem_type != _FLOAT or (tensor.HasField("shape") and not fits):
         raise _refused(path, what, f"{declared} in type {tensor.elem_type}")
@@ -232,17 +272,41 @@ class _Value(Value):
     prefix = "engine/"
 
 
+def _weight_file(tensor: TensorProto, path: Path) -> Path:
+    """The file beside the graph's that has the data of a tensor."""
+    _check_once([entry.key for entry in tensor.external_data], f"facts of the weights {tensor.name!r}", path)
+    place = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
+    is_name = place not in ("", ".", "..") and PurePosixPath(place).name == place == PureWindowsPath(place).name
+    if not is_name or (path.parent / place).is_symlink():
+        raise _refused(path, "weights in files of the same folder, which are no links", f"{place!r}")
+    return path.parent / place
+
+
 def _load(tensor: TensorProto, path: Path) -> None:
     """Read the data of a tensor from a file beside the graph's."""
-    place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-    beside = path.parent / place
-    is_name = place not in ("", ".", "..") and PurePosixPath(place).name == place == PureWindowsPath(place).name
-    if not is_name or beside.is_symlink() or not beside.is_file():
-        raise _refused(path, "weights in files of the same folder, which are no links", f"{place!r}")
+    beside = _weight_file(tensor, path)
+    if not beside.is_file():
+        raise FileNotFoundError(f"expected weights of {path.name} in {beside}, found no such file: copy it there")
     try:
         require("onnx.external_data_helper", "cpu").load_external_data_for_tensor(tensor, str(path.parent))
     except Exception as error:  # onnx's errors share no base class
         raise DamagedFileError(f"{path.name} can't read its weights in {beside}: {error}") from error
+
+
+def _fault(rows: np.ndarray, expected: np.ndarray) -> str:
+    """What is wrong with the features (N, D) of pictures that are expected to be the same elsewhere; "" if nothing."""
+    if not np.isfinite(rows).all():
+        return "NaN or infinite numbers"
+    if not rows.any(axis=1).all():
+        return "a row of zeros, which has no direction"
+    error = float(np.abs(unit(rows) - unit(expected)).max())
+    return "" if error <= FP32_MAX_ERROR else f"rows that differ by {error:.2g} with the place or the other pictures"
+
+
+def _check_once(names: Iterable[str], what: str, path: Path) -> None:
+    """Refuse a name that is given twice: readers differ in which of the two they take."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise _refused(path, f"each of the {what} once", f"{abbreviate(twice)} more than once")
 
 
 def _refused(path: Path, expected: str, got: str) -> IosrFastError:

@@ -18,7 +18,7 @@ from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable
 from iosr_fast.clip.prompts import check_texts
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.from_onnx import OnnxModel, read_onnx
+from iosr_fast.export.from_onnx import OnnxModel, read_onnx, weight_files
 from iosr_fast.sealed.files import cache_folder, in_cache
 from iosr_fast.sealed.manifest import MANIFEST, SCHEMA
 from iosr_fast.sealed.verified_folder import open_verified
@@ -215,11 +215,19 @@ def _identity(value: Any) -> tuple[Any, ...]:
     try:
         files = [path / MANIFEST if (path / MANIFEST).is_file() else path]
         if path.suffix == ONNX:
-            files += sorted(path.parent.iterdir())  # its facts, and weights of any name
-        facts = [file.stat() for file in files]
+            files += [path.with_suffix(".json"), *weight_files(path, _version(path))]
     except (OSError, ValueError):
-        return name  # the name of a model or a tag, or a missing file, which open_pretrained reports
-    return *name, *((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in facts)
+        return name  # a missing or damaged file, which open_pretrained reports
+    return *name, *map(_version, files)
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """What changes whenever a file does, its times being set back, too; () for the name of a model or a tag."""
+    try:
+        facts = file.stat()
+    except (OSError, ValueError):
+        return ()
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 @functools.cache

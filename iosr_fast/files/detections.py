@@ -32,9 +32,13 @@ class DetectionsTable:
 
     @classmethod
     def of(cls, file: str, selection: Selection, top: int) -> DetectionsTable:
-        """Raises as DetectorFile does, and IosrFastError for a format that does not hold `top` classes of a box."""
-        if top > 1 and not isinstance(DetectorFile(file).format, MegaDetector):
+        """Raises as DetectorFile does, and IosrFastError for a format that does not hold `top` classes of a box, and
+        for a document that has no place for them."""
+        document = DetectorFile(file)
+        if top > 1 and not isinstance(document.format, MegaDetector):
             raise IosrFastError(f"expected --top 1 for {file}, whose format holds one class of a box, got {top}")
+        for found, _ in document.boxes(selection):  # a trial, before any work
+            document.add(found.record, [("", 0.0)], "")
         return cls(file, selection, sha256(Path(file)))
 
     def encode(self, rows: Iterable[TableRow], first: bool) -> bytes:
@@ -48,7 +52,7 @@ class DetectionsTable:
         document = DetectorFile(self.file)
         with groups.open("rb") as lines, new_file(out) as temporary:
             for (found, _), line in zip(document.boxes(self.selection), lines, strict=True):
-                document.format.add(found.record, json.loads(line), self.classifier)
+                document.add(found.record, json.loads(line), self.classifier)
             document.write(temporary)
         groups.unlink()
 
@@ -56,7 +60,7 @@ class DetectionsTable:
 def _classes(row: TableRow) -> Classes:
     if not row.classes or row.accepted is False or (row.unknown is not None and row.unknown.rejected):
         return []
-    best = dict(zip(LABELS, row.classes[0], strict=True)) | row.values("path", None)
+    best = dict(zip(LABELS, row.classes[0], strict=True)) | row.values(None)
     is_class = best["label"] == row.classes[0][0]  # not a node of a tree
     classes = row.classes if is_class else [(best["label"], best["probability"])]
     return [(label, round(share, 4)) for label, share in classes]

@@ -21,7 +21,7 @@ from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.utils.html import Result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FolderPredictions(Result):
     """The images of a folder, in the order of their paths, with their labels.
 

@@ -23,7 +23,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.chunks import Done
 from iosr_fast.files.source import Chunk
 from iosr_fast.files.work import Classify, Counts, Work
-from iosr_fast.sealed.files import lock_folder, new_file, remove_leftovers, unlock
+from iosr_fast.sealed.files import lock_folder, new_file, remove_leftovers, room_for, unlock
 from iosr_fast.sealed.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.progress import say
@@ -185,7 +185,7 @@ class Appended(Folder):
         return hashlib.sha256(content).hexdigest() if content else None
 
     def _store(self, name: str, content: bytes) -> None:
-        with self._path.open("ab") as file:
+        with room_for(self._path), self._path.open("ab") as file:
             file.write(content)
 
 

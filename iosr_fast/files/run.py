@@ -19,7 +19,6 @@ from iosr_fast.images.pixels import VERSION
 from iosr_fast.sealed.outputs import check_new_file
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.progress import progress, say
-from iosr_fast.utils.require import require
 
 # Computes chunks of a run elsewhere, as run_chunks does, in order: iosr_fast.ray.Pool.
 Pool: TypeAlias = Callable[
@@ -34,12 +33,9 @@ def check_out(out: Path) -> None:
     if not out.suffix:
         check_folder(out)
         return
-    check_new_file(out, (*tables.SUFFIXES, ".json"))
-    if out.suffix == ".parquet":
-        require("pyarrow.parquet", "parquet")
     check_folder(parts_of(out))
-    if out.exists() and not parts_of(out).exists():
-        raise FileExistsError(f"{out} exists already; remove it or choose another name")
+    if not parts_of(out).exists():  # else a run began to write it
+        check_new_file(out, (*tables.SUFFIXES, ".json"))
 
 
 def run(

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.rows import Rows, decode_rows
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.support_images import SupportSettings
-from iosr_fast.images.crop import Sharing
+from iosr_fast.images.crop import Sharing, path_of
 from iosr_fast.images.preprocess import Decode, DecodedBatch, decode_batch
 from iosr_fast.utils.machine import split_cores, usable_threads
 from iosr_fast.utils.numbers import check_integer
@@ -30,6 +32,8 @@ Errors: TypeAlias = list[BadImageError | None]
 _MAX_CALLERS = 8  # each has a batch and its activations in memory; with more cores, sessions get more threads
 _MIN_BATCHES = 4  # per caller; opening another session isn't worth it for fewer
 _MIN_BATCH = 4  # images in the smaller batches at the end
+_OVERFLOW = "its embedding is not finite, or zeros, as where an encoder overflows: use one of more bits, like fp32"
+_Batch: TypeAlias = tuple[int, Sequence[Any]]  # the position of its first source, and its sources
 _R = TypeVar("_R")
 _several_runs: WeakKeyDictionary[Encoder, Encoder] = WeakKeyDictionary()  # an encoder -> the one opened for its folders
 
@@ -55,9 +59,7 @@ class Stage:
     decode_threads: int
 
 
-def batches_of(
-    sources: Sequence[Any], batch: int, callers: int, start: int = 0, later: int = 0
-) -> Iterator[tuple[int, Sequence[Any]]]:
+def batches_of(sources: Sequence[Any], batch: int, callers: int, start: int = 0, later: int = 0) -> Iterator[_Batch]:
     """Runs of `sources`, behind which a run has `later` ones, each with the position of its first one, counted from
     `start`: `batch` of them, and near the end of the run half of a caller's even share of the rest, so that several
     callers finish together (guided self-scheduling: Polychronopoulos and Kuck, 1987).
@@ -70,6 +72,14 @@ def batches_of(
         size = min(batch, share, left)
         yield start + done, sources[done : done + size]
         done += size
+
+
+def _usable(embeddings: Embeddings) -> np.ndarray:
+    """(B,) whether the rows are finite, and not zeros."""
+    both = embeddings.to_numpy()
+    parts = [part for part in (both.plain, both.adapted) if part is not None]
+    usable: np.ndarray = np.logical_and.reduce([np.isfinite(part).all(1) & part.any(1) for part in parts])
+    return usable
 
 
 class Reader:
@@ -109,11 +119,11 @@ class Reader:
         return Stage(encoder, 1, threads)
 
     def read_batches(
-        self, stage: Stage, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
+        self, stage: Stage, batches: Iterable[_Batch], use: Callable[[Embeddings], _R]
     ) -> Generator[tuple[Errors, _R | None], None, None]:
-        """For each batch (position of its first source, sources), in order: the sources' errors, and `use` of the
-        embeddings of the readable ones (None if there are none). Raises BadImageError for the first unreadable image
-        unless `skip_bad`.
+        """For each batch, in order: the sources' errors, and `use` of the embeddings of the readable ones (None if
+        there are none). Raises BadImageError for the first unreadable image unless `skip_bad`; one without a usable
+        embedding is unreadable, too.
 
         A batch is encoded together, without its unreadable images; parts share their picture across batches. Pixels of
         at most `callers` batches are in memory or, with one caller, of `decode_threads` + 2. When the generator ends,
@@ -123,12 +133,20 @@ class Reader:
             share = Sharing(self.settings.margin)
             batches = ((start, [*share(sources)]) for start, sources in batches)
 
-        def pixels_of(batch: tuple[int, Sequence[Any]]) -> DecodedBatch:
-            return self.decode(batch[1], stage.encoder.geometry, batch[0])
+        def pixels_of(batch: _Batch) -> tuple[_Batch, DecodedBatch]:
+            return batch, self.decode(batch[1], stage.encoder.geometry, batch[0])
 
-        def encode(decoded: DecodedBatch) -> tuple[Errors, _R | None]:
-            pixels = decoded.pixels
-            return decoded.errors, None if pixels is None else use(stage.encoder.encode_on_device(pixels))
+        def encode(read: tuple[_Batch, DecodedBatch]) -> tuple[Errors, _R | None]:
+            (start, sources), (errors, pixels) = read
+            if pixels is None:
+                return errors, None
+            embeddings = stage.encoder.encode_on_device(pixels)
+            if not (usable := _usable(embeddings)).all():
+                readable = np.flatnonzero([error is None for error in errors])
+                for i in readable[~usable].tolist():
+                    errors[i] = BadImageError(path_of(sources[i]), start + i, _OVERFLOW)
+                embeddings = embeddings[usable]
+            return errors, use(embeddings) if usable.any() else None
 
         if stage.callers > 1:
             ahead: Any = map_ordered(batches, lambda one: encode(pixels_of(one)), stage.callers, 2 * stage.callers)

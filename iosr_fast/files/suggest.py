@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from iosr_fast.head.head import Head
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FolderSuggestions(Result):
     """The n images of a folder to label next, the most useful first.
 

@@ -7,6 +7,7 @@ Memory is bounded by a group; the same rows give the same bytes, in whatever gro
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,13 +26,19 @@ from iosr_fast.utils.require import require
 
 Answered: TypeAlias = Prediction | MultiLabelPrediction
 SUFFIXES = (".csv", ".parquet")
-LABELS = ("label", "probability")  # the fields of a class in a file
-SCORES = ("label", "class_id", "probability", "zero_shot", "cache", "adapter")  # and in a folder of parts
+LABELS = ("label", "probability")  # the fields of a class in CSV
+SCORES = ("label", "class_id", "probability", "zero_shot", "cache", "adapter")  # and in Parquet
 UNKNOWN_SCORE = "unknown_score"  # the column that tables have where unknown pictures are rejected
 ACCEPTED = "accepted"
 PROMISE = (ACCEPTED,)  # the columns that they have where there is a promise about errors
 TREE_PROMISE = (ACCEPTED, "level", "label_path")  # and by a classifier with a tree
 _ACCEPTED = {"true": True, "false": False, True: True, False: False}  # in CSV and in Parquet
+# The types in pandas that may be null: its bool and int32 would become object and float64 with the first null.
+_NULLABLE = [
+    {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": nullable, "metadata": None}
+    for name, kind, nullable in ((ACCEPTED, "bool", "boolean"), ("level", "int32", "Int32"))
+]
+_PANDAS = {"pandas": json.dumps({"columns": _NULLABLE, "index_columns": [], "column_indexes": []})}
 _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 
 
@@ -47,9 +54,9 @@ class TableRow(NamedTuple):
     accepted: bool | None = None
     node: Mapping[str, Any] | None = None
 
-    def values(self, key: str, unknown_label: str | None) -> dict[str, Any]:
+    def values(self, unknown_label: str | None) -> dict[str, Any]:
         """Those of the columns that are not of classes, and of those that a rejected picture changes."""
-        values: dict[str, Any] = {key: self.key, ACCEPTED: self.accepted, "error": self.error or None}
+        values: dict[str, Any] = {"path": self.key, ACCEPTED: self.accepted, "error": self.error or None}
         values |= self.node or {}
         if self.unknown is not None:
             values[UNKNOWN_SCORE] = self.unknown.score
@@ -101,7 +108,7 @@ class CsvTable:
     multi_label: bool = False
     promise: tuple[str, ...] = ()
     suffix: ClassVar[str] = ".csv"
-    fields: tuple[str, ...] = LABELS
+    fields: ClassVar[tuple[str, ...]] = LABELS
 
     def encode(self, rows: Iterable[TableRow], first: bool) -> bytes:
         """Lines of text in UTF-8; the `first` group begins with the names of the columns."""
@@ -117,7 +124,7 @@ class CsvTable:
             if self.multi_label:
                 labels, probabilities = zip(*row.classes, strict=True) if row.classes else ((), ())
                 classes = SEPARATOR.join(labels), SEPARATOR.join(map(_text, probabilities))
-            values = dict(zip(of_classes, classes, strict=False)) | row.values("path", self.unknown_label)
+            values = dict(zip(of_classes, classes, strict=False)) | row.values(self.unknown_label)
             writer.writerow([_text(values.get(name)) for name in (*names, "error")])
         return text.getvalue().encode()
 
@@ -130,20 +137,20 @@ class CsvTable:
 
 @dataclass(frozen=True)
 class ParquetTable:
-    """Columns: the `key`; each of the `fields` of the best class, texts as they are, numbers float32; top, a list of
-    structs of the same fields of all classes, best first; unknown_score, float32, with `unknown_label`; the columns
+    """Columns: path; each of SCORES of the best class, texts as they are, numbers float32; top, a list of structs of
+    the same fields of all classes, best first; unknown_score, float32, with `unknown_label`; the columns
     `promise`, as of CsvTable: accepted, bool, level, int32, and label_path; error.
 
     An accepted node above classes has no class_id; zero_shot, cache and adapter stay those of the most likely class,
     top[0]. An unreadable image has its error, the rest is null; other errors are null. A rejected picture has the label
-    `unknown_label`, no class_id, and the scores of its most likely class.
+    `unknown_label`, no class_id, and the scores of its most likely class. Columns and types depend on the options
+    alone, in pandas too, whatever is null.
     """
 
     unknown_label: str | None = None
-    key: str = "path"
-    fields: tuple[str, ...] = LABELS
     promise: tuple[str, ...] = ()
     suffix: ClassVar[str] = ".parquet"
+    fields: ClassVar[tuple[str, ...]] = SCORES
 
     def encode(self, rows: Sequence[TableRow], first: bool) -> bytes:
         """A Parquet file of one row group."""
@@ -173,15 +180,16 @@ class ParquetTable:
     def _arrow(self, rows: Sequence[TableRow]) -> Any:
         pa = require("pyarrow", "parquet")
         kinds = [(name, pa.string() if name in ("label", "class_id") else pa.float32()) for name in self.fields]
-        columns = [(self.key, pa.string()), *kinds, ("top", pa.list_(pa.struct(kinds)))]
+        columns = [("path", pa.string()), *kinds, ("top", pa.list_(pa.struct(kinds)))]
         columns += [(UNKNOWN_SCORE, pa.float32())] * (self.unknown_label is not None)
         columns += [(name, {ACCEPTED: pa.bool_(), "level": pa.int32()}.get(name, pa.string())) for name in self.promise]
-        return pa.Table.from_pylist([*map(self._record, rows)], schema=pa.schema([*columns, ("error", pa.string())]))
+        schema = pa.schema([*columns, ("error", pa.string())], _PANDAS if self.promise else None)
+        return pa.Table.from_pylist([*map(self._record, rows)], schema=schema)
 
     def _record(self, row: TableRow) -> dict[str, Any]:
         """The values of the columns; those that are left out are null."""
         top = [dict(zip(self.fields, values, strict=True)) for values in row.classes]
-        return {**(top[0] if top else {}), "top": top or None, **row.values(self.key, self.unknown_label)}
+        return {**(top[0] if top else {}), "top": top or None, **row.values(self.unknown_label)}
 
 
 def _text(value: Any) -> str:

@@ -22,7 +22,7 @@ from iosr_fast.files.detections import DetectionsTable
 from iosr_fast.files.embedding_files import KIND, Part, encode_part
 from iosr_fast.files.joint import classify_jointly
 from iosr_fast.files.stream import Reader, ReadOptions
-from iosr_fast.files.tables import PROMISE, SCORES, TREE_PROMISE, Answered, CsvTable, ParquetTable, TableRow, row_of
+from iosr_fast.files.tables import PROMISE, TREE_PROMISE, Answered, CsvTable, ParquetTable, TableRow, row_of
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.predictions import AnyHead, predict_any
@@ -93,9 +93,11 @@ class Embed:
 
 @dataclass(frozen=True)
 class Classify:
-    """Predictions of the classifier in a folder, with the `top` classes of each image, as a table of this `form`; the
-    parts of a folder ("parts") also have the parts of the logit. Rejected pictures have the label of `abstention`.
-    `joint` classifies all images together, in one part. The classes of `detections` are written into their file."""
+    """Predictions of the classifier in a folder, with the `top` classes of each image, as a table of this `form`.
+
+    "parts" is a folder of Parquet files. Rejected pictures have the label of `abstention`. `joint` classifies all
+    images together, in one part. The classes of `detections` are written into their file.
+    """
 
     folder: str
     form: Literal["csv", "parquet", "parts", "json"] = "csv"
@@ -136,9 +138,7 @@ class Classify:
         if self.form == "csv":
             classes, multi_label = len(self.head.class_names), isinstance(self.head, MultiLabelHead)
             return CsvTable(min(self.top, classes), label, multi_label, promise)
-        if self.form == "parquet":
-            return ParquetTable(label, promise=promise)
-        return ParquetTable(label, "key", SCORES, promise)
+        return ParquetTable(label, promise)
 
     @property
     def suffix(self) -> str:

@@ -82,7 +82,8 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
         megabytes = None if self.bytes is None else self.bytes / 1e6
         numbers = {"{:,.2f} ms": self.ms_one, "{:,.2f} ms ": self.ms_batch, "{:,.1f} MB": megabytes}
         numbers |= {"{:.4f}": least, "{:.1%}": self.agreement}
-        end = "; ".join(filter(None, (f"{self.verdict}{self.reason and ': '}{self.reason}", self.quantised)))
+        verdict = "not taken" if self.verdict == "rejected" else self.verdict  # no fault of the user's
+        end = "; ".join(filter(None, (f"{verdict}{self.reason and ': '}{self.reason}", self.quantised)))
         values = ("" if value is None else form.format(value).strip() for form, value in numbers.items())
         return [self.runtime, " ".join(shown), *values, end]
 

@@ -66,14 +66,15 @@ def fit(
         if choose_engine:
             log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
             choose_engine = False
-    paths = paths_of(tree, known.names, range(len(known.names)) if known.are_integers else ())
+    paths = paths_of(tree, known.names, known.numbers or ())
     texts = check_descriptions(descriptions, known.names, settings.templates)
     unknown = [] if unknown_images is None else as_image_list(unknown_images)
     check_unknown_images(len(unknown))
     _check_counts(options.config.method, known, known.ids)
     if str(parameters["pretrained"]) == "none":
         log.warning("pretrained='none': the weights are random, to measure speed, and the answers mean nothing")
-    clip = open_clip((known.names, settings.templates, texts))
+    names_to_read = None if class_names is None and known.numbers is not None else known.names
+    clip = open_clip((names_to_read, settings.templates, texts))
     _check_model(options.config.method, known.counts(known.ids), clip, settings.templates, texts)
     shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])
     # Later queries are single views, so that is what leave-one-out has to score.
@@ -82,16 +83,18 @@ def fit(
     text = None if clip.text is None else clip.text.embed_classes(known.names, settings.templates, texts)
     with bar("encode", len(listed) + len(unknown), shown=shown) as step:
         given = listed, settings, known.ids, known.shown, unknown, skip_bad, step
-        examples, unknown_rows, errors = encode_images(clip.encoder_for(adapted=True), *given)
+        encoder, memory = clip.encoder_for(adapted=True), parameters["memory"]
+        examples, unknown_rows, errors = encode_images(encoder, *given, memory=memory)
     if grouped is not None:
         unread = [error.position for error in errors if error.position < len(listed)]
         examples = replace(examples, groups=np.delete(grouped, unread))
     if errors:
         _check_counts(options.config.method, known, examples.class_ids)
     with bar("tune", None, shown=shown and scored and bool(len(examples))):
-        head = fit_head(options, known.names, text, clip.tau, examples, known.sets, unknown_rows, paths).compiled()
+        others = known.sets, unknown_rows, paths, known.numbers
+        head = fit_head(options, known.names, text, clip.tau, examples, *others).compiled()
     settings = replace(settings, single=examples.queries is not None)
-    fitted = Fit(clip, head, settings, tuple(errors), known.are_integers)
+    fitted = Fit(clip, head, settings, tuple(errors), known.numbers is not None, memory=memory)
     if not choose_engine:
         return fitted
     from iosr_fast.head.optimize import optimize
@@ -154,16 +157,19 @@ def fit_head(
     label_sets: np.ndarray | None,
     unknown_images: Embeddings | None,
     paths: tuple[Path, ...] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> AnyHead:
     """The head of support images whose class ids are positions in `names` (C), or in `label_sets` (P, C) bool; `paths`
-    as of Head."""
+    as of Head, `numbers` (C) become its uids."""
     if label_sets is None:
         examples = examples.sorted_by_class()
         support = examples.as_support(range(len(names)), text, tau)
         if options.tune != "none":
             support.check_memory()
         fit = options.fit(support)
-        fields: dict[str, Any] = {"unknown_images": unknown_images, "paths": paths}
+        fields: dict[str, Any] = {"unknown_images": unknown_images, "paths": paths, "uids": numbers}
+        if numbers is not None:
+            examples = replace(examples, class_ids=np.array(numbers)[examples.class_ids])
         head = Head.first(names, text, tau, examples, fit.config, fit.reducer, **fields)
         return head.with_computed(support=support, plan=fit.plan)
     labels = label_sets[examples.class_ids]

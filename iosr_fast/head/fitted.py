@@ -14,7 +14,7 @@ from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.predictions import AnyHead
-from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.head.support_images import SupportSettings, encode_remembered
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.preprocess import as_array, as_image_list, to_pixels
 
@@ -26,9 +26,10 @@ class Fit:
     """A fitted classifier: `head` and what it was computed with. Immutable.
 
     `skipped` has the errors of unreadable images that were left out, `engine_choice` the candidates for the engine,
-    where it was chosen. With `integer_labels`, the label of a class is its uid: its position in the class names of the
-    fit, which no later change moves. `token` is the same object in all that changes make of a fit, as long as new
-    images can be encoded for any of them: another fit and another encoder have another token.
+    where it was chosen. With `integer_labels`, the label of a class is its uid, which no later change moves: its
+    position in the class names of the fit, or the label itself where no names were given. `memory` keeps the embeddings
+    of queries (support_images.encode_remembered). `token` is the same object in all that changes make of a fit, as long
+    as new images can be encoded for any of them: another fit and another encoder have another token.
     """
 
     clip: OpenedModel
@@ -37,6 +38,7 @@ class Fit:
     skipped: tuple[BadImageError, ...] = ()
     integer_labels: bool = False
     engine_choice: EngineChoice | None = None
+    memory: Any = None
     token: object = field(default_factory=object, repr=False)
 
     @cached_property
@@ -56,7 +58,9 @@ class Fit:
 
     def queries(self, images: Any) -> Iterator[Embeddings]:
         """The embeddings of images in their order, a few hundred at a time, each encoded when it is taken."""
-        return map(self.encoder.encode_on_device, self.chunks(images))
+        if self.memory is None:
+            return map(self.encoder.encode_on_device, self.chunks(images))
+        return (encode_remembered(self.encoder, pixels, self.memory) for pixels in self.chunks(images))
 
     def chunks(self, images: Any) -> Iterator[np.ndarray]:
         """Pixels (B, S, S, 3) of images in their order, a few hundred at a time."""

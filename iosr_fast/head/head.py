@@ -6,9 +6,9 @@ import copy
 import logging
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any, Self
 
 import msgspec
@@ -37,6 +37,7 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score
+from iosr_fast.utils.short_repr import short_repr
 from iosr_fast.utils.text import abbreviate
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class HeadData:
     version: int
     next_class: int
     next_example: int
+    __repr__ = short_repr
 
     @classmethod
     def first(
@@ -98,12 +100,13 @@ class HeadData:
         examples: Examples,
         config: Config,
         reducer: Reducer | None = None,
+        uids: Sequence[int] | None = None,
         **fields: Any,
     ) -> Self:
-        """The head of a fit: version 1, and classes numbered from 0. `fields` are those of the class itself."""
-        n = len(class_names)
-        following = int(examples.ids.max(initial=-1)) + 1
-        return cls(tuple(class_names), tuple(range(n)), text, tau, examples, config, reducer, 1, n, following, **fields)
+        """The head of a fit: version 1. `uids` None numbers the classes from 0; `fields` are those of the class."""
+        uids = tuple(range(len(class_names)) if uids is None else uids)
+        following = uids[-1] + 1, int(examples.ids.max(initial=-1)) + 1
+        return cls(tuple(class_names), uids, text, tau, examples, config, reducer, 1, *following, **fields)
 
     @cached_property
     def plan(self) -> ScoringPlan:
@@ -144,8 +147,8 @@ class HeadData:
         self.plan  # noqa: B018
         return self
 
-    def with_promises(self) -> Self:
-        """The same head, after computing its plan and what promises rest on, if it makes any."""
+    def with_promises(self, before: HeadData | None = None) -> Self:
+        """The same head, after computing its plan and what promises rest on, if it makes any (Head.with_promises)."""
         return self.compiled()
 
     def score(self, embeddings: Embeddings, check: bool = True) -> np.ndarray:
@@ -195,7 +198,7 @@ class HeadData:
         return self.examples.pictures[int(np.flatnonzero(self.examples.ids == number)[0])]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Head(HeadData):
     """Classes, their support images and a method.
 
@@ -246,13 +249,19 @@ class Head(HeadData):
 
     # What left-out support images answer, each at its first use, and of heads that serve before it
 
-    def with_promises(self) -> Self:
-        """The same head, after computing its plan and all that `keep` and `max_error` rest on: in seconds with
-        thousands of support images."""
+    def with_promises(self, before: HeadData | None = None) -> Self:
+        """The same head, after computing its plan and all that `max_error` rests on; what `keep` rests on, which takes
+        ten times as long, if the version `before` has it, as somebody asks for it."""
         self.doubts  # noqa: B018  # by the left-out labels
-        self.unknown.score(self.examples.embeddings[:1])  # fits the models of its scores
         self.strange_odds  # noqa: B018
+        if (before or self).computed("unknown") is not None:
+            self.with_unknown()
         return self.compiled()
+
+    def with_unknown(self) -> Self:
+        """The same head, after computing all that `keep` rests on."""
+        self.unknown.score(self.examples.embeddings[:1])  # fits the models of its scores
+        return self
 
     @cached_property
     def look_alikes(self) -> LookAlikes | None:
@@ -356,10 +365,15 @@ class Head(HeadData):
         """Of queries with these logits (B, C) the node of the label, and whether it is accepted by
         automation.least_odds, each (B,): the finest node that is, or the class with the largest logit, as of a query
         that is `rejected` (B,)."""
-        least: float | np.ndarray = least_odds(self.left_out_labels, max_error)
+        least: float | np.ndarray = self._least_odds(max_error)
         if rejected is not None:
             least = np.where(rejected, np.inf, least)
         return self.tree.of_logits(self.calibrated(logits)).answer(least)
+
+    @cached_property
+    def _least_odds(self) -> Callable[[float], float]:
+        """automation.least_odds by `max_error`, of the latest promises: every batch of queries asks."""
+        return lru_cache(16)(partial(least_odds, self.left_out_labels))
 
     @cached_property
     def unknown(self) -> Unknown:
@@ -381,8 +395,14 @@ class Head(HeadData):
             sentences += self.look_alikes.doubt
         if new is not None and new.left_out:
             sentences.append(f"{new.left_out} are left out of calibrate_on")
-        judges = np.bincount(known.labels, minlength=len(self.uids))  # images of each class
-        if names := [name for name, images in zip(self.class_names, judges.tolist(), strict=True) if not images]:
+        unjudged = np.bincount(known.labels, minlength=len(self.uids)) == 0
+        single = unjudged & (self.counts == 1) & (new is None)
+        if names := [self.class_names[i] for i in np.flatnonzero(single)]:
+            has, it = ("has", "it") if len(names) == 1 else ("have", "them")
+            sentences.append(
+                f"{abbreviate(names)} {has} one picture: add a second; until then nothing is promised of {it}"
+            )
+        if names := [self.class_names[i] for i in np.flatnonzero(unjudged & ~single)]:
             nothing = f"nothing is promised of {abbreviate(names)}"
             sentences.append(f"{len(names):,} of {len(self.uids):,} classes have none of the {known.basis}: {nothing}")
         return tuple(sentences)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.calibration import check_calibration
 from iosr_fast.head.class_tree import paths_of
 from iosr_fast.head.labels import SEPARATOR, class_ids
-from iosr_fast.head.names import spellings
+from iosr_fast.head.names import mistyped
 from iosr_fast.images.crop import listed_paths, picture_of
 from iosr_fast.images.detector_files import Selection, is_detector_file, read_boxes
 from iosr_fast.images.listing import list_folder, list_images
@@ -44,6 +44,7 @@ def labelled_images(
     skip_bad: bool = False,
     root: str | Path | None = None,
     label_column: str | None = None,
+    similar_names: bool = True,
 ) -> LabelledImages:
     """The images of a folder with one sub-folder for each class, those that a CSV file lists, the labelled boxes of a
     detector file (.json, whose pictures are below `root`; images.detector_files), or of several of these.
@@ -69,7 +70,8 @@ def labelled_images(
 
     An image (a file, links resolved, or a box in one) that a later place lists again has the later label, and a warning
     counts these: a CSV file of corrected labels, as the page of `iosr-fast audit` saves it, follows the folder. Each
-    counts once.
+    counts once. A warning names classes that may be others mistyped (names.mistyped), or without `similar_names` an
+    error does.
 
     Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
     without images, a folder of splits (train/, test/), a path under two labels in one place, and a CSV file without
@@ -112,8 +114,7 @@ def labelled_images(
     rows = list(found.values())
     several = any(isinstance(label, frozenset) for _, label, _ in rows)
     sets = [frozenset({label}) if isinstance(label, str) else label for _, label, _ in rows]
-    named = ", ".join(file.name for file in files)
-    _ask_about_typos(Counter(chain.from_iterable(sets)), frozenset(called.values()), named)
+    _ask_about_typos(Counter(chain.from_iterable(sets)), similar_names)
     labels = sets if several else [label for _, label, _ in rows]
     names = sorted(frozenset().union(*sets))
     used = [parts for parts, name in called.items() if name in names]
@@ -121,18 +122,19 @@ def labelled_images(
     return LabelledImages([path for path, _, _ in rows], labels, names, [group for _, _, group in rows], tree)
 
 
-def _ask_about_typos(counts: Mapping[str, int], in_folders: Collection[str], files: str) -> None:
-    """Ask about classes that `files` alone name and that are close to another one: a folder's, or one of four pictures
-    or more where these are at most two. `counts` are the pictures of each class."""
-    alike: dict[str, set[str]] = {}
-    for name in counts:
-        for spelling in spellings(name):
-            alike.setdefault(spelling, set()).add(name)
-    for name in sorted(counts.keys() - in_folders):
-        for other in sorted(set().union(*(alike[one] for one in spellings(name))) - {name}):
-            if other in in_folders or (counts[name] <= 2 and counts[other] >= 4):
-                text = "%r (%d in %s) is close to the class %r (%d): did you mean that? Then correct the label there"
-                log.warning(text, name, counts[name], files, other, counts[other])
+def _ask_about_typos(pictures: Mapping[str, int], similar_names: bool) -> None:
+    pairs = [f"{one!r} ({pictures[one]}) beside {other!r} ({pictures[other]})" for one, other in mistyped(pictures)]
+    if not pairs:
+        return
+    found = f"names a letter apart, of few pictures beside many: {'; '.join(pairs[:5])}"
+    if len(pairs) > 5:
+        found += f" and {len(pairs) - 5} more"
+    if not similar_names:
+        raise IosrFastError(
+            f"expected names of different classes, got {found}. Correct a folder or label that is mistyped, or accept "
+            "all by --similar-names (similar_names=True)"
+        )
+    log.warning("%s: is one class meant? Then correct the folder or label", found)
 
 
 def is_table(place: str | Path) -> bool:

@@ -16,6 +16,7 @@ from iosr_fast.images.crop import picture_of
 from iosr_fast.utils.numbers import refuse_masked
 from iosr_fast.utils.text import abbreviate
 
+_MOST = 2**53  # of numbers of classes, which JSON has
 SEPARATOR = ";"  # of the labels of one picture in tables
 _SETS = (set, frozenset)
 _ROWS = (*_SETS, list, tuple, np.ndarray)
@@ -32,13 +33,14 @@ class Labels(NamedTuple):
     """The labels of N images for a fit: the `names` of the C classes, and of each image its class `ids` (N,).
 
     Where images may have several labels each, `ids` say which of the label `sets` an image has, distinct rows (P, C)
-    bool; otherwise these are None. `are_integers`: labels are numbers of classes, or an indicator.
+    bool; otherwise these are None. `numbers` (C) are the classes' integers, rising, where labels are integers or an
+    indicator; otherwise None.
     """
 
     names: list[str]
     ids: np.ndarray
     sets: np.ndarray | None
-    are_integers: bool
+    numbers: Sequence[int] | None
 
     @property
     def shown(self) -> list[str]:
@@ -61,23 +63,32 @@ def check_labels(images: Sequence[Any], labels: Any, class_names: Any) -> Labels
     named = None if class_names is None else check_names(class_names)
     if are_label_sets(labels):
         names_in_sets, indicator = read_label_sets(labels, len(images), named)
-        names = named or _names_of(names_in_sets)
+        numbers: Sequence[int] | None = range(indicator.shape[1]) if names_in_sets is None else None
+        names = named or _names_of(names_in_sets or numbers or ())
         check_separable(names, SEPARATOR)
         sets, ids = np.unique(indicator, axis=0, return_inverse=True)
-        return Labels(names, ids.reshape(-1), sets, names_in_sets is None)
+        return Labels(names, ids.reshape(-1), sets, numbers)
     values = _read_labels(labels, len(images))
-    are_integers = bool(values) and isinstance(values[0], int)
-    names = named or _names_of(None if are_integers else sorted(set(values)))
-    return Labels(names, _ids(values, names, range(len(names))), None, are_integers)
+    numbers = None
+    if values and isinstance(values[0], int):
+        numbers = _check_numbers(values) if named is None else range(len(named))
+    names = named or _names_of(numbers or sorted(set(values)))
+    return Labels(names, _ids(values, names, numbers or ()), None, numbers)
 
 
-def _names_of(labels: list[Any] | None) -> list[str]:
-    """The class names of distinct labels, where no others are given; None stands for numbers."""
-    if labels is None:
+def _check_numbers(values: Sequence[int]) -> list[int]:
+    """Integer labels without names, distinct and rising. Raises IosrFastError for those that are no uids."""
+    numbers = sorted(set(values))
+    if wrong := [str(number) for number in numbers if not 0 <= number < _MOST]:
         raise IosrFastError(
-            "integer labels have no names, nor has an indicator: pass class_names, the name of each class in order, to "
-            "fit or to Classifier; cross-validation of predict_proba needs Classifier(class_names=sorted names)"
+            f"expected integer labels from 0 to {_MOST - 1}, got {abbreviate(wrong)}: number the classes from 0, as "
+            "scikit-learn's LabelEncoder does, or label by names"
         )
+    return numbers
+
+
+def _names_of(labels: Sequence[Any]) -> list[str]:
+    """The class names of distinct labels, where no others are given."""
     if not labels:
         raise IosrFastError("expected labelled images or class_names, got neither: without them there are no classes")
     if missing := sorted(_MISSING_AS_TEXT.intersection(labels)):
@@ -85,7 +96,7 @@ def _names_of(labels: list[Any] | None) -> list[str]:
             f"expected a label for every image, got {abbreviate(missing)}, which is what a missing value becomes as "
             "text; leave those images out, or pass class_names if a class is called so"
         )
-    return check_names(labels)
+    return check_names([str(label) for label in labels])
 
 
 # --- one label an image ---
@@ -109,10 +120,8 @@ def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) ->
     else:
         position = {number: i for i, number in enumerate(numbers)}
         if outside := sorted(set(values) - set(position)):
-            removed = numbers[-1] + 1 - len(numbers)
-            but = f" except the {removed} of removed classes" if removed else ""
-            shown = abbreviate([str(number) for number in outside])
-            raise IosrFastError(f"expected labels in 0..{numbers[-1]}, one for each class name{but}, got {shown}")
+            known, shown = (abbreviate([*map(str, some)]) for some in (numbers, outside))
+            raise IosrFastError(f"expected the integers of the {len(numbers)} classes, {known}, got {shown}")
     return np.array([position[value] for value in values], np.int64)
 
 

@@ -18,7 +18,7 @@ from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.utils.ranking import mean_average_precision
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MultiLabelHead(HeadData):
     """Logits of each class by itself (methods.multi_label), and a threshold for each class. It takes no changes. Its
     plan is set by `with_computed`; `require_single_label` refuses calls that need one label a picture.

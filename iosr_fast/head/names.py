@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, permutations
 from typing import Any
 
 from iosr_fast.exceptions import JOINERS, IosrFastError
@@ -22,7 +23,12 @@ _LOOKALIKES = str.maketrans(
     "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7\u03bf\u0131",
     "aeopcyxsijdhqwABEKMHOPCTYXSIJYABEZHIKMNOPTYXoi",
 )
-_INNER = re.compile(r"(?<=L{3})\D(?=L)|(?<=L)\D(?=L{3})".replace("L", r"[^\W\d_]"))
+_APOSTROPHES, _QUOTES = "\u2018\u2019\u201a\u201b\u02bc\u2032\u00b4`", "\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb"
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+_TYPED = str.maketrans(dict.fromkeys(_APOSTROPHES, "'") | dict.fromkeys(_QUOTES, '"') | dict.fromkeys(_DASHES, "-"))
+_JOINT = re.compile(r"(?<=\w)[\s_-]+(?=\w)")  # not the minus of "B-"
+# Words of four letters or more, and blanks between words. A character of Chinese, Japanese or Korean is no letter.
+_MISTAKABLE = re.compile(r"[^\W\d_\u2e80-\ud7ff]{4,}|(?<=[^\W\d_]) (?=[^\W\d_])")
 logger = logging.getLogger(__name__)
 
 
@@ -30,8 +36,8 @@ def check_names(class_names: Any, saved: bool = False) -> list[str]:
     """Class names of a fit or a bundle as a list of str.
 
     Raises IosrFastError unless they are a list of two texts or more, all of them names (`name_fault`), of which none
-    looks like another one (`as_seen`) or differs from it in case or typography alone, which CLIP's tokenizers read as
-    one. `saved` names may, with a warning: earlier versions took them.
+    looks like another one (`as_seen`) or differs from it in case or typography (quotes, dashes, hyphens, underscores,
+    blanks) alone. `saved` names may, with a warning: earlier versions took them.
     """
     if isinstance(class_names, str | bytes | set | frozenset | dict) or not isinstance(class_names, Iterable):
         raise IosrFastError(f"expected class_names to be a list of names, in order, got {type(class_names).__name__}")
@@ -125,21 +131,38 @@ def check_unknown_label(label: Any, classes: Iterable[Any]) -> None:
 
 def _as_read(name: str) -> str:
     """Names of one spelling, whatever their case and typography, have this in common."""
-    return unicodedata.normalize("NFKC", as_seen(name)).casefold()
+    typed = unicodedata.normalize("NFKC", name.translate(_TYPED)).casefold()
+    return _JOINT.sub(" ", as_seen(typed))
 
 
 def spellings(name: str) -> set[str]:
-    """What a name has in common with those that may be it mistyped: its letters, whatever their case, blanks,
-    underscores and hyphens, and, of six characters or more, these without one inside a word of five or more. Digits and
-    the first and last letter of a word count as meant. The pages of reports do the same (labels.js).
-
-    >>> close = lambda one, other: not spellings(one).isdisjoint(spellings(other))
-    >>> close("Yoggi yogurt", "Yoggi-Yoghurt"), close("class 1", "class 2"), close("banana", "bananas")
-    (True, False, False)
+    """What a name has in common with those that may be it mistyped: how it is read and, of each letter in words of four
+    or more and each blank, this with a mark in its place, with one beside it, and without it. So names are close that
+    differ in one letter which is replaced, inserted, left out or moved; digits and shorter words count as meant. The
+    pages of reports do the same (labels.js).
     """
-    read = _as_read(re.sub("[_-]", " ", name))
-    inner = _INNER.finditer(read) if len(read) > 5 else ()
-    return {read, *(read[: letter.start()] + read[letter.end() :] for letter in inner)}
+    found = {read := _as_read(name)}
+    for place in chain.from_iterable(range(*word.span()) for word in _MISTAKABLE.finditer(read)):
+        before, letter, after = read[:place], read[place], read[place + 1 :]
+        found |= {f"{before}_{after}", f"{before}_{letter}{after}", f"{before}{letter}_{after}"}
+        found.add(f"{before}{after}\n{letter}")
+    return found
+
+
+def mistyped(pictures: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The names that may be another one mistyped, each with that one: close to it (`spellings`), and with at most a
+    third of its `pictures`. Names that are read as one are left to `check_names`.
+
+    >>> mistyped({"shrit": 1, "outware": 2, "skirt": 3, "class 1": 1, "shirt": 7, "outwear": 6, "class 2": 9})
+    [('outware', 'outwear'), ('shrit', 'shirt')]
+    """
+    close: dict[str, set[str]] = {}
+    for name in pictures:
+        for spelling in spellings(name):
+            close.setdefault(spelling, set()).add(name)
+    pairs = {pair for names in close.values() if len(names) > 1 for pair in permutations(names, 2)}
+    far_fewer = [(one, other) for one, other in pairs if 3 * pictures[one] <= pictures[other]]
+    return sorted((one, other) for one, other in far_fewer if _as_read(one) != _as_read(other))
 
 
 def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, str]]:

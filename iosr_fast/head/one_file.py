@@ -62,7 +62,7 @@ def one_file(fit: Fit, abstention: Abstention, source: Source = "picture") -> Mo
 
 def write_one_file(fit: Fit, path: str | Path, abstention: Abstention, source: Source = "picture") -> None:
     """Write `one_file`, whole or not at all, after ONNX Runtime answered a few pictures with it as the library does.
-    Raises ArithmeticError where it did not."""
+    Raises ArithmeticError where it did not, and as `check_new_file`."""
     check_new_file(Path(path), (".onnx",))
     require("onnxruntime", "cpu")
     content = one_file(fit, abstention, source).SerializeToString()

@@ -21,6 +21,7 @@ from iosr_fast.scoring.arrays import add_product_blas
 from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.lower import feature_rows
 from iosr_fast.utils.numbers import check_integer
+from iosr_fast.utils.short_repr import short_repr
 
 AnyHead: TypeAlias = Head | MultiLabelHead
 
@@ -91,6 +92,7 @@ class Prediction:
     version: int
     unknown: Rejection | None = None
     accepted: bool | None = None
+    __repr__ = short_repr
 
     @property
     def pairs(self) -> list[tuple[str, float]]:
@@ -110,7 +112,7 @@ class Prediction:
         return {**vars(self), "top": top, "nearest": nearest, "unknown": unknown}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TreePrediction(Prediction):
     """The same by a classifier with a tree. The label is a node where a promise accepts one: `level` is 0 for a class,
     1 for the deepest nodes, and so on; `path` has the names of the nodes above the label, from the root down.
@@ -142,6 +144,7 @@ class MultiLabelPrediction:
     labels: tuple[str, ...]
     probabilities: tuple[float, ...]
     unknown = accepted = None  # no label is withheld
+    __repr__ = short_repr
 
     @property
     def pairs(self) -> list[tuple[str, float]]:

@@ -95,7 +95,7 @@ class UnknownResult:
     reason: str = ""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation(Result):
     """The result of `evaluate` for B images and C classes; the most probable mistakes come first in `to_frame`.
 
@@ -232,7 +232,7 @@ class Evaluation(Result):
         judged = {
             "below": f"{points} more than are right, beyond chance",
             "above": f"{points} less than are right, beyond chance",
-            "as expected": "chance explains the difference",
+            "as expected": "the difference is small enough to be chance",
         }
         expected = f"{self.expected:.1%} were expected from {self.expected_images:,} {self.basis}"
         if at_sizes != self.expected:
@@ -247,7 +247,7 @@ class Evaluation(Result):
         for judgement, verb in verbs.items():
             if rows := [one for one in self.promises if one.judgement == judgement]:
                 first, *others = (f"{100 * one.promised:.3g}%" for one in rows)
-                also = f"; also {', '.join(others)}" if others else ""
+                also = f"; the same goes for {', '.join(others)}" if others else ""
                 return f"the promise of {first} {verb}", f"{rows[0]}{also}"
         return "no label is accepted", self.automation.can
 
@@ -264,11 +264,11 @@ class Evaluation(Result):
     def summary(self) -> str:
         """What was measured, a line each; first what expectation and promises were worth."""
         (low, high), sets, unknown = self.interval, self.sets, self.unknown
-        covered = f"{sets.covered:.1%} have the label, {sets.size:.2f} labels on the mean, {sets.empty:.1%} empty"
-        kept = f"{unknown.kept:.1%} of these images keep their label, {unknown.promised:.4g} promised"
+        covered = f"{sets.covered:.1%} have the right label ({sets.promised:.4g} promised), {sets.empty:.1%} are empty"
+        kept = f"{unknown.kept:.1%} of these images keep their label ({unknown.promised:.4g} promised)"
         rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "
         shares = [(one.promised, one.accepted / len(self.labels), one.share) for one in self.promises]
-        accepted = [f"{share:.1%} ({error:.1%}) for {100 * most:.3g}%" for most, share, error in shares]
+        accepted = [f"{share:.1%} ({error:.1%}) with max_error {100 * most:.3g}%" for most, share, error in shares]
         levels = [" + ".join(f"{part:.1%} ({bad:.1%})" if part else "0%" for part, bad in row) for row in self.by_level]
         levels = [f"{words} for {100 * one.promised:.3g}%" for words, one in zip(levels, self.promises, strict=False)]
         images, counting = counted_as(len(self.labels), self.count, "images"), once(len(self.labels), self.count)
@@ -282,10 +282,10 @@ class Evaluation(Result):
             f"log-loss {self.reliability.log_loss:.3f}, expected calibration error {self.reliability.error:.1%}",
             self.copies and f"near duplicates of support images, which say little about new ones: {self.copies:,}",
             self.errors and f"unreadable and left out: {len(self.errors)}",
-            f"sets of labels: {sets.reason}" if sets.reason else f"sets of labels for {sets.promised:.4g}: {covered}",
+            f"sets of labels: {sets.reason or f'{covered}, {sets.size:.2f} labels on average'}",
             levels and f"accepted at level 0 + 1 + ... (of them wrong): {', '.join(levels[:4])}",
             accepted and f"accepted labels (of them wrong): {', '.join(accepted[:4])}",
-            f"unknown: {unknown.reason or kept}",
+            f"rejection of unknown images: {unknown.reason or kept}",
             unknown.images and f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}",
         ]
         return "\n".join(str(line) for line in lines if line)

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -29,6 +30,7 @@ from iosr_fast.sealed.outputs import is_utf8
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import LARGEST, check_integer
 from iosr_fast.utils.ordered import map_ordered
+from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,13 +117,15 @@ def encode_images(
     unknown_images: Sequence[Any] = (),
     skip_bad: bool = False,
     step: Callable[[int], None] = lambda images: None,
+    memory: Any = None,
 ) -> EncodedImages:
     """Decode each image once and encode its views, a batch at a time, in the order of the images.
 
     `labels` (N,) int64, positions in `names`, become the class ids of the examples; None: all are of one class, -1.
     `unknown_images` are pictures of none of the classes. Threads decode ahead of the encoder. An iterator gives one
     image after another: few are in memory at a time, and the first unreadable one is raised as a BadImageError. Of a
-    sequence all are named, or left out with `skip_bad`. `step` is called with 1 after each image.
+    sequence all are named, or left out with `skip_bad`. `step` is called with 1 after each image. `memory` as of
+    `encode_remembered`.
 
     A picture (its pixels, whatever the file) under two labels is refused, and so is one that is a support image and
     unknown: before any work where the files are equal, else once both are decoded. Warns of copies within a class.
@@ -166,7 +170,7 @@ def encode_images(
         _check_copies(places, classes, copies, [*names, NONE_OF_THE_CLASSES])
 
     with closing(good_images()) as good:
-        keys, queries = _encode(encoder, good, views)
+        keys, queries = _encode(encoder, good, views, memory)
     ids = np.full(len(readable), -1) if classes is None else classes[readable]
     known = tuple(paths) if any(paths) else ()
     found = Examples(keys, ids, np.arange(len(readable)), tuple(pictures), queries, paths=known)
@@ -214,13 +218,13 @@ def _place_of(i: int, source: Any) -> str:
 
 
 def _encode(
-    encoder: Encoder, images: Iterator[list[np.ndarray]], views: SupportSettings
+    encoder: Encoder, images: Iterator[list[np.ndarray]], views: SupportSettings, memory: Any
 ) -> tuple[Embeddings, Embeddings | None]:
     """The key of each image, the mean of its views, and with `views.single` its query."""
     keys: list[Embeddings] = []
     queries: list[Embeddings] = []
     while batch := list(islice(images, max(1, _BATCH // views.forms))):
-        rows = encoder.encode(np.stack([pixels for image in batch for pixels in image]))
+        rows = encode_remembered(encoder, np.stack([pixels for image in batch for pixels in image]), memory)
         single = np.arange(len(rows)) % views.forms >= views.views
         keys.append(mean_of_views(rows[~single], views.views))
         if views.single:
@@ -229,6 +233,33 @@ def _encode(
         nothing = np.zeros((0, encoder.width), np.float32)
         return Embeddings(nothing, nothing), None
     return Embeddings.concatenate(keys), Embeddings.concatenate(queries) if queries else None
+
+
+def encode_remembered(encoder: Encoder, pixels: np.ndarray, memory: Any) -> Embeddings:
+    """As Encoder.encode, of each image once for all calls with this `memory`: a path, a joblib.Memory, or None."""
+    if memory is None:
+        return encoder.encode(pixels)
+    pixels = np.ascontiguousarray(pixels)  # joblib hashes strides, too
+    memory = os.fspath(memory) if isinstance(memory, os.PathLike) else memory
+    remembered = require("sklearn.utils.validation", "sklearn").check_memory(memory).cache(_row, ignore=["make"])
+    of_encoder = encoder.fingerprint, encoder.runtime, encoder.adapted
+    new = [i for i, one in enumerate(pixels) if not remembered.check_call_in_cache(*of_encoder, one, None)]
+    encoded: dict[int, Embeddings] = {}
+    if new:  # together
+        rows = encoder.encode(pixels[new])
+        encoded = {i: rows[k : k + 1] for k, i in enumerate(new)}
+
+    def make(i: int) -> Embeddings:
+        return encoded[i] if i in encoded else encoder.encode(pixels[i : i + 1])  # it went since it was looked for
+
+    return Embeddings.concatenate([remembered(*of_encoder, one, partial(make, i)) for i, one in enumerate(pixels)])
+
+
+def _row(
+    fingerprint: str, runtime: str, adapted: bool, pixels: np.ndarray, make: Callable[[], Embeddings]
+) -> Embeddings:
+    """What a memory has of an image."""
+    return make()
 
 
 def _check_readable(errors: Sequence[BadImageError], count: int, skip_bad: bool) -> None:

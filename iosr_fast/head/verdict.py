@@ -11,6 +11,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.methods.tree import Path
+from iosr_fast.utils.short_repr import short_repr
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Verdict:
     accepted: np.ndarray | None = None
     unknown_score: np.ndarray | None = None
     rejected: np.ndarray | None = None
+    __repr__ = short_repr
 
     @property
     def rejections(self) -> list[Rejection] | None:

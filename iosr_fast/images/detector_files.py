@@ -36,7 +36,7 @@ OURS = "iosr_fast "  # how the name of every `classifier` of this package begins
 @dataclass(frozen=True)
 class Selection:
     """Which boxes of a detector file are taken: of at least `min_confidence`, or without one; of these `categories` of
-    the detector, if any. `root` is the folder of the pictures, None that of the file."""
+    the detector, if any. `root` is the folder that all pictures are below, None that of the file."""
 
     root: str | Path | None = None
     min_confidence: float | None = None
@@ -77,15 +77,18 @@ class MegaDetector:
     `classification_categories` and a probability, best first."""
 
     def __init__(self, document: Any) -> None:
-        self._document, self._classes = document, dict(document.get("classification_categories") or {})
+        self._document, self._classes = document, dict(_object_in(document, "classification_categories"))
+        if wrong := [key for key in self._classes if not key.isdecimal()]:
+            raise IosrFastError(f"expected integers as keys of classification_categories, got {abbreviate(wrong)}")
         self._keys = {name: key for key, name in reversed(self._classes.items())}
         self._new = count(max(map(int, self._classes), default=-1) + 1)
 
     def boxes(self, labelled: bool) -> Iterator[Detection]:
+        names = _object_in(self._document, "detection_categories")
         for image in self._document["images"]:
             path = image["file"].replace("\\", "/")
             for one in image.get("detections") or ():
-                name = self._document["detection_categories"].get(one["category"])
+                name = names.get(one["category"])
                 fault = "of no listed category" if name is None else "of videos" * ("frame_number" in one)
                 if labelled:
                     name = self._classes[one["classifications"][0][0]] if one.get("classifications") else None
@@ -97,9 +100,9 @@ class MegaDetector:
                 key = self._keys[label] = str(next(self._new))
                 self._classes[key] = label
                 self._document["classification_categories"] = self._classes
-                if described := self._document.get("classification_category_descriptions"):  # of the same keys
+                if described := _object_in(self._document, "classification_category_descriptions"):  # of the same keys
                     described[key] = label
-        self._document["info"] = (self._document.get("info") or {}) | {"classifier": classifier}
+        self._document["info"] = _object_in(self._document, "info") | {"classifier": classifier}
         record["classifications"] = [[self._keys[label], share] for label, share in classes]
         if not classes:
             del record["classifications"]
@@ -112,6 +115,8 @@ class Coco:
     def __init__(self, document: Any) -> None:
         self._document, self._categories = document, list(document.get("categories") or ())
         self._names = {one["id"]: one["name"] for one in self._categories}
+        if wrong := [key for key in self._names if type(key) is not int]:
+            raise IosrFastError(f"expected integers as ids of categories, got {wrong[0]!r:.80}")
         self._keys = {name: key for key, name in reversed(self._names.items())}
         self._new = count(max(self._names, default=0) + 1)
 
@@ -213,9 +218,9 @@ class DetectorFile:
         """The boxes that can be classified, those of a picture one after another, and the path and fragment of each
         (images.crop); the others are counted in `left_out`, by reason.
 
-        Raises IosrFastError for a URL, and for an entry that is not as the format has it.
+        Raises IosrFastError for a URL, a picture that is not below the root, and an entry that is not as the format has
+        it.
         """
-        root = os.path.dirname(self._file) if selection.root is None else selection.root
         try:
             for one in self.format.boxes(labelled):
                 reason = one.fault or selection.excludes(one)
@@ -224,7 +229,24 @@ class DetectorFile:
                     self.left_out[reason or "of other than four numbers with sides above 0"] += 1
                     continue
                 refuse_url(one.path)
-                yield one, f"{os.path.join(root, one.path)}#{box}"
+                yield one, f"{self._picture(one.path, selection.root)}#{box}"
+        except _DAMAGES as error:
+            raise self._damaged(error) from error
+
+    def _picture(self, path: str, root: str | Path | None) -> str:
+        """The place of a picture below `root`: relative to it or, where that leads out of it, to the file."""
+        folder = os.path.dirname(self._file)
+        root = folder if root is None else root
+        for base in (root, folder):
+            place = os.path.normpath(os.path.join(base, path))
+            if os.path.abspath(place).startswith(os.path.join(os.path.abspath(root), "")):
+                return place
+        raise IosrFastError(f"expected pictures below {root or '.'}, got {path}: give --root, a folder above them all")
+
+    def add(self, record: Any, classes: Classes, classifier: str) -> None:
+        """Give a box its classes. Raises IosrFastError where the document has no place for them."""
+        try:
+            self.format.add(record, classes, classifier)
         except _DAMAGES as error:
             raise self._damaged(error) from error
 
@@ -238,6 +260,13 @@ class DetectorFile:
 
 
 _DAMAGES = KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError
+
+
+def _object_in(document: Any, name: str) -> dict[str, Any]:
+    value = document.get(name) or {}
+    if not isinstance(value, dict):
+        raise IosrFastError(f"expected {name} as an object, got {type(value).__name__}")
+    return value
 
 
 def _picture_of_task(data: Any) -> str:

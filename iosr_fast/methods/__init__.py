@@ -2,9 +2,9 @@
 
 `tune.tune` is the way of a fit: `folds.make_folds` leaves images out, `out_of_fold.HeldOut` asks each model of
 `models/` for its logits of them, `stack_weights.fit_stack` or, for a named method, `search.ParameterSearch` chooses by
-these, and `compile_method` adds the terms up to a plan. `out_of_fold.OutOfFold` has the logits of what was chosen, by
-folds that leave look-alikes (`look_alikes.find_look_alikes`) out together: promises, sets of labels, calibration, audit
-and joint prediction read them.
+these; `fit_stack` and, for a named method, `compile_method` add the terms up to a plan. `out_of_fold.OutOfFold` has the
+logits of what was chosen, by folds that leave look-alikes (`look_alikes.find_look_alikes`) out together: promises, sets
+of labels, calibration, audit and joint prediction read them.
 """
 
 from __future__ import annotations

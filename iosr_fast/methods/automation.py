@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 
@@ -22,7 +21,7 @@ _FRACTION = 1e-6  # by which a sum of weights may miss a whole number
 _LEAST_ERROR = 1e-15  # of a promise: no number of images is enough for a smaller one
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Automation(Result):
     """What may be automated, by V labelled images that the classifier has not seen.
 
@@ -101,7 +100,7 @@ class Automation(Result):
         return "\n".join([*lines, *self.notes])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TreeAutomation(Automation):
     """The same by a classifier with a tree: `shares` and `errors` are of all answers together.
 
@@ -172,7 +171,6 @@ def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
         )
 
 
-@lru_cache(16)  # every batch of queries asks
 def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
     """The least log p / (1 - p) of a label that is accepted, p being the largest probability of its picture: of new
     pictures whose label is accepted, at most a share `max_error` is wrong, with 95% confidence over the draw of the V

@@ -1,4 +1,4 @@
-"""Sets of labels with a promised coverage, and how right probabilities are: both by left-out support images."""
+"""Sets of labels with a promised coverage, and how right probabilities are: by left-out or calibration images."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Folds:
 
     fold      (N,) int64; negative for an image that is never left out
     scored    (N,) bool
-    distinct  (C,) int64, the units of each class
+    distinct  (C,) int64, the units of each class; 1 where they are all in one fold
     units     (N,) int64, the same for the images of a unit, which count as one image: they are never on both sides
     """
 

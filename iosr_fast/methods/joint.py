@@ -25,6 +25,7 @@ from iosr_fast.scoring.inputs import checked_inputs
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score
+from iosr_fast.utils.short_repr import short_repr
 
 # The exponent of an image's first probabilities, lambda of TransCLIP with support images.
 ANCHOR = 0.5
@@ -64,6 +65,7 @@ class JointPrediction:
     left_out_joint: float = float("nan")
     rounds: int = 0
     seconds: float = 0.0
+    __repr__ = short_repr
 
     @property
     def labels(self) -> np.ndarray:

@@ -37,9 +37,10 @@ class PromiseResult:
     def __str__(self) -> str:
         counts = f"{self.wrong:,} of {counted_as(self.accepted, self.count, 'accepted labels')} are wrong"
         if self.judgement == "too few":
-            return f"{counts}, and {images_needed_for(self.promised):,} are needed"
+            return f"{counts}; a judgement needs {images_needed_for(self.promised):,} accepted labels"
         share = f"{self.share:.1%}{once(self.accepted, self.count)}"
-        return f"{counts} ({share}; up to {self.explained:,} are compatible with {100 * self.promised:.3g}%)"
+        agrees = f"up to {self.explained:,} wrong would still agree with the promise of {100 * self.promised:.3g}%"
+        return f"{counts} ({share}); {agrees}"
 
 
 def once(images: int, count: float) -> str:

@@ -43,7 +43,8 @@ class LookAlikes:
     """Of N support images:
 
     groups      (N,) int64, the same for images of a class that look alike
-    nearest     (N,) float32, the centred cosine of the most similar other image of its class, 0 where none is
+    nearest     (N,) float32, the centred cosine of the most similar other image of its class, 0 where none is; it may
+                exceed 1, as 1 / (n - 1) is added for a class of n
     usual       how many images look like another one, at most, where all were taken independently
     directions  of how many independent directions the embeddings are: cosines of unrelated images are 1 / sqrt of it
     """
@@ -62,7 +63,7 @@ class LookAlikes:
 
     @property
     def alike(self) -> float:
-        """The centred cosine from which on an image looks like another one."""
+        """The centred cosine from which on an image looks like another one; of few directions it exceeds 1."""
         return _ALIKE * max(1.0, (_DIRECTIONS / self.directions) ** 0.25)
 
     @property

@@ -20,6 +20,7 @@ from iosr_fast.methods.out_of_fold import Part
 from iosr_fast.methods.papers import DISCRIMINANTS, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.scoring.plan import Which
+from iosr_fast.utils.short_repr import short_repr
 
 _ROUNDING = 1e-12  # a spread of a term that is nothing but rounding
 
@@ -49,6 +50,7 @@ class MultiLabelSet:
     tau: float
     queries: Embeddings | None = None
     groups: np.ndarray | None = None
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         rows, classes = self.labels.shape

@@ -15,6 +15,7 @@ from iosr_fast.methods.models.model import Memory, Model, Term
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.support_set import ROUNDING, SupportSet, check_labels
 from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.utils.short_repr import short_repr
 
 _SPREAD_IMAGES = 256  # on which a spread in use is measured
 
@@ -47,6 +48,7 @@ class OutOfFold:
     folds: Folds
     labels: np.ndarray
     logits: np.ndarray
+    __repr__ = short_repr
 
     @property
     def units(self) -> np.ndarray:

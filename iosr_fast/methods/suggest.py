@@ -9,6 +9,7 @@ import numpy as np
 from iosr_fast.methods.support_set import blocks
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
+from iosr_fast.utils.short_repr import short_repr
 
 _ROUNDS = 20
 _LOGITS = 1 << 24  # float32 of a block
@@ -26,6 +27,7 @@ class Suggestions:
 
     rows: np.ndarray
     stands: np.ndarray
+    __repr__ = short_repr
 
 
 def entropy(logits: np.ndarray) -> np.ndarray:

@@ -87,7 +87,7 @@ class ClassReport:
     advice: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SupportAudit(Result):
     """The result of `audit_support` for N images of C classes; `to_frame` has the suspects.
 

@@ -12,6 +12,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.utils.machine import usable_memory
+from iosr_fast.utils.short_repr import short_repr
 
 # Logits are float32 sums: a difference of at most this share of them may be mere rounding.
 ROUNDING = 64 * float(np.finfo(np.float32).eps)
@@ -42,6 +43,7 @@ class SupportSet:
     tau: float
     queries: Embeddings | None = None
     groups: np.ndarray | None = None
+    __repr__ = short_repr
 
     @property
     def n_classes(self) -> int:

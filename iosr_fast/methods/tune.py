@@ -136,7 +136,8 @@ def tune(
 ) -> MethodFit:
     """The best parameters of `method` on a validation set, or without one by leave-one-out on the support set.
 
-    "auto" is the stack, on plain and, if there are any, on adapted embeddings; without support images "zero-shot".
+    "auto" is the stack, on plain and, if there are any, on adapted embeddings; without support images "zero-shot" where
+    there are texts (a fit refuses it).
     `seconds` is the budget of a stack's regressions on one core, spent by a count of operations: the same data gives
     the same choice on every machine.
 

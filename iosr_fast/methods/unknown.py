@@ -15,6 +15,7 @@ from iosr_fast.methods.folds import Folds, unit_weights
 from iosr_fast.methods.ood_scores import NEAREST_KEY, REGRESSION, TEXT_SCORES, OodScores, score_names
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.utils.ranking import auroc
+from iosr_fast.utils.short_repr import short_repr
 
 KEEP = 0.95
 # Images are left out fold by fold until there are this many: a share of 5% then has a standard error of half a point.
@@ -69,6 +70,7 @@ class Unknown:
     unscored: int
     unknown_images: Embeddings | None = field(default=None, repr=False)
     basis: str = LEFT_OUT
+    __repr__ = short_repr
 
     @cached_property
     def scorer(self) -> OodScores:

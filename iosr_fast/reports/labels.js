@@ -27,9 +27,17 @@ function update() {
 
 // What a name has in common with those that may be it mistyped, as head/names.py has it.
 function spellings(name) {
-  const read = name.normalize("NFKC").toLowerCase().replace(/[\s_-]+/g, " ");
-  const inner = read.length > 5 ? [...read.matchAll(/(?<=\p{L}{3})\D(?=\p{L})|(?<=\p{L})\D(?=\p{L}{3})/gu)] : [];
-  return [read, ...inner.map(({ 0: letter, index }) => read.slice(0, index) + read.slice(index + letter.length))];
+  const quotes = name.replace(/[\u2018-\u201b\u02bc\u2032\xb4`]/g, "'").replace(/[\u201c-\u201f\u2033\xab\xbb]/g, '"');
+  const typed = quotes.replace(/[\u2010-\u2015\u2212]/g, "-").normalize("NFKC").toLowerCase();
+  const read = typed.replace(/(?<=[\p{L}\p{N}_])[\s_-]+(?=[\p{L}\p{N}_])/gu, " ");
+  const words = [...read.matchAll(/(?:(?![\u2e80-\ud7ff])\p{L}){4,}|(?<=\p{L}) (?=\p{L})/gu)];
+  const places = words.flatMap(({ 0: word, index }) => Array.from(word, (_, i) => index + i));
+  const near = places.flatMap((place) => {
+    const [before, letter, after] = [read.slice(0, place), read[place], read.slice(place + 1)];
+    const marked = [`${before}_${after}`, `${before}_${letter}${after}`, `${before}${letter}_${after}`];
+    return [...marked, `${before}${after}\n${letter}`];
+  });
+  return [read, ...near];
 }
 
 // A label that is close to a class is asked about; the button takes that.

@@ -17,6 +17,7 @@ from typing import Any
 
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.preprocess import open_image, thumbnail
+from iosr_fast.sealed.outputs import PAGE_MARK
 from iosr_fast.serving import http
 from iosr_fast.utils.html import Html, as_table, element, join, text
 
@@ -201,6 +202,7 @@ def document(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = (
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
     head = join(
         Html('<meta charset="utf-8">'),
+        Html(PAGE_MARK),
         Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Html('<meta name="color-scheme" content="light dark">'),

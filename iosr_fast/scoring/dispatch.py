@@ -20,6 +20,7 @@ from iosr_fast.exceptions import IosrFastError, UnavailableError
 ENVIRONMENT = "IOSR_FAST_IMPL"
 FEW_QUERIES = 16  # the largest batch of the CUDA kernel
 OLDEST_TRITON = (3, 4)  # PyTorch 2.6 and 2.7 bring 3.2 and 3.3
+_BUILD = "`pip install .` in its source builds it, with a C++ compiler (Debian: apt-get install build-essential)"
 _BUILD_CUDA = "IOSR_FAST_CUDA=1 pip install . builds it, with nvcc on PATH"
 _log = logging.getLogger("iosr_fast")
 
@@ -29,9 +30,8 @@ class Backend:
     """What sums affinities (backends/).
 
     module       has the function affinity_sums, imported when chosen; "" for the reference, which runs a whole plan
-    devices      where it executes: "cpu", "cuda"
+    devices      where it executes, "cpu", "cuda", and where "auto" may choose it; BACKENDS has the order of preference
     unavailable_reason  returns why it can't run on this machine, or None
-    automatic    the device of embeddings for which "auto" may choose it; BACKENDS has the order of preference
     tensors      whether it takes a DevicePlan and tensors; otherwise a ScoringPlan and NumPy arrays
     largest      the largest batch; None for any
     """
@@ -40,7 +40,6 @@ class Backend:
     module: str
     devices: tuple[str, ...]
     unavailable_reason: Callable[[], str | None]
-    automatic: str | None = "cuda"
     tensors: bool = True
     largest: int | None = None
 
@@ -54,7 +53,7 @@ class Backend:
 
 def cpp_unavailable_reason() -> str | None:
     """Why the C++ extension can't be used, or None."""
-    return _build_unavailable_reason("_C", "`pip install .` builds it")
+    return _build_unavailable_reason("_C", _BUILD)
 
 
 @functools.cache
@@ -66,9 +65,9 @@ def _build_unavailable_reason(name: str, fix: str) -> str | None:
     except ImportError as error:
         return f"the extension iosr_fast.{name} can't be imported ({error}); {fix}"
     if module.version != __version__:
-        return f"iosr_fast.{name} was built for version {module.version}, this is {__version__}; {fix} again"
+        return f"iosr_fast.{name} was built for version {module.version}, this is {__version__}; {fix}"
     if not hasattr(module, "affinity_sums" if name == "_C" else "BoundPlan"):
-        return f"iosr_fast.{name} was built from older sources of this version; {fix} again"
+        return f"iosr_fast.{name} was built from older sources of this version; {fix}"
     return None
 
 
@@ -151,14 +150,14 @@ def _cuda_unavailable_reason() -> str | None:
     return None
 
 
-# PyTorch is never chosen for NumPy arrays: importing it takes seconds.
+# For NumPy arrays PyTorch only replaces a missing extension: importing it takes seconds.
 _CPU, _GPU = ("cpu",), ("cuda",)
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpp", "iosr_fast.scoring.backends.cpp", _CPU, cpp_unavailable_reason, "cpu", tensors=False),
+    Backend("cpp", "iosr_fast.scoring.backends.cpp", _CPU, cpp_unavailable_reason, tensors=False),
     Backend("cuda", "iosr_fast.scoring.backends.cuda", _GPU, _cuda_unavailable_reason, largest=FEW_QUERIES),
     Backend("triton", "iosr_fast.kernels.affinity_sums", _GPU, _triton_unavailable_reason),
     Backend("torch", "iosr_fast.scoring.backends.torch", _CPU + _GPU, _torch_unavailable_reason),
-    Backend("reference", "", _CPU, lambda: None, None, tensors=False),
+    Backend("reference", "", _CPU, lambda: None, tensors=False),
 )
 
 
@@ -178,7 +177,9 @@ def choose(impl: str = "auto", device: str = "cpu", batch: int = 1) -> Backend:
     if impl == "auto":
         impl = os.environ.get(ENVIRONMENT) or "auto"
         source = f"{ENVIRONMENT}={impl}"
-    return _best(device, batch <= FEW_QUERIES) if impl == "auto" else _named(impl, source, device, batch)
+    if impl != "auto":
+        return _named(impl, source, device, batch)
+    return _best(device, device == "cuda" and batch <= FEW_QUERIES)  # one choice on a CPU, and so one warning
 
 
 def _named(name: str, source: str, device: str, batch: int) -> Backend:
@@ -213,12 +214,12 @@ def _best(device: str, few: bool) -> Backend:
     """The first available one in the order of BACKENDS; what is passed over for a reason is logged, once."""
     unavailable: list[str] = []
     for backend in BACKENDS:
-        if device != backend.automatic or not (few or backend.largest is None):
+        if device not in backend.devices or not (few or backend.largest is None):
             continue
         reason = backend.unavailable_reason()
         if reason is None:
             passed_over = f" (unavailable: {'; '.join(unavailable)})" if unavailable else ""
-            level = logging.WARNING if (device, backend.name) == ("cuda", "torch") else logging.INFO
+            level = logging.WARNING if backend.name in ("torch", "reference") else logging.INFO
             _log.log(level, "scoring on %s with %s%s", device, backend.name, passed_over)
             return backend
         unavailable.append(f"{backend.name}: {reason}")

@@ -10,7 +10,7 @@ from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.fields import PlanTerms
 from iosr_fast.scoring.key_precision import Precision
-from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE, check_unit_rows, unit_norm_message
+from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE, check_real, check_unit_rows, unit_norm_message
 from iosr_fast.utils.numbers import is_tensor
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def checked_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) 
 
     CPU tensors and DLPack objects in CPU memory become NumPy views, copied only if they aren't contiguous float32.
     Tensors on a CUDA device stay there; checking their norms reads one scalar back.
-    Raises IosrFastError if a shape, a norm or the device of an array is wrong.
+    Raises IosrFastError if a shape, a norm or the device of an array is wrong, and as `check_real`.
     """
     if plan.needs_adapted and embeddings.adapted is None:
         raise IosrFastError(
@@ -56,6 +56,7 @@ def checked_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) 
         raise IosrFastError(f"expected plain and adapted embeddings of one kind in one place, got {places}")
     n_queries = len(named["plain"]) if named["plain"].ndim else 0
     for name, array in named.items():
+        check_real(f"{name} embeddings", array)
         if tuple(array.shape) != (n_queries, plan.width):
             raise IosrFastError(
                 f"expected {name} embeddings of shape ({n_queries}, {plan.width}), got {tuple(array.shape)}; "
@@ -100,7 +101,7 @@ def _import(array: Array) -> Array:
     if isinstance(array, np.ndarray) or is_tensor(array):
         return array
     if not hasattr(array, "__dlpack__"):
-        return np.asarray(array)
+        return np.asanyarray(array)  # which leaves a mask
     if array.__dlpack_device__()[0] not in _DLPACK_CPU:
         from iosr_fast.utils.require import require
 

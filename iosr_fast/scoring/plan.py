@@ -21,6 +21,7 @@ from iosr_fast.scoring.key_precision import (
 )
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.validation import check_number, check_size, check_unit_rows, frozen
+from iosr_fast.utils.short_repr import short_repr
 
 Which = Embedding
 Feature = Literal["plain", "adapted", "both", "text-distribution"]
@@ -91,6 +92,7 @@ class ScoringPlan(PlanTerms):
     values: np.ndarray | None = None
     reducer: Reducer | None = None
     temperature: float = 0.5
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if self.n_classes < 1:

@@ -8,13 +8,23 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.key_precision import Precision, chunks, key_rows
+from iosr_fast.utils.numbers import is_tensor, refuse_masked
 
 # The largest difference of a row's norm from 1, by the precision of its channels.
 UNIT_NORM_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2, "int8": 2e-2}
 
 
+def check_real(name: str, array: Any) -> None:
+    """Raise IosrFastError for an array or tensor of text, objects or complex numbers, and for masked values."""
+    refuse_masked(name, array)
+    if array.is_complex() if is_tensor(array) else array.dtype.kind in "cSUOmM":
+        raise IosrFastError(f"expected {name} of real numbers, got {array.dtype}: convert them to float32")
+
+
 def frozen(name: str, value: Any, dtype: type) -> np.ndarray:
-    """`value` as a C-contiguous read-only array of `dtype`; copied only if it isn't one already."""
+    """`value` as a C-contiguous read-only array of `dtype`; copied only if it isn't one already. Raises as
+    `check_real`."""
+    check_real(name, value if is_tensor(value) else np.asanyarray(value))
     if dtype is np.int64 and np.asarray(value).dtype.kind not in "iu":
         raise IosrFastError(f"expected {name} of integers, got {np.asarray(value).dtype}")
     with np.errstate(over="ignore"):  # values beyond float32 become infinite, which check_finite refuses

@@ -7,6 +7,7 @@ releases the lock when the process ends: an unlocked one is a leftover of a kill
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import logging
 import os
@@ -23,6 +24,7 @@ from iosr_fast.exceptions import IosrFastError
 
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")  # tempfile's 8 characters
 _OLD_S = 3600.0  # age of a leftover on systems that can't lock folders
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OLD = "old"  # in a temporary folder: what `folders.new_folder` replaces where names can't be exchanged
 _temporary_caches: dict[str, Path] = {}  # by the cache folder that each one replaces in this process
 log = logging.getLogger(__name__)
@@ -92,6 +94,20 @@ def remove_own(folder: str | Path, process: int) -> None:
 
 
 @contextmanager
+def room_for(target: Path) -> Iterator[None]:
+    """Any error of the block that says that the disk is full, also one of a library, becomes an OSError that names
+    `target` and the room that is left."""
+    try:
+        yield
+    except Exception as error:
+        code = next((code for code in DISK_FULL if os.strerror(code) in str(error)), None)
+        if code is None:
+            raise
+        free = f"{shutil.disk_usage(target.parent).free / 1e6:,.0f} MB are free there, a quota or limit may leave less"
+        raise OSError(code, f"{os.strerror(code)} for {target}: {free}; make room, or choose another place") from error
+
+
+@contextmanager
 def new_file(target: str | Path) -> Iterator[Path]:
     """A temporary file that replaces `target` when the block succeeds, and is removed when it fails.
 
@@ -99,7 +115,7 @@ def new_file(target: str | Path) -> Iterator[Path]:
     killed writers of `target` are removed first. A link stays one: the file that it points to is replaced.
     """
     target = Path(os.path.realpath(target))
-    with temporary_folder(target) as folder:
+    with room_for(target), temporary_folder(target) as folder:
         temporary = folder / target.name
         temporary.touch()
         yield temporary

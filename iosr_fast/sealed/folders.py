@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.sealed.files import OLD, sync_file, sync_folder, temporary_folder
+from iosr_fast.sealed.files import OLD, room_for, sync_file, sync_folder, temporary_folder
 from iosr_fast.sealed.manifest import MANIFEST
 from iosr_fast.sealed.outputs import check_writable
 from iosr_fast.sealed.verified_folder import open_below, read_below
@@ -35,7 +35,7 @@ def new_folder(target: str | Path, kind: str | None = None) -> Iterator[Path]:
     path = Path(os.path.realpath(target))
     _refuse_replacing(path, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(path) as temporary:
+    with room_for(path), temporary_folder(path) as temporary:
         made = temporary / "new"
         made.mkdir()
         made.chmod(0o755)  # independent of the umask

@@ -1,4 +1,4 @@
-"""Checks of the output path of a command, made before its work."""
+"""Checks of the output path of a command, made before its work, and the one rule for files that it may replace."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from pathlib import Path
 
 from iosr_fast.exceptions import IosrFastError
 
+PAGE_MARK = '<meta name="generator" content="iosr_fast">'
+# How a page, figures in JSON and the metadata of an ONNX file say, near an end of the file, that iosr_fast wrote it.
+_MARKS = PAGE_MARK.encode(), b'"iosr_fast": "', b"\n\x09iosr_fast\x12"
+_ENDS = 1 << 20  # bytes
+
 
 def check_new_file(out: Path, suffixes: Sequence[str] = ()) -> None:
-    """Raise ValueError for another suffix than these, OSError if `out` is a folder or can't be written."""
+    """Raise ValueError for another suffix than these, OSError if `out` is a folder, can't be written, or is a file that
+    is not replaced: one that has content and does not say that iosr_fast wrote it."""
     if suffixes and out.suffix not in suffixes:
         raise IosrFastError(f"expected the name of the file to end in {' or '.join(suffixes)}, got {out}")
     if out.is_dir():
@@ -21,6 +27,18 @@ def check_new_file(out: Path, suffixes: Sequence[str] = ()) -> None:
     if not parent.is_dir():
         raise FileNotFoundError(f"expected a folder to write {out} to, found none; create it first")
     check_writable(parent, out)
+    if out.exists() and not _is_replaceable(out):
+        raise FileExistsError(
+            f"{out} exists already, and does not say that iosr_fast wrote it; remove it or choose another name"
+        )
+
+
+def _is_replaceable(file: Path) -> bool:
+    with file.open("rb") as opened:
+        start = opened.read(_ENDS)
+        opened.seek(max(0, file.stat().st_size - _ENDS))
+        ends = start, opened.read()
+    return not start or any(mark in end for mark in _MARKS for end in ends)
 
 
 def is_utf8(path: str) -> bool:

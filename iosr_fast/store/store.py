@@ -45,9 +45,9 @@ class Store:
             self._serves = True
             self._ready(self.fitted().head)
 
-    def _ready(self, head: AnyHead) -> AnyHead:
-        """The head, with its plan, and where promises are served with what these rest on."""
-        return head.with_promises() if self._serves else head.compiled()
+    def _ready(self, head: AnyHead, before: AnyHead | None = None) -> AnyHead:
+        """The head, with its plan, and where promises are served with what these rest on (Head.with_promises)."""
+        return head.with_promises(before) if self._serves else head.compiled()
 
     def changeable(self, call: str) -> Fit:
         """The fit. Raises IosrFastError where its head takes no changes."""
@@ -74,7 +74,7 @@ class Store:
                 self.fit = current = replace(current, head=before)  # at once: this change may be refused
             change = make(before)
             head = change.apply(before)
-            self._ready(head)
+            self._ready(head, before)
             if self.log is not None:
                 self.log.append(change, before, head)
             self.fit = replace(current, head=head)
@@ -111,7 +111,7 @@ class Store:
             fit = self.fitted()
             log, head = ChangeLog.open(path, fit.head.require_single_label("open_log", _REFIT))
             self.log = log
-            self.fit = replace(fit, head=self._ready(head))
+            self.fit = replace(fit, head=self._ready(head, fit.head))
 
     def close_log(self) -> None:
         """Close the log; later changes are not written."""

@@ -208,8 +208,8 @@ class Changing:
         fit = self._store.fitted()
         self._store.check_no_log()
         calibrated = calibrate(fit, images, labels, groups, bool(self.skip_bad))
-        self._store.replace(calibrated, instead_of=fit)
         warn_of_look_alikes(calibrated.head)
+        self._store.replace(calibrated, instead_of=fit)
         return ChangeResult(calibrated.head.version)
 
     def optimize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import decode_pixels, to_pixels
-from iosr_fast.utils.csv_text import recovered
+from iosr_fast.utils.csv_text import read_rows
 
 if TYPE_CHECKING:
     from iosr_fast.clip.demo.pictures import Pictures
@@ -203,11 +202,10 @@ def file_sources(
 
 def unlabelled_list(file: Path) -> list[Path] | None:
     """The paths that a CSV file lists, relative to its folder, or None if it has labels or no column `path`."""
-    with file.open(encoding="utf-8-sig", newline="", errors="replace") as opened:
-        reader = csv.DictReader(opened)
-        if "path" not in (columns := reader.fieldnames or []) or {"label", "labels"} & set(columns):
-            return None
-        return [file.parent / recovered(row["path"]) for row in reader if row["path"]]
+    columns, rows = read_rows(file)
+    if "path" not in columns or {"label", "labels"} & set(columns):
+        return None
+    return [file.parent / row["path"] for row in rows if row["path"]]
 
 
 def split(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,14 +37,26 @@ def recovered(text: str) -> str:
 
 def read_rows(file: Path, opener: Callable[[str, int], int] | None = None) -> tuple[list[str], list[dict[str, str]]]:
     """The columns of a CSV file and its rows, with texts `recovered`; `opener` is that of `open`. Raises IosrFastError
-    for no CSV in UTF-8."""
+    for no CSV in UTF-8, another separator than a comma, and a row with a text beyond the last column with a name, as of
+    a comma in a text without quotes."""
     try:
         with open(file, encoding="utf-8-sig", newline="", opener=opener) as opened:
-            reader = csv.DictReader(opened, restval="")
-            columns, rows = list(reader.fieldnames or []), list(reader)
+            reader = csv.reader(opened)
+            columns = next(reader, [])
+            if len(columns) == 1 and (found := re.search("[;\t]", columns[0])):
+                raise IosrFastError(f"expected commas between columns of {file}, got {found[0]!r}: separate by commas")
+            rows = []
+            width = max((i for i, name in enumerate(columns, 1) if name), default=len(columns))
+            for cells in filter(None, reader):
+                if any(map(str.strip, cells[width:])):
+                    raise IosrFastError(
+                        f"expected {width} cells in line {reader.line_num} of {file}, got {len(cells)}, "
+                        f'{abbreviate(cells)}: put a text with a comma in quotes, as "salt, fine"'
+                    )
+                rows.append(dict(zip_longest(columns, map(recovered, cells[: len(columns)]), fillvalue="")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise IosrFastError(f"can't read {file} as CSV in UTF-8: {error}; save it as such") from error
-    return columns, [{name: recovered(row[name]) for name in columns} for row in rows]
+    return columns, rows
 
 
 def check_columns(columns: Sequence[str], file: Path, needed: Sequence[str], hint: str) -> None:

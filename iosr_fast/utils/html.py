@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.utils.require import require
+from iosr_fast.utils.short_repr import table_repr
 
 _SHOWN = 20  # rows in a notebook
 
 
 class Result(ABC):
     """A result that pandas and notebooks show: its columns, lists and arrays of one length, and a summary."""
+
+    __repr__ = table_repr
 
     @abstractmethod
     def _columns(self) -> Mapping[str, Any]: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.encoders.opened_model import OpenedModel
-from iosr_fast.exceptions import NotFittedError
+from iosr_fast.exceptions import LookAlikesWarning, NotFittedError
 from iosr_fast.export import pretrained
 from tests.classifier.conftest import GIVEN, NAMES
 from tests.cli.runs import never
@@ -64,6 +65,8 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
     for message, given in {
         "got 29 labels": (images, labels[1:], NAMES),
         "integer labels have no names.*: pass class_names": (images, labels, None),
+        "nor has an indicator, .*: pass class_names": (images, np.eye(5, dtype=int)[labels], None),
+        "expected integer labels from 0 to 9007199254740991, got '-1'": (images, labels - 1, None),
         "at least one image of each class, got none of 'spare'": (images, labels, [*NAMES, "spare"]),
         "expected labelled images or class_names, got neither": (None, None, None),
     }.items():
@@ -123,6 +126,23 @@ def test_set_params_counts_from_the_next_fit(monkeypatch: pytest.MonkeyPatch, da
     classifier.fit(images, labels, NAMES)
     assert classifier.encoder is clips["other"].encoder and classifier.method_ == "gda"
     assert not classifier.exif_orientation_
+
+
+def test_a_refused_fit_leaves_the_earlier_one(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = small_classifier()
+    before = classifier.snapshot()
+    burst = np.repeat(data[0], 4, axis=0)
+    burst[..., 0] ^= np.arange(len(burst), dtype=np.uint8)[:, None, None] % 4
+    with warnings.catch_warnings(), pytest.raises(LookAlikesWarning):
+        warnings.simplefilter("error")
+        classifier.fit(burst, np.repeat(data[1], 4), NAMES)
+    assert classifier.snapshot() is before
+    classifier.open_log(tmp_path / "changes.db")
+    monkeypatch.setattr(classifier.encoder, "encode", never)
+    for call in (lambda: classifier.fit(*data, NAMES), lambda: classifier.fit_folder(tmp_path / "none")):
+        with pytest.raises(IosrFastError, match="expected no log to be open"):
+            call()
+    classifier.close_log()
 
 
 @pytest.mark.parametrize("views", [1, 2], ids=["by the same settings", "by others"])
@@ -216,7 +236,7 @@ def test_a_class_keeps_its_integer_through_changes_log_and_bundle(
     classifier.remove_class("~1")
     classifier.add_class("new", images[labels == 1], text=row)
     assert classifier.score(images, expected) == classifier.tune(images, expected).evidence.accuracy == 1.0
-    with pytest.raises(IosrFastError, match=r"labels in 0\.\.5, one for each .* except the 1 of removed.* got '1'"):
+    with pytest.raises(IosrFastError, match="the integers of the 5 classes, '0', '2', '3', '4', '5', got '1'"):
         classifier.score(images, labels)
     classifier.close_log()
     again = Classifier.load(tmp_path / "bundle")

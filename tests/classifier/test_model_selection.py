@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
+from joblib import Memory
 from sklearn.base import is_classifier
 from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
 from iosr_fast import Classifier, IosrFastError
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.export import pretrained
 from tests.classifier.conftest import GIVEN, NAMES
@@ -64,6 +66,25 @@ def test_a_grid_search_opens_one_clip_until_its_files_change(data: Any, monkeypa
     adapter.write_bytes(b"another")
     assert Classifier("demo", adapter=adapter).encoder is not search.best_estimator_.encoder
     assert len(opened) == 2 and len(pretrained._in_use) <= 2, "nothing holds the others"
+
+
+def test_a_search_with_a_memory_encodes_each_picture_once(
+    clip: OpenedModel, data: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def encode(pixels: np.ndarray) -> Embeddings:
+        encoded.append(len(pixels))
+        return type(clip.encoder).encode(clip.encoder, pixels)
+
+    encoded, names, grid = list[int](), [NAMES[c] for c in data[1]], {"alpha": [0.01, 40.0]}
+    without = GridSearchCV(Classifier("demo", **GIVEN), grid, cv=3).fit(data[0], names)
+    expected = without.decision_function(data[0])
+    monkeypatch.setattr(clip.encoder, "encode", encode)
+    for memory in (tmp_path / "path", Memory(tmp_path / "joblib", verbose=0)):
+        search = GridSearchCV(Classifier("demo", memory=memory, **GIVEN), grid, cv=3).fit(data[0], names)
+        assert search.cv_results_["mean_test_score"].tolist() == without.cv_results_["mean_test_score"].tolist()
+        np.testing.assert_array_equal(search.decision_function(data[0]), expected)
+        assert sum(encoded) == len(names) and len(encoded) < 5, "together"
+        encoded.clear()
 
 
 def test_the_tags_say_that_pictures_are_no_matrix() -> None:

@@ -137,7 +137,6 @@ IMAGES, LABELS = several(0, 12)
         (sets_of(LABELS), {"method": "gda"}, "gda can't learn from several labels an image: .*; use 'auto'"),
         (sets_of(LABELS), {"method": "zero-shot", "reducer": "centre"}, "take no reducer"),
         ([{"a;b"}, *sets_of(LABELS)[1:]], {}, "class names without ';'"),
-        (LABELS.astype(int), {}, "nor has an indicator: pass class_names"),
         (sets_of(LABELS)[1:], {}, "for each of 12 images, got 11"),
     ],
 )

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn.base import clone
-from sklearn.model_selection import cross_val_score
+from sklearn.ensemble import VotingClassifier
+from sklearn.model_selection import cross_val_predict, cross_val_score
 
 from iosr_fast import Classifier, FewShotHead, IosrFastError
 from iosr_fast.encoders.opened_model import OpenedModel
@@ -95,6 +96,29 @@ def test_a_loaded_classifier_fits_again(fitted: Classifier, bundle: Path) -> Non
         again.set_params(templates=["{}"]).fit(IMAGES, LABELS)
     shown = describe(bundle)
     assert "\nimage encoder 0000" in shown and "\ntext encoder none: this model reads no texts\n" in shown
+
+
+def test_integer_labels_need_no_names(model: OpenedModel, tmp_path: Path) -> None:
+    classifier = Classifier._with_clip(model).fit(IMAGES, 2 * CLASSES + 1)
+    classifier.save(tmp_path / "bundle")
+    loaded = load(tmp_path / "bundle")
+    for one in (classifier, loaded):
+        assert one.classes_.tolist() == [1, 3, 5, 7, 9] and one.snapshot().class_names == ("1", "3", "5", "7", "9")
+        assert one.score(QUERIES, 2 * ASKED + 1) == (one.predict(QUERIES) == 2 * ASKED + 1).mean() > 0.9
+    loaded.add_class("new", NEW[:2])
+    assert loaded.predict(NEW[2]).tolist() == [10] and loaded.score(QUERIES, 2 * ASKED + 1) > 0.9
+    several = clone(classifier).fit(IMAGES, np.eye(5, dtype=int)[CLASSES])
+    assert several.classes_.tolist() == [0, 1, 2, 3, 4] and several.predict(QUERIES).shape == (len(QUERIES), 5)
+
+
+@pytest.mark.parametrize("labels", [LABELS, CLASSES, 2 * CLASSES + 1])
+def test_estimators_that_number_the_classes_take_it(labels: np.ndarray, model: OpenedModel) -> None:
+    classifier = Classifier._with_clip(model, method="gda")
+    for voting in ("hard", "soft"):
+        votes = VotingClassifier([("one", classifier), ("another", clone(classifier))], voting=voting)
+        assert votes.fit(IMAGES, labels).score(IMAGES, labels) > 0.9
+    found = cross_val_predict(classifier, list(IMAGES), labels, cv=3, method="predict_proba")
+    assert (np.unique(labels)[found.argmax(1)] == labels).mean() > 0.8
 
 
 @pytest.mark.parametrize("has", ["no texts of a CLIP", "texts", "a text encoder"])

@@ -19,18 +19,21 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from iosr_fast.cli import app
-from iosr_fast.cli.command import command_app, output, say, write_new
+from iosr_fast.cli.command import command_app, output, say, write_figures, write_new
 from iosr_fast.cli.options import echo_first
 from iosr_fast.cli.suggest import _table
+from iosr_fast.evaluation import table
+from iosr_fast.evaluation.provenance import write_rows
 from iosr_fast.exceptions import BadImageError, IosrFastError, printable
 from iosr_fast.files.suggest import FolderSuggestions
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.images.listing import Skipped
+from iosr_fast.reports.page import document
 from iosr_fast.sealed.folders import check_new_folder
 from iosr_fast.sealed.outputs import check_new_file
 from iosr_fast.utils.text import PrintableFormatter
 from tests import ROOT
-from tests.cli.runs import Terminal
+from tests.cli.runs import Terminal, refused
 
 TOOLS = ("benchmark", "load_test", "load_classifiers", "demo.bundle", "demo.run", "demo.train_clip")
 
@@ -110,7 +113,7 @@ def run(*words):
 told(lambda: Classifier("demo").encoder)
 told(lambda: run("fit", {str(folder)!r}, "--model", "demo", "--out", {str(tmp_path / "out")!r}))
 told(lambda: run("classify", "bundle", {str(folder)!r}, "--out", {str(tmp_path / "labels.parquet")!r}))
-
+told(lambda: run("classify", "bundle", {str(folder)!r}, "--out", {str(tmp_path / "parts")!r}))
 told(lambda: run("build-engine", "--out", {str(tmp_path / "engine")!r}))
 told(lambda: run("train-adapter", "--out", {str(tmp_path / "a.safetensors")!r}))
 sys.modules["fastapi"] = None
@@ -118,11 +121,39 @@ told(lambda: run("serve", "bundle"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.splitlines()
-    assert len(lines) == 6, done.stdout + done.stderr
-    extras = ("cpu", "cpu", "parquet", "cpu", "train", "serve")
+    assert len(lines) == 7, done.stdout + done.stderr
+    extras = ("cpu", "cpu", "parquet", "parquet", "cpu", "train", "serve")
     for line, extra in zip(lines, extras, strict=True):
         assert f"is not installed: pip install 'iosr_fast[{extra}]' brings it" in line, lines
     assert all(line.startswith("2 iosr-fast: ") for line in lines[1:]), lines
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("audit", "none", "--html", "a.html"),
+        ("audit", "none", "--json", "a.json"),
+        ("evaluate", "features", "none", "--json", "a.json"),
+        ("benchmark", "none", "--json", "a.json"),
+        ("suggest", "none", "none", "--out", "a.csv"),
+        ("classify", "none", "none", "--out", "a.csv"),
+    ],
+)
+def test_another_file_is_not_replaced(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(words[-1]).write_text('<p>My notes on iosr_fast, {"mine": "iosr_fast"}</p>')
+    said = refused(*words)
+    assert f"{words[-1]} exists already, and does not say that iosr_fast wrote it" in " ".join(said.split())
+    assert "mine" in Path(words[-1]).read_text()
+
+
+def test_what_these_commands_wrote_and_empty_files_are_replaced(tmp_path: Path) -> None:
+    write_new(page := tmp_path / "a.html", document("Mine", "word " * 1_000_000))
+    write_figures(figures := tmp_path / "a.json", {"accuracy": 0.5, "images": ["a.png"] * 1_000_000})
+    write_rows(rows := tmp_path / "rows.json", [{"mean": 0.5, **table.facts()}])
+    (empty := tmp_path / "empty.csv").touch()
+    for file in (page, figures, rows, empty):
+        check_new_file(file)
 
 
 @pytest.mark.parametrize("name", ["a\rb.png", "a\nb", "a\r\nb", "\rb.png", "a,b'.png", "=a.png", "'a.png", "a\tb"])

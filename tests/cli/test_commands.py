@@ -24,6 +24,7 @@ from iosr_fast.sealed.manifest import write_manifest
 from iosr_fast.store.bundle import Bundle, load
 from tests.cli.runs import Terminal, done, main, never, refused, run
 from tests.store.live_parts import engine_folder, pixel_clip, small_classifier, text_embedding
+from tests.training.small import largest_file
 
 
 @pytest.fixture
@@ -95,6 +96,17 @@ def test_a_place_that_can_not_be_written_is_refused_before_the_work(
     }.items():
         assert said in refused("classify", tmp_path / "bundle", folder, "--out", tmp_path / place)
     assert (tmp_path / "there.csv").read_text() == "mine" and (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_disk_without_room_for_a_fit_is_told_and_nothing_stays(
+    folder: Path, fitting: tuple[object, ...], tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    for bytes_left in (100, 1500):  # none for the engine, some of the support images
+        with largest_file(bytes_left):
+            said = refused(*fitting, "--method", "tip-adapter", "--tune", "none")
+        assert re.search(rf"for {tmp_path / 'out'}: [\d,]+ MB are free there", said)
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def test_fit_replaces_a_classifier_only_with_overwrite(tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("--objective dino", {"training": {"dino": None}}, "expected settings of --objective dino"),
     ("", {"training": {"dino": {}}}, "expected settings of --objective supervised"),
     ("", {"training": {"batch": "8"}}, "settings.json: Expected `int`, got `str` - at `$.training.batch`"),
+    ("--model nothing", {}, "nothing"),
+    ("--data missing", {}, "missing"),
+    ("", {"training": {"accumulate": 3}}, "in 3 equal parts"),
 ]
 
 
@@ -44,9 +47,9 @@ def test_invalid_settings_are_refused_and_never_replaced_by_a_default(
 ) -> None:
     file = written(tmp_path, settings)
     assert expected in runs.refused(*words, "--settings", file, *options.split())
-    assert not list(tmp_path.rglob("*.csv"))
     file.write_text("[training]")
     assert "settings.json to hold settings as a JSON object" in runs.refused(*words, "--settings", file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "settings.json"]
 
 
 def written(folder: Path, settings: dict[str, Any]) -> Path:
@@ -80,6 +83,20 @@ def test_options_go_before_settings_and_these_before_the_preset(
     used = json.loads((tmp_path / "out" / "a.safetensors.training" / "settings.json").read_bytes())
     assert (used["first_adapted_block"], used["bottleneck"], used["scale"]) == place
     assert used["training"] == {name: config.training[name] for name in used["training"]}
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_leaves_what_was_there(words: list[object], tmp_path: Path) -> None:
+    out, training = tmp_path / "out" / "a.safetensors", tmp_path / "out" / "a.safetensors.training"
+    (tmp_path / "in" / "red" / "0.png").write_bytes(b"no picture")
+    assert "0.png" in runs.refused(*words) and not out.parent.exists()
+    (tmp_path / "in" / "red" / "0.png").unlink()
+    runs.done(*words)
+    (training / "checkpoints").mkdir()  # as of an interrupted training
+    before = (training / "settings.json").read_bytes()
+    (tmp_path / "in" / "red" / "0.png").write_bytes(b"no picture")
+    assert "0.png" in runs.refused(*words, "--bottleneck", "8")
+    assert (training / "settings.json").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shlex
 import subprocess
 import sys
 import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import open_clip
@@ -79,6 +82,23 @@ def test_the_demo_has_trained_weights() -> None:
     clip = load_clip("demo")
     assert clip.model.training is False and not any(p.requires_grad for p in clip.model.parameters())
     assert clip.fingerprint == load_clip("demo").fingerprint != load_clip("demo", pretrained="none").fingerprint
+
+
+def test_the_application_logs_as_ever_while_clips_load(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    create, level = open_clip.create_model, logging.root.level
+
+    def created(*names: str, **options: bool) -> object:
+        logging.getLogger("application").warning("of its own logger")
+        logging.warning("of the root logger")
+        return create(*names, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", created)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(load_clip, ["demo"] * 4, ["none"] * 4))
+    assert Counter(caplog.messages) == {"of its own logger": 4, "of the root logger": 4}  # and none of open_clip
+    assert logging.root.level == level
 
 
 def test_files_of_weights(tiny_state: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,9 @@ NEW_CLASS = "pear"
 
 @functools.cache
 def users_files() -> dict[str, bytes]:
-    """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ has others; others/ of no class; a.jpg to
-    e.jpg, labels.csv, several.csv; table.csv of several questions; tree.csv, and nested/ with two pictures of a few
-    classes; boxes.csv and detections.json."""
+    """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ has others; pictures/ has them as train,
+    validation and test; others/ of no class; a.jpg to e.jpg, labels.csv, several.csv; table.csv of several questions;
+    tree.csv, and nested/ with two pictures of a few classes; boxes.csv and detections.json."""
     pictures = load_pictures("held-out", min_styles=5)
     rows_of = {name: np.flatnonzero(pictures.concepts == i) for i, name in enumerate(pictures.names)}
     files = {"adapter.safetensors": pretrained.DEMO_ADAPTER.read_bytes()}
@@ -52,6 +52,10 @@ def users_files() -> dict[str, bytes]:
                 path = f"validation/{under}/{i}.jpg"
             large = Image.fromarray(pictures.images[row]).resize((160, 160))
             files[path] = encode(large, "JPEG", quality=95)
+    for place, under in (("train", "support"), ("validation", "validation"), ("test", "validation")):
+        files |= {
+            f"pictures/{place}{path.removeprefix(under)}": one for path, one in files.items() if path.startswith(under)
+        }
     for letter, name in zip("abc", ("banana", "melon", "tomato"), strict=True):
         files[f"{letter}.jpg"] = files[f"validation/{name}/4.jpg"]
     files["labels.csv"] = b"path,label\nd.jpg,pear\ne.jpg,\n"

@@ -20,6 +20,9 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/jpeg" in output.get("data", {}) for output in shown) == 3
+    printed, a, b = "".join(output.get("text", "") for output in shown), "alien monster", "raised back of hand"
+    found = {f"e27: {b} is rather {a}", f"e38: {a} is rather {b}"}
+    assert found <= {*printed.splitlines()}, "the audit finds both exchanged labels"
 
 
 def test_the_notebook_shows_its_outputs_and_no_path_of_a_machine() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -106,12 +109,28 @@ def test_threads_share_an_engine(runtime: str, engines: dict[str, Path]) -> None
 
 
 def test_threads_of_pytorch_are_given_back(engines: dict[str, Path]) -> None:
-    before = torch.get_num_threads()
-    encoder: Any = open_engine(engines["torch"], threads=before + 1)
-    seen = []
-    encoder._encoder.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    encoder.encode(random_pixels(1, 32))
-    assert seen == [before + 1] and torch.get_num_threads() == before
+    """Of two runs, the second of which begins within the first and ends after it, neither leaves its own number."""
+    before, pixels, seen = torch.get_num_threads(), random_pixels(1, 32), []
+    began, within, ended = threading.Event(), threading.Event(), threading.Event()
+    encoders: list[Any] = [open_engine(engines["torch"], threads=before + more) for more in (1, 2)]
+
+    def record(wait: Callable[[], Any], *_: Any) -> None:
+        seen.append(torch.get_num_threads())
+        wait()
+
+    waits = (lambda: (began.set(), within.wait(0.5)), lambda: (within.set(), ended.wait()))
+    for encoder, wait in zip(encoders, waits, strict=True):
+        encoder._encoder.register_forward_hook(partial(record, wait))
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(encoders[0].encode, pixels)]
+        began.wait()
+        runs.append(pool.submit(encoders[1].encode, pixels))
+        runs[0].result()
+        ended.set()
+        runs[1].result()
+    with ThreadPoolExecutor(1) as pool:  # a new thread has the process's number
+        assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == before
+    assert seen == [before + 1, before + 2]
 
 
 @pytest.mark.parametrize(

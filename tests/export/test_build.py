@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +17,18 @@ from iosr_fast.clip.adapter import random_adapter
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import load_clip
+from iosr_fast.encoders.engine_folder import ENGINE_KIND
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import candidates
 from iosr_fast.export.build import convert_engine, write_engine
-from iosr_fast.export.candidates import Candidate, with_smaller_images
-from iosr_fast.export.check import check
+from iosr_fast.export.candidates import Candidate, CandidateBuilder, with_smaller_images
+from iosr_fast.export.check import MIN_COSINES, check
 from iosr_fast.export.onnx import export_onnx
 from iosr_fast.export.precision import engine_fingerprint, quantisation
 from iosr_fast.export.pretrained import choose_adapter
+from iosr_fast.head.engine_choice import EngineCandidate
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.sealed.manifest import read_manifest
@@ -132,6 +135,20 @@ def test_wrong_numbers_are_not_written(generic: np.ndarray, tmp_path: Path, monk
     with pytest.raises(ArithmeticError, match=r"in int8 are wrong: expected cosine >= 0\.99"):
         convert_engine(source, tmp_path / "engine", "onnxruntime", "int8", np.zeros_like(generic[:8]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_candidate_that_is_not_exact_is_no_fault_of_the_user(
+    generic: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(MIN_COSINES, "int8", 1.1)
+    caplog.set_level(logging.INFO, "iosr_fast")
+    builder = CandidateBuilder(open_verified(demo_engine(), ENGINE_KIND), generic[:16])
+    with pytest.raises(ArithmeticError, match=r"^onnxruntime int8 changes embeddings too much on this processor$"):
+        builder.open(Candidate("onnxruntime", "int8"))
+    builder.close()
+    assert "onnxruntime int8 is not taken: plain embeddings of real pictures" in caplog.text
+    row = EngineCandidate(runtime="onnxruntime", precision="int8", verdict="rejected", reason="it is off")
+    assert row.cells()[-1] == "not taken: it is off"
 
 
 def test_one_picture_alone_is_checked_like_a_batch() -> None:

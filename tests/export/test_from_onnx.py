@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from iosr_fast import Classifier
@@ -79,6 +80,7 @@ def test_the_fingerprint_is_of_graph_weights_and_facts(tmp_path: Path) -> None:
         ({**FACTS, "mean": [123.7, 116.3, 103.5]}, r"<= 1\.0 - at `\$\.mean"),
         ({**FACTS, "interpolation": "nearest"}, "Invalid enum value 'nearest'"),
         ({**FACTS, "fill": 3}, "a fill only with resize_mode longest"),
+        ({**FACTS, "image_size": 1 << 16}, r"Expected `int` <= 4096 - at `\$\.image_size"),
         ({**FACTS, "image_size": 32}, rf"of shape \(B, 3, 32, 32\).* got \['B', 3, {SIZE}, {SIZE}\]"),
         ({**FACTS, "output": "features"}, r"expected features, in .* got the outputs \['plain'\]"),
     ],
@@ -88,6 +90,21 @@ def test_facts_that_do_not_fit_are_refused(facts: Any, told: str, tmp_path: Path
     if facts is None:
         path.with_suffix(".json").unlink()
     with pytest.raises((IosrFastError, FileNotFoundError), match=told):
+        read_onnx(path)
+
+
+def test_a_name_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    path, graphs = tmp_path / "encoder.onnx", [encoder_model() for _ in range(4)]
+    graphs[0].graph.output.append(graphs[0].graph.output[0])
+    graphs[1].graph.initializer.append(graphs[1].graph.initializer[1])
+    graphs[2].graph.node.append(graphs[2].graph.node[3])
+    graphs[3].opset_import.append(helper.make_opsetid("ai.onnx", 13))
+    for model, name in zip(graphs, ("plain", "weight4", "Flatten3", "ai.onnx"), strict=True):
+        with pytest.raises(IosrFastError, match=rf"once, in .*encoder\.onnx, got '{name}' more than once"):
+            read_onnx(write_encoder(path, model))
+    write_encoder(path)
+    path.with_suffix(".json").write_text(json.dumps(FACTS)[:-1] + ', "image_size": 16}')
+    with pytest.raises(IosrFastError, match=r"fields once, in .*encoder\.json, got 'image_size' more than once"):
         read_onnx(path)
 
 
@@ -128,6 +145,8 @@ def declares(*shape: Any) -> Callable[[Any], None]:
         (encoder_model(), with_a_condition, "without conditions"),
         (encoder_model(), in_float64, "the input 'pixels' in float32.* in type 11"),
         (encoder_model(), declares("B", WIDTH, 1, 1), rf"a Flatten.* got \['B', {WIDTH}, 1, 1\]"),
+        (encoder_model(), declares("B", 0), r"shape \(B, D\).* got \['B', 0\]"),
+        (encoder_model(shape=["B", 3, 0, SIZE]), None, r"the input 'pixels' in float32.* got \['B', 3, 0, 16\]"),
         (encoder_model(shape=[1, *SHAPE[1:]]), None, r"for batches of any size B.* got \[1, 3, 16, 16\]"),
         (encoder_model(shape=["B", SIZE, SIZE, 3]), None, r"shape \(B, 3, 16, 16\)"),
     ],
@@ -155,8 +174,36 @@ def test_what_a_graph_does_not_declare_is_found_by_a_run(tmp_path: Path) -> None
     assert not out.exists()
 
 
+def ending(kind: str, *inputs: Any, **options: Any) -> Any:
+    """An encoder that ends in a layer of this kind, on the features and constants."""
+    model = encoder_model()
+    model.graph.node[-1].output[0] = "features"
+    names = [f"constant{i}" for i in range(len(inputs))]
+    model.graph.initializer.extend(map(numpy_helper.from_array, inputs, names))
+    model.graph.node.append(helper.make_node(kind, ["features", *names], ["plain"], **options))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (ending("Mul", np.float32(0)), "got a row of zeros"),
+        (ending("Add", np.float32([np.nan] + [0] * (WIDTH - 1))), "got NaN or infinite numbers"),
+        (ending("CumSum", np.int64(0)), "got rows that differ by 0.* with the place or the other pictures"),
+        (ending("LpNormalization", axis=0), "got rows that differ"),
+        (ending("Slice", np.int64([0]), np.int64([0]), np.int64([1])), r"D from 1 to 65,536, in .* got \(3, 0\)"),
+    ],
+    ids=["zeros", "nan", "place", "neighbours", "width"],
+)
+def test_a_row_is_of_its_picture_alone(model: Any, told: str, tmp_path: Path) -> None:
+    source = read_onnx(write_encoder(tmp_path / "encoder.onnx", model))
+    with pytest.raises(IosrFastError, match=told):
+        write_engine(source, None, tmp_path / "engine", "onnxruntime")
+    assert not (tmp_path / "engine").exists()
+
+
 @pytest.mark.parametrize("of_a_node", [False, True])
-@pytest.mark.parametrize("place", ["../secret", "{secret}", "link", "folder/weights", "..", "", "missing"])
+@pytest.mark.parametrize("place", ["../secret", "{secret}", "link", "folder/weights", "..", "", "hidden"])
 def test_no_weights_are_read_from_elsewhere(place: str, of_a_node: bool, tmp_path: Path) -> None:
     folder, secret = tmp_path / "model", tmp_path / "secret"
     (folder / "folder").mkdir(parents=True)
@@ -166,13 +213,16 @@ def test_no_weights_are_read_from_elsewhere(place: str, of_a_node: bool, tmp_pat
     path = write_encoder(folder / "encoder.onnx", **BESIDE)
     model = onnx.load(path, load_external_data=False)
     for entry in model.graph.initializer[0].external_data:
-        if entry.key == "location":
+        if entry.key == "location" and place != "hidden":
             entry.value = place.format(secret=secret)
+    if place == "hidden":  # behind the name of a file that may be read: readers differ in which of two they take
+        model.graph.initializer[0].external_data.add(key="location", value="../secret")
     if of_a_node:
         weight = model.graph.initializer.pop(0)
         model.graph.node.insert(0, helper.make_node("Constant", [], [weight.name], value=weight))
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(IosrFastError, match="weights in files of the same folder, which are no links"):
+    told = "got 'location' more" if place == "hidden" else "weights in files of the same folder, which are no links"
+    with pytest.raises(IosrFastError, match=told):
         read_onnx(path)
 
 
@@ -248,6 +298,19 @@ def test_a_classifier_opens_a_file_again_when_it_or_its_facts_change(cached: Pat
     cached.with_suffix(".json").write_text(json.dumps({**FACTS, "std": [0.5, 0.5, 0.5]}))
     second = Classifier(cached).encoder
     assert second.fingerprint != first.fingerprint
+    (cached.parent / "dangling").symlink_to("nothing")
+    assert Classifier(cached).encoder is second  # of other files nothing depends
+    weights, times = cached.with_suffix(".bin"), cached.with_suffix(".bin").stat()
+    content = bytearray(weights.read_bytes())
+    content[5] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert Classifier(cached).encoder.fingerprint != second.fingerprint
+    weights.rename(cached.with_suffix(".moved"))
+    with pytest.raises(FileNotFoundError, match=r"expected weights of encoder\.onnx in .*encoder\.bin, found no such"):
+        Classifier(cached).encoder  # noqa: B018  # which is opened by its name
+    cached.with_suffix(".moved").rename(weights)
+    second = Classifier(cached).encoder
     for options, told in (
         ({"pretrained": "openai"}, r"encoder\.onnx has weights of its own: expected no pretrained"),
         ({"adapter": "adapter.safetensors"}, "expected a CLIP for an adapter, got .*encoder.onnx"),

@@ -268,9 +268,14 @@ def test_the_metadata_say_what_the_answers_are_and_no_torch_is_needed(tmp_path: 
 
 
 def test_a_file_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then, and where it can't be renamed, the earlier file stays, and nothing beside it."""
+    """Then, and where it can't be renamed, the earlier file stays, and nothing beside it; so does another's file."""
     file, classifier = tmp_path / "demo.onnx", Classifier.load(demo_bundle())
-    file.write_bytes(b"earlier")
+    onnx.save(onnx.ModelProto(producer_name="iosr_fast"), file)
+    with pytest.raises(FileExistsError, match="does not say that iosr_fast wrote it"):
+        classifier.export(file)
+    file.unlink()
+    classifier.export(file)
+    earlier = file.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(
             graph, "resized_pixels", lambda picture, geometry: resized_pixels(picture, Geometry(64, "squash"))
@@ -280,7 +285,7 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatc
     monkeypatch.setattr("os.replace", never)
     with pytest.raises(AssertionError, match="work has begun"):
         classifier.export(file)
-    assert file.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == earlier and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(

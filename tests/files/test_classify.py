@@ -59,7 +59,7 @@ def test_a_folder_of_parts_has_ids_and_parts_of_logits(bundle: Path, pictures: l
     out = tmp_path / "out"
     done(classify(bundle, tmp_path / "in", "--out", out, "--chunk", "8", "--batch", "3", "--top", "4"))
     table = read_parts(out)
-    assert table["key"].to_pylist() == [path.relative_to(tmp_path / "in").as_posix() for path in pictures]
+    assert table["path"].to_pylist() == [path.relative_to(tmp_path / "in").as_posix() for path in pictures]
     assert_answers(bundle, table, pictures, top=4)
     manifest, classifier = read_manifest(out, "classifications"), Classifier.load(bundle)
     assert (manifest["images"], manifest["classified"], manifest["errors"], manifest["top"]) == (30, 30, 0, 4)
@@ -112,7 +112,7 @@ def test_an_unreadable_image_stops_a_run_or_is_a_row_with_its_error(
         rest = [i for i in range(30) if i != 17]
         assert_answers(bundle, table.take(rest), [pictures[i] for i in rest])
         bad = table.slice(17, 1).to_pylist()[0]
-        assert bad.pop("error") and bad.pop("key") and set(bad.values()) == {None}
+        assert bad.pop("error") and bad.pop("path") and set(bad.values()) == {None}
     else:
         assert [bool(row["error"]) for row in read_rows(out)].index(True) == 17
         return
@@ -165,7 +165,7 @@ def test_unknown_pictures_are_rejected_alike_everywhere(bundle: Path, folder: Pa
         done(classify(bundle, folder, *REJECT, "--out", tmp_path / name))
         table = pq.read_table(tmp_path / name) if name.endswith("parquet") else read_parts(tmp_path / name)
         assert table.column_names[-3:] == ["top", "unknown_score", "error"]
-        assert len(table.column_names) == (6 if name.endswith("parquet") else 10)
+        assert len(table.column_names) == 10
         assert table["label"].to_pylist() == [*labels, None]
         assert "?" not in [classes[0]["label"] for classes in table["top"].to_pylist()[:-1]]
         np.testing.assert_allclose(table["unknown_score"].to_pylist()[:-1], scores, atol=1e-3)

@@ -174,6 +174,11 @@ REGION = '[{"data": {"image": "s3://a/b.png"}, "annotations": [{"result": [{"typ
         ('[{"data": {"a": "1.png", "b": "2.png"}}]', "under image in its data, got 'a', 'b'"),
         ("{", "Expecting"),
         (box_of(), "found none at"),
+        (box_of(file='"../a.png"'), r"expected pictures below .*, got \.\./a\.png: give --root"),
+        (box_of(file='"b/../../a.png"'), r"expected pictures below .*, got b/\.\./\.\./a\.png"),
+        (box_of(file='"/etc/a.png"'), "expected pictures below .*, got /etc/a.png: give --root"),
+        (box_of().replace('{"1": "a"}', '["a"]'), "expected detection_categories as an object, got list"),
+        ('{"images": [], "annotations": [], "categories": [{"id": "3", "name": "a"}]}', "expected integers as ids"),
         ('{"images": [], "annotations": []}', "found none in"),
     ],
 )
@@ -181,6 +186,31 @@ def test_a_file_that_can_not_be_used_is_refused(text: str, words: str, tmp_path:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises((IosrFastError, FileNotFoundError), match=words):
         read_source([str(tmp_path / "a.json")])
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("info", ["MDV5A"], "expected info as an object, got list"),
+        ("classification_category_descriptions", "vulpes", "expected classification_category_descriptions as an"),
+        ("classification_categories", {"fox": "fox"}, "expected integers as keys of classification_categories, got"),
+    ],
+)
+def test_a_document_without_a_place_for_classes_is_refused_before_any_work(
+    part: str, value: Any, words: str, scenes: Path
+) -> None:
+    file = write(scenes, megadetector() | {part: value})
+    with pytest.raises(IosrFastError, match=words):
+        DetectionsTable.of(str(file), Selection(), 1)
+
+
+def test_pictures_are_below_the_root_from_which_paths_are_relative_or_the_file_is(scenes: Path) -> None:
+    (scenes / "boxes").mkdir()
+    for path in (f"../{FILES[0]}", str(scenes / FILES[0])):
+        (file := scenes / "boxes" / "a.json").write_text(box_of(file=json.dumps(path)))
+        assert read_source([str(file)], boxes=Selection(scenes)).paths[0].startswith(f"{scenes / FILES[0]}#")
+        with pytest.raises(IosrFastError, match="expected pictures below"):
+            read_source([str(file)], skip_bad=True)
 
 
 @pytest.mark.parametrize(

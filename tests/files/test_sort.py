@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +29,11 @@ def held(folder: Path) -> dict[str, bytes]:
 
 def test_a_class_has_a_folder_whose_name_gives_the_class() -> None:
     names = ["a/b", "..", ".hidden", "look", "Look", "sorted.csv", "cat", "Cat", "CAT", "x.", "=1", "C:", "%41", "Ä 2"]
+    names.append("(group)")
     head = random_head(np.random.default_rng(0), len(names), 1)  # earlier versions took names that differ in case
     folders = class_folders(replace(head, class_names=tuple(names)))
     assert [unquote(folder) for folder in folders.values()] == [*folders] == names
-    assert len({folder.casefold() for folder in folders.values()} | {"look", "sorted.csv"}) == len(names) + 2
+    assert len({folder.casefold() for folder in folders.values()} | {"look", "sorted.csv", "(group)"}) == len(names) + 3
     assert {folder for folder in folders.values() if Path("a", folder).resolve().parent != Path("a").resolve()} == set()
     assert [folders[name] for name in ("cat", "Ä 2", "Cat", "a/b")] == ["cat", "Ä 2", "%43%61%74", "a%2Fb"]
     with pytest.raises(IosrFastError, match="folders of at most 255 bytes, got '////"):
@@ -52,7 +52,8 @@ def test_accepted_images_are_in_class_folders_and_a_list_undoes_it(
         monkeypatch.setattr(os, "link", lambda *_: os.readlink("/"))  # an OSError
     expected = {}
     for path, answer in zip(pictures, classifier.explain(pictures, max_error=0.5), strict=True):
-        names = (*answer.path, answer.label) if way == "tree" else (answer.label,)
+        group = ("(group)",) * (way == "tree" and bool(answer.level))  # apart from its classes' own
+        names = (*answer.path, answer.label, *group) if way == "tree" else (answer.label,)
         place = "/".join(names).replace("<", "%3C").replace(">", "%3E") if answer.accepted else "look"
         expected[f"{place}/{path.relative_to(tmp_path / 'in')}"] = path
     assert "sorted 30 images into" in done(classify(bundle, tmp_path / "in", *PROMISE, folder))
@@ -73,25 +74,32 @@ def test_accepted_images_are_in_class_folders_and_a_list_undoes_it(
     assert held(folder) == {"sorted.csv": once["sorted.csv"], rows[-1]["target"]: b"mine"}
 
 
-def test_a_place_is_for_one_image_and_a_killed_run_has_listed_what_it_made(
+def test_an_image_has_one_place_and_a_killed_run_has_listed_what_it_made(
     pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head, folder, link = random_head(np.random.default_rng(0), 3, 1), tmp_path / "sorted", os.link
     head = replace(head, class_names=("c0", "b", "c"), paths=(("a",), ("a",), ("d",)))
 
-    def sort(labels: dict[Path, str]) -> None:
-        rows = [Labelled(str(path), label, 1.0, math.nan, "", accepted=True) for path, label in labels.items()]
+    def sort(label: str, some: list[Path], accepted: bool = True) -> None:
+        rows = [Labelled(str(path), label, 1.0, math.nan, "", accepted) for path in some]
         sort_images(rows, folder, [str(tmp_path / "in")], class_folders(head))
 
-    other = shutil.copy(pictures[0], tmp_path / "in")
-    with pytest.raises(IosrFastError, match=r"expected no other image at .*a/c0/0000\.png"):
-        sort({pictures[0]: "a", other: "c0"})
-    assert not folder.exists()
     monkeypatch.setattr(os, "link", lambda *paths: link(*paths) or sys.exit())
     with pytest.raises(SystemExit):
-        sort(dict.fromkeys(pictures, "b"))
+        sort("b", pictures)
     made = f"a/b/{pictures[0].relative_to(tmp_path / 'in')}"
-    assert held(folder).keys() == {"sorted.csv", made} and made in (folder / "sorted.csv").read_text()
+    before = held(folder)
+    assert before.keys() == {"sorted.csv", made} and made in (folder / "sorted.csv").read_text()
+    monkeypatch.setattr(os, "link", link)
+    for label, accepted in (("b", False), ("a", True)):  # a stricter promise, another answer
+        with pytest.raises(IosrFastError, match=rf"an earlier run has it at .*{made}, and sorted none"):
+            sort(label, pictures, accepted)
+    sort("a", pictures[1:3])
+    sort("b", pictures[:1])
+    assert held(folder).keys() == {"sorted.csv", made, "a/(group)/c0/0003.png", "a/(group)/c0/0006.png"}
+    (folder / made).unlink()  # undone
+    sort("b", pictures[:1], accepted=False)
+    assert (folder / "look/c0/0000.png").samefile(pictures[0])
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def grey(level: int) -> np.ndarray:
 
 @TWO_WAYS
 def test_results_come_in_order_with_the_unreadable_in_their_places(callers: int, decode_threads: int) -> None:
-    sources: list[Any] = [grey(i) for i in range(40)]
+    sources: list[Any] = [grey(i + 1) for i in range(40)]
     sources[5], sources[17] = b"no picture", "nowhere.png"
     for i in range(20, 24):
         sources[i] = b""  # a whole batch
@@ -88,8 +88,32 @@ def test_results_come_in_order_with_the_unreadable_in_their_places(callers: int,
     assert [error.position for error in errors] == [5, 17, *range(20, 24)]
     assert all(isinstance(error, BadImageError) for error in errors)
     readable = [i for i in range(40) if i not in (5, 17, *range(20, 24))]
-    assert [level for _, batch in made for level in batch or ()] == readable
+    assert [level - 1 for _, batch in made for level in batch or ()] == readable
     assert sorted(encoder.batches) == [3, 3, *[4] * 7]
+
+
+class OverflowingEncoder(CountingEncoder):
+    """Dark pictures have NaN, black ones zeros, as where fp16 overflows before or in the norm."""
+
+    def encode(self, pixels: np.ndarray) -> Embeddings:
+        rows = super().encode(pixels).plain
+        return Embeddings(np.ones_like(rows), np.where((rows == 0) | (rows > 99), rows, np.nan))
+
+
+@TWO_WAYS
+def test_an_image_without_a_usable_embedding_is_unreadable(callers: int, decode_threads: int, tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{i}.png") for i in range(9)]
+    for path, level in zip(paths, [100, 5, 200, 0, 5, 5, 5, 150, 160], strict=True):
+        Image.fromarray(grey(level)).save(path)
+    stage = Stage(OverflowingEncoder(), callers, decode_threads)
+    made = list(read(stage, ["nowhere.png", *paths], 4, use=lambda rows: rows.adapted[:, 0].tolist()))
+    assert [result for _, result in made] == [[100, 200], None, [150, 160]]
+    errors = {error.position: str(error) for batch, _ in made for error in batch if error is not None}
+    assert [*errors] == [0, 2, 4, 5, 6, 7] and "no such file" in errors.pop(0)
+    assert all(f"{paths[i - 1]}: its embedding is not finite, or zeros" in said for i, said in errors.items())
+    reader = Reader(stage.encoder, Path(), SupportSettings(), ReadOptions(4))
+    with pytest.raises(BadImageError, match=rf"can't read image {paths[1]}: its embedding is not finite"):
+        list(reader.read_batches(stage, batches_of(paths, 4, 1), levels))
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from iosr_fast.files import tables
-from iosr_fast.files.tables import PROMISE, CsvTable, ParquetTable, TableRow, read_table
+from iosr_fast.files.tables import ACCEPTED, SCORES, TREE_PROMISE, CsvTable, ParquetTable, TableRow, read_table, row_of
+from iosr_fast.head.predictions import ClassScore, Prediction, TreePrediction
 from iosr_fast.head.verdict import Rejection
 from iosr_fast.utils.csv_text import recovered
 
@@ -36,8 +40,9 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "_ROW_GROUP", 5)
-    table = (CsvTable if suffix == ".csv" else ParquetTable)(unknown_label="?", promise=PROMISE)
-    rows = [TableRow(f"{i}\u00e4\n.png", [["a", i / 31]], Rejection(float(i), i > 20), "", i > 9) for i in range(23)]
+    table = (CsvTable if suffix == ".csv" else ParquetTable)(unknown_label="?", promise=(ACCEPTED,))
+    said = [[{"label": "a", "probability": i / 31}.get(name) for name in table.fields] for i in range(23)]
+    rows = [TableRow(f"{i}\u00e4\n.png", [said[i]], Rejection(float(i), i > 20), "", i > 9) for i in range(23)]
     rows[7] = TableRow("7.png", error="no picture")
     written = []
     for size in (1, 4, 23):
@@ -55,17 +60,25 @@ def test_groups_of_rows_change_no_byte(suffix: str, tmp_path: Path, monkeypatch:
     assert found[22].probability == round(22 / 31, 4) and found[22].unknown_score == 22
 
 
-def test_a_table_of_a_promise_without_a_tree_has_the_bytes_of_earlier_versions() -> None:
-    rows = [TableRow("a.png", [["cat", 0.75]], Rejection(-0.5, False), "", True), TableRow("b.png", error="bad")]
-    text = b"path,label,probability,unknown_score,accepted,error\na.png,cat,0.7500,-0.5000,true,\nb.png,,,,,bad\n"
-    assert CsvTable(unknown_label="?", promise=PROMISE).encode(rows, first=True) == text
+def test_columns_and_types_depend_on_the_options_alone() -> None:
+    """Not on errors and rejected pictures, nor on whether there is any row."""
+    score = ClassScore("cat", "~0", 0.75, 1.0, 0.0, 1.0, 0.0)
+    plain = Prediction(**vars(score), top=(score,), nearest=(), version=1, accepted=True)
+    node = TreePrediction(**{**vars(plain), "label": "pet", "class_id": None, "level": 1, "path": ("animal",)})
+    rejected = replace(plain, label=None, class_id=None, unknown=Rejection(2.0, True), accepted=False)
+    rows = [*(row_of("a.png", one, SCORES) for one in (plain, node, rejected)), TableRow("b.png", error="bad")]
+    table = ParquetTable("?", TREE_PROMISE)
+    files = [table.encode(some, first=True) for some in ([], rows, *([row] for row in rows))]
+    frames = [pd.read_parquet(BytesIO(file)) for file in files]
+    assert all(frame.dtypes.equals(frames[0].dtypes) for frame in frames)
+    assert frames[1]["level"].tolist() == [pd.NA, 1, pd.NA, pd.NA] and frames[1][frames[1].accepted].label[1] == "pet"
 
 
 def test_parquet_keeps_names_as_they_are_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow.parquet as pq
 
     table, out = ParquetTable(), tmp_path / "labels.parquet"
-    out.write_bytes(table.encode([TableRow(name, [[name, 0.5]]) for name in FORMULAS], first=True))
+    out.write_bytes(table.encode([TableRow(name, [[name, "~0", 0.5, 0, 0, 0]]) for name in FORMULAS], first=True))
     assert pq.read_table(out)["label"].to_pylist() == pq.read_table(out)["path"].to_pylist() == list(FORMULAS)
     assert [row.label for row in read_table(out)] == list(FORMULAS)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

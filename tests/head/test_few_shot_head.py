@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,23 @@ def test_promises_hold_on_noisier_pictures_if_they_rest_on_some_of_them() -> Non
     assert min(held()) > 0.86 and 310 < head.calibration().n_images <= 320
     with pytest.raises(IosrFastError, match="the labels 'z' are not among the 8 class names"):
         head.calibrate_on(own.plain, np.full(320, "z"))
+
+
+def test_what_promises_rest_on_goes_with_its_fit(rng: np.random.Generator) -> None:
+    rows, labels, _ = clusters(rng, 3, 30, 8)
+    head = FewShotHead("gda").fit(rows, labels)
+    head.predict(rows, max_error=0.3)
+    left_out = weakref.ref(head.snapshot().left_out_labels)
+    head.fit(rows, labels)
+    gc.collect()
+    assert left_out() is None
+
+
+def test_a_class_of_one_picture_is_named(rng: np.random.Generator) -> None:
+    X, y = rng.standard_normal((32, 12)), np.repeat(["ant", "fig", "kiwi", "plum"], [16, 14, 1, 1])
+    few, fewer = (FewShotHead("gda").fit(X[:n], y[:n]).snapshot().summary() for n in (31, 32))
+    assert "'kiwi' has one picture: add a second; until" in few
+    assert "'kiwi', 'plum' have one picture: add a second; until" in fewer
 
 
 def test_groups_of_any_classes_leave_every_answer_finite(rng: np.random.Generator) -> None:

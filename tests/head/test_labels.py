@@ -14,6 +14,7 @@ from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.labels import check_labels, class_ids, read_groups
 from iosr_fast.head.names import check_names
 from iosr_fast.images.crop import Crop
+from tests.cli.runs import refused
 
 NAN = float("nan")
 
@@ -105,6 +106,9 @@ def test_valid_labels_of_every_type_are_read() -> None:
         (["cat", "c\u0430t"], "look alike: 'cat' and 'c.u0430t'"),
         (["Apple", "apple", "pear"], "got 'Apple' and 'apple', which differ in case or typography alone"),
         (["H\u2082O", "h2o"], "differ in case or typography alone"),
+        (["it's", "it\u2019s"], "differ in case or typography alone"),
+        (["oat\u2013milk", "Oat_milk", "fig"], "differ in case or typography alone"),
+        (["\u0412\u043e\u0434\u0430", "\u0432\u043e\u0434\u0430"], "differ in case or typography alone"),
         (["a", NAN], r"text, got nan \(float\) at position 1"),
         ("ab", "a list of names, in order, got str"),
         (["a"], "at least two classes"),
@@ -119,6 +123,7 @@ def test_saved_classes_that_differ_in_case_alone_are_warned_of(caplog: pytest.Lo
     assert check_names(["Apple", "apple", "pear"], saved=True) == ["Apple", "apple", "pear"]
     assert "'Apple' and 'apple', which differ in case" in caplog.text and len(caplog.records) == 1
     assert check_names(["\U0001f468\u200d\U0001f33e farmer", "p\u00eache"])  # joined emoji are names
+    assert check_names(["B", "B-", "B+", "1 mm", "1 \u00b5m", "1-mm plate"], saved=True) and len(caplog.records) == 1
 
 
 def test_tables_of_labels_join_folders(tmp_path: Path) -> None:
@@ -139,6 +144,9 @@ def test_tables_of_labels_join_folders(tmp_path: Path) -> None:
         "path,class\na.png,cat\n": "expected the columns path and label",
         "path,label\na.png,cat\n,dog\n": "expected a path in each row of .*more.csv, got none for the label 'dog'",
         "path,label\na.png,caf\xe9\n": "can't read .*more.csv as CSV in UTF-8: .*0xe9",
+        "path,label,,\na.png,cat\n0.png,Salt, fine\n": r"2 cells in line 3 of .*more.csv, got 3, .*' fine': put a text",
+        "path;label\na.png;cat\n": r"commas between columns of .*more.csv, got ';': separate by commas",
+        "path\tlabel\na.png\tcat\n": "separate by commas",
     }.items():
         table.write_text(text, "latin-1")
         with pytest.raises(ValueError, match=message):
@@ -162,22 +170,24 @@ def test_a_table_may_hold_the_labels_of_several_questions(tmp_path: Path, caplog
             labelled_images(table, other, label_column="kind")
 
 
-def test_mistyped_labels_are_asked_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    close = {"Yoggi yogurt": "Yoghi yogurt", "bananna": "Banana", "green_apple": "green apple", "icecream": "ice cream"}
-    close |= {"Oat Milk": "Oat-Milk"}
-    pairs = {"cat": "car", "horse": "house", "lemons": "lemon", "unripe fig": "ripe fig", "class 1": "class 2"} | close
+def test_mistyped_names_are_refused_before_a_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    typed = {"longsleve": "longsleeve", "longsleeves": "longsleeve", "outware": "outwear", "shrit": "shirt"}
+    typed |= {"shrt": "shirt", "dres": "dress", "icecream": "ice cream"}
+    meant = {"cat": "cart", "class 1": "class 2", "class A": "class B", "unripe fig": "ripe fig", "Eastern": "Western"}
+    counts = dict.fromkeys([*typed, *meant], 2) | dict.fromkeys([*typed.values(), *meant.values()], 6) | {"skirt": 3}
     table, folder = tmp_path / "labels.csv", tmp_path / "in"
-    cases = ((1, 4, [table]), (2, 4, [table]), (2, 3, [table]), (3, 5, [table]), (3, 4, [folder, table]))
-    for few, many, places in cases:
-        names = [name for typed, meant in pairs.items() for name in [typed] * few + [meant] * (many - len(places) + 1)]
-        table.write_text("\n".join(["path,label", *(f"{i}.png,{name}" for i, name in enumerate(names))]))
+    files = [(name, f"{name}/{k}.png") for name, times in counts.items() for k in range(times)]
+    for _, path in files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+    table.write_text("\n".join(["path,label", *(f"in/{path},{name}" for name, path in files)]))
+    shown = "; ".join([f"{name!r} (2) beside {other!r} (6)" for name, other in sorted(typed.items())][:5])
+    for place in (folder, table):
+        fit = "fit", place, "--model", "demo", "--out", tmp_path / "out"
+        assert f"{shown} and 2 more. Correct a folder or label that is mistyped, or accept" in refused(*fit)
         caplog.clear()
-        labelled_images(*places)
-        text = f"%r ({few} in labels.csv) is close to the class %r ({many}): did you mean that? Then correct the label"
-        assert caplog.messages == [f"{text} there" % pair for pair in sorted(close.items()) if many == 4]
-        for name in pairs.values():  # now a class of a folder, whatever the counts
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / name / "1.png").touch()
+        assert labelled_images(place).class_names == sorted(counts) and shown in caplog.text
+        assert "87 of 87 images can't be read" in refused(*fit, "--similar-names")
 
 
 def test_a_later_place_corrects_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -77,12 +77,14 @@ def test_a_burst_is_judged_as_one_label(size: int) -> None:
 
 def test_a_promise_says_its_counts() -> None:
     said = [str(judged((0.01, *counts))[0]) for counts in ((596, 10), (30, 0))]
-    assert said[0] == "10 of 596 accepted labels are wrong (1.7%; up to 10 are compatible with 1%)"
-    assert said[1] == "0 of 30 accepted labels are wrong, and 299 are needed"
+    assert (
+        said[0] == "10 of 596 accepted labels are wrong (1.7%); up to 10 wrong would still agree with the promise of 1%"
+    )
+    assert said[1] == "0 of 30 accepted labels are wrong; a judgement needs 299 accepted labels"
     (burst,) = judge_promises([0.1], np.array([[90, 12]]), np.array([[30.0, 2.0]]))
     assert str(burst) == (
         "12 of 90 accepted labels (effective sample size 30: look-alikes are not independent) are wrong "
-        "(6.7% if a burst counts once; up to 18 are compatible with 10%)"
+        "(6.7% if a burst counts once); up to 18 wrong would still agree with the promise of 10%"
     )
     assert judge_promises([0.1], np.array([[0, 0]]), np.zeros((1, 2))) == ()
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from iosr_fast import _C, __version__, info
+from iosr_fast import _C, FewShotHead, __version__, info
 from iosr_fast.exceptions import UnavailableError
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.score import score_with_path
@@ -68,7 +68,11 @@ def test_each_name_takes_its_path(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize(
     ("device", "batch", "order"),
-    [("cpu", 1, ["cpp"]), ("cuda", 16, ["cuda", "triton", "torch"]), ("cuda", 17, ["triton", "torch"])],
+    [
+        ("cpu", 1, ["cpp", "torch", "reference"]),
+        ("cuda", 16, ["cuda", "triton", "torch"]),
+        ("cuda", 17, ["triton", "torch"]),
+    ],
 )
 def test_the_order_of_preference(device: str, batch: int, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, *NAMES, reason=None)
@@ -106,8 +110,6 @@ def test_a_fallback_is_logged_once_with_the_reason(
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.message == "scoring on cuda with torch (unavailable: triton: no compiler)"
-    with pytest.raises(UnavailableError, match="no scoring backend can run on cpu here: cpp: no compiler"):
-        path_taken(rng)
     with pytest.raises(RuntimeError, match="impl='cpp' can't run here: no compiler"):
         path_taken(rng, "cpp")
     monkeypatch.setenv("IOSR_FAST_IMPL", "cpp")
@@ -191,13 +193,20 @@ def test_a_missing_or_old_package_is_answered_with_what_brings_it(
         path_taken(rng, "triton")
 
 
-def test_without_the_extension_scoring_says_how_to_build_it(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("installed", ["torch", "reference"])
+def test_without_the_extension_labels_are_the_same_with_one_warning(
+    installed: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    pictures = random_embeddings(rng, 200, 8).plain
+    head = FewShotHead("tip-adapter").fit(pictures[:40], np.arange(40) % 4)
+    labels = head.predict(pictures)
     monkeypatch.setitem(sys.modules, "iosr_fast._C", None)
     monkeypatch.delattr("iosr_fast._C")
-    with pytest.raises(UnavailableError, match=r"can't be imported .*`pip install .` builds it"):
-        path_taken(rng)
+    refuse(monkeypatch, *{"torch", "reference"} - {installed}, reason="not installed")
+    assert [list(head.predict(pictures[:batch])) for batch in (1, 200)] == [list(labels[:1]), list(labels)]
+    assert path_taken(rng).startswith(installed)
+    (record,) = caplog.records
+    assert f"scoring on cpu with {installed}" in record.message and "apt-get install build-essential" in record.message
 
 
 def test_a_backend_for_few_queries_refuses_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,24 @@ def test_wrong_embeddings_are_refused_with_the_fix(case: str, which: str, rng: n
             score(plan, wrong, check=False)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: np.ma.masked_less(rows, 0.0), "without masked values, got"),
+        (lambda rows: rows + 1j, "of real numbers, got complex"),
+        (lambda rows: torch.tensor(rows + 1j), "of real numbers, got torch.complex"),
+        (lambda rows: rows.astype(str), "of real numbers, got <U"),
+        (lambda rows: rows.astype(object), "of real numbers, got object"),
+    ],
+)
+def test_arrays_of_other_than_real_numbers_are_refused(spoil: Any, message: str, rng: np.random.Generator) -> None:
+    rows = unit_rows(rng, 2, WIDTH)
+    with pytest.raises(IosrFastError, match=f"plain embeddings {message}"):
+        score(ScoringPlan(2, text=rows), Embeddings(spoil(rows)), check=False)
+    with pytest.raises(IosrFastError, match=f"text {message}"):
+        ScoringPlan(2, text=spoil(rows))
+
+
 def test_norms_may_be_off_by_a_thousandth(rng: np.random.Generator) -> None:
     plan = ScoringPlan(2, text=unit_rows(rng, 2, WIDTH))
     for factor, good in ((0.9985, False), (0.9995, True), (1.0005, True), (1.0015, False)):

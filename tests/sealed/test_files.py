@@ -12,8 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from iosr_fast.sealed import folders
 from iosr_fast.sealed.files import in_cache, new_file, remove_leftovers
@@ -21,6 +24,7 @@ from iosr_fast.sealed.folders import check_new_folder, new_folder
 from iosr_fast.sealed.manifest import read_manifest, write_manifest
 from iosr_fast.sealed.verified_folder import VerifiedFolder
 from tests.store.manifests import rewrite_manifest
+from tests.training.small import largest_file
 
 KILLED = """
 import os, signal
@@ -290,6 +294,22 @@ def test_leftovers_go_by_age_where_folders_cannot_be_locked(tmp_path: Path, monk
     os.utime(tmp_path / ".thing.abcdefgh.tmp", (0, 0))
     write(tmp_path / "thing", "two")
     assert os.listdir(tmp_path) == ["thing"]
+
+
+@pytest.mark.parametrize("by", ["Python", "safetensors"])
+@pytest.mark.parametrize("writer", [new_file, new_folder])
+def test_a_full_disk_is_told_with_the_room_that_is_left(by: str, writer: Any, tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    with (
+        pytest.raises(OSError, match=rf"for {target}: [\d,]+ MB are free there") as error,
+        largest_file(1000),
+        writer(target) as made,
+    ):
+        file = made / "content" if made.is_dir() else made
+        if by == "Python":
+            file.write_bytes(bytes(2000))
+        save_file({"x": np.zeros(2000)}, file)
+    assert error.value.errno == errno.EFBIG and not any(tmp_path.iterdir())
 
 
 def content_of(held: VerifiedFolder) -> tuple[str, str]:

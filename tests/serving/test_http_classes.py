@@ -292,7 +292,7 @@ def test_closing_waits_no_longer_for_a_change_than_it_is_told(
     (group,) = opening.open()
     with ExitStack() as closing:
         client = Client(opening.start([group], closing))
-        monkeypatch.setattr(Store, "_ready", lambda self, head: go_on.wait(20) and head)
+        monkeypatch.setattr(Store, "_ready", lambda self, head, before: go_on.wait(20) and head)
         changes = [client.start("DELETE", f"/v1/classes/~{number}", headers=AUTHORISED) for number in range(2)]
         wait_until(lambda: group[""]._store.lock.locked() and len(client.service.unfinished) == 2)
     assert client.service.unfinished and "change_abandoned" in caplog.text, "it still runs, and has the log"

@@ -6,8 +6,10 @@ import asyncio
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from iosr_fast.serving.http.logs import Formatter
 from iosr_fast.serving.http.opening import open_served
 from iosr_fast.serving.http.settings import Settings
 from tests.pictures import GREY
+from tests.serving.batching_fakes import PATIENCE_S
 from tests.serving.http_client import (
     AUTHORISED,
     CLASSES,
@@ -94,6 +97,29 @@ def test_unknown_images_are_rejected_as_by_the_library_also_after_a_change() -> 
         with pytest.raises(IosrFastError) as error:
             classifier.unknown_.threshold(0.999)
         assert refused.json()["error"]["message"] == str(error.value)
+
+
+def test_who_asks_for_unknown_pictures_first_waits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, images = load(), queries()
+    begun, go, fits = threading.Event(), threading.Event(), list[int]()
+
+    def held(*given: Any) -> Any:
+        fits.append(classifier.version)
+        begun.set()
+        assert go.wait(PATIENCE_S)
+        return compute(*given)
+
+    compute = head.fit_unknown
+    monkeypatch.setattr(head, "fit_unknown", held)
+    with serving(classifier) as client, ThreadPoolExecutor(3) as pool:
+        added = {"data": {"name": "new"}, "files": form(images[0]), "headers": AUTHORISED}
+        assert client.ask("POST", "/v1/classes", **added).status_code == 201 and not fits
+        asked = [pool.submit(client.predict, images[1], query="?unknown=reject&keep=0.5") for _ in range(2)]
+        asked.append(pool.submit(client.get, "/v1/classifier"))
+        assert begun.wait(PATIENCE_S)
+        assert client.predict(images[1]).status_code == 200 and not any(one.done() for one in asked)
+        go.set()
+        assert [one.result(PATIENCE_S).status_code for one in asked] == [200, 200, 200] and fits == [2]
 
 
 def test_labels_are_accepted_by_a_promise_that_the_request_or_the_server_names() -> None:
@@ -361,8 +387,7 @@ def test_wrong_embeddings_are_refused(
 
 
 def test_a_served_head_says_what_it_takes(served_head: Client, shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("fit_unknown", "out_of_fold"):
-        monkeypatch.setattr(f"iosr_fast.head.head.{name}", None)  # called at the start, and by no request
+    monkeypatch.setattr("iosr_fast.head.head.out_of_fold", None)  # called at the start, and by no request
     path, rows = "/v1/predict?max_error=0.1&unknown=reject", {"embeddings": [[1.0] * 384]}
     assert served_head.ask("POST", path, json=rows).json()["predictions"][0]["accepted"] in (True, False)
     probe_soon(monkeypatch)  # by a row of its own

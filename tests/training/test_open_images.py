@@ -172,6 +172,8 @@ def test_the_command_line_writes_both_files(class_csv: Path, label_csvs: list[Pa
     assert "15 images of 3 classes" in run.output and "1 classes left out" in run.output
     ids = [line.split("/")[1] for line in listed.read_text().splitlines()]
     assert read_data(out)[0] == [tmp_path / f"{image}.jpg" for image in ids]
+    out.unlink()
+    listed.unlink()
     for more, message in (
         (["--download-list", str(out)], "expected two files to write"),
         (["--download-list", str(tmp_path)], "expected a file to write, got the folder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
+_running = threading.Lock()  # PyTorch's number of threads is the process's: of two runs, one would keep the other's
+
 
 class TorchEncoder(BatchedEncoder):
     """Executes encoder.safetensors, without `adapted` leaving the adapter out.
 
-    On a GPU in a few batch sizes, which `warm` records as CUDA graphs (gpu.GpuRuns). On the CPU one run at a time, in
-    `runs` times `threads` threads (None: PyTorch's choice), which is PyTorch's number in the whole process meanwhile.
+    On a GPU in a few batch sizes, which `warm` records as CUDA graphs (gpu.GpuRuns). On the CPU one run of a
+    process at a time, in `runs` times `threads` threads (None: PyTorch's choice), which is PyTorch's number meanwhile.
     """
 
     def __init__(
@@ -47,10 +50,10 @@ class TorchEncoder(BatchedEncoder):
     def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         torch = self._torch
         batch = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())  # it warns of read-only arrays
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or before)
-        try:
-            with torch.inference_mode():
+        with _running, torch.inference_mode():
+            before = torch.get_num_threads()
+            torch.set_num_threads(self.threads or before)
+            try:
                 return tuple(output.numpy() for output in self._encoder(batch))
-        finally:
-            torch.set_num_threads(before)
+            finally:
+                torch.set_num_threads(before)

@@ -50,8 +50,9 @@ def _densities(model: DensityModel, rows: Value) -> Value:
     <y, linear - P m> + bias + <m, linear> - m' P m / 2 - |L' y|^2 / 2,  P = L L'
     """
     fitted = model.fitted
-    mean = model.moments.joined.means[0].astype(np.float32)
+    precision = fitted.span.channel_precision(fitted.precision)
+    mean = fitted.span.channels(model.moments.joined.means)[0].astype(np.float32)
     moved = rows - mean
-    bias = fitted.bias + fitted.linear @ mean - mean @ fitted.precision @ mean / 2
-    squares = (moved @ np.linalg.cholesky(fitted.precision)).op("ReduceSumSquare", [1])
-    return moved @ (fitted.linear - fitted.precision @ mean).T + bias - squares * 0.5
+    bias = fitted.bias + fitted.linear @ mean - mean @ precision @ mean / 2
+    squares = (moved @ np.linalg.cholesky(precision)).op("ReduceSumSquare", [1])
+    return moved @ (fitted.linear - precision @ mean).T + bias - squares * 0.5

@@ -84,6 +84,14 @@ class Span:
         """(C, D) of the coordinates (C, r + 1) of vectors of the span."""
         return inside if self.basis is None else inside[:, :-1] @ self.basis.T
 
+    def channel_precision(self, precision: np.ndarray) -> np.ndarray:
+        """(D, D) of a precision in coordinates, which treats all directions outside of the span alike."""
+        if self.basis is None:
+            return precision
+        outside = precision[-1, -1]
+        inner = precision[:-1, :-1] - outside * np.eye(len(precision) - 1)
+        return self.basis @ inner @ self.basis.T + outside * np.eye(len(self.basis))
+
 
 CHANNELS = Span()
 

@@ -50,8 +50,8 @@ class BatchingClassifier:
     starts when the engine is idle and the batch is full, its first image has been ready for `max_wait_ms`, or no other
     image is being decoded: a single image starts at once. If the encoder has several `runs`, as many batches are
     encoded at once, and an idle run starts at once with its share of the images that are ready. All images of a request
-    are answered by the version of the classifier at its submission. What `keep` and `max_error` rest on is computed
-    here, and by later changes (Classifier.serve_promises): no request waits for it.
+    are answered by the version of the classifier at its submission. What `max_error` rests on is computed
+    here, and by later changes (Classifier.serve_promises): no request waits for it. `keep` has its first request wait.
 
     At most `max_queue` images are accepted and not yet answered; more are refused at once. `limits`, a DecodeLimits,
     bounds decoding. `observer` gets callbacks for metrics (Observer).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -14,9 +13,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
+from iosr_fast.sealed.files import DISK_FULL
 from iosr_fast.store.change_log import LogWriteError
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Codes of errors that the framework itself raises, in routing and where JSON is read.
 _CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
 
@@ -53,7 +52,7 @@ def of_library(error: Exception, refused: str) -> Exception:
         case IosrFastError():
             return ApiError(422, refused, str(error))
         case LogWriteError():
-            code = "storage_full" if error.errno in _DISK_FULL else "log_failed"
+            code = "storage_full" if error.errno in DISK_FULL else "log_failed"
             until = "predictions continue, and changes are accepted again once the log can be written"
             return ApiError(507, code, f"{error.strerror}; {until}")
     return error

@@ -32,7 +32,8 @@ def make_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["classes"])
 
     @router.get("/v1/classifier", summary="Model, method and measured accuracy")
-    def classifier(response: Response, keep: float | None = KEEP_QUERY) -> schemas.ClassifierAnswer:
+    async def classifier(response: Response, keep: float | None = KEEP_QUERY) -> schemas.ClassifierAnswer:
+        await service.serve_unknown()
         response.headers["Cache-Control"] = "no-store"
         return _overview(service, keep or KEEP)
 

@@ -121,6 +121,8 @@ async def _classify(service: Service, request: Request, images: Images, asked: d
     """What BatchingClassifier gives for each image that is no error. A client that disconnects gives up its places in
     the queue."""
     request.scope["iosr_fast.images"] = len(images)
+    if asked["keep"] is not None:
+        await service.serve_unknown()
     good = [image for image in images if not isinstance(image, ApiError)]
     if not good:
         return []
@@ -201,6 +203,8 @@ async def _ask_several(
             raise found
         if isinstance(found, Service):
             try:
+                if asked["keep"] is not None:
+                    await found.serve_unknown()
                 Abstention(asked["keep"], max_error=asked["max_error"]).check(found.head)
                 found.batching.check_room(asked["client"])
                 engines.setdefault(found.batching, []).append(found)

@@ -89,6 +89,7 @@ class Service(Served):
         # A single thread, so that no other change comes between the checks of a change and the change itself.
         self._changes = ThreadPoolExecutor(1, "iosr-fast-changes")
         self.unfinished: set[Future[Any]] = set()  # the running change, and those that wait
+        self._asking = asyncio.Lock()  # of `serve_unknown`
         metrics.watch(self)
 
     @property
@@ -114,6 +115,12 @@ class Service(Served):
         """Why no image can be classified; "" if it can."""
         error = self.batching.failures.get(self.name) if self.batching.healthy else self.batching.last_error
         return "" if error is None else str(error) or repr(error)
+
+    async def serve_unknown(self) -> None:
+        """Compute what `keep` rests on, for whoever asks for it first; from then on changes do."""
+        async with self._asking:
+            if self.head.computed("unknown") is None:
+                await self.change(lambda classifier: classifier.snapshot().require_single_label("keep").with_unknown())
 
     async def change(self, act: Callable[[Classifier], Answer]) -> Answer:
         """Run `act` in the thread of changes, one at a time; 503 if too many changes wait."""

@@ -42,8 +42,10 @@ function cleared() {
 async function refresh() {
   const first = queue.version === null;
   try {
-    const [listed, facts] = await Promise.all([api.classes(), api.classifier()]);
+    const listed = await api.classes();
     classes.show(listed.classes);
+    find("facts").textContent = "The server computes what it can promise.";
+    const facts = await api.classifier();
     const total = count(classes.all.length, "class", "classes");
     find("promise").textContent = `Each picture gets one of the ${total} below, or none.`;
     find("collects").hidden = !facts.collects;
@@ -101,6 +103,7 @@ async function showSample(name, src) {
  * new class. True if it succeeded.
  */
 async function change(request, words, name = "") {
+  say("The server makes the change, and computes what it can promise.");
   try {
     await request;
   } catch (error) {
