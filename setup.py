@@ -56,7 +56,8 @@ class CMakeBuild(build_ext):
             configure.append("-GNinja")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         configured = subprocess.run(configure, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if "CMAKE_CXX_COMPILER not set" in configured.stdout:  # no compiler, or no make
+        missing = "No CMAKE_CXX_COMPILER could be found", "CMAKE_CXX_COMPILER not set"  # a compiler; make
+        if any(words in configured.stdout for words in missing):
             raise CompileError(
                 "no C++ compiler and make were found: install them (Debian: apt-get install build-essential; Fedora: "
                 "dnf install gcc-c++ make) and run pip again; without them scoring takes PyTorch or NumPy, and longer"

@@ -158,7 +158,7 @@ def mistyped(pictures: Mapping[str, int]) -> list[tuple[str, str]]:
     """
     close: dict[str, set[str]] = {}
     for name in pictures:
-        for spelling in spellings(name):
+        for spelling in spellings(name) if len(name) <= LONGEST else ():  # longer ones are refused (`name_fault`)
             close.setdefault(spelling, set()).add(name)
     pairs = {pair for names in close.values() if len(names) > 1 for pair in permutations(names, 2)}
     far_fewer = [(one, other) for one, other in pairs if 3 * pictures[one] <= pictures[other]]

@@ -12,7 +12,7 @@ import pytest
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.labels import check_labels, class_ids, read_groups
-from iosr_fast.head.names import check_names
+from iosr_fast.head.names import check_names, mistyped
 from iosr_fast.images.crop import Crop
 from tests.cli.runs import refused
 
@@ -188,6 +188,7 @@ def test_mistyped_names_are_refused_before_a_fit(tmp_path: Path, caplog: pytest.
         caplog.clear()
         assert labelled_images(place).class_names == sorted(counts) and shown in caplog.text
         assert "87 of 87 images can't be read" in refused(*fit, "--similar-names")
+    assert mistyped({"a" * 513: 1, "a" * 514: 9}) == [], "too long for any class: left to check_names"
 
 
 def test_a_later_place_corrects_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

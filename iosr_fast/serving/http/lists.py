@@ -5,6 +5,7 @@ They are not `async`: threads build the lists, because there may be 100,000 clas
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_right
 
 from fastapi import APIRouter, Path, Query
@@ -35,7 +36,7 @@ def make_router(service: Service) -> APIRouter:
     async def classifier(response: Response, keep: float | None = KEEP_QUERY) -> schemas.ClassifierAnswer:
         await service.serve_unknown()
         response.headers["Cache-Control"] = "no-store"
-        return _overview(service, keep or KEEP)
+        return await asyncio.to_thread(_overview, service, keep or KEEP)
 
     @router.get("/v1/classes", response_model=schemas.ClassesAnswer, summary="Classes, page by page")
     def classes(
