@@ -192,8 +192,9 @@ def ending(kind: str, *inputs: Any, **options: Any) -> Any:
         (ending("CumSum", np.int64(0)), "got rows that differ by 0.* with the place or the other pictures"),
         (ending("LpNormalization", axis=0), "got rows that differ"),
         (ending("Slice", np.int64([0]), np.int64([0]), np.int64([1])), r"D from 1 to 65,536, in .* got \(3, 0\)"),
+        (ending("Slice", np.int64([0]), np.int64([4]), np.int64([0])), rf"6 rows here, .* got \(4, {WIDTH}\)"),
     ],
-    ids=["zeros", "nan", "place", "neighbours", "width"],
+    ids=["zeros", "nan", "place", "neighbours", "width", "batch"],
 )
 def test_a_row_is_of_its_picture_alone(model: Any, told: str, tmp_path: Path) -> None:
     source = read_onnx(write_encoder(tmp_path / "encoder.onnx", model))

@@ -211,6 +211,9 @@ def test_pictures_are_below_the_root_from_which_paths_are_relative_or_the_file_i
         assert read_source([str(file)], boxes=Selection(scenes)).paths[0].startswith(f"{scenes / FILES[0]}#")
         with pytest.raises(IosrFastError, match="expected pictures below"):
             read_source([str(file)], skip_bad=True)
+    file.write_text(box_of(file=json.dumps("../boxes of others/a.png")))  # a folder whose name begins like the root's
+    with pytest.raises(IosrFastError, match="expected pictures below"):
+        read_source([str(file)])
 
 
 @pytest.mark.parametrize(
