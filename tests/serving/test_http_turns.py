@@ -64,6 +64,27 @@ def test_a_client_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch
     assert schedule.waits and not any(schedule.waits)
 
 
+@pytest.mark.parametrize(("clients", "first"), [("a", "aaaaaaaa"), ("ab", "ab")])
+def test_a_pass_begins_several_requests_of_a_lone_client_and_one_of_the_next_of_others(
+    clients: str, first: str
+) -> None:
+    begun = list[str]()
+
+    class Once(Connection):
+        def begin(self) -> None:
+            begun.append(self.peer)
+
+    async def passes() -> str:
+        peers = Peers()
+        for one in [Once(peers, name) for name in clients for _ in range(20)]:
+            one.ask()
+        for _ in clients:
+            await asyncio.sleep(0)
+        return "".join(begun)
+
+    assert asyncio.run(passes()) == first
+
+
 class Schedule:
     """Peers._schedule that notes how long it waits."""
 
