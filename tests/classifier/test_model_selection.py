@@ -85,6 +85,11 @@ def test_a_search_with_a_memory_encodes_each_picture_once(
         np.testing.assert_array_equal(search.decision_function(data[0]), expected)
         assert sum(encoded) == len(names) and len(encoded) < 5, "together"
         encoded.clear()
+    for differs, value in (("fingerprint", "0" * 64), ("runtime", "another")):
+        monkeypatch.setattr(clip.encoder, differs, value)
+        Classifier("demo", memory=memory, **GIVEN).fit(data[0], names)
+        assert sum(encoded) == len(names), "another encoder has embeddings of its own"
+        encoded.clear()
 
 
 def test_the_tags_say_that_pictures_are_no_matrix() -> None:

@@ -120,6 +120,8 @@ def test_who_asks_for_unknown_pictures_first_waits_alone(monkeypatch: pytest.Mon
         assert client.predict(images[1]).status_code == 200 and not any(one.done() for one in asked)
         go.set()
         assert [one.result(PATIENCE_S).status_code for one in asked] == [200, 200, 200] and fits == [2]
+        monkeypatch.setattr(client.service, "change", None)  # later ones wait for no change
+        assert client.predict(images[1], query="?unknown=reject&keep=0.5").status_code == 200
 
 
 def test_labels_are_accepted_by_a_promise_that_the_request_or_the_server_names() -> None:
