@@ -88,8 +88,8 @@ class Visit:
     def enter(self, token: str, words: str = "Enter the token.") -> None:
         """Enter the token that the page asks for in these words, because the server has refused a request."""
         self.page.locator("#ask", has_text=words).locator("#token:focus").fill(token)
-        self.page.keyboard.press("Enter")
         self.was_refused(401)
+        self.page.keyboard.press("Enter")  # which sends it: what is wrong is refused again
 
     def text(self, selector: str) -> str:
         return str(self.page.locator(selector).inner_text())
