@@ -29,12 +29,13 @@ class Site:
     of the requests that reach it.
 
     /unread answers without reading the body, /slow after half a second, /big with BIG bytes in parts, /whole at once.
-    /block stops the event loop for half a second.
+    /block stops the event loop until `go_on` is set.
     """
 
     def __init__(self, app: Any = None, **settings: Any) -> None:
         self.seen: list[tuple[str, str, int]] = []
         self.gone = 0  # clients that left before their answer
+        self.go_on = threading.Event()
         self.metrics = Metrics()
         self.settings = Settings(**{"grace_s": 3, "host": "0.0.0.0", **settings})  # any Host
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
@@ -52,7 +53,7 @@ class Site:
             body = b"" if path == "/unread" else await request.body()
             self.seen.append((scope["method"], path, len(body)))
             if path == "/block":
-                time.sleep(0.5)
+                self.go_on.wait(timeout=30)
             if path == "/slow":
                 watch = asyncio.ensure_future(receive())
                 await asyncio.wait({watch}, timeout=0.5)

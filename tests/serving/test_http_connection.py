@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -157,9 +158,12 @@ def test_pipelined_requests_are_answered_in_order_up_to_a_bound(shared: Site) ->
 def test_a_body_that_arrives_before_its_turn_is_read_whole(shared: Site) -> None:
     body = POST.replace(b"1000", b"3000000") + bytes(3_000_000)
     with shared.connect() as blocking, shared.connect() as first, shared.connect() as second:
+        shared.go_on.clear()
         blocking.sendall(BLOCK)
         for connection in (first, second):
-            connection.sendall(body)
+            threading.Thread(target=connection.sendall, args=(body,)).start()  # more than the kernel holds
+        time.sleep(0.2)
+        shared.go_on.set()
         for connection in (first, second):
             assert read_answers(connection, 1)[0][1]["size"] == 3_000_000
 
@@ -179,6 +183,7 @@ def blocked(shared: Site, requests: list[tuple[str, bytes]], keep: int = 10_000)
     its own; the first `keep` of these stay open."""
     with contextlib.ExitStack() as opened:
         blocking = opened.enter_context(shared.connect("127.0.0.9"))
+        shared.go_on.clear()
         blocking.sendall(BLOCK)
         wait_until(lambda: ("GET", "/block", 0) in shared.seen)
         shared.seen.clear()
@@ -187,6 +192,7 @@ def blocked(shared: Site, requests: list[tuple[str, bytes]], keep: int = 10_000)
             connection.sendall(request)
             if number >= keep:
                 connection.close()
+        shared.go_on.set()
         wait_until(lambda: any(path == "/last" for _, path, _ in shared.seen))
         return [path for _, path, _ in shared.seen]
 
