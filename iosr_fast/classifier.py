@@ -6,6 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from iosr_fast.delivery.engine_choice import EngineChoice
+from iosr_fast.delivery.fit import fit
+from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.one_file import write_one_file
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.engine_folder import EnginePrecision, Runtime, check_engine_choice
 from iosr_fast.encoders.opened_model import OpenedModel
@@ -19,14 +23,11 @@ from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstentio
 from iosr_fast.head.answering import Answering, FittedAttribute
 from iosr_fast.head.class_tree import Parents, read_parents
 from iosr_fast.head.descriptions import read_descriptions
-from iosr_fast.head.engine_choice import EngineChoice
-from iosr_fast.head.fit import fit, warn_of_look_alikes
-from iosr_fast.head.fitted import Fit
+from iosr_fast.head.fit import warn_of_look_alikes
 from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
 from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.head.one_file import write_one_file
 from iosr_fast.head.quality import Evaluation
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.preprocess import as_image_list

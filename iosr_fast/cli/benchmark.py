@@ -98,9 +98,9 @@ def open_parts(
 ) -> tuple[dict[str, tuple[Call, Any]], dict[str, Any]]:
     """What is timed, verified, each with its items; and the facts of all rows. Raises ArithmeticError where a batch
     changes a result."""
+    from iosr_fast.delivery.one_file import TOLERANCE
     from iosr_fast.encoders.engine_folder import ENGINE_KIND, EXTRAS
     from iosr_fast.encoders.runtimes import open_engine
-    from iosr_fast.head.one_file import TOLERANCE
     from iosr_fast.images.preprocess import to_pixels
     from iosr_fast.store.bundle import kind_of
 
@@ -143,9 +143,9 @@ def open_one_file(classifier: Classifier, pixels: np.ndarray) -> Call:
     """Pixels to probabilities and labels by one graph, in the runtime of the classifier's encoder. Raises IosrFastError
     where the classifier can't be exported, ArithmeticError where the graph answers `pixels`, or one of them alone,
     otherwise than the classifier."""
+    from iosr_fast.delivery.one_file import check_answers, one_file
     from iosr_fast.encoders.runtimes.graph import open_graph
     from iosr_fast.head.abstention import NONE_WITHHELD
-    from iosr_fast.head.one_file import check_answers, one_file
 
     fit = classifier._fitted()
     model = one_file(fit, NONE_WITHHELD, "pixels")

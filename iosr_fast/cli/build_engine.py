@@ -96,9 +96,9 @@ def build_classifier(
     classifier: Path, out: Path, runtime: str, max_batch: int, max_error: float | None, reject_unknown: bool
 ) -> None:
     """Write a saved classifier's plan, and print what was checked."""
+    from iosr_fast.delivery.one_plan import PLAN_KIND, plan_runtime, write_plan
     from iosr_fast.encoders.engine_folder import Target
     from iosr_fast.head.abstention import Abstention
-    from iosr_fast.head.one_plan import PLAN_KIND, plan_runtime, write_plan
     from iosr_fast.methods.unknown import KEEP
     from iosr_fast.store.bundle import load_saved
 

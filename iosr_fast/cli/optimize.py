@@ -42,7 +42,7 @@ def optimize(
     iosr-fast optimize my-classifier --images support/
     """
     from iosr_fast.classifier import Classifier
-    from iosr_fast.head.engine_choice import OptimizeOptions
+    from iosr_fast.delivery.engine_choice import OptimizeOptions
     from iosr_fast.head.labelled_images import labelled_images, unknown_folder
 
     OptimizeOptions(objective, tolerance, runtime, precision)  # checks them

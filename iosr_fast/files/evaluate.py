@@ -25,8 +25,8 @@ from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
 
 if TYPE_CHECKING:
+    from iosr_fast.delivery.fitted import Fit
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.head.fitted import Fit
     from iosr_fast.head.head import Head
 
 Truth: TypeAlias = tuple[str | None, float]  # the label of a mistake, and its probability

@@ -25,13 +25,13 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
+from iosr_fast.delivery.engine_choice import EngineChoice
+from iosr_fast.delivery.fitted import Fit
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.engine_choice import EngineChoice
-from iosr_fast.head.fitted import Fit
 from iosr_fast.head.names import check_names
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings

@@ -9,9 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from iosr_fast.clip.tokenizer import Clean
+from iosr_fast.delivery.engine_choice import EngineChoice
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.class_tree import check_nodes
-from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.names import check_names
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.methods.config import Config

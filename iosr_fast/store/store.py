@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from iosr_fast.delivery.fitted import Fit
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.store.change_log import ChangeLog

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
+from iosr_fast.delivery.engine_choice import EngineChoice, Objective, OptimizeOptions
+from iosr_fast.delivery.fitted import Fit
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.class_tree import Parent, check_nodes, path_below
 from iosr_fast.head.descriptions import check_descriptions
-from iosr_fast.head.engine_choice import EngineChoice, Objective, OptimizeOptions
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import warn_of_look_alikes
-from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.labels import read_groups
@@ -238,7 +238,7 @@ class Changing:
         options = OptimizeOptions(objective, tolerance, runtime, precision, smaller_images, bool(self.progress))
         fit = self._store.fitted()
         head = fit.head.require_single_label("optimize", "it compares single labels; build the engine that you want")
-        from iosr_fast.head.optimize import match_images, optimize
+        from iosr_fast.delivery.optimize import match_images, optimize
 
         self._store.check_no_log()
         engine = fit.clip.encoder.source

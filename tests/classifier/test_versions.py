@@ -17,9 +17,9 @@ import pytest
 
 from iosr_fast import IosrFastError
 from iosr_fast.classifier import Classifier
+from iosr_fast.delivery.fitted import Fit
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.export import pretrained
-from iosr_fast.head.fitted import Fit
 from iosr_fast.store.store import Store
 from tests.classifier.conftest import GIVEN
 from tests.store.live_parts import LetterText, PixelEncoder, engine_folder

@@ -11,8 +11,8 @@ from PIL import Image
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.load import load_clip
+from iosr_fast.delivery import engine_judge
 from iosr_fast.export.build import write_engine
-from iosr_fast.head import engine_judge
 from tests.cli.runs import refused, run
 from tests.interpreter import printed
 
@@ -138,7 +138,7 @@ def test_smaller_images(plain: Path, support: Path, tmp_path: Path) -> None:
 def test_optimize_needs_no_torch(plain: Path, support: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\nfrom iosr_fast.cli import app\n"
-        "from iosr_fast.head import engine_judge; engine_judge._TIMING_S = 0.1\n"
+        "from iosr_fast.delivery import engine_judge; engine_judge._TIMING_S = 0.1\n"
         f"app(['optimize', {str(plain)!r}, '--images', {str(support)!r}, '--out', {str(tmp_path / 'out')!r}])"
     )
     shown = printed(code)

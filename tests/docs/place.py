@@ -17,8 +17,8 @@ from PIL import Image
 
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME
+from iosr_fast.delivery import engine_judge
 from iosr_fast.export import build, pretrained
-from iosr_fast.head import engine_judge
 from tests import ROOT
 from tests.demo_cache import demo_cache, export_once
 from tests.docs import triton_python_backend_utils

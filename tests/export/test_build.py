@@ -17,6 +17,7 @@ from iosr_fast.clip.adapter import random_adapter
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import load_clip
+from iosr_fast.delivery.engine_choice import EngineCandidate
 from iosr_fast.encoders.engine_folder import ENGINE_KIND
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
@@ -28,7 +29,6 @@ from iosr_fast.export.check import MIN_COSINES, check
 from iosr_fast.export.onnx import export_onnx
 from iosr_fast.export.precision import engine_fingerprint, quantisation
 from iosr_fast.export.pretrained import choose_adapter
-from iosr_fast.head.engine_choice import EngineCandidate
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.sealed.manifest import read_manifest

@@ -18,6 +18,7 @@ from PIL import Image
 from iosr_fast import Classifier, Embeddings, FewShotHead
 from iosr_fast.clip.adapter import load_adapter
 from iosr_fast.clip.load import load_clip
+from iosr_fast.delivery import one_file
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.one_file import graph
@@ -26,7 +27,6 @@ from iosr_fast.export.one_file.logits import odds_of_largest
 from iosr_fast.export.one_file.pixels import resized_pixels
 from iosr_fast.export.one_file.value import Value
 from iosr_fast.export.pretrained import DEMO_ADAPTER
-from iosr_fast.head import one_file
 from iosr_fast.images.geometry import INTERPOLATIONS, RESIZE_MODES, Geometry
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import to_pixels

@@ -17,6 +17,7 @@ from iosr_fast import Classifier
 from iosr_fast.clip.image_models import NO_PRODUCTS
 from iosr_fast.clip.load import load_model
 from iosr_fast.clip.two_pass import two_passes
+from iosr_fast.delivery import engine_judge
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.exceptions import IosrFastError, UnavailableError
@@ -24,7 +25,6 @@ from iosr_fast.export import build
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.candidates import list_candidates, with_smaller_images
 from iosr_fast.export.onnx import export_onnx
-from iosr_fast.head import engine_judge
 from iosr_fast.sealed.verified_folder import open_verified
 from tests.cli.runs import never
 from tests.clip.families import randomise

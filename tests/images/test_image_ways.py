@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.delivery.fitted import Fit
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.fitted import Fit
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from iosr_fast.serving.batching import BatchingClassifier

@@ -10,8 +10,8 @@ from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
+    from iosr_fast.delivery.fitted import Fit
     from iosr_fast.encoders.encoder import Encoder
-    from iosr_fast.head.fitted import Fit
     from iosr_fast.head.head import Head
 
 _CALL = "BatchingClassifier", "use predict"

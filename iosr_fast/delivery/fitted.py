@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.delivery.engine_choice import EngineChoice
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.engine_choice import EngineChoice
 from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings, encode_remembered
 from iosr_fast.images.crop import Sharing

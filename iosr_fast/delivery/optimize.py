@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace as changed
 
+from iosr_fast.delivery.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Outcome, best_of
+from iosr_fast.delivery.engine_judge import JUDGED, Judge, sample_rows, time_encoders
+from iosr_fast.delivery.fitted import Fit
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.candidates import Candidate, CandidateBuilder, list_candidates, with_smaller_images
 from iosr_fast.export.check import evenly
-from iosr_fast.head.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Outcome, best_of
-from iosr_fast.head.engine_judge import JUDGED, Judge, sample_rows, time_encoders
-from iosr_fast.head.fitted import Fit
 from iosr_fast.head.support_images import encode_images
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.preprocess import to_pixels

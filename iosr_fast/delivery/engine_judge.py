@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.delivery.engine_choice import rejection_reason
+from iosr_fast.delivery.fitted import Fit
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.export.check import evenly
-from iosr_fast.head.engine_choice import rejection_reason
-from iosr_fast.head.fitted import Fit
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import make_support_set

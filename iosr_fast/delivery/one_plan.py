@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from msgspec.structs import asdict
 
+from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.one_file import check_answers, check_file, one_file
 from iosr_fast.encoders.engine_folder import EXTRAS, target, unavailable_reason
 from iosr_fast.encoders.runtimes.graph import graph_of_plan
 from iosr_fast.encoders.runtimes.tensorrt import build_plan
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
-from iosr_fast.head.fitted import Fit
-from iosr_fast.head.one_file import check_answers, check_file, one_file
 from iosr_fast.sealed.folders import new_folder
 from iosr_fast.sealed.manifest import write_manifest
 from iosr_fast.utils.numbers import check_integer

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from iosr_fast import Classifier, IosrFastError
+from iosr_fast.delivery import optimize as module
+from iosr_fast.delivery.engine_choice import EngineChoice, rejection_reason
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.export.candidates import Candidate
-from iosr_fast.head import optimize as module
-from iosr_fast.head.engine_choice import EngineChoice, rejection_reason
 from iosr_fast.sealed.verified_folder import open_verified
 from tests.store.live_parts import PixelEncoder, engine_folder, pictures, pixel_clip, refit, unit
 
@@ -143,7 +143,7 @@ def test_other_candidates_have_a_verdict_and_a_reason(
 
 
 def test_a_lost_accuracy_is_rejected_unless_it_is_tolerated(fitted, images, monkeypatch) -> None:
-    monkeypatch.setattr("iosr_fast.head.engine_choice.LEAST_COSINE", -1.0)
+    monkeypatch.setattr("iosr_fast.delivery.engine_choice.LEAST_COSINE", -1.0)
     candidates = EXACT | {INT8: (Rounded(3.0), 2.0, 10.0)}
     row = run(fitted, images, monkeypatch, candidates).candidates[1]
     assert row.verdict == "rejected" and "accuracy falls by " in row.reason

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from iosr_fast.delivery.fitted import Fit
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.one_file.graph import Answers, Source, check_engine_graph, make_graph
 from iosr_fast.head.abstention import Abstention
-from iosr_fast.head.fitted import Fit
 from iosr_fast.head.head import Head
 from iosr_fast.head.verdict import judge
 from iosr_fast.images.pixels import VERSION

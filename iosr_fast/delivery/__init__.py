@@ -1,0 +1,1 @@
+"""A head together with its encoder: the fit on pictures, the choice of an engine, one file and one plan for both."""
