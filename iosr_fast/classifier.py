@@ -27,12 +27,10 @@ from iosr_fast.head.fit import warn_of_look_alikes
 from iosr_fast.head.head import ClassInfo
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
-from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.quality import Evaluation
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE
-from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import TUNE_SECONDS, Options
 from iosr_fast.methods.unknown import KEEP
@@ -113,8 +111,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         change, or None if nothing was searched.
     unknown_ : Unknown
         How pictures of no class are recognised; `unknown_.summary()` says in words what can be promised.
-    multi_label_ : MultiLabelHead or None
-        After a fit with several labels a picture: `labels` (N, C) bool of the support images and `thresholds` (C,).
+    thresholds_ : array of shape (C,) or None
+        After a fit with several labels a picture: the probability from which a picture has a label.
     encoder, engine_, engine_choice_, exif_orientation_
         The image encoder of queries, its folder, the engines that were tried (EngineChoice or None), the setting.
     skipped_, version
@@ -192,8 +190,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         check_engine_choice(runtime, precision)
         Options.of(self.get_params())  # refuses what no fit takes
 
-    support_ = FittedAttribute[SupportSet | MultiLabelSet](lambda fit: fit.head.support)
-    multi_label_ = FittedAttribute(lambda fit: fit.head if isinstance(fit.head, MultiLabelHead) else None)
+    support_ = FittedAttribute[SupportSet](lambda fit: fit.head.support)
     key_precision_ = FittedAttribute[Precision](lambda fit: fit.head.config.key_precision)
     skipped_ = FittedAttribute[list[str]](lambda fit: [error.where for error in fit.skipped])
     engine_ = FittedAttribute[Path](lambda fit: fit.clip.engine)
@@ -347,7 +344,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         fit = self._store.fitted()
         listed = as_image_list(images)
         truth = fit.read_labels(listed, labels)
-        return fit.head.quality(truth, self._logits(fit, listed))
+        return fit.head.link.quality(truth, self._logits(fit, listed))
 
     def predict_folder(
         self,

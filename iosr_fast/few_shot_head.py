@@ -15,14 +15,12 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.answering import Answering, FittedAttribute
+from iosr_fast.head.answering import Answering
 from iosr_fast.head.class_tree import paths_of
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import check_multi_label, fit_head, warn_of_look_alikes
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import are_label_sets, classes_of, dense, positions, read_groups, read_label_sets
-from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.head.predictions import AnyHead
 from iosr_fast.images.preprocess import open_image, thumbnail
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_set import image_rows
@@ -50,7 +48,7 @@ _BLOCK = 64  # rows that are scored together
 class _Fit:
     """What a fit made: a head, the labels (C,) of its classes, and the dtype of y if that was an indicator."""
 
-    head: AnyHead
+    head: Head
     labels: np.ndarray
     indicator: np.dtype[Any] | None
 
@@ -82,9 +80,8 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         The labels, sorted, with the type that they had in y.
     plan_, method_, reducer_, parameters_, tuned_, unknown_
         As of Classifier.
-    multi_label_ : MultiLabelFit or None
-        After a fit with several labels: the threshold of each class, and the average precision and log-loss of left-out
-        rows.
+    thresholds_
+        As of Classifier.
     n_features_in_ : int
         D, or 2 D with `adapted=True`. `feature_names_in_` exists if X had names for its columns.
 
@@ -112,7 +109,6 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
     _fit: _Fit | None = None
     _unit_rows = False  # rows of zeros
     _probability_dtype = np.float64
-    multi_label_ = FittedAttribute(lambda fit: fit.head.fit if isinstance(fit.head, MultiLabelHead) else None)
 
     def __init__(
         self,
@@ -204,8 +200,8 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, folder: str | Path, verify: bool = True, expected_digest: str | None = None) -> Self:
-        """The fitted head that `save` wrote, with the same logits to the last bit; `text` is of unit length, and
-        `multi_label_` None. Checks and errors are those of Classifier.load."""
+        """The fitted head that `save` wrote, with the same logits to the last bit; `text` is of unit length. Checks and
+        errors are those of Classifier.load."""
         saved = load(SavedHead, folder, verify, expected_digest=expected_digest)
         made = cls(**saved.estimator, text=saved.head.text)
         made._fit = _Fit(saved.head, saved.classes, None if saved.indicator is None else np.dtype(saved.indicator))
@@ -257,11 +253,11 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         over the classes that a row of y has (utils.ranking.mean_average_precision); y as for `fit`."""
         fitted = self._fitted()
         logits = self._logits(fitted, X)
-        if isinstance(fitted.head, Head):
+        if fitted.head.thresholds is None:
             return float(accuracy_score(y, self._labels(fitted, logits), sample_weight=sample_weight))
         if sample_weight is not None:
             raise IosrFastError("several labels an image: expected no sample_weight, got one; leave it out")
-        return fitted.head.quality(read_label_sets(y, len(X), fitted.labels.tolist())[1], logits)
+        return fitted.head.link.quality(read_label_sets(y, len(X), fitted.labels.tolist())[1], logits)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

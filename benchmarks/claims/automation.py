@@ -51,9 +51,8 @@ from iosr_fast.evaluation.tasks import Task, TaskSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.few_shot_head import FewShotHead
 from iosr_fast.methods.automation import least_odds
-from iosr_fast.methods.conformal import LeftOutLabels, of_logits
+from iosr_fast.methods.conformal import Judged, of_logits
 from iosr_fast.methods.support_set import make_support_set
-from iosr_fast.methods.tree import finest
 from iosr_fast.reports.page import curves, element
 from iosr_fast.utils.ranking import auroc
 
@@ -231,14 +230,14 @@ def draws(task: Cell, method: str, seed: int) -> Draws:
 def of_labels(head: FewShotHead, queries: Embeddings, labels: np.ndarray) -> dict[str, Any]:
     """What the classifier says of itself, and what is true of queries with labels (B,)."""
     inner: Any = head.snapshot()
-    judged, (low, high) = inner.left_out_labels, inner.accuracy_range
+    judged, (low, high) = inner.judged, inner.accuracy_range
     test = of_logits(inner.calibrated(inner.score(queries)), labels)
     said, true = judged.reliability, test.reliability
     sizes = np.bincount(judged.labels, minlength=len(head.classes_))
-    alike = np.average(test.right, weights=sizes[labels] / np.bincount(labels)[labels])
+    alike = np.average(test.right[:, 0], weights=sizes[labels] / np.bincount(labels)[labels])
     covered = None
     with suppress(IosrFastError):  # too few images judge
-        covered = (test.odds >= judged.thresholds(COVERAGE)).mean()
+        covered = (test.label_odds >= judged.thresholds(COVERAGE)).mean()
     return {
         **{"own": said.accuracy, "true": true.accuracy, "alike": alike},
         **{"low": low, "high": high, "in_range": low <= alike <= high},
@@ -249,7 +248,7 @@ def of_labels(head: FewShotHead, queries: Embeddings, labels: np.ndarray) -> dic
     }
 
 
-def of_promises(judged: LeftOutLabels, test: LeftOutLabels) -> dict[str, Any]:
+def of_promises(judged: Judged, test: Judged) -> dict[str, Any]:
     """What holds on test images of what is promised by images that were judged."""
     found: dict[str, Any] = {}
     for name, promised in PROMISES.items():
@@ -260,10 +259,9 @@ def of_promises(judged: LeftOutLabels, test: LeftOutLabels) -> dict[str, Any]:
     return found
 
 
-def answers(judged: LeftOutLabels, test: LeftOutLabels, promised: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def answers(judged: Judged, test: Judged, promised: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The level of the node that is answered, whether one is, and whether it is wrong, each (B,), of test images."""
-    level, answered = finest(test.level_odds, least_odds(judged, promised))
-    return level, answered, answered & ~test.level_right[np.arange(len(level)), level]
+    return test.answered(least_odds(judged, promised))
 
 
 def of_strangers(head: FewShotHead, queries: Embeddings, is_known: np.ndarray) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from benchmarks.claims.claim import Claim, Draws, fit
 from iosr_fast.clip.demo.pictures import held_out, load_index
 from iosr_fast.evaluation.features import open_sources
 from iosr_fast.evaluation.tasks import TaskSource
-from iosr_fast.methods.conformal import LeftOutLabels, of_logits
+from iosr_fast.methods.conformal import Judged, of_logits
 from iosr_fast.methods.tree import Path
 
 CALTECH = """
@@ -109,15 +109,15 @@ def draws(task: Any, method: str, _: int) -> Draws:
         for of, paths in {"flat": None, "tree": task.paths}.items():
             one = replace(head, paths=paths).with_computed(**computed)
             test = of_logits(one.calibrated(logits), task.labels, tree=one.tree)
-            yield {"of": of + how, **figures(one.left_out_labels, test)}
+            yield {"of": of + how, **figures(one.judged, test)}
 
 
-def figures(judged: LeftOutLabels, test: LeftOutLabels) -> dict[str, float]:
+def figures(judged: Judged, test: Judged) -> dict[str, float]:
     """Those of promises, and by level."""
     found = of_promises(judged, test)
     for name, promised in PROMISES.items():
         level, answered, wrong = answers(judged, test, promised)
-        for number in range(test.level_odds.shape[1]):
+        for number in range(test.odds.shape[1]):
             at = level == number
             found |= {f"level{number}_{name}": (answered & at).mean(), f"error{number}_{name}": (wrong & at).mean()}
     return found

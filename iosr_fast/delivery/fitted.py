@@ -13,7 +13,7 @@ from iosr_fast.delivery.engine_choice import EngineChoice
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.predictions import AnyHead
+from iosr_fast.head.head import Head
 from iosr_fast.head.support_images import SupportSettings, encode_remembered
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.preprocess import as_array, as_image_list, to_pixels
@@ -33,7 +33,7 @@ class Fit:
     """
 
     clip: OpenedModel
-    head: AnyHead
+    head: Head
     settings: SupportSettings
     skipped: tuple[BadImageError, ...] = ()
     integer_labels: bool = False

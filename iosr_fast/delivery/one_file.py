@@ -49,7 +49,7 @@ def one_file(fit: Fit, abstention: Abstention, source: Source = "picture") -> Mo
     least = unknown = tree = None
     threshold = np.inf
     if abstention.max_error is not None:
-        least, tree = least_odds(head.left_out_labels, abstention.max_error), head.tree if head.tree.inner else None
+        least, tree = least_odds(head.judged, abstention.max_error), head.tree if head.tree.inner else None
     if abstention.keep is not None:
         unknown, threshold = head.unknown, head.unknown.threshold(abstention.keep)
     plan = head.plan.scaled(1.0 / head.temperature)
@@ -86,7 +86,7 @@ def _exportable(fit: Fit) -> tuple[Head, VerifiedFolder]:
 def _facts(fit: Fit, abstention: Abstention) -> dict[str, Any]:
     """What the metadata say of a file."""
     head, engine = _exportable(fit)
-    promise = None if abstention.max_error is None else automation(head.left_out_labels, notes=head.doubts)
+    promise = None if abstention.max_error is None else automation(head.judged, notes=head.doubts)
     return {
         "max_error": abstention.max_error,
         "keep": abstention.keep,

@@ -17,10 +17,9 @@ from iosr_fast.head.verdict import judge, unknown_scores
 from iosr_fast.images.crop import path_of
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import PROMISES, automation, least_odds
-from iosr_fast.methods.conformal import LeftOutLabels, check_share, of_logits
+from iosr_fast.methods.conformal import Judged, check_share, of_logits
 from iosr_fast.methods.folds import unit_weights
 from iosr_fast.methods.judgement import PromiseResult, accuracy_at, judge_promises
-from iosr_fast.methods.tree import finest
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
 
@@ -66,7 +65,7 @@ def _measure(
 ) -> Evaluation:
     """The Evaluation of B images by their embeddings (B, D), the positions of their classes (B,) and their names;
     `others` are the fields that are measured already."""
-    left_out = head.left_out_labels
+    left_out = head.judged
     reason = _refusal(left_out.thresholds, coverage)
 
     def judged(rows: slice) -> np.ndarray:
@@ -74,17 +73,17 @@ def _measure(
         logits = head.calibrated(verdict.logits)
         members = np.zeros(logits.shape, bool) if reason else left_out.sets(logits, coverage)
         one, covered = of_logits(logits, of_rows, tree=head.tree), members[np.arange(len(of_rows)), of_rows]
-        columns = [one.odds, one.log_loss, verdict.labels, members.sum(1), covered]
-        return np.concatenate([columns, one.level_odds.T, one.level_right.T])
+        columns = [one.label_odds, one.log_loss, verdict.labels, members.sum(1), covered]
+        return np.concatenate([columns, one.odds.T, one.right.T])
 
     blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
     odds, log_loss, predicted, sizes, covered, *levels = np.concatenate(blocks, axis=1)
-    level_odds, level_right = np.split(np.stack(levels, 1), 2, axis=1)
+    level_odds, right = np.split(np.stack(levels, 1), 2, axis=1)
     beside = head.compared_with_support(embeddings, labels)
     weights = unit_weights(beside.units)
-    outcome = LeftOutLabels(odds, level_odds, level_right > 0, log_loss, labels, weights=weights)
-    wrong = np.flatnonzero(~outcome.right)
-    worst = wrong[np.argsort(-outcome.top_odds[wrong], kind="stable")][:MISTAKES]
+    outcome = Judged(odds, level_odds, right > 0, log_loss, labels, weights=weights)
+    wrong = np.flatnonzero(~outcome.right[:, 0])
+    worst = wrong[np.argsort(-outcome.odds[:, 0][wrong], kind="stable")][:MISTAKES]
     truths = [(head.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]
     shares = (math.nan,) * 3 if reason else (float(covered.mean()), float(sizes.mean()), float((sizes == 0).mean()))
     return Evaluation(
@@ -111,12 +110,12 @@ def _measure(
     )
 
 
-def _judge_promises(left_out: LeftOutLabels, images: LeftOutLabels) -> tuple[PromiseResult, ...]:
+def _judge_promises(left_out: Judged, images: Judged) -> tuple[PromiseResult, ...]:
     """What these images say of automation.PROMISES that rest on left-out ones."""
     chosen = []
     for promised in PROMISES:
-        level, accepted = finest(images.level_odds, least_odds(left_out, promised))
-        chosen.append([accepted, accepted & ~images.level_right[np.arange(len(level)), level]])
+        _, *counts = images.answered(least_odds(left_out, promised))
+        chosen.append(counts)
     return judge_promises(PROMISES, np.sum(chosen, axis=2), np.array(chosen) @ images.counted)
 
 

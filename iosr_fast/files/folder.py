@@ -14,7 +14,8 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.joint import classify_jointly
 from iosr_fast.files.stream import Reader
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
-from iosr_fast.head.predictions import AnyHead, MultiLabelPrediction, Prediction, label_columns, predict_any
+from iosr_fast.head.head import Head
+from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.head.verdict import Rejection, replaced
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
@@ -73,7 +74,7 @@ class FolderPredictions(Result):
 
 
 def predict_folder(
-    head: AnyHead, reader: Reader, folder: str | Path, joint: bool, abstention: Abstention
+    head: Head, reader: Reader, folder: str | Path, joint: bool, abstention: Abstention
 ) -> FolderPredictions:
     """As Classifier.predict_folder."""
     listing = list_images(folder)
@@ -81,14 +82,14 @@ def predict_folder(
         single = head.require_single_label("predict_folder with joint, unknown or max_error", "leave them out")
         abstention.check(single, joint=joint)
     together, rejections, accepted = None, None, None
-    answers: Sequence[Prediction | MultiLabelPrediction]
+    answers: Sequence[Prediction]
     if joint:
         readable, errors, queries = reader.embed(listing.paths)
         together, answers = classify_jointly(single, queries, abstention)
     else:
-        readable, errors, batches = reader.read(listing.paths, lambda rows: predict_any(head, rows, 1, abstention))
+        readable, errors, batches = reader.read(listing.paths, lambda rows: predict(head, rows, abstention=abstention))
         answers = list(chain.from_iterable(batches))
-    labels, probabilities = label_columns(head, answers)
+    labels, probabilities = _columns_of(head, answers)
     if abstention.max_error is not None:
         accepted = np.array([one.accepted for one in answers], bool)
     if abstention.keep is not None:
@@ -104,3 +105,14 @@ def predict_folder(
         rejections,
         accepted,
     )
+
+
+def _columns_of(head: Head, answers: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """The labels and probabilities (B,) of a FolderPredictions."""
+    if head.thresholds is None:
+        labels, shares = zip(*(one.answer for one in answers), strict=True) if answers else ((), ())
+        return np.array(labels, str), np.array(shares, np.float32)
+    labels_of, probabilities = np.empty(len(answers), object), np.empty(len(answers), object)
+    probabilities[:] = [dict(one.pairs) for one in answers]
+    labels_of[:] = [frozenset(one) for one in probabilities]
+    return labels_of, probabilities

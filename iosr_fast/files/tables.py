@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from io import StringIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TextIO, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TextIO
 
 from iosr_fast.head.labels import SEPARATOR
-from iosr_fast.head.predictions import MultiLabelPrediction, Prediction, TreePrediction
+from iosr_fast.head.predictions import Prediction
 from iosr_fast.head.verdict import Rejection
 from iosr_fast.sealed.files import new_file, sync_file, sync_folder
 from iosr_fast.utils.csv_text import escaped, line_writer, recovered
 from iosr_fast.utils.require import require
 
-Answered: TypeAlias = Prediction | MultiLabelPrediction
 SUFFIXES = (".csv", ".parquet")
 LABELS = ("label", "probability")  # the fields of a class in CSV
 SCORES = ("label", "class_id", "probability", "zero_shot", "cache", "adapter")  # and in Parquet
@@ -78,12 +77,10 @@ class Labelled(NamedTuple):
     accepted: bool | None = None
 
 
-def row_of(key: str, answer: Answered, fields: Sequence[str]) -> TableRow:
-    if isinstance(answer, MultiLabelPrediction):
-        return TableRow(key, answer.pairs)
+def row_of(key: str, answer: Prediction, fields: Sequence[str]) -> TableRow:
     classes = [[getattr(one, name) for name in fields] for one in answer.top]
     node: dict[str, Any] | None = None
-    if isinstance(answer, TreePrediction) and answer.label is not None:
+    if answer.label is not None:
         node = {"label": answer.label, "class_id": answer.class_id, "probability": answer.probability}
         node |= {"level": answer.level, "label_path": " > ".join((*answer.path, answer.label))}
     return TableRow(key, classes, answer.unknown, accepted=answer.accepted, node=node)

@@ -22,10 +22,10 @@ from iosr_fast.files.detections import DetectionsTable
 from iosr_fast.files.embedding_files import KIND, Part, encode_part
 from iosr_fast.files.joint import classify_jointly
 from iosr_fast.files.stream import Reader, ReadOptions
-from iosr_fast.files.tables import PROMISE, TREE_PROMISE, Answered, CsvTable, ParquetTable, TableRow, row_of
+from iosr_fast.files.tables import PROMISE, TREE_PROMISE, CsvTable, ParquetTable, TableRow, row_of
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
-from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.head.predictions import AnyHead, predict_any
+from iosr_fast.head.head import Head
+from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.detector_files import OURS
 from iosr_fast.sealed.manifest import read_manifest
@@ -114,7 +114,7 @@ class Classify:
         return load_saved(self.folder)
 
     @property
-    def head(self) -> AnyHead:
+    def head(self) -> Head:
         return self.bundle.head
 
     def check(self, single_label: bool = False) -> None:
@@ -136,7 +136,7 @@ class Classify:
         if self.abstention.max_error is not None:
             promise = PROMISE if self.head.paths is None else TREE_PROMISE
         if self.form == "csv":
-            classes, multi_label = len(self.head.class_names), isinstance(self.head, MultiLabelHead)
+            classes, multi_label = len(self.head.class_names), self.head.thresholds is not None
             return CsvTable(min(self.top, classes), label, multi_label, promise)
         return ParquetTable(label, promise)
 
@@ -167,8 +167,12 @@ class Classify:
         fit = self.bundle.open(options.runtime, options.threads, 1)
         return Reader(fit.encoder, fit.clip.engine, fit.settings, options)
 
-    def use(self, embeddings: Embeddings) -> Embeddings | Sequence[Answered]:
-        return embeddings.to_numpy() if self.joint else predict_any(self.head, embeddings, self.top, self.abstention)
+    def use(self, embeddings: Embeddings) -> Embeddings | Sequence[Prediction]:
+        return (
+            embeddings.to_numpy()
+            if self.joint
+            else predict(self.head, embeddings, self.top, abstention=self.abstention)
+        )
 
     def encode(
         self, keys: list[str], results: list[Any], errors: list[str | None], first: bool

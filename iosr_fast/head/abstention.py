@@ -63,7 +63,7 @@ class Abstention:
             check_unknown_label(self.label, head.node_names if labels is None else labels)
             head.unknown.threshold(self.keep)
         if self.max_error is not None:
-            check_promise(head.left_out_labels, self.max_error)
+            check_promise(head.judged, self.max_error)
 
 
 NONE_WITHHELD = Abstention()

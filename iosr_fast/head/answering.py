@@ -10,8 +10,9 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
+from iosr_fast.head.head import Head
 from iosr_fast.head.ids import example_id
-from iosr_fast.head.predictions import AnyHead, Prediction, explained, predict_jointly
+from iosr_fast.head.predictions import Prediction, explained, predict_jointly
 from iosr_fast.head.verdict import Verdict, judge, node_labels, nodes_above
 from iosr_fast.methods.automation import Automation, automation
 from iosr_fast.methods.checks import CheckedPromise, check
@@ -30,7 +31,7 @@ class Fitted(Protocol):
     integers, or what scikit-learn was given."""
 
     @property
-    def head(self) -> AnyHead: ...
+    def head(self) -> Head: ...
 
     @property
     def labels(self) -> np.ndarray: ...
@@ -74,7 +75,7 @@ class Answering(Generic[F]):
 
     def _labels(self, fitted: F, logits: np.ndarray) -> np.ndarray:
         """What `predict` answers to queries with these logits, where it withholds no label."""
-        return fitted.head.answers(logits, fitted.labels)
+        return fitted.head.link.answers(logits, fitted.labels)
 
     def _name_of(self, number: int) -> Any:
         """What `audit` calls a support image of this number."""
@@ -103,9 +104,10 @@ class Answering(Generic[F]):
     reducer_ = FittedAttribute[str](lambda fitted: fitted.head.config.reducer)
     parameters_ = FittedAttribute[dict[str, float]](lambda fitted: dict(fitted.head.config.parameters))
     tuned_ = FittedAttribute[Evidence | None](lambda fitted: fitted.head.evidence)
+    thresholds_ = FittedAttribute[np.ndarray | None](lambda fitted: fitted.head.thresholds)
     unknown_ = FittedAttribute[Unknown](lambda fitted: fitted.head.require_single_label("unknown_").unknown)
 
-    def snapshot(self) -> AnyHead:
+    def snapshot(self) -> Head:
         """The current head, which never changes: all predictions of it are of one version."""
         return self._fitted().head
 
@@ -145,7 +147,7 @@ class Answering(Generic[F]):
         """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
         several labels."""
         fitted = self._fitted()
-        return fitted.head.decision(self._logits(fitted, X))
+        return fitted.head.link.decision(self._logits(fitted, X))
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """softmax of the logits over their temperature (Head.temperature), (B, C), float32 of images and float64 of
@@ -191,7 +193,7 @@ class Answering(Generic[F]):
         fitted = self._fitted()
         head = fitted.head.require_single_label("predict_sets")
         coverage = check_share("coverage", coverage)
-        left_out = head.left_out_labels
+        left_out = head.judged
         classes = fitted.labels if per_class else None
         left_out.thresholds(coverage, classes)
         logits = head.calibrated(self._logits(fitted, X))
@@ -209,7 +211,7 @@ class Answering(Generic[F]):
         probability of a label that `predict` accepts, the share of images whose label is accepted, and how many of
         these are wrong. `smallest` is the smallest error that so many images can promise."""
         head = self._fitted().head.require_single_label("automation")
-        return automation(head.left_out_labels, notes=head.doubts)
+        return automation(head.judged, notes=head.doubts)
 
     def check(self, answers: Any, labels: Any, max_error: float) -> CheckedPromise:
         """As checks.check, by the tree of this classifier."""
@@ -219,7 +221,7 @@ class Answering(Generic[F]):
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support images are, by bins of the probability; print it."""
-        return self._fitted().head.require_single_label("calibration").left_out_labels.reliability
+        return self._fitted().head.require_single_label("calibration").judged.reliability
 
     def audit(self) -> SupportAudit:
         """What is wrong with the support images, as left-out ones tell: likely wrong labels, near duplicates, classes

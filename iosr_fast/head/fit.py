@@ -13,8 +13,6 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
-from iosr_fast.head.multi_label import MultiLabelHead
-from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods.multi_label import fit_multi_label, multi_label_reason
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.tree import Path
@@ -31,7 +29,7 @@ def fit_head(
     unknown_images: Embeddings | None,
     paths: tuple[Path, ...] | None = None,
     numbers: Sequence[int] | None = None,
-) -> AnyHead:
+) -> Head:
     """The head of support images whose class ids are positions in `names` (C), or in `label_sets` (P, C) bool; `paths`
     as of Head, `numbers` (C) become its uids."""
     if label_sets is None:
@@ -51,13 +49,13 @@ def fit_head(
     setting = None if options.searched else asked.parameters
     of_sets = fit_multi_label(images, asked.method, setting, asked.key_precision, options.seconds)
     examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
-    fields = {"labels": labels, "thresholds": of_sets.thresholds, "fit": of_sets}
-    return MultiLabelHead.first(names, text, tau, examples, of_sets.config, **fields).with_computed(plan=of_sets.plan)
+    fields = {"labels": labels, "thresholds": of_sets.thresholds}
+    return Head.first(names, text, tau, examples, of_sets.config, **fields).with_computed(plan=of_sets.plan)
 
 
-def warn_of_look_alikes(head: AnyHead) -> None:
+def warn_of_look_alikes(head: Head) -> None:
     """Warn the caller of a fit where promises may break (LookAlikesWarning)."""
-    if not isinstance(head, MultiLabelHead) and head.look_alike_warning:
+    if head.look_alike_warning:
         warnings.warn("; ".join(head.look_alike_warning), LookAlikesWarning, stacklevel=3)
 
 

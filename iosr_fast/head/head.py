@@ -1,4 +1,4 @@
-"""Head: a fitted classifier on embeddings at one version, with one label a picture; and what every head has."""
+"""Head: a fitted classifier on embeddings at one version."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.calibration import Beside, Calibration, calibration_of, check_calibration, compare_with_support
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.ids import class_id, example_number, uid_of
-from iosr_fast.head.labels import class_ids
+from iosr_fast.head.labels import class_ids, read_label_sets
 from iosr_fast.methods.automation import least_odds
 from iosr_fast.methods.checks import strange_odds
 from iosr_fast.methods.config import Config, Evidence, wilson
-from iosr_fast.methods.conformal import CALIBRATION, LeftOutLabels, of_logits
+from iosr_fast.methods.conformal import CALIBRATION, Judged, of_logits
 from iosr_fast.methods.folds import Folds, NearSupport, make_folds, unit_weights
+from iosr_fast.methods.links import Link, Sigmoid, Softmax
 from iosr_fast.methods.log_loss import fit_temperature
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
-from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.support_set import image_rows
 from iosr_fast.methods.tree import Path, Tree
 from iosr_fast.methods.unknown import Unknown, fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
-from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score
 from iosr_fast.utils.short_repr import short_repr
 from iosr_fast.utils.text import abbreviate
@@ -47,36 +47,37 @@ _FEW = 0.7  # of a class's images: where left-out ones are judged by less, the a
 
 @dataclass(frozen=True)
 class ClassInfo:
-    """A class: `class_id` stays through renames, `examples` counts its support images."""
+    """A class: `class_id` stays through renames, `examples` counts its support images, and in a tree `path` has the
+    names of the nodes above it, from the root down.
+
+    >>> ClassInfo("~1", "siamese", 8, path=("animal", "cat")).path
+    ('animal', 'cat')
+    """
 
     class_id: str
     name: str
     examples: int
-
-
-@dataclass(frozen=True)
-class TreeClassInfo(ClassInfo):
-    """The same in a tree: `path` has the names of the nodes above the class, from the root down.
-
-    >>> TreeClassInfo("~1", "siamese", 8, path=("animal", "cat")).path
-    ('animal', 'cat')
-    """
-
-    path: Path
+    path: Path = ()
 
 
 @dataclass(frozen=True, eq=False)
-class HeadData:
+class Head:
     """A fitted classifier on embeddings at one version: data that never changes, and what is computed from it once.
 
     class_names, uids  of the C classes, in order; uids rise and are never reused
     text               (C, D) float32, unit rows; None where the model reads no texts
     tau                the CLIP's logit scale
-    examples           the support images (N), sorted by class
+    examples           the support images (N), sorted by class where each has one
     config             the method and its parameters
     reducer            fitted when they were chosen; it stays until the next choice
     version            rises by one with every change
     next_class, next_example  the numbers of the next class and the next support image
+    unknown_images     embeddings of pictures of none of the classes, by which these are recognised, or None
+    calibration_images  labelled images, no support images, on which promises rest instead of left-out ones, or None
+    paths              of each class the names of the nodes above it in a tree (tree.Tree); None without a tree
+    labels, thresholds  where pictures may have several labels, an indicator (N, C) bool of those of the support images,
+                       and of each class the probability from which a picture has it, (C,) float32; else None. Such a
+                       head takes no changes and promises nothing yet (`require_single_label`), and its plan is given.
     """
 
     class_names: tuple[str, ...]
@@ -89,6 +90,11 @@ class HeadData:
     version: int
     next_class: int
     next_example: int
+    unknown_images: Embeddings | None = None
+    calibration_images: Examples | None = None
+    paths: tuple[Path, ...] | None = None
+    labels: np.ndarray | None = None
+    thresholds: np.ndarray | None = None
     __repr__ = short_repr
 
     @classmethod
@@ -109,14 +115,40 @@ class HeadData:
         return cls(tuple(class_names), uids, text, tau, examples, config, reducer, 1, *following, **fields)
 
     @cached_property
-    def plan(self) -> ScoringPlan:
-        """What scores queries."""
-        raise NotImplementedError
+    def link(self) -> Link:
+        """How logits become answers."""
+        return Softmax() if self.thresholds is None else Sigmoid(self.thresholds)
 
     @cached_property
-    def support(self) -> SupportSet | MultiLabelSet:
-        """The support images as methods take them."""
-        raise NotImplementedError
+    def plan(self) -> ScoringPlan:
+        """The method, compiled for the support images; given where it was stored (`with_computed`)."""
+        return self.config.compile(self.support, self.reducer)
+
+    @cached_property
+    def support(self) -> Any:
+        """The support images as methods take them: a SupportSet, or a MultiLabelSet."""
+        if self.labels is None:
+            return self.examples.as_support(self.uids, self.text, self.tau)
+        rows = self.examples
+        return MultiLabelSet(rows.embeddings, self.labels, self.text, self.tau, rows.queries, rows.groups)
+
+    @cached_property
+    def tree(self) -> Tree:
+        """The nodes that a promise may answer with; without a tree the classes alone."""
+        return Tree(self.paths or ((),) * len(self.uids))
+
+    @cached_property
+    def node_names(self) -> tuple[str, ...]:
+        """The names of the tree's nodes, those of the classes first."""
+        return self.class_names + tuple(node[-1] for node in self.tree.inner)
+
+    def require_single_label(self, call: str, instead: str = "fit with one label for each picture") -> Self:
+        """The head itself. Raises IosrFastError where pictures may have several labels: `call` has no answer yet."""
+        if self.thresholds is not None:
+            raise IosrFastError(
+                f"{call} is for one label a picture, and this classifier was fitted with several: {instead}"
+            )
+        return self
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -125,7 +157,8 @@ class HeadData:
 
     def examples_of(self, uid: int) -> list[int]:
         """The numbers of a class's support images, rising."""
-        return np.sort(self.examples.ids[self.examples.class_ids == uid]).tolist()
+        of_class = self.examples.class_ids == uid if self.labels is None else self.labels[:, self.uids.index(uid)]
+        return np.sort(self.examples.ids[of_class]).tolist()
 
     @cached_property
     def needs_adapted(self) -> bool:
@@ -147,10 +180,6 @@ class HeadData:
         self.plan  # noqa: B018
         return self
 
-    def with_promises(self, before: HeadData | None = None) -> Self:
-        """The same head, after computing its plan and what promises rest on, if it makes any (Head.with_promises)."""
-        return self.compiled()
-
     def score(self, embeddings: Embeddings, check: bool = True) -> np.ndarray:
         """Logits (B, C) float32; embeddings on a GPU are scored there. `check` is that of scoring.score."""
         return as_numpy(score(self.plan, embeddings, check=check))
@@ -159,8 +188,8 @@ class HeadData:
         """Classes in their order: all, or at most `limit` of those whose uid is above `after`."""
         start = bisect_right(self.uids, after)
         chosen = slice(start, None if limit is None else start + limit)
-        rows = zip(self.uids[chosen], self.class_names[chosen], self.counts[chosen].tolist(), strict=True)
-        return [ClassInfo(class_id(uid), name, count) for uid, name, count in rows]
+        columns = self.uids[chosen], self.class_names[chosen], self.counts[chosen].tolist(), self.tree.paths[chosen]
+        return [ClassInfo(class_id(uid), *row) for uid, *row in zip(*columns, strict=True)]
 
     def name_of(self, class_id: str) -> str | None:
         """The name of a class by its id; None for an unknown class."""
@@ -197,48 +226,6 @@ class HeadData:
         (number,) = self.find_examples([example_id])
         return self.examples.pictures[int(np.flatnonzero(self.examples.ids == number)[0])]
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Head(HeadData):
-    """Classes, their support images and a method.
-
-    unknown_images      embeddings of pictures of none of the classes, by which these are recognised, or None
-    calibration_images  labelled images, no support images, on which promises rest instead of left-out ones, or None
-    paths               of each class the names of the nodes above it in a tree (tree.Tree); None without a tree
-    """
-
-    unknown_images: Embeddings | None = None
-    calibration_images: Examples | None = None
-    paths: tuple[Path, ...] | None = None
-
-    @cached_property
-    def support(self) -> SupportSet:
-        """The support images as methods take them."""
-        return self.examples.as_support(self.uids, self.text, self.tau)
-
-    @cached_property
-    def tree(self) -> Tree:
-        """The nodes that a promise may answer with; without a tree the classes alone."""
-        return Tree(self.paths or ((),) * len(self.uids))
-
-    @cached_property
-    def node_names(self) -> tuple[str, ...]:
-        """The names of the tree's nodes, those of the classes first."""
-        return self.class_names + tuple(node[-1] for node in self.tree.inner)
-
-    def classes(self, after: int = -1, limit: int | None = None) -> list[ClassInfo]:
-        """As HeadData.classes; with a tree each is a TreeClassInfo."""
-        infos = super().classes(after, limit)
-        if self.paths is None:
-            return infos
-        paths = self.paths[bisect_right(self.uids, after) :]
-        return [TreeClassInfo(**vars(info), path=path) for info, path in zip(infos, paths, strict=False)]
-
-    @cached_property
-    def plan(self) -> ScoringPlan:
-        """The method, compiled for the support images; given where it was stored (`with_computed`)."""
-        return self.config.compile(self.support, self.reducer)
-
     @property
     def evidence(self) -> Evidence | None:
         """That of the search that chose the config, `stale` if the head has changed since; None if there was none."""
@@ -249,9 +236,11 @@ class Head(HeadData):
 
     # What left-out support images answer, each at its first use, and of heads that serve before it
 
-    def with_promises(self, before: HeadData | None = None) -> Self:
+    def with_promises(self, before: Head | None = None) -> Self:
         """The same head, after computing its plan and all that `max_error` rests on; what `keep` rests on, which takes
         ten times as long, if the version `before` has it, as somebody asks for it."""
+        if self.thresholds is not None:
+            return self.compiled()
         self.doubts  # noqa: B018  # by the left-out labels
         self.strange_odds  # noqa: B018
         if (before or self).computed("unknown") is not None:
@@ -272,6 +261,8 @@ class Head(HeadData):
     def look_alike_warning(self) -> tuple[str, ...]:
         """What is wrong where the images on which promises rest are too much like the support's, and what to do; none
         where they are not. Left-out images are so in bursts; of images of calibrate_on that are so, both is said."""
+        if self.thresholds is not None:
+            return ()
         siblings = () if self.calibration is None else self.calibration.beside.warning
         alike = self.look_alikes if siblings or self.calibration is None else None
         return siblings if alike is None else siblings + alike.warning
@@ -294,7 +285,7 @@ class Head(HeadData):
         return out_of_fold(config.entry, self.support, self.folds, *chosen)
 
     @cached_property
-    def left_out_labels(self) -> LeftOutLabels:
+    def judged(self) -> Judged:
         """What the method says of support images that are left out, or of the calibration images."""
         new = self.calibration
         if new is None:
@@ -306,7 +297,7 @@ class Head(HeadData):
     @cached_property
     def strange_odds(self) -> float:
         """checks.strange_odds: the odds of its label at which a picture is strange."""
-        return strange_odds(self.left_out_labels)
+        return strange_odds(self.judged)
 
     @cached_property
     def temperature(self) -> float:
@@ -315,6 +306,8 @@ class Head(HeadData):
         search of weights leaves them in, finds a fit of bursts right everywhere, and would be far too sure. It changes
         no label.
         """
+        if self.thresholds is not None:
+            return 1.0  # its fit calibrates
         new = self.calibration
         if new is None:
             found = self.out_of_fold
@@ -352,7 +345,7 @@ class Head(HeadData):
         made = made.with_computed(**kept)
         new = made.calibration
         assert new is not None
-        check_calibration(len(new.labels), made.left_out_labels.count, new.left_out)
+        check_calibration(len(new.labels), made.judged.count, new.left_out)
         return made
 
     def compared_with_support(self, images: Embeddings, labels: np.ndarray, groups: np.ndarray | None = None) -> Beside:
@@ -368,12 +361,12 @@ class Head(HeadData):
         least: float | np.ndarray = self._least_odds(max_error)
         if rejected is not None:
             least = np.where(rejected, np.inf, least)
-        return self.tree.of_logits(self.calibrated(logits)).answer(least)
+        return self.tree.answer(self.calibrated(logits), least)
 
     @cached_property
     def _least_odds(self) -> Callable[[float], float]:
         """automation.least_odds by `max_error`, of the latest promises: every batch of queries asks."""
-        return lru_cache(16)(partial(least_odds, self.left_out_labels))
+        return lru_cache(16)(partial(least_odds, self.judged))
 
     @cached_property
     def unknown(self) -> Unknown:
@@ -385,7 +378,7 @@ class Head(HeadData):
     @cached_property
     def doubts(self) -> tuple[str, ...]:
         """What speaks against promises, and what to do, a sentence each."""
-        known, new = self.left_out_labels, self.calibration
+        known, new = self.judged, self.calibration
         if not len(self.examples):
             return ()
         if not known.count:
@@ -410,7 +403,9 @@ class Head(HeadData):
     def summary(self) -> str:
         """What is known of the accuracy, a line each: the accuracy; what speaks against it and what to do; what the
         search of parameters noted; the size of the tree."""
-        known, evidence = self.left_out_labels, self.evidence
+        if self.thresholds is not None:
+            return "several labels a picture: biases and thresholds by leave-one-out"
+        known, evidence = self.judged, self.evidence
         if known.count:
             accuracy, (low, high), one = known.reliability.accuracy, self.accuracy_range, self._one_by_one
             images, interval = f"{len(known.labels):,} {known.basis}", f"(95%: {low:.0%} to {high:.0%})"
@@ -436,7 +431,7 @@ class Head(HeadData):
         images left out one by one, as of pictures of these. The latter are judged by a fit with a share s of the images
         of their class, which makes more errors; as errors fall no faster than in proportion to the number of images,
         of all of them at most 1 - s (1 - accuracy) are right. (0, 1) where nothing is left out."""
-        known = self.left_out_labels
+        known = self.judged
         if not known.count:
             return 0.0, 1.0
         accuracy = known.reliability.accuracy
@@ -458,7 +453,7 @@ class Head(HeadData):
         calibrate_on."""
         if self.calibration is not None:
             return 1.0
-        units = np.minimum(self.folds.distinct, self.folds.number)[self.left_out_labels.labels]
+        units = np.minimum(self.folds.distinct, self.folds.number)[self.judged.labels]
         return float(np.mean(1.0 - 1.0 / units))
 
     @cached_property
@@ -474,30 +469,13 @@ class Head(HeadData):
         bias: np.ndarray = factor * given["discriminant_adapted"] * model.fitted.bias
         return bias
 
-    # What a MultiLabelHead answers in its own way
-
-    def require_single_label(self, call: str, instead: str = "") -> Head:
-        """The head itself: it has an answer to every call. MultiLabelHead.require_single_label refuses."""
-        return self
-
     def read_labels(self, images: Sequence[Any], labels: Any, integers: bool) -> np.ndarray:
-        """Each image's class by its position, (N,) int64 (labels.class_ids); integer labels are uids if `integers`."""
+        """Each image's class by its position, (N,) int64 (labels.class_ids), where integer labels are uids if
+        `integers`; where pictures may have several, an indicator (N, C) bool (labels.read_label_sets)."""
+        if self.thresholds is not None:
+            return read_label_sets(labels, len(images), self.class_names)[1]
         return class_ids(images, labels, self.class_names, self.uids if integers else None)
 
-    def decision(self, logits: np.ndarray) -> np.ndarray:
-        """`decision_function` of logits (B, C): of two classes (B,), the second one's logit minus the first one's."""
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
-
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """softmax of the calibrated logits, (B, C)."""
-        return softmax(self.calibrated(logits))
-
-    def answers(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """The label (B,) of each query's largest logit, of equal ones the first; `labels` (C,) are the classes'."""
-        return labels[logits.argmax(1)]
-
-    def quality(self, truth: np.ndarray, logits: np.ndarray) -> float:
-        """The share of queries whose largest logit is that of their class, `truth` (B,)."""
-        if not len(truth):
-            raise IosrFastError("expected at least one image to score, got none")
-        return float((logits.argmax(1) == truth).mean())
+        """Those of the link (B, C), of calibrated logits."""
+        return self.link.probabilities(self.calibrated(logits))

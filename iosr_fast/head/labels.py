@@ -297,10 +297,3 @@ def _is_number(value: Any) -> bool:
 def dense(indicator: Any) -> np.ndarray:
     """An indicator as an array; one of SciPy may be sparse."""
     return np.asarray(indicator.toarray() if hasattr(indicator, "toarray") else indicator)
-
-
-def label_sets(classes: np.ndarray, indicator: np.ndarray) -> np.ndarray:
-    """The classes of each row of an indicator (B, C) as an array (B,) of frozensets."""
-    sets = np.empty(len(indicator), object)
-    sets[:] = [frozenset(classes[row].tolist()) for row in indicator]
-    return sets

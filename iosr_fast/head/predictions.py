@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -13,17 +12,16 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
-from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.verdict import Rejection, Verdict, judge
 from iosr_fast.methods import joint
+from iosr_fast.methods.links import largest
 from iosr_fast.methods.support_set import image_rows
+from iosr_fast.methods.tree import Path
 from iosr_fast.scoring.arrays import add_product_blas
 from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.lower import feature_rows
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.short_repr import short_repr
-
-AnyHead: TypeAlias = Head | MultiLabelHead
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,16 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The label of one image and the reasons for it, all of one `version` of the classifier.
+    """The answer to one image and the reasons for it, all of one `version` of the classifier.
 
-    `top` are the classes with the largest logits, best first: top[0] is the label. `nearest` are the support images
-    with the largest cosines, best first. `unknown` is None unless it was asked for; `label` and
-    `class_id` are None for a picture that is rejected. `accepted` is whether a promise about errors lets the label pass
-    without a look, None unless it was asked for. The other fields are those of top[0] (ClassScore).
+    `top` are the classes with the largest logits, best first: top[0] is the label. Where pictures may have several
+    labels, `top` are all that the image has, most likely first, and `label` is the first of them, None of none. A label
+    is a node of the tree where a promise accepts one: `level` is 0 for a class, 1 for the deepest nodes, and so on;
+    `path` has the names of the nodes above the label, from the root down; `probability` is that of the node, the sum
+    over its classes, and a node above classes has no class_id. `nearest` are the support images with the largest
+    cosines, best first. `unknown` is None unless it was asked for; `label` and `class_id` are None for a picture that
+    is rejected. `accepted` is whether a promise about errors lets the label pass without a look, None unless it was
+    asked for. The other fields are those of the class with the largest logit (ClassScore).
 
     >>> from iosr_fast import Classifier
     >>> classifier = Classifier("demo", method="tip-adapter++").fit_folder("support")
@@ -78,6 +80,14 @@ class Prediction:
     ('lemon', 2, 'lemon')
     >>> round(prediction.nearest[0].similarity, 3)  # it is one of the support images
     1.0
+    >>> import numpy as np
+    >>> from iosr_fast import FewShotHead
+    >>> y = np.repeat(["siamese", "bengal", "pug"], 40)  # the first two look alike
+    >>> X = np.repeat(np.eye(2, 8)[[0, 0, 1]], 40, axis=0) + 0.2 * np.random.default_rng(0).normal(size=(120, 8))
+    >>> head = FewShotHead(look_alikes=False).fit(X, y, tree={"siamese": "cat", "bengal": "cat"})
+    >>> [answer] = head.explain(X[:1], max_error=0.1)
+    >>> answer.label, answer.level, answer.path, answer.top[0].label in ("siamese", "bengal")
+    ('cat', 1, (), True)
     """
 
     label: str | None
@@ -92,6 +102,8 @@ class Prediction:
     version: int
     unknown: Rejection | None = None
     accepted: bool | None = None
+    level: int = 0
+    path: Path = ()
     __repr__ = short_repr
 
     @property
@@ -112,46 +124,6 @@ class Prediction:
         return {**vars(self), "top": top, "nearest": nearest, "unknown": unknown}
 
 
-@dataclass(frozen=True, repr=False)
-class TreePrediction(Prediction):
-    """The same by a classifier with a tree. The label is a node where a promise accepts one: `level` is 0 for a class,
-    1 for the deepest nodes, and so on; `path` has the names of the nodes above the label, from the root down.
-    `probability` is that of the node, the sum over its classes; a node above classes has no class_id. What is
-    contributed (zero_shot, cache, adapter) is to the logit of top[0], the most likely class.
-
-    >>> import numpy as np
-    >>> from iosr_fast import FewShotHead
-    >>> y = np.repeat(["siamese", "bengal", "pug"], 40)  # the first two look alike
-    >>> X = np.repeat(np.eye(2, 8)[[0, 0, 1]], 40, axis=0) + 0.2 * np.random.default_rng(0).normal(size=(120, 8))
-    >>> head = FewShotHead(look_alikes=False).fit(X, y, tree={"siamese": "cat", "bengal": "cat"})
-    >>> [answer] = head.explain(X[:1], max_error=0.1)
-    >>> answer.label, answer.level, answer.path, answer.top[0].label in ("siamese", "bengal")
-    ('cat', 1, (), True)
-    """
-
-    level: int = 0
-    path: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class MultiLabelPrediction:
-    """The labels of one image that may have several, or none, and their probabilities, most likely first.
-
-    >>> MultiLabelPrediction(("cat", "sofa"), (0.9, 0.7)).labels
-    ('cat', 'sofa')
-    """
-
-    labels: tuple[str, ...]
-    probabilities: tuple[float, ...]
-    unknown = accepted = None  # no label is withheld
-    __repr__ = short_repr
-
-    @property
-    def pairs(self) -> list[tuple[str, float]]:
-        """(label, probability) of each label."""
-        return list(zip(self.labels, self.probabilities, strict=True))
-
-
 def predict(
     head: Head, embeddings: Embeddings, top: int = 1, nearest: int = 0, abstention: Abstention = NONE_WITHHELD
 ) -> list[Prediction]:
@@ -161,8 +133,8 @@ def predict(
 
 
 def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, nearest: int) -> list[Prediction]:
-    """A Prediction for each query of a Verdict: its `top` classes and `nearest` support images, or all if there are
-    fewer.
+    """A Prediction for each query of a Verdict: its `top` classes, or all that it has where these may be several, and
+    the `nearest` support images, or all if there are fewer.
 
     logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (Config.text_weight), 0 without texts;
     cache is the contribution of the support images, through keys or a linear term, and `adapter` of it what adapted
@@ -182,21 +154,22 @@ def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, ne
     ids = [class_id(uid) for uid in head.uids]
     names = head.class_names
     predictions = []
-    for b, classes in enumerate(_largest(logits, top)):
-        columns = (part[b, classes].tolist() for part in parts)
-        scores = tuple(ClassScore(names[c], ids[c], *row) for c, *row in zip(classes.tolist(), *columns, strict=True))
-        fields = {**vars(scores[0]), "top": scores, "nearest": neighbours[b], "version": head.version}
+    for b, classes in enumerate(head.link.listed(logits, top)):
+        shown = classes if len(classes) else verdict.labels[b : b + 1]
+        columns = (part[b, shown].tolist() for part in parts)
+        scores = tuple(ClassScore(names[c], ids[c], *row) for c, *row in zip(shown.tolist(), *columns, strict=True))
+        fields = {**vars(scores[0]), "top": scores[: len(classes)], "nearest": neighbours[b], "version": head.version}
         fields |= {"unknown": rejections[b], "accepted": accepted[b]}
-        if verdict.rejected is not None and verdict.rejected[b]:
+        if not len(classes) or (verdict.rejected is not None and verdict.rejected[b]):
             fields |= {"label": None, "class_id": None}
-        elif head.paths is not None:
+        else:
             fields |= _node_fields(head, int(verdict.labels[b]), parts[0][b])
-        predictions.append(Prediction(**fields) if head.paths is None else TreePrediction(**fields))
+        predictions.append(Prediction(**fields))
     return predictions
 
 
 def _node_fields(head: Head, node: int, probabilities: np.ndarray) -> dict[str, Any]:
-    """The fields of a TreePrediction that say which node the label is; `probabilities` (C,) are those of classes."""
+    """The fields of a Prediction that say which node the label is; `probabilities` (C,) are those of classes."""
     tree = head.tree
     fields: dict[str, Any] = {"level": int(tree.level_of[node]), "path": tree.path_of(node)}
     if node >= len(head.uids):
@@ -218,6 +191,8 @@ def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.n
         read |= set(EMBEDDINGS) if plan.feature == "both" else {plan.feature}
     if "adapted" not in read:
         return np.zeros_like(cache)
+    if head.thresholds is not None:
+        return np.full_like(cache, np.nan)  # TODO
     if read == {"adapted"} or plan.linear is None:
         return cache
     adapted_keys = plan.keys is not None and plan.query == "adapted"
@@ -229,35 +204,6 @@ def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.n
     features = feature_rows(plan, embeddings, add_product_blas)[:, columns]
     product: np.ndarray = features @ plan.linear[:, columns].T + bias
     return cache - product if adapted_keys else product
-
-
-def predict_any(
-    head: AnyHead, embeddings: Embeddings, top: int, abstention: Abstention = NONE_WITHHELD
-) -> Sequence[Prediction | MultiLabelPrediction]:
-    """For each query a Prediction (predictions.predict), or by a MultiLabelHead a MultiLabelPrediction."""
-    if isinstance(head, Head):
-        return predict(head, embeddings, top, abstention=abstention)
-    logits = head.score(embeddings)
-    sets = []
-    for row, chosen in zip(head.probabilities(logits), head.members(logits), strict=True):
-        classes = np.flatnonzero(chosen)
-        classes = classes[np.argsort(-row[classes], kind="stable")]
-        sets.append(MultiLabelPrediction(tuple(head.class_names[c] for c in classes), tuple(row[classes].tolist())))
-    return sets
-
-
-def label_columns(head: AnyHead, answers: Sequence[Prediction | MultiLabelPrediction]) -> tuple[np.ndarray, np.ndarray]:
-    """The labels (B,) of `predict_any`'s answers, the node that is accepted or else the most likely class, and their
-    probabilities (B,) float32; by a MultiLabelHead frozensets of labels, and dicts of each of these and its
-    probability, of dtype object."""
-    pairs = [answer.pairs for answer in answers]
-    if isinstance(head, Head):
-        best = [one.answer for one in answers if isinstance(one, Prediction)]
-        return np.array([label for label, _ in best], str), np.array([share for _, share in best], np.float32)
-    labels, probabilities = np.empty(len(pairs), object), np.empty(len(pairs), object)
-    labels[:] = [frozenset(dict(one)) for one in pairs]
-    probabilities[:] = [dict(one) for one in pairs]
-    return labels, probabilities
 
 
 def predict_jointly(
@@ -283,19 +229,5 @@ def _neighbours(head: Head, embeddings: Embeddings, nearest: int) -> list[tuple[
         return Neighbour(example_id(examples.ids[j]), name, class_id(uid), min(max(cosine, -1.0), 1.0))
 
     cosines = rows @ head.compared.T
-    rows_and_best = zip(cosines, _largest(cosines, nearest), strict=True)
+    rows_and_best = zip(cosines, largest(cosines, nearest), strict=True)
     return [tuple(map(neighbour, best.tolist(), row[best].tolist())) for row, best in rows_and_best]
-
-
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """(B, k) column indices of each row's largest values, largest first; equal ones in their order, as in argmax."""
-    width = values.shape[1]
-    if count >= width or width <= 256:
-        return np.argsort(-values, axis=1, kind="stable")[:, :count]
-    # The k-th largest value of a row marks the candidates for the first k; ties at the mark fall to the lowest index.
-    marks = np.partition(values, width - count, axis=1)[:, width - count]
-    indices = np.empty((len(values), count), np.int64)
-    for b, (row, mark) in enumerate(zip(values, marks, strict=True)):
-        candidates = np.flatnonzero(row >= mark)
-        indices[b] = candidates[np.argsort(-row[candidates], kind="stable")][:count]
-    return indices

@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.predictions import Neighbour
-from iosr_fast.methods.automation import Automation, TreeAutomation
+from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.config import wilson
 from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability, counted_as
 from iosr_fast.methods.judgement import PromiseResult, difference_of_shares, once
@@ -103,7 +103,7 @@ class Evaluation(Result):
     classes           the C class names
     labels, predicted (B,) int64, positions of classes
     confidence        (B,) float64, the probability of `predicted`
-    count             what the images count as: a burst counts once (conformal.LeftOutLabels.count)
+    count             what the images count as: a burst counts once (conformal.Judged.count)
     reliability       accuracy, log-loss and calibration of the images as they count (conformal.Reliability)
     expected          the accuracy of left-out support images, or of other images if these are the `basis` of promises
                       (conformal.CALIBRATION); NaN without any
@@ -115,7 +115,7 @@ class Evaluation(Result):
     sets, unknown     what promises are worth on these images
     promises          a PromiseResult for each promise by which labels of these images are accepted, the strictest first
     automation        what promises of predict(max_error=) are worth: the curve of promises with the shares and errors
-                      of these images, with a tree by level, too (TreeAutomation); expected_automation has those of
+                      of these images, with a tree by level, too; expected_automation has those of
                       left-out support images
     errors            a BadImageError for each unreadable image, which counts nowhere
 
@@ -188,7 +188,7 @@ class Evaluation(Result):
         """Of each of `promises` the share of images that each level answers, and of these the share that is wrong;
         empty without a tree."""
         one = self.automation
-        if not isinstance(one, TreeAutomation):
+        if one.level_shares.shape[1] == 1:
             return []
         pairs = np.stack([one.level_shares, one.level_errors], 2)[one.shares > 0]
         return [[(share, wrong) for share, wrong in row] for row in pairs.tolist()]

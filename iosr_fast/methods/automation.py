@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.conformal import LEFT_OUT, LeftOutLabels, counted_as
+from iosr_fast.methods.conformal import LEFT_OUT, Judged, counted_as
 from iosr_fast.methods.log_loss import sigmoid
-from iosr_fast.methods.tree import finest
 from iosr_fast.utils.html import Result
 
 CONFIDENCE = 0.95
@@ -26,7 +25,7 @@ class Automation(Result):
     """What may be automated, by V labelled images that the classifier has not seen.
 
     images      V
-    count       what they count as (conformal.LeftOutLabels)
+    count       what they count as (conformal.Judged)
     smallest    the smallest error that V images could promise, if all were right: 1 - 0.05^(1 / V)
     least_error the same with their errors: 1 - 0.05^(1 / m), where m images are surer than the surest wrong one
     max_errors  (P,) the promises: of the pictures whose label is accepted at most this share is wrong
@@ -34,13 +33,15 @@ class Automation(Result):
     shares      (P,) the share of images whose label is accepted: of the V images, or of others (`automation`), as they
                 count
     errors      (P,) the share of these whose label is wrong; NaN if none is accepted
+    level_shares, level_errors  (P, L) of the answers at each level of a tree: 0 for classes, 1 for the deepest nodes,
+                and so on; `shares` and `errors` are of all answers together
     basis       what the V images are, as of conformal.Reliability
     notes       what speaks against promises, and what to do, a sentence each
 
     >>> rng = np.random.default_rng(0)
     >>> odds = rng.normal(3.0, 2.0, 500)
     >>> right = rng.random(500) < sigmoid(odds)
-    >>> left_out = LeftOutLabels(odds, odds[:, None], right[:, None], np.zeros(500), np.zeros(500, int))
+    >>> left_out = Judged(odds, odds[:, None], right[:, None], np.zeros(500), np.zeros(500, int))
     >>> print(automation(left_out))
     500 left-out support images can promise errors of 1.8% and more with 95% confidence (0.6% if all were right)
     promised errors  least probability  accepted  wrong
@@ -53,6 +54,13 @@ class Automation(Result):
               10.0%              0.695     85.8%   7.5%
               15.0%              0.291     97.6%  10.2%
               20.0%              0.008    100.0%  12.4%
+    >>> from iosr_fast.methods.conformal import of_logits
+    >>> from iosr_fast.methods.tree import Tree
+    >>> logits = np.repeat([[4.0, 3.5, 0.0], [0.0, 0.0, 9.0]], 50, axis=0)  # sure of a cat, not of which
+    >>> labels = np.repeat([0, 1, 2], [25, 25, 50])
+    >>> found = automation(of_logits(logits, labels, tree=Tree((("cat",), ("cat",), ()))))
+    >>> found.level_shares[6].tolist(), found.level_errors[6].tolist()  # where 10% are promised
+    ([0.5, 0.5], [0.0, 0.0])
     """
 
     images: int
@@ -63,6 +71,8 @@ class Automation(Result):
     thresholds: np.ndarray
     shares: np.ndarray
     errors: np.ndarray
+    level_shares: np.ndarray
+    level_errors: np.ndarray
     basis: str = LEFT_OUT
     notes: tuple[str, ...] = ()
 
@@ -77,8 +87,10 @@ class Automation(Result):
 
     @property
     def columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The shares and errors (P,) that the table has, by their title."""
-        return {"accepted": (self.shares, self.errors)}
+        """The shares and errors (P,) that the table has, by their title: with a tree of each level, then of all."""
+        levels = list(zip(self.level_shares.T, self.level_errors.T, strict=True))
+        of_levels = {f"level {level}": pair for level, pair in enumerate(levels) if len(levels) > 1}
+        return of_levels | {"accepted": (self.shares, self.errors)}
 
     def summary(self) -> str:
         """What V images can promise, and what speaks against promises, a line each."""
@@ -100,36 +112,11 @@ class Automation(Result):
         return "\n".join([*lines, *self.notes])
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class TreeAutomation(Automation):
-    """The same by a classifier with a tree: `shares` and `errors` are of all answers together.
-
-    level_shares, level_errors  (P, L) of the answers of each level, 0 for classes, 1 for the deepest nodes, and so on
-
-    >>> from iosr_fast.methods.conformal import of_logits
-    >>> from iosr_fast.methods.tree import Tree
-    >>> logits = np.repeat([[4.0, 3.5, 0.0], [0.0, 0.0, 9.0]], 50, axis=0)  # sure of a cat, not of which
-    >>> labels = np.repeat([0, 1, 2], [25, 25, 50])
-    >>> found = automation(of_logits(logits, labels, tree=Tree((("cat",), ("cat",), ()))))
-    >>> found.level_shares[6].tolist(), found.level_errors[6].tolist()  # where 10% are promised
-    ([0.5, 0.5], [0.0, 0.0])
-    """
-
-    level_shares: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    level_errors: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-
-    @property
-    def columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Those of each level, then of all answers."""
-        of_levels = enumerate(zip(self.level_shares.T, self.level_errors.T, strict=True))
-        return {f"level {level}": pair for level, pair in of_levels} | super().columns
-
-
-def automation(left_out: LeftOutLabels, images: LeftOutLabels | None = None, notes: tuple[str, ...] = ()) -> Automation:
+def automation(left_out: Judged, images: Judged | None = None, notes: tuple[str, ...] = ()) -> Automation:
     """The curve of `least_odds` at PROMISES; shares and errors are those of `images`, None for the left-out ones."""
     images = left_out if images is None else images
     count = left_out.count
-    odds, right = left_out.level_odds, left_out.level_right
+    odds, right = left_out.odds, left_out.right
     surest_wrong = odds[~right].max(initial=-math.inf)
     least = np.array([least_odds(left_out, promised) for promised in PROMISES])
     counts = np.array([_counts(images, threshold) for threshold in least.tolist()])
@@ -140,28 +127,22 @@ def automation(left_out: LeftOutLabels, images: LeftOutLabels | None = None, not
     thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
     surer = float(left_out.counted[odds[:, -1] > surest_wrong].sum())
     smallest, least_error = _promised_by(count), _promised_by(surer)
-    promises = np.array(PROMISES), thresholds, n_accepted / n_images, errors
-    made = len(left_out.labels), count, smallest, least_error, *promises, left_out.basis, notes
-    if odds.shape[1] == 1:
-        return Automation(*made)
-    return TreeAutomation(*made, counts[:, :, 0] / n_images, level_errors)
+    curve = np.array(PROMISES), thresholds, n_accepted / n_images, errors, counts[:, :, 0] / n_images, level_errors
+    return Automation(len(left_out.labels), count, smallest, least_error, *curve, left_out.basis, notes)
 
 
 def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{share:.1%}"
 
 
-def _counts(images: LeftOutLabels, least: float) -> np.ndarray:
+def _counts(images: Judged, least: float) -> np.ndarray:
     """(L, 2) float64: of each level how many images it answers, and how many of these answers are wrong, as they
     count."""
-    odds, right = images.level_odds, images.level_right
-    level, answered = finest(odds, least)
-    wrong = ~right[np.arange(len(level)), level]
-    chosen = answered, answered & wrong
-    return np.stack([np.bincount(level[rows], images.counted[rows], odds.shape[1]) for rows in chosen], 1)
+    level, *chosen = images.answered(least)
+    return np.stack([np.bincount(level[rows], images.counted[rows], images.odds.shape[1]) for rows in chosen], 1)
 
 
-def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
+def check_promise(left_out: Judged, max_error: float) -> None:
     """Raise IosrFastError where even V right labels are too few to promise `max_error`."""
     if not _are_enough(left_out, max_error):
         raise IosrFastError(
@@ -171,7 +152,7 @@ def check_promise(left_out: LeftOutLabels, max_error: float) -> None:
         )
 
 
-def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
+def least_odds(left_out: Judged, max_error: float) -> float:
     """The least log p / (1 - p) of a label that is accepted, p being the largest probability of its picture: of new
     pictures whose label is accepted, at most a share `max_error` is wrong, with 95% confidence over the draw of the V
     images. This is exact for independent images of calibrate_on, drawn as new ones are; of left-out images it holds to
@@ -186,7 +167,7 @@ def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
     K ~ Binomial(n, max_error), which is where the Clopper-Pearson bound of the error is at most `max_error`. As the
     first that fails ends the test, no correction for many thresholds is needed; a threshold for each level would.
 
-    A burst counts once (LeftOutLabels.weights): n and k are sums of weights (Korn & Graubard, Survey Methodology 1998).
+    A burst counts once (Judged.weights): n and k are sums of weights (Korn & Graubard, Survey Methodology 1998).
     n is rounded down, and the chance of a k between two whole numbers is interpolated. Weights do not depend on what is
     right, so each chance rises with every answer that is wrong instead of right: no promise is loosened by one.
 
@@ -195,16 +176,16 @@ def least_odds(left_out: LeftOutLabels, max_error: float) -> float:
     needed = images_needed_for(max_error)
     if not _are_enough(left_out, max_error):
         return math.inf
-    odds, right = left_out.level_odds, left_out.level_right
+    odds = left_out.odds
     tried = [_odds_of_counts(column, left_out.counted, 1) for column in odds.T[:-1]]
     tried.append(_odds_of_counts(odds[:, -1], left_out.counted, needed))
-    least, rows = math.inf, np.arange(len(odds))
+    least = math.inf
     for threshold in np.unique(np.concatenate(tried))[::-1].tolist():
-        level, answered = finest(odds, threshold)
+        _, answered, wrong = left_out.answered(threshold)
         n = int(left_out.counted[answered].sum() + _FRACTION)
         if n < needed:
             continue
-        k = float(left_out.counted[answered & ~right[rows, level]].sum())
+        k = float(left_out.counted[wrong].sum())
         chances = binomial_cdf(n, max_error, min(math.ceil(k), n))
         if np.interp(k, np.arange(len(chances)), chances) > 1.0 - CONFIDENCE + _ROUNDING:
             break
@@ -221,7 +202,7 @@ def _odds_of_counts(odds: np.ndarray, weights: np.ndarray, first: int) -> np.nda
     return odds[order][last]
 
 
-def _are_enough(left_out: LeftOutLabels, max_error: float) -> bool:
+def _are_enough(left_out: Judged, max_error: float) -> bool:
     """Whether the images could promise `max_error` if all were right."""
     return left_out.count >= images_needed_for(max_error) - _FRACTION
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.automation import CONFIDENCE, binomial_cdf
-from iosr_fast.methods.conformal import LeftOutLabels, check_share
+from iosr_fast.methods.conformal import Judged, check_share
 
 FALSE_ALARMS = 0.05  # at most, however often one looks
 _ODDS = np.array([1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0])  # of a wrong label, over those that are promised
@@ -115,24 +115,24 @@ def checked(wrong: Sequence[bool], max_error: float) -> CheckedPromise:
     return CheckedPromise(max_error, len(counts) - 1, int(counts[-1]), e_value, (best, int(counts[best])))
 
 
-def strange_odds(left_out: LeftOutLabels) -> float:
+def strange_odds(left_out: Judged) -> float:
     """The log p / (1 - p) of its label at which a picture is strange: a lower 95% confidence bound of the 10% quantile
     of left-out images.
 
     It is the k-th smallest of n images, for the largest k with P(K <= k - 1) <= 5% under K ~ Binomial(n, 0.1), where n
-    and k are sums of weights (LeftOutLabels.weights): at most 10% of new pictures have as small odds, with 95%
+    and k are sums of weights (Judged.weights): at most 10% of new pictures have as small odds, with 95%
     confidence over the draw of the n images (David & Nagaraja, Order Statistics, 2003, section 7.1). With fewer than 29
     there is no such k, and no picture is strange: -inf.
 
     >>> odds = np.arange(100.0)
-    >>> strange_odds(LeftOutLabels(odds, odds[:, None], odds[:, None] > 9, np.zeros(100), np.zeros(100, int)))
+    >>> strange_odds(Judged(odds, odds[:, None], odds[:, None] > 9, np.zeros(100), np.zeros(100, int)))
     4.0
     """
     n = int(left_out.count + _ROUNDING)
     k = int((binomial_cdf(n, STRANGE, n) <= 1.0 - CONFIDENCE).sum())
-    order = np.argsort(left_out.top_odds, kind="stable")
+    order = np.argsort(left_out.odds[:, 0], kind="stable")
     rank = int(np.searchsorted(np.cumsum(left_out.counted[order]), k + _ROUNDING, side="right"))
-    return float(left_out.top_odds[order[rank - 1]]) if k else -math.inf
+    return float(left_out.odds[:, 0][order[rank - 1]]) if k else -math.inf
 
 
 class Strangers:

@@ -13,7 +13,7 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.folds import unit_weights
 from iosr_fast.methods.log_loss import log_losses, log_odds_of_largest, log_softmax, sigmoid
-from iosr_fast.methods.tree import Tree
+from iosr_fast.methods.tree import Tree, finest
 from iosr_fast.utils.text import abbreviate
 
 ClassNames = Sequence[Any] | np.ndarray
@@ -30,11 +30,11 @@ class Reliability:
 
     `error` is the expected calibration error, sum over bins of share * |right - confidence| (Guo et al., ICML 2017,
     equation 3). `accuracy` and `log_loss` are means over the V images, which are `basis`: LEFT_OUT or CALIBRATION.
-    All means and shares are of images as they count (LeftOutLabels.counted): a burst counts once.
+    All means and shares are of images as they count (Judged.counted): a burst counts once.
 
     >>> right, log_loss = np.array([True, False]), np.array([0.09, 3.0])
     >>> odds = np.log([0.91 / 0.09, 0.95 / 0.05])
-    >>> one = LeftOutLabels(np.zeros(2), odds[:, None], right[:, None], log_loss, np.array([0, 1]))
+    >>> one = Judged(np.zeros(2), odds[:, None], right[:, None], log_loss, np.array([0, 1]))
     >>> print(one.reliability)
     2 left-out support images: expected calibration error 43.0%, log-loss 1.545
     probability  images  mean   right
@@ -67,36 +67,26 @@ class Reliability:
 
 
 @dataclass(frozen=True, eq=False)
-class LeftOutLabels:
+class Judged:
     """What a classifier says of V labelled images that it has not seen (`of_logits`).
 
-    odds      (V,) log p / (1 - p) of the label
-    level_odds, level_right  (V, L) of the nodes of a tree (tree.Levels), the finest level first, that of the classes:
-              the odds, and bool, whether the label's class is below the node
-    log_loss  (V,) -log p of the label, in nats
-    labels    (V,) int64, the position of the label's class
-    basis     what these images are, as of Reliability
-    weights   (V,) float64, what each image counts, as images of a burst may be right or wrong together
-              (folds.unit_weights); None: each counts 1
+    label_odds  (V,) log p / (1 - p) of the label
+    odds        (V, L) log m / (1 - m) of the answer at each level of a tree (Tree.of_logits), first that of classes
+    right       (V, L) bool, whether the label's class is that answer or below it
+    log_loss    (V,) -log p of the label, in nats
+    labels      (V,) int64, the position of the label's class
+    basis       what these images are, as of Reliability
+    weights     (V,) float64, what each image counts, as images of a burst may be right or wrong together
+                (folds.unit_weights); None: each counts 1
     """
 
+    label_odds: np.ndarray
     odds: np.ndarray
-    level_odds: np.ndarray
-    level_right: np.ndarray
+    right: np.ndarray
     log_loss: np.ndarray
     labels: np.ndarray
     basis: str = LEFT_OUT
     weights: np.ndarray | None = None
-
-    @property
-    def top_odds(self) -> np.ndarray:
-        """(V,) log p / (1 - p) of the largest probability."""
-        return self.level_odds[:, 0]
-
-    @property
-    def right(self) -> np.ndarray:
-        """(V,) bool, whether that is the label's."""
-        return self.level_right[:, 0]
 
     @cached_property
     def counted(self) -> np.ndarray:
@@ -108,6 +98,12 @@ class LeftOutLabels:
         """How many images V images count as: the sum of their weights."""
         return float(self.counted.sum())
 
+    def answered(self, least_odds: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The level of each image's answer (tree.finest), whether it is accepted, and whether it is accepted and wrong,
+        each (V,)."""
+        level, accepted = finest(self.odds, least_odds)
+        return level, accepted, accepted & ~self.right[np.arange(len(level)), level]
+
     def thresholds(self, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """The least log p / (1 - p) of a label in a set: one number (), or with the names of all `classes` (C,) one for
         each, by the images of that class alone.
@@ -115,7 +111,7 @@ class LeftOutLabels:
         Raises IosrFastError where there are too few images for the promise, naming the classes that have too few.
         """
         if classes is None:
-            return np.array(threshold(self.odds, coverage, self.basis, self.weights))
+            return np.array(threshold(self.label_odds, coverage, self.basis, self.weights))
         counts = np.bincount(self.labels, self.counted, len(classes))
         needed = images_needed(coverage)
         if few := [f"{name} ({n:.4g})" for name, n in zip(classes, counts.tolist(), strict=True) if n < needed - 1e-6]:
@@ -125,7 +121,9 @@ class LeftOutLabels:
                 "give more pictures of these classes, promise less, or leave per_class out"
             )
         by_class = [self.labels == c for c in range(len(classes))]
-        return np.array([threshold(self.odds[rows], coverage, self.basis, self.counted[rows]) for rows in by_class])
+        return np.array(
+            [threshold(self.label_odds[rows], coverage, self.basis, self.counted[rows]) for rows in by_class]
+        )
 
     def sets(self, logits: np.ndarray, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """(B, C) bool, the labels of each image's set: those whose log p / (1 - p), p = softmax(logits), reaches the
@@ -144,17 +142,17 @@ class LeftOutLabels:
     @property
     def confidence(self) -> np.ndarray:
         """(V,) the largest probability."""
-        return sigmoid(self.top_odds)
+        return sigmoid(self.odds[:, 0])
 
     @cached_property
     def reliability(self) -> Reliability:
         bins = np.ceil(self.confidence * BINS).astype(int).clip(1, BINS) - 1
         counted, total = self.counted, self.count or math.nan
         of_bins = np.bincount(bins, counted, BINS)
-        sums, right = (np.bincount(bins, counted * part, BINS) for part in (self.confidence, self.right))
+        sums, right = (np.bincount(bins, counted * part, BINS) for part in (self.confidence, self.right[:, 0]))
         with np.errstate(invalid="ignore"):
             means, shares = sums / of_bins, right / of_bins
-        accuracy, loss = (float(counted @ part) / total for part in (self.right, self.log_loss))
+        accuracy, loss = (float(counted @ part) / total for part in (self.right[:, 0], self.log_loss))
         error = float(np.abs(right - sums).sum()) / total
         return Reliability(np.bincount(bins, minlength=BINS), means, shares, error, accuracy, loss, self.basis)
 
@@ -165,19 +163,18 @@ def of_logits(
     basis: str = LEFT_OUT,
     units: np.ndarray | None = None,
     tree: Tree | None = None,
-) -> LeftOutLabels:
+) -> Judged:
     """Labelled images (V,), by the logits (V, C) of a classifier that has not seen them: the out-of-fold logits of
     support images (out_of_fold.OutOfFold), or those of other images, as in split conformal prediction. `units` (V,) as
     of folds.Folds.
     """
     labels, exact = np.asarray(labels, np.int64), np.asarray(logits, np.float64)
     tree = tree or Tree(((),) * exact.shape[1])
-    levels = tree.of_logits(exact)
-    right = levels.nodes == tree.levels[:, labels].T
-    return LeftOutLabels(
-        odds=log_odds(exact)[np.arange(len(labels)), labels],
-        level_odds=levels.odds,
-        level_right=right,
+    odds, nodes = tree.of_logits(exact)
+    return Judged(
+        label_odds=log_odds(exact)[np.arange(len(labels)), labels],
+        odds=odds,
+        right=nodes == tree.levels[:, labels].T,
         log_loss=log_losses(exact, labels),
         labels=labels,
         basis=basis,

@@ -10,7 +10,7 @@ import numpy as np
 
 from iosr_fast.methods.automation import CONFIDENCE, explained_by_chance, images_needed_for
 from iosr_fast.methods.config import wilson
-from iosr_fast.methods.conformal import LeftOutLabels, counted_as
+from iosr_fast.methods.conformal import Judged, counted_as
 
 _ROUNDING = 1e-6  # by which a sum of weights may miss a whole number
 
@@ -19,7 +19,7 @@ _ROUNDING = 1e-6  # by which a sum of weights may miss a whole number
 class PromiseResult:
     """A promise that at most a share `promised` of accepted labels is wrong: of `accepted` labels `wrong` are.
 
-    count      what the accepted labels count as (conformal.LeftOutLabels.count): a burst counts once
+    count      what the accepted labels count as (conformal.Judged.count): a burst counts once
     share      the share of them that is wrong, as they count
     explained  the most wrong labels that are compatible with the promise (`judge_promises`)
     judgement  "broke" where more are wrong; else "too few" where these labels, were all right, would not confirm the
@@ -78,7 +78,7 @@ def judge_promises(promised: Sequence[float], pictures: np.ndarray, counted: np.
     return tuple(results)
 
 
-def accuracy_at(left_out: LeftOutLabels, sizes: np.ndarray) -> tuple[float, float]:
+def accuracy_at(left_out: Judged, sizes: np.ndarray) -> tuple[float, float]:
     """The accuracy that left-out images let expect at class `sizes` (C,), and their effective number: those of all
     images, unless the accuracy differs by more than half a point.
 
@@ -86,13 +86,13 @@ def accuracy_at(left_out: LeftOutLabels, sizes: np.ndarray) -> tuple[float, floa
     left-out images, and (sum q_c)^2 / sum (q_c^2 / W_c) (Kish, Survey Sampling, 1965).
 
     >>> right, zeros = np.array([[True], [True], [False], [True]]), np.zeros(4)
-    >>> accuracy_at(LeftOutLabels(zeros, zeros[:, None], right, zeros, np.array([0, 0, 1, 1])), np.array([3, 1]))
+    >>> accuracy_at(Judged(zeros, zeros[:, None], right, zeros, np.array([0, 0, 1, 1])), np.array([3, 1]))
     (0.875, 3.2)
     """
     expected, labels, counted = left_out.reliability.accuracy, left_out.labels, left_out.counted
     factors = sizes[labels] / np.bincount(labels, counted, len(sizes))[labels]
     total = float(counted @ factors)
-    at_sizes = float(counted @ (factors * left_out.right)) / total if total else math.nan
+    at_sizes = float(counted @ (factors * left_out.right[:, 0])) / total if total else math.nan
     if abs(at_sizes - expected) > 0.005:
         return at_sizes, total**2 / float(counted @ factors**2)
     return expected, left_out.count

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,23 +13,6 @@ from iosr_fast.methods.log_loss import log_odds_of_largest, log_sum_exp
 from iosr_fast.scoring.reference import softmax
 
 Path: TypeAlias = tuple[str, ...]  # names of nodes, from the root's child down
-
-
-class Levels(NamedTuple):
-    """Of B pictures at L levels of a tree, the finest first: the node with the largest probability mass.
-
-    odds   (B, L) float64, log m / (1 - m) of its mass m, the sum of the probabilities of its classes
-    nodes  (B, L) int64
-    """
-
-    odds: np.ndarray
-    nodes: np.ndarray
-
-    def answer(self, least_odds: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each picture the node that answers it (`finest`), and whether its odds reach `least_odds`, one number or
-        (B,); each (B,)."""
-        level, answered = finest(self.odds, least_odds)
-        return self.nodes[np.arange(len(level)), level], answered
 
 
 def finest(odds: np.ndarray, least_odds: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,8 +40,8 @@ class Tree:
     (('animal',), ('animal', 'cat'), ('animal', 'dog'), ('plant',))
     >>> tree.levels.tolist()
     [[0, 1, 2, 3], [5, 5, 6, 3], [4, 4, 4, 7]]
-    >>> levels = tree.of_logits(np.log([[0.3, 0.35, 0.2, 0.15]]))
-    >>> levels.nodes.tolist(), (1 / (1 + np.exp(-levels.odds))).round(2).tolist()
+    >>> odds, nodes = tree.of_logits(np.log([[0.3, 0.35, 0.2, 0.15]]))
+    >>> nodes.tolist(), (1 / (1 + np.exp(-odds))).round(2).tolist()
     ([[1, 5, 4]], [[0.35, 0.65, 0.85]])
     """
 
@@ -100,8 +83,10 @@ class Tree:
         """Whether the classes are below the nodes, or are these; arrays of shapes that broadcast."""
         return np.asarray((self.levels.T[classes] == nodes[..., None]).any(-1))
 
-    def of_logits(self, logits: np.ndarray) -> Levels:
-        """What each level says of pictures with these logits (B, C), of equal masses the first node."""
+    def of_logits(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of pictures with these logits (B, C) the node (B, L) int64 with the largest mass m at each level, of equal
+        ones the first, and before it log m / (1 - m), (B, L) float64. A mass is the sum of the probabilities of a
+        node's classes."""
         exact = logits.astype(np.float64)
         odds, nodes = [log_odds_of_largest(exact)], [exact.argmax(1)]
         shares = softmax(exact) if len(exact) and len(self.levels) > 1 else exact
@@ -113,4 +98,11 @@ class Tree:
             within, others = (np.where(part, exact, -np.inf) for part in (inside, ~inside))
             odds.append(log_sum_exp(within) - log_sum_exp(others))
             nodes.append(best)
-        return Levels(np.stack(odds, 1), np.stack(nodes, 1))
+        return np.stack(odds, 1), np.stack(nodes, 1)
+
+    def answer(self, logits: np.ndarray, least_odds: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each picture the node that answers it (`finest`), and whether its odds reach `least_odds`, one number or
+        (B,); each (B,)."""
+        odds, nodes = self.of_logits(logits)
+        level, answered = finest(odds, least_odds)
+        return nodes[np.arange(len(level)), level], answered

@@ -32,8 +32,8 @@ from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.head import Head
 from iosr_fast.head.names import check_names
-from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.sealed.files import open_regular
 from iosr_fast.sealed.folders import new_folder
@@ -52,7 +52,7 @@ ENGINE, TEXT = "engine", "text"
 class Bundle:
     """A Fit without the encoder that runs: `engine` is the folder to open it from, `files` that folder held open."""
 
-    head: AnyHead
+    head: Head
     settings: SupportSettings
     engine: Path
     encoder_fingerprint: str
@@ -194,7 +194,7 @@ class SavedHead:
     columns     the names that the columns of X had
     """
 
-    head: AnyHead
+    head: Head
     estimator: dict[str, Any]
     labels: str
     indicator: str | None
@@ -319,7 +319,7 @@ def _check_encoder(engine: VerifiedFolder, facts: EngineManifest, expected: str)
         )
 
 
-def _check_widths(facts: ClassifierManifest, engine: VerifiedFolder, head: AnyHead) -> None:
+def _check_widths(facts: ClassifierManifest, engine: VerifiedFolder, head: Head) -> None:
     """That embeddings are such as the engine makes, and the text encoder."""
     width = engine.manifest["width"]
     adapted = engine.manifest["first_adapted_block"] is not None

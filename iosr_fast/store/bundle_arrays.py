@@ -73,9 +73,8 @@ TABLE: dict[str, dict[str, Array]] = {
         "calibration_plain": _embeddings("head.calibration_images.embeddings.plain", "L"),
         "calibration_adapted": _embeddings("head.calibration_images.embeddings.adapted", "L"),
         "calibration_groups": Array("head.calibration_images.groups", "int64", "L"),
-        # Of a MultiLabelHead alone.
-        "labels": Array("multi_label.labels", "uint8", "N C", limits=("0", "1")),
-        "thresholds": Array("multi_label.thresholds", "float32", "C", limits=("0", "1")),
+        "labels": Array("head.labels", "uint8", "N C", limits=("0", "1")),
+        "thresholds": Array("head.thresholds", "float32", "C", limits=("0", "1")),
     },
     # ScoringPlan checks the norms of keys and the channels of a linear term.
     PLAN: {

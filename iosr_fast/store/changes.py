@@ -29,7 +29,7 @@ from iosr_fast.sealed.schema import Natural, Strict
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "move_class", "retune"]
 # What is computed of a head and knows no tree, then what knows no names of classes.
 TREELESS = ("support", "plan", "look_alikes", "folds", "out_of_fold", "calibration", "temperature", "unknown")
-NAMELESS = (*TREELESS, "left_out_labels")
+NAMELESS = (*TREELESS, "judged")
 _ARRAYS = ("text", "plain", "adapted", "query_plain", "query_adapted")
 
 

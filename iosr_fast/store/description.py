@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
-from iosr_fast.head.predictions import AnyHead
+from iosr_fast.head.head import Head
 from iosr_fast.methods.config import describe_shares
 from iosr_fast.sealed.verified_folder import open_verified
 from iosr_fast.store.bundle import ENGINE, HEAD_KIND, Bundle, SavedHead, kind_of
@@ -56,7 +56,7 @@ def describe_log(path: str | Path) -> Iterator[str]:
     yield f"leads to version {last.version}, {last.classes:,} classes, {last.images:,} images"
 
 
-def _head_lines(head: AnyHead) -> list[str]:
+def _head_lines(head: Head) -> list[str]:
     config, examples = head.config, head.examples
     parameters = "".join(f", {name} {value:.6g}" for name, value in sorted(config.parameters.items()))
     shares = {} if head.evidence is None else head.evidence.shares

@@ -19,9 +19,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import SEPARATOR
-from iosr_fast.head.multi_label import MultiLabelHead
 from iosr_fast.head.names import check_separable
-from iosr_fast.head.predictions import AnyHead
 from iosr_fast.methods import METHODS, conformal, unavailable_reason
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.folds import Folds
@@ -55,7 +53,7 @@ _FOLDS = ("fold", "scored", "distinct", "units")
 _OF_CLASSIFIER = ("method", "parameters", "reducer", "factor", "key_precision")
 
 
-def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
+def head_to_files(head: Head) -> tuple[dict[str, Any], dict[str, Arrays]]:
     """The facts (bundle_schema.HeadFacts), JSON-ready, and the arrays of each file (bundle_arrays.TABLE).
 
     Keys that are the embeddings of the support images are stored once. int8 keys are stored as codes: computing them
@@ -63,7 +61,7 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
     what has been used.
     """
     plan, examples = head.plan, head.examples
-    if isinstance(head, Head):
+    if head.thresholds is None:
         head.folds, head.temperature  # noqa: B018
     computed = {name: head.computed(name) for name in ("folds", "temperature", "unknown", "out_of_fold")}
     pictures = _packed(examples.pictures)
@@ -91,7 +89,7 @@ def head_to_files(head: AnyHead) -> tuple[dict[str, Any], dict[str, Arrays]]:
     return written, {file: arrays for file, arrays in files.items() if arrays}
 
 
-def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> AnyHead:
+def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> Head:
     """The head that `head_to_files` took apart; `read` gives a file's bytes, None where there is none.
 
     Raises DamagedFileError, naming file or field, for what no head can be.
@@ -129,13 +127,14 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> An
         plan = _plan(facts.plan, of_plan, support, config)
     data = names, numbers, text, facts.tau, examples, config, reducer, facts.version, *facts.next
     if is_multi_label:
-        return MultiLabelHead(*data, arrays["labels"].astype(bool), arrays["thresholds"]).with_computed(plan=plan)
+        of_sets = arrays["labels"].astype(bool), arrays["thresholds"]
+        return Head(*data, None, None, None, *of_sets).with_computed(plan=plan)
     above = tuple(map(tuple, facts.paths)) if facts.paths is not None and any(facts.paths) else None
     head = Head(*data, _embeddings(arrays, "unknown_"), calibration, above)
     return head.with_computed(plan=plan, **_evidence(head, read))
 
 
-def write_head(head: AnyHead, folder: Path) -> dict[str, Any]:
+def write_head(head: Head, folder: Path) -> dict[str, Any]:
     """Write the arrays of a head into the folder of a bundle; its facts."""
     from safetensors.numpy import save_file
 
@@ -145,7 +144,7 @@ def write_head(head: AnyHead, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def read_head(facts: HeadFacts, folder: VerifiedFolder) -> AnyHead:
+def read_head(facts: HeadFacts, folder: VerifiedFolder) -> Head:
     """The head of a bundle. Raises DamagedFileError as `head_from_files`, naming the folder."""
     try:
         return head_from_files(facts, lambda name: folder.read(name) if name in folder.files else None)
@@ -153,7 +152,7 @@ def read_head(facts: HeadFacts, folder: VerifiedFolder) -> AnyHead:
         raise refused(folder, str(error)) from error
 
 
-def head_to_bytes(head: AnyHead) -> bytes:
+def head_to_bytes(head: Head) -> bytes:
     """A head, its plan included, as the log holds it."""
     from safetensors.numpy import save
 
@@ -161,13 +160,13 @@ def head_to_bytes(head: AnyHead) -> bytes:
     return msgspec.msgpack.encode((facts, {name: save(arrays) for name, arrays in files.items()}))
 
 
-def head_from_bytes(data: bytes) -> AnyHead:
+def head_from_bytes(data: bytes) -> Head:
     """The inverse of `head_to_bytes`, bit-equal. Raises ValueError for what no head can be."""
     facts, files = msgspec.msgpack.decode(data, type=tuple[HeadFacts, dict[str, bytes]])
     return head_from_files(facts, files.get)
 
 
-def fingerprint(head: AnyHead) -> str:
+def fingerprint(head: Head) -> str:
     """SHA-256, in hex, over classes and their tree, support images and their pictures, method, parameters and reducer.
     Not over paths of files: it is the same classifier wherever these lie, and a log that begins with it is its own."""
     config = {name: getattr(head.config, name) for name in _OF_CLASSIFIER}
@@ -193,8 +192,8 @@ def fingerprint(head: AnyHead) -> str:
     return digest.hexdigest()
 
 
-def _parts(head: AnyHead) -> dict[str, Any]:
-    return {"head": head, "multi_label": head if isinstance(head, MultiLabelHead) else None}
+def _parts(head: Head) -> dict[str, Any]:
+    return {"head": head}
 
 
 # --- support images ---

@@ -10,7 +10,6 @@ from pathlib import Path
 from iosr_fast.delivery.fitted import Fit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.head import Head
-from iosr_fast.head.predictions import AnyHead
 from iosr_fast.store.change_log import ChangeLog
 from iosr_fast.store.changes import Change, ChangeResult
 from iosr_fast.utils.estimator import not_fitted
@@ -45,7 +44,7 @@ class Store:
             self._serves = True
             self._ready(self.fitted().head)
 
-    def _ready(self, head: AnyHead, before: AnyHead | None = None) -> AnyHead:
+    def _ready(self, head: Head, before: Head | None = None) -> Head:
         """The head, with its plan, and where promises are served with what these rest on (Head.with_promises)."""
         return head.with_promises(before) if self._serves else head.compiled()
 

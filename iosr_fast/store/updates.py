@@ -26,7 +26,6 @@ from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.labels import read_groups
 from iosr_fast.head.names import check_new_name
-from iosr_fast.head.predictions import AnyHead
 from iosr_fast.head.support_images import NONE_OF_THE_CLASSES, encode_images
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
@@ -351,7 +350,7 @@ def _text(fit: Fit, name: str, text: np.ndarray | None, descriptions: Any) -> np
     return embedded
 
 
-def _check_name(head: AnyHead, name: str, path: tuple[str, ...] = (), itself: int | None = None) -> None:
+def _check_name(head: Head, name: str, path: tuple[str, ...] = (), itself: int | None = None) -> None:
     """The name of a new class below the nodes of `path`, or another one of the class with the uid `itself`."""
     others = [other for uid, other in zip(head.uids, head.class_names, strict=True) if uid != itself]
     check_new_name(name, others)

@@ -129,7 +129,7 @@ def test_every_method_answers_as_the_library(method: str) -> None:
             warnings.simplefilter("ignore")
             head.fit(X, support.labels, unknown_images=rows[-9:] if k else None)
         assert isinstance(head, FewShotHead)
-        promised = least_odds(head.snapshot().left_out_labels, 0.4)
+        promised = least_odds(head.snapshot().judged, 0.4)
         unknown, plan = head.unknown_, head.plan_.scaled(1.0 / head.snapshot().temperature)
         answers = Answers(plan, head.snapshot().needs_adapted, promised, unknown, unknown.threshold(0.7))
         got = answers_of(queries, answers)
@@ -168,10 +168,10 @@ def test_answers_with_nodes_are_those_of_the_tree(rng: np.random.Generator, scal
     plan, rows = random_plan(rng, [2] * 24, 24).scaled(scale), random_embeddings(rng, 300, 24)
     logits = score_reference(plan, rows)
     assert (softmax(logits.astype(np.float32)) == 0).any() == (scale > 1)
-    levels, given = tree.of_logits(logits), set[int]()
+    (odds, _), given = tree.of_logits(logits), set[int]()
     for share in np.linspace(0.05, 0.95, 7):
-        least = float(np.quantile(levels.odds[:, -1], share)) + 1e-3
-        labels, accepted = levels.answer(least)
+        least = float(np.quantile(odds[:, -1], share)) + 1e-3
+        labels, accepted = tree.answer(logits, least)
         got = answers_of(rows, Answers(plan, adapted=True, least_odds=least, tree=tree))
         np.testing.assert_array_equal(got["label"], labels)
         np.testing.assert_array_equal(got["accepted"], accepted)

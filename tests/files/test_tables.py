@@ -13,7 +13,7 @@ import pytest
 
 from iosr_fast.files import tables
 from iosr_fast.files.tables import ACCEPTED, SCORES, TREE_PROMISE, CsvTable, ParquetTable, TableRow, read_table, row_of
-from iosr_fast.head.predictions import ClassScore, Prediction, TreePrediction
+from iosr_fast.head.predictions import ClassScore, Prediction
 from iosr_fast.head.verdict import Rejection
 from iosr_fast.utils.csv_text import recovered
 
@@ -64,14 +64,15 @@ def test_columns_and_types_depend_on_the_options_alone() -> None:
     """Not on errors and rejected pictures, nor on whether there is any row."""
     score = ClassScore("cat", "~0", 0.75, 1.0, 0.0, 1.0, 0.0)
     plain = Prediction(**vars(score), top=(score,), nearest=(), version=1, accepted=True)
-    node = TreePrediction(**{**vars(plain), "label": "pet", "class_id": None, "level": 1, "path": ("animal",)})
+    node = replace(plain, label="pet", class_id=None, level=1, path=("animal",))
     rejected = replace(plain, label=None, class_id=None, unknown=Rejection(2.0, True), accepted=False)
     rows = [*(row_of("a.png", one, SCORES) for one in (plain, node, rejected)), TableRow("b.png", error="bad")]
     table = ParquetTable("?", TREE_PROMISE)
     files = [table.encode(some, first=True) for some in ([], rows, *([row] for row in rows))]
     frames = [pd.read_parquet(BytesIO(file)) for file in files]
     assert all(frame.dtypes.equals(frames[0].dtypes) for frame in frames)
-    assert frames[1]["level"].tolist() == [pd.NA, 1, pd.NA, pd.NA] and frames[1][frames[1].accepted].label[1] == "pet"
+    assert frames[1]["level"].tolist()[:2] == [0, 1] and frames[1]["level"].isna().sum() == 2
+    assert frames[1][frames[1].accepted].label[1] == "pet"
 
 
 def test_parquet_keeps_names_as_they_are_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

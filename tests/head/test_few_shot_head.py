@@ -156,7 +156,7 @@ def test_what_promises_rest_on_goes_with_its_fit(rng: np.random.Generator) -> No
     rows, labels, _ = clusters(rng, 3, 30, 8)
     head = FewShotHead("gda").fit(rows, labels)
     head.predict(rows, max_error=0.3)
-    left_out = weakref.ref(head.snapshot().left_out_labels)
+    left_out = weakref.ref(head.snapshot().judged)
     head.fit(rows, labels)
     gc.collect()
     assert left_out() is None

@@ -151,8 +151,10 @@ def test_answers_with_nodes_of_a_tree_are_judged_together_and_shown_by_level(mea
 )
 def test_the_strictest_promise_that_broke_is_named(measured: Any, accepted: Any, wrong: Any, said: str) -> None:
     counts, of_these, promised = np.array(accepted), np.array(wrong), np.array([0.05, 0.1, 0.2])
+    shares = counts / 60
     errors = np.where(counts > 0, of_these / np.maximum(counts, 1), np.nan)
-    curve = Automation(500, 500.0, 0.006, 0.072, promised, np.full(3, 0.5), counts / 60, errors)
+    curves = np.full(3, 0.5), shares, errors, shares[:, None], errors[:, None]
+    curve = Automation(500, 500.0, 0.006, 0.072, promised, *curves)
     both = np.stack([counts, of_these], 1)
     promises, accuracy = judge_promises(promised.tolist(), both, both.astype(float)), measured[-1].accuracy
     found = replace(measured[-1], automation=curve, promises=promises, expected_at_sizes=(accuracy, 30.0))
@@ -173,8 +175,8 @@ def test_an_accuracy_below_the_expected_one_says_what_to_do(measured: Any) -> No
 def test_an_accuracy_is_compared_with_the_one_expected_at_its_class_sizes(measured: Any) -> None:
     """Three quarters of these images are of the class that is hardest; nothing else differs."""
     classifier, images, names, _, _ = measured
-    classes, left_out = classifier.classes_, classifier.snapshot().left_out_labels
-    recall = [left_out.right[left_out.labels == c].mean() for c in range(5)]
+    classes, left_out = classifier.classes_, classifier.snapshot().judged
+    recall = [left_out.right[:, 0][left_out.labels == c].mean() for c in range(5)]
     hardest = classes[int(np.argmin(recall))]
     of_hardest = names == hardest
     rows = np.concatenate([np.flatnonzero(of_hardest), np.flatnonzero(~of_hardest)[::12]])

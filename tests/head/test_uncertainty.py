@@ -72,7 +72,7 @@ def test_labels_that_need_a_look_are_withheld_by_a_promise(queries: Any, tmp_pat
     assert [one.accepted for one in explained] == (sure & ~rejected).tolist()
     classifier.save(tmp_path / "bundle")
     saved = load(Bundle, tmp_path / "bundle").head
-    assert str(automation(saved.left_out_labels, notes=saved.doubts)) == str(curve)
+    assert str(automation(saved.judged, notes=saved.doubts)) == str(curve)
 
 
 @pytest.mark.parametrize("per_class", [False, True])
@@ -102,10 +102,10 @@ def test_promises_rest_on_calibration_images_which_are_saved_and_follow_changes(
     classifier.save(tmp_path / "bundle")
     for head in (classifier.snapshot(), load(Bundle, tmp_path / "bundle").head):
         expected = of_logits(head.calibrated(head.score(PixelEncoder().encode(images[:30]))), labels[:30])
-        np.testing.assert_allclose(head.left_out_labels.odds, expected.odds, rtol=1e-5)
+        np.testing.assert_allclose(head.judged.label_odds, expected.label_odds, rtol=1e-5)
         np.testing.assert_allclose(head.unknown.left_out, -scores, atol=1e-4)
         assert not head.evidence.stale and head.evidence.accuracy == accuracy  # evidence of the same fit
-        for text in (head.summary(), head.unknown.summary(0.9), head.left_out_labels.reliability):
+        for text in (head.summary(), head.unknown.summary(0.9), head.judged.reliability):
             assert "30 images of calibrate_on" in str(text)
     assert "30 images of calibrate_on" in str(classifier.automation()) + describe(tmp_path / "bundle")
     classifier.open_log(tmp_path / "log.db")
@@ -148,7 +148,7 @@ def test_images_to_calibrate_on_count_if_they_are_new(queries: Any) -> None:
     curve, head = classifier.automation(), classifier.snapshot()
     assert curve.images == 30 and "4 near duplicates of support images are left out of calibrate_on" in str(curve)
     classifier.add_examples("motif 1", images[5:6])  # which is no new picture any more
-    assert classifier.automation().images == 29 and head.left_out_labels.count <= 30
+    assert classifier.automation().images == 29 and head.judged.count <= 30
     classifier.add_class("other", queries[0][-5:])
     told = "1 of 7 classes have none of the images of calibrate_on: nothing is promised of 'other'"
     assert told in str(classifier.automation()) and told in classifier.snapshot().summary()
@@ -233,6 +233,6 @@ def test_what_left_out_images_answer_is_saved_and_forgotten_by_a_change(
         patch.setattr("iosr_fast.head.head.out_of_fold", lambda *_: pytest.fail("computed again"))
         np.testing.assert_array_equal(head.unknown.score(PixelEncoder().encode(images)), scores)
         assert head.unknown.summary(0.9) == classifier.unknown_.summary(0.9)
-        assert str(head.left_out_labels.reliability) == str(calibration)
+        assert str(head.judged.reliability) == str(calibration)
     changed = Change("remove_class", 0).apply(head)
     assert len(changed.unknown.left_out) == 4 * (CLASSES - 1) and changed.computed("out_of_fold") is None

@@ -20,12 +20,12 @@ from iosr_fast.methods.automation import (
     images_needed_for,
     least_odds,
 )
-from iosr_fast.methods.conformal import LeftOutLabels, of_logits
+from iosr_fast.methods.conformal import Judged, of_logits
 from iosr_fast.methods.folds import unit_weights
 
 
-def left_out(odds: np.ndarray, right: np.ndarray) -> LeftOutLabels:
-    return LeftOutLabels(odds, odds[:, None], right[:, None], np.zeros(len(odds)), np.zeros(len(odds), int))
+def left_out(odds: np.ndarray, right: np.ndarray) -> Judged:
+    return Judged(odds, odds[:, None], right[:, None], np.zeros(len(odds)), np.zeros(len(odds), int))
 
 
 def labelled(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,19 +40,19 @@ def test_thresholds_pass_while_the_clopper_pearson_bound_is_below_the_promise(im
     rng = np.random.default_rng(images)
     one = of_logits(*labelled(rng, images))
     found, needed = least_odds(one, max_error), images_needed_for(max_error)
-    falling, passed = np.sort(one.top_odds)[::-1], np.inf
+    falling, passed = np.sort(one.odds[:, 0])[::-1], np.inf
     for count in np.unique(np.linspace(needed, images, 41).round().astype(int)) if images >= needed else []:
-        wrong = int((~one.right[one.top_odds >= falling[count - 1]]).sum())
+        wrong = int((~one.right[:, 0][one.odds[:, 0] >= falling[count - 1]]).sum())
         if beta.ppf(0.95, wrong + 1, count - wrong) > max_error:
             break
         passed = falling[count - 1]
     assert found == passed
     curve = automation(one)
     at = PROMISES.index(max_error)
-    accepted = one.top_odds >= found
+    accepted = one.odds[:, 0] >= found
     assert curve.shares[at] == accepted.mean() and curve.images == images
     if accepted.any():
-        assert curve.errors[at] == (~one.right[accepted]).mean()
+        assert curve.errors[at] == (~one.right[accepted, 0]).mean()
         assert curve.thresholds[at] == pytest.approx(one.confidence[accepted].min())
 
 
@@ -74,8 +74,8 @@ def test_of_accepted_labels_of_new_images_no_more_are_wrong_than_promised(max_er
     rng, broken, shares = np.random.default_rng(0), 0, []
     new = of_logits(*labelled(rng, 50_000))
     for _ in range(100):
-        accepted = new.top_odds >= least_odds(of_logits(*labelled(rng, 600)), max_error)
-        broken += bool(accepted.any()) and float((~new.right[accepted]).mean()) > max_error
+        accepted = new.odds[:, 0] >= least_odds(of_logits(*labelled(rng, 600)), max_error)
+        broken += bool(accepted.any()) and float((~new.right[accepted, 0]).mean()) > max_error
         shares.append(accepted.mean())
     assert broken <= 5 and np.mean(shares) > 0.2, (broken, np.mean(shares))
 
@@ -83,8 +83,8 @@ def test_of_accepted_labels_of_new_images_no_more_are_wrong_than_promised(max_er
 def test_an_answer_is_wrong_where_its_node_is() -> None:
     odds, none = np.stack([np.zeros(400), np.linspace(3, 5, 400)], 1), np.zeros(400, int)  # of classes, and of nodes
     right = np.stack([np.arange(400) % 2 > 0, np.ones(400, bool)], 1)
-    assert least_odds(LeftOutLabels(odds[:, 0], odds, right, odds[:, 0], none), 0.01) == 3.0
-    assert least_odds(LeftOutLabels(odds[:, 0], odds, right[:, ::-1], odds[:, 0], none), 0.01) == np.inf
+    assert least_odds(Judged(odds[:, 0], odds, right, odds[:, 0], none), 0.01) == 3.0
+    assert least_odds(Judged(odds[:, 0], odds, right[:, ::-1], odds[:, 0], none), 0.01) == np.inf
 
 
 def test_too_few_images_promise_nothing_and_say_how_many_are_needed() -> None:

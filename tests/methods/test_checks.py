@@ -8,7 +8,7 @@ from scipy.stats import binom
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.checks import CheckedPromise, Strangers, check, checked, strange_odds
-from iosr_fast.methods.conformal import LeftOutLabels
+from iosr_fast.methods.conformal import Judged
 
 RUNS = 1_000
 
@@ -89,9 +89,9 @@ def test_a_note_ends_and_few_pictures_make_none() -> None:
     assert strangers.share == 0.0 and len(strangers.last) == 400
 
 
-def left_out_images(odds: np.ndarray, weights: np.ndarray | None = None) -> LeftOutLabels:
+def left_out_images(odds: np.ndarray, weights: np.ndarray | None = None) -> Judged:
     zeros = np.zeros(len(odds))
-    return LeftOutLabels(odds, odds[:, None], odds[:, None] > 0, zeros, zeros.astype(int), weights=weights)
+    return Judged(odds, odds[:, None], odds[:, None] > 0, zeros, zeros.astype(int), weights=weights)
 
 
 @pytest.mark.parametrize("images", [29, 50, 300])

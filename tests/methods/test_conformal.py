@@ -10,7 +10,7 @@ import pytest
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.conformal import LeftOutLabels, check_share, images_needed, log_odds, of_logits, threshold
+from iosr_fast.methods.conformal import Judged, check_share, images_needed, log_odds, of_logits, threshold
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import SupportSet
@@ -22,7 +22,7 @@ CLASSES = 12
 WORLD = Clusters(CLASSES, width=48, noise=1.6, seed=5)
 
 
-def left_out(support: SupportSet) -> LeftOutLabels:
+def left_out(support: SupportSet) -> Judged:
     found = out_of_fold(METHODS["gda"], support, make_folds(support), None, {"alpha": 1.0})
     return of_logits(found.logits, found.labels)
 
@@ -74,14 +74,16 @@ def test_per_class_sets_cover_each_class(rng: np.random.Generator) -> None:
 
 def test_per_class_thresholds_are_those_of_their_own_images_and_need_enough_of_them() -> None:
     left = left_out(WORLD.support([9] * CLASSES))
-    assert left.thresholds(0.9, range(CLASSES)).tolist() == [left.odds[left.labels == c].min() for c in range(CLASSES)]
+    assert left.thresholds(0.9, range(CLASSES)).tolist() == [
+        left.label_odds[left.labels == c].min() for c in range(CLASSES)
+    ]
     few = left_out(WORLD.support([7] + [9] * (CLASSES - 1)))
     names = [f"class {c}" for c in range(CLASSES)]
     with pytest.raises(
         IosrFastError, match=r"at least 9 left-out support images of each class, got fewer of 'class 0 \(7\)': "
     ):
         few.thresholds(0.9, names)
-    assert few.thresholds(0.9) == pytest.approx(np.sort(few.odds)[int(0.1 * 107) - 1])
+    assert few.thresholds(0.9) == pytest.approx(np.sort(few.label_odds)[int(0.1 * 107) - 1])
     for share in (0.5, 0.8, 0.95, 0.99):
         n = images_needed(share)
         assert threshold(np.arange(n, 0.0, -1), share) == 1.0
@@ -98,7 +100,7 @@ def test_per_class_thresholds_are_those_of_their_own_images_and_need_enough_of_t
 def test_reliability_is_what_its_bins_say() -> None:
     confidence, right = np.array([0.05, 0.1, 0.55, 0.6, 1.0]), np.array([False, True, True, False, True])
     odds = np.log(confidence / (1 - confidence + 1e-12))
-    one = LeftOutLabels(np.zeros(5), odds[:, None], right[:, None], np.arange(1.0, 6.0), np.zeros(5, int))
+    one = Judged(np.zeros(5), odds[:, None], right[:, None], np.arange(1.0, 6.0), np.zeros(5, int))
     table = one.reliability
     assert table.counts.tolist() == [2, 0, 0, 0, 0, 2, 0, 0, 0, 1]
     assert table.confidence[5] == pytest.approx(0.575) and table.right[5] == 0.5 and np.isnan(table.right[1])

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from iosr_fast.methods.automation import PROMISES
-from iosr_fast.methods.conformal import LeftOutLabels
+from iosr_fast.methods.conformal import Judged
 from iosr_fast.methods.judgement import PromiseResult, accuracy_at, difference_of_shares, judge_promises
 from iosr_fast.methods.paired_tests import is_level, lost_and_won, sign_test
 
@@ -93,7 +93,7 @@ def test_an_accuracy_is_expected_at_the_class_sizes_of_new_pictures() -> None:
     """As of pictures drawn by class; a burst counts once, and a class without left-out images says nothing."""
     labels, right = np.repeat([0, 1], [20, 10]), np.repeat([True, False, True], [18, 2, 10])
     zeros = np.zeros(30)
-    left_out = LeftOutLabels(zeros, zeros[:, None], right[:, None], zeros, labels)
+    left_out = Judged(zeros, zeros[:, None], right[:, None], zeros, labels)
     assert accuracy_at(left_out, np.array([20, 10, 0])) == accuracy_at(left_out, np.array([21, 10, 0])) == (28 / 30, 30)
     assert accuracy_at(left_out, np.array([0, 7, 5])) == pytest.approx((1.0, 10))
     accuracy, count = accuracy_at(left_out, np.array([90, 10, 5]))
@@ -101,7 +101,7 @@ def test_an_accuracy_is_expected_at_the_class_sizes_of_new_pictures() -> None:
     assert accuracy == pytest.approx(0.91) and count == pytest.approx(1 / (share**2).sum())
     assert accuracy_at(left_out, np.array([0, 0, 5])) == (28 / 30, 30)  # nothing else is known
     rows = np.repeat(np.arange(30), 3)
-    each = LeftOutLabels(
+    each = Judged(
         zeros[rows], zeros[rows, None], right[rows, None], zeros[rows], labels[rows], weights=zeros[rows] + 1 / 3
     )
     assert accuracy_at(each, np.array([90, 10, 5])) == pytest.approx((accuracy, count))

@@ -141,7 +141,8 @@ def test_a_page_of_many_mistakes_says_what_is_left_out(place: Path, monkeypatch:
 def test_a_page_draws_what_promises_about_errors_were_worth(place: Path, browser: Any) -> None:
     images, accepted = sorted((place / "unlabelled").iterdir())[:5], np.array([0, 1, 1, 2, 2, 3, 4, 5, 5])
     shares, errors = accepted / 5, np.where(accepted == 5, 0.2, 0)
-    promised = Automation(500, 500.0, 0.006, 0.006, np.array(PROMISES), np.full(9, 0.5), shares, errors)
+    curve = shares, errors, shares[:, None], errors[:, None]
+    promised = Automation(500, 500.0, 0.006, 0.006, np.array(PROMISES), np.full(9, 0.5), *curve)
     found = Classifier.load("").evaluate(images, NAMES)
     assert "No label is accepted" in evaluation_report.evaluation_page(found, lambda _: None, "title")
     counts = np.stack([accepted, accepted == 5], 1)

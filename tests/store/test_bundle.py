@@ -90,11 +90,11 @@ def test_groups_are_kept_and_images_that_are_added_are_groups_of_their_own(engin
     head = load(Bundle, tmp_path / "bundle").head
     assert head.support.groups.tolist() == [*groups[1:12], 13, 14, *groups[12:]]
     assert fingerprint(head) == fingerprint(made.snapshot())
-    assert str(head.left_out_labels.reliability) == str(calibration)
+    assert str(head.judged.reliability) == str(calibration)
     new, labels = pictures(np.random.default_rng(1), 4, 10)
     made.calibrate_on(new, [f"motif {c}" for c in labels], groups=np.arange(40) // 2)
     made.save(tmp_path / "bundle")
-    counts = [one.left_out_labels.count for one in (made.snapshot(), load(Bundle, tmp_path / "bundle").head)]
+    counts = [one.judged.count for one in (made.snapshot(), load(Bundle, tmp_path / "bundle").head)]
     assert counts[0] == counts[1] < 40, "images of a group count as one in promises, of the bundle too"
 
 

@@ -84,7 +84,7 @@ def odds_of_largest(logits: Value, n_classes: int) -> Value:
 
 
 def answer(logits: Value, probabilities: Value, node: Value, tree: Tree, least_odds: float) -> tuple[Value, Value]:
-    """Levels.answer of logits (B, C), their softmax, and the class with the largest, `node` (B,): the finest node that
+    """Tree.answer of logits (B, C), their softmax, and the class with the largest, `node` (B,): the finest node that
     reaches `least_odds`, and whether one does, (B,) each."""
     n_classes = len(tree.paths)
     accepted = odds_of_largest(logits, n_classes) >= least_odds

@@ -110,7 +110,7 @@ def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
 
 def _measured(head: Head) -> schemas.Measured | None:
     """By left-out images or those of calibrate_on; without any, by the search of the parameters."""
-    known, evidence = head.left_out_labels, head.evidence
+    known, evidence = head.judged, head.evidence
     if known.count:
         return schemas.Measured(
             accuracy=known.reliability.accuracy,

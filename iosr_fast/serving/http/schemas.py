@@ -9,8 +9,8 @@ import msgspec
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from iosr_fast.head.head import ClassInfo, TreeClassInfo
-from iosr_fast.head.predictions import Prediction, TreePrediction
+from iosr_fast.head.head import ClassInfo
+from iosr_fast.head.predictions import Prediction
 
 
 class ErrorInfo(BaseModel):
@@ -46,7 +46,7 @@ class PredictAnswer(BaseModel):
 
     version: int
     latency_ms: float
-    predictions: list[Prediction | TreePrediction | ErrorAnswer]
+    predictions: list[Prediction | ErrorAnswer]
 
 
 class PredictAnswers(BaseModel):
@@ -134,7 +134,7 @@ class ClassesAnswer:
 
     version: int
     total: int
-    classes: list[ClassInfo | TreeClassInfo]
+    classes: list[ClassInfo]
     next: str | None
 
 

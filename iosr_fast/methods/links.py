@@ -1,0 +1,108 @@
+"""Links: how logits become answers. An answer is a pair of a picture and a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.log_loss import sigmoid
+from iosr_fast.scoring.reference import softmax
+from iosr_fast.utils.ranking import mean_average_precision
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A picture has one class, that with the largest logit.
+
+    >>> link = Softmax()
+    >>> link.answers(np.array([[1.0, 3.0], [2.0, 0.0]]), np.array(["cat", "dog"]))
+    array(['dog', 'cat'], dtype='<U3')
+    """
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """(B, C): softmax of the logits."""
+        return softmax(logits)
+
+    def decision(self, logits: np.ndarray) -> np.ndarray:
+        """`decision_function` of logits (B, C): of two classes (B,), the second one's logit minus the first one's."""
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
+    def listed(self, logits: np.ndarray, top: int) -> np.ndarray:
+        """(B, k) the `top` classes of each query, or all if there are fewer, the largest logit first; equal ones in
+        their order, as in argmax."""
+        return largest(logits, top)
+
+    def answers(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The label (B,) of each query's largest logit, of equal ones the first; `labels` (C,) are the classes'."""
+        return labels[logits.argmax(1)]
+
+    def quality(self, truth: np.ndarray, logits: np.ndarray) -> float:
+        """The share of queries whose largest logit is that of their class, `truth` (B,)."""
+        if not len(truth):
+            raise IosrFastError("expected at least one image to score, got none")
+        return float((logits.argmax(1) == truth).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Sigmoid:
+    """A picture has each class whose probability reaches the class's threshold, (C,) float32: several, one or none.
+
+    >>> link = Sigmoid(np.array([0.5, 0.2], np.float32))
+    >>> link.answers(np.array([[3.0, -1.0], [-3.0, -9.0]]), np.array(["cat", "dog"])).tolist() == [
+    ...     frozenset({"cat", "dog"}), frozenset()]
+    True
+    """
+
+    thresholds: np.ndarray
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """(B, C), of each class by itself: 1 / (1 + exp(-logit))."""
+        return sigmoid(logits)
+
+    def decision(self, logits: np.ndarray) -> np.ndarray:
+        """`decision_function`: the logits (B, C)."""
+        return logits
+
+    def members(self, logits: np.ndarray) -> np.ndarray:
+        """(B, C) bool, the classes of each query."""
+        reached: np.ndarray = sigmoid(logits.astype(np.float64)) >= self.thresholds
+        return reached
+
+    def listed(self, logits: np.ndarray, top: int) -> list[np.ndarray]:
+        """All classes of each query, the most likely first."""
+        ordered = zip(np.argsort(-logits, axis=1, kind="stable"), self.members(logits), strict=True)
+        return [order[chosen[order]] for order, chosen in ordered]
+
+    def answers(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """A frozenset of labels for each query, (B,) of dtype object; an indicator (B, C) of int64 where the `labels`
+        (C,) of the classes are integers."""
+        members = self.members(logits)
+        if labels.dtype.kind == "i":
+            return members.astype(np.int64)
+        sets = np.empty(len(members), object)
+        sets[:] = [frozenset(labels[row].tolist()) for row in members]
+        return sets
+
+    def quality(self, truth: np.ndarray, logits: np.ndarray) -> float:
+        """The mean average precision over the classes that a query has; `truth` (B, C) bool."""
+        return mean_average_precision(truth, logits)
+
+
+Link: TypeAlias = Softmax | Sigmoid
+
+
+def largest(values: np.ndarray, count: int) -> np.ndarray:
+    """(B, k) column indices of each row's largest values, largest first; equal ones in their order, as in argmax."""
+    width = values.shape[1]
+    if count >= width or width <= 256:
+        return np.argsort(-values, axis=1, kind="stable")[:, :count]
+    # The k-th largest value of a row marks the candidates for the first k; ties at the mark fall to the lowest index.
+    marks = np.partition(values, width - count, axis=1)[:, width - count]
+    indices = np.empty((len(values), count), np.int64)
+    for b, (row, mark) in enumerate(zip(values, marks, strict=True)):
+        candidates = np.flatnonzero(row >= mark)
+        indices[b] = candidates[np.argsort(-row[candidates], kind="stable")][:count]
+    return indices
