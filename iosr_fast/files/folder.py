@@ -19,7 +19,7 @@ from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.head.verdict import Rejection, replaced
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.utils.html import Result
+from iosr_fast.utils.result import Result
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,8 +17,8 @@ from iosr_fast.images.listing import Listing, Skipped, list_images
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.scoring.reference import softmax
-from iosr_fast.utils.html import Result
 from iosr_fast.utils.numbers import check_integer
+from iosr_fast.utils.result import Result
 
 if TYPE_CHECKING:
     from iosr_fast.head.head import Head

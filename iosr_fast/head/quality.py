@@ -15,8 +15,8 @@ from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.config import wilson
 from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability, counted_as
 from iosr_fast.methods.judgement import PromiseResult, difference_of_shares, once
-from iosr_fast.utils.html import Result
 from iosr_fast.utils.json_values import json_values
+from iosr_fast.utils.result import Result
 
 MISTAKES = 100  # that are explained; the arrays of an Evaluation have all
 MATRIX = 30  # classes up to which a confusion matrix is shown and stored

@@ -10,7 +10,7 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.conformal import LEFT_OUT, Judged, counted_as
 from iosr_fast.methods.log_loss import sigmoid
-from iosr_fast.utils.html import Result
+from iosr_fast.utils.result import Result
 
 CONFIDENCE = 0.95
 PROMISES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)

@@ -16,8 +16,8 @@ from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reference import softmax
-from iosr_fast.utils.html import Result
 from iosr_fast.utils.json_values import json_values
+from iosr_fast.utils.result import Result
 
 Label: TypeAlias = str | int | float  # as in classes_; images are named by ids of examples, or positions of rows
 LIKELY = 0.5  # more likely wrong than right

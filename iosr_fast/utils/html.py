@@ -4,36 +4,12 @@ from __future__ import annotations
 
 import html
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.utils.require import require
-from iosr_fast.utils.short_repr import table_repr
-
 _SHOWN = 20  # rows in a notebook
-
-
-class Result(ABC):
-    """A result that pandas and notebooks show: its columns, lists and arrays of one length, and a summary."""
-
-    __repr__ = table_repr
-
-    @abstractmethod
-    def _columns(self) -> Mapping[str, Any]: ...
-
-    def summary(self) -> str:
-        """What was found, a line each."""
-        return ""
-
-    def to_frame(self) -> Any:
-        """A pandas.DataFrame of the result. Raises MissingPackageError without pandas."""
-        return require("pandas").DataFrame(self._columns())
-
-    def _repr_html_(self) -> Html:
-        return overview(self.summary(), self._columns())
 
 
 def overview(summary: str, columns: Mapping[str, Any]) -> Html:

@@ -29,7 +29,7 @@ from iosr_fast.reports.page import (
     section,
     table,
 )
-from iosr_fast.utils.html import Result
+from iosr_fast.utils.result import Result
 
 ATTACK = "<script>alert(1)</script>\"'&\r"  # a browser would read the last one as a line feed
 
