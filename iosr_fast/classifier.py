@@ -32,7 +32,6 @@ from iosr_fast.head.quality import Evaluation
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE
-from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import TUNE_SECONDS, Options
 from iosr_fast.methods.unknown import KEEP
@@ -107,7 +106,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
     classes_ : array of shape (C,)
         Class names, in the order of `class_names` or sorted; integers (int64) if the labels were integers.
     plan_, support_
-        The ScoringPlan that is executed; the SupportSet (or MultiLabelSet) of images and class names.
+        The ScoringPlan that is executed; the SupportSet of images and class names.
     method_, reducer_, key_precision_, parameters_, tuned_
         The choices made or given; what a search knows of them (Evidence), `stale` after a
         change, or None if nothing was searched.
@@ -192,7 +191,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         check_engine_choice(runtime, precision)
         Options.of(self.get_params())  # refuses what no fit takes
 
-    support_ = FittedAttribute[SupportSet | MultiLabelSet](lambda fit: fit.head.support)
+    support_ = FittedAttribute[SupportSet](lambda fit: fit.head.support)
     multi_label_ = FittedAttribute(lambda fit: fit.head if isinstance(fit.head, MultiLabelHead) else None)
     key_precision_ = FittedAttribute[Precision](lambda fit: fit.head.config.key_precision)
     skipped_ = FittedAttribute[list[str]](lambda fit: [error.where for error in fit.skipped])

@@ -28,7 +28,6 @@ from iosr_fast.methods.folds import Folds, NearSupport, make_folds, unit_weights
 from iosr_fast.methods.log_loss import fit_temperature
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
-from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tree import Path, Tree
@@ -114,7 +113,7 @@ class HeadData:
         raise NotImplementedError
 
     @cached_property
-    def support(self) -> SupportSet | MultiLabelSet:
+    def support(self) -> SupportSet:
         """The support images as methods take them."""
         raise NotImplementedError
 

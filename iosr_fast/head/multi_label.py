@@ -12,9 +12,9 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.head import HeadData
 from iosr_fast.head.labels import label_sets, read_label_sets
-from iosr_fast.methods.log_loss import sigmoid
+from iosr_fast.methods.links import Sigmoid
 from iosr_fast.methods.multi_label import MultiLabelFit
-from iosr_fast.methods.multi_label_set import MultiLabelSet
+from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.utils.ranking import mean_average_precision
 
 
@@ -33,10 +33,11 @@ class MultiLabelHead(HeadData):
     fit: MultiLabelFit | None = None
 
     @cached_property
-    def support(self) -> MultiLabelSet:
+    def support(self) -> SupportSet:
         """The support images as the fit took them."""
         rows = self.examples
-        return MultiLabelSet(rows.embeddings, self.labels, self.text, self.tau, rows.queries, rows.groups)
+        sets = self.text, self.tau, None, rows.queries, rows.groups
+        return make_support_set(rows.embeddings, self.labels, *sets)
 
     def examples_of(self, uid: int) -> list[int]:
         """The numbers of a class's support images, rising."""
@@ -59,8 +60,7 @@ class MultiLabelHead(HeadData):
 
     def members(self, logits: np.ndarray) -> np.ndarray:
         """(B, C) bool, the classes of each query whose probability reaches their threshold."""
-        reached: np.ndarray = sigmoid(logits.astype(np.float64)) >= self.thresholds
-        return reached
+        return Sigmoid(self.thresholds).members(logits)
 
     def read_labels(self, images: Sequence[Any], labels: Any, integers: bool) -> np.ndarray:
         """The classes of each image, an indicator (N, C) bool (labels.read_label_sets)."""
@@ -72,7 +72,7 @@ class MultiLabelHead(HeadData):
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """The probability (B, C) of each class by itself, 1 / (1 + exp(-logit))."""
-        return sigmoid(logits)
+        return Sigmoid(self.thresholds).probabilities(logits)
 
     def answers(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """A frozenset of labels for each query, (B,) of dtype object; an indicator (B, C) of int64 where the `labels`
