@@ -105,7 +105,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
     classes_ : array of shape (C,)
         Class names, in the order of `class_names` or sorted; integers (int64) if the labels were integers.
     plan_, support_
-        The ScoringPlan that is executed; the SupportSet (or MultiLabelSet) of images and class names.
+        The ScoringPlan that is executed; the SupportSet of images and class names.
     method_, reducer_, key_precision_, parameters_, tuned_
         The choices made or given; what a search knows of them (Evidence), `stale` after a
         change, or None if nothing was searched.

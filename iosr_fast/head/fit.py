@@ -13,8 +13,9 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
-from iosr_fast.methods.multi_label import fit_multi_label, multi_label_reason
-from iosr_fast.methods.multi_label_set import MultiLabelSet
+from iosr_fast.methods import multi_label_reason
+from iosr_fast.methods.multi_label import fit_multi_label
+from iosr_fast.methods.support_set import make_support_set
 from iosr_fast.methods.tree import Path
 from iosr_fast.methods.tune import Options
 
@@ -45,9 +46,9 @@ def fit_head(
         return head.with_computed(support=support, plan=fit.plan)
     labels = label_sets[examples.class_ids]
     asked = options.config
-    images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries, examples.groups)
+    support = make_support_set(examples.embeddings, labels, text, tau, queries=examples.queries, groups=examples.groups)
     setting = None if options.searched else asked.parameters
-    of_sets = fit_multi_label(images, asked.method, setting, asked.key_precision, options.seconds)
+    of_sets = fit_multi_label(support, asked.method, setting, asked.key_precision, options.seconds)
     examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
     fields = {"labels": labels, "thresholds": of_sets.thresholds}
     return Head.first(names, text, tau, examples, of_sets.config, **fields).with_computed(plan=of_sets.plan)

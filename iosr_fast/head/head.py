@@ -29,9 +29,8 @@ from iosr_fast.methods.links import Link, Sigmoid, Softmax
 from iosr_fast.methods.log_loss import fit_temperature
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
-from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
-from iosr_fast.methods.support_set import image_rows
+from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.methods.tree import Path, Tree
 from iosr_fast.methods.unknown import Unknown, fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
@@ -125,12 +124,12 @@ class Head:
         return self.config.compile(self.support, self.reducer)
 
     @cached_property
-    def support(self) -> Any:
-        """The support images as methods take them: a SupportSet, or a MultiLabelSet."""
-        if self.labels is None:
-            return self.examples.as_support(self.uids, self.text, self.tau)
+    def support(self) -> SupportSet:
+        """The support images as methods take them."""
         rows = self.examples
-        return MultiLabelSet(rows.embeddings, self.labels, self.text, self.tau, rows.queries, rows.groups)
+        if self.labels is None:
+            return rows.as_support(self.uids, self.text, self.tau)
+        return make_support_set(rows.embeddings, self.labels, self.text, self.tau, None, rows.queries, rows.groups)
 
     @cached_property
     def tree(self) -> Tree:

@@ -192,7 +192,7 @@ def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.n
     if "adapted" not in read:
         return np.zeros_like(cache)
     if head.thresholds is not None:
-        return np.full_like(cache, np.nan)  # TODO
+        return np.full_like(cache, np.nan)  # where pictures may have several labels nothing is explained yet
     if read == {"adapted"} or plan.linear is None:
         return cache
     adapted_keys = plan.keys is not None and plan.query == "adapted"

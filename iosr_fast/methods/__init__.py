@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.papers import METHODS, PARAMETER_RANGES, Method
+from iosr_fast.methods.papers import MAX_KEYS, METHODS, PARAMETER_RANGES, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer, fit_reducer
 from iosr_fast.scoring.validation import check_number
-from iosr_fast.utils.text import did_you_mean
+from iosr_fast.utils.text import abbreviate, did_you_mean
 
 __all__ = [
     "METHODS",
@@ -58,7 +58,9 @@ def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
 
 
 def unavailable_reason(name: str, support: SupportSet) -> str | None:
-    """Why a method can't be compiled for a support set; None if it can."""
+    """Why a method can't be fitted to a support set; None if it can."""
+    if support.owners is not None and (reason := _against_label_sets(name, support)) is not None:
+        return reason
     has_adapted = support.embeddings.adapted is not None
     return reason_against(name, support.counts, support.text is not None, has_adapted)
 
@@ -83,6 +85,34 @@ def reason_against(name: str, counts: np.ndarray, has_text: bool, has_adapted: b
         return f"{name} needs at least one image of each class, got none of {int((counts == 0).sum())} classes"
     if method.max_support is not None and n_images > method.max_support:
         return f"{name}: expected at most {method.max_support} support images, got {n_images}"
+    return None
+
+
+def multi_label_reason(method: str, reducer: str | None = None) -> str | None:
+    """Why a method, or "auto", can't learn from images with several labels; None if it can.
+
+    >>> multi_label_reason("gda++")
+    "gda++ can't learn from several labels an image: its formula has one label an image; use 'auto'"
+    """
+    if method in METHODS and not METHODS[method].takes_label_sets:
+        return f"{method} can't learn from several labels an image: its formula has one label an image; use 'auto'"
+    if reducer not in (None, "none"):
+        return f"several labels an image take no reducer, got {reducer!r}: leave it out"
+    return None
+
+
+def _against_label_sets(name: str, support: SupportSet) -> str | None:
+    """What images with any number of labels lack for a method."""
+    if (reason := multi_label_reason(name)) is not None:
+        return reason
+    n_images = len(support.embeddings)
+    if not support.n_classes:
+        return "several labels an image: expected labels of at least one class, got empty sets alone"
+    if not 2 <= n_images <= MAX_KEYS:
+        return f"several labels an image: expected 2 to {MAX_KEYS} support images, got {n_images}"
+    if METHODS[name].needs_support and len(empty := np.flatnonzero(support.counts == 0)):
+        columns = abbreviate([str(column) for column in empty])
+        return f"{name} needs at least one image of each class, got none of the classes at {columns}"
     return None
 
 

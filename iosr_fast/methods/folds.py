@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.look_alikes import find_look_alikes
+from iosr_fast.methods.support_set import SupportSet, blocks, image_rows, make_support_set
 
 MAX_FOLDS = 16
 # A tenth of the usual distance. Of Caltech-101 and Flowers at 16 images a class, in CLIP ViT-B/32, under 1% are closer.
@@ -39,6 +41,11 @@ class Folds:
     def number(self) -> int:
         """How many folds there are."""
         return int(self.fold.max(initial=-1)) + 1
+
+    @property
+    def are_alone(self) -> bool:
+        """Whether each image is a unit of its own."""
+        return int(self.units.max(initial=-1)) + 1 == len(self.units)
 
     @cached_property
     def splits(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -89,7 +96,13 @@ def make_folds(support: SupportSet, look_alikes: np.ndarray | None = None) -> Fo
     single unit stays, unless another class has images in it; none is scored. What is promised of new images rests on
     these folds: their siblings are not in the support set. Weights are fitted without `look_alikes`, with which classes
     that look alike (variants of a product) would lose 0.4 to 1.9 points.
+
+    Of images with several labels or none every one is in one of up to MAX_FOLDS folds and is scored, as it says of each
+    class whether it has it. They share a unit, too, where they are near duplicates of a class or of no label, and where
+    more look alike than independent ones do. Where images share units, `distinct` counts the folds of a class.
     """
+    if support.owners is not None:
+        return _fold_label_sets(support)
     labels = support.labels
     if look_alikes is not None or support.groups is not None:
         return _fold_units(support, join_units(support, look_alikes))
@@ -113,6 +126,37 @@ def _fold_units(support: SupportSet, units: np.ndarray) -> Folds:
     apart = np.bincount(np.unique(labels * number + fold) // number, minlength=n_classes) > 1
     stays = (distinct[labels] == 1) & (np.bincount(of_unit)[units] == 1) | (number == 1)
     return Folds(np.where(stays, -1, fold), apart[labels], np.where(apart, distinct, np.minimum(distinct, 1)), units)
+
+
+def _fold_label_sets(support: SupportSet) -> Folds:
+    """The folds of images with any number of labels."""
+    n_images = len(support.embeddings)
+    units = _units_of_label_sets(support)
+    owners, classes = support.of_labels(np.arange(n_images)), support.labels
+    fold = assign_folds(units, owners, classes, min(MAX_FOLDS, int(units.max(initial=0)) + 1))
+    folds = Folds(fold, np.ones(n_images, bool), support.counts, units)
+    if folds.are_alone:
+        return folds
+    of_class = np.unique(classes * folds.number + fold[owners]) // folds.number
+    return replace(folds, distinct=np.bincount(of_class, minlength=support.n_classes))
+
+
+def _units_of_label_sets(support: SupportSet) -> np.ndarray:
+    """(N,) int64 from 0: the units of images that are compared within each of their classes; "no label" is the last
+    one."""
+    n_images, n_classes = len(support.embeddings), support.n_classes
+    numbers = np.arange(n_images)
+    owners = support.of_labels(numbers)
+    without = np.setdiff1d(numbers, owners)
+    rows = np.concatenate([owners, without])
+    classes = np.concatenate([support.labels, np.full(len(without), n_classes)])
+    groups = numbers if support.groups is None else support.groups
+    plain = Embeddings(support.embeddings.plain[rows])
+    pairs = make_support_set(plain, classes, None, support.tau, n_classes + 1, groups=groups[rows])
+    alike = find_look_alikes(pairs)
+    units = np.empty(n_images, np.int64)
+    units[rows] = join_units(pairs, alike.groups if alike.many else None)
+    return units
 
 
 def assign_folds(units: np.ndarray, images: np.ndarray, classes: np.ndarray, number: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,16 @@ _LARGEST = 1 << 18
 
 # The loss with its penalty, the loss without, and the probabilities of which it is taken.
 Evaluated = tuple[float, float, np.ndarray]
+
+
+class Weights(NamedTuple):
+    """The logits sum_k weights[k] parts[k] + bias have this mean log-loss, in nats. The biases (C,) of classes are near
+    a common one; None: there is none."""
+
+    weights: np.ndarray
+    loss: float
+    bias: np.ndarray | None = None
+    common: float = 0.0
 
 
 def newton(
@@ -190,17 +200,7 @@ def _sample(logits: np.ndarray) -> slice:
     return slice(None, None, max(1, -(-logits.size // _LARGEST)))
 
 
-@dataclass(frozen=True, eq=False)
-class BinaryFit:
-    """sigmoid(sum_k weights[k] parts[k] + bias) has this mean log-loss over pairs of image and class, in nats."""
-
-    weights: np.ndarray
-    bias: np.ndarray
-    common: float
-    loss: float
-
-
-def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray, shrinkage: float) -> BinaryFit:
+def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray, shrinkage: float) -> Weights:
     """The weights w >= 0 (K,) and biases (C,) of K parts (N, C) that minimise
 
         sum over images n and classes c of `used`: log(1 + exp(z[n, c])) - y[n, c] z[n, c]
@@ -258,7 +258,7 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
     common = float(point[k] - point[:k] @ centres.ravel())
     bias = np.full(len(used), common)
     bias[used] += point[k + 1 :]
-    return BinaryFit(point[:k], bias, common, loss / max(y.size, 1))
+    return Weights(point[:k], loss / max(y.size, 1), bias, common)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

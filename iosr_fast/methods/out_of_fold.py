@@ -18,6 +18,7 @@ from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.utils.short_repr import short_repr
 
 _SPREAD_IMAGES = 256  # on which a spread in use is measured
+_ROUNDING = 1e-12  # a spread of a part that is nothing but rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class OutOfFold:
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """V `queries` with `labels` (V,), which judge models of `support`.
+    """V `queries` with `labels` (V,), or an indicator (V, C) of any number of labels, which judge models of `support`.
 
     By `folds` they are the support images that can be left out, in their order, and each is judged by a model without
     its fold. Without, they are a validation set.
@@ -79,7 +80,8 @@ class HeldOut:
     @classmethod
     def of_support(cls, support: SupportSet, folds: Folds) -> HeldOut:
         """The support images themselves."""
-        return cls(support, support.as_queries[folds.rows], support.labels[folds.rows], folds)
+        labels = support.labels if support.owners is None else support.indicator
+        return cls(support, support.as_queries[folds.rows], labels[folds.rows], folds)
 
     @classmethod
     def validation(cls, support: SupportSet, queries: Embeddings, labels: np.ndarray) -> HeldOut:
@@ -111,13 +113,17 @@ class HeldOut:
 
     def part(self, model: Model) -> Part:
         """These logits with their spreads."""
-        n_bytes = 8 * len(self.support.labels) * self.support.n_classes  # of the model: its values
+        n_bytes = 8 * len(self.support.embeddings) * self.support.n_classes  # of the model: its values
         return self.memory.get(("part", model.unfitted()), n_bytes, lambda: self._part(self._with_memory(model)))
 
     def _part(self, model: Model) -> Part:
         logits = self.left_out(model)
-        spread = spread_of_others(logits, self.labels)
         kept = model.kept()
+        if self.support.owners is not None:  # an image that the fit has seen distorts the logits of all classes
+            deviation = float(logits.std())
+            spread = deviation if deviation > _ROUNDING else 1.0
+            return Part(logits, spread, spread, kept)
+        spread = spread_of_others(logits, self.labels)
         if len(self.labels) and (self.folds is None or self.support.n_classes == 2):
             return Part(logits, spread, spread, kept)
         rows = self.folds.rows if self.folds is not None and len(self.labels) else np.arange(len(self.support.labels))

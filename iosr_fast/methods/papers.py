@@ -84,6 +84,11 @@ class Method:
         """Whether a reducer may move what it compares."""
         return self.needs_support and not self.is_stack
 
+    @property
+    def takes_label_sets(self) -> bool:
+        """Whether it learns from images with any number of labels; the other formulas have one label an image."""
+        return self.is_stack or not self.needs_support
+
     def terms(self, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> list[Term]:
         """Its models and their weights, with all parameters."""
         terms = self.formula(support, self.which, reducer, parameters)

@@ -1,7 +1,7 @@
 """The weights, the kernel and the ridge of a stack: by log-loss on images that are left out, held by a prior.
 
 Every part is fitted without a fold, and the weights that minimise the log-loss of the left-out images are exact
-(convex, `log_loss.fit_weights`). They hold per unit of spread (`out_of_fold.Part`), because the spread of a part
+(convex, `links.Softmax.fit`). They hold per unit of spread (`out_of_fold.Part`), because the spread of a part
 changes with the number of images.
 
 Classes of few images are judged badly: of one image there is none to leave out, and of two a fold leaves one, which
@@ -25,13 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from iosr_fast.methods.config import Config, Evidence
-from iosr_fast.methods.log_loss import PENALTY, fit_weights, log_losses
+from iosr_fast.methods.links import Softmax
+from iosr_fast.methods.log_loss import PENALTY, log_losses
 from iosr_fast.methods.models.model import TextModel, join_terms
 from iosr_fast.methods.out_of_fold import HeldOut, Part, spread_of_others
 from iosr_fast.methods.papers import DISCRIMINANTS, MAX_KEYS, METHODS, Method, stack_models
@@ -57,18 +57,20 @@ _NOT_NONE = 0.3
 class Stack:
     """The parts of a stack that are used, with a weight >= 0 per unit of spread for each, and their log-loss.
 
-    `parts` are named by the stack's parameters; `setting` has those that are no weights.
+    `parts` are named by the stack's parameters; `setting` has those that are no weights; `bias` (C,) is added.
     """
 
     parts: Mapping[str, Part]
     weights: Mapping[str, float]
     setting: Setting
     loss: float = np.inf
+    bias: np.ndarray | None = None
 
     @property
     def logits(self) -> np.ndarray:
         """(V, C) of the held-out images."""
-        return np.sum([self.weights[name] * part.scaled for name, part in self.parts.items()], axis=0)
+        total: np.ndarray = np.sum([self.weights[name] * part.scaled for name, part in self.parts.items()], axis=0)
+        return total if self.bias is None else total + self.bias
 
     @property
     def plain(self) -> Stack:
@@ -84,14 +86,14 @@ class Stack:
         """The weights of models of all support images."""
         return {name: self.weights[name] / part.spread_full for name, part in self.parts.items()}
 
-    def plan(self, n_classes: int, **fields: Any) -> ScoringPlan:
-        """The sum of the parts that have a weight, of the models that were fitted to judge them; `fields` as of
-        join_terms."""
+    def plan(self, n_classes: int) -> ScoringPlan:
+        """The sum of the parts that have a weight, of the models that were fitted to judge them, and the bias."""
         weights = self.full_weights
+        fields = {} if self.bias is None else {"bias": self.bias}
         terms = ((weights[name], part.model.fields()) for name, part in self.parts.items() if weights[name] > 0)
         return join_terms(n_classes, terms, **fields)
 
-    def config(self, method: Method, evidence: Evidence) -> Config:
+    def config(self, method: Method, evidence: Evidence | None = None) -> Config:
         """The config of `method`, or of the plain one where adapted embeddings have no part."""
         shares = self.shares
         notes = list[str]()
@@ -102,7 +104,8 @@ class Stack:
             method = METHODS[method.name.removesuffix("++")]
         values = self.parameters()
         parameters = {name: values.get(name, 0.0) for name in method.parameters}
-        evidence = msgspec.structs.replace(evidence, shares=shares, note="; ".join(notes))
+        if evidence is not None:
+            evidence = msgspec.structs.replace(evidence, shares=shares, note="; ".join(notes))
         return Config(method=method.name, parameters=parameters, evidence=evidence)
 
     @property
@@ -147,8 +150,8 @@ class Objective:
             if not len(self.labels):
                 return replace(stack, weights=_named(stack.parts, weights))
             parts = [part.scaled[rows] for part in stack.parts.values()]
-            weights, loss = fit_weights(parts, self.labels[rows], weights, self.strength, offset=self.log_shares)
-            fitted.append(replace(stack, weights=_named(stack.parts, weights), loss=loss))
+            fit = Softmax.fit(parts, self.labels[rows], weights, self.strength, self.log_shares)
+            fitted.append(replace(stack, weights=_named(stack.parts, fit.weights), loss=fit.loss))
         return min(fitted, key=lambda stack: stack.loss)
 
 
@@ -247,9 +250,9 @@ def one_shot_weights(support: SupportSet, embeddings: Sequence[Which], regress: 
         return {**weights, "regression": 1.3 - 1.02 * second}
     logits = TextModel(support).scores(support.as_queries)
     labels = support.labels
-    (alone,), _ = fit_weights([logits / spread_of_others(logits, labels)], labels)
+    alone = float(Softmax.fit([logits / spread_of_others(logits, labels)], labels).weights[0])
     accuracy = text_accuracy(support)
-    texts = {"text": 0.55 * accuracy**0.5 * float(alone), "text_regression": 0.15 * accuracy * float(alone)}
+    texts = {"text": 0.55 * accuracy**0.5 * alone, "text_regression": 0.15 * accuracy * alone}
     return {**weights, **texts, "regression": 0.05}
 
 

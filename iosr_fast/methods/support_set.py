@@ -1,4 +1,4 @@
-"""The support set: a few labelled images a class, encoded once, sorted by class."""
+"""The support set: a few labelled images a class, encoded once."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ ROUNDING = 64 * float(np.finfo(np.float32).eps)
 class SupportSet:
     """Embeddings of N support images and of C class names, of D channels: the input of a method.
 
-    embeddings     (N, D), sorted by class
-    class_offsets  (C + 1,) int64: class c owns the rows class_offsets[c]:class_offsets[c + 1]
+    embeddings     (N, D), with one label an image sorted by class
+    class_offsets  (C + 1,) int64: class c owns the labels class_offsets[c]:class_offsets[c + 1]
     text           (C, D) float32, unit rows; None without class names
     tau            the CLIP's logit scale
     queries        (N, D): the same images with one view each, as queries have; leave-one-out scores these. None: the
                    rows of `embeddings`
     groups         (N,) int64: images of one group are left out together (folds.make_folds); None: each is its own
+    owners         (M,) int64: label i is one of the image owners[i], which may have several labels or none. None: each
+                   image has one label, and label i is that of image i
 
     `make_support_set` sorts the rows and makes one.
 
@@ -43,6 +45,7 @@ class SupportSet:
     tau: float
     queries: Embeddings | None = None
     groups: np.ndarray | None = None
+    owners: np.ndarray | None = None
     __repr__ = short_repr
 
     @property
@@ -51,19 +54,30 @@ class SupportSet:
 
     @property
     def counts(self) -> np.ndarray:
-        """(C,) int64, images of each class."""
+        """(C,) int64, images of each class; an image counts for each of its classes."""
         return np.diff(self.class_offsets)
 
     @property
     def labels(self) -> np.ndarray:
-        """(N,) int64, non-decreasing."""
+        """(M,) int64, the class of each label, non-decreasing; M is N with one label an image."""
         return np.repeat(np.arange(self.n_classes), self.counts)
 
     @property
     def one_hot(self) -> np.ndarray:
-        """(N, C) float64, the labels as an indicator."""
+        """(M, C) float64, each label as an indicator."""
         self.check_memory()
         return np.eye(self.n_classes)[self.labels]
+
+    @property
+    def indicator(self) -> np.ndarray:
+        """(N, C) bool, the classes of each image."""
+        indicator = np.zeros((len(self.embeddings), self.n_classes), bool)
+        indicator[self.of_labels(np.arange(len(self.embeddings))), self.labels] = True
+        return indicator
+
+    def of_labels(self, rows: np.ndarray) -> np.ndarray:
+        """The rows (M, ...) of the images that the labels are of, of rows (N, ...) of images."""
+        return rows if self.owners is None else rows[self.owners]
 
     def check_memory(self) -> None:
         """Raise IosrFastError where (N, C) numbers, as the logits of all images are, take more memory than there is."""
@@ -82,10 +96,12 @@ class SupportSet:
 
     def only(self, rows: np.ndarray) -> SupportSet:
         """The support set of some images, `rows` a mask (N,) bool; every class stays, even one left without images."""
-        offsets = _offsets(np.bincount(self.labels[rows], minlength=self.n_classes))
+        kept = self.of_labels(rows)
+        offsets = _offsets(np.bincount(self.labels[kept], minlength=self.n_classes))
         queries = None if self.queries is None else self.queries[rows]
         groups = None if self.groups is None else self.groups[rows]
-        return SupportSet(self.embeddings[rows], offsets, self.text, self.tau, queries, groups)
+        owners = None if self.owners is None else (np.cumsum(rows) - 1)[self.owners[kept]]
+        return SupportSet(self.embeddings[rows], offsets, self.text, self.tau, queries, groups, owners)
 
     def of_classes(self, classes: np.ndarray) -> SupportSet:
         """The support set of the classes in a mask (C,), which are numbered anew, and of their images."""
@@ -130,11 +146,12 @@ def make_support_set(
 ) -> SupportSet:
     """A support set from rows in any order; rows of one class keep their order.
 
-    `embeddings` are (N, D), `labels` (N,) integers from 0 to C - 1, `text` (C, D) or None; `n_classes` is C and is
-    required if `text` is None. `tau`, `queries` and `groups` as in SupportSet.
+    `embeddings` are (N, D), `text` (C, D) or None. `labels` are (N,) integers from 0 to C - 1, and `n_classes` is C,
+    required if `text` is None; or an indicator (N, C) bool of the classes of each image, several, one or none: rows
+    then keep their order. `tau`, `queries` and `groups` as in SupportSet.
 
-    Raises IosrFastError if labels and embeddings differ in number, a label names no class, or the widths of image and
-    text embeddings differ.
+    Raises IosrFastError if labels and embeddings or text differ in number, a label names no class, or the widths of
+    image and text embeddings differ.
 
     >>> support = make_support_set(Embeddings(np.eye(3)), labels=[1, 0, 1], text=np.eye(2, 3), tau=100.0)
     >>> support.embeddings.plain
@@ -143,18 +160,26 @@ def make_support_set(
            [0., 0., 1.]])
     >>> support.class_offsets
     array([0, 1, 3])
+    >>> tags = np.array([[1, 1], [0, 1], [0, 0]], bool)
+    >>> make_support_set(Embeddings(np.eye(3)), tags, text=None, tau=100.0).counts
+    array([1, 2])
     """
-    if text is not None:
-        n_classes = len(text)
-    elif n_classes is None:
-        raise IosrFastError("expected text embeddings or n_classes, got neither")
-    labels = check_labels(labels, len(embeddings), n_classes)
+    owners = None
+    order: np.ndarray | slice = slice(None)
+    if np.ndim(labels) == 2:
+        n_classes = _check_indicator(labels, len(embeddings), text)
+        labels, owners = np.nonzero(labels.T)
+    else:
+        n_classes = n_classes if text is None else len(text)
+        if n_classes is None:
+            raise IosrFastError("expected text embeddings or n_classes, got neither")
+        labels = check_labels(labels, len(embeddings), n_classes)
+        order = np.argsort(labels, kind="stable")
     for part in (embeddings.plain, embeddings.adapted):
         if part is not None and text is not None and part.shape[1] != text.shape[1]:
             raise IosrFastError(
                 f"expected image embeddings as wide as the text's, {text.shape[1]}, got {part.shape[1]}"
             )
-    order = np.argsort(labels, kind="stable")
     return SupportSet(
         embeddings[order],
         _offsets(np.bincount(labels, minlength=n_classes)),
@@ -162,7 +187,18 @@ def make_support_set(
         tau,
         None if queries is None else queries[order],
         None if groups is None else groups[order],
+        owners,
     )
+
+
+def _check_indicator(labels: np.ndarray, n_images: int, text: np.ndarray | None) -> int:
+    """C of an indicator (N, C). Raises IosrFastError for another number of images, or of classes than texts."""
+    rows, n_classes = labels.shape
+    if rows != n_images:
+        raise IosrFastError(f"expected a row of labels for each of {n_images} images, got {rows}")
+    if text is not None and len(text) != n_classes:
+        raise IosrFastError(f"expected text for each of {n_classes} classes, got {len(text)} rows")
+    return n_classes
 
 
 def check_labels(labels: np.ndarray, n_images: int, n_classes: int) -> np.ndarray:

@@ -136,6 +136,20 @@ def test_a_support_set_is_sorted_stably(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(some.as_queries.plain, embeddings.plain[::-1][[1, 4, 2, 5]])
 
 
+def test_a_support_set_of_label_sets_keeps_the_order_of_images(rng: np.random.Generator) -> None:
+    labels = np.array([[1, 1, 0], [0, 0, 0], [0, 1, 0], [1, 0, 0]], bool)
+    embeddings = random_embeddings(rng, 4, 4)
+    support = make_support_set(embeddings, labels, None, 1.0, queries=embeddings[::-1], groups=np.arange(4))
+    np.testing.assert_array_equal(support.indicator, labels)
+    np.testing.assert_array_equal(support.embeddings.plain, embeddings.plain)
+    assert support.counts.tolist() == [2, 2, 0] and support.of_labels(np.arange(4)).tolist() == [0, 3, 0, 2]
+    kept = np.array([False, True, True, True])
+    some = support.only(kept)
+    np.testing.assert_array_equal(some.indicator, labels[kept])
+    np.testing.assert_array_equal(some.as_queries.plain, embeddings.plain[::-1][kept])
+    assert some.groups.tolist() == [1, 2, 3]
+
+
 def test_views_are_averaged_and_normalised(rng: np.random.Generator) -> None:
     rows = random_embeddings(rng, 21, 16)
     averaged = mean_of_views(rows, 3)
@@ -151,6 +165,8 @@ def test_a_support_set_refuses_what_does_not_fit(rng: np.random.Generator) -> No
         (r"labels in 0\.\.1, got 0\.\.2", [0, 1, 2], text),
         ("as wide as the text's, 5, got 4", [0, 1, 1], unit_rows(rng, 2, 5)),
         ("text embeddings or n_classes", [0, 1, 1], None),
+        ("row of labels for each of 3 images, got 2", np.eye(2), None),
+        ("text for each of 3 classes, got 2", np.eye(3), text),
     ):
         with pytest.raises(ValueError, match=words):
             make_support_set(rows, np.array(labels), texts, 1.0)

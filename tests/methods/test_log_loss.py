@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from iosr_fast.methods.links import SHRINKAGE
 from iosr_fast.methods.log_loss import (
     MAX_ALPHA,
     PENALTY,
@@ -17,7 +18,6 @@ from iosr_fast.methods.log_loss import (
     log_softmax,
     spread,
 )
-from iosr_fast.methods.multi_label import SHRINKAGE
 
 EPS = np.finfo(np.float32).eps
 

@@ -10,10 +10,13 @@ import pytest
 from iosr_fast import Embeddings, score
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.folds import make_folds
+from iosr_fast.methods.links import Sigmoid, f1_thresholds
 from iosr_fast.methods.log_loss import sigmoid
-from iosr_fast.methods.models.gaussian import Moments, fit_gaussians
-from iosr_fast.methods.multi_label import f1_thresholds, fit_multi_label
-from iosr_fast.methods.multi_label_set import MultiLabelSet, fixed_parts, regression
+from iosr_fast.methods.models.gaussian import CentredGaussianModel, Moments, fit_gaussians
+from iosr_fast.methods.models.ridge import CentredRidgeModel
+from iosr_fast.methods.multi_label import fit_multi_label
+from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.utils.ranking import mean_average_precision
@@ -22,7 +25,7 @@ from tests.methods.support_sets import unit
 WITH = ["zero-shot", "stack", "stack++"]
 
 
-def images_of(n: int = 31, classes: int = 5, seed: int = 0, text: bool = True, views: bool = False) -> MultiLabelSet:
+def images_of(n: int = 31, classes: int = 5, seed: int = 0, text: bool = True, views: bool = False) -> SupportSet:
     """Rows that hold the centres of their classes, some of none."""
     rng = np.random.default_rng(seed)
     centres, labels = rng.normal(size=(classes, 24)), rng.random((n, classes)) < 0.3
@@ -32,13 +35,7 @@ def images_of(n: int = 31, classes: int = 5, seed: int = 0, text: bool = True, v
         return Embeddings(*(unit(labels @ centres + noise * rng.normal(size=(n, 24))) for noise in (1.5, 1.0)))
 
     texts = unit(centres + rng.normal(size=centres.shape)) if text else None
-    return MultiLabelSet(draw(), labels, texts, 20.0, draw() if views else None)
-
-
-def only(images: MultiLabelSet, rows: np.ndarray) -> MultiLabelSet:
-    queries = None if images.queries is None else images.queries[rows]
-    part = {"embeddings": images.embeddings[rows], "labels": images.labels[rows], "queries": queries, "groups": None}
-    return replace(images, **part)
+    return make_support_set(draw(), labels, texts, 20.0, queries=draw() if views else None)
 
 
 def rows_of(embeddings: Embeddings, which: str) -> np.ndarray:
@@ -48,29 +45,28 @@ def rows_of(embeddings: Embeddings, which: str) -> np.ndarray:
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("which", ["plain", "adapted"])
-def test_the_regression_is_that_of_the_formula_and_of_a_fit_without_the_image_or_the_fold_of_its_group(
-    which: Which, views: bool, grouped: bool
-) -> None:
-    images = replace(images_of(views=views), groups=np.arange(31) // 3 if grouped else None)
-    fold = images.folds.fold if grouped else np.arange(31)
+def test_regression_is_the_formula_and_a_refit_without_each_unit(which: Which, views: bool, grouped: bool) -> None:
+    support = replace(images_of(views=views), groups=np.arange(31) // 3 if grouped else None)
+    folds = make_folds(support)
+    fold = folds.fold if grouped else np.arange(31)
     assert not grouped or (fold[:30].reshape(-1, 3) == fold[:30:3, None]).all()
-    keys, part = rows_of(images.embeddings, which), regression(images, which, 2.0, 0.1)
+    model = CentredRidgeModel(support, which, None, 2.0, 0.1)
+    keys, left_out = rows_of(support.embeddings, which), model.without(folds)
     system = np.exp(-2.0 * (1 - keys @ keys.T)) + 0.1 * np.eye(31)
-    target = images.labels - images.labels.mean(0)
-    np.testing.assert_allclose(part.model.fields()["values"], np.linalg.solve(system, target), atol=1e-9)
+    target = support.indicator - support.indicator.mean(0)
+    np.testing.assert_allclose(model.fitted, np.linalg.solve(system, target), atol=1e-9)
     for row in range(31):
-        others = fold != fold[row]
-        affinity = np.exp(-2.0 * (1 - keys[others] @ rows_of(images.as_queries, which)[row]))
-        fitted = regression(only(images, others), which, 2.0, 0.1).model.fields()
-        np.testing.assert_allclose(part.logits[row], affinity @ fitted["values"], rtol=1e-9, atol=1e-9)
+        refit = replace(model, support=support.only(fold != fold[row]))
+        expected = refit.scores(support.as_queries[row : row + 1])[0]
+        np.testing.assert_allclose(left_out[row], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_discriminant_is_that_of_each_image_given_once_a_label() -> None:
-    images = images_of(n=45)
-    part = fixed_parts(images, METHODS["stack++"])["discriminant_adapted"]
-    fields = part.model.fields()
-    queries, folds = rows_of(images.embeddings, "adapted"), images.folds
-    rows, classes = np.nonzero(images.labels)
+    support = images_of(n=45)
+    model = CentredGaussianModel(support, "adapted")
+    fields, folds = model.fields(), make_folds(support)
+    left_out, queries = model.without(folds), rows_of(support.embeddings, "adapted")
+    rows, classes = np.nonzero(support.indicator)
     assert folds.number == 16 and np.bincount(folds.fold).max() <= 5
 
     def expected(chosen: np.ndarray, asked: np.ndarray) -> np.ndarray:
@@ -81,21 +77,21 @@ def test_a_discriminant_is_that_of_each_image_given_once_a_label() -> None:
     found = queries @ fields["linear"].T + fields["bias"]
     np.testing.assert_allclose(found, expected(np.ones(45, bool), queries), atol=1e-6)
     for own, out in folds.splits:
-        np.testing.assert_allclose(part.logits[own], expected(~out, queries[own]), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(left_out[own], expected(~out, queries[own]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("name", ["auto", *WITH])
 def test_probabilities_are_those_of_new_images(name: str, text: bool) -> None:
     drawn = images_of(400, text=text, seed=3)
-    images = only(drawn, np.arange(400) < 40)
+    support = drawn.only(np.arange(400) < 40)
     for lacking in ["zero-shot"] * (not text) + ["gda++"]:
         with pytest.raises(IosrFastError, match=r"no text embeddings|^gda\+\+ can't learn from several .*use 'auto'"):
-            fit_multi_label(images, lacking)
+            fit_multi_label(support, lacking)
     if name == "zero-shot" and not text:
         return
-    fit = fit_multi_label(images, name)
-    logits, labels = score(fit.plan, drawn.embeddings[40:]).astype(np.float64), drawn.labels[40:]
+    fit = fit_multi_label(support, name)
+    logits, labels = score(fit.plan, drawn.embeddings[40:]).astype(np.float64), drawn.indicator[40:]
     assert mean_average_precision(labels, logits) > 0.8
     assert abs(sigmoid(logits).mean() - labels.mean()) < 0.08
     assert fit.log_loss == pytest.approx(float((np.logaddexp(0, logits) - labels * logits).mean()), abs=0.15)
@@ -104,16 +100,18 @@ def test_probabilities_are_those_of_new_images(name: str, text: bool) -> None:
     shares = sigmoid(logits)
     expected = [max(2 * p[p >= t].sum() / ((p >= t).sum() + p.sum()) for t in p) / 2 for p in shares.T]
     np.testing.assert_allclose(f1_thresholds(shares), expected, rtol=1e-5)  # half of the largest expected F1
+    np.testing.assert_array_equal(Sigmoid(fit.thresholds).members(logits), shares >= fit.thresholds)
 
 
 @pytest.mark.parametrize("text", [False, True])
 def test_one_image_a_class_takes_a_rule(text: bool) -> None:
     drawn = images_of(300, text=text, seed=4)
-    rows = np.array([np.flatnonzero(drawn.labels[:, c] & (drawn.labels.sum(1) == 1))[0] for c in range(5)])
-    fit = fit_multi_label(only(drawn, rows))
+    labels = drawn.indicator
+    rows = [np.flatnonzero(labels[:, c] & (labels.sum(1) == 1))[0] for c in range(5)]
+    fit = fit_multi_label(drawn.only(np.isin(np.arange(300), rows)))
     logits = score(fit.plan, drawn.embeddings)
     assert fit.scored == 0 and np.isnan(fit.average_precision) and np.isnan(fit.log_loss)
-    assert mean_average_precision(drawn.labels, logits) > 0.6
+    assert mean_average_precision(labels, logits) > 0.6
     assert 0.05 < sigmoid(logits.astype(np.float64)).mean() < 0.5
 
 
@@ -130,11 +128,12 @@ def test_repeated_images_are_left_out_together_whatever_their_labels(rng: np.ran
     rows = unit(rng.standard_normal((40, 24)))
     labels = rng.random((40, 3)) < 0.4
     labels[:4] = False  # images of no label, too
-    alone = MultiLabelSet(Embeddings(rows), labels, None, 1.0)
+    alone = make_support_set(Embeddings(rows), labels, None, 1.0)
     twice = Embeddings(unit(np.repeat(rows, 2, 0) + 1e-4 * rng.standard_normal((80, 24))))
-    copies = MultiLabelSet(twice, np.repeat(labels, 2, 0), None, 1.0)
-    assert alone.are_alone and not copies.are_alone
-    assert (copies.folds.fold[::2] == copies.folds.fold[1::2]).all() and (copies.units[::2] == copies.units[1::2]).all()
-    assert 30 <= len(np.unique(copies.units)) <= 40
+    copies = make_support_set(twice, np.repeat(labels, 2, 0), None, 1.0)
+    folds = make_folds(copies)
+    assert make_folds(alone).are_alone and not folds.are_alone
+    assert (folds.fold[::2] == folds.fold[1::2]).all() and (folds.units[::2] == folds.units[1::2]).all()
+    assert 30 <= len(np.unique(folds.units)) <= 40
     losses = [fit_multi_label(one).log_loss for one in (alone, copies)]
     assert losses[1] > 0.9 * losses[0], "random labels stay hard to tell"

@@ -204,7 +204,7 @@ class GaussianModel(Model):
         return self._once(("span", self.copies > 0), n_bytes, self._span)
 
     def _span(self) -> Span:
-        rows = self._rows(self.support.embeddings)
+        rows = self._label_rows(self.support)
         return Span.of(rows if self._text_rows is None else np.concatenate([rows, self._text_rows]))
 
     @cached_property
@@ -220,7 +220,11 @@ class GaussianModel(Model):
         return self.moments - self._moments(self.support.only(out))
 
     def _moments(self, images: SupportSet) -> Moments:
-        return Moments.of(self.span(self._rows(images.embeddings)), images.one_hot)
+        return Moments.of(self.span(self._label_rows(images)), images.one_hot)
+
+    def _label_rows(self, images: SupportSet) -> np.ndarray:
+        """(M, D): an image counts once for each of its labels."""
+        return images.of_labels(self._rows(images.embeddings))
 
     def fit(self, moments: Moments) -> Gaussians:
         """The Gaussians of these moments, with the texts."""
@@ -241,3 +245,25 @@ class GaussianModel(Model):
     def fields(self) -> dict[str, Any]:
         linear, bias = self.fitted.linear, self.fitted.bias
         return {"linear": linear, "bias": bias, "feature": self.which, "reducer": self.reducer}
+
+
+@dataclass(frozen=True)
+class CentredGaussianModel(GaussianModel):
+    """G minus its mean over classes, for images with any number of labels: the mean says how unlike all classes an
+    image is, not which it has. Zeros where all labels are those of images that are left out."""
+
+    def scores(self, queries: Embeddings) -> np.ndarray:
+        scores = super().scores(queries)
+        centred: np.ndarray = scores - scores.mean(1, keepdims=True)
+        return centred
+
+    def scores_without(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        if self.support.of_labels(out).all():
+            return np.zeros((len(rows), self.support.n_classes))
+        scores = super().scores_without(rows, out)
+        centred: np.ndarray = scores - scores.mean(1, keepdims=True)
+        return centred
+
+    def fields(self) -> dict[str, Any]:
+        linear, bias = self.fitted.centred
+        return {**super().fields(), "linear": linear, "bias": bias}

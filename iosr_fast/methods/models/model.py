@@ -69,7 +69,7 @@ class Model(ABC):
     def without(self, folds: Folds) -> np.ndarray:
         """(N, C): the term of each support image as a query, fitted without the images of its fold; NaN for an image
         that is not scored."""
-        scores = np.full((len(self.support.labels), self.support.n_classes), np.nan)
+        scores = np.full((len(self.support.embeddings), self.support.n_classes), np.nan)
         for rows, out in folds.splits:
             scores[rows] = self.scores_without(rows, out)
         return scores

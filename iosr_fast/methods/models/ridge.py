@@ -9,8 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.models.model import Model
-from iosr_fast.methods.support_set import class_weights
+from iosr_fast.methods.support_set import class_weights, image_rows
 
 
 def kernel_matrix(rows: np.ndarray, keys: np.ndarray, beta: float) -> np.ndarray:
@@ -154,3 +155,49 @@ class RidgeModel(Model):
             "reducer": self.reducer,
             "beta": self.beta,
         }
+
+
+@dataclass(frozen=True)
+class CentredRidgeModel(RidgeModel):
+    """The same with V = (K + ridge I)^-1 (Y - share), for images with any number of labels: Y (N, C) is their indicator
+    and `share` (C,) the share of images that have the label.
+
+    Every image is left out by itself, where images share units the fold of its unit, and in the shares, too: else the
+    regression of an image's own label would be lower where the image is left out, as there is one such image less. The
+    regression is linear in the target: that of Y - share is that of Y minus share times that of 1.
+    """
+
+    @cached_property
+    def factorised(self) -> KernelRidge:
+        queries = self.support.queries
+        rows = None if queries is None else image_rows(queries, self.which, self.reducer)
+        return KernelRidge(self._keys, rows, self.beta, self.ridge)
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        return image_rows(self.support.embeddings, self.which, self.reducer)
+
+    @cached_property
+    def _target(self) -> np.ndarray:
+        """(N, C + 1) [Y, 1]."""
+        return np.hstack([self.support.indicator, np.ones((len(self._keys), 1))])
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        return self.factorised.values(self._target)
+
+    @cached_property
+    def fitted(self) -> np.ndarray:
+        return self._values[:, :-1] - self._values[:, -1:] * (self.support.counts / len(self._keys))
+
+    def without(self, folds: Folds) -> np.ndarray:
+        target = self._target
+        if folds.are_alone:
+            folds = replace(folds, fold=np.arange(len(target)))
+        sums = np.zeros((folds.number, target.shape[1]))
+        np.add.at(sums, folds.fold, target)
+        others = target.sum(0) - sums[folds.fold]
+        left_out = np.empty(target.shape)
+        for rows, out in folds.splits:
+            left_out[rows] = self.factorised.without(rows, out, target, self._values)
+        return left_out[:, :-1] - left_out[:, -1:] * (others[:, :-1] / np.maximum(others[:, -1:], 1))
