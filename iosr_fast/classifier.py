@@ -34,7 +34,7 @@ from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tune import TUNE_SECONDS, Options
+from iosr_fast.methods.tune import TUNE_SECONDS, asked_config
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.sealed.verified_folder import VerifiedFolder
@@ -190,7 +190,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         self.memory = memory
         self._given_clip: tuple[dict[str, Any], OpenedModel] | None = None
         check_engine_choice(runtime, precision)
-        Options.of(self.get_params())  # refuses what no fit takes
+        asked_config(**self.get_params())  # refuses what no fit takes
 
     support_ = FittedAttribute[SupportSet | MultiLabelSet](lambda fit: fit.head.support)
     multi_label_ = FittedAttribute(lambda fit: fit.head if isinstance(fit.head, MultiLabelHead) else None)

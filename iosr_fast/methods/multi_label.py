@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.config import Config
+from iosr_fast.methods.config import AUTO, Config
 from iosr_fast.methods.log_loss import fit_binary, sigmoid
 from iosr_fast.methods.multi_label_set import MultiLabelSet, fixed_parts, regression
 from iosr_fast.methods.out_of_fold import Part
-from iosr_fast.methods.papers import MAX_KEYS, Method
+from iosr_fast.methods.papers import MAX_KEYS, METHODS, Method
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Setting, Stack, affordable, on_each
-from iosr_fast.methods.tune import AUTO, TUNE_SECONDS
+from iosr_fast.methods.tune import TUNE_SECONDS
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.utils.ranking import mean_average_precision
@@ -160,7 +159,7 @@ def _check(entry: Method, images: MultiLabelSet) -> None:
         raise IosrFastError(
             f"{entry.name} needs at least one image of each class, got none of the classes at {columns}"
         )
-    if (reason := unavailable_reason(entry.name, images.pairs)) is not None:
+    if (reason := Config(method=entry.name).unavailable_reason(images.pairs)) is not None:
         raise IosrFastError(reason)
 
 
