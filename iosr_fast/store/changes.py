@@ -20,7 +20,6 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.names import check_new_name
-from iosr_fast.methods import unavailable_reason
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.tree import Path
 from iosr_fast.scoring.validation import check_unit_rows
@@ -135,7 +134,7 @@ class Change:
             calibration_images=calibration,
             paths=above if any(above) else None,
         )
-        if (reason := unavailable_reason(config.method, made.support)) is not None:
+        if (reason := config.unavailable_reason(made.support)) is not None:
             raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
         kept = {"rename_class": NAMELESS if self.text is None else (), "move_class": TREELESS}.get(self.op, ())
         return made.with_computed(**{name: head.computed(name) for name in kept})

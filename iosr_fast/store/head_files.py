@@ -20,7 +20,7 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.names import check_separable
-from iosr_fast.methods import METHODS, conformal, unavailable_reason
+from iosr_fast.methods import METHODS, conformal
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.ood_scores import score_names
@@ -117,7 +117,7 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> He
             if facts.paths is not None:
                 raise IosrFastError("expected no paths of nodes where pictures may have several labels, got some")
         support = examples.as_support(numbers, text, facts.tau)
-        if (reason := unavailable_reason(facts.method, support)) is not None:
+        if (reason := facts.unavailable_reason(support)) is not None:
             raise IosrFastError(reason)
     with naming(PLAN):
         reducer = _reducer(of_plan, "reducer")
