@@ -112,7 +112,7 @@ def _columns_of(head: Head, answers: Sequence[Prediction]) -> tuple[np.ndarray, 
     if head.thresholds is None:
         labels, shares = zip(*(one.answer for one in answers), strict=True) if answers else ((), ())
         return np.array(labels, str), np.array(shares, np.float32)
-    labels_of, probabilities = np.empty(len(answers), object), np.empty(len(answers), object)
+    sets, probabilities = np.empty(len(answers), object), np.empty(len(answers), object)
     probabilities[:] = [dict(one.pairs) for one in answers]
-    labels_of[:] = [frozenset(one) for one in probabilities]
-    return labels_of, probabilities
+    sets[:] = [frozenset(one) for one in probabilities]
+    return sets, probabilities

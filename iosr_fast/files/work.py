@@ -168,11 +168,9 @@ class Classify:
         return Reader(fit.encoder, fit.clip.engine, fit.settings, options)
 
     def use(self, embeddings: Embeddings) -> Embeddings | Sequence[Prediction]:
-        return (
-            embeddings.to_numpy()
-            if self.joint
-            else predict(self.head, embeddings, self.top, abstention=self.abstention)
-        )
+        if self.joint:
+            return embeddings.to_numpy()
+        return predict(self.head, embeddings, self.top, abstention=self.abstention)
 
     def encode(
         self, keys: list[str], results: list[Any], errors: list[str | None], first: bool

@@ -130,9 +130,10 @@ def strange_odds(left_out: Judged) -> float:
     """
     n = int(left_out.count + _ROUNDING)
     k = int((binomial_cdf(n, STRANGE, n) <= 1.0 - CONFIDENCE).sum())
-    order = np.argsort(left_out.odds[:, 0], kind="stable")
+    odds = left_out.odds[:, 0]
+    order = np.argsort(odds, kind="stable")
     rank = int(np.searchsorted(np.cumsum(left_out.counted[order]), k + _ROUNDING, side="right"))
-    return float(left_out.odds[:, 0][order[rank - 1]]) if k else -math.inf
+    return float(odds[order[rank - 1]]) if k else -math.inf
 
 
 class Strangers:

@@ -107,7 +107,7 @@ class Sigmoid:
 
     def listed(self, logits: np.ndarray, top: int) -> list[np.ndarray]:
         """All classes of each query, the most likely first."""
-        ordered = zip(np.argsort(-logits, axis=1, kind="stable"), self.members(logits), strict=True)
+        ordered = zip(np.argsort(-sigmoid(logits), axis=1, kind="stable"), self.members(logits), strict=True)
         return [order[chosen[order]] for order, chosen in ordered]
 
     def answers(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

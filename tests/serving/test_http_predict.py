@@ -175,6 +175,8 @@ def test_a_tree_gives_nodes_their_places_and_metrics(monkeypatch: pytest.MonkeyP
         for class_id in ("~3", "~4"):
             client.ask("PATCH", f"/v1/classes/{class_id}", files=fields(parent="left"), headers=AUTHORISED)
         assert of_node not in client.get("/metrics").text and 'name="left"' in client.get("/metrics").text
+        answers = client.get("/openapi.json").json()["components"]["schemas"]
+        assert {"level", "path"} <= answers["Prediction"]["properties"].keys()
 
 
 def test_the_classifier_is_described(shared: Client) -> None:
