@@ -23,7 +23,7 @@ from iosr_fast.exceptions import DamagedFileError
 from iosr_fast.methods.config import Config
 from iosr_fast.store import change_log, log_reader, sqlite_file
 from iosr_fast.store.change_log import ChangeLog
-from iosr_fast.store.changes import Change, Record
+from iosr_fast.store.changes import AddExamples, Change, Retune, decode
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.store.log_reader import LogReader, read_log
 from tests import ROOT
@@ -59,7 +59,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
             state = renamed(log, state, "name " * number + "end")
             if number in (8, 9):
                 examples = random_examples(np.random.default_rng(1), [1] * 30, state.next_example)
-                state = changed(log, state, Change("add_examples", 1, added=examples))
+                state = changed(log, state, AddExamples.of(1, examples))
         log.close()
         assert reopened(path).version == 23
     return path.read_bytes()
@@ -322,15 +322,17 @@ FORGED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def change_of(op: str, fields: dict[str, Any]) -> Change:
+    return decode(op, msgspec.msgpack.encode({"classes": 3, "images": 6, **fields}))
+
+
 @pytest.mark.parametrize("case", [*FORGED, "a negative number", "an unknown field", "no record"])
 def test_a_forged_change_with_the_right_chain_is_refused(case: str, path: Path) -> None:
     states = write_log(path)
     op, fields = FORGED.get(case, ("rename_class", {}))
     facts = {"classes": 3, "images": 6, **fields}
-    record = msgspec.msgpack.encode(Record(**facts))
-    if case not in FORGED:
-        odd = {"a negative number": {**facts, "uid": -1}, "an unknown field": {**facts, "run": "this"}}
-        record = msgspec.msgpack.encode(odd.get(case, 7))
+    odd = {"a negative number": {**facts, "uid": -1}, "an unknown field": {**facts, "run": "this"}, "no record": 7}
+    record = msgspec.msgpack.encode(odd.get(case, facts))
     with sqlite3.connect(path) as db:
         chain = db.execute("SELECT chain FROM changes WHERE version = 4").fetchone()[0]
         chain = hashlib.sha256(b"%b5 now %b %b" % (chain, op.encode(), record)).digest()
@@ -348,17 +350,15 @@ def test_a_forged_change_with_the_right_chain_is_refused(case: str, path: Path) 
 def test_a_change_that_is_written_right_is_taken(path: Path) -> None:
     """The records above are refused for what they say, not for their form."""
     for op, fields in (("add_class", NEW), ("add_examples", IMAGE)):
-        after = Record(**{"classes": 3, "images": 6, **fields}).apply(op, STATE)
-        assert after.version == 2
-    config = Config(method="gda", parameters={"alpha": 1.0})
-    change = Change("retune", config=config)
-    again = msgspec.msgpack.decode(change.encode(change.apply(STATE)), type=Record).apply("retune", STATE)
+        assert change_of(op, fields).replay(STATE).version == 2
+    change = Retune.of(Config(method="gda", parameters={"alpha": 1.0}))
+    again = decode("retune", change.encode(change.apply(STATE))).replay(STATE)
     assert fingerprint(again) == fingerprint(change.apply(STATE))
 
 
 @pytest.mark.parametrize(("op", "fields"), [("add_class", NEW), ("rename_class", {**NEW, "uid": 1, "classes": 3})])
 def test_a_head_without_texts_takes_records_without(op: str, fields: dict[str, Any]) -> None:
-    head, record = replace(STATE, text=None), Record(**{"images": 6, **fields})
+    head = replace(STATE, text=None)
     with pytest.raises(ValueError, match=f"expected no text embedding to {op}, got one"):
-        record.apply(op, head)
-    assert msgspec.structs.replace(record, arrays={}).apply(op, head).class_names.count("new") == 1
+        change_of(op, fields).replay(head)
+    assert change_of(op, {**fields, "arrays": {}}).replay(head).class_names.count("new") == 1
