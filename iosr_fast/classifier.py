@@ -32,7 +32,7 @@ from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tune import TUNE_SECONDS, Options
+from iosr_fast.methods.tune import TUNE_SECONDS, asked_config
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.sealed.verified_folder import VerifiedFolder
@@ -188,7 +188,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         self.memory = memory
         self._given_clip: tuple[dict[str, Any], OpenedModel] | None = None
         check_engine_choice(runtime, precision)
-        Options.of(self.get_params())  # refuses what no fit takes
+        asked_config(**self.get_params())  # refuses what no fit takes
 
     support_ = FittedAttribute[SupportSet](lambda fit: fit.head.support)
     key_precision_ = FittedAttribute[Precision](lambda fit: fit.head.config.key_precision)

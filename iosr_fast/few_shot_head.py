@@ -24,7 +24,7 @@ from iosr_fast.head.labels import are_label_sets, classes_of, dense, positions, 
 from iosr_fast.images.preprocess import open_image, thumbnail
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_set import image_rows
-from iosr_fast.methods.tune import TUNE_SECONDS, Options
+from iosr_fast.methods.tune import TUNE_SECONDS, asked_config
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.key_precision import Precision
@@ -144,11 +144,11 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         any: they sharpen `unknown_score` alone. `groups` (n,) and `tree` as in Classifier.fit; labels stand in `tree`
         as they are, or as text. `paths` (n,) are the rows' picture files, which `audit` names and pages show.
         """
-        options = Options.of(self.get_params(deep=False))
+        asked = asked_config(**self.get_params(deep=False))
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
         multi_label = are_label_sets(y)
         if multi_label:
-            check_multi_label(options, unknown_images, tree)
+            check_multi_label(asked, unknown_images, tree)
             X = self._validated(X, reset=True)
         else:
             X, y = self._validated(X, y, reset=True)
@@ -171,7 +171,8 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         if unknown_images is not None:
             _, unknown, _ = self._support(self._validated(unknown_images), "left out of the unknown rows")
             check_unknown_images(len(unknown))
-        head = fit_head(options, names, text, tau, examples, sets, unknown, nodes)
+        choice = asked, self.tune, float(self.tune_seconds)
+        head = fit_head(*choice, names, text, tau, examples, sets, unknown, nodes)
         warn_of_look_alikes(head)
         self._fit = _Fit(head, classes, dense(y).dtype if multi_label and classes.dtype.kind == "i" else None)
         return self

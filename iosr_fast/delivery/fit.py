@@ -17,16 +17,15 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.class_tree import paths_of
 from iosr_fast.head.descriptions import check_descriptions
 from iosr_fast.head.fit import check_multi_label, fit_head
-from iosr_fast.head.labels import Labels, check_labels, read_groups
+from iosr_fast.head.labels import check_labels, read_groups
 from iosr_fast.head.support_images import SupportSettings, encode_images
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.methods import METHODS, reason_against
-from iosr_fast.methods.tune import AUTO, Options
+from iosr_fast.methods.config import Config
+from iosr_fast.methods.tune import asked_config, is_searched
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.utils.progress import progress as bar
-from iosr_fast.utils.text import abbreviate
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,8 @@ def fit(
     """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before it is opened:
     parameters, labels, class names, descriptions, and that each class has an image if the method needs one."""
     check_engine_choice(parameters["runtime"], parameters["precision"])
-    options = Options.of(parameters)
+    asked = asked_config(**parameters)
+    tuning, seconds = parameters["tune"], float(parameters["tune_seconds"])
     choose_engine = parameters["precision"] == "auto"
     names = ("views", "mirror", "templates", "seed", "exif_orientation", "margin")
     settings = SupportSettings(**{name: parameters[name] for name in names}, thumbnail=parameters["thumbnails"])
@@ -54,7 +54,7 @@ def fit(
     # Parts of one picture are one session, whatever sets of labels they have.
     grouped = read_groups(groups, len(listed), listed, known.ids if known.sets is None else 0 * known.ids)
     if known.sets is not None:
-        check_multi_label(options, unknown_images, tree)
+        check_multi_label(asked, unknown_images, tree)
         if choose_engine:
             log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
             choose_engine = False
@@ -62,15 +62,15 @@ def fit(
     texts = check_descriptions(descriptions, known.names, settings.templates)
     unknown = [] if unknown_images is None else as_image_list(unknown_images)
     check_unknown_images(len(unknown))
-    _check_counts(options.config.method, known, known.ids)
+    _refuse(asked.reason_against(known.counts(known.ids), names=known.names))
     if str(parameters["pretrained"]) == "none":
         log.warning("pretrained='none': the weights are random, to measure speed, and the answers mean nothing")
     names_to_read = None if class_names is None and known.numbers is not None else known.names
     clip = open_clip((names_to_read, settings.templates, texts))
-    _check_model(options.config.method, known.counts(known.ids), clip, settings.templates, texts)
+    _check_model(asked, known.counts(known.ids), clip, settings.templates, texts)
     shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])
     # Later queries are single views, so that is what leave-one-out has to score.
-    scored = options.searched or known.sets is not None
+    scored = is_searched(asked, tuning) or known.sets is not None
     settings = replace(settings, single=scored and settings.views > 1)
     text = None if clip.text is None else clip.text.embed_classes(known.names, settings.templates, texts)
     with bar("encode", len(listed) + len(unknown), shown=shown) as step:
@@ -81,10 +81,10 @@ def fit(
         unread = [error.position for error in errors if error.position < len(listed)]
         examples = replace(examples, groups=np.delete(grouped, unread))
     if errors:
-        _check_counts(options.config.method, known, examples.class_ids)
+        _refuse(asked.reason_against(known.counts(examples.class_ids), names=known.names))
     with bar("tune", None, shown=shown and scored and bool(len(examples))):
         others = known.sets, unknown_rows, paths, known.numbers
-        head = fit_head(options, known.names, text, clip.tau, examples, *others).compiled()
+        head = fit_head(asked, tuning, seconds, known.names, text, clip.tau, examples, *others).compiled()
     settings = replace(settings, single=examples.queries is not None)
     fitted = Fit(clip, head, settings, tuple(errors), known.numbers is not None, memory=memory)
     if not choose_engine:
@@ -98,19 +98,17 @@ def fit(
     return optimize(fitted, [readable[number] for number in ids], engines, head.version, readable[len(ids) :])
 
 
-def _check_counts(method: str, labels: Labels, ids: np.ndarray) -> None:
-    """Raise IosrFastError where a class has none of the images with these `ids` and the method needs one."""
-    needed = method == AUTO or METHODS[method].needs_support
-    if needed and (empty := [labels.names[c] for c in np.flatnonzero(labels.counts(ids) == 0)]):
-        raise IosrFastError(f"{method} needs at least one image of each class, got none of {abbreviate(empty)}")
+def _refuse(reason: str | None) -> None:
+    """Raise IosrFastError where there is a reason."""
+    if reason is not None:
+        raise IosrFastError(reason)
 
 
-def _check_model(method: str, counts: np.ndarray, clip: OpenedModel, templates: Any, descriptions: Any) -> None:
+def _check_model(asked: Config, counts: np.ndarray, clip: OpenedModel, templates: Any, descriptions: Any) -> None:
     """Raise IosrFastError for a method that the model can't serve, with classes of `counts` (C,) images, and for texts
     of a model that reads none."""
     check_number("tau, the CLIP's logit scale,", clip.tau, *RANGES["tau"])
-    if method != AUTO and (reason := reason_against(method, counts, clip.reads_text, clip.has_adapter)) is not None:
-        raise IosrFastError(reason)
+    _refuse(asked.reason_against(counts, clip.reads_text, clip.has_adapter))
     if not clip.reads_text and (templates is not None or descriptions):
         raise IosrFastError(
             "expected no templates and no descriptions: this model has no text encoder, so classes are known by their "

@@ -13,10 +13,10 @@ import numpy as np
 from iosr_fast.evaluation.rivals import DEFAULT_RIVALS, RIVALS, fit_rival, rival_unavailable_reason, score_rival
 from iosr_fast.evaluation.tasks import Task, TaskSource
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.config import Config, Evidence
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.config import AUTO, Config, Evidence
 from iosr_fast.methods.conformal import of_logits
-from iosr_fast.methods.tune import AUTO, tune
+from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.reducers import check_reducer
 from iosr_fast.scoring.score import score
 
@@ -202,7 +202,8 @@ def evaluate_draw(task: Task, method: str, reducer: str, seed: int) -> Draw:
         accuracy, log_loss, error = score_rival(method, estimator, task.queries, task.labels)
     else:
         queries, labels = (None, None) if method == AUTO or task.validation is None else task.validation
-        config = tune(method, task.support, queries, labels, reducer).config
+        asked = Config(method=method, reducer="none" if reducer == AUTO else reducer)
+        config, *_ = tune(asked, task.support, queries, labels)
         started = time.perf_counter()
         plan = config.compile(task.support)
         fit_seconds = time.perf_counter() - started
@@ -216,7 +217,7 @@ def why_unavailable(method: str, task: Task) -> str | None:
     """Why the task does not allow the method; None if it does."""
     if method in RIVALS:
         return rival_unavailable_reason(method, task.support)
-    return None if method == AUTO else unavailable_reason(method, task.support)
+    return Config(method=method).unavailable_reason(task.support)
 
 
 def method_names(words: Sequence[str], groups: dict[str, tuple[str, ...]] = GROUPS) -> list[str]:

@@ -13,14 +13,16 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
-from iosr_fast.methods import multi_label_reason
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.methods.tree import Path
-from iosr_fast.methods.tune import Options
+from iosr_fast.methods.tune import Tuning, is_searched, tune
 
 
 def fit_head(
-    options: Options,
+    asked: Config,
+    tuning: Tuning,
+    seconds: float,
     names: Sequence[str],
     text: np.ndarray | None,
     tau: float,
@@ -30,24 +32,23 @@ def fit_head(
     paths: tuple[Path, ...] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Head:
-    """The head of support images whose class ids are positions in `names` (C), or in `label_sets` (P, C) bool; `paths`
-    as of Head, `numbers` (C) become its uids."""
+    """The head of support images whose class ids are positions in `names` (C), or in `label_sets` (P, C) bool. The
+    config is chosen as it is `asked` for (methods.tune.tune); `paths` as of Head, `numbers` (C) become its uids."""
     if label_sets is None:
         examples = examples.sorted_by_class()
         support = examples.as_support(range(len(names)), text, tau)
-        if options.tune != "none":
+        if tuning != "none":
             support.check_memory()
-        fit = options.fit(support)
+        config, reducer, plan = tune(asked, support, tuning=tuning, seconds=seconds)
         fields: dict[str, Any] = {"unknown_images": unknown_images, "paths": paths, "uids": numbers}
         if numbers is not None:
             examples = replace(examples, class_ids=np.array(numbers)[examples.class_ids])
-        head = Head.first(names, text, tau, examples, fit.config, fit.reducer, **fields)
-        return head.with_computed(support=support, plan=fit.plan)
+        head = Head.first(names, text, tau, examples, config, reducer, **fields)
+        return head.with_computed(support=support, plan=plan)
     examples = examples.labelled(label_sets[examples.class_ids], range(len(names)))
-    asked = options.config
     support = examples.as_support(range(len(names)), text, tau)
-    setting = None if options.searched else asked.parameters
-    of_sets = fit_multi_label(support, asked.method, setting, asked.key_precision, options.seconds)
+    setting = None if is_searched(asked, tuning) else asked.parameters
+    of_sets = fit_multi_label(support, asked.method, setting, asked.key_precision, seconds)
     head = Head.first(names, text, tau, examples, of_sets.config, thresholds=of_sets.thresholds)
     return head.with_computed(plan=of_sets.plan)
 
@@ -58,10 +59,10 @@ def warn_of_look_alikes(head: Head) -> None:
         warnings.warn("; ".join(head.look_alike_warning), LookAlikesWarning, stacklevel=3)
 
 
-def check_multi_label(options: Options, unknown_images: Any, tree: Any) -> None:
+def check_multi_label(asked: Config, unknown_images: Any, tree: Any) -> None:
     """Raise IosrFastError for what does not go with several labels a picture: some methods, a reducer, unknown images
     and a tree."""
-    if (reason := multi_label_reason(options.config.method, options.config.reducer)) is not None:
+    if (reason := asked.multi_label_reason) is not None:
         raise IosrFastError(reason)
     if unknown_images is not None:
         raise IosrFastError("several labels a picture take no unknown_images: give them as pictures of no label")

@@ -1,24 +1,27 @@
-"""What a fit chose (Config), and how it is known that this is good (Evidence).
+"""What a fit is asked for and what it chose (Config), and how it is known that this is good (Evidence).
 
-Both are typed once, for heads, the manifests of bundles, logs of changes and fingerprints.
+Both are typed once, for estimators, heads, the manifests of bundles, logs of changes and fingerprints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS, Method, check_parameters, compile_method, fit_method_reducer
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.papers import MAX_KEYS, METHODS, Method
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan, Which
-from iosr_fast.scoring.reducers import NAME, Reducer
+from iosr_fast.scoring.reducers import NAME, Reducer, fit_reducer
 from iosr_fast.sealed.schema import Above0, Natural, Positive, Share, Strict, text_of
+from iosr_fast.utils.text import abbreviate, did_you_mean
 
+AUTO = "auto"
 Protocol = Literal["loo", "validation", "one-shot", "cross-validation", "none"]
 ReducerName = Annotated[str, Meta(pattern=rf"^({NAME})\Z")]
 NonNegative = Annotated[float, Meta(ge=0)]
@@ -28,21 +31,18 @@ _QUANTILE = 1.959964  # of the standard normal distribution: 95% lie within
 class Evidence(Strict, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """How right a chosen config is on held-out images. Fields that only earlier versions wrote are ignored.
 
-    accuracy         the share of `scored` held-out images that are right if one half of them is judged with what the
-                     other half chooses, parameters or weights, both ways: not the best of many tries. Images are left
-                     out one by one, so look-alikes of one stay in: Head.summary has the accuracy of pictures of other
-                     sessions. None where nothing was scored
-    search_accuracy  the share that the parameters get right which all of these images chose: optimistic
-    alpha_range      the widest plateau of best alphas for these other parameters; by leave-one-out alpha may lie beside
-                     it
-    log_loss         of the held-out images at the config, in nats; None if it was not computed
-    protocol         "validation", "loo" (one image of each class left out at a time, near duplicates together),
-                     "one-shot" (nothing can be left out: one_shot_parameters), "cross-validation" (scikit-learn's),
-                     "none"
-    settings         combinations of the parameters but alpha that were tried, with every alpha for each
-    note             what a user has to know of the choice: texts or images that have no effect; or ""
-    shares           of a stack: what texts, pictures and the adapter contribute to the logits; the sum is 1
-    version, stale   the version of the classifier that was tuned, and whether the classifier has changed since
+    accuracy        the share of `scored` held-out images that are right if one half of them is judged with what the
+                    other half chooses, parameters or weights, both ways: not the best of many tries. Images are left
+                    out one by one, so look-alikes of one stay in: Head.summary has the accuracy of pictures of other
+                    sessions. None where nothing was scored
+    log_loss        of the held-out images at the config, in nats; None if it was not computed
+    protocol        "validation", "loo" (one image of each class left out at a time, near duplicates together),
+                    "one-shot" (nothing can be left out: tune.one_shot_parameters), "cross-validation" (scikit-learn's),
+                    "none"
+    settings        combinations of the parameters but alpha that were tried, with every alpha for each
+    note            what a user has to know of the choice: texts or images that have no effect; or ""
+    shares          of a stack: what texts, pictures and the adapter contribute to the logits; the sum is 1
+    version, stale  the version of the classifier that was tuned, and whether the classifier has changed since
 
     >>> Evidence(accuracy=0.9, scored=40, protocol="loo").summary()
     'chosen by 40 left-out images'
@@ -51,8 +51,6 @@ class Evidence(Strict, frozen=True, kw_only=True, forbid_unknown_fields=False):
     accuracy: Share | None = None
     scored: Natural = 0
     protocol: Protocol = "none"
-    search_accuracy: Share | None = None
-    alpha_range: tuple[float, float] | None = None
     log_loss: NonNegative | None = None
     settings: Natural = 0
     seconds: NonNegative = 0.0
@@ -81,9 +79,10 @@ class Evidence(Strict, frozen=True, kw_only=True, forbid_unknown_fields=False):
 
 
 class Config(Strict, frozen=True, kw_only=True):
-    """A method and how it is set.
+    """A method and how it is set: before a fit as it is asked for, then as it was chosen.
 
-    parameters     all of the method's, alpha included
+    method         a name of METHODS, or, asked for, "auto": the stack
+    parameters     all of the method's, alpha included; asked for, those that are given, or none if they are searched
     reducer        the name of the one that is fitted on the support images (scoring.reducers.fit_reducer)
     factor         multiplies the logits, which calibrates probabilities and changes no label
     key_precision  of the cache keys
@@ -104,8 +103,13 @@ class Config(Strict, frozen=True, kw_only=True):
 
     @property
     def entry(self) -> Method:
-        """The method of this name."""
-        return METHODS[self.method]
+        """The method of this name. Raises IosrFastError for an unknown one."""
+        entry = METHODS.get(self.method)
+        if entry is None:
+            names = [AUTO, *METHODS]
+            mistyped = did_you_mean(str(self.method), names)
+            raise IosrFastError(f"{mistyped}expected a method of {', '.join(names)}, got {self.method!r}")
+        return entry
 
     @property
     def which(self) -> Which:
@@ -117,25 +121,125 @@ class Config(Strict, frozen=True, kw_only=True):
         """What multiplies tau <plain, text> in the logits."""
         return self.factor * self.parameters.get("text", 1.0)
 
-    def fit_reducer(self, support: SupportSet) -> Reducer | None:
-        """The reducer, fitted on the support images."""
-        return fit_method_reducer(self.entry, self.reducer, support)
+    @property
+    def complete(self) -> Self:
+        """With all parameters of the method; one that is missing takes its default. Raises IosrFastError for an unknown
+        method, a parameter that it does not have, a value out of range, and a reducer of a stack."""
+        entry = self.entry
+        parameters = {**entry.parameters, **entry.check(self.parameters)}
+        if entry.is_stack and self.reducer != "none":
+            raise IosrFastError(f"{self.method} takes no reducer, got {self.reducer!r}")
+        return msgspec.structs.replace(self, parameters=parameters)
 
-    def compile(self, support: SupportSet, reducer: Reducer | str | None = None) -> ScoringPlan:
-        """The plan of a support set, with a fitted reducer; None fits it."""
-        fitted = self.reducer if reducer is None else reducer
-        plan = compile_method(self.method, support, reducer=fitted, **self.parameters).scaled(self.factor)
-        return self.with_keys(plan)
+    def fit_reducer(self, support: SupportSet) -> Reducer | None:
+        """The reducer, fitted on the embeddings that the method compares; None if it compares no images."""
+        if not self.entry.takes_reducer:
+            return None
+        return fit_reducer(self.reducer, image_rows(support.embeddings, self.which, None))
+
+    def compile(self, support: SupportSet, reducer: Reducer | None = None) -> ScoringPlan:
+        """The plan of a support set, with a fitted reducer; None fits it.
+
+        Raises IosrFastError as `complete`, and if the support set lacks what the method needs (`unavailable_reason`).
+
+        >>> from iosr_fast import Embeddings, score
+        >>> from iosr_fast.methods.support_set import make_support_set
+        >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
+        >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
+        >>> plan = Config(method="tip-adapter", parameters={"beta": 3.0}, reducer="centre").compile(support)
+        >>> plan.alpha, plan.beta, plan.keys.shape
+        (1.0, 3.0, (3, 4))
+        >>> score(plan, images).argmax(1)
+        array([0, 1, 1])
+        """
+        config = self.complete
+        if (reason := config.unavailable_reason(support)) is not None:
+            raise IosrFastError(reason)
+        fitted = self.fit_reducer(support) if reducer is None else reducer
+        return self.with_keys(self.entry.compile(support, fitted, config.parameters).scaled(self.factor))
 
     def with_keys(self, plan: ScoringPlan) -> ScoringPlan:
         """The plan with its keys in `key_precision`."""
         return plan if plan.keys is None else plan.with_key_precision(self.key_precision)
 
+    def unavailable_reason(self, support: SupportSet) -> str | None:
+        """Why the method can't serve a support set with its parameters; None if it can."""
+        if support.owners is not None and (reason := self._against_label_sets(support)) is not None:
+            return reason
+        return self.reason_against(support.counts, support.text is not None, support.embeddings.adapted is not None)
+
+    @property
+    def multi_label_reason(self) -> str | None:
+        """Why it can't learn from images with several labels; None if it can.
+
+        >>> Config(method="gda++").multi_label_reason
+        "gda++ can't learn from several labels an image: its formula has one label an image; use 'auto'"
+        """
+        if self.method in METHODS and not self.entry.takes_label_sets:
+            return (
+                f"{self.method} can't learn from several labels an image: its formula has one label an image; use "
+                "'auto'"
+            )
+        if self.reducer != "none":
+            return f"several labels an image take no reducer, got {self.reducer!r}: leave it out"
+        return None
+
+    def _against_label_sets(self, support: SupportSet) -> str | None:
+        """What images with any number of labels lack for it."""
+        if (reason := self.multi_label_reason) is not None:
+            return reason
+        n_images = len(support.embeddings)
+        if not support.n_classes:
+            return "several labels an image: expected labels of at least one class, got empty sets alone"
+        if not 2 <= n_images <= MAX_KEYS:
+            return f"several labels an image: expected 2 to {MAX_KEYS} support images, got {n_images}"
+        if self.entry.needs_support and len(empty := np.flatnonzero(support.counts == 0)):
+            columns = abbreviate([str(column) for column in empty])
+            return f"{self.method} needs at least one image of each class, got none of the classes at {columns}"
+        return None
+
+    def reason_against(
+        self, counts: np.ndarray, has_text: bool = True, has_adapted: bool = True, names: Sequence[str] = ()
+    ) -> str | None:
+        """As unavailable_reason, of classes with `counts` (C,) images, with texts and adapted embeddings or without. A
+        fit gives the `names` (C,) of its classes and needs an image of each; changes may leave a class without."""
+        entry = METHODS["stack"] if self.method == AUTO else self.entry
+        n_images = int(counts.sum())
+        n_empty = int((counts == 0).sum())
+        if entry.needs_text and not has_text:
+            return (
+                f"{self.method} compares images with texts, and there are no text embeddings: take a CLIP, or in "
+                "FewShotHead give text=, an array (C, D)"
+            )
+        if entry.needs_support and names and n_empty:
+            listed = abbreviate([name for name, count in zip(names, counts, strict=True) if not count])
+            return f"{self.method} needs at least one image of each class, got none of {listed}"
+        if entry.needs_support and n_images == 0:
+            return f"{self.method} needs support images, got none; give a few a class, or use method='zero-shot'"
+        if entry.needs_adapter and not has_adapted:
+            return (
+                f"{self.method} compares adapted embeddings, and there are none: use "
+                f"{self.method.removesuffix('++')!r}, an encoder with an adapter, or in FewShotHead adapted=True and X "
+                "of (n, 2 D)"
+            )
+        if entry.needs_every_class and n_empty:
+            return f"{self.method} needs at least one image of each class, got none of {n_empty} classes"
+        if entry.max_support is None or n_images <= entry.max_support:
+            return None
+        if not entry.is_stack:
+            return f"{self.method}: expected at most {entry.max_support} support images, got {n_images}"
+        if self.parameters.get("regression") or self.parameters.get("text_regression"):
+            return (
+                f"the stack's regression: expected at most {entry.max_support} support images, got {n_images}; tune "
+                "the classifier again, which leaves the regression out, or choose another method"
+            )
+        return None
+
     def check(self, version: int) -> None:
         """Raise IosrFastError for a method, parameters and evidence that no fit and no change up to this version
         gives."""
-        parameters = check_parameters(self.method, **self.parameters)
-        if missing := sorted(set(METHODS[self.method].parameters) - set(parameters)):
+        parameters = self.entry.check(self.parameters)
+        if missing := sorted(set(self.entry.parameters) - set(parameters)):
             raise IosrFastError(f"expected the parameters {', '.join(missing)} of {self.method}, got none of that name")
         if (evidence := self.evidence) is None:
             return

@@ -10,18 +10,17 @@ import msgspec
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.config import Config
+from iosr_fast.methods.config import AUTO, Config
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.links import Sigmoid
 from iosr_fast.methods.models.gaussian import CentredGaussianModel
 from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.models.ridge import CentredRidgeModel
 from iosr_fast.methods.out_of_fold import HeldOut, Part
-from iosr_fast.methods.papers import DISCRIMINANTS, Method
+from iosr_fast.methods.papers import DISCRIMINANTS, METHODS, Method
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Setting, Stack, affordable, on_each
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tune import AUTO, TUNE_SECONDS
+from iosr_fast.methods.tune import TUNE_SECONDS
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.utils.ranking import mean_average_precision
@@ -91,7 +90,7 @@ def fit_multi_label(
     """
     if method == AUTO:
         method = "stack" if support.embeddings.adapted is None else "stack++"
-    if (reason := unavailable_reason(method, support)) is not None:
+    if (reason := Config(method=method).unavailable_reason(support)) is not None:
         raise IosrFastError(reason)
     entry = METHODS[method]
     held_out = HeldOut.of_support(support, folds := make_folds(support))

@@ -22,6 +22,7 @@ from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.scoring.validation import check_number
 
 # Within these ranges a plan's float32 logits are usable (scoring.fields.RANGES has those of a plan).
 PARAMETER_RANGES = {
@@ -61,7 +62,7 @@ class Method:
     which        the embeddings of images that it compares
     parameters   names and default values
     axes         for each parameter but alpha, the first values of a search, rising
-    max_support  the largest number of support images, if there is a limit
+    max_support  the largest number of support images, if there is a limit; of a stack that of its regressions
     """
 
     name: str
@@ -88,6 +89,17 @@ class Method:
     def takes_label_sets(self) -> bool:
         """Whether it learns from images with any number of labels; the other formulas have one label an image."""
         return self.is_stack or not self.needs_support
+
+    def check(self, parameters: Mapping[str, float]) -> dict[str, float]:
+        """The parameters, as floats. Raises IosrFastError for one that the method does not have, or out of range."""
+        unknown = sorted(set(parameters) - set(self.parameters))
+        if unknown:
+            raise IosrFastError(f"{self.name} has the parameters {sorted(self.parameters)}, got {unknown}")
+        fixes = {key: f"{self.parameters[key]:g} is the default" for key in parameters}
+        return {
+            key: check_number(f"{key} of {self.name}", value, *PARAMETER_RANGES[key], fixes[key])
+            for key, value in parameters.items()
+        }
 
     def terms(self, support: SupportSet, reducer: Reducer | None, parameters: Mapping[str, float]) -> list[Term]:
         """Its models and their weights, with all parameters."""
@@ -159,17 +171,11 @@ def stack_models(support: SupportSet, parameters: Mapping[str, float]) -> dict[s
 
 
 def _stack(support: SupportSet, _: Which, __: Reducer | None, parameters: Mapping[str, float]) -> list[Term]:
-    """Its models with weights above 0, which are its parameters. Raises IosrFastError if all
-    are 0, and for too many support images."""
+    """Its models with weights above 0, which are its parameters. Raises IosrFastError if all are 0."""
     models = stack_models(support, parameters)
     used = {name: weight for name in models if (weight := parameters.get(name, 0.0)) > 0}
     if not used:
         raise IosrFastError("expected at least one weight of the stack above 0, got none")
-    if len(support.embeddings) > MAX_KEYS and {"regression", "text_regression"} & set(used):
-        raise IosrFastError(
-            f"the stack's regression: expected at most {MAX_KEYS} support images, got {len(support.embeddings)}; tune "
-            "the classifier again, which leaves the regression out, or choose another method"
-        )
     return [(weight, models[name]) for name, weight in used.items()]
 
 
@@ -209,7 +215,7 @@ _SINGLE = (
         axes={"beta": (0.3, 1.0, 3.0, 10.0), "ridge": (0.003, 0.03, 0.3, 3.0)},
         max_support=MAX_KEYS,
     ),
-    Method("stack", _stack, parameters=_STACK, is_stack=True),
+    Method("stack", _stack, parameters=_STACK, is_stack=True, max_support=MAX_KEYS),
 )
 
 

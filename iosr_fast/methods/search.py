@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
+from msgspec import structs
 
-from iosr_fast.methods import Method
 from iosr_fast.methods.alpha import Intervals, Plateau, intervals
 from iosr_fast.methods.config import Config, Evidence
 from iosr_fast.methods.log_loss import MAX_ALPHA, fit_alpha, fit_factor, spread
@@ -52,16 +52,17 @@ _Measured = tuple[_Candidate, float, float, np.ndarray]
 
 
 class ParameterSearch:
-    """Every setting that was tried of a method base + alpha * images, each with its best alphas: all combinations of
-    the values of its axes; then, twice, finer ones around the best."""
+    """Every setting that was tried of the method of a config, base + alpha * images, each with its best alphas: all
+    combinations of the values of its axes; then, twice, finer ones around the best."""
 
-    def __init__(self, method: Method, held_out: HeldOut, reducer: Reducer | None) -> None:
-        self.method = method
+    def __init__(self, config: Config, held_out: HeldOut, reducer: Reducer | None) -> None:
+        self.config = config
+        self.method = config.entry
         self.held_out = held_out
         self.reducer = reducer
         self.labels = held_out.labels
         self.tried: list[_Candidate] = []
-        values = {name: list(axis) for name, axis in method.axes.items()}
+        values = {name: list(axis) for name, axis in self.method.axes.items()}
         self._try(values)
         for _ in range(_ROUNDS if values else 0):
             best = max(self.tried, key=lambda one: one.rank).setting
@@ -81,16 +82,14 @@ class ParameterSearch:
         parts = [weight * self.held_out.left_out(model) for weight, model in terms]
         return np.sum(parts[:-1], axis=0), parts[-1]
 
-    def result(self, reducer: str) -> Config:
-        """The candidate and the alpha that all images choose; each half of them (HeldOut.halves) is judged at those
-        that the other half chooses."""
+    def result(self) -> Config:
+        """The config with the candidate and the alpha that all images choose; each half of them (HeldOut.halves) is
+        judged at those that the other half chooses."""
         halves = self.held_out.halves
         (best, alpha), *others = self._choose([np.ones(len(self.labels), bool), *(~half for half in halves)])
         judged = best.intervals.right_at(alpha)
         for half, (candidate, of_other) in zip(halves, others, strict=True):
             judged[half] = candidate.intervals.right_at(of_other)[half]
-        base, slope = self._logits(best.setting)
-        right = (base + alpha * slope).argmax(1) == self.labels
         parameters = {"alpha": alpha, **best.setting}
         logits = self.held_out.logits(self.method.terms(self.held_out.support, self.reducer, parameters))
         factor, loss = fit_factor(logits, self.labels)
@@ -98,13 +97,11 @@ class ParameterSearch:
             accuracy=float(judged.mean()),
             scored=len(judged),
             protocol=self.held_out.protocol,
-            search_accuracy=float(right.mean()),
-            alpha_range=(best.plateau.low, best.plateau.high),
             log_loss=loss,
             settings=len(self.tried),
-            note="; ".join(filter(None, self._notes(parameters, spread(base), alpha * spread(slope), right))),
+            note="; ".join(self._notes(best.setting, alpha)),
         )
-        return Config(method=self.method.name, parameters=parameters, reducer=reducer, factor=factor, evidence=evidence)
+        return structs.replace(self.config, parameters=parameters, factor=factor, evidence=evidence)
 
     def _choose(self, subsets: Sequence[np.ndarray]) -> list[tuple[_Candidate, float]]:
         """The candidate and the alpha that the images of each subset (V,) bool choose. By leave-one-out the least
@@ -124,16 +121,19 @@ class ParameterSearch:
                     measured[k, number] = _measure(one, base[rows], slope[rows], self.labels[rows], rows)
         return [_choice([measured[k, number] for number in shortlist]) for k, shortlist in enumerate(shortlists)]
 
-    def _notes(self, parameters: Mapping[str, float], text: float, images: float, right: np.ndarray) -> Iterator[str]:
+    def _notes(self, setting: Setting, alpha: float) -> Iterator[str]:
         """What a user has to know: a term without effect, by the spreads of texts and of images, or images that the
         encoder does not distinguish."""
         support = self.held_out.support
-        alpha = parameters["alpha"]
+        base, slope = self._logits(setting)
+        text, images = spread(base), alpha * spread(slope)
         if support.text is not None and text <= _NEGLIGIBLE * images:
             yield f"alpha {alpha:.3g}: the texts have no effect"
         elif images <= _NEGLIGIBLE * text:
             yield f"alpha {alpha:.3g}: similarity to support images has no effect"
-        labels = np.unique(score(self.method.compile(support, self.reducer, parameters), support.as_queries).argmax(1))
+        plan = self.method.compile(support, self.reducer, {"alpha": alpha, **setting})
+        labels = np.unique(score(plan, support.as_queries).argmax(1))
+        right = (base + alpha * slope).argmax(1) == self.labels
         if len(labels) == 1 and len(np.unique(self.labels[right])) > 1:
             yield (
                 f"all {len(support.labels)} support images get the label of class {labels[0]}: the encoder does not "

@@ -195,7 +195,6 @@ def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> tuple[Config
         accuracy=float(right.mean()),
         scored=len(right),
         protocol=held_out.protocol,
-        search_accuracy=float((best.logits.argmax(1) == labels).mean()),
         log_loss=float(log_losses(best.logits, labels).mean()),
         settings=len(stacks),
     )

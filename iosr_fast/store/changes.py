@@ -21,7 +21,6 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.head.names import check_new_name
-from iosr_fast.methods import unavailable_reason
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.tree import Path
 from iosr_fast.scoring.validation import check_unit_rows
@@ -255,7 +254,7 @@ def _next(head: Head, kept: tuple[str, ...] = (), **fields: Any) -> Head:
         fields["paths"] = None
     made = replace(head, version=head.version + 1, **fields)
     check_nodes(made.paths or (), made.class_names)
-    if (reason := unavailable_reason(made.config.method, made.support)) is not None:
+    if (reason := made.config.unavailable_reason(made.support)) is not None:
         raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
     return made.with_computed(**{name: head.computed(name) for name in kept})
 

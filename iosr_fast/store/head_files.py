@@ -19,7 +19,7 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.names import check_separable
-from iosr_fast.methods import METHODS, conformal, unavailable_reason
+from iosr_fast.methods import METHODS, conformal
 from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
@@ -127,7 +127,7 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> He
     others = of_head.get("unknown_images"), calibration, above, of_head.get("thresholds")
     head = Head(names, uids, of_head.get("text"), facts.tau, *fitted, *others)
     with naming(SUPPORT):
-        if (reason := unavailable_reason(facts.method, head.support)) is not None:
+        if (reason := facts.unavailable_reason(head.support)) is not None:
             raise IosrFastError(reason)
     with naming(PLAN):
         plan = _plan(facts.plan, planned.get("plan", {}), head)

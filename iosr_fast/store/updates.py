@@ -31,7 +31,7 @@ from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.support_set import blocks
-from iosr_fast.methods.tune import check_options
+from iosr_fast.methods.tune import asked_config
 from iosr_fast.methods.tune import tune as search
 from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.store import changes
@@ -162,7 +162,7 @@ class Changing:
 
     def _tuned(self, images: Any, labels: Any, method: str | None, reducer: str | None) -> tuple[Config, ChangeResult]:
         fit = self._store.changeable("tune")
-        check_options(method or fit.head.config.method, reducer, None)
+        asked_config(method or fit.head.config.method, reducer)
         if (images is None) != (labels is None):
             raise IosrFastError("expected validation images and their labels together, got one without the other")
         queries, truth = None, None
@@ -181,15 +181,16 @@ class Changing:
             if queries is None and not len(head.examples):
                 raise IosrFastError("expected support images or validation images to choose parameters by, got none")
             config = head.config
-            name = method or head.config.method
+            name = method or config.method
             fitted_reducer = config.reducer if name == config.method else "none"
-            best = search(name, head.support, queries, truth, reducer or fitted_reducer, self.tune_seconds).config
+            chosen_anew = {"parameters": {}, "factor": 1.0, "evidence": None}
+            asked = structs.replace(config, method=name, reducer=reducer or fitted_reducer, **chosen_anew)
+            best, *_ = search(asked, head.support, queries, truth, seconds=self.tune_seconds)
             if (best.which == "adapted") != head.needs_adapted:
                 log.info("%s compares %s embeddings; queries are encoded for it from now on", best.method, best.which)
                 fit.clip.encoder_for(best.which == "adapted")  # opened now, so that no reader waits for it
             evidence = best.evidence and structs.replace(best.evidence, version=head.version + 1)
-            kept = {"key_precision": config.key_precision, "look_alikes": config.look_alikes}
-            chosen.append(structs.replace(best, evidence=evidence, **kept))
+            chosen.append(structs.replace(best, evidence=evidence))
             return changes.Retune.of(chosen[0])
 
         result = self._store.change(fit, make)

@@ -18,7 +18,8 @@ from iosr_fast.evaluation.features import open_sources, read_features
 from iosr_fast.evaluation.rivals import RIVALS
 from iosr_fast.evaluation.tasks import EncodedSet, with_unequal_classes
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS, compile_method
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.conformal import of_logits
 from iosr_fast.scoring.reference import score_reference
 from tests.cli.runs import main, refused
@@ -172,7 +173,7 @@ def test_accuracies_are_those_of_the_plan_in_float64(arrays: Arrays, save: Save,
     path = save(arrays)
     for row in evaluated(tmp_path, path, "--shots", 2, "--methods", "tip-adapter++", "ape", "--reducers", "pca"):
         task = read_features(path).draw(2, 0)
-        plan = compile_method(row["method"], task.support, reducer="pca", **row["parameters"][0])
+        plan = Config(method=row["method"], parameters=row["parameters"][0], reducer="pca").compile(task.support)
         right = (score_reference(plan, task.queries).argmax(1) == task.labels).mean()
         assert row["mean"] == pytest.approx(right)
         expected = of_logits(score_reference(plan, task.queries) * row["factors"][0], task.labels).reliability

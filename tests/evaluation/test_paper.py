@@ -34,6 +34,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.pretrained import choose_adapter
 from iosr_fast.images.preprocess import random_view, resize_and_crop
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.support_set import make_support_set, mean_of_views
 from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score
@@ -144,7 +145,7 @@ def test_a_figure_is_that_of_the_papers_steps_written_out(root: Path) -> None:
         validation, queries = (
             embed(split, np.arange(len(splits[split])), 1, np.random.default_rng(0)) for split in ("val", "test")
         )
-        plan = tune("tip-adapter++", support, validation, splits["val"].labels).config.compile(support)
+        plan = tune(Config(method="tip-adapter++"), support, validation, splits["val"].labels)[2]
         accuracies.append(float((score(plan, queries).argmax(1) == splits["test"].labels).mean()))
     # Pictures are encoded in other batches: one on the border may fall to the other side in float32.
     assert row["accuracies"] == pytest.approx(accuracies, abs=1.001 / len(splits["test"]))

@@ -10,6 +10,7 @@ import pytest
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.conformal import Judged, check_share, images_needed, log_odds, of_logits, threshold
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
@@ -41,7 +42,7 @@ def test_sets_cover_what_they_promise_on_new_images(coverage: float) -> None:
     shares, sizes, right = [], [], []
     for seed in range(8):
         support = WORLD.support([8] * CLASSES, 100 + seed, text=False)
-        tuned = tune("stack", support).config
+        tuned = tune(Config(method="stack"), support)[0]
         logits = score(tuned.compile(support), queries)
         found = out_of_fold(METHODS["stack"], support, make_folds(support), None, tuned.parameters)
         sets = of_logits(found.logits, found.labels).sets(logits, coverage)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import METHODS, compile_method, joint
+from iosr_fast.methods import METHODS, joint
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.joint import ANCHOR, FLOOR, WEIGHT, JointPrediction, Unlabelled, estimate, predict_jointly
 from iosr_fast.methods.models.gaussian import Moments
@@ -25,7 +26,7 @@ def together(
 ) -> tuple[JointPrediction, np.ndarray]:
     """The joint prediction and the logits of the method alone."""
     parameters = {**METHODS[method].parameters, **parameters}
-    plan = compile_method(method, support, **parameters)
+    plan = Config(method=method, parameters=parameters).compile(support)
     alone = out_of_fold(METHODS[method], support, make_folds(support), None, parameters)
     return predict_jointly(support, plan, alone, folder), score(plan, folder)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import METHODS, compile_method, fit_method_reducer
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.scoring.score import score
 
@@ -168,8 +169,9 @@ def assert_parity(name: str, support: SupportSet, queries: Embeddings, reducer: 
         expected = getattr(formulas, base.replace("-", "_"))(parameters)
         assert np.abs(expected - formulas.zero_shot).max() > 1e-2
     given = {key: value for key, value in parameters.items() if key in METHODS[name].parameters}
-    plan = compile_method(name, support, reducer=reducer, **given)
-    fitted = fit_method_reducer(METHODS[name], reducer, support)
+    config = Config(method=name, parameters=given, reducer=reducer)
+    plan = config.compile(support)
+    fitted = config.fit_reducer(support)
     terms = METHODS[name].terms(support, fitted, {**METHODS[name].parameters, **given})
     models = np.sum([weight * model.scores(queries) for weight, model in terms], axis=0)
     for logits in (score(plan, queries), score(plan, queries, "reference"), models):

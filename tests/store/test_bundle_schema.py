@@ -49,7 +49,7 @@ def part(name: str, **facts: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return change
 
 
-TUNED = facts_to_json(Evidence(accuracy=0.9, scored=40, protocol="loo", search_accuracy=0.95, log_loss=0.3, settings=1))
+TUNED = facts_to_json(Evidence(accuracy=0.9, scored=40, protocol="loo", log_loss=0.3, settings=1))
 NAMES = [f"motif {i}" for i in range(5)]
 FACTS: dict[str, Any] = {
     "names that look alike": {"class_names": [*NAMES[:4], "m\u043etif 0"]},
