@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +125,6 @@ def test_a_snapshot_may_be_smaller_than_the_one_before(path: Path, monkeypatch: 
         state = renamed(log, changed(log, state, change), "Class 2")  # beside "class 2", as earlier versions took it
     log.close()
     assert fingerprint(reopened(path)) == fingerprint(state)
-
-
-def test_groups_of_added_images_are_logged(path: Path) -> None:
-    log, state = ChangeLog.open(path, base())
-    for _ in range(2):
-        added = random_examples(np.random.default_rng(1), [1] * 3, state.next_example)
-        state = changed(log, state, AddExamples.of(1, replace(added, groups=np.array([1, 0, 1]))))
-    log.close()
-    groups = reopened(path).examples.groups
-    assert groups is not None and groups.tolist() == [0, 1, 2, 3, 7, 6, 7, 9, 8, 9, 4, 5]
 
 
 def test_a_log_that_another_process_has_begun_meanwhile_is_kept(path: Path, monkeypatch: Any) -> None:

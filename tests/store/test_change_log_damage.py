@@ -93,22 +93,19 @@ def test_a_flipped_bit_of_any_byte_is_refused_or_changes_nothing_that_is_read(im
         data[at] ^= 1 << bit
 
 
-def test_a_log_that_lacks_pages_is_refused(path: Path) -> None:
-    write_log(path)
-    full = path.read_bytes()
-    for size in (*range(PAGE, len(full), PAGE), PAGE // 2):
-        path.write_bytes(full[:size])
-        refused(path)
-
-
 def flipped(at: int) -> Callable[[bytes], bytes]:
     return lambda data: data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("at", [35, 39, 2 * PAGE + 2, 2 * PAGE + 6])  # lists of free pages and of free bytes of a page
-def test_damage_that_only_the_next_change_would_meet_is_refused(at: int, path: Path) -> None:
+# Pages that are missing; lists of free pages and of free bytes of a page, which only the next change would meet.
+HARMFUL = [lambda data, size=size: data[:size] for size in (PAGE // 2, *range(PAGE, 4 * PAGE, PAGE))]
+
+
+@pytest.mark.parametrize("damage", [*HARMFUL, *map(flipped, (35, 39, 2 * PAGE + 2, 2 * PAGE + 6))])
+def test_missing_pages_and_damaged_lists_are_refused(damage: Callable[[bytes], bytes], path: Path) -> None:
     write_log(path)
-    path.write_bytes(flipped(at)(path.read_bytes()))
+    path.write_bytes(damage(full := path.read_bytes()))
+    assert len(full) == 4 * PAGE
     refused(path)
 
 
@@ -347,13 +344,17 @@ def test_a_forged_change_with_the_right_chain_is_refused(case: str, path: Path) 
     assert states[-1].version == 4
 
 
-def test_a_change_that_is_written_right_is_taken(path: Path) -> None:
+def test_a_change_that_is_written_right_is_made_as_before(path: Path) -> None:
     """The records above are refused for what they say, not for their form."""
     for op, fields in (("add_class", NEW), ("add_examples", IMAGE)):
         assert change_of(op, fields).replay(STATE).version == 2
-    change = Retune.of(Config(method="gda", parameters={"alpha": 1.0}))
-    again = decode("retune", change.encode(change.apply(STATE))).replay(STATE)
-    assert fingerprint(again) == fingerprint(change.apply(STATE))
+    added = random_examples(np.random.default_rng(1), [1] * 3, 6, queries=True)
+    added = replace(added, groups=np.array([1, 0, 1]), paths=("a", None, "b"))
+    for change in (AddExamples.of(1, added), Retune.of(Config(method="gda", parameters={"alpha": 1.0}))):
+        made = change.apply(STATE)
+        again = decode(change.op, change.encode(made)).replay(STATE)
+        assert fingerprint(again) == fingerprint(made) and again.examples.paths == made.examples.paths
+        assert change.op == "retune" or made.examples.groups.tolist() == [0, 1, 2, 3, 7, 6, 7, 4, 5]
 
 
 @pytest.mark.parametrize(("op", "fields"), [("add_class", NEW), ("rename_class", {**NEW, "uid": 1, "classes": 3})])
