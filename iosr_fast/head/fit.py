@@ -15,7 +15,6 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.multi_label import fit_multi_label
-from iosr_fast.methods.support_set import make_support_set
 from iosr_fast.methods.tree import Path
 from iosr_fast.methods.tune import Tuning, is_searched, tune
 
@@ -46,13 +45,12 @@ def fit_head(
             examples = replace(examples, class_ids=np.array(numbers)[examples.class_ids])
         head = Head.first(names, text, tau, examples, config, reducer, **fields)
         return head.with_computed(support=support, plan=plan)
-    labels = label_sets[examples.class_ids]
-    support = make_support_set(examples.embeddings, labels, text, tau, queries=examples.queries, groups=examples.groups)
+    examples = examples.labelled(label_sets[examples.class_ids], range(len(names)))
+    support = examples.as_support(range(len(names)), text, tau)
     setting = None if is_searched(asked, tuning) else asked.parameters
     of_sets = fit_multi_label(support, asked.method, setting, asked.key_precision, seconds)
-    examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
-    fields = {"labels": labels, "thresholds": of_sets.thresholds}
-    return Head.first(names, text, tau, examples, of_sets.config, **fields).with_computed(plan=of_sets.plan)
+    head = Head.first(names, text, tau, examples, of_sets.config, thresholds=of_sets.thresholds)
+    return head.with_computed(plan=of_sets.plan)
 
 
 def warn_of_look_alikes(head: Head) -> None:

@@ -30,7 +30,7 @@ from iosr_fast.methods.log_loss import fit_temperature
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
-from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tree import Path, Tree
 from iosr_fast.methods.unknown import Unknown, fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
@@ -74,9 +74,9 @@ class Head:
     unknown_images     embeddings of pictures of none of the classes, by which these are recognised, or None
     calibration_images  labelled images, no support images, on which promises rest instead of left-out ones, or None
     paths              of each class the names of the nodes above it in a tree (tree.Tree); None without a tree
-    labels, thresholds  where pictures may have several labels, an indicator (N, C) bool of those of the support images,
-                       and of each class the probability from which a picture has it, (C,) float32; else None. Such a
-                       head takes no changes and promises nothing yet (`require_single_label`), and its plan is given.
+    thresholds         where pictures may have several labels, of each class the probability from which a picture has
+                       it, (C,) float32; else None. Such a head takes no changes and promises nothing yet
+                       (`require_single_label`), and its plan is given.
     """
 
     class_names: tuple[str, ...]
@@ -92,7 +92,6 @@ class Head:
     unknown_images: Embeddings | None = None
     calibration_images: Examples | None = None
     paths: tuple[Path, ...] | None = None
-    labels: np.ndarray | None = None
     thresholds: np.ndarray | None = None
     __repr__ = short_repr
 
@@ -126,10 +125,7 @@ class Head:
     @cached_property
     def support(self) -> SupportSet:
         """The support images as methods take them."""
-        rows = self.examples
-        if self.labels is None:
-            return rows.as_support(self.uids, self.text, self.tau)
-        return make_support_set(rows.embeddings, self.labels, self.text, self.tau, None, rows.queries, rows.groups)
+        return self.examples.as_support(self.uids, self.text, self.tau)
 
     @cached_property
     def tree(self) -> Tree:
@@ -156,8 +152,7 @@ class Head:
 
     def examples_of(self, uid: int) -> list[int]:
         """The numbers of a class's support images, rising."""
-        of_class = self.examples.class_ids == uid if self.labels is None else self.labels[:, self.uids.index(uid)]
-        return np.sort(self.examples.ids[of_class]).tolist()
+        return np.sort(self.examples.ids[self.examples.rows_of(uid)]).tolist()
 
     @cached_property
     def needs_adapted(self) -> bool:
@@ -333,9 +328,7 @@ class Head:
         as of SupportSet. No logit and no label changes. Raises IosrFastError where too few of them are new
         (Calibration).
         """
-        uids = np.array(self.uids)[labels]
-        alone = (None,) * len(labels)
-        given = Examples(images, uids, np.arange(len(labels)), alone, groups=groups)
+        given = Examples.numbered(images, np.array(self.uids)[labels], groups)
         config, version = self.config, self.version + 1
         if (evidence := self.evidence) is not None and not evidence.stale:  # it stays evidence of this fit
             config = msgspec.structs.replace(config, evidence=msgspec.structs.replace(evidence, version=version))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.methods.folds import MAX_FOLDS
 from iosr_fast.scoring.fields import ARRAYS, ArrayField
@@ -21,7 +22,7 @@ PATHS, LEFT_OUT = "paths.safetensors", "left_out.safetensors"
 
 @dataclass(frozen=True)
 class Array:
-    """Where it is (`arrays_of`); its dtypes and its shapes, alternatives separated by "|". A letter of a shape stands
+    """Where it is (`value_at`); its dtypes and its shapes, alternatives separated by "|". A letter of a shape stands
     for one number in all files. `needed` files have it; the rows of `unit` ones have norm 1, other floats are finite.
     `limits` are the smallest and the largest value, each a number or what stands for one.
     """
@@ -60,7 +61,7 @@ PLAN_ARRAYS = [field for field in ARRAYS if field.name not in ("text", "class_of
 TABLE: dict[str, dict[str, Array]] = {
     SUPPORT: {
         "text": _embeddings("head.text", "C"),  # where the model reads texts
-        "owners": Array("head.examples.class_ids", "int64", "N", needed=True),
+        "owners": Array("owners", "int64", "N", needed=True),  # head_files._parts
         "ids": Array("head.examples.ids", "int64", "N", needed=True, limits=("0", "last id")),
         "plain": _embeddings("head.examples.embeddings.plain", "N", needed=True),
         "adapted": _embeddings("head.examples.embeddings.adapted", "N"),
@@ -73,7 +74,7 @@ TABLE: dict[str, dict[str, Array]] = {
         "calibration_plain": _embeddings("head.calibration_images.embeddings.plain", "L"),
         "calibration_adapted": _embeddings("head.calibration_images.embeddings.adapted", "L"),
         "calibration_groups": Array("head.calibration_images.groups", "int64", "L"),
-        "labels": Array("head.labels", "uint8", "N C", limits=("0", "1")),
+        "labels": Array("labels", "uint8", "N C", limits=("0", "1")),
         "thresholds": Array("head.thresholds", "float32", "C", limits=("0", "1")),
     },
     # ScoringPlan checks the norms of keys and the channels of a linear term.
@@ -106,21 +107,47 @@ TABLE: dict[str, dict[str, Array]] = {
 
 
 def arrays_of(parts: Mapping[str, Any]) -> dict[str, Arrays]:
-    """The arrays of each file. A place is the name of one of the `parts`, and attributes of it; an array is left out
-    where one of these is None. A number is an array of one, or of none if it is NaN."""
+    """The arrays of each file, of what is at their places in `parts`; an array is left out where that is None. A number
+    is an array of one, or of none if it is NaN."""
     files: dict[str, Arrays] = {}
     for file, forms in TABLE.items():
         for name, form in forms.items():
-            part, *attributes = form.place.split(".")
-            value = parts.get(part)
-            for attribute in attributes:
-                value = None if value is None else getattr(value, attribute)
-            if value is not None:
+            if (value := value_at(parts, form.place)) is not None:
                 if isinstance(value, float):
                     value = np.array([] if np.isnan(value) else [value])
                 dtype = None if "|" in form.dtypes else form.dtypes
                 files.setdefault(file, {})[name] = np.ascontiguousarray(value, dtype)
     return files
+
+
+def value_at(parts: Mapping[str, Any], place: str) -> Any:
+    """The part that a place begins with, and attributes of it; None where one of these is None."""
+    part, *attributes = place.split(".")
+    value = parts.get(part)
+    for attribute in attributes:
+        value = None if value is None else getattr(value, attribute)
+    return value
+
+
+def parts_of(file: str, arrays: Arrays) -> dict[str, Any]:
+    """The inverse of `arrays_of`: the arrays of a file at their places, a dict for each part with attributes, in which
+    plain and adapted rows are Embeddings. Raises IosrFastError for adapted rows alone."""
+    parts: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *above, last = TABLE[file][name].place.split(".")
+        part = parts
+        for attribute in above:
+            part = part.setdefault(attribute, {})
+        part[last] = array
+    return _with_embeddings(parts)
+
+
+def _with_embeddings(part: dict[str, Any]) -> Any:
+    if part.keys() & {"plain", "adapted"}:
+        if "plain" not in part:
+            raise IosrFastError("expected plain embeddings beside adapted ones, got none")
+        return Embeddings(**part)
+    return {name: _with_embeddings(value) if isinstance(value, dict) else value for name, value in part.items()}
 
 
 def read_arrays(file: str, read: Callable[[str], bytes | None], sizes: dict[str, int]) -> Arrays:

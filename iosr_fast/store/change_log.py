@@ -23,7 +23,7 @@ from iosr_fast.head.head import Head
 from iosr_fast.sealed.files import sync_folder
 from iosr_fast.sealed.outputs import check_writable
 from iosr_fast.store import sqlite_file
-from iosr_fast.store.changes import Change, Record
+from iosr_fast.store.changes import Change, decode
 from iosr_fast.store.head_files import fingerprint, head_from_bytes, head_to_bytes
 from iosr_fast.store.log_reader import FIX, PART, TABLES, Base, LogReader, check_ours
 
@@ -106,7 +106,7 @@ class ChangeLog:
             if state.version != version:
                 raise DamagedFileError(f"its snapshot is of version {state.version}, not {version}")
             for row in recent:
-                state = msgspec.msgpack.decode(row.record, type=Record).apply(row.op, state)
+                state = decode(row.op, row.record).replay(state)
         except (ValueError, ArithmeticError) as error:
             raise DamagedFileError(f"the change to version {state.version + 1} can't be made ({error})") from error
         self._chain = reader.chain

@@ -1,4 +1,4 @@
-"""Seven changes of a Head as data: each makes the next head of one, and is a record of the log.
+"""Changes of a Head: each is a struct that makes the next head of one, and a record of the log.
 
 A change is checked where it is applied, so that one that is read from a file is checked as one that a caller makes.
 None encodes an image or compiles a plan: the writer does before it publishes the head (store.Store), so that a log of
@@ -8,13 +8,14 @@ many changes is replayed at the cost of one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from types import SimpleNamespace
+from typing import Any, ClassVar, Self
 
 import msgspec
 import numpy as np
+from msgspec import structs
 
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.head.class_tree import check_nodes
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
@@ -24,12 +25,14 @@ from iosr_fast.methods.config import Config
 from iosr_fast.methods.tree import Path
 from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.sealed.schema import Natural, Strict
+from iosr_fast.store.bundle_arrays import SUPPORT, TABLE, parts_of, value_at
 
-Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "move_class", "retune"]
 # What is computed of a head and knows no tree, then what knows no names of classes.
 TREELESS = ("support", "plan", "look_alikes", "folds", "out_of_fold", "calibration", "temperature", "unknown")
 NAMELESS = (*TREELESS, "judged")
-_ARRAYS = ("text", "plain", "adapted", "query_plain", "query_adapted")
+_PLACES = "head.text", "head.examples."
+# The arrays that a change may bring, as a bundle names them.
+_ROWS = [name for name, form in TABLE[SUPPORT].items() if form.unit and form.place.startswith(_PLACES)]
 
 
 @dataclass(frozen=True)
@@ -46,193 +49,247 @@ class ChangeResult:
     example_ids: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Change:
-    """A change with all that is needed to apply it again to the same head: embeddings, not images.
+class Change(Strict, frozen=True, kw_only=True, omit_defaults=True):
+    """What makes the next head of one. The log has its fields in MessagePack, beside `op`; `classes` and `images` count
+    those of the head that it makes, and are known once it is made."""
 
-    op       its kind
-    uid      its class (add_class: the new one)
-    name     add_class and rename_class
-    text     (D,) float32, the embedding of its name, where classes have one: add_class, rename_class where it changes
-    added    add_class and add_examples: the support images, numbered
-    numbers  remove_examples: the numbers of the images
-    config   retune: the method, its parameters, the reducer's name and the search
-    path     add_class and move_class: the names of the nodes above the class, from the root's child down
-    """
-
-    op: Op
-    uid: int = -1
-    name: str = ""
-    text: np.ndarray | None = None
-    added: Examples | None = None
-    numbers: tuple[int, ...] = ()
-    config: Config | None = None
-    path: Path = ()
+    op: ClassVar[str]
+    classes: Natural | None = None
+    images: Natural | None = None
 
     def apply(self, head: Head) -> Head:
-        """The next version of the head, its plan not compiled yet; another name without another text keeps NAMELESS,
-        another place in the tree TREELESS.
+        """The next version of the head, its plan not compiled yet.
 
         Raises ValueError for a change that does not fit the head: an unknown class or image, a name or node that is
         none or taken, embeddings of another form, fewer than two classes, a method that would lack what it needs.
         """
-        names, uids, texts, added = head.class_names, head.uids, head.text, self.added
-        config, reducer = head.config, head.reducer
-        calibration = head.calibration_images
-        examples = self._examples(head)
-        if self.text is not None and (texts is None or self.op not in ("add_class", "rename_class")):
-            raise IosrFastError(f"expected no text embedding to {self.op}, got one")
-        at = uids.index(self.uid) if self.uid in uids else len(uids)
-        if (at == len(uids)) != (self.op in ("add_class", "remove_examples", "retune")):
-            raise IosrFastError(f"expected a class to {self.op}, got {class_id(self.uid)}")
-        before = slice(at)
-        after = slice(at + 1, None)
-        above = head.tree.paths
-        place = (self.path,) if self.op in ("add_class", "move_class") else above[at : at + 1]
-        above = above[before] + (() if self.op == "remove_class" else place) + above[after]
-        match self.op:
-            case "add_class" | "rename_class":
-                if self.op == "add_class" and self.uid != head.next_class:
-                    raise IosrFastError(f"expected a new class {class_id(head.next_class)}, got {class_id(self.uid)}")
-                if self.op == "add_class" and self.text is None and texts is not None:
-                    raise IosrFastError("expected the text embedding of a new class, got none")
-                check_new_name(self.name, names[before] + names[after], saved=True)  # of a log, too
-                names, uids = (*names[before], self.name, *names[after]), (*uids[before], self.uid, *uids[after])
-                if self.text is not None and texts is not None:
-                    texts = np.concatenate([texts[before], self.text[None], texts[after]])
-            case "remove_class":
-                if len(uids) <= 2:
-                    raise IosrFastError(
-                        f"expected at least two classes to tell apart: {class_id(self.uid)!r} can't be removed"
-                    )
-                names, uids = names[before] + names[after], uids[before] + uids[after]
-                texts = None if texts is None else np.delete(texts, at, axis=0)
-                examples = examples.rows(examples.class_ids != self.uid)
-                if calibration is not None:
-                    calibration = calibration.rows(calibration.class_ids != self.uid)
-            case "remove_examples":
-                head.find_examples([example_id(number) for number in self.numbers])
-                examples = examples.rows(~np.isin(examples.ids, list(self.numbers)))
-            case "retune":
-                if self.config is None:
-                    raise IosrFastError("expected a method and its parameters, got none")
-                self.config.check(head.version + 1)
-                config = self.config
-                reducer = self.config.fit_reducer(head.support)
-        check_nodes(above, names)
-        made = replace(
-            head,
-            class_names=names,
-            uids=uids,
-            text=texts,
-            examples=examples,
-            config=config,
-            reducer=reducer,
-            version=head.version + 1,
-            next_class=head.next_class + (self.op == "add_class"),
-            next_example=head.next_example + (0 if added is None else len(added)),
-            calibration_images=calibration,
-            paths=above if any(above) else None,
-        )
-        if (reason := config.unavailable_reason(made.support)) is not None:
-            raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
-        kept = {"rename_class": NAMELESS if self.text is None else (), "move_class": TREELESS}.get(self.op, ())
-        return made.with_computed(**{name: head.computed(name) for name in kept})
+        raise NotImplementedError
 
-    def _examples(self, head: Head) -> Examples:
-        """The images of the head and the added ones. Raises ValueError unless these are numbered after those, of the
-        class of the change and of the same form."""
-        added, old, first = self.added, head.examples, head.next_example
-        n = 0 if added is None else len(added)
-        for name, rows in self._arrays().items():
-            if rows.shape != (shape := (1 if name == "text" else n, old.width)):
-                raise IosrFastError(f"expected {name} of shape {shape}, got {rows.shape}")
-            check_unit_rows(name, rows)
-        if not {"add_examples": n > 0, "add_class": n > 0 or added is None}.get(self.op, added is None):
-            raise IosrFastError(f"expected images for add_examples, if any for add_class, else none, got {n}")
-        if added is None:
-            return old
-        if added.ids.tolist() != [*range(first, first + n)] or {*added.class_ids.tolist()} != {self.uid}:
-            raise IosrFastError(f"expected images of {class_id(self.uid)} with ids from {example_id(first)} on")
-        if len(added.pictures) != n or len(added.paths) not in (0, n):
-            counts = len(added.pictures), len(added.paths)
-            raise IosrFastError(f"expected {n} pictures and paths, or None in their place, got {counts}")
-        if added.groups is not None and len(added.groups) != n:
-            raise IosrFastError(f"expected a group for each of {n} images, or none, got {len(added.groups)}")
-        if len(old) and (old.embeddings.adapted is None) != (added.embeddings.adapted is None):
-            raise IosrFastError("expected adapted embeddings where the other images have them, and nowhere else")
-        return old.joined(added)
+    def encode(self, made: Head) -> bytes:
+        """The record of the change that makes this head."""
+        return msgspec.msgpack.encode(structs.replace(self, classes=len(made.uids), images=len(made.examples)))
 
-    def _arrays(self) -> dict[str, np.ndarray]:
-        """The arrays that there are, by _ARRAYS."""
-        parts = [None if self.text is None else self.text[None]]
-        for rows in () if self.added is None else (self.added.embeddings, self.added.queries):
-            parts += [None, None] if rows is None else [rows.plain, rows.adapted]
-        return {name: rows for name, rows in zip(_ARRAYS, parts, strict=False) if rows is not None}
+    def replay(self, head: Head) -> Head:
+        """As `apply`, of a record. Raises ValueError, too, where another head is made than it says."""
+        made = self.apply(head)
+        if (len(made.uids), len(made.examples)) != (self.classes, self.images):
+            raise IosrFastError(f"expected {self.classes} classes and {self.images} images after it, got others")
+        return made
 
     def result_ids(self, before: Head) -> tuple[str, tuple[str, ...]]:
         """The class id, "" for none or several, and the ids of the images that it adds to or removes from `before`."""
-        numbers = self.numbers if self.added is None else self.added.ids.tolist()
-        owners = before.examples.class_ids[np.isin(before.examples.ids, self.numbers)]
-        uids = {self.uid} if self.uid >= 0 else {*owners.tolist()}
+        fields = structs.asdict(self)
+        numbers = fields.get("numbers", ())
+        owners = before.examples.class_ids[np.isin(before.examples.ids, numbers)]
+        uids = {fields["uid"]} if "uid" in fields else {*owners.tolist()}
         return class_id(*uids) if len(uids) == 1 else "", tuple(map(example_id, numbers))
 
-    def encode(self, made: Head) -> bytes:
-        """The change as a Record, in MessagePack; `made` is the head that it makes."""
-        added, config = self.added, self.config
-        record = Record(
-            classes=len(made.uids),
-            images=len(made.examples),
-            uid=None if self.uid < 0 else self.uid,
-            name=self.name,
-            numbers=self.numbers if added is None else tuple(added.ids.tolist()),
-            pictures=() if added is None else added.pictures,
-            paths=() if added is None else added.paths,
-            groups=() if added is None or added.groups is None else tuple(added.groups.tolist()),
-            arrays={name: np.ascontiguousarray(rows, "<f4").tobytes() for name, rows in self._arrays().items()},
-            config=None if config is None else msgspec.json.encode(config, enc_hook=float),
-            path=self.path,
-        )
-        return msgspec.msgpack.encode(record)
 
+class AddExamples(Change, frozen=True, omit_defaults=True):
+    """More support images of a class: their numbers, pictures, paths and groups, as of Examples, and in `arrays` their
+    embeddings (_to_bytes)."""
 
-class Record(Strict, frozen=True, kw_only=True, omit_defaults=True):
-    """A change in the log: `arrays` are little-endian float32 by _ARRAYS, `config` is JSON, which has no NaN; `classes`
-    and `images` count those of the head that it makes."""
-
-    classes: Natural
-    images: Natural
-    uid: Natural | None = None
-    name: str = ""
+    op = "add_examples"
+    uid: Natural
     numbers: tuple[Natural, ...] = ()
     pictures: tuple[bytes | None, ...] = ()
     paths: tuple[str | None, ...] = ()
     groups: tuple[Natural, ...] = ()
     arrays: dict[str, bytes] = msgspec.field(default_factory=dict)
-    config: bytes | None = None
+
+    @classmethod
+    def of(cls, uid: int, added: Examples | None, text: np.ndarray | None = None, **fields: Any) -> Self:
+        """The change that adds numbered images to a class, or a class with its text embedding (D,)."""
+        columns: dict[str, Any] = {}
+        if added is not None:
+            groups = () if added.groups is None else tuple(added.groups.tolist())
+            columns = {"numbers": (*added.ids.tolist(),), "groups": groups}
+            columns |= {"pictures": added.pictures, "paths": added.paths}
+        return cls(uid, **columns, arrays=_to_bytes(text, added), **fields)
+
+    def apply(self, head: Head) -> Head:
+        _position(head, self)
+        if not self.numbers:
+            raise IosrFastError("expected images for add_examples, got none")
+        return _next(head, **self._fields(head))
+
+    def _fields(self, head: Head) -> dict[str, Any]:
+        """What the next head has of `arrays` and images. Raises ValueError unless these are numbered after those of the
+        head and of the same form."""
+        n, first, old = len(self.numbers), head.next_example, head.examples
+        fields = _from_bytes(self.arrays, n, head, self.op)
+        rows = fields.pop("examples", {})
+        if self.numbers != (*range(first, first + n),) or ("embeddings" in rows) != (n > 0):
+            raise IosrFastError(f"expected images of {class_id(self.uid)} with ids from {example_id(first)} on")
+        for name, least in (("pictures", n), ("paths", 0), ("groups", 0)):
+            if (count := len(getattr(self, name))) not in (least, n):
+                raise IosrFastError(f"expected {name} for {n} images, got {count}")
+        if not n:
+            return fields
+        groups = np.array(self.groups, np.int64) if self.groups else None
+        ids = np.full(n, self.uid, np.int64), np.array(self.numbers, np.int64)
+        added = Examples(rows["embeddings"], *ids, self.pictures, rows.get("queries"), groups, self.paths)
+        if len(old) and (old.embeddings.adapted is None) != (added.embeddings.adapted is None):
+            raise IosrFastError("expected adapted embeddings where the other images have them, and nowhere else")
+        return {**fields, "examples": old.joined(added), "next_example": first + n}
+
+
+class AddClass(AddExamples, frozen=True, kw_only=True, omit_defaults=True):
+    """A new class with its name, images if any, in `arrays` the text embedding where classes have one, and the names of
+    the nodes above it, from the root's child down."""
+
+    op = "add_class"
+    name: str
     path: Path = ()
 
-    def apply(self, op: str, head: Head) -> Head:
-        """The head that the change leads to. Raises ValueError for a record that no change is written as."""
-        if op not in get_args(Op) or set(self.arrays) - set(_ARRAYS):
-            raise IosrFastError(f"expected a change of {', '.join(get_args(Op))} with known arrays, got {op!r}")
-        uid = -1 if self.uid is None else self.uid
-        added = None
-        numbers = self.numbers
-        rows = {n: np.frombuffer(data, "<f4").reshape(-1, head.examples.width) for n, data in self.arrays.items()}
-        config = None if self.config is None else msgspec.json.decode(self.config, type=Config)
-        if "plain" in rows:
-            embeddings = Embeddings(rows["plain"], rows.get("adapted"))
-            queries = Embeddings(rows["query_plain"], rows.get("query_adapted")) if "query_plain" in rows else None
-            ids = np.array(numbers, np.int64)
-            numbers = ()
-            owners = np.full(len(ids), uid, np.int64)
-            groups = np.array(self.groups, np.int64) if self.groups else None
-            added = Examples(embeddings, owners, ids, self.pictures, queries, groups, self.paths)
-        text = rows["text"][0] if len(rows.get("text", ())) else None
-        change = Change(cast(Op, op), uid, self.name, text, added, numbers, config, self.path)
-        made = change.apply(head)
-        counts = len(made.uids), len(made.examples)
-        if counts != (self.classes, self.images) or change._arrays().keys() != self.arrays.keys():
-            raise IosrFastError(f"expected {self.classes} classes and {self.images} images after it, got others")
-        return made
+    def apply(self, head: Head) -> Head:
+        if self.uid != head.next_class:
+            raise IosrFastError(f"expected a new class {class_id(head.next_class)}, got {class_id(self.uid)}")
+        check_new_name(self.name, head.class_names, saved=True)  # of a log, too
+        fields = self._fields(head)
+        if head.text is not None:
+            if "text" not in fields:
+                raise IosrFastError("expected the text embedding of a new class, got none")
+            fields["text"] = np.concatenate([head.text, fields["text"]])
+        names, paths = (*head.class_names, self.name), (*head.tree.paths, self.path)
+        fields |= {"class_names": names, "uids": (*head.uids, self.uid), "next_class": self.uid + 1}
+        return _next(head, paths=paths, **fields)
+
+
+class RemoveExamples(Change, frozen=True, omit_defaults=True):
+    """Support images that go, by their numbers."""
+
+    op = "remove_examples"
+    numbers: tuple[Natural, ...]
+
+    def apply(self, head: Head) -> Head:
+        head.find_examples([example_id(number) for number in self.numbers])
+        return _next(head, examples=head.examples.rows(~np.isin(head.examples.ids, self.numbers)))
+
+
+class RemoveClass(Change, frozen=True, omit_defaults=True):
+    """A class that goes, with its images and those of calibrate_on."""
+
+    op = "remove_class"
+    uid: Natural
+
+    def apply(self, head: Head) -> Head:
+        at = _position(head, self)
+        if len(head.uids) <= 2:
+            raise IosrFastError(f"expected at least two classes to tell apart: {class_id(self.uid)!r} can't be removed")
+        kept = {name: _put(getattr(head, name), at) for name in ("class_names", "uids")}
+        for name in ("examples", "calibration_images"):
+            if (images := getattr(head, name)) is not None:
+                kept[name] = images.rows(images.class_ids != self.uid)
+        text = None if head.text is None else np.delete(head.text, at, axis=0)
+        return _next(head, text=text, paths=_put(head.tree.paths, at), **kept)
+
+
+class RenameClass(Change, frozen=True, omit_defaults=True):
+    """Another name of a class, and in `arrays` its text embedding where that changes."""
+
+    op = "rename_class"
+    uid: Natural
+    name: str
+    arrays: dict[str, bytes] = msgspec.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, uid: int, name: str, text: np.ndarray | None = None) -> RenameClass:
+        """The change; `text` is (D,)."""
+        return cls(uid, name, _to_bytes(text))
+
+    def apply(self, head: Head) -> Head:
+        at = _position(head, self)
+        check_new_name(self.name, _put(head.class_names, at), saved=True)  # of a log, too
+        names = _put(head.class_names, at, self.name)
+        text = _from_bytes(self.arrays, 0, head, self.op).get("text")
+        if head.text is None or text is None:
+            return _next(head, NAMELESS, class_names=names)
+        return _next(head, class_names=names, text=np.concatenate([head.text[:at], text, head.text[at + 1 :]]))
+
+
+class MoveClass(Change, frozen=True, omit_defaults=True):
+    """Another place of a class in the tree: the names of the nodes above it, from the root's child down."""
+
+    op = "move_class"
+    uid: Natural
+    path: Path = ()
+
+    def apply(self, head: Head) -> Head:
+        return _next(head, TREELESS, paths=_put(head.tree.paths, _position(head, self), self.path))
+
+
+class Retune(Change, frozen=True, omit_defaults=True):
+    """Another method or other parameters: a Config as JSON, which has no NaN."""
+
+    op = "retune"
+    config: bytes
+
+    @classmethod
+    def of(cls, config: Config) -> Retune:
+        """The change to this method and these parameters."""
+        return cls(msgspec.json.encode(config, enc_hook=float))
+
+    def apply(self, head: Head) -> Head:
+        config = msgspec.json.decode(self.config, type=Config)
+        config.check(head.version + 1)
+        return _next(head, config=config, reducer=config.fit_reducer(head.support))
+
+
+_KINDS: dict[str, type[Change]] = {
+    kind.op: kind for kind in (AddClass, AddExamples, RemoveExamples, RemoveClass, RenameClass, MoveClass, Retune)
+}
+
+
+def decode(op: str, record: bytes) -> Change:
+    """The change of a record. Raises ValueError for a record that no change is written as."""
+    if op not in _KINDS:
+        raise DamagedFileError(f"expected a change of {', '.join(_KINDS)}, got {op!r}")
+    return msgspec.msgpack.decode(record, type=_KINDS[op])
+
+
+def _next(head: Head, kept: tuple[str, ...] = (), **fields: Any) -> Head:
+    """The next version with these fields, for which the cached properties `kept` stay."""
+    if "paths" in fields and not any(fields["paths"]):
+        fields["paths"] = None
+    made = replace(head, version=head.version + 1, **fields)
+    check_nodes(made.paths or (), made.class_names)
+    if (reason := made.config.unavailable_reason(made.support)) is not None:
+        raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
+    return made.with_computed(**{name: head.computed(name) for name in kept})
+
+
+def _position(head: Head, change: Any) -> int:
+    """Where the head has the class of a change."""
+    if change.uid not in head.uids:
+        raise IosrFastError(f"expected a class to {change.op}, got {class_id(change.uid)}")
+    return head.uids.index(change.uid)
+
+
+def _put(column: tuple[Any, ...], at: int, *value: Any) -> tuple[Any, ...]:
+    """A column of classes with another value at a place, or without one."""
+    return (*column[:at], *value, *column[at + 1 :])
+
+
+def _to_bytes(text: np.ndarray | None, added: Examples | None = None) -> dict[str, bytes]:
+    """A text embedding (D,) and the embeddings of images as little-endian float32, named as in bundles."""
+    head = SimpleNamespace(text=None if text is None else text[None], examples=added)
+    rows = {name: value_at({"head": head}, TABLE[SUPPORT][name].place) for name in _ROWS}
+    return {name: np.ascontiguousarray(one, "<f4").tobytes() for name, one in rows.items() if one is not None}
+
+
+def _from_bytes(arrays: dict[str, bytes], n: int, head: Head, op: str) -> dict[str, Any]:
+    """The arrays at their places in a Head (bundle_arrays.parts_of). Raises ValueError for others than a text embedding
+    where there may be one, and embeddings of n images."""
+    if unknown := sorted(arrays.keys() - {*_ROWS}):
+        raise IosrFastError(f"expected arrays among {', '.join(_ROWS)}, got {', '.join(unknown)}")
+    if "text" in arrays and (head.text is None or op == "add_examples"):
+        raise IosrFastError(f"expected no text embedding to {op}, got one")
+    width = head.examples.width
+    rows = {name: np.frombuffer(data, "<f4").reshape(-1, width) for name, data in arrays.items()}
+    for name, array in rows.items():
+        shape = 1 if name == "text" else n, width
+        if array.shape != shape or not len(array):
+            raise IosrFastError(f"expected {name} of shape {shape}, got {array.shape}")
+        check_unit_rows(name, array)
+    return dict(parts_of(SUPPORT, rows).get("head", {}))

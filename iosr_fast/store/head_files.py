@@ -14,18 +14,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.names import check_separable
 from iosr_fast.methods import METHODS, conformal
-from iosr_fast.methods.config import Config
 from iosr_fast.methods.folds import Folds
 from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
-from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.unknown import Unknown, count_unscored
 from iosr_fast.scoring import fields
 from iosr_fast.scoring.plan import ScoringPlan
@@ -43,6 +40,7 @@ from iosr_fast.store.bundle_arrays import (
     are_complete,
     arrays_of,
     naming,
+    parts_of,
     read_arrays,
 )
 from iosr_fast.store.bundle_schema import HeadFacts
@@ -96,41 +94,43 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> He
     """
     with naming("manifest.json"):
         facts.check_head()
-    names, numbers = tuple(facts.class_names), tuple(facts.class_numbers)
+    names, uids = tuple(facts.class_names), tuple(facts.class_numbers)
     sizes = {"C": len(names), "last id": facts.next[1] - 1}
     arrays, of_plan, pictures, paths = (read_arrays(file, read, sizes) for file in (SUPPORT, PLAN, PICTURES, PATHS))
-    text = arrays.get("text")
-    beside: dict[str, Any] = {"ids": arrays["ids"], "queries": _embeddings(arrays, "query_")}
     with naming(PICTURES):
-        beside["pictures"] = _unpacked(pictures, sizes["N"])
+        thumbnails = _unpacked(pictures, sizes["N"])
     with naming(PATHS):
-        beside["paths"] = tuple(path and path.decode() for path in _unpacked(paths, sizes["N"])) if paths else ()
+        files = tuple(None if path is None else path.decode() for path in _unpacked(paths, sizes["N"])) if paths else ()
     with naming(SUPPORT):
-        examples = _examples(arrays, "", numbers, **beside)
-        assert examples is not None  # their arrays are needed
+        parts = parts_of(SUPPORT, arrays)
+        of_head = parts["head"]
+        examples = Examples(**of_head["examples"], class_ids=parts["owners"], pictures=thumbnails, paths=files)
+        _check_owners("owners", examples, uids)
         if (np.diff(examples.class_ids) < 0).any() or len(np.unique(examples.ids)) < len(examples):
             raise IosrFastError("expected owners that don't fall and ids that differ, got others")
-        calibration = _examples(arrays, "calibration_", numbers)
-        is_multi_label = are_complete(arrays, ("labels", "thresholds"))
-        if is_multi_label:
+        calibration = None
+        if are_complete(arrays, ("calibration_owners", "calibration_plain")):
+            calibration = Examples.numbered(**of_head["calibration_images"])
+            _check_owners("calibration_owners", calibration, uids)
+        if are_complete(arrays, ("labels", "thresholds")):
             check_separable(names, SEPARATOR)
             if facts.paths is not None:
                 raise IosrFastError("expected no paths of nodes where pictures may have several labels, got some")
-        support = examples.as_support(numbers, text, facts.tau)
-        if (reason := facts.unavailable_reason(support)) is not None:
-            raise IosrFastError(reason)
+            examples = examples.labelled(parts["labels"], uids)
     with naming(PLAN):
-        reducer = _reducer(of_plan, "reducer")
+        planned = parts_of(PLAN, of_plan)
+        reducer = _reducer(planned.get("head", {}))
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
             raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(of_plan)}")
-        config = facts.config
-        plan = _plan(facts.plan, of_plan, support, config)
-    data = names, numbers, text, facts.tau, examples, config, reducer, facts.version, *facts.next
-    if is_multi_label:
-        of_sets = arrays["labels"].astype(bool), arrays["thresholds"]
-        return Head(*data, None, None, None, *of_sets).with_computed(plan=plan)
     above = tuple(map(tuple, facts.paths)) if facts.paths is not None and any(facts.paths) else None
-    head = Head(*data, _embeddings(arrays, "unknown_"), calibration, above)
+    fitted = examples, facts.config, reducer, facts.version, *facts.next
+    others = of_head.get("unknown_images"), calibration, above, of_head.get("thresholds")
+    head = Head(names, uids, of_head.get("text"), facts.tau, *fitted, *others)
+    with naming(SUPPORT):
+        if (reason := facts.unavailable_reason(head.support)) is not None:
+            raise IosrFastError(reason)
+    with naming(PLAN):
+        plan = _plan(facts.plan, planned.get("plan", {}), head)
     return head.with_computed(plan=plan, **_evidence(head, read))
 
 
@@ -193,28 +193,21 @@ def fingerprint(head: Head) -> str:
 
 
 def _parts(head: Head) -> dict[str, Any]:
-    return {"head": head}
+    """What arrays are of. Where pictures may have several labels, files have an indicator of them, and owners, a class
+    a picture, that say nothing."""
+    examples = head.examples
+    if examples.owners is None:
+        return {"head": head, "owners": examples.class_ids}
+    return {"head": head, "owners": np.zeros(len(examples)), "labels": head.support.indicator}
 
 
 # --- support images ---
 
 
-def _examples(arrays: Arrays, prefix: str, numbers: tuple[int, ...], **beside: Any) -> Examples | None:
-    """The images whose arrays begin with `prefix`, None without them. Raises ValueError for one of no class.
-    `beside` are fields of Examples."""
-    embeddings = _embeddings(arrays, prefix)
-    if not are_complete(arrays, (f"{prefix}owners", f"{prefix}plain")) or embeddings is None:
-        return None
-    owners = arrays[f"{prefix}owners"]
-    if strange := sorted(set(owners.tolist()) - set(numbers)):
-        raise IosrFastError(f"expected {prefix}owners among the class_numbers, got {strange[:5]}")
-    defaults: dict[str, Any] = {"ids": np.arange(len(owners)), "pictures": (None,) * len(owners)}
-    return Examples(embeddings, owners, groups=arrays.get(f"{prefix}groups"), **(defaults | beside))
-
-
-def _embeddings(arrays: Arrays, prefix: str) -> Embeddings | None:
-    plain = arrays.get(f"{prefix}plain")
-    return None if plain is None else Embeddings(plain, arrays.get(f"{prefix}adapted"))
+def _check_owners(name: str, examples: Examples, uids: tuple[int, ...]) -> None:
+    """Raise IosrFastError for an image of no class."""
+    if strange := sorted(set(examples.class_ids.tolist()) - set(uids)):
+        raise IosrFastError(f"expected {name} among the class_numbers, got {strange[:5]}")
 
 
 def _packed(values: Sequence[bytes | None]) -> SimpleNamespace | None:
@@ -238,9 +231,10 @@ def _unpacked(arrays: Arrays, n: int) -> tuple[bytes | None, ...]:
 # --- the plan ---
 
 
-def _plan(constants: Mapping[str, float | str], arrays: Arrays, support: SupportSet, config: Config) -> ScoringPlan:
+def _plan(constants: Mapping[str, float | str], arrays: Mapping[str, Any], head: Head) -> ScoringPlan:
     """Raises ValueError as ScoringPlan, and where it contradicts the config or its arrays are not those that the
     constants name."""
+    support, config = head.support, head.config
     if constants.keys() != {*CONSTANTS, "cache", "keys"}:
         raise IosrFastError(f"expected a plan with {', '.join(CONSTANTS)}, cache and keys, got {sorted(constants)}")
     if (constants["keys"] == "stored") != ("keys" in arrays):
@@ -248,13 +242,12 @@ def _plan(constants: Mapping[str, float | str], arrays: Arrays, support: Support
     values: dict[str, Any] = {name: constants[name] for name in CONSTANTS}
     values |= {field.name: arrays.get(field.name) for field in PLAN_ARRAYS}
     if constants["keys"] == "support":
-        rows = {"plain": support.embeddings.plain, "adapted": support.embeddings.adapted}
-        values["keys"] = rows.get(str(constants["query"]))
+        values["keys"] = vars(support.embeddings).get(str(constants["query"]))
     plan = ScoringPlan(
         support.n_classes,
         text=support.text if config.text_weight else None,
         class_offsets=support.class_offsets if constants["cache"] == "classes" else None,
-        reducer=_reducer(arrays, "plan_reducer"),
+        reducer=_reducer(arrays),
         **values,
     )
     if plan.key_precision not in (None, config.key_precision):
@@ -264,9 +257,8 @@ def _plan(constants: Mapping[str, float | str], arrays: Arrays, support: Support
     return plan
 
 
-def _reducer(arrays: Arrays, name: str) -> Reducer | None:
-    shift, projection = arrays.get(f"{name}.shift"), arrays.get(f"{name}.projection")
-    return None if shift is None and projection is None else Reducer(shift, projection)
+def _reducer(arrays: Mapping[str, Any]) -> Reducer | None:
+    return Reducer(**{"shift": None, "projection": None} | arrays["reducer"]) if "reducer" in arrays else None
 
 
 # --- what left-out images say ---
@@ -280,22 +272,27 @@ def _evidence(head: Head, read: Callable[[str], bytes | None]) -> Mapping[str, A
     with naming(LEFT_OUT):
         if not are_complete(arrays, _FOLDS) or "temperature" not in arrays:
             return {}
-        fold, scored, distinct, units = (arrays[name] for name in _FOLDS)
-        if (scored.astype(bool) & (fold < 0)).any():
+        parts = parts_of(LEFT_OUT, arrays)
+        scored = arrays["scored"].astype(bool)
+        folds = Folds(**parts["folds"] | {"scored": scored})
+        if (scored & (folds.fold < 0)).any():
             raise IosrFastError("expected scored of 0 for an image of no fold, got others")
-        folds = Folds(fold, scored.astype(bool), distinct, units)
         if not 0.0 < (temperature := float(arrays["temperature"][0])) < math.inf:
             raise IosrFastError(f"expected a temperature above 0, got {temperature}")
         evidence: dict[str, Any] = {"folds": folds, "temperature": temperature}
         if are_complete(arrays, _UNKNOWN):
-            weights, bias, left_out, auroc, counted = (arrays[name] for name in _UNKNOWN)
             names = score_names(head.support, head.needs_adapted, head.unknown_images)
-            if len(weights) != len(names):
-                raise IosrFastError(f"expected weights of {len(names)} scores, got {len(weights)}")
-            numbers = weights, float(bias[0]), left_out, counted, float(auroc[0]) if len(auroc) else math.nan
-            basis = conformal.LEFT_OUT if head.calibration_images is None else conformal.CALIBRATION
-            unscored = count_unscored(head.support, folds)
-            evidence["unknown"] = Unknown(head.support, names, *numbers, unscored, head.unknown_images, basis)
+            if len(arrays["weights"]) != len(names):
+                raise IosrFastError(f"expected weights of {len(names)} scores, got {len(arrays['weights'])}")
+            auroc = float(arrays["auroc"][0]) if len(arrays["auroc"]) else math.nan
+            evidence["unknown"] = Unknown(
+                head.support,
+                names,
+                **parts["unknown"] | {"bias": float(arrays["bias"][0]), "auroc": auroc},
+                unscored=count_unscored(head.support, folds),
+                unknown_images=head.unknown_images,
+                basis=conformal.LEFT_OUT if head.calibration_images is None else conformal.CALIBRATION,
+            )
         if "out_of_fold" in arrays:
             logits = arrays["out_of_fold"]
             if len(logits) != len(folds.rows):

@@ -23,7 +23,7 @@ from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.head.ids import class_id, example_id
 from iosr_fast.sealed.schema import Natural, Positive, Sha256, Strict
 from iosr_fast.store import sqlite_file
-from iosr_fast.store.changes import Record
+from iosr_fast.store.changes import decode
 
 TABLES = {
     "meta": "base TEXT NOT NULL, last BLOB NOT NULL",
@@ -80,11 +80,11 @@ class LogRow(NamedTuple):
 
     def logged(self) -> LoggedChange:
         """It as callers see it. Raises ValueError for a record that is none."""
-        record = msgspec.msgpack.decode(self.record, type=Record)
-        uid = "" if record.uid is None else class_id(record.uid)
-        ids = tuple(map(example_id, record.numbers))
-        after = record.classes, record.images, record.path
-        return LoggedChange(self.version, self.time, self.op, uid, record.name, ids, *after)
+        fields = msgspec.structs.asdict(decode(self.op, self.record))
+        uid = class_id(fields["uid"]) if "uid" in fields else ""
+        ids = tuple(map(example_id, fields.get("numbers", ())))
+        after = fields["classes"], fields["images"], fields.get("path", ())
+        return LoggedChange(self.version, self.time, self.op, uid, fields.get("name", ""), ids, *after)
 
 
 class LogReader:

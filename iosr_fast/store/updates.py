@@ -34,6 +34,7 @@ from iosr_fast.methods.support_set import blocks
 from iosr_fast.methods.tune import asked_config
 from iosr_fast.methods.tune import tune as search
 from iosr_fast.scoring.validation import check_unit_rows
+from iosr_fast.store import changes
 from iosr_fast.store.changes import Change, ChangeResult
 from iosr_fast.store.store import Store
 from iosr_fast.utils.numbers import refuse_masked
@@ -77,7 +78,7 @@ class Changing:
 
         def make(head: Head) -> Change:
             uid, path = head.next_class, path_below(parent, head.paths)
-            return Change("add_class", uid, name, row, _numbered(encoded, head, uid), path=path)
+            return changes.AddClass.of(uid, _numbered(encoded, head, uid), row, name=name, path=path)
 
         return self._store.change(fit, make)
 
@@ -91,7 +92,7 @@ class Changing:
 
         def make(head: Head) -> Change:
             uid = head.find_class(name_or_id)
-            return Change("add_examples", uid, added=_numbered(encoded, head, uid))
+            return changes.AddExamples.of(uid, _numbered(encoded, head, uid))
 
         return self._store.change(fit, make)
 
@@ -111,14 +112,14 @@ class Changing:
                     f"expected an image of {name!r} to stay: this classifier knows classes by their images alone; add "
                     "others first, or take the class out (remove_class)"
                 )
-            return Change("remove_examples", numbers=tuple(numbers))
+            return changes.RemoveExamples(tuple(numbers))
 
         return self._store.change(fit, make)
 
     def remove_class(self, name_or_id: str) -> ChangeResult:
         """Take a class out, by id or name, with its images. Refused where fewer than two would be left."""
         fit = self._store.changeable("remove_class")
-        return self._store.change(fit, lambda head: Change("remove_class", head.find_class(name_or_id)))
+        return self._store.change(fit, lambda head: changes.RemoveClass(head.find_class(name_or_id)))
 
     def rename_class(
         self,
@@ -136,7 +137,7 @@ class Changing:
         if keep_text and (text is not None or descriptions is not None):
             raise IosrFastError("expected keep_text, or text or descriptions for another one, got both")
         row = None if keep_text else _text(fit, name, text, descriptions)
-        return self._store.change(fit, lambda head: Change("rename_class", head.find_class(class_id(uid)), name, row))
+        return self._store.change(fit, lambda head: changes.RenameClass.of(head.find_class(class_id(uid)), name, row))
 
     def move_class(self, name_or_id: str, parent: Parent) -> ChangeResult:
         """Another place in the tree for a class, by id or name. `parent` is a node by its name, or the path of nodes
@@ -144,7 +145,7 @@ class Changing:
         last class below it. What `max_error` promises is computed again."""
         fit = self._store.changeable("move_class")
         return self._store.change(
-            fit, lambda head: Change("move_class", head.find_class(name_or_id), path=path_below(parent, head.paths))
+            fit, lambda head: changes.MoveClass(head.find_class(name_or_id), path_below(parent, head.paths))
         )
 
     def tune(
@@ -190,7 +191,7 @@ class Changing:
                 fit.clip.encoder_for(best.which == "adapted")  # opened now, so that no reader waits for it
             evidence = best.evidence and structs.replace(best.evidence, version=head.version + 1)
             chosen.append(structs.replace(best, evidence=evidence))
-            return Change("retune", config=chosen[0])
+            return changes.Retune.of(chosen[0])
 
         result = self._store.change(fit, make)
         return chosen[0], result

@@ -22,7 +22,7 @@ from iosr_fast.methods.automation import PROMISES
 from iosr_fast.methods.log_loss import sigmoid
 from iosr_fast.methods.tree import Tree
 from iosr_fast.scoring.reference import softmax
-from iosr_fast.store.changes import Change
+from iosr_fast.store.changes import RenameClass
 from iosr_fast.store.description import describe, describe_log
 from iosr_fast.store.head_files import fingerprint, head_from_bytes, head_to_bytes
 from iosr_fast.store.log_reader import read_log
@@ -190,7 +190,7 @@ def test_changes_keep_the_tree_and_a_log_makes_them_again(tmp_path: Path) -> Non
 
 def test_bundles_have_the_tree_and_without_one_nothing_of_it(tmp_path: Path) -> None:
     plain, head = fitted(None).snapshot(), fitted().snapshot()
-    assert b"path" not in Change("rename_class", 1, "x").encode(plain)
+    assert b"path" not in RenameClass.of(1, "x").encode(plain)
     assert fingerprint(plain) == fingerprint(replace(head, paths=None)) != fingerprint(head)
     assert head_from_bytes(head_to_bytes(head)).paths == PATHS
     for name, tree in {"plain": None, "tree": {"0": "even", "2": "even", "1": "odd"}}.items():

@@ -12,13 +12,13 @@ from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import predict
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.reference import score_reference, softmax
-from iosr_fast.store.changes import Change
+from iosr_fast.store.changes import AddClass, AddExamples, RemoveClass, RemoveExamples, RenameClass, Retune
 from tests.store.live_parts import random_examples, random_head, random_queries, unit
 
 
 def without(head: Head, *numbers: int) -> Head:
     """The head without these support images."""
-    return Change("remove_examples", numbers=numbers).apply(head)
+    return RemoveExamples(numbers).apply(head)
 
 
 def change(head: Head, rng: np.random.Generator) -> Head:
@@ -27,15 +27,15 @@ def change(head: Head, rng: np.random.Generator) -> Head:
     kind = rng.choice(["examples", "class", "drop", "drop class", "rename"])
     if kind == "examples":
         added = random_examples(rng, [uid] * int(rng.integers(1, 5)), head.next_example)
-        return Change("add_examples", uid, added=added).apply(head)
+        return AddExamples.of(uid, added).apply(head)
     if kind == "class":
         added = random_examples(rng, [head.next_class] * int(rng.integers(1, 4)), head.next_example)
         text = unit(rng.standard_normal(24))
-        return Change("add_class", head.next_class, f"later {head.next_class}", text, added).apply(head)
+        return AddClass.of(head.next_class, added, text, name=f"later {head.next_class}").apply(head)
     if kind == "rename":
-        return Change("rename_class", uid, f"renamed {head.version}", unit(rng.standard_normal(24))).apply(head)
+        return RenameClass.of(uid, f"renamed {head.version}", unit(rng.standard_normal(24))).apply(head)
     if kind == "drop class" and len(head.uids) > 3:
-        return Change("remove_class", uid).apply(head)
+        return RemoveClass(uid).apply(head)
     numbers = head.examples_of(uid)
     return without(head, *numbers[:1]) if len(numbers) > 1 else head
 
@@ -59,8 +59,8 @@ def test_a_head_after_many_changes_equals_one_made_of_its_data(method: str) -> N
 def test_a_change_compiles_no_plan_and_a_new_name_alone_keeps_it() -> None:
     rng = np.random.default_rng(0)
     head = random_head(rng, 3, 2).compiled()
-    assert Change("rename_class", 1, "other").apply(head).computed("plan") is head.plan
-    renamed, retuned = Change("rename_class", 1, "other", head.text[1]), Change("retune", config=head.config)
+    assert RenameClass.of(1, "other").apply(head).computed("plan") is head.plan
+    renamed, retuned = RenameClass.of(1, "other", head.text[1]), Retune.of(head.config)
     for after in (renamed.apply(head), retuned.apply(head), without(head, 0)):
         assert after.computed("plan") is None and after.version == head.version + 1
 
@@ -69,7 +69,7 @@ def test_the_nearest_are_found_by_what_the_method_compares() -> None:
     rng = np.random.default_rng(1)
     head = random_head(rng, 5, 20, reducer="centre")
     added = random_examples(rng, [2] * 5, head.next_example)
-    head = without(Change("add_examples", 2, added=added).apply(head), 0, 1, 2)
+    head = without(AddExamples.of(2, added).apply(head), 0, 1, 2)
     queries = random_queries(rng, 4)
     cosines = head.reducer(queries.adapted) @ head.reducer(head.support.embeddings.adapted).T
     ids, class_ids = head.examples.ids, head.examples.class_ids

@@ -19,7 +19,7 @@ from iosr_fast.methods.conformal import of_logits, sets_of_labels
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.store.bundle import Bundle, load
-from iosr_fast.store.changes import Change
+from iosr_fast.store.changes import RemoveClass
 from iosr_fast.store.description import describe
 from iosr_fast.store.head_files import fingerprint, head_from_bytes, head_to_bytes
 from tests.store.live_parts import PixelEncoder, engine_folder, pictures, small_classifier, unfitted
@@ -234,5 +234,5 @@ def test_what_left_out_images_answer_is_saved_and_forgotten_by_a_change(
         np.testing.assert_array_equal(head.unknown.score(PixelEncoder().encode(images)), scores)
         assert head.unknown.summary(0.9) == classifier.unknown_.summary(0.9)
         assert str(head.judged.reliability) == str(calibration)
-    changed = Change("remove_class", 0).apply(head)
+    changed = RemoveClass(0).apply(head)
     assert len(changed.unknown.left_out) == 4 * (CLASSES - 1) and changed.computed("out_of_fold") is None

@@ -13,7 +13,7 @@ from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.config import Config
-from iosr_fast.store.changes import Change
+from iosr_fast.store.changes import Retune
 from tests import browser as chromium
 from tests.serving import http_client, http_edge
 from tests.serving.http_client import TOKEN
@@ -119,7 +119,7 @@ def site() -> Iterator[Site]:
     # Texts, plain and adapted embeddings.
     classifier.rename_class("~2", "longwordthatiswiderthanthescreenofaphone", keep_text=True)
     every_part = Config(method="stack++", parameters=dict(METHODS["stack++"].parameters))
-    classifier._store.change(classifier._fit, lambda _: Change("retune", config=every_part))
+    classifier._store.change(classifier._fit, lambda _: Retune.of(every_part))
     assert classifier.unknown_.summary(0.95).startswith("0.95")  # learnt before the page asks
     queries = dict(zip(http_client.query_labels(), http_client.queries(), strict=True))
     pictures = load_pictures("held-out")

@@ -9,7 +9,7 @@ import numpy as np
 
 from iosr_fast.head.head import Head
 from iosr_fast.store.change_log import ChangeLog
-from iosr_fast.store.changes import Change
+from iosr_fast.store.changes import Change, RenameClass
 from tests.store.live_parts import random_head
 
 
@@ -27,7 +27,7 @@ def changed(log: ChangeLog, state: Head, change: Change) -> Head:
 
 
 def renamed(log: ChangeLog, state: Head, name: str) -> Head:
-    return changed(log, state, Change("rename_class", 1, name))
+    return changed(log, state, RenameClass.of(1, name))
 
 
 def write_log(path: Path, changes: int = 3, name: str = "name") -> list[Head]:

@@ -18,7 +18,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.methods.config import Config, Evidence
 from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.store.bundle import Bundle, load, save
-from iosr_fast.store.changes import Change
+from iosr_fast.store.changes import RemoveClass
 from iosr_fast.store.head_files import fingerprint
 from tests.store.live_parts import engine_folder, pictures, small_classifier, unfitted
 
@@ -50,7 +50,7 @@ def test_a_loaded_bundle_equals_the_saved_head(
         assert loaded.head.examples.pictures == head.examples.pictures
         embeddings = made.encoder.encode(images)
         np.testing.assert_array_equal(loaded.head.score(embeddings), head.score(embeddings))
-        later = Change("remove_class", 0).apply(loaded.head)  # and it can be changed
+        later = RemoveClass(0).apply(loaded.head)  # and it can be changed
         assert later.score(embeddings).shape == (14, 4 + changed)
 
 

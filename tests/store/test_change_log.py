@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
 from iosr_fast.store import change_log, sqlite_file
 from iosr_fast.store.change_log import ChangeLog, LogWriteError
-from iosr_fast.store.changes import Change
+from iosr_fast.store.changes import AddExamples, Change, RemoveExamples
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.store.log_reader import read_log, reading
 from tests import ROOT
@@ -108,8 +107,8 @@ def test_a_start_makes_few_changes_again(limit: str, most: int, path: Path, monk
     for _ in range(6):
         state = write_log(path, changes=15)[-1]
     applied: list[str] = []
-    real = Change.apply
-    monkeypatch.setattr(Change, "apply", lambda *values: applied.append("") or real(*values))
+    real = Change.replay
+    monkeypatch.setattr(Change, "replay", lambda *values: applied.append("") or real(*values))
     assert fingerprint(reopened(path)) == fingerprint(state) and 0 < len(applied) <= 20
     assert len(read_log(path)) == 90
     assert path.stat().st_mode & 0o077 == 0 and os.listdir(path.parent) == [path.name]
@@ -122,20 +121,10 @@ def test_a_snapshot_may_be_smaller_than_the_one_before(path: Path, monkeypatch: 
     monkeypatch.setattr(change_log, "MOST_CHANGES", 1)
     log, state = ChangeLog.open(path, base())
     added = random_examples(np.random.default_rng(1), [1] * 400, state.next_example)
-    for change in (Change("add_examples", 1, added=added), Change("remove_examples", numbers=(*added.ids.tolist(),))):
+    for change in (AddExamples.of(1, added), RemoveExamples((*added.ids.tolist(),))):
         state = renamed(log, changed(log, state, change), "Class 2")  # beside "class 2", as earlier versions took it
     log.close()
     assert fingerprint(reopened(path)) == fingerprint(state)
-
-
-def test_groups_of_added_images_are_logged(path: Path) -> None:
-    log, state = ChangeLog.open(path, base())
-    for _ in range(2):
-        added = random_examples(np.random.default_rng(1), [1] * 3, state.next_example)
-        state = changed(log, state, Change("add_examples", 1, added=replace(added, groups=np.array([1, 0, 1]))))
-    log.close()
-    groups = reopened(path).examples.groups
-    assert groups is not None and groups.tolist() == [0, 1, 2, 3, 7, 6, 7, 9, 8, 9, 4, 5]
 
 
 def test_a_log_that_another_process_has_begun_meanwhile_is_kept(path: Path, monkeypatch: Any) -> None:

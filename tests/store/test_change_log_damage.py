@@ -23,7 +23,7 @@ from iosr_fast.exceptions import DamagedFileError
 from iosr_fast.methods.config import Config
 from iosr_fast.store import change_log, log_reader, sqlite_file
 from iosr_fast.store.change_log import ChangeLog
-from iosr_fast.store.changes import Change, Record
+from iosr_fast.store.changes import AddExamples, Change, Retune, decode
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.store.log_reader import LogReader, read_log
 from tests import ROOT
@@ -59,7 +59,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
             state = renamed(log, state, "name " * number + "end")
             if number in (8, 9):
                 examples = random_examples(np.random.default_rng(1), [1] * 30, state.next_example)
-                state = changed(log, state, Change("add_examples", 1, added=examples))
+                state = changed(log, state, AddExamples.of(1, examples))
         log.close()
         assert reopened(path).version == 23
     return path.read_bytes()
@@ -93,22 +93,19 @@ def test_a_flipped_bit_of_any_byte_is_refused_or_changes_nothing_that_is_read(im
         data[at] ^= 1 << bit
 
 
-def test_a_log_that_lacks_pages_is_refused(path: Path) -> None:
-    write_log(path)
-    full = path.read_bytes()
-    for size in (*range(PAGE, len(full), PAGE), PAGE // 2):
-        path.write_bytes(full[:size])
-        refused(path)
-
-
 def flipped(at: int) -> Callable[[bytes], bytes]:
     return lambda data: data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("at", [35, 39, 2 * PAGE + 2, 2 * PAGE + 6])  # lists of free pages and of free bytes of a page
-def test_damage_that_only_the_next_change_would_meet_is_refused(at: int, path: Path) -> None:
+# Pages that are missing; lists of free pages and of free bytes of a page, which only the next change would meet.
+HARMFUL = [lambda data, size=size: data[:size] for size in (PAGE // 2, *range(PAGE, 4 * PAGE, PAGE))]
+
+
+@pytest.mark.parametrize("damage", [*HARMFUL, *map(flipped, (35, 39, 2 * PAGE + 2, 2 * PAGE + 6))])
+def test_missing_pages_and_damaged_lists_are_refused(damage: Callable[[bytes], bytes], path: Path) -> None:
     write_log(path)
-    path.write_bytes(flipped(at)(path.read_bytes()))
+    path.write_bytes(damage(full := path.read_bytes()))
+    assert len(full) == 4 * PAGE
     refused(path)
 
 
@@ -322,15 +319,17 @@ FORGED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def change_of(op: str, fields: dict[str, Any]) -> Change:
+    return decode(op, msgspec.msgpack.encode({"classes": 3, "images": 6, **fields}))
+
+
 @pytest.mark.parametrize("case", [*FORGED, "a negative number", "an unknown field", "no record"])
 def test_a_forged_change_with_the_right_chain_is_refused(case: str, path: Path) -> None:
     states = write_log(path)
     op, fields = FORGED.get(case, ("rename_class", {}))
     facts = {"classes": 3, "images": 6, **fields}
-    record = msgspec.msgpack.encode(Record(**facts))
-    if case not in FORGED:
-        odd = {"a negative number": {**facts, "uid": -1}, "an unknown field": {**facts, "run": "this"}}
-        record = msgspec.msgpack.encode(odd.get(case, 7))
+    odd = {"a negative number": {**facts, "uid": -1}, "an unknown field": {**facts, "run": "this"}, "no record": 7}
+    record = msgspec.msgpack.encode(odd.get(case, facts))
     with sqlite3.connect(path) as db:
         chain = db.execute("SELECT chain FROM changes WHERE version = 4").fetchone()[0]
         chain = hashlib.sha256(b"%b5 now %b %b" % (chain, op.encode(), record)).digest()
@@ -345,20 +344,22 @@ def test_a_forged_change_with_the_right_chain_is_refused(case: str, path: Path) 
     assert states[-1].version == 4
 
 
-def test_a_change_that_is_written_right_is_taken(path: Path) -> None:
+def test_a_change_that_is_written_right_is_made_as_before(path: Path) -> None:
     """The records above are refused for what they say, not for their form."""
     for op, fields in (("add_class", NEW), ("add_examples", IMAGE)):
-        after = Record(**{"classes": 3, "images": 6, **fields}).apply(op, STATE)
-        assert after.version == 2
-    config = Config(method="gda", parameters={"alpha": 1.0})
-    change = Change("retune", config=config)
-    again = msgspec.msgpack.decode(change.encode(change.apply(STATE)), type=Record).apply("retune", STATE)
-    assert fingerprint(again) == fingerprint(change.apply(STATE))
+        assert change_of(op, fields).replay(STATE).version == 2
+    added = random_examples(np.random.default_rng(1), [1] * 3, 6, queries=True)
+    added = replace(added, groups=np.array([1, 0, 1]), paths=("a", None, "b"))
+    for change in (AddExamples.of(1, added), Retune.of(Config(method="gda", parameters={"alpha": 1.0}))):
+        made = change.apply(STATE)
+        again = decode(change.op, change.encode(made)).replay(STATE)
+        assert fingerprint(again) == fingerprint(made) and again.examples.paths == made.examples.paths
+        assert change.op == "retune" or made.examples.groups.tolist() == [0, 1, 2, 3, 7, 6, 7, 4, 5]
 
 
 @pytest.mark.parametrize(("op", "fields"), [("add_class", NEW), ("rename_class", {**NEW, "uid": 1, "classes": 3})])
 def test_a_head_without_texts_takes_records_without(op: str, fields: dict[str, Any]) -> None:
-    head, record = replace(STATE, text=None), Record(**{"images": 6, **fields})
+    head = replace(STATE, text=None)
     with pytest.raises(ValueError, match=f"expected no text embedding to {op}, got one"):
-        record.apply(op, head)
-    assert msgspec.structs.replace(record, arrays={}).apply(op, head).class_names.count("new") == 1
+        change_of(op, fields).replay(head)
+    assert change_of(op, {**fields, "arrays": {}}).replay(head).class_names.count("new") == 1
