@@ -129,34 +129,29 @@ def _fold_units(support: SupportSet, units: np.ndarray) -> Folds:
 
 
 def _fold_label_sets(support: SupportSet) -> Folds:
-    """The folds of images with any number of labels."""
-    n_images = len(support.embeddings)
-    units = _units_of_label_sets(support)
-    owners, classes = support.of_labels(np.arange(n_images)), support.labels
+    """The folds of images with any number of labels, which are compared within each of their classes; "no label" is the
+    last one."""
+    images, n_classes = np.arange(len(support.embeddings)), support.n_classes
+    owners, classes = support.of_labels(images), support.labels
+    without = np.setdiff1d(images, owners)
+    rows = np.append(owners, without)
+    pairs = make_support_set(
+        Embeddings(support.embeddings.plain[rows]),
+        np.append(classes, np.full(len(without), n_classes)),
+        text=None,
+        tau=support.tau,
+        n_classes=n_classes + 1,
+        groups=rows if support.groups is None else support.groups[rows],
+    )
+    alike = find_look_alikes(pairs)
+    units = np.empty(len(images), np.int64)
+    units[rows] = join_units(pairs, alike.groups if alike.many else None)
     fold = assign_folds(units, owners, classes, min(MAX_FOLDS, int(units.max(initial=0)) + 1))
-    folds = Folds(fold, np.ones(n_images, bool), support.counts, units)
+    folds = Folds(fold, np.ones(len(images), bool), support.counts, units)
     if folds.are_alone:
         return folds
     of_class = np.unique(classes * folds.number + fold[owners]) // folds.number
-    return replace(folds, distinct=np.bincount(of_class, minlength=support.n_classes))
-
-
-def _units_of_label_sets(support: SupportSet) -> np.ndarray:
-    """(N,) int64 from 0: the units of images that are compared within each of their classes; "no label" is the last
-    one."""
-    n_images, n_classes = len(support.embeddings), support.n_classes
-    numbers = np.arange(n_images)
-    owners = support.of_labels(numbers)
-    without = np.setdiff1d(numbers, owners)
-    rows = np.concatenate([owners, without])
-    classes = np.concatenate([support.labels, np.full(len(without), n_classes)])
-    groups = numbers if support.groups is None else support.groups
-    plain = Embeddings(support.embeddings.plain[rows])
-    pairs = make_support_set(plain, classes, None, support.tau, n_classes + 1, groups=groups[rows])
-    alike = find_look_alikes(pairs)
-    units = np.empty(n_images, np.int64)
-    units[rows] = join_units(pairs, alike.groups if alike.many else None)
-    return units
+    return replace(folds, distinct=np.bincount(of_class, minlength=n_classes))
 
 
 def assign_folds(units: np.ndarray, images: np.ndarray, classes: np.ndarray, number: int) -> np.ndarray:

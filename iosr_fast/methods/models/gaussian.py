@@ -252,17 +252,16 @@ class CentredGaussianModel(GaussianModel):
     """G minus its mean over classes, for images with any number of labels: the mean says how unlike all classes an
     image is, not which it has. Zeros where all labels are those of images that are left out."""
 
-    def scores(self, queries: Embeddings) -> np.ndarray:
-        scores = super().scores(queries)
-        centred: np.ndarray = scores - scores.mean(1, keepdims=True)
-        return centred
-
     def scores_without(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         if self.support.of_labels(out).all():
             return np.zeros((len(rows), self.support.n_classes))
         scores = super().scores_without(rows, out)
         centred: np.ndarray = scores - scores.mean(1, keepdims=True)
         return centred
+
+    def scores(self, queries: Embeddings) -> np.ndarray:
+        linear, bias = self.fitted.centred
+        return self._rows(queries) @ linear.T + bias
 
     def fields(self) -> dict[str, Any]:
         linear, bias = self.fitted.centred

@@ -162,25 +162,22 @@ class CentredRidgeModel(RidgeModel):
     """The same with V = (K + ridge I)^-1 (Y - share), for images with any number of labels: Y (N, C) is their indicator
     and `share` (C,) the share of images that have the label.
 
-    Every image is left out by itself, where images share units the fold of its unit, and in the shares, too: else the
-    regression of an image's own label would be lower where the image is left out, as there is one such image less. The
-    regression is linear in the target: that of Y - share is that of Y minus share times that of 1.
+    The shares are those of the images that stay, else the regression of an image's own label would be lower where the
+    image is left out, as there is one such image less. The regression is linear in the target: that of Y - share is
+    that of Y minus share times that of 1.
     """
 
     @cached_property
     def factorised(self) -> KernelRidge:
+        keys = image_rows(self.support.embeddings, self.which, self.reducer)
         queries = self.support.queries
         rows = None if queries is None else image_rows(queries, self.which, self.reducer)
-        return KernelRidge(self._keys, rows, self.beta, self.ridge)
-
-    @cached_property
-    def _keys(self) -> np.ndarray:
-        return image_rows(self.support.embeddings, self.which, self.reducer)
+        return KernelRidge(keys, rows, self.beta, self.ridge)
 
     @cached_property
     def _target(self) -> np.ndarray:
         """(N, C + 1) [Y, 1]."""
-        return np.hstack([self.support.indicator, np.ones((len(self._keys), 1))])
+        return np.hstack([self.support.indicator, np.ones((len(self.support.embeddings), 1))])
 
     @cached_property
     def _values(self) -> np.ndarray:
@@ -188,16 +185,21 @@ class CentredRidgeModel(RidgeModel):
 
     @cached_property
     def fitted(self) -> np.ndarray:
-        return self._values[:, :-1] - self._values[:, -1:] * (self.support.counts / len(self._keys))
+        return _less_share(self._values, self._target.sum(0))
 
     def without(self, folds: Folds) -> np.ndarray:
-        target = self._target
-        if folds.are_alone:
-            folds = replace(folds, fold=np.arange(len(target)))
-        sums = np.zeros((folds.number, target.shape[1]))
-        np.add.at(sums, folds.fold, target)
-        others = target.sum(0) - sums[folds.fold]
-        left_out = np.empty(target.shape)
-        for rows, out in folds.splits:
-            left_out[rows] = self.factorised.without(rows, out, target, self._values)
-        return left_out[:, :-1] - left_out[:, -1:] * (others[:, :-1] / np.maximum(others[:, -1:], 1))
+        """Without its image alone where none shares a unit with another: more images stay."""
+        return super().without(replace(folds, fold=np.arange(len(folds.fold))) if folds.are_alone else folds)
+
+    def scores_without(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        predictions = self.factorised.without(rows, out, self._target, self._values)
+        labelled = np.append(self.support.counts, len(out))
+        return _less_share(predictions, labelled - self._target[out].sum(0))
+
+
+def _less_share(predictions: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    """(B, C): the predictions (B, C + 1) of [Y, 1] turned into those of Y - share, of `labelled` (C + 1,) images with
+    each label, and of all."""
+    shares = labelled[:-1] / np.maximum(labelled[-1:], 1)
+    less: np.ndarray = predictions[:, :-1] - predictions[:, -1:] * shares
+    return less
