@@ -82,9 +82,6 @@ class Classifier(Answering[Fit], Changing, Estimator):
     look_alikes : bool
         Whether support images of a class that look alike, as in bursts, are left out together in all that left-out
         images say (folds.make_folds). False is for images that were drawn independently, and promises more of these.
-    views, mirror, seed : int, bool, int
-        The key of a support image is the mean embedding of so many random views, half of them mirrored (False where
-        left and right matter), which depend on its pixels and the seed; with 1, of the image as it is.
     templates, class_names : sequence of str
         Prompts with {} for the class name, of CLIPs alone (None: its own; [] for descriptions alone); the names that
         integer labels index, where `fit` is given none, as in scikit-learn's `cross_val_predict` of "predict_proba".
@@ -162,11 +159,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         beta: float | None = None,
         gamma: float | None = None,
         ridge: float | None = None,
-        views: int = 1,
-        mirror: bool = True,
         templates: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
-        seed: int = 0,
         key_precision: Precision = "fp32",
         look_alikes: bool = True,
         thumbnails: int = 96,
@@ -181,8 +175,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         self.runtime, self.precision, self.engine = runtime, precision, engine
         self.method, self.reducer, self._tune, self.tune_seconds = method, reducer, tune, tune_seconds
         self.alpha, self.beta, self.gamma, self.ridge = alpha, beta, gamma, ridge
-        self.views, self.mirror, self.templates, self.seed = views, mirror, templates, seed
-        self.class_names, self.look_alikes = class_names, look_alikes
+        self.templates, self.class_names, self.look_alikes = templates, class_names, look_alikes
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
         self.margin, self.skip_bad, self.progress = margin, skip_bad, progress
         self.memory = memory

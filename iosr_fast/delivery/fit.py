@@ -47,7 +47,7 @@ def fit(
     asked = asked_config(**parameters)
     tuning, seconds = parameters["tune"], float(parameters["tune_seconds"])
     choose_engine = parameters["precision"] == "auto"
-    names = ("views", "mirror", "templates", "seed", "exif_orientation", "margin")
+    names = ("templates", "exif_orientation", "margin")
     settings = SupportSettings(**{name: parameters[name] for name in names}, thumbnail=parameters["thumbnails"])
     listed = [] if images is None else as_image_list(images)
     known = check_labels(listed, labels, class_names)
@@ -69,9 +69,7 @@ def fit(
     clip = open_clip((names_to_read, settings.templates, texts))
     _check_model(asked, known.counts(known.ids), clip, settings.templates, texts)
     shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])
-    # Later queries are single views, so that is what leave-one-out has to score.
     scored = is_searched(asked, tuning) or known.sets is not None
-    settings = replace(settings, single=scored and settings.views > 1)
     text = None if clip.text is None else clip.text.embed_classes(known.names, settings.templates, texts)
     with bar("encode", len(listed) + len(unknown), shown=shown) as step:
         given = listed, settings, known.ids, known.shown, unknown, skip_bad, step
@@ -85,7 +83,6 @@ def fit(
     with bar("tune", None, shown=shown and scored and bool(len(examples))):
         others = known.sets, unknown_rows, paths, known.numbers
         head = fit_head(asked, tuning, seconds, known.names, text, clip.tau, examples, *others).compiled()
-    settings = replace(settings, single=examples.queries is not None)
     fitted = Fit(clip, head, settings, tuple(errors), known.numbers is not None, memory=memory)
     if not choose_engine:
         return fitted

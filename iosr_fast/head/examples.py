@@ -19,7 +19,8 @@ class Examples:
     class_ids   (n,) int64: the uid of each image's class; non-decreasing in a head
     ids         (n,) int64: each image's own number
     pictures    n thumbnails (WebP); None for an image without one
-    queries     (n, D), single views of the same images, where `embeddings` are means of several views
+    queries     (n, D), the same images as they are, where `embeddings` are means of random views, as in saved
+                classifiers of earlier versions; None where both are one
     groups      (n,) int64: images of one group are left out together; None where each is its own
     paths       n paths of the files, None for an image without one; () where none is known
     """
@@ -40,6 +41,11 @@ class Examples:
         """D."""
         width: int = self.embeddings.plain.shape[1]
         return width
+
+    @property
+    def as_queries(self) -> Embeddings:
+        """The embeddings of the images as they are, as queries have them."""
+        return self.embeddings if self.queries is None else self.queries
 
     def rows(self, chosen: np.ndarray) -> Examples:
         """Some of the images, by index or mask."""
@@ -63,14 +69,14 @@ class Examples:
         if not len(self):
             return added.sorted_by_class()
         both = self, added
-        queries = [one.queries for one in both if one.queries is not None]
+        single = any(one.queries is not None for one in both)
         paths = [path for one in both for path in one.paths or (None,) * len(one)]
         return Examples(
             Embeddings.concatenate([self.embeddings, added.embeddings]),
             np.append(self.class_ids, added.class_ids),
             np.append(self.ids, added.ids),
             self.pictures + added.pictures,
-            Embeddings.concatenate(queries) if len(queries) == 2 else None,
+            Embeddings.concatenate([one.as_queries for one in both]) if single else None,
             _joined_groups(self, added),
             tuple(paths) if any(paths) else (),
         ).sorted_by_class()

@@ -85,7 +85,7 @@ def ten_classes(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> d
         np.concatenate([rows[part] for rows in order]) for part in (slice(PICTURES), slice(PICTURES, None))
     )
     labels = np.array(few.names)[few.concepts]
-    classifier = Classifier("demo", adapter=adapter, engine=engine, views=1)
+    classifier = Classifier("demo", adapter=adapter, engine=engine)
     classifier.fit(few.images[support], labels[support])
     predicted = classifier.predict(few.images[queries])
     right = int((predicted == labels[queries]).sum())
