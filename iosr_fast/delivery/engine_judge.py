@@ -68,8 +68,7 @@ class Judge:
     def __init__(
         self, fit: Fit, reference: Encoder, rows: np.ndarray, pixels: Callable[[int], np.ndarray], tolerance: float
     ) -> None:
-        head = fit.head.require_single_label("the choice of an engine")
-        examples = fit.head.examples
+        head, examples = fit.head, fit.head.examples
         self._head, self._pixels, self._tolerance = head, pixels, tolerance
         self._fingerprint = reference.fingerprint
         self._classes = np.searchsorted(np.array(head.uids), examples.class_ids[rows])

@@ -40,9 +40,8 @@ def optimize(
     """`fit` on the engine that `choose_engine` chooses. `images` are its support images in the order of
     `fit.head.examples`; if the embeddings change they are encoded again, with `unknown_images`, the reducer is fitted
     again, and the head is of this `version`. Classes, texts, ids, thumbnails, method and parameters stay."""
-    head = fit.head.require_single_label("the choice of an engine")
+    head, token = fit.head, fit.token
     clip, choice = choose_engine(fit, images, options)
-    token = fit.token
     if clip.encoder.fingerprint != fit.clip.encoder.fingerprint:
         total = len(images) + len(unknown_images)
         settings = replace(fit.settings, thumbnail=0)
