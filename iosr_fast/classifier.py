@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from iosr_fast.delivery.engine_choice import EngineChoice
-from iosr_fast.delivery.fit import fit
+from iosr_fast.delivery.fit import FitData, fit
 from iosr_fast.delivery.fitted import Fit
 from iosr_fast.delivery.one_file import write_one_file
 from iosr_fast.encoders.encoder import Embeddings, Encoder
@@ -231,8 +231,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         """
         self._store.check_no_log()
         names = self.class_names if class_names is None else class_names
-        others = unknown_images, groups, descriptions, tree
-        fitted = fit(self.get_params(), self._open, images, labels, names, *others)
+        data = FitData(images, labels, names, unknown_images, groups, descriptions, tree)
+        fitted = fit(self.get_params(), self._open, data)
         warn_of_look_alikes(fitted.head)  # before the fit is published: a warning may be an error
         self._store.replace(fitted)
         return self
@@ -271,8 +271,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
             new = calibration_images(calibrate_on, support, skip_bad=skip_bad, **places)
         if not skip_bad:
             check_files([*support.paths, *([] if new is None else new.paths)])
-        others = unknown, support.groups, texts, support.tree if nested else parents
-        fitted = fit(self.get_params(), self._open, *support[:3], *others)
+        data = FitData(*support[:3], unknown, support.groups, texts, support.tree if nested else parents)
+        fitted = fit(self.get_params(), self._open, data)
         if new is not None:
             fitted = calibrate(fitted, new.paths, new.labels, new.groups, skip_bad)
         warn_of_look_alikes(fitted.head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,19 +30,22 @@ from iosr_fast.utils.progress import progress as bar
 log = logging.getLogger(__name__)
 
 
-def fit(
-    parameters: Mapping[str, Any],
-    open_clip: Callable[[Any], OpenedModel],
-    images: Any,
-    labels: Any,
-    class_names: Any,
-    unknown_images: Any,
-    groups: Any,
-    descriptions: Any,
-    tree: Any = None,
-) -> Fit:
+class FitData(NamedTuple):
+    """The arguments of Classifier.fit, as they are given."""
+
+    images: Any
+    labels: Any
+    class_names: Any
+    unknown_images: Any
+    groups: Any
+    descriptions: Any
+    tree: Any
+
+
+def fit(parameters: Mapping[str, Any], open_clip: Callable[[Any], OpenedModel], data: FitData) -> Fit:
     """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before it is opened:
     parameters, labels, class names, descriptions, and that each class has an image if the method needs one."""
+    images, labels, class_names, unknown_images, groups, descriptions, tree = data
     check_engine_choice(parameters["runtime"], parameters["precision"])
     asked = asked_config(**parameters)
     tuning, seconds = parameters["tune"], float(parameters["tune_seconds"])
@@ -58,7 +61,7 @@ def fit(
         if choose_engine:
             log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
             choose_engine = False
-    paths = paths_of(tree, known.names, known.numbers or ())
+    paths = None if tree is None else paths_of(tree, known.names, known.numbers or ())
     texts = check_descriptions(descriptions, known.names, settings.templates)
     unknown = [] if unknown_images is None else as_image_list(unknown_images)
     check_unknown_images(len(unknown))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import tomllib
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +67,6 @@ class EvaluationSet:
     layout: str
 
 
-@cache
 def catalog() -> dict[str, dict[str, Any]]:
     """sets.toml, which says what its fields are."""
     return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -80,9 +78,10 @@ def open_evaluation_set(name: str, root: str | Path) -> EvaluationSet:
     Raises IosrFastError for an unknown name or a damaged file (naming it); FileNotFoundError that lists each missing
     file or folder with its URL and its place, or counts and names missing images.
     """
-    if name not in catalog():
-        raise IosrFastError(f"expected an evaluation set of {', '.join(catalog())}, got {name!r}")
-    entry, root, found, lacking = catalog()[name], Path(root), list[Path](), list[str]()
+    sets = catalog()
+    if name not in sets:
+        raise IosrFastError(f"expected an evaluation set of {', '.join(sets)}, got {name!r}")
+    entry, root, found, lacking = sets[name], Path(root), list[Path](), list[str]()
     for *paths, url in entry["needs"]:
         existing = [root / path for path in paths if (root / path).exists()]
         found += existing[:1]

@@ -107,7 +107,7 @@ def encode_images(
     paths: list[str | None] = []
     readable: list[int] = []
     errors: list[BadImageError] = []
-    places: list[str] = []  # what names each image
+    given: list[Path | None] = []  # the files of all
 
     def good_images() -> Generator[np.ndarray, None, None]:
         """The pixels of each image; an error at the end, or no more pixels once it is sure to come."""
@@ -116,8 +116,8 @@ def encode_images(
         refused = False
         ahead = _WHOLE if one_by_one else 2 * _BATCH
         with closing(_prepare_all(images, encoder.geometry, settings, ahead)) as prepared:
-            for i, (place, image) in enumerate(prepared):
-                places.append(place)
+            for i, (path, image) in enumerate(prepared):
+                given.append(path)
                 step(1)
                 if isinstance(image, BadImageError):
                     if one_by_one:
@@ -133,15 +133,15 @@ def encode_images(
                     paths.append(image.path)
                     readable.append(i)
                     yield image.pixels
-        _check_readable(errors, len(places), skip_bad)
-        _check_copies(places, classes, copies, [*names, NONE_OF_THE_CLASSES])
+        _check_readable(errors, len(given), skip_bad)
+        _check_copies(given, classes, copies, [*names, NONE_OF_THE_CLASSES])
 
     with closing(good_images()) as good:
         keys = _encode(encoder, good, memory)
     ids = np.full(len(readable), -1) if classes is None else classes[readable]
     known = tuple(paths) if any(paths) else ()
     found = Examples(keys, ids, np.arange(len(readable)), tuple(pictures), paths=known)
-    unknown = np.array(readable, np.int64) >= len(places) - len(unknown_images)
+    unknown = np.array(readable, np.int64) >= len(given) - len(unknown_images)
     if not unknown.any():
         return EncodedImages(found, None, errors)
     return EncodedImages(found.rows(~unknown), keys[unknown], errors)
@@ -158,31 +158,26 @@ class _Prepared(NamedTuple):
 
 def _prepare_all(
     images: Iterable[Any], geometry: Geometry, settings: SupportSettings, ahead: int
-) -> Generator[tuple[str, _Prepared | BadImageError], None, None]:
-    """The name of each image, and what becomes of it; at most `ahead` images are decoded and not yet consumed."""
+) -> Generator[tuple[Path | None, _Prepared | BadImageError], None, None]:
+    """The file of each image, and what becomes of it; at most `ahead` images are decoded and not yet consumed."""
     pil = Lock()  # PIL images load their pixels when they are first read, and one may be given twice
 
-    def prepare(item: tuple[int, Any]) -> tuple[str, _Prepared | BadImageError]:
+    def prepare(item: tuple[int, Any]) -> tuple[Path | None, _Prepared | BadImageError]:
         i, source = item
-        place, path = _place_of(i, source), path_of(source)
+        path = path_of(source)
         try:
             with pil if hasattr(picture_of(source), "getbands") else nullcontext():
                 image = open_image(source, i, settings.exif_orientation, geometry)
         except BadImageError as error:
-            return place, error
+            return path, error
         identity = image.size, hashlib.sha256(image.tobytes()).digest()
         pixels = resize_and_crop(image, geometry)
         picture = thumbnail(image, settings.thumbnail) if settings.thumbnail else None  # shrinks the image itself
         # The absolute path of an image that is a file, or a part of one; None where a CSV file can't hold it, too.
         kept = None if path is None or not is_utf8(str(path.absolute())) else str(path.absolute())
-        return place, _Prepared(kept, identity, pixels, picture)
+        return path, _Prepared(kept, identity, pixels, picture)
 
     return map_ordered(enumerate(Sharing(settings.margin)(images)), prepare, usable_threads(), ahead)
-
-
-def _place_of(i: int, source: Any) -> str:
-    path = path_of(source)
-    return f"number {i}" if path is None else printable(str(path))
 
 
 def _encode(encoder: Encoder, images: Iterator[np.ndarray], memory: Any) -> Embeddings:
@@ -252,7 +247,7 @@ def _check_files(images: Sequence[Any], classes: np.ndarray, names: Sequence[str
             if classes[earlier := first.setdefault(_digest_of(images[i]), i)] != classes[i]:
                 across.append((earlier, i))
     if across := [pair for pair in across if _is_readable(images[pair[0]])]:
-        _check_copies([_place_of(i, image) for i, image in enumerate(images)], classes, sorted(across), names)
+        _check_copies([path_of(image) for image in images], classes, sorted(across), names)
 
 
 def _size_of(source: Any) -> int | None:
@@ -282,17 +277,21 @@ def _is_readable(source: Any) -> bool:
 
 
 def _check_copies(
-    places: Sequence[str], classes: np.ndarray | None, copies: Sequence[tuple[int, int]], names: Sequence[str]
+    paths: Sequence[Path | None], classes: np.ndarray | None, copies: Sequence[tuple[int, int]], names: Sequence[str]
 ) -> None:
     """Raise IosrFastError for a picture under two labels; warn of copies within a class."""
+
+    def place(i: int) -> str:
+        return f"number {i}" if paths[i] is None else printable(str(paths[i]))
+
     if classes is not None and (across := [pair for pair in copies if classes[pair[0]] != classes[pair[1]]]):
-        pairs = (" and ".join(f"{places[i]} ({names[classes[i]]!r})" for i in pair) for pair in across[:_SHOWN])
+        pairs = (" and ".join(f"{place(i)} ({names[classes[i]]!r})" for i in pair) for pair in across[:_SHOWN])
         more = f"; and {len(across) - _SHOWN} more" if len(across) > _SHOWN else ""
         raise IosrFastError(
             f"expected one label for a picture, got the same picture under two: {'; '.join(pairs)}{more}; remove the "
             "wrong ones"
         )
     if copies:
-        one, other = (places[i] for i in copies[0])
+        one, other = map(place, copies[0])
         text = "%d of %d pictures are copies of another of their class and count twice; the first is %s, a copy of %s"
-        logger.warning(text, len(copies), len(places), other, one)
+        logger.warning(text, len(copies), len(paths), other, one)
