@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from iosr_fast.delivery.engine_choice import EngineChoice
-from iosr_fast.delivery.fit import fit
+from iosr_fast.delivery.fit import FitData, fit
 from iosr_fast.delivery.fitted import Fit
 from iosr_fast.delivery.one_file import write_one_file
 from iosr_fast.encoders.encoder import Embeddings, Encoder
@@ -82,9 +82,6 @@ class Classifier(Answering[Fit], Changing, Estimator):
     look_alikes : bool
         Whether support images of a class that look alike, as in bursts, are left out together in all that left-out
         images say (folds.make_folds). False is for images that were drawn independently, and promises more of these.
-    views, mirror, seed : int, bool, int
-        The key of a support image is the mean embedding of so many random views, half of them mirrored (False where
-        left and right matter), which depend on its pixels and the seed; with 1, of the image as it is.
     templates, class_names : sequence of str
         Prompts with {} for the class name, of CLIPs alone (None: its own; [] for descriptions alone); the names that
         integer labels index, where `fit` is given none, as in scikit-learn's `cross_val_predict` of "predict_proba".
@@ -162,11 +159,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         beta: float | None = None,
         gamma: float | None = None,
         ridge: float | None = None,
-        views: int = 1,
-        mirror: bool = True,
         templates: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
-        seed: int = 0,
         key_precision: Precision = "fp32",
         look_alikes: bool = True,
         thumbnails: int = 96,
@@ -181,8 +175,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         self.runtime, self.precision, self.engine = runtime, precision, engine
         self.method, self.reducer, self._tune, self.tune_seconds = method, reducer, tune, tune_seconds
         self.alpha, self.beta, self.gamma, self.ridge = alpha, beta, gamma, ridge
-        self.views, self.mirror, self.templates, self.seed = views, mirror, templates, seed
-        self.class_names, self.look_alikes = class_names, look_alikes
+        self.templates, self.class_names, self.look_alikes = templates, class_names, look_alikes
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
         self.margin, self.skip_bad, self.progress = margin, skip_bad, progress
         self.memory = memory
@@ -238,8 +231,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         """
         self._store.check_no_log()
         names = self.class_names if class_names is None else class_names
-        others = unknown_images, groups, descriptions, tree
-        fitted = fit(self.get_params(), self._open, images, labels, names, *others)
+        data = FitData(images, labels, names, unknown_images, groups, descriptions, tree)
+        fitted = fit(self.get_params(), self._open, data)
         warn_of_look_alikes(fitted.head)  # before the fit is published: a warning may be an error
         self._store.replace(fitted)
         return self
@@ -278,8 +271,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
             new = calibration_images(calibrate_on, support, skip_bad=skip_bad, **places)
         if not skip_bad:
             check_files([*support.paths, *([] if new is None else new.paths)])
-        others = unknown, support.groups, texts, support.tree if nested else parents
-        fitted = fit(self.get_params(), self._open, *support[:3], *others)
+        data = FitData(*support[:3], unknown, support.groups, texts, support.tree if nested else parents)
+        fitted = fit(self.get_params(), self._open, data)
         if new is not None:
             fitted = calibrate(fitted, new.paths, new.labels, new.groups, skip_bad)
         warn_of_look_alikes(fitted.head)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = str(Path(__file__).parents[1])
 CLASSES = 12
-GIVEN = {"method": "tip-adapter++", "alpha": 3.0, "beta": 7.0, "views": 1}  # where no choice is tested
+GIVEN = {"method": "tip-adapter++", "alpha": 3.0, "beta": 7.0}  # where no choice is tested
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def folder(tmp_path: Path, pictures) -> Path:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -> None:
     images, labels, queries, truth, names = pictures
-    assert refit(fresh, images, [names[c] for c in labels], class_names=names, method=method, views=1) is fresh
+    assert refit(fresh, images, [names[c] for c in labels], class_names=names, method=method) is fresh
     assert fresh.classes_.tolist() == names and fresh.method_ == method
     accuracy = fresh.score(queries, truth)
     assert accuracy > (0.4 if METHODS[method].needs_support else 1.5 / CLASSES)

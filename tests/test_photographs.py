@@ -126,7 +126,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
 @pytest.fixture(scope="module")
 def classifier(photographs: Photographs) -> Classifier:
     with shared_cache():
-        classifier = Classifier("demo", runtime="onnxruntime", method="tip-adapter++", views=1)
+        classifier = Classifier("demo", runtime="onnxruntime", method="tip-adapter++")
         return classifier.fit_folder(photographs.support)
 
 

@@ -40,8 +40,6 @@ def fit(
     nested: Nested = False,
     label_column: shared.LabelColumn = None,
     similar_names: Annotated[bool, option("Names that are a letter apart are meant.", "--similar-names")] = False,
-    views: Annotated[int, option("Random views averaged into each key; 1: the image as it is.")] = 1,
-    mirror: Annotated[bool, option("Mirror half of the views.")] = True,
     margin: Margin = 0.0,
     unknown_images: Annotated[Path | None, option("Folder of pictures of none of the classes.")] = None,
     calibrate_on: Annotated[

@@ -61,22 +61,20 @@ def time_encoders(encoders: Mapping[int, Encoder], batch: int) -> dict[int, tupl
 
 class Judge:
     """Compares candidates with the engine `reference` on some support images of `fit`: the `rows` of its examples, and
-    their `pixels` by the side, single views. `count` images are left out, one of each class at a time; `note` says why
+    their `pixels` by the side. `count` images are left out, one of each class at a time; `note` says why
     none is.
     """
 
     def __init__(
         self, fit: Fit, reference: Encoder, rows: np.ndarray, pixels: Callable[[int], np.ndarray], tolerance: float
     ) -> None:
-        head = fit.head.require_single_label("the choice of an engine")
-        examples = fit.head.examples
+        head, examples = fit.head, fit.head.examples
         self._head, self._pixels, self._tolerance = head, pixels, tolerance
         self._fingerprint = reference.fingerprint
         self._classes = np.searchsorted(np.array(head.uids), examples.class_ids[rows])
         self._groups = None if examples.groups is None else examples.groups[rows]
-        singles = examples.embeddings if fit.settings.views == 1 or not len(rows) else examples.queries
-        if singles is not None and reference.fingerprint == fit.clip.encoder.fingerprint:
-            self._reference = singles[rows]
+        if reference.fingerprint == fit.clip.encoder.fingerprint:
+            self._reference = examples.as_queries[rows]
         else:
             self._reference = reference.encode(pixels(reference.image_size))
         self._labels, self._rows = self._left_out_labels(self._reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,24 +30,27 @@ from iosr_fast.utils.progress import progress as bar
 log = logging.getLogger(__name__)
 
 
-def fit(
-    parameters: Mapping[str, Any],
-    open_clip: Callable[[Any], OpenedModel],
-    images: Any,
-    labels: Any,
-    class_names: Any,
-    unknown_images: Any,
-    groups: Any,
-    descriptions: Any,
-    tree: Any = None,
-) -> Fit:
+class FitData(NamedTuple):
+    """The arguments of Classifier.fit, as they are given."""
+
+    images: Any
+    labels: Any
+    class_names: Any
+    unknown_images: Any
+    groups: Any
+    descriptions: Any
+    tree: Any
+
+
+def fit(parameters: Mapping[str, Any], open_clip: Callable[[Any], OpenedModel], data: FitData) -> Fit:
     """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before it is opened:
     parameters, labels, class names, descriptions, and that each class has an image if the method needs one."""
+    images, labels, class_names, unknown_images, groups, descriptions, tree = data
     check_engine_choice(parameters["runtime"], parameters["precision"])
     asked = asked_config(**parameters)
     tuning, seconds = parameters["tune"], float(parameters["tune_seconds"])
     choose_engine = parameters["precision"] == "auto"
-    names = ("views", "mirror", "templates", "seed", "exif_orientation", "margin")
+    names = ("templates", "exif_orientation", "margin")
     settings = SupportSettings(**{name: parameters[name] for name in names}, thumbnail=parameters["thumbnails"])
     listed = [] if images is None else as_image_list(images)
     known = check_labels(listed, labels, class_names)
@@ -58,7 +61,7 @@ def fit(
         if choose_engine:
             log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
             choose_engine = False
-    paths = paths_of(tree, known.names, known.numbers or ())
+    paths = None if tree is None else paths_of(tree, known.names, known.numbers or ())
     texts = check_descriptions(descriptions, known.names, settings.templates)
     unknown = [] if unknown_images is None else as_image_list(unknown_images)
     check_unknown_images(len(unknown))
@@ -69,9 +72,7 @@ def fit(
     clip = open_clip((names_to_read, settings.templates, texts))
     _check_model(asked, known.counts(known.ids), clip, settings.templates, texts)
     shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])
-    # Later queries are single views, so that is what leave-one-out has to score.
     scored = is_searched(asked, tuning) or known.sets is not None
-    settings = replace(settings, single=scored and settings.views > 1)
     text = None if clip.text is None else clip.text.embed_classes(known.names, settings.templates, texts)
     with bar("encode", len(listed) + len(unknown), shown=shown) as step:
         given = listed, settings, known.ids, known.shown, unknown, skip_bad, step
@@ -85,7 +86,6 @@ def fit(
     with bar("tune", None, shown=shown and scored and bool(len(examples))):
         others = known.sets, unknown_rows, paths, known.numbers
         head = fit_head(asked, tuning, seconds, known.names, text, clip.tau, examples, *others).compiled()
-    settings = replace(settings, single=examples.queries is not None)
     fitted = Fit(clip, head, settings, tuple(errors), known.numbers is not None, memory=memory)
     if not choose_engine:
         return fitted

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.one_file.graph import Answers, Source, check_engine_graph, make_graph
 from iosr_fast.head.abstention import Abstention
-from iosr_fast.head.head import Head
 from iosr_fast.head.verdict import judge
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import to_pixels
@@ -43,51 +42,20 @@ def one_file(fit: Fit, abstention: Abstention, source: Source = "picture") -> Mo
     """The onnx.ModelProto of Classifier.export. Raises IosrFastError for what one file can't hold or promise."""
     if source not in get_args(Source):
         raise IosrFastError(f"expected source to be 'picture' or 'pixels', got {source!r}")
-    head, engine = _exportable(fit)
+    head, engine = fit.head.require_single_label("export"), check_engine_graph(fit.clip.encoder.source)
     onnx = require("onnx", "cpu")
     abstention.check(head)
-    least = unknown = tree = None
+    least = unknown = tree = promise = None
     threshold = np.inf
     if abstention.max_error is not None:
         least, tree = least_odds(head.judged, abstention.max_error), head.tree if head.tree.inner else None
+        promise = automation(head.judged, notes=head.doubts)
     if abstention.keep is not None:
         unknown, threshold = head.unknown, head.unknown.threshold(abstention.keep)
     plan = head.plan.scaled(1.0 / head.temperature)
     model = make_graph(engine, Answers(plan, head.needs_adapted, least, unknown, threshold, tree), source)
     names = head.class_names if tree is None else head.node_names
-    texts = {"class_names": names, "iosr_fast": json_values(_facts(fit, abstention))}
-    onnx.helper.set_model_props(model, {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()})
-    return model
-
-
-def write_one_file(fit: Fit, path: str | Path, abstention: Abstention, source: Source = "picture") -> None:
-    """Write `one_file`, whole or not at all, after ONNX Runtime answered a few pictures with it as the library does.
-    Raises ArithmeticError where it did not, and as `check_new_file`."""
-    check_new_file(Path(path), (".onnx",))
-    require("onnxruntime", "cpu")
-    content = one_file(fit, abstention, source).SerializeToString()
-    check_file(fit, content, abstention, source)
-    with new_file(path) as temporary:
-        temporary.write_bytes(content)
-    if (precision := _exportable(fit)[1].manifest["precision"]) != "fp32":
-        log.warning(
-            "%s is in %s, which processors and runtimes round differently: elsewhere a few of 100 labels may be "
-            "others; a file in fp32 answers alike everywhere",
-            path,
-            precision,
-        )
-
-
-def _exportable(fit: Fit) -> tuple[Head, VerifiedFolder]:
-    """The head and the engine. Raises IosrFastError for those that no file can have."""
-    return fit.head.require_single_label("export"), check_engine_graph(fit.clip.encoder.source)
-
-
-def _facts(fit: Fit, abstention: Abstention) -> dict[str, Any]:
-    """What the metadata say of a file."""
-    head, engine = _exportable(fit)
-    promise = None if abstention.max_error is None else automation(head.judged, notes=head.doubts)
-    return {
+    facts = {
         "max_error": abstention.max_error,
         "keep": abstention.keep,
         "promise": promise,
@@ -101,12 +69,38 @@ def _facts(fit: Fit, abstention: Abstention) -> dict[str, Any]:
         "pixels": VERSION,
         "versions": {name: package_version(name) for name in ("iosr_fast", "onnx")},
     }
+    texts = {"class_names": names, "iosr_fast": json_values(facts)}
+    onnx.helper.set_model_props(model, {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()})
+    return model
+
+
+def write_one_file(fit: Fit, path: str | Path, abstention: Abstention, source: Source = "picture") -> None:
+    """Write `one_file`, whole or not at all, after ONNX Runtime answered a few pictures with it as the library does.
+    Raises ArithmeticError where it did not, and as `check_new_file`."""
+    check_new_file(Path(path), (".onnx",))
+    require("onnxruntime", "cpu")
+    content = one_file(fit, abstention, source).SerializeToString()
+    check_file(fit, content, abstention, source)
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+    if (precision := _engine(fit).manifest["precision"]) != "fp32":
+        log.warning(
+            "%s is in %s, which processors and runtimes round differently: elsewhere a few of 100 labels may be "
+            "others; a file in fp32 answers alike everywhere",
+            path,
+            precision,
+        )
+
+
+def _engine(fit: Fit) -> VerifiedFolder:
+    engine = fit.clip.encoder.source
+    assert engine is not None, "one_file has checked it"
+    return engine
 
 
 def check_file(fit: Fit, content: bytes, abstention: Abstention, source: Source) -> None:
     """Raise ArithmeticError unless ONNX Runtime answers noise of several shapes as the library does on that runtime."""
-    head, engine = _exportable(fit)
-    encoder = open_engine(engine, "onnxruntime", verify=False, adapted=head.needs_adapted)
+    encoder = open_engine(_engine(fit), "onnxruntime", verify=False, adapted=fit.head.needs_adapted)
     session = require("onnxruntime", "cpu").InferenceSession(content, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     rng = np.random.default_rng(0)
@@ -122,7 +116,7 @@ def check_answers(
 ) -> None:
     """Raise ArithmeticError unless these outputs of a file or plan are what the library answers on `pictures` uint8
     (B, H, W, 3): labels the same, but for ties, what is accepted or rejected the same, numbers up to TOLERANCE."""
-    head = fit.head.require_single_label("export")
+    head = fit.head
     verdict = judge(head, encoder.encode(to_pixels(pictures, encoder.geometry)), abstention)
     expected = head.probabilities(verdict.logits)
     labels, classes = np.stack([verdict.labels, got["label"]], 1), np.arange(expected.shape[1])

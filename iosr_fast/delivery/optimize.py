@@ -40,17 +40,16 @@ def optimize(
     """`fit` on the engine that `choose_engine` chooses. `images` are its support images in the order of
     `fit.head.examples`; if the embeddings change they are encoded again, with `unknown_images`, the reducer is fitted
     again, and the head is of this `version`. Classes, texts, ids, thumbnails, method and parameters stay."""
-    head = fit.head.require_single_label("the choice of an engine")
+    head, token = fit.head, fit.token
     clip, choice = choose_engine(fit, images, options)
-    token = fit.token
     if clip.encoder.fingerprint != fit.clip.encoder.fingerprint:
         total = len(images) + len(unknown_images)
-        views = replace(fit.settings, thumbnail=0)
+        settings = replace(fit.settings, thumbnail=0)
         rows = np.searchsorted(np.array(head.uids), head.examples.class_ids)
         with bar("encode with the chosen engine", total, shown=options.progress) as step:
-            sources = images, views, rows, head.class_names, unknown_images
+            sources = images, settings, rows, head.class_names, unknown_images
             encoded, unknown, _ = encode_images(clip.encoder_for(adapted=True), *sources, step=step)
-        examples = replace(head.examples, embeddings=encoded.embeddings, queries=encoded.queries)
+        examples = replace(head.examples, embeddings=encoded.embeddings, queries=None)
         reducer = head.config.fit_reducer(examples.as_support(head.uids, head.text, head.tau))
         head = replace(head, examples=examples, reducer=reducer, version=version, unknown_images=unknown).compiled()
         token = object()
@@ -77,8 +76,8 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
     """The best engine by the objective that is not rejected (engine_choice.rejection_reason), and the table of all.
 
     Every candidate is built, calibrated on the images and timed, in the form that the method needs: with adapted
-    embeddings or without. Beginning with the best, candidates are judged on the images as single views, by comparison
-    with the present engine, or, if that is not in fp32 and the CLIP is at hand, with one in fp32. The present engine is
+    embeddings or without. Beginning with the best, candidates are judged on the images, by comparison with the
+    present engine, or, if that is not in fp32 and the CLIP is at hand, with one in fp32. The present engine is
     kept if no candidate is left. A candidate that fails is a row of the table.
     """
     started = time.perf_counter()
@@ -213,8 +212,8 @@ def _choose(table: list[_Trial], judge: Judge, options: OptimizeOptions) -> _Tri
 def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = False) -> list[Any]:
     """The images of `fit.head.examples` in their order, found by their embeddings among the `images` of their class.
 
-    The views of an image depend on its pixels and the seed alone, so that the same engine gives the same key again, up
-    to rounding. Images that match no example are left out with a warning; an example without an image is refused.
+    The same engine gives the same embedding again, up to rounding. Images that match no example are left out with a
+    warning; an example without an image is refused.
     """
     head = fit.head
     examples = fit.head.examples
@@ -224,19 +223,15 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
         known = [i for i, label in enumerate(labels) if label in present]
         images, labels = [images[i] for i in known], [labels[i] for i in known]
     classes = fit.read_labels(images, labels)
-    stored = examples.embeddings
-    views = replace(fit.settings, thumbnail=0)
-    if examples.queries is not None:  # single views, which are cheaper than those of keys
-        stored = examples.queries
-        views = replace(views, views=1, single=False)
+    settings = replace(fit.settings, thumbnail=0)
     with bar("find the support images", len(images), shown=shown) as step:
         encoder = fit.clip.encoder_for(adapted=True)
-        encoded = encode_images(encoder, images, views, classes, head.class_names, step=step).examples
+        encoded = encode_images(encoder, images, settings, classes, head.class_names, step=step).examples
     found = np.full(len(examples), -1)
     for position, uid in enumerate(head.uids):
         rows = np.flatnonzero(examples.class_ids == uid)
         candidates = np.flatnonzero(classes == position)
-        similar = stored.plain[rows] @ encoded.embeddings.plain[candidates].T
+        similar = examples.as_queries.plain[rows] @ encoded.embeddings.plain[candidates].T
         for row, cosines in zip(rows, similar, strict=True):
             if len(candidates) and cosines[best := int(cosines.argmax())] >= _SAME:
                 found[row], similar[:, best] = candidates[best], -1.0  # each image once

@@ -36,7 +36,7 @@ Pair = tuple[str, str]  # method and reducer
 class Draw:
     """One task's outcome. `images` and `classes` are its test's; the scores are on them (conformal.Reliability).
 
-    `log_loss` and `calibration_error` are NaN for a classifier without probabilities.
+    `log_loss` and `calibration_error` are None for a classifier without probabilities.
     """
 
     seed: int
@@ -45,8 +45,8 @@ class Draw:
     classes: int
     config: Config
     fit_seconds: float
-    log_loss: float = math.nan
-    calibration_error: float = math.nan
+    log_loss: float | None = None
+    calibration_error: float | None = None
 
     @property
     def evidence(self) -> Evidence:
@@ -64,30 +64,21 @@ class Result:
     shots: int
     draws: tuple[Draw, ...] = field(repr=False)
 
-    def average(self, name: str) -> float:
-        """The mean of a field of the draws."""
-        return float(np.mean([getattr(draw, name) for draw in self.draws]))
+    def average(self, name: str) -> float | None:
+        """The mean of a field of the draws; None where a draw has none."""
+        values = [getattr(draw, name) for draw in self.draws]
+        return None if None in values else float(np.mean(values))
 
     @property
     def mean(self) -> float:
-        return self.average("accuracy")
-
-    @property
-    def std(self) -> float | None:
-        """Over seeds; None for a single draw."""
-        return float(np.std([draw.accuracy for draw in self.draws], ddof=1)) if len(self.draws) > 1 else None
-
-    @property
-    def se(self) -> float | None:
-        """The binomial standard error of a single draw's accuracy; None for several draws, which have a std."""
-        if len(self.draws) > 1:
-            return None
-        return math.sqrt(self.mean * (1 - self.mean) / self.draws[0].images)
+        return float(np.mean([draw.accuracy for draw in self.draws]))
 
     @property
     def spread(self) -> float:
-        """`std`, or `se` of a single draw."""
-        return self.std or self.se or 0.0
+        """The standard deviation (std) over seeds, or of a single draw the binomial standard error (se)."""
+        if len(self.draws) > 1:
+            return float(np.std([draw.accuracy for draw in self.draws], ddof=1))
+        return math.sqrt(self.mean * (1 - self.mean) / self.draws[0].images)
 
     @property
     def protocol(self) -> str:
@@ -97,7 +88,7 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """JSON-ready; a list has an entry a seed."""
-        log_loss, calibration_error = self.average("log_loss"), self.average("calibration_error")
+        several = len(self.draws) > 1
         return {
             "bench": "accuracy",
             "data": self.source,
@@ -105,13 +96,13 @@ class Result:
             "reducer": self.reducer,
             "shots": self.shots,
             "mean": self.mean,
-            "std": self.std,
-            "se": self.se,
+            "std": self.spread if several else None,
+            "se": None if several else self.spread,
             "accuracies": [draw.accuracy for draw in self.draws],
-            "log_loss": finite(log_loss),
-            "log_losses": [finite(draw.log_loss) for draw in self.draws],
-            "calibration_error": finite(calibration_error),
-            "calibration_errors": [finite(draw.calibration_error) for draw in self.draws],
+            "log_loss": self.average("log_loss"),
+            "log_losses": [draw.log_loss for draw in self.draws],
+            "calibration_error": self.average("calibration_error"),
+            "calibration_errors": [draw.calibration_error for draw in self.draws],
             "test_images": [draw.images for draw in self.draws],
             "classes": [draw.classes for draw in self.draws],
             "seeds": [draw.seed for draw in self.draws],
@@ -152,7 +143,8 @@ def compare(
 ) -> Comparison:
     """A Result for each pair of method and reducer and each number of shots that they are possible at.
 
-    `report` gets a line for each result as soon as it is known. Draws that are in `cells` are not made again.
+    `report` gets a line for each result as soon as it is known. Draws that are in `cells` are not made again. Raises
+    IosrFastError if the source allows none of the methods.
     """
     left_out: dict[str, dict[int, str]] = {}
     results: dict[tuple[Pair, int], Result] = {}
@@ -181,25 +173,18 @@ def compare(
         next(iter(at.values())) + ("" if len(at) == len(source.shots) else f" (at {', '.join(map(str, at))} shots)")
         for at in left_out.values()
     ]
+    if not ordered:
+        raise IosrFastError(f"{source.name}: expected a method that the data allows, got none: {'; '.join(reasons)}")
     return Comparison(source, tuple(ordered), tuple(reasons))
-
-
-def check_allowed(source: TaskSource, pairs: Sequence[Pair]) -> None:
-    """Raise IosrFastError if the source allows none of the methods."""
-    sample = source.draw(max(source.shots), source.seeds[0])
-    reasons = {method: why_unavailable(method, sample) for method, _ in pairs}
-    if None not in reasons.values():
-        told = "; ".join(map(str, reasons.values()))
-        raise IosrFastError(f"{source.name}: expected a method that the data allows, got none: {told}")
 
 
 def evaluate_draw(task: Task, method: str, reducer: str, seed: int) -> Draw:
     """Parameters by the validation images or, without any and for "auto", the support set; then the scores on the
     test."""
-    fit_seconds = 0.0
+    images, classes, fit_seconds = len(task.queries), task.support.n_classes, 0.0
     if method in RIVALS:
         estimator, config = fit_rival(method, task.support, seed)
-        accuracy, log_loss, error = score_rival(method, estimator, task.queries, task.labels)
+        scores = score_rival(method, estimator, task.queries, task.labels)
     else:
         queries, labels = (None, None) if method == AUTO or task.validation is None else task.validation
         asked = Config(method=method, reducer="none" if reducer == AUTO else reducer)
@@ -208,9 +193,9 @@ def evaluate_draw(task: Task, method: str, reducer: str, seed: int) -> Draw:
         plan = config.compile(task.support)
         fit_seconds = time.perf_counter() - started
         found = of_logits(score(plan, task.queries), task.labels).reliability
-        accuracy, log_loss, error = found.accuracy, found.log_loss, found.error
-    images, classes = len(task.queries), task.support.n_classes
-    return Draw(seed, accuracy, images, classes, config, fit_seconds, log_loss, error)
+        scores = found.accuracy, found.log_loss, found.error
+    accuracy, *others = scores
+    return Draw(seed, accuracy, images, classes, config, fit_seconds, *others)
 
 
 def why_unavailable(method: str, task: Task) -> str | None:
@@ -243,8 +228,3 @@ def pairs_of(methods: Iterable[str], reducers: Sequence[str]) -> list[Pair]:
 
 def label(method: str, reducer: str) -> str:
     return method if reducer in ("none", AUTO) else f"{method}, {reducer}"
-
-
-def finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if math.isfinite(value) else None

@@ -10,7 +10,6 @@ import numpy as np
 
 from iosr_fast.clip.demo.pictures import POOL, Pictures, held_out
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.evaluation.comparison import Result, compare
 from iosr_fast.evaluation.tasks import EncodedSet, TaskSource
 from iosr_fast.exceptions import IosrFastError
 
@@ -71,11 +70,3 @@ def open_demo(shots: Sequence[int] = SHOTS, seeds: int = SEEDS, adapter: str | P
 def encoded_source(encoded: EncodedSet, shots: Sequence[int], seeds: Sequence[int]) -> TaskSource:
     """Support and queries from all styles, never the same picture."""
     return TaskSource(NAME, tuple(dict.fromkeys(shots)), tuple(seeds), encoded.task)
-
-
-def evaluate_few_shot(
-    encoded: EncodedSet, method: str, reducer: str, shots: Sequence[int], seeds: Sequence[int]
-) -> dict[int, Result]:
-    """A Result for each number of shots, parameters chosen by leave-one-out on each support set."""
-    results = compare(encoded_source(encoded, shots, seeds), [(method, reducer)]).results
-    return {result.shots: result for result in results}

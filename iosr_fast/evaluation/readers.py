@@ -1,18 +1,15 @@
-"""Readers of the evaluation sets: CoOp's split files, torchvision's classes, and ImageNet's folders."""
+"""Readers of the evaluation sets: CoOp's split files, FGVC-Aircraft's lists, and ImageNet's folders."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import Skipped, class_folders, walk
-from iosr_fast.utils.require import require
 
 Rows = list[tuple[str, int]]  # (path relative to the folder, label)
 
@@ -70,30 +67,18 @@ def split_json(needs: list[Path]) -> Content:
     )
 
 
-def torchvision_set(name: str, splits: Mapping[str, str], root: Path, needs: list[Path]) -> Content:
-    """Read a set with torchvision's class; `splits` maps our names of splits to torchvision's. Downloads nothing."""
-    kind = getattr(require("torchvision.datasets", "train"), name)
+def aircraft(needs: list[Path]) -> Content:
+    """FGVC-Aircraft's lists: variants.txt has a class name a line, images_variant_SPLIT.txt "number name"."""
+    (folder,) = needs
+    names = (folder / "variants.txt").read_text(encoding="utf-8").splitlines()
+    number_of = {name: number for number, name in enumerate(names)}
     rows: dict[str, Rows] = {}
-    class_names: list[str] = []
-    for ours, theirs in splits.items():
-        try:
-            data = kind(root, split=theirs, download=False)
-            rows[ours] = [(os.path.relpath(path, root), label) for path, label in _paths_and_labels(data)]
-        except Exception as error:  # damaged .mat files make scipy raise many types
-            files = ", ".join(str(path.relative_to(root)) for path in needs)
-            raise IosrFastError(
-                f"torchvision's {name} can't read {files} in {root} ({error}); download it again"
-            ) from error
-        class_names = [_class_name(str(text)) for text in data.classes]
-    return Content(root, class_names, class_names, rows)
-
-
-def _paths_and_labels(data: Any) -> Rows:
-    """Those of a torchvision data set, without opening an image."""
-    if hasattr(data, "_samples"):
-        return [(str(path), int(label)) for path, label in data._samples]
-    paths = data._images if hasattr(data, "_images") else data._image_files
-    return [(str(path), int(label)) for path, label in zip(paths, data._labels, strict=True)]
+    for split in ("train", "val", "test"):
+        listed = _read_pairs(file := folder / f"images_variant_{split}.txt", "number")
+        if unknown := {name for _, name in listed} - set(names):
+            raise IosrFastError(f"expected class names of variants.txt in {file}, got {', '.join(sorted(unknown))}")
+        rows[split] = [(f"images/{image}.jpg", number_of[name]) for image, name in listed]
+    return Content(folder, names, names, rows)
 
 
 def imagenet(needs: list[Path]) -> Content:
@@ -104,7 +89,7 @@ def imagenet(needs: list[Path]) -> Content:
     every class; a shifted version has the classes that have a folder, in the order of their wnids.
     """
     file, *places = needs
-    names = _read_wnids(file)
+    names = dict(sorted(_read_pairs(file, "wnid")))  # the numbering of every ImageNet list
     splits = dict(zip(("train", "test") if len(places) == 2 else ("test",), places, strict=True))
     folder = Path(os.path.commonpath([place.parent for place in places]))
     rows: dict[str, Rows] = {}
@@ -124,13 +109,13 @@ def imagenet(needs: list[Path]) -> Content:
     return Content(folder, list(names.values()), list(names), rows)
 
 
-def _read_wnids(file: Path) -> dict[str, str]:
-    """wnid -> class name, sorted by wnid: the numbering of every ImageNet list."""
+def _read_pairs(file: Path, kind: str) -> list[tuple[str, str]]:
+    """The lines of a file: an id of this `kind`, and a class name."""
     try:
-        pairs = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return dict(sorted((wnid, name.strip()) for wnid, name in pairs))
+        lines = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [(number, name.strip()) for number, name in lines]
     except ValueError as error:  # fewer than two words, or not UTF-8
-        raise IosrFastError(f"expected lines of a wnid and a class name in {file}, got others ({error})") from error
+        raise IosrFastError(f"expected lines of a {kind} and a class name in {file}, got others ({error})") from error
 
 
 def _folder_rows(folder: Path, place: Path, classes: list[str]) -> Rows:

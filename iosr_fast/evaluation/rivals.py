@@ -114,20 +114,17 @@ def _best_of_path(estimator: Any) -> tuple[dict[str, float], float]:
     return {"C": float(np.ravel(estimator.C_)[0])}, -float(np.mean(scores, axis=0).max())
 
 
-def score_rival(name: str, estimator: Any, queries: Embeddings, labels: np.ndarray) -> tuple[float, float, float]:
-    """Accuracy on queries (B,) by its own `predict`, log-loss and calibration error (conformal.Reliability), which are
-    NaN without `predict_proba`. A probability of 0 counts as the smallest step of float64 from 1, as scikit-learn's."""
+def score_rival(name: str, estimator: Any, queries: Embeddings, labels: np.ndarray) -> tuple[float, ...]:
+    """Accuracy on queries (B,) by its own `predict`, and, if it has probabilities, log-loss and calibration error
+    (conformal.Reliability). A probability of 0 counts as the smallest step of float64 from 1, as scikit-learn's."""
     rows = _rows(name, queries)
     accuracy = float((estimator.predict(rows) == labels).mean())
-    nothing = accuracy, float("nan"), float("nan")
-    if not hasattr(estimator, "predict_proba"):
-        return nothing
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             probabilities = estimator.predict_proba(rows)
-    except ValueError:  # NearestCentroid of one image a class has no variance to compute them with
-        return nothing
+    except (AttributeError, ValueError):  # NearestCentroid of one image a class has no variance to compute them with
+        return (accuracy,)
     found = of_logits(np.log(np.maximum(probabilities, np.finfo(np.float64).eps, dtype=np.float64)), labels).reliability
     return accuracy, found.log_loss, found.error
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import tomllib
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,42 +67,29 @@ class EvaluationSet:
     layout: str
 
 
-@cache
 def catalog() -> dict[str, dict[str, Any]]:
     """sets.toml, which says what its fields are."""
     return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def open_evaluation_set(name: str, root: str | Path) -> EvaluationSet:
-    """The set of this name under `root`, in the first of its layouts that is complete; every image file must exist.
+    """The set of this name under `root`, whose image files must all exist.
 
     Raises IosrFastError for an unknown name or a damaged file (naming it); FileNotFoundError that lists each missing
     file or folder with its URL and its place, or counts and names missing images.
     """
-    if name not in catalog():
-        raise IosrFastError(f"expected an evaluation set of {', '.join(catalog())}, got {name!r}")
-    entry, root, ways = catalog()[name], Path(root), []
-    for layout in entry["layouts"]:
-        found: list[Path] = []
-        missing = []
-        for *paths, url in layout["needs"]:
-            existing = [root / path for path in paths if (root / path).exists()]
-            found += existing[:1]
-            missing += [] if existing else [f"    {root / paths[0]}  from {url}"]
-        if not missing:
-            kind, _, of_torchvision = layout["reader"].partition(":")
-            if of_torchvision:
-                return _finish(name, layout, readers.torchvision_set(of_torchvision, layout["splits"], root, found))
-            return _finish(name, layout, getattr(readers, kind)(found))
-        ways.append("\n".join([f"  {layout['title']}:", *missing]))
-    raise FileNotFoundError(
-        f"{entry['title']} is missing or incomplete under {root}. Missing for\n" + "\n  or\n".join(ways)
-    )
-
-
-def _finish(name: str, layout: dict[str, Any], content: readers.Content) -> EvaluationSet:
-    """Check labels and files."""
-    title = catalog()[name]["title"]
+    sets = catalog()
+    if name not in sets:
+        raise IosrFastError(f"expected an evaluation set of {', '.join(sets)}, got {name!r}")
+    entry, root, found, lacking = sets[name], Path(root), list[Path](), list[str]()
+    for *paths, url in entry["needs"]:
+        existing = [root / path for path in paths if (root / path).exists()]
+        found += existing[:1]
+        lacking += [] if existing else [f"  {root / paths[0]}  from {url}"]
+    title = entry["title"]
+    if lacking:
+        raise FileNotFoundError("\n".join([f"{title} ({entry['layout']}) is incomplete under {root}:", *lacking]))
+    content: readers.Content = getattr(readers, entry["reader"])(found)
     splits: dict[str, FileSplit] = {}
     facts: list[str | np.ndarray] = [*content.class_names]
     missing: list[str] = []
@@ -112,11 +98,6 @@ def _finish(name: str, layout: dict[str, Any], content: readers.Content) -> Eval
             raise IosrFastError(f"the split {split!r} of {title} in {content.folder} has no images")
         keys = [Path(key).as_posix() for key, _ in rows]
         labels = np.array([label for _, label in rows], np.int64)
-        if labels.min() < 0 or labels.max() >= len(content.class_names):
-            raise IosrFastError(
-                f"expected labels from 0 to {len(content.class_names) - 1} in the split {split!r} of {title} "
-                f"in {content.folder}, got {labels.min()} to {labels.max()}; download its lists again"
-            )
         sizes, times = np.full((2, len(keys)), -1, np.int64)
         for row, key in enumerate(keys):
             try:
@@ -129,7 +110,7 @@ def _finish(name: str, layout: dict[str, Any], content: readers.Content) -> Eval
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} images of {title} are missing from {content.folder}: {', '.join(missing[:10])}"
-            f"{', ...' if len(missing) > 10 else ''}; download them from {layout['needs'][-1][-1]}"
+            f"{', ...' if len(missing) > 10 else ''}; download them from {entry['needs'][-1][-1]}"
         )
-    names, templates = content.class_names, catalog()[name].get("prompts", [PHOTO])
-    return EvaluationSet(name, names, content.class_ids, templates, splits, digest(facts), layout["title"])
+    names, templates = content.class_names, entry.get("prompts", [PHOTO])
+    return EvaluationSet(name, names, content.class_ids, templates, splits, digest(facts), entry["layout"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -44,11 +43,11 @@ def print_comparison(out: Console, comparison: Comparison, published: Cells | No
         out.print(line, soft_wrap=True)
     accuracies = {place(result): f"{100 * result.mean:.1f} ± {100 * result.spread:.1f}" for result in results}
     _print_cells(out, accuracies, published or {})
-    calibration = {
-        place(result): f"{result.average('log_loss'):.3f} / {100 * result.average('calibration_error'):.1f}"
-        for result in results
-        if not math.isnan(result.average("log_loss"))
-    }
+    calibration: dict[Place, str] = {}
+    for result in results:
+        log_loss, error = result.average("log_loss"), result.average("calibration_error")
+        if log_loss is not None and error is not None:
+            calibration[place(result)] = f"{log_loss:.3f} / {100 * error:.1f}"
     if calibration:
         out.print(f"{source.name}: {CALIBRATION}", soft_wrap=True)
         _print_cells(out, calibration)

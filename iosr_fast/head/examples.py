@@ -20,7 +20,8 @@ class Examples:
     class_ids   (M,) int64: the uid of the class that each label names; non-decreasing in a head
     ids         (n,) int64: each image's own number
     pictures    n thumbnails (WebP); None for an image without one
-    queries     (n, D), single views of the same images, where `embeddings` are means of several views
+    queries     (n, D), the same images as they are, where `embeddings` are means of random views, as in saved
+                classifiers of earlier versions; None where both are one
     groups      (n,) int64: images of one group are left out together; None where each is its own
     paths       n paths of the files, None for an image without one; () where none is known
     owners      (M,) int64: label i is one of the image owners[i], which may have several labels or none. None: each
@@ -49,6 +50,11 @@ class Examples:
         """D."""
         width: int = self.embeddings.plain.shape[1]
         return width
+
+    @property
+    def as_queries(self) -> Embeddings:
+        """The embeddings of the images as they are, as queries have them."""
+        return self.embeddings if self.queries is None else self.queries
 
     def labelled(self, indicator: np.ndarray, uids: Sequence[int]) -> Examples:
         """The same images with the labels of an indicator (n, C) bool of the classes `uids`."""
@@ -89,6 +95,8 @@ class Examples:
         columns["groups"] = _joined_groups(self, added)
         if self.paths or added.paths:
             columns["paths"] = tuple(path for one in both for path in one.paths or (None,) * len(one))
+        if self.queries is not None or added.queries is not None:
+            columns["queries"] = Embeddings.concatenate([one.as_queries for one in both])
         owners = None
         if self.owners is not None or added.owners is not None:
             first, second = (np.arange(len(one)) if one.owners is None else one.owners for one in both)

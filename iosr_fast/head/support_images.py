@@ -1,4 +1,4 @@
-"""Support images: each is decoded once, and becomes embeddings of its views and a thumbnail."""
+"""Support images: each is decoded once, and becomes embeddings and a thumbnail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,21 +23,16 @@ from iosr_fast.exceptions import BadImageError, IosrFastError, printable
 from iosr_fast.head.examples import Examples
 from iosr_fast.images.crop import MAX_MARGIN, Sharing, path_of, picture_of
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.preprocess import ENCODED, open_image, random_view, resize_and_crop, thumbnail
-from iosr_fast.methods.support_set import mean_of_views
+from iosr_fast.images.preprocess import ENCODED, open_image, resize_and_crop, thumbnail
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.sealed.outputs import is_utf8
 from iosr_fast.utils.machine import usable_threads
-from iosr_fast.utils.numbers import LARGEST, check_integer
+from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ordered import map_ordered
 from iosr_fast.utils.require import require
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 NONE_OF_THE_CLASSES = "none of the classes"
-MAX_VIEWS = 1000  # of a support image
-_BATCH = 64  # views that are encoded together
+_BATCH = 64  # images that are encoded together
 _WHOLE = 4  # images of an iterator in memory, whole: 50 megapixels are 150 MB
 _SHOWN = 5
 _Identity = tuple[tuple[int, int], bytes]  # the size of a decoded image and the SHA-256 of its pixels
@@ -48,10 +43,6 @@ logger = logging.getLogger(__name__)
 class SupportSettings:
     """How a support image becomes a key, at the fit and later.
 
-    views      random views averaged into the key; 1 takes the image as it is
-    mirror     half of the views are mirrored
-    seed       the views of an image are drawn from a hash of its pixels and this seed
-    single     whether a single view is kept beside the mean of several: the query of leave-one-out
     templates  prompts for class names; None: the CLIP's own; (): none, classes have descriptions
     thumbnail  longer side in pixels of the stored picture, at most; 0 stores none
     exif_orientation  whether images are turned upright by EXIF, queries too. False is the default of bundles without
@@ -59,21 +50,14 @@ class SupportSettings:
     margin     how much of a box's sides is taken beside it, of parts of pictures, queries too
     """
 
-    views: int = 1
-    mirror: bool = False
-    seed: int = 0
-    single: bool = False
     templates: tuple[str, ...] | None = None
     thumbnail: int = 96
     exif_orientation: bool = False
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least, most in (("views", 1, MAX_VIEWS), ("seed", 0, LARGEST), ("thumbnail", 0, 1024)):
-            shown = "thumbnails" if name == "thumbnail" else name  # as the parameter of Classifier
-            object.__setattr__(self, name, check_integer(shown, getattr(self, name), least, most))
-        for name in ("mirror", "exif_orientation"):
-            object.__setattr__(self, name, bool(getattr(self, name)))
+        object.__setattr__(self, "thumbnail", check_integer("thumbnails", self.thumbnail, 0, 1024))
+        object.__setattr__(self, "exif_orientation", bool(self.exif_orientation))
         object.__setattr__(self, "margin", check_number("margin", self.margin, 0.0, MAX_MARGIN))
         if self.templates is not None:
             object.__setattr__(self, "templates", check_templates(self.templates))
@@ -82,26 +66,9 @@ class SupportSettings:
         """The fields of a manifest. `margin` is left out where it is 0, so that earlier versions read it."""
         return {name: value for name, value in asdict(self).items() if name != "margin" or value}
 
-    @property
-    def forms(self) -> int:
-        """How many pictures an image is encoded as: the views of its key, and its query where that is another one."""
-        return self.views + (self.single and self.views > 1)
-
-    def prepare(self, image: Image, geometry: Geometry, digest: bytes) -> tuple[list[np.ndarray], bytes | None]:
-        """The views of a decoded image, each (size, size, 3) uint8, last the single one where it is kept, and its
-        thumbnail as WebP. Shrinks the image itself.
-
-        `digest` is the SHA-256 of the image's pixels: the same image gives the same views in any order of calls.
-        """
-        rng = np.random.default_rng([self.seed, int.from_bytes(digest[:8], "little")])
-        views = [random_view(image, geometry, rng, self.mirror) for _ in range(self.views if self.views > 1 else 0)]
-        if self.views == 1 or self.single:
-            views.append(resize_and_crop(image, geometry))
-        return views, thumbnail(image, self.thumbnail) if self.thumbnail else None
-
 
 class EncodedImages(NamedTuple):
-    """The support images, the queries of pictures of no class, if there are any, and the errors of unreadable ones."""
+    """The support images, the embeddings of pictures of no class, if there are any, the errors of unreadable ones."""
 
     examples: Examples
     unknown: Embeddings | None
@@ -111,7 +78,7 @@ class EncodedImages(NamedTuple):
 def encode_images(
     encoder: Encoder,
     images: Iterable[Any],
-    views: SupportSettings,
+    settings: SupportSettings,
     labels: np.ndarray | None = None,
     names: Sequence[str] = (),
     unknown_images: Sequence[Any] = (),
@@ -119,7 +86,7 @@ def encode_images(
     step: Callable[[int], None] = lambda images: None,
     memory: Any = None,
 ) -> EncodedImages:
-    """Decode each image once and encode its views, a batch at a time, in the order of the images.
+    """Decode each image once and encode it, a batch at a time, in the order of the images.
 
     `labels` (N,) int64, positions in `names`, become the class ids of the examples; None: all are of one class, -1.
     `unknown_images` are pictures of none of the classes. Threads decode ahead of the encoder. An iterator gives one
@@ -140,17 +107,17 @@ def encode_images(
     paths: list[str | None] = []
     readable: list[int] = []
     errors: list[BadImageError] = []
-    places: list[str] = []  # what names each image
+    given: list[Path | None] = []  # the files of all
 
-    def good_images() -> Generator[list[np.ndarray], None, None]:
+    def good_images() -> Generator[np.ndarray, None, None]:
         """The pixels of each image; an error at the end, or no more pixels once it is sure to come."""
         first: dict[_Identity, int] = {}
         copies: list[tuple[int, int]] = []
         refused = False
-        ahead = _WHOLE if one_by_one else 2 * -(-_BATCH // views.forms)
-        with closing(_prepare_all(images, encoder.geometry, views, ahead)) as prepared:
-            for i, (place, image) in enumerate(prepared):
-                places.append(place)
+        ahead = _WHOLE if one_by_one else 2 * _BATCH
+        with closing(_prepare_all(images, encoder.geometry, settings, ahead)) as prepared:
+            for i, (path, image) in enumerate(prepared):
+                given.append(path)
                 step(1)
                 if isinstance(image, BadImageError):
                     if one_by_one:
@@ -166,73 +133,64 @@ def encode_images(
                     paths.append(image.path)
                     readable.append(i)
                     yield image.pixels
-        _check_readable(errors, len(places), skip_bad)
-        _check_copies(places, classes, copies, [*names, NONE_OF_THE_CLASSES])
+        _check_readable(errors, len(given), skip_bad)
+        _check_copies(given, classes, copies, [*names, NONE_OF_THE_CLASSES])
 
     with closing(good_images()) as good:
-        keys, queries = _encode(encoder, good, views, memory)
+        keys = _encode(encoder, good, memory)
     ids = np.full(len(readable), -1) if classes is None else classes[readable]
     known = tuple(paths) if any(paths) else ()
-    found = Examples(keys, ids, np.arange(len(readable)), tuple(pictures), queries, paths=known)
-    unknown = np.array(readable, np.int64) >= len(places) - len(unknown_images)
+    found = Examples(keys, ids, np.arange(len(readable)), tuple(pictures), paths=known)
+    unknown = np.array(readable, np.int64) >= len(given) - len(unknown_images)
     if not unknown.any():
         return EncodedImages(found, None, errors)
-    return EncodedImages(found.rows(~unknown), (queries or keys)[unknown], errors)
+    return EncodedImages(found.rows(~unknown), keys[unknown], errors)
 
 
 class _Prepared(NamedTuple):
-    """A decoded image: its file, what tells equal pictures, the pixels of its views, its thumbnail."""
+    """A decoded image: its file, what tells equal pictures, its pixels (size, size, 3) uint8, its thumbnail."""
 
     path: str | None
     identity: _Identity
-    pixels: list[np.ndarray]
+    pixels: np.ndarray
     picture: bytes | None
 
 
 def _prepare_all(
-    images: Iterable[Any], geometry: Geometry, views: SupportSettings, ahead: int
-) -> Generator[tuple[str, _Prepared | BadImageError], None, None]:
-    """The name of each image, and what becomes of it; at most `ahead` images are decoded and not yet consumed."""
+    images: Iterable[Any], geometry: Geometry, settings: SupportSettings, ahead: int
+) -> Generator[tuple[Path | None, _Prepared | BadImageError], None, None]:
+    """The file of each image, and what becomes of it; at most `ahead` images are decoded and not yet consumed."""
     pil = Lock()  # PIL images load their pixels when they are first read, and one may be given twice
 
-    def prepare(item: tuple[int, Any]) -> tuple[str, _Prepared | BadImageError]:
+    def prepare(item: tuple[int, Any]) -> tuple[Path | None, _Prepared | BadImageError]:
         i, source = item
-        place, path = _place_of(i, source), path_of(source)
+        path = path_of(source)
         try:
             with pil if hasattr(picture_of(source), "getbands") else nullcontext():
-                image = open_image(source, i, views.exif_orientation, geometry)
+                image = open_image(source, i, settings.exif_orientation, geometry)
         except BadImageError as error:
-            return place, error
-        digest = hashlib.sha256(image.tobytes()).digest()
-        identity = image.size, digest
+            return path, error
+        identity = image.size, hashlib.sha256(image.tobytes()).digest()
+        pixels = resize_and_crop(image, geometry)
+        picture = thumbnail(image, settings.thumbnail) if settings.thumbnail else None  # shrinks the image itself
         # The absolute path of an image that is a file, or a part of one; None where a CSV file can't hold it, too.
         kept = None if path is None or not is_utf8(str(path.absolute())) else str(path.absolute())
-        return place, _Prepared(kept, identity, *views.prepare(image, geometry, digest))
+        return path, _Prepared(kept, identity, pixels, picture)
 
-    return map_ordered(enumerate(Sharing(views.margin)(images)), prepare, usable_threads(), ahead)
-
-
-def _place_of(i: int, source: Any) -> str:
-    path = path_of(source)
-    return f"number {i}" if path is None else printable(str(path))
+    return map_ordered(enumerate(Sharing(settings.margin)(images)), prepare, usable_threads(), ahead)
 
 
-def _encode(
-    encoder: Encoder, images: Iterator[list[np.ndarray]], views: SupportSettings, memory: Any
-) -> tuple[Embeddings, Embeddings | None]:
-    """The key of each image, the mean of its views, and with `views.single` its query."""
-    keys: list[Embeddings] = []
-    queries: list[Embeddings] = []
-    while batch := list(islice(images, max(1, _BATCH // views.forms))):
-        rows = encode_remembered(encoder, np.stack([pixels for image in batch for pixels in image]), memory)
-        single = np.arange(len(rows)) % views.forms >= views.views
-        keys.append(mean_of_views(rows[~single], views.views))
-        if views.single:
-            queries.append(mean_of_views(rows[single], 1) if single.any() else keys[-1])
-    if not keys:
+def _encode(encoder: Encoder, images: Iterator[np.ndarray], memory: Any) -> Embeddings:
+    """The key of each image: its embedding, L2-normalised again in float32."""
+    batches = []
+    while batch := list(islice(images, _BATCH)):
+        batches.append(encode_remembered(encoder, np.stack(batch), memory))
+    if not batches:
         nothing = np.zeros((0, encoder.width), np.float32)
-        return Embeddings(nothing, nothing), None
-    return Embeddings.concatenate(keys), Embeddings.concatenate(queries) if queries else None
+        return Embeddings(nothing, nothing)
+    found = Embeddings.concatenate(batches)
+    rows = (found.plain,) if found.adapted is None else (found.plain, found.adapted)
+    return Embeddings(*(each / np.linalg.norm(each, axis=1, keepdims=True) for each in rows))
 
 
 def encode_remembered(encoder: Encoder, pixels: np.ndarray, memory: Any) -> Embeddings:
@@ -289,7 +247,7 @@ def _check_files(images: Sequence[Any], classes: np.ndarray, names: Sequence[str
             if classes[earlier := first.setdefault(_digest_of(images[i]), i)] != classes[i]:
                 across.append((earlier, i))
     if across := [pair for pair in across if _is_readable(images[pair[0]])]:
-        _check_copies([_place_of(i, image) for i, image in enumerate(images)], classes, sorted(across), names)
+        _check_copies([path_of(image) for image in images], classes, sorted(across), names)
 
 
 def _size_of(source: Any) -> int | None:
@@ -319,17 +277,21 @@ def _is_readable(source: Any) -> bool:
 
 
 def _check_copies(
-    places: Sequence[str], classes: np.ndarray | None, copies: Sequence[tuple[int, int]], names: Sequence[str]
+    paths: Sequence[Path | None], classes: np.ndarray | None, copies: Sequence[tuple[int, int]], names: Sequence[str]
 ) -> None:
     """Raise IosrFastError for a picture under two labels; warn of copies within a class."""
+
+    def place(i: int) -> str:
+        return f"number {i}" if paths[i] is None else printable(str(paths[i]))
+
     if classes is not None and (across := [pair for pair in copies if classes[pair[0]] != classes[pair[1]]]):
-        pairs = (" and ".join(f"{places[i]} ({names[classes[i]]!r})" for i in pair) for pair in across[:_SHOWN])
+        pairs = (" and ".join(f"{place(i)} ({names[classes[i]]!r})" for i in pair) for pair in across[:_SHOWN])
         more = f"; and {len(across) - _SHOWN} more" if len(across) > _SHOWN else ""
         raise IosrFastError(
             f"expected one label for a picture, got the same picture under two: {'; '.join(pairs)}{more}; remove the "
             "wrong ones"
         )
     if copies:
-        one, other = (places[i] for i in copies[0])
+        one, other = map(place, copies[0])
         text = "%d of %d pictures are copies of another of their class and count twice; the first is %s, a copy of %s"
-        logger.warning(text, len(copies), len(places), other, one)
+        logger.warning(text, len(copies), len(paths), other, one)

@@ -159,23 +159,6 @@ def resize_and_crop(image: Image, geometry: Geometry) -> np.ndarray:
     return np.asarray(image)
 
 
-def random_view(image: Image, geometry: Geometry, rng: np.random.Generator, mirror: bool) -> np.ndarray:
-    """A random crop of half to all of the area, resized to (size, size, 3) uint8; `mirror` mirrors it half of the time.
-
-    Equals the papers' augmentation: torchvision's RandomResizedCrop(scale=(0.5, 1)) and RandomHorizontalFlip, for any
-    resize mode, as open_clip trains.
-    """
-    width, height = image.size
-    area = width * height * rng.uniform(0.5, 1.0)
-    ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    crop_width = min(width, max(1, round((area * ratio) ** 0.5)))
-    crop_height = min(height, max(1, round((area / ratio) ** 0.5)))
-    left, top = int(rng.integers(width - crop_width + 1)), int(rng.integers(height - crop_height + 1))
-    box = (left, top, left + crop_width, top + crop_height)
-    view = np.asarray(image.resize((geometry.size, geometry.size), resample=geometry.resampling, box=box))
-    return np.ascontiguousarray(view[:, ::-1]) if mirror and rng.random() < 0.5 else view
-
-
 def as_array(images: Any, position: int = 0) -> np.ndarray | None:
     """An array, a tensor (with the channels last: `pixels.tensor_array`) or another array-like as a NumPy array of
     numbers; None for anything else, such as a path. Raises BadImageError for a tensor without uint8 pixels."""

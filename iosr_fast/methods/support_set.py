@@ -209,15 +209,3 @@ def check_labels(labels: np.ndarray, n_images: int, n_classes: int) -> np.ndarra
     if len(labels) and not (labels.min() >= 0 and labels.max() < n_classes):
         raise IosrFastError(f"expected labels in 0..{n_classes - 1}, got {labels.min()}..{labels.max()}")
     return labels
-
-
-def mean_of_views(embeddings: Embeddings, views: int) -> Embeddings:
-    """The mean of each `views` consecutive rows, L2-normalised again, as Tip-Adapter builds its cache from random views
-    (Zhang et al., ECCV 2022, section 3.1). Embeddings (N * views, D) become (N, D).
-    """
-
-    def mean(rows: np.ndarray) -> np.ndarray:
-        means = rows.reshape(-1, views, rows.shape[1]).mean(1)
-        return means / np.linalg.norm(means, axis=1, keepdims=True)
-
-    return Embeddings(mean(embeddings.plain), None if embeddings.adapted is None else mean(embeddings.adapted))

@@ -38,7 +38,7 @@ class Strict(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A JSON object with exactly these fields."""
 
 
-def facts_to_json(facts: Strict) -> dict[str, Any]:
+def facts_to_json(facts: Any) -> dict[str, Any]:
     """JSON-ready; numbers of NumPy become Python's."""
     values: dict[str, Any] = msgspec.to_builtins(facts, enc_hook=float)
     return values

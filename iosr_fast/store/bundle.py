@@ -106,7 +106,7 @@ class Bundle:
         assert self.files is not None
         engine = self.files.manifest
         config = self.head.config
-        views = asdict(self.settings)
+        settings = asdict(self.settings)
         return {
             "model": engine["model"],
             "adapter": None if engine["adapter"] is None else "auto",
@@ -117,8 +117,8 @@ class Bundle:
             **({} if config.method in ("stack", "stack++") else config.parameters),
             "key_precision": config.key_precision,
             "look_alikes": config.look_alikes,
-            "thumbnails": views.pop("thumbnail"),
-            **{name: value for name, value in views.items() if name != "single"},
+            "thumbnails": settings.pop("thumbnail"),
+            **settings,
         }
 
     def write(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:

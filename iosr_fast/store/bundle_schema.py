@@ -117,8 +117,9 @@ class ClassifierManifest(Manifest, frozen=True, kw_only=True):
     engine_choice: EngineChoice | None = None
 
     def support_settings(self) -> SupportSettings:
-        """The views; a field that an older version had not keeps its default. Raises ValueError."""
+        """How images are encoded; a field that an older version had not keeps its default, and what keys were the means
+        of says nothing any more: the keys themselves are kept. Raises ValueError."""
         names = {field.name for field in fields(SupportSettings)}
-        if others := sorted(set(self.views) - names):
+        if others := sorted(set(self.views) - names - {"views", "mirror", "seed", "single"}):
             raise IosrFastError(f"expected views with the fields {sorted(names)}, got {abbreviate(others)}")
         return msgspec.convert(self.views, SupportSettings)

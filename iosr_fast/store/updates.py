@@ -275,7 +275,7 @@ def calibrate(fit: Fit, images: Any, labels: Any, groups: Any, skip_bad: bool) -
     """The next version of a fit, as of Changing.calibrate_on."""
     head = fit.head.require_single_label("calibrate_on")
     listed = as_image_list(images)
-    settings = replace(fit.settings, views=1, single=False, thumbnail=0)
+    settings = replace(fit.settings, thumbnail=0)
     class_ids = fit.read_labels(listed, labels)
     grouped = read_groups(groups, len(listed), listed, class_ids)
     encoder = fit.clip.encoder_for(adapted=True)
@@ -297,15 +297,15 @@ def _encode(fit: Fit, images: Any) -> Examples | None:
 
 def _numbered(encoded: Examples | None, head: Head, uid: int) -> Examples | None:
     """New support images of a class, numbered after those of the head. Raises IosrFastError for a picture that is a
-    support image of another class, or one of none: the same views of it have the same embedding."""
+    support image of another class, or one of none: the same picture has the same embedding."""
     if encoded is None:
         return None
     others = head.examples.rows(head.examples.class_ids != uid)
-    for new, other in _same_pictures(encoded.embeddings, others.embeddings):
+    for new, other in _same_pictures(encoded.embeddings, others.as_queries):
         owner = class_id(others.class_ids[other])
         raise _second_label(new, f"{head.name_of(owner)!r} ({owner}) has as {example_id(others.ids[other])!r}")
     if head.unknown_images is not None:
-        for new, _ in _same_pictures(encoded.queries or encoded.embeddings, head.unknown_images):
+        for new, _ in _same_pictures(encoded.embeddings, head.unknown_images):
             raise _second_label(new, f"is an unknown image, of {NONE_OF_THE_CLASSES}")
     classes = np.full(len(encoded), uid, np.int64)
     return replace(encoded, class_ids=classes, ids=head.next_example + np.arange(len(encoded)))

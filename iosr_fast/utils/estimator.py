@@ -6,7 +6,6 @@ Source: https://scikit-learn.org/stable/developers/develop.html
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import sys
 from typing import Any, ClassVar, Self
@@ -98,7 +97,6 @@ def not_fitted(message: str) -> NotFittedError:
     return NotFittedError(message) if theirs is None else _both(theirs.NotFittedError)(message)
 
 
-@functools.cache
 def _both(theirs: type[Exception]) -> type[NotFittedError]:
     fields = {
         "__doc__": NotFittedError.__doc__,

@@ -14,7 +14,7 @@ from iosr_fast.export import pretrained
 from tests.store.live_parts import pictures, pixel_clip
 
 NAMES = [f"motif {c}" for c in range(5)]
-GIVEN: dict[str, Any] = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0, "views": 1}
+GIVEN: dict[str, Any] = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0}
 
 
 @pytest.fixture

@@ -41,8 +41,8 @@ def test_parameters_are_stored_as_they_are_and_nothing_is_opened(monkeypatch: py
     assert callable(odd.tune), "the method stays, and get_params has the parameter of its name"
     assert clone(odd.set_params(**Classifier().get_params())).get_params() == Classifier().get_params()
     with pytest.raises(IosrFastError, match="Classifier has no parameter 'shots'; it has model, pretrained, adapter, "):
-        odd.set_params(views=7, shots=2)
-    assert odd.views == 1, "all or nothing"
+        odd.set_params(margin=7, shots=2)
+    assert odd.margin == 0, "all or nothing"
     with pytest.raises(IosrFastError, match=r"expected precision 'auto' or one of .*, got 'int9'"):
         Classifier("demo", precision="int9")
     given = {"method": "gda", "tune": "none", "alpha": 0.5}
@@ -145,8 +145,8 @@ def test_a_refused_fit_leaves_the_earlier_one(data: Any, tmp_path: Path, monkeyp
     classifier.close_log()
 
 
-@pytest.mark.parametrize("views", [1, 2], ids=["by the same settings", "by others"])
-def test_a_fit_while_a_change_encodes_refuses_the_change(views: int, data: Any) -> None:
+@pytest.mark.parametrize("thumbnails", [96, 8], ids=["by the same settings", "by others"])
+def test_a_fit_while_a_change_encodes_refuses_the_change(thumbnails: int, data: Any) -> None:
     """Another class may have its id by then."""
     classifier = small_classifier()
     text = classifier._fit.clip.text
@@ -154,7 +154,7 @@ def test_a_fit_while_a_change_encodes_refuses_the_change(views: int, data: Any) 
 
     def refits(*arguments: Any) -> np.ndarray:
         text.embed_classes = embed
-        classifier.set_params(views=views).fit(*data, NAMES[::-1])
+        classifier.set_params(thumbnails=thumbnails).fit(*data, NAMES[::-1])
         return embed(*arguments)
 
     text.embed_classes = refits
@@ -249,7 +249,7 @@ def test_a_class_keeps_its_integer_through_changes_log_and_bundle(
 
 
 def test_a_loaded_classifier_knows_its_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
-    made = small_classifier(engine_folder(tmp_path / "engine"), views=3, mirror=False, templates=["a {}"], thumbnails=8)
+    made = small_classifier(engine_folder(tmp_path / "engine"), margin=0.5, templates=["a {}"], thumbnails=8)
     made.save(tmp_path / "bundle")
     monkeypatch.setattr("iosr_fast.encoders.runtimes.open_engine", lambda *_, **__: PixelEncoder())
     loaded = Classifier.load(tmp_path / "bundle", runtime="onnxruntime")

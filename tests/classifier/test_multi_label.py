@@ -77,7 +77,7 @@ def test_answers_are_those_of_the_plan(method: str) -> None:
 
 @pytest.mark.parametrize(("method", "precision"), [("auto", "int8"), ("zero-shot", "fp32")])
 def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path) -> None:
-    made = fitted(engine_folder(tmp_path / "engine"), method=method, key_precision=precision, views=2)
+    made = fitted(engine_folder(tmp_path / "engine"), method=method, key_precision=precision)
     made.save(tmp_path / "bundle")
     head, loaded = made.snapshot(), load(Bundle, tmp_path / "bundle").head
     assert fingerprint(loaded) == fingerprint(head) and loaded.counts.tolist() == head.counts.tolist()

@@ -133,7 +133,6 @@ def test_fit_replaces_a_classifier_only_with_overwrite(tmp_path: Path) -> None:
         (("fit", "in/class_0"), "found 3 images in it and no sub-folder: move each"),
         (("fit", "in", "--method", "tip-adaptr"), "did you mean 'tip-adapter'?"),
         (("fit", "in", "--alpha", "1"), "leave alpha out"),
-        (("fit", "in", "--views", "-1"), "views from 1 to 1000, got -1"),
         (("fit", "in", "--key-precision", "fp8"), "key precision of fp32"),
         (("fit", "in", "--template", "a photo"), "expected templates with {}"),
         (("fit", "in", "--descriptions", "texts.csv"), "got 'class_9'; did you mean 'class "),
@@ -240,7 +239,7 @@ def test_fit_shows_bars_on_a_terminal_and_its_result(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", shown := Terminal())
     for progress in (True, False):
-        Classifier("demo", method="tip-adapter", views=2, progress=progress).fit_folder(folder)
+        Classifier("demo", method="tip-adapter", progress=progress).fit_folder(folder)
         assert all((verb in shown.getvalue()) == progress for verb in ("encode", "tune", "9/9"))
         shown.truncate(0)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
@@ -248,7 +247,7 @@ def test_fit_shows_bars_on_a_terminal_and_its_result(
     for path in folder.rglob("*.png"):
         (production / path.parent.name).mkdir(parents=True, exist_ok=True)
         Image.open(path).transpose(Image.Transpose.ROTATE_90).save(production / path.parent.name / path.name)
-    said = done(*fitting, "--views", "1", "--calibrate-on", production)
+    said = done(*fitting, "--calibrate-on", production)
     assert "3 classes, 9 images, stack" in said
     for text in (said, done("info", tmp_path / "out")):
         assert re.search(r"% of \d images of calibrate_on right \(95%: ", text)

@@ -47,13 +47,13 @@ def plain(support: Path, demo_cache: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("plain") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IOSR_FAST_CACHE", str(demo_cache))
-        done = run("fit", support, "--model", "demo", "--out", folder, *GIVEN, "--views", 2, "--precision", "fp32")
+        done = run("fit", support, "--model", "demo", "--out", folder, *GIVEN, "--precision", "fp32")
     assert done.exit_code == 0 and "chosen for" not in done.output, done.output
     return folder
 
 
 def test_fit_chooses_an_engine(support: Path, tmp_path: Path) -> None:
-    done = run("fit", support, "--model", "demo", "--out", tmp_path / "bundle", *GIVEN, "--views", 1)
+    done = run("fit", support, "--model", "demo", "--out", tmp_path / "bundle", *GIVEN)
     assert done.exit_code == 0 and ", chosen for latency on " in done.output, done.output
     loaded = Classifier.load(tmp_path / "bundle")
     choice = loaded.engine_choice_
@@ -69,7 +69,7 @@ def test_fit_chooses_an_engine(support: Path, tmp_path: Path) -> None:
 def test_an_engine_of_optimize_lives_as_long_as_its_classifier(tmp_path: Path) -> None:
     pictures = load_pictures("held-out", min_styles=5)
     images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
-    options = {"method": "tip-adapter++", "alpha": 3.0, "beta": 7.0, "views": 1}
+    options = {"method": "tip-adapter++", "alpha": 3.0, "beta": 7.0}
     exact, classifier = (Classifier("demo", **options).fit(images, labels) for _ in range(2))
     choice = classifier.optimize(images, labels, objective="size")
     assert exact.engine_choice_ is None and choice.chosen.precision == "int8"
@@ -89,7 +89,7 @@ def test_an_engine_of_small_batches_is_timed_with_its_own(tmp_path: Path) -> Non
     write_engine(load_clip("demo"), None, tmp_path / "engine", "onnxruntime", max_batch=3)
     pictures = load_pictures("held-out", min_styles=5)
     images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
-    classifier = Classifier("demo", engine=tmp_path / "engine", method="tip-adapter", alpha=3.0, beta=7.0, views=1)
+    classifier = Classifier("demo", engine=tmp_path / "engine", method="tip-adapter", alpha=3.0, beta=7.0)
     choice = classifier.fit(images, labels).optimize(images, labels, precision="fp32")
     assert choice.batch == 3 and {row.verdict for row in choice.candidates} <= {"chosen", "accepted", "not judged"}
 

@@ -24,7 +24,7 @@ from tests.store.live_parts import PixelEncoder, engine_folder, pictures, pixel_
 FP32, INT8, BF16 = ("openvino", "fp32"), ("openvino", "int8"), ("openvino", "bf16")
 EXACT = {FP32: (None, 4.0, 20.0)}  # the present engine: milliseconds of one picture, and of a batch
 CLASSES, SHOTS = 5, 8
-GIVEN = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0, "views": 1}
+GIVEN = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0}
 
 
 class Rounded(PixelEncoder):
@@ -207,9 +207,9 @@ def test_a_change_meanwhile_is_not_lost(fitted, images, monkeypatch) -> None:
     assert fitted.version == 2 and fitted.engine_choice_ is None
 
 
-def test_views_and_unknown_images_are_encoded_again(tmp_path: Path, images, monkeypatch) -> None:
+def test_support_and_unknown_images_are_encoded_again(tmp_path: Path, images, monkeypatch) -> None:
     clip, fast, unknown = clip_of(tmp_path), Rounded(0.02), images[0][:6] // 9
-    given = {"method": "tip-adapter++", "reducer": "centre", "views": 3}
+    given = {"method": "tip-adapter++", "reducer": "centre"}
     expected, classifier = (
         Classifier._with_clip(one, **given).fit(*images, unknown_images=unknown)
         for one in (replace(clip, encoder=fast), clip)
@@ -217,7 +217,7 @@ def test_views_and_unknown_images_are_encoded_again(tmp_path: Path, images, monk
     run(classifier, images, monkeypatch, EXACT | {INT8: (fast, 2.0, 10.0)}, unknown_images=unknown)
     ours, theirs = (each.snapshot() for each in (classifier, expected))
     np.testing.assert_allclose(ours.examples.embeddings.plain, theirs.examples.embeddings.plain, atol=1e-6)
-    np.testing.assert_allclose(ours.examples.queries.adapted, theirs.examples.queries.adapted, atol=1e-6)
+    np.testing.assert_allclose(ours.examples.embeddings.adapted, theirs.examples.embeddings.adapted, atol=1e-6)
     np.testing.assert_allclose(ours.unknown_images.plain, theirs.unknown_images.plain, atol=1e-6)
     np.testing.assert_allclose(ours.reducer.shift, theirs.reducer.shift, atol=1e-6)
 

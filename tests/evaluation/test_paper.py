@@ -22,26 +22,28 @@ from iosr_fast.clip import load
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.clip.two_pass import two_passes
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, unit
 from iosr_fast.evaluation import comparison
 from iosr_fast.evaluation.demo import torch_encoder
 from iosr_fast.evaluation.paper import embeddings
 from iosr_fast.evaluation.paper.data import match_classes, open_paper_sets
-from iosr_fast.evaluation.paper.embeddings import Images
+from iosr_fast.evaluation.paper.embeddings import Images, mean_of_views, random_view
 from iosr_fast.evaluation.paper.published import figures_of, sources
 from iosr_fast.evaluation.sets import EvaluationSet, catalog
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.pretrained import choose_adapter
-from iosr_fast.images.preprocess import random_view, resize_and_crop
+from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.preprocess import resize_and_crop
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.config import Config
-from iosr_fast.methods.support_set import make_support_set, mean_of_views
+from iosr_fast.methods.support_set import make_support_set
 from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score
 from tests import ROOT
 from tests.cli.runs import main, refused
 from tests.clip.plain_clips import plain_clip
 from tests.clip.small_clip import random_pixels
+from tests.conftest import random_embeddings
 
 CLASSES = 5
 WORDS = {"--model": ["demo"], "--shots": ["1", "2"], "--seeds": ["2"], "--views": ["3"]}
@@ -119,6 +121,22 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return parts
 
 
+def test_views_differ_repeat_with_the_seed_and_are_mirrored_half_of_the_time(rng: np.random.Generator) -> None:
+    ramp = Image.fromarray(np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 64, 3)).copy())
+    same = [random_view(ramp, Geometry(16), np.random.default_rng(0)) for _ in range(2)]
+    np.testing.assert_array_equal(*same)
+    slopes = [np.diff(random_view(ramp, Geometry(16), rng)[8, :, 0].astype(int)) for _ in range(20)]
+    assert all((slope >= 0).all() or (slope <= 0).all() for slope in slopes)
+    assert 0 < sum((slope <= 0).all() for slope in slopes) < 20
+
+
+def test_views_are_averaged_and_normalised(rng: np.random.Generator) -> None:
+    rows = random_embeddings(rng, 21, 16)
+    averaged = mean_of_views(rows, 3)
+    for part, mean in ((rows.plain, averaged.plain), (rows.adapted, averaged.adapted)):
+        np.testing.assert_allclose(mean, unit(part.reshape(7, 3, 16).astype(float).mean(1)), atol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_figure_is_that_of_the_papers_steps_written_out(root: Path) -> None:
     """Tip-Adapter++ by hand: random views, averaged into keys; parameters on the validation pictures."""
@@ -131,7 +149,7 @@ def test_a_figure_is_that_of_the_papers_steps_written_out(root: Path) -> None:
         images = [splits[split].image(row) for row in rows]
         if views == 1:
             return encode(np.stack([resize_and_crop(image, clip.geometry) for image in images]))
-        pixels = [random_view(image, clip.geometry, rng, True) for image in images for _ in range(views)]
+        pixels = [random_view(image, clip.geometry, rng) for image in images for _ in range(views)]
         return mean_of_views(encode(np.stack(pixels)), views)
 
     accuracies = []

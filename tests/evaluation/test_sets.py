@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.evaluation.readers import Content
-from iosr_fast.evaluation.sets import PHOTO, _finish, catalog, open_evaluation_set
+from iosr_fast.evaluation.sets import PHOTO, catalog, open_evaluation_set
 from iosr_fast.exceptions import BadImageError, IosrFastError
 
 WNIDS = {"n01440764": "tench", "n01443537": "goldfish", "n02012849": "crane bird"}
@@ -45,7 +44,7 @@ def split_file(name: str) -> Make:
     """The layout of CoOp's split file, with a class name that has an underscore and one with CUB's number."""
 
     def make(root: Path) -> Expected:
-        needs = catalog()[name]["layouts"][0]["needs"]
+        needs = catalog()[name]["needs"]
         file, folder = root / needs[0][0], root / needs[1][0]
         for need in needs[2:]:
             (root / need[0]).mkdir(parents=True, exist_ok=True)
@@ -58,64 +57,13 @@ def split_file(name: str) -> Make:
     return make
 
 
-def dtd(root: Path) -> Expected:
-    rows = {s: [(f"dtd/dtd/images/{c}/{c}_{s}.jpg", i) for i, c in enumerate(("banded", "zigzagged"))] for s in SPLITS}
-    for split, listed in rows.items():
-        put_text(root / f"dtd/dtd/labels/{split}1.txt", *(key.removeprefix("dtd/dtd/images/") for key, _ in listed))
-    return in_folder(root, ["banded", "zigzagged"], rows)
-
-
-def food(root: Path) -> Expected:
-    for split in ("train", "test"):
-        content = {"waffles": [f"waffles/{split}1"], "apple_pie": [f"apple_pie/{split}2"]}
-        put_text(root / f"food-101/meta/{split}.json", json.dumps(content))
-    rows = {
-        s: [(f"food-101/images/waffles/{s}1.jpg", 1), (f"food-101/images/apple_pie/{s}2.jpg", 0)]
-        for s in ("train", "test")
-    }
-    return in_folder(root, ["apple pie", "waffles"], rows)
-
-
-def pets(root: Path) -> Expected:
-    images, lists = "oxford-iiit-pet/images", root / "oxford-iiit-pet/annotations"
-    put_text(lists / "trainval.txt", "Abyssinian_1 1 1 1", "american_bulldog_7 2 2 1")
-    put_text(lists / "test.txt", "american_bulldog_8 2 2 1", "Abyssinian_2 1 1 1")
-    rows = {
-        "train": [(f"{images}/Abyssinian_1.jpg", 0), (f"{images}/american_bulldog_7.jpg", 1)],
-        "test": [(f"{images}/american_bulldog_8.jpg", 1), (f"{images}/Abyssinian_2.jpg", 0)],
-    }
-    return in_folder(root, ["Abyssinian", "American Bulldog"], rows)
-
-
-def cars(root: Path) -> Expected:
-    from scipy.io import savemat
-
-    folder = root / "stanford_cars"
-    (folder / "devkit").mkdir(parents=True)
-    names = np.empty((1, 2), object)
-    names[0, :] = ["Acura RL Sedan 2012", "Ram C/V Cargo Van 2012"]
-    savemat(folder / "devkit/cars_meta.mat", {"class_names": names})
-    kind = [("fname", "O"), ("class", "O")]
-    train = np.array([[("00001.jpg", 2), ("00002.jpg", 1)]], kind)
-    test = np.array([[("00001.jpg", 1), ("00002.jpg", 2)]], kind)
-    savemat(folder / "devkit/cars_train_annos.mat", {"annotations": train})
-    savemat(folder / "cars_test_annos_withlabels.mat", {"annotations": test})
-    rows = {
-        "train": [("stanford_cars/cars_train/00001.jpg", 1), ("stanford_cars/cars_train/00002.jpg", 0)],
-        "test": [("stanford_cars/cars_test/00001.jpg", 0), ("stanford_cars/cars_test/00002.jpg", 1)],
-    }
-    return in_folder(root, ["Acura RL Sedan 2012", "Ram C/V Cargo Van 2012"], rows)
-
-
 def aircraft(root: Path) -> Expected:
     folder = "fgvc-aircraft-2013b/data"
     put_text(root / folder / "variants.txt", "707-320", "F/A-18")
     for i, split in enumerate(SPLITS):
         put_text(root / folder / f"images_variant_{split}.txt", f"000000{i} F/A-18", f"100000{i} 707-320")
-    rows = {
-        s: [(f"{folder}/images/000000{i}.jpg", 1), (f"{folder}/images/100000{i}.jpg", 0)] for i, s in enumerate(SPLITS)
-    }
-    return in_folder(root, ["707-320", "F/A-18"], rows)
+    rows = {s: [(f"images/000000{i}.jpg", 1), (f"images/100000{i}.jpg", 0)] for i, s in enumerate(SPLITS)}
+    return in_folder(root / folder, ["707-320", "F/A-18"], rows)
 
 
 def imagenet(root: Path) -> Expected:
@@ -140,26 +88,21 @@ def shift(folder: str, wnids: tuple[str, ...] = tuple(WNIDS), numbered: bool = F
 
 TWO = ("n01440764", "n02012849")
 V2 = "imagenetv2/imagenetv2-matched-frequency-format-val"
-CASES: list[tuple[str, int, Make]] = [
-    *(
-        (name, 0, split_file(name))
-        for name, entry in catalog().items()
-        if entry["layouts"][0]["reader"] == "split_json"
-    ),
-    *(("dtd", 1, dtd), ("food101", 1, food), ("oxford_pets", 1, pets)),
-    *(("stanford_cars", 1, cars), ("fgvc_aircraft", 0, aircraft), ("imagenet", 0, imagenet)),
-    ("imagenet_v2", 0, shift(V2, numbered=True)),
-    ("imagenet_sketch", 0, shift("imagenet-sketch/sketch")),
-    ("imagenet_a", 0, shift("imagenet-adversarial/imagenet-a", TWO)),
-    ("imagenet_r", 0, shift("imagenet-rendition/imagenet-r", TWO)),
-]
+CASES: dict[str, Make] = {
+    **{name: split_file(name) for name, entry in catalog().items() if entry["reader"] == "split_json"},
+    "fgvc_aircraft": aircraft,
+    "imagenet": imagenet,
+    "imagenet_v2": shift(V2, numbered=True),
+    "imagenet_sketch": shift("imagenet-sketch/sketch"),
+    "imagenet_a": shift("imagenet-adversarial/imagenet-a", TWO),
+    "imagenet_r": shift("imagenet-rendition/imagenet-r", TWO),
+}
 
 
-@pytest.mark.parametrize(("name", "layout", "make"), CASES, ids=[f"{name}-{i}" for name, i, _ in CASES])
-def test_a_set_opens_in_its_published_layout(name: str, layout: int, make: Make, tmp_path: Path) -> None:
-    class_names, rows = make(tmp_path)
+@pytest.mark.parametrize("name", CASES)
+def test_a_set_opens_in_its_published_layout(name: str, tmp_path: Path) -> None:
+    class_names, rows = CASES[name](tmp_path)
     opened = open_evaluation_set(name, tmp_path)
-    assert opened.layout == catalog()[name]["layouts"][layout]["title"]
     assert opened.class_names == class_names and len(opened.class_ids) == len(class_names)
     assert set(opened.splits) == set(rows)
     for split, listed in rows.items():
@@ -172,11 +115,9 @@ def test_a_set_opens_in_its_published_layout(name: str, layout: int, make: Make,
     assert len(opened.templates) == (7 if name.startswith("imagenet") else 1)
 
 
-def test_every_layout_of_every_set_is_tried_and_its_prompts_have_a_place_for_the_class() -> None:
+def test_every_set_is_tried_and_its_prompts_have_a_place_for_the_class() -> None:
     entries = catalog()
-    assert {(name, i) for name, i, _ in CASES} == {
-        (name, i) for name in entries for i in range(len(entries[name]["layouts"]))
-    }
+    assert set(CASES) == set(entries)
     prompts = [prompt for entry in entries.values() for prompt in entry.get("prompts", [PHOTO])]
     assert all(prompt.count("{}") == 1 for prompt in prompts)
     assert len(entries) == 18
@@ -186,10 +127,9 @@ def test_every_layout_of_every_set_is_tried_and_its_prompts_have_a_place_for_the
 def test_everything_missing_is_listed_with_its_url_and_place(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         open_evaluation_set(name, tmp_path)
-    for layout in catalog()[name]["layouts"]:
-        assert layout["title"] in str(caught.value)
-        for *paths, url in layout["needs"]:
-            assert f"{tmp_path / paths[0]}  from {url}" in str(caught.value)
+    assert catalog()[name]["layout"] in str(caught.value)
+    for *paths, url in catalog()[name]["needs"]:
+        assert f"{tmp_path / paths[0]}  from {url}" in str(caught.value)
 
 
 def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
@@ -223,19 +163,11 @@ def test_a_bad_split_file_is_named(tmp_path: Path, content: str, message: str) -
     assert str(file) in str(caught.value)
 
 
-def test_coops_split_is_used_where_both_are_there(tmp_path: Path) -> None:
-    dtd(tmp_path)
-    split_file("dtd")(tmp_path)
-    assert open_evaluation_set("dtd", tmp_path).layout == "CoOp's split"
-
-
-@pytest.mark.parametrize("end", [0, 60, 127, 128, 150, -1])
-def test_a_damaged_mat_file_is_named(tmp_path: Path, end: int) -> None:
-    cars(tmp_path)
-    path = tmp_path / "stanford_cars/cars_test_annos_withlabels.mat"
-    path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(IosrFastError, match=rf"{path.name}.*download it again"):
-        open_evaluation_set("stanford_cars", tmp_path)
+def test_lists_of_aircraft_name_classes(tmp_path: Path) -> None:
+    aircraft(tmp_path)
+    put_text(tmp_path / "fgvc-aircraft-2013b/data/images_variant_val.txt", "0000001 747")
+    with pytest.raises(IosrFastError, match=r"names of variants.txt in .*images_variant_val.txt, got 747"):
+        open_evaluation_set("fgvc_aircraft", tmp_path)
 
 
 def test_folders_of_imagenet_have_to_be_its_classes(tmp_path: Path) -> None:
@@ -264,13 +196,9 @@ def test_folders_of_imagenet_have_to_be_its_classes(tmp_path: Path) -> None:
         open_evaluation_set("imagenet_r", tmp_path)
 
 
-def test_labels_that_name_no_class_and_unreadable_images_are_refused(tmp_path: Path) -> None:
-    class_names, rows = split_file("dtd")(tmp_path)
-    folder = tmp_path / "dtd/images"
-    content = Content(folder, class_names, class_names, {"test": [(rows["test"][0][0], 2)]})
-    with pytest.raises(IosrFastError, match=r"expected labels from 0 to 1 in the split 'test' of DTD .* got 2 to 2"):
-        _finish("dtd", catalog()["dtd"]["layouts"][0], content)
-    image = folder / rows["test"][0][0]
+def test_unreadable_images_and_unknown_sets_are_refused(tmp_path: Path) -> None:
+    _, rows = split_file("dtd")(tmp_path)
+    image = tmp_path / "dtd/images" / rows["test"][0][0]
     image.write_bytes(image.read_bytes()[:200])
     with pytest.raises(BadImageError, match=re.escape(str(image))):
         open_evaluation_set("dtd", tmp_path).splits["test"].image(0)

@@ -135,7 +135,7 @@ def test_what_the_page_would_replace_is_found_before_the_export(name: str, tmp_p
 
 def test_a_classifier_of_pictures_as_stored_gets_no_page(tmp_path: Path) -> None:
     images, labels = held_out_queries(12, 5)
-    classifier = Classifier("demo", runtime="onnxruntime", method="gda", views=1, exif_orientation=False)
+    classifier = Classifier("demo", runtime="onnxruntime", method="gda", exif_orientation=False)
     classifier.fit(images, labels).save(tmp_path / "saved")
     answer = refused("export", tmp_path / "saved", tmp_path / "a.onnx", "--web", tmp_path / "web")
     assert "browsers always do" in answer and [path.name for path in tmp_path.iterdir()] == ["saved"]

@@ -15,7 +15,7 @@ from iosr_fast.serving.batching import BatchingClassifier
 pytestmark = pytest.mark.slow
 
 
-GIVEN = {"alpha": 3.0, "beta": 7.0, "views": 1}
+GIVEN = {"alpha": 3.0, "beta": 7.0}
 
 
 def test_a_plain_method_encodes_queries_by_the_plain_form(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import weakref
@@ -20,13 +19,12 @@ from iosr_fast.head import support_images
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.support_images import SupportSettings, encode_images
 from iosr_fast.images import pixels, preprocess
-from iosr_fast.images.geometry import Geometry
 from tests.pictures import encode
 from tests.store.live_parts import PixelEncoder, pictures, small_classifier, unfitted
 
 
-def encoded(images: Any, labels: Any, **views: Any) -> Examples:
-    found = encode_images(PixelEncoder(), images, SupportSettings(**views), np.asarray(labels), ["cat", "dog"])
+def encoded(images: Any, labels: Any) -> Examples:
+    found = encode_images(PixelEncoder(), images, SupportSettings(), np.asarray(labels), ["cat", "dog"])
     assert not found.errors and found.unknown is None
     return found.examples
 
@@ -35,8 +33,7 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 17, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("views", [1, 4])
-def test_a_support_picture_is_decoded_once(views: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_support_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = pictures(np.random.default_rng(0), 3, 3)
     paths = [str(tmp_path / f"{i}.png") for i in range(10)]
     for path, image in zip(paths, images, strict=False):
@@ -44,10 +41,9 @@ def test_a_support_picture_is_decoded_once(views: int, tmp_path: Path, monkeypat
     Path(paths[9]).write_bytes(b"no picture")
     decoded: Counter[str] = Counter()  # by any way: there is one that all of them take
     monkeypatch.setattr(preprocess, "opened", lambda file: decoded.update([str(file)]) or pixels.opened(file))
-    classifier = unfitted(method="tip-adapter++", views=views, skip_bad=True)
+    classifier = unfitted(method="tip-adapter++", skip_bad=True)
     classifier.fit(paths, [*labels, 0], class_names=["a", "b", "c"])
     assert decoded == Counter(paths) and classifier.skipped_ == [paths[9]]
-    assert (classifier.snapshot().examples.queries is not None) == (views > 1)
     assert all(classifier.snapshot().examples.pictures)
     decoded.clear()
     Image.fromarray(images[0] // 2).save(paths[9])
@@ -56,38 +52,24 @@ def test_a_support_picture_is_decoded_once(views: int, tmp_path: Path, monkeypat
     assert decoded == Counter([paths[9], paths[0], paths[1]])
 
 
-@pytest.mark.parametrize("views", [1, 4])
-def test_a_key_depends_on_pixels_and_seed_alone(views: int) -> None:
+def test_a_key_depends_on_pixels_alone() -> None:
     """Not on the order of images, nor on whether they come by fit or by add_examples."""
     images, labels = pictures(np.random.default_rng(1), 4, 5)
     names = [f"motif {c}" for c in range(4)]
 
-    def by_picture(order: np.ndarray, late: int = 0, seed: int = 0) -> dict[bytes, list[bytes]]:
-        classifier = unfitted(method="tip-adapter++", views=views, seed=seed, thumbnails=8)
+    def by_picture(order: np.ndarray, late: int = 0) -> dict[bytes, list[bytes]]:
+        classifier = unfitted(method="tip-adapter++", thumbnails=8)
         first = order[: len(order) - late]
         classifier.fit(images[first], labels[first], class_names=names)
         for i in order[len(order) - late :]:
             classifier.add_examples(names[labels[i]], encode(images[i]))
         kept = classifier.snapshot().examples
-        parts = [kept.embeddings] if kept.queries is None else [kept.embeddings, kept.queries]
-        rows = [row for part in parts for row in (part.plain, part.adapted)]
+        rows = kept.embeddings.plain, kept.embeddings.adapted
         return {picture: [row[j].tobytes() for row in rows] for j, picture in enumerate(kept.pictures) if picture}
 
     expected = by_picture(np.arange(20))
     by_shot = np.arange(20).reshape(4, 5).T.ravel()  # an image of each class first
     assert by_picture(by_shot[::-1]) == by_picture(by_shot, late=8) == expected
-    assert (by_picture(np.arange(20), seed=1) == expected) == (views == 1)
-
-
-def test_bundles_from_before_draw_the_views_of_later_images_as_they_did() -> None:
-    """The draws of `add_examples` have always followed from the first 8 bytes of the SHA-256 of the pixels."""
-    image = picture(3)
-    drawn = int.from_bytes(hashlib.sha256(np.asarray(image).tobytes()).digest()[:8], "little")
-    draws = np.random.default_rng([7, drawn])
-    views = [preprocess.random_view(image, Geometry(8), draws, True) for _ in range(3)]
-    expected = PixelEncoder().encode(np.stack(views)).adapted.mean(0)
-    (row,) = encoded([image], [0], views=3, mirror=True, seed=7).embeddings.adapted
-    np.testing.assert_array_equal(row, expected / np.linalg.norm(expected))
 
 
 def test_unreadable_files_are_named_and_nothing_more_is_encoded(tmp_path: Path, monkeypatch: Any) -> None:
@@ -172,8 +154,8 @@ def test_equal_files_under_two_labels_are_refused_before_any_work(
     for name in ("none.png", "empty.png"):  # what is no picture is said of each, or left out
         (tmp_path / name).touch()
     unreadable = [tmp_path / "none.png", tmp_path / "b.png", str(tmp_path / "empty.png"), tmp_path / "gone.png"]
-    views, names = SupportSettings(), ["cat", "dog"]
-    found = encode_images(PixelEncoder(), unreadable, views, np.array([0, 0, 1, 1]), names, skip_bad=True)
+    settings, names = SupportSettings(), ["cat", "dog"]
+    found = encode_images(PixelEncoder(), unreadable, settings, np.array([0, 0, 1, 1]), names, skip_bad=True)
     assert len(found.errors) == 3 and len(found.examples) == 1
     monkeypatch.setattr(support_images, "_prepare_all", lambda *_: pytest.fail("decoded"))
     for same in (copy, bytearray(copy)):

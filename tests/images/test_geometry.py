@@ -19,7 +19,7 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits, scans_factor, work_pixels
-from iosr_fast.images.preprocess import decode_pixels, open_image, random_view, resize_and_crop
+from iosr_fast.images.preprocess import decode_pixels, open_image, resize_and_crop
 from iosr_fast.serving.batching.decoder import Decoder
 from tests.images.geometries import GEOMETRIES
 from tests.images.jpegs import jpeg, scan
@@ -169,18 +169,3 @@ def test_open_clips_fields_and_a_manifests() -> None:
     assert len({str(geometry) for geometry in GEOMETRIES}) == len(GEOMETRIES) and str(Geometry(64)) == "64"
     with pytest.raises(ValueError, match="only with resize_mode longest"):
         Geometry(64, fill=3)
-
-
-def test_views_differ_repeat_with_the_seed_and_mirror_only_if_asked() -> None:
-    ramp = Image.fromarray(np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 64, 3)).copy())
-    views = [random_view(ramp, Geometry(16), np.random.default_rng(0), mirror=False) for _ in range(2)]
-    np.testing.assert_array_equal(views[0], views[1])
-    rng = np.random.default_rng(0)
-    rises = [
-        (np.diff(random_view(ramp, Geometry(16), rng, mirror=False)[8, :, 0].astype(int)) >= 0).all() for _ in range(20)
-    ]
-    assert all(rises)
-    mirrored = [
-        (np.diff(random_view(ramp, Geometry(16), rng, mirror=True)[8, :, 0].astype(int)) <= 0).all() for _ in range(20)
-    ]
-    assert 0 < sum(mirrored) < 20

@@ -32,16 +32,14 @@ def arrow(direction: int, side: int = 32) -> np.ndarray:
 
 
 def fitted(engine: Path = Path("none"), **options: Any) -> Classifier:
-    chosen = {"method": "tip-adapter", "alpha": 400.0, "beta": 5.0, "views": 1} | options
+    chosen = {"method": "tip-adapter", "alpha": 400.0, "beta": 5.0} | options
     return unfitted(engine, **chosen).fit([arrow(i) for i in range(4)], NAMES)
 
 
 def test_a_rotated_support_picture_is_fit_upright() -> None:
     turned = [oriented("PNG", arrow(i), 6) for i in range(4)]
-    classifier = unfitted(method="tip-adapter", alpha=400.0, beta=5.0, mirror=False)
-    for views in (1, 2):
-        classifier.set_params(views=views).fit(turned, NAMES)
-        assert classifier.predict([arrow(i) for i in range(4)]).tolist() == NAMES
+    classifier = unfitted(method="tip-adapter", alpha=400.0, beta=5.0).fit(turned, NAMES)
+    assert classifier.predict([arrow(i) for i in range(4)]).tolist() == NAMES
     shown = np.asarray(open_image(classifier.picture(classifier.examples(NAMES[0])[0]))).astype(int)
     assert np.abs(shown - arrow(0)).mean() < 8, "the thumbnail too"
 
@@ -103,7 +101,7 @@ def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:
         assert batching.submit(first).result(PATIENCE_S).label == NAMES[1]
         for given, expected in ((first, NAMES[1:2]), (arrow(1), NAMES[1:2]), (batch, NAMES), (list(batch), NAMES)):
             assert [future.result(PATIENCE_S).label for future in batching.submit_many(given)] == expected
-    refit = unfitted(method="tip-adapter", alpha=400.0, beta=5.0, views=1)
+    refit = unfitted(method="tip-adapter", alpha=400.0, beta=5.0)
     refit.fit(batch.permute(0, 3, 1, 2), NAMES)
     assert refit.predict(batch).tolist() == NAMES
     refit.add_examples(NAMES[1], first)

@@ -10,7 +10,7 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.folds import NearSupport, class_distances, group_near_duplicates, make_folds, near_pairs
 from iosr_fast.methods.out_of_fold import HeldOut
-from iosr_fast.methods.support_set import SupportSet, make_support_set, mean_of_views
+from iosr_fast.methods.support_set import SupportSet, make_support_set
 from tests.conftest import random_embeddings, unit_rows
 from tests.methods.support_sets import Clusters, unit
 from tests.store.live_parts import random_head
@@ -148,13 +148,6 @@ def test_a_support_set_of_label_sets_keeps_the_order_of_images(rng: np.random.Ge
     np.testing.assert_array_equal(some.indicator, labels[kept])
     np.testing.assert_array_equal(some.as_queries.plain, embeddings.plain[::-1][kept])
     assert some.groups.tolist() == [1, 2, 3]
-
-
-def test_views_are_averaged_and_normalised(rng: np.random.Generator) -> None:
-    rows = random_embeddings(rng, 21, 16)
-    averaged = mean_of_views(rows, 3)
-    for part, mean in ((rows.plain, averaged.plain), (rows.adapted, averaged.adapted)):
-        np.testing.assert_allclose(mean, unit(part.reshape(7, 3, 16).astype(float).mean(1)), atol=1e-6)
 
 
 def test_a_support_set_refuses_what_does_not_fit(rng: np.random.Generator) -> None:

@@ -49,7 +49,7 @@ def bundle() -> Path:
     with shared_cache():
         if not (folder / "manifest.json").is_file():
             images, labels, _, _, names = _drawn()
-            classifier = Classifier("demo", runtime="onnxruntime", method="tip-adapter++", views=1)
+            classifier = Classifier("demo", runtime="onnxruntime", method="tip-adapter++")
             classifier.fit(images, [names[c] for c in labels], class_names=names)
             classifier.save(folder)
     return folder

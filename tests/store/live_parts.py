@@ -129,7 +129,7 @@ def small_classifier(
     """Fitted on motifs; every parameter of Classifier may be given."""
     images, labels = pictures(np.random.default_rng(seed), classes, shots)
     names = [f"motif {i}" for i in range(classes)]
-    options = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0, "views": 1} | parameters
+    options = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0} | parameters
     return unfitted(engine, **options).fit(images, [names[c] for c in labels], class_names=names)
 
 

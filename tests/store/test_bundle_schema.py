@@ -66,7 +66,7 @@ FACTS: dict[str, Any] = {
     "a plan with another constant": part("plan", gamma=1.0),
     "a constant that is none": part("plan", query="both"),
     "a constant out of range": part("plan", beta=5000.0),
-    "more views than a number has": part("views", views=2**70),
+    "a larger thumbnail than a number has": part("views", thumbnail=2**70),
     "pictures of another size": part("preprocessing", image_size=16),
     "another CLIP": {"clip_fingerprint": "b" * 64},
     "a text encoder of another CLIP": part("text", clip_fingerprint="b" * 64),
@@ -238,8 +238,8 @@ def test_the_hashes_of_the_engines_own_manifest_are_compared(bundle: Path) -> No
 
 
 def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
-    """Without later fields of the views; with the projections of an engine, the statistics of left-out images, and
-    logits of folds that are not said, which are computed again."""
+    """With the views that keys were means of, without later fields; with the projections of an engine, statistics of
+    left-out images, and logits of folds that are not said, which are computed again."""
     arrays = load_file(bundle / "left_out.safetensors")
     for name in ("fold", "scored", "distinct", "units", "counted"):
         del arrays[name]
@@ -249,9 +249,9 @@ def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
     (bundle / "engine" / "manifest.json").unlink()
     facts = {name: value for name, value in ENGINE_FACTS.items() if name not in ("files", "checksum")}
     write_manifest(bundle / "engine", "engine", facts)
-    sign_again(bundle, views={"mirror": False, "templates": ["a {}"]})
+    sign_again(bundle, views={"views": 4, "mirror": False, "seed": 3, "single": True, "templates": ["a {}"]})
     loaded = load(Bundle, bundle)
-    assert loaded.settings == SupportSettings(mirror=False, templates=("a {}",))
+    assert loaded.settings == SupportSettings(templates=("a {}",))
     assert not any(loaded.head.computed(name) for name in ("folds", "unknown", "out_of_fold"))
     assert loaded.head.config.look_alikes and len(loaded.head.unknown.weights) == len(arrays["weights"])
     rewrite_manifest(bundle, reducer="isoclip:150,50")

@@ -55,7 +55,7 @@ def change(classifier: Classifier) -> None:
 @pytest.mark.parametrize("method", ["tip-adapter++", "proker", "gda++", "ape", "tip-x++", "zero-shot"])
 def test_the_state_is_made_again_to_the_last_bit(method: str, every: int, path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(change_log, "MOST_CHANGES", every)
-    options = {"method": method, "alpha": None, "beta": None, "views": 3}
+    options = {"method": method, "alpha": None, "beta": None}
     options["reducer"] = "centre" if METHODS[method].needs_support else None
     classifier, again = small_classifier(**options), small_classifier(**options)
     classifier.open_log(path)

@@ -89,11 +89,10 @@ def test_a_change_that_is_refused_changes_nothing(images: np.ndarray) -> None:
     assert classifier.add_class("new", new, text=unit(np.ones(WIDTH))).class_id == "~5"
 
 
-@pytest.mark.parametrize("views", [1, 4])
-def test_a_picture_that_another_class_has_is_refused_as_by_fit(views: int, images: np.ndarray) -> None:
+def test_a_picture_that_another_class_has_is_refused_as_by_fit(images: np.ndarray) -> None:
     support, labels = pictures(np.random.default_rng(0), 2, 3)
     unknown = images[6]
-    classifier = unfitted(method="gda", views=views).fit(support, labels, ["cat", "dog"], unknown_images=unknown)
+    classifier = unfitted(method="gda").fit(support, labels, ["cat", "dog"], unknown_images=unknown)
     head = classifier.snapshot()
     for message, image in ((r"'cat' \(~0\) has as 'e2'", support[2]), ("is an unknown image", unknown[3])):
         with pytest.raises(IosrFastError, match=f"got image number 1, which {message}"):
@@ -104,6 +103,22 @@ def test_a_picture_that_another_class_has_is_refused_as_by_fit(views: int, image
     classifier.add_examples("cat", support[2])  # a copy within its class
     classifier.remove_examples(["e2", "e6"])
     assert classifier.add_examples("dog", support[2]).example_ids == ("e7",)
+
+
+def test_images_added_to_a_classifier_of_means_of_views_are_as_they_are(images: np.ndarray) -> None:
+    """Earlier versions averaged random views of an image into its key, and kept the image as it is beside it."""
+    classifier = small_classifier()
+    fit = classifier._fit
+    kept = fit.head.examples
+    means = replace(kept, embeddings=kept.embeddings[::-1], queries=kept.embeddings)
+    classifier._fit = replace(fit, head=replace(fit.head, examples=means).compiled())
+    with pytest.raises(IosrFastError, match=r"which 'motif 0' \(~0\) has as 'e1'"):
+        classifier.add_examples("motif 1", pictures(np.random.default_rng(0), 5, 3)[0][1:2])
+    classifier.add_examples("motif 4", images[4, :2])
+    now = classifier.snapshot().examples
+    np.testing.assert_array_equal(now.embeddings.plain[:15], kept.embeddings.plain[::-1])
+    np.testing.assert_array_equal(now.queries.plain[:15], kept.embeddings.plain)
+    np.testing.assert_array_equal(now.queries.adapted[15:], now.embeddings.adapted[15:])
 
 
 def test_classes_by_name_alone(images: np.ndarray) -> None:

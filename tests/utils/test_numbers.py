@@ -27,8 +27,6 @@ def fitted_head() -> FewShotHead:
 
 
 CALLS: dict[str, Callable[[Any], Any]] = {
-    "views": lambda value: Classifier("demo", views=value).fit([PIXELS, PIXELS], ["a", "b"]),
-    "seed": lambda value: Classifier("demo", seed=value).fit([PIXELS, PIXELS], ["a", "b"]),
     "thumbnails": lambda value: Classifier("demo", thumbnails=value).fit([PIXELS, PIXELS], ["a", "b"]),
     "n": lambda value: Classifier("demo").suggest("nowhere", value),
     "n of a head": lambda value: fitted_head().suggest(ROWS, value),

@@ -29,7 +29,7 @@ def make_demo_bundle(
     leave-one-out.
     """
     (images, labels), _ = _draw(classes, shots)
-    classifier = Classifier("demo", runtime="onnxruntime", method=method, views=1)
+    classifier = Classifier("demo", runtime="onnxruntime", method=method)
     classifier.fit(images, labels, class_names=list(dict.fromkeys(labels)))
     classifier.save(folder)
     return Path(folder)

@@ -31,8 +31,8 @@ with one_line_errors():
     from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
     from iosr_fast.clip.demo.pictures import held_out
     from iosr_fast.clip.load import LoadedModel, load_clip
-    from iosr_fast.evaluation.comparison import Result
-    from iosr_fast.evaluation.demo import encode, evaluate_few_shot
+    from iosr_fast.evaluation.comparison import Result, compare
+    from iosr_fast.evaluation.demo import encode, encoded_source
     from iosr_fast.export.build import write_engine
     from iosr_fast.export.pretrained import DEMO_ADAPTER
     from iosr_fast.training.config import TrainConfig
@@ -85,7 +85,7 @@ def ten_classes(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> d
         np.concatenate([rows[part] for rows in order]) for part in (slice(PICTURES), slice(PICTURES, None))
     )
     labels = np.array(few.names)[few.concepts]
-    classifier = Classifier("demo", adapter=adapter, engine=engine, views=1)
+    classifier = Classifier("demo", adapter=adapter, engine=engine)
     classifier.fit(few.images[support], labels[support])
     predicted = classifier.predict(few.images[queries])
     right = int((predicted == labels[queries]).sum())
@@ -142,13 +142,16 @@ def main(
     areas = "; ".join(f"{name} {area:.3f}" for name, area in overlap.items())
     console.print(f"  overlap of pairs of one concept and of two (0: none): {areas}", soft_wrap=True)
 
-    results = {
-        "class names alone (zero-shot)": evaluate_few_shot(ours, "zero-shot", "none", SHOTS, range(seeds)),
-        "Tip-Adapter, plain embeddings": evaluate_few_shot(ours, "tip-adapter", "none", SHOTS, range(seeds)),
-        "Tip-Adapter, adapted": evaluate_few_shot(ours, "tip-adapter++", "none", SHOTS, range(seeds)),
-        "Tip-Adapter, adapted, shipped": evaluate_few_shot(shipped, "tip-adapter++", "none", SHOTS, range(seeds)),
-        "auto, the default, shipped": evaluate_few_shot(shipped, "auto", "auto", SHOTS, range(seeds)),
-    }
+    results: dict[str, dict[int, Result]] = {}
+    for name, encoded, pair in (
+        ("class names alone (zero-shot)", ours, ("zero-shot", "none")),
+        ("Tip-Adapter, plain embeddings", ours, ("tip-adapter", "none")),
+        ("Tip-Adapter, adapted", ours, ("tip-adapter++", "none")),
+        ("Tip-Adapter, adapted, shipped", shipped, ("tip-adapter++", "none")),
+        ("auto, the default, shipped", shipped, ("auto", "auto")),
+    ):
+        compared = compare(encoded_source(encoded, SHOTS, range(seeds)), [pair])
+        results[name] = {result.shots: result for result in compared.results}
     draw = results["auto, the default, shipped"][1].draws[0]
     console.rule(f"4. the hard task: {draw.classes} concepts that neither CLIP nor adapter saw", align="left")
     console.print(f"  from 1, 2 or 4 drawings of each; {draw.images} other drawings; chance is {1 / draw.classes:.1%}")

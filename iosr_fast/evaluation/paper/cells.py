@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from iosr_fast.evaluation.comparison import Draw, finite
+from iosr_fast.evaluation.comparison import Draw
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.config import Config
 from iosr_fast.sealed.files import new_file
 from iosr_fast.sealed.manifest import seal
 from iosr_fast.sealed.schema import facts_to_json
@@ -43,9 +41,7 @@ class FileCells:
                 raise IosrFastError("its contents are not what was written")
             if cell["facts"] != self._facts(source):
                 raise IosrFastError("it is of other data or of another version")
-            losses = {name: _number(cell["draw"][name]) for name in ("log_loss", "calibration_error")}
-            config = msgspec.convert(cell["draw"]["config"], Config)
-            return Draw(**{**cell["draw"], **losses, "config": config})
+            return msgspec.convert(cell["draw"], Draw)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.report(f"{path} is computed again: {error}")
             return None
@@ -54,10 +50,8 @@ class FileCells:
         """The whole file or none."""
         path = self._path(source, method, shots, draw.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        losses = {name: finite(getattr(draw, name)) for name in ("log_loss", "calibration_error")}
         with new_file(path) as temporary:
-            outcome = {**vars(draw), **losses, "config": facts_to_json(draw.config)}
-            temporary.write_bytes(seal({"facts": self._facts(source), "draw": outcome}))
+            temporary.write_bytes(seal({"facts": self._facts(source), "draw": facts_to_json(draw)}))
 
     def _path(self, source: str, method: str, shots: int, seed: int) -> Path:
         return self.folder / source / f"{shots}-shots" / f"seed-{seed}" / f"{method}.json"
@@ -65,7 +59,3 @@ class FileCells:
     def _facts(self, source: str) -> dict[str, Any]:
         versions = {name: package_version(name) for name in ("iosr_fast", "scikit-learn")}
         return {"version": VERSION, "data": self.data[source], **versions}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -19,15 +19,17 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.demo import BATCH, Encode
 from iosr_fast.evaluation.sets import EvaluationSet
 from iosr_fast.images import pixels
-from iosr_fast.images.preprocess import random_view, resize_and_crop
-from iosr_fast.methods.support_set import mean_of_views
+from iosr_fast.images.preprocess import resize_and_crop
 from iosr_fast.sealed.files import new_file
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.images.geometry import Geometry
 
 PART = 1024  # images of a file at most
 Arrays = dict[str, np.ndarray]
@@ -121,11 +123,40 @@ class KeptEmbeddings:
             while batch := list(islice(images, max(1, BATCH // part.views))):
                 views = batch
                 if part.views > 1:
-                    views = [random_view(image, geometry, rng, True) for image in batch for _ in range(part.views)]
+                    views = [random_view(image, geometry, rng) for image in batch for _ in range(part.views)]
                 parts.append(mean_of_views(self.encode(np.stack(views)), part.views))
                 advance(len(batch))
         found = Embeddings.concatenate(parts)
         return {name: rows for name, rows in vars(found).items() if rows is not None}
+
+
+def random_view(image: Image, geometry: Geometry, rng: np.random.Generator) -> np.ndarray:
+    """A random crop of half to all of the area, resized to (size, size, 3) uint8, half of the time mirrored.
+
+    Equals the papers' augmentation: torchvision's RandomResizedCrop(scale=(0.5, 1)) and RandomHorizontalFlip, for any
+    resize mode, as open_clip trains.
+    """
+    width, height = image.size
+    area = width * height * rng.uniform(0.5, 1.0)
+    ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    crop_width = min(width, max(1, round((area * ratio) ** 0.5)))
+    crop_height = min(height, max(1, round((area / ratio) ** 0.5)))
+    left, top = int(rng.integers(width - crop_width + 1)), int(rng.integers(height - crop_height + 1))
+    box = (left, top, left + crop_width, top + crop_height)
+    view = np.asarray(image.resize((geometry.size, geometry.size), resample=geometry.resampling, box=box))
+    return np.ascontiguousarray(view[:, ::-1]) if rng.random() < 0.5 else view
+
+
+def mean_of_views(embeddings: Embeddings, views: int) -> Embeddings:
+    """The mean of each `views` consecutive rows, L2-normalised again, as Tip-Adapter builds its cache from random views
+    (Zhang et al., ECCV 2022, section 3.1). Embeddings (N * views, D) become (N, D).
+    """
+
+    def mean(rows: np.ndarray) -> np.ndarray:
+        means = rows.reshape(-1, views, rows.shape[1]).mean(1)
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+    return Embeddings(mean(embeddings.plain), None if embeddings.adapted is None else mean(embeddings.adapted))
 
 
 def digest(facts: Any) -> str:

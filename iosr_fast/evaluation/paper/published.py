@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 NO_SHOTS = "0"  # the key of zero-shot figures
 
 
-@cache
 def sources() -> list[dict[str, Any]]:
     """Each with paper, url, where, note, backbone, pretrained and figures: {data set: {method: {shots: percent}}}."""
     content = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
