@@ -21,7 +21,7 @@ VARIABLE = "IOSR_FAST_CACHE"
 CACHES = ROOT / "build" / "test-cache"
 UNUSED_S = 24 * 3600
 # The code that computes an engine, a text encoder and a saved classifier.
-SOURCES = ("clip", "encoders", "export", "head", "images", "methods", "scoring", "sealed", "store", "utils")
+SOURCES = ("clip", "delivery", "encoders", "export", "head", "images", "methods", "scoring", "sealed", "store", "utils")
 
 
 @functools.cache

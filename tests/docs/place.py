@@ -121,6 +121,6 @@ def users_place(folder: Path) -> Iterator[Path]:
         patch.setenv("PATH", str(commands), prepend=os.pathsep)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("CURL_HOME", str(folder))
-        patch.setenv("IOSR_FAST_CACHE", str(demo_cache()))
+        patch.setenv("IOSR_FAST_CACHE", str(demo_cache() / "documents"))  # engines with other models' names
         patch.chdir(folder)
         yield folder

@@ -137,3 +137,15 @@ def test_repeated_images_are_left_out_together_whatever_their_labels(rng: np.ran
     assert 30 <= len(np.unique(folds.units)) <= 40
     losses = [fit_multi_label(one).log_loss for one in (alone, copies)]
     assert losses[1] > 0.9 * losses[0], "random labels stay hard to tell"
+
+
+def test_a_probability_at_its_threshold_counts() -> None:
+    link = Sigmoid(np.array([0.5, 0.5], np.float32))
+    answers = link.answers(np.array([[0.0, -1e-9], [-1.0, -1.0]]), np.array(["cat", "dog"]))
+    assert answers.tolist() == [frozenset({"cat"}), frozenset()]
+    assert [listed.tolist() for listed in link.listed(np.array([[-1.0, -1.0]]), 5)] == [[]]
+
+
+def test_one_image_is_too_few() -> None:
+    with pytest.raises(IosrFastError, match="expected 2 to 8192 support images, got 1"):
+        fit_multi_label(images_of(1))

@@ -131,6 +131,7 @@ def test_the_regression_is_left_out_beyond_its_largest_and_refused_in_words() ->
         Config(method="proker").compile(support)
     tuned = best_config("stack", support)
     assert tuned.parameters["regression"] == 0 and tuned.compile(support).keys is None
+    assert Config(method="proker").reason_against(np.array([MAX_KEYS])) is None
 
 
 def test_the_budget_counts_operations_and_no_seconds() -> None:
