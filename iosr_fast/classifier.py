@@ -29,14 +29,13 @@ from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
 from iosr_fast.head.quality import Evaluation
 from iosr_fast.head.support_images import SupportSettings
-from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import TUNE_SECONDS, asked_config
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.sealed.verified_folder import VerifiedFolder
-from iosr_fast.store.bundle import Bundle, Saved, load, load_saved, save
+from iosr_fast.store.bundle import Bundle, load, save
 from iosr_fast.store.store import Store
 from iosr_fast.store.updates import Changing, calibrate
 from iosr_fast.utils.estimator import Estimator
@@ -335,7 +334,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         `classes_` if the fit had names). With several labels a picture, given as for `fit`, the mean average precision
         over the classes that a picture has."""
         fit = self._store.fitted()
-        listed = as_image_list(images)
+        listed = fit.listed(images)
         truth = fit.read_labels(listed, labels)
         return fit.head.link.quality(truth, self._logits(fit, listed))
 
@@ -464,7 +463,8 @@ class Classifier(Answering[Fit], Changing, Estimator):
         expected_digest: str | None = None,
         runs: int = 1,
     ) -> Self:
-        """A fitted classifier from `save`, whatever writers do to the folder meanwhile; needs no torch.
+        """A fitted classifier from `save`, whatever writers do to the folder meanwhile; needs no torch. One from
+        FewShotHead.save takes rows of embeddings, (n, D), as images.
 
         Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
         the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content. The `runtime` "auto" is the one that was
@@ -473,24 +473,18 @@ class Classifier(Answering[Fit], Changing, Estimator):
         fitted method with its parameters. `fit` uses its encoders, until `set_params` names another model. Raises
         DamagedFileError naming what is missing, damaged or foreign, and what open_engine raises.
         """
-        saved = load(Bundle, folder, verify, threads, expected_digest)
+        saved = load(folder, verify, threads, expected_digest)
         return cls._opened(saved, saved.open(runtime, threads, runs), runtime)
 
     @classmethod
-    def _opened(cls, saved: Saved, fit: Fit, runtime: str) -> Self:
+    def _opened(cls, saved: Bundle, fit: Fit, runtime: str) -> Self:
         classifier = cls._with_clip(fit.clip, runtime=runtime, **saved.parameters())
         classifier._store.fit = fit
         return classifier
 
 
-def open_saved(folder: str | Path, runtime: str = "auto") -> Classifier:
-    """Classifier.load, for the commands. Of a head that FewShotHead.save wrote a Classifier, too, whose images are rows
-    of embeddings."""
-    return open_together([load_saved(folder)], runtime)[0]
-
-
 def open_together(
-    saved: Sequence[Saved], runtime: str = "auto", threads: int | None = None, runs: int = 1
+    saved: Sequence[Bundle], runtime: str = "auto", threads: int | None = None, runs: int = 1
 ) -> list[Classifier]:
     """Classifiers that share a model, which is opened once: all `saved` have equal `shares`."""
     clip = saved[0].open(runtime, threads, runs, saved[1:]).clip

@@ -7,20 +7,23 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 
+from iosr_fast.delivery.fitted import Fit, SavedEstimator
 from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
+from iosr_fast.encoders.opened_model import OpenedModel
+from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.answering import Answering
 from iosr_fast.head.class_tree import paths_of
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import check_multi_label, fit_head, warn_of_look_alikes
-from iosr_fast.head.head import Head
 from iosr_fast.head.labels import are_label_sets, classes_of, dense, positions, read_groups, read_label_sets
+from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.preprocess import open_image, thumbnail
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_set import image_rows
@@ -29,7 +32,7 @@ from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.key_precision import Precision
 from iosr_fast.scoring.validation import check_number
-from iosr_fast.store.bundle import SavedHead, load, save
+from iosr_fast.store.bundle import HEAD_KIND, Bundle, load, save
 from iosr_fast.utils.estimator import not_fitted
 from iosr_fast.utils.numbers import check_integer, refuse_masked
 from iosr_fast.utils.require import require
@@ -44,16 +47,7 @@ from sklearn.utils.validation import check_array, validate_data  # noqa: E402
 _BLOCK = 64  # rows that are scored together
 
 
-@dataclass(frozen=True, eq=False)
-class _Fit:
-    """What a fit made: a head, the labels (C,) of its classes, and the dtype of y if that was an indicator."""
-
-    head: Head
-    labels: np.ndarray
-    indicator: np.dtype[Any] | None
-
-
-class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
+class FewShotHead(Answering[Fit], ClassifierMixin, BaseEstimator):
     """A few-shot classifier on embeddings, for scikit-learn's pipelines, cross-validation and searches.
 
     It is the head of a `Classifier` on embeddings that exist already: of a CLIP, or of any encoder whose cosines mean
@@ -106,7 +100,7 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
     ((3, 3), 'loo', 12)
     """
 
-    _fit: _Fit | None = None
+    _fit: Fit | None = None
     _unit_rows = False  # rows of zeros
     _probability_dtype = np.float64
 
@@ -174,7 +168,12 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         choice = asked, self.tune, float(self.tune_seconds)
         head = fit_head(*choice, names, text, tau, examples, sets, unknown, nodes)
         warn_of_look_alikes(head)
-        self._fit = _Fit(head, classes, dense(y).dtype if multi_label and classes.dtype.kind == "i" else None)
+        indicator = dense(y).dtype.name if multi_label and classes.dtype.kind == "i" else None
+        columns = getattr(self, "feature_names_in_", None)
+        labels = "str" if classes.dtype.kind == "U" else classes.dtype.name
+        given = SavedEstimator({}, labels, indicator, None if columns is None else [*columns])
+        clip = OpenedModel(Rows.like(embeddings), Path(), None, tau)
+        self._fit = Fit(clip, head, SupportSettings(), estimator=given, classes=classes)
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -185,28 +184,28 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
         saved classifier may have (names.check_names); FileExistsError where `folder` holds anything else.
         """
         fitted = self._fitted()
-        columns = getattr(self, "feature_names_in_", None)
-        dtype = fitted.labels.dtype
-        labels = "str" if dtype.kind == "U" else dtype.name
-        if dtype.kind not in "Ubiuf" and not all(isinstance(label, str) for label in fitted.labels.tolist()):
-            raise IosrFastError(f"expected labels of text, integers, booleans or floats to save, got {labels}")
+        bundle, labels = Bundle.of(fitted), fitted.labels
+        assert bundle.estimator is not None
+        if labels.dtype.kind not in "Ubiuf" and not all(isinstance(label, str) for label in labels.tolist()):
+            got = bundle.estimator.labels
+            raise IosrFastError(f"expected labels of text, integers, booleans or floats to save, got {got}")
         parameters = {
             name: value.item() if isinstance(value, np.generic) else value  # a number of NumPy is none of JSON
             for name, value in self.get_params(deep=False).items()
             if name != "text"
         }
-        indicator = None if fitted.indicator is None else fitted.indicator.name
-        columns = None if columns is None else [*columns]
-        save(SavedHead(fitted.head, parameters, labels, indicator, columns), folder)
+        save(replace(bundle, estimator=replace(bundle.estimator, estimator=parameters)), folder)
 
     @classmethod
     def load(cls, folder: str | Path, verify: bool = True, expected_digest: str | None = None) -> Self:
         """The fitted head that `save` wrote, with the same logits to the last bit; `text` is of unit length. Checks and
         errors are those of Classifier.load."""
-        saved = load(SavedHead, folder, verify, expected_digest=expected_digest)
-        made = cls(**saved.estimator, text=saved.head.text)
-        made._fit = _Fit(saved.head, saved.classes, None if saved.indicator is None else np.dtype(saved.indicator))
-        made.n_features_in_ = saved.width
+        fit = load(folder, verify, expected_digest=expected_digest, kind=HEAD_KIND).open("auto", None, 1)
+        saved = fit.estimator
+        assert saved is not None
+        made = cls(**saved.estimator, text=fit.head.text)
+        made._fit = replace(fit, classes=saved.classes(fit.head.class_names))
+        made.n_features_in_ = fit.clip.encoder.width
         if saved.columns is not None:
             made.feature_names_in_ = np.array(saved.columns, object)
         return made
@@ -268,27 +267,28 @@ class FewShotHead(Answering[_Fit], ClassifierMixin, BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return self._fit is not None
 
-    def _fitted(self) -> _Fit:
+    def _fitted(self) -> Fit:
         fit = self._fit
         if fit is None:
             raise not_fitted("this FewShotHead instance is not fitted yet: call fit first")
         return fit
 
-    def _queries(self, fitted: _Fit, X: Any) -> Iterator[Embeddings]:
+    def _queries(self, fitted: Fit, X: Any) -> Iterator[Embeddings]:
         """Rows to classify, in blocks. A row of zeros stays, with a warning."""
         rows: np.ndarray = self._validated(X)
         self._usable(rows, "their cosines count as 0, and their labels mean nothing")
         starts = range(0, len(rows), _BLOCK)
         return (Embeddings.of_rows(rows[start : start + _BLOCK], self.adapted) for start in starts)
 
-    def _score(self, fitted: _Fit, block: Embeddings) -> np.ndarray:
+    def _score(self, fitted: Fit, block: Embeddings) -> np.ndarray:
         """Logits of a block, scored as one of _BLOCK rows: those of a row have the same bits in any."""
         filled = block[np.minimum(np.arange(_BLOCK), len(block) - 1)]
         return super()._score(fitted, filled)[: len(block)]
 
-    def _labels(self, fitted: _Fit, logits: np.ndarray) -> np.ndarray:
+    def _labels(self, fitted: Fit, logits: np.ndarray) -> np.ndarray:
         labels = super()._labels(fitted, logits)
-        return labels if fitted.indicator is None else labels.astype(fitted.indicator)
+        indicator = None if fitted.estimator is None else fitted.estimator.indicator
+        return labels if indicator is None else labels.astype(indicator)
 
     def _name_of(self, number: int) -> int:
         return number

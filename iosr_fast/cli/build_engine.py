@@ -100,12 +100,12 @@ def build_classifier(
     from iosr_fast.encoders.engine_folder import Target
     from iosr_fast.head.abstention import Abstention
     from iosr_fast.methods.unknown import KEEP
-    from iosr_fast.store.bundle import load_saved
+    from iosr_fast.store.bundle import load
 
     check_new_folder(out, PLAN_KIND)
     runtime = plan_runtime(runtime)
     abstention = Abstention.of("reject" if reject_unknown else None, None, KEEP, max_error)
-    fit = load_saved(classifier).open("auto", None, 1)
+    fit = load(classifier).open("auto", None, 1)
     manifest = write_plan(fit, out, runtime, max_batch, abstention)
     ran = "so does the plan, on the GPU here" if manifest["was_run"] else "the plan was not run: no GPU for it here"
     note(

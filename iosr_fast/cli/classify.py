@@ -9,7 +9,7 @@ from typing import Annotated, Any, TextIO
 
 from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import note, output, write_new
-from iosr_fast.cli.options import RejectOption, argument, as_share, head_in, note_counts, option, ray_pool, resumable
+from iosr_fast.cli.options import RejectOption, argument, as_share, note_counts, option, ray_pool, resumable, rows_in
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.detector_files import Selection, is_detector_file
 from iosr_fast.utils.require import require
@@ -77,7 +77,7 @@ def classify(
     if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")
     abstention = check_abstention("reject" if reject_unknown else None, unknown_label, keep, max_error)
-    head = head_in(classifier, ray=ray, sort=sort)
+    taken = rows_in(classifier, ray=ray, sort=sort)
     pool = ray_pool(ray, workers, gpus, address)
     if out is not None and out.suffix not in FORMS:
         raise IosrFastError(
@@ -93,7 +93,7 @@ def classify(
         raise IosrFastError("expected --max-error, and .csv or .parquet if --out is given, with --sort")
     boxes = Selection(root, min_confidence, tuple(category or ()))
     is_one = len(images) == 1 and is_detector_file(images[0])
-    if form == "json" and (head or html or unknown_label != UNKNOWN_LABEL or not is_one):
+    if form == "json" and (taken or html or unknown_label != UNKNOWN_LABEL or not is_one):
         raise IosrFastError(
             f"expected a classifier of images and one detector file (.json) with --out {out}, and neither --html nor "
             "--unknown-label; use .csv or .parquet"
@@ -114,7 +114,7 @@ def classify(
     with resumable(None if joint else out):
         if out is not None:
             check_out(out)
-        embedded = None if head is None else read_rows(images, head, html is not None)[0]
+        embedded = None if taken is None else read_rows(images, taken, html is not None)[0]
         source = embedded or read_source(images, form == "parts", skip_bad, boxes)
         if sort is not None:
             check_sort(sort, images, source.paths)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import Group, ListCommand, new_app, say, stop_message, write_figures, write_new
-from iosr_fast.cli.options import Html, Json, Runtime, SavedClassifier, SkipBad, argument, echo_first, head_in, option
+from iosr_fast.cli.options import Html, Json, Runtime, SavedClassifier, SkipBad, argument, echo_first, option, rows_in
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.sealed.outputs import check_utf8
 from iosr_fast.utils.text import abbreviate
@@ -71,7 +71,7 @@ def saved(
 
     Also written without `saved`: iosr-fast evaluate CLASSIFIER IMAGES.
     """
-    from iosr_fast.classifier import open_saved
+    from iosr_fast.classifier import Classifier
     from iosr_fast.files.embedding_files import read_rows
     from iosr_fast.files.source import check_files
     from iosr_fast.head.labelled_images import called_as, labelled_images, unknown_folder
@@ -83,12 +83,12 @@ def saved(
             f"folder {classifier}"
         )
     paths: Sequence[Any]
-    if (head := head_in(classifier, nested=nested, label_column=label_column)) is not None:
-        source, labels = read_rows([images], head, html is not None)
+    if (rows := rows_in(classifier, nested=nested, label_column=label_column)) is not None:
+        source, labels = read_rows([images], rows, html is not None)
         if not labels:
             raise IosrFastError(f"expected labels y beside x in {images}, an .npz file, got none")
         paths, names = source.paths, labels
-        others = [] if unknown_images is None else read_rows([unknown_images], head, html is not None)[0].paths
+        others = [] if unknown_images is None else read_rows([unknown_images], rows, html is not None)[0].paths
     else:
         given = labelled_images(images, nested=nested, skip_bad=skip_bad, root=root, label_column=label_column)
         paths, labels, names, *_ = given
@@ -96,9 +96,9 @@ def saved(
         if not skip_bad:
             check_files(paths)
     check_utf8([*map(str, paths), *others])
-    loaded = open_saved(classifier, runtime).set_params(progress=True)
+    loaded = Classifier.load(classifier, runtime).set_params(progress=True)
     known = [info.name for info in loaded.classes()]
-    if nested and head is None:
+    if nested and rows is None:
         paths, labels, names, *_ = called_as(given, known, loaded.snapshot().paths)
     if foreign := sorted(set(names) - set(known)):
         folders = "" if nested or loaded.snapshot().paths is None else "read nested folders of a tree by --nested, "
@@ -108,7 +108,7 @@ def saved(
         )
     found = loaded.evaluate(paths, labels, others, coverage=coverage, keep=keep, skip_bad=skip_bad)
     say(*found.summary().split("\n"))
-    first = partial(echo_first, by="--html or --json" if head is None else "--json")
+    first = partial(echo_first, by="--html or --json" if rows is None else "--json")
     worst = sorted((one for one in found.class_results if one.right < one.images), key=lambda one: one.recall)
     first("least often right:", [f"{one.label}: {one.right} of {one.images}" for one in worst])
     mixups = [f"{one.label} taken for {one.other}: {one.mistaken} of {one.images}" for one in found.mixups]

@@ -31,12 +31,12 @@ def export(
     \b
     iosr-fast export my-classifier pets.onnx --max-error 1%
     """
-    from iosr_fast.classifier import open_saved
+    from iosr_fast.classifier import Classifier
     from iosr_fast.export.web import NEEDED, check_page, write_page
 
     if web is not None and pixels:
         raise IosrFastError("expected no --pixels with --web: its page takes images of any size")
-    opened = open_saved(classifier)
+    opened = Classifier.load(classifier)
     if web is not None:
         check_page(file, web, opened.exif_orientation)
     opened.export(file, max_error, "reject" if reject_unknown else None, "pixels" if pixels else "picture")

@@ -15,9 +15,9 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
+    from iosr_fast.encoders.rows import Rows
     from iosr_fast.files.work import Counts
     from iosr_fast.ray import Pool
-    from iosr_fast.store.bundle import SavedHead
 
 
 def option(text: str, *names: str, **settings: Any) -> Any:
@@ -91,10 +91,11 @@ MaxBatch = Annotated[int | None, option("Most images of a batch [default: 8 on a
 Deadline = Annotated[int, option("Deadline of a request that names none, in milliseconds.")]
 
 
-def head_in(classifier: Path, **given: Any) -> SavedHead | None:
-    """The head on embeddings in a folder; None for anything else. Raises IosrFastError where one is there, and options
-    that need images are given."""
-    from iosr_fast.store.bundle import HEAD_KIND, SavedHead, kind_of, load
+def rows_in(classifier: Path, **given: Any) -> Rows | None:
+    """The rows of embeddings that the head in a folder takes; None where it holds anything else. Raises IosrFastError
+    where a head is there, and options that need images are given."""
+    from iosr_fast.encoders.rows import Rows
+    from iosr_fast.store.bundle import HEAD_KIND, kind_of, load
 
     if kind_of(classifier) != HEAD_KIND:
         return None
@@ -102,7 +103,7 @@ def head_in(classifier: Path, **given: Any) -> SavedHead | None:
         raise IosrFastError(
             f"{classifier} is a head, which takes embeddings: expected no {', '.join(flags)}, for images"
         )
-    return load(SavedHead, classifier)
+    return Rows.like(load(classifier).head.examples.embeddings)
 
 
 def ray_pool(ray: bool, workers: int | None, gpus: float, address: str | None) -> Pool | None:

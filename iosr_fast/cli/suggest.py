@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from iosr_fast.cli import options as shared
 from iosr_fast.cli.command import note, output, write_new
-from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad, argument, head_in, option
+from iosr_fast.cli.options import Csv, Html, Runtime, SavedClassifier, SkipBad, argument, option, rows_in
 from iosr_fast.images.detector_files import Selection
 from iosr_fast.sealed.outputs import check_utf8
 from iosr_fast.utils.csv_text import escaped, line_writer
@@ -43,15 +43,15 @@ def suggest(
 
     fits on the old images and the labelled ones; rows without a label are left out.
     """
-    from iosr_fast.classifier import open_saved
+    from iosr_fast.classifier import Classifier
     from iosr_fast.files.embedding_files import read_rows
     from iosr_fast.files.source import read_source
 
-    head = head_in(classifier)
+    rows = rows_in(classifier)
     boxes = Selection(root, min_confidence, tuple(category or ()))
-    given = None if head is None else read_rows([folder], head, html is not None)[0]
+    given = None if rows is None else read_rows([folder], rows, html is not None)[0]
     images = given or read_source([str(folder)], False, skip_bad, boxes)
-    loaded = open_saved(classifier, runtime)
+    loaded = Classifier.load(classifier, runtime)
     suggestions = loaded.suggest(images, number, skip_bad=skip_bad)
     check_utf8(map(str, suggestions.paths))
     if out is not None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
     from iosr_fast.clip.load import LoadedModel
 
+_opening = threading.Lock()  # of the process: a model with a lock of its own could not be pickled
+
 
 @dataclass(frozen=True, eq=False)
 class OpenedModel:
@@ -35,7 +37,6 @@ class OpenedModel:
     reads_text: bool = True
     one_form: bool = False
     _other: list[Encoder] = field(default_factory=list, init=False, repr=False)
-    _opening: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @property
     def has_adapter(self) -> bool:
@@ -55,7 +56,8 @@ class OpenedModel:
             return first
         if source is None or not has_plain_form(source.manifest, first.runtime):
             return first
-        with self._opening:
-            if not self._other:
-                self._other.append(open_engine(source, first.runtime, False, first.threads, first.runs, adapted))
-            return self._other[0]
+        if not self._other:
+            with _opening:
+                if not self._other:  # by another thread meanwhile
+                    self._other.append(open_engine(source, first.runtime, False, first.threads, first.runs, adapted))
+        return self._other[0]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.exceptions import BadImageError
+from iosr_fast.encoders.encoder import Embeddings, Encoder, are_usable
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import DecodedBatch
 
@@ -21,6 +21,29 @@ class Rows(Encoder):
 
     def __init__(self, width: int, adapted: bool) -> None:
         self.width, self.adapted = width, adapted
+
+    @classmethod
+    def like(cls, embeddings: Embeddings) -> Rows:
+        """Of rows that become such embeddings: D numbers, or 2 D where they are plain and adapted side by side."""
+        adapted = embeddings.adapted is not None
+        return cls(embeddings.plain.shape[1] * (1 + adapted), adapted)
+
+    def read(self, rows: Any) -> np.ndarray:
+        """Rows (n, width) float64 of an array, one row (width,) or many (n, width), or of an iterable of rows. Raises
+        IosrFastError for another form, and naming the row for numbers that are not finite and for zeros, which have no
+        direction."""
+        expected = f"expected rows of {self.width} numbers, as this head takes them"
+        try:
+            read = np.array(rows if isinstance(rows, np.ndarray) else [*rows], np.float64)
+        except (TypeError, ValueError) as error:
+            raise IosrFastError(f"{expected}: {error}") from error
+        if read.size and (read.ndim not in (1, 2) or read.shape[-1] != self.width):
+            raise IosrFastError(f"{expected}, got an array of shape {read.shape}")
+        read = read.reshape(-1, self.width)
+        wrong = np.flatnonzero(~(np.isfinite(read).all(1) & are_usable(read, self.adapted)))
+        if len(wrong):
+            raise IosrFastError(f"{expected}, finite and not all zeros, got others in row {wrong[0]}")
+        return read
 
     def accepts(self, image: Any) -> bool:
         return isinstance(image, np.ndarray) and image.shape == (self.width,)

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, are_usable
-from iosr_fast.encoders.rows import KeyedRow
+from iosr_fast.encoders.rows import KeyedRow, Rows
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.files.source import Source, check_files
 from iosr_fast.sealed.manifest import read_manifest
 from iosr_fast.sealed.outputs import check_utf8
-from iosr_fast.store.bundle import SavedHead
 
 KIND = "embeddings"  # of the manifest
 _ENTRY = "iosr_fast"
@@ -106,41 +105,41 @@ def _read_part(path: Path) -> Part:
         raise DamagedFileError(f"{path} is damaged or not a part of iosr_fast ({error}); compute it again") from error
 
 
-def read_rows(places: Sequence[str | Path], head: SavedHead, pictures: bool = False) -> tuple[Source, list[str]]:
-    """The rows of all files in order, and their labels (none where a file has no y).
+def read_rows(places: Sequence[str | Path], rows: Rows, pictures: bool = False) -> tuple[Source, list[str]]:
+    """The rows of all files in order, such as a head takes, and their labels (none where a file has no y).
 
     Rows without keys are named by their positions. One that is not finite, or holds zeros, is as an image that can't be
     read. Raises FileNotFoundError, with `pictures` also for keys that are no files, and IosrFastError for another form
     or width.
     """
-    rows, labels = list[KeyedRow](), list[str]()
+    keyed, labels = list[KeyedRow](), list[str]()
     for place in map(Path, places):
-        numbers, keys, reasons, y = _read(place, head)
-        if numbers.dtype.kind not in "fiu" or numbers.ndim != 2 or numbers.shape[1] != head.width:
+        numbers, keys, reasons, y = _read(place, rows)
+        if numbers.dtype.kind not in "fiu" or numbers.ndim != 2 or numbers.shape[1] != rows.width:
             got = f"{numbers.dtype} of shape {numbers.shape}"
-            raise IosrFastError(f"expected rows of {head.width} numbers in {place}, as the head takes them, got {got}")
-        finite, usable = np.isfinite(numbers).all(axis=1), are_usable(numbers, head.adapted)
+            raise IosrFastError(f"expected rows of {rows.width} numbers in {place}, as the head takes them, got {got}")
+        finite, usable = np.isfinite(numbers).all(axis=1), are_usable(numbers, rows.adapted)
         faults = np.where(finite, np.where(usable, "", "it holds zeros"), "it holds other numbers than finite ones")
         said = [reason or fault for reason, fault in zip(reasons or [""] * len(numbers), faults.tolist(), strict=True)]
         named = [str(i) for i in range(len(numbers))] if keys is None else [str(key) for key in keys]
         if len(named) != len(numbers) or (y is not None and len(y) != len(numbers)):
             raise IosrFastError(f"expected keys and y for each of the {len(numbers)} rows of {place}, got others")
-        rows += map(KeyedRow.of, named, numbers, said)
+        keyed += map(KeyedRow.of, named, numbers, said)
         labels += [] if y is None else [str(label) for label in y]
-    if not rows:
+    if not keyed:
         raise IosrFastError(f"expected embeddings, found none: {FORMS}")
-    check_utf8(rows)
+    check_utf8(keyed)
     if pictures:
-        check_files(rows, "--html shows pictures: give embeddings whose keys are paths from here, or leave it out")
-    return Source([*rows], [*rows]), labels if len(labels) == len(rows) else []
+        check_files(keyed, "--html shows pictures: give embeddings whose keys are paths from here, or leave it out")
+    return Source([*keyed], [*keyed]), labels if len(labels) == len(keyed) else []
 
 
-def _read(place: Path, head: SavedHead) -> tuple[np.ndarray, Any, Any, Any]:
+def _read(place: Path, rows: Rows) -> tuple[np.ndarray, Any, Any, Any]:
     """Numbers, keys or None, reasons or None, labels or None."""
     if place.is_dir():
         part = read_embeddings(place)
         plain, adapted = part.embeddings.plain, part.embeddings.adapted
-        both = np.hstack([plain, adapted]) if head.adapted and adapted is not None else plain
+        both = np.hstack([plain, adapted]) if rows.adapted and adapted is not None else plain
         return both, part.keys, part.errors, None
     try:
         loaded = np.load(place, allow_pickle=False)

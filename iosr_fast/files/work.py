@@ -29,7 +29,7 @@ from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.detector_files import OURS
 from iosr_fast.sealed.manifest import read_manifest
-from iosr_fast.store.bundle import Saved, load_saved
+from iosr_fast.store.bundle import Bundle, load
 from iosr_fast.store.head_files import fingerprint
 from iosr_fast.utils.progress import say
 
@@ -110,8 +110,8 @@ class Classify:
     readable: ClassVar[str] = "classified"
 
     @cached_property
-    def bundle(self) -> Saved:
-        return load_saved(self.folder)
+    def bundle(self) -> Bundle:
+        return load(self.folder)
 
     @property
     def head(self) -> Head:

@@ -19,6 +19,7 @@ import numpy as np
 
 from iosr_fast.clip.prompts import check_templates
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import BadImageError, IosrFastError, printable
 from iosr_fast.head.examples import Examples
 from iosr_fast.images.crop import MAX_MARGIN, Sharing, path_of, picture_of
@@ -97,6 +98,8 @@ def encode_images(
     A picture (its pixels, whatever the file) under two labels is refused, and so is one that is a support image and
     unknown: before any work where the files are equal, else once both are decoded. Warns of copies within a class.
     """
+    if isinstance(encoder, Rows):
+        return _read_rows(encoder, images, labels, unknown_images)
     one_by_one = isinstance(images, Iterator)
     images = images if one_by_one else [*images, *unknown_images]
     none = len(names)
@@ -145,6 +148,14 @@ def encode_images(
     if not unknown.any():
         return EncodedImages(found, None, errors)
     return EncodedImages(found.rows(~unknown), keys[unknown], errors)
+
+
+def _read_rows(rows: Rows, given: Iterable[Any], labels: np.ndarray | None, unknown: Sequence[Any]) -> EncodedImages:
+    """As encode_images, of rows of embeddings, which have no pictures: a wrong one is an IosrFastError."""
+    embeddings = rows.encode(rows.read(given))
+    others = rows.encode(rows.read(unknown)) if len(unknown) else None
+    class_ids = np.full(len(embeddings), -1) if labels is None else labels
+    return EncodedImages(Examples.numbered(embeddings, class_ids), others, [])
 
 
 class _Prepared(NamedTuple):

@@ -21,12 +21,10 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, TypeVar
-
-import numpy as np
+from typing import Any
 
 from iosr_fast.delivery.engine_choice import EngineChoice
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.fitted import Fit, SavedEstimator
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.rows import Rows
@@ -50,34 +48,43 @@ ENGINE, TEXT = "engine", "text"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A Fit without the encoder that runs: `engine` is the folder to open it from, `files` that folder held open."""
+    """A Fit without the encoder that runs.
+
+    `engine` is the folder to open it from, `files` that folder held open. A head on rows of embeddings has neither; it
+    has an `estimator`, what FewShotHead needs beside it.
+    """
 
     head: Head
     settings: SupportSettings
     engine: Path
     encoder_fingerprint: str
-    text: TextSource | None
+    text: TextSource | None = None
     files: VerifiedFolder | None = None
     integer_labels: bool = False
     engine_choice: EngineChoice | None = None
-    kind: ClassVar[str] = KIND
+    estimator: SavedEstimator | None = None
 
     @classmethod
     def of(cls, fit: Fit) -> Bundle:
         """What is saved of a fit."""
         clip = fit.clip
-        encoder = fit.clip.encoder
-        beside = clip.text, encoder.source, fit.integer_labels, fit.engine_choice
-        return cls(fit.head, fit.settings, clip.engine, encoder.fingerprint, *beside)
+        beside = clip.text, clip.encoder.source, fit.integer_labels, fit.engine_choice, fit.estimator
+        return cls(fit.head, fit.settings, clip.engine, clip.encoder.fingerprint, *beside)
+
+    @property
+    def kind(self) -> str:
+        """What the folder says it is."""
+        return KIND if self.estimator is None else HEAD_KIND
 
     @property
     def shares(self) -> object:
-        """Equal in bundles whose fits can share an encoder and its batches."""
-        assert self.files is not None
+        """Equal in bundles whose fits can share an encoder and its batches; nothing says it of rows of embeddings."""
+        if self.files is None:
+            return object()
         settings = self.settings
         return self.encoder_fingerprint, check_engine(self.files).geometry, settings.exif_orientation, settings.margin
 
-    def open(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Saved] = ()) -> Fit:
+    def open(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Bundle] = ()) -> Fit:
         """The fit of an opened bundle. "auto" is the runtime that was chosen by measuring on the same processor.
 
         The encoder is opened in the form that queries need, those of bundles `beside` it, too, whose fits will be
@@ -85,6 +92,10 @@ class Bundle:
         """
         from iosr_fast.encoders.runtimes import open_engine
 
+        if self.estimator is not None:
+            if runtime != "auto":
+                raise IosrFastError(f"a head has no encoder, which a runtime would execute: leave out {runtime!r}")
+            return self.on(OpenedModel(Rows.like(self.head.examples.embeddings), Path(), None, self.head.tau))
         choice = self.engine_choice
         forms = {self.head.needs_adapted, *(one.head.needs_adapted for one in beside)}
         name = choice.runtime if runtime == "auto" and choice is not None else runtime
@@ -96,14 +107,16 @@ class Bundle:
 
     def on(self, clip: OpenedModel) -> Fit:
         """The fit on an opened model."""
-        return Fit(clip, self.head, self.settings, (), self.integer_labels, self.engine_choice)
+        beside = self.integer_labels, self.engine_choice
+        return Fit(clip, self.head, self.settings, (), *beside, estimator=self.estimator)
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of Classifier that an opened bundle has: not `pretrained`, nor the file of an adapter.
 
         Method and parameters are the fitted ones, so that another fit searches nothing; a stack weighs its parts again.
         """
-        assert self.files is not None
+        if self.files is None:
+            return {}
         engine = self.files.manifest
         config = self.head.config
         settings = asdict(self.settings)
@@ -122,7 +135,10 @@ class Bundle:
         }
 
     def write(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-        """Write the encoders; the facts of them, and the SHA-256 of the engine's files."""
+        """Write what is beside the head: its facts, and the SHA-256 of the engine's files."""
+        if self.estimator is not None:
+            check_names(self.head.class_names, saved=True)  # the others were checked at the fit
+            return asdict(self.estimator), {}
         engine = self.files or open_verified(self.engine, ENGINE_KIND)
         facts = check_engine(engine)
         _check_encoder(engine, facts, self.encoder_fingerprint)
@@ -154,6 +170,8 @@ class Bundle:
     @classmethod
     def read(cls, folder: VerifiedFolder, threads: int | None = None) -> Bundle:
         """What was saved, after checking that the manifest, the engine's and the head agree."""
+        if folder.kind == HEAD_KIND:
+            return cls._of_rows(folder)
         reducer = folder.manifest.get("reducer")
         if isinstance(reducer, str) and reducer.startswith("isoclip"):
             raise IosrFastError(
@@ -183,122 +201,51 @@ class Bundle:
         beside = text, engine, facts.integer_labels, facts.engine_choice
         return cls(head, settings, engine.folder, facts.encoder_fingerprint, *beside)
 
-
-@dataclass(frozen=True, eq=False)
-class SavedHead:
-    """A head without an encoder, and what FewShotHead needs beside it.
-
-    estimator   the parameters of its constructor but `text`, as they were given
-    labels      the dtype of `classes_`, whose values are the class names: "str", "object" (texts) or one of numbers
-    indicator   the dtype of the indicators that `predict` gives, where the fit was given one
-    columns     the names that the columns of X had
-    """
-
-    head: Head
-    estimator: dict[str, Any]
-    labels: str
-    indicator: str | None
-    columns: list[str] | None
-    kind: ClassVar[str] = HEAD_KIND
-
-    settings = SupportSettings()
-    encoder_fingerprint = "none"
-
-    @property
-    def shares(self) -> object:
-        """As Bundle.shares: nothing says that two heads are of one encoder."""
-        return object()
-
-    def open(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Saved] = ()) -> Fit:
-        """A fit whose images are rows of embeddings (encoders.rows)."""
-        if runtime != "auto":
-            raise IosrFastError(f"a head has no encoder, which a runtime would execute: leave out {runtime!r}")
-        return self.on(OpenedModel(Rows(self.width, self.adapted), Path(), None, self.head.tau))
-
-    def on(self, clip: OpenedModel) -> Fit:
-        """As Bundle.on."""
-        return Fit(clip, self.head, self.settings)
-
-    def parameters(self) -> dict[str, Any]:
-        """As Bundle.parameters: none."""
-        return {}
-
-    @property
-    def adapted(self) -> bool:
-        """Whether a row is a plain and an adapted embedding side by side."""
-        return self.head.examples.embeddings.adapted is not None
-
-    @property
-    def width(self) -> int:
-        """The numbers of a row: D, or 2 D."""
-        return self.head.examples.width * (1 + self.adapted)
-
-    @property
-    def classes(self) -> np.ndarray:
-        """`classes_`, (C,). Raises ValueError or OverflowError where a class name is no such label."""
-        names = np.array(self.head.class_names)
-        return names == "True" if self.labels == "bool" else names.astype(self.labels)
-
-    def write(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-        """As Bundle.write."""
-        check_names(self.head.class_names, saved=True)  # the others were checked at the fit
-        return {name: value for name, value in vars(self).items() if name != "head"}, {}
-
     @classmethod
-    def read(cls, folder: VerifiedFolder, threads: int | None = None) -> SavedHead:
-        """As Bundle.read."""
+    def _of_rows(cls, folder: VerifiedFolder) -> Bundle:
         facts = read_facts(folder, HeadManifest)
         check_files(folder, {SUPPORT}, {*TABLE})
-        saved = cls(read_head(facts, folder), facts.estimator, facts.labels, facts.indicator, facts.columns)
+        estimator = SavedEstimator(facts.estimator, facts.labels, facts.indicator, facts.columns)
         try:
-            if [str(label) for label in saved.classes.tolist()] != facts.class_names:
-                raise IosrFastError(f"expected class_names that are {saved.labels}, got others")
+            if [str(label) for label in estimator.classes(facts.class_names).tolist()] != facts.class_names:
+                raise IosrFastError(f"expected class_names that are {facts.labels}, got others")
         except (ValueError, OverflowError) as error:
             raise refused(folder, f"manifest.json: {error}") from error
-        return saved
+        return cls(read_head(facts, folder), SupportSettings(), Path(), Rows.fingerprint, estimator=estimator)
 
 
-Saved: TypeAlias = Bundle | SavedHead
-_Saved = TypeVar("_Saved", Bundle, SavedHead)
-
-
-def save(saved: Saved, folder: str | Path) -> None:
+def save(bundle: Bundle, folder: str | Path) -> None:
     """Write `folder`; an interrupted call leaves what was there.
 
     Raises ValueError, with nothing written, for what can't be loaded: labels and class names that JSON does not give
     back or that no saved classifier may have; an engine or a text encoder that is not as its manifest says, or another
     than the one that encoded the support images.
     """
-    with new_folder(folder, saved.kind) as temporary:
-        facts, hashes = saved.write(temporary)
-        write_manifest(temporary, saved.kind, {**write_head(saved.head, temporary), **facts}, hashes)
-        saved.read(open_verified(temporary, saved.kind, verify=False))  # what can't be loaded is not written
+    with new_folder(folder, bundle.kind) as temporary:
+        facts, hashes = bundle.write(temporary)
+        write_manifest(temporary, bundle.kind, {**write_head(bundle.head, temporary), **facts}, hashes)
+        Bundle.read(open_verified(temporary, bundle.kind, verify=False))  # what can't be loaded is not written
 
 
 def load(
-    form: type[_Saved],
     folder: str | Path | VerifiedFolder,
     verify: bool = True,
     threads: int | None = None,
     expected_digest: str | None = None,
-) -> _Saved:
-    """Read what `save` wrote of this form, a folder or a verified one. Every file is opened now and read once.
+    kind: str | None = None,
+) -> Bundle:
+    """Read what `save` wrote, a folder or a verified one. Every file is opened now and read once.
 
-    `threads` of the text encoder. Raises FileNotFoundError or ValueError, naming the file and what is wrong, and what
-    `verified_folder.open_verified` raises for another digest than the expected one.
+    `threads` of the text encoder; `kind` is KIND or HEAD_KIND where the other is refused. Raises FileNotFoundError or
+    ValueError, naming the file and what is wrong, and what `verified_folder.open_verified` raises for another digest
+    than the expected one.
     """
     if not isinstance(folder, VerifiedFolder):
-        folder = open_verified(folder, form.kind, verify, expected_digest)
+        found = kind_of(folder)
+        folder = open_verified(folder, kind or (HEAD_KIND if found == HEAD_KIND else KIND), verify, expected_digest)
     elif expected_digest is not None:
         folder.require(expected_digest)
-    return form.read(folder, threads)
-
-
-def load_saved(folder: str | Path, threads: int | None = None, expected_digest: str | None = None) -> Saved:
-    """As `load`, of the form that the folder says it has."""
-    if kind_of(folder) == HEAD_KIND:
-        return load(SavedHead, folder, True, threads, expected_digest)
-    return load(Bundle, folder, True, threads, expected_digest)
+    return Bundle.read(folder, threads)
 
 
 def kind_of(folder: str | Path) -> str:

@@ -96,7 +96,7 @@ class Manifest(HeadFacts, frozen=True, kw_only=True):
 
 
 class HeadManifest(Manifest, frozen=True, kw_only=True):
-    """The manifest of a head without an encoder; the fields are those of bundle.SavedHead."""
+    """The manifest of a head without an encoder; the last fields are those of SavedEstimator."""
 
     estimator: dict[str, bool | float | str | None]
     labels: Dtype

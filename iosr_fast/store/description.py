@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import cast
 
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
+from iosr_fast.encoders.rows import Rows
 from iosr_fast.head.head import Head
 from iosr_fast.methods.config import describe_shares
 from iosr_fast.sealed.verified_folder import open_verified
-from iosr_fast.store.bundle import ENGINE, HEAD_KIND, Bundle, SavedHead, kind_of
+from iosr_fast.store.bundle import Bundle, kind_of
 from iosr_fast.store.log_reader import Base, LoggedChange, reading
 from iosr_fast.utils.text import abbreviate
 
@@ -26,17 +27,9 @@ def describe(folder: str | Path) -> str:
     if verified.kind == ENGINE_KIND:
         lines += _engine_lines(check_engine(verified))
         verified.check()
-    elif verified.kind == HEAD_KIND:
-        saved = SavedHead.read(verified)
-        rows = f"{saved.width} numbers" + (", plain and adapted side by side" if saved.adapted else "")
-        lines += [*_head_lines(saved.head), f"takes embeddings of {rows}; labels are {saved.labels}"]
     else:
         bundle = Bundle.read(verified)
-        lines += [*_head_lines(bundle.head), *_engine_lines(check_engine(verified.inner(ENGINE, ENGINE_KIND)))]
-        without = "none" if bundle.head.text is not None else "none: this model reads no texts"
-        lines.append(f"text encoder {without if bundle.text is None else 'included'}")
-        lines += [f"margin {margin:g} of boxes"] if (margin := bundle.settings.margin) else []
-        lines += [] if bundle.engine_choice is None else bundle.engine_choice.lines()
+        lines += [*_head_lines(bundle.head), *_beside_lines(bundle)]
     return "\n".join([*lines, f"digest {verified.digest}"])
 
 
@@ -69,6 +62,20 @@ def _head_lines(head: Head) -> list[str]:
         *head.summary().split("\n"),
         *([f"shares of the logits: {describe_shares(shares)}"] if shares else []),
     ]
+
+
+def _beside_lines(bundle: Bundle) -> list[str]:
+    """What is beside the head."""
+    if bundle.files is None:
+        assert bundle.estimator is not None
+        rows = Rows.like(bundle.head.examples.embeddings)
+        numbers = f"{rows.width} numbers" + (", plain and adapted side by side" if rows.adapted else "")
+        return [f"takes embeddings of {numbers}; labels are {bundle.estimator.labels}"]
+    lines = _engine_lines(check_engine(bundle.files))
+    without = "none" if bundle.head.text is not None else "none: this model reads no texts"
+    lines.append(f"text encoder {without if bundle.text is None else 'included'}")
+    lines += [f"margin {margin:g} of boxes"] if (margin := bundle.settings.margin) else []
+    return lines + ([] if bundle.engine_choice is None else bundle.engine_choice.lines())
 
 
 def _engine_lines(engine: EngineManifest) -> list[str]:

@@ -167,7 +167,7 @@ class Changing:
             raise IosrFastError("expected validation images and their labels together, got one without the other")
         queries, truth = None, None
         if images is not None:
-            listed = as_image_list(images)
+            listed = fit.listed(images)
             if not listed:
                 raise IosrFastError("expected at least one validation image, got none")
             truth = fit.read_labels(listed, labels)
@@ -274,7 +274,7 @@ class Changing:
 def calibrate(fit: Fit, images: Any, labels: Any, groups: Any, skip_bad: bool) -> Fit:
     """The next version of a fit, as of Changing.calibrate_on."""
     head = fit.head.require_single_label("calibrate_on")
-    listed = as_image_list(images)
+    listed = fit.listed(images)
     settings = replace(fit.settings, thumbnail=0)
     class_ids = fit.read_labels(listed, labels)
     grouped = read_groups(groups, len(listed), listed, class_ids)
@@ -289,7 +289,7 @@ def _encode(fit: Fit, images: Any) -> Examples | None:
     """The images as examples without class and numbers yet; None for no images. An iterable without a length is taken
     once, image by image, and its parts of pictures make no groups."""
     lazy = isinstance(images, Iterable) and not isinstance(images, Sized)
-    listed = images if lazy else as_image_list(images)
+    listed = images if lazy else fit.listed(images)
     examples = encode_images(fit.clip.encoder_for(adapted=True), iter(listed), fit.settings).examples
     groups = None if lazy else read_groups(None, len(listed), listed, [0] * len(listed))  # all are of one class
     return replace(examples, groups=groups) if len(examples) else None

@@ -28,7 +28,7 @@ from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.store.bundle import Bundle, load
+from iosr_fast.store.bundle import load
 from iosr_fast.store.bundle_schema import HeadFacts
 from iosr_fast.store.description import describe
 from iosr_fast.store.head_files import fingerprint, head_from_files, head_to_files
@@ -79,7 +79,7 @@ def test_answers_are_those_of_the_plan(method: str) -> None:
 def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path) -> None:
     made = fitted(engine_folder(tmp_path / "engine"), method=method, key_precision=precision)
     made.save(tmp_path / "bundle")
-    head, loaded = made.snapshot(), load(Bundle, tmp_path / "bundle").head
+    head, loaded = made.snapshot(), load(tmp_path / "bundle").head
     assert fingerprint(loaded) == fingerprint(head) and loaded.counts.tolist() == head.counts.tolist()
     rows = made.encoder.encode(several(1, 9)[0])
     np.testing.assert_array_equal(loaded.score(rows), head.score(rows))
@@ -152,7 +152,7 @@ def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.Mon
     classifier, image = fitted(engine_folder(tmp_path / "engine")), IMAGES[:1]
     classifier.save(tmp_path / "bundle")
     # An engine that computes would take seconds.
-    monkeypatch.setattr("iosr_fast.classifier.open_saved", lambda *_, **__: classifier)
+    monkeypatch.setattr(Classifier, "load", lambda *_, **__: classifier)
     monkeypatch.setattr(type(classifier.encoder), "encode", lambda *_: pytest.fail("a picture was encoded"))
     changes: dict[str, tuple[Any, ...]] = {
         **{"add_class": ("new", image), "add_examples": ("motif 0", image), "remove_examples": (["e0"],)},

@@ -15,7 +15,7 @@ from iosr_fast.encoders.runtimes.graph import Graph, open_graph
 from iosr_fast.export import build
 from iosr_fast.head.abstention import Abstention
 from iosr_fast.sealed.manifest import read_manifest
-from iosr_fast.store.bundle import load_saved
+from iosr_fast.store.bundle import load
 from tests.cli.runs import done, refused
 from tests.demo_cache import demo_bundle, export_once
 
@@ -58,7 +58,7 @@ def test_a_classifiers_plan_comes_with_class_names_and_says_that_it_was_not_run(
     shown = done(*words, "--max-batch", "4", "--max-error", "30%", "--reject-unknown")
     assert "not run: no GPU" in shown and f"for any GPU with tensorrt_rtx {version}" in shown
     manifest = read_manifest(tmp_path / "plan", "plan")
-    fit, facts = load_saved(demo_bundle()).open("onnxruntime", None, 1), manifest["iosr_fast"]
+    fit, facts = load(demo_bundle()).open("onnxruntime", None, 1), manifest["iosr_fast"]
     assert manifest["class_names"] == list(fit.head.class_names) and list(manifest["files"]) == ["1/model.plan"]
     assert manifest["outputs"] == ["probabilities", "label", "accepted", "unknown", "rejected"]
     assert (manifest["was_run"], manifest["max_batch"]) == (False, 4)
@@ -71,7 +71,7 @@ def test_a_plan_is_written_for_triton_after_it_answered_as_the_classifier_does(
     max_batch: int, profiles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime executes in place of TensorRT."""
-    fit = load_saved(demo_bundle()).open("onnxruntime", 1, 1)
+    fit = load(demo_bundle()).open("onnxruntime", 1, 1)
     here = Target(runtime="tensorrt", version="10.1", gpu="NVIDIA H100", compute_capability="9.0")
     monkeypatch.setattr(one_plan, "target", lambda runtime: here)
     monkeypatch.setattr(one_plan, "unavailable_reason", lambda runtime: None)

@@ -38,7 +38,7 @@ def fitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ..
 @pytest.fixture
 def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "open_shared", never)
-    monkeypatch.setattr(work, "load_saved", never)
+    monkeypatch.setattr(work, "load", never)
 
 
 def test_help_lists_every_command_without_importing_one() -> None:
@@ -205,7 +205,7 @@ def test_a_folder_given_to_predict_is_called_a_folder(folder: Path) -> None:
 
 def test_a_run_that_reads_no_image_fails(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = small_classifier(engine_folder(tmp_path / "engine"))
-    monkeypatch.setattr(work, "load_saved", lambda *_: Bundle.of(made._fit))
+    monkeypatch.setattr(work, "load", lambda *_: Bundle.of(made._fit))
     monkeypatch.setattr(Bundle, "open", lambda *_: made._fit)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     words = ("--skip-bad", "--batch", "2", "--threads", "1")
@@ -222,7 +222,7 @@ def test_descriptions_come_from_a_file(fitting: tuple[object, ...], folder: Path
     (tmp_path / "t.csv").write_text('class,text\nclass 0,"round, red"\nclass 2,\'=3\n class 1 ,small\n')
     for name in ("t.json", "t.csv"):
         done(*fitting, "--template", "none", "--descriptions", tmp_path / name, "--overwrite")
-        saved = load(Bundle, tmp_path / "out")
+        saved = load(tmp_path / "out")
         texts = [text_embedding(text) for text in ("round, red", "small", "=3")]
         np.testing.assert_allclose(saved.head.support.text, texts, atol=1e-6)
         assert saved.settings.templates == ()

@@ -158,7 +158,7 @@ def test_pixels_of_few_batches_are_in_memory(callers: int, decode_threads: int) 
 def test_nearly_no_core_idles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where many images are encoded, and where a classifier is served."""
     monkeypatch.setattr("iosr_fast.encoders.runtimes.open_engine", lambda *_, **options: Mock(parallel=True, **options))
-    monkeypatch.setattr("iosr_fast.serving.http.opening.load_saved", Mock())
+    monkeypatch.setattr("iosr_fast.serving.http.opening.load", Mock())
     opened = Mock(side_effect=lambda saved, *_: saved)
     monkeypatch.setattr("iosr_fast.classifier.open_together", opened)
     for cores in range(1, 65):

@@ -14,7 +14,7 @@ from safetensors.numpy import save as save_arrays
 
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
-from iosr_fast.store.bundle import SavedHead, load
+from iosr_fast.store.bundle import load
 from iosr_fast.store.bundle_arrays import LEFT_OUT
 from iosr_fast.store.head_files import head_from_bytes, head_to_bytes
 from tests.methods.made_up import Population
@@ -46,10 +46,10 @@ def test_bursts_are_warned_of_and_judged_as_new_ones_will_be(rng: np.random.Gene
     assert {one.distinct for one in audit.classes} == {SESSIONS} and "look-alikes: 24 images" in audit.classes[0].advice
 
     head.save(tmp_path / "head")
-    saved = load(SavedHead, tmp_path / "head").head
+    saved = load(tmp_path / "head").head
     assert saved.computed("folds") is not None and saved.summary() == head.snapshot().summary()
     alone.save(tmp_path / "alone")
-    assert not load(SavedHead, tmp_path / "alone").head.config.look_alikes
+    assert not load(tmp_path / "alone").head.config.look_alikes
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", LookAlikesWarning)
@@ -61,7 +61,7 @@ def test_bursts_are_warned_of_and_judged_as_new_ones_will_be(rng: np.random.Gene
     images, truth = bursts(rng, 8, 1)
     alone.calibrate_on(images, truth, groups=np.arange(len(truth)) // 4)
     alone.save(tmp_path / "calibrated")
-    groups = [one.calibration.units for one in (alone.snapshot(), load(SavedHead, tmp_path / "calibrated").head)]
+    groups = [one.calibration.units for one in (alone.snapshot(), load(tmp_path / "calibrated").head)]
     assert np.array_equal(*groups) and len(np.unique(groups[0])) < len(truth)
 
 
@@ -112,7 +112,7 @@ def test_probabilities_of_bursts_do_not_run_away(seed: int, tmp_path: Path) -> N
     first = inner.summary().splitlines()[0]
     assert f"{head.calibration().accuracy:.1%}" in first and "right" not in head.tuned_.summary(), "one accuracy"
     head.save(tmp_path / "head")
-    assert load(SavedHead, tmp_path / "head").head.computed("temperature") == inner.temperature
+    assert load(tmp_path / "head").head.computed("temperature") == inner.temperature
 
 
 def test_a_bundle_without_a_temperature_computes_all_that_left_out_images_say(rng: np.random.Generator) -> None:

@@ -284,12 +284,31 @@ def test_impossible_facts_and_other_folders_are_named(rng: np.random.Generator, 
         rewrite_manifest(folder, **{"class_names": ["1", "2", "300"], "labels": "int64", "columns": None, **fact})
         with pytest.raises(DamagedFileError, match=f"not a complete head.*{message}"):
             FewShotHead.load(folder)
-    with pytest.raises(DamagedFileError, match=r"to hold a classifier, got a head: FewShotHead\.load opens it"):
-        Classifier.load(folder)
     with pytest.raises(DamagedFileError, match=r"to hold a head, got a classifier: Classifier\.load opens it"):
         FewShotHead.load(classifier)
     with pytest.raises(FileExistsError, match="is not replaced"):
         FewShotHead("gda").fit(X, y).save(classifier)
+
+
+def test_a_saved_head_opens_as_a_classifier_of_rows(rng: np.random.Generator, tmp_path: Path) -> None:
+    X, y, queries = clusters(rng, 3, 3, 8)
+    head = FewShotHead("gda").fit(X, y)
+    head.save(tmp_path / "head")
+    classifier = Classifier.load(tmp_path / "head")
+    assert classifier.predict(queries).tolist() == [str(label) for label in head.predict(queries).tolist()]
+    classifier.open_log(tmp_path / "log.db")
+    classifier.add_examples(classifier.classes_[0], 2.0 * queries[:1])
+    classifier.save(tmp_path / "changed")
+    changed = FewShotHead.load(tmp_path / "changed")
+    assert len(changed.snapshot().examples) == len(X) + 1 and changed.classes_.tolist() == head.classes_.tolist()
+    np.testing.assert_allclose(changed.predict_proba(queries), classifier.predict_proba(queries), atol=1e-6)
+    classifier.rename_class(classifier.classes_[0], "no number")
+    with pytest.raises(DamagedFileError, match="no number"):  # the labels of y are integers
+        classifier.save(tmp_path / "renamed")
+    assert not (tmp_path / "renamed").exists()
+    for rows, wrong in ((queries[:, :7], "shape"), (np.zeros((2, 8)), "row 0"), (np.full(8, np.nan), "row 0")):
+        with pytest.raises(IosrFastError, match=f"expected rows of 8 numbers.*{wrong}"):
+            classifier.predict(rows)
 
 
 # --- several labels a row ---

@@ -18,7 +18,7 @@ from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import of_logits, sets_of_labels
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.unknown import fit_unknown
-from iosr_fast.store.bundle import Bundle, load
+from iosr_fast.store.bundle import load
 from iosr_fast.store.changes import RemoveClass
 from iosr_fast.store.description import describe
 from iosr_fast.store.head_files import fingerprint, head_from_bytes, head_to_bytes
@@ -71,7 +71,7 @@ def test_labels_that_need_a_look_are_withheld_by_a_promise(queries: Any, tmp_pat
     explained = classifier.explain(images, unknown="reject", max_error=0.1)
     assert [one.accepted for one in explained] == (sure & ~rejected).tolist()
     classifier.save(tmp_path / "bundle")
-    saved = load(Bundle, tmp_path / "bundle").head
+    saved = load(tmp_path / "bundle").head
     assert str(automation(saved.judged, notes=saved.doubts)) == str(curve)
 
 
@@ -100,7 +100,7 @@ def test_promises_rest_on_calibration_images_which_are_saved_and_follow_changes(
     assert classifier.calibrate_on(images[:30], names[:30]).version == classifier.version == 2
     classifier.unknown_score(images)
     classifier.save(tmp_path / "bundle")
-    for head in (classifier.snapshot(), load(Bundle, tmp_path / "bundle").head):
+    for head in (classifier.snapshot(), load(tmp_path / "bundle").head):
         expected = of_logits(head.calibrated(head.score(PixelEncoder().encode(images[:30]))), labels[:30])
         np.testing.assert_allclose(head.judged.label_odds, expected.label_odds, rtol=1e-5)
         np.testing.assert_allclose(head.unknown.left_out, -scores, atol=1e-4)
@@ -116,7 +116,7 @@ def test_promises_rest_on_calibration_images_which_are_saved_and_follow_changes(
     classifier.close_log()
     assert classifier.calibration().n_images == 25 == len(classifier.unknown_.left_out)
     logged = small_classifier(**GDA)
-    logged._fit = replace(logged._fit, head=load(Bundle, tmp_path / "bundle").head)
+    logged._fit = replace(logged._fit, head=load(tmp_path / "bundle").head)
     logged.open_log(tmp_path / "log.db")
     logged.close_log()
     assert fingerprint(logged.snapshot()) == fingerprint(classifier.snapshot())
@@ -181,7 +181,7 @@ def test_unknown_images_teach_what_is_unknown_and_are_saved(queries: Any, tmp_pa
     fitted = fit_unknown(taught.support_, taught.snapshot().folds, adapted=True, unknown=unknown)
     assert taught.unknown_.weights == pytest.approx(fitted.weights, abs=1e-4)
     taught.save(tmp_path / "bundle")
-    loaded = load(Bundle, tmp_path / "bundle").head
+    loaded = load(tmp_path / "bundle").head
     assert fingerprint(loaded) == fingerprint(taught.snapshot())
     assert fingerprint(replace(loaded, unknown_images=None)) != fingerprint(loaded)
     assert fingerprint(head_from_bytes(head_to_bytes(taught.snapshot()))) == fingerprint(loaded)  # as in a log
@@ -227,7 +227,7 @@ def test_what_left_out_images_answer_is_saved_and_forgotten_by_a_change(
     classifier = small_classifier(engine_folder(tmp_path / "engine"), **GDA)
     scores, calibration = classifier.unknown_score(images), classifier.calibration()
     classifier.save(tmp_path / "bundle")
-    head = load(Bundle, tmp_path / "bundle").head
+    head = load(tmp_path / "bundle").head
     with monkeypatch.context() as patch:
         patch.setattr("iosr_fast.head.head.fit_unknown", lambda *_: pytest.fail("fitted again"))
         patch.setattr("iosr_fast.head.head.out_of_fold", lambda *_: pytest.fail("computed again"))

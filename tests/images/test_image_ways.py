@@ -15,7 +15,7 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.store.bundle import Bundle, load
+from iosr_fast.store.bundle import load
 from tests.images.test_formats import oriented
 from tests.pictures import encode
 from tests.store.live_parts import engine_folder, pixel_clip, unfitted
@@ -53,7 +53,7 @@ def test_a_bundle_keeps_the_orientation_it_was_fit_with(tmp_path: Path) -> None:
     for chosen, expected in ((True, NAMES[1]), (False, as_stored)):
         made = fitted(engine_folder(tmp_path / f"engine {chosen}"), exif_orientation=chosen)
         made.save(tmp_path / f"bundle {chosen}")
-        bundle = load(Bundle, tmp_path / f"bundle {chosen}")
+        bundle = load(tmp_path / f"bundle {chosen}")
         loaded = unfitted()
         loaded._fit = Fit(pixel_clip(bundle.engine), bundle.head, bundle.settings)
         assert loaded.exif_orientation_ is chosen
@@ -73,7 +73,7 @@ def test_a_bundle_of_before_takes_pictures_as_they_are_stored(tmp_path: Path) ->
     views = json.loads((tmp_path / "bundle" / "manifest.json").read_bytes())["views"]
     assert views.pop("exif_orientation") is True
     rewrite_manifest(tmp_path / "bundle", views=views)
-    assert load(Bundle, tmp_path / "bundle").settings.exif_orientation is False
+    assert load(tmp_path / "bundle").settings.exif_orientation is False
 
 
 def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:

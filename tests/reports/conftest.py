@@ -32,8 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     names[7] = NAMES[3]
     classifier = Classifier(method="gda", alpha=1.0).fit(images, names)
     monkeypatch.setattr(Classifier, "load", classmethod(lambda *_, **__: classifier))
-    monkeypatch.setattr("iosr_fast.classifier.open_saved", Classifier.load)
-    monkeypatch.setattr(work, "load_saved", lambda *_: Bundle.of(classifier._fit))
+    monkeypatch.setattr(work, "load", lambda *_: Bundle.of(classifier._fit))
     monkeypatch.setattr(Bundle, "open", lambda *_: classifier._fit)
     for name in ("unlabelled", "classifier"):
         (tmp_path / name).mkdir()

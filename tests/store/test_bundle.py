@@ -45,7 +45,7 @@ def test_a_loaded_bundle_equals_the_saved_head(
         made.save(tmp_path / "bundle")
         with monkeypatch.context() as patch:  # int8 codes are stored, not searched again
             patch.setattr("iosr_fast.scoring.plan.int8_keys", lambda *_: pytest.fail("codes were searched"))
-            loaded, head = load(Bundle, tmp_path / "bundle"), made.snapshot()
+            loaded, head = load(tmp_path / "bundle"), made.snapshot()
         assert fingerprint(loaded.head) == fingerprint(head) and loaded.head.version == head.version
         assert loaded.head.examples.pictures == head.examples.pictures
         embeddings = made.encoder.encode(images)
@@ -69,7 +69,7 @@ def test_bundles_and_logs_keep_paths_which_are_no_part_of_the_fingerprint(
     made.save(tmp_path / "bundle")
     again.open_log(tmp_path / "log.db")
     again.close_log()
-    heads = made.snapshot(), again.snapshot(), load(Bundle, tmp_path / "bundle").head
+    heads = made.snapshot(), again.snapshot(), load(tmp_path / "bundle").head
     for head in heads:
         named = zip(head.examples.ids.tolist(), head.examples.paths, strict=True)
         assert [pair for pair in named if pair[1]] == [(15, str(tmp_path / "caf\u00e9.png"))]
@@ -87,14 +87,14 @@ def test_groups_are_kept_and_images_that_are_added_are_groups_of_their_own(engin
     made.remove_examples(made.examples("motif 0")[:1])
     calibration = made.calibration()  # by the folds of these groups, as that of the bundle
     made.save(tmp_path / "bundle")
-    head = load(Bundle, tmp_path / "bundle").head
+    head = load(tmp_path / "bundle").head
     assert head.support.groups.tolist() == [*groups[1:12], 13, 14, *groups[12:]]
     assert fingerprint(head) == fingerprint(made.snapshot())
     assert str(head.judged.reliability) == str(calibration)
     new, labels = pictures(np.random.default_rng(1), 4, 10)
     made.calibrate_on(new, [f"motif {c}" for c in labels], groups=np.arange(40) // 2)
     made.save(tmp_path / "bundle")
-    counts = [one.judged.count for one in (made.snapshot(), load(Bundle, tmp_path / "bundle").head)]
+    counts = [one.judged.count for one in (made.snapshot(), load(tmp_path / "bundle").head)]
     assert counts[0] == counts[1] < 40, "images of a group count as one in promises, of the bundle too"
 
 
@@ -113,15 +113,15 @@ def test_every_damaged_byte_is_found_and_the_error_names_its_file(engine: Path, 
             flipped[at] ^= 1 << int(rng.integers(8))
             path.write_bytes(flipped)
             with pytest.raises(ValueError, match=name):
-                load(Bundle, folder)
+                load(folder)
         path.write_bytes(data[:-1])
         with pytest.raises(ValueError, match=name):
-            load(Bundle, folder)
+            load(folder)
         path.unlink()
         with pytest.raises(FileNotFoundError, match=name):
-            load(Bundle, folder)
+            load(folder)
         path.write_bytes(data)
-    load(Bundle, folder)
+    load(folder)
 
 
 def test_a_failed_save_keeps_the_old_bundle(engine: Path, tmp_path: Path, monkeypatch) -> None:
@@ -137,9 +137,9 @@ def test_a_failed_save_keeps_the_old_bundle(engine: Path, tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space left"):
         made.save(tmp_path / "bundle")
     monkeypatch.undo()
-    assert fingerprint(load(Bundle, tmp_path / "bundle").head) == before
+    assert fingerprint(load(tmp_path / "bundle").head) == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    bundle = Bundle(made.snapshot(), load(Bundle, tmp_path / "bundle").settings, tmp_path / "nowhere", "f" * 64, None)
+    bundle = Bundle(made.snapshot(), load(tmp_path / "bundle").settings, tmp_path / "nowhere", "f" * 64, None)
     with pytest.raises(FileNotFoundError, match="found none at"):
         save(bundle, tmp_path / "bundle")
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from iosr_fast.cli import app
 from iosr_fast.sealed.verified_folder import open_verified
-from iosr_fast.store.bundle import Bundle, load, save
+from iosr_fast.store.bundle import load, save
 from iosr_fast.store.head_files import fingerprint
 from tests import ROOT
 from tests.store.live_parts import engine_folder, saved_classifier, small_classifier
@@ -44,10 +44,10 @@ def test_a_damaged_engine_is_not_saved_under_new_hashes(damage: str, tmp_path: P
 
 
 def test_an_open_bundle_is_saved_again_after_its_folder_changed(bundle: Path) -> None:
-    parts = load(Bundle, bundle)
+    parts = load(bundle)
     (bundle / "engine" / "encoder.onnx").unlink()  # the file is still open
     save(parts, bundle.with_name("again"))
-    load(Bundle, bundle.with_name("again"))
+    load(bundle.with_name("again"))
     (bundle / "text" / "text.onnx").write_bytes(b"no grapi")  # changed in place, under its old hash
     with pytest.raises(ValueError, match=r"text\.onnx in .* does not match its manifest"):
         save(parts, bundle.with_name("third"))
@@ -95,7 +95,7 @@ def test_readers_never_fail_while_two_processes_save(tmp_path: Path) -> None:
     def reading(until: float) -> None:
         try:
             while time.monotonic() < until:
-                parts = load(Bundle, target)
+                parts = load(target)
                 assert parts.files is not None
                 assert parts.files.open_with(lambda folder: (folder / "encoder.onnx").read_bytes()) == b"no graph"
                 seen.append(fingerprint(parts.head))

@@ -18,7 +18,7 @@ from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.methods.config import Evidence
 from iosr_fast.sealed.manifest import seal, write_manifest
 from iosr_fast.sealed.schema import facts_to_json
-from iosr_fast.store.bundle import Bundle, load, save
+from iosr_fast.store.bundle import load, save
 from tests.store.live_parts import ENGINE_FACTS, saved_classifier, small_classifier
 from tests.store.manifests import rewrite_manifest, sign_again
 
@@ -28,7 +28,7 @@ Arrays = dict[str, np.ndarray]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With all files that a bundle may have."""
-    parts = load(Bundle, saved_classifier(tmp_path_factory.mktemp("saved")))
+    parts = load(saved_classifier(tmp_path_factory.mktemp("saved")))
     assert parts.head.unknown is not None and parts.head.out_of_fold is not None  # which are saved once used
     save(parts, folder := tmp_path_factory.mktemp("used") / "bundle")
     return folder
@@ -94,7 +94,7 @@ def test_impossible_facts_are_refused(case: str, bundle: Path) -> None:
     shutil.copyfile(bundle / "support.safetensors", bundle / "engine" / "x.py")
     for verify in (True, False):
         with pytest.raises(ValueError, match="bundle") as refusal:
-            load(Bundle, bundle, verify)
+            load(bundle, verify)
         assert "again" in str(refusal.value), "the message says how to fix it"
 
 
@@ -166,7 +166,7 @@ def test_impossible_arrays_are_refused(case: str, bundle: Path) -> None:
     sign_again(bundle)
     for verify in (True, False):
         with pytest.raises(ValueError, match=rf"complete classifier: ({name}|plan\.safetensors): .*save it again"):
-            load(Bundle, bundle, verify)
+            load(bundle, verify)
 
 
 @pytest.mark.parametrize("name", ["support", "plan", "pictures", "paths", "left_out"])
@@ -175,7 +175,7 @@ def test_files_that_are_no_arrays_are_refused(name: str, content: bytes, bundle:
     (bundle / f"{name}.safetensors").write_bytes(content)
     sign_again(bundle)
     with pytest.raises(ValueError, match=rf"{name}\.safetensors"):
-        load(Bundle, bundle)
+        load(bundle)
 
 
 TEXTS: dict[str, Callable[[bytes], bytes]] = {
@@ -198,7 +198,7 @@ def test_json_that_two_readers_read_differently_is_refused(case: str, bundle: Pa
     if case in ("NaN", "a number beyond every float"):
         path.write_bytes(seal(json.loads(text)))  # with the right checksum, which these can have
     with pytest.raises(ValueError, match="bundle"):
-        load(Bundle, bundle)
+        load(bundle)
 
 
 ENGINE: dict[str, dict[str, Any]] = {
@@ -214,7 +214,7 @@ ENGINE: dict[str, dict[str, Any]] = {
 def test_impossible_facts_of_an_engine_are_refused(case: str, bundle: Path) -> None:
     rewrite_manifest(bundle / "engine", **ENGINE[case])
     sign_again(bundle)
-    for opened in (lambda: load(Bundle, bundle), lambda: open_engine(bundle / "engine")):
+    for opened in (lambda: load(bundle), lambda: open_engine(bundle / "engine")):
         with pytest.raises(ValueError, match=r"engine is not a complete engine: manifest\.json.*builds it again"):
             opened()
     small = small_classifier(bundle / "engine")
@@ -227,14 +227,14 @@ def test_the_hashes_of_the_engines_own_manifest_are_compared(bundle: Path) -> No
     (bundle / "engine" / "encoder.onnx").write_bytes(b"another graph")
     sign_again(bundle)  # the outer manifest says that all is well
     with pytest.raises(ValueError, match=r"to agree on every file, got two entries for encoder\.onnx"):
-        load(Bundle, bundle, verify=False)
+        load(bundle, verify=False)
     sign_again(bundle / "engine")
     sign_again(bundle)
-    load(Bundle, bundle)
+    load(bundle)
     sign_again(bundle / "engine", fingerprint="e" * 64)
     sign_again(bundle)
     with pytest.raises(ValueError, match="of another export"):
-        load(Bundle, bundle)
+        load(bundle)
 
 
 def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
@@ -250,10 +250,10 @@ def test_bundles_of_earlier_versions_are_read(bundle: Path) -> None:
     facts = {name: value for name, value in ENGINE_FACTS.items() if name not in ("files", "checksum")}
     write_manifest(bundle / "engine", "engine", facts)
     sign_again(bundle, views={"views": 4, "mirror": False, "seed": 3, "single": True, "templates": ["a {}"]})
-    loaded = load(Bundle, bundle)
+    loaded = load(bundle)
     assert loaded.settings == SupportSettings(templates=("a {}",))
     assert not any(loaded.head.computed(name) for name in ("folds", "unknown", "out_of_fold"))
     assert loaded.head.config.look_alikes and len(loaded.head.unknown.weights) == len(arrays["weights"])
     rewrite_manifest(bundle, reducer="isoclip:150,50")
     with pytest.raises(ValueError, match="has the reducer 'isoclip:150,50', which iosr_fast no longer has: fit again"):
-        load(Bundle, bundle)
+        load(bundle)

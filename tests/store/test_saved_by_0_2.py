@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast import Embeddings, FewShotHead
-from iosr_fast.classifier import open_saved
+from iosr_fast import Classifier, Embeddings, FewShotHead
 from iosr_fast.store.head_files import fingerprint
 
 ARCHIVE = Path(__file__).with_name("saved_by_0_2.zip")
@@ -50,7 +49,7 @@ def test_a_head_of_before_answers_as_it_did(name: str, saved: Path) -> None:
 @pytest.mark.parametrize(("name", "number"), LOGS)
 def test_a_log_of_before_leads_to_the_same_head(name: str, number: str, saved: Path) -> None:
     expected = EXPECTED[name]["logs"][number]
-    classifier = open_saved(saved / name)
+    classifier = Classifier.load(saved / name)
     classifier.open_log(saved / f"{name} {number}.db")
     classifier.close_log()
     head = classifier.snapshot()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.head.predictions import predict
-from iosr_fast.store.bundle import Bundle, load
+from iosr_fast.store.bundle import load
 from iosr_fast.store.description import describe
 from tests.pictures import encode
 from tests.store.live_parts import WIDTH, engine_folder, pictures, small_classifier, unfitted, unit
@@ -146,7 +146,7 @@ def test_the_choice_of_parameters_is_of_its_version_and_kept_in_bundle_and_log(
     classifier = small_classifier(engine, reducer="centre")
     assert classifier.tuned_ is None and "15 left-out support images right" in classifier.snapshot().summary()
     classifier.save(tmp_path / "before")
-    assert load(Bundle, tmp_path / "before").head.config.evidence is None
+    assert load(tmp_path / "before").head.config.evidence is None
     before = classifier.snapshot().reducer
     classifier.open_log(tmp_path / "log.jsonl")
     assert classifier.retune().version == classifier.tuned_.version == 2 and classifier.tuned_.scored == 15
@@ -159,7 +159,7 @@ def test_the_choice_of_parameters_is_of_its_version_and_kept_in_bundle_and_log(
     classifier.add_examples("motif 6", images[5, :1])
     assert classifier.tuned_.stale and classifier.tuned_.accuracy == tuned.accuracy
     classifier.save(tmp_path / "after")
-    assert repr(load(Bundle, tmp_path / "after").head.config.evidence) == repr(tuned)
+    assert repr(load(tmp_path / "after").head.config.evidence) == repr(tuned)
     assert classifier.snapshot().summary() in describe(tmp_path / "after")
     classifier.close_log()
     again = small_classifier(engine, reducer="centre")

@@ -22,7 +22,7 @@ from iosr_fast.serving.http.logs import CLASSIFIER
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.service import Front, Service
 from iosr_fast.serving.http.settings import NAME, Settings
-from iosr_fast.store.bundle import Saved, SavedHead, kind_of, load_saved
+from iosr_fast.store.bundle import Bundle, kind_of, load
 from iosr_fast.utils.machine import split_cores, usable_threads
 
 if TYPE_CHECKING:
@@ -90,12 +90,12 @@ class Opening:
         cores = cores or usable_threads()
         root = math.ceil(math.sqrt(cores))
         runs, threads = split_cores(cores, root, min(2 * root - 1, cores // 2 if cores > 3 else cores))
-        groups: dict[object, dict[str, Saved]] = {}
+        groups: dict[object, dict[str, Bundle]] = {}
         for name, folder in self.folders.items():
             with self._alone([name]):
-                saved = load_saved(folder, threads, self.settings.expected_digest)
+                saved = load(folder, True, threads, self.settings.expected_digest)
                 saved.head.require_single_label("the HTTP API", "serve one fitted with one label, or use predict")
-                self._own[name] = self.settings.of(name, isinstance(saved, SavedHead))
+                self._own[name] = self.settings.of(name, saved.estimator is not None)
                 groups.setdefault(saved.shares, {})[name] = saved
         opened = []
         for group in groups.values():
