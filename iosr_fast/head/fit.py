@@ -16,7 +16,7 @@ from iosr_fast.head.head import Head
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.methods.tree import Path
-from iosr_fast.methods.tune import Tuning, is_searched, tune
+from iosr_fast.methods.tune import Tuning, tune
 
 
 def fit_head(
@@ -47,10 +47,9 @@ def fit_head(
         return head.with_computed(support=support, plan=plan)
     examples = examples.labelled(label_sets[examples.class_ids], range(len(names)))
     support = examples.as_support(range(len(names)), text, tau)
-    setting = None if is_searched(asked, tuning) else asked.parameters
-    of_sets = fit_multi_label(support, asked.method, setting, asked.key_precision, seconds)
-    head = Head.first(names, text, tau, examples, of_sets.config, thresholds=of_sets.thresholds)
-    return head.with_computed(plan=of_sets.plan)
+    config, link, plan = fit_multi_label(asked, support, tuning, seconds)
+    head = Head.first(names, text, tau, examples, config, thresholds=link.thresholds)
+    return head.with_computed(plan=plan)
 
 
 def warn_of_look_alikes(head: Head) -> None:

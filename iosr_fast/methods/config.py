@@ -35,6 +35,7 @@ class Evidence(Strict, frozen=True, kw_only=True, forbid_unknown_fields=False):
                     other half chooses, parameters or weights, both ways: not the best of many tries. Images are left
                     out one by one, so look-alikes of one stay in: Head.summary has the accuracy of pictures of other
                     sessions. None where nothing was scored
+    average_precision  of several labels a picture, the mean over the classes that have two images, of left-out images
     log_loss        of the held-out images at the config, in nats; None if it was not computed
     protocol        "validation", "loo" (one image of each class left out at a time, near duplicates together),
                     "one-shot" (nothing can be left out: tune.one_shot_parameters), "cross-validation" (scikit-learn's),
@@ -51,6 +52,7 @@ class Evidence(Strict, frozen=True, kw_only=True, forbid_unknown_fields=False):
     accuracy: Share | None = None
     scored: Natural = 0
     protocol: Protocol = "none"
+    average_precision: Share | None = None
     log_loss: NonNegative | None = None
     settings: Natural = 0
     seconds: NonNegative = 0.0
@@ -67,7 +69,9 @@ class Evidence(Strict, frozen=True, kw_only=True, forbid_unknown_fields=False):
     def summary(self) -> str:
         """The evidence in one line. Of left-out images the accuracy is that of Head.summary, which leaves look-alikes
         out together."""
-        if self.accuracy is None:
+        if self.average_precision is not None:
+            text = f"mean average precision {self.average_precision:.1%} of left-out images"
+        elif self.accuracy is None:
             text = "a rule of thumb: nothing could be left out to judge it"
         elif self.protocol == "loo":
             text = f"chosen by {self.scored} left-out images"

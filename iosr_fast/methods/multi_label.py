@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import NamedTuple
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.config import AUTO, Config
+from iosr_fast.methods.config import AUTO, Config, Evidence
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.links import Sigmoid
 from iosr_fast.methods.models.gaussian import CentredGaussianModel
@@ -20,8 +20,7 @@ from iosr_fast.methods.out_of_fold import HeldOut, Part
 from iosr_fast.methods.papers import DISCRIMINANTS, METHODS, Method
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Setting, Stack, affordable, on_each
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tune import TUNE_SECONDS
-from iosr_fast.scoring.key_precision import Precision
+from iosr_fast.methods.tune import TUNE_SECONDS, Tuning, is_searched
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.utils.ranking import mean_average_precision
 
@@ -31,31 +30,11 @@ _FIRM = 1e6  # a shrinkage that leaves only the common bias
 _LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
 
 
-class MultiLabelFit(NamedTuple):
-    """A plan whose logits are those of each class by itself, with the evidence of left-out support images.
-
-    thresholds         (C,) float32, of links.Sigmoid
-    average_precision  mean over classes with two images or more, of left-out support images; NaN without any
-    log_loss           of a pair of image and class, in nats; NaN likewise
-    scored             the number of these classes
-    """
-
-    config: Config
-    plan: ScoringPlan
-    thresholds: np.ndarray
-    average_precision: float
-    log_loss: float
-    scored: int
-
-
 def fit_multi_label(
-    support: SupportSet,
-    method: str = AUTO,
-    setting: Mapping[str, float] | None = None,
-    key_precision: Precision = "fp32",
-    seconds: float = TUNE_SECONDS,
-) -> MultiLabelFit:
-    """The plan of "auto", "stack", "stack++" or "zero-shot" for images with any number of labels each:
+    asked: Config, support: SupportSet, tuning: Tuning = None, seconds: float = TUNE_SECONDS
+) -> tuple[Config, Sigmoid, ScoringPlan]:
+    """The config that is best for images with any number of labels each, its link and its plan, as tune.tune; the
+    method is "auto", "stack", "stack++" or "zero-shot":
 
         logits[b, c] = w[0] tau <plain[b], text[c]> + w[1] sum_j exp(-beta (1 - <x[b], key[j]>)) V[j, c]
                      + sum of w[i] G[i](b, c) + bias[c]
@@ -64,7 +43,7 @@ def fit_multi_label(
     x and the keys are plain or adapted embeddings; the fit chooses. V is that of CentredRidgeModel, G are Gaussian
     discriminants of plain and adapted embeddings (CentredGaussianModel). The weights w >= 0 and the biases, shrunk to a
     common one, minimise the log-loss of left-out images (links.Sigmoid.fit); beta and ridge are those with the least
-    log-loss, unless `setting` gives them. Images are left out by folds (folds.make_folds).
+    log-loss, unless `asked` or `tuning` = "none" gives them. Images are left out by folds (folds.make_folds).
 
     A class with a single image has no other to learn a bias from, and takes the common one. Where all classes have but
     one image, the weight of texts is fitted, and that of images is a rule: a spread of the texts' logits, or of 0.5.
@@ -83,22 +62,23 @@ def fit_multi_label(
     ...     labels = rng.random((n, 3)) < 0.4
     ...     rows = labels @ centres + rng.standard_normal((n, 32))
     ...     return Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)), labels
-    >>> fit = fit_multi_label(make_support_set(*draw(40), text=None, tau=100.0))
+    >>> config, link, plan = fit_multi_label(Config(method="auto"), make_support_set(*draw(40), text=None, tau=100.0))
     >>> images, labels = draw(200)
-    >>> fit.config.method, bool(mean_average_precision(labels, score(fit.plan, images)) > 0.95)
+    >>> config.method, bool(mean_average_precision(labels, score(plan, images)) > 0.95)
     ('stack', True)
     """
+    started, method = time.perf_counter(), asked.method
     if method == AUTO:
         method = "stack" if support.embeddings.adapted is None else "stack++"
     if (reason := Config(method=method).unavailable_reason(support)) is not None:
         raise IosrFastError(reason)
-    entry = METHODS[method]
+    entry, setting = METHODS[method], None if is_searched(asked, tuning) else asked.parameters
     held_out = HeldOut.of_support(support, folds := make_folds(support))
     # Texts have seen no image, so that left-out images judge them for every class.
     judged = folds.distinct > 1 if entry.needs_support else np.ones(support.n_classes, bool)
     parts = dict[str, Part]()
     if support.text is not None:
-        parts["text"] = replace(held_out, folds=None).part(TextModel(support))
+        parts["text"] = dataclasses.replace(held_out, folds=None).part(TextModel(support))
     for which, name in DISCRIMINANTS.items():
         if name in entry.parameters:
             parts[name] = held_out.part(CentredGaussianModel(support, which))
@@ -111,15 +91,14 @@ def fit_multi_label(
         stacks.append(_weighted(Stack(dict(parts), {}, one), held_out.labels, judged))
     best = min(stacks, key=lambda stack: stack.loss)
     factor = 1.0 if entry.is_stack else best.full_weights["text"]
-    config = msgspec.structs.replace(best.config(entry), factor=factor, key_precision=key_precision)
-    return MultiLabelFit(
-        config,
-        config.with_keys(best.plan(support.n_classes)),
-        Sigmoid.of(best.logits).thresholds,
-        mean_average_precision(held_out.labels[:, judged], best.logits[:, judged]),
-        best.loss if judged.any() else float("nan"),
-        int(judged.sum()),
-    )
+    evidence = Evidence(protocol="one-shot")
+    if judged.any():
+        precision = mean_average_precision(held_out.labels[:, judged], best.logits[:, judged])
+        evidence = Evidence(protocol="loo", average_precision=precision, log_loss=best.loss, settings=len(stacks))
+    evidence = replace(evidence, seconds=time.perf_counter() - started)
+    chosen = best.config(entry)
+    config = replace(chosen, factor=factor, key_precision=asked.key_precision, evidence=evidence)
+    return config, Sigmoid.of(best.logits), config.with_keys(best.plan(support.n_classes))
 
 
 def _settings(
@@ -145,12 +124,12 @@ def _weighted(stack: Stack, labels: np.ndarray, judged: np.ndarray) -> Stack:
     if judged.any():
         fit = Sigmoid.fit([part.scaled for part in parts.values()], labels, judged)
         weights = dict(zip(parts, fit.weights.tolist(), strict=True))
-        stack = replace(stack, weights=weights, bias=fit.bias, loss=fit.loss)
+        stack = dataclasses.replace(stack, weights=weights, bias=fit.bias, loss=fit.loss)
     else:
         stack = _by_rule(stack, labels)
     if any(stack.weights.values()):
         return stack
-    return replace(stack, weights={**stack.weights, "text" if "text" in parts else "regression": _LEAST})
+    return dataclasses.replace(stack, weights={**stack.weights, "text" if "text" in parts else "regression": _LEAST})
 
 
 def _by_rule(stack: Stack, labels: np.ndarray) -> Stack:
@@ -166,4 +145,4 @@ def _by_rule(stack: Stack, labels: np.ndarray) -> Stack:
         loss = fit.loss
     shift = sum(spread * float(part.scaled.mean()) for name, part in stack.parts.items() if name != "text")
     weights = {name: 0.0 if "discriminant" in name else spread for name in stack.parts}
-    return replace(stack, weights=weights, bias=np.full(labels.shape[1], common - shift), loss=loss)
+    return dataclasses.replace(stack, weights=weights, bias=np.full(labels.shape[1], common - shift), loss=loss)

@@ -10,6 +10,7 @@ import pytest
 from iosr_fast import Embeddings, score
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.config import Config
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.links import Sigmoid, f1_thresholds
 from iosr_fast.methods.log_loss import sigmoid
@@ -87,20 +88,22 @@ def test_probabilities_are_those_of_new_images(name: str, text: bool) -> None:
     support = drawn.only(np.arange(400) < 40)
     for lacking in ["zero-shot"] * (not text) + ["gda++"]:
         with pytest.raises(IosrFastError, match=r"no text embeddings|^gda\+\+ can't learn from several .*use 'auto'"):
-            fit_multi_label(support, lacking)
+            fit_multi_label(Config(method=lacking), support)
     if name == "zero-shot" and not text:
         return
-    fit = fit_multi_label(support, name)
-    logits, labels = score(fit.plan, drawn.embeddings[40:]).astype(np.float64), drawn.indicator[40:]
+    config, link, plan = fit_multi_label(Config(method=name), support)
+    logits, labels = score(plan, drawn.embeddings[40:]).astype(np.float64), drawn.indicator[40:]
     assert mean_average_precision(labels, logits) > 0.8
     assert abs(sigmoid(logits).mean() - labels.mean()) < 0.08
-    assert fit.log_loss == pytest.approx(float((np.logaddexp(0, logits) - labels * logits).mean()), abs=0.15)
-    assert 0.7 < fit.average_precision <= 1.0 and fit.scored == 5
-    np.testing.assert_allclose(logits[:9], score_reference(fit.plan, drawn.embeddings[40:49]), rtol=2e-4, atol=2e-4)
+    assert config.evidence.log_loss == pytest.approx(
+        float((np.logaddexp(0, logits) - labels * logits).mean()), abs=0.15
+    )
+    assert 0.7 < config.evidence.average_precision <= 1.0
+    np.testing.assert_allclose(logits[:9], score_reference(plan, drawn.embeddings[40:49]), rtol=2e-4, atol=2e-4)
     shares = sigmoid(logits)
     expected = [max(2 * p[p >= t].sum() / ((p >= t).sum() + p.sum()) for t in p) / 2 for p in shares.T]
     np.testing.assert_allclose(f1_thresholds(shares), expected, rtol=1e-5)  # half of the largest expected F1
-    np.testing.assert_array_equal(Sigmoid(fit.thresholds).members(logits), shares >= fit.thresholds)
+    np.testing.assert_array_equal(link.members(logits), shares >= link.thresholds)
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -108,19 +111,19 @@ def test_one_image_a_class_takes_a_rule(text: bool) -> None:
     drawn = images_of(300, text=text, seed=4)
     labels = drawn.indicator
     rows = [np.flatnonzero(labels[:, c] & (labels.sum(1) == 1))[0] for c in range(5)]
-    fit = fit_multi_label(drawn.only(np.isin(np.arange(300), rows)))
-    logits = score(fit.plan, drawn.embeddings)
-    assert fit.scored == 0 and np.isnan(fit.average_precision) and np.isnan(fit.log_loss)
+    config, _, plan = fit_multi_label(Config(method="auto"), drawn.only(np.isin(np.arange(300), rows)))
+    logits = score(plan, drawn.embeddings)
+    assert config.evidence.protocol == "one-shot" and config.evidence.average_precision is None
     assert mean_average_precision(labels, logits) > 0.6
     assert 0.05 < sigmoid(logits.astype(np.float64)).mean() < 0.5
 
 
 @pytest.mark.parametrize("name", ["stack", "stack++"])
 def test_a_setting_that_is_given_is_kept(name: str) -> None:
-    fit = fit_multi_label(images_of(), name, {"beta": 2.5})
+    config, _, plan = fit_multi_label(Config(method=name, parameters={"beta": 2.5}), images_of())
     given = METHODS[name].parameters
-    assert fit.plan.beta == fit.config.parameters["beta"] == 2.5 and fit.config.parameters["ridge"] == given["ridge"]
-    assert fit.config.parameters["regression"] not in (0.0, given["regression"])  # weights are fitted
+    assert plan.beta == config.parameters["beta"] == 2.5 and config.parameters["ridge"] == given["ridge"]
+    assert config.parameters["regression"] not in (0.0, given["regression"])  # weights are fitted
 
 
 def test_repeated_images_are_left_out_together_whatever_their_labels(rng: np.random.Generator) -> None:
@@ -135,7 +138,7 @@ def test_repeated_images_are_left_out_together_whatever_their_labels(rng: np.ran
     assert make_folds(alone).are_alone and not folds.are_alone
     assert (folds.fold[::2] == folds.fold[1::2]).all() and (folds.units[::2] == folds.units[1::2]).all()
     assert 30 <= len(np.unique(folds.units)) <= 40
-    losses = [fit_multi_label(one).log_loss for one in (alone, copies)]
+    losses = [fit_multi_label(Config(method="auto"), one)[0].evidence.log_loss for one in (alone, copies)]
     assert losses[1] > 0.9 * losses[0], "random labels stay hard to tell"
 
 
@@ -148,4 +151,4 @@ def test_a_probability_at_its_threshold_counts() -> None:
 
 def test_one_image_is_too_few() -> None:
     with pytest.raises(IosrFastError, match="expected 2 to 8192 support images, got 1"):
-        fit_multi_label(images_of(1))
+        fit_multi_label(Config(method="auto"), images_of(1))
