@@ -95,9 +95,8 @@ def test_probabilities_are_those_of_new_images(name: str, text: bool) -> None:
     logits, labels = score(plan, drawn.embeddings[40:]).astype(np.float64), drawn.indicator[40:]
     assert mean_average_precision(labels, logits) > 0.8
     assert abs(sigmoid(logits).mean() - labels.mean()) < 0.08
-    assert config.evidence.log_loss == pytest.approx(
-        float((np.logaddexp(0, logits) - labels * logits).mean()), abs=0.15
-    )
+    loss = float((np.logaddexp(0, logits) - labels * logits).mean())
+    assert config.evidence.log_loss == pytest.approx(loss, abs=0.15)
     assert 0.7 < config.evidence.average_precision <= 1.0
     np.testing.assert_allclose(logits[:9], score_reference(plan, drawn.embeddings[40:49]), rtol=2e-4, atol=2e-4)
     shares = sigmoid(logits)
